@@ -9,7 +9,7 @@ use std::time::Duration;
 use futures::StreamExt;
 use futures::stream::FuturesUnordered;
 
-/// Host and port of `host:port`, without the brackets of an IPv6 address; `None` unless both are there.
+/// Splits `host:port`, without the brackets of an IPv6 address; `None` if one of them is missing.
 pub fn host_and_port(text: &str) -> Option<(&str, u16)> {
     let (host, port) = text.rsplit_once(':')?;
     let inner = host
@@ -82,7 +82,7 @@ pub fn canonical(address: SocketAddr) -> SocketAddr {
     }
 }
 
-/// The source that an address stands for where sources have shares: an IPv6 host has a whole /64.
+/// The source of an address, for shares per source: an IPv6 host has a whole /64.
 pub fn source(address: IpAddr) -> IpAddr {
     match address.to_canonical() {
         IpAddr::V6(address) if !address.is_loopback() => {
@@ -141,7 +141,7 @@ where
 pub struct Preferred(Arc<Mutex<Option<SocketAddr>>>);
 
 impl Preferred {
-    /// This address worked.
+    /// Records that a connection to this address succeeded.
     pub fn remember(&self, address: SocketAddr) {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(address);
     }

@@ -1,4 +1,4 @@
-//! What glibc's allocator does with memory that was freed.
+//! Settings of glibc's allocator for memory that was freed.
 
 /// Has freed memory go back to the system: few heaps, large buffers outside of them, and no heap that stays as large as it once
 /// was. For a process that holds large buffers for a moment, such as the bodies of requests. To be called before any thread
@@ -21,6 +21,6 @@ pub fn give_back_freed() {
     }
 }
 
-/// Bytes of a buffer that lies outside of the heaps. glibc's own default, but fixed.
+/// Minimum size in bytes of buffers outside the heaps. This is glibc's default, but fixed.
 #[cfg(all(target_os = "linux", target_env = "gnu"))]
 const LARGE: libc::c_int = 128 << 10;

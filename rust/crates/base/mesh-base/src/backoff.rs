@@ -1,4 +1,4 @@
-//! How long to wait before the next attempt.
+//! Exponential backoff: growing pauses between attempts.
 
 use std::time::Duration;
 
@@ -32,7 +32,7 @@ impl Backoff {
             .mul_f64(0.5 + random.clamp(0.0, 1.0) / 2.0)
     }
 
-    /// An attempt succeeded.
+    /// Resets the pause after a successful attempt.
     pub fn reset(&mut self) {
         self.failures = 0;
     }

@@ -22,27 +22,27 @@ use tokio::io::unix::AsyncFd;
 
 use crate::addresses::canonical;
 
-/// Most datagrams, or runs of them, of one system call.
+/// Maximum number of datagrams, or runs of them, in one system call.
 pub const BATCH: usize = 64;
 
-/// What one receive buffer holds.
+/// Contents of one receive buffer.
 #[derive(Clone, Copy, Debug)]
 pub struct Received {
-    /// Who sent it.
+    /// Address of the sender.
     pub from: SocketAddr,
-    /// The address of this machine that it was sent to, on a socket that [`tell_destinations`].
+    /// Local address that it was sent to, on a socket that [`tell_destinations`].
     pub to: Option<IpAddr>,
-    /// Bytes in the buffer.
+    /// Number of bytes in the buffer.
     pub len: usize,
     /// On a socket that [`receive_runs`], the length of the datagrams in the buffer, of which the last may be
     /// shorter. 0: it holds one.
     pub segment: usize,
-    /// It did not fit the buffer.
+    /// The datagram was longer than the buffer.
     pub truncated: bool,
 }
 
-/// Receives what is there into the first [`BATCH`] of `buffers`, without waiting. `received` then has one
-/// entry for each buffer that was filled, in their order.
+/// Receives waiting datagrams into the first [`BATCH`] of `buffers`, without blocking. `received` then has
+/// one entry for each buffer that was filled, in their order.
 ///
 /// # Errors
 /// [`io::ErrorKind::WouldBlock`] if nothing is there; what the socket says otherwise, such as
@@ -104,9 +104,9 @@ pub fn recv<'b>(
 /// A datagram to send, or a run of them.
 #[derive(Clone, Copy, Debug)]
 pub struct Datagram<'a> {
-    /// Its bytes.
+    /// Bytes of the datagram or run.
     pub bytes: &'a [u8],
-    /// Where it goes; the socket's peer if there is none.
+    /// Destination; `None` sends to the socket's peer.
     pub to: Option<SocketAddr>,
     /// The address of this machine that it leaves from, where the routing table is not to choose one. Without
     /// effect unless it is of the destination's family.
@@ -116,7 +116,7 @@ pub struct Datagram<'a> {
 }
 
 impl Datagram<'_> {
-    /// No bytes for nobody.
+    /// A datagram without bytes and destination.
     pub const EMPTY: Self = Self {
         bytes: &[],
         to: None,
@@ -182,7 +182,7 @@ pub fn receive_runs(socket: BorrowedFd<'_>) -> io::Result<()> {
     Ok(setsockopt(&socket, sockopt::UdpGroSegment, &true)?)
 }
 
-/// Asks the kernel to say to which address of this machine each datagram was sent.
+/// Asks the kernel to report the local address that each datagram was sent to.
 ///
 /// # Errors
 /// The system's.
@@ -190,7 +190,7 @@ pub fn tell_destinations(socket: BorrowedFd<'_>, is_ipv6: bool) -> io::Result<()
     if is_ipv6 {
         setsockopt(&socket, sockopt::Ipv6RecvPacketInfo, &true)?;
     }
-    // A dual-stack socket says it for IPv4 datagrams this way.
+    // A dual-stack socket reports the address of IPv4 datagrams by this option.
     Ok(setsockopt(&socket, sockopt::Ipv4PacketInfo, &true)?)
 }
 
@@ -207,9 +207,9 @@ pub fn report_icmp_errors(socket: BorrowedFd<'_>) -> io::Result<()> {
 /// An ICMP error about a datagram that was sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct IcmpError {
-    /// Where the datagram was going.
+    /// Destination of the datagram.
     pub destination: SocketAddr,
-    /// Nobody listens on the port: the machine is there, the process is not.
+    /// The port is unreachable: the machine answers, but no process listens on the port.
     pub port_unreachable: bool,
 }
 

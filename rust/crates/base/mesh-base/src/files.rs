@@ -11,8 +11,8 @@ pub const PRIVATE: u32 = 0o600;
 /// Mode of a file that everyone may read.
 pub const PUBLIC: u32 = 0o644;
 
-/// Replaces the file at `path` by one of this mode, whatever the umask. After a crash or a loss of power it
-/// is the old or the new one, never a part; when this returns, the new one is on disk.
+/// Replaces the file at `path` by one of this mode, regardless of the umask. After a crash or a loss of power
+/// the file is the old or the new one, never a part; on return, the new one is on disk.
 ///
 /// # Errors
 /// If the folder of `path` does not exist or cannot be written to, or the disk fails.
@@ -20,9 +20,9 @@ pub fn replace(path: &Path, contents: &[u8], mode: u32) -> io::Result<()> {
     replace_with(path, None, mode, |file| file.write_all(contents))
 }
 
-/// As [`replace`], with a file that `write` fills. Until then it lies beside `path`, or in `tmp`, a folder on
-/// the same file system. Its name there is one that [`is_temporary`] knows, and it is locked, so that others
-/// can tell it from what a killed process left ([`is_abandoned`]).
+/// Like [`replace`], with a file that `write` fills. Until then it is beside `path`, or in `tmp`, a folder on
+/// the same file system. Its temporary name satisfies [`is_temporary`], and it is locked, to distinguish it
+/// from the files of killed processes ([`is_abandoned`]).
 ///
 /// # Errors
 /// As [`replace`]; those of `write`.
@@ -46,7 +46,7 @@ pub fn replace_with(
     sync_parent(path)
 }
 
-/// Brings to disk what was renamed, created or removed beside `path`, or as `path`.
+/// Syncs the folder of `path` to disk, with the files that were renamed, created or removed in it.
 ///
 /// # Errors
 /// If the folder cannot be opened, or the disk fails.
@@ -69,17 +69,17 @@ pub fn create_private_dir(dir: &Path) -> io::Result<()> {
     DirBuilder::new().recursive(true).mode(0o700).create(dir)
 }
 
-/// Who may read a file with a secret.
+/// The users that may read a file with a secret.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Readers {
-    /// Its owner alone: files that we write ourselves.
+    /// The owner only: files that the program writes itself.
     Owner,
-    /// Its owner and a group: files that an operator or systemd hands over.
+    /// The owner and a group: files from an operator or systemd.
     Group,
 }
 
-/// What is wrong with the mode of a file with a secret, and how to mend it; `None` if nothing is, or the file cannot be looked
-/// at.
+/// Describes a file with a secret whose mode is too open, and the remedy; `None` if the mode is right or the
+/// file cannot be examined.
 pub fn exposure(path: &Path, readers: Readers) -> Option<String> {
     let mode = fs::metadata(path).ok()?.permissions().mode() & 0o7777;
     let (allowed, wanted) = match readers {
@@ -100,7 +100,7 @@ pub fn exposure(path: &Path, readers: Readers) -> Option<String> {
     ))
 }
 
-/// What is wrong with the mode of a state directory, and how to mend it; `None` if nothing is.
+/// Describes a state directory whose mode is too open, and the remedy; `None` if the mode is right.
 pub fn writable_by_others(dir: &Path) -> Option<String> {
     let mode = fs::metadata(dir).ok()?.permissions().mode() & 0o7777;
     (mode & 0o022 != 0).then(|| {
@@ -128,7 +128,7 @@ pub fn remove_leftovers(dir: &Path) -> io::Result<Vec<PathBuf>> {
     Ok(removed)
 }
 
-/// True if nobody has a temporary file locked any more: whoever was writing it was killed.
+/// True if no process holds the lock of a temporary file: the process that wrote it was killed.
 pub fn is_abandoned(file: &File) -> bool {
     file.try_lock().is_ok()
 }
@@ -146,7 +146,7 @@ pub fn is_temporary(name: &str) -> bool {
             .and_then(|(_, last)| last.split_once('-'));
         return numbers.is_some_and(|(pid, number)| digits(pid) && digits(number));
     }
-    // Other numbered files may be somebody's copies.
+    // Other numbered files may be copies that people made.
     name.strip_prefix("profile.json.").is_some_and(digits)
 }
 

@@ -1,7 +1,7 @@
 //! Small things that several layers share.
 //!
 //! - [`addresses`]: all addresses of a host name, in the order to try them, and the race between them;
-//! - [`allocator`]: what becomes of memory that was freed;
+//! - [`allocator`]: settings of glibc's allocator for memory that was freed;
 //! - [`backoff`]: pauses between attempts;
 //! - [`clock`]: dates, timestamps, and differences of clocks in words;
 //! - [`datagrams`]: many datagrams with one system call;
@@ -9,13 +9,14 @@
 //! - [`listen`]: sockets that accept IPv4 and IPv6;
 //! - [`places`]: a bounded number of places, shared among sources;
 //! - [`random`]: random numbers;
-//! - [`routes`]: from which of this machine's addresses a UDP peer is answered;
-//! - [`tokens`]: how many tokens a text has at least;
+//! - [`routes`]: the local address to answer a UDP peer from;
+//! - [`tokens`]: a lower bound on the number of tokens of a text;
 //! - [`units`]: durations and sizes as text.
 //!
 //! `unsafe` is confined to [`datagrams`] and one call in [`allocator`].
 //!
-//! What crates do well is not here: hexadecimal digits are data-encoding's, distances between words strsim's.
+//! Tasks of established crates are not repeated here: data-encoding has hexadecimal digits, strsim distances
+//! of words.
 
 #![deny(unsafe_code)]
 

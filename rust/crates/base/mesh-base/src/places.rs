@@ -1,7 +1,8 @@
 //! A bounded number of places, shared fairly among the sources that hold them.
 //!
-//! A newcomer always gets a place. When a source has its share, its own oldest place is given up; when all are taken, the oldest of
-//! the source that has the most. So whoever needs a place for a moment gets one, whatever others hold for long.
+//! A newcomer always gets a place. When a source has its share, its own oldest place is given up; when all
+//! are taken, the oldest of the source that has the most. So short uses get a place even if others hold
+//! theirs for long.
 
 use std::collections::{BTreeMap, HashMap};
 use std::future::Future;
@@ -10,7 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::oneshot;
 
-/// Places for `V`, of sources named by `K`.
+/// Places for values `V`, held by sources `K`.
 #[derive(Debug)]
 pub struct Places<K, V> {
     total: usize,
@@ -22,7 +23,7 @@ pub struct Places<K, V> {
 }
 
 impl<K: Clone + Eq + Hash, V> Places<K, V> {
-    /// `total` places, of which each source may have `per_source`. Both are at least one.
+    /// Creates `total` places, of which each source may have `per_source`. Both are at least one.
     pub fn new(total: usize, per_source: usize) -> Self {
         Self {
             total: total.max(1),
@@ -33,7 +34,7 @@ impl<K: Clone + Eq + Hash, V> Places<K, V> {
         }
     }
 
-    /// Takes a place: its id, and the value whose place was given up for it.
+    /// Takes a place. Returns its id, and the value whose place was given up for it, if any.
     pub fn enter(&mut self, source: K, value: V) -> (u64, Option<V>) {
         let of_source = self.counts.get(&source).copied().unwrap_or(0);
         let loser = if of_source >= self.per_source {
@@ -51,7 +52,7 @@ impl<K: Clone + Eq + Hash, V> Places<K, V> {
         (id, evicted)
     }
 
-    /// Gives a place back. `None` if it was given up before.
+    /// Gives a place back; `None` if it was given up before.
     pub fn leave(&mut self, id: u64) -> Option<V> {
         let (source, value) = self.held.remove(&id)?;
         if let Some(count) = self.counts.get_mut(&source) {
@@ -79,7 +80,7 @@ impl<K: Clone + Eq + Hash, V> Places<K, V> {
             .map(|(&id, _)| id)
     }
 
-    /// Of sources that have equally many, the one that holds the oldest place loses it.
+    /// The oldest place of the source with the most places; among equals, the oldest of all.
     fn oldest_of_the_most(&self) -> Option<u64> {
         let most = self.counts.values().copied().max()?;
         let mut held = self.held.iter();
@@ -88,21 +89,21 @@ impl<K: Clone + Eq + Hash, V> Places<K, V> {
     }
 }
 
-/// [`Places`] for work that is given up when its place is.
+/// [`Places`] for work that ends when its place is given up.
 #[derive(Debug)]
 pub struct Room<K>(Arc<Mutex<Places<K, oneshot::Sender<()>>>>);
 
-/// The place was given up for somebody else.
+/// Error of work whose place was given up for another.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct GivenUp;
 
 impl<K: Clone + Eq + Hash> Room<K> {
-    /// See [`Places::new`].
+    /// Creates `total` places, as [`Places::new`] does.
     pub fn new(total: usize, per_source: usize) -> Self {
         Self(Arc::new(Mutex::new(Places::new(total, per_source))))
     }
 
-    /// Does `work` for as long as it has its place.
+    /// Runs `work` as long as it has its place.
     pub async fn hold<T>(&self, source: K, work: impl Future<Output = T>) -> Result<T, GivenUp> {
         let (place, given_up) = oneshot::channel();
         let (id, other) = self.places().enter(source, place);
@@ -115,7 +116,7 @@ impl<K: Clone + Eq + Hash> Room<K> {
         }
     }
 
-    /// True if both are the same room.
+    /// True if both are clones of the same room.
     pub fn is(&self, other: &Self) -> bool {
         Arc::ptr_eq(&self.0, &other.0)
     }

@@ -1,16 +1,16 @@
 //! Random numbers from the system's generator, good enough for keys.
 
-/// Random bytes.
+/// Returns `N` random bytes from the operating system.
 ///
 /// # Panics
-/// If the system gives none. Linux always does, once its generator is seeded at boot.
+/// If the system returns none. Linux always does, once its generator is seeded at boot.
 pub fn bytes<const N: usize>() -> [u8; N] {
     let mut bytes = [0; N];
     getrandom::fill(&mut bytes).expect("the system's random number generator works");
     bytes
 }
 
-/// A random number.
+/// Returns a random number from the operating system.
 ///
 /// # Panics
 /// As [`bytes`].

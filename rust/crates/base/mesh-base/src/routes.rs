@@ -1,20 +1,21 @@
 //! The addresses of this machine from which peers are answered.
 //!
-//! A UDP socket on every address answers from whichever one the routing table prefers, which need not be the one that the
-//! peer asked: IPv6 prefers temporary addresses, and a machine may have several interfaces. A peer with a connected socket
-//! never sees such an answer. So each peer's last datagram says where its answers leave from.
+//! A UDP socket bound to all addresses answers from the address that the routing table prefers, which may
+//! differ from the one that the peer used: IPv6 prefers temporary addresses, and a machine may have several
+//! interfaces. A peer with a connected socket never sees such an answer. So the last datagram of each peer
+//! determines the source of its answers.
 
 use std::net::{IpAddr, SocketAddr};
 
-/// The addresses that peers sent to. Of fixed size: of two peers that share a place the later one is remembered, and the
-/// other is answered as the routing table says.
+/// The local addresses that peers sent to. The table has a fixed size: of two peers with the same place the
+/// later one is remembered, and the other is answered by the routing table.
 #[derive(Debug)]
 pub struct Routes {
     places: Box<[Option<(SocketAddr, IpAddr)>]>,
 }
 
 impl Routes {
-    /// None are known.
+    /// An empty table.
     pub fn new() -> Self {
         Self {
             places: vec![None; PLACES].into(),

@@ -1,10 +1,10 @@
-//! The least number of tokens that a text can become, from its bytes alone.
+//! A lower bound on the number of tokens of a text, from its bytes alone.
 //!
 //! If every byte of a text is covered by a token, and no token that covers the byte `b` is longer than `span[b]`, then the text has
 //! at least as many tokens as the sum of `1 / span[b]` over its bytes: a token of `n` bytes adds at most `n * 1/n` to the sum.
-//! So whoever knows the spans of a tokenizer, 256 numbers, can tell without the tokenizer that a text is far too long.
+//! So the spans of a tokenizer, 256 numbers, suffice to detect that a text is far too long.
 
-/// How often each byte occurs in a text.
+/// Number of occurrences of each byte in a text.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ByteCounts(Box<[u64; 256]>);
 
@@ -56,7 +56,7 @@ impl ByteSpans {
         Some(Self(spans))
     }
 
-    /// As they are sent.
+    /// The spans in wire form: one length for each byte value.
     pub fn as_bytes(&self) -> &[u8] {
         &self.0[..]
     }
@@ -92,7 +92,7 @@ impl ByteSpans {
     }
 }
 
-/// The longest character in bytes: a character that is no token may become one token.
+/// Maximum length of a UTF-8 character in bytes; a character that is not a token may become one token.
 const LEAST: u8 = 4;
 /// Bits behind the point.
 const FRACTION: u32 = 20;

@@ -28,7 +28,7 @@ pub fn seconds(number: f64) -> Option<Duration> {
     Duration::try_from_secs_f64(number).ok()
 }
 
-/// The message about a text that is no duration.
+/// The error text for an invalid duration.
 pub fn invalid_duration(text: impl ToString) -> String {
     let text = text.to_string();
     format!("invalid duration {text:?}: use 500ms, 90s, 5m or 1h")
@@ -68,14 +68,14 @@ pub fn parse_bytes(text: &str) -> Result<u64, String> {
     parsed.ok_or_else(|| invalid_bytes(text))
 }
 
-/// This many bytes, rounded; `None` for what is negative, or so much that an `f64` no longer tells
-/// neighbouring integers apart.
+/// Rounds a number of bytes; `None` for negative numbers, and for numbers so large that an `f64` cannot
+/// distinguish neighbouring integers.
 pub fn bytes(number: f64) -> Option<u64> {
     let exact = 0.0..=(1u64 << 53) as f64;
     exact.contains(&number).then_some(number.round() as u64)
 }
 
-/// The message about a text that is no size.
+/// The error text for an invalid size.
 pub fn invalid_bytes(text: impl ToString) -> String {
     let text = text.to_string();
     format!("invalid size {text:?}: use 64MiB, 20GiB or 50GB")

@@ -1,4 +1,4 @@
-//! `addresses.json` in the state directory: where a running service can really be reached.
+//! `addresses.json` in the state directory: the addresses that a running service listens on.
 //!
 //! A service told to listen on port 0 gets a free port; scripts and tests read it here. The file is written when all
 //! sockets are bound, so its presence also tells that the service is up.
@@ -10,10 +10,10 @@ use std::path::{Path, PathBuf};
 
 use crate::files;
 
-/// Socket name (`http`, `quic`, `dcf.clients`) to bound address.
+/// Bound addresses by socket name (`http`, `quic`, `dcf.clients`).
 pub type Addresses = BTreeMap<String, SocketAddr>;
 
-/// Where [`write()`] puts the file.
+/// Path of the file in a state directory.
 pub fn path(state_dir: &Path) -> PathBuf {
     state_dir.join("addresses.json")
 }
@@ -30,7 +30,7 @@ pub fn read(state_dir: &Path) -> io::Result<Addresses> {
     Ok(serde_json::from_slice(&std::fs::read(path(state_dir))?)?)
 }
 
-/// Removes the file of an earlier run, so that nobody takes its addresses for this run's.
+/// Removes the file of an earlier run, so that its addresses are not taken for those of this run.
 pub fn remove(state_dir: &Path) -> io::Result<()> {
     match std::fs::remove_file(path(state_dir)) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),

@@ -1,6 +1,6 @@
-//! One HTTP request to a service of ours that runs on this machine: the health checks of containers, the head's own commands.
+//! A single HTTP request to a local service, for health checks of containers and the head's own commands.
 //!
-//! Enough for that, and no reason for a client library. The service is found by its state directory (see
+//! This does not justify a client library. The service is found by its state directory (see
 //! [`addresses`](crate::addresses)).
 
 use std::io;
@@ -13,41 +13,41 @@ use tokio::net::TcpStream;
 
 use crate::addresses;
 
-/// Why there is no good answer.
+/// Errors of a request to a local service.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum AskError {
-    /// It has written no addresses.
+    /// The service's address file cannot be read.
     #[error(
         "{path}: {source}: is the service running with this state directory, and with `http.listen` set?"
     )]
     NotRunning {
-        /// The file with its addresses.
+        /// Path of the address file.
         path: String,
-        /// What the system said.
+        /// Error from the operating system.
         source: io::Error,
     },
-    /// It does not answer.
+    /// The service does not answer.
     #[error("http://{address}{path} does not answer: {reason}")]
     Silent {
-        /// Its address.
+        /// Address of the service.
         address: SocketAddr,
-        /// What was asked for.
+        /// Path of the request.
         path: String,
-        /// What happened instead.
+        /// Description of the failure.
         reason: String,
     },
-    /// It says no.
+    /// The service answered with an error status.
     #[error("the service says no ({status}): {answer}")]
     Refused {
         /// HTTP status.
         status: u16,
-        /// Its own words.
+        /// Body of the answer.
         answer: String,
     },
 }
 
-/// Asks the service with this state directory for a path, and gives its words.
+/// Sends GET for a path to the service with this state directory; returns the body of the answer.
 ///
 /// # Errors
 /// If it does not run, does not answer within 5 s, or answers with another status than success.
@@ -58,7 +58,7 @@ pub async fn get(state_dir: &Path, path: &str) -> Result<String, AskError> {
     .await
 }
 
-/// Sends JSON to a path that wants a key.
+/// Posts JSON to a path that needs a key.
 ///
 /// # Errors
 /// As [`get`].
@@ -112,14 +112,14 @@ async fn exchange(address: SocketAddr, request: &str) -> io::Result<String> {
     Ok(answer)
 }
 
-/// Status and body of an answer whose end is the end of the connection.
+/// Parses status and body of an answer that ends with the connection.
 fn parse(answer: &str) -> Option<(u16, &str)> {
     let (head, body) = answer.split_once("\r\n\r\n")?;
     let status = head.strip_prefix("HTTP/1.1 ")?.get(..3)?.parse().ok()?;
     Some((status, body))
 }
 
-/// Who listens everywhere is asked on loopback.
+/// Replaces an unspecified address by loopback, to connect to a service that listens on all addresses.
 fn reachable(mut address: SocketAddr) -> SocketAddr {
     if address.ip().is_unspecified() {
         address.set_ip(match address {

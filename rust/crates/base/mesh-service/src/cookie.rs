@@ -1,4 +1,4 @@
-//! Cookies that show that a source gets what is sent to its address, without keeping anything about it meanwhile.
+//! Cookies that prove that a source receives datagrams at its address, without state per source.
 
 use std::{
     net::{IpAddr, SocketAddr},
@@ -11,13 +11,13 @@ use aws_lc_rs::{constant_time, hmac};
 /// the address.
 pub const COOKIE_LEN: usize = 4 + MAC_LEN;
 
-/// Makes and checks cookies.
+/// Makes and checks cookies with one secret key.
 pub struct Cookies {
     key: hmac::Key,
 }
 
 impl Cookies {
-    /// With this key, which nobody else has.
+    /// Creates cookies with this secret key.
     #[must_use]
     pub fn new(key: &[u8; 32]) -> Self {
         Self {
@@ -25,7 +25,7 @@ impl Cookies {
         }
     }
 
-    /// A cookie for `source`; `uptime` is the time since some fixed moment.
+    /// Makes a cookie for `source`; `uptime` is the time since a fixed moment of the caller's choice.
     #[must_use]
     pub fn make(&self, source: SocketAddr, uptime: Duration) -> [u8; COOKIE_LEN] {
         let made = (uptime.as_secs() as u32).to_be_bytes();
@@ -35,7 +35,7 @@ impl Cookies {
         cookie
     }
 
-    /// Whether `cookie` was made for `source` no longer than [`LIFETIME_S`] seconds ago.
+    /// True if `cookie` was made for `source` at most [`LIFETIME_S`] seconds ago.
     #[must_use]
     pub fn check(&self, cookie: &[u8], source: SocketAddr, uptime: Duration) -> bool {
         let Ok(cookie) = <&[u8; COOKIE_LEN]>::try_from(cookie) else {

@@ -1,8 +1,8 @@
-//! How a service says why it ends.
+//! The error line of a service that ends.
 
 use std::error::Error;
 
-/// An error and its causes in one line. Many of our errors already quote their cause: it is not said twice.
+/// Formats an error and its causes in one line, without repeating causes that an error already quotes.
 pub fn describe(error: &(dyn Error + 'static)) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();

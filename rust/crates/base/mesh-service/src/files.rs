@@ -1,4 +1,5 @@
-//! Files in the state directory: written whole or not at all, secrets readable by their owner only. And how many may be open.
+//! Files in the state directory: replaced whole, secrets readable by their owner only. Also the limit on open
+//! files.
 
 use std::io;
 use std::path::Path;
@@ -7,8 +8,8 @@ use mesh_base::files;
 pub use mesh_base::files::Readers;
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
-/// Makes a service's state directory ready at its start: creates it, removes what a process that was killed left in it, and
-/// tells in the log of the files called `secrets`, and of the directory, where others may do more than they should.
+/// Prepares a service's state directory at its start: creates it, removes temporary files of killed
+/// processes, and warns if the mode of the directory or of the files called `secrets` is too open.
 pub fn open_state_dir(dir: &Path, secrets: &[&str]) -> io::Result<()> {
     create_private_dir(dir)?;
     sweep(dir);
@@ -21,7 +22,7 @@ pub fn open_state_dir(dir: &Path, secrets: &[&str]) -> io::Result<()> {
     Ok(())
 }
 
-/// Tells in the log of a file with a secret that others can read.
+/// Logs a warning about a file with a secret that others can read.
 pub fn warn_if_exposed(path: &Path, readers: Readers) {
     if let Some(text) = files::exposure(path, readers) {
         tracing::warn!("{text}");
@@ -37,7 +38,7 @@ pub fn sweep(dir: &Path) {
     }
 }
 
-/// Creates `dir` and its parents; `dir` itself is for its owner only when it is new.
+/// Creates `dir` and its parents; a new `dir` is accessible to its owner only.
 pub fn create_private_dir(dir: &Path) -> io::Result<()> {
     files::create_private_dir(dir).map_err(|error| named(error, "create directory", dir))
 }
@@ -73,7 +74,7 @@ fn named(error: io::Error, action: &str, path: &Path) -> io::Error {
     )
 }
 
-/// What systems allow that do not say it.
+/// Limit on open files to assume if the system reports none.
 const USUAL_FILES: usize = 1024;
 
 #[cfg(test)]

@@ -18,10 +18,10 @@ use crate::http::{self, Guard};
 use crate::metrics::{Format, Metrics};
 use crate::notify::Watchdog;
 
-/// What the health endpoints tell. Clones share their state.
+/// State behind the health endpoints. Clones share it.
 #[derive(Clone, Debug)]
 pub struct Health {
-    /// Why the service is not ready; `None` is ready.
+    /// Reason for not being ready; `None` while ready.
     unready: Arc<Mutex<Option<String>>>,
     /// A problem that leaves the service ready.
     note: Arc<Mutex<Option<String>>>,
@@ -29,7 +29,7 @@ pub struct Health {
 }
 
 impl Health {
-    /// Alive, and not ready because it is starting.
+    /// A service that is alive, but not ready because it is starting.
     pub fn starting() -> Self {
         Self {
             unready: Arc::new(Mutex::new(Some("starting".to_owned()))),
@@ -45,22 +45,23 @@ impl Health {
         self
     }
 
-    /// Requests can be served from now on.
+    /// Marks the service as ready.
     pub fn set_ready(&self) {
         *self.lock() = None;
     }
 
-    /// Sets a problem that leaves the service able to serve requests; `/ready` tells it beside its answer.
+    /// Sets a problem that does not keep the service from serving requests; `/ready` reports it with its
+    /// answer.
     pub fn set_note(&self, note: Option<String>) {
         *self.note.lock().unwrap_or_else(PoisonError::into_inner) = note;
     }
 
-    /// Requests cannot be served, for this reason.
+    /// Marks the service as not ready, for this reason.
     pub fn set_unready(&self, reason: impl Into<String>) {
         *self.lock() = Some(reason.into());
     }
 
-    /// Why the service is not ready; `None` is ready.
+    /// The reason that the service is not ready; `None` while it is ready.
     pub fn unready_reason(&self) -> Option<String> {
         self.lock().clone()
     }

@@ -1,6 +1,6 @@
 //! Serving an `axum` router until the drain, then letting open requests finish.
 //!
-//! [`Connections`] bounds what clients can take: time, and connections. [`Guard`] bounds who they are.
+//! [`Connections`] limits the time and the connections of clients. [`Guard`] decides which clients may ask.
 
 mod budget;
 mod guard;
@@ -43,23 +43,23 @@ pub use stream::{NoRoom, TooSlow};
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Connections {
-    /// Connections at a time; 0 is 2048, or as many as the system lets this process have, less what it needs itself.
+    /// Maximum number of connections; 0 is 1024. Lower where the process may not open that many files.
     pub total: usize,
-    /// Connections of one address, or of one IPv6 network of 64 bits; 0 is half of all. Loopback has all.
+    /// Connections of one address or of one IPv6 /64; 0 is half of `total`. Loopback has no such limit.
     pub per_source: usize,
-    /// For the head of a request.
+    /// Time limit for the head of a request.
     #[serde(with = "units::duration")]
     pub header_timeout: Duration,
-    /// Between requests.
+    /// Time limit between two requests.
     #[serde(with = "units::duration")]
     pub idle_timeout: Duration,
-    /// Silence within the body of a request.
+    /// Time limit for silence within the body of a request.
     #[serde(with = "units::duration")]
     pub body_timeout: Duration,
-    /// Time for which a client may take nothing of an answer that is there.
+    /// Time limit for a client that takes nothing of an answer that is ready.
     #[serde(with = "units::duration")]
     pub write_timeout: Duration,
-    /// Bytes of requests that are not complete, over all connections. One request may have more if no other has any.
+    /// Maximum bytes of incomplete requests over all connections. A single incomplete request may have more.
     #[serde(with = "units::bytes")]
     pub unfinished: u64,
 }
@@ -80,7 +80,7 @@ impl Default for Connections {
 }
 
 impl Connections {
-    /// The name and value of a time that is zero, which would close everything at once.
+    /// Name and value of a time limit that is zero, which would close all connections at once.
     pub fn zero(&self) -> Option<&'static str> {
         let times = [
             ("http.connections.header_timeout", self.header_timeout),
@@ -133,7 +133,7 @@ pub async fn bind(address: SocketAddr) -> io::Result<TcpListener> {
     })
 }
 
-/// [`serve_with`] default [`Connections`].
+/// Like [`serve_with`], with default [`Connections`].
 pub async fn serve(
     listener: TcpListener,
     router: Router,
@@ -184,11 +184,11 @@ struct Shared(Arc<Mutex<Inner>>);
 
 struct Inner {
     table: Table,
-    /// Ends a connection that has to go for another.
+    /// Tokens that end a connection that is evicted for another.
     ends: HashMap<Id, CancellationToken>,
-    /// Requests that are not complete.
+    /// Budget of incomplete requests.
     unfinished: Budget<CancellationToken>,
-    /// Those of them of which not even the head is.
+    /// Budget ids of requests whose heads are incomplete.
     heads: HashMap<Id, u64>,
 }
 
@@ -221,7 +221,7 @@ impl Shared {
         (admitted, end)
     }
 
-    /// Makes room where the system has none.
+    /// Evicts a connection when the system has no room for another.
     fn exhausted(&self) {
         let mut inner = self.inner();
         let evicted = inner.table.exhausted();
@@ -237,7 +237,7 @@ impl Shared {
         inner.head_is_over(id);
     }
 
-    /// Bytes came.
+    /// Records that bytes arrived.
     fn heard(&self, id: Id, bytes: u64) {
         let mut inner = self.inner();
         let inner = &mut *inner;
@@ -261,26 +261,26 @@ impl Shared {
         }
     }
 
-    /// The head of a request is complete.
+    /// Records that the head of a request is complete.
     fn asked(&self, id: Id, body: bool, streams: bool) {
         let mut inner = self.inner();
         inner.table.asked(id, body, streams, Instant::now());
         inner.head_is_over(id);
     }
 
-    /// A body begins, which `given_up` ends.
+    /// Begins a body, which `given_up` ends.
     fn unfinished(&self, source: IpAddr, given_up: CancellationToken) -> u64 {
         self.inner().unfinished.enter(source, given_up)
     }
 
-    /// More of it came.
+    /// Records that more of a body arrived.
     fn grows(&self, place: u64, bytes: u64) {
         for given_up in self.inner().unfinished.grow(place, bytes) {
             given_up.cancel();
         }
     }
 
-    /// It is complete, or nobody wants it any more.
+    /// Ends a body that is complete or abandoned.
     fn finished(&self, place: u64) {
         self.inner().unfinished.leave(place);
     }
@@ -310,7 +310,7 @@ impl std::ops::DerefMut for TableGuard<'_> {
     }
 }
 
-/// One listener's connections.
+/// The connections of one listener.
 #[derive(Clone)]
 struct Server {
     shared: Shared,
@@ -478,14 +478,14 @@ const RESERVE: usize = 8;
 const OWN_FILES: usize = 40;
 const MOST_OWN_FILES: usize = 512;
 const MOST_CONNECTIONS: usize = 16_384;
-/// As many as one wants that do not say: each takes some 20 kB.
+/// Connections by default; each takes some 20 kB.
 const USUAL_CONNECTIONS: usize = 1024;
 /// Requests at once on one connection.
 const MOST_STREAMS: u32 = 100;
 /// Bytes of a connection's buffer, so of a head, and of the headers of one request among many.
 const MOST_BUFFER: usize = 64 << 10;
 const MOST_HEADERS: u32 = 32 << 10;
-/// After an error that is not of one connection.
+/// Pause after an error that does not concern one connection.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 const WARNING_PAUSE: Duration = Duration::from_secs(60);
 

@@ -1,4 +1,4 @@
-//! What every service shares: layered configuration, telemetry, systemd, signals, metrics, health.
+//! Functions that all services share: layered configuration, telemetry, systemd, signals, metrics, health.
 //!
 //! A binary's `main` is [`run`], which puts these modules together:
 //!

@@ -1,4 +1,4 @@
-//! Prometheus metrics: a registry per service, and what is worth knowing about any process.
+//! Prometheus metrics: a registry per service, and metrics of the process.
 //!
 //! Names carry their unit (`_seconds`, `_bytes`, `_total`). A service's own metrics are prefixed
 //! `hydramesh_<service>_`; the process metrics keep the names that Prometheus client libraries share.
@@ -28,7 +28,7 @@ pub enum Format {
 }
 
 impl Format {
-    /// The one that an `Accept` header likes best; the text format where it does not care.
+    /// The format that an `Accept` header prefers; the text format without a preference.
     pub fn accepted(accept: Option<&str>) -> Self {
         let quality = |wanted: &dyn Fn(&str) -> bool| {
             let ranges = accept.unwrap_or("*/*").split(',');
@@ -54,7 +54,7 @@ impl Format {
         }
     }
 
-    /// Its MIME type.
+    /// MIME type of the format.
     pub fn content_type(self) -> &'static str {
         match self {
             Self::Text => "text/plain; version=0.0.4; charset=utf-8",
@@ -97,7 +97,7 @@ impl Metrics {
         register(registry.sub_registry_with_prefix(&self.prefix))
     }
 
-    /// All metrics.
+    /// Encodes all metrics as text in this format.
     pub fn encode(&self, format: Format) -> String {
         let mut text = String::new();
         let registry = self.registry.lock().unwrap_or_else(PoisonError::into_inner);
@@ -148,7 +148,7 @@ fn classic(text: &str) -> String {
     classic
 }
 
-/// Resident memory of this process in bytes, where the system tells.
+/// Resident memory of this process in bytes; `None` if the system does not report it.
 pub fn resident_bytes() -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = status

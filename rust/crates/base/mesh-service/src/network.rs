@@ -12,13 +12,13 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 pub struct Network(IpNet);
 
 impl Network {
-    /// Whether the address lies in it.
+    /// True if the address is in the network.
     pub fn contains(&self, address: IpAddr) -> bool {
         self.0.contains(&address)
     }
 }
 
-/// Text that is not a network.
+/// Error for text that is not a network.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("`{0}` is not a network; write it as 10.0.0.0/8 or fd00::/8")]
 pub struct NotANetwork(String);

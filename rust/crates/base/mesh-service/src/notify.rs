@@ -1,4 +1,4 @@
-//! What systemd is told, and a watchdog that only living loops feed.
+//! Notifications to systemd, and a watchdog that only living loops feed.
 //!
 //! Outside systemd every call is a no-op. The watchdog thread pets systemd only while every registered loop has beaten
 //! within its own limit: a thread that pets unconditionally would vouch for a service whose loops hang.
@@ -10,19 +10,19 @@ use std::time::{Duration, Instant};
 
 use sd_notify::NotifyState;
 
-/// The service answers requests now.
+/// Tells systemd that the service answers requests.
 pub fn ready() {
     send(&[NotifyState::Ready]);
 }
 
-/// One line for `systemctl status`.
+/// Sets the line that `systemctl status` shows.
 pub fn status(line: &str) {
     send(&[NotifyState::Status(line)]);
 }
 
 /// The service takes a new configuration; [`ready`] follows when it has. With `Type=notify-reload`, systemd waits for both.
 pub fn reloading() {
-    // Systemd tells this reload from an earlier one by the time.
+    // Systemd distinguishes this reload from an earlier one by the time.
     match NotifyState::monotonic_usec_now() {
         Ok(now) => send(&[NotifyState::Reloading, now]),
         Err(error) => tracing::debug!(%error, "systemd was not told"),
@@ -112,7 +112,7 @@ pub struct Heart {
 }
 
 impl Heart {
-    /// The loop turns. Costs one clock read and one store.
+    /// Records a beat of the loop. Costs one clock read and one store.
     pub fn beat(&self) {
         self.last.store(self.shared.now_ms(), Ordering::Relaxed);
     }

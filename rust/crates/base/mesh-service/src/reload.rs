@@ -1,4 +1,4 @@
-//! A reload: the configuration and the files it names are read again, and what can change while the service runs changes.
+//! Reloading: the configuration and the files that it names are read again, and reloadable keys are applied.
 //!
 //! A service names the keys that it can apply. Every other key that has changed is named in the log as one that needs a restart.
 //! A configuration that cannot be read or contradicts itself changes nothing.
@@ -11,14 +11,14 @@ use crate::config::ConfigError;
 use crate::notify;
 use crate::shutdown::Shutdown;
 
-/// Knows which configuration is in effect, and reads the new one.
+/// Holds the configuration in effect, and reads the new one.
 pub struct Reloader<T> {
     read: Box<dyn Fn() -> anyhow::Result<T> + Send>,
     running: toml::Table,
 }
 
 impl<T: Serialize> Reloader<T> {
-    /// `running` is in effect; `read` reads and checks what is to be.
+    /// `running` is the configuration in effect; `read` reads and checks the new one.
     ///
     /// # Errors
     /// If the configuration cannot be written as TOML, which it was read from.
@@ -91,7 +91,7 @@ impl Report {
     }
 }
 
-/// Reloads on every request, without end, and tells systemd and the log.
+/// Reloads on every request, without end, and reports to systemd and the log.
 pub async fn follow(shutdown: Shutdown, mut reload: impl FnMut() -> Report) {
     loop {
         shutdown.reload_asked().await;
@@ -131,7 +131,7 @@ fn differences(old: &toml::Table, new: &toml::Table) -> Vec<String> {
     keys
 }
 
-/// Makes `key` in `to` what it is in `from`.
+/// Copies the value of `key` from `from` to `to`.
 fn copy(key: &str, from: &toml::Table, to: &mut toml::Table) {
     let (name, rest) = key.split_once('.').unwrap_or((key, ""));
     match (from.get(name), to.get_mut(name)) {

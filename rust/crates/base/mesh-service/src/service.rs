@@ -34,21 +34,21 @@ use crate::{ask, files, telemetry};
 pub trait Service: 'static {
     /// The program, `mesh-head`. Without `mesh-` it names the service in files, variables and logs.
     const PROGRAM: &'static str;
-    /// What `--help` says first; `-h` shows its first line.
+    /// Description for `--help`; `-h` shows its first line.
     const ABOUT: &'static str;
     /// The keys of the configuration that [`Running`] applies while the service runs, besides `log_level`.
     const LIVE_KEYS: &'static [&'static str];
-    /// Its configuration, with the keys `state_dir`, `drain_limit` and `log_level`.
+    /// Configuration type, with the keys `state_dir`, `drain_limit` and `log_level`.
     type Config: Clone + Default + Serialize + DeserializeOwned + Send + 'static;
-    /// Its flags, besides [`CommonArgs`].
+    /// Flags besides [`CommonArgs`].
     type Flags: clap::Args + Clone + Send + 'static;
-    /// Its subcommands, besides `health`; [`Infallible`](std::convert::Infallible) if there are none.
+    /// Subcommands besides `health`; [`Infallible`](std::convert::Infallible) without any.
     type Command: clap::Subcommand;
 
     /// Adds the service's own names of keys: flags, environment variables, names that keys had before.
     fn layers(loader: Loader<Self::Config>, flags: &Self::Flags) -> Loader<Self::Config>;
 
-    /// Checks what the types of single keys cannot say.
+    /// Checks rules that the types of single keys do not express.
     ///
     /// # Errors
     /// A sentence with the key, its value and what to do.
@@ -70,18 +70,18 @@ pub trait Service: 'static {
     ) -> impl Future<Output = Result<Running<Self::Config>>>;
 }
 
-/// What a service is started with.
+/// Configuration and handles that a service starts with.
 #[derive(Clone, Debug)]
 pub struct Context {
-    /// Begins the drain.
+    /// Handle that begins and observes the drain.
     pub shutdown: Shutdown,
-    /// Watches the service's loops.
+    /// Watchdog for the service's loops.
     pub watchdog: Watchdog,
 }
 
 type Reload<C> = Box<dyn FnMut(&C, &mut Report) + Send>;
 
-/// A service that runs.
+/// A running service.
 pub struct Running<C> {
     addresses: Addresses,
     reload: Reload<C>,
@@ -104,7 +104,7 @@ impl<C> Running<C> {
     }
 }
 
-/// The whole of a service's `main`.
+/// Runs a service; the whole body of its `main`.
 pub fn run<S: Service>() -> ExitCode {
     match obey::<S>(Args::of::<S>()) {
         Ok(()) => ExitCode::SUCCESS,
@@ -202,7 +202,7 @@ fn obey<S: Service>(args: Args<S::Flags, S::Command>) -> Result<()> {
     }
 }
 
-/// `--print-config` and `--check-config`: what is in effect is shown also where it is wrong.
+/// Handles `--print-config` and `--check-config`. The configuration is printed even if it is invalid.
 fn report<S: Service>(common: &CommonArgs, flags: &S::Flags) -> Result<()> {
     let loaded = load::<S>(common, flags)?;
     if common.print_config {
@@ -228,7 +228,7 @@ fn serve<S: Service>(common: CommonArgs, flags: S::Flags) -> Result<()> {
     files::raise_open_files();
     let runtime = S::runtime().enable_all().build()?;
     let ended = runtime.block_on(live::<S>(loaded.value, shared, common, flags));
-    // A file that is being read on a thread of its own is not read to its end for nobody.
+    // Bounded wait: a thread that still reads a file must not hold up the exit.
     runtime.shutdown_timeout(Duration::from_secs(1));
     ended
 }
@@ -319,7 +319,7 @@ impl Shared {
     }
 }
 
-/// The key that says what is logged.
+/// The key of the log filter.
 const LOG_LEVEL: &str = "log_level";
 /// The field of [`CommonArgs`] with the keys that flags set.
 const SET: &str = "set";

@@ -27,12 +27,12 @@ pub struct Shutdown {
     reload: Arc<Notify>,
 }
 
-/// How a drain ended.
+/// Outcome of a drain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Drained {
-    /// Everything that ran has finished.
+    /// All running work finished.
     Finished,
-    /// The limit passed first.
+    /// The limit passed before all work had finished.
     TimedOut,
 }
 
@@ -98,17 +98,17 @@ impl Shutdown {
         self.reload.notify_one();
     }
 
-    /// Begins the drain.
+    /// Begins the drain; later calls have no effect.
     pub fn begin(&self) {
         self.draining.cancel();
     }
 
-    /// Whether the drain has begun.
+    /// True once the drain has begun.
     pub fn is_draining(&self) -> bool {
         self.draining.is_cancelled()
     }
 
-    /// Resolves when the drain begins: stop taking new work then.
+    /// Resolves when the drain begins; callers then stop accepting work.
     pub async fn draining(&self) {
         self.draining.cancelled().await;
     }
@@ -118,7 +118,7 @@ impl Shutdown {
         self.draining.clone()
     }
 
-    /// How long a drain may take.
+    /// Maximum duration of a drain.
     pub fn limit(&self) -> Duration {
         self.limit
     }
@@ -146,8 +146,8 @@ const ENDING: [Signal; 5] = [
     Signal::SIGPWR,
     Signal::SIGXCPU,
 ];
-/// Signals that would kill the process if nobody caught them. With SIGXFSZ caught, a file that grows over its
-/// limit is an error of that write.
+/// Signals whose default action kills the process, caught so that they do not. With SIGXFSZ caught, a write
+/// beyond the file size limit fails with an error.
 const WITHOUT_EFFECT: [Signal; 7] = [
     Signal::SIGUSR1,
     Signal::SIGUSR2,

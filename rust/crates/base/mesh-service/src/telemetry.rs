@@ -1,4 +1,4 @@
-//! Where `tracing` events go: the journal, a terminal, or JSON lines.
+//! Output of `tracing` events: to the journal, to a terminal, or as JSON lines.
 
 use std::io::IsTerminal;
 use std::os::unix::fs::MetadataExt;
@@ -26,21 +26,21 @@ pub enum LogFormat {
     Journal,
 }
 
-/// Why logging could not be set up.
+/// Errors of setting up logging.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum TelemetryError {
-    /// The filter is not one.
+    /// The filter is not valid.
     #[error(
         "log filter `{filter}` is not valid: {reason}; use a level such as debug, or target=level pairs"
     )]
     Filter {
-        /// The filter.
+        /// Text of the filter.
         filter: String,
-        /// What is wrong with it.
+        /// Error from the filter's parser.
         reason: String,
     },
-    /// The journal was asked for and is not there.
+    /// The journal was selected but is not available.
     #[error("cannot reach the systemd journal: {0}; use --log-format human")]
     Journal(std::io::Error),
     /// Another subscriber is in place.
@@ -65,7 +65,8 @@ pub fn init(
     Ok(())
 }
 
-/// Changes what is logged, to another filter in the configuration. Nothing changes where the flag or RUST_LOG says what is.
+/// Changes the log filter to that of a new configuration. The flag and RUST_LOG take precedence, so nothing
+/// changes if one is set.
 pub fn reload(args: &CommonArgs, configured: Option<&str>) -> Result<(), TelemetryError> {
     let filter = given(args, configured)?;
     match FILTER.get() {
@@ -145,8 +146,8 @@ fn output(
     })
 }
 
-/// Whether systemd connected our stderr to the journal: `JOURNAL_STREAM` names the device and inode of the socket it
-/// made (systemd.exec(5)), and a redirected stderr has others.
+/// True if systemd connected stderr to the journal: `JOURNAL_STREAM` holds the device and inode of the socket
+/// (systemd.exec(5)); a redirected stderr has others.
 fn stderr_is_journal() -> bool {
     let Ok(stream) = std::env::var("JOURNAL_STREAM") else {
         return false;
@@ -162,7 +163,7 @@ fn parse_journal_stream(stream: &str) -> Option<(u64, u64)> {
     Some((device.parse().ok()?, inode.parse().ok()?))
 }
 
-/// What quinn's sockets hear of a peer that died is said once by whoever had a link to it.
+/// Default filter. Errors of quinn's sockets about a lost peer are logged by the owner of its link.
 const DEFAULT_FILTER: &str = "info,quinn_udp=error";
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! Which engine runs a stage: a GPU where one can be used, else the CPU.
+//! Chooses the engine for a stage: a GPU where one can be used, else the CPU.
 
 use std::fmt;
 use std::ops::Range;
@@ -12,7 +12,7 @@ use crate::options::{LoadError, OrtOptions};
 use crate::provider::Provider;
 use crate::stage::OrtStage;
 
-/// What a stage is asked to run on.
+/// The requested backend of a stage.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Backend {
     /// A GPU, if this program has a provider for it and the provider works; else the CPU.
@@ -56,7 +56,7 @@ impl fmt::Display for Backend {
     }
 }
 
-/// A name that is no backend.
+/// A string that names no backend.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{0:?} is no backend: it is auto, cpu, cuda or migraphx")]
 pub struct NoSuchBackend(String);
@@ -76,11 +76,11 @@ impl FromStr for Backend {
     }
 }
 
-/// A stage, and where it runs.
+/// A loaded stage with its provider.
 pub struct Opened {
-    /// The stage.
+    /// The loaded stage.
     pub stage: Box<dyn Stage>,
-    /// What runs it; [`Provider::Cpu`] stands for our own kernels.
+    /// The provider that runs the stage; [`Provider::Cpu`] stands for our own kernels.
     pub provider: Provider,
     /// The providers that were tried and refused, each with the reason.
     pub refused: Vec<(Provider, String)>,
@@ -97,19 +97,19 @@ impl fmt::Debug for Opened {
 
 /// Loads `layers` of `model` on `backend`.
 ///
-/// A GPU is used only if one layer gives there what it gives on the CPU, and if the whole stage gives finite numbers that do
-/// not depend on how a prompt is cut.
+/// A GPU is used only if one layer gives the same result there as on the CPU, and if the whole stage gives
+/// finite numbers that do not depend on how a prompt is cut.
 ///
 /// # Errors
-/// What [`OrtStage::load`] says; for a backend asked for by name also why it cannot be used. [`Backend::Auto`] logs that
-/// reason as a warning and takes the CPU.
+/// Those of [`OrtStage::load`]; for a backend requested by name also the reason why it cannot be used.
+/// [`Backend::Auto`] logs that reason as a warning and uses the CPU.
 pub fn open(
     model: &Model,
     layers: Range<u32>,
     options: OrtOptions,
     backend: Backend,
 ) -> Result<Opened, LoadError> {
-    // Without the library or the layers nothing runs anywhere: that is no provider's fault.
+    // Without the library or the layers no provider can run, so their errors are not a provider's.
     crate::runtime::environment(options.library.as_deref())?;
     crate::check::layers(&layers, model.config().layers)?;
     crate::check::options(&options, model.config().context)?;
@@ -151,8 +151,8 @@ fn on_device(
     Ok(stage)
 }
 
-/// One layer on the device against the same layer on the CPU. It costs a small part of loading, and it is what a provider that
-/// is not there fails first.
+/// Compares one layer on the device with the same layer on the CPU. This takes a small part of the loading
+/// time and detects a missing provider early.
 fn compare_layer(
     model: &Model,
     layers: &Range<u32>,
@@ -182,7 +182,7 @@ fn compare_layer(
     let mut found = run(&mut ours, 0, rows, rows).map_err(&refused)?;
     let mut expected = run(&mut cpu, 0, rows, rows).map_err(&refused)?;
     if layer > 0 && layer < last {
-        // What the layer adds: the rows themselves would agree whatever it does.
+        // Compare the layers' contribution: the input rows alone would agree even if the layers were wrong.
         let input = hidden(0..rows, ours.info().shape.hidden);
         for out in [&mut found, &mut expected] {
             out.iter_mut().zip(&input).for_each(|(out, x)| *out -= x);
@@ -221,8 +221,8 @@ fn check_whole(stage: &mut DeviceStage) -> Result<(), String> {
     })
 }
 
-/// Runs `count` of the check's rows from `position` on in slot 0 and returns what comes out: the last row's logits, or
-/// hidden rows.
+/// Runs `count` of the check's rows from `position` on in slot 0 and returns the output: the last row's
+/// logits, or hidden rows.
 fn run(stage: &mut dyn Stage, position: u32, rows: u32, count: u32) -> Result<Vec<f32>, String> {
     let info = stage.info();
     let segment = Segment {

@@ -5,13 +5,14 @@
 //!                                   token_embd.gguf, output.gguf
 //! ```
 //!
-//! One GGUF file for each layer, so that stages with other ranges of layers share them, and read as any GGUF file is: a second
-//! start is as fast as with a model that was quantised before. A file is written under another name, synced and renamed, so that
-//! it is there whole or not at all. It is checked before use (a checksum over everything that is used) and passed over if
-//! anything is wrong with it. What is used least recently goes first when the folder would outgrow its limit.
+//! One GGUF file for each layer, so that stages with other ranges of layers share them. The files are read
+//! like any GGUF file: a second start is as fast as with a model that was quantised before. A file is written
+//! under another name, synced and renamed, so that it is never incomplete. Before use its checksum is
+//! verified; a damaged file is ignored. When the folder would outgrow its limit, the least recently used
+//! files are removed.
 //!
-//! The fingerprint is over all files of the model; whoever can write to this folder can write to the worker's state anyway, so
-//! the checksum is against accidents.
+//! The fingerprint covers all files of the model. The checksum protects against accidents only: anybody who
+//! can write to this folder can also write to the worker's state.
 
 use std::fs::{self, File};
 use std::hash::Hasher;
@@ -35,7 +36,7 @@ const CHECKSUM: &str = "hydramesh.checksum";
 /// Free disk space that is left alone.
 const SPARE: u64 = 1 << 30;
 
-/// Where quantised weights are kept, and how many bytes of them.
+/// Folder of quantised weights and its size limit in bytes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct WeightCache {
     /// The folder; it is made when it is needed.
@@ -117,7 +118,8 @@ impl Entry {
         })
     }
 
-    /// Removes what is used least recently until `bytes` more fit the limit; fails if they do not, or if the disk is full.
+    /// Removes the least recently used files until `bytes` more fit the limit; fails if they do not fit, or
+    /// if the disk is full.
     fn make_room(&self, bytes: u64) -> io::Result<()> {
         let mut others = Vec::new();
         let mut total = 0;
@@ -208,7 +210,7 @@ fn checksum<'a>(
     Ok(hasher.finish())
 }
 
-/// Bytes of the files in a folder. Temporary files that nobody writes any more are removed.
+/// Bytes of the files in a folder. Removes abandoned temporary files.
 fn size(folder: &Path) -> u64 {
     let Ok(items) = fs::read_dir(folder) else {
         return 0;
@@ -277,7 +279,7 @@ mod tests {
 
         let path = entry.path("blk.0");
         let whole = fs::read(&path).unwrap();
-        // Every bit counts but those of the padding, which nobody reads.
+        // Every bit counts except those of the padding, which is never read.
         let data = read.tensors().get("a").unwrap().data.offset() as usize;
         for at in [0, 8, 30, data - 60, data, data + 67, whole.len() - 1] {
             let mut damaged = whole.clone();

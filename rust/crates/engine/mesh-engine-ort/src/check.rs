@@ -1,4 +1,4 @@
-//! What every stage checks before it computes.
+//! Checks of a step's arguments that all stages share.
 
 use std::ops::Range;
 
@@ -6,7 +6,7 @@ use mesh_engine::{LogitRows, Segment, SlotId, StageError, StageInfo, StageInput}
 
 use crate::options::{LoadError, OrtOptions};
 
-/// The slot exists.
+/// Fails unless the slot exists.
 pub(crate) fn slot(info: &StageInfo, slot: SlotId) -> Result<(), StageError> {
     if slot < info.slots {
         return Ok(());

@@ -38,7 +38,7 @@ pub struct OrtEncoder {
     _reclaim: Reclaim,
 }
 
-/// What the operators share with the encoder.
+/// State that the operators share with the encoder.
 pub(crate) struct Shared {
     pub(crate) config: EncoderConfig,
     pub(crate) sentences: Sentences,

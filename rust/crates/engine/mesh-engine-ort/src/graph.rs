@@ -6,8 +6,9 @@
 //!                                                                                  └─ Head ─ logits f32 [kept, vocab]
 //! ```
 //!
-//! Hidden rows flow as tensors. What a step needs besides (its segments, the KV cache, scratch memory) the operators share
-//! with the stage. On a last stage the last Attention passes on only the rows that become logits.
+//! Hidden rows flow as tensors. The operators share the other state of a step (its segments, the KV cache,
+//! scratch memory) with the stage. On a last stage the last Attention passes on only the rows that become
+//! logits.
 
 use std::ops::Range;
 use std::sync::Arc;

@@ -10,18 +10,19 @@
 //! asked for more:
 //! - GGUF's Q4_1 and K-quants have a scale and a minimum per block. `MatMulNBits` takes those only as a float `zero_points`
 //!   input, which is about 70 times slower, or after a requantisation, which costs perplexity.
-//! - A row must not depend, bit for bit, on what shares its step; the library's products choose their algorithm by the number
-//!   of rows.
+//! - A row must not depend, bit for bit, on other rows of its step; the library's products choose their
+//!   algorithm by the number of rows.
 //! - A step mixes decode rows and prompt chunks of many slots. `GroupQueryAttention` wants equal lengths.
 //! - A node costs about a microsecond and a pass over its tensors. With norm, rotation, activation and residual inside, a
 //!   layer has two nodes instead of eleven.
 //!
 //! # The second lowering
-//! A GPU's execution provider cannot run our operators, so [`DeviceStage`] builds the same layers of ONNX Runtime's own ones
-//! (module `device::lower`): `MatMulNBits` with the weights of the file as they are, and a product of block sums for what a
-//! type's minimum adds; `GroupQueryAttention` with the slot's keys and values as past and present, on the device from step to
-//! step; one run for each segment of a step. On a GPU weights' scales, activations and KV cache are f16, the residual stream
-//! is f32. [`open`] takes a GPU where one works, and says why where none does.
+//! A GPU's execution provider cannot run our operators, so [`DeviceStage`] builds the same layers of ONNX
+//! Runtime's own ones (module `device::lower`): `MatMulNBits` with the weights of the file as they are, and a
+//! product of block sums for the minimum of a type; `GroupQueryAttention` with the slot's keys and values as
+//! past and present, on the device from step to step; one run for each segment of a step. On a GPU weights'
+//! scales, activations and KV cache are f16, the residual stream is f32. [`open`] takes a GPU where one
+//! works, and says why where none does.
 //!
 //! **Rows are not independent there**, bit for bit, as the trait asks: products choose their algorithm by the number of rows.
 //! A stream that is run again on such a stage, or moved between it and a CPU, continues with the same text up to near ties.
@@ -39,8 +40,8 @@
 //! packed. The KV cache is address space that the system fills as slots grow, and that
 //! [`truncate`](mesh_engine::Stage::truncate) to 0 gives back.
 //!
-//! A [`DeviceStage`] has its weights twice, on the device and on the host, where the session keeps what it was given; its slots
-//! grow by doubling.
+//! A [`DeviceStage`] has its weights twice, on the device and on the host, where the session keeps its
+//! inputs; its slots grow by doubling.
 //!
 //! # Unsafe code
 //! Module `tensors` reads the tensors of a running node through ONNX Runtime's C interface; module `operators` says for each

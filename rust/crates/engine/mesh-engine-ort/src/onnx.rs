@@ -8,13 +8,13 @@ pub(crate) struct Model<'a> {
     /// Domains and their versions.
     pub(crate) opsets: &'a [(&'a str, u64)],
     pub(crate) nodes: Vec<Node>,
-    /// Constants.
+    /// Constant tensors of the graph.
     pub(crate) initializers: Vec<Initializer>,
     pub(crate) inputs: Vec<Value>,
     pub(crate) outputs: Vec<Value>,
 }
 
-/// A node.
+/// A node of the graph: one operator with its inputs and outputs.
 pub(crate) struct Node {
     pub(crate) operator: &'static str,
     pub(crate) domain: &'static str,
@@ -67,7 +67,7 @@ pub(crate) enum Dim {
 }
 
 impl Model<'_> {
-    /// The `ModelProto`.
+    /// Encodes a `ModelProto`.
     pub(crate) fn encode(&self) -> Vec<u8> {
         let mut model = Message::default();
         model.int(1, IR_VERSION).text(2, "hydramesh");

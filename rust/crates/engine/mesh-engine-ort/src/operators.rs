@@ -7,8 +7,8 @@
 //! | `FeedForward` | hidden | hidden + feed-forward(norm(hidden)) |
 //! | `Head` | hidden | logits `[kept, vocab]` |
 //!
-//! A node does a whole half layer because walking from node to node costs about a microsecond, and because what lies between
-//! (norm, rotation, quantised rows) then never leaves the second-level cache.
+//! A node does a whole half layer because walking from node to node costs about a microsecond, and because
+//! intermediate results (norm, rotation, quantised rows) then never leave the second-level cache.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, PoisonError};
@@ -26,7 +26,7 @@ use ort::value::{Shape, SymbolicDimensions, TensorElementType, ValueType};
 use crate::shared::{Shared, Step};
 use crate::tensors;
 
-/// Which operator.
+/// The custom operators of a stage.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Kind {
     Embed,
@@ -216,7 +216,7 @@ impl StageKernel {
         Ok(())
     }
 
-    /// Fills `step.attended` with what the heads gather, having extended the layer's KV rows.
+    /// Extends the layer's KV rows and fills `step.attended` with the output of the attention heads.
     fn attend(&self, step: &mut Step, x: &[f32], clock: &mut Option<Instant>) -> ort::Result<()> {
         let shared = &*self.shared;
         let layer = &shared.weights.layers[self.layer];

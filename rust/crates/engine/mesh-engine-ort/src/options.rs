@@ -1,4 +1,4 @@
-//! What a caller chooses when it loads a stage, and why loading can fail.
+//! Options for loading a stage, and the errors of loading.
 
 use std::path::PathBuf;
 
@@ -7,7 +7,7 @@ use mesh_model::{GgmlType, Model};
 
 use crate::cache::WeightCache;
 
-/// How to load a stage.
+/// Options for loading a stage.
 #[derive(Debug, Clone)]
 pub struct OrtOptions {
     /// ONNX Runtime's shared library; `None` means the environment variable `ORT_DYLIB_PATH`. The first stage of a process
@@ -15,7 +15,7 @@ pub struct OrtOptions {
     pub library: Option<PathBuf>,
     /// Threads that compute, the caller's among them; `0` means one per available core.
     pub threads: usize,
-    /// KV slots.
+    /// Number of KV slots.
     pub slots: u32,
     /// Most tokens in one slot; `0` means the model's own context length. More than the model's length is refused.
     pub context: u32,
@@ -25,13 +25,15 @@ pub struct OrtOptions {
     /// bytes read, and perplexity does not change (docs/reference/benchmarks.md). All stages of a model must agree on it for their
     /// results to be the same bit for bit.
     pub compact: bool,
-    /// What the weights are held as. Stages of one model may differ in it: each computes what its own weights say.
+    /// Format of the weights in memory. Stages of one model may differ in it: each computes with its own
+    /// weights.
     pub weights: WeightFormat,
-    /// What keys and values are held as; `None` means as suits the weights, see [`suited_kv`]. Stages that hand each other KV
-    /// rows must agree on it. Execution providers compute at a precision of their own; the rows that they hand over are of this one.
+    /// Format of keys and values; `None` chooses by the weights, see [`suited_kv`]. Stages that exchange KV
+    /// rows must agree on it. Execution providers compute at a precision of their own but export rows in this
+    /// format.
     pub kv: Option<KvFormat>,
-    /// Where weights that are quantised while they are loaded are kept for the next time; `None` for nowhere. Weights that are
-    /// integers in the file are not kept: to change their format takes hardly longer than to read it.
+    /// Folder for weights that are quantised during the load, for the next load; `None` disables it. Weights
+    /// that are integers in the file are not kept: converting them takes hardly longer than reading them.
     pub cache: Option<WeightCache>,
     /// Measure the time spent in each operator, see [`OrtStage::profile`](crate::OrtStage::profile).
     pub profile: bool,
@@ -54,26 +56,26 @@ impl Default for OrtOptions {
     }
 }
 
-/// What the weights are held as in memory.
+/// Format of the weights in memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub enum WeightFormat {
-    /// As they are stored in the file.
+    /// Unchanged, as stored in the file.
     #[default]
     File,
     /// All matrices as Q8_0: for processors that multiply bytes faster than they unpack nibbles.
     Int8,
-    /// The layers' matrices as Q4_1 where the file has more than 4 bits; embedding and output stay as they are, or become Q8_0
-    /// where they are floats, since they are what a small model can least afford to lose bits of.
+    /// The layers' matrices as Q4_1 where the file has more than 4 bits; embedding and output stay as they
+    /// are, or become Q8_0 where they are floats, since a small model loses most quality there.
     Int4,
 }
 
 impl WeightFormat {
-    /// All of them.
+    /// All formats.
     pub const ALL: [WeightFormat; 3] = [WeightFormat::File, WeightFormat::Int8, WeightFormat::Int4];
 
-    /// The format for a model that nobody chose one for: a file of integers stays as it is, floats become 8-bit integers. That
-    /// halves the bytes of bf16, and with them the time of a decode step, for less than 1 % of perplexity; 4 bits cost several
-    /// (docs/reference/benchmarks.md).
+    /// Default format for a model: a file of integers stays as it is, floats become 8-bit integers. That
+    /// halves the bytes of bf16, and with them the time of a decode step, for less than 1 % of perplexity; 4
+    /// bits cost several percent (docs/reference/benchmarks.md).
     pub fn suited(model: &Model) -> WeightFormat {
         match has_floats(model) {
             true => WeightFormat::Int8,
@@ -90,7 +92,7 @@ impl WeightFormat {
         }
     }
 
-    /// The format with this [`WeightFormat::name`].
+    /// The format with this [`WeightFormat::name`]; `None` for other names.
     pub fn from_name(name: &str) -> Option<WeightFormat> {
         WeightFormat::ALL
             .into_iter()
@@ -98,8 +100,8 @@ impl WeightFormat {
     }
 }
 
-/// What keys and values are held as where nobody chose: f32 beside weights that are left as f32, since whoever wants those wants
-/// nothing rounded; f16 otherwise, which costs half the memory and less than the weights' own rounding does.
+/// Default format of keys and values: f32 if the weights stay f32, so that nothing is rounded; otherwise f16,
+/// which takes half the memory and loses less than the rounding of the weights.
 pub fn suited_kv(model: &Model, weights: WeightFormat) -> KvFormat {
     match (weights, matrices(model)) {
         (WeightFormat::File, Some(GgmlType::F32)) => KvFormat::F32,
@@ -107,22 +109,22 @@ pub fn suited_kv(model: &Model, weights: WeightFormat) -> KvFormat {
     }
 }
 
-/// Whether the layers' matrices are floats in the file.
+/// True if the layers' matrices are floats in the file.
 pub(crate) fn has_floats(model: &Model) -> bool {
     matrices(model).is_some_and(|ty| ty.block_size() == 1)
 }
 
-/// What the layers' matrices are in the file.
+/// Type of the layers' matrices in the file.
 fn matrices(model: &Model) -> Option<GgmlType> {
     let tensor = model.tensors().get("blk.0.ffn_up.weight");
     tensor.map(|tensor| tensor.ty)
 }
 
-/// Why a stage could not be loaded.
+/// Errors of loading a stage.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum LoadError {
-    /// Nobody said where ONNX Runtime is.
+    /// The path of ONNX Runtime's library is not configured.
     #[error(
         "ONNX Runtime's library is not configured: give its path in the options or in ORT_DYLIB_PATH \
          (libonnxruntime.so.1.24.4, in the PyPI package `onnxruntime` 1.24.4 under onnxruntime/capi/)"
@@ -131,9 +133,9 @@ pub enum LoadError {
     /// The library could not be loaded.
     #[error("ONNX Runtime at {path} cannot be loaded: {message}; version 1.24 or later is needed")]
     Library {
-        /// The path tried.
+        /// Path of the library.
         path: PathBuf,
-        /// The loader's words.
+        /// The dynamic loader's error message.
         message: String,
     },
     /// ONNX Runtime refused the graph or the session.
@@ -152,11 +154,11 @@ pub enum LoadError {
     /// An option outside its limits.
     #[error("option {name} = {value}: {remedy}")]
     Option {
-        /// The option's name.
+        /// Name of the option's field.
         name: &'static str,
-        /// What it was set to.
+        /// The rejected value.
         value: u64,
-        /// What it may be.
+        /// Description of the allowed values.
         remedy: String,
     },
     /// A tensor that the architecture needs is absent.
@@ -171,11 +173,11 @@ pub enum LoadError {
     /// A tensor that cannot be packed or read.
     #[error("tensor {name} of type {ty}: {message}")]
     Tensor {
-        /// The tensor's name.
+        /// Name of the tensor in the file.
         name: String,
-        /// Its quantisation.
+        /// Quantisation of the tensor.
         ty: String,
-        /// What is wrong.
+        /// Description of the error.
         message: String,
     },
     /// An execution provider that is not there, or does not take the graph, or computes something else.
@@ -184,9 +186,9 @@ pub enum LoadError {
          and this program's package for such GPUs, or set the backend to \"auto\" or \"cpu\""
     )]
     Provider {
-        /// Which.
+        /// The requested provider.
         provider: crate::Provider,
-        /// Why.
+        /// Description of the failure.
         reason: String,
     },
     /// A network that the graph for execution providers cannot express.
@@ -194,7 +196,7 @@ pub enum LoadError {
         "the model has {feature}, which ONNX Runtime's operators cannot run: set the backend to \"cpu\""
     )]
     Unsupported {
-        /// What.
+        /// The feature of the model that has no operator.
         feature: String,
     },
     /// The kernels cannot run such a network, or there is no memory for its KV cache.

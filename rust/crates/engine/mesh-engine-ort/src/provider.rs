@@ -10,19 +10,19 @@ use ort::value::DynTensor;
 
 use crate::options::LoadError;
 
-/// Where the graph of a [`DeviceStage`](crate::DeviceStage) runs.
+/// The runtime that executes the graph of a [`DeviceStage`](crate::DeviceStage).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Provider {
     /// ONNX Runtime's own CPU kernels: slower than [`OrtStage`](crate::OrtStage), and the way to test the graph without a GPU.
     Cpu,
-    /// NVIDIA GPUs.
+    /// NVIDIA GPUs, through CUDA.
     Cuda,
-    /// AMD GPUs.
+    /// AMD GPUs, through MIGraphX.
     MiGraphX,
 }
 
 impl Provider {
-    /// Its name in configuration and log.
+    /// Name in configuration and logs: `cpu`, `cuda` or `migraphx`.
     pub fn name(self) -> &'static str {
         match self {
             Provider::Cpu => "cpu",
@@ -31,7 +31,7 @@ impl Provider {
         }
     }
 
-    /// Whether this build can ask for it.
+    /// True if this build supports the provider.
     pub fn is_compiled_in(self) -> bool {
         match self {
             Provider::Cpu => true,
@@ -78,7 +78,7 @@ impl Provider {
             })
     }
 
-    /// What KV caches are allocated with.
+    /// The allocator for KV caches.
     pub(crate) fn allocator(self, session: &Session) -> ort::Result<Allocator> {
         let device = match self {
             Provider::Cpu => return Ok(Allocator::default()),
@@ -126,7 +126,7 @@ impl Provider {
             .map_err(|error| reason(&error))
     }
 
-    /// Whether the library that is loaded has the provider.
+    /// True if the loaded ONNX Runtime library has the provider.
     fn is_in_library(self) -> bool {
         #[allow(unused_imports, reason = "depends on the features")]
         use ort::ep::ExecutionProvider;
@@ -148,7 +148,7 @@ impl fmt::Display for Provider {
     }
 }
 
-/// What went wrong, of ONNX Runtime's words: it puts source files and signatures before it, and a trace or the host's name behind.
+/// The core of ONNX Runtime's error message, without source files, signatures, trace and host name.
 fn reason<T>(error: &ort::Error<T>) -> String {
     let text = error.to_string();
     gist(&text).to_owned()

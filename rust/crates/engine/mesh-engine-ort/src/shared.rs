@@ -1,4 +1,4 @@
-//! What the operators of a stage share with it: weights, the thread pool, and the step that is running.
+//! State that the operators of a stage share with it: weights, the thread pool, and the running step.
 
 use std::ops::Range;
 use std::sync::Mutex;
@@ -21,9 +21,9 @@ pub(crate) struct Shared {
     pub(crate) layers: Range<u32>,
     pub(crate) heads: usize,
     pub(crate) norm_eps: f32,
-    /// Of layers that see all positions.
+    /// Parameters of layers that see all positions.
     global: Attending,
-    /// Of layers that see a window, and for each layer of the stage whether it is one.
+    /// Parameters of layers with a sliding window, and for each layer of the stage whether it has one.
     local: Option<(Attending, Vec<bool>)>,
     pub(crate) embedding_scale: f32,
     pub(crate) activation: Activation,
@@ -32,7 +32,7 @@ pub(crate) struct Shared {
     pub(crate) step: Mutex<Step>,
 }
 
-/// How a layer attends.
+/// Attention parameters of a layer.
 pub(crate) struct Attending {
     pub(crate) rope: Rope,
     /// Factor of the scores.
@@ -95,12 +95,12 @@ impl Shared {
         })
     }
 
-    /// Whether the stage ends the model.
+    /// True if the stage holds the model's last layer.
     pub(crate) fn is_last(&self) -> bool {
         self.layers.end == self.shape.layers
     }
 
-    /// How `layer`, counted from the stage's first, attends.
+    /// Attention parameters of `layer`, counted from the stage's first.
     pub(crate) fn attending(&self, layer: usize) -> &Attending {
         match &self.local {
             Some((attending, which)) if which[layer] => attending,
@@ -155,11 +155,11 @@ pub(crate) struct Step {
     pub(crate) kept: Vec<usize>,
     /// Queries, keys and values of the running layer.
     pub(crate) qkv: Vec<f32>,
-    /// What the running layer's heads gathered.
+    /// Output of the running layer's attention heads.
     pub(crate) attended: Vec<f32>,
     /// Residual rows that become logits.
     pub(crate) gathered: Vec<f32>,
-    /// What attention gives, before its norm.
+    /// Output of attention, before its norm.
     pub(crate) projected: Vec<f32>,
     profile: Option<Vec<(&'static str, Duration, u64)>>,
 }

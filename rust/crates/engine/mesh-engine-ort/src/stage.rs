@@ -22,7 +22,7 @@ use crate::weights::Weights;
 
 const BACKEND: &str = "ONNX Runtime";
 
-/// A range of layers on ONNX Runtime. See the crate's page.
+/// A range of layers on ONNX Runtime's CPU provider, with our kernels as operators. See the crate's page.
 pub struct OrtStage {
     info: StageInfo,
     shared: Arc<Shared>,

@@ -1,7 +1,7 @@
 //! The weights of a stage, packed for the kernels.
 //!
-//! Layer by layer, each matrix on all threads: what is held besides the packed weights is one matrix in its new form, or one
-//! layer's where they are kept on disk for the next time.
+//! Packs layer by layer, each matrix on all threads: besides the packed weights, memory holds one matrix in
+//! its new form, or the matrices of one layer if they are cached on disk.
 
 use std::cell::RefCell;
 use std::ops::Range;
@@ -22,7 +22,7 @@ pub(crate) struct Weights {
     pub(crate) head: Option<HeadWeights>,
 }
 
-/// One transformer layer.
+/// Weights of one transformer layer.
 pub(crate) struct LayerWeights {
     pub(crate) attention_norm: Vec<f32>,
     /// Query, key and value under each other.
@@ -31,13 +31,13 @@ pub(crate) struct LayerWeights {
     pub(crate) query_norm: Option<Vec<f32>>,
     pub(crate) key_norm: Option<Vec<f32>>,
     pub(crate) attention_output: QMatrix,
-    /// Of what attention gives, before it is added.
+    /// Norm of the attention output, before the residual is added.
     pub(crate) attention_post_norm: Option<Vec<f32>>,
     pub(crate) ffn_norm: Vec<f32>,
     pub(crate) gate: QMatrix,
     pub(crate) up: QMatrix,
     pub(crate) down: QMatrix,
-    /// Of what the feed-forward layer gives, before it is added.
+    /// Norm of the feed-forward output, before the residual is added.
     pub(crate) ffn_post_norm: Option<Vec<f32>>,
 }
 
@@ -131,7 +131,7 @@ struct Loader<'a> {
     pool: &'a Pool,
     options: PackOptions,
     format: WeightFormat,
-    /// Where quantised matrices are kept, if they are.
+    /// Place of the quantised matrices in the cache, if there is a cache.
     entry: Option<Entry>,
     group: RefCell<Group>,
 }
@@ -139,14 +139,15 @@ struct Loader<'a> {
 /// The matrices that are being loaded together.
 #[derive(Default)]
 struct Group {
-    /// As they were kept.
+    /// The cached file, if there is one.
     kept: Option<Gguf>,
-    /// To be kept.
+    /// Newly quantised matrices, to be written to the cache.
     fresh: Vec<Quantised>,
 }
 
 impl Loader<'_> {
-    /// Loads what belongs together, with quantised matrices as they were kept; if there are none, they are kept now.
+    /// Loads the tensors of one group, with the quantised matrices from the cache; if the cache lacks them,
+    /// adds them.
     fn group<T>(
         &self,
         name: &str,
@@ -163,7 +164,7 @@ impl Loader<'_> {
             && kept.is_none()
             && !fresh.is_empty()
         {
-            // What was made from a file that somebody writes to is not kept.
+            // Weights read while somebody writes to the file must not enter the cache.
             self.check_unchanged()?;
             entry.write(name, &fresh);
         }

@@ -1,5 +1,5 @@
-//! Which backend a stage gets. ONNX Runtime's library here is the one for CPUs, or with `HYDRAMESH_TEST_GPU=1` one whose
-//! provider must work.
+//! The choice of a stage's backend. By default ONNX Runtime's library is the one for CPUs; with
+//! `HYDRAMESH_TEST_GPU=1` it is one whose provider must work.
 
 mod common;
 
@@ -82,7 +82,7 @@ fn a_backend_asked_for_by_name_fails_with_reason_and_remedy() {
         );
         let text = error.to_string();
         assert!(text.contains(provider.name()), "{text}");
-        // Where the library has the provider, it is what the provider needs that is missing.
+        // If the library has the provider, the provider's own requirements are missing.
         let reasons = match provider.is_compiled_in() {
             true => [
                 "was loaded was built without it",
@@ -145,7 +145,7 @@ fn names_of_backends_and_of_torch_devices() {
     );
 }
 
-/// The checks that a GPU must pass are passed by a provider that computes what it should.
+/// A provider that computes correctly passes the checks for GPUs.
 #[test]
 fn a_stage_says_what_it_holds() {
     let opened = opened(Backend::Auto).unwrap();

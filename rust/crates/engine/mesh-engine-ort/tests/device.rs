@@ -383,7 +383,7 @@ fn the_graph_of_16_bits_agrees_loosely() {
             let model = tiny(architecture, ty);
             let vocab = model.config().vocab;
             let mut stage = DeviceStage::load(&model, 0..2, options(1, 64), half).unwrap();
-            // As exported, whatever the graph computes in.
+            // In the exported format, for any precision of the graph.
             let number = match ty {
                 GgmlType::F32 => 4,
                 _ => 2,

@@ -1,4 +1,5 @@
-//! Embedding models: MiniLM against what sentence-transformers gave, and small random ones against the definition.
+//! Embedding models: MiniLM against vectors of sentence-transformers, and small random models against the
+//! definition.
 
 mod bert;
 
@@ -25,7 +26,8 @@ fn minilm() -> (EncoderModel, OrtEncoder) {
     (model, encoder)
 }
 
-/// 200 texts of many lengths and languages, and what sentence-transformers makes of them (scripts/embed_anchor.py).
+/// 200 texts of many lengths and languages, with their vectors by sentence-transformers
+/// (scripts/embed_anchor.py).
 fn references() -> Vec<(String, Vec<f32>)> {
     let texts: Vec<String> = serde_json::from_str(include_str!("data/texts.json")).unwrap();
     let vectors = include_str!("data/minilm.base64").lines().map(|line| {

@@ -23,7 +23,7 @@ fn stages(model: &Model, cuts: &[(u32, u32, WeightFormat)]) -> Vec<OrtStage> {
             let options = OrtOptions {
                 weights,
                 max_rows: WINDOW as u32,
-                // Exact scales: what is compared is the formats.
+                // Exact scales: the test compares only the formats.
                 compact: false,
                 ..options(1, WINDOW as u32)
             };
@@ -32,7 +32,7 @@ fn stages(model: &Model, cuts: &[(u32, u32, WeightFormat)]) -> Vec<OrtStage> {
         .collect()
 }
 
-/// Of the second half of each window, from an empty context.
+/// Perplexity over the second half of each window, from an empty context.
 fn perplexity(model: &Model, stages: Vec<OrtStage>, windows: usize) -> f64 {
     perplexity_over(model, stages, windows, |_| {})
 }
@@ -96,7 +96,7 @@ fn int8_stages_and_stages_of_the_files_own_format_work_together() {
     );
 }
 
-/// What a ring with `half_rows` costs in quality: next to nothing.
+/// The loss of quality in a ring with `half_rows` is negligible.
 #[test]
 fn rows_that_travel_as_f16_keep_the_perplexity() {
     let model = smollm2();

@@ -91,6 +91,6 @@ fn texts_are_llama_cpps_and_rows_do_not_depend_on_cuts_of_prompt_or_model() {
     assert_same_bits(&found, &expected);
 }
 
-/// How far below the largest logit llama.cpp's choice may lie. Both engines round activations to 8 bits, in different
-/// groups, so logits differ by a few tenths and near ties fall differently.
+/// Largest distance of llama.cpp's choice below the largest logit. Both engines round activations to 8 bits,
+/// in different groups, so logits differ by a few tenths and near ties fall differently.
 const TIE: f32 = 0.5;

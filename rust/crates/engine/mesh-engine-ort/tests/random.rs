@@ -127,7 +127,7 @@ fn rows_with_windows_do_not_depend_on_cuts_and_their_kv_rows_move() {
     let rows = pieces.kv_export(1, 0..299).unwrap();
     let found = logits(&mut pieces, &[last(1, 299, 1)], &tokens[299..]);
     assert_same_bits(&found, &expected);
-    // All rows are kept, also those that no window reaches any more: what moves is what a model without windows has.
+    // All rows are kept, also those beyond every window: exported rows are as in a model without windows.
     let mut other = whole(&model, wide(1));
     other.kv_import(0, 0, &rows).unwrap();
     let found = logits(&mut other, &[last(0, 299, 1)], &tokens[299..]);

@@ -99,7 +99,7 @@ fn stories(dir: &Path) -> Model {
     Model::open(folder).unwrap()
 }
 
-/// What the checkpoint computes, as llama2.c does it, in f32, without anything of what is tested.
+/// The checkpoint's forward pass as llama2.c computes it, in f32, without any of the tested code.
 fn plain_forward(data: &[u8], tokens: &[u32]) -> Vec<f32> {
     const HIDDEN: usize = 288;
     const FFN: usize = 768;
@@ -290,7 +290,7 @@ fn quantised_weights_are_kept_and_used_again() {
         assert_same_bits(&of(Some(&cache)), &without);
         assert_eq!(kept(&cache.folder), files, "nothing is written twice");
 
-        // It is what is in the folder that is used: other whole matrices give other logits.
+        // The stage uses the files of the folder: other valid matrices give other logits.
         let (first, second) = (&files[0].0, &files[1].0);
         assert!(first.ends_with("blk.0.gguf") && second.ends_with("blk.1.gguf"));
         let own = fs::read(first).unwrap();

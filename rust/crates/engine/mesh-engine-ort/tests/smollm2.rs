@@ -20,8 +20,8 @@ fn encode(model: &Model, text: &str) -> Vec<u32> {
     model.tokenizer().encode(text, options).unwrap()
 }
 
-/// How far below the largest logit llama.cpp's choice may lie. Both engines round activations to 8 bits, in different
-/// groups, so logits differ by a few tenths and near ties fall differently.
+/// Largest distance of llama.cpp's choice below the largest logit. Both engines round activations to 8 bits,
+/// in different groups, so logits differ by a few tenths and near ties fall differently.
 const TIE: f32 = 0.5;
 
 /// The answers are llama.cpp's (Debian's build 11669, the same file, temperature 0).

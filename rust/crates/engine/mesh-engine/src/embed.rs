@@ -1,8 +1,9 @@
-//! Embeddings: the encoder trait, what batches its sequences, and the thread that owns both.
+//! The encoder trait for embeddings, the scheduler that forms batches, and the thread that owns both.
 //!
 //! An [`Encoder`] turns token sequences into vectors. The [`scheduler`] decides which sequences of which requests share a
 //! batch; it does no I/O and reads no clock. An [`EmbedEngine`] is the thread that owns both; an [`EmbedHandle`] submits
-//! requests to it from anywhere. Who calls it sees texts become vectors and no tensor.
+//! requests to it from anywhere. Callers pass token sequences and receive vectors; no tensor appears in the
+//! API.
 
 mod engine;
 pub mod scheduler;
@@ -11,7 +12,7 @@ pub use engine::{EmbedEngine, EmbedHandle, EmbedReply};
 
 use crate::StageError;
 
-/// What a loaded encoder is and takes.
+/// Dimensions and limits of a loaded encoder.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct EncoderInfo {
     /// Length of a vector.
@@ -28,10 +29,10 @@ pub struct EncoderInfo {
 
 /// A loaded embedding model.
 ///
-/// A vector depends, bit for bit, on its own sequence only: not on what shares the call, nor on the number of threads. Calls are
-/// synchronous and use the encoder's own threads.
+/// A vector depends, bit for bit, on its own sequence only: neither on other sequences of the call nor on the
+/// number of threads. Calls are synchronous and use the encoder's own threads.
 pub trait Encoder: Send {
-    /// Shape and limits.
+    /// Dimensions and limits of this encoder.
     fn info(&self) -> &EncoderInfo;
 
     /// The vectors of `sequences`, which are of any lengths from 1 to `max_tokens`: row-major `[sequences, dimensions]`, pooled and
@@ -45,16 +46,16 @@ pub trait Encoder: Send {
 /// Texts to embed, as tokens.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct EmbedRequest {
-    /// For logs.
+    /// Request id, used in logs only.
     pub id: String,
     /// One sequence per text, with the tokens that begin and end it.
     pub sequences: Vec<Vec<u32>>,
-    /// When an answer is of no use any more.
+    /// Time after which the answer is useless; `None` means no limit.
     pub deadline: Option<std::time::Instant>,
 }
 
-/// Cuts `vector` to its first `dimensions` numbers and scales what is left to length 1, as embedding models that were trained for it
-/// want it. A vector without a length stays as it is.
+/// Cuts `vector` to its first `dimensions` numbers and scales the rest to length 1, for embedding models
+/// trained with nested dimensions. A vector of length 0 stays as it is.
 pub fn shorten(vector: &mut Vec<f32>, dimensions: usize) {
     if dimensions >= vector.len() {
         return;

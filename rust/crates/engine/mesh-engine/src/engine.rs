@@ -1,8 +1,9 @@
-//! The thread that works a runner and its scheduler, and the handle by which the rest of a program uses it.
+//! The thread that runs a runner and its scheduler, and the handle through which the rest of a program uses
+//! it.
 //!
 //! Nothing here depends on an async runtime: an [`EngineHandle`] never blocks, and a [`RequestStream`] is a plain
-//! [`Stream`]. A request ends in exactly one last event, whatever happens to the engine: if its thread is gone, the
-//! stream says so.
+//! [`Stream`]. Every request ends in exactly one last event: if the engine's thread is gone, the stream
+//! reports an error.
 
 mod worker;
 
@@ -21,19 +22,20 @@ use crate::runner::{Local, Runner};
 use crate::scheduler::{Load, RequestKey, RequestStatus, Scheduler, SchedulerConfig};
 use crate::{Stage, StageInfo, Vocabulary};
 
-/// A running engine: one thread with a scheduler and what runs its steps. Dropping it stops the thread; requests then fail.
+/// A running engine: one thread with a scheduler and a runner. Dropping it stops the thread; requests then
+/// fail.
 pub struct Engine {
     handle: EngineHandle,
     thread: Option<JoinHandle<()>>,
 }
 
-/// Submits requests to an [`Engine`] and looks at its load, from any thread or task.
+/// Submits requests to an [`Engine`] and reads its load, from any thread or task.
 #[derive(Clone)]
 pub struct EngineHandle {
     shared: Arc<Shared>,
 }
 
-/// Has an engine look at its runner.
+/// Makes an engine poll its runner.
 #[derive(Clone)]
 pub struct Waker(Arc<Shared>);
 
@@ -45,14 +47,14 @@ pub struct RequestStream {
     ended: bool,
 }
 
-/// Why an engine cannot be started.
+/// Errors of starting an engine.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum StartError {
     /// The stage holds only some layers.
     #[error("the stage holds layers {start}..{end} of {layers}; an engine needs all of them")]
     PartialModel {
-        /// First layer held.
+        /// Index of the first layer held.
         start: u32,
         /// One past the last layer held.
         end: u32,
@@ -83,7 +85,8 @@ impl Engine {
         Self::start_runner(name, vocabulary, config, |_| Box::new(Local::new(stage)))
     }
 
-    /// As [`start`](Self::start), with steps that run elsewhere. The runner is made with what wakes the engine's thread.
+    /// As [`start`](Self::start), with the runner that `make` returns. It receives the waker of the engine's
+    /// thread.
     pub fn start_runner(
         name: &str,
         vocabulary: Arc<dyn Vocabulary>,
@@ -124,12 +127,12 @@ impl Drop for Engine {
 }
 
 impl EngineHandle {
-    /// Submits a request; refusals come as its first event.
+    /// Submits a request; a refusal is its first and last event.
     pub fn submit(&self, request: Request) -> RequestStream {
         self.send_work(Work::Generate(Box::new(request)))
     }
 
-    /// How the model sees each token of a text but the first, given the tokens before it.
+    /// Scores each token of `tokens` but the first, given the tokens before it.
     pub async fn score(&self, id: &str, tokens: Vec<u32>) -> Result<Vec<TokenScore>, RequestError> {
         let mut stream = self.send_work(Work::Score(id.to_owned(), tokens));
         loop {
@@ -142,13 +145,13 @@ impl EngineHandle {
         }
     }
 
-    /// What the engine has to do and how fast it goes, as of its last step.
+    /// Work in progress and measured speed, as of the engine's last step.
     pub fn load(&self) -> Load {
         self.shared.load()
     }
 
-    /// Time since the engine last completed a step while it had something to do; zero while it has nothing to
-    /// do. A step that hangs shows here, whatever the rest of the process does.
+    /// Time since the engine last completed a step while it had work; zero while it is idle. A hanging step
+    /// shows here even if the rest of the process runs.
     pub fn quiet(&self) -> Duration {
         self.shared.quiet(Instant::now())
     }
@@ -158,7 +161,7 @@ impl EngineHandle {
         self.shared.info()
     }
 
-    /// Refuses new requests from now on; resolves when those that are queued or running have ended.
+    /// Refuses new requests from now on; resolves when all queued and running requests have ended.
     pub async fn drain(&self) {
         let (done, drained) = oneshot::channel();
         if self.shared.tell(Command::Drain(done)) {
@@ -167,7 +170,7 @@ impl EngineHandle {
         }
     }
 
-    /// Why the engine's thread is gone, if it is.
+    /// The error that ended the engine's thread; `None` while it runs.
     pub fn death(&self) -> Option<RequestError> {
         self.shared.death()
     }
@@ -191,13 +194,14 @@ impl EngineHandle {
 }
 
 impl Waker {
-    /// Has the engine's thread poll its runner.
+    /// Wakes the engine's thread so that it polls its runner.
     pub fn wake(&self) {
         // A thread that is gone needs no waking.
         let _ = self.0.tell(Command::Wake);
     }
 
-    /// Polls the runner here and now if nobody else is at it and nothing else waits, else [`wake`](Self::wake)s the thread.
+    /// Polls the runner in the calling thread if it is free and no command waits, else [`wake`](Self::wake)s
+    /// the engine's thread.
     ///
     /// Handing a step of a few milliseconds to another thread costs a noticeable share of it. The caller is kept for as long as
     /// the step takes.

@@ -1,4 +1,4 @@
-//! What is asked of an engine and what it answers.
+//! Requests to an engine, the events that answer them, and their errors.
 
 use std::time::{Duration, Instant};
 
@@ -15,13 +15,13 @@ pub struct Request {
     pub generated: Vec<u32>,
     /// Bytes of answer text, `echo` included, that the client already has.
     pub text_sent: u64,
-    /// How tokens are chosen.
+    /// Sampling parameters.
     pub params: SamplingParams,
     /// Texts that end the answer and are not part of it.
     pub stop: Vec<String>,
     /// Most tokens of the answer, `generated` included; `None` is as many as the context holds.
     pub max_tokens: Option<u32>,
-    /// When the answer is of no more use.
+    /// Time after which the answer is useless; `None` means no limit.
     pub deadline: Option<Instant>,
     /// Text put before the answer, not searched for stop texts.
     pub echo: String,
@@ -50,10 +50,10 @@ impl Request {
     }
 }
 
-/// How the next token is chosen from a row of logits.
+/// Parameters for choosing the next token from a row of logits.
 ///
-/// The steps, in order: logit bias, penalties, temperature, top-k, top-p over what top-k left, min-p, one draw.
-/// Log probabilities are those of the model itself, before any of these.
+/// The steps, in order: logit bias, penalties, temperature, top-k, top-p over the result of top-k, min-p, one
+/// draw. Log probabilities are those of the model itself, before any of these.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SamplingParams {
     /// Divides the logits; 0 is greedy: the largest logit, the lowest id among equals.
@@ -83,7 +83,7 @@ pub struct SamplingParams {
 }
 
 impl SamplingParams {
-    /// The likeliest token, always.
+    /// Greedy sampling: always the likeliest token.
     pub fn greedy() -> Self {
         SamplingParams {
             temperature: 0.0,
@@ -112,7 +112,7 @@ impl Default for SamplingParams {
     }
 }
 
-/// What happens to a request. [`Event::Done`], [`Event::Scored`] and [`Event::Failed`] are last.
+/// An event of a request. [`Event::Done`], [`Event::Scored`] and [`Event::Failed`] are last.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Event {
     /// New tokens, new text or both.
@@ -126,7 +126,7 @@ pub enum Event {
 }
 
 impl Event {
-    /// Whether nothing follows.
+    /// True for the request's last event.
     pub fn is_last(&self) -> bool {
         !matches!(self, Event::Tokens(_))
     }
@@ -137,7 +137,7 @@ impl Event {
 pub struct Tokens {
     /// Index of the first of `tokens` in the whole answer, [`Request::generated`] included.
     pub index: u32,
-    /// The ids.
+    /// Token ids, in order.
     pub tokens: Vec<u32>,
     /// New text, whole characters only; empty while a character or a possible stop text is incomplete.
     pub text: String,
@@ -145,10 +145,10 @@ pub struct Tokens {
     pub logprobs: Vec<TokenLogprobs>,
 }
 
-/// How likely a token was, and the likeliest ones in its place.
+/// Log probability of a chosen token, with its likeliest alternatives.
 #[derive(Debug, Clone, PartialEq)]
 pub struct TokenLogprobs {
-    /// The token chosen.
+    /// The token chosen, which `top` need not contain.
     pub chosen: Logprob,
     /// The likeliest tokens, likeliest first.
     pub top: Vec<Logprob>,
@@ -157,7 +157,7 @@ pub struct TokenLogprobs {
 /// A token and the natural logarithm of its probability.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Logprob {
-    /// Token id.
+    /// Token id in the model's vocabulary.
     pub token: u32,
     /// Natural logarithm of its probability under the model.
     pub logprob: f32,
@@ -166,7 +166,7 @@ pub struct Logprob {
 /// The end of an answer.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Done {
-    /// Why it ended.
+    /// Reason for the end.
     pub finish: Finish,
     /// Tokens of the prompt.
     pub prompt_tokens: u32,
@@ -182,7 +182,7 @@ pub struct Done {
     pub text: String,
 }
 
-/// Why an answer ended.
+/// Reason for the end of an answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Finish {
     /// A token that ends answers, or a stop text.
@@ -191,7 +191,7 @@ pub enum Finish {
     Length,
 }
 
-/// How the model saw one token of a given text.
+/// Score of one token of a given text.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct TokenScore {
     /// Natural logarithm of the token's probability, given the tokens before it.
@@ -202,11 +202,11 @@ pub struct TokenScore {
     pub max_logprob: f32,
 }
 
-/// Why a request gets no answer.
+/// Errors that end a request without an answer.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum RequestError {
-    /// Nothing to continue.
+    /// The prompt has no tokens.
     #[error("the prompt is empty; it needs at least one token")]
     EmptyPrompt,
     /// A token id outside the vocabulary.
@@ -214,9 +214,9 @@ pub enum RequestError {
         "token id {token} is out of vocabulary: the model has {vocab} tokens. Token ids must be this model's own"
     )]
     NoSuchToken {
-        /// The id.
+        /// The id that is out of range.
         token: u32,
-        /// Vocabulary size.
+        /// Number of tokens in the vocabulary.
         vocab: usize,
     },
     /// The tokens leave no room for an answer.
@@ -235,27 +235,27 @@ pub enum RequestError {
     InvalidParameter {
         /// Name in the API.
         name: &'static str,
-        /// The value given.
+        /// The rejected value, as text.
         value: String,
-        /// What is allowed.
+        /// Description of the allowed values.
         range: &'static str,
     },
-    /// Too many requests wait.
+    /// The queue is full.
     #[error("{limit} requests already wait for this engine; try again later")]
     QueueFull {
-        /// The queue's limit.
+        /// Most requests that may wait.
         limit: usize,
     },
-    /// Time ran out.
+    /// The request's deadline passed before its answer was complete.
     #[error("the deadline passed with {tokens} tokens of the answer done")]
     DeadlineExceeded {
         /// Tokens of the answer that were there.
         tokens: u32,
     },
-    /// The engine takes nothing new.
+    /// The engine is draining and refuses new requests.
     #[error("the engine is shutting down and takes no new requests")]
     Draining,
-    /// A row of logits without a single finite number.
+    /// A row of logits has no finite number.
     #[error("the model gave no finite logit for token {index} of the answer")]
     BadLogits {
         /// Index of the token that was to be chosen.
@@ -264,22 +264,22 @@ pub enum RequestError {
     /// The stage failed the step that the request was in.
     #[error("a step of the engine failed: {0}")]
     Stage(#[from] StageError),
-    /// The machines that ran the model are too few now.
+    /// Too few machines are left to run the model.
     #[error("the mesh can no longer run this model: {reason}")]
     RingLost {
-        /// Who is missing what.
+        /// Description of the missing workers or layers.
         reason: String,
     },
-    /// The model runs elsewhere now, and so can the request.
+    /// The model moved to other machines, where the request can continue.
     #[error("the model has moved: {reason}")]
     Moved {
-        /// Why.
+        /// Description of the cause.
         reason: String,
     },
     /// The engine's thread is gone.
     #[error("the engine stopped: {reason}; restart the worker")]
     EngineDead {
-        /// What ended it.
+        /// Description of the failure.
         reason: String,
     },
 }

@@ -1,4 +1,5 @@
-//! What runs the steps of an engine: a stage at hand, or a pipeline of them on several machines.
+//! The trait for running an engine's steps: on a local stage, or on a pipeline of stages over several
+//! machines.
 
 use std::time::Instant;
 
@@ -6,25 +7,26 @@ use crate::request::RequestError;
 use crate::scheduler::{SlotOp, Step};
 use crate::{Stage, StageError, StageInfo, StageInput, StageOutput};
 
-/// Runs steps. Lives on the engine's thread; what it waits for wakes the thread through a [`Waker`](crate::Waker).
+/// Runs steps, on the engine's thread. Arriving results wake the thread through a [`Waker`](crate::Waker).
 pub trait Runner: Send {
     /// Shape and limits of the whole model.
     fn info(&self) -> &StageInfo;
 
-    /// Whether another step may begin now.
+    /// True if another step may begin now.
     fn has_room(&self) -> bool;
 
     /// Begins `step`, leaving an empty one in its place.
     fn begin(&mut self, step: &mut Step, now: Instant);
 
-    /// What has come of the steps under way, in the order in which they began; `None` when there is nothing yet.
+    /// The next outcome of the steps under way, in the order in which they began; `None` if there is no
+    /// outcome yet.
     fn poll(&mut self, now: Instant) -> Option<Outcome<'_>>;
 
-    /// When to poll again though nobody wakes the thread.
+    /// Time of the next poll if nothing wakes the thread before; `None` means no timer.
     fn next_timer(&self) -> Option<Instant>;
 }
 
-/// What a [`Runner`] has to say.
+/// A result of [`Runner::poll`].
 #[derive(Debug)]
 pub enum Outcome<'a> {
     /// A step is through: its logits, row-major `[step.logit_rows(), vocab]`.

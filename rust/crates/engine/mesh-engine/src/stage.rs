@@ -13,7 +13,7 @@ use std::ops::Range;
 /// A KV cache slot: the cached keys and values of one sequence.
 pub type SlotId = u32;
 
-/// The shape of a model as far as callers of a stage need it.
+/// Dimensions of a model that callers of a stage need.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ModelShape {
     /// Number of transformer layers in the whole model.
@@ -28,7 +28,7 @@ pub struct ModelShape {
     pub head_dim: usize,
 }
 
-/// What a loaded stage is and can hold.
+/// Shape, layers and limits of a loaded stage.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct StageInfo {
     /// Shape of the whole model.
@@ -48,18 +48,18 @@ pub struct StageInfo {
 }
 
 impl StageInfo {
-    /// Whether this stage takes tokens.
+    /// True if this stage holds the first layer: its input is tokens.
     pub fn is_first(&self) -> bool {
         self.layers.start == 0
     }
 
-    /// Whether this stage gives logits.
+    /// True if this stage holds the last layer: its output is logits.
     pub fn is_last(&self) -> bool {
         self.layers.end == self.shape.layers
     }
 }
 
-/// Which rows of a segment the last stage turns into logits.
+/// The rows of a segment that the last stage turns into logits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LogitRows {
     /// None: a prompt chunk that is not the last one.
@@ -71,7 +71,7 @@ pub enum LogitRows {
 }
 
 impl LogitRows {
-    /// How many of `rows` rows are turned into logits.
+    /// Number of rows, of `rows`, that become logits.
     pub fn count(self, rows: u32) -> u32 {
         match self {
             LogitRows::None => 0,
@@ -90,11 +90,11 @@ pub struct Segment {
     pub position: u32,
     /// Number of rows, at least 1.
     pub rows: u32,
-    /// Which rows become logits.
+    /// The rows that become logits.
     pub logits: LogitRows,
 }
 
-/// What a step reads: the rows of all its segments, back to back.
+/// Input of a step: the rows of all its segments, back to back.
 #[derive(Debug, Clone, Copy)]
 pub enum StageInput<'a> {
     /// Token ids, for a first stage.
@@ -103,7 +103,7 @@ pub enum StageInput<'a> {
     Hidden(&'a [f32]),
 }
 
-/// What a step gives, borrowed from the stage until the next call.
+/// Output of a step, borrowed from the stage until the next call.
 #[derive(Debug, Clone, Copy)]
 pub enum StageOutput<'a> {
     /// Hidden rows, row-major `[rows, hidden]`, one per input row.
@@ -116,7 +116,7 @@ pub enum StageOutput<'a> {
 ///
 /// Calls are synchronous and use the stage's own threads; a caller that must not block runs the stage on its own thread.
 pub trait Stage: Send {
-    /// Shape and limits.
+    /// Shape, layers and limits of this stage.
     fn info(&self) -> &StageInfo;
 
     /// Runs `segments` through the layers, extending each slot's KV cache by its rows. A slot appears at most once.
@@ -142,7 +142,7 @@ pub trait Stage: Send {
     fn kv_import(&mut self, slot: SlotId, position: u32, bytes: &[u8]) -> Result<(), StageError>;
 }
 
-/// Why a stage refused or failed a call. After any of them the stage can be used on; the KV of the slots named in the
+/// Errors of a stage's calls. The stage remains usable after any of them; the KV of the slots named in the
 /// call is as before it, except after [`StageError::Backend`].
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
@@ -152,17 +152,17 @@ pub enum StageError {
     NoSuchSlot {
         /// The slot asked for.
         slot: SlotId,
-        /// How many there are.
+        /// Number of slots of this stage.
         slots: u32,
     },
     /// A position beyond the cached rows.
     #[error("slot {slot} holds {held} KV rows, but the step starts at position {position}")]
     Gap {
-        /// The slot.
+        /// The slot that the step writes to.
         slot: SlotId,
-        /// Rows it holds.
+        /// KV rows that the slot holds.
         held: u32,
-        /// Position asked for.
+        /// Position of the step's first row.
         position: u32,
     },
     /// More tokens than the slot's context.
@@ -170,15 +170,15 @@ pub enum StageError {
     ContextExceeded {
         /// Tokens the call would make the slot hold.
         needed: u64,
-        /// The limit.
+        /// Most tokens of one slot.
         context: u32,
     },
     /// A token id outside the vocabulary.
     #[error("token id {token} is outside the vocabulary of {vocab}")]
     NoSuchToken {
-        /// The id.
+        /// The id that is out of range.
         token: u32,
-        /// Vocabulary size.
+        /// Number of tokens in the vocabulary.
         vocab: usize,
     },
     /// Input of the wrong kind or length, too many rows, a slot named twice.
@@ -187,9 +187,9 @@ pub enum StageError {
     /// The engine itself failed.
     #[error("{backend} failed: {message}")]
     Backend {
-        /// Engine name.
+        /// Name of the engine.
         backend: &'static str,
-        /// Its own words.
+        /// The engine's own error message.
         message: String,
     },
 }

@@ -17,14 +17,14 @@ pub(crate) const VOCAB: usize = 48;
 
 pub(crate) struct HashStage {
     info: StageInfo,
-    /// For each slot, the hash of the tokens up to each row.
+    /// Hash of the tokens up to each row, by slot.
     slots: Vec<Vec<u64>>,
     logits: Vec<f32>,
     /// Fails or panics in this call of `forward`, counted from 0.
     pub(crate) fails_at: Option<usize>,
     pub(crate) panics_at: Option<usize>,
     pub(crate) calls: usize,
-    /// How long a step of some rows takes, if it is to take time.
+    /// Simulated duration of a step of some rows; `None` means no delay.
     pub(crate) step_time: Option<std::time::Duration>,
 }
 
@@ -78,7 +78,7 @@ impl Stage for HashStage {
         }
         assert!(self.panics_at != Some(call), "told to panic");
         if self.fails_at == Some(call) {
-            // What a backend leaves behind is anyone's guess.
+            // After a backend's failure the slot's content is undefined.
             for segment in segments {
                 self.slots[segment.slot as usize].clear();
             }

@@ -7,7 +7,7 @@ use mesh_model::TextStream;
 
 use crate::request::RequestError;
 
-/// The text of one answer as its tokens come in.
+/// Converts the tokens of one answer to text, incrementally.
 #[derive(Debug)]
 pub struct TextPipeline {
     characters: TextStream,
@@ -43,7 +43,7 @@ impl TextPipeline {
         self.filter(&text)
     }
 
-    /// Ends the answer: what was held back is now certain.
+    /// Ends the answer: held-back text is now certain.
     pub fn finish(&mut self) {
         let text = self.characters.finish();
         if !self.filter(&text) {
@@ -152,7 +152,7 @@ impl StopFilter {
         std::mem::take(&mut self.held)
     }
 
-    /// Where the stop text that is complete first begins.
+    /// Offset of the stop text that completes first.
     fn first_stop(&self) -> Option<usize> {
         let found = self.stops.iter().filter_map(|stop| {
             let start = self.held.find(stop.as_str())?;

@@ -1,4 +1,4 @@
-//! What the engine needs to know about tokens: their bytes and which of them end an answer.
+//! The engine's view of tokens: their bytes, and which of them end an answer.
 
 use mesh_model::Model;
 
@@ -10,7 +10,7 @@ pub trait Vocabulary: Send + Sync {
     /// Bytes that `token` adds to an answer, which may be part of a character; none for control tokens.
     fn text(&self, token: u32) -> &[u8];
 
-    /// Whether `token` ends an answer.
+    /// True if `token` ends an answer.
     fn is_end(&self, token: u32) -> bool;
 }
 

@@ -9,7 +9,7 @@ use mesh_engine::embed::scheduler::{EmbedConfig, Scheduler};
 use mesh_engine::embed::shorten;
 use mesh_engine::{EmbedEngine, EmbedRequest, Encoder, EncoderInfo, RequestError, StageError};
 
-/// Its vector of a sequence is (length, sum).
+/// Test encoder: the vector of a sequence is (length, sum).
 struct Toy {
     info: EncoderInfo,
     fails: bool,

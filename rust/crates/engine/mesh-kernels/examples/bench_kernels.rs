@@ -1,7 +1,8 @@
-//! Speed of the products at the shapes of SmolLM2-135M and a 1.5 B Qwen2, against what the machine can do at most.
+//! Speed of the products at the shapes of SmolLM2-135M and a 1.5 B Qwen2, against the machine's limits.
 //!
-//! Anchors are measured in the same run, in turn with the products: memory read bandwidth for a decode step, integer dot
-//! product throughput for a prompt. Every figure is the best of several short turns; ratios are what counts.
+//! Anchors are measured in the same run, in turn with the products: memory read bandwidth for a decode step,
+//! integer dot product throughput for a prompt. Every figure is the best of several short turns; only ratios
+//! count.
 //!
 //! With `cpu` as the third argument the processor time of the process is taken instead of the clock on the wall: for one
 //! thread on a machine that others use.

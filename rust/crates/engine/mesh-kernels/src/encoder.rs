@@ -1,4 +1,4 @@
-//! What encoders need besides products: layer norm, and attention of sequences to all of themselves.
+//! Operators that encoders need besides products: layer norm, and attention over whole sequences.
 //!
 //! Sequences lie back to back without padding. A row's result is made of its own sequence alone, in one order.
 
@@ -226,7 +226,7 @@ const SMALL: usize = 16 * 1024;
 /// One head of one sequence.
 struct Head<'a> {
     dim: usize,
-    /// Of all heads.
+    /// Elements per row, over all heads.
     width: usize,
     length: usize,
     qkv: &'a [f32],

@@ -1,4 +1,4 @@
-//! Why a kernel refused its arguments.
+//! Errors of invalid arguments to kernels.
 
 /// A matrix, a cache or an operator was asked for something its shapes do not allow. Nothing was computed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -7,9 +7,9 @@ pub enum KernelError {
     /// A buffer has the wrong number of elements.
     #[error("{what} holds {got} elements, but the shapes given need {need}")]
     Length {
-        /// Which buffer.
+        /// Name of the buffer.
         what: &'static str,
-        /// Elements it has.
+        /// Number of elements that it holds.
         got: usize,
         /// Elements it must have.
         need: usize,
@@ -17,49 +17,49 @@ pub enum KernelError {
     /// A row of a quantised type must be a whole number of blocks.
     #[error("a row of {k} weights is not a whole number of {ty:?} blocks of {block}")]
     Block {
-        /// The weight type.
+        /// Type of the weights.
         ty: crate::WeightType,
         /// Row length asked for.
         k: usize,
-        /// Weights per block.
+        /// Number of weights per block.
         block: usize,
     },
     /// A dimension that no kernel takes.
     #[error("{what} is {value}; {need}")]
     Dimension {
-        /// Which dimension.
+        /// Name of the dimension.
         what: &'static str,
-        /// Its value.
+        /// The rejected value.
         value: usize,
-        /// What is allowed.
+        /// Description of the allowed values.
         need: &'static str,
     },
     /// Two parts that must agree do not.
     #[error("{what}: {left} against {right}")]
     Mismatch {
-        /// What must agree.
+        /// Name of the quantity that must agree.
         what: &'static str,
-        /// One value.
+        /// Its value in the first part.
         left: usize,
-        /// The other.
+        /// Its value in the second part.
         right: usize,
     },
     /// An index past the end.
     #[error("{what} {index} does not exist, there are {count}")]
     OutOfRange {
-        /// What is indexed.
+        /// Name of the indexed thing.
         what: &'static str,
-        /// The index.
+        /// The index that does not exist.
         index: usize,
-        /// How many there are.
+        /// Number of elements; valid indices are below it.
         count: usize,
     },
     /// The system gave no memory.
     #[error("no memory for {bytes} bytes of {what}")]
     NoMemory {
-        /// What it was for.
+        /// Purpose of the memory.
         what: &'static str,
-        /// How much was asked for.
+        /// Size of the failed allocation.
         bytes: usize,
     },
 }

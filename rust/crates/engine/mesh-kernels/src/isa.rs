@@ -1,4 +1,4 @@
-//! Which instruction set the kernels use.
+//! The instruction sets that the kernels can use.
 
 use std::sync::OnceLock;
 
@@ -19,7 +19,7 @@ impl Isa {
     /// Every instruction set, slowest first.
     pub const ALL: [Isa; 4] = [Isa::Scalar, Isa::Avx2, Isa::Avx512, Isa::Neon];
 
-    /// The fastest one that this CPU runs.
+    /// The fastest instruction set of this CPU.
     pub fn detect() -> Isa {
         Isa::available().last().copied().unwrap_or(Isa::Scalar)
     }
@@ -37,7 +37,7 @@ impl Isa {
         })
     }
 
-    /// Those that this CPU runs, slowest first.
+    /// The instruction sets of this CPU, slowest first.
     pub fn available() -> Vec<Isa> {
         Isa::ALL
             .into_iter()
@@ -45,7 +45,7 @@ impl Isa {
             .collect()
     }
 
-    /// Whether this CPU runs it.
+    /// True if this CPU has the instructions.
     pub fn is_available(self) -> bool {
         match self {
             Isa::Scalar => true,

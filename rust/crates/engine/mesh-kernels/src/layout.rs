@@ -1,4 +1,4 @@
-//! How packed weights lie in memory.
+//! Memory layout of packed weights.
 //!
 //! A matrix is cut into panels of 16 outputs (columns of the product), a panel into blocks of 32 inputs. The bytes of a
 //! panel's block are the scales of its 16 columns followed by its codes, so one pass over a panel reads memory front to
@@ -19,16 +19,16 @@
 //! `Coded` and `Halves` panels have 64 bytes in front of every 8 blocks: f16 D × 16 and f16 M × 16, which multiply the codes.
 //! Floats are stored as `[k][16]` per panel.
 
-/// Outputs per panel.
+/// Outputs (columns of the product) per panel.
 pub(crate) const PANEL: usize = 16;
-/// Inputs per block.
+/// Inputs per block, the unit of scaling.
 pub(crate) const BLOCK: usize = 32;
 /// Blocks per group of [`Scales::Coded`] and [`Scales::Halves`].
 pub(crate) const GROUP: usize = 8;
 /// Bytes in front of a group.
 pub(crate) const GROUP_HEAD: usize = 64;
 
-/// The packed layouts.
+/// The layouts of packed weights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Layout {
     /// Q4_0.
@@ -57,7 +57,7 @@ pub(crate) enum Layout {
     F32,
 }
 
-/// Where a layout's scales are.
+/// Placement and encoding of a layout's scales.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Scales {
     /// One f16 per block and column.
@@ -79,7 +79,7 @@ impl Scales {
         }
     }
 
-    /// Whether groups of blocks have a head.
+    /// True if each group of 8 blocks starts with factors for its scale codes.
     pub(crate) const fn grouped(self) -> bool {
         matches!(self, Scales::Coded | Scales::Halves)
     }
@@ -102,7 +102,7 @@ impl Layout {
         }
     }
 
-    /// What is taken from a code before it is scaled, for layouts without a minimum.
+    /// Number subtracted from a code before it is scaled, for layouts without a minimum.
     pub(crate) const fn bias(self) -> i32 {
         match self {
             Layout::Q4 => 8,
@@ -129,7 +129,7 @@ impl Layout {
         }
     }
 
-    /// Where block `index` of a quantised panel starts, behind its group's head.
+    /// Byte offset of block `index` within a quantised panel, including the heads of groups before it.
     pub(crate) const fn block_offset(self, index: usize) -> usize {
         match self.quantised() {
             Some((bits, scales)) => {

@@ -6,12 +6,13 @@
 //! - [`encode_attention`] and [`layer_norm`] are for encoders: sequences of any lengths side by side, each attending to all of itself.
 //! - [`Pool`] runs the loops; every operator takes one, and its [`Isa`].
 //!
-//! **Rows are independent, bit for bit.** A row's result is made by the same operations in the same order whatever other rows
-//! share the call, however a prompt was cut, and however many threads ran:
+//! **Rows are independent, bit for bit.** A row's result is made by the same operations in the same order,
+//! independent of other rows in the call, of the cuts in a prompt and of the number of threads:
 //! - products: integer dot products of 32 inputs are exact; the floats are added block by block in the order of the inputs,
 //!   in one accumulator per output, in every kernel;
-//! - attention: positions are cut into chunks of 128 at absolute multiples of 128, what a row sees of a chunk is summed in the
-//!   order of its positions, chunks are merged in order; who computed a chunk does not matter;
+//! - attention: positions are cut into chunks of 128 at absolute multiples of 128, the visible part of a
+//!   chunk is summed in the order of its positions, chunks are merged in order; the thread that computed a
+//!   chunk does not matter;
 //! - norms: one fixed tree per row.
 //!
 //! The same holds across AVX-512, AVX2 and NEON; only the portable path rounds differently (it does not fuse).

@@ -10,7 +10,7 @@ use crate::mem::{Buffer, Shared};
 use crate::simd::{self, Kernel, LANES, Simd};
 use crate::{KernelError, Pool, add_rms_norm, rms_norm};
 
-/// A function of single numbers, between the halves of a feed-forward layer.
+/// An elementwise function between the halves of a feed-forward layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Activation {
     /// `x / (1 + e^-x)`.
@@ -20,7 +20,7 @@ pub enum Activation {
     GeluTanh,
     /// GELU itself: `x Φ(x)` with the normal distribution's Φ.
     Gelu,
-    /// `max(x, 0)`.
+    /// ReLU: `max(x, 0)`.
     Relu,
 }
 
@@ -43,24 +43,24 @@ pub struct Gate<'a> {
     pub gate: &'a QMatrix,
     /// The one that its result is multiplied by.
     pub up: &'a QMatrix,
-    /// What is done with the gate.
+    /// The activation applied to the product with `gate`.
     pub activation: Activation,
 }
 
 /// A gated feed-forward layer with its norms.
 #[derive(Debug, Clone, Copy)]
 pub struct FeedForward<'a> {
-    /// Before the matrices.
+    /// Norm of the input rows, before the matrices.
     pub norm: RmsNorm<'a>,
-    /// The first half.
+    /// The gated first half of the layer.
     pub gate: Gate<'a>,
     /// The second half: its inputs are the first half's outputs.
     pub down: &'a QMatrix,
-    /// Of the result, before it is added (Gemma).
+    /// Norm of the result, before it is added (Gemma).
     pub post_norm: Option<RmsNorm<'a>>,
 }
 
-/// What [`linear`] does before and after the product.
+/// Operations fused into [`linear`], before and after the product.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Linear<'a> {
     /// Normalise the input rows first.
@@ -69,17 +69,17 @@ pub struct Linear<'a> {
     pub bias: Option<&'a [f32]>,
     /// Applied after the bias.
     pub activation: Option<Activation>,
-    /// Added last.
+    /// The residual, added last.
     pub residual: Residual<'a>,
 }
 
-/// A residual connection.
+/// A residual connection: rows added to the result.
 #[derive(Debug, Clone, Copy, Default)]
 pub enum Residual<'a> {
     /// None: the output is overwritten.
     #[default]
     None,
-    /// The product is added to what the output holds.
+    /// The product is added to the current content of the output.
     InPlace,
     /// These rows, `[rows, n]`, plus the product are written to the output.
     Rows(&'a [f32]),

@@ -11,7 +11,7 @@ use crate::{KernelError, Pool, WeightType, pack};
 
 /// A matrix of `n` outputs by `k` inputs, packed for [`linear`](crate::linear) (layout.rs says how).
 ///
-/// It may be several matrices of equal `k` under each other ([`QMatrix::concat`]), of different types if need be.
+/// It may be several matrices of equal `k` under each other ([`QMatrix::concat`]), also of different types.
 #[derive(Debug)]
 pub struct QMatrix {
     n: usize,
@@ -25,11 +25,12 @@ pub struct PackOptions {
     /// Store the scales and minima of Q4_1 as 8-bit codes per 256 weights: 0.578 bytes a weight instead of 0.625. The
     /// codes of the weights stay; scale and minimum are off by up to 0.2 % of their group's largest.
     pub coded_scales: bool,
-    /// How many bits of Q8_0 to keep.
+    /// Number of bits kept of Q8_0 weights.
     pub q8_0: EightBit,
 }
 
-/// What becomes of Q8_0 weights, which are a third of a small model's bytes where they are its tied embeddings.
+/// Precision of packed Q8_0 weights, which are a third of a small model's bytes where they are its tied
+/// embeddings.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum EightBit {
     /// All 8 bits: 1.0625 bytes a weight.
@@ -41,7 +42,7 @@ pub enum EightBit {
     Five,
 }
 
-/// One packed matrix.
+/// A packed matrix with one layout.
 #[derive(Debug)]
 pub(crate) struct Part {
     pub(crate) layout: Layout,
@@ -68,7 +69,7 @@ const READ_BYTES: usize = 64 << 10;
 const LIMIT: usize = 1 << 28;
 
 impl QMatrix {
-    /// Packs `n` rows of `k` weights each, as they lie in a GGUF file, on the calling thread.
+    /// Packs `n` rows of `k` weights each, in the layout of a GGUF file, on the calling thread.
     ///
     /// # Errors
     /// When `rows` is not exactly `n` rows of that type, or memory is short.
@@ -129,7 +130,7 @@ impl QMatrix {
     /// Puts matrices of equal `k` under each other: QKV as one product.
     ///
     /// # Errors
-    /// When there is none, or their numbers of inputs differ.
+    /// When there are no matrices, or their numbers of inputs differ.
     pub fn concat(matrices: impl IntoIterator<Item = QMatrix>) -> Result<QMatrix, KernelError> {
         let mut matrices = matrices.into_iter();
         let mut all = matrices.next().ok_or(KernelError::Dimension {
@@ -151,17 +152,17 @@ impl QMatrix {
         Ok(all)
     }
 
-    /// Number of outputs.
+    /// Number of outputs: columns of the product.
     pub fn n(&self) -> usize {
         self.n
     }
 
-    /// Number of inputs.
+    /// Number of inputs: the length of a row of weights.
     pub fn k(&self) -> usize {
         self.k
     }
 
-    /// Bytes of packed weights in memory; what one pass reads.
+    /// Bytes of packed weights in memory, all of which one pass reads.
     pub fn bytes(&self) -> usize {
         self.parts.iter().map(|part| part.data.len()).sum()
     }

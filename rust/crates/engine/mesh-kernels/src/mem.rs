@@ -88,7 +88,7 @@ impl Drop for Buffer {
     }
 }
 
-/// How `len` bytes are allocated: large buffers on a huge page's boundary.
+/// Alignment and size for `len` bytes: large buffers start at a huge page's boundary.
 fn layout(len: usize) -> Option<Layout> {
     let align = if len >= HUGE { HUGE } else { ALIGN };
     Layout::from_size_align(len, align).ok()
@@ -112,18 +112,20 @@ fn advise_huge(start: NonNull<u8>, layout: Layout) {
     let _ = (start, layout);
 }
 
-/// Gives memory back to the system when it is dropped: all that the process freed before and its allocator still holds.
+/// Returns memory to the system when dropped: all memory that the process freed before and its allocator
+/// still holds.
 ///
-/// The weights of a stage are hundreds of buffers that lie among others in the allocator's heaps. glibc keeps their pages when
-/// they are freed, for as long as the process runs, and other processes of a small machine never see them again. Where it
-/// stands in a struct it belongs behind what is large, in a function before it, so that it is dropped last.
+/// The weights of a stage are hundreds of buffers that lie among others in the allocator's heaps. glibc keeps
+/// their pages when they are freed, for as long as the process runs, and other processes of a small machine
+/// never see them again. In a struct its field belongs behind the large ones, in a function its variable
+/// before them, so that it is dropped last.
 #[derive(Debug, Default)]
 pub struct Reclaim;
 
 impl Drop for Reclaim {
     fn drop(&mut self) {
         #[cfg(all(target_os = "linux", target_env = "gnu"))]
-        // SAFETY: the allocator gives back pages that nobody holds; it may be called at any time by any thread.
+        // SAFETY: the allocator gives back only unused pages; any thread may call it at any time.
         unsafe {
             libc::malloc_trim(0)
         };
@@ -169,7 +171,7 @@ pub(crate) struct Region {
     buffer: Buffer,
 }
 
-// SAFETY: the region owns its memory; who writes through its pointers holds its owner exclusively.
+// SAFETY: the region owns its memory; writers through its pointers hold its owner exclusively.
 unsafe impl Send for Region {}
 // SAFETY: as above.
 unsafe impl Sync for Region {}

@@ -105,7 +105,7 @@ pub(crate) fn normalise<S: Simd>(s: S, x: &[f32], weight: &[f32], eps: f32, out:
     normalise_into::<S, false>(s, x, weight, eps, out);
 }
 
-/// The same, added to what `out` holds where `ADD` says so.
+/// As [`normalise`]; with `ADD` the result is added to `out`.
 #[inline(always)]
 fn normalise_into<S: Simd, const ADD: bool>(
     s: S,

@@ -101,8 +101,8 @@ fn floats(layout: Layout, ty: WeightType, k: usize, row: &[u8], column: usize, p
     }
 }
 
-/// Q4_1 with its scales and minima as 8-bit codes per group of 256 weights: 0.578 bytes a weight where the file has 0.625.
-/// What rounding takes from the scale is given back in the minimum, so that a block's mean stays.
+/// Q4_1 with its scales and minima as 8-bit codes per group of 256 weights: 0.578 bytes a weight where the
+/// file has 0.625. The minimum compensates the rounding of the scale, so that a block's mean stays.
 fn coded_from_q4_1(k: usize, row: &[u8], column: usize, panel: &mut [u8]) {
     let layout = Layout::Q4Coded;
     let blocks = k / BLOCK;
@@ -281,7 +281,7 @@ pub(crate) fn unpack_column(layout: Layout, panel: &[u8], column: usize, out: &m
     }
 }
 
-/// The weights of a row in file format, by the definition of its type: what packing is tested against.
+/// The weights of a row in file format, by the definition of its type: the reference for tests of packing.
 pub(crate) fn dequantize_file_row(ty: WeightType, row: &[u8], out: &mut [f32]) {
     if ty.block_len() == 1 {
         for (i, out) in out.iter_mut().enumerate() {

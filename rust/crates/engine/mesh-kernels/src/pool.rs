@@ -1,8 +1,9 @@
 //! A thread pool for loops of a few microseconds.
 //!
-//! [`Pool::run`] publishes one word `tasks << 32 | next` and takes tasks off it together with its threads. A thread that is
-//! not running just then (another process has its core) has claimed nothing, so nobody waits for it. Idle threads watch the
-//! word for some microseconds, then yield between looks, then sleep: a machine shared with others keeps its cores.
+//! [`Pool::run`] publishes one word `tasks << 32 | next` and takes tasks off it together with its threads. A
+//! thread that is not running just then (another process has its core) has claimed nothing, so no other
+//! thread waits for it. Idle threads watch the word for some microseconds, then yield between looks, then
+//! sleep: a machine shared with others keeps its cores.
 //!
 //! Unsafe code: the pointer to the caller's closure, which outlives every claimed task because `run` waits for them; system calls
 //! that concern the calling thread alone.
@@ -27,7 +28,7 @@ pub struct Pool {
     handles: Vec<JoinHandle<()>>,
 }
 
-/// How to start a [`Pool`].
+/// Options for starting a [`Pool`].
 #[derive(Debug, Clone, Default)]
 pub struct PoolOptions {
     /// Threads including the caller; 0 means 1.
@@ -176,8 +177,8 @@ impl Pool {
     }
 }
 
-/// Runs `work` with a pool of its own whose threads stand behind all others of this machine for the processor (nice 5, on Linux):
-/// work that nobody waits for as long as others are answered, such as packing a model's weights.
+/// Runs `work` with a pool of its own at a low processor priority (nice 5, on Linux), for work that is less
+/// urgent than answers, such as packing a model's weights.
 ///
 /// # Panics
 /// As `work` does.
@@ -193,7 +194,7 @@ pub fn in_background<T: Send>(threads: usize, work: impl Fn(&Pool) -> T + Sync) 
         match lowered.map(std::thread::ScopedJoinHandle::join) {
             Ok(Ok(result)) => result,
             Ok(Err(panic)) => resume_unwind(panic),
-            // No thread is to be had: it is done at this one's priority.
+            // Without another thread the work runs at this one's priority.
             Err(_) => work(&Pool::new(threads)),
         }
     })
@@ -208,7 +209,7 @@ fn give_way() {
     };
 }
 
-/// As nice(2) has it.
+/// Niceness, as nice(2) defines it.
 #[cfg(target_os = "linux")]
 const BACKGROUND: libc::c_int = 5;
 

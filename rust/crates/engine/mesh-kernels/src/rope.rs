@@ -1,4 +1,4 @@
-//! Rotary position embedding.
+//! Rotary position embedding (RoPE) of query and key heads.
 
 // Index loops are inlined into the kernels, and vectorised there; iterator chains are not always.
 #![allow(clippy::needless_range_loop)]
@@ -8,7 +8,7 @@ use std::sync::OnceLock;
 use crate::KernelError;
 use crate::error::expect_len;
 
-/// Which elements of a head form a pair.
+/// Pairing of a head's elements for rotation.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RopeStyle {
     /// `(2i, 2i + 1)`: llama, whose GGUF files are permuted to it.
@@ -17,10 +17,10 @@ pub enum RopeStyle {
     Halves,
 }
 
-/// How the angles are made.
+/// Parameters of the rotation angles.
 #[derive(Debug, Clone, Copy)]
 pub struct RopeOptions<'a> {
-    /// Which elements form a pair.
+    /// Pairing of the elements.
     pub style: RopeStyle,
     /// Elements of a head that are rotated, from its start; even.
     pub dim: usize,
@@ -51,7 +51,7 @@ pub struct Rope {
 const BLOCK: usize = 256;
 
 impl Rope {
-    /// Checks the options.
+    /// A table for `options`, filled as positions are used.
     ///
     /// # Errors
     /// When `dim` is odd or zero, the factors are not `dim / 2`, or there are absurdly many positions.

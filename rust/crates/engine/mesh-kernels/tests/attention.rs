@@ -173,7 +173,7 @@ fn attention_agrees_with_its_definition() {
     }
 }
 
-/// All pairs.
+/// All pairs of a format and an instruction set.
 fn each(formats: [KvFormat; 2], isas: &[Isa]) -> impl Iterator<Item = (KvFormat, Isa)> {
     let pairs = formats.map(|format| isas.iter().map(move |&isa| (format, isa)));
     pairs.into_iter().flatten()
@@ -193,7 +193,7 @@ fn a_row_with_a_window_sees_nothing_before_it() {
         let rope = rope(RopeStyle::Halves, dim, rows);
         let mut spec = plain(heads, &rope);
         spec.window = Some(window);
-        // Scores far apart: what is hidden would count most, and must not even overflow.
+        // Scores far apart: hidden positions would count most, and must not even overflow.
         let mut qkv = rng.floats(rows * (heads + 2 * kv_heads) * dim);
         let width = (heads + 2 * kv_heads) * dim;
         for row in (0..rows).step_by(7) {

@@ -190,7 +190,7 @@ fn concatenated_matrices_of_different_types_give_both_products() {
     }
 }
 
-/// The definitions.
+/// The activations by their definitions, in f64.
 fn activated(activation: Activation, x: f64) -> f64 {
     match activation {
         Activation::Silu => x / (1.0 + (-x).exp()),

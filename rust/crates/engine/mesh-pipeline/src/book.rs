@@ -1,4 +1,4 @@
-//! Which tokens each slot of a stage holds KV rows for.
+//! The token log: the tokens behind the KV rows of each slot of a stage.
 
 use mesh_engine::SlotId;
 use mesh_engine::scheduler::SlotOp;
@@ -13,7 +13,7 @@ pub struct Book {
 }
 
 impl Book {
-    /// An empty one for `slots` slots.
+    /// An empty log for `slots` slots.
     pub fn new(slots: u32) -> Self {
         Book {
             slots: vec![Vec::new(); slots as usize],
@@ -40,7 +40,7 @@ impl Book {
         self.slots.iter().map(|slot| slot.len() as u64).sum()
     }
 
-    /// Whether no slot holds anything.
+    /// True if no slot holds any rows.
     pub fn is_empty(&self) -> bool {
         self.slots.iter().all(Vec::is_empty)
     }
@@ -60,7 +60,7 @@ impl Book {
         Ok(())
     }
 
-    /// Notes rows that were written at `position`; what was behind it is gone.
+    /// Notes rows written at `position`; the rows behind them are gone.
     pub(crate) fn write(
         &mut self,
         slot: SlotId,
@@ -74,7 +74,7 @@ impl Book {
         Ok(())
     }
 
-    /// Whether rows may be written at `position`.
+    /// Fails unless rows may be written at `position`: the slot exists and has no gap before it.
     pub(crate) fn check(&self, slot: SlotId, position: u32) -> Result<(), StepError> {
         if slot >= self.slots() {
             return Err(StepError::NoSuchSlot {
@@ -93,7 +93,7 @@ impl Book {
         Ok(())
     }
 
-    /// What is held, for a [`mesh_proto::RingHeld`]; `more` gives a slot's `kept_from` and `age`.
+    /// The slots that hold rows, for a [`mesh_proto::RingHeld`]; `more` gives a slot's `kept_from` and `age`.
     pub(crate) fn held(&self, more: impl Fn(SlotId) -> (u32, u64)) -> Vec<HeldSlot> {
         let slots = self.slots.iter().enumerate();
         slots

@@ -18,54 +18,54 @@ use crate::pulse::{Pulse, Suspicion};
 use crate::replay::{self, Held, Replay};
 use crate::wire;
 
-/// What happens to a driver.
+/// Input of a driver.
 #[derive(Debug)]
 pub enum DriverEvent {
-    /// The ring has other members. What is under way is void.
+    /// A new epoch with other members. Steps under way are void.
     Epoch {
-        /// Its number.
+        /// Number of the new epoch.
         epoch: u32,
         /// Stages, the driver's included.
         stages: u32,
-        /// Rows travel as f16.
+        /// Hidden rows travel as f16.
         half_rows: bool,
     },
-    /// A member says what it holds.
+    /// The rows that a member holds.
     Held {
-        /// The member's stage.
+        /// Index of the member's stage.
         stage: u32,
-        /// What it holds.
+        /// The rows it holds.
         held: RingHeld,
     },
-    /// Rows from the last stage but one.
+    /// Hidden rows from the last stage but one.
     Rows(RingStep),
-    /// A step failed at a member, or ended there as it should.
+    /// A step failed at a member, or ended at a member before the last stage, as a replay does.
     Outcome {
-        /// The member's stage.
+        /// Index of the member's stage.
         stage: u32,
-        /// How.
+        /// The outcome of the step.
         outcome: RingOutcome,
     },
     /// A member answers a ping.
     Pong {
-        /// The member's stage.
+        /// Index of the member's stage.
         stage: u32,
-        /// Its answer.
+        /// The member's answer.
         ping: RingPing,
     },
-    /// This worker's own network thread has had a ping in its hands.
+    /// This worker's own network thread has handled the ping with this number.
     Echo(u64),
-    /// A standby for the last stage stands by.
+    /// A standby for the last stage is ready; the rows it holds.
     Standby(Vec<HeldSlot>),
     /// The standby for the last stage is gone.
     NoStandby,
     /// The standby has taken in this many messages.
     Mirrored(u64),
-    /// The ring is over, or this worker is no longer its driver.
+    /// The ring has ended, or this worker is no longer its driver.
     End(RequestError),
 }
 
-/// What a driver wants done.
+/// Output of a driver, for its owner to carry out.
 #[derive(Debug, Clone, PartialEq)]
 pub enum DriverOut {
     /// A step for stage 0.
@@ -76,39 +76,39 @@ pub enum DriverOut {
     Resend {
         /// The stage that kept the rows.
         stage: u32,
-        /// Which.
+        /// Rows to send again.
         resend: RingResend,
     },
-    /// For the last stage but one.
+    /// Acknowledged rows, for the last stage but one.
     Previous(RingMirrored),
-    /// For the standby of the last stage.
+    /// Replicated rows, for the standby of the last stage.
     Standby(RingMirror),
-    /// How the last stage is, after a step.
+    /// Measurements of the last stage, after a step.
     Gauges(DriverGauges),
     /// A member does not answer.
     Suspect {
-        /// Its stage.
+        /// Index of the suspected member's stage.
         stage: u32,
-        /// For how long.
+        /// Time since the member was last heard.
         silence: Duration,
-        /// It answers, but what is passed on to it, or by it, does not arrive.
+        /// The member answers, but data passed on to it, or by it, does not arrive.
         link: bool,
     },
     /// A member that was suspected has been heard again.
     Trust {
-        /// Its stage.
+        /// Index of the member's stage.
         stage: u32,
     },
     /// All members are there and the ring works.
     Running {
-        /// The epoch.
+        /// Number of the epoch.
         epoch: u32,
     },
     /// The first step after a change of epoch is through.
     Recovered(Recovery),
 }
 
-/// How the last stage of a ring is.
+/// Measurements of the last stage of a ring.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct DriverGauges {
     /// Rows that its standby lacks.
@@ -131,7 +131,7 @@ pub struct RingRunner {
     out: Box<dyn FnMut(DriverOut) + Send>,
     stages: u32,
     phase: Phase,
-    /// What every slot will hold when all that was planned is through.
+    /// Contents of every slot once all planned steps are through.
     planned: Book,
     /// Slots of requests in progress, as far as this driver has begun steps.
     busy: Option<Vec<SlotId>>,
@@ -141,12 +141,12 @@ pub struct RingRunner {
     arrived: VecDeque<RingStep>,
     received: u64,
     pulse: Pulse,
-    /// The step whose logits are being looked at.
+    /// The step whose logits are with the caller.
     current: Step,
     logits: Vec<f32>,
     outs: Vec<Out>,
     pump_due: bool,
-    /// When the last stage was begun to be computed, until that is over.
+    /// Time at which the running computation of the last stage began.
     computing: Option<Instant>,
     gauges: DriverGauges,
     ended: Option<RequestError>,
@@ -156,9 +156,9 @@ pub struct RingRunner {
 
 #[derive(Debug)]
 enum Phase {
-    /// Waits for what the members hold; the last entry is the driver's own.
+    /// Waits for the members' reports of their rows; the last entry is the driver's own.
     Joining(Vec<Option<Held>>),
-    /// Waits for replays.
+    /// Waits until all replays have ended.
     Replaying(Replaying),
     Running,
 }
@@ -187,10 +187,10 @@ struct UnderWay {
     failed: Option<String>,
 }
 
-/// What a change of epoch interrupted.
+/// The work that a change of epoch interrupted.
 #[derive(Debug)]
 struct Loss {
-    /// When the last step before it was through.
+    /// Time at which the last step before it was through.
     since: Instant,
     requests: u32,
     rows: u64,
@@ -231,7 +231,7 @@ impl RingRunner {
         }
     }
 
-    /// For the failures of tests.
+    /// State of the driver, for messages of failing tests.
     #[cfg(test)]
     pub(crate) fn describe(&self) -> String {
         let phase = match &self.phase {
@@ -322,7 +322,7 @@ impl RingRunner {
         self.take_held(stages - 1, own);
     }
 
-    /// What was meant for one standby is not for the next.
+    /// Drops messages to the former standby; they do not apply to the next one.
     fn forget_mirrored(&mut self) {
         self.outs.retain(|out| !matches!(out, Out::Standby(_)));
     }
@@ -443,7 +443,7 @@ impl RingRunner {
         }
     }
 
-    /// Whether all replays have ended; then what the slots hold.
+    /// Contents of the slots, once all replays have ended.
     fn replayed(&mut self) -> Option<Vec<Vec<u32>>> {
         let Phase::Replaying(replaying) = &mut self.phase else {
             return None;
@@ -463,7 +463,7 @@ impl RingRunner {
             let first = replay.source.map_or(0, |source| source + 1);
             let now_held: &[u32] = match under_way.ended {
                 Some(true) => &under_way.tokens,
-                // Some of it may be there; nobody knows how much.
+                // An unknown part of the rows may be there.
                 _ => &[],
             };
             for stage in first..=replay.until {
@@ -478,7 +478,7 @@ impl RingRunner {
             .collect();
         if let Some(loss) = &mut self.loss {
             loss.rows += rows;
-            // Rows of slots that nobody uses are not computed again until somebody does.
+            // Rows of unused slots are computed again only when a request needs them.
             let busy = self.busy.iter().flatten();
             let again = busy.map(|&slot| {
                 let wanted = replay::reference(&self.planned, held, slot);
@@ -497,10 +497,10 @@ impl RingRunner {
         Some(common)
     }
 
-    /// Looks after what is due: pings, and who does not answer them.
+    /// Sends due pings and checks for members that do not answer.
     fn watch(&mut self, now: Instant) {
         let since = match &self.phase {
-            // Loading may take its time; who is not there is the head's affair.
+            // Loading may take long; the head handles members that are missing.
             Phase::Joining(_) => None,
             Phase::Replaying(_) => self.pulse.due_since().or(Some(now)),
             Phase::Running => self.under_way.front().map(|under_way| under_way.begun),
@@ -526,7 +526,7 @@ impl RingRunner {
         }
     }
 
-    /// Hands on what the part has to say.
+    /// Passes on the part's messages.
     fn flush(&mut self) {
         if std::mem::take(&mut self.pump_due) {
             self.part.pump(&mut self.outs);
@@ -541,7 +541,7 @@ impl RingRunner {
         }
     }
 
-    /// Says how the last stage is, when that has changed.
+    /// Reports the gauges of the last stage if they have changed.
     fn gauge(&mut self, now: Instant) {
         let mut gauges = DriverGauges {
             lag: self.part.lag(),
@@ -627,7 +627,7 @@ impl Runner for RingRunner {
         self.next_step += 1;
         let mut tokens = step.tokens.as_slice();
         for op in &step.slot_ops {
-            // What a scheduler plans fits the slots that it was made with.
+            // The scheduler knows the slots, so its plans fit them.
             let _ = self.planned.apply(op);
         }
         for segment in &step.segments {

@@ -6,8 +6,9 @@ use mesh_engine::SlotId;
 
 /// Hidden rows by slot and position, the newest of each slot without a gap.
 ///
-/// A row is kept until the next stage's standby has what follows from it. Where there is no standby all rows are kept, as far
-/// as the limit goes; beyond it the oldest are dropped, and a recovery computes them again from further up.
+/// A row is kept until the next stage's standby has the KV rows computed from it. Without a standby all rows
+/// are kept, as far as the limit goes; beyond it the oldest are dropped, and a recovery computes them again
+/// from further up.
 #[derive(Debug)]
 pub(crate) struct Kept {
     width: usize,
@@ -23,7 +24,7 @@ struct KeptSlot {
 }
 
 impl Kept {
-    /// For rows of `width` numbers, at most about `limit` numbers altogether.
+    /// An empty buffer for rows of `width` numbers, at most about `limit` numbers altogether.
     pub(crate) fn new(slots: u32, width: usize, limit: usize) -> Self {
         Kept {
             width: width.max(1),
@@ -134,7 +135,7 @@ impl KeptSlot {
         }
     }
 
-    /// Frees what a long prompt took, once its rows are gone.
+    /// Frees the memory of a long prompt once its rows are gone.
     fn give_back(&mut self, width: usize) {
         if self.rows.capacity() > 4 * self.rows.len().max(SPARE_ROWS * width) {
             self.rows.shrink_to(2 * self.rows.len());

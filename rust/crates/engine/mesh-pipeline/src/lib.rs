@@ -1,4 +1,5 @@
-//! One model over several machines: the stages of a ring, their standbys, and how an answer outlives any of them.
+//! One model over several machines: the stages of a ring, their standbys, and recovery from the loss of any
+//! of them.
 //!
 //! A *ring* runs one model in stages, each a contiguous range of layers on one worker. The worker of the last stage is its
 //! *driver*. A step goes from the driver to stage 0 as tokens, from stage to stage as hidden rows, and comes back to the
@@ -8,16 +9,19 @@
 //! the driver: a [`mesh_engine::Runner`], so that scheduler, sampler and text are those of a model on one machine.
 //!
 //! # Recovery
-//! Three properties make it simple. Rows are independent bit for bit, so computing a row again gives the same row. A part
-//! knows the tokens behind its KV rows ([`Book`]), so what is still good is found by comparing, not by remembering who was
-//! told what. And the head alone changes the members of a ring, each change being a new *epoch*.
+//! Three properties make it simple. Rows are independent bit for bit, so computing a row again gives the same
+//! row. A part knows the tokens behind its KV rows ([`Book`]), so comparing the tokens finds the rows that
+//! are still valid; no history of messages is needed. And the head alone changes the members of a ring, each
+//! change being a new *epoch*.
 //!
-//! When an epoch begins, every member says what it holds. The driver finds for each slot the rows that all of them have;
-//! those behind are computed again, as any prompt would be. Where one member lacks many rows (a shard that was loaded
-//! afresh), only its inputs are replayed: from what the stage before it kept, or else from further up. Then the scheduler goes
-//! on behind what is there; an answer's tokens are a function of seed and index, so the client sees nothing but a pause.
+//! When an epoch begins, every member reports the rows it holds. The driver finds for each slot the rows that
+//! all of them have; those behind are computed again, like a prompt. Where one member lacks many rows (a
+//! shard that was just loaded), only its inputs are replayed: from the replay buffer of the stage before it,
+//! or else from further up. Then the scheduler continues behind the valid rows; an answer's tokens are a
+//! function of seed and index, so the client only sees a pause.
 //!
-//! In the background each member's KV rows go to its standby, and what the standby has, the stage before need not keep.
+//! In the background each member's KV rows are replicated to its standby. The stage before need not keep the
+//! inputs of rows that the standby has.
 
 #![forbid(unsafe_code)]
 
@@ -38,26 +42,26 @@ pub use part::{Out, Part};
 
 use mesh_engine::{SlotId, StageError};
 
-/// Why a step cannot be computed, or a standby cannot take in what it is sent.
+/// Errors of computing a step, or of a standby taking in mirrored rows.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum StepError {
     /// The slot does not exist.
     #[error("slot {slot} does not exist: this stage has {slots}")]
     NoSuchSlot {
-        /// The slot.
+        /// The slot named in the step.
         slot: SlotId,
-        /// How many there are.
+        /// Number of slots of this stage.
         slots: u32,
     },
-    /// Rows beyond what is held.
+    /// The step begins behind the rows held.
     #[error("slot {slot} holds {held} rows, but the step begins at {position}")]
     Gap {
-        /// The slot.
+        /// The slot named in the step.
         slot: SlotId,
-        /// Rows held.
+        /// KV rows that the slot holds.
         held: u32,
-        /// Position asked for.
+        /// Position of the step's first row.
         position: u32,
     },
     /// Lengths that do not fit each other.

@@ -1,4 +1,4 @@
-//! How far a standby is behind, and what it is sent next.
+//! The sending side of replication: the backlog of a standby, and the next rows to send.
 //!
 //! Messages of one stream are numbered; the standby says up to which number it has taken them in. Rows go out in the order in
 //! which they were written, in pieces, and no more than [`WINDOW`] bytes without an answer: a standby that joined a moment ago
@@ -34,12 +34,12 @@ struct MirroredSlot {
 struct Unanswered {
     count: u64,
     slot: SlotId,
-    /// One past the last row, as long as those rows are still what the slot holds.
+    /// One past the last row, while the slot still holds those rows.
     end: u32,
     bytes: usize,
 }
 
-/// Rows to send.
+/// Rows to send in one message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Piece {
     pub(crate) slot: SlotId,
@@ -48,7 +48,7 @@ pub(crate) struct Piece {
 }
 
 impl Mirror {
-    /// Toward a standby that holds `held`, of what `book` says.
+    /// A stream to a standby that holds `held`, for the rows in `book`.
     pub(crate) fn new(book: &Book, held: &[HeldSlot]) -> Self {
         let slots = (0..book.slots()).map(|slot| {
             let theirs = held.iter().find(|held| held.slot == slot);
@@ -104,7 +104,7 @@ impl Mirror {
                 let sent = self.slots.get(from as usize)?.sent;
                 self.cut(to, 0);
                 if sent < len {
-                    // What comes at position 0 cuts off what the standby has there.
+                    // Rows at position 0 replace the standby's content.
                     return None;
                 }
                 self.slots.get_mut(to as usize)?.sent = len;

@@ -10,16 +10,16 @@ use crate::kept::Kept;
 use crate::mirror::Mirror;
 use crate::wire;
 
-/// What a part has to tell others.
+/// A message of a part to others in its ring.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Out {
     /// Rows for the next stage.
     Next(RingStep),
-    /// For the driver.
+    /// The outcome of a step, for the driver.
     Driver(RingOutcome),
-    /// For the stage before.
+    /// Acknowledged rows, for the stage before.
     Previous(RingMirrored),
-    /// For the standby.
+    /// Replicated rows, for the standby.
     Standby(RingMirror),
 }
 
@@ -70,12 +70,12 @@ impl Part {
         self.stage.info()
     }
 
-    /// What it holds.
+    /// The tokens behind its KV rows.
     pub fn book(&self) -> &Book {
         &self.book
     }
 
-    /// The epoch it is in.
+    /// Number of its current epoch; 0 before the first.
     pub fn epoch(&self) -> u32 {
         self.epoch
     }
@@ -87,7 +87,7 @@ impl Part {
             .map_or(0, |mirror| mirror.lag(&self.book))
     }
 
-    /// Bytes of memory that outputs take which are kept for a replay.
+    /// Bytes of outputs kept for a replay.
     pub fn kept_bytes(&self) -> u64 {
         self.kept.bytes()
     }
@@ -102,7 +102,7 @@ impl Part {
         self.mirror = None;
     }
 
-    /// What it holds, for the driver or for the member that it stands by for.
+    /// The rows it holds, for the driver or for the member that it stands by for.
     pub fn held(&self) -> RingHeld {
         RingHeld {
             epoch: self.epoch,
@@ -113,7 +113,7 @@ impl Part {
         }
     }
 
-    /// A standby that holds `held` stands by from now on.
+    /// Starts replication to a standby that holds `held`.
     pub fn mirror_to(&mut self, held: &[HeldSlot], out: &mut Vec<Out>) {
         let mirror = self.mirror.insert(Mirror::new(&self.book, held));
         let safe: Vec<SlotId> = (0..self.book.slots())
@@ -123,12 +123,12 @@ impl Part {
         self.pump(out);
     }
 
-    /// There is no standby any more.
+    /// Ends replication: the standby is gone.
     pub fn stop_mirroring(&mut self) {
         self.mirror = None;
     }
 
-    /// The standby has taken in what it was sent up to `count`.
+    /// The standby has taken in the messages up to `count`.
     pub fn mirrored(&mut self, count: u64, out: &mut Vec<Out>) {
         let Some(mirror) = &mut self.mirror else {
             return;
@@ -140,7 +140,7 @@ impl Part {
 
     /// The next stage's standby has the rows that follow from the first `len` of `slot`.
     pub fn next_mirrored(&mut self, mirrored: &RingMirrored) {
-        // What was said before the slot was cut off speaks of other rows.
+        // Acknowledgements from before the slot was cut off refer to other rows.
         let cut_at = self.cut_at.get(mirrored.slot as usize);
         if cut_at.is_some_and(|&cut_at| mirrored.count >= cut_at) {
             self.kept.release(mirrored.slot, mirrored.len);
@@ -172,7 +172,7 @@ impl Part {
         self.pump(out);
     }
 
-    /// Sends rows that were kept to the next stage again.
+    /// Sends kept rows to the next stage again.
     pub fn resend(&mut self, resend: &RingResend, out: &mut Vec<Out>) {
         if resend.epoch != self.epoch {
             return;
@@ -181,7 +181,8 @@ impl Part {
         let range = resend.from..resend.to;
         let rows = self.kept.rows(resend.slot, range.clone());
         let (Some(rows), true) = (rows, range.end as usize <= tokens.len()) else {
-            // The driver asked by what Held said; it will compute the rows again from further up.
+            // The driver's request was based on an older report; it will compute the rows again from further
+            // up.
             out.push(Out::Driver(RingOutcome {
                 epoch: self.epoch,
                 step: resend.step,
@@ -215,8 +216,8 @@ impl Part {
         }
     }
 
-    /// As a standby: takes in what the member mirrors. An error means that the two have lost step; the member must begin
-    /// again with what [`held`](Self::held) says.
+    /// As a standby: takes in mirrored rows of the member. An error means that the two have diverged; the
+    /// member must begin again from [`held`](Self::held).
     pub fn take_mirrored(&mut self, mirror: &RingMirror) -> Result<RingMirrored, StepError> {
         if let Some(op) = &mirror.slot_op {
             let op = wire::read_slot_op(op);
@@ -255,7 +256,8 @@ impl Part {
         })
     }
 
-    /// As the last stage: computes a step whose rows have come all the way; the logits that `segments` ask for.
+    /// As the last stage: computes a step whose rows have come all the way, and the logits that `segments`
+    /// select.
     ///
     /// The logits are left in `logits`, whose memory is used again.
     pub(crate) fn finish_step(
@@ -286,7 +288,7 @@ impl Part {
         result
     }
 
-    /// Sends the standby what it lacks, as far as there is room on the way.
+    /// Sends the standby the rows it lacks, within the limit of unanswered bytes.
     pub(crate) fn pump(&mut self, out: &mut Vec<Out>) {
         let Some(mirror) = &mut self.mirror else {
             return;
@@ -414,7 +416,8 @@ impl Part {
         Ok(())
     }
 
-    /// Notes the rows that a step wrote. After a failure nobody knows what its slots hold, so they hold nothing.
+    /// Notes the rows that a step wrote. After a failure the contents of its slots are unknown, so they count
+    /// as empty.
     fn book_in(&mut self, step: &RingStep, segments: &[Segment], done: bool) {
         let mut tokens = step.tokens.as_slice();
         for segment in segments {

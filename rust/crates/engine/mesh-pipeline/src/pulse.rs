@@ -1,7 +1,8 @@
 //! The driver's failure detector: notices members that have fallen silent, and tells slow from dead.
 //!
-//! A member's network task answers pings however long its step takes, so silence means that its process is stopped or cut off,
-//! or that somebody had no processor for a while. Three things keep the last from counting as death:
+//! A member's network task answers pings however long its step takes, so silence means that its process is
+//! stopped or cut off, or that a machine had no processor time for a while. Three things keep the last from
+//! counting as death:
 //!
 //! - **Silence is counted on a clock that stands still while the driver itself does not run.** A gap between two looks counts for
 //!   no more than two pings take; and while the driver's own network thread has not echoed a ping, the answers of others may be
@@ -10,7 +11,7 @@
 //!   four times the slowest recent answer.
 //! - **A suspicion is not a verdict.** It is taken back when the member is heard again, and the head asks another witness first.
 //!
-//! If everybody answers but nothing of what one member passed on arrives at the next, the link between the two is broken.
+//! If all members answer but no data from one member arrives at the next, the link between the two is broken.
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
@@ -41,7 +42,7 @@ pub(crate) struct Pulse {
     slowest_of_all: Duration,
     /// Steps that arrived at the driver.
     arrived: u64,
-    /// Members that are no longer suspected.
+    /// Stages whose members are no longer suspected.
     cleared: Vec<u32>,
 }
 
@@ -66,11 +67,11 @@ struct LinkPulse {
 /// The reason why a member is suspected.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Suspicion {
-    /// Its stage.
+    /// Index of the member's stage.
     pub(crate) stage: u32,
-    /// For how long.
+    /// Time since the member was last heard.
     pub(crate) silence: Duration,
-    /// It answers, but what was passed on to it does not arrive.
+    /// The member answers, but data passed on to it does not arrive.
     pub(crate) link: bool,
 }
 
@@ -95,7 +96,7 @@ impl Pulse {
         }
     }
 
-    /// A new epoch with `members` members; what is known of the pace stays.
+    /// Begins an epoch with `members` members; measured times are kept.
     pub(crate) fn begin_epoch(&mut self, members: u32) {
         *self = Pulse {
             slowest: self.slowest,
@@ -199,7 +200,7 @@ impl Pulse {
         }
     }
 
-    /// When to look again.
+    /// Time of the next check.
     pub(crate) fn next_timer(&self) -> Option<Instant> {
         let since = self.due_since?;
         Some(self.last_ping.map_or(since, |at| at.max(since)) + PING)
@@ -322,7 +323,7 @@ mod tests {
             }
         }
 
-        /// Goes on for `seconds`; `answers` says what a member answers to a ping at once.
+        /// Runs for `seconds`; `answers` gives a member's immediate answer to a ping.
         fn run(&mut self, seconds: f64, answers: impl Fn(u32) -> Option<RingPing>) {
             let end = self.now + Duration::from_secs_f64(seconds);
             while self.now < end {
@@ -502,7 +503,7 @@ mod tests {
         assert_eq!(pulse.next_timer(), None);
         assert_eq!(pulse.ping(start + Duration::from_secs(9)), None);
         assert!(pulse.silent().is_empty());
-        // A long idle time before is no silence.
+        // A long idle time before does not count as silence.
         let later = start + Duration::from_secs(60);
         pulse.look(Some(later), later);
         pulse.look(Some(later), later + Duration::from_millis(900));

@@ -1,11 +1,11 @@
-//! What has to be replayed when an epoch begins, and from where.
+//! Chooses the replays at the beginning of an epoch: which rows, and from which stage.
 
 use mesh_engine::SlotId;
 use mesh_proto::RingHeld;
 
 use crate::book::{Book, common_prefix};
 
-/// What one stage holds of every slot.
+/// The rows that one stage holds, by slot.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Held {
     slots: Vec<HeldRows>,
@@ -22,7 +22,7 @@ struct HeldRows {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Replay {
     pub(crate) slot: SlotId,
-    /// First row.
+    /// Position of the first row.
     pub(crate) from: u32,
     /// One past the last row.
     pub(crate) to: u32,
@@ -33,7 +33,7 @@ pub(crate) struct Replay {
 }
 
 impl Held {
-    /// From what a member says. Slots beyond `slots` are of no interest.
+    /// Reads a member's report. Slots beyond `slots` are ignored.
     pub(crate) fn read(slots: u32, held: RingHeld) -> Self {
         let mut read = vec![HeldRows::default(); slots as usize];
         for slot in held.slots {
@@ -54,7 +54,7 @@ impl Held {
             .map_or(&[], |rows| rows.tokens.as_slice())
     }
 
-    /// Takes in what a replay has brought about.
+    /// Notes the result of a replay.
     pub(crate) fn set(&mut self, slot: SlotId, tokens: &[u32]) {
         if let Some(rows) = self.slots.get_mut(slot as usize) {
             rows.tokens = tokens.to_vec();
@@ -75,8 +75,8 @@ impl Held {
     }
 }
 
-/// The tokens that a slot should hold: what the driver planned or, if the driver is new, what the foremost stage has, which
-/// is the newest.
+/// The tokens that a slot should hold: the driver's plan or, if the driver is new, the content of the
+/// foremost stage, which is the newest.
 pub(crate) fn reference<'a>(planned: &'a Book, held: &'a [Held], slot: SlotId) -> &'a [u32] {
     if !planned.is_empty() {
         return planned.tokens(slot);
@@ -100,9 +100,9 @@ pub(crate) fn common(planned: &Book, held: &[Held], slot: SlotId) -> Vec<u32> {
 
 /// The replays worth having, one per slot at most.
 ///
-/// A stage lags if it lacks more than [`WORTHWHILE`] rows that another one has. Slots that nobody uses are left alone: their
-/// rows are computed again if anybody ever asks for them. A driver that has planned steps knows the `busy` ones; for a new one
-/// those count as busy that a recent step has touched.
+/// A stage lags if it lacks more than [`WORTHWHILE`] rows that another one has. Unused slots are left alone:
+/// their rows are computed again when a request needs them. A driver that has planned steps knows the `busy`
+/// ones; for a new one those count as busy that a recent step has touched.
 pub(crate) fn plan(
     planned: &Book,
     held: &[Held],
@@ -133,7 +133,7 @@ fn plan_slot(planned: &Book, held: &[Held], slot: SlotId) -> Option<Replay> {
         .filter(|stage| !lags(stage))
         .map(|stage| lens[stage])
         .min()?;
-    // From the nearest stage above that still has what it sent; the stages between compute those rows again.
+    // From the nearest stage above that still keeps its outputs; the stages between compute those rows again.
     let mut from = lens[first..=until].iter().copied().min()?;
     let mut source = None;
     for stage in (0..first).rev() {
@@ -167,7 +167,7 @@ mod tests {
         (0..len).map(|i| i * 7 % 101).collect()
     }
 
-    /// What a stage holds of slot 0: `len` rows, of which the outputs from `kept_from` on are kept.
+    /// A stage that holds `len` rows of slot 0 and keeps the outputs from `kept_from` on.
     fn held(len: u32, kept_from: u32) -> Held {
         Held::read(
             1,

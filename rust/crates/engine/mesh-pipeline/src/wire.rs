@@ -58,8 +58,8 @@ pub(crate) fn read_segment(segment: &RingSegment) -> Segment {
     }
 }
 
-/// Hidden rows as bytes. What f16 cannot hold becomes its largest number rather than infinity, which would spoil all that
-/// follows.
+/// Hidden rows as bytes. A number beyond the range of f16 becomes its largest number rather than infinity,
+/// which would spoil all later rows.
 pub(crate) fn rows(numbers: &[f32], half: bool) -> Bytes {
     if half {
         let (least, most) = (f16::MIN.to_f32(), f16::MAX.to_f32());

@@ -1,4 +1,4 @@
-//! What answers say, beside their bodies: entity tags, pauses, redirects, why not.
+//! Parts of answers besides their bodies: entity tags, pauses, redirects, reasons of refusals.
 
 use std::time::{Duration, SystemTime};
 
@@ -20,16 +20,16 @@ pub(crate) const LINKED_ETAG: HeaderName = HeaderName::from_static("x-linked-eta
 pub(crate) const LINKED_SIZE: HeaderName = HeaderName::from_static("x-linked-size");
 const RATE_LIMIT: HeaderName = HeaderName::from_static("ratelimit");
 
-/// Why one attempt failed.
+/// Failure of one attempt.
 #[derive(Debug)]
 pub(crate) enum Failure {
-    /// It may work the next time.
+    /// A retry may succeed.
     Transient {
         reason: String,
         status: Option<u16>,
         retry_after: Option<Duration>,
     },
-    /// It will not.
+    /// A retry cannot succeed.
     Final(HubError),
 }
 
@@ -48,7 +48,7 @@ impl Failure {
         }
     }
 
-    /// What `error` is about, without the address: that may be signed.
+    /// The failure for `error`, without the address, which may be signed.
     pub(crate) fn network(error: reqwest::Error) -> Self {
         let timed_out = error.is_timeout();
         let error = error.without_url();
@@ -56,7 +56,7 @@ impl Failure {
             true => "nothing came for too long".to_owned(),
             false => error.to_string(),
         };
-        // The last cause is the one that says something: "connection refused".
+        // The last cause is the most specific one: "connection refused".
         let mut source = std::error::Error::source(&error);
         while let Some(cause) = source {
             if !timed_out && std::error::Error::source(cause).is_none() {
@@ -80,7 +80,7 @@ fn with_clock(reason: String, now: SystemTime) -> String {
     )
 }
 
-/// Where a redirect leads.
+/// The URL that a redirect leads to.
 pub(crate) fn redirected(from: &Url, location: &str) -> Result<Url, HubError> {
     let bad = |reason: &str| HubError::Answer {
         url: shown(from),
@@ -114,8 +114,8 @@ pub(crate) fn bare(etag: &str) -> String {
     etag.trim_start_matches("W/").trim_matches('"').to_owned()
 }
 
-/// How long a server wants to be left alone: `Retry-After` in seconds or as a date, or the seconds to the end of the window in
-/// the hub's `RateLimit` (`"api";r=0;t=55`).
+/// The pause that a server asks for: `Retry-After` in seconds or as a date, or the seconds to the end of the
+/// window in the hub's `RateLimit` (`"api";r=0;t=55`).
 pub(crate) fn retry_after(headers: &HeaderMap, now: OffsetDateTime) -> Option<Duration> {
     if let Some(value) = text(headers, &header::RETRY_AFTER) {
         if let Ok(seconds) = value.parse() {

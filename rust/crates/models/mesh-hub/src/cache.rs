@@ -1,4 +1,4 @@
-//! What other programs have fetched from the hub to this machine. `hf-hub` knows how their cache is laid out.
+//! The cache of other programs' downloads from the hub on this machine, read with the layout of `hf-hub`.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -13,10 +13,10 @@ use crate::settings::Settings;
 const MAX_DEPTH: usize = 6;
 const MAX_FILES: usize = 10_000;
 
-/// What the cache holds of `id` at `revision`.
+/// The cached files of `id` at `revision`.
 ///
 /// # Errors
-/// If that is nothing.
+/// If the cache has none.
 pub(crate) fn open(settings: &Settings, id: &str, revision: &str) -> Result<Repo, HubError> {
     let nothing = || HubError::Offline {
         what: format!("{id} at revision {revision}"),
@@ -49,7 +49,7 @@ pub(crate) fn open(settings: &Settings, id: &str, revision: &str) -> Result<Repo
     })
 }
 
-/// Where the cache has `file` of `repo`, if it does and the length is right.
+/// Path of `file` of `repo` in the cache, if it is there with the right length.
 pub(crate) fn file(settings: &Settings, repo: &Repo, file: &RepoFile) -> Option<PathBuf> {
     let folder = cached(settings, &repo.id, &repo.commit)?;
     let path = folder.pointer_path(&repo.commit).join(&file.path);

@@ -1,4 +1,4 @@
-//! Which files of a repository a model needs.
+//! Selection of the files of a repository that a model needs.
 
 use std::collections::BTreeSet;
 
@@ -7,7 +7,7 @@ use serde::Deserialize;
 use crate::error::HubError;
 use crate::listing::{Repo, RepoFile, is_sound};
 
-/// What a model's weights are stored in.
+/// Storage format of a model's weights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Format {
     /// One GGUF file with everything in it.
@@ -19,28 +19,28 @@ pub enum Format {
 /// The files that a model needs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Chosen {
-    /// What the weights are stored in.
+    /// Storage format of the weights.
     pub format: Format,
     /// The name the model gets: that of the GGUF file without its ending, or the repository's without the organisation.
     pub name: String,
-    /// The weights.
+    /// Files with the weights.
     pub weights: Vec<RepoFile>,
-    /// Everything else, small.
+    /// All other files; they are small.
     pub others: Vec<RepoFile>,
 }
 
 impl Chosen {
-    /// All files.
+    /// All files, weights first.
     pub fn files(&self) -> impl Iterator<Item = &RepoFile> {
         self.weights.iter().chain(&self.others)
     }
 }
 
-/// The list of shards that stands beside them.
+/// Name of the list of shards in a repository.
 pub(crate) const INDEX: &str = "model.safetensors.index.json";
 
-/// What describes a model of safetensors files; what is there of it is taken. The sentence-transformers part tells embedding
-/// models how to pool.
+/// Files that describe a model of safetensors files; those that exist are taken. Those of
+/// sentence-transformers hold the pooling of embedding models.
 const DESCRIPTIONS: &[&str] = &[
     "config.json",
     "generation_config.json",
@@ -57,11 +57,11 @@ const DESCRIPTIONS: &[&str] = &[
     "2_Normalize/config.json",
 ];
 
-/// Quantisations that are taken where none is asked for, the first that is there.
+/// Quantisations to choose from by default, in order of preference.
 const USUAL: &[&str] = &["Q4_K_M", "Q4_0", "Q4_1", "Q4_K_S", "Q5_K_M", "Q8_0"];
 
-/// The files of `repo` that make up the model `which`: a quantisation, a file, or, without it, what the repository is most likely
-/// for. `index` is the content of [`INDEX`], where the repository has one.
+/// Selects the files of `repo` that make up the model `which`: a quantisation or a file, or by default the
+/// repository's most likely purpose. `index` is the content of [`INDEX`], if the repository has one.
 ///
 /// # Errors
 /// If nothing fits, or more than one thing does: the message names what there is.
@@ -227,7 +227,8 @@ fn has_ending(path: &str, ending: &str) -> bool {
         .is_some_and(|end| end.eq_ignore_ascii_case(ending))
 }
 
-/// Whether a file's name holds a quantisation, as `model-Q4_K_M.gguf` and `model.q4_k_m.gguf` do and `model-IQ4_K_M.gguf` does not.
+/// True if a file's name contains a quantisation, as `model-Q4_K_M.gguf` and `model.q4_k_m.gguf` do and
+/// `model-IQ4_K_M.gguf` does not.
 fn has_quantisation(path: &str, wanted: &str) -> bool {
     if wanted.is_empty() {
         return false;
@@ -251,7 +252,7 @@ fn part_of_several(path: &str) -> Option<(u32, u32)> {
     Some((five(number)?, five(count)?)).filter(|&(_, count)| count > 1)
 }
 
-/// What a user may write.
+/// The names that a user may write.
 fn offer(ggufs: &[&RepoFile]) -> String {
     const SHOWN: usize = 30;
     let mut names: Vec<&str> = ggufs.iter().map(|file| file.path.as_str()).collect();
@@ -313,7 +314,7 @@ mod tests {
             chosen(GGUFS, Some("Tiny-IQ4_XS.gguf")).unwrap(),
             ["Tiny-IQ4_XS.gguf"]
         );
-        // Parts of words are none.
+        // Parts of words do not count.
         assert!(
             chosen(GGUFS, Some("Q4"))
                 .unwrap_err()

@@ -1,4 +1,4 @@
-//! Requests to the hub: what a repository holds, and answers that are none.
+//! Requests to the hub: contents of repositories, and the errors of unsuccessful answers.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -37,7 +37,7 @@ const MAX_LISTING: usize = 64 << 20;
 const MAX_REDIRECTS: usize = 10;
 const CONNECT_LIMIT: Duration = Duration::from_secs(15);
 
-/// What a request is about, for messages.
+/// Subject of a request, for messages.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Subject<'a> {
     pub(crate) repo: &'a str,
@@ -46,7 +46,7 @@ pub(crate) struct Subject<'a> {
     pub(crate) path: Option<&'a str>,
 }
 
-/// An answer with success, and what the hub itself said on the way to it.
+/// A successful answer, with the hub's own headers before redirects.
 pub(crate) struct Answer {
     pub(crate) response: Response,
     pub(crate) etag: Option<String>,
@@ -105,16 +105,16 @@ impl Hub {
         Self::new(Settings::from_env()?)
     }
 
-    /// Its settings.
+    /// Settings of this client.
     pub fn settings(&self) -> &Settings {
         &self.inner.settings
     }
 
-    /// What repository `id` holds at `revision` (a branch, tag or commit), which is pinned to its commit by that. With
-    /// `HF_HUB_OFFLINE`, what the cache of other programs holds of it.
+    /// Lists the files of repository `id` at `revision` (a branch, tag or commit), pinned to its commit. With
+    /// `HF_HUB_OFFLINE`, lists those in the cache of other programs.
     ///
     /// # Errors
-    /// If there is none, it may not be seen, or the hub cannot be reached.
+    /// If it does not exist, is not visible with the token, or the hub cannot be reached.
     pub async fn open(
         &self,
         id: &str,
@@ -139,7 +139,7 @@ impl Hub {
         })
     }
 
-    /// The page of a repository at its commit: what the store notes as a model's source.
+    /// URL of a repository's page at its commit, which the store records as a model's source.
     pub fn source(&self, repo: &Repo) -> String {
         let mut url = self.url(repo.id.split('/'));
         push(&mut url, ["tree", &repo.commit]);
@@ -235,7 +235,7 @@ impl Hub {
         .await
     }
 
-    /// Tries until it works or there is no more hope.
+    /// Repeats a request until it succeeds or retries are used up.
     async fn patiently<T>(
         &self,
         url: &Url,
@@ -251,7 +251,7 @@ impl Hub {
         }
     }
 
-    /// Waits before the next attempt, or says that there will be none.
+    /// Waits before the next attempt, or fails if there are no more attempts.
     pub(crate) async fn pause(
         &self,
         retry: &mut Retry,
@@ -353,7 +353,7 @@ impl Hub {
         }))
     }
 
-    /// What an answer without success means.
+    /// Converts an unsuccessful answer to an error.
     async fn refused(
         &self,
         response: Response,
@@ -457,7 +457,7 @@ impl Hub {
         }
     }
 
-    /// Where `file` of `repo` is.
+    /// URL of `file` of `repo`.
     pub(crate) fn file_url(&self, repo: &Repo, file: &RepoFile) -> Url {
         let mut url = self.url(repo.id.split('/'));
         push(&mut url, ["resolve", &repo.commit]);

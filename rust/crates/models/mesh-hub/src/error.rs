@@ -1,43 +1,43 @@
-//! What can go wrong between here and the hub, and what to do about it.
+//! Errors between this machine and the hub, with their remedies.
 
 use std::path::PathBuf;
 use std::time::Duration;
 
 use mesh_store::StoreError;
 
-/// Why the hub did not give what was wanted. No message holds a token.
+/// Errors of fetching from the hub. No message contains a token.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum HubError {
-    /// Not the name of a model on the hub.
+    /// The text is not the name of a model on the hub.
     #[error(
         "{name:?} does not name a model of the hub: {reason}; write ORGANISATION/MODEL, behind it @REVISION and :QUANTISATION where \
          they are wanted, such as Qwen/Qwen3-0.6B-GGUF:Q8_0"
     )]
     Name {
-        /// What was written.
+        /// Text that was given.
         name: String,
-        /// What is wrong with it.
+        /// Rule that it breaks.
         reason: &'static str,
     },
-    /// A setting that makes no sense.
+    /// A setting has an invalid value.
     #[error("{name} is {value:?}, which is {reason}")]
     Setting {
-        /// The environment variable.
+        /// Name of the environment variable.
         name: &'static str,
-        /// What it is set to.
+        /// Value of the variable.
         value: String,
-        /// What is wrong with it.
+        /// Rule that the value breaks.
         reason: &'static str,
     },
     /// The file with the token cannot be read.
     #[error("cannot read the hub's token from {}: {source}; correct {setting}, or take it away to go without a token", path.display())]
     TokenFile {
-        /// The environment variable that names it.
+        /// Environment variable that names the file.
         setting: &'static str,
-        /// The file.
+        /// Path of the token file.
         path: PathBuf,
-        /// What the system said.
+        /// Error from the operating system.
         source: std::io::Error,
     },
     /// `HF_HUB_OFFLINE` is set.
@@ -45,35 +45,35 @@ pub enum HubError {
         "{what} is not on this machine, and HF_HUB_OFFLINE forbids to fetch it; unset that to allow it"
     )]
     Offline {
-        /// What was wanted.
+        /// Model or file that was wanted.
         what: String,
     },
-    /// No such repository, as far as one without a token can see.
+    /// The repository does not exist, or is not visible without a token.
     #[error(
         "the hub shows no model {repo} to somebody without a token; check the name at {url}. If it is private, set HF_TOKEN (or \
          HF_TOKEN_FILE) to a token that may read it; tokens are made at {tokens_url}"
     )]
     NotFoundWithoutToken {
-        /// The repository.
+        /// Name of the repository.
         repo: String,
-        /// Its page.
+        /// URL of the repository's page.
         url: String,
-        /// Where tokens are made.
+        /// URL of the page that creates tokens.
         tokens_url: String,
     },
-    /// No such repository, as far as the token can see.
+    /// The repository does not exist, or is not visible with the token.
     #[error(
         "the hub has no model {repo}, or the token from {token} may not see it; check the name at {url}, and what the token may \
          read at {tokens_url}"
     )]
     NotFound {
-        /// The repository.
+        /// Name of the repository.
         repo: String,
-        /// Where the token came from.
+        /// Origin of the token.
         token: String,
-        /// Its page.
+        /// URL of the repository's page.
         url: String,
-        /// Where tokens are made.
+        /// URL of the page that creates tokens.
         tokens_url: String,
     },
     /// The token is not valid.
@@ -81,182 +81,182 @@ pub enum HubError {
         "the hub does not accept the token from {token}: it is mistyped, expired or revoked; make a new one at {tokens_url}"
     )]
     BadToken {
-        /// Where the token came from.
+        /// Origin of the token.
         token: String,
-        /// Where tokens are made.
+        /// URL of the page that creates tokens.
         tokens_url: String,
     },
-    /// A gated model, and no token.
+    /// The model is gated, and there is no token.
     #[error(
         "{repo} is given only to those who have accepted its licence: log in at {url}, accept it there, then set HF_TOKEN (or \
          HF_TOKEN_FILE) to a token with read access, made at {tokens_url}"
     )]
     GatedWithoutToken {
-        /// The repository.
+        /// Name of the repository.
         repo: String,
-        /// Where the licence is accepted.
+        /// URL of the page with the licence.
         url: String,
-        /// Where tokens are made.
+        /// URL of the page that creates tokens.
         tokens_url: String,
     },
-    /// A gated model, and the token's account has not been let in.
+    /// The model is gated, and the token's account has not been admitted.
     #[error(
         "{repo} is given only to those who have accepted its licence, and the account of the token from {token} has not: open {url} with \
          that account, accept the licence, and try again (some owners answer by hand; a fine-grained token needs the right to \
          read public gated repositories, at {tokens_url})"
     )]
     LicenceNotAccepted {
-        /// The repository.
+        /// Name of the repository.
         repo: String,
-        /// Where the token came from.
+        /// Origin of the token.
         token: String,
-        /// Where the licence is accepted.
+        /// URL of the page with the licence.
         url: String,
-        /// Where tokens are made.
+        /// URL of the page that creates tokens.
         tokens_url: String,
     },
-    /// Forbidden for another reason.
+    /// The hub refused for another reason.
     #[error(
         "the hub refuses {what} to the token from {token} (403): {message}; see what the token may do at {tokens_url}"
     )]
     Forbidden {
-        /// What was asked for.
+        /// Model or file that was requested.
         what: String,
-        /// Where the token came from.
+        /// Origin of the token.
         token: String,
-        /// What the hub said.
+        /// Message of the hub.
         message: String,
-        /// Where tokens are made.
+        /// URL of the page that creates tokens.
         tokens_url: String,
     },
-    /// No such branch, tag or commit.
+    /// The repository has no such branch, tag or commit.
     #[error(
         "{repo} has no revision {revision:?}; its branches, tags and commits are listed at {url}"
     )]
     NoRevision {
-        /// The repository.
+        /// Name of the repository.
         repo: String,
-        /// What was asked for.
+        /// Revision that was requested.
         revision: String,
-        /// Where they are listed.
+        /// URL of the list of revisions.
         url: String,
     },
-    /// No such file.
+    /// The repository has no such file.
     #[error("{repo} has no file {path:?} at revision {revision}; its files are listed at {url}")]
     NoFile {
-        /// The repository.
+        /// Name of the repository.
         repo: String,
-        /// The commit.
+        /// Commit of the repository.
         revision: String,
-        /// What was asked for.
+        /// Path that was requested.
         path: String,
-        /// Where they are listed.
+        /// URL of the list of files.
         url: String,
     },
-    /// Too many requests, for longer than we wait.
+    /// The hub limits the rate of requests for longer than we wait.
     #[error(
         "the hub limits the rate of requests and asks to wait {}; try again then, or set HF_TOKEN: requests with a token have a higher limit",
         wait(*.retry_after)
     )]
     RateLimited {
-        /// What it asked to wait, if it said so.
+        /// Pause that the hub asked for, if any.
         retry_after: Option<Duration>,
     },
-    /// Nobody answers, or not as HTTP wants it, however often we ask.
+    /// The server does not answer, or breaks off, in all attempts.
     #[error(
         "{url} cannot be reached or breaks off ({reason}), {attempts} times in a row; what was fetched is kept: check the network and try again"
     )]
     Unreachable {
-        /// What was asked for, without its query.
+        /// URL without its query.
         url: String,
-        /// What the last attempt met.
+        /// Error of the last attempt.
         reason: String,
-        /// How many there were.
+        /// Number of attempts.
         attempts: u32,
     },
-    /// An HTTP status that is none of the above.
+    /// An HTTP status that has no error of its own here.
     #[error("{url} answers with status {status}: {message}")]
     Status {
-        /// What was asked for, without its query.
+        /// URL without its query.
         url: String,
-        /// The status.
+        /// HTTP status code.
         status: u16,
-        /// What the server said.
+        /// Message of the server.
         message: String,
     },
-    /// An answer that makes no sense.
+    /// The answer is invalid.
     #[error(
         "{url} gives an answer that makes no sense: {reason}; is HF_ENDPOINT right, and no proxy in between?"
     )]
     Answer {
-        /// What was asked for, without its query.
+        /// URL without its query.
         url: String,
-        /// What is wrong with it.
+        /// Description of the fault.
         reason: String,
     },
-    /// The file became another while it was fetched.
+    /// The file changed while it was fetched.
     #[error(
         "{path} of {repo} is another file than it was when the fetch began ({reason}); run the command again"
     )]
     Changed {
-        /// The repository.
+        /// Name of the repository.
         repo: String,
-        /// The file.
+        /// Path of the file within the model or repository.
         path: String,
-        /// What differs.
+        /// Property that differs.
         reason: String,
     },
-    /// The bytes are not those that the hub told of.
+    /// The bytes do not have the digest that the hub lists.
     #[error(
         "{path} of {repo} arrived damaged: its {kind} is {found}, {wanted} was expected; what was fetched of it is thrown away, run the command again"
     )]
     Damaged {
-        /// The repository.
+        /// Name of the repository.
         repo: String,
-        /// The file.
+        /// Path of the file within the model or repository.
         path: String,
-        /// Which digest.
+        /// Kind of the digest.
         kind: &'static str,
         /// The digest of what arrived.
         found: String,
-        /// The digest that the hub tells.
+        /// Digest that the hub lists.
         wanted: String,
     },
-    /// Nothing in the repository fits what is wanted.
+    /// No files of the repository fit the request.
     #[error("{repo}: {reason}")]
     Choice {
-        /// The repository.
+        /// Name of the repository.
         repo: String,
-        /// What is there, and what to write.
+        /// Files that exist, and names to use instead.
         reason: String,
     },
-    /// A model file whose header makes no sense.
+    /// A model file with an invalid header.
     #[error("{path} of {repo}: {reason}")]
     Header {
-        /// The repository.
+        /// Name of the repository.
         repo: String,
-        /// The file.
+        /// Path of the file within the model or repository.
         path: String,
-        /// What is wrong with it.
+        /// Description of the fault.
         reason: String,
     },
-    /// What was fetched cannot be written.
+    /// The fetched bytes cannot be written.
     #[error("cannot write {what}: {source}")]
     Write {
-        /// Which file.
+        /// Path or name of the file.
         what: String,
-        /// What the system said.
+        /// Error from the operating system.
         source: std::io::Error,
     },
-    /// What another program has fetched cannot be read.
+    /// A file in the cache of other programs cannot be read.
     #[error("cannot read {}: {source}; remove it from the hub's cache to have it fetched", path.display())]
     Read {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// What the system said.
+        /// Error from the operating system.
         source: std::io::Error,
     },
-    /// The store.
+    /// An error of the store.
     #[error(transparent)]
     Store(#[from] StoreError),
     /// This machine cannot speak TLS: no root certificates, for instance.
@@ -264,13 +264,13 @@ pub enum HubError {
         "cannot set up HTTPS: {reason}; are root certificates installed (package ca-certificates, or SSL_CERT_FILE)?"
     )]
     Tls {
-        /// What the library said.
+        /// Error from the TLS library.
         reason: String,
     },
 }
 
 impl HubError {
-    /// Whether a key or a licence is missing.
+    /// True if a key or a licence is missing.
     pub fn is_refusal(&self) -> bool {
         matches!(
             self,

@@ -1,4 +1,4 @@
-//! What the hub says that a model consists of: what bytes from elsewhere are compared with.
+//! The hub's description of a model, to compare bytes from elsewhere with.
 
 use mesh_store::{Manifest, ManifestFile};
 
@@ -13,16 +13,17 @@ use crate::pull::{chosen, git_blob_id};
 /// weights are needed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Expected {
-    /// The name that the model gets, whoever brings it.
+    /// Name of the model in the store, independent of its source.
     pub name: String,
-    /// The repository, as the hub spells it.
+    /// Repository name as the hub spells it.
     pub repo: String,
-    /// Its commit.
+    /// Commit of the repository.
     pub commit: String,
     files: Vec<RepoFile>,
 }
 
-/// A file of a manifest of which the hub tells git's id and no SHA-256: its content has to be looked at.
+/// A file of a manifest for which the hub lists git's id but no SHA-256, so that its content must be
+/// examined.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Unchecked {
     /// Index in [`Manifest::files`].
@@ -31,7 +32,7 @@ pub struct Unchecked {
 }
 
 impl Hub {
-    /// What `name` means on the hub now.
+    /// The model that `name` refers to on the hub now.
     ///
     /// # Errors
     /// If the hub cannot be asked, does not say, or has nothing of that name.
@@ -110,7 +111,7 @@ fn compare(
 }
 
 impl Unchecked {
-    /// Whether this is the content that the hub means.
+    /// True if `content` has the git id that the hub lists.
     pub fn is(&self, content: &[u8]) -> bool {
         git_blob_id(content).eq_ignore_ascii_case(&self.blob_id)
     }

@@ -1,4 +1,4 @@
-//! Ranges of a file: into a sink, over several connections, again where they break off.
+//! Fetching ranges of a file into a sink, over several connections, with retries.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -16,7 +16,7 @@ use crate::error::HubError;
 use crate::listing::{Repo, RepoFile, is_hash};
 use crate::retry::Retry;
 
-/// Where bytes go. Called from several threads at once, which may be blocked.
+/// Destination of fetched bytes. Called from several threads at once, which may be blocked.
 pub trait Sink: Send + Sync + 'static {
     /// Takes the bytes at `offset` of the file.
     ///
@@ -31,48 +31,50 @@ impl Sink for PartialFile {
     }
 }
 
-/// Is told how a fetch goes. Must not block.
+/// Receives progress reports of a fetch. Must not block.
 pub trait Watch: Send + Sync {
-    /// So many bytes are to be fetched, beside so many that are here.
+    /// Number of bytes to fetch, and of bytes that are present already.
     fn planned(&self, missing: u64, present: u64) {
         let _ = (missing, present);
     }
-    /// So many bytes arrived and were written.
+    /// Number of bytes that arrived and were written.
     fn arrived(&self, bytes: u64) {
         let _ = bytes;
     }
-    /// Something went wrong, and it is tried again after this pause.
+    /// An attempt failed; the next one follows after this pause.
     fn waiting(&self, reason: &str, pause: Duration) {
         let _ = (reason, pause);
     }
-    /// All bytes are here; so many are now read to be checked.
+    /// All bytes are present; this many are now read for checking.
     fn checking(&self, bytes: u64) {
         let _ = bytes;
     }
-    /// So many of them were read.
+    /// Number of bytes that were read for checking.
     fn checked(&self, bytes: u64) {
         let _ = bytes;
     }
 }
 
-/// Nobody watches.
+/// A watch that ignores all reports.
 impl Watch for () {}
 
-/// What one request is for at most, so that several connections share a file, and what is skipped at most where a server
-/// gives no ranges.
+/// Maximum bytes of one request, so that several connections share a file; also the maximum to skip where a
+/// server does not support ranges.
 const SPAN: u64 = 32 << 20;
 /// Wanted ranges with less than this between them are one request.
 const GAP: u64 = 4 << 10;
-/// What is written at once, unless it comes slowly.
+/// Bytes to write at once, unless they arrive slowly.
 const WRITE: usize = 256 << 10;
 const WRITE_AFTER: Duration = Duration::from_millis(50);
 
 impl Hub {
-    /// Brings `ranges` of `file` into `sink`, over several connections. What is cut off goes on where it was; what waits for
-    /// long is asked for again, after pauses that grow. On an error, what has arrived by then has been written.
+    /// Fetches `ranges` of `file` into `sink`, over several connections. Interrupted transfers continue where
+    /// they were; slow ones are requested again, after growing pauses. On an error, everything that arrived
+    /// has been written.
     ///
     /// # Errors
-    /// If the hub refuses or cannot be reached for too long, if the file is another one by now, or the sink fails.
+    /// If the hub refuses or cannot be reached for too long, if the file changed meanwhile, or the sink
+    /// fails.
     pub async fn fetch(
         &self,
         repo: &Repo,
@@ -167,7 +169,7 @@ impl Job {
         Ok(())
     }
 
-    /// One request; `at` moves on with what is written.
+    /// Makes one request; `at` advances with the bytes written.
     async fn stream(&self, at: &mut u64, end: u64) -> Result<(), Failure> {
         let wanted = *at..end;
         let subject = Subject {
@@ -186,7 +188,7 @@ impl Job {
         };
         if let (Some(known), Some(found)) = (self.file.etag(), &answer.etag)
             && is_hash(found)
-            // Of a small file from a manifest the SHA-256 is known, and the hub tells git's id.
+            // The manifest has the SHA-256 of a small file, but the hub lists git's id.
             && known.len() == found.len()
             && known != *found
         {
@@ -226,7 +228,7 @@ impl Job {
         ended
     }
 
-    /// Where the body of an answer begins in the file: where it was asked to, or at 0 if the server gives no ranges.
+    /// Offset of an answer's body in the file: the requested one, or 0 if the server does not support ranges.
     fn starts_at(
         &self,
         status: StatusCode,

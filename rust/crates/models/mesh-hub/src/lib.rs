@@ -1,14 +1,16 @@
-//! The Hugging Face hub: which files a model needs, and their bytes, whole or in ranges, with resume.
+//! The Hugging Face hub: selection of a model's files, and their download, whole or in ranges, with resume.
 //!
-//! - [`Settings`] are what the hub's own programs read from the environment: endpoint, token, cache, offline;
-//! - [`Hub::open`] pins a revision to its commit and lists the files; [`choose`] picks those that a model needs;
-//! - [`Hub::fetch`] brings ranges of a file into a [`Sink`]: retries with pauses, goes on where it was cut off, checks that it is
-//!   the same file still;
-//! - [`Hub::expected`] tells what a model consists of, for bytes that come from elsewhere;
-//! - [`pull`] brings a model, or the layers that are wanted of it, into a [`mesh_store::Store`].
+//! - [`Settings`] come from the environment variables of the hub's own programs: endpoint, token, cache,
+//!   offline;
+//! - [`Hub::open`] pins a revision to its commit and lists the files; [`choose`] selects those that a model
+//!   needs;
+//! - [`Hub::fetch`] fetches ranges of a file into a [`Sink`]: it retries after pauses, continues where it was
+//!   cut off, and checks that the file is still the same;
+//! - [`Hub::expected`] describes a model's files, to check bytes that come from elsewhere;
+//! - [`pull`] fetches a model, or some layers of it, into a [`mesh_store::Store`].
 //!
-//! The pauses between attempts are decided by [`Retry`], which has no clock of its own. What is fetched is checked against the digests that
-//! the hub tells: SHA-256 of large files, git's blob id of small ones.
+//! [`Retry`] decides the pauses between attempts and has no clock of its own. Downloads are checked against
+//! the digests that the hub lists: SHA-256 of large files, git's blob id of small ones.
 
 #![forbid(unsafe_code)]
 

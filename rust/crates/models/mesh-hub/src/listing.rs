@@ -1,4 +1,4 @@
-//! What a repository holds.
+//! The files of a repository.
 
 use mesh_store::Digest;
 use serde::Deserialize;
@@ -19,7 +19,7 @@ pub struct Repo {
 pub struct RepoFile {
     /// Relative to the repository, with `/` between the parts; it does not lead out of it.
     pub path: String,
-    /// Its length; see [`Hub::complete`] for hubs that do not list it.
+    /// Length in bytes; see [`Hub::complete`] for hubs that do not list it.
     pub bytes: Option<u64>,
     /// SHA-256, which the hub knows of large files.
     pub sha256: Option<Digest>,
@@ -44,7 +44,7 @@ impl Repo {
 }
 
 impl RepoFile {
-    /// What the hub gives as the file's entity tag.
+    /// Entity tag that the hub gives for the file.
     pub(crate) fn etag(&self) -> Option<String> {
         match &self.sha256 {
             Some(sha256) => Some(sha256.to_string()),
@@ -56,7 +56,7 @@ impl RepoFile {
 const MAX_FILES: usize = 100_000;
 const MAX_PATH: usize = 1024;
 
-/// What `GET /api/models/{id}/revision/{revision}?blobs=true` answers; the rest of it is of no interest.
+/// Answer to `GET /api/models/{id}/revision/{revision}?blobs=true`; its other fields are ignored.
 #[derive(Debug, Deserialize)]
 struct Listing {
     #[serde(default)]
@@ -114,7 +114,7 @@ impl Listing {
         }
         files.sort_by(|a, b| a.path.cmp(&b.path));
         files.dedup_by(|a, b| a.path == b.path);
-        // After a rename the hub tells the new name. Anything but a name is not believed.
+        // After a rename the hub returns the new name. Anything that is not a valid name is ignored.
         let id = self.id.filter(|id| {
             id.parse::<crate::HubName>()
                 .is_ok_and(|name| name.repo == *id)
@@ -127,7 +127,7 @@ impl Listing {
     }
 }
 
-/// Whether a path stays where it is put.
+/// True if a path stays within the folder it is put in.
 pub(crate) fn is_sound(path: &str) -> bool {
     let part = |part: &str| !matches!(part, "" | "." | "..") && part.len() <= 255;
     path.len() <= MAX_PATH
@@ -196,7 +196,7 @@ mod tests {
                 "{bad:.80}"
             );
         }
-        // A name that is none is not taken for one.
+        // Invalid names are ignored; the requested name is used.
         let json = format!(r#"{{"id":"../../admin","sha":"{commit}"}}"#);
         assert_eq!(
             Repo::parse(json.as_bytes(), "acme/tiny").unwrap().id,

@@ -12,7 +12,7 @@ use crate::error::HubError;
 /// repository's pages (`…/tree/REVISION`, `…/blob/REVISION/FILE`, `…/resolve/REVISION/FILE`).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HubName {
-    /// `organisation/model`.
+    /// Repository: `organisation/model`.
     pub repo: String,
     /// A branch, tag or commit; none is `main`.
     pub revision: Option<String>,

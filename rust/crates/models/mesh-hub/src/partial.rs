@@ -1,4 +1,4 @@
-//! Only some layers of a model: the headers first, then the ranges of the tensors that are wanted.
+//! Fetching some layers of a model: the headers first, then the ranges of the tensors that are needed.
 
 use std::ops::Range;
 use std::path::Path;
@@ -12,17 +12,17 @@ use crate::error::HubError;
 use crate::fetch::Watch;
 use crate::listing::{Repo, RepoFile};
 
-/// What is read of a GGUF file at first; its header holds the vocabulary and has mostly 1 to 8 MB. It grows by a quarter and as
-/// much again, so that little is fetched in vain.
+/// Bytes to read of a GGUF file at first. A header holds the vocabulary and usually has 1 to 8 MB. The length
+/// grows by a quarter of itself plus this, so that little is fetched in vain.
 const FIRST: u64 = 256 << 10;
 /// Longest header that is fetched.
 const MAX_HEADER: u64 = 128 << 20;
 
-/// What a stage of `layers` needs of files with these layouts, which together are a model; one set for each file, and the
-/// number of layers that the model has.
+/// The ranges that a stage of `layers` needs of files with these layouts, which together are a model: one set
+/// for each file, and the model's number of layers.
 ///
 /// # Errors
-/// If the model has fewer layers, or none: as a message.
+/// A message, if the model has fewer layers or none.
 pub fn wanted_ranges(
     layouts: &[Layout],
     layers: Range<u32>,
@@ -42,7 +42,7 @@ pub fn wanted_ranges(
     Ok((ranges, total))
 }
 
-/// Whether a model of `total` layers has `layers`; a message if not.
+/// Checks that a model of `total` layers has `layers`; the error is a message.
 pub(crate) fn check_layers(layers: &Range<u32>, total: u32) -> Result<(), String> {
     if layers.is_empty() || layers.end > total {
         return Err(format!(
@@ -53,7 +53,7 @@ pub(crate) fn check_layers(layers: &Range<u32>, total: u32) -> Result<(), String
     Ok(())
 }
 
-/// Brings the header of `file` into `partial`, and tells where its tensors lie.
+/// Fetches the header of `file` into `partial`, and returns the positions of its tensors.
 pub(crate) async fn header(
     hub: &Hub,
     repo: &Repo,
@@ -140,9 +140,9 @@ fn whole(partial: &PartialFile, path: &str) -> Result<Read, HubError> {
     })
 }
 
-/// Where the tensors lie of the file at `file`, called `path` in its repository; or what is wrong with it.
+/// Layout of the file at `file`, called `path` in its repository; the inner error describes an invalid file.
 pub(crate) fn layout_of(file: &Path, path: &str) -> Result<Result<Layout, String>, HubError> {
-    // Formats are told by the file's ending, which a file of the store has not.
+    // The ending determines the format, but files of the store have none.
     let write = |source| HubError::Write {
         what: "a temporary link".to_owned(),
         source,
@@ -152,7 +152,7 @@ pub(crate) fn layout_of(file: &Path, path: &str) -> Result<Result<Layout, String
     let link = dir.path().join(name);
     let target = std::path::absolute(file).map_err(write)?;
     std::os::unix::fs::symlink(target, &link).map_err(write)?;
-    // The link's path would tell nobody anything.
+    // The link's path would not help the reader.
     Ok(Layout::read(&link).map_err(|error| match error {
         LayoutError::Gguf { source, .. } => source.to_string(),
         LayoutError::Safetensors { source, .. } => source.to_string(),

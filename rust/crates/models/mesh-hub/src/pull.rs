@@ -1,4 +1,4 @@
-//! A model, or some layers of it, from the hub into the store.
+//! Fetching a model, or some layers of it, from the hub into the store.
 
 mod held;
 mod known;
@@ -25,48 +25,49 @@ pub(crate) use held::git_blob_id;
 use held::{Flusher, Held, complete, copy};
 use known::{find, manifest_of, to_open};
 
-/// What is wanted of a model.
+/// Options of [`pull`].
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct PullOptions {
-    /// Only what a stage of these layers needs; everything without it.
+    /// Fetches only the files' ranges for a stage of these layers; `None` fetches the whole model.
     pub layers: Option<Range<u32>>,
 }
 
-/// What came of it.
+/// Result of [`pull`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Pulled {
     /// Name of the model.
     pub name: String,
     /// The repository, as the hub spells it.
     pub repo: String,
-    /// Its commit.
+    /// Commit of the repository.
     pub commit: String,
-    /// The model's fingerprint; none where only some layers are here.
+    /// Fingerprint of the model; `None` if only some layers were fetched.
     pub fingerprint: Option<Digest>,
-    /// What to open: a GGUF file, or a folder; none where only some layers are here.
+    /// Path to open: a GGUF file or a folder; `None` if only some layers were fetched.
     pub path: Option<PathBuf>,
-    /// Length of all files of the model.
+    /// Total length of the model's files in bytes.
     pub bytes: u64,
-    /// Bytes of them that are here now.
+    /// Bytes of the model that are present now.
     pub present: u64,
-    /// Bytes that were fetched for it just now.
+    /// Bytes that this call fetched.
     pub fetched: u64,
-    /// Layers that the model has.
+    /// Number of layers of the model.
     pub layers: u32,
 }
 
-/// How long is waited before it is looked again whether another process has fetched a file.
+/// Interval of checks whether another process has fetched a file.
 const BUSY_PAUSE: Duration = Duration::from_millis(200);
 /// Longest list of shards that is read.
 const MAX_INDEX: usize = 32 << 20;
-/// Files without a SHA-256 are small; a larger one is none of the hub's.
+/// Maximum length of a file without a SHA-256; the hub has such digests for large ones.
 const MAX_SMALL: u64 = 256 << 20;
 
-/// Brings the model `name` into `store`: what is there already stays, what was begun goes on, and several processes may do this
-/// at once. With all files there and checked, the store knows the model by its name on the hub, and where it comes from.
+/// Fetches the model `name` into `store`. Present files stay, partial ones are continued, and several
+/// processes may do this at once. Once all files are complete and checked, the store knows the model by its
+/// name on the hub, with its source.
 ///
 /// # Errors
-/// If the hub does not give it, there is no room, or the disk fails. What has arrived by then is kept.
+/// If the hub refuses, there is no room, or the disk fails. Everything that arrived is kept.
 pub async fn pull(
     hub: &Hub,
     store: &Store,
@@ -77,7 +78,7 @@ pub async fn pull(
     if hub.settings().offline
         && let Some(known) = find(store, name.to_string(), None).await?
     {
-        // Which commit a branch means now, nobody can tell.
+        // Without the hub, the commit of a branch cannot be determined.
         return Ok(known);
     }
     let repo = hub.open(&name.repo, name.revision(), &*watch).await?;
@@ -146,7 +147,7 @@ async fn small_file(
 struct Pull<'a> {
     hub: &'a Hub,
     store: &'a Store,
-    /// The repository's page at its commit, by which the store tells people where the model comes from.
+    /// URL of the repository's page at its commit, which the store records as the model's source.
     source: String,
     /// The name that was asked for.
     label: String,
@@ -285,8 +286,8 @@ impl Pull<'_> {
         }))
     }
 
-    /// Opens all files in the store, each for this process alone, and has the room for them promised; waits where other processes
-    /// write to them. None if one of those has fetched the model meanwhile, or somebody had before.
+    /// Opens all files in the store, each for this process alone, and reserves room for them; waits where
+    /// other processes write to them. `None` if the model was completed by another process.
     async fn begin(
         &self,
         files: &[RepoFile],
@@ -306,7 +307,7 @@ impl Pull<'_> {
                 )));
             }
             let begun = loop {
-                // Whoever wrote to it may have completed the model.
+                // The process that wrote the file may have completed the model.
                 if std::mem::take(&mut waited) && self.known().await?.is_some() {
                     return Ok(None);
                 }
@@ -343,7 +344,7 @@ impl Pull<'_> {
         Ok(Some(held))
     }
 
-    /// Takes back what was begun for nothing, and says how much room is missing for all of it.
+    /// Removes files that were begun in vain, and computes the room that is missing for all of them.
     async fn no_room(
         &self,
         held: BTreeMap<PartialKey, Held>,
@@ -365,8 +366,8 @@ impl Pull<'_> {
         ended.await.err().unwrap_or(one).into()
     }
 
-    /// Where the tensors of these files lie, and which bytes of them are here; of files that are not, their headers are fetched for
-    /// it. None if another process has brought the model meanwhile.
+    /// Layouts of these files and the ranges of them that are present; fetches the headers of files that are
+    /// missing. `None` if another process has fetched the model meanwhile.
     async fn layouts(
         &mut self,
         weights: &[RepoFile],
@@ -411,7 +412,8 @@ impl Pull<'_> {
         }
     }
 
-    /// Fetches what `missing` names of every file that is not whole, of which so many bytes are `wanted`.
+    /// Fetches the ranges that `missing` returns for every incomplete file, of which `wanted` bytes are
+    /// needed.
     async fn fetch(
         &mut self,
         files: &[RepoFile],
@@ -474,7 +476,7 @@ impl Pull<'_> {
             .await
     }
 
-    /// Checks files that are whole by now and makes blobs of them; gives where each file of the model lies.
+    /// Checks complete files and makes blobs of them; returns the path of each file of the model.
     async fn finish(
         &self,
         files: &[RepoFile],

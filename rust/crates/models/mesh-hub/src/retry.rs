@@ -1,21 +1,21 @@
-//! How often is asked again, and after which pauses. No clock, no randomness of its own.
+//! The policy for retries and the pauses between them, without a clock or randomness of its own.
 
 use std::time::Duration;
 
 use mesh_base::backoff::Backoff;
 
-/// How patient one is.
+/// Limits on retries and pauses.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct RetryPolicy {
-    /// Failures in a row after which it is given up.
+    /// Number of consecutive failures after which to give up.
     pub attempts: u32,
-    /// The pause after the first failure; it doubles with each.
+    /// Pause after the first failure; doubles with each further one.
     pub base: Duration,
-    /// The longest pause that is chosen here.
+    /// Maximum pause between retries.
     pub longest: Duration,
-    /// The longest pause that a server may ask for; if it wants more, it is given up.
+    /// Maximum pause that a server may ask for; longer ones are an error.
     pub patience: Duration,
-    /// A failure after this many bytes is a first one again: the connection works, it only breaks.
+    /// Bytes of progress after which a failure counts as the first one again.
     pub progress: u64,
 }
 

@@ -1,4 +1,4 @@
-//! What the hub's own programs read from the environment.
+//! Settings from the environment variables of the hub's own programs.
 
 use std::ffi::OsString;
 use std::fmt;
@@ -18,12 +18,12 @@ use crate::retry::RetryPolicy;
 pub struct Secret(Zeroizing<String>);
 
 impl Secret {
-    /// Keeps `text`.
+    /// Wraps `text`, to keep it out of logs.
     pub fn new(text: impl Into<String>) -> Self {
         Secret(Zeroizing::new(text.into()))
     }
 
-    /// The secret itself.
+    /// The secret text itself.
     pub fn expose(&self) -> &str {
         &self.0
     }
@@ -35,26 +35,26 @@ impl fmt::Debug for Secret {
     }
 }
 
-/// How the hub is reached.
+/// Settings of a hub client.
 #[derive(Debug, Clone)]
 pub struct Settings {
-    /// Where the hub is: `HF_ENDPOINT`.
+    /// URL of the hub: `HF_ENDPOINT`.
     pub endpoint: Url,
-    /// The token, and where it came from for messages.
+    /// The token, and its origin for messages.
     pub token: Option<(Secret, String)>,
-    /// Nothing is asked of the network: `HF_HUB_OFFLINE`.
+    /// No network access: `HF_HUB_OFFLINE`.
     pub offline: bool,
-    /// What other programs have fetched from the hub: `HF_HUB_CACHE`, `HF_HOME`. None if no home folder is known.
+    /// Cache of other programs' downloads: `HF_HUB_CACHE`, `HF_HOME`. `None` if no home folder is known.
     pub cache: Option<Cache>,
-    /// Connections at once.
+    /// Number of concurrent connections.
     pub connections: usize,
     /// Silence in the middle of an answer after which the connection is given up.
     pub stall: Duration,
-    /// How often and after which pauses is asked again.
+    /// Limits on retries and pauses.
     pub retry: RetryPolicy,
 }
 
-/// Where the hub is by default.
+/// Default URL of the hub.
 const ENDPOINT: &str = "https://huggingface.co";
 
 /// Longest token file that is read.
@@ -126,7 +126,7 @@ impl Settings {
             && let Some(login) = login
         {
             let path = login.token_path();
-            // Nobody asked for it in particular: if it is not there, there is none.
+            // The default token file: it may be missing.
             token = read_token(&path)
                 .ok()
                 .map(|text| (text, path.display().to_string()));
@@ -154,10 +154,10 @@ impl Settings {
         })
     }
 
-    /// Settings for a hub at `endpoint` and nothing else.
+    /// Default settings for a hub at `endpoint`.
     ///
     /// # Errors
-    /// If that is no URL.
+    /// If `endpoint` is not a URL.
     pub fn at(endpoint: &str) -> Result<Self, HubError> {
         Self::from_lookup(
             |name| (name == "HF_ENDPOINT").then(|| endpoint.into()),

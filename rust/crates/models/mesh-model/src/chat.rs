@@ -18,9 +18,9 @@ use guard::{Guard, SENTINELS};
 /// One message of a conversation.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Message {
-    /// "system", "user", "assistant", or what else the template knows.
+    /// "system", "user", "assistant", or another role of the template.
     pub role: String,
-    /// The text.
+    /// Text of the message.
     pub content: String,
 }
 
@@ -34,7 +34,7 @@ impl Message {
     }
 }
 
-/// A conversation, and how it is to be written.
+/// A conversation with options for rendering.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct RenderRequest {
@@ -59,10 +59,10 @@ impl Default for RenderRequest {
     }
 }
 
-/// A conversation as the text that a model reads.
+/// A rendered conversation: the prompt text for the model.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Rendered {
-    /// The prompt.
+    /// Text of the prompt.
     pub text: String,
     /// Byte positions in it, ascending, that no special token spans: there a client wrote the name of one.
     pub barriers: Vec<usize>,
@@ -71,16 +71,16 @@ pub struct Rendered {
 /// A conversation that was made ready for a template, and what [`ChatTemplate::unguarded`] needs to know behind it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Guarded {
-    /// With broken names of control tokens.
+    /// The request with broken names of control tokens.
     pub request: RenderRequest,
-    /// The character that breaks them.
+    /// Mark that breaks the names.
     pub mark: Option<char>,
     /// A character that marks the end of the last message, if it is to be continued; the rest of the
     /// conversation does not contain it.
     pub sentinel: Option<char>,
 }
 
-/// Why a conversation could not be rendered.
+/// Errors of rendering a conversation.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ChatError {
@@ -92,7 +92,7 @@ pub enum ChatError {
         "the chat template has {bytes} bytes, over the limit of {limit}: the model file is damaged"
     )]
     TooLong {
-        /// Its length.
+        /// Length of the template in bytes.
         bytes: usize,
         /// The most that is accepted.
         limit: usize,
@@ -102,7 +102,7 @@ pub enum ChatError {
         "the model's chat template is invalid, so it cannot chat (/v1/completions works): {message}"
     )]
     Invalid {
-        /// Where and why.
+        /// Error from the template engine, with its position.
         message: String,
     },
     /// The template itself refused the conversation.
@@ -114,7 +114,7 @@ pub enum ChatError {
     /// The last message cannot be continued.
     #[error("the last message cannot be continued: {reason}")]
     NotContinued {
-        /// The reason.
+        /// Description of the obstacle.
         reason: &'static str,
     },
     /// The template ran for too long.
@@ -131,12 +131,12 @@ pub enum ChatError {
     /// Anything else that went wrong while it ran.
     #[error("the model's chat template failed: {message}")]
     Failed {
-        /// Where and why.
+        /// Error from the template engine, with its position.
         message: String,
     },
 }
 
-/// What a template may do before it is stopped: instructions of the template engine. A message takes a few dozen.
+/// Maximum number of the template engine's instructions for one rendering. A message takes a few dozen.
 const FUEL: u64 = 2_000_000;
 const MAX_TEMPLATE: usize = 1 << 20;
 const MAX_OUTPUT: usize = 64 << 20;
@@ -161,7 +161,7 @@ const CHATML: &str = "{% for message in messages %}{{ '<|im_start|>' + message['
 pub struct ChatTemplate {
     /// Empty until it is parsed; the error instead, if the source does not parse.
     parsed: Arc<OnceLock<Result<Environment<'static>, Arc<str>>>>,
-    /// Seconds after 1970 began, where the clock stands still.
+    /// Fixed time in seconds since the Unix epoch; `None` for the system's clock.
     clock: Option<u64>,
     guard: Arc<Guard>,
     source: Arc<str>,
@@ -170,8 +170,8 @@ pub struct ChatTemplate {
     eos: Arc<str>,
 }
 
-/// Gemma's turns, for files whose tokenizer has them and that bring no template. There is no role of the system: what it says
-/// goes before what the user says first.
+/// Gemma's format, for files whose tokenizer has Gemma's turns and that have no template. It has no system
+/// role: the system's text goes before the first text of the user.
 const GEMMA: &str = "{{ bos_token }}{% set first = namespace(words='') %}{% for message in messages %}\
      {% if message['role'] == 'system' %}{% set first.words = message['content'] | trim + '\n\n' %}{% else %}\
      {% set role = 'model' if message['role'] == 'assistant' else message['role'] %}\
@@ -179,7 +179,7 @@ const GEMMA: &str = "{{ bos_token }}{% set first = namespace(words='') %}{% for 
      {% set first.words = '' %}{% endif %}{% endfor %}\
      {% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}";
 
-/// The format to take where a file brings none.
+/// The default format for a file without a template.
 fn fallback(tokenizer: &Tokenizer) -> &'static str {
     let turns = ["<start_of_turn>", "<end_of_turn>"];
     let has_turns = turns.iter().all(|name| {
@@ -214,7 +214,7 @@ impl ChatTemplate {
         template
     }
 
-    /// One that refuses everything, and why.
+    /// A template that refuses all conversations, with the reason.
     fn broken(source: &str, problem: &str) -> Self {
         ChatTemplate {
             parsed: Arc::new(OnceLock::from(Err(problem.into()))),
@@ -245,7 +245,7 @@ impl ChatTemplate {
         })
     }
 
-    /// The same with a clock that stands still, `seconds` after 1970 began.
+    /// The same template with a fixed clock, `seconds` after the Unix epoch.
     #[must_use]
     pub fn at(mut self, seconds: u64) -> Self {
         self.clock = Some(seconds);
@@ -287,12 +287,12 @@ impl ChatTemplate {
         }
     }
 
-    /// Whether the model file brings no template, so that one is used that the model may never have seen.
+    /// True if the model file has no template, so that a default one is used, which may not fit the model.
     pub fn is_fallback(&self) -> bool {
         self.fallback
     }
 
-    /// The format's name, used if the model brings none.
+    /// Name of the format: that of the default one, or "the model's own".
     pub fn name(&self) -> &'static str {
         match &*self.source {
             CHATML => "ChatML",
@@ -301,7 +301,7 @@ impl ChatTemplate {
         }
     }
 
-    /// The template's source.
+    /// Source text of the template.
     pub fn source(&self) -> &str {
         &self.source
     }
@@ -311,7 +311,7 @@ impl ChatTemplate {
         &self.bos
     }
 
-    /// The text of the token that ends one.
+    /// The text of the token that ends a sequence.
     pub fn eos(&self) -> &str {
         &self.eos
     }
@@ -329,7 +329,7 @@ impl ChatTemplate {
         self.unguarded(text, &guarded)
     }
 
-    /// The text alone of what [`write`](Self::write) gives.
+    /// Like [`write`](Self::write), but returns the text only.
     ///
     /// # Errors
     /// As [`write`](Self::write).
@@ -486,7 +486,7 @@ fn render_error(error: minijinja::Error) -> ChatError {
     }
 }
 
-/// Takes what a template writes, up to a limit.
+/// Collects the output of a template, up to a limit.
 #[derive(Default)]
 struct BoundedOutput {
     bytes: Vec<u8>,

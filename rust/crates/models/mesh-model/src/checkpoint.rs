@@ -46,7 +46,7 @@ pub trait Checkpoint {
         self.tensors().get(name).ok_or_else(missing)
     }
 
-    /// A non-negative integer of whatever width.
+    /// A non-negative integer of any width.
     fn unsigned(&self, key: &str) -> Result<Option<u64>, GgufError> {
         let value = self.metadata(key);
         typed(value, key, "a non-negative integer", |value| {
@@ -64,7 +64,7 @@ pub trait Checkpoint {
         })
     }
 
-    /// A truth value.
+    /// A boolean; `None` if the key is missing.
     fn bool(&self, key: &str) -> Result<Option<bool>, GgufError> {
         typed(self.metadata(key), key, "a bool", |value| match value {
             Value::Bool(v) => Some(v),
@@ -92,7 +92,7 @@ pub trait Checkpoint {
             .ok_or_else(|| GgufError::MissingKey { key: key.into() })
     }
 
-    /// An array.
+    /// An array; `None` if the key is missing.
     fn array(&self, key: &str) -> Result<Option<Array<'_>>, GgufError> {
         typed(self.metadata(key), key, "an array", |value| match value {
             Value::Array(v) => Some(v),
@@ -107,7 +107,7 @@ pub trait Checkpoint {
     }
 }
 
-/// Which two elements of a head form a pair.
+/// Arrangement of the pairs of a head that rotate together.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum RopeStyle {
     /// Elements 2i and 2i + 1 (llama's weights in GGUF files).
@@ -119,9 +119,9 @@ pub enum RopeStyle {
 /// The text of a `tokenizer.json`, with what other files say about its special tokens.
 #[derive(Debug, Default)]
 pub struct TokenizerJson {
-    /// The text.
+    /// Contents of `tokenizer.json`.
     pub json: Vec<u8>,
-    /// Of `tokenizer_config.json` and others.
+    /// Special tokens of `tokenizer_config.json` and other files.
     pub special: SpecialTokens,
 }
 
@@ -136,9 +136,9 @@ pub struct SpecialTokens {
     pub bos_id: Option<u64>,
     /// Ids of tokens that end an answer.
     pub eos_ids: Vec<u64>,
-    /// Whether text begins with the begin token, if a file says so.
+    /// Text begins with the begin token; `None` if the files do not say.
     pub add_bos: Option<bool>,
-    /// Whether it ends with the end token.
+    /// Text ends with the end token; `None` if the files do not say.
     pub add_eos: Option<bool>,
 }
 

@@ -35,7 +35,7 @@ impl Architecture {
         }
     }
 
-    /// All of them.
+    /// All families that the engines can run.
     pub const ALL: [Architecture; 4] = [
         Architecture::Llama,
         Architecture::Qwen2,
@@ -50,7 +50,7 @@ impl Architecture {
     }
 }
 
-/// What a feed-forward layer does with its gate before it multiplies the other half by it.
+/// Activation of the gate in a feed-forward layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Activation {
     /// `x / (1 + e^-x)`.
@@ -62,7 +62,7 @@ pub enum Activation {
 /// The shape of a network.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ModelConfig {
-    /// The family.
+    /// Family of the network.
     pub architecture: Architecture,
     /// The model's own name, as the file gives it.
     pub name: Option<String>,
@@ -80,7 +80,7 @@ pub struct ModelConfig {
     pub ffn: usize,
     /// Number of rows of the embedding.
     pub vocab: usize,
-    /// Most tokens the model was trained for.
+    /// Maximum context that the model was trained for, in tokens.
     pub context: u32,
     /// Epsilon of the RMS norms.
     pub norm_eps: f32,
@@ -91,25 +91,26 @@ pub struct ModelConfig {
     /// Attention scores are divided by the square root of this: the head's width, or what Hugging Face calls
     /// `query_pre_attn_scalar`.
     pub query_scalar: f32,
-    /// Factor on the rows of the embedding where tokens come in. The output matrix has none, also where it is the same tensor.
+    /// Factor on the rows of the embedding at the input. It does not apply to the output matrix, even if that
+    /// is the same tensor.
     pub embedding_scale: f32,
     /// Added to every norm weight of the tensors: 0, or 1 where they are stored as the distance from 1 (Gemma's safetensors;
     /// its GGUF files have the sum).
     pub norm_offset: f32,
-    /// Whether what attention and feed-forward give is normed before it is added to the hidden row
+    /// Outputs of attention and feed-forward are normed before they are added to the hidden row
     /// (`blk.N.post_attention_norm.weight`, `blk.N.post_ffw_norm.weight`).
     pub post_norms: bool,
-    /// Of the feed-forward layers.
+    /// Activation of the feed-forward layers.
     pub activation: Activation,
-    /// Whether query, key and value have biases (`blk.N.attn_q.bias` …).
+    /// Query, key and value have biases (`blk.N.attn_q.bias` …).
     pub qkv_bias: bool,
-    /// Whether query and key heads are normed (`blk.N.attn_q_norm.weight` …).
+    /// Query and key heads are normed (`blk.N.attn_q_norm.weight` …).
     pub qk_norm: bool,
-    /// Whether the output matrix is the token embedding, that is, there is no `output.weight`.
+    /// The output matrix is the token embedding; there is no `output.weight`.
     pub tied_embeddings: bool,
 }
 
-/// Why a file does not describe a network that can be run.
+/// Errors of a network's configuration.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ConfigError {
@@ -121,17 +122,17 @@ pub enum ConfigError {
         "architecture {found:?} is not supported: use a model of llama, qwen2, qwen3 or gemma3"
     )]
     Architecture {
-        /// What the file says.
+        /// Architecture in the file.
         found: String,
     },
     /// A number that no network has.
     #[error("metadata {key:?} is {value}: {reason}")]
     Value {
-        /// The key.
+        /// Name of the key.
         key: String,
-        /// The value.
+        /// Value of the key.
         value: String,
-        /// What is wrong with it.
+        /// Rule that the value breaks.
         reason: String,
     },
     /// A tensor of a shape that contradicts the metadata.
@@ -140,27 +141,27 @@ pub enum ConfigError {
          convert the model again"
     )]
     Shape {
-        /// The tensor.
+        /// Name of the tensor.
         tensor: String,
-        /// What the file has.
+        /// Dimensions in the file.
         found: Vec<u64>,
-        /// What follows from the metadata.
+        /// Dimensions according to the metadata.
         wanted: Vec<u64>,
     },
-    /// A tensor that the engines would ignore, and so compute something else than the model.
+    /// A tensor that the engines would ignore, so that the result would differ from the model's.
     #[error(
         "tensor {tensor:?} has no place in a {architecture} network: this variant of it is not supported"
     )]
     UnexpectedTensor {
-        /// The tensor.
+        /// Name of the tensor.
         tensor: String,
-        /// The family.
+        /// Name of the family.
         architecture: &'static str,
     },
     /// A feature that the engines do not have.
     #[error("the model needs {feature}, which is not supported: choose another model")]
     Unsupported {
-        /// The feature.
+        /// Description of the feature.
         feature: String,
     },
 }
@@ -241,7 +242,7 @@ impl ModelConfig {
         Ok(config)
     }
 
-    /// How many positions a row of `layer` sees, its own among them; `None` if all.
+    /// Number of positions that a row of `layer` sees, its own among them; `None` for all.
     pub fn window_of(&self, layer: u32) -> Option<u32> {
         let window = self.window.as_ref()?;
         window.has(layer).then_some(window.size)

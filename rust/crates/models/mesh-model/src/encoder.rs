@@ -26,7 +26,7 @@ pub use error::EncoderError;
 
 use crate::safetensors::Safetensors;
 
-/// An embedding model's folder, opened: everything but the weights is in memory, and those are mapped.
+/// An embedding model's folder, opened: everything is in memory except the weights, which stay in the file.
 #[derive(Debug)]
 pub struct EncoderModel {
     folder: PathBuf,
@@ -37,16 +37,16 @@ pub struct EncoderModel {
     begin: Vec<u32>,
     end: Vec<u32>,
     tensors: Safetensors,
-    /// Of the small files.
+    /// Digest of the small files.
     digest: String,
 }
 
-/// What tokenising a text gave.
+/// Result of tokenising a text.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Tokenised {
     /// Token ids with those that begin and end a sequence.
     pub tokens: Vec<u32>,
-    /// Whether the text was longer than the model takes.
+    /// True if the text was longer than the model accepts and was cut.
     pub truncated: bool,
 }
 
@@ -106,22 +106,22 @@ impl EncoderModel {
         })
     }
 
-    /// The folder's name: that of the model.
+    /// Name of the model, that of its folder.
     pub fn name(&self) -> String {
         name(&self.folder)
     }
 
-    /// The network's shape.
+    /// Shape of the network.
     pub fn config(&self) -> &EncoderConfig {
         &self.config
     }
 
-    /// How texts become vectors.
+    /// Settings between texts and vectors.
     pub fn sentences(&self) -> &Sentences {
         &self.sentences
     }
 
-    /// The weights.
+    /// Weights of the network.
     pub fn tensors(&self) -> &Safetensors {
         &self.tensors
     }
@@ -139,7 +139,7 @@ impl EncoderModel {
         HEXLOWER.encode(&digest.finalize())
     }
 
-    /// Replaces the texts that may be put in front, where the model does not say them itself.
+    /// Replaces the model's prompts, for models whose files have none.
     pub fn set_prompts(&mut self, prompts: BTreeMap<String, String>) {
         self.sentences.prompts = prompts;
     }
@@ -196,7 +196,8 @@ impl EncoderModel {
         Ok(encoding.get_ids().to_vec())
     }
 
-    /// A sequence of the client's own token ids. Those that begin and end a sequence are added unless they are there.
+    /// Prepares a sequence of the client's own token ids. Tokens that begin and end a sequence are added if
+    /// missing.
     ///
     /// # Errors
     /// If an id is outside the vocabulary.
@@ -226,7 +227,7 @@ impl EncoderModel {
     }
 }
 
-/// The first `bytes` bytes of `text` and the rest of the word there; all of it, if there is no blank behind them.
+/// The first `bytes` bytes of `text` and the rest of the word there; all of it if no blank follows.
 fn beginning_of(text: &str, bytes: usize) -> &str {
     let Some(behind) = text.get(text.floor_char_boundary(bytes)..) else {
         return text;
@@ -237,7 +238,7 @@ fn beginning_of(text: &str, bytes: usize) -> &str {
     }
 }
 
-/// The folder that `name` means, if it is one with a BERT-family encoder: a path, or a folder in one of `dirs`.
+/// The folder that `name` refers to, if it has a BERT-family encoder: a path, or a folder in one of `dirs`.
 pub fn find(name: &str, dirs: &[PathBuf]) -> Option<PathBuf> {
     let inside = dirs
         .iter()
@@ -248,7 +249,7 @@ pub fn find(name: &str, dirs: &[PathBuf]) -> Option<PathBuf> {
         .find(|path| path.is_dir() && is_encoder(path))
 }
 
-/// Whether `folder` holds a BERT-family encoder, by what its `config.json` says.
+/// True if `folder` holds a BERT-family encoder according to its `config.json`.
 pub fn is_encoder(folder: &Path) -> bool {
     let bytes = config::read(&folder.join(CONFIG), config::LIMIT);
     bytes.is_ok_and(|bytes| bytes.is_some_and(|bytes| config::is_encoder(&bytes)))
@@ -267,7 +268,7 @@ fn load_tokenizer(bytes: &[u8]) -> Result<Tokenizer, EncoderError> {
     })?;
     // A text to embed is data: the name of a control token in it is text, too.
     tokenizer.set_encode_special_tokens(true);
-    // Both are settings of whoever saved the file; sequences are cut here, and nothing is padded.
+    // Truncation and padding depend on the settings at saving; sequences are cut here, and nothing is padded.
     tokenizer.with_padding(None);
     tokenizer
         .with_truncation(None)
@@ -308,5 +309,6 @@ const MARGIN: usize = 64;
 /// The largest tokenizer known to us, of 250,000 tokens, takes 17 MB.
 const TOKENIZER_LIMIT: u64 = 64 << 20;
 
-/// Longest text in bytes. No model here reads more than 8,192 tokens, and what is behind them is tokenised for nothing.
+/// Maximum length of a text in bytes. No model here reads more than 8,192 tokens; tokenising more is wasted
+/// work.
 pub const TEXT_LIMIT: usize = 256 << 10;

@@ -1,7 +1,7 @@
 //! Model files, read piece by piece.
 //!
-//! Files are never mapped into memory: where somebody cuts a mapped file short, or a disk or a server fails, the next look at
-//! the map ends the process with SIGBUS. A read fails with an error that belongs to this one file.
+//! Files are never mapped into memory: if a mapped file is truncated, or a disk or a server fails, the next
+//! access ends the process with SIGBUS. A read fails with an error that concerns one file only.
 
 use std::borrow::Cow;
 use std::fs::{File, Metadata, OpenOptions};
@@ -13,18 +13,18 @@ use std::time::SystemTime;
 /// Reasons why a file could not be read.
 #[derive(Debug, thiserror::Error)]
 pub enum FileError {
-    /// It could not be opened.
+    /// The file could not be opened.
     #[error("cannot open model file {}: {source}", path.display())]
     Open {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// The system's error.
+        /// Error from the operating system.
         source: io::Error,
     },
     /// A folder, a socket, a device.
     #[error("{} is not a regular file: give the path of a model file", path.display())]
     NotAFile {
-        /// The path.
+        /// Path that the error is about.
         path: PathBuf,
     },
     /// The disk, the file system or a file server failed, or the file was cut short.
@@ -33,13 +33,13 @@ pub enum FileError {
          then fetch it again", path.display()
     )]
     Read {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
         /// The offset of the first byte.
         at: u64,
         /// Number of bytes that were asked for.
         len: u64,
-        /// The system's error.
+        /// Error from the operating system.
         source: io::Error,
     },
     /// The file was written to or replaced since it was opened.
@@ -48,13 +48,13 @@ pub enum FileError {
         path.display()
     )]
     Changed {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
     },
 }
 
-/// Opens a file for reading, if it is a regular one. Does not wait for a writer where a named pipe lies at the path, whenever it
-/// came to lie there.
+/// Opens a regular file for reading. Does not block on a named pipe at the path, even if it has just replaced
+/// the file.
 ///
 /// # Errors
 /// If it cannot be opened, or is a folder, a pipe, a device or a socket ([`io::ErrorKind::InvalidInput`]).
@@ -66,7 +66,7 @@ pub fn open_regular(path: &Path) -> io::Result<File> {
             "it is not a regular file",
         )),
     };
-    // To open a device can do things; what is opened may be another file than the one that was looked at.
+    // Opening a device can have effects. The opened file may differ from the one that was examined.
     regular(std::fs::metadata(path)?)?;
     let file = OpenOptions::new()
         .read(true)
@@ -94,7 +94,7 @@ pub(crate) struct Stamp {
     modified: Option<SystemTime>,
 }
 
-/// Bytes of a file that were not read yet, or bytes in memory.
+/// A range of a file that has not been read yet, or bytes in memory.
 #[derive(Debug, Clone, Copy)]
 pub struct Data<'a>(Place<'a>);
 
@@ -138,7 +138,7 @@ impl ModelFile {
         }
     }
 
-    /// Its length when it was opened.
+    /// Length of the file at opening.
     pub(crate) fn len(&self) -> u64 {
         match self {
             ModelFile::File { stamp, .. } => stamp.len,
@@ -153,7 +153,7 @@ impl ModelFile {
         }
     }
 
-    /// Fills `out` with what lies at byte `at`.
+    /// Fills `out` with the bytes from byte `at` on.
     pub(crate) fn read_at(&self, at: u64, out: &mut [u8]) -> Result<(), FileError> {
         match self {
             ModelFile::File { path, file, .. } => {
@@ -201,7 +201,7 @@ impl ModelFile {
         })
     }
 
-    /// Fails if the file is no longer the one that was opened, by its length and its time of change.
+    /// Fails if the file's length or time of change is no longer the one at opening.
     pub(crate) fn check_unchanged(&self) -> Result<(), FileError> {
         let ModelFile::File { path, file, stamp } = self else {
             return Ok(());
@@ -227,7 +227,7 @@ impl Stamp {
 }
 
 impl<'a> Data<'a> {
-    /// Number of bytes.
+    /// Length of the range in bytes.
     pub fn len(&self) -> usize {
         match self.0 {
             Place::File { len, .. } => len,
@@ -248,7 +248,7 @@ impl<'a> Data<'a> {
         }
     }
 
-    /// All of them.
+    /// Reads all bytes of the range.
     ///
     /// # Errors
     /// If the file cannot be read.
@@ -263,7 +263,7 @@ impl<'a> Data<'a> {
         }
     }
 
-    /// Fills `out` with those from `at` on.
+    /// Fills `out` with the bytes from `at` on.
     ///
     /// # Errors
     /// If the file cannot be read, or there are not so many.
@@ -289,7 +289,7 @@ impl<'a> Data<'a> {
         }
     }
 
-    /// Hands them to `visit` in order, a piece at a time.
+    /// Passes the bytes to `visit` in order, a piece at a time.
     ///
     /// # Errors
     /// If the file cannot be read.

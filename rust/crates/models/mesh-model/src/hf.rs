@@ -127,7 +127,7 @@ impl Checkpoint for HfCheckpoint {
     }
 }
 
-/// Where a tensor of the shard at position `file` lies; `None` for one that is not needed.
+/// Entry of a tensor of the shard at index `file`; `None` for a tensor that is not needed.
 fn entry(
     tensor: &TensorView<'_>,
     file: usize,
@@ -162,8 +162,8 @@ fn entry(
     }))
 }
 
-/// What `config.json` says, as a checkpoint without the model's tensors. For tests and fuzzing; [`HfCheckpoint::open`] does it
-/// for itself.
+/// The values of `config.json`, as a checkpoint without the model's tensors. For tests and fuzzing;
+/// [`HfCheckpoint::open`] reads them itself.
 ///
 /// # Errors
 /// If it is malformed, or describes a network that is not supported.

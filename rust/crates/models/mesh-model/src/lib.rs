@@ -1,9 +1,9 @@
 //! Models on disk: GGUF, safetensors, tokenizer, chat template, streaming detokenisation.
 //!
-//! [`Model::open`] gives everything that lies in one GGUF file ([`Gguf`]), or in a folder from Hugging Face ([`hf`]): the
-//! [`Tensors`], the shape of the network ([`ModelConfig`]), the [`Tokenizer`] and the [`ChatTemplate`]. All four are read through
-//! one description of a stored model, the trait [`Checkpoint`]. Nothing in a file is trusted: every count, length and offset is
-//! checked before it is used, and what is wrong is an error that names it.
+//! [`Model::open`] reads a GGUF file ([`Gguf`]) or a folder from Hugging Face ([`hf`]): the [`Tensors`], the
+//! shape of the network ([`ModelConfig`]), the [`Tokenizer`] and the [`ChatTemplate`]. All four are read
+//! through the trait [`Checkpoint`], which describes a stored model. Nothing in a file is trusted: every
+//! count, length and offset is checked before it is used, and errors name the faulty field.
 
 #![forbid(unsafe_code)]
 

@@ -32,31 +32,31 @@ struct Inner {
     fingerprint: OnceLock<String>,
 }
 
-/// Why a model file could not be used.
+/// Error of a model file, with its path.
 #[derive(Debug, thiserror::Error)]
 #[error("model file {}: {kind}", path.display())]
 pub struct ModelError {
-    /// The file.
+    /// Path of the file or folder.
     pub path: PathBuf,
-    /// What is wrong with it.
+    /// Error of the file's contents.
     #[source]
     pub kind: ModelErrorKind,
 }
 
-/// What is wrong with a model file.
+/// Errors of the contents of a model file.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ModelErrorKind {
-    /// The file itself.
+    /// The GGUF file is invalid.
     #[error(transparent)]
     Gguf(#[from] GgufError),
-    /// A folder in Hugging Face's form.
+    /// A folder in Hugging Face's form is invalid.
     #[error(transparent)]
     HuggingFace(#[from] HfError),
-    /// The shape of the network.
+    /// The network is invalid or not supported.
     #[error(transparent)]
     Config(#[from] ConfigError),
-    /// The tokenizer.
+    /// The tokenizer is invalid or not supported.
     #[error(transparent)]
     Tokenizer(#[from] TokenizerError),
     /// The file could not be read to its end.
@@ -107,7 +107,7 @@ impl Model {
         model_name(&self.inner.path)
     }
 
-    /// Where the file or folder lies.
+    /// Path of the file or folder.
     pub fn path(&self) -> &Path {
         &self.inner.path
     }
@@ -122,17 +122,17 @@ impl Model {
         &self.inner.config
     }
 
-    /// The tokenizer.
+    /// Tokenizer of the model.
     pub fn tokenizer(&self) -> &Tokenizer {
         &self.inner.tokenizer
     }
 
-    /// The chat template.
+    /// Chat template of the model.
     pub fn template(&self) -> &ChatTemplate {
         &self.inner.template
     }
 
-    /// A conversation that shows what the template writes behind an answer, for [`Model::learn_turn_end`].
+    /// A conversation that shows the template's output behind an answer, for [`Model::learn_turn_end`].
     pub fn turn_probe() -> RenderRequest {
         RenderRequest {
             messages: vec![
@@ -144,9 +144,9 @@ impl Model {
         }
     }
 
-    /// Takes the special token that the template writes behind an answer for one that ends answers, too; gives its name if that
-    /// is news. `rendered` is the template's text of [`Model::turn_probe`]. Templates are programs of strangers, so the caller
-    /// says where they run.
+    /// Adds the special token that the template writes behind an answer to those that end answers; returns
+    /// its name if it was new. `rendered` is the template's text of [`Model::turn_probe`]. Templates are
+    /// untrusted programs, so the caller decides where they run.
     pub fn learn_turn_end(&self, rendered: &str) -> Option<String> {
         let (_, behind) = rendered.rsplit_once(PROBE)?;
         let tokenizer = self.tokenizer();
@@ -181,8 +181,8 @@ impl Model {
         let _ = self.inner.keeps_text.set(all);
     }
 
-    /// Whether all that users say in a conversation becomes part of the prompt, but for blanks around it. False until the template
-    /// was tried.
+    /// True if the template writes all text of users to the prompt, except for blanks around it. False until
+    /// the template was tried.
     pub fn keeps_text(&self) -> bool {
         self.inner.keeps_text.get() == Some(&true)
     }
@@ -232,7 +232,7 @@ impl Model {
     }
 }
 
-/// Whether the model at `path` is one in Hugging Face's form.
+/// True if the model at `path` is in Hugging Face's form.
 fn is_folder(path: &Path) -> bool {
     path.is_dir() || hf::is_hugging_face(path)
 }
@@ -240,7 +240,7 @@ fn is_folder(path: &Path) -> bool {
 /// Turns of [`Model::text_probe`].
 const PROBE_TURNS: usize = 24;
 
-/// What the user says in a turn of it.
+/// Text of the user in a turn of the probe.
 fn probe_text(turn: usize) -> String {
     let line = format!(
         "turn {turn}: a  b\t(c) [d] {{e}} <think>f</think> g | h\n\n  \"i\" 1234567890 \u{e9}\u{1f600}\n"
@@ -250,7 +250,7 @@ fn probe_text(turn: usize) -> String {
 
 const PROBE: &str = "PROBE42";
 
-/// The name that the model in the file at `path` goes by: the file's own without `.gguf` or `.safetensors`.
+/// Name of the model in the file at `path`: the file's name without `.gguf` or `.safetensors`.
 pub fn model_name(path: &Path) -> String {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     for ending in [".gguf", ".safetensors"] {

@@ -23,29 +23,31 @@ use header::Entry;
 /// An open safetensors file.
 ///
 /// Cheap to open: the header is read, the tensors' data stays in the file until touched.
-/// [`crate::Tensors::check_unchanged`] says what happens if somebody writes to the file meanwhile; it holds here too.
+/// [`crate::Tensors::check_unchanged`] describes the effect of writes to the file meanwhile; it holds here
+/// too.
 #[derive(Debug)]
 pub struct Safetensors {
     file: ModelFile,
     entries: Vec<Entry>,
     by_name: HashMap<Box<str>, usize>,
     metadata: Vec<(String, String)>,
-    /// Where the tensors' data begins in the file.
+    /// Position of the data section in the file.
     data_start: usize,
 }
 
 /// A tensor and its bytes.
 #[derive(Debug, Clone, Copy)]
 pub struct TensorView<'a> {
-    /// Its name in the file.
+    /// Name of the tensor in the file.
     pub name: &'a str,
     /// Type of its elements.
     pub dtype: Dtype,
-    /// Its dimensions in the order of the file: the last one is contiguous. A weight matrix is `[outputs, inputs]`.
+    /// Dimensions in the order of the file: the last one is contiguous. A weight matrix is `[outputs,
+    /// inputs]`.
     pub shape: &'a [u64],
-    /// Its elements, unread: little-endian, without padding.
+    /// Elements, not read yet: little-endian, without padding.
     pub data: Data<'a>,
-    /// Where its bytes begin in the file.
+    /// Position of its first byte in the file.
     pub offset: u64,
 }
 
@@ -86,7 +88,7 @@ impl Safetensors {
         })
     }
 
-    /// Where the file lies; `None` for one read from memory.
+    /// Path of the file; `None` for one read from memory.
     pub fn path(&self) -> Option<&Path> {
         self.file.path()
     }
@@ -138,7 +140,7 @@ impl Safetensors {
 }
 
 impl TensorView<'_> {
-    /// Number of elements.
+    /// Number of elements: the product of the shape.
     pub fn elements(&self) -> u64 {
         // Checked not to overflow when the file was read.
         self.shape.iter().product()

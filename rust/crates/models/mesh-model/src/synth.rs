@@ -22,9 +22,9 @@ use random::Random;
 /// The shape of a network to make.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Shape {
-    /// The family.
+    /// Family of the network.
     pub architecture: Architecture,
-    /// Number of layers.
+    /// Number of transformer layers.
     pub layers: u32,
     /// Width of a hidden row.
     pub hidden: u32,
@@ -38,22 +38,22 @@ pub struct Shape {
     pub ffn: u32,
     /// Rows of the embedding, and tokens in the list.
     pub vocab: u32,
-    /// Most tokens.
+    /// Maximum context in tokens.
     pub context: u32,
     /// Base of the rotary embedding.
     pub rope_base: f32,
-    /// Whether the embedding is the output matrix too.
+    /// True if the embedding is also the output matrix.
     pub tied_embeddings: bool,
     /// Layers that see only a window, if there are any.
     pub window: Option<Window>,
 }
 
-/// A sliding window.
+/// The sliding window of some layers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Window {
     /// Positions that a row sees, its own among them.
     pub size: u32,
-    /// All layers have the window but the last of so many; 0 means all.
+    /// All layers have the window except every `period`th; 0 means all.
     pub period: u32,
 }
 
@@ -165,7 +165,7 @@ impl Shape {
     }
 }
 
-/// Where the tokenizer of a made model comes from.
+/// Source of the tokenizer for a synthetic model.
 #[derive(Debug, Clone, Copy)]
 pub enum Tokens<'a> {
     /// One token per byte and ChatML's control tokens; needs a vocabulary of at least 260.
@@ -181,7 +181,7 @@ pub enum Tokens<'a> {
 /// If the file cannot be written.
 ///
 /// # Panics
-/// If a width of the shape is no whole number of `ty`'s blocks.
+/// If a width of the shape is not a multiple of `ty`'s block length.
 pub fn random_model(
     shape: &Shape,
     ty: GgmlType,

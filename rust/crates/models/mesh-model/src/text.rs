@@ -1,6 +1,6 @@
 //! Tokens to text as they come, in whole characters.
 
-/// Puts the bytes of tokens together to text and never gives half a character.
+/// Joins the bytes of tokens to text, in whole characters only.
 ///
 /// One character may be spread over several tokens. [`TextStream::push`] gives all text that is complete and keeps the rest
 /// until more bytes come or [`TextStream::finish`] is called. Bytes that are no UTF-8 become U+FFFD: all text given, put
@@ -12,12 +12,12 @@ pub struct TextStream {
 }
 
 impl TextStream {
-    /// A stream that has seen nothing.
+    /// An empty stream.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Takes the next token's bytes and gives the text that is complete now.
+    /// Appends the next token's bytes and returns the text that is complete now.
     pub fn push(&mut self, bytes: &[u8]) -> String {
         self.pending.extend_from_slice(bytes);
         let complete = self.pending.len() - incomplete_tail(&self.pending);
@@ -26,14 +26,14 @@ impl TextStream {
         text
     }
 
-    /// Ends the stream: what is left of a character that never came whole becomes U+FFFD.
+    /// Ends the stream: the bytes of an incomplete character become U+FFFD.
     pub fn finish(&mut self) -> String {
         let text = String::from_utf8_lossy(&self.pending).into_owned();
         self.pending.clear();
         text
     }
 
-    /// Whether the bytes so far end inside a character.
+    /// True if the bytes so far end inside a character.
     pub fn is_mid_character(&self) -> bool {
         !self.pending.is_empty()
     }

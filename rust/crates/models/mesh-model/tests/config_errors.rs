@@ -14,7 +14,7 @@ fn source() -> Gguf {
     .unwrap()
 }
 
-/// What to change in a copy of the model.
+/// Changes to a copy of the model.
 #[derive(Default)]
 struct Change<'a> {
     without_key: &'a str,

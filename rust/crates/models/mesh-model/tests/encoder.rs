@@ -1,4 +1,4 @@
-//! What the JSON files of an embedding model's folder say, and what is refused.
+//! Reading the JSON files of an embedding model's folder, and invalid ones.
 
 use mesh_model::EncoderError;
 use mesh_model::encoder::{Activation, EncoderConfig, Pooling, Sentences, find, is_encoder};

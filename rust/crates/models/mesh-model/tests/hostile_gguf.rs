@@ -39,7 +39,7 @@ fn error_of(bytes: Vec<u8>) -> String {
     parse(bytes).expect_err("the file is malformed").to_string()
 }
 
-/// Where `needle` stands in the only place it does.
+/// Position of the only occurrence of `needle`.
 fn find(bytes: &[u8], needle: &[u8]) -> usize {
     let mut places = (0..bytes.len()).filter(|&at| bytes[at..].starts_with(needle));
     let at = places.next().unwrap();

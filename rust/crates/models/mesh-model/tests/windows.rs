@@ -1,4 +1,4 @@
-//! Which layers see a window, and what else sets gemma3 apart, from the metadata of models of several sizes.
+//! Windowed layers and other features of gemma3, from the metadata of models of several sizes.
 
 use mesh_model::gguf::writer::{OwnedValue, Writer};
 use mesh_model::synth::{Shape, Tokens, random_model_bytes};
@@ -18,7 +18,7 @@ fn shape(architecture: Architecture, layers: u32) -> Shape {
     }
 }
 
-/// What its file says with `keys` besides.
+/// The configuration of its file with additional `keys`.
 fn read(shape: &Shape, keys: &[(&str, OwnedValue)]) -> Result<ModelConfig, String> {
     let bytes = random_model_bytes(shape, GgmlType::Q8_0, Tokens::Bytes);
     let source = Gguf::from_bytes(bytes).unwrap();

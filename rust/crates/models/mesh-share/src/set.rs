@@ -13,39 +13,39 @@ pub struct PieceSet {
     words: Vec<u64>,
 }
 
-/// Why bytes are no set of pieces.
+/// Errors of decoding a set of pieces.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum BadPieceSet {
     /// More pieces than any model has.
     #[error("a model of {pieces} pieces; at most {MOST_PIECES} are possible")]
     TooMany {
-        /// Their number.
+        /// Number of pieces.
         pieces: u32,
     },
-    /// More bytes than the pieces need.
+    /// The encoded set is longer than the pieces need.
     #[error("{bytes} bytes for a set of {pieces} pieces, which needs at most {}", pieces.div_ceil(8))]
     TooLong {
-        /// The bytes.
+        /// Length of the encoded set.
         bytes: usize,
-        /// The model's pieces.
+        /// Number of pieces of the model.
         pieces: u32,
     },
-    /// A piece that there is not.
+    /// The set contains a piece that the model does not have.
     #[error("piece {piece} of a model with {pieces}")]
     Beyond {
-        /// Its number.
+        /// Index of the piece.
         piece: u32,
-        /// The model's pieces.
+        /// Number of pieces of the model.
         pieces: u32,
     },
 }
 
-/// Pieces of a model at most: 4 TiB in pieces of 4 MiB.
+/// Maximum number of pieces of a model: 4 TiB in pieces of 4 MiB.
 pub const MOST_PIECES: u32 = 1 << 20;
 
 impl PieceSet {
-    /// No piece of a model that has `pieces`.
+    /// The empty set, for a model of `pieces` pieces.
     pub fn none(pieces: u32) -> Self {
         PieceSet {
             pieces,
@@ -53,7 +53,7 @@ impl PieceSet {
         }
     }
 
-    /// All of them.
+    /// The set of all pieces.
     pub fn all(pieces: u32) -> Self {
         let mut set = PieceSet {
             pieces,
@@ -72,33 +72,33 @@ impl PieceSet {
         set
     }
 
-    /// How many pieces the model has.
+    /// Number of pieces of the model.
     pub fn pieces(&self) -> u32 {
         self.pieces
     }
 
-    /// How many are in the set.
+    /// Number of pieces in the set.
     pub fn len(&self) -> u32 {
         self.words.iter().map(|word| word.count_ones()).sum()
     }
 
-    /// Whether none is in the set.
+    /// True if the set is empty.
     pub fn is_empty(&self) -> bool {
         self.words.iter().all(|&word| word == 0)
     }
 
-    /// Whether all are in the set.
+    /// True if the set has all pieces of the model.
     pub fn is_all(&self) -> bool {
         self.len() == self.pieces
     }
 
-    /// Whether this piece is in the set.
+    /// True if this piece is in the set.
     pub fn contains(&self, piece: u32) -> bool {
         let word = self.words.get(piece as usize / 64);
         word.is_some_and(|word| word >> (piece % 64) & 1 == 1)
     }
 
-    /// Puts a piece in. Says whether it was not in before; one that there is not is left out.
+    /// Adds a piece. True if it was not in the set before; pieces that the model does not have are ignored.
     pub fn insert(&mut self, piece: u32) -> bool {
         if piece >= self.pieces || self.contains(piece) {
             return false;
@@ -107,7 +107,7 @@ impl PieceSet {
         true
     }
 
-    /// Takes a piece out. Says whether it was in.
+    /// Removes a piece. True if it was in the set.
     pub fn remove(&mut self, piece: u32) -> bool {
         if !self.contains(piece) {
             return false;
@@ -155,7 +155,7 @@ impl PieceSet {
         bytes
     }
 
-    /// What [`PieceSet::to_bytes`] made, for a model of `pieces` pieces.
+    /// Decodes the output of [`PieceSet::to_bytes`], for a model of `pieces` pieces.
     ///
     /// # Errors
     /// If there are more bytes than that model needs, a bit for a piece that it has not, or too many pieces for any model.
@@ -179,7 +179,7 @@ impl PieceSet {
         }
     }
 
-    /// As it is sent.
+    /// Encodes the set as a message.
     pub fn to_proto(&self) -> Pieces {
         let all = self.is_all();
         let bits = if all { Vec::new() } else { self.to_bytes() };
@@ -190,7 +190,7 @@ impl PieceSet {
         }
     }
 
-    /// What was sent.
+    /// Decodes the set of a message.
     ///
     /// # Errors
     /// As [`PieceSet::from_bytes`].

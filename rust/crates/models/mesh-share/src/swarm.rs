@@ -1,4 +1,4 @@
-//! What to ask of whom.
+//! The choice of pieces to request and of sources to request them from.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
@@ -12,22 +12,22 @@ mod simulation;
 #[cfg(test)]
 mod tests;
 
-/// Limits and times.
+/// Limits and timeouts of a [`Swarm`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Settings {
-    /// Requests that one source has at once, at most.
+    /// Maximum number of concurrent requests to one source.
     pub window: u32,
-    /// Bytes asked for and not arrived, over all sources, at most.
+    /// Maximum bytes requested and not yet received, over all sources.
     pub in_flight: u64,
-    /// How long a request may take, at least, before its piece is asked of another source, too.
+    /// Minimum time after which a request is late and its piece is requested from another source, too.
     pub patience: Duration,
-    /// The same as a multiple of what the source's pace so far makes expected.
+    /// The same as a multiple of the time that the source's pace so far predicts.
     pub slack: u32,
     /// Silence of a source that owes pieces after which it is dropped.
     pub silence: Duration,
-    /// For how long a source that was dropped for its silence is left alone.
+    /// Time for which a source that was dropped for silence is not used.
     pub pause: Duration,
-    /// Sources that one piece is asked of at once, at most.
+    /// Maximum number of sources that one piece is requested from at once.
     pub repeats: usize,
     /// Number of the piece to begin with: nodes that begin at different ones have something to give each other.
     pub begin: u32,
@@ -51,21 +51,21 @@ impl Default for Settings {
 /// A piece to get, as the manifest describes it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Wanted {
-    /// Its number.
+    /// Number of the piece.
     pub piece: u32,
-    /// Its length.
+    /// Length in bytes.
     pub bytes: u32,
-    /// Its digest.
+    /// SHA-256 of the piece.
     pub sha256: [u8; 32],
-    /// To be asked for before all that are not.
+    /// Requested before all pieces that are not urgent.
     pub urgent: bool,
 }
 
 impl Wanted {
-    /// Compares what came with the manifest.
+    /// Checks received bytes against length and digest of the manifest.
     ///
     /// # Errors
-    /// If the length or the digest is another one.
+    /// If the length or the digest differs.
     pub fn verify(&self, data: &[u8]) -> Result<Verified, BadPiece> {
         let sha256: [u8; 32] = Sha256::digest(data).into();
         if data.len() as u64 != u64::from(self.bytes) || sha256 != self.sha256 {
@@ -78,7 +78,7 @@ impl Wanted {
     }
 }
 
-/// The word that a piece came and is the one of the manifest; only [`Wanted::verify`] gives it.
+/// Proof that a piece has the manifest's digest; only [`Wanted::verify`] creates it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Verified {
     piece: u32,
@@ -92,53 +92,53 @@ impl Verified {
     }
 }
 
-/// A piece came that is not the one of the manifest.
+/// Error for a piece with another digest than the manifest's.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("piece {piece} does not have the digest of the manifest")]
 pub struct BadPiece {
-    /// Its number.
+    /// Number of the piece.
     pub piece: u32,
 }
 
-/// What a source is.
+/// Kind of a source.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Kind {
     /// Another node of the mesh.
     Peer,
-    /// Outside the mesh: asked only for what no peer has.
+    /// A source outside the mesh; used only for pieces that no peer has.
     Origin,
 }
 
-/// What is to be done.
+/// Instruction to the caller of [`Swarm::poll`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Action<S> {
     /// Ask this source for this piece.
     Ask {
-        /// The source.
+        /// Source that the action concerns.
         source: S,
         /// Number of the piece.
         piece: u32,
     },
-    /// Tell this source that the piece is no longer needed.
+    /// Cancel the request for this piece.
     Withdraw {
-        /// The source.
+        /// Source that the action concerns.
         source: S,
         /// Number of the piece.
         piece: u32,
     },
-    /// Have no more to do with this source.
+    /// Stop using this source.
     Drop {
-        /// The source.
+        /// Source that the action concerns.
         source: S,
-        /// Why.
+        /// Reason for dropping it.
         reason: DropReason,
     },
 }
 
-/// Why a source is dropped.
+/// Reasons for dropping a source.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum DropReason {
-    /// It sent a piece that is not the manifest's; it is not asked again.
+    /// It sent a piece that does not match the manifest; it is not used again.
     #[error("it sent piece {piece} with other contents than the manifest's")]
     BadPiece {
         /// Number of the piece.
@@ -147,25 +147,25 @@ pub enum DropReason {
     /// It owed pieces and sent nothing; it may come back after a while.
     #[error("it owed pieces and sent nothing for {} s", silence.as_secs_f64())]
     Silent {
-        /// For how long.
+        /// Duration of the silence.
         silence: Duration,
     },
 }
 
-/// How far it is.
+/// Progress of a swarm.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Progress {
-    /// Pieces that are here.
+    /// Number of pieces received.
     pub pieces: u32,
-    /// Pieces that are wanted.
+    /// Number of pieces wanted.
     pub pieces_total: u32,
-    /// Bytes that are here.
+    /// Bytes received.
     pub bytes: u64,
-    /// Bytes that are wanted.
+    /// Bytes wanted.
     pub bytes_total: u64,
-    /// Bytes of pieces that came when they were here already.
+    /// Bytes of pieces that were received more than once.
     pub bytes_twice: u64,
-    /// Sources that have something which is wanted.
+    /// Number of sources with a piece that is still missing.
     pub sources: usize,
 }
 
@@ -174,12 +174,12 @@ pub struct Progress {
 pub struct Swarm<S: Ord + Clone> {
     settings: Settings,
     pieces: BTreeMap<u32, Piece<S>>,
-    /// Those that are not here yet.
+    /// Pieces that are not here yet.
     open: BTreeSet<u32>,
     sources: BTreeMap<S, Source>,
-    /// Who sent a bad piece.
+    /// Sources that sent a bad piece.
     banned: BTreeSet<S>,
-    /// Who was silent, and until when it is left alone.
+    /// Sources that were silent, with the end of their pause.
     paused: BTreeMap<S, Instant>,
     actions: Vec<Action<S>>,
     bytes: u64,
@@ -190,7 +190,7 @@ pub struct Swarm<S: Ord + Clone> {
 #[derive(Debug, Clone)]
 struct Piece<S> {
     wanted: Wanted,
-    /// Who owes it.
+    /// Sources that the piece was requested from.
     asked: Vec<S>,
 }
 
@@ -199,26 +199,26 @@ struct Source {
     kind: Kind,
     has: PieceSet,
     asks: BTreeMap<u32, Ask>,
-    /// Requests that it may have now.
+    /// Number of requests that the source may have now.
     window: u32,
     /// Bytes per second, smoothed.
     pace: Option<f64>,
-    /// When it last sent something, or began to owe something.
+    /// Time at which it last sent something, or first owed something.
     heard: Instant,
-    /// When its last piece was complete.
+    /// Time at which its last piece was complete.
     arrived: Option<Instant>,
 }
 
 #[derive(Debug, Clone)]
 struct Ask {
     at: Instant,
-    /// When it is late.
+    /// Time after which the request is late.
     due: Instant,
     late: bool,
 }
 
 impl<S: Ord + Clone> Swarm<S> {
-    /// Wants these pieces; nobody has any yet.
+    /// Creates a swarm that wants these pieces and has no sources yet.
     pub fn new(wanted: impl IntoIterator<Item = Wanted>, settings: Settings) -> Self {
         let mut swarm = Swarm {
             settings,
@@ -236,7 +236,7 @@ impl<S: Ord + Clone> Swarm<S> {
         swarm
     }
 
-    /// Its limits and times.
+    /// Limits and timeouts of the swarm.
     pub fn settings(&self) -> &Settings {
         &self.settings
     }
@@ -259,7 +259,7 @@ impl<S: Ord + Clone> Swarm<S> {
         }
     }
 
-    /// A source is there, or has more than before. One that was dropped is not taken back before its time.
+    /// Adds a source, or updates its pieces. A dropped source is not accepted again before its pause ends.
     pub fn source(&mut self, source: S, kind: Kind, has: PieceSet, now: Instant) {
         if self.banned.contains(&source) {
             return;
@@ -289,12 +289,12 @@ impl<S: Ord + Clone> Swarm<S> {
         }
     }
 
-    /// Whether a source would be taken now.
+    /// True if a source would be accepted now.
     pub fn admits(&self, source: &S, now: Instant) -> bool {
         !self.banned.contains(source) && self.paused.get(source).is_none_or(|until| *until <= now)
     }
 
-    /// A source is no longer there. What it owes is asked of others.
+    /// Removes a source. Its outstanding pieces are requested from others.
     pub fn gone(&mut self, source: &S) {
         if let Some(gone) = self.sources.remove(source) {
             for piece in gone.asks.keys() {
@@ -310,7 +310,7 @@ impl<S: Ord + Clone> Swarm<S> {
         }
     }
 
-    /// A source says that it has not got this piece.
+    /// Records that a source does not have this piece.
     pub fn refused(&mut self, source: &S, piece: u32) {
         if let Some(known) = self.sources.get_mut(source) {
             known.has.remove(piece);
@@ -362,7 +362,7 @@ impl<S: Ord + Clone> Swarm<S> {
         });
     }
 
-    /// What is to be done by now; to be called after events and when [`Swarm::next_timer`] is due.
+    /// Actions that are due; call it after events and at [`Swarm::next_timer`].
     pub fn poll(&mut self, now: Instant) -> Vec<Action<S>> {
         self.drop_silent(now);
         self.note_late(now);
@@ -370,7 +370,7 @@ impl<S: Ord + Clone> Swarm<S> {
         std::mem::take(&mut self.actions)
     }
 
-    /// When [`Swarm::poll`] has something to do without an event.
+    /// Time at which [`Swarm::poll`] is due without an event.
     pub fn next_timer(&self) -> Option<Instant> {
         let owing = self.sources.values().filter(|s| !s.asks.is_empty());
         let silent = owing.map(|source| source.heard + self.settings.silence);
@@ -379,12 +379,12 @@ impl<S: Ord + Clone> Swarm<S> {
         silent.chain(late).min()
     }
 
-    /// Whether everything wanted is here.
+    /// True if all wanted pieces are here.
     pub fn is_done(&self) -> bool {
         self.open.is_empty()
     }
 
-    /// Whether something is wanted that no source has.
+    /// True if at least one missing piece is held by no source.
     pub fn is_starved(&self) -> bool {
         let had = |piece: &u32| self.sources.values().any(|s| s.has.contains(*piece));
         !self.open.iter().all(had)
@@ -404,7 +404,7 @@ impl<S: Ord + Clone> Swarm<S> {
         self.open.iter().copied()
     }
 
-    /// How far it is.
+    /// Current progress.
     pub fn progress(&self) -> Progress {
         let useful = |source: &&Source| self.open.iter().any(|piece| source.has.contains(*piece));
         let total = self.pieces.len() as u32;
@@ -451,7 +451,7 @@ impl<S: Ord + Clone> Swarm<S> {
         }
     }
 
-    /// One request for each source that has room, in turn, so that pieces are spread over those that have them.
+    /// Makes one request to each source that has room, in turn, so that the load is spread over the sources.
     fn ask(&mut self, now: Instant) {
         let names: Vec<S> = self.sources.keys().cloned().collect();
         let mut in_flight = self.in_flight();
@@ -471,8 +471,8 @@ impl<S: Ord + Clone> Swarm<S> {
         }
     }
 
-    /// The piece to ask this source for, if it has room and something that is wanted: an urgent one before others, one that
-    /// nobody owes before one that is late elsewhere, then the one that fewest have.
+    /// The piece to request from this source, if it has room and a piece that is wanted. Urgent pieces come
+    /// first, then those that are not requested elsewhere, then the rarest.
     fn choose(&self, name: &S) -> Option<u32> {
         let source = self.sources.get(name)?;
         if source.asks.len() >= source.window as usize {
@@ -498,7 +498,7 @@ impl<S: Ord + Clone> Swarm<S> {
         ranked.min().map(|(_, piece)| piece)
     }
 
-    /// Whether nobody owes this piece, or whoever does is late with it.
+    /// True if no source owes this piece, or all that owe it are late.
     fn is_free(&self, piece: u32) -> bool {
         let Some(entry) = self.pieces.get(&piece) else {
             return false;

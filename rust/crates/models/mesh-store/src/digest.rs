@@ -14,7 +14,7 @@ use sha2::{Digest as _, Sha256};
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Digest([u8; 32]);
 
-/// A text that is no digest.
+/// Error for text that is not a digest.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{text:?} is no SHA-256 digest: 64 hexadecimal digits are needed")]
 pub struct DigestError {
@@ -28,7 +28,7 @@ impl Digest {
         Digest(bytes)
     }
 
-    /// Its bytes.
+    /// The 32 bytes of the digest.
     pub const fn as_bytes(&self) -> &[u8; 32] {
         &self.0
     }
@@ -38,7 +38,7 @@ impl Digest {
         Digest(Sha256::digest(bytes).into())
     }
 
-    /// The digest of all that `reader` gives.
+    /// The digest of all bytes of `reader`.
     ///
     /// # Errors
     /// If reading fails.
@@ -71,12 +71,12 @@ impl Digest {
     }
 }
 
-/// A digest in the making.
+/// Incremental computation of a digest.
 #[derive(Debug, Clone, Default)]
 pub struct Hasher(Sha256);
 
 impl Hasher {
-    /// Takes more bytes in.
+    /// Adds bytes to the digest.
     pub fn update(&mut self, bytes: &[u8]) {
         self.0.update(bytes);
     }

@@ -1,4 +1,4 @@
-//! Why the store cannot do something.
+//! Errors of the store.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -7,35 +7,35 @@ use crate::digest::Digest;
 use crate::manifest::{BuildError, ManifestError, VerifyError};
 use crate::signature::SignatureError;
 
-/// Why the store cannot do something.
+/// Errors of the store.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum StoreError {
-    /// The system refuses.
+    /// A file operation failed.
     #[error("cannot {action} {}: {source}", path.display())]
     Io {
-        /// What was tried.
+        /// The operation that failed.
         action: &'static str,
-        /// With which file or folder.
+        /// Path of the file or folder.
         path: PathBuf,
-        /// What the system said.
+        /// Error from the operating system.
         source: io::Error,
     },
-    /// Not enough room, even without everything that may go.
+    /// Too little room, even after evicting everything that may be evicted.
     #[error("{0}")]
     NoRoom(NoRoom),
     /// Another process writes the same file.
     #[error("{key} is being fetched by another process; wait for it, or end it")]
     Busy {
-        /// Which file.
+        /// Name or digest of the file.
         key: String,
     },
     /// Bytes that do not lie in their file.
     #[error("bytes {offset} to {end} do not lie in a file of {bytes} bytes")]
     Outside {
-        /// Position.
+        /// Position of the first byte.
         offset: u64,
-        /// Position of the end.
+        /// Position one past the last byte.
         end: u64,
         /// Length of the file.
         bytes: u64,
@@ -43,7 +43,7 @@ pub enum StoreError {
     /// A file that is not whole yet.
     #[error("{missing} bytes of {key} are still missing")]
     Incomplete {
-        /// Which file.
+        /// Name or digest of the file.
         key: String,
         /// Bytes that are missing.
         missing: u64,
@@ -53,64 +53,64 @@ pub enum StoreError {
         "{key} has SHA-256 {found}, but {wanted} was expected: what was fetched is damaged or was altered; it has to be fetched again"
     )]
     Mismatch {
-        /// Which file.
+        /// Name or digest of the file.
         key: String,
-        /// Its digest.
+        /// Digest of the bytes that are present.
         found: Digest,
-        /// The digest it should have.
+        /// Digest that was expected.
         wanted: Digest,
     },
-    /// The disk does not give back what was written to it.
+    /// The disk does not return what was written to it.
     #[error(
         "the disk does not give back what was written to {key}: {pieces} pieces differ and are fetched again; see to the disk (dmesg, smartctl) if it goes on"
     )]
     Spoiled {
-        /// Which file.
+        /// Name or digest of the file.
         key: String,
-        /// Pieces that differ.
+        /// Number of pieces that differ.
         pieces: usize,
     },
-    /// No such model.
+    /// The store has no such model.
     #[error(
         "the store has no model {fingerprint}; `hydramesh models list` shows those that it has"
     )]
     NoModel {
-        /// The fingerprint.
+        /// Fingerprint of the model.
         fingerprint: Digest,
     },
-    /// A model that somebody uses.
+    /// A model that a process has loaded.
     #[error("{name} is loaded by a process, and stays until that has ended")]
     Pinned {
-        /// The model.
+        /// Name of the model.
         name: String,
     },
     /// A folder of something else.
     #[error("{} is no store of models; name an empty folder, or one that `hydramesh models pull` or a worker made", path.display())]
     NoStore {
-        /// The folder.
+        /// Path of the folder.
         path: PathBuf,
     },
-    /// One of the store's folders that somebody else made.
+    /// A folder of the store that belongs to another user.
     #[error("{} belongs to another user, who may have put anything there: remove it, or keep the store elsewhere", path.display())]
     Foreign {
-        /// The folder.
+        /// Path of the folder.
         path: PathBuf,
     },
-    /// A manifest or signatures in the store that are no longer what was written.
+    /// A manifest or signatures in the store are no longer as written.
     #[error("{} is damaged: {reason}", path.display())]
     Damaged {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// Description of the damage.
         reason: String,
     },
-    /// A manifest that is none.
+    /// The bytes are not a valid manifest.
     #[error(transparent)]
     Manifest(#[from] ManifestError),
-    /// Signatures that are none.
+    /// The bytes are not valid signatures.
     #[error(transparent)]
     Signature(#[from] SignatureError),
-    /// Bytes that are not what their manifest says.
+    /// The bytes do not match their manifest.
     #[error(transparent)]
     Verify(#[from] VerifyError),
     /// A file of which no manifest can be made.
@@ -119,7 +119,7 @@ pub enum StoreError {
 }
 
 impl StoreError {
-    /// For `map_err`.
+    /// Returns a function for `map_err`.
     pub(crate) fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Self {
         let path = path.to_owned();
         move |source| StoreError::Io {
@@ -129,7 +129,7 @@ impl StoreError {
         }
     }
 
-    /// For `map_err`.
+    /// Returns a function for `map_err`.
     pub(crate) fn damaged<E: std::error::Error>(path: &Path) -> impl FnOnce(E) -> Self {
         let path = path.to_owned();
         move |error| StoreError::Damaged {
@@ -139,22 +139,22 @@ impl StoreError {
     }
 }
 
-/// Why there is no room, in bytes.
+/// Missing room in the store, in bytes.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
     "no room for {needed} more bytes in {}: {} {evictable} bytes of models that no process uses could go; free some space, \
      raise the limit, or unload models", root.display(), self.limit_message()
 )]
 pub struct NoRoom {
-    /// The store.
+    /// Root folder of the store.
     pub root: PathBuf,
-    /// What was asked for.
+    /// Bytes that were requested.
     pub needed: u64,
-    /// What may still be written before the limit or the disk is full.
+    /// Bytes that may still be written before the limit or the disk is full.
     pub available: u64,
-    /// What could be evicted.
+    /// Bytes of models that could be evicted.
     pub evictable: u64,
-    /// The store's size limit, if that is what is reached; otherwise the disk is.
+    /// Size limit of the store if that was reached; `None` if the disk is full.
     pub limit: Option<u64>,
 }
 

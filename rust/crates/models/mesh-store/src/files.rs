@@ -1,7 +1,9 @@
-//! Files that are whole or absent, whatever happens, and that are this store's own, whatever others put beside them.
+//! Files that are whole or absent after a crash, and that belong to this store even if others can write to
+//! its folder.
 //!
-//! A store may lie where others can write. What is there under a name of the store's is not the store's for that: a link would lead
-//! its writes elsewhere, and another user's file is what that user says.
+//! Others may be able to write to the store's folder. A file under one of the store's names is therefore not
+//! trusted by its name: a link would redirect the store's writes, and another user's file has contents of
+//! that user's choice.
 
 use std::fs::{DirBuilder, File, Metadata, OpenOptions};
 use std::io::{self, Read, Write};
@@ -30,12 +32,13 @@ pub(crate) struct Owners {
 }
 
 impl Owners {
-    /// The owner of the store's root folder; and one other user, if all folders in it that are nobody's else are that one's, and
-    /// not everybody can make folders there: a service that fills a folder that root made for it, or the user as whom a file
-    /// server writes down all files. `folders` are the owners of the folders in it, `me` is this process's user.
+    /// The owner of the store's root folder. Also one other user, if that user owns all folders in it that
+    /// are not the root's owner's, and not everyone can create folders there: a service that fills a folder
+    /// that root created, or the user to whom a file server attributes all files. `folders` are the owners of
+    /// the folders in it, `me` is this process's user.
     ///
     /// # Errors
-    /// The index of a folder whose owner counts for nothing here.
+    /// The index of a folder whose owner is not trusted.
     pub(crate) fn of(root: &Metadata, folders: &[u32], me: u32) -> Result<Self, usize> {
         let mut owners = Self {
             root: root.uid(),
@@ -64,7 +67,7 @@ impl Owners {
     }
 }
 
-/// In the mode of a folder: everybody may make and remove files there.
+/// Mode bit of a folder in which everyone may create and remove files.
 pub(crate) const OTHERS_WRITE: u32 = 0o002;
 
 /// Opens a file of the store's own to write to it, and creates it where it is not there.
@@ -93,7 +96,8 @@ pub(crate) fn open_own(path: &Path, owners: Owners) -> io::Result<File> {
     Ok(file)
 }
 
-/// As [`open_own`], for a file that is written to: it may have no other name, by which it would be somebody else's.
+/// As [`open_own`], for a file to write to: it must not have another name, under which it could be another
+/// user's.
 pub(crate) fn open_to_write(path: &Path, owners: Owners) -> io::Result<File> {
     let file = open_own(path, owners)?;
     match file.metadata()?.nlink() {
@@ -110,7 +114,7 @@ fn planted(what: &str) -> io::Error {
     ))
 }
 
-/// Whether what lies at `path` itself, and not behind a link, is put there by somebody whose files count.
+/// True if the file at `path` itself, not behind a link, belongs to one of `owners`.
 pub(crate) fn is_own(path: &Path, owners: Owners) -> bool {
     std::fs::symlink_metadata(path).is_ok_and(|found| owners.have(&found))
 }
@@ -139,7 +143,7 @@ pub(crate) fn create_within(root: &Path, relative: &Path, owners: Owners) -> io:
 
 /// The file at `path`, if it exists and has at most `limit` bytes.
 pub(crate) fn read_limited(path: &Path, limit: u64) -> io::Result<Option<Vec<u8>>> {
-    // Not a pipe that somebody put there, which would be waited for.
+    // A pipe in place of the file would block.
     match open_regular(path) {
         Ok(file) => read_all(file, limit).map(Some),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),

@@ -1,4 +1,4 @@
-//! Where the tensors of a file lie, and which of them a stage needs.
+//! Positions of the tensors in a file, and the ranges that a stage needs.
 //!
 //! A stage that computes a range of layers opens the file as if it were whole: its header, and the tensors that the
 //! engine reads for that range. What belongs to which layer is told by the tensors' names, those of GGUF files
@@ -15,29 +15,29 @@ use mesh_model::{Gguf, GgufError};
 
 use crate::ranges::RangeSet;
 
-/// Where things lie in a model file.
+/// Length, header and tensor positions of a model file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Layout {
     /// Length of the file.
     pub bytes: u64,
     /// Bytes before the first tensor; for a file without tensors its length.
     pub header: u64,
-    /// Its tensors, ascending by offset; they do not overlap.
+    /// Tensors, ascending by offset, without overlap.
     pub tensors: Vec<TensorPlace>,
 }
 
-/// Where a tensor lies.
+/// Name, offset and length of a tensor.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TensorPlace {
-    /// Its name in the file.
+    /// Name of the tensor in the file.
     pub name: String,
     /// Position in the file.
     pub offset: u64,
-    /// Length.
+    /// Length in bytes.
     pub bytes: u64,
 }
 
-/// What a tensor is for.
+/// Purpose of a tensor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Role {
     /// Belongs to this layer.
@@ -50,32 +50,32 @@ pub enum Role {
     Shared,
 }
 
-/// Why a file's tensors could not be found.
+/// Errors of finding a file's tensors.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum LayoutError {
     /// The file could not be read.
     #[error("cannot read {}: {source}", path.display())]
     Read {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// What the system said.
+        /// Error from the operating system.
         source: io::Error,
     },
     /// A broken GGUF file.
     #[error("{}: {source}", path.display())]
     Gguf {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// Error of the GGUF file.
         source: GgufError,
     },
     /// A broken safetensors file.
     #[error("{}: {source}", path.display())]
     Safetensors {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// Error of the safetensors file.
         source: SafetensorsError,
     },
 }
@@ -160,7 +160,7 @@ impl Layout {
     }
 }
 
-/// What a stage needs of a model.
+/// Selects the tensors that a stage needs.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Selection {
     layers: Range<u32>,
@@ -170,8 +170,8 @@ pub struct Selection {
 }
 
 impl Selection {
-    /// What the stage of `layers` needs, of a model of `total` layers whose tensors have these names (all of them, over
-    /// all files).
+    /// Selects the tensors for the stage of `layers`, of a model of `total` layers. `names` are the names of
+    /// all its tensors, over all files.
     pub fn new<'a>(
         layers: Range<u32>,
         total: u32,
@@ -186,7 +186,7 @@ impl Selection {
         }
     }
 
-    /// Whether a tensor of this role is needed.
+    /// True if the stage needs tensors of this role.
     pub fn wants(&self, role: Role) -> bool {
         match role {
             Role::Layer(layer) => self.layers.contains(&layer),
@@ -197,13 +197,13 @@ impl Selection {
     }
 }
 
-/// What the tensor called `name` is for.
+/// The role of the tensor called `name`.
 pub fn role(name: &str) -> Role {
     if let Some(layer) = layer(name) {
         return Role::Layer(layer);
     }
     let hf = hf_name(name);
-    // Whatever is not known goes to every stage: more than is needed does no harm.
+    // Unknown tensors go to every stage: superfluous ones do no harm.
     if name.starts_with("token_embd.") || hf.starts_with("embed_tokens.") {
         Role::Embedding
     } else if is_output_matrix(name)

@@ -1,4 +1,4 @@
-//! Models on disk: what they consist of, where they are, what may be trusted.
+//! Models on disk: their contents, their location, and their signatures.
 //!
 //! - [`Manifest`]: the files of a model with SHA-256 digests of pieces of at most 4 MiB and of every tensor; its own digest is
 //!   the model's *fingerprint*. [`Manifest::pieces_for`] tells what a stage needs.

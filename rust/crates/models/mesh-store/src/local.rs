@@ -24,18 +24,18 @@ use crate::store::Store;
 pub struct LocalModel {
     /// The file's name without its ending, or the folder's name.
     pub name: String,
-    /// The file or folder.
+    /// Path of the file or folder.
     pub path: PathBuf,
-    /// Length of all its files.
+    /// Total length of its files in bytes.
     pub bytes: u64,
-    /// What it is.
+    /// Form of the model's files.
     pub kind: LocalKind,
 }
 
-/// What a model in a folder is.
+/// Form of a model outside the store.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum LocalKind {
-    /// A GGUF file.
+    /// A single GGUF file.
     Gguf,
     /// A safetensors file by itself.
     Safetensors,
@@ -44,7 +44,7 @@ pub enum LocalKind {
 }
 
 impl LocalKind {
-    /// For people.
+    /// Name of the form, for people.
     pub fn name(self) -> &'static str {
         match self {
             LocalKind::Gguf => "GGUF file",
@@ -54,30 +54,30 @@ impl LocalKind {
     }
 }
 
-/// Why a model could not be found in folders.
+/// Errors of looking up a model in folders.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum LocalError {
     /// A folder could not be listed.
     #[error("cannot list the model folder {}: {source}", path.display())]
     List {
-        /// The folder.
+        /// Path of the folder.
         path: PathBuf,
-        /// What the system said.
+        /// Error from the operating system.
         source: io::Error,
     },
     /// No file of that name.
     #[error("no model {name:?}: {}", known_names(known))]
     NotFound {
-        /// What was asked for.
+        /// Name that was looked up.
         name: String,
-        /// The names that there are.
+        /// Names of the models in the folders.
         known: Vec<String>,
     },
     /// Several files answer to a name.
     #[error("model {name:?} is ambiguous: it may be any of {}; give more of the name or a path", known.join(", "))]
     Ambiguous {
-        /// What was asked for.
+        /// Name that was looked up.
         name: String,
         /// The names that begin so.
         known: Vec<String>,
@@ -125,9 +125,9 @@ pub fn list(dirs: &[PathBuf]) -> Result<Vec<LocalModel>, LocalError> {
     Ok(models)
 }
 
-/// The model at `path`, if that is one.
+/// The model at `path`; `None` if there is none.
 pub fn look_at(path: PathBuf) -> Option<LocalModel> {
-    // Of a dangling link, or a file that is gone since the listing, there is none.
+    // Dangling links and files that are gone since the listing have no metadata.
     let metadata = std::fs::metadata(&path).ok()?;
     let (kind, bytes) = if metadata.is_dir() {
         (LocalKind::Folder, folder_bytes(&path)?)
@@ -166,11 +166,11 @@ fn folder_bytes(path: &Path) -> Option<u64> {
     weights.then_some(bytes)
 }
 
-/// The file or folder that `name` means: a path, the name of a model in `dirs`, or the only one whose name begins so,
-/// whatever its case.
+/// The file or folder that `name` refers to: a path, the name of a model in `dirs`, or a unique beginning of
+/// one, ignoring case.
 ///
 /// # Errors
-/// If there is none, or several.
+/// If there is no such model, or several.
 pub fn resolve(name: &str, dirs: &[PathBuf]) -> Result<PathBuf, LocalError> {
     let path = Path::new(name);
     if path.is_file() || is_hugging_face(path) {
@@ -216,7 +216,7 @@ struct Digested {
     sha256: String,
 }
 
-/// What shows that a file is still the same.
+/// Path, length and time of change, to detect that a file changed.
 #[derive(Debug, Clone, Serialize, Deserialize, PartialEq, Eq)]
 struct Stamp {
     path: PathBuf,
@@ -263,7 +263,7 @@ impl FingerprintCache {
         self.fingerprint_until(path, &AtomicBool::new(false))
     }
 
-    /// The same, given up when `stop` is set.
+    /// Like [`FingerprintCache::fingerprint`], but fails once `stop` is set.
     ///
     /// # Errors
     /// If a file cannot be read, and when it is given up.
@@ -315,7 +315,7 @@ impl FingerprintCache {
     }
 }
 
-/// Reads until it is told to stop.
+/// A reader that fails once it is told to stop.
 struct Stoppable<'a> {
     file: File,
     stop: &'a AtomicBool,
@@ -361,19 +361,19 @@ impl LocalIndex {
             .unwrap_or_default()
     }
 
-    /// Where `file` of the model lies, if it is still the one that was read.
+    /// Path of `file` of the model, if the file is still the one that was read.
     pub(crate) fn find(&self, fingerprint: &Digest, file: &str) -> Option<PathBuf> {
         let mut files = self.of(fingerprint).flat_map(|model| &model.files);
         let known = files.find(|known| known.file == file && known.is_unchanged())?;
         Some(known.stamp.path.clone())
     }
 
-    /// What the model was called where it was found.
+    /// Names of the model where it was found.
     pub(crate) fn names(&self, fingerprint: &Digest) -> impl Iterator<Item = &str> {
         self.of(fingerprint).map(|model| model.name.as_str())
     }
 
-    /// Whether the model is what lies at `path`, or lay there when it was last looked at.
+    /// True if the model is, or was when last read, the one at `path`.
     pub(crate) fn lies_at(&self, fingerprint: &Digest, path: &Path) -> bool {
         let Ok(path) = path.canonicalize() else {
             return false;
@@ -399,8 +399,8 @@ fn index_path(store: &Store) -> PathBuf {
 }
 
 impl Store {
-    /// Lets the store know a model that lies elsewhere, a file or a folder: makes its manifest, or remembers it from the last time
-    /// if nothing changed since. Its bytes stay where they are; [`Store::presence`] finds them there.
+    /// Registers a model outside the store, a file or a folder: makes its manifest, or reuses the last one if
+    /// nothing changed since. Its bytes stay where they are; [`Store::presence`] finds them there.
     ///
     /// # Errors
     /// If the model cannot be read, or the disk fails.
@@ -410,7 +410,7 @@ impl Store {
         path: &Path,
         progress: &(dyn Fn(u64) + Sync),
     ) -> Result<SignedManifest, StoreError> {
-        // Links are not followed: a blob behind one has no name that tells what it is.
+        // Links are not followed: a blob behind one has no name that shows its format.
         let path = std::path::absolute(path).map_err(StoreError::io("look at", path))?;
         if let Some(known) = self.adopted(name, &path)? {
             return Ok(known);
@@ -453,7 +453,7 @@ impl Store {
         Ok(self.manifest(&fingerprint)?.unwrap_or(signed))
     }
 
-    /// What is known of the model at `path`, if nothing of it changed.
+    /// The known manifest of the model at `path`, if nothing of it changed.
     fn adopted(&self, name: &str, path: &Path) -> Result<Option<SignedManifest>, StoreError> {
         let index = LocalIndex::read(self);
         let known = index

@@ -1,4 +1,4 @@
-//! Manifests: what a model consists of, down to pieces that can be fetched and checked one by one.
+//! Manifests: the files of a model, down to pieces that can be fetched and checked one by one.
 
 mod build;
 mod check;
@@ -20,13 +20,13 @@ pub use verify::VerifyError;
 /// The version of manifests that this crate writes and reads.
 pub const VERSION: u32 = 1;
 
-/// Longest piece.
+/// Maximum length of a piece in bytes.
 pub const MAX_PIECE: u32 = 4 << 20;
 
-/// Longest manifest that is read. One of a model of 1 TB takes about half of that.
+/// Maximum length of a manifest in bytes. That of a model of 1 TB has about half of it.
 pub const MAX_MANIFEST: usize = 64 << 20;
 
-/// What a model consists of.
+/// A model's files, pieces and tensors with their digests.
 ///
 /// Its canonical form is JSON with the fields in the order in which they stand here and without spaces;
 /// [`Manifest::parse`] takes no other. The SHA-256 of that is the model's fingerprint: two models with the same fingerprint
@@ -34,11 +34,11 @@ pub const MAX_MANIFEST: usize = 64 << 20;
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Manifest {
-    /// [`VERSION`].
+    /// Version of the format; [`VERSION`].
     pub version: u32,
     /// Name that users call the model by.
     pub name: String,
-    /// Its files; no two have the same path.
+    /// Files of the model; no two have the same path.
     pub files: Vec<ManifestFile>,
 }
 
@@ -48,17 +48,18 @@ pub struct Manifest {
 pub struct ManifestFile {
     /// Relative to the model's folder, with `/` between the parts.
     pub path: String,
-    /// Length.
+    /// Length in bytes.
     pub bytes: u64,
     /// Digest of the whole file.
     pub sha256: Digest,
-    /// Back to back, they cover the file. Cut where the layer changes, so that a stage can be given what it needs.
+    /// Pieces, back to back over the whole file. They end where the layer changes, so that a stage can fetch
+    /// just its own.
     pub pieces: Vec<Piece>,
     /// The file's tensors, ascending by offset.
     pub tensors: Vec<TensorRange>,
 }
 
-/// A piece of a file: what is fetched at once, and checked before it is used.
+/// A piece of a file: the unit of fetching and of checking before use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Piece {
@@ -66,7 +67,7 @@ pub struct Piece {
     pub offset: u64,
     /// Length, from 1 to [`MAX_PIECE`].
     pub bytes: u32,
-    /// Digest.
+    /// SHA-256 of the piece.
     pub sha256: Digest,
 }
 
@@ -74,13 +75,13 @@ pub struct Piece {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TensorRange {
-    /// Its name.
+    /// Name of the tensor.
     pub name: String,
     /// Position in the file.
     pub offset: u64,
-    /// Length.
+    /// Length in bytes.
     pub bytes: u64,
-    /// Digest.
+    /// SHA-256 of the tensor's bytes.
     pub sha256: Digest,
     /// The layer that it belongs to; none for embeddings, norms outside of layers, and the output.
     pub layer: Option<u32>,
@@ -96,7 +97,7 @@ pub struct PieceId {
 }
 
 impl Manifest {
-    /// The canonical form.
+    /// Encodes the manifest in its canonical form.
     pub fn to_bytes(&self) -> Vec<u8> {
         serde_json::to_vec(self).expect("numbers, texts and lists are JSON")
     }
@@ -195,7 +196,7 @@ impl ManifestFile {
         first as u32..end as u32
     }
 
-    /// Where the file lies in the model's folder.
+    /// Path of the file relative to the model's folder.
     pub fn relative_path(&self) -> PathBuf {
         self.path.split('/').collect()
     }
@@ -208,7 +209,7 @@ impl Piece {
         self.offset..self.offset + u64::from(self.bytes)
     }
 
-    /// Whether `bytes` are this piece's.
+    /// True if length and digest of `bytes` are those of this piece.
     pub fn is(&self, bytes: &[u8]) -> bool {
         bytes.len() == self.bytes as usize && Digest::of(bytes) == self.sha256
     }

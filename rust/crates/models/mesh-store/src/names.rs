@@ -1,4 +1,4 @@
-//! What a name means: a model in a folder, one in the store, or one that the hub has.
+//! Resolution of names: to a model in a folder, in the store, or on the hub.
 
 mod close;
 
@@ -13,34 +13,34 @@ use crate::store::Store;
 
 pub use close::close_names;
 
-/// Where names are looked up.
+/// Folders and store in which names are looked up.
 #[derive(Debug, Clone, Copy)]
 pub struct Places<'a> {
-    /// Folders that people put models in; the first one's counts.
+    /// Folders of model files. Of models with the same name, the one in the first folder counts.
     pub folders: &'a [PathBuf],
     /// The store, if there is one.
     pub store: Option<&'a Store>,
 }
 
-/// What a name means, and why.
+/// The model that a name resolves to, with the reason.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Resolved {
-    /// What it means.
+    /// Model that the name resolves to.
     pub target: Target,
-    /// How that was found, for people.
+    /// Explanation of the resolution, for people.
     pub why: String,
 }
 
-/// A model, wherever it is.
+/// A model and its location.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Target {
     /// A file or a folder outside the store.
     Local(LocalModel),
     /// A model in the store; not all of it needs to be there.
     Stored {
-        /// Its name.
+        /// Name in the store.
         name: String,
-        /// Its fingerprint.
+        /// Fingerprint of the model.
         fingerprint: Digest,
     },
     /// A model that is not here, but the hub may have it.
@@ -50,38 +50,38 @@ pub enum Target {
     },
 }
 
-/// Why a name means nothing, or too much.
+/// Errors of resolving a name.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum NameError {
-    /// It means nothing.
+    /// No model has this name.
     #[error("no model {name:?}: {}", hint(known, close))]
     NotFound {
         /// The name.
         name: String,
-        /// Names that there are here.
+        /// Names of the models here.
         known: Vec<String>,
         /// Short names that look like it.
         close: Vec<String>,
     },
-    /// It looks like a path, and nothing is there.
+    /// The name looks like a path, but no file exists there.
     #[error("there is no file or folder {name:?}")]
     NoFile {
-        /// The path.
+        /// Path that was given as the name.
         name: String,
     },
     /// There is something, but no model.
     #[error("{} is no model: neither a .gguf or .safetensors file, nor a folder with config.json and .safetensors files", path.display())]
     NoModel {
-        /// The path.
+        /// Path that the error is about.
         path: PathBuf,
     },
-    /// It may mean several models.
+    /// The name could refer to several models.
     #[error("model {name:?} is ambiguous: it may be any of {}; give more of the name, or a path", candidates.join(", "))]
     Ambiguous {
         /// The name.
         name: String,
-        /// What it may mean.
+        /// Models that the name could refer to.
         candidates: Vec<String>,
     },
     /// A folder cannot be listed.
@@ -105,13 +105,14 @@ fn hint(known: &[String], close: &[String]) -> String {
 }
 
 impl Places<'_> {
-    /// What `name` means. In this order: a path; the exact name of a model in a folder, then of one in the store; a fingerprint in
-    /// the store, or its beginning; a short name such as `qwen2.5:7b`; a name on the hub (`ORGANISATION/MODEL`, behind it
-    /// `@REVISION` and `:QUANTISATION` or `:FILE`; `ORGANISATION/MODEL/FILE` is taken, too); the beginning of exactly one of all
-    /// those names, whatever its case. What the hub has and the store has, too, is the store's.
+    /// Resolves `name`, in this order: a path; the exact name of a model in a folder, then of one in the
+    /// store; a fingerprint in the store, or its beginning; a short name such as `qwen2.5:7b`; a name on the
+    /// hub (`ORGANISATION/MODEL`, optionally with `@REVISION` and `:QUANTISATION` or `:FILE`;
+    /// `ORGANISATION/MODEL/FILE` is accepted, too); the unique beginning of one of these names, ignoring
+    /// case. A model that both the store and the hub have is taken from the store.
     ///
     /// # Errors
-    /// If it means nothing or several things, or a place cannot be read.
+    /// If there is no such model, or several, or a place cannot be read.
     pub fn resolve(&self, name: &str) -> Result<Resolved, NameError> {
         if let Some(resolved) = self.path(name)? {
             return Ok(resolved);
@@ -138,7 +139,7 @@ impl Places<'_> {
         self.beginning(name, &locals, &stored)
     }
 
-    /// A file or folder that is there, or text that cannot be anything else.
+    /// Resolves an existing file or folder, or text that can only be a path.
     fn path(&self, name: &str) -> Result<Option<Resolved>, NameError> {
         let path = Path::new(name);
         if !name.is_empty() && path.exists() {
@@ -147,7 +148,7 @@ impl Places<'_> {
                 let target = Target::Local(model);
                 return Ok(Some(Resolved { target, why }));
             }
-            // Blobs have no endings; what is in it is seen when it is opened.
+            // Blobs have no endings; opening the file shows its format.
             if path.is_file() {
                 let target = Target::Local(LocalModel {
                     name: mesh_model::model::model_name(path),
@@ -184,7 +185,7 @@ impl Places<'_> {
             let name = model.signed.manifest.name;
             stored.names.push((name, model.fingerprint));
         }
-        // Those that are damaged have to be found for somebody to see why, and yield to others.
+        // Damaged models are found, too, so that their error is shown; intact ones take precedence.
         for model in contents.damaged {
             stored.fingerprints.push(model.fingerprint);
             let mut names = model.names;
@@ -238,7 +239,7 @@ impl Places<'_> {
                 found.push((label, in_store(known, *fingerprint, why)));
             }
         }
-        // What is here goes before what would have to be fetched.
+        // Local models take precedence over those to fetch.
         if found.is_empty() {
             for (short, id) in short_names().iter().filter(|(short, _)| fits(short)) {
                 let why = format!("the beginning of {short}, the short name of {id}");
@@ -266,10 +267,10 @@ impl Places<'_> {
     }
 }
 
-/// What the store has.
+/// Names and fingerprints in the store.
 #[derive(Debug, Default)]
 struct Stored {
-    /// Names with what they mean, sorted.
+    /// Names with their fingerprints, sorted.
     names: Vec<(String, Digest)>,
     fingerprints: Vec<Digest>,
 }
@@ -326,7 +327,7 @@ impl Stored {
         why: impl FnOnce(&str) -> String,
     ) -> Result<Option<Resolved>, NameError> {
         let mut found: Vec<&(String, Digest)> = found.collect();
-        // Several names of one model are no matter.
+        // Several names of one model are not ambiguous.
         found.dedup_by_key(|(_, fingerprint)| *fingerprint);
         match found[..] {
             [] => Ok(None),
@@ -366,7 +367,7 @@ fn strip_ending(name: &str) -> &str {
         .unwrap_or(name)
 }
 
-/// Text that is a path whether or not something is there. `a/b.gguf` is none: it may be a file on the hub.
+/// True for text that is a path even if nothing exists there. `a/b.gguf` is not: it may be a file on the hub.
 fn looks_like_path(name: &str) -> bool {
     ["/", "./", "../", "~/"]
         .iter()
@@ -411,7 +412,7 @@ fn hub_id(name: &str) -> Option<String> {
     }
 }
 
-/// Short names and what they mean on the hub, from names.toml.
+/// Short names with their names on the hub, from names.toml.
 pub fn short_names() -> &'static BTreeMap<String, String> {
     static NAMES: OnceLock<BTreeMap<String, String>> = OnceLock::new();
     NAMES.get_or_init(|| {
@@ -421,8 +422,8 @@ pub fn short_names() -> &'static BTreeMap<String, String> {
     })
 }
 
-/// Where people's store is by default: `$XDG_DATA_HOME/hydramesh/models`, else `~/.local/share/hydramesh/models`, else the
-/// services' folder `/var/lib/hydramesh/store`.
+/// Default folder of the store: `$XDG_DATA_HOME/hydramesh/models`, else `~/.local/share/hydramesh/models`,
+/// else the services' folder `/var/lib/hydramesh/store`.
 pub fn default_store() -> PathBuf {
     let folder = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty());
     folder("XDG_DATA_HOME")

@@ -22,18 +22,18 @@ use crate::manifest::ManifestFile;
 use crate::ranges::RangeSet;
 use crate::store::Store;
 
-/// What a partial file will be.
+/// Identity of a partial file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum PartialKey {
-    /// The file with this digest.
+    /// Digest of the complete file.
     Blob(Digest),
-    /// A file whose digest is not known before it is whole; the digest is one of where it comes from.
+    /// Digest of the file's source, for a file whose own digest is unknown until it is complete.
     Source(Digest),
 }
 
 impl PartialKey {
-    /// A file known by where it comes from only: any text that means the same bytes whenever it is used, such as a hub's
-    /// repository, commit and path.
+    /// The key of a file that is known by its source only: any text that always refers to the same bytes,
+    /// such as a hub's repository, commit and path.
     pub fn source(text: &str) -> Self {
         PartialKey::Source(Digest::of(text))
     }
@@ -71,7 +71,7 @@ pub struct PartialFile {
     bytes: u64,
     wanted: u64,
     state: Mutex<State>,
-    /// One at a time writes the have-map.
+    /// Held while the have-map is written.
     flushing: Mutex<()>,
 }
 
@@ -82,7 +82,7 @@ struct State {
     unflushed: u64,
 }
 
-/// Bytes after which the have-map is written by itself: what a kill may cost.
+/// Bytes after which the have-map is written: the maximum loss when the process is killed.
 const FLUSH_EVERY: u64 = 16 << 20;
 
 impl PartialFile {
@@ -107,7 +107,7 @@ impl PartialFile {
             Err(std::fs::TryLockError::Error(error)) => return Err(io("lock")(error)),
         }
         let length = file.metadata().map_err(io("look at"))?.len();
-        // A map that is left from another file of that name says nothing about this one.
+        // A map of an earlier file with that name does not apply to this one.
         let have = match length == bytes {
             true => HaveMap::read(&map).filter(|map| map.bytes == bytes),
             false => None,
@@ -133,12 +133,12 @@ impl PartialFile {
         Ok(partial)
     }
 
-    /// What it will be.
+    /// Identity of the file.
     pub fn key(&self) -> PartialKey {
         self.key
     }
 
-    /// Where it lies, until it is complete.
+    /// Path of the file until it is complete.
     pub fn path(&self) -> PathBuf {
         self.store.partial_path(&self.key)
     }
@@ -148,22 +148,22 @@ impl PartialFile {
         self.bytes
     }
 
-    /// What is there, by what was written; not all of it may be on disk.
+    /// Ranges that have been written; not all of them may be on disk.
     pub fn have(&self) -> RangeSet {
         self.state().have.clone()
     }
 
-    /// What is not there.
+    /// Ranges that have not been written.
     pub fn missing(&self) -> Vec<Range<u64>> {
         self.state().have.missing(0..self.bytes)
     }
 
-    /// Whether all of it is there.
+    /// True if all bytes of the file have been written.
     pub fn is_complete(&self) -> bool {
         self.state().have.contains(&(0..self.bytes))
     }
 
-    /// Writes `data` at `offset`. It counts as present from then on. Every 16 MiB all of it is brought to disk.
+    /// Writes `data` at `offset`; the range then counts as present. Every 16 MiB the file is synced to disk.
     ///
     /// # Errors
     /// If it does not lie in the file, or the disk fails.
@@ -184,7 +184,7 @@ impl PartialFile {
         }
     }
 
-    /// The bytes of `range`, if all of them are there.
+    /// Reads the bytes of `range`; `None` unless all of them are present.
     ///
     /// # Errors
     /// If it does not lie in the file, or the disk fails.
@@ -209,7 +209,7 @@ impl PartialFile {
         self.flush()
     }
 
-    /// Checks the pieces that are there against `file`, forgets the bad ones and gives their indices.
+    /// Checks the pieces that are present against `file`, drops the bad ones and returns their indices.
     ///
     /// # Errors
     /// If the file has another length, or the disk fails.
@@ -232,7 +232,7 @@ impl PartialFile {
         Ok(bad)
     }
 
-    /// Brings everything written so far to disk, and then the have-map.
+    /// Syncs everything written so far to disk, and then the have-map.
     ///
     /// # Errors
     /// If the disk fails.
@@ -262,9 +262,9 @@ impl PartialFile {
         Ok(())
     }
 
-    /// Makes it a blob, if it is whole and has the digest that its key, or else `wanted`, says. The digest is computed over
-    /// what is on disk, at a good second per gigabyte. Of a file with another digest nothing is kept; where its manifest is
-    /// known, [`PartialFile::repair`] keeps what is right.
+    /// Makes it a blob if it is complete and has the digest of its key, or else `wanted`. The digest is
+    /// computed from the disk, at a good second per gigabyte. A file with another digest is discarded; if its
+    /// manifest is known, [`PartialFile::repair`] keeps the good pieces.
     ///
     /// # Errors
     /// If it is not whole or is another file, or the disk fails.
@@ -283,7 +283,7 @@ impl PartialFile {
     }
 
     fn digest_on_disk(&self) -> Result<Digest, StoreError> {
-        // Of this file, whatever lies at its path by now.
+        // This open file, not another one at the same path.
         let mut reader = &self.file;
         reader
             .seek(SeekFrom::Start(0))
@@ -343,7 +343,7 @@ impl PartialFile {
         let blob = self.store.blob_path(&found);
         let _lock = self.store.lock()?;
         let finish = || -> io::Result<()> {
-            // Blobs do not change; that nobody may write them keeps accidents away.
+            // Blobs do not change; a mode without write permission prevents accidents.
             self.file
                 .set_permissions(std::fs::Permissions::from_mode(0o444))?;
             // Over a blob that is there already: it has the same bytes.
@@ -363,7 +363,7 @@ impl PartialFile {
         Ok(found)
     }
 
-    /// Removes it with all that was fetched.
+    /// Removes the file and its have-map.
     ///
     /// # Errors
     /// If the disk fails.
@@ -392,16 +392,16 @@ impl PartialFile {
     }
 }
 
-/// The have-map as it lies beside its file.
+/// The have-map file beside a partial file.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct HaveMap {
     version: u32,
     /// Length of the whole file.
     pub(crate) bytes: u64,
-    /// Bytes that shall be there in the end.
+    /// Number of bytes that the file needs in the end.
     pub(crate) wanted: u64,
-    /// Start and end of what is there.
+    /// Start and end of the ranges that are present.
     have: Vec<(u64, u64)>,
 }
 
@@ -411,7 +411,7 @@ const HAVE_VERSION: u32 = 1;
 const MAX_HAVE_MAP: u64 = 16 << 20;
 
 impl HaveMap {
-    /// The map at `path`; a broken one is none, and what it told of is fetched again.
+    /// Reads the map at `path`. A broken map counts as missing, and its ranges are fetched again.
     pub(crate) fn read(path: &Path) -> Option<HaveMap> {
         let json = files::read_limited(path, MAX_HAVE_MAP).ok()??;
         Self::parse(&json)
@@ -430,7 +430,7 @@ impl HaveMap {
     }
 }
 
-/// Where the have-map of the partial file at `path` lies.
+/// Path of the have-map for the partial file at `path`.
 pub(crate) fn have_path(path: &Path) -> PathBuf {
     path.with_extension("have")
 }

@@ -1,4 +1,4 @@
-//! Which bytes of a file are there.
+//! Sets of byte ranges of a file.
 
 use std::ops::Range;
 
@@ -9,7 +9,7 @@ pub struct RangeSet {
 }
 
 impl RangeSet {
-    /// All of `0..bytes`.
+    /// The set of all bytes, `0..bytes`.
     pub fn whole(bytes: u64) -> Self {
         let mut set = RangeSet::default();
         set.insert(0..bytes);
@@ -32,7 +32,7 @@ impl RangeSet {
         self.ranges.splice(first..end, [merged]);
     }
 
-    /// Takes `range` out.
+    /// Removes `range` from the set.
     pub fn remove(&mut self, range: Range<u64>) {
         if range.is_empty() {
             return;
@@ -48,7 +48,7 @@ impl RangeSet {
         self.ranges.splice(first..end, rest);
     }
 
-    /// Whether all of `range` is in the set.
+    /// True if all of `range` is in the set.
     pub fn contains(&self, range: &Range<u64>) -> bool {
         if range.is_empty() {
             return true;
@@ -79,7 +79,7 @@ impl RangeSet {
         missing
     }
 
-    /// Number of bytes.
+    /// Number of bytes in the set.
     pub fn bytes(&self) -> u64 {
         self.ranges
             .iter()
@@ -87,7 +87,7 @@ impl RangeSet {
             .sum()
     }
 
-    /// Whether there is none.
+    /// True if the set is empty.
     pub fn is_empty(&self) -> bool {
         self.ranges.is_empty()
     }

@@ -1,4 +1,4 @@
-//! Room: what may be stored, what goes for it, and what nobody needs any more.
+//! Admission of new files, eviction of models, and removal of leftovers.
 
 use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
@@ -14,12 +14,12 @@ use crate::manifest::Manifest;
 use crate::partial::{HaveMap, PartialKey, have_path};
 use crate::store::{Store, WORK, allocated};
 
-/// How full a store may become.
+/// Limits on the bytes of a store.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
-    /// Most bytes of all its files; none is as many as the disk has.
+    /// Maximum bytes of all its files; `None` allows as many as the disk has.
     pub bytes: Option<u64>,
-    /// Bytes of the disk that are left free for others.
+    /// Bytes of the disk to leave free.
     pub keep_free: u64,
 }
 
@@ -33,23 +33,23 @@ impl Default for Limits {
     }
 }
 
-/// What [`Store::gc`] removed, or would remove.
+/// Files and models that [`Store::gc`] removed, or would remove.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct GcReport {
-    /// In the order in which it goes.
+    /// Entries in the order of removal.
     pub removed: Vec<Removed>,
-    /// Bytes that the store takes afterwards.
+    /// Bytes that the store occupies afterwards.
     pub used: u64,
 }
 
-/// Something that goes.
+/// A removed file or model.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Removed {
-    /// What it is, for people.
+    /// Description, for people.
     pub what: String,
-    /// The model's fingerprint, if it is one.
+    /// Fingerprint of the model; `None` for other files.
     pub model: Option<Digest>,
-    /// Bytes that it frees.
+    /// Bytes that the removal frees.
     pub bytes: u64,
 }
 
@@ -60,7 +60,7 @@ impl GcReport {
     }
 }
 
-/// Blobs and other files of no model are kept for so long: somebody may be about to store the manifest.
+/// Minimum age of files without a model before their removal: a manifest for them may be about to be stored.
 const LEFTOVER_AGE: Duration = Duration::from_secs(24 * 3600);
 
 /// Partial files of no model: a download that broke off may be taken up again.
@@ -73,17 +73,17 @@ enum Victim {
     Model { fingerprint: Digest },
 }
 
-/// The store's files, and what they are needed for.
+/// The store's files and their uses.
 struct Survey {
-    /// By fingerprint, the least recently used first.
+    /// Models by fingerprint, the least recently used first.
     models: Vec<(Digest, Manifest)>,
-    /// Models that may not go, and why is of no interest.
+    /// Models that must stay.
     kept: HashSet<Digest>,
-    /// How many models have a file with this digest.
+    /// Number of models that have a file with this digest.
     uses: HashMap<Digest, usize>,
     /// Files that no model needs.
     leftovers: Vec<(PathBuf, &'static str)>,
-    /// Models whose manifest cannot be read: nobody knows which files they need.
+    /// Models whose manifest cannot be read, so that the files they need are unknown.
     damaged: HashSet<Digest>,
 }
 
@@ -140,8 +140,8 @@ impl Store {
         self.remove_model(fingerprint, manifest, &survey.uses)
     }
 
-    /// Removes what nobody needs any more: what crashes left behind, then models until the store has at most `limit` bytes (by
-    /// default its own limit), those first that were not used for the longest time. With `dry_run` it only tells.
+    /// Removes leftovers of crashes, then models until the store has at most `limit` bytes (by default its
+    /// own limit), the least recently used first. With `dry_run` nothing is removed.
     ///
     /// # Errors
     /// If the store cannot be listed, or the disk fails.
@@ -194,7 +194,7 @@ impl Store {
         let models = models.map(|fingerprint| Victim::Model { fingerprint });
         let victims: Vec<Victim> = leftovers.chain(models).collect();
 
-        // First on paper: nothing shall go in vain.
+        // Plan first, so that no model is evicted in vain.
         let mut uses = survey.uses.clone();
         let mut freed = 0;
         let mut going = 0;
@@ -304,7 +304,8 @@ impl Store {
         survey: &Survey,
         now: SystemTime,
     ) -> Result<Vec<(PathBuf, &'static str)>, StoreError> {
-        // A clock that was set makes anything old. What came since somebody began who still works is none the less in use.
+        // After a clock change anything may look old. Files that arrived since the oldest unfinished work
+        // began are in use anyway.
         let begun = self.oldest_work()?;
         let is_old = |path: &Path, age| {
             let modified = std::fs::symlink_metadata(path).and_then(|found| found.modified());
@@ -374,7 +375,7 @@ impl Store {
         Ok(leftovers)
     }
 
-    /// When the first of those began who store files now.
+    /// Time at which the oldest unfinished work began.
     fn oldest_work(&self) -> Result<Option<SystemTime>, StoreError> {
         let tmp = self.list("tmp")?.into_iter();
         let work = tmp.filter(|path| file_name(path).starts_with(WORK) && is_written(path));
@@ -416,7 +417,7 @@ impl Store {
         }
     }
 
-    /// Removes it, or only says so.
+    /// Removes the victim, or only reports it.
     fn evict(
         &self,
         victim: Victim,
@@ -457,7 +458,8 @@ impl Store {
         Ok(())
     }
 
-    /// The manifest goes first: what is left if this is cut short is of no model, and goes with the next `gc`.
+    /// The manifest is removed first: if this is interrupted, the rest belongs to no model and is removed by
+    /// the next `gc`.
     fn remove_model(
         &self,
         fingerprint: &Digest,
@@ -489,7 +491,8 @@ impl Store {
         remove_any(&self.pin_path(fingerprint))
     }
 
-    /// Whether a process has the model loaded. The caller holds the store's lock: others would take our look for a pin.
+    /// True if a process has the model loaded. The caller holds the store's lock; otherwise this check would
+    /// look like a pin to others.
     pub(crate) fn is_pinned(&self, fingerprint: &Digest) -> Result<bool, StoreError> {
         let path = self.pin_path(fingerprint);
         if !path.exists() {
@@ -505,7 +508,7 @@ impl Store {
     }
 }
 
-/// Takes a model out of `uses`; gives the files that nobody else has.
+/// Removes a model from `uses`; returns the files that no other model has.
 fn release(manifest: &Manifest, uses: &mut HashMap<Digest, usize>) -> Vec<Digest> {
     let digests: HashSet<Digest> = manifest.files.iter().map(|file| file.sha256).collect();
     let mut free = Vec::new();
@@ -520,7 +523,7 @@ fn release(manifest: &Manifest, uses: &mut HashMap<Digest, usize>) -> Vec<Digest
     free
 }
 
-/// Whether a process has the partial file open. The caller holds the store's lock.
+/// True if a process has the partial file open. The caller holds the store's lock.
 fn is_written(path: &Path) -> bool {
     let Ok(file) = open_regular(path) else {
         return false;

@@ -22,7 +22,7 @@ use crate::manifest::{MAX_MANIFEST, Manifest, ManifestError};
 /// Bytes of a signature.
 const SIGNATURE_BYTES: usize = 3309;
 
-/// What the signature is for, so that none made for something else fits.
+/// Context of the signature, so that signatures for other purposes do not verify.
 const CONTEXT: &[u8] = b"hydramesh-model-manifest-v1";
 
 /// Most signatures that one manifest may carry.
@@ -31,42 +31,42 @@ pub const MAX_SIGNATURES: usize = 16;
 /// Longest key file that is read.
 const MAX_KEY_FILE: u64 = 64 << 10;
 
-/// Why signatures or keys are not what they should be.
+/// Errors of signatures and keys.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum SignatureError {
     /// A key file cannot be read or written.
     #[error("cannot {action} the key {}: {source}", path.display())]
     KeyFile {
-        /// What was tried.
+        /// The operation that failed.
         action: &'static str,
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// What the system said.
+        /// Error from the operating system.
         source: std::io::Error,
     },
     /// A secret that others can read.
     #[error("the key {} can be read by others (mode {mode:o}): `chmod 600` it, or make a new one if it may have been seen", path.display())]
     KeyExposed {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// Its mode.
+        /// Mode of the file.
         mode: u32,
     },
-    /// A file that is no such key.
+    /// The file does not hold a key of this kind.
     #[error("{} holds no ML-DSA-65 {kind} key in PEM: {reason}; `hydramesh models key` makes one", path.display())]
     NotAKey {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
         /// `private` or `public`.
         kind: &'static str,
-        /// What is wrong.
+        /// Error from the parser.
         reason: String,
     },
     /// Signatures in another form than they should have.
     #[error("the signatures are malformed: {reason}")]
     Malformed {
-        /// What is wrong.
+        /// Error from the parser.
         reason: String,
     },
     /// The signature of a trusted key that does not fit the manifest.
@@ -74,9 +74,9 @@ pub enum SignatureError {
     Bad {
         /// Name of the model.
         model: String,
-        /// Its fingerprint.
+        /// Fingerprint of the model.
         fingerprint: Digest,
-        /// The key's id.
+        /// Id of the key.
         key: Digest,
     },
     /// No signature where one is required.
@@ -84,7 +84,7 @@ pub enum SignatureError {
     Unsigned {
         /// Name of the model.
         model: String,
-        /// Its fingerprint.
+        /// Fingerprint of the model.
         fingerprint: Digest,
         /// The keys that would do.
         trusted: String,
@@ -92,7 +92,7 @@ pub enum SignatureError {
     /// Signatures are required, and no key is trusted.
     #[error("signatures are required, but no key is trusted: name the operator's public key, too")]
     NoTrustedKey,
-    /// What was signed is no manifest.
+    /// The signed bytes are not a valid manifest.
     #[error(transparent)]
     Manifest(#[from] ManifestError),
 }
@@ -100,7 +100,7 @@ pub enum SignatureError {
 /// The operator's secret. Neither printed nor logged; wiped from memory when dropped.
 pub struct SigningKey(ml_dsa::SigningKey<MlDsa65>);
 
-/// What a signature is checked against.
+/// The public half of a [`SigningKey`], for checking signatures.
 #[derive(Clone)]
 pub struct PublicKey {
     key: ml_dsa::VerifyingKey<MlDsa65>,
@@ -117,34 +117,34 @@ pub struct Signature {
     bytes: Vec<u8>,
 }
 
-/// A manifest with its signatures, which may be none.
+/// A manifest with its signatures, possibly none.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SignedManifest {
-    /// The manifest.
+    /// Manifest that the signatures are over.
     pub manifest: Manifest,
-    /// Signatures, each of another key.
+    /// Signatures, at most one of each key.
     pub signatures: Vec<Signature>,
 }
 
-/// Which signatures a mesh asks for.
+/// Requirements of a mesh on signatures.
 #[derive(Debug, Clone, Default)]
 pub struct Policy {
     trusted: Vec<PublicKey>,
     require: bool,
 }
 
-/// What a policy finds in a manifest that it lets pass.
+/// Outcome of a policy's check of an acceptable manifest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Verdict {
     /// Signed by this trusted key.
     Signed {
-        /// The key's id.
+        /// Id of the key.
         key: Digest,
     },
-    /// Signed, by nobody that is trusted.
+    /// Signed, but not by a trusted key.
     Stranger,
-    /// Not signed.
+    /// Without signatures.
     Unsigned,
 }
 
@@ -189,12 +189,12 @@ impl SigningKey {
         write_new(path, pem.as_bytes(), 0o600)
     }
 
-    /// Its public half.
+    /// The public half of this key.
     pub fn public(&self) -> PublicKey {
         PublicKey::new(self.0.verifying_key().clone())
     }
 
-    /// Signs a manifest.
+    /// Signs a manifest's fingerprint.
     pub fn sign(&self, manifest: &Manifest) -> Signature {
         let signature = self
             .0
@@ -235,7 +235,7 @@ impl PublicKey {
             })
     }
 
-    /// Writes it to a new file that everybody can read.
+    /// Writes the key to a new file that everyone can read.
     ///
     /// # Errors
     /// If the file exists or cannot be written.
@@ -252,7 +252,7 @@ impl PublicKey {
         self.id
     }
 
-    /// Whether `signature` is this key's over the model with this fingerprint.
+    /// True if `signature` was made with this key for the model with this fingerprint.
     pub fn verifies(&self, fingerprint: &Digest, signature: &Signature) -> bool {
         if signature.key != self.id {
             return false;
@@ -294,12 +294,13 @@ impl SignedManifest {
         self.signatures.push(signature);
     }
 
-    /// Its form for the network: the manifest's canonical form and the signatures, as JSON without spaces.
+    /// Encodes it for the network: the manifest's canonical form and the signatures, as JSON without spaces.
     pub fn to_bytes(&self) -> Vec<u8> {
         serde_json::to_vec(self).expect("numbers, texts and lists are JSON")
     }
 
-    /// Reads that form, from anybody. The signatures are not checked; a [`Policy`] does that.
+    /// Parses the output of [`SignedManifest::to_bytes`]; the bytes may come from anywhere. The signatures
+    /// are not checked; a [`Policy`] does that.
     ///
     /// # Errors
     /// If it is malformed in any way.
@@ -362,7 +363,7 @@ impl Policy {
     /// Trusts these keys, and refuses manifests without a signature of one of them if `require` says so.
     ///
     /// # Errors
-    /// If signatures are required of nobody.
+    /// If signatures are required but no key is trusted.
     pub fn new(trusted: Vec<PublicKey>, require: bool) -> Result<Self, SignatureError> {
         match require && trusted.is_empty() {
             true => Err(SignatureError::NoTrustedKey),
@@ -379,7 +380,7 @@ impl Policy {
         Self::new(trusted?, require)
     }
 
-    /// Whether a manifest needs a signature.
+    /// True if the policy requires a signature.
     pub fn requires_signature(&self) -> bool {
         self.require
     }

@@ -49,51 +49,51 @@ pub struct Store {
 struct Inner {
     root: PathBuf,
     limits: Limits,
-    /// Whose files count besides this user's and the system's: who owns the store's folder.
+    /// Users whose files are trusted, besides this user and the system: the owner of the store's folder.
     owners: Owners,
 }
 
-/// What [`Store::begin`] finds.
+/// Outcome of [`Store::begin`].
 #[derive(Debug)]
 pub enum Begun {
-    /// The file is whole already, here.
+    /// Path of the file, which is complete.
     Whole(PathBuf),
-    /// It has to be written, or the rest of it.
+    /// The file, to write its missing ranges.
     Partial(PartialFile),
 }
 
-/// Where bytes of a file are, and which.
+/// Location of a file and the ranges of it that are present.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Presence {
-    /// The file: a blob, a partial file, or one outside the store. None if nothing of it is here.
+    /// The file: a blob, a partial file, or one outside the store. `None` if nothing of it is present.
     pub path: Option<PathBuf>,
-    /// Which of its bytes are there.
+    /// Ranges of the file that are present.
     pub have: RangeSet,
 }
 
-/// A name that the store knows.
+/// A name of a model in the store, with its origin.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Named {
-    /// The name.
+    /// Name that resolves to the model.
     pub name: String,
-    /// The model.
+    /// Fingerprint of the model.
     pub fingerprint: Digest,
-    /// Where it comes from, for people: a hub's repository and commit, a path.
+    /// Origin, for people: a hub's repository and commit, or a path.
     pub source: Option<String>,
-    /// Who vouches that a model of another worker goes by this name: the hub, a signature, a pin. Absent where nobody was asked,
-    /// as before there was anybody to ask.
+    /// Confirmation of a name that another worker gave: the hub, a signature or a pin. Absent if it was not
+    /// confirmed, or recorded before confirmations existed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vouched: Option<String>,
 }
 
 impl Named {
-    /// Whether another worker said so, and nobody vouches for it.
+    /// True if the name comes from another worker and is not confirmed.
     pub fn is_hearsay(&self) -> bool {
         self.vouched.is_none() && self.is_from_worker()
     }
 
-    /// Whether it came from another worker, whoever vouches for it.
+    /// True if the name comes from another worker, confirmed or not.
     pub fn is_from_worker(&self) -> bool {
         let source = self.source.as_deref().unwrap_or_default();
         source.starts_with(FROM_WORKER)
@@ -108,7 +108,7 @@ pub struct Pin {
     _file: File,
 }
 
-/// Somebody stores files, see [`Store::work`].
+/// A mark of work in progress; see [`Store::work`].
 #[derive(Debug)]
 pub struct Work {
     /// Locked.
@@ -193,7 +193,7 @@ impl Store {
         }
     }
 
-    /// Its folder.
+    /// Root folder of the store.
     pub fn root(&self) -> &Path {
         &self.inner.root
     }
@@ -202,22 +202,22 @@ impl Store {
         self.inner.owners
     }
 
-    /// How full it may become.
+    /// Limits on the bytes of the store.
     pub fn limits(&self) -> Limits {
         self.inner.limits
     }
 
-    /// Where the whole file with this digest lies, if it is there.
+    /// Path of the complete file with this digest, if the store has it.
     pub fn blob(&self, digest: &Digest) -> Option<PathBuf> {
         Some(self.blob_path(digest)).filter(|path| self.is_own_file(path))
     }
 
-    /// Whether there is a file that was put there by somebody whose files count.
+    /// True if there is a file at `path` that belongs to a trusted owner.
     pub(crate) fn is_own_file(&self, path: &Path) -> bool {
         files::is_own(path, self.owners()) && path.is_file()
     }
 
-    /// Says that files are being stored here, until it is dropped: what came since is no leftover, whatever the clock says.
+    /// Marks work in progress until it is dropped: files that arrive meanwhile do not count as leftovers.
     ///
     /// # Errors
     /// If the disk fails.
@@ -233,8 +233,8 @@ impl Store {
         Ok(Work { _file: file })
     }
 
-    /// Begins, or goes on with, a file of `bytes` bytes of which `wanted` shall be there in the end. Makes room for them: see
-    /// [`Store::admit`]. A model that is fetched should be pinned before, so that it does not make room for itself.
+    /// Begins or continues a file of `bytes` bytes, of which `wanted` are needed. Makes room for them: see
+    /// [`Store::admit`]. Pin a model before fetching it, so that it is not evicted for its own files.
     ///
     /// # Errors
     /// If there is no room, another process writes the same file, or the disk fails.
@@ -251,7 +251,7 @@ impl Store {
         PartialFile::open(self, key, bytes, wanted).map(Begun::Partial)
     }
 
-    /// Stores a small file whose bytes are at hand.
+    /// Stores a small file and returns its digest.
     ///
     /// # Errors
     /// If there is no room, or the disk fails.
@@ -266,7 +266,7 @@ impl Store {
         Ok(digest)
     }
 
-    /// What is here of a file of the model `fingerprint`, in the store or, for a model that was found outside of it
+    /// The ranges of a model's file that are present: in the store or, for a model outside it
     /// ([`Store::adopt`]), there.
     pub fn presence(&self, fingerprint: &Digest, file: &ManifestFile) -> Presence {
         let is_whole = |path: &Path| {
@@ -339,7 +339,7 @@ impl Store {
         let _lock = self.lock()?;
         let mut merged = SignedManifest::unsigned(signed.manifest.clone());
         let known = match self.read_signatures(&fingerprint) {
-            // They are of no use to anybody.
+            // Damaged signatures have no use.
             Err(error @ StoreError::Damaged { .. }) => {
                 tracing::warn!(%error, "signatures are lost");
                 let path = self.signatures_path(&fingerprint);
@@ -366,7 +366,7 @@ impl Store {
                 &merged.signatures_to_bytes(),
             )?;
         }
-        // What makes it a model comes last. One that is damaged is mended so.
+        // The manifest, which makes it a model, is written last. This also repairs a damaged one.
         let path = self.manifest_path(&fingerprint);
         let is_there = files::read_limited(&path, MAX_MANIFEST as u64)
             .is_ok_and(|known| known.is_some_and(|known| known == bytes));
@@ -394,7 +394,7 @@ impl Store {
         }))
     }
 
-    /// Lets `name` mean the model `fingerprint`, whatever it meant before.
+    /// Makes `name` refer to the model `fingerprint`, and replaces its earlier meaning.
     ///
     /// # Errors
     /// If the disk fails.
@@ -412,7 +412,8 @@ impl Store {
         })
     }
 
-    /// Lets `name` mean a model that came from the worker `worker`; `vouched` says who knows that it does.
+    /// Makes `name` refer to a model that came from the worker `worker`; `vouched` is the confirmation of the
+    /// name.
     ///
     /// # Errors
     /// If the disk fails.
@@ -459,7 +460,7 @@ impl Store {
         Ok(names)
     }
 
-    /// The model's folder, with links to what is here of its files: what is opened to load it. A file that is partly here has its
+    /// The model's folder, to load it from, with links to the files that are present. A partial file has its
     /// full length, with holes.
     ///
     /// # Errors
@@ -527,7 +528,7 @@ impl Store {
         })
     }
 
-    /// When a model was pinned last, or else when it came.
+    /// Time of the model's last pin, or else of its arrival.
     pub(crate) fn last_used(&self, fingerprint: &Digest) -> SystemTime {
         let time = |path: PathBuf| std::fs::metadata(path).and_then(|found| found.modified());
         time(self.pin_path(fingerprint))
@@ -574,7 +575,7 @@ impl Store {
         })
     }
 
-    /// What lies in one of its folders.
+    /// Paths in one of the store's folders.
     pub(crate) fn list(&self, folder: &str) -> Result<Vec<PathBuf>, StoreError> {
         let path = self.root().join(folder);
         let listed: io::Result<Vec<PathBuf>> =
@@ -618,7 +619,7 @@ impl Store {
 }
 
 impl Pin {
-    /// The model.
+    /// Fingerprint of the pinned model.
     pub fn fingerprint(&self) -> Digest {
         self.fingerprint
     }
@@ -651,10 +652,10 @@ fn close_to_others(path: &Path) {
     }
 }
 
-/// How files begin that say that somebody stores files.
+/// Prefix of files that mark work in progress.
 pub(crate) const WORK: &str = "work-";
 
-/// How the source of a name begins that came from another worker.
+/// Prefix of the source of names that came from another worker.
 const FROM_WORKER: &str = "worker ";
 
 const FOLDERS: [&str; 7] = [
@@ -667,7 +668,7 @@ const FOLDERS: [&str; 7] = [
     "tmp",
 ];
 
-/// Those that tell it from other folders. Ollama's has the first two as well.
+/// Folders that identify a store. Ollama's folder has the first two as well.
 const MARKS: [&str; 3] = ["blobs", "manifests", "pins"];
 
 /// Longest files of these kinds that are read.

@@ -1,4 +1,4 @@
-//! What several test modules need.
+//! Helpers of several test modules.
 
 use std::path::{Path, PathBuf};
 

@@ -11,7 +11,7 @@ use mesh_store::{Digest, Limits, Manifest, PartialKey, SignedManifest, Store};
 /// Length of the file that is written.
 const BYTES: usize = 24 << 20;
 
-/// What is written at once: no multiple of anything.
+/// Bytes of one write; not a multiple of any other size.
 const CHUNK: usize = 100_003;
 
 /// Names the store's folder to the process that writes.

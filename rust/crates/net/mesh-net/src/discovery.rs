@@ -1,7 +1,7 @@
-//! Nodes find each other on the LAN by multicast DNS (RFC 6762, RFC 6763), service `_hydramesh._udp`.
+//! Discovery of nodes on the LAN by multicast DNS (RFC 6762, RFC 6763), service `_hydramesh._udp`.
 //!
-//! Only names, addresses and ports are learned this way, from anybody who cares to send them. Trust stays with TLS: whoever is
-//! found has to show a certificate of the mesh like everybody else.
+//! Discovery yields names, addresses and ports, from any sender. Trust stays with TLS: a node that was found
+//! must show a certificate of the mesh like any other.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -14,14 +14,14 @@ use tokio::sync::watch;
 
 use crate::trust::Role;
 
-/// What a node says about itself, to everybody on the LAN.
+/// A node's announcement to all machines on the LAN.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Announcement {
-    /// What it is.
+    /// Role of the node in the mesh.
     pub role: Role,
-    /// Its id.
+    /// Id of the node: SHA-256 of its public key, lower-case hex.
     pub node_id: String,
-    /// Name a person knows it by.
+    /// Name of the node, for people.
     pub name: String,
     /// SHA-256 of the mesh's root.
     pub root: [u8; 32],
@@ -29,20 +29,20 @@ pub struct Announcement {
     pub port: u16,
 }
 
-/// A node that was found.
+/// A node that answered; none of its claims are verified.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Found {
-    /// What it says it is.
+    /// Role that the node claims.
     pub role: Role,
-    /// The id that it says it has.
+    /// Id that the node claims.
     pub node_id: String,
-    /// Its name.
+    /// Name that the node claims.
     pub name: String,
-    /// Where it listens; IPv4 first.
+    /// Addresses of its QUIC listener, IPv4 first.
     pub addresses: Vec<SocketAddr>,
 }
 
-/// Why nodes cannot be found.
+/// Error of multicast DNS on this machine.
 #[derive(Debug, thiserror::Error)]
 #[error("multicast DNS: {0}; set `mdns = false` to do without")]
 pub struct DiscoveryError(#[from] mdns_sd::Error);
@@ -64,7 +64,7 @@ impl std::fmt::Debug for Discovery {
 }
 
 impl Discovery {
-    /// Looks for nodes of the mesh with this root (its SHA-256). Wants a Tokio runtime.
+    /// Searches for nodes of the mesh with this root (its SHA-256). Must be called on a Tokio runtime.
     ///
     /// # Errors
     /// If this machine does not let it.
@@ -138,7 +138,7 @@ impl Discovery {
         Ok(Discovery { daemon, found, own })
     }
 
-    /// Says to everybody who this node is.
+    /// Announces this node on the LAN.
     ///
     /// # Errors
     /// If that is not possible on this machine.
@@ -175,7 +175,7 @@ impl Discovery {
         Ok(())
     }
 
-    /// The nodes of the mesh that are there, and news of them.
+    /// The nodes of the mesh that are present; the receiver is notified of changes.
     pub fn found(&self) -> watch::Receiver<Vec<Found>> {
         self.found.clone()
     }
@@ -183,7 +183,7 @@ impl Discovery {
 
 impl Drop for Discovery {
     fn drop(&mut self) {
-        // It says goodbye. Fails only if it has ended by itself.
+        // Announces the shutdown. Fails only if the daemon has ended by itself.
         let _ = self.daemon.shutdown();
     }
 }
@@ -217,7 +217,7 @@ fn interfaces() -> nix::Result<Vec<String>> {
         .collect())
 }
 
-/// Says why probably nobody is found, for as long as that is so: soon, and then rarely.
+/// Logs likely causes while no other node is found: first soon, then rarely.
 async fn warn_while_alone(
     mut found: watch::Receiver<Vec<Found>>,
     own: Arc<OnceLock<(String, Role)>>,
@@ -251,7 +251,7 @@ async fn warn_while_alone(
     }
 }
 
-/// What was found, if it is a node of this mesh and makes sense.
+/// Converts a DNS-SD service to a node; `None` if it is of another mesh or invalid.
 fn read(service: &ResolvedService, mesh: &str) -> Option<Found> {
     let property = |key: &str| {
         let value = service.txt_properties.get_property_val_str(key)?;
@@ -297,9 +297,9 @@ const FIRST_WARNING: Duration = Duration::from_secs(10);
 const LATER_WARNINGS: Duration = Duration::from_secs(3600);
 
 const SERVICE: &str = "_hydramesh._udp.local.";
-/// Of the node's id in its label, which may have 63 bytes.
+/// Digits of the node's id in its DNS label, which may have 63 bytes.
 const LABEL_DIGITS: usize = 24;
-/// More would be somebody's mischief.
+/// Maximum number of nodes to remember; more would be an attack.
 const MOST_FOUND: usize = 1024;
 const MOST_ADDRESSES: usize = 8;
 const MOST_PROPERTY: usize = 128;

@@ -19,7 +19,7 @@ pub(crate) fn replace(path: &Path, contents: &[u8], mode: u32) -> Result<(), Tru
     files::replace(path, contents, mode).map_err(|source| TrustError::io("write", path, source))
 }
 
-/// `None` when there is no such file.
+/// Reads a text file; `None` if it does not exist.
 pub(crate) fn read(path: &Path) -> Result<Option<String>, TrustError> {
     let failed = |source| TrustError::io("read", path, source);
     let file = match File::open(path) {

@@ -1,4 +1,4 @@
-//! The carriers: batched UDP, QUIC links with mesh-issued certificates, join tokens.
+//! The transports: batched UDP, QUIC links with mesh-issued certificates, join tokens.
 //!
 //! - [`udp`]: many datagrams per system call, for heartbeats and DCF clients;
 //! - [`trust`]: the mesh's own root, node certificates, one-time join tokens, and [`trust::Admission`], the seam at which
@@ -7,7 +7,7 @@
 //! - [`seal`]: AEAD for datagrams between nodes, with keys exported from a link;
 //! - [`discovery`]: finding heads and workers on the LAN.
 //!
-//! How a node comes in: the operator creates a [`trust::JoinToken`] at the head. [`quic::join`] connects with the
+//! Joining: the operator creates a [`trust::JoinToken`] at the head. [`quic::join`] connects with the
 //! token's pin of the mesh root instead of a certificate, hands in the secret with a certificate request for a key that
 //! never leaves the node, and stores the certificate in the state directory as a [`trust::NodeIdentity`]. From then on
 //! [`quic::Connector`] and [`quic::Listener`] accept only certificates of that root, on both sides.

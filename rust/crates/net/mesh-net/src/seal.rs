@@ -27,7 +27,7 @@ pub struct Sealer {
 }
 
 impl Sealer {
-    /// A sealer for a fresh key: one that has sealed nothing before.
+    /// Creates a sealer with a key that has sealed nothing before.
     pub fn new(key: &[u8; 32], session: u64) -> Self {
         Self {
             key: aead_key(key),
@@ -36,7 +36,7 @@ impl Sealer {
         }
     }
 
-    /// The message whose payload is `plaintext`, sealed.
+    /// Seals `plaintext` as the payload of a message.
     pub fn seal(
         &mut self,
         kind: MsgType,
@@ -85,7 +85,7 @@ pub struct Opener {
 }
 
 impl Opener {
-    /// An opener for the key of a [`Sealer`].
+    /// Creates an opener with the key of a [`Sealer`].
     pub fn new(key: &[u8; 32], session: u64) -> Self {
         Self {
             key: aead_key(key),
@@ -94,7 +94,8 @@ impl Opener {
         }
     }
 
-    /// The plaintext of a sealed message, unless it was changed, is for another session, or came before.
+    /// Returns the plaintext of a message, unless it was changed, is of another session, or was opened
+    /// before.
     pub fn open(&mut self, message: &Message) -> Result<Bytes, OpenError> {
         let session = session(message).ok_or(OpenError::TooShort {
             len: message.payload.len(),
@@ -148,48 +149,48 @@ pub fn session(message: &Message) -> Option<u64> {
         .map(|bytes| u64::from_be_bytes(*bytes))
 }
 
-/// Why a message cannot be sealed.
+/// Errors of sealing a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum SealError {
-    /// More than a header can say.
+    /// The payload is longer than a header can announce.
     #[error("{0} bytes are too many to seal")]
     TooLarge(usize),
-    /// All counters were used.
+    /// All counters of the key were used.
     #[error("this key has sealed 2^64 messages; make a new link")]
     KeyWornOut,
 }
 
-/// Why a sealed message is dropped.
+/// Reasons for dropping a sealed message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum OpenError {
-    /// Less than an empty sealed message.
+    /// The payload is shorter than an empty sealed message.
     #[error("{len} bytes are no sealed payload")]
     TooShort {
-        /// Its bytes.
+        /// Length of the payload in bytes.
         len: usize,
     },
     /// Sealed for another link, for example one from before a restart.
     #[error("sealed for session {found:016x}, not {expected:016x}")]
     OtherSession {
-        /// Ours.
+        /// Session of this opener.
         expected: u64,
-        /// The message's.
+        /// Session in the message.
         found: u64,
     },
-    /// It came before, or is too old to tell.
+    /// The message was opened before, or its counter is too old to tell.
     #[error("counter {counter} came before or is too old")]
     Replayed {
-        /// Its counter.
+        /// Counter of the message.
         counter: u64,
     },
-    /// Changed on its way, or sealed with another key.
+    /// The message was changed on its way, or sealed with another key.
     #[error("not authentic")]
     NotAuthentic,
 }
 
-/// Which of the last counters were seen (RFC 4303, section 3.4.3).
+/// Recently seen counters (RFC 4303, section 3.4.3).
 #[derive(Debug, Default)]
 struct ReplayWindow {
     /// One past the highest counter seen.
@@ -241,7 +242,7 @@ fn associated_data(header: &Header, prefix: &[u8]) -> [u8; dcf::HEADER_LEN + PRE
     aad
 }
 
-/// How far behind the newest a counter may arrive.
+/// Maximum distance of a counter behind the newest.
 pub const WINDOW: u64 = 128;
 
 /// Bytes that sealing adds to a payload.

@@ -6,7 +6,7 @@ use std::fmt;
 
 use serde::Serialize;
 
-/// How old an NVIDIA card is.
+/// Architecture generation of an NVIDIA card, oldest first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Generation {
@@ -44,7 +44,8 @@ impl fmt::Display for Generation {
     }
 }
 
-/// First and last device id, and what lies between. Chipsets and sound chips lie there, too; the PCI class tells them apart.
+/// First and last device id of a range, with its generation. Chipsets and sound chips lie there, too; the PCI
+/// class tells them apart.
 const RANGES: &[(u16, u16, Generation)] = &[
     (0x0000, 0x133f, Generation::Older),
     (0x1340, 0x1d7f, Generation::MaxwellOrPascal),

@@ -1,4 +1,4 @@
-//! A graphics card or accelerator, as data: its ids, and what its driver says of it.
+//! A graphics card or accelerator, as data: its ids and its driver's report.
 
 use std::fmt;
 
@@ -11,15 +11,15 @@ use crate::generation::Generation;
 pub struct Gpu {
     /// PCI address, such as `0000:01:00.0`.
     pub address: String,
-    /// Who made it.
+    /// Manufacturer of the card, by its PCI vendor id.
     pub vendor: Vendor,
-    /// PCI vendor id.
+    /// PCI vendor id, such as `0x10de` for NVIDIA.
     pub vendor_id: u16,
-    /// PCI device id.
+    /// PCI device id, assigned by the vendor.
     pub device_id: u16,
     /// PCI class, 24 bits.
     pub class: u32,
-    /// Whether there is silicon behind it.
+    /// Real or virtual hardware.
     pub kind: Kind,
     /// NVIDIA: how old it is.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -32,32 +32,32 @@ pub struct Gpu {
     pub reported: Option<Reported>,
 }
 
-/// A GPU in the words of its driver.
+/// Name and memory of a GPU, as its driver reports them.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Reported {
-    /// As the driver calls it.
+    /// Name of the card as the driver reports it.
     pub name: String,
-    /// Its memory, bytes.
+    /// Total memory of the card, bytes.
     pub vram_total: u64,
-    /// Of which free, bytes.
+    /// Free memory of the card, bytes.
     pub vram_free: u64,
 }
 
-/// Whose cards are told apart.
+/// Vendors that are distinguished.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Vendor {
-    /// NVIDIA.
+    /// NVIDIA Corporation.
     Nvidia,
-    /// AMD, ATI before.
+    /// AMD, formerly ATI.
     Amd,
-    /// Intel.
+    /// Intel Corporation.
     Intel,
-    /// Anybody else.
+    /// Any other vendor.
     Other,
 }
 
-/// Whether there is silicon behind a card.
+/// Real or virtual hardware.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Kind {
@@ -71,16 +71,16 @@ pub enum Kind {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(into = "String")]
 pub struct Gfx {
-    /// Generation.
+    /// Generation of the instruction set: 9 in `gfx90a`.
     pub major: u32,
-    /// Family.
+    /// Family within the generation: 0 in `gfx90a`.
     pub minor: u32,
-    /// Chip.
+    /// Chip within the family: 10 (`a`) in `gfx90a`.
     pub step: u32,
 }
 
 impl Gpu {
-    /// A card with these ids, of which no driver has reported anything yet.
+    /// A card with these ids and without a driver's report.
     pub fn new(address: String, vendor_id: u16, device_id: u16, class: u32) -> Self {
         let vendor = match vendor_id {
             0x10de => Vendor::Nvidia,
@@ -131,7 +131,7 @@ impl fmt::Display for Gpu {
     }
 }
 
-/// As the wire and JSON write it.
+/// The name in JSON and on the wire.
 impl fmt::Display for Vendor {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {

@@ -1,5 +1,6 @@
-//! What workers offer, as placement sees it. Offers come from other machines: numbers that make no sense are unknown here,
-//! or an error where nothing can be planned without them; lists and names are cut to sane lengths.
+//! Workers' offers as placement sees them. Offers come from other machines: impossible numbers count as
+//! unknown, or are an error where nothing can be planned without them; lists and names are cut to sane
+//! lengths.
 
 use std::collections::BTreeMap;
 
@@ -8,8 +9,8 @@ use mesh_proto::{NodeProfile, ShardOffer};
 use crate::place::{Candidate, ModelSpec, PathSpec, PlanError, check_model, known};
 
 impl Candidate {
-    /// The node `id`, which people know as `name`, with what it offers for one model. `memory` is all that it may use; a
-    /// caller subtracts what other rings hold there.
+    /// The node `id`, displayed as `name`, with its offer for one model. `memory` is all that it may use; a
+    /// caller subtracts the bytes of other rings there.
     pub fn from_offer(id: &str, name: &str, profile: &NodeProfile, offer: &ShardOffer) -> Self {
         let paths: BTreeMap<String, PathSpec> = profile
             .paths
@@ -75,7 +76,7 @@ impl ModelSpec {
     /// largest counts for all. `None` if there is no offer.
     ///
     /// # Errors
-    /// [`PlanError::Model`] if a number is outside what a model can have; [`PlanError::Differs`] if the offers are not of one
+    /// [`PlanError::Model`] if a number is out of range; [`PlanError::Differs`] if the offers are not of one
     /// model.
     pub fn covering<'a>(
         offers: impl IntoIterator<Item = &'a ShardOffer>,
@@ -108,7 +109,7 @@ impl ModelSpec {
     }
 }
 
-/// A time, or 0 for one that nobody can have measured.
+/// A time in microseconds, or 0 if it cannot have been measured.
 fn time(us: f32) -> f64 {
     let us = f64::from(us);
     if known(us) { us } else { 0.0 }

@@ -9,10 +9,10 @@ use crate::place::{ModelSpec, known};
 /// A machine and its speeds.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Profile {
-    /// What the kept measurements hold for.
+    /// The conditions under which the kept measurements are valid.
     #[serde(flatten)]
     pub key: Key,
-    /// Memory, bytes.
+    /// Memory of the machine, bytes.
     pub memory_total: u64,
     /// Memory that may be used for weights and KV cache, bytes.
     pub memory_available: u64,
@@ -24,22 +24,22 @@ pub struct Profile {
     pub gpus: Vec<Gpu>,
     /// Processes ready to run per core beside this one's own.
     pub load: f32,
-    /// What the operator keeps this node for.
+    /// Purposes that the operator reserves this node for; empty means any.
     pub reserved_for: Vec<String>,
-    /// Paths to other nodes; whoever measures them adds them.
+    /// Measured paths to other nodes.
     pub paths: Vec<MeasuredPath>,
     /// Layers of models that were measured.
     pub speeds: Vec<LayerSpeed>,
-    /// Why measurements that were kept are not used, if any were there.
+    /// Reason why kept measurements are not used, if there were any.
     pub remeasured: Option<String>,
 }
 
-/// What measurements hold for: they are made again when it changes.
+/// The conditions under which measurements are valid: they are repeated when one changes.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Key {
-    /// The processor.
+    /// Name of the processor.
     pub cpu: String,
-    /// Threads that compute.
+    /// Number of computing threads.
     pub threads: u32,
     /// Instruction set of the kernels.
     pub isa: String,
@@ -52,7 +52,7 @@ pub struct Key {
 pub struct MeasuredPath {
     /// Node id of the other end; empty is the head.
     pub node: String,
-    /// Round trip, microseconds.
+    /// Round-trip time, microseconds.
     pub rtt_us: u32,
     /// Bytes per second; 0 is unknown.
     pub bandwidth: f64,
@@ -86,7 +86,7 @@ pub struct LayerSpeed {
 }
 
 impl Key {
-    /// What changed since, in words.
+    /// Describes the fields in which `now` differs.
     pub fn difference(&self, now: &Key) -> String {
         let threads = (self.threads.to_string(), now.threads.to_string());
         let fields = [
@@ -122,12 +122,12 @@ impl LayerSpeed {
         }
     }
 
-    /// Whether the time of a decode row, by which formats are compared, was measured.
+    /// True if the time of a decode row, by which formats are compared, was measured.
     pub fn is_known(&self) -> bool {
         known(self.decode_us)
     }
 
-    /// Whether all of it can have been measured: a file may hold anything.
+    /// True if all values are plausible measurements: a file may hold anything.
     pub fn is_sane(&self) -> bool {
         let zero_or_known = |us: f64| us == 0.0 || known(us);
         self.is_known()

@@ -4,22 +4,22 @@ use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 
-/// No file that is meant for this crate is larger.
+/// Largest file that is read, in bytes.
 pub const LIMIT: u64 = 64 * 1024;
 
-/// Why a file could not be used.
+/// Errors of reading a small text file.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum ReadError {
-    /// There is no such file.
+    /// The file does not exist.
     #[error("there is no such file")]
     Absent,
     /// It is larger than [`LIMIT`].
     #[error("it is larger than {} KiB; this is not the file that is meant", LIMIT / 1024)]
     TooLarge,
-    /// It holds bytes that are no text.
+    /// It is not UTF-8 text, or holds control characters.
     #[error("it is not text; write it with a plain text editor, as UTF-8")]
     NotText,
-    /// The operating system's words.
+    /// An I/O error, as the operating system reports it.
     #[error("it cannot be read: {0}")]
     Io(String),
 }
@@ -42,7 +42,8 @@ pub fn read_text(path: &Path) -> Result<String, ReadError> {
     Ok(text.to_owned())
 }
 
-/// What a kernel file says, cut at 1 MiB (/proc/cpuinfo grows with the processor); `None` where it cannot be read.
+/// Text of a kernel file, cut at 1 MiB (/proc/cpuinfo grows with the processor); `None` where it cannot be
+/// read.
 pub(crate) fn kernel_text(path: &Path) -> Option<String> {
     let bytes = read_bytes(path, 1 << 20).ok()?;
     Some(String::from_utf8_lossy(&bytes).into_owned())

@@ -1,4 +1,4 @@
-//! What sysfs and procfs say about a machine.
+//! Reads a machine's hardware from sysfs and procfs.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -9,33 +9,33 @@ use serde::Serialize;
 use crate::files::kernel_text;
 use crate::memory::Memory;
 
-/// What was found. Nothing here is an error: what cannot be read is left out.
+/// Hardware found on a machine. Unreadable values are left out and are not an error.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct Hardware {
     /// Graphics cards and accelerators, in the order of their PCI addresses.
     pub gpus: Vec<Gpu>,
     /// Version of the loaded NVIDIA kernel module.
     pub nvidia_driver: Option<String>,
-    /// Whether AMD's compute driver is there: /dev/kfd.
+    /// True if AMD's compute driver is loaded: /dev/kfd exists.
     pub kfd: bool,
-    /// The processor.
+    /// The processor's model and abilities.
     pub cpu: Cpu,
     /// Memory of the machine, in bytes.
     pub memory_bytes: Option<u64>,
 }
 
-/// The processor.
+/// A processor: model, threads and vector instructions.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct Cpu {
-    /// Its name.
+    /// Model name as the kernel reports it.
     pub model: Option<String>,
-    /// Hardware threads.
+    /// Number of hardware threads.
     pub threads: usize,
     /// Vector instructions that the kernels use, the best last.
     pub vectors: Vec<&'static str>,
 }
 
-/// Reads the hardware below `root`, which is `/` but in tests.
+/// Reads the hardware below `root`, which is `/` except in tests.
 pub fn probe(root: &Path) -> Hardware {
     let mut gpus = pci_gpus(&root.join("sys/bus/pci/devices"));
     let nodes = kfd_nodes(&root.join("sys/class/kfd/kfd/topology/nodes"));
@@ -103,7 +103,7 @@ pub(crate) fn shown(name: &str) -> String {
     name.take(80).collect()
 }
 
-/// `0x10de\n`.
+/// Parses a number of sysfs, such as `0x10de\n`.
 fn hex(text: &str) -> Option<u32> {
     u32::from_str_radix(text.trim().strip_prefix("0x")?, 16).ok()
 }

@@ -1,10 +1,10 @@
-//! What a machine is and can do.
+//! The hardware of a machine, its speed, and its role in a live image.
 //!
 //! [`hardware::probe`] and [`Memory`] read sysfs and procfs below any root, so that tests use made-up trees;
-//! what cannot be read is left out. [`measure`] finds out how fast the machine is, with real layers of a
-//! model. [`boot`] decides what a live image does on it.
+//! unreadable values are left out. [`measure`] measures the machine's speed with real layers of a model.
+//! [`boot`] decides the role of a machine that runs the live image.
 //!
-//! Profiles as data, and what is made of them, are `arcanum-profiler`'s.
+//! The profile types and placement are in `arcanum-profiler`.
 
 #![forbid(unsafe_code)]
 

@@ -4,7 +4,7 @@ use std::path::{Component, Path};
 
 use crate::files::kernel_text;
 
-/// Memory, bytes; `None` where the system does not say.
+/// Memory in bytes; `None` where the system does not report it.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Memory {
     /// Memory of the machine.
@@ -17,7 +17,7 @@ pub struct Memory {
 }
 
 impl Memory {
-    /// Reads procfs and sysfs below `root`, which is `/` but in tests.
+    /// Reads procfs and sysfs below `root`, which is `/` except in tests.
     pub fn read(root: &Path) -> Self {
         let text = kernel_text(&root.join("proc/meminfo")).unwrap_or_default();
         let line = |name| {
@@ -42,7 +42,7 @@ impl Memory {
 
 /// The files of one version of control groups.
 struct Version {
-    /// Where the hierarchy is mounted.
+    /// Mount point of the hierarchy.
     mount: &'static str,
     /// Limits; beyond each the kernel kills or throttles.
     limits: &'static [&'static str],
@@ -51,7 +51,7 @@ struct Version {
     reclaimable: &'static [&'static str],
 }
 
-/// Limit and what is left of it, for every limited control group from the process's own to the root. In a
+/// Limit and remaining bytes of every limited control group, from the process's own to the root. In a
 /// container the own path may be the host's and lead nowhere; the container's group is the root there.
 fn group_limits(root: &Path) -> Vec<(u64, u64)> {
     let groups = kernel_text(&root.join("proc/self/cgroup")).unwrap_or_default();
@@ -75,7 +75,7 @@ fn group_limits(root: &Path) -> Vec<(u64, u64)> {
 }
 
 impl Version {
-    /// Limit of the group in `folder`, and what is left of it. Cached files count as left, as they do in
+    /// Limit and remaining bytes of the group in `folder`. Cached files count as remaining, as they do in
     /// `MemAvailable`: reading a model fills a group up to its limit, and costs the next allocation nothing.
     fn limit(&self, folder: &Path) -> Option<(u64, u64)> {
         let number = |file| kernel_text(&folder.join(file))?.trim().parse::<u64>().ok();

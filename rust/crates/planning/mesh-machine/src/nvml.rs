@@ -1,13 +1,13 @@
-//! Name and memory of NVIDIA cards, from NVIDIA's management library. It comes with the driver: without it
-//! there is nothing to read, which is no error.
+//! Name and memory of NVIDIA cards, from NVIDIA's management library. The library comes with the driver; its
+//! absence is not an error.
 
 use arcanum_profiler::gpu::{Gpu, Reported};
 use nvml_wrapper::{Device, Nvml};
 
 use crate::hardware::shown;
 
-/// Fills in what the driver reports of the cards among `gpus`, and adds those that the PCI bus does not show
-/// (as under WSL).
+/// Adds the driver's reports to the cards in `gpus`, and adds cards that the PCI bus does not show (as under
+/// WSL).
 pub(crate) fn report(gpus: &mut Vec<Gpu>) {
     let found = LIBRARIES
         .iter()
@@ -44,7 +44,7 @@ fn card(device: &Device<'_>) -> Option<Gpu> {
     Some(gpu)
 }
 
-/// Where the system's loader finds it; and NixOS, whose loader does not look there by itself.
+/// Paths of the library: the loader's own search, and NixOS, whose loader does not search that folder.
 const LIBRARIES: [&str; 2] = [
     "libnvidia-ml.so.1",
     "/run/opengl-driver/lib/libnvidia-ml.so.1",

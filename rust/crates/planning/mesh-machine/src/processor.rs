@@ -1,10 +1,10 @@
-//! The processor's cache, and how busy other processes keep it. What cannot be read is unknown, never an error.
+//! The processor's cache, and its load by other processes. Unreadable values are unknown, never an error.
 
 use std::path::Path;
 
 use crate::files::kernel_text;
 
-/// Bytes of last-level cache over all processors; 32 MiB where the system does not say.
+/// Bytes of last-level cache over all processors; 32 MiB where the system does not report it.
 pub(crate) fn last_level_cache(root: &Path, cpus: usize) -> u64 {
     const CACHES: &str = "sys/devices/system/cpu/cpu0/cache";
     let largest = (0..8)

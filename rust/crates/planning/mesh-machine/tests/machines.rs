@@ -1,4 +1,4 @@
-//! Made-up machines, from their sysfs to what they do.
+//! Made-up machines, from their sysfs to their plans.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -41,7 +41,7 @@ impl Machine {
 
     fn nvidia(self, address: &str, device: u16) -> Self {
         self.pci(address, 0x10de, device, 0x03_00_00)
-            // Its sound chip is no GPU.
+            // The card's sound chip does not count as a GPU.
             .pci(&address.replace(".0", ".1"), 0x10de, 0x0fbb, 0x04_03_00)
     }
 

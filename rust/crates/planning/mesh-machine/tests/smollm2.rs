@@ -11,7 +11,7 @@ use mesh_model::Model;
 use mesh_proto::{ModelCard, NodeProfile};
 use mesh_testkit::paths;
 
-/// What is timed runs alone.
+/// Keeps timed tests from running at the same time.
 fn alone() -> MutexGuard<'static, ()> {
     static TURN: Mutex<()> = Mutex::new(());
     TURN.lock().unwrap_or_else(PoisonError::into_inner)

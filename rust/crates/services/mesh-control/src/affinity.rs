@@ -1,7 +1,8 @@
-//! Which worker holds the KV cache of which conversation.
+//! Cache affinity: the workers that hold the KV cache of a conversation.
 //!
-//! A prompt is cut into growing prefixes (message by message, or blocks of text), each with a hash. When a worker answers,
-//! the prompt's prefixes are noted under its name; the next turn of the conversation begins with the same ones and finds it.
+//! A prompt is cut into growing prefixes (message by message, or blocks of text), each with a hash. When a
+//! worker answers, the prompt's prefixes are noted under its name; the next turn of the conversation begins
+//! with the same ones and finds it.
 
 use std::collections::{HashMap, VecDeque};
 use std::hash::{DefaultHasher, Hasher};
@@ -21,7 +22,8 @@ pub struct Prefix {
 
 /// Cuts a prompt into prefixes, shortest first, at most 256 of them. Those of another salt are others.
 pub fn prefixes(model: &str, salt: u64, prompt: &Prompt) -> Vec<Prefix> {
-    // Fixed keys: the same prompt has the same hash in every run. A forged collision costs a cache miss, nothing else.
+    // Fixed keys: the same prompt has the same hash in every run. A forged collision costs a cache miss,
+    // nothing else.
     let mut hasher = DefaultHasher::new();
     hasher.write(model.as_bytes());
     hasher.write_u64(salt);

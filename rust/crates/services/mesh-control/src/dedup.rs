@@ -1,9 +1,9 @@
-//! A repeated DCF task does not run twice.
+//! Runs a repeated DCF task only once.
 //!
-//! A client that hears nothing sends its Task again: the same address, sequence and payload are the same task. While it
-//! runs, the repeat is at most acknowledged; afterwards the kept answer is sent again. What is kept is bounded in count,
-//! bytes and time. The same address and sequence with *another* payload is a client that began anew: the old task is
-//! forgotten, because its answer would be a wrong one.
+//! A client that hears nothing sends its Task again: the same address, sequence and payload are the same
+//! task. While it runs, the repeat is at most acknowledged; afterwards the kept answer is sent again. Kept
+//! answers are bounded in count, bytes and time. The same address and sequence with *another* payload comes
+//! from a client that started again: the old task is forgotten, because its answer would be a wrong one.
 
 use std::collections::{HashMap, VecDeque};
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -19,23 +19,23 @@ pub struct TaskKey {
     pub client: SocketAddr,
     /// The version that it came in and is answered in.
     pub version: Version,
-    /// Its sequence there.
+    /// Sequence of the task at that client.
     pub sequence: u32,
 }
 
-/// What is kept of finished tasks.
+/// Bounds on the finished tasks that are kept.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
-    /// Answers.
+    /// Number of answers.
     pub answers: usize,
-    /// Bytes of their payloads together. The newest answer is kept even if it alone has more: its client may still lack a
-    /// part of it.
+    /// Bytes of their payloads together. The newest answer is kept even if it alone has more: its client may
+    /// still lack a part of it.
     pub bytes: usize,
-    /// Age.
+    /// Time after which a finished task is forgotten.
     pub age: Duration,
 }
 
-/// What a Task is to this head.
+/// State of a received Task at this head.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Seen {
     /// New: run it, then call [`Dedup::finished`] or [`Dedup::forget`] with this number.
@@ -80,7 +80,7 @@ impl Dedup {
         }
     }
 
-    /// A Task came.
+    /// Looks up a Task that came in, and registers it if it is new.
     pub fn task(&mut self, key: TaskKey, payload: &[u8], now: Instant) -> Seen {
         self.expire(now);
         let payload_hash = hash(payload);
@@ -113,7 +113,7 @@ impl Dedup {
             .is_some_and(|task| task.answer.is_none())
     }
 
-    /// Whether this run is still what its client waits for.
+    /// Returns true if this run is still the one that its client waits for.
     pub fn is_current(&self, key: TaskKey, run: Run) -> bool {
         self.tasks.get(&key).is_some_and(|task| task.run == run)
     }
@@ -149,7 +149,7 @@ impl Dedup {
         self.tasks.len()
     }
 
-    /// Whether there is none.
+    /// Returns true if no task is known.
     pub fn is_empty(&self) -> bool {
         self.tasks.is_empty()
     }

@@ -1,6 +1,7 @@
 //! Nodes whose identity two machines have: a state directory was copied, for example with an SD card.
 //!
-//! The shell finds that out, by asking the older link whether it still answers; this remembers it for as long as it goes on.
+//! The shell finds that out, by asking the older link whether it still answers; this remembers it for as long
+//! as it goes on.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -8,10 +9,10 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
-/// One of the machines.
+/// A machine that uses the identity.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Machine {
-    /// Its address.
+    /// Address of the machine.
     pub address: SocketAddr,
     /// Its host name; empty if it did not say.
     pub host: String,
@@ -52,8 +53,8 @@ impl Duplicate {
     }
 }
 
-/// All of them, by node id. Only members of the mesh get here, so the map never has more entries than the
-/// mesh has members.
+/// Duplicates by node id. Only members of the mesh get here, so the map never has more entries than the mesh
+/// has members.
 #[derive(Debug, Clone, Default)]
 pub struct Duplicates(BTreeMap<String, Duplicate>);
 
@@ -86,7 +87,7 @@ impl Duplicates {
         self.0.get(node).map(Duplicate::advice)
     }
 
-    /// Those of the last while.
+    /// Recent duplicates, by node.
     pub fn view(&mut self, now: Instant) -> Vec<Duplicate> {
         self.settle(now);
         self.0.values().cloned().collect()

@@ -1,12 +1,13 @@
-//! Cutting a request for embeddings into parts for several workers, and putting what comes back together in order.
+//! Cuts a request for embeddings into parts for several workers, and joins their vectors in order.
 //!
-//! One part is one Embed. Its life across worker deaths is that of an answer without tokens ([`super::request::Answer`]).
+//! One part is one Embed. Its life across worker deaths is that of an answer without tokens
+//! ([`super::request::Answer`]).
 
 use std::ops::Range;
 
 use mesh_proto::Embeddings;
 
-/// What parts may be.
+/// Limits on the parts of an embedding request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Cut {
     /// Workers that serve the model.
@@ -20,8 +21,8 @@ pub struct Cut {
 }
 
 impl Cut {
-    /// As it is good for this many workers: a part is a few batches of a worker, long enough to hide the way there and short enough
-    /// that one worker's death costs little.
+    /// Limits that suit this many workers: a part is a few batches of a worker, long enough to hide the round
+    /// trip and short enough that one worker's death costs little.
     pub fn new(workers: usize) -> Self {
         Cut {
             workers: workers.max(1),
@@ -31,8 +32,8 @@ impl Cut {
         }
     }
 
-    /// Ranges of texts, in order, for texts of so many tokens each. Of similar weight, and at least as many as there are workers
-    /// if there is enough to do.
+    /// Cuts texts of these token counts into ranges, in order and of similar weight: at least as many as
+    /// there are workers if there is enough to do.
     pub fn parts(&self, tokens: &[u64]) -> Vec<Range<usize>> {
         let total: u64 = tokens.iter().sum();
         let workers = self.workers as u64;
@@ -58,7 +59,8 @@ impl Cut {
     }
 }
 
-/// Whether `part` answers a request for `texts` vectors; with what is wrong if not. Nothing that a worker sends is believed.
+/// Checks that `part` answers a request for `texts` vectors; the error says what is wrong. Workers are not
+/// trusted.
 pub fn check(part: &Embeddings, texts: usize, dimensions: u32) -> Result<(), String> {
     let one = part.dimensions as usize * 4;
     if one == 0 || part.vectors.len() != one.saturating_mul(texts) || part.tokens.len() != texts {

@@ -1,11 +1,13 @@
 //! The queue of requests that wait for a worker: fair between ingresses, and between the sources of each.
 //!
-//! A source is whoever a request can be traced to: an API key, else an address. Who is next: the ingress with the fewest requests
-//! on workers, in it the source with the fewest, in turns where they are equal, and of that source the oldest request. So a slot
-//! that becomes free goes to whoever holds least, and a flood of one source delays the others by what runs already, no more.
+//! A source is the party to which a request can be traced: an API key, else an address. The next request is
+//! chosen in three steps: the ingress with the fewest requests on workers, in it the source with the fewest,
+//! in turns where they are equal, and of that source the oldest request. So a free slot goes to the source
+//! that holds least, and a flood of one source delays the others only by its running requests.
 //!
-//! The queue is bounded. When it is full, a newcomer takes the place of the newest request of the ingress and source with the most
-//! waiting, unless that would be the newcomer's own. There are never more sources than requests, so memory is bounded, too.
+//! The queue is bounded. When it is full, a newcomer takes the place of the newest request of the ingress and
+//! source with the most waiting, unless that would be the newcomer's own. There are never more sources than
+//! requests, so memory is bounded, too.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::fmt;
@@ -24,7 +26,7 @@ pub enum Ingress {
 }
 
 impl Ingress {
-    /// All of them.
+    /// All ingresses.
     pub const ALL: [Self; 3] = [Self::Http, Self::Dcf, Self::Embeddings];
 
     /// Its name in metrics.
@@ -40,7 +42,7 @@ impl Ingress {
 /// The client that a request can be traced to.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Origin {
-    /// Nobody in particular.
+    /// The source is not known.
     #[default]
     Unknown,
     /// The holder of the admin key.
@@ -52,7 +54,8 @@ pub enum Origin {
 }
 
 impl Origin {
-    /// The origin of what comes from this address. An IPv6 network of 64 bits is one origin, because its owner has all of it.
+    /// The origin of requests from this address. An IPv6 network of 64 bits is one origin, because its owner
+    /// has all of it.
     pub fn of(address: IpAddr) -> Self {
         Self::Address(match address.to_canonical() {
             IpAddr::V6(address) if !address.is_loopback() => {
@@ -137,7 +140,7 @@ impl<T> FairQueue<T> {
     /// Puts a request of `source` in. Returns the one that lost its place to it, if the queue was full.
     ///
     /// # Errors
-    /// [`Full`] if nobody else has more than its share.
+    /// [`Full`] if no other source has more than its share.
     pub(crate) fn push(&mut self, source: Source, item: T) -> Result<Option<(Source, T)>, Full> {
         let mut displaced = None;
         if self.len() >= self.limit {

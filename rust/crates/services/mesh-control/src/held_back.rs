@@ -1,4 +1,5 @@
-//! What nodes in quarantine say of models and rings. It counts when the quarantine is over: they say it once.
+//! Messages of nodes in quarantine about models and rings. A worker sends them once, so they are kept and
+//! applied when the quarantine is over.
 
 use std::collections::BTreeMap;
 
@@ -6,11 +7,11 @@ use mesh_proto::{Models, Offer};
 
 use super::registry::WorkerId;
 
-/// The last word of each worker that is out.
+/// The latest messages of each worker in quarantine.
 #[derive(Debug, Clone, Default)]
 pub struct HeldBack(BTreeMap<WorkerId, Words>);
 
-/// What one worker said.
+/// The latest messages of one worker.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Words {
     /// Parts of rings that it may hold.
@@ -30,7 +31,8 @@ impl HeldBack {
         self.0.entry(id).or_default().models = Some(models);
     }
 
-    /// Takes the words of those workers that are no longer out. `is_out` says `None` of one that left: its words are gone, too.
+    /// Takes out the messages of the workers that are no longer in quarantine. `is_out` returns `None` for a
+    /// worker that left: its messages are dropped.
     pub fn take(&mut self, is_out: impl Fn(WorkerId) -> Option<bool>) -> Vec<(WorkerId, Words)> {
         let mut free = Vec::new();
         self.0.retain(|id, words| match is_out(*id) {

@@ -1,21 +1,21 @@
 //! Prompts that are too long for every worker, told by their bytes before anybody is given them.
 //!
-//! Workers say how long a token over each byte can be ([`mesh_base::tokens`]). What a prompt has at least by that is
-//! compared with their contexts. A prompt is refused only if all workers that could take it say so: one that knows nothing of its
-//! tokenizer, or lies, refuses nothing that others serve.
+//! Workers say how long a token over each byte can be ([`mesh_base::tokens`]). What a prompt has at least by
+//! that is compared with their contexts. A prompt is refused only if all workers that could take it say so:
+//! one that knows nothing of its tokenizer, or lies, refuses nothing that others serve.
 
 use std::sync::Arc;
 
 use mesh_base::tokens::{ByteCounts, ByteSpans};
 use mesh_proto::{ModelCard, Prompt};
 
-/// What can be told of a prompt's length.
+/// Knowledge of a prompt's length.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub enum Length {
-    /// It is short, or nothing can be told of it.
+    /// It is short, or its length cannot be estimated.
     #[default]
     Unknown,
-    /// So many tokens.
+    /// Number of tokens, as the prompt gives them.
     Tokens(u64),
     /// Text that is tokenised as it is.
     Text(Arc<ByteCounts>),
@@ -24,7 +24,7 @@ pub enum Length {
 }
 
 impl Length {
-    /// Of this prompt.
+    /// Estimates the length of this prompt.
     pub fn of(prompt: &Prompt) -> Self {
         match prompt {
             Prompt::Tokens(list) => Self::Tokens(list.tokens.len() as u64),
@@ -54,7 +54,8 @@ impl Length {
         }
     }
 
-    /// The largest context of these models and the tokens that the prompt has at least, if it is too long for all of them.
+    /// The largest context of these models and the tokens that the prompt has at least, if it is too long for
+    /// all of them.
     pub(crate) fn exceeds<'a>(
         &self,
         cards: impl IntoIterator<Item = &'a ModelCard>,

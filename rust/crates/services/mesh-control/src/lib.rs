@@ -1,23 +1,23 @@
 //! The head's decisions as plain state machines: no socket, no clock, no task.
 //!
-//! Events and the current time go in, decisions come out; `mesh-head` carries them out. So every failure case is an ordinary
-//! unit test with simulated time.
+//! Events and the current time go in, decisions come out; `mesh-head` carries them out. So every failure case
+//! is an ordinary unit test with simulated time.
 //!
-//! - [`registry`]: which workers there are, what they serve, how loaded they are.
-//! - [`router`]: which of them answers a request soonest.
+//! - [`registry`]: the workers, the models that they serve and their load.
+//! - [`router`]: chooses the worker that answers a request soonest.
 //! - [`placement`]: registry, router and the bounded queue together.
-//! - [`fair`]: whose turn it is in that queue.
+//! - [`fair`]: the order of that queue, by ingress and source.
 //! - [`request`]: the life of one answer across worker deaths.
 //! - [`embedding`]: a request for embeddings cut into parts for several workers.
 //! - [`replicas`]: the workers among which a request for embeddings is divided.
-//! - [`reputation`]: which nodes failed or gave wrong answers, and for how long they get nothing.
-//! - [`spotcheck`]: the same question to several workers, and what follows from their answers.
+//! - [`reputation`]: nodes that failed or gave wrong answers, and their pauses and quarantines.
+//! - [`spotcheck`]: asks several workers the same question and compares their answers.
 //! - [`speed`]: speeds as the head measures them.
-//! - [`rings`]: models that no single worker serves: who holds which layers, and what happens when one is lost.
-//! - [`tracker`]: which worker has which pieces of which model, and who goes outside the mesh for one.
-//! - [`held_back`]: what nodes in quarantine say counts when that is over.
-//! - [`dedup`]: a repeated DCF task does not run twice.
-//! - [`outbox`]: answers that no datagram holds go out as their receivers can take them.
+//! - [`rings`]: forms rings for models that no single worker serves, and repairs them after a loss.
+//! - [`tracker`]: the workers' pieces of models, and the worker that downloads one from outside the mesh.
+//! - [`held_back`]: messages of nodes in quarantine, applied when the quarantine is over.
+//! - [`dedup`]: runs a repeated DCF task only once.
+//! - [`outbox`]: sends answers of many datagrams at the pace of their receivers.
 
 #![forbid(unsafe_code)]
 

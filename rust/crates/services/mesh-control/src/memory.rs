@@ -1,10 +1,11 @@
-//! What requests may take of this head's memory, known before it is taken: in all, and by one client.
+//! Account of the head's memory for requests, in all and per client. Requests are charged before they
+//! allocate.
 
 use std::collections::HashMap;
 
 use super::fair::Origin;
 
-/// The account.
+/// Bytes that requests hold, by origin.
 #[derive(Debug)]
 pub struct Memory {
     /// Bytes for all requests; 0 is without limit.
@@ -13,7 +14,7 @@ pub struct Memory {
     by: HashMap<Origin, u64>,
 }
 
-/// A request that may need more than there is.
+/// A request that needs more memory than is free.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum TooMuch {
     /// More than its client's share has left.
@@ -21,9 +22,9 @@ pub enum TooMuch {
         "your requests hold {used} of the {limit} bytes of memory that one client may have; wait for one of them to end"
     )]
     Yours {
-        /// What the client has.
+        /// Bytes that the client's requests hold.
         used: u64,
-        /// Its share.
+        /// Bytes that one client may hold.
         limit: u64,
     },
     /// More than is left.
@@ -31,15 +32,15 @@ pub enum TooMuch {
         "requests hold {used} of {limit} bytes of memory (request_memory); ask again in a moment"
     )]
     All {
-        /// What all clients have.
+        /// Bytes that all requests hold.
         used: u64,
-        /// The limit.
+        /// Bytes that all requests may hold.
         limit: u64,
     },
 }
 
 impl Memory {
-    /// Of `limit` bytes; 0 is without limit.
+    /// An empty account of `limit` bytes; 0 means no limit.
     pub fn new(limit: u64) -> Self {
         Self {
             limit,
@@ -48,13 +49,15 @@ impl Memory {
         }
     }
 
-    /// One client's share. It is more than half, so that one may send the longest request where nobody else does much.
+    /// The most that one client may hold, in bytes. It is more than half, so that a client may send the
+    /// longest request while others do little.
     fn share(&self) -> u64 {
         self.limit / 3 * 2
     }
 
-    /// Takes `bytes` more for a request of `origin` that has `own` already. A request of one that has nothing else counts as no more
-    /// than the share, so that none is refused for ever; returns what was taken.
+    /// Takes `bytes` more for a request of `origin` that has `own` already. A request of an origin that holds
+    /// nothing else counts as no more than the share, so that it is not refused on every attempt; returns the
+    /// bytes taken.
     ///
     /// # Errors
     /// [`TooMuch`] says whose they are; then nothing is taken.
@@ -78,7 +81,7 @@ impl Memory {
         Ok(bytes)
     }
 
-    /// Gives them back.
+    /// Returns `bytes` of a request of `origin` to the account.
     pub fn give(&mut self, origin: Origin, bytes: u64) {
         self.used = self.used.saturating_sub(bytes);
         if let Some(yours) = self.by.get_mut(&origin) {

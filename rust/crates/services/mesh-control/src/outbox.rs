@@ -1,9 +1,10 @@
-//! Large answers leave as their receiver can take them.
+//! Sends large answers at the pace of their receivers.
 //!
-//! A socket holds what has come and not been read: 212,992 bytes on Linux unless somebody asks for more, of which a Chunk
-//! takes about 2,300 with the kernel's bookkeeping. What comes on top is lost without a word, so an answer of hundreds of
-//! Chunks that is sent at once never arrives whole, however often. Here each receiver gets a few Chunks at a time. Several
-//! answers to one receiver take turns and share its pace: behind one address there may be a shim with many clients.
+//! A socket buffers 212,992 bytes on Linux unless a larger buffer is set, and a Chunk takes about 2,300 of
+//! them with the kernel's bookkeeping. Datagrams beyond that are lost silently, so an answer of hundreds of
+//! Chunks that is sent at once never arrives whole, however often it is repeated. Here each receiver gets a
+//! few Chunks at a time. Several answers to one receiver take turns and share its pace: behind one address
+//! there may be a shim with many clients.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::net::SocketAddr;
@@ -14,19 +15,19 @@ use dcf::{Message, Version};
 
 use super::dedup::TaskKey;
 
-/// How fast Chunks go, and how many wait.
+/// Rate at which Chunks are sent, and bounds on those that wait.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
     /// Chunks that one receiver gets at a time.
     pub burst: usize,
-    /// From one burst to the next to the same receiver.
+    /// Time between two bursts to the same receiver.
     pub pause: Duration,
     /// Bytes of the answers under way, over all receivers.
     pub bytes: usize,
 }
 
 impl Default for Limits {
-    /// At most 11 MB/s to one receiver, who may be busy elsewhere for 10 ms without a loss.
+    /// At most 11 MB/s to one receiver, which may be busy elsewhere for 10 ms without a loss.
     fn default() -> Self {
         Self {
             burst: 16,
@@ -36,10 +37,10 @@ impl Default for Limits {
     }
 }
 
-/// What became of an answer given to [`Outbox::add`].
+/// Result of [`Outbox::add`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Added {
-    /// It is the first; somebody has to begin to ask for [`Outbox::due`].
+    /// It is the first: the caller has to start polling [`Outbox::due`].
     First,
     /// It goes with the others.
     Queued,
@@ -55,11 +56,11 @@ pub struct Outbox {
     bytes: usize,
 }
 
-/// What one receiver is being sent.
+/// Answers that are being sent to one receiver.
 #[derive(Debug)]
 struct Queue {
     answers: VecDeque<Sending>,
-    /// When the next burst goes.
+    /// Time of the next burst.
     due: Instant,
 }
 
@@ -82,7 +83,7 @@ impl Outbox {
         }
     }
 
-    /// Takes an answer of `bytes` bytes, in place of what is left of an earlier one to the same task.
+    /// Takes an answer of `bytes` bytes, in place of the rest of an earlier one to the same task.
     pub fn add(&mut self, key: TaskKey, chunks: Split, bytes: usize, now: Instant) -> Added {
         self.remove(key);
         if self.bytes.saturating_add(bytes) > self.limits.bytes {
@@ -103,7 +104,7 @@ impl Outbox {
         if first { Added::First } else { Added::Queued }
     }
 
-    /// Whether the answer to this task is on its way.
+    /// Returns true if the answer to this task is being sent.
     pub fn is_sending(&self, key: TaskKey) -> bool {
         let queue = self.queues.get(&key.client);
         queue.is_some_and(|queue| queue.answers.iter().any(|of| of.answers(key)))
@@ -120,7 +121,8 @@ impl Outbox {
         }
     }
 
-    /// Gives every Chunk that is to go now to `send`, with its receiver and the version to send it in. Returns when to ask again; `None` if there is nothing left.
+    /// Passes every Chunk that is due to `send`, with its receiver and the version to send it in. Returns the
+    /// time to ask again; `None` if nothing is left.
     pub fn due(
         &mut self,
         now: Instant,
@@ -187,7 +189,7 @@ mod tests {
         outbox.add(key, split, chunks * MAX_DATA, now)
     }
 
-    /// What goes at `now`, as port, sequence and index, and when to ask again.
+    /// Chunks due at `now`, as port, sequence and index, and the time to ask again.
     fn due(outbox: &mut Outbox, now: Instant) -> (Vec<(u16, u32, u16)>, Option<Instant>) {
         let mut sent = Vec::new();
         let next = outbox.due(now, |to, _, message| {
@@ -280,7 +282,7 @@ mod tests {
         assert_eq!(add(&mut outbox, key(1, 8), 60, now), Added::Full);
         assert!(!outbox.is_sending(key(1, 8)));
         outbox.remove(key(1, 7));
-        // Whoever asks for what is due has not noticed yet, and is still there.
+        // The earlier poller has not noticed yet, and is still there.
         assert_eq!(add(&mut outbox, key(1, 8), 60, now), Added::Queued);
     }
 

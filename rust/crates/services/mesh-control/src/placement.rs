@@ -19,23 +19,23 @@ use super::suspects::Suspects;
 
 pub use refusal::Refusal;
 
-/// Bounds of placement.
+/// Limits of placement: the queue, and requests per worker.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
     /// Requests that wait for a worker.
     pub queue: usize,
-    /// How long a waiting request outlasts the last worker for it.
+    /// Time for which a waiting request outlasts the last worker for it.
     pub rejoin_grace: Duration,
-    /// How many requests a worker is given.
+    /// Number of requests that a worker is given at once.
     pub capacity: Capacity,
 }
 
 /// A request has a worker.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Placed {
-    /// The worker.
+    /// The worker that gets the request.
     pub worker: WorkerId,
-    /// Its name.
+    /// Name of the worker.
     pub name: String,
     /// The model that answers; the worker's own choice if none was named.
     pub model: String,
@@ -47,22 +47,22 @@ pub struct Placed {
     pub context: u32,
     /// The ring that it answers for.
     pub ring: Option<u64>,
-    /// When to expect the answer.
+    /// Expected time of the answer.
     pub estimate: Estimate,
 }
 
 /// The immediate answer to [`Placement::ask`].
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Asked {
-    /// Go there.
+    /// A worker takes the request.
     Placed(Placed),
     /// [`Placement::pump`] will name the ticket.
     Waiting,
-    /// No.
+    /// No worker takes it.
     Refused(Refusal),
 }
 
-/// How an attempt on a worker ended.
+/// Outcome of an attempt on a worker.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Ended {
     /// The answer came back complete.
@@ -78,12 +78,12 @@ pub enum Ended {
 /// See the module's page.
 #[derive(Debug)]
 pub struct Placement {
-    /// The workers.
+    /// The known workers.
     pub registry: Registry,
     router: Router,
     limits: Limits,
     queue: FairQueue<Waiting>,
-    /// Requests that lost their places in the queue, and are to be told.
+    /// Requests that lost their places in the queue and have yet to be told.
     displaced: Vec<(Ticket, Refusal)>,
     running: BTreeMap<Ticket, Running>,
     shares: Shares,
@@ -98,7 +98,7 @@ struct Waiting {
     ask: Ask,
     /// Equal for requests that the same workers may take.
     class: u64,
-    /// Since when nobody serves it.
+    /// Start of the time without any worker for it.
     nobody_since: Option<Instant>,
 }
 
@@ -118,20 +118,21 @@ struct Running {
     started: Instant,
     /// Prompt tokens that count as not yet prefilled.
     prefilling: u64,
-    /// Prompt tokens that were not prefilled on this worker when the request began, its own included; 0 if it had to wait for a slot
-    /// or its prompt was in the worker's cache, so that the time to its first token says nothing about speed.
+    /// Prompt tokens that were not prefilled on this worker when the request began, its own included; 0 if it
+    /// had to wait for a slot or its prompt was in the worker's cache, so that the time to its first token
+    /// says nothing about speed.
     backlog: u64,
     first_token: Option<Instant>,
     /// Requests on the worker when the first token came.
     batch: u32,
 }
 
-/// What was received of an answer.
+/// Part of an answer received so far.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Received {
     /// Tokens after those that came first.
     pub tokens: u32,
-    /// When the last of them came.
+    /// Arrival of the last of them.
     pub last: Option<Instant>,
 }
 
@@ -153,8 +154,9 @@ impl Placement {
         }
     }
 
-    /// Asks for a worker. A `rerun` has waited its turn already: it goes to the front of the queue, past its bound, and
-    /// may wait for a worker to join. Any request waits for a ring that is being formed or recovers.
+    /// Asks for a worker. A `rerun` has waited its turn already: it goes to the front of the queue, past its
+    /// bound, and may wait for a worker to join. Any request waits for a ring that is being formed or
+    /// recovers.
     pub fn ask(&mut self, ticket: Ticket, ask: Ask, rerun: bool, now: Instant) -> Asked {
         if !rerun
             && !self.is_coming(&ask.model)
@@ -220,8 +222,8 @@ impl Placement {
         Asked::Waiting
     }
 
-    /// Gives free room to those who wait, in turns ([`super::fair`]), and sends away whom nobody has been able to serve for
-    /// too long. To be called after every change and now and then.
+    /// Gives free room to the waiting requests, in turns ([`super::fair`]), and refuses those that no worker
+    /// has been able to serve for too long. To be called after every change and now and then.
     pub fn pump(&mut self, now: Instant) -> Vec<(Ticket, Result<Placed, Refusal>)> {
         let displaced = std::mem::take(&mut self.displaced).into_iter();
         let mut decided: Vec<_> = displaced.map(|(t, refusal)| (t, Err(refusal))).collect();
@@ -261,7 +263,7 @@ impl Placement {
         for (ticket, ask) in expired {
             decided.push((ticket, Err(self.nobody(&ask, now))));
         }
-        // Suspects whose turn is over wait until nobody else can go.
+        // Suspects whose turn is over wait until no other request can go.
         let mut yielding = true;
         loop {
             let mut found = None;
@@ -342,7 +344,7 @@ impl Placement {
         !self.displaced.is_empty()
     }
 
-    /// Whether another worker than `than` answers requests like this one.
+    /// Returns true if another worker than `than` answers requests like this one.
     pub fn another(&self, ask: &Ask, than: WorkerId, now: Instant) -> bool {
         Router::another(&self.registry, ask, than, now)
     }
@@ -352,7 +354,7 @@ impl Placement {
         self.queue.retain(|waiting| waiting.ticket != ticket);
     }
 
-    /// Removes a worker.
+    /// Removes a worker, and returns it if it was known.
     pub fn leave(&mut self, id: WorkerId, now: Instant) -> Option<Worker> {
         self.router.left(id);
         self.registry.leave(id, now)
@@ -375,7 +377,7 @@ impl Placement {
         &self.prospects
     }
 
-    /// Whether a worker serves this model now or did lately, or workers offer its layers.
+    /// Returns true if a worker serves this model or did recently, or workers offer its layers.
     pub fn knows_model(&self, name: &str) -> bool {
         self.prospects.contains_key(name) || self.registry.knows_model(name)
     }
@@ -478,12 +480,12 @@ impl Placement {
     }
 }
 
-/// Which waiting requests are due, as far as the shares of their sources go.
+/// Tells which waiting requests may go, given the shares of their sources.
 struct Due<'a> {
     shares: &'a Shares,
     registry: &'a Registry,
     running: &'a BTreeMap<Ticket, Running>,
-    /// What was found out, by source and class.
+    /// Results so far, by source and class.
     known: HashMap<(Source, u64), bool>,
 }
 
@@ -516,14 +518,14 @@ fn held(running: &BTreeMap<Ticket, Running>, source: Source, model: &str) -> usi
     running.values().filter(same).count()
 }
 
-/// Whether the source of a request may have one more slot of its model.
+/// Returns true if the source of a request may have one more slot of its model.
 fn has_share(shares: &Shares, registry: &Registry, ask: &Ask, held: usize, now: Instant) -> bool {
     // Embeddings have slots for parts, which end soon. What has failed elsewhere has waited its turn.
     if ask.purpose != Purpose::Chat || !ask.avoid.is_empty() {
         return true;
     }
     let slots = Router::slots(registry, ask, now);
-    // Of workers without an identity nobody knows how many they have.
+    // Workers without an identity do not report how many they have.
     slots == 0 || held < shares.most(&ask.model, ask.source, slots, now)
 }
 
@@ -532,11 +534,12 @@ fn has_share(shares: &Shares, registry: &Registry, ask: &Ask, held: usize, now: 
 enum Room {
     Perhaps,
     No,
-    /// Nobody serves it at all.
+    /// No worker serves it.
     Nobody,
 }
 
-/// Equal for requests that the same workers may take, which only a failure or the weights of an answer begun tell apart.
+/// Equal for requests that the same workers may take, which only a failure or the weights of an answer begun
+/// tell apart.
 fn class_of(ask: &Ask) -> u64 {
     let mut hasher = DefaultHasher::new();
     (&ask.model, ask.purpose, ask.legacy, ask.revision).hash(&mut hasher);

@@ -1,14 +1,14 @@
 //! The registry of workers.
 //!
-//! A mesh worker enters with its Hello and leaves when its link closes; a v5.0.0 worker enters with a heartbeat. Either is
-//! pruned after [`Registry::timeout`] without a sign of life.
+//! A mesh worker enters with its Hello and leaves when its link closes; a v5.0.0 worker enters with a
+//! heartbeat. Either is pruned after [`Registry::timeout`] without a sign of life.
 
 mod clock;
 pub mod proofs;
 mod served;
 mod service;
 
-/// Time for which a name stands for weights that nobody serves any more.
+/// Time for which a name stands for weights that no worker serves any more.
 const NAME_MEMORY: Duration = Duration::from_secs(30);
 #[cfg(test)]
 mod tests;
@@ -29,7 +29,7 @@ pub use served::{ServedModel, Service, batch_gain};
 use served::{is_sound, plausible, ring_of_subject, short, speed};
 pub use worker::{Carrier, Worker, WorkerId};
 
-/// All workers, and the models that were served lately.
+/// All workers, and the models that were served recently.
 #[derive(Debug)]
 pub struct Registry {
     /// Silence after which a worker is pruned.
@@ -42,7 +42,7 @@ pub struct Registry {
     names: BTreeMap<String, (String, Instant)>,
     /// The models of requests that name none, by kind: once chosen they stay while they are served.
     defaults: BTreeMap<i32, String>,
-    /// What is thought of nodes.
+    /// Quarantines and pauses of nodes.
     pub reputation: Reputation,
     checks: SpotChecks,
     /// Warnings about workers that differ, by the one that is held back.
@@ -76,7 +76,8 @@ impl Registry {
         }
     }
 
-    /// How long requests wait for a worker that is to prove itself, and how often one that serves is checked.
+    /// Sets the time for which requests wait for a worker that has yet to prove itself, and the interval
+    /// between checks of one that serves.
     #[must_use]
     pub fn with_proofs(self, trial: Duration, check_interval: Duration) -> Self {
         Self {
@@ -86,7 +87,7 @@ impl Registry {
         }
     }
 
-    /// How long a name whose weights no worker has any more waits for one that has them.
+    /// Sets the time for which a name whose weights no worker has any more waits for one that has them.
     #[must_use]
     pub(crate) fn with_handover(self, handover: Duration) -> Self {
         Self {
@@ -100,8 +101,8 @@ impl Registry {
         self.timeout
     }
 
-    /// Enters a mesh worker. A node that is already there has come back on a new link: the old entry's id is returned
-    /// as well, for the caller to end what runs on it.
+    /// Enters a mesh worker. A node that is already there has come back on a new link: the old entry's id is
+    /// returned as well, for the caller to end its requests.
     pub fn join(
         &mut self,
         node_id: &str,
@@ -159,7 +160,8 @@ impl Registry {
             worker.carrier = Carrier::Legacy { version };
             return Some((worker.id, false));
         }
-        // Heartbeats carry no proof of who sent them, so their number must not decide how much memory they take.
+        // Heartbeats carry no proof of who sent them, so their number must not decide how much memory they
+        // take.
         if self
             .workers
             .values()
@@ -261,7 +263,8 @@ impl Registry {
         self.remember_models(id, now);
     }
 
-    /// The worker serves these models whole, and no others. Those that it served before keep what is known of them.
+    /// The worker serves these models whole, and no others. Models that it served before keep their
+    /// measurements and checks.
     pub fn serves(&mut self, id: WorkerId, cards: Vec<ModelCard>, now: Instant) {
         self.remember_models(id, now);
         let Some(worker) = self.workers.get_mut(&id) else {
@@ -333,12 +336,12 @@ impl Registry {
             .collect()
     }
 
-    /// One worker.
+    /// The worker of this id, if it is here.
     pub fn get(&self, id: WorkerId) -> Option<&Worker> {
         self.workers.get(&id)
     }
 
-    /// One worker, to change.
+    /// The worker of this id, to change.
     pub fn get_mut(&mut self, id: WorkerId) -> Option<&mut Worker> {
         self.workers.get_mut(&id)
     }
@@ -348,24 +351,24 @@ impl Registry {
         self.workers.values()
     }
 
-    /// Number of workers.
+    /// Number of workers, legacy workers included.
     pub fn len(&self) -> usize {
         self.workers.len()
     }
 
-    /// Whether there is none.
+    /// Returns true if there are no workers.
     pub fn is_empty(&self) -> bool {
         self.workers.is_empty()
     }
 
-    /// Whether a worker serves this model now or did within the last minutes.
+    /// Returns true if a worker serves this model or did within the last ten minutes.
     pub fn knows_model(&self, name: &str) -> bool {
         self.known_models.contains_key(name)
             || self.iter().any(|worker| worker.model(name).is_some())
     }
 
-    /// Every model served now, by name, each with the card of the worker that joined first among those that answer, or among all
-    /// where none does.
+    /// Every model served now, by name, each with the card of the worker that joined first among those that
+    /// answer, or among all where none does.
     pub fn models(&self) -> BTreeMap<&str, &ModelCard> {
         let mut models = BTreeMap::new();
         let answers =
@@ -383,7 +386,7 @@ impl Registry {
         models
     }
 
-    /// What changes with time alone.
+    /// Applies changes that are due to time alone.
     fn settle(&mut self, now: Instant) {
         let waits: Vec<WorkerId> = self
             .workers
@@ -481,5 +484,5 @@ const MODELS_PER_WORKER: usize = 64;
 const PURPOSES_PER_WORKER: usize = 16;
 const KNOWN_MODELS: usize = 1024;
 const LEGACY_WORKERS: usize = 1024;
-/// How long a model without a worker is answered with "no worker" and not with "no such model".
+/// Time for which a model without a worker is answered with "no worker" instead of "no such model".
 const MODEL_MEMORY: Duration = Duration::from_secs(600);

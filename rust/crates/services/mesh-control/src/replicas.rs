@@ -8,10 +8,10 @@ use mesh_proto::ModelKind;
 use super::registry::{Registry, ServedModel, Service, Worker};
 use super::spotcheck::CheckState;
 
-/// Who serves a model.
+/// The workers that serve a model.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Replicas {
-    /// What it makes; `None` if nobody serves it now.
+    /// Output of the model; `None` if no worker serves it now.
     pub kind: Option<ModelKind>,
     /// Workers with the same weights that may be asked for embeddings.
     pub workers: usize,
@@ -22,8 +22,8 @@ pub struct Replicas {
 }
 
 impl Replicas {
-    /// Those of a model: with the weights that its name stands for, or, where it stands for none yet, with those that most of its workers
-    /// have.
+    /// The workers of a model: with the weights that its name stands for, or, where it stands for none yet,
+    /// with those that most of its workers have.
     pub fn of(registry: &Registry, name: &str, now: Instant) -> Self {
         let is_in = |worker: &&Worker| {
             let node = worker.node_id();
@@ -40,7 +40,8 @@ impl Replicas {
         let usable = |worker: &Worker| !worker.draining && worker.is_for("embeddings");
         let answers =
             |model: &ServedModel| model.proven && model.check_state == CheckState::Cleared;
-        // The best there are: in use, with the name's weights or those that it may stand for next, and with an answer.
+        // The best there are: in use, with the name's weights or those that it may stand for next, and with
+        // an answer.
         let rank = |worker: &Worker, model: &ServedModel| {
             (
                 !usable(worker),

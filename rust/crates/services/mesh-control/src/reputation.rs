@@ -1,11 +1,12 @@
-//! The head's opinion of the nodes of its mesh: which failed, which gave wrong answers, and how long that keeps them from getting
-//! requests.
+//! The head's opinion of the nodes of its mesh: which failed, which gave wrong answers, and how long that
+//! keeps them from getting requests.
 //!
-//! Records are kept by node id, so a node that connects again meets its own past. Time comes in as an argument. There are two reasons
-//! to leave a node out:
-//! - it is *paused* for one model after repeated faults: the pause doubles with every fault and shrinks with every complete answer;
-//! - it is in *quarantine* because its answers differ from those of the others: one minute, then four times as long with every repeat, unless an
-//!   operator readmits it.
+//! Records are kept by node id, so a node that connects again meets its own past. Time comes in as an
+//! argument. There are two reasons to leave a node out:
+//! - it is *paused* for one model after repeated faults: the pause doubles with every fault and shrinks with
+//!   every complete answer;
+//! - it is in *quarantine* because its answers differ from those of the others: one minute, then four times
+//!   as long with every repeat, unless an operator readmits it.
 //!
 //! Nodes that are expelled have no links: `mesh_net::trust::DenyList`.
 
@@ -20,27 +21,27 @@ pub struct Reputation {
     nodes: BTreeMap<String, Record>,
 }
 
-/// Why a node gets nothing: its answers differed from those of others.
+/// A quarantine: the node gets no requests because its answers differed from those of others.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Quarantine<'a> {
-    /// Its end.
+    /// Time at which it ends.
     pub until: Instant,
-    /// How the node was found out.
+    /// Evidence against the node.
     pub reason: &'a str,
 }
 
 /// A node in quarantine, for people.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct QuarantineView {
-    /// Node id.
+    /// Id of the node.
     pub node_id: String,
-    /// Its name when it was caught.
+    /// Name of the node when its quarantine began.
     pub name: String,
-    /// How it was found out.
+    /// Evidence against the node.
     pub reason: String,
     /// Time until it is asked again.
     pub seconds_left: f64,
-    /// Quarantines so far.
+    /// Number of quarantines so far.
     pub times: u32,
 }
 
@@ -65,8 +66,8 @@ struct Faults {
 }
 
 impl Reputation {
-    /// A node failed an attempt with this model that began at `began`, and the fault is its own. Attempts that were under way when it
-    /// last failed count as the same fault. Returns the pause if it counts.
+    /// A node failed an attempt with this model that began at `began`, and the fault is its own. Attempts
+    /// that were under way when it last failed count as the same fault. Returns the pause if it counts.
     pub fn at_fault(
         &mut self,
         node: &str,
@@ -155,7 +156,7 @@ impl Reputation {
         self.nodes.get(node)?.serves_since
     }
 
-    /// All nodes in quarantine.
+    /// Views of all nodes in quarantine.
     pub fn view(&self, now: Instant) -> Vec<QuarantineView> {
         let views = self.nodes.iter().filter_map(|(node, record)| {
             let (until, reason) = record.quarantine.as_ref()?;
@@ -170,7 +171,8 @@ impl Reputation {
         views.collect()
     }
 
-    /// The record of a node. Where there are too many, the oldest that says least makes room; `None` if all of them matter.
+    /// The record of a node. Where there are too many, the oldest that says least makes room; `None` if all
+    /// of them matter.
     fn record(&mut self, node: &str, now: Instant) -> Option<&mut Record> {
         if !self.nodes.contains_key(node) && self.nodes.len() >= NODES {
             let weighs = |record: &Record| record.quarantines > 0;

@@ -1,14 +1,19 @@
 //! The life of one answer, across the deaths of the workers that make it.
 //!
-//! An [`Answer`] is told what happens (a worker was found, tokens came, the link broke, time passed) and says what follows
-//! ([`Step`]). It keeps the tokens so far: when a worker dies, the next one continues after them ([`Resume`]), so that the
-//! client sees one stream without a lost, doubled or changed token.
+//! An [`Answer`] takes events (a worker was found, tokens came, the link broke, time passed) and returns the
+//! next [`Step`]. It keeps the tokens so far: when a worker dies, the next one continues after them
+//! ([`Resume`]), so that the client sees one stream without a lost, doubled or changed token.
 //!
-//! **Busy is not dead.** Limits are on silence. A worker that has the request says what it waits for ([`mesh_proto::Progress`]) and
-//! how long ago its engine got on; the silence limits count from there, so a request may wait for hours in a queue that moves. A
-//! worker of an older version says nothing: then the limits count from when it was given the request.
+//! **Busy is not dead.** Limits are on silence. A worker that has the request reports the cause of its wait
+//! ([`mesh_proto::Progress`]) and the time since its engine last made progress; the silence limits count from
+//! there, so a request may wait for hours in a queue that moves. A worker of an older version reports
+//! nothing: then the limits count from the time at which it was given the request. **Busy is not dead.**
+//! Limits are on silence. A worker that has the request says what it waits for ([`mesh_proto::Progress`]) and
+//! how long ago its engine got on; the silence limits count from there, so a request may wait for hours in a
+//! queue that moves. A worker of an older version says nothing: then the limits count from when it was given
+//! the request.
 //!
-//! Events name their attempt. Whatever still arrives from an attempt that was given up changes nothing.
+//! Events name their attempt. Events of an attempt that was given up change nothing.
 
 mod bounds;
 mod error;
@@ -27,7 +32,7 @@ use bounds::TOKEN_BYTES;
 pub use bounds::{Bounds, Limits};
 pub use error::{AnswerError, Failure, Fault};
 
-/// What to do next.
+/// Next action for the caller.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Step {
     /// Nothing; go on waiting.
@@ -47,11 +52,11 @@ pub enum Step {
 pub struct Delta {
     /// Index of the first of `tokens` in the answer.
     pub index: u32,
-    /// New tokens.
+    /// Ids of the new tokens.
     pub tokens: Vec<u32>,
     /// New text; may be empty.
     pub text: String,
-    /// One per token where asked for.
+    /// Log probabilities, one per token, where asked for.
     pub logprobs: Vec<TokenLogprob>,
 }
 
@@ -60,15 +65,15 @@ pub struct Delta {
 pub struct Complete {
     /// The worker's account. Its `text` is the last piece of the answer.
     pub done: Done,
-    /// From arrival to the first token.
+    /// Time from arrival to the first token.
     pub first_token: Option<Duration>,
-    /// From arrival to the end.
+    /// Time from arrival to the end.
     pub total: Duration,
-    /// How often it was run again.
+    /// Number of reruns.
     pub reruns: u32,
 }
 
-/// Where the next attempt begins.
+/// Start of the next attempt.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Resume {
     /// Name of the attempt in later events.
@@ -82,7 +87,7 @@ pub struct Resume {
 pub struct Answer {
     limits: Limits,
     started: Instant,
-    /// Time since which it waits for a worker with room: progress before a failure starts this anew.
+    /// Time since which it waits for a worker with room: progress before a failure restarts this.
     waiting_since: Instant,
     /// Time at which this attempt's worker was found.
     placed_at: Instant,
@@ -102,23 +107,25 @@ pub struct Answer {
     fault: Fault,
     /// Messages of this attempt that brought nothing, since this moment.
     idle: (u32, Instant),
-    /// Time at which the worker last showed something that the head can see for itself: a token, or a wait that gets shorter.
+    /// Time at which the worker last showed something that the head can see for itself: a token, or a wait
+    /// that gets shorter.
     advanced: Instant,
     /// The wait that it reported then.
     reported: Option<Progress>,
-    /// The worker that says that the request itself is at fault, and what it says; another one is asked whether that is so.
+    /// The worker that rejected the request as invalid, and its message; another worker is asked to confirm
+    /// that.
     rejected: Option<Rejection>,
     second_opinion: bool,
 }
 
-/// A worker's word that a request cannot be answered.
+/// A worker's claim that a request cannot be answered.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Rejection {
-    /// The worker.
+    /// The worker that rejected the request.
     pub worker: WorkerId,
-    /// Its code.
+    /// Code of its Error.
     pub code: ErrorCode,
-    /// Its words.
+    /// Text of its Error.
     pub text: String,
 }
 
@@ -132,7 +139,7 @@ enum Phase {
         /// The allowance before the next token while it waits or is prefilled.
         patience: Duration,
         decoding: bool,
-        /// The worker says what the request waits for.
+        /// The worker reports the cause of the request's wait.
         tells: bool,
     },
     Ended,
@@ -173,30 +180,30 @@ impl Answer {
         }
     }
 
-    /// The same, with bounds for what a worker may send.
+    /// The same, with bounds on the worker's answer.
     #[must_use]
     pub fn within(self, bounds: Bounds) -> Self {
         Self { bounds, ..self }
     }
 
-    /// The model has a context of so many tokens: no answer is longer. 0 is unknown.
+    /// Sets the model's context in tokens, which bounds the answer; 0 is unknown.
     pub fn set_context(&mut self, context: u32) {
         if context > 0 {
             self.bounds.tokens = self.bounds.tokens.min(context);
         }
     }
 
-    /// What a worker may send.
+    /// Limits on what a worker may send.
     pub fn bounds(&self) -> Bounds {
         self.bounds
     }
 
-    /// Whose fault the last failure was.
+    /// Party to blame for the last failure.
     pub fn fault(&self) -> Fault {
         self.fault
     }
 
-    /// Another worker can be asked whether a request is at fault, if one says so.
+    /// Sets whether another worker can be asked for confirmation if one says that the request is at fault.
     pub fn set_second_opinion(&mut self, possible: bool) {
         self.second_opinion = possible;
     }
@@ -206,7 +213,8 @@ impl Answer {
         self.rejected.as_ref()
     }
 
-    /// Another worker answers what that one rejected. To be asked when an answer begins or is complete.
+    /// The rejection by a worker of a request that another worker answers. To be asked when an answer begins
+    /// or is complete.
     pub fn contradicted(&mut self) -> Option<Rejection> {
         self.rejected.take()
     }
@@ -222,7 +230,7 @@ impl Answer {
         &self.tokens
     }
 
-    /// Whether anything went to the client: then only the same weights may go on.
+    /// Returns true if anything went to the client: then only the same weights may go on.
     pub fn has_begun(&self) -> bool {
         !self.tokens.is_empty() || self.text_bytes > 0
     }
@@ -270,7 +278,7 @@ impl Answer {
         silent && now.saturating_duration_since(self.placed_at) < self.limits.queue
     }
 
-    /// When to call [`Answer::time_passed`], unless something else happens before.
+    /// Time at which to call [`Answer::time_passed`], unless an event comes before.
     pub fn next_timer(&self) -> Option<Instant> {
         match self.phase {
             Phase::Placing => Some(self.deadline()),
@@ -310,9 +318,9 @@ impl Answer {
         self.fail(refusal.into(), Ended::Cancelled)
     }
 
-    /// The worker says that the request lives, and what it waits for. Its engine's last step counts, not the message. `seen` is when a
-    /// token last came from that worker, whoever it was for: a wait that never gets shorter is believed for as long as a silence may
-    /// last, counted from there.
+    /// The worker reports that the request lives, and the cause of its wait. Its engine's last step counts,
+    /// not the message. `seen` is the arrival of the last token from that worker, for any request: a wait
+    /// that never gets shorter is believed for as long as a silence may last, counted from there.
     pub fn progressed(
         &mut self,
         attempt: u32,
@@ -347,7 +355,8 @@ impl Answer {
             *last_heard = (*last_heard).max(moment);
         }
         if *decoding && progress.phase() != RequestPhase::Decoding {
-            // It gave its place to others and waits, or is prefilled again: the pace of its tokens says nothing about that.
+            // It gave its place to others and waits, or is prefilled again: the pace of its tokens says
+            // nothing about that.
             *decoding = false;
             *allowance = *patience;
         }
@@ -365,7 +374,7 @@ impl Answer {
         self.idles(worker, now).unwrap_or(Step::Wait)
     }
 
-    /// Tokens came.
+    /// Takes in tokens of this attempt.
     pub fn tokens_came(&mut self, attempt: u32, tokens: Tokens, now: Instant) -> Step {
         let Some(worker) = self.worker_of(attempt) else {
             return Step::Wait;
@@ -447,12 +456,13 @@ impl Answer {
         })
     }
 
-    /// From the next attempt on silence of `least` is enough to count as death, if it is out of proportion to the pace so far.
+    /// Sets the least silence that counts as death, from the next attempt on. A silence must also be out of
+    /// proportion to the pace so far.
     pub fn set_least_silence(&mut self, least: Duration) {
         self.limits.silence = least;
     }
 
-    /// The silence so far is excused, and what comes of it is looked at again at `moment`.
+    /// The silence so far is excused; its consequences are decided again at `moment`.
     pub fn look_again_at(&mut self, moment: Instant) {
         if let Phase::Running {
             last_heard,
@@ -536,7 +546,7 @@ impl Answer {
         *allowance = self.pace.allowance(self.limits.silence);
     }
 
-    /// What this message has too much of.
+    /// Describes the limit that this message exceeds; `None` if it exceeds none.
     fn excess(&self, tokens: &Tokens) -> Option<String> {
         let bounds = &self.bounds;
         let have = self.tokens.len() + tokens.tokens.len();
@@ -570,7 +580,7 @@ impl Answer {
             .then(|| "the worker sent more probabilities than were asked for".to_owned())
     }
 
-    /// Notes what the head itself can see of the progress that a worker reports.
+    /// Notes the progress in a worker's report that the head can check itself.
     fn advances(&mut self, progress: &Progress, seen: Option<Instant>, now: Instant) {
         let shorter = self.reported.is_none_or(|before| {
             let later_phase = progress.phase > before.phase;
@@ -624,7 +634,8 @@ impl Pace {
 const PACE_WEIGHT: f64 = 0.1;
 /// Messages without news that a worker may send within [`IDLE_WINDOW`]. It is asked for one a second at most.
 const IDLE_MESSAGES: u32 = 400;
-/// Places in a worker's queue whose loss counts as progress. Others are known by the tokens of those before them.
+/// Places in a worker's queue whose loss counts as progress. Others are known by the tokens of those before
+/// them.
 const POSITIONS: u32 = 64;
 const IDLE_WINDOW: Duration = Duration::from_secs(10);
 /// Deaths at any time after which it is given a worker for itself.

@@ -1,8 +1,9 @@
-//! Which worker answers a request soonest.
+//! Chooses the worker that answers a request soonest.
 //!
-//! Only workers that have answered the head's own question get requests ([`Registry::service`]). For each of them the router estimates
-//! the time to the last token from measured speed, load and queue; a conversation whose KV cache a worker holds is cheaper there by the prefill it saves. Workers whose estimates are
-//! within 5 % of the best take turns.
+//! Only workers that have answered the head's own question get requests ([`Registry::service`]). For each of
+//! them the router estimates the time to the last token from measured speed, load and queue; a conversation
+//! whose KV cache a worker holds is cheaper there by the prefill it saves. Workers whose estimates are within
+//! 5 % of the best take turns.
 
 use std::time::{Duration, Instant};
 
@@ -13,12 +14,12 @@ use super::fair::Source;
 use super::length::Length;
 use super::registry::{Registry, ServedModel, Service, Worker, WorkerId, batch_gain};
 
-/// What a request needs of a worker.
+/// Requirements of a request on a worker.
 #[derive(Debug, Clone, Default)]
 pub struct Ask {
     /// Model name; empty is any model.
     pub model: String,
-    /// What is wanted of it.
+    /// Use of the model: text or vectors.
     pub purpose: Purpose,
     /// Tokens of the prompt, estimated.
     pub prompt_tokens: u32,
@@ -28,7 +29,8 @@ pub struct Ask {
     pub prefixes: Vec<Prefix>,
     /// A plain DCF task that a v5.0.0 worker may take too.
     pub legacy: bool,
-    /// Only workers whose model file has this SHA-256: an answer already begun must go on with the same weights.
+    /// Only workers whose model file has this SHA-256: an answer already begun must go on with the same
+    /// weights.
     pub fingerprint: Option<String>,
     /// Workers on which this request failed: taken only when there is no other.
     pub avoid: Vec<WorkerId>,
@@ -36,19 +38,19 @@ pub struct Ask {
     pub revision: u32,
     /// The source of the request.
     pub source: Source,
-    /// What can be told of the prompt's length.
+    /// Knowledge of the prompt's length.
     pub length: Length,
     /// Workers died that had this request before its first token: no other may share its fate.
     pub alone: bool,
 }
 
-/// What a request wants of a model.
+/// Use that a request makes of a model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub enum Purpose {
-    /// Text.
+    /// Chat and completions.
     #[default]
     Chat,
-    /// Embeddings.
+    /// Embeddings of texts.
     Embed,
 }
 
@@ -70,23 +72,23 @@ impl Purpose {
     }
 }
 
-/// The router's answer.
+/// The router's decision on a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Choice {
-    /// This worker.
+    /// This worker, with the expected times.
     Worker(WorkerId, Estimate),
     /// There are workers for it, all of them full.
     Busy,
-    /// There is none for it.
+    /// No worker serves it.
     Nobody,
 }
 
-/// When an answer is expected, counted from now.
+/// Expected times of an answer, counted from now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Estimate {
-    /// To the first token.
+    /// Time to the first token.
     pub first_token: Duration,
-    /// To the last one.
+    /// Time to the last token.
     pub finish: Duration,
 }
 
@@ -98,10 +100,11 @@ pub struct Router {
     capacity: Capacity,
 }
 
-/// How many requests a worker is given at once.
+/// Number of requests that a worker is given at once.
 #[derive(Debug, Clone, Copy)]
 pub struct Capacity {
-    /// Requests beyond a worker's slots that it is given ahead, so that a freed slot is filled without a round trip.
+    /// Requests beyond a worker's slots that it is given ahead, so that a freed slot is filled without a
+    /// round trip.
     pub ahead: u32,
     /// Tasks given to one v5.0.0 worker at once.
     pub legacy: u32,
@@ -166,7 +169,8 @@ impl Router {
             })
     }
 
-    /// The largest context for a request and the tokens that it has at least, if it is too long for every worker that serves it.
+    /// The largest context for a request and the tokens that it has at least, if it is too long for every
+    /// worker that serves it.
     pub(crate) fn too_long(
         &self,
         registry: &Registry,
@@ -177,7 +181,7 @@ impl Router {
             .iter()
             .filter(|worker| serves(registry, worker, ask, now) != Service::Out);
         let cards = serving.map(|worker| worker.model(&ask.model).map(|model| &model.card));
-        // A worker without an identity says nothing of what it serves.
+        // A worker without an identity does not report its models.
         let cards: Option<Vec<_>> = cards.collect();
         ask.length.exceeds(cards?)
     }
@@ -203,7 +207,8 @@ impl Router {
         models.map(|model| model.slots() as usize).sum()
     }
 
-    /// Whether another worker than `than` answers requests like this one: its opinion can be had.
+    /// Returns true if another worker than `than` answers requests like this one, so that a second opinion
+    /// can be had.
     pub fn another(registry: &Registry, ask: &Ask, than: WorkerId, now: Instant) -> bool {
         registry.iter().any(|worker| {
             worker.id != than
@@ -224,7 +229,7 @@ impl Router {
         }
     }
 
-    /// Whether a worker has a good part of this prompt in its cache, as far as the head knows.
+    /// Returns true if a worker has a good part of this prompt in its cache, as far as the head knows.
     pub(crate) fn is_cached(&self, ask: &Ask, worker: WorkerId) -> bool {
         let held = self.affinity.find(&ask.prefixes);
         held.is_some_and(|(holder, tokens)| holder == worker && tokens > ask.prompt_tokens / 8)
@@ -243,7 +248,8 @@ impl Router {
         if lasts(worker.alone) || !ask.alone && lasts(worker.reserved_until) {
             return false;
         }
-        // Requests wait there though slots are free: memory is short. They had better wait here, where whoever has room takes them.
+        // Requests wait there though slots are free: memory is short. They wait better here, where any worker
+        // with room takes them.
         if worker.queues(&ask.model, self.capacity.ahead, now) {
             return false;
         }
@@ -251,7 +257,8 @@ impl Router {
             Some(model) => model.slots().saturating_add(self.capacity.ahead),
             None => self.capacity.legacy,
         };
-        // The cause of another death must be plain: so at once, and where nobody else waits for a first token.
+        // The cause of another death must be plain: so at once, and where no other request waits for a first
+        // token.
         if ask.alone && worker.unstarted > 0 {
             return false;
         }
@@ -260,7 +267,7 @@ impl Router {
     }
 }
 
-/// What a worker has for a request.
+/// A worker's means to answer a request.
 #[derive(Clone, Copy)]
 enum Has<'a> {
     Model(&'a ServedModel),
@@ -268,7 +275,7 @@ enum Has<'a> {
     Tasks,
 }
 
-/// Whether a worker gets this request.
+/// Decides whether a worker gets this request.
 fn serves(registry: &Registry, worker: &Worker, ask: &Ask, now: Instant) -> Service {
     let another = || {
         let mut others = registry.iter().filter(|other| other.id != worker.id);
@@ -284,7 +291,7 @@ fn serves(registry: &Registry, worker: &Worker, ask: &Ask, now: Instant) -> Serv
     }
 }
 
-/// What `worker` has for this request, whether it answers or not.
+/// Means of `worker` to answer this request, regardless of its state.
 fn has<'a>(worker: &'a Worker, ask: &Ask) -> Option<Has<'a>> {
     // The driver of a ring answers until the ring has moved away from it.
     let moves = |model: &ServedModel| model.ring.is_some();
@@ -297,7 +304,7 @@ fn has<'a>(worker: &'a Worker, ask: &Ask) -> Option<Has<'a>> {
     if worker.is_legacy() {
         return ask.legacy.then_some(Has::Tasks);
     }
-    // Whoever is kept for something else holds this model for other meshes, or by mistake.
+    // A worker that is reserved for something else holds this model for other meshes, or by mistake.
     if !worker.is_for(ask.purpose.name()) {
         return None;
     }
@@ -305,7 +312,8 @@ fn has<'a>(worker: &'a Worker, ask: &Ask) -> Option<Has<'a>> {
     worker.model(&ask.model).filter(same_kind).map(Has::Model)
 }
 
-/// Whether a model has the weights that this request wants: those of an answer begun, else those that its name stands for.
+/// Decides whether a model has the weights that this request wants: those of an answer begun, else those that
+/// its name stands for.
 fn has_weights(registry: &Registry, model: &ServedModel, ask: &Ask, now: Instant) -> Service {
     match &ask.fingerprint {
         None => registry.has_name(model, now),
@@ -314,7 +322,7 @@ fn has_weights(registry: &Registry, model: &ServedModel, ask: &Ask, now: Instant
     }
 }
 
-/// Whether `other` answers this request while `paused` is left alone.
+/// Returns true if `other` answers this request while `paused` is left alone.
 fn can_replace(
     registry: &Registry,
     other: &Worker,
@@ -337,7 +345,7 @@ fn can_replace(
     }
 }
 
-/// The best speeds that were measured on any worker for a model: nobody's claim counts for more.
+/// The best speeds that were measured on any worker for a model: no worker's claim counts for more.
 #[derive(Debug, Clone, Copy, Default)]
 struct Best {
     decode: Option<f64>,
@@ -394,7 +402,8 @@ fn estimate_mesh(
     let total_tps = known(decode_tps, ASSUMED_DECODE_TPS) * batch_gain(batch);
     let answer = f64::from(ask.answer_tokens) * f64::from(batch) / total_tps;
     let prefill = to_prefill as f64 / known(prefill_tps, ASSUMED_PREFILL_TPS) + model.delay(now);
-    // Requests that must end before a slot is free; each takes about as long as this answer, `slots` end in parallel.
+    // Requests that must end before a slot is free; each takes about as long as this answer, `slots` end in
+    // parallel.
     let ahead = worker.active().saturating_sub(slots - 1);
     let wait = f64::from(ahead) * answer / f64::from(slots);
     Estimate {

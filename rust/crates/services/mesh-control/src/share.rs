@@ -1,17 +1,17 @@
-//! How many of a model's slots one source may hold while others use the model, too.
+//! Limits the slots of a model that one source may hold while others use the model, too.
 //!
 //! The queue gives what becomes free to whoever has least, but answers are long: one source that holds all slots makes everybody
 //! else wait for the end of one of its answers. So each source that used the model lately is left as many slots as it had
 //! requests at once, up to an even share and up to half of all. Nor does free room make others fast: every answer that runs takes
-//! from the processors. So a source has no more than all others together, or half of all where they have less. A source alone is
-//! not limited.
+//! from the processors. So a source has no more than all others together, or a third of all where they have less. A source alone
+//! is not limited.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use super::fair::Source;
 
-/// Who used which model lately.
+/// Recent use of models, by source.
 #[derive(Debug, Default)]
 pub(crate) struct Shares {
     of: BTreeMap<String, BTreeMap<Source, Use>>,
@@ -53,7 +53,7 @@ impl Shares {
         *last = Use { most, last: now };
     }
 
-    /// How many of `slots` that serve `model` may be held by `source`.
+    /// The most of the `slots` that serve `model` that `source` may hold.
     pub(crate) fn most(&self, model: &str, source: Source, slots: usize, now: Instant) -> usize {
         let Some(sources) = self.of.get(model) else {
             return usize::MAX;
@@ -66,13 +66,13 @@ impl Shares {
             .map(|used| used.most)
             .collect();
         if others.is_empty() {
-            // What its worker gets ahead of a free slot included.
+            // No limit, not even on the requests that a worker gets ahead of a free slot.
             return usize::MAX;
         }
         let even = (slots / (others.len() + 1)).max(1);
         let left: usize = others.iter().map(|most| (*most).min(even)).sum();
         let together: usize = others.iter().sum();
-        let most = (slots - left.min(slots / 2)).min(together.max(slots / 2));
+        let most = (slots - left.min(slots / 2)).min(together.max(slots.div_ceil(3).max(2)));
         most.max(1)
     }
 
@@ -82,7 +82,7 @@ impl Shares {
         self.of.len()
     }
 
-    /// Forgets what was long ago.
+    /// Forgets uses that are too old to count.
     pub(crate) fn expire(&mut self, now: Instant) {
         for sources in self.of.values_mut() {
             sources.retain(|_, used| now.saturating_duration_since(used.last) < LATELY);
@@ -117,7 +117,8 @@ mod tests {
         shares.note("m", key(1), 1280, now);
         assert_eq!(shares.most("m", key(1), 12, now), usize::MAX);
         shares.note("m", key(2), 1, now);
-        assert_eq!(shares.most("m", key(1), 12, now), 6, "half");
+        assert_eq!(shares.most("m", key(1), 12, now), 4, "a third");
+        assert_eq!(shares.most("m", key(1), 3, now), 2);
         assert_eq!(shares.most("m", key(2), 12, now), 6);
         shares.note("m", key(2), 8, now);
         assert_eq!(shares.most("m", key(1), 12, now), 6);

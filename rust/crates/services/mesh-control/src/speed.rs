@@ -1,4 +1,4 @@
-//! Speeds as the head measures them: by the times at which it receives what it counts itself.
+//! Speeds as the head measures them: from its own counts and the times at which messages arrive.
 
 use std::time::Duration;
 
@@ -10,7 +10,7 @@ pub struct Measured {
 }
 
 impl Measured {
-    /// So much came in that time.
+    /// Adds `amount` units that came within `took`.
     pub fn add(&mut self, amount: f64, took: Duration) {
         if amount <= 0.0 {
             return;
@@ -25,9 +25,9 @@ impl Measured {
         (self.amount > 0.0).then(|| self.amount / self.seconds)
     }
 
-    /// The speed to count on. A worker's own `claim` counts before the first measurement only, and not beyond `best`, the best that was
-    /// measured on any worker. After few measurements the speed is taken for up to half as high again, and not beyond `best` either, so
-    /// that a worker with a bad start is tried again.
+    /// The speed to count on. A worker's own `claim` counts before the first measurement only, and not beyond
+    /// `best`, the best that was measured on any worker. After few measurements the speed is taken for up to
+    /// half as high again, and not beyond `best` either, so that a worker with a bad start is tried again.
     pub(crate) fn believed(&self, claim: f64, best: Option<f64>) -> f64 {
         match self.rate() {
             None => claim.min(best.unwrap_or(FASTEST)),

@@ -1,15 +1,19 @@
-//! Spot checks: workers that serve the same weights are asked the same question, and their answers are compared.
+//! Spot checks: workers that serve the same weights are asked the same question, and their answers are
+//! compared.
 //!
-//! A question is greedy and a few tokens long. It is a *round*: whoever is due answers it, and so do one or two workers of long standing
-//! beside it. A newcomer serves only when its answer agrees with theirs, or when there is nobody to compare it with.
+//! A question is greedy and a few tokens long. All workers that are due, and one or two of long standing
+//! beside them, answer it: that is a *round*. A newcomer serves only when its answer agrees with theirs, or
+//! when there is no other worker to compare it with.
 //!
-//! **Honest machines differ in rounding.** Kernels of different CPUs and GPUs sum in other orders, so logits differ a little and two
-//! nearly equal tokens may change places. So tokens are compared up to the first difference only, and that difference counts if either
-//! side gives the other's token a much smaller probability than its own ([`MARGIN`]). What a worker says about its own alternatives is
-//! no excuse for it: the other side must say the same. A difference must show in two rounds with different questions.
+//! **Honest machines differ in rounding.** Kernels of different CPUs and GPUs sum in other orders, so logits
+//! differ a little and two nearly equal tokens may change places. So tokens are compared up to the first
+//! difference only, and that difference counts if either side gives the other's token a much smaller
+//! probability than its own ([`MARGIN`]). What a worker says about its own alternatives is no excuse for it:
+//! the other side must say the same. A difference must show in two rounds with different questions.
 //!
-//! **Who is right?** The majority of those that answered. Where there are only two opinions and no third, the one that serves longer goes
-//! on, the other one is held back, and both are named ([`Verdict::Disputed`]); a third worker decides as soon as there is one.
+//! **Who is right?** The majority of those that answered. Where there are only two opinions and no third, the
+//! one that serves longer goes on, the other one is held back, and both are named ([`Verdict::Disputed`]); a
+//! third worker decides as soon as there is one.
 
 mod question;
 mod sample;
@@ -26,19 +30,19 @@ pub use sample::{ALTERNATIVES, Position, Sample};
 /// The weights that a group of workers has in common: name and fingerprint of a model.
 pub type Weights = (String, String);
 
-/// A question that a worker is to answer.
+/// A question for a worker.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Question {
-    /// Its round.
+    /// Number of its round.
     pub round: u64,
-    /// What is asked.
+    /// Text of the question.
     pub text: String,
 }
 
-/// What is thought of a worker with these weights.
+/// State of a worker with these weights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum CheckState {
-    /// It was not compared yet, though there may be somebody to compare it with.
+    /// It was not compared yet, and another worker may be there to compare it with.
     #[default]
     New,
     /// It agrees with the others, or is alone.
@@ -47,21 +51,21 @@ pub enum CheckState {
     Held,
 }
 
-/// What came of a comparison.
+/// Result of a comparison.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Verdict {
     /// Its answers differ from those of the majority, in two rounds.
     Outvoted {
-        /// The one.
+        /// The subject that was outvoted.
         subject: String,
-        /// The others.
+        /// The subjects of the majority.
         by: Vec<String>,
     },
-    /// Two differ and nobody else can say who is right: the junior one is held back.
+    /// Two differ and no third can decide: the junior one is held back.
     Disputed {
         /// Serves longer, and goes on.
         senior: String,
-        /// Gets nothing.
+        /// The subject that is held back.
         junior: String,
     },
     /// A dispute is over.
@@ -71,14 +75,14 @@ pub enum Verdict {
     },
 }
 
-/// Somebody to compare with, in order of seniority.
+/// A candidate for a comparison, in order of seniority.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Peer<'a> {
     /// Its name here: a node id, or the name of a ring.
     pub subject: &'a str,
 }
 
-/// What comes after an answer.
+/// Timing and seed of the checks that follow an answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Schedule {
     /// Time between two checks of one worker in the long run.
@@ -106,7 +110,7 @@ struct Round {
     since: Instant,
     text: String,
     answers: BTreeMap<String, Sample>,
-    /// Whose answers it needs.
+    /// Subjects whose answers the round waits for.
     wanted: BTreeSet<String>,
     settled: bool,
 }
@@ -119,15 +123,15 @@ struct Subject {
     agreed: u32,
     /// Rounds in which it was outvoted, since it last agreed.
     outvoted: u32,
-    /// Rounds in which it disagreed with a senior and nobody else was there, since it last agreed.
+    /// Rounds in which it disagreed with a senior while no third answered, since it last agreed.
     disputed: u32,
-    /// When it is to answer again.
+    /// Time of its next check.
     due: Option<Instant>,
     seen: Option<Instant>,
 }
 
 impl SpotChecks {
-    /// Whether this one is to answer a question now, though it is known to answer.
+    /// Returns true if this one should answer a question now, though it is known to answer.
     pub(crate) fn is_due(&self, weights: &Weights, subject: &str, now: Instant) -> bool {
         let Some(group) = self.groups.get(weights) else {
             return true;
@@ -138,7 +142,8 @@ impl SpotChecks {
         let wanted = running.is_some_and(|round| round.wanted.contains(subject));
         let wanted = wanted && !has_answered(subject);
         let known = group.subjects.get(subject);
-        // Another question would begin another round, and the answers that this one waits for would come too late for ever.
+        // Another question would begin another round, and the answers that this one waits for would always
+        // come too late.
         if let Some(round) = running.filter(|_| has_answered(subject)) {
             let mut missing = round.wanted.iter().filter(|other| !has_answered(other));
             let of_standing = |other: &String| {
@@ -157,7 +162,7 @@ impl SpotChecks {
         wanted || known.is_none_or(|known| known.due.is_none_or(|due| now >= due))
     }
 
-    /// The question that this one is to answer: that of the running round, or a new one made from `seed`.
+    /// The next question for this one: that of the running round, or a new one made from `seed`.
     pub(crate) fn question(
         &mut self,
         weights: &Weights,
@@ -226,6 +231,39 @@ impl SpotChecks {
         self.settle(weights, subject, peers, schedule, now)
     }
 
+    /// Weights whose running round has answers and waits for more.
+    pub(crate) fn waiting(&self) -> Vec<Weights> {
+        let waits = |group: &Group| {
+            let round = group.round.as_ref();
+            round.is_some_and(|round| !round.settled && !round.answers.is_empty())
+        };
+        let groups = self.groups.iter().filter(|(_, group)| waits(group));
+        groups.map(|(weights, _)| weights.clone()).collect()
+    }
+
+    /// Looks again at a round that waits: those that it waits for may be gone, or late. `peers` are all that answer now with these
+    /// weights, the senior ones first.
+    pub(crate) fn look_again(
+        &mut self,
+        weights: &Weights,
+        peers: &[Peer<'_>],
+        schedule: Schedule,
+        now: Instant,
+    ) -> Vec<Verdict> {
+        let round = self
+            .groups
+            .get(weights)
+            .and_then(|group| group.round.as_ref());
+        let answered = round.filter(|round| !round.settled).and_then(|round| {
+            let mut answers = round.answers.keys();
+            answers.find(|subject| peers.iter().any(|peer| peer.subject == *subject))
+        });
+        match answered.cloned() {
+            Some(subject) => self.settle(weights, &subject, peers, schedule, now),
+            None => Vec::new(),
+        }
+    }
+
     /// This one gave no answer to the running question: the others do not wait for it.
     pub(crate) fn gave_none(&mut self, weights: &Weights, subject: &str) {
         if let Some(group) = self.groups.get_mut(weights) {
@@ -238,8 +276,8 @@ impl SpotChecks {
         }
     }
 
-    /// What is thought of it. One that waits in vain for somebody to compare with is cleared, though not soon where there are some:
-    /// they may be busy, and it may be a liar that waits for that.
+    /// State of a subject. One that waits in vain for another to compare with is cleared, though only after a
+    /// longer wait where others exist: they may be busy, and a liar may wait for just that.
     pub(crate) fn check_state(&self, weights: &Weights, subject: &str, now: Instant) -> CheckState {
         let group = self.groups.get(weights);
         let Some(known) = group.and_then(|group| group.subjects.get(subject)) else {
@@ -262,7 +300,7 @@ impl SpotChecks {
         }
     }
 
-    /// Forgets what is known of it with any weights: it is in quarantine, and begins anew afterwards.
+    /// Forgets its checks with any weights: it is in quarantine, and starts again as a newcomer afterwards.
     pub(crate) fn forget(&mut self, subject: &str) {
         for group in self.groups.values_mut() {
             group.subjects.remove(subject);
@@ -326,7 +364,8 @@ impl SpotChecks {
                 |two: &&String| one == *two || round.answers[one].agrees(&round.answers[*two]);
             voters.iter().filter(agrees).cloned().collect()
         };
-        // The largest side, on a draw that of the most senior. Before all have answered, those of long standing count for more.
+        // The largest side, on a draw that of the most senior. Before all have answered, those of long
+        // standing count for more.
         let weight = |side: &[String]| {
             let senior = side.iter().filter(|voter| is_cleared(voter)).count();
             (if missing { senior } else { 0 }, side.len())
@@ -443,9 +482,9 @@ const ROUND_LIFE: Duration = Duration::from_secs(120);
 const SETTLE_AFTER: Duration = Duration::from_secs(10);
 /// Time that a newcomer waits to be compared.
 const COMPARE_WAIT: Duration = Duration::from_secs(20);
-/// The same where there are others that serve, and have been too busy to answer.
+/// The same where other workers serve and have been too busy to answer.
 const BUSY_WAIT: Duration = Duration::from_secs(180);
-/// How old the last answer of such a one may be.
+/// Maximum age of the last answer of such a one.
 const SEEN_LATELY: Duration = Duration::from_secs(1800);
 /// Time to the second check of a newcomer; it doubles from then on.
 const FIRST_CHECK: Duration = Duration::from_secs(5);

@@ -1,8 +1,9 @@
-//! For how long suspects keep other requests away from workers.
+//! Limits the time for which suspects keep other requests away from workers.
 //!
-//! A request that may have killed a worker is a suspect: it gets a worker where nobody else waits for a first token. One suspect of
-//! a model at a time keeps newcomers away from one worker until it is placed, for a few seconds at most, and while it waits there for
-//! its first token, for a few seconds more. Then other requests for the model go first for as long as they were kept away.
+//! A request that may have killed a worker is a suspect: it gets a worker where nobody else waits for a first
+//! token. One suspect of a model at a time keeps newcomers away from one worker until it is placed, for a few
+//! seconds at most, and while it waits there for its first token, for a few seconds more. Then other requests
+//! for the model go first for as long as they were kept away.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -26,17 +27,17 @@ enum Turn {
         since: Instant,
         placed: Instant,
     },
-    /// Others go first.
+    /// Other requests go first.
     Others { until: Instant },
 }
 
 impl Suspects {
-    /// True if there are suspects, or were lately.
+    /// True if there are suspects, or were recently.
     pub(crate) fn are_there(&self) -> bool {
         !self.turns.is_empty()
     }
 
-    /// Whether a suspect of this model may keep newcomers away from a worker.
+    /// Returns true if a suspect of this model may keep newcomers away from a worker.
     pub(crate) fn may_keep(&self, model: &str) -> bool {
         !self.turns.contains_key(model)
     }
@@ -48,7 +49,8 @@ impl Suspects {
         now + KEPT_FOR
     }
 
-    /// A suspect got a worker. Returns until when it is alone there, and the worker that nobody keeps any more: not two at a time.
+    /// A suspect got a worker. Returns the time until which it is alone there, and the worker that is no
+    /// longer kept free: not two at a time.
     pub(crate) fn placed(
         &mut self,
         model: &str,
@@ -85,12 +87,12 @@ impl Suspects {
         }
     }
 
-    /// Whether other requests for this model go before suspects.
+    /// Returns true if other requests for this model go before suspects.
     pub(crate) fn yield_for(&self, model: &str) -> bool {
         matches!(self.turns.get(model), Some(Turn::Others { .. }))
     }
 
-    /// Time has passed.
+    /// Ends turns that have lasted too long.
     pub(crate) fn expire(&mut self, now: Instant) {
         self.turns.retain(|_, turn| {
             match *turn {
@@ -119,5 +121,5 @@ impl Turn {
 pub(crate) const KEPT_FOR: Duration = Duration::from_secs(5);
 /// Time for which a suspect is alone with its worker. What kills a worker does so early.
 pub(crate) const ALONE_FOR: Duration = Duration::from_secs(10);
-/// Others go first for so long at least.
+/// Least time for which others go first.
 const LEAST_TURN: Duration = Duration::from_secs(1);

@@ -1,13 +1,16 @@
-//! Which worker has which pieces of which model, who seeks them, and who goes outside the mesh for them.
+//! Records which worker has and seeks which pieces of which model, and which worker downloads a model from
+//! outside the mesh.
 //!
-//! Workers say what they hold and seek ([`Tracker::said`]). [`Tracker::poll`] compares what each should be told with what it was
-//! told, so that an event which comes late or twice changes nothing.
+//! Workers report what they hold and seek ([`Tracker::said`]). [`Tracker::poll`] compares the sources that
+//! each should know with those that it was told, so that an event which comes late or twice changes nothing.
 //!
-//! For each model of which pieces are sought that nobody holds, one of the workers that could get it from outside the mesh has the
-//! *download*. It keeps it while it makes progress; when it is gone, fails or stands still, another one has it. All others wait and
+//! If pieces are sought that no worker holds, one of the workers that could get the model from outside the
+//! mesh has its *download*. It keeps it while it makes progress; when it is gone, fails or stands still,
+//! another one gets it. All others wait and take the pieces from it as they come. *download*. It keeps it
+//! while it makes progress; when it is gone, fails or stands still, another one has it. All others wait and
 //! take the pieces from it as they come.
 //!
-//! What a name means is not left to who claims it last or loudest: see `pins`.
+//! The meaning of a name does not depend on the last or loudest claim: see `pins`.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
@@ -35,26 +38,26 @@ pub use view::{HolderView, SeekerView, TrackedModel};
 pub struct Tracker {
     nodes: BTreeMap<String, Node>,
     downloads: BTreeMap<Key, Download>,
-    /// Who failed on a download, and when it may try again.
+    /// Workers whose download failed, each with the time from which it may try again.
     failures: BTreeMap<(Key, String), Failure>,
-    /// By model and accused: who says that it sent bad pieces.
+    /// By model and accused: the workers that report bad pieces from it.
     accused: BTreeMap<(String, String), BTreeSet<String>>,
     pins: Pins,
     conflicts: Conflicts,
     changed: bool,
-    /// When something may have to be decided without an event.
+    /// Time at which a decision may be due without an event.
     timer: Option<Instant>,
     actions: Vec<Action>,
 }
 
-/// What the shell is to do.
+/// An action for the shell to carry out.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Action {
-    /// Tell this worker where to get what it seeks.
+    /// Tell this worker the sources of the models that it seeks.
     Tell {
         /// Node id.
         node: String,
-        /// The message.
+        /// The sources to send.
         sources: Sources,
     },
     /// Something for the log and the metrics.
@@ -63,25 +66,25 @@ pub enum Action {
     KeepPins,
 }
 
-/// What happened, for the log and the metrics.
+/// An event for the log and the metrics.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Note {
     /// A worker gets a model from outside the mesh from now on.
     Download {
-        /// What the model is sought by.
+        /// Name or fingerprint by which the model is sought.
         model: String,
         /// Name of the worker.
         worker: String,
-        /// Why not another one any more, if one had the download before.
+        /// Reason for which the worker that had the download before lost it; `None` if it is the first.
         instead: Option<String>,
     },
     /// A worker could not get a model from outside the mesh.
     Failed {
-        /// What the model is sought by.
+        /// Name or fingerprint by which the model is sought.
         model: String,
         /// Name of the worker.
         worker: String,
-        /// Why.
+        /// Cause of the failure.
         reason: String,
     },
     /// A worker says that another one sent it something else than the manifest says.
@@ -92,20 +95,20 @@ pub enum Note {
         accused: String,
         /// Name of the accuser.
         accuser: String,
-        /// What was wrong.
+        /// Fault that was found.
         reason: String,
     },
     /// Several models claim one name.
     Conflict(Conflict),
-    /// The worker that had the model of this name first replaced it, and nobody had the old one any more.
+    /// The worker that had the model of this name first replaced it, and no worker had the old one any more.
     Moved {
-        /// The name.
+        /// Name of the model.
         model: String,
         /// Name of the worker.
         worker: String,
-        /// What the name meant.
+        /// Fingerprint that the name stood for.
         before: String,
-        /// What it means now.
+        /// Fingerprint that it stands for now.
         now: String,
     },
 }
@@ -114,7 +117,7 @@ pub enum Note {
 #[derive(Debug, Clone, Default)]
 struct Node {
     name: String,
-    /// Where other workers reach it; `None` if they do not.
+    /// Address for other workers; `None` if they do not reach it.
     address: Option<SocketAddr>,
     /// Other addresses of its machine, as it says.
     others: Vec<IpAddr>,
@@ -134,7 +137,8 @@ struct Held {
 }
 
 impl Held {
-    /// Whether there is anything here that goes by this name: of a model that was replaced, only the manifest may be left.
+    /// Returns true if some pieces are here under this name: of a model that was replaced, only the manifest
+    /// may be left.
     fn is_called(&self, name: &str) -> bool {
         !self.pieces.is_empty() && self.names.iter().any(|own| own.eq_ignore_ascii_case(name))
     }
@@ -143,12 +147,12 @@ impl Held {
 #[derive(Debug, Clone)]
 struct Sought {
     model: SoughtModel,
-    /// What it lacks; `None` while the manifest is unknown to it.
+    /// Pieces that it lacks; `None` while the manifest is unknown to it.
     missing: Option<PieceSet>,
 }
 
 impl Sought {
-    /// Whether the seeker will not take this one, whatever it is called.
+    /// Returns true if the seeker does not accept this fingerprint under any name.
     fn rejects(&self, fingerprint: &str) -> bool {
         rejects(&self.model, fingerprint)
     }
@@ -181,12 +185,12 @@ struct Failure {
 }
 
 impl Tracker {
-    /// Knows of nobody.
+    /// An empty tracker.
     pub fn new() -> Self {
         Tracker::default()
     }
 
-    /// The same with pins that were kept.
+    /// The same with the pins of an earlier run.
     #[must_use]
     pub fn with_pins(mut self, pins: Pins) -> Self {
         self.pins = pins;
@@ -236,7 +240,7 @@ impl Tracker {
         self.changed = true;
     }
 
-    /// A worker, which others reach at `address`, says what it holds and seeks.
+    /// A worker, which others reach at `address`, reports the models that it holds and seeks.
     pub fn said(&mut self, node: &str, address: Option<SocketAddr>, models: Models, now: Instant) {
         let Some(entry) = self.nodes.get_mut(node) else {
             return;
@@ -256,7 +260,8 @@ impl Tracker {
             .collect();
         let accuser = entry.name.clone();
         for bad in models.bad.into_iter().take(MOST_MODELS) {
-            // What nobody says that he has is no accusation; so there are no more of those than of holders.
+            // An accusation counts only if the accused claims to hold the model, so there are at most as many
+            // as holders.
             let accused = self.nodes.get(&bad.node_id).filter(|accused| {
                 bad.node_id != node && accused.held.contains_key(&bad.fingerprint)
             });
@@ -278,7 +283,7 @@ impl Tracker {
         self.changed = true;
     }
 
-    /// What is to be done by now; to be called after events and now and then.
+    /// Returns the actions that are due; to be called after events and now and then.
     pub fn poll(&mut self, now: Instant) -> Vec<Action> {
         if self.changed || self.timer.is_some_and(|timer| timer <= now) {
             self.changed = false;
@@ -290,7 +295,7 @@ impl Tracker {
         std::mem::take(&mut self.actions)
     }
 
-    /// Tells every worker what it should know and was not told.
+    /// Sends every worker the sources that it should know and was not told.
     fn tell(&mut self) {
         let mut news = Vec::new();
         for (node, entry) in &self.nodes {
@@ -372,7 +377,8 @@ impl Tracker {
         }
     }
 
-    /// Where `from` reaches a worker that the head sees at `address`: one on the head's own machine is where the head is.
+    /// Address at which `from` reaches a worker that the head sees at `address`: a worker on the head's own
+    /// machine is reached at the head's address.
     fn reach(&self, from: &Node, address: SocketAddr) -> SocketAddr {
         let own = from
             .address
@@ -383,7 +389,8 @@ impl Tracker {
         }
     }
 
-    /// Whether what this worker has of a model does not count: for one that accuses it, or for all, if two do.
+    /// Returns true if this worker's pieces of a model do not count: for a worker that accuses it, or for
+    /// all, if two do.
     fn is_banned(&self, fingerprint: &str, node: &str, asker: Option<&str>) -> bool {
         let key = (fingerprint.to_owned(), node.to_owned());
         self.accused.get(&key).is_some_and(|accusers| {
@@ -401,12 +408,12 @@ impl Tracker {
         }
     }
 
-    /// The model that goes by the name that is sought: the pinned one; without a pin, or where the seeker will not take that, the
-    /// one that most workers hold whole, then the one that most have anything of.
+    /// The model that goes by the name that is sought: the pinned one; without a pin, or where the seeker
+    /// will not take that, the one that most workers hold whole, then the one that most have anything of.
     fn resolve(&self, sought: &SoughtModel) -> Option<String> {
         let name = &sought.name;
         let pin = self.pins.get(name);
-        // What the hub says against an operator's pin is of no account.
+        // An operator's pin counts more than the hub.
         let rejects = |fingerprint: &str| match pin {
             Some(pin) if pin.operator && pin.fingerprint == fingerprint => {
                 sought.unusable.contains(&pin.fingerprint)
@@ -439,7 +446,7 @@ impl Tracker {
         best.map(|(fingerprint, _)| fingerprint.to_owned())
     }
 
-    /// What people call a sought model.
+    /// Name of a sought model, for people.
     fn title(&self, key: &Key) -> String {
         match key {
             Key::Name(name) => name.clone(),
@@ -459,7 +466,7 @@ impl Tracker {
     }
 }
 
-/// What a worker holds, if it makes sense.
+/// Checks a worker's report of a held model; `None` if it is invalid.
 fn held(model: HeldModel) -> Option<(String, Held)> {
     let pieces = PieceSet::from_proto(model.pieces.as_ref()?).ok()?;
     is_fingerprint(&model.fingerprint).then(|| {
@@ -474,7 +481,7 @@ fn held(model: HeldModel) -> Option<(String, Held)> {
     })
 }
 
-/// What a worker seeks, if it makes sense.
+/// Checks a worker's report of a sought model; `None` if it is invalid.
 fn sought(mut model: SoughtModel) -> Option<Sought> {
     for rejected in [&mut model.refused, &mut model.unusable] {
         rejected.truncate(MOST_REFUSED);
@@ -488,14 +495,15 @@ fn sought(mut model: SoughtModel) -> Option<Sought> {
     (known && is_name(&model.name)).then_some(Sought { model, missing })
 }
 
-/// What others wrote, as far as it belongs into a log.
+/// Shortens text from other nodes for the log.
 fn shorten(text: &str) -> String {
     let clean = text.chars().filter(|c| !c.is_control());
     clean.take(REASON_CHARS).collect()
 }
-/// Workers that must accuse another one before nobody is sent to it any more: one alone may be wrong, or lie.
+/// Workers that must accuse another one before it is named to no worker any more: one alone may be wrong, or
+/// lie.
 const ACCUSERS: usize = 2;
-/// Sources that a worker is told of.
+/// Most sources of a model that a worker is given.
 const MOST_SEATS: usize = 32;
 /// Models that a worker may hold, and seek.
 const MOST_MODELS: usize = 256;

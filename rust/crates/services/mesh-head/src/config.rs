@@ -1,4 +1,4 @@
-//! The head's configuration: what every key means, its default, and what is checked before anything starts.
+//! The head's configuration: the keys, their defaults, and the checks before anything starts.
 
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use mesh_control::router::Capacity;
 use mesh_control::{dedup, placement, request, rings};
 
-/// Everything that can be configured.
+/// All settings of the head.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
@@ -29,43 +29,44 @@ pub struct Config {
     /// Most time that a request waits for a worker with room.
     #[serde(with = "units::duration")]
     pub queue_timeout: Duration,
-    /// From a request's arrival to its last token; 0 is without limit.
+    /// Most time from a request's arrival to its last token; 0 is without limit.
     #[serde(with = "units::duration")]
     pub answer_limit: Duration,
     /// Requests that may wait for a worker; more are refused.
     pub queue_limit: usize,
-    /// Memory that requests may take here: their bodies, prompts and answers. One client gets two thirds of it at most; 0 is without
-    /// limit. At least three times `http.body_limit`, which the default is raised to.
+    /// Memory that requests may take here: their bodies, prompts and answers. One client gets two thirds of
+    /// it at most; 0 is without limit. At least three times `http.body_limit`, which the default is raised
+    /// to.
     #[serde(with = "units::bytes")]
     pub request_memory: u64,
-    /// How long running requests outlast the last worker for them.
+    /// Time for which running requests outlast the last worker for them.
     #[serde(with = "units::duration")]
     pub rejoin_grace: Duration,
-    /// How often one request is run again after a worker failed on it.
+    /// Most reruns of one request after workers failed on it.
     pub max_reruns: u32,
     /// Least silence within an answer that counts as its worker's death.
     #[serde(with = "units::duration")]
     pub silence_limit: Duration,
-    /// The same before the first token, on top of ten times what was expected.
+    /// The same before the first token, on top of ten times the expected time.
     #[serde(with = "units::duration")]
     pub first_token_limit: Duration,
     /// Requests given to a worker beyond its slots.
     pub worker_ahead: u32,
-    /// How long running answers may take after SIGTERM.
+    /// Time limit for running answers after SIGTERM.
     #[serde(with = "units::duration")]
     pub drain_limit: Duration,
     /// Model for requests that name none; otherwise the first one by name.
     pub default_model: Option<String>,
     /// Networks whose plain DCF clients are served, besides loopback.
     pub trusted_networks: Vec<Network>,
-    /// Those of `trusted_networks` whose clients need not show that they have the address that they send from: clients of DCF v5.0.0
-    /// cannot. Who can forge an address there can have answers sent to it.
+    /// Those of `trusted_networks` whose clients need not prove their address: clients of DCF v5.0.0 cannot.
+    /// An attacker who can forge an address there can have answers sent to it.
     pub unverified_networks: Vec<Network>,
-    /// The OpenAI API.
+    /// Settings of the OpenAI API.
     pub http: HttpConfig,
-    /// DCF over UDP.
+    /// Settings of DCF over UDP.
     pub dcf: DcfConfig,
-    /// Links of workers.
+    /// Settings of the links of workers.
     pub quic: QuicConfig,
     /// Models that several workers hold together.
     pub sharding: ShardingConfig,
@@ -75,30 +76,31 @@ pub struct Config {
     pub log_level: Option<String>,
 }
 
-/// The OpenAI API.
+/// Settings of the OpenAI API.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct HttpConfig {
-    /// Address and port.
+    /// Address and port of the HTTP API.
     pub listen: SocketAddr,
     /// File with one API key per line.
     pub api_keys_file: Option<PathBuf>,
     /// Listen beyond loopback without API keys.
     pub allow_unauthenticated: bool,
-    /// Largest request body.
+    /// Largest request body, in bytes.
     #[serde(with = "units::bytes")]
     pub body_limit: u64,
     /// Requests of one API key (without keys: of one address) at a time; 0 is without limit.
     pub concurrent_requests: usize,
-    /// Largest `n`.
+    /// Largest value of `n`.
     pub choices_limit: u32,
-    /// Pause after which a streamed answer says that it is alive.
+    /// Pause after which a streamed answer gets a sign of life.
     #[serde(with = "units::duration")]
     pub keep_alive: Duration,
-    /// A whole answer that takes longer sends its status and headers, and then blanks until it is there; 0 is never.
+    /// A whole answer that takes longer sends its status and headers, and then blanks until it is there; 0 is
+    /// never.
     #[serde(with = "units::duration")]
     pub early_headers: Duration,
-    /// Refuse requests with fields that nobody knows, instead of naming them in a header.
+    /// Refuse requests with unknown fields, instead of naming them in a header.
     pub strict: bool,
     /// Names, besides this machine's own, under which browsers may reach a head without API keys.
     pub hosts: Vec<String>,
@@ -106,11 +108,12 @@ pub struct HttpConfig {
     pub cors: Vec<Origin>,
     /// Time limits for clients, and the number of connections that they may have.
     pub connections: Connections,
-    /// What is told without a key where keys are in use. `/health` always is, and whether the mesh is ready, in a word.
+    /// Information that is open without a key where keys are in use. `/health` and the bare status of
+    /// `/ready` always are.
     pub open: Vec<Open>,
 }
 
-/// Something that tells of the mesh without using it.
+/// An endpoint that shows the mesh without using it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Open {
@@ -120,18 +123,19 @@ pub enum Open {
     Metrics,
 }
 
-/// DCF over UDP.
+/// Settings of DCF over UDP.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct DcfConfig {
-    /// Where clients send Tasks.
+    /// Address to which clients send Tasks.
     pub clients: SocketAddr,
     /// Address to which workers send heartbeats, and workers without an identity (DCF v5.0.0 and v5.1)
     /// Results.
     pub workers: SocketAddr,
     /// Admit workers without an identity: from this machine, and from `legacy_worker_networks`.
     pub legacy_workers: bool,
-    /// Networks from which they are admitted, too. They get clients' prompts, and nothing proves who they are.
+    /// Networks from which they are admitted, too. They get clients' prompts, and nothing proves their
+    /// identity.
     pub legacy_worker_networks: Vec<Network>,
     /// Tasks given to one of them at a time.
     pub legacy_concurrency: u32,
@@ -140,18 +144,18 @@ pub struct DcfConfig {
     /// Bytes of them; the newest is kept even if it alone has more.
     #[serde(with = "units::bytes")]
     pub answers_kept_bytes: u64,
-    /// For how long.
+    /// Time for which they are kept.
     #[serde(with = "units::duration")]
     pub answers_kept_for: Duration,
 }
 
-/// Links of workers.
+/// Settings of the links of workers.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct QuicConfig {
-    /// Address and port.
+    /// Address and port, QUIC over UDP.
     pub listen: SocketAddr,
-    /// How often an idle worker is asked for one token, as proof that it answers.
+    /// Interval at which an idle worker is asked for one token, as proof that it answers.
     #[serde(with = "units::duration")]
     pub probe_interval: Duration,
 }
@@ -160,33 +164,33 @@ pub struct QuicConfig {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct ShardingConfig {
-    /// Whether rings are made of what workers offer.
+    /// Form rings from the offers of workers.
     pub enabled: bool,
-    /// What a plan is to be best at: the time of one token, or the tokens of many requests.
+    /// Optimisation target of plans: the time of one token, or the tokens of many requests.
     pub objective: RingObjective,
-    /// Exactly so many stages; 0 is as many as needed.
+    /// Number of stages; 0 is as many as needed.
     pub stages: u32,
-    /// Whether stages get standbys where memory allows.
+    /// Give stages standbys where memory allows.
     pub standbys: bool,
     /// Requests that a ring runs at once.
     pub slots: u32,
     /// Most tokens of prompt and answer; 0 is the model's own limit, less where memory is short.
     pub context: u32,
-    /// By which part a fresh plan must beat a running ring to replace it.
+    /// Fraction by which a fresh plan must beat a running ring to replace it.
     pub margin: f64,
-    /// How long offers must have been quiet before a ring is made of them.
+    /// Time without new offers before a ring is formed of them.
     #[serde(with = "units::duration")]
     pub gather: Duration,
     /// Hidden rows travel as f16 rather than f32.
     pub half_rows: bool,
-    /// How long a worker that did not answer is left alone the first time; doubled with every repeat.
+    /// Time for which a worker that did not answer is left alone at first; each repeat doubles it.
     #[serde(with = "units::duration")]
     pub suspect_pause: Duration,
     /// Make a ring even for a model that some worker serves whole.
     pub always: bool,
 }
 
-/// What a plan for a ring is to be best at.
+/// Optimisation target of plans for rings.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum RingObjective {
@@ -290,7 +294,7 @@ impl Default for QuicConfig {
 }
 
 impl Config {
-    /// Checks what single keys cannot say.
+    /// Checks rules that no single key can express.
     ///
     /// # Errors
     /// [`Unsound`] says which keys contradict each other.
@@ -376,7 +380,7 @@ impl Config {
         (shortest / 4).clamp(Duration::from_millis(50), Duration::from_secs(1))
     }
 
-    /// Limits of placement.
+    /// Limits for the placement core.
     pub fn placement_limits(&self) -> placement::Limits {
         placement::Limits {
             queue: self.queue_limit,
@@ -388,7 +392,7 @@ impl Config {
         }
     }
 
-    /// How rings are made and kept.
+    /// Settings for the core that forms and keeps rings.
     pub fn ring_settings(&self) -> rings::Settings {
         let sharding = &self.sharding;
         rings::Settings {
@@ -411,7 +415,7 @@ impl Config {
         }
     }
 
-    /// Limits of what is kept for repeats.
+    /// Limits on the answers that are kept for repeats.
     pub fn dedup_limits(&self) -> dedup::Limits {
         dedup::Limits {
             answers: self.dcf.answers_kept,
@@ -429,8 +433,8 @@ impl Config {
             && (source.is_loopback() || networks.iter().any(|network| network.contains(source)))
     }
 
-    /// True if plain DCF clients there are served without proof that they are there. A loopback address cannot be forged from
-    /// elsewhere: the system drops such datagrams.
+    /// True if plain DCF clients there are served without proof that they are there. A loopback address
+    /// cannot be forged from elsewhere: the system drops such datagrams.
     pub fn knows(&self, source: IpAddr) -> bool {
         let canonical = source.to_canonical();
         let unverified = &self.unverified_networks;
@@ -467,16 +471,16 @@ pub enum Unsound {
          workers of DCF v5.0.0 and v5.1, which cannot prove who they are, or leave the networks out"
     )]
     LegacyWorkersOff,
-    /// The longest body would be refused for ever.
+    /// `request_memory` is too small for the longest body, which would always be refused.
     #[error(
         "request_memory = {memory} is less than three times http.body_limit = {body}: raise it to {} or more, lower \
          http.body_limit, or set it to 0 for no limit",
         body.saturating_mul(3)
     )]
     RequestMemory {
-        /// Memory for requests.
+        /// Memory for requests, in bytes.
         memory: u64,
-        /// Longest body.
+        /// Longest body, in bytes.
         body: u64,
     },
     /// No part of anything.

@@ -59,8 +59,8 @@ impl Live {
         "dcf.legacy_worker_networks",
     ];
 
-    /// Puts the reloadable keys of `fresh` into effect and reads the files again: API keys, the admin key, the head's
-    /// certificate.
+    /// Puts the reloadable keys of `fresh` into effect and reads the files again: API keys, the admin key,
+    /// the head's certificate.
     pub fn reload(&self, fresh: &Config, report: &mut Report) {
         let state_dir = &self.mesh.config.state_dir;
         let file = fresh.http.api_keys_file.as_deref();
@@ -82,7 +82,7 @@ impl Live {
     }
 }
 
-/// Why a head does not start.
+/// Reasons for which a head does not start.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum StartError {
@@ -95,10 +95,10 @@ pub enum StartError {
     /// The mesh's root or the head's identity.
     #[error(transparent)]
     Trust(#[from] TrustError),
-    /// The QUIC port.
+    /// The QUIC port cannot be opened.
     #[error(transparent)]
     Quic(#[from] ConnectError),
-    /// The API keys.
+    /// The API keys cannot be read.
     #[error(transparent)]
     Keys(#[from] KeysError),
 }
@@ -223,7 +223,7 @@ impl Head {
 }
 
 impl HeadHandle {
-    /// Where it listens: `http`, `dcf.clients`, `dcf.workers`, `quic`.
+    /// Addresses of its listeners: `http`, `dcf.clients`, `dcf.workers`, `quic`.
     pub fn addresses(&self) -> &Addresses {
         &self.addresses
     }
@@ -233,12 +233,12 @@ impl HeadHandle {
         &self.live
     }
 
-    /// What it knows of its mesh.
+    /// State of the mesh: workers, requests, rings.
     pub fn mesh(&self) -> &Arc<Mesh> {
         &self.mesh
     }
 
-    /// Stops it: nothing new is taken, what runs may finish within the drain limit.
+    /// Stops the head: it takes no new requests, and running ones may finish within the drain limit.
     ///
     /// # Errors
     /// If its main task panicked.
@@ -256,7 +256,7 @@ impl HeadHandle {
     }
 }
 
-/// What has to end in order.
+/// Parts of a running head that have to end in order.
 struct Parts {
     shutdown: Shutdown,
     quic: Arc<Listener>,
@@ -296,7 +296,8 @@ impl Parts {
     }
 }
 
-/// Says on the LAN where this head is, if it may. That it cannot is no reason not to start.
+/// Announces this head on the LAN, if the configuration allows it. A failure does not keep the head from
+/// starting.
 fn announce(config: &Config, identity: &NodeIdentity, port: u16) -> Option<Discovery> {
     if !config.mdns {
         return None;
@@ -337,7 +338,7 @@ async fn tick(mesh: Arc<Mesh>, heart: Heart) {
     }
 }
 
-/// Files of the state directory that nobody else may read.
+/// Files of the state directory that only the head's user may read.
 const SECRETS: [&str; 4] = ["root.key", "node.key", "tokens.json", "admin.key"];
 const HOUSEKEEPING: Duration = Duration::from_millis(50);
 const HOUSEKEEPING_LIMIT: Duration = Duration::from_secs(10);

@@ -1,11 +1,12 @@
 //! The head: the router of the mesh.
 //!
-//! What it decides is in [`mesh_control`]; here is what carries it out. Rooms use rooms above them in this list only:
+//! The decisions are in [`mesh_control`]; this crate carries them out. Modules use only modules above them in
+//! this list:
 //!
 //! - `mesh`: the state that all share, behind one lock;
-//! - `workers`: what talks to workers: QUIC links, and the UDP port for heartbeats and workers of DCF v5.0.0 and v5.1;
-//! - `flight`: one task per request, which carries an answer from its worker to its client, and from one worker to the
-//!   next when that one dies;
+//! - `workers`: QUIC links to workers, and the UDP port for heartbeats and workers of DCF v5.0.0 and v5.1;
+//! - `flight`: one task per request, which carries an answer from its worker to its client, and from one
+//!   worker to the next when that one dies;
 //! - [`api`]: bodies of requests and answers, without I/O;
 //! - `front`: the OpenAI API over HTTP, and DCF over UDP.
 //!

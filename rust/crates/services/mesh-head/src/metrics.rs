@@ -18,7 +18,7 @@ use mesh_service::metrics::prometheus_client::registry::{Registry, Unit};
 use mesh_control::fair::Ingress;
 use mesh_control::rings::RingView;
 
-/// Which front end a request came through.
+/// Front end that a request came through.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelValue)]
 pub(crate) enum Front {
     /// The OpenAI API.
@@ -27,7 +27,7 @@ pub(crate) enum Front {
     Dcf,
 }
 
-/// How a request ended.
+/// Outcome of a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelValue)]
 pub(crate) enum Outcome {
     /// With a whole answer.
@@ -38,7 +38,7 @@ pub(crate) enum Outcome {
     Refused,
     /// The request itself was wrong.
     Rejected,
-    /// Too late.
+    /// It ran out of time.
     Timeout,
     /// Workers failed on it.
     Failed,
@@ -49,18 +49,18 @@ pub(crate) enum Outcome {
 pub(crate) enum Verdict {
     /// The head hears it: nothing is decided yet.
     Doubted,
-    /// The link between the two was made anew.
+    /// The link between the two was renewed.
     Relinked,
-    /// Nobody hears it, or it cannot be linked to: it counts as lost.
+    /// The head does not hear it, or it cannot be linked to: it counts as lost.
     Lost,
 }
 
 /// Labels of the request metrics.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub(crate) struct RequestLabels {
-    /// Front end.
+    /// Front end of the request.
     pub front: Front,
-    /// End.
+    /// Outcome of the request.
     pub outcome: Outcome,
 }
 
@@ -112,7 +112,7 @@ pub(crate) struct HeadMetrics {
     pub tokens: Counter,
     /// Prompt tokens of complete answers.
     pub prompt_tokens: Counter,
-    /// Texts embedded.
+    /// Number of texts embedded.
     pub embedded: Counter,
     /// Prompt tokens of those that a worker found in its cache.
     pub cached_tokens: Counter,
@@ -301,14 +301,14 @@ impl HeadMetrics {
         metrics
     }
 
-    /// A request ended.
+    /// Counts a request that ended, and its duration.
     pub(crate) fn request_ended(&self, front: Front, outcome: Outcome, seconds: f64) {
         let labels = RequestLabels { front, outcome };
         self.requests.get_or_create(&labels).inc();
         self.duration.get_or_create(&labels).observe(seconds);
     }
 
-    /// The first token of a complete answer took so long.
+    /// Records the time to the first token of a complete answer, in seconds.
     pub(crate) fn first_token(&self, seconds: f64) {
         self.first_token.observe(seconds);
     }
@@ -334,7 +334,8 @@ impl HeadMetrics {
             .inc();
     }
 
-    /// The registry's size: workers of the mesh, and workers without an identity by the version that they speak.
+    /// The registry's size: workers of the mesh, and workers without an identity by the version that they
+    /// speak.
     pub(crate) fn workers(&self, mesh: usize, legacy: [(Version, usize); 2]) {
         let legacy = legacy.map(|(version, count)| (version.name(), count));
         for (kind, count) in [("mesh", mesh)].into_iter().chain(legacy) {
@@ -399,7 +400,7 @@ impl HeadMetrics {
             .inc();
     }
 
-    /// An answer stood still for so long because a ring's members changed.
+    /// Records the time for which an answer stood still because a ring's members changed.
     pub(crate) fn ring_gap(&self, model: &str, gap: Duration) {
         let model = model.to_owned();
         self.gaps
@@ -502,7 +503,7 @@ impl Collector for ClockGauges {
     }
 }
 
-/// What became of a socket's datagrams.
+/// Counters of a socket's datagrams, by what became of them.
 #[derive(Debug, Clone)]
 pub(crate) struct DatagramCounters {
     /// Understood and acted upon.

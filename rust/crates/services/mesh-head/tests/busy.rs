@@ -21,8 +21,8 @@ fn busy(old: bool) -> Script {
     }
 }
 
-/// While a long answer takes the worker's only slot, a second request waits there far longer than any limit on silence: it gets
-/// its answer, `/ready` says yes all the time, and nothing counts as a failure.
+/// While a long answer takes the worker's only slot, a second request waits there far longer than any limit
+/// on silence: it gets its answer, `/ready` says yes all the time, and nothing counts as a failure.
 async fn a_second_request_waits_its_turn(old: bool) {
     let head = TestHead::start(|config| {
         config.first_token_limit = LIMIT;
@@ -67,13 +67,14 @@ async fn a_request_that_waits_in_its_workers_queue_is_answered_and_the_head_stay
     a_second_request_waits_its_turn(false).await;
 }
 
-/// Texts wait in their worker's queue far longer than any limit on silence: signs of life keep the worker in its place.
+/// Texts wait in their worker's queue far longer than any limit on silence: signs of life keep the worker in
+/// its place.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn texts_that_wait_in_their_workers_queue_are_embedded_there_and_once() {
     let head = TestHead::start(|config| {
         config.first_token_limit = LIMIT;
         config.silence_limit = LIMIT;
-        // Nobody believes a worker for longer that shows nothing for its words.
+        // A worker that only claims to work is not believed for longer.
         config.request_timeout = Duration::from_secs(20);
         config.worker_timeout = Duration::from_secs(2);
     })

@@ -146,7 +146,7 @@ async fn bad_input_gets_the_error_that_fits() {
     }
     client.send(0x7E, 50, b"?").await;
     assert_eq!(code(client.receive().await), (50, 1), "unknown type");
-    // What is cut short, and what is itself an answer, gets none.
+    // Truncated datagrams, and those that are themselves answers, get no answer.
     client.send_raw(&datagram(TASK, 51, b"hello")[..20]).await;
     client.send_raw(b"short").await;
     client.send(ERROR, 52, b"\x01oops").await;
@@ -288,7 +288,7 @@ async fn whoever_asks_after_a_task_hears_that_it_runs_and_what_it_waits_for() {
     assert_eq!((kind, sequence), (ACK, 5));
     let text = String::from_utf8(text).unwrap();
     assert!(text.contains("1 of 10 tokens"), "{text}");
-    // Nobody runs this one.
+    // This task does not run.
     client.send(HEALTH, 6, b"task").await;
     assert_eq!(client.receive().await.0, RESULT);
     client.send(HEALTH, 5, b"task").await;
@@ -371,7 +371,7 @@ async fn a_task_repeated_while_its_chunks_come_gets_them_once_and_afterwards_aga
     client.nothing_comes().await;
 }
 
-/// How many Chunks come until none comes for a while.
+/// Counts the Chunks that come until none comes for a while.
 async fn chunks_until_quiet(client: &DcfPeer) -> usize {
     let mut count = 0;
     while let Some((kind, ..)) = client.receive_within(Duration::from_millis(500)).await {
@@ -421,7 +421,7 @@ async fn clients_of_either_version_are_answered_in_their_own() {
         client.receive_new().await,
         (RESULT, 79, truth(&long, 8).into_bytes())
     );
-    // A version that nobody knows, and what is cut short, get nothing.
+    // Unknown versions and truncated datagrams get no answer.
     let mut unknown = [&[0x52], &datagram(TASK, 80, b"hello")[..]].concat();
     client.send_raw(&unknown).await;
     unknown[0] = 0x51;

@@ -1,4 +1,4 @@
-//! Who workers are, who is expelled, which tokens and keys are good.
+//! Identities of workers, expulsion, tokens and keys.
 
 mod support;
 

@@ -25,7 +25,8 @@ pub struct RecvBatch {
 }
 
 impl RecvBatch {
-    /// An empty batch with room for [`BATCH`] datagrams of any size. Pages that no datagram reaches cost nothing.
+    /// An empty batch with room for [`BATCH`] datagrams of any size. Pages that no datagram reaches cost
+    /// nothing.
     #[must_use]
     pub fn new() -> Self {
         let mut bytes = vec![0; BATCH * STRIDE];
@@ -39,11 +40,11 @@ impl RecvBatch {
         }
     }
 
-    /// Takes what has arrived at `socket`, without waiting, in place of what was in the batch. Returns the number of
-    /// datagrams.
+    /// Takes the datagrams that have arrived at `socket`, without waiting, in place of those in the batch.
+    /// Returns the number of datagrams.
     ///
     /// # Errors
-    /// [`io::ErrorKind::WouldBlock`] if there are none; what the socket says otherwise, such as
+    /// [`io::ErrorKind::WouldBlock`] if there are none; else the socket's error, such as
     /// [`io::ErrorKind::ConnectionRefused`] on a connected one.
     pub fn recv(&mut self, socket: &impl AsFd) -> io::Result<usize> {
         self.take(socket, None)
@@ -78,13 +79,13 @@ impl RecvBatch {
         self.received.len()
     }
 
-    /// Whether there are none.
+    /// Returns true if it holds no datagrams.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.received.is_empty()
     }
 
-    /// One datagram and its source.
+    /// Datagram `index` and its source.
     ///
     /// # Panics
     /// If `index` is not below [`RecvBatch::len`].
@@ -94,7 +95,8 @@ impl RecvBatch {
         (&self.bytes[index * STRIDE + HEADROOM..][..len], from)
     }
 
-    /// The first `len` bytes of one datagram as a datagram of `version`: with or without its version byte, and not copied.
+    /// The first `len` bytes of one datagram as a datagram of `version`: with or without its version byte,
+    /// and not copied.
     ///
     /// # Panics
     /// If `index` is not below [`RecvBatch::len`], or if the datagram is shorter than `len`.
@@ -107,7 +109,7 @@ impl RecvBatch {
         &self.bytes[start..end.max(start)]
     }
 
-    /// One datagram, to be changed in place, and its source.
+    /// Datagram `index`, to be changed in place, and its source.
     ///
     /// # Panics
     /// If `index` is not below [`RecvBatch::len`].
@@ -124,19 +126,20 @@ impl Default for RecvBatch {
     }
 }
 
-/// What became of datagrams that were to be sent.
+/// Result of sending a batch.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct SendReport {
-    /// The kernel took them.
+    /// Datagrams that the kernel took.
     pub sent: usize,
-    /// It did not.
+    /// Datagrams that the kernel refused.
     pub failed: usize,
-    /// The receiver's machine said about earlier ones that nobody listens there.
+    /// True if the receiver's machine reported, for earlier datagrams, that its port is closed.
     pub refused: bool,
 }
 
-/// Sends `datagrams`, each to its address, or to the socket's peer where there is none. A datagram that cannot be sent is
-/// counted and left out; a full send buffer is waited for, but only so long that receiving does not suffer.
+/// Sends `datagrams`, each to its address, or to the socket's peer if it has none. A datagram that cannot be
+/// sent is counted and left out; the call waits while the send buffer is full, but only so long that
+/// receiving does not suffer.
 pub fn send<'a>(
     socket: &impl AsFd,
     datagrams: impl IntoIterator<Item = (&'a [u8], Option<SocketAddr>)>,

@@ -1,7 +1,7 @@
 //! The addresses of one head, of which one is used.
 //!
-//! A name may have several addresses, and only some may lead to the head. Probes go to all of them until one answers. Tasks
-//! go to one at a time: the head would take the same task from two sources for two.
+//! A name may have several addresses, and only some may lead to the head. Probes go to all of them until one
+//! answers. Tasks go to one at a time: the head would take the same task from two sources for two.
 
 use std::net::{SocketAddr, UdpSocket};
 
@@ -16,14 +16,15 @@ pub(crate) struct Candidates {
 #[derive(Debug)]
 struct Candidate {
     address: SocketAddr,
-    /// Connected, so that the system takes datagrams from the head alone and says when nobody listens there.
+    /// Connected, so that the system takes datagrams from the head alone and reports when its port is closed.
     socket: UdpSocket,
-    /// Nobody listens there, as far as is known.
+    /// The port is closed, as far as is known.
     refused: bool,
 }
 
 impl Candidates {
-    /// Takes the present addresses in; sockets of those that stay are kept. Returns those for which none could be had.
+    /// Takes the present addresses in; sockets of those that stay are kept. Returns those for which none
+    /// could be had.
     pub(crate) fn update(
         &mut self,
         addresses: &[SocketAddr],
@@ -91,7 +92,8 @@ impl Candidates {
         before != Some(candidate)
     }
 
-    /// Nobody listens at this one. True if that means that nobody listens at the head.
+    /// Notes that the port of this candidate is closed. Returns true if it was the chosen one or all are
+    /// refused now: then the head counts as refused.
     pub(crate) fn refused(&mut self, candidate: usize) -> bool {
         if let Some(refusing) = self.all.get_mut(candidate) {
             refusing.refused = true;

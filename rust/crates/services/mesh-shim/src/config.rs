@@ -1,4 +1,4 @@
-//! What an operator can set.
+//! Configuration of the shim.
 
 use std::{
     net::{IpAddr, SocketAddr},
@@ -10,46 +10,46 @@ use mesh_base::addresses::host_and_port;
 use mesh_service::{config::units, network::Network};
 use serde::{Deserialize, Serialize};
 
-/// The whole configuration.
+/// Configuration of the shim, as `shim.toml` holds it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
-    /// Where `addresses.json` is written with the addresses that are listened on; nowhere if absent.
+    /// Directory for `addresses.json` with the addresses that are listened on; none is written if absent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub state_dir: Option<PathBuf>,
-    /// Where clients send their datagrams.
+    /// Address to which clients send their datagrams.
     pub listen: SocketAddr,
     /// The heads, `host:port`, the preferred one first.
     pub heads: Vec<String>,
-    /// Who is served.
+    /// Sources that are served.
     pub admit: Admit,
-    /// Whether sources on this machine are trusted.
+    /// Trust sources on this machine.
     pub trust_loopback: bool,
     /// Networks that are trusted to hold clients, such as `10.0.0.0/8`.
     pub trusted_networks: Vec<Network>,
-    /// Those of them whose clients need not show that they have the address that they send from: clients of DCF v5.0.0 cannot. Who can
-    /// forge an address there can have answers sent to it.
+    /// Those of them whose clients need not prove their address: clients of DCF v5.0.0 cannot. An attacker
+    /// who can forge an address there can have answers sent to it.
     pub unverified_networks: Vec<Network>,
-    /// Limit per source.
+    /// Limit on the datagrams of each source.
     pub rate_limit: RateLimit,
     /// Most tasks at once, those answered within `answer_linger` included. Rounded up to a power of two.
     pub max_tasks: usize,
     /// Memory for copies of tasks under way, which are sent to another head if theirs is lost.
     #[serde(with = "units::bytes")]
     pub retain_bytes: u64,
-    /// How often each head is probed.
+    /// Interval at which each head is probed.
     #[serde(with = "units::duration")]
     pub probe_interval: Duration,
-    /// A head that says nothing for so long has failed.
+    /// Time without a datagram from a head after which it counts as failed.
     #[serde(with = "units::duration")]
     pub head_timeout: Duration,
-    /// A task that is not answered for so long is given up with an Error.
+    /// Time after which an unanswered task is given up with an Error.
     #[serde(with = "units::duration")]
     pub request_timeout: Duration,
-    /// How long an answered task is known, so that a repeat of it is not a new one.
+    /// Time for which an answered task is known, so that a repeat of it is not a new one.
     #[serde(with = "units::duration")]
     pub answer_linger: Duration,
-    /// How long running tasks may take to finish after SIGTERM.
+    /// Time limit for running tasks after SIGTERM.
     #[serde(with = "units::duration")]
     pub drain_limit: Duration,
     /// The HTTP listener for `/health`, `/ready` and `/metrics`.
@@ -84,7 +84,7 @@ impl Default for Config {
 }
 
 impl Config {
-    /// Checks what the types cannot say.
+    /// Checks rules that the types cannot express.
     ///
     /// # Errors
     /// A sentence with the key, its value and what to do.
@@ -108,8 +108,8 @@ impl Config {
         Ok(())
     }
 
-    /// Whether datagrams from `source` are served without proof that they are from there. A loopback address cannot be forged from
-    /// elsewhere: the system drops such datagrams.
+    /// Returns true if datagrams from `source` are served without proof that they are from there. A loopback
+    /// address cannot be forged from elsewhere: the system drops such datagrams.
     #[must_use]
     pub fn knows(&self, source: IpAddr) -> bool {
         let canonical = source.to_canonical();
@@ -118,7 +118,7 @@ impl Config {
             && (canonical.is_loopback() || unverified.iter().any(|n| n.contains(canonical)))
     }
 
-    /// Whether clients at `source` are served, once they have shown that they are there.
+    /// Returns true if clients at `source` are served, once they have proved their address.
     #[must_use]
     pub fn trusts(&self, source: IpAddr) -> bool {
         let source = source.to_canonical();
@@ -130,7 +130,7 @@ impl Config {
     }
 }
 
-/// Who is served.
+/// Sources that are served.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Admit {
@@ -141,13 +141,13 @@ pub enum Admit {
     Verified,
 }
 
-/// Limit on what each source may send: a token bucket per IPv4 address or IPv6 /64.
+/// Limit on the datagrams of each source: a token bucket per IPv4 address or IPv6 /64.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct RateLimit {
     /// Datagrams per second in the long run; 0 is no limit.
     pub per_second: u32,
-    /// Datagrams at once.
+    /// Most datagrams of a source at once.
     pub burst: u32,
     /// Sources that are kept apart at the same time; the memory for them is fixed.
     pub sources: usize,
@@ -163,11 +163,11 @@ impl Default for RateLimit {
     }
 }
 
-/// The HTTP listener.
+/// Settings of the HTTP listener.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Http {
-    /// Its address; absent is no listener.
+    /// Address of the listener; there is none if absent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub listen: Option<SocketAddr>,
     /// Names, besides this machine's own, under which browsers may reach it on loopback.
@@ -180,10 +180,10 @@ pub enum Unsound {
     /// None or too many.
     #[error("`heads` names {0} heads; name 1 to {MAX_HEADS}, as [\"host:7777\"]")]
     Heads(usize),
-    /// Not `host:port`.
+    /// A head is not given as `host:port`.
     #[error("`heads` contains {0:?}, which is not host:port; write it as \"head.example:7777\"")]
     Head(String),
-    /// Out of range.
+    /// `max_tasks` is out of range.
     #[error("`max_tasks` is {0}; choose 2 to {MAX_TASKS}")]
     MaxTasks(usize),
     /// Interval of probes and timeout of heads contradict each other.
@@ -191,9 +191,9 @@ pub enum Unsound {
         "`head_timeout` ({timeout:?}) must not be shorter than `probe_interval` ({interval:?}), which must not be 0"
     )]
     Probing {
-        /// Of probes.
+        /// Value of `probe_interval`.
         interval: Duration,
-        /// Of heads.
+        /// Value of `head_timeout`.
         timeout: Duration,
     },
 }

@@ -4,7 +4,7 @@
 //! - [`batch`] moves datagrams in batches, with one system call for many;
 //! - [`shim`] is the loop between the two, on a thread of its own;
 //! - [`metrics`] shows its counters to Prometheus;
-//! - [`config`] is what an operator can set, [`stats`] what one can read;
+//! - [`config`] holds the operator's settings, [`stats`] the counters;
 //! - `service` makes a program of it.
 #![forbid(unsafe_code)]
 

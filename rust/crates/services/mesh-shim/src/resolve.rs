@@ -23,7 +23,7 @@ pub(crate) struct HeadAddresses {
 }
 
 impl HeadAddresses {
-    /// Knows at once those that need no name server.
+    /// Resolves at once the names that need no name server.
     pub(crate) fn new(names: &[String]) -> Self {
         let literal = |name: &String| name.parse().into_iter().collect();
         let addresses = names.iter().map(literal).collect();

@@ -110,7 +110,7 @@ impl Service for Shim {
     }
 }
 
-/// Says whether a head is there, until the drain or the end of the loop.
+/// Keeps readiness up to date with the live heads, until the drain or the end of the loop.
 async fn watch(shim: &ShimHandle, health: &Health, shutdown: &Shutdown) {
     let mut was_ready = None;
     while !shutdown.is_draining() && shim.is_running() {

@@ -39,10 +39,10 @@ pub struct ShimHandle {
     thread: Option<JoinHandle<()>>,
 }
 
-/// Why a shim could not start.
+/// Reasons for which a shim does not start.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
-    /// The configuration.
+    /// The configuration is not valid.
     #[error(transparent)]
     Config(#[from] Unsound),
     /// The port for clients.
@@ -50,9 +50,9 @@ pub enum StartError {
         "cannot listen on {address}/udp: {source}; is another shim running, or the port reserved?"
     )]
     Listen {
-        /// The address.
+        /// Address of the port.
         address: SocketAddr,
-        /// What the system said.
+        /// Error of the system.
         source: io::Error,
     },
     /// A thread or a pipe.
@@ -64,13 +64,14 @@ impl Shim {
     /// Starts a shim; its thread runs until the handle says otherwise.
     ///
     /// # Errors
-    /// [`StartError`] if the configuration is not sound or the port is taken. A head that cannot be reached, or whose name
-    /// is not known yet, is no error: it may come later.
+    /// [`StartError`] if the configuration is not sound or the port is taken. A head that cannot be reached,
+    /// or whose name is not known yet, is no error: it may come later.
     pub fn spawn(config: Config) -> Result<ShimHandle, StartError> {
         Self::spawn_with(config, || ())
     }
 
-    /// Like [`Shim::spawn`]; `beat` is called at least every [`BEAT_INTERVAL`] by the loop, and proves that it turns.
+    /// Like [`Shim::spawn`]; `beat` is called at least every [`BEAT_INTERVAL`] by the loop, and proves that
+    /// it turns.
     ///
     /// # Errors
     /// As [`Shim::spawn`].
@@ -138,19 +139,19 @@ impl Shim {
 }
 
 impl ShimHandle {
-    /// Where clients send their datagrams.
+    /// Address to which clients send their datagrams.
     #[must_use]
     pub fn addr(&self) -> SocketAddr {
         self.address
     }
 
-    /// The counters.
+    /// Counters of the shim, updated while it runs.
     #[must_use]
     pub fn stats(&self) -> &Arc<Stats> {
         &self.stats
     }
 
-    /// Whether the loop still runs.
+    /// Returns true while the loop runs.
     #[must_use]
     pub fn is_running(&self) -> bool {
         self.thread
@@ -164,8 +165,8 @@ impl ShimHandle {
         Live(Arc::clone(&self.control))
     }
 
-    /// Takes no new task from now on, and ends when those under way are answered, or when `drain_limit` is over: then
-    /// their clients get an Error. Returns at once; see [`ShimHandle::join`].
+    /// Takes no new task from now on, and ends when those under way are answered, or when `drain_limit` is
+    /// over: then their clients get an Error. Returns at once; see [`ShimHandle::join`].
     pub fn drain(&self) {
         self.control.enter(DRAINING);
     }
@@ -208,11 +209,11 @@ impl Live {
     }
 }
 
-/// How others steer the loop.
+/// Controls of the loop for other threads.
 #[derive(Debug)]
 struct Control {
     phase: AtomicU8,
-    /// A configuration that the loop is to take over.
+    /// The next configuration for the loop.
     fresh: Mutex<Option<Config>>,
     waker: UnixStream,
 }
@@ -247,7 +248,7 @@ struct Loop<F> {
     from_client: [FromClient; BATCH],
     from_head: [FromHead; BATCH],
     replies: Box<[Reply]>,
-    /// For datagrams of the bridge's own.
+    /// Buffer for the bridge's own datagrams.
     own: Box<[u8]>,
     stats: Arc<Stats>,
     control: Arc<Control>,
@@ -288,7 +289,7 @@ impl<F: FnMut()> Loop<F> {
         }
     }
 
-    /// Follows the phase; true when the loop shall end.
+    /// Follows the phase; true when the loop should end.
     fn is_over(&mut self, now: Instant) -> bool {
         match self.control.phase.load(Ordering::SeqCst) {
             RUNNING => return false,
@@ -373,7 +374,7 @@ impl<F: FnMut()> Loop<F> {
         }
     }
 
-    /// Sends what the last batch has for `head`.
+    /// Sends the datagrams of the last batch for `head`.
     fn forward(&mut self, now: Instant, head: usize, count: usize) {
         let datagrams = (0..count).filter_map(|index| match self.from_client[index] {
             FromClient::Forward {
@@ -430,7 +431,7 @@ impl<F: FnMut()> Loop<F> {
         }
     }
 
-    /// Sends what the bridge has to send by itself, some of it at a time; true if there may be more.
+    /// Sends some of the bridge's own datagrams; true if there may be more.
     fn transmit_own(&mut self, now: Instant) -> bool {
         for _ in 0..OWN_AT_A_TIME {
             let Some(Transmit { to, len }) = self.bridge.poll_transmit(now, &mut self.own) else {
@@ -474,7 +475,7 @@ impl<F: FnMut()> Loop<F> {
         }
     }
 
-    /// Nobody listens at one of a head's addresses.
+    /// The port at one of a head's addresses is closed.
     fn refused(&mut self, now: Instant, head: usize, candidate: usize) {
         if self.heads[head].refused(candidate) {
             self.bridge.on_head_refused(now, head);
@@ -509,7 +510,7 @@ impl<F: FnMut()> Loop<F> {
     }
 }
 
-/// Which sockets have something.
+/// Sockets that have something to read.
 #[derive(Clone, Copy, Debug)]
 struct Ready {
     wake: bool,
@@ -519,14 +520,15 @@ struct Ready {
 }
 
 impl Ready {
-    /// Head and candidate.
+    /// Readable sockets of heads, as head and candidate.
     fn heads(self) -> impl Iterator<Item = (usize, usize)> {
         let set = (0..MAX_SOCKETS).filter(move |index| self.heads >> index & 1 == 1);
         set.map(|index| (index / candidates::MOST, index % candidates::MOST))
     }
 }
 
-/// A head whose address is not known is one that nobody listens at. Returns the candidate that was used, too.
+/// Sends to a head, which counts as refused if its address is not known. Returns the candidate that was used,
+/// too.
 fn send_to_head<'a>(
     head: &Candidates,
     datagrams: impl IntoIterator<Item = (&'a [u8], Option<SocketAddr>)>,
@@ -578,7 +580,7 @@ fn connect(address: SocketAddr) -> io::Result<UdpSocket> {
 }
 
 fn enlarge_buffers(socket: &Socket) {
-    // The system gives what its limits allow, and a smaller buffer still works.
+    // The system gives a buffer within its limits, and a smaller one still works.
     let _ = socket.set_recv_buffer_size(SOCKET_BUFFER);
     let _ = socket.set_send_buffer_size(SOCKET_BUFFER);
 }

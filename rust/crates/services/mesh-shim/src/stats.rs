@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 pub struct Counter(AtomicU64);
 
 impl Counter {
-    /// Its value.
+    /// Value of the counter.
     pub fn get(&self) -> u64 {
         self.0.load(Relaxed)
     }
@@ -47,7 +47,7 @@ macro_rules! counters {
 }
 
 counters! {
-    /// Datagrams by what became of them, when they were good.
+    /// Good datagrams and tasks, counted by source, destination and kind.
     Traffic, "kind":
     /// From clients, all of them.
     from_clients,
@@ -118,10 +118,10 @@ counters! {
     stale_answer,
     /// From a head: a second answer to a task.
     duplicate_answer,
-    /// From a head: an answer that is too long for a datagram of its client's version, or for which no room was left while
-    /// it was brought into that version's form.
+    /// From a head: an answer that is too long for a datagram of its client's version, or for which no room
+    /// was left while it was brought into that version's form.
     untranslated,
-    /// Task that nobody answered in time.
+    /// Task that was not answered in time.
     timed_out,
     /// The kernel did not take it.
     send_failed,
@@ -130,9 +130,9 @@ counters! {
 /// All counters of a shim.
 #[derive(Debug, Default)]
 pub struct Stats {
-    /// What went through.
+    /// Datagrams that were sent on.
     pub traffic: Traffic,
-    /// What did not.
+    /// Datagrams that were dropped, by cause.
     pub drops: Drops,
     /// Bytes received from clients.
     pub client_bytes_in: Counter,
@@ -142,7 +142,7 @@ pub struct Stats {
     pub open_tasks: Counter,
     /// Index of the head that gets the tasks.
     pub current_head: Counter,
-    /// Heads that were heard lately.
+    /// Heads that are live now.
     pub live_heads: Counter,
 }
 

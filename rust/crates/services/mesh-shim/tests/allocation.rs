@@ -40,7 +40,8 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
-/// Many clients, tasks and answers, repeats, refusals, lost heads and tasks sent again, over a table that is full.
+/// Many clients, tasks and answers, repeats, refusals, lost heads and tasks sent again, over a table that is
+/// full.
 #[test]
 fn a_hundred_and_fifty_thousand_tasks_cost_no_allocation() {
     let config = Config {
@@ -85,7 +86,8 @@ fn a_hundred_and_fifty_thousand_tasks_cost_no_allocation() {
         if let FromClient::Forward { head, version, .. } =
             bridge.on_client(now, client, datagram, &mut reply)
         {
-            // Four of five are answered, by a Result with the very bytes. A head that just came back may be asked in v5.0.0.
+            // Four of five are answered, by a Result with the very bytes. A head that just came back may be
+            // asked in v5.0.0.
             if !round.is_multiple_of(5) {
                 datagram[header] = MsgType::RESULT.0;
                 let start = header - version.prefix().len();

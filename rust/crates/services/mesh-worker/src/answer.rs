@@ -20,8 +20,8 @@ use crate::host::Host;
 use crate::life::{self, Life};
 use crate::preparations;
 
-/// Reads the request from `stream` and answers it. Ends early when the head breaks the stream off, which cancels the
-/// request.
+/// Reads the request from `stream` and answers it. Ends early when the head breaks the stream off, which
+/// cancels the request.
 pub(crate) async fn serve(mut stream: MsgStream, host: Arc<Host>, defaults: Arc<SamplingDefaults>) {
     let first = match tokio::time::timeout(REQUEST_TIMEOUT, stream.recv()).await {
         Ok(Ok(Some(message))) => message,
@@ -66,8 +66,8 @@ pub(crate) async fn serve(mut stream: MsgStream, host: Arc<Host>, defaults: Arc<
     answering.instrument(span).await;
 }
 
-/// Prepares a request and hands it to its model's engine. `tokenising` is set when only the tokenizer is left to wait for: the
-/// chat template has a limit of its own.
+/// Prepares a request and hands it to its model's engine. `tokenising` is set when only the tokenizer is left
+/// to wait for: the chat template has a limit of its own.
 pub(crate) async fn start(
     host: &Arc<Host>,
     mut generate: Generate,
@@ -109,7 +109,8 @@ struct Exchange {
 }
 
 impl Exchange {
-    /// Waits for the preparation of a request, and says meanwhile that it lives. `None` when the head is gone or breaks off.
+    /// Waits for the preparation of a request, and says meanwhile that it lives. `None` when the head is gone
+    /// or breaks off.
     async fn prepare<T>(
         &mut self,
         starting: impl Future<Output = T>,
@@ -163,7 +164,7 @@ impl Exchange {
         }
     }
 
-    /// Takes in what the head says; `None` when it breaks off.
+    /// Takes in a message of the head; `None` when it breaks off.
     fn heard(&mut self, received: Result<Option<Message>, StreamFailure>) -> Option<()> {
         match received {
             // It has nothing more to say, and still listens.
@@ -217,5 +218,5 @@ fn read(message: Message) -> Result<Generate, String> {
         .map_err(|error| format!("the Generate cannot be read: {error}"))
 }
 
-/// How long a stream may stay empty.
+/// Time for which a stream may stay empty.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);

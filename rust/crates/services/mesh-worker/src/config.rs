@@ -1,4 +1,4 @@
-//! The worker's configuration: what every key means, its default, and what is checked before anything starts.
+//! The worker's configuration: the keys, their defaults, and the checks before anything starts.
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -13,7 +13,7 @@ use mesh_service::config::units;
 use mesh_service::network::Network;
 use serde::{Deserialize, Serialize};
 
-/// Everything that can be configured.
+/// All settings of the worker.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
@@ -29,16 +29,17 @@ pub struct Config {
     pub join_token_file: Option<PathBuf>,
     /// The join token itself, for deployments that hand secrets over in the environment.
     pub join_token: Option<String>,
-    /// Models to serve whole: paths of GGUF files or of folders with safetensors, names looked up in `model_dirs`, names of
-    /// models that other workers or the hub have, or short names such as `qwen2.5:7b`; for embeddings the folder of an encoder.
+    /// Models to serve whole: paths of GGUF files or of folders with safetensors, names looked up in
+    /// `model_dirs`, names of models that other workers or the hub have, or short names such as `qwen2.5:7b`;
+    /// for embeddings the folder of an encoder.
     pub models: Vec<String>,
     /// Models of which this worker holds a range of layers if the head wants it to; named like `models`.
     pub shards: Vec<String>,
-    /// Folders with models.
+    /// Folders in which models are looked up by name.
     pub model_dirs: Vec<PathBuf>,
-    /// What this node is kept for (`chat`, `embeddings`, `images`): it is given nothing else. Empty is for anything.
+    /// Purposes that this node is reserved for: `chat`, `embeddings`, `images`; empty means any.
     pub reserved_for: Vec<String>,
-    /// Embedding models.
+    /// Settings of embedding models.
     pub embed: EmbedConfig,
     /// Folder whose models are served whole as they appear, and withdrawn when they vanish.
     pub local_models: Option<PathBuf>,
@@ -46,7 +47,8 @@ pub struct Config {
     pub store: StoreConfig,
     /// ONNX Runtime's library; `ORT_DYLIB_PATH` by default.
     pub ort_library: Option<PathBuf>,
-    /// What computes: `auto` (a GPU that this build can use and that works, else the CPU), `cpu`, `cuda` or `migraphx`.
+    /// Device that computes: `auto` (a GPU that this build can use and that works, else the CPU), `cpu`,
+    /// `cuda` or `migraphx`.
     #[serde(with = "backend_name")]
     pub backend: Backend,
     /// Threads that compute, for each model; 0 is one per core.
@@ -60,50 +62,50 @@ pub struct Config {
     pub kv_memory: Option<u64>,
     /// Most rows of one step: larger is faster for long prompts and takes more memory.
     pub step_rows: u32,
-    /// How long long prompts may make answers in progress wait for their next token.
+    /// Time for which long prompts may make answers in progress wait for their next token.
     #[serde(with = "units::duration")]
     pub decode_stall: Duration,
     /// Requests that may wait for a slot of a model.
     pub queue_limit: usize,
-    /// How long running answers may take after SIGTERM.
+    /// Time limit for running answers after SIGTERM.
     #[serde(with = "units::duration")]
     pub drain_limit: Duration,
     /// Networks whose plain DCF is accepted, besides loopback and the v5.0.0 head.
     pub trusted_networks: Vec<Network>,
-    /// Health and metrics.
+    /// The HTTP listener for health and metrics.
     pub http: HttpConfig,
-    /// Weights of models, and what is kept of them.
+    /// Format of models' weights, and the cache of quantised weights.
     pub weights: WeightsConfig,
     /// Running models together with other workers.
     pub ring: RingConfig,
-    /// DCF over UDP.
+    /// Settings of DCF over UDP.
     pub dcf: DcfConfig,
     /// Serving a head of DCF v5.0.0 or v5.1.
     pub legacy: LegacyConfig,
-    /// What requests get that do not say.
+    /// Defaults for requests that do not set these.
     pub sampling: SamplingDefaults,
     /// Log level or filter, used if neither `--log-level` nor RUST_LOG is set.
     pub log_level: Option<String>,
 }
 
-/// Health and metrics.
+/// Settings of the HTTP listener for health and metrics.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct HttpConfig {
-    /// Address and port.
+    /// Address and port of the listener.
     pub listen: SocketAddr,
     /// Names, besides this machine's own, under which browsers may reach it on loopback.
     pub hosts: Vec<String>,
 }
 
-/// Embedding models.
+/// Settings of embedding models.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct EmbedConfig {
     /// Most tokens that are computed at once, over all texts of a batch.
     pub batch_tokens: u32,
-    /// Texts that a model wants in front of others, by model and by name, where its own files do not say them, such as
-    /// `{ "e5-small-v2" = { query = "query: ", passage = "passage: " } }`.
+    /// Texts that a model wants in front of others, by model and by name, where its own files do not say
+    /// them, such as `{ "e5-small-v2" = { query = "query: ", passage = "passage: " } }`.
     pub prompts: BTreeMap<String, BTreeMap<String, String>>,
 }
 
@@ -116,26 +118,27 @@ impl Default for EmbedConfig {
     }
 }
 
-/// Weights of models, and what is kept of them.
+/// Format of models' weights, and the cache of quantised weights.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct WeightsConfig {
-    /// How weights of models that are served whole are held; `auto` is as in the file, or as 8-bit integers where those are floats.
+    /// Format in memory of the weights of models that are served whole; `auto` is as in the file, or 8-bit
+    /// integers where those are floats.
     pub format: Format,
-    /// Most disk space, in the folder `weights` of the state directory, for weights that were quantised when they were loaded;
-    /// 0 keeps none.
+    /// Most disk space, in the folder `weights` of the state directory, for weights that were quantised when
+    /// they were loaded; 0 keeps none.
     #[serde(with = "units::bytes")]
     pub cache: u64,
 }
 
-/// How weights are held in memory.
+/// Format of weights in memory.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Format {
-    /// As it suits: see where it is set.
+    /// Depends on the setting: see [`WeightsConfig::format`] and [`RingConfig::format`].
     #[default]
     Auto,
-    /// As in the file.
+    /// The types of the file, unchanged.
     File,
     /// 8-bit integers.
     Int8,
@@ -144,7 +147,7 @@ pub enum Format {
 }
 
 impl Format {
-    /// What it comes to for a model that is served whole.
+    /// The format for a model that is served whole.
     pub(crate) fn of(self, model: &Model) -> WeightFormat {
         match self.candidates() {
             [only] => *only,
@@ -167,12 +170,14 @@ impl Format {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct RingConfig {
-    /// Where other workers reach this one, QUIC over UDP. Used only if there are `shards`, or models that come from elsewhere.
+    /// Address at which other workers reach this one, QUIC over UDP. Used only if there are `shards`, or
+    /// models that come from elsewhere.
     pub listen: SocketAddr,
-    /// Most memory for parts and their KV cache; by default most of what is free at the start.
+    /// Most memory for parts and their KV cache; by default most of the memory that is free at the start.
     #[serde(with = "units::optional_bytes")]
     pub memory: Option<u64>,
-    /// How weights are held; `auto` is as in the file or as 8-bit integers, whichever is faster on this machine by measurement.
+    /// Format in memory of the weights; `auto` is as in the file or 8-bit integers, whichever is faster on
+    /// this machine by measurement.
     pub format: Format,
 }
 
@@ -180,14 +185,15 @@ pub struct RingConfig {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct StoreConfig {
-    /// Where they are kept; `store` in `state_dir` by default.
+    /// Folder of the store; `store` in `state_dir` by default.
     pub dir: Option<PathBuf>,
-    /// Most bytes that they may take; what was not used for longest goes first. By default all but 1 GiB of the disk.
+    /// Most bytes that they may take; the least recently used model goes first. By default all but 1 GiB of
+    /// the disk.
     #[serde(with = "units::optional_bytes")]
     pub limit: Option<u64>,
     /// Get models from the Hugging Face hub that no worker has.
     pub hub: bool,
-    /// Get models from other workers, and give them what is here.
+    /// Get models from other workers, and give them the models here.
     pub peers: bool,
     /// Take only models whose manifest is signed by one of `trusted_keys`.
     pub require_signature: bool,
@@ -195,11 +201,11 @@ pub struct StoreConfig {
     pub trusted_keys: Vec<PathBuf>,
 }
 
-/// DCF over UDP.
+/// Settings of DCF over UDP.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct DcfConfig {
-    /// Where plain tasks are taken.
+    /// Address that takes plain tasks.
     pub listen: SocketAddr,
 }
 
@@ -220,27 +226,27 @@ pub enum HeadVersion {
     #[default]
     #[serde(rename = "auto")]
     Auto,
-    /// v5.0.0.
+    /// DCF v5.0.0.
     #[serde(rename = "5.0")]
     V5_0,
-    /// v5.1.
+    /// DCF v5.1.
     #[serde(rename = "5.1")]
     V5_1,
 }
 
-/// What requests get that do not say.
+/// Defaults for requests that do not set these.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct SamplingDefaults {
-    /// 0 is greedy.
+    /// Temperature; 0 is greedy.
     pub temperature: f32,
-    /// 0 is all.
+    /// Number of likeliest tokens to choose from; 0 is all.
     pub top_k: u32,
-    /// 1 is all.
+    /// Total probability of the likeliest tokens to choose from; 1 is all.
     pub top_p: f32,
-    /// 0 is all.
+    /// Least probability of a token, relative to the likeliest one; 0 is all.
     pub min_p: f32,
-    /// 1 is off.
+    /// Penalty on tokens that occurred before; 1 is off.
     pub repetition_penalty: f32,
     /// Most tokens of an answer; 0 is as many as the context holds.
     pub max_tokens: u32,
@@ -347,7 +353,7 @@ impl Default for SamplingDefaults {
 }
 
 impl Config {
-    /// How requests are scheduled, but for the KV memory.
+    /// Settings of the scheduler, except for the KV memory.
     pub(crate) fn scheduler(&self) -> SchedulerConfig {
         SchedulerConfig {
             queue_limit: self.queue_limit,
@@ -356,7 +362,7 @@ impl Config {
         }
     }
 
-    /// Checks what single keys cannot say.
+    /// Checks rules that no single key can express.
     pub fn check(&self) -> Result<(), Unsound> {
         if self.models.is_empty() && self.shards.is_empty() && self.local_models.is_none() {
             return Err(Unsound::NoModels);
@@ -391,7 +397,7 @@ impl Config {
         Ok(())
     }
 
-    /// Whether there is a head to link to, be it one that has to be found.
+    /// Returns true if there is a head to link to, at an address or to be found on the LAN.
     pub(crate) fn has_head(&self) -> bool {
         self.head.is_some() || self.mdns
     }
@@ -402,13 +408,13 @@ impl Config {
         local.chain(self.model_dirs.iter().cloned()).collect()
     }
 
-    /// Where models are kept that come from elsewhere.
+    /// Folder of the store of models.
     pub fn store_dir(&self) -> PathBuf {
         let own = || self.state_dir.join("store");
         self.store.dir.clone().unwrap_or_else(own)
     }
 
-    /// Whether plain DCF from this address is accepted without further ado.
+    /// Returns true if plain DCF from this address is accepted without further proof.
     pub fn trusts(&self, source: IpAddr) -> bool {
         let source = source.to_canonical();
         source.is_loopback() || self.trusted_networks.iter().any(|n| n.contains(source))
@@ -440,12 +446,12 @@ pub(crate) fn host_name() -> Option<String> {
 /// Keys that are valid one by one and make no sense together.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Unsound {
-    /// Nothing to serve.
+    /// No model is configured.
     #[error(
         "`models` and `shards` are empty: name at least one GGUF file to serve whole, as models = [\"/path/model.gguf\"] or --model FILE, or to hold layers of, as shards = [\"/path/model.gguf\"] or --shard FILE, or a folder whose models are served, as local_models = \"/path\""
     )]
     NoModels,
-    /// Nobody to serve.
+    /// No head is set.
     #[error(
         "`head` is not set: give the head's QUIC address, as head = \"host:7780\" or --head HOST:PORT, or find it on the LAN with mdns = true"
     )]
@@ -453,9 +459,9 @@ pub enum Unsound {
     /// An address without a port.
     #[error("`{key}` is {value:?}, which is not host:port; write it as \"head.example:7780\"")]
     HeadAddress {
-        /// The key.
+        /// Name of the key.
         key: &'static str,
-        /// Its value.
+        /// Value of the key.
         value: String,
     },
     /// A reservation for nothing that there is.
@@ -468,7 +474,7 @@ pub enum Unsound {
     Zero(&'static str),
 }
 
-/// What a node can be kept for.
+/// Purposes that a node can be reserved for.
 const PURPOSES: [&str; 3] = ["chat", "embeddings", "images"];
 
 /// A backend by its name.

@@ -29,7 +29,7 @@ use crate::preparations;
 pub(crate) struct HostedEncoder {
     pub(crate) model: EncoderModel,
     pub(crate) engine: EmbedHandle,
-    /// What the head is told about it.
+    /// The model's description for the head.
     pub(crate) card: ModelCard,
     pub(crate) source: host::Source,
     /// Ends the engine's thread when dropped.
@@ -39,8 +39,8 @@ pub(crate) struct HostedEncoder {
 }
 
 impl HostedEncoder {
-    /// Loads the model in `folder`, starts its engine and lets it embed something, which also measures its speed. It is called as
-    /// its folder is unless there is a `name`.
+    /// Loads the model in `folder`, starts its engine and lets it embed something, which also measures its
+    /// speed. It is called as its folder is unless there is a `name`.
     pub(crate) fn load(
         folder: &Path,
         name: Option<&str>,
@@ -153,7 +153,8 @@ fn warm_up(engine: &EmbedHandle, name: &str) -> Result<(), WorkerError> {
     Ok(())
 }
 
-/// Answers the Embed that `first` is. Ends early when the head breaks the stream off, which cancels the request.
+/// Answers the Embed that `first` is. Ends early when the head breaks the stream off, which cancels the
+/// request.
 pub(crate) async fn serve(stream: MsgStream, first: Message, host: &Arc<Host>) {
     let arrived = Instant::now();
     let sequence = first.sequence;
@@ -173,7 +174,8 @@ pub(crate) async fn serve(stream: MsgStream, first: Message, host: &Arc<Host>) {
             let at = Stage::default();
             let mut answering = std::pin::pin!(answer(host, embed, arrived, &at));
             let mut broken_off = std::pin::pin!(async {
-                // Whatever else it says; only an end of its side is none.
+                // Messages are ignored, and the end of the head's side does not end the request; only an
+                // error does.
                 while let Ok(message) = recv.recv().await {
                     if message.is_none() {
                         std::future::pending::<()>().await;
@@ -215,14 +217,14 @@ pub(crate) async fn serve(stream: MsgStream, first: Message, host: &Arc<Host>) {
             return;
         }
         let _ = send.finish();
-        // What was sent must arrive before the stream's halves are dropped.
+        // Sent data must arrive before the stream's halves are dropped.
         send.stopped().await;
     }
     .instrument(span)
     .await;
 }
 
-/// Why texts are not embedded.
+/// Reasons for which texts are not embedded.
 #[derive(Debug, thiserror::Error)]
 enum Refusal {
     #[error("this worker does not serve an embedding model called {name:?}")]
@@ -255,10 +257,11 @@ impl Refusal {
     }
 }
 
-/// How far the answer to an Embed is.
+/// Progress of the answer to an Embed.
 #[derive(Default)]
 struct Stage {
-    /// When its texts began to be tokenised. Until then it waits for other requests, which is nobody's silence.
+    /// Time at which its texts began to be tokenised. Until then it waits for other requests, which does not
+    /// count as silence.
     tokenising: OnceLock<Instant>,
     /// Set when this engine has the texts.
     engine: OnceLock<EmbedHandle>,

@@ -1,4 +1,4 @@
-//! Why a worker does not start, or ends.
+//! Reasons for which a worker does not start, or ends.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -12,7 +12,7 @@ use mesh_store::LocalError;
 
 use crate::config::Unsound;
 
-/// Why a worker does not start, or ends.
+/// Reasons for which a worker does not start, or ends.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum WorkerError {
@@ -24,49 +24,49 @@ pub enum WorkerError {
         "cannot listen on {address}/{carrier}: {source}; set `{key}` to another address or port"
     )]
     Listen {
-        /// The address.
+        /// Address that cannot be used.
         address: SocketAddr,
         /// `tcp` or `udp`.
         carrier: &'static str,
-        /// The configuration key.
+        /// Configuration key of the address.
         key: &'static str,
-        /// What the system said.
+        /// Error of the system.
         source: std::io::Error,
     },
-    /// The state directory.
+    /// The state directory cannot be used.
     #[error("cannot use the state directory {}: {source}; set `state_dir` to one that this user can write", path.display())]
     StateDir {
-        /// The directory.
+        /// Path of the directory.
         path: PathBuf,
-        /// What the system said.
+        /// Error of the system.
         source: std::io::Error,
     },
     /// A model is not there.
     #[error(transparent)]
     NotFound(#[from] LocalError),
-    /// A name of a model that is none, anywhere.
+    /// No file, folder, worker or hub model has this name.
     #[error("no model {name:?}: it is no file, in no model folder, {hint}")]
     Unknown {
-        /// The name.
+        /// Name from the configuration.
         name: String,
-        /// What a name may be, and those that look like it.
+        /// Valid forms of a name, and known names that look like it.
         hint: String,
     },
     /// The store of models, or the keys that it trusts.
     #[error("the store of models: {reason}; `store.dir` says where it lies")]
     ModelStore {
-        /// What is wrong.
+        /// Fault of the store or of a key.
         reason: String,
     },
     /// ONNX Runtime cannot be used at all.
     #[error(transparent)]
     Runtime(LoadError),
-    /// A model could not be had from elsewhere.
+    /// A model could not be fetched.
     #[error("model {name}: {reason}")]
     Fetch {
-        /// The model.
+        /// Name of the model.
         name: String,
-        /// Why.
+        /// Cause, for people.
         reason: String,
     },
     /// A model file is damaged or unsupported.
@@ -75,55 +75,55 @@ pub enum WorkerError {
     /// An embedding model's folder is damaged or unsupported.
     #[error("embedding model {name}: {source}")]
     Encoder {
-        /// The model.
+        /// Name of the model.
         name: String,
-        /// Why.
+        /// Error of the model's files.
         source: EncoderError,
     },
     /// Two models go by one name.
     #[error("two models are called {name:?}; rename one of the files or drop one from `models`")]
     SameName {
-        /// The name.
+        /// Name that two models have.
         name: String,
     },
     /// The model does not load.
     #[error("model {name}: {source}")]
     Load {
-        /// The model.
+        /// Name of the model.
         name: String,
-        /// Why.
+        /// Error of the load.
         source: Box<LoadError>,
     },
     /// The engine does not start.
     #[error("model {name}: {source}")]
     Start {
-        /// The model.
+        /// Name of the model.
         name: String,
-        /// Why.
+        /// Error of the engine.
         source: StartError,
     },
     /// The first token did not come.
     #[error("model {name} gives no token: {reason}")]
     Broken {
-        /// The model.
+        /// Name of the model.
         name: String,
-        /// Why.
+        /// Cause, for people.
         reason: String,
     },
-    /// It cannot be found out what layers of a model cost here.
+    /// The cost of the model's layers on this machine cannot be measured.
     #[error("model {name} cannot be offered in parts: {reason}")]
     Measure {
-        /// The model.
+        /// Name of the model.
         name: String,
-        /// Why.
+        /// Cause, for people.
         reason: String,
     },
     /// The join token cannot be read.
     #[error("cannot read the join token from {}: {source}; `hydramesh token create` prints one", path.display())]
     TokenFile {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// What the system said.
+        /// Error of the system.
         source: std::io::Error,
     },
     /// The join token is malformed.
@@ -131,7 +131,7 @@ pub enum WorkerError {
     Token {
         /// File or key.
         origin: String,
-        /// What is wrong.
+        /// Fault of the token.
         reason: String,
     },
     /// The worker has never joined and has no token.
@@ -147,15 +147,15 @@ pub enum WorkerError {
     Join {
         /// The head's address.
         head: String,
-        /// Why.
+        /// Error of the attempt to join.
         source: Box<JoinError>,
     },
     /// An engine's thread is gone.
     #[error("the engine of model {name} stopped: {reason}")]
     EngineDead {
-        /// The model.
+        /// Name of the model.
         name: String,
-        /// Why.
+        /// Cause, for people.
         reason: String,
     },
     /// A task of the program itself failed.

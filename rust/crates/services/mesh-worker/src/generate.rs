@@ -17,7 +17,7 @@ use crate::config::SamplingDefaults;
 use crate::preparations;
 use crate::templates::{TemplateError, Templates};
 
-/// Why a Generate message is refused before it reaches an engine.
+/// Reasons for which a Generate message is refused before it reaches an engine.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Refusal {
     #[error("no prompt was given")]
@@ -78,10 +78,10 @@ pub(crate) fn check_length(
 
 /// A prompt as the model will read it.
 pub(crate) enum Written {
-    /// As the model is to read it, control tokens and all.
+    /// Text to tokenise as it is, with its control tokens.
     Text(String),
     Tokens(Vec<u32>),
-    /// What the model's template made of a conversation.
+    /// A conversation, rendered by the model's template.
     Chat(Rendered),
 }
 
@@ -114,8 +114,8 @@ pub(crate) async fn write(
     })
 }
 
-/// Turns `generate` into a request for the engine of `model`, whose context holds so many tokens. Tokenizes: milliseconds for a
-/// long prompt.
+/// Turns `generate` into a request for the engine of `model`, whose context holds so many tokens. Tokenizes:
+/// milliseconds for a long prompt.
 pub(crate) fn request(
     model: &Model,
     defaults: &SamplingDefaults,
@@ -235,7 +235,7 @@ pub(crate) fn message(
     }
 }
 
-/// What kind of error a request's error is on the wire.
+/// Code of a request's error on the wire.
 pub(crate) fn code(error: &RequestError) -> ErrorCode {
     match error {
         RequestError::EmptyPrompt

@@ -1,4 +1,5 @@
-//! The link to the head: joins, connects, says Hello, reports load, takes requests; connects again when the head is gone.
+//! The link to the head: joins, connects, says Hello, reports load, takes requests; connects again when the
+//! head is gone.
 
 use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
@@ -56,10 +57,12 @@ pub(crate) struct HeadLink {
     pub(crate) known: Arc<OnceLock<NodeIdentity>>,
 }
 
-/// Loads the identity in the state directory, or joins with the token. `None` means that the head does not answer yet.
+/// Loads the identity in the state directory, or joins with the token. `None` means that the head does not
+/// answer yet.
 ///
 /// # Errors
-/// If there is neither; if the identity's files are not whole and the token does not mend that; if the head refuses.
+/// If there is neither; if the identity's files are not whole and the token does not mend that; if the head
+/// refuses.
 pub(crate) async fn identify(
     config: &Config,
     head: &HeadPlace,
@@ -110,7 +113,7 @@ pub(crate) async fn identify(
     }
 }
 
-/// Why a worker without a token does not start.
+/// Error of a worker that has neither an identity nor a token, or whose identity is damaged.
 pub(crate) fn unusable(error: TrustError) -> WorkerError {
     match error {
         TrustError::NoIdentity { .. } => WorkerError::NoToken,
@@ -119,7 +122,7 @@ pub(crate) fn unusable(error: TrustError) -> WorkerError {
 }
 
 impl HeadLink {
-    /// Keeps the link up until it is to stop, or until an error that trying again does not help.
+    /// Keeps the link up until shutdown, or until an error that a retry does not help.
     pub(crate) async fn run(self, mut identity: Option<NodeIdentity>) -> Result<(), WorkerError> {
         let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
         // Refusals that trying again soon does not end.
@@ -185,7 +188,7 @@ impl HeadLink {
         Ok(())
     }
 
-    /// Tells the operator what ends a refusal.
+    /// Tells the operator how to end a refusal.
     fn explain(&self, refusal: &Standing, pause: Duration) {
         let state_dir = self.config.state_dir.display();
         match refusal {
@@ -233,8 +236,9 @@ impl HeadLink {
         }
     }
 
-    /// A link to the head at the first of its addresses that answers. The head judges dates: a certificate that it refuses,
-    /// after this machine was switched off for long or either clock was set, is renewed first.
+    /// A link to the head at the first of its addresses that answers. The head judges dates: a certificate
+    /// that it refuses, after this machine was switched off for long or either clock was set, is renewed
+    /// first.
     async fn connect(
         &self,
         identity: &NodeIdentity,
@@ -267,8 +271,8 @@ impl HeadLink {
         })
     }
 
-    /// The certificate is of no use and cannot be renewed: a token that the configuration names by now can mend that. It is
-    /// read each time, so that a worker which waits takes a new one.
+    /// The certificate is of no use and cannot be renewed: a token that the configuration names by now can
+    /// mend that. It is read each time, so that a worker which waits takes a new one.
     async fn join_again(
         &self,
         addresses: &[SocketAddr],
@@ -283,7 +287,7 @@ impl HeadLink {
                 refusal: Some(Standing::Expelled),
             });
         }
-        // Where this machine or the way to the head fails, a token would be used up for nothing.
+        // If this machine or the path to the head fails, a token would be used up for nothing.
         if not_renewed.is_transient() || !matches!(not_renewed, JoinError::Refused { .. }) {
             return Err(text.into());
         }
@@ -464,7 +468,8 @@ impl HeadLink {
     }
 }
 
-/// Whether the head should hear of this: a drain at once, other changes at most four times a second.
+/// Returns true if the head should hear of this load now: a drain at once, other changes at most four times a
+/// second.
 fn is_news(reported: Option<&(Load, Instant)>, load: &Load) -> bool {
     let Some((last, at)) = reported else {
         return true;
@@ -568,7 +573,7 @@ fn refusal_pause(times: u32) -> Duration {
         .min(LONGEST_REFUSAL_PAUSE)
 }
 
-/// Says so if this machine's clock and the head's are far apart. The mesh works nevertheless.
+/// Warns if this machine's clock and the head's are far apart. The mesh works nevertheless.
 fn compare_clocks(identity: &NodeIdentity) {
     let offset = identity.clock().offset();
     if offset.abs() > CLOCK_TOLERANCE.as_secs_f64() {
@@ -581,7 +586,8 @@ fn compare_clocks(identity: &NodeIdentity) {
     }
 }
 
-/// Addresses of this machine, at which other workers may reach it where they cannot reach it at the one that the head sees.
+/// Addresses of this machine, at which other workers may reach it where they cannot reach it at the one that
+/// the head sees.
 fn own_addresses() -> Vec<String> {
     // A service that may not use AF_NETLINK cannot list them, and does without.
     let Ok(all) = nix::ifaddrs::getifaddrs() else {
@@ -689,7 +695,7 @@ fn look_at_token_file(config: &Config) {
     }
 }
 
-/// What else is to be done where the token file is systemd's copy of another one, in `credentials`.
+/// Further advice where the token file is systemd's copy of another one, in `credentials`.
 fn token_advice(config: &Config, credentials: Option<&Path>) -> &'static str {
     let path = config.join_token_file.as_deref();
     match (path, credentials) {
@@ -705,7 +711,8 @@ pub(crate) fn read_token(config: &Config) -> Result<Option<JoinToken>, WorkerErr
         (Some(text), _) => (text.clone(), "`join_token`".to_owned()),
         (None, Some(path)) => match std::fs::read_to_string(path) {
             Ok(text) => (text, path.display().to_string()),
-            // Tokens are used once; who has joined may have thrown the file away. Whoever cannot use its identity hears of that.
+            // Tokens are used once; after the join their file may be gone. A worker that cannot use its
+            // identity is told of that.
             Err(_) if !has_never_joined(&config.state_dir) => return Ok(None),
             Err(source) => {
                 return Err(WorkerError::TokenFile {
@@ -740,11 +747,11 @@ const MOST_ADDRESSES: usize = 8;
 
 const HEARTBEAT: Duration = Duration::from_secs(2);
 const LOAD_INTERVAL: Duration = Duration::from_millis(250);
-/// The head hears at most so often of what is held and sought.
+/// Least interval between reports to the head of the models that are held and sought.
 const MODELS_INTERVAL: Duration = Duration::from_millis(200);
 const WELCOME_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// How long the head has to hear that the worker goes.
+/// Time for which the worker waits to tell the head that it goes.
 const GOODBYE: Duration = Duration::from_millis(500);
 
 /// A link that held this long was no failed attempt.

@@ -32,7 +32,7 @@ pub(crate) struct Host {
     rings: Arc<Rings>,
     templates: Templates,
     preparations: Preparations,
-    /// Models that are not served because something is wrong with them, each with what that is.
+    /// Models that are not served because of a fault, each with the fault.
     failed: Mutex<BTreeMap<String, String>>,
     /// Models offered in parts whose templates were looked at.
     looked_at: Mutex<HashSet<String>>,
@@ -50,7 +50,7 @@ pub(crate) struct Failure {
 /// The source that a model is loaded from.
 #[derive(Debug, Clone)]
 pub(crate) enum Source {
-    /// The file or folder that a name in the configuration means. What is loaded is [`Source::At`] a path.
+    /// The file or folder that a name in the configuration means. A loaded model has [`Source::At`] its path.
     Named,
     /// The same, offered in parts.
     Shard,
@@ -70,17 +70,17 @@ pub(crate) struct Answering {
 
 /// A model of either kind, loaded while the worker is up.
 pub(crate) enum Loaded {
-    /// It chats.
+    /// A chat model.
     Chat(Box<Hosted>),
-    /// It embeds.
+    /// An embedding model.
     Embed(Box<HostedEncoder>),
 }
 
 /// A model of either kind that is served no longer.
 pub(crate) enum Removed {
-    /// It chatted.
+    /// A chat model.
     Chat(Arc<Hosted>),
-    /// It embedded.
+    /// An embedding model.
     Embed(Arc<HostedEncoder>),
 }
 
@@ -88,9 +88,9 @@ pub(crate) enum Removed {
 pub(crate) struct Hosted {
     pub(crate) model: Model,
     pub(crate) engine: EngineHandle,
-    /// What the head is told about it.
+    /// The model's description for the head.
     pub(crate) card: ModelCard,
-    /// What computes it.
+    /// Device that computes it.
     pub(crate) backend: Provider,
     source: Source,
     /// Ends the engine's thread when dropped.
@@ -100,8 +100,9 @@ pub(crate) struct Hosted {
 }
 
 impl Host {
-    /// Loads every model of `config` that is a file at hand, starts its engine and lets it answer once, which also measures its
-    /// speed. Blocks for as long as that takes. What is wrong with one model is a failure of that one.
+    /// Loads every model of `config` that is a file at hand, starts its engine and lets it answer once, which
+    /// also measures its speed. Blocks for as long as that takes. A fault of one model becomes a [`Failure`]
+    /// of that model alone.
     ///
     /// # Errors
     /// If names in the configuration contradict each other, or none of them stands for a model.
@@ -172,7 +173,7 @@ impl Host {
         failed.clone()
     }
 
-    /// Notes what is wrong with a model, or that nothing is any more.
+    /// Notes a model's fault, or with `None` that it has none any more.
     pub(crate) fn set_failed(&self, name: &str, reason: Option<String>) {
         let mut failed = self.failed.lock().unwrap_or_else(PoisonError::into_inner);
         match reason {
@@ -208,7 +209,7 @@ impl Host {
         Ok(())
     }
 
-    /// Serves the model called `name` no longer. What runs on it may finish as long as somebody holds what is returned.
+    /// Stops serving the model called `name`. Its running requests may finish as long as the result is held.
     pub(crate) fn remove(&self, name: &str) -> Option<Removed> {
         let mut hosted = self.hosted.write().unwrap_or_else(PoisonError::into_inner);
         if let Some(index) = hosted.iter().position(|other| other.card.name == name) {
@@ -222,17 +223,17 @@ impl Host {
         Some(Removed::Embed(encoders.remove(index)))
     }
 
-    /// Models that are in the store, and what is got from elsewhere.
+    /// The store of models, and the fetches from elsewhere.
     pub(crate) fn stored(&self) -> &Arc<Models> {
         &self.models
     }
 
-    /// What writes conversations as prompts.
+    /// Renderer of conversations to prompts.
     pub(crate) fn templates(&self) -> &Templates {
         &self.templates
     }
 
-    /// Bounds what is prepared at once.
+    /// Bounds on the requests that are prepared at once.
     pub(crate) fn preparations(&self) -> &Preparations {
         &self.preparations
     }
@@ -242,7 +243,7 @@ impl Host {
         &self.rings
     }
 
-    /// All models.
+    /// Chat models that are served.
     pub(crate) fn models(&self) -> Vec<Arc<Hosted>> {
         self.hosted
             .read()
@@ -250,7 +251,7 @@ impl Host {
             .clone()
     }
 
-    /// All embedding models.
+    /// Embedding models that are served.
     pub(crate) fn encoders(&self) -> Vec<Arc<HostedEncoder>> {
         self.encoders
             .read()
@@ -258,7 +259,7 @@ impl Host {
             .clone()
     }
 
-    /// What the head is told of all models.
+    /// Descriptions of all models for the head.
     pub(crate) fn cards(&self) -> Vec<ModelCard> {
         let (models, encoders) = (self.models(), self.encoders());
         let chat = models.iter().map(|hosted| &hosted.card);
@@ -330,12 +331,12 @@ impl Host {
         report
     }
 
-    /// Takes nothing new; resolves when what runs has ended.
+    /// Takes no new requests; resolves when the running ones have ended.
     pub(crate) async fn drain(&self) {
         let (engines, encoders) = (self.engines(), self.encoders());
         let finished = join_all(engines.iter().map(|(_, engine)| engine.drain()));
         let embedded = join_all(encoders.iter().map(|hosted| hosted.engine.drain()));
-        // What this worker does for rings the head moves elsewhere when it hears of the drain.
+        // Parts that this worker runs for rings: the head moves them elsewhere when it hears of the drain.
         tokio::join!(finished, embedded, self.rings.emptied());
     }
 
@@ -371,7 +372,7 @@ impl Host {
 /// A model's name in the configuration, and where it lies or why it cannot be found.
 pub(crate) type Resolved = (String, Result<PathBuf, WorkerError>);
 
-/// The models that the names in the configuration stand for; those that come from elsewhere are left out.
+/// The models that the names in the configuration stand for, without those that come from elsewhere.
 pub(crate) fn find(config: &Config) -> Result<Vec<Resolved>, WorkerError> {
     let mut found = Vec::new();
     let mut names = HashSet::new();
@@ -409,7 +410,8 @@ pub(crate) fn find(config: &Config) -> Result<Vec<Resolved>, WorkerError> {
 }
 
 impl Loaded {
-    /// Loads what lies at `path`, whatever it is; see [`Hosted::load`]. Blocks. A panic is an error of this model.
+    /// Loads the model at `path`, of either kind; see [`Hosted::load`]. Blocks. A panic is an error of this
+    /// model.
     pub(crate) fn load(
         path: &Path,
         name: Option<&str>,
@@ -435,7 +437,7 @@ impl Loaded {
         std::panic::catch_unwind(AssertUnwindSafe(load)).unwrap_or_else(panicked)
     }
 
-    /// Says where it came from.
+    /// Sets the source that it was loaded from.
     pub(crate) fn from(mut self, source: Source) -> Self {
         match &mut self {
             Loaded::Chat(hosted) => hosted.source = source,
@@ -462,7 +464,7 @@ impl Loaded {
 }
 
 impl Removed {
-    /// Resolves when what runs on it has ended.
+    /// Resolves when its running requests have ended.
     pub(crate) async fn drain(&self) {
         match self {
             Removed::Chat(hosted) => hosted.engine.drain().await,
@@ -472,8 +474,8 @@ impl Removed {
 }
 
 impl Hosted {
-    /// Loads the model at `path` and lets it answer once. It is called as its file is unless there is a `name`; its fingerprint is
-    /// computed unless it is known. Blocks.
+    /// Loads the model at `path` and lets it answer once. It is called as its file is unless there is a
+    /// `name`; its fingerprint is computed unless it is known. Blocks.
     pub(crate) fn load(
         path: &Path,
         name: Option<&str>,
@@ -482,7 +484,7 @@ impl Hosted {
         templates: Option<&Templates>,
     ) -> Result<Self, WorkerError> {
         let started = Instant::now();
-        // What loading needs is a multiple of what serving does.
+        // Loading takes a multiple of the memory that serving does.
         let _reclaim = Reclaim;
         let model = Model::open(path)?;
         let name = name.map_or_else(|| model.name(), str::to_owned);
@@ -504,7 +506,7 @@ impl Hosted {
             });
             let stage = load_stage(&model, &name, config);
             if stage.is_err() {
-                // Nobody needs it any more.
+                // No one needs it any more.
                 stop.store(true, Ordering::Relaxed);
             }
             let stage = stage?;
@@ -538,8 +540,18 @@ impl Hosted {
         warm_up(&handle, &name, model.tokenizer())?;
         let measured = handle.load();
 
+        let context = u32::try_from(measured.kv_tokens_total).unwrap_or(u32::MAX);
+        let context = context.min(info.context);
+        if context < info.context {
+            tracing::warn!(
+                model = name,
+                context,
+                wanted = info.context,
+                "memory for keys and values is short, so conversations are: set kv_memory, or give the worker more memory"
+            );
+        }
         let card = ModelCard {
-            context: info.context,
+            context,
             slots: info.slots,
             decode_tps: measured.decode_tps,
             prefill_tps: measured.prefill_tps,
@@ -569,7 +581,7 @@ impl Hosted {
     }
 }
 
-/// Says once what is wrong with a model's chat template, and finds the token that it puts behind an answer.
+/// Logs the faults of a model's chat template once, and finds the token that it puts behind an answer.
 pub(crate) fn learn_turn_end(model: &Model, name: &str, templates: &Templates) {
     let template = model.template();
     if template.is_fallback() {
@@ -602,7 +614,7 @@ pub(crate) fn learn_turn_end(model: &Model, name: &str, templates: &Templates) {
     }
 }
 
-/// What can be told of a model without loading it.
+/// Description of a model without loading it.
 pub(crate) fn card(name: &str, path: &Path, model: &Model, fingerprint: &str) -> ModelCard {
     let spans = model.tokenizer().spans();
     ModelCard {
@@ -622,7 +634,7 @@ pub(crate) fn card(name: &str, path: &Path, model: &Model, fingerprint: &str) ->
     }
 }
 
-/// How stages are loaded here.
+/// Options for loading stages on this worker.
 pub(crate) fn options(config: &Config) -> OrtOptions {
     OrtOptions {
         library: config.ort_library.clone(),
@@ -651,7 +663,7 @@ fn load_stage(model: &Model, name: &str, config: &Config) -> Result<Opened, Work
             model.know_fingerprint(&fingerprint);
         }
     }
-    // Why a GPU is not used it has logged.
+    // The log already has the reason for which a GPU is not used.
     let opened = mesh_engine_ort::open(model, layers, options, config.backend);
     opened.map_err(|error| WorkerError::Load {
         name: name.to_owned(),

@@ -1,4 +1,4 @@
-//! Where the head is: at an address, or found on the LAN.
+//! Location of the head: an address, or to be found on the LAN.
 
 use std::fmt;
 use std::net::SocketAddr;
@@ -14,7 +14,7 @@ use crate::config::Config;
 use crate::error::WorkerError;
 use crate::head::{read_token, unusable};
 
-/// Where the head is.
+/// Location of the head.
 #[derive(Clone)]
 pub(crate) enum HeadPlace {
     /// At this address, `host:port`; which of its addresses worked last.
@@ -32,7 +32,8 @@ pub(crate) struct Lan {
 }
 
 impl Lan {
-    /// Begins to look for the mesh that this worker belongs to, or is to join. `None` if the configuration does not allow it.
+    /// Begins to look for the mesh that this worker belongs to or should join. `None` if the configuration
+    /// does not allow it.
     pub(crate) fn start(config: &Config) -> Result<Option<Self>, WorkerError> {
         if !config.mdns {
             return Ok(None);
@@ -55,7 +56,7 @@ impl Lan {
         }
     }
 
-    /// Says where this worker listens for others.
+    /// Announces on the LAN the port where this worker listens for others.
     pub(crate) fn announce(&self, identity: &NodeIdentity, port: u16) {
         let announcement = Announcement {
             role: Role::Worker,
@@ -69,7 +70,7 @@ impl Lan {
         }
     }
 
-    /// Who is there.
+    /// Nodes of the mesh that are found on the LAN.
     pub(crate) fn found(&self) -> watch::Receiver<Vec<Found>> {
         self.discovery.found()
     }

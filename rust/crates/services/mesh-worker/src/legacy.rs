@@ -1,4 +1,5 @@
-//! Plain DCF, v5.0.0 and v5.1: heartbeats to a head of either, and Tasks, each answered in the version that it came in.
+//! Plain DCF, v5.0.0 and v5.1: heartbeats to a head of either, and Tasks, each answered in the version that
+//! it came in.
 
 use std::collections::HashSet;
 use std::net::{IpAddr, SocketAddr};
@@ -28,7 +29,7 @@ pub(crate) struct PlainDcf {
     pub(crate) socket: Arc<UdpSocket>,
     /// As configured at the start.
     pub(crate) config: Arc<Config>,
-    /// As configured now: whom to trust.
+    /// The current configuration, for the trusted networks.
     pub(crate) live: Arc<RwLock<Config>>,
     pub(crate) host: Arc<Host>,
     pub(crate) counters: Arc<Counters>,
@@ -38,7 +39,7 @@ pub(crate) struct PlainDcf {
 }
 
 impl PlainDcf {
-    /// Takes tasks and sends heartbeats for ever.
+    /// Takes tasks and sends heartbeats; never returns.
     pub(crate) async fn run(self) -> std::convert::Infallible {
         let defaults = Arc::new(self.config.sampling.clone());
         let running = Arc::new(Mutex::new(HashSet::new()));
@@ -148,8 +149,8 @@ impl PlainDcf {
         live.trusts(source)
     }
 
-    /// Tells the head of DCF v5, if there is one, where tasks are taken; returns its addresses. At which of them it listens
-    /// cannot be known before it sends something: all get the heartbeat.
+    /// Tells the head of DCF v5, if there is one, where tasks are taken; returns its addresses. At which of
+    /// them it listens cannot be known before it sends something: all get the heartbeat.
     async fn heartbeat(&self, speech: &mut Speech) -> Vec<SocketAddr> {
         let (Some(name), Ok(own)) = (&self.config.legacy.head, self.socket.local_addr()) else {
             return Vec::new();
@@ -216,7 +217,7 @@ impl Speech {
         self.heard = Some((version, now));
     }
 
-    /// The heartbeats that are to be sent now.
+    /// The heartbeats that are due now, as versions and sequences.
     fn beat(&mut self, now: Instant) -> Vec<(Version, u32)> {
         self.beats = self.beats.wrapping_add(1);
         let known = self.heard.filter(|(_, at)| now < *at + HEARD_FOR);
@@ -242,7 +243,8 @@ impl Speech {
     }
 }
 
-/// Answers a task: one Result or Error, or the Chunks of a Result that goes in no single datagram of this version.
+/// Answers a task: one Result or Error, or the Chunks of a Result that goes in no single datagram of this
+/// version.
 async fn run(
     task: Message,
     host: &Arc<Host>,

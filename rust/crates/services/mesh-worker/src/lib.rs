@@ -1,9 +1,9 @@
 //! The worker: hosts engines, answers tasks.
 //!
-//! [`Worker::start`] loads the models (`host`), joins the mesh and keeps the link to the head up (`head`). Each request
-//! of the head is a stream of its own (`answer`, `generate`, `encoder`), on which it says
-//! that it lives (`life`). How much is prepared for engines at once is bounded (`preparations`). Plain DCF tasks, as v5.0.0 heads send them, come over UDP
-//! (`legacy`).
+//! [`Worker::start`] loads the models (`host`), joins the mesh and keeps the link to the head up (`head`).
+//! Each request of the head is a stream of its own (`answer`, `generate`, `encoder`), on which the worker
+//! shows that it lives (`life`). The number of requests that are prepared for engines at once is bounded
+//! (`preparations`). Plain DCF tasks, as v5.0.0 heads send them, come over UDP (`legacy`).
 
 #![forbid(unsafe_code)]
 

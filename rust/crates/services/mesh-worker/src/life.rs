@@ -1,8 +1,8 @@
 //! Signs of life of a request: the cause of its wait, sent to a head that asks for it, while no other message
 //! is sent.
 //!
-//! The timer only decides when to look. What is told comes from the engine, together with the time since the engine last
-//! completed a step, so that an engine that hangs is not vouched for.
+//! The timer only decides when to look. The cause comes from the engine, together with the time since the
+//! engine last completed a step, so that an engine that hangs shows as such.
 
 use std::pin::Pin;
 use std::time::{Duration, Instant};
@@ -24,8 +24,8 @@ pub(crate) struct Life {
 }
 
 impl Life {
-    /// For a request that asks for a sign every `progress_ms` milliseconds; 0 is never. The first one comes early, so that the
-    /// head knows that it will hear of this request.
+    /// For a request that asks for a sign every `progress_ms` milliseconds; 0 means never. The first one
+    /// comes early, so that the head knows that it will hear of this request.
     pub(crate) fn new(progress_ms: u32) -> Self {
         let every = Duration::from_millis(u64::from(progress_ms)).clamp(SHORTEST, LONGEST);
         let first = every.min(FIRST);

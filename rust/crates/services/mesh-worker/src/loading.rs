@@ -1,4 +1,5 @@
-//! Models that come while the worker is up: those that are fetched, and those that somebody puts into a folder.
+//! Models that come while the worker runs: those that are fetched, and those that appear in the watched
+//! folder.
 
 use std::collections::BTreeMap;
 use std::os::unix::fs::PermissionsExt;
@@ -17,7 +18,7 @@ use crate::error::WorkerError;
 use crate::host::{Failure, Host, Loaded, Source};
 use crate::models::is_at_hand;
 
-/// What is still to come, and whether the worker may call itself ready.
+/// Models that are still to come, and the worker's readiness.
 pub(crate) struct Loading {
     host: Arc<Host>,
     health: Health,
@@ -31,15 +32,16 @@ pub(crate) struct Loading {
 #[derive(Default)]
 struct State {
     linked: bool,
-    /// What is to come, each with what is in the way, if that is known.
+    /// Models to come, each with the obstacle, if it is known.
     pending: BTreeMap<String, Option<String>>,
     /// Number of deaths of each model's engine.
     deaths: BTreeMap<String, u32>,
     watched: Watched,
 }
 
-/// Models that [`Loading::watch_folder`] serves, which withdraws and loads them as their files change. When an engine dies,
-/// [`Loading::again`] may load the same file only as long as its model is still the same one here.
+/// Models that [`Loading::watch_folder`] serves, which withdraws and loads them as their files change. When
+/// an engine dies, [`Loading::again`] may load the same file only as long as its model is still the same one
+/// here.
 #[derive(Default)]
 struct Watched {
     loads: u64,
@@ -64,7 +66,8 @@ impl Watched {
         self.served.remove(path);
     }
 
-    /// The load that a failed model came from, if it lies in the folder and the configuration does not name it.
+    /// The load that a failed model came from, if it lies in the folder and the configuration does not name
+    /// it.
     fn load_of(&self, source: &Source) -> Option<WatchedLoad> {
         let Source::At(path) = source else {
             return None;
@@ -81,7 +84,7 @@ impl Watched {
 }
 
 impl Loading {
-    /// Begins to load, in the background, what is not at hand, and to try again what failed.
+    /// Begins to load, in the background, the models that are not at hand, and to retry those that failed.
     pub(crate) fn begin(
         config: &Arc<Config>,
         host: &Arc<Host>,
@@ -140,16 +143,16 @@ impl Loading {
         loading
     }
 
-    /// Looks for models again now: at the folder, also for those in it that were refused, and for those that are to come
-    /// from elsewhere, without waiting until they would be tried again.
+    /// Looks for models again now: in the folder, also for those in it that were refused, and for those that
+    /// should come from elsewhere, without waiting for the next attempt.
     pub(crate) fn look_again(&self) {
         self.looks.send_modify(|count| *count += 1);
     }
 
-    /// Whether there is a link to the head, if one is needed.
+    /// Notes that the link to the head is up or down.
     pub(crate) fn linked(&self, linked: bool) {
         self.lock().linked = linked;
-        // What is not linked says why by itself.
+        // A lost link reports its reason by itself.
         if linked {
             self.show();
         }
@@ -186,8 +189,8 @@ impl Loading {
         }
     }
 
-    /// Loads a model that failed when its file has changed, or after a while. One that the folder's watcher served is loaded
-    /// after a while alone: when its file changes or vanishes, the watcher does what there is to do.
+    /// Loads a model that failed when its file has changed, or after a while. One that the folder's watcher
+    /// served is loaded only after a while: the watcher handles a change or a loss of its file.
     async fn again(
         self: Arc<Self>,
         failure: Failure,
@@ -221,7 +224,7 @@ impl Loading {
                     tracing::info!(model = name, "the model is served now");
                     (None, true)
                 }
-                // Somebody else loaded it.
+                // Another task loaded it.
                 Err(WorkerError::SameName { .. }) if matches!(source, Source::At(_)) => {
                     (None, true)
                 }
@@ -347,7 +350,8 @@ impl Loading {
         self.host.add(loaded.pinned(pin).from(source))
     }
 
-    /// Fetches what is needed to plan with a model, and offers its layers. Those are fetched when the head gives some to this worker.
+    /// Fetches the pieces that planning with a model needs, and offers its layers. The layers are fetched
+    /// when the head gives some to this worker.
     async fn offer(&self, name: &str) -> Result<(), WorkerError> {
         let models = self.host.stored();
         let failed = |reason: String| WorkerError::Fetch {
@@ -369,7 +373,7 @@ impl Loading {
             .map_err(|error| WorkerError::Internal(error.to_string()))?
     }
 
-    /// Serves what lies in the folder, and no longer what vanishes from it.
+    /// Serves the models in the folder, and withdraws those that vanish from it.
     async fn watch_folder(self: Arc<Self>, folder: PathBuf, config: Arc<Config>) {
         let host = &self.host;
         let everybody = |found: std::fs::Metadata| found.permissions().mode() & 0o1002 == 0o002;
@@ -532,7 +536,7 @@ impl Loading {
         }
     }
 
-    /// Keeps what is said about it true.
+    /// Keeps the shown state of pending models up to date until none is left.
     async fn tell(self: Arc<Self>) {
         while !self.lock().pending.is_empty() {
             self.show();
@@ -578,7 +582,7 @@ impl Loading {
     }
 }
 
-/// What shows that a file is still the same, and no longer written to.
+/// Size and time of change of a file: equal stamps mean the same content, no longer written to.
 type Stamp = (u64, Option<SystemTime>);
 
 /// The file or folder that a name in the configuration means.
@@ -626,10 +630,11 @@ async fn wait_for_change(
     last != first
 }
 
-/// What does not load now may load when something else has ended, or a disk was cleared.
+/// Interval between attempts: a model may load once another has ended, or a disk was cleared.
 const TRY_AGAIN: Duration = Duration::from_secs(5);
 const TRY_LATER: Duration = Duration::from_secs(300);
-/// A file that does not change is read again at most so often: to read tens of gigabytes keeps a disk busy for minutes.
+/// A file that does not change is read again at most so often: to read tens of gigabytes keeps a disk busy
+/// for minutes.
 const READ_AGAIN: Duration = Duration::from_secs(1800);
 const SHOW: Duration = Duration::from_millis(250);
 /// A look at a folder costs next to nothing, and works on every file system.
@@ -654,7 +659,7 @@ mod tests {
         assert!(load.is_some() && !watched.took_over(load.as_ref()));
         watched.vanished(&path);
         assert!(watched.took_over(load.as_ref()));
-        // Loaded anew: it is another one.
+        // Loaded again: it is another one.
         watched.appeared(&path);
         assert!(watched.took_over(load.as_ref()));
         assert!(!watched.took_over(watched.load_of(&source).as_ref()));

@@ -12,7 +12,7 @@ use mesh_service::metrics::prometheus_client::registry::Registry;
 
 use crate::host::Host;
 
-/// What the worker counts itself; the engines' figures are read when they are asked for.
+/// Counters of the worker itself; the engines' figures are read when they are asked for.
 #[derive(Debug, Default)]
 pub(crate) struct Counters {
     pub(crate) requests: Counter,

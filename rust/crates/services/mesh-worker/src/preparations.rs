@@ -1,7 +1,8 @@
 //! Bounds the requests that are prepared for an engine at once: rendered and tokenised.
 //!
-//! Preparation takes a multiple of a request's bytes. Short requests have places of their own, so that long ones hold up each other
-//! only; of those, one is prepared at a time and a few may wait with what they hold.
+//! Preparation takes a multiple of a request's bytes. Short requests have places of their own, so that long
+//! ones hold up only each other; of the long ones, one is prepared at a time and a few may wait with their
+//! memory.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -10,7 +11,7 @@ use mesh_proto::{EmbedText, Prompt};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinError;
 
-/// The places.
+/// Places for requests in preparation.
 #[derive(Debug)]
 pub(crate) struct Preparations {
     short: Arc<Semaphore>,
@@ -19,8 +20,8 @@ pub(crate) struct Preparations {
     held: Arc<AtomicUsize>,
 }
 
-/// A request's place; dropped, it is free. The blocking part of the preparation has it with it: that goes on when nobody waits for
-/// it any more.
+/// A request's place; dropping it frees it. The blocking part of the preparation owns it, since that part
+/// goes on when its request is gone.
 #[derive(Debug)]
 pub(crate) struct Place {
     _permit: OwnedSemaphorePermit,
@@ -72,7 +73,8 @@ impl Preparations {
     }
 }
 
-/// Does the part of a preparation that blocks. Its place is free when it is done, also if whoever asked is gone by then.
+/// Does the part of a preparation that blocks. Its place is free when it is done, even if its request is gone
+/// by then.
 pub(crate) async fn prepare<T: Send + 'static>(
     place: Place,
     work: impl FnOnce() -> T + Send + 'static,
@@ -85,12 +87,12 @@ pub(crate) async fn prepare<T: Send + 'static>(
     working.await
 }
 
-/// Whether a request of so many bytes is a long one.
+/// Returns true if a request of so many bytes is a long one.
 pub(crate) fn is_long(bytes: usize) -> bool {
     bytes > LONG
 }
 
-/// Bytes of what a prompt was written as.
+/// Bytes of a prompt's text, tokens or messages.
 pub(crate) fn bytes_of(prompt: &Prompt) -> usize {
     match prompt {
         Prompt::Text(text) => text.len(),
@@ -119,7 +121,7 @@ const LONG: usize = 256 << 10;
 const SHORT_AT_ONCE: usize = 8;
 /// Long requests that may be here at once.
 const MOST_LONG: usize = 4;
-/// What a message takes besides its text.
+/// Bytes that a message takes besides its text.
 const PER_MESSAGE: usize = 64;
 
 #[cfg(test)]
@@ -151,7 +153,7 @@ mod tests {
         );
         drop((first, short));
         assert!((&mut waiting[0]).now_or_never().is_some());
-        // Whoever gives up waiting makes room.
+        // A request that gives up waiting makes room.
         waiting.clear();
         assert!(places.enter(8 << 20).now_or_never().unwrap().is_ok());
     }

@@ -49,8 +49,8 @@ pub struct Flags {
 /// The worker's subcommands.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Set this worker's identity aside, so that it joins with a new token as another one: for a machine whose state directory
-    /// was copied from another worker's. Stop the worker first
+    /// Set this worker's identity aside, so that it joins with a new token as another one: for a machine
+    /// whose state directory was copied from another worker's. Stop the worker first
     NewIdentity,
     /// What the worker starts to run chat templates in
     #[command(name = templates::COMMAND, hide = true)]

@@ -1,12 +1,14 @@
 //! Chat templates, run in processes of their own.
 //!
 //! A template is a program that comes with a model. Its steps and its output are counted where it runs
-//! ([`mesh_model::chat`]), but a single step takes as much memory and time as the texts that it works on are long, and a loop
-//! can double them at every turn. Parsing it is such work, too. What a process may take, the system knows how to limit: [`serve`] is that process, and
-//! [`Templates`] asks it, waits so long and no longer, and starts another where one was lost.
+//! ([`mesh_model::chat`]), but a single step takes as much memory and time as the texts that it works on are
+//! long, and a loop can double them at every turn. The same holds for parsing it. The system can limit the
+//! memory of a process: [`serve`] is that process, and [`Templates`] asks it, waits for a limited time, and
+//! starts another where one was lost.
 //!
-//! Jobs and answers are frames: a length of 32 bits, big-endian, and so many bytes. A job is JSON; an answer's first byte says
-//! whether the rest is the prompt, why there is none, or why there will never be any.
+//! Jobs and answers are frames: a length of 32 bits, big-endian, and so many bytes. A job is JSON; an
+//! answer's first byte says if the rest is the prompt, the reason for a refusal, or a fault for which the
+//! template never works.
 
 use std::collections::VecDeque;
 use std::io::{self, Read, Write};
@@ -26,9 +28,10 @@ use tokio::process::{Child, ChildStdin, ChildStdout, Command};
 /// The subcommand of `mesh-worker` that is [`serve`].
 pub const COMMAND: &str = "render-templates";
 
-/// Memory that a template may take, in MiB. The longest prompt that is accepted is held a few times over while it grows.
+/// Memory that a template may take, in MiB. The longest prompt that is accepted is held a few times over
+/// while it grows.
 const MEMORY_MIB: u64 = 512;
-/// How long one conversation may take. A thousand messages take milliseconds.
+/// Time limit for rendering one conversation. A thousand messages take milliseconds.
 const TIME: Duration = Duration::from_secs(5);
 /// Templates whose processes are kept.
 const KEPT: usize = 8;
@@ -39,7 +42,7 @@ const PROMPT: u8 = 0;
 const REFUSED: u8 = 1;
 const INVALID: u8 = 2;
 
-/// Why a conversation became no prompt.
+/// Reasons for which a conversation becomes no prompt.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum TemplateError {
@@ -52,13 +55,13 @@ pub enum TemplateError {
     /// The template does not parse, so that no conversation becomes a prompt.
     #[error("{0}")]
     Invalid(String),
-    /// It took too long.
+    /// It took longer than the limit.
     #[error(
         "the model's chat template was stopped after {} s: it is malformed or the conversation is too long",
         TIME.as_secs()
     )]
     TooSlow,
-    /// Its process ended.
+    /// Its process ended before it answered.
     #[error(
         "the model's chat template was stopped: it wanted more than {MEMORY_MIB} MiB of memory, or failed badly; it is malformed or the \
          conversation is too long"
@@ -70,13 +73,13 @@ pub enum TemplateError {
 }
 
 impl TemplateError {
-    /// Whether it is neither the conversation's fault nor the template's.
+    /// Returns true if neither the conversation nor the template is at fault.
     pub fn is_internal(&self) -> bool {
         matches!(self, TemplateError::Process(_))
     }
 }
 
-/// Renders conversations.
+/// Renders conversations to prompts, each model's in a process of its own.
 #[derive(Debug)]
 pub struct Templates {
     /// `None` is for this process.
@@ -89,7 +92,7 @@ pub struct Templates {
 #[derive(Debug)]
 struct Seat {
     source: String,
-    /// For long conversations, so that they hold up each other only.
+    /// True if it is for long conversations, which hold up only each other.
     long: bool,
     process: tokio::sync::Mutex<Option<Process>>,
 }
@@ -160,7 +163,7 @@ impl Templates {
     ) -> Result<String, TemplateError> {
         let seat = self.seat(template.source(), preparations::is_long(job.len()));
         let mut kept = seat.process.lock().await;
-        // One that waits for work may have been ended by somebody else, which is not this conversation's fault.
+        // An idle process may have been killed from outside, which is not this conversation's fault.
         if let Some(process) = kept.take()
             && let Some(answer) = process.ask(job, &mut kept).await?
         {
@@ -202,12 +205,12 @@ impl Process {
         let mut command = Command::new(program);
         command
             .arg(COMMAND)
-            // Nothing of what this process was told is its business.
+            // The worker's environment is not passed to this process.
             .env_clear()
             .current_dir("/")
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
-            // What is pressed at a terminal is for the worker, which ends it.
+            // Keys at a terminal signal the worker, which ends this process itself.
             .process_group(0)
             .kill_on_drop(true);
         if let Some(libraries) = std::env::var_os("LD_LIBRARY_PATH") {
@@ -276,7 +279,7 @@ impl Process {
 pub fn serve(mut jobs: impl Read, mut answers: impl Write) -> io::Result<()> {
     let bytes = MEMORY_MIB << 20;
     setrlimit(Resource::RLIMIT_DATA, bytes, bytes)?;
-    // Where what a process maps is not told apart; programs and libraries count here.
+    // For systems that do not tell mapped memory apart; programs and libraries count here.
     setrlimit(Resource::RLIMIT_AS, 4 * bytes, 4 * bytes)?;
     setrlimit(Resource::RLIMIT_CORE, 0, 0)?;
     let mut last: Option<(Job, ChatTemplate)> = None;
@@ -290,7 +293,7 @@ pub fn serve(mut jobs: impl Read, mut answers: impl Write) -> io::Result<()> {
         let mut job = Vec::new();
         let wanted = u64::from(u32::from_be_bytes(len));
         jobs.by_ref().take(wanted).read_to_end(&mut job)?;
-        // Should nobody be left to end it.
+        // In case the worker dies without ending it.
         alarm::set(2 * TIME.as_secs() as u32);
         let (kind, text) = match render_job(&job, &mut last) {
             Ok(text) => (PROMPT, text),
@@ -352,7 +355,7 @@ mod tests {
     #[test]
     fn a_job_that_is_nested_too_deep_is_refused_and_the_next_one_is_not() {
         let mut last = None;
-        // As deep as what comes from the head can be.
+        // As deep as a message from the head can be.
         for depth in [125, 126] {
             let (_, refused) = render_job(&job(depth), &mut last).unwrap_err();
             assert!(refused.contains("recursion limit"), "{depth}: {refused}");

@@ -32,7 +32,7 @@ use crate::metrics::{Counters, EngineCollector};
 use crate::models::Models;
 use crate::templates::Templates;
 
-/// Starts workers.
+/// Entry point that starts workers.
 pub struct Worker;
 
 /// A running worker.
@@ -44,15 +44,15 @@ pub struct WorkerHandle {
 }
 
 impl Worker {
-    /// Starts a worker that [`WorkerHandle::shutdown`] stops. Returns when its models are loaded and have answered once;
-    /// the link to the head is made, and made again, in the background.
+    /// Starts a worker that [`WorkerHandle::shutdown`] stops. Returns when its models are loaded and have
+    /// answered once; the link to the head is made, and made again, in the background.
     pub async fn start(config: Config) -> Result<WorkerHandle, WorkerError> {
         let shutdown = Shutdown::manual(config.drain_limit);
         Self::start_with(config, Templates::here(), shutdown, Watchdog::start()).await
     }
 
-    /// As [`start`](Self::start), with chat templates run elsewhere, with a shutdown that others may begin, too, and with its
-    /// loop watched.
+    /// The same as [`start`](Self::start), with chat templates run elsewhere, with a shutdown that others may
+    /// begin, too, and with its loop watched.
     pub async fn start_with(
         config: Config,
         templates: Templates,
@@ -110,7 +110,8 @@ impl Worker {
                 }
             };
             tokio::pin!(identity);
-            // A token that is refused is found out before gigabytes are read. A head that does not answer is not waited for.
+            // A token that is refused is found out before gigabytes are read. A head that does not answer is
+            // not waited for.
             let joined = tokio::time::timeout(JOIN_FIRST, &mut identity).await;
             let joined = joined.ok().transpose()?;
             let loading = {
@@ -202,8 +203,9 @@ impl Live {
     /// The keys of the configuration that [`Live::reload`] applies, besides `log_level`.
     pub const KEYS: [&str; 1] = ["trusted_networks"];
 
-    /// Puts the reloadable keys of `fresh` into effect, reads the certificate again, and looks again for models: at the folder
-    /// of local ones, also for those that were refused, and for those that did not come so far.
+    /// Puts the reloadable keys of `fresh` into effect, reads the certificate again, and looks again for
+    /// models: in the folder of local ones, also for those that were refused, and for those that did not come
+    /// so far.
     pub fn reload(&self, fresh: &Config, report: &mut Report) {
         if let Some(identity) = self.identity.get() {
             report.step("certificate", identity.reload());
@@ -289,7 +291,7 @@ struct Running {
     counters: Arc<Counters>,
     shutdown: Shutdown,
     answers: TaskTracker,
-    /// Ends what outlives the drain.
+    /// Ends tasks that outlive the drain.
     stop: CancellationToken,
     serving: Serving,
     heart: Heart,
@@ -339,7 +341,7 @@ impl Running {
         }
     }
 
-    /// Once the drain begins: takes nothing new and lets what runs finish, up to the limit.
+    /// Once the drain begins: takes no new requests and lets running ones finish, up to the limit.
     async fn drain(&self) {
         self.shutdown.draining().await;
         self.health.set_unready("shutting down");
@@ -399,7 +401,7 @@ impl Running {
     }
 }
 
-/// Whether the engines get on with what they have to do.
+/// Detects whether the engines make progress with their work.
 #[derive(Default)]
 struct Progress {
     steps: u64,
@@ -437,7 +439,7 @@ impl Progress {
 /// Time for which a start waits for the head's answer to a join before it reads models meanwhile.
 const JOIN_FIRST: Duration = Duration::from_secs(5);
 
-/// Files of the state directory that nobody else may read.
+/// Files of the state directory that only the worker's user may read.
 const SECRETS: [&str; 1] = ["node.key"];
 
 const HOUSEKEEPING: Duration = Duration::from_millis(500);
@@ -460,7 +462,7 @@ fn step_limit(rows: usize, speed: f32) -> Duration {
 const STEP_LIMIT: Duration = Duration::from_secs(60);
 const LONGEST_STEP_LIMIT: Duration = Duration::from_secs(3600);
 
-/// How long the link has for its goodbye.
+/// Time limit for the goodbye on the link.
 const GOODBYE: Duration = Duration::from_secs(1);
 
 #[cfg(test)]

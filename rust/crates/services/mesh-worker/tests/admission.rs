@@ -1,5 +1,5 @@
-//! A worker whose certificate, files or membership are not what they should be, against a head that is only its listener. It
-//! serves nothing.
+//! A worker whose certificate, files or membership are not what they should be, against a head that is only
+//! its listener. It serves nothing.
 
 use std::net::SocketAddr;
 use std::path::Path;

@@ -80,7 +80,8 @@ async fn a_template_that_wants_ever_more_memory_is_stopped_and_the_next_one_is_n
         assert!(after.saturating_sub(before) < 64 << 20, "{grown}");
         templates.render(&good, hello()).await.unwrap();
     }
-    // Captured text is not output and has no limit of its own; lists in lists are written by a function that calls itself.
+    // Captured text is not output and has no limit of its own; lists in lists are written by a function that
+    // calls itself.
     for source in [
         "{% set n = namespace(x='abc') %}{% for i in range(60) %}{% set y %}{{ n.x }}{{ n.x }}{% endset %}{% set n.x = y %}\
          {% endfor %}{{ n.x | length }}",
@@ -119,7 +120,7 @@ async fn a_program_that_is_missing_is_named() {
     );
 }
 
-/// What a file brings is not parsed in this process, where what parsing takes is limited by nobody.
+/// A template from a file is not parsed in this process, where its use of memory and time is not limited.
 #[tokio::test]
 async fn a_template_of_a_file_that_cannot_be_parsed_ends_no_process_but_its_own() {
     let dir = tempfile::tempdir().unwrap();

@@ -278,7 +278,7 @@ async fn a_worker_joins_answers_resumes_cancels_comes_back_and_drains() {
     assert_eq!(lengths[0], 1);
     assert!(lengths[2] > lengths[1] + 3, "{lengths:?}");
 
-    // What cannot be answered is refused by name.
+    // Requests that cannot be answered are refused by name.
     let unknown = Generate {
         model: "gpt-9".to_owned(),
         ..question(1)
@@ -431,7 +431,8 @@ async fn a_v5_head_gets_heartbeats_and_one_result_per_task() {
         }
     }
 
-    // A client on this machine may speak to the worker itself. (From the head's own address it would be the head.)
+    // A client on this machine may speak to the worker itself. (From the head's own address it would be the
+    // head.)
     let client = UdpSocket::bind("127.0.0.2:0").await.unwrap();
     let hello = task(3, r#"{"prompt": "Hello", "max_tokens": 4}"#);
     client

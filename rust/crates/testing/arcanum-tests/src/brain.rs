@@ -17,7 +17,7 @@ pub struct Brain {
     stage: OrtStage,
 }
 
-/// What the model answers.
+/// The model's own answer, token by token.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RightAnswer {
     /// Id and bytes of each token.
@@ -50,7 +50,7 @@ impl Brain {
         Ok(Self { model, stage })
     }
 
-    /// The greedy answer to a request, without what is in [`Generate::generated`].
+    /// The greedy answer to a request, without the tokens in [`Generate::generated`].
     ///
     /// # Errors
     /// If the prompt cannot be read, or is longer than 1,024 tokens.

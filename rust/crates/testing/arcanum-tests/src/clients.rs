@@ -1,4 +1,4 @@
-//! Clients of a mesh: what they ask, what comes back, and when.
+//! Clients of a mesh: their questions, the answers, and the times.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -11,23 +11,23 @@ use tokio::task::JoinHandle;
 
 use crate::rescore::Transcript;
 
-/// One question, with all that decides the answer.
+/// A question with all parameters that decide the answer.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub struct Ask {
-    /// The user's message.
+    /// Text of the user's message.
     pub question: String,
     /// Tokens of the answer.
     pub tokens: u32,
     /// Sampled with this seed at temperature 0.8; `None` is greedy.
     pub seed: Option<u64>,
-    /// Ends where the model ends; otherwise the answer has `tokens` tokens whatever the model says.
+    /// Ends where the model ends; otherwise the answer has exactly `tokens` tokens.
     pub may_stop: bool,
-    /// Which model; `None` is the first that the mesh has.
+    /// Name of the model; `None` is the mesh's first model.
     pub model: Option<String>,
 }
 
 impl Ask {
-    /// A greedy answer of exactly so many tokens.
+    /// Asks for a greedy answer of exactly `tokens` tokens.
     pub fn greedy(question: impl Into<String>, tokens: u32) -> Self {
         Self {
             question: question.into(),
@@ -38,7 +38,7 @@ impl Ask {
         }
     }
 
-    /// A sampled answer of exactly so many tokens.
+    /// Asks for a sampled answer of exactly `tokens` tokens.
     pub fn sampled(question: impl Into<String>, tokens: u32, seed: u64) -> Self {
         Self {
             seed: Some(seed),
@@ -55,7 +55,7 @@ impl Ask {
         }
     }
 
-    /// Of this model.
+    /// Asks `model` instead of the mesh's first one.
     #[must_use]
     pub fn of(self, model: &str) -> Self {
         Self {
@@ -121,11 +121,11 @@ impl Ask {
 /// A streamed answer, with the time at which each token came.
 #[derive(Debug, Clone)]
 pub struct Answer {
-    /// What came.
+    /// The received text and tokens.
     pub transcript: Transcript,
-    /// When it was asked for.
+    /// Time of the request.
     pub asked: Instant,
-    /// When each token came.
+    /// Arrival time of each token.
     pub arrivals: Vec<Instant>,
 }
 
@@ -138,8 +138,8 @@ impl Answer {
         }
     }
 
-    /// What every answer must be, whatever is in it: it has an end, and as many tokens as the mesh counts and the client
-    /// asked for.
+    /// Checks the invariants of every answer: it has an end, and as many tokens as the mesh reports and the
+    /// client asked for.
     fn check(&self, ask: &Ask) -> Result<()> {
         let came = self.transcript.tokens.len() as u64;
         ensure!(
@@ -166,7 +166,8 @@ impl Answer {
         pauses.max().unwrap_or_default()
     }
 
-    /// The longest pause that ended after `moment`: what the client noticed of it. `None` if no token came after it.
+    /// The longest pause that ended after `moment`, as the client noticed it. `None` if no token came after
+    /// it.
     pub fn gap_after(&self, moment: Instant) -> Option<Duration> {
         let pauses = self.arrivals.windows(2);
         let after = pauses.filter(|pair| pair[1] >= moment);
@@ -182,7 +183,7 @@ impl Answer {
     }
 }
 
-/// Answers that are under way.
+/// Streamed answers in progress.
 #[derive(Debug)]
 pub struct Running {
     tasks: Vec<JoinHandle<Result<Answer>>>,
@@ -208,7 +209,7 @@ impl Running {
         self.arrived.load(Ordering::Relaxed)
     }
 
-    /// Waits until so many tokens came, over all answers.
+    /// Waits until `wanted` tokens came, over all answers.
     ///
     /// # Errors
     /// If they do not within 2 minutes, or if all answers end before.
@@ -230,7 +231,7 @@ impl Running {
         Ok(())
     }
 
-    /// Waits for all answers, in the order of the questions; each is what came of it.
+    /// Waits for all answers, in the order of the questions, each with its outcome.
     ///
     /// # Errors
     /// If one does not end within 2 minutes.
@@ -330,7 +331,7 @@ pub fn long_question(number: usize, tokens: usize) -> String {
     text + &question(number)
 }
 
-/// How long answers may take, on a busy machine and with losses.
+/// Longest time for an answer, on a busy machine and with failures.
 pub const ANSWER_LIMIT: Duration = Duration::from_secs(120);
 
 #[cfg(test)]

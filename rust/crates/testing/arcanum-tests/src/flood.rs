@@ -16,7 +16,7 @@ pub struct Generator {
 }
 
 impl Generator {
-    /// The same datagrams for the same seed.
+    /// A generator; equal seeds give equal datagrams.
     pub fn new(seed: u64) -> Self {
         let payloads: [&[u8]; 9] = [
             b"",
@@ -50,7 +50,7 @@ impl Generator {
         }
     }
 
-    /// The next datagram.
+    /// Makes the next bad datagram.
     pub fn datagram(&mut self) -> &[u8] {
         match self.random.below(100) {
             // Noise of any length; long ones are rare, they would only be slow.
@@ -66,7 +66,7 @@ impl Generator {
                     self.buffer.push(self.random.draw() as u8);
                 }
             }
-            // A header that lies about the length of what follows.
+            // A header with a false payload length.
             20..45 => {
                 let kind = self.random.draw() as u8;
                 let sequence = self.random.draw() as u32;
@@ -106,7 +106,7 @@ impl Generator {
 /// Sends `count` bad datagrams from eight sockets to `target`, as fast as it goes. Returns how many the system took.
 ///
 /// # Errors
-/// If there are no sockets to be had.
+/// If no socket can be opened.
 pub fn flood(target: SocketAddr, count: u64, seed: u64) -> io::Result<u64> {
     let sockets: Vec<UdpSocket> = (0..8)
         .map(|_| UdpSocket::bind("127.0.0.1:0"))

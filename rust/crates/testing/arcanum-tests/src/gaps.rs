@@ -8,22 +8,22 @@ use std::time::Duration;
 pub struct Gaps(Vec<Duration>);
 
 impl Gaps {
-    /// One more.
+    /// Adds a pause.
     pub fn add(&mut self, gap: Duration) {
         self.0.push(gap);
     }
 
-    /// How many.
+    /// Number of pauses.
     pub fn len(&self) -> usize {
         self.0.len()
     }
 
-    /// None yet.
+    /// True if there are no pauses.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 
-    /// The pause that `percent` of all do not exceed (nearest rank); 0 if there is none.
+    /// The pause that `percent` of all do not exceed (nearest rank); 0 if there are no pauses.
     pub fn percentile(&self, percent: u32) -> Duration {
         let mut sorted = self.0.clone();
         sorted.sort_unstable();

@@ -17,18 +17,18 @@ use mesh_testkit::Mesh;
 use prost::Message as _;
 use tokio::task::JoinSet;
 
-/// What a [`Liar`] says that it has, and what it sends.
+/// The manifest, names and pieces that a [`Liar`] offers.
 #[derive(Debug)]
 pub struct Lie {
     /// The manifest that it gives.
     pub manifest: Manifest,
-    /// What it says the model is called.
+    /// Names that it claims for the model.
     pub names: Vec<String>,
     /// A folder with the files that it sends pieces of; zeros without one.
     pub files: Option<std::path::PathBuf>,
 }
 
-/// It is there until it is dropped.
+/// A lying member of the mesh; dropping it stops it.
 #[derive(Debug)]
 pub struct Liar {
     sent: Arc<AtomicU64>,

@@ -1,14 +1,15 @@
 //! Tests that start a real mesh: real processes, real sockets, a real model.
 //!
-//! - [`Cluster`] is a mesh of machines that share a model, and what can happen to each of them: killed, stopped, cut off,
-//!   slowed, started again;
+//! - [`Cluster`] is a mesh of machines that share a model, with faults for each of them: killed, stopped,
+//!   cut off, slowed, restarted;
 //! - [`Ask`], [`Running`] and [`Answer`] are its clients, with the time at which each token came; [`gaps`] sums up pauses;
-//! - [`Undisturbed`] knows what the answers are when nothing happens;
+//! - [`Undisturbed`] knows the answers without failures;
 //! - [`alone`] keeps these tests apart: each wants the whole machine;
 //! - [`rescore`] checks a stream against the model itself;
-//! - [`flood`] makes datagrams that mean harm;
+//! - [`flood`] makes malformed and malicious datagrams;
 //! - [`load`] keeps streams open beside threads that burn processor time;
-//! - [`liar`] is a member that gives away other models than it says, [`rogue`] a worker with one lie of its own;
+//! - [`liar`] is a member that gives away other models than it claims, [`rogue`] a worker with one lie of its
+//! own;
 //! - [`report`] is the table of a long run;
 //! - [`Seed`] makes every random choice of a test repeatable.
 
@@ -53,12 +54,12 @@ pub fn alone() -> Flock<File> {
         .unwrap_or_else(|(_, error)| panic!("{}: {error}", path.display()))
 }
 
-/// Random numbers that a test can have again: from `HYDRAMESH_TEST_SEED`, else fixed.
+/// A repeatable random generator: the seed is `HYDRAMESH_TEST_SEED`, else fixed.
 #[derive(Debug, Clone)]
 pub struct Seed(u64);
 
 impl Seed {
-    /// The seed of this run, printed so that a failure can be had again.
+    /// The seed of this run, printed so that a failure can be repeated.
     pub fn of_this_run(default: u64) -> Self {
         let seed = std::env::var("HYDRAMESH_TEST_SEED")
             .ok()
@@ -68,7 +69,7 @@ impl Seed {
         Self(seed)
     }
 
-    /// This very seed.
+    /// A generator with exactly this seed.
     pub fn new(seed: u64) -> Self {
         Self(seed)
     }

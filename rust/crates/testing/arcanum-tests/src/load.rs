@@ -21,7 +21,7 @@ pub struct Burn {
 }
 
 impl Burn {
-    /// So many threads.
+    /// Starts `threads` threads that burn processor time.
     #[must_use]
     pub fn start(threads: usize) -> Self {
         let over = Arc::new(AtomicBool::new(false));

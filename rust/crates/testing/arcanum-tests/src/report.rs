@@ -1,4 +1,4 @@
-//! What a long run found, as a table.
+//! Results of a long run, as a table.
 
 use std::fmt;
 use std::fs;
@@ -6,7 +6,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 
-/// Rows of a table, and what went wrong.
+/// Rows of a table, and failures.
 #[derive(Debug)]
 pub struct Report {
     title: String,
@@ -16,7 +16,7 @@ pub struct Report {
 }
 
 impl Report {
-    /// An empty one.
+    /// A report without rows or failures.
     pub fn new(title: &str, seed: u64) -> Self {
         Self {
             title: title.to_owned(),
@@ -26,24 +26,24 @@ impl Report {
         }
     }
 
-    /// Something found; `good` is whether it is as it should be, where that can be said.
+    /// Adds a result; `good` is its verdict, if there is one.
     pub fn row(&mut self, what: &str, found: String, good: Option<bool>) {
         println!("{what}: {found}");
         self.rows.push((what.to_owned(), found, good));
     }
 
-    /// One run did not end as it should.
+    /// Adds a failed run.
     pub fn failure(&mut self, what: String) {
         println!("FAILED: {what}");
         self.failures.push(what);
     }
 
-    /// How many runs did not.
+    /// Number of failed runs.
     pub fn failures(&self) -> usize {
         self.failures.len()
     }
 
-    /// Whether anything is not as it should be.
+    /// True if a run failed or a row is bad.
     pub fn failed(&self) -> bool {
         !self.failures.is_empty() || self.rows.iter().any(|(_, _, good)| *good == Some(false))
     }

@@ -16,20 +16,20 @@ use mesh_testkit::client::http::AnswerPiece;
 use mesh_testkit::paths;
 use serde_json::Value;
 
-/// A streamed answer with its tokens: what came, in the order in which it came.
+/// A streamed answer with its tokens, in order of arrival.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Transcript {
     /// The text of all pieces.
     pub text: String,
     /// The bytes of each token, from its log probability entry.
     pub tokens: Vec<Vec<u8>>,
-    /// `stop` or `length`.
+    /// Reason for the end: `stop` or `length`; `None` before it.
     pub finish: Option<String>,
     /// Tokens of the prompt, as the mesh counts them.
     pub prompt_tokens: Option<u64>,
     /// Tokens of the answer, as the mesh counts them.
     pub completion_tokens: Option<u64>,
-    /// How often it was run again.
+    /// Number of times the mesh reran the request.
     pub reruns: u64,
 }
 

@@ -1,7 +1,7 @@
 //! A worker that joined with a real token and lies: about one thing, by the lie's name, and in nothing else.
 //!
-//! It speaks the mesh's own protocol over real QUIC, claims to serve a model that others serve, and connects again whenever the
-//! head ends its link. [`Rogue::seen`] is what reached it.
+//! It speaks the mesh's own protocol over real QUIC, claims to serve a model that others serve, and connects
+//! again whenever the head ends its link. [`Rogue::seen`] lists the requests that reached it.
 
 mod answers;
 
@@ -24,7 +24,7 @@ use tokio::task::{JoinHandle, JoinSet};
 
 use answers::Answerer;
 
-/// What a rogue lies about.
+/// The lie of a rogue.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, ValueEnum)]
 pub enum Lie {
     /// Claims a million tokens a second, and answers with a text of its own.
@@ -75,7 +75,7 @@ impl Lie {
             .unwrap_or_default()
     }
 
-    /// Whether answers with this lie are the model's own.
+    /// True if answers with this lie are the model's own.
     pub fn answers_right(self) -> bool {
         use Lie::{Chatter, Context, Dimensions, Memory, Name, Queue, Ring, Slots, Slow, Unasked};
         matches!(
@@ -84,32 +84,32 @@ impl Lie {
         )
     }
 
-    /// Whether it needs a model of its own to lie about nothing else.
+    /// True if the rogue needs a model of its own, so that it lies about nothing else.
     fn needs_model(self) -> bool {
         self.answers_right() || matches!(self, Lie::Sly | Lie::Replay)
     }
 }
 
-/// What a rogue claims to serve.
+/// The model that a rogue claims to serve.
 #[derive(Debug, Clone)]
 pub struct Claim {
     /// Name of the model.
     pub model: String,
-    /// Its fingerprint, so that the rogue counts as a replica.
+    /// Fingerprint of the model, so that the rogue counts as a replica.
     pub fingerprint: String,
-    /// What the model makes.
+    /// Kind of the model: chat or embeddings.
     pub kind: ModelKind,
     /// Length of its vectors, if it makes embeddings.
     pub dimensions: u32,
-    /// Its context.
+    /// Context that it claims, in tokens.
     pub context: u32,
 }
 
 impl Claim {
-    /// The same as the first worker of a mesh that serves `kind`.
+    /// The claim of a mesh's first worker that serves `kind`.
     ///
     /// # Errors
-    /// If there is none.
+    /// If no worker serves a model of that kind.
     pub fn like_others(registry: &Value, kind: ModelKind) -> Result<Self> {
         let wanted = match kind {
             ModelKind::Chat => "chat",
@@ -136,19 +136,19 @@ impl Claim {
     }
 }
 
-/// Something that reached a rogue.
+/// A request that reached a rogue.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Seen {
-    /// When.
+    /// Time of arrival.
     pub at: Instant,
-    /// The request's id.
+    /// Id of the request.
     pub request: String,
     /// The last message, or the prompt.
     pub question: String,
 }
 
 impl Seen {
-    /// Whether the head asks for a proof only, as far as a worker can tell.
+    /// True if the request is the head's probe, as far as a worker can tell.
     pub fn looks_like_a_probe(&self) -> bool {
         self.request.starts_with("probe")
     }
@@ -185,19 +185,19 @@ impl Shared {
     }
 }
 
-/// For a log of what happens to a rogue.
+/// A log entry of a rogue.
 #[derive(Debug, Clone)]
 pub enum Event {
     /// The head took it in.
     Welcomed,
-    /// It was asked.
+    /// A request reached it.
     Asked(Seen),
-    /// Its link ended, or it could not make one.
+    /// Its link ended or could not be established, with the reason.
     Ended(String),
 }
 
 impl Rogue {
-    /// Joins `mesh` as `name`, claiming to serve what its other workers serve.
+    /// Joins `mesh` as `name`, claiming to serve the model of its other workers.
     ///
     /// # Errors
     /// If the mesh gives no certificate.
@@ -211,7 +211,7 @@ impl Rogue {
         Self::join_at(mesh.head.address("quic")?, &token, name, lie, claim, |_| ()).await
     }
 
-    /// Joins the mesh of the head at `head`; `told` hears what happens.
+    /// Joins the mesh of the head at `head`; `told` receives its events.
     ///
     /// # Errors
     /// If the mesh gives no certificate.
@@ -248,12 +248,12 @@ impl Rogue {
         })
     }
 
-    /// All that it was asked so far.
+    /// All requests that reached it so far.
     pub fn seen(&self) -> Vec<Seen> {
         lock(&self.shared.seen).clone()
     }
 
-    /// Why its links ended, or could not be made.
+    /// Reasons why its links ended or could not be established.
     pub fn ends(&self) -> Vec<String> {
         lock(&self.shared.ends).clone()
     }
@@ -493,5 +493,5 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Between two links.
+/// Pause between two links.
 const PAUSE: Duration = Duration::from_secs(1);

@@ -1,4 +1,4 @@
-//! What answers are when nothing happens: those of one worker that has the whole model.
+//! Answers without failures: those of one worker that has the whole model.
 
 use std::collections::HashMap;
 
@@ -8,19 +8,19 @@ use crate::clients::{Answer, Ask, Running, assert_same_tokens};
 use crate::cluster::Cluster;
 use crate::rescore::Transcript;
 
-/// Knows the undisturbed answer to every question, and asks a worker of its own for those it has not heard yet.
+/// Answers without failures, by question; asks a worker of its own for those it does not know yet.
 #[derive(Debug, Default)]
 pub struct Undisturbed {
     known: HashMap<Ask, Transcript>,
 }
 
 impl Undisturbed {
-    /// Nothing known yet.
+    /// A collection without answers.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Learns the answers to all of `asks`, from a worker that is there for no longer than that.
+    /// Learns the answers to all of `asks`, from a worker that runs only for this.
     ///
     /// # Errors
     /// If it cannot be started, or does not answer.
@@ -76,7 +76,7 @@ impl Undisturbed {
     }
 }
 
-/// The same model under whatever name it is asked for.
+/// The question without the model's name: all names stand for the same model.
 fn plain(ask: &Ask) -> Ask {
     Ask {
         model: None,

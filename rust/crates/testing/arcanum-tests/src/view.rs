@@ -4,18 +4,18 @@ use anyhow::{Context, Result};
 use serde::Deserialize;
 use serde_json::Value;
 
-/// A ring.
+/// A ring with its stages and state.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 pub struct RingView {
-    /// Model name.
+    /// Name of the model.
     pub model: String,
-    /// Its id, hex.
+    /// Id of the ring, in hex.
     pub ring: String,
     /// Counts the changes of its members.
     pub epoch: u32,
     /// `forming`, `serving`, `recovering` or `retiring`.
     pub state: String,
-    /// Why its members are as they are.
+    /// Reason for its choice of members.
     pub reason: String,
     /// In order; the last one's member is the driver.
     pub stages: Vec<StageView>,
@@ -26,9 +26,9 @@ pub struct RingView {
 pub struct StageView {
     /// First layer, one past the last.
     pub layers: [u32; 2],
-    /// Who runs it.
+    /// The member that runs the stage.
     pub member: PartView,
-    /// Who stands by.
+    /// The standby of the stage, if it has one.
     pub standby: Option<PartView>,
     /// KV rows that the standby does not have yet.
     pub lag_rows: u64,
@@ -37,7 +37,7 @@ pub struct StageView {
 /// A stage on a worker.
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 pub struct PartView {
-    /// The worker's name.
+    /// Name of the worker.
     pub worker: String,
     /// `loading`, `ready` or `failed`.
     pub phase: String,
@@ -47,7 +47,7 @@ pub struct PartView {
     pub load_seconds: f64,
     /// Seconds that its steps of more than a few rows took since then.
     pub prefill_seconds: f64,
-    /// Bytes of weights.
+    /// Bytes of weights in memory.
     pub weight_bytes: u64,
     /// Bytes of KV rows.
     pub kv_bytes: u64,
@@ -65,18 +65,18 @@ impl RingView {
         Ok(Vec::deserialize(rings)?)
     }
 
-    /// Whether it serves and all its members are ready.
+    /// True if the ring serves and all its members are ready.
     pub fn serves(&self) -> bool {
         self.state == "serving" && self.stages.iter().all(|stage| stage.member.is_ready())
     }
 
-    /// Whether every stage has a standby that is ready.
+    /// True if every stage has a standby that is ready.
     pub fn has_standbys(&self) -> bool {
         let ready = |stage: &StageView| stage.standby.as_ref().is_some_and(PartView::is_ready);
         self.stages.iter().all(ready)
     }
 
-    /// Whether all standbys have all KV rows, as far as one can see it from how many bytes they hold.
+    /// True if all standbys have all KV rows, judged by the bytes that they hold.
     pub fn is_mirrored(&self) -> bool {
         let behind = |stage: &StageView| {
             let standby = stage.standby.as_ref();
@@ -91,7 +91,7 @@ impl RingView {
         stages.map(|stage| stage.member.worker.as_str()).collect()
     }
 
-    /// How many workers run its stages.
+    /// Number of different workers that run its stages.
     pub fn distinct_members(&self) -> usize {
         let mut members = self.members();
         members.sort_unstable();
@@ -110,7 +110,7 @@ impl RingView {
         Some(&standby.worker)
     }
 
-    /// Whether the worker has a part in it, as member or as standby.
+    /// True if the worker is a member or standby of the ring.
     pub fn seats(&self, worker: &str) -> bool {
         self.parts().any(|(_, part)| part.worker == worker)
     }
@@ -133,7 +133,7 @@ impl RingView {
         per_layer.max().unwrap_or_default()
     }
 
-    /// As a line for a test's output: `worker-1 0..10 (worker-2), ...`.
+    /// The stages as one line for a test's output: `worker-1 0..10 (worker-2), ...`.
     pub fn layout(&self) -> String {
         let stages = self.stages.iter().map(|stage| {
             let standby = stage.standby.as_ref().map(|part| part.worker.as_str());
@@ -146,7 +146,7 @@ impl RingView {
 }
 
 impl PartView {
-    /// Whether it can work.
+    /// True if the part has loaded and can work.
     pub fn is_ready(&self) -> bool {
         self.phase == "ready"
     }

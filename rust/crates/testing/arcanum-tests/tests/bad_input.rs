@@ -29,7 +29,7 @@ async fn datagrams_that_cannot_be_answered_get_an_error_that_says_why() -> Resul
     let shim = mesh.shim.as_ref().context("a shim")?.address("ingress")?;
     let task = |payload: &[u8]| Datagram::new(TASK, 1, payload).encode();
     let long = "word ".repeat(13_000);
-    // What is sent, and code and words of the Error.
+    // The datagrams sent, with code and text of the expected Error.
     let table: Vec<(&str, Vec<u8>, u8, &str)> = vec![
         ("an empty task", task(b""), 1, "empty"),
         ("bad UTF-8", task(b"abc\xff\xfe"), 1, "not UTF-8"),
@@ -331,7 +331,7 @@ async fn a_join_token_is_good_once_and_for_its_own_mesh() -> Result<()> {
     mesh.shutdown().await
 }
 
-/// Starts a worker that must not get in, and returns what it says when it ends.
+/// Starts a worker that must be refused, and returns its output when it ends.
 async fn refused_worker(mesh: &Mesh, token: &str) -> Result<String> {
     let launcher = Launcher::of_this_build()?;
     let config = mesh.worker_configuration("refused", SMALL, token)?;
@@ -379,7 +379,7 @@ fn a_damaged_model_file_is_named_with_what_is_wrong() -> Result<()> {
         );
         says_what_is_wrong(path, &words)?;
 
-        // It stays up for the model to be mended, unless there is nothing that could be.
+        // It stays up so that the model can be mended, unless no model could be.
         let log = dir.path().join("log");
         let output = fs::File::create(&log)?;
         let mut worker = Command::new(bin.join("mesh-worker"))

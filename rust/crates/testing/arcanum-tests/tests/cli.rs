@@ -104,7 +104,7 @@ fn each_kind_of_failure_has_its_exit_code() -> Result<()> {
     expect_exit(&hydramesh(&["sing"])?, 2)?;
     expect_exit(&hydramesh(&["ask", "--timeout", "soon", "hi"])?, 2)?;
     expect_exit(&hydramesh(&["ask"])?, 2)?;
-    // A port that nobody listens on: bound once, and given back.
+    // An unused port: bound once, and released.
     let free = std::net::UdpSocket::bind("127.0.0.1:0")?
         .local_addr()?
         .to_string();

@@ -65,7 +65,7 @@ async fn one_mesh_chats_and_embeds_and_a_reserved_worker_does_nothing_else() -> 
     )?;
     ensure!(embedded > 5.0, "{embedded} answers");
 
-    // Without the other one nobody may chat; embeddings go on.
+    // Without the other worker there is no chat model; embeddings continue.
     mesh.workers[0].crash()?;
     mesh.wait_for_workers(1).await?;
     let client = mesh.client()?;
@@ -132,7 +132,7 @@ async fn over_udp(mesh: &Mesh) -> Result<()> {
         .err()
         .context("an error")?;
     ensure!(error.to_string().contains("'input'"), "{error}");
-    // A task without a kind is what it always was.
+    // A task without a kind is a prompt for text, as in earlier versions.
     let chat = client
         .ask(
             &json!({"prompt": "Say hi.", "max_tokens": 4}),

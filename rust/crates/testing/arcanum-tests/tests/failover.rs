@@ -57,7 +57,7 @@ async fn a_hundred_chats_survive_the_death_of_a_worker_three_times() -> Result<(
     );
     mesh.shutdown().await?;
 
-    // The same question has one greedy answer, whoever died meanwhile.
+    // The same question has one greedy answer, with or without a failure.
     let mut whole: HashMap<usize, Transcript> = HashMap::new();
     for (chat, mut transcript) in transcripts {
         transcript.reruns = 0;

@@ -13,7 +13,7 @@ use mesh_testkit::{Mesh, Service};
 
 const USUAL: u64 = 200_000;
 const LIMIT: Duration = Duration::from_secs(60);
-/// What may be added after the first quarter: allocators round, caches of bounded size fill.
+/// Largest growth after the first quarter: allocators round, caches of bounded size fill.
 const GROWTH: u64 = 24 << 20;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -30,7 +30,7 @@ async fn every_udp_port_outlives_a_flood_of_bad_datagrams() -> Result<()> {
         .worker_config("threads = 1\n[sampling]\nmax_tokens = 1\n")
         .head_config("queue_limit = 32\n")
         .shim()
-        // What the flood asked for and nobody answers is not waited for at the end.
+        // The shutdown must not wait for unanswered requests of the flood.
         .shim_config("drain_limit = \"2s\"\n")
         .start()
         .await?;
@@ -114,7 +114,7 @@ async fn still_serves(mesh: &mut Mesh) -> Result<()> {
         if answer.kind == RESULT {
             return Ok(());
         }
-        // Busy with what the flood asked for; that ends.
+        // Still busy with tasks of the flood; that ends.
         ensure!(started.elapsed() < LIMIT, "still no result: {answer:?}");
         tokio::time::sleep(Duration::from_millis(200)).await;
     }

@@ -11,9 +11,9 @@ use mesh_testkit::{Launcher, Mesh};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
 const SMALL: &str = "threads = 1\nslots = 1\ncontext = 256\n[sampling]\nmax_tokens = 8\n";
-/// In which everybody gets an answer, whatever others do.
+/// Longest time for any answer, during any attack.
 const SOON: Duration = Duration::from_secs(5);
-/// By which a service may grow while it is attacked.
+/// Largest growth of a service under attack, bytes.
 const GROWTH: u64 = 64 << 20;
 
 /// Files for the test's own ends of the connections.
@@ -114,7 +114,7 @@ async fn connections_that_say_nothing_or_half_of_it_leave_health_reachable() -> 
                 is_healthy(address, &format!("{}: {attack}", service.name()))?;
             }
         }
-        // More than health: somebody new gets an answer from the API.
+        // Beyond health: a new client gets an answer from the API.
         let models = "GET /v1/models HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n";
         let said = answer(mesh.head.address("http")?, models)?;
         ensure!(said.starts_with("HTTP/1.1 200"), "{attack}: {said}");

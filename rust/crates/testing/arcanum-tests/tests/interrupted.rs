@@ -29,7 +29,7 @@ fn an_attack_that_is_terminated_leaves_nothing_behind() -> Result<()> {
     leaves_nothing_behind(program, &arguments, "mesh-shim", Signal::SIGTERM, 143)
 }
 
-/// Starts `program`, signals it once it has a service called `last`, and looks for what it left.
+/// Starts `program`, signals it once it has a service called `last`, and looks for leftovers.
 fn leaves_nothing_behind(
     program: &str,
     arguments: &[&str],

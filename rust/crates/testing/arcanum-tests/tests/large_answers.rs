@@ -16,7 +16,7 @@ use tokio::net::UdpSocket;
 use tokio::task::AbortHandle;
 
 const LIMIT: Duration = Duration::from_secs(30);
-/// More than twice what a socket holds unless somebody asks for more.
+/// More than twice the default size of a socket's buffer.
 const LARGE: usize = 400_000;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -1,4 +1,4 @@
-//! A name on the hub means what the hub says, whatever a member of the mesh claims, and whoever sends the bytes.
+//! A name on the hub means what the hub says, against claims of mesh members and other sources of the bytes.
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -137,7 +137,7 @@ async fn an_altered_file_that_a_peer_offers_under_a_hub_name_is_refused_and_the_
         "{metrics}"
     );
 
-    // Who cannot ask the hub takes neither, and says why.
+    // A worker that cannot ask the hub takes neither, and gives the reason.
     let second = mesh.start_worker(&worker(HUB, false)).await?;
     let text = reason(&mesh.workers[second], "nobody vouches").await?;
     for part in [
@@ -197,7 +197,7 @@ async fn a_manifest_that_tells_the_hubs_digest_and_pieces_of_another_file_is_fou
     mesh.workers[0].wait_for("/ready").await?;
     ensure!(liar.sent() > 0, "the lie was not tried");
     ensure!(blobs(&mesh.workers[0])? == [Digest::of(model()).to_string()]);
-    // Started again it takes what it has, and asks nobody.
+    // After a restart it uses the files it has, without a download.
     let downloaded = hub.bytes_sent();
     mesh.workers[0].terminate(Duration::from_secs(30)).await?;
     mesh.workers[0].restart(None).await?;

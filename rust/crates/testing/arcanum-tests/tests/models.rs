@@ -1,4 +1,4 @@
-//! How a model reaches the mesh once, and each worker gets what it needs.
+//! A model reaches the mesh once, and each worker gets the parts it needs.
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -30,7 +30,7 @@ async fn mesh_with_hub(head: &str) -> Result<(TestHub, Mesh)> {
     Ok((hub, mesh))
 }
 
-/// A worker's configuration: what it serves, and how it is found.
+/// A worker's configuration: its models, and how it is found.
 fn worker(what: &str) -> String {
     format!(
         "{what}\nthreads = 1\n[ring]\nlisten = \"127.0.0.1:0\"\nformat = \"file\"\n[store]\npeers = true\n"
@@ -221,7 +221,7 @@ async fn a_worker_that_sends_bad_pieces_is_dropped_and_reported_and_the_load_end
     ensure!(metrics.contains(reported), "{metrics}");
     ensure!(ask(&mesh, NAME).await? == text);
 
-    // Started again, it has what it needs.
+    // After a restart it has all the files it needs.
     mesh.workers[1].terminate(Duration::from_secs(30)).await?;
     let begun = Instant::now();
     mesh.workers[1].restart(None).await?;
@@ -261,7 +261,7 @@ async fn a_worker_serves_what_a_short_name_stands_for_and_says_which_one_was_mea
         "{reason}"
     );
 
-    // Nobody's model is called so.
+    // No model has this name.
     let refused = worker("models = [\"smollm2:136m\"]");
     let error = match mesh.start_worker(&refused).await {
         Err(error) => format!("{error:#}"),
@@ -278,7 +278,7 @@ async fn a_worker_serves_what_a_short_name_stands_for_and_says_which_one_was_mea
     mesh.shutdown().await
 }
 
-/// Who gets the model from outside the mesh.
+/// Name of the worker that downloads the model from outside the mesh.
 async fn who_downloads(mesh: &Mesh) -> Result<String> {
     let begun = Instant::now();
     loop {
@@ -355,7 +355,7 @@ async fn who_requires_signatures_takes_a_model_when_the_operator_has_signed_it()
     let refusal = wait_for_reason(&mesh.workers[1], "store.require_signature").await?;
     println!("without a signature: {refusal}");
 
-    // Signed by somebody, then by the operator.
+    // Signed by a stranger, then by the operator.
     sign(&mut mesh.workers[0], &stranger).await?;
     let refusal = wait_for_reason(&mesh.workers[1], "no signature of a trusted key").await?;
     println!("with a stranger's: {refusal}");
@@ -445,7 +445,7 @@ async fn a_worker_without_an_address_finds_its_head_on_the_lan() -> Result<()> {
         }
         if begun.elapsed() > Duration::from_secs(20) {
             let log = worker.log_end();
-            // A machine that lets nobody multicast; what else could be wrong would be said otherwise.
+            // A machine without multicast; other errors would have other messages.
             ensure!(log.contains("no address yet"), "{log}");
             println!("no multicast here, nothing was tested");
             return Ok(());

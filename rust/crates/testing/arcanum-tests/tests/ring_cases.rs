@@ -1,4 +1,4 @@
-//! What can happen to a ring besides the loss of one member with a standby.
+//! Failures of a ring besides the loss of one member with a standby.
 
 use std::time::{Duration, Instant};
 
@@ -182,7 +182,7 @@ async fn where_there_is_no_room_every_request_is_told_and_other_models_go_on() -
     }
     let answers = beside.answers().await?;
     undisturbed.check(&other, &answers[0])?;
-    // And it is there again once there is room again.
+    // The ring returns once there is room again.
     cluster
         .add_worker("models = []\n[ring]\nmemory = \"58MB\"")
         .await?;
@@ -272,7 +272,7 @@ async fn a_member_and_the_driver_are_drained_without_a_lost_token() -> Result<()
         let ring = cluster.wait_for_ring(RingView::serves).await?;
         ensure!(!ring.seats(&drained), "{}", ring.layout());
         if driver {
-            // A head that starts again knows of it.
+            // A restarted head knows of it.
             cluster.mesh.restart_head(Duration::ZERO).await?;
             let begun = Instant::now();
             while !is_draining(&cluster, &drained).await? {

@@ -111,7 +111,7 @@ async fn a_slow_worker_behind_a_slow_network_changes_no_token() -> Result<()> {
     undisturbed.check_all(&asks, &answers)?;
     cluster.relieve(&slow, Fault::Slow)?;
 
-    // When it comes back, it finds out how slow its network is; until then there is what it said before.
+    // After its return it measures its slow network; until then its earlier report counts.
     cluster.kill(&slow)?;
     cluster.restart(&slow).await?;
     let begun = Instant::now();

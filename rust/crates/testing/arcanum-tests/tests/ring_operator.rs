@@ -1,4 +1,4 @@
-//! What an operator sees of rings: readiness, `/v1/mesh`, metrics, and the commands.
+//! The operator's view of rings: readiness, `/v1/mesh`, metrics, and the commands.
 
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -7,7 +7,7 @@ use anyhow::{Context, Result, ensure};
 use arcanum_tests::{Ask, Cluster, RingView, Running, alone, assert_same_tokens, question};
 use mesh_testkit::paths;
 
-/// Runs `hydramesh` against the cluster; what it prints.
+/// Runs `hydramesh` against the cluster; returns its output.
 fn hydramesh(cluster: &Cluster, arguments: &[&str]) -> Result<String> {
     let url = format!("http://{}", cluster.mesh.head.address("http")?);
     let key = cluster.mesh.head.state_dir().join("admin.key");

@@ -28,7 +28,7 @@ async fn answers_like_one_worker(stages: usize, asks: &[Ask]) -> Result<()> {
     println!("{stages} stages: {}", ring.layout());
     ensure!(ring.stages.len() == stages, "{ring:?}");
     let client = cluster.client()?;
-    // One alone, then all at once: what shares a step must not matter.
+    // One alone, then all at once: other requests in a step must not matter.
     let (first, others) = asks.split_first().context("questions")?;
     let alone = first.ask(&client).await?;
     undisturbed.check(first, &alone)?;

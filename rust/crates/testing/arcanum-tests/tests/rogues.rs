@@ -9,9 +9,9 @@ use mesh_testkit::client::http::HttpClient;
 use mesh_testkit::{Mesh, paths};
 use serde_json::{Value, json};
 
-/// How soon a liar is out.
+/// Time after which a liar must be out.
 const OUT: Duration = Duration::from_secs(30);
-/// The head needs no more, whatever liars send.
+/// Most memory of the head under any lies, bytes.
 const HEAD: u64 = 64 << 20;
 const SMALL: &str = "threads = 1\ncontext = 1024\n";
 
@@ -185,7 +185,7 @@ async fn vectors_of_another_length_reach_nobody() -> Result<()> {
     mesh.shutdown().await
 }
 
-/// What clients asked here and reached the liar. The head's own questions may look like anybody's.
+/// Questions of these clients that reached the liar. The head's own questions may look like a client's.
 fn prompts(liar: &Rogue, asks: &[Ask]) -> Vec<Seen> {
     let mut seen = liar.seen();
     seen.retain(|seen| asks.iter().any(|ask| ask.question == seen.question));
@@ -198,7 +198,7 @@ fn asks() -> Vec<Ask> {
         .collect()
 }
 
-/// Asks all of them at once; what is wrong with each answer.
+/// Asks all of them at once; for each answer `Ok`, or the error in it.
 async fn ask_all(http: &HttpClient, asks: &[Ask], undisturbed: &Undisturbed) -> Vec<Result<()>> {
     let mut tasks = Vec::new();
     for ask in asks {

@@ -27,7 +27,7 @@ async fn a_folder_is_served_whole_and_in_a_ring_with_the_same_tokens() -> Result
 
     let mut cluster = Cluster::builder()
         .model(&folder)
-        // What a worker with the whole model makes of floats.
+        // The format that a worker with the whole model chooses for floats.
         .shards_with(3, "[ring]\nformat = \"int8\"")
         .stages(3)
         .standbys(false)

@@ -1,4 +1,4 @@
-//! What every service owes its operator: a configuration that is checked, a drain, metrics, health.
+//! Duties of every service to its operator: a checked configuration, a drain, metrics, health.
 
 use std::process::{Command, Output};
 use std::time::Duration;
@@ -201,7 +201,7 @@ fn old_names_of_flags_keys_and_variables_still_work() -> Result<()> {
         let printed = String::from_utf8_lossy(&output.stdout);
         let words = String::from_utf8_lossy(&output.stderr);
         ensure!(output.status.success(), "{command}: {words}");
-        // On one line, whatever the printer's way with lists.
+        // On one line, in either list format of the printer.
         let printed = printed.replace("[\n    ", "[").replace(",\n]", "]");
         ensure!(
             printed.contains(shown),

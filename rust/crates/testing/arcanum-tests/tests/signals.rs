@@ -1,4 +1,4 @@
-//! Real signals to real services: what reloads, what drains, and what does nothing.
+//! Real signals to real services: those that reload, those that drain, and ignored ones.
 
 use std::fs;
 use std::os::unix::net::UnixDatagram;
@@ -159,7 +159,7 @@ async fn a_head_reloads_keys_and_log_level_names_what_needs_a_restart_and_tells_
     ensure!(models_as(&service, "sk-old").await? == 200);
     ensure!(!service.log().contains("head started"), "{}", service.log());
 
-    // The running state folder is a flag's or the file's: only what is written below changes.
+    // The running state folder is a flag's or the file's: only the settings written below change.
     let path = service.config_path();
     let running: toml::Table = fs::read_to_string(&path)?.parse()?;
     let write = |fresh: toml::Table| -> Result<()> {
@@ -242,7 +242,7 @@ async fn the_second_signal_ends_a_shims_drain_at_once() -> Result<()> {
     while silent.recv(&mut buffer)? < 20 || buffer[0] != mesh_testkit::v5::TASK {}
     service.signal(Signal::SIGTERM)?;
     logged(&service, "draining").await?;
-    // A reload is nothing to a service that goes.
+    // A service that is shutting down ignores a reload.
     service.signal(Signal::SIGHUP)?;
     logged(&service, "not reloading").await?;
     ensure!(service.is_running(), "{}", service.log());
@@ -265,7 +265,8 @@ async fn a_second_signal_ends_a_worker_and_a_head_at_once() -> Result<()> {
     let body = json!({"model": models[0], "prompt": "Once upon a time", "max_tokens": 1_500, "temperature": 0, "ignore_eos": true});
     let mut stream = client.stream(body).await?;
     stream.next().await?.context("a first piece")?;
-    // What ran on the worker waits at the head for another one, so that the head has something to wait for, too.
+    // Work from the worker waits at the head for another one, so that the head has something to wait for,
+    // too.
     let pairs = [
         (&mut mesh.workers[0], Signal::SIGTERM, 128 + 15),
         (&mut mesh.head, Signal::SIGINT, 128 + 2),
@@ -351,7 +352,8 @@ async fn a_head_outlives_its_terminal_and_can_still_log_and_drain() -> Result<()
     let signal = |signal| nix::sys::signal::kill(Pid::from_raw(pid), signal);
     terminal.kill()?;
     terminal.wait()?;
-    // The hangup has come when the terminal is gone; these have lines in the log, which nobody can read any more.
+    // The hangup arrives when the terminal is gone; these signals write log lines, which have no reader any
+    // more.
     for _ in 0..20 {
         tokio::time::sleep(Duration::from_millis(50)).await;
         signal(Signal::SIGUSR1).context("the head has died of the hangup")?;

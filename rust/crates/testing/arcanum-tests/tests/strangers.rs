@@ -11,10 +11,10 @@ use mesh_net::quic;
 use mesh_testkit::Mesh;
 use serde_json::Value;
 
-/// How long a machine with a token may take to join while strangers are at the door. A place is free at once; the rest is for
-/// machines that do other things, too.
+/// Longest time for a machine with a token to join while strangers attack. A place is free at once; the rest
+/// is for machines that do other work, too.
 const JOIN: Duration = Duration::from_secs(15);
-/// How long each attack goes on.
+/// Duration of each attack, in seconds.
 const SECONDS: u64 = 8;
 const HEAD: u64 = 64 << 20;
 
@@ -122,7 +122,7 @@ async fn joins(
 }
 
 fn attack(head: SocketAddr, words: &[&str], bind: &str) -> Result<Child> {
-    // It may cost time of its own, not that of those who join.
+    // It runs at low priority, so that it costs joining machines no time.
     Command::new("nice")
         .args(["-n", "10", "python3"])
         .arg(script())
@@ -136,7 +136,7 @@ fn attack(head: SocketAddr, words: &[&str], bind: &str) -> Result<Child> {
         .context("starting a stranger")
 }
 
-/// What an attack counted, after its end.
+/// Counts that an attack printed at its end.
 fn words(attack: Child) -> Vec<Value> {
     let output = attack.wait_with_output();
     let text = output.map(|output| String::from_utf8_lossy(&output.stdout).into_owned());

@@ -1,9 +1,10 @@
-//! A small Hugging Face hub: the public HTTP interface over repositories made in a test, with everything that goes wrong.
+//! A small Hugging Face hub: the public HTTP interface over repositories made in a test, with everything that
+//! can go wrong.
 //!
-//! Two servers on loopback, as on the real hub: one answers the API and `resolve`, the other is the store of large files to which
-//! `resolve` redirects. The second refuses requests with an `Authorization` header and counts them: a client must not send its token
-//! there. Both count requests and bytes per file, and do on request what networks do: cut, stall, slow down, answer 429 or 503, send
-//! other bytes.
+//! Two servers on loopback, as on the real hub: one answers the API and `resolve`, the other is the store of
+//! large files to which `resolve` redirects. The second refuses requests with an `Authorization` header and
+//! counts them: a client must not send its token there. Both count requests and bytes per file, and simulate
+//! failures on request: cut, stall, slow down, answer 429 or 503, send other bytes.
 //!
 //! ```no_run
 //! # async fn example() -> anyhow::Result<()> {
@@ -17,7 +18,8 @@
 //! # }
 //! ```
 //!
-//! What is served follows <https://huggingface.co/docs/hub/api> and the headers that the `huggingface_hub` library reads.
+//! The responses follow <https://huggingface.co/docs/hub/api> and the headers that the `huggingface_hub`
+//! library reads.
 
 mod repos;
 mod serve;
@@ -38,7 +40,7 @@ use tokio::task::JoinHandle;
 pub use repos::Access;
 use repos::{Content, Repos};
 
-/// Where a fault happens or bytes are counted.
+/// A part of the hub's URL space, for faults and counts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Site {
     /// `/api/models/…`; the "file" is the repository's id.
@@ -49,7 +51,7 @@ pub enum Site {
     Store,
 }
 
-/// What one request is answered with instead of what it should be.
+/// A false response to one request.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Fault {
     /// This status, and this `Retry-After` header.
@@ -60,7 +62,7 @@ pub enum Fault {
     StallAfter(u64),
     /// The byte at this offset of the file is another one.
     WrongByteAt(u64),
-    /// The whole file with status 200, whatever range was asked for.
+    /// The whole file with status 200, in place of the requested range.
     WholeFile,
     /// Another range than was asked for, one byte later.
     WrongRange,
@@ -71,9 +73,9 @@ pub enum Fault {
 /// Requests and bytes of one file at one [`Site`].
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Count {
-    /// HEAD requests.
+    /// Number of HEAD requests.
     pub heads: u64,
-    /// GET requests.
+    /// Number of GET requests.
     pub gets: u64,
     /// Bytes of bodies handed to the network.
     pub bytes: u64,
@@ -124,7 +126,7 @@ impl TestHub {
         })
     }
 
-    /// What `HF_ENDPOINT` is to be.
+    /// The value for `HF_ENDPOINT`: the hub's base URL.
     pub fn endpoint(&self) -> String {
         format!("http://{}", self.api)
     }
@@ -154,10 +156,10 @@ impl TestHub {
         Ok(self.state().repos.publish(id, files))
     }
 
-    /// Has a branch or tag of `id` point to a commit.
+    /// Points a branch or tag of `id` to a commit.
     ///
     /// # Panics
-    /// If there is no such repository.
+    /// If the repository does not exist.
     pub fn point(&self, id: &str, name: &str, commit: &str) {
         self.state().repos.point(id, name, commit);
     }
@@ -167,20 +169,20 @@ impl TestHub {
         self.state().repos.rename(old, new);
     }
 
-    /// Lists files without their lengths and hashes, as mirrors of other makes do.
+    /// Lists files without their lengths and hashes, as some mirrors do.
     pub fn list_names_only(&self, names_only: bool) {
         self.state().names_only = names_only;
     }
 
-    /// Who may see `id` and read its files.
+    /// Sets the access to `id` and its files.
     ///
     /// # Panics
-    /// If there is no such repository.
+    /// If the repository does not exist.
     pub fn restrict(&self, id: &str, access: Access) {
         self.state().repos.restrict(id, access);
     }
 
-    /// Makes `token` a valid one that may read these private or gated repositories.
+    /// Makes `token` valid, with access to the private or gated `repos`.
     pub fn admit(&self, token: &str, repos: &[&str]) {
         let repos = repos.iter().map(|&id| id.to_owned()).collect();
         self.state().tokens.insert(token.to_owned(), repos);
@@ -194,7 +196,7 @@ impl TestHub {
         state.faults.entry(key).or_default().push(fault);
     }
 
-    /// Every request for `file` from now on meets this fault; `None` ends that.
+    /// Answers every request for `file` from now on with this fault; `None` ends that.
     pub fn always_fail(&self, site: Site, file: &str, fault: Option<Fault>) {
         let mut state = self.state();
         let key = (site, file.to_owned());
@@ -209,7 +211,7 @@ impl TestHub {
         self.state().pace = pace;
     }
 
-    /// What was asked for `file` at `site` so far.
+    /// Requests for `file` at `site` so far.
     pub fn count(&self, site: Site, file: &str) -> Count {
         let key = (site, file.to_owned());
         self.state().counts.get(&key).cloned().unwrap_or_default()
@@ -227,12 +229,12 @@ impl TestHub {
         let _ = sent.wait_for(|&sent| sent >= bytes).await;
     }
 
-    /// How many requests brought an `Authorization` header to the store.
+    /// Number of requests that sent an `Authorization` header to the store.
     pub fn leaked_tokens(&self) -> u64 {
         self.state().leaked_tokens
     }
 
-    /// Forgets all counts.
+    /// Resets all counts to 0.
     pub fn reset_counts(&self) {
         let mut state = self.state();
         state.counts.clear();
@@ -253,7 +255,7 @@ impl Drop for TestHub {
     }
 }
 
-/// What the handlers and the test share.
+/// State shared by the handlers and the test.
 #[derive(Debug)]
 struct Shared {
     store: SocketAddr,

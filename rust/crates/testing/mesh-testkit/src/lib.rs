@@ -1,4 +1,4 @@
-//! What tests need around real services, and the services themselves, which `mesh-launcher` starts.
+//! Test fixtures around real services; `mesh-launcher` starts the services themselves.
 //!
 //! ```no_run
 //! # async fn example() -> anyhow::Result<()> {

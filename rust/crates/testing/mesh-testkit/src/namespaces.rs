@@ -1,7 +1,7 @@
 //! Network namespaces: a bridge, and for each machine a namespace with a cable to it that can be pulled or made slow.
 //!
-//! Needs root and iproute2. Everything is removed when it is dropped; what a killed process left behind is removed by the next
-//! one.
+//! Needs root and iproute2. Everything is removed on drop; the next run removes the leftovers of a killed
+//! process.
 
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use anyhow::{Context, Result, bail, ensure};
 use mesh_launcher::Launcher;
 
-/// Several machines on one network, as far as the network goes.
+/// Simulated machines on one network: a namespace for each.
 #[derive(Debug)]
 pub struct Namespaces {
     /// Begins the names of this network's links.
@@ -19,7 +19,7 @@ pub struct Namespaces {
     machines: u8,
 }
 
-/// One of them, by number.
+/// A machine of a [`Namespaces`], by number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Machine(u8);
 
@@ -27,7 +27,7 @@ impl Namespaces {
     /// A network without machines.
     ///
     /// # Errors
-    /// If this machine does not allow it; the message says what is missing.
+    /// If this machine does not allow it; the message names the missing permission or program.
     pub fn new() -> Result<Self> {
         ensure!(
             nix::unistd::geteuid().is_root(),
@@ -54,7 +54,7 @@ impl Namespaces {
         Ok(this)
     }
 
-    /// The address of this end, where machines reach the test itself.
+    /// The address at which the machines reach the test itself.
     pub fn own_address(&self) -> String {
         self.address(Machine(0))
     }
@@ -64,7 +64,7 @@ impl Namespaces {
         format!("10.213.{}.{}", self.subnet, machine.0 + 1)
     }
 
-    /// One more machine on the network.
+    /// Adds a machine to the network.
     ///
     /// # Errors
     /// If the system refuses.
@@ -91,13 +91,13 @@ impl Namespaces {
         launcher.wrapped(&wrapper.each_ref().map(String::as_str))
     }
 
-    /// What is put before a command so that it runs on `machine`.
+    /// Words to put before a command so that it runs on `machine`.
     pub fn wrapper(&self, machine: Machine) -> [String; 4] {
         let words = ["ip", "netns", "exec", &self.namespace(machine)];
         words.map(str::to_owned)
     }
 
-    /// Gives the machine another address in place of the one it has, as a DHCP server may.
+    /// Replaces the machine's address by another, as a DHCP server may.
     ///
     /// # Errors
     /// If the system refuses.
@@ -118,7 +118,7 @@ impl Namespaces {
         format!("10.213.{}.{}", self.subnet, 255 - machine.0 - 1)
     }
 
-    /// Pulls the cable: nothing comes through, and neither end is told.
+    /// Pulls the cable: no packet passes, and neither end is notified.
     ///
     /// # Errors
     /// If the system refuses.
@@ -126,7 +126,7 @@ impl Namespaces {
         ip(&["link", "set", &self.cable(machine), "down"])
     }
 
-    /// Plugs it in again.
+    /// Plugs the cable in again.
     ///
     /// # Errors
     /// If the system refuses.
@@ -134,7 +134,7 @@ impl Namespaces {
         ip(&["link", "set", &self.cable(machine), "up"])
     }
 
-    /// Limits what the machine may send and receive, in megabits per second each.
+    /// Limits the machine's sending and receiving rates, in megabits per second each.
     ///
     /// # Errors
     /// If the system refuses.
@@ -195,7 +195,7 @@ fn remove_left_behind() {
     }
 }
 
-/// A third number of 10.213.N.0/24 that nobody here uses.
+/// An N of 10.213.N.0/24 that no interface of this machine uses.
 fn free_subnet(first: u32) -> Result<u8> {
     let addresses = output(&["-o", "addr", "show"]);
     let used = |subnet: &u8| addresses.contains(&format!("10.213.{subnet}."));
@@ -232,7 +232,7 @@ fn output(arguments: &[&str]) -> String {
         .unwrap_or_default()
 }
 
-/// For cleaning up, where what is gone already is no error.
+/// Runs a command for cleaning up; a missing object is not an error.
 fn quietly(arguments: &[&str]) {
     let _ = Command::new("ip")
         .args(arguments)

@@ -36,7 +36,7 @@ const V5_1: u8 = 0x51;
 const SINGLE: usize = 1_454;
 const PIECE: usize = 1_400;
 
-/// The version that a peer speaks.
+/// Version of the wire format of a peer.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Wire {
     /// 17 bytes before the payload.
@@ -49,18 +49,18 @@ pub enum Wire {
 /// One message: type u8, sequence u32, timestamp u64, payload length u32, all big-endian, then the payload.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Datagram {
-    /// Its version.
+    /// Version of the wire format.
     pub wire: Wire,
-    /// The type.
+    /// Message type.
     pub kind: u8,
-    /// The sequence.
+    /// Sequence number.
     pub sequence: u32,
-    /// What it carries.
+    /// Payload bytes.
     pub payload: Vec<u8>,
 }
 
 impl Datagram {
-    /// A v5.0.0 message of these parts.
+    /// A v5.0.0 message with these fields.
     pub fn new(kind: u8, sequence: u32, payload: impl Into<Vec<u8>>) -> Self {
         Self {
             wire: Wire::V5_0,
@@ -70,13 +70,13 @@ impl Datagram {
         }
     }
 
-    /// The same in another version.
+    /// The same message in another version.
     #[must_use]
     pub fn on(self, wire: Wire) -> Self {
         Self { wire, ..self }
     }
 
-    /// Its bytes, with the time of now.
+    /// Encodes the message, with the current time as timestamp.
     pub fn encode(&self) -> Vec<u8> {
         let mut bytes = match self.wire {
             Wire::V5_0 => vec![self.kind],
@@ -89,7 +89,7 @@ impl Datagram {
         bytes
     }
 
-    /// Reads a datagram; `None` if it is shorter than its header says.
+    /// Decodes a datagram; `None` if it is shorter than its header requires.
     pub fn decode(bytes: &[u8]) -> Option<Self> {
         if let Some((&V5_1, message)) = bytes.split_first() {
             return Some(Self::decode_message(message)?.on(Wire::V5_1));
@@ -110,7 +110,7 @@ impl Datagram {
         String::from_utf8_lossy(&self.payload).into_owned()
     }
 
-    /// Code and text, if it is an Error.
+    /// Code and text of an Error; `None` for other messages.
     pub fn error(&self) -> Option<(u8, String)> {
         let (&code, text) = self.payload.split_first()?;
         (self.kind == ERROR).then(|| (code, String::from_utf8_lossy(text).into_owned()))
@@ -152,7 +152,7 @@ impl V5Client {
     /// A client of the shim or head at `target`.
     ///
     /// # Errors
-    /// If there is no socket to be had.
+    /// If no socket can be opened.
     pub fn new(target: SocketAddr) -> Result<Self> {
         let socket = UdpSocket::bind("127.0.0.1:0").context("a UDP socket")?;
         socket.connect(target)?;
@@ -165,7 +165,7 @@ impl V5Client {
         Self { wire, ..self }
     }
 
-    /// A client on a socket that is connected already.
+    /// A client on a connected socket.
     pub fn from_socket(socket: UdpSocket) -> Self {
         Self {
             socket,
@@ -181,7 +181,7 @@ impl V5Client {
         self.send_raw(&Datagram::new(TASK, sequence, prompt).on(self.wire).encode())
     }
 
-    /// Sends bytes as they are.
+    /// Sends raw bytes as one datagram.
     ///
     /// # Errors
     /// If nothing listens there.
@@ -193,7 +193,7 @@ impl V5Client {
     /// The next datagram, `None` if none comes within `limit`.
     ///
     /// # Errors
-    /// If the socket fails or the datagram is no DCF message.
+    /// If the socket fails or the datagram is not a DCF message.
     pub fn receive(&self, limit: Duration) -> Result<Option<Datagram>> {
         self.socket.set_read_timeout(Some(limit))?;
         let mut buffer = vec![0; LARGEST];
@@ -207,7 +207,7 @@ impl V5Client {
         }
     }
 
-    /// Sends a task and waits for what comes back: one datagram, or the pieces of one result, put together.
+    /// Sends a task and waits for the response: one datagram, or the pieces of one result, put together.
     ///
     /// # Errors
     /// If none comes within `limit`, or if it has another sequence or version, or if a v5.0.0 client gets a piece.
@@ -274,7 +274,7 @@ impl V5Worker {
     /// `None` leaves the task without one.
     ///
     /// # Errors
-    /// If there is no socket to be had.
+    /// If no socket can be opened.
     pub fn start(
         bus: SocketAddr,
         interval: Duration,
@@ -337,7 +337,7 @@ impl V5Worker {
         })
     }
 
-    /// Where it takes tasks.
+    /// Address at which it takes tasks.
     pub fn address(&self) -> SocketAddr {
         self.address
     }
@@ -360,10 +360,10 @@ pub struct V5Head {
 }
 
 impl V5Head {
-    /// One whose worker bus has a port that the system chose.
+    /// A head with its worker bus on a port that the system chose.
     ///
     /// # Errors
-    /// If there is no socket to be had.
+    /// If no socket can be opened.
     pub fn start() -> Result<Self> {
         Ok(Self {
             bus: UdpSocket::bind("127.0.0.1:0").context("a UDP socket")?,
@@ -371,13 +371,13 @@ impl V5Head {
         })
     }
 
-    /// The same head, speaking this version. What comes in the other one it does not hear.
+    /// The same head with another wire version. It ignores messages of the other one.
     #[must_use]
     pub fn speaking(self, wire: Wire) -> Self {
         Self { wire, ..self }
     }
 
-    /// Where workers send heartbeats and results.
+    /// Address for the heartbeats and results of workers.
     ///
     /// # Errors
     /// If the socket fails.
@@ -385,7 +385,7 @@ impl V5Head {
         Ok(self.bus.local_addr()?)
     }
 
-    /// Waits for a heartbeat; the address it names, and the bytes of its payload.
+    /// Waits for a heartbeat; returns the address in it, and its payload.
     ///
     /// # Errors
     /// If none comes within `limit`, or if one is malformed.

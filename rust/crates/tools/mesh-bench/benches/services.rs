@@ -1,4 +1,5 @@
-//! What real services cost on loopback: a worker's start and its memory, and the time that shim and head add to a task.
+//! Cost of real services on loopback: a worker's start and memory, and the time that shim and head add to a
+//! task.
 //!
 //! The anchor of a round trip is the same task sent straight to the worker; both take turns, task by task. One worker is an echo
 //! on a bare socket (DCF v5.0.0), so that next to nothing but the path is timed. The other is a real one that joined over
@@ -132,7 +133,7 @@ fn shim(mesh: &Mesh) -> Result<SocketAddr> {
     mesh.shim.as_ref().context("a shim")?.address("ingress")
 }
 
-/// Asks both ways in turn, directly and through shim and head, and prints what the longer way adds.
+/// Asks both ways in turn, directly and through shim and head, and prints the time that the longer way adds.
 async fn compare(
     what: &str,
     ways: [V5Client; 2],

@@ -1,7 +1,7 @@
 //! Committed benchmarks; each prints a ratio against its anchor.
 //!
-//! Shared here: [`Ours`], our engine under the same exercises as [`Anchor`], llama.cpp kept loaded by a small program of
-//! ours, so that both can take turns within seconds; [`round_trips`] loads what relays datagrams.
+//! Shared here: [`Ours`], our engine under the same exercises as [`Anchor`], llama.cpp kept loaded by a small
+//! program of ours, so that both can take turns within seconds; [`round_trips`] loads relays of datagrams.
 
 pub mod round_trips;
 
@@ -19,7 +19,7 @@ use mesh_model::Model;
 /// The middle value, or the mean of the two in the middle.
 ///
 /// # Panics
-/// If there is none.
+/// If `values` is empty.
 pub fn median(values: &[f64]) -> f64 {
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);
@@ -30,7 +30,7 @@ pub fn median(values: &[f64]) -> f64 {
     }
 }
 
-/// What both engines are timed at.
+/// A workload on which both engines are timed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Exercise {
     /// So many tokens one by one, from an empty context.
@@ -42,7 +42,7 @@ pub enum Exercise {
 }
 
 impl Exercise {
-    /// Tokens that it computes.
+    /// Number of tokens that the exercise computes.
     pub fn tokens(self) -> u32 {
         match self {
             Exercise::Decode(tokens) | Exercise::Prefill(tokens) => tokens,
@@ -65,7 +65,7 @@ impl std::fmt::Display for Exercise {
 
 /// Our engine's stage of a whole model.
 pub struct Ours {
-    /// The stage.
+    /// The loaded stage with the whole model.
     pub stage: OrtStage,
     /// Counts tokens, so that each is another one.
     turn: u32,
@@ -177,7 +177,7 @@ impl Ours {
     }
 }
 
-/// llama.cpp with a model loaded (anchor/llama_anchor.c says what it can be told).
+/// llama.cpp with a model loaded (anchor/llama_anchor.c documents its commands).
 pub struct Anchor {
     child: Child,
     commands: ChildStdin,
@@ -282,7 +282,7 @@ pub fn program(name: &str) -> Result<PathBuf> {
 /// Resident memory of this process in bytes.
 ///
 /// # Errors
-/// If the system does not say.
+/// If the system does not report it.
 pub fn resident_bytes() -> Result<u64> {
     let status = std::fs::read_to_string("/proc/self/status")?;
     let line = status

@@ -1,4 +1,4 @@
-//! Datagrams there and back, as many as it goes: what a relay between a client and a head does.
+//! Datagrams there and back, as fast as possible: the load of a relay between a client and a head.
 
 use std::net::{SocketAddr, UdpSocket};
 use std::os::fd::AsFd;
@@ -38,7 +38,7 @@ pub fn round_trips_per_second(
         }
         under_way += batch::send(&socket, tasks[..count].iter().map(|task| (&task[..], None))).sent;
         if !readable(&socket, Duration::from_millis(100)) {
-            // What was lost does not come any more.
+            // Lost datagrams never arrive.
             under_way = 0;
             continue;
         }
@@ -50,7 +50,7 @@ pub fn round_trips_per_second(
     Ok(answered as f64 / start.elapsed().as_secs_f64())
 }
 
-/// Answers every Task with the same bytes as a Result, and leaves all else as it is.
+/// Answers every Task with a Result of the same bytes, and ignores other messages.
 pub fn echo_head(socket: UdpSocket, stop: &AtomicBool) {
     let mut received = RecvBatch::new();
     while !stop.load(Ordering::Relaxed) {
@@ -76,17 +76,17 @@ pub fn echo_head(socket: UdpSocket, stop: &AtomicBool) {
 /// A thread with a socket, stopped when dropped.
 #[derive(Debug)]
 pub struct Running {
-    /// Its socket's.
+    /// Address of the socket.
     pub address: SocketAddr,
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Running {
-    /// Starts it on a free port of the loopback address.
+    /// Starts the thread with a socket on a free port of the loopback address.
     ///
     /// # Errors
-    /// If there is none.
+    /// If no port is free.
     pub fn start(
         name: &str,
         run: impl FnOnce(UdpSocket, &AtomicBool) + Send + 'static,

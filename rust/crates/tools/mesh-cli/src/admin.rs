@@ -1,4 +1,4 @@
-//! The head's admin API: the key to it, and what its refusals mean.
+//! The head's admin API: its key, and the meaning of its refusals.
 
 use std::path::PathBuf;
 

@@ -1,4 +1,4 @@
-//! All that a user can type.
+//! The command line: options, arguments and subcommands.
 
 mod models;
 mod pull;

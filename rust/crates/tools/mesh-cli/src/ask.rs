@@ -49,7 +49,7 @@ pub(crate) async fn run(head: &HeadArgs, args: AskArgs, terminal: Terminal) -> R
 struct Outcome {
     text: String,
     stats: Stats,
-    /// What only one carrier knows, for `--json`.
+    /// Facts that only one carrier reports, for `--json`.
     more: Vec<(&'static str, Value)>,
 }
 
@@ -153,7 +153,7 @@ fn too_late(address: &str, limit: Duration) -> Failure {
         .hint("--timeout gives it longer; without it there is no limit while the mesh works on it.")
 }
 
-/// A Result does not say how many tokens it has; the Partials, about one for each token, do.
+/// A Result does not contain its number of tokens; the Partials, about one for each token, give it.
 pub(crate) fn datagram_stats(answer: &Answer) -> Stats {
     Stats {
         first_text: answer.first_text,
@@ -266,7 +266,7 @@ fn task(args: &AskArgs, over_http: bool, question: &str) -> Value {
     body
 }
 
-/// Where a shim listens by default.
+/// Host of a shim by default.
 const LOCAL_SHIM: &str = "127.0.0.1";
 const SHIM_PORT: u16 = 9999;
 

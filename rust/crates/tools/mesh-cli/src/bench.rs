@@ -61,9 +61,9 @@ pub(crate) async fn run(head: &HeadArgs, args: BenchArgs) -> Result<(), Failure>
 
 struct Measured {
     what: String,
-    /// Over all answers.
+    /// Prefill speed over all answers, tokens per second.
     prefill: Option<f64>,
-    /// Over all answers.
+    /// Decode speed over all answers, tokens per second.
     decode: f64,
     /// The slowest of the answers at once.
     first_token: Duration,

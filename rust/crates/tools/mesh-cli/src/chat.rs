@@ -107,7 +107,7 @@ impl Talk {
         Next::Continue
     }
 
-    /// One question and its answer. A person sees what failed and goes on; a script ends.
+    /// One question and its answer. A person sees the error and goes on; a script ends.
     async fn turn(&mut self, line: &str, person: bool) -> Result<(), Failure> {
         self.conversation.ask(line);
         let result = self.answer().await;
@@ -174,7 +174,7 @@ impl Talk {
     }
 }
 
-/// What was said so far.
+/// The messages so far.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Conversation {
     system: Option<String>,

@@ -27,11 +27,11 @@ const SECOND_TOKENS: u32 = 120;
 /// Pieces of the second answer that come before a worker is killed.
 const PIECES_BEFORE_KILL: usize = 30;
 const ANSWER_LIMIT: Duration = Duration::from_secs(60);
-/// How long a worker may take to measure the machine and join, on a busy one.
+/// Longest time for a worker to measure the machine and join, on a busy one.
 const JOIN_LIMIT: Duration = Duration::from_secs(90);
 const END_LIMIT: Duration = Duration::from_secs(30);
 const LOOK: Duration = Duration::from_millis(50);
-/// How many workers hold the model; each gets layers for about as long a step as the others.
+/// Number of workers that hold the model; each gets layers for about equally long steps.
 const STAGES: usize = 3;
 /// A member and a standby for each stage.
 const WORKERS: usize = 2 * STAGES;
@@ -202,7 +202,7 @@ impl Demo {
     }
 
     async fn keep(&self, mesh: &mut Mesh, stop: &mut Stop) -> Result<(), Failure> {
-        // The killed one shall not be missing from here on: its stage gets a standby again.
+        // A new worker replaces the killed one: its stage gets a standby again.
         mesh.start_worker("").await?;
         let http = mesh.head.address("http")?;
         let shim = mesh
@@ -287,8 +287,8 @@ fn builder(model: &Path, runtime: &Path, keep: bool) -> Result<MeshBuilder, Fail
     let shards = toml::Value::from(vec![model.display().to_string()]);
     let mut builder = Mesh::builder()
         .launcher(Launcher::beside_this_program(runtime)?)
-        // Six processes share this machine: one thread each. Weights as in the file on all of them, so that whoever takes
-        // layers over computes the same bits; by default each takes what it measures to be faster.
+        // Six processes share this machine: one thread each. All keep the weights as in the file, so that a
+        // successor computes the same bits; by default each takes the format that it measures to be fastest.
         .worker_config(&format!(
             "models = []\nshards = {shards}\nthreads = 1\n[ring]\nlisten = \"127.0.0.1:0\"\nformat = \"file\"\n"
         ))
@@ -333,7 +333,8 @@ async fn wait_until_joined(mesh: &mut Mesh, worker: usize) -> Result<(), Failure
     }
 }
 
-/// What the client saw of a death: the longest wait for text after it, beside the longest one of an undisturbed answer.
+/// Description of the failure as the client saw it: the longest wait for text after it, beside the longest
+/// one of an undisturbed answer.
 fn pause(disturbed: &Streamed, died: Instant, undisturbed: &Streamed) -> String {
     let pause = disturbed.longest_wait(Some(died));
     let usual = undisturbed.longest_wait(None);
@@ -360,7 +361,7 @@ fn expect_success(status: ExitStatus, service: &Service) -> Result<(), Failure> 
     )
 }
 
-/// Ctrl-C, Ctrl-\\, a terminal that closes, or whoever ends programs at this machine.
+/// The signals that stop the demo: Ctrl-C, Ctrl-\\, a closed terminal, SIGTERM.
 struct Stop {
     interrupt: tokio::signal::unix::Signal,
     terminate: tokio::signal::unix::Signal,

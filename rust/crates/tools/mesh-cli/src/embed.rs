@@ -89,7 +89,7 @@ fn lines(answer: &Value, texts: &[String], as_json: bool) -> Result<String, Fail
     Ok(out)
 }
 
-/// The texts of the command line, or the lines of standard input where there are none or only `-`.
+/// The texts of the command line, or the lines of standard input if there are no words or only `-`.
 fn texts(words: &[String]) -> Result<Vec<String>, Failure> {
     let texts: Vec<String> = if !words.is_empty() && words != ["-"] {
         words.to_vec()

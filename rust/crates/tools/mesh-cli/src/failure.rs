@@ -1,4 +1,4 @@
-//! What can go wrong, in the words a user sees, and the exit code that a script sees.
+//! Failures in words for users, and exit codes for scripts.
 
 use std::fmt;
 
@@ -6,27 +6,27 @@ use dcf::ErrorCode;
 use mesh_client::dcf_udp::DcfError;
 use mesh_client::http::HttpError;
 
-/// Meaning of the exit codes. 0 is success; 2 is also what the argument parser uses.
+/// Exit codes of the command. 0 is success; 2 is also the argument parser's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Exit {
-    /// It did not work, for a reason that none of the others names.
+    /// A failure without an exit code of its own.
     Failed,
     /// The arguments make no sense.
     Usage,
     /// The mesh cannot be reached.
     Unreachable,
-    /// No worker is there, all are busy, or none has the model.
+    /// No worker is present, all are busy, or none has the model.
     NoWorker,
     /// No answer in time.
     Timeout,
     /// A key is missing, or not good enough.
     Refused,
-    /// Ctrl-C.
+    /// Interrupted by Ctrl-C.
     Interrupted,
 }
 
 impl Exit {
-    /// The number.
+    /// The process's exit code.
     pub fn code(self) -> u8 {
         match self {
             Exit::Failed => 1,
@@ -40,19 +40,19 @@ impl Exit {
     }
 }
 
-/// Why a command ends without success.
+/// The failure of a command: an exit code and a message.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Failure {
-    /// The exit code.
+    /// Kind of failure, which decides the exit code.
     pub exit: Exit,
-    /// What happened.
+    /// Description of the failure.
     pub message: String,
-    /// What to do.
+    /// Advice on a remedy.
     pub hint: Option<String>,
 }
 
 impl Failure {
-    /// A failure of this kind.
+    /// A failure with this exit code and no hint.
     pub fn new(exit: Exit, message: impl Into<String>) -> Self {
         Self {
             exit,
@@ -61,17 +61,17 @@ impl Failure {
         }
     }
 
-    /// A failure without a kind of its own.
+    /// A failure with [`Exit::Failed`].
     pub fn failed(message: impl Into<String>) -> Self {
         Self::new(Exit::Failed, message)
     }
 
-    /// A failure of the arguments.
+    /// A failure with [`Exit::Usage`].
     pub fn usage(message: impl Into<String>) -> Self {
         Self::new(Exit::Usage, message)
     }
 
-    /// Adds what to do.
+    /// Adds advice on a remedy.
     #[must_use]
     pub fn hint(mut self, hint: impl Into<String>) -> Self {
         self.hint = Some(hint.into());
@@ -145,7 +145,7 @@ impl From<anyhow::Error> for Failure {
     }
 }
 
-/// Has the process end quietly where its output goes to a program that has stopped reading.
+/// Makes the process end quietly if the reader of its output is gone.
 pub fn end_quietly_on_broken_pipe() {
     let default = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |panic| {

@@ -1,4 +1,4 @@
-//! What comes from files and from standard input.
+//! Input from files and from standard input.
 
 use std::io::{self, IsTerminal, Read};
 use std::path::Path;
@@ -7,7 +7,7 @@ use mesh_base::files::{Readers, exposure};
 
 use crate::failure::Failure;
 
-/// The prompt: the words of the command line, or standard input where there are none or only `-`.
+/// The prompt: the words of the command line, or standard input if there are no words or only `-`.
 pub(crate) fn prompt(words: &[String]) -> Result<String, Failure> {
     let from_input = words.is_empty() || words == ["-"];
     let text = if !from_input {

@@ -1,6 +1,6 @@
 //! The hydramesh command line.
 //!
-//! [`args`] is all a user can type, one module per command does it, [`failure`] says what each exit code means.
+//! [`args`] is the command line, each command has a module, [`failure`] defines the exit codes.
 
 #![forbid(unsafe_code)]
 
@@ -30,7 +30,7 @@ use args::{Args, Command};
 use failure::Failure;
 use output::Terminal;
 
-/// Does what the arguments ask for.
+/// Runs the command in `args`.
 ///
 /// # Errors
 /// The [`Failure`] to be shown, with its exit code.

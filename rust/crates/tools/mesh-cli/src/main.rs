@@ -1,4 +1,4 @@
-//! The `hydramesh` command.
+//! The `hydramesh` command: parses arguments, runs a subcommand, reports failures.
 
 use std::process::ExitCode;
 

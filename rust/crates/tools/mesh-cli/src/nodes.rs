@@ -1,4 +1,4 @@
-//! `hydramesh nodes`: who belongs to the mesh, who is expelled.
+//! `hydramesh nodes`: the members of the mesh and the expelled nodes.
 
 use mesh_base::clock;
 use serde_json::{Value, json};
@@ -75,7 +75,7 @@ fn show(answer: &Value) -> String {
     )
 }
 
-/// The name, or what there is of an id.
+/// The name, or the known part of the id.
 fn name(node: &Value) -> String {
     match node["name"].as_str() {
         Some(name) if !name.is_empty() => plain(name),

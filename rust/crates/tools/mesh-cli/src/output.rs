@@ -53,7 +53,7 @@ impl Terminal {
     }
 }
 
-/// Writes text at once: an answer shall be seen while it grows.
+/// Writes text and flushes it, so that an answer is visible while it grows.
 pub(crate) fn print_now(text: &str) {
     let mut out = io::stdout().lock();
     // A reader that went away ends the program as println! would.
@@ -62,7 +62,8 @@ pub(crate) fn print_now(text: &str) {
     }
 }
 
-/// A line on standard error that says what an answer waits for, where a person looks. It goes when the answer comes.
+/// A line on standard error with the reason why an answer waits, if that is a terminal. It is erased when the
+/// answer comes.
 #[derive(Debug)]
 pub(crate) struct WaitLine {
     person: bool,
@@ -77,7 +78,7 @@ impl WaitLine {
         }
     }
 
-    /// Says what is waited for, in the head's words.
+    /// Shows what the answer waits for, as the head describes it.
     pub(crate) fn show(&mut self, what: &str) {
         if self.person {
             self.shown = true;
@@ -138,7 +139,7 @@ pub(crate) fn duration(value: Duration) -> String {
     }
 }
 
-/// `98.4 MB`.
+/// A size for people, such as `98.4 MB`.
 pub(crate) fn bytes(value: u64) -> String {
     match value {
         0..1_000 => format!("{value} B"),

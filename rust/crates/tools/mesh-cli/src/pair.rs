@@ -1,11 +1,12 @@
 //! `hydramesh token offer` and `hydramesh token fetch`: a join token handed over the LAN against a short code that a person reads
 //! on one screen and types at the other.
 //!
-//! The offer is found by multicast DNS (`_hydramesh-offer._tcp`) and taken over TLS 1.3 with a certificate that nobody can check.
-//! The code takes the certificate's place: both sides derive a key from it and from the TLS session's exporter (RFC 8446, section
-//! 7.5) by PBKDF2, the taker proves first that it has the key, then the offerer. Somebody in the middle has two sessions with
-//! two exporters, and so no use for what one side proves to the other. To guess the code from a proof, it would have to try some
-//! 2^49 codes at 600,000 hashes each before the offer ends. Guessing at the offer itself ends it after three wrong codes.
+//! The offer is found by multicast DNS (`_hydramesh-offer._tcp`) and taken over TLS 1.3 with an unverified
+//! certificate. The code takes the certificate's place: both sides derive a key from it and from the TLS
+//! session's exporter (RFC 8446, section 7.5) by PBKDF2, the taker proves first that it has the key, then the
+//! offerer. An attacker in the middle has two sessions with two exporters, and so cannot reuse the proof of
+//! one side toward the other. To guess the code from a proof, it would have to try some 2^49 codes at 600,000
+//! hashes each before the offer ends. Guessing at the offer itself ends it after three wrong codes.
 //!
 //! | bytes | from the taker | bytes | from the offerer |
 //! |---|---|---|---|
@@ -37,7 +38,7 @@ use serde::{Deserialize, Serialize};
 /// The token and the port that are handed over.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Gift {
-    /// The join token.
+    /// The join token of the offer.
     pub(crate) token: String,
     /// The head's port for workers; its host is where the offer was found.
     pub(crate) port: u16,
@@ -52,7 +53,7 @@ pub(crate) enum PairError {
     /// Too many wrong codes.
     #[error("{MOST_MISSES} wrong codes were tried, so the offer is over; make another")]
     TooManyMisses,
-    /// Nobody came.
+    /// No machine took the offer in time.
     #[error("nobody took the offer in time; make another")]
     Expired,
     /// No offer, or none that answers.
@@ -67,13 +68,13 @@ pub(crate) enum PairError {
     /// The message is not a valid gift.
     #[error("the offer makes no sense: {0}")]
     Malformed(String),
-    /// The network.
+    /// A network error.
     #[error("{0}")]
     Io(#[from] io::Error),
-    /// TLS.
+    /// A TLS error.
     #[error("TLS: {0}")]
     Tls(#[from] rustls::Error),
-    /// Multicast DNS.
+    /// An error of multicast DNS.
     #[error("multicast DNS: {0}")]
     Mdns(#[from] mdns_sd::Error),
 }
@@ -88,7 +89,7 @@ impl Code {
         Self(random::bytes().map(|byte| ALPHABET[usize::from(byte) % ALPHABET.len()]))
     }
 
-    /// Reads what a person typed: case, dashes and spaces do not matter.
+    /// Reads a typed code: case, dashes and spaces do not matter.
     pub(crate) fn parse(text: &str) -> Result<Self, PairError> {
         let typed: Vec<u8> = text
             .bytes()
@@ -153,7 +154,7 @@ impl Drop for Announced {
 
 /// Waits until a machine that has the code has taken `gift`, and returns that machine.
 ///
-/// Each conversation has its own thread, so that a silent connection holds up nobody else.
+/// Each conversation has its own thread, so that a silent connection delays no other.
 pub(crate) fn offer(
     listener: &TcpListener,
     code: &Code,
@@ -318,7 +319,7 @@ pub(crate) fn fetch_any(
     Err(reason)
 }
 
-/// Takes what is offered at `address`.
+/// Takes the offer at `address`.
 fn fetch(address: SocketAddr, code: &Code) -> Result<Gift, PairError> {
     let stream = TcpStream::connect_timeout(&address, CONNECT)?;
     let name = ServerName::IpAddress(address.ip().into());
@@ -556,7 +557,7 @@ mod tests {
         }
     }
 
-    /// An offer on loopback, and what becomes of it.
+    /// An offer on loopback, and its outcome.
     fn offered(code: &Code) -> (SocketAddr, thread::JoinHandle<Result<IpAddr, PairError>>) {
         let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
         let address = listener.local_addr().expect("an address");
@@ -655,7 +656,7 @@ mod tests {
         let ours = Code::random();
         let (right, outcome) = offered(&ours);
         let (other, _) = offered(&code(b"AAAAAAAAAA"));
-        // Nobody listens at the first address; a second proof at `other` would be a second miss.
+        // There is no listener at the first address; a second proof at `other` would be a second miss.
         let closed = SocketAddr::from(([127, 0, 0, 1], 1));
         let offers = [vec![closed, other, other], vec![right]];
         assert_eq!(fetch_any(&offers, &ours).expect("a token"), (right, gift()));

@@ -1,4 +1,5 @@
-//! `hydramesh probe` and `hydramesh boot-config`: what this machine is, and what it does when a live image starts on it.
+//! `hydramesh probe` and `hydramesh boot-config`: the hardware of this machine, and the plan of a live image
+//! on it.
 
 use mesh_machine::boot::choice::{Choice, choose};
 use mesh_machine::boot::plan::{Plan, Told};

@@ -246,7 +246,7 @@ fn show_comparisons(answer: &Value) -> String {
     shown
 }
 
-/// Whether a drained worker holds and runs nothing.
+/// True if a drained worker holds and runs nothing.
 fn is_empty(worker: &Value) -> bool {
     list(&worker["holds"]).is_empty() && worker["assigned"].as_u64().unwrap_or(0) == 0
 }
@@ -279,7 +279,7 @@ fn text(value: &Value) -> String {
     }
 }
 
-/// For a query: everything but letters, digits and a few marks as `%XX`.
+/// Escapes a query value: everything but letters, digits and a few marks as `%XX`.
 fn escape(text: &str) -> String {
     let escaped = |byte: u8| match byte {
         b'a'..=b'z' | b'A'..=b'Z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' => {
@@ -290,7 +290,7 @@ fn escape(text: &str) -> String {
     text.bytes().map(escaped).collect()
 }
 
-/// How often a drain is looked at.
+/// Interval between looks at a drain.
 const LOOK: Duration = Duration::from_millis(500);
 
 #[cfg(test)]

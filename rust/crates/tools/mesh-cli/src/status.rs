@@ -108,7 +108,7 @@ fn absent(registry: &Value) -> String {
     }
 }
 
-/// Models that workers give each other: who has them, and who is waiting for what.
+/// Models that workers share: their holders, and the workers that wait for them.
 fn models(registry: &Value) -> String {
     let models = registry["models"].as_array().map(Vec::as_slice);
     let models = models.unwrap_or_default();
@@ -192,7 +192,7 @@ fn rows(worker: &Value) -> Vec<Vec<String>> {
     if let Some(rate) = to_head.and_then(|path| path["bytes_per_second"].as_f64()) {
         link += &format!(", {}/s", bytes(rate as u64));
     }
-    // What it is kept for stands behind its state.
+    // The purposes it is reserved for follow its state.
     let kept: Vec<&str> = worker["reserved_for"]
         .as_array()
         .into_iter()

@@ -149,7 +149,8 @@ async fn offer(
         Ok(())
     })
     .await;
-    // Nobody has a token that was not taken, so nobody misses it. An older head keeps it until it ends.
+    // No machine has the token of an offer that failed, so it can be withdrawn. An older head keeps it until
+    // it ends.
     if offered.is_err()
         && let Some(id) = answer["id"].as_str()
     {

@@ -1,4 +1,4 @@
-//! `hydramesh models` for what lies on this machine, as a process.
+//! `hydramesh models` for files on this machine, as a process.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
@@ -50,7 +50,7 @@ impl Home {
         serde_json::from_slice(&output.stdout).unwrap()
     }
 
-    /// What a command says that fails.
+    /// Error output of a command that fails.
     fn failure(&self, arguments: &[&str]) -> String {
         let output = self.run(arguments);
         assert_eq!(output.status.code(), Some(1), "{output:?}");
@@ -94,7 +94,7 @@ fn a_store_that_is_missing_is_an_empty_one_to_who_only_looks() {
     assert_eq!(home.json(&["verify", "tiny"])["name"], "tiny-q4");
     assert_eq!(home.json(&["list"])[0]["name"], "tiny-q4");
     assert!(!home.path("store").exists());
-    // Perhaps it is what was mistyped.
+    // Perhaps the path of the store was mistyped.
     let error = home.failure(&["show", "other"]);
     let store = home.path("store");
     let hint = format!("There is no store at {}", store.display());
@@ -171,7 +171,7 @@ fn an_altered_manifest_is_named_with_what_to_do_and_listed() {
     let warning = String::from_utf8(table.stderr).unwrap();
     assert!(warning.contains(manifest.to_str().unwrap()), "{warning}");
 
-    // What it says to do helps.
+    // The advice in the message works.
     assert!(home.run(&["rm", "tiny"]).status.success());
     assert_eq!(home.json(&["list"]), json!([]));
 }

@@ -97,7 +97,7 @@ fn text(output: &Output) -> (String, String) {
 }
 
 const KILLS: u32 = 50;
-/// What the hub sends over each of two connections.
+/// Bytes that the hub sends over each of two connections.
 const PIECE: usize = 8 << 10;
 const PAUSE: Duration = Duration::from_millis(8);
 /// Bytes that a kill may cost.
@@ -154,7 +154,7 @@ async fn a_pull_killed_fifty_times_ends_byte_identical_and_fetches_little_twice(
     check(&rig.store(), &expected, &files);
     assert_eq!(rig.hub.leaked_tokens(), 0);
 
-    // A kill costs what had not reached the disk. Without resume nothing would be kept.
+    // A kill loses the bytes that had not reached the disk. Without resume nothing would be kept.
     let last = rig.hub.bytes_sent() - before;
     let kept = (whole * (completed + 1)).saturating_sub(last);
     let lost = before.saturating_sub(kept) / u64::from(KILLS);
@@ -289,7 +289,7 @@ async fn failures_have_exit_codes_and_say_what_to_do() {
 async fn ctrl_c_keeps_what_has_arrived() {
     let rig = Rig::new().await;
     rig.hub.publish(ID, &files());
-    // Slowly: what the hub has sent is what has arrived, then, but for little.
+    // Slowly, so that almost all sent bytes have arrived.
     rig.hub.pace(Some((16 << 10, Duration::from_millis(20))));
     let child = rig.command(&[ID]).spawn().unwrap();
     rig.hub.wait_for_bytes(2_000_000).await;

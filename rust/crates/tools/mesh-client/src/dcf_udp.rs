@@ -1,9 +1,9 @@
 //! A task over DCF/UDP: one Task datagram out, Partials while the answer grows if they were asked for, one Result in the end.
 //!
-//! A datagram may be lost, so the Task is repeated until something comes back; the head knows a repeated Task by address
-//! and sequence and does not run it twice. A long answer comes in Chunks. Where some are missing when no more come, the
-//! Task is repeated, too: the head then sends the answer again, and what has come before counts. A shim that has not seen this address before may send a Challenge first, which
-//! is echoed.
+//! A datagram may be lost, so the Task is repeated until something comes back; the head knows a repeated Task
+//! by address and sequence and does not run it twice. A long answer comes in Chunks. Where some are missing
+//! when no more come, the Task is repeated, too: the head then sends the answer again, and earlier Chunks
+//! count. A shim that has not seen this address before may send a Challenge first, which is echoed.
 //!
 //! Tasks are sent in DCF v5.0.0, which every shim and head of ours understands. Where nothing at all comes back, the client
 //! finds out by Health whether its peer speaks v5.1 only, and goes on in that version.
@@ -34,24 +34,24 @@ pub struct DcfClient {
 /// The whole answer to one task.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Answer {
-    /// The text.
+    /// Text of the whole answer.
     pub text: String,
     /// From the first Task datagram to the first piece of text.
     pub first_text: Duration,
     /// From the first Task datagram to the end.
     pub total: Duration,
-    /// Partials that came.
+    /// Number of received Partials.
     pub partials: u32,
     /// Task datagrams that were sent beyond the first.
     pub repeats: u32,
 }
 
 impl DcfClient {
-    /// A socket toward `target` (`host:port`). Where the name has several addresses, all are asked whether somebody is there,
-    /// and the first that answers is used.
+    /// A socket toward `target` (`host:port`). If the name has several addresses, all are probed, and the
+    /// first that answers is used.
     ///
     /// # Errors
-    /// If the name does not resolve or no socket can be had.
+    /// If the name does not resolve or no socket can be opened.
     pub async fn connect(target: &str) -> Result<Self, DcfError> {
         let unreachable = |reason: String| DcfError::Unreachable {
             address: target.to_owned(),
@@ -73,7 +73,7 @@ impl DcfClient {
             let nobody = || unreachable("nothing listens on that UDP port".to_owned());
             return Err(failed.unwrap_or_else(nobody));
         };
-        // A long answer comes faster than a busy program reads. The system gives what its limits allow.
+        // A long answer comes faster than a busy program reads. The system may grant less.
         let _ = SockRef::from(&socket).set_recv_buffer_size(RECV_BUFFER);
         Ok(Self {
             socket,
@@ -92,13 +92,13 @@ impl DcfClient {
         }
     }
 
-    /// The version that the peer is known to speak; `None` before anything came from it.
+    /// The version that the peer is known to speak; `None` before its first message.
     #[must_use]
     pub fn version(&self) -> Option<Version> {
         self.version
     }
 
-    /// Sends `prompt` as it is, like a v5.0.0 client, and waits for the answer.
+    /// Sends `prompt` without a JSON envelope, like a v5.0.0 client, and waits for the answer.
     ///
     /// # Errors
     /// See [`DcfError`].
@@ -124,7 +124,7 @@ impl DcfClient {
             .await
     }
 
-    /// As [`DcfClient::ask`]; `on_wait` hears what the task waits for, in the head's words.
+    /// As [`DcfClient::ask`]; `on_wait` receives the reason why the task waits, in the head's words.
     ///
     /// # Errors
     /// See [`DcfError`].
@@ -200,7 +200,7 @@ impl DcfClient {
             let first_word = self.version.is_none();
             self.version.get_or_insert(spoken);
             if first_word && spoken != version && task.payload.len() <= spoken.max_payload() {
-                // It could not read what was sent so far.
+                // It could not read the messages sent so far.
                 version = spoken;
                 self.send(&task, version).await?;
             }
@@ -242,7 +242,8 @@ impl DcfClient {
 
     async fn send(&self, message: &Message, version: Version) -> Result<(), DcfError> {
         let mut datagram = message.encode_as(version).to_vec();
-        // Who wants to see first that this address is ours answers with no more bytes than came. What is behind a payload is ignored.
+        // A peer that first verifies our address replies with at most as many bytes as it received. Bytes
+        // behind the payload are ignored.
         datagram.resize(datagram.len().max(LEAST_DATAGRAM), 0);
         match self.socket.send(&datagram).await {
             Ok(_) => Ok(()),
@@ -260,7 +261,7 @@ impl DcfClient {
 /// Bytes of the shortest datagram that is sent: those of a Challenge.
 const LEAST_DATAGRAM: usize = 64;
 
-/// Connected, so that the system tells us when nothing listens there, and drops what others send.
+/// Connected, so that the system reports a port without listener, and drops datagrams from other senders.
 async fn connected(address: SocketAddr) -> std::io::Result<UdpSocket> {
     let socket = UdpSocket::bind(listen::toward(address)).await?;
     socket.connect(address).await?;
@@ -308,24 +309,24 @@ async fn first_to_answer(
     (!sockets.is_empty()).then(|| sockets.swap_remove(0))
 }
 
-/// Why a task over DCF/UDP has no answer.
+/// Errors of a task over DCF/UDP.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum DcfError {
-    /// Nothing there.
+    /// The name does not resolve, or the peer refuses datagrams.
     #[error("cannot reach {address} over UDP: {reason}")]
     Unreachable {
-        /// Where.
+        /// Address or name of the peer.
         address: String,
-        /// The system's words.
+        /// The operating system's error message.
         reason: String,
     },
     /// No answer in time.
     #[error("nothing came from {address} for {waited:?} ({received} bytes of text had come)")]
     Timeout {
-        /// Where.
+        /// Address of the peer.
         address: SocketAddr,
-        /// How long was waited.
+        /// Silence before the client gave up.
         waited: Duration,
         /// Bytes of text that Partials had brought.
         received: usize,
@@ -333,9 +334,9 @@ pub enum DcfError {
     /// The mesh answered with an Error.
     #[error("{code}: {text}")]
     Refused {
-        /// What kind.
+        /// Code of the Error message.
         code: ErrorCode,
-        /// What it says.
+        /// Text of the Error message.
         text: String,
     },
     /// More than a datagram holds.
@@ -347,15 +348,15 @@ pub enum DcfError {
         /// Bytes of the task.
         len: usize,
     },
-    /// The answer makes no sense.
+    /// The answer violates the protocol.
     #[error("the answer is broken: {0}")]
     Broken(String),
-    /// The socket failed.
+    /// An I/O error of the socket.
     #[error("UDP socket: {0}")]
     Io(#[from] std::io::Error),
 }
 
-/// When to repeat a Task; no socket, no clock.
+/// Timer for repeats of a Task; no socket, no clock.
 struct Patience {
     wait: Duration,
     ends: Instant,
@@ -393,7 +394,7 @@ impl Patience {
     }
 }
 
-/// What has come of one answer; no socket, no clock.
+/// The received part of one answer; no socket, no clock.
 struct Incoming {
     sequence: u32,
     started: Instant,
@@ -410,7 +411,7 @@ enum Step {
     Nothing,
     /// The mesh works on it.
     Progress,
-    /// The mesh has it, and says what it waits for.
+    /// The mesh has the task; the reason why it waits.
     Waits(String),
     /// A part of the finished answer.
     Piece,
@@ -513,7 +514,7 @@ impl Incoming {
                 return;
             }
             let piece = entry.remove();
-            // A repeat, or one that overlaps what is there: only what is new counts.
+            // A repeat, or one that overlaps the text so far: only the new part counts.
             if let Some(new) = piece.get(self.text.len() - offset..)
                 && !new.is_empty()
             {
@@ -560,7 +561,7 @@ fn plain(text: &str) -> String {
     text.take(LONGEST_WAIT).collect()
 }
 
-/// Characters of what a task waits for.
+/// Most characters of the reason why a task waits.
 const LONGEST_WAIT: usize = 120;
 
 /// First wait before a Task is repeated; it doubles up to [`LONGEST_REPEAT`].

@@ -48,7 +48,7 @@ impl HttpClient {
         &self.base
     }
 
-    /// `GET path`, a JSON document.
+    /// Sends `GET path`; the response is a JSON document.
     ///
     /// # Errors
     /// If the head cannot be reached, says no, or answers with something else.
@@ -57,7 +57,7 @@ impl HttpClient {
         read_json(self.send(request).await?).await
     }
 
-    /// `GET path`, as text.
+    /// Sends `GET path`; returns the response as text.
     ///
     /// # Errors
     /// As [`HttpClient::get`].
@@ -66,7 +66,7 @@ impl HttpClient {
         self.send(request).await?.text().await.map_err(broken)
     }
 
-    /// `POST path` with a JSON body, a JSON document.
+    /// Sends `POST path` with a JSON body; the response is a JSON document.
     ///
     /// # Errors
     /// As [`HttpClient::get`].
@@ -153,7 +153,7 @@ impl HttpClient {
 pub enum Heard {
     /// A piece of the answer.
     Piece(Box<AnswerPiece>),
-    /// Nothing yet: what the request waits for, in the head's words.
+    /// No text yet: the reason why the request waits, in the head's words.
     Waits(String),
 }
 
@@ -171,7 +171,7 @@ pub struct AnswerStream {
 pub struct AnswerPiece {
     /// New text; may be empty.
     pub text: String,
-    /// Why the answer ended: `stop`, `length`.
+    /// Reason for the end: `stop` or `length`.
     pub finish_reason: Option<String>,
     /// Token counts, in the last piece.
     pub usage: Option<Value>,
@@ -196,7 +196,7 @@ impl AnswerStream {
         }
     }
 
-    /// The next piece, or what the answer waits for; `None` at the end.
+    /// The next piece, or the reason why the answer waits; `None` at the end.
     ///
     /// # Errors
     /// As [`AnswerStream::next`].
@@ -236,7 +236,7 @@ impl AnswerStream {
     }
 }
 
-/// Why a request over HTTP failed.
+/// Errors of a request over HTTP.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum HttpError {
@@ -245,24 +245,24 @@ pub enum HttpError {
         "{0} is not an http:// address; a head speaks plain HTTP, TLS is for a proxy before it"
     )]
     BadAddress(String),
-    /// Nothing answers there.
+    /// No server answers at the address.
     #[error("nothing answers at {address}: {reason}")]
     Unreachable {
-        /// The head's address.
+        /// Address of the head.
         address: String,
-        /// The system's words.
+        /// The operating system's error message.
         reason: String,
     },
     /// The head answered with an error.
     #[error("{message}")]
     Api {
-        /// HTTP status.
+        /// HTTP status of the response.
         status: u16,
-        /// OpenAI's `error.type`.
+        /// OpenAI's `error.type` field.
         kind: String,
         /// OpenAI's `error.code`, where there is one.
         code: Option<String>,
-        /// What it says.
+        /// The error message of the response.
         message: String,
     },
     /// The connection or the answer's form broke.

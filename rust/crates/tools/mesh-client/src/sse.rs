@@ -11,7 +11,7 @@ pub struct SseParser {
     line: Vec<u8>,
     data: Vec<u8>,
     after_cr: bool,
-    /// The latest comment.
+    /// Text of the latest comment.
     comment: Option<String>,
 }
 
@@ -45,7 +45,7 @@ impl SseParser {
         Ok(())
     }
 
-    /// The comment that came last, if it was not taken yet.
+    /// Takes the latest comment; `None` if it was taken before.
     pub fn take_comment(&mut self) -> Option<String> {
         self.comment.take()
     }

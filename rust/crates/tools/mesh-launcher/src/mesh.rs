@@ -12,10 +12,10 @@ use toml::Table;
 use crate::paths;
 use crate::process::{Launcher, Service};
 
-/// How long a mesh may take until every worker can be asked.
+/// Longest time until every worker of a mesh answers.
 const READY_LIMIT: Duration = Duration::from_secs(90);
 
-/// What a mesh shall be made of.
+/// Builder of a mesh: number of workers, shim, model and configuration.
 #[derive(Debug)]
 pub struct MeshBuilder {
     launcher: Option<Launcher>,
@@ -28,7 +28,7 @@ pub struct MeshBuilder {
 }
 
 impl MeshBuilder {
-    /// How many workers.
+    /// Sets the number of workers.
     #[must_use]
     pub fn workers(mut self, workers: usize) -> Self {
         self.workers = workers;
@@ -49,7 +49,7 @@ impl MeshBuilder {
         self
     }
 
-    /// What starts the services; [`Launcher::of_this_build`] otherwise.
+    /// Sets the launcher of the services; the default is [`Launcher::of_this_build`].
     #[must_use]
     pub fn launcher(mut self, launcher: Launcher) -> Self {
         self.launcher = Some(launcher);
@@ -139,14 +139,14 @@ pub struct Mesh {
     workers_started: usize,
     /// The workers, in the order of their start.
     pub workers: Vec<Service>,
-    /// The shim.
+    /// The shim in front of the head, if there is one.
     pub shim: Option<Service>,
-    /// The head.
+    /// The head's running process.
     pub head: Service,
 }
 
 impl Mesh {
-    /// A mesh to be described.
+    /// A builder for a mesh without workers or shim.
     pub fn builder() -> MeshBuilder {
         MeshBuilder {
             launcher: None,
@@ -159,7 +159,7 @@ impl Mesh {
         }
     }
 
-    /// Kills the head, if it has not died already, and starts it again after `pause`, on the same ports.
+    /// Kills the head if it still runs, and restarts it after `pause` on the same ports.
     ///
     /// # Errors
     /// If it does not start again.
@@ -193,7 +193,7 @@ impl Mesh {
         self.head.http()
     }
 
-    /// A client that may do what the administrator may.
+    /// A client with the head's admin key.
     ///
     /// # Errors
     /// If the head's key cannot be read.
@@ -225,7 +225,7 @@ impl Mesh {
         Ok(self.admin()?.get("/v1/mesh").await?)
     }
 
-    /// Workers that the head counts as usable now.
+    /// The workers that the head considers usable now, as the registry shows them.
     ///
     /// # Errors
     /// If the head does not answer.
@@ -275,7 +275,7 @@ impl Mesh {
         Ok(self.workers.len() - 1)
     }
 
-    /// What the services of this mesh are started by.
+    /// The launcher of this mesh's services.
     pub fn launcher(&self) -> &Launcher {
         &self.launcher
     }
@@ -326,7 +326,7 @@ impl Mesh {
         Ok(())
     }
 
-    /// Waits until the head counts `wanted` usable workers, no more and no fewer.
+    /// Waits until the head counts exactly `wanted` usable workers.
     ///
     /// # Errors
     /// If it does not within 90 s, or if a worker ends meanwhile.

@@ -1,4 +1,4 @@
-//! Where a source tree has what is never committed: what `make fetch` fetches and cargo builds.
+//! Paths of files outside version control: those that `make fetch` downloads and cargo builds.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;

@@ -16,11 +16,11 @@ use tempfile::TempDir;
 
 use crate::paths;
 
-/// How long a service may take to write its addresses or to become ready, on a busy machine.
+/// Longest time until a service writes its addresses or becomes ready, on a busy machine.
 const START_LIMIT: Duration = Duration::from_secs(90);
 const POLL: Duration = Duration::from_millis(20);
 
-/// Which binaries to start, and with what around them.
+/// Folder of the binaries to start, with their environment and wrapper.
 #[derive(Debug, Clone)]
 pub struct Launcher {
     bin_dir: PathBuf,
@@ -54,10 +54,10 @@ impl Launcher {
     }
 
     /// The services beside the running executable, with ONNX Runtime's library at `ort_library`. A Ctrl-C at the terminal
-    /// does not reach them: whoever started them stops them.
+    /// does not reach them: the caller has to stop them.
     ///
     /// # Errors
-    /// If one is not there.
+    /// If a binary is missing.
     pub fn beside_this_program(ort_library: &Path) -> Result<Self> {
         let program = std::env::current_exe().context("where is this program?")?;
         let bin_dir = program
@@ -101,8 +101,8 @@ impl Launcher {
         }
     }
 
-    /// The same services, beginning with copies of these files in their state folders: what another one on this machine has
-    /// measured need not be measured again.
+    /// The same services, beginning with copies of these files in their state folders: measurements of
+    /// another service on this machine need not be repeated.
     #[must_use]
     pub fn with_state(&self, files: &[PathBuf]) -> Self {
         Self {
@@ -175,15 +175,15 @@ impl Service {
         &self.name
     }
 
-    /// Its state folder.
+    /// The service's state folder.
     pub fn state_dir(&self) -> PathBuf {
         self.dir.path().join("state")
     }
 
-    /// Its process id.
+    /// The service's process id.
     ///
     /// # Panics
-    /// If it was stopped.
+    /// If the service was stopped.
     pub fn pid(&self) -> u32 {
         self.child.as_ref().expect("the service runs").id()
     }
@@ -213,14 +213,14 @@ impl Service {
         Ok(HttpClient::new(&self.address("http")?.to_string(), None)?)
     }
 
-    /// All it has logged so far, over restarts.
+    /// The service's log so far, over all restarts.
     pub fn log(&self) -> String {
         fs::read(self.log_path())
             .map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
             .unwrap_or_default()
     }
 
-    /// Its log file.
+    /// Path of the service's log file.
     pub fn log_path(&self) -> PathBuf {
         self.dir.path().join("service.log")
     }
@@ -258,7 +258,7 @@ impl Service {
         kill(Pid::from_raw(pid), signal).with_context(|| format!("{signal} to {}", self.name))
     }
 
-    /// Kills it as a crash would and waits until it is gone.
+    /// Kills the process with SIGKILL, like a crash, and waits until it is gone.
     ///
     /// # Errors
     /// If it is gone already.
@@ -302,7 +302,7 @@ impl Service {
         }
     }
 
-    /// Whether the process runs.
+    /// True if the process runs.
     pub fn is_running(&mut self) -> bool {
         self.child
             .as_mut()
@@ -324,7 +324,7 @@ impl Service {
         self.spawn().await
     }
 
-    /// Bytes of memory that it holds now.
+    /// Resident memory of the process, bytes.
     ///
     /// # Errors
     /// If the process is gone.
@@ -351,7 +351,7 @@ impl Service {
         fs::write(&path, config.to_string()).with_context(|| path.display().to_string())
     }
 
-    /// Its configuration file.
+    /// Path of the service's configuration file.
     pub fn config_path(&self) -> PathBuf {
         self.dir.path().join("config.toml")
     }
@@ -439,7 +439,7 @@ impl Drop for Service {
             let _ = child.kill();
             let _ = child.wait();
         }
-        // What a failed test needs to be understood.
+        // The end of the log explains a failed test.
         if std::thread::panicking() {
             eprintln!("--- log of {}, its end ---\n{}", self.name, self.log_end());
         }

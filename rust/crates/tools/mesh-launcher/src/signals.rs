@@ -1,4 +1,4 @@
-//! What a program that started services does when it is told to end.
+//! Reaction of a program that started services to SIGINT and SIGTERM.
 
 use std::future::Future;
 
@@ -9,7 +9,7 @@ use tokio::signal::unix::{SignalKind, signal};
 /// Runs `work` to its end. If SIGINT or SIGTERM comes first, drops `work`, which kills the services and removes the network
 /// namespaces that it holds, and ends this process with exit code 130 or 143.
 ///
-/// A signal is noticed when `work` waits for something. What blocks its thread for long belongs in
+/// A signal is noticed when `work` waits for something. Code that blocks its thread for long belongs in
 /// [`tokio::task::spawn_blocking`].
 ///
 /// # Errors

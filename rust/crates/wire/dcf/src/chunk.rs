@@ -1,8 +1,9 @@
 //! Payloads too large for one datagram, as Chunk messages.
 //!
-//! A Chunk's payload is total u16, index u16, the MD5 of the whole payload (16 bytes: a checksum, no security), then up to
-//! [`MAX_DATA`] bytes. All Chunks of a payload have the sequence of the message they stand for. What kind of message that
-//! is follows from the direction: a Task toward a head, a Result toward a client.
+//! A Chunk's payload is total u16, index u16, the MD5 of the whole payload (16 bytes, a checksum without
+//! security), then up to [`MAX_DATA`] bytes. All Chunks of a payload have the sequence of the message they
+//! stand for. The direction determines the type of that message: a Task toward a head, a Result toward a
+//! client.
 
 mod reassembler;
 
@@ -92,7 +93,7 @@ impl ExactSizeIterator for Split {}
 pub struct Chunk {
     /// Chunks of the whole payload; at least 1.
     pub total: u16,
-    /// Which of them this is, from 0.
+    /// Index of this Chunk, from 0.
     pub index: u16,
     /// MD5 of the whole payload.
     pub md5: [u8; 16],
@@ -137,13 +138,13 @@ impl Chunk {
     }
 }
 
-/// Why Chunks cannot be made, read or put together.
+/// Errors of making, reading or reassembling Chunks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ChunkError {
-    /// Not even a chunk header.
+    /// The payload is shorter than a Chunk header.
     #[error("a Chunk payload of {len} bytes is shorter than its {CHUNK_HEADER_LEN}-byte header")]
     Short {
-        /// Bytes there are.
+        /// Length of the payload in bytes.
         len: usize,
     },
     /// More data than a Chunk holds.
@@ -152,20 +153,20 @@ pub enum ChunkError {
         /// Bytes of data.
         len: usize,
     },
-    /// No such piece.
+    /// The index is not below the total.
     #[error("Chunk {index} of {total} does not exist; indices run from 0 to total - 1")]
     BadIndex {
-        /// Its index.
+        /// Index of the Chunk.
         index: u16,
-        /// Chunks there are to be.
+        /// Number of Chunks that it announces.
         total: u16,
     },
     /// The payload is longer than the limit.
     #[error("a payload of at least {len} bytes is over the limit of {limit} for Chunks")]
     TooLarge {
-        /// Bytes known of.
+        /// Bytes seen or announced so far.
         len: usize,
-        /// The limit.
+        /// Maximum that is accepted.
         limit: usize,
     },
     /// The receiver has no memory for it now.
@@ -176,10 +177,10 @@ pub enum ChunkError {
         "a Chunk contradicts the earlier ones of its message (another total or MD5); use a new sequence for a new payload"
     )]
     Conflict,
-    /// All pieces came, and they are not what was sent.
+    /// All pieces arrived, but their MD5 differs from the announced one.
     #[error("the {total} Chunks do not have the MD5 they announce; send the payload again")]
     Corrupt {
-        /// Chunks there were.
+        /// Number of Chunks of the payload.
         total: u16,
     },
 }

@@ -1,4 +1,4 @@
-//! What an Error message carries.
+//! Codes and payloads of Error messages.
 
 use std::{borrow::Cow, fmt};
 
@@ -27,17 +27,17 @@ macro_rules! error_codes {
 }
 
 error_codes! {
-    /// No error.
+    /// Success: no error.
     OK = 0, "ok";
     /// The payload cannot be understood; asking again will not help.
     INVALID_PAYLOAD = 1, "invalid payload";
     /// Everyone who could answer is busy; ask again later.
     WORKER_BUSY = 2, "worker busy";
-    /// The model failed on it.
+    /// The model failed to compute an answer.
     INFERENCE_FAILED = 3, "inference failed";
-    /// No answer in time.
+    /// No answer within the time limit.
     TIMEOUT = 4, "timeout";
-    /// Nobody there to answer.
+    /// No worker is available.
     NO_WORKERS = 5, "no workers";
     /// A payload in Chunks did not arrive whole.
     CHUNK_MISSING = 6, "chunk missing";
@@ -53,7 +53,7 @@ error_codes! {
     RATE_LIMITED = 0x44, "rate limited";
     /// The sender may not ask for this.
     UNAUTHORIZED = 0x45, "unauthorized";
-    /// The one who asked took it back.
+    /// The requester cancelled the request.
     CANCELLED = 0x46, "cancelled";
     /// A fault of the receiver.
     INTERNAL = 0x47, "internal error";
@@ -83,9 +83,9 @@ impl fmt::Debug for ErrorCode {
 /// The payload of an Error message: code u8, then UTF-8 text.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ErrorBody<'a> {
-    /// What kind of failure.
+    /// Cause of the failure.
     pub code: ErrorCode,
-    /// What to tell a person.
+    /// Explanation for people.
     pub text: Cow<'a, str>,
 }
 
@@ -100,7 +100,7 @@ impl<'a> ErrorBody<'a> {
         })
     }
 
-    /// The payload.
+    /// Encodes the payload: the code, then the text.
     #[must_use]
     pub fn encode(&self) -> Bytes {
         let mut payload = BytesMut::with_capacity(1 + self.text.len());

@@ -15,7 +15,7 @@ pub const HEADER_LEN: usize = 17;
 /// | 13 | 4 | `payload_len` |
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Header {
-    /// What follows; see [`MsgType`]. Any value decodes: whether it is assigned is for the next layer to ask.
+    /// Type of the message; see [`MsgType`]. Any value decodes; callers check whether it is assigned.
     pub msg_type: u8,
     /// Chosen by the client, echoed in every answer.
     pub sequence: u32,
@@ -33,7 +33,7 @@ impl Header {
         MsgType(self.msg_type)
     }
 
-    /// The header as it stands on the wire.
+    /// Encodes the header for the wire.
     #[inline]
     #[must_use]
     pub const fn encode(&self) -> [u8; HEADER_LEN] {

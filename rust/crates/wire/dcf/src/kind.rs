@@ -4,8 +4,8 @@ use std::fmt;
 
 /// The type of a message.
 ///
-/// A newtype rather than an enum, so that a type which this version does not know can still be held, counted and
-/// printed; [`MsgType::is_assigned`] tells the known ones.
+/// A newtype rather than an enum, so that unknown types can still be held, counted and printed;
+/// [`MsgType::is_assigned`] distinguishes the known ones.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[repr(transparent)]
 pub struct MsgType(pub u8);
@@ -37,9 +37,9 @@ message_types! {
     TASK = 0x02, "Task";
     /// The answer to a Task.
     RESULT = 0x03, "Result";
-    /// Received.
+    /// Confirms receipt.
     ACK = 0x04, "Ack";
-    /// Refused.
+    /// Rejects a message.
     NACK = 0x05, "Nack";
     /// A piece of a payload too large for one datagram; see [`crate::chunk`].
     CHUNK = 0x06, "Chunk";
@@ -85,35 +85,35 @@ message_types! {
     JOIN_RESPONSE = 0x31, "JoinResponse";
     /// A node asks for a fresh certificate.
     RENEW_REQUEST = 0x32, "RenewRequest";
-    /// What a worker may hold parts of, and what it is; worker to head.
+    /// A worker's profile and the layers that it can hold; worker to head.
     OFFER = 0x40, "Offer";
     /// The members of a ring; head to worker.
     RING = 0x41, "Ring";
-    /// How a worker's parts in a ring are; worker to head.
+    /// State of a worker's parts in a ring; worker to head.
     RING_STATE = 0x42, "RingState";
     /// First message of a stream between members of a ring.
     RING_HELLO = 0x43, "RingHello";
     /// A step on its way around a ring.
     RING_STEP = 0x44, "RingStep";
-    /// What a member's KV cache holds when an epoch begins.
+    /// Contents of a member's KV cache at the start of an epoch.
     RING_HELD = 0x45, "RingHeld";
     /// KV rows for a standby.
     RING_MIRROR = 0x46, "RingMirror";
-    /// How far a standby is.
+    /// Replication progress of a standby.
     RING_MIRRORED = 0x47, "RingMirrored";
     /// Are you there? Driver of a ring to member; the answer has the same type.
     RING_PING = 0x48, "RingPing";
     /// Send the outputs you kept again; driver to member.
     RING_RESEND = 0x49, "RingResend";
-    /// How a step ended at a member; member to driver.
+    /// Outcome of a step at a member; member to driver.
     RING_OUTCOME = 0x4A, "RingOutcome";
     /// Some of the bytes by which a path's bandwidth is measured; worker to head or to another worker.
     PROBE = 0x4B, "Probe";
-    /// How fast they came.
+    /// Arrival rate of the Probes of a stream, as their answer.
     PROBED = 0x4C, "Probed";
     /// Models that a worker holds and seeks; worker to head.
     MODELS = 0x50, "Models";
-    /// Where a worker gets the models that it seeks; head to worker.
+    /// Sources for the models that a worker seeks; head to worker.
     SOURCES = 0x51, "Sources";
     /// Asks another worker for a model's manifest.
     MANIFEST_REQUEST = 0x52, "ManifestRequest";
@@ -121,20 +121,20 @@ message_types! {
     MANIFEST_REPLY = 0x53, "ManifestReply";
     /// First message of a stream that brings pieces of a model.
     PIECES_HELLO = 0x54, "PiecesHello";
-    /// Which pieces of the model the sender has.
+    /// Set of pieces that the sender has.
     PIECES_HERE = 0x55, "PiecesHere";
-    /// Send this piece.
+    /// Asks for a piece, or withdraws a request.
     PIECE_REQUEST = 0x56, "PieceRequest";
     /// A part of a piece.
     PIECE_DATA = 0x57, "PieceData";
-    /// The models that a worker serves whole by now; worker to head.
+    /// The models that a worker serves whole; worker to head.
     SERVED = 0x58, "Served";
     /// Something failed: a code, then text; see [`crate::ErrorBody`].
     ERROR = 0xFF, "Error";
 }
 
 impl MsgType {
-    /// Whether this version knows the type.
+    /// True if this version knows the type.
     #[inline]
     #[must_use]
     pub const fn is_assigned(self) -> bool {
@@ -165,7 +165,7 @@ impl MsgType {
         )
     }
 
-    /// Whether the number lies in the range set aside for messages between our own nodes, 0x10–0x7F.
+    /// True for 0x10–0x7F, the range of messages between nodes of the mesh.
     #[inline]
     #[must_use]
     pub const fn is_internal(self) -> bool {

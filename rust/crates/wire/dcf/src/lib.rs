@@ -1,16 +1,17 @@
 //! DCF: header, versions, message types, codecs and chunks.
 //!
-//! Every message of the mesh is a DCF message: a fixed header, then the payload. This crate turns bytes into messages and
-//! back, and does nothing else: no socket, no clock, no task. Whoever calls it brings the bytes and the time.
+//! Every message of the mesh is a DCF message: a fixed header, then the payload. This crate converts between
+//! bytes and messages. It has no socket, clock or task; callers supply the bytes and the time.
 //!
 //! - [`Header`] is the 17 bytes, [`MsgType`] the first of them;
 //! - [`Version`] is how a datagram is framed: the header alone (v5.0.0), or a version byte before it (v5.1);
 //! - [`Message`] is a header with its payload, read from and written to datagrams without copying the payload in;
 //! - [`StreamCodec`] frames messages back to back on a stream;
 //! - [`chunk`] cuts payloads that no datagram can hold and puts them together again within bounds;
-//! - [`ErrorCode`] and [`ErrorBody`] are what an Error message says.
+//! - [`ErrorCode`] and [`ErrorBody`] are the contents of an Error message.
 //!
-//! What comes from the network is never trusted here: nothing panics, and nothing is allocated from a length field alone.
+//! Input from the network is never trusted: nothing panics, and nothing is allocated from a length field
+//! alone.
 //!
 //! ```
 //! use bytes::Bytes;

@@ -12,16 +12,16 @@ pub const MAX_DATAGRAM: usize = 65_507;
 /// Most bytes of payload in one v5.0.0 datagram; more can only go as Chunks. See [`Version::max_payload`].
 pub const MAX_DATAGRAM_PAYLOAD: usize = MAX_DATAGRAM - HEADER_LEN;
 
-/// A DCF message.
+/// A DCF message: the header's fields and the payload, without framing.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Message {
-    /// What it is.
+    /// Message type, the first byte of the header.
     pub kind: MsgType,
     /// Chosen by the client, echoed in every answer.
     pub sequence: u32,
     /// Microseconds since the Unix epoch.
     pub timestamp_us: u64,
-    /// The payload; what is in it depends on `kind`.
+    /// The payload, with contents that depend on `kind`.
     pub payload: Bytes,
 }
 
@@ -51,7 +51,7 @@ impl Message {
         )
     }
 
-    /// What an Error message says; `None` if this is none, or if it lacks even the code.
+    /// Parses the payload of an Error message; `None` for other types, or if the code is missing.
     #[must_use]
     pub fn error_body(&self) -> Option<ErrorBody<'_>> {
         (self.kind == MsgType::ERROR)
@@ -59,7 +59,7 @@ impl Message {
             .flatten()
     }
 
-    /// A Partial message: `text` stands at byte `offset` of the answer.
+    /// Creates a Partial message with `text` at byte `offset` of the answer.
     #[must_use]
     pub fn partial(sequence: u32, timestamp_us: u64, offset: u32, text: &str) -> Self {
         let mut payload = BytesMut::with_capacity(4 + text.len());
@@ -68,7 +68,8 @@ impl Message {
         Self::new(MsgType::PARTIAL, sequence, timestamp_us, payload)
     }
 
-    /// What a Partial message says; `None` if this is none, is shorter than its offset, or is not UTF-8.
+    /// Parses the payload of a Partial message; `None` for other types, if it is shorter than the offset, or
+    /// not UTF-8.
     #[must_use]
     pub fn partial_body(&self) -> Option<PartialBody<'_>> {
         if self.kind != MsgType::PARTIAL {
@@ -183,34 +184,34 @@ pub fn decode_datagram(datagram: Bytes) -> Result<Message, DecodeError> {
     Message::decode_datagram(datagram)
 }
 
-/// What a Partial message says: u32 offset, then UTF-8.
+/// The payload of a Partial message: u32 offset, then UTF-8 text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PartialBody<'a> {
-    /// Where `text` begins in the whole answer, in bytes.
+    /// Position of `text` in the whole answer, in bytes.
     pub offset: u32,
     /// A piece of the answer, whole characters only.
     pub text: &'a str,
 }
 
-/// Why a datagram holds no message.
+/// Errors of reading a message from a datagram.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum DecodeError {
-    /// Not even a header.
+    /// The datagram is shorter than a header.
     #[error(
         "{len} bytes are shorter than the {HEADER_LEN}-byte DCF header; is the sender speaking DCF?"
     )]
     ShortHeader {
-        /// Bytes there are.
+        /// Length of the datagram in bytes.
         len: usize,
     },
-    /// Cut short, or the header lies.
+    /// The payload is shorter than the header's `payload_len`.
     #[error(
         "the DCF header announces {payload_len} bytes of payload, {present} follow it; the datagram was cut or its length is wrong"
     )]
     Truncated {
-        /// What the header says.
+        /// Payload length that the header announces, in bytes.
         payload_len: u32,
-        /// What follows the header.
+        /// Bytes after the header.
         present: usize,
     },
     /// A type that does not travel in datagrams, or that this version does not know.

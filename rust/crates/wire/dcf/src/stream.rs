@@ -10,11 +10,13 @@ pub const DEFAULT_MAX_PAYLOAD: usize = 64 << 20;
 
 /// Frames messages on a byte stream, for `tokio_util::codec::{FramedRead, FramedWrite}` and for plain buffers.
 ///
-/// Unlike a datagram, a stream lets unknown types of the internal range (0x10–0x7F) through: their length is as sound as
-/// any other's, and a receiver that ignores them can talk to a newer sender. An unassigned type outside of it means that
-/// this is no DCF stream, or that the two sides lost step, and is an error.
+/// Unlike a datagram, a stream lets unknown types of the internal range (0x10–0x7F) through: their length is
+/// as sound as any other's, and a receiver that ignores them can talk to a newer sender. An unassigned type
+/// outside that range means that the bytes are not a DCF stream, or that the two sides lost step, and is an
+/// error.
 ///
-/// An error is final. The decoder leaves the bytes where they are and repeats it, so nobody can go on by mistake.
+/// Errors are final. The decoder leaves the bytes where they are and repeats the error, so callers cannot
+/// continue by mistake.
 #[derive(Clone, Copy, Debug)]
 pub struct StreamCodec {
     max_payload: usize,
@@ -27,7 +29,7 @@ impl StreamCodec {
         Self { max_payload }
     }
 
-    /// The limit.
+    /// Maximum payload length in bytes.
     #[must_use]
     pub const fn max_payload(&self) -> usize {
         self.max_payload
@@ -66,7 +68,7 @@ impl Decoder for StreamCodec {
         self.check(&header)?;
         let end = HEADER_LEN + header.payload_len as usize;
         if src.len() < end {
-            // Room grows with what arrives, never to what the header claims.
+            // The buffer grows with the bytes that arrive, never to the length in the header.
             src.reserve((end - src.len()).min(READ_AHEAD));
             return Ok(None);
         }
@@ -108,7 +110,7 @@ impl Encoder<Message> for StreamCodec {
     }
 }
 
-/// Why a stream of messages cannot go on.
+/// Errors that end a stream of messages.
 #[derive(Debug, thiserror::Error)]
 pub enum StreamError {
     /// More than the receiver takes (or, when encoding, more than this side sends).
@@ -116,11 +118,11 @@ pub enum StreamError {
         "a DCF message of type {kind:#04x} has {len} bytes of payload, the limit is {limit}; the stream is closed"
     )]
     TooLarge {
-        /// Its type.
+        /// Type of the message.
         kind: u8,
-        /// Its payload, bytes.
+        /// Payload length in bytes.
         len: usize,
-        /// The limit, bytes.
+        /// Maximum payload length in bytes.
         limit: usize,
     },
     /// Not a DCF stream.
@@ -134,12 +136,12 @@ pub enum StreamError {
         /// Bytes of the unfinished message.
         present: usize,
     },
-    /// The carrier failed.
+    /// The underlying stream failed.
     #[error("the stream failed: {0}")]
     Io(#[from] std::io::Error),
 }
 
-/// How far ahead of the bytes that arrived the decoder makes room.
+/// Maximum bytes that the decoder reserves beyond those that arrived.
 const READ_AHEAD: usize = 64 << 10;
 
 #[cfg(test)]

@@ -6,11 +6,12 @@ use crate::{HEADER_LEN, MAX_DATAGRAM, chunk};
 
 /// The framing of a datagram. Streams carry messages without it.
 ///
-/// A v5.1 datagram is [`Version::BYTE`], then what v5.0.0 sends: the 17-byte header and the payload. No message type that
-/// travels in datagrams has that number, so the first byte tells the two apart. A peer is answered in its own version.
+/// A v5.1 datagram is [`Version::BYTE`] and then a v5.0.0 datagram: the 17-byte header and the payload. No
+/// message type that travels in datagrams has that number, so the first byte distinguishes the versions. A
+/// peer is answered in its own version.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Version {
-    /// The 17-byte header.
+    /// Version 5.0.0: the 17-byte header without a version byte.
     #[default]
     V5_0,
     /// The version byte and the 17-byte header.

@@ -279,3 +279,28 @@ fn where_room_is_short_whoever_holds_the_most_gives_way() {
     reassembler.set_room(0);
     assert!(reassembler.is_empty() && reassembler.bytes() == 0);
 }
+
+#[test]
+fn whoever_holds_less_keeps_it_while_a_larger_payload_grows() {
+    let limits = Limits {
+        max_bytes: 20 * MAX_DATA,
+        ..Limits::default()
+    };
+    let share = Share {
+        bytes: limits.max_bytes,
+        ..limits.half()
+    };
+    let mut reassembler = Reassembler::by_source(limits, share, source);
+    let now = Instant::now();
+    let (honest, large) = (key("192.0.2.7:1", 1), key("192.0.2.66:1", 1));
+    let few = chunks_of(payload(1, 5 * MAX_DATA));
+    for chunk in &few[..4] {
+        reassembler.push(honest, chunk, now).unwrap();
+    }
+    let refused = chunks_of(payload(2, 18 * MAX_DATA))
+        .iter()
+        .find_map(|chunk| reassembler.push(large, chunk, now).err());
+    assert_eq!(refused, Some(ChunkError::NoRoom));
+    let whole = reassembler.push(honest, &few[4], now);
+    assert_eq!(whole, Ok(Some(payload(1, 5 * MAX_DATA))));
+}

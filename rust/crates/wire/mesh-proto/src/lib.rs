@@ -1,7 +1,7 @@
 //! Protobuf bodies of the mesh's internal DCF messages.
 //!
 //! Field numbers are never reused; unknown fields are ignored, so that heads and workers of neighbouring versions talk.
-//! Which DCF type carries which body is listed in docs/reference/protocol.md.
+//! docs/reference/protocol.md lists the body of each DCF type.
 
 use prost::Message;
 
@@ -11,26 +11,26 @@ mod share;
 pub use ring::*;
 pub use share::*;
 
-/// What a worker says first on its control stream (DCF 0x10).
+/// A worker's first message on its control stream (DCF 0x10).
 #[derive(Clone, PartialEq, Message)]
 pub struct Hello {
     /// Name that the node's configuration gives it. Heads take the name in its certificate instead; older ones show this one.
     #[prost(string, tag = "1")]
     pub node_name: String,
-    /// Program version.
+    /// Version of the worker's program.
     #[prost(string, tag = "2")]
     pub version: String,
-    /// What it serves.
+    /// Models that the worker serves.
     #[prost(message, repeated, tag = "3")]
     pub models: Vec<ModelCard>,
     /// Protocol version; [`PROTOCOL_VERSION`] here.
     #[prost(uint32, tag = "4")]
     pub protocol: u32,
-    /// What the node is kept for (`chat`, `embeddings`, `images`); empty is for anything.
+    /// Purposes that the node is reserved for (`chat`, `embeddings`, `images`); empty allows all.
     #[prost(string, repeated, tag = "5")]
     pub reserved_for: Vec<String>,
-    /// Random, of this process: tells a worker that connects again from another one with a copy of its identity; 0 is
-    /// unknown.
+    /// Random number of this process. It distinguishes a worker that reconnects from another one with a copy
+    /// of its identity; 0 is unknown.
     #[prost(fixed64, tag = "6")]
     pub instance: u64,
     /// Host name of the machine, for messages.
@@ -49,18 +49,18 @@ pub struct Hello {
 /// whenever the list changes.
 #[derive(Clone, PartialEq, Message)]
 pub struct Expelled {
-    /// The nodes.
+    /// Expelled nodes.
     #[prost(message, repeated, tag = "1")]
     pub nodes: Vec<ExpelledNode>,
 }
 
-/// A node that is no longer part of the mesh.
+/// A node that was expelled from the mesh.
 #[derive(Clone, PartialEq, Message)]
 pub struct ExpelledNode {
     /// SHA-256 of its public key, lower-case hex.
     #[prost(string, tag = "1")]
     pub node_id: String,
-    /// Its name, for messages.
+    /// Name of the node, for messages.
     #[prost(string, tag = "2")]
     pub name: String,
     /// Time of the expulsion, seconds since the Unix epoch.
@@ -83,7 +83,7 @@ pub struct ModelCard {
     /// Most tokens of prompt and answer together.
     #[prost(uint32, tag = "4")]
     pub context: u32,
-    /// Requests it runs at once.
+    /// Number of requests that it runs at once.
     #[prost(uint32, tag = "5")]
     pub slots: u32,
     /// Measured decode speed of one stream, tokens per second; 0 is unknown.
@@ -104,10 +104,10 @@ pub struct ModelCard {
     /// One past the last layer held.
     #[prost(uint32, tag = "11")]
     pub layer_end: u32,
-    /// What it makes.
+    /// Kind of output; a [`ModelKind`].
     #[prost(enumeration = "ModelKind", tag = "12")]
     pub kind: i32,
-    /// Length of a vector, of a model that makes embeddings.
+    /// Length of a vector, for models that make embeddings.
     #[prost(uint32, tag = "13")]
     pub dimensions: u32,
     /// For each byte, the length of the longest token that covers it: 256 numbers of a byte each, 0 where nothing is claimed. Empty
@@ -119,7 +119,7 @@ pub struct ModelCard {
     pub keeps_text: bool,
 }
 
-/// What a model makes.
+/// Kind of output of a model.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, prost::Enumeration)]
 #[repr(i32)]
 pub enum ModelKind {
@@ -135,13 +135,13 @@ pub struct Welcome {
     /// Name of the mesh.
     #[prost(string, tag = "1")]
     pub mesh: String,
-    /// Seconds between heartbeats.
+    /// Seconds between two heartbeats.
     #[prost(float, tag = "2")]
     pub heartbeat_seconds: f32,
-    /// UDP port of the worker bus.
+    /// UDP port for heartbeats.
     #[prost(uint32, tag = "3")]
     pub heartbeat_port: u32,
-    /// Names the session in sealed datagrams.
+    /// Identifier of the session in sealed datagrams.
     #[prost(fixed64, tag = "4")]
     pub session: u64,
     /// Program version of the head.
@@ -152,25 +152,25 @@ pub struct Welcome {
 /// Load and speed, sent sealed in every heartbeat and on the control stream when it changes (DCF 0x12).
 #[derive(Clone, PartialEq, Message)]
 pub struct Load {
-    /// Requests that hold a slot.
+    /// Number of requests that hold a slot.
     #[prost(uint32, tag = "1")]
     pub running: u32,
-    /// Requests that wait for one.
+    /// Number of requests that wait for a slot.
     #[prost(uint32, tag = "2")]
     pub queued: u32,
     /// KV cache in use, tokens.
     #[prost(uint64, tag = "3")]
     pub kv_tokens_used: u64,
-    /// KV cache there is, tokens.
+    /// Size of the KV cache, in tokens.
     #[prost(uint64, tag = "4")]
     pub kv_tokens_total: u64,
-    /// Measured per model.
+    /// Measured speeds, one entry per model.
     #[prost(message, repeated, tag = "5")]
     pub speeds: Vec<ModelSpeed>,
-    /// It finishes what runs and takes nothing new.
+    /// The worker finishes running requests and accepts none.
     #[prost(bool, tag = "6")]
     pub draining: bool,
-    /// Resident memory, bytes.
+    /// Resident memory of the process, in bytes.
     #[prost(uint64, tag = "7")]
     pub resident_bytes: u64,
     /// Prompt tokens not yet prefilled, over all requests.
@@ -181,16 +181,16 @@ pub struct Load {
 /// Measured speeds of one model on one worker.
 #[derive(Clone, PartialEq, Message)]
 pub struct ModelSpeed {
-    /// Model name.
+    /// Name of the model.
     #[prost(string, tag = "1")]
     pub name: String,
-    /// Decode, tokens per second over all streams at the current batch.
+    /// Decode speed, tokens per second over all streams at the current batch.
     #[prost(float, tag = "2")]
     pub decode_tps: f32,
-    /// Prefill, tokens per second.
+    /// Prefill speed, tokens per second.
     #[prost(float, tag = "3")]
     pub prefill_tps: f32,
-    /// Requests for this model that wait for a slot or for memory; older workers do not say.
+    /// Requests for this model that wait for a slot or for memory; absent in messages of older workers.
     #[prost(uint32, optional, tag = "4")]
     pub queued: Option<u32>,
 }
@@ -201,29 +201,29 @@ pub struct Generate {
     /// Request id, for logs of all services.
     #[prost(string, tag = "1")]
     pub request_id: String,
-    /// Model name.
+    /// Name of the model.
     #[prost(string, tag = "2")]
     pub model: String,
-    /// What to answer.
+    /// Input of the model.
     #[prost(oneof = "Prompt", tags = "3, 4, 5")]
     pub prompt: Option<Prompt>,
-    /// How to answer.
+    /// Sampling parameters and limits.
     #[prost(message, optional, tag = "6")]
     pub params: Option<GenerateParams>,
-    /// Tokens already generated elsewhere, to continue after: they are not sent again.
+    /// Tokens already generated elsewhere. The answer continues after them; they are not sent again.
     #[prost(uint32, repeated, tag = "7")]
     pub generated: Vec<u32>,
     /// Bytes of answer text already sent to the client from `generated`.
     #[prost(uint64, tag = "8")]
     pub text_sent: u64,
-    /// Milliseconds the worker may spend from now; 0 is without limit.
+    /// Time limit for the worker in milliseconds from now; 0 means unlimited.
     #[prost(uint64, tag = "9")]
     pub deadline_ms: u64,
-    /// Send a [`Progress`] whenever nothing else was sent for this many milliseconds; 0 is never.
+    /// Send a [`Progress`] whenever nothing else was sent for this many milliseconds; 0 disables it.
     #[prost(uint32, tag = "15")]
     pub progress_ms: u32,
-    /// Requests share cached rows of prompts only with those of the same salt. It says nothing about its owner. 0 is that of all
-    /// requests whose head sends none.
+    /// Requests share cached rows of prompts only with requests of the same salt, which reveals nothing about
+    /// its owner. 0 is the salt of all requests whose head sends none.
     #[prost(fixed64, tag = "24")]
     pub cache_salt: u64,
 }
@@ -231,10 +231,10 @@ pub struct Generate {
 /// A request is alive (DCF 0x26), worker to head, on the stream of a [`Generate`] or an [`Embed`] that asks for it.
 #[derive(Clone, Copy, PartialEq, Eq, Message)]
 pub struct Progress {
-    /// The cause of the request's wait.
+    /// Cause of the request's wait; a [`RequestPhase`].
     #[prost(enumeration = "RequestPhase", tag = "1")]
     pub phase: i32,
-    /// While queued: requests that are before it.
+    /// While queued: number of requests ahead of it.
     #[prost(uint32, tag = "2")]
     pub position: u32,
     /// Tokens of the prompt; 0 is unknown.
@@ -243,8 +243,8 @@ pub struct Progress {
     /// Tokens of the prompt whose KV rows are computed.
     #[prost(uint32, tag = "4")]
     pub prompt_done: u32,
-    /// Milliseconds since what the request waits for last got on: since the engine completed a step. The engine's own account,
-    /// so that a hung engine behind a live process shows.
+    /// Milliseconds since the engine last completed a step. The engine measures this, so that a hung engine
+    /// in a live process is noticed.
     #[prost(uint64, tag = "5")]
     pub quiet_ms: u64,
 }
@@ -253,19 +253,19 @@ pub struct Progress {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, prost::Enumeration)]
 #[repr(i32)]
 pub enum RequestPhase {
-    /// Not given.
+    /// Unset.
     Unspecified = 0,
-    /// The chat template and the tokenizer.
+    /// Rendering the chat template and tokenizing.
     Preparing = 1,
-    /// A slot or KV memory.
+    /// Waiting for a slot or KV memory.
     Queued = 2,
-    /// The computation of its prompt.
+    /// Computing the rows of the prompt.
     Prefilling = 3,
-    /// Its next token.
+    /// Computing the next token.
     Decoding = 4,
 }
 
-/// What to answer.
+/// Input of a generating model.
 #[derive(Clone, PartialEq, prost::Oneof)]
 pub enum Prompt {
     /// Text to complete as it is.
@@ -274,7 +274,7 @@ pub enum Prompt {
     /// Chat messages, rendered with the model's template.
     #[prost(message, tag = "4")]
     Chat(Chat),
-    /// Token ids.
+    /// Token ids, passed to the model without tokenizing.
     #[prost(message, tag = "5")]
     Tokens(TokenList),
 }
@@ -282,10 +282,10 @@ pub enum Prompt {
 /// Chat messages and template variables.
 #[derive(Clone, PartialEq, Message)]
 pub struct Chat {
-    /// The conversation.
+    /// Messages in the order of the conversation.
     #[prost(message, repeated, tag = "1")]
     pub messages: Vec<ChatMessage>,
-    /// Go on where the last message ends, instead of beginning a new one. Revision 1.
+    /// Continue the last message instead of beginning a new one. Revision 1.
     #[prost(bool, tag = "20")]
     pub continue_final_message: bool,
     /// Leave out the beginning of the assistant's turn. Revision 1.
@@ -313,15 +313,15 @@ pub struct ChatMessage {
     /// `system`, `user` or `assistant`.
     #[prost(string, tag = "1")]
     pub role: String,
-    /// Text.
+    /// Text of the message.
     #[prost(string, tag = "2")]
     pub content: String,
 }
 
-/// Token ids.
+/// A list of token ids.
 #[derive(Clone, PartialEq, Message)]
 pub struct TokenList {
-    /// The ids.
+    /// Token ids of the model's vocabulary.
     #[prost(uint32, repeated, tag = "1")]
     pub tokens: Vec<u32>,
 }
@@ -329,28 +329,28 @@ pub struct TokenList {
 /// Sampling and limits. An absent field means the worker's default for the model.
 #[derive(Clone, PartialEq, Message)]
 pub struct GenerateParams {
-    /// Most new tokens, `generated` included.
+    /// Maximum number of new tokens, `generated` included.
     #[prost(uint32, optional, tag = "1")]
     pub max_tokens: Option<u32>,
-    /// 0 is greedy.
+    /// Sampling temperature; 0 selects the most likely token.
     #[prost(float, optional, tag = "2")]
     pub temperature: Option<f32>,
-    /// Nucleus.
+    /// Nucleus sampling: smallest set of tokens with this total probability.
     #[prost(float, optional, tag = "3")]
     pub top_p: Option<f32>,
-    /// 0 is all.
+    /// Number of most likely tokens to sample from; 0 uses all.
     #[prost(uint32, optional, tag = "4")]
     pub top_k: Option<u32>,
-    /// Least probability relative to the most likely token.
+    /// Minimum probability relative to the most likely token.
     #[prost(float, optional, tag = "5")]
     pub min_p: Option<f32>,
-    /// Multiplicative penalty.
+    /// Multiplicative penalty for repeated tokens; 1 disables it.
     #[prost(float, optional, tag = "6")]
     pub repetition_penalty: Option<f32>,
-    /// Additive penalty for presence.
+    /// Additive penalty for tokens that occurred at least once.
     #[prost(float, optional, tag = "7")]
     pub presence_penalty: Option<f32>,
-    /// Additive penalty per occurrence.
+    /// Additive penalty per occurrence of a token.
     #[prost(float, optional, tag = "8")]
     pub frequency_penalty: Option<f32>,
     /// Seed; the head sets one for every request so that a rerun draws the same.
@@ -359,28 +359,28 @@ pub struct GenerateParams {
     /// Texts that end the answer and are not part of it.
     #[prost(string, repeated, tag = "10")]
     pub stop: Vec<String>,
-    /// Number of alternatives to report per token; absent is no log probabilities.
+    /// Number of alternatives to report per token; absent disables log probabilities.
     #[prost(uint32, optional, tag = "11")]
     pub logprobs: Option<u32>,
-    /// Added to the logits of single tokens.
+    /// Additions to the logits of single tokens.
     #[prost(message, repeated, tag = "12")]
     pub logit_bias: Vec<LogitBias>,
-    /// Go on past the end-of-sequence token (for measurements).
+    /// Continue past the end-of-sequence token (for measurements).
     #[prost(bool, tag = "13")]
     pub ignore_eos: bool,
     /// Put the prompt before the answer (`/v1/completions` with `echo`).
     #[prost(bool, tag = "14")]
     pub echo: bool,
-    /// Tokens that end the answer, besides the model's own. Revision 1.
+    /// Token ids that end the answer, besides the model's own. Revision 1.
     #[prost(uint32, repeated, tag = "20")]
     pub stop_token_ids: Vec<u32>,
-    /// No end of the answer before so many tokens. Revision 1.
+    /// Minimum number of tokens before the answer may end. Revision 1.
     #[prost(uint32, tag = "21")]
     pub min_tokens: u32,
 }
 
 impl Generate {
-    /// The least [`Hello::request_revision`] of a worker that acts upon all that this asks for.
+    /// Lowest [`Hello::request_revision`] of a worker that supports all fields that this request uses.
     pub fn revision(&self) -> u32 {
         let params = self.params.as_ref().map_or(0, GenerateParams::revision);
         let prompt = self.prompt.as_ref().map_or(0, Prompt::revision);
@@ -389,14 +389,14 @@ impl Generate {
 }
 
 impl GenerateParams {
-    /// As [`Generate::revision`].
+    /// Lowest revision that these fields need, as in [`Generate::revision`].
     pub fn revision(&self) -> u32 {
         u32::from(self.min_tokens > 0 || !self.stop_token_ids.is_empty())
     }
 }
 
 impl Prompt {
-    /// As [`Generate::revision`].
+    /// Lowest revision that these fields need, as in [`Generate::revision`].
     pub fn revision(&self) -> u32 {
         match self {
             Prompt::Chat(chat) => u32::from(
@@ -412,7 +412,7 @@ impl Prompt {
 /// An addition to one token's logit.
 #[derive(Clone, PartialEq, Message)]
 pub struct LogitBias {
-    /// Token id.
+    /// Token id that the bias applies to.
     #[prost(uint32, tag = "1")]
     pub token: u32,
     /// Added to its logit; -100 bans, 100 forces.
@@ -426,7 +426,7 @@ pub struct Tokens {
     /// Index of the first token here in the whole answer, `Generate::generated` included.
     #[prost(uint32, tag = "1")]
     pub index: u32,
-    /// The ids.
+    /// Ids of the new tokens.
     #[prost(uint32, repeated, tag = "2")]
     pub tokens: Vec<u32>,
     /// New text, whole characters only; may be empty while a character or a possible stop text is incomplete.
@@ -440,16 +440,16 @@ pub struct Tokens {
 /// Log probability of a chosen token and its likeliest alternatives.
 #[derive(Clone, PartialEq, Message)]
 pub struct TokenLogprob {
-    /// Token id.
+    /// Id of the token.
     #[prost(uint32, tag = "1")]
     pub token: u32,
-    /// Its bytes (may be part of a character).
+    /// Bytes of the token, possibly part of a character.
     #[prost(bytes = "vec", tag = "2")]
     pub bytes: Vec<u8>,
-    /// Natural logarithm of its probability.
+    /// Natural logarithm of the token's probability.
     #[prost(float, tag = "3")]
     pub logprob: f32,
-    /// Alternatives, likeliest first.
+    /// Most likely alternatives, in descending order.
     #[prost(message, repeated, tag = "4")]
     pub top: Vec<TokenLogprob>,
 }
@@ -457,7 +457,7 @@ pub struct TokenLogprob {
 /// The end of an answer (DCF 0x22), worker to head.
 #[derive(Clone, PartialEq, Message)]
 pub struct Done {
-    /// Why it ended.
+    /// Cause of the end; a [`FinishReason`].
     #[prost(enumeration = "FinishReason", tag = "1")]
     pub finish: i32,
     /// Tokens of the prompt.
@@ -480,11 +480,11 @@ pub struct Done {
     pub text: String,
 }
 
-/// Why an answer ended.
+/// Cause of the end of an answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, prost::Enumeration)]
 #[repr(i32)]
 pub enum FinishReason {
-    /// Not given.
+    /// Unset.
     Unspecified = 0,
     /// End-of-sequence token or a stop text.
     Stop = 1,
@@ -498,22 +498,22 @@ pub struct Embed {
     /// Request id, for logs of all services.
     #[prost(string, tag = "1")]
     pub request_id: String,
-    /// Model name.
+    /// Name of the model.
     #[prost(string, tag = "2")]
     pub model: String,
-    /// The texts.
+    /// Texts to embed, one vector each.
     #[prost(message, repeated, tag = "3")]
     pub inputs: Vec<EmbedInput>,
     /// Name of the prompt that the model puts in front of texts (`query`, `passage`); empty is its default.
     #[prost(string, tag = "4")]
     pub prompt_name: String,
-    /// Cut vectors to so many numbers and scale them to length 1 again; 0 is all of them.
+    /// Truncate vectors to this length and scale them to length 1 again; 0 keeps all dimensions.
     #[prost(uint32, tag = "5")]
     pub dimensions: u32,
     /// Milliseconds the worker may spend from now; 0 is without limit.
     #[prost(uint64, tag = "6")]
     pub deadline_ms: u64,
-    /// As in [`Generate::progress_ms`].
+    /// Interval of progress reports, as in [`Generate::progress_ms`].
     #[prost(uint32, tag = "7")]
     pub progress_ms: u32,
 }
@@ -521,7 +521,7 @@ pub struct Embed {
 /// One text to embed.
 #[derive(Clone, PartialEq, Message)]
 pub struct EmbedInput {
-    /// As text or as tokens.
+    /// The text itself or its tokens.
     #[prost(oneof = "EmbedText", tags = "1, 2")]
     pub text: Option<EmbedText>,
 }
@@ -529,10 +529,10 @@ pub struct EmbedInput {
 /// A text in either form.
 #[derive(Clone, PartialEq, prost::Oneof)]
 pub enum EmbedText {
-    /// Text.
+    /// Text that the worker tokenizes.
     #[prost(string, tag = "1")]
     Text(String),
-    /// Token ids.
+    /// Token ids, passed to the model without tokenizing.
     #[prost(message, tag = "2")]
     Tokens(TokenList),
 }
@@ -560,7 +560,7 @@ pub struct JoinRequest {
     /// Public part of the token.
     #[prost(string, tag = "1")]
     pub token_id: String,
-    /// Secret part.
+    /// Secret part of the token.
     #[prost(bytes = "vec", tag = "2")]
     pub token_secret: Vec<u8>,
     /// PKCS#10 request for the node's own key, DER.
@@ -585,7 +585,7 @@ pub struct JoinResponse {
 /// Asks for a fresh certificate before the old one ends (DCF 0x32), on an authenticated link; answered by 0x31.
 #[derive(Clone, PartialEq, Message)]
 pub struct RenewRequest {
-    /// PKCS#10 request, DER.
+    /// PKCS#10 request for the same key, DER.
     #[prost(bytes = "vec", tag = "1")]
     pub csr: Vec<u8>,
 }

@@ -1,5 +1,5 @@
-//! One model over several machines: what heads and workers say about rings, and what the members of a ring say to each
-//! other. docs/reference/protocol.md, "Rings", tells the story; field numbers are never reused.
+//! Messages of rings: between head and workers, and between the members of a ring. See
+//! docs/reference/protocol.md, "Rings"; field numbers are never reused.
 //!
 //! A *ring* is one deployment of one model: stages `0..n`, each a contiguous range of layers on one worker, perhaps with a
 //! standby that holds the same layers. The worker of the last stage is the ring's *driver*: it schedules the steps, samples,
@@ -10,30 +10,31 @@ use prost::Message;
 
 use crate::ModelCard;
 
-/// What a worker can hold parts of, and what it is (DCF 0x40); worker to head, after the Welcome and whenever it changes.
+/// A worker's profile and the layers that it can hold (DCF 0x40); worker to head, after the Welcome and
+/// whenever it changes.
 #[derive(Clone, PartialEq, Message)]
 pub struct Offer {
-    /// UDP port where other workers reach it.
+    /// UDP port of the ring listener, for other workers.
     #[prost(uint32, tag = "1")]
     pub ring_port: u32,
-    /// What the machine is.
+    /// Hardware and measured speeds of the machine.
     #[prost(message, optional, tag = "2")]
     pub profile: Option<NodeProfile>,
-    /// Models of which it may hold a range of layers.
+    /// Models of which the worker may hold a range of layers.
     #[prost(message, repeated, tag = "3")]
     pub shards: Vec<ShardOffer>,
 }
 
-/// What a machine is and how fast.
+/// Hardware of a machine and its measured speeds.
 #[derive(Clone, PartialEq, Message)]
 pub struct NodeProfile {
-    /// Threads that compute.
+    /// Number of compute threads.
     #[prost(uint32, tag = "1")]
     pub threads: u32,
     /// Widest instruction set that its kernels use (`avx512vnni`, `avx2`, `neon`, `scalar`, ...).
     #[prost(string, tag = "2")]
     pub isa: String,
-    /// Memory, bytes.
+    /// Total memory in bytes.
     #[prost(uint64, tag = "3")]
     pub memory_total: u64,
     /// Memory that may be used for weights and KV cache, bytes.
@@ -45,7 +46,7 @@ pub struct NodeProfile {
     /// Read speed of the disk with the models, bytes per second.
     #[prost(double, tag = "6")]
     pub disk_read: f64,
-    /// GPUs.
+    /// GPUs of the machine.
     #[prost(message, repeated, tag = "7")]
     pub gpus: Vec<GpuProfile>,
     /// Paths to other nodes.
@@ -54,24 +55,24 @@ pub struct NodeProfile {
     /// Processes ready to run per core, beside this one's own, when it was measured.
     #[prost(float, tag = "9")]
     pub load: f32,
-    /// What the operator keeps this node for (`embeddings`, ...); empty is for anything.
+    /// Purposes that the operator reserved this node for (`embeddings`, ...); empty allows all.
     #[prost(string, repeated, tag = "10")]
     pub reserved_for: Vec<String>,
 }
 
-/// One GPU.
+/// A GPU and its memory.
 #[derive(Clone, PartialEq, Message)]
 pub struct GpuProfile {
-    /// As its driver calls it.
+    /// Name that the driver reports.
     #[prost(string, tag = "1")]
     pub name: String,
-    /// `nvidia` or `amd`.
+    /// Vendor: `nvidia` or `amd`.
     #[prost(string, tag = "2")]
     pub vendor: String,
-    /// Its memory, bytes.
+    /// Total GPU memory in bytes.
     #[prost(uint64, tag = "3")]
     pub vram_total: u64,
-    /// Of which free, bytes.
+    /// Free GPU memory in bytes.
     #[prost(uint64, tag = "4")]
     pub vram_free: u64,
 }
@@ -79,13 +80,13 @@ pub struct GpuProfile {
 /// A measured path to another node.
 #[derive(Clone, PartialEq, Message)]
 pub struct PathProfile {
-    /// Node id of the other end; empty is the head.
+    /// Node id of the other end; empty for the head.
     #[prost(string, tag = "1")]
     pub node_id: String,
-    /// Round trip, microseconds.
+    /// Round-trip time in microseconds.
     #[prost(uint32, tag = "2")]
     pub rtt_us: u32,
-    /// Bytes per second; 0 is unknown.
+    /// Bandwidth in bytes per second; 0 is unknown.
     #[prost(double, tag = "3")]
     pub bandwidth: f64,
 }
@@ -96,25 +97,25 @@ pub struct ShardOffer {
     /// The model: name, architecture, fingerprint, context, size; slots and speeds are those of the ring, not in here.
     #[prost(message, optional, tag = "1")]
     pub card: Option<ModelCard>,
-    /// Layers in the model.
+    /// Number of layers in the model.
     #[prost(uint32, tag = "2")]
     pub layers: u32,
-    /// Width of a hidden row.
+    /// Length of a hidden row.
     #[prost(uint32, tag = "3")]
     pub hidden: u32,
-    /// Bytes of one layer in memory, the mean over all.
+    /// Mean bytes of one layer in memory.
     #[prost(uint64, tag = "4")]
     pub layer_bytes: u64,
-    /// Bytes that the first stage needs besides (embedding).
+    /// Additional bytes for the first stage (embedding).
     #[prost(uint64, tag = "5")]
     pub first_bytes: u64,
-    /// Bytes that the last stage needs besides (output matrix).
+    /// Additional bytes for the last stage (output matrix).
     #[prost(uint64, tag = "6")]
     pub last_bytes: u64,
     /// Bytes of KV cache per token and layer.
     #[prost(uint64, tag = "7")]
     pub kv_bytes: u64,
-    /// Weight format it would use: `file` (as stored), `int8` or `int4`.
+    /// Weight format that the worker would use: `file` (as stored), `int8` or `int4`.
     #[prost(string, tag = "8")]
     pub format: String,
     /// Microseconds that one layer takes for one decode row.
@@ -123,7 +124,7 @@ pub struct ShardOffer {
     /// Microseconds that one layer takes per row of a prefill chunk.
     #[prost(float, tag = "10")]
     pub prefill_us: f32,
-    /// Microseconds that the last stage takes besides for one row of logits.
+    /// Additional microseconds of the last stage for one row of logits.
     #[prost(float, tag = "11")]
     pub logits_us: f32,
 }
@@ -131,13 +132,13 @@ pub struct ShardOffer {
 /// The members of a ring (DCF 0x41); head to every member, on the control stream. A higher epoch replaces a lower one.
 #[derive(Clone, PartialEq, Message)]
 pub struct Ring {
-    /// Names the deployment.
+    /// Identifier of the ring.
     #[prost(fixed64, tag = "1")]
     pub ring: u64,
-    /// Counts the changes of its members, from 1.
+    /// Number of the membership, from 1; raised with each change of members.
     #[prost(uint32, tag = "2")]
     pub epoch: u32,
-    /// Model name.
+    /// Name of the model.
     #[prost(string, tag = "3")]
     pub model: String,
     /// SHA-256 of the model file, lower-case hex.
@@ -147,19 +148,19 @@ pub struct Ring {
     /// unloaded.
     #[prost(message, repeated, tag = "5")]
     pub stages: Vec<RingStage>,
-    /// Requests that it runs at once.
+    /// Number of requests that the ring runs at once.
     #[prost(uint32, tag = "6")]
     pub slots: u32,
-    /// Most tokens of prompt and answer together.
+    /// Maximum tokens of prompt and answer together.
     #[prost(uint32, tag = "7")]
     pub context: u32,
-    /// KV memory of the ring, in tokens: what its smallest stage has.
+    /// KV memory of the ring in tokens, that of its smallest stage.
     #[prost(uint64, tag = "8")]
     pub kv_tokens: u64,
     /// Hidden rows travel as f16 rather than f32.
     #[prost(bool, tag = "9")]
     pub half_rows: bool,
-    /// Why, for the log: "worker attic is lost", ...
+    /// Reason for this epoch, for the log: "worker attic is lost", ...
     #[prost(string, tag = "10")]
     pub reason: String,
 }
@@ -167,51 +168,51 @@ pub struct Ring {
 /// A stage of a ring.
 #[derive(Clone, PartialEq, Message)]
 pub struct RingStage {
-    /// First layer.
+    /// First layer of the stage.
     #[prost(uint32, tag = "1")]
     pub layer_start: u32,
     /// One past the last layer.
     #[prost(uint32, tag = "2")]
     pub layer_end: u32,
-    /// Who runs it.
+    /// The member that computes this stage.
     #[prost(message, optional, tag = "3")]
     pub seat: Option<Seat>,
-    /// Who holds the same layers and its KV rows, if anybody.
+    /// The standby of this stage, with the same layers and a copy of its KV rows, if there is one.
     #[prost(message, optional, tag = "4")]
     pub standby: Option<Seat>,
-    /// Weight format, whoever holds it: `file`, `int8` or `int4`, as the first member offered. Another one would give other
-    /// tokens after a failover. Empty is the holder's own choice.
+    /// Weight format of all holders: `file`, `int8` or `int4`, as the first member offered. A different
+    /// format would give different tokens after a failover. If empty, each holder chooses its own.
     #[prost(string, tag = "5")]
     pub format: String,
 }
 
-/// A worker as others reach it.
+/// Node id, name and addresses of a worker.
 #[derive(Clone, PartialEq, Message)]
 pub struct Seat {
     /// Node id: SHA-256 of its public key, lower-case hex.
     #[prost(string, tag = "1")]
     pub node_id: String,
-    /// Name a person knows it by.
+    /// Name of the worker, for people.
     #[prost(string, tag = "2")]
     pub name: String,
-    /// `ip:port` of its ring listener.
+    /// `ip:port` of the worker's ring listener.
     #[prost(string, tag = "3")]
     pub address: String,
-    /// The same at its other addresses, to be tried where the first does not lead there.
+    /// Further `ip:port` addresses of the listener, to try if the first does not work.
     #[prost(string, repeated, tag = "4")]
     pub addresses: Vec<String>,
 }
 
-/// How a worker's parts in a ring are (DCF 0x42); worker to head, when something changes and at most four times a second.
+/// State of a worker's parts in a ring (DCF 0x42); worker to head, on changes, at most four times a second.
 #[derive(Clone, PartialEq, Message)]
 pub struct RingState {
-    /// The ring.
+    /// Identifier of the ring, as in [`Ring::ring`].
     #[prost(fixed64, tag = "1")]
     pub ring: u64,
-    /// The epoch it is at.
+    /// Epoch of the ring at this worker.
     #[prost(uint32, tag = "2")]
     pub epoch: u32,
-    /// One entry for each stage it holds, as member or as standby.
+    /// One entry for each stage that the worker holds, as member or as standby.
     #[prost(message, repeated, tag = "3")]
     pub parts: Vec<PartState>,
     /// Driver: a token came back through every stage of this epoch; requests may be sent.
@@ -220,10 +221,10 @@ pub struct RingState {
     /// Driver: the card to serve under, speeds measured.
     #[prost(message, optional, tag = "5")]
     pub card: Option<ModelCard>,
-    /// Node ids of members that do not answer or whose link is closed, as this worker sees it.
+    /// Node ids of members that, from this worker, do not answer or have a closed link.
     #[prost(string, repeated, tag = "6")]
     pub suspects: Vec<String>,
-    /// Driver: how it came through the last change of epoch, once.
+    /// Driver: report on the last change of epoch; sent once.
     #[prost(message, optional, tag = "7")]
     pub recovery: Option<Recovery>,
     /// Those of `suspects` to which this worker's link is closed, or whose links let nothing pass: waiting does not help. An
@@ -238,34 +239,34 @@ pub struct PartState {
     /// Index of the stage.
     #[prost(uint32, tag = "1")]
     pub stage: u32,
-    /// It is the standby, not the member.
+    /// True for the standby, false for the member.
     #[prost(bool, tag = "2")]
     pub standby: bool,
-    /// Where it is.
+    /// State of this part.
     #[prost(enumeration = "PartPhase", tag = "3")]
     pub phase: i32,
-    /// Why it failed.
+    /// Cause of the failure, if `phase` is `Failed`.
     #[prost(string, tag = "4")]
     pub error: String,
     /// Member: KV rows that its standby does not have yet, over all slots.
     #[prost(uint64, tag = "5")]
     pub lag_rows: u64,
-    /// Member: microseconds that its last steps took, smoothed.
+    /// Member: smoothed duration of its steps in microseconds.
     #[prost(float, tag = "6")]
     pub step_us: f32,
-    /// Seconds that loading took.
+    /// Duration of loading in seconds.
     #[prost(float, tag = "7")]
     pub load_seconds: f32,
-    /// Bytes of its weights in memory.
+    /// Memory of the weights in bytes.
     #[prost(uint64, tag = "8")]
     pub weight_bytes: u64,
-    /// Bytes of KV rows that it holds.
+    /// Memory of the KV rows in bytes.
     #[prost(uint64, tag = "9")]
     pub kv_bytes: u64,
     /// Microseconds that its steps of more than a few rows took, all of them together: prompts, and what had to be replayed.
     #[prost(uint64, tag = "10")]
     pub prefill_us: u64,
-    /// Bytes of outputs that it keeps in case the next stage has to be sent them again.
+    /// Bytes of outputs kept in case the next stage needs them again.
     #[prost(uint64, tag = "11")]
     pub kept_bytes: u64,
     /// Progress of loading, in a unit of the worker's own that only grows; 0 if unknown.
@@ -273,56 +274,56 @@ pub struct PartState {
     pub progress: u64,
 }
 
-/// Where a part of a ring is.
+/// State of a part of a ring.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, prost::Enumeration)]
 #[repr(i32)]
 pub enum PartPhase {
-    /// Not given.
+    /// Unset.
     Unspecified = 0,
     /// Its weights are being loaded.
     Loading = 1,
-    /// It can work.
+    /// The part can compute steps.
     Ready = 2,
-    /// It cannot; `error` says why.
+    /// The part failed; `error` has the cause.
     Failed = 3,
 }
 
-/// How a driver came through a change of epoch.
+/// A driver's report on recovery after a change of epoch.
 #[derive(Clone, PartialEq, Message)]
 pub struct Recovery {
-    /// From the last token before it to the first one after it, microseconds.
+    /// Microseconds from the last token before the change to the first one after it.
     #[prost(uint64, tag = "1")]
     pub gap_us: u64,
     /// Rows that were computed again or replayed.
     #[prost(uint64, tag = "2")]
     pub rows: u64,
-    /// Requests that ran.
+    /// Number of requests that were running.
     #[prost(uint32, tag = "3")]
     pub requests: u32,
 }
 
-/// First message of a stream between members (DCF 0x43); the dialling side says what the stream is for.
+/// First message of a stream between members (DCF 0x43), from the dialling side.
 #[derive(Clone, PartialEq, Message)]
 pub struct RingHello {
-    /// The ring.
+    /// Identifier of the ring.
     #[prost(fixed64, tag = "1")]
     pub ring: u64,
-    /// The epoch that the dialling side is at.
+    /// Epoch at the dialling side.
     #[prost(uint32, tag = "2")]
     pub epoch: u32,
-    /// The stage that the dialling side wants to talk to.
+    /// Index of the stage that the dialling side connects to.
     #[prost(uint32, tag = "3")]
     pub stage: u32,
-    /// What for.
+    /// Purpose of the stream.
     #[prost(enumeration = "RingPurpose", tag = "4")]
     pub purpose: i32,
 }
 
-/// What a stream between members is for.
+/// Purpose of a stream between members.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, prost::Enumeration)]
 #[repr(i32)]
 pub enum RingPurpose {
-    /// Not given.
+    /// Unset.
     Unspecified = 0,
     /// The driver drives a member: Steps with tokens to stage 0, Pings and Resends to all; Held, Pongs and failures back.
     Drive = 1,
@@ -338,23 +339,24 @@ pub struct RingStep {
     /// Epoch in which it was planned; members drop those of another epoch.
     #[prost(uint32, tag = "1")]
     pub epoch: u32,
-    /// Counts the steps of an epoch from 0.
+    /// Number of the step within its epoch, from 0.
     #[prost(uint64, tag = "2")]
     pub step: u64,
     /// Changes to slots, before the segments.
     #[prost(message, repeated, tag = "3")]
     pub slot_ops: Vec<RingSlotOp>,
-    /// The segments.
+    /// Runs of rows that this step computes.
     #[prost(message, repeated, tag = "4")]
     pub segments: Vec<RingSegment>,
-    /// Token ids of all rows, back to back: what stage 0 reads, and what the other stages note as held.
+    /// Token ids of all rows, back to back: the input of stage 0, and for the other stages the tokens of the
+    /// rows they hold.
     #[prost(uint32, repeated, tag = "5")]
     pub tokens: Vec<u32>,
     /// Hidden rows, row-major, little-endian f32 or f16; empty toward stage 0.
     #[prost(bytes = "bytes", tag = "6")]
     pub rows: Bytes,
-    /// One more than the last stage that takes the rows in, which tells the driver when they are in its KV cache; 0 is a step that
-    /// goes all the way.
+    /// Number of the last stage that takes the rows in, plus one. The driver thus learns when they are in
+    /// that stage's KV cache. 0 for a step through all stages.
     #[prost(uint32, tag = "8")]
     pub through: u32,
 }
@@ -362,13 +364,13 @@ pub struct RingStep {
 /// A change to a KV slot.
 #[derive(Clone, PartialEq, Message)]
 pub struct RingSlotOp {
-    /// The slot that is changed.
+    /// Index of the slot that changes.
     #[prost(uint32, tag = "1")]
     pub slot: u32,
-    /// Rows that it holds afterwards.
+    /// Number of rows in the slot after the change.
     #[prost(uint32, tag = "2")]
     pub len: u32,
-    /// Copied from the slot before this number; 0 cuts the slot off instead.
+    /// Number of the source slot plus one, to copy from it; 0 truncates the slot instead.
     #[prost(uint32, tag = "3")]
     pub from_plus_one: u32,
 }
@@ -376,42 +378,43 @@ pub struct RingSlotOp {
 /// Consecutive rows of one slot.
 #[derive(Clone, PartialEq, Message)]
 pub struct RingSegment {
-    /// The slot.
+    /// Index of the slot.
     #[prost(uint32, tag = "1")]
     pub slot: u32,
     /// Position of the first row.
     #[prost(uint32, tag = "2")]
     pub position: u32,
-    /// Rows.
+    /// Number of rows.
     #[prost(uint32, tag = "3")]
     pub rows: u32,
 }
 
-/// What a KV cache holds (DCF 0x45): the answer to a RingHello, member to driver on a Drive stream, standby to member on a
-/// Mirror stream.
+/// Contents of a KV cache (DCF 0x45): the answer to a RingHello, member to driver on a Drive stream, standby
+/// to member on a Mirror stream.
 #[derive(Clone, PartialEq, Message)]
 pub struct RingHeld {
-    /// The epoch.
+    /// Epoch that this report is for.
     #[prost(uint32, tag = "1")]
     pub epoch: u32,
-    /// Slots that hold something.
+    /// Slots that are not empty.
     #[prost(message, repeated, tag = "2")]
     pub slots: Vec<HeldSlot>,
 }
 
-/// What one slot holds.
+/// Contents of one slot.
 #[derive(Clone, PartialEq, Message)]
 pub struct HeldSlot {
-    /// The slot.
+    /// Index of the slot.
     #[prost(uint32, tag = "1")]
     pub slot: u32,
-    /// Tokens whose KV rows it holds.
+    /// Tokens whose KV rows the slot holds.
     #[prost(uint32, repeated, tag = "2")]
     pub tokens: Vec<u32>,
-    /// Position of the first row whose output is still kept for the next stage; `tokens.len()` is none.
+    /// Position of the first row whose output is still kept for the next stage; `tokens.len()` if no output
+    /// is kept.
     #[prost(uint32, tag = "3")]
     pub kept_from: u32,
-    /// Steps since one last changed the slot.
+    /// Number of steps since the slot last changed.
     #[prost(uint64, tag = "4")]
     pub age: u64,
 }
@@ -419,13 +422,13 @@ pub struct HeldSlot {
 /// KV rows for a standby (DCF 0x46). Changes to slots travel the same way, in order.
 #[derive(Clone, PartialEq, Message)]
 pub struct RingMirror {
-    /// Counts the messages of a stream from 1; echoed in Mirrored.
+    /// Number of the message in its stream, from 1; echoed in Mirrored.
     #[prost(uint64, tag = "1")]
     pub count: u64,
     /// A change to a slot; nothing else is set then.
     #[prost(message, optional, tag = "2")]
     pub slot_op: Option<RingSlotOp>,
-    /// The slot.
+    /// Index of the slot.
     #[prost(uint32, tag = "3")]
     pub slot: u32,
     /// Position of the first row; the slot is cut off there first.
@@ -439,8 +442,8 @@ pub struct RingMirror {
     pub rows: Bytes,
 }
 
-/// How far a standby is (DCF 0x47): standby to member on a Mirror stream, and from there to the stage before it on the Rows
-/// stream, which may then forget the outputs it kept.
+/// Replication progress of a standby (DCF 0x47): standby to member on a Mirror stream, and from there to the
+/// stage before it on the Rows stream, which may then discard the outputs it kept.
 #[derive(Clone, PartialEq, Message)]
 pub struct RingMirrored {
     /// On a Mirror stream: messages taken in. On a Rows stream: one more than the number of the last step computed.
@@ -449,72 +452,74 @@ pub struct RingMirrored {
     /// On a Rows stream: the slot whose first `len` rows are safe.
     #[prost(uint32, tag = "2")]
     pub slot: u32,
-    /// On a Rows stream: how many rows are safe.
+    /// On a Rows stream: number of rows that are safe.
     #[prost(uint32, tag = "3")]
     pub len: u32,
 }
 
-/// Are you there (DCF 0x48)? Driver to member; the member's own network task answers, however long a step takes.
+/// Liveness check (DCF 0x48). Driver to member; the member's own network task answers, however long a step
+/// takes.
 #[derive(Clone, PartialEq, Message)]
 pub struct RingPing {
-    /// Echoed.
+    /// Number that the answer repeats.
     #[prost(uint64, tag = "1")]
     pub nonce: u64,
-    /// In the answer: steps of this epoch that arrived.
+    /// In the answer: number of steps of this epoch that arrived.
     #[prost(uint64, tag = "2")]
     pub received: u64,
-    /// In the answer: steps of this epoch that were passed on.
+    /// In the answer: number of steps of this epoch that were passed on.
     #[prost(uint64, tag = "3")]
     pub sent: u64,
 }
 
-/// Send the outputs you kept to the next stage again (DCF 0x49); driver to a member.
+/// Order to send kept outputs to the next stage again (DCF 0x49); driver to a member.
 #[derive(Clone, PartialEq, Message)]
 pub struct RingResend {
-    /// The epoch.
+    /// Epoch of the ring.
     #[prost(uint32, tag = "1")]
     pub epoch: u32,
-    /// Number of the first step that the rows travel as.
+    /// Number of the first step that carries the rows.
     #[prost(uint64, tag = "2")]
     pub step: u64,
-    /// The slot.
+    /// Index of the slot.
     #[prost(uint32, tag = "3")]
     pub slot: u32,
-    /// First row.
+    /// Position of the first row.
     #[prost(uint32, tag = "4")]
     pub from: u32,
     /// One past the last row.
     #[prost(uint32, tag = "5")]
     pub to: u32,
-    /// Most rows of one step.
+    /// Maximum rows of one step.
     #[prost(uint32, tag = "6")]
     pub chunk: u32,
-    /// As in [`RingStep::through`].
+    /// Stages that take the rows in, as in [`RingStep::through`].
     #[prost(uint32, tag = "8")]
     pub through: u32,
 }
 
-/// How fast the Probes of a stream came (DCF 0x4C): the answer to them.
+/// Arrival rate of the Probes of a stream (DCF 0x4C), as their answer.
 #[derive(Clone, Copy, PartialEq, Message)]
 pub struct Probed {
-    /// Payload bytes of the later ones, about half of them all. The first half found out how much may be sent at once.
+    /// Payload bytes of the later half of the Probes. The first half determines how much may be sent at once.
     #[prost(uint64, tag = "1")]
     pub bytes: u64,
-    /// Microseconds in which those arrived.
+    /// Microseconds in which those bytes arrived.
     #[prost(uint64, tag = "2")]
     pub microseconds: u64,
 }
 
-/// How a step ended at a member (DCF 0x4A); member to driver: a failure, or rows that went no further.
+/// Outcome of a step at a member (DCF 0x4A); member to driver, for failures and for rows that went no
+/// further.
 #[derive(Clone, PartialEq, Message)]
 pub struct RingOutcome {
-    /// The epoch.
+    /// Epoch of the step.
     #[prost(uint32, tag = "1")]
     pub epoch: u32,
-    /// The step.
+    /// Number of the step within its epoch.
     #[prost(uint64, tag = "2")]
     pub step: u64,
-    /// What failed; empty if nothing did.
+    /// Cause of the failure; empty on success.
     #[prost(string, tag = "3")]
     pub error: String,
 }

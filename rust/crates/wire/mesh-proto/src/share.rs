@@ -1,16 +1,16 @@
-//! The models of a mesh: what workers say to the head about those that they hold and seek, and how one gets a model's pieces
-//! from another. docs/reference/protocol.md, "Models", tells the story; field numbers are never reused.
+//! Messages about the models of a mesh: the reports of workers to the head, and the exchange of pieces
+//! between workers. See docs/reference/protocol.md, "Models"; field numbers are never reused.
 //!
-//! A model is named by its *fingerprint*, the SHA-256 of its manifest. Its *pieces* are those of all its files in the manifest's
-//! order, numbered from 0.
+//! A model is identified by its *fingerprint*, the SHA-256 of its manifest. Its *pieces* are those of all its
+//! files in the manifest's order, numbered from 0.
 
 use bytes::Bytes;
 use prost::Message;
 
 use crate::{ModelCard, Seat};
 
-/// What a worker holds and seeks (DCF 0x50); worker to head, after the Welcome and whenever it changes. Each replaces the one
-/// before.
+/// The models that a worker holds and seeks (DCF 0x50); worker to head, after the Welcome and whenever they
+/// change. Each message replaces the one before.
 #[derive(Clone, PartialEq, Message)]
 pub struct Models {
     /// UDP port where other workers reach it.
@@ -22,7 +22,7 @@ pub struct Models {
     /// Models of which it lacks pieces that it needs.
     #[prost(message, repeated, tag = "3")]
     pub sought: Vec<SoughtModel>,
-    /// Workers that sent it something else than the manifest says.
+    /// Workers that sent data which does not match the manifest.
     #[prost(message, repeated, tag = "4")]
     pub bad: Vec<BadSource>,
 }
@@ -37,7 +37,7 @@ pub struct Pieces {
     /// All of them; the bits are then left out.
     #[prost(bool, tag = "2")]
     pub all: bool,
-    /// The bits.
+    /// Bit set, as described above; empty with `all`.
     #[prost(bytes = "bytes", tag = "3")]
     pub bits: Bytes,
 }
@@ -48,16 +48,17 @@ pub struct HeldModel {
     /// SHA-256 of the manifest, lower-case hex.
     #[prost(string, tag = "1")]
     pub fingerprint: String,
-    /// What it goes by here: the manifest's name, and names and hub ids that were resolved to it.
+    /// Names of the model at this worker: the manifest's name, and names and hub ids that were resolved to
+    /// it.
     #[prost(string, repeated, tag = "2")]
     pub names: Vec<String>,
     /// Bytes of all its files.
     #[prost(uint64, tag = "3")]
     pub bytes: u64,
-    /// Which pieces are here.
+    /// Set of pieces that this worker has.
     #[prost(message, optional, tag = "4")]
     pub pieces: Option<Pieces>,
-    /// Whether its manifest is signed by a key that this worker trusts.
+    /// True if a key that this worker trusts signed the manifest.
     #[prost(bool, tag = "5")]
     pub signed: bool,
 }
@@ -65,7 +66,7 @@ pub struct HeldModel {
 /// A model that a worker seeks.
 #[derive(Clone, PartialEq, Message)]
 pub struct SoughtModel {
-    /// What it was asked for by.
+    /// Name that the model was requested by.
     #[prost(string, tag = "1")]
     pub name: String,
     /// SHA-256 of its manifest, if that is known already.
@@ -74,83 +75,83 @@ pub struct SoughtModel {
     /// The pieces that it needs and lacks; absent while the manifest is unknown.
     #[prost(message, optional, tag = "3")]
     pub missing: Option<Pieces>,
-    /// It could get the model from outside the mesh.
+    /// True if the worker can get the model from outside the mesh.
     #[prost(bool, tag = "4")]
     pub origin: bool,
-    /// It does so, and has so many bytes by now.
+    /// Bytes received so far from outside the mesh; 0 if the worker does not download.
     #[prost(uint64, tag = "5")]
     pub origin_bytes: u64,
-    /// Why that failed; the head then lets another one try.
+    /// Error of the download from outside the mesh; the head then assigns another worker.
     #[prost(string, tag = "6")]
     pub origin_error: String,
-    /// Only manifests signed by a key that it trusts will do.
+    /// The worker accepts only manifests signed by a key that it trusts.
     #[prost(bool, tag = "7")]
     pub signed_only: bool,
-    /// Bytes of what it needs that are here.
+    /// Bytes of the needed pieces that are already here.
     #[prost(uint64, tag = "8")]
     pub bytes: u64,
-    /// Bytes that it needs; 0 while they are unknown.
+    /// Bytes of the needed pieces; 0 while unknown.
     #[prost(uint64, tag = "9")]
     pub bytes_total: u64,
-    /// Manifests of that name that it will not take, as the hub has others under it.
+    /// Fingerprints of manifests of that name that the worker rejects, because the hub has others under it.
     #[prost(string, repeated, tag = "10")]
     pub refused: Vec<String>,
-    /// Manifests of that name that it cannot use itself, which says nothing about what the name means.
+    /// Fingerprints of manifests of that name that the worker cannot use itself; other workers may.
     #[prost(string, repeated, tag = "11")]
     pub unusable: Vec<String>,
 }
 
-/// A worker that sent something else than the manifest says.
+/// A worker whose data did not match the manifest.
 #[derive(Clone, PartialEq, Message)]
 pub struct BadSource {
-    /// Its node id.
+    /// Node id of the worker.
     #[prost(string, tag = "1")]
     pub node_id: String,
-    /// Of which model.
+    /// Fingerprint of the model.
     #[prost(string, tag = "2")]
     pub fingerprint: String,
-    /// What was wrong, for people.
+    /// Description of the fault, for people.
     #[prost(string, tag = "3")]
     pub reason: String,
 }
 
-/// Where a worker gets what it seeks (DCF 0x51); head to worker, in answer to [`Models`] and whenever that changes. Each replaces
-/// the one before.
+/// Sources for the models that a worker seeks (DCF 0x51); head to worker, in answer to [`Models`] and
+/// whenever they change. Each message replaces the one before.
 #[derive(Clone, PartialEq, Message)]
 pub struct Sources {
-    /// One for each model sought.
+    /// One entry for each model sought.
     #[prost(message, repeated, tag = "1")]
     pub models: Vec<ModelSources>,
 }
 
-/// Where a worker gets one model.
+/// Sources for one model.
 #[derive(Clone, PartialEq, Message)]
 pub struct ModelSources {
-    /// The name that it was sought by.
+    /// Name that the worker seeks the model by.
     #[prost(string, tag = "1")]
     pub name: String,
-    /// SHA-256 of the manifest that goes by that name in this mesh; empty if nobody has any.
+    /// SHA-256 of the manifest of that name in this mesh; empty if the mesh has no such manifest.
     #[prost(string, tag = "2")]
     pub fingerprint: String,
     /// Workers with pieces of it.
     #[prost(message, repeated, tag = "3")]
     pub seats: Vec<Seat>,
-    /// This worker is the one that gets it from outside the mesh.
+    /// This worker is the one that downloads the model from outside the mesh.
     #[prost(bool, tag = "4")]
     pub origin: bool,
-    /// Name of the worker that does, for the log.
+    /// Name of the worker that downloads it from outside the mesh, for the log.
     #[prost(string, tag = "5")]
     pub origin_worker: String,
-    /// With `origin`: pieces that others seek and nobody has; it is to get them, too.
+    /// With `origin`: pieces that others seek and no worker has; this worker fetches them, too.
     #[prost(message, optional, tag = "6")]
     pub for_others: Option<Pieces>,
-    /// SHA-256 of the manifest that this head keeps that name for; empty if it keeps none.
+    /// SHA-256 of the manifest that the head pinned to that name; empty without a pin.
     #[prost(string, tag = "7")]
     pub pin: String,
-    /// Several manifests go by that name, and no operator has decided between them.
+    /// Several manifests have that name, and no operator has decided between them.
     #[prost(bool, tag = "8")]
     pub disputed: bool,
-    /// An operator decided what `pin` says.
+    /// True if an operator set `pin`.
     #[prost(bool, tag = "9")]
     pub pinned_by_operator: bool,
 }
@@ -174,7 +175,7 @@ pub struct ManifestReply {
     pub signatures: Bytes,
 }
 
-/// Says which model's pieces this stream is for (DCF 0x54), its first message; answered by [`PiecesHere`] or Error.
+/// First message of a stream for pieces of one model (DCF 0x54); answered by [`PiecesHere`] or Error.
 #[derive(Clone, PartialEq, Message)]
 pub struct PiecesHello {
     /// SHA-256 of the manifest, lower-case hex.
@@ -182,46 +183,47 @@ pub struct PiecesHello {
     pub fingerprint: String,
 }
 
-/// Which pieces the sender has (DCF 0x55): at first, and again when it has more.
+/// The pieces that the sender has (DCF 0x55): at the start of the stream, and again when it has more.
 #[derive(Clone, PartialEq, Message)]
 pub struct PiecesHere {
-    /// The pieces.
+    /// Set of pieces of the stream's model.
     #[prost(message, optional, tag = "1")]
     pub pieces: Option<Pieces>,
 }
 
-/// Send this piece (DCF 0x56), or send it no longer. Pieces come in the order in which they were asked for.
+/// Request for a piece (DCF 0x56), or its withdrawal. Pieces arrive in the order of their requests.
 #[derive(Clone, Copy, PartialEq, Message)]
 pub struct PieceRequest {
     /// Number of the piece.
     #[prost(uint32, tag = "1")]
     pub piece: u32,
-    /// It is no longer needed. What was sent of it by then comes all the same.
+    /// Withdraws the request. Data that is already on its way still arrives.
     #[prost(bool, tag = "2")]
     pub withdraw: bool,
 }
 
-/// A part of a piece (DCF 0x57). Its parts come in order, without others between.
+/// A part of a piece (DCF 0x57). The parts of a piece arrive in order, without others in between.
 #[derive(Clone, PartialEq, Message)]
 pub struct PieceData {
     /// Number of the piece.
     #[prost(uint32, tag = "1")]
     pub piece: u32,
-    /// Where in the piece these bytes begin.
+    /// Offset of these bytes in the piece.
     #[prost(uint32, tag = "2")]
     pub offset: u32,
     /// The bytes; at most [`BLOCK`].
     #[prost(bytes = "bytes", tag = "3")]
     pub data: Bytes,
-    /// The piece is not here, or no longer; there are no bytes then.
+    /// The sender does not have the piece (any more); `data` is empty.
     #[prost(bool, tag = "4")]
     pub refused: bool,
 }
 
-/// The models that a worker serves whole by now (DCF 0x58); worker to head, when they are others than in its Hello.
+/// The models that a worker serves whole (DCF 0x58); worker to head, when they differ from those in its
+/// Hello.
 #[derive(Clone, PartialEq, Message)]
 pub struct Served {
-    /// All of them.
+    /// Complete list of those models.
     #[prost(message, repeated, tag = "1")]
     pub models: Vec<ModelCard>,
 }

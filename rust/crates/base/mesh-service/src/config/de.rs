@@ -128,7 +128,7 @@ impl NodeDeserializer {
         }
     }
 
-    /// The node with text that stands for a list or a table parsed into one.
+    /// Parses text that represents a list or a table into a node of that kind.
     fn expanded(self) -> Result<Self, Error> {
         let Kind::Text(text) = &self.node.kind else {
             return Ok(self);

@@ -1,4 +1,4 @@
-//! What can be wrong with a configuration, in words for the person who wrote it.
+//! Errors of a configuration, worded for the person who wrote it.
 
 use std::path::PathBuf;
 
@@ -6,22 +6,22 @@ use strsim::osa_distance;
 
 use super::tree::Origin;
 
-/// Why a configuration was refused.
+/// Errors that make a configuration unusable.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ConfigError {
     /// The file cannot be read.
     #[error("cannot read configuration file {}: {source}", path.display())]
     Read {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// What the system said.
+        /// Error from the operating system.
         source: std::io::Error,
     },
     /// The file is not TOML.
     #[error("{} is not valid TOML: {reason}", path.display())]
     Syntax {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
         /// Position and reason, from the TOML parser.
         reason: String,
@@ -31,7 +31,7 @@ pub enum ConfigError {
     UnknownKey {
         /// Dotted path of the key.
         key: String,
-        /// Where it was set.
+        /// Layer that set the key.
         origin: Origin,
         /// The most similar key that exists, if any is similar.
         nearest: Option<String>,
@@ -43,27 +43,27 @@ pub enum ConfigError {
     Value {
         /// Dotted path of the key; empty for the whole configuration.
         key: String,
-        /// Where it was set.
+        /// Layer that set the value.
         origin: Origin,
-        /// What was expected.
+        /// Description of the expected value.
         reason: String,
     },
     /// An argument of `--set` without `=`.
     #[error("--set takes KEY=VALUE, got `{assignment}`")]
     Assignment {
-        /// The argument.
+        /// Text of the argument.
         assignment: String,
     },
     /// An environment variable that is not UTF-8.
     #[error("environment variable {variable} is not UTF-8")]
     NotUtf8 {
-        /// Its name.
+        /// Name of the variable.
         variable: String,
     },
     /// A configuration that TOML cannot express (a bug in the configuration type).
     #[error("the configuration cannot be written as TOML: {reason}")]
     Unprintable {
-        /// What the TOML writer said.
+        /// Error from the TOML writer.
         reason: String,
     },
 }

@@ -43,8 +43,8 @@ impl Layers<'_> {
         Ok(())
     }
 
-    /// The variables that are meant for this service. `HYDRAMESH_<SERVICE>__<KEY>` wins over a name of its own, except that a port
-    /// goes into whatever address there is.
+    /// Merges the environment variables of this service. `HYDRAMESH_<SERVICE>__<KEY>` takes precedence over a
+    /// variable with a name of its own, except that a port is merged into the address.
     pub(super) fn environment(
         &mut self,
         service: &str,
@@ -114,7 +114,7 @@ impl Layers<'_> {
             .set(key, format!("{host}:{}", value.trim()), origin)
     }
 
-    /// The present name of `key`, if it is an old one or lies in a table with an old name.
+    /// The current name of `key`, if it is an old name or is in a table with an old name.
     fn renamed(&self, key: &str) -> Option<String> {
         self.renamed.iter().find_map(|(old, new)| {
             let rest = key.strip_prefix(old)?;

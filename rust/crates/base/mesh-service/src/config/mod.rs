@@ -235,14 +235,14 @@ impl<T: Default + Serialize + DeserializeOwned> Loader<T> {
     }
 }
 
-/// A checked configuration.
+/// A checked configuration and the origin of its values.
 #[derive(Clone, Debug)]
 pub struct Loaded<T> {
-    /// The configuration.
+    /// The merged and checked configuration.
     pub value: T,
-    /// The file that was read.
+    /// The file that was read; `None` without a file.
     pub file: Option<PathBuf>,
-    /// Old names that were used, each with what to use instead.
+    /// One warning for each old name that was used, with its replacement.
     pub warnings: Vec<String>,
 }
 

@@ -10,22 +10,22 @@ use toml::de::{DeTable, DeValue};
 
 use super::ConfigError;
 
-/// Where a value was set.
+/// The layer that set a value.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Origin {
-    /// Nowhere: the default.
+    /// The built-in default; no layer set the value.
     Default,
     /// A line of a file.
     File {
-        /// The file.
+        /// Path of the file.
         path: Arc<PathBuf>,
-        /// Line, from 1.
+        /// Line number, from 1.
         line: usize,
     },
-    /// An environment variable.
+    /// An environment variable, by name.
     Environment(String),
-    /// A flag.
+    /// A command-line flag, by name.
     Flag(String),
 }
 
@@ -40,7 +40,7 @@ impl fmt::Display for Origin {
     }
 }
 
-/// A value and where it was set.
+/// A value and its origin.
 #[derive(Clone, Debug)]
 pub(super) struct Node {
     pub(super) origin: Origin,
@@ -52,13 +52,13 @@ pub(super) struct Node {
 pub(super) enum Kind {
     Table(BTreeMap<String, Node>),
     Array(Vec<Node>),
-    /// A TOML scalar.
+    /// A TOML value that is neither an array nor a table.
     Scalar(toml::Value),
-    /// Text from the environment or a flag, to be read as whatever its key asks for.
+    /// Text from the environment or a flag, to be parsed as the key's type.
     Text(String),
 }
 
-/// All layers, merged.
+/// The merged layers of a configuration.
 #[derive(Clone, Debug)]
 pub(super) struct Tree {
     pub(super) root: Node,
@@ -100,7 +100,7 @@ impl Tree {
         })
     }
 
-    /// Sets a dotted key, over whatever was there.
+    /// Sets a dotted key and replaces its earlier value.
     pub(super) fn set(
         &mut self,
         key: &str,
@@ -119,7 +119,7 @@ impl Tree {
         Ok(())
     }
 
-    /// Removes a key.
+    /// Removes a key and returns its node.
     pub(super) fn take(&mut self, key: &str) -> Option<Node> {
         let (parents, name) = key.rsplit_once('.').unwrap_or(("", key));
         self.node(parents)?.table()?.remove(name)
@@ -131,7 +131,7 @@ impl Tree {
         names.try_fold(&mut self.root, |node, name| node.table()?.get_mut(name))
     }
 
-    /// As [`node`](Self::node), made as an empty table where there is none.
+    /// Like [`node`](Self::node), but creates an empty table if the key is missing.
     fn entry(&mut self, key: &str, origin: &Origin) -> Result<&mut Node, ConfigError> {
         let mut node = &mut self.root;
         for segment in key.split('.') {

@@ -1,21 +1,21 @@
-//! The bytes of requests that are not complete, and whose are given up when there are too many. Nothing here reads or waits.
+//! The memory of incomplete requests, and the choice of the one to give up. Nothing here reads or waits.
 //!
-//! Whoever sends a request gets room for it. When all is taken, the source that holds the most loses its oldest request, so what stays
-//! unfinished makes room for what is finished soon.
+//! A new request always gets room. When all is taken, the source that holds the most loses its oldest
+//! request, so that slow requests make room for those that are finished soon.
 
 use std::collections::{BTreeSet, HashMap};
 use std::net::IpAddr;
 
-/// Bytes that are held, and by whom. No step looks at all that is held: there is one for each piece that comes.
+/// Bytes held by incomplete requests. No operation scans all requests, since each arriving piece causes one.
 #[derive(Debug)]
 pub(super) struct Budget<V> {
     limit: u64,
     total: u64,
     /// Ids only grow.
     held: HashMap<u64, Held<V>>,
-    /// Those that hold bytes, by whose they are, the oldest first.
+    /// Sources with requests that hold bytes.
     sources: HashMap<IpAddr, Source>,
-    /// The sources of these by what they hold.
+    /// The same sources, ordered by their bytes.
     by_bytes: BTreeSet<(u64, IpAddr)>,
     /// Number of requests that hold bytes.
     holders: usize,
@@ -48,7 +48,7 @@ impl<V> Budget<V> {
         }
     }
 
-    /// A request begins.
+    /// Adds a request without bytes; returns its id.
     pub(super) fn enter(&mut self, source: IpAddr, value: V) -> u64 {
         let id = self.next;
         self.next += 1;
@@ -61,7 +61,7 @@ impl<V> Budget<V> {
         id
     }
 
-    /// It got longer: those that have to go for it. The last one that holds anything stays.
+    /// Adds bytes to a request; returns the requests to give up for it. The last one with any bytes stays.
     pub(super) fn grow(&mut self, id: u64, bytes: u64) -> Vec<V> {
         if bytes == 0 {
             return Vec::new();
@@ -87,7 +87,7 @@ impl<V> Budget<V> {
         evicted
     }
 
-    /// It is complete, or given up.
+    /// Removes a request that is complete or given up.
     pub(super) fn leave(&mut self, id: u64) -> Option<V> {
         let held = self.held.remove(&id)?;
         self.total -= held.bytes;

@@ -1,4 +1,5 @@
-//! Keeps web pages away from a service that its user's browser can reach, and lets in those that are named.
+//! Rejects requests of web pages that reach the service through its user's browser, except pages of named
+//! origins.
 //!
 //! A browser sends what a page tells it to. Three things give a page away that it cannot change: the name in
 //! `Host`, under which it was made to look like ours (DNS rebinding); its `Origin`; and a content type that
@@ -29,14 +30,14 @@ pub struct Origin(String);
 )]
 pub struct NotAnOrigin(String);
 
-/// The rules by which a service lets requests through.
+/// The rules by which a service accepts requests.
 #[derive(Debug, Clone, Default)]
 pub struct Guard {
     /// Names in `Host` besides addresses and `localhost`; `None` lets all through.
     hosts: Option<HashSet<String>>,
     /// Pages of other origins.
     origins: HashSet<String>,
-    /// All pages.
+    /// Pages of all origins may send requests.
     any_origin: bool,
     /// Decides if names count at the moment.
     names_count: NamesCount,
@@ -81,7 +82,7 @@ enum Refused {
 }
 
 impl Guard {
-    /// Lets through what asks for an address, for `localhost`, for this machine's name or for one of `names`.
+    /// Accepts requests for an address, for `localhost`, for this machine's name or for one of `names`.
     pub fn of_names(names: &[String]) -> Self {
         let own = own_name();
         let short = own.split('.').next().unwrap_or_default();
@@ -98,8 +99,8 @@ impl Guard {
         }
     }
 
-    /// For what only tells of itself. Beyond loopback it tells everybody, under whatever name they know it; on loopback a foreign name
-    /// is a page's.
+    /// A guard for a service that publishes information only. Beyond loopback any name is accepted; on
+    /// loopback a foreign name is taken for that of a web page.
     pub fn of_listener(address: IpAddr, names: &[String]) -> Self {
         if address.is_loopback() {
             Self::of_names(names)
@@ -108,19 +109,19 @@ impl Guard {
         }
     }
 
-    /// Looks at names only while `names_count`. It is asked for every request.
+    /// Checks names only while `names_count` returns true. It is called for every request.
     #[must_use]
     pub fn only_while(mut self, names_count: impl Fn() -> bool + Send + Sync + 'static) -> Self {
         self.names_count = NamesCount(Arc::new(names_count));
         self
     }
 
-    /// Lets through whatever name is asked for: where a key is needed, a page gains nothing by a name.
+    /// Accepts requests for any name: a service that needs a key is safe from pages under foreign names.
     pub fn of_any_name() -> Self {
         Self::default()
     }
 
-    /// Also lets pages of these origins through, and tells browsers so.
+    /// Also accepts requests from pages of these origins, with the CORS headers that browsers need.
     #[must_use]
     pub fn with_origins(mut self, origins: &[Origin]) -> Self {
         self.any_origin |= origins.iter().any(|origin| origin.0 == "*");
@@ -129,7 +130,7 @@ impl Guard {
         self
     }
 
-    /// `router` behind this guard.
+    /// Wraps `router` with this guard.
     pub fn before(self, router: Router) -> Router {
         Router::new()
             .fallback_service(router)
@@ -137,7 +138,7 @@ impl Guard {
     }
 
     fn check(&self, method: &Method, uri: &Uri, headers: &HeaderMap) -> Result<(), Refused> {
-        // Paths that only report health are for everybody: balancers ask under names of their own.
+        // Paths that only report health accept any name: load balancers use names of their own.
         let is_health = matches!(uri.path(), "/health" | "/ready");
         if !is_health {
             self.check_host(uri, headers)?;
@@ -176,7 +177,7 @@ impl Guard {
         self.any_origin || self.origins.contains(&origin.to_ascii_lowercase())
     }
 
-    /// The header value that tells a browser that pages of this origin may read the answer.
+    /// The CORS header value with which a browser lets pages of this origin read the answer.
     fn permission(&self, origin: Option<&HeaderValue>) -> Option<HeaderValue> {
         origin.filter(|origin| self.allows(&text(origin))).cloned()
     }

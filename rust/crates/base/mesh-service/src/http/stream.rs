@@ -1,6 +1,7 @@
-//! Connections, bodies and answers that a [`Table`](super::table::Table) is told about, and that end when the other side does nothing.
+//! Connections, bodies and answers that report to a [`Table`](super::table::Table) and end if the peer is
+//! inactive.
 //!
-//! On HTTP/1 that is the end of the connection, on HTTP/2 that of a stream.
+//! On HTTP/1 the connection ends, on HTTP/2 the stream.
 
 use std::error::Error;
 use std::fmt;
@@ -23,7 +24,7 @@ use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 use super::Shared;
 use super::table::Id;
 
-/// A client's connection.
+/// A client's connection that reports to the table.
 pub(super) struct Watched<S> {
     stream: S,
     shared: Shared,
@@ -112,7 +113,7 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Watched<S> {
     }
 }
 
-/// A body that did not come in time.
+/// Error of a body that did not arrive in time.
 #[derive(Debug)]
 pub struct TooSlow(Duration);
 
@@ -136,7 +137,7 @@ impl TooSlow {
     }
 }
 
-/// A body that was given up because unfinished requests held too much memory.
+/// Error of a body that was given up because unfinished requests held too much memory.
 #[derive(Debug)]
 pub struct NoRoom;
 
@@ -179,7 +180,7 @@ pub(super) struct Incoming {
     timer: Pin<Box<Sleep>>,
     over: bool,
     source: IpAddr,
-    /// Its place among the unfinished requests, once anything has come.
+    /// Place among the unfinished requests, once a byte has arrived.
     place: Option<Place>,
 }
 
@@ -249,7 +250,7 @@ impl HttpBody for Incoming {
                 if len > 0 {
                     self.grow(len as u64);
                 }
-                // Silence has a limit, and what comes drop by drop has one, too.
+                // Both silence and a slow trickle have a limit.
                 let earned = Duration::from_secs(self.received / LEAST_RATE);
                 let silence = tokio::time::Instant::now() + self.limit;
                 let due = silence.min(self.began + self.limit + earned);
@@ -294,7 +295,7 @@ impl Drop for Incoming {
     }
 }
 
-/// Reads the rest of a body that nobody wants, and keeps nothing of it.
+/// Reads and discards the rest of a body that was refused.
 async fn linger(mut body: Body) {
     let rest =
         async { while let Some(Ok(_)) = poll_fn(|cx| Pin::new(&mut body).poll_frame(cx)).await {} };
@@ -363,7 +364,7 @@ impl Offer {
 }
 
 tokio::task_local! {
-    /// That of the stream whose task this is.
+    /// The offer of the stream that this task serves.
     static OFFER: Arc<Offer>;
 }
 
@@ -464,9 +465,9 @@ impl Drop for Answer {
     }
 }
 
-/// Bytes of a body for each of which nobody waits longer than a second.
+/// Slowest accepted body, in bytes per second.
 const LEAST_RATE: u64 = 1024;
 /// Bytes of an answer that a client takes at once: few enough that a slow one takes them in time.
 const PIECE: usize = 16 << 10;
-/// How long the rest of a body that is refused is read.
+/// Time limit for reading the rest of a refused body.
 const LINGER: Duration = Duration::from_secs(5);

@@ -1,8 +1,9 @@
 //! The open connections, and the choice of the one to close when there are too many. Times go in, decisions
 //! come out.
 //!
-//! A connection that is answered is never taken from its client. One that only waits may be: the one that has waited longest, of the
-//! source that has the most of them. So neither silence nor a flood from one place keeps others out.
+//! A connection with an answer under way is never closed. Of the idle ones, the one that has waited longest
+//! is closed, of the source that has the most. So neither silence nor a flood from one source keeps others
+//! out.
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
@@ -10,50 +11,50 @@ use std::time::{Duration, Instant};
 
 use mesh_base::addresses::source;
 
-/// Names a connection; never reused.
+/// Number of a connection; never reused.
 pub(super) type Id = u64;
 
-/// Numbers of connections.
+/// Limits on the number of connections.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Bounds {
-    /// All of them.
+    /// All connections together.
     pub total: usize,
-    /// Those of one source.
+    /// Connections of one source.
     pub per_source: usize,
-    /// More than that, which may ask for nothing but health.
+    /// Connections above `total`, which may only ask for health.
     pub reserve: usize,
 }
 
-/// Time limits for a client.
+/// Time limits for clients.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Patience {
-    /// To send the head of a request.
+    /// Time to send the head of a request.
     pub header: Duration,
-    /// Between two requests.
+    /// Time between two requests.
     pub idle: Duration,
-    /// To take a piece of an answer.
+    /// Time to take a piece of an answer.
     pub write: Duration,
 }
 
 impl Patience {
-    /// The shortest of them: nothing new is due sooner.
+    /// The shortest limit; nothing new is due sooner.
     pub(super) fn least(&self) -> Duration {
         self.header.min(self.idle).min(self.write)
     }
 }
 
-/// A new connection's fate.
+/// Outcome of admitting a connection.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Admitted {
-    /// Its name.
+    /// Number of the new connection.
     pub id: Id,
-    /// It may ask for nothing but health.
+    /// The connection may only ask for health.
     pub restricted: bool,
-    /// One that has to go for it.
+    /// Connection that is evicted for it.
     pub evicted: Option<Id>,
 }
 
-/// The connections.
+/// The open connections and their limits.
 #[derive(Debug)]
 pub(super) struct Table {
     bounds: Bounds,
@@ -83,9 +84,9 @@ struct Entry {
 enum Wait {
     /// The rest of a request's head, or the first one.
     Head,
-    /// Another request.
+    /// The next request.
     Next,
-    /// The same on a connection that carries many at once, where single bytes mean nothing.
+    /// The next request on a connection with concurrent streams, where single bytes are not progress.
     Streams,
 }
 
@@ -148,7 +149,7 @@ impl Table {
         }
     }
 
-    /// The system has no room for another connection: one that waits has to go.
+    /// The system has no room for another connection; returns an idle one to close.
     pub(super) fn exhausted(&mut self) -> Option<Id> {
         let most = self.most_waiting_source();
         let evicted = self.longest_waiting(|entry| Some(entry.source) == most)?;
@@ -156,7 +157,7 @@ impl Table {
         Some(evicted)
     }
 
-    /// Bytes came.
+    /// Records that bytes arrived.
     pub(super) fn heard(&mut self, id: Id, now: Instant) {
         if let Some(entry) = self.entries.get_mut(&id)
             && entry.answering == 0
@@ -173,7 +174,7 @@ impl Table {
         (entry.answering == 0 && entry.wait == Wait::Head).then_some(entry.source)
     }
 
-    /// The head of a request is complete. Its body is not, if `body` says so.
+    /// Records that the head of a request is complete; `body` is true if its body is still to come.
     pub(super) fn asked(&mut self, id: Id, body: bool, streams: bool, now: Instant) {
         if let Some(entry) = self.entries.get_mut(&id) {
             entry.answering += 1;
@@ -183,14 +184,14 @@ impl Table {
         }
     }
 
-    /// The body of a request is complete or given up.
+    /// Records that the body of a request is complete or given up.
     pub(super) fn read(&mut self, id: Id) {
         if let Some(entry) = self.entries.get_mut(&id) {
             entry.reading = entry.reading.saturating_sub(1);
         }
     }
 
-    /// A piece of an answer is there for the client to take.
+    /// Records that a piece of an answer is ready for the client.
     pub(super) fn offered(&mut self, id: Id, now: Instant) {
         if let Some(entry) = self.entries.get_mut(&id) {
             entry.offers.push(now);
@@ -206,7 +207,7 @@ impl Table {
         }
     }
 
-    /// An answer is complete or given up.
+    /// Records that an answer is complete or given up.
     pub(super) fn answered(&mut self, id: Id, now: Instant) {
         if let Some(entry) = self.entries.get_mut(&id) {
             entry.answering = entry.answering.saturating_sub(1);
@@ -214,7 +215,7 @@ impl Table {
         }
     }
 
-    /// A connection is gone.
+    /// Removes a closed connection.
     pub(super) fn closed(&mut self, id: Id) {
         let Some(entry) = self.entries.remove(&id) else {
             return;
@@ -228,14 +229,14 @@ impl Table {
         }
     }
 
-    /// True if nothing is answered on it.
+    /// True if no answer is under way on the connection.
     pub(super) fn waits(&self, id: Id) -> bool {
         self.entries
             .get(&id)
             .is_none_or(|entry| entry.answering == 0)
     }
 
-    /// Time at which a connection has to be closed, unless something happens.
+    /// Time at which a connection must be closed unless there is progress.
     pub(super) fn due(&self, id: Id, patience: &Patience) -> Option<Instant> {
         let entry = self.entries.get(&id)?;
         if let Some(&oldest) = entry.offers.iter().min() {

@@ -54,7 +54,7 @@ pub(super) struct Lowered {
     pub(super) bytes: u64,
 }
 
-/// What a graph is made of.
+/// Inputs for building a graph.
 pub(super) struct Plan<'a> {
     pub(super) tensors: &'a Tensors,
     pub(super) config: &'a ModelConfig,
@@ -67,7 +67,7 @@ pub(super) struct Plan<'a> {
 }
 
 impl Plan<'_> {
-    /// Refuses what the operators cannot express.
+    /// Fails if the operators cannot express the model.
     pub(super) fn check(&self) -> Result<(), LoadError> {
         let config = self.config;
         for (what, width) in [
@@ -223,7 +223,7 @@ impl Graph<'_> {
         self.added(&x, projected, &post_norm)
     }
 
-    /// The residual with what a half layer gives, normed before where the network has it.
+    /// Adds the output of a half layer to the residual, after a norm where the network has one.
     fn added(&mut self, x: &str, y: String, post_norm: &str) -> Result<String, LoadError> {
         let mut y = self.widen(y);
         if self.plan.config.post_norms {

@@ -23,7 +23,7 @@ use mesh_model::{GgmlType, dequantize};
 
 use crate::weights::weight_type;
 
-/// How a type of the file becomes constants.
+/// Representation of a GGUF type as constants of the graph.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Form {
     /// `[inputs, outputs]` of the graph's precision, for a plain `MatMul`.
@@ -199,7 +199,7 @@ fn read_row(
     }
 }
 
-/// What is added to the file's code so that 128 stands for 0, or for the middle where the type has a minimum.
+/// Number added to the file's code so that 128 stands for 0, or for the middle where the type has a minimum.
 fn offset(ty: WeightType) -> u8 {
     match ty {
         WeightType::Q5_0 | WeightType::Q5_1 | WeightType::Q5_K => 112,
@@ -209,7 +209,7 @@ fn offset(ty: WeightType) -> u8 {
 }
 
 struct Scale {
-    /// Of each half of the stretch.
+    /// Scales of both halves of the stretch.
     scale: [f32; 2],
     /// m′.
     minimum: f32,

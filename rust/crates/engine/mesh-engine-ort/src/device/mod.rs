@@ -24,12 +24,12 @@ use mesh_kernels::Reclaim;
 use slots::{Shape, Slot};
 pub use tensors::Precision;
 
-/// Where and how a [`DeviceStage`] computes.
+/// Provider and settings of a [`DeviceStage`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Device {
-    /// The execution provider.
+    /// The execution provider to use.
     pub provider: Provider,
-    /// Of weights' scales, activations and KV cache.
+    /// Precision of the weights' scales, activations and KV cache.
     pub precision: Precision,
     /// Keep to few shapes: rows are padded to a power of two, and a slot has its whole context from the beginning. For
     /// providers that compile a program for each shape.
@@ -37,7 +37,7 @@ pub struct Device {
 }
 
 impl Device {
-    /// What suits the provider.
+    /// The default settings for `provider`.
     pub fn new(provider: Provider) -> Device {
         Device {
             provider,
@@ -59,7 +59,7 @@ pub struct DeviceStage {
     info: StageInfo,
     device: Device,
     shape: Shape,
-    /// Of the numbers in exported KV rows: that of the CPU's stage, so that streams can move between both.
+    /// Format of exported KV rows: that of the CPU's stage, so that streams can move between both.
     exported: KvFormat,
     // Dropped in this order: the memory of the slots is the allocator's, which is the session's.
     slots: Vec<Slot>,
@@ -161,10 +161,11 @@ impl DeviceStage {
         })
     }
 
-    /// Runs one segment and appends what it gives to the output.
+    /// Runs one segment and appends its result to the output.
     fn run(&mut self, segment: &Segment, mut hidden: Vec<f32>) -> ort::Result<()> {
         let rows = segment.rows as usize;
-        // Rows behind the real ones change nothing before them; their keys and values are overwritten by whatever comes.
+        // Padding rows follow the real ones and do not affect them; later rows overwrite their keys and
+        // values.
         let padded = match self.device.few_shapes {
             true => rows.next_power_of_two(),
             false => rows,
@@ -183,7 +184,7 @@ impl DeviceStage {
         bind(binding, LENGTH, &[1], vec![length as i32])?;
         let last = rows as i64 - 1;
         if self.info.is_last() {
-            // A product of no rows is nothing that every provider can do: without logits, one row for nobody.
+            // Not every provider can multiply with zero rows: without logits, one unused row is computed.
             let kept: Vec<i64> = match segment.logits {
                 LogitRows::All => (0..rows as i64).collect(),
                 LogitRows::Last | LogitRows::None => vec![last],
@@ -344,7 +345,7 @@ impl DeviceStage {
     fn write(&mut self, slot: SlotId, position: u32, rows: &[u8]) -> Result<(), StageError> {
         let end = position + (rows.len() / self.shape.token_bytes()) as u32;
         let place = &mut self.slots[slot as usize];
-        // What comes after is overwritten, or ends here.
+        // Later positions are overwritten, or the sequence ends here.
         place.len = position;
         let written = place
             .reserve(

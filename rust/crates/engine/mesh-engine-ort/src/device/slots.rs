@@ -130,8 +130,8 @@ impl Slot {
 }
 
 impl Room {
-    /// Memory for `capacity` rows that begins with `kept`, and zeros: what a kernel reads beyond the valid rows it gives no
-    /// weight, but 0 times the "not a number" of old memory would not be 0.
+    /// Memory for `capacity` rows that begins with `kept`, then zeros: a kernel gives rows beyond the valid
+    /// ones no weight, but 0 times a NaN of old memory would not be 0.
     fn new(
         session: &Session,
         allocator: &Allocator,
@@ -178,7 +178,7 @@ fn to_host(tensor: &DynTensor, shape: &Shape) -> ort::Result<DynTensor> {
     Ok(host)
 }
 
-/// For each head of `count` rows from `first` on, where it lies in rows as they are exported and in tensor `index`.
+/// Positions of each head of `count` rows from `first` on, in exported rows and in tensor `index`.
 fn places(
     shape: &Shape,
     capacity: usize,

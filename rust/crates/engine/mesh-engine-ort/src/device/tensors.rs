@@ -10,9 +10,9 @@ use crate::options::KvFormat;
 /// The element type of a graph's activations, scales and KV cache.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Precision {
-    /// 32 bits: what CPUs compute in.
+    /// 32 bits, for CPUs.
     F32,
-    /// 16 bits: what GPUs compute in. The residual stream stays f32.
+    /// 16 bits, for GPUs. The residual stream stays f32.
     F16,
 }
 
@@ -92,7 +92,7 @@ impl Precision {
         }
     }
 
-    /// The way back.
+    /// Inverse of the export: bytes in this format from exported bytes.
     pub(super) fn of_exported(self, bytes: &[u8], exported: KvFormat) -> Vec<u8> {
         match (self, exported) {
             (Precision::F16, KvFormat::F16) | (Precision::F32, KvFormat::F32) => bytes.to_vec(),
@@ -102,7 +102,7 @@ impl Precision {
     }
 }
 
-/// f32 as f16.
+/// Converts f32 to f16.
 fn narrowed(bytes: &[u8]) -> Vec<u8> {
     let numbers = bytes.as_chunks().0.iter().copied().map(f32::from_le_bytes);
     numbers
@@ -110,7 +110,7 @@ fn narrowed(bytes: &[u8]) -> Vec<u8> {
         .collect()
 }
 
-/// f16 as f32.
+/// Converts f16 to f32.
 fn widened(bytes: &[u8]) -> Vec<u8> {
     let numbers = bytes.as_chunks().0.iter().copied().map(f16::from_le_bytes);
     numbers

@@ -23,7 +23,7 @@ use super::{Shared, Step};
 use crate::operators::{in_place, kernel};
 use crate::tensors;
 
-/// Which operator.
+/// The custom operators of an encoder.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Kind {
     Embed,

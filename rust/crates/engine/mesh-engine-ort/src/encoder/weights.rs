@@ -18,7 +18,7 @@ pub(crate) struct Weights {
     pub(crate) layers: Vec<Layer>,
 }
 
-/// A layer norm.
+/// Weights of a layer norm.
 pub(crate) struct Norm {
     pub(crate) weight: Vec<f32>,
     pub(crate) bias: Vec<f32>,

@@ -1,4 +1,4 @@
-//! Small random encoders on disk, and what they compute by definition, in f64.
+//! Small random encoders on disk, and their vectors by definition, in f64.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -16,7 +16,7 @@ pub(crate) struct Tiny {
     pub(crate) activation: &'static str,
     pub(crate) cls: bool,
     pub(crate) normalise: bool,
-    /// Of the tensors' names.
+    /// Prefix of the tensors' names.
     pub(crate) prefix: &'static str,
 }
 
@@ -119,7 +119,7 @@ impl Tiny {
                 state = state
                     .wrapping_mul(6_364_136_223_846_793_005)
                     .wrapping_add(1_442_695_040_888_963_407);
-                // Rounded to f32, which is what the file holds.
+                // Rounded to f32, the format of the file.
                 f64::from(((state >> 40) as f32 / (1 << 23) as f32 - 1.0) * 0.4)
             });
             tensors.insert(name, (shape.to_vec(), data.collect()));

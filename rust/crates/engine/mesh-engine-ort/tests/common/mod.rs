@@ -1,4 +1,4 @@
-//! What the tests of the stage share.
+//! Helpers shared by the tests of the stage.
 
 #![allow(dead_code, reason = "each test file uses a part")]
 
@@ -53,7 +53,7 @@ pub(crate) fn logits(stage: &mut impl Stage, segments: &[Segment], tokens: &[u32
     }
 }
 
-/// Runs tokens through the stages of a split model; each takes what the one before gives.
+/// Runs tokens through the stages of a split model; the output of one stage is the input of the next.
 pub(crate) fn pipeline(
     stages: &mut [impl Stage],
     segments: &[Segment],

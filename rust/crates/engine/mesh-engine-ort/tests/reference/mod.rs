@@ -38,7 +38,7 @@ fn rows_from(model: &Model, tokens: &[u32], first: usize) -> Vec<f32> {
     for layer in 0..c.layers {
         let t = |suffix: &str| tensor(&format!("blk.{layer}.{suffix}"));
         let n = |suffix: &str| norm_weight(&format!("blk.{layer}.{suffix}"));
-        // What a half layer gives is added to the row, by some networks after another norm.
+        // The output of a half layer is added to the row, in some networks after another norm.
         let add = |row: &mut [f32], mut y: Vec<f32>, post_norm: &str| {
             if c.post_norms {
                 y = rms_norm(&y, &n(post_norm), c.norm_eps);

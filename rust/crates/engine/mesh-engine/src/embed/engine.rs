@@ -23,14 +23,14 @@ pub struct EmbedEngine {
     thread: Option<JoinHandle<()>>,
 }
 
-/// Submits requests to an [`EmbedEngine`] and looks at its load, from any thread or task.
+/// Submits requests to an [`EmbedEngine`] and reads its load, from any thread or task.
 #[derive(Clone)]
 pub struct EmbedHandle {
     shared: Arc<Shared>,
     commands: mpsc::Sender<Command>,
 }
 
-/// How a request ends. Dropping it cancels the request.
+/// A future for the outcome of a request. Dropping it cancels the request.
 pub struct EmbedReply {
     key: Key,
     end: oneshot::Receiver<Result<Embedded, RequestError>>,
@@ -42,7 +42,7 @@ struct Shared {
     info: EncoderInfo,
     next_key: AtomicU64,
     load: Mutex<Load>,
-    /// Time at which a batch last came back, or the first request came; `None` while there is nothing to do.
+    /// Time at which a batch last came back, or the first request came; `None` while the engine is idle.
     advanced: Mutex<Option<Instant>>,
     death: Mutex<Option<RequestError>>,
 }
@@ -113,7 +113,7 @@ impl Drop for EmbedEngine {
 }
 
 impl EmbedHandle {
-    /// Submits a request.
+    /// Submits a request; the reply resolves when the request ends.
     pub fn submit(&self, request: EmbedRequest) -> EmbedReply {
         let key = self.shared.next_key.fetch_add(1, Ordering::Relaxed);
         let (sender, end) = oneshot::channel();
@@ -127,7 +127,7 @@ impl EmbedHandle {
         }
     }
 
-    /// What the engine has to do and how fast it goes, as of its last batch.
+    /// Work in progress and measured speed, as of the engine's last batch.
     pub fn load(&self) -> Load {
         lock(&self.shared.load).clone()
     }
@@ -144,7 +144,7 @@ impl EmbedHandle {
         &self.shared.info
     }
 
-    /// Refuses new requests from now on; resolves when those that wait or run have ended.
+    /// Refuses new requests from now on; resolves when all waiting and running requests have ended.
     pub async fn drain(&self) {
         let (done, drained) = oneshot::channel();
         if self.commands.send(Command::Drain(done)).is_ok() {
@@ -153,7 +153,7 @@ impl EmbedHandle {
         }
     }
 
-    /// Why the engine's thread is gone, if it is.
+    /// The error that ended the engine's thread; `None` while it runs.
     pub fn death(&self) -> Option<RequestError> {
         lock(&self.shared.death).clone()
     }
@@ -208,7 +208,7 @@ impl Worker {
         self.publish();
     }
 
-    /// Returns what ended it.
+    /// Runs until the engine stops; returns the reason.
     fn run(&mut self) -> RequestError {
         loop {
             if !self.take_commands() {
@@ -216,7 +216,7 @@ impl Worker {
             }
             if let Some(batch) = self.scheduler.plan(Instant::now()) {
                 lock(&self.shared.advanced).get_or_insert_with(Instant::now);
-                // Whoever looks meanwhile sees that there is work.
+                // Readers of the load during the batch must see that there is work.
                 *lock(&self.shared.load) = self.scheduler.load();
                 if let Err(fatal) = self.compute(&batch) {
                     return fatal;
@@ -250,9 +250,10 @@ impl Worker {
         Ok(())
     }
 
-    /// Takes in all commands; waits for one if there is nothing to compute. Returns `false` when the engine is to stop.
+    /// Takes in all commands; waits for one if no sequence waits. Returns `false` when the engine is to stop.
     fn take_commands(&mut self) -> bool {
-        // Whoever is known and not finished still has sequences that wait, since batches are computed at once.
+        // A request that is known and not finished still has waiting sequences, since batches are computed at
+        // once.
         if self.scheduler.is_idle() && !self.inbox.recv().is_ok_and(|command| self.obey(command)) {
             return false;
         }
@@ -288,7 +289,7 @@ impl Worker {
         true
     }
 
-    /// Hands out what ended, and the load.
+    /// Delivers ended requests and publishes the load.
     fn publish(&mut self) {
         *lock(&self.shared.load) = self.scheduler.load();
         while let Some((key, end)) = self.scheduler.next_end() {
@@ -311,7 +312,8 @@ fn dead(reason: &str) -> RequestError {
     }
 }
 
-/// What these mutexes guard is replaced as a whole, so a panic elsewhere leaves it sound.
+/// Locks `mutex`, poisoned or not: the guarded value is replaced as a whole, so a panic elsewhere leaves it
+/// sound.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

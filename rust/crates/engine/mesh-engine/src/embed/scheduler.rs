@@ -1,7 +1,8 @@
-//! Which sequences share a batch.
+//! Decides which sequences share a batch.
 //!
-//! Sequences lie side by side without padding, so they need not be sorted by length: a batch is whatever fits its rows. Requests take
-//! turns, one sequence each, so that a request of a thousand texts does not make one of a single text wait for all of them.
+//! Sequences lie side by side without padding, so they need not be sorted by length: a batch takes as many as
+//! fit its rows. Requests take turns, one sequence each, so that a request of a thousand texts does not delay
+//! a request of one.
 
 use std::collections::{HashMap, VecDeque};
 use std::time::{Duration, Instant};
@@ -10,7 +11,7 @@ use super::{EmbedRequest, EncoderInfo};
 use crate::scheduler::{Load, Totals};
 use crate::{RequestError, StageError};
 
-/// Names a request.
+/// Identifies a request within the scheduler.
 pub type Key = u64;
 
 /// Limits of the queue.
@@ -34,7 +35,7 @@ impl Batch {
     }
 }
 
-/// What a request came to.
+/// Result of a finished request.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Embedded {
     /// One vector per sequence, in the request's order.
@@ -56,7 +57,7 @@ pub struct Scheduler {
     jobs: HashMap<Key, Job>,
     /// Requests with waiting sequences; the first is next.
     turns: VecDeque<Key>,
-    /// Tokens that wait.
+    /// Number of waiting tokens.
     backlog: u64,
     draining: bool,
     tokens_per_second: f64,
@@ -80,7 +81,7 @@ impl Scheduler {
         }
     }
 
-    /// Takes a request in, or refuses it; how it ends comes from [`Scheduler::next_end`].
+    /// Queues a request, or refuses it; [`Scheduler::next_end`] returns its result.
     pub fn submit(&mut self, key: Key, request: EmbedRequest) {
         if let Err(error) = self.admit(&request) {
             self.totals.failed += 1;
@@ -126,14 +127,14 @@ impl Scheduler {
         Ok(())
     }
 
-    /// Forgets a request. Sequences of it that are being computed are computed for nothing.
+    /// Forgets a request. Vectors of its sequences in a running batch are dropped.
     pub fn cancel(&mut self, key: Key) {
         if self.remove(key) {
             self.totals.cancelled += 1;
         }
     }
 
-    /// Puts the next batch together; `None` if nothing waits.
+    /// Forms the next batch; `None` if no sequence waits.
     pub fn plan(&mut self, now: Instant) -> Option<Batch> {
         self.expire(now);
         let mut batch = Batch::default();
@@ -164,7 +165,7 @@ impl Scheduler {
         (!batch.parts.is_empty()).then_some(batch)
     }
 
-    /// Takes in the vectors of `batch`, back to back, which took `elapsed` to compute.
+    /// Records the vectors of `batch`, back to back, which took `elapsed` to compute.
     pub fn complete(&mut self, batch: &Batch, vectors: &[f32], elapsed: Duration) {
         let rows = batch.rows();
         self.totals.steps += 1;
@@ -198,7 +199,7 @@ impl Scheduler {
         }
     }
 
-    /// Ends all requests in `batch`, which failed.
+    /// Ends all requests in `batch` with `error`.
     pub fn fail(&mut self, batch: &Batch, error: &StageError) {
         self.totals.steps += 1;
         for (key, _, _) in &batch.parts {
@@ -206,12 +207,12 @@ impl Scheduler {
         }
     }
 
-    /// Refuses what comes from now on.
+    /// Refuses new requests from now on.
     pub fn drain(&mut self) {
         self.draining = true;
     }
 
-    /// Ends all requests.
+    /// Ends all requests with `error`.
     pub fn end_all(&mut self, error: &RequestError) {
         let keys: Vec<Key> = self.jobs.keys().copied().collect();
         for key in keys {
@@ -219,17 +220,17 @@ impl Scheduler {
         }
     }
 
-    /// Whether no request is left.
+    /// True if no request is left.
     pub fn is_idle(&self) -> bool {
         self.jobs.is_empty()
     }
 
-    /// The next request that ended, and how.
+    /// The next ended request, with its result.
     pub fn next_end(&mut self) -> Option<(Key, Result<Embedded, RequestError>)> {
         self.ended.pop_front()
     }
 
-    /// What there is to do, and how fast it goes.
+    /// Work in progress and measured speed.
     pub fn load(&self) -> Load {
         let waiting = self.turns.len().min(self.jobs.len());
         Load {

@@ -349,7 +349,7 @@ fn requests_say_what_they_wait_for_and_an_engine_that_hangs_is_not_vouched_for()
         first.status() == Some(RequestStatus::Decoding)
     });
     drop((first, second));
-    // A step under way has to come back, whoever it was for.
+    // A step under way has to come back, even if its request is gone.
     wait_until(|| {
         open.store(true, Ordering::SeqCst);
         waker.wake();

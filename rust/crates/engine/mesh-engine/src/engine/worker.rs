@@ -1,7 +1,7 @@
-//! What an engine's thread does: takes commands, plans steps, has them run, hands out what comes of them.
+//! The loop of an engine's thread: take commands, plan steps, run them, deliver their events.
 //!
-//! Whoever holds the [`Worker`] does that. Usually it is the thread; a caller that has just received what a runner waits for may
-//! do it itself ([`Shared::work_here`]), which saves waking one thread and being woken by it.
+//! The holder of the [`Worker`] runs the loop. Usually it is the thread; a caller that has just received a
+//! result for the runner may run it itself ([`Shared::work_here`]), which saves two thread switches.
 
 use std::any::Any;
 use std::collections::{HashMap, VecDeque};
@@ -17,7 +17,7 @@ use crate::request::{Event, Request, RequestError};
 use crate::runner::{Outcome, Runner};
 use crate::scheduler::{Load, RequestKey, RequestStatus, Scheduler, Step};
 
-/// What an engine's handles and its thread have in common.
+/// State shared by an engine's handles and its thread.
 pub(super) struct Shared {
     info: OnceLock<StageInfo>,
     next_key: AtomicU64,
@@ -33,7 +33,7 @@ pub(super) struct Shared {
 /// The last report of the thread on itself and on its requests.
 #[derive(Default)]
 struct Pulse {
-    /// Time at which a step last came back, or the first request came; `None` while there is nothing to do.
+    /// Time at which a step last came back, or the first request came; `None` while the engine is idle.
     advanced: Option<Instant>,
     /// The states of its requests.
     statuses: HashMap<RequestKey, RequestStatus>,
@@ -44,9 +44,9 @@ struct Pulse {
 #[derive(Default)]
 struct Queue {
     commands: VecDeque<Command>,
-    /// When to look at the runner though there is no command.
+    /// Time at which to poll the runner even without a command.
     timer: Option<Instant>,
-    /// Nobody will ever look here again.
+    /// The engine's thread has ended and takes no more commands.
     closed: bool,
 }
 
@@ -77,7 +77,7 @@ impl Shared {
         }
     }
 
-    /// Gives the engine what it works with. Called once, before anything else.
+    /// Gives the engine its runner and scheduler. Called once, before anything else.
     pub(super) fn start(&self, info: StageInfo, runner: Box<dyn Runner>, scheduler: Scheduler) {
         let _ = self.info.set(info);
         *lock(&self.load) = scheduler.load();
@@ -130,7 +130,8 @@ impl Shared {
         true
     }
 
-    /// Does what there is to do in the calling thread; `false` if somebody else is at it, or commands wait for the thread.
+    /// Runs the loop in the calling thread; `false` if another thread runs it, or commands wait for the
+    /// engine's thread.
     pub(super) fn work_here(&self) -> bool {
         let queue = lock(&self.queue);
         if queue.closed || !queue.commands.is_empty() {
@@ -155,7 +156,7 @@ impl Shared {
         true
     }
 
-    /// What the engine's thread does until it is stopped or the engine breaks.
+    /// Runs the engine's thread until it is stopped or the engine breaks.
     pub(super) fn work(&self) {
         loop {
             let mut queue = lock(&self.queue);
@@ -181,8 +182,8 @@ impl Shared {
         }
     }
 
-    /// Works until there is nothing to do at once. If that ends the engine, every stream ends, because its sender is dropped
-    /// here, and the reason is known before that.
+    /// Works until no work is possible at once. If that ends the engine, every stream ends, because its
+    /// sender is dropped here, after the reason was noted.
     fn turn(&self, worker: &mut Option<Worker>) {
         let Some(working) = worker else {
             return;
@@ -212,7 +213,7 @@ impl Shared {
     }
 }
 
-/// What runs an engine's steps, and all that it remembers.
+/// The runner of an engine's steps and all state of the engine.
 struct Worker {
     runner: Box<dyn Runner>,
     scheduler: Scheduler,
@@ -224,7 +225,8 @@ struct Worker {
 }
 
 impl Worker {
-    /// Works until there is nothing to do at once; then says when to look again. Returns what ended the engine.
+    /// Works until no work is possible at once; then sets the time of the next poll. Returns the error that
+    /// ended the engine.
     fn turn(&mut self, shared: &Shared) -> Option<RequestError> {
         loop {
             let commands = std::mem::take(&mut lock(&shared.queue).commands);
@@ -232,12 +234,12 @@ impl Worker {
             for command in commands {
                 news |= matches!(command, Command::Submit(..));
                 if !self.obey(command) {
-                    // A runner that has ended says why better than who drops the engine after it.
+                    // A runner's own error is more precise than the one for a dropped engine.
                     return Some(self.poll().err().unwrap_or_else(|| dead(STOPPED)));
                 }
             }
             if !self.scheduler.is_idle() {
-                // Seen by those who ask while the step below is computed.
+                // Visible to readers while the step below is computed.
                 lock(&shared.pulse)
                     .advanced
                     .get_or_insert_with(Instant::now);
@@ -297,8 +299,8 @@ impl Worker {
         true
     }
 
-    /// Takes in what came of the steps under way; says whether anything did. An error is one that the engine does not
-    /// survive.
+    /// Takes in the next outcome of the steps under way; returns `false` if there is none. An error ends the
+    /// engine.
     fn poll(&mut self) -> Result<bool, RequestError> {
         let (runner, scheduler, failures) =
             (&mut self.runner, &mut self.scheduler, &mut self.failures);
@@ -329,7 +331,7 @@ impl Worker {
         };
         match catch_unwind(AssertUnwindSafe(run)) {
             Ok(result) => result.map(|()| any),
-            // Whatever the stage was doing, its state cannot be trusted any more.
+            // The stage may have stopped halfway, so its state cannot be trusted any more.
             Err(panic) => Err(dead(&format!("a step panicked: {}", panic_text(&*panic)))),
         }
     }
@@ -357,7 +359,7 @@ impl Worker {
 }
 
 impl Worker {
-    /// Notes where all requests are; now and then, because nobody asks more often, or `at_once`.
+    /// Notes the status of all requests, at intervals or `at_once`.
     fn note_statuses(&self, shared: &Shared, at_once: bool) {
         let now = Instant::now();
         let mut pulse = lock(&shared.pulse);
@@ -390,7 +392,8 @@ fn panic_text(panic: &(dyn Any + Send)) -> &str {
         .unwrap_or("(no message)")
 }
 
-/// What these mutexes guard is replaced as a whole, so a panic elsewhere leaves it sound.
+/// Locks `mutex`, poisoned or not: the guarded value is replaced as a whole, so a panic elsewhere leaves it
+/// sound.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -403,5 +406,5 @@ const FATAL_FAILURES: u32 = 3;
 /// Maximum age of the states of requests while steps go on.
 pub(super) const STATUS_INTERVAL: Duration = Duration::from_millis(100);
 
-/// How late a request's deadline may be noticed while steps are under way elsewhere.
+/// Longest delay in noticing a request's deadline while steps are under way elsewhere.
 const DEADLINE_CHECK: Duration = Duration::from_millis(50);

@@ -2,7 +2,7 @@
 //!
 //! Every comparison is false for NaN, so NaN logits drop out of all of them.
 
-/// The largest number in `row`; minus infinity if there is none.
+/// The largest number in `row`; minus infinity if `row` is empty.
 pub(super) fn max(row: &[f32]) -> f32 {
     let mut lanes = [f32::NEG_INFINITY; LANES];
     let (blocks, rest) = row.as_chunks::<LANES>();

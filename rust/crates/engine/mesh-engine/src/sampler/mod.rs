@@ -26,12 +26,12 @@ pub struct Sampler {
     ends: Vec<u32>,
 }
 
-/// A chosen token.
+/// A token chosen by the sampler.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Choice {
-    /// Token id.
+    /// Token id in the model's vocabulary.
     pub token: u32,
-    /// How likely it was, if asked for.
+    /// Log probabilities, if requested.
     pub logprobs: Option<TokenLogprobs>,
 }
 
@@ -62,7 +62,7 @@ impl Sampler {
         sampler
     }
 
-    /// Never chooses these before the least length of the answer is reached.
+    /// Never chooses `ends` before the least length of the answer is reached.
     #[must_use]
     pub fn not_ending_with(mut self, ends: Vec<u32>) -> Self {
         self.ends = ends;
@@ -191,7 +191,7 @@ impl Sampler {
                 select::top(row, top_k, floor, candidates);
             }
         } else if !all {
-            // Top-p is a share of what top-k leaves, before min-p.
+            // Top-p is a share of the tokens that top-k leaves, before min-p.
             select::top(row, top_k, f32::NEG_INFINITY, candidates);
             let total = candidates
                 .iter()
@@ -219,7 +219,7 @@ impl Sampler {
     }
 }
 
-/// How the model saw `token`, from the logits of the row before it.
+/// Scores `token` from the logits of the row before it.
 pub fn score(logits: &[f32], token: u32) -> Option<TokenScore> {
     let max = math::max(logits);
     let argmax = math::argmax(logits)?;
@@ -318,7 +318,7 @@ fn logprobs(
     }
 }
 
-/// How many candidates, likeliest first, it takes to reach `wanted`; `None` if all do not.
+/// Number of candidates, likeliest first, that together reach `wanted`; `None` if all of them do not.
 fn nucleus(candidates: &[Candidate], max: f32, scale: f32, wanted: f64) -> Option<usize> {
     let mut sum = 0.0;
     candidates
@@ -347,7 +347,8 @@ fn weight(candidate: &Candidate, max: f32, scale: f32) -> f64 {
     f64::from(math::exp((candidate.logit - max) * scale))
 }
 
-/// How often each token that penalties look at occurs in the answer; 0 for tokens of the prompt alone.
+/// Number of occurrences in the answer of each token that penalties apply to; 0 for tokens of the prompt
+/// alone.
 #[derive(Debug, Clone, Default)]
 struct History {
     in_answer: HashMap<u32, u32>,

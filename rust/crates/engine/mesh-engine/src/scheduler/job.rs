@@ -14,9 +14,9 @@ use crate::{LogitRows, Vocabulary};
 pub(super) struct Job {
     pub(super) key: RequestKey,
     pub(super) id: String,
-    /// Prompt and answer so far: what the KV cache has to hold to go on.
+    /// Prompt and answer so far: the tokens that the KV cache must hold to continue.
     pub(super) tokens: Vec<u32>,
-    /// Whose cached rows it may use.
+    /// Cached rows that it may use.
     pub(super) salt: Salt,
     /// KV rows that it may need at most.
     limit: u64,
@@ -198,13 +198,13 @@ impl Job {
     /// Rows whose logits were taken in, or are not wanted.
     pub(super) fn settled(&self) -> u32 {
         match &self.kind {
-            // What follows the last token is not known yet.
+            // The token after the last one is not known yet.
             Kind::Generate(_) => self.tokens.len() as u32 - 1,
             Kind::Score(scores) => scores.len() as u32,
         }
     }
 
-    /// Whether every row's logits are wanted, and no KV row may be reused for that.
+    /// True for a scoring job: it needs the logits of every row, so no KV row may be reused.
     pub(super) fn is_score(&self) -> bool {
         matches!(self.kind, Kind::Score(_))
     }
@@ -217,7 +217,7 @@ impl Job {
         }
     }
 
-    /// Which rows become logits when the rows `cached..cached + rows` are computed.
+    /// The rows that become logits when the rows `cached..cached + rows` are computed.
     pub(super) fn logit_rows(&self, cached: u32, rows: u32) -> LogitRows {
         if self.is_score() {
             LogitRows::All

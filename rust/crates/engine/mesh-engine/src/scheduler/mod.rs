@@ -11,11 +11,12 @@
 //! - **Several steps at once.** Rows count as cached when they are planned, so the next chunk of a prompt may be planned while
 //!   the one before is still under way; steps come back in the order in which they were planned. Answers in progress are
 //!   spread over [`SchedulerConfig::steps_under_way`] steps, so that all stages of a pipeline work.
-//! - **Admission by expected use.** A request starts when there is KV memory for its prompt and an answer of the expected
-//!   length, which is learned from the answers before it. When memory runs out, rows kept for nobody give way first, the least
-//!   recently used first; then the youngest request in progress is *preempted*: it gives its slot back and waits at the front
-//!   of the queue with its tokens so far. What is in progress is always older than what waits, so the oldest request is
-//!   never preempted and every request ends. The queue is first come, first served.
+//! - **Admission by expected use.** A request starts when there is KV memory for its prompt and an answer of
+//!   the expected length, which is learned from the answers before it. When memory runs out, unused rows give
+//!   way first, the least recently used first; then the youngest request in progress is *preempted*: it gives
+//!   its slot back and waits at the front of the queue with its tokens so far. Running requests are always
+//!   older than waiting ones, so the oldest request is never preempted and every request ends. The queue is
+//!   first come, first served.
 //!
 //! None of this changes an answer: a stage's rows are independent, and a draw depends on seed and index alone.
 
@@ -38,7 +39,7 @@ use crate::request::{Event, Request, RequestError};
 use crate::sampler::Scratch;
 use crate::{Segment, SlotId, StageError, StageInfo, Vocabulary};
 
-/// Names a request within one scheduler; chosen by the submitter.
+/// Identifies a request within one scheduler; chosen by the submitter.
 pub type RequestKey = u64;
 
 /// Limits of a scheduler.
@@ -50,7 +51,7 @@ pub struct SchedulerConfig {
     pub queue_limit: usize,
     /// Most rows of a step; `None` is all that the stage takes.
     pub step_rows: Option<u32>,
-    /// How long prompts may make answers in progress wait for their next token.
+    /// Longest wait for the next token that prompts may cause to answers in progress.
     pub decode_stall: Duration,
     /// Most rows of a step whose logits are all wanted, because such a row takes `vocab * 4` bytes.
     pub score_rows: u32,
@@ -74,7 +75,7 @@ impl Default for SchedulerConfig {
     }
 }
 
-/// What to run on the stage: first the slot operations in order, then the segments.
+/// Work for the stage: first the slot operations in order, then the segments.
 #[derive(Debug, Default)]
 pub struct Step {
     /// Changes to the slots.
@@ -85,7 +86,7 @@ pub struct Step {
     pub tokens: Vec<u32>,
     /// Slots of all requests in progress, in this step or not.
     pub busy: Vec<SlotId>,
-    /// Whose segment each is.
+    /// The request of each segment.
     owners: Vec<Owner>,
     decode_rows: u32,
     planned: Option<Instant>,
@@ -101,25 +102,25 @@ struct Owner {
 /// A change to a KV slot.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SlotOp {
-    /// [`Stage::truncate`](crate::Stage::truncate).
+    /// Shortens a slot, see [`Stage::truncate`](crate::Stage::truncate).
     Truncate {
-        /// The slot.
+        /// The slot to shorten.
         slot: SlotId,
-        /// Rows it keeps.
+        /// Number of KV rows that it keeps.
         len: u32,
     },
-    /// [`Stage::copy_prefix`](crate::Stage::copy_prefix).
+    /// Copies KV rows between slots, see [`Stage::copy_prefix`](crate::Stage::copy_prefix).
     CopyPrefix {
-        /// Where the rows are.
+        /// The slot that holds the rows.
         from: SlotId,
-        /// Where they are wanted.
+        /// The slot that receives them.
         to: SlotId,
-        /// How many.
+        /// Number of KV rows.
         len: u32,
     },
 }
 
-/// What a scheduler has to do and how fast its stage does it.
+/// Work in progress of a scheduler and the measured speed of its stage.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Load {
     /// Requests that hold a slot.
@@ -138,7 +139,7 @@ pub struct Load {
     pub prefill_tps: f32,
     /// Prompt tokens not yet computed, over all requests.
     pub prefill_backlog: u64,
-    /// Whether new requests are refused because the engine is to stop.
+    /// True if new requests are refused because the engine is to stop.
     pub draining: bool,
     /// Sums since the start.
     pub totals: Totals,
@@ -147,11 +148,11 @@ pub struct Load {
 /// Sums since the start of a scheduler.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Totals {
-    /// Steps run.
+    /// Completed steps.
     pub steps: u64,
     /// Rows that continued answers.
     pub decode_rows: u64,
-    /// Rows of prompts.
+    /// Rows that computed prompts.
     pub prefill_rows: u64,
     /// Tokens whose KV rows were found in the cache.
     pub reused_tokens: u64,
@@ -180,7 +181,7 @@ pub enum RequestStatus {
         /// Tokens that have to be.
         total: u32,
     },
-    /// Its answer grows.
+    /// Its answer is being generated.
     Decoding,
     /// It gave its KV memory to older requests and waits to go on.
     Preempted {
@@ -200,7 +201,7 @@ pub struct Scheduler {
     slots: Slots,
     /// Oldest first; preempted ones are older than all others.
     queue: VecDeque<Job>,
-    /// Oldest first; all of them are older than what is queued.
+    /// Oldest first; all of them are older than the queued ones.
     running: Vec<Running>,
     lengths: AnswerLengths,
     /// Changes to slots that the next step begins with.
@@ -208,7 +209,7 @@ pub struct Scheduler {
     events: VecDeque<(RequestKey, Event)>,
     scratch: Scratch,
     speeds: Speeds,
-    /// When a step was last completed.
+    /// Time of the last completed step.
     completed: Option<Instant>,
     totals: Totals,
     draining: bool,
@@ -234,7 +235,7 @@ impl Scheduler {
         let held = u64::from(slots) * u64::from(info.context);
         let kv_total = config.kv_tokens.map_or(held, |n| n.min(held));
         Scheduler {
-            // What does not fit the KV memory could never run.
+            // A sequence that exceeds the KV memory could never run.
             context: u32::try_from(kv_total).map_or(info.context, |n| n.min(info.context)),
             vocab: info.shape.vocab,
             max_rows,
@@ -255,7 +256,7 @@ impl Scheduler {
         }
     }
 
-    /// Takes a request for text. A refusal comes as [`Event::Failed`], before any work is done.
+    /// Queues a request for text. A refusal is reported as [`Event::Failed`] at once.
     pub fn submit(&mut self, key: RequestKey, request: Request, now: Instant) {
         let job = Job::generate(key, request, self.context, &*self.vocabulary, now);
         self.enqueue(key, job, now);
@@ -292,12 +293,12 @@ impl Scheduler {
         self.draining = true;
     }
 
-    /// Whether no request is queued or running.
+    /// True if no request is queued or running.
     pub fn is_idle(&self) -> bool {
         self.queue.is_empty() && self.running.is_empty()
     }
 
-    /// Plans the next step into `step`; returns `false` if there is nothing to compute.
+    /// Plans the next step into `step`; returns `false` if no row can be computed.
     ///
     /// Each planned step ends with [`complete`](Self::complete) or [`fail`](Self::fail), in the order of planning, unless
     /// [`resume`](Self::resume) makes it void. At most [`SchedulerConfig::steps_under_way`] should be under way at once.
@@ -320,7 +321,7 @@ impl Scheduler {
         !step.segments.is_empty()
     }
 
-    /// Takes in the logits of a step.
+    /// Completes a step with its logits.
     pub fn complete(&mut self, step: &Step, logits: &[f32], now: Instant) {
         if logits.len() != step.logit_rows() * self.vocab {
             let got = logits.len();
@@ -340,7 +341,7 @@ impl Scheduler {
         self.finish(now);
     }
 
-    /// Takes in that a step failed: its requests fail, the others go on.
+    /// Completes a step that failed: its requests fail, the others continue.
     pub fn fail(&mut self, step: &Step, error: &StageError) {
         for &owner in &step.owners {
             // One that was cancelled or preempted while the step ran is not affected.
@@ -359,8 +360,8 @@ impl Scheduler {
         }
     }
 
-    /// Takes in that every step under way is void and what the slots hold: for each slot the tokens whose KV rows are there.
-    /// Requests go on behind the rows that agree with theirs; what they had been answered stays answered.
+    /// Applies a recovery: every step under way is void, and each slot holds KV rows for the tokens in
+    /// `held`. Requests continue behind the rows that match theirs; tokens already sent remain valid.
     pub fn resume(&mut self, held: &[Vec<u32>]) {
         self.slot_ops.clear();
         for slot in 0..self.slots.count() as SlotId {
@@ -391,7 +392,7 @@ impl Scheduler {
         self.events.pop_front()
     }
 
-    /// The state of a request; `None` if it has ended or was never there.
+    /// The state of a request; `None` if it has ended or never existed.
     pub fn status(&self, key: RequestKey) -> Option<RequestStatus> {
         if let Some(running) = self.running.iter().find(|r| r.job.key == key) {
             let total = running.job.tokens.len() as u32;
@@ -412,7 +413,7 @@ impl Scheduler {
         })
     }
 
-    /// What there is to do, and how fast it goes.
+    /// Work in progress and measured speed.
     pub fn load(&self) -> Load {
         let running = self
             .running
@@ -461,7 +462,8 @@ impl Scheduler {
         }
     }
 
-    /// How long the queue may be: requests that only wait for the next plan to take an idle slot do not count.
+    /// Longest queue allowed: the configured limit, plus one request for each slot that the next plan can
+    /// fill.
     fn queue_room(&self) -> usize {
         self.config.queue_limit + self.slots.count() - self.running.len()
     }
@@ -484,7 +486,7 @@ impl Scheduler {
         }
     }
 
-    /// Preempts requests, the youngest first, until the rows of the others fit, and drops rows kept for nobody.
+    /// Preempts requests, the youngest first, until the rows of the others fit, and drops unused rows.
     fn make_room(&mut self) {
         // One alone always fits: it was checked against the context.
         while self.used() > self.kv_total && self.running.len() > 1 {
@@ -557,7 +559,8 @@ impl Scheduler {
         self.evict();
     }
 
-    /// Drops rows kept for nobody until those in use fit. The end of a slot goes first: its beginning is of use to more.
+    /// Drops unused rows until those in use fit. The end of a slot goes first: more requests share its
+    /// beginning.
     fn evict(&mut self) {
         loop {
             let held = self.used() + self.slots.idle_tokens();
@@ -653,7 +656,7 @@ impl Scheduler {
         self.totals.decode_rows += u64::from(step.decode_rows);
         self.totals.prefill_rows += u64::from(prefill_rows);
         if let Some(planned) = step.planned {
-            // While several are under way, a step costs what it adds to those before it.
+            // While several steps are under way, a step costs only the time after the one before it.
             let begun = self.completed.map_or(planned, |at| at.max(planned));
             let elapsed = now.saturating_duration_since(begun);
             self.speeds.record(step.decode_rows, prefill_rows, elapsed);
@@ -751,7 +754,7 @@ impl Step {
 /// Rows of a prompt chunk beside answers in progress, before any speed is known.
 const FIRST_CHUNK: u32 = 64;
 
-/// Rows kept for nobody that are dropped at once.
+/// Number of unused rows that are dropped at once.
 const EVICTED_AT_ONCE: u32 = 64;
 
 /// Rows that prompts get at least, or they would never end on a slow machine.

@@ -2,9 +2,9 @@
 
 /// Gives each of `backlogs`, oldest first, its rows of a budget, at most its backlog.
 ///
-/// Half of the budget goes to the oldest, so that prompts of equal length finish one after the other instead of all at
-/// the end; the other half is shared equally, so that a short prompt never waits for a long one. What one does not need
-/// goes to the others.
+/// Half of the budget goes to the oldest, so that prompts of equal length finish one after the other instead
+/// of all at the end; the other half is shared equally, so that a short prompt never waits for a long one.
+/// Unneeded rows go to the others.
 pub(super) fn share_rows(backlogs: &[u32], budget: u32) -> Vec<u32> {
     let mut shares = vec![0; backlogs.len()];
     let mut left = budget - give(backlogs, &mut shares, budget / 2);

@@ -1,4 +1,4 @@
-//! Which tokens each KV slot holds, who uses it, and where a new request goes.
+//! The tokens that each KV slot holds, the request that uses it, and the choice of a slot for a new request.
 
 use super::RequestKey;
 use crate::SlotId;
@@ -17,15 +17,16 @@ struct Slot {
     owner: Option<RequestKey>,
     /// The salt of the request that the rows are of; `None` where rows are held that no request here left.
     salt: Option<u64>,
-    /// When it was last given up, in releases.
+    /// Number of the release that freed it last.
     released: u64,
 }
 
-/// Whose cached rows a request may use.
+/// Decides which cached rows a request may use.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Salt {
     pub(super) value: u64,
-    /// It goes on with an answer that was begun elsewhere: rows of unknown owners, mirrored from a lost stage, may be its own.
+    /// It continues an answer that began elsewhere: rows of unknown owners, mirrored from a lost stage, may
+    /// be its own.
     pub(super) goes_on: bool,
 }
 
@@ -35,7 +36,7 @@ impl Salt {
     }
 }
 
-/// Where a request goes.
+/// The slot chosen for a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Placement {
     pub(super) slot: SlotId,
@@ -61,7 +62,7 @@ impl Slots {
         self.slots[slot as usize].cached.len() as u32
     }
 
-    /// KV rows held for nobody.
+    /// KV rows that no request uses.
     pub(super) fn idle_tokens(&self) -> u64 {
         let idle = self.slots.iter().filter(|slot| slot.owner.is_none());
         idle.map(|slot| slot.cached.len() as u64).sum()
@@ -138,8 +139,8 @@ impl Slots {
         self.slots[slot as usize].cached.extend_from_slice(tokens);
     }
 
-    /// Takes in what the slot holds in truth; returns how many rows of it are of use. A busy slot keeps what agrees with its
-    /// request, at most `settled` rows, an idle one all of it.
+    /// Applies the true content of the slot; returns the number of useful rows. A busy slot keeps the rows
+    /// that match its request, at most `settled`, an idle one all of them.
     pub(super) fn resume(&mut self, slot: SlotId, held: &[u32], settled: u32) -> u32 {
         let slot = &mut self.slots[slot as usize];
         match slot.owner {

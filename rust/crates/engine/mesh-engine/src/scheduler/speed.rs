@@ -5,7 +5,7 @@ use std::time::Duration;
 /// Decode speed at each batch size, and prefill speed, as moving averages over the time spent computing.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Speeds {
-    /// By the logarithm of the batch size: 1, 2 to 3, 4 to 7, ...
+    /// Rates by the logarithm of the batch size: 1, 2 to 3, 4 to 7, ...
     decode: [Rate; BATCH_SIZES],
     prefill: Rate,
 }
@@ -17,7 +17,7 @@ impl Speeds {
         match (decode, prefill) {
             (0, _) => self.prefill.record(prefill, seconds),
             (_, 0) => self.decode[class(decode)].record(decode, seconds),
-            // In a mixed step the prompt took what the answers alone would not have.
+            // In a mixed step, the prompt's share is the time beyond that of the answers alone.
             _ => {
                 let rest = match self.decode(decode) {
                     Some(speed) => seconds - f64::from(decode) / speed,
@@ -30,7 +30,7 @@ impl Speeds {
         }
     }
 
-    /// Decoded tokens per second over all streams while `batch` answers are in progress: what was measured at the
+    /// Decoded tokens per second over all streams while `batch` answers are in progress, measured at the
     /// nearest batch size.
     pub(super) fn decode(&self, batch: u32) -> Option<f64> {
         let wanted = class(batch.max(1));
@@ -45,7 +45,7 @@ impl Speeds {
     }
 }
 
-/// Which of the batch sizes that are told apart `batch`, at least 1, belongs to.
+/// Index of the size class of `batch`, which is at least 1.
 fn class(batch: u32) -> usize {
     (batch.ilog2() as usize).min(BATCH_SIZES - 1)
 }

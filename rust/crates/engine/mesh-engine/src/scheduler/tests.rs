@@ -12,7 +12,7 @@ use crate::{Stage, StageInput, StageOutput, sampler};
 
 const CONTEXT: u32 = 200;
 
-/// A scheduler with its stage and a clock that moves by what steps would take.
+/// A scheduler with its stage and a clock that advances by the duration of the steps.
 struct Sim {
     scheduler: Scheduler,
     stage: HashStage,
@@ -134,7 +134,7 @@ impl Sim {
         }
     }
 
-    /// When the first token came, and the longest wait between two tokens.
+    /// Time of the first token, and the longest wait between two tokens.
     fn pace(&self, key: RequestKey) -> (Instant, Duration) {
         let tokens = self.events[&key]
             .iter()
@@ -518,7 +518,7 @@ fn when_memory_runs_out_the_youngest_gives_way_and_goes_on_where_it_was() {
     assert_eq!(sim.done(3).cached_tokens, 0);
     let totals = sim.scheduler.load().totals;
     assert!((1..8).contains(&totals.preempted), "{totals:?}");
-    // Of its rows those were left that nobody else needed.
+    // Some of its rows remained, since no other request needed them.
     assert!(totals.reused_tokens > 0, "{totals:?}");
 }
 
@@ -590,7 +590,7 @@ fn cancelling_frees_the_slot_at_once_even_while_a_step_runs() {
         sim.answer(2),
         testing::answer(&endless(prompt(2, 10), 3), CONTEXT)
     );
-    // What the cancelled step computed is of use to who asks next.
+    // The rows of the cancelled step serve the next request with the same prompt.
     sim.submit(4, endless(prompt(2, 10), 3));
     sim.run_until_idle();
     assert_eq!(sim.done(4).cached_tokens, 9);
@@ -788,8 +788,8 @@ proptest! {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(200))]
 
-    /// Neither does a preemption, with several steps under way. What is in progress is always older than what waits, so
-    /// nobody starves.
+    /// Neither does a preemption, with several steps under way. Running requests are always older than
+    /// waiting ones, so no request starves.
     #[test]
     fn preemption_never_changes_an_answer_and_starves_nobody(
         arrivals in prop::collection::vec(long_arrival(), 1..12),
@@ -817,7 +817,8 @@ proptest! {
     }
 }
 
-/// Lets requests arrive, with up to `depth` steps under way, until all have ended; checks what came of each.
+/// Lets requests arrive, with up to `depth` steps under way, until all have ended; checks the outcome of
+/// each.
 fn run_arrivals(
     mut arrivals: Vec<Arrival>,
     mut sim: Sim,

@@ -14,7 +14,7 @@ use crate::mem::Region;
 /// Positions per tile of keys.
 pub(super) const TILE: usize = 16;
 
-/// What keys and values are held as.
+/// Element format of keys and values in the cache.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub enum KvFormat {
     /// 16 bits, half the memory.
@@ -47,7 +47,7 @@ pub struct KvShape {
     pub kv_heads: usize,
     /// Elements per head: a multiple of 16, at most 256.
     pub head_dim: usize,
-    /// What the elements are.
+    /// Format of the elements.
     pub format: KvFormat,
 }
 
@@ -103,7 +103,7 @@ impl KvCache {
         })
     }
 
-    /// The dimensions.
+    /// Dimensions and element format of the cache.
     pub fn shape(&self) -> KvShape {
         self.shape
     }
@@ -178,7 +178,7 @@ impl KvCache {
         Ok(out)
     }
 
-    /// Writes exported rows at `position`; gives how many there were.
+    /// Writes exported rows at `position`; returns their number.
     ///
     /// # Errors
     /// When the slot or a position does not exist or `bytes` is not a whole number of rows.
@@ -248,7 +248,7 @@ impl KvCache {
         self.shape.format.bytes()
     }
 
-    /// The keys of a head. The pointer may be written through only by who has the cache exclusively.
+    /// The keys of a head. Writing through the pointer needs exclusive access to the cache.
     pub(super) fn keys<E>(&self, slot: usize, layer: usize, head: usize) -> *mut E {
         self.element(slot, (layer * 2 * self.shape.kv_heads + head) * self.head)
     }

@@ -12,17 +12,17 @@ use crate::simd::{LANES, Simd};
 pub(super) const CHUNK: usize = 128;
 /// Most queries at a time.
 pub(super) const QUERIES: usize = 6;
-/// Longest head.
+/// Largest head dimension.
 pub(crate) const MAX_DIM: usize = 256;
 
-/// What a chunk gives one query: `out = Σ 2^(score - peak) · value`, `sum = Σ 2^(score - peak)`.
+/// Result of one chunk for one query: `out = Σ 2^(score - peak) · value`, `sum = Σ 2^(score - peak)`.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Partial {
     pub(super) peak: f32,
     pub(super) sum: f32,
 }
 
-/// What a cache holds.
+/// Element type of a cache.
 pub(super) trait Element: Copy {
     /// 16 of them.
     ///
@@ -69,9 +69,9 @@ impl Element for f32 {
 /// One chunk of one head's keys and values.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Chunk<E> {
-    /// First tile.
+    /// The chunk's first tile of keys.
     pub(super) keys: *const E,
-    /// First row.
+    /// The chunk's first row of values.
     pub(super) values: *const E,
     pub(super) dim: usize,
 }
@@ -153,7 +153,7 @@ unsafe fn attend_n<S: Simd, E: Element, const N: usize>(
         first = first.min(query.start);
         from = from.max(query.start);
     }
-    // What all queries see; nothing, where one ends before another begins.
+    // The positions that all queries see; empty if one range ends before another begins.
     let common = from..least.max(from);
     let tiles = most.div_ceil(TILE);
     // SAFETY: tiles up to the largest limit are readable, and the vectors hold `dim` elements.
@@ -330,7 +330,7 @@ unsafe fn gather<S: Simd, E: Element, const N: usize, const W: usize>(
     }
 }
 
-/// Adds the next chunk's result to what the chunks before it gave.
+/// Merges the next chunk's result into that of the chunks before it.
 #[inline(always)]
 pub(super) fn merge<S: Simd>(
     s: S,

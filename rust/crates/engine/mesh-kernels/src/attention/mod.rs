@@ -37,7 +37,7 @@ pub struct Attention<'a> {
     pub heads: usize,
     /// Factor of the scores; `None` means `1 / sqrt(head_dim)`.
     pub scale: Option<f32>,
-    /// How many positions a row sees, its own among them: at least 1. `None` means all.
+    /// Number of positions a row sees, its own included: at least 1. `None` means all.
     pub window: Option<usize>,
     /// Rotation of queries and keys.
     pub rope: Option<&'a Rope>,
@@ -52,11 +52,11 @@ pub struct Attention<'a> {
 /// Consecutive rows of one sequence.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct KvSegment {
-    /// Which slot of the cache.
+    /// Index of the cache's slot.
     pub slot: usize,
     /// Position of the first row; all positions before it are in the cache.
     pub position: usize,
-    /// Number of rows.
+    /// Number of consecutive rows.
     pub rows: usize,
 }
 
@@ -176,7 +176,7 @@ fn check(
     Ok(rows)
 }
 
-/// Kept between calls.
+/// Buffers reused from call to call.
 #[derive(Default)]
 struct Scratch {
     /// Rotated, scaled queries; then peaks and sums; then the results of single chunks.
@@ -248,7 +248,7 @@ impl<'a> Run<'a> {
         })
     }
 
-    /// `E` is what the cache holds.
+    /// `E` is the element type of the cache.
     fn go<E: Element>(&self, qkv: &[f32], out: &mut [f32]) {
         let isa = self.pool.isa();
         let chunk = if self.rows < TASK_ROWS {
@@ -392,7 +392,7 @@ fn turned<S: Simd>(
     }
 }
 
-/// One task.
+/// A task of one attention call.
 struct Attend<'a, E> {
     run: &'a Run<'a>,
     task: Task,
@@ -416,10 +416,10 @@ impl<E: Element> Attend<'_, E> {
     }
 }
 
-/// Where the results of one call go: into the output so far, or to be merged later.
+/// Receiver of one call's results: merges them into the output, or stores them to be merged later.
 struct Store<'a, 'b, E> {
     attend: &'a Attend<'b, E>,
-    /// The chunk.
+    /// Index of the chunk.
     index: usize,
     /// First query of the call.
     at: usize,

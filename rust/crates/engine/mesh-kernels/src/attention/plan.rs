@@ -1,4 +1,4 @@
-//! How a call of attention is cut into tasks for the threads.
+//! Division of an attention call into tasks for the threads.
 
 use super::KvSegment;
 use super::kernel::CHUNK;
@@ -11,7 +11,7 @@ pub(super) struct Task {
     /// Rows within the segment.
     pub(super) row: usize,
     pub(super) rows: usize,
-    /// Where the chunk results go, for a task that does not see all chunks.
+    /// Index of the split that receives the chunk results, for a task that does not see all chunks.
     pub(super) split: Option<usize>,
     pub(super) first_chunk: usize,
     pub(super) end_chunk: usize,
@@ -22,7 +22,7 @@ pub(super) struct Task {
 pub(super) struct Split {
     pub(super) segment: usize,
     pub(super) kv_head: usize,
-    /// How many chunks the row sees.
+    /// Number of chunks that the row sees.
     pub(super) chunks: usize,
     /// Index of the result of the first of them and its first query.
     pub(super) first: usize,
@@ -40,7 +40,7 @@ pub(super) fn seen_from(window: Option<usize>, position: usize) -> usize {
     }
 }
 
-/// How the work is cut.
+/// Parameters of the division into tasks.
 pub(super) struct Cut {
     pub(super) threads: usize,
     pub(super) kv_heads: usize,

@@ -1,4 +1,4 @@
-//! Products of rows with packed matrices: cutting the work into tasks, and what happens to a finished tile.
+//! Products of rows with packed matrices: dividing the work into tasks, and storing a finished tile.
 
 // Register tiles are arrays indexed by row and column; iterators over several of them at once hide the arithmetic.
 #![allow(clippy::needless_range_loop)]
@@ -19,14 +19,14 @@ use tile::{Float, Format};
 /// The rows of a product, in both forms; the one that a layout does not read may be empty.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Input<'a> {
-    /// Quantised tiles.
+    /// Rows as quantised tiles.
     pub(crate) acts: &'a [u8],
     /// Rows as floats.
     pub(crate) x: &'a [f32],
     pub(crate) rows: usize,
 }
 
-/// What is added to a product.
+/// The operand added to a product.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Add<'a> {
     Nothing,
@@ -36,7 +36,7 @@ pub(crate) enum Add<'a> {
     Rows(&'a [f32]),
 }
 
-/// Where the products of a matrix go.
+/// Destination of a matrix's products, with bias, activation and addend.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Sink<'a> {
     pub(crate) out: Shared<f32>,
@@ -121,7 +121,7 @@ pub(crate) fn multiply_gate_up(
     });
 }
 
-/// How a product is cut: ranges of rows, and within them ranges of panels.
+/// Division of a product: ranges of rows, and within them ranges of panels.
 struct Plan {
     rows: usize,
     rows_per_task: usize,

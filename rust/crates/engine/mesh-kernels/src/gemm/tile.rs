@@ -1,7 +1,8 @@
 //! One register tile: a panel of 16 outputs times up to 8 rows.
 //!
-//! Every output value is `Σ over blocks, in order, of d·da·(integer dot product)`, plus `m·(da·Σa)` right after each block
-//! where the layout has minima: the same operations on the same numbers whatever the number of rows.
+//! Every output value is `Σ over blocks, in order, of d·da·(integer dot product)`, plus `m·(da·Σa)` right
+//! after each block where the layout has minima: the same operations on the same numbers for any number of
+//! rows.
 
 // Register tiles are arrays indexed by row and column; iterators over several of them at once hide the arithmetic.
 #![allow(clippy::needless_range_loop)]
@@ -232,7 +233,7 @@ unsafe fn scale<S: Simd, const R: usize>(
     }
 }
 
-/// How the floats of a panel are stored.
+/// Storage format of a panel of floats.
 pub(crate) trait Float {
     /// 16 of them, from number `index` × 16 on.
     ///
@@ -272,8 +273,8 @@ impl Float for Bf16 {
     }
 }
 
-/// The products of `R` rows of floats with `P` panels of floats, input by input: one accumulator per output, whatever the
-/// tile. Rows lie `stride` floats apart, panels `panel_bytes`.
+/// The products of `R` rows of floats with `P` panels of floats, input by input: one accumulator per output,
+/// for any tile. Rows lie `stride` floats apart, panels `panel_bytes`.
 ///
 /// # Safety
 /// `panel` points to the first of `P` panels of `k` inputs, `x` to the first of `R` rows of `k` floats.

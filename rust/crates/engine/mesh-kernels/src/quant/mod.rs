@@ -4,7 +4,7 @@ pub(crate) mod blocks;
 
 use crate::KernelError;
 
-/// How the weights of a matrix are stored in the file; the names are ggml's.
+/// Storage type of a matrix's weights in the file; the names are ggml's.
 #[allow(non_camel_case_types, missing_docs)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum WeightType {
@@ -22,7 +22,7 @@ pub enum WeightType {
 }
 
 impl WeightType {
-    /// Every type.
+    /// All weight types.
     pub const ALL: [WeightType; 11] = [
         WeightType::F32,
         WeightType::F16,
@@ -50,7 +50,7 @@ impl WeightType {
         }
     }
 
-    /// Bytes per block.
+    /// Bytes of one block.
     pub fn block_bytes(self) -> usize {
         match self {
             WeightType::F32 => 4,

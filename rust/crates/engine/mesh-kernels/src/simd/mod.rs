@@ -1,4 +1,4 @@
-//! Sixteen lanes, whatever the CPU has.
+//! Vectors of sixteen lanes on every CPU.
 //!
 //! Every kernel is written once over [`Simd`], a token whose existence proves that the CPU has the instructions. A vector is
 //! always 16 lanes (one AVX-512 register, two AVX2, four NEON ones), every reduction is the same tree, and every
@@ -24,7 +24,7 @@ pub(crate) const LANES: usize = 16;
 
 /// A unit of work that is compiled once per instruction set.
 pub(crate) trait Kernel {
-    /// Does the work.
+    /// Runs the work with the instructions of `s`.
     fn run<S: Simd>(self, s: S);
 }
 
@@ -65,11 +65,11 @@ pub(crate) trait Simd: Copy {
     /// 64 bytes: 16 columns of 4 consecutive weights.
     type B: Copy;
 
-    /// Whether [`Simd::dot_wide`] wants signed weights and no bias.
+    /// True if [`Simd::dot_wide`] takes signed weights and no bias.
     const SIGNED_WIDE: bool;
-    /// Whether there are registers for 24 accumulators.
+    /// True if there are registers for 24 accumulators.
     const WIDE: bool;
-    /// Whether tiles of more than one row are not worth their code.
+    /// True if tiles of more than one row do not pay for their code.
     const SINGLE: bool;
 
     fn splat(self, v: f32) -> Self::F;
@@ -115,8 +115,8 @@ pub(crate) trait Simd: Copy {
     fn bshr<const N: u32>(self, a: Self::B) -> Self::B;
     /// `acc[c] += Σ w[4c+i] * a[i]` over four weights below 128 and the four signed bytes at `a`.
     unsafe fn dot(self, acc: Self::I, w: Self::B, a: *const i8) -> Self::I;
-    /// The same for weights stored as `w + 128`, with `w` in `-128..128`: what comes out is the sum for `w + 128`, or for
-    /// `w` where [`Simd::SIGNED_WIDE`] says so. No `a` may be -128.
+    /// The same for weights stored as `w + 128`, with `w` in `-128..128`: the result is the sum for `w +
+    /// 128`, or for `w` if [`Simd::SIGNED_WIDE`] is true. No `a` may be -128.
     unsafe fn dot_wide(self, acc: Self::I, w: Self::B, a: *const i8) -> Self::I;
 
     /// `2^x` for `x <= 0`, to about one unit in the last place times two; below -126 it is about `2^-126`.

@@ -27,7 +27,7 @@ fn request(seed: u64) -> Request {
     request
 }
 
-/// What one worker with the whole model answers.
+/// The answer of one worker with the whole model.
 fn expected(request: &Request) -> Vec<u32> {
     let mut stage = ToyStage::new(0..LAYERS);
     let info = stage.info().clone();
@@ -131,7 +131,7 @@ fn requests_that_outgrow_the_memory_of_a_ring_take_turns_and_losses_change_nothi
     }
 }
 
-/// What others hold already is not computed again, whichever stage is lost.
+/// Rows that other stages hold are not computed again, whichever stage is lost.
 #[test]
 fn a_replay_goes_no_further_than_the_stage_that_needs_it() {
     for victim in 0..2 {
@@ -147,7 +147,7 @@ fn a_replay_goes_no_further_than_the_stage_that_needs_it() {
         finish(&mut world);
         check(&world);
         assert_eq!(world.members()[1 - victim], other);
-        // Its own 120, and what is computed again together with the next step.
+        // Its own 120, and the rows computed again together with the next step.
         let rows = world.rows(other);
         assert!(
             (119..160).contains(&rows),
@@ -258,7 +258,7 @@ proptest! {
     }
 }
 
-/// Messages of which most are nonsense, with numbers near what would make sense.
+/// Mostly invalid messages, with numbers near the valid ones.
 fn any_message() -> impl Strategy<Value = Nonsense> {
     let number = prop_oneof![0u32..24, Just(u32::MAX), Just(toy::CONTEXT)];
     let op = (

@@ -1,4 +1,4 @@
-//! A model small enough to know every answer beforehand: what a layer gives is a hash of everything that it has seen.
+//! A model small enough to know every answer beforehand: a layer's output is a hash of all its input so far.
 
 use std::ops::Range;
 

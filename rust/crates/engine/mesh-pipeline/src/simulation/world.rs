@@ -1,9 +1,9 @@
 //! Workers, a network and a head in simulated time.
 //!
-//! The network delivers what travels on one stream in order, as QUIC does, each message after a delay of its own, so streams
-//! overtake each other. Workers are killed, which loses everything that was on its way from them; or stopped, which the head
-//! learns only from the driver's suspicion or from an answer that does not go on. The head promotes standbys, puts empty
-//! workers where there is none, and chooses new standbys.
+//! The network delivers the messages of one stream in order, as QUIC does, each message after a delay of its
+//! own, so streams overtake each other. Workers are killed, which loses everything that was on its way from
+//! them; or stopped, which the head learns only from the driver's suspicion or from an answer that does not
+//! go on. The head promotes standbys, uses empty workers where there is no standby, and chooses new standbys.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap};
@@ -114,7 +114,7 @@ struct Worker {
     /// Rows of the steps among that.
     rows: u64,
     sent: u64,
-    /// What belongs to an epoch that has not reached it.
+    /// Messages of an epoch that has not reached this worker.
     early: Vec<(Node, Message)>,
 }
 
@@ -675,7 +675,7 @@ impl World {
         self.drive(node);
     }
 
-    /// What an engine's thread does, until there is nothing to do.
+    /// Runs the loop of an engine's thread until there is nothing to do.
     fn drive(&mut self, node: Node) {
         let now = self.clock();
         let Some(driver) = &mut self.workers[node].driver else {

@@ -1,4 +1,4 @@
-//! Files in the making: brought to disk now and then, checked and made blobs of in the end.
+//! Partial files of a download: flushed to disk at intervals, finally checked and made blobs.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -32,8 +32,8 @@ impl Held {
     }
 }
 
-/// What has arrived is brought to disk after this time, or four times as long as that took, whichever is longer: it is what
-/// a kill costs.
+/// Interval of flushes to disk, or four times the duration of a flush if that is longer: the maximum loss
+/// when the process is killed.
 const FLUSH_AFTER: Duration = Duration::from_millis(100);
 
 /// Brings what has arrived to disk now and then.
@@ -99,7 +99,7 @@ pub(super) fn copy(
     Ok(())
 }
 
-/// Makes a blob of a whole file; gives where it lies.
+/// Makes a blob of a complete file; returns its path.
 pub(super) fn complete(
     store: &Store,
     partial: Arc<PartialFile>,

@@ -1,4 +1,4 @@
-//! Models that the store knows, and how it comes to know them.
+//! Models that the store knows already, and recording new ones.
 
 use std::path::PathBuf;
 
@@ -8,7 +8,7 @@ use super::{Pulled, blocking};
 use crate::error::HubError;
 use crate::fetch::Watch;
 
-/// The model that the store knows as `label`, if all of it is there and, where one is given, it is from `source`.
+/// The model that the store knows as `label`, if it is complete and, if `source` is given, comes from there.
 pub(super) async fn find(
     store: &Store,
     label: String,
@@ -18,7 +18,7 @@ pub(super) async fn find(
     blocking(move || {
         let names = store.names()?;
         let is_it = |named: &mesh_store::store::Named| {
-            // Without a hub to ask, a peer's word is none.
+            // Without a hub to ask, a name that only a peer gave does not count.
             let known = source.is_none() && !named.is_hearsay();
             named.name == label && (known || source.is_some() && named.source == source)
         };
@@ -58,7 +58,7 @@ pub(super) async fn find(
     .await
 }
 
-/// What is opened to load the model that lies in `folder`.
+/// Path to open the model that lies in `folder`.
 pub(super) fn to_open(folder: PathBuf, manifest: &Manifest) -> PathBuf {
     match &manifest.files[..] {
         [only] if only.path.ends_with(".gguf") => folder.join(only.relative_path()),

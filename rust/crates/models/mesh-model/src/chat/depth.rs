@@ -7,7 +7,7 @@
 use minijinja::machinery::{Token, WhitespaceConfig, tokenize};
 use minijinja::syntax::SyntaxConfig;
 
-/// What one expression or tag may consist of: operators, opening brackets, dots and the words that act like them.
+/// Maximum of operators, opening brackets, dots and similar words in one expression or tag.
 const MOST_OPERATORS: usize = 1000;
 /// `elif`s of a whole template.
 const MOST_ELIFS: usize = 1000;
@@ -22,7 +22,7 @@ pub(super) fn check(source: &str) -> Result<(), String> {
     let whitespace = WhitespaceConfig::default();
     let (mut operators, mut elifs, mut begins) = (0, 0, false);
     for token in tokenize(source, false, SyntaxConfig, whitespace) {
-        // The parser will say what is wrong, and gets no further.
+        // The parser reports the error and stops here, too.
         let Ok((token, span)) = token else {
             return Ok(());
         };

@@ -1,4 +1,4 @@
-//! What `transformers` gives to chat templates beyond Jinja itself.
+//! Functions and filters that `transformers` adds to Jinja for chat templates.
 
 use std::time::SystemTime;
 

@@ -23,8 +23,8 @@ pub(super) struct Guard {
     lengths: BTreeMap<u8, BTreeSet<usize>>,
 }
 
-/// Beginnings that only control tokens have: broken wherever they stand, so that no name can be put together from what a
-/// template leaves of a message.
+/// Beginnings that only control tokens have. They are broken everywhere, so that a template cannot assemble a
+/// name from parts of a message.
 const OPENINGS: [&str; 2] = ["<|", "<\u{ff5c}"];
 
 /// Names that templates look for in earlier answers, in which they stand by right.
@@ -100,7 +100,7 @@ impl Guard {
         out
     }
 
-    /// A name that stands at this byte.
+    /// The name of a control token at byte `at`, if there is one.
     fn name_at<'t>(&self, text: &'t str, at: usize) -> Option<&'t str> {
         let lengths = self.lengths.get(text.as_bytes().get(at)?)?;
         lengths
@@ -132,7 +132,7 @@ pub(super) fn unused(
     })
 }
 
-/// Takes the marks out of what a template wrote.
+/// Removes the marks from a template's output.
 pub(super) fn unmark(text: String, mark: Option<char>) -> Rendered {
     let Some(mark) = mark.filter(|mark| text.contains(*mark)) else {
         return Rendered {

@@ -3,10 +3,10 @@
 use super::{Architecture, ConfigError, Keys, MAX_WIDTH};
 use crate::checkpoint::RopeStyle;
 
-/// How positions beyond the original context are squeezed.
+/// Scaling of positions for contexts longer than the original one.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum RopeScaling {
-    /// Not at all.
+    /// No scaling.
     None,
     /// All angles are divided by `factor`.
     Linear {
@@ -41,7 +41,7 @@ pub enum RopeScaling {
 }
 
 impl RopeScaling {
-    /// What YaRN multiplies queries and keys by where the model says nothing else: `1 + 0.1 ln(factor)` (equation 22 of
+    /// YaRN's default factor on queries and keys: `1 + 0.1 ln(factor)` (equation 22 of
     /// <https://arxiv.org/abs/2309.00071>).
     pub fn yarn_attention_factor(factor: f32) -> f32 {
         1.0 + 0.1 * factor.max(1.0).ln()
@@ -55,9 +55,9 @@ pub struct Rope {
     pub base: f32,
     /// Elements of each head that turn, from its first on; even.
     pub dim: usize,
-    /// Which of them form pairs.
+    /// Arrangement of pairs within a head.
     pub style: RopeStyle,
-    /// How long contexts are squeezed.
+    /// Scaling of positions for long contexts.
     pub scaling: RopeScaling,
     /// Divisors of the frequencies, one per pair (Llama 3's `rope_freqs.weight`).
     pub freq_factors: Option<Vec<f32>>,
@@ -110,7 +110,7 @@ impl Rope {
         }
     }
 
-    /// For each pair, how far it is from slow (0) to fast (1); the blend of YaRN (<https://arxiv.org/abs/2309.00071>).
+    /// YaRN's blend of each pair, from slow (0) to fast (1) (<https://arxiv.org/abs/2309.00071>).
     fn yarn_ramp(&self) -> impl Fn(usize) -> f64 {
         let (mut low, mut high) = (0.0, 0.0);
         if let RopeScaling::Yarn {

@@ -1,9 +1,10 @@
-//! Every tensor of the network, against the shape that the metadata gives.
+//! Checks of the network's tensors against the shapes that the metadata gives.
 
 use super::{Architecture, ConfigError, ModelConfig};
 use crate::checkpoint::Checkpoint;
 
-/// Checks that all tensors the engines need are there with the right dimensions, and that no other would be ignored.
+/// Checks that all tensors that the engines need exist with the right dimensions, and that no other would be
+/// ignored.
 pub(super) fn check(config: &ModelConfig, checkpoint: &dyn Checkpoint) -> Result<(), ConfigError> {
     let expected = expected(config);
     for (name, dims) in &expected.globals {

@@ -3,32 +3,32 @@
 use super::{Architecture, ConfigError, Keys, MAX_CONTEXT, MAX_LAYERS, Rope};
 use crate::gguf::Value;
 
-/// Which layers see only a window, and how they rotate.
+/// The layers with a sliding window, and their rotary embedding.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SlidingWindow {
     /// Positions that a row sees, its own among them.
     pub size: u32,
-    /// For every layer of the model, whether it has the window.
+    /// One entry per layer: true if it has the window.
     pub layers: Vec<bool>,
     /// The rotary embedding of the layers that have it.
     pub rope: Rope,
 }
 
 impl SlidingWindow {
-    /// Of `period` layers all have the window but the last; all layers for 0.
+    /// Flags of layers: all have the window, except every `period`th; for 0, all have it.
     pub fn all_but_every(period: u32, layers: u32) -> Vec<bool> {
         (1..=layers)
             .map(|number| period == 0 || !number.is_multiple_of(period))
             .collect()
     }
 
-    /// Whether `layer` has the window.
+    /// True if `layer` has the window.
     pub fn has(&self, layer: u32) -> bool {
         self.layers.get(layer as usize).copied().unwrap_or(false)
     }
 
-    /// `attention.sliding_window` and its pattern, a period or a flag for each layer. Where there is none, Gemma 3 has its own,
-    /// and other families have the window in all layers (Mistral).
+    /// Reads `attention.sliding_window` and its pattern, a period or a flag for each layer. Without a
+    /// pattern, Gemma 3 has its own, and other families have the window in all layers (Mistral).
     pub(super) fn from_keys(
         keys: &Keys<'_>,
         layers: u32,
@@ -50,7 +50,7 @@ impl SlidingWindow {
                     let reason = format!("it must have a flag for each of the {layers} layers");
                     keys.bad(PATTERN, "an array", reason)
                 };
-                // Not one more is read: the file says how many there are.
+                // Check the length before reading: the file determines it.
                 if flags.len() != layers as usize {
                     return Err(wrong());
                 }

@@ -1,4 +1,4 @@
-//! What the JSON files of an embedding model's folder say.
+//! Configuration of an embedding model, from the JSON files of its folder.
 
 use std::collections::BTreeMap;
 use std::io::Read;
@@ -14,66 +14,66 @@ use crate::file::open_regular;
 pub struct EncoderConfig {
     /// `bert`, `roberta` or `xlm-roberta`.
     pub architecture: String,
-    /// Number of layers.
+    /// Number of transformer layers.
     pub layers: usize,
-    /// Width of a row.
+    /// Length of a hidden row.
     pub hidden: usize,
     /// Width between the halves of a feed-forward layer.
     pub intermediate: usize,
-    /// Attention heads.
+    /// Number of attention heads.
     pub heads: usize,
-    /// Tokens in the vocabulary.
+    /// Number of tokens in the vocabulary.
     pub vocab: usize,
-    /// Rows of the table of positions.
+    /// Number of rows of the position table.
     pub positions: usize,
     /// Row of that table for a sequence's first token: RoBERTa counts from its padding token's id plus one.
     pub first_position: usize,
-    /// Rows of the table of token types; every token is of type 0.
+    /// Number of rows of the token type table; every token is of type 0.
     pub token_types: usize,
     /// Epsilon of the layer norms.
     pub norm_eps: f32,
-    /// Between the halves of a feed-forward layer.
+    /// Activation between the halves of a feed-forward layer.
     pub activation: Activation,
 }
 
 /// The function between the halves of a feed-forward layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Activation {
-    /// With the normal distribution.
+    /// Exact GELU, with the normal distribution.
     Gelu,
-    /// With a hyperbolic tangent for it.
+    /// GELU in its tanh form.
     GeluTanh,
-    /// `max(x, 0)`.
+    /// ReLU: `max(x, 0)`.
     Relu,
 }
 
-/// How the rows of a text become one vector.
+/// Reduction of a text's rows to one vector.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Pooling {
     /// The mean of all rows.
     Mean,
-    /// The first row.
+    /// The first row: that of `[CLS]`, or of the token in its place.
     Cls,
 }
 
-/// How texts become vectors.
+/// Settings between texts and vectors: pooling, normalisation, limits and prompts.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Sentences {
-    /// From rows to one vector.
+    /// Reduction of rows to one vector.
     pub pooling: Pooling,
-    /// Whether vectors are scaled to length 1.
+    /// Vectors are scaled to length 1.
     pub normalise: bool,
-    /// Most tokens of a text, those that begin and end a sequence included.
+    /// Maximum tokens of a text, including those that begin and end a sequence.
     pub max_tokens: usize,
-    /// Whether letters are made small before the tokenizer sees them.
+    /// Text is converted to lower case before tokenising.
     pub lower_case: bool,
-    /// Texts to put in front, by name.
+    /// Prompts to put before texts, by name.
     pub prompts: BTreeMap<String, String>,
-    /// The one of them that is put in front where none is named.
+    /// Name of the prompt to use if none is given.
     pub default_prompt: Option<String>,
 }
 
-/// Reads the file at `path` if it is there.
+/// Reads the file at `path` if it exists.
 pub(super) fn read(path: &Path, limit: u64) -> Result<Option<Vec<u8>>, EncoderError> {
     let failed = |source| EncoderError::Read {
         path: path.into(),
@@ -100,7 +100,7 @@ pub(super) fn read(path: &Path, limit: u64) -> Result<Option<Vec<u8>>, EncoderEr
     Ok(Some(content))
 }
 
-/// `config.json` as it lies in the file.
+/// Fields of `config.json`.
 #[derive(Deserialize)]
 struct MainFile {
     model_type: Option<String>,
@@ -119,7 +119,7 @@ struct MainFile {
     is_decoder: bool,
 }
 
-/// Whether this `config.json` is that of an encoder that is supported here.
+/// True if this `config.json` is of a supported encoder.
 pub(super) fn is_encoder(bytes: &[u8]) -> bool {
     serde_json::from_slice::<MainFile>(bytes).is_ok_and(|main| {
         let known = |ty: &String| ARCHITECTURES.contains(&ty.as_str());
@@ -131,7 +131,7 @@ impl EncoderConfig {
     /// Reads a `config.json`.
     ///
     /// # Errors
-    /// If it is no JSON, lacks a key, or says something outside the limits or not supported.
+    /// If it is not JSON, lacks a key, or has a value that is out of range or not supported.
     pub fn parse(bytes: &[u8]) -> Result<Self, EncoderError> {
         let main: MainFile = json(CONFIG, bytes)?;
         let architecture = main.model_type.unwrap_or_default();
@@ -290,7 +290,7 @@ impl Sentences {
         let most = config.positions - config.first_position;
         let said = sentence.max_seq_length.map(|most| most as f64);
         let max_tokens = match said.or(tokenizer.model_max_length) {
-            // The comparison also takes care of what is no number.
+            // The comparison is false for NaN, too.
             Some(limit) if limit >= 1.0 && limit < most as f64 => limit as usize,
             Some(limit) if limit < 1.0 => {
                 return Err(EncoderError::Value {
@@ -314,7 +314,8 @@ impl Sentences {
         Ok(sentences)
     }
 
-    /// The text that the prompt called `name` puts in front; without a name the default one, which may be none.
+    /// The text of the prompt called `name`, or of the default prompt without a name; empty if there is no
+    /// default.
     ///
     /// # Errors
     /// If there is no prompt of that name.

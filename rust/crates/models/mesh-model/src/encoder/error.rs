@@ -1,33 +1,33 @@
-//! Why an embedding model cannot be used, or a text not be embedded.
+//! Errors of embedding models and of texts to embed.
 
 use std::path::PathBuf;
 
 use crate::safetensors::SafetensorsError;
 
-/// Why an embedding model cannot be used, or a text not be embedded.
+/// Errors of loading an embedding model and of tokenising texts for it.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum EncoderError {
-    /// A file that every model has is not there.
+    /// A required file is missing.
     #[error("{} is missing: an embedding model is a folder with config.json, tokenizer.json and model.safetensors", path.display())]
     MissingFile {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
     },
     /// A file could not be read.
     #[error("cannot read {}: {source}", path.display())]
     Read {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// What the system said.
+        /// Error from the operating system.
         source: std::io::Error,
     },
     /// A file is larger than any of its kind.
     #[error("{} has {bytes} bytes, more than the limit of {limit}: it is damaged or something else", path.display())]
     TooLarge {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// Its length.
+        /// Length of the file in bytes.
         bytes: u64,
         /// The most that is read.
         limit: u64,
@@ -35,52 +35,52 @@ pub enum EncoderError {
     /// A file is not the JSON it should be.
     #[error("{file} cannot be read: {message}")]
     Json {
-        /// The file.
+        /// Name of the file.
         file: &'static str,
-        /// What is wrong.
+        /// Error from the parser.
         message: String,
     },
     /// A number of the configuration outside its limits.
     #[error("{file} says {key} = {value}; {need}")]
     Value {
-        /// The file.
+        /// Name of the file.
         file: &'static str,
-        /// The key.
+        /// Name of the key.
         key: &'static str,
-        /// What it says.
+        /// Value in the file.
         value: u64,
-        /// What it may be.
+        /// Range that is accepted.
         need: &'static str,
     },
-    /// Something that is not implemented.
+    /// A feature that is not implemented.
     #[error("the model has {what}, which is not supported: {remedy}")]
     Unsupported {
-        /// What.
+        /// Description of the feature.
         what: String,
-        /// What to do.
+        /// Alternative for the user.
         remedy: &'static str,
     },
-    /// The tokenizer.
+    /// The tokenizer is invalid.
     #[error("tokenizer.json: {message}")]
     Tokenizer {
-        /// In its own words.
+        /// Error from the tokenizer library.
         message: String,
     },
-    /// The weights.
+    /// The weights are invalid.
     #[error("model.safetensors: {0}")]
     Weights(#[from] SafetensorsError),
     /// A text that is too long to tokenise.
     #[error("the text has {bytes} bytes, more than the limit of {limit}: cut it into parts")]
     TextTooLong {
-        /// Its length.
+        /// Length of the text in bytes.
         bytes: usize,
-        /// The limit.
+        /// Maximum that is accepted.
         limit: usize,
     },
     /// A token id that does not exist.
     #[error("token id {token} is outside the vocabulary of {vocab}")]
     NoSuchToken {
-        /// The id.
+        /// Token id that was given.
         token: u32,
         /// Size of the vocabulary.
         vocab: usize,
@@ -90,7 +90,7 @@ pub enum EncoderError {
     NoSuchPrompt {
         /// The name asked for.
         name: String,
-        /// Those there are.
+        /// Names of the model's prompts.
         known: Vec<String>,
     },
 }

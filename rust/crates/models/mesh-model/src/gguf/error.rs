@@ -1,8 +1,8 @@
-//! What can be wrong with a GGUF file.
+//! Errors of GGUF files.
 
 use crate::file::FileError;
 
-/// Why a GGUF file could not be read.
+/// Errors of reading a GGUF file.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum GgufError {
@@ -12,28 +12,28 @@ pub enum GgufError {
     /// The magic number is missing.
     #[error("not a GGUF file: it begins with {found:02x?} instead of \"GGUF\"")]
     NotGguf {
-        /// The first bytes.
+        /// First bytes of the file.
         found: Vec<u8>,
     },
-    /// A version this crate does not read.
+    /// A version that this crate does not read.
     #[error(
         "GGUF version {version} is not supported: convert the file to version 3, little-endian"
     )]
     Version {
-        /// The version the file gives.
+        /// Version in the file.
         version: u32,
     },
-    /// The file ends before what it promises.
+    /// The file ends before its last field.
     #[error(
         "the file ends inside {what}: {needed} bytes are needed at byte {at}, but the file has {length}; \
          it was probably cut short, fetch it again"
     )]
     Truncated {
-        /// What was being read.
+        /// Field that is cut off.
         what: String,
-        /// Where it begins.
+        /// Position of its first byte.
         at: u64,
-        /// Bytes it takes.
+        /// Length of the field in bytes.
         needed: u64,
         /// Length of the file.
         length: u64,
@@ -45,15 +45,15 @@ pub enum GgufError {
     Limit {
         /// The count or length.
         what: String,
-        /// What the file says.
+        /// Value in the file.
         value: u64,
-        /// The most that is accepted.
+        /// Maximum that is accepted.
         limit: u64,
     },
     /// Text that is not UTF-8.
     #[error("{what} is not valid UTF-8: the file is damaged, fetch it again")]
     Utf8 {
-        /// Which text.
+        /// Field with the text.
         what: String,
     },
     /// A metadata key or tensor name that appears twice.
@@ -69,31 +69,31 @@ pub enum GgufError {
         "metadata {key:?} has the unknown type {ty}: the file is damaged or newer than this program"
     )]
     ValueType {
-        /// The key.
+        /// Name of the key.
         key: String,
-        /// The type's number.
+        /// Number of the type in the file.
         ty: u32,
     },
-    /// Arrays in arrays.
+    /// An array that contains arrays.
     #[error("metadata {key:?} is an array of arrays, which no model needs: the file is malformed")]
     NestedArray {
-        /// The key.
+        /// Name of the key.
         key: String,
     },
     /// A key that the caller needs is absent.
     #[error("metadata {key:?} is missing: the file is incomplete, convert the model again")]
     MissingKey {
-        /// The key.
+        /// Name of the key.
         key: String,
     },
     /// A key has a value of the wrong type.
     #[error("metadata {key:?} is {found}, but {wanted} is needed: convert the model again")]
     WrongType {
-        /// The key.
+        /// Name of the key.
         key: String,
         /// The type that was needed.
         wanted: &'static str,
-        /// What the file holds.
+        /// Type in the file.
         found: String,
     },
     /// A tensor of a type that this crate cannot read.
@@ -102,9 +102,9 @@ pub enum GgufError {
          BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K"
     )]
     TensorType {
-        /// The tensor.
+        /// Name of the tensor.
         tensor: String,
-        /// The type's number.
+        /// Number of the type in the file.
         ty: u32,
         /// The type's name, where known.
         name: &'static str,
@@ -112,11 +112,11 @@ pub enum GgufError {
     /// A tensor whose dimensions make no sense.
     #[error("tensor {tensor:?} has dimensions {dims:?}: {reason}")]
     TensorShape {
-        /// The tensor.
+        /// Name of the tensor.
         tensor: String,
-        /// What the file says.
+        /// Dimensions in the file.
         dims: Vec<u64>,
-        /// What is wrong with it.
+        /// Rule that they break.
         reason: &'static str,
     },
     /// A tensor that does not begin at a multiple of the alignment.
@@ -124,31 +124,31 @@ pub enum GgufError {
         "tensor {tensor:?} begins at offset {offset}, which is not a multiple of the alignment {alignment}"
     )]
     Misaligned {
-        /// The tensor.
+        /// Name of the tensor.
         tensor: String,
-        /// Its offset in the data section.
+        /// Offset of the tensor in the data section.
         offset: u64,
-        /// The file's alignment.
+        /// Alignment of the file in bytes.
         alignment: u64,
     },
-    /// An alignment that is no power of two, or absurd.
+    /// An alignment that is not a power of two, or out of range.
     #[error("general.alignment is {alignment}: it must be a power of two from 1 to 65536")]
     Alignment {
-        /// What the file says.
+        /// Alignment in the file.
         alignment: u64,
     },
     /// Two tensors share bytes.
     #[error("tensors {first:?} and {second:?} overlap: the file is malformed")]
     Overlap {
-        /// The one that begins first.
+        /// Name of the tensor that begins first.
         first: String,
-        /// The other.
+        /// Name of the tensor that begins second.
         second: String,
     },
     /// A tensor that the caller needs is absent.
     #[error("tensor {tensor:?} is missing: the file is incomplete or for another architecture")]
     MissingTensor {
-        /// The tensor.
+        /// Name of the tensor.
         tensor: String,
     },
     /// Input and output of a dequantisation do not fit each other.
@@ -156,11 +156,11 @@ pub enum GgufError {
     Dequantize {
         /// The type.
         ty: super::GgmlType,
-        /// Bytes given.
+        /// Number of bytes given.
         bytes: usize,
         /// Whole blocks they make.
         blocks: usize,
-        /// Elements asked for.
+        /// Number of elements requested.
         elements: usize,
     },
     /// Far more bytes than the tensors take.

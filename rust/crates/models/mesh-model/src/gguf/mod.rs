@@ -24,7 +24,7 @@ use parse::{Cursor, Index};
 /// An open GGUF file: its metadata and its tensors.
 ///
 /// Cheap to open: the header, the keys and the tensor list are read, the tensors' data stays in the file until touched.
-/// See [`Tensors::check_unchanged`] for what happens if somebody writes to the file meanwhile.
+/// See [`Tensors::check_unchanged`] for the effect of writes to the file meanwhile.
 #[derive(Debug)]
 pub struct Gguf {
     /// The file's bytes before its tensors; empty where the whole file is in memory.
@@ -37,7 +37,7 @@ impl Gguf {
     /// Opens and checks the file at `path`.
     ///
     /// # Errors
-    /// If it cannot be opened, is no GGUF file of version 2 or 3, or is malformed in any way.
+    /// If it cannot be opened, is not a GGUF file of version 2 or 3, or is malformed in any way.
     pub fn open(path: impl AsRef<Path>) -> Result<Self, GgufError> {
         let file = ModelFile::open(path.as_ref())?;
         let (head, index, entries) = read_head(&file)?;
@@ -85,7 +85,7 @@ impl Gguf {
         Value::read(&mut Cursor::at(self.head(), entry.at), entry.ty).ok()
     }
 
-    /// All tensors.
+    /// All tensors of the file.
     pub fn tensors(&self) -> &Tensors {
         &self.tensors
     }

@@ -26,13 +26,13 @@ const MAX_KEY_LEN: u64 = 1 << 12;
 const MAX_TENSORS: u64 = 1 << 16;
 const MAX_TENSOR_NAME: u64 = 64;
 
-/// Where a name stands in a list.
+/// Index in a list, by name.
 type Positions = HashMap<Box<str>, usize>;
 
-/// Where things lie in a file.
+/// Positions of a file's metadata values and data section.
 #[derive(Debug)]
 pub(super) struct Index {
-    /// In the order of the file.
+    /// Keys in the order of the file.
     pub(super) keys: Vec<KeyEntry>,
     pub(super) key_by_name: Positions,
     /// Byte position behind the keys and the tensor list.
@@ -48,8 +48,9 @@ pub(super) struct KeyEntry {
 }
 
 impl Index {
-    /// Reads everything but the tensors' data: where things lie, and the list of tensors. `bytes` are the first ones of a file
-    /// of `length` bytes. If they are too few, the error is [`GgufError::Truncated`] with their number for a length.
+    /// Reads everything but the tensors' data: positions of keys and the list of tensors. `bytes` are the
+    /// beginning of a file of `length` bytes. If there are too few, the error is [`GgufError::Truncated`]
+    /// with their number as the length.
     pub(super) fn parse(bytes: &[u8], length: u64) -> Result<(Self, Vec<Entry>), GgufError> {
         let mut cursor = Cursor {
             length,
@@ -257,10 +258,10 @@ fn check_limit(what: &str, value: u64, limit: u64) -> Result<(), GgufError> {
     Ok(())
 }
 
-/// A position in a byte slice, with the name of what is being read for the error.
+/// A position in a byte slice, with the name of the current field for errors.
 pub(super) struct Cursor<'a> {
     bytes: &'a [u8],
-    /// Of the file that the bytes begin.
+    /// Length of the whole file, of which the bytes are the beginning.
     length: u64,
     pos: usize,
     what: String,
@@ -280,7 +281,7 @@ impl<'a> Cursor<'a> {
         }
     }
 
-    /// Names what the next reads are about.
+    /// Sets the name of the next fields for errors.
     pub(super) fn naming(&mut self, what: &str) {
         self.what.clear();
         self.what.push_str(what);
@@ -343,7 +344,7 @@ impl<'a> Cursor<'a> {
         Ok(&self.bytes[start..self.pos])
     }
 
-    /// Fails unless `len` more bytes are there.
+    /// Fails unless `len` more bytes are left.
     pub(super) fn require(&self, len: u64) -> Result<(), GgufError> {
         if len <= self.bytes.len().saturating_sub(self.pos) as u64 {
             return Ok(());

@@ -10,28 +10,28 @@ use crate::file::{Data, ModelFile};
 /// A tensor and its bytes.
 #[derive(Debug, Clone, Copy)]
 pub struct Tensor<'a> {
-    /// Its name in GGUF files.
+    /// Name of the tensor in GGUF files.
     pub name: &'a str,
     /// Type of its elements.
     pub ty: GgmlType,
-    /// Its dimensions in GGUF order: `dims[0]` is the contiguous one. A weight matrix is `[inputs, outputs]`.
+    /// Dimensions in GGUF order: `dims[0]` is the contiguous one. A weight matrix is `[inputs, outputs]`.
     pub dims: &'a [u64],
-    /// Its bytes, unread: `dims[1] * dims[2] * …` rows, each of `dims[0]` elements in whole blocks.
+    /// Bytes, not read yet: `dims[1] * dims[2] * …` rows, each of `dims[0]` elements in whole blocks.
     pub data: Data<'a>,
 }
 
-/// All tensors of a model, whose bytes lie in one file or in several.
+/// All tensors of a model, in one file or in several.
 ///
 /// A tensor's bytes stay in the file until they are asked for; see [`Tensors::check_unchanged`].
 #[derive(Debug)]
 pub struct Tensors {
     files: Vec<ModelFile>,
-    /// In the order of the files.
+    /// Tensors in the order of the files.
     entries: Vec<Entry>,
     by_name: HashMap<Box<str>, usize>,
 }
 
-/// Where a tensor lies.
+/// Name, type, shape and position of a tensor.
 #[derive(Debug)]
 pub(crate) struct Entry {
     pub(crate) name: Box<str>,
@@ -111,7 +111,7 @@ impl Tensors {
 }
 
 impl Tensor<'_> {
-    /// Number of elements.
+    /// Number of elements: the product of all dimensions.
     pub fn elements(&self) -> u64 {
         // Checked not to overflow when the file was read.
         self.dims.iter().product()

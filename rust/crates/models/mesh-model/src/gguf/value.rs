@@ -23,7 +23,7 @@ pub enum ValueType {
 }
 
 impl ValueType {
-    /// In the order of their numbers in a file.
+    /// All types in the order of their numbers in a file.
     const ALL: [ValueType; 13] = {
         use ValueType::*;
         [
@@ -63,7 +63,7 @@ pub enum Value<'a> {
     /// Either of the float types.
     Float(f64),
     Bool(bool),
-    /// Text, as it lies in the file: not yet known to be UTF-8.
+    /// Text as in the file, not checked to be UTF-8.
     String(&'a [u8]),
     Array(Array<'a>),
 }
@@ -87,7 +87,7 @@ impl<'a> Value<'a> {
         })
     }
 
-    /// The value, if it is an integer that is not negative, of whatever width.
+    /// The value, if it is a non-negative integer of any width.
     pub fn as_unsigned(&self) -> Option<u64> {
         match *self {
             Value::Unsigned(v) => Some(v),
@@ -162,7 +162,7 @@ impl<'a> Array<'a> {
         self.len
     }
 
-    /// Whether there are no elements.
+    /// True if the array has no elements.
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
@@ -177,7 +177,7 @@ impl<'a> Array<'a> {
         self.bytes
     }
 
-    /// The elements.
+    /// Iterates over the elements.
     pub fn iter(&self) -> impl Iterator<Item = Value<'a>> + use<'a> {
         let mut cursor = Cursor::new(self.bytes);
         let element = self.element;

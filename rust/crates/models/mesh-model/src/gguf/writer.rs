@@ -40,7 +40,7 @@ struct Planned {
 }
 
 impl Writer {
-    /// A file with nothing in it.
+    /// A writer without keys and tensors.
     pub fn new() -> Self {
         Self::default()
     }
@@ -64,7 +64,7 @@ impl Writer {
     /// Plans a tensor; its data is asked for by [`Writer::write`].
     ///
     /// # Panics
-    /// If the first dimension is no whole number of `ty`'s blocks, or the size overflows.
+    /// If the first dimension is not a multiple of `ty`'s block length, or the size overflows.
     pub fn tensor(&mut self, name: &str, ty: GgmlType, dims: &[u64]) -> &mut Self {
         assert!(
             dims.first()

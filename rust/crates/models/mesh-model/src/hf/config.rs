@@ -24,14 +24,14 @@ pub(super) struct Configuration {
     pub(super) freq_factors: Option<Vec<f32>>,
 }
 
-/// What the names of tensors depend on.
+/// Properties of the network that determine the names of its tensors.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Network {
-    /// Whether the embedding is the output matrix, whatever the files hold besides.
+    /// The embedding is also the output matrix, even if the files hold another.
     pub(super) tied: bool,
-    /// Whether a layer has norms behind its halves, too.
+    /// Layers also have norms behind attention and feed-forward.
     pub(super) post_norms: bool,
-    /// Whether the model has a half that sees images, which is left out.
+    /// The model has a vision part, which is left out.
     pub(super) sees: bool,
 }
 
@@ -101,7 +101,7 @@ pub(super) fn read(json: &[u8], name: &str) -> Result<Configuration, HfError> {
         post_norms: gemma,
         sees,
     };
-    // The default is what the class assumes where the file is silent.
+    // The default is that of the class in `transformers`.
     let count =
         |key: &str, limit: u64, default: Option<u64>| match text.count(key, limit)?.or(default) {
             Some(count) => Ok(count),
@@ -165,7 +165,7 @@ pub(super) fn read(json: &[u8], name: &str) -> Result<Configuration, HfError> {
     })
 }
 
-/// What would make another network of it.
+/// Rejects settings that this family's network does not implement.
 fn refuse_foreign(text: &Object<'_>, family: Family) -> Result<(), HfError> {
     if let Some(quantised) = text.object("quantization_config")? {
         let method = quantised
@@ -187,7 +187,7 @@ fn refuse_foreign(text: &Object<'_>, family: Family) -> Result<(), HfError> {
     }
 }
 
-/// Which layers see a window only.
+/// Writes the keys of the sliding window and its layers.
 fn window(text: &Object<'_>, family: Family, layers: u64, keys: &mut Keys) -> Result<(), HfError> {
     let size = match (family, text.map.get("sliding_window")) {
         // What the classes assume.

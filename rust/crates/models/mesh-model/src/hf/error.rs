@@ -1,34 +1,34 @@
-//! What can be wrong with a model folder.
+//! Errors of model folders.
 
 use std::path::PathBuf;
 
 use crate::gguf::GgufError;
 use crate::safetensors::{Dtype, SafetensorsError};
 
-/// Why a model in Hugging Face's form could not be read.
+/// Errors of reading a model in Hugging Face's form.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum HfError {
-    /// A file that must be there is not.
+    /// A required file is missing.
     #[error("{} is missing: {remedy}", path.display())]
     Missing {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// What to do.
+        /// Remedy for the user.
         remedy: &'static str,
     },
     /// A file could not be read.
     #[error("cannot read {}: {source}", path.display())]
     Read {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// What the system said.
+        /// Error from the operating system.
         source: std::io::Error,
     },
-    /// Something else than a file.
+    /// The path is not of a regular file.
     #[error("{} is not a regular file", path.display())]
     NotAFile {
-        /// The path.
+        /// Path that the error is about.
         path: PathBuf,
     },
     /// A file larger than any real one; it was not read.
@@ -36,9 +36,9 @@ pub enum HfError {
         "{} has {bytes} bytes, over the limit of {limit}: it is damaged or not meant to be read", path.display()
     )]
     TooLarge {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// Its length.
+        /// Length of the file in bytes.
         bytes: u64,
         /// The most that is accepted.
         limit: u64,
@@ -48,12 +48,12 @@ pub enum HfError {
         "{} is a link to {}, which is outside the model's folder: put the file itself there", path.display(), target.display()
     )]
     Outside {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// Where the link leads.
+        /// Target of the link.
         target: PathBuf,
     },
-    /// A name in the index that is no name of a file in the folder.
+    /// A name in the index that is not the name of a file in the folder.
     #[error(
         "model.safetensors.index.json names the file {name:?}: only .safetensors files in the model's own folder can be named"
     )]
@@ -64,21 +64,21 @@ pub enum HfError {
     /// JSON that does not parse, or lacks what is needed.
     #[error("{file} is malformed: {message}")]
     Json {
-        /// The file.
+        /// Name of the file.
         file: String,
-        /// Where and why.
+        /// Error from the parser, with its position.
         message: String,
     },
     /// A value that no network has.
     #[error("{file}: {key:?} is {value}: {reason}")]
     Value {
-        /// The file.
+        /// Name of the file.
         file: &'static str,
-        /// The key.
+        /// Name of the key.
         key: String,
-        /// The value.
+        /// Value of the key.
         value: String,
-        /// What is wrong with it.
+        /// Rule that the value breaks.
         reason: String,
     },
     /// A network of another family.
@@ -87,36 +87,36 @@ pub enum HfError {
          Qwen3ForCausalLM or Gemma3ForCausalLM"
     )]
     Architecture {
-        /// What the file says.
+        /// Architecture in the file.
         found: String,
     },
     /// A feature that the engines do not have.
     #[error("the model needs {feature}, which is not supported: choose another model")]
     Unsupported {
-        /// The feature.
+        /// Description of the feature.
         feature: String,
     },
     /// A file of weights.
     #[error("{}: {source}", path.display())]
     Weights {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// Error of the file.
         #[source]
         source: Box<SafetensorsError>,
     },
     /// A tensor of a type that the engines cannot compute with.
     #[error("tensor {tensor:?} has type {dtype}: only F32, F16 and BF16 are supported")]
     TensorType {
-        /// The tensor.
+        /// Name of the tensor.
         tensor: String,
-        /// Its type.
+        /// Element type of the tensor.
         dtype: Dtype,
     },
     /// A tensor without elements.
     #[error("tensor {tensor:?} has no elements: the file is damaged")]
     Empty {
-        /// The tensor.
+        /// Name of the tensor.
         tensor: String,
     },
     /// The index and the files contradict each other.
@@ -124,11 +124,11 @@ pub enum HfError {
         "model.safetensors.index.json says that tensor {tensor:?} is in {expected:?}, but it is {found}: fetch the model again"
     )]
     Index {
-        /// The tensor.
+        /// Name of the tensor.
         tensor: String,
         /// The file in the index.
         expected: String,
-        /// Where it is.
+        /// Location of the tensor.
         found: String,
     },
     /// The keys and tensors together.

@@ -33,14 +33,14 @@ const MAX_SHARDS: usize = 1024;
 /// Folders that hold files under names made of their contents, to which the files of a model are links: the hub's cache and
 /// this system's store have them beside or above the model's folder.
 const BLOBS: [&str; 2] = ["blobs", "partial"];
-/// How far above.
+/// Maximum number of levels above the model's folder.
 const BLOBS_ABOVE: usize = 3;
 
 /// A folder with a model in Hugging Face's form.
 #[derive(Debug)]
 pub struct Folder {
     root: PathBuf,
-    /// Without links.
+    /// Path of the folder with links resolved.
     canonical: PathBuf,
     /// The one file of weights that was asked for.
     only: Option<PathBuf>,
@@ -54,7 +54,8 @@ struct Index {
     weight_map: BTreeMap<String, String>,
 }
 
-/// Whether the path is that of a model in Hugging Face's form: a folder with a `config.json`, or a `.safetensors` file.
+/// True if the path is of a model in Hugging Face's form: a folder with a `config.json`, or a `.safetensors`
+/// file.
 pub fn is_hugging_face(path: &Path) -> bool {
     has_extension(path) || path.join(CONFIG).is_file()
 }
@@ -90,7 +91,7 @@ impl Folder {
         if let Some(json) = folder.read(INDEX)? {
             folder.index = Some(parse_index(&json)?);
         }
-        // A shard stands for the whole model.
+        // A shard represents the whole model.
         let name = path.file_name().and_then(|name| name.to_str());
         let is_shard = folder
             .index
@@ -100,7 +101,7 @@ impl Folder {
         Ok(folder)
     }
 
-    /// What the model is called: the folder's name, or the name of a file that is not the folder's only model.
+    /// Name of the model: the folder's name, or that of the file if the folder has several models.
     pub fn name(&self) -> String {
         let stem = |path: &Path| {
             path.file_stem()
@@ -114,7 +115,7 @@ impl Folder {
             .unwrap_or_else(|| "model".into())
     }
 
-    /// All files that make the model what it is, by name.
+    /// All files that determine the model, by name.
     ///
     /// # Errors
     /// If the files of weights cannot be told.
@@ -148,14 +149,14 @@ impl Folder {
         Ok(digest.iter().map(|byte| format!("{byte:02x}")).collect())
     }
 
-    /// `config.json`.
+    /// Reads `config.json`.
     pub(super) fn config(&self) -> Result<Vec<u8>, HfError> {
         let missing =
             "a model in Hugging Face's form has one beside its weights; fetch the whole folder";
         self.require(CONFIG, missing)
     }
 
-    /// `tokenizer.json`.
+    /// Reads `tokenizer.json`.
     pub(crate) fn tokenizer(&self) -> Result<Vec<u8>, HfError> {
         self.require(
             TOKENIZER,
@@ -170,7 +171,7 @@ impl Folder {
         })
     }
 
-    /// One of the files of JSON or text; `None` if it is not there.
+    /// Reads a JSON or text file; `None` if it does not exist.
     pub(crate) fn read(&self, name: &str) -> Result<Option<Vec<u8>>, HfError> {
         let limit = OTHERS
             .iter()
@@ -259,7 +260,7 @@ impl Folder {
         })
     }
 
-    /// A file lies in the folder, or is a link into the blobs beside it.
+    /// Checks that a file is in the folder, or is a link into the blobs beside it.
     fn check_inside(&self, path: &Path) -> Result<(), HfError> {
         let target = path.canonicalize().map_err(|source| {
             match source.kind() == io::ErrorKind::NotFound && path.symlink_metadata().is_err() {
@@ -290,7 +291,7 @@ impl Folder {
         })
     }
 
-    /// The tensor in the file at `path` is where the index says.
+    /// Checks that the tensor in the file at `path` is where the index places it.
     pub(super) fn check_place(&self, tensor: &str, path: &Path) -> Result<(), HfError> {
         let Some(index) = self.index.as_ref().filter(|_| self.only.is_none()) else {
             return Ok(());

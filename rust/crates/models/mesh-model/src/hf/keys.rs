@@ -17,7 +17,7 @@ enum KeyValue {
     Count(u64),
     Float(f64),
     Text(String),
-    /// A byte each.
+    /// Booleans, one byte each.
     Flags(Vec<u8>),
 }
 

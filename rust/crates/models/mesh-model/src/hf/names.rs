@@ -30,7 +30,8 @@ const GLOBAL: [(&str, &str); 2] = [
     ("norm.weight", "output_norm.weight"),
 ];
 
-/// What may stand before a name: models saved with and without their head, and the text half of those that also see.
+/// Prefixes of tensor names: of models saved with and without their head, and of the text part of multimodal
+/// models.
 const PREFIXES: [&str; 4] = [
     "model.language_model.",
     "language_model.model.",
@@ -38,7 +39,7 @@ const PREFIXES: [&str; 4] = [
     "",
 ];
 
-/// Of models that also see: the half that is not used.
+/// Prefixes of tensors outside the text part of multimodal models; these are not used.
 const NOT_TEXT: [&str; 4] = [
     "vision_tower.",
     "model.vision_tower.",
@@ -46,8 +47,8 @@ const NOT_TEXT: [&str; 4] = [
     "model.multi_modal_projector.",
 ];
 
-/// GGUF's name of a tensor; `None` for one that is not needed. A name that means nothing here stays as it is: the check of
-/// shapes then says that it has no place in the network.
+/// GGUF's name of a tensor; `None` for one that is not needed. Unknown names stay as they are: the check of
+/// shapes then rejects them.
 pub(super) fn gguf_name(name: &str, network: &Network) -> Option<String> {
     if network.sees && NOT_TEXT.iter().any(|prefix| name.starts_with(prefix)) {
         return None;
@@ -83,7 +84,7 @@ fn layer(rest: &str, network: &Network) -> Option<String> {
     Some(format!("blk.{number}.{ours}"))
 }
 
-/// The name in a folder of the tensor that GGUF calls so; `None` if there is none.
+/// The folder's name for a tensor of GGUF's name; `None` if it has no such tensor.
 pub(crate) fn their_name(name: &str) -> Option<String> {
     if name == "output.weight" {
         return Some("lm_head.weight".into());
@@ -94,7 +95,7 @@ pub(crate) fn their_name(name: &str) -> Option<String> {
     let (layer, suffix) = name.strip_prefix("blk.")?.split_once('.')?;
     let theirs = match suffix {
         "post_attention_norm.weight" => POST_ATTENTION,
-        // Of llama's two names the last, which is everybody's but Gemma's.
+        // Of llama's two names the last, which all families except Gemma use.
         _ => LAYER.iter().rev().find(|(_, ours)| *ours == suffix)?.0,
     };
     Some(format!("model.layers.{layer}.{theirs}"))

@@ -1,4 +1,4 @@
-//! Which tokens begin and end text, and the chat template: from five files, none of which always says it.
+//! Tokens that begin and end text, and the chat template, from five files of which each may lack some.
 
 use serde_json::{Map, Value};
 

@@ -1,9 +1,9 @@
-//! What can be wrong with a safetensors file.
+//! Errors of safetensors files.
 
 use super::Dtype;
 use crate::file::FileError;
 
-/// Why a safetensors file could not be read.
+/// Errors of reading a safetensors file.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum SafetensorsError {
@@ -16,20 +16,20 @@ pub enum SafetensorsError {
         /// Length of the file.
         length: u64,
     },
-    /// The header is said to be longer than any real one, or than the file.
+    /// The header's length is over the limit, or beyond the end of the file.
     #[error(
         "not a safetensors file, or a damaged one: its header is said to have {header} bytes, and at most {limit} can be"
     )]
     HeaderLength {
-        /// What the file says.
+        /// Header length in the file.
         header: u64,
-        /// What the file has room for, or the most that is accepted.
+        /// Maximum: the file's length or the limit of this crate.
         limit: u64,
     },
-    /// The header is no JSON of the right form.
+    /// The header is not JSON of the right form.
     #[error("the safetensors header is malformed: {message}")]
     Header {
-        /// Where and why.
+        /// Error from the parser, with its position.
         message: String,
     },
     /// More tensors than any model has.
@@ -43,11 +43,11 @@ pub enum SafetensorsError {
     /// A shape whose product overflows or that has too many dimensions.
     #[error("tensor {tensor:?} has shape {shape:?}: {reason}")]
     Shape {
-        /// The tensor.
+        /// Name of the tensor.
         tensor: String,
-        /// What the file says.
+        /// Shape in the file.
         shape: Vec<u64>,
-        /// What is wrong with it.
+        /// Rule that it breaks.
         reason: &'static str,
     },
     /// A range of bytes that does not fit the shape.
@@ -56,29 +56,29 @@ pub enum SafetensorsError {
          hold {found}: the file contradicts itself"
     )]
     Size {
-        /// The tensor.
+        /// Name of the tensor.
         tensor: String,
-        /// Its type.
+        /// Element type of the tensor.
         dtype: Dtype,
-        /// Its shape.
+        /// Shape of the tensor.
         shape: Vec<u64>,
         /// Bytes that type and shape take.
         wanted: u64,
         /// First byte in the data section.
         begin: u64,
-        /// One past the last.
+        /// One past the last byte in the data section.
         end: u64,
-        /// Bytes between.
+        /// Number of bytes in the range.
         found: u64,
     },
     /// A range that ends before it begins.
     #[error("tensor {tensor:?} has data_offsets {begin}..{end}, which end before they begin")]
     Backwards {
-        /// The tensor.
+        /// Name of the tensor.
         tensor: String,
         /// First byte in the data section.
         begin: u64,
-        /// One past the last.
+        /// One past the last byte in the data section.
         end: u64,
     },
     /// A range beyond the end of the file.
@@ -87,11 +87,11 @@ pub enum SafetensorsError {
          short, fetch it again"
     )]
     OutsideFile {
-        /// The tensor.
+        /// Name of the tensor.
         tensor: String,
         /// First byte in the data section.
         begin: u64,
-        /// One past the last.
+        /// One past the last byte in the data section.
         end: u64,
         /// Length of the data section.
         data: u64,
@@ -102,9 +102,9 @@ pub enum SafetensorsError {
          anew with the safetensors library"
     )]
     Misaligned {
-        /// The tensor.
+        /// Name of the tensor.
         tensor: String,
-        /// Its type.
+        /// Element type of the tensor.
         dtype: Dtype,
         /// First byte in the data section.
         begin: u64,
@@ -114,27 +114,27 @@ pub enum SafetensorsError {
     /// Two tensors share bytes.
     #[error("tensors {first:?} and {second:?} overlap: the file is malformed")]
     Overlap {
-        /// The one that begins first.
+        /// Name of the tensor that begins first.
         first: String,
-        /// The other.
+        /// Name of the tensor that begins second.
         second: String,
     },
-    /// Bytes that no tensor has.
+    /// Bytes that belong to no tensor.
     #[error(
         "{bytes} bytes of data at offset {at} belong to no tensor, which the format forbids: the file is damaged"
     )]
     Hole {
-        /// Where they begin in the data section.
+        /// Position of the first byte in the data section.
         at: u64,
-        /// How many.
+        /// Number of bytes.
         bytes: u64,
     },
-    /// Numbers that are no floats where floats are needed.
+    /// A tensor that does not hold floats where floats are needed.
     #[error("tensor {tensor:?} has type {dtype}: F32, F16 or BF16 is needed")]
     NotFloats {
-        /// The tensor.
+        /// Name of the tensor.
         tensor: String,
-        /// Its type.
+        /// Element type of the tensor.
         dtype: Dtype,
     },
 }

@@ -65,10 +65,10 @@ impl fmt::Display for Dtype {
 /// Everything before the tensors' bytes.
 #[derive(Debug)]
 pub(super) struct Header {
-    /// In the order of their data, which they cover without gap or overlap.
+    /// Tensors in the order of their data, which they cover without gap or overlap.
     pub(super) entries: Vec<Entry>,
     pub(super) metadata: Vec<(String, String)>,
-    /// Where the data section begins.
+    /// Position of the data section in the file.
     pub(super) data_start: usize,
 }
 
@@ -105,7 +105,7 @@ pub(super) fn parse(bytes: &[u8], file: u64) -> Result<Header, SafetensorsError>
     })
 }
 
-/// As much of a file as its header takes.
+/// Reads the header of a file, without its tensors.
 pub(super) fn read(file: &ModelFile) -> Result<Vec<u8>, SafetensorsError> {
     let mut head = Vec::new();
     file.lengthen(&mut head, file.len().min(LENGTH_SIZE as u64) as usize)?;
@@ -269,7 +269,7 @@ struct Listed {
     too_many: bool,
 }
 
-/// Reads the header's object entry by entry: a name that comes twice is an error, not the last one.
+/// Reads the header's object entry by entry, so that a duplicate name is an error.
 struct ListVisitor<'a>(&'a mut Listed);
 
 impl<'de> Visitor<'de> for ListVisitor<'_> {

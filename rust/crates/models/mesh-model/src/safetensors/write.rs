@@ -8,19 +8,19 @@ use super::header::LENGTH_SIZE;
 /// A tensor to write.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Planned {
-    /// Its name.
+    /// Name of the tensor.
     pub name: String,
     /// Type of its elements.
     pub dtype: Dtype,
-    /// Its dimensions, the contiguous one last.
+    /// Dimensions of the tensor, the contiguous one last.
     pub shape: Vec<u64>,
 }
 
 impl Planned {
-    /// Bytes it takes.
+    /// Length of the data in bytes.
     ///
     /// # Panics
-    /// If they overflow.
+    /// If the length overflows.
     pub fn bytes(&self) -> u64 {
         self.shape
             .iter()

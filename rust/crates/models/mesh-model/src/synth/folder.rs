@@ -1,4 +1,4 @@
-//! A model in Hugging Face's form, made from one in a GGUF file: what a converter does, the other way round.
+//! Conversion of a GGUF model to Hugging Face's form, the reverse of a converter's work.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;

@@ -15,7 +15,7 @@ use crate::safetensors::{self, Dtype, Planned};
 /// Writes the checkpoint in `data`, with the tokenizer behind it, to the folder `dir`, weights in f32.
 ///
 /// # Errors
-/// If `data` is no such checkpoint, or a file cannot be written.
+/// If `data` is not such a checkpoint, or a file cannot be written.
 pub fn write_llama2c(data: &[u8], dir: &Path) -> io::Result<()> {
     let mut reader = Reader(data);
     let numbers: Vec<i32> = (0..7).map(|_| reader.int()).collect::<io::Result<_>>()?;

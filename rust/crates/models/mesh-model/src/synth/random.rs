@@ -65,7 +65,7 @@ impl Random {
     }
 }
 
-/// Where a block's f16 scales lie, and what they must be for random bits elsewhere to give elements around 0.
+/// Positions and values of a block's f16 scales, so that random bits elsewhere give elements around 0.
 ///
 /// A uniform n-bit number has deviation 2ⁿ/√12 and mean (2ⁿ − 1)/2; where a scale is itself random bits, its root mean
 /// square stands in.

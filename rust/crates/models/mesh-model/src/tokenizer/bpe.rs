@@ -46,7 +46,7 @@ impl Bpe {
         Ok(Bpe { pre, model, long })
     }
 
-    /// Whether plain text begins with the begin token unless the file says otherwise.
+    /// True if plain text begins with the begin token unless the file says otherwise.
     pub(super) fn adds_bos(&self) -> bool {
         self.pre.adds_bos()
     }
@@ -117,7 +117,7 @@ fn read_merges(
     Ok(merges)
 }
 
-/// Appends the bytes that a token's text stands for; characters outside the alphabet stand for themselves.
+/// Appends the bytes of a token's text; characters outside the alphabet are kept.
 pub(super) fn push_bytes(text: &str, out: &mut Vec<u8>) {
     for c in text.chars() {
         match ALPHABET.byte(c) {

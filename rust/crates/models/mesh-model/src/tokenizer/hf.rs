@@ -24,14 +24,14 @@ use crate::checkpoint::SpecialTokens;
 use json::{AddedToken, File};
 use steps::{Changes, Normalizer, PreTokenizer};
 
-/// How text becomes words, and words become tokens.
+/// A tokenizer from `tokenizer.json`: the steps from text to words, and from words to tokens.
 #[derive(Debug)]
 pub(super) struct Hf {
     normalizers: Vec<Normalizer>,
     pre: Vec<PreTokenizer>,
     model: BPE,
     long: LongWords,
-    /// Of the text behind the normalizers; `None` where it may lose bytes.
+    /// Spans of normalized text; `None` if tokenizing may lose bytes.
     spans: Option<ByteSpans>,
 }
 
@@ -86,8 +86,9 @@ impl Hf {
 }
 
 impl Tokenizer {
-    /// Builds the tokenizer from the text of `tokenizer.json` and what the other files say about special tokens. Tokens from
-    /// `rows` on, for which the embedding has no row, are left out: some folders list tokens of a larger sister.
+    /// Builds the tokenizer from the text of `tokenizer.json` and the special tokens of the other files.
+    /// Tokens from `rows` on, for which the embedding has no row, are left out: some folders list tokens of a
+    /// larger model.
     ///
     /// # Errors
     /// If the file is malformed, contradicts itself, or asks for what is not supported.
@@ -149,7 +150,7 @@ impl Tokenizer {
     }
 }
 
-/// How the texts of tokens are to be read.
+/// Notation of token texts in the file.
 fn family(file: &File) -> Result<Family, TokenizerError> {
     let model = &file.model;
     if model.kind.as_deref().is_some_and(|kind| kind != "BPE") {
@@ -196,7 +197,7 @@ fn some_text(text: &Option<String>) -> bool {
     text.as_deref().is_some_and(|text| !text.is_empty())
 }
 
-/// Whether `text` stands anywhere in the values of `part`.
+/// True if any value within `part` is the string `text`.
 fn mentions(part: &Value, text: &str) -> bool {
     match part {
         Value::String(found) => found == text,

@@ -10,7 +10,7 @@ use std::collections::{BinaryHeap, HashMap};
 
 use tokenizers::models::bpe::Vocab as BpeVocab;
 
-/// What the crate is told of a model, as far as it matters for the pieces that a word begins as.
+/// Treatment of unknown characters, as far as it matters for the initial pieces of a word.
 #[derive(Debug, Default)]
 pub(super) struct Unknown {
     pub(super) token: Option<u32>,
@@ -22,7 +22,7 @@ pub(super) struct Unknown {
 #[derive(Debug)]
 pub(super) struct LongWords {
     characters: HashMap<char, u32>,
-    /// Tokens like `<0x0A>`.
+    /// Ids of the byte tokens such as `<0x0A>`.
     bytes: Box<[Option<u32>; 256]>,
     unknown: Unknown,
     /// Rank and result of each pair.
@@ -69,20 +69,20 @@ impl LongWords {
         }
     }
 
-    /// Whether a word is to be merged here.
+    /// True if this merger handles `word`.
     pub(super) fn takes(&self, word: &str) -> bool {
         // Places are kept in 32 bits.
         word.len() > self.from && u32::try_from(word.len()).is_ok()
     }
 
-    /// Whether characters that are no tokens may be lost, or several of them become one unknown token.
+    /// True if characters without tokens may be lost, or several of them become one unknown token.
     pub(super) fn drops(&self) -> bool {
         let has = |byte: u8| self.bytes[usize::from(byte)].is_some();
         let all_bytes = self.unknown.byte_fallback && super::bpe::text_bytes().all(has);
         !all_bytes && (self.unknown.token.is_none() || self.unknown.fuse)
     }
 
-    /// Whether `c` is a token.
+    /// True if `c` is a token.
     pub(super) fn knows(&self, c: char) -> bool {
         self.characters.contains_key(&c)
     }
@@ -165,7 +165,7 @@ impl Pieces {
                 continue;
             }
             let right = self.0[left.next as usize];
-            // An entry may be about neighbours that are no more.
+            // An entry may be of neighbours that have been merged since.
             if merges
                 .get(&(left.id, right.id))
                 .is_none_or(|(_, id)| *id != whole)

@@ -27,7 +27,7 @@ use special::{Fragment, SpecialTokens};
 use spm::Spm;
 use vocab::{TokenType, Vocab};
 
-/// Turns text to token ids and ids to bytes.
+/// Converts text to token ids, and ids to bytes.
 #[derive(Debug)]
 pub struct Tokenizer {
     vocab: Vocab,
@@ -48,7 +48,7 @@ enum Algorithm {
     Hf(Box<Hf>),
 }
 
-/// How [`Tokenizer::encode`] treats tokens that are not plain text.
+/// Options of [`Tokenizer::encode`] for tokens that are not plain text.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct EncodeOptions {
     /// Put the begin and end tokens around the text where the model wants them.
@@ -77,7 +77,7 @@ impl EncodeOptions {
     };
 }
 
-/// Why a tokenizer could not be built, or text not be encoded.
+/// Errors of loading a tokenizer and of encoding text.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum TokenizerError {
@@ -89,38 +89,38 @@ pub enum TokenizerError {
         "tokenizer model {found:?} is not supported: use a model with a \"gpt2\" (BPE) or \"llama\" (SPM) tokenizer"
     )]
     Model {
-        /// What the file says.
+        /// Tokenizer model in the file.
         found: String,
     },
-    /// A pre-tokenizer that is not known; to guess would give wrong tokens without a word.
+    /// A pre-tokenizer that is not known; a guess could give wrong tokens silently.
     #[error(
         "pre-tokenizer {found:?} (tokenizer.ggml.pre) is not supported: it is newer than this program"
     )]
     PreTokenizer {
-        /// What the file says.
+        /// Pre-tokenizer in the file.
         found: String,
     },
     /// A `tokenizer.json` that does not parse.
     #[error("tokenizer.json is malformed: {message}")]
     Json {
-        /// Where and why.
+        /// Error from the parser, with its position.
         message: String,
     },
-    /// A part of a `tokenizer.json` that is not known; to leave it out would give wrong tokens without a word.
+    /// A part of a `tokenizer.json` that is not known; without it, tokens could be wrong silently.
     #[error(
         "the tokenizer uses {what}, which is not supported: choose another model, or a GGUF file of it"
     )]
     Unsupported {
-        /// The part.
+        /// Description of the part.
         what: String,
     },
     /// Tables that contradict each other.
     #[error("the tokenizer's tables are malformed: {reason}")]
     Tables {
-        /// What is wrong.
+        /// Description of the contradiction.
         reason: String,
     },
-    /// More tokens than were asked for.
+    /// The text has more tokens than the caller allows.
     #[error("the text has more than {most} tokens; shorten it")]
     TooLong {
         /// The most that were asked for.
@@ -129,7 +129,7 @@ pub enum TokenizerError {
     /// A pre-tokenizer gave up on a text.
     #[error("the text cannot be tokenized: {reason}")]
     Encode {
-        /// What the library said.
+        /// Cause, such as an error from the regex library.
         reason: String,
     },
 }
@@ -146,7 +146,7 @@ impl Tokenizer {
         }
     }
 
-    /// Turns `text` to token ids.
+    /// Converts `text` to token ids.
     ///
     /// # Errors
     /// If the pre-tokenizer gives up on the text, which takes a text made for it.
@@ -154,7 +154,8 @@ impl Tokenizer {
         self.encode_between(text, &[], options, usize::MAX)
     }
 
-    /// The same for at most so many tokens. Time and memory are bounded by that number, not by the text.
+    /// Like [`Tokenizer::encode`], for at most `most` tokens. Time and memory are bounded by that number, not
+    /// by the text.
     ///
     /// # Errors
     /// [`TokenizerError::TooLong`] if there are more; else as [`Tokenizer::encode`].
@@ -167,8 +168,8 @@ impl Tokenizer {
         self.encode_between(text, &[], options, most)
     }
 
-    /// Turns what a chat template wrote to token ids: the template's names of special tokens are read, those in the text of
-    /// clients are not.
+    /// Converts a rendered prompt to token ids: the template's names of special tokens are read, those in the
+    /// text of clients are not.
     ///
     /// # Errors
     /// As [`Tokenizer::encode`].
@@ -176,7 +177,7 @@ impl Tokenizer {
         self.encode_prompt_within(prompt, usize::MAX)
     }
 
-    /// The same for at most so many tokens, see [`Tokenizer::encode_within`].
+    /// Like [`Tokenizer::encode_prompt`], for at most `most` tokens; see [`Tokenizer::encode_within`].
     ///
     /// # Errors
     /// As [`Tokenizer::encode_within`].
@@ -189,7 +190,7 @@ impl Tokenizer {
         self.encode_between(&prompt.text, &prompt.barriers, options, most)
     }
 
-    /// How long a token over each byte of a text can be; `None` where a text may lose bytes on its way to tokens.
+    /// Maximum length of a token over each byte of a text; `None` if encoding may lose bytes.
     pub fn spans(&self) -> Option<&ByteSpans> {
         self.spans.as_ref()
     }
@@ -239,14 +240,14 @@ impl Tokenizer {
         Ok(ids)
     }
 
-    /// The bytes a token stands for; for a control token its name. Empty for an id outside the vocabulary.
+    /// Bytes of a token; for a control token its name. Empty for an id outside the vocabulary.
     ///
     /// One token may hold part of a character only: put them together with [`crate::TextStream`].
     pub fn token_bytes(&self, id: u32) -> &[u8] {
         self.vocab.bytes(id)
     }
 
-    /// Whether a token is a control token, which is not part of an answer's text.
+    /// True for control tokens, which are not part of an answer's text.
     pub fn is_special(&self, id: u32) -> bool {
         matches!(
             self.vocab.token_type(id),
@@ -289,7 +290,7 @@ impl Tokenizer {
         &self.end_ids
     }
 
-    /// Whether the model wants its begin token before plain text.
+    /// True if plain text begins with the begin token.
     pub fn adds_bos(&self) -> bool {
         self.add_bos && self.bos.is_some()
     }
@@ -328,7 +329,7 @@ impl Limit {
         }
     }
 
-    /// Whether a text is too long by its bytes, before anything is made of it.
+    /// Rejects a text that is too long by its number of bytes, before tokenising it.
     fn check_text(self, text: &str, spans: &ByteSpans) -> Result<(), TokenizerError> {
         if text.len() <= self.0 {
             return Ok(());
@@ -370,7 +371,7 @@ fn spans(vocab: &Vocab, family: Family) -> ByteSpans {
     spans
 }
 
-/// How a file's token texts are to be read.
+/// Notation of token texts in a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Family {
     /// Byte-level BPE: every byte is written as one printable character.

@@ -105,12 +105,12 @@ impl PreTokenizer {
         each_piece(&self.patterns, text, visit)
     }
 
-    /// Whether a word that is a token becomes that token whatever the merges say.
+    /// True if a word that is a token becomes that token regardless of the merges.
     pub(super) fn whole_words_first(&self) -> bool {
         matches!(self.kind, Kind::Llama3 | Kind::Tekken)
     }
 
-    /// Whether plain text begins with the begin token unless the file says otherwise.
+    /// True if plain text begins with the begin token unless the file says otherwise.
     pub(super) fn adds_bos(&self) -> bool {
         matches!(self.kind, Kind::Llama3 | Kind::Tekken)
     }

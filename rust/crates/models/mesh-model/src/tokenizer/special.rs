@@ -112,7 +112,8 @@ impl SpecialTokens {
             before.is_none_or(|(start, other)| start + other.text.len() as u32 <= at)
         };
         let mut same: Vec<(u32, u32)> = Vec::new();
-        // One length at a time, so that what is held is bounded by the text and not by the tokens that overlap in it.
+        // One length at a time, so that memory is bounded by the text and not by the tokens that overlap in
+        // it.
         while let Some(len) = places.iter().map(|place| place.len).max() {
             let len = len as usize;
             same.clear();
@@ -160,7 +161,7 @@ impl SpecialTokens {
         Some(fragments)
     }
 
-    /// Every place where a special token stands, with the length of the longest one there.
+    /// Positions of all special tokens, with the length of the longest one at each.
     fn places(&self, text: &str, control: bool) -> Vec<Place> {
         let bytes = text.as_bytes();
         let mut places = Vec::new();
@@ -176,7 +177,7 @@ impl SpecialTokens {
         places
     }
 
-    /// The length of the longest special token below `below` bytes that `text` begins with; 0 if there is none.
+    /// Length of the longest special token below `below` bytes at the start of `text`; 0 without one.
     fn longest(&self, text: &[u8], control: bool, below: usize) -> usize {
         let Some(&first) = text.first() else { return 0 };
         let lengths = self.lengths[first as usize].iter().rev();
@@ -196,7 +197,7 @@ impl SpecialTokens {
     }
 }
 
-/// A place in a text where a special token stands.
+/// A position of a special token in a text.
 #[derive(Clone, Copy)]
 struct Place {
     at: u32,

@@ -1,7 +1,8 @@
 //! SentencePiece's BPE, the `llama` tokenizer model of GGUF files.
 //!
-//! Spaces become "▁"; then of all neighbours whose joined text is a token, the pair with the highest score is joined, the
-//! leftmost of equals, until none is left. Characters that are no token fall to their bytes.
+//! Spaces become "▁". Then, of all neighbours whose joined text is a token, the pair with the highest score
+//! is joined, the leftmost of equals, as long as there are any. Characters without tokens are encoded as
+//! bytes.
 //!
 //! This is not the `tokenizers` crate's BPE: that merges by pairs of tokens with one rank each, and the tables have neither.
 
@@ -96,13 +97,13 @@ impl Spm {
         Ok(())
     }
 
-    /// Whether bytes may be lost, because the vocabulary has nothing for them.
+    /// True if bytes may be lost because the vocabulary has no tokens for them.
     pub(super) fn drops(&self) -> bool {
         let missing = |byte: u8| self.bytes[usize::from(byte)].is_none();
         self.unknown.is_none() && super::bpe::text_bytes().any(missing)
     }
 
-    /// A piece is a token, or one character that is none.
+    /// A piece is a token or a single character without one.
     fn push_piece(&self, piece: &str, ids: &mut Vec<u32>) {
         if let Some(&id) = self.ids.get(piece) {
             ids.push(id);
@@ -140,7 +141,7 @@ struct Pair {
     score: f32,
     left: u32,
     right: u32,
-    /// Length of both together when the pair was found: if it is no longer that, one of them was joined otherwise.
+    /// Length of both together when the pair was found. If it differs now, one of them was merged otherwise.
     len: u32,
 }
 
@@ -258,7 +259,7 @@ fn read_scores(checkpoint: &dyn Checkpoint, tokens: usize) -> Result<Vec<f32>, T
     Ok(scores)
 }
 
-/// The byte that a token like `<0x0A>` stands for.
+/// The byte of a token such as `<0x0A>`.
 pub(super) fn byte_of(text: &str) -> Option<u8> {
     let digits = text.strip_prefix("<0x")?.strip_suffix('>')?;
     match digits.len() {
@@ -267,7 +268,7 @@ pub(super) fn byte_of(text: &str) -> Option<u8> {
     }
 }
 
-/// Appends the bytes that a token's text stands for.
+/// Appends the bytes of a token's text.
 pub(super) fn push_bytes(text: &str, out: &mut Vec<u8>) {
     let mut rest = text;
     while let Some((before, after)) = rest.split_once(SPACE) {

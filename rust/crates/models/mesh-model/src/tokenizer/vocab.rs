@@ -7,7 +7,7 @@ use super::{Family, TokenizerError};
 use crate::checkpoint::Checkpoint;
 use crate::gguf::Array;
 
-/// What a token is, in the numbers of `tokenizer.ggml.token_type`.
+/// Type of a token, with the numbers of `tokenizer.ggml.token_type`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum TokenType {
     Normal,
@@ -59,7 +59,7 @@ impl Vocab {
         Self::new(family, texts.into_iter().zip(types))
     }
 
-    /// Tokens by id, each with its text and what it is.
+    /// Creates the table from tokens by id, each with its text and type.
     pub(super) fn new<'a>(
         family: Family,
         tokens: impl ExactSizeIterator<Item = (&'a str, TokenType)>,
@@ -185,7 +185,7 @@ fn read_types(
     Ok(types)
 }
 
-/// For an array whose elements are of another type than `wanted`.
+/// Error for an array whose elements are of another type than `wanted`.
 pub(super) fn wrong_elements(key: &str, array: Array<'_>, wanted: &str) -> TokenizerError {
     let found = array.element();
     malformed(format!("{key} is an array of {found:?}, not of {wanted}"))
@@ -199,7 +199,7 @@ pub(super) fn malformed(reason: String) -> TokenizerError {
 #[derive(Debug)]
 struct Packed {
     bytes: Vec<u8>,
-    /// Where each string ends.
+    /// End of each string in `bytes`.
     ends: Vec<u32>,
 }
 

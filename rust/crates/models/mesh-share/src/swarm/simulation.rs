@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use super::{Action, DropReason, Kind, Settings, Swarm, Wanted};
 use crate::PieceSet;
 
-/// A source and what is wrong with it.
+/// A source and its faults.
 #[derive(Debug, Clone)]
 pub(super) struct Simulated {
     pub(super) kind: Kind,
@@ -15,11 +15,11 @@ pub(super) struct Simulated {
     /// Bytes per second.
     pub(super) pace: f64,
     pub(super) latency: Duration,
-    /// It sends something else instead of every n-th piece.
+    /// The source sends wrong data instead of every n-th piece.
     pub(super) lies: Option<u32>,
-    /// It says nothing more from then on, but its link stays.
+    /// Time from which the source is silent, with its link still open.
     pub(super) silent_from: Option<Duration>,
-    /// Its link breaks then.
+    /// Time at which the source's link breaks.
     pub(super) dies_at: Option<Duration>,
 }
 
@@ -37,7 +37,7 @@ impl Simulated {
     }
 }
 
-/// What came of it.
+/// Outcome of a simulated fetch.
 #[derive(Debug, Default)]
 pub(super) struct Outcome {
     pub(super) done: bool,

@@ -1,4 +1,4 @@
-//! Manifests of files that are here.
+//! Making manifests of local files.
 
 use std::collections::VecDeque;
 use std::fs::{File, Metadata};
@@ -13,45 +13,45 @@ use super::{MAX_PIECE, Manifest, ManifestError, ManifestFile, Piece, TensorRange
 use crate::digest::{Digest, Hasher};
 use crate::layout::{self, Layout, LayoutError, Role, has_extension};
 
-/// Why no manifest could be made of files.
+/// Errors of making a manifest of files.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum BuildError {
     /// A file could not be read.
     #[error("cannot read {}: {source}", path.display())]
     Read {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// What the system said.
+        /// Error from the operating system.
         source: io::Error,
     },
     /// A model file is broken.
     #[error(transparent)]
     Layout(#[from] LayoutError),
-    /// Somebody wrote to a file meanwhile.
+    /// A file changed while it was read.
     #[error("{} changed while it was read: wait until it is written, and try again", path.display())]
     Changed {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
     },
     /// Nothing in a folder is a model.
     #[error("{} holds no model: neither a .gguf nor a .safetensors file is in it", path.display())]
     NoModel {
-        /// The folder.
+        /// Path of the folder.
         path: PathBuf,
     },
     /// A path that cannot stand in a manifest.
     #[error("the path {} cannot stand in a manifest: it is not UTF-8, or leaves the model's folder", path.display())]
     Path {
-        /// The path.
+        /// Path of the file.
         path: PathBuf,
     },
-    /// What was found cannot be said in a manifest.
+    /// A manifest cannot express these files.
     #[error(transparent)]
     Manifest(#[from] ManifestError),
 }
 
-/// Told of every so many bytes that were read. Called from several threads.
+/// Called with numbers of bytes that were read, from several threads.
 pub type Progress<'a> = &'a (dyn Fn(u64) + Sync);
 
 impl Manifest {
@@ -120,11 +120,12 @@ impl Manifest {
     }
 }
 
-/// The files in the folder `root` that make up a model: weights (`.safetensors`, `.gguf`) and what describes them (`.json`,
-/// `.jinja`, `.txt`, `.model`), also one folder below, as sentence-transformers has it. Sorted, relative to `root`.
+/// The files in the folder `root` that make up a model: weights (`.safetensors`, `.gguf`) and descriptions
+/// (`.json`, `.jinja`, `.txt`, `.model`), also one folder below, as sentence-transformers has them. Sorted,
+/// relative to `root`.
 ///
 /// # Errors
-/// If the folder cannot be listed, or there are no weights in it.
+/// If the folder cannot be listed or has no weights.
 pub fn model_files(root: &Path) -> Result<Vec<PathBuf>, BuildError> {
     let mut files = Vec::new();
     let mut folders = vec![(PathBuf::new(), 0)];
@@ -219,7 +220,8 @@ fn stamp(metadata: &Metadata) -> (u64, Option<std::time::SystemTime>) {
     (metadata.len(), metadata.modified().ok())
 }
 
-/// Where a file is cut: at the end of its header, wherever the next tensor is for another stage, and every 4 MiB from there.
+/// Pieces of a file: it is cut at the end of its header, wherever the next tensor has another role, and every
+/// 4 MiB from there.
 fn cuts(layout: &Layout) -> Vec<Range<u64>> {
     let mut starts = vec![0];
     let mut group: Option<Role> = None;

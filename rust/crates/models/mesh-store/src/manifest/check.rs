@@ -1,24 +1,24 @@
-//! Reading manifests that others wrote.
+//! Parsing and checking untrusted manifests.
 
 use std::collections::HashSet;
 
 use super::{MAX_MANIFEST, MAX_PIECE, Manifest, ManifestFile, VERSION};
 use crate::digest::Digest;
 
-/// Why bytes are no manifest.
+/// Errors of a manifest's bytes.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum ManifestError {
     /// More bytes than a manifest may have.
     #[error("the manifest has {bytes} bytes, more than the limit of {MAX_MANIFEST}")]
     TooLong {
-        /// How many it has.
+        /// Length of the manifest in bytes.
         bytes: usize,
     },
-    /// Not the JSON that it should be.
+    /// The bytes are not the expected JSON.
     #[error("the manifest is malformed: {reason}")]
     Malformed {
-        /// What is wrong.
+        /// Error from the parser.
         reason: String,
     },
     /// Written by another version.
@@ -26,56 +26,56 @@ pub enum ManifestError {
         "the manifest has version {version}, this program reads {VERSION}: use the same release on all nodes"
     )]
     Version {
-        /// Its version.
+        /// Version in the manifest.
         version: u32,
     },
-    /// JSON that says the right thing in other than the canonical form.
+    /// Valid JSON that differs from the canonical form.
     #[error("the manifest is not in canonical form: its fingerprint would not be its own")]
     NotCanonical,
     /// A name or a path that is not allowed.
     #[error("the manifest's {what} {value:?} is not allowed: {reason}")]
     Text {
-        /// What it is.
+        /// Kind of the text, such as name or path.
         what: &'static str,
-        /// Its value.
+        /// The text.
         value: String,
-        /// What is wrong with it.
+        /// Rule that it breaks.
         reason: &'static str,
     },
-    /// More of something than there may be.
+    /// More entries than the limit allows.
     #[error("the manifest has {count} {what}, more than the limit of {limit}")]
     TooMany {
-        /// Of what.
+        /// Kind of the entries.
         what: &'static str,
-        /// How many.
+        /// Number of entries.
         count: usize,
-        /// The limit.
+        /// Maximum that is accepted.
         limit: usize,
     },
     /// Two files of one path, or one that would lie within another.
     #[error("the manifest names the file {path:?} twice, or as a folder of another")]
     SamePath {
-        /// The path.
+        /// Path that the error is about.
         path: String,
     },
     /// Pieces that do not cover their file.
     #[error("the manifest's piece {piece} of {path:?} {reason}")]
     Piece {
-        /// The file.
+        /// Path of the file within the model or repository.
         path: String,
         /// Index of the piece.
         piece: usize,
-        /// What is wrong.
+        /// Rule that the piece breaks.
         reason: &'static str,
     },
-    /// A tensor that does not lie in its file, or over another one.
+    /// A tensor that is outside its file, or overlaps another one.
     #[error("the manifest's tensor {tensor:?} of {path:?} {reason}")]
     Tensor {
-        /// The file.
+        /// Path of the file within the model or repository.
         path: String,
-        /// The tensor.
+        /// Name of the tensor.
         tensor: String,
-        /// What is wrong.
+        /// Rule that the tensor breaks.
         reason: &'static str,
     },
     /// Not the manifest that was asked for.
@@ -97,7 +97,7 @@ const MAX_PATH: usize = 512;
 const MAX_TENSOR_NAME: usize = 512;
 
 impl Manifest {
-    /// Reads the canonical form, from anybody.
+    /// Parses the canonical form; the bytes may come from anywhere.
     ///
     /// # Errors
     /// If it is anything but the canonical form of a manifest whose files, pieces and tensors agree with each other.
@@ -134,7 +134,7 @@ impl Manifest {
         Self::parse(bytes)
     }
 
-    /// Checks everything but the form.
+    /// Checks all rules except the canonical form.
     ///
     /// # Errors
     /// If something is not as [`Manifest`] says.

@@ -65,7 +65,7 @@ fn pieces_are_cut_where_the_layer_changes_and_at_4_mib() {
     assert_eq!(u64::from(file.pieces[0].bytes), file.header());
 }
 
-/// Which tensors of the models under `root` are whole if only `pieces` are there.
+/// Names of the tensors of the models under `root` that are complete if only `pieces` are present.
 fn whole_tensors<'a>(manifest: &'a Manifest, pieces: &[PieceId]) -> Vec<&'a str> {
     let mut names = Vec::new();
     for (index, file) in (0..).zip(&manifest.files) {
@@ -195,7 +195,7 @@ fn the_canonical_form_is_the_only_one() {
     ));
 }
 
-/// What is wrong with a manifest after `change`.
+/// Error of a manifest after `change`.
 fn refused(change: impl FnOnce(&mut Manifest)) -> String {
     let dir = tempfile::tempdir().unwrap();
     let names = ["blk.0.a", "blk.1.a"];

@@ -1,4 +1,4 @@
-//! Files against their manifest.
+//! Checks of files against their manifest.
 
 use std::io;
 use std::num::NonZero;
@@ -10,24 +10,24 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use super::build::Progress;
 use super::{ManifestFile, Piece};
 
-/// Why a file is not what its manifest says.
+/// Differences between a file and its manifest.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum VerifyError {
-    /// It could not be read.
+    /// The file could not be read.
     #[error("cannot read {}: {source}", path.display())]
     Read {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// What the system said.
+        /// Error from the operating system.
         source: io::Error,
     },
-    /// It has another length.
+    /// The file has another length.
     #[error("{} has {found} bytes, its manifest says {wanted}: it is cut short or another file", path.display())]
     Length {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// Its length.
+        /// Length of the file in bytes.
         found: u64,
         /// The length in the manifest.
         wanted: u64,
@@ -39,9 +39,9 @@ pub enum VerifyError {
         path: String,
         /// Index of the piece.
         piece: u32,
-        /// Its position.
+        /// Position of the piece in the file.
         offset: u64,
-        /// Its length.
+        /// Length of the piece in bytes.
         bytes: u32,
     },
 }
@@ -55,10 +55,10 @@ fn piece_message(path: &str, piece: u32, offset: u64, bytes: u32) -> String {
 }
 
 impl ManifestFile {
-    /// Checks bytes that somebody sent as piece `piece` of this file.
+    /// Checks received bytes against piece `piece` of this file.
     ///
     /// # Errors
-    /// If they are not.
+    /// If they do not match.
     pub fn check_piece(&self, piece: u32, bytes: &[u8]) -> Result<(), VerifyError> {
         match self.pieces.get(piece as usize) {
             Some(wanted) if wanted.is(bytes) => Ok(()),
@@ -66,7 +66,7 @@ impl ManifestFile {
         }
     }
 
-    /// The error for a piece that is not what it should be.
+    /// The error for a piece that does not match.
     pub(crate) fn bad(&self, piece: u32, wanted: Option<&Piece>) -> VerifyError {
         VerifyError::Piece {
             path: self.path.clone(),

@@ -1,9 +1,9 @@
-//! Names that may have been meant.
+//! Suggestions of similar names.
 
 use strsim::osa_distance;
 
-/// Those of `known` that look like `name`, the closest first: a few letters differ, or one begins like the other. Case does not
-/// count.
+/// The names in `known` similar to `name`, the closest first: a few letters differ, or one is a prefix. Case
+/// does not count.
 pub fn close_names<'a>(name: &str, known: impl IntoIterator<Item = &'a str>) -> Vec<String> {
     let name = name.to_lowercase();
     // Of longer names more may be wrong.

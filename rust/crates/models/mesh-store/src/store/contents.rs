@@ -1,4 +1,4 @@
-//! What a store holds: models, and what was one once.
+//! The contents of a store: intact and damaged models.
 
 use std::time::SystemTime;
 
@@ -10,45 +10,45 @@ use crate::local::LocalIndex;
 use crate::manifest::MAX_MANIFEST;
 use crate::signature::SignedManifest;
 
-/// What is in a store.
+/// The contents of a store.
 #[derive(Debug, Default)]
 pub struct Contents {
-    /// Models, by name.
+    /// Intact models, by name.
     pub models: Vec<StoredModel>,
-    /// What cannot be used as it is, by fingerprint.
+    /// Models that are damaged, by fingerprint.
     pub damaged: Vec<DamagedModel>,
 }
 
 /// A model in the store.
 #[derive(Debug, Clone)]
 pub struct StoredModel {
-    /// Its fingerprint.
+    /// Fingerprint of the model.
     pub fingerprint: Digest,
-    /// Its manifest, and who signed it.
+    /// Manifest and signatures of the model.
     pub signed: SignedManifest,
-    /// Names that mean it, besides the manifest's own.
+    /// Names that resolve to it, besides the manifest's own.
     pub names: Vec<Named>,
-    /// Bytes of its files that are here.
+    /// Bytes of its files that are present.
     pub present: u64,
-    /// Whether a process has it loaded.
+    /// True if a process has the model loaded.
     pub pinned: bool,
-    /// When it was last used.
+    /// Time of its last use.
     pub last_used: SystemTime,
 }
 
 /// A model whose manifest or signatures were altered or cannot be read.
 #[derive(Debug)]
 pub struct DamagedModel {
-    /// Its fingerprint.
+    /// Fingerprint of the model.
     pub fingerprint: Digest,
-    /// What it may have been called. The manifest's own word is among them, which counts for nothing but to find it.
+    /// Names that the model may have had. The manifest's own is among them, only to help to find it.
     pub names: Vec<String>,
-    /// What is wrong, and with which file.
+    /// Error of the damaged file.
     pub error: StoreError,
 }
 
 impl DamagedModel {
-    /// What to call it.
+    /// The first name; the short fingerprint if there are no names.
     pub fn name(&self) -> String {
         let name = self.names.first().cloned();
         name.unwrap_or_else(|| self.fingerprint.short())
@@ -113,7 +113,7 @@ impl Store {
         Ok(contents)
     }
 
-    /// Adds what the index of models outside of the store and the damaged manifest itself say.
+    /// Adds names from the index of models outside the store and from the damaged manifest itself.
     fn with_other_names(&self, mut names: Vec<String>, fingerprint: &Digest) -> Vec<String> {
         let json = files::read_limited(&self.manifest_path(fingerprint), MAX_MANIFEST as u64);
         let json = json.ok().flatten();
@@ -131,7 +131,7 @@ impl Store {
     }
 }
 
-/// As much of a manifest as can be hoped for.
+/// The name in a damaged manifest, if it can be read.
 #[derive(serde::Deserialize)]
 struct Said {
     name: String,

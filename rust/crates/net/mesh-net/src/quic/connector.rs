@@ -1,4 +1,4 @@
-//! The side that dials.
+//! The dialling side of links.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -109,7 +109,7 @@ pub async fn connect(head: SocketAddr, identity: &NodeIdentity) -> Result<Link, 
         .await
 }
 
-/// A QUIC connection to `address`; the TLS configuration says to whom.
+/// Opens a QUIC connection to `address`; the TLS configuration determines the accepted peers.
 pub(super) async fn dial(
     carrier: &Carrier,
     tls: QuicClientConfig,
@@ -141,7 +141,7 @@ pub(super) async fn within<T, E: From<ConnectError>>(
     }
 }
 
-/// What the peer is, if it is what it should be.
+/// The peer's certificate contents, if the peer is the expected one.
 pub(super) fn peer_member(
     connection: &Connection,
     address: SocketAddr,
@@ -164,7 +164,7 @@ pub(super) fn peer_member(
     Ok(peer)
 }
 
-/// The peer's word that it admits this node; returns when that was said, by its clock.
+/// Waits for the peer's Ack, by which it admits this node; returns its time by the peer's clock.
 async fn wait_for_admission(
     connection: Connection,
     address: SocketAddr,

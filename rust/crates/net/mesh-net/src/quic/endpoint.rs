@@ -1,4 +1,4 @@
-//! The UDP socket under an endpoint, which also listens to what ICMP says about peers.
+//! The UDP socket under an endpoint, which also receives ICMP errors about peers.
 //!
 //! quinn's socket does not ask for ICMP errors and its driver would stop at one. This wrapper asks for them, keeps them
 //! from quinn, and lets the links to the address in question find out whether their peer is still there.
@@ -92,8 +92,8 @@ impl fmt::Debug for Links {
     }
 }
 
-/// Starts a task that reads the socket's error queue. quinn's own waiting does not see it: the kernel signals an error,
-/// not that there is something to read.
+/// Starts a task that reads the socket's error queue. quinn does not notice it: the kernel signals an error,
+/// not readability.
 fn listen_to_icmp(socket: &UdpSocket, links: Arc<Links>) -> io::Result<AbortHandle> {
     datagrams::report_icmp_errors(socket.as_fd())?;
     let queue = datagrams::ErrorQueue::new(OwnedFd::from(socket.try_clone()?))?;
@@ -173,8 +173,8 @@ impl AsyncUdpSocket for WatchedSocket {
     }
 }
 
-/// The errors that the kernel makes of ICMP messages (icmp(7), `icmp_err_convert`), as far as they can be told from the
-/// socket's own.
+/// True for errors that the kernel derives from ICMP messages (icmp(7), `icmp_err_convert`), as far as they
+/// differ from the socket's own.
 fn is_icmp_error(error: &io::Error) -> bool {
     matches!(
         error.kind(),

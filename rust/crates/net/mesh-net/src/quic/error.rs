@@ -1,4 +1,4 @@
-//! Why links are not made, why they end, and why streams fail.
+//! Errors of making links, causes of their end, and errors of streams.
 
 use std::io;
 use std::net::SocketAddr;
@@ -11,33 +11,33 @@ use crate::trust::{
     CERTIFICATE_DATES, EXPELLED, Role, TOKEN_EXPIRED, TOKEN_UNKNOWN, TOKEN_USED, TrustError,
 };
 
-/// Why a link could not be made.
+/// Errors of making a link.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ConnectError {
-    /// The local socket.
+    /// The local socket cannot be bound.
     #[error("cannot open a UDP socket on {address}: {source}")]
     Socket {
-        /// The local address.
+        /// Local address of the socket.
         address: SocketAddr,
-        /// What the system said.
+        /// Error from the operating system.
         source: io::Error,
     },
     /// An address that cannot be dialled.
     #[error("cannot connect to {address}: {reason}")]
     Address {
-        /// The address.
+        /// Address of the peer.
         address: SocketAddr,
-        /// What is wrong with it.
+        /// Reason for which it cannot be dialled.
         reason: String,
     },
-    /// Nobody answers.
+    /// The peer does not answer.
     #[error("no answer from {address}/udp; is it running, and is the port open?")]
     NoAnswer {
-        /// Whom we called.
+        /// Address of the peer.
         address: SocketAddr,
     },
-    /// None of several addresses.
+    /// None of several addresses could be reached.
     #[error("none of its {} addresses can be reached: {}", tried.len(), listed(tried))]
     Nowhere {
         /// Each address with its error, in the order of failure.
@@ -46,48 +46,48 @@ pub enum ConnectError {
     /// The peer's certificate is not of our mesh.
     #[error("{address} does not prove that it belongs to this mesh: {reason}")]
     PeerNotTrusted {
-        /// Whom we called.
+        /// Address of the peer.
         address: SocketAddr,
-        /// What the check said.
+        /// Error of the certificate check.
         reason: String,
     },
-    /// The peer is of our mesh, and something else than expected.
+    /// The peer is of our mesh but has another role than expected.
     #[error("{address} is a {found} of the mesh, not a {expected}")]
     WrongRole {
-        /// Whom we called.
+        /// Address of the peer.
         address: SocketAddr,
-        /// What it should be.
+        /// Role that was expected.
         expected: Role,
-        /// What it is.
+        /// Role in the peer's certificate.
         found: Role,
     },
-    /// The peer is of our mesh no more.
+    /// The peer was expelled from our mesh.
     #[error("{address} is not called: {text}")]
     Expelled {
-        /// Whom we called.
+        /// Address of the peer.
         address: SocketAddr,
-        /// Who that is, and since when.
+        /// Name of the peer and time of its expulsion.
         text: String,
     },
     /// The peer does not admit us.
     #[error("{address} refused the connection: {text}")]
     Refused {
-        /// Whom we called.
+        /// Address of the peer.
         address: SocketAddr,
-        /// Kind of refusal.
+        /// Code of the refusal.
         code: ErrorCode,
-        /// Its reason.
+        /// Reason that the peer gave.
         text: String,
     },
     /// The connection ended while it was being made.
     #[error("the connection to {address} failed: {reason}")]
     Failed {
-        /// Whom we called.
+        /// Address of the peer.
         address: SocketAddr,
-        /// How it ended.
+        /// Cause of the end.
         reason: Closed,
     },
-    /// Our own keys or certificates.
+    /// Our own keys or certificates cannot be used.
     #[error(transparent)]
     Trust(#[from] TrustError),
 }
@@ -98,7 +98,7 @@ fn listed(tried: &[(SocketAddr, ConnectError)]) -> String {
 }
 
 impl ConnectError {
-    /// One error of those of several addresses: that of a peer which answered, if there is one.
+    /// Selects one error of several addresses: that of a peer which answered, if there is one.
     pub(super) fn of_all(mut tried: Vec<(SocketAddr, ConnectError)>) -> Self {
         let answered = tried.iter().position(|(_, error)| !error.is_transient());
         match answered {
@@ -108,7 +108,7 @@ impl ConnectError {
         }
     }
 
-    /// True if nobody answered, so that another address or a later attempt may help.
+    /// True if the peer did not answer, so that another address or a later attempt may help.
     pub fn is_transient(&self) -> bool {
         matches!(
             self,
@@ -158,11 +158,11 @@ impl ConnectError {
     }
 }
 
-/// Why a node could not join its mesh or renew its certificate.
+/// Errors of joining a mesh or renewing a certificate.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum JoinError {
-    /// No connection to the head.
+    /// The connection to the head failed.
     #[error(transparent)]
     Connect(#[from] ConnectError),
     /// The token is for another mesh than the one at this address.
@@ -171,7 +171,7 @@ pub enum JoinError {
         &HEXLOWER.encode(pinned)[..16], presented.map_or("none to show".to_owned(), |root| HEXLOWER.encode(&root)[..16].to_owned())
     )]
     ForeignMesh {
-        /// Whom we called.
+        /// Address of the head.
         address: SocketAddr,
         /// SHA-256 of the root in the token.
         pinned: [u8; 32],
@@ -184,32 +184,32 @@ pub enum JoinError {
     /// The token was used before.
     #[error("{0}")]
     TokenUsed(String),
-    /// The token's time is over.
+    /// The token has expired.
     #[error("{0}")]
     TokenExpired(String),
-    /// Another refusal of the head.
+    /// The head refused for another reason.
     #[error("the head refused: {text}")]
     Refused {
-        /// Kind of refusal.
+        /// Code of the refusal.
         code: ErrorCode,
-        /// Its reason.
+        /// Reason that the head gave.
         text: String,
     },
-    /// The exchange broke off.
+    /// The exchange ended early.
     #[error("the exchange with the head broke off: {0}")]
     Broken(#[from] StreamFailure),
-    /// The head's answer makes no sense.
+    /// The head's answer is invalid.
     #[error("the head's answer makes no sense: {0}")]
     Answer(String),
-    /// Our own keys or certificates.
+    /// Our own keys or certificates cannot be used.
     #[error(transparent)]
     Trust(#[from] TrustError),
-    /// The identity in the state directory cannot be used, and the token brings no other.
+    /// The identity in the state directory is unusable, and the token does not yield another one.
     #[error("{identity}. Its join token does not help: {source}")]
     Unusable {
-        /// What is wrong with the identity.
+        /// Error of the identity.
         identity: TrustError,
-        /// Why the node could not join again.
+        /// Error of the attempt to join again.
         source: Box<JoinError>,
     },
 }
@@ -224,7 +224,7 @@ impl JoinError {
         }
     }
 
-    /// Whether trying again later, with the same token, can help.
+    /// True if trying again later, with the same token, can help.
     pub fn is_transient(&self) -> bool {
         match self {
             Self::Connect(error) => error.is_transient(),
@@ -240,7 +240,7 @@ impl JoinError {
         }
     }
 
-    /// True if the head says that this node was expelled.
+    /// True if the head reports that this node was expelled.
     pub fn is_expulsion(&self) -> bool {
         match self {
             Self::Refused { code, .. } => *code == EXPELLED,
@@ -251,19 +251,19 @@ impl JoinError {
     }
 }
 
-/// Why a link is over.
+/// Causes of the end of a link.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Closed {
     /// The peer closed it.
     #[error("closed by the peer: {text} ({code})")]
     ByPeer {
-        /// Kind of reason.
+        /// Code that the peer gave.
         code: ErrorCode,
-        /// The reason.
+        /// Reason that the peer gave.
         text: String,
     },
-    /// We closed it.
+    /// This side closed it.
     #[error("closed by this side")]
     ByUs,
     /// The peer's process is gone: its port answers with ICMP errors and nothing else.
@@ -295,20 +295,20 @@ impl From<ConnectionError> for Closed {
     }
 }
 
-/// Why a stream ended early.
+/// Errors that end a stream early.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum StreamFailure {
-    /// The bytes are no DCF messages, or one is over the limit. The stream has been closed.
+    /// The bytes are not DCF messages, or a message is over the limit. The stream has been closed.
     #[error(transparent)]
     Codec(StreamError),
     /// The peer reset its half, or no longer wants to read ours.
     #[error("the peer cancelled the stream ({0})")]
     Cancelled(ErrorCode),
-    /// The link is over.
+    /// The link has ended.
     #[error("the link ended: {0}")]
     Link(Closed),
-    /// We finished or reset this half before.
+    /// This side finished or reset its half before.
     #[error("the stream was already finished on this side")]
     Finished,
 }
@@ -357,12 +357,12 @@ impl From<StreamError> for StreamFailure {
     }
 }
 
-/// QUIC's application codes are DCF's; what does not fit is a fault of the peer.
+/// Converts QUIC's application code to DCF's; codes that do not fit are a fault of the peer.
 pub(super) fn error_code(code: VarInt) -> ErrorCode {
     u8::try_from(code.into_inner()).map_or(ErrorCode::INTERNAL, ErrorCode)
 }
 
-/// True if the peer's TLS says that our certificate has expired or is not valid yet: rustls sends
+/// True if the peer's TLS reports that our certificate has expired or is not valid yet: rustls sends
 /// certificate_expired (RFC 8446, section 6.2) for both.
 pub(super) fn is_date_alert(error: &ConnectionError) -> bool {
     let ConnectionError::ConnectionClosed(close) = error else {

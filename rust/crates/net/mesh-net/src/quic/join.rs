@@ -75,13 +75,13 @@ pub async fn join(
     Ok(identity)
 }
 
-/// The identity in the state directory; joins first when there is none that can be used, or when the token is for another mesh
-/// than the identity's. A token that was used for this very directory is not needed again. Whether a certificate still holds
-/// is for the head to say: see [`join_again`].
+/// The identity in the state directory. Joins first if there is no usable one, or if the token is for another
+/// mesh than the identity's. A token that was used for this directory is not needed again. The head decides
+/// whether a certificate is still valid: see [`join_again`].
 ///
 /// # Errors
-/// Files that are not whole are replaced by a join alone: without a token, or with one that the head refuses, the error names
-/// them.
+/// Incomplete files are replaced by a join only: without a token, or with one that the head refuses, the
+/// error names them.
 pub async fn load_or_join(
     head: &[SocketAddr],
     token: Option<&JoinToken>,
@@ -131,8 +131,8 @@ pub async fn join_again(
     Ok(identity)
 }
 
-/// Ends a join as another node that broke off when the head had admitted it, and removes what is left of one that is not
-/// needed any more. For the start of a node.
+/// Completes an interrupted join as another node if the head had admitted it, and removes the files of joins
+/// that are not needed any more. Call it when a node starts.
 ///
 /// # Errors
 /// If a file cannot be moved.
@@ -280,8 +280,8 @@ async fn exchange(
     }
 }
 
-/// The head's side of the exchange, first half. The whole request has its time, however many pieces it comes in. The
-/// error is for the log.
+/// First half of the exchange at the head. The time limit is for the whole request, in however many pieces it
+/// arrives. The error is for the log.
 pub(super) async fn request(connection: &Connection) -> Result<(MsgStream, Message), String> {
     let received = async {
         let halves = connection
@@ -302,7 +302,7 @@ pub(super) async fn request(connection: &Connection) -> Result<(MsgStream, Messa
     }
 }
 
-/// The head's side of the exchange, second half. The error is for the log.
+/// Second half of the exchange at the head. The error is for the log.
 pub(super) async fn answer(
     connection: &Connection,
     (stream, request): (MsgStream, Message),
@@ -389,19 +389,20 @@ fn decide(
     }
 }
 
-/// Requests and answers are a few hundred bytes; certificates of later algorithms take a few thousand.
+/// Maximum bytes of a request or answer. Both have a few hundred; certificates of later algorithms take a few
+/// thousand.
 const MAX_EXCHANGE: usize = 64 << 10;
 
-/// How long a node waits for the head's answer.
+/// Time limit for the head's answer.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How long a node may take for its request once the connection is made. It has the request at hand.
+/// Time limit for the request of a connected node, which has it at hand.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(3);
 
-/// How long a node may take to read the answer and to close.
+/// Time limit for a node to read the answer and to close.
 const GOODBYE_TIMEOUT: Duration = Duration::from_secs(3);
 
-/// How often the date is looked at.
+/// Interval of checks whether renewal is due.
 const RENEWAL_CHECK: Duration = Duration::from_secs(60);
 
 /// Pause after a renewal that failed.

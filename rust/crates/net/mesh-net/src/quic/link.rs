@@ -30,9 +30,9 @@ struct Inner {
     max_message: usize,
     /// Set when the peer's port was found closed.
     gone: AtomicBool,
-    /// How often its port was reported closed.
+    /// Number of reports that the peer's port is closed.
     reports: AtomicU32,
-    /// Somebody is finding out whether that is so.
+    /// True while such a report is being checked.
     suspected: AtomicBool,
 }
 
@@ -55,17 +55,17 @@ impl Link {
         &self.inner.peer.node_id
     }
 
-    /// The name a person knows the peer by; not unique.
+    /// The peer's name, for people; not unique.
     pub fn node_name(&self) -> &str {
         &self.inner.peer.name
     }
 
-    /// What the peer is to the mesh.
+    /// The peer's role in the mesh.
     pub fn role(&self) -> Role {
         self.inner.peer.role
     }
 
-    /// What the peer's certificate says.
+    /// Contents of the peer's certificate.
     pub fn peer(&self) -> &Member {
         &self.inner.peer
     }
@@ -75,13 +75,13 @@ impl Link {
         canonical(self.inner.connection.remote_address())
     }
 
-    /// Our own address on the way to the peer, where the system says it.
+    /// Our own address on the path to the peer, if the system reports it.
     pub fn local_ip(&self) -> Option<IpAddr> {
         let ip = self.inner.connection.local_ip()?;
         Some(ip.to_canonical())
     }
 
-    /// Measured round trip time.
+    /// Estimated round-trip time.
     pub fn rtt(&self) -> Duration {
         self.inner.connection.rtt()
     }
@@ -92,7 +92,7 @@ impl Link {
         self.inner.connection.stats().udp_rx.datagrams
     }
 
-    /// True if the peer answers within `limit`. Packets that it sent before the question do not count.
+    /// True if the peer answers a probe within `limit`. Packets that it sent before the probe do not count.
     pub async fn answers(&self, limit: Duration) -> bool {
         let connection = &self.inner.connection;
         // Packets that are under way when its process ends arrive within this time.
@@ -114,7 +114,7 @@ impl Link {
         Some(handshake_data(&self.inner.connection)?.negotiated_key_exchange_group)
     }
 
-    /// A number that tells this link from the others of this process.
+    /// A number that is unique among the links of this process.
     pub fn id(&self) -> usize {
         self.inner.connection.stable_id()
     }
@@ -141,13 +141,13 @@ impl Link {
         Ok(MsgStream::new(halves, self.inner.max_message))
     }
 
-    /// Resolves when the link is over.
+    /// Waits for the end of the link and returns its cause.
     pub async fn closed(&self) -> Closed {
         let error = self.inner.connection.closed().await;
         self.reason(error)
     }
 
-    /// Why the link is over; `None` while it is not.
+    /// Cause of the link's end; `None` while it is open.
     pub fn close_reason(&self) -> Option<Closed> {
         self.inner
             .connection
@@ -255,7 +255,7 @@ impl fmt::Debug for Link {
     }
 }
 
-/// A link that is not kept open by this handle.
+/// A handle that does not keep the link open.
 pub(crate) struct WeakLink(Weak<Inner>);
 
 impl WeakLink {
@@ -289,8 +289,8 @@ pub(super) fn canonical(address: SocketAddr) -> SocketAddr {
 /// Time for which a suspected peer may be silent if no further report of a closed port came, counted while
 /// this process ran.
 const SUSPICION: Duration = Duration::from_millis(200);
-/// A sleep that is so much longer than wanted was a wait for a processor.
+/// Oversleeping by more than this shows that the process waited for a processor.
 const OVERSLEPT: Duration = Duration::from_millis(20);
-/// The same where what it was asked with came back: an acknowledgement waits for 10 ms, behind a step of up to 20 ms, and a loaded machine
-/// takes its time.
+/// Minimum wait for a sign of life after a probe: the acknowledgement may be delayed by 10 ms and wait behind
+/// a step of up to 20 ms, and a loaded machine needs more time.
 const SIGN_OF_LIFE: Duration = Duration::from_millis(40);

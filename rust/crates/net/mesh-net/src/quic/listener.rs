@@ -1,4 +1,4 @@
-//! The side that accepts.
+//! The accepting side of links.
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
@@ -70,7 +70,7 @@ impl Listener {
         })
     }
 
-    /// The bound address.
+    /// The address that the listener is bound to.
     pub fn local_addr(&self) -> io::Result<SocketAddr> {
         self.carrier.endpoint.local_addr()
     }
@@ -218,7 +218,7 @@ impl Gate {
         error.to_string()
     }
 
-    /// A link, if the node may have one. The peer has been told then.
+    /// Creates a link if the node is admitted, and informs the peer of the decision.
     async fn admit(&self, connection: &Connection, member: Member) -> Result<Link, String> {
         let now = self.clock.now();
         if let Some(refusal) = self.own.deny_list().refusal(&member.node_id) {
@@ -318,7 +318,7 @@ async fn renew_own(
     admission: Arc<dyn Admission>,
     endpoint: quinn::Endpoint,
 ) {
-    // `wait_idle` is no sign of the end; the endpoint's address is, once its driver has stopped.
+    // `wait_idle` does not show the end; the endpoint's address does, once its driver has stopped.
     while endpoint.local_addr().is_ok() {
         let now = identity.clock().now();
         if identity.is_renewal_due(now) {
@@ -389,7 +389,7 @@ mod tests {
         (dir, authority, listener.expect("listener"))
     }
 
-    /// A connection to the head by somebody who knows its root and has no certificate.
+    /// A connection to the head by a peer that knows its root and has no certificate.
     async fn dial_without_certificate(
         authority: &Authority,
         listener: &Listener,

@@ -13,12 +13,12 @@
 //! TLS is 1.3 only, with X25519MLKEM768 preferred; X25519 alone is there for peers without ML-KEM. New connections
 //! from unverified addresses are answered with a Retry packet, which is smaller than what they sent.
 //!
-//! Connections that are not links yet have little time, a small window, one stream and a bounded [room](rooms) for each kind. Peers that
-//! take their time lose their place to those that do not.
+//! Connections that are not links yet have little time, a small window, one stream and a bounded
+//! [room](rooms) for each kind. Slow peers lose their place to faster ones.
 //!
-//! A peer that vanishes is noticed in three ways: a process that ends closes its links; one that was killed leaves a
-//! closed port, whose ICMP answers end the link once the peer is asked for a sign of life and stays silent; a machine that is gone is silent for
-//! [`LinkConfig::idle_timeout`].
+//! There are three ways to notice that a peer vanished. A process that ends closes its links. One that was
+//! killed leaves a closed port, whose ICMP answers end the link once the peer does not answer a probe. A
+//! machine that is gone is silent for [`LinkConfig::idle_timeout`].
 
 mod connector;
 mod endpoint;
@@ -50,12 +50,12 @@ use quinn::{AckFrequencyConfig, Connection, IdleTimeout, TransportConfig, VarInt
 /// Limits and times of links.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LinkConfig {
-    /// Silence after which a side asks whether the other is there.
+    /// Silence after which a side probes the peer.
     pub keep_alive: Duration,
-    /// Silence after which a link is over. Links are expensive to lose: it is long enough for a process that is stopped for
-    /// a while or waits for a processor. Whoever has to know sooner asks.
+    /// Silence after which a link ends. Links are expensive to lose, so it is long enough for a process that
+    /// is stopped for a while or waits for a processor. Use [`Link::answers`] to find out sooner.
     pub idle_timeout: Duration,
-    /// How long a connection may take to be made and admitted.
+    /// Time limit for connecting and admission.
     pub handshake_timeout: Duration,
     /// Largest payload of one message, bytes.
     pub max_message: usize,
@@ -82,7 +82,7 @@ impl Default for LinkConfig {
 }
 
 impl LinkConfig {
-    /// For connections of which nothing is known yet: one stream, and little that can be sent ahead.
+    /// Transport for unauthenticated connections: one stream and a small window.
     fn transport_for_strangers(&self) -> Arc<TransportConfig> {
         let mut transport = self.transport();
         if let Some(transport) = Arc::get_mut(&mut transport) {
@@ -94,7 +94,7 @@ impl LinkConfig {
         transport
     }
 
-    /// What a link may have, once the peer is a member that was admitted.
+    /// Raises the limits of a connection to those of a link, once the peer is admitted.
     fn open_windows(&self, connection: &Connection) {
         connection.set_max_concurrent_bi_streams(self.max_streams.into());
         connection.set_receive_window(self.link_window.into());
@@ -105,7 +105,7 @@ impl LinkConfig {
         acks.ack_eliciting_threshold(ACK_PACKETS.into())
             .max_ack_delay(Some(ACK_DELAY));
         let mut transport = TransportConfig::default();
-        // Beyond 2^62 ms quinn has no number; nobody waits that long.
+        // Beyond 2^62 ms quinn has no number; use its maximum.
         let idle = IdleTimeout::try_from(self.idle_timeout).unwrap_or_else(|_| VarInt::MAX.into());
         transport
             .keep_alive_interval(Some(self.keep_alive))
@@ -116,7 +116,7 @@ impl LinkConfig {
             .receive_window(self.link_window.into())
             .send_window(self.link_window.into())
             .initial_rtt(INITIAL_RTT)
-            // For asking whether the peer lives; nobody reads them.
+            // For liveness probes only; their contents are not read.
             .datagram_receive_buffer_size(Some(64))
             .ack_frequency_config(Some(acks))
             .congestion_controller_factory(Arc::new(CubicConfig::default()));
@@ -137,7 +137,7 @@ const STRANGERS_WINDOW: u32 = 96 << 10;
 /// sent before the row is looked at.
 const ACK_PACKETS: u32 = 8;
 
-/// How long an acknowledgement may wait for more.
+/// Maximum delay of an acknowledgement.
 const ACK_DELAY: Duration = Duration::from_millis(10);
 
 /// Meshes live on LANs: a lost first packet is sent again after three of these, not after quinn's second.

@@ -1,8 +1,8 @@
-//! The bandwidth of a link: a train of Probes on a stream of its own, and how fast it came.
+//! The bandwidth of a link, from the arrival rate of a train of Probes on a stream of its own.
 //!
 //! A path's congestion window starts small and grows by every acknowledgement, so only the later half of the train counts.
-//! Whoever receives it may have been asleep and find all of it in a buffer, which looks like a path without limits; whoever
-//! sends it knows when the answer came, and believes no more than a few times what that says.
+//! A receiver that was asleep finds the whole train in a buffer, which looks like a path without limits. So
+//! the sender bounds the reported bandwidth by the time until the answer.
 
 use std::time::{Duration, Instant};
 
@@ -34,16 +34,16 @@ async fn train(link: &Link, wagons: usize) -> Result<f64, ProbeError> {
         .unwrap_or(Err(ProbeError::Silent))
 }
 
-/// Why a bandwidth is not known.
+/// Errors of measuring a bandwidth.
 #[derive(Debug, thiserror::Error)]
 pub enum ProbeError {
-    /// The stream broke.
+    /// The stream failed.
     #[error(transparent)]
     Stream(#[from] StreamFailure),
-    /// No answer.
+    /// The peer did not answer in time.
     #[error("no answer to a train of probes within {} s", LIMIT.as_secs())]
     Silent,
-    /// Something else than Probed, or one that says nothing.
+    /// The answer is not a Probed message, or has no bandwidth.
     #[error("the answer to a train of probes is a {0} without a bandwidth")]
     Answer(MsgType),
 }
@@ -94,7 +94,7 @@ pub async fn answer(first: &Message, mut stream: MsgStream) -> Result<(), Stream
         .unwrap_or(Err(StreamFailure::Cancelled(ErrorCode::TIMEOUT)))
 }
 
-/// When the bytes of a train came.
+/// Arrival times of the bytes of a train.
 #[derive(Debug, Default)]
 struct Train {
     /// Time, and bytes up to then.
@@ -129,28 +129,31 @@ impl Train {
     }
 }
 
-/// The bandwidth, bytes per second, by an answer that came `took` after the first of `sent` bytes. `None`: it says nothing.
+/// Bandwidth in bytes per second, from an answer that came `took` after the first of `sent` bytes. `None` if
+/// the answer has no data.
 fn believed(probed: &Probed, sent: u64, took: Duration) -> Option<f64> {
     if probed.bytes == 0 {
         return None;
     }
-    // All of it was sent and answered within that time, so the path is no slower.
+    // All bytes were sent and answered within that time, so the path is at least as fast.
     let least = sent as f64 / took.as_secs_f64().max(1e-6);
     let told = probed.bytes as f64 / (probed.microseconds.max(1) as f64 / 1e6);
     Some(told.clamp(least, FASTER * least))
 }
 
-/// Payload of one Probe, bytes.
+/// Payload of one Probe in bytes.
 const WAGON: usize = 16 << 10;
-/// Probes of the first train.
+/// Number of Probes in the first train.
 const SHORT_TRAIN: usize = 4;
-/// A path that took less for it is sent a longer train, by which a LAN's congestion window has grown.
+/// A path that took less time for the first train gets a longer one, after which a LAN's congestion window
+/// has grown.
 const QUICK: Duration = Duration::from_millis(250);
-/// Probes of that one: 512 KiB.
+/// Number of Probes in the longer train: 512 KiB.
 const LONG_TRAIN: usize = 32;
-/// For a train, both ways.
+/// Time limit for a train and its answer.
 const LIMIT: Duration = Duration::from_secs(10);
-/// How much faster the later half may be than all of it, round trips and growing window included.
+/// Maximum factor by which the later half may be faster than the whole, round trips and growing window
+/// included.
 const FASTER: f64 = 8.0;
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
-//! Room for connections that are not links yet. Each kind of them has its own, so that none can take another's.
+//! Places for connections that are not links yet. Each kind has its own, so that no kind can take another's.
 //!
-//! A newcomer always gets in, and whoever has waited longest of the source that has the most is given up for it
-//! ([`mesh_base::places`]). Honest peers are here for a few round trips; what stays for longer is what goes.
+//! A newcomer always gets a place. If there is no free one, the source with the most places loses its oldest
+//! ([`mesh_base::places`]). Honest peers need a few round trips; longer ones are evicted.
 
 use std::collections::HashMap;
 use std::net::IpAddr;
@@ -13,13 +13,13 @@ use mesh_base::places::Room;
 /// The rooms of one listener.
 #[derive(Clone)]
 pub(super) struct Rooms {
-    /// Handshakes of addresses from which no link has come lately.
+    /// Handshakes of addresses without a recent link.
     pub(super) strangers: Room<IpAddr>,
     /// Handshakes of addresses that have or had a link.
     pub(super) known: Room<IpAddr>,
     /// Nodes without a certificate, which want to join. The first request is awaited here.
     pub(super) joining: Room<IpAddr>,
-    /// The same whose request has come. It is decided and answered here.
+    /// Nodes that want to join and have sent their request, which is decided and answered here.
     pub(super) answering: Room<IpAddr>,
     /// Nodes with a certificate, by their id, which want another one.
     pub(super) renewing: Room<String>,
@@ -51,10 +51,11 @@ impl Rooms {
         }
     }
 
-    /// True if the source may begin a handshake now: each takes a millisecond of the processor. Whoever is told nothing tries again.
+    /// True if the source may begin a handshake now. Each takes a millisecond of processor time; refused
+    /// peers try again.
     pub(super) fn may_begin(&self, source: IpAddr, now: Instant) -> bool {
         let share = if self.is_known(source) { 4.0 } else { 1.0 };
-        // Whoever is on this machine has its processor anyway.
+        // A peer on this machine shares its processor anyway.
         source.is_loopback() || lock(&self.pace).take(source, share, now)
     }
 
@@ -62,7 +63,7 @@ impl Rooms {
         lock(&self.addresses).0.contains_key(&source)
     }
 
-    /// A link came from this source.
+    /// Records a link from this source.
     pub(super) fn came_in(&self, source: IpAddr, now: Instant) {
         lock(&self.addresses).note(source, now);
     }
@@ -84,7 +85,7 @@ impl Known {
     }
 }
 
-/// How many handshakes each source may begin: a bucket of [`BURST`], filled by [`PER_SECOND`].
+/// Limit on the handshakes of each source: a bucket of [`BURST`], filled by [`PER_SECOND`].
 #[derive(Default)]
 struct Pace(HashMap<IpAddr, Bucket>);
 

@@ -25,43 +25,43 @@ impl MsgStream {
         }
     }
 
-    /// See [`SendHalf::send`].
+    /// Sends one message; see [`SendHalf::send`].
     pub async fn send(&mut self, message: Message) -> Result<(), StreamFailure> {
         self.send.send(message).await
     }
 
-    /// See [`RecvHalf::recv`].
+    /// The next message; see [`RecvHalf::recv`].
     pub async fn recv(&mut self) -> Result<Option<Message>, StreamFailure> {
         self.recv.recv().await
     }
 
-    /// See [`RecvHalf::limit`].
+    /// Limits the payload of messages; see [`RecvHalf::limit`].
     pub fn limit(&mut self, max_message: usize) {
         self.recv.limit(max_message);
     }
 
-    /// See [`SendHalf::finish`].
+    /// Ends the sending half; see [`SendHalf::finish`].
     pub fn finish(&mut self) -> Result<(), StreamFailure> {
         self.send.finish()
     }
 
-    /// Breaks off both halves.
+    /// Cancels both halves.
     pub fn reset(mut self, code: ErrorCode) {
         self.send.reset_with(code);
         self.recv.stop_with(code);
     }
 
-    /// Both halves, for two tasks.
+    /// Splits the stream into its halves, for two tasks.
     pub fn split(self) -> (SendHalf, RecvHalf) {
         (self.send, self.recv)
     }
 }
 
-/// The half that sends.
+/// The sending half of a [`MsgStream`].
 #[derive(Debug)]
 pub struct SendHalf {
     framed: FramedWrite<SendStream, StreamCodec>,
-    /// Finished or reset.
+    /// True once the half is finished or reset.
     ended: bool,
 }
 
@@ -85,7 +85,7 @@ impl SendHalf {
         sent
     }
 
-    /// Nothing more comes; what was sent still arrives.
+    /// Ends the half; messages already sent still arrive.
     pub fn finish(&mut self) -> Result<(), StreamFailure> {
         self.ended = true;
         self.framed
@@ -94,7 +94,7 @@ impl SendHalf {
             .map_err(|_| StreamFailure::Finished)
     }
 
-    /// Breaks off: what has not arrived yet may never do so.
+    /// Cancels the half: messages that have not arrived yet may be lost.
     pub fn reset(mut self, code: ErrorCode) {
         self.reset_with(code);
     }
@@ -127,11 +127,11 @@ impl Drop for SendHalf {
     }
 }
 
-/// The half that receives.
+/// The receiving half of a [`MsgStream`].
 #[derive(Debug)]
 pub struct RecvHalf {
     framed: FramedRead<RecvStream, StreamCodec>,
-    /// The end, or an error, was seen.
+    /// True once the end or an error was seen.
     ended: bool,
 }
 
@@ -143,14 +143,14 @@ impl RecvHalf {
         }
     }
 
-    /// Takes messages of at most so many bytes of payload from now on; larger ones stop the stream.
+    /// Sets the maximum payload of later messages in bytes; larger ones stop the stream.
     pub fn limit(&mut self, max_message: usize) {
         *self.framed.decoder_mut() = StreamCodec::new(max_message);
     }
 
     /// The next message; `None` when the peer has finished. Safe to drop half-way: nothing is lost.
     ///
-    /// An error is final. Bytes that are no DCF messages, and messages over the limit, stop the stream.
+    /// Errors are final. Bytes that are not DCF messages, and messages over the limit, stop the stream.
     pub async fn recv(&mut self) -> Result<Option<Message>, StreamFailure> {
         if self.ended {
             return Ok(None);
@@ -169,7 +169,7 @@ impl RecvHalf {
         }
     }
 
-    /// Tells the peer to send nothing more.
+    /// Tells the peer to stop sending.
     pub fn stop(mut self, code: ErrorCode) {
         self.stop_with(code);
     }

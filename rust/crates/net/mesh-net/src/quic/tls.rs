@@ -85,7 +85,7 @@ fn crypto(error: Error) -> TrustError {
     TrustError::Crypto(error.to_string())
 }
 
-/// aws-lc with the hybrid group first. A client sends key shares for the first group, and X25519's comes with it.
+/// aws-lc with the hybrid group first. A client sends key shares for the first group, which include X25519's.
 fn provider() -> Arc<CryptoProvider> {
     Arc::new(CryptoProvider {
         kx_groups: vec![
@@ -118,7 +118,7 @@ pub(crate) fn verify_issued_by(
     verify_server_cert_signed_by_trust_anchor(&parsed, &roots, &[], at, algorithms.all)
 }
 
-/// Takes certificates of one root, whatever names they carry: nodes move between addresses.
+/// Accepts certificates of one root, with any names: nodes move between addresses.
 #[derive(Debug)]
 struct MeshVerifier {
     root: CertificateDer<'static>,
@@ -205,7 +205,7 @@ impl ClientCertVerifier for MeshVerifier {
     }
 }
 
-/// Takes the one root whose certificate has the pinned hash, and what it issued.
+/// Accepts the root whose certificate has the pinned hash, and certificates that it issued.
 #[derive(Debug)]
 pub(super) struct PinVerifier {
     pin: [u8; 32],
@@ -225,7 +225,7 @@ impl PinVerifier {
         }
     }
 
-    /// Whether the peer showed the pinned root.
+    /// True if the peer showed the pinned root.
     pub(super) fn matched(&self) -> bool {
         *self.matched.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -1,4 +1,4 @@
-//! Who may become and remain a member: the seam for stricter policies, and today's one.
+//! Admission and continued membership: the trait for policies, and the default policy.
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
@@ -22,7 +22,7 @@ use super::{
 /// The methods may block on the disk; the listener calls them on blocking threads. Certificates are DER, the node's
 /// first, then the root's.
 pub trait Admission: Send + Sync + 'static {
-    /// A node without certificate hands in a token.
+    /// Decides on a node without certificate that presents a token.
     fn join(
         &self,
         ask: &JoinAsk<'_>,
@@ -48,7 +48,7 @@ pub trait Admission: Send + Sync + 'static {
     fn mesh(&self) -> String;
 }
 
-/// What a joining node hands in.
+/// A join request.
 #[derive(Clone, Copy, Debug)]
 pub struct JoinAsk<'a> {
     /// Public part of the token.
@@ -61,33 +61,33 @@ pub struct JoinAsk<'a> {
     pub node_name: &'a str,
 }
 
-/// Why a node is not admitted. Travels as an Error message: a code and a text.
+/// Reasons for not admitting a node. A refusal travels as an Error message: a code and a text.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Refusal {
-    /// No such token here.
+    /// The head does not know the token.
     #[error(
         "the head does not know this token: it was withdrawn, or its text was made up; make one with `hydramesh token create`"
     )]
     TokenUnknown,
-    /// Its one use is over.
+    /// The token was used before.
     #[error(
         "this token was used by `{node_name}` {seconds_ago} s ago, and a token is good for one node; make another with `hydramesh token create`"
     )]
     TokenUsed {
-        /// Who used it.
+        /// Name of the node that used it.
         node_name: String,
-        /// How long ago, seconds.
+        /// Seconds since the use.
         seconds_ago: u64,
     },
-    /// Its time is over.
+    /// The token has expired.
     #[error(
         "this token expired {seconds_ago} s ago by the head's clock, which says {now}; make another with `hydramesh token create`, and set the head's clock if that date is wrong"
     )]
     TokenExpired {
-        /// How long ago, seconds.
+        /// Seconds since the expiry.
         seconds_ago: u64,
-        /// The head's date.
+        /// Date by the head's clock.
         now: String,
     },
     /// A certificate whose dates the head's clock does not agree with.
@@ -96,19 +96,19 @@ pub enum Refusal {
     /// The request itself is wrong.
     #[error("{0}")]
     Invalid(String),
-    /// Not, or no longer, a member.
+    /// The node is not, or no longer, a member.
     #[error("{0}")]
     NotAdmitted(String),
     /// An operator has expelled the node.
     #[error("{0}")]
     Expelled(String),
-    /// The head failed.
+    /// An internal error of the head.
     #[error("the head could not do it: {0}")]
     Internal(String),
 }
 
 impl Refusal {
-    /// The code on the wire.
+    /// Code of the refusal in an Error message.
     pub fn code(&self) -> ErrorCode {
         match self {
             Self::TokenUnknown => TOKEN_UNKNOWN,
@@ -145,8 +145,8 @@ pub const DUPLICATE_IDENTITY: ErrorCode = ErrorCode(0x54);
 /// The node was expelled from the mesh.
 pub const EXPELLED: ErrorCode = ErrorCode(0x55);
 
-/// Today's policy: whoever brings an unused token of this mesh is a worker, and stays one until it is expelled. The names
-/// that it gives are unique.
+/// The default policy: a node with an unused token of this mesh becomes a worker, and remains one until it is
+/// expelled. Names of workers are unique.
 #[derive(Debug)]
 pub struct Authority {
     root: MeshRoot,
@@ -155,7 +155,7 @@ pub struct Authority {
     roster: Mutex<Roster>,
     deny_list: DenyList,
     validity: Validity,
-    /// Nodes that were members in this process's life, and when that was last seen. Its clock cannot be set.
+    /// Time at which each node was last seen as a member in this process; a monotonic clock.
     seen: Mutex<HashMap<String, Instant>>,
 }
 
@@ -175,7 +175,7 @@ impl Authority {
         })
     }
 
-    /// The mesh's root.
+    /// Root of the mesh.
     pub fn root(&self) -> &MeshRoot {
         &self.root
     }
@@ -241,7 +241,7 @@ impl Authority {
         NodeIdentity::store(dir, key, chain, self.deny_list.clone())
     }
 
-    /// The nodes that are expelled.
+    /// The list of expelled nodes.
     pub fn deny_list(&self) -> &DenyList {
         &self.deny_list
     }
@@ -253,8 +253,8 @@ impl Authority {
         members
     }
 
-    /// Expels a node: its links end, and it gets no link and no certificate any more, whatever token it brings. Its name is
-    /// free. Blocks on the disk.
+    /// Expels a node: its links end, and it gets no link or certificate any more, with any token. Its name
+    /// becomes free. Blocks on the disk.
     ///
     /// # Errors
     /// As [`DenyList::expel`].
@@ -276,7 +276,7 @@ impl Authority {
     /// disk.
     ///
     /// # Errors
-    /// If another node has its name by now; or as [`DenyList::readmit`].
+    /// If another node has its name now; or as [`DenyList::readmit`].
     pub fn readmit(&self, node_id: &str) -> Result<Option<Expulsion>, TrustError> {
         let mut roster = self.roster();
         let known = roster.members().get(node_id);
@@ -321,7 +321,7 @@ impl Authority {
         self.tokens().records().to_vec()
     }
 
-    /// Notes that this node is a member now.
+    /// Records that this node is a member now.
     fn note_seen(&self, node_id: &str) {
         let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
         if seen.len() >= MOST_SEEN {
@@ -429,7 +429,7 @@ impl Admission for Authority {
     }
 }
 
-/// Members that are remembered; more only lose a leniency after a change of the clock.
+/// Maximum number of remembered members; others only lose a leniency after a change of the clock.
 const MOST_SEEN: usize = 65_536;
 
 #[cfg(test)]

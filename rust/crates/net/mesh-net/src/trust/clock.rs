@@ -3,8 +3,9 @@
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-/// The head's clock as a node knows it: by the timestamps of the head's messages, and this machine's monotonic clock since
-/// then. Before the first message, and at the head, it is the system's clock. Clones share what is known.
+/// A node's estimate of the head's clock, from the timestamps of the head's messages and this machine's
+/// monotonic clock since then. Before the first message, and at the head, it is the system's clock. Clones
+/// share their state.
 #[derive(Clone, Debug, Default)]
 pub struct MeshClock(Arc<Mutex<Option<(SystemTime, Instant)>>>);
 
@@ -17,7 +18,7 @@ impl MeshClock {
         }
     }
 
-    /// An authenticated message of the head came, with this timestamp: microseconds since the Unix epoch.
+    /// Records the timestamp of an authenticated message of the head, in microseconds since the Unix epoch.
     pub fn heard(&self, timestamp_us: u64) {
         let time = UNIX_EPOCH + Duration::from_micros(timestamp_us);
         *self.lock() = Some((time, Instant::now()));

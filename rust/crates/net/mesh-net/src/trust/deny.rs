@@ -27,13 +27,13 @@ struct Inner {
     links: Mutex<Vec<WeakLink>>,
 }
 
-/// When and why a node was expelled.
+/// Name of an expelled node, with time and reason.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Expulsion {
     /// Name of the node.
     #[serde(default)]
     pub name: String,
-    /// The operator's words; workers do not get them.
+    /// Reason given by the operator; not sent to workers.
     #[serde(default)]
     pub reason: String,
     /// Seconds since the Unix epoch.
@@ -46,10 +46,10 @@ struct Kept {
 }
 
 impl DenyList {
-    /// Reads the list in a state directory; without a file nobody is expelled.
+    /// Reads the list in a state directory; without a file the list is empty.
     ///
     /// # Errors
-    /// If the file cannot be read. It is not replaced: that would let everybody in again.
+    /// If the file cannot be read. It is not replaced: that would readmit all expelled nodes.
     pub fn open(dir: &Path) -> Result<Self, TrustError> {
         let path = dir.join(names::EXPELLED);
         let nodes = match files::read(&path)? {
@@ -98,7 +98,7 @@ impl DenyList {
         self.save()
     }
 
-    /// Takes a node off the list, and gives what was noted. `None` if it was not there. Blocks on the disk.
+    /// Removes a node from the list and returns its entry; `None` if it was not listed. Blocks on the disk.
     ///
     /// # Errors
     /// If the list cannot be written: then the node stays expelled.
@@ -127,7 +127,7 @@ impl DenyList {
         true
     }
 
-    /// Writes the list down. Blocks on the disk.
+    /// Writes the list to its file. Blocks on the disk.
     ///
     /// # Errors
     /// If it cannot be written; the file before is still there then.
@@ -142,7 +142,7 @@ impl DenyList {
         files::replace(&self.0.path, &text, files::PRIVATE)
     }
 
-    /// Why this node is refused; `None` if it is not on the list.
+    /// The refusal to send to this node; `None` if it is not expelled.
     pub fn refusal(&self, node_id: &str) -> Option<Refusal> {
         let nodes = self.nodes();
         let expulsion = nodes.get(node_id)?;
@@ -160,7 +160,7 @@ impl DenyList {
         )))
     }
 
-    /// Whether this node is on the list.
+    /// True if this node is expelled.
     pub fn contains(&self, node_id: &str) -> bool {
         self.nodes().contains_key(node_id)
     }
@@ -216,7 +216,7 @@ impl fmt::Debug for DenyList {
     }
 }
 
-/// Nodes on the list, at most. Each entry stands for a token that an operator once gave away.
+/// Maximum number of nodes on the list. Each entry is for a token that an operator once gave away.
 pub const MOST_EXPELLED: usize = 4096;
 
 #[cfg(test)]

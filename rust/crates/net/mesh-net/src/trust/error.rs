@@ -1,64 +1,64 @@
-//! What can be wrong with keys, certificates and state files.
+//! Errors of keys, certificates and state files.
 
 use std::io;
 use std::path::{Path, PathBuf};
 
 use super::names;
 
-/// Why a root, an identity or a token store cannot be used.
+/// Errors of a root, an identity or a token store.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum TrustError {
-    /// A file or directory of the state directory.
+    /// A file operation in the state directory failed.
     #[error("cannot {action} {}: {source}", path.display())]
     Io {
-        /// What was tried.
+        /// The operation that failed.
         action: &'static str,
-        /// On which path.
+        /// Path of the file or directory.
         path: PathBuf,
-        /// What the system said.
+        /// Error from the operating system.
         source: io::Error,
     },
-    /// A file that is there and makes no sense.
+    /// The contents of a file are invalid.
     #[error("{} is damaged: {reason}; {}", path.display(), remedy(path))]
     Damaged {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// Description of the damage.
         reason: String,
     },
-    /// A file that is not there, while others of its set are.
+    /// A file is missing although others of its set exist.
     #[error("{} is missing, while {} is there; {}", path.display(), beside.display(), remedy(path))]
     Missing {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// One of the others.
+        /// A file of the set that exists.
         beside: PathBuf,
     },
-    /// Files that are sound and do not belong together.
+    /// The files are valid but do not belong together.
     #[error("{} does not belong to the files beside it: {reason}; {}", path.display(), remedy(path))]
     MixedUp {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// Why not.
+        /// The mismatch.
         reason: String,
     },
-    /// The list of expelled nodes takes no more.
+    /// The list of expelled nodes is full.
     #[error("{} holds {most} expelled nodes, and takes no more; readmit some that are gone for good (`hydramesh nodes readmit`)", path.display())]
     ListFull {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// Its limit.
+        /// Maximum number of entries.
         most: usize,
     },
-    /// A node cannot be readmitted: another one has its name.
+    /// A node cannot be readmitted because another one has its name.
     #[error(
         "another node is called {name:?} by now ({holder}): expel that one first (`hydramesh nodes expel {holder}`), or let this machine join as a new node: remove its node.key and node.crt and give it a token"
     )]
     NameTaken {
-        /// The name.
+        /// Name that both nodes have.
         name: String,
-        /// The node that has it.
+        /// Node id of the node that has the name now.
         holder: String,
     },
     /// There are too many open join tokens.
@@ -66,13 +66,13 @@ pub enum TrustError {
         "there are {most} open join tokens, and no more are made; `hydramesh token list` shows them, `hydramesh token revoke ID` withdraws one"
     )]
     TooManyTokens {
-        /// The limit.
+        /// Maximum number of open tokens.
         most: usize,
     },
     /// The node has not joined.
     #[error("{} holds no certificate: this node has not joined a mesh; give it a token from `hydramesh token create`", dir.display())]
     NoIdentity {
-        /// The state directory.
+        /// Path of the state directory.
         dir: PathBuf,
     },
     /// A certificate that is not for this node, or not of this mesh.
@@ -116,7 +116,7 @@ impl TrustError {
     }
 }
 
-/// What to do about a file of the state directory that cannot be used.
+/// Remedy for a file of the state directory that cannot be used.
 fn remedy(path: &Path) -> &'static str {
     match path.file_name().and_then(|name| name.to_str()) {
         Some(names::ROOT_KEY) => {

@@ -87,7 +87,7 @@ impl NodeIdentity {
         })
     }
 
-    /// Stores what the mesh issued for `key`; the key is in `dir` already.
+    /// Stores the certificates that the mesh issued for `key`; the key is in `dir` already.
     pub(crate) fn store(
         dir: &Path,
         key: NodeKey,
@@ -136,7 +136,7 @@ impl NodeIdentity {
         self.member().node_id.clone()
     }
 
-    /// What the node's certificate says.
+    /// Contents of the node's certificate.
     pub fn member(&self) -> Arc<Member> {
         self.current().member
     }
@@ -151,7 +151,7 @@ impl NodeIdentity {
         sha256(&self.inner.root)
     }
 
-    /// When the certificate should be renewed: at two thirds of its life.
+    /// Time at which to renew the certificate: two thirds of its life.
     pub fn renew_at(&self) -> SystemTime {
         let member = self.member();
         let life = member
@@ -172,7 +172,7 @@ impl NodeIdentity {
         &self.inner.clock
     }
 
-    /// The nodes that get no link from this one and to it.
+    /// The expelled nodes, to which this node has no links.
     pub fn deny_list(&self) -> &DenyList {
         &self.inner.deny_list
     }
@@ -207,8 +207,8 @@ impl NodeIdentity {
         Ok(())
     }
 
-    /// Takes the certificate in the state directory into use, if another one lies there now. It must be for this node's key,
-    /// of the same root, mesh and role; anything else needs a restart. True if it was another one.
+    /// Loads the certificate in the state directory, if it differs from the one in use. It must be for this
+    /// node's key, of the same root, mesh and role; other changes need a restart. True if it differed.
     pub fn reload(&self) -> Result<bool, TrustError> {
         let stored = Self::load_with(&self.inner.dir, self.inner.deny_list.clone())?;
         let (old, new) = (self.current(), stored.current());
@@ -320,7 +320,7 @@ pub fn set_aside(dir: &Path) -> Result<Option<PathBuf>, TrustError> {
     Ok(Some(folder))
 }
 
-/// Moves the files of an identity, as far as they are there, to another folder of the same disk.
+/// Moves the existing files of an identity to another folder of the same disk.
 pub(crate) fn move_identity(from: &Path, to: &Path) -> Result<(), TrustError> {
     for name in IDENTITY_FILES {
         let (from, to) = (from.join(name), to.join(name));
@@ -345,7 +345,7 @@ pub(crate) struct NodeKey {
 }
 
 impl NodeKey {
-    /// The key in `dir`, made when there is none: a join that is tried again must come with the same key.
+    /// The key in `dir`; created if there is none. A repeated join must use the same key.
     pub(crate) fn load_or_create(dir: &Path) -> Result<Self, TrustError> {
         if let Some(key) = Self::load(dir)? {
             return Ok(key);

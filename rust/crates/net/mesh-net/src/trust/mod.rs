@@ -1,4 +1,4 @@
-//! Who belongs to a mesh: its root, its nodes' certificates, and the tokens that let new nodes in.
+//! Membership in a mesh: its root, its nodes' certificates, and the tokens that admit new nodes.
 //!
 //! The head holds an [`Authority`]: a [`MeshRoot`] made at its first start, and a [`TokenStore`]. A node holds a
 //! [`NodeIdentity`]: its key, its certificate and the root. A node's id is the SHA-256 of its public key. Certificates
@@ -22,8 +22,8 @@
 //! | `members.json` | names and certificates' ends of the nodes that joined (head only) | owner |
 //! | `expelled.json` | nodes that were expelled; at workers a copy of the head's | owner |
 //!
-//! None of these is made anew while others of its set are there, unless the result is the same: a mesh whose root is
-//! replaced is lost, and a list of expelled nodes that begins anew lets all of them in.
+//! None of these is created anew while others of its set exist, unless the result is the same: replacing the
+//! root would lose the mesh, and an empty list of expelled nodes would readmit all of them.
 
 mod admission;
 mod clock;

@@ -1,4 +1,4 @@
-//! The root of a mesh, and what its certificates say.
+//! The root of a mesh and the contents of its certificates.
 
 use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -18,17 +18,17 @@ use x509_parser::prelude::{FromDer, X509Certificate, X509Name};
 use super::{TrustError, names, sha256};
 use crate::files;
 
-/// What a node is to its mesh; part of its certificate, so that a worker cannot pass for the head.
+/// A node's role in its mesh; part of its certificate, so that a worker cannot pass for the head.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Role {
     /// Routes requests and admits nodes.
     Head,
-    /// Everything else that joined with a token.
+    /// Any other node that joined with a token.
     Worker,
 }
 
 impl Role {
-    /// The word in the certificate (subject OU).
+    /// Name of the role in certificates (subject OU).
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Head => "head",
@@ -49,12 +49,12 @@ impl std::fmt::Display for Role {
     }
 }
 
-/// How long node certificates hold.
+/// Validity periods of node certificates.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Validity {
-    /// Life of a certificate from its issue.
+    /// Validity of a certificate from its issue.
     pub life: Duration,
-    /// How long after its end a certificate may still be exchanged for a new one (and for nothing else).
+    /// Period after a certificate's end in which it may still be exchanged for a new one (and nothing else).
     pub renewal_grace: Duration,
 }
 
@@ -84,8 +84,8 @@ impl std::fmt::Debug for MeshRoot {
 }
 
 impl MeshRoot {
-    /// Reads the root in `dir`, or makes one for a mesh of this name if nothing of a mesh is there. An existing root keeps its
-    /// name.
+    /// Reads the root in `dir`, or creates one for a mesh of this name if there are no files of a mesh. An
+    /// existing root keeps its name.
     ///
     /// # Errors
     /// If its files are not whole. A root is never made anew beside what is left of another one: tokens and certificates
@@ -206,7 +206,7 @@ impl MeshRoot {
         &self.mesh
     }
 
-    /// The root's certificate.
+    /// The root's self-signed certificate, DER.
     pub fn certificate(&self) -> &CertificateDer<'static> {
         &self.certificate
     }
@@ -218,8 +218,9 @@ impl MeshRoot {
 
     /// Issues a certificate for the key in a PKCS#10 request (DER) whose signature proves that the asker holds it.
     ///
-    /// Only the key is taken from the request; everything the certificate says comes from the arguments. It begins a day
-    /// before `now`, because reclaimed machines have poor clocks. Returns the certificate, then the root's.
+    /// Only the key is taken from the request; all other contents come from the arguments. The validity
+    /// begins a day before `now`, because reclaimed machines have poor clocks. Returns the certificate, then
+    /// the root's.
     pub fn issue(
         &self,
         request: &[u8],
@@ -263,20 +264,20 @@ fn parse_request(request: &[u8]) -> Result<CertificateSigningRequestParams, Trus
         .map_err(|error| TrustError::Request(error.to_string()))
 }
 
-/// What a node's certificate says about it. Says nothing about whether the certificate is genuine.
+/// Contents of a node's certificate. They say nothing about whether the certificate is genuine.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Member {
     /// SHA-256 of the node's public key (SubjectPublicKeyInfo, DER), lower-case hex.
     pub node_id: String,
-    /// The name a person knows it by; not unique.
+    /// Name of the node, for people; not unique.
     pub name: String,
-    /// What it is.
+    /// Role of the node.
     pub role: Role,
     /// Name of its mesh.
     pub mesh: String,
-    /// Begin of the certificate.
+    /// Start of the certificate's validity.
     pub not_before: SystemTime,
-    /// End of the certificate.
+    /// End of the certificate's validity.
     pub not_after: SystemTime,
 }
 
@@ -308,7 +309,7 @@ impl Member {
         format!("valid from {from} to {to}")
     }
 
-    /// Whether the certificate holds at this time.
+    /// True if `now` is within the certificate's validity.
     pub fn is_valid_at(&self, now: SystemTime) -> bool {
         (self.not_before..self.not_after).contains(&now)
     }

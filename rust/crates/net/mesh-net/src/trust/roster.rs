@@ -1,4 +1,5 @@
-//! The nodes that have joined a mesh: which names are taken, and who can be expelled while it is not connected.
+//! The nodes that have joined a mesh: names in use, and nodes that can be expelled while they are not
+//! connected.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -22,12 +23,12 @@ pub(super) struct Roster {
     has_deny_list: bool,
 }
 
-/// What the head remembers of a member. Times are seconds since the Unix epoch.
+/// The head's record of a member. Times are seconds since the Unix epoch.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct KnownMember {
     /// The name in its certificate.
     pub name: String,
-    /// When it joined or was first seen.
+    /// Time at which it joined or was first seen.
     pub since: u64,
     /// The end of its certificate.
     pub until: u64,
@@ -103,8 +104,8 @@ impl Roster {
         other.map(|(id, _)| id)
     }
 
-    /// Notes that this node is a member with this certificate. A roster that cannot be written is told of: the mesh works
-    /// without.
+    /// Records that this node is a member with this certificate. If the roster cannot be written, a warning
+    /// is logged: the mesh works without it.
     pub(super) fn note(&mut self, member: &Member, now: SystemTime) {
         let until = unix_seconds(member.not_after);
         let known = self.members.get(&member.node_id);
@@ -172,7 +173,8 @@ impl Roster {
     }
 }
 
-/// Who joined with these tokens. Certificates were renewed since or have ended: `life` is the least.
+/// Members that joined with these tokens. Their certificates have been renewed since or have ended; `life` is
+/// the minimum.
 fn joined_with(tokens: &[TokenRecord], life: Duration) -> BTreeMap<String, KnownMember> {
     let used = tokens.iter().filter_map(|token| token.used.as_ref());
     let members = used.map(|used| {
@@ -189,7 +191,7 @@ fn joined_with(tokens: &[TokenRecord], life: Duration) -> BTreeMap<String, Known
 /// Members that are remembered. Beyond, those whose certificates ended first are forgotten.
 const MOST_MEMBERS: usize = 4096;
 
-/// As `root::check_name` has it.
+/// Maximum length of a name, as in `root::check_name`.
 const LONGEST_NAME: usize = 63;
 
 #[cfg(test)]

@@ -19,48 +19,48 @@ pub struct TokenStore {
     records: Vec<TokenRecord>,
 }
 
-/// What the head remembers of a token. Times are seconds since the Unix epoch.
+/// The head's record of a join token. Times are seconds since the Unix epoch.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TokenRecord {
     /// The token's public part.
     pub id: String,
     /// SHA-256 of the token's secret, hex: 128 random bits need no slower hash.
     secret_sha256: String,
-    /// What the operator wrote next to it.
+    /// Note of the operator.
     #[serde(default)]
     pub note: String,
-    /// When it was created.
+    /// Time of creation.
     pub created: u64,
-    /// When it ends.
+    /// Time of expiry.
     pub expires: u64,
-    /// Who used it.
+    /// The node that used the token; `None` for an unused one.
     #[serde(default)]
     pub used: Option<Use>,
 }
 
-/// Who used a token, and when.
+/// The use of a token by a node.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Use {
     /// Id of the node.
     pub node_id: String,
     /// Name of the node.
     pub node_name: String,
-    /// Seconds since the Unix epoch.
+    /// Time of the use, seconds since the Unix epoch.
     pub at: u64,
 }
 
 impl TokenRecord {
-    /// True if a node can still join with it, by a clock that says `now`.
+    /// True if a node can still join with it at the time `now`.
     pub fn is_open(&self, now: u64) -> bool {
         self.used.is_none() && now < self.expires
     }
 }
 
-/// Why a token cannot be withdrawn.
+/// Errors of withdrawing a token.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Revocation {
-    /// No such token.
+    /// There is no token of this id.
     #[error("no join token has the id {0:?}; `hydramesh token list` shows them")]
     Unknown(String),
     /// A node has joined with it.
@@ -68,9 +68,9 @@ pub enum Revocation {
         "the token {id} was used by `{node_name}`, so there is nothing to withdraw; to remove that node: `hydramesh nodes expel {node_name}`"
     )]
     Used {
-        /// The token.
+        /// Id of the token.
         id: String,
-        /// The node.
+        /// Name of the node that used it.
         node_name: String,
     },
     /// The list cannot be written.
@@ -79,7 +79,7 @@ pub enum Revocation {
 }
 
 impl TokenStore {
-    /// Reads the tokens in `dir`; none is a good number.
+    /// Reads the tokens in `dir`; without a file there are no tokens.
     ///
     /// # Errors
     /// If the file cannot be read; it is not replaced.
@@ -143,7 +143,7 @@ impl TokenStore {
             .map_err(|error| Refusal::Internal(error.to_string()))?;
         let now = unix_seconds(now);
         let hash = HEXLOWER.encode(&sha256(secret));
-        // Compares with every record, so that the time taken tells nothing about which ids exist.
+        // Compares with every record, so that the duration does not reveal which ids exist.
         let position = self
             .records
             .iter()
@@ -219,7 +219,7 @@ impl TokenStore {
     /// Withdraws an open token.
     ///
     /// # Errors
-    /// [`Revocation`] says why there is none of this id; or the file cannot be written.
+    /// [`Revocation`] if there is no open token of this id, or if the file cannot be written.
     pub fn revoke(&mut self, id: &str, now: SystemTime) -> Result<(), Revocation> {
         let record = self.records.iter().find(|record| record.id == id);
         let record = record.ok_or_else(|| Revocation::Unknown(id.chars().take(64).collect()))?;
@@ -240,8 +240,8 @@ impl TokenStore {
         &self.records
     }
 
-    /// The records without those whose end lies so far back that nobody asks why they are refused, and without the oldest of
-    /// the closed ones where there are many.
+    /// The records without those that expired more than [`MEMORY`] ago, and without the oldest closed ones
+    /// above [`MOST_CLOSED`].
     fn remembered(&self, now: u64) -> Vec<TokenRecord> {
         let recent = |record: &&TokenRecord| record.expires.saturating_add(MEMORY.as_secs()) > now;
         let mut kept: Vec<_> = self.records.iter().filter(recent).cloned().collect();
@@ -265,18 +265,18 @@ impl TokenStore {
     }
 }
 
-/// How long the node that used a token may repeat its request.
+/// Period in which the node that used a token may repeat its request.
 pub const RETRY_WINDOW: Duration = Duration::from_secs(60);
 
 /// A clock that is set back by less needs no correction.
 const CLOCK_STEP: Duration = Duration::from_secs(300);
 
-/// How long after its end a token is remembered, to tell "expired" and "used" from "unknown".
+/// Period for which a token is remembered after its end, to tell "expired" and "used" from "unknown".
 const MEMORY: Duration = Duration::from_secs(30 * 24 * 3600);
 
-/// Open tokens, at most.
+/// Maximum number of open tokens.
 const MOST_OPEN: usize = 1024;
-/// Used and expired tokens that are remembered, at most.
+/// Maximum number of used and expired tokens that are remembered.
 const MOST_CLOSED: usize = 1024;
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! The text a person carries from the head to a new node.
+//! The text form of a join token, which a person carries from the head to a new node.
 
 use std::fmt;
 use std::str::FromStr;
@@ -11,11 +11,11 @@ use zeroize::Zeroizing;
 
 use super::sha256;
 
-/// A one-time join token: which mesh, which token, and the secret that proves it.
+/// A one-time join token: the mesh's root digest, the token's id, and its secret.
 ///
-/// Its text is `hydra1.` and the base64url of 60 bytes: SHA-256 of the root's certificate (32), token id (8), secret
-/// (16), and the first four bytes of the SHA-256 of all that, so that a slip in copying is told apart from a token that
-/// the head does not know.
+/// Its text is `hydra1.` and the base64url of 60 bytes: SHA-256 of the root's certificate (32), token id (8),
+/// secret (16), and the first four bytes of the SHA-256 of these, to distinguish copying errors from tokens
+/// that the head does not know.
 #[derive(Clone, PartialEq, Eq)]
 pub struct JoinToken {
     root_sha256: [u8; 32],
@@ -43,7 +43,7 @@ impl JoinToken {
         HEXLOWER.encode(&self.id)
     }
 
-    /// The secret part.
+    /// The secret part of the token.
     pub fn secret(&self) -> &[u8] {
         self.secret.as_slice()
     }
@@ -117,11 +117,11 @@ impl FromStr for JoinToken {
     }
 }
 
-/// Why a text is not a join token.
+/// Errors of parsing a join token.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum ParseTokenError {
-    /// Something else entirely.
+    /// The text does not have the prefix of a token.
     #[error(
         "not a join token: it must begin with `{PREFIX}`; make one with `hydramesh token create`"
     )]
@@ -134,9 +134,9 @@ pub enum ParseTokenError {
         "the join token has `{found}` at position {position}, where only letters, digits, - and _ can be; copy it again"
     )]
     Character {
-        /// The character.
+        /// Character that is not allowed.
         found: char,
-        /// Its position in the text, in bytes from 1.
+        /// Position of the character in the text, in bytes from 1.
         position: usize,
     },
     /// Cut off, or with something appended.
@@ -144,7 +144,7 @@ pub enum ParseTokenError {
         "the join token holds {0} bytes instead of {LEN}: part of it is missing or something was added; copy it again"
     )]
     Length(usize),
-    /// Mistyped.
+    /// The checksum does not match: a typing error.
     #[error("the join token's checksum does not fit: a character was changed; copy it again")]
     Checksum,
 }

@@ -39,14 +39,14 @@ impl Default for SocketOptions {
     }
 }
 
-/// A UDP socket that moves batches.
+/// A UDP socket that sends and receives batches of datagrams.
 #[derive(Debug)]
 pub struct BatchSocket {
     io: UdpSocket,
     local: SocketAddr,
     /// Cleared when the kernel or the device turns out to have no GSO.
     gso: AtomicBool,
-    /// Local addresses that peers are answered from, for a socket on every address.
+    /// Local addresses to answer peers from, for a socket that is bound to all addresses.
     routes: Option<Mutex<Routes>>,
     counts: Counts,
 }
@@ -58,7 +58,7 @@ impl BatchSocket {
         Self::bind_with(address, &SocketOptions::default())
     }
 
-    /// Binds to an address.
+    /// Binds to an address with these options.
     pub fn bind_with(address: SocketAddr, options: &SocketOptions) -> io::Result<Self> {
         let bind = || {
             let socket = mesh_base::listen::udp(address, |socket| {
@@ -105,19 +105,19 @@ impl BatchSocket {
         })
     }
 
-    /// The bound address.
+    /// The address that the socket is bound to.
     pub fn local_addr(&self) -> SocketAddr {
         self.local
     }
 
-    /// Waits for datagrams and fills `batch` with what is there. Returns how many, at least one. Safe to drop half-way.
+    /// Waits for datagrams and fills `batch` with them. Returns their number, at least one. Cancel-safe.
     pub async fn recv(&self, batch: &mut RecvBatch) -> io::Result<usize> {
         self.io
             .async_io(Interest::READABLE, || self.fill(batch))
             .await
     }
 
-    /// Fills `batch` with the datagrams that are there; fails with `WouldBlock` when there are none.
+    /// Fills `batch` with the datagrams that have arrived; fails with `WouldBlock` if there are none.
     pub fn try_recv(&self, batch: &mut RecvBatch) -> io::Result<usize> {
         self.io.try_io(Interest::READABLE, || self.fill(batch))
     }
@@ -127,7 +127,7 @@ impl BatchSocket {
         loop {
             let buffers = batch.storage.chunks_exact_mut(BUFFER);
             match datagrams::recv(self.io.as_fd(), buffers, &mut batch.received) {
-                // Somebody's port was closed when we sent to it; that says nothing about this call.
+                // An earlier datagram met a closed port; that says nothing about this call.
                 Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => continue,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 result => result?,
@@ -164,8 +164,8 @@ impl BatchSocket {
         Ok(sent)
     }
 
-    /// Sends what the socket's buffer takes, and removes that from the batch. Fails with `WouldBlock` when it takes
-    /// nothing.
+    /// Sends as many datagrams as the socket's buffer accepts, and removes them from the batch. Fails with
+    /// `WouldBlock` if it accepts none.
     pub fn try_send(&self, batch: &mut SendBatch) -> io::Result<usize> {
         self.io.try_io(Interest::WRITABLE, || self.drain(batch))
     }
@@ -185,7 +185,7 @@ impl BatchSocket {
         Ok(sent)
     }
 
-    /// Sends one datagram.
+    /// Sends one datagram; waits while the socket's buffer is full.
     pub async fn send_to(&self, data: &[u8], destination: SocketAddr) -> io::Result<()> {
         let outgoing = [Outgoing {
             destination,
@@ -211,7 +211,7 @@ impl BatchSocket {
         }
     }
 
-    /// What went through this socket so far.
+    /// Datagrams and bytes that this socket has sent and received so far.
     pub fn counters(&self) -> Counters {
         self.counts.snapshot()
     }
@@ -281,12 +281,12 @@ pub struct RecvBatch {
     storage: Vec<u8>,
     received: Vec<Received>,
     datagrams: Vec<(SocketAddr, Range<usize>)>,
-    /// Datagrams that were larger than any DCF datagram can be.
+    /// Number of datagrams that were longer than the largest DCF datagram.
     truncated: u64,
 }
 
 impl RecvBatch {
-    /// Room for one system call's worth.
+    /// An empty batch with room for one system call.
     pub fn new() -> Self {
         Self {
             storage: vec![0; BATCH * BUFFER],
@@ -296,12 +296,12 @@ impl RecvBatch {
         }
     }
 
-    /// How many datagrams are in it.
+    /// Number of datagrams in the batch.
     pub fn len(&self) -> usize {
         self.datagrams.len()
     }
 
-    /// Whether there are none.
+    /// True if the batch is empty.
     pub fn is_empty(&self) -> bool {
         self.datagrams.is_empty()
     }
@@ -319,7 +319,7 @@ impl RecvBatch {
         self.truncated = 0;
     }
 
-    /// Finds the datagrams in buffers that GRO filled with several.
+    /// Splits buffers that GRO filled with several datagrams.
     fn split_segments(&mut self) {
         for (index, buffer) in self.received.iter().enumerate() {
             let start = index * BUFFER;
@@ -352,12 +352,12 @@ impl Default for RecvBatch {
     }
 }
 
-/// A received datagram.
+/// A datagram in a received batch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Datagram<'a> {
-    /// Who sent it.
+    /// Address of the sender.
     pub from: SocketAddr,
-    /// Its bytes.
+    /// Payload of the datagram.
     pub data: &'a [u8],
 }
 
@@ -366,7 +366,7 @@ pub struct Datagram<'a> {
 pub struct SendBatch {
     bytes: Vec<u8>,
     datagrams: Vec<Outgoing>,
-    /// The first one that was not sent yet.
+    /// Index of the first datagram that has not been sent yet.
     next: usize,
 }
 
@@ -376,7 +376,7 @@ impl SendBatch {
         Self::default()
     }
 
-    /// Adds a datagram.
+    /// Adds a datagram with these bytes.
     pub fn push(&mut self, destination: SocketAddr, data: &[u8]) {
         self.push_parts(destination, &[data]);
     }
@@ -393,17 +393,17 @@ impl SendBatch {
         });
     }
 
-    /// How many datagrams wait in it.
+    /// Number of datagrams that have not been sent yet.
     pub fn len(&self) -> usize {
         self.datagrams.len() - self.next
     }
 
-    /// Whether none waits.
+    /// True if all datagrams have been sent.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// Drops what waits.
+    /// Drops all datagrams that have not been sent.
     pub fn clear(&mut self) {
         self.next = self.datagrams.len();
         self.recycle();
@@ -423,7 +423,7 @@ impl SendBatch {
         self.next += count;
     }
 
-    /// Gives the room back once everything is sent.
+    /// Clears the buffers once everything is sent.
     fn recycle(&mut self) {
         if self.is_empty() {
             self.bytes.clear();
@@ -436,12 +436,12 @@ impl SendBatch {
 #[derive(Debug)]
 struct Outgoing {
     destination: SocketAddr,
-    /// Its bytes in the batch.
+    /// Position of the datagram in the batch's bytes.
     range: Range<usize>,
 }
 
-/// Sends datagrams from the front of `outgoing`, whose bytes are in `bytes`, without waiting; from the
-/// addresses that `routes` says. Returns how many were taken; an error concerns the first.
+/// Sends datagrams from the front of `outgoing`, with bytes in `bytes`, without waiting, from the addresses
+/// in `routes`. Returns the number of datagrams sent; an error concerns the first.
 fn send(
     socket: BorrowedFd<'_>,
     outgoing: &[Outgoing],
@@ -473,8 +473,8 @@ fn send(
     Ok(runs[..taken].iter().sum())
 }
 
-/// How many datagrams from the front GSO would send as one: they go to one destination with the same length;
-/// the last may be shorter.
+/// Number of datagrams from the front that GSO can send as one run: same destination and length; the last may
+/// be shorter.
 fn run_length(outgoing: &[Outgoing]) -> usize {
     let Some(first) = outgoing.first() else {
         return 0;
@@ -503,18 +503,18 @@ fn run_length(outgoing: &[Outgoing]) -> usize {
     length
 }
 
-/// What went through a socket.
+/// Counters of a socket since it was bound.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Counters {
-    /// Datagrams received.
+    /// Number of datagrams received.
     pub received_datagrams: u64,
-    /// Their bytes.
+    /// Payload bytes received.
     pub received_bytes: u64,
     /// Datagrams that did not fit a buffer and were dropped.
     pub truncated_datagrams: u64,
-    /// Datagrams sent.
+    /// Number of datagrams sent.
     pub sent_datagrams: u64,
-    /// Their bytes.
+    /// Payload bytes sent.
     pub sent_bytes: u64,
     /// Datagrams that the kernel refused to send.
     pub refused_datagrams: u64,

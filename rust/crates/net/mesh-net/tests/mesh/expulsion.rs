@@ -143,7 +143,7 @@ async fn names_are_given_by_the_head_and_no_two_nodes_have_one() {
     assert_eq!(head.authority.members()[&renamed.node_id].name, "tower");
 }
 
-/// What a worker's state directory has gone through.
+/// History of a worker's state directory.
 fn break_file(dir: &Path, file: &str, damage: Option<&str>) {
     match damage {
         Some(text) => std::fs::write(dir.join(file), text).expect("written"),

@@ -1,4 +1,4 @@
-//! How nodes come into a mesh, and who does not.
+//! Joining a mesh, and refusals to join.
 
 use std::time::{Duration, SystemTime};
 

@@ -1,9 +1,9 @@
-//! Which models, policies and nodes can be planned with.
+//! Validation of models, policies and nodes before planning.
 
 use super::error::PlanError;
 use super::types::{Candidate, ModelSpec, Policy, Reason, known};
 
-/// Whether numbers of a model and a policy make sense.
+/// Validates the numbers of a model and a policy.
 pub(super) fn check(model: &ModelSpec, policy: &Policy) -> Result<(), PlanError> {
     check_model(model)?;
     for (field, value) in [("context", policy.context), ("slots", policy.slots)] {
@@ -14,7 +14,7 @@ pub(super) fn check(model: &ModelSpec, policy: &Policy) -> Result<(), PlanError>
     Ok(())
 }
 
-/// Whether a model's numbers make sense.
+/// Validates a model's numbers.
 pub(crate) fn check_model(model: &ModelSpec) -> Result<(), PlanError> {
     let limits = [
         ("layers", u64::from(model.layers), 1, MOST_LAYERS),
@@ -37,7 +37,7 @@ pub(crate) fn check_model(model: &ModelSpec) -> Result<(), PlanError> {
     Ok(())
 }
 
-/// Why a node cannot hold a stage whatever the layout.
+/// The reason why a node cannot hold a stage in any layout; `None` if it can.
 pub(super) fn unusable(candidate: &Candidate, policy: &Policy, needs: u64) -> Option<Reason> {
     let reserved = &candidate.reserved_for;
     if !reserved.is_empty() && !reserved.contains(&policy.purpose) {

@@ -1,4 +1,4 @@
-//! What layouts cost: times and bytes.
+//! Cost of layouts: times and bytes.
 
 use std::ops::Range;
 
@@ -29,11 +29,11 @@ pub(super) struct Node {
 pub(super) struct Hop {
     /// From sending to having it all.
     pub(super) us: f64,
-    /// Of which the link is busy.
+    /// Part of that time during which the link is busy, microseconds.
     pub(super) busy_us: f64,
 }
 
-/// What a layout gives.
+/// Estimated speed of a layout.
 pub(super) struct Estimate {
     pub(super) token_us: f64,
     pub(super) slowest_us: f64,
@@ -211,7 +211,7 @@ const HEADER_BYTES: f64 = 64.0;
 /// A node with more processes per core than this is as good as none.
 const MOST_LOAD: f64 = 1000.0;
 
-/// Round trip between nodes of which nobody knows anything: two machines in one house, microseconds.
+/// Round trip between nodes without any measurement: two machines in one house, microseconds.
 pub const DEFAULT_RTT_US: f64 = 1_000.0;
 /// Bandwidth where none was measured: 100 Mbit/s, in bytes per second.
 pub const DEFAULT_BANDWIDTH: f64 = 12.5e6;

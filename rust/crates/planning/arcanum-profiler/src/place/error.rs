@@ -1,21 +1,21 @@
-//! Why there is no plan.
+//! Errors of planning.
 
 use super::cost::{Mesh, stage_bytes};
 use super::types::{LeftOut, ModelSpec, Policy, Reason};
 
-/// Why there is no plan, and what would help.
+/// The reason why there is no plan, with a remedy.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 #[non_exhaustive]
 pub enum PlanError {
     /// No node offers the model.
     #[error("no node offers layers of this model: name it in `shards` of a worker's configuration")]
     Empty,
-    /// The model's description makes no sense.
+    /// A number of the model's description is out of range.
     #[error("the model's {field} is {value}, but must be {least} to {most}")]
     Model {
-        /// Which number.
+        /// Name of the number.
         field: &'static str,
-        /// What it is.
+        /// The rejected value.
         value: u64,
         /// Least it may be.
         least: u64,
@@ -25,23 +25,23 @@ pub enum PlanError {
     /// Offers that should be of one model are not.
     #[error("one offer says that the model's {field} are {a}, another {b}: their files differ")]
     Differs {
-        /// Which number.
+        /// Name of the number.
         field: &'static str,
-        /// What one offer says.
+        /// Its value in one offer.
         a: u32,
-        /// What another says.
+        /// Its value in another offer.
         b: u32,
     },
-    /// What is wanted makes no sense.
+    /// A number of the policy is 0.
     #[error("{field} must be at least 1")]
     Policy {
-        /// Which number.
+        /// Name of the number.
         field: &'static str,
     },
     /// Every node is left out.
     #[error("none of the {} nodes that offer the model can be used: {}", .left_out.len(), reasons(.left_out))]
     Nobody {
-        /// Why each.
+        /// The nodes, each with its reason.
         left_out: Vec<LeftOut>,
     },
     /// All usable nodes together have too little memory.
@@ -51,9 +51,9 @@ pub enum PlanError {
         size(*.needs), size(*.offers)
     )]
     Memory {
-        /// Bytes needed.
+        /// Bytes that the model needs.
         needs: u64,
-        /// Bytes offered.
+        /// Bytes that the usable nodes offer.
         offers: u64,
         /// Tokens of a context.
         context: u32,
@@ -67,9 +67,9 @@ pub enum PlanError {
         size(*.offers), size(*.needs), size(*.layer)
     )]
     Pieces {
-        /// Bytes needed.
+        /// Bytes that the model needs.
         needs: u64,
-        /// Bytes offered.
+        /// Bytes that the usable nodes offer.
         offers: u64,
         /// Bytes of a layer with the KV rows of one context.
         layer: u64,
@@ -84,7 +84,7 @@ pub enum PlanError {
          model"
     )]
     Stages {
-        /// Stages asked for.
+        /// Number of stages in the policy.
         asked: u32,
         /// Nodes that could be used.
         nodes: usize,
@@ -94,7 +94,7 @@ pub enum PlanError {
 }
 
 impl PlanError {
-    /// Why the search on `mesh` found nothing.
+    /// The error for a search on `mesh` without a result.
     pub(super) fn of(
         model: &ModelSpec,
         mesh: &Mesh<'_>,
@@ -137,7 +137,7 @@ impl PlanError {
     }
 }
 
-/// The reasons in words, counted.
+/// The reasons as text, counted.
 fn reasons(left_out: &[LeftOut]) -> String {
     let count =
         |which: fn(&Reason) -> bool| left_out.iter().filter(|one| which(&one.reason)).count();
@@ -163,7 +163,7 @@ fn reasons(left_out: &[LeftOut]) -> String {
     words.join(", ")
 }
 
-/// `4.1 GiB`.
+/// A size for people, such as `4.1 GiB`.
 pub(super) fn size(bytes: u64) -> String {
     let mib = bytes as f64 / (1 << 20) as f64;
     if mib < 1.0 {

@@ -1,4 +1,4 @@
-//! What a layout that exists gives.
+//! Estimates the speed of an existing layout.
 
 use super::check::check;
 use super::cost::Mesh;

@@ -13,8 +13,8 @@ pub struct Explanation<'a> {
     names: &'a BTreeMap<String, String>,
 }
 
-/// Shows `plan`: its stages, what was left out and why, what to expect. `names` are the nodes' names by id; a node without one is
-/// shown by the beginning of its id.
+/// Shows `plan`: its stages, the nodes left out with their reasons, and the expected speed. `names` are the
+/// nodes' names by id; a node without one is shown by the beginning of its id.
 pub fn explain<'a>(plan: &'a Plan, names: &'a BTreeMap<String, String>) -> Explanation<'a> {
     Explanation { plan, names }
 }

@@ -1,33 +1,36 @@
 //! Placement: cuts a model's layers into stages and gives each to a node.
 //!
 //! # What a plan costs
-//! A stage of `n` layers takes `n * decode_us * (1 + load)` for one row, the last one `logits_us * (1 + load)` more. A hop takes
-//! half the round trip plus the row's bytes over the bandwidth; the one from the last stage back to the first carries a
-//! token instead of a row. Where nobody measured the path between two nodes, its round trip is taken as half the sum of
-//! theirs to the head (a mesh has a router in the middle) and its bandwidth as the smaller of theirs; where those are unknown,
-//! too, as [`DEFAULT_RTT_US`] and [`DEFAULT_BANDWIDTH`].
+//! A stage of `n` layers takes `n * decode_us * (1 + load)` for one row, the last one
+//! `logits_us * (1 + load)` more. A hop takes half the round trip plus the row's bytes over the bandwidth;
+//! the one from the last stage back to the first carries a token instead of a row. Where the path between two
+//! nodes was not measured, its round trip is taken as half the sum of theirs to the head (a mesh has a router
+//! in the middle) and its bandwidth as the smaller of theirs; where those are unknown, too, as
+//! [`DEFAULT_RTT_US`] and [`DEFAULT_BANDWIDTH`].
 //! - A token of one stream takes all stages and all hops, one after the other: [`Objective::Latency`] minimises that sum.
 //! - With enough requests in flight all stages work at once, and the one that is busy longest per row limits them all:
 //!   [`Objective::Throughput`] minimises it, then the sum. A link is busy while it carries bytes, not while they travel, so only
 //!   bytes over bandwidth counts there.
 //!
 //! # How the best one is found
-//! The cost of a layout is that of its order (hops) plus that of its split (compute), and the split depends on the order only through
-//! who is first and who is last. So up to [`EXACT_NODES`] nodes the search is exact: the dynamic program of Held and Karp
-//! (1962, "A dynamic programming approach to sequencing problems") gives the cheapest path through every set of nodes between
-//! every pair of ends, and for each such triple the best split is greedy: one layer for everybody, the rest to the fastest as
-//! far as its memory goes. For throughput the same program with `max` instead of `+` finds the least possible bottleneck; a second
-//! run that only allows links and stages within it finds the least latency. Sets are visited smallest first and must be better, not
-//! equal, to win: fewer stages win ties.
+//! The cost of a layout is that of its order (hops) plus that of its split (compute), and the split depends
+//! on the order only through the first and the last node. So up to [`EXACT_NODES`] nodes the search is exact:
+//! the dynamic program of Held and Karp (1962, "A dynamic programming approach to sequencing problems") gives
+//! the cheapest path through every set of nodes between every pair of ends, and for each such triple the best
+//! split is greedy: one layer for each node, the rest to the fastest as far as its memory goes. For
+//! throughput the same program with `max` instead of `+` finds the least possible bottleneck; a second run
+//! that only allows links and stages within it finds the least latency. Sets are visited smallest first and
+//! must be better, not equal, to win: fewer stages win ties.
 //!
 //! Beyond that a local search (add, remove, exchange, move a node; each layout with its best split) starts from the smallest set of
 //! the fastest nodes that holds the model and from that of the largest nodes, for throughput also from the 2, 4, 8, ... fastest,
 //! and takes the best end.
 //!
 //! # Memory
-//! Every stage holds its layers, KV rows for `kv_tokens` tokens, and what the ends of a model need besides. The tokens that are
-//! wanted may shrink, down to one context, until the plan is at most a tenth slower than the best plan for one context: a
-//! slow node is not worth its memory. Standbys share what is left.
+//! Every stage holds its layers, KV rows for `kv_tokens` tokens, and at the ends of the model its embedding
+//! or output matrix. The requested tokens may shrink, down to one context, until the plan is at most a tenth
+//! slower than the best plan for one context: a slow node is not worth its memory. Standbys share the
+//! remaining memory.
 
 mod check;
 mod cost;
@@ -63,7 +66,7 @@ use search::{Demand, Layout, Search};
 /// The best plan for `model` on `candidates`. Does not depend on their order.
 ///
 /// # Errors
-/// [`PlanError`] names what is missing.
+/// [`PlanError`] names the problem and a remedy.
 pub fn place(
     model: &ModelSpec,
     candidates: &[Candidate],
@@ -164,7 +167,7 @@ fn most_kv(search: &Search<'_>, demand: Demand, least: Layout, wanted: u64) -> (
     }
     let mut best = (least, demand);
     let (mut low, mut high) = (demand.kv_tokens, wanted);
-    // The rest of what the layout can hold is added afterwards, so that a coarse search will do.
+    // The remaining memory of the layout is added afterwards, so that a coarse search will do.
     while high - low > 1 && high - low > low / 64 {
         let middle = low + (high - low) / 2;
         match at(middle) {

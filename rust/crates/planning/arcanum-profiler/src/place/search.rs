@@ -6,7 +6,7 @@ use std::cmp::Ordering;
 use super::cost::Mesh;
 use super::types::Objective;
 
-/// What is looked for.
+/// Constraints and objective of a search.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Demand {
     pub(super) objective: Objective,
@@ -17,7 +17,7 @@ pub(super) struct Demand {
     pub(super) must: Option<usize>,
 }
 
-/// Nodes in order, how many layers each has, and what the objective makes of it, microseconds.
+/// Nodes in order, their numbers of layers, and the cost by the objective, microseconds.
 #[derive(Debug, Clone)]
 pub(super) struct Layout {
     pub(super) order: Vec<usize>,
@@ -27,7 +27,7 @@ pub(super) struct Layout {
     token_us: f64,
 }
 
-/// A mesh with what is worked out once for it.
+/// A mesh with values computed once for the search.
 pub(super) struct Search<'a> {
     mesh: &'a Mesh<'a>,
     /// Cheapest paths, and those with the least busy worst link; where the search is exact.
@@ -366,8 +366,9 @@ impl<'a> Search<'a> {
         order
     }
 
-    /// Takes a single change that makes the layout better, again and again, until there is none or it has looked at its share
-    /// of layouts. They are counted, not timed, so that the same numbers give the same plan on every machine.
+    /// Repeatedly applies a single change that improves the layout, until there is none or the limit of
+    /// layouts is reached. They are counted, not timed, so that the same numbers give the same plan on every
+    /// machine.
     fn improve(&self, mut layout: Layout, demand: &Demand) -> Layout {
         let mut share = (self.left.get() / 8).max(LEAST_LAYOUTS);
         let mut spend = || {
@@ -447,7 +448,7 @@ fn fits(order: &[usize], demand: &Demand) -> bool {
         && demand.must.is_none_or(|node| order.contains(&node))
 }
 
-/// Who is at the ends, and how many KV rows everybody holds.
+/// First and last node of a layout, and the KV rows that every node holds.
 #[derive(Debug, Clone, Copy)]
 struct Place {
     first: usize,
@@ -455,10 +456,10 @@ struct Place {
     kv_tokens: u64,
 }
 
-/// How the hops of a path are put together.
+/// Rule for combining the hops of a path.
 #[derive(Debug, Clone, Copy)]
 enum Sum {
-    /// Their times, added.
+    /// The sum of their times.
     Time,
     /// The one whose link is busy longest.
     Busiest,
@@ -467,7 +468,7 @@ enum Sum {
 /// The best path from `first` through every set to `last`.
 struct Paths {
     nodes: usize,
-    /// By first, set, last; infinite where there is none.
+    /// Cost by first node, set and last node; infinite where there is no path.
     cost: Vec<f64>,
     /// The node before last.
     before: Vec<u8>,
@@ -547,5 +548,5 @@ const MOST_LAYOUTS: u32 = 40_000;
 /// Layouts that each of them may look at in any case.
 const LEAST_LAYOUTS: u32 = 400;
 
-/// Up to so many usable nodes the search is exact.
+/// Largest number of usable nodes for which the search is exact.
 pub const EXACT_NODES: usize = 8;

@@ -1,4 +1,4 @@
-//! Standbys: who holds a stage's layers beside its member, and who takes over one that was lost.
+//! Standbys: the choice of a standby for a stage, and of a replacement for a lost member.
 
 use std::collections::BTreeMap;
 
@@ -44,7 +44,7 @@ pub(super) fn choose(
             layers: planned.layers.len() as u32,
         })
         .collect();
-    // The largest first: what is hard to find room for decides early.
+    // The largest first: they are the hardest to place.
     needs.sort_by_key(|need| (std::cmp::Reverse(need.bytes), need.stage));
     let mut search = Search {
         needs: &needs,
@@ -61,9 +61,9 @@ pub(super) fn choose(
     }
 }
 
-/// The node that should become the standby of `stages[stage]`, in a ring that runs with `kv_tokens`; `None` if no node has room.
-/// Candidates' `memory` is what they may use for this ring altogether: what `stages` puts on them is subtracted here.
-/// `exclude` names nodes that must not be taken, such as those just lost.
+/// The node that should become the standby of `stages[stage]`, in a ring that runs with `kv_tokens`; `None`
+/// if no node has room. Candidates' `memory` is all memory that they may use for this ring: the bytes of
+/// `stages` are subtracted here. `exclude` names nodes that must not be taken, such as those just lost.
 pub fn standby_for(
     model: &ModelSpec,
     stages: &[Assignment],
@@ -129,7 +129,7 @@ struct Ring<'a> {
     stage: &'a Assignment,
     /// Bytes that the stage needs.
     needs: u64,
-    /// What nodes hold of the other stages.
+    /// Layers and bytes that each node holds of other stages.
     holds: BTreeMap<&'a str, Holds>,
 }
 
@@ -188,11 +188,11 @@ struct Host<'a> {
     id: &'a str,
     /// The stage that it runs.
     own: Option<usize>,
-    /// Bytes left.
+    /// Bytes still free on the node.
     room: u64,
     /// Stages that it stands by for.
     stages: u32,
-    /// Their layers.
+    /// Number of layers of those stages.
     layers: u32,
 }
 

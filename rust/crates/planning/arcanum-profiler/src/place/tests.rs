@@ -44,7 +44,7 @@ fn policy() -> Policy {
     }
 }
 
-/// What a plan must keep whatever was asked.
+/// Asserts the invariants of every plan.
 fn assert_sound(model: &ModelSpec, candidates: &[Candidate], policy: &Policy, plan: &Plan) {
     let mut end = 0;
     let mut used: BTreeMap<&str, u64> = BTreeMap::new();
@@ -449,7 +449,7 @@ fn kv_memory_shrinks_before_a_slow_node_is_taken_and_not_below_one_context() {
     );
     let plan = place(&model(10), &near, &wanting(8)).expect("a plan");
     assert_eq!(plan.kv_tokens, 80);
-    // Less than one context is no plan.
+    // A plan needs KV memory for at least one context.
     let error = place(&model(10), &[node("a", 1219, 1.0)], &wanting(1)).expect_err("1 byte short");
     assert!(
         matches!(

@@ -1,14 +1,14 @@
-//! What placement is asked, and what it answers.
+//! Input and output of placement.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
 
-/// A model as far as placement needs it.
+/// Dimensions of a model that placement needs.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ModelSpec {
-    /// Layers.
+    /// Number of transformer layers.
     pub layers: u32,
     /// Width of a hidden row.
     pub hidden: u32,
@@ -22,40 +22,40 @@ pub struct ModelSpec {
     pub kv_bytes: u64,
 }
 
-/// A node that may hold layers, with what was measured of it. Numbers that make no sense count as unknown.
+/// A node that may hold layers, with its measurements. Impossible numbers count as unknown.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Candidate {
-    /// Node id.
+    /// Id of the node in the mesh.
     pub id: String,
     /// Name a person knows it by.
     pub name: String,
-    /// Bytes that it may use for this ring's weights and KV cache; what other rings use is not in it.
+    /// Bytes that it may use for this ring's weights and KV cache; without the memory of other rings.
     pub memory: u64,
     /// Microseconds of one layer for one decode row; not positive is unknown.
     pub decode_us: f64,
-    /// Microseconds of one layer per row of a prefill chunk. Decoding decides the placement: it is what most
-    /// of an answer's time goes to, and nodes keep their order in both.
+    /// Microseconds of one layer per row of a prefill chunk. Decoding decides the placement: it takes most of
+    /// an answer's time, and the nodes' order is the same in both.
     pub prefill_us: f64,
     /// Microseconds of one row of logits.
     pub logits_us: f64,
     /// Other work on the node, in processes ready to run per core: its times are stretched by `1 + load`.
     pub load: f32,
-    /// What its operator keeps it for; empty is for anything.
+    /// Purposes that its operator reserves it for; empty means any.
     pub reserved_for: Vec<String>,
     /// Paths to other nodes by their id; empty is the head.
     pub paths: BTreeMap<String, PathSpec>,
 }
 
-/// A measured path.
+/// A measured network path between two nodes.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct PathSpec {
-    /// Round trip, microseconds.
+    /// Round-trip time, microseconds.
     pub rtt_us: f64,
     /// Bytes per second; not positive is unknown.
     pub bandwidth: f64,
 }
 
-/// What a plan is to be best at.
+/// Objective of a plan.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Objective {
@@ -66,20 +66,20 @@ pub enum Objective {
     Throughput,
 }
 
-/// What is wanted of a plan.
+/// Requirements for a plan.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Policy {
-    /// What it is to be best at.
+    /// The quantity to optimise.
     pub objective: Objective,
     /// Most tokens of one request.
     pub context: u32,
-    /// Requests at once.
+    /// Number of concurrent requests.
     pub slots: u32,
     /// KV memory wanted, in tokens; `None` is a context for every slot.
     pub kv_tokens: Option<u64>,
-    /// Whether to choose standbys.
+    /// Choose standbys.
     pub standbys: bool,
-    /// What the ring is for: a node that is reserved for other things only is left out.
+    /// Purpose of the ring: a node that is reserved for other purposes only is left out.
     pub purpose: String,
     /// Exactly so many stages.
     pub stages: Option<u32>,
@@ -102,7 +102,7 @@ impl Default for Policy {
     }
 }
 
-/// Which node holds which layers, and what to expect of it.
+/// Assignment of layers to nodes, with the expected speed.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Plan {
     /// The stages in order.
@@ -111,7 +111,7 @@ pub struct Plan {
     pub left_out: Vec<LeftOut>,
     /// Microseconds from one token of a stream to the next.
     pub token_us: f64,
-    /// What the slowest stage or link allows with enough requests in flight.
+    /// Tokens per second with enough requests in flight, limited by the slowest stage or link.
     pub tokens_per_second: f64,
     /// KV memory of the ring, in tokens.
     pub kv_tokens: u64,
@@ -122,7 +122,7 @@ pub struct Plan {
 pub struct PlannedStage {
     /// Id of the node that runs it.
     pub node: String,
-    /// Its layers.
+    /// Range of layers.
     pub layers: Range<u32>,
     /// Id of the node that holds the same layers and mirrored KV rows.
     pub standby: Option<String>,
@@ -138,22 +138,22 @@ pub struct PlannedStage {
 /// A node without a stage.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct LeftOut {
-    /// Its id.
+    /// Id of the node.
     pub node: String,
-    /// Why.
+    /// Reason why it runs no stage.
     pub reason: Reason,
 }
 
-/// Why a node runs no stage.
+/// Reason why a node runs no stage.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", tag = "kind")]
 pub enum Reason {
-    /// Its operator keeps it for something else.
+    /// Its operator reserves it for other purposes.
     Reserved {
-        /// What for.
+        /// The purposes it is reserved for.
         purposes: Vec<String>,
     },
-    /// It did not say how fast it is with this model.
+    /// It did not report its speed with this model.
     UnknownSpeed,
     /// Not even one layer fits.
     TooLittleMemory {
@@ -164,11 +164,11 @@ pub enum Reason {
     },
     /// With it, a token (latency) or the slowest stage (throughput) would take longer.
     Slower {
-        /// Which of the two.
+        /// The quantity that would be slower.
         objective: Objective,
-        /// Microseconds with it.
+        /// Microseconds with the node.
         with_us: f64,
-        /// Microseconds without.
+        /// Microseconds without the node.
         without_us: f64,
     },
     /// The others suffice, and with it nothing would get better.
@@ -177,13 +177,13 @@ pub enum Reason {
     NoRoom,
 }
 
-/// What a node holds of a ring that exists: input of [`evaluate`](fn@super::evaluate),
+/// Stage of an existing ring with its nodes: input of [`evaluate`](fn@super::evaluate),
 /// [`standby_for`](super::standby_for) and [`replacement_for`](super::replacement_for).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Assignment {
     /// Id of the node that runs the stage.
     pub node: String,
-    /// Its layers.
+    /// Range of layers.
     pub layers: Range<u32>,
     /// Id of its standby.
     pub standby: Option<String>,

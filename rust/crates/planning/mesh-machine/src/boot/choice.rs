@@ -1,4 +1,4 @@
-//! From what was found to a backend, with the reason.
+//! Chooses the backend for the hardware found, with the reason.
 
 use std::fmt;
 use std::str::FromStr;
@@ -9,20 +9,20 @@ use serde::Serialize;
 
 use crate::hardware::Hardware;
 
-/// What computes.
+/// A backend of the live image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Backend {
-    /// The processor.
+    /// The processor, without a GPU.
     Cpu,
-    /// CUDA.
+    /// NVIDIA GPUs, through CUDA.
     Nvidia,
-    /// ROCm.
+    /// AMD GPUs, through ROCm.
     Rocm,
 }
 
 impl Backend {
-    /// All of them.
+    /// All backends.
     pub const ALL: [Self; 3] = [Self::Cpu, Self::Nvidia, Self::Rocm];
 }
 
@@ -36,7 +36,7 @@ impl fmt::Display for Backend {
     }
 }
 
-/// What was asked for.
+/// Requests and limits for the choice of a backend.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Wish {
     /// A backend; `None` lets the hardware decide.
@@ -51,14 +51,14 @@ pub struct Wish {
     pub without_rocm: bool,
 }
 
-/// The word for a choice by hardware.
+/// The value of `backend` that lets the hardware decide.
 pub const AUTO: &str = "auto";
 
 impl Wish {
     /// Reads `auto`, `cpu`, `nvidia` or `rocm`.
     ///
     /// # Errors
-    /// What can be written instead.
+    /// A message that lists the valid words.
     pub fn parse_backend(text: &str) -> Result<Option<Backend>, String> {
         if text == AUTO {
             return Ok(None);
@@ -78,12 +78,12 @@ impl FromStr for Backend {
     }
 }
 
-/// A backend, why, and what it leaves unused.
+/// The chosen backend, the reason, and the cards that it leaves unused.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Choice {
-    /// The backend.
+    /// The chosen backend.
     pub backend: Backend,
-    /// Why, in a sentence.
+    /// Reason for the choice, as a sentence.
     pub reason: String,
     /// Cards that are not used.
     pub left_out: Vec<LeftOut>,
@@ -92,9 +92,9 @@ pub struct Choice {
 /// A card that is not used.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct LeftOut {
-    /// Which one.
+    /// Description of the card.
     pub gpu: String,
-    /// Why not.
+    /// Reason why it is not used.
     pub why: String,
 }
 
@@ -203,7 +203,7 @@ fn by_hardware(nvidia: Found<'_>, amd: Found<'_>, gpus: &[Gpu]) -> (Backend, Str
     }
 }
 
-/// What one card is good for.
+/// Judgement of one card.
 enum Verdict {
     Use {
         with: Backend,
@@ -267,10 +267,10 @@ fn judge_nvidia(gpu: &Gpu, hardware: &Hardware, legacy: bool) -> Verdict {
     }
 }
 
-/// Whether the driver on the image drives a card.
+/// Support of a card by the image's driver.
 enum Support {
     Yes,
-    /// Nobody knows; trying does no harm, since a worker falls back to the CPU.
+    /// Unknown; trying does no harm, since a worker falls back to the CPU.
     Try,
     No,
 }

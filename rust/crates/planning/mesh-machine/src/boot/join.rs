@@ -1,8 +1,9 @@
-//! Where a machine is told how to join: typed at the console, on the kernel command line, or on a partition.
+//! Settings for joining a mesh: typed at the console, on the kernel command line, or on a partition.
 //!
-//! All three know the same keys: `head`, `token`, `role`, `backend`, `ssh_key`, `name`, `keymap`. What is typed wins over the command line,
-//! and that over the partition, key by key. A source with a mistake is not used at all, since half of what a person meant can
-//! be worse than nothing; the mistake is told, and the other sources still count.
+//! All three know the same keys: `head`, `token`, `role`, `backend`, `ssh_key`, `name`, `keymap`. Typed
+//! settings win over the command line, and that over the partition, key by key. A source with a mistake is
+//! ignored as a whole, since half of a person's settings can be worse than none; the mistake is reported, and
+//! the other sources still count.
 
 use std::fmt;
 use std::path::Path;
@@ -15,25 +16,25 @@ use crate::files::{ReadError, read_text};
 
 /// Prefix of our keys on the kernel command line.
 pub const PREFIX: &str = "hydramesh.";
-/// Settings on the partition.
+/// Name of the settings file on the partition.
 pub const SETTINGS_FILE: &str = "hydramesh.toml";
-/// A token alone on the partition.
+/// Name of a file on the partition that holds only the token.
 pub const TOKEN_FILE: &str = "join-token";
 /// The head's port for workers, where an address names none.
 pub const HEAD_PORT: u16 = 7780;
 
-/// What one source says.
+/// Settings from one source; `None` where it does not contain the key.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Settings {
-    /// The head's address.
+    /// Address of the head.
     pub head: Option<HeadAddress>,
-    /// The join token.
+    /// The secret that admits this machine.
     pub token: Option<Token>,
-    /// What this machine shall be.
+    /// Role of this machine.
     pub role: Option<Role>,
     /// The backend; the inner `None` is `auto`.
     pub backend: Option<Option<Backend>>,
-    /// Who may log in over ssh: one line of an authorized_keys file.
+    /// Public key that may log in over ssh: one line of an authorized_keys file.
     pub ssh_key: Option<String>,
     /// Name of this node.
     pub name: Option<String>,
@@ -41,15 +42,15 @@ pub struct Settings {
     pub keymap: Option<String>,
 }
 
-/// What a machine is in a mesh.
+/// Role of a machine in a mesh.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Role {
-    /// Computes.
+    /// Computes answers.
     #[default]
     Worker,
-    /// Leads workers.
+    /// Manages workers and routes requests.
     Head,
-    /// Takes UDP clients in.
+    /// Receives DCF clients over UDP.
     Shim,
 }
 
@@ -58,15 +59,15 @@ pub enum Role {
 pub struct HeadAddress {
     /// Name or address; IPv6 without brackets.
     pub host: String,
-    /// UDP port.
+    /// UDP port for workers.
     pub port: u16,
 }
 
-/// A secret: shown nowhere but in the file that it is written to.
+/// A secret, shown only in the file that it is written to.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Token(String);
 
-/// Where a setting came from.
+/// Origin of a setting.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Source {
     /// Typed by a person at this machine.
@@ -89,29 +90,29 @@ pub enum JoinError {
     /// A key without a value.
     #[error("`{0}` has no value; write {0}=VALUE")]
     NoValue(String),
-    /// A value that makes no sense. The value of a token is not in it.
+    /// An invalid value. The value of a token is not in the message.
     #[error("`{key}`: {reason}")]
     Value {
-        /// The key.
+        /// Name of the key.
         key: String,
-        /// What is wrong and what to write.
+        /// Description of the error and the remedy.
         reason: String,
     },
     /// A file that cannot be used.
     #[error("{file}: {reason}")]
     File {
-        /// Its name on the partition.
+        /// Name of the file on the partition.
         file: &'static str,
-        /// What is wrong.
+        /// Description of the error.
         reason: String,
     },
 }
 
 impl Settings {
-    /// Takes one setting in.
+    /// Sets one key.
     ///
     /// # Errors
-    /// [`JoinError`] where the key does not exist, was there already with another value, or the value makes no sense.
+    /// [`JoinError`] if the key is unknown, was set to another value before, or the value is invalid.
     pub fn set(&mut self, key: &str, value: &str) -> Result<(), JoinError> {
         let invalid = |reason: String| JoinError::Value {
             key: key.to_owned(),
@@ -140,7 +141,7 @@ impl Settings {
         }
     }
 
-    /// Reads `key=value` lines, as they are typed; empty lines and lines with `#` do not count.
+    /// Reads typed `key=value` lines; empty lines and lines with `#` are ignored.
     ///
     /// # Errors
     /// As [`Settings::set`].
@@ -158,7 +159,7 @@ impl Settings {
         Ok(settings)
     }
 
-    /// Reads what the kernel was started with; keys of others do not count.
+    /// Reads the settings on the kernel command line; other words are ignored.
     ///
     /// # Errors
     /// As [`Settings::set`].
@@ -179,10 +180,11 @@ impl Settings {
         Ok(settings)
     }
 
-    /// Reads `hydramesh.toml` and `join-token` of a mounted partition; without both, there are no settings.
+    /// Reads `hydramesh.toml` and `join-token` of a mounted partition. If neither exists, the settings are
+    /// empty.
     ///
     /// # Errors
-    /// [`JoinError`] naming the file and, without its content, what is wrong.
+    /// [`JoinError`] with the file and the error, without the file's content.
     pub fn from_partition(dir: &Path) -> Result<Self, JoinError> {
         let mut settings = match file(dir, SETTINGS_FILE)? {
             Some(text) => Self::from_toml(&text)?,
@@ -215,7 +217,7 @@ impl Settings {
             let start = error.span().map_or(0, |span| span.start);
             let line = text.bytes().take(start).filter(|&b| b == b'\n').count() + 1;
             let message = error.message().lines().next().unwrap_or("no TOML");
-            // A parser that quotes what it found must not show a secret.
+            // The TOML parser quotes its input, so the quote is cut off: it may be a secret.
             let message = message.split(['`', '"']).next().unwrap_or("no TOML");
             wrong(format!("line {line}: {}", message.trim_end()))
         })?;
@@ -235,7 +237,7 @@ impl Settings {
     }
 }
 
-/// Whether the kernel was started with this word, such as `nomodeset`.
+/// True if the kernel command line contains `word`, such as `nomodeset`.
 pub fn command_line_has(text: &str, word: &str) -> bool {
     command_line_words(text).any(|found| found == word)
 }
@@ -262,10 +264,10 @@ impl fmt::Display for Role {
 }
 
 impl HeadAddress {
-    /// `host`, `host:port`, `[2001:db8::1]:port`.
+    /// Parses `host`, `host:port` or `[2001:db8::1]:port`.
     ///
     /// # Errors
-    /// What to write.
+    /// A message that shows the expected form.
     pub fn parse(text: &str) -> Result<Self, String> {
         let wrong =
             || "write the head's address as HOST:7780, such as 192.168.1.10:7780".to_owned();
@@ -331,10 +333,10 @@ impl fmt::Display for HeadAddress {
 }
 
 impl Token {
-    /// The form is checked; whether the head knows it turns out when the worker joins.
+    /// Checks the form of a token. The head checks the token itself when the worker joins.
     ///
     /// # Errors
-    /// What a token looks like; never the text itself.
+    /// A message with the form of a token; never the text itself.
     pub fn parse(text: &str) -> Result<Self, String> {
         let body = text.trim().strip_prefix("hydra1.");
         let allowed = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_');
@@ -353,7 +355,7 @@ impl Token {
         }
     }
 
-    /// The secret itself.
+    /// The token in clear text.
     pub fn secret(&self) -> &str {
         &self.0
     }
@@ -411,7 +413,7 @@ fn file(dir: &Path, name: &'static str) -> Result<Option<String>, JoinError> {
     }
 }
 
-/// Whether the place was free, or held the same.
+/// Fills an empty place. False if the place holds another value.
 fn put<T: PartialEq>(place: &mut Option<T>, value: T) -> bool {
     match place {
         Some(there) => *there == value,
@@ -422,8 +424,8 @@ fn put<T: PartialEq>(place: &mut Option<T>, value: T) -> bool {
     }
 }
 
-/// A line of an authorized_keys file, or what fits on a command line without quotes: the key's second word alone, or the whole
-/// line as base64.
+/// A line of an authorized_keys file, or a form of it that needs no quotes on a command line: the key's
+/// second word alone, or the whole line as base64.
 fn ssh_key(text: &str) -> Result<String, String> {
     let wrong = || {
         "write the line of your .pub file in double quotes, its second word alone (AAAA…), or the line as base64".to_owned()
@@ -441,7 +443,7 @@ fn ssh_key(text: &str) -> Result<String, String> {
     let mut words = line.split_whitespace();
     let (kind, blob) = words.next().zip(words.next()).ok_or_else(wrong)?;
     let bytes = STANDARD.decode(blob).map_err(|_| wrong())?;
-    // A line that begins with options, or whose two words disagree, is not what .pub files hold.
+    // A .pub file holds no line that begins with options, or whose two words disagree.
     if key_type(&bytes) != Some(kind) || line.contains(char::is_control) || line.len() > 8192 {
         return Err(wrong());
     }

@@ -1,4 +1,4 @@
-//! What this machine shall do, what is missing for it, and how a person can help.
+//! The plan of a booting machine: its role, the missing settings, and help for a person.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -7,14 +7,14 @@ use super::choice::{Backend, Choice, Wish, choose};
 use super::join::{HeadAddress, JoinError, Role, Settings, Source, Token, command_line_has};
 use crate::hardware::Hardware;
 
-/// Everything that decides what a machine does.
+/// Input of a plan besides the hardware.
 #[derive(Debug, Clone, Default)]
 pub struct Told {
-    /// What a person has typed, as `key=value` lines.
+    /// Settings typed by a person, as `key=value` lines.
     pub typed: Option<String>,
     /// The kernel's command line.
     pub command_line: String,
-    /// Where the partition is mounted, if there is one.
+    /// Mount point of the partition, if there is one.
     pub partition: Option<PathBuf>,
     /// Folder of the services' state, where it outlives a restart.
     pub state: Option<PathBuf>,
@@ -22,18 +22,18 @@ pub struct Told {
     pub backends: Option<Vec<Backend>>,
 }
 
-/// What a machine shall do.
+/// Role and settings of a booting machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Plan {
-    /// What it is.
+    /// Role in the mesh.
     pub role: Role,
-    /// What computes, and why.
+    /// The chosen backend with its reason.
     pub choice: Choice,
-    /// The head's address, and who said so.
+    /// The head's address and its origin.
     pub head: Option<(HeadAddress, Source)>,
-    /// The join token, and who gave it.
+    /// The join token and its origin.
     pub token: Option<(Token, Source)>,
-    /// Who may log in.
+    /// Public key that may log in over ssh.
     pub ssh_key: Option<String>,
     /// Name of this node.
     pub name: Option<String>,
@@ -43,25 +43,25 @@ pub struct Plan {
     pub models: Vec<PathBuf>,
     /// Model files of the partition, to hold layers of together with other workers.
     pub shards: Vec<PathBuf>,
-    /// Whether the worker has a certificate from an earlier boot, and so needs no token.
+    /// True if the worker has a certificate from an earlier boot, and so needs no token.
     pub joined: bool,
-    /// What is wrong with a source, which then was not used.
+    /// Mistakes in ignored sources.
     pub mistakes: Vec<(Source, JoinError)>,
 }
 
-/// What a role cannot start without, and the remedy.
+/// A missing setting without which a role cannot start.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Missing {
-    /// The head's address.
+    /// The head's address is missing.
     Head,
-    /// The join token.
+    /// The join token is missing.
     Token,
-    /// A model.
+    /// The worker has neither models nor shards.
     Model,
 }
 
 impl Plan {
-    /// Puts together what was found and what was told.
+    /// Combines the hardware and the settings of all sources.
     pub fn new(hardware: &Hardware, told: &Told) -> Self {
         let mut mistakes = Vec::new();
         let mut read = |source, settings: Result<Settings, JoinError>| {
@@ -122,7 +122,7 @@ impl Plan {
         }
     }
 
-    /// What the role cannot start without.
+    /// The missing settings without which the role cannot start.
     pub fn missing(&self) -> Vec<Missing> {
         let wanted: &[(Missing, bool)] = match self.role {
             Role::Head => &[],
@@ -143,7 +143,7 @@ impl Plan {
             .collect()
     }
 
-    /// Environment of the role's service, by which it is configured: names and values.
+    /// Environment variables that configure the role's service: names and values.
     pub fn environment(&self) -> Vec<(String, String)> {
         let mut variables = Vec::new();
         let mut set = |name: &str, value: String| variables.push((name.to_owned(), value));
@@ -157,7 +157,8 @@ impl Plan {
                 }
                 let paths =
                     |files: &[PathBuf]| list(files.iter().map(|path| path.display().to_string()));
-                // With shards alone it says that there are none, which the image's own configuration cannot know.
+                // With shards alone the list of models is set to empty, which the image's own configuration
+                // cannot know.
                 if !self.models.is_empty() || !self.shards.is_empty() {
                     set("HYDRAMESH_WORKER__MODELS", paths(&self.models));
                 }
@@ -181,7 +182,7 @@ impl Plan {
     }
 }
 
-/// What a person at the machine reads.
+/// The plan as text for a person at the machine.
 impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "Role: {}", self.role)?;
@@ -228,7 +229,7 @@ impl fmt::Display for Plan {
     }
 }
 
-/// With the remedy.
+/// The missing setting with its remedy.
 impl fmt::Display for Missing {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
@@ -294,7 +295,7 @@ impl Backend {
     }
 }
 
-/// The worker's certificate below the state folder; it is there when the worker has joined.
+/// The worker's certificate below the state folder; it exists once the worker has joined.
 const CERTIFICATE: &str = "worker/node.crt";
 /// Folder of the partition with models to serve whole.
 const MODELS: &str = "models";

@@ -1,4 +1,4 @@
-//! The folder where a plan is written, and where the services' units look.
+//! The folder in which a plan is written, and in which the services' units look.
 //!
 //! | file | content |
 //! |---|---|
@@ -27,7 +27,7 @@ pub struct WriteError {
     source: io::Error,
 }
 
-/// Writes `plan` into `dir`, which is made if need be. What an earlier plan left there goes.
+/// Writes `plan` into `dir`, which is created if missing. Files of an earlier plan are removed.
 ///
 /// # Errors
 /// The file that could not be removed or written.
@@ -50,7 +50,7 @@ pub fn write(plan: &Plan, dir: &Path) -> Result<(), WriteError> {
     let environment: String = plan
         .environment()
         .iter()
-        // Single quotes: systemd takes what is between them as it is. No value holds one.
+        // Single quotes: systemd takes the text between them literally. No value contains one.
         .map(|(name, value)| format!("{name}='{value}'\n"))
         .collect();
     file(ENVIRONMENT, 0o644, &environment)?;
@@ -102,7 +102,7 @@ fn remove(path: &Path) -> Result<(), WriteError> {
     }
 }
 
-/// A new file: one that somebody else made meanwhile, or a link, is not written to.
+/// Creates a new file; fails if the path exists, also as a link.
 fn create(path: &Path, mode: u32, content: &str) -> Result<(), WriteError> {
     OpenOptions::new()
         .write(true)

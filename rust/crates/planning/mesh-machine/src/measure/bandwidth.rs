@@ -1,11 +1,11 @@
-//! Read bandwidth of the memory, which is what decoding is bound by.
+//! Read bandwidth of the memory, which limits decoding.
 
 use std::hint::black_box;
 use std::sync::Barrier;
 use std::time::{Duration, Instant};
 
-/// Bytes per second that `threads` threads read together from `bytes` of memory, which must be much more than the caches hold. Takes
-/// about a quarter of a second; 0 if the memory cannot be had.
+/// Bytes per second that `threads` threads read together from `bytes` of memory, which must be much more than
+/// the caches hold. Takes about a quarter of a second; 0 if the memory cannot be allocated.
 pub(crate) fn bandwidth(threads: usize, bytes: u64) -> f64 {
     let threads = threads.clamp(1, 256);
     let words = (bytes / 8) as usize / threads;

@@ -32,7 +32,7 @@ fn dropped(file: &Path) -> Option<f64> {
         .custom_flags(nix::libc::O_NONBLOCK)
         .open(file)
         .ok()?;
-    // Pages that a model in use has mapped stay; then the cache is measured, which is what loading would use, too.
+    // Pages that a model in use has mapped stay; then the cache is measured, which loading would use, too.
     let _ = posix_fadvise(&file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED);
     timed(file)
 }
@@ -64,7 +64,7 @@ fn timed(mut file: File) -> Option<f64> {
 const TIME: Duration = Duration::from_millis(250);
 const MOST_BYTES: u64 = 256 << 20;
 const REQUEST: usize = 1 << 20;
-/// What direct reads want; no disk has larger sectors.
+/// Alignment for direct reads; no disk has larger sectors.
 const ALIGNMENT: usize = 4096;
 
 #[cfg(test)]

@@ -1,11 +1,11 @@
-//! How fast this machine runs layers of a real model.
+//! Measures the speed of this machine with layers of a real model.
 //!
-//! A stage of some layers from the model's middle is loaded as a ring would load it, and its steps are timed; then the last
-//! layers with the output matrix. As many layers are taken as together exceed the processor's caches twice, up to
-//! [`MOST_WEIGHTS`]: two layers of a small model would stay in the cache, and decode faster there than the same layers do in a
-//! stage of thirty. Of the times of equal steps the
-//! one that a quarter stays below counts: placement stretches it by the machine's load, so it shall be that of an idle machine, without
-//! being a lucky one.
+//! A stage of some layers from the model's middle is loaded as a ring would load it, and its steps are timed;
+//! then the last layers with the output matrix. The number of layers is such that together they exceed the
+//! processor's caches twice, up to [`MOST_WEIGHTS`]: two layers of a small model would stay in the cache, and
+//! decode faster there than the same layers do in a stage of thirty. Of the times of equal steps the lower
+//! quartile counts: placement stretches it by the machine's load, so it must be the time on an idle machine,
+//! without being the luckiest one.
 
 use std::ops::Range;
 use std::time::{Duration, Instant};
@@ -19,14 +19,14 @@ use super::options::ProfileOptions;
 use crate::memory::Memory;
 use crate::processor::last_level_cache;
 
-/// Why layers could not be measured.
+/// Errors of measuring layers.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum MeasureError {
     /// The layers could not be loaded.
     #[error("loading layers to measure them: {0}")]
     Load(#[from] LoadError),
-    /// A step failed.
+    /// A step of the measurement failed.
     #[error("running layers to measure them: {0}")]
     Run(#[from] StageError),
     /// The model file cannot be read.
@@ -40,15 +40,15 @@ pub enum MeasureError {
     Memory {
         /// Bytes of a layer with its embedding or output matrix.
         needs: u64,
-        /// Bytes available.
+        /// Bytes of memory available.
         available: u64,
-        /// Weight format.
+        /// Name of the weight format.
         format: &'static str,
     },
 }
 
-/// Loads some layers of `model` as `format` and measures them. Takes about a second for a small model; what takes long for a large
-/// one is loading its layers.
+/// Loads some layers of `model` as `format` and measures them. Takes about a second for a small model; for a
+/// large one, loading the layers takes most of the time.
 ///
 /// # Errors
 /// If memory is short, or the layers cannot be loaded or run.
@@ -62,7 +62,7 @@ pub fn measure_layers(
     let sizes = Sizes::new(model, format);
     let available = Memory::read(&options.root).available.unwrap_or(0);
     let largest = sizes.layer + sizes.first.max(sizes.last);
-    // Loading holds one matrix of the file and its new form beside what is packed.
+    // Loading holds one matrix of the file and its new form besides the packed weights.
     if available > 0 && largest.saturating_mul(3) / 2 > available {
         return Err(MeasureError::Memory {
             needs: largest,
@@ -74,7 +74,8 @@ pub fn measure_layers(
     let weights = (2 * cache).min(MOST_WEIGHTS).min(available / 4);
     let filling = |bytes: u64| u32::try_from(bytes / sizes.layer.max(1) + 1).unwrap_or(u32::MAX);
     let middle = match layers {
-        // The ends are slower by what they do besides; a model without a middle has to be measured with one.
+        // The first and last layers are slower by their additional work; a model without a middle has to be
+        // measured with one.
         1 => 0..1,
         2 => 0..1,
         _ => 1..(layers - 1).min(filling(weights).max(2).saturating_add(1)),
@@ -122,10 +123,10 @@ pub fn measure_layers(
     })
 }
 
-/// The format to hold a model's layers in, and why.
+/// The chosen format for a model's layers, with the reason.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct FormatChoice {
-    /// The format.
+    /// The chosen format.
     pub format: WeightFormat,
     /// The reason in words.
     pub reason: String,
@@ -296,7 +297,7 @@ impl Exercise {
         quick(DECODE_TIME, 3, || self.row(true))
     }
 
-    /// Microseconds that one row takes longer with logits than without, measured in turn: what else the machine does slows
+    /// Microseconds that one row takes longer with logits than without, measured in turn: other load slows
     /// both.
     fn head(&mut self) -> Result<f64, StageError> {
         let mut without = Vec::new();
@@ -318,7 +319,7 @@ impl Exercise {
         Ok(sorted_at(differences.collect(), 2))
     }
 
-    /// One row behind what the slot holds.
+    /// Computes one row behind the slot's rows.
     fn row(&mut self, logits: bool) -> Result<(), StageError> {
         if self.stage.kv_len(0) >= self.stage.info().context {
             self.stage.truncate(0, self.chunk());

@@ -1,8 +1,8 @@
-//! How fast this machine is.
+//! Measures the speed of this machine.
 //!
 //! [`Profiler::take`] measures the memory's bandwidth and the disk; [`Profiler::layers`] and
-//! [`measure_layers`] load a few layers of a real model and time them. What took time to measure is kept in a
-//! file, and measured again when the processor, the threads, the kernels or the program change.
+//! [`measure_layers`] load a few layers of a real model and time them. Slow measurements are kept in a file,
+//! and repeated when the processor, the threads, the kernels or the program change.
 
 mod bandwidth;
 mod disk;

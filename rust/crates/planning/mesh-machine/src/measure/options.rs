@@ -1,8 +1,8 @@
-//! What to measure, and with what.
+//! Options for measuring a machine.
 
 use std::path::PathBuf;
 
-/// What to measure, and where to keep it.
+/// Inputs, limits and storage of the measurements.
 #[derive(Debug, Clone)]
 pub struct ProfileOptions {
     /// Folder in which `profile.json` is kept; `None` measures every time.
@@ -13,11 +13,11 @@ pub struct ProfileOptions {
     pub threads: usize,
     /// Most memory that weights and KV cache may take, bytes, if the operator set a limit.
     pub memory_limit: Option<u64>,
-    /// What the operator keeps this node for.
+    /// Purposes that the operator reserves this node for; empty means any.
     pub reserved_for: Vec<String>,
     /// ONNX Runtime's library; `None` is the environment's.
     pub library: Option<PathBuf>,
-    /// Folder with proc and sys: `/` but in tests.
+    /// Folder with proc and sys: `/` except in tests.
     pub root: PathBuf,
 }
 

@@ -1,4 +1,4 @@
-//! Measuring a machine once, and keeping in a file what took time to measure.
+//! Measures a machine once, and keeps slow measurements in a file.
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -19,7 +19,7 @@ use crate::memory::Memory;
 use crate::nvml;
 use crate::processor::{last_level_cache, load};
 
-/// A machine's profile, and what is needed to measure more for it.
+/// A machine's profile, and the inputs for further measurements.
 #[derive(Debug)]
 pub struct Profiler {
     /// All that is known so far.
@@ -28,7 +28,7 @@ pub struct Profiler {
     disk_folder: Option<PathBuf>,
 }
 
-/// The file.
+/// Content of `profile.json`.
 #[derive(Debug, Serialize, Deserialize)]
 struct Kept {
     key: Key,
@@ -44,9 +44,9 @@ struct KeptDisk {
 }
 
 impl Profiler {
-    /// Reads what the machine is, and measures it. What was measured before on the same processor, with the
-    /// same threads, kernels and program, is taken from the file; the rest takes about half a second. Nothing
-    /// in here fails: what cannot be found out is unknown, and a file that cannot be used is a warning.
+    /// Reads the machine's hardware and measures its speed. Earlier measurements on the same processor, with
+    /// the same threads, kernels and program, are taken from the file; the rest takes about half a second.
+    /// Never fails: unmeasurable values are unknown, and an unusable file is a warning.
     pub fn take(options: ProfileOptions) -> Profiler {
         let root = options.root.as_path();
         // Before measuring, which is load itself.
@@ -127,7 +127,7 @@ impl Profiler {
         profiler
     }
 
-    /// Speed of `model`'s layers held as `format`: kept, or measured now and kept.
+    /// Speed of `model`'s layers in `format`: from the file, or measured now and written to it.
     ///
     /// # Errors
     /// If they cannot be measured.
@@ -153,8 +153,7 @@ impl Profiler {
         Ok(speed)
     }
 
-    /// Writes what took time to measure. That it cannot be written costs the same time again, and nothing
-    /// else.
+    /// Writes the slow measurements. A failure only costs the time to measure again.
     fn keep(&self) {
         let Some(file) = self.options.file() else {
             return;
@@ -176,12 +175,12 @@ impl Profiler {
     }
 }
 
-/// What is left to the rest of the system stays free.
+/// Memory for this program: a tenth of the available memory stays free for the rest of the system.
 fn usable(available: u64, limit: Option<u64>) -> u64 {
     (available - available / 10).min(limit.unwrap_or(u64::MAX))
 }
 
-/// Whole bytes per second, which JSON gives back as they were; 0 for what nobody can have measured.
+/// Rounds to whole bytes per second, which JSON returns unchanged; 0 for an implausible speed.
 fn sane(speed: f64) -> f64 {
     if (1.0..=1e15).contains(&speed) {
         speed.round()
@@ -204,7 +203,7 @@ fn read(file: &Path) -> io::Result<Option<Kept>> {
     Ok(Some(serde_json::from_slice(&text)?))
 }
 
-/// A new file takes the old one's place, so that nobody ever reads half of it.
+/// Replaces the file by renaming a complete one, so that no reader sees half of it.
 fn write(file: &Path, kept: &Kept) -> io::Result<()> {
     let mut text = serde_json::to_vec_pretty(kept)?;
     text.push(b'\n');

@@ -1,4 +1,4 @@
-//! Why no worker takes a request, in words.
+//! Messages for requests that no worker takes.
 
 use std::time::Instant;
 
@@ -19,7 +19,8 @@ impl Placement {
         }
     }
 
-    /// What is the matter with the workers that claim to serve a model; `None` if there is none.
+    /// Reasons for which the workers that claim to serve a model do not answer; `None` if nothing is wrong
+    /// with any of them.
     fn why_none_answers(&self, ask: &Ask, now: Instant) -> Option<String> {
         let mut reasons = Vec::new();
         for worker in self.registry.iter().filter(|worker| !worker.draining) {

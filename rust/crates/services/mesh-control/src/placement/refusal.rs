@@ -1,4 +1,4 @@
-//! Why a request gets no worker.
+//! Reasons for which a request gets no worker.
 
 use crate::fair::Source;
 
@@ -13,7 +13,7 @@ pub enum Refusal {
         if *sources == 1 { "source" } else { "sources" }
     )]
     QueueFull {
-        /// The queue's bound.
+        /// Most requests that may wait.
         limit: usize,
         /// The source of the request.
         whose: Source,
@@ -22,7 +22,7 @@ pub enum Refusal {
         /// Sources that share the queue.
         sources: usize,
     },
-    /// The model is known but nobody serves it now, or there is no worker at all.
+    /// The model is known but no worker serves it now, or no worker is connected at all.
     #[error(
         "no worker is connected{}; start one, or wait for it to join",
         serving(model)
@@ -36,10 +36,10 @@ pub enum Refusal {
     NoRing {
         /// The model asked for.
         model: String,
-        /// What is missing.
+        /// Reason for which the offers are not enough.
         reason: String,
     },
-    /// Workers serve the model, and would ignore what the request asks for.
+    /// Workers serve the model, but would ignore fields of the request.
     #[error(
         "the workers that serve {model:?} are of an older version and would ignore {}; update them, or leave that out",
         mesh_proto::REVISED_FIELDS
@@ -65,10 +65,10 @@ pub enum Refusal {
     NoneAnswers {
         /// The model asked for.
         model: String,
-        /// Who claims to serve it, and what is the matter with each.
+        /// The workers that claim to serve it, each with the reason why it does not.
         why: String,
     },
-    /// Nobody serves such a model.
+    /// No worker serves a model of this name.
     #[error("the model {model:?} does not exist; GET /v1/models lists those that do")]
     UnknownModel {
         /// The model asked for.

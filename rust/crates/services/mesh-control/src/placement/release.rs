@@ -1,4 +1,4 @@
-//! First tokens and ends of attempts: what they tell of their workers.
+//! Releases workers after first tokens and ends of attempts, and learns speed and faults from them.
 
 use std::time::{Duration, Instant};
 
@@ -54,7 +54,7 @@ impl Placement {
         self.release_after(ticket, ended, Received::default(), now);
     }
 
-    /// The same, with what was received of its answer: that is how fast the worker is.
+    /// The same, with the part of its answer that was received: it gives the worker's speed.
     pub fn release_after(
         &mut self,
         ticket: Ticket,
@@ -124,8 +124,8 @@ impl Placement {
         }
     }
 
-    /// An attempt that began at `began` failed, and that was the worker's own fault: it was silent, or sent what it must not send, or
-    /// another worker did what it could not. Returns for how long it is left alone.
+    /// An attempt that began at `began` failed through the worker's own fault: it was silent, or sent invalid
+    /// data, or another worker could do what it could not. Returns the time for which it is left alone.
     pub fn at_fault(
         &mut self,
         key: &str,
@@ -142,14 +142,14 @@ fn model_of<'a>(worker: &'a mut Worker, name: &str) -> Option<&'a mut ServedMode
     worker.models.iter_mut().find(|m| m.card.name == name)
 }
 
-/// Tokens of a prompt, estimated, whose time says something about prefill speed and not about round trips only.
+/// Least tokens of a prompt, estimated, whose time shows prefill speed and not only round trips.
 const LEAST_PREFILL: u64 = 64;
 
-/// Tokens whose time says something about decode speed.
+/// Least tokens whose time shows decode speed.
 const LEAST_DECODE: u32 = 4;
 
 /// Weight of the newest task in a v5.0.0 worker's smoothed duration.
 const SMOOTHING: f64 = 0.25;
 
-/// How long a worker that said busy is left alone.
+/// Time for which a worker that reported busy gets no requests.
 pub(super) const BUSY_PAUSE: Duration = Duration::from_millis(100);

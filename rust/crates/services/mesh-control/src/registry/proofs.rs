@@ -1,4 +1,4 @@
-//! The head's questions to workers, and what follows from their answers.
+//! The head's questions to workers, and the effects of their answers.
 
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
@@ -10,51 +10,51 @@ use super::served::{ServedModel, ring_of_subject, short};
 use super::worker::{Worker, WorkerId};
 use crate::spotcheck::{CheckState, Peer, Question, Sample, Schedule, Verdict, Weights};
 
-/// A proof that a worker is to give.
+/// A proof that a worker has to give.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Proof {
-    /// Model.
+    /// Model name.
     pub model: String,
     /// The ring that it drives.
     pub ring: Option<u64>,
-    /// What the model makes.
+    /// Output of the model: text or vectors.
     pub kind: ModelKind,
     /// Length of its vectors.
     pub dimensions: u32,
-    /// What is asked.
+    /// The question to ask.
     pub question: Question,
 }
 
 /// A node was found out, or is suspected.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Finding {
-    /// It is in quarantine for so long.
+    /// It is in quarantine for this time.
     Quarantined {
         /// Node id; the driver's if it is a ring.
         node: String,
-        /// Its name.
+        /// Name of the node.
         name: String,
         /// The ring that is given up.
         ring: Option<u64>,
-        /// How long.
+        /// Length of the quarantine.
         length: Duration,
-        /// How it was found out.
+        /// Evidence against it, for people.
         reason: String,
     },
-    /// Two differ and nobody can say who is right.
+    /// Two workers differ and no third can decide between them.
     Disputed {
         /// Both of them, and which one is held back.
         text: String,
     },
     /// The one that was held back agrees now.
     Settled {
-        /// Its name.
+        /// Name of the node.
         name: String,
     },
 }
 
 impl Registry {
-    /// The proofs that this worker is to give now. `seed` makes questions that nobody knows in advance.
+    /// The proofs that this worker has to give now. `seed` makes questions that cannot be known in advance.
     /// Models that are `under_way` are being asked.
     pub fn proofs_due(
         &mut self,
@@ -92,7 +92,8 @@ impl Registry {
                     true => checked || (stale && idle),
                     false => true,
                 };
-            // For a ring the token goes through every stage. Its driver answers until the ring has moved away.
+            // For a ring the token goes through every stage. Its driver answers until the ring has moved
+            // away.
             (!worker.draining || model.ring.is_some()) && wanted
         };
         let due: Vec<(Weights, String, ServedModel)> = worker
@@ -155,6 +156,24 @@ impl Registry {
         findings
     }
 
+    /// Compares answers whose comparators are gone or late. To be called now and then.
+    pub fn look_at_checks(&mut self, seed: u64, now: Instant) -> Vec<Finding> {
+        let mut findings = Vec::new();
+        for weights in self.checks.waiting() {
+            let peers = self.peers(&weights, now);
+            let peers: Vec<Peer<'_>> = peers.iter().map(|subject| Peer { subject }).collect();
+            let every = self.check_interval;
+            let schedule = Schedule { every, seed };
+            let verdicts = self.checks.look_again(&weights, &peers, schedule, now);
+            let found = verdicts
+                .into_iter()
+                .filter_map(|verdict| self.found(&weights, verdict, now));
+            findings.extend(found.collect::<Vec<_>>());
+            self.refresh_all(now);
+        }
+        findings
+    }
+
     /// A worker declines a question because it is full or drains. Says whether that is excused, see [`ServedModel::declined`].
     pub fn declined(&mut self, id: WorkerId, model: &str, now: Instant) -> bool {
         let limit = self.trial;
@@ -164,7 +183,8 @@ impl Registry {
         meant.is_none_or(|served| served.declined(limit, now))
     }
 
-    /// Workers that differ from one another with nobody to decide, and models whose name stands for other weights, in words.
+    /// Descriptions of the workers that differ from one another without a majority, and of the models whose
+    /// name stands for other weights.
     pub fn disagreements(&self, now: Instant) -> Vec<String> {
         let mut texts: Vec<String> = self.disputes.values().cloned().collect();
         for quarantined in self.reputation.view(now) {
@@ -209,7 +229,9 @@ impl Registry {
                 continue;
             }
             let same = worker.models.iter().filter(|model| {
-                model.proven && model.card.name == weights.0 && model.card.fingerprint == weights.1
+                let is_asked = !worker.draining || model.ring.is_some();
+                let (name, fingerprint) = (&model.card.name, &model.card.fingerprint);
+                model.proven && is_asked && (name, fingerprint) == (&weights.0, &weights.1)
             });
             for model in same {
                 let since = match model.ring {
@@ -299,7 +321,7 @@ impl Registry {
         }
     }
 
-    /// Takes over what is thought of the models of one worker.
+    /// Copies the check states of the models of one worker from the spot checks.
     pub(super) fn refresh(&mut self, id: WorkerId, now: Instant) {
         let (checks, reputation) = (&self.checks, &mut self.reputation);
         let Some(worker) = self.workers.get_mut(&id) else {

@@ -1,4 +1,4 @@
-//! A model on a worker: what is claimed of it, what was measured, and whether it answers.
+//! A model on a worker: its card, measured speeds, and proof that it answers.
 
 use std::time::{Duration, Instant};
 
@@ -11,9 +11,10 @@ use crate::spotcheck::{CheckState, Weights};
 /// One model on one worker, with the speeds the head believes in.
 #[derive(Debug, Clone)]
 pub struct ServedModel {
-    /// As the worker announced it.
+    /// The worker's description of the model.
     pub card: ModelCard,
-    /// Decode speed of a single stream, tokens per second: as measured here, else as the worker claims; 0 is unknown.
+    /// Decode speed of a single stream, tokens per second: as measured here, else as the worker claims; 0 is
+    /// unknown.
     pub decode_tps: f64,
     /// Prefill speed, tokens per second, in the same way.
     pub prefill_tps: f64,
@@ -23,7 +24,7 @@ pub struct ServedModel {
     pub prefill: Measured,
     /// The ring that it answers for as its driver; `None` where the worker holds the whole model.
     pub ring: Option<u64>,
-    /// Whether the last attempt with this model, probes included, brought an answer.
+    /// True if the last attempt with this model, probes included, brought an answer.
     pub proven: bool,
     /// True if the last attempt failed, for reasons that are not the request's: then only a token proves the
     /// contrary.
@@ -38,7 +39,7 @@ pub struct ServedModel {
     pub streams: u32,
     /// Seconds to a first token that its prompt does not explain, smoothed, and when one was last measured.
     pub(super) delay: (f64, Option<Instant>),
-    /// Time since which it is to prove itself: it is new, or failed.
+    /// Start of the time in which it has to prove itself: it is new, or failed.
     pub(super) trial_since: Instant,
     /// Questions of the head that it did not answer, since it last answered one.
     pub(super) unanswered: u32,
@@ -50,14 +51,14 @@ pub struct ServedModel {
     pub tokens_seen: TokenClock,
 }
 
-/// Whether a worker gets requests for a model.
+/// Decision on requests of a model for a worker, best first.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Service {
-    /// It answers.
+    /// It gets requests.
     Serves,
     /// It is about to be asked for a proof: requests may wait for that.
     Soon,
-    /// It gets none.
+    /// It gets no requests.
     Out,
 }
 
@@ -81,8 +82,8 @@ impl ServedModel {
         self.last_success.max(self.tokens_seen.last())
     }
 
-    /// It declines a question because it is full or drains. That is no silence, unless nothing came of it in all of `limit`. Says
-    /// whether it is excused.
+    /// It declines a question because it is full or drains. That is no silence, unless nothing came of it in
+    /// all of `limit`. Says whether it is excused.
     pub fn declined(&mut self, limit: Duration, now: Instant) -> bool {
         let since = *self.declines_since.get_or_insert(now);
         let since = self.last_token().map_or(since, |token| since.max(token));
@@ -93,7 +94,7 @@ impl ServedModel {
         excused
     }
 
-    /// An attempt failed: it is to prove anew that it answers.
+    /// An attempt failed: the model has to prove again that it answers.
     pub fn failed(&mut self, now: Instant) {
         if self.proven {
             self.trial_since = now;
@@ -108,12 +109,12 @@ impl ServedModel {
         self.trial_since = now;
     }
 
-    /// Whether it is to be asked for a proof, unless it is known to answer.
+    /// Returns true if its retry time has come, or it has none.
     pub(crate) fn may_be_asked(&self, now: Instant) -> bool {
         self.retry_at.is_none_or(|at| now >= at)
     }
 
-    /// So many tokens came in that time, while `batch` requests ran there.
+    /// Takes in a measurement: `tokens` came within `took`, while `batch` requests ran there.
     pub fn decoded(&mut self, tokens: u32, took: Duration, batch: u32) {
         self.decode
             .add(f64::from(tokens), took.div_f64(batch_gain(batch)));
@@ -122,7 +123,7 @@ impl ServedModel {
         }
     }
 
-    /// A prompt of so many tokens, estimated, took that time.
+    /// Takes in a measurement: a prompt of `tokens` tokens, estimated, took `took`.
     pub fn prefilled(&mut self, tokens: u64, took: Duration) {
         self.prefill.add(tokens as f64, took);
         if let Some(rate) = self.prefill.rate() {
@@ -141,15 +142,16 @@ impl ServedModel {
         self.delay = (before + (more - before) * DELAY_WEIGHT, Some(now));
     }
 
-    /// Seconds to a first token besides those that its prompt takes: a worker may be busy with what this head does not see. What is long
-    /// ago counts for less.
+    /// Seconds to a first token besides those that its prompt takes: a worker may be busy with work that this
+    /// head does not see. Old measurements count for less.
     pub(crate) fn delay(&self, now: Instant) -> f64 {
         let (delay, at) = self.delay;
         let age = at.map_or(0.0, |at| now.saturating_duration_since(at).as_secs_f64());
         delay * (-age / DELAY_FADES).exp2()
     }
 
-    /// The slots to count on: as many as it claims, and at most twice as many as it was seen to use, or a few at the beginning.
+    /// The slots to count on: as many as it claims, and at most twice as many as it was seen to use, or a few
+    /// at the beginning.
     pub fn slots(&self) -> u32 {
         let claimed = self.card.slots.max(1);
         match self.card.kind() {
@@ -205,8 +207,9 @@ impl ServedModel {
     }
 }
 
-/// How much faster `batch` streams decode together than one does. Decoding is bound by reading the weights, which a batch
-/// shares; the square root lies between no gain and a perfect one, and both measured points (2 and 8 streams) near it.
+/// Speed of `batch` streams that decode together, relative to one stream. Decoding is bound by reading the
+/// weights, which a batch shares; the square root lies between no gain and a perfect one, and both measured
+/// points (2 and 8 streams) near it.
 pub fn batch_gain(batch: u32) -> f64 {
     f64::from(batch.max(1)).sqrt()
 }
@@ -220,7 +223,7 @@ pub(super) fn speed(reported: f32) -> f64 {
     }
 }
 
-/// Whether a card can be one of a model. Names go into logs, tables and maps.
+/// Returns true if the fields of a card are within bounds. Names go into logs, tables and maps.
 pub(super) fn is_sound(card: &ModelCard) -> bool {
     let fits = |text: &str, limit: usize| text.len() <= limit && !text.contains(char::is_control);
     !card.name.is_empty() && fits(&card.name, NAME_BYTES) && fits(&card.fingerprint, NAME_BYTES)

@@ -1,4 +1,4 @@
-//! Which workers get requests for which models, and which weights a name stands for.
+//! Decides which workers get requests for which models, and which weights a name stands for.
 
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
@@ -11,7 +11,7 @@ use super::{KNOWN_MODELS, NAME_MEMORY, Registry};
 use crate::spotcheck::CheckState;
 
 impl Registry {
-    /// Whether this worker gets requests for this model of its own.
+    /// Decides on requests of this worker's own model.
     pub fn service(&self, worker: &Worker, model: &ServedModel, now: Instant) -> Service {
         let another = || {
             self.iter().any(|other| {
@@ -45,7 +45,7 @@ impl Registry {
         paused.unwrap_or_else(|| self.unpaused(model, now))
     }
 
-    /// Whether this worker answers for this model in place of one that is paused.
+    /// Returns true if this worker answers for this model in place of one that is paused.
     pub(crate) fn can_replace(&self, worker: &Worker, model: &ServedModel, now: Instant) -> bool {
         let Some(node) = worker.node_id() else {
             return false;
@@ -65,8 +65,8 @@ impl Registry {
             }
     }
 
-    /// What a pause makes of a worker. A long one counts while `another` answers: without one it would keep requests from the only
-    /// worker that may answer them.
+    /// Decision on a paused worker; `None` if no pause counts. A long pause counts while `another` answers:
+    /// without one it would keep requests from the only worker that may answer them.
     pub(super) fn paused(
         &self,
         key: &str,
@@ -106,12 +106,13 @@ impl Registry {
         paused.unwrap_or(Service::Serves)
     }
 
-    /// Whether this node is in quarantine. It gets no requests, holds no part of a ring and gives nobody a model.
+    /// Returns true if this node is in quarantine. It then gets no requests, holds no part of a ring and
+    /// gives other workers no models.
     pub fn is_out(&self, node_id: &str, now: Instant) -> bool {
         self.reputation.quarantined(node_id, now).is_some()
     }
 
-    /// Why this node is out, in words.
+    /// Reason for which this node is in quarantine; `None` if it is not.
     pub fn why_out(&self, node_id: &str, now: Instant) -> Option<String> {
         let found = self.reputation.quarantined(node_id, now)?;
         let left = (found.until - now).as_secs();
@@ -121,7 +122,8 @@ impl Registry {
         ))
     }
 
-    /// An operator ends a node's quarantine and forgives its faults: it begins anew. Says whether it was in quarantine.
+    /// Ends a node's quarantine and forgives its faults, so that it starts again as a new node. Returns true
+    /// if it was in quarantine.
     pub fn readmit(&mut self, node_id: &str, now: Instant) -> bool {
         let was_out = self.is_out(node_id, now);
         self.reputation.readmit(node_id);
@@ -138,7 +140,8 @@ impl Registry {
         was_out
     }
 
-    /// Whether a model's name stands for the weights of this one, or soon does: they differ from those in use, which no worker has now.
+    /// Decides whether a model's name stands for these weights. [`Service::Soon`] if they differ from those
+    /// in use, which no worker has now.
     pub fn has_name(&self, model: &ServedModel, now: Instant) -> Service {
         let name = model.card.name.as_str();
         match self.weights_of(name) {
@@ -149,7 +152,7 @@ impl Registry {
         }
     }
 
-    /// Whether a worker that may get requests has these weights under this name.
+    /// Returns true if a worker that may get requests has these weights under this name.
     pub fn holds(&self, name: &str, weights: &str, now: Instant) -> bool {
         self.iter().any(|worker| {
             let mut same = worker
@@ -161,7 +164,8 @@ impl Registry {
         })
     }
 
-    /// Why a worker gets no requests for one of its models now, in words.
+    /// Reason for which a worker gets no requests for one of its models now, for people; `None` if it gets
+    /// them.
     pub fn why_not(&self, worker: &Worker, model: &ServedModel, now: Instant) -> Option<String> {
         if self.service(worker, model, now) == Service::Serves {
             return match self.has_name(model, now) {
@@ -192,7 +196,8 @@ impl Registry {
         })
     }
 
-    /// The fingerprint of the weights that this name stands for. Other weights under the name get no requests while they are served.
+    /// The fingerprint of the weights that this name stands for. Other weights under the name get no requests
+    /// while they are served.
     pub(crate) fn weights_of(&self, name: &str) -> Option<&str> {
         self.names.get(name).map(|(weights, _)| weights.as_str())
     }
@@ -213,7 +218,8 @@ impl Registry {
         cards(true).or_else(|| cards(false))
     }
 
-    /// The model of requests that name none: the first by name, and from then on the same one as long as it is served.
+    /// The model of requests that name none: the first by name, and from then on the same one as long as it
+    /// is served.
     pub fn default_model(&mut self, kind: ModelKind, now: Instant) -> Option<String> {
         let this = &*self;
         let served = |wanted: Service| {
@@ -246,7 +252,8 @@ impl Registry {
         for worker in self.workers.values() {
             for model in &worker.models {
                 let (name, weights) = (&model.card.name, &model.card.fingerprint);
-                // Whoever gets no requests keeps no name from those who would, and weights that nobody names are nobody's.
+                // A worker that gets no requests must not keep a name from those that would, and weights
+                // without a fingerprint do not count.
                 if !weights.is_empty()
                     && is_available(worker, model)
                     && self.service(worker, model, now) == Service::Serves

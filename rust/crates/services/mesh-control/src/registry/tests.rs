@@ -177,7 +177,7 @@ fn tokens(first: u32) -> Sample {
     Sample::Text(positions.collect())
 }
 
-/// Asks whoever is due for so many seconds. Liars give other tokens.
+/// Asks all due workers for so many seconds. Liars give other tokens.
 fn run(
     registry: &mut Registry,
     ids: &[(WorkerId, bool)],

@@ -13,12 +13,12 @@ use super::served::{RETRY, ServedModel};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct WorkerId(pub u64);
 
-/// How a worker is reached.
+/// Transport between the head and a worker.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Carrier {
     /// Over its QUIC link; the node id is the SHA-256 of its public key.
     Mesh {
-        /// Lower-case hex.
+        /// Node id, lower-case hexadecimal.
         node_id: String,
     },
     /// Plain DCF over UDP.
@@ -35,18 +35,18 @@ pub struct Worker {
     pub id: WorkerId,
     /// Name a person knows it by.
     pub name: String,
-    /// How it is reached.
+    /// Transport to the worker.
     pub carrier: Carrier,
-    /// Where it is: remote address of the link, or where a v5.0.0 worker takes tasks.
+    /// Remote address of the link, or the address where a v5.0.0 worker takes tasks.
     pub address: SocketAddr,
     /// The lead of its clock over this head's, in seconds, by the timestamps of its messages; 0 while that is
     /// unknown.
     pub clock_offset: f64,
     /// Program version, empty for v5.0.0.
     pub version: String,
-    /// What it serves; empty for v5.0.0, which serves plain tasks.
+    /// Models that it serves; empty for v5.0.0, which serves plain tasks.
     pub models: Vec<ServedModel>,
-    /// What it is kept for; empty is for anything.
+    /// Purposes that it is reserved for; empty means any.
     pub reserved_for: Vec<String>,
     /// The fields of a request that it acts upon: [`Hello::request_revision`].
     pub request_revision: u32,
@@ -57,31 +57,32 @@ pub struct Worker {
     pub load_changed: Instant,
     /// Time since which its reports say that requests wait there, without a break.
     pub queues_since: Option<Instant>,
-    /// It finishes what runs and takes nothing new: it says so, or an operator does.
+    /// It finishes its running requests and takes no new ones: it drains by itself, or an operator drains it.
     pub draining: bool,
-    /// An operator does.
+    /// An operator drains it.
     pub drained: bool,
     /// It said busy: nothing new before this moment.
     pub busy_until: Option<Instant>,
-    /// When it joined.
+    /// Time at which it joined.
     pub joined: Instant,
     /// Last sign of life.
     pub last_seen: Instant,
     /// Time at which a token last came back from it.
     pub last_success: Option<Instant>,
-    /// Whether the last attempt on it, probes included, brought an answer.
+    /// True if the last attempt on it, probes included, brought an answer.
     pub proven: bool,
     /// Requests of this head that run on it.
     pub assigned: u32,
     /// Those of them whose first token has not come yet.
     pub unstarted: u32,
-    /// One of those is suspected of the death of another worker and has this one for itself until then.
+    /// End of the time in which one of those, which is suspected of the death of another worker, has this
+    /// worker for itself.
     pub alone: Option<Instant>,
     /// A suspect waits for it: no newcomers before this moment.
     pub reserved_until: Option<Instant>,
     /// Prompt tokens of those whose first token has not come yet.
     pub prefilling: u64,
-    /// Answers it completed.
+    /// Number of answers that it completed.
     pub completed: u64,
     /// Attempts that failed on it.
     pub failed: u64,
@@ -94,8 +95,8 @@ pub struct Worker {
 }
 
 impl Worker {
-    /// Requests that hold or wait for a slot, by whichever count is larger: its report is up to 250 ms old, and other
-    /// heads may use it too.
+    /// Requests that hold or wait for a slot, by whichever count is larger: its report is up to 250 ms old,
+    /// and other heads may use it too.
     pub(crate) fn active(&self) -> u32 {
         self.assigned
             .max(self.load.running.saturating_add(self.load.queued))
@@ -113,7 +114,7 @@ impl Worker {
         self.models.iter().find(is_meant)
     }
 
-    /// Whether it may be used for this purpose.
+    /// Returns true if it may be used for this purpose.
     pub(crate) fn is_for(&self, purpose: &str) -> bool {
         self.reserved_for.is_empty() || self.reserved_for.iter().any(|kept| kept == purpose)
     }
@@ -144,7 +145,7 @@ impl Worker {
         }
     }
 
-    /// True if a token came from it so lately, for whichever request of this head.
+    /// True if a token came from it within this time, for any request of this head.
     pub(crate) fn made_a_token(&self, within: Duration, now: Instant) -> bool {
         let last = self.tokens_seen.last();
         last.is_some_and(|at| now.saturating_duration_since(at) < within)
@@ -166,7 +167,8 @@ impl Worker {
     }
 
     /// True if its reports say that it works and that requests wait there: one without a token may be among
-    /// those. Reports alone are not believed for longer than `proof`: tokens must come from it, whoever they are for.
+    /// those. Reports alone are not believed for longer than `proof`: tokens must come from it, for any
+    /// request.
     pub fn is_busy(&self, within: Duration, proof: Duration, now: Instant) -> bool {
         self.load.queued > 0
             && now.saturating_duration_since(self.load_changed) < within
@@ -202,12 +204,13 @@ impl Worker {
     }
 }
 
-/// Requests that wait at a worker for so long do not just wait for its next step.
+/// Least wait of requests at a worker that is more than a wait for its next step.
 const QUEUES_LONG: Duration = Duration::from_millis(500);
 
 const LONGEST_RETRY: Duration = Duration::from_secs(30);
 
-/// Whether a worker takes requests for what this model makes. The driver of a ring answers until the ring has moved away from it.
+/// Returns true if a worker takes requests of the kind that this model answers. The driver of a ring answers
+/// until the ring has moved away from it.
 pub(super) fn is_available(worker: &Worker, model: &ServedModel) -> bool {
     let purpose = match model.card.kind() {
         ModelKind::Chat => "chat",

@@ -1,15 +1,15 @@
-//! What an answer may cost.
+//! Limits on the size and duration of an answer.
 
 use std::time::Duration;
 
-/// What an answer may cost.
+/// Limits that the operator sets for answers.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
     /// Most silence of a worker that has the request: neither a token nor a sign of life.
     pub timeout: Duration,
     /// Most time that it waits for a worker with room, before its first token or after a failure.
     pub queue: Duration,
-    /// From arrival to the last token, if that is limited at all.
+    /// Most time from arrival to the last token; `None` is without limit.
     pub total: Option<Duration>,
     /// Attempts after the first.
     pub reruns: u32,
@@ -19,11 +19,11 @@ pub struct Limits {
     pub first_token: Duration,
 }
 
-/// How much of an answer a worker may send. More ends the attempt as that worker's fault, so that memory stays bounded whatever it
-/// sends.
+/// The most of an answer that a worker may send. More ends the attempt as that worker's fault, so that memory
+/// stays bounded whatever it sends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Bounds {
-    /// Tokens, whoever made them.
+    /// Tokens of the answer, on all attempts together.
     pub tokens: u32,
     /// Bytes of text besides those that the tokens may have.
     pub more_text: u64,

@@ -7,21 +7,21 @@ use dcf::ErrorCode;
 use crate::memory::TooMuch;
 use crate::placement::Refusal;
 
-/// Whose fault the last failure of an attempt is.
+/// Party to blame for the last failure of an attempt.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Fault {
-    /// Nobody's, or nobody knows: a link broke.
+    /// Unknown: a link broke.
     #[default]
     Unknown,
-    /// The worker's, if another one can do what it could not.
+    /// The worker's, if another one can answer the request.
     Perhaps,
     /// The worker's: it was silent.
     Silence,
-    /// The worker's: it sent what no request asks for.
+    /// The worker's: it sent data that no request asks for.
     Worker,
 }
 
-/// Why there is no answer.
+/// Reasons for which there is no answer.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum AnswerError {
     /// No worker took it.
@@ -30,9 +30,9 @@ pub enum AnswerError {
     /// The worker says that the request itself cannot be answered.
     #[error("{text}")]
     Rejected {
-        /// The worker's code.
+        /// Code of the worker's Error.
         code: ErrorCode,
-        /// The worker's words.
+        /// Text of the worker's Error.
         text: String,
     },
     /// The operator's limit on whole answers.
@@ -57,25 +57,25 @@ pub enum AnswerError {
         if *workers == 1 { "worker" } else { "workers" }
     )]
     WorkersFailed {
-        /// Attempts made.
+        /// Number of attempts.
         attempts: u32,
         /// Different workers that they were made on.
         workers: usize,
-        /// What the last one said.
+        /// Message of the last failure.
         last: String,
     },
-    /// Workers died that had it.
+    /// Too many workers died while they had the request.
     #[error(
         "{deaths} workers died while they had this request{}, so it is not tried again; change it, or ask again if they died of \
          something else: {last}",
         if *silent { " and had not begun to answer it" } else { "" }
     )]
     WorkersDied {
-        /// Workers that died.
+        /// Number of workers that died.
         deaths: u32,
-        /// Before its first token.
+        /// True if they died before the first token.
         silent: bool,
-        /// What was seen of the last one.
+        /// The last death, as the head saw it.
         last: String,
     },
     /// Its answer would take more memory than there is.
@@ -86,20 +86,20 @@ pub enum AnswerError {
     ShuttingDown,
 }
 
-/// How an attempt failed.
+/// Failure of an attempt.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Failure {
     /// The stream broke.
     Lost(String),
     /// The worker's process is gone, or its machine.
     Died(String),
-    /// The worker sent what no worker sends.
+    /// The worker sent invalid data.
     Nonsense(String),
     /// The worker answered with an Error.
     Error {
-        /// Its code.
+        /// Code of its Error.
         code: ErrorCode,
-        /// Its words.
+        /// Text of its Error.
         text: String,
     },
 }

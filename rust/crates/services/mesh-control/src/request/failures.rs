@@ -1,4 +1,4 @@
-//! What becomes of an answer when an attempt fails.
+//! Handles failed attempts: rerun, refusal or end of the answer.
 
 use std::collections::BTreeSet;
 
@@ -14,7 +14,7 @@ impl Answer {
         self.deaths.iter().filter(|(_, silent)| *silent).count()
     }
 
-    /// The attempt failed.
+    /// Handles the failure of this attempt.
     pub fn failed(&mut self, attempt: u32, failure: Failure) -> Step {
         let Some(worker) = self.worker_of(attempt) else {
             return Step::Wait;
@@ -36,7 +36,8 @@ impl Answer {
                 self.rejects(worker, code, text)
             }
             ErrorCode::WORKER_BUSY | ErrorCode::DRAINING => {
-                // Not a failure, and the worker's own pause keeps this from turning quickly; the limit on waiting ends it.
+                // Not a failure, and the worker's own pause keeps this from turning quickly; the limit on
+                // waiting ends it.
                 self.phase = Phase::Placing;
                 Step::Again(Ended::Busy)
             }
@@ -80,7 +81,7 @@ impl Answer {
         }
     }
 
-    /// Whether the worker of this attempt sent a token.
+    /// Returns true if the worker of this attempt sent a token.
     pub(super) fn came_from_it(&self) -> bool {
         matches!(self.phase, Phase::Running { decoding: true, .. })
     }
@@ -129,14 +130,14 @@ impl Answer {
     }
 }
 
-/// A worker's words as they may be shown: short, and on one line.
+/// A worker's text in a form that may be shown: short, and on one line.
 fn readable(text: &str) -> String {
     let short = &text[..text.floor_char_boundary(ERROR_BYTES)];
     short.replace(char::is_control, " ")
 }
 
-/// Deaths of workers before a request's first token that end it: the first may be chance, and the second worker had nothing else
-/// to begin.
+/// Deaths of workers before a request's first token that end it: the first may be chance, and the second
+/// worker had nothing else to begin.
 const MOST_SILENT_DEATHS: usize = 2;
 
 /// Deaths at any time that end it.

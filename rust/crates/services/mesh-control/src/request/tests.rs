@@ -1,5 +1,5 @@
-//! One answer over a simulated fleet: workers die, fall silent, stumble and repeat themselves on any schedule, and the
-//! client must see the exact answer or a clear error.
+//! One answer over a simulated fleet: workers die, fall silent, stumble and repeat themselves on any
+//! schedule, and the client must see the exact answer or a clear error.
 
 use std::collections::BTreeMap;
 
@@ -16,8 +16,8 @@ const LIMITS: Limits = Limits {
     first_token: Duration::from_secs(5),
 };
 
-/// What every worker would answer: token `i` is `1000 + i`. Every third token is half a character: its text comes with
-/// the next one.
+/// The answer of every worker: token `i` is `1000 + i`. Every third token is half a character: its text comes
+/// with the next one.
 struct Truth {
     length: u32,
 }
@@ -40,7 +40,7 @@ impl Truth {
     }
 }
 
-/// How an attempt goes.
+/// Course of an attempt.
 #[derive(Debug, Clone)]
 struct Script {
     /// Tokens per message.
@@ -548,7 +548,8 @@ fn one_worker_that_fails_often_is_one_worker() {
     );
 }
 
-/// Dies on one worker after the other; each time after so many tokens. The error at last, and the deaths before it.
+/// Dies on one worker after the other; each time after so many tokens. The error at last, and the deaths
+/// before it.
 fn deaths(tokens_before: &[u32]) -> (AnswerError, u32) {
     let now = Instant::now();
     let mut answer = Answer::new(PATIENT, now);

@@ -1,103 +1,103 @@
-//! What [`super::Rings`] decides: things to do, and things to say.
+//! Output of [`super::Rings`]: actions for the shell and notes for the log.
 
 use mesh_proto::ModelCard;
 
-/// What the shell is to do.
+/// An action for the shell to carry out.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Action {
     /// Send this worker its ring.
     Send {
-        /// Node id.
+        /// Node id of the worker.
         node: String,
-        /// The message.
+        /// Members and stages, as to send to the worker.
         ring: mesh_proto::Ring,
     },
     /// This worker answers for the ring's model from now on.
     Serve {
         /// Node id of the driver.
         node: String,
-        /// The ring.
+        /// Id of the ring.
         ring: u64,
-        /// What it serves.
+        /// The model as the ring serves it.
         card: ModelCard,
     },
     /// This worker no longer answers for the model.
     Withdraw {
-        /// Node id.
+        /// Node id of the worker.
         node: String,
-        /// The ring.
+        /// Id of the ring.
         ring: u64,
-        /// Model name.
+        /// Name of the model.
         model: String,
     },
     /// Ask this worker for a sign of life on its link.
     Ask {
-        /// Node id.
+        /// Node id of the worker.
         node: String,
     },
     /// Something for the log and the metrics.
     Note(Note),
 }
 
-/// What happened, for the log and the metrics.
+/// An event for the log and the metrics.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Note {
     /// A ring was planned.
     Formed {
-        /// The ring.
+        /// Id of the ring.
         ring: u64,
-        /// Model name.
+        /// Name of the model.
         model: String,
-        /// Who holds which layers.
+        /// Stages with their workers, in one line.
         layout: String,
-        /// Why it was made.
+        /// Cause of its formation.
         reason: String,
     },
     /// A ring's driver serves.
     Serving {
-        /// The ring.
+        /// Id of the ring.
         ring: u64,
-        /// Its epoch.
+        /// Number of its epoch.
         epoch: u32,
-        /// Model name.
+        /// Name of the model.
         model: String,
         /// Name of the driver.
         driver: String,
     },
     /// A ring's members changed because some were lost.
     Failover {
-        /// The ring.
+        /// Id of the ring.
         ring: u64,
-        /// Its new epoch.
+        /// Number of its new epoch.
         epoch: u32,
-        /// Model name.
+        /// Name of the model.
         model: String,
-        /// Who was lost and who took over.
+        /// The lost members and their successors.
         reason: String,
     },
     /// A ring's standbys changed.
     Standbys {
-        /// The ring.
+        /// Id of the ring.
         ring: u64,
-        /// Model name.
+        /// Name of the model.
         model: String,
-        /// Why.
+        /// Cause of the change.
         reason: String,
     },
     /// A stage moved away from a drained worker.
     Moved {
-        /// The ring.
+        /// Id of the ring.
         ring: u64,
-        /// Its new epoch.
+        /// Number of its new epoch.
         epoch: u32,
-        /// Model name.
+        /// Name of the model.
         model: String,
-        /// From whom to whom.
+        /// The worker that hands over, and its successor.
         reason: String,
     },
     /// A member does not reach another one, which the head still hears.
     Doubted {
-        /// The ring.
+        /// Id of the ring.
         ring: u64,
         /// Name of the one that is not reached.
         name: String,
@@ -106,52 +106,52 @@ pub enum Note {
     },
     /// A ring's members stay, and make new links.
     Relinked {
-        /// The ring.
+        /// Id of the ring.
         ring: u64,
-        /// Its new epoch.
+        /// Number of its new epoch.
         epoch: u32,
-        /// Model name.
+        /// Name of the model.
         model: String,
-        /// Between whom.
+        /// The two members.
         reason: String,
     },
     /// A ring is no more.
     Dissolved {
-        /// The ring.
+        /// Id of the ring.
         ring: u64,
-        /// Model name.
+        /// Name of the model.
         model: String,
-        /// Why.
+        /// Cause of its end.
         reason: String,
         /// It ends by plan: another one takes its place, or nothing runs on it any more.
         planned: bool,
     },
     /// No plan was found.
     Unplanned {
-        /// Model name.
+        /// Name of the model.
         model: String,
-        /// What is missing.
+        /// The missing memory or workers, for people.
         reason: String,
     },
     /// A worker is not trusted with a stage for a while.
     Suspected {
-        /// Its name.
+        /// Name of the worker.
         name: String,
-        /// Why.
+        /// Cause of the suspicion.
         reason: String,
     },
     /// A driver came through a change of epoch.
     Recovered {
-        /// The ring.
+        /// Id of the ring.
         ring: u64,
-        /// Model name.
+        /// Name of the model.
         model: String,
-        /// What it reports.
+        /// The driver's report.
         recovery: mesh_proto::Recovery,
     },
 }
 
-/// Whether a model that nobody serves now is about to be served.
+/// Prospect of a model that no worker serves now.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Prospect {
     /// A ring of it is being formed or recovers.

@@ -1,9 +1,9 @@
 //! Doubts: the steps of a ring when one member does not reach another, before any counts as dead.
 //!
-//! A member that does not answer is lost only if a second witness, the head itself, has not heard it lately either. If the head
-//! still hears it, the link between the two is at fault, or one of them is slow: the ring begins a new epoch with the same
-//! members, which makes new links, and nobody is blamed. Only if the same two still do not reach each other after that is one
-//! of them replaced.
+//! A member that does not answer is lost only if a second witness, the head itself, has not heard it recently
+//! either. If the head still hears it, the link between the two is at fault, or one of them is slow: the ring
+//! begins a new epoch with the same members, which makes new links, and no member is blamed. Only if the same
+//! two still do not reach each other after that is one of them replaced.
 
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
@@ -13,9 +13,9 @@ use super::{Action, Note, Rings};
 
 /// The outcome of a doubt.
 enum Verdict {
-    /// Not known yet.
+    /// No decision yet.
     Wait,
-    /// It is silent for everybody.
+    /// It is lost: the head does not hear it either.
     Lost(String),
     /// It lives; the link is at fault.
     Relink,
@@ -141,7 +141,7 @@ impl Rings {
         Verdict::Wait
     }
 
-    /// The same members with new links.
+    /// Begins a new epoch with the same members and new links.
     fn relink(&mut self, id: u64, unreached: &[(String, String)], now: Instant) {
         let Some(ring) = self.rings.get(&id).filter(|ring| ring.lost.is_empty()) else {
             return;
@@ -198,8 +198,8 @@ impl Rings {
     }
 }
 
-/// The head has not heard a worker for so long that it is a second witness for its death. Links carry something at least
-/// every half second.
+/// Time without a message from a worker after which the head is a second witness for its death. Links carry
+/// something at least every half second.
 pub(super) const SILENCE: Duration = Duration::from_secs(1);
 /// Interval at which a doubted worker is asked for a sign of life.
 const ASK_INTERVAL: Duration = Duration::from_millis(200);
@@ -207,7 +207,7 @@ const ASK_INTERVAL: Duration = Duration::from_millis(200);
 const SETTLED: Duration = Duration::from_millis(100);
 /// Time that a worker whose link to another one is closed has to answer the head.
 const ANSWER_LIMIT: Duration = Duration::from_millis(500);
-/// Time that a worker that the head hears may be silent for another member before their link is made anew.
+/// Time for which a worker that the head hears may be silent for another member before their link is renewed.
 const PATIENCE: Duration = Duration::from_secs(3);
 /// Time for which a new link is remembered.
 const RELINK_MEMORY: Duration = Duration::from_secs(60);

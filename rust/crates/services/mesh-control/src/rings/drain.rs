@@ -9,23 +9,23 @@ use super::node::Node;
 use super::ring::{Part, Ring};
 use super::{Action, Note, Rings};
 
-/// Why a worker is not drained.
+/// Reasons for which a worker is not drained.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum DrainRefusal {
     /// There is no such worker.
     #[error("no worker has the node id {0:?}")]
     Unknown(String),
-    /// Nobody can take its layers.
+    /// No other worker can take its layers.
     #[error(
         "worker {name} holds layers {layers} of {model}, and no other worker has the {mib} MiB that they need: add a worker, \
          undrain one, or shorten sharding.context; nothing was changed"
     )]
     NoRoom {
-        /// Its name.
+        /// Name of the worker.
         name: String,
-        /// Model name.
+        /// Name of the model.
         model: String,
-        /// Its layers.
+        /// Layers that it holds, as a range.
         layers: String,
         /// Memory that they need.
         mib: u64,
@@ -35,15 +35,15 @@ pub enum DrainRefusal {
 /// Something that a drained worker still holds.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Holding {
-    /// Model name.
+    /// Name of the model.
     pub model: String,
-    /// The ring, hex.
+    /// Id of the ring, hexadecimal.
     pub ring: String,
-    /// Its layers.
+    /// First layer and end (exclusive) of its stage.
     pub layers: [u32; 2],
     /// `member` or `standby`.
     pub part: &'static str,
-    /// What the move waits for.
+    /// Event that the move waits for.
     pub waits_for: String,
 }
 
@@ -59,7 +59,7 @@ impl Rings {
         let mut trial = self.clone();
         trial.set_asked(node, true);
         trial.poll(now);
-        // What runs now must either have been moved, or have somewhere to go to.
+        // Running requests must either have been moved, or have somewhere to go to.
         for ring in self.rings.values().filter(|ring| ring.has_member(node)) {
             let later = trial
                 .live_ring(&ring.model)
@@ -95,7 +95,7 @@ impl Rings {
         was
     }
 
-    /// Whether an operator drains this worker.
+    /// Returns true if an operator drains this worker.
     pub fn is_asked_to_drain(&self, node: &str) -> bool {
         self.nodes.get(node).is_some_and(|node| node.asked_to_drain)
     }
@@ -108,7 +108,7 @@ impl Rings {
             .collect()
     }
 
-    /// These were drained before the head was started; they may come at any time.
+    /// Restores the nodes that were drained before the head was started; they may come at any time.
     pub fn stay_drained(&mut self, nodes: BTreeMap<String, String>, now: Instant) {
         for (node, name) in nodes {
             let entry = self.nodes.entry(node).or_default();
@@ -118,7 +118,7 @@ impl Rings {
         }
     }
 
-    /// What a worker holds, and what a drain of it waits for.
+    /// Parts that a worker holds, each with the event that its move waits for.
     pub fn holdings(&self, node: &str) -> Vec<Holding> {
         let mut holdings = Vec::new();
         for ring in self.rings.values() {
@@ -179,7 +179,7 @@ impl Rings {
                 && ring.epoch == 1
                 && drained.iter().any(|node| ring.has_member(node))
             {
-                // Nothing has run on it yet: what is lost is lost without harm.
+                // Nothing has run on it yet, so its loss does no harm.
                 let names: Vec<&str> = drained.iter().map(|node| self.name(node)).collect();
                 let reason = format!("{} is drained", names.join(", "));
                 self.replan_forming(id, &drained, &reason, now);
@@ -250,8 +250,8 @@ impl Rings {
             next.standbys_for = Some(self.generation);
         }
 
-        // Asked before it was known to be impossible (a worker that is about to end does not ask): at least not at the last
-        // moment.
+        // Asked before it was known to be impossible (a worker that is about to end does not ask): at least
+        // not at the last moment.
         let by_itself = |node: &String| self.nodes.get(node).is_some_and(|node| node.said_draining);
         if let Some(node) = stuck.filter(by_itself)
             && ring.standbys_for != Some(self.generation)
@@ -311,8 +311,8 @@ impl Rings {
     }
 }
 
-/// Whether a standby can take over without anybody noticing. The member's lag is reported up to a quarter of a second after
-/// the standby is ready.
+/// Returns true if a standby can take over without a noticeable pause. The member's lag is reported up to a
+/// quarter of a second after the standby is ready.
 fn up_to_date(standby: &Part, lag_rows: u64, now: Instant) -> bool {
     let settled = |since: Instant| now.saturating_duration_since(since) >= LAG_KNOWN;
     standby.is_ready() && standby.ready_since.is_some_and(settled) && lag_rows <= SMALL_LAG

@@ -1,4 +1,4 @@
-//! Losses: what a ring does about workers that are gone, and how it gets its standbys back.
+//! Losses: replaces the members of a ring that are gone, and restores its standbys.
 
 use std::collections::BTreeSet;
 use std::time::Instant;
@@ -87,7 +87,7 @@ impl Rings {
         self.broadcast(id, &before);
     }
 
-    /// Who takes over a stage: its standby, else whoever has room.
+    /// Finds the worker that takes over a stage: its standby, else any worker with room.
     fn successor(&self, next: &mut Ring, stage: usize, now: Instant) -> Option<Part> {
         if let Some(standby) = next.stages[stage].standby.take() {
             let draining = self
@@ -104,7 +104,8 @@ impl Rings {
             .map(Part::new)
     }
 
-    /// A member that has room for one more stage, where nobody else can take it: slower than before, but it goes on.
+    /// Finds a member with room for one more stage, for when no other worker can take it: slower than before,
+    /// but the ring goes on.
     fn find_second_part(&self, next: &Ring, stage: usize, now: Instant) -> Option<String> {
         if !self.settings.double_seats {
             return None;
@@ -162,7 +163,7 @@ impl Rings {
         self.broadcast(id, before);
     }
 
-    /// Gives stages without standby one where somebody has room. True if there was one.
+    /// Gives stages without a standby one where a worker has room. True if there was one.
     pub(super) fn fill_standbys(&self, next: &mut Ring, now: Instant) -> bool {
         let mut found = false;
         for stage in 0..next.stages.len() {
@@ -215,7 +216,7 @@ impl Rings {
         }
     }
 
-    /// Nobody can take over: the whole model on what is left, or nothing.
+    /// No other worker can take over: plans the whole model on the remaining workers, or gives it up.
     pub(super) fn plan_anew(&mut self, id: u64, missing: &str, now: Instant) {
         let Some(ring) = self.rings.get(&id) else {
             return;
@@ -282,7 +283,7 @@ impl Rings {
         })
     }
 
-    /// Whether no other ring serves or will serve this one's model.
+    /// Returns true if no other ring serves or will serve this one's model.
     fn is_last_of(&self, ring: &Ring) -> bool {
         !self.rings.values().any(|other| {
             other.id != ring.id && other.model == ring.model && other.retiring.is_none()

@@ -1,21 +1,22 @@
-//! Rings: which workers hold which layers of a model that no single one serves, and what happens when one of them is lost.
+//! Rings: forms them for models that no single worker serves, and repairs them after a loss.
 //!
-//! [`Rings`] is told what happens (a worker offers, leaves, reports; an operator drains) and [`Rings::poll`] compares what is
-//! with what should be and says what to do ([`Action`]). Events only note facts: whatever is known when `poll` runs goes into
-//! one decision, so that two workers lost in the same moment cost one change of epoch, and an event that comes twice or late
-//! changes nothing.
+//! [`Rings`] takes events (a worker offers, leaves, reports; an operator drains). [`Rings::poll`] compares
+//! the present state with the desired one and returns [`Action`]s. Events only note facts: all that is known
+//! when `poll` runs goes into one decision, so that two workers lost in the same moment cost one change of
+//! epoch, and an event that comes twice or late changes nothing.
 //!
 //! The life of a ring:
-//! - *formed* when the offers for its model have been quiet for a while and placement finds a plan: every member and standby is
-//!   sent the same [`mesh_proto::Ring`], epoch 1;
+//! - *formed* when the offers for its model have been quiet for a while and placement finds a plan: every
+//!   member and standby is sent the same [`mesh_proto::Ring`], epoch 1;
 //! - *serves* when its driver says that a token came back through every stage of this epoch;
-//! - a member that another one does not reach is *doubted*: it is lost if the head does not hear it either, else the link
-//!   between the two is made anew, in a new epoch with the same members;
-//! - on a *loss* every lost stage goes to its standby, else to a worker with room, in one new epoch; where neither is to be
-//!   had the ring is dissolved and planned anew over what is left;
-//! - a ring that does as well as before gets its *standbys* back, in the same epoch: running steps are undisturbed;
-//! - *drained* workers hand their stages over to standbys that are up to date; *rebalancing* builds a better ring beside
-//!   the old one, or in its place.
+//! - a member that another one does not reach is *doubted*: it is lost if the head does not hear it either,
+//!   else the link between the two is made anew, in a new epoch with the same members;
+//! - on a *loss* every lost stage goes to its standby, else to a worker with room, in one new epoch; where
+//!   neither is to be had the ring is dissolved and planned anew over what is left;
+//! - a ring that does as well as before gets its *standbys* back, in the same epoch: running steps are
+//!   undisturbed;
+//! - *drained* workers hand their stages over to standbys that are up to date; *rebalancing* builds a better
+//!   ring beside the old one, or in its place.
 
 mod action;
 mod doubt;
@@ -45,16 +46,16 @@ pub use view::{PathView, RecoveryView, RingView, StageView, Unformed};
 use node::{MODELS_PER_NODE, Node};
 use ring::Ring;
 
-/// How rings are made and kept.
+/// Settings of how rings are formed and kept.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Settings {
-    /// Whether rings are made at all.
+    /// True if rings are formed at all.
     pub enabled: bool,
-    /// What a plan is to be best at.
+    /// Optimisation target of plans.
     pub objective: Objective,
-    /// Exactly so many stages; `None` is as many as needed.
+    /// Number of stages; `None` is as many as needed.
     pub stages: Option<u32>,
-    /// Whether stages get standbys.
+    /// True if stages get standbys.
     pub standbys: bool,
     /// Requests that a ring runs at once.
     pub slots: u32,
@@ -62,18 +63,18 @@ pub struct Settings {
     pub context: u32,
     /// Hidden rows travel as f16.
     pub half_rows: bool,
-    /// By which part of its cost a fresh plan must beat a running ring to replace it.
+    /// Fraction of its cost by which a fresh plan must beat a running ring to replace it.
     pub margin: f64,
-    /// How long offers must have been quiet before a plan is made of them.
+    /// Time without new offers before a plan is made of them.
     pub gather: Duration,
-    /// How long a suspect is left alone the first time; doubled with every repeat.
+    /// Length of a first suspicion; each repeat doubles it.
     pub suspect_pause: Duration,
     /// Make a ring even for a model that some worker serves whole.
     pub always: bool,
-    /// How long requests on a ring that was replaced may go on.
+    /// Time for which requests on a replaced ring may go on.
     pub retire_limit: Duration,
-    /// Whether a member may take over a second stage: one that it is the standby of, which beats loading weights, or one that
-    /// nobody else has room for. Plans never ask for it.
+    /// Allows a member to take over a second stage: one that it is the standby of, which beats loading
+    /// weights, or one that no other worker has room for. Plans never ask for it.
     pub double_seats: bool,
 }
 
@@ -104,7 +105,8 @@ pub struct Arrival {
     pub name: String,
     /// Models that it serves whole.
     pub whole: Vec<String>,
-    /// The head's own address on the way to it: what other workers must use for a worker on the head's machine.
+    /// The head's own address on the way to it, which other workers must use for a worker on the head's
+    /// machine.
     pub head_ip: Option<IpAddr>,
 }
 
@@ -114,12 +116,12 @@ pub struct Rings {
     settings: Settings,
     nodes: BTreeMap<String, Node>,
     rings: BTreeMap<u64, Ring>,
-    /// Why a model's last ring was given up, until it has one again.
+    /// Reason for which a model's last ring was given up, until it has a ring again.
     losses: BTreeMap<String, String>,
-    /// Why there is no ring of a model, and for which state of the mesh that was found.
+    /// Reason for which a model has no ring, and the state of the mesh in which that was found.
     unplanned: BTreeMap<String, (u64, String)>,
     next_ring: u64,
-    /// Counts what may make a plan possible or better.
+    /// Counts changes that may make a plan possible or better.
     generation: u64,
     /// First and last change of offers since they were last quiet.
     stirred: Option<(Instant, Instant)>,
@@ -131,7 +133,8 @@ pub struct Rings {
 }
 
 impl Rings {
-    /// No rings yet. Ids count up from `first_ring`, which must be far from those that this head gave out in earlier lives.
+    /// No rings yet. Ids count up from `first_ring`, which must be far from those that this head gave out in
+    /// earlier lives.
     pub fn new(settings: Settings, first_ring: u64) -> Self {
         Self {
             settings,
@@ -165,7 +168,7 @@ impl Rings {
         self.generation += 1;
     }
 
-    /// A worker says what it may hold. `address` is where other workers reach it.
+    /// A worker offers parts of models. `address` is where other workers reach it.
     pub fn offered(&mut self, node: &str, address: SocketAddr, offer: Offer, now: Instant) {
         let Some(entry) = self.nodes.get_mut(node).filter(|node| node.connected) else {
             return;
@@ -255,7 +258,7 @@ impl Rings {
         self.generation += 1;
     }
 
-    /// An operator forgives a node: what it was left alone for is over.
+    /// An operator forgives a node: its suspicions end.
     pub fn readmit(&mut self, node: &str, now: Instant) {
         if let Some(entry) = self.nodes.get_mut(node)
             && let Some(until) = &mut entry.suspicion.until
@@ -264,8 +267,9 @@ impl Rings {
         }
     }
 
-    /// The answers of a ring are wrong. Nobody can say which of its members is to blame, so the ring is given up, and all of them are
-    /// left alone for a while, longer each time; another ring is made of the others if they are enough.
+    /// The answers of a ring are wrong. The member to blame is not known, so the ring is given up, and all of
+    /// its members are left alone for a while, longer each time; another ring is made of the other workers if
+    /// they are enough.
     pub fn distrust(&mut self, ring: u64, reason: &str, now: Instant) {
         let Some(found) = self.rings.get(&ring) else {
             return;
@@ -302,7 +306,8 @@ impl Rings {
         }
     }
 
-    /// Compares what is with what should be; to be called after events and when [`Rings::next_timer`] is due.
+    /// Compares the present state with the desired one; to be called after events and when
+    /// [`Rings::next_timer`] is due.
     pub fn poll(&mut self, now: Instant) -> Vec<Action> {
         self.settle_suspicions(now);
         self.check_deadlines(now);
@@ -330,7 +335,7 @@ impl Rings {
         std::mem::take(&mut self.actions)
     }
 
-    /// When [`Rings::poll`] has something to do without an event.
+    /// Time at which [`Rings::poll`] has work without an event.
     pub fn next_timer(&self) -> Option<Instant> {
         let quiet = self.stirred.map(|stirred| self.quiet_at(stirred));
         let suspects = self.nodes.values().filter_map(Node::next_timer);
@@ -338,7 +343,7 @@ impl Rings {
         quiet.into_iter().chain(suspects).chain(rings).min()
     }
 
-    /// Models that nobody serves through a ring now, though workers offer their layers.
+    /// Models that no worker serves through a ring now, though workers offer their layers.
     pub fn prospects(&self) -> BTreeMap<String, Prospect> {
         let mut prospects = BTreeMap::new();
         if !self.settings.enabled {
@@ -347,7 +352,7 @@ impl Rings {
         for model in self.offered_models() {
             if self.wants_ring(&model) {
                 let prospect = match self.unplanned.get(&model) {
-                    // What has changed since may make a plan possible; that is seen in a moment.
+                    // Changes since then may make a plan possible; that shows in a moment.
                     Some((_, reason)) if self.stirred.is_none() => {
                         Prospect::Impossible(reason.clone())
                     }
@@ -365,8 +370,8 @@ impl Rings {
         prospects
     }
 
-    /// Since when this ring serves in its present epoch under this driver. `None`: another worker drives it now, or there
-    /// is no such ring any more. `Some(None)`: it recovers.
+    /// Time since which this ring serves in its present epoch under this driver. `None`: another worker
+    /// drives it now, or there is no such ring any more. `Some(None)`: it recovers.
     #[allow(clippy::option_option)]
     pub fn serves_since(&self, ring: u64, driver: &str) -> Option<Option<Instant>> {
         let ring = self.rings.get(&ring)?;
@@ -384,7 +389,7 @@ impl Rings {
             .collect()
     }
 
-    /// Whether a worker offered parts of models.
+    /// Returns true if a worker offered parts of models.
     pub fn has_offer(&self, node: &str) -> bool {
         self.nodes
             .get(node)
@@ -425,7 +430,7 @@ impl Rings {
         }
     }
 
-    /// Rings that do not get ready: whoever keeps them waiting is as good as lost.
+    /// Handles rings that do not get ready in time: the parts that they wait for count as lost.
     fn check_deadlines(&mut self, now: Instant) {
         let mut late = Vec::new();
         for (id, ring) in &self.rings {
@@ -458,7 +463,8 @@ impl Rings {
             .map_or(node.get(..12).unwrap_or(node), |known| &known.name)
     }
 
-    /// The ring of a model that is not on its way out; the one that serves rather than the one that will replace it.
+    /// The ring of a model that is not on its way out; the one that serves rather than the one that will
+    /// replace it.
     fn live_ring(&self, model: &str) -> Option<u64> {
         let live = |ring: &&Ring| ring.model == model && ring.retiring.is_none();
         let mut rings = self.rings.iter().filter(|(_, ring)| live(ring));
@@ -476,7 +482,7 @@ impl Rings {
             .collect()
     }
 
-    /// Whether a ring of this model should exist and does not.
+    /// Returns true if a ring of this model should exist and does not.
     fn wants_ring(&self, model: &str) -> bool {
         let whole =
             |node: &Node| node.connected && !node.is_draining() && node.whole.contains(model);

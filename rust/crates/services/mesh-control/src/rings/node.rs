@@ -1,4 +1,4 @@
-//! What is known of a worker that may hold parts of models.
+//! A worker that may hold parts of models, as the head knows it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use mesh_proto::{NodeProfile, Offer, ShardOffer};
 
-/// A worker.
+/// A worker as ring planning knows it.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Node {
     /// Name a person knows it by.
@@ -15,13 +15,13 @@ pub(super) struct Node {
     pub(super) connected: bool,
     /// Time at which the head last heard anything on its link; `None` if that is not known.
     pub(super) heard: Option<Instant>,
-    /// Where other workers reach it; `None` before its first offer.
+    /// Address for other workers; `None` before its first offer.
     pub(super) address: Option<SocketAddr>,
     /// Other addresses of its machine, as it says.
     pub(super) others: Vec<IpAddr>,
     /// The head's own address on the way to it.
     pub(super) head_ip: Option<IpAddr>,
-    /// What it is.
+    /// Speed and memory of the machine.
     pub(super) profile: NodeProfile,
     /// By model name.
     pub(super) shards: BTreeMap<String, ShardOffer>,
@@ -35,16 +35,15 @@ pub(super) struct Node {
     pub(super) suspicion: Suspicion,
     /// Models of which it could not hold a part.
     pub(super) unfit: BTreeMap<String, Suspicion>,
-    /// Since when its link is down.
+    /// Time since which its link is down.
     pub(super) gone_since: Option<Instant>,
 }
 
-/// Why something is not trusted, and for how long.
+/// A suspicion, with its reason and its end.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Suspicion {
     /// Not before then.
     pub(super) until: Option<Instant>,
-    /// In words.
     pub(super) reason: String,
     times: u32,
     raised: Option<Instant>,
@@ -80,7 +79,7 @@ impl Node {
         news
     }
 
-    /// Its link is down: nothing it said holds any more, but what it did is remembered.
+    /// Its link is down: its reports no longer hold, but its suspicions remain.
     pub(super) fn disconnect(&mut self, now: Instant) {
         self.connected = false;
         self.heard = None;
@@ -90,12 +89,12 @@ impl Node {
         self.said_draining = false;
     }
 
-    /// It is to hold nothing.
+    /// Returns true if it should hold no parts.
     pub(super) fn is_draining(&self) -> bool {
         self.asked_to_drain || self.said_draining
     }
 
-    /// Whether it may be given a part of this model.
+    /// Returns true if it may be given a part of this model.
     pub(super) fn is_usable(&self, model: &str, now: Instant) -> bool {
         self.connected
             && !self.is_draining()
@@ -114,13 +113,13 @@ impl Node {
             > 0
     }
 
-    /// When a suspicion ends.
+    /// Time at which a suspicion ends.
     pub(super) fn next_timer(&self) -> Option<Instant> {
         let all = self.unfit.values().chain([&self.suspicion]);
         all.filter_map(|suspicion| suspicion.until).min()
     }
 
-    /// Gone for so long that nothing about it matters any more. A drained worker stays drained.
+    /// True if it has been gone so long that it can be forgotten. A drained worker stays drained.
     pub(super) fn is_forgotten(&self, now: Instant) -> bool {
         let long_ago = |since: Instant| now.saturating_duration_since(since) >= LONGEST_PAUSE * 2;
         !self.asked_to_drain && self.gone_since.is_some_and(long_ago)
@@ -172,11 +171,11 @@ impl Suspicion {
     }
 }
 
-/// An offer with times that a machine can have: no memory is read faster than [`FASTEST_MEMORY`], and a layer is read for every token. One
-/// that claims more would get all layers.
+/// An offer with times that a machine can have: no memory is read faster than [`FASTEST_MEMORY`], and a layer
+/// is read for every token. One that claims more would get all layers.
 fn plausible(mut shard: ShardOffer) -> ShardOffer {
     let least = |bytes: u64| (bytes as f64 / FASTEST_MEMORY * 1e6) as f32;
-    // What is not known stays unknown: such a node gets nothing.
+    // Unknown values stay unknown: such a node gets nothing.
     if shard.decode_us > 0.0 {
         shard.decode_us = shard.decode_us.max(least(shard.layer_bytes));
     }
@@ -196,7 +195,8 @@ fn close(old: f64, new: f64) -> bool {
 }
 
 const NAME_BYTES: usize = 256;
-/// Bytes per second; ten times what discarded machines do, and what the fastest accelerators have.
+/// Bytes per second: ten times the memory bandwidth of discarded machines, and that of the fastest
+/// accelerators.
 const FASTEST_MEMORY: f64 = 8e12;
 const LONGEST_PAUSE: Duration = Duration::from_secs(600);
 

@@ -1,4 +1,4 @@
-//! From what workers offer to what placement needs, and from its plans to rings.
+//! Turns offers of workers into the input of placement, and its plans into rings.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
@@ -13,7 +13,7 @@ use super::node::Node;
 use super::ring::{Part, Ring, Stage};
 use super::{Action, Note, Rings};
 
-/// What placement found for a model.
+/// Result of placement for a model.
 #[derive(Debug, Clone)]
 pub struct Planned {
     /// The plan; its nodes are node ids.
@@ -28,21 +28,21 @@ pub struct Planned {
     pub(super) policy: Policy,
 }
 
-/// Why there is no plan.
+/// Reasons for which there is no plan.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum NoPlan {
-    /// Nobody may hold parts of it.
+    /// No worker may hold parts of it.
     #[error(
         "no connected worker may hold layers of {model:?} now{}; name the model under `shards` in a worker's \
          configuration", .waiting.as_deref().unwrap_or("")
     )]
     NotOffered {
-        /// Model name.
+        /// Name of the model.
         model: String,
-        /// Who offers it and may not be used at the moment.
+        /// Workers that offer it but may not be used at the moment.
         waiting: Option<String>,
     },
-    /// It does not fit.
+    /// Placement found no plan.
     #[error(transparent)]
     Place(#[from] PlanError),
 }
@@ -54,12 +54,13 @@ pub(super) struct Outlook {
     pub(super) candidates: Vec<Candidate>,
 }
 
-/// What makes two offers of one name the same model: fingerprint, layers, width.
+/// Two offers of one name are the same model if these are equal: fingerprint, layers, width.
 type Weights<'a> = (&'a str, u32, u32);
 type Holder<'a> = (&'a String, &'a Node, &'a ShardOffer);
 
 impl Rings {
-    /// What a ring of this model would look like if it were formed now, with the memory of its present ring counted as free.
+    /// Computes the ring of this model that would be formed now, with the memory of its present ring counted
+    /// as free.
     ///
     /// # Errors
     /// [`NoPlan`] says what is missing.
@@ -91,7 +92,7 @@ impl Rings {
         let plan = loop {
             match self.place_with(&outlook, context) {
                 Ok(plan) => break plan,
-                // A shorter context is better than none, where nobody asked for a certain one.
+                // A shorter context is better than no ring, unless a certain one is configured.
                 Err(PlanError::Memory { .. } | PlanError::Pieces { .. })
                     if fixed == 0 && context > LEAST_CONTEXT =>
                 {
@@ -110,8 +111,8 @@ impl Rings {
         })
     }
 
-    /// The best plan for this context. KV memory beyond a quarter of what is wanted gives way to standbys: requests that
-    /// wait for room are better than a ring that ends with its first loss.
+    /// The best plan for this context. KV memory beyond a quarter of the desired size gives way to standbys:
+    /// requests that wait for room are better than a ring that ends with its first loss.
     fn place_with(&self, outlook: &Outlook, context: u32) -> Result<Plan, PlanError> {
         let mut policy = self.policy(context);
         let mut best = place(&outlook.spec, &outlook.candidates, &policy)?;
@@ -135,7 +136,8 @@ impl Rings {
         Ok(best)
     }
 
-    /// Model and candidates. With a `ring`, only workers with its weights count, and the spec is the ring's own.
+    /// Model and candidates. With a `ring`, only workers with its weights count, and the spec is the ring's
+    /// own.
     pub(super) fn outlook(
         &self,
         model: &str,
@@ -171,7 +173,8 @@ impl Rings {
         let (_, group) = groups
             .into_iter()
             .max_by_key(|(key, group)| (group.len(), std::cmp::Reverse(*key)))?;
-        // Where weight formats differ in size the largest counts, so that a standby has room whoever it is.
+        // Where weight formats differ in size the largest counts, so that there is room for any worker as
+        // standby.
         let spec = match ring {
             Some(ring) => ring.spec.clone(),
             None => ModelSpec::covering(group.iter().map(|(_, _, shard)| *shard)).ok()??,
@@ -207,7 +210,7 @@ impl Rings {
         has.saturating_sub(used)
     }
 
-    /// Who should stand by for a stage of this ring. `layout` is the ring as it is about to be.
+    /// Finds a standby for a stage of this ring. `layout` is the ring as it is about to be.
     pub(super) fn find_standby(&self, layout: &Ring, stage: usize, now: Instant) -> Option<String> {
         let outlook = self.outlook(&layout.model, Some(layout), &[layout.id], now)?;
         let mut exclude: Vec<String> = layout.lost.keys().cloned().collect();
@@ -225,7 +228,7 @@ impl Rings {
         )
     }
 
-    /// Who should take over a stage that nobody stands by for.
+    /// Finds a worker to take over a stage without a standby.
     pub(super) fn find_replacement(
         &self,
         layout: &Ring,
@@ -286,7 +289,7 @@ impl Rings {
     }
 
     pub(super) fn cannot_plan(&mut self, model: &str, error: &str) {
-        // Who was lost is of more use to a client than what the rest lacks alone.
+        // The lost workers are of more use to a client than the shortage of the rest alone.
         let reason = match self.losses.get(model) {
             Some(loss) => format!("{loss}; {error}"),
             None => error.to_owned(),
@@ -382,7 +385,7 @@ impl Rings {
         self.broadcast(id, &BTreeSet::new());
     }
 
-    /// Sends a ring to all who have a part in it, and to `others`, who had one.
+    /// Sends a ring to all workers with a part in it, and to `others`, which had one.
     pub(super) fn broadcast(&mut self, id: u64, others: &BTreeSet<String>) {
         let Some(ring) = self.rings.get(&id) else {
             return;
@@ -407,8 +410,8 @@ impl Rings {
             .filter_map(|part| Some((part.node.as_str(), self.nodes.get(&part.node)?.address?)))
             .collect();
         let all_here = addresses.values().all(|address| address.ip().is_loopback());
-        // A worker beside the head is reached over loopback by the head alone; the others know that machine by the address
-        // at which they reach the head.
+        // A worker beside the head is reached over loopback by the head alone; the others know that machine
+        // by the address at which they reach the head.
         let head_ip = ring
             .parts()
             .filter(|part| {
@@ -496,7 +499,7 @@ impl Rings {
     }
 }
 
-/// Stages without standby.
+/// Number of stages without a standby.
 fn uncovered(plan: &Plan) -> usize {
     plan.stages
         .iter()
@@ -509,7 +512,7 @@ fn offered<'a>(node: &'a Node, model: &str) -> Option<(&'a ShardOffer, &'a Model
     Some((shard, shard.card.as_ref()?))
 }
 
-/// What rings are for, in the words of `reserved_for`.
+/// Purpose of rings, as `reserved_for` names it.
 const PURPOSE: &str = "chat";
 /// Context of a model that does not say.
 const ASSUMED_CONTEXT: u32 = 4096;

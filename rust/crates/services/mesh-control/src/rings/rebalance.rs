@@ -12,25 +12,25 @@ use super::{Action, Note, Prospect, Rings};
 /// A ring against a fresh plan for its model.
 #[derive(Debug, Clone)]
 pub struct Comparison {
-    /// Model name.
+    /// Name of the model.
     pub model: String,
-    /// Layout of the ring, in words.
+    /// Layout of the ring, in one line.
     pub old: String,
     /// Microseconds per token of the ring, as estimated now.
     pub old_token_us: f64,
     /// Tokens per second that it could give.
     pub old_tokens_per_second: f64,
-    /// The fresh plan.
+    /// The fresh plan to compare with.
     pub new: Plan,
     /// Names of nodes by their ids.
     pub names: BTreeMap<String, String>,
     /// Part of the cost that the fresh plan saves; negative where it costs more.
     pub gain: f64,
-    /// What was done, or would be.
+    /// The change that was made or would be made.
     pub verdict: String,
 }
 
-/// What to do about a comparison.
+/// Change that follows from a comparison.
 enum Remedy {
     Nothing,
     /// Single stages move to other workers while the ring serves.
@@ -80,13 +80,14 @@ impl Rings {
         Ok(compared)
     }
 
-    /// What is due by itself: rings that were not compared since the mesh changed.
+    /// Compares the rings that were not compared since the mesh changed.
     pub(super) fn rebalance_all(&mut self, now: Instant) {
         let paused = |at: Instant| now.saturating_duration_since(at) < PAUSE;
         if self.last_rebalance.is_some_and(paused) {
             return;
         }
-        // After a loss the mesh is left alone for a while: what is lost may come back, and what runs has had its pause.
+        // After a loss the mesh is left alone for a while: the lost worker may come back, and running
+        // requests have had their pause.
         let shaken = |at: Instant| now.saturating_duration_since(at) < SETTLED;
         let due = |ring: &Ring| {
             ring.compared != Some(self.generation)
@@ -263,8 +264,9 @@ impl Rings {
         self.last_rebalance = Some(now);
     }
 
-    /// Where a plan cuts the model as the ring does, and only other workers hold some of the stages: the ring with those
-    /// workers as standbys, which then take over. `None` where that is not so, or memory does not allow it.
+    /// If a plan cuts the model as the ring does and only gives some stages to other workers, returns the
+    /// ring with those workers as standbys, which then take over. `None` where that is not so, or memory does
+    /// not allow it.
     fn moves(&self, ring: &Ring, fresh: &Planned) -> Option<Ring> {
         let planned = &fresh.plan.stages;
         let same_cut = planned.len() == ring.stages.len()
@@ -301,7 +303,7 @@ impl Rings {
         (!next.moves.is_empty() && all_fit).then_some(next)
     }
 
-    /// Frees what a ring's standbys take; nothing that runs is disturbed.
+    /// Frees the memory of a ring's standbys; running requests are not disturbed.
     fn give_up_standbys(&mut self, id: u64) {
         let Some(ring) = self.rings.get_mut(&id) else {
             return;
@@ -314,7 +316,7 @@ impl Rings {
         self.broadcast(id, &before);
     }
 
-    /// Which part of the ring's cost the plan saves.
+    /// Fraction of the ring's cost that the plan saves.
     fn gain(&self, (token_us, per_second): (f64, f64), plan: &Plan) -> f64 {
         match self.settings.objective {
             Objective::Latency => 1.0 - plan.token_us / token_us,
@@ -345,5 +347,5 @@ impl Rings {
 /// Least time between two replacements.
 const PAUSE: Duration = Duration::from_secs(60);
 
-/// How long a ring that came back from a loss serves before anything about it is changed for speed alone.
+/// Time for which a ring that recovered from a loss serves before it is changed for speed alone.
 const SETTLED: Duration = Duration::from_secs(30);

@@ -1,4 +1,4 @@
-//! What members say of their rings, and which of them are lost.
+//! Reports of members about their rings, and detection of lost members.
 
 use std::collections::BTreeSet;
 use std::time::Instant;
@@ -34,7 +34,7 @@ impl Rings {
         self.driver_reports(node, state, now);
     }
 
-    /// Whom a worker says that it cannot reach.
+    /// Takes in the members that a worker reports as out of reach.
     pub(super) fn complaints(&mut self, node: &str, state: &RingState, now: Instant) {
         let Some(ring) = self.rings.get(&state.ring) else {
             return;
@@ -57,7 +57,8 @@ impl Rings {
             .cloned()
             .collect();
         if suspects.len() >= 2 && suspects.len() == others.len() && heard.is_empty() {
-            // Who reaches nobody is cut off itself: their links to the head are up, or they would be lost already.
+            // A member that reaches no other is cut off itself: their links to the head are up, or they would
+            // be lost already.
             self.suspect(node, state.ring, "it reaches no other member", now);
             return;
         }
@@ -73,7 +74,7 @@ impl Rings {
         self.note_doubts(state.ring, node, &heard, &state.severed, now);
     }
 
-    /// What the driver says besides its parts.
+    /// Takes in the driver's report on the ring as a whole.
     pub(super) fn driver_reports(&mut self, node: &str, state: RingState, now: Instant) {
         let Some(ring) = self.rings.get_mut(&state.ring) else {
             return;
@@ -132,7 +133,8 @@ impl Rings {
         self.serve(state.ring, node, card);
     }
 
-    /// A worker holds a ring that this head does not know (of an earlier life of the head, or dissolved): it may forget it.
+    /// A worker holds a ring that this head does not know (of an earlier life of the head, or dissolved): it
+    /// may forget it.
     pub(super) fn tell_off(&mut self, node: &str, state: &RingState) {
         if !self.nodes.get(node).is_some_and(|node| node.connected) {
             return;

@@ -7,13 +7,13 @@ use std::time::{Duration, Instant};
 use arcanum_profiler::{Assignment, ModelSpec};
 use mesh_proto::{ModelCard, PartPhase, PartState};
 
-/// A ring.
+/// State of one ring.
 #[derive(Debug, Clone)]
 pub(super) struct Ring {
     pub(super) id: u64,
     pub(super) epoch: u32,
     pub(super) model: String,
-    /// What its members offered, for what its driver does not say.
+    /// The members' offer of the model, for fields that the driver does not report.
     pub(super) offered: ModelCard,
     pub(super) spec: ModelSpec,
     pub(super) stages: Vec<Stage>,
@@ -21,26 +21,26 @@ pub(super) struct Ring {
     pub(super) context: u32,
     pub(super) kv_tokens: u64,
     pub(super) half_rows: bool,
-    /// Why its members are as they are, for the workers' logs.
+    /// Reason for the present choice of members, for the workers' logs.
     pub(super) reason: String,
-    /// Why its present epoch began, and those before it that never served. The driver tells of an epoch's recovery later,
-    /// when `reason` may be another.
+    /// Cause of the present epoch, and of those before it that never served. The driver reports an epoch's
+    /// recovery later, when `reason` may have changed.
     pub(super) reason_of_epoch: String,
-    /// Whether its driver ever served in its present epoch.
+    /// True if its driver ever served in its present epoch.
     pub(super) served: bool,
-    /// When its present epoch began.
+    /// Start of its present epoch.
     pub(super) epoch_since: Instant,
-    /// Since when its driver serves in this epoch.
+    /// Time since which its driver serves in this epoch.
     pub(super) serving_since: Option<Instant>,
-    /// When it last lost a member.
+    /// Time of the last loss of a member.
     pub(super) last_loss: Option<Instant>,
-    /// Who answers for it, with what.
+    /// The driver that answers for it, with the card that it serves.
     pub(super) served_by: Option<(String, ModelCard)>,
     /// Workers whose parts are gone, and why; dealt with at the next poll.
     pub(super) lost: BTreeMap<String, String>,
-    /// Members that others do not reach: who, and whom.
+    /// Doubts between two members: the one that complains, and the one that it does not reach.
     pub(super) doubts: BTreeMap<(String, String), Doubt>,
-    /// Time at which the link between two members was last made anew.
+    /// Time at which the link between two members was last renewed.
     pub(super) relinked: BTreeMap<(String, String), Instant>,
     /// Time at which a part of it last reported progress in loading or in computing.
     pub(super) progressed: Instant,
@@ -70,7 +70,7 @@ pub(super) struct Ring {
 #[derive(Debug, Clone)]
 pub(super) struct Stage {
     pub(super) layers: Range<u32>,
-    /// Weight format, the first member's; whoever takes the stage over uses it too.
+    /// Weight format, the first member's; its successors use it too.
     pub(super) format: String,
     pub(super) member: Part,
     pub(super) standby: Option<Part>,
@@ -81,7 +81,7 @@ pub(super) struct Stage {
 pub(super) struct Part {
     pub(super) node: String,
     pub(super) phase: PartPhase,
-    /// When it became ready.
+    /// Time at which it became ready.
     pub(super) ready_since: Option<Instant>,
     pub(super) lag_rows: u64,
     pub(super) step_us: f32,
@@ -154,12 +154,12 @@ impl Ring {
         self.stages.last().map_or("", |stage| &stage.member.node)
     }
 
-    /// Whether the worker is one of its members or standbys.
+    /// Returns true if the worker is one of its members or standbys.
     pub(super) fn has_part(&self, node: &str) -> bool {
         self.parts().any(|part| part.node == node)
     }
 
-    /// Whether the worker runs one of its stages.
+    /// Returns true if the worker runs one of its stages.
     pub(super) fn has_member(&self, node: &str) -> bool {
         self.stages.iter().any(|stage| stage.member.node == node)
     }
@@ -211,7 +211,8 @@ impl Ring {
             .collect()
     }
 
-    /// Takes a worker's report on one of its parts in. Parts that it does not hold (any more) are nobody's business.
+    /// Takes in a worker's report on one of its parts. A report on a part that it does not hold (any more) is
+    /// ignored.
     pub(super) fn report(&mut self, node: &str, report: &PartState, now: Instant) {
         let stage = usize::try_from(report.stage)
             .ok()
@@ -249,7 +250,7 @@ impl Ring {
         card
     }
 
-    /// Why it does not serve, if it does not.
+    /// Reason for which it does not serve.
     pub(super) fn hindrance(&self) -> &str {
         match self.served {
             true => "its driver waits for a member",
@@ -264,7 +265,7 @@ impl Ring {
         self.progressed = now;
         self.doubts.clear();
         self.serving_since = None;
-        // Who waits for this epoch waited for the one before it, too.
+        // A request that waits for this epoch waited for the one before it, too.
         let both = !std::mem::take(&mut self.served)
             && self.epoch > 2
             && self.reason_of_epoch.len() < LONGEST_REASON;
@@ -317,7 +318,7 @@ impl Ring {
         }
     }
 
-    /// When the passing of time alone changes something.
+    /// Time at which the passing of time alone changes something.
     pub(super) fn next_timer(&self) -> Option<Instant> {
         if !self.lost.is_empty() {
             return Some(self.epoch_since);
@@ -331,7 +332,7 @@ impl Ring {
         retires.into_iter().chain(late).chain(doubts).min()
     }
 
-    /// Who holds which layers, in one line.
+    /// Stages with their workers, in one line.
     pub(super) fn layout(&self, name: impl Fn(&str) -> String) -> String {
         let stage = |stage: &Stage| {
             let standby = match &stage.standby {
@@ -345,7 +346,8 @@ impl Ring {
     }
 }
 
-/// Bytes of a stage: its layers, what the ends of the model need besides, and KV rows for all of its layers.
+/// Bytes of a stage: its layers, the embedding and output weights at the ends of the model, and KV rows for
+/// all of its layers.
 pub(super) fn stage_bytes(spec: &ModelSpec, layers: &Range<u32>, kv_tokens: u64) -> u64 {
     let count = u64::from(layers.end.saturating_sub(layers.start));
     let first = if layers.start == 0 {
@@ -376,7 +378,7 @@ fn sound(value: f32) -> f32 {
 }
 
 const MOST_SLOTS: u32 = 4096;
-/// Bytes of reasons after which the next one starts anew.
+/// Bytes of joined reasons after which the next one replaces them.
 const LONGEST_REASON: usize = 512;
 /// Time for which the loading of a stage may stand still. The whole may take as long as a slow disk takes.
 const LOAD_SILENCE: Duration = Duration::from_secs(300);
@@ -384,9 +386,9 @@ const LOAD_SILENCE: Duration = Duration::from_secs(300);
 const LOAD_LIMIT: Duration = Duration::from_secs(900);
 /// Time that a driver has to bring a token through loaded stages, counted from the last progress of any part.
 const SERVE_LIMIT: Duration = Duration::from_secs(300);
-/// Parts that report nothing new for so long compute nothing; they report four times a second at most.
+/// Time without new reports after which a part counts as idle; parts report at most four times a second.
 const STANDSTILL: Duration = Duration::from_secs(2);
-/// How often a ring on its way out is looked at.
+/// Interval between looks at a ring that is being retired.
 const RETIRE_LOOK: Duration = Duration::from_millis(200);
 
 /// One member does not reach another.

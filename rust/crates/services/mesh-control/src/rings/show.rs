@@ -1,4 +1,4 @@
-//! What operators are shown of rings.
+//! Views of rings for operators.
 
 use std::time::Instant;
 
@@ -11,7 +11,7 @@ use super::view::{
 use super::{Prospect, Rings};
 
 impl Rings {
-    /// All rings.
+    /// Views of all rings.
     pub fn view(&self, now: Instant) -> Vec<RingView> {
         self.rings
             .values()
@@ -42,7 +42,7 @@ impl Rings {
         self.recoveries.iter()
     }
 
-    /// Why the model's ring does not serve, in a sentence; `None` if it does, or there is none.
+    /// Models whose ring does not serve, each with the reason as a sentence.
     pub fn not_serving(&self) -> Vec<(String, String)> {
         let idle = self.rings.values().filter(|ring| {
             ring.serving_since.is_none() && ring.retiring.is_none() && ring.replaces.is_none()

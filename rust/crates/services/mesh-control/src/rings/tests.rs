@@ -19,7 +19,7 @@ const MIB: u64 = 1 << 20;
 const LAYERS: u32 = 12;
 const MODEL: &str = "m";
 
-/// What a worker was told last of one ring.
+/// The last message to a worker about one ring.
 type Told = BTreeMap<(String, u64), mesh_proto::Ring>;
 
 struct Mesh {
@@ -167,7 +167,7 @@ impl Mesh {
         u64::from_str_radix(&self.ring().ring, 16).unwrap()
     }
 
-    /// What this worker would report of a ring if all its parts were in this phase.
+    /// Report of this worker on a ring if all its parts were in this phase.
     fn report(&self, node: &str, ring: u64, phase: PartPhase) -> RingState {
         let told = &self.told[&(node.to_owned(), ring)];
         let seat = |seat: &Option<mesh_proto::Seat>| {
@@ -255,7 +255,7 @@ impl Mesh {
         self.notes.iter().filter(failover).count()
     }
 
-    /// What must hold at any moment.
+    /// Checks the invariants that hold at any moment.
     fn check(&self) {
         for ring in self.rings.rings.values() {
             let mut end = 0;

@@ -10,23 +10,23 @@ use super::ring::Ring;
 /// A ring, for `/v1/mesh`.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct RingView {
-    /// Model name.
+    /// Name of the model.
     pub model: String,
-    /// Its id, hex.
+    /// Id of the ring, hexadecimal.
     pub ring: String,
-    /// Its epoch.
+    /// Number of its epoch.
     pub epoch: u32,
     /// `forming`, `serving`, `recovering` or `retiring`.
     pub state: &'static str,
-    /// Why its members are as they are.
+    /// Reason for the present choice of members.
     pub reason: String,
-    /// In order; the last one's worker is the driver.
+    /// Stages in order; the last one's worker is the driver.
     pub stages: Vec<StageView>,
-    /// Requests at once.
+    /// Requests that it runs at once.
     pub slots: u32,
     /// Most tokens of a request.
     pub context: u32,
-    /// KV memory, tokens.
+    /// Size of its KV cache, in tokens.
     pub kv_tokens: u64,
     /// Milliseconds per token of one stream, as planned.
     pub planned_token_ms: f64,
@@ -38,25 +38,25 @@ pub struct RingView {
     pub age_seconds: f64,
 }
 
-/// A stage.
+/// A stage of a ring.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct StageView {
     /// First layer, one past the last.
     pub layers: [u32; 2],
-    /// Who runs it.
+    /// The worker that computes it.
     pub member: PartView,
-    /// Who stands by.
+    /// The standby, if there is one.
     pub standby: Option<PartView>,
     /// KV rows that the standby does not have yet.
     pub lag_rows: u64,
 }
 
-/// A part.
+/// A stage on one worker, as member or standby.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct PartView {
-    /// The worker's name.
+    /// Name of the worker.
     pub worker: String,
-    /// Its node id.
+    /// Node id of the worker.
     pub node_id: String,
     /// `ip:port` of its ring listener.
     pub address: String,
@@ -68,7 +68,7 @@ pub struct PartView {
     pub load_seconds: f64,
     /// Seconds that its steps of more than a few rows took since then.
     pub prefill_seconds: f64,
-    /// Bytes of weights.
+    /// Memory of its weights, in bytes.
     pub weight_bytes: u64,
     /// Bytes of KV rows.
     pub kv_bytes: u64,
@@ -79,40 +79,40 @@ pub struct PartView {
 /// A path that a worker measured.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct PathView {
-    /// Name of the worker at its other end; the head if there is none.
+    /// Name of the worker at its other end; absent if that is the head.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub worker: Option<String>,
-    /// Round trip.
+    /// Round trip, in milliseconds.
     pub round_trip_ms: f64,
-    /// What its other end receives of it; unknown until it was idle once.
+    /// Bytes per second that its other end receives; unknown until the path was idle once.
     pub bytes_per_second: Option<f64>,
 }
 
 /// A worker without a part.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct LeftOutView {
-    /// Its name.
+    /// Name of the worker.
     pub worker: String,
-    /// Why.
+    /// Cause of the suspicion.
     pub reason: String,
 }
 
-/// How a ring came through a change of its members.
+/// Recovery of a ring from a change of its members.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct RecoveryView {
-    /// Model name.
+    /// Name of the model.
     pub model: String,
-    /// The ring, hex.
+    /// Id of the ring, hexadecimal.
     pub ring: String,
-    /// The new epoch.
+    /// Number of the new epoch.
     pub epoch: u32,
-    /// What had happened.
+    /// Cause of the change.
     pub reason: String,
     /// Milliseconds from the last token before to the first one after.
     pub gap_ms: f64,
     /// Rows that were computed again.
     pub rows: u64,
-    /// Requests that ran.
+    /// Number of requests that ran.
     pub requests: u32,
     #[serde(skip)]
     at: Option<Instant>,
@@ -121,9 +121,9 @@ pub struct RecoveryView {
 /// A model without a ring, for `/v1/mesh`.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Unformed {
-    /// Model name.
+    /// Name of the model.
     pub model: String,
-    /// Why.
+    /// Cause, for people.
     pub reason: String,
 }
 
@@ -141,7 +141,7 @@ impl RecoveryView {
         }
     }
 
-    /// When it was reported.
+    /// Time of the report.
     pub fn at(&self) -> Option<Instant> {
         self.at
     }

@@ -452,7 +452,7 @@ fn a_name_goes_over_to_other_weights_soon_after_the_last_worker_with_the_old_one
     pass(&mut fleet, 5);
     assert_eq!(fleet.place(&ask()), Choice::Busy, "requests wait");
     assert!(why_not(&fleet).unwrap().contains("asked soon"));
-    // Whoever comes back with the old weights meanwhile goes on.
+    // A worker that comes back with the old weights meanwhile goes on.
     let old = serving(&mut fleet, "old", "f");
     assert_eq!(fleet.worker(&ask()), old.0);
     assert!(why_not(&fleet).unwrap().contains("other weights"));

@@ -1,9 +1,10 @@
 //! Questions that look like a client's.
 
-/// A question as a person might ask it. It must not be the same one every time: its answer could be learnt by heart.
+/// A question as a person might ask it. It must not be the same one every time: its answer could be learnt by
+/// heart.
 pub(super) fn question_of(seed: u64) -> String {
     let pick = |list: &[&'static str], shift: u32| {
-        // The multiplier spreads what is alike in the low bits.
+        // The multiplier spreads seeds that are alike in the low bits.
         let mixed = (seed.rotate_left(shift)).wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 32;
         list[mixed as usize % list.len()]
     };
@@ -22,7 +23,7 @@ pub(super) fn question_of(seed: u64) -> String {
     }
 }
 
-/// Whether a text is one of [`question_of`]'s.
+/// Returns true if a text is one of [`question_of`]'s.
 pub fn is_question(text: &str) -> bool {
     let has = |list: &[&str]| list.iter().any(|word| text.contains(word));
     let begins = [

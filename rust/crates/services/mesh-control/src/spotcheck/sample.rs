@@ -3,7 +3,7 @@
 /// One position of an answer.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Position {
-    /// The chosen token.
+    /// Id of the chosen token.
     pub token: u32,
     /// Natural logarithm of its probability.
     pub logprob: f32,
@@ -14,14 +14,14 @@ pub struct Position {
 /// An answer to a question of the head.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Sample {
-    /// Of a model that makes text.
+    /// Tokens of a model that makes text.
     Text(Vec<Position>),
-    /// Of a model that makes embeddings.
+    /// Vector of a model that makes embeddings.
     Vector(Vec<f32>),
 }
 
 impl Sample {
-    /// Whether two answers may come from the same weights on different machines.
+    /// Returns true if two answers may come from the same weights on different machines.
     pub(crate) fn agrees(&self, other: &Sample) -> bool {
         match (self, other) {
             (Sample::Text(one), Sample::Text(two)) => texts_agree(one, two),
@@ -52,7 +52,8 @@ fn texts_agree(one: &[Position], two: &[Position]) -> bool {
     false
 }
 
-/// Whether `other` is nearly as likely as what was chosen at this position; `None` if that is not told.
+/// Returns true if `other` is nearly as likely as the token chosen at this position; `None` if the position
+/// does not say.
 fn near_tie(position: &Position, other: u32) -> Option<bool> {
     if position.top.is_empty() {
         return None;
@@ -82,12 +83,14 @@ fn vectors_agree(one: &[f32], two: &[f32]) -> bool {
 /// Alternatives that are asked for with each.
 pub const ALTERNATIVES: u32 = 5;
 
-/// Natural logarithm of how much likelier a token may be than another that takes its place on a machine with other rounding. SmolLM2-135M
-/// on scalar kernels (floats) and on AVX2 (8-bit activations) chooses other tokens within eight for every second question, and 0.35 was the
-/// most here; weights in 4 and in 8 bits are further apart.
+/// Natural logarithm of how much likelier a token may be than another that takes its place on a machine with
+/// other rounding. SmolLM2-135M on scalar kernels (floats) and on AVX2 (8-bit activations) chooses other
+/// tokens within eight for every second question, and 0.35 was the most here; weights in 4 and in 8 bits are
+/// further apart.
 const MARGIN: f32 = 2.0;
 
-/// How far the logarithms of one token's probability may be apart; 0.2 was the most there.
+/// Largest accepted difference of one token's log probability between two machines, in nats; 0.2 was the most
+/// in the measurements for [`MARGIN`].
 const LOGPROB_TOLERANCE: f32 = 3.0;
 
 /// Equal tokens after which an earlier end on one side says nothing.

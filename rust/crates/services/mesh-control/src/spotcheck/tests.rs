@@ -413,3 +413,40 @@ fn one_that_answers_at_once_is_asked_once_while_the_others_have_yet_to_answer() 
     assert!(!checks.is_due(&weights, "y", begun + SECOND));
     assert!(checks.is_due(&weights, "y", begun + SETTLE_AFTER));
 }
+
+#[test]
+fn a_newcomer_does_not_wait_for_those_that_are_gone_or_late() {
+    let weights = ("m".to_owned(), "f".to_owned());
+    let start = Instant::now();
+    let peers = |names: &[&'static str]| -> Vec<Peer<'static>> {
+        names.iter().map(|&subject| Peer { subject }).collect()
+    };
+    let mut checks = SpotChecks::default();
+    for (number, name) in ["a", "b"].into_iter().enumerate() {
+        let round = checks.question(&weights, name, 1, start).round;
+        let sample = (round, honest(number as u64));
+        checks.answered(&weights, name, sample, &peers(&["a"]), SCHEDULE, start);
+    }
+    let begun = start + ROUND_LIFE;
+    let all = peers(&["a", "b", "x"]);
+    let round = checks.question(&weights, "x", 2, begun).round;
+    checks.answered(&weights, "x", (round, honest(7)), &all, SCHEDULE, begun);
+    assert_eq!(checks.waiting(), [weights.clone()]);
+    assert_eq!(checks.look_again(&weights, &all, SCHEDULE, begun), []);
+
+    // Both that it waits for are gone.
+    let mut gone = checks.clone();
+    gone.look_again(&weights, &peers(&["x"]), SCHEDULE, begun + SECOND);
+    assert_eq!(
+        gone.check_state(&weights, "x", begun + SECOND),
+        CheckState::Cleared
+    );
+    assert_eq!(gone.waiting(), Vec::<Weights>::new());
+
+    // One has answered, and the other one is late.
+    checks.answered(&weights, "a", (round, honest(8)), &all, SCHEDULE, begun);
+    assert_eq!(checks.check_state(&weights, "x", begun), CheckState::New);
+    let late = begun + SETTLE_AFTER;
+    checks.look_again(&weights, &all, SCHEDULE, late);
+    assert_eq!(checks.check_state(&weights, "x", late), CheckState::Cleared);
+}

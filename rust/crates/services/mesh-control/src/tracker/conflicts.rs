@@ -1,7 +1,8 @@
 //! Names that several models claim.
 //!
-//! One worker alone cannot make a conflict: its own claims differ only while it replaces a model, and what it makes up is of no
-//! account to others. Nor can a few workers hide one, or fill the log: of what is told each has its part.
+//! One worker alone cannot make a conflict: its own claims differ only while it replaces a model, and its
+//! inventions do not count for others. Nor can a few workers hide a conflict, or fill the log: each node has
+//! a bounded share of the reports.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
@@ -10,12 +11,12 @@ use std::time::{Duration, Instant};
 use super::pins::key;
 use super::{Action, Conflict, Note, Tracker};
 
-/// A name with those who claim it.
+/// A name with the workers that claim it.
 struct Claimed {
     conflict: Conflict,
     /// Ids of the nodes that hold something under it.
     holders: BTreeSet<String>,
-    /// These, those who refuse what it is pinned to, and those that made the pin.
+    /// These, those that refuse the pinned model, and those that made the pin.
     involved: BTreeSet<String>,
     is_sought: bool,
 }
@@ -53,17 +54,18 @@ impl Claimed {
 }
 
 impl Tracker {
-    /// Names that several models claim, and why nobody should take either of them unseen: those that matter most.
+    /// Reported conflicts, by name: names that several models claim, so that no worker should take either
+    /// model unseen.
     pub fn conflicts(&self) -> Vec<Conflict> {
         self.conflicts.told.values().cloned().collect()
     }
 
-    /// Whether a name is claimed for several models, and no operator has decided.
+    /// Returns true if a name is claimed for several models and no operator has decided.
     pub(super) fn is_disputed(&self, name: &str) -> bool {
         self.conflicts.disputed.contains(&key(name))
     }
 
-    /// Finds names that several models claim, and tells of those that are news.
+    /// Finds names that several models claim, and reports those that are new.
     pub(super) fn find_conflicts(&mut self, now: Instant) {
         let mut names = self.claimed();
         self.move_pins(&names, now);
@@ -107,7 +109,7 @@ impl Tracker {
         self.conflicts.told = told.map(|(name, one)| (name, one.conflict)).collect();
     }
 
-    /// Who holds something under which name, in lower case.
+    /// Holders of models by name, in lower case.
     fn claimed(&self) -> BTreeMap<String, Claimed> {
         let mut names: BTreeMap<String, Claimed> = BTreeMap::new();
         let reached = self.nodes.iter();
@@ -129,8 +131,8 @@ impl Tracker {
         names
     }
 
-    /// Has a name go with its model where the worker that had it first replaced that: while nobody else has the old one, or claims
-    /// the name for a third, there is nothing that the pin would protect.
+    /// Moves a pin to the new model where the worker that had the name first replaced its model: while no
+    /// other worker has the old one, or claims the name for a third, the pin protects nothing.
     fn move_pins(&mut self, names: &BTreeMap<String, Claimed>, now: Instant) {
         let mut moved = Vec::new();
         for (name, pin) in &mut self.pins.0 {
@@ -160,7 +162,8 @@ impl Tracker {
         }
     }
 
-    /// Whether the log should have this of a name: once in a while, and not for ever of the same nodes.
+    /// Returns true if this is new for the log: at most once in a while, and not again and again for the same
+    /// nodes.
     fn is_news(&mut self, name: &str, involved: &BTreeSet<String>, now: Instant) -> bool {
         let noted = &mut self.conflicts.noted;
         noted.retain(|_, (at, _)| now.saturating_duration_since(*at) < NOTED_FOR);
@@ -177,7 +180,8 @@ impl Tracker {
     }
 }
 
-/// As many as are told of: first those that an operator decided about or somebody waits for, and some of each node's.
+/// Selects the conflicts to report: first those that an operator decided about or a worker waits for, and
+/// some of each node's.
 fn select(names: BTreeMap<String, Claimed>) -> BTreeMap<String, Claimed> {
     let mut ranked: Vec<(String, Claimed)> = names.into_iter().collect();
     ranked.sort_by_key(|(_, one)| {
@@ -209,6 +213,6 @@ fn select(names: BTreeMap<String, Claimed>) -> BTreeMap<String, Claimed> {
 /// Conflicts that are told of, and those among them that are about the same nodes while there are others.
 const MOST_CONFLICTS: usize = 64;
 const MOST_OF_NODE: usize = 8;
-/// For how long a name that the log had is no news, and names of one node that it has in that time.
+/// Time for which a logged name is not logged again, and over which the names of one node are counted.
 const NOTED_FOR: Duration = Duration::from_secs(600);
 const MOST_NOTES: usize = 32;

@@ -37,7 +37,7 @@ impl Tracker {
         }
     }
 
-    /// Takes a download away from who failed on it.
+    /// Takes a download away from the worker that failed on it.
     pub(super) fn fail(&mut self, key: &Key, reason: &str, now: Instant) {
         let Some(download) = self.downloads.remove(key) else {
             return;
@@ -86,7 +86,7 @@ impl Tracker {
                 let failure = self.failures.get(&(key.clone(), node.clone()));
                 failure.is_none_or(|failure| failure.until <= now)
             };
-            // Who has most already, then the first.
+            // The worker that has most already, then the first.
             let rested = willing.iter().filter(|(node, _)| rested(node));
             let Some((node, bytes)) =
                 rested.max_by(|(a, x), (b, y)| x.cmp(y).then_with(|| b.cmp(a)))
@@ -116,7 +116,8 @@ impl Tracker {
         self.timer = stalls.chain(rests.filter(|until| *until > now)).min();
     }
 
-    /// Models of which something is sought that nobody holds, each with those who would go for it and the bytes they have.
+    /// Models with sought pieces that no worker holds, each with the workers that would download it and the
+    /// bytes that they have.
     pub(super) fn needed(&self) -> BTreeMap<Key, Vec<(String, u64)>> {
         let mut keys: BTreeMap<Key, Vec<(String, u64)>> = BTreeMap::new();
         for (node, entry) in &self.nodes {
@@ -135,7 +136,7 @@ impl Tracker {
         keys
     }
 
-    /// Pieces that somebody seeks and nobody holds.
+    /// Pieces that a worker seeks and no worker holds.
     pub(super) fn uncovered(&self, fingerprint: &str) -> PieceSet {
         let mut uncovered = PieceSet::none(0);
         for (_, missing) in self.missing(fingerprint) {
@@ -168,10 +169,10 @@ impl Tracker {
     }
 }
 
-/// Who brings nothing for so long loses the download.
+/// A worker that brings nothing for this time loses the download.
 const STALL_LIMIT: Duration = Duration::from_secs(30);
 
-/// How long who failed on a download is left alone the first time; doubled with every repeat.
+/// Time for which a worker is left alone after its first failed download; each repeat doubles it.
 const FIRST_PAUSE: Duration = Duration::from_secs(10);
 
 const LONGEST_PAUSE: Duration = Duration::from_secs(600);

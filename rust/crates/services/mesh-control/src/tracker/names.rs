@@ -1,4 +1,4 @@
-//! What names of models mean: decided by an operator, or by the worker that gets a model first.
+//! Pins of model names: set by an operator, or by the worker that gets a model first.
 
 use std::collections::BTreeMap;
 
@@ -6,15 +6,15 @@ use super::Tracker;
 use super::pins::{MOST_PINS, Pin, PinError, Pins, is_fingerprint, is_name, key};
 
 impl Tracker {
-    /// The pins.
+    /// All pins of this mesh.
     pub fn pins(&self) -> &Pins {
         &self.pins
     }
 
-    /// An operator decides what a name means.
+    /// Pins a name for an operator.
     ///
     /// # Errors
-    /// If either is none, or there is no room.
+    /// If the name or the fingerprint is invalid, or there is no room.
     pub fn pin(&mut self, name: &str, fingerprint: &str) -> Result<(), PinError> {
         if !is_name(name) {
             return Err(PinError::Name(name.chars().take(100).collect()));
@@ -41,7 +41,7 @@ impl Tracker {
         Ok(())
     }
 
-    /// An operator lets a name mean again what is got under it next.
+    /// Removes a pin for an operator: the next model that is fetched under the name keeps it.
     ///
     /// # Errors
     /// If it is not pinned.
@@ -58,7 +58,7 @@ impl Tracker {
         self.actions.push(super::Action::KeepPins);
     }
 
-    /// Pins names under which a model is about to be got, or was got by who had the download.
+    /// Pins names under which a model is being downloaded, or was downloaded by the worker with the download.
     pub(super) fn settle_pins(&mut self) {
         let mut first = Vec::new();
         for (node, entry) in &self.nodes {

@@ -1,14 +1,15 @@
-//! What names of models mean in this mesh: the first model that was got under a name keeps it, until an operator says otherwise.
+//! Pins of model names in this mesh: the first model fetched under a name keeps the name until an operator
+//! decides otherwise.
 //!
-//! A worker that reaches the hub, or has the operator's signature, needs no pin. For all others a pin is what stands between a
-//! name and whoever claims it next.
+//! A worker that reaches the hub, or has the operator's signature, needs no pin. For all others only the pin
+//! stands between a name and the next worker that claims it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;
 
 use serde::{Deserialize, Serialize};
 
-/// What a name means.
+/// A pin: the model that a name stands for.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Pin {
     /// The name, as it was first written.
@@ -17,12 +18,13 @@ pub struct Pin {
     pub fingerprint: String,
     /// Name of the worker that had it first; of no account where an operator decided.
     pub worker: String,
-    /// An operator decided.
+    /// True if an operator set it.
     pub operator: bool,
-    /// Id of the node that had it sought; so many pins has each.
+    /// Id of the node that first sought it; each node has a limited number of pins.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub node: String,
-    /// Id of the worker that had it first: where that replaces the model, and nobody else has the old one, the name goes with it.
+    /// Id of the worker that had it first: if it replaces the model, and no other worker has the old one, the
+    /// name goes with it.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub holder: String,
 }
@@ -34,15 +36,16 @@ pub struct Pins(pub(super) BTreeMap<String, Pin>);
 /// A name that several models claim.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Conflict {
-    /// The name.
+    /// The disputed name.
     pub name: String,
-    /// Fingerprints with the names of the workers that claim it for them; a pinned one that nobody has is among them.
+    /// Fingerprints with the names of the workers that claim it for them; a pinned one that no worker has is
+    /// among them.
     pub claims: BTreeMap<String, Vec<String>>,
-    /// What the name is pinned to.
+    /// Fingerprint that the name is pinned to.
     pub pinned: Option<String>,
-    /// Whether an operator did so. If not, nobody takes either model on this head's word.
+    /// True if an operator set the pin. If not, no worker takes either model on this head's word.
     pub decided: bool,
-    /// Workers that refuse what it is pinned to, as the hub has another model under the name.
+    /// Workers that refuse the pinned model, as the hub has another model under the name.
     pub refused_by: Vec<String>,
     /// The models are served: their fingerprints are those of files, which no pin can name.
     pub served: bool,
@@ -52,7 +55,7 @@ impl Conflict {
     /// Advice to the operator.
     pub fn advice(&self) -> String {
         let claims = self.claims.iter().map(|(fingerprint, workers)| {
-            // Of models that are served it is what the worker says.
+            // For models that are served, the worker reports it.
             let short: String = fingerprint.chars().take(12).collect();
             match workers[..] {
                 [] => format!("{short} (nobody now)"),
@@ -93,36 +96,36 @@ impl Conflict {
     }
 }
 
-/// What is known of conflicts, by name in lower case.
+/// Known conflicts, by name in lower case.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Conflicts {
-    /// Those that are told of.
+    /// Conflicts that are reported.
     pub(super) told: BTreeMap<String, Conflict>,
     /// All names that no operator has decided about.
     pub(super) disputed: BTreeSet<String>,
-    /// What the log has of late, and the nodes that had to do with it.
+    /// Recent log entries by name: their time, and the nodes that were involved.
     pub(super) noted: BTreeMap<String, (Instant, BTreeSet<String>)>,
 }
 
 impl Pins {
-    /// Those that were kept; what cannot be one is left out.
+    /// The pins from the file; invalid ones are left out.
     pub fn of(pins: impl IntoIterator<Item = Pin>) -> Self {
         let sound = |pin: &Pin| is_name(&pin.name) && is_fingerprint(&pin.fingerprint);
         let pins = pins.into_iter().filter(sound).take(MOST_PINS);
         Pins(pins.map(|pin| (key(&pin.name), pin)).collect())
     }
 
-    /// All of them, by name.
+    /// Pins in the order of their names.
     pub fn list(&self) -> impl Iterator<Item = &Pin> {
         self.0.values()
     }
 
-    /// What `name` is pinned to.
+    /// The pin of `name`.
     pub fn get(&self, name: &str) -> Option<&Pin> {
         self.0.get(&key(name))
     }
 
-    /// Pins a name, unless it is pinned, or there are too many pins. Says whether it was.
+    /// Pins a name, unless it is pinned, or there are too many pins. Returns true if it was pinned now.
     pub(super) fn first(&mut self, pin: Pin) -> bool {
         let of_node = self.0.values().filter(|known| known.node == pin.node);
         let room = self.0.len() < MOST_PINS && of_node.count() < MOST_OF_NODE;
@@ -134,29 +137,29 @@ impl Pins {
     }
 }
 
-/// Why a pin cannot be set.
+/// Reasons for which a pin cannot be set.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum PinError {
-    /// Not a name.
+    /// The name is not valid.
     #[error("invalid model name {0:?}: use 1 to 512 bytes without control characters")]
     Name(String),
-    /// Not a fingerprint.
+    /// The fingerprint is not valid.
     #[error(
         "invalid fingerprint {0:?}: use 64 digits from 0 to 9 and a to f; `hydramesh models show` tells a model's"
     )]
     Fingerprint(String),
-    /// No room.
+    /// There are as many pins as fit.
     #[error(
         "there are {MOST_PINS} pins already: release some with `hydramesh models pins release NAME`"
     )]
     TooMany,
-    /// Nothing to release.
+    /// The name is not pinned.
     #[error("the name {0:?} is not pinned: `hydramesh models pins list` shows those that are")]
     Unknown(String),
 }
 
-/// Names are told apart whatever their case.
+/// Names are equal whatever their case.
 pub(super) fn key(name: &str) -> String {
     name.to_ascii_lowercase()
 }

@@ -1,4 +1,4 @@
-//! What operators are shown of models.
+//! Views of models for operators.
 
 use std::collections::BTreeMap;
 
@@ -6,7 +6,7 @@ use super::view::{HolderView, SeekerView, TrackedModel};
 use super::{Key, Tracker};
 
 impl Tracker {
-    /// What workers still wait for, in words.
+    /// Models that workers still wait for, for people.
     pub fn under_way(&self) -> Vec<String> {
         let mut texts = Vec::new();
         for entry in self.nodes.values() {
@@ -27,7 +27,7 @@ impl Tracker {
         texts
     }
 
-    /// All models that workers hold or seek.
+    /// Views of all models that workers hold or seek.
     pub fn view(&self) -> Vec<TrackedModel> {
         let mut models: BTreeMap<Key, TrackedModel> = BTreeMap::new();
         for (node, entry) in &self.nodes {

@@ -115,7 +115,7 @@ impl World {
         &self.told[worker][0]
     }
 
-    /// Who goes outside the mesh; at most one does.
+    /// The worker that downloads from outside the mesh; at most one does.
     fn download(&self) -> Option<&str> {
         let told = self.told.iter();
         let mut on_it: Vec<&str> = told
@@ -501,7 +501,7 @@ fn a_model_that_a_worker_refuses_is_not_told_to_it_again() {
     });
     assert_eq!(world.told("b").fingerprint, "");
     assert_eq!(world.download(), Some("b"));
-    // Whoever cannot ask the hub does not get what is in doubt.
+    // A worker that cannot ask the hub does not get a model that is in doubt.
     world.seek("c", "m");
     assert!(world.told("c").disputed);
     assert_eq!(world.tracker.conflicts()[0].refused_by, ["b"]);
@@ -621,7 +621,7 @@ fn a_few_workers_neither_hide_a_conflict_nor_fill_the_log() {
     let told = world.tracker.conflicts();
     assert_eq!(told.len(), 64);
     assert!(told.iter().any(|conflict| conflict.name == "org/m"));
-    // What is not told of is disputed all the same.
+    // Unreported conflicts are disputed all the same.
     for i in 0..200 {
         assert!(world.tracker.is_disputed(&format!("!{i:03}")));
     }
@@ -691,7 +691,7 @@ fn what_workers_say_of_themselves_breaks_no_advice() {
     let advice = conflict.advice();
     assert!(advice.contains("äöüäöüäöüäöü (x )"), "{advice}");
     assert!(!advice.chars().any(char::is_control), "{advice}");
-    // What is served has the fingerprint of a file, and a pin is a manifest's.
+    // A served model has the fingerprint of a file, and a pin is a manifest's.
     assert!(advice.contains("pins set"), "{advice}");
     let served = super::Conflict {
         served: true,

@@ -5,19 +5,19 @@ use serde::Serialize;
 /// A model that workers hold or seek.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct TrackedModel {
-    /// What it goes by.
+    /// Name of the model.
     pub name: String,
-    /// SHA-256 of its manifest; absent while nobody has one.
+    /// SHA-256 of its manifest; absent while no worker has one.
     pub fingerprint: Option<String>,
     /// Bytes of its files; 0 while they are unknown.
     pub bytes: u64,
-    /// Whether its manifest is signed.
+    /// True if its manifest is signed.
     pub signed: bool,
-    /// Who has pieces of it.
+    /// Workers that hold pieces of it.
     pub holders: Vec<HolderView>,
-    /// Who seeks pieces of it.
+    /// Workers that seek pieces of it.
     pub seekers: Vec<SeekerView>,
-    /// Who gets it from outside the mesh.
+    /// The worker that downloads it from outside the mesh.
     pub origin: Option<String>,
 }
 
@@ -39,10 +39,10 @@ pub struct HolderView {
 pub struct SeekerView {
     /// Name of the worker.
     pub worker: String,
-    /// Bytes of what it needs that it has.
+    /// Bytes that it has of those that it needs.
     pub bytes: u64,
     /// Bytes that it needs; 0 while they are unknown.
     pub bytes_total: u64,
-    /// Why it could not get the model from outside the mesh, if it tried.
+    /// Error of its attempt to fetch the model from outside the mesh, if it tried.
     pub error: Option<String>,
 }

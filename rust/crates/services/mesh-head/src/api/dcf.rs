@@ -20,7 +20,7 @@ pub enum DcfTask {
 /// Texts to embed, as a DCF client asks for them.
 #[derive(Debug, Clone)]
 pub struct DcfEmbed {
-    /// What to embed, and how to write it down.
+    /// Texts to embed, and the encoding of the vectors.
     pub asked: AskedEmbeddings,
     /// Acknowledge repeats while the task runs.
     pub ack: bool,
@@ -29,11 +29,11 @@ pub struct DcfEmbed {
 /// An answer to generate, as a DCF client asks for it.
 #[derive(Debug, Clone)]
 pub struct DcfGenerate {
-    /// Model name.
+    /// Name of the model; the head's default if absent.
     pub model: Option<String>,
-    /// What to answer.
+    /// Prompt: text, tokens or a conversation.
     pub prompt: Prompt,
-    /// How to answer.
+    /// Sampling parameters and limits of the answer.
     pub params: GenerateParams,
     /// Send Partials while the answer grows.
     pub stream: bool,
@@ -74,7 +74,7 @@ impl DcfTask {
         }))
     }
 
-    /// Whether repeats are to be acknowledged while the task runs.
+    /// Returns true if repeats should be acknowledged while the task runs.
     pub(crate) fn ack(&self) -> bool {
         match self {
             Self::Generate(task) => task.ack,

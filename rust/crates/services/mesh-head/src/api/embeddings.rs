@@ -1,4 +1,5 @@
-//! `/v1/embeddings`: what a body asks for, and the answer. DCF tasks of kind `embed` are read and answered alike.
+//! `/v1/embeddings`: parses the body, and writes the answer. DCF tasks of kind `embed` are read and answered
+//! alike.
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
@@ -12,10 +13,10 @@ use crate::api::invalid::Invalid;
 use crate::api::json::{self, Lists};
 use crate::flight::task::{EmbedTask, Embedded};
 
-/// A request, checked.
+/// A checked request for embeddings.
 #[derive(Debug, Clone, PartialEq)]
 pub struct AskedEmbeddings {
-    /// What to embed.
+    /// Model and texts.
     pub task: EmbedTask,
     /// Vectors in base64 of little-endian f32, instead of as numbers.
     pub base64: bool,
@@ -54,7 +55,7 @@ impl AskedEmbeddings {
                 ));
             }
         };
-        // Only names whom the client asks for.
+        // `user` only names the client's own user: its type is checked, and its value is not used.
         fields.text("user")?;
         // sentence-transformers' name for the same.
         let prompt_name = fields.name("input_type")?.or(fields.name("prompt_name")?);
@@ -72,7 +73,7 @@ impl AskedEmbeddings {
         })
     }
 
-    /// The answer's body.
+    /// Body of the answer, JSON.
     pub(crate) fn answer(&self, embedded: &Embedded) -> Vec<u8> {
         let size = (embedded.dimensions as usize * 4).max(1);
         let vectors = embedded.vectors.chunks_exact(size).enumerate();

@@ -1,4 +1,4 @@
-//! What a request body of `/v1/chat/completions` or `/v1/completions` asks for.
+//! Parses request bodies of `/v1/chat/completions` and `/v1/completions`.
 
 use std::sync::Arc;
 
@@ -13,7 +13,7 @@ use crate::api::json::{self, Lists};
 use crate::flight::task::Task;
 use crate::ids;
 
-/// Which of the two APIs.
+/// The two OpenAI APIs for text.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Api {
     /// `/v1/chat/completions`.
@@ -31,18 +31,18 @@ impl From<Api> for fields::Api {
     }
 }
 
-/// A request, checked.
+/// A checked request.
 #[derive(Debug, Clone)]
 pub(crate) struct Asked {
-    /// Which API it came through.
+    /// The API that it came through.
     pub api: Api,
     /// Model named in it.
     pub model: Option<String>,
-    /// What to answer, several only in `/v1/completions`.
+    /// Prompts; several only in `/v1/completions`.
     pub prompts: Vec<Arc<Prompt>>,
-    /// How to answer.
+    /// Sampling parameters and limits of the answers.
     pub params: GenerateParams,
-    /// Answers per prompt.
+    /// Number of answers per prompt.
     pub choices: u32,
     /// Send the answer as it grows.
     pub stream: bool,
@@ -126,8 +126,8 @@ impl Asked {
         self.prompts.len() * self.choices as usize
     }
 
-    /// Bytes of memory that it may need from now on: its prompts, each once as it is and once on its way to a worker, and its answers,
-    /// which end with the model's `context`.
+    /// Bytes of memory that it may need from now on: its prompts, each once as it is and once on its way to a
+    /// worker, and its answers, which end with the model's `context`.
     pub(crate) fn memory(&self, context: Option<u32>) -> u64 {
         let prompts: usize = self.prompts.iter().map(|prompt| bytes_of(prompt)).sum();
         let asked = self.params.max_tokens.unwrap_or(UNSAID_TOKENS);
@@ -392,20 +392,20 @@ fn bytes_of(prompt: &Prompt) -> usize {
     }
 }
 
-/// What a running answer takes besides its tokens.
+/// Bytes that a running answer is charged besides its tokens.
 const PER_ANSWER: u64 = 8 << 10;
 /// A token with its text.
 const BYTES_A_TOKEN: u64 = 16;
 /// The probability of a token or of one of its alternatives, as it comes and in the answer's JSON.
 const BYTES_A_LOGPROB: u64 = 96;
-/// Tokens of an answer that nobody limits.
+/// Tokens of an answer without a limit, for the estimate of its memory.
 const UNSAID_TOKENS: u32 = 2048;
 /// Tokens of a long answer of a model whose context is not known.
 const LONG_ANSWER: u32 = 8192;
 /// Tokens that an answer is counted with at most: of the many that wait few are longer at once.
 const USUAL_TOKENS: u32 = 512;
 
-/// What the OpenAI API answers with where `/v1/completions` names no `max_tokens`.
+/// The OpenAI API's default of `max_tokens` for `/v1/completions`.
 const DEFAULT_COMPLETION: u32 = 16;
 const MOST_ANSWERS: u64 = 128;
 /// Parameters that v5.0.0 workers know, besides `max_tokens`.

@@ -8,14 +8,14 @@ use serde_json::Value;
 pub struct Invalid {
     /// The field, as a path: `messages[0].content`.
     pub param: String,
-    /// What is wrong with it.
+    /// Description of the fault, for the client.
     pub message: String,
-    /// Whether the field asks for something this mesh does not do.
+    /// True if the field asks for something that this mesh does not support.
     pub unsupported: bool,
 }
 
 impl Invalid {
-    /// A wrong value.
+    /// An error for a wrong value.
     pub(crate) fn new(param: impl Into<String>, message: impl Into<String>) -> Self {
         Self {
             param: param.into(),

@@ -1,6 +1,7 @@
 //! Bodies: read into the tasks of [`crate::flight`], and written from their answers. No I/O.
 //!
-//! - [`generate`] and [`embeddings`]: what bodies of the OpenAI API ask for; [`wire`]: what its answers consist of;
+//! - [`generate`] and [`embeddings`]: what bodies of the OpenAI API ask for; [`wire`]: what its answers
+//!   consist of;
 //! - [`dcf`]: the payload of a DCF Task;
 //! - [`json`] and [`fields`]: JSON within bounds, its fields by their types, errors that name the field.
 

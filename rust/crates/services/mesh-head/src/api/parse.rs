@@ -1,10 +1,10 @@
-//! Bodies are parsed where they hold up nobody.
+//! Parses bodies; large ones on another thread, where they hold up no other request.
 
 use bytes::Bytes;
 use tokio::sync::Semaphore;
 use tokio::task::JoinError;
 
-/// What `parse` makes of a body. A large one is parsed on another thread, in its turn.
+/// Returns the result of `parse` on a body. A large one is parsed on another thread, in its turn.
 ///
 /// # Errors
 /// If `parse` panics.

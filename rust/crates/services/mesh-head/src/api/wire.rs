@@ -7,25 +7,26 @@ use serde::ser::{SerializeMap, Serializer};
 
 use super::generate::Api;
 
-/// A whole answer, or one chunk of a stream: the two differ in the name of `object` and in what a choice holds.
+/// A whole answer, or one chunk of a stream: the two differ in the name of `object` and in what a choice
+/// holds.
 #[derive(Debug, Serialize)]
 pub(crate) struct Envelope<'a, C> {
-    /// The same in all chunks of an answer.
+    /// Id of the answer, the same in all its chunks.
     pub id: &'a str,
-    /// What this is.
+    /// Type of the object, as the OpenAI API names it.
     pub object: &'static str,
     /// Seconds since the Unix epoch.
     pub created: u64,
-    /// Model that answers.
+    /// Name of the model that answers.
     pub model: &'a str,
-    /// Names the weights.
+    /// Fingerprint of the weights.
     pub system_fingerprint: Option<&'a str>,
     /// The answers or their pieces.
     pub choices: Vec<C>,
     /// Tokens used; `null` in chunks before the last when usage was asked for, left out when not.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub usage: Option<Option<Usage>>,
-    /// Not of the OpenAI API: how fast it was.
+    /// Timings of the answer, an extension of the OpenAI API.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub timings: Option<Timings>,
 }
@@ -33,9 +34,9 @@ pub(crate) struct Envelope<'a, C> {
 /// One answer of `/v1/chat/completions`.
 #[derive(Debug, Serialize)]
 pub(crate) struct ChatChoice {
-    /// Which of the `n`.
+    /// Index of the choice, below `n`.
     pub index: usize,
-    /// The answer.
+    /// Message of the assistant.
     pub message: ChatText,
     /// Log probabilities where asked for.
     pub logprobs: Option<ChatLogprobs>,
@@ -46,34 +47,34 @@ pub(crate) struct ChatChoice {
 /// The message of an answer.
 #[derive(Debug, Serialize)]
 pub(crate) struct ChatText {
-    /// `assistant`.
+    /// Always `assistant`.
     pub role: &'static str,
-    /// The text.
+    /// Text of the answer.
     pub content: String,
-    /// Never.
+    /// Always `null`.
     pub refusal: Option<()>,
 }
 
 /// A piece of one answer of `/v1/chat/completions`.
 #[derive(Debug, Serialize)]
 pub(crate) struct ChatChunk<'a> {
-    /// Which of the `n`.
+    /// Index of the choice, below `n`.
     pub index: usize,
-    /// What is new.
+    /// Difference from the chunk before.
     pub delta: ChatDelta<'a>,
     /// Log probabilities where asked for.
     pub logprobs: Option<ChatLogprobs>,
-    /// In the last piece.
+    /// `stop` or `length`, in the last piece only.
     pub finish_reason: Option<&'static str>,
 }
 
-/// What is new in a chunk.
+/// New part of a message in a chunk.
 #[derive(Debug, Default, Serialize)]
 pub(crate) struct ChatDelta<'a> {
-    /// In the first piece.
+    /// Role of the message, in the first piece only.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub role: Option<&'static str>,
-    /// New text.
+    /// Text since the chunk before.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub content: Option<&'a str>,
 }
@@ -81,22 +82,22 @@ pub(crate) struct ChatDelta<'a> {
 /// One answer of `/v1/completions`, whole or a piece.
 #[derive(Debug, Serialize)]
 pub(crate) struct TextChoice<'a> {
-    /// Which of the answers.
+    /// Index of the answer.
     pub index: usize,
-    /// The text.
+    /// Text of the answer, or of the piece.
     pub text: &'a str,
     /// Log probabilities where asked for.
     pub logprobs: Option<TextLogprobs>,
-    /// In the last piece.
+    /// `stop` or `length`, in the last piece only.
     pub finish_reason: Option<&'static str>,
 }
 
 /// Log probabilities as `/v1/chat/completions` gives them.
 #[derive(Debug, Default, Serialize)]
 pub(crate) struct ChatLogprobs {
-    /// One per token.
+    /// Log probabilities, one per token.
     pub content: Vec<ChatLogprob>,
-    /// Never.
+    /// Always `null`.
     pub refusal: Option<()>,
 }
 
@@ -115,9 +116,9 @@ pub(crate) struct ChatLogprob {
 pub(crate) struct LogprobToken {
     /// Its text; U+FFFD where it is part of a character.
     pub token: String,
-    /// Natural logarithm.
+    /// Natural logarithm of its probability.
     pub logprob: f32,
-    /// Its bytes.
+    /// Bytes of its text.
     pub bytes: Vec<u8>,
 }
 
@@ -126,11 +127,11 @@ pub(crate) struct LogprobToken {
 pub(crate) struct TextLogprobs {
     /// Texts of the tokens.
     pub tokens: Vec<String>,
-    /// Their log probabilities.
+    /// Log probabilities of the tokens.
     pub token_logprobs: Vec<f32>,
     /// The likeliest tokens in each place, and the one that was chosen.
     pub top_logprobs: Vec<Alternatives>,
-    /// Where each token begins in the answer, in characters.
+    /// Offset of each token in the answer, in characters.
     pub text_offset: Vec<usize>,
 }
 
@@ -141,11 +142,11 @@ pub(crate) struct Alternatives(Vec<(String, f32)>);
 /// Tokens used.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 pub(crate) struct Usage {
-    /// Of the prompts.
+    /// Tokens of the prompts.
     pub prompt_tokens: u32,
-    /// Of the answers.
+    /// Tokens of the answers.
     pub completion_tokens: u32,
-    /// Both.
+    /// Sum of the two.
     pub total_tokens: u32,
     /// Details of the prompts.
     pub prompt_tokens_details: PromptDetails,
@@ -158,18 +159,18 @@ pub(crate) struct PromptDetails {
     pub cached_tokens: u32,
 }
 
-/// How fast an answer was.
+/// Timings and speed of an answer.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub(crate) struct Timings {
-    /// From arrival at the head to the first token.
+    /// Time from arrival at the head to the first token.
     pub first_token_ms: f64,
-    /// From arrival to the end.
+    /// Time from arrival to the end.
     pub total_ms: f64,
-    /// After the first token.
+    /// Tokens per second after the first token.
     pub tokens_per_second: f64,
-    /// Who answered in the end.
+    /// Worker that completed the answer.
     pub worker: String,
-    /// How often it was run again.
+    /// Number of reruns.
     pub reruns: u32,
 }
 
@@ -190,7 +191,7 @@ impl Api {
         }
     }
 
-    /// What ids of answers begin with.
+    /// Prefix of the ids of answers.
     pub(crate) fn id_prefix(self) -> &'static str {
         match self {
             Api::Chat => "chatcmpl",
@@ -240,7 +241,7 @@ impl TextLogprobs {
 /// A place in the text of an answer, as its tokens come in.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Place {
-    /// Whole characters so far.
+    /// Number of whole characters so far.
     characters: usize,
     /// The beginning of a character whose end has not come.
     open: Vec<u8>,
@@ -281,8 +282,8 @@ impl Place {
 }
 
 impl Alternatives {
-    /// The likeliest tokens and, always, the one chosen. Names are unique: of several tokens with one text the chosen one counts, then
-    /// the likeliest.
+    /// The likeliest tokens and, always, the one chosen. Names are unique: of several tokens with one text
+    /// the chosen one counts, then the likeliest.
     fn new(chosen: &TokenLogprob) -> Self {
         let name = name_of(chosen);
         let mut list: Vec<(String, f32)> = Vec::with_capacity(chosen.top.len() + 1);
@@ -330,7 +331,7 @@ impl Usage {
 }
 
 impl Timings {
-    /// Of this answer.
+    /// Timings of this answer.
     pub(crate) fn new(complete: &Complete, worker: &str) -> Self {
         let first = complete.first_token.unwrap_or(complete.total);
         let decoding = complete.total.saturating_sub(first).as_secs_f64();
@@ -349,7 +350,7 @@ impl Timings {
     }
 }
 
-/// The API's word for why an answer ended.
+/// The API's name for the reason why an answer ended.
 pub(crate) fn finish_reason(complete: &Complete) -> &'static str {
     match complete.done.finish() {
         FinishReason::Length => "length",

@@ -1,4 +1,4 @@
-//! Whose fault it is that an attempt failed.
+//! Decides which party is to blame for a failed attempt.
 
 use std::time::Instant;
 
@@ -36,7 +36,7 @@ impl<E: FnMut(Event) + Send> Drive<'_, E> {
         }
     }
 
-    /// The request was answered: those that could not were at fault, and not the request.
+    /// The request was answered, so the workers that failed on it were at fault, and not the request.
     pub(super) fn exonerate(&mut self, by: &Assignment) {
         for attempted in std::mem::take(&mut self.suspects) {
             if attempted.key != by.placed.key {
@@ -51,7 +51,8 @@ impl<E: FnMut(Event) + Send> Drive<'_, E> {
         }
     }
 
-    /// A worker says that the request itself is at fault: notes whether another one can be asked, and what that would prove.
+    /// A worker says that the request itself is at fault: notes whether another one can be asked, and what
+    /// its answer would prove.
     pub(super) fn ask_another(&mut self, assignment: &Assignment) {
         let another = self.mesh.another(&self.ask, assignment.placed.worker);
         self.answer.set_second_opinion(another);
@@ -60,7 +61,8 @@ impl<E: FnMut(Event) + Send> Drive<'_, E> {
             .context_on(assignment.placed.worker, &assignment.placed.model);
     }
 
-    /// A worker answers. If another one rejected the request before, that one was wrong, unless its context is smaller.
+    /// A worker answers. If another one rejected the request before, that one was wrong, unless its context
+    /// is smaller.
     pub(super) fn contradict(&mut self, assignment: &Assignment) {
         let Some(rejected) = self.answer.contradicted() else {
             return;

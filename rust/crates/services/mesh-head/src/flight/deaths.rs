@@ -1,4 +1,4 @@
-//! Which workers died of a request, as far as the head can see.
+//! Detects workers that died of a request, as far as the head can see.
 
 use dcf::ErrorCode;
 use mesh_control::registry::WorkerId;
@@ -52,9 +52,9 @@ impl Deaths {
 /// The process that is connected now as the node of a worker whose link is over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Process {
-    /// The same one.
+    /// The same process.
     Same,
-    /// Another one: it was started anew.
+    /// Another one: the worker was restarted.
     Other,
     /// None, or one that does not say.
     Unknown,
@@ -71,13 +71,13 @@ impl Process {
     }
 }
 
-/// Whether a link that ended like this says that the worker died.
+/// Returns true if a link that ended like this shows that the worker died.
 fn is_death(reason: &Closed, process: Process) -> bool {
     match (reason, process) {
         (_, Process::Same) => false,
         (Closed::Gone | Closed::Restarted | Closed::Silent, _) => true,
-        // This head closes links that it has no use for: in quarantine, expelled, or replaced. A new process has replaced one that
-        // died unnoticed.
+        // This head closes links that it has no use for: in quarantine, expelled, or replaced. A new process
+        // has replaced one that died unnoticed.
         (Closed::ByUs, process) => process == Process::Other,
         // It said goodbye.
         (

@@ -1,4 +1,5 @@
-//! Drives one answer: asks for a worker, talks to it, and does what [`Answer`] decides until the answer ends.
+//! Drives one answer: asks for a worker, talks to it, and carries out the decisions of [`Answer`] until the
+//! answer ends.
 
 use std::future::Future;
 use std::pin::{Pin, pin};
@@ -29,7 +30,8 @@ use crate::workers::requests::{error_of, gets_on, progress_ms};
 
 /// Starts a task; dropping the receiver cancels it.
 pub(crate) fn submit(mesh: &Arc<Mesh>, front: Front, task: Task) -> mpsc::UnboundedReceiver<Event> {
-    // Unbounded, yet bounded by the context: a slow client must not hold a worker's slot for longer than the answer takes.
+    // Unbounded, yet bounded by the context: a slow client must not hold a worker's slot for longer than the
+    // answer takes.
     let (sender, receiver) = mpsc::unbounded_channel();
     let mesh = mesh.clone();
     tokio::spawn(async move {
@@ -77,7 +79,7 @@ pub(super) struct Drive<'a, E> {
     pub(super) ask: Ask,
     pub(super) answer: Answer,
     emit: E,
-    /// When the last token came.
+    /// Arrival of the last token.
     last_token: Option<Instant>,
     /// The attempt before this one failed on a ring of this model, whose last token came then.
     broke_off: Option<(String, Instant)>,
@@ -87,7 +89,7 @@ pub(super) struct Drive<'a, E> {
     pub(super) suspects: Vec<Attempted>,
     /// The context that the worker claims whose rejection of this request is looked into.
     pub(super) rejected_in: u32,
-    /// When the client last heard what the request waits for.
+    /// Time at which the client last heard the cause of the request's wait.
     told: Option<Instant>,
     deaths: Deaths,
 }
@@ -100,7 +102,7 @@ pub(super) struct Attempted {
     pub(super) began: Instant,
 }
 
-/// How one attempt ended.
+/// Result of one attempt.
 enum Attempt {
     Again {
         ended: Ended,
@@ -125,7 +127,8 @@ impl<'a, E: FnMut(Event) + Send> Drive<'a, E> {
         let known = named.as_ref().is_some_and(|name| mesh.knows_model(name));
         let model = named.or_else(|| mesh.default_model()).unwrap_or_default();
         let mut ask = task.ask(&model);
-        // Nobody knows what a v5.0.0 worker serves; whoever names a model of the mesh means that one.
+        // The models of a v5.0.0 worker are not known; a request that names a model of the mesh means that
+        // one.
         ask.legacy &= !known;
         let answer =
             Answer::new(mesh.config.request_limits(), Instant::now()).within(task.bounds());
@@ -194,7 +197,8 @@ impl<'a, E: FnMut(Event) + Send> Drive<'a, E> {
                 Route::Link(link) => {
                     let attempt = self.attempt_mesh(&assignment, &link, resume).await;
                     if link.close_reason().is_some() {
-                        // The link's own task will notice, too, but the next attempt must not find the worker there.
+                        // The link's own task will notice, too, but the next attempt must not find the worker
+                        // there.
                         self.mesh.leave(assignment.placed.worker);
                     }
                     attempt
@@ -353,7 +357,8 @@ impl<'a, E: FnMut(Event) + Send> Drive<'a, E> {
                 if !matches!(attempt, Attempt::Over(Ended::Complete, _)) {
                     stream.reset(ErrorCode::CANCELLED);
                 } else {
-                    // The worker has said its last word; what it has yet to hear is only that we heard it.
+                    // The worker has sent its last message; only the confirmation of its receipt is left to
+                    // send.
                     let _ = stream.finish();
                 }
                 return attempt;
@@ -380,7 +385,8 @@ impl<'a, E: FnMut(Event) + Send> Drive<'a, E> {
                     biased;
                     reply = &mut pending.reply => break self.replied(resume.attempt, reply.ok()),
                     now = timer.fired(&self.answer) => {
-                        // It works on one task after the other: while it answers others, this one waits its turn.
+                        // It works on one task after the other: while it answers others, this one waits its
+                        // turn.
                         if let Some(at) = self.mesh.exchange.last_answer(worker.address) {
                             self.answer.excused_until(at);
                         }
@@ -533,7 +539,7 @@ impl<'a, E: FnMut(Event) + Send> Drive<'a, E> {
         self.answer.done(attempt, Done::default(), Instant::now())
     }
 
-    /// Does what the core decided; `None` means to go on with the attempt.
+    /// Carries out the core's decision; `None` means to go on with the attempt.
     fn follow(&mut self, step: Step, lost: bool) -> Option<Attempt> {
         match step {
             Step::Wait => None,
@@ -547,7 +553,7 @@ impl<'a, E: FnMut(Event) + Send> Drive<'a, E> {
         }
     }
 
-    /// The last word to the front end.
+    /// Sends the last event to the front end.
     fn settle(&mut self, step: Step) -> Outcome {
         match step {
             Step::Complete(complete) => {
@@ -612,8 +618,8 @@ async fn open(link: &Link, generate: Message) -> Result<MsgStream, Failure> {
     Ok(stream)
 }
 
-/// The answer's timer. It is moved only when the next deadline comes closer: mostly, tokens push it away, and it is cheaper
-/// to look again when it fires.
+/// The answer's timer. It is moved only when the next deadline comes closer: mostly, tokens push it away, and
+/// it is cheaper to look again when it fires.
 struct Timer {
     sleep: Pin<Box<Sleep>>,
 }
@@ -645,12 +651,13 @@ fn due(answer: &Answer) -> Instant {
 /// Bytes of a whole answer of a worker without an identity.
 const MOST_WHOLE: usize = 8 << 20;
 
-/// Least time between two words to a client about what its request waits for.
+/// Least time between two messages to a client about the cause of its request's wait.
 const TELL_EVERY: Duration = Duration::from_millis(100);
 
 /// Time until the head looks again at a driver that is heard and sends no tokens.
 const RING_LOOK: Duration = Duration::from_millis(300);
 
-/// Silence of a ring's driver that counts as its death, if its link is silent, too: its standby goes on within milliseconds. It is
-/// more than a driver needs to notice a silent member, whose loss is not the driver's.
+/// Silence of a ring's driver that counts as its death, if its link is silent, too: its standby goes on
+/// within milliseconds. It is more than a driver needs to notice a silent member, whose loss is not the
+/// driver's.
 const RING_SILENCE: Duration = Duration::from_millis(1_500);

@@ -1,4 +1,5 @@
-//! Drives one request for embeddings: parts to workers, each part elsewhere when its worker dies, vectors back in order.
+//! Drives one request for embeddings: parts to workers, each part elsewhere when its worker dies, vectors
+//! back in order.
 
 use std::future::Future;
 use std::ops::Range;
@@ -246,7 +247,8 @@ async fn part(
                     Ok(Err(failure)) => {
                         let failure = deaths.of(failure, &assignment, &mut answer, mesh);
                         if link.close_reason().is_some() {
-                            // The link's own task will notice, too, but the next attempt must not find the worker there.
+                            // The link's own task will notice, too, but the next attempt must not find the
+                            // worker there.
                             mesh.leave(placed.worker);
                         }
                         answer.failed(resume.attempt, failure)
@@ -290,7 +292,8 @@ async fn part(
     }
 }
 
-/// Asks a worker for one part, for as long as it shows life; else what the answer's core makes of the time that passed.
+/// Asks a worker for one part, for as long as it shows life; else returns the decision of the answer's core
+/// on the time that passed.
 async fn ask_for_part(
     answer: &mut Answer,
     assignment: &Assignment,
@@ -366,7 +369,7 @@ fn weight(input: &EmbedInput) -> u64 {
     }
 }
 
-/// Bytes of memory that so many vectors take on their way to a client.
+/// Bytes of memory that `texts` vectors take on their way to a client.
 fn memory_of(texts: usize, dimensions: u32) -> u64 {
     let numbers = (texts as u64).saturating_mul(u64::from(dimensions));
     numbers.saturating_mul(BYTES_A_NUMBER)

@@ -1,17 +1,17 @@
-//! What a front end hears of its task.
+//! Events of a task for its front end.
 
 use bytes::Bytes;
 use mesh_control::request::{AnswerError, Complete, Delta};
 use mesh_proto::{Progress, RequestPhase};
 
-/// What a front end is told of its task. [`Event::Complete`] and [`Event::Failed`] are last.
+/// An event of a task for its front end. [`Event::Complete`] and [`Event::Failed`] are last.
 #[derive(Debug)]
 pub(crate) enum Event {
     /// It waits for a worker with room.
     Queued,
     /// A worker has it; again after each rerun.
     Placed(Placed),
-    /// Its worker says what it waits for.
+    /// Its worker reports the cause of its wait.
     Waits(Progress),
     /// The next piece of the answer.
     Delta(Delta),
@@ -23,12 +23,12 @@ pub(crate) enum Event {
     Failed(AnswerError),
 }
 
-/// Who answers.
+/// The worker and the model that answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Placed {
-    /// Model name.
+    /// Name of the model.
     pub model: String,
-    /// Worker's name.
+    /// Name of the worker.
     pub worker: String,
     /// SHA-256 of the model file.
     pub fingerprint: String,

@@ -1,5 +1,5 @@
-//! Requests on their way: each has a task of its own that finds a worker, follows the answer and goes on elsewhere when the
-//! worker dies.
+//! Requests on their way: each has a task of its own that finds a worker, follows the answer and goes on
+//! elsewhere when the worker dies.
 //!
 //! - [`drive`]: answers that are generated, told to the front end as [`event`]s;
 //! - [`embed`]: vectors, in parts on several workers;

@@ -1,4 +1,4 @@
-//! What both kinds of requests share: the time that is left, and how an end is counted.
+//! Parts that both kinds of requests share: the remaining time, and the outcome for the metrics.
 
 use std::time::Instant;
 
@@ -16,7 +16,7 @@ pub(crate) fn deadline_ms(answer: &Answer) -> u64 {
     u64::try_from(left.as_millis()).unwrap_or(u64::MAX).max(1)
 }
 
-/// How a request that ends with this error is counted.
+/// Outcome, for the metrics, of a request that ends with this error.
 pub(crate) fn outcome_of(error: &AnswerError) -> Outcome {
     match error {
         AnswerError::Refused(Refusal::UnknownModel { .. } | Refusal::TooLong { .. })

@@ -15,11 +15,11 @@ use mesh_proto::{ChatMessage, EmbedInput, GenerateParams, Prompt};
 pub(crate) struct Task {
     /// Request id in the logs of all services.
     pub id: String,
-    /// Model name; the head's default where there is none.
+    /// Model name; the head's default if absent.
     pub model: Option<String>,
-    /// What to answer. Several answers to it share it.
+    /// Prompt; several answers to it share it.
     pub prompt: Arc<Prompt>,
-    /// How to answer.
+    /// Sampling parameters and limits of the answer.
     pub params: GenerateParams,
     /// The client's own payload, where a v5.0.0 worker may take it as it is.
     pub legacy: Option<Bytes>,
@@ -30,7 +30,7 @@ pub(crate) struct Task {
 }
 
 impl Task {
-    /// What a worker may send as its answer.
+    /// Limits on the answer of a worker.
     pub(crate) fn bounds(&self) -> Bounds {
         let (bytes, messages) = match &*self.prompt {
             Prompt::Text(text) => (text.len(), 0),
@@ -61,7 +61,7 @@ impl Task {
         }
     }
 
-    /// What the router needs to know, for this model.
+    /// The router's view of this task, for this model.
     pub(crate) fn ask(&self, model: &str) -> Ask {
         let prompt_tokens = estimate_tokens(match &*self.prompt {
             Prompt::Text(text) => text.len(),
@@ -95,9 +95,9 @@ impl Task {
 pub struct EmbedTask {
     /// Request id in the logs of all services.
     pub id: String,
-    /// Model name; the first embedding model where there is none.
+    /// Model name; the first embedding model if absent.
     pub model: Option<String>,
-    /// The texts.
+    /// Texts to embed.
     pub inputs: Vec<EmbedInput>,
     /// Name of the prompt that the model puts in front.
     pub prompt_name: String,
@@ -128,5 +128,5 @@ const MESSAGE_TOKENS: usize = 64;
 /// Bytes of an echoed token.
 const ECHOED_TOKEN_BYTES: usize = 64;
 
-/// Tokens of an answer whose length nobody knows, for estimates.
+/// Tokens of an answer of unknown length, for estimates.
 const USUAL_ANSWER: u32 = 256;

@@ -8,11 +8,12 @@ use serde::{Deserialize, Serialize};
 
 #[derive(Debug, Default, Serialize, Deserialize)]
 struct Saved {
-    /// Names by node ids; the names are for whoever reads the file.
+    /// Names by node ids; the names are for people who read the file.
     drained: BTreeMap<String, String>,
 }
 
-/// Names of the drained workers by their node ids. A file that cannot be read drains nobody, and is told of.
+/// Reads the names of the drained workers by their node ids. If the file cannot be read, no worker is
+/// drained, and the log says so.
 pub(crate) fn load(state_dir: &Path) -> BTreeMap<String, String> {
     let path = state_dir.join(FILE);
     let read = || -> io::Result<Saved> {

@@ -1,4 +1,5 @@
-//! Tasks on their way through workers of DCF v5.0.0 and v5.1: from our own sequence back to whoever waits for the answer.
+//! Tasks on their way through workers of DCF v5.0.0 and v5.1: from the head's own sequence back to the
+//! request that waits for the answer.
 
 use std::collections::HashMap;
 use std::io;
@@ -93,7 +94,7 @@ impl Exchange {
         pending.is_some_and(|pending| pending.reply.send(message).is_ok())
     }
 
-    /// Whether a task with this sequence is with that worker.
+    /// Returns true if a task with this sequence is with that worker.
     pub(crate) fn awaits(&self, source: LegacyWorker, sequence: u32) -> bool {
         self.lock()
             .pending

@@ -1,4 +1,4 @@
-//! What comes of the proofs that workers give, and of what clients' requests show about them.
+//! Consequences of the proofs that workers give, and of the faults that clients' requests show.
 
 use std::collections::BTreeSet;
 use std::time::Instant;
@@ -13,7 +13,7 @@ use super::state::{Mesh, State};
 use crate::ids;
 
 impl Mesh {
-    /// The proofs that a worker is to give now, besides those of the models that are being asked.
+    /// The proofs that a worker has to give now, besides those of the models that are being asked.
     pub(crate) fn proofs_due(&self, id: WorkerId, under_way: &BTreeSet<String>) -> Vec<Proof> {
         let mut state = self.lock();
         let registry = &mut state.placement.registry;
@@ -40,14 +40,14 @@ impl Mesh {
         self.turn(state, now);
     }
 
-    /// A worker declines the head's question. Says whether that is excused.
+    /// A worker declines the head's question. Returns true if that is excused.
     pub(crate) fn declined(&self, id: WorkerId, model: &str) -> bool {
         let mut state = self.lock();
         let registry = &mut state.placement.registry;
         registry.declined(id, model, Instant::now())
     }
 
-    fn follow_finding(&self, state: &mut State, finding: Finding, now: Instant) {
+    pub(super) fn follow_finding(&self, state: &mut State, finding: Finding, now: Instant) {
         match finding {
             Finding::Disputed { text } => {
                 tracing::warn!(model_answers = "differ", "{text}");
@@ -86,7 +86,7 @@ impl Mesh {
                 self.metrics.quarantined(&name);
                 state.rings.quarantine(&node, &reason, length, now);
                 let worker = state.placement.registry.of_node(&node);
-                // What it answers now had better come from another one.
+                // Requests that it answers now should be answered by another worker.
                 if let Some(peer) = worker.and_then(|worker| state.peers.get(&worker.id)) {
                     peer.link
                         .close(ErrorCode::CANCELLED, &format!("in quarantine: {reason}"));

@@ -1,4 +1,4 @@
-//! What requests take of this head's memory.
+//! Leases of the head's memory for requests.
 
 use std::sync::{Arc, MutexGuard, PoisonError};
 

@@ -19,9 +19,9 @@ use super::state::{CLOCK_TOLERANCE, Mesh, Peer, timestamp_us};
 /// A worker that is connected with the identity of one that connects.
 #[derive(Debug)]
 pub(crate) struct Rival {
-    /// Its link.
+    /// The worker's QUIC link.
     pub link: Link,
-    /// It finishes what runs and will leave.
+    /// It finishes its running requests and will leave.
     pub draining: bool,
     name: String,
     host: String,
@@ -37,7 +37,7 @@ impl Mesh {
         orders: mpsc::Sender<Message>,
     ) -> WorkerId {
         let now = Instant::now();
-        // Not what it calls itself.
+        // Not the name that it gives itself.
         let hello = Hello {
             node_name: link.node_name().to_owned(),
             version: plain(&hello.version),
@@ -97,7 +97,8 @@ impl Mesh {
         peer.link.close_reason().is_none().then_some(peer.instance)
     }
 
-    /// The worker that is connected as this node, unless it is the same process: that has lost its earlier link.
+    /// The worker that is connected as this node, unless it is the same process: that has lost its earlier
+    /// link.
     pub(crate) fn rival(&self, node: &str, instance: u64) -> Option<Rival> {
         let state = self.lock();
         let worker = state.placement.registry.of_node(node)?;
@@ -113,7 +114,8 @@ impl Mesh {
         })
     }
 
-    /// A second machine with the identity of `rival` was refused: both hear so. Returns what the newcomer is told.
+    /// A second machine with the identity of `rival` was refused: both are told. Returns the message for the
+    /// newcomer.
     pub(crate) fn refused_duplicate(
         &self,
         rival: &Rival,
@@ -213,14 +215,15 @@ impl Mesh {
     }
 }
 
-/// What a worker says of itself, as far as it is shown.
+/// A worker's text about itself, made fit to show: at most 64 characters, no control characters.
 fn plain(said: &str) -> String {
     let shown = said.chars().filter(|c| !c.is_control());
     shown.take(64).collect()
 }
 
-/// Addresses that a worker says it has, but for the one that it is seen at and those that lead to nobody or to everybody. One
-/// on the head's own machine is reached where the head is.
+/// Addresses that a worker reports, without the one that it is seen at and without unspecified, loopback,
+/// multicast and link-local ones. Empty for a worker on the head's own machine, which is reached at the
+/// head's address.
 fn other_addresses(said: &[String], seen: IpAddr) -> Vec<IpAddr> {
     if seen.is_loopback() {
         return Vec::new();

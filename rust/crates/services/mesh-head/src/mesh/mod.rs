@@ -1,13 +1,14 @@
-//! What all front ends share: placement and rings behind their lock, the links of workers, and who waits for room.
+//! State that all front ends share: placement and rings behind their lock, the links of workers, and the
+//! requests that wait for room.
 //!
 //! The lock is held for a decision, never across an await. Per token nothing is locked.
 //!
 //! - [`state`]: the state and its lock;
-//! - [`members`], [`models`], [`nodes`], [`rings`]: events of workers, and what the cores make of them;
+//! - [`members`], [`models`], [`nodes`], [`rings`]: events of workers, and their effects on the cores;
 //! - [`placing`], [`lease`]: a worker and memory for each request;
-//! - [`findings`]: faults of workers; [`tick`]: what is due now and then;
+//! - [`findings`]: faults of workers; [`tick`]: periodic work;
 //! - [`exchange`]: tasks with workers of DCF v5.0.0 and v5.1; [`sessions`]: keys of heartbeats;
-//! - [`drains`], [`pins`]: what outlasts a restart.
+//! - [`drains`], [`pins`]: state that outlasts a restart.
 
 mod drains;
 pub(crate) mod exchange;

@@ -1,4 +1,5 @@
-//! Models within the mesh: tells workers where to get what they seek, as [`mesh_control::tracker`] decides.
+//! Models within the mesh: sends workers the sources of the models that they seek, as
+//! [`mesh_control::tracker`] decides.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -14,7 +15,7 @@ use tracing::{error, info, warn};
 use super::state::{Mesh, State, timestamp_us};
 
 impl Mesh {
-    /// A worker says what it holds and seeks.
+    /// A worker reports the models that it holds and seeks.
     pub(crate) fn models_said(&self, id: WorkerId, models: Models) {
         let now = Instant::now();
         let mut guard = self.lock();
@@ -25,7 +26,7 @@ impl Mesh {
         let Some(node) = worker.node_id() else {
             return;
         };
-        // One in quarantine gives nobody a model until that is over.
+        // A worker in quarantine gives no other worker a model until that is over.
         if state.placement.registry.is_out(node, now) {
             state.held_back.said(id, models);
             return;
@@ -56,15 +57,16 @@ impl Mesh {
         self.lock().tracker.view()
     }
 
-    /// What names of models mean.
+    /// Pins of model names.
     pub(crate) fn pins(&self) -> Vec<Pin> {
         self.lock().tracker.pins().list().cloned().collect()
     }
 
-    /// An operator decides what a name means; without a fingerprint, that it means what is got under it next.
+    /// Pins a name for an operator; without a fingerprint, removes its pin, and the next model that is
+    /// fetched under it keeps the name.
     ///
     /// # Errors
-    /// [`PinError`] says what is wrong with it.
+    /// [`PinError`] says why the pin is refused.
     pub(crate) fn decide_pin(&self, name: &str, fingerprint: Option<&str>) -> Result<(), PinError> {
         let mut guard = self.lock();
         let state = &mut *guard;
@@ -109,7 +111,7 @@ impl Mesh {
             .collect();
     }
 
-    /// The same, for people.
+    /// Names that several models claim, for operators.
     pub(crate) fn alarms(&self) -> Vec<Conflict> {
         self.name_conflicts(&self.lock())
     }

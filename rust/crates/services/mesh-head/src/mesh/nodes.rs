@@ -1,4 +1,4 @@
-//! Nodes that are expelled: their links end, what runs on them goes elsewhere, and all workers hear of it.
+//! Expulsion of nodes: their links end, their requests go elsewhere, and all workers hear of it.
 
 use std::time::Instant;
 
@@ -12,8 +12,8 @@ use tracing::warn;
 use super::state::{Mesh, timestamp_us};
 
 impl Mesh {
-    /// Removes a node at once, as if its link had ended, and closes that: its requests run again elsewhere, its parts of rings
-    /// go to standbys. Whether it may come back is for the deny list to say.
+    /// Removes a node at once, as if its link had ended, and closes that: its requests run again elsewhere,
+    /// its parts of rings go to standbys. Whether it may come back is for the deny list to say.
     pub(crate) fn expel(&self, node: &str, reason: &str) {
         let now = Instant::now();
         let mut guard = self.lock();
@@ -31,7 +31,7 @@ impl Mesh {
         self.turn(state, now);
     }
 
-    /// Ends a node's quarantine and forgives what it did. Says whether it was in quarantine.
+    /// Ends a node's quarantine and forgives its faults. Returns true if it was in quarantine.
     pub(crate) fn readmit(&self, node: &str) -> bool {
         let now = Instant::now();
         let mut guard = self.lock();

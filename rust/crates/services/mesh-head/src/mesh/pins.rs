@@ -1,4 +1,5 @@
-//! What names of models mean in this mesh. The file is read at the start and written whenever a name is pinned or released.
+//! File of the pins of model names. The file is read at the start and written whenever a name is pinned or
+//! released.
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -14,7 +15,7 @@ struct Saved {
     pins: Vec<Pin>,
 }
 
-/// The file, and what is to be written to it.
+/// The file, and the next content to write to it.
 #[derive(Debug, Clone)]
 pub(crate) struct PinsFile {
     path: PathBuf,
@@ -32,7 +33,8 @@ impl PinsFile {
         }
     }
 
-    /// What was kept. A damaged file is set aside, not written over: what it pinned would be forgotten otherwise.
+    /// Reads the pins from the file. A damaged file is set aside, not written over: what it pinned would be
+    /// forgotten otherwise.
     ///
     /// # Errors
     /// If the file cannot be read, or not be set aside. What is in it may be sound.
@@ -55,7 +57,7 @@ impl PinsFile {
         }
     }
 
-    /// What is in the file, or enough of it to see that it is too long. `None` if it is not there.
+    /// Reads the file, or enough of it to see that it is too long. `None` if it is not there.
     fn read(&self) -> io::Result<Option<Vec<u8>>> {
         let file = match File::open(&self.path) {
             Ok(file) => file,
@@ -75,7 +77,7 @@ impl PinsFile {
         io::Error::new(error.kind(), text)
     }
 
-    /// Has it written soon; the latest pins are what is in it in the end.
+    /// Writes the pins soon, in the background; the latest ones win.
     pub(crate) fn keep(&self, pins: &Pins) {
         *lock(&self.next) = Some(pins.list().cloned().collect());
         let file = self.clone();

@@ -1,4 +1,4 @@
-//! A worker for each request, and the queue of those that wait for one.
+//! Finds a worker for each request, and holds the queue of requests that wait for one.
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
@@ -17,10 +17,10 @@ use super::exchange::LegacyWorker;
 use super::state::{Mesh, State};
 
 impl Mesh {
-    /// Finds a worker, waiting for one where all are busy. A `rerun` waits even if there is none.
+    /// Finds a worker, and waits for one if all are busy. A `rerun` waits even if no worker serves the model.
     ///
     /// # Errors
-    /// [`Refusal`] says why there is none.
+    /// [`Refusal`] says why the request gets no worker.
     pub(crate) async fn place(
         self: &Arc<Self>,
         ask: Ask,
@@ -94,12 +94,12 @@ impl Mesh {
         registry.default_model(ModelKind::Embed, Instant::now())
     }
 
-    /// Who serves this model.
+    /// The workers that serve this model.
     pub(crate) fn replicas(&self, name: &str) -> Replicas {
         self.with_registry(|registry| Replicas::of(registry, name, Instant::now()))
     }
 
-    /// Whether a worker serves this model now or did lately, or workers offer its layers.
+    /// Returns true if a worker serves this model now or did recently, or workers offer its layers.
     pub(crate) fn knows_model(&self, name: &str) -> bool {
         self.lock().placement.knows_model(name)
     }
@@ -138,7 +138,7 @@ impl Mesh {
         }
     }
 
-    /// Whether another worker than this one answers such requests.
+    /// Returns true if another worker than this one answers such requests.
     pub(crate) fn another(&self, ask: &Ask, than: WorkerId) -> bool {
         self.lock().placement.another(ask, than, Instant::now())
     }
@@ -181,7 +181,7 @@ impl Mesh {
     }
 }
 
-/// How to reach the worker of an [`Assignment`].
+/// Route to the worker of an [`Assignment`].
 #[derive(Debug, Clone)]
 pub(crate) enum Route {
     /// Over its link.
@@ -219,9 +219,9 @@ impl Drop for PlaceInQueue<'_> {
 pub(crate) struct Assignment {
     mesh: Arc<Mesh>,
     ticket: Ticket,
-    /// The worker.
+    /// The worker and the expected time of the answer.
     pub placed: Placed,
-    /// How to reach it.
+    /// Route to the worker.
     pub route: Route,
     /// The worker's process; 0 is unknown.
     pub process: u64,
@@ -264,12 +264,12 @@ impl Assignment {
         self.first_token();
     }
 
-    /// When a token last came from this worker, whichever request it was for.
+    /// Arrival of the last token from this worker, for any request.
     pub(crate) fn last_token_of_worker(&self) -> Option<Instant> {
         self.tokens_seen.as_ref()?.last()
     }
 
-    /// The worker says that its engine gets on.
+    /// Notes that the worker's engine makes progress.
     pub(crate) fn gave_sign(&self) {
         let model = &self.placed.model;
         self.mesh.with_worker(self.placed.worker, |worker| {
@@ -288,7 +288,7 @@ impl Assignment {
         })
     }
 
-    /// Says how the attempt ended, and gives the worker free.
+    /// Reports the end of the attempt, and frees the worker.
     pub(crate) fn end(mut self, ended: Ended) {
         self.ended = ended;
     }

@@ -1,4 +1,5 @@
-//! Rings within the mesh: carries out what [`mesh_control::rings`] decides, and answers what others ask about rings.
+//! Rings within the mesh: carries out the decisions of [`mesh_control::rings`], and answers questions about
+//! rings.
 
 use std::io;
 use std::net::SocketAddr;
@@ -17,7 +18,7 @@ use super::drains;
 use super::state::{Mesh, State, timestamp_us};
 use crate::metrics::Verdict;
 
-/// What became of a worker as the driver of a ring.
+/// State of a worker as the driver of a ring.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum RingRole {
     /// It serves since then.
@@ -29,7 +30,7 @@ pub(crate) enum RingRole {
 }
 
 impl Mesh {
-    /// A worker says what it may hold parts of.
+    /// A worker offers parts of models.
     pub(crate) fn offered(&self, id: WorkerId, mut offer: Offer) {
         let now = Instant::now();
         let mut guard = self.lock();
@@ -51,7 +52,7 @@ impl Mesh {
             return;
         }
         if let (Some(peer), Some(profile)) = (state.peers.get(&id), offer.profile.as_mut()) {
-            // A worker need not measure what its link knows, and is not believed about it.
+            // A worker need not measure the path that its link knows, and is not believed about it.
             let rtt = u32::try_from(peer.link.rtt().as_micros()).unwrap_or(u32::MAX);
             match profile
                 .paths
@@ -93,7 +94,7 @@ impl Mesh {
         }
     }
 
-    /// What became of a worker as the driver of a ring.
+    /// State of a worker as the driver of a ring.
     pub(crate) fn ring_role(&self, id: WorkerId, ring: u64) -> RingRole {
         let state = self.lock();
         let node = state.placement.registry.get(id).and_then(Worker::node_id);
@@ -115,7 +116,7 @@ impl Mesh {
         look(&state.rings, &state.placement.registry)
     }
 
-    /// Changes rings as an operator wishes, and does what follows.
+    /// Changes rings as an operator wishes, and carries out the resulting actions.
     pub(crate) fn change_rings<T>(
         &self,
         change: impl FnOnce(&mut Rings, &mut Registry, Instant) -> T,
@@ -134,7 +135,7 @@ impl Mesh {
     /// If the file cannot be written.
     pub(crate) async fn keep_drains(self: &Arc<Self>) -> io::Result<()> {
         let mesh = self.clone();
-        // A task of its own, which whoever asked cannot break off by going away.
+        // A task of its own, so that it does not end with the request that asked for it.
         let saving = tokio::spawn(async move {
             // The later list must not be overtaken by the earlier one.
             let _alone = mesh.saving.lock().await;
@@ -148,15 +149,15 @@ impl Mesh {
             .map_err(io::Error::other)?
     }
 
-    /// Whether requests for a model, or for any, can be answered; the reason if not.
+    /// Checks that requests for a model, or for any, can be answered.
     ///
     /// # Errors
-    /// Why not.
+    /// The reason, for people, if they cannot.
     pub(crate) fn ready(&self, model: Option<&str>) -> Result<(), String> {
         self.readiness(&self.lock(), model)
     }
 
-    /// Lets the rings decide, does it, and gives free room to those who wait.
+    /// Lets the rings decide, carries it out, and gives free room to waiting requests.
     pub(super) fn turn(&self, state: &mut State, now: Instant) {
         let mut changed = false;
         // A worker that is dropped because it takes no orders is a loss to decide about, too.
@@ -178,7 +179,7 @@ impl Mesh {
         self.pump(state, now);
     }
 
-    /// Tells the rings what runs on those that retire, and sets their gauges now and then.
+    /// Reports to the rings the requests on those that retire, and sets their gauges now and then.
     pub(super) fn look_at_rings(&self, state: &mut State, now: Instant) {
         for (ring, _) in state.rings.retiring() {
             let running = state.placement.running_on(ring);
@@ -191,7 +192,7 @@ impl Mesh {
         }
     }
 
-    /// Why a model cannot be answered for.
+    /// Reason for which requests of a model cannot be answered.
     pub(super) fn why_not(&self, state: &State, model: &str) -> String {
         let of_ring = state.rings.not_serving().into_iter();
         if let Some((_, text)) = of_ring.into_iter().find(|(name, _)| name == model) {
@@ -254,7 +255,7 @@ impl Mesh {
         }
     }
 
-    /// Sends a worker an order that must not be lost: who does not take its orders is dropped.
+    /// Sends a worker an order that must not be lost: a worker that does not take its orders is dropped.
     pub(super) fn order(
         &self,
         state: &mut State,
@@ -385,7 +386,7 @@ fn hex(ring: u64) -> String {
 
 /// Far more than follow from one another; what is left is done at the next turn.
 const TURNS: usize = 64;
-/// Reasons that are told why a model is not served.
+/// Most reasons to give for a model that is not served.
 const REASONS: usize = 3;
-/// How often gauges of rings are set.
+/// Interval at which the gauges of rings are set.
 const GAUGES: Duration = Duration::from_secs(1);

@@ -23,7 +23,7 @@ impl Sessions {
         self.lock().remove(&session);
     }
 
-    /// The worker that sealed this message, and what it says.
+    /// The worker that sealed this message, and the content.
     pub(crate) fn unseal(&self, message: &Message) -> Option<(WorkerId, Bytes)> {
         let session = seal::session(message)?;
         let mut sessions = self.lock();

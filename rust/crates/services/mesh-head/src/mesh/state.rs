@@ -40,7 +40,7 @@ pub struct Mesh {
     pub(super) live: RwLock<Config>,
     /// Counters and histograms.
     pub(crate) metrics: HeadMetrics,
-    /// What `/ready` says.
+    /// State behind `/ready`.
     pub(crate) health: Health,
     /// Begins when the head is told to stop.
     pub(crate) shutdown: Shutdown,
@@ -52,14 +52,15 @@ pub struct Mesh {
     pub(crate) sessions: Sessions,
     /// Nodes that are no longer part of the mesh.
     pub(crate) deny_list: DenyList,
-    /// When the head started.
+    /// Wall-clock time of the head's start.
     pub(crate) started: SystemTime,
-    /// The same by a clock that nobody sets.
+    /// The same by the monotonic clock.
     pub(crate) running_since: Instant,
     pub(super) state: Mutex<State>,
-    /// What requests take of this head's memory.
+    /// Account of the memory that requests take.
     pub(super) memory: Mutex<Memory>,
-    /// Large requests are read one at a time: until it is known what they are, they take a multiple of their bytes.
+    /// Turns for large requests, which are read one at a time: while they are parsed, they take a multiple of
+    /// their bytes.
     pub(crate) reading: Semaphore,
     /// Told whenever a ring's members or driver changed.
     pub(super) ring_changes: watch::Sender<()>,
@@ -79,7 +80,7 @@ pub(super) struct State {
     pub(super) held_back: HeldBack,
     /// Time of the last check of the links.
     pub(super) links_seen: Option<Instant>,
-    /// When the gauges of rings were last set.
+    /// Time at which the gauges of rings were last set.
     pub(super) gauged: Option<Instant>,
     /// Time of the last check for workers that had been heard.
     pub(super) listened: Option<Instant>,
@@ -107,7 +108,7 @@ impl Mesh {
     /// A mesh without workers.
     ///
     /// # Errors
-    /// If what models' names mean cannot be read.
+    /// If the pins of model names cannot be read.
     pub(crate) fn new(
         config: Config,
         metrics: HeadMetrics,
@@ -219,8 +220,8 @@ impl Mesh {
     }
 }
 
-/// Ring ids of this head's life count up from here. Random, so that they are not those of an earlier life, whatever the clock
-/// says, with room above.
+/// Ring ids of this head's life count up from here. Random, so that they are not those of an earlier life,
+/// whatever the clock says, with room above.
 fn first_ring() -> u64 {
     (ids::unique() >> 1).max(1)
 }

@@ -1,4 +1,4 @@
-//! What is due now and then: silent workers, readiness, gauges, warnings.
+//! Periodic work: silent workers, readiness, gauges, warnings.
 
 use std::time::{Duration, Instant, SystemTime};
 
@@ -11,6 +11,7 @@ use mesh_control::spotcheck::CheckState;
 use mesh_control::tracker::Conflict;
 
 use super::state::{CLOCK_TOLERANCE, Mesh, Peer, State};
+use crate::ids;
 
 impl Mesh {
     /// Problems that an operator should know and mend, in words.
@@ -40,7 +41,8 @@ impl Mesh {
         warnings
     }
 
-    /// What is due by now: silent workers are pruned, waiting requests looked at again, gauges and readiness set.
+    /// Does the work that is due: prunes silent workers, looks at waiting requests again, sets gauges and
+    /// readiness.
     pub(crate) fn tick(&self) {
         self.hear_held_back();
         let now = Instant::now();
@@ -55,6 +57,10 @@ impl Mesh {
         for node in pruned.iter().filter_map(Worker::node_id) {
             state.rings.left(node, "it was silent for too long", now);
             state.tracker.left(node);
+        }
+        let registry = &mut state.placement.registry;
+        for finding in registry.look_at_checks(ids::unique(), now) {
+            self.follow_finding(&mut state, finding, now);
         }
         self.look_at_rings(&mut state, now);
         self.turn(&mut state, now);
@@ -93,7 +99,7 @@ impl Mesh {
         }
     }
 
-    /// Takes in what workers said of models and rings in a quarantine that is over.
+    /// Takes in the messages about models and rings of workers whose quarantine is over.
     fn hear_held_back(&self) {
         let now = Instant::now();
         let words = {
@@ -152,7 +158,7 @@ impl Mesh {
             .clocks(offsets.map(|worker| (worker.name.clone(), worker.clock_offset)));
     }
 
-    /// Whether `/ready` should say yes: for one model, or for any.
+    /// Readiness for `/ready`: of one model, or of any; the error is the reason.
     pub(super) fn readiness(&self, state: &State, asked: Option<&str>) -> Result<(), String> {
         if self.shutdown.is_draining() {
             return Err("shutting down".into());
@@ -210,8 +216,9 @@ impl Mesh {
 }
 
 impl State {
-    /// Notes who has been heard since the last look: any packet on a worker's link is a sign of life. If the last look is too
-    /// long ago, this head itself did not run, and nobody is silent for that.
+    /// Notes the workers that were heard since the last look: any packet on a worker's link is a sign of
+    /// life. If the last look is too long ago, this head itself did not run, and no worker counts as silent
+    /// for that.
     fn listen(&mut self, now: Instant) {
         let gap = self
             .listened
@@ -239,7 +246,7 @@ impl State {
 /// Time for which a worker that was heard counts as alive. Links carry something at least every half second.
 const HEARD: Duration = Duration::from_secs(1);
 
-/// A longer pause between two looks at who was heard means that this head had no processor.
+/// A longer pause between two looks at the workers heard means that this head had no processor.
 const LISTENS: Duration = Duration::from_millis(300);
 
 /// Interval at which links are asked for signs of life and addresses.

@@ -1,5 +1,5 @@
-//! The worker bus, 7778/udp: sealed heartbeats of the mesh's workers; heartbeats and Results of workers of DCF v5.0.0 and
-//! v5.1, which have no identity, where the operator admits those.
+//! The worker bus, 7778/udp: sealed heartbeats of the mesh's workers; heartbeats and Results of workers of
+//! DCF v5.0.0 and v5.1, which have no identity, where the operator admits those.
 
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
@@ -18,7 +18,7 @@ use crate::mesh::exchange::LegacyWorker;
 use crate::mesh::{Mesh, timestamp_us};
 use crate::metrics::DatagramCounters;
 
-/// Serves the bus for ever.
+/// Serves the bus; never returns.
 pub(crate) async fn serve(mesh: Arc<Mesh>, socket: Arc<BatchSocket>) {
     let counters = mesh.metrics.datagrams("workers");
     let mut bus = WorkerBus {
@@ -67,7 +67,8 @@ fn reassembler() -> Reassembler<PieceKey> {
     Reassembler::by_source(limits, limits.half(), |key| key.0.ip())
 }
 
-/// The sources whose heartbeats were refused, so that each is named in the log now and then, and no flood of them fills it.
+/// The sources whose heartbeats were refused, so that each is named in the log now and then, and no flood of
+/// them fills it.
 #[derive(Debug, Default)]
 struct Refused {
     /// Time at which each was last named.
@@ -84,7 +85,7 @@ impl Refused {
         if self.named.len() >= NAMED_SOURCES {
             self.named.retain(|_, at| !is_old(at));
         }
-        // A full table is a flood of made-up addresses, and one more name helps nobody.
+        // A full table is a flood of made-up addresses, and one more name helps no one.
         let room = self.named.len() < NAMED_SOURCES;
         if room {
             self.named.insert(source, now);
@@ -134,7 +135,7 @@ impl WorkerBus {
         counter.inc();
     }
 
-    /// Says why a worker is not admitted, and how it would be.
+    /// Tells a worker why it is not admitted, and how it would be.
     fn refuse(&mut self, from: SocketAddr, version: Version) {
         let source = from.ip().to_canonical();
         if !self.refused.is_news(source, Instant::now()) {

@@ -1,4 +1,5 @@
-//! Workers on their QUIC links: Hello and Welcome, load reports, what they offer to rings and how their parts in them are.
+//! Workers on their QUIC links: Hello and Welcome, load reports, offers for rings and the state of their
+//! parts.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -36,7 +37,7 @@ pub(crate) async fn serve(mesh: Arc<Mesh>, listener: Arc<Listener>, heartbeat_po
     }
 }
 
-/// Why a link does not become a worker.
+/// Reasons for which a link does not become a worker.
 #[derive(Debug, thiserror::Error)]
 enum LinkError {
     #[error("a {0} connects here; only workers do")]
@@ -142,8 +143,8 @@ async fn serve_link(
     Ok(reason)
 }
 
-/// Refuses a worker whose identity another machine uses that is connected and answers. A worker that comes back, after a
-/// crash or from another address, finds its earlier link dead or its own.
+/// Refuses a worker whose identity another machine uses that is connected and answers. A worker that comes
+/// back, after a crash or from another address, finds its earlier link dead or its own.
 async fn admit_one(mesh: &Mesh, link: &Link, hello: &Hello) -> Result<(), LinkError> {
     let Some(rival) = mesh.rival(link.node_id(), hello.instance) else {
         return Ok(());
@@ -177,7 +178,7 @@ async fn follow_control(
 ) -> Result<(), StreamFailure> {
     let (mut send, mut recv) = control.split();
     recv.limit(CONTROL_MESSAGE);
-    // What a worker may say in a while; more waits, and in the end the worker itself.
+    // Messages that a worker may send in a while; more of them wait, and in the end the worker itself.
     let mut credit = CONTROL_BURST;
     let mut refill = tokio::time::interval(CONTROL_WINDOW);
     refill.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
@@ -227,7 +228,7 @@ async fn follow_control(
                 }
             }
             order = orders.recv() => match order {
-                // While it waits here it is not heard either: who lets its orders lie is gone.
+                // While it waits here it is not heard either: a worker that leaves its orders unread is gone.
                 Some(message) => match timeout(ORDER_TIMEOUT, send.send(message)).await {
                     Ok(sent) => sent?,
                     Err(_) => {
@@ -242,7 +243,8 @@ async fn follow_control(
     }
 }
 
-/// Fields at the top of a protobuf message, counted without reading them: an empty part is two bytes there and hundreds in memory.
+/// Fields at the top of a protobuf message, counted without reading them: an empty part is two bytes there
+/// and hundreds in memory.
 fn fields_of(mut body: &[u8]) -> usize {
     let mut fields = 0;
     while let Some((key, rest)) = varint(body) {
@@ -270,8 +272,8 @@ fn varint(body: &[u8]) -> Option<(u64, &[u8])> {
     None
 }
 
-/// Lets the worker measure its bandwidth to here; nothing else comes on streams of its own. One after the other, so that what a
-/// worker sends in vain is bounded.
+/// Lets the worker measure its bandwidth to here; nothing else comes on streams of its own. One after the
+/// other, so that useless data from a worker is bounded.
 async fn answer_probes(link: Link) {
     while let Ok(mut stream) = link.accept().await {
         stream.limit(PROBE_MESSAGE);
@@ -288,10 +290,10 @@ async fn answer_probes(link: Link) {
     }
 }
 
-/// What the key of a session's heartbeats is exported for; the context is the session, big-endian.
+/// Label of the exported key of a session's heartbeats; the context is the session, big-endian.
 pub(crate) const HEARTBEAT_LABEL: &str = "hydramesh heartbeat";
 
-/// How often a worker is to beat: a few may be lost or late before it is pruned for its silence.
+/// Interval of a worker's heartbeats: a few may be lost or late before it is pruned for its silence.
 fn heartbeat(worker_timeout: Duration) -> Duration {
     Duration::from_secs(2).min(worker_timeout / 4)
 }

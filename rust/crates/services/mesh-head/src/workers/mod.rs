@@ -1,4 +1,5 @@
-//! What talks to workers: their QUIC links, and the UDP port for heartbeats and workers of DCF v5.0.0 and v5.1.
+//! Connections to workers: their QUIC links, and the UDP port for heartbeats and workers of DCF v5.0.0 and
+//! v5.1.
 //!
 //! - [`links`]: Hello and Welcome, and everything that comes on a control stream;
 //! - [`proofs`]: the head's own questions to workers;

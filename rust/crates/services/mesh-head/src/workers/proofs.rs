@@ -1,5 +1,5 @@
-//! Proofs: the head asks each worker a question now and then, and the answer shows that tokens come back and that they are
-//! those of the other workers.
+//! Proofs: the head asks each worker a question now and then, and the answer shows that tokens come back and
+//! that they are those of the other workers.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -25,8 +25,8 @@ use super::requests::{self, error_of, gets_on, progress_ms};
 use crate::ids;
 use crate::mesh::{Mesh, RingRole, timestamp_us};
 
-/// Keeps the proof fresh that this worker answers, and that its answers are those of the others: asks it a question when it joins,
-/// after a failure, when it has been idle for long, and now and then.
+/// Keeps the proof fresh that this worker answers, and that its answers are those of the others: asks it a
+/// question when it joins, after a failure, when it has been idle for long, and now and then.
 pub(super) async fn prove(mesh: Arc<Mesh>, id: WorkerId, link: Link) {
     // Side by side: one may wait in its model's queue for long.
     let mut running = FuturesUnordered::new();
@@ -37,7 +37,7 @@ pub(super) async fn prove(mesh: Arc<Mesh>, id: WorkerId, link: Link) {
             let (mesh, link) = (&mesh, &link);
             running.push(async move {
                 if !prove_model(mesh, id, link, &proof).await {
-                    // Whatever the registry makes of that, nobody is asked without end: a link that is closed refuses at once.
+                    // Whatever the registry makes of that, the questions end: a closed link refuses at once.
                     tokio::time::sleep(PROOF_PAUSE).await;
                 }
                 proof.model
@@ -112,7 +112,7 @@ async fn prove_model(mesh: &Mesh, id: WorkerId, link: &Link, proof: &Proof) -> b
     answered
 }
 
-/// A request that only is to show that a token comes back, and which.
+/// A request that only shows whether a token comes back, and which.
 struct Probe<'a> {
     mesh: &'a Mesh,
     id: WorkerId,
@@ -120,9 +120,9 @@ struct Probe<'a> {
     asked: Instant,
     /// Time of the worker's last sign of life.
     alive: Instant,
-    /// When the probe was sent, or its last token came.
+    /// Time at which the probe was sent, or its last token came.
     got_on: Instant,
-    /// When the worker last said what the probe waits for.
+    /// Time at which the worker last reported the cause of the probe's wait.
     told: Option<Instant>,
 }
 
@@ -133,7 +133,8 @@ enum Unproven {
     Refused(String),
     /// Neither a token nor a sign of life.
     Silent,
-    /// A real answer's token came meanwhile, or the worker is busy with real requests, whose tokens will come.
+    /// A real answer's token came meanwhile, or the worker is busy with real requests, whose tokens will
+    /// come.
     Needless,
     /// The worker has no room for it, or drains.
     Declined(String),
@@ -163,8 +164,8 @@ impl From<StreamFailure> for Unproven {
 }
 
 impl Probe<'_> {
-    /// A few tokens, with what the worker thinks of others in their place. The question looks like a client's: a worker that knew it for
-    /// the head's could answer it alone honestly.
+    /// A few tokens, with the worker's probabilities of others in their place. The question looks like a
+    /// client's: a worker that recognised it as the head's could answer only such questions honestly.
     async fn tokens(&mut self, link: &Link) -> Result<Sample, Unproven> {
         let text = self.proof.question.text.clone();
         let message = ChatMessage {
@@ -218,7 +219,7 @@ impl Probe<'_> {
             ..Bounds::default()
         };
         stream.limit(bounds.message());
-        // Checks what comes as any answer is checked.
+        // Checks the tokens as those of any answer are checked.
         let mut answer = Answer::new(self.mesh.config.request_limits(), self.asked).within(bounds);
         let attempt = answer
             .placed(self.id, Duration::ZERO, Instant::now())
@@ -346,13 +347,14 @@ impl Probe<'_> {
             if seen.is_some_and(|at| at >= self.asked) {
                 return Err(Unproven::Needless);
             }
-            // An older worker does not say what a request waits for, but its reports say whether requests wait.
+            // An older worker does not report the cause of a wait, but its reports say whether requests wait.
             let busy = self.mesh.with_registry(|registry| {
                 let worker = registry.get(self.id);
                 let proof = self.mesh.config.request_timeout;
                 worker.is_some_and(|worker| worker.is_busy(limit, proof, now))
             });
-            // One step of a slow machine may take longer. A ring that stands still must be found out, and has others to ask.
+            // One step of a slow machine may take longer. A ring that stands still must be found out, and has
+            // others to ask.
             let slow = self.proof.ring.is_none()
                 && self
                     .told
@@ -378,7 +380,8 @@ impl Probe<'_> {
         self.is_needed(progress.phase() == RequestPhase::Queued)
     }
 
-    /// Gives the probe up if it waited for long and real answers prove that tokens come, or if it is `queued` behind them.
+    /// Gives the probe up if it waited for long and real answers prove that tokens come, or if it is `queued`
+    /// behind them.
     fn is_needed(&self, queued: bool) -> Result<(), Unproven> {
         let limit = self.mesh.config.first_token_limit;
         let waited = self.asked.elapsed();
@@ -396,7 +399,7 @@ impl Probe<'_> {
         Ok(())
     }
 
-    /// When a token of a real answer of this model last came.
+    /// Arrival of the last token of a client's answer by this model.
     fn last_token(&self) -> Option<Instant> {
         self.mesh.with_registry(|registry| {
             let worker = registry.get(self.id)?;
@@ -429,14 +432,14 @@ fn positions_of(delta: &Delta) -> Vec<Position> {
     positions.collect()
 }
 
-/// Interval at which it is looked who is to prove itself.
+/// Interval between looks for workers that have to prove themselves.
 const PROOF_PAUSE: Duration = Duration::from_millis(250);
 
-/// Time for which what a worker says of a probe counts.
+/// Time for which a worker's report on a probe counts.
 const TOLD: Duration = Duration::from_secs(10);
 
 /// Multiples of `first_token_limit` for which signs of life without a token keep a probe going.
 const SIGNS_FOR: u32 = 4;
 
-/// Tokens of a probe whose time says something.
+/// Least tokens of a probe whose time shows a speed.
 const LEAST_MEASURED: u32 = 4;

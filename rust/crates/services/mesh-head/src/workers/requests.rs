@@ -1,4 +1,4 @@
-//! Requests to workers over their links, and what workers say on them.
+//! Requests to workers over their links, and the messages on them.
 
 use std::time::Duration;
 
@@ -12,7 +12,7 @@ use tracing::debug;
 
 use crate::mesh::{Mesh, timestamp_us};
 
-/// Bytes of an answer with so many vectors; 0 is of an unknown length.
+/// Bytes of an answer with `texts` vectors; `dimensions` of 0 means an unknown length.
 pub(crate) fn embeddings_bytes(texts: usize, dimensions: u32) -> usize {
     let dimensions = match dimensions {
         0 => LONGEST_VECTOR,
@@ -79,7 +79,7 @@ fn lost(error: StreamFailure) -> Failure {
     Failure::Lost(error.to_string())
 }
 
-/// Numbers of a vector whose length nobody knows.
+/// Numbers of a vector of unknown length.
 const LONGEST_VECTOR: usize = 8192;
 
 /// Interval at which a worker is asked to say that a request lives, in milliseconds.
@@ -92,7 +92,7 @@ pub(crate) fn gets_on(progress: &Progress) -> bool {
     progress.quiet_ms < GETS_ON.as_millis() as u64
 }
 
-/// What a worker's answer that is none says.
+/// Failure in a worker's message that is not an answer.
 pub(crate) fn error_of(message: &Message) -> Failure {
     match message.error_body() {
         Some(body) => Failure::Error {
@@ -103,5 +103,5 @@ pub(crate) fn error_of(message: &Message) -> Failure {
     }
 }
 
-/// A step that came back so lately shows that the engine works.
+/// Age of the last step up to which the engine counts as working.
 const GETS_ON: Duration = Duration::from_secs(5);

@@ -157,7 +157,7 @@ impl TestHead {
     }
 }
 
-/// What a worker does with requests.
+/// Behaviour of a worker on requests.
 #[derive(Debug, Clone)]
 pub(crate) struct Script {
     pub(crate) pace: Duration,
@@ -179,7 +179,7 @@ pub(crate) struct Script {
     pub(crate) lies: bool,
 }
 
-/// How a worker's answers end.
+/// End of a worker's answers.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) enum Fate {
     Finish,
@@ -232,7 +232,7 @@ pub(crate) struct Worker {
     serving: AbortHandle,
 }
 
-/// What happened at a worker, probes left out.
+/// Events at a worker, probes left out.
 #[derive(Default)]
 pub(crate) struct Seen {
     pub(crate) requests: AtomicUsize,
@@ -645,7 +645,7 @@ fn text_after(question: &str, tokens: u32) -> String {
         .collect()
 }
 
-/// What any worker answers to this question with so many tokens.
+/// The answer of any worker to this question, with so many tokens.
 pub(crate) fn truth(question: &str, tokens: u32) -> String {
     text_after(question, tokens)
 }

@@ -1,5 +1,5 @@
-//! Workers that hold parts of a model: they load at once what a ring gives them, and the driver answers as a worker with the
-//! whole model would.
+//! Workers that hold parts of a model: they load at once what a ring gives them, and the driver answers as a
+//! worker with the whole model would.
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -46,8 +46,8 @@ pub(crate) struct Shard {
 }
 
 impl Shard {
-    /// Joins and offers the model; there is room for so many layers. Who has room to spare is slow, so that it becomes a
-    /// standby and no member.
+    /// Joins and offers the model; there is room for so many layers. Who has room to spare is slow, so that
+    /// it becomes a standby and no member.
     pub(crate) async fn join(head: &TestHead, name: &str, layers: u64, script: Script) -> Self {
         let decode_us = if layers > u64::from(LAYERS) {
             3000.0

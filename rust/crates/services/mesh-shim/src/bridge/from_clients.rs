@@ -1,4 +1,4 @@
-//! What clients send.
+//! Handling of datagrams from clients.
 
 use std::{
     net::SocketAddr,
@@ -78,7 +78,8 @@ impl Bridge {
         }
     }
 
-    /// What a source gets whose address proves nothing; `None` if it has verified its address and is served like a trusted one.
+    /// Handles a datagram of a source whose address is not trusted; `None` if it has verified its address and
+    /// is served like a trusted one.
     fn admit(
         &mut self,
         now: Instant,
@@ -264,7 +265,7 @@ impl Bridge {
     }
 }
 
-/// The frame if the datagram is a message that clients send, else what is to be counted.
+/// The frame if the datagram is a message that clients send, else the drop to count.
 fn check_client_datagram<'a>(
     drops: &'a Drops,
     client: SocketAddr,
@@ -293,7 +294,7 @@ fn check_client_datagram<'a>(
 }
 
 const NO_HEAD: &str = "no head is reachable; ask again in a moment";
-/// How long a source counts as verified.
+/// Time for which a source counts as verified.
 const VERIFIED_FOR: Duration = Duration::from_secs(600);
 /// Interval at which a source of an unknown version is named in the log.
 const WARN_EVERY: Duration = Duration::from_secs(60);

@@ -1,4 +1,4 @@
-//! What heads answer, and what happens when they do not.
+//! Handling of answers from heads, and of heads that do not answer.
 
 use std::time::{Duration, Instant};
 
@@ -37,7 +37,7 @@ impl Bridge {
                 self.on_challenge(head, &frame, datagram);
                 FromHead::Drop
             }
-            // What a v5.0.0 head answers with.
+            // The answer of a v5.0.0 head.
             MsgType::TASK
             | MsgType::RESULT
             | MsgType::ERROR
@@ -53,8 +53,8 @@ impl Bridge {
         }
     }
 
-    /// A head does not know this address yet, or no longer: shows it that its datagrams arrive here, and sends the task again
-    /// that was challenged. A head that goes on challenging gets it no faster for that.
+    /// A head does not know this address yet, or no longer: shows it that its datagrams arrive here, and
+    /// sends the task again that was challenged. A head that goes on challenging gets it no faster for that.
     fn on_challenge(&mut self, head: usize, frame: &Frame, datagram: &[u8]) {
         let Ok(cookie) = frame.payload(datagram).try_into() else {
             return self.stats.drops.head_unexpected.count();
@@ -98,7 +98,8 @@ impl Bridge {
             return FromHead::Drop;
         }
         let is_whole = matches!(kind, MsgType::TASK | MsgType::RESULT | MsgType::ERROR);
-        // Any head may bring the answer, but pieces of it come from one head alone: another's need not fit them.
+        // Any head may bring the answer, but pieces of it come from one head alone: another's need not fit
+        // them.
         if head != task.head && !is_whole {
             drops.stale_answer.count();
             return FromHead::Drop;
@@ -165,7 +166,8 @@ impl Bridge {
         self.tasks.set_state(id, State::Open, now + self.patience());
     }
 
-    /// Brings a datagram of a head into the form of a client of the other version. `None` if only its frame differs.
+    /// Brings a datagram of a head into the form of a client of the other version. `None` if only its frame
+    /// differs.
     fn translate(
         &mut self,
         now: Instant,
@@ -223,7 +225,7 @@ impl Bridge {
         self.stats.traffic.answers.count();
     }
 
-    /// `head` refused a task because it is shutting down; what it already runs it will still answer.
+    /// `head` refused a task because it is shutting down; it will still answer its running tasks.
     fn leave_to_another(&mut self, now: Instant, head: usize, id: TaskId) {
         self.heads.draining(head, now);
         let task = self.tasks.get_mut(id);
@@ -289,7 +291,7 @@ impl Bridge {
                 }
                 self.mark_sent(id, head);
             } else if is_stale && task.head == head {
-                // It was silent, nobody knows its task by heart, and it may still be at it.
+                // It was silent, so it may have forgotten its task, or may still be at it.
                 self.mark_sent(id, head);
             } else if is_stale {
                 let text = "the head that had your task was lost; send it again";
@@ -318,7 +320,8 @@ impl Bridge {
         let task = self.tasks.get(oldest);
         let (head, asked, version) = (task.head, task.asked, task.upstream);
         if !asked {
-            // It may be slow, or busy with others. A head of an older version takes this for a question after itself.
+            // It may be slow, or busy with others. A head of an older version takes this for a question after
+            // itself.
             self.tasks.get_mut(oldest).asked = true;
             self.wait_on(now, oldest);
             let sequence = self.tasks.upstream_sequence(oldest);
@@ -358,7 +361,7 @@ impl Bridge {
         }
     }
 
-    /// What has to happen before a task stops being open.
+    /// Cleans up when a task stops being open.
     fn leave_open(&mut self, id: TaskId) {
         if self.resend.is_some_and(|resend| resend.task == id) {
             self.resend = self.tasks.next(id).map(|task| Resend { task, offset: 0 });
@@ -376,14 +379,16 @@ impl Bridge {
     }
 }
 
-/// Between two times that a challenged task is sent again. Longer than most ways there and back: what was sent before a head got
-/// the echo is challenged, too.
+/// Least time between two sendings of a challenged task. Longer than most round trips: datagrams sent before
+/// a head got the echo are challenged, too.
 const CHALLENGE_PACE: Duration = Duration::from_millis(200);
 
-/// Payload of a Health that asks whether the task with its sequence runs; a head that works on it answers with an Ack.
+/// Payload of a Health that asks whether the task with its sequence runs; a head that works on it answers
+/// with an Ack.
 const ASK_AFTER_TASK: &[u8] = b"task";
 
-/// The longest part of an Error's payload (a code, then UTF-8) within `limit` bytes that ends with a whole character.
+/// The longest part of an Error's payload (a code, then UTF-8) within `limit` bytes that ends with a whole
+/// character.
 fn text_boundary(payload: &[u8], limit: usize) -> usize {
     (1..=limit.min(payload.len()))
         .rev()

@@ -1,4 +1,4 @@
-//! Which head is alive, and which one gets the tasks.
+//! Tracks which heads are alive, and chooses the one that gets the tasks.
 
 use std::time::{Duration, Instant};
 
@@ -6,9 +6,9 @@ use dcf::Version;
 
 /// The heads in the operator's order, one of which is current.
 ///
-/// The current head stays current while it is alive, even if one before it in the order comes back: moving tasks costs
-/// more than an order is worth. If it is not alive, the next live one takes over. If none is, it stays current as long as
-/// it is merely silent, for a head of DCF v5.0.0 does not answer probes.
+/// The current head stays current while it is alive, even if one before it in the order comes back: moving
+/// tasks costs more than an order is worth. If it is not alive, the next live one takes over. If none is, it
+/// stays current as long as it is merely silent, for a head of DCF v5.0.0 does not answer probes.
 #[derive(Debug)]
 pub(super) struct Heads {
     heads: Box<[Head]>,
@@ -21,7 +21,7 @@ pub(super) struct Heads {
     probe_round: u32,
 }
 
-/// When heads are probed and given up.
+/// Intervals for probing heads and giving them up.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Timing {
     pub(super) probe_interval: Duration,
@@ -31,7 +31,7 @@ pub(super) struct Timing {
 #[derive(Clone, Debug, Default)]
 struct Head {
     last_heard: Option<Instant>,
-    /// Nobody listens at its address.
+    /// The port at its address is closed.
     refused: bool,
     draining_until: Option<Instant>,
     /// It was found silent or refusing and has not been heard since.
@@ -42,14 +42,14 @@ struct Head {
     spoke: [Option<Instant>; 2],
 }
 
-/// What is known of a head.
+/// State of a head, as the bridge knows it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum HeadState {
-    /// Heard lately.
+    /// A datagram of it came within `head_timeout`.
     Live,
-    /// Not heard lately, or never.
+    /// No datagram of it came within `head_timeout`, or ever.
     Silent,
-    /// Its machine says that nobody listens there.
+    /// Its machine reported that the port is closed.
     Refused,
     /// It said that it is shutting down.
     Draining,
@@ -95,8 +95,8 @@ impl Heads {
         }
     }
 
-    /// How often `head` was lost or came back. A task that it was sent under another epoch has to be sent again: a head that
-    /// was away may have forgotten it.
+    /// Number of times that `head` was lost or came back. A task that it was sent under another epoch has to
+    /// be sent again: a head that was away may have forgotten it.
     pub(super) fn epoch(&self, head: usize) -> u32 {
         self.heads[head].epoch
     }
@@ -142,13 +142,13 @@ impl Heads {
         self.heads[head].draining_until = Some(now + DRAINING);
     }
 
-    /// Whether another head than `head` is live.
+    /// Returns true if another head than `head` is live.
     pub(super) fn has_alternative(&self, head: usize, now: Instant) -> bool {
         (0..self.heads.len())
             .any(|other| other != head && self.state(other, now) == HeadState::Live)
     }
 
-    /// Settles who is current; true if that changed.
+    /// Chooses the current head; true if it changed.
     pub(super) fn choose(&mut self, now: Instant) -> bool {
         let in_order =
             || (0..self.heads.len()).map(|step| (self.current + step) % self.heads.len());
@@ -173,7 +173,7 @@ impl Heads {
         }
     }
 
-    /// Whether there is anyone to send a task to.
+    /// Returns true unless the current head refuses, so that a task has somewhere to go.
     pub(super) fn reachable(&self, now: Instant) -> bool {
         self.state(self.current, now) != HeadState::Refused
     }
@@ -219,8 +219,8 @@ impl Heads {
         None
     }
 
-    /// Each head gets one probe an interval, in a version that it speaks. The other version is tried now and then only: a
-    /// head that does not know it may log every such datagram.
+    /// Each head gets one probe an interval, in a version that it speaks. The other version is tried now and
+    /// then only: a head that does not know it may log every such datagram.
     fn is_probed(&self, head: usize, version: Version, now: Instant) -> bool {
         let speaks = |version| self.speaks(head, version, now);
         let (old, new) = (speaks(Version::V5_0), speaks(Version::V5_1));
@@ -232,7 +232,7 @@ impl Heads {
         usual || self.probe_round.is_multiple_of(seldom)
     }
 
-    /// When this state changes by time alone.
+    /// Time at which this state changes without an event.
     pub(super) fn next_wakeup(&self) -> Instant {
         self.next_probe
     }
@@ -250,7 +250,7 @@ const VERSION_MEMORY: Duration = Duration::from_secs(60);
 /// Of so many rounds of probes, one asks also in the version that a head is not known to speak.
 const SELDOM: u32 = 20;
 
-/// How long a head that said it is draining is left alone; then it is gone or has restarted.
+/// Time for which a head that said it is draining is left alone; then it is gone or has restarted.
 const DRAINING: Duration = Duration::from_secs(5);
 
 #[cfg(test)]

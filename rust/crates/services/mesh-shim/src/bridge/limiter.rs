@@ -8,8 +8,8 @@ use std::{
 use super::table::FixedTable;
 use crate::config::RateLimit;
 
-/// Limits how many datagrams each source may send. A source is an IPv4 address, or the /64 of an IPv6 address, since a
-/// single host usually commands the whole of that.
+/// Limits how many datagrams each source may send. A source is an IPv4 address, or the /64 of an IPv6
+/// address, since a single host usually commands the whole of that.
 #[derive(Debug)]
 pub(super) struct RateLimiter {
     buckets: FixedTable<u128, Bucket>,
@@ -24,10 +24,10 @@ struct Bucket {
     told: Option<Instant>,
 }
 
-/// What becomes of a datagram.
+/// Decision on a datagram.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Verdict {
-    /// Within the limit.
+    /// It is within the limit.
     Pass,
     /// Over it. `tell` is set about once a second, for the source to be told why it hears nothing.
     Limited { tell: bool },

@@ -1,15 +1,16 @@
-//! What the bridge does, without sockets and without a clock.
+//! The bridge between clients and heads, without sockets and without a clock.
 //!
-//! [`Bridge`] is given datagrams and the time and says where each goes. It changes sequences in place, so the caller can
-//! send the very buffer it received into. All memory is allocated when the bridge is made.
+//! [`Bridge`] is given datagrams and the time and says where each goes. It changes sequences in place, so the
+//! caller can send the very buffer it received into. All memory is allocated when the bridge is made.
 //!
-//! A task goes through like this: the client's address and sequence open a slot in the task table; the slot's own
-//! sequence replaces the client's and the datagram goes to the current head; an answer with that sequence finds the slot,
-//! gets the client's sequence back and goes to the client's address. The slot then lingers, so that a repeated task has
-//! the same sequence toward the head again and the head can tell that it is a repeat.
+//! A task goes through like this: the client's address and sequence open a slot in the task table; the slot's
+//! own sequence replaces the client's and the datagram goes to the current head; an answer with that sequence
+//! finds the slot, gets the client's sequence back and goes to the client's address. The slot then lingers,
+//! so that a repeated task has the same sequence toward the head again and the head can tell that it is a
+//! repeat.
 //!
-//! Client and head may speak different versions of DCF. A datagram then gets or loses its first byte when it is sent on; what
-//! else differs is in `translate`.
+//! Client and head may speak different versions of DCF. A datagram then gets or loses its first byte when it
+//! is sent on; what else differs is in `translate`.
 
 mod from_clients;
 mod from_heads;
@@ -56,7 +57,7 @@ pub struct Bridge {
     started: Instant,
     probes_sent: u32,
     resend: Option<Resend>,
-    /// When tasks are looked at again that were challenged soon after they had been sent again.
+    /// Time at which to look again at tasks that were challenged soon after they had been sent again.
     resend_at: Option<Instant>,
     /// The last challenge of a head, which is echoed.
     echo: Option<Echo>,
@@ -67,16 +68,16 @@ pub struct Bridge {
     stats: Arc<Stats>,
 }
 
-/// What becomes of a client's datagram.
+/// Decision on a client's datagram.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FromClient {
-    /// Nothing.
+    /// It is dropped.
     Drop,
     /// Its first `len` bytes go to a head.
     Forward {
         /// Index of the head.
         head: usize,
-        /// Bytes.
+        /// Length in bytes, from the start of the datagram.
         len: usize,
         /// The version in which it gets them; see [`reframed`].
         version: Version,
@@ -85,16 +86,16 @@ pub enum FromClient {
     Reply,
 }
 
-/// What becomes of a head's datagram.
+/// Decision on a head's datagram.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FromHead {
-    /// Nothing.
+    /// It is dropped.
     Drop,
     /// Its first `len` bytes go to a client.
     Deliver {
-        /// Its address.
+        /// Address of the client.
         client: SocketAddr,
-        /// Bytes.
+        /// Length in bytes, from the start of the datagram.
         len: usize,
         /// The version in which it gets them; see [`reframed`].
         version: Version,
@@ -112,7 +113,7 @@ pub fn reframed(datagram: &[u8], version: Version) -> isize {
     }
 }
 
-/// A head's challenge: it wants to see that what it sends here arrives.
+/// A head's challenge: the head wants proof that its datagrams arrive here.
 #[derive(Debug)]
 struct Echo {
     head: usize,
@@ -124,13 +125,13 @@ struct Echo {
 /// A datagram that the bridge sends of its own accord.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Transmit {
-    /// To whom.
+    /// Receiver of the datagram.
     pub to: Destination,
     /// Bytes of the buffer that were filled.
     pub len: usize,
 }
 
-/// Where a datagram goes.
+/// Destination of a datagram.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Destination {
     /// The head of this index.
@@ -146,12 +147,12 @@ pub struct Reply {
     len: usize,
 }
 
-/// What a bridge keeps to itself; chosen at random for each.
+/// Secrets of a bridge; chosen at random for each.
 #[derive(Clone)]
 pub struct Secrets {
     /// Key of the cookies.
     pub cookie_key: [u8; 32],
-    /// Where sequences toward the heads begin: they may still know those of an earlier process.
+    /// First generation of sequences toward the heads, which may still know those of an earlier process.
     pub first_generation: u32,
 }
 
@@ -234,21 +235,23 @@ impl Bridge {
         outcome
     }
 
-    /// The machine of this head said that nobody listens there.
+    /// The machine of this head reported that its port is closed.
     pub fn on_head_refused(&mut self, now: Instant, head: usize) {
         self.heads.refused(head);
         self.settle_heads(now);
     }
 
-    /// The next datagram that is due by itself (a probe, a task sent again, the end of one that nobody answers), written
-    /// to `buffer`, which holds a whole datagram. To be called until `None` after every batch and at [`Bridge::next_wakeup`].
+    /// The next datagram that is due by itself (a probe, a task sent again, the end of an unanswered task),
+    /// written to `buffer`, which holds a whole datagram. To be called until `None` after every batch and at
+    /// [`Bridge::next_wakeup`].
     pub fn poll_transmit(&mut self, now: Instant, buffer: &mut [u8]) -> Option<Transmit> {
         self.settle_heads(now);
         if let Some((head, version)) = self.heads.poll_probe(now) {
             self.probes_sent = self.probes_sent.wrapping_add(1);
             self.stats.traffic.probes.count();
             let kind = (version, MsgType::HEALTH);
-            // A head that does not know this address yet answers with a cookie, and never with more bytes than came.
+            // A head that does not know this address yet answers with a cookie, and never with more bytes
+            // than came.
             let len = write_message(buffer, kind, self.probes_sent, 0, &[]);
             let padded = len.max(PROBE_LEN).min(buffer.len());
             buffer[len..padded].fill(0);
@@ -282,7 +285,7 @@ impl Bridge {
             .or_else(|| self.poll_resend(now, buffer))
     }
 
-    /// When [`Bridge::poll_transmit`] next has something to do, if no datagram comes before.
+    /// Time at which [`Bridge::poll_transmit`] next has something to do, if no datagram comes before.
     #[must_use]
     pub fn next_wakeup(&self) -> Instant {
         let oldest = self
@@ -314,7 +317,7 @@ impl Bridge {
         "answer_linger",
     ];
 
-    /// From now on takes no new task; those that are open go on.
+    /// Takes no new tasks from now on; open tasks go on.
     pub fn begin_drain(&mut self) {
         self.drain = Drain::Draining;
     }
@@ -336,7 +339,7 @@ impl Bridge {
         self.heads.current()
     }
 
-    /// What is known of a head.
+    /// State of a head, as the bridge knows it.
     #[must_use]
     pub fn head_state(&self, head: usize, now: Instant) -> HeadState {
         self.heads.state(head, now)
@@ -354,7 +357,7 @@ impl Bridge {
 }
 
 impl Reply {
-    /// Without an answer in it.
+    /// A reply without an answer in it.
     #[must_use]
     pub const fn empty() -> Self {
         Self {
@@ -363,7 +366,7 @@ impl Reply {
         }
     }
 
-    /// The datagram.
+    /// Bytes of the datagram.
     #[must_use]
     pub fn as_bytes(&self) -> &[u8] {
         &self.bytes[..self.len]

@@ -2,8 +2,8 @@
 
 use dcf::{HEADER_LEN, Header};
 
-/// A fixed amount of memory in blocks. A task's datagrams lie in a chain of them, one after the other; their own headers
-/// tell where each ends.
+/// A fixed amount of memory in blocks. A task's datagrams lie in a chain of them, one after the other; their
+/// own headers tell where each ends.
 #[derive(Debug)]
 pub(super) struct Arena {
     bytes: Box<[u8]>,
@@ -27,7 +27,7 @@ impl Chain {
         len: 0,
     };
 
-    /// Bytes in it.
+    /// Number of bytes in it.
     pub(super) fn len(&self) -> usize {
         self.len as usize
     }
@@ -74,7 +74,8 @@ impl Arena {
         true
     }
 
-    /// Copies the datagram that begins at `offset` of `chain` to `out`; its length, or `None` at the chain's end.
+    /// Copies the datagram that begins at `offset` of `chain` to `out`; its length, or `None` at the chain's
+    /// end.
     pub(super) fn datagram(&self, chain: &Chain, offset: usize, out: &mut [u8]) -> Option<usize> {
         if offset + HEADER_LEN > chain.len() {
             return None;

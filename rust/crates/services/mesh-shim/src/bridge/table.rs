@@ -1,12 +1,12 @@
-//! A table of fixed size that forgets what was used longest ago.
+//! A table of fixed size that forgets the entries that were used longest ago.
 
 use std::{
     hash::{BuildHasher, Hash, RandomState},
     time::Instant,
 };
 
-/// Values by key in sets of [`WAYS`] entries: allocated once, never more. A new key takes the place of the entry of its
-/// set that was used longest ago. The hash is keyed, so nobody outside can aim at a set.
+/// Values by key in sets of [`WAYS`] entries: allocated once, never more. A new key takes the place of the
+/// entry of its set that was used longest ago. The hash is keyed, so an attacker cannot aim at a set.
 #[derive(Debug)]
 pub(super) struct FixedTable<K, V> {
     entries: Box<[Option<Entry<K, V>>]>,

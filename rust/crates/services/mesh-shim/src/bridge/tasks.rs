@@ -1,4 +1,4 @@
-//! Which client asked what, under which sequence the head knows it, and where that stands.
+//! Table of tasks: the client and its sequence, the sequence toward the head, and the state of each.
 
 use std::{
     hash::{BuildHasher, RandomState},
@@ -12,10 +12,11 @@ use super::retain::Chain;
 
 /// All tasks, in slots that are allocated once.
 ///
-/// A slot's index and its generation make up the sequence toward the head, so that an answer finds its slot without a
-/// search, and one that comes after the slot was given to another task is known for what it is. Every slot is in one of
-/// three lists: free, open (a head works on it) or answered (kept a while, so that a repeat has the same sequence again).
-/// All three are in the order in which their slots came, which is also the order of their deadlines.
+/// A slot's index and its generation make up the sequence toward the head, so that an answer finds its slot
+/// without a search, and an answer that comes after the slot was given to another task is recognised as
+/// stale. Every slot is in one of three lists: free, open (a head works on it) or answered (kept a while, so
+/// that a repeat has the same sequence again). All three are in the order in which their slots came, which is
+/// also the order of their deadlines.
 #[derive(Debug)]
 pub(super) struct TaskTable {
     slots: Box<[Slot]>,
@@ -26,14 +27,14 @@ pub(super) struct TaskTable {
     hasher: RandomState,
 }
 
-/// One task.
+/// An open or answered task.
 #[derive(Clone, Debug)]
 pub(super) struct Task {
-    /// Who asked.
+    /// Address of the client.
     pub(super) client: SocketAddr,
     /// The version of the question and of the answer. The same sequence in another version is another task.
     pub(super) version: Version,
-    /// Under which sequence.
+    /// The client's sequence.
     pub(super) sequence: u32,
     /// The timestamp of the question.
     pub(super) timestamp_us: u64,
@@ -43,11 +44,11 @@ pub(super) struct Task {
     pub(super) upstream: Version,
     /// That head's epoch then.
     pub(super) epoch: u32,
-    /// When it is given up, or forgotten if it is answered.
+    /// Time at which it is given up, or forgotten if it is answered.
     pub(super) deadline: Instant,
-    /// What was sent, to send it again.
+    /// Datagrams that were sent, to send them again.
     pub(super) retained: Chain,
-    /// Whether `retained` is all of it.
+    /// True if `retained` is all of it.
     pub(super) complete: bool,
     /// The answer comes, or came, as Chunks.
     pub(super) chunked_answer: bool,
@@ -57,11 +58,11 @@ pub(super) struct Task {
     pub(super) paced: Instant,
 }
 
-/// Names a slot.
+/// Index of a slot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct TaskId(u32);
 
-/// Which list a slot is in.
+/// The list that a slot is in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum State {
     Free = 0,
@@ -87,8 +88,8 @@ struct List {
 }
 
 impl TaskTable {
-    /// A table of at least `capacity` tasks. `generation` is where the generations begin, best chosen at random: the head
-    /// may still know sequences of an earlier process.
+    /// A table of at least `capacity` tasks. `generation` is where the generations begin, best chosen at
+    /// random: the head may still know sequences of an earlier process.
     pub(super) fn new(capacity: usize, generation: u32, now: Instant) -> Self {
         let capacity = capacity.clamp(2, MAX_SLOTS).next_power_of_two();
         let nobody = Task {
@@ -131,7 +132,7 @@ impl TaskTable {
         table
     }
 
-    /// The slot of what `client` asked in `version` under `sequence`.
+    /// The slot of the task of `client` in `version` under `sequence`.
     pub(super) fn find(
         &self,
         client: SocketAddr,
@@ -239,7 +240,7 @@ impl TaskTable {
         (next != NONE).then_some(TaskId(next))
     }
 
-    /// Slots in `state`.
+    /// Number of slots in `state`.
     pub(super) fn count(&self, state: State) -> usize {
         self.lists[state as usize].len
     }

@@ -62,7 +62,7 @@ impl World {
         assert_eq!(self.head(head, &message(MsgType::HEALTH, 1, "")), None);
     }
 
-    /// Where a client's message goes, and what goes there.
+    /// Destination and content of what a client's message becomes.
     fn client(&mut self, client: &str, message: &Message) -> Sent {
         self.client_bytes(client, &message.encode_datagram())
     }
@@ -105,7 +105,7 @@ impl World {
         }
     }
 
-    /// Who gets a head's message, and what.
+    /// Receiver and content of what a head's message becomes.
     fn head(&mut self, head: usize, message: &Message) -> Option<(String, Message)> {
         let (_, client, message) = self.head_of(Version::V5_0, head, message)?;
         Some((client, message))
@@ -133,7 +133,7 @@ impl World {
         }
     }
 
-    /// What the bridge sends by itself now, probes left out.
+    /// Messages that the bridge sends by itself now, probes left out.
     fn transmits(&mut self) -> Vec<(Destination, Message)> {
         let sent = self.transmits_of();
         sent.into_iter()
@@ -1137,8 +1137,8 @@ proptest! {
         }
     }
 
-    /// Whatever clients and heads send and whenever they fall silent: a client gets at most one answer for each time it
-    /// asked, always under its own sequence, and an answer to what it asked.
+    /// Whatever clients and heads send and whenever they fall silent: a client gets at most one answer for
+    /// each time it asked, always under its own sequence, and an answer to what it asked.
     #[test]
     fn answers_reach_who_asked_and_nobody_else(
         steps in prop::collection::vec((0u8..9, 0u16..3, 0u32..5, 0usize..2, 0u64..900), 0..120),

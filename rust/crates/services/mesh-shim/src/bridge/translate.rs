@@ -1,8 +1,8 @@
 //! Answers that change their form between a head of one version and a client of the other.
 //!
-//! Most datagrams only get or lose the version byte. An answer that a v5.0.0 head sends in one datagram and that is too long
-//! for one of v5.1 is cut into Chunks here. Chunks of a v5.1 head are put together for a v5.0.0 client, which knows none,
-//! as long as the answer fits one datagram.
+//! Most datagrams only get or lose the version byte. An answer that a v5.0.0 head sends in one datagram and
+//! that is too long for one of v5.1 is cut into Chunks here. Chunks of a v5.1 head are put together for a
+//! v5.0.0 client, which knows none, as long as the answer fits one datagram.
 
 use std::{
     collections::VecDeque,
@@ -16,7 +16,8 @@ use dcf::{
     chunk::{self, Chunk, Limits, Reassembler, Split},
 };
 
-/// Answers that wait to be sent in another form, and pieces of those that are not complete. Bounded in memory.
+/// Answers that wait to be sent in another form, and pieces of those that are not complete. Bounded in
+/// memory.
 #[derive(Debug)]
 pub(super) struct Translator {
     outgoing: VecDeque<Outgoing>,
@@ -103,14 +104,14 @@ impl Translator {
         }
     }
 
-    /// Drops what did not become complete in time.
+    /// Drops answers that did not become complete in time.
     pub(super) fn expire(&mut self, now: Instant) {
         if !self.pieces.is_empty() {
             self.pieces.expire(now);
         }
     }
 
-    /// The next datagram that is due, written to `buffer`: for whom, and its length.
+    /// The next datagram that is due, written to `buffer`: its client and its length.
     pub(super) fn poll(&mut self, buffer: &mut [u8]) -> Option<(SocketAddr, usize)> {
         while let Some(first) = self.outgoing.front_mut() {
             let next = match &mut first.what {

@@ -23,7 +23,7 @@ impl Frame {
         self.header.kind()
     }
 
-    /// Bytes of the datagram, without what trails the message.
+    /// Length of the datagram in bytes, without any bytes behind the message.
     pub(super) fn datagram_len(&self) -> usize {
         self.version.header_len() + self.payload_len()
     }

@@ -1,4 +1,5 @@
-//! Gets pieces of one model from several workers at once. What to ask of whom is decided by [`Swarm`].
+//! Gets pieces of one model from several workers at once. [`Swarm`] decides which piece to ask of which
+//! worker.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -15,7 +16,7 @@ use super::held::Held;
 use super::source::{self, News, Order, REFUSES};
 use super::{Models, origin};
 
-/// Somebody who waits for pieces.
+/// A request for pieces that waits.
 pub(super) struct Want {
     pub(super) pieces: PieceSet,
     pub(super) done: oneshot::Sender<Result<(), String>>,
@@ -118,7 +119,7 @@ impl Writer {
     }
 }
 
-/// Tries again for a while where somebody else is still writing.
+/// Tries again for a while where another writer is still at work.
 fn patiently<T>(mut work: impl FnMut() -> Result<T, StoreError>) -> Result<T, StoreError> {
     let mut attempts = 0;
     loop {
@@ -132,25 +133,25 @@ fn patiently<T>(mut work: impl FnMut() -> Result<T, StoreError>) -> Result<T, St
     }
 }
 
-/// The task that gets pieces of one model, for as long as somebody waits for some.
+/// The task that gets pieces of one model, for as long as a request waits for some.
 pub(super) struct Fetch {
     models: Arc<Models>,
     held: Arc<Held>,
-    /// What the model is sought by.
+    /// Name by which the model is sought.
     name: String,
     swarm: Swarm<String>,
     writer: Arc<Writer>,
     waiting: Vec<Want>,
     sources: HashMap<String, Source>,
-    /// Who could not be reached, and when it is tried again.
+    /// Sources that could not be reached, each with the time of the next attempt.
     pauses: HashMap<String, Instant>,
     news: mpsc::UnboundedSender<(String, News)>,
     started: Instant,
     store: Store,
-    /// Until when the hub is left alone.
+    /// Time until which the hub is left alone.
     rest: Option<Instant>,
     logged: (Instant, u64),
-    /// What is being fetched does not make room for itself.
+    /// Keeps the model in the store while it is fetched.
     _pin: Option<Pin>,
     _work: Option<Work>,
 }
@@ -208,7 +209,7 @@ impl Fetch {
         let mut told = self.models.told();
         let mut look = tokio::time::interval(LOOK);
         look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        // Somebody always waits at the start.
+        // At the start at least one request waits.
         let mut idle = false;
         while !idle {
             let timer = self.swarm.next_timer();
@@ -227,7 +228,7 @@ impl Fetch {
                 }
                 () = due => {}
             }
-            // What else has come is taken in before anything is decided.
+            // All other events are taken in before anything is decided.
             while let Ok((source, news)) = incoming.try_recv() {
                 self.take(source, news);
             }
@@ -276,7 +277,7 @@ impl Fetch {
                 self.swarm.gone(&source);
                 if let Some(gone) = self.sources.remove(&source) {
                     tracing::debug!(model = self.name, worker = gone.name, reason, "source gone");
-                    // Who has not got it will hardly have it in a moment.
+                    // A worker that has not got it will hardly have it in a moment.
                     let pause = if reason.starts_with(REFUSES) {
                         REFUSED
                     } else {
@@ -293,7 +294,7 @@ impl Fetch {
         }
     }
 
-    /// Carries out what the swarm decides.
+    /// Carries out the swarm's decisions.
     fn act(&mut self) {
         for action in self.swarm.poll(Instant::now()) {
             match action {
@@ -388,8 +389,8 @@ impl Fetch {
         }
     }
 
-    /// Gets what nobody has from the hub, if this worker is the one to do it: all of the model, since others may lack other parts.
-    /// They get its pieces from here as they come.
+    /// Gets pieces that no worker holds from the hub, if this worker is the one to do it: all of the model,
+    /// since others may lack other parts. They get its pieces from here as they come.
     async fn run_errand(&mut self) {
         if self.rest.is_some_and(|until| until <= Instant::now()) {
             self.rest = None;
@@ -430,7 +431,7 @@ impl Fetch {
             self.rest = Some(Instant::now() + failed.pause);
             error = Some(failed.to_string());
         }
-        // What is lacking still is fetched as before.
+        // Pieces that are still missing are fetched as before.
         let mut lacking = PieceSet::none(self.held.pieces());
         for want in &self.waiting {
             lacking.union(&self.held.missing(&want.pieces));
@@ -482,7 +483,7 @@ impl Fetch {
             if matches!(error, StoreError::Mismatch { .. }) {
                 self.disown(&text).await;
             } else {
-                // What was not stored is not here, and is fetched again by who asks again.
+                // Pieces that were not stored are not here, and are fetched again on the next request.
                 self.sources.clear();
                 self.swarm = Swarm::new([], self.swarm.settings().clone());
                 self.look_again().await;
@@ -500,7 +501,7 @@ impl Fetch {
         }
     }
 
-    /// Has nobody take this model for what it says it is, and removes it from the store.
+    /// Withdraws this model, whose files are not what its manifest says, and removes it from the store.
     async fn disown(&mut self, reason: &str) {
         self.models.disown(&self.held, reason);
         self._pin = None;
@@ -513,7 +514,7 @@ impl Fetch {
             let mut names = names
                 .iter()
                 .filter(|named| named.fingerprint == fingerprint);
-            // What this machine has of its own is not for another worker's manifest to remove.
+            // Another worker's manifest must not remove this machine's own files.
             let from_others = names.next().is_some_and(|first| {
                 first.is_from_worker() && names.all(mesh_store::Named::is_from_worker)
             });
@@ -527,7 +528,7 @@ impl Fetch {
         }
     }
 
-    /// Finds out what of it is on the disk.
+    /// Checks which of its pieces are on the disk.
     async fn look_again(&self) {
         let held = self.held.clone();
         if let Err(error) = tokio::task::spawn_blocking(move || held.look()).await {
@@ -551,9 +552,9 @@ impl Fetch {
         closed
     }
 
-    /// Puts things in order when nobody waits any more. Says whether that is the end.
+    /// Cleans up when no request waits any more. Returns true if that is the end.
     async fn end(&mut self, wants: &mpsc::UnboundedReceiver<Want>) -> bool {
-        // What cannot be kept was said to who waited for it.
+        // Errors of the store were reported to the requests that waited.
         if self.close(true).await.is_err() {
             self.look_again().await;
         }
@@ -578,7 +579,7 @@ const BUSY_PAUSE: Duration = Duration::from_millis(100);
 const LOOK: Duration = Duration::from_millis(100);
 const ERRAND_LOOK: Duration = Duration::from_millis(300);
 const LOG: Duration = Duration::from_secs(5);
-/// How long a source that could not be reached is left alone.
+/// Time for which a source that could not be reached is left alone.
 const PAUSE: Duration = Duration::from_secs(2);
 const REFUSED: Duration = Duration::from_secs(30);
 const MOST_SOURCES: usize = 16;

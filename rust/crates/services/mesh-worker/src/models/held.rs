@@ -1,4 +1,4 @@
-//! A model of the store that others may have pieces of: which are here, and how they are read.
+//! A model of the store, its pieces that are here, and how they are read for other workers.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -21,23 +21,23 @@ pub(crate) struct Held {
     pub(super) fingerprint: Digest,
     pub(super) signed: SignedManifest,
     store: Store,
-    /// By number.
+    /// Pieces by number.
     ids: Vec<PieceId>,
     /// Number of each file's first piece.
     first: Vec<u32>,
     here: RwLock<PieceSet>,
-    /// What it goes by besides the manifest's name, for which somebody vouches.
+    /// Names besides the manifest's own, each vouched for.
     names: Mutex<Vec<String>>,
-    /// What another worker once called it, with nobody to vouch for that.
+    /// Names that another worker once gave it, not vouched for.
     hearsay: Mutex<Vec<String>>,
     /// Files that were opened to be read from, with the paths that they had then.
     open: Mutex<HashMap<u32, (PathBuf, std::sync::Arc<File>)>>,
-    /// Counts the changes of what is here.
+    /// Counts the changes of the pieces that are here.
     changes: watch::Sender<u64>,
 }
 
 impl Held {
-    /// A model whose manifest is in the store, with what is there of it.
+    /// A model whose manifest is in the store, with its pieces that are there.
     pub(super) fn new(store: &Store, fingerprint: Digest, signed: SignedManifest) -> Self {
         let ids: Vec<PieceId> = signed.manifest.pieces().collect();
         let mut first = Vec::new();
@@ -62,7 +62,7 @@ impl Held {
         held
     }
 
-    /// Finds out what of it is in the store.
+    /// Checks which of its pieces are in the store.
     pub(super) fn look(&self) {
         let mut here = PieceSet::none(self.pieces());
         for (index, file) in (0..).zip(&self.manifest().files) {
@@ -81,12 +81,12 @@ impl Held {
         &self.signed.manifest
     }
 
-    /// Its fingerprint.
     pub(crate) fn fingerprint(&self) -> Digest {
         self.fingerprint
     }
 
-    /// What tells it from other models where it is served: the digest of its file, the manifest's where there are several.
+    /// Fingerprint under which it is served: the digest of its file, or of the manifest where there are
+    /// several files.
     pub(crate) fn file_fingerprint(&self) -> String {
         match &self.manifest().files[..] {
             [only] => only.sha256.to_string(),
@@ -94,7 +94,7 @@ impl Held {
         }
     }
 
-    /// How many pieces it has.
+    /// Number of its pieces.
     pub(super) fn pieces(&self) -> u32 {
         self.ids.len() as u32
     }
@@ -135,19 +135,19 @@ impl Held {
         self.changes.subscribe()
     }
 
-    /// What is lacking of these pieces.
+    /// The subset of these pieces that is missing here.
     pub(super) fn missing(&self, pieces: &PieceSet) -> PieceSet {
         let mut missing = pieces.clone();
         missing.subtract(&self.here());
         missing
     }
 
-    /// All of it.
+    /// All pieces of the model.
     pub(super) fn all(&self) -> PieceSet {
         PieceSet::all(self.pieces())
     }
 
-    /// What is needed to know the model without any of its weights: headers, and files without tensors.
+    /// Pieces that are needed to know the model without its weights: headers, and files without tensors.
     pub(super) fn headers(&self) -> PieceSet {
         let files = (0..).zip(&self.manifest().files);
         let ids = files.flat_map(|(file, described)| {
@@ -157,7 +157,7 @@ impl Held {
         PieceSet::of(self.pieces(), ids.map(|id| self.number(id)))
     }
 
-    /// What a stage of these layers needs, of `total`.
+    /// Pieces that a stage of these layers, of `total`, needs.
     pub(super) fn layers(&self, layers: Range<u32>, total: u32) -> PieceSet {
         let ids = self.manifest().pieces_for(layers, total);
         PieceSet::of(self.pieces(), ids.into_iter().map(|id| self.number(id)))
@@ -206,7 +206,8 @@ impl Held {
         })
     }
 
-    /// A piece's bytes, compared with the manifest; none if it is not here. Blocks for as long as the disk takes.
+    /// A piece's bytes, compared with the manifest; none if it is not here. Blocks for as long as the disk
+    /// takes.
     pub(super) fn read(&self, piece: u32) -> io::Result<Option<Bytes>> {
         let here = self
             .here
@@ -223,7 +224,7 @@ impl Held {
         let mut bytes = vec![0; described.bytes as usize];
         file.read_exact_at(&mut bytes, described.offset)?;
         if !described.is(&bytes) {
-            // The disk, or somebody who wrote into a file outside the store.
+            // The disk is faulty, or another program wrote into the file.
             let mut here = self.here.write().unwrap_or_else(PoisonError::into_inner);
             here.remove(piece);
             return Err(io::Error::other(format!(
@@ -250,7 +251,7 @@ impl Held {
         Ok(file)
     }
 
-    /// Has it go by `name`, too. Says whether that is news.
+    /// Adds the name `name`. Returns true if it is new.
     pub(super) fn add_name(&self, name: &str) -> bool {
         let mut names = self.names.lock().unwrap_or_else(PoisonError::into_inner);
         let news = !names.iter().any(|known| known == name);
@@ -260,7 +261,8 @@ impl Held {
         news
     }
 
-    /// Takes in a name that the store has. On the hub's names another worker's word is none: it waits until somebody vouches.
+    /// Takes in a name from the store. For names of the hub another worker's word does not count: the name
+    /// waits until it is vouched for.
     pub(super) fn add_known(&self, named: &Named) {
         if named.is_hearsay() && origin::is_name(&named.name) {
             let mut hearsay = self.hearsay.lock().unwrap_or_else(PoisonError::into_inner);
@@ -270,27 +272,29 @@ impl Held {
         }
     }
 
-    /// Whether another worker once called it so, and nobody vouches for that.
+    /// Returns true if another worker once called it so and the name is not vouched for.
     pub(super) fn is_said_to_be(&self, name: &str) -> bool {
         let hearsay = self.hearsay.lock().unwrap_or_else(PoisonError::into_inner);
         hearsay.iter().any(|said| said.eq_ignore_ascii_case(name))
     }
 
-    /// Whether nothing is known of it but another worker's word.
+    /// Returns true if all its names are another worker's word.
     fn is_hearsay(&self) -> bool {
         let hearsay = self.hearsay.lock().unwrap_or_else(PoisonError::into_inner);
         let names = self.names.lock().unwrap_or_else(PoisonError::into_inner);
         names.is_empty() && !hearsay.is_empty()
     }
 
-    /// The name to look it up by at the head: one that somebody vouches for. A manifest may call itself as it likes.
+    /// Name under which to look it up at the head: one that is vouched for, else its fingerprint. A manifest
+    /// may call itself as it likes.
     pub(super) fn title(&self) -> String {
         let names = self.names.lock().unwrap_or_else(PoisonError::into_inner);
         let first = names.first().cloned();
         first.unwrap_or_else(|| self.fingerprint.to_string())
     }
 
-    /// What it is served as when `asked` is what was wanted: a manifest gives itself no name of the hub's.
+    /// Name under which it is served if it was wanted as `asked`: the manifest's own name, unless that has
+    /// the form of a hub name.
     pub(crate) fn served_as(&self, asked: &str) -> String {
         match self.has_plain_name() {
             true => self.manifest().name.clone(),
@@ -302,13 +306,13 @@ impl Held {
         !origin::is_name(&self.manifest().name)
     }
 
-    /// What it goes by on the hub, if that is known.
+    /// Its name on the hub, if that is known.
     pub(super) fn hub_name(&self) -> Option<String> {
         let names = self.names.lock().unwrap_or_else(PoisonError::into_inner);
         names.iter().find(|name| origin::is_name(name)).cloned()
     }
 
-    /// Whether it goes by this name.
+    /// Returns true if it goes by this name.
     pub(super) fn is_called(&self, name: &str) -> bool {
         let own = self
             .own_name()
@@ -316,26 +320,27 @@ impl Held {
         own || self.is_named(name)
     }
 
-    /// Whether it goes by this name in the store, or is asked for by its fingerprint, whatever its manifest says.
+    /// Returns true if it goes by this name in the store, or `name` is its fingerprint. The manifest's own
+    /// name does not count.
     pub(super) fn is_named(&self, name: &str) -> bool {
         let names = self.names.lock().unwrap_or_else(PoisonError::into_inner);
         names.iter().any(|known| known.eq_ignore_ascii_case(name))
             || self.fingerprint.to_string() == name
     }
 
-    /// Whether it has any name in the store.
+    /// Returns true if it has any name in the store.
     pub(super) fn has_names(&self) -> bool {
         let names = self.names.lock().unwrap_or_else(PoisonError::into_inner);
         !names.is_empty()
     }
 
-    /// What its manifest calls it, where that counts.
+    /// The manifest's own name, where that counts.
     pub(super) fn own_name(&self) -> Option<&str> {
         let counts = self.has_plain_name() && !self.is_hearsay();
         counts.then_some(&self.manifest().name)
     }
 
-    /// What the head is told of it; `keeps_name` says whether it still goes by what its manifest calls it.
+    /// Description for the head; `keeps_name` is true if it still goes by the manifest's own name.
     pub(super) fn to_proto(&self, keeps_name: bool) -> HeldModel {
         let own = self.own_name().filter(|_| keeps_name);
         let names = self.names.lock().unwrap_or_else(PoisonError::into_inner);
@@ -352,7 +357,8 @@ impl Held {
         }
     }
 
-    /// What is opened to load it: the file, or the folder of a model of several. Names as the store links them.
+    /// Path to load it from: the file, or the folder of a model of several files. Names as the store links
+    /// them.
     pub(crate) fn path(&self) -> Result<PathBuf, mesh_store::StoreError> {
         let folder = self.store.folder(&self.fingerprint)?;
         Ok(match &self.manifest().files[..] {
@@ -397,7 +403,7 @@ mod tests {
         assert!(model.is_said_to_be(HUB));
         assert!(model.to_proto(true).names.is_empty());
         assert_eq!(model.hub_name(), None);
-        // What this machine got from the hub itself, and what somebody vouched for, is.
+        // What this machine got from the hub itself, and any vouched model, is.
         for vouched in [true, false] {
             match vouched {
                 true => store.name_from_worker(HUB, &fingerprint, "a", "the hub"),

@@ -1,10 +1,12 @@
-//! The models of this worker that are not files at hand: finds them in the store, gets what is missing from other workers or from
-//! the hub, and gives others what is here.
+//! The models of this worker that are not files at hand: finds them in the store, gets missing pieces from
+//! other workers or from the hub, and gives others the pieces that are here.
 //!
-//! Names that mean nothing anywhere are refused at the start (`wanted`). [`Models::obtain`] finds a model by a name and gives its [`Held`] (`seek`, `origin`); [`Models::fetch`] gets pieces of it
-//! (`fetch`, a task for each model that is fetched; `source`, one for each worker that sends some). That a model from another worker
-//! is what its name says somebody has to know who is none of them (`vouch`). `serve` is the other side. Who
-//! has what the head says: it hears what this worker holds and seeks ([`Models::report`]) and answers with [`Sources`].
+//! Names that cannot mean anything are refused at the start (`wanted`). [`Models::obtain`] finds a model by a
+//! name and returns its [`Held`] (`seek`, `origin`); [`Models::fetch`] gets pieces of it (`fetch`, a task for
+//! each model that is fetched; `source`, one for each worker that sends some). A model from another worker
+//! must be vouched for by a third party before it is taken under its name (`vouch`). `serve` is the other
+//! side. The head knows the holders of a model: this worker reports the models that it holds and seeks
+//! ([`Models::report`]), and the head answers with [`Sources`].
 
 mod fetch;
 mod held;
@@ -45,7 +47,7 @@ use crate::rings::Peers;
 /// See the module's page.
 pub(crate) struct Models {
     config: Arc<Config>,
-    /// Where fetches run, whoever asks for them: a ring's own thread has other things to do.
+    /// Runtime of the fetches, whichever thread asks for them: a ring's own thread has other work.
     runtime: Handle,
     /// None if nothing that this worker serves comes from it.
     store: Option<Store>,
@@ -56,18 +58,19 @@ pub(crate) struct Models {
     takers: Room<String>,
     counters: Counters,
     held: Mutex<BTreeMap<Digest, Arc<Held>>>,
-    /// A task for each model that is fetched. Wants are sent with the lock held, so that none is lost when a task ends.
+    /// A task for each model that is fetched. Wants are sent with the lock held, so that none is lost when a
+    /// task ends.
     fetches: Mutex<HashMap<Digest, mpsc::UnboundedSender<Want>>>,
     /// One at a time looks for a name.
     seeking: Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>,
     state: Mutex<State>,
-    /// What the head told, by name.
+    /// Sources of models from the head, by name.
     told: watch::Sender<BTreeMap<String, ModelSources>>,
     net: Mutex<Option<Net>>,
     /// Workers on the LAN.
     lan: Mutex<Option<watch::Receiver<Vec<Found>>>>,
     hub: vouch::HubWords,
-    /// Models whose files turned out not to be what their manifests say.
+    /// Models whose files contradict their manifests.
     false_manifests: Mutex<BTreeSet<Digest>>,
 }
 
@@ -75,7 +78,7 @@ pub(crate) struct Models {
 struct State {
     sought: BTreeMap<String, SoughtModel>,
     bad: Vec<BadSource>,
-    /// Counts changes of what the head should hear.
+    /// Counts changes of the report to the head.
     version: u64,
 }
 
@@ -96,7 +99,8 @@ struct Counters {
 }
 
 impl Models {
-    /// Opens the store if the configuration needs it, and checks that what it names can come from somewhere.
+    /// Opens the store if the configuration needs it, and checks that each configured name may exist
+    /// somewhere.
     pub(crate) fn open(config: &Arc<Config>) -> Result<Arc<Self>, WorkerError> {
         let store_config = &config.store;
         let failed = |reason: String| WorkerError::ModelStore { reason };
@@ -150,7 +154,7 @@ impl Models {
         }))
     }
 
-    /// Whether other workers have business here.
+    /// Returns true if other workers may fetch from here and this worker from them.
     pub(crate) fn is_sharing(&self) -> bool {
         self.store.is_some() && self.config.store.peers
     }
@@ -170,7 +174,7 @@ impl Models {
         *lock(&self.lan) = Some(found);
     }
 
-    /// The head says where to get what is sought.
+    /// Takes in the head's sources of the models that are sought.
     pub(crate) fn sources(&self, sources: Sources) {
         let models = sources.models.into_iter();
         let by_name = models.map(|model| (model.name.clone(), model)).collect();
@@ -181,7 +185,7 @@ impl Models {
         });
     }
 
-    /// What the head should hear, and the version of that, if it is another one than `known`.
+    /// Message for the head and its version; `None` if the version is still `known`.
     pub(crate) fn report(&self, known: Option<u64>) -> Option<(Message, u64)> {
         let state = lock(&self.state);
         if !self.is_sharing() || known == Some(state.version) {
@@ -198,7 +202,7 @@ impl Models {
         Some((message(MsgType::MODELS, &models), state.version))
     }
 
-    /// What is lacking still, in words; empty if nothing is.
+    /// Description of what is missing still; empty if nothing is.
     pub(crate) fn lacking(&self) -> String {
         let state = lock(&self.state);
         let texts = state.sought.values().map(|sought| {
@@ -244,7 +248,8 @@ impl Models {
         }
     }
 
-    /// Lets others have a model that is a file or a folder at hand. Its bytes stay where they are; they are read once.
+    /// Lets others have a model that is a file or a folder at hand. Its bytes stay where they are; they are
+    /// read once.
     pub(crate) async fn adopt(&self, name: &str, path: &Path) {
         let Some(store) = self.store.clone().filter(|_| self.is_sharing()) else {
             return;
@@ -266,7 +271,8 @@ impl Models {
         }
     }
 
-    /// Looks again what is here of models whose manifests have this name: the file of one may have become another's.
+    /// Checks again which pieces are here of models whose manifests have this name: the file of one may have
+    /// become another's.
     async fn look_at(&self, name: &str) {
         let all = lock(&self.held).values().cloned().collect::<Vec<_>>();
         let called = all.into_iter().filter(|held| held.manifest().name == name);
@@ -302,7 +308,7 @@ impl Models {
         self.fetch(held, held.all()).await
     }
 
-    /// Gets what a stage of these layers needs, of `total`.
+    /// Gets the pieces that a stage of these layers, of `total`, needs.
     pub(crate) async fn fetch_layers(
         self: &Arc<Self>,
         held: &Arc<Held>,
@@ -335,7 +341,8 @@ impl Models {
             .map_err(|_| "the task that fetches it is gone".to_owned())?
     }
 
-    /// Forgets a model whose files, all of them here, are not what its manifest says: each piece was, so the manifest lies.
+    /// Forgets a model whose files, all of them here, contradict its manifest: each piece matched, so the
+    /// manifest is false.
     pub(super) fn disown(&self, held: &Held, reason: &str) {
         let fingerprint = held.fingerprint();
         tracing::error!(
@@ -358,7 +365,7 @@ impl Models {
         lock(&self.false_manifests).contains(fingerprint)
     }
 
-    /// Ends a model's fetch task, unless somebody wants something by now.
+    /// Ends a model's fetch task, unless a new request came by now.
     fn end_fetch(&self, fingerprint: &Digest, wants: &mpsc::UnboundedReceiver<Want>) -> bool {
         let mut fetches = lock(&self.fetches);
         let ends = wants.is_empty();
@@ -368,7 +375,7 @@ impl Models {
         ends
     }
 
-    /// Where a model lies, to be opened.
+    /// Path from which to load a model.
     pub(crate) async fn path(&self, held: &Arc<Held>) -> Result<PathBuf, String> {
         let held = held.clone();
         let path = tokio::task::spawn_blocking(move || held.path()).await;
@@ -393,7 +400,7 @@ impl Models {
             .then(|| lock(&self.held).get(&fingerprint).cloned())?
     }
 
-    /// Workers that may have pieces of a model, by what was told.
+    /// Workers that may have pieces of a model, according to the head.
     fn seats(&self, told: &BTreeMap<String, ModelSources>, held: &Held) -> Vec<Seat> {
         let fingerprint = held.fingerprint().to_string();
         let own = lock(&self.net)
@@ -432,7 +439,7 @@ impl Models {
         lock(&self.net).as_ref().map(|net| net.peers.clone())
     }
 
-    /// Notes what is sought and how far it is.
+    /// Notes that a model is sought, with its progress.
     fn seeks(&self, name: &str, change: impl FnOnce(&mut SoughtModel)) {
         let mut state = lock(&self.state);
         let sought = state.sought.entry(name.to_owned()).or_default();
@@ -470,8 +477,9 @@ impl Models {
     }
 }
 
-/// What the head is told of models: of those of which something is here, or is being fetched. Of several that call themselves the
-/// same only those are called so that the store has names for, if it has for any: the others were replaced.
+/// Models to report to the head: those with pieces here, and those that are being fetched. Where several have
+/// the same own name and the store has names for some of them, only these keep the own name: the others were
+/// replaced.
 fn told_of(
     held: &BTreeMap<Digest, Arc<Held>>,
     sought: &BTreeMap<String, SoughtModel>,
@@ -490,15 +498,15 @@ fn told_of(
     models.collect()
 }
 
-/// Whether a name means a file or a folder on this machine.
+/// Returns true if a name means a file or a folder on this machine.
 pub(crate) fn is_at_hand(name: &str, config: &Config) -> bool {
     let folders = config.folders();
     mesh_model::encoder::find(name, &folders).is_some()
         || mesh_store::local::resolve(name, &folders).is_ok()
 }
 
-/// Whether a name that means nothing on this machine may mean a model of the mesh or of the hub. What looks like a file's path does
-/// not: it is a mistake that should be seen at once.
+/// Returns true if a name without a meaning on this machine may mean a model of the mesh or of the hub. A
+/// name that looks like a file's path does not: it is a mistake that should show at once.
 pub(crate) fn may_be_fetched(name: &str) -> bool {
     let is_path = name.starts_with(['/', '.', '~']);
     let is_file = [".gguf", ".safetensors"]
@@ -512,7 +520,7 @@ fn message(kind: MsgType, body: &impl prost::Message) -> Message {
     Message::new(kind, 0, timestamp_us(), body.encode_to_vec())
 }
 
-/// What these mutexes guard is replaced as a whole, so a panic elsewhere leaves it sound.
+/// Values behind these mutexes are replaced as a whole, so a panic elsewhere leaves them sound.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -540,7 +548,7 @@ mod tests {
         Models::open(&Arc::new(config)).unwrap()
     }
 
-    /// What the head hears: names, and whether all of the model is here.
+    /// Report to the head: names, and true if all of the model is here.
     fn reported(models: &Models) -> Vec<(String, Vec<String>, bool)> {
         use prost::Message as _;
 

@@ -1,4 +1,4 @@
-//! Gets a model from the hub, when the head gives this worker the errand.
+//! Gets a model from the hub, when the head gives this worker its download.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -12,12 +12,12 @@ use tokio_util::sync::CancellationToken;
 
 use super::Models;
 
-/// Whether a name can be one of the hub's.
+/// Returns true if a name has the form of a hub name.
 pub(super) fn is_name(name: &str) -> bool {
     name.parse::<HubName>().is_ok()
 }
 
-/// Counts what arrives.
+/// Counts bytes that arrive.
 struct Counting {
     models: Arc<Models>,
     name: String,
@@ -55,12 +55,12 @@ impl Watch for Counting {
     }
 }
 
-/// Why the hub does not give a model.
+/// Reason for which the hub does not give a model.
 #[derive(Debug, thiserror::Error)]
 #[error("{reason}")]
 pub(super) struct OriginError {
     reason: String,
-    /// For how long it is to be left alone.
+    /// Time for which it is left alone.
     pub(super) pause: Duration,
 }
 
@@ -82,7 +82,7 @@ impl OriginError {
         }
     }
 
-    /// What came is not taken.
+    /// An error for content that is not accepted.
     pub(super) fn refused(reason: impl ToString) -> Self {
         OriginError {
             reason: reason.to_string(),
@@ -91,8 +91,8 @@ impl OriginError {
     }
 }
 
-/// Brings the model that is sought as `name`, and called `hub_name` on the hub, into `store`. Dropping the future breaks off; what
-/// has arrived by then is kept.
+/// Brings the model that is sought as `name`, and called `hub_name` on the hub, into `store`. Dropping the
+/// future stops the transfer; bytes that have arrived by then are kept.
 pub(super) async fn fetch(
     models: &Arc<Models>,
     store: &Store,
@@ -127,10 +127,10 @@ pub(super) async fn fetch(
     }
 }
 
-/// What the hub says that the model `name` consists of.
+/// Asks the hub for the files of the model `name`.
 ///
 /// # Errors
-/// If it does not say, in words.
+/// Description of the failure.
 pub(super) async fn expected(name: &str) -> Result<Expected, String> {
     let name: HubName = name.parse().map_err(|error: HubError| error.to_string())?;
     let runtime = Handle::current();
@@ -149,7 +149,7 @@ pub(super) async fn expected(name: &str) -> Result<Expected, String> {
     asking.await.map_err(|error| error.to_string())?
 }
 
-/// Nobody watches a few kilobytes.
+/// Shows no progress: the answer is a few kilobytes.
 struct Silent;
 
 impl Watch for Silent {
@@ -195,11 +195,11 @@ async fn run(
     fingerprint.ok_or_else(|| OriginError::other("only a part of the model came"))
 }
 
-/// How long the hub is waited for when it is asked what a model consists of.
+/// Time limit for the hub's answer about the files of a model.
 const ASK_LIMIT: Duration = Duration::from_secs(20);
 const TICK: Duration = Duration::from_millis(250);
 /// Every 5 s.
 const LOG_TICKS: u32 = 20;
-/// How long a hub is left alone that could not be reached, and one that refused.
+/// Time for which the hub is left alone after it could not be reached, and after it refused.
 const FAILED: Duration = Duration::from_secs(30);
 const REFUSED: Duration = Duration::from_secs(300);

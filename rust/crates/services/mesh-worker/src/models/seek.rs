@@ -13,8 +13,9 @@ use super::vouch::Doubt;
 use super::{Models, lock, source, wanted};
 
 impl Models {
-    /// The model called `name`: from the store, else its manifest comes from another worker, or all of it from the hub. A short
-    /// name is that of a model on the hub. Waits for as long as that takes; an error is one that waiting does not mend.
+    /// The model called `name`: from the store, else its manifest comes from another worker, or all of it
+    /// from the hub. A short name is that of a model on the hub. Waits for as long as that takes; an error is
+    /// one that waiting does not mend.
     pub(crate) async fn obtain(self: &Arc<Self>, name: &str) -> Result<Arc<Held>, String> {
         let Some(store) = self.store.clone() else {
             return Err("there is no store to look it up in".to_owned());
@@ -25,7 +26,7 @@ impl Models {
             .or_default()
             .clone();
         let _turn = turn.lock().await;
-        // The store's word counts before the manifest's, and what is here before what was replaced.
+        // The store's names count before the manifest's, and present models before replaced ones.
         let known = lock(&self.held)
             .values()
             .filter(|held| held.is_called(name) && !self.is_disowned(&held.fingerprint()))
@@ -63,7 +64,7 @@ impl Models {
         // Manifests that claim this name and are another model, and since when there is one.
         let mut others: BTreeMap<Digest, String> = BTreeMap::new();
         let mut since: Option<Instant> = None;
-        // Until when the hub is left alone.
+        // Time until which the hub is left alone.
         let mut rest: Option<Instant> = None;
         loop {
             if rest.is_some_and(|until| until <= Instant::now()) {
@@ -77,7 +78,7 @@ impl Models {
             {
                 self.tell_others(name, &others);
             }
-            // A head that knows nothing of refusals tells of the refused one for ever.
+            // A head that does not know refusals would name the refused one again and again.
             let own = since.is_some_and(|since| since.elapsed() >= ON_ITS_OWN) && self.may_go(name);
             if rest.is_none() && (own || self.has_errand(name, sources.as_ref())) {
                 match self.run_errand(name, store, own).await {
@@ -140,7 +141,7 @@ impl Models {
                     }
                     since.get_or_insert_with(Instant::now);
                     self.tell_others(name, &others);
-                    // The hub answers: somebody is to go there.
+                    // The hub answers, so a worker has to download from it.
                     self.seeks(name, |sought| sought.origin_error.clear());
                 } else {
                     self.seeks(name, |sought| sought.origin_error.clone_from(&reason));
@@ -161,8 +162,8 @@ impl Models {
         }
     }
 
-    /// Has the head know which manifests are not taken under a name. What this worker found out about files is its own; what the
-    /// name means the hub says, for all.
+    /// Reports to the head the manifests that are not taken under a name. This worker's findings about files
+    /// count for itself only; the hub's word about the name counts for all.
     fn tell_others(&self, name: &str, others: &BTreeMap<Digest, String>) {
         let (unusable, refused): (Vec<&Digest>, Vec<&Digest>) =
             others.keys().partition(|other| self.is_disowned(other));
@@ -182,7 +183,7 @@ impl Models {
         .cloned()
     }
 
-    /// Names a model of the store, if somebody vouches for it by now.
+    /// Names a model of the store, if the name is vouched for by now.
     async fn name_stored(
         self: &Arc<Self>,
         name: &str,
@@ -205,13 +206,13 @@ impl Models {
         Ok(())
     }
 
-    /// Whether this worker may get the model from the hub, asked to or not.
+    /// Returns true if this worker may get the model from the hub, asked to or not.
     fn may_go(&self, name: &str) -> bool {
         let state = lock(&self.state);
         state.sought.get(name).is_some_and(|sought| sought.origin)
     }
 
-    /// Why a model that no worker has does not come from the hub either, if it does not.
+    /// Reason for which a model that no worker has does not come from the hub either; `None` if it may.
     fn why_nowhere(
         &self,
         name: &str,
@@ -238,16 +239,16 @@ impl Models {
         (!hub).then(|| "no worker has it yet, and `store.hub` forbids to ask the hub".to_owned())
     }
 
-    /// Whether this worker is the one that gets a model from outside the mesh.
+    /// Returns true if this worker is the one that gets a model from outside the mesh.
     pub(super) fn has_errand(&self, name: &str, sources: Option<&ModelSources>) -> bool {
         let may = || self.may_go(name);
-        // Who has no head, or may not take from others, asks nobody.
+        // A worker without a head, or one that may not take from others, asks no one.
         let alone = !self.config.has_head() || !self.config.store.peers;
         (alone || sources.is_some_and(|sources| sources.origin)) && may()
     }
 
-    /// Gets a model from the hub, for as long as the head wants this worker to, or on its `own` account. `None` if it no longer
-    /// does; what has come by then is kept.
+    /// Gets a model from the hub, for as long as the head wants this worker to, or on its `own` account.
+    /// `None` if it no longer does; bytes that have arrived by then are kept.
     async fn run_errand(
         self: &Arc<Self>,
         name: &str,
@@ -286,7 +287,7 @@ impl Models {
         Ok(Some(self.hold(held)))
     }
 
-    /// Takes a manifest in that the worker `from` gave, if somebody else vouches that it is `name`.
+    /// Takes in a manifest from the worker `from`, if another party vouches that it is `name`.
     async fn keep(
         self: &Arc<Self>,
         name: &str,
@@ -315,7 +316,7 @@ impl Models {
         let (held, was_here) = kept.map_err(|error| failed(error.to_string()))?;
         let known = lock(&self.held).get(&held.fingerprint()).cloned();
         let held = known.unwrap_or_else(|| Arc::new(held));
-        // Nobody hears of it by that name before all of it is known.
+        // The name is not reported before all of the model is known.
         if let Err(doubt) = self.check_contents(&held, vouched.unchecked).await {
             let (store, fingerprint) = (store.clone(), held.fingerprint());
             drop(held);
@@ -353,13 +354,13 @@ fn discard(store: &Store, fingerprint: &Digest) {
     }
 }
 
-/// What an operator pinned a name to.
+/// Fingerprint to which an operator pinned the name, if one did.
 fn operators_pin(sources: &ModelSources) -> Option<Digest> {
     let pin = sources.pinned_by_operator.then_some(&sources.pin)?;
     pin.parse().ok()
 }
 
-/// Why a name whose pinned model no worker has leads nowhere.
+/// Message for a name that is pinned to a model that no worker has.
 fn pinned_to_nothing(name: &str, pin: &Digest) -> String {
     format!(
         "the head pins {name} to {}, which no worker has: start a worker that has it, or let another model have the name (`hydramesh \
@@ -371,7 +372,7 @@ fn pinned_to_nothing(name: &str, pin: &Digest) -> String {
 const DISCARD_ATTEMPTS: u32 = 50;
 const DISCARD_PAUSE: Duration = Duration::from_millis(100);
 const SEEK_AGAIN: Duration = Duration::from_secs(2);
-/// How long the head may take to give the errand to somebody after a refusal.
+/// Time for the head to give the download to another worker after a refusal.
 const ON_ITS_OWN: Duration = Duration::from_secs(10);
 /// Manifests that are refused under one name.
 const MOST_OTHERS: usize = 16;
@@ -409,7 +410,7 @@ mod tests {
         Models::open(&Arc::new(config)).unwrap()
     }
 
-    /// What a hub says of a model with these files.
+    /// Files of a model as the hub would list them.
     async fn expected(files: &[(&str, Vec<u8>)]) -> Expected {
         let hub = TestHub::start().await.unwrap();
         hub.publish(NAME, files);

@@ -13,7 +13,7 @@ use prost::Message as _;
 use super::held::Held;
 use super::{Models, message};
 
-/// Whether a stream that begins with this message is one of ours.
+/// Returns true if a stream that begins with this message is for this module.
 pub(crate) fn is_ours(kind: MsgType) -> bool {
     matches!(kind, MsgType::MANIFEST_REQUEST | MsgType::PIECES_HELLO)
 }
@@ -67,7 +67,8 @@ async fn manifest(
     Ok(())
 }
 
-/// Says what is here, and again when there is more; sends what is asked for, piece after piece.
+/// Reports the pieces here, and again when there are more; sends the pieces that are asked for, one after
+/// another.
 async fn pieces(models: &Arc<Models>, first: Message, mut stream: MsgStream) {
     let hello = PiecesHello::decode(first.payload).unwrap_or_default();
     let Some(held) = models.shared(&hello.fingerprint) else {
@@ -125,7 +126,7 @@ async fn pieces(models: &Arc<Models>, first: Message, mut stream: MsgStream) {
     }
 }
 
-/// Sends a piece, or says that it is not here. False if the other side takes nothing of it.
+/// Sends a piece, or the message that it is not here. Returns false if the other side takes nothing of it.
 async fn piece_out(
     models: &Arc<Models>,
     held: &Arc<Held>,
@@ -193,8 +194,8 @@ fn unknown(fingerprint: &str) -> Message {
 
 /// Pieces that one stream may have asked for and not got.
 const MOST_QUEUED: usize = 256;
-/// How often others hear of new pieces, at most.
+/// Least interval between reports of new pieces to other workers.
 const NEWS: Duration = Duration::from_millis(100);
-/// For which a worker may take nothing of what it asked for: a block is a quarter of a megabyte.
+/// Time for which a worker may take none of the pieces that it asked for: a block is a quarter of a megabyte.
 const STUCK: Duration = Duration::from_secs(60);
 const GOODBYE: Duration = Duration::from_secs(5);

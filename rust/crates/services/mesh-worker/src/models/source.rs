@@ -19,17 +19,17 @@ use super::held::Held;
 use super::message;
 use crate::rings::Peers;
 
-/// What a source is told.
+/// Orders to a source.
 pub(super) enum Order {
     Ask(Wanted),
     Withdraw(u32),
 }
 
-/// What comes from a source.
+/// Events of a source.
 pub(super) enum News {
-    /// It has these.
+    /// It holds these pieces.
     Here(PieceSet),
-    /// It sends.
+    /// It is sending: a sign of life.
     Heard,
     /// A piece came, is the manifest's and is written.
     Piece(Verified),
@@ -37,7 +37,7 @@ pub(super) enum News {
     Bad(BadPiece),
     /// It has not got this piece.
     Refused(u32),
-    /// Nothing more comes.
+    /// It sends no more, for this reason.
     Gone(String),
     /// This machine cannot write.
     Disk(String),
@@ -82,7 +82,7 @@ struct Coming {
     data: Vec<u8>,
 }
 
-/// Carries orders out and what comes in; returns why that ended.
+/// Carries out orders and takes in messages; returns the reason for which that ended.
 async fn talk(
     stream: MsgStream,
     held: &Arc<Held>,
@@ -271,7 +271,7 @@ pub(super) async fn manifest(
     parsed.await.map_err(|error| error.to_string())?
 }
 
-/// How the reason of a source begins that has not got the model.
+/// Prefix of the reason of a source that has not got the model.
 pub(super) const REFUSES: &str = "it refused";
 const MANIFEST_TIMEOUT: Duration = Duration::from_secs(60);
 const MOST_WITHDRAWN: usize = 64;
@@ -315,7 +315,7 @@ mod tests {
         }
         assert!(take_part(&mut coming, wanted(1, 10), &part(1, 6, 4)).is_ok());
         assert_eq!(coming.as_ref().map(|coming| coming.data.len()), Some(10));
-        // Another piece begins anew.
+        // Another piece starts from its beginning.
         assert!(take_part(&mut coming, wanted(2, 10), &part(2, 3, 3)).is_err());
         let block = BLOCK + 1;
         assert!(take_part(&mut coming, wanted(2, 1 << 20), &part(2, 0, block)).is_err());

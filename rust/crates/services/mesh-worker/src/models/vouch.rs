@@ -1,8 +1,9 @@
-//! That a model is what its name says: nobody who offers a file is believed about that.
+//! Checks that a model is what its name says: the worker that offers a file is not believed about that.
 //!
-//! In this order: an operator's pin at the head; the hub, which says in a few kilobytes which files a model consists of, wherever
-//! their bytes come from; where it does not say, a signature of a key that the operator trusts; else the pin that the head keeps for
-//! the name. What nobody vouches for is not taken under that name.
+//! These count, in this order: an operator's pin at the head; the hub, which lists a model's files in a few
+//! kilobytes, wherever their bytes come from; where it does not, a signature of a key that the operator
+//! trusts; else the pin that the head keeps for the name. A model that none of them vouches for is not taken
+//! under that name.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
@@ -15,32 +16,33 @@ use mesh_store::{Digest, Manifest, SignedManifest, Verdict};
 use super::held::Held;
 use super::{Models, lock, origin};
 
-/// Somebody vouches for a model's name.
+/// A model's name that is vouched for.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Vouched {
-    /// Who does, for people.
+    /// The party that vouches, for people.
     pub(super) by: String,
-    /// Files whose content is still to be compared with what the hub says.
+    /// Files whose content has yet to be compared with the hub's list.
     pub(super) unchecked: Vec<Unchecked>,
 }
 
-/// Why a model is not taken under a name.
+/// Reasons for which a model is not taken under a name.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Doubt {
-    /// It is another one.
+    /// The name stands for another model.
     Other(String),
-    /// Nobody says so.
+    /// No party vouches for the name.
     Nobody(String),
 }
 
-/// What the hub said lately, by name.
+/// Recent answers of the hub, by name.
 #[derive(Debug, Default)]
 pub(super) struct HubWords(pub(super) Mutex<BTreeMap<String, (Instant, HubWord)>>);
 
 type HubWord = Result<Arc<Expected>, String>;
 
 impl Models {
-    /// Finds out who vouches that the model with this manifest is called `name`. `told` is what the head said of that name.
+    /// Finds a party that vouches that the model with this manifest is called `name`. `told` is the head's
+    /// answer about that name.
     pub(super) async fn vouch(
         &self,
         name: &str,
@@ -125,7 +127,7 @@ impl Models {
         )))
     }
 
-    /// Gets the files of which the hub tells no SHA-256, and compares them with what it tells.
+    /// Gets the files for which the hub gives no SHA-256, and compares them with the hub's data.
     pub(super) async fn check_contents(
         self: &Arc<Self>,
         held: &Arc<Held>,
@@ -155,7 +157,7 @@ impl Models {
         compared.await.unwrap_or_else(failed)
     }
 
-    /// What the hub says that `name` consists of, asked again after a while.
+    /// The hub's list of the files of `name`, asked for again after a while.
     async fn expected(&self, name: &str) -> HubWord {
         let known = lock(&self.hub.0).get(name).cloned();
         if let Some((at, word)) = known {
@@ -172,8 +174,9 @@ impl Models {
     }
 }
 
-/// Whether a signed manifest may be the model `name`: a signature covers the name and the files, not what the hub calls them. So
-/// that a signed model cannot be passed off as another signed one, its files have to be called as that name says.
+/// Returns true if a signed manifest may be the model `name`: a signature covers the name and the files, not
+/// the name on the hub. So that a signed model cannot be passed off as another signed one, its files have to
+/// be called as that name says.
 fn may_be_called(name: &str, manifest: &Manifest) -> bool {
     let Ok(hub) = name.parse::<HubName>() else {
         return manifest.name.eq_ignore_ascii_case(name);
@@ -192,7 +195,7 @@ fn may_be_called(name: &str, manifest: &Manifest) -> bool {
     }
 }
 
-/// How long the hub's word is good, and its silence.
+/// Time for which an answer of the hub is good, and for which its silence is.
 const SAID: Duration = Duration::from_secs(60);
 const SILENT: Duration = Duration::from_secs(15);
 /// No file without a SHA-256 is larger.

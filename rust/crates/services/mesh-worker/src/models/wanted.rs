@@ -1,4 +1,4 @@
-//! Names of models in the configuration: what they mean elsewhere, and whether they can mean anything.
+//! Checks the names of models in the configuration, and translates short names.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -11,21 +11,21 @@ use super::{is_at_hand, may_be_fetched, origin};
 use crate::config::Config;
 use crate::error::WorkerError;
 
-/// The name on the hub that a short name stands for; other names are what they are.
+/// The name on the hub that a short name stands for; other names are returned unchanged.
 pub(super) fn long_name(name: &str) -> &str {
     short_names().get(name).map_or(name, String::as_str)
 }
 
-/// Checks the names that `config` has against what is here, `held` being what the store has.
+/// Checks the names in `config` against the models here; `held` are those in the store.
 ///
 /// # Errors
-/// If one is certain to mean nothing: it is not here, and neither another worker nor the hub can have a model of that name. A path's
-/// look is left to who opens it.
+/// If a name certainly means nothing: it is not here, and neither another worker nor the hub can have a model
+/// of that name. Paths are checked when they are opened.
 pub(super) fn check(
     config: &Config,
     held: &BTreeMap<Digest, Arc<Held>>,
 ) -> Result<(), WorkerError> {
-    // Other workers may call a model as they like, but nobody's files are called as short names are.
+    // Other workers may call a model as they like, but no file has the form of a short name.
     let others = config.store.peers && config.has_head();
     let may_be = |name: &String| {
         short_names().contains_key(name)
@@ -47,7 +47,7 @@ pub(super) fn check(
     })
 }
 
-/// Names of what is here, and short names, that look like `name`.
+/// Names that look like `name`, among the models here and the short names.
 pub(super) fn like(name: &str, config: &Config, held: &[Arc<Held>]) -> Vec<String> {
     let locals = local::list(&config.folders()).unwrap_or_default();
     let locals = locals.iter().map(|model| model.name.as_str());
@@ -56,7 +56,7 @@ pub(super) fn like(name: &str, config: &Config, held: &[Arc<Held>]) -> Vec<Strin
     close_names(name, locals.chain(held).chain(short))
 }
 
-/// That a name is no known one, with those that are `close` to it.
+/// Message that a name is not known, with those that are `close` to it.
 pub(super) fn unknown(close: &[String]) -> String {
     let close = match close {
         [] => String::new(),

@@ -1,8 +1,8 @@
 //! The one thread that carries messages between workers.
 //!
-//! A message passes several tasks: the socket's, its connection's, its stream's. On a runtime with more threads each of them
-//! may wake another thread, and a ring waits for every one of those wakings, token by token. On this thread they follow each other, and
-//! so does the step itself where it is short.
+//! A message passes several tasks: the socket's, its connection's, its stream's. On a runtime with more
+//! threads each of them may wake another thread, and a ring waits for every one of those wakings, token by
+//! token. On this thread they follow each other, and so does the step itself where it is short.
 
 use std::future::Future;
 use std::io;
@@ -24,12 +24,12 @@ impl Carrier {
         Ok(Carrier(handle))
     }
 
-    /// Has a task run there.
+    /// Runs a task there.
     pub(super) fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
         self.0.spawn(task);
     }
 
-    /// Until the guard is dropped, sockets that are opened belong to that thread.
+    /// Makes sockets that are opened until the guard is dropped belong to that thread.
     pub(super) fn enter(&self) -> EnterGuard<'_> {
         self.0.enter()
     }

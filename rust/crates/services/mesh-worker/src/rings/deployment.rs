@@ -1,4 +1,5 @@
-//! One ring as this worker sees it: loads its parts, connects them in every epoch, and tells the head how they are.
+//! One ring as this worker sees it: loads its parts, connects them in every epoch, and tells the head how
+//! they are.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -24,7 +25,7 @@ use super::streams::{self, Broken, Target};
 use super::{Rings, Served, Shard};
 use crate::host::warm_up;
 
-/// What happens to a deployment.
+/// Events of a deployment.
 pub(super) enum Event {
     /// The head names the members.
     Ring(Ring),
@@ -74,7 +75,7 @@ enum Hosted {
         part: PartHandle,
         loaded: LoadedAs,
     },
-    /// It is the driver's.
+    /// The driver has it.
     Driving(LoadedAs),
 }
 
@@ -86,7 +87,7 @@ struct LoadedAs {
 
 type Loaded = (u32, Result<(Part, LoadedAs), String>);
 
-/// What ends with an epoch.
+/// State that ends with an epoch.
 #[derive(Default)]
 struct EpochStreams {
     tasks: JoinSet<Ended>,
@@ -192,7 +193,7 @@ impl Deployment {
         }
     }
 
-    /// Says so if any part here has computed something since the last look.
+    /// Notes activity if any part here has computed something since the last look.
     fn note_activity(&mut self) {
         let parts = self.parts.values().map(|hosted| match hosted {
             Hosted::Ready { part, .. } => part.gauges.steps.load(Relaxed),
@@ -240,13 +241,13 @@ impl Deployment {
             && seats(&ring) == seats(&self.ring)
             && let Some(peers) = self.rings.peers()
         {
-            // The same members once more: their links are to be made anew.
+            // The same members once more: their links have to be renewed.
             for node_id in seats(&ring).into_iter().flatten() {
                 peers.forget(&node_id);
             }
         }
         self.ring = ring;
-        // First what is no longer needed: there may be no room for both.
+        // First drop the parts that are no longer needed: there may be no room for both.
         self.parts.retain(|stage, _| wanted.contains(stage));
         if !drives && let Some(driver) = self.driver.take() {
             self.rings.withdraw(self.id);
@@ -345,7 +346,7 @@ impl Deployment {
         self.mirror();
     }
 
-    /// Has the parts that are ready begin the current epoch, if they have not.
+    /// Begins the current epoch with the parts that are ready and have not begun it.
     async fn begin_ready_parts(&mut self) {
         let stages = self.ring.stages.len() as u32;
         for stage in 0..stages {
@@ -648,8 +649,8 @@ impl Deployment {
         }
     }
 
-    /// All members are there. A ring that has never worked answers once first, which also measures its speed; one that
-    /// comes back from a loss has clients who wait.
+    /// All members are there. A ring that has never worked answers once first, which also measures its speed;
+    /// one that comes back from a loss has clients that wait.
     fn ring_runs(&mut self) {
         let Some(driver) = self.driver.clone() else {
             return;
@@ -707,7 +708,8 @@ impl Deployment {
             Some(seat) if reason.link => {
                 self.suspect(&seat, &format!("{what}: {}", reason.text), true, true);
             }
-            // The other side is in another epoch already, or will dial again; silence would show in its pulse.
+            // The other side is in another epoch already, or will dial again; silence would show in its
+            // pulse.
             _ => tracing::debug!(what, reason = reason.text, "stream ended"),
         }
     }
@@ -768,7 +770,7 @@ impl Deployment {
         self.rings.forget(self.id, &self.own);
     }
 
-    /// Tells the head what has changed, at most four times a second unless it is urgent.
+    /// Reports changes to the head, at most four times a second unless a change is urgent.
     fn report(&mut self) {
         if self.ring.epoch == 0 {
             return;
@@ -880,8 +882,8 @@ impl Deployment {
     }
 }
 
-/// Mirrors to a standby, and begins again when that breaks: the standby may still be loading, or have lost step. Whether
-/// it is still the right one is for the head to say.
+/// Mirrors to a standby, and begins again when that breaks: the standby may still be loading, or have lost
+/// step. Whether it is still the right one is for the head to say.
 async fn keep_mirroring(peers: super::peers::Peers, seat: Seat, hello: RingHello, target: Target) {
     loop {
         let reason = match streams::open(&peers, &seat, &hello).await {
@@ -901,7 +903,7 @@ fn stop_mirroring(target: &Target) {
     }
 }
 
-/// Whether the head is to hear of the change at once.
+/// Returns true if the head should hear of the change at once.
 fn urgent(last: &RingState, state: &RingState) -> bool {
     let phases = |state: &RingState| -> Vec<(u32, bool, i32)> {
         let parts = state.parts.iter();

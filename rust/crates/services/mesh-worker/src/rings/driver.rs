@@ -36,7 +36,7 @@ impl Drop for Inner {
     }
 }
 
-/// Where the driver's messages go in this epoch.
+/// Outboxes of the driver in this epoch.
 #[derive(Default)]
 struct Boxes {
     members: Vec<Outbox>,
@@ -47,14 +47,14 @@ struct Boxes {
     gauges: DriverGauges,
 }
 
-/// What the driver tells the deployment that it belongs to.
+/// Notices of the driver to its deployment.
 #[derive(Debug)]
 pub(super) enum Notice {
     /// The ring works.
     Running { epoch: u32 },
     /// It has answered once.
     Warm { epoch: u32 },
-    /// A member does not answer; with `link`, what is passed on to it does not arrive.
+    /// A member does not answer; with `link`, messages that are passed on to it do not arrive.
     Suspect {
         stage: u32,
         reason: String,
@@ -174,10 +174,10 @@ impl DriverHandle {
     }
 }
 
-/// Hands on what the driver has to say. Runs on the engine's thread.
+/// Hands on the driver's output. Runs on the engine's thread.
 fn post(boxes: &Mutex<Boxes>, notices: &async_mpsc::UnboundedSender<Notice>, out: DriverOut) {
     let mut boxes = lock(boxes);
-    // A stream that is gone is noticed by whoever served it.
+    // The task that serves a stream notices when it is gone.
     match out {
         DriverOut::Step(step) => send(boxes.members.first(), message(MsgType::RING_STEP, &step)),
         DriverOut::Ping(ping) => {
@@ -251,13 +251,13 @@ fn whole(last: &StageInfo) -> StageInfo {
     }
 }
 
-/// What these mutexes guard is replaced as a whole, so a panic elsewhere leaves it sound.
+/// Values behind these mutexes are replaced as a whole, so a panic elsewhere leaves them sound.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl DriverHandle {
-    /// How the last stage is.
+    /// Gauges of the last stage.
     pub(super) fn gauges(&self) -> DriverGauges {
         lock(&self.inner.boxes).gauges
     }

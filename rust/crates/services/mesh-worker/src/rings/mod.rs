@@ -1,9 +1,9 @@
 //! This worker's parts of rings: one model over several machines.
 //!
-//! [`Rings`] is what the rest of the worker sees. For every ring that the head names it runs a `deployment`, a task that
-//! loads parts (`part`: a thread each), opens and serves the `streams` to the other members in every epoch and, where this
-//! worker has the last stage, starts the `driver`, an engine like that of a whole model. What is decided about rows, replays
-//! and mirrors is `mesh-pipeline`'s.
+//! [`Rings`] is the interface for the rest of the worker. For every ring that the head names it runs a
+//! `deployment`, a task that loads parts (`part`: a thread each), opens and serves the `streams` to the other
+//! members in every epoch and, where this worker has the last stage, starts the `driver`, an engine like that
+//! of a whole model. `mesh-pipeline` decides about rows, replays and mirrors.
 
 mod carrier;
 mod deployment;
@@ -59,10 +59,10 @@ pub(crate) struct Rings {
     /// Rings of which this worker runs every stage.
     alone: Mutex<HashSet<u64>>,
     changed: Notify,
-    /// When a part here last computed something.
+    /// Time at which a part here last computed something.
     active: Mutex<Option<Instant>>,
     served: Mutex<Vec<Served>>,
-    /// The paths that the head was told of.
+    /// The paths in the last offer to the head.
     offered: Mutex<Vec<PathProfile>>,
     /// To the head, while there is a link to it.
     head: Mutex<Option<mpsc::UnboundedSender<Message>>>,
@@ -76,7 +76,7 @@ pub(crate) struct Shard {
     card: ModelCard,
     format: WeightFormat,
     offer: ShardOffer,
-    /// Where it comes from, if only parts of it may be here.
+    /// The stored model, if only parts of it may be here.
     held: Option<Arc<Held>>,
 }
 
@@ -88,7 +88,7 @@ struct Served {
     card: ModelCard,
 }
 
-/// What needs an identity.
+/// State that exists once the worker has an identity.
 #[derive(Clone)]
 struct Net {
     node_id: String,
@@ -98,7 +98,8 @@ struct Net {
 }
 
 impl Rings {
-    /// Opens those of `config.shards` that are files at hand and measures this machine. Blocks for as long as that takes.
+    /// Opens those of `config.shards` that are files at hand and measures this machine. Blocks for as long as
+    /// that takes.
     pub(crate) fn open(config: &Arc<Config>, models: Arc<Models>) -> (Arc<Self>, Vec<Failure>) {
         let (shards, profile, failures) = offer::measure(config);
         let rings = Arc::new(Rings {
@@ -139,8 +140,8 @@ impl Rings {
         !self.shards().is_empty()
     }
 
-    /// Offers one more model, `name`, whose header lies at `path`; its layers are fetched when they are needed. Blocks for as long as
-    /// measuring takes.
+    /// Offers one more model, `name`, whose header lies at `path`; its layers are fetched when they are
+    /// needed. Blocks for as long as measuring takes.
     pub(crate) fn add(&self, name: &str, path: &Path, held: &Arc<Held>) -> Result<(), WorkerError> {
         let (shard, profile) = offer::measure_stored(name, path, held, &self.config)?;
         self.add_shard(shard, profile)
@@ -163,7 +164,7 @@ impl Rings {
         Ok(())
     }
 
-    /// Whether this worker offers anything, or will.
+    /// Returns true if this worker offers anything, or will.
     pub(crate) fn is_offering(&self) -> bool {
         !self.config.shards.is_empty()
     }
@@ -212,7 +213,7 @@ impl Rings {
         Ok(Some(address.port()))
     }
 
-    /// Says to the head, which is `rtt` away, what there is; from now on it hears of rings through `outbox`.
+    /// Sends the offer to the head, which is `rtt` away, and from now on reports on rings through `outbox`.
     pub(crate) fn linked(&self, outbox: mpsc::UnboundedSender<Message>, rtt: Duration) {
         *lock(&self.head) = Some(outbox);
         lock(&self.head_path).rtt_us = peers::path("", rtt, 0.0).rtt_us;
@@ -220,10 +221,10 @@ impl Rings {
         self.offer();
     }
 
-    /// Says again what there is if the paths to others have changed.
+    /// Sends the offer again if the paths to others have changed.
     fn offer(&self) {
         let shards = self.shards();
-        // What is not known yet cannot be offered; that there is nothing need not be said.
+        // A model that is not known yet cannot be offered; an empty offer need not be sent.
         if shards.is_empty() {
             return;
         }
@@ -251,10 +252,10 @@ impl Rings {
         }
     }
 
-    /// The link to the head is gone; what it deployed is of no more use to it.
+    /// The link to the head is gone: ends what it deployed.
     pub(crate) fn unlinked(&self) {
         *lock(&self.head) = None;
-        // Their tasks end when nobody can tell them anything any more.
+        // Their tasks end when their channels close.
         lock(&self.deployments).clear();
         self.changed.notify_waiters();
     }
@@ -318,8 +319,9 @@ impl Rings {
             .collect()
     }
 
-    /// Resolves when this worker may leave: no ring with others has a part here any more, the link to the head is gone, or
-    /// nobody has asked these rings anything for a while; to an idle ring a leave is no worse than a handing over.
+    /// Resolves when this worker may leave: no ring with others has a part here any more, the link to the
+    /// head is gone, or these rings have had no requests for a while; for an idle ring a leave is no worse
+    /// than a handover.
     pub(crate) async fn emptied(&self) {
         let begun = Instant::now();
         loop {
@@ -333,7 +335,7 @@ impl Rings {
         }
     }
 
-    /// Whether no part here has computed anything for a while.
+    /// Returns true if no part here has computed anything for a while.
     fn is_idle(&self) -> bool {
         lock(&self.active).is_none_or(|at| at.elapsed() >= IDLE)
     }
@@ -349,7 +351,8 @@ impl Rings {
         shared.count()
     }
 
-    /// Whether this worker runs every stage of a ring: then there is nobody to hand it over to.
+    /// Notes whether this worker runs every stage of a ring: then there is no other worker to hand it over
+    /// to.
     fn set_alone(&self, ring: u64, alone: bool) {
         if alone {
             lock(&self.alone).insert(ring);
@@ -430,7 +433,7 @@ impl Rings {
 }
 
 impl Shard {
-    /// Gets what these layers need and is not here.
+    /// Gets the pieces that these layers need and that are not here.
     async fn fetch(
         &self,
         layers: Range<u32>,
@@ -450,7 +453,8 @@ impl Shard {
         }
     }
 
-    /// Loads a range of layers in the weight format of that name, in the one of choice if there is no name. Blocks.
+    /// Loads a range of layers in the weight format of that name, in the one of choice if there is no name.
+    /// Blocks.
     fn load(
         &self,
         layers: Range<u32>,
@@ -529,18 +533,18 @@ async fn accept_streams(rings: Arc<Rings>, link: Link, main: Handle) {
     }
 }
 
-/// What these mutexes guard is replaced as a whole, so a panic elsewhere leaves it sound.
+/// Values behind these mutexes are replaced as a whole, so a panic elsewhere leaves them sound.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Rings that nobody asks anything for so long are idle.
+/// Time without requests after which rings count as idle.
 const IDLE: Duration = Duration::from_secs(3);
 
 /// Interval at which the fetched size of a part is noted.
 const FETCH_LOOK: Duration = Duration::from_secs(1);
 
-/// How long a stream waits for its ring to be named here.
+/// Time for which a stream waits for the head to name its ring.
 const RING_PATIENCE: Duration = Duration::from_secs(10);
 
 /// Outputs that a part keeps for replays, at most.

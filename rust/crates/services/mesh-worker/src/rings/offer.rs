@@ -1,4 +1,4 @@
-//! What this worker can hold parts of, measured.
+//! Measures the models of which this worker can hold parts.
 
 use std::panic::AssertUnwindSafe;
 use std::path::{Path, PathBuf};
@@ -16,8 +16,9 @@ use crate::error::WorkerError;
 use crate::host::{self, Failure, Source};
 use crate::models::{Held, may_be_fetched};
 
-/// Opens those models of `config.shards` that are files at hand and finds out what they cost here. What was measured before is kept
-/// in the state directory. What is wrong with one model is a failure of that one.
+/// Opens those models of `config.shards` that are files at hand and measures their cost here. Earlier
+/// measurements are kept in the state directory. A fault of one model becomes a [`Failure`] of that model
+/// alone.
 pub(super) fn measure(config: &Arc<Config>) -> (Vec<Shard>, NodeProfile, Vec<Failure>) {
     if config.shards.is_empty() {
         return (Vec::new(), NodeProfile::default(), Vec::new());
@@ -92,7 +93,8 @@ fn measure_path(
     std::panic::catch_unwind(AssertUnwindSafe(measure)).unwrap_or_else(panicked)
 }
 
-/// The model of a file that may have been written to since it was opened: opened anew then, if it is still the one that was offered.
+/// Opens the model of a file again if the file may have been written to since, provided that it is still the
+/// offered model.
 pub(super) fn open_again(
     model: &Model,
     fingerprint: &str,
@@ -124,8 +126,8 @@ pub(super) fn measure_stored(
     let mut profiler = Profiler::take(profile_options(config, None));
     let model = Model::open(path)?;
     let fingerprint = held.file_fingerprint();
-    // Speeds are kept under it, and the file's own bytes need not be there: weights that are holes are zeros, and no kernel looks
-    // at values.
+    // Speeds are kept under it, and the file's own bytes need not be there: weights that are holes are zeros,
+    // and no kernel looks at values.
     model.know_fingerprint(&fingerprint);
     let card = host::card(name, path, &model, &fingerprint);
     let mut shard = measure_one(model, card, &mut profiler, config)?;
@@ -133,7 +135,7 @@ pub(super) fn measure_stored(
     Ok((shard, NodeProfile::from(&profiler.profile)))
 }
 
-/// Opens the model `held` anew: it may have been written to since it was opened the last time.
+/// Opens the model `held` again: it may have been written to since it was opened the last time.
 pub(super) fn open_stored(held: &Held) -> Result<Model, String> {
     let open = || {
         let path = held.path().map_err(|error| error.to_string())?;
@@ -196,7 +198,7 @@ fn measure_one(
     })
 }
 
-/// How parts are loaded; slots and context are the ring's.
+/// Options for loading parts; slots and context are the ring's.
 pub(super) fn options(config: &Config, format: WeightFormat) -> OrtOptions {
     OrtOptions {
         weights: format,

@@ -1,8 +1,8 @@
 //! One part at work: computes its steps one after the other, in the order in which they come.
 //!
-//! It has a thread. A step that takes a few milliseconds at most is not worth being handed over to it, because waking the
-//! thread and being woken by it costs a noticeable share of such a step: then the network task that received the step
-//! computes it, if nothing else is waiting.
+//! It has a thread. A step that takes a few milliseconds at most is not worth being handed over to it,
+//! because waking the thread and being woken by it costs a noticeable share of such a step: then the network
+//! task that received the step computes it, if nothing else is waiting.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
@@ -15,20 +15,20 @@ use mesh_pipeline::{Out, Part};
 use mesh_proto::{HeldSlot, RingHeld, RingMirror, RingMirrored, RingResend, RingStep};
 use tokio::sync::{mpsc as async_mpsc, oneshot};
 
-/// Where a part's messages go, each onto a stream of its own. Nobody may be there to take them.
+/// Outbox of a part's messages, each kind with a stream of its own. The receiver may be gone.
 pub(super) type Outbox = async_mpsc::UnboundedSender<Message>;
 
 /// The other end of an [`Outbox`].
 pub(super) type Outflow = async_mpsc::UnboundedReceiver<Message>;
 
-/// Where the messages of one epoch go.
+/// Outboxes of one epoch.
 pub(super) struct Outboxes {
     pub(super) next: Outbox,
     pub(super) driver: Outbox,
     pub(super) previous: Outbox,
 }
 
-/// What a part is told.
+/// Commands to a part.
 pub(super) enum Command {
     /// A new epoch, in which it is this stage.
     Begin {
@@ -38,7 +38,7 @@ pub(super) enum Command {
         outboxes: Outboxes,
         counters: Arc<Counters>,
     },
-    /// Say what you hold.
+    /// Report the rows that the part holds.
     Held(oneshot::Sender<RingHeld>),
     Step(RingStep),
     Resend(RingResend),
@@ -60,7 +60,7 @@ pub(super) struct Counters {
     pub(super) sent: AtomicU64,
 }
 
-/// What is to be seen of a part from outside.
+/// State of a part as seen from outside.
 #[derive(Debug, Default)]
 pub(super) struct Gauges {
     /// Rows that its standby lacks.
@@ -77,7 +77,7 @@ pub(super) struct Gauges {
     short_us: AtomicU64,
     /// Microseconds of all steps of more rows.
     pub(super) prefill_us: AtomicU64,
-    /// A step panicked; nobody knows what the part holds now.
+    /// A step panicked; the content of the part is unknown now.
     pub(super) broken: AtomicBool,
 }
 
@@ -93,8 +93,8 @@ pub(super) struct PartHandle {
 struct Shared {
     queue: Mutex<Queue>,
     filled: Condvar,
-    /// `None` once the part was taken. Whoever takes a command from the queue holds this already, so that commands are
-    /// obeyed in their order.
+    /// `None` once the part was taken. A thread that takes a command from the queue holds this already, so
+    /// that commands are obeyed in their order.
     worker: Mutex<Option<PartWorker>>,
 }
 
@@ -142,7 +142,7 @@ impl PartHandle {
         })
     }
 
-    /// Tells the part something. One that was taken does not hear it; its streams end by themselves.
+    /// Sends the part a command. A part that was taken does not get it; its streams end by themselves.
     pub(super) fn tell(&self, command: Command) {
         lock(&self.shared.queue).commands.push_back(command);
         self.shared.filled.notify_one();
@@ -166,7 +166,7 @@ impl PartHandle {
         self.tell(Command::Step(step));
     }
 
-    /// What the part holds, after all that it was told before.
+    /// Rows that the part holds, after all earlier commands.
     pub(super) async fn held(&self) -> Option<RingHeld> {
         let (sender, held) = oneshot::channel();
         self.tell(Command::Held(sender));
@@ -182,7 +182,7 @@ impl PartHandle {
 }
 
 impl Shared {
-    /// What the thread does.
+    /// Body of the thread.
     fn work(&self) {
         loop {
             {
@@ -206,7 +206,7 @@ impl Shared {
             };
             if let Command::Take(taker) = command {
                 if let Some(worker) = worker.take() {
-                    // Whoever wanted it may be gone; then nobody needs it any more.
+                    // The requester may be gone; then the part is not needed any more.
                     let _ = taker.send(worker.part);
                 }
                 return;
@@ -219,7 +219,7 @@ impl Shared {
     }
 }
 
-/// Who holds the part.
+/// Owner of the part.
 struct PartWorker {
     part: Part,
     gauges: Arc<Gauges>,
@@ -286,7 +286,7 @@ impl PartWorker {
                 let _ = answers.send(message(MsgType::RING_MIRRORED, &mirrored));
             }
             Err(error) => {
-                // The member begins again with what this standby holds.
+                // The member begins again from the rows that this standby holds.
                 tracing::info!(%error, "this standby has lost step with its member");
                 let text = error.to_string();
                 let error = Message::error(0, timestamp_us(), ErrorCode::INVALID_PAYLOAD, &text);
@@ -295,7 +295,7 @@ impl PartWorker {
         }
     }
 
-    /// Hands out what the part has to say.
+    /// Hands out the part's output.
     fn send(&mut self) {
         for out in self.outs.drain(..) {
             let outboxes = self.outboxes.as_ref();
@@ -317,7 +317,7 @@ impl PartWorker {
                 }
             };
             if let Some(outbox) = outbox {
-                // A stream that is gone is noticed by whoever served it.
+                // The task that serves a stream notices when it is gone.
                 let _ = outbox.send(message);
             }
         }
@@ -333,7 +333,7 @@ impl PartWorker {
     }
 }
 
-/// Notes it if what follows panics.
+/// Marks the part as broken if the code in its scope panics.
 struct Watch(Arc<Gauges>);
 
 impl Drop for Watch {
@@ -354,13 +354,13 @@ fn smooth(gauge: &AtomicU64, took: u64) {
     gauge.store(smoothed, Ordering::Relaxed);
 }
 
-/// What is guarded is replaced as a whole, so a panic elsewhere leaves it sound.
+/// Values behind these mutexes are replaced as a whole, so a panic elsewhere leaves them sound.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Whether a step may be computed by the task that received it, where steps of a few rows take `short_us` microseconds. `part` is
-/// a number of whoever computes it.
+/// Returns true if a step may be computed by the task that received it, where steps of a few rows take
+/// `short_us` microseconds. `part` is a number that identifies the caller.
 pub(super) fn is_short(step: &RingStep, short_us: u64, part: usize) -> bool {
     let limit = || match is_alone(part) {
         true => ALONE_US,

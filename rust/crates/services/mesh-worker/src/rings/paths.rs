@@ -1,4 +1,4 @@
-//! How far the head and the other workers are away, for the head's plans.
+//! Measures the paths to the head and to other workers, for the head's plans.
 
 use std::convert::Infallible;
 use std::time::Duration;
@@ -9,8 +9,8 @@ use mesh_proto::PathProfile;
 use super::{Rings, lock, peers};
 
 impl Rings {
-    /// Measures the paths to the head and to other workers, each once, while no ring has anything to do, and tells the head
-    /// what has changed, for as long as it is polled.
+    /// Measures the paths to the head and to other workers, each once, while no ring has anything to do, and
+    /// reports changes to the head, for as long as it is polled.
     pub(crate) async fn keep_paths_known(&self, head: &Link) -> Infallible {
         tokio::time::sleep(FIRST_LOOK).await;
         let mut measured = false;
@@ -34,7 +34,8 @@ impl Rings {
     }
 }
 
-/// The best of several measurements: a machine that is busy meanwhile looks slower than its network. `None`: none succeeded.
+/// The best of several measurements: a machine that is busy meanwhile looks slower than its network. `None`:
+/// none succeeded.
 pub(super) async fn bandwidth(link: &Link) -> Option<f64> {
     let mut best: Option<f64> = None;
     for again in 0..MEASUREMENTS {
@@ -52,7 +53,8 @@ pub(super) async fn bandwidth(link: &Link) -> Option<f64> {
     best
 }
 
-/// Whether a plan might look at them differently: a new path, a round trip that is half as long again, or another bandwidth.
+/// Returns true if a plan might judge them differently: a new path, a round trip that is half as long again,
+/// or another bandwidth.
 pub(super) fn differ(before: &[PathProfile], now: &[PathProfile]) -> bool {
     now.iter().any(|path| {
         let known = before.iter().find(|known| known.node_id == path.node_id);
@@ -69,14 +71,14 @@ const LEAST_RTT: u32 = 1_000;
 /// Measurements of a path.
 const MEASUREMENTS: u32 = 3;
 
-/// Between them.
+/// Pause between two measurements.
 const REST: Duration = Duration::from_millis(300);
 
-/// A mesh that starts all at once is loading until then, and its machines are too busy to measure anything. What they hold from the last
-/// time is planned in the same places again without figures that are new each time.
+/// A mesh that starts all at once is loading until then, and its machines are too busy to measure anything.
+/// Parts from an earlier run are planned in the same places again without figures that are new each time.
 const FIRST_LOOK: Duration = Duration::from_secs(10);
 
-/// Between looks at the paths.
+/// Interval between looks at the paths.
 const LOOK: Duration = Duration::from_secs(60);
 
 #[cfg(test)]

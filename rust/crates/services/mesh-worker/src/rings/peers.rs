@@ -31,7 +31,7 @@ struct Made {
     rtt: Duration,
     /// Bytes per second; 0 is unknown.
     bandwidth: f64,
-    /// Whether that was tried to be measured.
+    /// True if measuring the bandwidth was tried.
     measured: bool,
 }
 
@@ -74,7 +74,8 @@ impl Peers {
         }
     }
 
-    /// Measures the bandwidth of the links where that has not been tried, one after the other, until it is not `idle` any more.
+    /// Measures the bandwidth of the links where that has not been tried, one after the other, until it is
+    /// not `idle` any more.
     pub(super) async fn measure(&self, idle: impl Fn() -> bool) {
         let entries: Vec<Entry> = {
             let links = self.links.lock().unwrap_or_else(PoisonError::into_inner);
@@ -100,22 +101,23 @@ impl Peers {
         }
     }
 
-    /// Has the next stream to a worker go over a link of its own. Streams on the present link are not disturbed.
+    /// Makes the next stream to a worker use a new link. Streams on the present link are not disturbed.
     pub(super) fn forget(&self, node_id: &str) {
         let mut links = self.links.lock().unwrap_or_else(PoisonError::into_inner);
         links.remove(node_id);
     }
 
-    /// The link to a worker, made if there is none.
+    /// Returns the link to a worker, and makes it if there is none.
     pub(crate) async fn link(&self, seat: &Seat) -> Result<Link, String> {
         let entry = {
             let mut links = self.links.lock().unwrap_or_else(PoisonError::into_inner);
             links.entry(seat.node_id.clone()).or_default().clone()
         };
-        // Whoever asks meanwhile waits for the same link.
+        // Other callers meanwhile wait for the same link.
         let mut entry = entry.lock().await;
         if let Some(made) = entry.as_mut().filter(|made| made.is_open()) {
-            // A worker that has moved is dialled anew: this side's packets would go to its old address for ever.
+            // A worker that has moved is dialled again: this side's packets would keep going to its old
+            // address.
             if made.seat == *seat || made.link.answers(MOVED).await {
                 made.seat.clone_from(seat);
                 return Ok(made.link.clone());
@@ -156,8 +158,8 @@ impl Peers {
 }
 
 impl Peers {
-    /// A link to the worker in `seat` at one of its addresses. Private addresses of different machines may be the same, so
-    /// that somebody else may answer.
+    /// A link to the worker in `seat` at one of its addresses. Private addresses of different machines may be
+    /// the same, so another machine may answer.
     async fn dial(
         &self,
         seat: &Seat,
@@ -190,8 +192,8 @@ pub(super) fn path(node_id: &str, rtt: Duration, bandwidth: f64) -> PathProfile 
     }
 }
 
-/// A worker that does not answer within this time is not there. A handshake is some milliseconds of work on either side, which a
-/// machine that does much else may begin late.
+/// A worker that does not answer within this time is not there. A handshake is some milliseconds of work on
+/// either side, which a machine that does much else may begin late.
 const DIAL_TIMEOUT: Duration = Duration::from_millis(1500);
 
 /// Time that a worker with a new address has to answer at its old one.

@@ -10,7 +10,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 /// Progress of loading a part.
 #[derive(Debug, Default)]
 pub(super) struct Progress {
-    /// Pieces that arrived.
+    /// Number of pieces that arrived.
     fetched: AtomicU64,
     /// The `stat` file of the thread that loads.
     thread: Mutex<Option<PathBuf>>,
@@ -20,7 +20,7 @@ pub(super) struct Progress {
 pub(super) struct Working<'a>(&'a Progress);
 
 impl Progress {
-    /// So many pieces are here by now.
+    /// Sets the number of pieces that are here by now.
     pub(super) fn fetched(&self, pieces: u64) {
         self.fetched.store(pieces, Ordering::Relaxed);
     }

@@ -1,4 +1,5 @@
-//! The streams between members: one task for each, which carries messages between the network and a part or a driver.
+//! The streams between members: one task for each, which carries messages between the network and a part or a
+//! driver.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -17,7 +18,7 @@ use super::driver::DriverHandle;
 use super::part::{Command, Counters, Outflow, PartHandle, message};
 use super::peers::Peers;
 
-/// What a stream leads to on this worker.
+/// Target of a stream on this worker.
 #[derive(Clone)]
 pub(super) enum Target {
     /// A part that is not the last one.
@@ -26,10 +27,10 @@ pub(super) enum Target {
     Driver(DriverHandle),
 }
 
-/// Why a stream ended.
+/// Cause of a stream's end.
 #[derive(Debug)]
 pub(super) struct Broken {
-    /// In words.
+    /// Description for people.
     pub(super) text: String,
     /// The link itself is gone, and with it probably the worker at its other end.
     pub(super) link: bool,
@@ -59,8 +60,8 @@ impl From<String> for Broken {
     }
 }
 
-/// Opens a stream to `seat` and says what it is for. Tries again for a while: the other side may hear of the epoch a
-/// moment later, or just be starting.
+/// Opens a stream to `seat` and states its purpose. Tries again for a while: the other side may hear of the
+/// epoch a moment later, or just be starting.
 pub(super) async fn open(
     peers: &Peers,
     seat: &Seat,
@@ -91,7 +92,7 @@ pub(super) async fn open(
     })
 }
 
-/// To the next stage: rows out, what its standby has back.
+/// Serves the stream to the next stage: rows go out, its standby's confirmations come back.
 pub(super) async fn rows_out(stream: MsgStream, part: PartHandle, mut rows: Outflow) -> Broken {
     let (mut send, mut recv) = stream.split();
     loop {
@@ -110,7 +111,7 @@ pub(super) async fn rows_out(stream: MsgStream, part: PartHandle, mut rows: Outf
     }
 }
 
-/// From the stage before: rows in, what the standby has back.
+/// Serves the stream from the stage before: rows come in, the standby's confirmations go back.
 pub(super) async fn rows_in(
     stream: MsgStream,
     target: Target,
@@ -128,7 +129,7 @@ pub(super) async fn rows_in(
                         Target::Part(part) => part.step(step),
                         Target::Driver(driver) => driver.rows(step),
                     }
-                    // What has just been computed goes out before the next step is.
+                    // Rows that have just been computed go out before the next step is computed.
                     tokio::task::yield_now().await;
                 }
                 Err(broken) => return broken,
@@ -287,7 +288,7 @@ pub(super) async fn mirror_in(stream: MsgStream, part: PartHandle) -> Broken {
                 Err(broken) => return broken,
             },
             message = answers.recv() => {
-                // The member begins again, on a new stream, with what this side holds.
+                // The member begins again, on a new stream, from the rows that this side holds.
                 let lost_step = message.as_ref().is_some_and(|m| m.kind == MsgType::ERROR);
                 if let Err(broken) = pass(&mut send, message).await {
                     return broken;
@@ -337,7 +338,7 @@ pub(super) async fn first(stream: &mut MsgStream) -> Result<Message, Broken> {
     received_message(received)
 }
 
-/// What a stream between members is for, by its first message.
+/// Reads the purpose of a stream between members from its first message.
 pub(super) fn hello(first: Message) -> Result<RingHello, Broken> {
     let hello: RingHello = read(Ok(Some(first)), MsgType::RING_HELLO)?;
     if hello.purpose() == RingPurpose::Unspecified {

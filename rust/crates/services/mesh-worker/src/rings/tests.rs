@@ -189,7 +189,7 @@ impl Mesh {
             .submit(request)
     }
 
-    /// What a closed connection is to the others: the node's listener and links end.
+    /// Ends the node's listener and links, as the others see a closed connection.
     fn lose(&mut self, node: usize) {
         self.nodes[node].rings.unlinked();
     }
@@ -205,7 +205,7 @@ fn request(seed: u32, tokens: u32) -> Request {
     }
 }
 
-/// What one worker with the whole model answers.
+/// Answers of one worker with the whole model.
 fn expected(requests: &[Request]) -> Vec<Vec<u32>> {
     let model = Model::open(paths::smollm2().unwrap()).unwrap();
     let options = OrtOptions {

@@ -1,4 +1,4 @@
-//! What a cluster is made of.
+//! Options of a cluster.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -8,7 +8,7 @@ use mesh_testkit::{Mesh, Namespaces, paths};
 
 use super::{Cluster, SHARDS};
 
-/// What a cluster shall be made of.
+/// Builder of a cluster: workers, model, stages and configuration.
 #[derive(Debug)]
 pub struct ClusterBuilder {
     workers: Vec<String>,
@@ -37,14 +37,14 @@ impl ClusterBuilder {
         }
     }
 
-    /// So many workers that hold parts of the model.
+    /// Adds workers that hold parts of the model.
     #[must_use]
     pub fn shards(mut self, workers: usize) -> Self {
         self.workers.extend(vec![SHARDS.to_owned(); workers]);
         self
     }
 
-    /// So many workers that hold parts of the model, with TOML of their own, such as `[ring]\nmemory = "60MB"`.
+    /// Adds workers that hold parts of the model, with TOML of their own, such as `[ring]\nmemory = "60MB"`.
     #[must_use]
     pub fn shards_with(mut self, workers: usize, toml: &str) -> Self {
         let toml = format!("{SHARDS}{toml}\n");
@@ -52,7 +52,7 @@ impl ClusterBuilder {
         self
     }
 
-    /// So many workers that serve the whole model.
+    /// Adds workers that serve the whole model.
     #[must_use]
     pub fn whole(mut self, workers: usize) -> Self {
         self.workers.extend(vec![String::new(); workers]);
@@ -81,14 +81,14 @@ impl ClusterBuilder {
         self
     }
 
-    /// Rings of exactly so many stages; otherwise as many as the head thinks best.
+    /// Sets the number of stages of a ring; by default the head decides.
     #[must_use]
     pub fn stages(mut self, stages: usize) -> Self {
         self.stages = stages;
         self
     }
 
-    /// Whether stages get standbys, which they do otherwise.
+    /// Sets if stages get standbys; they do by default.
     #[must_use]
     pub fn standbys(mut self, standbys: bool) -> Self {
         self.standbys = standbys;

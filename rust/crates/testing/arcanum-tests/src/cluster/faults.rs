@@ -1,4 +1,4 @@
-//! What can happen to one worker.
+//! Faults of a single worker.
 
 use std::fmt;
 use std::time::Duration;
@@ -11,16 +11,16 @@ use nix::unistd::Pid;
 
 use super::Cluster;
 
-/// What happens to a worker.
+/// A fault of one worker.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Fault {
-    /// Its process is killed.
+    /// SIGKILL ends its process.
     Kill,
-    /// Its process hangs.
+    /// SIGSTOP halts its process.
     Stop,
-    /// Its network cable is pulled.
+    /// Its network link is down.
     Cut,
-    /// Its process runs for a tenth of the time.
+    /// Its process gets a tenth of the time.
     Slow,
 }
 
@@ -97,7 +97,7 @@ impl Cluster {
         let turn = Duration::from_millis(20);
         let running = turn * percent.min(100) / 100;
         let turns = tokio::spawn(async move {
-            // The process is the cluster's child: its number is not given to another as long as nobody waited for it.
+            // The process is the cluster's child: its id is not reused until it is waited for.
             while kill(pid, Signal::SIGSTOP).is_ok() {
                 tokio::time::sleep(turn - running).await;
                 let _ = kill(pid, Signal::SIGCONT);
@@ -110,7 +110,7 @@ impl Cluster {
         Ok(())
     }
 
-    /// Ends [`Cluster::slow`].
+    /// Ends [`Cluster::slow`] for a worker.
     pub fn hurry(&mut self, name: &str) {
         if let Some(turns) = self.slowed.remove(name) {
             turns.abort();
@@ -145,7 +145,7 @@ impl Cluster {
         }
     }
 
-    /// Ends it, where it ends: who is killed stays dead.
+    /// Ends `fault` if it can end: a killed worker stays dead.
     ///
     /// # Errors
     /// If the worker is gone.

@@ -1,4 +1,4 @@
-//! A mesh of machines that share models, and what can happen to each of them.
+//! A mesh of machines that share models, with faults for each of them.
 //!
 //! ```no_run
 //! # async fn example() -> anyhow::Result<()> {
@@ -37,12 +37,12 @@ use crate::view::RingView;
 /// A running cluster. Dropping it kills all of it.
 #[derive(Debug)]
 pub struct Cluster {
-    /// The mesh below.
+    /// The mesh that the cluster consists of.
     pub mesh: Mesh,
     model: PathBuf,
     threads: usize,
     standbys: bool,
-    /// Whether a worker was started that measures this machine.
+    /// True once a worker was started that measures this machine.
     measures: bool,
     machines: HashMap<String, Machine>,
     slowed: HashMap<String, JoinHandle<()>>,
@@ -115,8 +115,9 @@ impl Cluster {
         Ok(name)
     }
 
-    /// One more machine on the workers' network, for somebody who is no worker: what to put before a command that runs there.
-    /// Nothing where the workers are not in network namespaces: then it runs on this machine.
+    /// Adds a machine to the workers' network that runs no worker. Returns the words to put before a command
+    /// that runs there; they are empty if the workers are not in network namespaces, and the command runs on
+    /// this machine.
     ///
     /// # Errors
     /// If the system refuses.
@@ -137,14 +138,14 @@ impl Cluster {
     /// A worker by its name.
     ///
     /// # Errors
-    /// If there is none.
+    /// If no worker has this name.
     pub fn worker(&mut self, name: &str) -> Result<&mut Service> {
         let mut workers = self.mesh.workers.iter_mut();
         let found = workers.find(|worker| worker.name() == name);
         found.with_context(|| format!("no worker is called {name}"))
     }
 
-    /// Names of the workers whose processes are there.
+    /// Names of the workers with a running process.
     pub fn names(&mut self) -> Vec<String> {
         let workers = self.mesh.workers.iter_mut();
         let running =
@@ -160,7 +161,7 @@ impl Cluster {
         RingView::all(&self.mesh.registry().await?)
     }
 
-    /// Waits for a ring that serves, with all standbys ready if there shall be standbys, each with all KV rows.
+    /// Waits for a ring that serves. If the cluster has standbys, all must be ready and have all KV rows.
     ///
     /// # Errors
     /// As [`Cluster::wait_for_ring`].
@@ -170,10 +171,11 @@ impl Cluster {
             .await
     }
 
-    /// Waits for a ring that is as `wanted`.
+    /// Waits for a ring for which `wanted` is true.
     ///
     /// # Errors
-    /// If there is none within 90 s; the message holds what `/v1/mesh` shows and the ends of all logs.
+    /// If there is no such ring within 90 s; the message holds what `/v1/mesh` shows and the ends of all
+    /// logs.
     pub async fn wait_for_ring(&mut self, wanted: impl Fn(&RingView) -> bool) -> Result<RingView> {
         let started = Instant::now();
         loop {
@@ -192,7 +194,8 @@ impl Cluster {
         }
     }
 
-    /// Has the head compare rings with fresh plans and replace those that are clearly worse; returns what it says.
+    /// Has the head compare rings with fresh plans and replace those that are clearly worse; returns its
+    /// response.
     ///
     /// # Errors
     /// If it refuses.
@@ -201,10 +204,10 @@ impl Cluster {
         Ok(admin.post("/v1/mesh/rebalance", &json!({})).await?)
     }
 
-    /// Tells the head that a worker is to be emptied, and waits until it holds nothing.
+    /// Drains a worker through the head, and waits until it holds nothing.
     ///
     /// # Errors
-    /// If the head refuses, or if the worker still holds something after 30 s; the message says what.
+    /// If the head refuses, or if the worker still holds something after 30 s; the message names it.
     pub async fn drain(&self, name: &str) -> Result<()> {
         let admin = self.mesh.admin()?;
         let asked = json!({ "worker": name });
@@ -267,7 +270,7 @@ impl Cluster {
         lines.collect()
     }
 
-    /// Memory that the processes of head and workers hold, bytes.
+    /// Resident memory of head and workers together, bytes.
     pub fn resident_bytes(&mut self) -> u64 {
         let services = std::iter::once(&mut self.mesh.head).chain(&mut self.mesh.workers);
         let running = services.filter_map(|service| {
@@ -278,7 +281,7 @@ impl Cluster {
         running.sum()
     }
 
-    /// The value of one of the head's metrics, summed over its labels; 0 if it is not there.
+    /// The value of one of the head's metrics, summed over its labels; 0 if it is missing.
     ///
     /// # Errors
     /// If the head does not answer.
@@ -293,7 +296,7 @@ impl Cluster {
         Ok(values.sum())
     }
 
-    /// Waits until the head counts no request that runs or waits.
+    /// Waits until the head has no running or waiting request.
     ///
     /// # Errors
     /// If some still run after 30 s.
@@ -319,8 +322,8 @@ impl Cluster {
         }
     }
 
-    /// Ends all services that run with SIGTERM and checks that each exits with 0. The head goes first: workers that leave a
-    /// head hand over what they hold, the last one in vain.
+    /// Ends all services that run with SIGTERM and checks that each exits with 0. The head goes first:
+    /// workers that leave a running head hand over their stages, the last one in vain.
     ///
     /// # Errors
     /// If one does not.
@@ -345,8 +348,8 @@ impl Cluster {
         Ok(())
     }
 
-    /// What the first worker of this process found out about this machine: all workers are alike, and measured one after the
-    /// other they would differ by what else runs.
+    /// Measurements of this machine by the first worker of this process. All workers are alike; measured one
+    /// after the other they would differ by other load.
     async fn measured(&self) -> Vec<PathBuf> {
         let started = Instant::now();
         while self.measures && started.elapsed() < MEASURE_LIMIT && measured().is_none() {

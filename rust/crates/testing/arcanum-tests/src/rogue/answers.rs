@@ -1,4 +1,4 @@
-//! What a rogue sends in place of an answer.
+//! False answers of a rogue.
 
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -128,7 +128,7 @@ impl Answerer {
         done(stream, count, prompt_tokens, finish).await
     }
 
-    /// Says the first tokens again, then other ones in their place.
+    /// Sends the first tokens again, then other ones in their place.
     async fn replay(&self, asked: &Generate, mut stream: MsgStream) -> Result<()> {
         let answer = self.model_answer(asked).await?.tokens;
         let begin = asked.generated.len() as u32;
@@ -189,7 +189,7 @@ pub(super) async fn unasked(link: Link) {
     }
 }
 
-/// Tokens for ever, whatever was asked for.
+/// Endless tokens, beyond the requested number.
 async fn endless(asked: &Generate, mut stream: MsgStream) -> Result<()> {
     let mut index = asked.generated.len() as u32;
     loop {

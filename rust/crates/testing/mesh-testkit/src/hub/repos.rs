@@ -14,10 +14,10 @@ use data_encoding::HEXLOWER;
 /// Files at least this large are stored as large files.
 const LARGE: u64 = 64 << 10;
 
-/// Who may see a repository and read its files.
+/// Visibility of a repository and its files.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Access {
-    /// Everybody.
+    /// Anybody may see it and read its files.
     #[default]
     Public,
     /// Only tokens that were admitted to it; to others it does not exist.
@@ -75,7 +75,7 @@ pub(super) struct StoredFile {
     pub(super) content: Content,
     /// SHA-1 of git's blob: of the content, or of the pointer that stands in git for a large file.
     pub(super) blob_id: String,
-    /// Of a large file.
+    /// SHA-256 of a large file; `None` for small ones.
     pub(super) sha256: Option<String>,
     pub(super) pointer_bytes: usize,
 }
@@ -112,7 +112,7 @@ impl StoredFile {
         }
     }
 
-    /// What stands in `ETag` or `X-Linked-Etag`.
+    /// Value of `ETag` or `X-Linked-Etag`.
     pub(super) fn etag(&self) -> &str {
         self.sha256.as_deref().unwrap_or(&self.blob_id)
     }
@@ -124,7 +124,7 @@ pub(super) type Files = BTreeMap<String, StoredFile>;
 pub(super) struct Repo {
     pub(super) access: Access,
     commits: HashMap<String, Arc<Files>>,
-    /// Branches and tags.
+    /// Commit of each branch and tag.
     names: HashMap<String, String>,
 }
 

@@ -26,7 +26,7 @@ const LINKED_SIZE: HeaderName = HeaderName::from_static("x-linked-size");
 
 /// Piece of a body where no pace is set.
 const PIECE: usize = 64 << 10;
-/// In this time what was handed over is written.
+/// Time in which data handed to the network is written.
 const FLUSHED: Duration = Duration::from_millis(20);
 
 pub(super) fn api(shared: Arc<Shared>) -> Router {
@@ -224,7 +224,7 @@ async fn large(
     serve(&shared, Site::Store, &path, &file, &method, &headers, fault)
 }
 
-/// What of a repository is asked for: a gated one shows its listing to everybody.
+/// The requested part of a repository: a gated one shows its listing to every client.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Part {
     Listing,
@@ -303,7 +303,7 @@ fn open(
     }
 }
 
-/// A file, or a range of it, with what goes wrong.
+/// A file, or a range of it, with the faults set for it.
 fn serve(
     shared: &Arc<Shared>,
     site: Site,
@@ -420,7 +420,8 @@ fn send(
             let mut len = (end - at).min(piece as u64);
             match fault {
                 Some(Fault::CutAfter(limit)) if at - start >= limit => {
-                    // An error in the middle of a body closes the connection, and what waits to be written is lost with it.
+                    // An error in the middle of a body closes the connection, and unwritten data is lost with
+                    // it.
                     tokio::time::sleep(FLUSHED).await;
                     let cut = io::Error::new(io::ErrorKind::ConnectionReset, "cut by the test");
                     return Some((Err(cut), None));

@@ -1,7 +1,7 @@
-//! What a change costs: two builds of the services take turns, and the ratios of their speeds are printed.
+//! Cost of a change: two builds of the services take turns, and the ratios of their speeds are printed.
 //!
-//! Both meshes are there all the time and only one has work, so that what else the machine does meets both alike. Without
-//! folders a build is compared with itself: that is the noise of the method.
+//! Both meshes run all the time and only one has work, so that other load affects both alike. Without folders
+//! a build is compared with itself: that is the noise of the method.
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -73,7 +73,7 @@ async fn compare(args: Args) -> Result<()> {
         let (mut ratios, mut speeds) = (Vec::new(), [Vec::new(), Vec::new()]);
         for round in 0..args.rounds.max(1) {
             let mut found = [0.0; 2];
-            // Whoever goes first changes, in case that matters.
+            // The build that goes first alternates, in case the order matters.
             for turn in 0..2 {
                 let which = (round + turn) % 2;
                 found[which] = builds[which].measure(measure, &args).await?;
@@ -173,7 +173,7 @@ impl Build {
         Ok(tokens / (ended - begun).as_secs_f64())
     }
 
-    /// Requests a second.
+    /// Measures short requests per second.
     async fn short(&self) -> Result<f64> {
         const REQUESTS: u32 = 30;
         let http = self.mesh.client()?;

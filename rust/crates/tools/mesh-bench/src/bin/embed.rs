@@ -86,7 +86,7 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-/// Names and texts.
+/// Workloads by name: the texts to embed.
 fn workloads() -> Result<Vec<(&'static str, Vec<String>)>> {
     let book = include_str!("../../data/alice.txt");
     let paragraphs: Vec<String> = book
@@ -195,7 +195,7 @@ fn least_cosine(folder: &Path, texts: &Path, ours: &[Vec<f32>]) -> Result<f64> {
     Ok(least)
 }
 
-/// The anchor, running.
+/// The running process of the anchor.
 struct Anchor {
     child: Child,
     words: BufReader<ChildStdout>,

@@ -1,5 +1,5 @@
-//! What our engine owes itself: streams together against one alone, a second turn against the first, memory against the
-//! model file, and the time from a started program to the first token.
+//! Our engine against itself: streams together against one alone, a second turn against the first, memory
+//! against the model file, and the time from a started program to the first token.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;

@@ -1,10 +1,11 @@
-//! What it costs to run one model over three processes, and what mirroring costs: real services on loopback.
+//! Cost of running one model over three processes, and cost of replication: real services on loopback.
 //!
-//! Three meshes stand side by side and take turns, request by request, while the others idle: one worker with the whole model,
-//! three workers with a third of it each, and the same with three standbys. Every process computes with one thread, and there
-//! is one request at a time, of which one stage computes at any moment: each arrangement has exactly one computing thread, so
-//! the share of compute is 1 and the ratio is what the hops cost. With `--rpc`, llama.cpp runs the same file over
-//! three of its rpc-servers, one thread each, in the same rounds.
+//! Three meshes stand side by side and take turns, request by request, while the others idle: one worker with
+//! the whole model, three workers with a third of it each, and the same with three standbys. Every process
+//! computes with one thread, and there is one request at a time, of which one stage computes at any moment:
+//! each arrangement has exactly one computing thread, so the share of compute is 1 and the ratio is the cost
+//! of the hops. With `--rpc`, llama.cpp runs the same file over three of its rpc-servers, one thread each, in
+//! the same rounds.
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -41,7 +42,7 @@ struct Args {
 
 const LIMIT: Duration = Duration::from_secs(120);
 
-/// Tokens per second.
+/// Speeds in tokens per second.
 #[derive(Clone, Copy)]
 struct Speed {
     decode: f64,

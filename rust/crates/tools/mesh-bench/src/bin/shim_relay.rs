@@ -1,4 +1,4 @@
-//! How many datagrams a shim moves, next to a bare relay that only receives and sends in the same batches.
+//! Throughput of a shim in datagrams, next to a bare relay that only receives and sends in the same batches.
 //!
 //! Both are put between the same sender and the same head: tasks go in, each comes back as a Result, so every datagram
 //! passes twice. A window of datagrams under way keeps all of them busy without loss. Shim and relay take turns; the
@@ -61,7 +61,7 @@ fn main() -> anyhow::Result<()> {
     let time = Duration::from_secs_f64(args.seconds.clamp(0.05, 60.0));
     let (mut of_relay, mut of_shim) = (Vec::new(), Vec::new());
     for round in 0..args.rounds.clamp(1, 1_000) {
-        // Whoever goes first changes, in case that matters.
+        // The first in turn alternates, in case the order matters.
         for turn in 0..2 {
             if (round + turn) % 2 == 0 {
                 of_relay.push(round_trips_per_second(

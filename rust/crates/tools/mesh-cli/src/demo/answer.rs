@@ -15,7 +15,7 @@ const WIDTH: usize = 88;
 pub(super) struct Streamed {
     pub(super) text: String,
     pub(super) stats: Stats,
-    /// When each piece of text came.
+    /// Arrival time of each piece of text.
     pub(super) arrivals: Vec<Instant>,
 }
 

@@ -1,4 +1,4 @@
-//! What the demo does with its ring: waits until it can lose a member, finds one to take from it, sees it go on.
+//! The demo's ring: wait until it can lose a member, choose one, watch it continue.
 
 use std::time::{Duration, Instant};
 
@@ -8,9 +8,9 @@ use serde_json::Value;
 use super::LOOK;
 use crate::failure::Failure;
 
-/// How long a ring may take to be formed and loaded, on a slow disk.
+/// Longest time to form and load a ring, on a slow disk.
 const FORM_LIMIT: Duration = Duration::from_secs(90);
-/// How long the driver's account of a recovery may take to reach the head, once the answer has gone on.
+/// Longest time for the driver's report of a recovery to reach the head, once the answer has continued.
 const RECOVERY_LIMIT: Duration = Duration::from_secs(10);
 
 /// Waits until a ring serves and each of its stages has a standby that has loaded. Returns `/v1/mesh`.
@@ -86,7 +86,7 @@ pub(super) fn stages(registry: &Value) -> Vec<String> {
         .collect()
 }
 
-/// What the ring itself measured of its last recovery.
+/// The ring's own measurement of its last recovery.
 pub(super) fn recovery(registry: &Value) -> String {
     match list(&registry["recoveries"]).last() {
         Some(last) => format!(

@@ -1,4 +1,4 @@
-//! What a model is, by what its files say.
+//! Describes a model from its files.
 
 use std::fmt::Debug;
 use std::path::{Path, PathBuf};
@@ -8,7 +8,7 @@ use mesh_model::{EncoderModel, Model, encoder};
 use mesh_store::{Manifest, SignedManifest, Store, StoredModel, Verdict};
 use serde_json::{Value, json};
 
-/// What is opened to look at a model of the store: its only GGUF file, or its folder.
+/// The path to open for a model of the store: its only GGUF file, or its folder.
 pub(super) fn to_open(store: &Store, model: &StoredModel) -> Option<PathBuf> {
     let folder = store.folder(&model.fingerprint).ok()?;
     Some(match &model.signed.manifest.files[..] {
@@ -102,7 +102,7 @@ pub(super) fn signers(signed: &SignedManifest) -> Vec<String> {
     keys.map(|signature| signature.key.to_string()).collect()
 }
 
-/// For people.
+/// The verdict on a signature in words.
 pub(super) fn verdict(verdict: Verdict) -> String {
     match verdict {
         Verdict::Signed { key } => format!("signed by the trusted key {}", key.short()),
@@ -111,7 +111,7 @@ pub(super) fn verdict(verdict: Verdict) -> String {
     }
 }
 
-/// Layers of which every byte is there, such as `0-11, 24-29`; none where the manifest knows no layers.
+/// Complete layers, such as `0-11, 24-29`; none if the manifest lists no layers.
 pub(super) fn whole_layers(
     store: &Store,
     fingerprint: &mesh_store::Digest,

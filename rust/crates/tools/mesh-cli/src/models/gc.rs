@@ -39,7 +39,7 @@ pub(super) fn run(
         true => println!("{freed} would be freed; the store would take {used}"),
         false => println!("{freed} freed; the store takes {used}"),
     }
-    // Of what is loaded nothing goes.
+    // Loaded models are never removed.
     match limit.filter(|&limit| report.used > limit) {
         Some(limit) => Err(Failure::failed(format!(
             "the store still takes more than {}: the rest is loaded or being fetched",

@@ -30,7 +30,7 @@ pub(super) fn run(
             ),
         );
     }
-    // Who names folders wants to see those.
+    // If folders are named, only those are listed.
     let only_named = !named.is_empty() && store.is_none();
     let dirs = match named.is_empty() {
         true => default_dirs(),
@@ -162,7 +162,7 @@ fn in_store(store: &Store, model: &StoredModel) -> Line {
     }
 }
 
-/// A model of which it cannot be said what it consists of.
+/// A model whose content cannot be determined.
 fn unusable(model: &DamagedModel) -> Line {
     let reason = model.error.to_string();
     let unknown = || "?".to_owned();
@@ -192,8 +192,7 @@ fn unusable(model: &DamagedModel) -> Line {
     }
 }
 
-/// Weights, context and architecture. A file that cannot be opened is listed with its reason: that it lies there is what was
-/// asked.
+/// Weights, context and architecture. A file that cannot be opened is listed with the error.
 fn look(path: &std::path::Path, object: &mut Value) -> [String; 3] {
     match facts(path) {
         Ok(facts) => {
@@ -223,7 +222,7 @@ fn look(path: &std::path::Path, object: &mut Value) -> [String; 3] {
     }
 }
 
-/// `3 h ago`.
+/// Age in words, such as `3 h ago`.
 fn ago(time: SystemTime) -> String {
     let seconds = time.elapsed().map_or(0, |since| since.as_secs());
     match seconds {

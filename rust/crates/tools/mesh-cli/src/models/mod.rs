@@ -77,7 +77,7 @@ fn dirs(places: &PlacesArgs) -> Vec<PathBuf> {
     }
 }
 
-/// The store's folder.
+/// The named folder of the store, or the default.
 fn store_dir(named: Option<PathBuf>) -> PathBuf {
     named.unwrap_or_else(default_store)
 }
@@ -108,7 +108,7 @@ fn manifest(store: &Store, name: &str, fingerprint: &Digest) -> Result<SignedMan
     }
 }
 
-/// The failure for a model whose manifest or signatures are not what they were.
+/// The failure for a model whose manifest or signatures have changed or are unreadable.
 fn damaged(name: &str, fingerprint: &Digest, error: &StoreError) -> Failure {
     let short = fingerprint.short();
     Failure::failed(format!("model {name} ({short}): {error}")).hint(format!(
@@ -116,7 +116,7 @@ fn damaged(name: &str, fingerprint: &Digest, error: &StoreError) -> Failure {
     ))
 }
 
-/// What `name` means, with the store in the folder `store` if there is one.
+/// The model that `name` refers to, with the store if there is one.
 fn resolve(
     name: &str,
     dirs: &[PathBuf],
@@ -130,7 +130,7 @@ fn resolve(
     places.resolve(name).map_err(|error| {
         let failure = failed(&error);
         match (error, store, named) {
-            // Perhaps the store's name is what is mistyped.
+            // Perhaps the name of the store is mistyped.
             (NameError::NotFound { .. }, None, Some(dir)) => {
                 failure.hint(format!("There is no store at {}.", dir.display()))
             }
@@ -152,7 +152,7 @@ fn failed(error: impl std::error::Error) -> Failure {
     Failure::failed(error.to_string())
 }
 
-/// Where something is, as text for JSON.
+/// Kind of place as text for JSON.
 fn place(target: &Target) -> &'static str {
     match target {
         Target::Local(_) => "folder",

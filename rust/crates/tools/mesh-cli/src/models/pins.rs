@@ -1,4 +1,5 @@
-//! `hydramesh models pins`: what models' names mean in the mesh, by the head's admin API.
+//! `hydramesh models pins`: the fingerprints that models' names stand for in the mesh, by the head's admin
+//! API.
 
 use serde_json::{Value, json};
 

@@ -1,4 +1,4 @@
-//! A bar for what takes long: bytes, rate, time left.
+//! A progress bar: bytes, rate, time left.
 
 use std::io::IsTerminal;
 

@@ -238,7 +238,8 @@ impl Watch for Progress {
     fn waiting(&self, reason: &str, pause: Duration) {
         {
             let mut state = self.state.lock().expect("nobody panics with it");
-            // Several connections meet the same trouble at once, and whoever waits for another process asks often.
+            // Several connections hit the same error at once, and a wait for another process repeats its
+            // reason often.
             if state.last_note == reason {
                 return;
             }

@@ -82,7 +82,7 @@ fn stored(
         ("signed_by", json!(signers(&model.signed))),
         ("loaded", json!(model.pinned)),
     ];
-    // Of a model whose header is not here nothing else is known.
+    // Without its header, nothing else is known of a model.
     match path.map(|path| facts(&path)) {
         Some(Ok(facts)) => lines.extend(facts),
         Some(Err(reason)) if model.present == manifest.bytes() => {

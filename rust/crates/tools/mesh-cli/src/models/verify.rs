@@ -13,7 +13,7 @@ use super::{damaged, dirs, failed, manifest, not_here, open_if_there, resolve};
 use crate::args::PlacesArgs;
 use crate::failure::Failure;
 
-/// What the model shall be.
+/// Requirements for the model.
 pub(super) struct Wanted {
     pub(super) sha256: Option<String>,
     pub(super) trusted_keys: Vec<PathBuf>,

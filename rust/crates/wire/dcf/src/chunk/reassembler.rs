@@ -1,4 +1,4 @@
-//! Puts Chunks together again, within bounds.
+//! Reassembly of Chunks within memory and time limits.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -12,16 +12,16 @@ use md5::{Digest, Md5};
 
 use super::{Chunk, ChunkError};
 
-/// What a [`Reassembler`] may hold.
+/// Memory and time limits of a [`Reassembler`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
-    /// Unfinished payloads at once.
+    /// Maximum number of unfinished payloads.
     pub max_messages: usize,
-    /// Bytes of one payload.
+    /// Maximum length of one payload, in bytes.
     pub max_payload: usize,
-    /// Bytes held for all unfinished payloads together, bookkeeping included.
+    /// Maximum memory for all unfinished payloads together, in bytes, bookkeeping included.
     pub max_bytes: usize,
-    /// How long a payload may take from its first Chunk to its last.
+    /// Maximum time from the first Chunk of a payload to its last.
     pub timeout: Duration,
 }
 
@@ -38,13 +38,13 @@ impl Default for Limits {
 
 /// Collects Chunks of many messages at once, each named by a key (usually source address and sequence).
 ///
-/// Memory follows what has arrived, never what a Chunk announces. When a limit is reached, the payload that has gone
-/// longest without a new Chunk makes room: what still moves is worth more than what has stalled. With
-/// [`Reassembler::by_source`] it is one of the source that holds the most bytes, and no source holds more than its share,
-/// so that one sender of endless Chunks disturbs only itself.
+/// Memory follows the data that has arrived, never what a Chunk announces. When a limit is reached, the
+/// payload that has gone longest without a new Chunk is evicted. With [`Reassembler::by_source`] the victim
+/// is a payload of the source that holds the most bytes, and no source holds more than its share, so that a
+/// sender of endless Chunks disturbs only itself.
 ///
-/// A Chunk that comes after its payload was completed begins a new one, which then times out; whoever needs to tell
-/// repeats apart does so by the key.
+/// A Chunk that arrives after its payload was completed begins a new payload, which then times out. Callers
+/// that need to detect repeats do so by the key.
 #[derive(Debug)]
 pub struct Reassembler<K> {
     limits: Limits,
@@ -66,9 +66,9 @@ struct Sources<K> {
 /// Bounds on the unfinished payloads of one source in a [`Reassembler`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Share {
-    /// Unfinished payloads at once.
+    /// Maximum number of unfinished payloads.
     pub messages: usize,
-    /// Bytes, bookkeeping included.
+    /// Maximum memory in bytes, bookkeeping included.
     pub bytes: usize,
 }
 
@@ -90,8 +90,8 @@ impl<K: Hash + Eq + Clone> Reassembler<K> {
         Self::with_sources(limits, None)
     }
 
-    /// An empty one in which each source has at most `share`; `of` says from where a key's payload comes. Addresses of one
-    /// IPv6 /64 are one source.
+    /// An empty reassembler in which each source has at most `share`; `of` returns the source of a key's
+    /// payload. Addresses of one IPv6 /64 are one source.
     #[must_use]
     pub fn by_source(limits: Limits, share: Share, of: fn(&K) -> IpAddr) -> Self {
         Self::with_sources(limits, Some(Sources { of, share }))
@@ -125,7 +125,8 @@ impl<K: Hash + Eq + Clone> Reassembler<K> {
     /// # Errors
     /// - [`ChunkError::Conflict`] if the Chunk belongs to another payload than the key's earlier ones, which stay;
     /// - [`ChunkError::TooLarge`] if the payload outgrows a limit: it is dropped;
-    /// - [`ChunkError::NoRoom`] if it outgrows the [room](Self::set_room) that there is now: it is dropped;
+    /// - [`ChunkError::NoRoom`] if it outgrows the [room](Self::set_room) that there is now, or its source holds more than any other
+    ///   and this is all that it has: it is dropped;
     /// - [`ChunkError::Corrupt`] if the last Chunk came and the MD5 does not agree: it is dropped.
     pub fn push(
         &mut self,
@@ -170,7 +171,10 @@ impl<K: Hash + Eq + Clone> Reassembler<K> {
             self.forget(&key);
             return Err(ChunkError::NoRoom);
         }
-        self.make_room(&key, cost);
+        if !self.make_room(&key, cost) {
+            self.forget(&key);
+            return Err(ChunkError::NoRoom);
+        }
 
         let timeout = self.limits.timeout;
         let pending = self
@@ -206,19 +210,19 @@ impl<K: Hash + Eq + Clone> Reassembler<K> {
         self.forget(key).is_some()
     }
 
-    /// When [`Reassembler::expire`] next has something to do.
+    /// Time of the next expiry for [`Reassembler::expire`]; `None` without unfinished payloads.
     #[must_use]
     pub fn next_deadline(&self) -> Option<Instant> {
         self.pending.values().map(|pending| pending.deadline).min()
     }
 
-    /// Unfinished payloads.
+    /// Number of unfinished payloads.
     #[must_use]
     pub fn len(&self) -> usize {
         self.pending.len()
     }
 
-    /// Whether nothing is unfinished.
+    /// True if there are no unfinished payloads.
     #[must_use]
     pub fn is_empty(&self) -> bool {
         self.pending.is_empty()
@@ -236,7 +240,8 @@ impl<K: Hash + Eq + Clone> Reassembler<K> {
         self.evicted
     }
 
-    fn make_room(&mut self, key: &K, cost: usize) {
+    /// False if others would have to give way that hold less.
+    fn make_room(&mut self, key: &K, cost: usize) -> bool {
         let is_new = !self.pending.contains_key(key);
         if let Some((share, source)) = self.share_of(key) {
             loop {
@@ -252,11 +257,12 @@ impl<K: Hash + Eq + Clone> Reassembler<K> {
         while self.bytes + cost > self.room
             || (is_new && self.pending.len() >= self.limits.max_messages)
         {
-            let largest = self.largest_source(Some(key));
+            let largest = self.largest_source(Some((key, cost)));
             if !self.evict(Some(key), largest) {
-                return;
+                return false;
             }
         }
+        true
     }
 
     /// Drops the stalest payload but that of `key`, among those of one source if it is given; false if no
@@ -287,14 +293,21 @@ impl<K: Hash + Eq + Clone> Reassembler<K> {
         Some((self.sources.as_ref()?.share, self.source_of(key)?))
     }
 
-    /// The source that holds the most bytes, `key` aside.
-    fn largest_source(&self, key: Option<&K>) -> Option<IpAddr> {
+    /// The source that holds the most bytes; that of `growing`, a payload with the bytes that it grows by, only if it holds more than
+    /// any other.
+    fn largest_source(&self, growing: Option<(&K, usize)>) -> Option<IpAddr> {
         let mut held: HashMap<IpAddr, usize> = HashMap::new();
-        let others = self.pending.iter().filter(|(other, _)| Some(*other) != key);
-        for (other, pending) in others {
-            *held.entry(self.source_of(other)?).or_default() += pending.bytes();
+        for (key, pending) in &self.pending {
+            *held.entry(self.source_of(key)?).or_default() += pending.bytes();
         }
-        let largest = held.into_iter().max_by_key(|(_, bytes)| *bytes);
+        let own = growing.and_then(|(key, cost)| Some((self.source_of(key)?, cost)));
+        if let Some((own, cost)) = own {
+            *held.entry(own).or_default() += cost;
+        }
+        let is_other = |source| own.is_none_or(|(own, _)| own != source);
+        let largest = held
+            .into_iter()
+            .max_by_key(|&(source, bytes)| (bytes, is_other(source)));
         largest.map(|(source, _)| source)
     }
 
@@ -370,5 +383,5 @@ fn network_of(source: IpAddr) -> IpAddr {
     }
 }
 
-/// What one piece costs beyond its data: its place in the map and the allocator's share, rounded up.
+/// Memory of a piece beyond its data: map entry and allocator overhead, rounded up.
 const PIECE_OVERHEAD: usize = 64;

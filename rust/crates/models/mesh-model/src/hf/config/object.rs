@@ -69,7 +69,7 @@ impl<'a> Object<'a> {
         })
     }
 
-    /// For each layer, whether it has the window.
+    /// One flag per layer: true if it has the window.
     pub(super) fn layer_types(&self, layers: u64) -> Result<Vec<bool>, HfError> {
         const KEY: &str = "layer_types";
         let wanted =

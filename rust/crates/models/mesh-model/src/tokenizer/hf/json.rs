@@ -32,7 +32,7 @@ pub(super) struct File {
     pub(super) model: ModelPart,
 }
 
-/// A token that is found in text as it stands.
+/// A token that is matched in text literally.
 #[derive(Debug, Deserialize)]
 pub(super) struct AddedToken {
     pub(super) id: u32,
@@ -47,7 +47,7 @@ pub(super) struct AddedToken {
     pub(super) rstrip: bool,
 }
 
-/// What makes words to tokens.
+/// The model of a `tokenizer.json`, which splits words into tokens.
 #[derive(Debug, Deserialize)]
 pub(super) struct ModelPart {
     #[serde(rename = "type")]
@@ -161,7 +161,8 @@ impl<'de> Deserialize<'de> for Pair {
     }
 }
 
-/// Tokens with their ids. A list, which is another model's vocabulary, is passed over: the model's type says more.
+/// Reads tokens with their ids. A list belongs to another type of model and is skipped: the type's error is
+/// more helpful.
 fn vocab<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<(String, u32)>, D::Error> {
     struct Tokens;
     impl<'de> Visitor<'de> for Tokens {

@@ -57,14 +57,14 @@ pub(super) enum PreTokenizer {
     },
 }
 
-/// What is looked for.
+/// Pattern to search for.
 #[derive(Debug)]
 pub(super) enum Pattern {
     Text(String),
     Regex(Box<Regex>),
 }
 
-/// What becomes of what was found.
+/// Treatment of matches.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Behavior {
     Removed,
@@ -74,7 +74,7 @@ pub(super) enum Behavior {
     Contiguous,
 }
 
-/// Where a mark is put before a text that does not begin with one.
+/// Texts that get a mark in front, if they do not begin with one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Prepend {
     Always,
@@ -82,7 +82,7 @@ pub(super) enum Prepend {
     Never,
 }
 
-/// What a normalizer does to the bytes of a text, besides adding some.
+/// Changes of a normalizer to the bytes of a text, apart from insertions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Changes {
     Nothing,
@@ -117,7 +117,8 @@ fn too_long() -> TokenizerError {
 }
 
 impl Normalizer {
-    /// What it does to a text's bytes. Spaces as marks are no change: tokens with marks are known to cover spaces.
+    /// Changes to a text's bytes. Marks for spaces do not count as a change: tokens with marks are known to
+    /// cover spaces.
     pub(super) fn changes(&self) -> Changes {
         match self {
             Normalizer::Prepend(_) => Changes::Nothing,
@@ -188,7 +189,7 @@ fn parts(text: &str) -> impl Iterator<Item = &str> {
             return None;
         }
         let mut cuts = rest.char_indices().skip_while(|(at, _)| *at < PART);
-        // A run of combining marks this long is no text; it is cut anywhere.
+        // A run of combining marks of this length is not text; it is cut anywhere.
         let cut = cuts.find(|&(at, c)| begins_anew(c) || at >= 4 * PART);
         let (part, behind) = rest.split_at(cut.map_or(rest.len(), |(at, _)| at));
         rest = behind;
@@ -196,7 +197,7 @@ fn parts(text: &str) -> impl Iterator<Item = &str> {
     })
 }
 
-/// Whether `c` has no part in any composition with what stands before it. Most of what texts consist of.
+/// True if `c` never composes with the character before it. Most characters of usual texts do not.
 fn begins_anew(c: char) -> bool {
     matches!(c,
         '\0'..='\x7f'
@@ -215,7 +216,7 @@ fn begins_anew(c: char) -> bool {
 /// Bytes that are normalized at once, at least.
 const PART: usize = 16 << 10;
 
-/// Cuts a text into words, each spelled as the tokens are. `begins` says whether it begins the whole text.
+/// Cuts a text into words in the tokens' notation. `begins` is true at the beginning of the whole text.
 pub(super) fn split<'t>(
     steps: &[PreTokenizer],
     text: &'t str,
@@ -240,7 +241,7 @@ pub(super) fn split<'t>(
 }
 
 impl PreTokenizer {
-    /// Whether it takes out a part of the text.
+    /// True if the step removes parts of the text.
     pub(super) fn drops(&self) -> bool {
         matches!(self, PreTokenizer::Split(_, Behavior::Removed, _))
     }
@@ -366,7 +367,7 @@ fn find(pattern: &Regex, text: &str) -> Result<Vec<Range<usize>>, TokenizerError
     Ok(found)
 }
 
-/// Cuts `word` at what was found in it.
+/// Cuts `word` at the matches in it.
 fn cut<'t>(
     word: Cow<'t, str>,
     found: Vec<Range<usize>>,

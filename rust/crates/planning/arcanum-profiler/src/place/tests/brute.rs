@@ -84,7 +84,7 @@ fn orders(count: usize) -> Vec<Vec<usize>> {
 /// Token, slowest, stages, and which nodes.
 pub(in crate::place) type Layout = (f64, f64, usize, Vec<String>);
 
-/// All layouts.
+/// Enumerates all layouts.
 pub(in crate::place) fn layouts(
     model: &ModelSpec,
     candidates: &[Candidate],

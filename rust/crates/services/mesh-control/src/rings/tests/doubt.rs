@@ -1,6 +1,7 @@
 use super::*;
 
-/// Three workers with a stage each and one without, which stands by for as many as it can. The head hears all of them.
+/// Three workers with a stage each and one without, which stands by for as many as it can. The head hears all
+/// of them.
 fn heard_ring() -> Mesh {
     let mut mesh = Mesh::serving(
         |settings| settings.stages = Some(3),

@@ -66,7 +66,8 @@ impl Mesh {
                 self.told.retain(|(told, _), _| told != node);
                 self.join(node, *layers);
             }
-            // Memory that is in use does not go away: a worker that offers less than it holds is not part of this test.
+            // Memory that is in use does not go away: a worker that offers less than it holds is not part of
+            // this test.
             Happening::Offer(node, layers) => {
                 let node = NODES[*node];
                 let held: u64 = self

@@ -19,8 +19,8 @@ pub(crate) enum Api {
     Embeddings,
 }
 
-/// Refuses fields that change what the answer is and that nobody here acts upon; ignoring them would be a wrong answer. Returns the
-/// names of fields that nobody knows.
+/// Refuses fields that change the meaning of the answer and are not supported; to ignore them would give a
+/// wrong answer. Returns the names of unknown fields.
 ///
 /// # Errors
 /// [`Invalid`] names the first field of them and what to do instead.

@@ -59,7 +59,7 @@ impl<'a> Fields<'a> {
         }
     }
 
-    /// Text.
+    /// Reads a text field.
     pub(crate) fn text(self, name: &str) -> Result<Option<&'a str>, Invalid> {
         self.typed(name, "a string", Value::as_str)
     }
@@ -76,7 +76,7 @@ impl<'a> Fields<'a> {
         self.typed(name, "a boolean", Value::as_bool)
     }
 
-    /// An object.
+    /// Reads a field that is an object.
     pub(crate) fn object(self, name: &str) -> Result<Option<Fields<'a>>, Invalid> {
         Ok(self
             .typed(name, "an object", Value::as_object)?
@@ -115,7 +115,7 @@ impl<'a> Fields<'a> {
         ids.collect::<Option<_>>().ok_or_else(|| wrong(value))
     }
 
-    /// The object itself.
+    /// The underlying JSON object.
     pub(crate) fn map(self) -> &'a Map<String, Value> {
         self.map
     }

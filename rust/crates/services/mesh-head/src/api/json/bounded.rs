@@ -1,5 +1,5 @@
-//! JSON values in memory that is bounded by more than the length of their text: a value takes up to a hundred times the bytes that
-//! spell it.
+//! JSON values in memory that is bounded by more than the length of their text: a value takes up to a hundred
+//! times the bytes that spell it.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -16,26 +16,26 @@ pub(crate) struct Object {
     pub lists: BTreeMap<String, Lists>,
 }
 
-/// Token ids.
+/// Lists of token ids.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) enum Lists {
-    /// One list.
+    /// One list of ids.
     One(Vec<u32>),
-    /// Several.
+    /// Several lists of ids.
     Many(Vec<Vec<u32>>),
 }
 
 /// Fields of a body that hold many token ids by right.
 const COMPACT: [&str; 2] = ["prompt", "input"];
 
-/// What may still be read.
+/// Remaining counts that may still be read.
 #[derive(Debug)]
 pub(super) struct Budget {
     values: usize,
     objects: usize,
     ids: usize,
     lists: usize,
-    /// What there was too much of.
+    /// Description of the limit that was exceeded.
     pub(super) exceeded: Option<String>,
 }
 
@@ -141,7 +141,7 @@ fn one_list() -> Value {
     Value::Array(vec![Value::from(0)])
 }
 
-/// A value, counted.
+/// Reads a value and counts it against the budget.
 struct Bounded<'b>(&'b mut Budget);
 
 impl<'de> DeserializeSeed<'de> for Bounded<'_> {
@@ -210,7 +210,7 @@ impl<'de> Visitor<'de> for Bounded<'_> {
     }
 }
 
-/// What a field [`COMPACT`] holds.
+/// Value of a field in [`COMPACT`].
 enum Content {
     Value(Value),
     Lists(Lists),
@@ -404,7 +404,8 @@ impl<'de> Visitor<'de> for Place<'_> {
     }
 }
 
-/// Values of all kinds in one body: 32 bytes each. A conversation of thousands of messages has tens of thousands.
+/// Values of all kinds in one body: 32 bytes each. A conversation of thousands of messages has tens of
+/// thousands.
 const MOST_VALUES: usize = 1 << 17;
 /// Objects with fields: some 700 bytes each.
 const MOST_OBJECTS: usize = 1 << 14;

@@ -1,10 +1,10 @@
 //! Reading JSON as real clients send it.
 //!
-//! Strings cut in the middle of an emoji hold half of a surrogate pair, as an escape or as bytes; JSON's own reader refuses them, and a
-//! conversation that holds one would be refused for ever. Half a pair is read as U+FFFD, a whole pair in bytes (CESU-8) as its character.
-//! A byte order mark is skipped.
+//! Strings cut in the middle of an emoji hold half of a surrogate pair, as an escape or as bytes; JSON's own
+//! reader refuses them, and a conversation that holds one would be refused on every turn. Half a pair is read
+//! as U+FFFD, a whole pair in bytes (CESU-8) as its character. A byte order mark is skipped.
 //!
-//! What is read is bounded in number and depth, see `bounded`.
+//! Values are bounded in number and depth, see `bounded`.
 
 mod bounded;
 
@@ -34,7 +34,7 @@ pub(crate) fn object(body: &[u8]) -> Result<Object, Invalid> {
         Err(Refused::TooMuch(text)) => return Err(too_much(&text)),
         Ok(object) => return Ok(object),
     };
-    // Only what is refused is looked at a second time.
+    // Only refused bodies are looked at a second time.
     let error = match whole_characters(body) {
         Cow::Owned(mended) => match read(&mended) {
             Err(Refused::Json(error)) => error,
@@ -49,7 +49,7 @@ pub(crate) fn object(body: &[u8]) -> Result<Object, Invalid> {
     ))
 }
 
-/// Why a body is not read.
+/// Reasons for which a body is not read.
 enum Refused {
     Json(serde_json::Error),
     TooMuch(String),
@@ -88,7 +88,7 @@ fn whole_characters(body: &[u8]) -> Cow<'_, [u8]> {
                 (Some(0xd800..0xe000), _) => (6, b"\\ufffd"),
                 _ => (2, b""),
             },
-            // Whatever is escaped, it begins no escape.
+            // An escaped character begins no escape.
             [b'\\', _, ..] => (2, b""),
             // Surrogates in bytes, as UTF-8 does not allow them.
             [0xed, 0xa0..=0xbf, 0x80..=0xbf, ..] => match pair(rest) {

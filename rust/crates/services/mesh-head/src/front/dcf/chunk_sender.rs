@@ -11,7 +11,7 @@ use tracing::debug;
 use mesh_control::dedup::TaskKey;
 use mesh_control::outbox::{Added, Limits, Outbox};
 
-/// Sends Chunks from one socket. While there are any, a task of its own is at it.
+/// Sends Chunks from one socket. While there are any, a task of its own sends them.
 #[derive(Debug)]
 pub(crate) struct ChunkSender {
     socket: Arc<BatchSocket>,
@@ -29,8 +29,8 @@ impl ChunkSender {
         })
     }
 
-    /// Begins to send an answer, from its beginning also where a part of it is out already. One that there is no room for
-    /// is left out: its client gets it when it repeats its Task.
+    /// Begins to send an answer, from its beginning also where a part of it is out already. One that there is
+    /// no room for is left out: its client gets it when it repeats its Task.
     pub(crate) fn send(self: &Arc<Self>, key: TaskKey, answer: &Message) {
         let client = key.client;
         let chunks = match chunk::split(key.sequence, answer.timestamp_us, answer.payload.clone()) {

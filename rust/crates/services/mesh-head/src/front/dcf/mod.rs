@@ -3,7 +3,7 @@
 mod chunk_sender;
 mod proof;
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -18,6 +18,7 @@ use mesh_control::placement::Refusal;
 use mesh_control::registry::Worker;
 use mesh_control::request::AnswerError;
 use mesh_net::udp::{BatchSocket, Datagram, RecvBatch, SendBatch};
+use tokio::time::MissedTickBehavior;
 use tokio_util::task::TaskTracker;
 use tracing::{debug, warn};
 
@@ -33,7 +34,7 @@ use crate::ids;
 use crate::mesh::{Lease, Mesh, timestamp_us};
 use crate::metrics::{DatagramCounters, Front};
 
-/// Serves the port for ever. Answers that are being made are in `running`.
+/// Serves the port; never returns. Answers that are being made are in `running`.
 pub(crate) async fn serve(mesh: Arc<Mesh>, socket: Arc<BatchSocket>, running: TaskTracker) {
     let counters = mesh.metrics.datagrams("clients");
     let dedup = Mutex::new(Dedup::new(mesh.config.dedup_limits()));
@@ -50,6 +51,7 @@ pub(crate) async fn serve(mesh: Arc<Mesh>, socket: Arc<BatchSocket>, running: Ta
         port,
         counters,
         chunks: reassembler(),
+        without_room: VecDeque::new(),
         replies: SendBatch::new(),
         proofs: Proofs::new(&random::bytes(), Instant::now()),
         warned: None,
@@ -57,10 +59,13 @@ pub(crate) async fn serve(mesh: Arc<Mesh>, socket: Arc<BatchSocket>, running: Ta
         warned_of_mute: None,
     };
     let mut batch = RecvBatch::new();
+    // One timer for all turns: other datagrams do not put it off.
+    let mut room_check = tokio::time::interval(ROOM_CHECK);
+    room_check.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         let received = tokio::select! {
             received = intake.port.socket.recv(&mut batch) => received,
-            () = tokio::time::sleep(ROOM_CHECK), if !intake.chunks.is_empty() => {
+            _ = room_check.tick(), if !intake.chunks.is_empty() => {
                 intake.look_for_room();
                 continue;
             }
@@ -82,7 +87,7 @@ pub(crate) async fn serve(mesh: Arc<Mesh>, socket: Arc<BatchSocket>, running: Ta
     }
 }
 
-/// What tasks need to answer.
+/// State that tasks need to answer.
 struct Port {
     mesh: Arc<Mesh>,
     socket: Arc<BatchSocket>,
@@ -95,14 +100,16 @@ struct Port {
     running: TaskTracker,
 }
 
-/// What the receiving loop holds.
+/// State of the receiving loop.
 struct Intake {
     port: Arc<Port>,
     counters: DatagramCounters,
     chunks: Reassembler<TaskKey>,
+    /// Tasks that were told lately that there is no room for their Chunks, and when, oldest first.
+    without_room: VecDeque<(Instant, TaskKey)>,
     replies: SendBatch,
     proofs: Proofs,
-    /// When a stranger was last warned about.
+    /// Time of the last warning about an untrusted sender.
     warned: Option<Instant>,
     /// Time of the last warning about a sender of an unknown version.
     warned_of_version: Option<Instant>,
@@ -132,7 +139,8 @@ fn reassembler() -> Reassembler<TaskKey> {
     let usual = chunk::Limits::default();
     let limits = chunk::Limits {
         timeout: CHUNKS_KEPT,
-        // The longest payload, with its bookkeeping. Where there is no more, whoever holds the most of it gives way.
+        // The longest payload, with its bookkeeping. When memory runs out, the client that holds the most of
+        // it gives way.
         max_bytes: usual.max_payload / 8 * 9,
         ..usual
     };
@@ -272,10 +280,28 @@ impl Intake {
 
     fn chunk(&mut self, peer: Peer, sequence: u32, payload: Bytes) {
         let key = peer.task(sequence);
+        let now = Instant::now();
         self.look_for_room();
-        let pushed =
-            Chunk::parse(&payload).and_then(|chunk| self.chunks.push(key, &chunk, Instant::now()));
+        let is_over =
+            |(at, _): &(Instant, TaskKey)| now.saturating_duration_since(*at) >= NO_ROOM_FOR;
+        while self.without_room.front().is_some_and(is_over) {
+            self.without_room.pop_front();
+        }
+        // One Error for all of its Chunks; a part of it would only take room.
+        if self.without_room.iter().any(|(_, refused)| *refused == key) {
+            self.counters.accepted.inc();
+            return;
+        }
+        let pushed = Chunk::parse(&payload).and_then(|chunk| self.chunks.push(key, &chunk, now));
         match pushed {
+            Err(failure @ ChunkError::NoRoom) => {
+                self.counters.accepted.inc();
+                if self.without_room.len() >= MOST_WITHOUT_ROOM {
+                    self.without_room.pop_front();
+                }
+                self.without_room.push_back((now, key));
+                self.refuse(peer, sequence, ErrorCode::WORKER_BUSY, &failure.to_string());
+            }
             Ok(None) => {
                 self.counters.accepted.inc();
             }
@@ -287,7 +313,6 @@ impl Intake {
                 self.counters.malformed.inc();
                 let code = match failure {
                     ChunkError::Corrupt { .. } => ErrorCode::CHUNK_MISSING,
-                    ChunkError::NoRoom => ErrorCode::WORKER_BUSY,
                     _ => ErrorCode::INVALID_PAYLOAD,
                 };
                 self.refuse(peer, sequence, code, &failure.to_string());
@@ -297,6 +322,7 @@ impl Intake {
 
     /// Unfinished payloads have the memory that requests leave, and no more.
     fn look_for_room(&mut self) {
+        self.chunks.expire(Instant::now());
         let left = usize::try_from(self.port.mesh.unleased());
         self.chunks.set_room(left.unwrap_or(usize::MAX));
     }
@@ -313,7 +339,7 @@ impl Intake {
             Seen::Running if self.port.wants_acks(key) => self.send_ack(key),
             Seen::Running => {}
             Seen::New(run) => {
-                // Its payload and what it says, as long as it runs.
+                // Its payload, and the request parsed from it, as long as it runs.
                 let bytes = 2 * payload.len() as u64 + PER_TASK;
                 let origin = Origin::of(peer.address.ip());
                 let lease = match self.port.mesh.lease(origin, bytes) {
@@ -324,7 +350,7 @@ impl Intake {
                         return self.refuse(peer, sequence, code, &error.to_string());
                     }
                 };
-                // What is left of the answer to an earlier task of that name is nothing to this one.
+                // Chunks left over from the answer to an earlier task of that name are not part of this one.
                 self.port.large.stop(key);
                 let port = self.port.clone();
                 self.port
@@ -334,7 +360,7 @@ impl Intake {
         }
     }
 
-    /// Says that a task runs, and what it waits for.
+    /// Reports that a task runs, and the cause of its wait.
     fn send_ack(&mut self, key: TaskKey) {
         let ack = self.port.ack(key);
         queue(&mut self.replies, (key.client, key.version), &ack);
@@ -403,7 +429,7 @@ impl Port {
         }
     }
 
-    /// What a payload asks for. Acknowledges it, if it asks for that.
+    /// Parses a payload. Acknowledges it, if it asks for that.
     async fn read(&self, key: TaskKey, payload: Bytes) -> Result<DcfTask, AnswerError> {
         let rejected = |text: String| AnswerError::Rejected {
             code: ErrorCode::INVALID_PAYLOAD,
@@ -423,7 +449,7 @@ impl Port {
         Ok(task)
     }
 
-    /// Whether a task that runs asked for Acks.
+    /// Returns true if a running task asked for Acks.
     fn wants_acks(&self, key: TaskKey) -> bool {
         self.acks().contains(&key)
     }
@@ -546,7 +572,7 @@ impl Port {
     }
 }
 
-/// Forgets what a task waits for when it has ended.
+/// Forgets the cause of a task's wait when the task has ended.
 struct Waits<'a> {
     port: &'a Port,
     key: TaskKey,
@@ -564,7 +590,7 @@ fn queue(batch: &mut SendBatch, (to, version): (SocketAddr, Version), message: &
     batch.push_parts(to, &[version.prefix(), &header, &message.payload]);
 }
 
-/// An Error in one datagram: Chunks do not say what kind of message they were.
+/// An Error in one datagram: Chunks do not tell the kind of their message.
 fn error(version: Version, sequence: u32, code: ErrorCode, text: &str) -> Message {
     let limit = LONGEST_ERROR.min(version.max_answer() - 1);
     let text = &text[..text.floor_char_boundary(limit)];
@@ -581,8 +607,8 @@ fn is_due(warned: &mut Option<Instant>) -> bool {
     due
 }
 
-/// The DCF code of a failure, and whether a repeat of the task gets the same failure again. Where it is over in a moment,
-/// the repeat had better be a new try.
+/// The DCF code of a failure, and whether a repeat of the task gets the same failure again. Where it is over
+/// in a moment, the repeat had better be a new try.
 fn code_of(failure: &AnswerError) -> (ErrorCode, bool) {
     match failure {
         AnswerError::Refused(Refusal::QueueFull { .. }) => (ErrorCode::WORKER_BUSY, false),
@@ -609,13 +635,17 @@ fn code_of(failure: &AnswerError) -> (ErrorCode, bool) {
 const ASK_AFTER_TASK: &[u8] = b"task";
 /// ASCII, so that any part of it is text.
 const NOT_TRUSTED: &str = "your address is not trusted here: see trusted_networks";
-/// What a task takes besides its payload: the answer that it may become.
+/// Bytes that a task is charged besides its payload, for the answer that it may become.
 const PER_TASK: u64 = 16 << 10;
-/// Bytes of an Error's text; it may quote what the client sent.
+/// Most bytes of an Error's text, which may quote the client's payload.
 const LONGEST_ERROR: usize = 4096;
 const WARN_EVERY: Duration = Duration::from_secs(60);
-/// Time that Chunks of a Task wait for the others.
+/// How often unfinished payloads make room for requests.
 const ROOM_CHECK: Duration = Duration::from_millis(100);
+/// Time for which Chunks of a Task are dropped after an Error said that there is no room for them.
+const NO_ROOM_FOR: Duration = Duration::from_secs(2);
+const MOST_WITHOUT_ROOM: usize = 64;
+/// Time that Chunks of a Task wait for the others.
 const CHUNKS_KEPT: Duration = Duration::from_secs(60);
 
 #[cfg(test)]

@@ -1,8 +1,8 @@
-//! Clients that have shown that they have the address that they send from.
+//! Clients that have proved that they receive datagrams at their address.
 //!
-//! An answer may have hundreds of times the bytes of its Task, so it must not go to an address that somebody else wrote into a
-//! datagram. A client that is not known gets a cookie and is served when it has sent the cookie back. Nothing is kept for it
-//! meanwhile, and no answer here is longer than what it answers.
+//! An answer may have hundreds of times the bytes of its Task, so it must not go to a forged address. An
+//! unknown client gets a cookie and is served when it has sent the cookie back. No state is kept for it
+//! meanwhile, and no answer here is longer than the datagram that it answers.
 
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
@@ -33,7 +33,7 @@ struct Mute {
     last: Instant,
 }
 
-/// What a client that has shown nothing yet is answered.
+/// Answer to a client that has not yet proved its address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Verdict {
     /// A Challenge with this cookie.
@@ -42,12 +42,12 @@ pub(crate) enum Verdict {
     Verified,
     /// An empty Health.
     Health,
-    /// Nothing.
+    /// No answer.
     Silence,
 }
 
 impl Proofs {
-    /// Nobody is known. `key` is nobody else's.
+    /// No client is known yet. `key` must be secret.
     pub(crate) fn new(key: &[u8; 32], now: Instant) -> Self {
         Self {
             cookies: Cookies::new(key),
@@ -58,14 +58,14 @@ impl Proofs {
         }
     }
 
-    /// True if this client has echoed a cookie lately.
+    /// True if this client has recently echoed a cookie.
     pub(crate) fn knows(&self, client: SocketAddr, now: Instant) -> bool {
         let known = self.verified.get(&client);
         known.is_some_and(|(since, _)| now.saturating_duration_since(*since) < KNOWN_FOR)
     }
 
-    /// Notes a task of a client that is not known. True if it has sent several by now and no echo, as clients do that do not know
-    /// Challenges.
+    /// Notes a task of a client that is not known. True if it has sent several by now and no echo, as clients
+    /// do that do not know Challenges.
     pub(crate) fn is_mute(&mut self, client: IpAddr, now: Instant) -> bool {
         let is_recent = |mute: &Mute| now.saturating_duration_since(mute.last) < MUTE_FOR;
         if self.mute.len() >= MOST_MUTE && !self.mute.contains_key(&client) {

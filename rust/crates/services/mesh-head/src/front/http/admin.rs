@@ -1,4 +1,4 @@
-//! What the head tells about the mesh, and what an administrator can do to it.
+//! Endpoints that show the mesh, and those for administrators.
 
 use std::time::Instant;
 
@@ -121,13 +121,13 @@ pub(super) async fn show(State(api): State<Api>) -> Json<Value> {
     }))
 }
 
-/// `GET /v1/mesh/pins`: what names of models mean in this mesh, and names that several models claim.
+/// `GET /v1/mesh/pins`: the pins of model names in this mesh, and names that several models claim.
 pub(super) async fn pins(State(api): State<Api>) -> Json<Value> {
     let pins = api.mesh.pins();
     Json(json!({ "pins": pins, "name_conflicts": api.mesh.alarms() }))
 }
 
-/// `POST /v1/mesh/pins`: has a `name` mean the model with this `fingerprint`; without one, what is got under it next.
+/// `POST /v1/mesh/pins`: pins a `name` to the model with this `fingerprint`; without one, releases the pin.
 pub(super) async fn pin(State(api): State<Api>, body: Bytes) -> Result<Json<Value>, ApiError> {
     #[derive(Deserialize)]
     #[serde(deny_unknown_fields)]
@@ -200,7 +200,7 @@ fn describe(worker: &Worker, round_trip_ms: Option<f64>, offers: bool, now: Inst
             prefill_tokens_per_second: model.prefill_tps,
         })
         .collect();
-    // Who holds only parts of models has nothing to prove by itself.
+    // Workers that hold only parts of models have nothing to prove by themselves.
     let only_parts = worker.models.is_empty() && offers;
     let counted_on = !worker.models.is_empty() && worker.models.iter().all(|m| m.answers(now));
     let answers = worker.proven || counted_on || worker.is_legacy() || only_parts;

@@ -49,7 +49,7 @@ pub(super) struct Answering {
     pass: Pass,
 }
 
-/// What all chunks of an answer share.
+/// Fields that all chunks of an answer share.
 struct Head {
     id: String,
     created: u64,
@@ -57,7 +57,7 @@ struct Head {
     fingerprint: Option<String>,
 }
 
-/// What is known of one choice.
+/// State of one choice.
 #[derive(Default)]
 struct Choice {
     worker: String,
@@ -167,9 +167,10 @@ impl Answering {
         })
     }
 
-    /// Answers with a stream of server-sent events, as soon as the request is accepted: a worker has taken it in, or nothing was
-    /// against it for a moment. Until then a failure has its own HTTP status. While nothing else is to be sent, a comment every
-    /// `keep_alive` says that the request lives, and what it waits for.
+    /// Answers with a stream of server-sent events, as soon as the request is accepted: a worker has taken it
+    /// in, or nothing was against it for a moment. Until then a failure has its own HTTP status. While there
+    /// is nothing else to send, a comment every `keep_alive` says that the request lives, and gives the cause
+    /// of its wait.
     ///
     /// # Errors
     /// A failure that is known at once.

@@ -13,13 +13,13 @@ use crate::api::invalid::Invalid;
 /// An error of the HTTP API.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct ApiError {
-    /// HTTP status.
+    /// Status of the HTTP response.
     pub status: StatusCode,
-    /// What to tell a person.
+    /// Message for people, in English.
     pub message: String,
     /// Field of the request that is to blame.
     pub param: Option<String>,
-    /// What a program can tell the error by.
+    /// Code for programs.
     pub code: &'static str,
     /// Seconds after which to try again.
     pub retry_after: Option<u32>,
@@ -58,7 +58,7 @@ impl ApiError {
         }
     }
 
-    /// No room at the moment, whoever asks.
+    /// The head has no room at the moment, for any client.
     pub(crate) fn overloaded(message: String) -> Self {
         Self {
             retry_after: Some(1),
@@ -192,7 +192,8 @@ impl From<&AnswerError> for ApiError {
     }
 }
 
-/// Clients look for this phrase to shorten a conversation. Workers say it; older ones said where the limit is in words of their own.
+/// Clients look for this phrase to shorten a conversation. Workers say it; older ones said where the limit is
+/// in words of their own.
 fn as_clients_search_it(message: String) -> String {
     if message.contains(CONTEXT_PHRASE) {
         return message;

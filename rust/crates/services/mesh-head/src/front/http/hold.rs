@@ -1,8 +1,8 @@
 //! Whole answers that take long: after a while the status, the headers and then blanks are sent, so that
 //! clients and proxies that limit silence see that work goes on.
 //!
-//! JSON may begin with blanks. A failure after that can only be the error's body under the status 200; the operator chooses how
-//! late that may be (`http.early_headers`).
+//! JSON may begin with blanks. A failure after that can only be the error's body under the status 200; the
+//! operator chooses how late that may be (`http.early_headers`).
 
 use std::convert::Infallible;
 use std::future::Future;
@@ -19,9 +19,9 @@ use crate::mesh::Lease;
 /// Times at which a whole answer begins to be sent before it is complete.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Hold {
-    /// After this time; 0 is never.
+    /// Time before the first blank; 0 means never.
     pub after: Duration,
-    /// Between two blanks.
+    /// Interval between two blanks.
     pub every: Duration,
 }
 
@@ -54,7 +54,7 @@ pub(super) async fn whole<B: Into<Bytes> + Send + 'static>(
 
 /// A body whose memory counts until all of it is sent.
 pub(super) fn counted(body: Vec<u8>, mut lease: Lease) -> Bytes {
-    // It takes no more than what was counted for it.
+    // It takes no more memory than was counted for it.
     let _ = lease.set(body.len() as u64);
     Bytes::from_owner(Counted {
         body,

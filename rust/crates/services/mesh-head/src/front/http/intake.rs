@@ -1,4 +1,5 @@
-//! Bodies of requests: read within what their client may take of this head's memory, and parsed where they hold up nobody.
+//! Reads bodies of requests within their client's share of the head's memory, and parses them where they hold
+//! up no other request.
 
 use axum::body::{Body, Bytes};
 use axum::http::StatusCode;
@@ -37,7 +38,7 @@ pub(super) async fn body(
             // The rest is not kept; a client that still writes would not read why.
             continue;
         };
-        // Behind the body comes what it says, which has as many bytes.
+        // The parsed request follows the body and has as many bytes.
         if 2 * bytes > leased {
             let exact = 2 * bytes - leased;
             let ample = exact.max(leased);
@@ -52,9 +53,13 @@ pub(super) async fn body(
                 }
             }
         }
-        // Not by doubling: that would take twice what was leased.
+        // Not by doubling, and never beyond what was leased for it.
         if read.capacity() - read.len() < part.len() {
-            read.reserve_exact(part.len().max(GROWTH));
+            let room = usize::try_from(leased / 2).unwrap_or(usize::MAX);
+            let spare = room
+                .saturating_sub(read.len())
+                .min(GROWTH.max(read.len() / 4));
+            read.reserve_exact(part.len().max(spare));
         }
         read.extend_from_slice(&part);
     }
@@ -77,10 +82,10 @@ fn unreadable(error: &(dyn std::error::Error + 'static)) -> ApiError {
 
 /// Bytes by which room for a long body grows.
 const GROWTH: usize = 128 << 10;
-/// What any request is counted as.
+/// Least bytes that a request is charged.
 const LEAST: u64 = 4 << 10;
 
-/// What `parse` makes of a body.
+/// Returns the result of `parse` on a body.
 pub(super) async fn parsed<T: Send + 'static>(
     mesh: &Mesh,
     body: Bytes,

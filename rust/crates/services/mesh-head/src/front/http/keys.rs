@@ -1,4 +1,4 @@
-//! API keys: who may use the API, who may administer the mesh, and how much of it one client may take.
+//! API keys: admit clients and administrators, and limit the use by each client.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -17,7 +17,8 @@ use subtle::{Choice, ConstantTimeEq};
 use crate::ids;
 use crate::mesh::Lease;
 
-/// The keys of one head. Only their hashes are held. Clones share them, so that keys that are read again count everywhere.
+/// The keys of one head. Only their hashes are held. Clones share them, so that keys that are read again
+/// count everywhere.
 #[derive(Clone)]
 pub(crate) struct Keys(Arc<RwLock<Known>>, Salts);
 
@@ -30,8 +31,8 @@ struct Known {
 
 type KeyHash = [u8; 32];
 
-/// Makes of each key what workers tell requests of different keys apart by. It says nothing about the key: it is made with a secret
-/// that this process alone has.
+/// Derives a salt from each key, by which workers tell requests of different keys apart. The salt reveals
+/// nothing about the key: it is made with a secret that only this process has.
 #[derive(Clone, Copy)]
 struct Salts(KeyHash);
 
@@ -53,7 +54,7 @@ impl Salts {
     }
 }
 
-/// Whom a request comes from.
+/// Origin of a request, by its key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) enum Caller {
     /// Holds the admin key.
@@ -67,27 +68,27 @@ pub(crate) enum Caller {
 /// A key that opens nothing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Denied {
-    /// None was sent.
+    /// No key was sent.
     Missing,
-    /// It is not one of ours.
+    /// The key is not known here.
     Wrong,
 }
 
-/// Why the keys cannot be read.
+/// Reasons for which the keys cannot be read.
 #[derive(Debug, thiserror::Error)]
 pub enum KeysError {
     /// The file cannot be read or written.
     #[error("{path}: {error}")]
     File {
-        /// The file.
+        /// Path of the file.
         path: PathBuf,
-        /// What happened.
+        /// Error of the system.
         error: io::Error,
     },
     /// A file without keys would lock everyone out, or let everyone in.
     #[error("{0} holds no API key; write one per line, or leave http.api_keys_file out")]
     Empty(PathBuf),
-    /// It is not made anew beside a damaged file: whoever holds the key would be locked out without a word.
+    /// The file is not created anew: the holder of the old key would be locked out without a word.
     #[error(
         "{0} is damaged: it holds no key; restore it from a backup, or remove it, and the head makes another at its next start"
     )]
@@ -95,8 +96,8 @@ pub enum KeysError {
 }
 
 impl Keys {
-    /// Reads the API keys (one per line; empty lines and lines that begin with # are skipped) and the admin key, which
-    /// is made at the first start.
+    /// Reads the API keys (one per line; empty lines and lines that begin with # are skipped) and the admin
+    /// key, which is made at the first start.
     ///
     /// # Errors
     /// [`KeysError`] names the file.
@@ -129,7 +130,7 @@ impl Keys {
         !self.known().api.is_empty()
     }
 
-    /// What requests of `caller` share cached prompts by; 0 for all that have no key.
+    /// Salt under which requests of `caller` share cached prompts; 0 for all requests without a key.
     pub(crate) fn salt(&self, caller: Caller) -> u64 {
         let known = self.known();
         match caller {
@@ -137,16 +138,17 @@ impl Keys {
             Caller::Admin => self.1.of(&known.admin),
             Caller::Key(number) => {
                 let found = known.api.iter().find(|(_, known)| *known == number);
-                // A key that was taken away in this moment shares with nobody.
+                // A key that was removed in this moment shares with no other.
                 found.map_or_else(ids::unique, |(hash, _)| self.1.of(hash))
             }
         }
     }
 
-    /// Whom these headers prove.
+    /// The caller that these headers prove.
     ///
     /// # Errors
-    /// `Denied` where a key is needed and is missing, and wherever one is sent that is wrong and keys are in use.
+    /// `Denied` where a key is needed and is missing, and wherever one is sent that is wrong and keys are in
+    /// use.
     pub(crate) fn caller(&self, headers: &HeaderMap) -> Result<Caller, Denied> {
         let known = self.known();
         let Some(key) = bearer(headers) else {
@@ -213,14 +215,14 @@ impl Known {
     }
 }
 
-/// Who asks, as far as limits go.
+/// The client of a request, as limits count it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Client {
-    /// By key.
+    /// Caller by its key.
     pub caller: Caller,
-    /// By address, which counts where there are no keys.
+    /// Address of the client, which counts where there are no keys.
     pub address: Option<IpAddr>,
-    /// See [`Keys::salt`].
+    /// Salt of its cached prompts; see [`Keys::salt`].
     pub salt: u64,
 }
 
@@ -259,7 +261,8 @@ impl ConcurrencyLimit {
         self.limit
     }
 
-    /// Lets a request for so many answers in, if there is room. One with more answers than the limit has to be alone.
+    /// Admits a request for `answers` answers, if there is room. One with more answers than the limit is
+    /// admitted only alone.
     pub(super) fn enter(self: &Arc<Self>, client: Client, answers: usize) -> Option<Pass> {
         if self.limit == 0 {
             return Some(Pass(None, None));

@@ -1,7 +1,8 @@
 //! The OpenAI API, health and administration.
 //!
-//! Wire-compatible with the OpenAI clients: fields, errors and streams are theirs, and answers carry `timings`. Which fields of which
-//! servers are read, refused and ignored stands in `fields::known`, all of it for programs in openapi.json.
+//! Wire-compatible with the OpenAI clients: fields, errors and streams are theirs, and answers carry
+//! `timings`. `fields::known` lists the fields that are read, refused and ignored; openapi.json has them all
+//! for programs.
 
 mod admin;
 mod answer;
@@ -111,7 +112,7 @@ pub(crate) fn router(
         .method_not_allowed_fallback(wrong_method)
         .layer(DefaultBodyLimit::max(body_limit))
         .layer(middleware::from_fn(with_request_id));
-    // Around the router, because what comes within is routed already.
+    // Around the router, because requests within it are routed already.
     guard.before(Router::new().fallback_service(routes.map_request(paths::as_meant)))
 }
 
@@ -188,7 +189,8 @@ async fn embed(
     Extension(id): Extension<RequestId>,
     body: Body,
 ) -> Result<Response, ApiError> {
-    // Its texts are held for as long as it runs, and once more on their way to workers: what the body was counted as.
+    // Its texts are held for as long as it runs, and once more on their way to workers: as much as the body
+    // was counted for.
     let (body, mut lease) = intake::body(&api, client, body).await?;
     let mut asked = intake::parsed(&api.mesh, body, AskedEmbeddings::parse).await??;
     let pass = api
@@ -224,7 +226,7 @@ async fn openapi() -> impl IntoResponse {
     ([(header::CONTENT_TYPE, json)], OPENAPI)
 }
 
-/// Lets through who may use the API, and notes who it is.
+/// Admits callers that may use the API, and notes which caller it is.
 async fn authenticate(
     State(api): State<Api>,
     mut request: Request,

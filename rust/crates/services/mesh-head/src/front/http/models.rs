@@ -71,7 +71,8 @@ fn model(api: &Api, card: &ModelCard) -> Value {
     })
 }
 
-/// The name of the model that is meant. Clients of many servers put the server's name before it, and Ollama's a tag behind it.
+/// The name of the model that is meant. Clients of many servers put the server's name before it, and Ollama's
+/// a tag behind it.
 pub(super) fn served_as(mesh: &Mesh, name: String) -> String {
     if mesh.knows_model(&name) {
         return name;
@@ -105,7 +106,7 @@ const PROVIDERS: &[&str] = &[
     "hydramesh",
 ];
 
-/// What a model makes, in a word.
+/// Name of a model's kind.
 pub(super) fn kind_name(card: &ModelCard) -> &'static str {
     match card.kind() {
         ModelKind::Chat => "chat",

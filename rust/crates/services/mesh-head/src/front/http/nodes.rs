@@ -1,4 +1,4 @@
-//! The nodes of the mesh, connected or not: who they are, and who is expelled.
+//! The nodes of the mesh, connected or not: their identities, and expulsion.
 
 use std::collections::BTreeMap;
 use std::time::{Instant, SystemTime};
@@ -17,8 +17,8 @@ use super::error::ApiError;
 use super::state::Api;
 use super::tokens::blocking;
 
-/// `GET /v1/mesh/nodes`: all nodes that the head knows by their certificates. The state of one is `connected`, `absent` or
-/// `expelled`.
+/// `GET /v1/mesh/nodes`: all nodes that the head knows by their certificates. The state of one is
+/// `connected`, `absent` or `expelled`.
 pub(super) async fn list(State(api): State<Api>) -> Result<Json<Value>, ApiError> {
     let now = Instant::now();
     let mut nodes: BTreeMap<String, Value> = BTreeMap::new();
@@ -62,8 +62,8 @@ pub(super) async fn list(State(api): State<Api>) -> Result<Json<Value>, ApiError
     Ok(Json(json!({ "nodes": nodes })))
 }
 
-/// `POST /v1/mesh/nodes/expel`: the node that `node` names (by name or id) is no longer part of the mesh. The body may hold a
-/// `reason`.
+/// `POST /v1/mesh/nodes/expel`: the node that `node` names (by name or id) is no longer part of the mesh. The
+/// body may hold a `reason`.
 pub(super) async fn expel(State(api): State<Api>, body: Bytes) -> Result<Json<Value>, ApiError> {
     #[derive(Deserialize)]
     #[serde(deny_unknown_fields)]
@@ -95,7 +95,7 @@ pub(super) async fn expel(State(api): State<Api>, body: Bytes) -> Result<Json<Va
     let connected = api
         .mesh
         .with_registry(|registry| registry.of_node(&node_id).is_some());
-    // A task of its own, which whoever asked cannot break off by going away.
+    // A task of its own, so that it does not end with the request that asked for it.
     let (task_api, id, called, reason) = (
         api.clone(),
         node_id.clone(),
@@ -257,7 +257,7 @@ fn internal(text: String) -> ApiError {
 const LONGEST_REASON: usize = 256;
 /// Digits of a node id, SHA-256 in hex.
 const ID_LENGTH: usize = 64;
-/// Fewer first digits of an id name nobody.
+/// Least number of first digits of an id that name a node.
 const SHORTEST_ID: usize = 8;
 
 #[cfg(test)]

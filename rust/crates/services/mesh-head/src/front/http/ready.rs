@@ -1,4 +1,5 @@
-//! `/ready`: what the service's own answer does not know about models. And who is told it, and `/metrics`.
+//! `/ready` with the state of models, which the service's own answer lacks, and access to it and to
+//! `/metrics`.
 
 use std::sync::Arc;
 
@@ -20,7 +21,7 @@ pub(super) struct Asked {
     model: Option<String>,
 }
 
-/// What the endpoints of health need.
+/// State of the health endpoints.
 #[derive(Clone)]
 pub(super) struct Told {
     pub(super) mesh: Arc<Mesh>,
@@ -43,8 +44,8 @@ impl Told {
     }
 }
 
-/// `GET /ready?model=NAME` answers for one model. Without a name the mesh is ready if any model answers, and rings that do not
-/// serve are named all the same. Whoever may not know more gets the status alone.
+/// `GET /ready?model=NAME` answers for one model. Without a name the mesh is ready if any model answers, and
+/// rings that do not serve are named all the same. A caller without the right to more gets the status alone.
 pub(super) async fn of_model(
     State(told): State<Told>,
     query: Result<Query<Asked>, axum::extract::rejection::QueryRejection>,

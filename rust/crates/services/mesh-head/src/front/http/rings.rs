@@ -1,4 +1,4 @@
-//! What an administrator can do to rings: look at a plan, drain a worker, rebalance.
+//! Endpoints for rings: look at a plan, drain a worker, rebalance.
 
 use std::time::Instant;
 
@@ -63,8 +63,8 @@ struct WorkerAsked {
     worker: String,
 }
 
-/// `POST /v1/mesh/drain`: the worker that `worker` names (by name or node id) gets nothing new, and hands over its parts of
-/// rings.
+/// `POST /v1/mesh/drain`: the worker that `worker` names (by name or node id) gets nothing new, and hands
+/// over its parts of rings.
 pub(super) async fn drain(State(api): State<Api>, body: Bytes) -> Result<Json<Value>, ApiError> {
     let asked: WorkerAsked = read(&body)?;
     let drained: Result<_, ApiError> = api.mesh.change_rings(|rings, registry, now| {
@@ -119,8 +119,8 @@ async fn keep_drains(api: &Api) -> Result<(), ApiError> {
     })
 }
 
-/// `POST /v1/mesh/rebalance`: compares rings with fresh plans and replaces those that are clearly worse. The body may hold
-/// `model` and `dry_run`.
+/// `POST /v1/mesh/rebalance`: compares rings with fresh plans and replaces those that are clearly worse. The
+/// body may hold `model` and `dry_run`.
 pub(super) async fn rebalance(
     State(api): State<Api>,
     body: Bytes,
@@ -205,7 +205,7 @@ fn refused(refusal: DrainRefusal) -> ApiError {
     ApiError::new(status, code, refusal.to_string())
 }
 
-/// What a worker still holds and runs.
+/// The parts and requests that a worker still has.
 fn progress(api: &Api, id: Option<WorkerId>, node: Option<&str>) -> Value {
     api.mesh.with_rings(|rings, registry| {
         let worker = id.and_then(|id| registry.get(id));

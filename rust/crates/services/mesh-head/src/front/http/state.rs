@@ -1,4 +1,4 @@
-//! What the handlers share.
+//! State that the handlers share.
 
 use std::sync::Arc;
 
@@ -8,7 +8,7 @@ use super::hold::Hold;
 use super::keys::{ConcurrencyLimit, Keys};
 use crate::mesh::Mesh;
 
-/// What the handlers share.
+/// State that the handlers share.
 #[derive(Clone)]
 pub(super) struct Api {
     pub(super) mesh: Arc<Mesh>,

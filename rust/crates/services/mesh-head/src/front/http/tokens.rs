@@ -64,7 +64,8 @@ pub(super) async fn create(State(api): State<Api>, body: Bytes) -> Result<Json<V
     ))
 }
 
-/// `GET /v1/mesh/tokens`: the tokens that are remembered, never their secrets. The state of one is `open`, `used` or `expired`.
+/// `GET /v1/mesh/tokens`: the tokens that are remembered, never their secrets. The state of one is `open`,
+/// `used` or `expired`.
 pub(super) async fn list(State(api): State<Api>) -> Result<Json<Value>, ApiError> {
     let now = unix_seconds(SystemTime::now());
     let authority = api.authority.clone();
@@ -123,7 +124,7 @@ pub(super) async fn revoke(State(api): State<Api>, body: Bytes) -> Result<Json<V
     Ok(Json(json!({ "id": asked.id, "revoked": true })))
 }
 
-/// Runs what waits for the disk.
+/// Runs work that waits for the disk.
 pub(super) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> T + Send + 'static,
 ) -> Result<T, ApiError> {

@@ -22,14 +22,14 @@ pub(crate) fn asks() -> Vec<Ask> {
         .collect()
 }
 
-/// Clients at work.
+/// Running honest clients.
 #[derive(Debug)]
 pub(crate) struct Honest {
     over: Arc<AtomicBool>,
     clients: Vec<JoinHandle<Vec<Outcome>>>,
 }
 
-/// One request.
+/// Outcome of one request.
 #[derive(Debug)]
 struct Outcome {
     ask: Ask,
@@ -41,13 +41,13 @@ struct Outcome {
 /// Results of all requests of a phase.
 #[derive(Debug, Default)]
 pub(crate) struct Served {
-    /// Right answers.
+    /// Number of right answers.
     pub(crate) right: usize,
     /// Errors of the others, with the second of the phase in which each ended.
     pub(crate) wrong: Vec<(f64, String)>,
     /// Times to the first token, of right answers.
     pub(crate) first_token: Gaps,
-    /// How often requests were run again.
+    /// Number of reruns over all requests.
     pub(crate) reruns: u64,
 }
 
@@ -107,7 +107,7 @@ impl Served {
         self.right + self.wrong.len()
     }
 
-    /// What was wrong, the same things together: how often, when first, and the words.
+    /// Failures grouped by kind: the count, the first second, and the words.
     pub(crate) fn wrong_by_kind(&self) -> Vec<(usize, f64, String)> {
         let mut kinds: Vec<(usize, f64, String)> = Vec::new();
         for (at, words) in &self.wrong {

@@ -1,8 +1,8 @@
 //! Attacks of all kinds at once, beside honest clients who must not notice. `make attack` runs it.
 //!
-//! The program starts a mesh, asks undisturbed questions first, then starts itself once for each attack, as processes of their
-//! own at the lowest priority, on machines of their own where network namespaces are to be had. Strangers over QUIC are
-//! `scripts/stranger.py`, which shares no code with the mesh.
+//! The program starts a mesh, asks undisturbed questions first, then starts itself once for each attack, as
+//! processes of their own at the lowest priority, on machines of their own where network namespaces are
+//! available. Strangers over QUIC are `scripts/stranger.py`, which shares no code with the mesh.
 
 mod honest;
 mod plays;
@@ -70,7 +70,7 @@ enum Part {
 fn main() -> Result<ExitCode> {
     let arguments = Arguments::parse();
     let mut runtime = tokio::runtime::Builder::new_multi_thread();
-    // An attack is one thread: it is not to be what takes the processors.
+    // An attack is one thread, so that it does not use up the processors.
     let threads = if arguments.part.is_some() { 1 } else { 2 };
     let runtime = runtime.worker_threads(threads).enable_all().build()?;
     runtime.block_on(async {

@@ -124,7 +124,7 @@ async fn phases(args: &Args, attacks: &[Source]) -> Result<ExitCode> {
     })
 }
 
-/// The mesh, and what is needed to attack it.
+/// The mesh, and everything needed to attack it.
 struct Stand {
     cluster: Cluster,
     targets: Targets,
@@ -137,7 +137,7 @@ struct Stand {
     _folder: tempfile::TempDir,
 }
 
-/// What was found in a phase.
+/// Results of one phase of the run.
 #[derive(Debug)]
 struct Phase {
     lasted: f64,
@@ -151,7 +151,7 @@ struct Phase {
     join: Option<Result<Duration>>,
     services_cpu: f64,
     attackers_cpu: f64,
-    /// Of all that is neither services, nor attackers, nor this program.
+    /// Processor time of all processes but services, attackers and this program.
     others_cpu: f64,
 }
 
@@ -174,7 +174,7 @@ impl Phase {
 
 impl Stand {
     async fn start(args: &Args, report: &mut Report) -> Result<Self> {
-        // What a service of systemd gets; whoever needs more has to ask for it.
+        // The default limit of systemd services; a unit has to ask for more.
         let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
         setrlimit(Resource::RLIMIT_NOFILE, soft.min(1_024), hard)?;
         let folder = tempfile::Builder::new()
@@ -340,7 +340,7 @@ impl Stand {
         for attack in running {
             said.push((attack.source, attack.end().await));
         }
-        // What was asked for last may kill last.
+        // The last request may kill a process only now.
         self.look_for_deaths(begun, &mut deaths);
         let join = match join {
             Some(join) => Some(join.await?),
@@ -377,7 +377,7 @@ impl Stand {
         }
     }
 
-    /// When each attack begins: all at once, but liars one after the other, each early enough to be judged.
+    /// Start time of each attack: all at once, but liars one after the other, each early enough to be judged.
     async fn starts(&self, attacks: &[Source], lasts: Duration) -> Result<Vec<Start>> {
         let liars = attacks
             .iter()
@@ -427,7 +427,8 @@ impl Stand {
         }))
     }
 
-    /// Starts again what died, and the head in any case, so that the next attack meets a fresh one; waits until all of it serves.
+    /// Restarts dead services, and the head in any case, so that the next attack meets a fresh one; waits
+    /// until all of it serves.
     async fn restore(&mut self) -> Result<()> {
         self.cluster.mesh.restart_head(Duration::ZERO).await?;
         for entry in fs::read_dir(&self.targets.models_dir)?.flatten() {
@@ -601,7 +602,7 @@ impl Stand {
             );
         }
         for (source, said) in &found.said {
-            // Words in capitals are what must not happen.
+            // Words in capitals mark events that must not happen.
             let bad = ["TASKS OF CLIENTS", "JOINED", "WELCOMED"];
             let good = !bad.iter().any(|word| said.summary.contains(word));
             let summary = match source {
@@ -674,7 +675,7 @@ fn mib(bytes: u64) -> String {
     format!("{} MiB", bytes.div_ceil(1 << 20))
 }
 
-/// When an attack begins.
+/// Start of one attack.
 struct Start {
     at: Duration,
     source: Source,
@@ -742,5 +743,5 @@ impl Polled {
     }
 }
 
-/// How long joining may take.
+/// Longest time to join.
 const JOIN_LIMIT: Duration = Duration::from_secs(5);

@@ -1,4 +1,4 @@
-//! Where attacks come from: programs that run beside the mesh, at the lowest priority.
+//! Sources of attacks: programs that run beside the mesh, at the lowest priority.
 
 use std::fmt;
 use std::fs::{self, File};
@@ -16,11 +16,11 @@ use crate::plays::Play;
 /// One attack, as it is named on the command line and in the table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Source {
-    /// A client, or somebody with the addresses.
+    /// A client, or an attacker who knows the addresses only.
     Play(Play),
     /// A worker with a token.
     Rogue(Lie),
-    /// `scripts/stranger.py`.
+    /// The attack of this name in `scripts/stranger.py`.
     Stranger(&'static str),
 }
 
@@ -36,7 +36,7 @@ pub(crate) fn all() -> Vec<Source> {
     plays.chain(strangers).chain(lies).collect()
 }
 
-/// Those of a usual run: of the lies the ones that harm somebody.
+/// The attacks of a usual run; of the lies only the harmful ones.
 pub(crate) fn usual() -> Vec<Source> {
     let usual = [
         Lie::Fast,
@@ -97,7 +97,7 @@ impl fmt::Display for Source {
 pub(crate) struct Machines {
     /// With an API key.
     pub(crate) clients: Vec<String>,
-    /// With addresses only.
+    /// Attackers that know addresses only.
     pub(crate) strangers: Vec<String>,
     /// With a join token.
     pub(crate) rogues: Vec<String>,
@@ -111,10 +111,10 @@ pub(crate) struct Attack {
     words: PathBuf,
 }
 
-/// What an attack said.
+/// Output of an attack.
 #[derive(Debug, Default)]
 pub(crate) struct Said {
-    /// Its counts, or why there are none.
+    /// Its counts, or the reason why there are none.
     pub(crate) summary: String,
     /// All of its words that are JSON.
     pub(crate) lines: Vec<Value>,
@@ -204,7 +204,7 @@ impl Attack {
         self.child.id()
     }
 
-    /// What it said so far, a JSON object a line.
+    /// Its output so far, one JSON object per line.
     pub(crate) fn lines(&self) -> Vec<Value> {
         let words = fs::read_to_string(&self.words).unwrap_or_default();
         let lines = words.lines();
@@ -255,7 +255,7 @@ fn script() -> PathBuf {
     root.unwrap_or(Path::new(".")).join("scripts/stranger.py")
 }
 
-/// Fetches what strangers need; says why where there is nothing.
+/// Fetches the strangers' dependencies; the error tells why that is impossible.
 pub(crate) fn strangers_are_to_be_had() -> Result<()> {
     let status = Command::new("python3")
         .arg(script())

@@ -1,4 +1,4 @@
-//! What is attacked, as a file from one process to the others.
+//! Addresses, keys and model under attack, as a file from one process to the others.
 
 use std::fs;
 use std::net::SocketAddr;
@@ -22,15 +22,15 @@ pub(crate) struct Targets {
     pub(crate) shim: SocketAddr,
     /// The attackers' API key.
     pub(crate) key: String,
-    /// The model.
+    /// Name of the model.
     pub(crate) model: String,
-    /// Its fingerprint.
+    /// Fingerprint of the model.
     pub(crate) fingerprint: String,
-    /// Its context.
+    /// Context of the model, in tokens.
     pub(crate) context: u32,
     /// A folder whose models a worker serves.
     pub(crate) models_dir: PathBuf,
-    /// The model's file.
+    /// Path of the model's file.
     pub(crate) model_file: PathBuf,
 }
 

@@ -1,4 +1,4 @@
-//! Whether a liar is out, as seen from the head and from the liar.
+//! Decides if a liar is out, from the views of the head and of the liar.
 
 use std::collections::HashSet;
 use std::time::{Duration, Instant};
@@ -8,22 +8,22 @@ use serde_json::Value;
 
 use crate::sources::Attack;
 
-/// How soon a liar must be out.
+/// Time after which a liar must be out.
 pub(crate) const LIMIT: Duration = Duration::from_secs(30);
 
-/// What is known of one liar.
+/// Observations of one liar.
 #[derive(Debug)]
 pub(crate) struct Watched {
     pub(crate) lie: Lie,
-    /// Its name in its certificate.
+    /// Name in its certificate.
     pub(crate) name: String,
     started: Instant,
     /// Questions of honest clients that had reached it when it was last looked at.
     asked: usize,
     last_asked: Option<Duration>,
-    /// When the head last counted on it.
+    /// Time at which the head last considered it ready.
     last_ready: Option<Duration>,
-    /// As the head calls it now.
+    /// Its current state, in the head's words.
     state: String,
 }
 
@@ -40,7 +40,7 @@ impl Watched {
         }
     }
 
-    /// Looks at what reached it, and at what the head says.
+    /// Reads the liar's log and the head's registry.
     pub(crate) fn look(
         &mut self,
         attack: &Attack,
@@ -73,12 +73,12 @@ impl Watched {
         }
     }
 
-    /// Whether it was watched for long enough to say.
+    /// True if it was watched for long enough to judge.
     pub(crate) fn can_be_judged(&self) -> bool {
         self.started.elapsed() > LIMIT + Duration::from_secs(2)
     }
 
-    /// Whether neither a question reached it nor the head counted on it after the limit.
+    /// True if, after the limit, no question reached it and the head did not consider it ready.
     pub(crate) fn is_out(&self) -> bool {
         let early = |moment: Option<Duration>| moment.is_none_or(|moment| moment <= LIMIT);
         early(self.last_asked) && early(self.last_ready)

@@ -1,4 +1,5 @@
-//! What is watched while attacks go on: memory, processes, processor time, and whether the head's health can be asked.
+//! Observation of a mesh under attack: memory, processes, processor time, and response of the head's health
+//! check.
 
 use std::collections::HashMap;
 use std::fs;
@@ -76,7 +77,7 @@ pub(crate) struct Health {
     task: JoinHandle<Asked>,
 }
 
-/// What came of it.
+/// Results of repeated health checks.
 #[derive(Debug, Default)]
 pub(crate) struct Asked {
     /// Times of answers with 200.
@@ -134,5 +135,5 @@ async fn health(head: SocketAddr) -> std::io::Result<()> {
     Err(std::io::Error::other(format!("{line:?} instead of 200")))
 }
 
-/// An answer about health that takes longer is none.
+/// Longest time for an answer about health; a later one counts as missing.
 const HEALTH_LIMIT: Duration = Duration::from_secs(5);

@@ -1,4 +1,4 @@
-//! Many streams on a machine that burns processor time beside them: no errors, nobody suspected.
+//! Many streams on a machine that burns processor time beside them: no errors, no suspicions.
 
 use std::time::Duration;
 

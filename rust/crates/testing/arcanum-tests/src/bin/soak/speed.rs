@@ -1,4 +1,4 @@
-//! How long clients wait, and what standbys cost.
+//! Waiting times of clients, and the cost of standbys.
 
 use std::time::{Duration, Instant};
 
@@ -61,13 +61,13 @@ pub(crate) async fn pauses(args: &Args, report: &mut Report) -> Result<()> {
     Ok(())
 }
 
-/// Pauses by who was lost.
+/// Pauses by the role of the lost worker.
 #[derive(Default)]
 struct Kinds {
     member: Gaps,
     driver: Gaps,
     anew: Gaps,
-    /// Pauses over what loading and computing anew took.
+    /// Pauses divided by the time for loading and recomputing.
     shares: Vec<f64>,
 }
 
@@ -93,7 +93,7 @@ async fn one_pause(
         true => all.driver.add(gap),
         false => all.member.add(gap),
     }
-    // Parts say what they did four times a second.
+    // Parts report their counters four times a second.
     tokio::time::sleep(Duration::from_millis(600)).await;
     let after = cluster.wait_for_ring(|ring| ring.serves()).await?;
     let layers = ring.stages[stage].layers;
@@ -135,7 +135,7 @@ pub(crate) async fn mirror_cost(args: &Args, report: &mut Report) -> Result<()> 
     }
     for pair in 0..args.pairs {
         let ask = Ask::greedy(long_question(pair, 100), 200);
-        // Who goes first changes from pair to pair.
+        // The first in turn alternates from pair to pair.
         for turn in 0..2 {
             let which = (pair + turn) % 2;
             let answer = ask.ask(&clusters[which].client()?).await?;

@@ -16,7 +16,7 @@ const CLIENTS: usize = 4;
 /// Requests that a ring runs at once.
 const SLOTS: usize = 8;
 const EVERY: Duration = Duration::from_secs(20);
-/// How long a worker hangs, is cut off or slow.
+/// Duration of a hang, a cut or slowness of a worker.
 const LASTS: Duration = Duration::from_secs(8);
 /// More than this is not noise.
 const GROWTH: u64 = 48 << 20;
@@ -123,7 +123,7 @@ async fn after_the_storm(
     report: &mut Report,
 ) -> Result<()> {
     cluster.wait_until_idle().await?;
-    // A slot that nobody used since may hold a few rows more in one part than in another: what an ended answer left behind is
+    // An unused slot may hold a few rows more in one part than in another, since rows of an ended answer are
     // not replayed. So every slot is used once more; then all parts must hold the same rows, and only those.
     let last: Vec<Ask> = (0..SLOTS)
         .map(|number| Ask::greedy(question(number * 11 + 50), 20))

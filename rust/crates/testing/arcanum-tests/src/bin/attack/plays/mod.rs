@@ -1,4 +1,4 @@
-//! Attacks by clients: what they send is bounded, each says at its end what it did and what it got.
+//! Attacks by clients: each sends a bounded load and prints its counts at its end.
 
 mod greedy;
 mod poison;
@@ -54,7 +54,7 @@ impl Play {
         value.map_or_else(String::new, |value| value.get_name().to_owned())
     }
 
-    /// Whether it comes with an API key, or stands in a trusted network.
+    /// True if the attacker has an API key, or is in a trusted network.
     pub(crate) fn is_client(self) -> bool {
         use Play::{
             ChunkBombs, Forged, Greedy, PoisonDigits, PoisonObjects, SlowReaders, Templates,
@@ -92,7 +92,7 @@ impl Play {
     }
 }
 
-/// Counts what was sent and what came of it.
+/// Counts of sent requests and their outcomes.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Tally(Arc<Mutex<BTreeMap<String, u64>>>);
 
@@ -116,7 +116,7 @@ impl Tally {
     }
 }
 
-/// As many open files as this process may have.
+/// Raises the limit of open files as far as this process may.
 pub(crate) fn raise_file_limit() {
     if let Ok((_, hard)) = getrlimit(Resource::RLIMIT_NOFILE) {
         let _ = setrlimit(Resource::RLIMIT_NOFILE, hard, hard);
@@ -131,7 +131,7 @@ fn post(targets: &Targets, path: &str, length: usize) -> String {
     )
 }
 
-/// Sends a whole request and reads the answer; the status, or what happened instead.
+/// Sends a whole request and reads the answer; returns the status, or the failure.
 async fn exchange(targets: &Targets, path: &str, body: &[u8]) -> String {
     let exchange = async {
         let mut stream = TcpStream::connect(targets.http).await?;

@@ -74,7 +74,7 @@ pub(super) async fn readers(targets: Arc<Targets>, tally: Tally) {
     .await;
 }
 
-/// Nothing at all.
+/// Connections that send nothing.
 pub(super) async fn idle(targets: Arc<Targets>, tally: Tally) {
     hold(1_100, targets, tally, |mut stream, _| async move {
         loop {

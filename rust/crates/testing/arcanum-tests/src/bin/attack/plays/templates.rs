@@ -1,4 +1,4 @@
-//! Model files whose chat templates mean harm, planted in a folder that a worker watches.
+//! Model files with malicious chat templates, planted in a folder that a worker watches.
 
 use std::fs;
 use std::sync::Arc;
@@ -11,7 +11,7 @@ use serde_json::json;
 use super::{Tally, exchange};
 use crate::targets::Targets;
 
-/// Plants one file after the other, and asks for what is in them.
+/// Plants one file after the other, and asks for their models.
 pub(super) async fn templates(targets: Arc<Targets>, tally: Tally) {
     let templates = [
         ("planted-minus", format!("{{{{ {}1 }}}}", "-".repeat(6_000))),
@@ -58,8 +58,8 @@ fn plant(targets: &Targets, name: &str, template: &str) -> Result<()> {
     files::replace(&path, &bytes, files::PUBLIC).with_context(|| path.display().to_string())
 }
 
-/// Writes another chat template into a GGUF file. What follows the header keeps its place in a block of 32 bytes, so that offsets
-/// of tensors stay right.
+/// Writes another chat template into a GGUF file. The data behind the header keeps its offset modulo 32, so
+/// that offsets of tensors stay right.
 fn replace_template(file: &mut Vec<u8>, template: &str) -> Result<()> {
     const KEY: &[u8] = b"tokenizer.chat_template";
     const STRING: u32 = 8;

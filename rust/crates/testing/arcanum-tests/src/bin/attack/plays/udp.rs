@@ -1,4 +1,4 @@
-//! Attacks in datagrams.
+//! Attacks by UDP datagrams.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -13,7 +13,7 @@ use crate::targets::Targets;
 
 const CHALLENGE: u8 = 0x28;
 const CHALLENGE_REPLY: u8 = 0x29;
-/// Datagrams a second, so that the sockets of one attacker are not what is measured.
+/// Datagrams a second, so that the sockets of one attacker are not the bottleneck.
 const PACE: u64 = 8_000;
 
 /// A task of 16 MiB of small objects in Chunks every 10 s; between them the beginnings of payloads that never become whole.
@@ -105,7 +105,7 @@ async fn pace(begun: Instant, sent: u64) {
     }
 }
 
-/// Heartbeats of DCF v5.0.0, and an answer of its own to whatever task comes.
+/// Heartbeats of DCF v5.0.0, and a forged answer to every task.
 pub(super) async fn forged(targets: Arc<Targets>, tally: Tally) {
     let Ok(socket) = UdpSocket::bind("0.0.0.0:0").await else {
         return tally.count("no socket");
