@@ -21,6 +21,17 @@ pub fn give_back_freed() {
     }
 }
 
+/// Gives the pages of the heaps that hold nothing back to the system. Small buffers of many short connections leave such pages between
+/// others. It takes some milliseconds, in which other threads cannot allocate.
+pub fn trim() {
+    // SAFETY: the allocator gives back pages that nobody holds; it may be called at any time by any thread.
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    #[allow(unsafe_code)]
+    unsafe {
+        libc::malloc_trim(0)
+    };
+}
+
 /// Minimum size in bytes of buffers outside the heaps. This is glibc's default, but fixed.
 #[cfg(all(target_os = "linux", target_env = "gnu"))]
 const LARGE: libc::c_int = 128 << 10;

@@ -2,9 +2,10 @@
 
 use std::io;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use dcf::ErrorCode;
+use mesh_base::allocator;
 use mesh_net::discovery::{Announcement, Discovery};
 use mesh_net::quic::{ConnectError, LinkConfig, Listener};
 use mesh_net::trust::{Admission, Authority, NodeIdentity, Role, TrustError, Validity};
@@ -324,10 +325,15 @@ async fn tick(mesh: Arc<Mesh>, heart: Heart) {
     let mut ticks = tokio::time::interval(HOUSEKEEPING);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut told = String::new();
+    let mut trimmed = Instant::now();
     loop {
         ticks.tick().await;
         heart.beat();
         mesh.tick();
+        if trimmed.elapsed() >= TRIM_EVERY {
+            allocator::trim();
+            trimmed = Instant::now();
+        }
         let (queued, running) = mesh.in_flight();
         let workers = mesh.with_registry(|registry| registry.len());
         let status = format!("{workers} workers, {running} requests running, {queued} waiting");
@@ -342,4 +348,5 @@ async fn tick(mesh: Arc<Mesh>, heart: Heart) {
 const SECRETS: [&str; 4] = ["root.key", "node.key", "tokens.json", "admin.key"];
 const HOUSEKEEPING: Duration = Duration::from_millis(50);
 const HOUSEKEEPING_LIMIT: Duration = Duration::from_secs(10);
+const TRIM_EVERY: Duration = Duration::from_secs(5);
 const GOODBYE: Duration = Duration::from_secs(2);
