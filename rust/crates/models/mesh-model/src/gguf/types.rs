@@ -26,12 +26,19 @@ struct Layout(u32, &'static str, usize, usize);
 
 impl GgmlType {
     /// Every type, for tests and tables.
-    pub const ALL: [GgmlType; 11] = {
-        use GgmlType::*;
-        [
-            F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K,
-        ]
-    };
+    pub const ALL: [Self; 11] = [
+        Self::F32,
+        Self::F16,
+        Self::BF16,
+        Self::Q4_0,
+        Self::Q4_1,
+        Self::Q5_0,
+        Self::Q5_1,
+        Self::Q8_0,
+        Self::Q4_K,
+        Self::Q5_K,
+        Self::Q6_K,
+    ];
 
     const fn layout(self) -> Layout {
         match self {

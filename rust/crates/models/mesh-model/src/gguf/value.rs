@@ -24,12 +24,21 @@ pub enum ValueType {
 
 impl ValueType {
     /// All types in the order of their numbers in a file.
-    const ALL: [ValueType; 13] = {
-        use ValueType::*;
-        [
-            U8, I8, U16, I16, U32, I32, F32, Bool, String, Array, U64, I64, F64,
-        ]
-    };
+    const ALL: [Self; 13] = [
+        Self::U8,
+        Self::I8,
+        Self::U16,
+        Self::I16,
+        Self::U32,
+        Self::I32,
+        Self::F32,
+        Self::Bool,
+        Self::String,
+        Self::Array,
+        Self::U64,
+        Self::I64,
+        Self::F64,
+    ];
 
     pub(super) fn from_id(id: u32) -> Option<Self> {
         Self::ALL.get(id as usize).copied()
