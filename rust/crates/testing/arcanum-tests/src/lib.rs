@@ -8,8 +8,8 @@
 //! - [`rescore`] checks a stream against the model itself;
 //! - [`flood`] makes malformed and malicious datagrams;
 //! - [`load`] keeps streams open beside threads that burn processor time;
-//! - [`liar`] is a member that gives away other models than it claims, [`rogue`] a worker with one lie of its
-//! own;
+//! - [`liar`] is a member that gives away other models than it claims;
+//! - [`rogue`] is a worker with one lie of its own;
 //! - [`report`] is the table of a long run;
 //! - [`Seed`] makes every random choice of a test repeatable.
 

@@ -770,7 +770,6 @@ mod tests {
             let args = Args::try_parse_from(words).expect(size);
             let Command::Models(ModelsArgs {
                 command: ModelsCommand::Gc { limit, .. },
-                ..
             }) = args.command
             else {
                 panic!("another command");

@@ -14,16 +14,20 @@ use tokio::signal::unix::{SignalKind, signal};
 ///
 /// # Errors
 /// Those of `work`, and if signals cannot be caught.
-pub async fn until_signal<T>(work: impl Future<Output = Result<T>>) -> Result<T> {
-    let caught = |kind| signal(kind).context("catching a signal");
-    let mut interrupt = caught(SignalKind::interrupt())?;
-    let mut terminate = caught(SignalKind::terminate())?;
-    // The branches that lose are dropped before the code of the one that wins runs.
-    let signal = tokio::select! {
-        done = work => return done,
-        _ = interrupt.recv() => Signal::SIGINT,
-        _ = terminate.recv() => Signal::SIGTERM,
-    };
-    eprintln!("{signal}: services are stopped");
-    std::process::exit(128 + signal as i32);
+pub fn until_signal<T>(work: impl Future<Output = Result<T>>) -> impl Future<Output = Result<T>> {
+    // A program's whole work is a large future.
+    let work = Box::pin(work);
+    async move {
+        let caught = |kind| signal(kind).context("catching a signal");
+        let mut interrupt = caught(SignalKind::interrupt())?;
+        let mut terminate = caught(SignalKind::terminate())?;
+        // The branches that lose are dropped before the code of the one that wins runs.
+        let signal = tokio::select! {
+            done = work => return done,
+            _ = interrupt.recv() => Signal::SIGINT,
+            _ = terminate.recv() => Signal::SIGTERM,
+        };
+        eprintln!("{signal}: services are stopped");
+        std::process::exit(128 + signal as i32);
+    }
 }

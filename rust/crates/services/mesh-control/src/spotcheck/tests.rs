@@ -431,7 +431,7 @@ fn a_newcomer_does_not_wait_for_those_that_are_gone_or_late() {
     let all = peers(&["a", "b", "x"]);
     let round = checks.question(&weights, "x", 2, begun).round;
     checks.answered(&weights, "x", (round, honest(7)), &all, SCHEDULE, begun);
-    assert_eq!(checks.waiting(), [weights.clone()]);
+    assert_eq!(checks.waiting(), std::slice::from_ref(&weights));
     assert_eq!(checks.look_again(&weights, &all, SCHEDULE, begun), []);
 
     // Both that it waits for are gone.
