@@ -68,11 +68,17 @@ impl Memory {
             if yours <= own {
                 bytes = bytes.min(self.share().saturating_sub(own));
             }
-            if yours.saturating_add(bytes) > self.share() {
-                let (used, limit) = (yours, self.share());
-                return Err(TooMuch::Yours { used, limit });
+            // A twelfth is for small requests: an upload does not keep them out.
+            let reserve = match own.saturating_add(bytes) <= limit / SMALL {
+                true => 0,
+                false => limit / 12,
+            };
+            let share = self.share() + limit / 12 - reserve;
+            if yours.saturating_add(bytes) > share {
+                let used = yours;
+                return Err(TooMuch::Yours { used, limit: share });
             }
-            if used.saturating_add(bytes) > limit {
+            if used.saturating_add(bytes) > limit - reserve {
                 return Err(TooMuch::All { used, limit });
             }
         }
@@ -105,6 +111,9 @@ impl Memory {
         self.used
     }
 }
+
+/// The limit divided by it is the size of a small request.
+const SMALL: u64 = 256;
 
 #[cfg(test)]
 mod tests {
@@ -147,7 +156,7 @@ mod tests {
         assert_eq!(memory.take(a, 130, 130), Ok(70), "the share is its limit");
         assert_eq!(memory.take(a, 200, 130), Ok(0));
         // Another request of the same client waits.
-        assert!(matches!(memory.take(a, 0, 1), Err(TooMuch::Yours { .. })));
+        assert!(matches!(memory.take(a, 0, 2), Err(TooMuch::Yours { .. })));
         memory.give(a, 100);
         assert_eq!(memory.take(a, 0, 50), Ok(50));
         assert!(matches!(
@@ -156,6 +165,19 @@ mod tests {
         ));
         assert_eq!(memory.take(a, 100, 50), Ok(50), "what fits is had");
         assert!(matches!(memory.take(b, 0, 101), Err(TooMuch::All { .. })));
+    }
+
+    #[test]
+    fn uploads_leave_room_for_small_requests_of_theirs_and_others() {
+        let mut memory = Memory::new(24 << 20);
+        let (a, b) = (Origin::Key(1), Origin::Key(2));
+        assert_eq!(memory.take(a, 0, 16 << 20), Ok(16 << 20));
+        assert_eq!(memory.take(b, 0, 6 << 20), Ok(6 << 20));
+        for origin in [a, b, Origin::Unknown] {
+            assert_eq!(memory.take(origin, 0, 64 << 10), Ok(64 << 10));
+        }
+        let large = memory.take(Origin::Unknown, 0, 128 << 10);
+        assert!(matches!(large, Err(TooMuch::All { .. })));
     }
 
     #[test]
