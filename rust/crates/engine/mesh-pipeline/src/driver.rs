@@ -61,7 +61,7 @@ pub enum DriverEvent {
     NoStandby,
     /// The standby has taken in this many messages.
     Mirrored(u64),
-    /// The ring has ended, or this worker is no longer its driver.
+    /// The ring ended, or another worker drives it now.
     End(RequestError),
 }
 

@@ -86,7 +86,7 @@ pub enum HubError {
         /// URL of the page that creates tokens.
         tokens_url: String,
     },
-    /// The model is gated, and there is no token.
+    /// The model is gated, and no token is set.
     #[error(
         "{repo} is given only to those who have accepted its licence: log in at {url}, accept it there, then set HF_TOKEN (or \
          HF_TOKEN_FILE) to a token with read access, made at {tokens_url}"

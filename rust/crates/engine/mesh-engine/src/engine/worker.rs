@@ -299,8 +299,8 @@ impl Worker {
         true
     }
 
-    /// Takes in the next outcome of the steps under way; returns `false` if there is none. An error ends the
-    /// engine.
+    /// Takes in the next outcome of the running steps; returns `false` when no outcome is ready. An error ends
+    /// the engine.
     fn poll(&mut self) -> Result<bool, RequestError> {
         let (runner, scheduler, failures) =
             (&mut self.runner, &mut self.scheduler, &mut self.failures);

@@ -3,7 +3,8 @@
 //! The network delivers the messages of one stream in order, as QUIC does, each message after a delay of its
 //! own, so streams overtake each other. Workers are killed, which loses everything that was on its way from
 //! them; or stopped, which the head learns only from the driver's suspicion or from an answer that does not
-//! go on. The head promotes standbys, uses empty workers where there is no standby, and chooses new standbys.
+//! go on. The head promotes standbys, uses empty workers for stages without a standby, and chooses new
+//! standbys.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap};

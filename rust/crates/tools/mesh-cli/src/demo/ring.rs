@@ -89,12 +89,13 @@ pub(super) fn stages(registry: &Value) -> Vec<String> {
 /// The ring's own measurement of its last recovery.
 pub(super) fn recovery(registry: &Value) -> String {
     match list(&registry["recoveries"]).last() {
-        Some(last) => format!(
-            "the ring's own account: {:.0} ms from the last token before to the first one after, {} rows computed again",
-            last["gap_ms"].as_f64().unwrap_or(0.0),
-            number(&last["rows"])
-        ),
-        None => "the ring gave no account of its recovery".to_owned(),
+        Some(last) => {
+            let rows = number(&last["rows"]);
+            let gap = last["gap_ms"].as_f64().unwrap_or(0.0);
+            let noun = if rows == 1 { "row" } else { "rows" };
+            format!("ring recovered in {gap:.0} ms ({rows} {noun} recomputed)")
+        }
+        None => "the ring did not report its recovery".to_owned(),
     }
 }
 
