@@ -420,7 +420,7 @@ impl HeadLink {
                         Err(error) => tracing::warn!(%error, "a Ring that cannot be read"),
                     },
                     Ok(Some(message)) if message.kind == MsgType::SOURCES => match Sources::decode(message.payload) {
-                        Ok(sources) => self.host.stored().sources(sources),
+                        Ok(sources) => self.host.stored().core().change(|core| core.catalogue.sources_told(sources)),
                         Err(error) => tracing::warn!(%error, "Sources that cannot be read"),
                     },
                     Ok(Some(message)) if message.kind == MsgType::EXPELLED => match Expelled::decode(message.payload) {

@@ -9,6 +9,7 @@
 
 mod answer;
 pub mod config;
+mod core;
 mod encoder;
 #[cfg(test)]
 mod engine_death;
@@ -22,6 +23,7 @@ mod life;
 mod loading;
 mod metrics;
 mod models;
+mod peers;
 mod preparations;
 mod rings;
 mod service;

@@ -339,7 +339,7 @@ impl Loading {
         let path = models.path(&held).await.map_err(failed)?;
         let (config, host, asked) = (config.clone(), self.host.clone(), name.to_owned());
         let loaded = tokio::task::spawn_blocking(move || {
-            let (name, fingerprint) = (held.served_as(&asked), held.file_fingerprint());
+            let (name, fingerprint) = (held.map().served_as(&asked), held.map().file_fingerprint());
             let templates = Some(host.templates());
             Loaded::load(&path, Some(&name), Some(&fingerprint), &config, templates)
         });
@@ -363,7 +363,7 @@ impl Loading {
         let path = models.path(&held).await.map_err(failed)?;
         let (host, asked) = (self.host.clone(), name.to_owned());
         let added = tokio::task::spawn_blocking(move || {
-            let name = held.served_as(&asked);
+            let name = held.map().served_as(&asked);
             host.rings().add(&name, &path, &held)?;
             host.look_at_shards();
             Ok(())
@@ -563,7 +563,12 @@ impl Loading {
             }
             return;
         }
-        let mut texts = vec![self.host.stored().lacking()];
+        let lacking = self
+            .host
+            .stored()
+            .core()
+            .with(|core| core.catalogue.lacking());
+        let mut texts = vec![lacking];
         for (name, error) in &state.pending {
             match error {
                 Some(error) => texts.push(error.clone()),

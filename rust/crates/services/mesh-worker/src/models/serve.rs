@@ -10,8 +10,9 @@ use mesh_proto::{
 };
 use prost::Message as _;
 
-use super::held::Held;
-use super::{Models, message};
+use super::context::{Context, message};
+use super::files::ReplicaFiles;
+use super::library::Models;
 
 /// Returns true if a stream that begins with this message is for this module.
 pub(crate) fn is_ours(kind: MsgType) -> bool {
@@ -20,18 +21,19 @@ pub(crate) fn is_ours(kind: MsgType) -> bool {
 
 /// Serves a stream that the worker `node_id` opened, of which `first` was the first message.
 pub(crate) async fn serve(models: Arc<Models>, node_id: String, first: Message, stream: MsgStream) {
-    let served = models
+    let context = models.context().clone();
+    let served = context
         .takers
-        .hold(node_id, serve_one(models.clone(), first, stream));
+        .hold(node_id, serve_one(context.clone(), first, stream));
     if served.await.is_err() {
         tracing::debug!("a worker's stream was given up for another");
     }
 }
 
-async fn serve_one(models: Arc<Models>, first: Message, mut stream: MsgStream) {
+async fn serve_one(context: Arc<Context>, first: Message, mut stream: MsgStream) {
     let served = match first.kind {
-        MsgType::MANIFEST_REQUEST => manifest(&models, first, &mut stream).await,
-        _ => return pieces(&models, first, stream).await,
+        MsgType::MANIFEST_REQUEST => manifest(&context, first, &mut stream).await,
+        _ => return pieces(&context, first, stream).await,
     };
     if let Err(failure) = served {
         tracing::debug!(%failure, "a manifest was not sent");
@@ -39,16 +41,16 @@ async fn serve_one(models: Arc<Models>, first: Message, mut stream: MsgStream) {
 }
 
 async fn manifest(
-    models: &Models,
+    context: &Context,
     first: Message,
     stream: &mut MsgStream,
 ) -> Result<(), StreamFailure> {
     let asked = ManifestRequest::decode(first.payload).unwrap_or_default();
-    let reply = match models.shared(&asked.fingerprint) {
-        Some(held) => message(
+    let reply = match shared(context, &asked.fingerprint) {
+        Some(files) => message(
             MsgType::MANIFEST_REPLY,
             &ManifestReply {
-                manifest: held.signed.to_bytes().into(),
+                manifest: files.map().signed().to_bytes().into(),
                 signatures: bytes::Bytes::new(),
             },
         ),
@@ -69,16 +71,15 @@ async fn manifest(
 
 /// Reports the pieces here, and again when there are more; sends the pieces that are asked for, one after
 /// another.
-async fn pieces(models: &Arc<Models>, first: Message, mut stream: MsgStream) {
+async fn pieces(context: &Arc<Context>, first: Message, mut stream: MsgStream) {
     let hello = PiecesHello::decode(first.payload).unwrap_or_default();
-    let Some(held) = models.shared(&hello.fingerprint) else {
+    let Some(files) = shared(context, &hello.fingerprint) else {
         let _ = stream.send(unknown(&hello.fingerprint)).await;
         let _ = stream.finish();
         let _ = tokio::time::timeout(GOODBYE, stream.recv()).await;
         return;
     };
     let (mut send, mut recv) = stream.split();
-    let mut changes = held.changes();
     let mut look = tokio::time::interval(NEWS);
     look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut queue = std::collections::VecDeque::new();
@@ -103,21 +104,18 @@ async fn pieces(models: &Arc<Models>, first: Message, mut stream: MsgStream) {
                 _ => return,
             },
             _ = look.tick() => {
-                if told.is_none() || changes.has_changed().unwrap_or(false) {
-                    changes.mark_unchanged();
-                    let here = held.here();
-                    if told.as_ref() != Some(&here) {
-                        let news = PiecesHere { pieces: Some(here.to_proto()) };
-                        if send.send(message(MsgType::PIECES_HERE, &news)).await.is_err() {
-                            return;
-                        }
-                        told = Some(here);
+                let here = files.here();
+                if told.as_ref() != Some(&here) {
+                    let news = PiecesHere { pieces: Some(here.to_proto()) };
+                    if send.send(message(MsgType::PIECES_HERE, &news)).await.is_err() {
+                        return;
                     }
+                    told = Some(here);
                 }
             }
             () = std::future::ready(()), if busy => {
                 if let Some(piece) = queue.pop_front()
-                    && !piece_out(models, &held, piece, &mut send).await.unwrap_or(false)
+                    && !piece_out(context, &files, piece, &mut send).await.unwrap_or(false)
                 {
                     return;
                 }
@@ -128,22 +126,22 @@ async fn pieces(models: &Arc<Models>, first: Message, mut stream: MsgStream) {
 
 /// Sends a piece, or the message that it is not here. Returns false if the other side takes nothing of it.
 async fn piece_out(
-    models: &Arc<Models>,
-    held: &Arc<Held>,
+    context: &Context,
+    files: &Arc<ReplicaFiles>,
     piece: u32,
     send: &mut SendHalf,
 ) -> Result<bool, StreamFailure> {
     let read = {
         // Few at once: many disks are slow at doing many things, and a piece takes memory.
-        let _turn = models.reading.acquire().await;
-        let held = held.clone();
-        tokio::task::spawn_blocking(move || held.read(piece)).await
+        let _turn = context.reading.acquire().await;
+        let files = files.clone();
+        tokio::task::spawn_blocking(move || files.read(piece)).await
     };
     let data = match read {
         Ok(Ok(Some(data))) => data,
         Ok(Ok(None)) => return refuse(piece, send).await.map(|()| true),
         Ok(Err(error)) => {
-            tracing::warn!(model = held.manifest().name, piece, %error, "piece not sent");
+            tracing::warn!(model = files.map().manifest().name, piece, %error, "piece not sent");
             return refuse(piece, send).await.map(|()| true);
         }
         Err(error) => {
@@ -151,7 +149,7 @@ async fn piece_out(
             return refuse(piece, send).await.map(|()| true);
         }
     };
-    models.counters.sent.inc_by(data.len() as u64);
+    context.counters.sent.inc_by(data.len() as u64);
     let mut offset = 0;
     while offset < data.len() {
         let end = (offset + BLOCK).min(data.len());
@@ -184,6 +182,19 @@ async fn refuse(piece: u32, send: &mut SendHalf) -> Result<(), StreamFailure> {
         ..PieceData::default()
     };
     send.send(message(MsgType::PIECE_DATA, &refusal)).await
+}
+
+/// The files of the replica with this fingerprint, if others may have it.
+fn shared(context: &Context, fingerprint: &str) -> Option<Arc<ReplicaFiles>> {
+    let map = context.core.with(|core| {
+        let replica = core.catalogue.shared(fingerprint);
+        replica.map(|replica| replica.map().clone())
+    });
+    Some(ReplicaFiles::new(
+        map?,
+        context.store.as_ref()?,
+        &context.core,
+    ))
 }
 
 fn unknown(fingerprint: &str) -> Message {

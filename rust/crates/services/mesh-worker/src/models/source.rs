@@ -14,10 +14,10 @@ use mesh_store::{Digest, SignedManifest};
 use prost::Message as _;
 use tokio::sync::mpsc;
 
-use super::fetch::Writer;
-use super::held::Held;
-use super::message;
-use crate::rings::Peers;
+use super::context::message;
+use super::files::ReplicaFiles;
+use super::writer::Writer;
+use crate::peers::Peers;
 
 /// Orders to a source.
 pub(super) enum Order {
@@ -47,7 +47,7 @@ pub(super) enum News {
 pub(super) async fn run(
     peers: Peers,
     seat: Seat,
-    held: Arc<Held>,
+    files: Arc<ReplicaFiles>,
     writer: Arc<Writer>,
     orders: mpsc::UnboundedReceiver<Order>,
     news: mpsc::UnboundedSender<(String, News)>,
@@ -56,18 +56,22 @@ pub(super) async fn run(
     let tell = |what| {
         let _ = news.send((node.clone(), what));
     };
-    let reason = match open(&peers, &seat, &held).await {
-        Ok((_link, stream)) => talk(stream, &held, &writer, orders, &tell).await,
+    let reason = match open(&peers, &seat, &files).await {
+        Ok((_link, stream)) => talk(stream, &files, &writer, orders, &tell).await,
         Err(reason) => reason,
     };
     tell(News::Gone(reason));
 }
 
-async fn open(peers: &Peers, seat: &Seat, held: &Held) -> Result<(Link, MsgStream), String> {
+async fn open(
+    peers: &Peers,
+    seat: &Seat,
+    files: &ReplicaFiles,
+) -> Result<(Link, MsgStream), String> {
     let link = peers.link(seat).await?;
     let mut stream = link.open().await.map_err(|error| error.to_string())?;
     let hello = PiecesHello {
-        fingerprint: held.fingerprint().to_string(),
+        fingerprint: files.map().fingerprint().to_string(),
     };
     stream
         .send(message(MsgType::PIECES_HELLO, &hello))
@@ -85,7 +89,7 @@ struct Coming {
 /// Carries out orders and takes in messages; returns the reason for which that ended.
 async fn talk(
     stream: MsgStream,
-    held: &Arc<Held>,
+    files: &Arc<ReplicaFiles>,
     writer: &Arc<Writer>,
     mut orders: mpsc::UnboundedReceiver<Order>,
     tell: &impl Fn(News),
@@ -130,7 +134,7 @@ async fn talk(
                     return format!("{REFUSES}: {}", error.text);
                 }
                 match received.kind {
-                    MsgType::PIECES_HERE => match here(&received, held.pieces()) {
+                    MsgType::PIECES_HERE => match here(&received, files.map().count()) {
                         Ok(pieces) => tell(News::Here(pieces)),
                         Err(reason) => return reason,
                     },
@@ -159,8 +163,8 @@ async fn talk(
                             .take_if(|coming| coming.data.len() == coming.wanted.bytes as usize);
                         if let Some(whole) = whole {
                             owed.remove(&whole.wanted.piece);
-                            let (held, writer) = (held.clone(), writer.clone());
-                            let kept = tokio::task::spawn_blocking(move || keep(&held, &writer, whole));
+                            let (files, writer) = (files.clone(), writer.clone());
+                            let kept = tokio::task::spawn_blocking(move || keep(&files, &writer, whole));
                             match kept.await {
                                 Ok(news) => tell(news),
                                 Err(error) => tell(News::Disk(error.to_string())),
@@ -201,10 +205,10 @@ fn take_part(coming: &mut Option<Coming>, wanted: Wanted, part: &PieceData) -> R
 }
 
 /// Compares a piece with the manifest and writes it. Blocks.
-fn keep(held: &Held, writer: &Writer, coming: Coming) -> News {
+fn keep(files: &ReplicaFiles, writer: &Writer, coming: Coming) -> News {
     match coming.wanted.verify(&coming.data) {
         Err(bad) => News::Bad(bad),
-        Ok(verified) => match writer.write(held, verified.piece(), &coming.data) {
+        Ok(verified) => match writer.write(files, verified.piece(), &coming.data) {
             Ok(()) => News::Piece(verified),
             Err(error) => News::Disk(error),
         },

@@ -884,7 +884,7 @@ impl Deployment {
 
 /// Mirrors to a standby, and begins again when that breaks: the standby may still be loading, or have lost
 /// step. Whether it is still the right one is for the head to say.
-async fn keep_mirroring(peers: super::peers::Peers, seat: Seat, hello: RingHello, target: Target) {
+async fn keep_mirroring(peers: crate::peers::Peers, seat: Seat, hello: RingHello, target: Target) {
     loop {
         let reason = match streams::open(&peers, &seat, &hello).await {
             Ok((_link, stream)) => streams::mirror_out(stream, target.clone()).await,

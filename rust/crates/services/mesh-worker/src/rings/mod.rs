@@ -11,7 +11,6 @@ mod driver;
 mod offer;
 mod part;
 mod paths;
-mod peers;
 mod progress;
 mod streams;
 #[cfg(test)]
@@ -41,12 +40,12 @@ use tokio::sync::{Notify, mpsc};
 use self::carrier::Carrier;
 use self::deployment::{Deployment, Event};
 use self::part::message;
-pub(crate) use self::peers::Peers;
 use self::progress::Progress;
 use crate::config::Config;
 use crate::error::WorkerError;
 use crate::host::{Answering, Failure};
-use crate::models::{self, Held, Models};
+use crate::models::{self, Models, ReplicaFiles};
+use crate::peers::{self, Peers};
 
 /// Everything about rings on this worker.
 pub(crate) struct Rings {
@@ -77,7 +76,7 @@ pub(crate) struct Shard {
     format: WeightFormat,
     offer: ShardOffer,
     /// The stored model, if only parts of it may be here.
-    held: Option<Arc<Held>>,
+    held: Option<Arc<ReplicaFiles>>,
 }
 
 /// A model that a ring with its driver here serves.
@@ -142,7 +141,12 @@ impl Rings {
 
     /// Offers one more model, `name`, whose header lies at `path`; its layers are fetched when they are
     /// needed. Blocks for as long as measuring takes.
-    pub(crate) fn add(&self, name: &str, path: &Path, held: &Arc<Held>) -> Result<(), WorkerError> {
+    pub(crate) fn add(
+        &self,
+        name: &str,
+        path: &Path,
+        held: &Arc<ReplicaFiles>,
+    ) -> Result<(), WorkerError> {
         let (shard, profile) = offer::measure_stored(name, path, held, &self.config)?;
         self.add_shard(shard, profile)
     }
@@ -201,7 +205,7 @@ impl Rings {
         tracing::info!(%address, "listening for other workers");
         let peers = Peers::new(identity.clone());
         self.models
-            .listen(peers, identity.node_id(), address.port());
+            .listen(peers, &identity.node_id(), address.port());
         *net = Some(Net {
             node_id: identity.node_id(),
             address,

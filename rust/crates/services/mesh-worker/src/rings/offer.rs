@@ -14,7 +14,7 @@ use super::Shard;
 use crate::config::Config;
 use crate::error::WorkerError;
 use crate::host::{self, Failure, Source};
-use crate::models::{Held, may_be_fetched};
+use crate::models::{ReplicaFiles, may_be_fetched};
 
 /// Opens those models of `config.shards` that are files at hand and measures their cost here. Earlier
 /// measurements are kept in the state directory. A fault of one model becomes a [`Failure`] of that model
@@ -120,12 +120,12 @@ pub(super) fn open_again(
 pub(super) fn measure_stored(
     name: &str,
     path: &Path,
-    held: &Arc<Held>,
+    held: &Arc<ReplicaFiles>,
     config: &Arc<Config>,
 ) -> Result<(Shard, NodeProfile), WorkerError> {
     let mut profiler = Profiler::take(profile_options(config, None));
     let model = Model::open(path)?;
-    let fingerprint = held.file_fingerprint();
+    let fingerprint = held.map().file_fingerprint();
     // Speeds are kept under it, and the file's own bytes need not be there: weights that are holes are zeros,
     // and no kernel looks at values.
     model.know_fingerprint(&fingerprint);
@@ -136,7 +136,7 @@ pub(super) fn measure_stored(
 }
 
 /// Opens the model `held` again: it may have been written to since it was opened the last time.
-pub(super) fn open_stored(held: &Held) -> Result<Model, String> {
+pub(super) fn open_stored(held: &ReplicaFiles) -> Result<Model, String> {
     let open = || {
         let path = held.path().map_err(|error| error.to_string())?;
         Model::open(path).map_err(|error| error.to_string())

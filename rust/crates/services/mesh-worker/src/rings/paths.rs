@@ -3,10 +3,11 @@
 use std::convert::Infallible;
 use std::time::Duration;
 
-use mesh_net::quic::{Link, probe};
+use mesh_net::quic::Link;
 use mesh_proto::PathProfile;
 
-use super::{Rings, lock, peers};
+use super::{Rings, lock};
+use crate::peers::{self, bandwidth};
 
 impl Rings {
     /// Measures the paths to the head and to other workers, each once, while no ring has anything to do, and
@@ -34,25 +35,6 @@ impl Rings {
     }
 }
 
-/// The best of several measurements: a machine that is busy meanwhile looks slower than its network. `None`:
-/// none succeeded.
-pub(super) async fn bandwidth(link: &Link) -> Option<f64> {
-    let mut best: Option<f64> = None;
-    for again in 0..MEASUREMENTS {
-        if again > 0 {
-            tokio::time::sleep(REST).await;
-        }
-        match probe::bandwidth(link).await {
-            Ok(found) => best = Some(found.max(best.unwrap_or_default())),
-            Err(error) => {
-                tracing::debug!(peer = link.node_name(), %error, "bandwidth not measured");
-                break;
-            }
-        }
-    }
-    best
-}
-
 /// Returns true if a plan might judge them differently: a new path, a round trip that is half as long again,
 /// or another bandwidth.
 pub(super) fn differ(before: &[PathProfile], now: &[PathProfile]) -> bool {
@@ -67,12 +49,6 @@ pub(super) fn differ(before: &[PathProfile], now: &[PathProfile]) -> bool {
 
 /// Round trips below this, microseconds, are all the same to a plan.
 const LEAST_RTT: u32 = 1_000;
-
-/// Measurements of a path.
-const MEASUREMENTS: u32 = 3;
-
-/// Pause between two measurements.
-const REST: Duration = Duration::from_millis(300);
 
 /// A mesh that starts all at once is loading until then, and its machines are too busy to measure anything.
 /// Parts from an earlier run are planned in the same places again without figures that are new each time.

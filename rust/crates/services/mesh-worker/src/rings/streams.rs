@@ -16,7 +16,7 @@ use prost::Message as _;
 
 use super::driver::DriverHandle;
 use super::part::{Command, Counters, Outflow, PartHandle, message};
-use super::peers::Peers;
+use crate::peers::Peers;
 
 /// Target of a stream on this worker.
 #[derive(Clone)]

@@ -6,11 +6,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use mesh_base::addresses::{self, race};
-use mesh_net::quic::{Connector, Link, LinkConfig};
+use mesh_net::quic::{Connector, Link, LinkConfig, probe};
 use mesh_net::trust::{NodeIdentity, Role};
 use mesh_proto::{PathProfile, Seat};
-
-use super::paths;
 
 /// Dials other workers.
 #[derive(Clone)]
@@ -43,7 +41,7 @@ impl Made {
 
 impl Peers {
     /// For a node with this identity.
-    pub(super) fn new(identity: NodeIdentity) -> Self {
+    pub(crate) fn new(identity: NodeIdentity) -> Self {
         Peers {
             identity,
             links: Arc::default(),
@@ -51,7 +49,7 @@ impl Peers {
     }
 
     /// The paths to workers that there are links to.
-    pub(super) fn paths(&self) -> Vec<PathProfile> {
+    pub(crate) fn paths(&self) -> Vec<PathProfile> {
         let links = self.links.lock().unwrap_or_else(PoisonError::into_inner);
         let open = links.iter().filter_map(|(node_id, entry)| {
             // One that is being made has not been measured.
@@ -63,7 +61,7 @@ impl Peers {
     }
 
     /// Notes how far the workers are away that there are links to.
-    pub(super) fn note_round_trips(&self) {
+    pub(crate) fn note_round_trips(&self) {
         let links = self.links.lock().unwrap_or_else(PoisonError::into_inner);
         for entry in links.values() {
             if let Ok(mut made) = entry.try_lock()
@@ -92,7 +90,7 @@ impl Peers {
                 }
                 _ => continue,
             };
-            if let Some(bandwidth) = paths::bandwidth(&link).await
+            if let Some(bandwidth) = bandwidth(&link).await
                 && let Some(made) = &mut *entry.lock().await
                 && made.link.id() == link.id()
             {
@@ -102,7 +100,7 @@ impl Peers {
     }
 
     /// Makes the next stream to a worker use a new link. Streams on the present link are not disturbed.
-    pub(super) fn forget(&self, node_id: &str) {
+    pub(crate) fn forget(&self, node_id: &str) {
         let mut links = self.links.lock().unwrap_or_else(PoisonError::into_inner);
         links.remove(node_id);
     }
@@ -184,12 +182,31 @@ impl Peers {
 }
 
 /// A path to the node `node_id`, the head if that is empty, of so many bytes per second.
-pub(super) fn path(node_id: &str, rtt: Duration, bandwidth: f64) -> PathProfile {
+pub(crate) fn path(node_id: &str, rtt: Duration, bandwidth: f64) -> PathProfile {
     PathProfile {
         node_id: node_id.to_owned(),
         rtt_us: u32::try_from(rtt.as_micros()).unwrap_or(u32::MAX),
         bandwidth,
     }
+}
+
+/// The best of several measurements: a machine that is busy meanwhile looks slower than its network. `None`:
+/// none succeeded.
+pub(crate) async fn bandwidth(link: &Link) -> Option<f64> {
+    let mut best: Option<f64> = None;
+    for again in 0..MEASUREMENTS {
+        if again > 0 {
+            tokio::time::sleep(REST).await;
+        }
+        match probe::bandwidth(link).await {
+            Ok(found) => best = Some(found.max(best.unwrap_or_default())),
+            Err(error) => {
+                tracing::debug!(peer = link.node_name(), %error, "bandwidth not measured");
+                break;
+            }
+        }
+    }
+    best
 }
 
 /// A worker that does not answer within this time is not there. A handshake is some milliseconds of work on
@@ -198,3 +215,9 @@ const DIAL_TIMEOUT: Duration = Duration::from_millis(1500);
 
 /// Time that a worker with a new address has to answer at its old one.
 const MOVED: Duration = Duration::from_millis(500);
+
+/// Measurements of a path.
+const MEASUREMENTS: u32 = 3;
+
+/// Pause between two measurements.
+const REST: Duration = Duration::from_millis(300);

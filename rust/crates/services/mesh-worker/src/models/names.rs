@@ -1,38 +1,32 @@
-//! Checks the names of models in the configuration, and translates short names.
+//! Checks the names of models in the configuration.
 
-use std::collections::BTreeMap;
-use std::sync::Arc;
-
-use mesh_store::names::{close_names, short_names};
 use mesh_store::{Digest, local};
+use mesh_worker_core::Catalogue;
+use mesh_worker_core::names::{is_hub_name, is_short_name, may_be_fetched, unknown};
 
-use super::held::Held;
-use super::{is_at_hand, may_be_fetched, origin};
 use crate::config::Config;
 use crate::error::WorkerError;
 
-/// The name on the hub that a short name stands for; other names are returned unchanged.
-pub(super) fn long_name(name: &str) -> &str {
-    short_names().get(name).map_or(name, String::as_str)
+/// True if a name means a file or a folder on this machine.
+pub(crate) fn is_at_hand(name: &str, config: &Config) -> bool {
+    let folders = config.folders();
+    mesh_model::encoder::find(name, &folders).is_some() || local::resolve(name, &folders).is_ok()
 }
 
-/// Checks the names in `config` against the models here; `held` are those in the store.
+/// Checks the names in `config` against the models here; `catalogue` has those in the store.
 ///
 /// # Errors
 /// If a name certainly means nothing: it is not here, and neither another worker nor the hub can have a model
 /// of that name. Paths are checked when they are opened.
-pub(super) fn check(
-    config: &Config,
-    held: &BTreeMap<Digest, Arc<Held>>,
-) -> Result<(), WorkerError> {
+pub(super) fn check(config: &Config, catalogue: &Catalogue) -> Result<(), WorkerError> {
     // Other workers may call a model as they like, but no file has the form of a short name.
     let others = config.store.peers && config.has_head();
     let may_be = |name: &String| {
-        short_names().contains_key(name)
-            || origin::is_name(name)
+        is_short_name(name)
+            || is_hub_name(name)
             || name.parse::<Digest>().is_ok()
             || (others && !name.contains(':'))
-            || held.values().any(|held| held.is_called(name))
+            || catalogue.has_called(name)
             || is_at_hand(name, config)
             || !may_be_fetched(name)
     };
@@ -40,33 +34,24 @@ pub(super) fn check(
     let Some(name) = names.find(|name| !may_be(name)) else {
         return Ok(());
     };
-    let held: Vec<Arc<Held>> = held.values().cloned().collect();
+    let nearby = nearby(config);
+    let known = nearby.iter().map(String::as_str);
     Err(WorkerError::Unknown {
         name: name.clone(),
-        hint: unknown(&like(name, config, &held)),
+        hint: unknown(name, known.chain(catalogue.manifest_names())),
     })
 }
 
-/// Names that look like `name`, among the models here and the short names.
-pub(super) fn like(name: &str, config: &Config, held: &[Arc<Held>]) -> Vec<String> {
-    let locals = local::list(&config.folders()).unwrap_or_default();
-    let locals = locals.iter().map(|model| model.name.as_str());
-    let held = held.iter().map(|held| held.manifest().name.as_str());
-    let short = short_names().keys().map(String::as_str);
-    close_names(name, locals.chain(held).chain(short))
-}
-
-/// Message that a name is not known, with those that are `close` to it.
-pub(super) fn unknown(close: &[String]) -> String {
-    let close = match close {
-        [] => String::new(),
-        close => format!("; names like it are {}", close.join(", ")),
-    };
-    format!("and it is neither a short name nor one of the hub's, ORGANISATION/MODEL{close}")
+/// Names of the models in the folders of this machine.
+pub(super) fn nearby(config: &Config) -> Vec<String> {
+    let models = local::list(&config.folders()).unwrap_or_default();
+    models.into_iter().map(|model| model.name).collect()
 }
 
 #[cfg(test)]
 mod tests {
+    use mesh_worker_core::Rules;
+
     use super::*;
 
     fn config(name: &str) -> Config {
@@ -78,20 +63,13 @@ mod tests {
     }
 
     fn refusal(config: &Config) -> Option<String> {
-        let checked = check(config, &BTreeMap::new());
+        let checked = check(config, &Catalogue::new(Rules::default(), []));
         checked.err().map(|error| error.to_string())
     }
 
     #[test]
-    fn a_short_name_stands_for_one_on_the_hub() {
-        let id = "bartowski/Qwen2.5-7B-Instruct-GGUF:Q4_K_M";
-        assert_eq!(long_name("qwen2.5:7b"), id);
-        assert_eq!(long_name(id), id);
-        assert_eq!(refusal(&config("qwen2.5:7b")), None);
-    }
-
-    #[test]
     fn a_mistyped_short_name_is_refused_with_those_like_it() {
+        assert_eq!(refusal(&config("qwen2.5:7b")), None);
         let mistyped = config("qwen2.5:8b");
         let text = refusal(&mistyped).unwrap();
         assert!(text.contains("no model \"qwen2.5:8b\""), "{text}");

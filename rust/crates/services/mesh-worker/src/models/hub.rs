@@ -10,16 +10,11 @@ use mesh_store::{Digest, Store};
 use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
 
-use super::Models;
-
-/// Returns true if a name has the form of a hub name.
-pub(super) fn is_name(name: &str) -> bool {
-    name.parse::<HubName>().is_ok()
-}
+use super::context::Context;
 
 /// Counts bytes that arrive.
 struct Counting {
-    models: Arc<Models>,
+    context: Arc<Context>,
     name: String,
     arrived: AtomicU64,
     present: AtomicU64,
@@ -31,9 +26,9 @@ impl Counting {
         let arrived = self.arrived.load(Ordering::Relaxed);
         let present = self.present.load(Ordering::Relaxed);
         let total = self.total.load(Ordering::Relaxed);
-        self.models.seeks(&self.name, |sought| {
-            sought.origin_bytes = present + arrived;
-            sought.bytes_total = sought.bytes_total.max(total);
+        self.context.core.with(|core| {
+            let catalogue = &mut core.catalogue;
+            catalogue.hub_progress(&self.name, present + arrived, total);
         });
     }
 }
@@ -47,7 +42,7 @@ impl Watch for Counting {
 
     fn arrived(&self, bytes: u64) {
         self.arrived.fetch_add(bytes, Ordering::Relaxed);
-        self.models.counters.from_origin.inc_by(bytes);
+        self.context.counters.from_origin.inc_by(bytes);
     }
 
     fn waiting(&self, reason: &str, pause: Duration) {
@@ -58,25 +53,25 @@ impl Watch for Counting {
 /// Reason for which the hub does not give a model.
 #[derive(Debug, thiserror::Error)]
 #[error("{reason}")]
-pub(super) struct OriginError {
+pub(super) struct HubFailure {
     reason: String,
     /// Time for which it is left alone.
     pub(super) pause: Duration,
 }
 
-impl From<HubError> for OriginError {
+impl From<HubError> for HubFailure {
     fn from(error: HubError) -> Self {
-        OriginError {
+        HubFailure {
             reason: error.to_string(),
             pause: if error.is_refusal() { REFUSED } else { FAILED },
         }
     }
 }
 
-impl OriginError {
+impl HubFailure {
     /// Something else than the hub is in the way.
     pub(super) fn other(reason: impl ToString) -> Self {
-        OriginError {
+        HubFailure {
             reason: reason.to_string(),
             pause: FAILED,
         }
@@ -84,7 +79,7 @@ impl OriginError {
 
     /// An error for content that is not accepted.
     pub(super) fn refused(reason: impl ToString) -> Self {
-        OriginError {
+        HubFailure {
             reason: reason.to_string(),
             pause: REFUSED,
         }
@@ -94,14 +89,14 @@ impl OriginError {
 /// Brings the model that is sought as `name`, and called `hub_name` on the hub, into `store`. Dropping the
 /// future stops the transfer; bytes that have arrived by then are kept.
 pub(super) async fn fetch(
-    models: &Arc<Models>,
+    context: &Arc<Context>,
     store: &Store,
     name: &str,
     hub_name: &str,
-) -> Result<Digest, OriginError> {
+) -> Result<Digest, HubFailure> {
     let hub_name: HubName = hub_name.parse()?;
     let counting = Arc::new(Counting {
-        models: models.clone(),
+        context: context.clone(),
         name: name.to_owned(),
         arrived: AtomicU64::new(0),
         present: AtomicU64::new(0),
@@ -122,8 +117,8 @@ pub(super) async fn fetch(
     });
     match pulling.await {
         Ok(Some(pulled)) => pulled,
-        Ok(None) => Err(OriginError::other("it was broken off")),
-        Err(error) => Err(OriginError::other(error)),
+        Ok(None) => Err(HubFailure::other("it was broken off")),
+        Err(error) => Err(HubFailure::other(error)),
     }
 }
 
@@ -162,7 +157,7 @@ async fn run(
     store: &Store,
     hub_name: &HubName,
     counting: Arc<Counting>,
-) -> Result<Digest, OriginError> {
+) -> Result<Digest, HubFailure> {
     let hub = Hub::from_env()?;
     let options = PullOptions::default();
     let watch: Arc<dyn Watch> = counting.clone();
@@ -192,7 +187,7 @@ async fn run(
         "the model came from the hub"
     );
     let fingerprint = pulled.fingerprint;
-    fingerprint.ok_or_else(|| OriginError::other("only a part of the model came"))
+    fingerprint.ok_or_else(|| HubFailure::other("only a part of the model came"))
 }
 
 /// Time limit for the hub's answer about the files of a model.

@@ -1,0 +1,269 @@
+//! The rings that this worker has parts of, and the streams that other members open for them.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::time::{Duration, Instant};
+
+use mesh_proto::{ModelCard, Recovery, Ring, RingHello};
+
+use crate::deployment::{Deployment, LoadedPart, PartGauges, RingStep, StreamEnd};
+
+/// The deployments of this worker, by numbers that are not used again. `S` is a stream of another member.
+pub struct Deployments<S> {
+    node_id: String,
+    all: BTreeMap<u64, Deployment<S>>,
+    next: u64,
+    /// Streams for rings that the head may be about to name, each with the time until which it waits.
+    strays: VecDeque<(Instant, RingHello, String, S)>,
+    /// Time at which a part here last computed something.
+    active: Option<Instant>,
+}
+
+impl<S> Default for Deployments<S> {
+    fn default() -> Self {
+        Deployments {
+            node_id: String::new(),
+            all: BTreeMap::new(),
+            next: 0,
+            strays: VecDeque::new(),
+            active: None,
+        }
+    }
+}
+
+/// What an order of the head comes to.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Ordered {
+    /// A deployment with this number begins: [`Deployments::poll`] says what to do.
+    Begins(u64),
+    /// The deployment goes on, or ends.
+    Known,
+    /// It is not carried out.
+    Refused,
+}
+
+impl<S> Deployments<S> {
+    /// This worker's id, before anything is deployed.
+    pub fn identify(&mut self, node_id: String) {
+        self.node_id = node_id;
+    }
+
+    /// The head names the members of a ring, or none if it ends. `offered` is whether its model is offered here.
+    pub(crate) fn order(&mut self, ring: Ring, offered: bool, now: Instant) -> Ordered {
+        let id = ring.ring;
+        if let Some((_, deployment)) = self.of_ring(id) {
+            if ring.stages.is_empty() {
+                deployment.end(&ring.reason);
+            } else if !deployment.order(ring) {
+                let reason = format!("moved: {}", deployment.ring().reason);
+                deployment.end(&reason);
+            }
+            self.deliver(id, now);
+            return Ordered::Known;
+        }
+        if ring.stages.is_empty() {
+            return Ordered::Refused;
+        }
+        let model = ring.model.clone();
+        if self.node_id.is_empty() {
+            tracing::error!(model, "a ring for a worker that offers nothing");
+            return Ordered::Refused;
+        }
+        if !offered {
+            tracing::error!(model, "the head wants a model that is not here");
+            return Ordered::Refused;
+        }
+        let mut deployment = Deployment::new(id, &self.node_id);
+        if !deployment.order(ring) {
+            deployment.end("moved: this worker has no part in it");
+        }
+        let number = self.next;
+        self.next += 1;
+        self.all.insert(number, deployment);
+        self.deliver(id, now);
+        Ordered::Begins(number)
+    }
+
+    /// The present deployment of a ring.
+    fn of_ring(&mut self, ring: u64) -> Option<(u64, &mut Deployment<S>)> {
+        let mut all = self.all.iter_mut();
+        let (number, deployment) =
+            all.find(|(_, deployment)| deployment.id == ring && !deployment.is_ended())?;
+        Some((*number, deployment))
+    }
+
+    /// The link to the head is gone: what it deployed ends.
+    pub(crate) fn head_lost(&mut self) {
+        for deployment in self.all.values_mut() {
+            deployment.end("moved: the link to the head is lost");
+        }
+    }
+
+    /// Another member opened a stream, for a ring that the head may be about to name. Streams that are returned
+    /// lead nowhere.
+    #[must_use]
+    pub fn stream_came(
+        &mut self,
+        hello: RingHello,
+        peer: String,
+        stream: S,
+        now: Instant,
+    ) -> Vec<S> {
+        let mut refused = self.expire_strays(now);
+        match self.of_ring(hello.ring) {
+            Some((_, deployment)) => deployment.stream_came(hello, peer, stream),
+            None => {
+                let until = now + STRAY_PATIENCE;
+                self.strays.push_back((until, hello, peer, stream));
+            }
+        }
+        while self.strays.len() > MOST_STRAYS {
+            let oldest = self.strays.pop_front();
+            refused.extend(oldest.map(|(.., stream)| stream));
+        }
+        refused
+    }
+
+    /// Streams for rings that the head did not name in time.
+    #[must_use]
+    pub fn expire_strays(&mut self, now: Instant) -> Vec<S> {
+        let mut expired = Vec::new();
+        while let Some((until, ..)) = self.strays.front()
+            && *until <= now
+        {
+            let stray = self.strays.pop_front();
+            expired.extend(stray.map(|(.., stream)| stream));
+        }
+        expired
+    }
+
+    /// Hands the streams that came too early to the deployment of their ring.
+    fn deliver(&mut self, ring: u64, now: Instant) {
+        let strays = std::mem::take(&mut self.strays);
+        for (until, hello, peer, stream) in strays {
+            match self.of_ring(ring) {
+                Some((_, deployment)) if hello.ring == ring && until > now => {
+                    deployment.stream_came(hello, peer, stream);
+                }
+                _ => self.strays.push_back((until, hello, peer, stream)),
+            }
+        }
+    }
+
+    /// The next step of a deployment, and the ring as the head last named it. `gauges` are those of a stage's
+    /// part here, `card` the driver's description of the model.
+    pub fn poll(
+        &mut self,
+        number: u64,
+        now: Instant,
+        gauges: impl Fn(u32) -> PartGauges,
+        card: impl FnOnce() -> Option<ModelCard>,
+    ) -> (RingStep<S>, Ring) {
+        let Some(deployment) = self.all.get_mut(&number) else {
+            return (RingStep::End, Ring::default());
+        };
+        let step = deployment.poll(now, gauges, card);
+        let ring = deployment.ring().clone();
+        if matches!(step, RingStep::End) {
+            self.all.remove(&number);
+        }
+        (step, ring)
+    }
+
+    /// Result of [`RingStep::Load`]. Returns false if the part is not needed any more.
+    pub fn loaded(
+        &mut self,
+        number: u64,
+        load: u64,
+        stage: u32,
+        result: Result<LoadedPart, String>,
+    ) -> bool {
+        let deployment = self.all.get_mut(&number);
+        deployment.is_some_and(|deployment| deployment.loaded(load, stage, result))
+    }
+
+    /// Result of [`RingStep::StartDriver`].
+    pub fn driver_started(&mut self, number: u64, stage: u32, result: Result<(), String>) {
+        if let Some(deployment) = self.all.get_mut(&number) {
+            deployment.driver_started(stage, result);
+        }
+    }
+
+    /// All members of the ring are there.
+    pub fn running(&mut self, number: u64, epoch: u32) {
+        if let Some(deployment) = self.all.get_mut(&number) {
+            deployment.running(epoch);
+        }
+    }
+
+    /// The driver has answered once.
+    pub fn warm(&mut self, number: u64, epoch: u32) {
+        if let Some(deployment) = self.all.get_mut(&number) {
+            deployment.warm(epoch);
+        }
+    }
+
+    /// The first step after a loss is through.
+    pub fn recovered(&mut self, number: u64, recovery: Recovery) {
+        if let Some(deployment) = self.all.get_mut(&number) {
+            deployment.recovered(recovery);
+        }
+    }
+
+    /// The member of this stage does not answer; `severed` if nothing passes its link.
+    pub fn silent(&mut self, number: u64, stage: u32, reason: &str, severed: bool) {
+        if let Some(deployment) = self.all.get_mut(&number) {
+            deployment.silent(stage, reason, severed);
+        }
+    }
+
+    /// The member of this stage, which was silent, has been heard again.
+    pub fn heard(&mut self, number: u64, stage: u32) {
+        if let Some(deployment) = self.all.get_mut(&number) {
+            deployment.heard(stage);
+        }
+    }
+
+    /// A stream of a deployment ended.
+    pub fn stream_ended(&mut self, number: u64, end: StreamEnd) {
+        if let Some(deployment) = self.all.get_mut(&number) {
+            deployment.stream_ended(end);
+        }
+    }
+
+    /// A part here has computed something.
+    pub fn active(&mut self, now: Instant) {
+        self.active = Some(now);
+    }
+
+    /// True if no part here has computed anything for a while.
+    pub fn is_idle(&self, now: Instant) -> bool {
+        self.active.is_none_or(|at| now >= at + IDLE)
+    }
+
+    /// Rings with others that have a part here.
+    pub fn shared(&self) -> usize {
+        let all = self.all.values();
+        all.filter(|deployment| !deployment.is_ended() && !deployment.is_alone())
+            .count()
+    }
+
+    /// True if this worker, which drains since `begun`, may leave: no ring with others has a part here any
+    /// more, or these rings have had no requests for a while; for an idle ring a leave is no worse than a
+    /// handover.
+    pub fn may_leave(&self, begun: Instant, now: Instant) -> bool {
+        let active = self.active.map_or(begun, |at| at.max(begun));
+        self.shared() == 0 || now >= active + IDLE
+    }
+}
+
+/// Time without requests after which rings count as idle.
+const IDLE: Duration = Duration::from_secs(3);
+
+/// Time for which a stream waits for the head to name its ring.
+const STRAY_PATIENCE: Duration = Duration::from_secs(10);
+
+/// Streams that wait for rings at once.
+const MOST_STRAYS: usize = 256;
+
+#[cfg(test)]
+mod tests;

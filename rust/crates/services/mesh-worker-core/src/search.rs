@@ -1,0 +1,335 @@
+//! The search for a model by its name: in the store, at other workers, on the hub.
+//!
+//! A search runs in rounds. Each looks first whether this worker is to download the model from the hub, then
+//! for a replica that another worker once called so, then for the manifest that the head names, at each of
+//! its sources. A manifest whose name is refuted is not looked at again under that name.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::time::{Duration, Instant};
+
+use mesh_proto::{ModelSources, Seat};
+use mesh_store::Digest;
+
+use crate::names::{is_hub_name, unknown};
+use crate::replica::Replica;
+use crate::report::Report;
+use crate::rules::Rules;
+use crate::vouch::Doubt;
+
+/// What a search wants done next.
+#[derive(Debug, Clone, PartialEq)]
+pub enum SearchStep {
+    /// Get the model from the hub, and break that off once the search does not want it any more.
+    Download,
+    /// Have it vouched for that this replica has the name.
+    Vouch(Digest),
+    /// Get the manifest from this worker, and have it vouched for that it has the name.
+    FetchManifest(Digest, Seat),
+    /// Nothing before that time, or before something changes.
+    Wait(Instant),
+}
+
+/// What a search sees around it.
+pub(crate) struct View<'a> {
+    pub(crate) rules: &'a Rules,
+    /// The head's answer about the name, and the number of its answers so far.
+    pub(crate) told: Option<&'a ModelSources>,
+    pub(crate) told_version: u64,
+    pub(crate) replicas: &'a BTreeMap<Digest, Replica>,
+    /// Models whose files contradict their manifests.
+    pub(crate) false_manifests: &'a BTreeSet<Digest>,
+    /// Other workers can be reached.
+    pub(crate) connected: bool,
+    pub(crate) report: &'a mut Report,
+}
+
+/// The search for one name.
+#[derive(Debug)]
+pub(crate) struct Search {
+    name: String,
+    /// Names of models in the folders of this machine, for messages.
+    nearby: Vec<String>,
+    /// Manifests that claim this name and are another model, and the time of the first.
+    others: BTreeMap<Digest, String>,
+    since: Option<Instant>,
+    /// Time until which the hub is left alone.
+    rest: Option<Instant>,
+    stage: Stage,
+    seen: u64,
+    /// The last reasons that were logged.
+    refused: String,
+    nowhere: String,
+}
+
+#[derive(Debug)]
+enum Stage {
+    Begin,
+    /// From the hub, on this worker's own account or because the head wants it to.
+    Downloading {
+        own: bool,
+    },
+    Stored,
+    Vouching,
+    Begun,
+    /// Workers that have yet to be asked for a manifest, after the one that is asked.
+    Asking(Digest, VecDeque<Seat>),
+    Waiting(Instant),
+}
+
+impl Search {
+    pub(crate) fn new(name: &str, nearby: Vec<String>, rules: &Rules, report: &mut Report) -> Self {
+        tracing::info!(model = name, "the model is not here, looking for it");
+        let signed_only = rules.policy.requires_signature();
+        report.seeks(name, |sought| {
+            // Nothing that comes from the hub is signed.
+            sought.origin = rules.hub && is_hub_name(name) && !signed_only;
+            sought.signed_only = signed_only;
+        });
+        Search {
+            name: name.to_owned(),
+            nearby,
+            others: BTreeMap::new(),
+            since: None,
+            rest: None,
+            stage: Stage::Begin,
+            seen: 0,
+            refused: String::new(),
+            nowhere: String::new(),
+        }
+    }
+
+    /// The next step. All but [`SearchStep::Wait`] are carried out before the next call, which comes with
+    /// their result: [`Search::download_ended`], [`Search::doubted`] or [`Search::no_manifest`].
+    pub(crate) fn poll(&mut self, now: Instant, view: &mut View<'_>) -> SearchStep {
+        loop {
+            match &mut self.stage {
+                Stage::Begin => {
+                    self.begin_round(now, view);
+                    // A head that does not know refusals would name the refused one again and again.
+                    let own = self.since.is_some_and(|since| now >= since + ON_ITS_OWN)
+                        && view.report.may_download(&self.name);
+                    let given = is_given(&self.name, view.rules, view.told, view.report);
+                    self.stage = Stage::Stored;
+                    if self.rest.is_none() && (own || given) {
+                        self.stage = Stage::Downloading { own };
+                        return SearchStep::Download;
+                    }
+                }
+                Stage::Stored => {
+                    let said = view.replicas.values().find(|replica| {
+                        let fingerprint = replica.fingerprint();
+                        replica.listed
+                            && replica.is_said_to_be(&self.name)
+                            && !self.others.contains_key(&fingerprint)
+                            && !view.false_manifests.contains(&fingerprint)
+                    });
+                    self.stage = Stage::Begun;
+                    if let Some(replica) = said {
+                        self.stage = Stage::Vouching;
+                        return SearchStep::Vouch(replica.fingerprint());
+                    }
+                }
+                Stage::Begun => self.look_at_sources(now, view),
+                Stage::Asking(fingerprint, seats) => {
+                    let fingerprint = *fingerprint;
+                    match seats.pop_front() {
+                        Some(seat) => return SearchStep::FetchManifest(fingerprint, seat),
+                        None => self.end_round(now, view),
+                    }
+                }
+                Stage::Waiting(until) if now >= *until || self.seen != view.told_version => {
+                    self.stage = Stage::Begin;
+                }
+                Stage::Waiting(until) => return SearchStep::Wait(*until),
+                // Their results have yet to come.
+                Stage::Downloading { .. } | Stage::Vouching => {
+                    return SearchStep::Wait(now + AGAIN);
+                }
+            }
+        }
+    }
+
+    fn begin_round(&mut self, now: Instant, view: &mut View<'_>) {
+        self.seen = view.told_version;
+        if self.rest.is_some_and(|until| until <= now) {
+            self.rest = None;
+            view.report.seeks(&self.name, |s| s.origin_error.clear());
+        }
+        if let Some(pin) = view.told.and_then(operators_pin)
+            && !view.false_manifests.contains(&pin)
+            && self.others.remove(&pin).is_some()
+        {
+            self.tell_others(view);
+        }
+    }
+
+    fn look_at_sources(&mut self, now: Instant, view: &mut View<'_>) {
+        let named = view.told.filter(|_| view.connected).and_then(|told| {
+            let fingerprint: Digest = told.fingerprint.parse().ok()?;
+            Some((fingerprint, told.seats.iter().cloned().collect()))
+        });
+        match named.filter(|(fingerprint, _)| !self.others.contains_key(fingerprint)) {
+            Some((fingerprint, _)) if view.false_manifests.contains(&fingerprint) => {
+                let reason = "its files are not what its manifest says".to_owned();
+                self.doubted(fingerprint, "", Doubt::Other(reason), now, view);
+                self.end_round(now, view);
+            }
+            Some((fingerprint, seats)) => self.stage = Stage::Asking(fingerprint, seats),
+            None => self.end_round(now, view),
+        }
+    }
+
+    fn end_round(&mut self, now: Instant, view: &mut View<'_>) {
+        if let Some(told) = view.told.filter(|told| told.fingerprint.is_empty())
+            && let Some(text) = self.why_nowhere(told, view)
+            && text != self.nowhere
+        {
+            tracing::warn!(model = self.name, reason = text, "the model is nowhere yet");
+            view.report
+                .seeks(&self.name, |s| s.origin_error.clone_from(&text));
+            self.nowhere = text;
+        }
+        // Others may come, and a link that could not be made may be made in a moment.
+        self.stage = Stage::Waiting(now + AGAIN);
+    }
+
+    /// True if the download from the hub that is under way is still this worker's.
+    pub(crate) fn wants_download(&self, view: &View<'_>) -> bool {
+        match self.stage {
+            Stage::Downloading { own: true } => true,
+            _ => is_given(&self.name, view.rules, view.told, view.report),
+        }
+    }
+
+    /// The download from the hub failed, and the hub is left alone for `pause`; `None` if it was broken off.
+    pub(crate) fn download_ended(
+        &mut self,
+        failure: Option<(String, Duration)>,
+        now: Instant,
+        report: &mut Report,
+    ) {
+        self.stage = Stage::Begin;
+        match failure {
+            Some((error, pause)) => {
+                tracing::error!(model = self.name, error, "the hub does not give the model");
+                report.seeks(&self.name, |sought| sought.origin_error = error);
+                self.rest = Some(now + pause);
+            }
+            None => {
+                tracing::info!(
+                    model = self.name,
+                    "another worker gets the model from the hub"
+                );
+            }
+        }
+    }
+
+    /// A worker did not give the manifest.
+    pub(crate) fn no_manifest(&mut self, worker: &str, reason: &str) {
+        tracing::warn!(model = self.name, worker, reason, "no manifest");
+    }
+
+    /// The model with this manifest, which `worker` offered, is not taken under this name.
+    pub(crate) fn doubted(
+        &mut self,
+        fingerprint: Digest,
+        worker: &str,
+        doubt: Doubt,
+        now: Instant,
+        view: &mut View<'_>,
+    ) {
+        self.stage = match self.stage {
+            Stage::Vouching => Stage::Begun,
+            // Others have the same one.
+            _ => Stage::Asking(fingerprint, VecDeque::new()),
+        };
+        let (Doubt::Other(reason) | Doubt::Nobody(reason)) = &doubt;
+        if *reason != self.refused {
+            tracing::error!(model = self.name, worker, %fingerprint, reason, "manifest refused");
+            self.refused.clone_from(reason);
+        }
+        match doubt {
+            Doubt::Other(reason) => {
+                if self.others.len() < MOST_OTHERS {
+                    self.others.insert(fingerprint, reason);
+                }
+                self.since.get_or_insert(now);
+                self.tell_others(view);
+                // The hub answers, so a worker has to download from it.
+                view.report.seeks(&self.name, |s| s.origin_error.clear());
+            }
+            Doubt::Nobody(reason) => {
+                view.report.seeks(&self.name, |s| s.origin_error = reason);
+            }
+        }
+    }
+
+    /// Reports to the head the manifests that are not taken under the name. This worker's findings about
+    /// files count for itself only; the hub's word about the name counts for all.
+    fn tell_others(&self, view: &mut View<'_>) {
+        let is_false = |other: &&Digest| view.false_manifests.contains(other);
+        let (unusable, refused): (Vec<&Digest>, Vec<&Digest>) =
+            self.others.keys().partition(is_false);
+        let texts = |list: Vec<&Digest>| list.into_iter().map(Digest::to_string).collect();
+        view.report.seeks(&self.name, |sought| {
+            (sought.unusable, sought.refused) = (texts(unusable), texts(refused));
+        });
+    }
+
+    /// Reason for which a model that no worker has does not come from the hub either; `None` if it may.
+    fn why_nowhere(&self, told: &ModelSources, view: &View<'_>) -> Option<String> {
+        let (name, rules) = (&self.name, view.rules);
+        if rules.policy.requires_signature() {
+            return Some(format!(
+                "no worker has a manifest of {name} that is signed, which `store.require_signature` asks for: sign it with `hydramesh \
+                 models sign` where it is"
+            ));
+        }
+        let from_hub = is_hub_name(name) && rules.hub;
+        let pin = told.pin.parse::<Digest>().ok();
+        if let Some(pin) = pin.filter(|pin| !from_hub && !self.others.contains_key(pin)) {
+            return Some(format!(
+                "the head pins {name} to {}, which no worker has: start a worker that has it, or let another model have the name (`hydramesh \
+                 models pins release {name}`)",
+                pin.short()
+            ));
+        }
+        if !is_hub_name(name) {
+            let here = view.replicas.values().filter(|replica| replica.listed);
+            let here = here.map(|replica| replica.map().manifest().name.as_str());
+            let known = self.nearby.iter().map(String::as_str).chain(here);
+            return Some(format!("no worker has it yet, {}", unknown(name, known)));
+        }
+        (!rules.hub)
+            .then(|| "no worker has it yet, and `store.hub` forbids to ask the hub".to_owned())
+    }
+}
+
+/// True if this worker is the one that gets the model `name` from outside the mesh.
+pub(crate) fn is_given(
+    name: &str,
+    rules: &Rules,
+    told: Option<&ModelSources>,
+    report: &Report,
+) -> bool {
+    let given = rules.decides_alone() || told.is_some_and(|told| told.origin);
+    given && report.may_download(name)
+}
+
+/// Fingerprint to which an operator pinned the name, if one did.
+fn operators_pin(told: &ModelSources) -> Option<Digest> {
+    let pin = told.pinned_by_operator.then_some(&told.pin)?;
+    pin.parse().ok()
+}
+
+/// Interval between rounds.
+const AGAIN: Duration = Duration::from_secs(2);
+
+/// Time for the head to give the download to another worker after a refusal.
+const ON_ITS_OWN: Duration = Duration::from_secs(10);
+
+/// Manifests that are refused under one name.
+const MOST_OTHERS: usize = 16;
+
+#[cfg(test)]
+mod tests;
