@@ -7,10 +7,10 @@ use std::time::{Duration, Instant};
 
 use mesh_hub::Expected;
 use mesh_proto::{ModelSources, Models, Seat, Sources};
-use mesh_share::{BadPiece, PieceSet, Verified};
+use mesh_share::PieceSet;
 use mesh_store::Digest;
 
-use crate::download::{self, Download, DownloadStep, Results, Want};
+use crate::download::{self, Download, DownloadStep, Results, SourceEvent, Want};
 use crate::names::long_name;
 use crate::piece_map::PieceMap;
 use crate::replica::{Replica, called, reported};
@@ -472,62 +472,15 @@ impl Catalogue {
         });
     }
 
-    /// A source holds these pieces.
-    pub fn source_has(&mut self, of: &Digest, source: String, pieces: PieceSet, now: Instant) {
-        if let Some(download) = self.downloads.get_mut(of) {
-            download.source_has(source, pieces, now);
-        }
-    }
-
-    /// A source is sending: a sign of life.
-    pub fn source_sent(&mut self, of: &Digest, source: &String, now: Instant) {
-        if let Some(download) = self.downloads.get_mut(of) {
-            download.source_sent(source, now);
-        }
-    }
-
-    /// A source has not got this piece.
-    pub fn source_refused(&mut self, of: &Digest, source: &String, piece: u32) {
-        if let Some(download) = self.downloads.get_mut(of) {
-            download.source_refused(source, piece);
-        }
-    }
-
-    /// A piece came, is the manifest's and is written.
-    pub fn piece_came(&mut self, of: &Digest, source: &String, piece: &Verified, now: Instant) {
-        if let Some(download) = self.downloads.get_mut(of) {
-            download.piece_came(source, piece, now);
-        }
-        if let Some(replica) = self.replicas.get_mut(of) {
+    /// An event of a source of a download.
+    pub fn source_event(&mut self, of: &Digest, source: String, event: SourceEvent, now: Instant) {
+        if let SourceEvent::Piece(piece) = &event
+            && let Some(replica) = self.replicas.get_mut(of)
+        {
             replica.piece_came(piece.piece());
         }
-    }
-
-    /// A piece came that is not the manifest's.
-    pub fn bad_piece(&mut self, of: &Digest, source: &String, bad: &BadPiece) {
         if let Some(download) = self.downloads.get_mut(of) {
-            download.bad_piece(source, bad);
-        }
-    }
-
-    /// The stream of a source ended; `refused` if it has not got the model.
-    pub fn source_gone(
-        &mut self,
-        of: &Digest,
-        source: String,
-        reason: &str,
-        refused: bool,
-        now: Instant,
-    ) {
-        if let Some(download) = self.downloads.get_mut(of) {
-            download.source_gone(source, reason, refused, now);
-        }
-    }
-
-    /// This machine cannot write.
-    pub fn disk_failed(&mut self, of: &Digest, error: &str) {
-        if let Some(download) = self.downloads.get_mut(of) {
-            download.fail(error, &mut self.results);
+            download.source_event(source, event, now, &mut self.results);
         }
     }
 }

@@ -119,7 +119,7 @@ pub struct StreamEnd {
 }
 
 /// A deployment of one ring.
-pub(crate) struct Deployment<S> {
+pub struct Deployment<S> {
     pub(crate) id: u64,
     node_id: String,
     ring: Ring,
@@ -325,13 +325,8 @@ impl<S> Deployment<S> {
         self.next_load += 1;
     }
 
-    /// A part is loaded. Returns false if it is not needed any more.
-    pub(crate) fn loaded(
-        &mut self,
-        number: u64,
-        stage: u32,
-        result: Result<LoadedPart, String>,
-    ) -> bool {
+    /// Result of [`RingStep::Load`]. Returns false if it is not needed any more.
+    pub fn loaded(&mut self, number: u64, stage: u32, result: Result<LoadedPart, String>) -> bool {
         if self.ended || self.parts.get(&stage) != Some(&PartPlace::Loading(number)) {
             return false;
         }
@@ -392,7 +387,7 @@ impl<S> Deployment<S> {
     }
 
     /// Result of [`RingStep::StartDriver`].
-    pub(crate) fn driver_started(&mut self, stage: u32, result: Result<(), String>) {
+    pub fn driver_started(&mut self, stage: u32, result: Result<(), String>) {
         let driving = matches!(self.parts.get(&stage), Some(PartPlace::Driving(_)));
         match result {
             Ok(()) => {
@@ -481,7 +476,7 @@ impl<S> Deployment<S> {
 
     /// All members are there. A ring that has never worked answers once first, which also measures its speed;
     /// one that comes back from a loss has clients that wait.
-    pub(crate) fn running(&mut self, epoch: u32) {
+    pub fn running(&mut self, epoch: u32) {
         if epoch != self.ring.epoch || !self.has_driver {
             return;
         }
@@ -493,7 +488,7 @@ impl<S> Deployment<S> {
     }
 
     /// The driver has answered once.
-    pub(crate) fn warm(&mut self, epoch: u32) {
+    pub fn warm(&mut self, epoch: u32) {
         if epoch == self.ring.epoch && self.has_driver {
             self.serve();
         }
@@ -505,7 +500,7 @@ impl<S> Deployment<S> {
     }
 
     /// The first step after a loss is through.
-    pub(crate) fn recovered(&mut self, recovery: Recovery) {
+    pub fn recovered(&mut self, recovery: Recovery) {
         tracing::info!(
             ring = format!("{:x}", self.id),
             gap_ms = recovery.gap_us as f64 / 1e3,
@@ -516,7 +511,7 @@ impl<S> Deployment<S> {
     }
 
     /// A stream of the epoch ended.
-    pub(crate) fn stream_ended(&mut self, end: StreamEnd) {
+    pub fn stream_ended(&mut self, end: StreamEnd) {
         if end.epoch != self.ring.epoch {
             return;
         }
@@ -534,7 +529,7 @@ impl<S> Deployment<S> {
     }
 
     /// The member of this stage does not answer; `severed` if nothing passes its link.
-    pub(crate) fn silent(&mut self, stage: u32, reason: &str, severed: bool) {
+    pub fn silent(&mut self, stage: u32, reason: &str, severed: bool) {
         if let Some(seat) = self.seat(stage) {
             self.suspect(&seat, reason, severed, false);
         }
@@ -565,7 +560,7 @@ impl<S> Deployment<S> {
     }
 
     /// The member of this stage, which was silent, has been heard again.
-    pub(crate) fn heard(&mut self, stage: u32) {
+    pub fn heard(&mut self, stage: u32) {
         let Some(seat) = self.seat(stage) else {
             return;
         };

@@ -3,9 +3,9 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::time::{Duration, Instant};
 
-use mesh_proto::{ModelCard, Recovery, Ring, RingHello};
+use mesh_proto::{ModelCard, Ring, RingHello};
 
-use crate::deployment::{Deployment, LoadedPart, PartGauges, RingStep, StreamEnd};
+use crate::deployment::{Deployment, PartGauges, RingStep};
 
 /// The deployments of this worker, by numbers that are not used again. `S` is a stream of another member.
 pub struct Deployments<S> {
@@ -123,6 +123,11 @@ impl<S> Deployments<S> {
         refused
     }
 
+    /// True if streams wait for rings that the head has not named.
+    pub fn has_strays(&self) -> bool {
+        !self.strays.is_empty()
+    }
+
     /// Streams for rings that the head did not name in time.
     #[must_use]
     pub fn expire_strays(&mut self, now: Instant) -> Vec<S> {
@@ -169,65 +174,9 @@ impl<S> Deployments<S> {
         (step, ring)
     }
 
-    /// Result of [`RingStep::Load`]. Returns false if the part is not needed any more.
-    pub fn loaded(
-        &mut self,
-        number: u64,
-        load: u64,
-        stage: u32,
-        result: Result<LoadedPart, String>,
-    ) -> bool {
-        let deployment = self.all.get_mut(&number);
-        deployment.is_some_and(|deployment| deployment.loaded(load, stage, result))
-    }
-
-    /// Result of [`RingStep::StartDriver`].
-    pub fn driver_started(&mut self, number: u64, stage: u32, result: Result<(), String>) {
-        if let Some(deployment) = self.all.get_mut(&number) {
-            deployment.driver_started(stage, result);
-        }
-    }
-
-    /// All members of the ring are there.
-    pub fn running(&mut self, number: u64, epoch: u32) {
-        if let Some(deployment) = self.all.get_mut(&number) {
-            deployment.running(epoch);
-        }
-    }
-
-    /// The driver has answered once.
-    pub fn warm(&mut self, number: u64, epoch: u32) {
-        if let Some(deployment) = self.all.get_mut(&number) {
-            deployment.warm(epoch);
-        }
-    }
-
-    /// The first step after a loss is through.
-    pub fn recovered(&mut self, number: u64, recovery: Recovery) {
-        if let Some(deployment) = self.all.get_mut(&number) {
-            deployment.recovered(recovery);
-        }
-    }
-
-    /// The member of this stage does not answer; `severed` if nothing passes its link.
-    pub fn silent(&mut self, number: u64, stage: u32, reason: &str, severed: bool) {
-        if let Some(deployment) = self.all.get_mut(&number) {
-            deployment.silent(stage, reason, severed);
-        }
-    }
-
-    /// The member of this stage, which was silent, has been heard again.
-    pub fn heard(&mut self, number: u64, stage: u32) {
-        if let Some(deployment) = self.all.get_mut(&number) {
-            deployment.heard(stage);
-        }
-    }
-
-    /// A stream of a deployment ended.
-    pub fn stream_ended(&mut self, number: u64, end: StreamEnd) {
-        if let Some(deployment) = self.all.get_mut(&number) {
-            deployment.stream_ended(end);
-        }
+    /// The deployment with this number, for its events.
+    pub fn get(&mut self, number: u64) -> Option<&mut Deployment<S>> {
+        self.all.get_mut(&number)
     }
 
     /// A part here has computed something.
@@ -260,7 +209,7 @@ impl<S> Deployments<S> {
 const IDLE: Duration = Duration::from_secs(3);
 
 /// Time for which a stream waits for the head to name its ring.
-const STRAY_PATIENCE: Duration = Duration::from_secs(10);
+pub const STRAY_PATIENCE: Duration = Duration::from_secs(10);
 
 /// Streams that wait for rings at once.
 const MOST_STRAYS: usize = 256;

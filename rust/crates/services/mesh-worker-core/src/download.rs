@@ -54,6 +54,30 @@ pub enum DownloadStep {
     End,
 }
 
+/// An event of a source of pieces.
+#[derive(Debug)]
+pub enum SourceEvent {
+    /// It holds these pieces.
+    Has(PieceSet),
+    /// It is sending: a sign of life.
+    Sends,
+    /// A piece came, is the manifest's and is written.
+    Piece(Verified),
+    /// A piece came that is not.
+    Bad(BadPiece),
+    /// It has not got this piece.
+    Refuses(u32),
+    /// It sends no more.
+    Gone {
+        /// Cause, for people.
+        reason: String,
+        /// It has not got the model.
+        refused: bool,
+    },
+    /// This machine cannot write what it sent.
+    DiskFailed(String),
+}
+
 /// A request for pieces that waits.
 #[derive(Debug)]
 pub(crate) struct Want {
@@ -462,42 +486,35 @@ impl Download {
             .push_back(DownloadStep::Prepare(self.lacking(view)));
     }
 
-    pub(crate) fn source_has(&mut self, source: String, pieces: PieceSet, now: Instant) {
-        if self.sources.contains_key(&source) {
-            self.swarm.source(source, Kind::Peer, pieces, now);
-        }
-    }
-
-    pub(crate) fn source_sent(&mut self, source: &String, now: Instant) {
-        self.swarm.heard(source, now);
-    }
-
-    pub(crate) fn source_refused(&mut self, source: &String, piece: u32) {
-        self.swarm.refused(source, piece);
-    }
-
-    pub(crate) fn piece_came(&mut self, source: &String, piece: &Verified, now: Instant) {
-        self.swarm.arrived(source, piece, now);
-    }
-
-    pub(crate) fn bad_piece(&mut self, source: &String, bad: &BadPiece) {
-        self.swarm.bad(source, bad);
-    }
-
-    /// The stream of a source ended; `refused` if it has not got the model.
-    pub(crate) fn source_gone(
+    /// Takes in an event of a source.
+    pub(crate) fn source_event(
         &mut self,
         source: String,
-        reason: &str,
-        refused: bool,
+        event: SourceEvent,
         now: Instant,
+        results: &mut Results,
     ) {
-        self.swarm.gone(&source);
-        if let Some(worker) = self.sources.remove(&source) {
-            tracing::debug!(model = self.name, worker, reason, "source gone");
-            // A worker that has not got it will hardly have it in a moment.
-            let pause = if refused { REFUSED } else { PAUSE };
-            self.pauses.insert(source, now + pause);
+        match event {
+            SourceEvent::Has(pieces) if self.sources.contains_key(&source) => {
+                self.swarm.source(source, Kind::Peer, pieces, now);
+            }
+            SourceEvent::Has(_) => {}
+            SourceEvent::Sends => self.swarm.heard(&source, now),
+            SourceEvent::Refuses(piece) => self.swarm.refused(&source, piece),
+            SourceEvent::Piece(verified) => {
+                self.swarm.arrived(&source, &verified, now);
+            }
+            SourceEvent::Bad(bad) => self.swarm.bad(&source, &bad),
+            SourceEvent::Gone { reason, refused } => {
+                self.swarm.gone(&source);
+                if let Some(worker) = self.sources.remove(&source) {
+                    tracing::debug!(model = self.name, worker, reason, "source gone");
+                    // A worker that has not got it will hardly have it in a moment.
+                    let pause = if refused { REFUSED } else { PAUSE };
+                    self.pauses.insert(source, now + pause);
+                }
+            }
+            SourceEvent::DiskFailed(error) => self.fail(&error, results),
         }
     }
 

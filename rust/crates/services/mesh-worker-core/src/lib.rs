@@ -42,9 +42,9 @@ use std::time::{Duration, Instant};
 use mesh_proto::{ModelCard, Ring, Sources};
 
 pub use self::catalogue::{Catalogue, Found};
-pub use self::deployment::{LoadedPart, PartGauges, RingStep, StreamEnd};
+pub use self::deployment::{Deployment, LoadedPart, PartGauges, RingStep, StreamEnd};
 pub use self::deployments::{Deployments, Ordered};
-pub use self::download::DownloadStep;
+pub use self::download::{DownloadStep, SourceEvent};
 pub use self::head::{HeadLink, Lease, Refusal};
 pub use self::loads::{
     Failure, LoadError, LoadId, LoadOrder, LoadStep, Loads, LocalModel, Location, Readiness, Sight,

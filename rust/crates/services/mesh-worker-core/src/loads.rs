@@ -108,8 +108,21 @@ pub struct Sight {
 pub struct Readiness {
     /// Faults, for people.
     pub note: Option<String>,
-    /// Reason for which it is not ready.
-    pub lacks: Option<String>,
+    /// Its state.
+    pub state: ReadyState,
+    /// Changes of the link so far: after each the state is to be shown again.
+    pub links: u64,
+}
+
+/// Whether this worker is ready.
+#[derive(Debug, PartialEq, Eq)]
+pub enum ReadyState {
+    /// It serves all that it should.
+    Ready,
+    /// It is not, for this reason.
+    Lacks(String),
+    /// There is no link to the head, or the worker drains: that says the reason.
+    Elsewhere,
 }
 
 /// Models to load, and models that others replace or lose.
@@ -124,6 +137,8 @@ pub struct Loads {
     /// A model of the watched folder is being loaded: one at a time.
     is_loading_local: bool,
     draining: bool,
+    is_linked: bool,
+    links: u64,
     queue: Vec<LoadStep>,
 }
 
@@ -583,6 +598,12 @@ impl Loads {
         self.draining = true;
     }
 
+    /// The link to the head is up or down. A worker without a head is linked.
+    pub fn linked(&mut self, linked: bool) {
+        self.is_linked = linked;
+        self.links += 1;
+    }
+
     /// True if models have yet to come from elsewhere.
     pub fn is_awaiting(&self) -> bool {
         !self.awaited.is_empty()
@@ -600,8 +621,13 @@ impl Loads {
         let faults = faults.map(|(name, reason)| format!("{name} is not served: {reason}"));
         let mut faults: Vec<String> = faults.collect();
         let note = (!faults.is_empty()).then(|| faults.join("; "));
+        let links = self.links;
+        let state = |state| Readiness { note, state, links };
+        if !self.is_linked || self.draining {
+            return state(ReadyState::Elsewhere);
+        }
         if self.awaited.is_empty() && (faults.is_empty() || serves) {
-            return Readiness { note, lacks: None };
+            return state(ReadyState::Ready);
         }
         let mut texts = vec![lacking];
         for (name, awaited) in &self.awaited {
@@ -610,8 +636,7 @@ impl Loads {
         }
         texts.append(&mut faults);
         texts.retain(|text| !text.is_empty());
-        let lacks = Some(texts.join("; "));
-        Readiness { note, lacks }
+        state(ReadyState::Lacks(texts.join("; ")))
     }
 }
 

@@ -2,37 +2,32 @@
 //! head is gone.
 
 use std::net::{IpAddr, SocketAddr};
-use std::path::Path;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use dcf::{ErrorCode, Message, MsgType};
-use mesh_base::backoff::Backoff;
-use mesh_base::{clock, listen, random};
+use mesh_base::{clock, random};
 use mesh_net::quic::{
-    self, Closed, ConnectError, Connector, JoinError, Link, LinkConfig, MsgStream, StreamFailure,
-    timestamp_us,
+    self, Closed, ConnectError, Connector, Link, LinkConfig, MsgStream, StreamFailure, timestamp_us,
 };
-use mesh_net::seal::Sealer;
 use mesh_net::trust::{
-    CERTIFICATE_DATES, DUPLICATE_IDENTITY, EXPELLED, Expulsion, JoinToken, NodeIdentity, Role,
-    TrustError,
+    CERTIFICATE_DATES, DUPLICATE_IDENTITY, EXPELLED, Expulsion, NodeIdentity, Role,
 };
-use mesh_proto::{
-    Expelled, Hello, Load, ModelCard, PROTOCOL_VERSION, Ring, Served, Sources, Welcome,
-};
-use mesh_service::files::{self, Readers};
+use mesh_proto::{Expelled, Hello, ModelCard, PROTOCOL_VERSION, Ring, Served, Sources, Welcome};
 use mesh_service::health::Health;
 use mesh_service::shutdown::Shutdown;
+use mesh_worker_core::Refusal;
 use prost::Message as _;
-use tokio::net::UdpSocket;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::answer;
 use crate::config::{Config, host_name};
+use crate::core::CoreHandle;
 use crate::error::WorkerError;
+use crate::heartbeats::Heartbeats;
 use crate::host::Host;
+use crate::join::{Refused, identify, join_again};
 use crate::lan::{HeadPlace, Lan};
 use crate::loading::Loading;
 use crate::metrics::Counters;
@@ -57,85 +52,16 @@ pub(crate) struct HeadLink {
     pub(crate) known: Arc<OnceLock<NodeIdentity>>,
 }
 
-/// Loads the identity in the state directory, or joins with the token. `None` means that the head does not
-/// answer yet.
-///
-/// # Errors
-/// If there is neither; if the identity's files are not whole and the token does not mend that; if the head
-/// refuses.
-pub(crate) async fn identify(
-    config: &Config,
-    head: &HeadPlace,
-) -> Result<Option<NodeIdentity>, WorkerError> {
-    let token = read_token(config)?;
-    let loaded = NodeIdentity::load(&config.state_dir);
-    match (loaded, &token) {
-        (Ok(identity), token)
-            if token
-                .as_ref()
-                .is_none_or(|token| identity.root_sha256() == *token.root_sha256()) =>
-        {
-            return Ok(Some(identity));
-        }
-        (Ok(_), _) => {}
-        (Err(error), None) => return Err(unusable(error)),
-        (Err(TrustError::NoIdentity { .. }), _) => {}
-        (Err(error), Some(_)) => {
-            tracing::warn!(%error, "this worker's identity cannot be used; it tries to join again with its token");
-        }
-    }
-    look_at_token_file(config);
-    let addresses = match head.resolve().await {
-        Ok(addresses) => addresses,
-        Err(reason) => {
-            tracing::warn!(%head, reason, "the head has no address yet, trying again");
-            return Ok(None);
-        }
-    };
-    let name = config.node_name();
-    match quic::load_or_join(&addresses, token.as_ref(), &config.state_dir, &name).await {
-        Ok(identity) => {
-            tracing::info!(
-                node = identity.node_id(),
-                name = identity.member().name,
-                "joined the mesh"
-            );
-            Ok(Some(identity))
-        }
-        Err(error) if error.is_transient() => {
-            tracing::warn!(%error, "cannot join yet, trying again");
-            Ok(None)
-        }
-        Err(error) => Err(WorkerError::Join {
-            head: head.to_string(),
-            source: Box::new(error),
-        }),
-    }
-}
-
-/// Error of a worker that has neither an identity nor a token, or whose identity is damaged.
-pub(crate) fn unusable(error: TrustError) -> WorkerError {
-    match error {
-        TrustError::NoIdentity { .. } => WorkerError::NoToken,
-        error => WorkerError::Identity(error),
-    }
-}
-
 impl HeadLink {
     /// Keeps the link up until shutdown, or until an error that a retry does not help.
     pub(crate) async fn run(self, mut identity: Option<NodeIdentity>) -> Result<(), WorkerError> {
-        let mut backoff = Backoff::new(FIRST_PAUSE, LONGEST_PAUSE);
-        // Refusals that trying again soon does not end.
-        let mut refusals = 0;
         while !self.stop.is_cancelled() {
-            let mut pause = Duration::ZERO;
+            let mut refusal = None;
             if identity.is_none() {
                 identity = match identify(&self.config, &self.head).await {
                     Err(error) if error.is_expulsion() => {
-                        refusals += 1;
-                        pause = refusal_pause(refusals);
+                        refusal = Some(Refusal::Expelled);
                         self.health.set_unready(error.to_string());
-                        self.explain(&Standing::Expelled, pause);
                         None
                     }
                     identified => identified?,
@@ -148,38 +74,29 @@ impl HeadLink {
                 {
                     lan.announce(identity, port);
                 }
-                let started = Instant::now();
+                self.core().with(|core| core.head.tries(Instant::now()));
                 let ended = match self.session(identity).await {
                     Ok(reason) => reason.into(),
                     Err(failure) => failure,
                 };
-                let reason = ended.reason;
+                refusal = ended.refusal;
                 self.counters.set_connected(false);
                 self.loading.linked(false);
                 self.host.rings().unlinked();
-                if self.stop.is_cancelled() {
-                    break;
-                }
-                self.health
-                    .set_unready(format!("no link to the head at {}: {reason}", self.head));
-                tracing::warn!(
-                    head = %self.head,
-                    reason,
-                    "no link to the head, trying again"
-                );
-                if started.elapsed() > STEADY {
-                    backoff.reset();
-                }
-                match ended.refusal {
-                    Some(refusal) => {
-                        refusals += 1;
-                        pause = refusal_pause(refusals);
-                        self.explain(&refusal, pause);
-                    }
-                    None => refusals = 0,
+                if !self.stop.is_cancelled() {
+                    let (head, reason) = (&self.head, ended.reason);
+                    self.health
+                        .set_unready(format!("no link to the head at {head}: {reason}"));
+                    tracing::warn!(%head, reason, "no link to the head, trying again");
                 }
             }
-            pause = pause.max(backoff.failed(random::fraction()));
+            let (now, random) = (Instant::now(), random::fraction());
+            let pause = self
+                .core()
+                .change(|core| core.head_lost(refusal, now, random));
+            if let Some(refusal) = refusal.filter(|_| !self.stop.is_cancelled()) {
+                self.explain(refusal, pause);
+            }
             tokio::select! {
                 () = tokio::time::sleep(pause) => {}
                 () = self.stop.cancelled() => {}
@@ -188,16 +105,20 @@ impl HeadLink {
         Ok(())
     }
 
+    fn core(&self) -> &CoreHandle {
+        self.host.stored().core()
+    }
+
     /// Tells the operator how to end a refusal.
-    fn explain(&self, refusal: &Standing, pause: Duration) {
+    fn explain(&self, refusal: Refusal, pause: Duration) {
         let state_dir = self.config.state_dir.display();
         match refusal {
-            Standing::Duplicate => tracing::error!(
+            Refusal::Duplicate => tracing::error!(
                 %state_dir,
                 "this worker's identity is in use on another machine: its state directory is a copy. On one of the two run \
                  `mesh-worker new-identity` and restart it with a new token (`hydramesh token create`)"
             ),
-            Standing::Expelled => tracing::error!(
+            Refusal::Expelled => tracing::error!(
                 %state_dir,
                 next_try_seconds = pause.as_secs(),
                 "this worker was expelled from its mesh: it works for nobody until `hydramesh nodes readmit` at the head"
@@ -253,7 +174,7 @@ impl HeadLink {
             {
                 tracing::info!(reason = text, "renewing the certificate");
                 if let Err(error) = quic::renew(&addresses, identity).await {
-                    self.join_again(&addresses, identity, &text, error).await?;
+                    join_again(&self.config, &addresses, identity, &text, error).await?;
                 }
                 connect().await
             }
@@ -261,7 +182,7 @@ impl HeadLink {
         }
         .map_err(|error| {
             let refusal = match error {
-                ConnectError::Refused { code: EXPELLED, .. } => Some(Standing::Expelled),
+                ConnectError::Refused { code: EXPELLED, .. } => Some(Refusal::Expelled),
                 _ => None,
             };
             Ended {
@@ -269,56 +190,6 @@ impl HeadLink {
                 refusal,
             }
         })
-    }
-
-    /// The certificate is of no use and cannot be renewed: a token that the configuration names by now can
-    /// mend that. It is read each time, so that a worker which waits takes a new one.
-    async fn join_again(
-        &self,
-        addresses: &[SocketAddr],
-        identity: &NodeIdentity,
-        refused: &str,
-        not_renewed: JoinError,
-    ) -> Result<(), Ended> {
-        let text = format!("{refused}; certificate not renewed: {not_renewed}");
-        if not_renewed.is_expulsion() {
-            return Err(Ended {
-                reason: not_renewed.to_string(),
-                refusal: Some(Standing::Expelled),
-            });
-        }
-        // If this machine or the path to the head fails, a token would be used up for nothing.
-        if not_renewed.is_transient() || !matches!(not_renewed, JoinError::Refused { .. }) {
-            return Err(text.into());
-        }
-        let credentials = std::env::var_os("CREDENTIALS_DIRECTORY");
-        let advice = token_advice(&self.config, credentials.as_deref().map(Path::new));
-        let token = match read_token(&self.config) {
-            Ok(Some(token)) => token,
-            Ok(None) => return Err(format!("{text}{advice}").into()),
-            Err(error) => return Err(format!("{text}; {error}{advice}").into()),
-        };
-        if *token.root_sha256() != identity.root_sha256() {
-            let foreign = "the join token is for another mesh: restart the worker to join that one";
-            return Err(format!("{text}; {foreign}").into());
-        }
-        look_at_token_file(&self.config);
-        let (state_dir, name) = (&self.config.state_dir, self.config.node_name());
-        let joined = quic::join_again(addresses, &token, state_dir, &name).await;
-        let joined = joined.and_then(|_| Ok(identity.reload()?));
-        match joined {
-            Ok(_) => {
-                tracing::info!(
-                    node = identity.node_id(),
-                    "joined again with a new token: the old certificate could not be renewed"
-                );
-                Ok(())
-            }
-            Err(error) => Err(Ended {
-                refusal: error.is_expulsion().then_some(Standing::Expelled),
-                reason: format!("{text}; its join token does not help: {error}{advice}"),
-            }),
-        }
     }
 
     async fn hello(
@@ -363,7 +234,7 @@ impl HeadLink {
             }
             (_, Some(error)) => Err(Ended {
                 reason: format!("it refused: {}", error.text),
-                refusal: Standing::of(error.code),
+                refusal: refusal_of(error.code),
             }),
             (kind, None) => Err(format!("it answered Hello with a {kind}").into()),
         }
@@ -376,16 +247,14 @@ impl HeadLink {
         identity: &NodeIdentity,
         control: MsgStream,
         mut heartbeats: Heartbeats,
-        mut cards: Vec<ModelCard>,
+        cards: Vec<ModelCard>,
     ) -> String {
         let defaults = Arc::new(self.config.sampling.clone());
         let (mut send, mut recv) = control.split();
         let (ring_outbox, mut ring_messages) = tokio::sync::mpsc::unbounded_channel();
-        self.host.rings().linked(ring_outbox, link.rtt());
+        let lease = self.host.rings().linked(ring_outbox, link.rtt(), cards);
         let mut look = tokio::time::interval(LOAD_INTERVAL);
         look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        let mut reported = None;
-        let mut models_reported: Option<(u64, Instant)> = None;
         loop {
             let now_draining = self.shutdown.is_draining();
             tokio::select! {
@@ -416,11 +285,11 @@ impl HeadLink {
                         self.shutdown.begin();
                     }
                     Ok(Some(message)) if message.kind == MsgType::RING => match Ring::decode(message.payload) {
-                        Ok(ring) => self.host.rings().configure(ring),
+                        Ok(ring) => self.host.rings().configure(lease, ring),
                         Err(error) => tracing::warn!(%error, "a Ring that cannot be read"),
                     },
                     Ok(Some(message)) if message.kind == MsgType::SOURCES => match Sources::decode(message.payload) {
-                        Ok(sources) => self.host.stored().core().change(|core| core.catalogue.sources_told(sources)),
+                        Ok(sources) => self.core().change(|core| core.sources_told(lease, sources)),
                         Err(error) => tracing::warn!(%error, "Sources that cannot be read"),
                     },
                     Ok(Some(message)) if message.kind == MsgType::EXPELLED => match Expelled::decode(message.payload) {
@@ -436,49 +305,41 @@ impl HeadLink {
                     Err(failure) => return failure.to_string(),
                 },
             }
-            let load = self.host.load_report(self.shutdown.is_draining());
-            if is_news(reported.as_ref(), &load) {
-                let message = Message::new(MsgType::LOAD, 0, timestamp_us(), load.encode_to_vec());
+            for message in self.news() {
                 if let Err(failure) = send.send(message).await {
                     return failure.to_string();
                 }
-                reported = Some((load, Instant::now()));
-            }
-            let served = self.host.cards();
-            if served != cards {
-                let body = Served {
-                    models: served.clone(),
-                };
-                let message =
-                    Message::new(MsgType::SERVED, 0, timestamp_us(), body.encode_to_vec());
-                if let Err(failure) = send.send(message).await {
-                    return failure.to_string();
-                }
-                cards = served;
-            }
-            let rested = models_reported.is_none_or(|(_, at)| at.elapsed() >= MODELS_INTERVAL);
-            let known = models_reported.map(|(version, _)| version);
-            if rested && let Some((message, version)) = self.host.stored().report(known) {
-                if let Err(failure) = send.send(message).await {
-                    return failure.to_string();
-                }
-                models_reported = Some((version, Instant::now()));
             }
         }
     }
-}
 
-/// Returns true if the head should hear of this load now: a drain at once, other changes at most four times a
-/// second.
-fn is_news(reported: Option<&(Load, Instant)>, load: &Load) -> bool {
-    let Some((last, at)) = reported else {
-        return true;
-    };
-    let same = Load {
-        resident_bytes: last.resident_bytes,
-        ..load.clone()
-    };
-    load.draining != last.draining || (same != *last && at.elapsed() >= LOAD_INTERVAL)
+    /// What the head has yet to hear.
+    fn news(&self) -> Vec<Message> {
+        let now = Instant::now();
+        let load = self.host.load_report(self.shutdown.is_draining());
+        let cards = self.host.cards();
+        let (tells_load, tells_cards, models_due) = self.core().with(|core| {
+            let head = &mut core.head;
+            let (load, cards) = (head.tells_load(&load, now), head.tells_cards(&cards));
+            (load, cards, head.models_due(now))
+        });
+        let message = |kind, body: Vec<u8>| Message::new(kind, 0, timestamp_us(), body);
+        let mut news = Vec::new();
+        if tells_load {
+            news.push(message(MsgType::LOAD, load.encode_to_vec()));
+        }
+        if tells_cards {
+            let served = Served { models: cards };
+            news.push(message(MsgType::SERVED, served.encode_to_vec()));
+        }
+        if let Some(known) = models_due
+            && let Some((models, version)) = self.host.stored().report(known)
+        {
+            self.core().with(|core| core.head.models_told(version, now));
+            news.push(models);
+        }
+        news
+    }
 }
 
 /// The head names the expelled nodes. Their links end at once; the list is written beside.
@@ -514,36 +375,41 @@ fn take_expelled(identity: &NodeIdentity, list: Expelled) {
     });
 }
 
-/// A refusal that lasts until an operator does something.
-enum Standing {
-    /// Another machine has this worker's identity.
-    Duplicate,
-    /// This worker is no longer part of the mesh.
-    Expelled,
+/// The reason why there is no link, or no longer one.
+struct Ended {
+    reason: String,
+    refusal: Option<Refusal>,
 }
 
-impl Standing {
-    fn of(code: ErrorCode) -> Option<Self> {
-        match code {
-            DUPLICATE_IDENTITY => Some(Self::Duplicate),
-            EXPELLED => Some(Self::Expelled),
-            _ => None,
+fn refusal_of(code: ErrorCode) -> Option<Refusal> {
+    match code {
+        DUPLICATE_IDENTITY => Some(Refusal::Duplicate),
+        EXPELLED => Some(Refusal::Expelled),
+        _ => None,
+    }
+}
+
+impl From<Refused> for Ended {
+    fn from(refused: Refused) -> Self {
+        Ended {
+            reason: refused.reason,
+            refusal: refused.expelled.then_some(Refusal::Expelled),
         }
     }
 }
 
-/// The reason why there is no link, or no longer one.
-struct Ended {
-    reason: String,
-    refusal: Option<Standing>,
-}
-
-impl<T: Into<String>> From<T> for Ended {
-    fn from(reason: T) -> Self {
+impl From<String> for Ended {
+    fn from(reason: String) -> Self {
         Ended {
-            reason: reason.into(),
+            reason,
             refusal: None,
         }
+    }
+}
+
+impl From<&str> for Ended {
+    fn from(reason: &str) -> Self {
+        reason.to_owned().into()
     }
 }
 
@@ -559,18 +425,11 @@ async fn why(link: &Link, failure: StreamFailure) -> Ended {
     match closed {
         Some(Closed::ByPeer { code, text }) => Ended {
             reason: text,
-            refusal: Standing::of(code),
+            refusal: refusal_of(code),
         },
         Some(closed) => closed.to_string().into(),
         None => text.into(),
     }
-}
-
-/// The wait of a worker before it asks again after a refusal that lasts, the `times`th time.
-fn refusal_pause(times: u32) -> Duration {
-    REFUSAL_PAUSE
-        .saturating_mul(1 << (times.clamp(1, 8) - 1))
-        .min(LONGEST_REFUSAL_PAUSE)
 }
 
 /// Warns if this machine's clock and the head's are far apart. The mesh works nevertheless.
@@ -611,175 +470,13 @@ fn own_addresses() -> Vec<String> {
         .collect()
 }
 
-/// Sealed heartbeats over UDP, from whichever address this machine has at the moment.
-struct Heartbeats {
-    socket: UdpSocket,
-    target: SocketAddr,
-    sealer: Sealer,
-    interval: tokio::time::Interval,
-    sequence: u32,
-}
-
-impl Heartbeats {
-    fn new(link: &Link, welcome: &Welcome) -> Result<Self, String> {
-        let context = welcome.session.to_be_bytes();
-        let key = link
-            .export_key("hydramesh heartbeat", &context)
-            .map_err(|error| error.to_string())?;
-        let port = u16::try_from(welcome.heartbeat_port)
-            .map_err(|_| format!("its heartbeat port {} is none", welcome.heartbeat_port))?;
-        let target = SocketAddr::new(link.remote_addr().ip(), port);
-        let socket = unconnected_socket(target)
-            .map_err(|error| format!("no socket for heartbeats: {error}"))?;
-        let seconds = f64::from(welcome.heartbeat_seconds);
-        let every = if (0.1..=60.0).contains(&seconds) {
-            Duration::from_secs_f64(seconds)
-        } else {
-            HEARTBEAT
-        };
-        let mut interval = tokio::time::interval(every);
-        interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        Ok(Heartbeats {
-            socket,
-            target,
-            sealer: Sealer::new(&key, welcome.session),
-            interval,
-            sequence: 0,
-        })
-    }
-
-    async fn due(&mut self) {
-        self.interval.tick().await;
-    }
-
-    async fn send(&mut self, load: Load) {
-        let sequence = self.sequence;
-        self.sequence = sequence.wrapping_add(1);
-        let sealed = self.sealer.seal(
-            MsgType::SEALED_HEARTBEAT,
-            sequence,
-            timestamp_us(),
-            &load.encode_to_vec(),
-        );
-        let sent = match sealed {
-            Ok(message) => self
-                .socket
-                .send_to(&message.encode_datagram(), self.target)
-                .await
-                .map_err(|error| error.to_string()),
-            Err(error) => Err(error.to_string()),
-        };
-        if let Err(error) = sent {
-            // It may be lost on the way as well; the next one follows.
-            tracing::debug!(error, "heartbeat not sent");
-        }
-    }
-}
-
-/// A connected socket would keep the address that this machine had at first.
-fn unconnected_socket(target: SocketAddr) -> std::io::Result<UdpSocket> {
-    let socket = listen::udp(listen::toward(target), |_| Ok(()))?;
-    socket.set_nonblocking(true)?;
-    UdpSocket::from_std(socket)
-}
-
-fn has_never_joined(state_dir: &Path) -> bool {
-    let loaded = NodeIdentity::load(state_dir);
-    matches!(loaded, Err(TrustError::NoIdentity { .. }))
-}
-
-/// Tells of a token that is still to be used and that others can read.
-fn look_at_token_file(config: &Config) {
-    if let Some(path) = &config.join_token_file {
-        files::warn_if_exposed(path, Readers::Group);
-    }
-}
-
-/// Further advice where the token file is systemd's copy of another one, in `credentials`.
-fn token_advice(config: &Config, credentials: Option<&Path>) -> &'static str {
-    let path = config.join_token_file.as_deref();
-    match (path, credentials) {
-        (Some(path), Some(credentials)) if path.starts_with(credentials) => {
-            "; systemd copied the token file when this unit started: restart the unit when a new token is there"
-        }
-        _ => "",
-    }
-}
-
-pub(crate) fn read_token(config: &Config) -> Result<Option<JoinToken>, WorkerError> {
-    let (text, origin) = match (&config.join_token, &config.join_token_file) {
-        (Some(text), _) => (text.clone(), "`join_token`".to_owned()),
-        (None, Some(path)) => match std::fs::read_to_string(path) {
-            Ok(text) => (text, path.display().to_string()),
-            // Tokens are used once; after the join their file may be gone. A worker that cannot use its
-            // identity is told of that.
-            Err(_) if !has_never_joined(&config.state_dir) => return Ok(None),
-            Err(source) => {
-                return Err(WorkerError::TokenFile {
-                    path: path.clone(),
-                    source,
-                });
-            }
-        },
-        (None, None) => return Ok(None),
-    };
-    match text.trim().parse() {
-        Ok(token) => Ok(Some(token)),
-        Err(error) => Err(WorkerError::Token {
-            origin,
-            reason: format!("{error}"),
-        }),
-    }
-}
-
 /// Clocks that are further apart are reported.
 const CLOCK_TOLERANCE: Duration = Duration::from_secs(60);
 
-/// A head that restarts is back within a second.
-const FIRST_PAUSE: Duration = Duration::from_millis(100);
-const LONGEST_PAUSE: Duration = Duration::from_secs(5);
-
-/// A worker that an operator has to help asks again after this time, and then more rarely.
-const REFUSAL_PAUSE: Duration = Duration::from_secs(30);
-const LONGEST_REFUSAL_PAUSE: Duration = Duration::from_secs(300);
-
 const MOST_ADDRESSES: usize = 8;
 
-const HEARTBEAT: Duration = Duration::from_secs(2);
 const LOAD_INTERVAL: Duration = Duration::from_millis(250);
-/// Least interval between reports to the head of the models that are held and sought.
-const MODELS_INTERVAL: Duration = Duration::from_millis(200);
 const WELCOME_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Time for which the worker waits to tell the head that it goes.
 const GOODBYE: Duration = Duration::from_millis(500);
-
-/// A link that held this long was no failed attempt.
-const STEADY: Duration = Duration::from_secs(2);
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_token_file_of_systemds_needs_a_restart() {
-        let config = |path: &str| Config {
-            join_token_file: Some(path.into()),
-            ..Config::default()
-        };
-        let credentials = Path::new("/run/credentials/mesh-worker.service");
-        let copied = config("/run/credentials/mesh-worker.service/join-token");
-        assert!(token_advice(&copied, Some(credentials)).contains("restart the unit"));
-        let own = config("/etc/hydramesh/join-token");
-        assert_eq!(token_advice(&own, Some(credentials)), "");
-        assert_eq!(token_advice(&own, None), "");
-    }
-
-    #[test]
-    fn who_is_refused_for_good_asks_rarely() {
-        let pauses: Vec<u64> = (1..=6)
-            .map(|times| refusal_pause(times).as_secs())
-            .collect();
-        assert_eq!(pauses, [30, 60, 120, 240, 300, 300]);
-    }
-}

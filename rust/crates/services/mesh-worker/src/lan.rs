@@ -12,7 +12,7 @@ use tokio::sync::watch;
 
 use crate::config::Config;
 use crate::error::WorkerError;
-use crate::head::{read_token, unusable};
+use crate::token::{read_token, unusable};
 
 /// Location of the head.
 #[derive(Clone)]

@@ -1,6 +1,9 @@
 //! The worker: hosts engines, answers tasks.
 //!
-//! [`Worker::start`] loads the models (`host`), joins the mesh and keeps the link to the head up (`head`).
+//! Everything that it holds, wants, offers, deploys and serves is decided in [`mesh_worker_core`], behind one
+//! lock (`core`). `models`, `loading`, `rings` and `head` carry the decisions out.
+//!
+//! [`Worker::start`] loads the models (`host`), joins the mesh (`join`) and keeps the link to the head up (`head`).
 //! Each request of the head is a stream of its own (`answer`, `generate`, `encoder`), on which the worker
 //! shows that it lives (`life`). The number of requests that are prepared for engines at once is bounded
 //! (`preparations`). Plain DCF tasks, as v5.0.0 heads send them, come over UDP (`legacy`).
@@ -16,7 +19,9 @@ mod engine_death;
 mod error;
 mod generate;
 mod head;
+mod heartbeats;
 mod host;
+mod join;
 mod lan;
 mod legacy;
 mod life;
@@ -28,6 +33,7 @@ mod preparations;
 mod rings;
 mod service;
 pub mod templates;
+mod token;
 mod worker;
 
 pub use config::Config;

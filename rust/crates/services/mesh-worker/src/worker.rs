@@ -23,8 +23,9 @@ use tokio_util::task::TaskTracker;
 
 use crate::config::Config;
 use crate::error::WorkerError;
-use crate::head::{HeadLink, identify};
+use crate::head::HeadLink;
 use crate::host::Host;
+use crate::join::identify;
 use crate::lan::{HeadPlace, Lan};
 use crate::legacy::PlainDcf;
 use crate::loading::Loading;
@@ -328,7 +329,7 @@ impl Running {
         loop {
             tokio::select! {
                 _ = tick.tick() => {
-                    self.loading.look_after(&self.config);
+                    self.loading.look_after();
                     // A stage that hangs must not be vouched for.
                     if progress.is_made(&self.host, Instant::now()) {
                         self.heart.beat();
@@ -344,6 +345,7 @@ impl Running {
     /// Once the drain begins: takes no new requests and lets running ones finish, up to the limit.
     async fn drain(&self) {
         self.shutdown.draining().await;
+        self.host.stored().core().change(|core| core.loads.drain());
         self.health.set_unready("shutting down");
         let finished = async {
             self.host.drain().await;

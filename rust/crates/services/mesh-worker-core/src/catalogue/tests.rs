@@ -86,8 +86,18 @@ impl Sim {
     fn send(&mut self, node: &str, number: u32) {
         let wanted = self.map.wanted(number).unwrap();
         let verified = wanted.verify(&piece(number)).unwrap();
-        let (of, node) = (self.of(), node.to_owned());
-        self.catalogue.piece_came(&of, &node, &verified, self.now);
+        self.event(node, SourceEvent::Piece(verified));
+    }
+
+    fn event(&mut self, node: &str, event: SourceEvent) {
+        let of = self.of();
+        self.catalogue
+            .source_event(&of, node.to_owned(), event, self.now);
+    }
+
+    fn gone(&mut self, node: &str, reason: &str, refused: bool) {
+        let reason = reason.to_owned();
+        self.event(node, SourceEvent::Gone { reason, refused });
     }
 }
 
@@ -120,9 +130,7 @@ fn a_download_uses_its_sources_and_ends_when_all_pieces_are_stored() {
     sim.told(&["a", "own"]);
     sim.catalogue.lan_found(vec![seat("a"), seat("b")]);
     assert_eq!(opened(&sim.later(0.1)), ["a", "b"]);
-    let (of, now) = (sim.of(), sim.now);
-    sim.catalogue
-        .source_has(&of, "a".to_owned(), PieceSet::all(2), now);
+    sim.event("a", SourceEvent::Has(PieceSet::all(2)));
     let steps = sim.run();
     assert_eq!(asked(&steps).len(), 2, "{steps:?}");
     for piece in 0..2 {
@@ -144,11 +152,8 @@ fn a_source_that_fails_is_tried_again_after_a_pause_and_one_without_the_model_la
     sim.want();
     sim.told(&["a", "b"]);
     assert_eq!(opened(&sim.run()), ["a", "b"]);
-    let (of, now) = (sim.of(), sim.now);
-    sim.catalogue
-        .source_gone(&of, "a".to_owned(), "no route", false, now);
-    sim.catalogue
-        .source_gone(&of, "b".to_owned(), "it refused", true, now);
+    sim.gone("a", "no route", false);
+    sim.gone("b", "it refused", true);
     assert!(opened(&sim.later(1.9)).is_empty());
     assert_eq!(opened(&sim.later(0.2)), ["a"]);
     assert!(opened(&sim.later(27.0)).is_empty());
@@ -188,14 +193,12 @@ fn a_source_with_a_wrong_piece_is_accused_and_not_used_again() {
     sim.want();
     sim.told(&["a"]);
     sim.run();
-    let (of, now, a) = (sim.of(), sim.now, "a".to_owned());
-    sim.catalogue
-        .source_has(&of, a.clone(), PieceSet::all(2), now);
+    sim.event("a", SourceEvent::Has(PieceSet::all(2)));
     assert_eq!(asked(&sim.run()).len(), 2);
     let bad = sim.map.wanted(0).unwrap().verify(b"lies").unwrap_err();
-    sim.catalogue.bad_piece(&of, &a, &bad);
+    sim.event("a", SourceEvent::Bad(bad));
     let close = DownloadStep::Close {
-        source: a,
+        source: "a".to_owned(),
         bad: true,
     };
     assert!(sim.run().contains(&close));
@@ -218,7 +221,7 @@ fn a_disk_that_is_full_fails_the_requests_and_the_next_request_begins_anew() {
     // In the middle of it.
     let want = sim.want();
     sim.run();
-    sim.catalogue.disk_failed(&of, "no space");
+    sim.event("a", SourceEvent::DiskFailed("no space".to_owned()));
     assert_eq!(sim.catalogue.take_result(want), Some(failed));
     assert_eq!(sim.run().last(), Some(&DownloadStep::End));
     // When whole files are stored: what is on the disk is looked up.

@@ -366,29 +366,39 @@ fn a_drain_begins_no_load_and_serves_none_that_ends() {
 fn a_worker_is_ready_when_nothing_is_awaited_and_something_is_served() {
     let mut sim = Sim::new(&["m"], &[], Vec::new());
     let none = BTreeMap::new();
-    let ready = |sim: &Sim, faults: &BTreeMap<String, String>, serves| {
-        sim.loads
-            .readiness(faults, serves, "m is being fetched".to_owned())
+    let state = |sim: &Sim, faults: &BTreeMap<String, String>, serves| {
+        let lacking = "m is being fetched".to_owned();
+        sim.loads.readiness(faults, serves, lacking).state
     };
-    let lacks = ready(&sim, &none, true).lacks.unwrap();
-    assert_eq!(lacks, "m is being fetched; m is not loaded yet");
+    let lacks = |text: &str| ReadyState::Lacks(text.to_owned());
+    assert_eq!(
+        state(&sim, &none, true),
+        ReadyState::Elsewhere,
+        "no link yet"
+    );
+    sim.loads.linked(true);
+    let text = "m is being fetched; m is not loaded yet";
+    assert_eq!(state(&sim, &none, true), lacks(text));
     let whole = order(&sim.steps());
     sim.loaded(&whole, Err(error("model m: no route")));
-    let lacks = ready(&sim, &none, true).lacks.unwrap();
-    assert_eq!(lacks, "m is being fetched; model m: no route");
+    let text = "m is being fetched; model m: no route";
+    assert_eq!(state(&sim, &none, true), lacks(text));
     order(&sim.wait(5));
     sim.loaded(&whole, Ok(()));
-    assert_eq!(ready(&sim, &none, false).lacks, None);
+    assert_eq!(state(&sim, &none, false), ReadyState::Ready);
     let faults = BTreeMap::from([("x".to_owned(), "damaged".to_owned())]);
-    let note = Some("x is not served: damaged".to_owned());
-    let readiness = ready(&sim, &faults, true);
-    assert_eq!((&readiness.note, &readiness.lacks), (&note, &None));
-    assert!(
-        ready(&sim, &faults, false)
-            .lacks
-            .unwrap()
-            .contains("damaged")
-    );
+    assert_eq!(state(&sim, &faults, true), ReadyState::Ready);
+    let text = "m is being fetched; x is not served: damaged";
+    assert_eq!(state(&sim, &faults, false), lacks(text));
+    let readiness = sim.loads.readiness(&faults, true, String::new());
+    assert_eq!(readiness.note.as_deref(), Some("x is not served: damaged"));
+    // A new link has to show it again.
+    sim.loads.linked(false);
+    assert_eq!(state(&sim, &none, true), ReadyState::Elsewhere);
+    sim.loads.linked(true);
+    assert_ne!(sim.loads.readiness(&faults, true, String::new()), readiness);
+    sim.loads.drain();
+    assert_eq!(state(&sim, &none, true), ReadyState::Elsewhere);
 }
 
 #[test]

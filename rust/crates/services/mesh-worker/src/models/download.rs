@@ -7,14 +7,14 @@ use std::time::{Duration, Instant};
 use mesh_base::random;
 use mesh_share::PieceSet;
 use mesh_store::{Digest, Named, Pin, Store, StoreError, Work};
-use mesh_worker_core::DownloadStep;
+use mesh_worker_core::{DownloadStep, SourceEvent};
 use tokio::sync::mpsc;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::context::Context;
 use super::files::ReplicaFiles;
 use super::hub;
-use super::source::{self, News, Order, REFUSES};
+use super::source::{self, Order};
 use super::writer::Writer;
 use crate::core::CoreHandle;
 
@@ -65,7 +65,7 @@ struct Download {
     store: Store,
     writer: Arc<Writer>,
     sources: HashMap<String, Source>,
-    news: mpsc::UnboundedSender<(String, News)>,
+    news: mpsc::UnboundedSender<(String, SourceEvent)>,
     /// Keeps the model in the store while it is fetched.
     pin: Option<Pin>,
     _work: Option<Work>,
@@ -111,7 +111,7 @@ impl Download {
         self.files.map().fingerprint()
     }
 
-    async fn run(mut self, mut incoming: mpsc::UnboundedReceiver<(String, News)>) {
+    async fn run(mut self, mut incoming: mpsc::UnboundedReceiver<(String, SourceEvent)>) {
         let (of, core) = (self.of(), self.context.core.clone());
         let mut changes = core.changes();
         loop {
@@ -194,31 +194,20 @@ impl Download {
         }
     }
 
-    fn take(&mut self, source: String, news: News) {
-        let (of, now) = (self.of(), Instant::now());
-        if let News::Piece(verified) = &news {
-            let wanted = self.files.map().wanted(verified.piece());
-            let bytes = wanted.map_or(0, |wanted| wanted.bytes);
-            self.context.counters.from_peers.inc_by(bytes.into());
-        }
-        if let News::Gone(_) = &news {
-            self.sources.remove(&source);
-        }
-        self.context.core.with(|core| {
-            let catalogue = &mut core.catalogue;
-            match news {
-                News::Here(pieces) => catalogue.source_has(&of, source, pieces, now),
-                News::Heard => catalogue.source_sent(&of, &source, now),
-                News::Refused(piece) => catalogue.source_refused(&of, &source, piece),
-                News::Piece(verified) => catalogue.piece_came(&of, &source, &verified, now),
-                News::Bad(bad) => catalogue.bad_piece(&of, &source, &bad),
-                News::Gone(reason) => {
-                    let refused = reason.starts_with(REFUSES);
-                    catalogue.source_gone(&of, source, &reason, refused, now);
-                }
-                News::Disk(error) => catalogue.disk_failed(&of, &error),
+    fn take(&mut self, source: String, event: SourceEvent) {
+        match &event {
+            SourceEvent::Piece(verified) => {
+                let wanted = self.files.map().wanted(verified.piece());
+                let bytes = wanted.map_or(0, |wanted| wanted.bytes);
+                self.context.counters.from_peers.inc_by(bytes.into());
             }
-        });
+            SourceEvent::Gone { .. } => drop(self.sources.remove(&source)),
+            _ => {}
+        }
+        let (of, now) = (self.of(), Instant::now());
+        self.context
+            .core
+            .with(|core| core.catalogue.source_event(&of, source, event, now));
     }
 
     /// Gets the model from the hub. Others get its pieces from here as they come.

@@ -9,8 +9,9 @@ use mesh_net::quic::{Link, MsgStream};
 use mesh_proto::{
     BLOCK, ManifestReply, ManifestRequest, PieceData, PieceRequest, PiecesHello, PiecesHere, Seat,
 };
-use mesh_share::{BadPiece, PieceSet, Verified, Wanted};
+use mesh_share::{PieceSet, Wanted};
 use mesh_store::{Digest, SignedManifest};
+use mesh_worker_core::SourceEvent;
 use prost::Message as _;
 use tokio::sync::mpsc;
 
@@ -25,24 +26,6 @@ pub(super) enum Order {
     Withdraw(u32),
 }
 
-/// Events of a source.
-pub(super) enum News {
-    /// It holds these pieces.
-    Here(PieceSet),
-    /// It is sending: a sign of life.
-    Heard,
-    /// A piece came, is the manifest's and is written.
-    Piece(Verified),
-    /// A piece came that is not.
-    Bad(BadPiece),
-    /// It has not got this piece.
-    Refused(u32),
-    /// It sends no more, for this reason.
-    Gone(String),
-    /// This machine cannot write.
-    Disk(String),
-}
-
 /// Gets pieces from the worker in `seat` until the orders or the stream end.
 pub(super) async fn run(
     peers: Peers,
@@ -50,7 +33,7 @@ pub(super) async fn run(
     files: Arc<ReplicaFiles>,
     writer: Arc<Writer>,
     orders: mpsc::UnboundedReceiver<Order>,
-    news: mpsc::UnboundedSender<(String, News)>,
+    news: mpsc::UnboundedSender<(String, SourceEvent)>,
 ) {
     let node = seat.node_id.clone();
     let tell = |what| {
@@ -60,7 +43,8 @@ pub(super) async fn run(
         Ok((_link, stream)) => talk(stream, &files, &writer, orders, &tell).await,
         Err(reason) => reason,
     };
-    tell(News::Gone(reason));
+    let refused = reason.starts_with(REFUSES);
+    tell(SourceEvent::Gone { reason, refused });
 }
 
 async fn open(
@@ -92,7 +76,7 @@ async fn talk(
     files: &Arc<ReplicaFiles>,
     writer: &Arc<Writer>,
     mut orders: mpsc::UnboundedReceiver<Order>,
-    tell: &impl Fn(News),
+    tell: &impl Fn(SourceEvent),
 ) -> String {
     let (mut send, mut recv) = stream.split();
     let mut owed: HashMap<u32, Wanted> = HashMap::new();
@@ -135,7 +119,7 @@ async fn talk(
                 }
                 match received.kind {
                     MsgType::PIECES_HERE => match here(&received, files.map().count()) {
-                        Ok(pieces) => tell(News::Here(pieces)),
+                        Ok(pieces) => tell(SourceEvent::Has(pieces)),
                         Err(reason) => return reason,
                     },
                     MsgType::PIECE_DATA => {
@@ -145,10 +129,10 @@ async fn talk(
                         if data.refused {
                             owed.remove(&data.piece);
                             coming = None;
-                            tell(News::Refused(data.piece));
+                            tell(SourceEvent::Refuses(data.piece));
                             continue;
                         }
-                        tell(News::Heard);
+                        tell(SourceEvent::Sends);
                         let known = owed.get(&data.piece).cloned();
                         let known = known.or_else(|| {
                             withdrawn.iter().find(|w| w.piece == data.piece).cloned()
@@ -167,7 +151,7 @@ async fn talk(
                             let kept = tokio::task::spawn_blocking(move || keep(&files, &writer, whole));
                             match kept.await {
                                 Ok(news) => tell(news),
-                                Err(error) => tell(News::Disk(error.to_string())),
+                                Err(error) => tell(SourceEvent::DiskFailed(error.to_string())),
                             }
                         }
                     }
@@ -205,12 +189,12 @@ fn take_part(coming: &mut Option<Coming>, wanted: Wanted, part: &PieceData) -> R
 }
 
 /// Compares a piece with the manifest and writes it. Blocks.
-fn keep(files: &ReplicaFiles, writer: &Writer, coming: Coming) -> News {
+fn keep(files: &ReplicaFiles, writer: &Writer, coming: Coming) -> SourceEvent {
     match coming.wanted.verify(&coming.data) {
-        Err(bad) => News::Bad(bad),
+        Err(bad) => SourceEvent::Bad(bad),
         Ok(verified) => match writer.write(files, verified.piece(), &coming.data) {
-            Ok(()) => News::Piece(verified),
-            Err(error) => News::Disk(error),
+            Ok(()) => SourceEvent::Piece(verified),
+            Err(error) => SourceEvent::DiskFailed(error),
         },
     }
 }
@@ -276,7 +260,7 @@ pub(super) async fn manifest(
 }
 
 /// Prefix of the reason of a source that has not got the model.
-pub(super) const REFUSES: &str = "it refused";
+const REFUSES: &str = "it refused";
 const MANIFEST_TIMEOUT: Duration = Duration::from_secs(60);
 const MOST_WITHDRAWN: usize = 64;
 

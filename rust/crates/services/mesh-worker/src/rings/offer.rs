@@ -4,13 +4,13 @@ use std::panic::AssertUnwindSafe;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use mesh_engine_ort::{OrtOptions, Reclaim, WeightFormat};
+use mesh_engine_ort::Reclaim;
 use mesh_machine::{ProfileOptions, Profiler, choose_format};
 use mesh_model::Model;
 use mesh_proto::{ModelCard, NodeProfile};
 use mesh_store::{FingerprintCache, local};
 
-use super::Shard;
+use super::shard::Shard;
 use crate::config::Config;
 use crate::error::WorkerError;
 use crate::host::{self, Failure, Source};
@@ -93,56 +93,23 @@ fn measure_path(
     std::panic::catch_unwind(AssertUnwindSafe(measure)).unwrap_or_else(panicked)
 }
 
-/// Opens the model of a file again if the file may have been written to since, provided that it is still the
-/// offered model.
-pub(super) fn open_again(
-    model: &Model,
-    fingerprint: &str,
-    config: &Config,
-) -> Result<Model, String> {
-    if model.tensors().check_unchanged().is_ok() {
-        return Ok(model.clone());
-    }
-    let path = model.path();
-    let cache = FingerprintCache::new(config.state_dir.join("fingerprints.json"));
-    let found = cache.fingerprint(path);
-    let found = found.map_err(|error| format!("{}: {error}", path.display()))?;
-    if found != fingerprint {
-        return Err(format!(
-            "{} is another model than the one that was offered: restart the worker to offer it, or put the old file back",
-            path.display()
-        ));
-    }
-    Model::open(path).map_err(|error| error.to_string())
-}
-
-/// The same for the model `held`, called `name`, of which the header at least is here, at `path`.
+/// The same for the replica called `name`, of which the header at least is here, at `path`.
 pub(super) fn measure_stored(
     name: &str,
     path: &Path,
-    held: &Arc<ReplicaFiles>,
+    files: &Arc<ReplicaFiles>,
     config: &Arc<Config>,
 ) -> Result<(Shard, NodeProfile), WorkerError> {
     let mut profiler = Profiler::take(profile_options(config, None));
     let model = Model::open(path)?;
-    let fingerprint = held.map().file_fingerprint();
+    let fingerprint = files.map().file_fingerprint();
     // Speeds are kept under it, and the file's own bytes need not be there: weights that are holes are zeros,
     // and no kernel looks at values.
     model.know_fingerprint(&fingerprint);
     let card = host::card(name, path, &model, &fingerprint);
     let mut shard = measure_one(model, card, &mut profiler, config)?;
-    shard.held = Some(held.clone());
+    shard.files = Some(files.clone());
     Ok((shard, NodeProfile::from(&profiler.profile)))
-}
-
-/// Opens the model `held` again: it may have been written to since it was opened the last time.
-pub(super) fn open_stored(held: &ReplicaFiles) -> Result<Model, String> {
-    let open = || {
-        let path = held.path().map_err(|error| error.to_string())?;
-        Model::open(path).map_err(|error| error.to_string())
-    };
-    // The file moves when it becomes whole, which may be just now.
-    open().or_else(|_| open())
 }
 
 fn profile_options(config: &Config, model: Option<PathBuf>) -> ProfileOptions {
@@ -194,14 +161,6 @@ fn measure_one(
         format: choice.format,
         card,
         model,
-        held: None,
+        files: None,
     })
-}
-
-/// Options for loading parts; slots and context are the ring's.
-pub(super) fn options(config: &Config, format: WeightFormat) -> OrtOptions {
-    OrtOptions {
-        weights: format,
-        ..host::options(config)
-    }
 }

@@ -1,24 +1,30 @@
 //! Rings of real stages on real links, with the test in the head's place.
 
 use std::net::SocketAddr;
-use std::time::SystemTime;
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
 
+use dcf::{Message, MsgType};
 use futures::StreamExt;
 use mesh_engine::{Event as Answer, Request};
-use mesh_engine_ort::OrtStage;
-use mesh_net::quic::join;
+use mesh_engine_ort::{OrtOptions, OrtStage};
+use mesh_model::Model;
+use mesh_net::quic::{LinkConfig, Listener, join};
 use mesh_net::trust::{Authority, Validity};
-use mesh_proto::{PartPhase, RingStage, Seat};
+use mesh_proto::{Offer, PartPhase, Ring, RingStage, RingState, Seat};
 use mesh_testkit::paths;
+use mesh_worker_core::Lease;
 use prost::Message as _;
 use tempfile::TempDir;
+use tokio::sync::mpsc;
 
-use super::*;
-use crate::config::RingConfig;
+use super::Rings;
+use crate::config::{Config, RingConfig};
 
 const LOOPBACK: SocketAddr =
     SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 0);
 const RING: u64 = 7;
+const RTT: Duration = Duration::from_micros(200);
 
 struct Mesh {
     nodes: Vec<Node>,
@@ -28,6 +34,9 @@ struct Mesh {
 
 struct Node {
     rings: Arc<Rings>,
+    node_id: String,
+    lease: Lease,
+    outbox: mpsc::UnboundedSender<Message>,
     reports: mpsc::UnboundedReceiver<Message>,
     offer: Offer,
     last: Option<RingState>,
@@ -76,11 +85,14 @@ impl Mesh {
             assert!(failures.is_empty(), "{failures:?}");
             rings.listen(&identity).unwrap();
             let (outbox, mut reports) = mpsc::unbounded_channel();
-            rings.linked(outbox, Duration::from_micros(200));
+            let lease = rings.linked(outbox.clone(), RTT, Vec::new());
             let offer = reports.recv().await.unwrap();
             let offer = Offer::decode(offer.payload).unwrap();
             mesh.nodes.push(Node {
                 rings,
+                node_id: identity.node_id(),
+                lease,
+                outbox,
                 reports,
                 offer,
                 last: None,
@@ -94,7 +106,7 @@ impl Mesh {
         let node = &self.nodes[node];
         Seat {
             addresses: Vec::new(),
-            node_id: node.rings.node_id(),
+            node_id: node.node_id.clone(),
             name: "a node".to_owned(),
             address: format!("127.0.0.1:{}", node.offer.ring_port),
         }
@@ -129,14 +141,14 @@ impl Mesh {
             reason: "a test".to_owned(),
         };
         for node in &self.nodes {
-            let id = node.rings.node_id();
-            let holds = |seat: &Option<Seat>| seat.as_ref().is_some_and(|seat| seat.node_id == id);
+            let id = &node.node_id;
+            let holds = |seat: &Option<Seat>| seat.as_ref().is_some_and(|seat| seat.node_id == *id);
             if ring
                 .stages
                 .iter()
                 .any(|s| holds(&s.seat) || holds(&s.standby))
             {
-                node.rings.configure(ring.clone());
+                node.rings.configure(node.lease, ring.clone());
             }
         }
     }
@@ -152,6 +164,9 @@ impl Mesh {
         let wait = async {
             loop {
                 let message = self.nodes[node].reports.recv().await.unwrap();
+                if message.kind != MsgType::RING_STATE {
+                    continue;
+                }
                 let state = RingState::decode(message.payload).unwrap();
                 let fits = state.epoch == epoch && is(&state);
                 self.nodes[node].last = Some(state.clone());
@@ -189,9 +204,13 @@ impl Mesh {
             .submit(request)
     }
 
-    /// Ends the node's listener and links, as the others see a closed connection.
+    /// The node loses the head, which ends its deployments, and finds it again.
     fn lose(&mut self, node: usize) {
-        self.nodes[node].rings.unlinked();
+        let node = &mut self.nodes[node];
+        node.rings.unlinked();
+        let core = node.rings.core();
+        core.change(|core| core.head_lost(None, Instant::now(), 0.0));
+        node.lease = node.rings.linked(node.outbox.clone(), RTT, Vec::new());
     }
 }
 
@@ -305,7 +324,10 @@ async fn the_standby_of_the_last_stage_becomes_the_driver_and_knows_what_was_sai
         events.extend(stream.next().await);
     }
     // The same members in a new epoch make new links, and the answer goes on.
-    let (peers, seat) = (mesh.nodes[1].rings.peers().unwrap(), mesh.seat(0));
+    let (peers, seat) = (
+        mesh.nodes[1].rings.net.get().unwrap().peers.clone(),
+        mesh.seat(0),
+    );
     let before = peers.link(&seat).await.unwrap();
     mesh.configure(&[(15, 0, None), (30, 1, Some(2))]);
     mesh.serving(1).await;

@@ -1,0 +1,132 @@
+//! Joining the mesh: with the identity in the state directory, or with a token.
+
+use std::net::SocketAddr;
+use std::path::Path;
+
+use mesh_net::quic::{self, JoinError};
+use mesh_net::trust::{NodeIdentity, TrustError};
+
+use crate::config::Config;
+use crate::error::WorkerError;
+use crate::lan::HeadPlace;
+use crate::token::{look_at_token_file, read_token, token_advice, unusable};
+
+/// Loads the identity in the state directory, or joins with the token. `None` means that the head does not
+/// answer yet.
+///
+/// # Errors
+/// If there is neither; if the identity's files are not whole and the token does not mend that; if the head
+/// refuses.
+pub(crate) async fn identify(
+    config: &Config,
+    head: &HeadPlace,
+) -> Result<Option<NodeIdentity>, WorkerError> {
+    let token = read_token(config)?;
+    let loaded = NodeIdentity::load(&config.state_dir);
+    match (loaded, &token) {
+        (Ok(identity), token)
+            if token
+                .as_ref()
+                .is_none_or(|token| identity.root_sha256() == *token.root_sha256()) =>
+        {
+            return Ok(Some(identity));
+        }
+        (Ok(_), _) => {}
+        (Err(error), None) => return Err(unusable(error)),
+        (Err(TrustError::NoIdentity { .. }), _) => {}
+        (Err(error), Some(_)) => {
+            tracing::warn!(%error, "this worker's identity cannot be used; it tries to join again with its token");
+        }
+    }
+    look_at_token_file(config);
+    let addresses = match head.resolve().await {
+        Ok(addresses) => addresses,
+        Err(reason) => {
+            tracing::warn!(%head, reason, "the head has no address yet, trying again");
+            return Ok(None);
+        }
+    };
+    let name = config.node_name();
+    match quic::load_or_join(&addresses, token.as_ref(), &config.state_dir, &name).await {
+        Ok(identity) => {
+            tracing::info!(
+                node = identity.node_id(),
+                name = identity.member().name,
+                "joined the mesh"
+            );
+            Ok(Some(identity))
+        }
+        Err(error) if error.is_transient() => {
+            tracing::warn!(%error, "cannot join yet, trying again");
+            Ok(None)
+        }
+        Err(error) => Err(WorkerError::Join {
+            head: head.to_string(),
+            source: Box::new(error),
+        }),
+    }
+}
+
+/// Reason why a new token does not help.
+pub(crate) struct Refused {
+    pub(crate) reason: String,
+    /// This worker is no longer part of the mesh.
+    pub(crate) expelled: bool,
+}
+
+impl From<String> for Refused {
+    fn from(reason: String) -> Self {
+        let expelled = false;
+        Refused { reason, expelled }
+    }
+}
+
+/// The certificate is of no use and cannot be renewed: a token that the configuration names by now can
+/// mend that. It is read each time, so that a worker which waits takes a new one.
+pub(crate) async fn join_again(
+    config: &Config,
+    addresses: &[SocketAddr],
+    identity: &NodeIdentity,
+    refused: &str,
+    not_renewed: JoinError,
+) -> Result<(), Refused> {
+    let text = format!("{refused}; certificate not renewed: {not_renewed}");
+    if not_renewed.is_expulsion() {
+        return Err(Refused {
+            reason: not_renewed.to_string(),
+            expelled: true,
+        });
+    }
+    // If this machine or the path to the head fails, a token would be used up for nothing.
+    if not_renewed.is_transient() || !matches!(not_renewed, JoinError::Refused { .. }) {
+        return Err(text.into());
+    }
+    let credentials = std::env::var_os("CREDENTIALS_DIRECTORY");
+    let advice = token_advice(config, credentials.as_deref().map(Path::new));
+    let token = match read_token(config) {
+        Ok(Some(token)) => token,
+        Ok(None) => return Err(format!("{text}{advice}").into()),
+        Err(error) => return Err(format!("{text}; {error}{advice}").into()),
+    };
+    if *token.root_sha256() != identity.root_sha256() {
+        let foreign = "the join token is for another mesh: restart the worker to join that one";
+        return Err(format!("{text}; {foreign}").into());
+    }
+    look_at_token_file(config);
+    let (state_dir, name) = (&config.state_dir, config.node_name());
+    let joined = quic::join_again(addresses, &token, state_dir, &name).await;
+    let joined = joined.and_then(|_| Ok(identity.reload()?));
+    match joined {
+        Ok(_) => {
+            tracing::info!(
+                node = identity.node_id(),
+                "joined again with a new token: the old certificate could not be renewed"
+            );
+            Ok(())
+        }
+        Err(error) => Err(Refused {
+            expelled: error.is_expulsion(),
+            reason: format!("{text}; its join token does not help: {error}{advice}"),
+        }),
+    }
+}

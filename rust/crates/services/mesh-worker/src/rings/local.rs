@@ -1,0 +1,260 @@
+//! The interface of rings for the rest of the worker.
+
+use std::net::SocketAddr;
+use std::path::Path;
+use std::sync::{Arc, OnceLock, PoisonError, RwLock};
+use std::time::{Duration, Instant};
+
+use dcf::{Message, MsgType};
+use mesh_engine::EngineHandle;
+use mesh_model::Model;
+use mesh_net::quic::{LinkConfig, Listener};
+use mesh_net::trust::NodeIdentity;
+use mesh_proto::{ModelCard, NodeProfile, Ring};
+use mesh_worker_core::{Lease, Offers, Ordered};
+use tokio::runtime::Handle;
+use tokio::sync::mpsc;
+
+use super::accept::accept;
+use super::carrier::Carrier;
+use super::context::Context;
+use super::deployment::Deployment;
+use super::offer;
+use super::part::message;
+use super::shard::Shard;
+use crate::config::Config;
+use crate::core::CoreHandle;
+use crate::error::WorkerError;
+use crate::host::{Answering, Failure};
+use crate::models::{Models, ReplicaFiles};
+use crate::peers::{self, Peers};
+
+/// Everything about rings on this worker.
+pub(crate) struct Rings {
+    context: Arc<Context>,
+    /// The models that are offered.
+    shards: RwLock<Vec<Arc<Shard>>>,
+    /// Known once the worker has an identity.
+    pub(super) net: OnceLock<Net>,
+}
+
+/// What there is once the worker has an identity.
+pub(super) struct Net {
+    address: SocketAddr,
+    pub(super) peers: Peers,
+    carrier: Carrier,
+}
+
+impl Rings {
+    /// Opens those of `config.shards` that are files at hand and measures this machine. Blocks for as long as
+    /// that takes.
+    pub(crate) fn open(config: &Arc<Config>, models: Arc<Models>) -> (Arc<Self>, Vec<Failure>) {
+        let (shards, profile, failures) = offer::measure(config);
+        let offers = shards.iter().map(|shard| shard.offer.clone()).collect();
+        models
+            .core()
+            .with(|core| core.offers = Offers::new(offers, profile));
+        let rings = Arc::new(Rings {
+            context: Context::new(config.clone(), models),
+            shards: RwLock::new(shards.into_iter().map(Arc::new).collect()),
+            net: OnceLock::new(),
+        });
+        (rings, failures)
+    }
+
+    pub(super) fn core(&self) -> &CoreHandle {
+        self.context.core()
+    }
+
+    /// Offers a model of the configuration that is at hand by now. Blocks for as long as measuring takes.
+    pub(crate) fn add_file(&self, name: &str) -> Result<(), WorkerError> {
+        let (shard, profile) = offer::measure_file(name, &self.context.config)?;
+        self.add_shard(shard, profile)
+    }
+
+    /// The offered models, with their names.
+    pub(crate) fn shard_models(&self) -> Vec<(String, Model)> {
+        let shards = self.shards();
+        let models = shards
+            .iter()
+            .map(|shard| (shard.card.name.clone(), shard.model.clone()));
+        models.collect()
+    }
+
+    /// True if anything is offered.
+    pub(crate) fn has_shards(&self) -> bool {
+        !self.core().with(|core| core.offers.is_empty())
+    }
+
+    /// Offers one more model, `name`, whose header lies at `path`; its layers are fetched when they are
+    /// needed. Blocks for as long as measuring takes.
+    pub(crate) fn add(
+        &self,
+        name: &str,
+        path: &Path,
+        files: &Arc<ReplicaFiles>,
+    ) -> Result<(), WorkerError> {
+        let (shard, profile) = offer::measure_stored(name, path, files, &self.context.config)?;
+        self.add_shard(shard, profile)
+    }
+
+    fn add_shard(&self, shard: Shard, profile: NodeProfile) -> Result<(), WorkerError> {
+        let name = shard.card.name.clone();
+        let added = self.core().with(|core| {
+            let added = core.offers.add(shard.offer.clone(), profile);
+            if added {
+                let mut shards = self.shards.write().unwrap_or_else(PoisonError::into_inner);
+                shards.push(Arc::new(shard));
+            }
+            added
+        });
+        if !added {
+            return Err(WorkerError::SameName { name });
+        }
+        self.offer();
+        Ok(())
+    }
+
+    /// Returns true if this worker offers anything, or will.
+    pub(crate) fn is_offering(&self) -> bool {
+        !self.context.config.shards.is_empty()
+    }
+
+    fn shards(&self) -> Vec<Arc<Shard>> {
+        self.shards
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
+    }
+
+    /// Listens for other workers, once there is an identity to show them. Gives the port the first time.
+    pub(crate) fn listen(&self, identity: &NodeIdentity) -> Result<Option<u16>, WorkerError> {
+        if self.net.get().is_some() || !(self.is_offering() || self.context.models.is_sharing()) {
+            return Ok(None);
+        }
+        let listen = self.context.config.ring.listen;
+        let failed = |source| WorkerError::Listen {
+            address: listen,
+            carrier: "udp",
+            key: "ring.listen",
+            source,
+        };
+        let carrier = Carrier::start().map_err(failed)?;
+        let entered = carrier.enter();
+        let listener = Listener::bind(listen, identity.clone(), None, LinkConfig::default())
+            .map_err(|error| failed(std::io::Error::other(error.to_string())))?;
+        drop(entered);
+        let address = listener.local_addr().map_err(failed)?;
+        tracing::info!(%address, "listening for other workers");
+        let peers = Peers::new(identity.clone());
+        self.context
+            .models
+            .listen(peers, &identity.node_id(), address.port());
+        let _ = self.net.set(Net {
+            address,
+            peers: Peers::new(identity.clone()),
+            carrier: carrier.clone(),
+        });
+        // Models do not go through that thread: they would hold steps up.
+        carrier.spawn(accept(self.context.clone(), listener, Handle::current()));
+        Ok(Some(address.port()))
+    }
+
+    /// There is a link to the head, which is `rtt` away and has heard that these models are served. It gets the
+    /// offer, and from now on reports on rings through `outbox`.
+    pub(crate) fn linked(
+        &self,
+        outbox: mpsc::UnboundedSender<Message>,
+        rtt: Duration,
+        cards: Vec<ModelCard>,
+    ) -> Lease {
+        self.context.set_head(Some(outbox));
+        let lease = self.core().change(|core| {
+            core.offers
+                .head_path(peers::path("", rtt, 0.0).rtt_us, None);
+            core.head_linked(cards)
+        });
+        self.offer();
+        lease
+    }
+
+    /// Sends the offer again if the paths to others have changed.
+    pub(super) fn offer(&self) {
+        let Some(net) = self.net.get() else {
+            return;
+        };
+        let (port, paths) = (net.address.port(), net.peers.paths());
+        let offer = self.core().with(|core| core.offers.poll(port, paths));
+        if let Some(offer) = offer {
+            self.context.tell_head(message(MsgType::OFFER, &offer));
+        }
+    }
+
+    /// The link to the head is gone.
+    pub(crate) fn unlinked(&self) {
+        self.context.set_head(None);
+    }
+
+    /// The head names the members of a ring.
+    pub(crate) fn configure(&self, lease: Lease, ring: Ring) {
+        let (model, fingerprint) = (ring.model.clone(), ring.fingerprint.clone());
+        let ordered = self
+            .core()
+            .change(|core| core.deploy(lease, ring, Instant::now()));
+        let of_model =
+            |shard: &&Arc<Shard>| shard.card.name == model && shard.card.fingerprint == fingerprint;
+        if let Ordered::Begins(number) = ordered
+            && let Some(net) = self.net.get()
+            && let Some(shard) = self.shards().iter().find(of_model)
+        {
+            Deployment::spawn(
+                &net.carrier,
+                net.peers.clone(),
+                self.context.clone(),
+                shard.clone(),
+                number,
+            );
+        }
+    }
+
+    /// A model served by a ring whose driver is here.
+    pub(crate) fn find(&self, name: &str) -> Option<Answering> {
+        let (model, engine) = self.context.find(name)?;
+        Some(Answering { model, engine })
+    }
+
+    /// The engines of all that are served, each with its model's name.
+    pub(crate) fn engines(&self) -> Vec<(String, EngineHandle)> {
+        self.context.engines()
+    }
+
+    /// Resolves when this worker, which drains, may leave.
+    pub(crate) async fn emptied(&self) {
+        let begun = Instant::now();
+        let mut changes = self.core().changes();
+        loop {
+            let now = Instant::now();
+            if self
+                .core()
+                .with(|core| core.deployments.may_leave(begun, now))
+            {
+                return;
+            }
+            changes.next_until(now + DRAIN_LOOK).await;
+        }
+    }
+
+    /// Returns true if no part here has computed anything for a while.
+    pub(super) fn is_idle(&self) -> bool {
+        self.core()
+            .with(|core| core.deployments.is_idle(Instant::now()))
+    }
+
+    /// Rings with others that have a part here.
+    pub(crate) fn shared(&self) -> usize {
+        self.core().with(|core| core.deployments.shared())
+    }
+}
+
+/// Interval at which a drain looks whether it may leave.
+const DRAIN_LOOK: Duration = Duration::from_millis(750);
