@@ -265,13 +265,6 @@ impl Catalogue {
         }
     }
 
-    /// A worker did not give the manifest that a search wants.
-    pub fn no_manifest(&mut self, name: &str, worker: &str, reason: &str) {
-        if let Some(search) = self.searches.get_mut(long_name(name)) {
-            search.no_manifest(worker, reason);
-        }
-    }
-
     /// The model with this manifest is not what a search looks for.
     pub fn doubted(
         &mut self,

@@ -15,8 +15,6 @@ use crate::piece_map::PieceMap;
 pub struct Replica {
     map: Arc<PieceMap>,
     here: PieceSet,
-    /// Counts the changes of the pieces that are here.
-    changes: u64,
     /// Names besides the manifest's own, each vouched for.
     names: Vec<String>,
     /// Names that another worker once gave it, not vouched for.
@@ -31,7 +29,6 @@ impl Replica {
         Replica {
             map,
             here,
-            changes: 0,
             names: Vec::new(),
             hearsay: Vec::new(),
             listed: true,
@@ -66,21 +63,14 @@ impl Replica {
         &self.here
     }
 
-    /// Number of changes of the pieces that are here.
-    pub fn changes(&self) -> u64 {
-        self.changes
-    }
-
     /// Replaces the set of pieces that are here.
     pub(crate) fn set_here(&mut self, here: PieceSet) {
         self.here = here;
-        self.changes += 1;
     }
 
     /// A piece has been verified and written.
     pub(crate) fn piece_came(&mut self, piece: u32) {
         self.here.insert(piece);
-        self.changes += 1;
     }
 
     /// A piece is damaged on the disk.
@@ -279,7 +269,6 @@ mod tests {
         assert_eq!(model.missing(&map.all()).iter().collect::<Vec<_>>(), [0, 2]);
         model.piece_lost(1);
         assert_eq!(model.missing(&map.all()).len(), 3);
-        assert_eq!(model.changes(), 1, "a loss is not announced");
         assert_eq!(model.map().bytes_of(&map.all()), map.manifest().bytes());
         assert_eq!(map.id(3), None);
         assert_eq!(

@@ -98,8 +98,8 @@ impl Search {
         }
     }
 
-    /// The next step. All but [`SearchStep::Wait`] are carried out before the next call, which comes with
-    /// their result: [`Search::download_ended`], [`Search::doubted`] or [`Search::no_manifest`].
+    /// The next step. All but [`SearchStep::Wait`] are carried out before the next call. If one does not end the
+    /// search, that is reported: [`Search::download_ended`], or [`Search::doubted`] for a manifest that came.
     pub(crate) fn poll(&mut self, now: Instant, view: &mut View<'_>) -> SearchStep {
         loop {
             match &mut self.stage {
@@ -222,11 +222,6 @@ impl Search {
                 );
             }
         }
-    }
-
-    /// A worker did not give the manifest.
-    pub(crate) fn no_manifest(&mut self, worker: &str, reason: &str) {
-        tracing::warn!(model = self.name, worker, reason, "no manifest");
     }
 
     /// The model with this manifest, which `worker` offered, is not taken under this name.

@@ -93,7 +93,6 @@ fn each_source_is_asked_for_the_manifest_in_turn_and_later_again() {
         for node in ["a", "b"] {
             let asks = SearchStep::FetchManifest(fingerprint, seat(node));
             assert_eq!(sim.poll(), asks, "round {round}");
-            sim.search.no_manifest(node, "no route");
         }
         assert!(sim.waits());
         sim.now += AGAIN;

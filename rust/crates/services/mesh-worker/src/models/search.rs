@@ -104,9 +104,10 @@ impl Searching<'_> {
                             Ok(files) => return Ok(files),
                             Err(doubt) => self.doubt(fingerprint, &seat.name, doubt),
                         },
-                        Err(reason) => core.with(|core| {
-                            core.catalogue.no_manifest(name, &seat.name, &reason);
-                        }),
+                        Err(reason) => {
+                            let worker = seat.name;
+                            tracing::warn!(model = name, worker, reason, "no manifest");
+                        }
                     }
                 }
                 SearchStep::Wait(until) => changes.next_until(until).await,
