@@ -8,7 +8,7 @@ use bytes::{BufMut, BytesMut};
 use dcf::{ErrorCode, Message, MsgType};
 use mesh_engine::embed::scheduler::EmbedConfig;
 use mesh_engine::embed::shorten;
-use mesh_engine::{EmbedEngine, EmbedHandle, EmbedRequest, RequestError};
+use mesh_engine::{EmbedRequest, Embedding, Engine, EngineHandle, RequestError};
 use mesh_engine_ort::{OrtEncoder, OrtOptions, Reclaim};
 use mesh_model::{EncoderError, EncoderModel};
 use mesh_net::quic::{MsgStream, timestamp_us};
@@ -28,12 +28,12 @@ use crate::preparations;
 /// One embedding model with its engine.
 pub(crate) struct HostedEncoder {
     pub(crate) model: EncoderModel,
-    pub(crate) engine: EmbedHandle,
+    pub(crate) engine: EngineHandle<Embedding>,
     /// The model's description for the head.
     pub(crate) card: ModelCard,
     pub(crate) source: host::Source,
     /// Ends the engine's thread when dropped.
-    _engine: EmbedEngine,
+    _engine: Engine<Embedding>,
     /// Keeps its files in the store.
     pub(crate) _pin: Option<Pin>,
 }
@@ -73,11 +73,10 @@ impl HostedEncoder {
         let limits = EmbedConfig {
             queue_limit: config.queue_limit.max(config.slots as usize),
         };
-        let engine = EmbedEngine::start(&name, Box::new(encoder), limits).map_err(|source| {
-            WorkerError::Start {
-                name: name.clone(),
-                source,
-            }
+        let start = |_| Ok(Embedding::new(Box::new(encoder), limits));
+        let engine = Engine::start_with(&name, start).map_err(|source| WorkerError::Start {
+            name: name.clone(),
+            source,
         })?;
         let handle = engine.handle();
         warm_up(&handle, &name)?;
@@ -126,7 +125,7 @@ fn dtype(model: &EncoderModel) -> String {
 }
 
 /// Proof that vectors come out, and the first measurement of the speed.
-fn warm_up(engine: &EmbedHandle, name: &str) -> Result<(), WorkerError> {
+fn warm_up(engine: &EngineHandle<Embedding>, name: &str) -> Result<(), WorkerError> {
     let info = engine.info();
     let vocab = u32::try_from(info.vocab).unwrap_or(u32::MAX).max(1);
     let length = WARM_UP_TOKENS.min(u32::try_from(info.max_tokens).unwrap_or(u32::MAX));
@@ -139,7 +138,7 @@ fn warm_up(engine: &EmbedHandle, name: &str) -> Result<(), WorkerError> {
             sequences: vec![sequence.clone(); texts],
             deadline: None,
         };
-        let answer = futures::executor::block_on(engine.submit(request));
+        let answer = futures::executor::block_on(engine.submit(request).last_event());
         let reason = match answer {
             Ok(answer) if answer.vectors.iter().flatten().all(|x| x.is_finite()) => continue,
             Ok(_) => "its vectors have numbers that are not finite".to_owned(),
@@ -264,7 +263,7 @@ struct Stage {
     /// count as silence.
     tokenising: OnceLock<Instant>,
     /// Set when this engine has the texts.
-    engine: OnceLock<EmbedHandle>,
+    engine: OnceLock<EngineHandle<Embedding>>,
 }
 
 impl Stage {
@@ -328,7 +327,7 @@ async fn answer(
     };
     let reply = hosted.engine.submit(request);
     let _ = at.engine.set(hosted.engine.clone());
-    let embedded = reply.await?;
+    let embedded = reply.last_event().await?;
     let mut vectors = BytesMut::with_capacity(embedded.vectors.len() * dimensions * 4);
     for mut vector in embedded.vectors {
         shorten(&mut vector, dimensions);

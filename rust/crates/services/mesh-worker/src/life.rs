@@ -8,7 +8,7 @@ use std::pin::Pin;
 use std::time::{Duration, Instant};
 
 use dcf::{Message, MsgType};
-use mesh_engine::{EmbedHandle, RequestStatus, RequestStream};
+use mesh_engine::{Embedding, EngineHandle, RequestStatus, RequestStream};
 use mesh_net::quic::timestamp_us;
 use mesh_proto::{Progress, RequestPhase};
 use prost::Message as _;
@@ -91,7 +91,7 @@ pub(crate) fn of_stream(stream: &RequestStream, begun: bool) -> Progress {
 }
 
 /// A request for embeddings that its engine has.
-pub(crate) fn of_encoder(engine: &EmbedHandle) -> Progress {
+pub(crate) fn of_encoder(engine: &EngineHandle<Embedding>) -> Progress {
     Progress {
         position: engine.load().queued,
         ..progress(RequestPhase::Queued, engine.quiet())
