@@ -182,12 +182,6 @@ impl<W: Workload> Waker<W> {
     }
 }
 
-impl<W: Workload> Clone for Waker<W> {
-    fn clone(&self) -> Self {
-        Waker(Arc::clone(&self.0))
-    }
-}
-
 impl<W: Workload> RequestStream<W> {
     /// The state of the request as of the engine's last steps; `None` before the engine has looked at it.
     pub fn status(&self) -> Option<RequestStatus> {

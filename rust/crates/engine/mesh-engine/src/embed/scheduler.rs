@@ -178,11 +178,6 @@ impl Scheduler {
         }
     }
 
-    /// Requests with waiting sequences.
-    fn waiting(&self) -> usize {
-        self.turns.len().min(self.jobs.len())
-    }
-
     /// Ends requests whose deadline has passed.
     pub fn expire(&mut self, now: Instant) {
         let late = |job: &Job| job.deadline.is_some_and(|deadline| deadline <= now);
@@ -264,13 +259,13 @@ impl Schedule for Scheduler {
 
     // The sequences of a request take turns with those of all others.
     fn status(&self, key: RequestKey) -> Option<RequestStatus> {
-        let ahead = self.waiting() as u32;
+        let ahead = self.load().queued;
         let known = self.jobs.contains_key(&key);
         known.then_some(RequestStatus::Queued { ahead })
     }
 
     fn load(&self) -> Load {
-        let waiting = self.waiting();
+        let waiting = self.turns.len().min(self.jobs.len());
         Load {
             running: (self.jobs.len() - waiting) as u32,
             queued: waiting as u32,

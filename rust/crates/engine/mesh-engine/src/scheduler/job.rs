@@ -2,8 +2,8 @@
 
 use std::time::Instant;
 
-use super::Owner;
 use super::slots::Salt;
+use super::step::Owner;
 use crate::request::{Done, Event, Finish, Request, RequestError, TokenScore, Tokens};
 use crate::sampler::{self, Sampler, Scratch};
 use crate::text::TextPipeline;

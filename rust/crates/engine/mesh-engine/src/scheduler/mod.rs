@@ -25,6 +25,9 @@ mod lengths;
 mod share;
 mod slots;
 mod speed;
+mod step;
+
+pub use step::{SlotOp, Step};
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -38,7 +41,7 @@ use self::speed::Speeds;
 use crate::request::{Event, GenerationRequest, RequestError};
 use crate::sampler::Scratch;
 use crate::workload::{Load, RequestKey, RequestStatus, Schedule, Totals};
-use crate::{Segment, SlotId, StageError, StageInfo, Vocabulary};
+use crate::{SlotId, StageError, StageInfo, Vocabulary};
 
 /// Limits of a scheduler.
 #[derive(Debug, Clone, PartialEq)]
@@ -71,51 +74,6 @@ impl Default for SchedulerConfig {
             answer_tokens: 256,
         }
     }
-}
-
-/// Work for the stage: first the slot operations in order, then the segments.
-#[derive(Debug, Default)]
-pub struct Step {
-    /// Changes to the slots.
-    pub slot_ops: Vec<SlotOp>,
-    /// The segments of the forward call.
-    pub segments: Vec<Segment>,
-    /// Their tokens, back to back.
-    pub tokens: Vec<u32>,
-    /// Slots of all requests in progress, in this step or not.
-    pub busy: Vec<SlotId>,
-    /// The request of each segment.
-    owners: Vec<Owner>,
-    decode_rows: u32,
-    planned: Option<Instant>,
-}
-
-/// A request in one of its runs: after a preemption it runs again.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Owner {
-    key: RequestKey,
-    run: u32,
-}
-
-/// A change to a KV slot.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum SlotOp {
-    /// Shortens a slot, see [`Stage::truncate`](crate::Stage::truncate).
-    Truncate {
-        /// The slot to shorten.
-        slot: SlotId,
-        /// Number of KV rows that it keeps.
-        len: u32,
-    },
-    /// Copies KV rows between slots, see [`Stage::copy_prefix`](crate::Stage::copy_prefix).
-    CopyPrefix {
-        /// The slot that holds the rows.
-        from: SlotId,
-        /// The slot that receives them.
-        to: SlotId,
-        /// Number of KV rows.
-        len: u32,
-    },
 }
 
 /// The batching scheduler of one stage.
@@ -642,38 +600,6 @@ impl Schedule for Scheduler {
             draining: self.draining,
             totals: self.totals,
         }
-    }
-}
-
-impl Step {
-    fn clear(&mut self, now: Instant) {
-        self.slot_ops.clear();
-        self.segments.clear();
-        self.tokens.clear();
-        self.busy.clear();
-        self.owners.clear();
-        self.decode_rows = 0;
-        self.planned = Some(now);
-    }
-
-    fn push(&mut self, job: &Job, slot: SlotId, cached: u32, rows: u32) {
-        self.segments.push(Segment {
-            slot,
-            position: cached,
-            rows,
-            logits: job.logit_rows(cached, rows),
-        });
-        self.tokens
-            .extend_from_slice(&job.pending(cached)[..rows as usize]);
-        self.owners.push(job.owner());
-    }
-
-    /// Rows that become logits.
-    pub fn logit_rows(&self) -> usize {
-        self.segments
-            .iter()
-            .map(|s: &Segment| s.logits.count(s.rows) as usize)
-            .sum()
     }
 }
 
