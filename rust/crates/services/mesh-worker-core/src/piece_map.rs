@@ -66,7 +66,7 @@ impl PieceMap {
     }
 
     /// The manifest's own name, unless that has the form of a hub name.
-    pub fn plain_name(&self) -> Option<&str> {
+    pub(crate) fn plain_name(&self) -> Option<&str> {
         let name = self.manifest().name.as_str();
         (!is_hub_name(name)).then_some(name)
     }

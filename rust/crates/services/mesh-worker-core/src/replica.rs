@@ -93,14 +93,14 @@ impl Replica {
     }
 
     /// True if another worker once called it so and the name is not vouched for.
-    pub fn is_said_to_be(&self, name: &str) -> bool {
+    pub(crate) fn is_said_to_be(&self, name: &str) -> bool {
         let mut said = self.hearsay.iter();
         said.any(|said| said.eq_ignore_ascii_case(name))
     }
 
     /// Name under which to look it up at the head: one that is vouched for, else its fingerprint. A manifest
     /// may call itself as it likes.
-    pub fn title(&self) -> String {
+    pub(crate) fn title(&self) -> String {
         let first = self.names.first().cloned();
         first.unwrap_or_else(|| self.fingerprint().to_string())
     }
@@ -112,26 +112,26 @@ impl Replica {
     }
 
     /// True if it goes by this name.
-    pub fn is_called(&self, name: &str) -> bool {
+    pub(crate) fn is_called(&self, name: &str) -> bool {
         let own = self.own_name();
         own.is_some_and(|own| own.eq_ignore_ascii_case(name)) || self.is_named(name)
     }
 
     /// True if it goes by this name in the store, or `name` is its fingerprint. The manifest's own name does
     /// not count.
-    pub fn is_named(&self, name: &str) -> bool {
+    pub(crate) fn is_named(&self, name: &str) -> bool {
         let mut names = self.names.iter();
         names.any(|known| known.eq_ignore_ascii_case(name))
             || self.fingerprint().to_string() == name
     }
 
     /// True if it has any name in the store.
-    pub fn has_names(&self) -> bool {
+    pub(crate) fn has_names(&self) -> bool {
         !self.names.is_empty()
     }
 
     /// The manifest's own name, where that counts: not if all its other names are another worker's word.
-    pub fn own_name(&self) -> Option<&str> {
+    pub(crate) fn own_name(&self) -> Option<&str> {
         let is_hearsay = self.names.is_empty() && !self.hearsay.is_empty();
         self.map.plain_name().filter(|_| !is_hearsay)
     }

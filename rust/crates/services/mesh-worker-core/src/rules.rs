@@ -24,7 +24,7 @@ impl Rules {
     }
 
     /// True if no head gives this worker the download of a model: it has none, or may not take from others.
-    pub fn decides_alone(&self) -> bool {
+    pub(crate) fn decides_alone(&self) -> bool {
         !self.has_head || !self.peers
     }
 }

@@ -40,7 +40,7 @@ pub struct HubAnswer<U> {
 }
 
 /// True if the hub's answer counts for this name and manifest, so that it has to be asked.
-pub fn needs_hub(name: &str, told: Option<&ModelSources>, rules: &Rules) -> bool {
+pub(crate) fn needs_hub(name: &str, told: Option<&ModelSources>, rules: &Rules) -> bool {
     let pinned = told.is_some_and(|told| told.pinned_by_operator);
     !pinned && is_hub_name(name) && rules.hub && !rules.policy.requires_signature()
 }

@@ -19,8 +19,9 @@ use mesh_worker_core::{
 use crate::config::Config;
 use crate::core::CoreHandle;
 use crate::error::WorkerError;
-use crate::host::{Failure, Host, Loaded, Source};
+use crate::host::Host;
 use crate::models::{ReplicaFiles, is_at_hand};
+use crate::served::{Failure, ServedModel, Source};
 
 /// Carries out the core's loads, and shows the worker's readiness.
 pub(crate) struct Loading {
@@ -119,7 +120,7 @@ impl Loading {
                 }
                 LoadStep::Unload(name) => {
                     if let Some(removed) = self.host.remove(&name) {
-                        tokio::spawn(async move { removed.drain().await });
+                        tokio::spawn(async move { removed.engine.drain().await });
                     }
                 }
                 LoadStep::Fault(name, reason) => self.host.set_failed(&name, reason),
@@ -214,7 +215,7 @@ impl Loading {
     fn load_now(&self, order: &LoadOrder, fetched: Option<Fetched>) -> Result<(), WorkerError> {
         let host = &self.host;
         let load = |path: &Path, name: Option<&str>, fingerprint: Option<&str>| {
-            Loaded::load(
+            ServedModel::load(
                 path,
                 name,
                 fingerprint,
@@ -247,7 +248,7 @@ impl Loading {
     }
 
     /// Serves a model that was loaded, unless it is not wanted any more.
-    fn serve(&self, id: &LoadId, loaded: Loaded) -> Result<(), WorkerError> {
+    fn serve(&self, id: &LoadId, loaded: ServedModel) -> Result<(), WorkerError> {
         let mut loaded = Some(loaded);
         // What is not wanted is dropped outside: its engine ends, which takes a while.
         self.core.with(|core| match core.loads.may_serve(id) {

@@ -22,7 +22,7 @@ use super::part::PartHandle;
 use super::progress::Progress;
 use super::shard::Shard;
 use super::streams::{self, Target};
-use crate::host::warm_up;
+use crate::generate::load::warm_up;
 use crate::peers::Peers;
 
 /// Runs a ring's parts on this worker until the core's deployment ends.

@@ -22,12 +22,13 @@ use super::deployment::Deployment;
 use super::offer;
 use super::part::message;
 use super::shard::Shard;
+use crate::codec::ModelEngine;
 use crate::config::Config;
 use crate::core::CoreHandle;
 use crate::error::WorkerError;
-use crate::host::{Answering, Failure};
 use crate::models::{Models, ReplicaFiles};
 use crate::peers::{self, Peers};
+use crate::served::Failure;
 
 /// Everything about rings on this worker.
 pub(crate) struct Rings {
@@ -218,9 +219,9 @@ impl Rings {
     }
 
     /// A model served by a ring whose driver is here.
-    pub(crate) fn find(&self, name: &str) -> Option<Answering> {
+    pub(crate) fn find(&self, name: &str) -> Option<ModelEngine> {
         let (model, engine) = self.context.find(name)?;
-        Some(Answering { model, engine })
+        Some(ModelEngine { model, engine })
     }
 
     /// The engines of all that are served, each with its model's name.

@@ -13,7 +13,7 @@ use mesh_store::FingerprintCache;
 
 use super::progress::Progress;
 use crate::config::Config;
-use crate::host;
+use crate::generate::load as chat;
 use crate::models::{Models, ReplicaFiles};
 
 /// A model of which this worker may hold parts.
@@ -112,7 +112,7 @@ fn open_stored(files: &ReplicaFiles) -> Result<Model, String> {
 fn options(config: &Config, format: WeightFormat) -> OrtOptions {
     OrtOptions {
         weights: format,
-        ..host::options(config)
+        ..chat::options(config)
     }
 }
 
