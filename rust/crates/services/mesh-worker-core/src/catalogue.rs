@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use mesh_hub::Expected;
-use mesh_proto::{ModelSources, Models, Seat, Sources};
+use mesh_proto::{ModelSources, Models, NodeAddr, Sources};
 use mesh_share::PieceSet;
 use mesh_store::Digest;
 
@@ -31,7 +31,7 @@ pub struct Catalogue {
     told: BTreeMap<String, ModelSources>,
     told_version: u64,
     /// Workers on the LAN.
-    lan: Vec<Seat>,
+    lan: Vec<NodeAddr>,
     /// This worker, and the port at which others reach it.
     own: Option<(String, u16)>,
     report: Report,
@@ -116,7 +116,7 @@ impl Catalogue {
     }
 
     /// Workers that are found on the LAN are asked, too, whether the head names them or not.
-    pub fn lan_found(&mut self, workers: Vec<Seat>) {
+    pub fn lan_found(&mut self, workers: Vec<NodeAddr>) {
         self.lan = workers;
     }
 

@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use mesh_proto::{
-    ModelCard, PartPhase, PartState, Recovery, Ring, RingHello, RingPurpose, RingState, Seat,
+    ModelCard, NodeAddr, PartPhase, PartState, Recovery, Ring, RingHello, RingPurpose, RingState,
 };
 
 /// What a deployment wants done next. The steps are carried out in this order; [`RingStep::StartDriver`]
@@ -49,7 +49,7 @@ pub enum RingStep<S> {
     /// Begin the epoch with the driver, the last stage.
     BeginDriver(u32),
     /// Replicate the part of this stage to this standby, or to none any more.
-    Replicate(u32, Option<Seat>),
+    Replicate(u32, Option<NodeAddr>),
     /// Serve this stream, which `from` opened.
     Accept {
         /// The stream.
@@ -57,7 +57,7 @@ pub enum RingStep<S> {
         /// First message of the stream.
         hello: RingHello,
         /// The member that opened it.
-        from: Seat,
+        from: NodeAddr,
     },
     /// This stream leads nowhere.
     Refuse(S),
@@ -109,7 +109,7 @@ pub struct StreamEnd {
     /// Epoch that it belonged to.
     pub epoch: u32,
     /// The member at its other end; `None` if its loss does not matter.
-    pub peer: Option<Seat>,
+    pub peer: Option<NodeAddr>,
     /// Purpose, for people.
     pub purpose: &'static str,
     /// Cause, for people.
@@ -129,7 +129,7 @@ pub struct Deployment<S> {
     /// Parts that have begun this epoch, with the streams that they still take.
     begun: BTreeMap<u32, Inbound>,
     /// The standbys that parts here replicate to.
-    standbys: BTreeMap<u32, Seat>,
+    standbys: BTreeMap<u32, NodeAddr>,
     /// Streams of an epoch that has not come here yet, or whose part is still being loaded.
     waiting: Vec<(RingHello, String, S)>,
     /// Epoch in which a token came back through every stage.
@@ -199,7 +199,7 @@ impl<S> Deployment<S> {
     /// True if this worker runs every stage: then there is no other worker to hand the ring over to.
     pub(crate) fn is_alone(&self) -> bool {
         let mut stages = self.ring.stages.iter();
-        !self.ring.stages.is_empty() && stages.all(|stage| self.is_own(stage.seat.as_ref()))
+        !self.ring.stages.is_empty() && stages.all(|stage| self.is_own(stage.member.as_ref()))
     }
 
     /// The next step; `gauges` are those of a stage's part here, `card` the driver's description of the model.
@@ -244,14 +244,14 @@ impl<S> Deployment<S> {
         let own: Vec<u32> = (0..)
             .zip(&self.ring.stages)
             .filter(|(_, stage)| {
-                self.is_own(stage.seat.as_ref()) || self.is_own(stage.standby.as_ref())
+                self.is_own(stage.member.as_ref()) || self.is_own(stage.standby.as_ref())
             })
             .map(|(index, _)| index)
             .collect();
         // First drop the parts that are no longer needed: there may be no room for both.
         self.unload(|stage, _| !own.contains(&stage));
         let last = self.ring.stages.last();
-        let drives = last.is_some_and(|stage| self.is_own(stage.seat.as_ref()));
+        let drives = last.is_some_and(|stage| self.is_own(stage.member.as_ref()));
         if !drives {
             if self.has_driver {
                 let reason = self.ring.reason.clone();
@@ -409,7 +409,7 @@ impl<S> Deployment<S> {
     fn replicate(&mut self) {
         for (stage, planned) in (0..).zip(&self.ring.stages) {
             let at_work = match self.parts.get(&stage) {
-                Some(PartPlace::Ready(_)) => self.is_own(planned.seat.as_ref()),
+                Some(PartPlace::Ready(_)) => self.is_own(planned.member.as_ref()),
                 Some(PartPlace::Driving(_)) => self.has_driver,
                 _ => false,
             };
@@ -535,7 +535,7 @@ impl<S> Deployment<S> {
         }
     }
 
-    fn suspect(&mut self, seat: &Seat, reason: &str, severed: bool, closed: bool) {
+    fn suspect(&mut self, seat: &NodeAddr, reason: &str, severed: bool, closed: bool) {
         if self.is_own(Some(seat)) {
             return;
         }
@@ -677,16 +677,16 @@ impl<S> Deployment<S> {
         }
     }
 
-    fn seat(&self, stage: u32) -> Option<Seat> {
-        self.ring.stages.get(stage as usize)?.seat.clone()
+    fn seat(&self, stage: u32) -> Option<NodeAddr> {
+        self.ring.stages.get(stage as usize)?.member.clone()
     }
 
     fn is_member(&self, stage: u32) -> bool {
         let stage = self.ring.stages.get(stage as usize);
-        self.is_own(stage.and_then(|stage| stage.seat.as_ref()))
+        self.is_own(stage.and_then(|stage| stage.member.as_ref()))
     }
 
-    fn is_own(&self, seat: Option<&Seat>) -> bool {
+    fn is_own(&self, seat: Option<&NodeAddr>) -> bool {
         seat.is_some_and(|seat| seat.node_id == self.node_id)
     }
 }
@@ -695,7 +695,7 @@ impl<S> Deployment<S> {
 fn members(ring: &Ring) -> Vec<Option<&str>> {
     let stages = ring.stages.iter();
     stages
-        .map(|stage| stage.seat.as_ref().map(|seat| seat.node_id.as_str()))
+        .map(|stage| stage.member.as_ref().map(|seat| seat.node_id.as_str()))
         .collect()
 }
 

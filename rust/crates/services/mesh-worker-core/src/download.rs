@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use mesh_base::units::about_bytes;
-use mesh_proto::{BadSource, ModelSources, Seat};
+use mesh_proto::{BadSource, ModelSources, NodeAddr};
 use mesh_share::{Action, BadPiece, DropReason, Kind, PieceSet, Settings, Swarm, Verified, Wanted};
 
 use crate::piece_map::PieceMap;
@@ -24,7 +24,7 @@ pub enum DownloadStep {
     /// Open the files that these pieces belong to, and make room for them.
     Prepare(PieceSet),
     /// Open a stream to this source.
-    Open(Seat),
+    Open(NodeAddr),
     /// Close the stream to it; `bad` if it sent something else than the manifest says.
     Close {
         /// Node id of the source.
@@ -102,7 +102,7 @@ pub(crate) struct View<'a> {
     pub(crate) rules: &'a Rules,
     pub(crate) told: &'a BTreeMap<String, ModelSources>,
     /// Workers on the LAN.
-    pub(crate) lan: &'a [Seat],
+    pub(crate) lan: &'a [NodeAddr],
     pub(crate) node_id: &'a str,
     /// Other workers can be reached.
     pub(crate) connected: bool,
@@ -532,11 +532,11 @@ impl Download {
 }
 
 /// Workers that may have pieces of a model, according to the head and on the LAN.
-fn sources_of(map: &PieceMap, view: &View<'_>) -> Vec<Seat> {
+fn sources_of(map: &PieceMap, view: &View<'_>) -> Vec<NodeAddr> {
     let fingerprint = map.fingerprint().to_string();
     let of_model = view.told.values().filter(|m| m.fingerprint == fingerprint);
-    let all = of_model.flat_map(|model| &model.seats).chain(view.lan);
-    let mut seats: Vec<Seat> = Vec::new();
+    let all = of_model.flat_map(|model| &model.holders).chain(view.lan);
+    let mut seats: Vec<NodeAddr> = Vec::new();
     for seat in all.filter(|seat| seat.node_id != view.node_id) {
         if !seats.iter().any(|other| other.node_id == seat.node_id) {
             seats.push(seat.clone());

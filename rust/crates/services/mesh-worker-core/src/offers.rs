@@ -1,11 +1,11 @@
 //! What this worker offers to hold parts of, and when the head hears of it.
 
-use mesh_proto::{NodeProfile, Offer, PathProfile, ShardOffer};
+use mesh_proto::{LayerOffer, NodeProfile, Offer, PathProfile};
 
 /// The models of which this worker can hold parts, and the paths that a plan depends on.
 #[derive(Debug, Default)]
 pub struct Offers {
-    shards: Vec<ShardOffer>,
+    shards: Vec<LayerOffer>,
     profile: NodeProfile,
     /// The path to the head.
     head: PathProfile,
@@ -15,7 +15,7 @@ pub struct Offers {
 
 impl Offers {
     /// Offers these models on a machine with this profile.
-    pub fn new(shards: Vec<ShardOffer>, profile: NodeProfile) -> Self {
+    pub fn new(shards: Vec<LayerOffer>, profile: NodeProfile) -> Self {
         Offers {
             shards,
             profile,
@@ -24,7 +24,7 @@ impl Offers {
     }
 
     /// Offers one more model. False if one of that name is offered already.
-    pub fn add(&mut self, shard: ShardOffer, profile: NodeProfile) -> bool {
+    pub fn add(&mut self, shard: LayerOffer, profile: NodeProfile) -> bool {
         if self.shards.iter().any(|other| name(other) == name(&shard)) {
             return false;
         }
@@ -81,7 +81,7 @@ impl Offers {
     }
 }
 
-fn name(shard: &ShardOffer) -> &str {
+fn name(shard: &LayerOffer) -> &str {
     shard.card.as_ref().map_or("", |card| &card.name)
 }
 
@@ -114,14 +114,14 @@ mod tests {
         }
     }
 
-    fn shard(name: &str) -> ShardOffer {
-        ShardOffer {
+    fn shard(name: &str) -> LayerOffer {
+        LayerOffer {
             card: Some(ModelCard {
                 name: name.to_owned(),
                 fingerprint: format!("of {name}"),
                 ..ModelCard::default()
             }),
-            ..ShardOffer::default()
+            ..LayerOffer::default()
         }
     }
 
@@ -154,7 +154,7 @@ mod tests {
         assert!(offers.has("m", "of m") && !offers.has("m", "of n"));
         offers.head_path(500, None);
         let offer = offers.poll(9, vec![path("a", 200, 0.0)]).unwrap();
-        assert_eq!((offer.ring_port, offer.shards.len()), (9, 1));
+        assert_eq!((offer.ring_port, offer.models.len()), (9, 1));
         let paths = offer.profile.unwrap().paths;
         assert_eq!(paths, [path("a", 200, 0.0), path("", 500, 0.0)]);
         assert_eq!(offers.poll(9, vec![path("a", 300, 0.0)]), None);

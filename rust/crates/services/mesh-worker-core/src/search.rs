@@ -7,7 +7,7 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::{Duration, Instant};
 
-use mesh_proto::{ModelSources, Seat};
+use mesh_proto::{ModelSources, NodeAddr};
 use mesh_store::Digest;
 
 use crate::names::{is_hub_name, unknown};
@@ -24,7 +24,7 @@ pub enum SearchStep {
     /// Have it vouched for that this replica has the name.
     Vouch(Digest),
     /// Get the manifest from this worker, and have it vouched for that it has the name.
-    FetchManifest(Digest, Seat),
+    FetchManifest(Digest, NodeAddr),
     /// Nothing before that time, or before something changes.
     Wait(Instant),
 }
@@ -72,7 +72,7 @@ enum Stage {
     Vouching,
     Begun,
     /// Workers that have yet to be asked for a manifest, after the one that is asked.
-    Asking(Digest, VecDeque<Seat>),
+    Asking(Digest, VecDeque<NodeAddr>),
     Waiting(Instant),
 }
 
@@ -166,7 +166,7 @@ impl Search {
     fn look_at_sources(&mut self, now: Instant, view: &mut View<'_>) {
         let named = view.told.filter(|_| view.connected).and_then(|told| {
             let fingerprint: Digest = told.fingerprint.parse().ok()?;
-            Some((fingerprint, told.seats.iter().cloned().collect()))
+            Some((fingerprint, told.holders.iter().cloned().collect()))
         });
         match named.filter(|(fingerprint, _)| !self.others.contains_key(fingerprint)) {
             Some((fingerprint, _)) if view.false_manifests.contains(&fingerprint) => {

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use mesh_proto::Seat;
+use mesh_proto::NodeAddr;
 use mesh_store::{Digest, Manifest, ManifestFile, Named, Piece, SignedManifest};
 
 use crate::piece_map::PieceMap;
@@ -64,8 +64,8 @@ pub(crate) fn rules() -> Rules {
 }
 
 /// The worker `node`.
-pub(crate) fn seat(node: &str) -> Seat {
-    Seat {
+pub(crate) fn seat(node: &str) -> NodeAddr {
+    NodeAddr {
         node_id: node.to_owned(),
         name: format!("worker {node}"),
         address: "127.0.0.1:9".to_owned(),

@@ -1,4 +1,4 @@
-use mesh_proto::{ModelSources, NodeProfile, RingStage, ShardOffer};
+use mesh_proto::{LayerOffer, ModelSources, NodeProfile, RingStage};
 
 use super::*;
 use crate::testing::{rules, seat};
@@ -11,9 +11,9 @@ fn core() -> Core<u32> {
         fingerprint: "f".to_owned(),
         ..ModelCard::default()
     };
-    let shard = ShardOffer {
+    let shard = LayerOffer {
         card: Some(card),
-        ..ShardOffer::default()
+        ..LayerOffer::default()
     };
     core.offers = Offers::new(vec![shard], NodeProfile::default());
     core
@@ -21,7 +21,7 @@ fn core() -> Core<u32> {
 
 fn ring() -> Ring {
     let stages = ["own", "b"].map(|member| RingStage {
-        seat: Some(seat(member)),
+        member: Some(seat(member)),
         ..RingStage::default()
     });
     Ring {

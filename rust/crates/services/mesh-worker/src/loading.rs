@@ -51,8 +51,8 @@ impl Loading {
             !failed && !is_at_hand(name, config)
         };
         let whole: Vec<String> = config.models.iter().filter(absent).cloned().collect();
-        let parts: Vec<String> = config.shards.iter().filter(absent).cloned().collect();
-        let names = || config.models.iter().chain(&config.shards);
+        let parts: Vec<String> = config.ring.models.iter().filter(absent).cloned().collect();
+        let names = || config.models.iter().chain(&config.ring.models);
         let named = names().filter_map(|name| path_of(name, config).ok());
         let failures = failures.into_iter().map(of_core).collect();
         let loads = Loads::new(whole, parts, failures, named, Instant::now());

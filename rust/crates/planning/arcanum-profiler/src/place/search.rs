@@ -100,7 +100,7 @@ impl<'a> Search<'a> {
                 return;
             }
             let nodes: Vec<usize> = members(set).collect();
-            let place = Place {
+            let place = Span {
                 first,
                 last,
                 kv_tokens: demand.kv_tokens,
@@ -121,7 +121,7 @@ impl<'a> Search<'a> {
             if back.busy_us > limit || !hops.is_finite() {
                 return;
             }
-            let place = Place {
+            let place = Span {
                 first,
                 last,
                 kv_tokens: demand.kv_tokens,
@@ -167,7 +167,7 @@ impl<'a> Search<'a> {
     }
 
     /// Most layers that a node takes within its memory and `limit`.
-    fn most(&self, node: usize, place: Place, limit: f64) -> u32 {
+    fn most(&self, node: usize, place: Span, limit: f64) -> u32 {
         let last = node == place.last;
         let memory = self
             .mesh
@@ -181,7 +181,7 @@ impl<'a> Search<'a> {
     fn least_compute(
         &self,
         nodes: impl Iterator<Item = usize>,
-        place: Place,
+        place: Span,
         limit: f64,
     ) -> Option<f64> {
         let mut sum = self.mesh.nodes[place.last].logits_us;
@@ -205,7 +205,7 @@ impl<'a> Search<'a> {
     }
 
     /// The least limit that lets `nodes` hold the model, to a relative [`TIE`]; `None` if it is not below `bound`.
-    fn least_limit(&self, nodes: &[usize], place: Place, bound: f64) -> Option<f64> {
+    fn least_limit(&self, nodes: &[usize], place: Span, bound: f64) -> Option<f64> {
         let layers = u64::from(self.mesh.model.layers);
         let holds = |limit: f64| {
             let mut sum = 0;
@@ -239,7 +239,7 @@ impl<'a> Search<'a> {
 
     /// The best split of the layers over nodes in order. Nodes of the same speed share evenly.
     fn layout(&self, order: Vec<usize>, demand: &Demand, limit: f64) -> Option<Layout> {
-        let place = Place {
+        let place = Span {
             first: *order.first()?,
             last: *order.last()?,
             kv_tokens: demand.kv_tokens,
@@ -286,7 +286,7 @@ impl<'a> Search<'a> {
         let limit = match demand.objective {
             Objective::Latency => f64::INFINITY,
             Objective::Throughput => {
-                let place = Place {
+                let place = Span {
                     first: *order.first()?,
                     last: *order.last()?,
                     kv_tokens: demand.kv_tokens,
@@ -450,7 +450,7 @@ fn fits(order: &[usize], demand: &Demand) -> bool {
 
 /// First and last node of a layout, and the KV rows that every node holds.
 #[derive(Debug, Clone, Copy)]
-struct Place {
+struct Span {
     first: usize,
     last: usize,
     kv_tokens: u64,

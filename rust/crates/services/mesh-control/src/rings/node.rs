@@ -4,11 +4,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
-use mesh_proto::{NodeProfile, Offer, ShardOffer};
+use mesh_proto::{LayerOffer, NodeProfile, Offer};
 
 /// A worker as ring planning knows it.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Node {
+pub(super) struct RingWorker {
     /// Name a person knows it by.
     pub(super) name: String,
     /// Its link is up.
@@ -24,7 +24,7 @@ pub(super) struct Node {
     /// Speed and memory of the machine.
     pub(super) profile: NodeProfile,
     /// By model name.
-    pub(super) shards: BTreeMap<String, ShardOffer>,
+    pub(super) shards: BTreeMap<String, LayerOffer>,
     /// Models that it serves whole.
     pub(super) whole: BTreeSet<String>,
     /// An operator drains it.
@@ -49,12 +49,12 @@ pub(super) struct Suspicion {
     raised: Option<Instant>,
 }
 
-impl Node {
+impl RingWorker {
     /// Takes an offer in. True means that plans may come out differently because of it.
     pub(super) fn take_offer(&mut self, address: SocketAddr, offer: Offer) -> bool {
         let profile = offer.profile.unwrap_or_default();
         let mut shards = BTreeMap::new();
-        for shard in offer.shards.into_iter().take(MODELS_PER_NODE) {
+        for shard in offer.models.into_iter().take(MODELS_PER_NODE) {
             let name = shard.card.as_ref().map(|card| card.name.clone());
             if let Some(name) = name.filter(|name| !name.is_empty() && name.len() <= NAME_BYTES) {
                 shards.insert(name, plausible(shard));
@@ -173,7 +173,7 @@ impl Suspicion {
 
 /// An offer with times that a machine can have: no memory is read faster than [`FASTEST_MEMORY`], and a layer
 /// is read for every token. One that claims more would get all layers.
-fn plausible(mut shard: ShardOffer) -> ShardOffer {
+fn plausible(mut shard: LayerOffer) -> LayerOffer {
     let least = |bytes: u64| (bytes as f64 / FASTEST_MEMORY * 1e6) as f32;
     // Unknown values stay unknown: such a node gets nothing.
     if shard.decode_us > 0.0 {
@@ -185,7 +185,7 @@ fn plausible(mut shard: ShardOffer) -> ShardOffer {
     shard
 }
 
-fn fingerprint(shard: &ShardOffer) -> &str {
+fn fingerprint(shard: &LayerOffer) -> &str {
     shard.card.as_ref().map_or("", |card| &card.fingerprint)
 }
 

@@ -7,10 +7,10 @@ use std::time::Instant;
 use arcanum_profiler::{
     Candidate, ModelSpec, Plan, PlanError, Policy, place, replacement_for, standby_for,
 };
-use mesh_proto::{ModelCard, RingStage, Seat, ShardOffer};
+use mesh_proto::{LayerOffer, ModelCard, NodeAddr, RingStage};
 
-use super::node::Node;
-use super::ring::{Part, Ring, Stage};
+use super::node::RingWorker;
+use super::ring::{Replica, Ring, Stage};
 use super::{Action, Note, Rings};
 
 /// Result of placement for a model.
@@ -56,7 +56,7 @@ pub(super) struct Outlook {
 
 /// Two offers of one name are the same model if these are equal: fingerprint, layers, width.
 type Weights<'a> = (&'a str, u32, u32);
-type Holder<'a> = (&'a String, &'a Node, &'a ShardOffer);
+type Holder<'a> = (&'a String, &'a RingWorker, &'a LayerOffer);
 
 impl Rings {
     /// Computes the ring of this model that would be formed now, with the memory of its present ring counted
@@ -196,7 +196,7 @@ impl Rings {
 
     /// Bytes that a worker has left beside its parts in all rings but those in `freed`.
     pub(super) fn free(&self, node: &str, freed: &[u64]) -> u64 {
-        let memory = |node: &Node| {
+        let memory = |node: &RingWorker| {
             let profile = &node.profile;
             profile.memory_available.min(profile.memory_total)
         };
@@ -323,8 +323,8 @@ impl Rings {
         let stages = planned.plan.stages.iter().map(|stage| Stage {
             layers: stage.layers.clone(),
             format: format(&stage.node),
-            member: Part::new(stage.node.clone()),
-            standby: stage.standby.clone().map(Part::new),
+            member: Replica::new(stage.node.clone()),
+            standby: stage.standby.clone().map(Replica::new),
         });
         let seated: BTreeSet<&String> = planned
             .plan
@@ -421,7 +421,7 @@ impl Rings {
             })
             .find_map(|part| self.nodes.get(&part.node)?.head_ip)
             .filter(|ip: &IpAddr| !ip.is_loopback() && !ip.is_unspecified());
-        let seat = |part: &Part| {
+        let seat = |part: &Replica| {
             let address = addresses
                 .get(part.node.as_str())
                 .map(|address| match head_ip {
@@ -436,7 +436,7 @@ impl Rings {
                 .map(|node| node.others.as_slice());
             let others = others.unwrap_or_default().iter();
             let others = others.filter_map(|ip| Some(SocketAddr::new(*ip, address?.port())));
-            Seat {
+            NodeAddr {
                 addresses: others.map(|other| other.to_string()).collect(),
                 node_id: part.node.clone(),
                 name: self.name(&part.node).to_owned(),
@@ -456,7 +456,7 @@ impl Rings {
                 .map(|stage| RingStage {
                     layer_start: stage.layers.start,
                     layer_end: stage.layers.end,
-                    seat: Some(seat(&stage.member)),
+                    member: Some(seat(&stage.member)),
                     standby: stage.standby.as_ref().map(seat),
                     format: stage.format.clone(),
                 })
@@ -470,7 +470,7 @@ impl Rings {
     }
 
     fn not_offered(&self, model: &str, now: Instant) -> NoPlan {
-        let waits = |node: &&Node| node.connected && node.shards.contains_key(model);
+        let waits = |node: &&RingWorker| node.connected && node.shards.contains_key(model);
         let waiting: Vec<String> = self
             .nodes
             .values()
@@ -494,7 +494,7 @@ impl Rings {
     }
 
     pub(super) fn names(&self) -> BTreeMap<String, String> {
-        let name = |(id, node): (&String, &Node)| (id.clone(), node.name.clone());
+        let name = |(id, node): (&String, &RingWorker)| (id.clone(), node.name.clone());
         self.nodes.iter().map(name).collect()
     }
 }
@@ -507,7 +507,7 @@ fn uncovered(plan: &Plan) -> usize {
         .count()
 }
 
-fn offered<'a>(node: &'a Node, model: &str) -> Option<(&'a ShardOffer, &'a ModelCard)> {
+fn offered<'a>(node: &'a RingWorker, model: &str) -> Option<(&'a LayerOffer, &'a ModelCard)> {
     let shard = node.shards.get(model)?;
     Some((shard, shard.card.as_ref()?))
 }

@@ -10,7 +10,7 @@ mod rebalance;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
-use mesh_proto::{ModelCard, NodeProfile, Offer, PartPhase, PartState, RingState, ShardOffer};
+use mesh_proto::{LayerOffer, ModelCard, NodeProfile, Offer, PartPhase, PartState, RingState};
 
 use super::*;
 
@@ -170,7 +170,7 @@ impl Mesh {
     /// Report of this worker on a ring if all its parts were in this phase.
     fn report(&self, node: &str, ring: u64, phase: PartPhase) -> RingState {
         let told = &self.told[&(node.to_owned(), ring)];
-        let seat = |seat: &Option<mesh_proto::Seat>| {
+        let seat = |seat: &Option<mesh_proto::NodeAddr>| {
             seat.as_ref().is_some_and(|seat| seat.node_id == node)
         };
         let part = |stage: usize, standby| PartState {
@@ -181,7 +181,7 @@ impl Mesh {
         };
         let parts = told.stages.iter().enumerate().flat_map(|(index, stage)| {
             [
-                seat(&stage.seat).then(|| part(index, false)),
+                seat(&stage.member).then(|| part(index, false)),
                 seat(&stage.standby).then(|| part(index, true)),
             ]
         });
@@ -311,7 +311,7 @@ fn offer(layers: u64) -> Offer {
         context: 1024,
         ..Default::default()
     };
-    let shard = ShardOffer {
+    let shard = LayerOffer {
         card: Some(card),
         layers: LAYERS,
         hidden: 64,
@@ -330,7 +330,7 @@ fn offer(layers: u64) -> Offer {
             memory_available: layers * 10 * MIB,
             ..Default::default()
         }),
-        shards: vec![shard],
+        models: vec![shard],
     }
 }
 
@@ -340,7 +340,7 @@ fn members(ring: &mesh_proto::Ring) -> Vec<String> {
             "{}..{} {}",
             stage.layer_start,
             stage.layer_end,
-            stage.seat.as_ref().unwrap().node_id
+            stage.member.as_ref().unwrap().node_id
         )
     };
     ring.stages.iter().map(node).collect()

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use mesh_share::PieceSet;
 
-use super::{Action, Download, Failure, Key, Note, Tracker, shorten};
+use super::{Action, Download, FailedDownload, Key, Note, Tracker, shorten};
 
 impl Tracker {
     /// Takes in how far the downloads of a worker are, and which of them failed.
@@ -45,7 +45,7 @@ impl Tracker {
         let failure = self
             .failures
             .entry((key.clone(), download.node.clone()))
-            .or_insert(Failure {
+            .or_insert(FailedDownload {
                 until: now,
                 times: 0,
             });

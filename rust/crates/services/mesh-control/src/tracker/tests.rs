@@ -127,7 +127,7 @@ impl World {
     }
 
     fn seats(&self, worker: &str) -> Vec<&str> {
-        let seats = self.told(worker).seats.iter();
+        let seats = self.told(worker).holders.iter();
         seats.map(|seat| seat.node_id.as_str()).collect()
     }
 }
@@ -355,7 +355,7 @@ fn a_worker_on_the_heads_machine_is_named_by_the_heads_address() {
             _ => None,
         });
     assert_eq!(
-        told.unwrap().models[0].seats[0].address,
+        told.unwrap().models[0].holders[0].address,
         "192.168.1.10:7781"
     );
 }

@@ -12,8 +12,8 @@ use mesh_net::quic::{self, Connector, Link, LinkConfig, MsgStream};
 use mesh_net::seal::Sealer;
 use mesh_net::trust::{NodeIdentity, Role};
 use mesh_proto::{
-    Generate, Hello, Load, ModelCard, NodeProfile, Offer, PROTOCOL_VERSION, PartPhase, PartState,
-    Recovery, Ring, RingState, ShardOffer, Welcome,
+    Generate, Hello, LayerOffer, Load, ModelCard, NodeProfile, Offer, PROTOCOL_VERSION, PartPhase,
+    PartState, Recovery, Ring, RingState, Welcome,
 };
 use prost::Message as _;
 use tempfile::TempDir;
@@ -287,7 +287,7 @@ impl Work {
     }
 
     fn drives(&self, ring: &Ring) -> bool {
-        let driver = ring.stages.last().and_then(|stage| stage.seat.as_ref());
+        let driver = ring.stages.last().and_then(|stage| stage.member.as_ref());
         driver.is_some_and(|seat| seat.node_id == self.node_id)
     }
 }
@@ -298,8 +298,9 @@ fn message(state: &RingState) -> Message {
 
 /// All parts are loaded.
 fn state(node_id: &str, ring: &Ring, serving: bool) -> RingState {
-    let is_mine =
-        |seat: &Option<mesh_proto::Seat>| seat.as_ref().is_some_and(|seat| seat.node_id == node_id);
+    let is_mine = |seat: &Option<mesh_proto::NodeAddr>| {
+        seat.as_ref().is_some_and(|seat| seat.node_id == node_id)
+    };
     let part = |stage: usize, standby| PartState {
         stage: u32::try_from(stage).unwrap(),
         standby,
@@ -309,10 +310,13 @@ fn state(node_id: &str, ring: &Ring, serving: bool) -> RingState {
     };
     let mut parts = Vec::new();
     for (index, stage) in ring.stages.iter().enumerate() {
-        parts.extend(is_mine(&stage.seat).then(|| part(index, false)));
+        parts.extend(is_mine(&stage.member).then(|| part(index, false)));
         parts.extend(is_mine(&stage.standby).then(|| part(index, true)));
     }
-    let drives = ring.stages.last().is_some_and(|stage| is_mine(&stage.seat));
+    let drives = ring
+        .stages
+        .last()
+        .is_some_and(|stage| is_mine(&stage.member));
     RingState {
         ring: ring.ring,
         epoch: ring.epoch,
@@ -340,7 +344,7 @@ fn offer(layers: u64, decode_us: f32) -> Offer {
         context: 1024,
         ..Default::default()
     };
-    let shard = ShardOffer {
+    let shard = LayerOffer {
         card: Some(card),
         layers: LAYERS,
         hidden: 64,
@@ -359,6 +363,6 @@ fn offer(layers: u64, decode_us: f32) -> Offer {
             memory_available: layers * 10 * MIB,
             ..Default::default()
         }),
-        shards: vec![shard],
+        models: vec![shard],
     }
 }

@@ -36,7 +36,7 @@ impl Sim {
         let fingerprint = self.of().to_string();
         self.tell(|told| {
             told.fingerprint = fingerprint;
-            told.seats = nodes.iter().map(|node| seat(node)).collect();
+            told.holders = nodes.iter().map(|node| seat(node)).collect();
         });
     }
 

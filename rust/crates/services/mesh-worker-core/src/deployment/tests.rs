@@ -16,7 +16,7 @@ fn ring(epoch: u32, stages: &[(&str, Option<&str>)]) -> Ring {
     let stages = stages.map(|(index, (member, standby))| RingStage {
         layer_start: index * 3,
         layer_end: index * 3 + 3,
-        seat: Some(seat(member)),
+        member: Some(seat(member)),
         standby: standby.map(seat),
         format: "int8".to_owned(),
     });

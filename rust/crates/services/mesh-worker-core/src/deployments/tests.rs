@@ -5,7 +5,7 @@ use crate::testing::seat;
 
 fn ring(id: u64, epoch: u32, members: &[&str]) -> Ring {
     let stages = members.iter().map(|member| RingStage {
-        seat: Some(seat(member)),
+        member: Some(seat(member)),
         ..RingStage::default()
     });
     Ring {

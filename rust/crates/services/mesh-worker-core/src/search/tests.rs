@@ -87,7 +87,7 @@ fn each_source_is_asked_for_the_manifest_in_turn_and_later_again() {
     let fingerprint = map("m", 1).fingerprint();
     sim.tell(|told| {
         told.fingerprint = fingerprint.to_string();
-        told.seats = vec![seat("a"), seat("b")];
+        told.holders = vec![seat("a"), seat("b")];
     });
     for round in 0..3 {
         for node in ["a", "b"] {
@@ -101,7 +101,7 @@ fn each_source_is_asked_for_the_manifest_in_turn_and_later_again() {
     assert!(matches!(sim.poll(), SearchStep::FetchManifest(..)));
     assert!(matches!(sim.poll(), SearchStep::FetchManifest(..)));
     assert!(sim.waits());
-    sim.tell(|told| told.seats = vec![seat("c")]);
+    sim.tell(|told| told.holders = vec![seat("c")]);
     assert_eq!(
         sim.poll(),
         SearchStep::FetchManifest(fingerprint, seat("c"))
@@ -115,7 +115,7 @@ fn a_refuted_manifest_is_not_asked_for_again_until_an_operator_pins_it() {
     let fingerprint = map("m", 1).fingerprint();
     sim.tell(|told| {
         told.fingerprint = fingerprint.to_string();
-        told.seats = vec![seat("a"), seat("b")];
+        told.holders = vec![seat("a"), seat("b")];
     });
     assert!(matches!(sim.poll(), SearchStep::FetchManifest(..)));
     sim.doubt(fingerprint, other());
@@ -137,7 +137,7 @@ fn a_manifest_that_nobody_vouches_for_is_tried_again() {
     let fingerprint = map("m", 1).fingerprint();
     sim.tell(|told| {
         told.fingerprint = fingerprint.to_string();
-        told.seats = vec![seat("a")];
+        told.holders = vec![seat("a")];
     });
     for _ in 0..3 {
         assert!(matches!(sim.poll(), SearchStep::FetchManifest(..)));
@@ -156,7 +156,7 @@ fn a_false_manifest_is_never_fetched_again() {
     sim.false_manifests.insert(fingerprint);
     sim.tell(|told| {
         told.fingerprint = fingerprint.to_string();
-        told.seats = vec![seat("a")];
+        told.holders = vec![seat("a")];
     });
     assert!(sim.waits());
     assert_eq!(sim.sought().unusable, [fingerprint.to_string()]);
@@ -200,7 +200,7 @@ fn after_a_refusal_a_worker_downloads_on_its_own_if_the_head_chooses_nobody() {
     let fingerprint = map("m", 1).fingerprint();
     sim.tell(|told| {
         told.fingerprint = fingerprint.to_string();
-        told.seats = vec![seat("a")];
+        told.holders = vec![seat("a")];
     });
     assert!(matches!(sim.poll(), SearchStep::FetchManifest(..)));
     sim.doubt(fingerprint, other());
@@ -255,7 +255,7 @@ fn claims_of_a_name_are_bounded() {
         let fingerprint = Digest::of(u32::to_be_bytes(claim));
         sim.tell(|told| {
             told.fingerprint = fingerprint.to_string();
-            told.seats = vec![seat("a")];
+            told.holders = vec![seat("a")];
         });
         if let SearchStep::FetchManifest(..) = sim.poll() {
             sim.doubt(fingerprint, other());

@@ -167,7 +167,7 @@ impl Download {
         }
     }
 
-    fn open(&mut self, seat: mesh_proto::Seat) {
+    fn open(&mut self, seat: mesh_proto::NodeAddr) {
         let Some(peers) = self.context.peers.get() else {
             return;
         };

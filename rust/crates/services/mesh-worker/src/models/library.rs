@@ -8,7 +8,7 @@ use dcf::{Message, MsgType};
 use mesh_base::places::Room;
 use mesh_net::discovery::Found;
 use mesh_net::trust::Role;
-use mesh_proto::Seat;
+use mesh_proto::NodeAddr;
 use mesh_service::metrics::prometheus_client::registry::Registry;
 use mesh_store::{Limits, Pin, Policy, Store};
 use mesh_worker_core::{Catalogue, PieceMap, Replica, Rules};
@@ -36,7 +36,7 @@ impl Models {
         let policy = Policy::from_files(&store_config.trusted_keys, store_config.require_signature)
             .map_err(|error| failed(error.to_string()))?;
         let dir = config.store_dir();
-        let mut names = config.models.iter().chain(&config.shards);
+        let mut names = config.models.iter().chain(&config.ring.models);
         let needed = store_config.dir.is_some()
             || dir.is_dir()
             || names.any(|name| !is_at_hand(name, config));
@@ -110,7 +110,7 @@ impl Models {
                 let workers = nodes.into_iter().filter(|node| node.role == Role::Worker);
                 let workers = workers.map(|worker| {
                     let mut all = worker.addresses.iter().map(ToString::to_string);
-                    Seat {
+                    NodeAddr {
                         node_id: worker.node_id,
                         name: worker.name,
                         address: all.next().unwrap_or_default(),

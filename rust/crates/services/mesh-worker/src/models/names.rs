@@ -30,7 +30,7 @@ pub(super) fn check(config: &Config, catalogue: &Catalogue) -> Result<(), Worker
             || is_at_hand(name, config)
             || !may_be_fetched(name)
     };
-    let mut names = config.models.iter().chain(&config.shards);
+    let mut names = config.models.iter().chain(&config.ring.models);
     let Some(name) = names.find(|name| !may_be(name)) else {
         return Ok(());
     };

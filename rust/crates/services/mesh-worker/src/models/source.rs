@@ -7,7 +7,8 @@ use std::time::Duration;
 use dcf::{Message, MsgType};
 use mesh_net::quic::{Link, MsgStream};
 use mesh_proto::{
-    BLOCK, ManifestReply, ManifestRequest, PieceData, PieceRequest, PiecesHello, PiecesHere, Seat,
+    BLOCK, ManifestReply, ManifestRequest, NodeAddr, PieceData, PieceRequest, PiecesHello,
+    PiecesHere,
 };
 use mesh_share::{PieceSet, Wanted};
 use mesh_store::{Digest, SignedManifest};
@@ -29,7 +30,7 @@ pub(super) enum Order {
 /// Gets pieces from the worker in `seat` until the orders or the stream end.
 pub(super) async fn run(
     peers: Peers,
-    seat: Seat,
+    seat: NodeAddr,
     files: Arc<ReplicaFiles>,
     writer: Arc<Writer>,
     orders: mpsc::UnboundedReceiver<Order>,
@@ -49,7 +50,7 @@ pub(super) async fn run(
 
 async fn open(
     peers: &Peers,
-    seat: &Seat,
+    seat: &NodeAddr,
     files: &ReplicaFiles,
 ) -> Result<(Link, MsgStream), String> {
     let link = peers.link(seat).await?;
@@ -214,7 +215,7 @@ fn here(received: &Message, pieces: u32) -> Result<PieceSet, String> {
 /// Gets the manifest with this fingerprint from the worker in `seat`.
 pub(super) async fn manifest(
     peers: &Peers,
-    seat: &Seat,
+    seat: &NodeAddr,
     fingerprint: &Digest,
 ) -> Result<SignedManifest, String> {
     let exchange = async {

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use mesh_engine::RequestError;
 use mesh_net::quic::MsgStream;
-use mesh_pipeline::Part;
+use mesh_pipeline::StageReplica;
 use mesh_proto::{ModelCard, Ring};
 use mesh_worker_core::{LoadedPart, PartGauges, RingStep};
 use tokio::sync::mpsc;
@@ -50,7 +50,7 @@ enum LocalPart {
 }
 
 /// Number of the load, stage, and result.
-type LoadEnd = (u64, u32, Result<(Part, LoadedPart), String>);
+type LoadEnd = (u64, u32, Result<(StageReplica, LoadedPart), String>);
 
 impl Deployment {
     /// Starts the task of the core's deployment with this number on the thread of the carrier.
@@ -280,7 +280,7 @@ impl Deployment {
         let planned = self.ring.stages.get(stage as usize)?;
         Some(Member {
             peers: self.peers.clone(),
-            seat: planned.seat.clone()?,
+            seat: planned.member.clone()?,
             stage,
         })
     }

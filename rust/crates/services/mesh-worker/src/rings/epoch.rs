@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use mesh_net::quic::MsgStream;
 use mesh_pipeline::DriverEvent;
-use mesh_proto::{Ring, RingHello, RingPurpose, Seat};
+use mesh_proto::{NodeAddr, Ring, RingHello, RingPurpose};
 use mesh_worker_core::StreamEnd;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
@@ -41,7 +41,7 @@ struct Inbound {
 /// A member with which a stream is to be opened.
 pub(super) struct Member {
     pub(super) peers: Peers,
-    pub(super) seat: Seat,
+    pub(super) seat: NodeAddr,
     pub(super) stage: u32,
 }
 
@@ -147,7 +147,7 @@ impl Epoch {
         &mut self,
         stream: MsgStream,
         hello: &RingHello,
-        from: Seat,
+        from: NodeAddr,
         target: Target,
     ) {
         let Some(inbound) = self.begun.get_mut(&hello.stage) else {
@@ -190,7 +190,7 @@ impl Epoch {
         stage: u32,
         target: Target,
         peers: Peers,
-        standby: Option<Seat>,
+        standby: Option<NodeAddr>,
     ) {
         self.replications.remove(&stage);
         let Some(standby) = standby else {
@@ -212,7 +212,7 @@ fn hello(ring: &Ring, stage: u32, purpose: RingPurpose) -> RingHello {
     }
 }
 
-fn end_of(epoch: u32, peer: Option<Seat>, purpose: &'static str, broken: Broken) -> StreamEnd {
+fn end_of(epoch: u32, peer: Option<NodeAddr>, purpose: &'static str, broken: Broken) -> StreamEnd {
     StreamEnd {
         epoch,
         peer,
@@ -224,7 +224,7 @@ fn end_of(epoch: u32, peer: Option<Seat>, purpose: &'static str, broken: Broken)
 
 /// Replicates to a standby, and begins again when that breaks: the standby may still be loading, or have lost
 /// step. Whether it is still the right one is for the head to say.
-async fn keep_replicating(peers: Peers, standby: Seat, hello: RingHello, target: Target) {
+async fn keep_replicating(peers: Peers, standby: NodeAddr, hello: RingHello, target: Target) {
     loop {
         let broken = match streams::open(&peers, &standby, &hello).await {
             Ok((_link, stream)) => streams::mirror_out(stream, target.clone()).await,

@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use mesh_engine_ort::{OrtOptions, Reclaim, WeightFormat};
 use mesh_model::Model;
-use mesh_pipeline::Part;
-use mesh_proto::{ModelCard, ShardOffer};
+use mesh_pipeline::StageReplica;
+use mesh_proto::{LayerOffer, ModelCard};
 use mesh_store::FingerprintCache;
 
 use super::progress::Progress;
@@ -21,7 +21,7 @@ pub(super) struct Shard {
     pub(super) model: Model,
     pub(super) card: ModelCard,
     pub(super) format: WeightFormat,
-    pub(super) offer: ShardOffer,
+    pub(super) offer: LayerOffer,
     /// The replica of the store, if only parts of it may be here.
     pub(super) files: Option<Arc<ReplicaFiles>>,
 }
@@ -56,7 +56,7 @@ impl Shard {
         slots: u32,
         context: u32,
         config: &Config,
-    ) -> Result<Part, String> {
+    ) -> Result<StageReplica, String> {
         let _reclaim = Reclaim;
         let format = match format {
             "" => self.format,
@@ -75,7 +75,7 @@ impl Shard {
         };
         let opened = mesh_engine_ort::open(&model, layers, options, config.backend)
             .map_err(|error| error.to_string())?;
-        Ok(Part::new(opened.stage, KEPT_BYTES))
+        Ok(StageReplica::new(opened.stage, KEPT_BYTES))
     }
 }
 

@@ -11,7 +11,7 @@ use mesh_engine_ort::{OrtOptions, OrtStage};
 use mesh_model::Model;
 use mesh_net::quic::{LinkConfig, Listener, join};
 use mesh_net::trust::{Authority, Validity};
-use mesh_proto::{Offer, PartPhase, Ring, RingStage, RingState, Seat};
+use mesh_proto::{NodeAddr, Offer, PartPhase, Ring, RingStage, RingState};
 use mesh_testkit::paths;
 use mesh_worker_core::Lease;
 use prost::Message as _;
@@ -102,9 +102,9 @@ impl Mesh {
         mesh
     }
 
-    fn seat(&self, node: usize) -> Seat {
+    fn seat(&self, node: usize) -> NodeAddr {
         let node = &self.nodes[node];
-        Seat {
+        NodeAddr {
             addresses: Vec::new(),
             node_id: node.node_id.clone(),
             name: "a node".to_owned(),
@@ -119,12 +119,12 @@ impl Mesh {
     }
 
     fn configure_again(&mut self, stages: &[(u32, usize, Option<usize>)]) {
-        let card = self.nodes[0].offer.shards[0].card.clone().unwrap();
+        let card = self.nodes[0].offer.models[0].card.clone().unwrap();
         let mut start = 0;
         let stages = stages.iter().map(|&(end, member, standby)| RingStage {
             layer_start: std::mem::replace(&mut start, end),
             layer_end: end,
-            seat: Some(self.seat(member)),
+            member: Some(self.seat(member)),
             standby: standby.map(|node| self.seat(node)),
             format: String::new(),
         });
@@ -142,11 +142,12 @@ impl Mesh {
         };
         for node in &self.nodes {
             let id = &node.node_id;
-            let holds = |seat: &Option<Seat>| seat.as_ref().is_some_and(|seat| seat.node_id == *id);
+            let holds =
+                |seat: &Option<NodeAddr>| seat.as_ref().is_some_and(|seat| seat.node_id == *id);
             if ring
                 .stages
                 .iter()
-                .any(|s| holds(&s.seat) || holds(&s.standby))
+                .any(|s| holds(&s.member) || holds(&s.standby))
             {
                 node.rings.configure(node.lease, ring.clone());
             }
