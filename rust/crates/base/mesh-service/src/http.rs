@@ -345,7 +345,34 @@ impl Server {
         }
     }
 
+    /// Serves a connection from its first byte on: one that stays silent gets no buffers.
     async fn connection(
+        self,
+        stream: TcpStream,
+        address: SocketAddr,
+        admitted: Admitted,
+        end: CancellationToken,
+    ) {
+        let id = admitted.id;
+        let due = self.shared.table().due(id, &self.connections.patience());
+        let silence = due.unwrap_or_else(Instant::now);
+        tokio::select! {
+            _ = stream.readable() => {
+                Box::pin(self.clone().requests(stream, address, admitted, end)).await;
+            }
+            () = end.cancelled() => {
+                tracing::debug!(%address, "connection closed: others need the room");
+            }
+            () = self.cut.cancelled() => {}
+            () = self.draining.cancelled() => {}
+            () = tokio::time::sleep_until(silence.into()) => {
+                tracing::debug!(%address, "connection closed: nothing came in time");
+            }
+        }
+        self.shared.closed(id);
+    }
+
+    async fn requests(
         self,
         stream: TcpStream,
         address: SocketAddr,
@@ -409,7 +436,6 @@ impl Server {
                 () = tokio::time::sleep_until(look.into()) => {}
             }
         }
-        self.shared.closed(id);
     }
 
     async fn answer(
@@ -478,7 +504,7 @@ const RESERVE: usize = 8;
 const OWN_FILES: usize = 40;
 const MOST_OWN_FILES: usize = 512;
 const MOST_CONNECTIONS: usize = 16_384;
-/// Connections by default; each takes some 20 kB.
+/// Connections by default; each takes some 20 kB from its first byte on.
 const USUAL_CONNECTIONS: usize = 1024;
 /// Requests at once on one connection.
 const MOST_STREAMS: u32 = 100;
@@ -906,6 +932,24 @@ mod tests {
             got.starts_with("HTTP/1.1 503") && got.contains("retry-after"),
             "{got}"
         );
+    }
+
+    #[tokio::test]
+    async fn a_silent_connection_takes_little_memory() {
+        let listener = bind(([127, 0, 0, 1], 0).into()).await.expect("bind");
+        let address = listener.local_addr().expect("address");
+        let stream = TcpStream::connect(address).await.expect("connect");
+        let connections = Connections::default();
+        let server = Server {
+            shared: Shared::new(connections.bounds(1024), connections.unfinished),
+            connections: Arc::new(connections),
+            router: Router::new(),
+            draining: CancellationToken::new(),
+            cut: CancellationToken::new(),
+        };
+        let (admitted, end) = server.shared.open(address);
+        let waiting = server.connection(stream, address, admitted, end);
+        assert!(size_of_val(&waiting) < 2048, "{}", size_of_val(&waiting));
     }
 
     #[test]

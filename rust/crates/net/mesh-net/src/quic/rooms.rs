@@ -32,7 +32,8 @@ pub(super) struct Rooms {
 impl Rooms {
     pub(super) fn new() -> Self {
         Self {
-            strangers: Room::new(256, 128),
+            // An unfinished handshake takes some 30 kB.
+            strangers: Room::new(128, 64),
             known: Room::new(256, 128),
             joining: Room::new(64, 32),
             answering: Room::new(64, 32),
