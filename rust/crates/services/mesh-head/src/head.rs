@@ -348,5 +348,5 @@ async fn tick(mesh: Arc<Mesh>, heart: Heart) {
 const SECRETS: [&str; 4] = ["root.key", "node.key", "tokens.json", "admin.key"];
 const HOUSEKEEPING: Duration = Duration::from_millis(50);
 const HOUSEKEEPING_LIMIT: Duration = Duration::from_secs(10);
-const TRIM_EVERY: Duration = Duration::from_secs(5);
+const TRIM_EVERY: Duration = Duration::from_secs(2);
 const GOODBYE: Duration = Duration::from_secs(2);

@@ -69,9 +69,11 @@ impl<S: AsyncRead + Unpin> AsyncRead for Watched<S> {
         cx: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        let before = buffer.filled().len();
-        let result = ready!(Pin::new(&mut self.stream).poll_read(cx, buffer));
-        let len = buffer.filled().len() - before;
+        let most = buffer.remaining().min(MOST_READ);
+        let mut part = ReadBuf::new(buffer.initialize_unfilled_to(most));
+        let result = ready!(Pin::new(&mut self.stream).poll_read(cx, &mut part));
+        let len = part.filled().len();
+        buffer.advance(len);
         if len > 0 {
             self.shared.heard(self.id, len as u64);
         }
@@ -465,6 +467,8 @@ impl Drop for Answer {
     }
 }
 
+/// Bytes of a read. hyper's buffer of a connection grows up to its limit while reads fill it.
+const MOST_READ: usize = 8 << 10;
 /// Slowest accepted body, in bytes per second.
 const LEAST_RATE: u64 = 1024;
 /// Bytes of an answer that a client takes at once: few enough that a slow one takes them in time.
