@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use mesh_engine::RequestError;
 use mesh_net::quic::MsgStream;
-use mesh_pipeline::{DriverEvent, Part};
+use mesh_pipeline::{DriverEvent, StageReplica};
 use mesh_proto::{
     ModelCard, PartPhase, PartState, Recovery, Ring, RingHello, RingPurpose, RingStage, RingState,
     Seat,
@@ -85,7 +85,7 @@ struct LoadedAs {
     weight_bytes: u64,
 }
 
-type Loaded = (u32, Result<(Part, LoadedAs), String>);
+type Loaded = (u32, Result<(StageReplica, LoadedAs), String>);
 
 /// State that ends with an epoch.
 #[derive(Default)]
@@ -407,7 +407,7 @@ impl Deployment {
         }
     }
 
-    fn start_driver(&mut self, stage: u32, part: Part, loaded: LoadedAs) {
+    fn start_driver(&mut self, stage: u32, part: StageReplica, loaded: LoadedAs) {
         let config = self.rings.config.scheduler();
         let model = &self.shard.model;
         match DriverHandle::start(part, &self.ring, model, config, self.notices.clone()) {

@@ -31,7 +31,7 @@ use mesh_engine_ort::{OrtOptions, Reclaim, WeightFormat};
 use mesh_model::Model;
 use mesh_net::quic::{Link, LinkConfig, Listener, MsgStream, probe};
 use mesh_net::trust::{NodeIdentity, Role};
-use mesh_pipeline::Part;
+use mesh_pipeline::StageReplica;
 use mesh_proto::{
     ModelCard, NodeProfile, Offer, PathProfile, Ring, RingHello, RingState, ShardOffer,
 };
@@ -462,7 +462,7 @@ impl Shard {
         slots: u32,
         context: u32,
         config: &Config,
-    ) -> Result<Part, String> {
+    ) -> Result<StageReplica, String> {
         let _reclaim = Reclaim;
         let format = match format {
             "" => self.format,
@@ -481,7 +481,7 @@ impl Shard {
         };
         let opened = mesh_engine_ort::open(&model, layers, options, config.backend)
             .map_err(|error| error.to_string())?;
-        Ok(Part::new(opened.stage, KEPT_BYTES))
+        Ok(StageReplica::new(opened.stage, KEPT_BYTES))
     }
 }
 

@@ -261,7 +261,7 @@ pub(super) async fn mirror_out(stream: MsgStream, target: Target) -> Broken {
             received = recv.recv() => match read::<RingMirrored>(received, MsgType::RING_MIRRORED) {
                 Ok(mirrored) => match &target {
                     Target::Part(part) => part.tell(Command::Mirrored(mirrored.count)),
-                    Target::Driver(driver) => driver.tell(DriverEvent::Mirrored(mirrored.count)),
+                    Target::Driver(driver) => driver.tell(DriverEvent::Acknowledged(mirrored.count)),
                 },
                 Err(broken) => return broken,
             },
