@@ -6,9 +6,7 @@
 //!
 //! If pieces are sought that no worker holds, one of the workers that could get the model from outside the
 //! mesh has its *download*. It keeps it while it makes progress; when it is gone, fails or stands still,
-//! another one gets it. All others wait and take the pieces from it as they come. *download*. It keeps it
-//! while it makes progress; when it is gone, fails or stands still, another one has it. All others wait and
-//! take the pieces from it as they come.
+//! another one gets it. All others wait and take the pieces from it as they come.
 //!
 //! The meaning of a name does not depend on the last or loudest claim: see `pins`.
 
@@ -16,7 +14,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr};
 use std::time::Instant;
 
-use mesh_proto::{HeldModel, ModelSources, Models, Seat, SoughtModel, Sources};
+use mesh_proto::{HeldModel, ModelSources, Models, NodeAddr, SoughtModel, Sources};
 use mesh_share::PieceSet;
 
 mod conflicts;
@@ -338,19 +336,21 @@ impl Tracker {
             .collect();
         // Those with most first, should there be more than are told.
         holders.sort_by(|a, b| b.0.cmp(&a.0).then_with(|| a.1.cmp(b.1)));
-        holders.truncate(MOST_SEATS);
+        holders.truncate(MOST_HOLDERS);
         // In an order that does not change with every piece that comes.
         holders.sort_by(|a, b| a.1.cmp(b.1));
-        let seats = holders.into_iter().map(|(_, other, address, holder)| Seat {
-            addresses: holder
-                .others
-                .iter()
-                .map(|ip| SocketAddr::new(*ip, address.port()).to_string())
-                .collect(),
-            node_id: other.clone(),
-            name: holder.name.clone(),
-            address: self.reach(entry, address).to_string(),
-        });
+        let addrs = holders
+            .into_iter()
+            .map(|(_, other, address, holder)| NodeAddr {
+                addresses: holder
+                    .others
+                    .iter()
+                    .map(|ip| SocketAddr::new(*ip, address.port()).to_string())
+                    .collect(),
+                node_id: other.clone(),
+                name: holder.name.clone(),
+                address: self.reach(entry, address).to_string(),
+            });
         let download = self.downloads.get(&key);
         let origin = download.is_some_and(|download| download.node == node);
         let for_others = origin.then(|| {
@@ -364,7 +364,7 @@ impl Tracker {
         ModelSources {
             name: sought.model.name.clone(),
             fingerprint,
-            seats: seats.collect(),
+            holders: addrs.collect(),
             origin,
             origin_worker: download
                 .map_or_else(String::new, |download| self.name_of(&download.node)),
@@ -504,7 +504,7 @@ fn shorten(text: &str) -> String {
 /// lie.
 const ACCUSERS: usize = 2;
 /// Most sources of a model that a worker is given.
-const MOST_SEATS: usize = 32;
+const MOST_HOLDERS: usize = 32;
 /// Models that a worker may hold, and seek.
 const MOST_MODELS: usize = 256;
 const MOST_NAMES: usize = 16;

@@ -358,7 +358,7 @@ async fn a_drained_member_hands_over_and_an_undrained_one_is_used_again() {
         .admin("/v1/mesh/undrain", json!({"worker": driver.name}))
         .await;
     assert_eq!((status, &body["draining"]), (200, &json!(false)), "{body}");
-    eventually("it has a seat again", || async {
+    eventually("it has a stage again", || async {
         let rings = head.get("/v1/mesh").await.1["rings"].to_string();
         rings.contains(&driver.node_id)
     })

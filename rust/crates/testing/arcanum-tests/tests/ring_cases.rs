@@ -230,11 +230,11 @@ async fn a_worker_that_comes_back_is_used_again() -> Result<()> {
     let victim = member(&ring, 0);
     cluster.kill(&victim)?;
     cluster
-        .wait_for_ring(|ring| ring.serves() && !ring.seats(&victim))
+        .wait_for_ring(|ring| ring.serves() && !ring.includes(&victim))
         .await?;
     cluster.restart(&victim).await?;
     let again = cluster
-        .wait_for_ring(|ring| ring.serves() && ring.has_standbys() && ring.seats(&victim))
+        .wait_for_ring(|ring| ring.serves() && ring.has_standbys() && ring.includes(&victim))
         .await?;
     println!("before: {}; after: {}", ring.layout(), again.layout());
     Ask::greedy(question(1), 20).ask(&cluster.client()?).await?;
@@ -270,7 +270,7 @@ async fn a_member_and_the_driver_are_drained_without_a_lost_token() -> Result<()
             gaps.max().unwrap_or_default()
         );
         let ring = cluster.wait_for_ring(RingView::serves).await?;
-        ensure!(!ring.seats(&drained), "{}", ring.layout());
+        ensure!(!ring.includes(&drained), "{}", ring.layout());
         if driver {
             // A restarted head knows of it.
             cluster.mesh.restart_head(Duration::ZERO).await?;
@@ -280,7 +280,7 @@ async fn a_member_and_the_driver_are_drained_without_a_lost_token() -> Result<()
                 tokio::time::sleep(Duration::from_millis(50)).await;
             }
             let ring = cluster.wait_for_ring(RingView::serves).await?;
-            ensure!(!ring.seats(&drained), "{}", ring.layout());
+            ensure!(!ring.includes(&drained), "{}", ring.layout());
         }
         cluster.undrain(&drained).await?;
     }

@@ -118,7 +118,7 @@ async fn readiness_metrics_and_commands_tell_of_rings() -> Result<()> {
     let drained = whole.stages[0].member.worker.clone();
     println!("{}", hydramesh(&cluster, &["drain", &drained, "--wait"])?);
     let ring = cluster.wait_for_ring(RingView::serves).await?;
-    ensure!(!ring.seats(&drained), "{}", ring.layout());
+    ensure!(!ring.includes(&drained), "{}", ring.layout());
     println!("{}", hydramesh(&cluster, &["undrain", &drained])?);
     Ask::greedy(question(5), 10).ask(&client).await?;
 
@@ -174,7 +174,7 @@ async fn a_member_that_is_expelled_is_replaced_in_mid_answer_and_its_peers_drop_
         assert_same_tokens(&undisturbed.transcript, &answer.transcript)?;
     }
     let after = cluster.wait_for_ring(RingView::serves).await?;
-    ensure!(!after.seats(&rogue), "{}", after.layout());
+    ensure!(!after.includes(&rogue), "{}", after.layout());
     let listed = hydramesh(&cluster, &["nodes", "list"])?;
     println!("{listed}");
     ensure_all(&listed, &[&rogue, "expelled", "it lies"])?;

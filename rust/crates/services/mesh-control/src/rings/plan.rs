@@ -7,7 +7,7 @@ use std::time::Instant;
 use arcanum_profiler::{
     Candidate, ModelSpec, Plan, PlanError, Policy, place, replacement_for, standby_for,
 };
-use mesh_proto::{ModelCard, RingStage, Seat, ShardOffer};
+use mesh_proto::{ModelCard, NodeAddr, RingStage, ShardOffer};
 
 use super::node::Node;
 use super::ring::{Part, Ring, Stage};
@@ -421,7 +421,7 @@ impl Rings {
             })
             .find_map(|part| self.nodes.get(&part.node)?.head_ip)
             .filter(|ip: &IpAddr| !ip.is_loopback() && !ip.is_unspecified());
-        let seat = |part: &Part| {
+        let addr_of = |part: &Part| {
             let address = addresses
                 .get(part.node.as_str())
                 .map(|address| match head_ip {
@@ -436,7 +436,7 @@ impl Rings {
                 .map(|node| node.others.as_slice());
             let others = others.unwrap_or_default().iter();
             let others = others.filter_map(|ip| Some(SocketAddr::new(*ip, address?.port())));
-            Seat {
+            NodeAddr {
                 addresses: others.map(|other| other.to_string()).collect(),
                 node_id: part.node.clone(),
                 name: self.name(&part.node).to_owned(),
@@ -456,8 +456,8 @@ impl Rings {
                 .map(|stage| RingStage {
                     layer_start: stage.layers.start,
                     layer_end: stage.layers.end,
-                    seat: Some(seat(&stage.member)),
-                    standby: stage.standby.as_ref().map(seat),
+                    member: Some(addr_of(&stage.member)),
+                    standby: stage.standby.as_ref().map(addr_of),
                     format: stage.format.clone(),
                 })
                 .collect(),

@@ -170,8 +170,8 @@ impl Mesh {
     /// Report of this worker on a ring if all its parts were in this phase.
     fn report(&self, node: &str, ring: u64, phase: PartPhase) -> RingState {
         let told = &self.told[&(node.to_owned(), ring)];
-        let seat = |seat: &Option<mesh_proto::Seat>| {
-            seat.as_ref().is_some_and(|seat| seat.node_id == node)
+        let holds = |addr: &Option<mesh_proto::NodeAddr>| {
+            addr.as_ref().is_some_and(|addr| addr.node_id == node)
         };
         let part = |stage: usize, standby| PartState {
             stage: stage as u32,
@@ -181,8 +181,8 @@ impl Mesh {
         };
         let parts = told.stages.iter().enumerate().flat_map(|(index, stage)| {
             [
-                seat(&stage.seat).then(|| part(index, false)),
-                seat(&stage.standby).then(|| part(index, true)),
+                holds(&stage.member).then(|| part(index, false)),
+                holds(&stage.standby).then(|| part(index, true)),
             ]
         });
         RingState {
@@ -278,7 +278,7 @@ impl Mesh {
                         .nodes
                         .get(&part.node)
                         .is_some_and(|node| node.connected),
-                    "a lost worker has no seat"
+                    "a lost worker has no stage"
                 );
             }
         }
@@ -340,7 +340,7 @@ fn members(ring: &mesh_proto::Ring) -> Vec<String> {
             "{}..{} {}",
             stage.layer_start,
             stage.layer_end,
-            stage.seat.as_ref().unwrap().node_id
+            stage.member.as_ref().unwrap().node_id
         )
     };
     ring.stages.iter().map(node).collect()

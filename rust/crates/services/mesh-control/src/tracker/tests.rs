@@ -126,9 +126,9 @@ impl World {
         on_it.pop()
     }
 
-    fn seats(&self, worker: &str) -> Vec<&str> {
-        let seats = self.told(worker).seats.iter();
-        seats.map(|seat| seat.node_id.as_str()).collect()
+    fn holders(&self, worker: &str) -> Vec<&str> {
+        let holders = self.told(worker).holders.iter();
+        holders.map(|holder| holder.node_id.as_str()).collect()
     }
 }
 
@@ -140,12 +140,12 @@ fn one_of_those_who_seek_a_model_goes_for_it_and_the_others_then_get_it_from_the
     }
     assert_eq!(world.download(), Some("a"));
     assert_eq!(world.told("b").origin_worker, "a");
-    assert!(world.seats("b").is_empty());
+    assert!(world.holders("b").is_empty());
     world.say("a", |models| models.sought.clear());
     world.hold("a", 'f', PieceSet::all(9));
     assert_eq!(world.download(), None);
     for worker in ["b", "c"] {
-        assert_eq!(world.seats(worker), ["a"]);
+        assert_eq!(world.holders(worker), ["a"]);
         assert_eq!(world.told(worker).fingerprint, fingerprint('f'));
     }
 }
@@ -244,7 +244,7 @@ fn nobody_goes_for_what_workers_have_together() {
     world.hold("b", 'f', PieceSet::of(10, 5..10));
     world.lack("c", 'f', PieceSet::all(10));
     assert_eq!(world.download(), None);
-    assert_eq!(world.seats("c"), ["a", "b"]);
+    assert_eq!(world.holders("c"), ["a", "b"]);
     world.leave("b");
     assert_eq!(world.download(), Some("c"));
 }
@@ -273,7 +273,7 @@ fn a_name_means_the_model_that_most_hold_and_case_does_not_matter() {
     world.hold("c", 'f', PieceSet::all(3));
     world.seek("d", "M");
     assert_eq!(world.told("d").fingerprint, fingerprint('f'));
-    assert_eq!(world.seats("d"), ["b", "c"]);
+    assert_eq!(world.holders("d"), ["b", "c"]);
 }
 
 #[test]
@@ -303,11 +303,11 @@ fn who_sent_bad_pieces_is_not_named_to_the_accuser_and_with_two_accusers_to_nobo
         }];
     };
     world.say("a", accuse);
-    assert_eq!(world.seats("a"), ["good"]);
-    assert_eq!(world.seats("c"), ["bad", "good"]);
+    assert_eq!(world.holders("a"), ["good"]);
+    assert_eq!(world.holders("c"), ["bad", "good"]);
     world.say("b", accuse);
     world.say("b", accuse);
-    assert_eq!(world.seats("c"), ["good"]);
+    assert_eq!(world.holders("c"), ["good"]);
     let reports = world.notes.iter();
     let reports = reports.filter(|note| matches!(note, Note::Bad { .. }));
     assert_eq!(reports.count(), 2, "each accuser is heard once");
@@ -355,7 +355,7 @@ fn a_worker_on_the_heads_machine_is_named_by_the_heads_address() {
             _ => None,
         });
     assert_eq!(
-        told.unwrap().models[0].seats[0].address,
+        told.unwrap().models[0].holders[0].address,
         "192.168.1.10:7781"
     );
 }
@@ -440,7 +440,7 @@ fn at_every_moment_at_most_one_goes_and_in_the_end_all_have_it() {
         world.hold(&on_it, 'f', PieceSet::all(4));
         prop_assert_eq!(world.download(), None);
         for name in names.iter().filter(|name| **name != on_it) {
-            prop_assert_eq!(world.seats(name), [on_it.as_str()]);
+            prop_assert_eq!(world.holders(name), [on_it.as_str()]);
         }
     });
 }

@@ -287,8 +287,8 @@ impl Work {
     }
 
     fn drives(&self, ring: &Ring) -> bool {
-        let driver = ring.stages.last().and_then(|stage| stage.seat.as_ref());
-        driver.is_some_and(|seat| seat.node_id == self.node_id)
+        let driver = ring.stages.last().and_then(|stage| stage.member.as_ref());
+        driver.is_some_and(|addr| addr.node_id == self.node_id)
     }
 }
 
@@ -298,8 +298,9 @@ fn message(state: &RingState) -> Message {
 
 /// All parts are loaded.
 fn state(node_id: &str, ring: &Ring, serving: bool) -> RingState {
-    let is_mine =
-        |seat: &Option<mesh_proto::Seat>| seat.as_ref().is_some_and(|seat| seat.node_id == node_id);
+    let is_mine = |addr: &Option<mesh_proto::NodeAddr>| {
+        addr.as_ref().is_some_and(|addr| addr.node_id == node_id)
+    };
     let part = |stage: usize, standby| PartState {
         stage: u32::try_from(stage).unwrap(),
         standby,
@@ -309,10 +310,13 @@ fn state(node_id: &str, ring: &Ring, serving: bool) -> RingState {
     };
     let mut parts = Vec::new();
     for (index, stage) in ring.stages.iter().enumerate() {
-        parts.extend(is_mine(&stage.seat).then(|| part(index, false)));
+        parts.extend(is_mine(&stage.member).then(|| part(index, false)));
         parts.extend(is_mine(&stage.standby).then(|| part(index, true)));
     }
-    let drives = ring.stages.last().is_some_and(|stage| is_mine(&stage.seat));
+    let drives = ring
+        .stages
+        .last()
+        .is_some_and(|stage| is_mine(&stage.member));
     RingState {
         ring: ring.ring,
         epoch: ring.epoch,

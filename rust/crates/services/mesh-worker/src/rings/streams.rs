@@ -9,8 +9,8 @@ use dcf::{ErrorCode, Message, MsgType};
 use mesh_net::quic::{Link, MsgStream, SendHalf, StreamFailure};
 use mesh_pipeline::DriverEvent;
 use mesh_proto::{
-    RingHeld, RingHello, RingMirror, RingMirrored, RingOutcome, RingPing, RingPurpose, RingResend,
-    RingStep, Seat,
+    NodeAddr, RingHeld, RingHello, RingMirror, RingMirrored, RingOutcome, RingPing, RingPurpose,
+    RingResend, RingStep,
 };
 use prost::Message as _;
 
@@ -64,7 +64,7 @@ impl From<String> for Broken {
 /// epoch a moment later, or just be starting.
 pub(super) async fn open(
     peers: &Peers,
-    seat: &Seat,
+    seat: &NodeAddr,
     hello: &RingHello,
 ) -> Result<(Link, MsgStream), Broken> {
     let mut last = String::new();

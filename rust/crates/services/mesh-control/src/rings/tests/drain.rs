@@ -108,7 +108,7 @@ fn a_drained_standby_is_replaced_in_the_same_epoch() {
                 stage
                     .standby
                     .as_ref()
-                    .is_some_and(|seat| seat.node_id == standby)
+                    .is_some_and(|addr| addr.node_id == standby)
             }),
         "it was told"
     );

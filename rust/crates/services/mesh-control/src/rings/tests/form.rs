@@ -22,7 +22,7 @@ fn a_ring_is_formed_when_offers_were_quiet_and_serves_when_its_driver_says_so() 
         assert!(told.kv_tokens >= 1024);
         assert!(told.stages.iter().all(|stage| {
             stage
-                .seat
+                .member
                 .as_ref()
                 .unwrap()
                 .address
@@ -213,7 +213,7 @@ fn a_worker_beside_the_head_is_named_by_the_heads_address() {
     let addresses: BTreeSet<&str> = told
         .stages
         .iter()
-        .map(|stage| stage.seat.as_ref().unwrap().address.as_str())
+        .map(|stage| stage.member.as_ref().unwrap().address.as_str())
         .collect();
     assert_eq!(
         addresses,
@@ -290,10 +290,10 @@ fn a_member_that_moves_is_named_at_its_new_address_in_the_same_epoch() {
     mesh.rings.moved("b", IpAddr::from([10, 0, 0, 7]));
     mesh.poll();
     let told = &mesh.told[&key];
-    let seats = told.stages.iter().filter_map(|stage| stage.seat.as_ref());
-    let of_b: Vec<&str> = seats
-        .filter(|seat| seat.node_id == "b")
-        .map(|seat| seat.address.as_str())
+    let members = told.stages.iter().filter_map(|stage| stage.member.as_ref());
+    let of_b: Vec<&str> = members
+        .filter(|member| member.node_id == "b")
+        .map(|member| member.address.as_str())
         .collect();
     assert!(
         !of_b.is_empty() && of_b.iter().all(|address| address.starts_with("10.0.0.7:")),

@@ -217,7 +217,7 @@ proptest! {
                 for part in ring.parts() {
                     let is_new = before.is_none_or(|before| !before.contains(&part.node));
                     let node = &mesh.rings.nodes[&part.node];
-                    prop_assert!(!is_new || !node.is_draining(), "{} is drained and got a seat", part.node);
+                    prop_assert!(!is_new || !node.is_draining(), "{} is drained and got a stage", part.node);
                 }
                 if !double_seats {
                     let members: BTreeSet<&str> = ring.stages.iter().map(|stage| stage.member.node.as_str()).collect();
