@@ -28,6 +28,8 @@ pub mod embedding;
 pub mod fair;
 pub mod held_back;
 pub mod length;
+#[cfg(test)]
+mod logs;
 pub mod memory;
 pub mod outbox;
 pub mod placement;

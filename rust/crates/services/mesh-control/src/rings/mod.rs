@@ -40,7 +40,7 @@ use std::time::{Duration, Instant};
 use arcanum_profiler::Objective;
 use mesh_proto::{ModelCard, Offer};
 
-pub use action::{Action, Note, Prospect};
+pub use action::{Action, Prospect, RingCounts};
 pub use view::{PathView, RecoveryView, RingView, StageView, Unformed};
 
 use node::{MODELS_PER_NODE, Node};
@@ -129,6 +129,7 @@ pub struct Rings {
     recoveries: VecDeque<RecoveryView>,
     /// Workers that were told to forget a ring, so that they are told once.
     told_off: BTreeSet<(String, u64)>,
+    counts: RingCounts,
     actions: Vec<Action>,
 }
 
@@ -148,6 +149,7 @@ impl Rings {
             last_rebalance: None,
             recoveries: VecDeque::new(),
             told_off: BTreeSet::new(),
+            counts: RingCounts::default(),
             actions: Vec::new(),
         }
     }
@@ -333,6 +335,11 @@ impl Rings {
         }
         self.retire(now);
         std::mem::take(&mut self.actions)
+    }
+
+    /// Counts since the last call.
+    pub fn take_counts(&mut self) -> RingCounts {
+        std::mem::take(&mut self.counts)
     }
 
     /// Time at which [`Rings::poll`] has work without an event.

@@ -8,10 +8,11 @@ use arcanum_profiler::{
     Candidate, ModelSpec, Plan, PlanError, Policy, place, replacement_for, standby_for,
 };
 use mesh_proto::{ModelCard, NodeAddr, RingStage, ShardOffer};
+use tracing::{info, warn};
 
 use super::node::Node;
-use super::ring::{Part, Ring, Stage};
-use super::{Action, Note, Rings};
+use super::ring::{Part, Ring, Stage, hex};
+use super::{Action, Rings};
 
 /// Result of placement for a model.
 #[derive(Debug, Clone)]
@@ -294,14 +295,12 @@ impl Rings {
             Some(loss) => format!("{loss}; {error}"),
             None => error.to_owned(),
         };
-        let entry = (self.generation, reason.clone());
-        let before = self.unplanned.insert(model.to_owned(), entry);
-        if before.is_none_or(|(_, before)| before != reason) {
-            self.actions.push(Action::Note(Note::Unplanned {
-                model: model.to_owned(),
-                reason,
-            }));
+        let before = self.unplanned.get(model);
+        if before.is_none_or(|(_, before)| *before != reason) {
+            warn!(model, reason, "no ring can be made of what workers offer");
         }
+        let entry = (self.generation, reason);
+        self.unplanned.insert(model.to_owned(), entry);
     }
 
     /// Makes a ring of a plan and tells its members.
@@ -375,12 +374,8 @@ impl Rings {
             formed: now,
         };
         self.unplanned.remove(model);
-        self.actions.push(Action::Note(Note::Formed {
-            ring: id,
-            model: model.to_owned(),
-            layout: ring.layout(|node| self.name(node).to_owned()),
-            reason,
-        }));
+        let layout = ring.layout(|node| self.name(node).to_owned());
+        info!(ring = hex(id), model, layout, reason, "ring planned");
         self.rings.insert(id, ring);
         self.broadcast(id, &BTreeSet::new());
     }

@@ -4,10 +4,8 @@ use std::time::Instant;
 
 use mesh_proto::{ModelCard, PartPhase};
 
-use super::ring::{Part, Ring};
-use super::view::{
-    LeftOutView, PartView, PathView, RecoveryView, RingView, StageView, Unformed, hex,
-};
+use super::ring::{Part, Ring, hex};
+use super::view::{LeftOutView, PartView, PathView, RecoveryView, RingView, StageView, Unformed};
 use super::{Prospect, Rings};
 
 impl Rings {

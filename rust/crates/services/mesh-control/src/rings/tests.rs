@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use mesh_proto::{ModelCard, NodeProfile, Offer, PartPhase, PartState, RingState, ShardOffer};
 
 use super::*;
+use crate::logs::Logs;
 
 const MIB: u64 = 1 << 20;
 /// Layers of the model.
@@ -28,7 +29,6 @@ struct Mesh {
     told: Told,
     /// Model and ring by the worker that serves them.
     serving: BTreeMap<(String, String), u64>,
-    notes: Vec<Note>,
     /// Workers that the head asked for a sign of life.
     asked: Vec<String>,
     /// All members ever sent, by ring and epoch.
@@ -49,7 +49,6 @@ impl Mesh {
             now: Instant::now(),
             told: BTreeMap::new(),
             serving: BTreeMap::new(),
-            notes: Vec::new(),
             asked: Vec::new(),
             sent: BTreeMap::new(),
             port: 7000,
@@ -136,7 +135,6 @@ impl Mesh {
                     assert_eq!(was, Some(ring), "{node} served that");
                 }
                 Action::Ask { node } => self.asked.push(node),
-                Action::Note(note) => self.notes.push(note),
             }
         }
     }
@@ -250,9 +248,8 @@ impl Mesh {
         self.poll();
     }
 
-    fn failovers(&self) -> usize {
-        let failover = |note: &&Note| matches!(note, Note::Failover { .. });
-        self.notes.iter().filter(failover).count()
+    fn failovers(&self) -> u64 {
+        self.rings.counts.failovers.values().sum()
     }
 
     /// Checks the invariants that hold at any moment.

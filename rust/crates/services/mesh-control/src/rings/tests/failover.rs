@@ -329,11 +329,9 @@ fn what_is_said_twice_counts_once() {
     mesh.poll();
     let recoveries: Vec<f64> = mesh.rings.recoveries().map(|one| one.gap_ms).collect();
     assert_eq!(recoveries, [400.0]);
-    let notes = mesh
-        .notes
-        .iter()
-        .filter(|note| matches!(note, Note::Recovered { .. }));
-    assert_eq!(notes.count(), 1);
+    let gap = (MODEL.to_owned(), Duration::from_millis(400));
+    assert_eq!(mesh.rings.take_counts().gaps, [gap]);
+    assert_eq!(mesh.rings.take_counts(), RingCounts::default());
 }
 
 #[test]
