@@ -413,16 +413,18 @@ fn a_source_with_a_mistake_is_not_used_and_the_mistake_told() {
 #[test]
 fn a_worker_may_hold_parts_of_models_alone() {
     let partition = tempfile::tempdir().expect("a folder");
-    let shards = partition.path().join("shards");
-    fs::create_dir(&shards).expect("a folder");
-    fs::write(shards.join("big.gguf"), "").expect("written");
+    // `shards` is the old name of `ring`.
+    for (folder, file) in [("ring", "big.gguf"), ("shards", "old.gguf")] {
+        fs::create_dir(partition.path().join(folder)).expect("a folder");
+        fs::write(partition.path().join(folder).join(file), "").expect("written");
+    }
     let line = format!("hydramesh.head=attic hydramesh.token={}", token("t"));
     let worker = plan(&Machine::new(), &line, Some(partition.path()), None);
     assert_eq!(worker.missing(), []);
     assert!(
         worker
             .to_string()
-            .contains("Models held in parts: big.gguf")
+            .contains("Models held in parts: big.gguf, old.gguf")
     );
     let environment = worker.environment();
     let value = |name: &str| {
@@ -430,9 +432,10 @@ fn a_worker_may_hold_parts_of_models_alone() {
         found.map(|(_, value)| value.as_str())
     };
     assert_eq!(value("HYDRAMESH_WORKER__MODELS"), Some("[]"));
+    let folder = partition.path().display();
     assert_eq!(
-        value("HYDRAMESH_WORKER__SHARDS"),
-        Some(format!("[\"{}/big.gguf\"]", shards.display()).as_str())
+        value("HYDRAMESH_WORKER__RING__MODELS"),
+        Some(format!("[\"{folder}/ring/big.gguf\", \"{folder}/shards/old.gguf\"]").as_str())
     );
 }
 

@@ -15,10 +15,10 @@ const TOKENS: u32 = 30;
 
 async fn start(change: impl FnOnce(&mut mesh_head::Config)) -> TestHead {
     TestHead::start(|config| {
-        config.sharding.gather = Duration::from_millis(200);
+        config.ring.gather = Duration::from_millis(200);
         // One context of KV rows, so that a layer takes 10 MiB.
-        config.sharding.slots = 1;
-        config.sharding.stages = 2;
+        config.ring.slots = 1;
+        config.ring.stages = 2;
         change(config);
     })
     .await
@@ -91,7 +91,7 @@ fn standby<'a>(ring: &Value, stage: usize, shards: &'a [Shard]) -> &'a Shard {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_model_that_two_workers_hold_together_is_served() {
-    let head = start(|config| config.sharding.gather = Duration::from_secs(1)).await;
+    let head = start(|config| config.ring.gather = Duration::from_secs(1)).await;
     let (status, body) = head.get("/ready").await;
     assert_eq!(
         (status, &body["reason"]),
@@ -371,7 +371,7 @@ async fn a_drained_member_hands_over_and_an_undrained_one_is_used_again() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_faster_worker_takes_over_while_running_answers_end_where_they_are() {
-    let head = start(|config| config.sharding.stages = 0).await;
+    let head = start(|config| config.ring.stages = 0).await;
     let shards = [head.shard("a", 7).await, head.shard("b", 7).await];
     head.until_serving().await;
     let old = head.ring().await;
@@ -425,7 +425,7 @@ async fn a_faster_worker_takes_over_while_running_answers_end_where_they_are() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_ring_that_ends_for_a_better_one_takes_its_requests_along() {
     let head = start(|config| {
-        config.sharding.stages = 0;
+        config.ring.stages = 0;
         config.max_reruns = 0;
     })
     .await;
@@ -457,7 +457,7 @@ async fn a_ring_that_ends_for_a_better_one_takes_its_requests_along() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn plans_and_comparisons_are_shown_to_administrators_only() {
-    let head = start(|config| config.sharding.stages = 0).await;
+    let head = start(|config| config.ring.stages = 0).await;
     let _shards = [head.shard("a", 7).await, head.shard("b", 7).await];
     head.until_serving().await;
     let path = format!("/v1/mesh/plan?model={MODEL}");
@@ -484,7 +484,7 @@ async fn plans_and_comparisons_are_shown_to_administrators_only() {
         body["error"]["message"]
             .as_str()
             .unwrap()
-            .contains("`shards`"),
+            .contains("`ring.models`"),
         "{body}"
     );
     assert_eq!(plan("/v1/mesh/plan".into()).await.0, 400);

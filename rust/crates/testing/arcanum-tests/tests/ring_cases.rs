@@ -152,7 +152,7 @@ async fn where_there_is_no_room_every_request_is_told_and_other_models_go_on() -
         .whole_model(&another_model(&folder)?)
         .stages(0)
         .standbys(false)
-        .head_config("[sharding]\ncontext = 256\nslots = 2\n")
+        .head_config("[ring]\ncontext = 256\nslots = 2\n")
         .start()
         .await?;
     let ring = cluster.wait_for_whole_ring().await?;
@@ -341,7 +341,7 @@ async fn a_replica_a_ring_and_another_model_live_in_one_mesh() -> Result<()> {
         .whole(1)
         .whole_model(&another_model(&folder)?)
         .stages(3)
-        .head_config("[sharding]\nalways = true\n")
+        .head_config("[ring]\nalways = true\n")
         .shim()
         .start()
         .await?;

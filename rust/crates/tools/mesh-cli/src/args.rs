@@ -322,7 +322,7 @@ Examples:
   hydramesh plan SmolLM2-135M-Instruct
   hydramesh plan --json big-model | jq '.plan.stages[].layers'")]
 pub struct PlanArgs {
-    /// Name of a model of which workers offer layers (`shards` in their configuration)
+    /// Name of a model of which workers offer layers (`ring.models` in their configuration)
     #[arg(value_name = "MODEL")]
     pub model: String,
 
@@ -376,7 +376,7 @@ pub struct UndrainArgs {
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 The head does this by itself when a worker joins or leaves, at most once a minute; this asks it to do it now. A ring is replaced \
-if a fresh plan beats it by more than `sharding.margin`: beside the old one where memory allows both, else in its place.
+if a fresh plan beats it by more than `ring.margin`: beside the old one where memory allows both, else in its place.
 
 Examples:
   hydramesh rebalance --dry-run

@@ -107,7 +107,7 @@ impl Models {
         let policy = Policy::from_files(&store_config.trusted_keys, store_config.require_signature)
             .map_err(|error| failed(error.to_string()))?;
         let dir = config.store_dir();
-        let mut names = config.models.iter().chain(&config.shards);
+        let mut names = config.models.iter().chain(&config.ring.models);
         let needed = store_config.dir.is_some()
             || dir.is_dir()
             || names.any(|name| !is_at_hand(name, config));

@@ -98,7 +98,7 @@ struct Net {
 }
 
 impl Rings {
-    /// Opens those of `config.shards` that are files at hand and measures this machine. Blocks for as long as
+    /// Opens those of `config.ring.models` that are files at hand and measures this machine. Blocks for as long as
     /// that takes.
     pub(crate) fn open(config: &Arc<Config>, models: Arc<Models>) -> (Arc<Self>, Vec<Failure>) {
         let (shards, profile, failures) = offer::measure(config);
@@ -166,7 +166,7 @@ impl Rings {
 
     /// Returns true if this worker offers anything, or will.
     pub(crate) fn is_offering(&self) -> bool {
-        !self.config.shards.is_empty()
+        !self.config.ring.models.is_empty()
     }
 
     fn shards(&self) -> Vec<Arc<Shard>> {

@@ -130,11 +130,11 @@ impl ClusterBuilder {
     /// # Errors
     /// If a service does not start; the message holds the end of its log.
     pub async fn start(self) -> Result<Cluster> {
-        let sharding = format!(
-            "[sharding]\nobjective = \"throughput\"\nstages = {}\nstandbys = {}\ngather = \"1s\"\nsuspect_pause = \"2s\"\n",
+        let ring = format!(
+            "[ring]\nobjective = \"throughput\"\nstages = {}\nstandbys = {}\ngather = \"1s\"\nsuspect_pause = \"2s\"\n",
             self.stages, self.standbys
         );
-        let mut builder = Mesh::builder().head_config(&sharding);
+        let mut builder = Mesh::builder().head_config(&ring);
         if let Some(network) = &self.network {
             let own = network.own_address();
             builder = builder.head_config(&format!(

@@ -96,16 +96,17 @@ impl Cluster {
                 }
             }
         }
-        if config.get("models").is_some_and(is_empty) {
+        let in_ring = config.get("models").is_some_and(is_empty);
+        if in_ring && let Some(toml::Value::Table(ring)) = config.get_mut("ring") {
             let model = self.model.display().to_string();
-            config.insert("shards".into(), vec![model].into());
+            ring.insert("models".into(), vec![model].into());
         }
         let launcher = match (&self.network, machine) {
             (Some(network), Some(machine)) => network.launcher(self.mesh.launcher(), machine),
             _ => self.mesh.launcher().clone(),
         }
         .with_state(&self.measured().await);
-        self.measures |= config.contains_key("shards");
+        self.measures |= in_ring;
         let toml = config.to_string();
         let index = self.mesh.start_worker_by(&launcher, &toml).await?;
         let name = self.mesh.workers[index].name().to_owned();
