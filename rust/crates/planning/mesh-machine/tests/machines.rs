@@ -6,7 +6,7 @@ use std::path::Path;
 
 use arcanum_profiler::gpu::{Kind, Vendor};
 use mesh_machine::boot::choice::{Backend, Choice, Wish, choose};
-use mesh_machine::boot::plan::{Missing, Plan, Told};
+use mesh_machine::boot::plan::{BootInputs, Missing, Plan};
 use mesh_machine::boot::run_dir;
 use mesh_machine::hardware::{Hardware, probe};
 use tempfile::TempDir;
@@ -219,10 +219,10 @@ fn an_image_leaves_out_the_cards_that_it_has_no_programs_for() {
             .nvidia("0000:01:00.0", 0x2684)
             .amd("0000:03:00.0", 0x73bf, 0x300, 100_300);
     let on = |backends: &[Backend], line: &str| {
-        let told = Told {
+        let told = BootInputs {
             backends: Some(backends.to_vec()),
             command_line: line.to_owned(),
-            ..Told::default()
+            ..BootInputs::default()
         };
         Plan::new(&machine.probe(), &told).choice
     };
@@ -318,11 +318,11 @@ fn safe_graphics_and_cpu_only_keep_the_cards_out() {
 }
 
 fn plan(machine: &Machine, line: &str, partition: Option<&Path>, typed: Option<&str>) -> Plan {
-    let told = Told {
+    let told = BootInputs {
         typed: typed.map(str::to_owned),
         command_line: line.to_owned(),
         partition: partition.map(Path::to_owned),
-        ..Told::default()
+        ..BootInputs::default()
     };
     Plan::new(&machine.probe(), &told)
 }
@@ -377,10 +377,10 @@ fn a_machine_that_was_told_nothing_says_what_it_needs() {
 #[test]
 fn a_worker_that_has_joined_before_needs_no_token() {
     let machine = Machine::new().file("state/worker/node.crt", "certificate");
-    let told = Told {
+    let told = BootInputs {
         command_line: "hydramesh.head=attic".to_owned(),
         state: Some(machine.0.path().join("state")),
-        ..Told::default()
+        ..BootInputs::default()
     };
     let plan = Plan::new(&machine.probe(), &told);
     assert_eq!(plan.missing(), [Missing::Model]);

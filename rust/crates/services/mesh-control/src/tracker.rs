@@ -35,10 +35,10 @@ pub use view::{HolderView, SeekerView, TrackedModel};
 /// See the module's page.
 #[derive(Debug, Clone, Default)]
 pub struct Tracker {
-    nodes: BTreeMap<String, Node>,
+    nodes: BTreeMap<String, TrackedWorker>,
     downloads: BTreeMap<Key, Download>,
     /// Workers whose download failed, each with the time from which it may try again.
-    failures: BTreeMap<(Key, String), Failure>,
+    failures: BTreeMap<(Key, String), FailedDownload>,
     /// By model and accused: the workers that report bad pieces from it.
     accused: BTreeMap<(String, String), BTreeSet<String>>,
     pins: Pins,
@@ -75,7 +75,7 @@ pub struct TrackerCounts {
 
 /// A worker.
 #[derive(Debug, Clone, Default)]
-struct Node {
+struct TrackedWorker {
     name: String,
     /// Address for other workers; `None` if they do not reach it.
     address: Option<SocketAddr>,
@@ -83,20 +83,20 @@ struct Node {
     others: Vec<IpAddr>,
     /// The head's own address on the way to it.
     head_ip: Option<IpAddr>,
-    held: BTreeMap<String, Held>,
+    held: BTreeMap<String, HeldCopy>,
     sought: Vec<Sought>,
     told: Option<Sources>,
 }
 
 #[derive(Debug, Clone)]
-struct Held {
+struct HeldCopy {
     names: Vec<String>,
     bytes: u64,
     pieces: PieceSet,
     signed: bool,
 }
 
-impl Held {
+impl HeldCopy {
     /// Returns true if some pieces are here under this name: of a model that was replaced, only the manifest
     /// may be left.
     fn is_called(&self, name: &str) -> bool {
@@ -139,7 +139,7 @@ struct Download {
 }
 
 #[derive(Debug, Clone)]
-struct Failure {
+struct FailedDownload {
     until: Instant,
     times: u32,
 }
@@ -159,10 +159,10 @@ impl Tracker {
 
     /// A worker's link is up. `head_ip` is the head's own address on the way to it.
     pub fn joined(&mut self, node: &str, name: &str, head_ip: Option<IpAddr>) {
-        let entry = Node {
+        let entry = TrackedWorker {
             name: name.to_owned(),
             head_ip,
-            ..Node::default()
+            ..TrackedWorker::default()
         };
         self.nodes.insert(node.to_owned(), entry);
         self.changed = true;
@@ -288,13 +288,13 @@ impl Tracker {
         }
     }
 
-    fn sources_of(&self, node: &str, entry: &Node, sought: &Sought) -> ModelSources {
+    fn sources_of(&self, node: &str, entry: &TrackedWorker, sought: &Sought) -> ModelSources {
         let key = self.key(&sought.model);
         let fingerprint = match &key {
             Key::Fingerprint(fingerprint) => fingerprint.clone(),
             Key::Name(_) => String::new(),
         };
-        let mut holders: Vec<(u32, &String, SocketAddr, &Node)> = self
+        let mut holders: Vec<(u32, &String, SocketAddr, &TrackedWorker)> = self
             .nodes
             .iter()
             .filter(|(other, _)| *other != node)
@@ -349,7 +349,7 @@ impl Tracker {
 
     /// Address at which `from` reaches a worker that the head sees at `address`: a worker on the head's own
     /// machine is reached at the head's address.
-    fn reach(&self, from: &Node, address: SocketAddr) -> SocketAddr {
+    fn reach(&self, from: &TrackedWorker, address: SocketAddr) -> SocketAddr {
         let own = from
             .address
             .is_none_or(|address| address.ip().is_loopback());
@@ -437,11 +437,11 @@ impl Tracker {
 }
 
 /// Checks a worker's report of a held model; `None` if it is invalid.
-fn held(model: HeldModel) -> Option<(String, Held)> {
+fn held(model: HeldModel) -> Option<(String, HeldCopy)> {
     let pieces = PieceSet::from_proto(model.pieces.as_ref()?).ok()?;
     is_fingerprint(&model.fingerprint).then(|| {
         let names = model.names.into_iter().filter(|name| is_name(name));
-        let held = Held {
+        let held = HeldCopy {
             names: names.take(MOST_NAMES).collect(),
             bytes: model.bytes,
             pieces,

@@ -4,12 +4,12 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 
 use super::choice::{Backend, Choice, Wish, choose};
-use super::join::{HeadAddress, JoinError, Role, Settings, Source, Token, command_line_has};
+use super::join::{HeadAddress, JoinError, Role, SettingSource, Settings, Token, command_line_has};
 use crate::hardware::Hardware;
 
 /// Input of a plan besides the hardware.
 #[derive(Debug, Clone, Default)]
-pub struct Told {
+pub struct BootInputs {
     /// Settings typed by a person, as `key=value` lines.
     pub typed: Option<String>,
     /// The kernel's command line.
@@ -30,9 +30,9 @@ pub struct Plan {
     /// The chosen backend with its reason.
     pub choice: Choice,
     /// The head's address and its origin.
-    pub head: Option<(HeadAddress, Source)>,
+    pub head: Option<(HeadAddress, SettingSource)>,
     /// The join token and its origin.
-    pub token: Option<(Token, Source)>,
+    pub token: Option<(Token, SettingSource)>,
     /// Public key that may log in over ssh.
     pub ssh_key: Option<String>,
     /// Name of this node.
@@ -46,7 +46,7 @@ pub struct Plan {
     /// True if the worker has a certificate from an earlier boot, and so needs no token.
     pub joined: bool,
     /// Mistakes in ignored sources.
-    pub mistakes: Vec<(Source, JoinError)>,
+    pub mistakes: Vec<(SettingSource, JoinError)>,
 }
 
 /// A missing setting without which a role cannot start.
@@ -62,7 +62,7 @@ pub enum Missing {
 
 impl Plan {
     /// Combines the hardware and the settings of all sources.
-    pub fn new(hardware: &Hardware, told: &Told) -> Self {
+    pub fn new(hardware: &Hardware, told: &BootInputs) -> Self {
         let mut mistakes = Vec::new();
         let mut read = |source, settings: Result<Settings, JoinError>| {
             let settings = settings.unwrap_or_else(|mistake| {
@@ -74,13 +74,13 @@ impl Plan {
         let typed = told.typed.as_deref().unwrap_or_default();
         // The first that says something wins.
         let sources = [
-            read(Source::Console, Settings::from_lines(typed)),
+            read(SettingSource::Console, Settings::from_lines(typed)),
             read(
-                Source::CommandLine,
+                SettingSource::CommandLine,
                 Settings::from_command_line(&told.command_line),
             ),
             read(
-                Source::Partition,
+                SettingSource::Partition,
                 told.partition
                     .as_deref()
                     .map_or_else(|| Ok(Settings::default()), Settings::from_partition),
@@ -250,9 +250,9 @@ impl fmt::Display for Missing {
 }
 
 fn first<T>(
-    sources: &[(Source, Settings)],
+    sources: &[(SettingSource, Settings)],
     field: impl Fn(&Settings) -> Option<T>,
-) -> Option<(T, Source)> {
+) -> Option<(T, SettingSource)> {
     sources
         .iter()
         .find_map(|(source, settings)| Some((field(settings)?, *source)))

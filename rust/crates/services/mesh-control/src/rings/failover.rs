@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use tracing::{info, warn};
 
-use super::ring::{Part, Ring, hex};
+use super::ring::{Replica, Ring, hex};
 use super::{Action, Rings};
 
 impl Rings {
@@ -23,7 +23,7 @@ impl Rings {
         let planned = self.gives_up_by_plan(ring);
         let mut next = ring.clone();
         for stage in &mut next.stages {
-            let is_lost = |part: &Part| ring.lost.contains_key(&part.node);
+            let is_lost = |part: &Replica| ring.lost.contains_key(&part.node);
             if stage.standby.as_ref().is_some_and(is_lost) {
                 stage.standby = None;
             }
@@ -81,12 +81,12 @@ impl Rings {
     }
 
     /// Finds the worker that takes over a stage: its standby, else any worker with room.
-    fn successor(&self, next: &mut Ring, stage: usize, now: Instant) -> Option<Part> {
+    fn successor(&self, next: &mut Ring, stage: usize, now: Instant) -> Option<Replica> {
         if let Some(standby) = next.stages[stage].standby.take() {
             let draining = self
                 .nodes
                 .get(&standby.node)
-                .is_none_or(super::Node::is_draining);
+                .is_none_or(super::RingWorker::is_draining);
             let free_to = self.settings.double_seats || !next.has_member(&standby.node);
             if free_to && !draining {
                 return Some(standby);
@@ -94,7 +94,7 @@ impl Rings {
         }
         self.find_replacement(next, stage, now)
             .or_else(|| self.find_second_part(next, stage, now))
-            .map(Part::new)
+            .map(Replica::new)
     }
 
     /// Finds a member with room for one more stage, for when no other worker can take it: slower than before,
@@ -160,7 +160,7 @@ impl Rings {
                 continue;
             }
             if let Some(node) = self.find_standby(next, stage, now) {
-                next.stages[stage].standby = Some(Part::new(node));
+                next.stages[stage].standby = Some(Replica::new(node));
                 next.stages[stage].member.lag_rows = 0;
                 found = true;
             }

@@ -43,7 +43,7 @@ use mesh_proto::{ModelCard, Offer};
 pub use action::{Action, Prospect, RingCounts};
 pub use view::{PathView, RecoveryView, RingView, StageView, Unformed};
 
-use node::{MODELS_PER_NODE, Node};
+use node::{MODELS_PER_NODE, RingWorker};
 use ring::Ring;
 
 /// Settings of how rings are formed and kept.
@@ -114,7 +114,7 @@ pub struct Arrival {
 #[derive(Debug, Clone)]
 pub struct Rings {
     settings: Settings,
-    nodes: BTreeMap<String, Node>,
+    nodes: BTreeMap<String, RingWorker>,
     rings: BTreeMap<u64, Ring>,
     /// Reason for which a model's last ring was given up, until it has a ring again.
     losses: BTreeMap<String, String>,
@@ -345,7 +345,7 @@ impl Rings {
     /// Time at which [`Rings::poll`] has work without an event.
     pub fn next_timer(&self) -> Option<Instant> {
         let quiet = self.stirred.map(|stirred| self.quiet_at(stirred));
-        let suspects = self.nodes.values().filter_map(Node::next_timer);
+        let suspects = self.nodes.values().filter_map(RingWorker::next_timer);
         let rings = self.rings.values().filter_map(Ring::next_timer);
         quiet.into_iter().chain(suspects).chain(rings).min()
     }
@@ -492,7 +492,7 @@ impl Rings {
     /// Returns true if a ring of this model should exist and does not.
     fn wants_ring(&self, model: &str) -> bool {
         let whole =
-            |node: &Node| node.connected && !node.is_draining() && node.whole.contains(model);
+            |node: &RingWorker| node.connected && !node.is_draining() && node.whole.contains(model);
         self.live_ring(model).is_none() && (self.settings.always || !self.nodes.values().any(whole))
     }
 }

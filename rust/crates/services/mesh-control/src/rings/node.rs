@@ -8,7 +8,7 @@ use mesh_proto::{NodeProfile, Offer, ShardOffer};
 
 /// A worker as ring planning knows it.
 #[derive(Debug, Clone, Default)]
-pub(super) struct Node {
+pub(super) struct RingWorker {
     /// Name a person knows it by.
     pub(super) name: String,
     /// Its link is up.
@@ -49,7 +49,7 @@ pub(super) struct Suspicion {
     raised: Option<Instant>,
 }
 
-impl Node {
+impl RingWorker {
     /// Takes an offer in. True means that plans may come out differently because of it.
     pub(super) fn take_offer(&mut self, address: SocketAddr, offer: Offer) -> bool {
         let profile = offer.profile.unwrap_or_default();

@@ -10,8 +10,8 @@ use arcanum_profiler::{
 use mesh_proto::{ModelCard, NodeAddr, RingStage, ShardOffer};
 use tracing::{info, warn};
 
-use super::node::Node;
-use super::ring::{Part, Ring, Stage, hex};
+use super::node::RingWorker;
+use super::ring::{Replica, Ring, Stage, hex};
 use super::{Action, Rings};
 
 /// Result of placement for a model.
@@ -57,7 +57,7 @@ pub(super) struct Outlook {
 
 /// Two offers of one name are the same model if these are equal: fingerprint, layers, width.
 type Weights<'a> = (&'a str, u32, u32);
-type Holder<'a> = (&'a String, &'a Node, &'a ShardOffer);
+type Holder<'a> = (&'a String, &'a RingWorker, &'a ShardOffer);
 
 impl Rings {
     /// Computes the ring of this model that would be formed now, with the memory of its present ring counted
@@ -197,7 +197,7 @@ impl Rings {
 
     /// Bytes that a worker has left beside its parts in all rings but those in `freed`.
     pub(super) fn free(&self, node: &str, freed: &[u64]) -> u64 {
-        let memory = |node: &Node| {
+        let memory = |node: &RingWorker| {
             let profile = &node.profile;
             profile.memory_available.min(profile.memory_total)
         };
@@ -322,8 +322,8 @@ impl Rings {
         let stages = planned.plan.stages.iter().map(|stage| Stage {
             layers: stage.layers.clone(),
             format: format(&stage.node),
-            member: Part::new(stage.node.clone()),
-            standby: stage.standby.clone().map(Part::new),
+            member: Replica::new(stage.node.clone()),
+            standby: stage.standby.clone().map(Replica::new),
         });
         let seated: BTreeSet<&String> = planned
             .plan
@@ -416,7 +416,7 @@ impl Rings {
             })
             .find_map(|part| self.nodes.get(&part.node)?.head_ip)
             .filter(|ip: &IpAddr| !ip.is_loopback() && !ip.is_unspecified());
-        let addr_of = |part: &Part| {
+        let addr_of = |part: &Replica| {
             let address = addresses
                 .get(part.node.as_str())
                 .map(|address| match head_ip {
@@ -465,7 +465,7 @@ impl Rings {
     }
 
     fn not_offered(&self, model: &str, now: Instant) -> NoPlan {
-        let waits = |node: &&Node| node.connected && node.shards.contains_key(model);
+        let waits = |node: &&RingWorker| node.connected && node.shards.contains_key(model);
         let waiting: Vec<String> = self
             .nodes
             .values()
@@ -489,7 +489,7 @@ impl Rings {
     }
 
     pub(super) fn names(&self) -> BTreeMap<String, String> {
-        let name = |(id, node): (&String, &Node)| (id.clone(), node.name.clone());
+        let name = |(id, node): (&String, &RingWorker)| (id.clone(), node.name.clone());
         self.nodes.iter().map(name).collect()
     }
 }
@@ -502,7 +502,7 @@ fn uncovered(plan: &Plan) -> usize {
         .count()
 }
 
-fn offered<'a>(node: &'a Node, model: &str) -> Option<(&'a ShardOffer, &'a ModelCard)> {
+fn offered<'a>(node: &'a RingWorker, model: &str) -> Option<(&'a ShardOffer, &'a ModelCard)> {
     let shard = node.shards.get(model)?;
     Some((shard, shard.card.as_ref()?))
 }

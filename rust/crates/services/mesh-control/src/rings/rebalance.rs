@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use arcanum_profiler::{Objective, Plan, evaluate};
 
 use super::plan::Planned;
-use super::ring::{Part, Ring};
+use super::ring::{Replica, Ring};
 use super::{Prospect, Rings};
 
 /// A ring against a fresh plan for its model.
@@ -287,7 +287,7 @@ impl Rings {
             let better = next.moves.get(&index);
             let standby = stage.standby.as_ref().map(|part| &part.node);
             if better.is_some() && better != standby {
-                stage.standby = better.cloned().map(Part::new);
+                stage.standby = better.cloned().map(Replica::new);
                 stage.member.lag_rows = 0;
             } else if better.is_none() && standby.is_some_and(|node| wanted.contains(node)) {
                 // Its memory is needed for the stage that it takes over.

@@ -44,16 +44,16 @@ pub struct StageView {
     /// First layer, one past the last.
     pub layers: [u32; 2],
     /// The worker that computes it.
-    pub member: PartView,
+    pub member: ReplicaView,
     /// The standby, if there is one.
-    pub standby: Option<PartView>,
+    pub standby: Option<ReplicaView>,
     /// KV rows that the standby does not have yet.
     pub lag_rows: u64,
 }
 
 /// A stage on one worker, as member or standby.
 #[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct PartView {
+pub struct ReplicaView {
     /// Name of the worker.
     pub worker: String,
     /// Node id of the worker.

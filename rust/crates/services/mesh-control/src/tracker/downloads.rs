@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use mesh_share::PieceSet;
 use tracing::{info, warn};
 
-use super::{Download, Failure, Key, Tracker, shorten};
+use super::{Download, FailedDownload, Key, Tracker, shorten};
 
 impl Tracker {
     /// Takes in how far the downloads of a worker are, and which of them failed.
@@ -46,7 +46,7 @@ impl Tracker {
         let failure = self
             .failures
             .entry((key.clone(), download.node.clone()))
-            .or_insert(Failure {
+            .or_insert(FailedDownload {
                 until: now,
                 times: 0,
             });
