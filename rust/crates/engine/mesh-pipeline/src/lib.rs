@@ -17,7 +17,7 @@
 //!
 //! When an epoch begins, every member reports the rows it holds. The driver finds for each slot the rows that
 //! all of them have; those behind are computed again, like a prompt. Where one member lacks many rows (a
-//! shard that was just loaded), only its inputs are replayed: from the replay buffer of the stage before it,
+//! stage that was just loaded), only its inputs are replayed: from the replay buffer of the stage before it,
 //! or else from further up. Then the scheduler continues behind the valid rows; an answer's tokens are a
 //! function of seed and index, so the client only sees a pause.
 //!

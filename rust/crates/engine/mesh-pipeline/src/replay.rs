@@ -201,7 +201,7 @@ mod tests {
     }
 
     #[test]
-    fn a_shard_loaded_afresh_is_fed_by_the_stage_before_it() {
+    fn a_stage_loaded_afresh_is_fed_by_the_stage_before_it() {
         let stages = [held(1000, 0), held(0, 0), held(998, 0)];
         let replay = plan(&planned(1000), &stages, 1, None)[0];
         assert_eq!((replay.from, replay.to), (0, 998));

@@ -22,7 +22,7 @@ pub struct Offer {
     pub profile: Option<NodeProfile>,
     /// Models of which the worker may hold a range of layers.
     #[prost(message, repeated, tag = "3")]
-    pub shards: Vec<ShardOffer>,
+    pub models: Vec<LayerOffer>,
 }
 
 /// Hardware of a machine and its measured speeds.
@@ -93,7 +93,7 @@ pub struct PathProfile {
 
 /// A model of which a worker may hold any contiguous range of layers.
 #[derive(Clone, PartialEq, Message)]
-pub struct ShardOffer {
+pub struct LayerOffer {
     /// The model: name, architecture, fingerprint, context, size; slots and speeds are those of the ring, not in here.
     #[prost(message, optional, tag = "1")]
     pub card: Option<ModelCard>,

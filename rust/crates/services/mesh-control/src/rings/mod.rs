@@ -400,7 +400,7 @@ impl Rings {
     pub fn has_offer(&self, node: &str) -> bool {
         self.nodes
             .get(node)
-            .is_some_and(|node| node.connected && !node.shards.is_empty())
+            .is_some_and(|node| node.connected && !node.offers.is_empty())
     }
 
     fn serve(&mut self, id: u64, node: &str, card: ModelCard) {
@@ -485,7 +485,7 @@ impl Rings {
     fn offered_models(&self) -> BTreeSet<String> {
         let connected = self.nodes.values().filter(|node| node.connected);
         connected
-            .flat_map(|node| node.shards.keys().cloned())
+            .flat_map(|node| node.offers.keys().cloned())
             .collect()
     }
 

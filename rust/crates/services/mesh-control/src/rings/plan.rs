@@ -7,7 +7,7 @@ use std::time::Instant;
 use arcanum_profiler::{
     Candidate, ModelSpec, Plan, PlanError, Policy, place, replacement_for, standby_for,
 };
-use mesh_proto::{ModelCard, NodeAddr, RingStage, ShardOffer};
+use mesh_proto::{LayerOffer, ModelCard, NodeAddr, RingStage};
 use tracing::{info, warn};
 
 use super::node::RingWorker;
@@ -34,7 +34,7 @@ pub struct Planned {
 pub enum NoPlan {
     /// No worker may hold parts of it.
     #[error(
-        "no connected worker may hold layers of {model:?} now{}; name the model under `shards` in a worker's \
+        "no connected worker may hold layers of {model:?} now{}; name the model under `ring.models` in a worker's \
          configuration", .waiting.as_deref().unwrap_or("")
     )]
     NotOffered {
@@ -57,7 +57,7 @@ pub(super) struct Outlook {
 
 /// Two offers of one name are the same model if these are equal: fingerprint, layers, width.
 type Weights<'a> = (&'a str, u32, u32);
-type Holder<'a> = (&'a String, &'a RingWorker, &'a ShardOffer);
+type Holder<'a> = (&'a String, &'a RingWorker, &'a LayerOffer);
 
 impl Rings {
     /// Computes the ring of this model that would be formed now, with the memory of its present ring counted
@@ -151,23 +151,23 @@ impl Rings {
             if !node.is_usable(model, now) {
                 continue;
             }
-            let Some((shard, card)) = offered(node, model) else {
+            let Some((offer, card)) = offered(node, model) else {
                 continue;
             };
             // A model that cannot be is no model.
-            if ModelSpec::try_from(shard).is_err() {
+            if ModelSpec::try_from(offer).is_err() {
                 continue;
             }
             let same = |ring: &Ring| {
                 card.fingerprint == ring.offered.fingerprint
-                    && shard.layers == ring.spec.layers
-                    && shard.hidden == ring.spec.hidden
+                    && offer.layers == ring.spec.layers
+                    && offer.hidden == ring.spec.hidden
             };
             if ring.is_none_or(same) {
                 groups
-                    .entry((&card.fingerprint, shard.layers, shard.hidden))
+                    .entry((&card.fingerprint, offer.layers, offer.hidden))
                     .or_default()
-                    .push((id, node, shard));
+                    .push((id, node, offer));
             }
         }
         // Different files under one name: the one that most workers have.
@@ -178,14 +178,14 @@ impl Rings {
         // standby.
         let spec = match ring {
             Some(ring) => ring.spec.clone(),
-            None => ModelSpec::covering(group.iter().map(|(_, _, shard)| *shard)).ok()??,
+            None => ModelSpec::covering(group.iter().map(|(_, _, offer)| *offer)).ok()??,
         };
         let card = offered(group.first()?.1, model)?.1.clone();
         let candidates = group
             .iter()
-            .map(|(id, node, shard)| Candidate {
+            .map(|(id, node, offer)| Candidate {
                 memory: self.free(id, freed),
-                ..Candidate::from_offer(id, &node.name, &node.profile, shard)
+                ..Candidate::from_offer(id, &node.name, &node.profile, offer)
             })
             .collect();
         Some(Outlook {
@@ -317,7 +317,7 @@ impl Rings {
         self.next_ring += 1;
         let format = |node: &str| {
             let offer = self.nodes.get(node).and_then(|node| offered(node, model));
-            offer.map_or_else(String::new, |(shard, _)| shard.format.clone())
+            offer.map_or_else(String::new, |(offer, _)| offer.format.clone())
         };
         let stages = planned.plan.stages.iter().map(|stage| Stage {
             layers: stage.layers.clone(),
@@ -465,7 +465,7 @@ impl Rings {
     }
 
     fn not_offered(&self, model: &str, now: Instant) -> NoPlan {
-        let waits = |node: &&RingWorker| node.connected && node.shards.contains_key(model);
+        let waits = |node: &&RingWorker| node.connected && node.offers.contains_key(model);
         let waiting: Vec<String> = self
             .nodes
             .values()
@@ -502,9 +502,9 @@ fn uncovered(plan: &Plan) -> usize {
         .count()
 }
 
-fn offered<'a>(node: &'a RingWorker, model: &str) -> Option<(&'a ShardOffer, &'a ModelCard)> {
-    let shard = node.shards.get(model)?;
-    Some((shard, shard.card.as_ref()?))
+fn offered<'a>(node: &'a RingWorker, model: &str) -> Option<(&'a LayerOffer, &'a ModelCard)> {
+    let offer = node.offers.get(model)?;
+    Some((offer, offer.card.as_ref()?))
 }
 
 /// Purpose of rings, as `reserved_for` names it.

@@ -10,7 +10,7 @@ mod rebalance;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
-use mesh_proto::{ModelCard, NodeProfile, Offer, PartPhase, PartState, RingState, ShardOffer};
+use mesh_proto::{LayerOffer, ModelCard, NodeProfile, Offer, PartPhase, PartState, RingState};
 
 use super::*;
 use crate::logs::Logs;
@@ -308,7 +308,7 @@ fn offer(layers: u64) -> Offer {
         context: 1024,
         ..Default::default()
     };
-    let shard = ShardOffer {
+    let offer = LayerOffer {
         card: Some(card),
         layers: LAYERS,
         hidden: 64,
@@ -327,7 +327,7 @@ fn offer(layers: u64) -> Offer {
             memory_available: layers * 10 * MIB,
             ..Default::default()
         }),
-        shards: vec![shard],
+        models: vec![offer],
     }
 }
 

@@ -12,8 +12,8 @@ use mesh_net::quic::{self, Connector, Link, LinkConfig, MsgStream};
 use mesh_net::seal::Sealer;
 use mesh_net::trust::{NodeIdentity, Role};
 use mesh_proto::{
-    Generate, Hello, Load, ModelCard, NodeProfile, Offer, PROTOCOL_VERSION, PartPhase, PartState,
-    Recovery, Ring, RingState, ShardOffer, Welcome,
+    Generate, Hello, LayerOffer, Load, ModelCard, NodeProfile, Offer, PROTOCOL_VERSION, PartPhase,
+    PartState, Recovery, Ring, RingState, Welcome,
 };
 use prost::Message as _;
 use tempfile::TempDir;
@@ -28,7 +28,7 @@ pub(crate) const LAYERS: u32 = 12;
 const MIB: u64 = 1 << 20;
 
 /// A worker that offers layers.
-pub(crate) struct Shard {
+pub(crate) struct RingWorker {
     pub(crate) name: String,
     pub(crate) node_id: String,
     pub(crate) seen: Arc<Seen>,
@@ -45,7 +45,7 @@ pub(crate) struct Shard {
     serving: AbortHandle,
 }
 
-impl Shard {
+impl RingWorker {
     /// Joins and offers the model; there is room for so many layers. Who has room to spare is slow, so that
     /// it becomes a standby and no member.
     pub(crate) async fn join(head: &TestHead, name: &str, layers: u64, script: Script) -> Self {
@@ -155,9 +155,12 @@ impl Shard {
     }
 
     /// Says that its links to others are closed.
-    pub(crate) fn complain(&self, suspects: &[&Shard]) {
+    pub(crate) fn complain(&self, suspects: &[&RingWorker]) {
         let ring = self.ring().expect("a ring");
-        let suspects: Vec<String> = suspects.iter().map(|shard| shard.node_id.clone()).collect();
+        let suspects: Vec<String> = suspects
+            .iter()
+            .map(|worker| worker.node_id.clone())
+            .collect();
         let state = RingState {
             severed: suspects.clone(),
             suspects,
@@ -183,7 +186,7 @@ impl Shard {
     }
 }
 
-impl Drop for Shard {
+impl Drop for RingWorker {
     fn drop(&mut self) {
         self.serving.abort();
         self.link.close(ErrorCode::OK, "test over");
@@ -344,7 +347,7 @@ fn offer(layers: u64, decode_us: f32) -> Offer {
         context: 1024,
         ..Default::default()
     };
-    let shard = ShardOffer {
+    let offer = LayerOffer {
         card: Some(card),
         layers: LAYERS,
         hidden: 64,
@@ -363,6 +366,6 @@ fn offer(layers: u64, decode_us: f32) -> Offer {
             memory_available: layers * 10 * MIB,
             ..Default::default()
         }),
-        shards: vec![shard],
+        models: vec![offer],
     }
 }

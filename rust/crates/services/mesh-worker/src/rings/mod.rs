@@ -33,7 +33,7 @@ use mesh_net::quic::{Link, LinkConfig, Listener, MsgStream, probe};
 use mesh_net::trust::{NodeIdentity, Role};
 use mesh_pipeline::StageReplica;
 use mesh_proto::{
-    ModelCard, NodeProfile, Offer, PathProfile, Ring, RingHello, RingState, ShardOffer,
+    LayerOffer, ModelCard, NodeProfile, Offer, PathProfile, Ring, RingHello, RingState,
 };
 use tokio::runtime::Handle;
 use tokio::sync::{Notify, mpsc};
@@ -75,7 +75,7 @@ pub(crate) struct Shard {
     model: Model,
     card: ModelCard,
     format: WeightFormat,
-    offer: ShardOffer,
+    offer: LayerOffer,
     /// The stored model, if only parts of it may be here.
     held: Option<Arc<Held>>,
 }
@@ -245,7 +245,7 @@ impl Rings {
                 paths,
                 ..lock(&self.profile).clone()
             }),
-            shards: shards.iter().map(|shard| shard.offer.clone()).collect(),
+            models: shards.iter().map(|shard| shard.offer.clone()).collect(),
         };
         if let Some(head) = &*lock(&self.head) {
             let _ = head.send(message(MsgType::OFFER, &offer));

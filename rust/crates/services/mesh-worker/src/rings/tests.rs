@@ -107,7 +107,7 @@ impl Mesh {
     }
 
     fn configure_again(&mut self, stages: &[(u32, usize, Option<usize>)]) {
-        let card = self.nodes[0].offer.shards[0].card.clone().unwrap();
+        let card = self.nodes[0].offer.models[0].card.clone().unwrap();
         let mut start = 0;
         let stages = stages.iter().map(|&(end, member, standby)| RingStage {
             layer_start: std::mem::replace(&mut start, end),

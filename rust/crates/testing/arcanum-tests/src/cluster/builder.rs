@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 use mesh_testkit::{Mesh, Namespaces, paths};
 
-use super::{Cluster, SHARDS};
+use super::{Cluster, IN_RING};
 
 /// Builder of a cluster: workers, model, stages and configuration.
 #[derive(Debug)]
@@ -39,15 +39,15 @@ impl ClusterBuilder {
 
     /// Adds workers that hold parts of the model.
     #[must_use]
-    pub fn shards(mut self, workers: usize) -> Self {
-        self.workers.extend(vec![SHARDS.to_owned(); workers]);
+    pub fn ring_workers(mut self, workers: usize) -> Self {
+        self.workers.extend(vec![IN_RING.to_owned(); workers]);
         self
     }
 
     /// Adds workers that hold parts of the model, with TOML of their own, such as `[ring]\nmemory = "60MB"`.
     #[must_use]
-    pub fn shards_with(mut self, workers: usize, toml: &str) -> Self {
-        let toml = format!("{SHARDS}{toml}\n");
+    pub fn ring_workers_with(mut self, workers: usize, toml: &str) -> Self {
+        let toml = format!("{IN_RING}{toml}\n");
         self.workers.extend(vec![toml; workers]);
         self
     }

@@ -125,7 +125,7 @@ fn without_a_plan_the_reason_is_kept_and_the_next_offer_tries_again() {
 #[test]
 fn a_context_that_nobody_asked_for_is_shortened_to_memory() {
     let mut mesh = Mesh::new(|_| {});
-    let long = |offer: &mut Offer| offer.shards[0].card.as_mut().unwrap().context = 32 * 1024;
+    let long = |offer: &mut Offer| offer.models[0].card.as_mut().unwrap().context = 32 * 1024;
     mesh.join_with("a", 7, long);
     mesh.join_with("b", 7, long);
     mesh.pass(2.0);
@@ -169,7 +169,7 @@ fn kv_memory_gives_way_to_standbys() {
 fn workers_with_other_weights_under_the_same_name_have_no_part() {
     let mut mesh = Mesh::new(|_| {});
     let other =
-        |offer: &mut Offer| offer.shards[0].card.as_mut().unwrap().fingerprint = "other".into();
+        |offer: &mut Offer| offer.models[0].card.as_mut().unwrap().fingerprint = "other".into();
     mesh.join_with("x", 50, other);
     mesh.join("a", 20);
     mesh.join("b", 20);
@@ -181,9 +181,9 @@ fn workers_with_other_weights_under_the_same_name_have_no_part() {
 fn several_rings_share_the_memory_of_a_mesh() {
     let mut mesh = Mesh::new(|settings| settings.standbys = false);
     let two = |offer: &mut Offer| {
-        let mut second = offer.shards[0].clone();
+        let mut second = offer.models[0].clone();
         second.card.as_mut().unwrap().name = "n".into();
-        offer.shards.push(second);
+        offer.models.push(second);
     };
     for node in ["a", "b", "c"] {
         mesh.join_with(node, 9, two);
@@ -255,13 +255,13 @@ fn switched_off_no_ring_is_made() {
 #[test]
 fn senseless_offers_make_no_ring_and_no_panic() {
     let changes: [fn(&mut Offer); 7] = [
-        |offer| offer.shards[0].decode_us = f32::NAN,
-        |offer| offer.shards[0].layers = u32::MAX,
-        |offer| offer.shards[0].layer_bytes = u64::MAX,
-        |offer| offer.shards[0].kv_bytes = u64::MAX,
-        |offer| offer.shards[0].card = None,
+        |offer| offer.models[0].decode_us = f32::NAN,
+        |offer| offer.models[0].layers = u32::MAX,
+        |offer| offer.models[0].layer_bytes = u64::MAX,
+        |offer| offer.models[0].kv_bytes = u64::MAX,
+        |offer| offer.models[0].card = None,
         |offer| offer.profile = None,
-        |offer| offer.shards[0].hidden = 0,
+        |offer| offer.models[0].hidden = 0,
     ];
     for change in changes {
         let mut mesh = Mesh::new(|_| {});
@@ -275,7 +275,7 @@ fn senseless_offers_make_no_ring_and_no_panic() {
 #[test]
 fn one_senseless_offer_does_not_spoil_the_others() {
     let mut mesh = Mesh::new(|_| {});
-    mesh.join_with("x", 50, |offer| offer.shards[0].layer_bytes = u64::MAX);
+    mesh.join_with("x", 50, |offer| offer.models[0].layer_bytes = u64::MAX);
     mesh.join("a", 7);
     mesh.join("b", 7);
     mesh.pass(2.0);
