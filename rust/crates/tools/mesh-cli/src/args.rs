@@ -23,7 +23,7 @@ Exit codes:
     3  the mesh cannot be reached
     4  no worker, all workers busy, or no such model, node or token
     5  no answer in time
-    6  a key is missing or not good enough
+    6  missing or insufficient key
   130  interrupted with Ctrl-C";
 
 /// One inference mesh out of the machines you have.
@@ -193,8 +193,8 @@ pub struct SamplingArgs {
 /// `hydramesh ask`
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
-The question goes as one datagram to a shim (or a head); the answer is printed while it grows. With --http or --url, or when no --to is \
-given and this machine has no shim, it goes to the head's HTTP API instead.
+The question goes as one datagram to a shim (or a head); the answer is printed while it grows. With --http or --url, and \
+without --to also if HYDRAMESH_URL is set or this machine has no shim, it goes to the head's HTTP API instead.
 
 Examples:
   hydramesh ask \"Why is the sky blue?\"

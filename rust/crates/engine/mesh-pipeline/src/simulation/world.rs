@@ -531,15 +531,15 @@ impl World {
             .iter()
             .position(|&n| n == node)
             .map(|i| i as u32);
-        let standing: Vec<u32> = (0..stages)
+        let stood_by: Vec<u32> = (0..stages)
             .filter(|&stage| ring.standbys[stage] == Some(node))
             .map(|stage| stage as u32)
             .collect();
         worker
             .replicas
-            .retain(|stage, _| own == Some(*stage) || standing.contains(stage));
+            .retain(|stage, _| own == Some(*stage) || stood_by.contains(stage));
         (worker.received, worker.sent) = (0, 0);
-        for stage in own.iter().chain(&standing) {
+        for stage in own.iter().chain(&stood_by) {
             let layers = layers(&self.splits, *stage);
             if !(worker.replicas.contains_key(stage)
                 || worker.driver.is_some() && own == Some(*stage))
@@ -549,7 +549,7 @@ impl World {
             }
         }
         let epoch = ring.epoch;
-        for stage in &standing {
+        for stage in &stood_by {
             let replica = worker.replicas.get_mut(stage).expect("just made");
             replica.begin_epoch(epoch, *stage, false);
         }

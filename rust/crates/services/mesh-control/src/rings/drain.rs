@@ -230,7 +230,7 @@ impl Rings {
                 continue;
             }
             let double =
-                |part: &Replica| !self.settings.double_seats && members.contains(&part.node);
+                |part: &Replica| !self.settings.double_stages && members.contains(&part.node);
             match stage.standby.take() {
                 None => stuck = Some(stage.member.node.clone()),
                 Some(part) if up_to_date(&part, stage.member.lag_rows, now) && !double(&part) => {

@@ -87,7 +87,7 @@ impl Rings {
                 .nodes
                 .get(&standby.node)
                 .is_none_or(super::RingWorker::is_draining);
-            let free_to = self.settings.double_seats || !next.has_member(&standby.node);
+            let free_to = self.settings.double_stages || !next.has_member(&standby.node);
             if free_to && !draining {
                 return Some(standby);
             }
@@ -100,7 +100,7 @@ impl Rings {
     /// Finds a member with room for one more stage, for when no other worker can take it: slower than before,
     /// but the ring goes on.
     fn find_second_part(&self, next: &Ring, stage: usize, now: Instant) -> Option<String> {
-        if !self.settings.double_seats {
+        if !self.settings.double_stages {
             return None;
         }
         let outlook = self.outlook(&next.model, Some(next), &[next.id], now)?;

@@ -75,7 +75,7 @@ pub struct Settings {
     pub retire_limit: Duration,
     /// Allows a member to take over a second stage: one that it is the standby of, which beats loading
     /// weights, or one that no other worker has room for. Plans never ask for it.
-    pub double_seats: bool,
+    pub double_stages: bool,
 }
 
 impl Default for Settings {
@@ -93,7 +93,7 @@ impl Default for Settings {
             suspect_pause: Duration::from_secs(10),
             always: false,
             retire_limit: Duration::from_secs(300),
-            double_seats: true,
+            double_stages: true,
         }
     }
 }

@@ -215,7 +215,7 @@ impl Rings {
     pub(super) fn find_standby(&self, layout: &Ring, stage: usize, now: Instant) -> Option<String> {
         let outlook = self.outlook(&layout.model, Some(layout), &[layout.id], now)?;
         let mut exclude: Vec<String> = layout.lost.keys().cloned().collect();
-        if !self.settings.double_seats {
+        if !self.settings.double_stages {
             exclude.extend(layout.stages.iter().map(|stage| stage.member.node.clone()));
         }
         standby_for(
@@ -325,7 +325,7 @@ impl Rings {
             member: Replica::new(stage.node.clone()),
             standby: stage.standby.clone().map(Replica::new),
         });
-        let seated: BTreeSet<&String> = planned
+        let assigned: BTreeSet<&String> = planned
             .plan
             .stages
             .iter()
@@ -336,7 +336,7 @@ impl Rings {
             .plan
             .left_out
             .iter()
-            .filter(|left| !seated.contains(&left.node))
+            .filter(|left| !assigned.contains(&left.node))
             .map(|left| (self.name(&left.node).to_owned(), left.reason.to_string()))
             .collect();
         let ring = Ring {

@@ -234,7 +234,7 @@ fn a_member_lost_while_the_ring_is_being_formed_is_replaced() {
 }
 
 #[test]
-fn a_worker_that_is_member_and_standby_loses_both_seats() {
+fn a_worker_that_is_member_and_standby_loses_both_stages() {
     let mut mesh = Mesh::serving(
         |settings| settings.stages = Some(3),
         &[("a", 8), ("b", 8), ("c", 8)],
@@ -261,7 +261,7 @@ fn members_take_no_second_stage_where_that_is_not_allowed() {
     let mut mesh = Mesh::serving(
         |settings| {
             settings.stages = Some(2);
-            settings.double_seats = false;
+            settings.double_stages = false;
             settings.standbys = true;
         },
         &[("a", 13), ("b", 13)],
