@@ -4,12 +4,13 @@
 //! stopped or cut off, or that a machine had no processor time for a while. Three things keep the last from
 //! counting as death:
 //!
-//! - **Silence is counted on a clock that stands still while the driver itself does not run.** A gap between two looks counts for
-//!   no more than two pings take; and while the driver's own network thread has not echoed a ping, the answers of others may be
-//!   waiting behind it.
+//! - **Silence is counted on a clock that stands still while the driver itself does not run.** A gap
+//!   between two looks counts for no more than two pings take; and while the driver's own network thread
+//!   has not echoed a ping, the answers of others may be waiting behind it.
 //! - **The deadline follows the answers.** It is at least a second, four times the slowest recent step, and
 //!   four times the slowest recent answer.
-//! - **A suspicion is not a verdict.** It is taken back when the member is heard again, and the head asks another witness first.
+//! - **A suspicion is not a verdict.** It is taken back when the member is heard again, and the head asks
+//!   another witness first.
 //!
 //! If all members answer but no data from one member arrives at the next, the link between the two is broken.
 
@@ -468,7 +469,8 @@ mod tests {
                 ..RingPing::default()
             })
         });
-        // Nothing arrives at the driver either, but its own link has four steps under way for the same reason.
+        // Nothing arrives at the driver either, but its own link has four steps under way for the same
+        // reason.
         let found: Vec<(u32, bool)> = watch
             .suspicions
             .iter()

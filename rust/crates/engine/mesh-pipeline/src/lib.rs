@@ -1,19 +1,20 @@
 //! One model over several machines: the stages of a ring, their standbys, and recovery from the loss of any
 //! of them.
 //!
-//! A *ring* runs one model in stages, each a contiguous range of layers on one worker. The worker of the last stage is its
-//! *driver*. A step goes from the driver to stage 0 as tokens, from stage to stage as hidden rows, and comes back to the
-//! driver, which computes the last stage, samples and plans the next step. Several steps are under way at once.
+//! A *ring* runs one model in stages, each a contiguous range of layers on one worker. The worker of the
+//! last stage is its *driver*. A step goes from the driver to stage 0 as tokens, from stage to stage as
+//! hidden rows, and comes back to the driver, which computes the last stage, samples and plans the next
+//! step. Several steps are under way at once.
 //!
 //! Nothing here does I/O or reads a clock. A [`StageReplica`] is one stage on one worker, as member or
 //! as standby. A [`RingRunner`] is the driver: a [`mesh_engine::Runner`], so that scheduler, sampler and text
 //! are those of a model on one machine.
 //!
 //! # Recovery
-//! Three properties make it simple. Rows are independent bit for bit, so computing a row again gives the same
-//! row. A replica knows the tokens behind its KV rows ([`TokenLog`]), so comparing the tokens finds the rows that
-//! are still valid; no history of messages is needed. And the head alone changes the members of a ring, each
-//! change being a new *epoch*.
+//! Three properties make it simple. Rows are independent bit for bit, so computing a row again gives the
+//! same row. A replica knows the tokens behind its KV rows ([`TokenLog`]), so comparing the tokens finds
+//! the rows that are still valid; no history of messages is needed. And the head alone changes the
+//! members of a ring, each change being a new *epoch*.
 //!
 //! When an epoch begins, every member reports the rows it holds. The driver finds for each slot the rows that
 //! all of them have; those behind are computed again, like a prompt. Where one member lacks many rows (a
@@ -27,6 +28,7 @@
 #![forbid(unsafe_code)]
 
 mod driver;
+mod driver_events;
 mod failure_detector;
 mod replay;
 mod replay_buffer;
@@ -37,7 +39,8 @@ mod simulation;
 mod token_log;
 mod wire;
 
-pub use driver::{DriverEvent, DriverGauges, DriverOut, RingRunner};
+pub use driver::RingRunner;
+pub use driver_events::{DriverEvent, DriverGauges, DriverOut};
 pub use replica::{Out, StageReplica};
 pub use token_log::TokenLog;
 

@@ -1,4 +1,5 @@
-//! A replica of a stage: as a member it computes steps and replicates its KV rows, as a standby it receives them.
+//! A replica of a stage: as a member it computes steps and replicates its KV rows, as a standby it
+//! receives them.
 
 use mesh_engine::scheduler::SlotOp;
 use mesh_engine::{Segment, SlotId, Stage, StageInfo, StageInput, StageOutput, apply};
@@ -37,7 +38,8 @@ pub struct StageReplica {
     next_step: u64,
     /// For each slot, `next_step` when its replay buffer was last cut off.
     cut_at: Vec<u64>,
-    /// Steps computed so far, over all epochs, and for each slot how many there were when one last changed it.
+    /// Steps computed so far, over all epochs, and for each slot how many there were when one last
+    /// changed it.
     clock: u64,
     touched: Vec<u64>,
     input: Vec<f32>,
@@ -93,7 +95,8 @@ impl StageReplica {
         self.replay_buffer.bytes()
     }
 
-    /// From now on it is stage `index` in `epoch`. Steps of earlier epochs are refused; its standby must be named again.
+    /// From now on it is stage `index` in `epoch`. Steps of earlier epochs are refused; its standby must
+    /// be named again.
     pub fn begin_epoch(&mut self, epoch: u32, index: u32, half_rows: bool) {
         self.epoch = epoch;
         self.index = index;
@@ -150,7 +153,8 @@ impl StageReplica {
         }
     }
 
-    /// Computes a step that came from the stage before or, at stage 0, from the driver. A failure goes to the driver.
+    /// Computes a step that came from the stage before or, at stage 0, from the driver. A failure goes to
+    /// the driver.
     pub fn step(&mut self, step: RingStep, out: &mut Vec<Out>) {
         if step.epoch != self.epoch {
             return;

@@ -1,8 +1,9 @@
 //! The sending side of replication: the backlog of a standby, and the next rows to send.
 //!
-//! Messages of one stream are numbered; the standby says up to which number it has taken them in. Rows go out in the order in
-//! which they were written, in pieces, and no more than [`WINDOW`] bytes are unacknowledged: a standby that joined a moment ago
-//! catches up in the background, and one that is slow holds nothing up.
+//! Messages of one stream are numbered; the standby says up to which number it has taken them in. Rows go
+//! out in the order in which they were written, in pieces, and no more than [`WINDOW`] bytes are
+//! unacknowledged: a standby that joined a moment ago catches up in the background, and one that is slow
+//! holds nothing up.
 
 use std::collections::VecDeque;
 

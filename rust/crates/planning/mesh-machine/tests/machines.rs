@@ -4,7 +4,7 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
-use arcanum_profiler::gpu::{Kind, Vendor};
+use arcanum_profiler::gpu::{GpuKind, Vendor};
 use mesh_machine::boot::choice::{Backend, Choice, Wish, choose};
 use mesh_machine::boot::plan::{BootInputs, Missing, Plan};
 use mesh_machine::boot::run_dir;
@@ -255,7 +255,7 @@ fn a_virtual_gpu_does_not_count() {
         (0x1234, 0x1111),
     ] {
         let machine = Machine::new().pci("0000:00:01.0", vendor, device, 0x03_00_00);
-        assert_eq!(machine.probe().gpus[0].kind, Kind::Virtual);
+        assert_eq!(machine.probe().gpus[0].kind, GpuKind::Virtual);
         assert_eq!(machine.probe().gpus[0].vendor, Vendor::Other);
         let choice = machine.choose();
         assert_eq!(choice.backend, Backend::Cpu);

@@ -159,7 +159,8 @@ pub(super) struct Answer {
 const HEAD: Node = usize::MAX;
 
 impl World {
-    /// `splits` are the ends of the stages' layers; workers 0.. are its members, then come its standbys, then the rest.
+    /// `splits` are the ends of the stages' layers; workers 0.. are its members, then come its standbys,
+    /// then the rest.
     pub(super) fn new(seed: u64, splits: &[u32], workers: usize, standbys: bool) -> Self {
         let stages = splits.len();
         let ring = Ring {
@@ -328,8 +329,8 @@ impl World {
         }
     }
 
-    /// Nothing goes on: the head hears of it from an answer whose driver is silent, or from a driver that cannot reach a
-    /// member.
+    /// Nothing goes on: the head hears of it from an answer whose driver is silent, or from a driver that
+    /// cannot reach a member.
     pub(super) fn nothing_goes_on(&mut self) {
         let members = self.ring.members.iter().copied();
         if let Some(node) = members.rev().find(|&node| !self.workers[node].is_up()) {
@@ -368,7 +369,8 @@ impl World {
         if ring.members == self.ring.members && ring.standbys == self.ring.standbys {
             return;
         }
-        // The simulation gives every change an epoch of its own, also that of a standby, which is the harder case.
+        // The simulation gives every change an epoch of its own, also that of a standby, which is the
+        // harder case.
         ring.epoch += 1;
         self.ring = ring;
         self.epochs += 1;
