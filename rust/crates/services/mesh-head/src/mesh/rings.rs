@@ -42,7 +42,7 @@ impl Mesh {
             warn!(
                 worker = worker.name,
                 port = offer.ring_port,
-                "offer not taken: its ring port is none"
+                "ignoring offer: invalid ring port"
             );
             return;
         };
