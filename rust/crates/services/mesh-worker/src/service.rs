@@ -21,15 +21,15 @@ pub struct Flags {
     #[arg(long, value_name = "HOST:PORT")]
     head: Option<String>,
 
-    /// File with the join token, needed at the first start
+    /// File with the join token, needed until this worker has joined
     #[arg(long, value_name = "FILE")]
     join_token_file: Option<PathBuf>,
 
-    /// Model to serve: a GGUF file, or a name in the model folders (may be repeated)
+    /// Model to serve: a file, a folder, or a name in the model folders, the mesh or the hub (may be repeated)
     #[arg(long = "model", value_name = "MODEL")]
     models: Vec<String>,
 
-    /// Model to hold a range of layers of, as the head decides (may be repeated)
+    /// Model of which to hold a range of layers, as the head decides (may be repeated)
     #[arg(long = "ring-model", value_name = "MODEL")]
     ring_models: Vec<String>,
 
@@ -37,7 +37,7 @@ pub struct Flags {
     #[arg(long = "shard", value_name = "MODEL", hide = true)]
     shards: Vec<String>,
 
-    /// Where other workers reach this one, QUIC [default: [::]:7781]
+    /// Address for other workers, QUIC [default: [::]:7781]
     #[arg(long, value_name = "ADDRESS:PORT")]
     ring: Option<SocketAddr>,
 
