@@ -1,4 +1,4 @@
-//! Drives one answer: asks for a worker, talks to it, and carries out the decisions of [`Answer`] until the
+//! Drives one answer: asks for a worker, talks to it, and carries out the decisions of [`Lifecycle`] until the
 //! answer ends.
 
 use std::future::Future;
@@ -7,10 +7,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use dcf::{ErrorCode, Message, MsgType};
-use mesh_control::placement::{self, Ended};
+use mesh_control::placement::{self, AttemptEnd};
 use mesh_control::registry::WorkerId;
-use mesh_control::request::{Answer, AnswerError, Failure, Resume, Step};
-use mesh_control::router::Ask;
+use mesh_control::request::{AnswerError, Failure, Lifecycle, Resume, Step};
+use mesh_control::router::Requirements;
 use mesh_net::quic::{Link, MsgStream};
 use mesh_proto::{Done, Generate, ModelKind, Progress, Prompt, RequestPhase, Tokens};
 use prost::Message as _;
@@ -76,8 +76,8 @@ pub(crate) async fn drive(
 pub(super) struct Drive<'a, E> {
     pub(super) mesh: &'a Arc<Mesh>,
     task: Task,
-    pub(super) ask: Ask,
-    pub(super) answer: Answer,
+    pub(super) ask: Requirements,
+    pub(super) answer: Lifecycle,
     emit: E,
     /// Arrival of the last token.
     last_token: Option<Instant>,
@@ -105,16 +105,16 @@ pub(super) struct Attempted {
 /// Result of one attempt.
 enum Attempt {
     Again {
-        ended: Ended,
+        ended: AttemptEnd,
         /// By silence or loss, not by something that the worker said.
         lost: bool,
     },
-    Over(Ended, Outcome),
+    Over(AttemptEnd, Outcome),
 }
 
 impl Attempt {
     const LOST: Self = Self::Again {
-        ended: Ended::Failed,
+        ended: AttemptEnd::Failed,
         lost: true,
     };
 }
@@ -131,7 +131,7 @@ impl<'a, E: FnMut(Event) + Send> Drive<'a, E> {
         // one.
         ask.legacy &= !known;
         let answer =
-            Answer::new(mesh.config.request_limits(), Instant::now()).within(task.bounds());
+            Lifecycle::new(mesh.config.request_limits(), Instant::now()).within(task.bounds());
         Self {
             mesh,
             task,
@@ -217,17 +217,17 @@ impl<'a, E: FnMut(Event) + Send> Drive<'a, E> {
             };
             match attempt {
                 Attempt::Over(ended, outcome) => {
-                    if ended == Ended::Failed {
+                    if ended == AttemptEnd::Failed {
                         self.blame(&assignment, began);
                     }
-                    if ended == Ended::Complete {
+                    if ended == AttemptEnd::Complete {
                         self.exonerate(&assignment);
                     }
                     assignment.end(ended);
                     return outcome;
                 }
                 Attempt::Again { ended, lost } => {
-                    if ended == Ended::Failed {
+                    if ended == AttemptEnd::Failed {
                         self.blame(&assignment, began);
                     }
                     self.prepare_rerun(&assignment, ended, lost);
@@ -251,14 +251,14 @@ impl<'a, E: FnMut(Event) + Send> Drive<'a, E> {
         }
     }
 
-    fn prepare_rerun(&mut self, assignment: &Assignment, ended: Ended, lost: bool) {
+    fn prepare_rerun(&mut self, assignment: &Assignment, ended: AttemptEnd, lost: bool) {
         if let Some(ring) = assignment.placed.ring {
             let gone = self.mesh.ring_role(assignment.placed.worker, ring) == RingRole::Gone;
             if let Some(at) = self.last_token.filter(|_| lost || gone) {
                 let model = assignment.placed.model.clone();
                 self.broke_off.get_or_insert((model, at));
             }
-            if lost && ended == Ended::Failed {
+            if lost && ended == AttemptEnd::Failed {
                 self.forgiven.push(assignment.placed.worker);
                 self.mesh.suspect(
                     assignment.placed.worker,
@@ -267,7 +267,7 @@ impl<'a, E: FnMut(Event) + Send> Drive<'a, E> {
                 );
             }
         }
-        if ended == Ended::Failed {
+        if ended == AttemptEnd::Failed {
             self.mesh.metrics.reruns.inc();
             info!(
                 request = self.task.id,
@@ -354,7 +354,7 @@ impl<'a, E: FnMut(Event) + Send> Drive<'a, E> {
                 self.contradict(assignment);
             }
             if let Some(attempt) = self.follow(step, lost) {
-                if !matches!(attempt, Attempt::Over(Ended::Complete, _)) {
+                if !matches!(attempt, Attempt::Over(AttemptEnd::Complete, _)) {
                     stream.reset(ErrorCode::CANCELLED);
                 } else {
                     // The worker has sent its last message; only the confirmation of its receipt is left to
@@ -548,7 +548,7 @@ impl<'a, E: FnMut(Event) + Send> Drive<'a, E> {
                 None
             }
             Step::Again(ended) => Some(Attempt::Again { ended, lost }),
-            Step::Complete(_) => Some(Attempt::Over(Ended::Complete, self.settle(step))),
+            Step::Complete(_) => Some(Attempt::Over(AttemptEnd::Complete, self.settle(step))),
             Step::Fail(_, ended) => Some(Attempt::Over(ended, self.settle(step))),
         }
     }
@@ -625,14 +625,14 @@ struct Timer {
 }
 
 impl Timer {
-    fn new(answer: &Answer) -> Self {
+    fn new(answer: &Lifecycle) -> Self {
         Self {
             sleep: Box::pin(sleep_until(due(answer).into())),
         }
     }
 
-    /// Resolves when [`Answer::time_passed`] may have something to say.
-    async fn fired(&mut self, answer: &Answer) -> Instant {
+    /// Resolves when [`Lifecycle::time_passed`] may have something to say.
+    async fn fired(&mut self, answer: &Lifecycle) -> Instant {
         let due = tokio::time::Instant::from(due(answer));
         if due < self.sleep.deadline() || self.sleep.is_elapsed() {
             self.sleep.as_mut().reset(due);
@@ -642,7 +642,7 @@ impl Timer {
     }
 }
 
-fn due(answer: &Answer) -> Instant {
+fn due(answer: &Lifecycle) -> Instant {
     answer
         .next_timer()
         .unwrap_or_else(|| Instant::now() + Duration::from_secs(3600))

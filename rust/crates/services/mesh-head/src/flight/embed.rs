@@ -11,11 +11,11 @@ use bytes::BytesMut;
 use dcf::ErrorCode;
 use futures::{StreamExt, TryStreamExt, stream};
 use mesh_control::affinity::estimate_tokens;
-use mesh_control::embedding::Cut;
+use mesh_control::embedding::BatchLimits;
 use mesh_control::fair::{Ingress, Source};
-use mesh_control::placement::{Ended, Refusal};
-use mesh_control::request::{Answer, AnswerError, Failure, Fault, Step};
-use mesh_control::router::{Ask, Purpose};
+use mesh_control::placement::{AttemptEnd, Refusal};
+use mesh_control::request::{AnswerError, Failure, Fault, Lifecycle, Step};
+use mesh_control::router::{Purpose, Requirements};
 use mesh_net::quic::Link;
 use mesh_proto::{Done, Embed, EmbedInput, EmbedText, Embeddings, ModelKind};
 use tracing::{debug, info, warn};
@@ -122,7 +122,7 @@ async fn run(
         None => {}
     }
     let weights: Vec<u64> = task.inputs.iter().map(weight).collect();
-    let parts = Cut::new(replicas.workers).parts(&weights);
+    let parts = BatchLimits::new(replicas.workers).parts(&weights);
     let at_once = (2 * replicas.workers).clamp(1, MOST_AT_ONCE);
     debug!(
         request = task.id,
@@ -130,7 +130,7 @@ async fn run(
         parts = parts.len(),
         "embedding"
     );
-    let ask = Ask {
+    let ask = Requirements {
         model,
         purpose: Purpose::Embed,
         // Parts of one request must come from the same weights.
@@ -139,7 +139,7 @@ async fn run(
             ingress: Ingress::Embeddings,
             origin: task.origin,
         },
-        ..Ask::default()
+        ..Requirements::default()
     };
     let task = &task;
     // All parts have vectors of one length, whatever a worker says of its own.
@@ -151,7 +151,7 @@ async fn run(
     let answers: Vec<Embeddings> = stream::iter(parts.into_iter().enumerate())
         .map(|(index, range)| {
             let tokens: u64 = weights[range.clone()].iter().sum();
-            let ask = Ask {
+            let ask = Requirements {
                 prompt_tokens: u32::try_from(tokens).unwrap_or(u32::MAX),
                 ..ask.clone()
             };
@@ -179,7 +179,7 @@ async fn part(
     task: &EmbedTask,
     index: usize,
     range: Range<usize>,
-    mut ask: Ask,
+    mut ask: Requirements,
     dimensions: u32,
 ) -> Result<Embeddings, AnswerError> {
     let id = match index {
@@ -187,7 +187,7 @@ async fn part(
         index => format!("{}.{index}", task.id),
     };
     let texts = range.len();
-    let mut answer = Answer::new(mesh.config.request_limits(), Instant::now());
+    let mut answer = Lifecycle::new(mesh.config.request_limits(), Instant::now());
     let mut deaths = Deaths::default();
     let mut rerun = false;
     loop {
@@ -241,7 +241,7 @@ async fn part(
                             mesh.contradicted(rejected.worker, placed, &rejected.text);
                         }
                         assignment.prefilled();
-                        assignment.end(Ended::Complete);
+                        assignment.end(AttemptEnd::Complete);
                         return Ok(embeddings);
                     }
                     Ok(Err(failure)) => {
@@ -263,7 +263,7 @@ async fn part(
         };
         match step {
             Step::Again(ended) => {
-                if ended == Ended::Failed {
+                if ended == AttemptEnd::Failed {
                     if matches!(answer.fault(), Fault::Silence | Fault::Worker) {
                         mesh.at_fault(&placed.key, &placed.name, &placed.model, began);
                     }
@@ -295,7 +295,7 @@ async fn part(
 /// Asks a worker for one part, for as long as it shows life; else returns the decision of the answer's core
 /// on the time that passed.
 async fn ask_for_part(
-    answer: &mut Answer,
+    answer: &mut Lifecycle,
     assignment: &Assignment,
     link: &Link,
     embed: Embed,
@@ -343,7 +343,7 @@ async fn ask_for_part(
     }
 }
 
-fn time_passed(answer: &mut Answer, assignment: &Assignment) -> Result<(), Step> {
+fn time_passed(answer: &mut Lifecycle, assignment: &Assignment) -> Result<(), Step> {
     let now = Instant::now();
     if answer.waits_untold(now) && assignment.is_busy() {
         answer.excused_until(now);

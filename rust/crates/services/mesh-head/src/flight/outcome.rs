@@ -3,12 +3,12 @@
 use std::time::Instant;
 
 use mesh_control::placement::Refusal;
-use mesh_control::request::{Answer, AnswerError};
+use mesh_control::request::{AnswerError, Lifecycle};
 
 use crate::metrics::Outcome;
 
 /// Milliseconds that a worker may spend; 0 is without limit.
-pub(crate) fn deadline_ms(answer: &Answer) -> u64 {
+pub(crate) fn deadline_ms(answer: &Lifecycle) -> u64 {
     let Some(last) = answer.last_moment() else {
         return 0;
     };

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant, SystemTime};
 use dcf::{ErrorCode, Version};
 use mesh_base::clock;
 use mesh_control::duplicates::Duplicate;
-use mesh_control::held_back::Words;
+use mesh_control::held_back::HeldMessages;
 use mesh_control::registry::{ServedModel, Service, Worker, WorkerId};
 use mesh_control::spotcheck::CheckState;
 use mesh_control::tracker::Conflict;
@@ -111,7 +111,7 @@ impl Mesh {
                 Some(registry.is_out(node, now))
             })
         };
-        for (id, Words { offer, models }) in words {
+        for (id, HeldMessages { offer, models }) in words {
             if let Some(offer) = offer {
                 self.offered(id, offer);
             }
