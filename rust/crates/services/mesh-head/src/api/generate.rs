@@ -9,7 +9,8 @@ use serde_json::{Map, Value, json};
 
 use crate::api::fields::{self, Fields, check, conversation, sampling, whole_number};
 use crate::api::invalid::Invalid;
-use crate::api::json::{self, Lists};
+use crate::api::json;
+use crate::api::text_inputs::{TextInput, text_inputs};
 use crate::flight::task::Task;
 use crate::ids;
 
@@ -315,68 +316,23 @@ fn plain_task(
     (payload.len() <= dcf::Version::V5_1.max_payload()).then_some(payload)
 }
 
-/// The `prompt` of `/v1/completions`: a text, several texts, token ids, or several lists of them.
+/// The `prompt` of `/v1/completions`.
 fn prompts(fields: Fields<'_>) -> Result<Vec<Prompt>, Invalid> {
-    let wrong = || {
-        Invalid::new(
-            "prompt",
-            "'prompt' must be a string, an array of strings, or an array of token ids",
-        )
+    let shapes = "'prompt' must be a string, an array of strings, or an array of token ids";
+    let too_many = |count| {
+        let text = format!("{count} prompts are over the limit of {MOST_ANSWERS} answers");
+        Invalid::new("prompt", text)
     };
-    let text = |value: &Value| value.as_str().map(|text| Prompt::Text(text.to_owned()));
-    let tokens = |value: &Value| {
-        let ids = value
-            .as_array()?
-            .iter()
-            .map(|id| u32::try_from(whole_number(id)?).ok());
-        Some(Prompt::Tokens(TokenList {
-            tokens: ids.collect::<Option<Vec<u32>>>()?,
-        }))
-    };
-    let of_ids = |tokens: &Vec<u32>| {
-        Prompt::Tokens(TokenList {
-            tokens: tokens.clone(),
-        })
-    };
-    match fields.lists("prompt") {
-        Some(Lists::One(tokens)) => return Ok(vec![of_ids(tokens)]),
-        Some(Lists::Many(lists)) if lists.len() as u64 <= MOST_ANSWERS => {
-            return Ok(lists.iter().map(of_ids).collect());
-        }
-        Some(Lists::Many(lists)) => {
-            let text = format!(
-                "{} prompts are over the limit of {MOST_ANSWERS} answers",
-                lists.len()
-            );
-            return Err(Invalid::new("prompt", text));
-        }
-        None => {}
+    let limit = (MOST_ANSWERS as usize, too_many);
+    let prompts = text_inputs(fields, "prompt", shapes, limit)?;
+    if prompts.is_empty() {
+        return Err(Invalid::new("prompt", shapes));
     }
-    let prompts = match fields.get("prompt") {
-        None => {
-            return Err(Invalid::new(
-                "prompt",
-                "Missing required parameter: 'prompt'",
-            ));
-        }
-        Some(value @ Value::String(_)) => text(value).into_iter().collect(),
-        Some(value @ Value::Array(list)) => match list.first() {
-            Some(Value::String(_)) => list
-                .iter()
-                .map(text)
-                .collect::<Option<Vec<_>>>()
-                .ok_or_else(wrong)?,
-            Some(Value::Number(_)) => vec![tokens(value).ok_or_else(wrong)?],
-            Some(Value::Array(_)) => list
-                .iter()
-                .map(tokens)
-                .collect::<Option<Vec<_>>>()
-                .ok_or_else(wrong)?,
-            _ => return Err(wrong()),
-        },
-        Some(_) => return Err(wrong()),
+    let prompt = |input| match input {
+        TextInput::Text(text) => Prompt::Text(text),
+        TextInput::Tokens(tokens) => Prompt::Tokens(TokenList { tokens }),
     };
-    Ok(prompts)
+    Ok(prompts.into_iter().map(prompt).collect())
 }
 
 /// Bytes of a prompt as it is held.
