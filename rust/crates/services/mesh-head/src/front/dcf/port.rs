@@ -11,7 +11,7 @@ use dcf::{ErrorCode, Message, MsgType, Version};
 use mesh_control::dedup::{Dedup, Run, TaskKey};
 use mesh_control::fair::{Ingress, Origin, Source};
 use mesh_control::placement::Refusal;
-use mesh_control::registry::Worker;
+use mesh_control::registry::Registry;
 use mesh_control::request::AnswerError;
 use mesh_net::udp::{BatchSocket, SendBatch};
 use tokio_util::task::TaskTracker;
@@ -20,13 +20,14 @@ use tracing::debug;
 use super::chunk_sender::ChunkSender;
 use crate::api::dcf::{DcfEmbed, DcfGenerate, DcfTask};
 use crate::api::parse;
-use crate::flight::drive::drive;
 use crate::flight::embed::embed;
 use crate::flight::event::{Event, FOR_ROOM, words};
-use crate::flight::task::Task;
+use crate::flight::generate::generate;
+use crate::flight::task::GenerateTask;
 use crate::ids;
 use crate::mesh::{Lease, Mesh, timestamp_us};
 use crate::metrics::Front;
+use crate::workers::MOST_TASK_BYTES;
 
 /// State that tasks need to answer.
 pub(super) struct Port {
@@ -170,21 +171,18 @@ impl Port {
     ) -> Result<Bytes, AnswerError> {
         // A plain task is not answered with a stream; without any worker of the mesh, the whole answer at once
         // is better than none.
-        let only_plain = || {
-            self.mesh
-                .with_registry(|registry| registry.iter().all(Worker::is_legacy))
-        };
-        let fits = payload.len() <= Version::V5_1.max_payload();
+        let only_plain = || self.mesh.with_registry(Registry::takes_only_plain);
+        let fits = payload.len() <= MOST_TASK_BYTES;
         let plain = fits && (!task.stream || only_plain());
         let stream = task.stream;
-        let task = Task {
+        let task = GenerateTask {
             id: ids::fresh("dcf"),
             model: task.model,
             prompt: Arc::new(task.prompt),
             params: task.params,
             // Clients here have no keys.
             salt: 0,
-            legacy: plain.then_some(payload),
+            plain: plain.then_some(payload),
             source: Source {
                 ingress: Ingress::Dcf,
                 origin: Origin::of(key.client.ip()),
@@ -220,7 +218,7 @@ impl Port {
             Event::Whole(bytes) => whole = Some(bytes),
             Event::Failed(error) => failure = Some(error),
         };
-        drive(&self.mesh, Front::Dcf, task, emit, std::future::pending()).await;
+        generate(&self.mesh, Front::Dcf, task, emit, std::future::pending()).await;
 
         match failure {
             Some(failure) => Err(failure),
