@@ -1,9 +1,11 @@
 #!/usr/bin/env python3
-"""Tests of what check_layers.py and check_unused.py make of Rust sources."""
+"""Tests of what check_layers.py and check_unused.py make of Rust sources, and of check_docs.py."""
 
+import tempfile
 import unittest
 from pathlib import Path
 
+from check_docs import homeless
 from check_layers import Modules, circles, leaves
 from check_unused import is_named
 from rust_source import code_of, module_of, without_tests
@@ -62,6 +64,30 @@ class Unused(unittest.TestCase):
         for code in ["fn f(toml: u8) {}", "x.toml()", "crate::toml::x", "mod toml;"]:
             self.assertFalse(is_named("toml", code), code)
         self.assertTrue(is_named("md-5", "use md5::Md5;"))
+
+
+class Glossary(unittest.TestCase):
+    def test_what_an_entry_names_has_to_exist(self):
+        rows = [
+            ("`a`", None),
+            ("`a` `x::y`, `z`", None),
+            ("`a` `x` `y`, measured by `b`", None),
+            ("`a` `x::y::Type`, `z` `Other`", None),
+            ("`c`", "c"),
+            ("`b` `x`", "x"),
+            ("`a` `x::z`", "x::z"),
+            ("`a` `x::y::Other`", "x::y::Other"),
+            ("–", None),
+        ]
+        head = "| term | lives in |\n|---|---|\n"
+        text = head + "\n".join(f"| t | {home} |" for home, _ in rows) + "\n\n| term | meaning |\n|---|---|\n| `d` | `e` |\n"
+        with tempfile.TemporaryDirectory() as folder:
+            crates = Path(folder)
+            for path, code in {"l/a/src/x/y.rs": "pub enum Type {", "l/a/src/z/mod.rs": "trait Other", "l/b/src/lib.rs": ""}.items():
+                (crates / path).parent.mkdir(parents=True, exist_ok=True)
+                (crates / path).write_text(code)
+            found = {number: fault.rpartition(" ")[2] for number, fault in homeless(text, crates)}
+        self.assertEqual(found, {number: fault for number, (_, fault) in enumerate(rows, 3) if fault})
 
 
 if __name__ == "__main__":

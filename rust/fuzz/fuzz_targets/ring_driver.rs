@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use libfuzzer_sys::fuzz_target;
 use mesh_engine::scheduler::{Scheduler, SchedulerConfig, Step};
 use mesh_engine::{Outcome, Request, Runner, Stage};
-use mesh_pipeline::{DriverEvent, DriverOut, Part, RingRunner};
+use mesh_pipeline::{DriverEvent, DriverOut, RingRunner, StageReplica};
 use mesh_proto::{HeldSlot, RingHeld, RingOutcome, RingPing, RingStep};
 use toy::{CONTEXT, LAYERS, Letters, SLOTS, ToyStage, info};
 
@@ -38,7 +38,7 @@ fn held(bytes: &[u8], slots: u32) -> Vec<HeldSlot> {
 
 fuzz_target!(|ops: Vec<Op>| {
     let (sender, receiver) = mpsc::channel();
-    let part = Part::new(Box::new(ToyStage::new(3..LAYERS)) as Box<dyn Stage>, 4096);
+    let part = StageReplica::new(Box::new(ToyStage::new(3..LAYERS)) as Box<dyn Stage>, 4096);
     let (steps, sent) = mpsc::channel();
     let out = Box::new(move |out| {
         if let DriverOut::Step(step) = out {
@@ -118,7 +118,7 @@ fuzz_target!(|ops: Vec<Op>| {
                 },
             },
             6 if kind & 8 == 0 => DriverEvent::Standby(held(&bytes, near(a).min(100))),
-            6 => DriverEvent::Mirrored(near(a).into()),
+            6 => DriverEvent::Acknowledged(near(a).into()),
             _ => {
                 epoch += 1;
                 epoch_begins(epoch)

@@ -7,7 +7,7 @@ mod toy;
 
 use libfuzzer_sys::fuzz_target;
 use mesh_engine::Stage;
-use mesh_pipeline::{Out, Part};
+use mesh_pipeline::{Out, StageReplica};
 use mesh_proto::{
     HeldSlot, RingMirror, RingMirrored, RingResend, RingSegment, RingSlotOp, RingStep,
 };
@@ -40,7 +40,7 @@ fn slot_op(a: u32, b: u32, c: u32) -> RingSlotOp {
 fuzz_target!(|data: (bool, Vec<Op>)| {
     let (first, ops) = data;
     let layers = if first { 0..2 } else { 2..4 };
-    let mut part = Part::new(Box::new(ToyStage::new(layers)) as Box<dyn Stage>, 4096);
+    let mut part = StageReplica::new(Box::new(ToyStage::new(layers)) as Box<dyn Stage>, 4096);
     part.begin_epoch(1, u32::from(!first), false);
     let (mut out, mut number): (Vec<Out>, u64) = (Vec::new(), 0);
     for (kind, a, b, c, bytes) in ops.into_iter().take(200) {
@@ -96,18 +96,18 @@ fuzz_target!(|data: (bool, Vec<Op>)| {
                     .into(),
                     ..RingMirror::default()
                 };
-                let _ = part.take_mirrored(&mirror);
+                let _ = part.apply_replicated(&mirror);
             }
             5 => {
                 let held = HeldSlot {
                     tokens: tokens(&bytes),
                     ..HeldSlot::default()
                 };
-                part.mirror_to(&vec![held; near(a).min(100) as usize], &mut out);
+                part.replicate_to(&vec![held; near(a).min(100) as usize], &mut out);
             }
             6 => {
-                part.mirrored(near(a).into(), &mut out);
-                part.next_mirrored(&RingMirrored {
+                part.acknowledged(near(a).into(), &mut out);
+                part.next_acknowledged(&RingMirrored {
                     slot: near(a),
                     len: near(b),
                     count: near(c).into(),
@@ -125,7 +125,7 @@ fuzz_target!(|data: (bool, Vec<Op>)| {
         }
         assert!(out.len() < 100_000);
         out.clear();
-        assert!(part.kept_bytes() <= 4096 + 4096);
+        assert!(part.replay_bytes() <= 4096 + 4096);
         for slot in &part.held().slots {
             assert!(slot.tokens.len() <= CONTEXT as usize);
         }

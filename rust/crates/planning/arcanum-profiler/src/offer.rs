@@ -4,14 +4,14 @@
 
 use std::collections::BTreeMap;
 
-use mesh_proto::{NodeProfile, ShardOffer};
+use mesh_proto::{LayerOffer, NodeProfile};
 
 use crate::place::{Candidate, ModelSpec, PathSpec, PlanError, check_model, known};
 
 impl Candidate {
     /// The node `id`, displayed as `name`, with its offer for one model. `memory` is all that it may use; a
     /// caller subtracts the bytes of other rings there.
-    pub fn from_offer(id: &str, name: &str, profile: &NodeProfile, offer: &ShardOffer) -> Self {
+    pub fn from_offer(id: &str, name: &str, profile: &NodeProfile, offer: &LayerOffer) -> Self {
         let paths: BTreeMap<String, PathSpec> = profile
             .paths
             .iter()
@@ -52,12 +52,12 @@ impl Candidate {
     }
 }
 
-impl TryFrom<&ShardOffer> for ModelSpec {
+impl TryFrom<&LayerOffer> for ModelSpec {
     type Error = PlanError;
 
     /// # Errors
     /// [`PlanError::Model`] if a number is outside what a model can have.
-    fn try_from(offer: &ShardOffer) -> Result<Self, PlanError> {
+    fn try_from(offer: &LayerOffer) -> Result<Self, PlanError> {
         let model = ModelSpec {
             layers: offer.layers,
             hidden: offer.hidden,
@@ -79,7 +79,7 @@ impl ModelSpec {
     /// [`PlanError::Model`] if a number is out of range; [`PlanError::Differs`] if the offers are not of one
     /// model.
     pub fn covering<'a>(
-        offers: impl IntoIterator<Item = &'a ShardOffer>,
+        offers: impl IntoIterator<Item = &'a LayerOffer>,
     ) -> Result<Option<Self>, PlanError> {
         let mut all: Option<ModelSpec> = None;
         for offer in offers {
@@ -138,8 +138,8 @@ mod tests {
     use super::*;
     use crate::{Policy, place};
 
-    fn offer() -> ShardOffer {
-        ShardOffer {
+    fn offer() -> LayerOffer {
+        LayerOffer {
             layers: 30,
             hidden: 576,
             layer_bytes: 2_000_000,
@@ -149,7 +149,7 @@ mod tests {
             decode_us: 110.0,
             prefill_us: 30.0,
             logits_us: 900.0,
-            ..ShardOffer::default()
+            ..LayerOffer::default()
         }
     }
 
@@ -179,7 +179,7 @@ mod tests {
 
     #[test]
     fn offers_in_several_formats_are_planned_with_the_largest() {
-        let int8 = ShardOffer {
+        let int8 = LayerOffer {
             layer_bytes: 3_500_000,
             first_bytes: 17_000_000,
             ..offer()
@@ -191,7 +191,7 @@ mod tests {
             (3_500_000, 18_000_000)
         );
         assert_eq!(ModelSpec::covering([]), Ok(None));
-        let other = ShardOffer {
+        let other = LayerOffer {
             layers: 31,
             ..offer()
         };
@@ -223,7 +223,7 @@ mod tests {
             f32::MIN_POSITIVE,
             f32::MAX,
         ] {
-            let offer = ShardOffer {
+            let offer = LayerOffer {
                 decode_us: us,
                 ..offer()
             };
@@ -237,7 +237,7 @@ mod tests {
             let error = place(&model, &[candidate], &Policy::default()).expect_err("no speed");
             assert!(matches!(error, PlanError::Nobody { .. }));
         }
-        let changes: [fn(&mut ShardOffer); 5] = [
+        let changes: [fn(&mut LayerOffer); 5] = [
             |offer| offer.layers = 0,
             |offer| offer.layers = u32::MAX,
             |offer| offer.hidden = 0,

@@ -1,6 +1,6 @@
 //! Profiles as data: a machine, how fast it is, and how it says so to a head.
 
-use mesh_proto::{GpuProfile, ModelCard, NodeProfile, PathProfile, ShardOffer};
+use mesh_proto::{GpuProfile, LayerOffer, ModelCard, NodeProfile, PathProfile};
 use serde::{Deserialize, Serialize};
 
 use crate::gpu::Gpu;
@@ -106,8 +106,8 @@ impl Key {
 
 impl LayerSpeed {
     /// The offer of this model's layers. `card` says which model it is.
-    pub fn offer(&self, card: ModelCard) -> ShardOffer {
-        ShardOffer {
+    pub fn offer(&self, card: ModelCard) -> LayerOffer {
+        LayerOffer {
             card: Some(card),
             layers: self.layers,
             hidden: self.hidden,

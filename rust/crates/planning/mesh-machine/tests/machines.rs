@@ -4,9 +4,9 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
-use arcanum_profiler::gpu::{Kind, Vendor};
+use arcanum_profiler::gpu::{GpuKind, Vendor};
 use mesh_machine::boot::choice::{Backend, Choice, Wish, choose};
-use mesh_machine::boot::plan::{Missing, Plan, Told};
+use mesh_machine::boot::plan::{BootInputs, Missing, Plan};
 use mesh_machine::boot::run_dir;
 use mesh_machine::hardware::{Hardware, probe};
 use tempfile::TempDir;
@@ -219,10 +219,10 @@ fn an_image_leaves_out_the_cards_that_it_has_no_programs_for() {
             .nvidia("0000:01:00.0", 0x2684)
             .amd("0000:03:00.0", 0x73bf, 0x300, 100_300);
     let on = |backends: &[Backend], line: &str| {
-        let told = Told {
+        let told = BootInputs {
             backends: Some(backends.to_vec()),
             command_line: line.to_owned(),
-            ..Told::default()
+            ..BootInputs::default()
         };
         Plan::new(&machine.probe(), &told).choice
     };
@@ -255,7 +255,7 @@ fn a_virtual_gpu_does_not_count() {
         (0x1234, 0x1111),
     ] {
         let machine = Machine::new().pci("0000:00:01.0", vendor, device, 0x03_00_00);
-        assert_eq!(machine.probe().gpus[0].kind, Kind::Virtual);
+        assert_eq!(machine.probe().gpus[0].kind, GpuKind::Virtual);
         assert_eq!(machine.probe().gpus[0].vendor, Vendor::Other);
         let choice = machine.choose();
         assert_eq!(choice.backend, Backend::Cpu);
@@ -318,11 +318,11 @@ fn safe_graphics_and_cpu_only_keep_the_cards_out() {
 }
 
 fn plan(machine: &Machine, line: &str, partition: Option<&Path>, typed: Option<&str>) -> Plan {
-    let told = Told {
+    let told = BootInputs {
         typed: typed.map(str::to_owned),
         command_line: line.to_owned(),
         partition: partition.map(Path::to_owned),
-        ..Told::default()
+        ..BootInputs::default()
     };
     Plan::new(&machine.probe(), &told)
 }
@@ -377,10 +377,10 @@ fn a_machine_that_was_told_nothing_says_what_it_needs() {
 #[test]
 fn a_worker_that_has_joined_before_needs_no_token() {
     let machine = Machine::new().file("state/worker/node.crt", "certificate");
-    let told = Told {
+    let told = BootInputs {
         command_line: "hydramesh.head=attic".to_owned(),
         state: Some(machine.0.path().join("state")),
-        ..Told::default()
+        ..BootInputs::default()
     };
     let plan = Plan::new(&machine.probe(), &told);
     assert_eq!(plan.missing(), [Missing::Model]);
@@ -413,16 +413,18 @@ fn a_source_with_a_mistake_is_not_used_and_the_mistake_told() {
 #[test]
 fn a_worker_may_hold_parts_of_models_alone() {
     let partition = tempfile::tempdir().expect("a folder");
-    let shards = partition.path().join("shards");
-    fs::create_dir(&shards).expect("a folder");
-    fs::write(shards.join("big.gguf"), "").expect("written");
+    // `shards` is the old name of `ring`.
+    for (folder, file) in [("ring", "big.gguf"), ("shards", "old.gguf")] {
+        fs::create_dir(partition.path().join(folder)).expect("a folder");
+        fs::write(partition.path().join(folder).join(file), "").expect("written");
+    }
     let line = format!("hydramesh.head=attic hydramesh.token={}", token("t"));
     let worker = plan(&Machine::new(), &line, Some(partition.path()), None);
     assert_eq!(worker.missing(), []);
     assert!(
         worker
             .to_string()
-            .contains("Models held in parts: big.gguf")
+            .contains("Models held in parts: big.gguf, old.gguf")
     );
     let environment = worker.environment();
     let value = |name: &str| {
@@ -430,9 +432,10 @@ fn a_worker_may_hold_parts_of_models_alone() {
         found.map(|(_, value)| value.as_str())
     };
     assert_eq!(value("HYDRAMESH_WORKER__MODELS"), Some("[]"));
+    let folder = partition.path().display();
     assert_eq!(
-        value("HYDRAMESH_WORKER__SHARDS"),
-        Some(format!("[\"{}/big.gguf\"]", shards.display()).as_str())
+        value("HYDRAMESH_WORKER__RING__MODELS"),
+        Some(format!("[\"{folder}/ring/big.gguf\", \"{folder}/shards/old.gguf\"]").as_str())
     );
 }
 

@@ -1,7 +1,7 @@
 //! Cuts a request for embeddings into parts for several workers, and joins their vectors in order.
 //!
 //! One part is one Embed. Its life across worker deaths is that of an answer without tokens
-//! ([`super::request::Answer`]).
+//! ([`super::request::Lifecycle`]).
 
 use std::ops::Range;
 
@@ -9,7 +9,7 @@ use mesh_proto::Embeddings;
 
 /// Limits on the parts of an embedding request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Cut {
+pub struct BatchLimits {
     /// Workers that serve the model.
     pub workers: usize,
     /// Least tokens (estimated) that are worth a part of their own.
@@ -20,11 +20,11 @@ pub struct Cut {
     pub most_texts: usize,
 }
 
-impl Cut {
+impl BatchLimits {
     /// Limits that suit this many workers: a part is a few batches of a worker, long enough to hide the round
     /// trip and short enough that one worker's death costs little.
     pub fn new(workers: usize) -> Self {
-        Cut {
+        BatchLimits {
             workers: workers.max(1),
             least_tokens: 1024,
             most_tokens: 16 * 1024,
@@ -85,7 +85,7 @@ mod tests {
 
     /// First and last text of each part.
     fn parts(workers: usize, tokens: &[u64]) -> Vec<(usize, usize)> {
-        let parts = Cut::new(workers).parts(tokens);
+        let parts = BatchLimits::new(workers).parts(tokens);
         parts.iter().map(|part| (part.start, part.end)).collect()
     }
 
@@ -104,7 +104,7 @@ mod tests {
     fn parts_cover_all_texts_in_order_within_the_limits() {
         for workers in [1, 3, 7] {
             let tokens: Vec<u64> = (0..2048).map(|i| (i * 37) % 300).collect();
-            let parts = Cut::new(workers).parts(&tokens);
+            let parts = BatchLimits::new(workers).parts(&tokens);
             let mut next = 0;
             for part in &parts {
                 assert_eq!(part.start, next);

@@ -9,11 +9,11 @@ use super::registry::WorkerId;
 
 /// The latest messages of each worker in quarantine.
 #[derive(Debug, Clone, Default)]
-pub struct HeldBack(BTreeMap<WorkerId, Words>);
+pub struct HeldBack(BTreeMap<WorkerId, HeldMessages>);
 
 /// The latest messages of one worker.
 #[derive(Debug, Clone, Default, PartialEq)]
-pub struct Words {
+pub struct HeldMessages {
     /// Parts of rings that it may hold.
     pub offer: Option<Offer>,
     /// Models that it holds and seeks.
@@ -33,7 +33,10 @@ impl HeldBack {
 
     /// Takes out the messages of the workers that are no longer in quarantine. `is_out` returns `None` for a
     /// worker that left: its messages are dropped.
-    pub fn take(&mut self, is_out: impl Fn(WorkerId) -> Option<bool>) -> Vec<(WorkerId, Words)> {
+    pub fn take(
+        &mut self,
+        is_out: impl Fn(WorkerId) -> Option<bool>,
+    ) -> Vec<(WorkerId, HeldMessages)> {
         let mut free = Vec::new();
         self.0.retain(|id, words| match is_out(*id) {
             Some(true) => true,
@@ -67,7 +70,7 @@ mod tests {
         assert!(held.take(|_| Some(true)).is_empty());
         // The second one is free, the third one has left.
         let is_out = |id| (id != three).then_some(id == one);
-        let words = Words {
+        let words = HeldMessages {
             offer: Some(Offer::default()),
             models: Some(models(2)),
         };

@@ -7,7 +7,7 @@ use super::fair::Origin;
 
 /// Bytes that requests hold, by origin.
 #[derive(Debug)]
-pub struct Memory {
+pub struct RequestMemory {
     /// Bytes for all requests; 0 is without limit.
     limit: u64,
     used: u64,
@@ -39,7 +39,7 @@ pub enum TooMuch {
     },
 }
 
-impl Memory {
+impl RequestMemory {
     /// An empty account of `limit` bytes; 0 means no limit.
     pub fn new(limit: u64) -> Self {
         Self {
@@ -121,7 +121,7 @@ mod tests {
 
     #[test]
     fn one_client_has_a_share_and_all_have_a_limit() {
-        let mut memory = Memory::new(300);
+        let mut memory = RequestMemory::new(300);
         let (a, b, c) = (Origin::Key(1), Origin::Key(2), Origin::Unknown);
         assert_eq!(memory.take(a, 0, 201), Ok(200));
         memory.give(a, 200);
@@ -150,7 +150,7 @@ mod tests {
 
     #[test]
     fn a_request_that_grows_alone_is_never_refused() {
-        let mut memory = Memory::new(300);
+        let mut memory = RequestMemory::new(300);
         let (a, b) = (Origin::Key(1), Origin::Key(2));
         assert_eq!(memory.take(a, 0, 130), Ok(130));
         assert_eq!(memory.take(a, 130, 130), Ok(70), "the share is its limit");
@@ -169,7 +169,7 @@ mod tests {
 
     #[test]
     fn uploads_leave_room_for_small_requests_of_theirs_and_others() {
-        let mut memory = Memory::new(24 << 20);
+        let mut memory = RequestMemory::new(24 << 20);
         let (a, b) = (Origin::Key(1), Origin::Key(2));
         assert_eq!(memory.take(a, 0, 16 << 20), Ok(16 << 20));
         assert_eq!(memory.take(b, 0, 6 << 20), Ok(6 << 20));
@@ -182,7 +182,7 @@ mod tests {
 
     #[test]
     fn without_a_limit_all_is_given() {
-        let mut memory = Memory::new(0);
+        let mut memory = RequestMemory::new(0);
         assert_eq!(
             memory.take(Origin::Admin, 0, u64::MAX / 2),
             Ok(u64::MAX / 2)

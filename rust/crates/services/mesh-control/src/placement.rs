@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use super::fair::{FairQueue, Full, Ingress, Source, Ticket};
 use super::registry::{Registry, Worker, WorkerId};
 use super::rings::Prospect;
-use super::router::{Ask, Capacity, Choice, Estimate, Purpose, Router};
+use super::router::{Capacity, Choice, Estimate, Purpose, Requirements, Router};
 use super::share::Shares;
 use super::suspects::Suspects;
 
@@ -53,7 +53,7 @@ pub struct Placed {
 
 /// The immediate answer to [`Placement::ask`].
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Asked {
+pub enum Decision {
     /// A worker takes the request.
     Placed(Placed),
     /// [`Placement::pump`] will name the ticket.
@@ -64,7 +64,7 @@ pub enum Asked {
 
 /// Outcome of an attempt on a worker.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Ended {
+pub enum AttemptEnd {
     /// The answer came back complete.
     Complete,
     /// The worker failed or died.
@@ -85,7 +85,7 @@ pub struct Placement {
     queue: FairQueue<Waiting>,
     /// Requests that lost their places in the queue and have yet to be told.
     displaced: Vec<(Ticket, Refusal)>,
-    running: BTreeMap<Ticket, Running>,
+    running: BTreeMap<Ticket, RunningRequest>,
     shares: Shares,
     suspects: Suspects,
     /// Models that rings are to serve and do not serve now.
@@ -95,7 +95,7 @@ pub struct Placement {
 #[derive(Debug)]
 struct Waiting {
     ticket: Ticket,
-    ask: Ask,
+    ask: Requirements,
     /// Equal for requests that the same workers may take.
     class: u64,
     /// Start of the time without any worker for it.
@@ -103,7 +103,7 @@ struct Waiting {
 }
 
 #[derive(Debug)]
-struct Running {
+struct RunningRequest {
     worker: WorkerId,
     source: Source,
     /// Its first token came.
@@ -129,7 +129,7 @@ struct Running {
 
 /// Part of an answer received so far.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Received {
+pub struct ReceivedTokens {
     /// Tokens after those that came first.
     pub tokens: u32,
     /// Arrival of the last of them.
@@ -157,12 +157,18 @@ impl Placement {
     /// Asks for a worker. A `rerun` has waited its turn already: it goes to the front of the queue, past its
     /// bound, and may wait for a worker to join. Any request waits for a ring that is being formed or
     /// recovers.
-    pub fn ask(&mut self, ticket: Ticket, ask: Ask, rerun: bool, now: Instant) -> Asked {
+    pub fn ask(
+        &mut self,
+        ticket: Ticket,
+        ask: Requirements,
+        rerun: bool,
+        now: Instant,
+    ) -> Decision {
         if !rerun
             && !self.is_coming(&ask.model)
             && let Some((context, least)) = self.router.too_long(&self.registry, &ask, now)
         {
-            return Asked::Refused(Refusal::TooLong { context, least });
+            return Decision::Refused(Refusal::TooLong { context, least });
         }
         let held = held(&self.running, ask.source, &ask.model);
         let requests = held + self.queue.waiting_of(ask.source) + 1;
@@ -171,7 +177,7 @@ impl Placement {
         let choice = self.router.choose(&self.registry, &ask, now);
         let is_coming = self.is_coming(&ask.model);
         if choice == Choice::Nobody && !is_coming && !rerun {
-            return Asked::Refused(self.nobody(&ask, now));
+            return Decision::Refused(self.nobody(&ask, now));
         }
         // A worker without an identity takes any name, and needs no shares.
         if self.knows_model(&ask.model) {
@@ -189,7 +195,7 @@ impl Placement {
             // `pump` gives that room away.
             Choice::Worker(..) if !has_share || self.queue.any(first) => None,
             Choice::Worker(id, estimate) => {
-                return Asked::Placed(self.place(ticket, &ask, id, estimate, now));
+                return Decision::Placed(self.place(ticket, &ask, id, estimate, now));
             }
             Choice::Busy => None,
             Choice::Nobody if is_coming => None,
@@ -205,7 +211,7 @@ impl Placement {
         if rerun {
             self.queue.push_again(source, waiting);
             self.keep_workers(now);
-            return Asked::Waiting;
+            return Decision::Waiting;
         }
         match self.queue.push(source, waiting) {
             Ok(None) => {}
@@ -217,9 +223,9 @@ impl Placement {
                 let refusal = self.full(victim, full);
                 self.displaced.push((lost.ticket, refusal));
             }
-            Err(full) => return Asked::Refused(self.full(source, full)),
+            Err(full) => return Decision::Refused(self.full(source, full)),
         }
-        Asked::Waiting
+        Decision::Waiting
     }
 
     /// Gives free room to the waiting requests, in turns ([`super::fair`]), and refuses those that no worker
@@ -345,7 +351,7 @@ impl Placement {
     }
 
     /// Returns true if another worker than `than` answers requests like this one.
-    pub fn another(&self, ask: &Ask, than: WorkerId, now: Instant) -> bool {
+    pub fn another(&self, ask: &Requirements, than: WorkerId, now: Instant) -> bool {
         Router::another(&self.registry, ask, than, now)
     }
 
@@ -384,7 +390,7 @@ impl Placement {
 
     /// Number of requests that run on this ring.
     pub fn running_on(&self, ring: u64) -> usize {
-        let on = |running: &&Running| running.ring == Some(ring);
+        let on = |running: &&RunningRequest| running.ring == Some(ring);
         self.running.values().filter(on).count()
     }
 
@@ -411,7 +417,7 @@ impl Placement {
     fn place(
         &mut self,
         ticket: Ticket,
-        ask: &Ask,
+        ask: &Requirements,
         id: WorkerId,
         estimate: Estimate,
         now: Instant,
@@ -457,7 +463,7 @@ impl Placement {
         self.queue.started(ask.source);
         self.running.insert(
             ticket,
-            Running {
+            RunningRequest {
                 worker: id,
                 source: ask.source,
                 streams: false,
@@ -484,7 +490,7 @@ impl Placement {
 struct Due<'a> {
     shares: &'a Shares,
     registry: &'a Registry,
-    running: &'a BTreeMap<Ticket, Running>,
+    running: &'a BTreeMap<Ticket, RunningRequest>,
     /// Results so far, by source and class.
     known: HashMap<(Source, u64), bool>,
 }
@@ -513,13 +519,19 @@ impl<'a> Due<'a> {
 }
 
 /// Requests of `source` that run on `model`.
-fn held(running: &BTreeMap<Ticket, Running>, source: Source, model: &str) -> usize {
-    let same = |running: &&Running| running.source == source && running.model == model;
+fn held(running: &BTreeMap<Ticket, RunningRequest>, source: Source, model: &str) -> usize {
+    let same = |running: &&RunningRequest| running.source == source && running.model == model;
     running.values().filter(same).count()
 }
 
 /// Returns true if the source of a request may have one more slot of its model.
-fn has_share(shares: &Shares, registry: &Registry, ask: &Ask, held: usize, now: Instant) -> bool {
+fn has_share(
+    shares: &Shares,
+    registry: &Registry,
+    ask: &Requirements,
+    held: usize,
+    now: Instant,
+) -> bool {
     // Embeddings have slots for parts, which end soon. What has failed elsewhere has waited its turn.
     if ask.purpose != Purpose::Chat || !ask.avoid.is_empty() {
         return true;
@@ -540,7 +552,7 @@ enum Room {
 
 /// Equal for requests that the same workers may take, which only a failure or the weights of an answer begun
 /// tell apart.
-fn class_of(ask: &Ask) -> u64 {
+fn class_of(ask: &Requirements) -> u64 {
     let mut hasher = DefaultHasher::new();
     (&ask.model, ask.purpose, ask.plain, ask.revision).hash(&mut hasher);
     (&ask.fingerprint, &ask.avoid, ask.alone).hash(&mut hasher);

@@ -1,6 +1,6 @@
 //! The life of one answer, across the deaths of the workers that make it.
 //!
-//! An [`Answer`] takes events (a worker was found, tokens came, the link broke, time passed) and returns the
+//! A [`Lifecycle`] takes events (a worker was found, tokens came, the link broke, time passed) and returns the
 //! next [`Step`]. It keeps the tokens so far: when a worker dies, the next one continues after them
 //! ([`Resume`]), so that the client sees one stream without a lost, doubled or changed token.
 //!
@@ -26,7 +26,7 @@ use std::time::{Duration, Instant};
 use dcf::ErrorCode;
 use mesh_proto::{Done, Progress, RequestPhase, TokenLogprob, Tokens};
 
-use super::placement::{Ended, Refusal};
+use super::placement::{AttemptEnd, Refusal};
 use super::registry::WorkerId;
 use bounds::TOKEN_BYTES;
 pub use bounds::{Bounds, Limits};
@@ -39,12 +39,12 @@ pub enum Step {
     Wait,
     /// Give this to the client.
     Emit(Delta),
-    /// The attempt is over as [`Ended`] says; ask for another worker and call [`Answer::placed`].
-    Again(Ended),
+    /// The attempt is over as [`AttemptEnd`] says; ask for another worker and call [`Lifecycle::placed`].
+    Again(AttemptEnd),
     /// The answer is complete: give this to the client, and it was the last.
     Complete(Complete),
-    /// There will be no (more) answer. If an attempt runs, it is over as [`Ended`] says.
-    Fail(AnswerError, Ended),
+    /// There will be no (more) answer. If an attempt runs, it is over as [`AttemptEnd`] says.
+    Fail(AnswerError, AttemptEnd),
 }
 
 /// A piece of the answer.
@@ -84,7 +84,7 @@ pub struct Resume {
 
 /// See the module's page.
 #[derive(Debug)]
-pub struct Answer {
+pub struct Lifecycle {
     limits: Limits,
     started: Instant,
     /// Time since which it waits for a worker with room: progress before a failure restarts this.
@@ -152,7 +152,7 @@ struct Pace {
     slowest: Duration,
 }
 
-impl Answer {
+impl Lifecycle {
     /// A request that arrived at `now`.
     pub fn new(limits: Limits, now: Instant) -> Self {
         Self {
@@ -278,7 +278,7 @@ impl Answer {
         silent && now.saturating_duration_since(self.placed_at) < self.limits.queue
     }
 
-    /// Time at which to call [`Answer::time_passed`], unless an event comes before.
+    /// Time at which to call [`Lifecycle::time_passed`], unless an event comes before.
     pub fn next_timer(&self) -> Option<Instant> {
         match self.phase {
             Phase::Placing => Some(self.deadline()),
@@ -315,7 +315,7 @@ impl Answer {
 
     /// No worker was found.
     pub fn refused(&mut self, refusal: Refusal) -> Step {
-        self.fail(refusal.into(), Ended::Cancelled)
+        self.fail(refusal.into(), AttemptEnd::Cancelled)
     }
 
     /// The worker reports that the request lives, and the cause of its wait. Its engine's last step counts,
@@ -490,17 +490,20 @@ impl Answer {
         if self.last_moment().is_some_and(|last| now >= last) {
             // A worker that let a whole deadline pass did not do well, but that need not be its fault.
             let total = self.limits.total.unwrap_or_default();
-            return self.fail(AnswerError::Timeout(total), Ended::Cancelled);
+            return self.fail(AnswerError::Timeout(total), AttemptEnd::Cancelled);
         }
         if now >= self.deadline() {
             return match self.phase {
                 Phase::Running { .. } => {
                     self.fault = Fault::Silence;
-                    self.fail(AnswerError::Stalled(self.limits.timeout), Ended::Failed)
+                    self.fail(
+                        AnswerError::Stalled(self.limits.timeout),
+                        AttemptEnd::Failed,
+                    )
                 }
                 _ => self.fail(
                     AnswerError::QueueTimeout(self.limits.queue),
-                    Ended::Cancelled,
+                    AttemptEnd::Cancelled,
                 ),
             };
         }
@@ -514,7 +517,7 @@ impl Answer {
                 let silent = (now - last_heard).as_secs_f64();
                 let text = format!("no token and no sign of life for {silent:.1} s");
                 self.fault = Fault::Silence;
-                self.again_as(worker, text, Ended::Failed)
+                self.again_as(worker, text, AttemptEnd::Failed)
             }
             _ => Step::Wait,
         }

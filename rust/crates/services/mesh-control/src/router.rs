@@ -16,7 +16,7 @@ use super::registry::{Registry, ServedModel, Service, Worker, WorkerId, batch_ga
 
 /// Requirements of a request on a worker.
 #[derive(Debug, Clone, Default)]
-pub struct Ask {
+pub struct Requirements {
     /// Model name; empty is any model.
     pub model: String,
     /// Use of the model: text or vectors.
@@ -121,7 +121,7 @@ impl Router {
     }
 
     /// Picks a worker. It changes nothing: see [`Router::assigned`].
-    pub fn choose(&self, registry: &Registry, ask: &Ask, now: Instant) -> Choice {
+    pub fn choose(&self, registry: &Registry, ask: &Requirements, now: Instant) -> Choice {
         let holder = self.affinity.find(&ask.prefixes);
         let known: Vec<(&Worker, Service)> = registry
             .iter()
@@ -174,7 +174,7 @@ impl Router {
     pub(crate) fn too_long(
         &self,
         registry: &Registry,
-        ask: &Ask,
+        ask: &Requirements,
         now: Instant,
     ) -> Option<(u32, u64)> {
         let serving = registry
@@ -187,7 +187,11 @@ impl Router {
     }
 
     /// The worker that a suspect can be alone with soonest.
-    pub(crate) fn emptiest(registry: &Registry, ask: &Ask, now: Instant) -> Option<WorkerId> {
+    pub(crate) fn emptiest(
+        registry: &Registry,
+        ask: &Requirements,
+        now: Instant,
+    ) -> Option<WorkerId> {
         let serving = registry
             .iter()
             .filter(|worker| serves(registry, worker, ask, now) == Service::Serves);
@@ -199,7 +203,7 @@ impl Router {
     }
 
     /// The slots to count on of all workers that a request may go to.
-    pub fn slots(registry: &Registry, ask: &Ask, now: Instant) -> usize {
+    pub fn slots(registry: &Registry, ask: &Requirements, now: Instant) -> usize {
         let serving = registry
             .iter()
             .filter(|worker| serves(registry, worker, ask, now) != Service::Out);
@@ -209,7 +213,7 @@ impl Router {
 
     /// Returns true if another worker than `than` answers requests like this one, so that a second opinion
     /// can be had.
-    pub fn another(registry: &Registry, ask: &Ask, than: WorkerId, now: Instant) -> bool {
+    pub fn another(registry: &Registry, ask: &Requirements, than: WorkerId, now: Instant) -> bool {
         registry.iter().any(|worker| {
             worker.id != than
                 && worker.has_identity()
@@ -219,7 +223,7 @@ impl Router {
     }
 
     /// Notes that `worker` was given this request.
-    pub fn assigned(&mut self, registry: &mut Registry, worker: WorkerId, ask: &Ask) {
+    pub fn assigned(&mut self, registry: &mut Registry, worker: WorkerId, ask: &Requirements) {
         self.turn += 1;
         if let Some(worker) = registry.get_mut(worker) {
             worker.last_turn = self.turn;
@@ -230,7 +234,7 @@ impl Router {
     }
 
     /// Returns true if a worker has a good part of this prompt in its cache, as far as the head knows.
-    pub(crate) fn is_cached(&self, ask: &Ask, worker: WorkerId) -> bool {
+    pub(crate) fn is_cached(&self, ask: &Requirements, worker: WorkerId) -> bool {
         let held = self.affinity.find(&ask.prefixes);
         held.is_some_and(|(holder, tokens)| holder == worker && tokens > ask.prompt_tokens / 8)
     }
@@ -240,7 +244,7 @@ impl Router {
         self.affinity.forget(worker);
     }
 
-    fn has_room(&self, worker: &Worker, ask: &Ask, now: Instant) -> bool {
+    fn has_room(&self, worker: &Worker, ask: &Requirements, now: Instant) -> bool {
         if worker.busy_until.is_some_and(|until| now < until) {
             return false;
         }
@@ -269,22 +273,22 @@ impl Router {
 
 /// A worker's means to answer a request.
 #[derive(Clone, Copy)]
-enum Has<'a> {
+enum Capability<'a> {
     Model(&'a ServedModel),
     /// It has no identity, and takes plain tasks.
     Tasks,
 }
 
 /// Decides whether a worker gets this request.
-fn serves(registry: &Registry, worker: &Worker, ask: &Ask, now: Instant) -> Service {
+fn serves(registry: &Registry, worker: &Worker, ask: &Requirements, now: Instant) -> Service {
     let another = || {
         let mut others = registry.iter().filter(|other| other.id != worker.id);
         others.any(|other| can_replace(registry, other, worker, ask, now))
     };
     match has(worker, ask) {
         None => Service::Out,
-        Some(Has::Tasks) => registry.plain_service(worker, now, another),
-        Some(Has::Model(model)) => {
+        Some(Capability::Tasks) => registry.plain_service(worker, now, another),
+        Some(Capability::Model(model)) => {
             let weights = has_weights(registry, model, ask, now);
             weights.max(registry.service_beside(worker, model, now, another))
         }
@@ -292,7 +296,7 @@ fn serves(registry: &Registry, worker: &Worker, ask: &Ask, now: Instant) -> Serv
 }
 
 /// Means of `worker` to answer this request, regardless of its state.
-fn has<'a>(worker: &'a Worker, ask: &Ask) -> Option<Has<'a>> {
+fn has<'a>(worker: &'a Worker, ask: &Requirements) -> Option<Capability<'a>> {
     // The driver of a ring answers until the ring has moved away from it.
     let moves = |model: &ServedModel| model.ring.is_some();
     if worker.draining && !worker.model(&ask.model).is_some_and(moves) {
@@ -302,19 +306,27 @@ fn has<'a>(worker: &'a Worker, ask: &Ask) -> Option<Has<'a>> {
         return None;
     }
     if !worker.has_identity() {
-        return ask.plain.then_some(Has::Tasks);
+        return ask.plain.then_some(Capability::Tasks);
     }
     // A worker that is reserved for something else holds this model for other meshes, or by mistake.
     if !worker.is_for(ask.purpose.name()) {
         return None;
     }
     let same_kind = |model: &&ServedModel| model.card.kind() == ask.purpose.kind();
-    worker.model(&ask.model).filter(same_kind).map(Has::Model)
+    worker
+        .model(&ask.model)
+        .filter(same_kind)
+        .map(Capability::Model)
 }
 
 /// Decides whether a model has the weights that this request wants: those of an answer begun, else those that
 /// its name stands for.
-fn has_weights(registry: &Registry, model: &ServedModel, ask: &Ask, now: Instant) -> Service {
+fn has_weights(
+    registry: &Registry,
+    model: &ServedModel,
+    ask: &Requirements,
+    now: Instant,
+) -> Service {
     match &ask.fingerprint {
         None => registry.has_name(model, now),
         Some(wanted) if *wanted == model.card.fingerprint => Service::Serves,
@@ -327,17 +339,17 @@ fn can_replace(
     registry: &Registry,
     other: &Worker,
     paused: &Worker,
-    ask: &Ask,
+    ask: &Requirements,
     now: Instant,
 ) -> bool {
     match has(other, ask) {
         None => false,
         // Without an identity it is no better than one that has one and failed.
-        Some(Has::Tasks) => {
+        Some(Capability::Tasks) => {
             let until = registry.reputation.paused_until(&other.key(), "", now);
             !paused.has_identity() && until.is_none()
         }
-        Some(Has::Model(model)) => {
+        Some(Capability::Model(model)) => {
             ask.length.exceeds([&model.card]).is_none()
                 && has_weights(registry, model, ask, now) == Service::Serves
                 && registry.can_replace(other, model, now)
@@ -353,7 +365,7 @@ struct Best {
 }
 
 impl Best {
-    fn of(serving: &[&Worker], ask: &Ask) -> Self {
+    fn of(serving: &[&Worker], ask: &Requirements) -> Self {
         let models = || serving.iter().filter_map(|worker| worker.model(&ask.model));
         let most = |rates: &mut dyn Iterator<Item = f64>| rates.reduce(f64::max);
         Self {
@@ -369,7 +381,7 @@ fn holds(worker: &Worker, holder: Option<(WorkerId, u32)>) -> bool {
 
 fn estimate(
     worker: &Worker,
-    ask: &Ask,
+    ask: &Requirements,
     holder: Option<(WorkerId, u32)>,
     best: Best,
     now: Instant,
@@ -386,7 +398,7 @@ fn estimate(
 fn estimate_mesh(
     worker: &Worker,
     model: &ServedModel,
-    ask: &Ask,
+    ask: &Requirements,
     holder: Option<(WorkerId, u32)>,
     best: Best,
     now: Instant,

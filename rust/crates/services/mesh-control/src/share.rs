@@ -14,11 +14,11 @@ use super::fair::Source;
 /// Recent use of models, by source.
 #[derive(Debug, Default)]
 pub(crate) struct Shares {
-    of: BTreeMap<String, BTreeMap<Source, Use>>,
+    of: BTreeMap<String, BTreeMap<Source, RecentUse>>,
 }
 
 #[derive(Debug, Clone, Copy)]
-struct Use {
+struct RecentUse {
     /// Most requests at once, not long ago.
     most: usize,
     last: Instant,
@@ -42,7 +42,7 @@ impl Shares {
         if sources.len() >= MOST_SOURCES && !sources.contains_key(&source) {
             return;
         }
-        let last = sources.entry(source).or_insert(Use {
+        let last = sources.entry(source).or_insert(RecentUse {
             most: requests,
             last: now,
         });
@@ -50,7 +50,7 @@ impl Shares {
             true => last.most.max(requests),
             false => requests,
         };
-        *last = Use { most, last: now };
+        *last = RecentUse { most, last: now };
     }
 
     /// The most of the `slots` that serve `model` that `source` may hold.
@@ -58,7 +58,7 @@ impl Shares {
         let Some(sources) = self.of.get(model) else {
             return usize::MAX;
         };
-        let lately = |used: &&Use| now.saturating_duration_since(used.last) < LATELY;
+        let lately = |used: &&RecentUse| now.saturating_duration_since(used.last) < LATELY;
         let others = sources.iter().filter(|(other, _)| **other != source);
         let others: Vec<usize> = others
             .map(|(_, used)| used)

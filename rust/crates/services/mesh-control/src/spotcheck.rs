@@ -12,7 +12,7 @@
 //! the other side must say the same. A difference must show in two rounds with different questions.
 //!
 //! **Who is right?** The majority of those that answered. Where there are only two opinions and no third, the
-//! one that serves longer goes on, the other one is held back, and both are named ([`Verdict::Disputed`]); a
+//! one that serves longer goes on, the other one is held back, and both are named ([`CheckVerdict::Disputed`]); a
 //! third worker decides as soon as there is one.
 
 mod question;
@@ -53,7 +53,7 @@ pub enum CheckState {
 
 /// Result of a comparison.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Verdict {
+pub enum CheckVerdict {
     /// Its answers differ from those of the majority, in two rounds.
     Outvoted {
         /// The subject that was outvoted.
@@ -77,7 +77,7 @@ pub enum Verdict {
 
 /// A candidate for a comparison, in order of seniority.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Peer<'a> {
+pub struct CheckCandidate<'a> {
     /// Its name here: a node id, or the name of a ring.
     pub subject: &'a str,
 }
@@ -94,14 +94,14 @@ pub(crate) struct Schedule {
 /// The state machine: see the module's page.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct SpotChecks {
-    groups: BTreeMap<Weights, Group>,
+    groups: BTreeMap<Weights, CheckGroup>,
     rounds: u64,
 }
 
 #[derive(Debug, Clone, Default)]
-struct Group {
+struct CheckGroup {
     round: Option<Round>,
-    subjects: BTreeMap<String, Subject>,
+    subjects: BTreeMap<String, CheckSubject>,
 }
 
 #[derive(Debug, Clone)]
@@ -116,7 +116,7 @@ struct Round {
 }
 
 #[derive(Debug, Clone, Default)]
-struct Subject {
+struct CheckSubject {
     check_state: CheckState,
     since: Option<Instant>,
     /// Rounds in which it agreed.
@@ -204,10 +204,10 @@ impl SpotChecks {
         weights: &Weights,
         subject: &str,
         (number, sample): (u64, Sample),
-        peers: &[Peer<'_>],
+        peers: &[CheckCandidate<'_>],
         schedule: Schedule,
         now: Instant,
-    ) -> Vec<Verdict> {
+    ) -> Vec<CheckVerdict> {
         let Some(group) = self.groups.get_mut(weights) else {
             return Vec::new();
         };
@@ -233,7 +233,7 @@ impl SpotChecks {
 
     /// Weights whose running round has answers and waits for more.
     pub(crate) fn waiting(&self) -> Vec<Weights> {
-        let waits = |group: &Group| {
+        let waits = |group: &CheckGroup| {
             let round = group.round.as_ref();
             round.is_some_and(|round| !round.settled && !round.answers.is_empty())
         };
@@ -246,10 +246,10 @@ impl SpotChecks {
     pub(crate) fn look_again(
         &mut self,
         weights: &Weights,
-        peers: &[Peer<'_>],
+        peers: &[CheckCandidate<'_>],
         schedule: Schedule,
         now: Instant,
-    ) -> Vec<Verdict> {
+    ) -> Vec<CheckVerdict> {
         let round = self
             .groups
             .get(weights)
@@ -283,7 +283,7 @@ impl SpotChecks {
         let Some(known) = group.and_then(|group| group.subjects.get(subject)) else {
             return CheckState::New;
         };
-        let comparable = |(name, other): (&String, &Subject)| {
+        let comparable = |(name, other): (&String, &CheckSubject)| {
             let lately = |seen| now.saturating_duration_since(seen) < SEEN_LATELY;
             name != subject
                 && other.check_state == CheckState::Cleared
@@ -316,10 +316,10 @@ impl SpotChecks {
         &mut self,
         weights: &Weights,
         newest: &str,
-        peers: &[Peer<'_>],
+        peers: &[CheckCandidate<'_>],
         Schedule { every, seed }: Schedule,
         now: Instant,
-    ) -> Vec<Verdict> {
+    ) -> Vec<CheckVerdict> {
         let Some(group) = self.groups.get_mut(weights) else {
             return Vec::new();
         };
@@ -385,7 +385,7 @@ impl SpotChecks {
             let subject = group.subjects.entry(voter.clone()).or_default();
             if agrees {
                 if subject.check_state == CheckState::Held && subject.disputed >= ROUNDS {
-                    verdicts.push(Verdict::Settled {
+                    verdicts.push(CheckVerdict::Settled {
                         subject: voter.clone(),
                     });
                 }
@@ -396,7 +396,7 @@ impl SpotChecks {
             if majority {
                 subject.outvoted += 1;
                 if subject.outvoted >= ROUNDS {
-                    verdicts.push(Verdict::Outvoted {
+                    verdicts.push(CheckVerdict::Outvoted {
                         subject: voter.clone(),
                         by: best.clone(),
                     });
@@ -405,7 +405,7 @@ impl SpotChecks {
             } else {
                 subject.disputed += 1;
                 if subject.disputed == ROUNDS {
-                    verdicts.push(Verdict::Disputed {
+                    verdicts.push(CheckVerdict::Disputed {
                         senior: best.first().cloned().unwrap_or_default(),
                         junior: voter.clone(),
                     });
@@ -425,8 +425,8 @@ impl SpotChecks {
     }
 }
 
-impl Group {
-    fn entry(&mut self, subject: &str, now: Instant) -> &mut Subject {
+impl CheckGroup {
+    fn entry(&mut self, subject: &str, now: Instant) -> &mut CheckSubject {
         if !self.subjects.contains_key(subject) && self.subjects.len() >= SUBJECTS {
             let oldest = self.subjects.iter().min_by_key(|(_, known)| known.seen);
             if let Some(oldest) = oldest.map(|(oldest, _)| oldest.clone()) {
@@ -440,7 +440,7 @@ impl Group {
     }
 }
 
-impl Subject {
+impl CheckSubject {
     fn agreed(&mut self, name: &str, every: Duration, now: Instant) {
         self.check_state = CheckState::Cleared;
         (self.outvoted, self.disputed) = (0, 0);

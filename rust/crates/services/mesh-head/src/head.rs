@@ -162,7 +162,7 @@ impl Head {
 
         let answers = TaskTracker::new();
         let mut loops = JoinSet::new();
-        let heart = watchdog.register("housekeeping", HOUSEKEEPING_LIMIT);
+        let heart = watchdog.register("housekeeping", TICK_LIMIT);
         loops.spawn(tick(mesh.clone(), heart));
         loops.spawn(links::serve(
             mesh.clone(),
@@ -313,7 +313,7 @@ fn announce(config: &Config, identity: &NodeIdentity, port: u16) -> Option<Disco
 
 /// The head's main loop: prunes, looks after the queue, keeps `/ready` and systemd's status true.
 async fn tick(mesh: Arc<Mesh>, heart: Heart) {
-    let mut ticks = tokio::time::interval(HOUSEKEEPING);
+    let mut ticks = tokio::time::interval(TICK);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut told = String::new();
     let mut trimmed = Instant::now();
@@ -337,7 +337,7 @@ async fn tick(mesh: Arc<Mesh>, heart: Heart) {
 
 /// Files of the state directory that only the head's user may read.
 const SECRETS: [&str; 4] = ["root.key", "node.key", "tokens.json", "admin.key"];
-const HOUSEKEEPING: Duration = Duration::from_millis(50);
-const HOUSEKEEPING_LIMIT: Duration = Duration::from_secs(10);
+const TICK: Duration = Duration::from_millis(50);
+const TICK_LIMIT: Duration = Duration::from_secs(10);
 const TRIM_EVERY: Duration = Duration::from_secs(5);
 const GOODBYE: Duration = Duration::from_secs(2);

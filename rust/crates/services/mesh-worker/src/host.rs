@@ -399,7 +399,7 @@ pub(crate) fn find(config: &Config) -> Result<Vec<Resolved>, WorkerError> {
     // costs nothing.
     let all_missing =
         found.len() == config.models.len() && found.iter().all(|(_, path)| path.is_err());
-    let alone = config.shards.is_empty() && config.local_models.is_none();
+    let alone = config.ring.models.is_empty() && config.local_models.is_none();
     match found.iter_mut().next() {
         Some((_, Err(_))) if all_missing && alone => {
             let (_, error) = found.swap_remove(0);

@@ -96,7 +96,7 @@ impl Loading {
             !failed && !is_at_hand(name, config)
         };
         let models: Vec<String> = config.models.iter().filter(absent).cloned().collect();
-        let shards: Vec<String> = config.shards.iter().filter(absent).cloned().collect();
+        let shards: Vec<String> = config.ring.models.iter().filter(absent).cloned().collect();
         let pending = models.iter().chain(&shards).cloned();
         let loading = Arc::new(Loading {
             host: host.clone(),
@@ -123,7 +123,7 @@ impl Loading {
         let at_hand: Vec<PathBuf> = config
             .models
             .iter()
-            .chain(&config.shards)
+            .chain(&config.ring.models)
             .filter_map(|name| local::resolve(name, &config.folders()).ok())
             .collect();
         let sharing = loading.clone();
@@ -390,7 +390,7 @@ impl Loading {
         let named: Vec<PathBuf> = config
             .models
             .iter()
-            .chain(&config.shards)
+            .chain(&config.ring.models)
             .filter_map(|name| {
                 let encoder = mesh_model::encoder::find(name, &config.folders());
                 encoder.or_else(|| local::resolve(name, &config.folders()).ok())

@@ -232,7 +232,7 @@ fn sweep_weights(cache: &Path) {
 fn check_cheaply(config: &Config, models: &Models) -> Result<(), WorkerError> {
     crate::host::find(config)?;
     mesh_engine_ort::load_library(config.ort_library.as_deref()).map_err(WorkerError::Runtime)?;
-    if !config.shards.is_empty() || models.is_sharing() {
+    if !config.ring.models.is_empty() || models.is_sharing() {
         let address = config.ring.listen;
         mesh_base::listen::udp(address, |_| Ok(())).map_err(|source| WorkerError::Listen {
             address,

@@ -15,8 +15,8 @@ use dcf::{Message, MsgType};
 use mesh_net::quic::{self, Connector, LinkConfig, MsgStream, timestamp_us};
 use mesh_net::trust::{NodeIdentity, Role};
 use mesh_proto::{
-    Hello, Load, ModelCard, ModelKind, ModelSpeed, Models, Offer, PROTOCOL_VERSION,
-    REQUEST_REVISION, RingState, Served, ShardOffer,
+    Hello, LayerOffer, Load, ModelCard, ModelKind, ModelSpeed, Models, Offer, PROTOCOL_VERSION,
+    REQUEST_REVISION, RingState, Served,
 };
 use mesh_testkit::Mesh;
 use serde_json::Value;
@@ -447,15 +447,15 @@ fn chatter(shared: &Shared) -> Vec<Message> {
     };
     let offer = Offer {
         ring_port: 1,
-        shards: vec![
-            ShardOffer {
+        models: vec![
+            LayerOffer {
                 card: Some(card(shared)),
                 layers: u32::MAX,
                 hidden: u32::MAX,
                 layer_bytes: u64::MAX,
                 decode_us: f32::NAN,
                 prefill_us: -1.0,
-                ..ShardOffer::default()
+                ..LayerOffer::default()
             };
             32
         ],

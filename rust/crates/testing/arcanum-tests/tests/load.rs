@@ -18,10 +18,10 @@ async fn sixteen_streams_over_a_ring_beside_a_compiler_disturb_nobody() -> Resul
     let mut undisturbed = Undisturbed::new();
     undisturbed.learn(&asks).await?;
     let mut cluster = Cluster::builder()
-        .shards(4)
+        .ring_workers(4)
         .stages(3)
         .standbys(false)
-        .head_config("[sharding]\nslots = 16\ncontext = 512\n")
+        .head_config("[ring]\nslots = 16\ncontext = 512\n")
         .start()
         .await?;
     let ring = cluster.wait_for_whole_ring().await?;

@@ -62,7 +62,7 @@ fn member(ring: &RingView, stage: usize) -> String {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn answers_outlive_the_loss_of_several_at_once() -> Result<()> {
     let _alone = alone();
-    let cluster = || Cluster::builder().shards(5).stages(3).start();
+    let cluster = || Cluster::builder().ring_workers(5).stages(3).start();
 
     let mut one = cluster().await?;
     outlive(&mut one, "a standby", |ring| {
@@ -103,7 +103,7 @@ async fn answers_outlive_the_loss_of_several_at_once() -> Result<()> {
 async fn without_standbys_the_rows_are_replayed_where_there_is_room() -> Result<()> {
     let _alone = alone();
     let mut cluster = Cluster::builder()
-        .shards(4)
+        .ring_workers(4)
         .stages(3)
         .standbys(false)
         .start()
@@ -112,7 +112,7 @@ async fn without_standbys_the_rows_are_replayed_where_there_is_room() -> Result<
         vec![member(ring, 0)]
     })
     .await?;
-    cluster.add_shards().await?;
+    cluster.add_ring_worker().await?;
     cluster.mesh.wait_for_workers(4).await?;
     outlive(&mut cluster, "the driver", |ring| {
         vec![ring.driver().to_owned()]
@@ -124,7 +124,11 @@ async fn without_standbys_the_rows_are_replayed_where_there_is_room() -> Result<
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn without_standbys_and_spares_fewer_workers_hold_the_whole_model() -> Result<()> {
     let _alone = alone();
-    let mut cluster = Cluster::builder().shards(3).standbys(false).start().await?;
+    let mut cluster = Cluster::builder()
+        .ring_workers(3)
+        .standbys(false)
+        .start()
+        .await?;
     outlive(&mut cluster, "the first stage", |ring| {
         vec![member(ring, 0)]
     })
@@ -148,11 +152,11 @@ async fn where_there_is_no_room_every_request_is_told_and_other_models_go_on() -
     let folder = tempfile::tempdir()?;
     // Three hold the weights and some KV cache, two do not.
     let mut cluster = Cluster::builder()
-        .shards_with(3, "[ring]\nmemory = \"58MB\"")
+        .ring_workers_with(3, "[ring]\nmemory = \"58MB\"")
         .whole_model(&another_model(&folder)?)
         .stages(0)
         .standbys(false)
-        .head_config("[sharding]\ncontext = 256\nslots = 2\n")
+        .head_config("[ring]\ncontext = 256\nslots = 2\n")
         .start()
         .await?;
     let ring = cluster.wait_for_whole_ring().await?;
@@ -195,7 +199,7 @@ async fn where_there_is_no_room_every_request_is_told_and_other_models_go_on() -
 async fn eight_clients_pass_the_rescoring_check_whoever_dies() -> Result<()> {
     let _alone = alone();
     let mut seed = Seed::of_this_run(20_261_126);
-    let mut cluster = Cluster::builder().shards(4).stages(3).start().await?;
+    let mut cluster = Cluster::builder().ring_workers(4).stages(3).start().await?;
     let asks: Vec<Ask> = (0..8)
         .map(|number| Ask::greedy(question(number * 12), TOKENS).until_it_ends())
         .collect();
@@ -217,7 +221,7 @@ async fn eight_clients_pass_the_rescoring_check_whoever_dies() -> Result<()> {
                 .with_context(|| format!("round {round}: {:?}", ask.question))?;
         }
         cluster.remove(&victim);
-        cluster.add_shards().await?;
+        cluster.add_ring_worker().await?;
     }
     cluster.shutdown().await
 }
@@ -225,16 +229,16 @@ async fn eight_clients_pass_the_rescoring_check_whoever_dies() -> Result<()> {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_worker_that_comes_back_is_used_again() -> Result<()> {
     let _alone = alone();
-    let mut cluster = Cluster::builder().shards(2).stages(2).start().await?;
+    let mut cluster = Cluster::builder().ring_workers(2).stages(2).start().await?;
     let ring = cluster.wait_for_whole_ring().await?;
     let victim = member(&ring, 0);
     cluster.kill(&victim)?;
     cluster
-        .wait_for_ring(|ring| ring.serves() && !ring.seats(&victim))
+        .wait_for_ring(|ring| ring.serves() && !ring.includes(&victim))
         .await?;
     cluster.restart(&victim).await?;
     let again = cluster
-        .wait_for_ring(|ring| ring.serves() && ring.has_standbys() && ring.seats(&victim))
+        .wait_for_ring(|ring| ring.serves() && ring.has_standbys() && ring.includes(&victim))
         .await?;
     println!("before: {}; after: {}", ring.layout(), again.layout());
     Ask::greedy(question(1), 20).ask(&cluster.client()?).await?;
@@ -244,7 +248,7 @@ async fn a_worker_that_comes_back_is_used_again() -> Result<()> {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_member_and_the_driver_are_drained_without_a_lost_token() -> Result<()> {
     let _alone = alone();
-    let mut cluster = Cluster::builder().shards(4).stages(3).start().await?;
+    let mut cluster = Cluster::builder().ring_workers(4).stages(3).start().await?;
     let asks: Vec<Ask> = (0..2)
         .map(|number| Ask::greedy(question(number * 9), 400))
         .collect();
@@ -270,7 +274,7 @@ async fn a_member_and_the_driver_are_drained_without_a_lost_token() -> Result<()
             gaps.max().unwrap_or_default()
         );
         let ring = cluster.wait_for_ring(RingView::serves).await?;
-        ensure!(!ring.seats(&drained), "{}", ring.layout());
+        ensure!(!ring.includes(&drained), "{}", ring.layout());
         if driver {
             // A restarted head knows of it.
             cluster.mesh.restart_head(Duration::ZERO).await?;
@@ -280,7 +284,7 @@ async fn a_member_and_the_driver_are_drained_without_a_lost_token() -> Result<()
                 tokio::time::sleep(Duration::from_millis(50)).await;
             }
             let ring = cluster.wait_for_ring(RingView::serves).await?;
-            ensure!(!ring.seats(&drained), "{}", ring.layout());
+            ensure!(!ring.includes(&drained), "{}", ring.layout());
         }
         cluster.undrain(&drained).await?;
     }
@@ -296,7 +300,7 @@ async fn is_draining(cluster: &Cluster, worker: &str) -> Result<bool> {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn workers_that_are_told_to_end_hand_over_and_the_last_one_leaves_at_once() -> Result<()> {
     let _alone = alone();
-    let mut cluster = Cluster::builder().shards(3).stages(3).start().await?;
+    let mut cluster = Cluster::builder().ring_workers(3).stages(3).start().await?;
     let asks: Vec<Ask> = (0..2)
         .map(|number| Ask::greedy(question(number * 9 + 1), 400))
         .collect();
@@ -337,11 +341,11 @@ async fn a_replica_a_ring_and_another_model_live_in_one_mesh() -> Result<()> {
     let _alone = alone();
     let folder = tempfile::tempdir()?;
     let mut cluster = Cluster::builder()
-        .shards(3)
+        .ring_workers(3)
         .whole(1)
         .whole_model(&another_model(&folder)?)
         .stages(3)
-        .head_config("[sharding]\nalways = true\n")
+        .head_config("[ring]\nalways = true\n")
         .shim()
         .start()
         .await?;

@@ -48,7 +48,7 @@ async fn answers_outlive(faults: &[Fault], mut cluster: Cluster, seed: &mut Seed
             answers[0].transcript.reruns,
         );
         cluster.remove(&victim);
-        cluster.add_shards().await?;
+        cluster.add_ring_worker().await?;
     }
     cluster.wait_for_whole_ring().await?;
     cluster.wait_until_idle().await?;
@@ -59,7 +59,7 @@ async fn answers_outlive(faults: &[Fault], mut cluster: Cluster, seed: &mut Seed
 async fn an_answer_outlives_the_death_of_any_worker() -> Result<()> {
     let _alone = alone();
     let mut seed = Seed::of_this_run(20_261_123);
-    let cluster = Cluster::builder().shards(4).stages(3).start().await?;
+    let cluster = Cluster::builder().ring_workers(4).stages(3).start().await?;
     answers_outlive(&[Fault::Kill; 8], cluster, &mut seed).await
 }
 
@@ -67,7 +67,7 @@ async fn an_answer_outlives_the_death_of_any_worker() -> Result<()> {
 async fn an_answer_outlives_workers_that_hang() -> Result<()> {
     let _alone = alone();
     let mut seed = Seed::of_this_run(20_261_124);
-    let cluster = Cluster::builder().shards(4).stages(3).start().await?;
+    let cluster = Cluster::builder().ring_workers(4).stages(3).start().await?;
     answers_outlive(&[Fault::Stop; 4], cluster, &mut seed).await
 }
 
@@ -75,7 +75,7 @@ async fn an_answer_outlives_workers_that_hang() -> Result<()> {
 async fn an_answer_outlives_workers_that_are_cut_off() -> Result<()> {
     let _alone = alone();
     let mut seed = Seed::of_this_run(20_261_125);
-    let builder = match Cluster::builder().shards(4).stages(3).in_namespaces() {
+    let builder = match Cluster::builder().ring_workers(4).stages(3).in_namespaces() {
         Ok(builder) => builder,
         Err(why) => {
             println!("skipped: no worker can be cut off here: {why:#}");
@@ -94,7 +94,7 @@ async fn a_slow_worker_behind_a_slow_network_changes_no_token() -> Result<()> {
     ];
     let mut undisturbed = Undisturbed::new();
     undisturbed.learn(&asks).await?;
-    let mut cluster = match Cluster::builder().shards(3).stages(3).in_namespaces() {
+    let mut cluster = match Cluster::builder().ring_workers(3).stages(3).in_namespaces() {
         Ok(builder) => builder.start().await?,
         Err(why) => {
             println!("skipped: no worker's network can be made slow here: {why:#}");

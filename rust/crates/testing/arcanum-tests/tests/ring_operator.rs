@@ -37,7 +37,7 @@ fn ensure_all(printed: &str, words: &[&str]) -> Result<()> {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn readiness_metrics_and_commands_tell_of_rings() -> Result<()> {
     let _alone = alone();
-    let mut cluster = Cluster::builder().shards(4).stages(3).start().await?;
+    let mut cluster = Cluster::builder().ring_workers(4).stages(3).start().await?;
     let ring = cluster.wait_for_whole_ring().await?;
     let model = ring.model.clone();
     let client = cluster.client()?;
@@ -118,7 +118,7 @@ async fn readiness_metrics_and_commands_tell_of_rings() -> Result<()> {
     let drained = whole.stages[0].member.worker.clone();
     println!("{}", hydramesh(&cluster, &["drain", &drained, "--wait"])?);
     let ring = cluster.wait_for_ring(RingView::serves).await?;
-    ensure!(!ring.seats(&drained), "{}", ring.layout());
+    ensure!(!ring.includes(&drained), "{}", ring.layout());
     println!("{}", hydramesh(&cluster, &["undrain", &drained])?);
     Ask::greedy(question(5), 10).ask(&client).await?;
 
@@ -150,7 +150,7 @@ async fn readiness_metrics_and_commands_tell_of_rings() -> Result<()> {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_member_that_is_expelled_is_replaced_in_mid_answer_and_its_peers_drop_it() -> Result<()> {
     let _alone = alone();
-    let mut cluster = Cluster::builder().shards(3).stages(2).start().await?;
+    let mut cluster = Cluster::builder().ring_workers(3).stages(2).start().await?;
     let ring = cluster.wait_for_whole_ring().await?;
     let client = cluster.client()?;
     let ask = Ask::greedy(question(7), 100);
@@ -174,7 +174,7 @@ async fn a_member_that_is_expelled_is_replaced_in_mid_answer_and_its_peers_drop_
         assert_same_tokens(&undisturbed.transcript, &answer.transcript)?;
     }
     let after = cluster.wait_for_ring(RingView::serves).await?;
-    ensure!(!after.seats(&rogue), "{}", after.layout());
+    ensure!(!after.includes(&rogue), "{}", after.layout());
     let listed = hydramesh(&cluster, &["nodes", "list"])?;
     println!("{listed}");
     ensure_all(&listed, &[&rogue, "expelled", "it lies"])?;

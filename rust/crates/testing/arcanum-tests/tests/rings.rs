@@ -19,7 +19,7 @@ async fn answers_like_one_worker(stages: usize, asks: &[Ask]) -> Result<()> {
     let mut undisturbed = Undisturbed::new();
     undisturbed.learn(asks).await?;
     let mut cluster = Cluster::builder()
-        .shards(stages)
+        .ring_workers(stages)
         .stages(stages)
         .standbys(false)
         .start()

@@ -28,7 +28,7 @@ async fn a_folder_is_served_whole_and_in_a_ring_with_the_same_tokens() -> Result
     let mut cluster = Cluster::builder()
         .model(&folder)
         // The format that a worker with the whole model chooses for floats.
-        .shards_with(3, "[ring]\nformat = \"int8\"")
+        .ring_workers_with(3, "[ring]\nformat = \"int8\"")
         .stages(3)
         .standbys(false)
         .start()

@@ -2,7 +2,7 @@
 //! on it.
 
 use mesh_machine::boot::choice::{Choice, choose};
-use mesh_machine::boot::plan::{Plan, Told};
+use mesh_machine::boot::plan::{BootInputs, Plan};
 use mesh_machine::boot::run_dir;
 use mesh_machine::files::{ReadError, read_text};
 use mesh_machine::hardware::{Hardware, probe};
@@ -30,7 +30,7 @@ pub(crate) fn boot_config(args: BootConfigArgs) -> Result<(), Failure> {
         Some(Ok(text)) => Some(text),
         Some(Err(error)) => return Err(Failure::usage(format!("what was typed: {error}"))),
     };
-    let told = Told {
+    let told = BootInputs {
         typed,
         command_line: read_text(&command_line)
             .map_err(|error| Failure::failed(format!("{}: {error}", command_line.display())))?,

@@ -22,7 +22,7 @@ pub struct Offer {
     pub profile: Option<NodeProfile>,
     /// Models of which the worker may hold a range of layers.
     #[prost(message, repeated, tag = "3")]
-    pub shards: Vec<ShardOffer>,
+    pub models: Vec<LayerOffer>,
 }
 
 /// Hardware of a machine and its measured speeds.
@@ -93,7 +93,7 @@ pub struct PathProfile {
 
 /// A model of which a worker may hold any contiguous range of layers.
 #[derive(Clone, PartialEq, Message)]
-pub struct ShardOffer {
+pub struct LayerOffer {
     /// The model: name, architecture, fingerprint, context, size; slots and speeds are those of the ring, not in here.
     #[prost(message, optional, tag = "1")]
     pub card: Option<ModelCard>,
@@ -176,10 +176,10 @@ pub struct RingStage {
     pub layer_end: u32,
     /// The member that computes this stage.
     #[prost(message, optional, tag = "3")]
-    pub seat: Option<Seat>,
+    pub member: Option<NodeAddr>,
     /// The standby of this stage, with the same layers and a copy of its KV rows, if there is one.
     #[prost(message, optional, tag = "4")]
-    pub standby: Option<Seat>,
+    pub standby: Option<NodeAddr>,
     /// Weight format of all holders: `file`, `int8` or `int4`, as the first member offered. A different
     /// format would give different tokens after a failover. If empty, each holder chooses its own.
     #[prost(string, tag = "5")]
@@ -188,7 +188,7 @@ pub struct RingStage {
 
 /// Node id, name and addresses of a worker.
 #[derive(Clone, PartialEq, Message)]
-pub struct Seat {
+pub struct NodeAddr {
     /// Node id: SHA-256 of its public key, lower-case hex.
     #[prost(string, tag = "1")]
     pub node_id: String,

@@ -7,7 +7,7 @@
 use bytes::Bytes;
 use prost::Message;
 
-use crate::{ModelCard, Seat};
+use crate::{ModelCard, NodeAddr};
 
 /// The models that a worker holds and seeks (DCF 0x50); worker to head, after the Welcome and whenever they
 /// change. Each message replaces the one before.
@@ -135,7 +135,7 @@ pub struct ModelSources {
     pub fingerprint: String,
     /// Workers with pieces of it.
     #[prost(message, repeated, tag = "3")]
-    pub seats: Vec<Seat>,
+    pub holders: Vec<NodeAddr>,
     /// This worker is the one that downloads the model from outside the mesh.
     #[prost(bool, tag = "4")]
     pub origin: bool,

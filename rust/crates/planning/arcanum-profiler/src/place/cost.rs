@@ -7,7 +7,7 @@ use super::types::{Candidate, ModelSpec, Policy, known};
 /// The nodes of a search, fastest first, with all times between them.
 pub(super) struct Mesh<'a> {
     pub(super) model: &'a ModelSpec,
-    pub(super) nodes: Vec<Node>,
+    pub(super) nodes: Vec<NodeCost>,
     /// From a node to another with a hidden row.
     pub(super) rows: Vec<Vec<Hop>>,
     /// The same with a token.
@@ -15,7 +15,7 @@ pub(super) struct Mesh<'a> {
 }
 
 /// A node in a mesh.
-pub(super) struct Node {
+pub(super) struct NodeCost {
     pub(super) id: String,
     pub(super) memory: u64,
     /// One layer, one row, load included.
@@ -42,9 +42,9 @@ pub(super) struct Estimate {
 impl<'a> Mesh<'a> {
     /// The candidates' speeds are [`known`].
     pub(super) fn new(model: &'a ModelSpec, candidates: &[&Candidate], policy: &Policy) -> Self {
-        let mut sorted: Vec<(&Candidate, Node)> = candidates
+        let mut sorted: Vec<(&Candidate, NodeCost)> = candidates
             .iter()
-            .map(|&candidate| (candidate, Node::new(candidate)))
+            .map(|&candidate| (candidate, NodeCost::new(candidate)))
             .collect();
         sorted.sort_by(|(_, a), (_, b)| {
             a.layer_us
@@ -80,7 +80,7 @@ impl<'a> Mesh<'a> {
 
     /// Microseconds that `node` computes for one row.
     pub(super) fn compute(&self, node: usize, layers: u32, last: bool) -> f64 {
-        let Node {
+        let NodeCost {
             layer_us,
             logits_us,
             ..
@@ -130,7 +130,7 @@ impl<'a> Mesh<'a> {
     }
 }
 
-impl Node {
+impl NodeCost {
     fn new(candidate: &Candidate) -> Self {
         let load = match candidate.load {
             load if load.is_finite() && load > 0.0 => f64::from(load).min(MOST_LOAD),
@@ -141,7 +141,7 @@ impl Node {
         } else {
             0.0
         };
-        Node {
+        NodeCost {
             id: candidate.id.clone(),
             memory: candidate.memory,
             layer_us: candidate.decode_us * (1.0 + load),

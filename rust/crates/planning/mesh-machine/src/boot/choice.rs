@@ -4,7 +4,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use arcanum_profiler::generation::Generation;
-use arcanum_profiler::gpu::{Gfx, Gpu, Kind, Vendor};
+use arcanum_profiler::gpu::{Gfx, Gpu, GpuKind, Vendor};
 use serde::Serialize;
 
 use crate::hardware::Hardware;
@@ -101,7 +101,7 @@ pub struct LeftOut {
 /// Chooses the backend: an NVIDIA card that the image's driver supports, else an AMD card that ROCm can use, else the
 /// processor. A wish is followed where the hardware allows it.
 pub fn choose(hardware: &Hardware, wish: Wish) -> Choice {
-    let judged: Vec<(&Gpu, Verdict)> = hardware
+    let judged: Vec<(&Gpu, CardUse)> = hardware
         .gpus
         .iter()
         .map(|gpu| (gpu, judge(gpu, hardware, wish)))
@@ -110,7 +110,7 @@ pub fn choose(hardware: &Hardware, wish: Wish) -> Choice {
         let usable = judged
             .iter()
             .filter_map(move |(gpu, verdict)| match verdict {
-                Verdict::Use { with, sure, note } if *with == backend => Some((*gpu, *sure, note)),
+                CardUse::Use { with, sure, note } if *with == backend => Some((*gpu, *sure, note)),
                 _ => None,
             });
         // A card that is known to work goes before one that is tried.
@@ -153,14 +153,14 @@ pub fn choose(hardware: &Hardware, wish: Wish) -> Choice {
         .iter()
         .filter_map(|(gpu, verdict)| {
             let why = match verdict {
-                Verdict::Use { with, .. } if *with == backend => return None,
-                Verdict::Use { with, .. } if backend == Backend::Cpu => {
+                CardUse::Use { with, .. } if *with == backend => return None,
+                CardUse::Use { with, .. } if backend == Backend::Cpu => {
                     format!("it could be used with hydramesh.backend={with}")
                 }
-                Verdict::Use { with, .. } => {
+                CardUse::Use { with, .. } => {
                     format!("one worker uses one backend; hydramesh.backend={with} takes this card instead")
                 }
-                Verdict::LeaveOut(why) => why.clone(),
+                CardUse::LeaveOut(why) => why.clone(),
             };
             Some(LeftOut {
                 gpu: gpu.to_string(),
@@ -193,7 +193,7 @@ fn by_hardware(nvidia: Found<'_>, amd: Found<'_>, gpus: &[Gpu]) -> (Backend, Str
         _ => {
             let why = if gpus.is_empty() {
                 "there is no graphics card"
-            } else if gpus.iter().all(|gpu| gpu.kind == Kind::Virtual) {
+            } else if gpus.iter().all(|gpu| gpu.kind == GpuKind::Virtual) {
                 "the only graphics here are a virtual machine's, which cannot compute"
             } else {
                 "no graphics card here can be used for computing"
@@ -204,7 +204,7 @@ fn by_hardware(nvidia: Found<'_>, amd: Found<'_>, gpus: &[Gpu]) -> (Backend, Str
 }
 
 /// Judgement of one card.
-enum Verdict {
+enum CardUse {
     Use {
         with: Backend,
         sure: bool,
@@ -213,38 +213,38 @@ enum Verdict {
     LeaveOut(String),
 }
 
-fn judge(gpu: &Gpu, hardware: &Hardware, wish: Wish) -> Verdict {
-    let leave_out = |why: &str| Verdict::LeaveOut(why.to_owned());
+fn judge(gpu: &Gpu, hardware: &Hardware, wish: Wish) -> CardUse {
+    let leave_out = |why: &str| CardUse::LeaveOut(why.to_owned());
     match (gpu.kind, gpu.vendor) {
-        (Kind::Virtual, _) => leave_out("it is a virtual machine's display and cannot compute"),
-        (Kind::Real, Vendor::Nvidia) if wish.without_nvidia => leave_out(
+        (GpuKind::Virtual, _) => leave_out("it is a virtual machine's display and cannot compute"),
+        (GpuKind::Real, Vendor::Nvidia) if wish.without_nvidia => leave_out(
             "this image has no programs for NVIDIA cards; the images iso-nvidia and iso-all have them",
         ),
-        (Kind::Real, Vendor::Amd) if wish.without_rocm => {
+        (GpuKind::Real, Vendor::Amd) if wish.without_rocm => {
             leave_out("this image has no programs for AMD cards; the image iso-all has them")
         }
-        (Kind::Real, Vendor::Nvidia) => judge_nvidia(gpu, hardware, wish.nvidia_legacy),
-        (Kind::Real, Vendor::Amd) => judge_amd(gpu, hardware),
-        (Kind::Real, Vendor::Intel) => {
+        (GpuKind::Real, Vendor::Nvidia) => judge_nvidia(gpu, hardware, wish.nvidia_legacy),
+        (GpuKind::Real, Vendor::Amd) => judge_amd(gpu, hardware),
+        (GpuKind::Real, Vendor::Intel) => {
             leave_out("Intel graphics show pictures; no worker computes on them")
         }
-        (Kind::Real, Vendor::Other) => leave_out("no worker knows how to compute on it"),
+        (GpuKind::Real, Vendor::Other) => leave_out("no worker knows how to compute on it"),
     }
 }
 
-fn judge_nvidia(gpu: &Gpu, hardware: &Hardware, legacy: bool) -> Verdict {
+fn judge_nvidia(gpu: &Gpu, hardware: &Hardware, legacy: bool) -> CardUse {
     let generation = gpu.generation.unwrap_or(Generation::Unknown);
     let driver = match &hardware.nvidia_driver {
         Some(version) => format!("NVIDIA's driver {version} is loaded"),
         None => "NVIDIA's driver is not loaded yet, and the worker falls back to the processor should it not come".to_owned(),
     };
     match support(generation, legacy) {
-        Support::Yes => Verdict::Use {
+        Support::Yes => CardUse::Use {
             with: Backend::Nvidia,
             sure: true,
             note: driver,
         },
-        Support::Try => Verdict::Use {
+        Support::Try => CardUse::Use {
             with: Backend::Nvidia,
             sure: false,
             note: match generation {
@@ -256,10 +256,10 @@ fn judge_nvidia(gpu: &Gpu, hardware: &Hardware, legacy: bool) -> Verdict {
                 ),
             },
         },
-        Support::No if generation == Generation::Older => Verdict::LeaveOut(
+        Support::No if generation == Generation::Older => CardUse::LeaveOut(
             "it is too old: no driver that is still maintained supports it".to_owned(),
         ),
-        Support::No => Verdict::LeaveOut(
+        Support::No => CardUse::LeaveOut(
             "this driver (branch 595) needs Turing or newer; this card needs branch 580: choose \"older NVIDIA\" in the \
              boot menu"
                 .to_owned(),
@@ -290,23 +290,23 @@ fn support(generation: Generation, legacy: bool) -> Support {
     }
 }
 
-fn judge_amd(gpu: &Gpu, hardware: &Hardware) -> Verdict {
+fn judge_amd(gpu: &Gpu, hardware: &Hardware) -> CardUse {
     if !hardware.kfd {
-        return Verdict::LeaveOut(
+        return CardUse::LeaveOut(
             "the amdgpu driver offers no computing on it (/dev/kfd is missing): the card is too old, or the driver did not start"
                 .to_owned(),
         );
     }
     match gpu.gfx {
-        Some(gfx) if gfx < OLDEST_GFX => Verdict::LeaveOut(format!(
+        Some(gfx) if gfx < OLDEST_GFX => CardUse::LeaveOut(format!(
             "it is {gfx}; ROCm needs {OLDEST_GFX} (Vega) or newer"
         )),
-        Some(gfx) => Verdict::Use {
+        Some(gfx) => CardUse::Use {
             with: Backend::Rocm,
             sure: true,
             note: format!("AMD's compute driver knows it as {gfx}"),
         },
-        None => Verdict::Use {
+        None => CardUse::Use {
             with: Backend::Rocm,
             sure: false,
             note: "AMD's compute driver is there but does not name the card's type, so it is tried, and the worker falls back to \

@@ -69,7 +69,7 @@ pub struct Token(String);
 
 /// Origin of a setting.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Source {
+pub enum SettingSource {
     /// Typed by a person at this machine.
     Console,
     /// The kernel's command line.
@@ -367,7 +367,7 @@ impl fmt::Debug for Token {
     }
 }
 
-impl fmt::Display for Source {
+impl fmt::Display for SettingSource {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Console => "typed here",

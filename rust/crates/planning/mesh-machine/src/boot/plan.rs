@@ -4,12 +4,12 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 
 use super::choice::{Backend, Choice, Wish, choose};
-use super::join::{HeadAddress, JoinError, Role, Settings, Source, Token, command_line_has};
+use super::join::{HeadAddress, JoinError, Role, SettingSource, Settings, Token, command_line_has};
 use crate::hardware::Hardware;
 
 /// Input of a plan besides the hardware.
 #[derive(Debug, Clone, Default)]
-pub struct Told {
+pub struct BootInputs {
     /// Settings typed by a person, as `key=value` lines.
     pub typed: Option<String>,
     /// The kernel's command line.
@@ -30,9 +30,9 @@ pub struct Plan {
     /// The chosen backend with its reason.
     pub choice: Choice,
     /// The head's address and its origin.
-    pub head: Option<(HeadAddress, Source)>,
+    pub head: Option<(HeadAddress, SettingSource)>,
     /// The join token and its origin.
-    pub token: Option<(Token, Source)>,
+    pub token: Option<(Token, SettingSource)>,
     /// Public key that may log in over ssh.
     pub ssh_key: Option<String>,
     /// Name of this node.
@@ -42,11 +42,11 @@ pub struct Plan {
     /// Model files of the partition, to serve whole.
     pub models: Vec<PathBuf>,
     /// Model files of the partition, to hold layers of together with other workers.
-    pub shards: Vec<PathBuf>,
+    pub ring_models: Vec<PathBuf>,
     /// True if the worker has a certificate from an earlier boot, and so needs no token.
     pub joined: bool,
     /// Mistakes in ignored sources.
-    pub mistakes: Vec<(Source, JoinError)>,
+    pub mistakes: Vec<(SettingSource, JoinError)>,
 }
 
 /// A missing setting without which a role cannot start.
@@ -56,13 +56,13 @@ pub enum Missing {
     Head,
     /// The join token is missing.
     Token,
-    /// The worker has neither models nor shards.
+    /// The worker has no models, neither whole nor in a ring.
     Model,
 }
 
 impl Plan {
     /// Combines the hardware and the settings of all sources.
-    pub fn new(hardware: &Hardware, told: &Told) -> Self {
+    pub fn new(hardware: &Hardware, told: &BootInputs) -> Self {
         let mut mistakes = Vec::new();
         let mut read = |source, settings: Result<Settings, JoinError>| {
             let settings = settings.unwrap_or_else(|mistake| {
@@ -74,13 +74,13 @@ impl Plan {
         let typed = told.typed.as_deref().unwrap_or_default();
         // The first that says something wins.
         let sources = [
-            read(Source::Console, Settings::from_lines(typed)),
+            read(SettingSource::Console, Settings::from_lines(typed)),
             read(
-                Source::CommandLine,
+                SettingSource::CommandLine,
                 Settings::from_command_line(&told.command_line),
             ),
             read(
-                Source::Partition,
+                SettingSource::Partition,
                 told.partition
                     .as_deref()
                     .map_or_else(|| Ok(Settings::default()), Settings::from_partition),
@@ -113,7 +113,7 @@ impl Plan {
             name: first(&sources, |settings| settings.name.clone()).map(|(name, _)| name),
             keymap: first(&sources, |settings| settings.keymap.clone()).map(|(keymap, _)| keymap),
             models: folder(MODELS),
-            shards: folder(SHARDS),
+            ring_models: [folder(RING), folder(OLD_RING)].concat(),
             joined: told
                 .state
                 .as_deref()
@@ -132,7 +132,7 @@ impl Plan {
                 (Missing::Token, self.token.is_none() && !self.joined),
                 (
                     Missing::Model,
-                    self.models.is_empty() && self.shards.is_empty(),
+                    self.models.is_empty() && self.ring_models.is_empty(),
                 ),
             ],
         };
@@ -157,13 +157,13 @@ impl Plan {
                 }
                 let paths =
                     |files: &[PathBuf]| list(files.iter().map(|path| path.display().to_string()));
-                // With shards alone the list of models is set to empty, which the image's own configuration
+                // With models of rings alone the list of models is set to empty, which the image's own configuration
                 // cannot know.
-                if !self.models.is_empty() || !self.shards.is_empty() {
+                if !self.models.is_empty() || !self.ring_models.is_empty() {
                     set("HYDRAMESH_WORKER__MODELS", paths(&self.models));
                 }
-                if !self.shards.is_empty() {
-                    set("HYDRAMESH_WORKER__SHARDS", paths(&self.shards));
+                if !self.ring_models.is_empty() {
+                    set("HYDRAMESH_WORKER__RING__MODELS", paths(&self.ring_models));
                 }
             }
             Role::Head => {
@@ -207,7 +207,7 @@ impl fmt::Display for Plan {
             }
             for (what, files) in [
                 ("Models", &self.models),
-                ("Models held in parts", &self.shards),
+                ("Models held in parts", &self.ring_models),
             ] {
                 let names: Vec<_> = files
                     .iter()
@@ -242,7 +242,7 @@ impl fmt::Display for Missing {
                  hydramesh.token=TOKEN, or put it into the file join-token on a partition labelled HYDRAMESH."
             }
             Self::Model => {
-                "a model. Put a .gguf file into the folder models on a partition labelled HYDRAMESH (into shards, to hold a part of it \
+                "a model. Put a .gguf file into the folder models on a partition labelled HYDRAMESH (into ring, to hold a part of it \
                  together with other workers), attach it, and look again."
             }
         })
@@ -250,9 +250,9 @@ impl fmt::Display for Missing {
 }
 
 fn first<T>(
-    sources: &[(Source, Settings)],
+    sources: &[(SettingSource, Settings)],
     field: impl Fn(&Settings) -> Option<T>,
-) -> Option<(T, Source)> {
+) -> Option<(T, SettingSource)> {
     sources
         .iter()
         .find_map(|(source, settings)| Some((field(settings)?, *source)))
@@ -300,7 +300,9 @@ const CERTIFICATE: &str = "worker/node.crt";
 /// Folder of the partition with models to serve whole.
 const MODELS: &str = "models";
 /// Folder of the partition with models to hold layers of.
-const SHARDS: &str = "shards";
+const RING: &str = "ring";
+/// Its old name.
+const OLD_RING: &str = "shards";
 const MOST_MODELS: usize = 16;
 /// The head's port for DCF clients and shims.
 const CLIENT_PORT: u16 = 7777;

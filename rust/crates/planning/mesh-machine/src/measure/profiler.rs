@@ -30,15 +30,15 @@ pub struct Profiler {
 
 /// Content of `profile.json`.
 #[derive(Debug, Serialize, Deserialize)]
-struct Kept {
+struct SavedProfile {
     key: Key,
     memory_bandwidth: f64,
-    disk: Option<KeptDisk>,
+    disk: Option<SavedDisk>,
     speeds: Vec<LayerSpeed>,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
-struct KeptDisk {
+struct SavedDisk {
     folder: PathBuf,
     bytes_per_second: f64,
 }
@@ -160,10 +160,10 @@ impl Profiler {
         };
         let profile = &self.profile;
         let disk = self.disk_folder.clone().filter(|_| profile.disk_read > 0.0);
-        let kept = Kept {
+        let kept = SavedProfile {
             key: profile.key.clone(),
             memory_bandwidth: profile.memory_bandwidth,
-            disk: disk.map(|folder| KeptDisk {
+            disk: disk.map(|folder| SavedDisk {
                 folder,
                 bytes_per_second: profile.disk_read,
             }),
@@ -193,7 +193,7 @@ fn folder(model: &Path) -> Option<PathBuf> {
     Some(model.canonicalize().ok()?.parent()?.to_owned())
 }
 
-fn read(file: &Path) -> io::Result<Option<Kept>> {
+fn read(file: &Path) -> io::Result<Option<SavedProfile>> {
     let opened = match File::open(file) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         opened => opened?,
@@ -204,7 +204,7 @@ fn read(file: &Path) -> io::Result<Option<Kept>> {
 }
 
 /// Replaces the file by renaming a complete one, so that no reader sees half of it.
-fn write(file: &Path, kept: &Kept) -> io::Result<()> {
+fn write(file: &Path, kept: &SavedProfile) -> io::Result<()> {
     let mut text = serde_json::to_vec_pretty(kept)?;
     text.push(b'\n');
     files::replace(file, &text, files::PUBLIC)
@@ -277,7 +277,7 @@ mod tests {
         let options = options(dir.path());
         let file = options.file().expect("a file");
         let take = || Profiler::take(options.clone()).profile;
-        let mut kept = Kept {
+        let mut kept = SavedProfile {
             key: take().key,
             memory_bandwidth: 12345.0,
             disk: None,

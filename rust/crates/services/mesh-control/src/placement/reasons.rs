@@ -7,7 +7,7 @@ use super::refusal::Refusal;
 use crate::fair::{Full, Source};
 use crate::registry::Worker;
 use crate::rings::Prospect;
-use crate::router::Ask;
+use crate::router::Requirements;
 
 impl Placement {
     pub(super) fn full(&self, source: Source, full: Full) -> Refusal {
@@ -21,7 +21,7 @@ impl Placement {
 
     /// Reasons for which the workers that claim to serve a model do not answer; `None` if nothing is wrong
     /// with any of them.
-    fn why_none_answers(&self, ask: &Ask, now: Instant) -> Option<String> {
+    fn why_none_answers(&self, ask: &Requirements, now: Instant) -> Option<String> {
         let mut reasons = Vec::new();
         for worker in self.registry.iter().filter(|worker| !worker.draining) {
             let Some(model) = worker.model(&ask.model) else {
@@ -42,7 +42,7 @@ impl Placement {
         (!reasons.is_empty()).then(|| reasons.join("; "))
     }
 
-    pub(super) fn nobody(&self, ask: &Ask, now: Instant) -> Refusal {
+    pub(super) fn nobody(&self, ask: &Requirements, now: Instant) -> Refusal {
         let model = ask.model.clone();
         let too_old = |worker: &Worker| {
             let meant = match worker.has_identity() {

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use super::{Ended, Placement, Received, Running};
+use super::{AttemptEnd, Placement, ReceivedTokens, RunningRequest};
 use crate::fair::Ticket;
 use crate::registry::{ServedModel, Worker};
 
@@ -22,7 +22,8 @@ impl Placement {
         running.first_token.get_or_insert(now);
         let prefilled = std::mem::take(&mut running.prefilling);
         let (on, model) = (running.worker, running.model.clone());
-        let same = |other: &&Running| other.streams && other.worker == on && other.model == model;
+        let same =
+            |other: &&RunningRequest| other.streams && other.worker == on && other.model == model;
         let streams = self.running.values().filter(same).count();
         let Some(running) = self.running.get_mut(&ticket) else {
             return;
@@ -50,16 +51,16 @@ impl Placement {
     }
 
     /// A request no longer runs on its worker.
-    pub fn release(&mut self, ticket: Ticket, ended: Ended, now: Instant) {
-        self.release_after(ticket, ended, Received::default(), now);
+    pub fn release(&mut self, ticket: Ticket, ended: AttemptEnd, now: Instant) {
+        self.release_after(ticket, ended, ReceivedTokens::default(), now);
     }
 
     /// The same, with the part of its answer that was received: it gives the worker's speed.
     pub fn release_after(
         &mut self,
         ticket: Ticket,
-        ended: Ended,
-        received: Received,
+        ended: AttemptEnd,
+        received: ReceivedTokens,
         now: Instant,
     ) {
         let Some(running) = self.running.remove(&ticket) else {
@@ -72,7 +73,7 @@ impl Placement {
                 worker.alone = None;
             }
         }
-        let same = |other: &&Running| {
+        let same = |other: &&RunningRequest| {
             other.streams && other.worker == running.worker && other.model == running.model
         };
         let streams = self.running.values().any(|other| same(&other));
@@ -88,30 +89,30 @@ impl Placement {
                 model.decoded(received.tokens, took, batch.min(model.card.slots.max(1)));
             }
             match ended {
-                Ended::Complete => model.succeeded(now),
+                AttemptEnd::Complete => model.succeeded(now),
                 // While it answers others, it answers.
-                Ended::Failed if !streams => model.failed(now),
-                Ended::Failed | Ended::Busy | Ended::Cancelled => {}
+                AttemptEnd::Failed if !streams => model.failed(now),
+                AttemptEnd::Failed | AttemptEnd::Busy | AttemptEnd::Cancelled => {}
             }
         }
         worker.assigned = worker.assigned.saturating_sub(1);
         worker.unstarted = worker.unstarted.saturating_sub(u32::from(!running.streams));
         worker.prefilling = worker.prefilling.saturating_sub(running.prefilling);
         match ended {
-            Ended::Complete => {
+            AttemptEnd::Complete => {
                 worker.completed += 1;
                 worker.last_success = Some(now);
                 worker.proven = worker.models.iter().all(|model| model.proven);
                 worker.took(now.saturating_duration_since(running.started));
             }
-            Ended::Failed => {
+            AttemptEnd::Failed => {
                 worker.failed += 1;
                 worker.proven &= streams;
             }
-            Ended::Busy => worker.busy_until = Some(now + BUSY_PAUSE),
-            Ended::Cancelled => {}
+            AttemptEnd::Busy => worker.busy_until = Some(now + BUSY_PAUSE),
+            AttemptEnd::Cancelled => {}
         }
-        if ended == Ended::Complete {
+        if ended == AttemptEnd::Complete {
             let key = worker.key();
             self.registry.reputation.answered(&key, &running.model);
         }

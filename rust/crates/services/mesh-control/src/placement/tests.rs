@@ -24,16 +24,16 @@ fn workers_that_would_ignore_fields_are_not_asked_and_named() {
             ..Default::default()
         }
     };
-    let ask = |revision| Ask {
+    let ask = |revision| Requirements {
         model: "tiny".into(),
         revision,
-        ..Ask::default()
+        ..Requirements::default()
     };
     let address = ([127, 0, 0, 1], 1).into();
     let (old, _) = placement.registry.join("aa", address, hello("old", 0), now);
     placement.registry.prove_all(old, now);
     let asked = placement.ask(Ticket(1), ask(1), false, now);
-    let Asked::Refused(refusal @ Refusal::TooOld { .. }) = asked else {
+    let Decision::Refused(refusal @ Refusal::TooOld { .. }) = asked else {
         panic!("{asked:?}");
     };
     assert!(refusal.to_string().contains("min_tokens"), "{refusal}");
@@ -41,7 +41,7 @@ fn workers_that_would_ignore_fields_are_not_asked_and_named() {
     placement.registry.prove_all(new, now);
     for ticket in 2..5 {
         match placement.ask(Ticket(ticket), ask(1), false, now) {
-            Asked::Placed(placed) => assert_eq!(placed.name, "new"),
+            Decision::Placed(placed) => assert_eq!(placed.name, "new"),
             other => panic!("{other:?}"),
         }
     }
@@ -76,8 +76,8 @@ fn join(placement: &mut Placement, node: &str, slots: u32, now: Instant) -> Work
     id
 }
 
-fn ask() -> Ask {
-    Ask {
+fn ask() -> Requirements {
+    Requirements {
         model: "m".into(),
         prompt_tokens: 10,
         answer_tokens: 10,
@@ -90,16 +90,16 @@ fn one_source_with_many_answers_leaves_slots_to_another_that_asks_now_and_then()
     let now = Instant::now();
     let mut placement = placement(2048);
     join(&mut placement, "a", 8, now);
-    let of = |number| Ask {
+    let of = |number| Requirements {
         source: Source {
             ingress: Ingress::Http,
             origin: Origin::Key(number),
         },
         ..ask()
     };
-    let placed = |asked| matches!(asked, Asked::Placed(_));
+    let placed = |asked| matches!(asked, Decision::Placed(_));
     assert!(placed(placement.ask(Ticket(0), of(2), false, now)));
-    placement.release(Ticket(0), Ended::Complete, now);
+    placement.release(Ticket(0), AttemptEnd::Complete, now);
     // 80 connections, 16 answers each.
     let greedy = (1..1281).filter(|&t| placed(placement.ask(Ticket(t), of(1), false, now)));
     assert_eq!(greedy.count(), 3);
@@ -108,7 +108,7 @@ fn one_source_with_many_answers_leaves_slots_to_another_that_asks_now_and_then()
         placed(placement.ask(Ticket(9000), of(2), false, now)),
         "at once"
     );
-    placement.release(Ticket(9000), Ended::Complete, now);
+    placement.release(Ticket(9000), AttemptEnd::Complete, now);
     assert!(
         placement.pump(now).is_empty(),
         "it stays free for the next one"
@@ -127,14 +127,14 @@ fn only_slots_that_can_be_counted_on_are_shared() {
     let drained = join(&mut placement, "b", 256, now);
     let worker = placement.registry.get_mut(drained).unwrap();
     (worker.drained, worker.draining) = (true, true);
-    let placed = |asked| matches!(asked, Asked::Placed(_));
+    let placed = |asked| matches!(asked, Decision::Placed(_));
     assert!(placed(placement.ask(
         Ticket(0),
         from(Ingress::Http, 2),
         false,
         now
     )));
-    placement.release(Ticket(0), Ended::Complete, now);
+    placement.release(Ticket(0), AttemptEnd::Complete, now);
     let greedy = (1..100).filter(|&ticket| {
         placed(placement.ask(Ticket(ticket), from(Ingress::Http, 1), false, now))
     });
@@ -147,7 +147,7 @@ fn a_source_alone_fills_its_worker_ahead_of_a_free_slot() {
     let mut placement = placement(16);
     placement.router = Router::new(Capacity { ahead: 1, plain: 4 });
     join(&mut placement, "a", 4, now);
-    let placed = |asked| matches!(asked, Asked::Placed(_));
+    let placed = |asked| matches!(asked, Decision::Placed(_));
     let all = (1..9).filter(|&ticket| placed(placement.ask(Ticket(ticket), ask(), false, now)));
     assert_eq!(all.count(), 5);
 }
@@ -158,14 +158,14 @@ fn names_of_models_that_nobody_serves_are_not_kept() {
     let mut placement = placement(4);
     join(&mut placement, "a", 8, now);
     for number in 0..100 {
-        let ask = Ask {
+        let ask = Requirements {
             model: format!("no such model {number}"),
             ..ask()
         };
         let asked = placement.ask(Ticket(number), ask, false, now);
         assert!(matches!(
             asked,
-            Asked::Refused(Refusal::UnknownModel { .. })
+            Decision::Refused(Refusal::UnknownModel { .. })
         ));
     }
     assert_eq!(placement.shares.models(), 0);
@@ -180,25 +180,28 @@ fn a_suspect_is_alone_with_a_worker_until_its_first_token() {
     let now = Instant::now();
     let mut placement = placement(8);
     let only = join(&mut placement, "a", 4, now);
-    let suspect = || Ask {
+    let suspect = || Requirements {
         alone: true,
         ..ask()
     };
     // Another request waits for its first token there.
     assert!(matches!(
         placement.ask(Ticket(1), ask(), false, now),
-        Asked::Placed(_)
+        Decision::Placed(_)
     ));
     assert_eq!(
         placement.ask(Ticket(2), suspect(), true, now),
-        Asked::Waiting
+        Decision::Waiting
     );
     assert_eq!(
         placement.ask(Ticket(3), suspect(), true, now),
-        Asked::Waiting
+        Decision::Waiting
     );
     // Newcomers do not keep it waiting.
-    assert_eq!(placement.ask(Ticket(4), ask(), false, now), Asked::Waiting);
+    assert_eq!(
+        placement.ask(Ticket(4), ask(), false, now),
+        Decision::Waiting
+    );
     assert!(placement.pump(now).is_empty());
     let placed = |placement: &mut Placement| -> Vec<u64> {
         let decided = placement.pump(now).into_iter();
@@ -214,10 +217,10 @@ fn a_suspect_is_alone_with_a_worker_until_its_first_token() {
     placement.first_token(Ticket(4), now);
     assert_eq!(placed(&mut placement), [2]);
     // The worker of one that gave up is everybody's again.
-    placement.release(Ticket(2), Ended::Cancelled, now);
+    placement.release(Ticket(2), AttemptEnd::Cancelled, now);
     assert!(matches!(
         placement.ask(Ticket(5), ask(), false, now),
-        Asked::Placed(_)
+        Decision::Placed(_)
     ));
     let worker = placement.registry.get(only).unwrap();
     assert_eq!(
@@ -230,19 +233,22 @@ fn a_suspect_is_alone_with_a_worker_until_its_first_token() {
 fn suspects_keep_others_from_one_worker_only_and_not_for_long() {
     let now = Instant::now();
     let mut placement = placement(64);
-    let suspect = || Ask {
+    let suspect = || Requirements {
         alone: true,
         ..ask()
     };
-    let is_placed = |asked| matches!(asked, Asked::Placed(_));
+    let is_placed = |asked| matches!(asked, Decision::Placed(_));
     let first = join(&mut placement, "a", 32, now);
     // A long prompt is computed there.
     assert!(is_placed(placement.ask(Ticket(1), ask(), false, now)));
     for ticket in 2..11 {
         let asked = placement.ask(Ticket(ticket), suspect(), true, now);
-        assert_eq!(asked, Asked::Waiting);
+        assert_eq!(asked, Decision::Waiting);
     }
-    assert_eq!(placement.ask(Ticket(20), ask(), false, now), Asked::Waiting);
+    assert_eq!(
+        placement.ask(Ticket(20), ask(), false, now),
+        Decision::Waiting
+    );
     assert!(placement.pump(now).is_empty());
     // Another worker, where a prompt is computed, too, is for everybody else.
     let second = join(&mut placement, "b", 32, now);
@@ -260,7 +266,7 @@ fn suspects_keep_others_from_one_worker_only_and_not_for_long() {
 fn nine_suspects_on_one_worker_do_not_stop_its_model() {
     let start = Instant::now();
     let mut placement = placement(64);
-    let suspect = || Ask {
+    let suspect = || Requirements {
         alone: true,
         ..ask()
     };
@@ -282,12 +288,12 @@ fn nine_suspects_on_one_worker_do_not_stop_its_model() {
         for ticket in done {
             begun.remove(&ticket);
             placement.first_token(ticket, now);
-            placement.release(ticket, Ended::Complete, now);
+            placement.release(ticket, AttemptEnd::Complete, now);
         }
         if second % 5 == 0 && second < 300 {
             let ticket = Ticket(1000 + second);
             match placement.ask(ticket, ask(), false, now) {
-                Asked::Placed(_) => drop(begun.insert(ticket, now)),
+                Decision::Placed(_) => drop(begun.insert(ticket, now)),
                 _ => drop(waits.insert(ticket, now)),
             }
         }
@@ -322,7 +328,7 @@ fn a_prompt_that_is_too_long_for_all_is_refused_before_anybody_gets_it() {
     };
     let address = ([127, 0, 0, 1], 1).into();
     placement.registry.join("a", address, hello(&card), now);
-    let long = Ask {
+    let long = Requirements {
         length: Length::of(&mesh_proto::Prompt::Text("1".repeat(8 << 20))),
         ..ask()
     };
@@ -332,7 +338,7 @@ fn a_prompt_that_is_too_long_for_all_is_refused_before_anybody_gets_it() {
     };
     assert_eq!(
         placement.ask(Ticket(1), long.clone(), false, now),
-        Asked::Refused(refused)
+        Decision::Refused(refused)
     );
     // A worker that cannot tell how long it is may serve it.
     let unknown = ModelCard {
@@ -343,7 +349,7 @@ fn a_prompt_that_is_too_long_for_all_is_refused_before_anybody_gets_it() {
     placement.registry.prove_all(b, now);
     assert!(matches!(
         placement.ask(Ticket(2), long, false, now),
-        Asked::Placed(_)
+        Decision::Placed(_)
     ));
 }
 
@@ -353,17 +359,17 @@ fn without_a_worker_a_request_is_refused_and_an_unknown_model_is_named() {
     let mut placement = placement(4);
     assert!(matches!(
         placement.ask(Ticket(1), ask(), false, now),
-        Asked::Refused(Refusal::NoWorker { .. })
+        Decision::Refused(Refusal::NoWorker { .. })
     ));
     join(&mut placement, "w", 1, now);
-    let unknown = Ask {
+    let unknown = Requirements {
         model: "gpt-9".into(),
         ..ask()
     };
     let refused = placement.ask(Ticket(2), unknown, false, now);
     assert_eq!(
         refused,
-        Asked::Refused(Refusal::UnknownModel {
+        Decision::Refused(Refusal::UnknownModel {
             model: "gpt-9".into()
         })
     );
@@ -376,11 +382,17 @@ fn the_queue_is_first_come_first_served_and_bounded() {
     join(&mut placement, "w", 1, now);
     assert!(matches!(
         placement.ask(Ticket(1), ask(), false, now),
-        Asked::Placed(_)
+        Decision::Placed(_)
     ));
-    assert_eq!(placement.ask(Ticket(2), ask(), false, now), Asked::Waiting);
-    assert_eq!(placement.ask(Ticket(3), ask(), false, now), Asked::Waiting);
-    let Asked::Refused(refusal) = placement.ask(Ticket(4), ask(), false, now) else {
+    assert_eq!(
+        placement.ask(Ticket(2), ask(), false, now),
+        Decision::Waiting
+    );
+    assert_eq!(
+        placement.ask(Ticket(3), ask(), false, now),
+        Decision::Waiting
+    );
+    let Decision::Refused(refusal) = placement.ask(Ticket(4), ask(), false, now) else {
         panic!("it waits");
     };
     assert_eq!(
@@ -389,7 +401,7 @@ fn the_queue_is_first_come_first_served_and_bounded() {
          1 source; wait for one of them to end, or add workers"
     );
     assert!(placement.pump(now).is_empty());
-    placement.release(Ticket(1), Ended::Complete, now);
+    placement.release(Ticket(1), AttemptEnd::Complete, now);
     let decided = placement.pump(now);
     assert_eq!(decided.len(), 1);
     assert_eq!(decided[0].0, Ticket(2));
@@ -402,8 +414,11 @@ fn a_rerun_goes_before_those_who_wait() {
     let worker = join(&mut placement, "w", 1, now);
     placement.ask(Ticket(1), ask(), false, now);
     placement.ask(Ticket(2), ask(), false, now);
-    assert_eq!(placement.ask(Ticket(3), ask(), true, now), Asked::Waiting);
-    placement.release(Ticket(1), Ended::Failed, now);
+    assert_eq!(
+        placement.ask(Ticket(3), ask(), true, now),
+        Decision::Waiting
+    );
+    placement.release(Ticket(1), AttemptEnd::Failed, now);
     assert!(
         placement.pump(now).is_empty(),
         "it has to prove itself first"
@@ -419,7 +434,10 @@ fn a_rerun_outlasts_the_grace_when_a_worker_rejoins_and_fails_when_none_does() {
     placement
         .registry
         .report(WorkerId(1), Default::default(), start);
-    assert_eq!(placement.ask(Ticket(1), ask(), true, start), Asked::Waiting);
+    assert_eq!(
+        placement.ask(Ticket(1), ask(), true, start),
+        Decision::Waiting
+    );
     assert!(placement.pump(start + GRACE / 2).is_empty());
     let decided = placement.pump(start + GRACE);
     assert!(matches!(
@@ -427,7 +445,10 @@ fn a_rerun_outlasts_the_grace_when_a_worker_rejoins_and_fails_when_none_does() {
         [(Ticket(1), Err(Refusal::NoWorker { .. }))]
     ));
 
-    assert_eq!(placement.ask(Ticket(2), ask(), true, start), Asked::Waiting);
+    assert_eq!(
+        placement.ask(Ticket(2), ask(), true, start),
+        Decision::Waiting
+    );
     join(&mut placement, "w", 1, start);
     assert!(matches!(
         placement.pump(start + GRACE)[..],
@@ -443,7 +464,7 @@ fn waiting_requests_whose_workers_all_left_get_the_grace_too() {
     placement.ask(Ticket(1), ask(), false, start);
     placement.ask(Ticket(2), ask(), false, start);
     placement.leave(worker, start);
-    placement.release(Ticket(1), Ended::Failed, start);
+    placement.release(Ticket(1), AttemptEnd::Failed, start);
     assert!(placement.pump(start).is_empty());
     assert_eq!(placement.pump(start + GRACE).len(), 1);
     assert_eq!(placement.queued(), 0);
@@ -457,12 +478,15 @@ fn requests_wait_for_a_ring_that_is_being_formed_and_hear_why_there_is_none() {
     placement.set_prospects(prospect(Prospect::Coming));
     assert_eq!(
         placement.ask(Ticket(1), ask(), false, start),
-        Asked::Waiting
+        Decision::Waiting
     );
-    assert_eq!(placement.ask(Ticket(2), ask(), true, start), Asked::Waiting);
+    assert_eq!(
+        placement.ask(Ticket(2), ask(), true, start),
+        Decision::Waiting
+    );
     assert!(matches!(
         placement.ask(Ticket(3), ask(), false, start),
-        Asked::Refused(Refusal::QueueFull { limit: 2, .. })
+        Decision::Refused(Refusal::QueueFull { limit: 2, .. })
     ));
     assert!(
         placement.pump(start + 10 * GRACE).is_empty(),
@@ -484,7 +508,7 @@ fn requests_wait_for_a_ring_that_is_being_formed_and_hear_why_there_is_none() {
     );
     assert!(matches!(
         placement.ask(Ticket(4), ask(), false, late),
-        Asked::Refused(Refusal::NoRing { .. })
+        Decision::Refused(Refusal::NoRing { .. })
     ));
 }
 
@@ -502,7 +526,7 @@ fn the_driver_of_a_ring_is_asked_until_the_ring_has_moved() {
     placement.registry.serve(worker, 7, card, now);
     placement.registry.prove_all(worker, now);
     placement.registry.get_mut(worker).unwrap().draining = true;
-    let Asked::Placed(placed) = placement.ask(Ticket(1), ask(), false, now) else {
+    let Decision::Placed(placed) = placement.ask(Ticket(1), ask(), false, now) else {
         panic!("refused");
     };
     assert_eq!(
@@ -516,9 +540,9 @@ fn the_driver_of_a_ring_is_asked_until_the_ring_has_moved() {
     placement.registry.withdraw(worker, 7, now);
     assert!(matches!(
         placement.ask(Ticket(2), ask(), false, now),
-        Asked::Refused(_)
+        Decision::Refused(_)
     ));
-    placement.release(Ticket(1), Ended::Complete, now);
+    placement.release(Ticket(1), AttemptEnd::Complete, now);
     assert_eq!(placement.running_on(7), 0);
 }
 
@@ -528,10 +552,10 @@ fn counts_return_to_zero_whatever_the_end() {
     let mut placement = placement(4);
     let worker = join(&mut placement, "w", 8, now);
     for (index, ended) in [
-        Ended::Complete,
-        Ended::Failed,
-        Ended::Busy,
-        Ended::Cancelled,
+        AttemptEnd::Complete,
+        AttemptEnd::Failed,
+        AttemptEnd::Busy,
+        AttemptEnd::Cancelled,
     ]
     .into_iter()
     .enumerate()
@@ -539,7 +563,7 @@ fn counts_return_to_zero_whatever_the_end() {
         let later = now + Duration::from_secs(index as u64);
         assert!(matches!(
             placement.ask(Ticket(index as u64), ask(), false, later),
-            Asked::Placed(_)
+            Decision::Placed(_)
         ));
         if index % 2 == 0 {
             placement.first_token(Ticket(index as u64), later);
@@ -560,8 +584,11 @@ fn a_worker_that_said_busy_is_left_alone_for_a_moment() {
     let mut placement = placement(4);
     join(&mut placement, "w", 8, now);
     placement.ask(Ticket(1), ask(), false, now);
-    placement.release(Ticket(1), Ended::Busy, now);
-    assert_eq!(placement.ask(Ticket(2), ask(), false, now), Asked::Waiting);
+    placement.release(Ticket(1), AttemptEnd::Busy, now);
+    assert_eq!(
+        placement.ask(Ticket(2), ask(), false, now),
+        Decision::Waiting
+    );
     assert_eq!(placement.pump(now + BUSY_PAUSE).len(), 1);
 }
 
@@ -588,7 +615,7 @@ fn requests_wait_for_a_newcomers_first_answer_and_not_for_one_that_gives_none() 
     let mute = unproven(&mut placement, "mute", start);
     assert_eq!(
         placement.ask(Ticket(1), ask(), false, start),
-        Asked::Waiting
+        Decision::Waiting
     );
     assert!(placement.pump(start).is_empty());
     let [proof] = &placement
@@ -600,7 +627,7 @@ fn requests_wait_for_a_newcomers_first_answer_and_not_for_one_that_gives_none() 
     let late = start + Duration::from_secs(30);
     placement.registry.proved(mute, proof, None, start, 2, late);
     let asked = placement.ask(Ticket(2), ask(), false, late);
-    let Asked::Refused(refusal @ Refusal::NoneAnswers { .. }) = asked else {
+    let Decision::Refused(refusal @ Refusal::NoneAnswers { .. }) = asked else {
         panic!("{asked:?}");
     };
     assert!(
@@ -613,7 +640,7 @@ fn requests_wait_for_a_newcomers_first_answer_and_not_for_one_that_gives_none() 
     assert!(matches!(&decided[..], [(Ticket(1), Ok(placed))] if placed.worker == good));
     for ticket in 3..8 {
         match placement.ask(Ticket(ticket), ask(), false, late) {
-            Asked::Placed(placed) => assert_eq!(placed.worker, good),
+            Decision::Placed(placed) => assert_eq!(placed.worker, good),
             other => panic!("{other:?}"),
         }
     }
@@ -665,19 +692,19 @@ fn speed_is_what_came_in_what_time() {
     let start = Instant::now();
     let mut placement = placement(4);
     let id = join(&mut placement, "w", 4, start);
-    let long = Ask {
+    let long = Requirements {
         prompt_tokens: 400,
         ..ask()
     };
     placement.ask(Ticket(1), long, false, start);
     let first = start + Duration::from_secs(2);
     placement.first_token(Ticket(1), first);
-    let received = Received {
+    let received = ReceivedTokens {
         tokens: 50,
         last: Some(first + Duration::from_secs(5)),
     };
     let end = first + Duration::from_secs(60);
-    placement.release_after(Ticket(1), Ended::Complete, received, end);
+    placement.release_after(Ticket(1), AttemptEnd::Complete, received, end);
     let model = &placement.registry.get(id).unwrap().models[0];
     assert!((model.decode_tps - 10.0).abs() < 0.01, "{model:?}");
     assert!((model.prefill_tps - 200.0).abs() < 0.01, "{model:?}");
@@ -697,9 +724,9 @@ fn speed_is_what_came_in_what_time() {
     assert!(model.decode_tps < 11.0 && model.prefill_tps < 201.0);
 }
 
-fn from(ingress: Ingress, last: u8) -> Ask {
+fn from(ingress: Ingress, last: u8) -> Requirements {
     let origin = Origin::of([10, 0, 0, last].into());
-    Ask {
+    Requirements {
         source: Source { ingress, origin },
         ..ask()
     }
@@ -717,9 +744,9 @@ fn a_flood_of_datagrams_delays_a_chat_by_what_runs_already_and_no_more() {
     let chat = Ticket(5000);
     assert_eq!(
         placement.ask(chat, from(Ingress::Http, 2), false, now),
-        Asked::Waiting
+        Decision::Waiting
     );
-    placement.release(Ticket(0), Ended::Complete, now);
+    placement.release(Ticket(0), AttemptEnd::Complete, now);
     let decided = placement.pump(now);
     assert!(
         matches!(&decided[..], [(ticket, Ok(_))] if *ticket == chat),
@@ -738,11 +765,11 @@ fn a_newcomer_finds_room_in_a_full_queue_and_the_one_displaced_hears_so() {
     }
     assert!(matches!(
         placement.ask(Ticket(4), from(Ingress::Dcf, 1), false, now),
-        Asked::Refused(Refusal::QueueFull { yours: 3, .. })
+        Decision::Refused(Refusal::QueueFull { yours: 3, .. })
     ));
     assert_eq!(
         placement.ask(Ticket(5), from(Ingress::Http, 2), false, now),
-        Asked::Waiting
+        Decision::Waiting
     );
     assert!(placement.has_displaced());
     let decided = placement.pump(now);
@@ -761,7 +788,7 @@ fn a_model_without_room_does_not_hold_up_another() {
     let other = join(&mut placement, "x", 1, now);
     let worker = placement.registry.get_mut(other).unwrap();
     worker.models[0].card.name = "n".into();
-    let n = || Ask {
+    let n = || Requirements {
         model: "n".into(),
         ..ask()
     };
@@ -769,9 +796,9 @@ fn a_model_without_room_does_not_hold_up_another() {
     placement.ask(Ticket(2), n(), false, now);
     placement.ask(Ticket(3), ask(), false, now);
     placement.ask(Ticket(4), n(), false, now);
-    placement.release(Ticket(2), Ended::Complete, now);
+    placement.release(Ticket(2), AttemptEnd::Complete, now);
     assert_eq!(placement.pump(now)[0].0, Ticket(4));
-    placement.release(Ticket(1), Ended::Complete, now);
+    placement.release(Ticket(1), AttemptEnd::Complete, now);
     assert_eq!(placement.pump(now)[0].0, Ticket(3));
 }
 
@@ -788,9 +815,9 @@ fn the_first_token_is_a_proof_and_one_failure_beside_a_stream_is_no_disproof() {
     assert!(!answers(&placement, now));
     placement.first_token(Ticket(1), now);
     assert!(answers(&placement, now));
-    placement.release(Ticket(2), Ended::Failed, now);
+    placement.release(Ticket(2), AttemptEnd::Failed, now);
     assert!(answers(&placement, now), "the other one streams");
-    placement.release(Ticket(1), Ended::Failed, now);
+    placement.release(Ticket(1), AttemptEnd::Failed, now);
     assert!(!answers(&placement, now));
     // Signs of life prove nothing after a failure, but they do before one.
     let worker = placement.registry.get_mut(id).unwrap();
@@ -827,7 +854,7 @@ fn a_worker_where_requests_wait_for_memory_gets_no_more_of_them() {
     placement.registry.report(id, load(3), later);
     assert_eq!(
         placement.ask(Ticket(1), ask(), false, later),
-        Asked::Waiting
+        Decision::Waiting
     );
     let busy = |placement: &Placement, now| {
         let worker = placement.registry.get(id).unwrap();

@@ -3,7 +3,7 @@
 //! All rules for them that are not transport are here, and the rest of the head knows them by
 //! [`Worker::has_identity`] alone. An operator has to admit them. They enter with a heartbeat that proves
 //! nothing, report neither models nor load, work on one task after the other and answer with the whole Result.
-//! So they serve only requests that can be a plain task (`Ask::plain`), count as serving for as long as their
+//! So they serve only requests that can be a plain task (`Requirements::plain`), count as serving for as long as their
 //! heartbeats come, and get a request only while no worker of the mesh that serves it can be waited for.
 
 use std::net::SocketAddr;

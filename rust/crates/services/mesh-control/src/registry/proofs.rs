@@ -8,7 +8,9 @@ use mesh_proto::ModelKind;
 use super::Registry;
 use super::served::{ServedModel, ring_of_subject, short};
 use super::worker::{Worker, WorkerId};
-use crate::spotcheck::{CheckState, Peer, Question, Sample, Schedule, Verdict, Weights};
+use crate::spotcheck::{
+    CheckCandidate, CheckState, CheckVerdict, Question, Sample, Schedule, Weights,
+};
 
 /// A proof that a worker has to give.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -139,7 +141,10 @@ impl Registry {
             return Vec::new();
         };
         let peers = self.peers(&weights, now);
-        let peers: Vec<Peer<'_>> = peers.iter().map(|subject| Peer { subject }).collect();
+        let peers: Vec<CheckCandidate<'_>> = peers
+            .iter()
+            .map(|subject| CheckCandidate { subject })
+            .collect();
         let answer = (proof.question.round, sample);
         // Checks cost a hundredth of a slow worker's time at most.
         let took = now.saturating_duration_since(asked);
@@ -161,7 +166,10 @@ impl Registry {
         let mut findings = Vec::new();
         for weights in self.checks.waiting() {
             let peers = self.peers(&weights, now);
-            let peers: Vec<Peer<'_>> = peers.iter().map(|subject| Peer { subject }).collect();
+            let peers: Vec<CheckCandidate<'_>> = peers
+                .iter()
+                .map(|subject| CheckCandidate { subject })
+                .collect();
             let every = self.check_interval;
             let schedule = Schedule { every, seed };
             let verdicts = self.checks.look_again(&weights, &peers, schedule, now);
@@ -246,7 +254,7 @@ impl Registry {
         peers.into_iter().map(|(_, _, subject)| subject).collect()
     }
 
-    fn found(&mut self, weights: &Weights, verdict: Verdict, now: Instant) -> Option<Finding> {
+    fn found(&mut self, weights: &Weights, verdict: CheckVerdict, now: Instant) -> Option<Finding> {
         let named = |this: &Self, subject: &str| {
             let found = this.iter().find(|worker| {
                 let node = worker.node_id().unwrap_or_default();
@@ -259,7 +267,7 @@ impl Registry {
             )
         };
         match verdict {
-            Verdict::Outvoted { subject, by } => {
+            CheckVerdict::Outvoted { subject, by } => {
                 let (node, name) = named(self, &subject);
                 let others: Vec<String> = by.iter().map(|other| named(self, other).1).collect();
                 let reason = format!(
@@ -283,7 +291,7 @@ impl Registry {
                     reason,
                 })
             }
-            Verdict::Disputed { senior, junior } => {
+            CheckVerdict::Disputed { senior, junior } => {
                 let (one, two) = (named(self, &senior).1, named(self, &junior).1);
                 let text = format!(
                     "workers `{one}` and `{two}` give different answers for {:?} though both claim the same weights, and no third one can say \
@@ -296,7 +304,7 @@ impl Registry {
                 }
                 Some(Finding::Disputed { text })
             }
-            Verdict::Settled { subject } => {
+            CheckVerdict::Settled { subject } => {
                 self.disputes.remove(&subject);
                 let (_, name) = named(self, &subject);
                 Some(Finding::Settled { name })

@@ -5,11 +5,11 @@ use std::collections::BTreeSet;
 use dcf::ErrorCode;
 
 use super::error::{AnswerError, Failure, Fault};
-use super::{Answer, Phase, Rejection, Step};
-use crate::placement::Ended;
+use super::{Lifecycle, Phase, Rejection, Step};
+use crate::placement::AttemptEnd;
 use crate::registry::WorkerId;
 
-impl Answer {
+impl Lifecycle {
     pub(super) fn silent_deaths(&self) -> usize {
         self.deaths.iter().filter(|(_, silent)| *silent).count()
     }
@@ -20,7 +20,7 @@ impl Answer {
             return Step::Wait;
         };
         let (code, text) = match failure {
-            Failure::Lost(text) => return self.again(worker, text, Ended::Failed),
+            Failure::Lost(text) => return self.again(worker, text, AttemptEnd::Failed),
             Failure::Died(text) => return self.died(worker, text),
             Failure::Nonsense(text) => return self.blame(worker, text),
             Failure::Error { code, text } => (code, readable(&text)),
@@ -39,12 +39,12 @@ impl Answer {
                 // Not a failure, and the worker's own pause keeps this from turning quickly; the limit on
                 // waiting ends it.
                 self.phase = Phase::Placing;
-                Step::Again(Ended::Busy)
+                Step::Again(AttemptEnd::Busy)
             }
             _ => {
                 self.fault = Fault::Perhaps;
                 let text = format!("{code}: {text}");
-                self.again_as(worker, text, Ended::Failed)
+                self.again_as(worker, text, AttemptEnd::Failed)
             }
         }
     }
@@ -54,7 +54,7 @@ impl Answer {
         self.deaths.push((worker, !self.answered));
         let (deaths, silent) = (self.deaths.len(), self.silent_deaths());
         if silent < MOST_SILENT_DEATHS && deaths < MOST_DEATHS {
-            return self.again(worker, text, Ended::Failed);
+            return self.again(worker, text, AttemptEnd::Failed);
         }
         self.failures += 1;
         let error = AnswerError::WorkersDied {
@@ -62,7 +62,7 @@ impl Answer {
             silent: silent == deaths,
             last: text,
         };
-        self.fail(error, Ended::Failed)
+        self.fail(error, AttemptEnd::Failed)
     }
 
     /// The request itself is at fault, as this worker says. If another one can be asked, it decides.
@@ -70,14 +70,14 @@ impl Answer {
         match self.rejected.take() {
             Some(first) if first.worker != worker => {
                 let (code, text) = (first.code, first.text);
-                self.fail(AnswerError::Rejected { code, text }, Ended::Cancelled)
+                self.fail(AnswerError::Rejected { code, text }, AttemptEnd::Cancelled)
             }
             None if self.second_opinion => {
                 self.rejected = Some(Rejection { worker, code, text });
                 self.phase = Phase::Placing;
-                Step::Again(Ended::Cancelled)
+                Step::Again(AttemptEnd::Cancelled)
             }
-            _ => self.fail(AnswerError::Rejected { code, text }, Ended::Cancelled),
+            _ => self.fail(AnswerError::Rejected { code, text }, AttemptEnd::Cancelled),
         }
     }
 
@@ -89,15 +89,15 @@ impl Answer {
     /// The attempt failed, and that is the worker's fault.
     pub(super) fn blame(&mut self, worker: WorkerId, text: String) -> Step {
         self.fault = Fault::Worker;
-        self.again_as(worker, text, Ended::Failed)
+        self.again_as(worker, text, AttemptEnd::Failed)
     }
 
-    pub(super) fn again(&mut self, worker: WorkerId, text: String, ended: Ended) -> Step {
+    pub(super) fn again(&mut self, worker: WorkerId, text: String, ended: AttemptEnd) -> Step {
         self.fault = Fault::Unknown;
         self.again_as(worker, text, ended)
     }
 
-    pub(super) fn again_as(&mut self, worker: WorkerId, text: String, ended: Ended) -> Step {
+    pub(super) fn again_as(&mut self, worker: WorkerId, text: String, ended: AttemptEnd) -> Step {
         self.failures += 1;
         self.failed_on.push(worker);
         if self.failures > self.limits.reruns {
@@ -114,7 +114,7 @@ impl Answer {
         Step::Again(ended)
     }
 
-    pub(super) fn fail(&mut self, error: AnswerError, ended: Ended) -> Step {
+    pub(super) fn fail(&mut self, error: AnswerError, ended: AttemptEnd) -> Step {
         self.phase = Phase::Ended;
         // The only verdict on the request that there is.
         let error = match (self.rejected.take(), error) {

@@ -172,7 +172,7 @@ struct Seen {
 fn run(truth: &Truth, scripts: &[Script]) -> Seen {
     let start = Instant::now();
     let mut now = start;
-    let mut answer = Answer::new(LIMITS, now);
+    let mut answer = Lifecycle::new(LIMITS, now);
     let (mut tokens, mut text) = (Vec::new(), String::new());
     // Events in flight, of old attempts too: (time, number) keeps those of one attempt in order.
     let mut network: BTreeMap<(Instant, u32, usize), Event> = BTreeMap::new();
@@ -300,7 +300,7 @@ fn a_silent_worker_is_given_up_after_the_silence_limit() {
 #[test]
 fn silence_with_a_known_cause_is_excused() {
     let start = Instant::now();
-    let mut answer = Answer::new(LIMITS, start);
+    let mut answer = Lifecycle::new(LIMITS, start);
     let resume = answer.placed(WorkerId(1), Duration::ZERO, start);
     let tokens = Tokens {
         tokens: vec![1],
@@ -318,7 +318,7 @@ fn silence_with_a_known_cause_is_excused() {
     );
     assert_eq!(
         answer.time_passed(late + LIMITS.silence),
-        Step::Again(Ended::Failed)
+        Step::Again(AttemptEnd::Failed)
     );
     answer.excused_until(late);
     assert_eq!(
@@ -331,7 +331,7 @@ fn silence_with_a_known_cause_is_excused() {
 #[test]
 fn slow_steps_stretch_the_silence_limit() {
     let start = Instant::now();
-    let mut answer = Answer::new(LIMITS, start);
+    let mut answer = Lifecycle::new(LIMITS, start);
     let attempt = answer.placed(WorkerId(1), Duration::ZERO, start).attempt;
     let mut now = start;
     for index in 0..5 {
@@ -352,7 +352,7 @@ fn slow_steps_stretch_the_silence_limit() {
 #[test]
 fn a_long_prefill_is_not_silence() {
     let start = Instant::now();
-    let mut answer = Answer::new(LIMITS, start);
+    let mut answer = Lifecycle::new(LIMITS, start);
     answer.placed(WorkerId(1), Duration::from_secs(3), start);
     assert_eq!(
         answer.time_passed(start + Duration::from_secs(34)),
@@ -360,7 +360,7 @@ fn a_long_prefill_is_not_silence() {
     );
     assert!(matches!(
         answer.time_passed(start + Duration::from_secs(35)),
-        Step::Again(Ended::Failed)
+        Step::Again(AttemptEnd::Failed)
     ));
 }
 
@@ -392,7 +392,7 @@ fn the_deadline_ends_everything() {
 #[test]
 fn a_request_that_no_worker_can_answer_is_not_run_again() {
     let now = Instant::now();
-    let mut answer = Answer::new(LIMITS, now);
+    let mut answer = Lifecycle::new(LIMITS, now);
     let attempt = answer.placed(WorkerId(1), Duration::ZERO, now).attempt;
     let step = answer.failed(attempt, error(ErrorCode::CONTEXT_TOO_LONG));
     assert!(matches!(
@@ -439,7 +439,7 @@ fn one_token(index: u32) -> Tokens {
 #[test]
 fn a_request_that_waits_in_a_queue_that_moves_is_not_given_up() {
     let start = Instant::now();
-    let mut answer = Answer::new(PATIENT, start);
+    let mut answer = Lifecycle::new(PATIENT, start);
     let attempt = answer.placed(WorkerId(1), Duration::ZERO, start).attempt;
     let mut now = start;
     for _ in 0..7200 {
@@ -452,13 +452,13 @@ fn a_request_that_waits_in_a_queue_that_moves_is_not_given_up() {
     // Then the signs stop: that is silence.
     let due = answer.next_timer().unwrap();
     assert!(due <= now + LIMITS.first_token);
-    assert_eq!(answer.time_passed(due), Step::Again(Ended::Failed));
+    assert_eq!(answer.time_passed(due), Step::Again(AttemptEnd::Failed));
 }
 
 #[test]
 fn signs_of_life_of_an_engine_that_hangs_are_none() {
     let start = Instant::now();
-    let mut answer = Answer::new(PATIENT, start);
+    let mut answer = Lifecycle::new(PATIENT, start);
     let attempt = answer.placed(WorkerId(1), Duration::ZERO, start).attempt;
     for second in 1..5 {
         let now = start + Duration::from_secs(second);
@@ -477,13 +477,13 @@ fn signs_of_life_of_an_engine_that_hangs_are_none() {
         None,
         now,
     );
-    assert_eq!(answer.time_passed(now), Step::Again(Ended::Failed));
+    assert_eq!(answer.time_passed(now), Step::Again(AttemptEnd::Failed));
 }
 
 #[test]
 fn an_answer_that_gives_its_place_to_others_is_waited_for() {
     let start = Instant::now();
-    let mut answer = Answer::new(PATIENT, start);
+    let mut answer = Lifecycle::new(PATIENT, start);
     let attempt = answer.placed(WorkerId(1), Duration::ZERO, start).attempt;
     let mut now = start;
     for index in 0..10 {
@@ -503,7 +503,7 @@ fn an_answer_that_gives_its_place_to_others_is_waited_for() {
 #[test]
 fn a_steady_answer_is_not_cut_however_long_it_takes() {
     let start = Instant::now();
-    let mut answer = Answer::new(PATIENT, start);
+    let mut answer = Lifecycle::new(PATIENT, start);
     let attempt = answer.placed(WorkerId(1), Duration::ZERO, start).attempt;
     for index in 0..5000 {
         let now = start + Duration::from_millis(900) * index;
@@ -515,14 +515,14 @@ fn a_steady_answer_is_not_cut_however_long_it_takes() {
 #[test]
 fn waiting_for_room_has_its_own_limit_that_busy_workers_do_not_renew() {
     let start = Instant::now();
-    let mut answer = Answer::new(PATIENT, start);
+    let mut answer = Lifecycle::new(PATIENT, start);
     let mut now = start;
     let error = loop {
         let attempt = answer.placed(WorkerId(1), Duration::ZERO, now).attempt;
         now += Duration::from_secs(1);
         answer.failed(attempt, error(ErrorCode::WORKER_BUSY));
         if let Step::Fail(error, ended) = answer.time_passed(now) {
-            assert_eq!(ended, Ended::Cancelled);
+            assert_eq!(ended, AttemptEnd::Cancelled);
             break error;
         }
     };
@@ -533,7 +533,7 @@ fn waiting_for_room_has_its_own_limit_that_busy_workers_do_not_renew() {
 #[test]
 fn one_worker_that_fails_often_is_one_worker() {
     let now = Instant::now();
-    let mut answer = Answer::new(PATIENT, now);
+    let mut answer = Lifecycle::new(PATIENT, now);
     for _ in 0..LIMITS.reruns {
         let attempt = answer.placed(WorkerId(1), Duration::ZERO, now).attempt;
         answer.failed(attempt, Failure::Lost("gone".into()));
@@ -552,7 +552,7 @@ fn one_worker_that_fails_often_is_one_worker() {
 /// before it.
 fn deaths(tokens_before: &[u32]) -> (AnswerError, u32) {
     let now = Instant::now();
-    let mut answer = Answer::new(PATIENT, now);
+    let mut answer = Lifecycle::new(PATIENT, now);
     let mut have = 0;
     for (deaths, &tokens) in (1..).zip(tokens_before) {
         let worker = WorkerId(u64::from(deaths));
@@ -570,8 +570,8 @@ fn deaths(tokens_before: &[u32]) -> (AnswerError, u32) {
             have += 1;
         }
         match answer.failed(attempt, Failure::Died("link closed".into())) {
-            Step::Fail(error, Ended::Failed) => return (error, deaths),
-            Step::Again(Ended::Failed) => {}
+            Step::Fail(error, AttemptEnd::Failed) => return (error, deaths),
+            Step::Again(AttemptEnd::Failed) => {}
             other => panic!("{other:?}"),
         }
         // After the first death that it may have caused it gets a worker where nothing else begins.
@@ -596,12 +596,12 @@ fn a_request_that_kills_workers_is_not_handed_from_one_to_the_next() {
 #[test]
 fn a_worker_that_only_lost_its_link_does_not_count_as_dead() {
     let now = Instant::now();
-    let mut answer = Answer::new(PATIENT, now);
+    let mut answer = Lifecycle::new(PATIENT, now);
     for connection in 0..3 {
         let worker = WorkerId(connection);
         let attempt = answer.placed(worker, Duration::ZERO, now).attempt;
         let lost = answer.failed(attempt, Failure::Died("the peer went silent".into()));
-        assert!(matches!(lost, Step::Again(Ended::Failed)), "{lost:?}");
+        assert!(matches!(lost, Step::Again(AttemptEnd::Failed)), "{lost:?}");
         assert!(answer.is_suspect());
         answer.lives(worker);
         assert!(!answer.is_suspect());
@@ -660,7 +660,7 @@ proptest! {
 #[test]
 fn what_is_excused_is_looked_at_again_whatever_was_heard_meanwhile() {
     let start = Instant::now();
-    let mut answer = Answer::new(PATIENT, start);
+    let mut answer = Lifecycle::new(PATIENT, start);
     let attempt = answer.placed(WorkerId(1), Duration::ZERO, start).attempt;
     let heard = start + Duration::from_secs(2);
     answer.progressed(attempt, &waits(RequestPhase::Queued, 1), None, heard);
@@ -675,7 +675,7 @@ fn what_is_excused_is_looked_at_again_whatever_was_heard_meanwhile() {
 #[test]
 fn signs_of_life_that_nothing_bears_out_are_believed_for_as_long_as_a_silence_may_last() {
     let start = Instant::now();
-    let mut answer = Answer::new(PATIENT, start);
+    let mut answer = Lifecycle::new(PATIENT, start);
     let attempt = answer.placed(WorkerId(1), Duration::ZERO, start).attempt;
     let mut now = start;
     let ended = loop {
@@ -689,7 +689,7 @@ fn signs_of_life_that_nothing_bears_out_are_believed_for_as_long_as_a_silence_ma
     };
     assert_eq!(
         (ended, answer.fault()),
-        (Step::Again(Ended::Failed), Fault::Silence)
+        (Step::Again(AttemptEnd::Failed), Fault::Silence)
     );
     let lasted = now - start;
     assert!(lasted >= LIMITS.timeout && lasted <= LIMITS.timeout + LIMITS.first_token * 2);
@@ -702,7 +702,7 @@ fn a_prompt_that_gets_on_is_waited_for_and_more_of_it_than_there_is_proves_nothi
         prompt_tokens: 1000,
         ..Bounds::default()
     };
-    let mut answer = Answer::new(PATIENT, start).within(bounds);
+    let mut answer = Lifecycle::new(PATIENT, start).within(bounds);
     let attempt = answer.placed(WorkerId(1), Duration::ZERO, start).attempt;
     let mut now = start;
     for done in 0..1000 {
@@ -726,19 +726,19 @@ fn a_prompt_that_gets_on_is_waited_for_and_more_of_it_than_there_is_proves_nothi
     assert!(gave_up);
 }
 
-fn bounded(tokens: u32) -> (Answer, u32, Instant) {
+fn bounded(tokens: u32) -> (Lifecycle, u32, Instant) {
     let start = Instant::now();
     let bounds = Bounds {
         tokens,
         ..Bounds::default()
     };
-    let mut answer = Answer::new(LIMITS, start).within(bounds);
+    let mut answer = Lifecycle::new(LIMITS, start).within(bounds);
     let attempt = answer.placed(WorkerId(1), Duration::ZERO, start).attempt;
     (answer, attempt, start)
 }
 
-fn is_blamed(answer: &Answer, step: &Step) -> bool {
-    *step == Step::Again(Ended::Failed) && answer.fault() == Fault::Worker
+fn is_blamed(answer: &Lifecycle, step: &Step) -> bool {
+    *step == Step::Again(AttemptEnd::Failed) && answer.fault() == Fault::Worker
 }
 
 #[test]
@@ -858,7 +858,7 @@ fn a_flood_of_messages_that_bring_nothing_is_a_fault_and_emits_nothing() {
     });
     assert_eq!(
         steps.find(|step| *step != Step::Wait),
-        Some(Step::Again(Ended::Failed))
+        Some(Step::Again(AttemptEnd::Failed))
     );
     // Once a second it is what was asked for.
     let (mut answer, attempt, mut now) = bounded(10);
@@ -881,16 +881,16 @@ fn invalid(text: &str) -> Failure {
 #[test]
 fn a_rejection_counts_when_a_second_worker_confirms_it() {
     let now = Instant::now();
-    let mut answer = Answer::new(LIMITS, now);
+    let mut answer = Lifecycle::new(LIMITS, now);
     let attempt = answer.placed(WorkerId(1), Duration::ZERO, now).attempt;
     answer.set_second_opinion(true);
     assert_eq!(
         answer.failed(attempt, invalid("first")),
-        Step::Again(Ended::Cancelled)
+        Step::Again(AttemptEnd::Cancelled)
     );
     assert_eq!(answer.avoided(), [WorkerId(1)]);
     let attempt = answer.placed(WorkerId(2), Duration::ZERO, now).attempt;
-    let Step::Fail(AnswerError::Rejected { text, .. }, Ended::Cancelled) =
+    let Step::Fail(AnswerError::Rejected { text, .. }, AttemptEnd::Cancelled) =
         answer.failed(attempt, invalid("second"))
     else {
         panic!("not rejected");
@@ -901,7 +901,7 @@ fn a_rejection_counts_when_a_second_worker_confirms_it() {
 #[test]
 fn a_rejection_that_another_worker_contradicts_is_the_first_ones_fault() {
     let now = Instant::now();
-    let mut answer = Answer::new(LIMITS, now);
+    let mut answer = Lifecycle::new(LIMITS, now);
     let attempt = answer.placed(WorkerId(1), Duration::ZERO, now).attempt;
     answer.set_second_opinion(true);
     answer.failed(attempt, invalid("no"));
@@ -920,14 +920,14 @@ fn a_rejection_that_another_worker_contradicts_is_the_first_ones_fault() {
 #[test]
 fn a_rejection_stands_where_nobody_else_can_be_asked() {
     let now = Instant::now();
-    let mut answer = Answer::new(LIMITS, now);
+    let mut answer = Lifecycle::new(LIMITS, now);
     let attempt = answer.placed(WorkerId(1), Duration::ZERO, now).attempt;
     assert!(matches!(
         answer.failed(attempt, invalid("no")),
         Step::Fail(AnswerError::Rejected { .. }, _)
     ));
     // The other one left before it could be asked.
-    let mut answer = Answer::new(LIMITS, now);
+    let mut answer = Lifecycle::new(LIMITS, now);
     let attempt = answer.placed(WorkerId(1), Duration::ZERO, now).attempt;
     answer.set_second_opinion(true);
     answer.failed(attempt, invalid("no"));

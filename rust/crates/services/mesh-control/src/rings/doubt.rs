@@ -8,11 +8,13 @@
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
-use super::ring::Doubt;
-use super::{Action, Note, Rings};
+use tracing::{info, warn};
+
+use super::ring::{Doubt, hex};
+use super::{Action, Rings};
 
 /// The outcome of a doubt.
-enum Verdict {
+enum DoubtOutcome {
     /// No decision yet.
     Wait,
     /// It is lost: the head does not hear it either.
@@ -75,11 +77,13 @@ impl Rings {
             self.actions.push(Action::Ask {
                 node: about.clone(),
             });
-            self.actions.push(Action::Note(Note::Doubted {
-                ring,
-                name,
-                by: by_name.clone(),
-            }));
+            info!(
+                ring = hex(ring),
+                worker = name,
+                by = by_name,
+                "a member does not reach another one, which this head hears"
+            );
+            self.counts.doubted += 1;
         }
     }
 
@@ -92,11 +96,11 @@ impl Rings {
         let mut unreached = Vec::new();
         for ((by, about), doubt) in &ring.doubts {
             match self.verdict(by, about, doubt, now) {
-                Verdict::Wait => {}
-                Verdict::Lost(reason) => lost.push((about.clone(), reason)),
+                DoubtOutcome::Wait => {}
+                DoubtOutcome::Lost(reason) => lost.push((about.clone(), reason)),
                 // A standby is mirrored to again and again anyway.
-                Verdict::Relink if !ring.has_member(about) => {}
-                Verdict::Relink => unreached.push((by.clone(), about.clone())),
+                DoubtOutcome::Relink if !ring.has_member(about) => {}
+                DoubtOutcome::Relink => unreached.push((by.clone(), about.clone())),
             }
         }
         if !lost.is_empty() {
@@ -125,20 +129,20 @@ impl Rings {
         }
     }
 
-    fn verdict(&self, by: &str, about: &str, doubt: &Doubt, now: Instant) -> Verdict {
+    fn verdict(&self, by: &str, about: &str, doubt: &Doubt, now: Instant) -> DoubtOutcome {
         let waited = now.saturating_duration_since(doubt.since);
         let heard = self.nodes.get(about).and_then(|node| node.heard);
         // Datagrams that it sent before its end may be noted a moment later.
         let answered = heard.is_some_and(|at| at >= doubt.since + SETTLED);
         if !self.hears(about, now) || (doubt.link && !answered && waited >= ANSWER_LIMIT) {
             let name = self.name(by);
-            return Verdict::Lost(format!("it answers neither {name} nor the head"));
+            return DoubtOutcome::Lost(format!("it answers neither {name} nor the head"));
         }
         // A slow worker gets time to be heard again by the other, too.
         if answered && (doubt.link || waited >= PATIENCE) {
-            return Verdict::Relink;
+            return DoubtOutcome::Relink;
         }
-        Verdict::Wait
+        DoubtOutcome::Wait
     }
 
     /// Begins a new epoch with the same members and new links.
@@ -161,12 +165,9 @@ impl Rings {
             next.relinked.insert(pair.clone(), now);
         }
         next.next_epoch(reason.clone(), now);
-        self.actions.push(Action::Note(Note::Relinked {
-            ring: id,
-            epoch: next.epoch,
-            model: next.model.clone(),
-            reason,
-        }));
+        let (ring, epoch, model) = (hex(id), next.epoch, &next.model);
+        warn!(ring, epoch, model, reason, "ring linked anew");
+        self.counts.relinked += 1;
         self.rings.insert(id, next);
         self.broadcast(id, &BTreeSet::new());
     }

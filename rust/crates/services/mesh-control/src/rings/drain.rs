@@ -5,9 +5,9 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
-use super::node::Node;
-use super::ring::{Part, Ring};
-use super::{Action, Note, Rings};
+use super::Rings;
+use super::node::RingWorker;
+use super::ring::{Replica, Ring, hex};
 
 /// Reasons for which a worker is not drained.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -128,7 +128,7 @@ impl Rings {
                 for part in [member.then_some("member"), standby.then_some("standby")] {
                     holdings.extend(part.map(|part| Holding {
                         model: ring.model.clone(),
-                        ring: format!("{:016x}", ring.id),
+                        ring: hex(ring.id),
                         layers: [stage.layers.start, stage.layers.end],
                         part,
                         waits_for: self.waits_for(
@@ -143,7 +143,7 @@ impl Rings {
         holdings
     }
 
-    fn waits_for(&self, ring: &Ring, standby: Option<&Part>, lag: u64) -> String {
+    fn waits_for(&self, ring: &Ring, standby: Option<&Replica>, lag: u64) -> String {
         if ring.retiring.is_some() {
             return "its last requests on this ring to end".into();
         }
@@ -161,7 +161,7 @@ impl Rings {
 
     /// Moves a ring's parts off drained workers, and to better ones, as far as that goes now.
     pub(super) fn move_off_drained(&mut self, id: u64, now: Instant) {
-        let drains = |node: &str| self.nodes.get(node).is_some_and(Node::is_draining);
+        let drains = |node: &str| self.nodes.get(node).is_some_and(RingWorker::is_draining);
         let Some(ring) = self.rings.get(&id) else {
             return;
         };
@@ -210,7 +210,7 @@ impl Rings {
                 && (changed || next.standbys_for != Some(self.generation))
                 && let Some(node) = self.find_standby(&next, index, now)
             {
-                next.stages[index].standby = Some(Part::new(node));
+                next.stages[index].standby = Some(Replica::new(node));
                 next.stages[index].member.lag_rows = 0;
                 changed = true;
             }
@@ -229,7 +229,8 @@ impl Rings {
             if !moves && !drained.contains(&stage.member.node) {
                 continue;
             }
-            let double = |part: &Part| !self.settings.double_seats && members.contains(&part.node);
+            let double =
+                |part: &Replica| !self.settings.double_stages && members.contains(&part.node);
             match stage.standby.take() {
                 None => stuck = Some(stage.member.node.clone()),
                 Some(part) if up_to_date(&part, stage.member.lag_rows, now) && !double(&part) => {
@@ -264,11 +265,7 @@ impl Rings {
         if moved.is_empty() {
             if changed {
                 next.reason = "a drained worker is to be replaced".into();
-                self.actions.push(Action::Note(Note::Standbys {
-                    ring: id,
-                    model: next.model.clone(),
-                    reason: next.layout(|node| self.name(node).to_owned()),
-                }));
+                next.log_standbys(&next.layout(|node| self.name(node).to_owned()));
             }
             self.rings.insert(id, next);
             if changed {
@@ -278,12 +275,7 @@ impl Rings {
         }
         let reason = format!("moved: {}", moved.join(", "));
         next.next_epoch(reason.clone(), now);
-        self.actions.push(Action::Note(Note::Moved {
-            ring: id,
-            epoch: next.epoch,
-            model: next.model.clone(),
-            reason,
-        }));
+        next.log_move(&reason);
         self.withdraw_old_driver(&mut next);
         // Standbys are looked for again when it serves.
         next.standbys_for = None;
@@ -313,7 +305,7 @@ impl Rings {
 
 /// Returns true if a standby can take over without a noticeable pause. The member's lag is reported up to a
 /// quarter of a second after the standby is ready.
-fn up_to_date(standby: &Part, lag_rows: u64, now: Instant) -> bool {
+fn up_to_date(standby: &Replica, lag_rows: u64, now: Instant) -> bool {
     let settled = |since: Instant| now.saturating_duration_since(since) >= LAG_KNOWN;
     standby.is_ready() && standby.ready_since.is_some_and(settled) && lag_rows <= SMALL_LAG
 }

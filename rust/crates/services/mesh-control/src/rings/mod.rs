@@ -40,10 +40,10 @@ use std::time::{Duration, Instant};
 use arcanum_profiler::Objective;
 use mesh_proto::{ModelCard, Offer};
 
-pub use action::{Action, Note, Prospect};
+pub use action::{Action, Prospect, RingCounts};
 pub use view::{PathView, RecoveryView, RingView, StageView, Unformed};
 
-use node::{MODELS_PER_NODE, Node};
+use node::{MODELS_PER_NODE, RingWorker};
 use ring::Ring;
 
 /// Settings of how rings are formed and kept.
@@ -75,7 +75,7 @@ pub struct Settings {
     pub retire_limit: Duration,
     /// Allows a member to take over a second stage: one that it is the standby of, which beats loading
     /// weights, or one that no other worker has room for. Plans never ask for it.
-    pub double_seats: bool,
+    pub double_stages: bool,
 }
 
 impl Default for Settings {
@@ -93,7 +93,7 @@ impl Default for Settings {
             suspect_pause: Duration::from_secs(10),
             always: false,
             retire_limit: Duration::from_secs(300),
-            double_seats: true,
+            double_stages: true,
         }
     }
 }
@@ -114,7 +114,7 @@ pub struct Arrival {
 #[derive(Debug, Clone)]
 pub struct Rings {
     settings: Settings,
-    nodes: BTreeMap<String, Node>,
+    nodes: BTreeMap<String, RingWorker>,
     rings: BTreeMap<u64, Ring>,
     /// Reason for which a model's last ring was given up, until it has a ring again.
     losses: BTreeMap<String, String>,
@@ -129,6 +129,7 @@ pub struct Rings {
     recoveries: VecDeque<RecoveryView>,
     /// Workers that were told to forget a ring, so that they are told once.
     told_off: BTreeSet<(String, u64)>,
+    counts: RingCounts,
     actions: Vec<Action>,
 }
 
@@ -148,6 +149,7 @@ impl Rings {
             last_rebalance: None,
             recoveries: VecDeque::new(),
             told_off: BTreeSet::new(),
+            counts: RingCounts::default(),
             actions: Vec::new(),
         }
     }
@@ -335,10 +337,15 @@ impl Rings {
         std::mem::take(&mut self.actions)
     }
 
+    /// Counts since the last call.
+    pub fn take_counts(&mut self) -> RingCounts {
+        std::mem::take(&mut self.counts)
+    }
+
     /// Time at which [`Rings::poll`] has work without an event.
     pub fn next_timer(&self) -> Option<Instant> {
         let quiet = self.stirred.map(|stirred| self.quiet_at(stirred));
-        let suspects = self.nodes.values().filter_map(Node::next_timer);
+        let suspects = self.nodes.values().filter_map(RingWorker::next_timer);
         let rings = self.rings.values().filter_map(Ring::next_timer);
         quiet.into_iter().chain(suspects).chain(rings).min()
     }
@@ -393,7 +400,7 @@ impl Rings {
     pub fn has_offer(&self, node: &str) -> bool {
         self.nodes
             .get(node)
-            .is_some_and(|node| node.connected && !node.shards.is_empty())
+            .is_some_and(|node| node.connected && !node.offers.is_empty())
     }
 
     fn serve(&mut self, id: u64, node: &str, card: ModelCard) {
@@ -478,14 +485,14 @@ impl Rings {
     fn offered_models(&self) -> BTreeSet<String> {
         let connected = self.nodes.values().filter(|node| node.connected);
         connected
-            .flat_map(|node| node.shards.keys().cloned())
+            .flat_map(|node| node.offers.keys().cloned())
             .collect()
     }
 
     /// Returns true if a ring of this model should exist and does not.
     fn wants_ring(&self, model: &str) -> bool {
         let whole =
-            |node: &Node| node.connected && !node.is_draining() && node.whole.contains(model);
+            |node: &RingWorker| node.connected && !node.is_draining() && node.whole.contains(model);
         self.live_ring(model).is_none() && (self.settings.always || !self.nodes.values().any(whole))
     }
 }

@@ -7,11 +7,12 @@ use std::time::Instant;
 use arcanum_profiler::{
     Candidate, ModelSpec, Plan, PlanError, Policy, place, replacement_for, standby_for,
 };
-use mesh_proto::{ModelCard, RingStage, Seat, ShardOffer};
+use mesh_proto::{LayerOffer, ModelCard, NodeAddr, RingStage};
+use tracing::{info, warn};
 
-use super::node::Node;
-use super::ring::{Part, Ring, Stage};
-use super::{Action, Note, Rings};
+use super::node::RingWorker;
+use super::ring::{Replica, Ring, Stage, hex};
+use super::{Action, Rings};
 
 /// Result of placement for a model.
 #[derive(Debug, Clone)]
@@ -33,7 +34,7 @@ pub struct Planned {
 pub enum NoPlan {
     /// No worker may hold parts of it.
     #[error(
-        "no connected worker may hold layers of {model:?} now{}; name the model under `shards` in a worker's \
+        "no connected worker may hold layers of {model:?} now{}; name the model under `ring.models` in a worker's \
          configuration", .waiting.as_deref().unwrap_or("")
     )]
     NotOffered {
@@ -56,7 +57,7 @@ pub(super) struct Outlook {
 
 /// Two offers of one name are the same model if these are equal: fingerprint, layers, width.
 type Weights<'a> = (&'a str, u32, u32);
-type Holder<'a> = (&'a String, &'a Node, &'a ShardOffer);
+type Holder<'a> = (&'a String, &'a RingWorker, &'a LayerOffer);
 
 impl Rings {
     /// Computes the ring of this model that would be formed now, with the memory of its present ring counted
@@ -150,23 +151,23 @@ impl Rings {
             if !node.is_usable(model, now) {
                 continue;
             }
-            let Some((shard, card)) = offered(node, model) else {
+            let Some((offer, card)) = offered(node, model) else {
                 continue;
             };
             // A model that cannot be is no model.
-            if ModelSpec::try_from(shard).is_err() {
+            if ModelSpec::try_from(offer).is_err() {
                 continue;
             }
             let same = |ring: &Ring| {
                 card.fingerprint == ring.offered.fingerprint
-                    && shard.layers == ring.spec.layers
-                    && shard.hidden == ring.spec.hidden
+                    && offer.layers == ring.spec.layers
+                    && offer.hidden == ring.spec.hidden
             };
             if ring.is_none_or(same) {
                 groups
-                    .entry((&card.fingerprint, shard.layers, shard.hidden))
+                    .entry((&card.fingerprint, offer.layers, offer.hidden))
                     .or_default()
-                    .push((id, node, shard));
+                    .push((id, node, offer));
             }
         }
         // Different files under one name: the one that most workers have.
@@ -177,14 +178,14 @@ impl Rings {
         // standby.
         let spec = match ring {
             Some(ring) => ring.spec.clone(),
-            None => ModelSpec::covering(group.iter().map(|(_, _, shard)| *shard)).ok()??,
+            None => ModelSpec::covering(group.iter().map(|(_, _, offer)| *offer)).ok()??,
         };
         let card = offered(group.first()?.1, model)?.1.clone();
         let candidates = group
             .iter()
-            .map(|(id, node, shard)| Candidate {
+            .map(|(id, node, offer)| Candidate {
                 memory: self.free(id, freed),
-                ..Candidate::from_offer(id, &node.name, &node.profile, shard)
+                ..Candidate::from_offer(id, &node.name, &node.profile, offer)
             })
             .collect();
         Some(Outlook {
@@ -196,7 +197,7 @@ impl Rings {
 
     /// Bytes that a worker has left beside its parts in all rings but those in `freed`.
     pub(super) fn free(&self, node: &str, freed: &[u64]) -> u64 {
-        let memory = |node: &Node| {
+        let memory = |node: &RingWorker| {
             let profile = &node.profile;
             profile.memory_available.min(profile.memory_total)
         };
@@ -214,7 +215,7 @@ impl Rings {
     pub(super) fn find_standby(&self, layout: &Ring, stage: usize, now: Instant) -> Option<String> {
         let outlook = self.outlook(&layout.model, Some(layout), &[layout.id], now)?;
         let mut exclude: Vec<String> = layout.lost.keys().cloned().collect();
-        if !self.settings.double_seats {
+        if !self.settings.double_stages {
             exclude.extend(layout.stages.iter().map(|stage| stage.member.node.clone()));
         }
         standby_for(
@@ -294,14 +295,12 @@ impl Rings {
             Some(loss) => format!("{loss}; {error}"),
             None => error.to_owned(),
         };
-        let entry = (self.generation, reason.clone());
-        let before = self.unplanned.insert(model.to_owned(), entry);
-        if before.is_none_or(|(_, before)| before != reason) {
-            self.actions.push(Action::Note(Note::Unplanned {
-                model: model.to_owned(),
-                reason,
-            }));
+        let before = self.unplanned.get(model);
+        if before.is_none_or(|(_, before)| *before != reason) {
+            warn!(model, reason, "no ring can be made of what workers offer");
         }
+        let entry = (self.generation, reason);
+        self.unplanned.insert(model.to_owned(), entry);
     }
 
     /// Makes a ring of a plan and tells its members.
@@ -318,15 +317,15 @@ impl Rings {
         self.next_ring += 1;
         let format = |node: &str| {
             let offer = self.nodes.get(node).and_then(|node| offered(node, model));
-            offer.map_or_else(String::new, |(shard, _)| shard.format.clone())
+            offer.map_or_else(String::new, |(offer, _)| offer.format.clone())
         };
         let stages = planned.plan.stages.iter().map(|stage| Stage {
             layers: stage.layers.clone(),
             format: format(&stage.node),
-            member: Part::new(stage.node.clone()),
-            standby: stage.standby.clone().map(Part::new),
+            member: Replica::new(stage.node.clone()),
+            standby: stage.standby.clone().map(Replica::new),
         });
-        let seated: BTreeSet<&String> = planned
+        let assigned: BTreeSet<&String> = planned
             .plan
             .stages
             .iter()
@@ -337,7 +336,7 @@ impl Rings {
             .plan
             .left_out
             .iter()
-            .filter(|left| !seated.contains(&left.node))
+            .filter(|left| !assigned.contains(&left.node))
             .map(|left| (self.name(&left.node).to_owned(), left.reason.to_string()))
             .collect();
         let ring = Ring {
@@ -375,12 +374,8 @@ impl Rings {
             formed: now,
         };
         self.unplanned.remove(model);
-        self.actions.push(Action::Note(Note::Formed {
-            ring: id,
-            model: model.to_owned(),
-            layout: ring.layout(|node| self.name(node).to_owned()),
-            reason,
-        }));
+        let layout = ring.layout(|node| self.name(node).to_owned());
+        info!(ring = hex(id), model, layout, reason, "ring planned");
         self.rings.insert(id, ring);
         self.broadcast(id, &BTreeSet::new());
     }
@@ -421,7 +416,7 @@ impl Rings {
             })
             .find_map(|part| self.nodes.get(&part.node)?.head_ip)
             .filter(|ip: &IpAddr| !ip.is_loopback() && !ip.is_unspecified());
-        let seat = |part: &Part| {
+        let addr_of = |part: &Replica| {
             let address = addresses
                 .get(part.node.as_str())
                 .map(|address| match head_ip {
@@ -436,7 +431,7 @@ impl Rings {
                 .map(|node| node.others.as_slice());
             let others = others.unwrap_or_default().iter();
             let others = others.filter_map(|ip| Some(SocketAddr::new(*ip, address?.port())));
-            Seat {
+            NodeAddr {
                 addresses: others.map(|other| other.to_string()).collect(),
                 node_id: part.node.clone(),
                 name: self.name(&part.node).to_owned(),
@@ -456,8 +451,8 @@ impl Rings {
                 .map(|stage| RingStage {
                     layer_start: stage.layers.start,
                     layer_end: stage.layers.end,
-                    seat: Some(seat(&stage.member)),
-                    standby: stage.standby.as_ref().map(seat),
+                    member: Some(addr_of(&stage.member)),
+                    standby: stage.standby.as_ref().map(addr_of),
                     format: stage.format.clone(),
                 })
                 .collect(),
@@ -470,7 +465,7 @@ impl Rings {
     }
 
     fn not_offered(&self, model: &str, now: Instant) -> NoPlan {
-        let waits = |node: &&Node| node.connected && node.shards.contains_key(model);
+        let waits = |node: &&RingWorker| node.connected && node.offers.contains_key(model);
         let waiting: Vec<String> = self
             .nodes
             .values()
@@ -494,7 +489,7 @@ impl Rings {
     }
 
     pub(super) fn names(&self) -> BTreeMap<String, String> {
-        let name = |(id, node): (&String, &Node)| (id.clone(), node.name.clone());
+        let name = |(id, node): (&String, &RingWorker)| (id.clone(), node.name.clone());
         self.nodes.iter().map(name).collect()
     }
 }
@@ -507,9 +502,9 @@ fn uncovered(plan: &Plan) -> usize {
         .count()
 }
 
-fn offered<'a>(node: &'a Node, model: &str) -> Option<(&'a ShardOffer, &'a ModelCard)> {
-    let shard = node.shards.get(model)?;
-    Some((shard, shard.card.as_ref()?))
+fn offered<'a>(node: &'a RingWorker, model: &str) -> Option<(&'a LayerOffer, &'a ModelCard)> {
+    let offer = node.offers.get(model)?;
+    Some((offer, offer.card.as_ref()?))
 }
 
 /// Purpose of rings, as `reserved_for` names it.

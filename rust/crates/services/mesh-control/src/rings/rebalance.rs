@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 use arcanum_profiler::{Objective, Plan, evaluate};
 
 use super::plan::Planned;
-use super::ring::{Part, Ring};
-use super::{Action, Note, Prospect, Rings};
+use super::ring::{Replica, Ring};
+use super::{Prospect, Rings};
 
 /// A ring against a fresh plan for its model.
 #[derive(Debug, Clone)]
@@ -230,11 +230,7 @@ impl Rings {
             Remedy::Move(mut next) => {
                 let before: BTreeSet<String> = ring.parts().map(|part| part.node.clone()).collect();
                 next.reason = "stages are to move to faster workers".into();
-                self.actions.push(Action::Note(Note::Standbys {
-                    ring: id,
-                    model,
-                    reason: next.layout(|node| self.name(node).to_owned()),
-                }));
+                next.log_standbys(&next.layout(|node| self.name(node).to_owned()));
                 self.rings.insert(id, *next);
                 self.broadcast(id, &before);
             }
@@ -291,7 +287,7 @@ impl Rings {
             let better = next.moves.get(&index);
             let standby = stage.standby.as_ref().map(|part| &part.node);
             if better.is_some() && better != standby {
-                stage.standby = better.cloned().map(Part::new);
+                stage.standby = better.cloned().map(Replica::new);
                 stage.member.lag_rows = 0;
             } else if better.is_none() && standby.is_some_and(|node| wanted.contains(node)) {
                 // Its memory is needed for the stage that it takes over.

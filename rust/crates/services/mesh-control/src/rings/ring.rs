@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use arcanum_profiler::{Assignment, ModelSpec};
 use mesh_proto::{ModelCard, PartPhase, PartState};
+use tracing::info;
 
 /// State of one ring.
 #[derive(Debug, Clone)]
@@ -72,13 +73,13 @@ pub(super) struct Stage {
     pub(super) layers: Range<u32>,
     /// Weight format, the first member's; its successors use it too.
     pub(super) format: String,
-    pub(super) member: Part,
-    pub(super) standby: Option<Part>,
+    pub(super) member: Replica,
+    pub(super) standby: Option<Replica>,
 }
 
 /// A worker's part in a stage.
 #[derive(Debug, Clone)]
-pub(super) struct Part {
+pub(super) struct Replica {
     pub(super) node: String,
     pub(super) phase: PartPhase,
     /// Time at which it became ready.
@@ -96,7 +97,7 @@ pub(super) struct Part {
     pub(super) progressed: Option<Instant>,
 }
 
-impl Part {
+impl Replica {
     /// A part that its worker has yet to load.
     pub(super) fn new(node: String) -> Self {
         Self {
@@ -165,7 +166,7 @@ impl Ring {
     }
 
     /// All parts, members and standbys.
-    pub(super) fn parts(&self) -> impl Iterator<Item = &Part> {
+    pub(super) fn parts(&self) -> impl Iterator<Item = &Replica> {
         self.stages
             .iter()
             .flat_map(|stage| [Some(&stage.member), stage.standby.as_ref()])
@@ -258,6 +259,16 @@ impl Ring {
         }
     }
 
+    pub(super) fn log_standbys(&self, reason: &str) {
+        let (ring, model) = (hex(self.id), &self.model);
+        info!(ring, model, reason, "standbys of a ring changed");
+    }
+
+    pub(super) fn log_move(&self, reason: &str) {
+        let (ring, epoch, model) = (hex(self.id), self.epoch, &self.model);
+        info!(ring, epoch, model, reason, "stages of a ring moved");
+    }
+
     /// A new epoch begins.
     pub(super) fn next_epoch(&mut self, reason: String, now: Instant) {
         self.epoch = self.epoch.saturating_add(1);
@@ -290,7 +301,7 @@ impl Ring {
             .filter(|part| !part.is_ready())
             .peekable();
         if loading.peek().is_some() {
-            let stuck = |part: &&Part| {
+            let stuck = |part: &&Replica| {
                 let since = part.progressed.unwrap_or(self.epoch_since);
                 let quiet = now.saturating_duration_since(since.max(self.epoch_since));
                 // A worker of an older version does not say how far it is.
@@ -409,3 +420,8 @@ fn doubts_due(ring: &Ring) -> Option<Instant> {
 }
 
 const DOUBT_LOOK: Duration = Duration::from_millis(50);
+
+/// A ring's id as people see it.
+pub(super) fn hex(ring: u64) -> String {
+    format!("{ring:016x}")
+}

@@ -4,9 +4,9 @@ use std::time::Instant;
 
 use mesh_proto::{ModelCard, PartPhase};
 
-use super::ring::{Part, Ring};
+use super::ring::{Replica, Ring, hex};
 use super::view::{
-    LeftOutView, PartView, PathView, RecoveryView, RingView, StageView, Unformed, hex,
+    LeftOutView, PathView, RecoveryView, ReplicaView, RingView, StageView, Unformed,
 };
 use super::{Prospect, Rings};
 
@@ -110,9 +110,9 @@ impl Rings {
         }
     }
 
-    fn show_part(&self, part: &Part) -> PartView {
+    fn show_part(&self, part: &Replica) -> ReplicaView {
         let address = self.nodes.get(&part.node).and_then(|node| node.address);
-        PartView {
+        ReplicaView {
             worker: self.name(&part.node).to_owned(),
             node_id: part.node.clone(),
             address: address

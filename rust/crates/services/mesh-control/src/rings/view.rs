@@ -5,7 +5,7 @@ use std::time::Instant;
 use mesh_proto::Recovery;
 use serde::Serialize;
 
-use super::ring::Ring;
+use super::ring::{Ring, hex};
 
 /// A ring, for `/v1/mesh`.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -44,16 +44,16 @@ pub struct StageView {
     /// First layer, one past the last.
     pub layers: [u32; 2],
     /// The worker that computes it.
-    pub member: PartView,
+    pub member: ReplicaView,
     /// The standby, if there is one.
-    pub standby: Option<PartView>,
+    pub standby: Option<ReplicaView>,
     /// KV rows that the standby does not have yet.
     pub lag_rows: u64,
 }
 
 /// A stage on one worker, as member or standby.
 #[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct PartView {
+pub struct ReplicaView {
     /// Name of the worker.
     pub worker: String,
     /// Node id of the worker.
@@ -145,8 +145,4 @@ impl RecoveryView {
     pub fn at(&self) -> Option<Instant> {
         self.at
     }
-}
-
-pub(super) fn hex(ring: u64) -> String {
-    format!("{ring:016x}")
 }

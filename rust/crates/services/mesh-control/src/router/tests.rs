@@ -42,7 +42,7 @@ impl Fleet {
         }
     }
 
-    fn place(&mut self, ask: &Ask) -> Choice {
+    fn place(&mut self, ask: &Requirements) -> Choice {
         let choice = self.router.choose(&self.registry, ask, self.now);
         if let Choice::Worker(id, _) = choice {
             self.router.assigned(&mut self.registry, id, ask);
@@ -51,7 +51,7 @@ impl Fleet {
         choice
     }
 
-    fn worker(&mut self, ask: &Ask) -> u64 {
+    fn worker(&mut self, ask: &Requirements) -> u64 {
         match self.place(ask) {
             Choice::Worker(id, _) => id.0,
             other => panic!("no worker: {other:?}"),
@@ -59,8 +59,8 @@ impl Fleet {
     }
 }
 
-fn ask() -> Ask {
-    Ask {
+fn ask() -> Requirements {
+    Requirements {
         model: "m".into(),
         prompt_tokens: 50,
         answer_tokens: 100,
@@ -142,7 +142,7 @@ fn a_draining_worker_gets_nothing_new() {
 #[test]
 fn a_conversation_stays_with_the_worker_that_has_its_cache_unless_that_is_much_busier() {
     let mut fleet = Fleet::new(&[100.0, 100.0]);
-    let talk = Ask {
+    let talk = Requirements {
         prompt_tokens: 1000,
         prefixes: vec![
             Prefix {
@@ -185,7 +185,7 @@ fn full_workers_are_busy_and_not_overrun() {
 #[test]
 fn a_worker_that_failed_this_request_is_the_last_resort() {
     let mut fleet = Fleet::new(&[100.0, 10.0]);
-    let again = Ask {
+    let again = Requirements {
         avoid: vec![WorkerId(1)],
         ..ask()
     };
@@ -197,13 +197,13 @@ fn a_worker_that_failed_this_request_is_the_last_resort() {
 #[test]
 fn an_answer_begun_goes_on_with_the_same_weights_only() {
     let mut fleet = Fleet::new(&[100.0]);
-    let begun = Ask {
+    let begun = Requirements {
         fingerprint: Some("other".into()),
         ..ask()
     };
     assert_eq!(fleet.place(&begun), Choice::Nobody);
     assert_eq!(
-        fleet.worker(&Ask {
+        fleet.worker(&Requirements {
             fingerprint: Some("f".into()),
             ..ask()
         }),
@@ -229,7 +229,7 @@ fn embeddings_are_asked_of_embedding_models_only() {
     fleet.registry.get_mut(WorkerId(2)).unwrap().models[0]
         .card
         .kind = ModelKind::Embed.into();
-    let embed = Ask {
+    let embed = Requirements {
         purpose: Purpose::Embed,
         ..ask()
     };
@@ -247,7 +247,7 @@ fn workers_without_an_identity_take_plain_tasks_only() {
         .plain_heartbeat(([127, 0, 0, 1], 4000).into(), Version::V5_1, fleet.now)
         .unwrap();
     assert_eq!(fleet.place(&ask()), Choice::Nobody);
-    let plain = Ask {
+    let plain = Requirements {
         plain: true,
         ..ask()
     };
@@ -265,7 +265,7 @@ fn a_worker_without_an_identity_is_never_preferred_to_a_mesh_worker() {
         .unwrap();
     // As fast as it can claim to be, and the mesh worker as slow as can be.
     fleet.registry.get_mut(plain_worker).unwrap().task_seconds = 1e-9;
-    let plain = Ask {
+    let plain = Requirements {
         plain: true,
         ..ask()
     };
@@ -279,7 +279,7 @@ fn a_worker_without_an_identity_is_never_preferred_to_a_mesh_worker() {
         Choice::Busy,
         "it is waited for when it is full"
     );
-    let failed = Ask {
+    let failed = Requirements {
         avoid: vec![WorkerId(mesh)],
         ..plain.clone()
     };
@@ -524,7 +524,7 @@ fn a_worker_without_an_identity_waits_until_a_mesh_workers_trial_is_over() {
         .registry
         .plain_heartbeat(([127, 0, 0, 1], 4000).into(), Version::V5_0, fleet.now)
         .unwrap();
-    let plain = Ask {
+    let plain = Requirements {
         plain: true,
         ..ask()
     };
@@ -574,14 +574,14 @@ fn a_long_pause_counts_only_while_another_worker_takes_the_request() {
     }
     let paused = WorkerId(1);
     assert_eq!(fleet.worker(&ask()), 2);
-    let serves = |fleet: &Fleet, ask: &Ask| {
+    let serves = |fleet: &Fleet, ask: &Requirements| {
         let worker = fleet.registry.get(paused).unwrap();
         serves(&fleet.registry, worker, ask, fleet.now)
     };
     assert_eq!(serves(&fleet, &ask()), Service::Out);
     // The other one does not know the request's fields: for this request there is nobody else.
     fleet.registry.get_mut(paused).unwrap().request_revision = 1;
-    let newer = Ask {
+    let newer = Requirements {
         revision: 1,
         ..ask()
     };

@@ -122,7 +122,7 @@ struct Group {
     workers: Vec<(&'static str, bool)>,
     now: Instant,
     seed: u64,
-    verdicts: Vec<Verdict>,
+    verdicts: Vec<CheckVerdict>,
     asked: u32,
 }
 
@@ -160,10 +160,10 @@ impl Group {
                     true => honest(self.seed),
                     false => forged(),
                 };
-                let peers: Vec<Peer<'_>> = self
+                let peers: Vec<CheckCandidate<'_>> = self
                     .workers
                     .iter()
-                    .map(|(subject, _)| Peer { subject })
+                    .map(|(subject, _)| CheckCandidate { subject })
                     .collect();
                 let verdicts = self.checks.answered(
                     &self.weights,
@@ -177,7 +177,7 @@ impl Group {
                     self.now,
                 );
                 for verdict in &verdicts {
-                    if let Verdict::Outvoted { subject, .. } = verdict {
+                    if let CheckVerdict::Outvoted { subject, .. } = verdict {
                         self.checks.forget(subject);
                         self.workers.retain(|(name, _)| name != subject);
                     }
@@ -193,7 +193,7 @@ impl Group {
 
     fn outvoted(&self) -> Vec<&str> {
         let outvoted = self.verdicts.iter().filter_map(|verdict| match verdict {
-            Verdict::Outvoted { subject, .. } => Some(subject.as_str()),
+            CheckVerdict::Outvoted { subject, .. } => Some(subject.as_str()),
             _ => None,
         });
         outvoted.collect()
@@ -284,7 +284,7 @@ fn of_two_that_differ_the_senior_goes_on_and_a_third_decides() {
         group.run(30);
         assert_eq!(
             group.verdicts,
-            [Verdict::Disputed {
+            [CheckVerdict::Disputed {
                 senior: "senior".into(),
                 junior: "junior".into()
             }]
@@ -306,7 +306,7 @@ fn one_whose_comparators_do_not_answer_is_not_kept_waiting_for_ever() {
     let mut checks = SpotChecks::default();
     let weights = ("m".to_owned(), "f".to_owned());
     let mut now = Instant::now();
-    let peers = [Peer { subject: "a" }];
+    let peers = [CheckCandidate { subject: "a" }];
     let question = checks.question(&weights, "a", 1, now);
     checks.answered(
         &weights,
@@ -317,7 +317,10 @@ fn one_whose_comparators_do_not_answer_is_not_kept_waiting_for_ever() {
         now,
     );
     now += ROUND_LIFE * 2;
-    let peers = [Peer { subject: "a" }, Peer { subject: "b" }];
+    let peers = [
+        CheckCandidate { subject: "a" },
+        CheckCandidate { subject: "b" },
+    ];
     let question = checks.question(&weights, "b", 2, now);
     checks.answered(
         &weights,
@@ -343,14 +346,18 @@ fn newcomers_do_not_vouch_for_each_other_while_those_of_long_standing_are_busy()
     let mut checks = SpotChecks::default();
     let weights = ("m".to_owned(), "f".to_owned());
     let mut now = Instant::now();
-    let mut peers = vec![Peer { subject: "a" }];
+    let mut peers = vec![CheckCandidate { subject: "a" }];
     let question = checks.question(&weights, "a", 1, now);
-    let answer = |checks: &mut SpotChecks, who, round, sample, peers: &[Peer<'_>], now| {
-        checks.answered(&weights, who, (round, sample), peers, SCHEDULE, now)
-    };
+    let answer =
+        |checks: &mut SpotChecks, who, round, sample, peers: &[CheckCandidate<'_>], now| {
+            checks.answered(&weights, who, (round, sample), peers, SCHEDULE, now)
+        };
     answer(&mut checks, "a", question.round, honest(1), &peers, now);
     now += ROUND_LIFE * 2;
-    peers.extend([Peer { subject: "x" }, Peer { subject: "y" }]);
+    peers.extend([
+        CheckCandidate { subject: "x" },
+        CheckCandidate { subject: "y" },
+    ]);
     let round = checks.question(&weights, "x", 2, now).round;
     assert_eq!(checks.question(&weights, "y", 3, now).round, round);
     answer(&mut checks, "x", round, forged(), &peers, now);
@@ -385,13 +392,14 @@ fn one_that_answers_at_once_is_asked_once_while_the_others_have_yet_to_answer() 
     let mut checks = SpotChecks::default();
     let weights = ("m".to_owned(), "f".to_owned());
     let start = Instant::now();
-    let mut peers = vec![Peer { subject: "a" }];
-    let answer = |checks: &mut SpotChecks, who, round, sample, peers: &[Peer<'_>], now| {
-        checks.answered(&weights, who, (round, sample), peers, SCHEDULE, now)
-    };
+    let mut peers = vec![CheckCandidate { subject: "a" }];
+    let answer =
+        |checks: &mut SpotChecks, who, round, sample, peers: &[CheckCandidate<'_>], now| {
+            checks.answered(&weights, who, (round, sample), peers, SCHEDULE, now)
+        };
     let first = checks.question(&weights, "a", 1, start).round;
     answer(&mut checks, "a", first, honest(1), &peers, start);
-    peers.push(Peer { subject: "x" });
+    peers.push(CheckCandidate { subject: "x" });
     let begun = start + ROUND_LIFE;
     let round = checks.question(&weights, "x", 2, begun).round;
     answer(&mut checks, "x", round, honest(2), &peers, begun);
@@ -404,7 +412,7 @@ fn one_that_answers_at_once_is_asked_once_while_the_others_have_yet_to_answer() 
     assert_eq!(checks.check_state(&weights, "x", late), CheckState::Cleared);
 
     // One that gives none is not waited for.
-    peers.push(Peer { subject: "y" });
+    peers.push(CheckCandidate { subject: "y" });
     let begun = late + ROUND_LIFE;
     let round = checks.question(&weights, "y", 4, begun).round;
     answer(&mut checks, "y", round, honest(4), &peers, begun);
@@ -418,8 +426,11 @@ fn one_that_answers_at_once_is_asked_once_while_the_others_have_yet_to_answer() 
 fn a_newcomer_does_not_wait_for_those_that_are_gone_or_late() {
     let weights = ("m".to_owned(), "f".to_owned());
     let start = Instant::now();
-    let peers = |names: &[&'static str]| -> Vec<Peer<'static>> {
-        names.iter().map(|&subject| Peer { subject }).collect()
+    let peers = |names: &[&'static str]| -> Vec<CheckCandidate<'static>> {
+        names
+            .iter()
+            .map(|&subject| CheckCandidate { subject })
+            .collect()
     };
     let mut checks = SpotChecks::default();
     for (number, name) in ["a", "b"].into_iter().enumerate() {

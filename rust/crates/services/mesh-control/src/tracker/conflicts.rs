@@ -8,11 +8,13 @@ use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
+use tracing::{error, warn};
+
 use super::pins::key;
-use super::{Action, Conflict, Note, Tracker};
+use super::{Action, Conflict, Tracker};
 
 /// A name with the workers that claim it.
-struct Claimed {
+struct ClaimedName {
     conflict: Conflict,
     /// Ids of the nodes that hold something under it.
     holders: BTreeSet<String>,
@@ -21,9 +23,9 @@ struct Claimed {
     is_sought: bool,
 }
 
-impl Claimed {
+impl ClaimedName {
     fn new(name: &str) -> Self {
-        Claimed {
+        ClaimedName {
             conflict: Conflict {
                 name: name.to_owned(),
                 claims: BTreeMap::new(),
@@ -101,8 +103,9 @@ impl Tracker {
         for (name, claimed) in &told {
             if !self.conflicts.told.contains_key(name) && self.is_news(name, &claimed.involved, now)
             {
-                let note = Note::Conflict(claimed.conflict.clone());
-                self.actions.push(Action::Note(note));
+                let conflict = &claimed.conflict;
+                error!(model = conflict.name, "{}", conflict.advice());
+                self.counts.conflicts += 1;
             }
         }
         let told = told.into_iter();
@@ -110,15 +113,15 @@ impl Tracker {
     }
 
     /// Holders of models by name, in lower case.
-    fn claimed(&self) -> BTreeMap<String, Claimed> {
-        let mut names: BTreeMap<String, Claimed> = BTreeMap::new();
+    fn claimed(&self) -> BTreeMap<String, ClaimedName> {
+        let mut names: BTreeMap<String, ClaimedName> = BTreeMap::new();
         let reached = self.nodes.iter();
         for (id, node) in reached.filter(|(_, node)| node.address.is_some()) {
             let held = node.held.iter();
             for (fingerprint, held) in held.filter(|(_, held)| !held.pieces.is_empty()) {
                 let keys: BTreeSet<String> = held.names.iter().map(|name| key(name)).collect();
                 for name in keys {
-                    let new = || Claimed::new(&name);
+                    let new = || ClaimedName::new(&name);
                     let claimed = names.entry(name.clone()).or_insert_with(new);
                     let claims = &mut claimed.conflict.claims;
                     let workers = claims.entry(fingerprint.clone()).or_default();
@@ -133,7 +136,7 @@ impl Tracker {
 
     /// Moves a pin to the new model where the worker that had the name first replaced its model: while no
     /// other worker has the old one, or claims the name for a third, the pin protects nothing.
-    fn move_pins(&mut self, names: &BTreeMap<String, Claimed>, now: Instant) {
+    fn move_pins(&mut self, names: &BTreeMap<String, ClaimedName>, now: Instant) {
         let mut moved = Vec::new();
         for (name, pin) in &mut self.pins.0 {
             let Some(claimed) = names.get(name).filter(|_| !pin.operator) else {
@@ -145,19 +148,19 @@ impl Tracker {
                 && claimed.holders.contains(&pin.holder)
             {
                 let before = std::mem::replace(&mut pin.fingerprint, only.clone());
-                let note = Note::Moved {
-                    model: pin.name.clone(),
-                    worker: pin.worker.clone(),
-                    before,
-                    now: only.clone(),
-                };
-                moved.push((name.clone(), pin.holder.clone(), note));
+                moved.push((name.clone(), pin.clone(), before));
             }
         }
-        for (name, holder, note) in moved {
+        for (name, pin, before) in moved {
             self.actions.push(Action::KeepPins);
-            if self.is_news(&name, &[holder].into(), now) {
-                self.actions.push(Action::Note(note));
+            if self.is_news(&name, &[pin.holder].into(), now) {
+                warn!(
+                    model = pin.name,
+                    worker = pin.worker,
+                    before,
+                    now = pin.fingerprint,
+                    "the worker that had this model first replaced it, and no worker has the old one: the name means the new one"
+                );
             }
         }
     }
@@ -182,8 +185,8 @@ impl Tracker {
 
 /// Selects the conflicts to report: first those that an operator decided about or a worker waits for, and
 /// some of each node's.
-fn select(names: BTreeMap<String, Claimed>) -> BTreeMap<String, Claimed> {
-    let mut ranked: Vec<(String, Claimed)> = names.into_iter().collect();
+fn select(names: BTreeMap<String, ClaimedName>) -> BTreeMap<String, ClaimedName> {
+    let mut ranked: Vec<(String, ClaimedName)> = names.into_iter().collect();
     ranked.sort_by_key(|(_, one)| {
         let several = one.holders.len() > 1;
         Reverse((one.conflict.decided, one.is_sought, several))

@@ -1,15 +1,15 @@
 //! The attempt loop: carries one request of any kind to a worker, follows it, and goes on with the next worker
-//! when that one dies. Whether and how it goes on is the decision of [`Answer`].
+//! when that one dies. Whether and how it goes on is the decision of [`Lifecycle`].
 
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use dcf::ErrorCode;
-use mesh_control::placement::Ended;
+use mesh_control::placement::AttemptEnd;
 use mesh_control::registry::WorkerId;
-use mesh_control::request::{Answer, AnswerError, Bounds, Complete, Failure, Resume, Step};
-use mesh_control::router::Ask;
+use mesh_control::request::{AnswerError, Bounds, Complete, Failure, Lifecycle, Resume, Step};
+use mesh_control::router::Requirements;
 use mesh_proto::Progress;
 use tokio::time::{Sleep, sleep_until};
 use tracing::debug;
@@ -27,8 +27,8 @@ use crate::workers::requests::{WorkerReply, gets_on, progress_ms, reply_in};
 pub(super) struct Flight<'a, C> {
     pub(super) mesh: &'a Arc<Mesh>,
     pub(super) codec: C,
-    pub(super) ask: Ask,
-    pub(super) answer: Answer,
+    pub(super) ask: Requirements,
+    pub(super) answer: Lifecycle,
     /// Arrival of the last token.
     last_token: Option<Instant>,
     /// The attempt before this one failed on a ring of this model, whose last token came then.
@@ -40,8 +40,8 @@ pub(super) struct Flight<'a, C> {
 }
 
 impl<'a, C: Codec> Flight<'a, C> {
-    pub(super) fn new(mesh: &'a Arc<Mesh>, ask: Ask, bounds: Bounds, codec: C) -> Self {
-        let answer = Answer::new(mesh.config.request_limits(), Instant::now()).within(bounds);
+    pub(super) fn new(mesh: &'a Arc<Mesh>, ask: Requirements, bounds: Bounds, codec: C) -> Self {
+        let answer = Lifecycle::new(mesh.config.request_limits(), Instant::now()).within(bounds);
         Self {
             mesh,
             codec,
@@ -81,11 +81,11 @@ impl<'a, C: Codec> Flight<'a, C> {
                 }
             };
             let ended = match end {
-                Step::Complete(_) => Ended::Complete,
+                Step::Complete(_) => AttemptEnd::Complete,
                 Step::Fail(_, ended) | Step::Again(ended) => ended,
-                Step::Wait | Step::Emit(_) => Ended::Failed,
+                Step::Wait | Step::Emit(_) => AttemptEnd::Failed,
             };
-            if ended == Ended::Failed {
+            if ended == AttemptEnd::Failed {
                 let fault = self.answer.fault();
                 self.suspects.blame(fault, &assignment, began, self.mesh);
             }
@@ -357,20 +357,20 @@ impl<'a, C: Codec> Flight<'a, C> {
         self.answer.failed(attempt, moved)
     }
 
-    fn prepare_rerun(&mut self, assignment: &Assignment, ended: Ended, lost: bool) {
+    fn prepare_rerun(&mut self, assignment: &Assignment, ended: AttemptEnd, lost: bool) {
         let placed = &assignment.placed;
         if let Some(ring) = placed.ring {
             let gone = self.mesh.ring_role(placed.worker, ring) == RingRole::Gone;
             if let Some(at) = self.last_token.filter(|_| lost || gone) {
                 self.broke_off.get_or_insert((placed.model.clone(), at));
             }
-            if lost && ended == Ended::Failed {
+            if lost && ended == AttemptEnd::Failed {
                 self.forgiven.push(placed.worker);
                 let reason = "an answer got no more tokens from it";
                 self.mesh.suspect(placed.worker, ring, reason);
             }
         }
-        if ended == Ended::Failed {
+        if ended == AttemptEnd::Failed {
             self.mesh.metrics.reruns.inc();
             self.codec.log_rerun(&placed.name, &self.answer);
         }
@@ -394,14 +394,14 @@ struct Timer {
 }
 
 impl Timer {
-    fn new(answer: &Answer) -> Self {
+    fn new(answer: &Lifecycle) -> Self {
         Self {
             sleep: Box::pin(sleep_until(due(answer).into())),
         }
     }
 
-    /// Resolves when [`Answer::time_passed`] may have something to say.
-    async fn fired(&mut self, answer: &Answer) -> Instant {
+    /// Resolves when [`Lifecycle::time_passed`] may have something to say.
+    async fn fired(&mut self, answer: &Lifecycle) -> Instant {
         let due = tokio::time::Instant::from(due(answer));
         if due < self.sleep.deadline() || self.sleep.is_elapsed() {
             self.sleep.as_mut().reset(due);
@@ -411,7 +411,7 @@ impl Timer {
     }
 }
 
-fn due(answer: &Answer) -> Instant {
+fn due(answer: &Lifecycle) -> Instant {
     answer
         .next_timer()
         .unwrap_or_else(|| Instant::now() + Duration::from_secs(3600))

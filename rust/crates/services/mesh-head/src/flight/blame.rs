@@ -3,8 +3,8 @@
 use std::time::Instant;
 
 use dcf::ErrorCode;
-use mesh_control::request::{Answer, Failure, Fault};
-use mesh_control::router::Ask;
+use mesh_control::request::{Failure, Fault, Lifecycle};
+use mesh_control::router::Requirements;
 
 use crate::mesh::{Assignment, Mesh};
 
@@ -66,7 +66,7 @@ impl FailedAttempts {
     pub(super) fn ask_another(
         &mut self,
         failure: &Failure,
-        (ask, answer): (&Ask, &mut Answer),
+        (ask, answer): (&Requirements, &mut Lifecycle),
         assignment: &Assignment,
         mesh: &Mesh,
     ) {
@@ -85,7 +85,7 @@ impl FailedAttempts {
 
     /// A worker answers. If another one rejected the request before, that one was wrong, unless its context
     /// is smaller.
-    pub(super) fn contradict(&self, answer: &mut Answer, by: &Assignment, mesh: &Mesh) {
+    pub(super) fn contradict(&self, answer: &mut Lifecycle, by: &Assignment, mesh: &Mesh) {
         let Some(rejected) = answer.contradicted() else {
             return;
         };

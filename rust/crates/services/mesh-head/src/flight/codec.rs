@@ -3,14 +3,14 @@
 use std::time::Instant;
 
 use mesh_control::placement::Placed;
-use mesh_control::request::{Answer, Bounds, Resume, Step};
+use mesh_control::request::{Bounds, Lifecycle, Resume, Step};
 
 use super::event::Event;
 use crate::mesh::connection::{FromWorker, WorkerRequest};
 
 /// A kind of work: how a request is put to a worker, and how the worker's messages are read.
 ///
-/// The codec keeps what has come so far where the answer's core does not: [`Answer`] has the tokens of a text.
+/// The codec keeps what has come so far where the answer's core does not: [`Lifecycle`] has the tokens of a text.
 /// So a request is always put with what is there already, and another worker goes on after it.
 pub(super) trait Codec: Send {
     /// Failure of a worker that ends its stream too early, in words for the log.
@@ -34,12 +34,12 @@ pub(super) trait Codec: Send {
         &mut self,
         incoming: FromWorker,
         attempt: u32,
-        answer: &mut Answer,
+        answer: &mut Lifecycle,
         now: Instant,
     ) -> Option<Step>;
 
     /// Returns true if only the same weights may go on with what has come so far.
-    fn has_begun(&self, answer: &Answer) -> bool {
+    fn has_begun(&self, answer: &Lifecycle) -> bool {
         answer.has_begun()
     }
 
@@ -47,7 +47,7 @@ pub(super) trait Codec: Send {
     fn tell(&mut self, _: Event) {}
 
     /// Logs that another worker goes on after this one failed.
-    fn log_rerun(&self, worker: &str, answer: &Answer);
+    fn log_rerun(&self, worker: &str, answer: &Lifecycle);
 }
 
 /// Terms of one attempt.
@@ -55,7 +55,7 @@ pub(super) struct AttemptTerms<'a> {
     /// The worker and the model.
     pub placed: &'a Placed,
     /// The answer so far.
-    pub answer: &'a Answer,
+    pub answer: &'a Lifecycle,
     /// Name of the attempt, and the text that the client has.
     pub resume: Resume,
     /// Milliseconds that the worker may spend; 0 is without limit.

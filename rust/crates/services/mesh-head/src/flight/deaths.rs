@@ -2,7 +2,7 @@
 
 use dcf::ErrorCode;
 use mesh_control::registry::WorkerId;
-use mesh_control::request::{Answer, Failure};
+use mesh_control::request::{Failure, Lifecycle};
 use mesh_net::quic::Closed;
 
 use crate::mesh::{Assignment, Mesh};
@@ -17,7 +17,7 @@ impl Deaths {
         &mut self,
         failure: Failure,
         assignment: &Assignment,
-        answer: &mut Answer,
+        answer: &mut Lifecycle,
         mesh: &Mesh,
     ) -> Failure {
         let closed = || assignment.connection.as_ref()?.close_reason();
@@ -36,7 +36,7 @@ impl Deaths {
     }
 
     /// Takes back the deaths of those that are connected again.
-    pub(crate) fn review(&mut self, answer: &mut Answer, mesh: &Mesh) {
+    pub(crate) fn review(&mut self, answer: &mut Lifecycle, mesh: &Mesh) {
         self.0.retain(|(worker, node, process)| {
             let lives = ProcessMatch::of(*process, mesh.process_of(node)) == ProcessMatch::Same;
             if lives {

@@ -8,11 +8,11 @@ use bytes::BytesMut;
 use dcf::{ErrorCode, Message, MsgType};
 use futures::{StreamExt, TryStreamExt, stream};
 use mesh_control::affinity::estimate_tokens;
-use mesh_control::embedding::Cut;
+use mesh_control::embedding::BatchLimits;
 use mesh_control::fair::{Ingress, Source};
 use mesh_control::placement::Refusal;
-use mesh_control::request::{Answer, AnswerError, Bounds, Step};
-use mesh_control::router::{Ask, Purpose};
+use mesh_control::request::{AnswerError, Bounds, Lifecycle, Step};
+use mesh_control::router::{Purpose, Requirements};
 use mesh_proto::{Done, Embed, EmbedInput, EmbedText, Embeddings, ModelKind};
 use prost::Message as _;
 use tracing::{debug, info};
@@ -89,7 +89,7 @@ async fn run(
         None => {}
     }
     let weights: Vec<u64> = task.inputs.iter().map(weight).collect();
-    let parts = Cut::new(replicas.workers).parts(&weights);
+    let parts = BatchLimits::new(replicas.workers).parts(&weights);
     let at_once = (2 * replicas.workers).clamp(1, MOST_AT_ONCE);
     debug!(
         request = task.id,
@@ -97,7 +97,7 @@ async fn run(
         parts = parts.len(),
         "embedding"
     );
-    let ask = Ask {
+    let ask = Requirements {
         model,
         purpose: Purpose::Embed,
         // Parts of one request must come from the same weights.
@@ -106,7 +106,7 @@ async fn run(
             ingress: Ingress::Embeddings,
             origin: task.origin,
         },
-        ..Ask::default()
+        ..Requirements::default()
     };
     let task = &task;
     // All parts have vectors of one length, whatever a worker says of its own.
@@ -118,7 +118,7 @@ async fn run(
     let answers: Vec<Embeddings> = stream::iter(parts.into_iter().enumerate())
         .map(|(index, range)| {
             let tokens: u64 = weights[range.clone()].iter().sum();
-            let ask = Ask {
+            let ask = Requirements {
                 prompt_tokens: u32::try_from(tokens).unwrap_or(u32::MAX),
                 ..ask.clone()
             };
@@ -146,7 +146,7 @@ async fn part(
     task: &EmbedTask,
     index: usize,
     range: Range<usize>,
-    ask: Ask,
+    ask: Requirements,
     dimensions: u32,
 ) -> Result<Embeddings, AnswerError> {
     let id = match index {
@@ -211,7 +211,7 @@ impl Codec for EmbedCodec<'_> {
         &mut self,
         incoming: FromWorker,
         attempt: u32,
-        answer: &mut Answer,
+        answer: &mut Lifecycle,
         now: Instant,
     ) -> Option<Step> {
         let message = match incoming {
@@ -227,7 +227,7 @@ impl Codec for EmbedCodec<'_> {
         })
     }
 
-    fn log_rerun(&self, worker: &str, _: &Answer) {
+    fn log_rerun(&self, worker: &str, _: &Lifecycle) {
         info!(
             request = self.id,
             worker,

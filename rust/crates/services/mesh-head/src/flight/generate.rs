@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use dcf::{ErrorCode, Message, MsgType};
-use mesh_control::request::{Answer, AnswerError, Bounds, Complete, Step};
+use mesh_control::request::{AnswerError, Bounds, Complete, Lifecycle, Step};
 use mesh_proto::{Done, Generate, ModelKind, Prompt, RequestPhase};
 use prost::Message as _;
 use tokio::sync::mpsc;
@@ -170,7 +170,7 @@ impl<E: FnMut(Event) + Send> Codec for GenerateCodec<E> {
         &mut self,
         incoming: FromWorker,
         attempt: u32,
-        answer: &mut Answer,
+        answer: &mut Lifecycle,
         now: Instant,
     ) -> Option<Step> {
         let message = match incoming {
@@ -206,7 +206,7 @@ impl<E: FnMut(Event) + Send> Codec for GenerateCodec<E> {
         (self.emit)(event);
     }
 
-    fn log_rerun(&self, worker: &str, answer: &Answer) {
+    fn log_rerun(&self, worker: &str, answer: &Lifecycle) {
         info!(
             request = self.task.id,
             worker,

@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use mesh_control::placement::Refusal;
-use mesh_control::request::{Answer, AnswerError};
+use mesh_control::request::{AnswerError, Lifecycle};
 use tracing::warn;
 
 use crate::mesh::Mesh;
@@ -49,7 +49,7 @@ impl Drop for Account<'_> {
 }
 
 /// Milliseconds that a worker may spend; 0 is without limit.
-pub(super) fn deadline_ms(answer: &Answer) -> u64 {
+pub(super) fn deadline_ms(answer: &Lifecycle) -> u64 {
     let Some(last) = answer.last_moment() else {
         return 0;
     };

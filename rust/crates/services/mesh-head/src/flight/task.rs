@@ -7,7 +7,7 @@ use mesh_control::affinity::{estimate_tokens, prefixes};
 use mesh_control::fair::{Origin, Source};
 use mesh_control::length::Length;
 use mesh_control::request::Bounds;
-use mesh_control::router::Ask;
+use mesh_control::router::Requirements;
 use mesh_proto::{ChatMessage, EmbedInput, GenerateParams, Prompt};
 
 /// One answer to generate.
@@ -63,7 +63,7 @@ impl GenerateTask {
     }
 
     /// The router's view of this task, for this model.
-    pub(crate) fn ask(&self, model: &str) -> Ask {
+    pub(crate) fn ask(&self, model: &str) -> Requirements {
         let prompt_tokens = estimate_tokens(match &*self.prompt {
             Prompt::Text(text) => text.len(),
             Prompt::Chat(chat) => chat
@@ -73,7 +73,7 @@ impl GenerateTask {
                 .sum(),
             Prompt::Tokens(list) => list.tokens.len() * 4,
         });
-        Ask {
+        Requirements {
             model: model.to_owned(),
             prompt_tokens,
             answer_tokens: self
@@ -86,7 +86,7 @@ impl GenerateTask {
             plain: self.plain.is_some(),
             revision: self.params.revision().max(self.prompt.revision()),
             source: self.source,
-            ..Ask::default()
+            ..Requirements::default()
         }
     }
 }

@@ -3,7 +3,7 @@
 use std::sync::{Arc, MutexGuard, PoisonError};
 
 use mesh_control::fair::Origin;
-use mesh_control::memory::{Memory, TooMuch};
+use mesh_control::memory::{RequestMemory, TooMuch};
 
 use super::state::Mesh;
 
@@ -27,7 +27,7 @@ impl Mesh {
         self.memory().left()
     }
 
-    pub(super) fn memory(&self) -> MutexGuard<'_, Memory> {
+    pub(super) fn memory(&self) -> MutexGuard<'_, RequestMemory> {
         self.memory.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -3,12 +3,12 @@
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
+use mesh_control::embedding_workers::EmbeddingWorkers;
 use mesh_control::fair::{Ingress, Ticket};
-use mesh_control::placement::{Asked, Ended, Placed, Received, Refusal};
+use mesh_control::placement::{AttemptEnd, Decision, Placed, ReceivedTokens, Refusal};
 use mesh_control::registry::{TokenClock, WorkerId};
-use mesh_control::replicas::Replicas;
 use mesh_control::rings::Prospect;
-use mesh_control::router::Ask;
+use mesh_control::router::Requirements;
 use mesh_proto::ModelKind;
 use tokio::sync::oneshot;
 
@@ -22,7 +22,7 @@ impl Mesh {
     /// [`Refusal`] says why the request gets no worker.
     pub(crate) async fn place(
         self: &Arc<Self>,
-        ask: Ask,
+        ask: Requirements,
         rerun: bool,
     ) -> Result<Assignment, Refusal> {
         let ingress = ask.source.ingress;
@@ -33,15 +33,19 @@ impl Mesh {
         placed
     }
 
-    async fn place_or_wait(self: &Arc<Self>, ask: Ask, rerun: bool) -> Result<Assignment, Refusal> {
+    async fn place_or_wait(
+        self: &Arc<Self>,
+        ask: Requirements,
+        rerun: bool,
+    ) -> Result<Assignment, Refusal> {
         let (ticket, receiver) = {
             let mut state = self.lock();
             let ticket = Ticket(state.next_ticket);
             state.next_ticket += 1;
             match state.placement.ask(ticket, ask, rerun, Instant::now()) {
-                Asked::Placed(placed) => return Ok(self.assignment(&state, ticket, placed)),
-                Asked::Refused(refusal) => return Err(refusal),
-                Asked::Waiting => {
+                Decision::Placed(placed) => return Ok(self.assignment(&state, ticket, placed)),
+                Decision::Refused(refusal) => return Err(refusal),
+                Decision::Waiting => {
                     let (sender, receiver) = oneshot::channel();
                     state.waiting.insert(ticket, sender);
                     if state.placement.has_displaced() {
@@ -94,8 +98,8 @@ impl Mesh {
     }
 
     /// The workers that serve this model.
-    pub(crate) fn replicas(&self, name: &str) -> Replicas {
-        self.with_registry(|registry| Replicas::of(registry, name, Instant::now()))
+    pub(crate) fn replicas(&self, name: &str) -> EmbeddingWorkers {
+        self.with_registry(|registry| EmbeddingWorkers::of(registry, name, Instant::now()))
     }
 
     /// Returns true if a worker serves this model now or did recently, or workers offer its layers.
@@ -121,13 +125,13 @@ impl Mesh {
                 .map(|model| model.tokens_seen.clone()),
             connection: state.connection(placed.worker),
             placed,
-            ended: Ended::Cancelled,
+            ended: AttemptEnd::Cancelled,
             received: Mutex::default(),
         }
     }
 
     /// Returns true if another worker than this one answers such requests.
-    pub(crate) fn another(&self, ask: &Ask, than: WorkerId) -> bool {
+    pub(crate) fn another(&self, ask: &Requirements, than: WorkerId) -> bool {
         self.lock().placement.another(ask, than, Instant::now())
     }
 
@@ -146,7 +150,7 @@ impl Mesh {
                 None => true,
             };
             if undelivered {
-                state.placement.release(ticket, Ended::Cancelled, now);
+                state.placement.release(ticket, AttemptEnd::Cancelled, now);
             }
         }
         self.gauge(state);
@@ -186,7 +190,9 @@ impl Drop for PlaceInQueue<'_> {
         state.waiting.remove(&self.ticket);
         state.placement.withdraw(self.ticket);
         // It may have been given a worker in this very moment.
-        state.placement.release(self.ticket, Ended::Cancelled, now);
+        state
+            .placement
+            .release(self.ticket, AttemptEnd::Cancelled, now);
         self.mesh.pump(&mut state, now);
     }
 }
@@ -202,8 +208,8 @@ pub(crate) struct Assignment {
     pub connection: Option<Arc<dyn Connection>>,
     /// The worker's process; 0 is unknown.
     pub process: u64,
-    ended: Ended,
-    received: Mutex<Received>,
+    ended: AttemptEnd,
+    received: Mutex<ReceivedTokens>,
     tokens_seen: Option<TokenClock>,
     /// The same for the model alone.
     of_model: Option<TokenClock>,
@@ -274,7 +280,7 @@ impl Assignment {
     }
 
     /// Reports the end of the attempt, and frees the worker.
-    pub(crate) fn end(mut self, ended: Ended) {
+    pub(crate) fn end(mut self, ended: AttemptEnd) {
         self.ended = ended;
     }
 }

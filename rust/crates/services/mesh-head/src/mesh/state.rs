@@ -10,7 +10,7 @@ use dcf::{ErrorCode, Message};
 use mesh_control::duplicates::Duplicates;
 use mesh_control::fair::Ticket;
 use mesh_control::held_back::HeldBack;
-use mesh_control::memory::Memory;
+use mesh_control::memory::RequestMemory;
 use mesh_control::placement::{Placed, Placement, Refusal};
 use mesh_control::registry::{Registry, Worker, WorkerId};
 use mesh_control::rings::Rings;
@@ -54,7 +54,7 @@ pub struct Mesh {
     pub(crate) running_since: Instant,
     pub(super) state: Mutex<State>,
     /// Account of the memory that requests take.
-    pub(super) memory: Mutex<Memory>,
+    pub(super) memory: Mutex<RequestMemory>,
     /// Turns for large requests, which are read one at a time: while they are parsed, they take a multiple of
     /// their bytes.
     pub(crate) reading: Semaphore,
@@ -156,7 +156,7 @@ impl Mesh {
             next_ticket: 0,
         };
         Ok(Arc::new(Self {
-            memory: Mutex::new(Memory::new(config.memory_of_requests())),
+            memory: Mutex::new(RequestMemory::new(config.memory_of_requests())),
             reading: Semaphore::new(1),
             live: RwLock::new(config.clone()),
             config,

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant, SystemTime};
 use dcf::ErrorCode;
 use mesh_base::clock;
 use mesh_control::duplicates::Duplicate;
-use mesh_control::held_back::Words;
+use mesh_control::held_back::HeldMessages;
 use mesh_control::registry::{KINDS, ServedModel, Service, Worker, WorkerId};
 use mesh_control::spotcheck::CheckState;
 use mesh_control::tracker::Conflict;
@@ -106,7 +106,7 @@ impl Mesh {
                 Some(registry.is_out(node, now))
             })
         };
-        for (id, Words { offer, models }) in words {
+        for (id, HeldMessages { offer, models }) in words {
             if let Some(offer) = offer {
                 self.offered(id, offer);
             }

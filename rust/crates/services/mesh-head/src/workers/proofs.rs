@@ -10,7 +10,7 @@ use futures::StreamExt;
 use futures::stream::FuturesUnordered;
 use mesh_control::registry::WorkerId;
 use mesh_control::registry::proofs::Proof;
-use mesh_control::request::{Answer, Bounds, Delta, Failure, Step};
+use mesh_control::request::{Bounds, Delta, Failure, Lifecycle, Step};
 use mesh_control::spotcheck::{self, Position, Sample};
 use mesh_net::quic::{Link, MsgStream, StreamFailure};
 use mesh_proto::{
@@ -210,7 +210,8 @@ impl Probe<'_> {
         };
         stream.limit(bounds.message());
         // Checks the tokens as those of any answer are checked.
-        let mut answer = Answer::new(self.mesh.config.request_limits(), self.asked).within(bounds);
+        let mut answer =
+            Lifecycle::new(self.mesh.config.request_limits(), self.asked).within(bounds);
         let attempt = answer
             .placed(self.id, Duration::ZERO, Instant::now())
             .attempt;

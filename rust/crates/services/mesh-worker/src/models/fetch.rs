@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use mesh_base::units::about_bytes;
-use mesh_proto::{BadSource, ModelSources, Seat};
+use mesh_proto::{BadSource, ModelSources, NodeAddr};
 use mesh_share::{Action, DropReason, Kind, PieceSet, Settings, Swarm};
 use mesh_store::{Begun, PartialFile, PartialKey, Pin, Store, StoreError, Work};
 use tokio::sync::{mpsc, oneshot, watch};
@@ -330,7 +330,7 @@ impl Fetch {
     /// Opens streams to sources that the head named, closes those to others, and says how far it is.
     fn look(&mut self, told: &mut watch::Receiver<BTreeMap<String, ModelSources>>) {
         let now = Instant::now();
-        let seats: Vec<Seat> = self.models.seats(&told.borrow_and_update(), &self.held);
+        let seats: Vec<NodeAddr> = self.models.seats(&told.borrow_and_update(), &self.held);
         let named = |node: &String| seats.iter().any(|seat| seat.node_id == *node);
         let dropped: Vec<String> = self
             .sources

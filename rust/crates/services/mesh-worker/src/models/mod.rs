@@ -29,7 +29,7 @@ use mesh_base::units::about_bytes;
 use mesh_net::discovery::Found;
 use mesh_net::quic::timestamp_us;
 use mesh_net::trust::Role;
-use mesh_proto::{BadSource, HeldModel, ModelSources, Seat, SoughtModel, Sources};
+use mesh_proto::{BadSource, HeldModel, ModelSources, NodeAddr, SoughtModel, Sources};
 use mesh_service::metrics::prometheus_client::metrics::counter::Counter;
 use mesh_service::metrics::prometheus_client::registry::Registry;
 use mesh_share::PieceSet;
@@ -107,7 +107,7 @@ impl Models {
         let policy = Policy::from_files(&store_config.trusted_keys, store_config.require_signature)
             .map_err(|error| failed(error.to_string()))?;
         let dir = config.store_dir();
-        let mut names = config.models.iter().chain(&config.shards);
+        let mut names = config.models.iter().chain(&config.ring.models);
         let needed = store_config.dir.is_some()
             || dir.is_dir()
             || names.any(|name| !is_at_hand(name, config));
@@ -401,14 +401,14 @@ impl Models {
     }
 
     /// Workers that may have pieces of a model, according to the head.
-    fn seats(&self, told: &BTreeMap<String, ModelSources>, held: &Held) -> Vec<Seat> {
+    fn seats(&self, told: &BTreeMap<String, ModelSources>, held: &Held) -> Vec<NodeAddr> {
         let fingerprint = held.fingerprint().to_string();
         let own = lock(&self.net)
             .as_ref()
             .map_or_else(String::new, |net| net.node_id.clone());
-        let mut seats: Vec<Seat> = Vec::new();
+        let mut seats: Vec<NodeAddr> = Vec::new();
         let of_model = told.values().filter(|m| m.fingerprint == fingerprint);
-        for seat in of_model.flat_map(|model| &model.seats) {
+        for seat in of_model.flat_map(|model| &model.holders) {
             let known = seats.iter().any(|other| other.node_id == seat.node_id);
             if !known && seat.node_id != own {
                 seats.push(seat.clone());
@@ -420,7 +420,7 @@ impl Models {
             let known = seats.iter().any(|other| other.node_id == worker.node_id);
             if worker.role == Role::Worker && !known && worker.node_id != own {
                 let mut all = worker.addresses.iter().map(|address| address.to_string());
-                seats.push(Seat {
+                seats.push(NodeAddr {
                     node_id: worker.node_id,
                     name: worker.name,
                     address: all.next().unwrap_or_default(),

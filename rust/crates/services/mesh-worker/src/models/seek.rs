@@ -112,7 +112,7 @@ impl Models {
                     let reason = "its files are not what its manifest says".to_owned();
                     doubts.push((fingerprint, String::new(), Doubt::Other(reason)));
                 }
-                for seat in sources.seats.iter().filter(|_| !disowned) {
+                for seat in sources.holders.iter().filter(|_| !disowned) {
                     let signed = match source::manifest(&peers, seat, &fingerprint).await {
                         Ok(signed) => signed,
                         Err(reason) => {

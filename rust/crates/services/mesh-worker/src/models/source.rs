@@ -7,7 +7,8 @@ use std::time::Duration;
 use dcf::{Message, MsgType};
 use mesh_net::quic::{Link, MsgStream};
 use mesh_proto::{
-    BLOCK, ManifestReply, ManifestRequest, PieceData, PieceRequest, PiecesHello, PiecesHere, Seat,
+    BLOCK, ManifestReply, ManifestRequest, NodeAddr, PieceData, PieceRequest, PiecesHello,
+    PiecesHere,
 };
 use mesh_share::{BadPiece, PieceSet, Verified, Wanted};
 use mesh_store::{Digest, SignedManifest};
@@ -46,7 +47,7 @@ pub(super) enum News {
 /// Gets pieces from the worker in `seat` until the orders or the stream end.
 pub(super) async fn run(
     peers: Peers,
-    seat: Seat,
+    seat: NodeAddr,
     held: Arc<Held>,
     writer: Arc<Writer>,
     orders: mpsc::UnboundedReceiver<Order>,
@@ -63,7 +64,7 @@ pub(super) async fn run(
     tell(News::Gone(reason));
 }
 
-async fn open(peers: &Peers, seat: &Seat, held: &Held) -> Result<(Link, MsgStream), String> {
+async fn open(peers: &Peers, seat: &NodeAddr, held: &Held) -> Result<(Link, MsgStream), String> {
     let link = peers.link(seat).await?;
     let mut stream = link.open().await.map_err(|error| error.to_string())?;
     let hello = PiecesHello {
@@ -226,7 +227,7 @@ fn here(received: &Message, pieces: u32) -> Result<PieceSet, String> {
 /// Gets the manifest with this fingerprint from the worker in `seat`.
 pub(super) async fn manifest(
     peers: &Peers,
-    seat: &Seat,
+    seat: &NodeAddr,
     fingerprint: &Digest,
 ) -> Result<SignedManifest, String> {
     let exchange = async {

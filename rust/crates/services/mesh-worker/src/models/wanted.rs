@@ -36,7 +36,7 @@ pub(super) fn check(
             || is_at_hand(name, config)
             || !may_be_fetched(name)
     };
-    let mut names = config.models.iter().chain(&config.shards);
+    let mut names = config.models.iter().chain(&config.ring.models);
     let Some(name) = names.find(|name| !may_be(name)) else {
         return Ok(());
     };
@@ -97,11 +97,9 @@ mod tests {
         assert!(text.contains("no model \"qwen2.5:8b\""), "{text}");
         assert!(text.contains("names like it are qwen2.5:"), "{text}");
         assert!(text.contains("qwen2.5:7b"), "{text}");
-        let shards = Config {
-            shards: vec!["qwne3:8b".to_owned()],
-            ..config("org/model")
-        };
-        let text = refusal(&shards).unwrap();
+        let mut in_ring = config("org/model");
+        in_ring.ring.models = vec!["qwne3:8b".to_owned()];
+        let text = refusal(&in_ring).unwrap();
         assert!(text.contains("names like it are qwen3:8b"), "{text}");
     }
 

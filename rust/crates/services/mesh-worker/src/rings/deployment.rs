@@ -8,10 +8,10 @@ use std::time::{Duration, Instant};
 
 use mesh_engine::RequestError;
 use mesh_net::quic::MsgStream;
-use mesh_pipeline::{DriverEvent, Part};
+use mesh_pipeline::{DriverEvent, StageReplica};
 use mesh_proto::{
-    ModelCard, PartPhase, PartState, Recovery, Ring, RingHello, RingPurpose, RingStage, RingState,
-    Seat,
+    ModelCard, NodeAddr, PartPhase, PartState, Recovery, Ring, RingHello, RingPurpose, RingStage,
+    RingState,
 };
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
@@ -85,7 +85,7 @@ struct LoadedAs {
     weight_bytes: u64,
 }
 
-type Loaded = (u32, Result<(Part, LoadedAs), String>);
+type Loaded = (u32, Result<(StageReplica, LoadedAs), String>);
 
 /// State that ends with an epoch.
 #[derive(Default)]
@@ -93,7 +93,7 @@ struct EpochStreams {
     tasks: JoinSet<Ended>,
     /// Parts that have begun this epoch, with what their inbound streams need.
     begun: BTreeMap<u32, Inbound>,
-    mirrors: BTreeMap<u32, (Seat, AbortOnDropHandle<()>)>,
+    mirrors: BTreeMap<u32, (NodeAddr, AbortOnDropHandle<()>)>,
     /// Gives the driver's pings back to it.
     echo: Option<AbortOnDropHandle<()>>,
 }
@@ -110,7 +110,7 @@ struct Inbound {
 /// A stream that ended, toward a seat or from a stage.
 struct Ended {
     epoch: u32,
-    peer: Option<Seat>,
+    peer: Option<NodeAddr>,
     what: &'static str,
     reason: Broken,
 }
@@ -222,19 +222,19 @@ impl Deployment {
             "ring"
         );
         let own = self.rings.node_id();
-        let holds = |seat: &Option<Seat>| seat.as_ref().is_some_and(|seat| seat.node_id == own);
+        let holds = |seat: &Option<NodeAddr>| seat.as_ref().is_some_and(|seat| seat.node_id == own);
         let wanted: Vec<u32> = (0..)
             .zip(&ring.stages)
-            .filter(|(_, stage)| holds(&stage.seat) || holds(&stage.standby))
+            .filter(|(_, stage)| holds(&stage.member) || holds(&stage.standby))
             .map(|(index, _)| index)
             .collect();
         let last = ring.stages.len() as u32 - 1;
-        let drives = ring.stages.last().is_some_and(|stage| holds(&stage.seat));
-        let alone = ring.stages.iter().all(|stage| holds(&stage.seat));
+        let drives = ring.stages.last().is_some_and(|stage| holds(&stage.member));
+        let alone = ring.stages.iter().all(|stage| holds(&stage.member));
         self.rings.set_alone(self.id, alone);
         let seats = |ring: &Ring| -> Vec<Option<String>> {
             let stages = ring.stages.iter();
-            let node = |stage: &RingStage| stage.seat.as_ref().map(|seat| seat.node_id.clone());
+            let node = |stage: &RingStage| stage.member.as_ref().map(|seat| seat.node_id.clone());
             stages.map(node).collect()
         };
         if newer
@@ -353,7 +353,7 @@ impl Deployment {
             if self.epoch.begun.contains_key(&stage) {
                 continue;
             }
-            let is_member = self.is_own(self.ring.stages[stage as usize].seat.as_ref());
+            let is_member = self.is_own(self.ring.stages[stage as usize].member.as_ref());
             match self.parts.get(&stage) {
                 Some(Hosted::Ready { part, .. }) if !is_member || stage + 1 < stages => {
                     let part = part.clone();
@@ -407,7 +407,7 @@ impl Deployment {
         }
     }
 
-    fn start_driver(&mut self, stage: u32, part: Part, loaded: LoadedAs) {
+    fn start_driver(&mut self, stage: u32, part: StageReplica, loaded: LoadedAs) {
         let config = self.rings.config.scheduler();
         let model = &self.shard.model;
         match DriverHandle::start(part, &self.ring, model, config, self.notices.clone()) {
@@ -473,7 +473,7 @@ impl Deployment {
             .ring
             .stages
             .get(stage as usize)
-            .and_then(|stage| stage.seat.clone())
+            .and_then(|stage| stage.member.clone())
         else {
             return;
         };
@@ -503,7 +503,7 @@ impl Deployment {
         let stages = self.ring.stages.clone();
         for (stage, planned) in (0..).zip(&stages) {
             let target = match self.parts.get(&stage) {
-                Some(Hosted::Ready { part, .. }) if self.is_own(planned.seat.as_ref()) => {
+                Some(Hosted::Ready { part, .. }) if self.is_own(planned.member.as_ref()) => {
                     Target::Part(part.clone())
                 }
                 Some(Hosted::Driving(_)) => match &self.driver {
@@ -557,7 +557,7 @@ impl Deployment {
         };
         let expected = from
             .and_then(|stage| stages.get(stage as usize))
-            .and_then(|stage| stage.seat.clone());
+            .and_then(|stage| stage.member.clone());
         if expected.as_ref().is_none_or(|seat| seat.node_id != peer) {
             tracing::warn!(peer, ?hello, "this node has no such place in the ring");
             return streams::refuse(stream);
@@ -714,7 +714,7 @@ impl Deployment {
         }
     }
 
-    fn suspect(&mut self, seat: &Seat, reason: &str, severed: bool, closed: bool) {
+    fn suspect(&mut self, seat: &NodeAddr, reason: &str, severed: bool, closed: bool) {
         if self.is_own(Some(seat)) {
             return;
         }
@@ -739,7 +739,7 @@ impl Deployment {
     }
 
     /// A member that was silent has been heard again.
-    fn trust(&mut self, seat: &Seat) {
+    fn trust(&mut self, seat: &NodeAddr) {
         let before = self.suspects.len();
         self.suspects
             .retain(|suspect| suspect.node_id != seat.node_id || suspect.closed);
@@ -752,8 +752,8 @@ impl Deployment {
         }
     }
 
-    fn seat(&self, stage: u32) -> Option<Seat> {
-        self.ring.stages.get(stage as usize)?.seat.clone()
+    fn seat(&self, stage: u32) -> Option<NodeAddr> {
+        self.ring.stages.get(stage as usize)?.member.clone()
     }
 
     fn dissolve(&mut self, reason: &str) {
@@ -799,7 +799,7 @@ impl Deployment {
         let serving = self.serving == self.ring.epoch;
         let parts = self.parts.iter().map(|(&stage, hosted)| {
             let planned = self.ring.stages.get(stage as usize);
-            let standby = !self.is_own(planned.and_then(|stage| stage.seat.as_ref()));
+            let standby = !self.is_own(planned.and_then(|stage| stage.member.as_ref()));
             let mut state = PartState {
                 stage,
                 standby,
@@ -868,7 +868,7 @@ impl Deployment {
         Some(stage.layer_start..stage.layer_end)
     }
 
-    fn is_own(&self, seat: Option<&Seat>) -> bool {
+    fn is_own(&self, seat: Option<&NodeAddr>) -> bool {
         seat.is_some_and(|seat| seat.node_id == self.rings.node_id())
     }
 
@@ -884,7 +884,12 @@ impl Deployment {
 
 /// Mirrors to a standby, and begins again when that breaks: the standby may still be loading, or have lost
 /// step. Whether it is still the right one is for the head to say.
-async fn keep_mirroring(peers: super::peers::Peers, seat: Seat, hello: RingHello, target: Target) {
+async fn keep_mirroring(
+    peers: super::peers::Peers,
+    seat: NodeAddr,
+    hello: RingHello,
+    target: Target,
+) {
     loop {
         let reason = match streams::open(&peers, &seat, &hello).await {
             Ok((_link, stream)) => streams::mirror_out(stream, target.clone()).await,

@@ -7,7 +7,7 @@ use mesh_engine::{
     Engine, EngineHandle, RequestError, SchedulerConfig, StageInfo, StartError, Waker,
 };
 use mesh_model::Model;
-use mesh_pipeline::{DriverEvent, DriverGauges, DriverOut, Part, RingRunner};
+use mesh_pipeline::{DriverEvent, DriverGauges, DriverOut, RingRunner, StageReplica};
 use mesh_proto::{HeldSlot, Recovery, Ring, RingStep};
 use tokio::sync::mpsc as async_mpsc;
 
@@ -69,7 +69,7 @@ pub(super) enum Notice {
 impl DriverHandle {
     /// Makes the last stage's part a driver.
     pub(super) fn start(
-        part: Part,
+        part: StageReplica,
         ring: &Ring,
         model: &Model,
         config: SchedulerConfig,

@@ -31,9 +31,9 @@ use mesh_engine_ort::{OrtOptions, Reclaim, WeightFormat};
 use mesh_model::Model;
 use mesh_net::quic::{Link, LinkConfig, Listener, MsgStream, probe};
 use mesh_net::trust::{NodeIdentity, Role};
-use mesh_pipeline::Part;
+use mesh_pipeline::StageReplica;
 use mesh_proto::{
-    ModelCard, NodeProfile, Offer, PathProfile, Ring, RingHello, RingState, ShardOffer,
+    LayerOffer, ModelCard, NodeProfile, Offer, PathProfile, Ring, RingHello, RingState,
 };
 use tokio::runtime::Handle;
 use tokio::sync::{Notify, mpsc};
@@ -75,7 +75,7 @@ pub(crate) struct Shard {
     model: Model,
     card: ModelCard,
     format: WeightFormat,
-    offer: ShardOffer,
+    offer: LayerOffer,
     /// The stored model, if only parts of it may be here.
     held: Option<Arc<Held>>,
 }
@@ -98,7 +98,7 @@ struct Net {
 }
 
 impl Rings {
-    /// Opens those of `config.shards` that are files at hand and measures this machine. Blocks for as long as
+    /// Opens those of `config.ring.models` that are files at hand and measures this machine. Blocks for as long as
     /// that takes.
     pub(crate) fn open(config: &Arc<Config>, models: Arc<Models>) -> (Arc<Self>, Vec<Failure>) {
         let (shards, profile, failures) = offer::measure(config);
@@ -166,7 +166,7 @@ impl Rings {
 
     /// Returns true if this worker offers anything, or will.
     pub(crate) fn is_offering(&self) -> bool {
-        !self.config.shards.is_empty()
+        !self.config.ring.models.is_empty()
     }
 
     fn shards(&self) -> Vec<Arc<Shard>> {
@@ -245,7 +245,7 @@ impl Rings {
                 paths,
                 ..lock(&self.profile).clone()
             }),
-            shards: shards.iter().map(|shard| shard.offer.clone()).collect(),
+            models: shards.iter().map(|shard| shard.offer.clone()).collect(),
         };
         if let Some(head) = &*lock(&self.head) {
             let _ = head.send(message(MsgType::OFFER, &offer));
@@ -462,7 +462,7 @@ impl Shard {
         slots: u32,
         context: u32,
         config: &Config,
-    ) -> Result<Part, String> {
+    ) -> Result<StageReplica, String> {
         let _reclaim = Reclaim;
         let format = match format {
             "" => self.format,
@@ -481,7 +481,7 @@ impl Shard {
         };
         let opened = mesh_engine_ort::open(&model, layers, options, config.backend)
             .map_err(|error| error.to_string())?;
-        Ok(Part::new(opened.stage, KEPT_BYTES))
+        Ok(StageReplica::new(opened.stage, KEPT_BYTES))
     }
 }
 

@@ -16,11 +16,11 @@ use crate::error::WorkerError;
 use crate::host::{self, Failure, Source};
 use crate::models::{Held, may_be_fetched};
 
-/// Opens those models of `config.shards` that are files at hand and measures their cost here. Earlier
+/// Opens those models of `config.ring.models` that are files at hand and measures their cost here. Earlier
 /// measurements are kept in the state directory. A fault of one model becomes a [`Failure`] of that model
 /// alone.
 pub(super) fn measure(config: &Arc<Config>) -> (Vec<Shard>, NodeProfile, Vec<Failure>) {
-    if config.shards.is_empty() {
+    if config.ring.models.is_empty() {
         return (Vec::new(), NodeProfile::default(), Vec::new());
     }
     let mut failures = Vec::new();
@@ -32,7 +32,7 @@ pub(super) fn measure(config: &Arc<Config>) -> (Vec<Shard>, NodeProfile, Vec<Fai
         });
     };
     let mut paths = Vec::new();
-    for name in &config.shards {
+    for name in &config.ring.models {
         match local::resolve(name, &config.folders()) {
             Ok(path) => paths.push((name, path)),
             // It comes later, from elsewhere.

@@ -11,7 +11,7 @@ use std::time::Instant;
 
 use dcf::{ErrorCode, Message, MsgType};
 use mesh_net::quic::timestamp_us;
-use mesh_pipeline::{Out, Part};
+use mesh_pipeline::{Out, StageReplica};
 use mesh_proto::{HeldSlot, RingHeld, RingMirror, RingMirrored, RingResend, RingStep};
 use tokio::sync::{mpsc as async_mpsc, oneshot};
 
@@ -50,7 +50,7 @@ pub(super) enum Command {
     /// As a standby: take this in and answer, with an Error if that is impossible.
     TakeMirrored(RingMirror, Outbox),
     /// Give the part away; the thread ends.
-    Take(oneshot::Sender<Part>),
+    Take(oneshot::Sender<StageReplica>),
 }
 
 /// Steps of an epoch that came and went.
@@ -115,7 +115,7 @@ impl Drop for Alive {
 
 impl PartHandle {
     /// Starts a thread for `part`.
-    pub(super) fn start(part: Part) -> std::io::Result<Self> {
+    pub(super) fn start(part: StageReplica) -> std::io::Result<Self> {
         let gauges = Arc::new(Gauges::default());
         let layers = part.info().layers.clone();
         let worker = PartWorker {
@@ -174,7 +174,7 @@ impl PartHandle {
     }
 
     /// The part itself, after all that it was told before.
-    pub(super) async fn take(&self) -> Option<Part> {
+    pub(super) async fn take(&self) -> Option<StageReplica> {
         let (sender, part) = oneshot::channel();
         self.tell(Command::Take(sender));
         part.await.ok()
@@ -221,7 +221,7 @@ impl Shared {
 
 /// Owner of the part.
 struct PartWorker {
-    part: Part,
+    part: StageReplica,
     gauges: Arc<Gauges>,
     outboxes: Option<Outboxes>,
     standby: Option<Outbox>,
@@ -249,16 +249,16 @@ impl PartWorker {
             }
             Command::Step(step) => self.step(step),
             Command::Resend(resend) => self.part.resend(&resend, &mut self.outs),
-            Command::NextMirrored(mirrored) => self.part.next_mirrored(&mirrored),
+            Command::NextMirrored(mirrored) => self.part.next_acknowledged(&mirrored),
             Command::Standby(held, outbox) => {
                 self.standby = Some(outbox);
-                self.part.mirror_to(&held, &mut self.outs);
+                self.part.replicate_to(&held, &mut self.outs);
             }
             Command::NoStandby => {
                 self.standby = None;
-                self.part.stop_mirroring();
+                self.part.stop_replication();
             }
-            Command::Mirrored(count) => self.part.mirrored(count, &mut self.outs),
+            Command::Mirrored(count) => self.part.acknowledged(count, &mut self.outs),
             Command::TakeMirrored(mirror, answers) => self.take_mirrored(&mirror, &answers),
             Command::Take(_) => {}
         }
@@ -281,7 +281,7 @@ impl PartWorker {
     }
 
     fn take_mirrored(&mut self, mirror: &RingMirror, answers: &Outbox) {
-        match self.part.take_mirrored(mirror) {
+        match self.part.apply_replicated(mirror) {
             Ok(mirrored) => {
                 let _ = answers.send(message(MsgType::RING_MIRRORED, &mirrored));
             }
@@ -324,10 +324,10 @@ impl PartWorker {
     }
 
     fn gauge(&self) {
-        let rows = self.part.book().rows();
+        let rows = self.part.token_log().rows();
         let bytes = rows * self.part.info().kv_bytes_per_token;
         self.gauges.kv_bytes.store(bytes, Ordering::Relaxed);
-        let kept = self.part.kept_bytes();
+        let kept = self.part.replay_bytes();
         self.gauges.kept_bytes.store(kept, Ordering::Relaxed);
         self.gauges.lag.store(self.part.lag(), Ordering::Relaxed);
     }

@@ -8,7 +8,7 @@ use std::time::Duration;
 use mesh_base::addresses::{self, race};
 use mesh_net::quic::{Connector, Link, LinkConfig};
 use mesh_net::trust::{NodeIdentity, Role};
-use mesh_proto::{PathProfile, Seat};
+use mesh_proto::{NodeAddr, PathProfile};
 
 use super::paths;
 
@@ -26,7 +26,7 @@ type Entry = Arc<tokio::sync::Mutex<Option<Made>>>;
 struct Made {
     link: Link,
     /// As the head, or the LAN, named the worker.
-    seat: Seat,
+    seat: NodeAddr,
     /// Before anything filled the path.
     rtt: Duration,
     /// Bytes per second; 0 is unknown.
@@ -108,7 +108,7 @@ impl Peers {
     }
 
     /// Returns the link to a worker, and makes it if there is none.
-    pub(crate) async fn link(&self, seat: &Seat) -> Result<Link, String> {
+    pub(crate) async fn link(&self, seat: &NodeAddr) -> Result<Link, String> {
         let entry = {
             let mut links = self.links.lock().unwrap_or_else(PoisonError::into_inner);
             links.entry(seat.node_id.clone()).or_default().clone()
@@ -162,7 +162,7 @@ impl Peers {
     /// the same, so another machine may answer.
     async fn dial(
         &self,
-        seat: &Seat,
+        seat: &NodeAddr,
         address: SocketAddr,
         config: &LinkConfig,
     ) -> Result<Link, String> {

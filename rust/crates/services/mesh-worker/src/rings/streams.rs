@@ -9,8 +9,8 @@ use dcf::{ErrorCode, Message, MsgType};
 use mesh_net::quic::{Link, MsgStream, SendHalf, StreamFailure};
 use mesh_pipeline::DriverEvent;
 use mesh_proto::{
-    RingHeld, RingHello, RingMirror, RingMirrored, RingOutcome, RingPing, RingPurpose, RingResend,
-    RingStep, Seat,
+    NodeAddr, RingHeld, RingHello, RingMirror, RingMirrored, RingOutcome, RingPing, RingPurpose,
+    RingResend, RingStep,
 };
 use prost::Message as _;
 
@@ -64,7 +64,7 @@ impl From<String> for Broken {
 /// epoch a moment later, or just be starting.
 pub(super) async fn open(
     peers: &Peers,
-    seat: &Seat,
+    seat: &NodeAddr,
     hello: &RingHello,
 ) -> Result<(Link, MsgStream), Broken> {
     let mut last = String::new();
@@ -261,7 +261,7 @@ pub(super) async fn mirror_out(stream: MsgStream, target: Target) -> Broken {
             received = recv.recv() => match read::<RingMirrored>(received, MsgType::RING_MIRRORED) {
                 Ok(mirrored) => match &target {
                     Target::Part(part) => part.tell(Command::Mirrored(mirrored.count)),
-                    Target::Driver(driver) => driver.tell(DriverEvent::Mirrored(mirrored.count)),
+                    Target::Driver(driver) => driver.tell(DriverEvent::Acknowledged(mirrored.count)),
                 },
                 Err(broken) => return broken,
             },

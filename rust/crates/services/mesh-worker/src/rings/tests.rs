@@ -8,7 +8,7 @@ use mesh_engine::{Event as Answer, Request};
 use mesh_engine_ort::OrtStage;
 use mesh_net::quic::join;
 use mesh_net::trust::{Authority, Validity};
-use mesh_proto::{PartPhase, RingStage, Seat};
+use mesh_proto::{NodeAddr, PartPhase, RingStage};
 use mesh_testkit::paths;
 use prost::Message as _;
 use tempfile::TempDir;
@@ -57,10 +57,10 @@ impl Mesh {
             let identity = join(&[address], &token, dir.path(), &name).await.unwrap();
             let config = Arc::new(Config {
                 state_dir: dir.path().to_owned(),
-                shards: vec![paths::smollm2().unwrap().display().to_string()],
                 ort_library: Some(paths::ort_library().unwrap()),
                 threads: 1,
                 ring: RingConfig {
+                    models: vec![paths::smollm2().unwrap().display().to_string()],
                     listen: LOOPBACK,
                     format: crate::config::Format::File,
                     ..RingConfig::default()
@@ -90,9 +90,9 @@ impl Mesh {
         mesh
     }
 
-    fn seat(&self, node: usize) -> Seat {
+    fn seat(&self, node: usize) -> NodeAddr {
         let node = &self.nodes[node];
-        Seat {
+        NodeAddr {
             addresses: Vec::new(),
             node_id: node.rings.node_id(),
             name: "a node".to_owned(),
@@ -107,12 +107,12 @@ impl Mesh {
     }
 
     fn configure_again(&mut self, stages: &[(u32, usize, Option<usize>)]) {
-        let card = self.nodes[0].offer.shards[0].card.clone().unwrap();
+        let card = self.nodes[0].offer.models[0].card.clone().unwrap();
         let mut start = 0;
         let stages = stages.iter().map(|&(end, member, standby)| RingStage {
             layer_start: std::mem::replace(&mut start, end),
             layer_end: end,
-            seat: Some(self.seat(member)),
+            member: Some(self.seat(member)),
             standby: standby.map(|node| self.seat(node)),
             format: String::new(),
         });
@@ -130,11 +130,12 @@ impl Mesh {
         };
         for node in &self.nodes {
             let id = node.rings.node_id();
-            let holds = |seat: &Option<Seat>| seat.as_ref().is_some_and(|seat| seat.node_id == id);
+            let holds =
+                |seat: &Option<NodeAddr>| seat.as_ref().is_some_and(|seat| seat.node_id == id);
             if ring
                 .stages
                 .iter()
-                .any(|s| holds(&s.seat) || holds(&s.standby))
+                .any(|s| holds(&s.member) || holds(&s.standby))
             {
                 node.rings.configure(ring.clone());
             }

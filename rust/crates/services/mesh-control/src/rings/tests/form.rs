@@ -22,7 +22,7 @@ fn a_ring_is_formed_when_offers_were_quiet_and_serves_when_its_driver_says_so() 
         assert!(told.kv_tokens >= 1024);
         assert!(told.stages.iter().all(|stage| {
             stage
-                .seat
+                .member
                 .as_ref()
                 .unwrap()
                 .address
@@ -101,6 +101,7 @@ fn a_model_that_a_worker_serves_whole_gets_a_ring_only_if_that_is_asked_for() {
 
 #[test]
 fn without_a_plan_the_reason_is_kept_and_the_next_offer_tries_again() {
+    let logs = Logs::capture();
     let mut mesh = Mesh::new(|_| {});
     mesh.join("a", 7);
     mesh.pass(2.0);
@@ -109,9 +110,9 @@ fn without_a_plan_the_reason_is_kept_and_the_next_offer_tries_again() {
     };
     assert!(reason.contains("add a node"), "{reason}");
     assert!(mesh.rings.plan(MODEL, mesh.now).is_err());
-    let notes = mesh.notes.len();
     mesh.pass(5.0);
-    assert_eq!(mesh.notes.len(), notes, "it is said once");
+    let told = logs.text().matches("no ring can be made").count();
+    assert_eq!(told, 1, "{}", logs.text());
     mesh.join("b", 7);
     mesh.pass(2.0);
     assert_eq!(mesh.ring().state, "forming");
@@ -124,7 +125,7 @@ fn without_a_plan_the_reason_is_kept_and_the_next_offer_tries_again() {
 #[test]
 fn a_context_that_nobody_asked_for_is_shortened_to_memory() {
     let mut mesh = Mesh::new(|_| {});
-    let long = |offer: &mut Offer| offer.shards[0].card.as_mut().unwrap().context = 32 * 1024;
+    let long = |offer: &mut Offer| offer.models[0].card.as_mut().unwrap().context = 32 * 1024;
     mesh.join_with("a", 7, long);
     mesh.join_with("b", 7, long);
     mesh.pass(2.0);
@@ -168,7 +169,7 @@ fn kv_memory_gives_way_to_standbys() {
 fn workers_with_other_weights_under_the_same_name_have_no_part() {
     let mut mesh = Mesh::new(|_| {});
     let other =
-        |offer: &mut Offer| offer.shards[0].card.as_mut().unwrap().fingerprint = "other".into();
+        |offer: &mut Offer| offer.models[0].card.as_mut().unwrap().fingerprint = "other".into();
     mesh.join_with("x", 50, other);
     mesh.join("a", 20);
     mesh.join("b", 20);
@@ -180,9 +181,9 @@ fn workers_with_other_weights_under_the_same_name_have_no_part() {
 fn several_rings_share_the_memory_of_a_mesh() {
     let mut mesh = Mesh::new(|settings| settings.standbys = false);
     let two = |offer: &mut Offer| {
-        let mut second = offer.shards[0].clone();
+        let mut second = offer.models[0].clone();
         second.card.as_mut().unwrap().name = "n".into();
-        offer.shards.push(second);
+        offer.models.push(second);
     };
     for node in ["a", "b", "c"] {
         mesh.join_with(node, 9, two);
@@ -213,7 +214,7 @@ fn a_worker_beside_the_head_is_named_by_the_heads_address() {
     let addresses: BTreeSet<&str> = told
         .stages
         .iter()
-        .map(|stage| stage.seat.as_ref().unwrap().address.as_str())
+        .map(|stage| stage.member.as_ref().unwrap().address.as_str())
         .collect();
     assert_eq!(
         addresses,
@@ -254,13 +255,13 @@ fn switched_off_no_ring_is_made() {
 #[test]
 fn senseless_offers_make_no_ring_and_no_panic() {
     let changes: [fn(&mut Offer); 7] = [
-        |offer| offer.shards[0].decode_us = f32::NAN,
-        |offer| offer.shards[0].layers = u32::MAX,
-        |offer| offer.shards[0].layer_bytes = u64::MAX,
-        |offer| offer.shards[0].kv_bytes = u64::MAX,
-        |offer| offer.shards[0].card = None,
+        |offer| offer.models[0].decode_us = f32::NAN,
+        |offer| offer.models[0].layers = u32::MAX,
+        |offer| offer.models[0].layer_bytes = u64::MAX,
+        |offer| offer.models[0].kv_bytes = u64::MAX,
+        |offer| offer.models[0].card = None,
         |offer| offer.profile = None,
-        |offer| offer.shards[0].hidden = 0,
+        |offer| offer.models[0].hidden = 0,
     ];
     for change in changes {
         let mut mesh = Mesh::new(|_| {});
@@ -274,7 +275,7 @@ fn senseless_offers_make_no_ring_and_no_panic() {
 #[test]
 fn one_senseless_offer_does_not_spoil_the_others() {
     let mut mesh = Mesh::new(|_| {});
-    mesh.join_with("x", 50, |offer| offer.shards[0].layer_bytes = u64::MAX);
+    mesh.join_with("x", 50, |offer| offer.models[0].layer_bytes = u64::MAX);
     mesh.join("a", 7);
     mesh.join("b", 7);
     mesh.pass(2.0);
@@ -290,10 +291,10 @@ fn a_member_that_moves_is_named_at_its_new_address_in_the_same_epoch() {
     mesh.rings.moved("b", IpAddr::from([10, 0, 0, 7]));
     mesh.poll();
     let told = &mesh.told[&key];
-    let seats = told.stages.iter().filter_map(|stage| stage.seat.as_ref());
-    let of_b: Vec<&str> = seats
-        .filter(|seat| seat.node_id == "b")
-        .map(|seat| seat.address.as_str())
+    let members = told.stages.iter().filter_map(|stage| stage.member.as_ref());
+    let of_b: Vec<&str> = members
+        .filter(|member| member.node_id == "b")
+        .map(|member| member.address.as_str())
         .collect();
     assert!(
         !of_b.is_empty() && of_b.iter().all(|address| address.starts_with("10.0.0.7:")),

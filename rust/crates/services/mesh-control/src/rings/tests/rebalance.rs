@@ -1,8 +1,8 @@
 use super::*;
 
 fn fast(offer: &mut Offer) {
-    offer.shards[0].decode_us = 200.0;
-    offer.shards[0].logits_us = 20.0;
+    offer.models[0].decode_us = 200.0;
+    offer.models[0].logits_us = 20.0;
 }
 
 #[test]
@@ -150,7 +150,7 @@ fn without_room_for_both_the_old_ring_ends_first() {
 fn a_small_gain_changes_nothing_and_a_dry_run_never_does() {
     let mut mesh = Mesh::serving(|settings| settings.standbys = false, &[("a", 7), ("b", 7)]);
     let ring = mesh.id();
-    mesh.join_with("c", 7, |offer| offer.shards[0].decode_us = 950.0);
+    mesh.join_with("c", 7, |offer| offer.models[0].decode_us = 950.0);
     mesh.pass(2.0);
     assert_eq!(mesh.id(), ring);
     let small = mesh
@@ -259,7 +259,7 @@ fn one_has_come_back() -> (Mesh, String) {
     let mut mesh = Mesh::new(|settings| settings.stages = Some(2));
     mesh.join("a", 7);
     mesh.join("b", 7);
-    mesh.join_with("s", 14, |offer| offer.shards[0].decode_us = 3000.0);
+    mesh.join_with("s", 14, |offer| offer.models[0].decode_us = 3000.0);
     mesh.pass(2.0);
     mesh.all_work();
     let lost = mesh.members()[1].clone();

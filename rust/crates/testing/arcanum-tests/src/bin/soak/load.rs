@@ -26,9 +26,9 @@ pub(crate) async fn load(args: &Args, report: &mut Report) -> Result<()> {
     let mut undisturbed = Undisturbed::new();
     undisturbed.learn(&asks).await?;
     let mut cluster = Cluster::builder()
-        .shards(4)
+        .ring_workers(4)
         .stages(3)
-        .head_config("[sharding]\nslots = 16\ncontext = 1024\n")
+        .head_config("[ring]\nslots = 16\ncontext = 1024\n")
         .start()
         .await?;
     cluster.wait_for_whole_ring().await?;

@@ -41,7 +41,7 @@ async fn runs(what: &str, faults: &[Fault], seed: u64, report: &mut Report) -> R
 
     let mut why_not = None;
     let start = |why_not: &mut Option<String>| {
-        let builder = Cluster::builder().shards(4).stages(3);
+        let builder = Cluster::builder().ring_workers(4).stages(3);
         let builder = match faults.contains(&Fault::Cut) {
             true => where_cut_off(builder, why_not),
             false => builder,
@@ -113,6 +113,6 @@ async fn one_run(
     let gap = answers[0].gap_after(struck).unwrap_or_default();
     gaps.add(gap);
     cluster.remove(&victim);
-    cluster.add_shards().await?;
+    cluster.add_ring_worker().await?;
     Ok(format!("{line}: {} ms", gap.as_millis()))
 }

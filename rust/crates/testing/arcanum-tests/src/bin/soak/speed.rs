@@ -31,7 +31,7 @@ pub(crate) async fn pauses(args: &Args, report: &mut Report) -> Result<()> {
     ] {
         let with = if standbys { "with" } else { "without" };
         let mut cluster = Cluster::builder()
-            .shards(4)
+            .ring_workers(4)
             .stages(3)
             .standbys(standbys)
             .start()
@@ -51,7 +51,7 @@ pub(crate) async fn pauses(args: &Args, report: &mut Report) -> Result<()> {
         let row = format!("pause, the driver {fault} {with} standbys, {CONTEXT} tokens of context");
         report.row(&row, all.driver.to_string(), None);
         if !standbys {
-            let row = "for comparison, members: loading that shard, and the prefill that it computed anew";
+            let row = "for comparison, members: loading that stage, and the prefill that it computed anew";
             report.row(row, all.anew.to_string(), None);
             let row = "pauses of members over that, median (wanted: at most 1.2)";
             report.row(row, format!("{:.2}", median(&all.shares)), None);
@@ -116,7 +116,7 @@ async fn one_pause(
         recovery.cloned().unwrap_or_default()
     );
     cluster.remove(&victim);
-    cluster.add_shards().await?;
+    cluster.add_ring_worker().await?;
     Ok(())
 }
 
@@ -128,7 +128,7 @@ pub(crate) async fn mirror_cost(args: &Args, report: &mut Report) -> Result<()> 
     let mut rates = [Vec::new(), Vec::new()];
     let mut clusters = Vec::new();
     for standbys in [false, true] {
-        let builder = Cluster::builder().shards(4).stages(3);
+        let builder = Cluster::builder().ring_workers(4).stages(3);
         let mut cluster = builder.standbys(standbys).start().await?;
         cluster.wait_for_whole_ring().await?;
         clusters.push(cluster);

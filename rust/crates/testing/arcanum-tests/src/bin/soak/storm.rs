@@ -36,7 +36,7 @@ pub(crate) async fn storm(args: &Args, report: &mut Report) -> Result<()> {
     undisturbed.learn(&asks).await?;
 
     let mut why_not = None;
-    let builder = where_cut_off(Cluster::builder().shards(5).stages(3), &mut why_not);
+    let builder = where_cut_off(Cluster::builder().ring_workers(5).stages(3), &mut why_not);
     let mut cluster = builder.start().await?;
     cluster.wait_for_whole_ring().await?;
     let over = Arc::new(AtomicBool::new(false));
@@ -69,7 +69,7 @@ pub(crate) async fn storm(args: &Args, report: &mut Report) -> Result<()> {
         faults += 1;
         if fault == Fault::Kill {
             cluster.remove(&victim);
-            cluster.add_shards().await?;
+            cluster.add_ring_worker().await?;
         } else {
             tokio::time::sleep(LASTS).await;
             cluster.relieve(&victim, fault)?;

@@ -10,7 +10,7 @@ use super::spotcheck::CheckState;
 
 /// The workers that serve a model.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Replicas {
+pub struct EmbeddingWorkers {
     /// Output of the model; `None` if no worker serves it now.
     pub kind: Option<ModelKind>,
     /// Workers with the same weights that may be asked for embeddings.
@@ -21,7 +21,7 @@ pub struct Replicas {
     pub dimensions: u32,
 }
 
-impl Replicas {
+impl EmbeddingWorkers {
     /// The workers of a model: with the weights that its name stands for, or, where it stands for none yet,
     /// with those that most of its workers have.
     pub fn of(registry: &Registry, name: &str, now: Instant) -> Self {
@@ -112,30 +112,30 @@ mod tests {
         let first = join(&mut registry, "first", "x", now);
         registry.prune(now);
         let others = ["a", "b", "c"].map(|node| join(&mut registry, node, "y", now));
-        let x = Replicas {
+        let x = EmbeddingWorkers {
             kind: Some(ModelKind::Embed),
             workers: 1,
             fingerprint: Some("x".into()),
             dimensions: 384,
         };
-        assert_eq!(Replicas::of(&registry, "e", now), x);
+        assert_eq!(EmbeddingWorkers::of(&registry, "e", now), x);
         // One in quarantine is no replica.
         let again = join(&mut registry, "again", "x", now);
-        assert_eq!(Replicas::of(&registry, "e", now).workers, 2);
+        assert_eq!(EmbeddingWorkers::of(&registry, "e", now).workers, 2);
         registry
             .reputation
             .quarantine("again", "again", "it lies", now);
-        assert_eq!(Replicas::of(&registry, "e", now), x);
+        assert_eq!(EmbeddingWorkers::of(&registry, "e", now), x);
         registry.leave(first, now);
         registry.leave(again, now);
-        let open = Replicas::of(&registry, "e", now);
+        let open = EmbeddingWorkers::of(&registry, "e", now);
         assert_eq!((open.workers, open.fingerprint), (3, None));
         now += Duration::from_secs(31);
         for id in others {
             registry.seen(id, now);
         }
         registry.prune(now);
-        let y = Replicas::of(&registry, "e", now);
+        let y = EmbeddingWorkers::of(&registry, "e", now);
         assert_eq!(y.fingerprint.as_deref(), Some("y"));
         assert_eq!((y.workers, y.dimensions), (3, 768));
     }
