@@ -387,7 +387,7 @@ impl Config {
             rejoin_grace: self.rejoin_grace,
             capacity: Capacity {
                 ahead: self.worker_ahead,
-                legacy: self.dcf.legacy_concurrency.max(1),
+                plain: self.dcf.legacy_concurrency.max(1),
             },
         }
     }
@@ -426,7 +426,7 @@ impl Config {
 
     /// True if a worker without an identity may register from there. Serving a network's clients does not
     /// admit its workers.
-    pub fn admits_legacy_worker(&self, source: IpAddr) -> bool {
+    pub fn admits_without_identity(&self, source: IpAddr) -> bool {
         let source = source.to_canonical();
         let networks = &self.dcf.legacy_worker_networks;
         self.dcf.legacy_workers
@@ -571,7 +571,7 @@ mod tests {
         let admits = |toml: &str| {
             let config = parse(toml);
             ["127.0.0.1", "::ffff:10.9.8.7", "192.168.1.7"]
-                .map(|address| config.admits_legacy_worker(address.parse().unwrap()))
+                .map(|address| config.admits_without_identity(address.parse().unwrap()))
         };
         assert_eq!(admits("trusted_networks = [\"0.0.0.0/0\"]"), [false; 3]);
         let on = "[dcf]\nlegacy_workers = true";

@@ -24,7 +24,6 @@ use crate::config::{Config, Unsound};
 use crate::front::dcf::serve as serve_dcf_clients;
 use crate::front::http::{self, Keys, KeysError};
 use crate::mesh::Mesh;
-use crate::mesh::exchange::BusSender;
 use crate::metrics::HeadMetrics;
 use crate::workers::{bus, links};
 
@@ -157,16 +156,8 @@ impl Head {
         let metrics = Arc::new(Metrics::new("head", env!("CARGO_PKG_VERSION")));
         let head_metrics = metrics.register(HeadMetrics::register);
         let health = Health::starting().watched_by(watchdog.clone());
-        let bus = BusSender::new(worker_socket.clone());
         let deny_list = authority.deny_list().clone();
-        let mesh = Mesh::new(
-            config,
-            head_metrics,
-            health,
-            shutdown.clone(),
-            bus,
-            deny_list,
-        )?;
+        let mesh = Mesh::new(config, head_metrics, health, shutdown.clone(), deny_list)?;
         mesh.tick();
 
         let answers = TaskTracker::new();

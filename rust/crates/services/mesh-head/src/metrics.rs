@@ -4,7 +4,6 @@ use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use dcf::Version;
 use mesh_service::metrics::prometheus_client::collector::Collector;
 use mesh_service::metrics::prometheus_client::encoding::{
     DescriptorEncoder, EncodeLabelSet, EncodeLabelValue, EncodeMetric,
@@ -325,11 +324,9 @@ impl HeadMetrics {
             .inc();
     }
 
-    /// The registry's size: workers of the mesh, and workers without an identity by the version that they
-    /// speak.
-    pub(crate) fn workers(&self, mesh: usize, legacy: [(Version, usize); 2]) {
-        let legacy = legacy.map(|(version, count)| (version.name(), count));
-        for (kind, count) in [("mesh", mesh)].into_iter().chain(legacy) {
+    /// The registry's size, by the kinds of workers.
+    pub(crate) fn workers(&self, kinds: [(&'static str, usize); 3]) {
+        for (kind, count) in kinds {
             self.workers
                 .get_or_create(&KindLabel { kind })
                 .set(i64::try_from(count).unwrap_or(i64::MAX));
@@ -529,7 +526,7 @@ mod tests {
         let head = metrics.register(HeadMetrics::register);
         head.request_ended(Front::Dcf, Outcome::Complete, 0.2);
         head.datagrams("clients").malformed.inc();
-        head.workers(2, [(Version::V5_0, 1), (Version::V5_1, 0)]);
+        head.workers([("mesh", 2), ("v5.0.0", 1), ("v5.1", 0)]);
         head.ring_events(&RingCounts {
             failovers: [("m".to_owned(), 1)].into(),
             doubted: 1,

@@ -3,13 +3,14 @@
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use dcf::{ErrorCode, MsgType, Version};
+use dcf::{ErrorCode, MsgType};
 
 use super::{
     Bridge, Destination, Drain, Echo, FromHead, Resend, Transmit,
     heads::HeadState,
     tasks::{State, Task, TaskId},
     translate::{Address, may_fit_one},
+    versions::takes_chunks,
     wire::{
         Frame, chunk_position, is_last_chunk, set_payload_len, set_sequence, write_error,
         write_message,
@@ -37,7 +38,7 @@ impl Bridge {
                 self.on_challenge(head, &frame, datagram);
                 FromHead::Drop
             }
-            // The answer of a v5.0.0 head.
+            // A head of the older version answers a task with a Task.
             MsgType::TASK
             | MsgType::RESULT
             | MsgType::ERROR
@@ -185,7 +186,7 @@ impl Bridge {
             timestamp_us: frame.header.timestamp_us,
         };
         let whole = match frame.kind() {
-            MsgType::CHUNK if to.version == Version::V5_0 => {
+            MsgType::CHUNK if !takes_chunks(to.version) => {
                 // Without a sound header there is nothing to pass on either.
                 let Some((_, total)) = chunk_position(payload) else {
                     self.stats.drops.head_malformed.count();

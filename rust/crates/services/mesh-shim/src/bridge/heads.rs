@@ -4,11 +4,13 @@ use std::time::{Duration, Instant};
 
 use dcf::Version;
 
+use super::versions::{self, OLDEST, other, probed_in};
+
 /// The heads in the operator's order, one of which is current.
 ///
 /// The current head stays current while it is alive, even if one before it in the order comes back: moving
 /// tasks costs more than an order is worth. If it is not alive, the next live one takes over. If none is, it
-/// stays current as long as it is merely silent, for a head of DCF v5.0.0 does not answer probes.
+/// stays current as long as it is merely silent, for a head of the oldest version does not answer probes.
 #[derive(Debug)]
 pub(super) struct Heads {
     heads: Box<[Head]>,
@@ -179,14 +181,14 @@ impl Heads {
     }
 
     /// The version in which `head` is spoken to for a client of version `wanted`: the client's own if the
-    /// head speaks it, so that nothing has to be translated. A head of which nothing is known may be one of
-    /// v5.0.0, which answers no probes.
+    /// head speaks it, so that nothing has to be translated. A head of which nothing is known may be of the
+    /// oldest version, which answers no probes.
     pub(super) fn version_for(&self, head: usize, wanted: Version, now: Instant) -> Version {
         let speaks = |version| self.speaks(head, version, now);
         match other(wanted) {
             _ if speaks(wanted) => wanted,
             other if speaks(other) => other,
-            _ => Version::V5_0,
+            _ => OLDEST,
         }
     }
 
@@ -207,7 +209,7 @@ impl Heads {
         }
         while self.probe_cursor < 2 * self.heads.len() {
             let head = self.probe_cursor / 2;
-            let version = [Version::V5_0, Version::V5_1][self.probe_cursor % 2];
+            let version = versions::ALL[self.probe_cursor % 2];
             self.probe_cursor += 1;
             if self.is_probed(head, version, now) {
                 return Some((head, version));
@@ -223,25 +225,14 @@ impl Heads {
     /// then only: a head that does not know it may log every such datagram.
     fn is_probed(&self, head: usize, version: Version, now: Instant) -> bool {
         let speaks = |version| self.speaks(head, version, now);
-        let (old, new) = (speaks(Version::V5_0), speaks(Version::V5_1));
-        let usual = match version {
-            Version::V5_0 => old || !new,
-            Version::V5_1 => new && !old,
-        };
-        let seldom = if old || new { SELDOM } else { SELDOM / 2 };
-        usual || self.probe_round.is_multiple_of(seldom)
+        let is_known = versions::ALL.into_iter().any(speaks);
+        let seldom = if is_known { SELDOM } else { SELDOM / 2 };
+        version == probed_in(speaks) || self.probe_round.is_multiple_of(seldom)
     }
 
     /// Time at which this state changes without an event.
     pub(super) fn next_wakeup(&self) -> Instant {
         self.next_probe
-    }
-}
-
-fn other(version: Version) -> Version {
-    match version {
-        Version::V5_0 => Version::V5_1,
-        Version::V5_1 => Version::V5_0,
     }
 }
 

@@ -20,6 +20,7 @@ mod retain;
 mod table;
 mod tasks;
 mod translate;
+mod versions;
 mod wire;
 
 use std::{net::SocketAddr, sync::Arc, time::Instant};
@@ -29,6 +30,7 @@ use dcf::{ErrorCode, MsgType, Version};
 pub use heads::HeadState;
 pub use mesh_service::cookie::COOKIE_LEN;
 use mesh_service::cookie::Cookies;
+pub use versions::{HEADROOM, reframed};
 
 use self::{
     heads::{Heads, Timing},
@@ -100,17 +102,6 @@ pub enum FromHead {
         /// The version in which it gets them; see [`reframed`].
         version: Version,
     },
-}
-
-/// The offset at which a received datagram begins if it is sent on in `version`: its first byte, the one
-/// behind it, or one byte before it, where [`Version::BYTE`] has to be.
-#[must_use]
-pub fn reframed(datagram: &[u8], version: Version) -> isize {
-    match (Version::of(datagram), version) {
-        (Version::V5_0, Version::V5_1) => -1,
-        (Version::V5_1, Version::V5_0) => 1,
-        _ => 0,
-    }
 }
 
 /// A head's challenge: the head wants proof that its datagrams arrive here.

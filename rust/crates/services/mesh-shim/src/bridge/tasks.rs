@@ -94,8 +94,8 @@ impl TaskTable {
         let capacity = capacity.clamp(2, MAX_SLOTS).next_power_of_two();
         let nobody = Task {
             client: SocketAddr::from(([0, 0, 0, 0], 0)),
-            version: Version::V5_0,
-            upstream: Version::V5_0,
+            version: Version::default(),
+            upstream: Version::default(),
             sequence: 0,
             timestamp_us: 0,
             head: 0,

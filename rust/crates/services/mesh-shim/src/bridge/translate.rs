@@ -1,8 +1,9 @@
 //! Answers that change their form between a head of one version and a client of the other.
 //!
-//! Most datagrams only get or lose the version byte. An answer that a v5.0.0 head sends in one datagram and
-//! that is too long for one of v5.1 is cut into Chunks here. Chunks of a v5.1 head are put together for a
-//! v5.0.0 client, which knows none, as long as the answer fits one datagram.
+//! Most datagrams only get or lose the version byte. An answer that a head of the older version sends in one
+//! datagram and that is too long for one of the newer is cut into Chunks here. Chunks of a head of the newer
+//! version are put together for a client of the older, which knows none, as long as the answer fits one
+//! datagram.
 
 use std::{
     collections::VecDeque,
@@ -15,6 +16,8 @@ use dcf::{
     Message, MsgType, Version,
     chunk::{self, Chunk, Limits, Reassembler, Split},
 };
+
+use super::versions::MOST_WHOLE;
 
 /// Answers that wait to be sent in another form, and pieces of those that are not complete. Bounded in
 /// memory.
@@ -83,7 +86,7 @@ impl Translator {
         true
     }
 
-    /// Takes a Chunk for a v5.0.0 client; the whole answer if it was the last one missing.
+    /// Takes a Chunk for a client that knows none; the whole answer if it was the last one missing.
     pub(super) fn piece(&mut self, upstream: u32, payload: &[u8], now: Instant) -> Option<Bytes> {
         let chunk = Chunk::parse(&Bytes::copy_from_slice(payload)).ok()?;
         match self.pieces.push(upstream, &chunk, now) {
@@ -136,10 +139,9 @@ impl Translator {
     }
 }
 
-/// True if an answer of so many Chunks may fit one v5.0.0 datagram. Longer ones pass as the Chunks that they
-/// are.
+/// True if an answer of so many Chunks may fit one datagram. Longer ones pass as the Chunks that they are.
 pub(super) fn may_fit_one(total: u16) -> bool {
-    (usize::from(total) - 1) * chunk::MAX_DATA < Version::V5_0.max_payload()
+    (usize::from(total) - 1) * chunk::MAX_DATA < MOST_WHOLE
 }
 
 /// Each piece is for an open task, and at most 66 KB long.
