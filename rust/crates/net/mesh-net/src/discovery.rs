@@ -31,7 +31,7 @@ pub struct Announcement {
 
 /// A node that answered; none of its claims are verified.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct DiscoveredNode {
+pub struct Found {
     /// Role that the node claims.
     pub role: Role,
     /// Id that the node claims.
@@ -50,7 +50,7 @@ pub struct DiscoveryError(#[from] mdns_sd::Error);
 /// Takes part in multicast DNS until it is dropped.
 pub struct Discovery {
     daemon: ServiceDaemon,
-    found: watch::Receiver<Vec<DiscoveredNode>>,
+    found: watch::Receiver<Vec<Found>>,
     /// This node's id and role, once it is announced.
     own: Arc<OnceLock<(String, Role)>>,
 }
@@ -110,7 +110,7 @@ impl Discovery {
             ),
         }
         tokio::spawn(async move {
-            let mut known: BTreeMap<String, DiscoveredNode> = BTreeMap::new();
+            let mut known: BTreeMap<String, Found> = BTreeMap::new();
             // Ends with the daemon.
             while let Ok(event) = events.recv_async().await {
                 match event {
@@ -127,7 +127,7 @@ impl Discovery {
                     }
                     _ => continue,
                 }
-                let all: Vec<DiscoveredNode> = known.values().cloned().collect();
+                let all: Vec<Found> = known.values().cloned().collect();
                 sender.send_if_modified(|before| {
                     let news = *before != all;
                     *before = all;
@@ -176,7 +176,7 @@ impl Discovery {
     }
 
     /// The nodes of the mesh that are present; the receiver is notified of changes.
-    pub fn found(&self) -> watch::Receiver<Vec<DiscoveredNode>> {
+    pub fn found(&self) -> watch::Receiver<Vec<Found>> {
         self.found.clone()
     }
 }
@@ -219,12 +219,12 @@ fn interfaces() -> nix::Result<Vec<String>> {
 
 /// Logs likely causes while no other node is found: first soon, then rarely.
 async fn warn_while_alone(
-    mut found: watch::Receiver<Vec<DiscoveredNode>>,
+    mut found: watch::Receiver<Vec<Found>>,
     own: Arc<OnceLock<(String, Role)>>,
 ) {
     let mut pause = FIRST_WARNING;
-    let is_other = |node: &&DiscoveredNode| own.get().is_none_or(|(own, _)| *own != node.node_id);
-    let others = |found: &Vec<DiscoveredNode>| found.iter().filter(is_other).count();
+    let is_other = |node: &&Found| own.get().is_none_or(|(own, _)| *own != node.node_id);
+    let others = |found: &Vec<Found>| found.iter().filter(is_other).count();
     loop {
         let somebody = found.wait_for(|found| others(found) > 0);
         match tokio::time::timeout(pause, somebody).await {
@@ -252,7 +252,7 @@ async fn warn_while_alone(
 }
 
 /// Converts a DNS-SD service to a node; `None` if it is of another mesh or invalid.
-fn read(service: &ResolvedService, mesh: &str) -> Option<DiscoveredNode> {
+fn read(service: &ResolvedService, mesh: &str) -> Option<Found> {
     let property = |key: &str| {
         let value = service.txt_properties.get_property_val_str(key)?;
         (value.len() <= MOST_PROPERTY && !value.chars().any(char::is_control))
@@ -279,7 +279,7 @@ fn read(service: &ResolvedService, mesh: &str) -> Option<DiscoveredNode> {
     // Over loopback only where there is nothing else.
     addresses.sort_by_key(|address| (address.ip().is_loopback(), address.is_ipv6(), *address));
     addresses.truncate(MOST_ADDRESSES);
-    (is_id && !addresses.is_empty()).then(|| DiscoveredNode {
+    (is_id && !addresses.is_empty()).then(|| Found {
         role,
         node_id,
         name: property("name").unwrap_or_default(),
