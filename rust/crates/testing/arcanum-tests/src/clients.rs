@@ -13,7 +13,7 @@ use crate::rescore::Transcript;
 
 /// A question with all parameters that decide the answer.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub struct Question {
+pub struct ChatQuestion {
     /// Text of the user's message.
     pub question: String,
     /// Tokens of the answer.
@@ -26,7 +26,7 @@ pub struct Question {
     pub model: Option<String>,
 }
 
-impl Question {
+impl ChatQuestion {
     /// Asks for a greedy answer of exactly `tokens` tokens.
     pub fn greedy(question: impl Into<String>, tokens: u32) -> Self {
         Self {
@@ -88,7 +88,7 @@ impl Question {
         self.follow(client, &AtomicUsize::new(0)).await
     }
 
-    /// As [`Question::ask`]; adds to `arrived` as tokens come.
+    /// As [`ChatQuestion::ask`]; adds to `arrived` as tokens come.
     async fn follow(&self, client: &HttpClient, arrived: &AtomicUsize) -> Result<StreamedAnswer> {
         let model = match &self.model {
             Some(model) => model.clone(),
@@ -146,7 +146,7 @@ impl StreamedAnswer {
 
     /// Checks the invariants of every answer: it has an end, and as many tokens as the mesh reports and the
     /// client asked for.
-    fn check(&self, ask: &Question) -> Result<()> {
+    fn check(&self, ask: &ChatQuestion) -> Result<()> {
         let came = self.transcript.tokens.len() as u64;
         ensure!(
             self.transcript.finish.is_some(),
@@ -198,7 +198,7 @@ pub struct RunningStreams {
 
 impl RunningStreams {
     /// Asks all of `asks` at once.
-    pub fn start(client: &HttpClient, asks: &[Question]) -> Self {
+    pub fn start(client: &HttpClient, asks: &[ChatQuestion]) -> Self {
         let arrived = Arc::new(AtomicUsize::new(0));
         let tasks = asks.iter().cloned().map(|ask| {
             let (client, arrived) = (client.clone(), Arc::clone(&arrived));

@@ -2,7 +2,7 @@
 //!
 //! - [`Cluster`] is a mesh of machines that share a model, with faults for each of them: killed, stopped,
 //!   cut off, slowed, restarted;
-//! - [`Question`], [`RunningStreams`] and [`StreamedAnswer`] are its clients, with the time at which each token
+//! - [`ChatQuestion`], [`RunningStreams`] and [`StreamedAnswer`] are its clients, with the time at which each token
 //!   came; [`gaps`] sums up pauses;
 //! - [`Undisturbed`] knows the answers without failures;
 //! - [`alone`] keeps these tests apart: each wants the whole machine;
@@ -32,7 +32,7 @@ pub mod undisturbed;
 pub mod view;
 
 pub use clients::{
-    Question, RunningStreams, StreamedAnswer, assert_same_tokens, first_model, question,
+    ChatQuestion, RunningStreams, StreamedAnswer, assert_same_tokens, first_model, question,
 };
 pub use cluster::{Cluster, ClusterBuilder, Fault};
 pub use undisturbed::Undisturbed;

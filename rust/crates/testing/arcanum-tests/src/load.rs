@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 
-use crate::clients::{ANSWER_LIMIT, Question, StreamedAnswer};
+use crate::clients::{ANSWER_LIMIT, ChatQuestion, StreamedAnswer};
 use crate::cluster::Cluster;
 use crate::gaps::Gaps;
 use crate::undisturbed::Undisturbed;
@@ -82,7 +82,7 @@ impl LoadResult {
 pub async fn under_load(
     cluster: &Cluster,
     undisturbed: &Undisturbed,
-    asks: &[Question],
+    asks: &[ChatQuestion],
     streams: usize,
     burn: usize,
     lasts: Duration,
@@ -94,7 +94,7 @@ pub async fn under_load(
     for stream in 0..streams {
         let (http, asks) = (cluster.client()?, asks.to_vec());
         clients.push(tokio::spawn(async move {
-            let mut answers: Vec<(Question, Result<StreamedAnswer>)> = Vec::new();
+            let mut answers: Vec<(ChatQuestion, Result<StreamedAnswer>)> = Vec::new();
             for ask in asks.iter().cycle().skip(stream) {
                 if Instant::now() >= until {
                     break;

@@ -4,14 +4,14 @@ use std::collections::HashMap;
 
 use anyhow::Result;
 
-use crate::clients::{Question, RunningStreams, StreamedAnswer, assert_same_tokens};
+use crate::clients::{ChatQuestion, RunningStreams, StreamedAnswer, assert_same_tokens};
 use crate::cluster::Cluster;
 use crate::rescore::Transcript;
 
 /// Answers without failures, by question; asks a worker of its own for those it does not know yet.
 #[derive(Debug, Default)]
 pub struct Undisturbed {
-    known: HashMap<Question, Transcript>,
+    known: HashMap<ChatQuestion, Transcript>,
 }
 
 impl Undisturbed {
@@ -24,8 +24,8 @@ impl Undisturbed {
     ///
     /// # Errors
     /// If it cannot be started, or does not answer.
-    pub async fn learn(&mut self, asks: &[Question]) -> Result<()> {
-        let mut new: Vec<Question> = Vec::new();
+    pub async fn learn(&mut self, asks: &[ChatQuestion]) -> Result<()> {
+        let mut new: Vec<ChatQuestion> = Vec::new();
         for ask in asks.iter().map(plain) {
             if !self.known.contains_key(&ask) && !new.contains(&ask) {
                 new.push(ask);
@@ -53,7 +53,7 @@ impl Undisturbed {
     ///
     /// # Panics
     /// If the answer was not learned before.
-    pub fn check(&self, ask: &Question, answer: &StreamedAnswer) -> Result<()> {
+    pub fn check(&self, ask: &ChatQuestion, answer: &StreamedAnswer) -> Result<()> {
         let known = self.known.get(&plain(ask));
         let known = known.expect("learned before: a test's own mistake");
         assert_same_tokens(known, &answer.transcript)
@@ -63,7 +63,7 @@ impl Undisturbed {
     ///
     /// # Errors
     /// Names the first question with another answer.
-    pub fn check_all(&self, asks: &[Question], answers: &[StreamedAnswer]) -> Result<()> {
+    pub fn check_all(&self, asks: &[ChatQuestion], answers: &[StreamedAnswer]) -> Result<()> {
         anyhow::ensure!(
             asks.len() == answers.len(),
             "{} answers to {} questions",
@@ -79,8 +79,8 @@ impl Undisturbed {
 }
 
 /// The question without the model's name: all names stand for the same model.
-fn plain(ask: &Question) -> Question {
-    Question {
+fn plain(ask: &ChatQuestion) -> ChatQuestion {
+    ChatQuestion {
         model: None,
         ..ask.clone()
     }

@@ -5,18 +5,18 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use arcanum_tests::rescore::Judge;
 use arcanum_tests::{
-    Cluster, Question, RingView, RunningStreams, Seed, Undisturbed, alone, question,
+    ChatQuestion, Cluster, RingView, RunningStreams, Seed, Undisturbed, alone, question,
 };
 use mesh_testkit::paths;
 
 const TOKENS: u32 = 96;
 const LEAVE_LIMIT: Duration = Duration::from_secs(20);
 
-fn questions(count: usize) -> Vec<Question> {
+fn questions(count: usize) -> Vec<ChatQuestion> {
     (0..count)
         .map(|number| match number % 4 {
-            3 => Question::sampled(question(number * 9), TOKENS, number as u64),
-            _ => Question::greedy(question(number * 9), TOKENS),
+            3 => ChatQuestion::sampled(question(number * 9), TOKENS, number as u64),
+            _ => ChatQuestion::greedy(question(number * 9), TOKENS),
         })
         .collect()
 }
@@ -159,7 +159,7 @@ async fn where_there_is_no_room_every_request_is_told_and_other_models_go_on() -
         .await?;
     let ring = cluster.wait_for_whole_ring().await?;
     cluster.mesh.wait_for_workers(4).await?;
-    let ask = |number: usize| Question::greedy(question(number), 150);
+    let ask = |number: usize| ChatQuestion::greedy(question(number), 150);
     let lost = [ask(1).of(&ring.model), ask(2).of(&ring.model)];
     let other = ask(3).of("another");
     let mut undisturbed = Undisturbed::new();
@@ -198,8 +198,8 @@ async fn eight_clients_pass_the_rescoring_check_whoever_dies() -> Result<()> {
     let _alone = alone();
     let mut seed = Seed::of_this_run(20_261_126);
     let mut cluster = Cluster::builder().shards(4).stages(3).start().await?;
-    let asks: Vec<Question> = (0..8)
-        .map(|number| Question::greedy(question(number * 12), TOKENS).until_it_ends())
+    let asks: Vec<ChatQuestion> = (0..8)
+        .map(|number| ChatQuestion::greedy(question(number * 12), TOKENS).until_it_ends())
         .collect();
     let mut judge = Judge::new()?;
     for round in 0..3 {
@@ -239,7 +239,7 @@ async fn a_worker_that_comes_back_is_used_again() -> Result<()> {
         .wait_for_ring(|ring| ring.serves() && ring.has_standbys() && ring.seats(&victim))
         .await?;
     println!("before: {}; after: {}", ring.layout(), again.layout());
-    Question::greedy(question(1), 20)
+    ChatQuestion::greedy(question(1), 20)
         .ask(&cluster.client()?)
         .await?;
     cluster.shutdown().await
@@ -249,8 +249,8 @@ async fn a_worker_that_comes_back_is_used_again() -> Result<()> {
 async fn a_member_and_the_driver_are_drained_without_a_lost_token() -> Result<()> {
     let _alone = alone();
     let mut cluster = Cluster::builder().shards(4).stages(3).start().await?;
-    let asks: Vec<Question> = (0..2)
-        .map(|number| Question::greedy(question(number * 9), 400))
+    let asks: Vec<ChatQuestion> = (0..2)
+        .map(|number| ChatQuestion::greedy(question(number * 9), 400))
         .collect();
     let mut undisturbed = Undisturbed::new();
     undisturbed.learn(&asks).await?;
@@ -301,8 +301,8 @@ async fn is_draining(cluster: &Cluster, worker: &str) -> Result<bool> {
 async fn workers_that_are_told_to_end_hand_over_and_the_last_one_leaves_at_once() -> Result<()> {
     let _alone = alone();
     let mut cluster = Cluster::builder().shards(3).stages(3).start().await?;
-    let asks: Vec<Question> = (0..2)
-        .map(|number| Question::greedy(question(number * 9 + 1), 400))
+    let asks: Vec<ChatQuestion> = (0..2)
+        .map(|number| ChatQuestion::greedy(question(number * 9 + 1), 400))
         .collect();
     let mut undisturbed = Undisturbed::new();
     undisturbed.learn(&asks).await?;

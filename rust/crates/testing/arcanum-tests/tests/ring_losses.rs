@@ -3,16 +3,18 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use arcanum_tests::{Cluster, Fault, Question, RunningStreams, Seed, Undisturbed, alone, question};
+use arcanum_tests::{
+    ChatQuestion, Cluster, Fault, RunningStreams, Seed, Undisturbed, alone, question,
+};
 
 const TOKENS: u32 = 96;
 
 /// Disturbs one answer after the other, a worker being lost in each, and compares every one with the undisturbed one.
 async fn answers_outlive(faults: &[Fault], mut cluster: Cluster, seed: &mut Seed) -> Result<()> {
-    let asks: Vec<Question> = (0..faults.len())
+    let asks: Vec<ChatQuestion> = (0..faults.len())
         .map(|number| match number % 4 {
-            3 => Question::sampled(question(number * 7), TOKENS, 1000 + number as u64),
-            _ => Question::greedy(question(number * 7), TOKENS),
+            3 => ChatQuestion::sampled(question(number * 7), TOKENS, 1000 + number as u64),
+            _ => ChatQuestion::greedy(question(number * 7), TOKENS),
         })
         .collect();
     let mut undisturbed = Undisturbed::new();
@@ -89,8 +91,8 @@ async fn an_answer_outlives_workers_that_are_cut_off() -> Result<()> {
 async fn a_slow_worker_behind_a_slow_network_changes_no_token() -> Result<()> {
     let _alone = alone();
     let asks = [
-        Question::greedy(question(8), TOKENS),
-        Question::sampled(question(9), TOKENS, 5),
+        ChatQuestion::greedy(question(8), TOKENS),
+        ChatQuestion::sampled(question(9), TOKENS, 5),
     ];
     let mut undisturbed = Undisturbed::new();
     undisturbed.learn(&asks).await?;

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use arcanum_tests::{
-    Cluster, Question, RingView, RunningStreams, alone, assert_same_tokens, question,
+    ChatQuestion, Cluster, RingView, RunningStreams, alone, assert_same_tokens, question,
 };
 use mesh_testkit::paths;
 
@@ -83,7 +83,7 @@ async fn readiness_metrics_and_commands_tell_of_rings() -> Result<()> {
             .await?
             == 0.0
     );
-    let running = RunningStreams::start(&client, &[Question::greedy(question(4), 100)]);
+    let running = RunningStreams::start(&client, &[ChatQuestion::greedy(question(4), 100)]);
     running.wait_for_tokens(30).await?;
     cluster.kill(&ring.stages[0].member.worker)?;
     running.answers().await?;
@@ -122,7 +122,7 @@ async fn readiness_metrics_and_commands_tell_of_rings() -> Result<()> {
     let ring = cluster.wait_for_ring(RingView::serves).await?;
     ensure!(!ring.seats(&drained), "{}", ring.layout());
     println!("{}", hydramesh(&cluster, &["undrain", &drained])?);
-    Question::greedy(question(5), 10).ask(&client).await?;
+    ChatQuestion::greedy(question(5), 10).ask(&client).await?;
 
     // Drained, it may go for good.
     hydramesh(&cluster, &["drain", &drained, "--wait"])?;
@@ -155,7 +155,7 @@ async fn a_member_that_is_expelled_is_replaced_in_mid_answer_and_its_peers_drop_
     let mut cluster = Cluster::builder().shards(3).stages(2).start().await?;
     let ring = cluster.wait_for_whole_ring().await?;
     let client = cluster.client()?;
-    let ask = Question::greedy(question(7), 100);
+    let ask = ChatQuestion::greedy(question(7), 100);
     let undisturbed = ask.ask(&client).await?;
 
     let rogue = ring.stages[0].member.worker.clone();

@@ -2,20 +2,20 @@
 
 use anyhow::{Context, Result, ensure};
 use arcanum_tests::clients::long_question;
-use arcanum_tests::{Cluster, Question, RunningStreams, Undisturbed, alone, question};
+use arcanum_tests::{ChatQuestion, Cluster, RunningStreams, Undisturbed, alone, question};
 
 /// Short and long prompts, greedy and sampled.
-fn questions(tokens: u32) -> Vec<Question> {
-    let mut asks: Vec<Question> = (0..4)
-        .map(|number| Question::greedy(question(number * 11), tokens))
+fn questions(tokens: u32) -> Vec<ChatQuestion> {
+    let mut asks: Vec<ChatQuestion> = (0..4)
+        .map(|number| ChatQuestion::greedy(question(number * 11), tokens))
         .collect();
-    asks.push(Question::greedy(long_question(5, 300), tokens));
-    asks.push(Question::sampled(question(3), tokens, 77));
+    asks.push(ChatQuestion::greedy(long_question(5, 300), tokens));
+    asks.push(ChatQuestion::sampled(question(3), tokens, 77));
     asks
 }
 
 /// A ring of so many stages on as many workers answers like one worker.
-async fn answers_like_one_worker(stages: usize, asks: &[Question]) -> Result<()> {
+async fn answers_like_one_worker(stages: usize, asks: &[ChatQuestion]) -> Result<()> {
     let mut undisturbed = Undisturbed::new();
     undisturbed.learn(asks).await?;
     let mut cluster = Cluster::builder()
@@ -47,7 +47,7 @@ async fn answers_like_one_worker(stages: usize, asks: &[Question]) -> Result<()>
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn three_workers_give_the_tokens_of_one() -> Result<()> {
     let _alone = alone();
-    let prompts = (0..20).map(|number| Question::greedy(question(number * 5), 200));
+    let prompts = (0..20).map(|number| ChatQuestion::greedy(question(number * 5), 200));
     answers_like_one_worker(3, &prompts.collect::<Vec<_>>()).await
 }
 

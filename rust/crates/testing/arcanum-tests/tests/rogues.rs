@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use arcanum_tests::mesh_state::ensure_alive;
 use arcanum_tests::rogue::{Lie, ReceivedRequest, Rogue};
-use arcanum_tests::{Question, Undisturbed, alone, question};
+use arcanum_tests::{ChatQuestion, Undisturbed, alone, question};
 use mesh_testkit::client::http::HttpClient;
 use mesh_testkit::{Mesh, paths};
 use serde_json::{Value, json};
@@ -187,22 +187,22 @@ async fn vectors_of_another_length_reach_nobody() -> Result<()> {
 }
 
 /// Questions of these clients that reached the liar. The head's own questions may look like a client's.
-fn prompts(liar: &Rogue, asks: &[Question]) -> Vec<ReceivedRequest> {
+fn prompts(liar: &Rogue, asks: &[ChatQuestion]) -> Vec<ReceivedRequest> {
     let mut seen = liar.seen();
     seen.retain(|seen| asks.iter().any(|ask| ask.question == seen.question));
     seen
 }
 
-fn asks() -> Vec<Question> {
+fn asks() -> Vec<ChatQuestion> {
     (0..4)
-        .map(|number| Question::greedy(question(number * 13), 12))
+        .map(|number| ChatQuestion::greedy(question(number * 13), 12))
         .collect()
 }
 
 /// Asks all of them at once; for each answer `Ok`, or the error in it.
 async fn ask_all(
     http: &HttpClient,
-    asks: &[Question],
+    asks: &[ChatQuestion],
     undisturbed: &Undisturbed,
 ) -> Vec<Result<()>> {
     let mut tasks = Vec::new();

@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result, ensure};
 use arcanum_tests::clients::assert_same_tokens;
-use arcanum_tests::{Cluster, Question, RunningStreams, alone, question};
+use arcanum_tests::{ChatQuestion, Cluster, RunningStreams, alone, question};
 use mesh_model::synth::write_llama2c;
 use mesh_testkit::paths;
 
@@ -12,10 +12,10 @@ async fn a_folder_is_served_whole_and_in_a_ring_with_the_same_tokens() -> Result
     let dir = tempfile::tempdir()?;
     let folder = dir.path().join("stories15M");
     write_llama2c(&std::fs::read(paths::stories()?)?, &folder)?;
-    let asks: Vec<Question> = (0..4)
+    let asks: Vec<ChatQuestion> = (0..4)
         .map(|number| match number {
-            3 => Question::sampled(question(5), 48, 7),
-            _ => Question::greedy(question(number * 11), 48),
+            3 => ChatQuestion::sampled(question(5), 48, 7),
+            _ => ChatQuestion::greedy(question(number * 11), 48),
         })
         .collect();
 
@@ -61,10 +61,10 @@ async fn a_chat_template_without_bounds_costs_its_own_request_and_no_other() -> 
     let mut cluster = Cluster::builder().model(&folder).whole(1).start().await?;
     cluster.mesh.wait_for_workers(1).await?;
     let client = cluster.client()?;
-    let good = Question::greedy("Once upon a time", 8);
+    let good = ChatQuestion::greedy("Once upon a time", 8);
     let expected = good.ask(&client).await?;
     for _ in 0..2 {
-        let refused = Question::greedy("grow", 8).ask(&client).await;
+        let refused = ChatQuestion::greedy("grow", 8).ask(&client).await;
         let error = format!("{:#}", refused.err().context("an answer")?);
         ensure!(error.contains("chat template was stopped"), "{error}");
         let answer = good.ask(&client).await?;

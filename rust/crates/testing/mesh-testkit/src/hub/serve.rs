@@ -65,7 +65,7 @@ async fn info(
     let id = format!("{org}/{repo}");
     let (commit, files, access) = match open(&shared, &id, &revision, &headers, RepoPart::Listing) {
         Ok(opened) => opened,
-        Err(RequestError::Renamed(new)) => {
+        Err(HubError::Renamed(new)) => {
             let query = match parameters.get("blobs") {
                 Some(value) => format!("?blobs={value}"),
                 None => String::new(),
@@ -73,7 +73,7 @@ async fn info(
             let path = format!("/api/models/{new}/revision/{}", escape(&revision));
             return redirect(307, &(path + &query));
         }
-        Err(RequestError::Answer(answer)) => return *answer,
+        Err(HubError::Answer(answer)) => return *answer,
     };
     let blobs = parameters
         .get("blobs")
@@ -116,13 +116,13 @@ async fn tree(
     let id = format!("{org}/{repo}");
     let files = match open(&shared, &id, &revision, &headers, RepoPart::Listing) {
         Ok((_, files, _)) => files,
-        Err(RequestError::Renamed(new)) => {
+        Err(HubError::Renamed(new)) => {
             return redirect(
                 307,
                 &format!("/api/models/{new}/tree/{}", escape(&revision)),
             );
         }
-        Err(RequestError::Answer(answer)) => return *answer,
+        Err(HubError::Answer(answer)) => return *answer,
     };
     let entries: Vec<Value> = files
         .iter()
@@ -150,13 +150,13 @@ async fn resolve(
     let id = format!("{org}/{repo}");
     let (commit, files, _) = match open(&shared, &id, &revision, &headers, RepoPart::Files) {
         Ok(opened) => opened,
-        Err(RequestError::Renamed(new)) => {
+        Err(HubError::Renamed(new)) => {
             return redirect(
                 307,
                 &format!("/{new}/resolve/{}/{}", escape(&revision), path),
             );
         }
-        Err(RequestError::Answer(answer)) => return *answer,
+        Err(HubError::Answer(answer)) => return *answer,
     };
     let Some(file) = files.get(&path) else {
         return refuse(404, Some("EntryNotFound"), "Entry not found");
@@ -231,7 +231,7 @@ enum RepoPart {
     Files,
 }
 
-enum RequestError {
+enum HubError {
     Renamed(String),
     Answer(Box<Response>),
 }
@@ -242,17 +242,15 @@ fn open(
     revision: &str,
     headers: &HeaderMap,
     part: RepoPart,
-) -> Result<(String, Arc<Files>, Access), RequestError> {
+) -> Result<(String, Arc<Files>, Access), HubError> {
     let answer = |status, code, message: &str| {
-        Err(RequestError::Answer(Box::new(refuse(
-            status, code, message,
-        ))))
+        Err(HubError::Answer(Box::new(refuse(status, code, message))))
     };
     if part == RepoPart::Listing {
         shared.count(Site::Api, id, |count| count.gets += 1);
         if let Some(Fault::Status(status, retry_after)) = shared.fault(Site::Api, id) {
             let failed = fail(status, retry_after.as_deref());
-            return Err(RequestError::Answer(Box::new(failed)));
+            return Err(HubError::Answer(Box::new(failed)));
         }
     }
     let state = shared.lock();
@@ -269,7 +267,7 @@ fn open(
         }
     };
     if let Some(new) = state.repos.renamed(id) {
-        return Err(RequestError::Renamed(new.to_owned()));
+        return Err(HubError::Renamed(new.to_owned()));
     }
     let admitted = opens.iter().any(|opened| opened == id);
     let repo = match state.repos.get(id) {

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, anyhow};
 use arcanum_tests::gaps::Gaps;
-use arcanum_tests::{Question, StreamedAnswer, Undisturbed, question};
+use arcanum_tests::{ChatQuestion, StreamedAnswer, Undisturbed, question};
 use mesh_testkit::client::http::HttpClient;
 use tokio::task::JoinHandle;
 
@@ -16,9 +16,9 @@ const TOKENS: u32 = 16;
 const LIMIT: Duration = Duration::from_secs(60);
 
 /// The questions that honest clients ask.
-pub(crate) fn asks() -> Vec<Question> {
+pub(crate) fn asks() -> Vec<ChatQuestion> {
     (0..24)
-        .map(|number| Question::greedy(question(number * 7), TOKENS))
+        .map(|number| ChatQuestion::greedy(question(number * 7), TOKENS))
         .collect()
 }
 
@@ -32,7 +32,7 @@ pub(crate) struct Honest {
 /// Outcome of one request.
 #[derive(Debug)]
 struct RequestOutcome {
-    ask: Question,
+    ask: ChatQuestion,
     asked: Instant,
     ended: Instant,
     answer: Result<StreamedAnswer>,
@@ -61,7 +61,7 @@ impl Honest {
         think: Duration,
     ) -> Result<Self> {
         let over = Arc::new(AtomicBool::new(false));
-        let asks: Vec<Question> = asks().into_iter().map(|ask| ask.of(model)).collect();
+        let asks: Vec<ChatQuestion> = asks().into_iter().map(|ask| ask.of(model)).collect();
         let clients = (0..clients)
             .map(|number| {
                 let http = HttpClient::new(address, Some(key.to_owned()))?;
@@ -133,7 +133,7 @@ impl HonestResults {
 
 async fn one(
     http: HttpClient,
-    asks: Vec<Question>,
+    asks: Vec<ChatQuestion>,
     first: usize,
     think: Duration,
     over: Arc<AtomicBool>,
