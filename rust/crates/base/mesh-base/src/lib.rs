@@ -14,7 +14,7 @@
 //! - [`tokens`]: a lower bound on the number of tokens of a text;
 //! - [`units`]: durations and sizes as text.
 //!
-//! With the feature `tokio`, which is on by default, there are futures: [`addresses::race`] and
+//! With the feature `tokio`, which is on by default, there are futures: [`addresses::race()`] and
 //! [`addresses::resolve`], [`datagrams::ErrorQueue`], [`listen::tcp`] and [`places::Room`]. Crates that decide and
 //! do no I/O build without it.
 //!
