@@ -6,7 +6,7 @@ import unittest
 from pathlib import Path
 
 from check_docs import homeless
-from check_layers import Modules, circles, leaves
+from check_layers import BANNED, PURE, Modules, built_with, check_banned, circles, leaves
 from check_unused import is_named
 from rust_source import code_of, module_of, without_tests
 
@@ -55,6 +55,24 @@ class Cycles(unittest.TestCase):
         files = {"lib": "mod a; mod b;", "b": "use crate::a::A; pub fn f() {}"}
         self.assertEqual(circles(graph(a="use crate::b; pub struct A;", **files)), [])
         self.assertEqual(circles(graph(a="use crate::b; pub struct A; fn g() { b::f() }", **files)), [["a.rs", "b.rs"]])
+
+
+class Banned(unittest.TestCase):
+    def test_what_a_crate_is_built_with_reaches_through_others_and_leaves_out_its_tests(self):
+        used = built_with("mesh-net")
+        self.assertLessEqual({"mesh-net", "dcf", "tokio", "quinn", "quinn-proto", "rustls"}, used)
+        self.assertNotIn("proptest", used)
+
+    def test_features_are_those_of_the_crate_alone(self):
+        self.assertIn("mesh-base", built_with("mesh-control"))
+        self.assertNotIn("tokio", built_with("mesh-control"))
+
+    def test_each_banned_crate_is_a_fault(self):
+        for name in PURE:
+            self.assertEqual([*check_banned(name, {name, "bytes", "tokio-util"})], [])
+            self.assertEqual(len([*check_banned(name, {name, "tokio", "ort"})]), 2)
+        self.assertIn("mesh-kernels", BANNED["mesh-head"])
+        self.assertEqual(len([*check_banned("mesh-head", {"tokio", "onig", "mesh-kernels"})]), 2)
 
 
 class Unused(unittest.TestCase):

@@ -13,7 +13,7 @@ use mesh_base::{
 };
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-use crate::bridge::{self, HEADROOM};
+use crate::bridge;
 
 pub use mesh_base::datagrams::BATCH;
 
@@ -226,6 +226,8 @@ fn wait_for_room(socket: BorrowedFd<'_>) -> bool {
 
 /// Room for one datagram: the largest possible one and its headroom, rounded up.
 const STRIDE: usize = 1 << 16;
+/// Room before each datagram for the version byte that it may be sent on with.
+const HEADROOM: usize = Version::V5_1.prefix().len();
 const SEND_WAIT_MS: u8 = 5;
 
 #[cfg(test)]

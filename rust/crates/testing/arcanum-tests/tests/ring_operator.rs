@@ -4,7 +4,9 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use arcanum_tests::{Ask, Cluster, RingView, Running, alone, assert_same_tokens, question};
+use arcanum_tests::{
+    ChatQuestion, Cluster, RingView, RunningStreams, alone, assert_same_tokens, question,
+};
 use mesh_testkit::paths;
 
 /// Runs `hydramesh` against the cluster; returns its output.
@@ -81,7 +83,7 @@ async fn readiness_metrics_and_commands_tell_of_rings() -> Result<()> {
             .await?
             == 0.0
     );
-    let running = Running::start(&client, &[Ask::greedy(question(4), 100)]);
+    let running = RunningStreams::start(&client, &[ChatQuestion::greedy(question(4), 100)]);
     running.wait_for_tokens(30).await?;
     cluster.kill(&ring.stages[0].member.worker)?;
     running.answers().await?;
@@ -120,7 +122,7 @@ async fn readiness_metrics_and_commands_tell_of_rings() -> Result<()> {
     let ring = cluster.wait_for_ring(RingView::serves).await?;
     ensure!(!ring.includes(&drained), "{}", ring.layout());
     println!("{}", hydramesh(&cluster, &["undrain", &drained])?);
-    Ask::greedy(question(5), 10).ask(&client).await?;
+    ChatQuestion::greedy(question(5), 10).ask(&client).await?;
 
     // Drained, it may go for good.
     hydramesh(&cluster, &["drain", &drained, "--wait"])?;
@@ -153,12 +155,12 @@ async fn a_member_that_is_expelled_is_replaced_in_mid_answer_and_its_peers_drop_
     let mut cluster = Cluster::builder().ring_workers(3).stages(2).start().await?;
     let ring = cluster.wait_for_whole_ring().await?;
     let client = cluster.client()?;
-    let ask = Ask::greedy(question(7), 100);
+    let ask = ChatQuestion::greedy(question(7), 100);
     let undisturbed = ask.ask(&client).await?;
 
     let rogue = ring.stages[0].member.worker.clone();
     let peer = ring.stages[1].member.worker.clone();
-    let running = Running::start(&client, &[ask]);
+    let running = RunningStreams::start(&client, &[ask]);
     running.wait_for_tokens(20).await?;
     let at = Instant::now();
     hydramesh(&cluster, &["nodes", "expel", &rogue, "--reason", "it lies"])?;

@@ -6,7 +6,7 @@
 //!
 //! let mut cluster = Cluster::builder().ring_workers(4).stages(3).start().await?;
 //! let ring = cluster.wait_for_whole_ring().await?;
-//! let running = Running::start(&cluster.client()?, &[Ask::greedy("Why is the sky blue?", 100)]);
+//! let running = RunningStreams::start(&cluster.client()?, &[ChatQuestion::greedy("Why is the sky blue?", 100)]);
 //! running.wait_for_tokens(40).await?;
 //! cluster.kill(ring.driver())?;
 //! println!("{}", running.answers().await?[0].transcript.text);

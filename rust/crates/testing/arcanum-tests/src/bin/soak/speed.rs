@@ -6,7 +6,7 @@ use anyhow::{Context, Result, ensure};
 use arcanum_tests::clients::long_question;
 use arcanum_tests::gaps::Gaps;
 use arcanum_tests::report::Report;
-use arcanum_tests::{Ask, Cluster, Fault, Running, Seed, Undisturbed};
+use arcanum_tests::{ChatQuestion, Cluster, Fault, RunningStreams, Seed, Undisturbed};
 
 use crate::{Args, spread_ring};
 
@@ -18,8 +18,8 @@ pub(crate) async fn pauses(args: &Args, report: &mut Report) -> Result<()> {
     if args.pauses == 0 {
         return Ok(());
     }
-    let asks: Vec<Ask> = (0..args.pauses)
-        .map(|number| Ask::greedy(long_question(number, CONTEXT), TOKENS))
+    let asks: Vec<ChatQuestion> = (0..args.pauses)
+        .map(|number| ChatQuestion::greedy(long_question(number, CONTEXT), TOKENS))
         .collect();
     let mut undisturbed = Undisturbed::new();
     undisturbed.learn(&asks).await?;
@@ -74,7 +74,7 @@ struct Kinds {
 async fn one_pause(
     cluster: &mut Cluster,
     fault: Fault,
-    ask: &Ask,
+    ask: &ChatQuestion,
     undisturbed: &Undisturbed,
     seed: &mut Seed,
     all: &mut Kinds,
@@ -82,7 +82,7 @@ async fn one_pause(
     let ring = spread_ring(cluster).await?;
     let stage = seed.below(ring.stages.len());
     let victim = ring.stages[stage].member.worker.clone();
-    let running = Running::start(&cluster.client()?, std::slice::from_ref(ask));
+    let running = RunningStreams::start(&cluster.client()?, std::slice::from_ref(ask));
     running.wait_for_tokens(10 + seed.below(20)).await?;
     let struck = Instant::now();
     cluster.strike(&victim, fault)?;
@@ -134,7 +134,7 @@ pub(crate) async fn mirror_cost(args: &Args, report: &mut Report) -> Result<()> 
         clusters.push(cluster);
     }
     for pair in 0..args.pairs {
-        let ask = Ask::greedy(long_question(pair, 100), 200);
+        let ask = ChatQuestion::greedy(long_question(pair, 100), 200);
         // The first in turn alternates from pair to pair.
         for turn in 0..2 {
             let which = (pair + turn) % 2;
