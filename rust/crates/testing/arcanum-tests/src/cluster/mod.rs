@@ -2,7 +2,7 @@
 //!
 //! ```no_run
 //! # async fn example() -> anyhow::Result<()> {
-//! use arcanum_tests::{Ask, Cluster, Running};
+//! use arcanum_tests::{ChatQuestion, Cluster, RunningStreams};
 //!
 //! let mut cluster = Cluster::builder().ring_workers(4).stages(3).start().await?;
 //! let ring = cluster.wait_for_whole_ring().await?;
