@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use libfuzzer_sys::fuzz_target;
 use mesh_engine::scheduler::{Scheduler, SchedulerConfig, Step};
-use mesh_engine::{Outcome, Request, Runner, Stage};
+use mesh_engine::{Outcome, Request, Runner, Schedule, Stage};
 use mesh_pipeline::{DriverEvent, DriverOut, RingRunner, StageReplica};
 use mesh_proto::{HeldSlot, RingHeld, RingOutcome, RingPing, RingStep};
 use toy::{CONTEXT, LAYERS, Letters, SLOTS, ToyStage, info};
@@ -51,7 +51,7 @@ fuzz_target!(|ops: Vec<Op>| {
     let mut now = Instant::now();
     for number in 0..3u64 {
         let request = Request::greedy(format!("{number}"), vec![1, 2, 3], 20);
-        scheduler.submit(number, request, now);
+        scheduler.submit(number, request.into(), now);
     }
     let (mut step, mut epoch): (Step, u32) = (Step::default(), 1);
     let epoch_begins = |epoch| DriverEvent::Epoch {

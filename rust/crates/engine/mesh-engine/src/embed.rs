@@ -1,14 +1,15 @@
-//! The encoder trait for embeddings, the scheduler that forms batches, and the thread that owns both.
+//! Embeddings: the encoder trait, the scheduler that forms batches, and the workload of both.
 //!
 //! An [`Encoder`] turns token sequences into vectors. The [`scheduler`] decides which sequences of which requests share a
-//! batch; it does no I/O and reads no clock. An [`EmbedEngine`] is the thread that owns both; an [`EmbedHandle`] submits
-//! requests to it from anywhere. Callers pass token sequences and receive vectors; no tensor appears in the
-//! API.
+//! batch; it does no I/O and reads no clock. An [`Engine`](crate::Engine) of an [`Embedding`] is the thread that owns both.
+//! Callers pass token sequences and receive vectors; no tensor appears in the API.
 
-mod engine;
 pub mod scheduler;
+mod workload;
 
-pub use engine::{EmbedEngine, EmbedHandle, EmbedReply};
+pub use workload::Embedding;
+
+use std::time::Instant;
 
 use crate::StageError;
 
@@ -51,7 +52,7 @@ pub struct EmbedRequest {
     /// One sequence per text, with the tokens that begin and end it.
     pub sequences: Vec<Vec<u32>>,
     /// Time after which the answer is useless; `None` means no limit.
-    pub deadline: Option<std::time::Instant>,
+    pub deadline: Option<Instant>,
 }
 
 /// Cuts `vector` to its first `dimensions` numbers and scales the rest to length 1, for embedding models

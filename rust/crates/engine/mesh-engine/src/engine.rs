@@ -1,11 +1,10 @@
-//! The thread that runs a runner and its scheduler, and the handle through which the rest of a program uses
-//! it.
+//! The thread that does one kind of work, and the handle through which the rest of a program uses it.
 //!
-//! Nothing here depends on an async runtime: an [`EngineHandle`] never blocks, and a [`RequestStream`] is a plain
-//! [`Stream`]. Every request ends in exactly one last event: if the engine's thread is gone, the stream
-//! reports an error.
+//! Nothing here knows the kind of work: a [`Workload`] has the scheduler and the model. Nothing depends on an
+//! async runtime: an [`EngineHandle`] never blocks, and a [`RequestStream`] is a plain [`Stream`]. Every
+//! request ends in exactly one last event: if the engine's thread is gone, the stream reports an error.
 
-mod worker;
+mod thread;
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -13,37 +12,34 @@ use std::task::{Context, Poll};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use futures::channel::{mpsc as async_mpsc, oneshot};
+use futures::channel::{mpsc, oneshot};
 use futures::{Stream, StreamExt};
 
-use self::worker::{Command, STOPPED, Shared, Work, dead};
-use crate::request::{Event, Request, RequestError, TokenScore};
-use crate::runner::{Local, Runner};
-use crate::scheduler::{Load, RequestKey, RequestStatus, Scheduler, SchedulerConfig};
-use crate::{Stage, StageInfo, Vocabulary};
+use self::thread::{Command, EngineState, STOPPED, dead};
+use crate::generation::Generation;
+use crate::request::RequestError;
+use crate::workload::{Load, RequestKey, RequestStatus, Workload};
 
-/// A running engine: one thread with a scheduler and a runner. Dropping it stops the thread; requests then
-/// fail.
-pub struct Engine {
-    handle: EngineHandle,
+/// A running engine: one thread with a [`Workload`], by default of a language model. Dropping it stops the
+/// thread; requests then fail.
+pub struct Engine<W: Workload = Generation> {
+    handle: EngineHandle<W>,
     thread: Option<JoinHandle<()>>,
 }
 
 /// Submits requests to an [`Engine`] and reads its load, from any thread or task.
-#[derive(Clone)]
-pub struct EngineHandle {
-    shared: Arc<Shared>,
+pub struct EngineHandle<W: Workload = Generation> {
+    state: Arc<EngineState<W>>,
 }
 
-/// Makes an engine poll its runner.
-#[derive(Clone)]
-pub struct Waker(Arc<Shared>);
+/// Makes an engine poll its workload.
+pub struct Waker<W: Workload = Generation>(Arc<EngineState<W>>);
 
 /// The events of one request. Dropping it cancels the request.
-pub struct RequestStream {
+pub struct RequestStream<W: Workload = Generation> {
     key: RequestKey,
-    events: async_mpsc::UnboundedReceiver<Event>,
-    handle: EngineHandle,
+    events: mpsc::UnboundedReceiver<W::Event>,
+    handle: EngineHandle<W>,
     ended: bool,
 }
 
@@ -74,112 +70,53 @@ pub enum StartError {
     Thread(String),
 }
 
-impl Engine {
-    /// Starts a thread named after `name` that runs `stage`, which must hold a whole model with `vocabulary`.
-    pub fn start(
-        name: &str,
-        stage: Box<dyn Stage>,
-        vocabulary: Arc<dyn Vocabulary>,
-        config: SchedulerConfig,
-    ) -> Result<Self, StartError> {
-        Self::start_runner(name, vocabulary, config, |_| Box::new(Local::new(stage)))
-    }
-
-    /// As [`start`](Self::start), with the runner that `make` returns. It receives the waker of the engine's
+impl<W: Workload> Engine<W> {
+    /// Starts a thread named after `name` for the workload that `make` returns. It receives the waker of the
     /// thread.
-    pub fn start_runner(
+    ///
+    /// # Errors
+    /// The error of `make`, or if the system gives no thread.
+    pub fn start_with(
         name: &str,
-        vocabulary: Arc<dyn Vocabulary>,
-        config: SchedulerConfig,
-        make: impl FnOnce(Waker) -> Box<dyn Runner>,
+        make: impl FnOnce(Waker<W>) -> Result<W, StartError>,
     ) -> Result<Self, StartError> {
-        let shared = Arc::new(Shared::new());
-        let runner = make(Waker(Arc::clone(&shared)));
-        let info = runner.info().clone();
-        check(&info, &*vocabulary)?;
-        let scheduler = Scheduler::new(&info, vocabulary, config);
-        shared.start(info, runner, scheduler);
-        let works = Arc::clone(&shared);
+        let state = Arc::new(EngineState::new());
+        state.start(make(Waker(Arc::clone(&state)))?);
+        let works = Arc::clone(&state);
         let thread = std::thread::Builder::new()
             .name(format!("engine {name}"))
             .spawn(move || works.work())
             .map_err(|error| StartError::Thread(error.to_string()))?;
         Ok(Engine {
-            handle: EngineHandle { shared },
+            handle: EngineHandle { state },
             thread: Some(thread),
         })
     }
 
     /// A handle to this engine.
-    pub fn handle(&self) -> EngineHandle {
+    pub fn handle(&self) -> EngineHandle<W> {
         self.handle.clone()
     }
 }
 
-impl Drop for Engine {
+impl<W: Workload> Drop for Engine<W> {
     fn drop(&mut self) {
         // A thread that is gone has nothing left to stop.
-        let _ = self.handle.shared.tell(Command::Stop);
+        let _ = self.handle.state.tell(Command::Stop);
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
     }
 }
 
-impl EngineHandle {
+impl<W: Workload> EngineHandle<W> {
     /// Submits a request; a refusal is its first and last event.
-    pub fn submit(&self, request: Request) -> RequestStream {
-        self.send_work(Work::Generate(Box::new(request)))
-    }
-
-    /// Scores each token of `tokens` but the first, given the tokens before it.
-    pub async fn score(&self, id: &str, tokens: Vec<u32>) -> Result<Vec<TokenScore>, RequestError> {
-        let mut stream = self.send_work(Work::Score(id.to_owned(), tokens));
-        loop {
-            match stream.next().await {
-                Some(Event::Scored(scores)) => return Ok(scores),
-                Some(Event::Failed(error)) => return Err(error),
-                Some(_) => {}
-                None => return Err(self.dead()),
-            }
-        }
-    }
-
-    /// Work in progress and measured speed, as of the engine's last step.
-    pub fn load(&self) -> Load {
-        self.shared.load()
-    }
-
-    /// Time since the engine last completed a step while it had work; zero while it is idle. A hanging step
-    /// shows here even if the rest of the process runs.
-    pub fn quiet(&self) -> Duration {
-        self.shared.quiet(Instant::now())
-    }
-
-    /// Shape and limits of the stage.
-    pub fn info(&self) -> &StageInfo {
-        self.shared.info()
-    }
-
-    /// Refuses new requests from now on; resolves when all queued and running requests have ended.
-    pub async fn drain(&self) {
-        let (done, drained) = oneshot::channel();
-        if self.shared.tell(Command::Drain(done)) {
-            // An engine that dies has drained, too.
-            let _ = drained.await;
-        }
-    }
-
-    /// The error that ended the engine's thread; `None` while it runs.
-    pub fn death(&self) -> Option<RequestError> {
-        self.shared.death()
-    }
-
-    fn send_work(&self, work: Work) -> RequestStream {
-        let key = self.shared.next_key();
-        let (sender, events) = async_mpsc::unbounded();
+    pub fn submit(&self, request: impl Into<W::Request>) -> RequestStream<W> {
+        let key = self.state.next_key();
+        let (sender, events) = mpsc::unbounded();
         // If the thread is gone, the sender is dropped with the command, and the stream says why.
-        let _ = self.shared.tell(Command::Submit(key, work, sender));
+        let command = Command::Submit(key, request.into(), sender);
+        let _ = self.state.tell(command);
         RequestStream {
             key,
             events,
@@ -188,19 +125,52 @@ impl EngineHandle {
         }
     }
 
-    fn dead(&self) -> RequestError {
-        self.death().unwrap_or_else(|| dead(STOPPED))
+    /// Work in progress and measured speed, as of the engine's last step.
+    pub fn load(&self) -> Load {
+        self.state.load()
+    }
+
+    /// Time since the engine last completed a step while it had work; zero while it is idle. A hanging step
+    /// shows here even if the rest of the process runs.
+    pub fn quiet(&self) -> Duration {
+        self.state.quiet(Instant::now())
+    }
+
+    /// Shape and limits of the model.
+    pub fn info(&self) -> &W::Info {
+        self.state.info()
+    }
+
+    /// Refuses new requests from now on; resolves when all queued and running requests have ended.
+    pub async fn drain(&self) {
+        let (done, drained) = oneshot::channel();
+        if self.state.tell(Command::Drain(done)) {
+            // An engine that dies has drained, too.
+            let _ = drained.await;
+        }
+    }
+
+    /// The error that ended the engine's thread; `None` while it runs.
+    pub fn death(&self) -> Option<RequestError> {
+        self.state.death()
     }
 }
 
-impl Waker {
-    /// Wakes the engine's thread so that it polls its runner.
+impl<W: Workload> Clone for EngineHandle<W> {
+    fn clone(&self) -> Self {
+        let state = Arc::clone(&self.state);
+        EngineHandle { state }
+    }
+}
+
+impl<W: Workload> Waker<W> {
+    /// Wakes the engine's thread so that it polls its workload.
     pub fn wake(&self) {
         // A thread that is gone needs no waking.
         let _ = self.0.tell(Command::Wake);
     }
 
-    /// Polls the runner in the calling thread if it is free and no command waits, else [`wake`](Self::wake)s
+    /// Polls the workload in the calling thread if it is free and no command waits, else [`wake`](Self::wake)s
     /// the engine's thread.
     ///
     /// Handing a step of a few milliseconds to another thread costs a noticeable share of it. The caller is kept for as long as
@@ -212,59 +182,57 @@ impl Waker {
     }
 }
 
-impl RequestStream {
+impl<W: Workload> RequestStream<W> {
     /// The state of the request as of the engine's last steps; `None` before the engine has looked at it.
     pub fn status(&self) -> Option<RequestStatus> {
-        self.handle.shared.status(self.key)
+        self.handle.state.status(self.key)
     }
 
     /// [`EngineHandle::quiet`] of its engine.
     pub fn quiet(&self) -> Duration {
         self.handle.quiet()
     }
+
+    /// Waits for the last event; those before it are lost.
+    pub async fn last_event(mut self) -> W::Event {
+        loop {
+            match self.next().await {
+                Some(event) if W::is_last(&event) => return event,
+                Some(_) => {}
+                None => return self.gone(),
+            }
+        }
+    }
+
+    /// The last event of a request whose engine's thread is gone.
+    fn gone(&self) -> W::Event {
+        W::failed(self.handle.death().unwrap_or_else(|| dead(STOPPED)))
+    }
 }
 
-impl Stream for RequestStream {
-    type Item = Event;
+impl<W: Workload> Stream for RequestStream<W> {
+    type Item = W::Event;
 
-    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Event>> {
+    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<W::Event>> {
         if self.ended {
             return Poll::Ready(None);
         }
         let event = match self.events.poll_next_unpin(cx) {
             Poll::Pending => return Poll::Pending,
             Poll::Ready(Some(event)) => event,
-            Poll::Ready(None) => Event::Failed(self.handle.dead()),
+            Poll::Ready(None) => self.gone(),
         };
-        self.ended = event.is_last();
+        self.ended = W::is_last(&event);
         Poll::Ready(Some(event))
     }
 }
 
-impl Drop for RequestStream {
+impl<W: Workload> Drop for RequestStream<W> {
     fn drop(&mut self) {
         if !self.ended {
-            let _ = self.handle.shared.tell(Command::Cancel(self.key));
+            let _ = self.handle.state.tell(Command::Cancel(self.key));
         }
     }
-}
-
-fn check(info: &StageInfo, vocabulary: &dyn Vocabulary) -> Result<(), StartError> {
-    if !info.is_first() || !info.is_last() {
-        return Err(StartError::PartialModel {
-            start: info.layers.start,
-            end: info.layers.end,
-            layers: info.shape.layers,
-        });
-    }
-    // A model may pad its output; a token without a logit is another matter.
-    if vocabulary.size() > info.shape.vocab {
-        return Err(StartError::VocabularyMismatch {
-            logits: info.shape.vocab,
-            vocab: vocabulary.size(),
-        });
-    }
-    Ok(())
 }
 
 #[cfg(test)]

@@ -4,6 +4,26 @@ use std::time::{Duration, Instant};
 
 use crate::StageError;
 
+/// A request of a [`Generation`](crate::Generation).
+#[derive(Debug, Clone, PartialEq)]
+pub enum GenerationRequest {
+    /// For text.
+    Text(Box<Request>),
+    /// For the score of each token but the first, given the tokens before it: one [`Event::Scored`].
+    Scores {
+        /// Request id, for logs.
+        id: String,
+        /// The tokens to score.
+        tokens: Vec<u32>,
+    },
+}
+
+impl From<Request> for GenerationRequest {
+    fn from(request: Request) -> Self {
+        GenerationRequest::Text(Box::new(request))
+    }
+}
+
 /// A request for text.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Request {

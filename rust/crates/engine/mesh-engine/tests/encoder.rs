@@ -7,7 +7,9 @@ use proptest::prelude::*;
 
 use mesh_engine::embed::scheduler::{EmbedConfig, Scheduler};
 use mesh_engine::embed::shorten;
-use mesh_engine::{EmbedEngine, EmbedRequest, Encoder, EncoderInfo, RequestError, StageError};
+use mesh_engine::{
+    EmbedRequest, Embedding, Encoder, EncoderInfo, Engine, RequestError, Schedule, StageError,
+};
 
 /// Test encoder: the vector of a sequence is (length, sum).
 struct Toy {
@@ -72,8 +74,8 @@ fn a_small_request_does_not_wait_for_all_of_a_large_one() {
     let now = Instant::now();
     let mut scheduler = scheduler(4);
     let many = vec![&[1, 2, 3, 4][..]; 100];
-    scheduler.submit(1, request(&many));
-    scheduler.submit(2, request(&[&[5]]));
+    scheduler.submit(1, request(&many), now);
+    scheduler.submit(2, request(&[&[5]]), now);
     let batch = scheduler.plan(now).unwrap();
     let keys: Vec<u64> = batch.parts.iter().map(|(key, _, _)| *key).collect();
     assert_eq!(
@@ -85,16 +87,17 @@ fn a_small_request_does_not_wait_for_all_of_a_large_one() {
 
 #[test]
 fn what_cannot_be_embedded_is_refused_by_name() {
+    let now = Instant::now();
     let mut scheduler = scheduler(1);
-    scheduler.submit(1, request(&[]));
-    scheduler.submit(2, request(&[&[]]));
-    scheduler.submit(3, request(&[&[1; 9]]));
-    scheduler.submit(4, request(&[&[100]]));
-    scheduler.submit(5, request(&[&[1]]));
-    scheduler.submit(6, request(&[&[1]]));
+    scheduler.submit(1, request(&[]), now);
+    scheduler.submit(2, request(&[&[]]), now);
+    scheduler.submit(3, request(&[&[1; 9]]), now);
+    scheduler.submit(4, request(&[&[100]]), now);
+    scheduler.submit(5, request(&[&[1]]), now);
+    scheduler.submit(6, request(&[&[1]]), now);
     scheduler.drain();
-    scheduler.submit(7, request(&[&[1]]));
-    let ends: Vec<_> = std::iter::from_fn(|| scheduler.next_end()).collect();
+    scheduler.submit(7, request(&[&[1]]), now);
+    let ends: Vec<_> = std::iter::from_fn(|| scheduler.next_event()).collect();
     let expected = [
         (1, RequestError::EmptyPrompt),
         (2, RequestError::EmptyPrompt),
@@ -122,13 +125,14 @@ fn what_cannot_be_embedded_is_refused_by_name() {
 fn a_request_that_is_cancelled_or_late_takes_no_more_batches() {
     let now = Instant::now();
     let mut scheduler = scheduler(4);
-    scheduler.submit(1, request(&[&[1; 8][..]; 5]));
+    scheduler.submit(1, request(&[&[1; 8][..]; 5]), now);
     scheduler.submit(
         2,
         EmbedRequest {
             deadline: Some(now + Duration::from_secs(1)),
             ..request(&[&[1; 8][..]; 5])
         },
+        now,
     );
     assert_eq!(scheduler.load().prefill_backlog, 80);
     let batch = scheduler.plan(now).unwrap();
@@ -136,10 +140,10 @@ fn a_request_that_is_cancelled_or_late_takes_no_more_batches() {
     scheduler.complete(&batch, &[0.0; 4], Duration::from_millis(1));
     assert!(scheduler.plan(now + Duration::from_secs(2)).is_none());
     assert_eq!(
-        scheduler.next_end(),
+        scheduler.next_event(),
         Some((2, Err(RequestError::DeadlineExceeded { tokens: 0 })))
     );
-    assert!(scheduler.is_idle() && scheduler.next_end().is_none());
+    assert!(scheduler.is_idle() && scheduler.next_event().is_none());
     let load = scheduler.load();
     assert_eq!((load.prefill_backlog, load.running, load.queued), (0, 0, 0));
 }
@@ -149,14 +153,14 @@ proptest! {
     fn every_vector_comes_to_its_own_place(
         lengths in prop::collection::vec(prop::collection::vec(1_usize..=8, 1..20), 1..8)
     ) {
-        let mut scheduler = scheduler(8);
+        let (mut scheduler, now) = (scheduler(8), Instant::now());
         for (key, lengths) in lengths.iter().enumerate() {
             let sequences: Vec<Vec<u32>> = lengths.iter().enumerate().map(|(i, &n)| vec![i as u32; n]).collect();
-            scheduler.submit(key as u64, EmbedRequest { id: String::new(), sequences, deadline: None });
+            scheduler.submit(key as u64, EmbedRequest { id: String::new(), sequences, deadline: None }, now);
         }
-        finish(&mut scheduler, Instant::now());
+        finish(&mut scheduler, now);
         let mut seen = 0;
-        while let Some((key, end)) = scheduler.next_end() {
+        while let Some((key, end)) = scheduler.next_event() {
             let want: Vec<Vec<f32>> = lengths[key as usize].iter().enumerate()
                 .map(|(i, &n)| vec![n as f32, (i * n) as f32]).collect();
             prop_assert_eq!(end.unwrap().vectors, want);
@@ -167,28 +171,29 @@ proptest! {
     }
 }
 
-fn engine(fails: bool) -> EmbedEngine {
+fn engine(fails: bool) -> Engine<Embedding> {
     let toy = Toy {
         info: info(),
         fails,
     };
-    EmbedEngine::start("toy", Box::new(toy), EmbedConfig { queue_limit: 100 }).unwrap()
+    let config = EmbedConfig { queue_limit: 100 };
+    Engine::start_with("toy", |_| Ok(Embedding::new(Box::new(toy), config))).unwrap()
 }
 
 #[test]
 fn an_engine_answers_drains_and_says_why_it_is_gone() {
     let engine = engine(false);
     let handle = engine.handle();
-    let answer = block_on(handle.submit(request(&[&[1, 2], &[3]]))).unwrap();
+    let answer = block_on(handle.submit(request(&[&[1, 2], &[3]])).last_event()).unwrap();
     assert_eq!(answer.vectors, [[2.0, 3.0], [1.0, 3.0]]);
     block_on(handle.drain());
     assert_eq!(
-        block_on(handle.submit(request(&[&[1]]))),
+        block_on(handle.submit(request(&[&[1]])).last_event()),
         Err(RequestError::Draining)
     );
     assert_eq!(handle.death(), None);
     drop(engine);
-    let gone = block_on(handle.submit(request(&[&[1]]))).unwrap_err();
+    let gone = block_on(handle.submit(request(&[&[1]])).last_event()).unwrap_err();
     assert!(gone.to_string().contains("shut down"), "{gone}");
 }
 
@@ -197,10 +202,10 @@ fn an_encoder_that_keeps_failing_is_given_up() {
     let engine = engine(true);
     let handle = engine.handle();
     for _ in 0..3 {
-        let error = block_on(handle.submit(request(&[&[1]]))).unwrap_err();
+        let error = block_on(handle.submit(request(&[&[1]])).last_event()).unwrap_err();
         assert!(matches!(error, RequestError::Stage(_)), "{error}");
     }
-    let gone = block_on(handle.submit(request(&[&[1]]))).unwrap_err();
+    let gone = block_on(handle.submit(request(&[&[1]])).last_event()).unwrap_err();
     assert!(gone.to_string().contains("3 batches in a row"), "{gone}");
 }
 

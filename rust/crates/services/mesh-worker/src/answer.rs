@@ -1,21 +1,20 @@
-//! Answers one request of the head: Generate in, Tokens and Done (or Error) out, on a stream of their own.
+//! Answers one request of the head on a stream of its own: a task in, events or an error out.
+//!
+//! All kinds of work are served here in the same way; a [`Codec`] translates.
 
 use std::pin::pin;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-use dcf::{ErrorCode, Message, MsgType};
+use dcf::{ErrorCode, Message};
 use futures::StreamExt;
-use mesh_engine::RequestStream;
-use mesh_model::Model;
+use mesh_engine::{Embedding, Generation, RequestStream};
 use mesh_net::quic::{MsgStream, RecvHalf, SendHalf, StreamFailure, timestamp_us};
-use mesh_proto::Generate;
 use prost::Message as _;
 use tracing::Instrument;
 
+use crate::codec::{self, Codec, PrepareError};
 use crate::config::SamplingDefaults;
-use crate::encoder;
-use crate::generate::{self, Refusal};
 use crate::host::Host;
 use crate::life::{self, Life};
 use crate::preparations;
@@ -28,18 +27,34 @@ pub(crate) async fn serve(mut stream: MsgStream, host: Arc<Host>, defaults: Arc<
         Ok(Ok(None) | Err(_)) => return,
         Err(_) => return stream.reset(ErrorCode::TIMEOUT),
     };
-    let sequence = first.sequence;
-    if first.kind == MsgType::EMBED {
-        return encoder::serve(stream, first, &host).await;
+    match first.kind {
+        Generation::TASK => answer::<Generation>(stream, first, &host, defaults).await,
+        Embedding::TASK => answer::<Embedding>(stream, first, &host, defaults).await,
+        kind => {
+            let reason =
+                format!("a request stream begins with a Generate or an Embed, not with a {kind}");
+            refuse_unread(stream, first.sequence, &reason).await;
+        }
     }
-    let generate = match read(first) {
-        Ok(generate) => generate,
-        Err(reason) => {
-            tracing::warn!(reason, "the head sent a request that cannot be read");
-            return refuse(stream, sequence, ErrorCode::INVALID_PAYLOAD, &reason).await;
+}
+
+async fn answer<W: Codec>(
+    stream: MsgStream,
+    first: Message,
+    host: &Host,
+    defaults: Arc<SamplingDefaults>,
+) {
+    let sequence = first.sequence;
+    let task = match W::Task::decode(first.payload) {
+        Ok(task) => task,
+        Err(error) => {
+            let reason = format!("the {} cannot be read: {error}", W::TASK);
+            return refuse_unread(stream, sequence, &reason).await;
         }
     };
-    let span = tracing::info_span!("request", id = generate.request_id);
+    let header = W::header(&task);
+    let span = tracing::info_span!("request", id = header.id);
+    let life = Life::new(header.progress_ms);
     let answering = async {
         let (send, recv) = stream.split();
         let mut exchange = Exchange {
@@ -47,55 +62,50 @@ pub(crate) async fn serve(mut stream: MsgStream, host: Arc<Host>, defaults: Arc<
             recv,
             sequence,
             may_cancel: true,
-            life: Life::new(generate.progress_ms),
+            life,
         };
         let tokenising = OnceLock::new();
-        let starting = start(&host, generate, defaults, &tokenising);
+        let starting = start::<W>(host, task, defaults, &tokenising);
         let Some(started) = exchange.prepare(starting, &tokenising).await else {
             return;
         };
         match started {
-            Ok((events, model)) => exchange.forward(events, &model).await,
+            Ok((events, reply)) => exchange.forward(events, &reply).await,
             Err(refusal) => {
                 tracing::debug!(%refusal, "refused");
                 let (code, text) = (refusal.code(), refusal.to_string());
-                refuse_on(exchange.send, sequence, code, &text).await;
+                refuse(exchange.send, sequence, code, &text).await;
             }
         }
     };
     answering.instrument(span).await;
 }
 
-/// Prepares a request and hands it to its model's engine. `tokenising` is set when only the tokenizer is left
-/// to wait for: the chat template has a limit of its own.
-pub(crate) async fn start(
-    host: &Arc<Host>,
-    mut generate: Generate,
+/// Prepares a task and hands it to its model's engine. `tokenising` is set when only the tokenizer is left
+/// to wait for: other requests and the chat template do not count as silence, and have limits of their own.
+pub(crate) async fn start<W: Codec>(
+    host: &Host,
+    task: W::Task,
     defaults: Arc<SamplingDefaults>,
     tokenising: &OnceLock<Instant>,
-) -> Result<(RequestStream, Model), Refusal> {
-    let now = Instant::now();
-    let Some(hosted) = host.find(&generate.model) else {
-        return Err(Refusal::UnknownModel {
-            name: generate.model,
-        });
-    };
-    let (model, engine) = (hosted.model, hosted.engine);
-    let context = engine.info().context;
-    generate::check_length(&model, generate.prompt.as_ref(), context)?;
-    let bytes = generate.prompt.as_ref().map_or(0, preparations::bytes_of);
-    let place = host.preparations().enter(bytes).await?;
-    let prompt = generate::write(&model, host.templates(), &mut generate).await?;
+) -> Result<(RequestStream<W>, W::Reply), PrepareError> {
+    let arrived = Instant::now();
+    let name = W::header(&task).model;
+    let model = host
+        .find::<W>(name)
+        .ok_or_else(|| PrepareError::UnknownModel {
+            kind: W::MODEL,
+            name: name.to_owned(),
+        })?;
+    W::check(&model, &task)?;
+    let permit = host.preparations().enter(W::bytes(&task)).await?;
+    let written = W::write(&model, host.templates(), task).await?;
     let _ = tokenising.set(Instant::now());
-    // A long prompt takes milliseconds to tokenize; other streams go on meanwhile.
-    let prepared = preparations::prepare(place, move || {
-        let request = generate::request(&model, &defaults, generate, prompt, context, now)?;
-        Ok::<_, Refusal>((request, model))
-    });
-    let (request, model) = prepared
-        .await
-        .map_err(|error| Refusal::Failed(error.to_string()))??;
-    Ok((engine.submit(request), model))
+    let engine = model.engine.clone();
+    // Other streams go on meanwhile.
+    let prepare = move || W::request(&model, &defaults, written, arrived);
+    let (request, reply) = preparations::prepare(permit, prepare).await??;
+    Ok((engine.submit(request), reply))
 }
 
 /// One request's stream, from the time that the request was read.
@@ -132,15 +142,17 @@ impl Exchange {
 
     /// Sends the events of an answer until its last one, and signs of life in the absence of events. Returns
     /// early, which cancels the request, when the head is gone or breaks off.
-    async fn forward(mut self, events: RequestStream, model: &Model) {
-        // Sent data must arrive before the stream's halves are dropped.
-        if self.forward_all(events, model).await.is_some() {
-            let _ = self.send.finish();
-            self.send.stopped().await;
+    async fn forward<W: Codec>(mut self, events: RequestStream<W>, reply: &W::Reply) {
+        if self.forward_all(events, reply).await.is_some() {
+            finish(self.send).await;
         }
     }
 
-    async fn forward_all(&mut self, mut events: RequestStream, model: &Model) -> Option<()> {
+    async fn forward_all<W: Codec>(
+        &mut self,
+        mut events: RequestStream<W>,
+        reply: &W::Reply,
+    ) -> Option<()> {
         let mut begun = false;
         loop {
             tokio::select! {
@@ -148,9 +160,9 @@ impl Exchange {
                 received = self.recv.recv(), if self.may_cancel => self.heard(received)?,
                 event = events.next() => {
                     let event = event?;
-                    let is_last = event.is_last();
+                    let is_last = W::is_last(&event);
                     begun = true;
-                    self.say(generate::message(event, model, self.sequence, timestamp_us())).await?;
+                    self.say(message::<W>(reply, event, self.sequence)).await?;
                     if is_last {
                         return Some(());
                     }
@@ -190,33 +202,54 @@ impl Exchange {
     }
 }
 
-pub(crate) async fn refuse(stream: MsgStream, sequence: u32, code: ErrorCode, text: &str) {
+/// The message for an event.
+fn message<W: Codec>(reply: &W::Reply, event: W::Event, sequence: u32) -> Message {
+    match W::encode(reply, event) {
+        Ok((kind, body)) => Message::new(kind, sequence, timestamp_us(), body),
+        Err(error) => {
+            let (code, text) = (codec::code(&error), error.to_string());
+            Message::error(sequence, timestamp_us(), code, &text)
+        }
+    }
+}
+
+async fn refuse_unread(stream: MsgStream, sequence: u32, reason: &str) {
+    tracing::warn!(reason, "the head sent a request that cannot be read");
     let (send, _recv) = stream.split();
-    refuse_on(send, sequence, code, text).await;
+    refuse(send, sequence, ErrorCode::INVALID_PAYLOAD, reason).await;
 }
 
-async fn refuse_on(mut send: SendHalf, sequence: u32, code: ErrorCode, text: &str) {
+async fn refuse(mut send: SendHalf, sequence: u32, code: ErrorCode, text: &str) {
     let error = Message::error(sequence, timestamp_us(), code, text);
-    let sent: Result<(), StreamFailure> = async {
-        send.send(error).await?;
-        send.finish()
-    }
-    .await;
-    if sent.is_ok() {
-        send.stopped().await;
+    if send.send(error).await.is_ok() {
+        finish(send).await;
     }
 }
 
-fn read(message: Message) -> Result<Generate, String> {
-    if message.kind != MsgType::GENERATE {
-        return Err(format!(
-            "a request stream begins with a Generate or an Embed, not with a {}",
-            message.kind
-        ));
-    }
-    Generate::decode(message.payload)
-        .map_err(|error| format!("the Generate cannot be read: {error}"))
+async fn finish(mut send: SendHalf) {
+    let _ = send.finish();
+    // Sent data must arrive before the stream's halves are dropped.
+    send.stopped().await;
 }
 
 /// Time for which a stream may stay empty.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_request_that_waits_for_a_permit_is_not_silent() {
+        let tokenising = OnceLock::new();
+        let progress = |at: &OnceLock<Instant>| life::preparing(at.get().copied());
+        assert_eq!(
+            progress(&tokenising).quiet_ms,
+            0,
+            "however long ago it arrived"
+        );
+        let begun = Instant::now().checked_sub(Duration::from_secs(2));
+        tokenising.set(begun.unwrap()).unwrap();
+        assert!(progress(&tokenising).quiet_ms >= 2000);
+    }
+}

@@ -24,7 +24,7 @@ const STEADY: &str = "steady";
 /// The doomed model's engine panics at its next step.
 static NOW: AtomicBool = AtomicBool::new(false);
 
-/// The stage of a model by this name, for [`crate::host`].
+/// The stage of a model by this name, for [`crate::generate::load`].
 pub(crate) fn stage_of(name: &str, stage: Box<dyn Stage>) -> Box<dyn Stage> {
     match name {
         DOOMED => Box::new(Doomed(stage)),

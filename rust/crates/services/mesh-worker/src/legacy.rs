@@ -10,7 +10,7 @@ use bytes::Bytes;
 use dcf::{ErrorCode, Message, MsgType, Version};
 use futures::StreamExt;
 use mesh_base::addresses::{self, canonical};
-use mesh_engine::Event;
+use mesh_engine::{Event, Generation};
 use mesh_net::quic::timestamp_us;
 use mesh_proto::{Chat, ChatMessage, Generate, GenerateParams, Prompt};
 use mesh_service::shutdown::Shutdown;
@@ -19,8 +19,8 @@ use tokio::net::UdpSocket;
 use tokio_util::task::TaskTracker;
 
 use crate::answer;
+use crate::codec;
 use crate::config::{Config, HeadVersion, SamplingDefaults};
-use crate::generate;
 use crate::host::Host;
 use crate::metrics::Counters;
 
@@ -255,17 +255,18 @@ async fn run(
         Ok(generate) => generate,
         Err(reason) => return vec![error(&task, ErrorCode::INVALID_PAYLOAD, &reason)],
     };
-    let mut events = match answer::start(host, generate, defaults, &OnceLock::new()).await {
-        Ok((events, _)) => events,
-        Err(refusal) => return vec![error(&task, refusal.code(), &refusal.to_string())],
-    };
+    let mut events =
+        match answer::start::<Generation>(host, generate, defaults, &OnceLock::new()).await {
+            Ok((events, _)) => events,
+            Err(refusal) => return vec![error(&task, refusal.code(), &refusal.to_string())],
+        };
     let mut text = String::new();
     while let Some(event) = events.next().await {
         match event {
             Event::Tokens(tokens) => text += &tokens.text,
             Event::Done(done) => text += &done.text,
             Event::Failed(failure) => {
-                return vec![error(&task, generate::code(&failure), &failure.to_string())];
+                return vec![error(&task, codec::code(&failure), &failure.to_string())];
             }
             Event::Scored(_) => {}
         }

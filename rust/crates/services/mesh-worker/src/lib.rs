@@ -1,15 +1,17 @@
 //! The worker: hosts engines, answers tasks.
 //!
 //! [`Worker::start`] loads the models (`host`), joins the mesh and keeps the link to the head up (`head`).
-//! Each request of the head is a stream of its own (`answer`, `generate`, `encoder`), on which the worker
-//! shows that it lives (`life`). The number of requests that are prepared for engines at once is bounded
+//! Each request of the head is a stream of its own (`answer`), on which the worker shows that it lives
+//! (`life`). All kinds of work are served in the same way; a kind has its codec (`codec`) and loads its models
+//! (`generate`, `embed`). The number of requests that are prepared for engines at once is bounded
 //! (`preparations`). Plain DCF tasks, as v5.0.0 heads send them, come over UDP (`legacy`).
 
 #![forbid(unsafe_code)]
 
 mod answer;
+mod codec;
 pub mod config;
-mod encoder;
+mod embed;
 #[cfg(test)]
 mod engine_death;
 mod error;
@@ -24,6 +26,7 @@ mod metrics;
 mod models;
 mod preparations;
 mod rings;
+mod served;
 mod service;
 pub mod templates;
 mod worker;

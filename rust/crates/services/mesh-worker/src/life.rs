@@ -8,7 +8,7 @@ use std::pin::Pin;
 use std::time::{Duration, Instant};
 
 use dcf::{Message, MsgType};
-use mesh_engine::{EmbedHandle, RequestStatus, RequestStream};
+use mesh_engine::{RequestStatus, RequestStream, Workload};
 use mesh_net::quic::timestamp_us;
 use mesh_proto::{Progress, RequestPhase};
 use prost::Message as _;
@@ -71,7 +71,7 @@ pub(crate) fn preparing(since: Option<Instant>) -> Progress {
 }
 
 /// A request that its engine has. `begun` is whether its first token was sent.
-pub(crate) fn of_stream(stream: &RequestStream, begun: bool) -> Progress {
+pub(crate) fn of_stream<W: Workload>(stream: &RequestStream<W>, begun: bool) -> Progress {
     let quiet = stream.quiet();
     match stream.status() {
         Some(RequestStatus::Queued { ahead } | RequestStatus::Preempted { ahead }) => Progress {
@@ -87,14 +87,6 @@ pub(crate) fn of_stream(stream: &RequestStream, begun: bool) -> Progress {
         None if begun => progress(RequestPhase::Decoding, quiet),
         // The engine is in the middle of a step and has not looked at it yet.
         None => progress(RequestPhase::Preparing, quiet),
-    }
-}
-
-/// A request for embeddings that its engine has.
-pub(crate) fn of_encoder(engine: &EmbedHandle) -> Progress {
-    Progress {
-        position: engine.load().queued,
-        ..progress(RequestPhase::Queued, engine.quiet())
     }
 }
 

@@ -15,8 +15,9 @@ use tokio::sync::watch;
 
 use crate::config::Config;
 use crate::error::WorkerError;
-use crate::host::{Failure, Host, Loaded, Source};
+use crate::host::Host;
 use crate::models::is_at_hand;
+use crate::served::{Failure, ServedModel, Source};
 
 /// Models that are still to come, and the worker's readiness.
 pub(crate) struct Loading {
@@ -272,7 +273,7 @@ impl Loading {
                 Source::Named | Source::Store(_) => path_of(&name, &config)?,
             };
             let called = matches!(source, Source::At(_)).then_some(&*name);
-            let loaded = Loaded::load(&path, called, None, &config, Some(host.templates()))?;
+            let loaded = ServedModel::load(&path, called, None, &config, Some(host.templates()))?;
             let state = loading.lock();
             match state.watched.took_over(watched.as_ref()) {
                 true => Ok(()),
@@ -341,7 +342,7 @@ impl Loading {
         let loaded = tokio::task::spawn_blocking(move || {
             let (name, fingerprint) = (held.served_as(&asked), held.file_fingerprint());
             let templates = Some(host.templates());
-            Loaded::load(&path, Some(&name), Some(&fingerprint), &config, templates)
+            ServedModel::load(&path, Some(&name), Some(&fingerprint), &config, templates)
         });
         let loaded = loaded
             .await
@@ -511,7 +512,7 @@ impl Loading {
         let (called, templates) = (name.clone(), self.host.clone());
         let loaded = tokio::task::spawn_blocking(move || {
             let templates = Some(templates.templates());
-            Loaded::load(&path, Some(&called), None, &config, templates)
+            ServedModel::load(&path, Some(&called), None, &config, templates)
         });
         let loaded = loaded
             .await
@@ -532,7 +533,7 @@ impl Loading {
         let mut state = self.lock();
         state.watched.vanished(path);
         if let Some(removed) = self.host.remove(name) {
-            tokio::spawn(async move { removed.drain().await });
+            tokio::spawn(async move { removed.engine.drain().await });
         }
     }
 

@@ -48,15 +48,11 @@ impl Collector for EngineCollector {
         let kind = ConstGauge::new(0.0).metric_type();
         let help = "1 for what computes the model";
         let mut family = encoder.encode_descriptor("model_backend", help, None, kind)?;
-        for hosted in self.0.models() {
+        for served in self.0.models() {
             let labels = [
-                ("model", hosted.card.name.as_str()),
-                ("backend", hosted.backend.name()),
+                ("model", served.card.name.as_str()),
+                ("backend", served.backend),
             ];
-            ConstGauge::new(1.0).encode(family.encode_family(&labels)?)?;
-        }
-        for hosted in self.0.encoders() {
-            let labels = [("model", hosted.card.name.as_str()), ("backend", "cpu")];
             ConstGauge::new(1.0).encode(family.encode_family(&labels)?)?;
         }
         let help = "1 for a model that is not served because something is wrong with it";

@@ -1,17 +1,16 @@
 //! Bounds the requests that are prepared for an engine at once: rendered and tokenised.
 //!
-//! Preparation takes a multiple of a request's bytes. Short requests have places of their own, so that long
+//! Preparation takes a multiple of a request's bytes. Short requests have permits of their own, so that long
 //! ones hold up only each other; of the long ones, one is prepared at a time and a few may wait with their
 //! memory.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use mesh_proto::{EmbedText, Prompt};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinError;
 
-/// Places for requests in preparation.
+/// Limits on the requests in preparation.
 #[derive(Debug)]
 pub(crate) struct Preparations {
     short: Arc<Semaphore>,
@@ -20,12 +19,12 @@ pub(crate) struct Preparations {
     held: Arc<AtomicUsize>,
 }
 
-/// A request's place; dropping it frees it. The blocking part of the preparation owns it, since that part
-/// goes on when its request is gone.
+/// Permission to prepare a request; dropping it lets the next one in. The blocking part of the preparation
+/// owns it, since that part goes on when its request is gone.
 #[derive(Debug)]
-pub(crate) struct Place {
+pub(crate) struct Permit {
     _permit: OwnedSemaphorePermit,
-    _held: Option<Held>,
+    _long: Option<LongRequest>,
 }
 
 /// Too many long requests wait.
@@ -34,9 +33,9 @@ pub(crate) struct Place {
 pub(crate) struct Full;
 
 #[derive(Debug)]
-struct Held(Arc<AtomicUsize>);
+struct LongRequest(Arc<AtomicUsize>);
 
-impl Drop for Held {
+impl Drop for LongRequest {
     fn drop(&mut self) {
         self.0.fetch_sub(1, Ordering::Relaxed);
     }
@@ -53,35 +52,35 @@ impl Default for Preparations {
 }
 
 impl Preparations {
-    /// Waits for a place for a request of so many bytes.
-    pub(crate) async fn enter(&self, bytes: usize) -> Result<Place, Full> {
-        let (places, held) = match is_long(bytes) {
+    /// Waits for the permit of a request of so many bytes.
+    pub(crate) async fn enter(&self, bytes: usize) -> Result<Permit, Full> {
+        let (permits, long) = match is_long(bytes) {
             false => (&self.short, None),
             true => {
-                let held = Held(self.held.clone());
+                let long = LongRequest(self.held.clone());
                 if self.held.fetch_add(1, Ordering::Relaxed) >= MOST_LONG {
                     return Err(Full);
                 }
-                (&self.long, Some(held))
+                (&self.long, Some(long))
             }
         };
-        let permit = places.clone().acquire_owned().await.map_err(|_| Full)?;
-        Ok(Place {
+        let permit = permits.clone().acquire_owned().await.map_err(|_| Full)?;
+        Ok(Permit {
             _permit: permit,
-            _held: held,
+            _long: long,
         })
     }
 }
 
-/// Does the part of a preparation that blocks. Its place is free when it is done, even if its request is gone
-/// by then.
+/// Does the part of a preparation that blocks. The permit is given back when it is done, even if its request is
+/// gone by then.
 pub(crate) async fn prepare<T: Send + 'static>(
-    place: Place,
+    permit: Permit,
     work: impl FnOnce() -> T + Send + 'static,
 ) -> Result<T, JoinError> {
     let working = tokio::task::spawn_blocking(move || {
         let done = work();
-        drop(place);
+        drop(permit);
         done
     });
     working.await
@@ -92,37 +91,11 @@ pub(crate) fn is_long(bytes: usize) -> bool {
     bytes > LONG
 }
 
-/// Bytes of a prompt's text, tokens or messages.
-pub(crate) fn bytes_of(prompt: &Prompt) -> usize {
-    match prompt {
-        Prompt::Text(text) => text.len(),
-        Prompt::Tokens(list) => list.tokens.len() * size_of::<u32>(),
-        Prompt::Chat(chat) => {
-            let messages = chat.messages.iter();
-            let texts =
-                messages.map(|message| message.content.len() + message.role.len() + PER_MESSAGE);
-            texts.sum::<usize>() + chat.template_variables.len()
-        }
-    }
-}
-
-/// The same of the texts to embed.
-pub(crate) fn bytes_to_embed<'a>(texts: impl Iterator<Item = Option<&'a EmbedText>>) -> usize {
-    let bytes = texts.map(|text| match text {
-        Some(EmbedText::Text(text)) => text.len(),
-        Some(EmbedText::Tokens(list)) => list.tokens.len() * size_of::<u32>(),
-        None => 0,
-    });
-    bytes.sum()
-}
-
 /// Requests of more bytes are long.
 const LONG: usize = 256 << 10;
 const SHORT_AT_ONCE: usize = 8;
 /// Long requests that may be here at once.
 const MOST_LONG: usize = 4;
-/// Bytes that a message takes besides its text.
-const PER_MESSAGE: usize = 64;
 
 #[cfg(test)]
 mod tests {

@@ -85,12 +85,12 @@ pub struct Templates {
     /// `None` is for this process.
     program: Option<PathBuf>,
     /// The last ones used, the latest first.
-    seats: Mutex<VecDeque<Arc<Seat>>>,
+    renderers: Mutex<VecDeque<Arc<Renderer>>>,
 }
 
-/// A template's place: one conversation at a time.
+/// Renders one template, one conversation at a time.
 #[derive(Debug)]
-struct Seat {
+struct Renderer {
     source: String,
     /// True if it is for long conversations, which hold up only each other.
     long: bool,
@@ -110,7 +110,7 @@ impl Templates {
     pub fn here() -> Self {
         Templates {
             program: None,
-            seats: Mutex::default(),
+            renderers: Mutex::default(),
         }
     }
 
@@ -118,7 +118,7 @@ impl Templates {
     pub fn apart(program: PathBuf) -> Self {
         Templates {
             program: Some(program),
-            seats: Mutex::default(),
+            renderers: Mutex::default(),
         }
     }
 
@@ -161,8 +161,8 @@ impl Templates {
         template: &ChatTemplate,
         job: &[u8],
     ) -> Result<String, TemplateError> {
-        let seat = self.seat(template.source(), preparations::is_long(job.len()));
-        let mut kept = seat.process.lock().await;
+        let renderer = self.renderer(template.source(), preparations::is_long(job.len()));
+        let mut kept = renderer.process.lock().await;
         // An idle process may have been killed from outside, which is not this conversation's fault.
         if let Some(process) = kept.take()
             && let Some(answer) = process.ask(job, &mut kept).await?
@@ -174,21 +174,24 @@ impl Templates {
         answer.unwrap_or(Err(TemplateError::TooLarge))
     }
 
-    fn seat(&self, source: &str, long: bool) -> Arc<Seat> {
-        let mut seats = self.seats.lock().unwrap_or_else(PoisonError::into_inner);
-        let same = |seat: &Arc<Seat>| seat.source == source && seat.long == long;
-        let found = seats.iter().position(same);
-        let seat = match found.and_then(|index| seats.remove(index)) {
-            Some(seat) => seat,
-            None => Arc::new(Seat {
+    fn renderer(&self, source: &str, long: bool) -> Arc<Renderer> {
+        let mut renderers = self
+            .renderers
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let same = |renderer: &Arc<Renderer>| renderer.source == source && renderer.long == long;
+        let found = renderers.iter().position(same);
+        let renderer = match found.and_then(|index| renderers.remove(index)) {
+            Some(renderer) => renderer,
+            None => Arc::new(Renderer {
                 source: source.to_owned(),
                 long,
                 process: tokio::sync::Mutex::default(),
             }),
         };
-        seats.push_front(seat.clone());
-        seats.truncate(KEPT);
-        seat
+        renderers.push_front(renderer.clone());
+        renderers.truncate(KEPT);
+        renderer
     }
 }
 

@@ -410,16 +410,11 @@ struct Progress {
 
 impl Progress {
     fn is_made(&mut self, host: &Host, now: Instant) -> bool {
-        let (models, encoders) = (host.models(), host.encoders());
-        let engines = models.iter().map(|hosted| {
-            let rows = hosted.engine.info().max_rows as usize;
-            (hosted.engine.load(), rows)
-        });
-        let encoders = encoders.iter().map(|hosted| {
-            let rows = hosted.engine.info().max_rows;
-            (hosted.engine.load(), rows)
-        });
-        let loads: Vec<_> = engines.chain(encoders).collect();
+        let models = host.models();
+        let engines = models.iter().map(|served| &served.engine);
+        let loads: Vec<_> = engines
+            .map(|engine| (engine.load(), engine.max_rows()))
+            .collect();
         let limits = loads
             .iter()
             .map(|(load, rows)| step_limit(*rows, load.prefill_tps));

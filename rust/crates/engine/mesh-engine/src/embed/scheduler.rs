@@ -8,11 +8,8 @@ use std::collections::{HashMap, VecDeque};
 use std::time::{Duration, Instant};
 
 use super::{EmbedRequest, EncoderInfo};
-use crate::scheduler::{Load, Totals};
+use crate::workload::{Load, RequestKey, RequestStatus, Schedule, Totals};
 use crate::{RequestError, StageError};
-
-/// Identifies a request within the scheduler.
-pub type Key = u64;
 
 /// Limits of the queue.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -25,7 +22,7 @@ pub struct EmbedConfig {
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Batch {
     /// Request, index of the sequence in it, its tokens.
-    pub parts: Vec<(Key, usize, Vec<u32>)>,
+    pub parts: Vec<(RequestKey, usize, Vec<u32>)>,
 }
 
 impl Batch {
@@ -54,15 +51,15 @@ struct Job {
 pub struct Scheduler {
     info: EncoderInfo,
     config: EmbedConfig,
-    jobs: HashMap<Key, Job>,
+    jobs: HashMap<RequestKey, Job>,
     /// Requests with waiting sequences; the first is next.
-    turns: VecDeque<Key>,
+    turns: VecDeque<RequestKey>,
     /// Number of waiting tokens.
     backlog: u64,
     draining: bool,
     tokens_per_second: f64,
     totals: Totals,
-    ended: VecDeque<(Key, Result<Embedded, RequestError>)>,
+    ended: VecDeque<(RequestKey, Result<Embedded, RequestError>)>,
 }
 
 impl Scheduler {
@@ -79,25 +76,6 @@ impl Scheduler {
             totals: Totals::default(),
             ended: VecDeque::new(),
         }
-    }
-
-    /// Queues a request, or refuses it; [`Scheduler::next_end`] returns its result.
-    pub fn submit(&mut self, key: Key, request: EmbedRequest) {
-        if let Err(error) = self.admit(&request) {
-            self.totals.failed += 1;
-            self.ended.push_back((key, Err(error)));
-            return;
-        }
-        let missing = request.sequences.len();
-        self.backlog += tokens(request.sequences.iter());
-        let job = Job {
-            waiting: request.sequences.into_iter().enumerate().collect(),
-            vectors: vec![Vec::new(); missing],
-            missing,
-            deadline: request.deadline,
-        };
-        self.jobs.insert(key, job);
-        self.turns.push_back(key);
     }
 
     fn admit(&self, request: &EmbedRequest) -> Result<(), RequestError> {
@@ -125,13 +103,6 @@ impl Scheduler {
             }
         }
         Ok(())
-    }
-
-    /// Forgets a request. Vectors of its sequences in a running batch are dropped.
-    pub fn cancel(&mut self, key: Key) {
-        if self.remove(key) {
-            self.totals.cancelled += 1;
-        }
     }
 
     /// Forms the next batch; `None` if no sequence waits.
@@ -207,50 +178,10 @@ impl Scheduler {
         }
     }
 
-    /// Refuses new requests from now on.
-    pub fn drain(&mut self) {
-        self.draining = true;
-    }
-
-    /// Ends all requests with `error`.
-    pub fn end_all(&mut self, error: &RequestError) {
-        let keys: Vec<Key> = self.jobs.keys().copied().collect();
-        for key in keys {
-            self.end(key, error.clone());
-        }
-    }
-
-    /// True if no request is left.
-    pub fn is_idle(&self) -> bool {
-        self.jobs.is_empty()
-    }
-
-    /// The next ended request, with its result.
-    pub fn next_end(&mut self) -> Option<(Key, Result<Embedded, RequestError>)> {
-        self.ended.pop_front()
-    }
-
-    /// Work in progress and measured speed.
-    pub fn load(&self) -> Load {
-        let waiting = self.turns.len().min(self.jobs.len());
-        Load {
-            running: (self.jobs.len() - waiting) as u32,
-            queued: waiting as u32,
-            kv_tokens_used: 0,
-            kv_tokens_reserved: 0,
-            kv_tokens_total: 0,
-            decode_tps: 0.0,
-            prefill_tps: self.tokens_per_second as f32,
-            prefill_backlog: self.backlog,
-            draining: self.draining,
-            totals: self.totals,
-        }
-    }
-
     /// Ends requests whose deadline has passed.
     pub fn expire(&mut self, now: Instant) {
         let late = |job: &Job| job.deadline.is_some_and(|deadline| deadline <= now);
-        let keys: Vec<Key> = self
+        let keys: Vec<RequestKey> = self
             .jobs
             .iter()
             .filter(|(_, job)| late(job))
@@ -261,14 +192,14 @@ impl Scheduler {
         }
     }
 
-    fn end(&mut self, key: Key, error: RequestError) {
+    fn end(&mut self, key: RequestKey, error: RequestError) {
         if self.remove(key) {
             self.totals.failed += 1;
             self.ended.push_back((key, Err(error)));
         }
     }
 
-    fn remove(&mut self, key: Key) -> bool {
+    fn remove(&mut self, key: RequestKey) -> bool {
         let Some(job) = self.jobs.remove(&key) else {
             return false;
         };
@@ -276,6 +207,74 @@ impl Scheduler {
         let waiting = tokens(job.waiting.iter().map(|(_, sequence)| sequence));
         self.backlog = self.backlog.saturating_sub(waiting);
         true
+    }
+}
+
+impl Schedule for Scheduler {
+    type Request = EmbedRequest;
+    type Event = Result<Embedded, RequestError>;
+
+    fn submit(&mut self, key: RequestKey, request: EmbedRequest, _: Instant) {
+        if let Err(error) = self.admit(&request) {
+            self.totals.failed += 1;
+            self.ended.push_back((key, Err(error)));
+            return;
+        }
+        let missing = request.sequences.len();
+        self.backlog += tokens(request.sequences.iter());
+        let job = Job {
+            waiting: request.sequences.into_iter().enumerate().collect(),
+            vectors: vec![Vec::new(); missing],
+            missing,
+            deadline: request.deadline,
+        };
+        self.jobs.insert(key, job);
+        self.turns.push_back(key);
+    }
+
+    fn cancel(&mut self, key: RequestKey) {
+        if self.remove(key) {
+            self.totals.cancelled += 1;
+        }
+    }
+
+    fn drain(&mut self) {
+        self.draining = true;
+    }
+
+    fn end_all(&mut self, error: &RequestError) {
+        let keys: Vec<RequestKey> = self.jobs.keys().copied().collect();
+        for key in keys {
+            self.end(key, error.clone());
+        }
+    }
+
+    fn is_idle(&self) -> bool {
+        self.jobs.is_empty()
+    }
+
+    fn next_event(&mut self) -> Option<(RequestKey, Self::Event)> {
+        self.ended.pop_front()
+    }
+
+    // The sequences of a request take turns with those of all others.
+    fn status(&self, key: RequestKey) -> Option<RequestStatus> {
+        let ahead = self.load().queued;
+        let known = self.jobs.contains_key(&key);
+        known.then_some(RequestStatus::Queued { ahead })
+    }
+
+    fn load(&self) -> Load {
+        let waiting = self.turns.len().min(self.jobs.len());
+        Load {
+            running: (self.jobs.len() - waiting) as u32,
+            queued: waiting as u32,
+            prefill_tps: self.tokens_per_second as f32,
+            prefill_backlog: self.backlog,
+            draining: self.draining,
+            totals: self.totals,
+            ..Load::default()
+        }
     }
 }
 

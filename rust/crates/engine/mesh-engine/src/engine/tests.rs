@@ -6,10 +6,10 @@ use std::time::{Duration, Instant};
 use futures::executor::{block_on, block_on_stream};
 
 use super::*;
-use crate::StageError;
-use crate::request::{Finish, RequestError};
-use crate::scheduler::RequestStatus;
+use crate::request::{Event, Finish, Request};
+use crate::runner::Local;
 use crate::testing::{self, HashStage, Letters};
+use crate::{Runner, SchedulerConfig, StageError, StageInfo, Vocabulary};
 
 const CONTEXT: u32 = 200;
 
@@ -345,7 +345,7 @@ fn requests_say_what_they_wait_for_and_an_engine_that_hangs_is_not_vouched_for()
         open.store(true, Ordering::SeqCst);
         waker.wake();
         // One step for each time that its status is noted: else its answer ends in between.
-        std::thread::sleep(2 * worker::STATUS_INTERVAL);
+        std::thread::sleep(2 * thread::STATUS_INTERVAL);
         first.status() == Some(RequestStatus::Decoding)
     });
     drop((first, second));

@@ -3,10 +3,11 @@
 use std::time::Instant;
 
 use super::slots::Salt;
-use super::{Owner, RequestKey};
+use super::step::Owner;
 use crate::request::{Done, Event, Finish, Request, RequestError, TokenScore, Tokens};
 use crate::sampler::{self, Sampler, Scratch};
 use crate::text::TextPipeline;
+use crate::workload::RequestKey;
 use crate::{LogitRows, Vocabulary};
 
 /// A request, queued or running.
@@ -28,17 +29,18 @@ pub(super) struct Job {
     /// Number of times that it was given a slot.
     pub(super) run: u32,
     submitted: Instant,
-    kind: Kind,
+    output: Output,
+}
+
+/// The result of a job so far.
+#[derive(Debug)]
+enum Output {
+    Text(Box<Completion>),
+    Scores(Vec<TokenScore>),
 }
 
 #[derive(Debug)]
-enum Kind {
-    Generate(Box<Answer>),
-    Score(Vec<TokenScore>),
-}
-
-#[derive(Debug)]
-struct Answer {
+struct Completion {
     sampler: Sampler,
     text: TextPipeline,
     prompt_tokens: u32,
@@ -117,7 +119,7 @@ impl Job {
             preempted: false,
             run: 0,
             submitted: now,
-            kind: Kind::Generate(Box::new(Answer {
+            output: Output::Text(Box::new(Completion {
                 sampler,
                 text,
                 prompt_tokens: prompt_tokens as u32,
@@ -165,7 +167,7 @@ impl Job {
                 value: 0,
                 goes_on: false,
             },
-            kind: Kind::Score(Vec::with_capacity(tokens.len() - 1)),
+            output: Output::Scores(Vec::with_capacity(tokens.len() - 1)),
             tokens,
         })
     }
@@ -173,12 +175,12 @@ impl Job {
     /// KV rows that it is expected to need, where an answer takes `expected` tokens. Always some more than it has, as long as
     /// it may grow.
     pub(super) fn expects(&self, expected: u64) -> u64 {
-        match &self.kind {
-            Kind::Generate(answer) => {
+        match &self.output {
+            Output::Text(answer) => {
                 let answered = u64::from(answer.generated) + GROWTH;
                 (u64::from(answer.prompt_tokens) + expected.max(answered)).min(self.limit)
             }
-            Kind::Score(_) => self.limit,
+            Output::Scores(_) => self.limit,
         }
     }
 
@@ -197,23 +199,23 @@ impl Job {
 
     /// Rows whose logits were taken in, or are not wanted.
     pub(super) fn settled(&self) -> u32 {
-        match &self.kind {
+        match &self.output {
             // The token after the last one is not known yet.
-            Kind::Generate(_) => self.tokens.len() as u32 - 1,
-            Kind::Score(scores) => scores.len() as u32,
+            Output::Text(_) => self.tokens.len() as u32 - 1,
+            Output::Scores(scores) => scores.len() as u32,
         }
     }
 
     /// True for a scoring job: it needs the logits of every row, so no KV row may be reused.
     pub(super) fn is_score(&self) -> bool {
-        matches!(self.kind, Kind::Score(_))
+        matches!(self.output, Output::Scores(_))
     }
 
     /// Tokens of the answer so far.
     pub(super) fn answered(&self) -> u32 {
-        match &self.kind {
-            Kind::Generate(answer) => answer.generated,
-            Kind::Score(_) => 0,
+        match &self.output {
+            Output::Text(answer) => answer.generated,
+            Output::Scores(_) => 0,
         }
     }
 
@@ -230,10 +232,10 @@ impl Job {
 
     /// The last event of a request that needs no (more) steps.
     pub(super) fn finished(&mut self, now: Instant) -> Option<Event> {
-        match &mut self.kind {
-            Kind::Score(scores) => (scores.len() + 1 == self.tokens.len())
+        match &mut self.output {
+            Output::Scores(scores) => (scores.len() + 1 == self.tokens.len())
                 .then(|| Event::Scored(std::mem::take(scores))),
-            Kind::Generate(answer) => {
+            Output::Text(answer) => {
                 let finish = answer.finish?;
                 answer.text.finish();
                 Some(Event::Done(Done {
@@ -258,8 +260,8 @@ impl Job {
         scratch: &mut Scratch,
         now: Instant,
     ) -> Result<Option<Tokens>, RequestError> {
-        match &mut self.kind {
-            Kind::Score(scores) => {
+        match &mut self.output {
+            Output::Scores(scores) => {
                 // Rows computed again after a loss have been scored. Nothing follows the last token.
                 let next = self.tokens.get(position as usize + 1);
                 if let Some(&next) = next.filter(|_| position as usize == scores.len()) {
@@ -271,8 +273,8 @@ impl Job {
                 Ok(None)
             }
             // A row that was computed twice, before a preemption and after it, has had its say.
-            Kind::Generate(_) if position as usize + 1 != self.tokens.len() => Ok(None),
-            Kind::Generate(answer) => {
+            Output::Text(_) if position as usize + 1 != self.tokens.len() => Ok(None),
+            Output::Text(answer) => {
                 let tokens = answer.next_token(logits, vocabulary, scratch, now)?;
                 self.tokens.extend(tokens.iter().flat_map(|t| &t.tokens));
                 Ok(tokens)
@@ -281,7 +283,7 @@ impl Job {
     }
 }
 
-impl Answer {
+impl Completion {
     fn next_token(
         &mut self,
         logits: &[f32],

@@ -25,6 +25,9 @@ mod lengths;
 mod share;
 mod slots;
 mod speed;
+mod step;
+
+pub use step::{SlotOp, Step};
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -35,12 +38,10 @@ use self::lengths::AnswerLengths;
 use self::share::share_rows;
 use self::slots::{Placement, Slots};
 use self::speed::Speeds;
-use crate::request::{Event, Request, RequestError};
+use crate::request::{Event, GenerationRequest, RequestError};
 use crate::sampler::Scratch;
-use crate::{Segment, SlotId, StageError, StageInfo, Vocabulary};
-
-/// Identifies a request within one scheduler; chosen by the submitter.
-pub type RequestKey = u64;
+use crate::workload::{Load, RequestKey, RequestStatus, Schedule, Totals};
+use crate::{SlotId, StageError, StageInfo, Vocabulary};
 
 /// Limits of a scheduler.
 #[derive(Debug, Clone, PartialEq)]
@@ -73,121 +74,6 @@ impl Default for SchedulerConfig {
             answer_tokens: 256,
         }
     }
-}
-
-/// Work for the stage: first the slot operations in order, then the segments.
-#[derive(Debug, Default)]
-pub struct Step {
-    /// Changes to the slots.
-    pub slot_ops: Vec<SlotOp>,
-    /// The segments of the forward call.
-    pub segments: Vec<Segment>,
-    /// Their tokens, back to back.
-    pub tokens: Vec<u32>,
-    /// Slots of all requests in progress, in this step or not.
-    pub busy: Vec<SlotId>,
-    /// The request of each segment.
-    owners: Vec<Owner>,
-    decode_rows: u32,
-    planned: Option<Instant>,
-}
-
-/// A request in one of its runs: after a preemption it runs again.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Owner {
-    key: RequestKey,
-    run: u32,
-}
-
-/// A change to a KV slot.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum SlotOp {
-    /// Shortens a slot, see [`Stage::truncate`](crate::Stage::truncate).
-    Truncate {
-        /// The slot to shorten.
-        slot: SlotId,
-        /// Number of KV rows that it keeps.
-        len: u32,
-    },
-    /// Copies KV rows between slots, see [`Stage::copy_prefix`](crate::Stage::copy_prefix).
-    CopyPrefix {
-        /// The slot that holds the rows.
-        from: SlotId,
-        /// The slot that receives them.
-        to: SlotId,
-        /// Number of KV rows.
-        len: u32,
-    },
-}
-
-/// Work in progress of a scheduler and the measured speed of its stage.
-#[derive(Debug, Clone, Default, PartialEq)]
-pub struct Load {
-    /// Requests that hold a slot.
-    pub running: u32,
-    /// Requests that wait for one, preempted ones included.
-    pub queued: u32,
-    /// KV memory that requests in progress use, in tokens.
-    pub kv_tokens_used: u64,
-    /// KV memory that they are expected to use, in tokens.
-    pub kv_tokens_reserved: u64,
-    /// KV memory there is, in tokens.
-    pub kv_tokens_total: u64,
-    /// Decode speed over all streams at the current batch, tokens per second; 0 is unknown.
-    pub decode_tps: f32,
-    /// Prefill speed, tokens per second; 0 is unknown.
-    pub prefill_tps: f32,
-    /// Prompt tokens not yet computed, over all requests.
-    pub prefill_backlog: u64,
-    /// True if new requests are refused because the engine is to stop.
-    pub draining: bool,
-    /// Sums since the start.
-    pub totals: Totals,
-}
-
-/// Sums since the start of a scheduler.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Totals {
-    /// Completed steps.
-    pub steps: u64,
-    /// Rows that continued answers.
-    pub decode_rows: u64,
-    /// Rows that computed prompts.
-    pub prefill_rows: u64,
-    /// Tokens whose KV rows were found in the cache.
-    pub reused_tokens: u64,
-    /// Requests that ended with an answer.
-    pub finished: u64,
-    /// Requests that ended with an error.
-    pub failed: u64,
-    /// Requests that were cancelled.
-    pub cancelled: u64,
-    /// Number of times that a request gave its KV memory to older ones.
-    pub preempted: u64,
-}
-
-/// The state of a request.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum RequestStatus {
-    /// It waits for a slot or for KV memory.
-    Queued {
-        /// Requests that will start before it.
-        ahead: u32,
-    },
-    /// Its prompt, or after a preemption its prompt and the answer so far, is being computed.
-    Prefilling {
-        /// Tokens whose KV rows are computed or being computed.
-        done: u32,
-        /// Tokens that have to be.
-        total: u32,
-    },
-    /// Its answer is being generated.
-    Decoding,
-    /// It gave its KV memory to older requests and waits to go on.
-    Preempted {
-        /// Requests that will go on before it.
-        ahead: u32,
-    },
 }
 
 /// The batching scheduler of one stage.
@@ -254,48 +140,6 @@ impl Scheduler {
             totals: Totals::default(),
             draining: false,
         }
-    }
-
-    /// Queues a request for text. A refusal is reported as [`Event::Failed`] at once.
-    pub fn submit(&mut self, key: RequestKey, request: Request, now: Instant) {
-        let job = Job::generate(key, request, self.context, &*self.vocabulary, now);
-        self.enqueue(key, job, now);
-    }
-
-    /// Takes a request for the scores of `tokens`, answered by [`Event::Scored`] with one entry for each token but the
-    /// first.
-    pub fn submit_score(&mut self, key: RequestKey, id: String, tokens: Vec<u32>, now: Instant) {
-        let job = Job::score(key, id, tokens, self.context, &*self.vocabulary, now);
-        self.enqueue(key, job, now);
-    }
-
-    /// Forgets a request: no event of it comes after this. Allowed at any time, also while a step runs.
-    pub fn cancel(&mut self, key: RequestKey) {
-        self.events.retain(|&(owner, _)| owner != key);
-        let known = match self.running.iter().position(|r| r.job.key == key) {
-            Some(i) => {
-                let running = self.running.remove(i);
-                self.slots.release(running.slot);
-                self.lengths.record(running.job.answered(), None);
-                true
-            }
-            None => {
-                let before = self.queue.len();
-                self.queue.retain(|job| job.key != key);
-                self.queue.len() < before
-            }
-        };
-        self.totals.cancelled += u64::from(known);
-    }
-
-    /// Refuses new requests from now on.
-    pub fn drain(&mut self) {
-        self.draining = true;
-    }
-
-    /// True if no request is queued or running.
-    pub fn is_idle(&self) -> bool {
-        self.queue.is_empty() && self.running.is_empty()
     }
 
     /// Plans the next step into `step`; returns `false` if no row can be computed.
@@ -373,70 +217,6 @@ impl Scheduler {
             self.slot_ops.push(SlotOp::Truncate { slot, len });
         }
         self.evict();
-    }
-
-    /// Ends every request with `error`.
-    pub fn end_all(&mut self, error: &RequestError) {
-        let running = self.running.iter().map(|r| r.job.key);
-        let keys: Vec<RequestKey> = running
-            .chain(self.queue.iter().map(|job| job.key))
-            .collect();
-        self.queue.clear();
-        for key in keys {
-            self.end(key, error.clone());
-        }
-    }
-
-    /// The next event, oldest first.
-    pub fn next_event(&mut self) -> Option<(RequestKey, Event)> {
-        self.events.pop_front()
-    }
-
-    /// The state of a request; `None` if it has ended or never existed.
-    pub fn status(&self, key: RequestKey) -> Option<RequestStatus> {
-        if let Some(running) = self.running.iter().find(|r| r.job.key == key) {
-            let total = running.job.tokens.len() as u32;
-            return Some(if running.decodes {
-                RequestStatus::Decoding
-            } else {
-                let done = self.slots.cached_len(running.slot).min(total);
-                RequestStatus::Prefilling { done, total }
-            });
-        }
-        let ahead = self.queue.iter().position(|job| job.key == key)?;
-        let preempted = self.queue[ahead].preempted;
-        let ahead = u32::try_from(ahead).unwrap_or(u32::MAX);
-        Some(if preempted {
-            RequestStatus::Preempted { ahead }
-        } else {
-            RequestStatus::Queued { ahead }
-        })
-    }
-
-    /// Work in progress and measured speed.
-    pub fn load(&self) -> Load {
-        let running = self
-            .running
-            .iter()
-            .map(|r| (&r.job, self.slots.cached_len(r.slot)));
-        let waiting = self.queue.iter().map(|job| (job, 0));
-        let backlog = running
-            .chain(waiting)
-            .map(|(job, cached)| job.pending(cached).len() as u64);
-        Load {
-            running: self.running.len() as u32,
-            queued: self.queue.len() as u32,
-            // A token that was just chosen has no row yet.
-            kv_tokens_used: self.used().min(self.kv_total),
-            kv_tokens_reserved: self.reserved().min(self.kv_total),
-            kv_tokens_total: self.kv_total,
-            decode_tps: self.speeds.decode(self.running.len() as u32).unwrap_or(0.0) as f32,
-            prefill_tps: self.speeds.prefill().unwrap_or(0.0) as f32,
-            // A single pending token is an answer's next row, not a prompt.
-            prefill_backlog: backlog.filter(|&n| n > 1).sum(),
-            draining: self.draining,
-            totals: self.totals,
-        }
     }
 
     fn enqueue(&mut self, key: RequestKey, job: Result<Job, RequestError>, now: Instant) {
@@ -719,35 +499,107 @@ impl Scheduler {
     }
 }
 
-impl Step {
-    fn clear(&mut self, now: Instant) {
-        self.slot_ops.clear();
-        self.segments.clear();
-        self.tokens.clear();
-        self.busy.clear();
-        self.owners.clear();
-        self.decode_rows = 0;
-        self.planned = Some(now);
+impl Schedule for Scheduler {
+    type Request = GenerationRequest;
+    type Event = Event;
+
+    fn submit(&mut self, key: RequestKey, request: GenerationRequest, now: Instant) {
+        let (context, vocabulary) = (self.context, &*self.vocabulary);
+        let job = match request {
+            GenerationRequest::Text(request) => {
+                Job::generate(key, *request, context, vocabulary, now)
+            }
+            GenerationRequest::Scores { id, tokens } => {
+                Job::score(key, id, tokens, context, vocabulary, now)
+            }
+        };
+        self.enqueue(key, job, now);
     }
 
-    fn push(&mut self, job: &Job, slot: SlotId, cached: u32, rows: u32) {
-        self.segments.push(Segment {
-            slot,
-            position: cached,
-            rows,
-            logits: job.logit_rows(cached, rows),
-        });
-        self.tokens
-            .extend_from_slice(&job.pending(cached)[..rows as usize]);
-        self.owners.push(job.owner());
+    fn cancel(&mut self, key: RequestKey) {
+        self.events.retain(|&(owner, _)| owner != key);
+        let known = match self.running.iter().position(|r| r.job.key == key) {
+            Some(i) => {
+                let running = self.running.remove(i);
+                self.slots.release(running.slot);
+                self.lengths.record(running.job.answered(), None);
+                true
+            }
+            None => {
+                let before = self.queue.len();
+                self.queue.retain(|job| job.key != key);
+                self.queue.len() < before
+            }
+        };
+        self.totals.cancelled += u64::from(known);
     }
 
-    /// Rows that become logits.
-    pub fn logit_rows(&self) -> usize {
-        self.segments
+    fn drain(&mut self) {
+        self.draining = true;
+    }
+
+    fn end_all(&mut self, error: &RequestError) {
+        let running = self.running.iter().map(|r| r.job.key);
+        let keys: Vec<RequestKey> = running
+            .chain(self.queue.iter().map(|job| job.key))
+            .collect();
+        self.queue.clear();
+        for key in keys {
+            self.end(key, error.clone());
+        }
+    }
+
+    fn is_idle(&self) -> bool {
+        self.queue.is_empty() && self.running.is_empty()
+    }
+
+    fn next_event(&mut self) -> Option<(RequestKey, Event)> {
+        self.events.pop_front()
+    }
+
+    fn status(&self, key: RequestKey) -> Option<RequestStatus> {
+        if let Some(running) = self.running.iter().find(|r| r.job.key == key) {
+            let total = running.job.tokens.len() as u32;
+            return Some(if running.decodes {
+                RequestStatus::Decoding
+            } else {
+                let done = self.slots.cached_len(running.slot).min(total);
+                RequestStatus::Prefilling { done, total }
+            });
+        }
+        let ahead = self.queue.iter().position(|job| job.key == key)?;
+        let preempted = self.queue[ahead].preempted;
+        let ahead = u32::try_from(ahead).unwrap_or(u32::MAX);
+        Some(if preempted {
+            RequestStatus::Preempted { ahead }
+        } else {
+            RequestStatus::Queued { ahead }
+        })
+    }
+
+    fn load(&self) -> Load {
+        let running = self
+            .running
             .iter()
-            .map(|s: &Segment| s.logits.count(s.rows) as usize)
-            .sum()
+            .map(|r| (&r.job, self.slots.cached_len(r.slot)));
+        let waiting = self.queue.iter().map(|job| (job, 0));
+        let backlog = running
+            .chain(waiting)
+            .map(|(job, cached)| job.pending(cached).len() as u64);
+        Load {
+            running: self.running.len() as u32,
+            queued: self.queue.len() as u32,
+            // A token that was just chosen has no row yet.
+            kv_tokens_used: self.used().min(self.kv_total),
+            kv_tokens_reserved: self.reserved().min(self.kv_total),
+            kv_tokens_total: self.kv_total,
+            decode_tps: self.speeds.decode(self.running.len() as u32).unwrap_or(0.0) as f32,
+            prefill_tps: self.speeds.prefill().unwrap_or(0.0) as f32,
+            // A single pending token is an answer's next row, not a prompt.
+            prefill_backlog: backlog.filter(|&n| n > 1).sum(),
+            draining: self.draining,
+            totals: self.totals,
+        }
     }
 }
 

@@ -1,7 +1,7 @@
 //! The tokens that each KV slot holds, the request that uses it, and the choice of a slot for a new request.
 
-use super::RequestKey;
 use crate::SlotId;
+use crate::workload::RequestKey;
 
 /// The scheduler's view of a stage's KV slots.
 #[derive(Debug)]

@@ -5,7 +5,7 @@ use std::collections::{HashMap, VecDeque};
 use proptest::prelude::*;
 
 use super::*;
-use crate::request::{Done, Finish, SamplingParams, TokenScore};
+use crate::request::{Done, Finish, Request, SamplingParams, TokenScore};
 use crate::runner::apply;
 use crate::testing::{self, HashStage, Letters};
 use crate::{Stage, StageInput, StageOutput, sampler};
@@ -39,7 +39,7 @@ impl Sim {
     }
 
     fn submit(&mut self, key: RequestKey, request: Request) {
-        self.scheduler.submit(key, request, self.now);
+        self.scheduler.submit(key, request.into(), self.now);
         self.collect();
     }
 
@@ -143,6 +143,11 @@ impl Sim {
         let gaps = times.windows(2).map(|w| w[1] - w[0]);
         (times[0], gaps.max().unwrap_or_default())
     }
+}
+
+fn scores(tokens: Vec<u32>) -> GenerationRequest {
+    let id = "score".to_owned();
+    GenerationRequest::Scores { id, tokens }
 }
 
 fn prompt(seed: u32, len: u32) -> Vec<u32> {
@@ -559,14 +564,11 @@ fn scores_that_give_way_come_out_as_they_do_alone() {
     }
     // One row at a time, so that the answers outgrow the memory meanwhile.
     sim.scheduler.config.score_rows = 1;
-    sim.scheduler
-        .submit_score(3, "score".to_owned(), tokens.clone(), sim.now);
+    sim.scheduler.submit(3, scores(tokens.clone()), sim.now);
     sim.run_until_idle();
     assert!(sim.scheduler.load().totals.preempted > 0);
     let mut alone = Sim::new(1, 64, config);
-    alone
-        .scheduler
-        .submit_score(3, "score".to_owned(), tokens, alone.now);
+    alone.scheduler.submit(3, scores(tokens), alone.now);
     alone.run_until_idle();
     assert_eq!(
         sim.events[&3].last().unwrap().1,
@@ -679,10 +681,8 @@ fn scores_do_not_depend_on_chunks_or_company() {
         };
         let mut sim = Sim::new(4, max_rows, config);
         sim.submit(1, endless(tokens.clone(), 20));
-        sim.scheduler
-            .submit_score(2, "score".to_owned(), tokens.clone(), sim.now);
-        sim.scheduler
-            .submit_score(3, "score".to_owned(), tokens.clone(), sim.now);
+        sim.scheduler.submit(2, scores(tokens.clone()), sim.now);
+        sim.scheduler.submit(3, scores(tokens.clone()), sim.now);
         sim.run_until_idle();
         for key in [2, 3] {
             assert_eq!(
@@ -701,8 +701,7 @@ fn scores_do_not_depend_on_chunks_or_company() {
 fn nothing_to_do_is_done_at_once() {
     let mut sim = Sim::new(1, 16, SchedulerConfig::default());
     sim.submit(1, endless(prompt(1, 5), 0));
-    sim.scheduler
-        .submit_score(2, "score".to_owned(), vec![3], sim.now);
+    sim.scheduler.submit(2, scores(vec![3]), sim.now);
     assert!(!sim.plan());
     assert_eq!(sim.done(1).finish, Finish::Length);
     assert_eq!(sim.events[&2][0].1, Event::Scored(Vec::new()));

@@ -4,7 +4,7 @@ mod toy;
 mod world;
 
 use mesh_engine::scheduler::{Scheduler, SchedulerConfig, Step};
-use mesh_engine::{Event, Request, Stage, StageInput, StageOutput, apply};
+use mesh_engine::{Event, Request, Schedule, Stage, StageInput, StageOutput, apply};
 use mesh_proto::{RingMirror, RingMirrored, RingResend, RingSegment, RingSlotOp, RingStep};
 use proptest::prelude::*;
 
@@ -34,7 +34,7 @@ fn expected(request: &Request) -> Vec<u32> {
     let config = SchedulerConfig::default();
     let mut scheduler = Scheduler::new(&info, std::sync::Arc::new(Letters), config);
     let now = std::time::Instant::now();
-    scheduler.submit(0, request.clone(), now);
+    scheduler.submit(0, request.clone().into(), now);
     let (mut step, mut tokens) = (Step::default(), Vec::new());
     while scheduler.plan(&mut step, now) {
         apply(&step.slot_ops, &mut stage).unwrap();

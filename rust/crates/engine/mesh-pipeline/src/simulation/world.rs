@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, mpsc};
 use std::time::{Duration, Instant};
 
 use mesh_engine::scheduler::{Scheduler, SchedulerConfig, Step};
-use mesh_engine::{Event, Outcome, Request, RequestError, Runner};
+use mesh_engine::{Event, Outcome, Request, RequestError, Runner, Schedule};
 use mesh_proto::{
     HeldSlot, RingHeld, RingMirror, RingMirrored, RingOutcome, RingPing, RingResend, RingStep,
 };
@@ -420,7 +420,7 @@ impl World {
         if let Some(driver) = &mut self.workers[driver].driver {
             driver.scheduler.submit(
                 key as u64,
-                request,
+                request.into(),
                 self.start + Duration::from_micros(self.now),
             );
         }
@@ -568,7 +568,7 @@ impl World {
                         };
                         let now = self.start + Duration::from_micros(self.now);
                         let driver = worker.driver.as_mut().expect("just made");
-                        driver.scheduler.submit(key as u64, request, now);
+                        driver.scheduler.submit(key as u64, request.into(), now);
                     }
                 }
             }

@@ -23,7 +23,7 @@ use super::part::{Command, Counters, Outboxes, Outflow, PartHandle};
 use super::progress::Progress;
 use super::streams::{self, Broken, Target};
 use super::{Rings, Served, Shard};
-use crate::host::warm_up;
+use crate::generate::load::warm_up;
 
 /// Events of a deployment.
 pub(super) enum Event {

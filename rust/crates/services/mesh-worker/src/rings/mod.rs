@@ -43,10 +43,11 @@ use self::deployment::{Deployment, Event};
 use self::part::message;
 pub(crate) use self::peers::Peers;
 use self::progress::Progress;
+use crate::codec::ModelEngine;
 use crate::config::Config;
 use crate::error::WorkerError;
-use crate::host::{Answering, Failure};
 use crate::models::{self, Held, Models};
+use crate::served::Failure;
 
 /// Everything about rings on this worker.
 pub(crate) struct Rings {
@@ -301,10 +302,10 @@ impl Rings {
     }
 
     /// A model served by a ring whose driver is here.
-    pub(crate) fn find(&self, name: &str) -> Option<Answering> {
+    pub(crate) fn find(&self, name: &str) -> Option<ModelEngine> {
         let served = lock(&self.served);
         let of_name = |served: &&Served| name.is_empty() || served.card.name == name;
-        served.iter().find(of_name).map(|served| Answering {
+        served.iter().find(of_name).map(|served| ModelEngine {
             model: served.model.clone(),
             engine: served.engine.clone(),
         })

@@ -13,8 +13,9 @@ use mesh_store::{FingerprintCache, local};
 use super::Shard;
 use crate::config::Config;
 use crate::error::WorkerError;
-use crate::host::{self, Failure, Source};
+use crate::generate::load as chat;
 use crate::models::{Held, may_be_fetched};
+use crate::served::{Failure, Source};
 
 /// Opens those models of `config.ring.models` that are files at hand and measures their cost here. Earlier
 /// measurements are kept in the state directory. A fault of one model becomes a [`Failure`] of that model
@@ -81,7 +82,7 @@ fn measure_path(
         let fingerprint = cache.fingerprint(path).map_err(|error| {
             WorkerError::Internal(format!("fingerprint of {}: {error}", path.display()))
         })?;
-        let card = host::card(&model.name(), path, &model, &fingerprint);
+        let card = chat::card(&model.name(), path, &model, &fingerprint);
         measure_one(model, card, profiler, config)
     };
     let panicked = |_| {
@@ -129,7 +130,7 @@ pub(super) fn measure_stored(
     // Speeds are kept under it, and the file's own bytes need not be there: weights that are holes are zeros,
     // and no kernel looks at values.
     model.know_fingerprint(&fingerprint);
-    let card = host::card(name, path, &model, &fingerprint);
+    let card = chat::card(name, path, &model, &fingerprint);
     let mut shard = measure_one(model, card, &mut profiler, config)?;
     shard.held = Some(held.clone());
     Ok((shard, NodeProfile::from(&profiler.profile)))
@@ -202,6 +203,6 @@ fn measure_one(
 pub(super) fn options(config: &Config, format: WeightFormat) -> OrtOptions {
     OrtOptions {
         weights: format,
-        ..host::options(config)
+        ..chat::options(config)
     }
 }

@@ -1,7 +1,7 @@
-//! The loop of an engine's thread: take commands, plan steps, run them, deliver their events.
+//! The loop of an engine's thread: take commands, begin steps, run them, deliver their events.
 //!
-//! The holder of the [`Worker`] runs the loop. Usually it is the thread; a caller that has just received a
-//! result for the runner may run it itself ([`Shared::work_here`]), which saves two thread switches.
+//! The holder of the [`Executor`] runs the loop. Usually it is the thread; a caller that has just received a
+//! result for the workload may run it itself ([`EngineState::work_here`]), which saves two thread switches.
 
 use std::any::Any;
 use std::collections::{HashMap, VecDeque};
@@ -10,29 +10,27 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
-use futures::channel::{mpsc as async_mpsc, oneshot};
+use futures::channel::{mpsc, oneshot};
 
-use crate::StageInfo;
-use crate::request::{Event, Request, RequestError};
-use crate::runner::{Outcome, Runner};
-use crate::scheduler::{Load, RequestKey, RequestStatus, Scheduler, Step};
+use crate::request::RequestError;
+use crate::workload::{Load, RequestKey, RequestStatus, Schedule, StepOutcome, Workload};
 
-/// State shared by an engine's handles and its thread.
-pub(super) struct Shared {
-    info: OnceLock<StageInfo>,
+/// State of an engine, common to its handles and its thread.
+pub(super) struct EngineState<W: Workload> {
+    info: OnceLock<W::Info>,
     next_key: AtomicU64,
     load: Mutex<Load>,
-    pulse: Mutex<Pulse>,
+    activity: Mutex<Activity>,
     death: Mutex<Option<RequestError>>,
-    queue: Mutex<Queue>,
+    queue: Mutex<CommandQueue<W>>,
     filled: Condvar,
     /// `None` before it is started and when it has ended.
-    worker: Mutex<Option<Worker>>,
+    executor: Mutex<Option<Executor<W>>>,
 }
 
 /// The last report of the thread on itself and on its requests.
 #[derive(Default)]
-struct Pulse {
+struct Activity {
     /// Time at which a step last came back, or the first request came; `None` while the engine is idle.
     advanced: Option<Instant>,
     /// The states of its requests.
@@ -41,57 +39,53 @@ struct Pulse {
     noted: Option<Instant>,
 }
 
-#[derive(Default)]
-struct Queue {
-    commands: VecDeque<Command>,
-    /// Time at which to poll the runner even without a command.
+struct CommandQueue<W: Workload> {
+    commands: VecDeque<Command<W>>,
+    /// Time at which to poll the workload even without a command.
     timer: Option<Instant>,
     /// The engine's thread has ended and takes no more commands.
     closed: bool,
 }
 
-pub(super) enum Command {
-    Submit(RequestKey, Work, async_mpsc::UnboundedSender<Event>),
+pub(super) enum Command<W: Workload> {
+    Submit(RequestKey, W::Request, mpsc::UnboundedSender<W::Event>),
     Cancel(RequestKey),
     Drain(oneshot::Sender<()>),
     Wake,
     Stop,
 }
 
-pub(super) enum Work {
-    Generate(Box<Request>),
-    Score(String, Vec<u32>),
-}
-
-impl Shared {
+impl<W: Workload> EngineState<W> {
     pub(super) fn new() -> Self {
-        Shared {
+        EngineState {
             info: OnceLock::new(),
             next_key: AtomicU64::new(0),
             load: Mutex::default(),
-            pulse: Mutex::default(),
+            activity: Mutex::default(),
             death: Mutex::default(),
-            queue: Mutex::default(),
+            queue: Mutex::new(CommandQueue {
+                commands: VecDeque::new(),
+                timer: None,
+                closed: false,
+            }),
             filled: Condvar::new(),
-            worker: Mutex::default(),
+            executor: Mutex::default(),
         }
     }
 
-    /// Gives the engine its runner and scheduler. Called once, before anything else.
-    pub(super) fn start(&self, info: StageInfo, runner: Box<dyn Runner>, scheduler: Scheduler) {
-        let _ = self.info.set(info);
-        *lock(&self.load) = scheduler.load();
-        *lock(&self.worker) = Some(Worker {
-            runner,
-            scheduler,
-            step: Step::default(),
+    /// Gives the engine its workload. Called once, before anything else.
+    pub(super) fn start(&self, mut workload: W) {
+        let _ = self.info.set(workload.info().clone());
+        *lock(&self.load) = workload.scheduler().load();
+        *lock(&self.executor) = Some(Executor {
+            workload,
             streams: HashMap::new(),
             drained: Vec::new(),
             failures: 0,
         });
     }
 
-    pub(super) fn info(&self) -> &StageInfo {
+    pub(super) fn info(&self) -> &W::Info {
         self.info
             .get()
             .expect("handles are given out after the start")
@@ -106,11 +100,11 @@ impl Shared {
     }
 
     pub(super) fn status(&self, key: RequestKey) -> Option<RequestStatus> {
-        lock(&self.pulse).statuses.get(&key).copied()
+        lock(&self.activity).statuses.get(&key).copied()
     }
 
     pub(super) fn quiet(&self, now: Instant) -> Duration {
-        let advanced = lock(&self.pulse).advanced;
+        let advanced = lock(&self.activity).advanced;
         advanced.map_or(Duration::ZERO, |at| now.saturating_duration_since(at))
     }
 
@@ -119,7 +113,7 @@ impl Shared {
     }
 
     /// Leaves a command for the thread; `false` if it is gone.
-    pub(super) fn tell(&self, command: Command) -> bool {
+    pub(super) fn tell(&self, command: Command<W>) -> bool {
         let mut queue = lock(&self.queue);
         if queue.closed {
             return false;
@@ -137,12 +131,12 @@ impl Shared {
         if queue.closed || !queue.commands.is_empty() {
             return false;
         }
-        let Ok(mut worker) = self.worker.try_lock() else {
+        let Ok(mut executor) = self.executor.try_lock() else {
             return false;
         };
         let waits_for = queue.timer;
         drop(queue);
-        self.turn(&mut worker);
+        self.turn(&mut executor);
         let queue = lock(&self.queue);
         let earlier = match (queue.timer, waits_for) {
             (Some(timer), Some(waits_for)) => timer < waits_for,
@@ -178,14 +172,14 @@ impl Shared {
                 return;
             }
             drop(queue);
-            self.turn(&mut lock(&self.worker));
+            self.turn(&mut lock(&self.executor));
         }
     }
 
     /// Works until no work is possible at once. If that ends the engine, every stream ends, because its
     /// sender is dropped here, after the reason was noted.
-    fn turn(&self, worker: &mut Option<Worker>) {
-        let Some(working) = worker else {
+    fn turn(&self, executor: &mut Option<Executor<W>>) {
+        let Some(working) = executor else {
             return;
         };
         let error = match catch_unwind(AssertUnwindSafe(|| working.turn(self))) {
@@ -202,95 +196,92 @@ impl Shared {
             error => tracing::error!(%error, "the engine stopped"),
         }
         *lock(&self.death) = Some(error.clone());
-        working.scheduler.end_all(&error);
+        working.workload.scheduler().end_all(&error);
         working.publish(self);
         let mut queue = lock(&self.queue);
         queue.closed = true;
         let unheard = std::mem::take(&mut queue.commands);
         drop(queue);
         drop(unheard);
-        *worker = None;
+        *executor = None;
     }
 }
 
-/// The runner of an engine's steps and all state of the engine.
-struct Worker {
-    runner: Box<dyn Runner>,
-    scheduler: Scheduler,
-    step: Step,
-    streams: HashMap<RequestKey, async_mpsc::UnboundedSender<Event>>,
+/// The workload and all state that belongs to the loop.
+struct Executor<W: Workload> {
+    workload: W,
+    streams: HashMap<RequestKey, mpsc::UnboundedSender<W::Event>>,
     drained: Vec<oneshot::Sender<()>>,
     /// Failed steps since the last good one.
     failures: u32,
 }
 
-impl Worker {
+impl<W: Workload> Executor<W> {
     /// Works until no work is possible at once; then sets the time of the next poll. Returns the error that
     /// ended the engine.
-    fn turn(&mut self, shared: &Shared) -> Option<RequestError> {
+    fn turn(&mut self, state: &EngineState<W>) -> Option<RequestError> {
         loop {
-            let commands = std::mem::take(&mut lock(&shared.queue).commands);
+            let commands = std::mem::take(&mut lock(&state.queue).commands);
             let mut news = false;
             for command in commands {
                 news |= matches!(command, Command::Submit(..));
                 if !self.obey(command) {
-                    // A runner's own error is more precise than the one for a dropped engine.
+                    // A workload's own error is more precise than the one for a dropped engine.
                     return Some(self.poll().err().unwrap_or_else(|| dead(STOPPED)));
                 }
             }
-            if !self.scheduler.is_idle() {
+            if !self.workload.scheduler().is_idle() {
                 // Visible to readers while the step below is computed.
-                lock(&shared.pulse)
+                lock(&state.activity)
                     .advanced
                     .get_or_insert_with(Instant::now);
             }
             let mut busy = false;
-            while self.runner.has_room() && self.scheduler.plan(&mut self.step, Instant::now()) {
-                self.runner.begin(&mut self.step, Instant::now());
+            while self.workload.begin(Instant::now()) {
                 busy = true;
             }
             if news {
                 // The step may take long.
-                self.note_statuses(shared, true);
+                *lock(&state.load) = self.workload.scheduler().load();
+                self.note_statuses(state, true);
             }
             match self.poll() {
                 Ok(false) => {}
                 Ok(true) => {
                     busy = true;
-                    lock(&shared.pulse).advanced = Some(Instant::now());
+                    lock(&state.activity).advanced = Some(Instant::now());
                 }
                 Err(fatal) => return Some(fatal),
             }
-            self.publish(shared);
+            self.publish(state);
             if busy {
                 continue;
             }
-            let mut queue = lock(&shared.queue);
+            let mut queue = lock(&state.queue);
             if queue.commands.is_empty() {
                 // Deadlines of requests pass though nothing happens.
-                let look = (!self.scheduler.is_idle()).then(|| Instant::now() + DEADLINE_CHECK);
-                queue.timer = self.runner.next_timer().into_iter().chain(look).min();
+                let look =
+                    (!self.workload.scheduler().is_idle()).then(|| Instant::now() + DEADLINE_CHECK);
+                queue.timer = self.workload.next_timer().into_iter().chain(look).min();
                 return None;
             }
         }
     }
 
-    fn obey(&mut self, command: Command) -> bool {
-        let now = Instant::now();
+    fn obey(&mut self, command: Command<W>) -> bool {
         match command {
-            Command::Submit(key, work, events) => {
+            Command::Submit(key, request, events) => {
                 self.streams.insert(key, events);
-                match work {
-                    Work::Generate(request) => self.scheduler.submit(key, *request, now),
-                    Work::Score(id, tokens) => self.scheduler.submit_score(key, id, tokens, now),
-                }
+                self.workload
+                    .scheduler()
+                    .submit(key, request, Instant::now());
             }
             Command::Cancel(key) => {
                 self.streams.remove(&key);
-                self.scheduler.cancel(key);
+                self.workload.scheduler().cancel(key);
             }
             Command::Drain(done) => {
-                self.scheduler.drain();
+                self.workload.scheduler().drain();
                 self.drained.push(done);
             }
             Command::Wake => {}
@@ -302,46 +293,34 @@ impl Worker {
     /// Takes in the next outcome of the running steps; returns `false` when no outcome is ready. An error ends
     /// the engine.
     fn poll(&mut self) -> Result<bool, RequestError> {
-        let (runner, scheduler, failures) =
-            (&mut self.runner, &mut self.scheduler, &mut self.failures);
-        let mut any = false;
-        let run = || -> Result<(), RequestError> {
-            if let Some(outcome) = runner.poll(Instant::now()) {
-                any = true;
-                match outcome {
-                    Outcome::Logits(step, logits) => {
-                        *failures = 0;
-                        scheduler.complete(step, logits, Instant::now());
-                    }
-                    Outcome::Failed(step, error) => {
-                        tracing::error!(%error, rows = step.tokens.len(), "a step failed");
-                        scheduler.fail(step, &error);
-                        *failures += 1;
-                        if *failures >= FATAL_FAILURES {
-                            return Err(dead(&format!(
-                                "{failures} steps in a row failed, the last one: {error}"
-                            )));
-                        }
-                    }
-                    Outcome::Resumed(held) => scheduler.resume(&held),
-                    Outcome::Ended(error) => return Err(error),
+        let workload = &mut self.workload;
+        let outcome = catch_unwind(AssertUnwindSafe(|| workload.poll(Instant::now())));
+        // The model may have stopped halfway, so its state cannot be trusted any more.
+        match outcome.map_err(|panic| dead(&format!("a step panicked: {}", panic_text(&*panic))))? {
+            StepOutcome::Pending => return Ok(false),
+            StepOutcome::Completed => self.failures = 0,
+            StepOutcome::Resumed => {}
+            StepOutcome::Failed { rows, error } => {
+                tracing::error!(%error, rows, "a step failed");
+                self.failures += 1;
+                if self.failures >= FATAL_FAILURES {
+                    return Err(dead(&format!(
+                        "{FATAL_FAILURES} {} in a row failed, the last one: {error}",
+                        W::STEPS
+                    )));
                 }
             }
-            Ok(())
-        };
-        match catch_unwind(AssertUnwindSafe(run)) {
-            Ok(result) => result.map(|()| any),
-            // The stage may have stopped halfway, so its state cannot be trusted any more.
-            Err(panic) => Err(dead(&format!("a step panicked: {}", panic_text(&*panic)))),
+            StepOutcome::Ended(error) => return Err(error),
         }
+        Ok(true)
     }
 
     /// Hands out events and the load.
-    fn publish(&mut self, shared: &Shared) {
-        *lock(&shared.load) = self.scheduler.load();
-        self.note_statuses(shared, false);
-        while let Some((key, event)) = self.scheduler.next_event() {
-            let is_last = event.is_last();
+    fn publish(&mut self, state: &EngineState<W>) {
+        *lock(&state.load) = self.workload.scheduler().load();
+        self.note_statuses(state, false);
+        while let Some((key, event)) = self.workload.scheduler().next_event() {
+            let is_last = W::is_last(&event);
             if let Some(stream) = self.streams.get(&key) {
                 // A receiver that is gone has sent a cancel.
                 let _ = stream.unbounded_send(event);
@@ -350,31 +329,29 @@ impl Worker {
                 self.streams.remove(&key);
             }
         }
-        if self.scheduler.is_idle() {
+        if self.workload.scheduler().is_idle() {
             for done in self.drained.drain(..) {
                 let _ = done.send(());
             }
         }
     }
-}
 
-impl Worker {
     /// Notes the status of all requests, at intervals or `at_once`.
-    fn note_statuses(&self, shared: &Shared, at_once: bool) {
+    fn note_statuses(&mut self, state: &EngineState<W>, at_once: bool) {
         let now = Instant::now();
-        let mut pulse = lock(&shared.pulse);
-        if self.scheduler.is_idle() {
-            pulse.advanced = None;
+        let mut activity = lock(&state.activity);
+        if self.workload.scheduler().is_idle() {
+            activity.advanced = None;
         }
         let fresh = |at| now.saturating_duration_since(at) < STATUS_INTERVAL;
-        if !at_once && pulse.noted.is_some_and(fresh) {
+        if !at_once && activity.noted.is_some_and(fresh) {
             return;
         }
-        pulse.noted = Some(now);
-        pulse.statuses.clear();
+        activity.noted = Some(now);
+        activity.statuses.clear();
         for &key in self.streams.keys() {
-            if let Some(status) = self.scheduler.status(key) {
-                pulse.statuses.insert(key, status);
+            if let Some(status) = self.workload.scheduler().status(key) {
+                activity.statuses.insert(key, status);
             }
         }
     }

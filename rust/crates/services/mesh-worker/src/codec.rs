@@ -1,0 +1,154 @@
+//! The interface between the kinds of work and the mechanism that serves them all.
+//!
+//! Everything about a request that is the same for all kinds is written once: `answer` reads it from its
+//! stream, prepares it, follows the engine and answers; `host` keeps the models. A kind is a
+//! [`mesh_engine::Workload`] with a [`Codec`] and a function that loads its models; a new kind needs nothing
+//! else. `generate` and `embed` are the two that exist.
+
+use std::time::{Duration, Instant};
+
+use dcf::{ErrorCode, MsgType};
+use mesh_engine::{EngineHandle, Generation, RequestError, Workload};
+use tokio::task::JoinError;
+
+use crate::config::SamplingDefaults;
+use crate::preparations;
+use crate::templates::{TemplateError, Templates};
+
+/// Translates the head's messages for one kind of work to an engine's requests, and its events to messages.
+///
+/// The steps of a request, in order: [`check`](Self::check), a wait for a permit by its
+/// [`bytes`](Self::bytes), [`write`](Self::write), [`request`](Self::request), the engine, and
+/// [`encode`](Self::encode) for each event.
+pub(crate) trait Codec: Workload {
+    /// Type of the message that begins a request.
+    const TASK: MsgType;
+    /// A model of this kind, with its article, for errors.
+    const MODEL: &'static str;
+
+    /// Body of the message that begins a request.
+    type Task: prost::Message + Default;
+    /// Needed to prepare requests: the tokenizer, the templates.
+    type Model: Clone + Send + Sync + 'static;
+    /// A task whose prompt is written.
+    type Written: Send + 'static;
+    /// Needed to encode the events of one request.
+    type Reply: Send + 'static;
+
+    /// The fields that tasks of all kinds have.
+    fn header(task: &Self::Task) -> TaskHeader<'_>;
+
+    /// Refuses a task before anything is made of it.
+    fn check(model: &ModelEngine<Self>, task: &Self::Task) -> Result<(), PrepareError>;
+
+    /// Bytes of a task's prompt, which bound the memory that preparing it takes.
+    fn bytes(task: &Self::Task) -> usize;
+
+    /// Writes the prompt as the model's template says, if the kind has templates.
+    fn write(
+        model: &ModelEngine<Self>,
+        templates: &Templates,
+        task: Self::Task,
+    ) -> impl Future<Output = Result<Self::Written, PrepareError>> + Send;
+
+    /// Makes the engine's request of a task that arrived at `arrived`. Blocks: a long prompt takes
+    /// milliseconds to tokenise.
+    fn request(
+        model: &ModelEngine<Self>,
+        defaults: &SamplingDefaults,
+        written: Self::Written,
+        arrived: Instant,
+    ) -> Result<(Self::Request, Self::Reply), PrepareError>;
+
+    /// Type and body of the message for an event, or the error that it reports.
+    fn encode(reply: &Self::Reply, event: Self::Event) -> Result<(MsgType, Vec<u8>), RequestError>;
+
+    /// Most rows of an engine's step.
+    fn max_rows(info: &Self::Info) -> usize;
+
+    /// A ring's model as one of this kind. Rings generate.
+    fn of_ring(_: ModelEngine<Generation>) -> Option<ModelEngine<Self>> {
+        None
+    }
+}
+
+/// The fields that tasks of all kinds have.
+pub(crate) struct TaskHeader<'a> {
+    /// Request id, for logs.
+    pub(crate) id: &'a str,
+    /// Name of the model; empty means any.
+    pub(crate) model: &'a str,
+    /// Interval of signs of life in milliseconds; 0 means none.
+    pub(crate) progress_ms: u32,
+}
+
+/// A model with the engine that computes it.
+pub(crate) struct ModelEngine<W: Codec = Generation> {
+    pub(crate) model: W::Model,
+    /// Takes requests.
+    pub(crate) engine: EngineHandle<W>,
+}
+
+impl<W: Codec> Clone for ModelEngine<W> {
+    fn clone(&self) -> Self {
+        ModelEngine {
+            model: self.model.clone(),
+            engine: self.engine.clone(),
+        }
+    }
+}
+
+/// Reasons for which a task is refused before it reaches an engine.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum PrepareError {
+    #[error("this worker does not serve {kind} called {name:?}")]
+    UnknownModel { kind: &'static str, name: String },
+    #[error(transparent)]
+    Template(#[from] TemplateError),
+    #[error(
+        "This model's maximum context length is {context} tokens. However, your prompt has more than {context} tokens, which exceeds the available context size; shorten it"
+    )]
+    TooLong { context: u32 },
+    #[error(transparent)]
+    Full(#[from] preparations::Full),
+    /// A fault of the task itself.
+    #[error("{0}")]
+    Invalid(String),
+    #[error("the request could not be prepared: {0}")]
+    Failed(#[from] JoinError),
+}
+
+impl PrepareError {
+    pub(crate) fn code(&self) -> ErrorCode {
+        match self {
+            PrepareError::UnknownModel { .. } => ErrorCode::UNKNOWN_MODEL,
+            PrepareError::Failed(_) => ErrorCode::INTERNAL,
+            PrepareError::TooLong { .. } => ErrorCode::CONTEXT_TOO_LONG,
+            PrepareError::Full(_) => ErrorCode::WORKER_BUSY,
+            PrepareError::Template(error) if error.is_internal() => ErrorCode::INTERNAL,
+            PrepareError::Template(_) | PrepareError::Invalid(_) => ErrorCode::INVALID_PAYLOAD,
+        }
+    }
+}
+
+/// Code of a request's error on the wire.
+pub(crate) fn code(error: &RequestError) -> ErrorCode {
+    match error {
+        RequestError::EmptyPrompt
+        | RequestError::NoSuchToken { .. }
+        | RequestError::InvalidParameter { .. } => ErrorCode::INVALID_PAYLOAD,
+        RequestError::ContextTooLong { .. } => ErrorCode::CONTEXT_TOO_LONG,
+        RequestError::QueueFull { .. } => ErrorCode::WORKER_BUSY,
+        RequestError::DeadlineExceeded { .. } => ErrorCode::TIMEOUT,
+        RequestError::Draining | RequestError::Moved { .. } => ErrorCode::DRAINING,
+        RequestError::RingLost { .. } => ErrorCode::NO_WORKERS,
+        _ => ErrorCode::INFERENCE_FAILED,
+    }
+}
+
+/// The time at which a task is late; 0 milliseconds mean no limit.
+pub(crate) fn deadline(arrived: Instant, deadline_ms: u64) -> Option<Instant> {
+    (deadline_ms > 0)
+        .then(|| arrived.checked_add(Duration::from_millis(deadline_ms)))
+        .flatten()
+}
