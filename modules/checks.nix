@@ -65,7 +65,7 @@ let
   headHost = (split cfg.headAddress).host;
 
   servesWhole = settings.worker.models or [ ] != [ ];
-  servesParts = settings.worker.shards or [ ] != [ ];
+  servesParts = plan.ringModels != [ ];
 
   # Pairs of sockets that want the same port.
   isAny =
@@ -154,7 +154,7 @@ let
   useless = filter (use: !(hasRole use.role) && !(isDefault use)) (
     forRole "worker" (
       optional (cfg.models != [ ]) "models"
-      ++ optional (cfg.shards != [ ]) "shards"
+      ++ optional (cfg.ringModels != [ ]) "ringModels"
       ++ optional (cfg.joinTokenFile != null) "joinTokenFile"
       ++ optional (cfg.hfTokenFile != null) "hfTokenFile"
       ++ optional (cfg.hfToken != null) "hfToken"
@@ -196,7 +196,7 @@ in
       (cfg.headAddress != null -> headAddressIsGood)
     )
     (assertion
-      "a worker needs a model: set `models`, or `shards` for one that it holds together with others, to GGUF files or to names of files in ${localModels}"
+      "a worker needs a model: set `models`, or `ringModels` for one that it holds together with others, to GGUF files or to names of files in ${localModels}"
       (hasRole "worker" -> servesWhole || servesParts)
     )
     (assertion "a shim needs a head: set `headAddress` or `settings.shim.heads`, or run a head here" (
@@ -282,16 +282,17 @@ in
     assertion
       "the model ${toString model} lies in a home directory, which is invisible to the service: move it to ${localModels}"
       (!(inHome model))
-  ) (cfg.models ++ cfg.shards)
+  ) (cfg.models ++ cfg.ringModels)
   ++ map (
     model:
     assertion
       "the model \"${model}\" is a relative path: write an absolute one, a file's name to look up in ${localModels}, or a name on the hub, \"organisation/model\""
       (hasPrefix "/" model || !(lib.hasInfix "/" model) || isHubName model)
-  ) (filter builtins.isString (cfg.models ++ cfg.shards));
+  ) (filter builtins.isString (cfg.models ++ cfg.ringModels));
 
   warnings =
-    warning (
+    warning (cfg.shards != [ ]) "`shards` is the old name of `ringModels`: use that"
+    ++ warning (
       cfg.hfToken != null
     ) "`hfToken` lands in the Nix store, where everyone on this machine can read it; use `hfTokenFile`"
     ++
@@ -334,7 +335,7 @@ in
           && plan.isLoopback (split settings.worker.ring.listen).host
           && !plan.headIsHere
         )
-        "`settings.worker.ring.listen` is ${settings.worker.ring.listen}: no worker of another machine can reach this one, and its `shards` are of no use there"
+        "`settings.worker.ring.listen` is ${settings.worker.ring.listen}: no worker of another machine can reach this one, and its `ringModels` are of no use there"
     # Said once, by those with a name.
     ++
       warning (name != null && builtins.any shareCards others)

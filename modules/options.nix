@@ -149,16 +149,23 @@ in
       '';
     };
 
-    shards = mkOption {
+    ringModels = mkOption {
       type = types.listOf (types.either types.nonEmptyStr types.path);
-      default = [ ];
+      default = cfg.shards;
+      defaultText = literalExpression "[ ]";
       example = [ "/srv/models/qwen3-32b.gguf" ];
       description = ''
         Models of which the worker holds a range of layers together with other workers, as the head decides;
         named like `models`. For a model named on the hub, the worker fetches only the layers that it needs. A
-        worker needs `models`, `shards` or both. The other workers must be able to reach this one: see
+        worker needs `models`, `ringModels` or both. The other workers must be able to reach this one: see
         `ports.worker.ring` and `openFirewall`.
       '';
+    };
+    shards = mkOption {
+      type = types.listOf (types.either types.nonEmptyStr types.path);
+      default = [ ];
+      internal = true;
+      description = "Old name of `ringModels`.";
     };
 
     trustedModelKeys = mkOption {
@@ -195,7 +202,7 @@ in
       description = ''
         Folder with models: GGUF and safetensors files and Hugging Face folders, readable for everyone. The
         worker serves each model by name as soon as it appears, without a restart, and stops when it vanishes,
-        except for models named in `models` and `shards`. The default folder is created, owned by root; put
+        except for models named in `models` and `ringModels`. The default folder is created, owned by root; put
         files there. Folders in home directories are invisible to the services.
       '';
     };
@@ -239,7 +246,7 @@ in
       };
       worker = {
         http = mkPort 8081 "TCP port of the worker's health and metrics, on loopback.";
-        ring = mkPort 7781 "UDP port for other workers (QUIC), for a worker with `shards` or with models by name.";
+        ring = mkPort 7781 "UDP port for other workers (QUIC), for a worker with `ringModels` or with models by name.";
         dcf = mkPort 7779 "UDP port of the worker for tasks from heads of DCF v5.0.0 and v5.1.";
       };
       shim.clients = mkPort 9999 "UDP port of the shim for DCF clients.";
@@ -253,7 +260,7 @@ in
         Whether to open the firewall. For a head: its UDP ports, and its HTTP port if that listens beyond
         loopback. For a shim: its UDP port. For multicast DNS (`settings.head.mdns`, `settings.worker.mdns`):
         5353/udp. A worker dials the head, so a port of a worker is opened only if other machines connect to
-        it: for `shards` and models by name (other workers), for the key `legacy.head` of `settings.worker`,
+        it: for `ringModels` and models by name (other workers), for the key `legacy.head` of `settings.worker`,
         or for its `http.listen` beyond loopback.
       '';
     };
@@ -354,7 +361,7 @@ in
       head = mkSettings "head" {
         trusted_networks = [ "192.168.1.0/24" ];
         request_timeout = "10m";
-        sharding = {
+        ring = {
           objective = "throughput";
           context = 8192;
         };

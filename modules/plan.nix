@@ -74,11 +74,13 @@ let
   head = split (if cfg.headAddress == null then "" else cfg.headAddress);
   headIsHere = cfg.enable && elem "head" machine.role;
 
+  # `shards` is the old name of the key.
+  ringModels = cfg.settings.worker.ring.models or [ ] ++ cfg.settings.worker.shards or [ ];
   # Names of models that other workers are asked for: all but paths.
   sharesModels =
     (cfg.settings.worker.store.peers or true)
     && builtins.any (model: !(lib.hasPrefix "/" (toString model))) (
-      cfg.settings.worker.models or [ ] ++ cfg.settings.worker.shards or [ ]
+      cfg.settings.worker.models or [ ] ++ ringModels
     );
   usesMdns = role: hasRole role && (cfg.settings.${role}.mdns or false);
 
@@ -100,8 +102,8 @@ let
     ++ optional (hasRole "head") (listener "head" "quic.listen" "udp" headSettings.quic.listen)
     ++ optional (hasRole "worker") (listener "worker" "http.listen" "tcp" worker.http.listen)
     ++ optional (hasRole "worker") (listener "worker" "dcf.listen" "udp" worker.dcf.listen)
-    # Other workers come for layers (shards) and for models that have a name, which workers give each other.
-    ++ optional (hasRole "worker" && (worker.shards or [ ] != [ ] || sharesModels)) (
+    # Other workers come for layers and for models that have a name, which workers give each other.
+    ++ optional (hasRole "worker" && (ringModels != [ ] || sharesModels)) (
       listener "worker" "ring.listen" "udp" worker.ring.listen
     )
     ++ optional (hasRole "shim") (listener "shim" "listen" "udp" shim.listen)
@@ -118,6 +120,7 @@ in
     headIsHere
     isLoopback
     listeners
+    ringModels
     split
     usesMdns
     suffix
@@ -156,7 +159,8 @@ in
       lib.mkMerge [
         {
           models = mkDefault (map (model: "${model}") cfg.models);
-          shards = mkDefault (map (model: "${model}") cfg.shards);
+          # An older worker of `package` does not know the key.
+          ring.models = mkIf (cfg.ringModels != [ ]) (mkDefault (map (model: "${model}") cfg.ringModels));
           reserved_for = mkDefault cfg.reservedFor;
           model_dirs = mkDefault [ (toString cfg.localModels) ];
           local_models = mkDefault (toString cfg.localModels);

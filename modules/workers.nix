@@ -59,7 +59,7 @@ let
         ports = {
           http = port name 8081 "TCP port of this worker's health and metrics, on loopback.";
           dcf = port name 7779 "UDP port of this worker for tasks from heads of DCF v5.0.0 and v5.1.";
-          ring = port name 7781 "UDP port for other workers (QUIC), with `shards` or models by name.";
+          ring = port name 7781 "UDP port for other workers (QUIC), with `ringModels` or models by name.";
         };
         settings = mkOption {
           type = types.submodule {
@@ -94,8 +94,18 @@ let
         "reservedFor"
         "trustedModelKeys"
         "rocmOverrideGfx"
-        "shards"
       ] same
+      // {
+        ringModels = same "ringModels" // {
+          default = if config.shards != [ ] then config.shards else machine.ringModels;
+        };
+        shards = mkOption {
+          inherit (options.services.hydramesh.shards) type;
+          default = [ ];
+          internal = true;
+          description = "Old name of `ringModels`.";
+        };
+      }
       # One token of a worker's own takes the place of the machine's, whichever way each is given.
       // {
         hfToken = same "hfToken" // {

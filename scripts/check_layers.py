@@ -11,21 +11,31 @@ them, unless its own code names it, too. A child that names what its parent's fi
 what is the child's, the two are a cycle: what both need belongs into a file of its own, below both. To name a module only, as in
 `use crate::a;`, imports nothing; `a::f()` behind it does. Methods are not looked at.
 
+Pure crates: what cargo would build some crates with is compared with BANNED. Crates that only decide are built without sockets, TLS and
+ONNX Runtime, and the head is built without the engine. This needs cargo, and compiles nothing.
+
 known_cycles.toml lists the cycles that are left. The list may only shrink: a cycle that is not listed is an error, and so is a listed one
 that is gone. `--list` prints the cycles that there are in the form of that file. Exit code 1 says that something is wrong.
 """
 
 import argparse
 import json
+import os
 import re
+import subprocess
 import sys
 import tomllib
 
-from rust_source import CRATES, ROOT, end_of_braces, manifests, sources
+from rust_source import CRATES, ROOT, RUST, end_of_braces, manifests, sources
 
 ORDER = ["wire", "base", "net", "models", "engine", "planning", "trust", "services", "fleet", "tools", "testing"]
 WITHOUT_CYCLES = ["services", "planning", "net", "models"]
 KNOWN = ROOT / "scripts/known_cycles.toml"
+PURE = ["mesh-proto", "arcanum-profiler", "mesh-pipeline", "mesh-control"]
+# Crate: those that it must not be built with.
+BANNED = {name: {"tokio", "quinn", "rustls", "ort"} for name in PURE} | {
+    "mesh-head": {"ort", "onig", "tokenizers", "mesh-kernels"},
+}
 
 USE = re.compile(r"(?P<public>\bpub(?:\s*\([^)]*\))?\s+)?\buse\s+(?P<tree>[^;]+);")
 INLINE = re.compile(r"\bmod\s+(\w+)\s*\{")
@@ -59,6 +69,22 @@ def check_layers(crates):
         for other in used:
             if ORDER.index(own[other]) > ORDER.index(layer):
                 yield f"{name} ({layer}) uses {other} ({own[other]}), which is of a higher layer"
+
+
+def built_with(name):
+    """All crates that a crate is built with when it is built alone, itself among them."""
+    # These variables give every crate the features that any crate of the workspace asks for.
+    environment = {key: value for key, value in os.environ.items() if not key.endswith("FEATURE_UNIFICATION")}
+    command = [os.environ.get("CARGO") or "cargo", "tree", "--locked", "--package", name, "--edges", "normal", "--prefix", "none"]
+    told = subprocess.run(command, cwd=RUST, env=environment, capture_output=True, text=True)
+    if told.returncode:
+        sys.exit(f"check_layers: cargo tree: {told.stderr.strip()}")
+    return {line.split()[0] for line in told.stdout.splitlines() if line}
+
+
+def check_banned(name, used):
+    for other in sorted(BANNED[name] & used):
+        yield f"{name} is built with {other}: see `cargo tree --package {name} --edges normal --invert {other}`"
 
 
 def leaves(tree):
@@ -241,14 +267,15 @@ def check_cycles(crates):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Checks layers of crates and cycles of imports.")
+    parser = argparse.ArgumentParser(description="Checks layers of crates, cycles of imports and what pure crates are built with.")
     parser.add_argument("--list", action="store_true", help="print the cycles that there are, as known_cycles.toml lists them")
     arguments = parser.parse_args()
     found = crates()
     if arguments.list:
         print_list(found)
         return 0
-    faults = [*check_layers(found), *check_cycles(found)]
+    banned = [fault for name in BANNED for fault in check_banned(name, built_with(name))]
+    faults = [*check_layers(found), *check_cycles(found), *banned]
     for fault in faults:
         print(f"check_layers: {fault}", file=sys.stderr)
     return 1 if faults else 0

@@ -1,10 +1,12 @@
 #!/usr/bin/env python3
-"""Tests of what check_layers.py and check_unused.py make of Rust sources."""
+"""Tests of what check_layers.py and check_unused.py make of Rust sources, and of check_docs.py."""
 
+import tempfile
 import unittest
 from pathlib import Path
 
-from check_layers import Modules, circles, leaves
+from check_docs import homeless
+from check_layers import BANNED, PURE, Modules, built_with, check_banned, circles, leaves
 from check_unused import is_named
 from rust_source import code_of, module_of, without_tests
 
@@ -55,6 +57,24 @@ class Cycles(unittest.TestCase):
         self.assertEqual(circles(graph(a="use crate::b; pub struct A; fn g() { b::f() }", **files)), [["a.rs", "b.rs"]])
 
 
+class Banned(unittest.TestCase):
+    def test_what_a_crate_is_built_with_reaches_through_others_and_leaves_out_its_tests(self):
+        used = built_with("mesh-net")
+        self.assertLessEqual({"mesh-net", "dcf", "tokio", "quinn", "quinn-proto", "rustls"}, used)
+        self.assertNotIn("proptest", used)
+
+    def test_features_are_those_of_the_crate_alone(self):
+        self.assertIn("mesh-base", built_with("mesh-control"))
+        self.assertNotIn("tokio", built_with("mesh-control"))
+
+    def test_each_banned_crate_is_a_fault(self):
+        for name in PURE:
+            self.assertEqual([*check_banned(name, {name, "bytes", "tokio-util"})], [])
+            self.assertEqual(len([*check_banned(name, {name, "tokio", "ort"})]), 2)
+        self.assertIn("mesh-kernels", BANNED["mesh-head"])
+        self.assertEqual(len([*check_banned("mesh-head", {"tokio", "onig", "mesh-kernels"})]), 2)
+
+
 class Unused(unittest.TestCase):
     def test_a_crate_is_named_by_a_path_or_a_use_and_not_by_a_variable(self):
         for code in ["use toml;", "use toml::Table;", "fn f() { toml::from() }", "::toml::x", "extern crate toml;", "#[toml::test]"]:
@@ -62,6 +82,30 @@ class Unused(unittest.TestCase):
         for code in ["fn f(toml: u8) {}", "x.toml()", "crate::toml::x", "mod toml;"]:
             self.assertFalse(is_named("toml", code), code)
         self.assertTrue(is_named("md-5", "use md5::Md5;"))
+
+
+class Glossary(unittest.TestCase):
+    def test_what_an_entry_names_has_to_exist(self):
+        rows = [
+            ("`a`", None),
+            ("`a` `x::y`, `z`", None),
+            ("`a` `x` `y`, measured by `b`", None),
+            ("`a` `x::y::Type`, `z` `Other`", None),
+            ("`c`", "c"),
+            ("`b` `x`", "x"),
+            ("`a` `x::z`", "x::z"),
+            ("`a` `x::y::Other`", "x::y::Other"),
+            ("–", None),
+        ]
+        head = "| term | lives in |\n|---|---|\n"
+        text = head + "\n".join(f"| t | {home} |" for home, _ in rows) + "\n\n| term | meaning |\n|---|---|\n| `d` | `e` |\n"
+        with tempfile.TemporaryDirectory() as folder:
+            crates = Path(folder)
+            for path, code in {"l/a/src/x/y.rs": "pub enum Type {", "l/a/src/z/mod.rs": "trait Other", "l/b/src/lib.rs": ""}.items():
+                (crates / path).parent.mkdir(parents=True, exist_ok=True)
+                (crates / path).write_text(code)
+            found = {number: fault.rpartition(" ")[2] for number, fault in homeless(text, crates)}
+        self.assertEqual(found, {number: fault for number, (_, fault) in enumerate(rows, 3) if fault})
 
 
 if __name__ == "__main__":

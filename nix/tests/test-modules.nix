@@ -37,7 +37,7 @@ let
     worker (
       {
         models = [ ];
-        shards = [ "big" ];
+        ringModels = [ "big" ];
       }
       // options
     );
@@ -152,7 +152,6 @@ in
       state_dir = "/var/lib/hydramesh/worker";
       head = "127.0.0.1:7780";
       models = [ "m" ];
-      shards = [ ];
       reserved_for = [ ];
       model_dirs = [ "/var/lib/hydramesh/local-models" ];
       local_models = "/var/lib/hydramesh/local-models";
@@ -638,7 +637,7 @@ in
       (evaluate {
         imports = [ (twoCards { }) ];
         services.hydramesh = {
-          shards = [ "big" ];
+          ringModels = [ "big" ];
           openFirewall = true;
         };
       }).config.networking.firewall.allowedUDPPorts
@@ -1035,17 +1034,17 @@ in
       })).worker.models
   )) true;
 
-  "a shard from the store is a path" = is (lib.hasPrefix "${builtins.storeDir}/" (
+  "a model of a ring from the store is a path" = is (lib.hasPrefix "${builtins.storeDir}/" (
     lib.head
       (settings (part {
-        shards = [ ./lib/default.nix ];
-      })).worker.shards
+        ringModels = [ ./lib/default.nix ];
+      })).worker.ring.models
   )) true;
   "how rings are made is a setting of the head's" =
     is
       (settings (head {
-        settings.head.sharding.stages = 3;
-      })).head.sharding
+        settings.head.ring.stages = 3;
+      })).head.ring
       { stages = 3; };
 
   # Firewall.
@@ -1091,13 +1090,47 @@ in
         allowedTCPPorts = [ ];
         allowedUDPPorts = [ 17781 ];
       };
-  "shards that stand in the settings count as well" =
+  "models of rings that stand in the settings count as well, by the key's old name too" =
     is
       (evaluate (worker {
         openFirewall = true;
-        settings.worker.shards = [ "big" ];
+        settings.worker.ring.models = [ "big" ];
+        workers.old = {
+          joinTokenFile = "/run/secrets/old";
+          settings.shards = [ "big" ];
+        };
       })).config.networking.firewall.allowedUDPPorts
-      [ 7781 ];
+      [
+        7781
+        7791
+      ];
+  "models of rings may be named under the old option" =
+    let
+      inherit
+        (evaluate (worker {
+          shards = [ "big" ];
+          workers.old = {
+            joinTokenFile = "/run/secrets/old";
+            shards = [ "other" ];
+          };
+        }))
+        config
+        ;
+    in
+    is
+      [
+        config.services.hydramesh.settings.worker.ring.models
+        config.services.hydramesh.workers.old.settings.ring.models
+      ]
+      [
+        [ "big" ]
+        [ "other" ]
+      ];
+  "the old option of models of rings warns" =
+    warns "`shards` is the old name of `ringModels`"
+      (worker {
+        shards = [ "big" ];
+      });
   "a worker that shares models by name does, for other workers" =
     is
       (evaluate (worker {
@@ -1242,18 +1275,18 @@ in
   "a model in a home directory" = fails "lies in a home directory" (worker {
     models = [ "/root/m.gguf" ];
   });
-  "a shard in a home directory" = fails "lies in a home directory" (part {
-    shards = [ "/home/ann/m.gguf" ];
+  "a model of a ring in a home directory" = fails "lies in a home directory" (part {
+    ringModels = [ "/home/ann/m.gguf" ];
   });
-  "a shard by a relative path" = fails "a relative path" (part {
-    shards = [ "models/m.gguf" ];
+  "a model of a ring by a relative path" = fails "a relative path" (part {
+    ringModels = [ "models/m.gguf" ];
   });
   "a ring on the port of v5.0.0 tasks" =
     fails "worker's dcf.listen and worker's ring.listen (7779/udp)"
       (part {
         ports.worker.ring = 7779;
       });
-  "a ring's port without shards is nobody's" = silent (worker {
+  "a ring's port without models of rings is nobody's" = silent (worker {
     models = [ "/srv/models/m.gguf" ];
     ports.worker.ring = 7779;
   });
@@ -1302,13 +1335,13 @@ in
     is
       (complaints (head {
         models = [ "m" ];
-        shards = [ "m" ];
+        ringModels = [ "m" ];
         joinTokenFile = "/run/secrets/join";
         settings.shim.admit = "verified";
       })).warnings
       [
         ''services.hydramesh: `models` is set, but `role` has no "worker"''
-        ''services.hydramesh: `shards` is set, but `role` has no "worker"''
+        ''services.hydramesh: `ringModels` is set, but `role` has no "worker"''
         ''services.hydramesh: `joinTokenFile` is set, but `role` has no "worker"''
         ''services.hydramesh: `settings.shim` is set, but `role` has no "shim"''
       ];

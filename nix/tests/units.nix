@@ -74,7 +74,7 @@ let
       memoryMax = "14G";
       settings = {
         head.trusted_networks = [ "10.0.0.0/8" ];
-        head.sharding.objective = "throughput";
+        head.ring.objective = "throughput";
         worker.kv_memory = "2GiB";
         shim.admit = "verified";
         shim.http.listen = "127.0.0.1:8082";
@@ -82,7 +82,7 @@ let
     };
     part.services.hydramesh = worker // {
       models = [ ];
-      shards = [ "SmolLM2-135M-Instruct.Q4_1" ];
+      ringModels = [ "SmolLM2-135M-Instruct.Q4_1" ];
       openFirewall = true;
       memoryMax = "14G";
       settings.worker.ring.memory = "8GiB";

@@ -10,7 +10,7 @@
     joinTokenFile = "/etc/hydramesh/join-token";
     models = [ "/opt/hydramesh/models/SmolLM2-135M-Instruct.Q4_1.gguf" ];
     # The same in parts: the worker measures the machine and listens for others, of which there are none.
-    shards = [ "/opt/hydramesh/models/SmolLM2-135M-Instruct.Q4_1.gguf" ];
+    ringModels = [ "/opt/hydramesh/models/SmolLM2-135M-Instruct.Q4_1.gguf" ];
     memoryHigh = "1500M";
     memoryMax = "2G";
     settings.worker = {

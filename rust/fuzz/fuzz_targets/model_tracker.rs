@@ -25,7 +25,7 @@ fuzz_target!(|data: &[u8]| {
         for action in tracker.poll(now) {
             if let Action::Tell { node, sources } = action {
                 for model in sources.models {
-                    assert!(model.holders.iter().all(|seat| seat.node_id != node));
+                    assert!(model.holders.iter().all(|addr| addr.node_id != node));
                     if let Some(pieces) = model.for_others {
                         PieceSet::from_proto(&pieces).expect("a set of its own");
                     }

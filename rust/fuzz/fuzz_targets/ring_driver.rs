@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use libfuzzer_sys::fuzz_target;
 use mesh_engine::scheduler::{Scheduler, SchedulerConfig, Step};
 use mesh_engine::{Outcome, Request, Runner, Schedule, Stage};
-use mesh_pipeline::{DriverEvent, DriverOut, StageReplica, RingRunner};
+use mesh_pipeline::{DriverEvent, DriverOut, RingRunner, StageReplica};
 use mesh_proto::{HeldSlot, RingHeld, RingOutcome, RingPing, RingStep};
 use toy::{CONTEXT, LAYERS, Letters, SLOTS, ToyStage, info};
 

@@ -7,18 +7,22 @@
 //! Not quinn-udp: its `send` takes one destination for each call, where a relay has many, and it does not read
 //! the error queue.
 
+#[cfg(feature = "tokio")]
+mod error_queue;
+
 use std::io;
 use std::mem::{MaybeUninit, size_of, zeroed};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr;
 
 use libc::{
     c_int, cmsghdr, iovec, mmsghdr, msghdr, sockaddr_in, sockaddr_in6, sockaddr_storage, socklen_t,
 };
 use nix::sys::socket::{setsockopt, sockopt};
-use tokio::io::Interest;
-use tokio::io::unix::AsyncFd;
+
+#[cfg(feature = "tokio")]
+pub use error_queue::ErrorQueue;
 
 use crate::addresses::canonical;
 
@@ -211,35 +215,6 @@ pub struct IcmpError {
     pub destination: SocketAddr,
     /// The port is unreachable: the machine answers, but no process listens on the port.
     pub port_unreachable: bool,
-}
-
-/// The error queue of a socket that [`report_icmp_errors`], to wait on.
-pub struct ErrorQueue {
-    fd: AsyncFd<OwnedFd>,
-}
-
-impl ErrorQueue {
-    /// Takes a second descriptor of the socket. Must be called on a tokio runtime.
-    ///
-    /// # Errors
-    /// The system's.
-    pub fn new(fd: OwnedFd) -> io::Result<Self> {
-        // SAFETY: an `OwnedFd` is an open descriptor, always the same one, until it is dropped with the
-        // `AsyncFd`.
-        let fd = unsafe { AsyncFd::register_with_interest(fd, Interest::ERROR) }?;
-        Ok(Self { fd })
-    }
-
-    /// Waits for the next error.
-    ///
-    /// # Errors
-    /// The system's.
-    pub async fn next(&self) -> io::Result<IcmpError> {
-        let take = |fd: &OwnedFd| {
-            next_icmp_error(fd.as_fd())?.ok_or_else(|| io::ErrorKind::WouldBlock.into())
-        };
-        self.fd.async_io(Interest::ERROR, take).await
-    }
 }
 
 /// Takes one error from the queue of a socket that [`report_icmp_errors`], without waiting.

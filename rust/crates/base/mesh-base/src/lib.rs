@@ -10,8 +10,13 @@
 //! - [`places`]: a bounded number of places, shared among sources;
 //! - [`random`]: random numbers;
 //! - [`routes`]: the local address to answer a UDP peer from;
+//! - [`token_bucket`]: a limit on a rate;
 //! - [`tokens`]: a lower bound on the number of tokens of a text;
 //! - [`units`]: durations and sizes as text.
+//!
+//! With the feature `tokio`, which is on by default, there are futures: [`addresses::race()`] and
+//! [`addresses::resolve`], [`datagrams::ErrorQueue`], [`listen::tcp`] and [`places::Room`]. Crates that decide and
+//! do no I/O build without it.
 //!
 //! `unsafe` is confined to [`datagrams`] and one call in [`allocator`].
 //!
@@ -31,5 +36,6 @@ pub mod listen;
 pub mod places;
 pub mod random;
 pub mod routes;
+pub mod token_bucket;
 pub mod tokens;
 pub mod units;

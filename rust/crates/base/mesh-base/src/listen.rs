@@ -35,6 +35,7 @@ pub fn udp(
 ///
 /// # Errors
 /// The system's.
+#[cfg(feature = "tokio")]
 pub fn tcp(address: SocketAddr) -> io::Result<tokio::net::TcpListener> {
     let socket = with_fallback(address, |address| {
         let socket = open(address, Type::STREAM, Protocol::TCP)?;
@@ -90,6 +91,7 @@ fn lacks_ipv6(error: &io::Error) -> bool {
 }
 
 /// Connections that wait to be accepted.
+#[cfg(feature = "tokio")]
 const BACKLOG: i32 = 4096;
 
 // Linux's numbers, the same on every architecture that we build for.
@@ -119,6 +121,7 @@ mod tests {
         }
     }
 
+    #[cfg(feature = "tokio")]
     #[tokio::test]
     async fn a_listener_on_any_address_accepts_both_families() {
         let listener = tcp(anywhere(0)).expect("a listener");

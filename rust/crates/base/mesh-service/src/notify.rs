@@ -48,7 +48,7 @@ fn send(states: &[NotifyState<'_>]) {
 /// Watches the loops of this process and feeds systemd's watchdog while all of them turn.
 #[derive(Clone, Debug)]
 pub struct Watchdog {
-    shared: Arc<Shared>,
+    shared: Arc<WatchdogState>,
 }
 
 impl Watchdog {
@@ -62,7 +62,7 @@ impl Watchdog {
 
     /// A watchdog that calls `feed` every `period` while all loops turn.
     pub fn with_feed(period: Option<Duration>, feed: impl Fn() + Send + 'static) -> Self {
-        let shared = Arc::new(Shared {
+        let shared = Arc::new(WatchdogState {
             started: Instant::now(),
             loops: Mutex::default(),
         });
@@ -81,7 +81,7 @@ impl Watchdog {
     /// Registers a loop that promises a beat at least every `limit`, idle or not. Dropping the handle ends the promise.
     pub fn register(&self, name: &str, limit: Duration) -> Heart {
         let last = Arc::new(AtomicU64::new(self.shared.now_ms()));
-        let watched = Watched {
+        let watched = WatchedLoop {
             name: name.to_owned(),
             limit,
             last: last.clone(),
@@ -108,7 +108,7 @@ impl Watchdog {
 pub struct Heart {
     id: u64,
     last: Arc<AtomicU64>,
-    shared: Arc<Shared>,
+    shared: Arc<WatchdogState>,
 }
 
 impl Heart {
@@ -125,7 +125,7 @@ impl Drop for Heart {
 }
 
 #[derive(Debug)]
-struct Shared {
+struct WatchdogState {
     started: Instant,
     loops: Mutex<Loops>,
 }
@@ -133,18 +133,18 @@ struct Shared {
 #[derive(Debug, Default)]
 struct Loops {
     next: u64,
-    watched: BTreeMap<u64, Watched>,
+    watched: BTreeMap<u64, WatchedLoop>,
 }
 
 #[derive(Debug)]
-struct Watched {
+struct WatchedLoop {
     name: String,
     limit: Duration,
-    /// Milliseconds since `Shared::started`.
+    /// Milliseconds since `WatchdogState::started`.
     last: Arc<AtomicU64>,
 }
 
-impl Shared {
+impl WatchdogState {
     fn now_ms(&self) -> u64 {
         u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX)
     }
@@ -164,7 +164,7 @@ impl Shared {
 }
 
 /// Feeds until every handle to `shared` is gone.
-fn feed_loop(shared: &Weak<Shared>, period: Duration, feed: &dyn Fn()) {
+fn feed_loop(shared: &Weak<WatchdogState>, period: Duration, feed: &dyn Fn()) {
     while let Some(stuck) = shared.upgrade().map(|shared| shared.stuck(shared.now_ms())) {
         match stuck {
             None => feed(),

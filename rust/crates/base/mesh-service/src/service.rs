@@ -189,7 +189,7 @@ fn obey<S: Service>(args: Args<S::Flags, S::Command>) -> Result<()> {
     match args.command {
         None => serve::<S>(common, flags),
         Some(Command::Health { ready }) => {
-            let dir = Shared::of(&load::<S>(&common, &flags)?.value)?.state_dir;
+            let dir = CommonKeys::of(&load::<S>(&common, &flags)?.value)?.state_dir;
             let dir =
                 dir.context("`state_dir` is not set, so the running service cannot be found")?;
             let path = if ready { "/ready" } else { "/health" };
@@ -235,7 +235,7 @@ fn serve<S: Service>(common: CommonArgs, flags: S::Flags) -> Result<()> {
 
 async fn live<S: Service>(
     config: S::Config,
-    shared: Shared,
+    shared: CommonKeys,
     common: CommonArgs,
     flags: S::Flags,
 ) -> Result<()> {
@@ -265,7 +265,7 @@ async fn live<S: Service>(
     tokio::spawn(reload::follow(shutdown.clone(), move || {
         reloader.reload(&live, |fresh, report| {
             (running.reload)(fresh, report);
-            let logged = Shared::of(fresh)
+            let logged = CommonKeys::of(fresh)
                 .and_then(|shared| Ok(telemetry::reload(&common, shared.log_level.as_deref())?));
             report.step(LOG_LEVEL, logged.map(|()| false));
         })
@@ -287,9 +287,9 @@ fn load<S: Service>(common: &CommonArgs, flags: &S::Flags) -> Result<Loaded<S::C
     Ok(S::layers(loader, flags).load()?)
 }
 
-fn check<S: Service>(config: &S::Config) -> Result<Shared> {
+fn check<S: Service>(config: &S::Config) -> Result<CommonKeys> {
     S::check(config)?;
-    let shared = Shared::of(config)?;
+    let shared = CommonKeys::of(config)?;
     telemetry::check(shared.log_level.as_deref())?;
     Ok(shared)
 }
@@ -306,14 +306,14 @@ fn name<S: Service>() -> &'static str {
 
 /// The keys of every configuration that are acted on here.
 #[derive(Debug, Deserialize)]
-struct Shared {
+struct CommonKeys {
     state_dir: Option<PathBuf>,
     #[serde(with = "units::duration")]
     drain_limit: Duration,
     log_level: Option<String>,
 }
 
-impl Shared {
+impl CommonKeys {
     fn of(config: &impl Serialize) -> Result<Self> {
         Ok(toml::Table::try_from(config)?.try_into()?)
     }

@@ -2,137 +2,30 @@
 
 use std::collections::VecDeque;
 use std::sync::mpsc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use mesh_engine::scheduler::Step;
 use mesh_engine::{Outcome, RequestError, Runner, Segment, SlotId, StageError, StageInfo};
-use mesh_proto::{
-    HeldSlot, Recovery, RingHeld, RingMirror, RingMirrored, RingOutcome, RingPing, RingResend,
-    RingStep,
-};
+use mesh_proto::{Recovery, RingHeld, RingOutcome, RingResend, RingStep};
 
 use crate::StepError;
-use crate::book::Book;
-use crate::part::{Out, Part};
-use crate::pulse::{Pulse, Suspicion};
-use crate::replay::{self, Held, Replay};
+use crate::driver_events::{DriverEvent, DriverGauges, DriverOut};
+use crate::failure_detector::{FailureDetector, Suspicion};
+use crate::replay::{self, HeldRows, Replay};
+use crate::replica::{Out, StageReplica};
+use crate::token_log::TokenLog;
 use crate::wire;
-
-/// Input of a driver.
-#[derive(Debug)]
-pub enum DriverEvent {
-    /// A new epoch with other members. Steps under way are void.
-    Epoch {
-        /// Number of the new epoch.
-        epoch: u32,
-        /// Stages, the driver's included.
-        stages: u32,
-        /// Hidden rows travel as f16.
-        half_rows: bool,
-    },
-    /// The rows that a member holds.
-    Held {
-        /// Index of the member's stage.
-        stage: u32,
-        /// The rows it holds.
-        held: RingHeld,
-    },
-    /// Hidden rows from the last stage but one.
-    Rows(RingStep),
-    /// A step failed at a member, or ended at a member before the last stage, as a replay does.
-    Outcome {
-        /// Index of the member's stage.
-        stage: u32,
-        /// The outcome of the step.
-        outcome: RingOutcome,
-    },
-    /// A member answers a ping.
-    Pong {
-        /// Index of the member's stage.
-        stage: u32,
-        /// The member's answer.
-        ping: RingPing,
-    },
-    /// This worker's own network thread has handled the ping with this number.
-    Echo(u64),
-    /// A standby for the last stage is ready; the rows it holds.
-    Standby(Vec<HeldSlot>),
-    /// The standby for the last stage is gone.
-    NoStandby,
-    /// The standby has taken in this many messages.
-    Mirrored(u64),
-    /// The ring ended, or another worker drives it now.
-    End(RequestError),
-}
-
-/// Output of a driver, for its owner to carry out.
-#[derive(Debug, Clone, PartialEq)]
-pub enum DriverOut {
-    /// A step for stage 0.
-    Step(RingStep),
-    /// A ping for every member. The thread that carries it also gives it back as [`DriverEvent::Echo`].
-    Ping(RingPing),
-    /// A replay, for the member of `stage`.
-    Resend {
-        /// The stage that kept the rows.
-        stage: u32,
-        /// Rows to send again.
-        resend: RingResend,
-    },
-    /// Acknowledged rows, for the last stage but one.
-    Previous(RingMirrored),
-    /// Replicated rows, for the standby of the last stage.
-    Standby(RingMirror),
-    /// Measurements of the last stage, after a step.
-    Gauges(DriverGauges),
-    /// A member does not answer.
-    Suspect {
-        /// Index of the suspected member's stage.
-        stage: u32,
-        /// Time since the member was last heard.
-        silence: Duration,
-        /// The member answers, but data passed on to it, or by it, does not arrive.
-        link: bool,
-    },
-    /// A member that was suspected has been heard again.
-    Trust {
-        /// Index of the member's stage.
-        stage: u32,
-    },
-    /// All members are there and the ring works.
-    Running {
-        /// Number of the epoch.
-        epoch: u32,
-    },
-    /// The first step after a change of epoch is through.
-    Recovered(Recovery),
-}
-
-/// Measurements of the last stage of a ring.
-#[derive(Debug, Clone, Copy, Default, PartialEq)]
-pub struct DriverGauges {
-    /// Rows that its standby lacks.
-    pub lag: u64,
-    /// Microseconds that its part of a step takes, sampling included, smoothed.
-    pub step_us: f32,
-    /// The same for steps of a few rows alone; 0 before the first.
-    pub short_us: f32,
-    /// Microseconds of all steps of more rows.
-    pub prefill_us: u64,
-    /// Bytes of KV rows that it holds.
-    pub kv_bytes: u64,
-}
 
 /// The driver: a [`Runner`] over a ring. It computes the last stage itself.
 pub struct RingRunner {
     info: StageInfo,
-    part: Part,
+    replica: StageReplica,
     events: mpsc::Receiver<DriverEvent>,
     out: Box<dyn FnMut(DriverOut) + Send>,
     stages: u32,
     phase: Phase,
     /// Contents of every slot once all planned steps are through.
-    planned: Book,
+    planned: TokenLog,
     /// Slots of requests in progress, as far as this driver has begun steps.
     busy: Option<Vec<SlotId>>,
     next_step: u64,
@@ -140,7 +33,7 @@ pub struct RingRunner {
     /// Steps whose rows have come all the way, in order.
     arrived: VecDeque<RingStep>,
     received: u64,
-    pulse: Pulse,
+    detector: FailureDetector,
     /// The step whose logits are with the caller.
     current: Step,
     logits: Vec<f32>,
@@ -157,7 +50,7 @@ pub struct RingRunner {
 #[derive(Debug)]
 enum Phase {
     /// Waits for the members' reports of their rows; the last entry is the driver's own.
-    Joining(Vec<Option<Held>>),
+    Joining(Vec<Option<HeldRows>>),
     /// Waits until all replays have ended.
     Replaying(Replaying),
     Running,
@@ -165,7 +58,7 @@ enum Phase {
 
 #[derive(Debug)]
 struct Replaying {
-    held: Vec<Held>,
+    held: Vec<HeldRows>,
     replays: Vec<ReplayUnderWay>,
 }
 
@@ -197,18 +90,18 @@ struct Loss {
 }
 
 impl RingRunner {
-    /// A driver with the last stage's part, of a model whose whole shape and limits are `info`. It waits for its first
-    /// [`DriverEvent::Epoch`]. `out` must not block.
+    /// A driver with its replica of the last stage, of a model whose whole shape and limits are `info`.
+    /// It waits for its first [`DriverEvent::Epoch`]. `out` must not block.
     pub fn new(
         info: StageInfo,
-        part: Part,
+        replica: StageReplica,
         events: mpsc::Receiver<DriverEvent>,
         out: Box<dyn FnMut(DriverOut) + Send>,
     ) -> Self {
         RingRunner {
-            planned: Book::new(part.book().slots()),
+            planned: TokenLog::new(replica.token_log().slots()),
             info,
-            part,
+            replica,
             events,
             out,
             stages: 0,
@@ -218,7 +111,7 @@ impl RingRunner {
             under_way: VecDeque::new(),
             arrived: VecDeque::new(),
             received: 0,
-            pulse: Pulse::new(0),
+            detector: FailureDetector::new(0),
             current: Step::default(),
             logits: Vec::new(),
             outs: Vec::new(),
@@ -248,7 +141,7 @@ impl RingRunner {
         let arrived: Vec<u64> = self.arrived.iter().map(|step| step.step).collect();
         format!(
             "epoch {} {phase}, under way {under_way:?}, arrived {arrived:?}",
-            self.part.epoch()
+            self.replica.epoch()
         )
     }
 
@@ -260,39 +153,39 @@ impl RingRunner {
                 half_rows,
             } => self.begin_epoch(epoch, stages, half_rows, now),
             DriverEvent::Held { stage, held } => {
-                self.pulse.heard(stage, None);
+                self.detector.heard(stage, None);
                 self.take_held(stage, held);
             }
             DriverEvent::Rows(step) => {
-                if step.epoch == self.part.epoch() {
+                if step.epoch == self.replica.epoch() {
                     self.received += 1;
-                    self.pulse.arrived(self.received);
+                    self.detector.arrived(self.received);
                     self.arrived.push_back(step);
                 }
             }
             DriverEvent::Outcome { stage, outcome } => {
-                self.pulse.heard(stage, None);
-                if outcome.epoch == self.part.epoch() {
+                self.detector.heard(stage, None);
+                if outcome.epoch == self.replica.epoch() {
                     self.take_outcome(outcome);
                 }
             }
-            DriverEvent::Pong { stage, ping } => self.pulse.heard(stage, Some(&ping)),
-            DriverEvent::Echo(nonce) => self.pulse.echo(nonce),
+            DriverEvent::Pong { stage, ping } => self.detector.heard(stage, Some(&ping)),
+            DriverEvent::Echo(nonce) => self.detector.echo(nonce),
             DriverEvent::Standby(held) => {
-                self.forget_mirrored();
-                self.part.mirror_to(&held, &mut self.outs);
+                self.forget_replicated();
+                self.replica.replicate_to(&held, &mut self.outs);
             }
             DriverEvent::NoStandby => {
-                self.forget_mirrored();
-                self.part.stop_mirroring();
+                self.forget_replicated();
+                self.replica.stop_replication();
             }
-            DriverEvent::Mirrored(count) => self.part.mirrored(count, &mut self.outs),
+            DriverEvent::Acknowledged(count) => self.replica.acknowledged(count, &mut self.outs),
             DriverEvent::End(error) => self.ended = Some(error),
         }
     }
 
     fn begin_epoch(&mut self, epoch: u32, stages: u32, half_rows: bool, now: Instant) {
-        if epoch <= self.part.epoch() || stages == 0 {
+        if epoch <= self.replica.epoch() || stages == 0 {
             return;
         }
         let interrupted = !self.under_way.is_empty() || self.loss.is_some();
@@ -315,15 +208,15 @@ impl RingRunner {
         self.received = 0;
         self.next_step = 0;
         self.stages = stages;
-        self.part.begin_epoch(epoch, stages - 1, half_rows);
-        self.pulse.begin_epoch(stages - 1);
+        self.replica.begin_epoch(epoch, stages - 1, half_rows);
+        self.detector.begin_epoch(stages - 1);
         self.phase = Phase::Joining((0..stages).map(|_| None).collect());
-        let own = self.part.held();
+        let own = self.replica.held();
         self.take_held(stages - 1, own);
     }
 
     /// Drops messages to the former standby; they do not apply to the next one.
-    fn forget_mirrored(&mut self) {
+    fn forget_replicated(&mut self) {
         self.outs.retain(|out| !matches!(out, Out::Standby(_)));
     }
 
@@ -332,11 +225,11 @@ impl RingRunner {
         let Phase::Joining(all) = &mut self.phase else {
             return;
         };
-        if held.epoch != self.part.epoch() {
+        if held.epoch != self.replica.epoch() {
             return;
         }
         if let Some(entry) = all.get_mut(stage as usize) {
-            *entry = Some(Held::read(slots, held));
+            *entry = Some(HeldRows::read(slots, held));
         }
         if all.iter().all(Option::is_some) {
             let held = all.iter_mut().filter_map(Option::take).collect();
@@ -344,7 +237,7 @@ impl RingRunner {
         }
     }
 
-    fn begin_replays(&mut self, held: Vec<Held>) {
+    fn begin_replays(&mut self, held: Vec<HeldRows>) {
         let mut replays = Vec::new();
         let busy = self.busy.as_deref();
         for replay in replay::plan(&self.planned, &held, self.info.slots, busy) {
@@ -366,7 +259,7 @@ impl RingRunner {
                 Some(stage) => (self.out)(DriverOut::Resend {
                     stage,
                     resend: RingResend {
-                        epoch: self.part.epoch(),
+                        epoch: self.replica.epoch(),
                         step: first,
                         slot: replay.slot,
                         from: replay.from,
@@ -393,7 +286,7 @@ impl RingRunner {
         for (number, from) in (first..).zip(starts) {
             let to = (from + chunk).min(replay.to);
             let step = RingStep {
-                epoch: self.part.epoch(),
+                epoch: self.replica.epoch(),
                 step: number,
                 segments: vec![mesh_proto::RingSegment {
                     slot: replay.slot,
@@ -487,7 +380,7 @@ impl RingRunner {
             });
             loss.rows += again.sum::<u64>();
         }
-        let mut planned = Book::new(self.info.slots);
+        let mut planned = TokenLog::new(self.info.slots);
         for (slot, tokens) in common.iter().enumerate() {
             // Of as many slots as it was made for.
             let _ = planned.write(slot as u32, 0, tokens);
@@ -502,21 +395,21 @@ impl RingRunner {
         let since = match &self.phase {
             // Loading may take long; the head handles members that are missing.
             Phase::Joining(_) => None,
-            Phase::Replaying(_) => self.pulse.due_since().or(Some(now)),
+            Phase::Replaying(_) => self.detector.due_since().or(Some(now)),
             Phase::Running => self.under_way.front().map(|under_way| under_way.begun),
         };
-        self.pulse.look(since, now);
-        if let Some(ping) = self.pulse.ping(now) {
+        self.detector.look(since, now);
+        if let Some(ping) = self.detector.ping(now) {
             (self.out)(DriverOut::Ping(ping));
         }
-        for stage in self.pulse.cleared() {
+        for stage in self.detector.cleared() {
             (self.out)(DriverOut::Trust { stage });
         }
         for Suspicion {
             stage,
             silence,
             link,
-        } in self.pulse.silent()
+        } in self.detector.silent()
         {
             (self.out)(DriverOut::Suspect {
                 stage,
@@ -526,16 +419,16 @@ impl RingRunner {
         }
     }
 
-    /// Passes on the part's messages.
+    /// Passes on the replica's messages.
     fn flush(&mut self) {
         if std::mem::take(&mut self.pump_due) {
-            self.part.pump(&mut self.outs);
+            self.replica.pump(&mut self.outs);
         }
         for out in self.outs.drain(..) {
             match out {
                 Out::Previous(mirrored) => (self.out)(DriverOut::Previous(mirrored)),
                 Out::Standby(mirror) => (self.out)(DriverOut::Standby(mirror)),
-                // A driver's part is neither stepped nor asked to resend.
+                // A driver's replica is neither stepped nor asked to resend.
                 Out::Next(_) | Out::Driver(_) => {}
             }
         }
@@ -544,8 +437,8 @@ impl RingRunner {
     /// Reports the gauges of the last stage if they have changed.
     fn gauge(&mut self, now: Instant) {
         let mut gauges = DriverGauges {
-            lag: self.part.lag(),
-            kv_bytes: self.part.book().rows() * self.part.info().kv_bytes_per_token,
+            lag: self.replica.lag(),
+            kv_bytes: self.replica.token_log().rows() * self.replica.info().kv_bytes_per_token,
             ..self.gauges
         };
         if let Some(begun) = self.computing.take() {
@@ -567,7 +460,7 @@ impl RingRunner {
     fn finish_replay(&mut self, step: &RingStep) {
         let segments: Vec<Segment> = step.segments.iter().map(wire::read_segment).collect();
         let done = self
-            .part
+            .replica
             .finish_step(step, &segments, &mut self.logits, &mut self.outs);
         self.pump_due = true;
         self.take_outcome(RingOutcome {
@@ -597,7 +490,7 @@ impl RingRunner {
     fn step_done(&mut self, begun: Instant, now: Instant) {
         // Prompts take long and say nothing about how long an answer's next token may.
         let few_rows = self.current.tokens.len() <= FEW_ROWS;
-        self.pulse
+        self.detector
             .step(now.saturating_duration_since(begun), few_rows);
         self.last_done = Some(now);
         if let Some(loss) = self.loss.take() {
@@ -636,7 +529,7 @@ impl Runner for RingRunner {
             let _ = self.planned.write(segment.slot, segment.position, own);
         }
         self.dispatch(RingStep {
-            epoch: self.part.epoch(),
+            epoch: self.replica.epoch(),
             step: number,
             slot_ops: step.slot_ops.iter().map(wire::slot_op).collect(),
             segments: step.segments.iter().map(wire::segment).collect(),
@@ -653,7 +546,7 @@ impl Runner for RingRunner {
 
     fn poll(&mut self, now: Instant) -> Option<Outcome<'_>> {
         // Messages that arrive below were not yet here in the time that has passed since the last look.
-        self.pulse.look(self.pulse.due_since(), now);
+        self.detector.look(self.detector.due_since(), now);
         // Before anything goes out: where it goes may have changed.
         while let Ok(event) = self.events.try_recv() {
             self.handle(event, now);
@@ -668,7 +561,7 @@ impl Runner for RingRunner {
                 self.finish_replay(&step);
             }
             if let Some(held) = self.replayed() {
-                let epoch = self.part.epoch();
+                let epoch = self.replica.epoch();
                 (self.out)(DriverOut::Running { epoch });
                 return Some(Outcome::Resumed(held));
             }
@@ -684,7 +577,7 @@ impl Runner for RingRunner {
                 message: error,
             }),
             Ok(arrived) => self
-                .part
+                .replica
                 .finish_step(
                     &arrived,
                     &self.current.segments,
@@ -703,7 +596,7 @@ impl Runner for RingRunner {
     }
 
     fn next_timer(&self) -> Option<Instant> {
-        self.pulse.next_timer()
+        self.detector.next_timer()
     }
 }
 

@@ -1,22 +1,24 @@
 //! One model over several machines: the stages of a ring, their standbys, and recovery from the loss of any
 //! of them.
 //!
-//! A *ring* runs one model in stages, each a contiguous range of layers on one worker. The worker of the last stage is its
-//! *driver*. A step goes from the driver to stage 0 as tokens, from stage to stage as hidden rows, and comes back to the
-//! driver, which computes the last stage, samples and plans the next step. Several steps are under way at once.
+//! A *ring* runs one model in stages, each a contiguous range of layers on one worker. The worker of the
+//! last stage is its *driver*. A step goes from the driver to stage 0 as tokens, from stage to stage as
+//! hidden rows, and comes back to the driver, which computes the last stage, samples and plans the next
+//! step. Several steps are under way at once.
 //!
-//! Nothing here does I/O or reads a clock. A [`Part`] is one stage on one worker, as member or as standby. A [`RingRunner`] is
-//! the driver: a [`mesh_engine::Runner`], so that scheduler, sampler and text are those of a model on one machine.
+//! Nothing here does I/O or reads a clock. A [`StageReplica`] is one stage on one worker, as member or
+//! as standby. A [`RingRunner`] is the driver: a [`mesh_engine::Runner`], so that scheduler, sampler and text
+//! are those of a model on one machine.
 //!
 //! # Recovery
-//! Three properties make it simple. Rows are independent bit for bit, so computing a row again gives the same
-//! row. A part knows the tokens behind its KV rows ([`Book`]), so comparing the tokens finds the rows that
-//! are still valid; no history of messages is needed. And the head alone changes the members of a ring, each
-//! change being a new *epoch*.
+//! Three properties make it simple. Rows are independent bit for bit, so computing a row again gives the
+//! same row. A replica knows the tokens behind its KV rows ([`TokenLog`]), so comparing the tokens finds
+//! the rows that are still valid; no history of messages is needed. And the head alone changes the
+//! members of a ring, each change being a new *epoch*.
 //!
 //! When an epoch begins, every member reports the rows it holds. The driver finds for each slot the rows that
 //! all of them have; those behind are computed again, like a prompt. Where one member lacks many rows (a
-//! shard that was just loaded), only its inputs are replayed: from the replay buffer of the stage before it,
+//! stage that was just loaded), only its inputs are replayed: from the replay buffer of the stage before it,
 //! or else from further up. Then the scheduler continues behind the valid rows; an answer's tokens are a
 //! function of seed and index, so the client only sees a pause.
 //!
@@ -25,24 +27,26 @@
 
 #![forbid(unsafe_code)]
 
-mod book;
 mod driver;
-mod kept;
-mod mirror;
-mod part;
-mod pulse;
+mod driver_events;
+mod failure_detector;
 mod replay;
+mod replay_buffer;
+mod replica;
+mod replication;
 #[cfg(test)]
 mod simulation;
+mod token_log;
 mod wire;
 
-pub use book::Book;
-pub use driver::{DriverEvent, DriverGauges, DriverOut, RingRunner};
-pub use part::{Out, Part};
+pub use driver::RingRunner;
+pub use driver_events::{DriverEvent, DriverGauges, DriverOut};
+pub use replica::{Out, StageReplica};
+pub use token_log::TokenLog;
 
 use mesh_engine::{SlotId, StageError};
 
-/// Errors of computing a step, or of a standby taking in mirrored rows.
+/// Errors of computing a step, or of a standby taking in replicated rows.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum StepError {

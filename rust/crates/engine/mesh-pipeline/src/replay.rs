@@ -3,16 +3,16 @@
 use mesh_engine::SlotId;
 use mesh_proto::RingHeld;
 
-use crate::book::{Book, common_prefix};
+use crate::token_log::{TokenLog, common_prefix};
 
 /// The rows that one stage holds, by slot.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Held {
-    slots: Vec<HeldRows>,
+pub(crate) struct HeldRows {
+    slots: Vec<SlotRows>,
 }
 
 #[derive(Debug, Clone, Default)]
-struct HeldRows {
+struct SlotRows {
     tokens: Vec<u32>,
     kept_from: u32,
     age: u64,
@@ -32,20 +32,20 @@ pub(crate) struct Replay {
     pub(crate) until: u32,
 }
 
-impl Held {
+impl HeldRows {
     /// Reads a member's report. Slots beyond `slots` are ignored.
     pub(crate) fn read(slots: u32, held: RingHeld) -> Self {
-        let mut read = vec![HeldRows::default(); slots as usize];
+        let mut read = vec![SlotRows::default(); slots as usize];
         for slot in held.slots {
             if let Some(rows) = read.get_mut(slot.slot as usize) {
-                *rows = HeldRows {
+                *rows = SlotRows {
                     tokens: slot.tokens,
                     kept_from: slot.kept_from,
                     age: slot.age,
                 };
             }
         }
-        Held { slots: read }
+        HeldRows { slots: read }
     }
 
     pub(crate) fn tokens(&self, slot: SlotId) -> &[u32] {
@@ -77,7 +77,11 @@ impl Held {
 
 /// The tokens that a slot should hold: the driver's plan or, if the driver is new, the content of the
 /// foremost stage, which is the newest.
-pub(crate) fn reference<'a>(planned: &'a Book, held: &'a [Held], slot: SlotId) -> &'a [u32] {
+pub(crate) fn reference<'a>(
+    planned: &'a TokenLog,
+    held: &'a [HeldRows],
+    slot: SlotId,
+) -> &'a [u32] {
     if !planned.is_empty() {
         return planned.tokens(slot);
     }
@@ -89,7 +93,7 @@ pub(crate) fn reference<'a>(planned: &'a Book, held: &'a [Held], slot: SlotId) -
 }
 
 /// The rows of each slot that every stage holds.
-pub(crate) fn common(planned: &Book, held: &[Held], slot: SlotId) -> Vec<u32> {
+pub(crate) fn common(planned: &TokenLog, held: &[HeldRows], slot: SlotId) -> Vec<u32> {
     let wanted = reference(planned, held, slot);
     let lens = held
         .iter()
@@ -104,8 +108,8 @@ pub(crate) fn common(planned: &Book, held: &[Held], slot: SlotId) -> Vec<u32> {
 /// their rows are computed again when a request needs them. A driver that has planned steps knows the `busy`
 /// ones; for a new one those count as busy that a recent step has touched.
 pub(crate) fn plan(
-    planned: &Book,
-    held: &[Held],
+    planned: &TokenLog,
+    held: &[HeldRows],
     slots: u32,
     busy: Option<&[SlotId]>,
 ) -> Vec<Replay> {
@@ -119,7 +123,7 @@ pub(crate) fn plan(
     replays.collect()
 }
 
-fn plan_slot(planned: &Book, held: &[Held], slot: SlotId) -> Option<Replay> {
+fn plan_slot(planned: &TokenLog, held: &[HeldRows], slot: SlotId) -> Option<Replay> {
     let wanted = reference(planned, held, slot);
     let lens: Vec<u32> = held
         .iter()
@@ -168,8 +172,8 @@ mod tests {
     }
 
     /// A stage that holds `len` rows of slot 0 and keeps the outputs from `kept_from` on.
-    fn held(len: u32, kept_from: u32) -> Held {
-        Held::read(
+    fn held(len: u32, kept_from: u32) -> HeldRows {
+        HeldRows::read(
             1,
             RingHeld {
                 epoch: 1,
@@ -183,10 +187,10 @@ mod tests {
         )
     }
 
-    fn planned(len: u32) -> Book {
-        let mut book = Book::new(1);
-        book.write(0, 0, &tokens(len)).unwrap();
-        book
+    fn planned(len: u32) -> TokenLog {
+        let mut log = TokenLog::new(1);
+        log.write(0, 0, &tokens(len)).unwrap();
+        log
     }
 
     #[test]
@@ -197,7 +201,7 @@ mod tests {
     }
 
     #[test]
-    fn a_shard_loaded_afresh_is_fed_by_the_stage_before_it() {
+    fn a_stage_loaded_afresh_is_fed_by_the_stage_before_it() {
         let stages = [held(1000, 0), held(0, 0), held(998, 0)];
         let replay = plan(&planned(1000), &stages, 1, None)[0];
         assert_eq!((replay.from, replay.to), (0, 998));
@@ -224,7 +228,7 @@ mod tests {
     #[test]
     fn a_new_driver_believes_the_foremost_stage() {
         let stages = [held(1000, 0), held(1000, 0), held(0, 0)];
-        let replay = plan(&Book::new(1), &stages, 1, None)[0];
+        let replay = plan(&TokenLog::new(1), &stages, 1, None)[0];
         assert_eq!((replay.from, replay.to, replay.until), (0, 1000, 2));
         assert_eq!(replay.source, Some(1));
     }

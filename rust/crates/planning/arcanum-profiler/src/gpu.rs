@@ -20,7 +20,7 @@ pub struct Gpu {
     /// PCI class, 24 bits.
     pub class: u32,
     /// Real or virtual hardware.
-    pub kind: Kind,
+    pub kind: GpuKind,
     /// NVIDIA: how old it is.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub generation: Option<Generation>,
@@ -60,7 +60,7 @@ pub enum Vendor {
 /// Real or virtual hardware.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Kind {
+pub enum GpuKind {
     /// A card, or a real one handed through to a virtual machine.
     Real,
     /// A picture that a hypervisor draws.
@@ -89,8 +89,8 @@ impl Gpu {
             _ => Vendor::Other,
         };
         let kind = match VIRTUAL_VENDORS.iter().any(|(id, _)| *id == vendor_id) {
-            true => Kind::Virtual,
-            false => Kind::Real,
+            true => GpuKind::Virtual,
+            false => GpuKind::Real,
         };
         Self {
             address,

@@ -4,7 +4,7 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
-use arcanum_profiler::gpu::{Kind, Vendor};
+use arcanum_profiler::gpu::{GpuKind, Vendor};
 use mesh_machine::boot::choice::{Backend, Choice, Wish, choose};
 use mesh_machine::boot::plan::{BootInputs, Missing, Plan};
 use mesh_machine::boot::run_dir;
@@ -255,7 +255,7 @@ fn a_virtual_gpu_does_not_count() {
         (0x1234, 0x1111),
     ] {
         let machine = Machine::new().pci("0000:00:01.0", vendor, device, 0x03_00_00);
-        assert_eq!(machine.probe().gpus[0].kind, Kind::Virtual);
+        assert_eq!(machine.probe().gpus[0].kind, GpuKind::Virtual);
         assert_eq!(machine.probe().gpus[0].vendor, Vendor::Other);
         let choice = machine.choose();
         assert_eq!(choice.backend, Backend::Cpu);
@@ -413,16 +413,18 @@ fn a_source_with_a_mistake_is_not_used_and_the_mistake_told() {
 #[test]
 fn a_worker_may_hold_parts_of_models_alone() {
     let partition = tempfile::tempdir().expect("a folder");
-    let shards = partition.path().join("shards");
-    fs::create_dir(&shards).expect("a folder");
-    fs::write(shards.join("big.gguf"), "").expect("written");
+    // `shards` is the old name of `ring`.
+    for (folder, file) in [("ring", "big.gguf"), ("shards", "old.gguf")] {
+        fs::create_dir(partition.path().join(folder)).expect("a folder");
+        fs::write(partition.path().join(folder).join(file), "").expect("written");
+    }
     let line = format!("hydramesh.head=attic hydramesh.token={}", token("t"));
     let worker = plan(&Machine::new(), &line, Some(partition.path()), None);
     assert_eq!(worker.missing(), []);
     assert!(
         worker
             .to_string()
-            .contains("Models held in parts: big.gguf")
+            .contains("Models held in parts: big.gguf, old.gguf")
     );
     let environment = worker.environment();
     let value = |name: &str| {
@@ -430,9 +432,10 @@ fn a_worker_may_hold_parts_of_models_alone() {
         found.map(|(_, value)| value.as_str())
     };
     assert_eq!(value("HYDRAMESH_WORKER__MODELS"), Some("[]"));
+    let folder = partition.path().display();
     assert_eq!(
-        value("HYDRAMESH_WORKER__SHARDS"),
-        Some(format!("[\"{}/big.gguf\"]", shards.display()).as_str())
+        value("HYDRAMESH_WORKER__RING__MODELS"),
+        Some(format!("[\"{folder}/ring/big.gguf\", \"{folder}/shards/old.gguf\"]").as_str())
     );
 }
 

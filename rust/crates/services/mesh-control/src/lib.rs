@@ -9,7 +9,7 @@
 //! - [`fair`]: the order of that queue, by ingress and source.
 //! - [`request`]: the life of one answer across worker deaths.
 //! - [`embedding`]: a request for embeddings cut into parts for several workers.
-//! - [`replicas`]: the workers among which a request for embeddings is divided.
+//! - [`embedding_workers`]: the workers among which a request for embeddings is divided.
 //! - [`reputation`]: nodes that failed or gave wrong answers, and their pauses and quarantines.
 //! - [`spotcheck`]: asks several workers the same question and compares their answers.
 //! - [`speed`]: speeds as the head measures them.
@@ -25,14 +25,16 @@ pub mod affinity;
 pub mod dedup;
 pub mod duplicates;
 pub mod embedding;
+pub mod embedding_workers;
 pub mod fair;
 pub mod held_back;
 pub mod length;
+#[cfg(test)]
+mod logs;
 pub mod memory;
 pub mod outbox;
 pub mod placement;
 pub mod registry;
-pub mod replicas;
 pub mod reputation;
 pub mod request;
 pub mod rings;

@@ -41,7 +41,7 @@ pub struct Placed {
     pub model: String,
     /// Its name in the head's opinion of it: [`Worker::key`].
     pub key: String,
-    /// SHA-256 of its model file; empty for a v5.0.0 worker.
+    /// SHA-256 of its model file; empty for a worker without an identity.
     pub fingerprint: String,
     /// Most tokens that an answer can have; 0 is unknown.
     pub context: u32,
@@ -554,7 +554,7 @@ enum Room {
 /// tell apart.
 fn class_of(ask: &Requirements) -> u64 {
     let mut hasher = DefaultHasher::new();
-    (&ask.model, ask.purpose, ask.legacy, ask.revision).hash(&mut hasher);
+    (&ask.model, ask.purpose, ask.plain, ask.revision).hash(&mut hasher);
     (&ask.fingerprint, &ask.avoid, ask.alone).hash(&mut hasher);
     hasher.finish()
 }

@@ -1,9 +1,11 @@
 //! The registry of workers.
 //!
-//! A mesh worker enters with its Hello and leaves when its link closes; a v5.0.0 worker enters with a
-//! heartbeat. Either is pruned after [`Registry::timeout`] without a sign of life.
+//! A mesh worker enters with its Hello and leaves when its link closes; a worker without an identity
+//! (`registry/plain.rs`) enters with a heartbeat. Either is pruned after [`Registry::timeout`] without a sign
+//! of life.
 
 mod clock;
+mod plain;
 pub mod proofs;
 mod served;
 mod service;
@@ -18,13 +20,13 @@ use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-use dcf::Version;
 use mesh_proto::{Hello, Load, ModelCard, ModelSpeed};
 
 use super::reputation::Reputation;
 use super::spotcheck::{CheckState, SpotChecks};
 
 pub use clock::TokenClock;
+pub use plain::KINDS;
 pub use served::{ServedModel, Service, batch_gain};
 use served::{is_sound, plausible, ring_of_subject, short, speed};
 pub use worker::{Carrier, Worker, WorkerId};
@@ -142,44 +144,6 @@ impl Registry {
         self.refresh(id, now);
         self.remember_models(id, now);
         (id, replaced)
-    }
-
-    /// A heartbeat of a worker without an identity that takes tasks at `address`. True means that it is new.
-    pub fn legacy_heartbeat(
-        &mut self,
-        address: SocketAddr,
-        version: Version,
-        now: Instant,
-    ) -> Option<(WorkerId, bool)> {
-        let mut legacy = self
-            .workers
-            .values_mut()
-            .filter(|worker| worker.is_legacy());
-        if let Some(worker) = legacy.find(|worker| worker.address == address) {
-            worker.last_seen = now;
-            worker.carrier = Carrier::Legacy { version };
-            return Some((worker.id, false));
-        }
-        // Heartbeats carry no proof of who sent them, so their number must not decide how much memory they
-        // take.
-        if self
-            .workers
-            .values()
-            .filter(|worker| worker.is_legacy())
-            .count()
-            >= LEGACY_WORKERS
-        {
-            return None;
-        }
-        let id = self.insert(
-            address.to_string(),
-            Carrier::Legacy { version },
-            address,
-            String::new(),
-            Vec::new(),
-            now,
-        );
-        Some((id, true))
     }
 
     /// A sign of life without news.
@@ -351,7 +315,7 @@ impl Registry {
         self.workers.values()
     }
 
-    /// Number of workers, legacy workers included.
+    /// Number of workers.
     pub fn len(&self) -> usize {
         self.workers.len()
     }
@@ -483,6 +447,5 @@ fn works(load: &Load) -> (u32, u32, u64, u64, &[ModelSpeed]) {
 const MODELS_PER_WORKER: usize = 64;
 const PURPOSES_PER_WORKER: usize = 16;
 const KNOWN_MODELS: usize = 1024;
-const LEGACY_WORKERS: usize = 1024;
 /// Time for which a model without a worker is answered with "no worker" instead of "no such model".
 const MODEL_MEMORY: Duration = Duration::from_secs(600);

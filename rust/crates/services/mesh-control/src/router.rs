@@ -27,8 +27,8 @@ pub struct Requirements {
     pub answer_tokens: u32,
     /// Prefixes of the prompt, shortest first.
     pub prefixes: Vec<Prefix>,
-    /// A plain DCF task that a v5.0.0 worker may take too.
-    pub legacy: bool,
+    /// It can be a plain DCF task, which a worker without an identity may take, too.
+    pub plain: bool,
     /// Only workers whose model file has this SHA-256: an answer already begun must go on with the same
     /// weights.
     pub fingerprint: Option<String>,
@@ -86,7 +86,7 @@ pub enum Choice {
 /// Expected times of an answer, counted from now.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Estimate {
-    /// Time to the first token.
+    /// Time to the first token; a day where only the whole answer shows that the worker lives.
     pub first_token: Duration,
     /// Time to the last token.
     pub finish: Duration,
@@ -106,8 +106,8 @@ pub struct Capacity {
     /// Requests beyond a worker's slots that it is given ahead, so that a freed slot is filled without a
     /// round trip.
     pub ahead: u32,
-    /// Tasks given to one v5.0.0 worker at once.
-    pub legacy: u32,
+    /// Tasks given at once to one worker without an identity.
+    pub plain: u32,
 }
 
 impl Router {
@@ -135,11 +135,11 @@ impl Router {
         // is waited for.
         let any_untried_mesh = known
             .iter()
-            .any(|(worker, _)| !worker.is_legacy() && !ask.avoid.contains(&worker.id));
+            .any(|(worker, _)| worker.has_identity() && !ask.avoid.contains(&worker.id));
         let serving: Vec<&Worker> = known
             .iter()
             .filter(|(worker, service)| {
-                *service == Service::Serves && !(any_untried_mesh && worker.is_legacy())
+                *service == Service::Serves && (worker.has_identity() || !any_untried_mesh)
             })
             .map(|(worker, _)| *worker)
             .collect();
@@ -147,12 +147,12 @@ impl Router {
         let any_untried = serving.iter().any(|worker| untried(&worker));
         let any_mesh = serving
             .iter()
-            .any(|worker| !worker.is_legacy() && (!any_untried || untried(&worker)));
+            .any(|worker| worker.has_identity() && (!any_untried || untried(&worker)));
         let best = Best::of(&serving, ask);
         let open: Vec<(&Worker, Estimate)> = serving
             .iter()
             .filter(|worker| !any_untried || untried(worker))
-            .filter(|worker| !any_mesh || !worker.is_legacy())
+            .filter(|worker| !any_mesh || worker.has_identity())
             .filter(|worker| self.has_room(worker, ask, now))
             .map(|worker| (*worker, estimate(worker, ask, holder, best, now)))
             .collect();
@@ -216,7 +216,7 @@ impl Router {
     pub fn another(registry: &Registry, ask: &Requirements, than: WorkerId, now: Instant) -> bool {
         registry.iter().any(|worker| {
             worker.id != than
-                && !worker.is_legacy()
+                && worker.has_identity()
                 && !ask.avoid.contains(&worker.id)
                 && serves(registry, worker, ask, now) == Service::Serves
         })
@@ -227,7 +227,7 @@ impl Router {
         self.turn += 1;
         if let Some(worker) = registry.get_mut(worker) {
             worker.last_turn = self.turn;
-            if !worker.is_legacy() {
+            if worker.has_identity() {
                 self.affinity.note(&ask.prefixes, worker.id);
             }
         }
@@ -259,7 +259,7 @@ impl Router {
         }
         let capacity = match worker.model(&ask.model) {
             Some(model) => model.slots().saturating_add(self.capacity.ahead),
-            None => self.capacity.legacy,
+            None => self.capacity.plain,
         };
         // The cause of another death must be plain: so at once, and where no other request waits for a first
         // token.
@@ -287,7 +287,7 @@ fn serves(registry: &Registry, worker: &Worker, ask: &Requirements, now: Instant
     };
     match has(worker, ask) {
         None => Service::Out,
-        Some(Capability::Tasks) => registry.legacy_service(worker, now, another),
+        Some(Capability::Tasks) => registry.plain_service(worker, now, another),
         Some(Capability::Model(model)) => {
             let weights = has_weights(registry, model, ask, now);
             weights.max(registry.service_beside(worker, model, now, another))
@@ -305,8 +305,8 @@ fn has<'a>(worker: &'a Worker, ask: &Requirements) -> Option<Capability<'a>> {
     if worker.request_revision < ask.revision {
         return None;
     }
-    if worker.is_legacy() {
-        return ask.legacy.then_some(Capability::Tasks);
+    if !worker.has_identity() {
+        return ask.plain.then_some(Capability::Tasks);
     }
     // A worker that is reserved for something else holds this model for other meshes, or by mistake.
     if !worker.is_for(ask.purpose.name()) {
@@ -347,7 +347,7 @@ fn can_replace(
         // Without an identity it is no better than one that has one and failed.
         Some(Capability::Tasks) => {
             let until = registry.reputation.paused_until(&other.key(), "", now);
-            paused.is_legacy() && until.is_none()
+            !paused.has_identity() && until.is_none()
         }
         Some(Capability::Model(model)) => {
             ask.length.exceeds([&model.card]).is_none()
@@ -388,7 +388,10 @@ fn estimate(
 ) -> Estimate {
     match worker.model(&ask.model) {
         Some(model) => estimate_mesh(worker, model, ask, holder, best, now),
-        None => estimate_legacy(worker),
+        None => Estimate {
+            first_token: seconds(LONGEST_SECONDS),
+            finish: seconds(worker.plain_seconds()),
+        },
     }
 }
 
@@ -424,14 +427,6 @@ fn estimate_mesh(
     }
 }
 
-fn estimate_legacy(worker: &Worker) -> Estimate {
-    let finish = known(worker.task_seconds, ASSUMED_TASK_SECONDS) * f64::from(worker.assigned + 1);
-    Estimate {
-        first_token: seconds(finish),
-        finish: seconds(finish),
-    }
-}
-
 fn known(value: f64, assumed: f64) -> f64 {
     if value > 0.0 { value } else { assumed }
 }
@@ -445,7 +440,6 @@ const TIE: f64 = 0.05;
 const TIE_FLOOR: Duration = Duration::from_millis(1);
 const ASSUMED_DECODE_TPS: f64 = 20.0;
 const ASSUMED_PREFILL_TPS: f64 = 200.0;
-const ASSUMED_TASK_SECONDS: f64 = 5.0;
 const LONGEST_SECONDS: f64 = 86_400.0;
 
 #[cfg(test)]

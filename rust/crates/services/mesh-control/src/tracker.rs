@@ -6,9 +6,7 @@
 //!
 //! If pieces are sought that no worker holds, one of the workers that could get the model from outside the
 //! mesh has its *download*. It keeps it while it makes progress; when it is gone, fails or stands still,
-//! another one gets it. All others wait and take the pieces from it as they come. *download*. It keeps it
-//! while it makes progress; when it is gone, fails or stands still, another one has it. All others wait and
-//! take the pieces from it as they come.
+//! another one gets it. All others wait and take the pieces from it as they come.
 //!
 //! The meaning of a name does not depend on the last or loudest claim: see `pins`.
 
@@ -18,6 +16,7 @@ use std::time::Instant;
 
 use mesh_proto::{HeldModel, ModelSources, Models, NodeAddr, SoughtModel, Sources};
 use mesh_share::PieceSet;
+use tracing::warn;
 
 mod conflicts;
 mod downloads;
@@ -47,6 +46,7 @@ pub struct Tracker {
     changed: bool,
     /// Time at which a decision may be due without an event.
     timer: Option<Instant>,
+    counts: TrackerCounts,
     actions: Vec<Action>,
 }
 
@@ -60,57 +60,17 @@ pub enum Action {
         /// The sources to send.
         sources: Sources,
     },
-    /// Something for the log and the metrics.
-    Note(Note),
     /// Keep the pins, see [`Tracker::pins`].
     KeepPins,
 }
 
-/// An event for the log and the metrics.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Note {
-    /// A worker gets a model from outside the mesh from now on.
-    Download {
-        /// Name or fingerprint by which the model is sought.
-        model: String,
-        /// Name of the worker.
-        worker: String,
-        /// Reason for which the worker that had the download before lost it; `None` if it is the first.
-        instead: Option<String>,
-    },
-    /// A worker could not get a model from outside the mesh.
-    Failed {
-        /// Name or fingerprint by which the model is sought.
-        model: String,
-        /// Name of the worker.
-        worker: String,
-        /// Cause of the failure.
-        reason: String,
-    },
-    /// A worker says that another one sent it something else than the manifest says.
-    Bad {
-        /// Fingerprint of the model.
-        model: String,
-        /// Name of the accused.
-        accused: String,
-        /// Name of the accuser.
-        accuser: String,
-        /// Fault that was found.
-        reason: String,
-    },
-    /// Several models claim one name.
-    Conflict(Conflict),
-    /// The worker that had the model of this name first replaced it, and no worker had the old one any more.
-    Moved {
-        /// Name of the model.
-        model: String,
-        /// Name of the worker.
-        worker: String,
-        /// Fingerprint that the name stood for.
-        before: String,
-        /// Fingerprint that it stands for now.
-        now: String,
-    },
+/// Counts since the last [`Tracker::take_counts`], for the metrics.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct TrackerCounts {
+    /// Reports that a worker sent something else than a manifest says, by the name of that worker.
+    pub bad_sources: BTreeMap<String, u64>,
+    /// Reported conflicts of names.
+    pub conflicts: u64,
 }
 
 /// A worker.
@@ -270,12 +230,15 @@ impl Tracker {
             };
             let key = (bad.fingerprint.clone(), bad.node_id);
             if self.accused.entry(key).or_default().insert(node.to_owned()) {
-                self.actions.push(Action::Note(Note::Bad {
-                    model: bad.fingerprint,
-                    accused: accused.name.clone(),
-                    accuser: accuser.clone(),
-                    reason: shorten(&bad.reason),
-                }));
+                warn!(
+                    model = bad.fingerprint,
+                    worker = accused.name,
+                    accuser,
+                    reason = shorten(&bad.reason),
+                    "worker reported: it sent something else than the model's manifest says"
+                );
+                let count = self.counts.bad_sources.entry(accused.name.clone());
+                *count.or_default() += 1;
             }
         }
         self.pin_downloads(node);
@@ -293,6 +256,11 @@ impl Tracker {
             self.tell();
         }
         std::mem::take(&mut self.actions)
+    }
+
+    /// Counts since the last call.
+    pub fn take_counts(&mut self) -> TrackerCounts {
+        std::mem::take(&mut self.counts)
     }
 
     /// Sends every worker the sources that it should know and was not told.
@@ -338,10 +306,10 @@ impl Tracker {
             .collect();
         // Those with most first, should there be more than are told.
         holders.sort_by(|a, b| b.0.cmp(&a.0).then_with(|| a.1.cmp(b.1)));
-        holders.truncate(MOST_SEATS);
+        holders.truncate(MOST_HOLDERS);
         // In an order that does not change with every piece that comes.
         holders.sort_by(|a, b| a.1.cmp(b.1));
-        let seats = holders
+        let addrs = holders
             .into_iter()
             .map(|(_, other, address, holder)| NodeAddr {
                 addresses: holder
@@ -366,7 +334,7 @@ impl Tracker {
         ModelSources {
             name: sought.model.name.clone(),
             fingerprint,
-            holders: seats.collect(),
+            holders: addrs.collect(),
             origin,
             origin_worker: download
                 .map_or_else(String::new, |download| self.name_of(&download.node)),
@@ -506,7 +474,7 @@ fn shorten(text: &str) -> String {
 /// lie.
 const ACCUSERS: usize = 2;
 /// Most sources of a model that a worker is given.
-const MOST_SEATS: usize = 32;
+const MOST_HOLDERS: usize = 32;
 /// Models that a worker may hold, and seek.
 const MOST_MODELS: usize = 256;
 const MOST_NAMES: usize = 16;

@@ -69,7 +69,7 @@ pub struct Config {
     /// Settings of the links of workers.
     pub quic: QuicConfig,
     /// Models that several workers hold together.
-    pub sharding: ShardingConfig,
+    pub ring: RingConfig,
     /// Let workers on the LAN find this head by multicast DNS.
     pub mdns: bool,
     /// Log level or filter, used if neither `--log-level` nor RUST_LOG is set.
@@ -163,7 +163,7 @@ pub struct QuicConfig {
 /// Models that several workers hold together: rings.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
-pub struct ShardingConfig {
+pub struct RingConfig {
     /// Form rings from the offers of workers.
     pub enabled: bool,
     /// Optimisation target of plans: the time of one token, or the tokens of many requests.
@@ -224,14 +224,14 @@ impl Default for Config {
             http: HttpConfig::default(),
             dcf: DcfConfig::default(),
             quic: QuicConfig::default(),
-            sharding: ShardingConfig::default(),
+            ring: RingConfig::default(),
             mdns: false,
             log_level: None,
         }
     }
 }
 
-impl Default for ShardingConfig {
+impl Default for RingConfig {
     fn default() -> Self {
         Self {
             enabled: true,
@@ -334,11 +334,11 @@ impl Config {
         if http.choices_limit == 0 {
             return Err(Unsound::Zero("http.choices_limit"));
         }
-        if self.sharding.slots == 0 {
-            return Err(Unsound::Zero("sharding.slots"));
+        if self.ring.slots == 0 {
+            return Err(Unsound::Zero("ring.slots"));
         }
-        if !(0.0..1.0).contains(&self.sharding.margin) {
-            return Err(Unsound::Margin(self.sharding.margin.to_string()));
+        if !(0.0..1.0).contains(&self.ring.margin) {
+            return Err(Unsound::Margin(self.ring.margin.to_string()));
         }
         Ok(())
     }
@@ -387,29 +387,29 @@ impl Config {
             rejoin_grace: self.rejoin_grace,
             capacity: Capacity {
                 ahead: self.worker_ahead,
-                legacy: self.dcf.legacy_concurrency.max(1),
+                plain: self.dcf.legacy_concurrency.max(1),
             },
         }
     }
 
     /// Settings for the core that forms and keeps rings.
     pub fn ring_settings(&self) -> rings::Settings {
-        let sharding = &self.sharding;
+        let ring = &self.ring;
         rings::Settings {
-            enabled: sharding.enabled,
-            objective: match sharding.objective {
+            enabled: ring.enabled,
+            objective: match ring.objective {
                 RingObjective::Latency => arcanum_profiler::Objective::Latency,
                 RingObjective::Throughput => arcanum_profiler::Objective::Throughput,
             },
-            stages: (sharding.stages > 0).then_some(sharding.stages),
-            standbys: sharding.standbys,
-            slots: sharding.slots,
-            context: sharding.context,
-            half_rows: sharding.half_rows,
-            margin: sharding.margin,
-            gather: sharding.gather,
-            suspect_pause: sharding.suspect_pause,
-            always: sharding.always,
+            stages: (ring.stages > 0).then_some(ring.stages),
+            standbys: ring.standbys,
+            slots: ring.slots,
+            context: ring.context,
+            half_rows: ring.half_rows,
+            margin: ring.margin,
+            gather: ring.gather,
+            suspect_pause: ring.suspect_pause,
+            always: ring.always,
             retire_limit: self.request_timeout,
             ..rings::Settings::default()
         }
@@ -426,7 +426,7 @@ impl Config {
 
     /// True if a worker without an identity may register from there. Serving a network's clients does not
     /// admit its workers.
-    pub fn admits_legacy_worker(&self, source: IpAddr) -> bool {
+    pub fn admits_without_identity(&self, source: IpAddr) -> bool {
         let source = source.to_canonical();
         let networks = &self.dcf.legacy_worker_networks;
         self.dcf.legacy_workers
@@ -484,9 +484,7 @@ pub enum Unsound {
         body: u64,
     },
     /// No part of anything.
-    #[error(
-        "sharding.margin = {0} is no part: it must be at least 0 and less than 1, such as 0.15"
-    )]
+    #[error("ring.margin = {0}: it must be at least 0 and less than 1, such as 0.15")]
     Margin(String),
 }
 
@@ -573,7 +571,7 @@ mod tests {
         let admits = |toml: &str| {
             let config = parse(toml);
             ["127.0.0.1", "::ffff:10.9.8.7", "192.168.1.7"]
-                .map(|address| config.admits_legacy_worker(address.parse().unwrap()))
+                .map(|address| config.admits_without_identity(address.parse().unwrap()))
         };
         assert_eq!(admits("trusted_networks = [\"0.0.0.0/0\"]"), [false; 3]);
         let on = "[dcf]\nlegacy_workers = true";
@@ -587,9 +585,8 @@ mod tests {
     }
 
     #[test]
-    fn sharding_is_configured_by_its_own_keys() {
-        let config =
-            parse("[sharding]\nobjective = \"throughput\"\nstages = 3\ngather = \"500ms\"");
+    fn rings_are_configured_by_their_own_keys() {
+        let config = parse("[ring]\nobjective = \"throughput\"\nstages = 3\ngather = \"500ms\"");
         let settings = config.ring_settings();
         assert_eq!(settings.objective, arcanum_profiler::Objective::Throughput);
         assert_eq!(
@@ -598,7 +595,7 @@ mod tests {
         );
         assert_eq!(parse("").ring_settings().stages, None);
         for margin in ["1.0", "-0.1", "nan"] {
-            let config = parse(&format!("[sharding]\nmargin = {margin}"));
+            let config = parse(&format!("[ring]\nmargin = {margin}"));
             assert!(
                 matches!(config.check(), Err(Unsound::Margin(_))),
                 "{margin}"

@@ -24,7 +24,6 @@ use crate::config::{Config, Unsound};
 use crate::front::dcf::serve as serve_dcf_clients;
 use crate::front::http::{self, Keys, KeysError};
 use crate::mesh::Mesh;
-use crate::mesh::exchange::BusSender;
 use crate::metrics::HeadMetrics;
 use crate::workers::{bus, links};
 
@@ -157,21 +156,13 @@ impl Head {
         let metrics = Arc::new(Metrics::new("head", env!("CARGO_PKG_VERSION")));
         let head_metrics = metrics.register(HeadMetrics::register);
         let health = Health::starting().watched_by(watchdog.clone());
-        let bus = BusSender::new(worker_socket.clone());
         let deny_list = authority.deny_list().clone();
-        let mesh = Mesh::new(
-            config,
-            head_metrics,
-            health,
-            shutdown.clone(),
-            bus,
-            deny_list,
-        )?;
+        let mesh = Mesh::new(config, head_metrics, health, shutdown.clone(), deny_list)?;
         mesh.tick();
 
         let answers = TaskTracker::new();
         let mut loops = JoinSet::new();
-        let heart = watchdog.register("housekeeping", HOUSEKEEPING_LIMIT);
+        let heart = watchdog.register("housekeeping", TICK_LIMIT);
         loops.spawn(tick(mesh.clone(), heart));
         loops.spawn(links::serve(
             mesh.clone(),
@@ -322,7 +313,7 @@ fn announce(config: &Config, identity: &NodeIdentity, port: u16) -> Option<Disco
 
 /// The head's main loop: prunes, looks after the queue, keeps `/ready` and systemd's status true.
 async fn tick(mesh: Arc<Mesh>, heart: Heart) {
-    let mut ticks = tokio::time::interval(HOUSEKEEPING);
+    let mut ticks = tokio::time::interval(TICK);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut told = String::new();
     let mut trimmed = Instant::now();
@@ -346,7 +337,7 @@ async fn tick(mesh: Arc<Mesh>, heart: Heart) {
 
 /// Files of the state directory that only the head's user may read.
 const SECRETS: [&str; 4] = ["root.key", "node.key", "tokens.json", "admin.key"];
-const HOUSEKEEPING: Duration = Duration::from_millis(50);
-const HOUSEKEEPING_LIMIT: Duration = Duration::from_secs(10);
-const TRIM_EVERY: Duration = Duration::from_secs(5);
+const TICK: Duration = Duration::from_millis(50);
+const TICK_LIMIT: Duration = Duration::from_secs(10);
+const TRIM_EVERY: Duration = Duration::from_secs(2);
 const GOODBYE: Duration = Duration::from_secs(2);

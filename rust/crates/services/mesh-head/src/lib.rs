@@ -4,7 +4,7 @@
 //! this list:
 //!
 //! - `mesh`: the state that all share, behind one lock;
-//! - `workers`: QUIC links to workers, and the UDP port for heartbeats and workers of DCF v5.0.0 and v5.1;
+//! - `workers`: connections to workers over QUIC, to old ones over UDP, and the UDP port for heartbeats;
 //! - `flight`: one task per request, which carries an answer from its worker to its client, and from one
 //!   worker to the next when that one dies;
 //! - [`api`]: bodies of requests and answers, without I/O;

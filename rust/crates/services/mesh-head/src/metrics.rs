@@ -4,7 +4,6 @@ use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use dcf::Version;
 use mesh_service::metrics::prometheus_client::collector::Collector;
 use mesh_service::metrics::prometheus_client::encoding::{
     DescriptorEncoder, EncodeLabelSet, EncodeLabelValue, EncodeMetric,
@@ -16,7 +15,8 @@ use mesh_service::metrics::prometheus_client::metrics::histogram::Histogram;
 use mesh_service::metrics::prometheus_client::registry::{Registry, Unit};
 
 use mesh_control::fair::Ingress;
-use mesh_control::rings::RingView;
+use mesh_control::rings::{RingCounts, RingView};
+use mesh_control::tracker::TrackerCounts;
 
 /// Front end that a request came through.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelValue)]
@@ -42,17 +42,6 @@ pub(crate) enum Outcome {
     Timeout,
     /// Workers failed on it.
     Failed,
-}
-
-/// The verdict on a member of a ring that another one did not reach.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelValue)]
-pub(crate) enum Verdict {
-    /// The head hears it: nothing is decided yet.
-    Doubted,
-    /// The link between the two was renewed.
-    Relinked,
-    /// The head does not hear it, or it cannot be linked to: it counts as lost.
-    Lost,
 }
 
 /// Labels of the request metrics.
@@ -82,7 +71,7 @@ struct KindLabel {
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct VerdictLabel {
-    verdict: Verdict,
+    verdict: &'static str,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -136,7 +125,8 @@ pub(crate) struct HeadMetrics {
     bad_sources: Family<WorkerLabel, Counter>,
     /// Names that several models claim now.
     pub name_conflicts: Gauge,
-    name_conflicts_found: Counter,
+    /// Times that a second model claimed a name.
+    pub name_conflicts_found: Counter,
     duplicates: Family<WorkerLabel, Counter>,
     faults: Family<WorkerLabel, Counter>,
     quarantines: Family<WorkerLabel, Counter>,
@@ -334,23 +324,23 @@ impl HeadMetrics {
             .inc();
     }
 
-    /// The registry's size: workers of the mesh, and workers without an identity by the version that they
-    /// speak.
-    pub(crate) fn workers(&self, mesh: usize, legacy: [(Version, usize); 2]) {
-        let legacy = legacy.map(|(version, count)| (version.name(), count));
-        for (kind, count) in [("mesh", mesh)].into_iter().chain(legacy) {
+    /// The registry's size, by the kinds of workers.
+    pub(crate) fn workers(&self, kinds: [(&'static str, usize); 3]) {
+        for (kind, count) in kinds {
             self.workers
                 .get_or_create(&KindLabel { kind })
                 .set(i64::try_from(count).unwrap_or(i64::MAX));
         }
     }
 
-    /// A worker is reported to have sent something else than a model's manifest says.
-    pub(crate) fn bad_source(&self, worker: &str) {
-        let worker = worker.to_owned();
-        self.bad_sources
-            .get_or_create(&WorkerLabel { worker })
-            .inc();
+    /// Adds the tracker's counts.
+    pub(crate) fn tracked(&self, counts: &TrackerCounts) {
+        for (worker, reports) in &counts.bad_sources {
+            let worker = worker.clone();
+            let counter = self.bad_sources.get_or_create(&WorkerLabel { worker });
+            counter.inc_by(*reports);
+        }
+        self.name_conflicts_found.inc_by(counts.conflicts);
     }
 
     /// An attempt failed, by this worker's own fault.
@@ -365,11 +355,6 @@ impl HeadMetrics {
         self.quarantines
             .get_or_create(&WorkerLabel { worker })
             .inc();
-    }
-
-    /// A second model claims a name.
-    pub(crate) fn name_conflict(&self) {
-        self.name_conflicts_found.inc();
     }
 
     /// A second machine with the identity of this worker was refused.
@@ -387,17 +372,26 @@ impl HeadMetrics {
         *self.clocks.0.lock().unwrap_or_else(PoisonError::into_inner) = fresh;
     }
 
-    /// A ring lost members and goes on with others.
-    pub(crate) fn failover(&self, model: &str) {
-        let model = model.to_owned();
-        self.failovers.get_or_create(&ModelLabel { model }).inc();
-    }
-
-    /// A member of a ring was not reached by another one.
-    pub(crate) fn suspicion(&self, verdict: Verdict) {
-        self.suspicions
-            .get_or_create(&VerdictLabel { verdict })
-            .inc();
+    /// Adds the rings' counts.
+    pub(crate) fn ring_events(&self, counts: &RingCounts) {
+        for (model, failovers) in &counts.failovers {
+            let model = model.clone();
+            let counter = self.failovers.get_or_create(&ModelLabel { model });
+            counter.inc_by(*failovers);
+        }
+        for (verdict, count) in [
+            ("Doubted", counts.doubted),
+            ("Relinked", counts.relinked),
+            ("Lost", counts.lost),
+        ] {
+            if count > 0 {
+                let counter = self.suspicions.get_or_create(&VerdictLabel { verdict });
+                counter.inc_by(count);
+            }
+        }
+        for (model, gap) in &counts.gaps {
+            self.ring_gap(model, *gap);
+        }
     }
 
     /// Records the time for which an answer stood still because a ring's members changed.
@@ -532,10 +526,13 @@ mod tests {
         let head = metrics.register(HeadMetrics::register);
         head.request_ended(Front::Dcf, Outcome::Complete, 0.2);
         head.datagrams("clients").malformed.inc();
-        head.workers(2, [(Version::V5_0, 1), (Version::V5_1, 0)]);
-        head.failover("m");
-        head.suspicion(Verdict::Doubted);
-        head.ring_gap("m", Duration::from_millis(300));
+        head.workers([("mesh", 2), ("v5.0.0", 1), ("v5.1", 0)]);
+        head.ring_events(&RingCounts {
+            failovers: [("m".to_owned(), 1)].into(),
+            doubted: 1,
+            gaps: vec![("m".to_owned(), Duration::from_millis(300))],
+            ..RingCounts::default()
+        });
         head.duplicate("pi");
         head.clocks([("pi".to_owned(), -90.5)].into_iter());
         let text = metrics.encode(mesh_service::metrics::Format::OpenMetrics);

@@ -73,6 +73,7 @@ impl Service for Head {
             .env("DCF_WORKER_PORT", "dcf.workers:port")
             .env("DCF_HEALTH_PORT", "http.listen:port")
             .renamed("dcf.unverified_networks", "unverified_networks")
+            .renamed("sharding", "ring")
             .flag("--dcf-clients", "dcf.clients", flags.dcf_clients)
             .flag("--dcf-workers", "dcf.workers", flags.dcf_workers)
             .flag("--quic", "quic.listen", flags.quic)
@@ -123,4 +124,29 @@ fn create_token(state_dir: &Path, ttl_seconds: u64, note: &str) -> Result<String
     let json: serde_json::Value = serde_json::from_str(&answer).unwrap_or_default();
     let token = json["token"].as_str().map(str::to_owned);
     token.with_context(|| format!("the head made no token: {answer}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn keys_of_rings_work_by_their_old_names() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("head.toml");
+        std::fs::write(&path, "[sharding]\nstages = 3\nmargin = 0.5\n").unwrap();
+        let variables = [("HYDRAMESH_HEAD__SHARDING__SLOTS", "2")];
+        let loader = Head::layers(Loader::new("head"), &Flags::default());
+        let loaded = loader.file(&path).environment(variables).load().unwrap();
+        let ring = &loaded.value.ring;
+        assert_eq!((ring.stages, ring.margin, ring.slots), (3, 0.5, 2));
+        let [file, variable] = &loaded.warnings[..] else {
+            panic!("{:?}", loaded.warnings)
+        };
+        assert!(file.starts_with("`sharding` (") && file.ends_with("is an old name: use `ring`"));
+        assert!(
+            variable.ends_with("is an old name: use `ring.slots`"),
+            "{variable}"
+        );
+    }
 }

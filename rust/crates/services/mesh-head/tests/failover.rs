@@ -6,7 +6,9 @@ use std::time::Duration;
 
 use dcf::ErrorCode;
 use serde_json::{Value, json};
-use support::{Fate, Script, TestHead, chat, eventually, script, streamed, streamed_text, truth};
+use support::{
+    Fate, Script, TestHead, VECTORS, chat, eventually, script, streamed, streamed_text, truth,
+};
 
 const TOKENS: u32 = 30;
 
@@ -118,6 +120,28 @@ async fn a_request_that_kills_every_worker_is_given_up() {
             .contains("3 attempts at this request failed on 2 workers"),
         "{answer}"
     );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_worker_that_fails_on_texts_is_blamed_when_another_one_embeds_them() {
+    let head = TestHead::start(|_| {}).await;
+    let embeds = |fate| Script {
+        embeds: true,
+        ..script(fate)
+    };
+    // The one that joined first is asked first.
+    let fails = Fate::FailsAfter(0, ErrorCode::INFERENCE_FAILED);
+    let bad = head.worker("bad", embeds(fails)).await;
+    let _good = head.worker("good", embeds(Fate::Finish)).await;
+    while bad.requests() == 0 {
+        let asked = json!({"model": VECTORS, "input": "why?"});
+        let (status, answer) = head.post("/v1/embeddings", asked).await;
+        assert_eq!(status, 200, "{answer}");
+    }
+    let metrics = head.http.get(head.url("/metrics")).send().await.unwrap();
+    let metrics = metrics.text().await.unwrap();
+    let blamed = "hydramesh_head_worker_faults_total{worker=\"bad\"} 1";
+    assert!(metrics.contains(blamed), "{metrics}");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

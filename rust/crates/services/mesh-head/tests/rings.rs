@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use serde_json::{Value, json};
-use support::ring::Shard;
+use support::ring::RingWorker;
 use support::{
     Fate, MODEL, Script, TestHead, chat, eventually, script, streamed, streamed_text, truth,
 };
@@ -15,18 +15,18 @@ const TOKENS: u32 = 30;
 
 async fn start(change: impl FnOnce(&mut mesh_head::Config)) -> TestHead {
     TestHead::start(|config| {
-        config.sharding.gather = Duration::from_millis(200);
+        config.ring.gather = Duration::from_millis(200);
         // One context of KV rows, so that a layer takes 10 MiB.
-        config.sharding.slots = 1;
-        config.sharding.stages = 2;
+        config.ring.slots = 1;
+        config.ring.stages = 2;
         change(config);
     })
     .await
 }
 
 impl TestHead {
-    async fn shard(&self, name: &str, layers: u64) -> Shard {
-        Shard::join(self, name, layers, script(Fate::Finish)).await
+    async fn ring_worker(&self, name: &str, layers: u64) -> RingWorker {
+        RingWorker::join(self, name, layers, script(Fate::Finish)).await
     }
 
     async fn ring(&self) -> Value {
@@ -76,28 +76,31 @@ impl TestHead {
     }
 }
 
-/// The shard that a ring names as member of a stage.
-fn member<'a>(ring: &Value, stage: usize, shards: &'a [Shard]) -> &'a Shard {
+/// The worker that a ring names as member of a stage.
+fn member<'a>(ring: &Value, stage: usize, workers: &'a [RingWorker]) -> &'a RingWorker {
     let id = ring["stages"][stage]["member"]["node_id"].as_str().unwrap();
-    shards.iter().find(|shard| shard.node_id == id).unwrap()
+    workers.iter().find(|worker| worker.node_id == id).unwrap()
 }
 
-fn standby<'a>(ring: &Value, stage: usize, shards: &'a [Shard]) -> &'a Shard {
+fn standby<'a>(ring: &Value, stage: usize, workers: &'a [RingWorker]) -> &'a RingWorker {
     let id = ring["stages"][stage]["standby"]["node_id"]
         .as_str()
         .unwrap();
-    shards.iter().find(|shard| shard.node_id == id).unwrap()
+    workers.iter().find(|worker| worker.node_id == id).unwrap()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_model_that_two_workers_hold_together_is_served() {
-    let head = start(|config| config.sharding.gather = Duration::from_secs(1)).await;
+    let head = start(|config| config.ring.gather = Duration::from_secs(1)).await;
     let (status, body) = head.get("/ready").await;
     assert_eq!(
         (status, &body["reason"]),
         (503, &json!("no worker is connected"))
     );
-    let shards = [head.shard("a", 7).await, head.shard("b", 7).await];
+    let workers = [
+        head.ring_worker("a", 7).await,
+        head.ring_worker("b", 7).await,
+    ];
     eventually("both have offered", || async {
         head.get("/v1/mesh").await.1["unformed"] == json!([])
     })
@@ -113,9 +116,9 @@ async fn a_model_that_two_workers_hold_together_is_served() {
     );
     assert_eq!(ring["stages"][0]["layers"], json!([0, 6]));
     assert_eq!(ring["stages"][1]["member"]["step_ms"], json!(1.5));
-    let driver = member(&ring, 1, &shards);
+    let driver = member(&ring, 1, &workers);
     assert_eq!(driver.generates().len(), 1);
-    let told = shards.each_ref().map(|shard| shard.ring().unwrap());
+    let told = workers.each_ref().map(|worker| worker.ring().unwrap());
     assert_eq!(told[0], told[1], "both were told the same");
     head.until_serving().await;
     let (_, models) = head.get("/v1/models").await;
@@ -129,14 +132,14 @@ async fn a_model_that_two_workers_hold_together_is_served() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_answer_goes_on_when_the_driver_dies() {
     let head = start(|_| {}).await;
-    let shards = [
-        head.shard("a", 7).await,
-        head.shard("b", 7).await,
-        head.shard("s", 14).await,
+    let workers = [
+        head.ring_worker("a", 7).await,
+        head.ring_worker("b", 7).await,
+        head.ring_worker("s", 14).await,
     ];
     head.until_covered().await;
     let ring = head.ring().await;
-    let (driver, next) = (member(&ring, 1, &shards), standby(&ring, 1, &shards));
+    let (driver, next) = (member(&ring, 1, &workers), standby(&ring, 1, &workers));
     let death = async {
         eventually("it runs", || async { !driver.generates().is_empty() }).await;
         tokio::time::sleep(Duration::from_millis(60)).await;
@@ -152,11 +155,11 @@ async fn an_answer_goes_on_when_the_driver_dies() {
     );
     let ring = head.ring().await;
     assert_eq!(ring["epoch"], 2);
-    for shard in shards
+    for worker in workers
         .iter()
-        .filter(|shard| shard.node_id != driver.node_id)
+        .filter(|worker| worker.node_id != driver.node_id)
     {
-        assert_eq!(shard.ring().unwrap().epoch, 2);
+        assert_eq!(worker.ring().unwrap().epoch, 2);
     }
     assert!(head.metric("ring_failovers_total{model=\"tiny\"} 1").await);
     assert!(head.metric("ring_gap_seconds_count{model=\"tiny\"}").await);
@@ -167,14 +170,14 @@ async fn an_answer_goes_on_when_the_driver_dies() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_answer_outlasts_a_recovery_that_takes_longer_than_the_silence_limit() {
     let head = start(|config| config.silence_limit = Duration::from_millis(300)).await;
-    let shards = [
-        head.shard("a", 7).await,
-        head.shard("b", 7).await,
-        head.shard("s", 14).await,
+    let workers = [
+        head.ring_worker("a", 7).await,
+        head.ring_worker("b", 7).await,
+        head.ring_worker("s", 14).await,
     ];
     head.until_covered().await;
     let ring = head.ring().await;
-    let (driver, next) = (member(&ring, 1, &shards), standby(&ring, 1, &shards));
+    let (driver, next) = (member(&ring, 1, &workers), standby(&ring, 1, &workers));
     next.hold.store(true, Ordering::SeqCst);
     let trouble = async {
         eventually("it runs", || async { !driver.generates().is_empty() }).await;
@@ -212,13 +215,13 @@ async fn an_answer_outlasts_a_recovery_that_takes_longer_than_the_silence_limit(
 async fn a_driver_that_falls_silent_is_replaced() {
     let head = start(|config| config.silence_limit = Duration::from_secs(1)).await;
     let silent = script(Fate::SilentAfter(5));
-    let mut shards = vec![head.shard("s", 14).await];
+    let mut workers = vec![head.ring_worker("s", 14).await];
     for name in ["a", "b"] {
-        shards.push(Shard::join(&head, name, 7, silent.clone()).await);
+        workers.push(RingWorker::join(&head, name, 7, silent.clone()).await);
     }
     head.until_covered().await;
     let ring = head.ring().await;
-    let driver = member(&ring, 1, &shards);
+    let driver = member(&ring, 1, &workers);
     assert_eq!(head.ask("why?").await, (truth("why?", TOKENS), 1));
     let (_, mesh) = head.get("/v1/mesh").await;
     assert_eq!(mesh["rings"][0]["epoch"], 2);
@@ -232,17 +235,17 @@ async fn a_driver_that_falls_silent_is_replaced() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_member_that_lives_is_replaced_only_if_a_new_link_does_not_help() {
     let head = start(|_| {}).await;
-    let shards = [
-        head.shard("a", 7).await,
-        head.shard("b", 7).await,
-        head.shard("s", 14).await,
+    let workers = [
+        head.ring_worker("a", 7).await,
+        head.ring_worker("b", 7).await,
+        head.ring_worker("s", 14).await,
     ];
     head.until_covered().await;
     let ring = head.ring().await;
     let (first, driver, spare) = (
-        member(&ring, 0, &shards),
-        member(&ring, 1, &shards),
-        standby(&ring, 0, &shards),
+        member(&ring, 0, &workers),
+        member(&ring, 1, &workers),
+        standby(&ring, 0, &workers),
     );
     driver.complain(&[first]);
     eventually("all make new links", || async {
@@ -268,9 +271,12 @@ async fn a_member_that_lives_is_replaced_only_if_a_new_link_does_not_help() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn without_anybody_to_take_over_requests_hear_why_and_a_node_that_comes_back_is_used() {
     let head = start(|config| config.rejoin_grace = Duration::from_millis(300)).await;
-    let shards = [head.shard("a", 7).await, head.shard("b", 7).await];
+    let workers = [
+        head.ring_worker("a", 7).await,
+        head.ring_worker("b", 7).await,
+    ];
     head.until_serving().await;
-    let lost = &shards[0];
+    let lost = &workers[0];
     lost.die().await;
     eventually("the ring is gone", || async { head.ring().await.is_null() }).await;
     let (status, answer) = head.post("/v1/chat/completions", chat("why?", 5)).await;
@@ -282,7 +288,7 @@ async fn without_anybody_to_take_over_requests_hear_why_and_a_node_that_comes_ba
     assert!(text.contains("add a node"), "{text}");
     let (_, mesh) = head.get("/v1/mesh").await;
     assert_eq!(mesh["unformed"][0]["model"], MODEL);
-    let other = shards[1].ring().unwrap();
+    let other = workers[1].ring().unwrap();
     assert!(
         other.stages.is_empty() && other.reason.contains("worker a is lost"),
         "{}",
@@ -302,14 +308,14 @@ async fn without_anybody_to_take_over_requests_hear_why_and_a_node_that_comes_ba
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_drained_member_hands_over_and_an_undrained_one_is_used_again() {
     let head = start(|_| {}).await;
-    let shards = [
-        head.shard("a", 7).await,
-        head.shard("b", 7).await,
-        head.shard("s", 14).await,
+    let workers = [
+        head.ring_worker("a", 7).await,
+        head.ring_worker("b", 7).await,
+        head.ring_worker("s", 14).await,
     ];
     head.until_covered().await;
     let ring = head.ring().await;
-    let (driver, spare) = (member(&ring, 1, &shards), standby(&ring, 1, &shards));
+    let (driver, spare) = (member(&ring, 1, &workers), standby(&ring, 1, &workers));
     let drained = async {
         eventually("it runs", || async { !driver.generates().is_empty() }).await;
         let (status, body) = head
@@ -333,7 +339,7 @@ async fn a_drained_member_hands_over_and_an_undrained_one_is_used_again() {
     assert_eq!(ring["stages"][1]["member"]["node_id"], spare.node_id);
 
     // Now that nobody else has room, the next one stays where it is.
-    let first = member(&ring, 0, &shards);
+    let first = member(&ring, 0, &workers);
     let (status, body) = head
         .admin("/v1/mesh/drain", json!({"worker": spare.name}))
         .await;
@@ -358,7 +364,7 @@ async fn a_drained_member_hands_over_and_an_undrained_one_is_used_again() {
         .admin("/v1/mesh/undrain", json!({"worker": driver.name}))
         .await;
     assert_eq!((status, &body["draining"]), (200, &json!(false)), "{body}");
-    eventually("it has a seat again", || async {
+    eventually("it has a stage again", || async {
         let rings = head.get("/v1/mesh").await.1["rings"].to_string();
         rings.contains(&driver.node_id)
     })
@@ -371,14 +377,18 @@ async fn a_drained_member_hands_over_and_an_undrained_one_is_used_again() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_faster_worker_takes_over_while_running_answers_end_where_they_are() {
-    let head = start(|config| config.sharding.stages = 0).await;
-    let shards = [head.shard("a", 7).await, head.shard("b", 7).await];
+    let head = start(|config| config.ring.stages = 0).await;
+    let workers = [
+        head.ring_worker("a", 7).await,
+        head.ring_worker("b", 7).await,
+    ];
     head.until_serving().await;
     let old = head.ring().await;
-    let driver = member(&old, 1, &shards);
+    let driver = member(&old, 1, &workers);
     let newcomer = async {
         eventually("it runs", || async { !driver.generates().is_empty() }).await;
-        let fast = Shard::join_with_speed(&head, "fast", 13, 100.0, script(Fate::Finish)).await;
+        let fast =
+            RingWorker::join_with_speed(&head, "fast", 13, 100.0, script(Fate::Finish)).await;
         eventually("the new ring is formed", || async { fast.ring().is_some() }).await;
         eventually("new requests go there", || async {
             head.post("/v1/chat/completions", chat("new?", 2)).await.0 == 200
@@ -425,14 +435,17 @@ async fn a_faster_worker_takes_over_while_running_answers_end_where_they_are() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_ring_that_ends_for_a_better_one_takes_its_requests_along() {
     let head = start(|config| {
-        config.sharding.stages = 0;
+        config.ring.stages = 0;
         config.max_reruns = 0;
     })
     .await;
-    let shards = [head.shard("a", 7).await, head.shard("b", 7).await];
+    let workers = [
+        head.ring_worker("a", 7).await,
+        head.ring_worker("b", 7).await,
+    ];
     head.until_serving().await;
     let old = head.ring().await;
-    let (first, driver) = (member(&old, 0, &shards), member(&old, 1, &shards));
+    let (first, driver) = (member(&old, 0, &workers), member(&old, 1, &workers));
     // The driver comes to hold the whole model faster than both: it cannot serve the model twice.
     let better = async {
         eventually("it runs", || async { !driver.generates().is_empty() }).await;
@@ -457,8 +470,11 @@ async fn a_ring_that_ends_for_a_better_one_takes_its_requests_along() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn plans_and_comparisons_are_shown_to_administrators_only() {
-    let head = start(|config| config.sharding.stages = 0).await;
-    let _shards = [head.shard("a", 7).await, head.shard("b", 7).await];
+    let head = start(|config| config.ring.stages = 0).await;
+    let _workers = [
+        head.ring_worker("a", 7).await,
+        head.ring_worker("b", 7).await,
+    ];
     head.until_serving().await;
     let path = format!("/v1/mesh/plan?model={MODEL}");
     assert_eq!(head.get(&path).await.0, 401);
@@ -484,7 +500,7 @@ async fn plans_and_comparisons_are_shown_to_administrators_only() {
         body["error"]["message"]
             .as_str()
             .unwrap()
-            .contains("`shards`"),
+            .contains("`ring.models`"),
         "{body}"
     );
     assert_eq!(plan("/v1/mesh/plan".into()).await.0, 400);

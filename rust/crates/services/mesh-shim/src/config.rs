@@ -10,6 +10,8 @@ use mesh_base::addresses::host_and_port;
 use mesh_service::{config::units, network::Network};
 use serde::{Deserialize, Serialize};
 
+use crate::bridge::MAX_TASKS;
+
 /// Configuration of the shim, as `shim.toml` holds it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -199,7 +201,6 @@ pub enum Unsound {
 }
 
 pub(crate) const MAX_HEADS: usize = 16;
-const MAX_TASKS: usize = crate::bridge::MAX_TASKS;
 
 #[cfg(test)]
 mod tests {

@@ -2,7 +2,7 @@
 //!
 //! - [`bridge`] decides: a state machine without sockets and without a clock;
 //! - [`batch`] moves datagrams in batches, with one system call for many;
-//! - [`shim`] is the loop between the two, on a thread of its own;
+//! - [`shim`] starts the loop between the two (`event_loop`) on a thread of its own;
 //! - [`metrics`] shows its counters to Prometheus;
 //! - [`config`] holds the operator's settings, [`stats`] the counters;
 //! - `service` makes a program of it.
@@ -12,6 +12,8 @@ pub mod batch;
 pub mod bridge;
 mod candidates;
 pub mod config;
+mod control;
+mod event_loop;
 pub mod metrics;
 mod resolve;
 mod service;

@@ -15,13 +15,13 @@ use dcf::{ErrorCode, Message, MsgType, decode_datagram};
 use mesh_shim::{Config, Shim, ShimHandle, config::RateLimit};
 
 /// Answers every Task with its own text in capitals, and Health with Health, until dropped.
-struct Head {
+struct EchoHead {
     address: SocketAddr,
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
 
-impl Head {
+impl EchoHead {
     fn start(name: &'static str, delay: Duration) -> Self {
         let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
         let address = socket.local_addr().unwrap();
@@ -66,7 +66,7 @@ impl Head {
     }
 }
 
-impl Drop for Head {
+impl Drop for EchoHead {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::SeqCst);
         let panicked = self.thread.take().unwrap().join().is_err();
@@ -74,7 +74,7 @@ impl Drop for Head {
     }
 }
 
-fn shim(heads: &[&Head], change: impl FnOnce(&mut Config)) -> ShimHandle {
+fn shim(heads: &[&EchoHead], change: impl FnOnce(&mut Config)) -> ShimHandle {
     let mut config = Config {
         listen: "127.0.0.1:0".parse().unwrap(),
         heads: heads.iter().map(|head| head.address.to_string()).collect(),
@@ -116,7 +116,7 @@ fn wait_for(what: &str, condition: impl Fn() -> bool) {
 
 #[test]
 fn many_clients_with_the_same_sequence_get_their_own_answers() {
-    let head = Head::start("a", Duration::ZERO);
+    let head = EchoHead::start("a", Duration::ZERO);
     let shim = shim(&[&head], |_| {});
     let clients: Vec<UdpSocket> = (0..20).map(|_| client(&shim)).collect();
     for (number, client) in clients.iter().enumerate() {
@@ -131,8 +131,8 @@ fn many_clients_with_the_same_sequence_get_their_own_answers() {
 
 #[test]
 fn a_task_survives_the_death_of_its_head() {
-    let slow = Head::start("slow", Duration::from_secs(60));
-    let other = Head::start("other", Duration::ZERO);
+    let slow = EchoHead::start("slow", Duration::from_secs(60));
+    let other = EchoHead::start("other", Duration::ZERO);
     let shim = shim(&[&slow, &other], |_| {});
     wait_for("both heads", || shim.stats().live_heads.get() == 2);
     let client = client(&shim);
@@ -149,7 +149,7 @@ fn without_a_head_a_client_is_told_so() {
         .unwrap()
         .local_addr()
         .unwrap();
-    let head = Head::start("unused", Duration::ZERO);
+    let head = EchoHead::start("unused", Duration::ZERO);
     let shim = shim(&[&head], |config| config.heads = vec![gone.to_string()]);
     wait_for("a probe", || shim.stats().traffic.probes.get() > 2);
     let client = client(&shim);
@@ -161,7 +161,7 @@ fn without_a_head_a_client_is_told_so() {
 
 #[test]
 fn a_drain_lets_running_tasks_finish_and_refuses_new_ones() {
-    let head = Head::start("a", Duration::from_millis(300));
+    let head = EchoHead::start("a", Duration::from_millis(300));
     let shim = shim(&[&head], |_| {});
     let (early, late) = (client(&shim), client(&shim));
     ask(&early, 1, "early");
@@ -179,7 +179,7 @@ fn a_drain_lets_running_tasks_finish_and_refuses_new_ones() {
 
 #[test]
 fn a_drain_ends_at_its_limit() {
-    let head = Head::start("a", Duration::from_secs(60));
+    let head = EchoHead::start("a", Duration::from_secs(60));
     let shim = shim(&[&head], |config| {
         config.drain_limit = Duration::from_millis(200)
     });
@@ -198,7 +198,7 @@ fn a_drain_ends_at_its_limit() {
 
 #[test]
 fn a_taken_port_is_named() {
-    let head = Head::start("a", Duration::ZERO);
+    let head = EchoHead::start("a", Duration::ZERO);
     let first = shim(&[&head], |_| {});
     let config = Config {
         listen: first.addr(),
@@ -211,7 +211,7 @@ fn a_taken_port_is_named() {
 /// Random bytes, and good messages with random changes.
 #[test]
 fn two_hundred_thousand_bad_datagrams_do_no_harm() {
-    let head = Head::start("a", Duration::ZERO);
+    let head = EchoHead::start("a", Duration::ZERO);
     let unlimited = RateLimit {
         per_second: 0,
         ..RateLimit::default()

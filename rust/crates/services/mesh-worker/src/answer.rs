@@ -143,10 +143,8 @@ impl Exchange {
     /// Sends the events of an answer until its last one, and signs of life in the absence of events. Returns
     /// early, which cancels the request, when the head is gone or breaks off.
     async fn forward<W: Codec>(mut self, events: RequestStream<W>, reply: &W::Reply) {
-        // Sent data must arrive before the stream's halves are dropped.
         if self.forward_all(events, reply).await.is_some() {
-            let _ = self.send.finish();
-            self.send.stopped().await;
+            finish(self.send).await;
         }
     }
 
@@ -223,14 +221,15 @@ async fn refuse_unread(stream: MsgStream, sequence: u32, reason: &str) {
 
 async fn refuse(mut send: SendHalf, sequence: u32, code: ErrorCode, text: &str) {
     let error = Message::error(sequence, timestamp_us(), code, text);
-    let sent: Result<(), StreamFailure> = async {
-        send.send(error).await?;
-        send.finish()
+    if send.send(error).await.is_ok() {
+        finish(send).await;
     }
-    .await;
-    if sent.is_ok() {
-        send.stopped().await;
-    }
+}
+
+async fn finish(mut send: SendHalf) {
+    let _ = send.finish();
+    // Sent data must arrive before the stream's halves are dropped.
+    send.stopped().await;
 }
 
 /// Time for which a stream may stay empty.

@@ -2,7 +2,8 @@
 //!
 //! Everything about a request that is the same for all kinds is written once: `answer` reads it from its
 //! stream, prepares it, follows the engine and answers; `host` keeps the models. A kind is a
-//! [`mesh_engine::Workload`] with a [`Codec`]. `generate` and `embed` are the two that there are.
+//! [`mesh_engine::Workload`] with a [`Codec`] and a function that loads its models; a new kind needs nothing
+//! else. `generate` and `embed` are the two that exist.
 
 use std::time::{Duration, Instant};
 

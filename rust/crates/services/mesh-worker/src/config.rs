@@ -33,8 +33,6 @@ pub struct Config {
     /// `model_dirs`, names of models that other workers or the hub have, or short names such as `qwen2.5:7b`;
     /// for embeddings the folder of an encoder.
     pub models: Vec<String>,
-    /// Models of which this worker holds a range of layers if the head wants it to; named like `models`.
-    pub shards: Vec<String>,
     /// Folders in which models are looked up by name.
     pub model_dirs: Vec<PathBuf>,
     /// Purposes that this node is reserved for: `chat`, `embeddings`, `images`; empty means any.
@@ -170,8 +168,11 @@ impl Format {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct RingConfig {
-    /// Address at which other workers reach this one, QUIC over UDP. Used only if there are `shards`, or
-    /// models that come from elsewhere.
+    /// Models of which this worker holds a range of layers if the head wants it to; named like the `models` that
+    /// it serves whole.
+    pub models: Vec<String>,
+    /// Address at which other workers reach this one, QUIC over UDP. Used only with `models` of
+    /// its own, or with models that come from elsewhere.
     pub listen: SocketAddr,
     /// Most memory for parts and their KV cache; by default most of the memory that is free at the start.
     #[serde(with = "units::optional_bytes")]
@@ -262,7 +263,6 @@ impl Default for Config {
             join_token_file: None,
             join_token: None,
             models: Vec::new(),
-            shards: Vec::new(),
             model_dirs: vec!["/var/lib/hydramesh/models".into()],
             reserved_for: Vec::new(),
             embed: EmbedConfig::default(),
@@ -311,6 +311,7 @@ impl Default for WeightsConfig {
 impl Default for RingConfig {
     fn default() -> Self {
         RingConfig {
+            models: Vec::new(),
             listen: mesh_base::listen::anywhere(7781),
             memory: None,
             format: Format::default(),
@@ -364,7 +365,7 @@ impl Config {
 
     /// Checks rules that no single key can express.
     pub fn check(&self) -> Result<(), Unsound> {
-        if self.models.is_empty() && self.shards.is_empty() && self.local_models.is_none() {
+        if self.models.is_empty() && self.ring.models.is_empty() && self.local_models.is_none() {
             return Err(Unsound::NoModels);
         }
         if !self.has_head() && self.legacy.head.is_none() {
@@ -448,7 +449,7 @@ pub(crate) fn host_name() -> Option<String> {
 pub enum Unsound {
     /// No model is configured.
     #[error(
-        "`models` and `shards` are empty: name at least one GGUF file to serve whole, as models = [\"/path/model.gguf\"] or --model FILE, or to hold layers of, as shards = [\"/path/model.gguf\"] or --shard FILE, or a folder whose models are served, as local_models = \"/path\""
+        "`models` and `ring.models` are empty: name at least one GGUF file to serve whole, as models = [\"/path/model.gguf\"] or --model FILE, or to hold layers of, as ring.models = [\"/path/model.gguf\"] or --ring-model FILE, or a folder whose models are served, as local_models = \"/path\""
     )]
     NoModels,
     /// No head is set.

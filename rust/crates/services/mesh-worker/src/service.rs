@@ -21,19 +21,23 @@ pub struct Flags {
     #[arg(long, value_name = "HOST:PORT")]
     head: Option<String>,
 
-    /// File with the join token, needed at the first start
+    /// File with the join token, needed until this worker has joined
     #[arg(long, value_name = "FILE")]
     join_token_file: Option<PathBuf>,
 
-    /// Model to serve: a GGUF file, or a name in the model folders (may be repeated)
+    /// Model to serve: a file, a folder, or a name in the model folders, the mesh or the hub (may be repeated)
     #[arg(long = "model", value_name = "MODEL")]
     models: Vec<String>,
 
-    /// Model to hold a range of layers of, as the head decides (may be repeated)
-    #[arg(long = "shard", value_name = "MODEL")]
+    /// Model of which to hold a range of layers, as the head decides (may be repeated)
+    #[arg(long = "ring-model", value_name = "MODEL")]
+    ring_models: Vec<String>,
+
+    /// The same: the old name
+    #[arg(long = "shard", value_name = "MODEL", hide = true)]
     shards: Vec<String>,
 
-    /// Where other workers reach this one, QUIC [default: [::]:7781]
+    /// Address for other workers, QUIC [default: [::]:7781]
     #[arg(long, value_name = "ADDRESS:PORT")]
     ring: Option<SocketAddr>,
 
@@ -76,7 +80,14 @@ impl Service for Worker {
             .flag("--head", "head", flags.head.as_ref())
             .flag("--join-token-file", "join_token_file", token_file)
             .flag("--model", "models", list(&flags.models))
-            .flag("--shard", "shards", list(&flags.shards))
+            .renamed("shards", "ring.models")
+            .old_flag(
+                "--shard",
+                "--ring-model",
+                "ring.models",
+                list(&flags.shards),
+            )
+            .flag("--ring-model", "ring.models", list(&flags.ring_models))
             .flag("--ring", "ring.listen", flags.ring)
             .flag("--threads", "threads", flags.threads)
             .flag("--dcf", "dcf.listen", flags.dcf)
@@ -122,5 +133,42 @@ impl Service for Worker {
             move |fresh, report| live.reload(fresh, report),
             async { Ok(worker.wait().await?) },
         ))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn models_of_rings_may_be_named_under_old_names() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("worker.toml");
+        std::fs::write(&path, "shards = [\"a\"]\n[ring]\nformat = \"int4\"\n").unwrap();
+        let load = |flags: &Flags, variables: &[(&str, &str)]| {
+            let loader = Worker::layers(Loader::new("worker"), flags).file(&path);
+            loader.environment(variables.to_vec()).load().unwrap()
+        };
+        let by_file = load(&Flags::default(), &[]);
+        assert_eq!(by_file.value.ring.models, ["a"]);
+        assert_eq!(by_file.warnings.len(), 1, "{:?}", by_file.warnings);
+        let variable = ("HYDRAMESH_WORKER__SHARDS", "b,c");
+        let by_variable = load(&Flags::default(), &[variable]);
+        assert_eq!(by_variable.value.ring.models, ["b", "c"]);
+        let flags = Flags {
+            shards: vec!["d".into()],
+            ..Flags::default()
+        };
+        let by_flag = load(&flags, &[variable]);
+        assert_eq!(by_flag.value.ring.models, ["d"]);
+        assert_eq!(
+            by_flag.warnings[0],
+            "--shard is an old name: use --ring-model"
+        );
+        let flags = Flags {
+            ring_models: vec!["e".into()],
+            ..flags
+        };
+        assert_eq!(load(&flags, &[]).value.ring.models, ["e"]);
     }
 }

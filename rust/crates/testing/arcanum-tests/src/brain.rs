@@ -4,12 +4,11 @@ use std::fmt;
 
 use anyhow::{Context, Result, bail, ensure};
 use mesh_engine::{LogitRows, Segment, Stage, StageInput, StageOutput};
-use mesh_engine_ort::{OrtOptions, OrtStage};
+use mesh_engine_ort::OrtStage;
 use mesh_model::{EncodeOptions, Message, Model};
 use mesh_proto::{Generate, Prompt};
-use mesh_testkit::paths;
 
-use crate::rescore::arg_max;
+use crate::rescore::{arg_max, smollm2};
 
 /// SmolLM2, one answer at a time, greedy.
 pub struct Brain {
@@ -40,13 +39,7 @@ impl Brain {
     /// # Errors
     /// If it was not fetched.
     pub fn new() -> Result<Self> {
-        let model = Model::open(paths::smollm2()?)?;
-        let options = OrtOptions {
-            library: Some(paths::ort_library()?),
-            slots: 1,
-            ..OrtOptions::default()
-        };
-        let stage = OrtStage::load(&model, 0..model.config().layers, options)?;
+        let (model, stage) = smollm2()?;
         Ok(Self { model, stage })
     }
 

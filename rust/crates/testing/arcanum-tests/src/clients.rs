@@ -13,7 +13,7 @@ use crate::rescore::Transcript;
 
 /// A question with all parameters that decide the answer.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub struct Ask {
+pub struct ChatQuestion {
     /// Text of the user's message.
     pub question: String,
     /// Tokens of the answer.
@@ -26,7 +26,7 @@ pub struct Ask {
     pub model: Option<String>,
 }
 
-impl Ask {
+impl ChatQuestion {
     /// Asks for a greedy answer of exactly `tokens` tokens.
     pub fn greedy(question: impl Into<String>, tokens: u32) -> Self {
         Self {
@@ -84,22 +84,19 @@ impl Ask {
     ///
     /// # Errors
     /// If the mesh refuses, or if the stream breaks off or has an error in it.
-    pub async fn ask(&self, client: &HttpClient) -> Result<Answer> {
+    pub async fn ask(&self, client: &HttpClient) -> Result<StreamedAnswer> {
         self.follow(client, &AtomicUsize::new(0)).await
     }
 
-    /// As [`Ask::ask`]; adds to `arrived` as tokens come.
-    async fn follow(&self, client: &HttpClient, arrived: &AtomicUsize) -> Result<Answer> {
+    /// As [`ChatQuestion::ask`]; adds to `arrived` as tokens come.
+    async fn follow(&self, client: &HttpClient, arrived: &AtomicUsize) -> Result<StreamedAnswer> {
         let model = match &self.model {
             Some(model) => model.clone(),
-            None => {
-                let models = client.models().await?;
-                models.into_iter().next().context("the mesh has no model")?
-            }
+            None => first_model(client).await?,
         };
         let asked = Instant::now();
         let mut stream = client.stream(self.body(&model)).await?;
-        let mut answer = Answer::new(asked);
+        let mut answer = StreamedAnswer::new(asked);
         loop {
             let piece = stream
                 .next()
@@ -118,9 +115,18 @@ impl Ask {
     }
 }
 
+/// The name of the mesh's first model.
+///
+/// # Errors
+/// If the head does not answer or serves no model.
+pub async fn first_model(client: &HttpClient) -> Result<String> {
+    let models = client.models().await?;
+    models.into_iter().next().context("the mesh has no model")
+}
+
 /// A streamed answer, with the time at which each token came.
 #[derive(Debug, Clone)]
-pub struct Answer {
+pub struct StreamedAnswer {
     /// The received text and tokens.
     pub transcript: Transcript,
     /// Time of the request.
@@ -129,7 +135,7 @@ pub struct Answer {
     pub arrivals: Vec<Instant>,
 }
 
-impl Answer {
+impl StreamedAnswer {
     fn new(asked: Instant) -> Self {
         Self {
             transcript: Transcript::default(),
@@ -140,7 +146,7 @@ impl Answer {
 
     /// Checks the invariants of every answer: it has an end, and as many tokens as the mesh reports and the
     /// client asked for.
-    fn check(&self, ask: &Ask) -> Result<()> {
+    fn check(&self, ask: &ChatQuestion) -> Result<()> {
         let came = self.transcript.tokens.len() as u64;
         ensure!(
             self.transcript.finish.is_some(),
@@ -185,14 +191,14 @@ impl Answer {
 
 /// Streamed answers in progress.
 #[derive(Debug)]
-pub struct Running {
-    tasks: Vec<JoinHandle<Result<Answer>>>,
+pub struct RunningStreams {
+    tasks: Vec<JoinHandle<Result<StreamedAnswer>>>,
     arrived: Arc<AtomicUsize>,
 }
 
-impl Running {
+impl RunningStreams {
     /// Asks all of `asks` at once.
-    pub fn start(client: &HttpClient, asks: &[Ask]) -> Self {
+    pub fn start(client: &HttpClient, asks: &[ChatQuestion]) -> Self {
         let arrived = Arc::new(AtomicUsize::new(0));
         let tasks = asks.iter().cloned().map(|ask| {
             let (client, arrived) = (client.clone(), Arc::clone(&arrived));
@@ -235,7 +241,7 @@ impl Running {
     ///
     /// # Errors
     /// If one does not end within 2 minutes.
-    pub async fn outcomes(mut self) -> Result<Vec<Result<Answer>>> {
+    pub async fn outcomes(mut self) -> Result<Vec<Result<StreamedAnswer>>> {
         let deadline = tokio::time::Instant::now() + ANSWER_LIMIT;
         let mut outcomes = Vec::new();
         for (index, task) in self.tasks.iter_mut().enumerate() {
@@ -247,11 +253,11 @@ impl Running {
         Ok(outcomes)
     }
 
-    /// As [`Running::outcomes`], where none may fail.
+    /// As [`RunningStreams::outcomes`], where none may fail.
     ///
     /// # Errors
     /// If one failed.
-    pub async fn answers(self) -> Result<Vec<Answer>> {
+    pub async fn answers(self) -> Result<Vec<StreamedAnswer>> {
         let outcomes = self.outcomes().await?.into_iter().enumerate();
         outcomes
             .map(|(index, outcome)| outcome.with_context(|| format!("answer {index}")))
@@ -259,7 +265,7 @@ impl Running {
     }
 }
 
-impl Drop for Running {
+impl Drop for RunningStreams {
     fn drop(&mut self) {
         for task in &self.tasks {
             task.abort();
@@ -363,9 +369,9 @@ mod tests {
     fn the_gap_after_a_moment_is_the_longest_pause_that_ended_after_it() {
         let start = Instant::now();
         let at = |ms| start + Duration::from_millis(ms);
-        let answer = Answer {
+        let answer = StreamedAnswer {
             arrivals: vec![at(0), at(500), at(510), at(810), at(820)],
-            ..Answer::new(start)
+            ..StreamedAnswer::new(start)
         };
         let gap = |ms| answer.gap_after(at(ms)).map(|gap| gap.as_millis());
         assert_eq!(

@@ -19,7 +19,7 @@ use tokio::task::JoinSet;
 
 /// The manifest, names and pieces that a [`Liar`] offers.
 #[derive(Debug)]
-pub struct Lie {
+pub struct FalseOffer {
     /// The manifest that it gives.
     pub manifest: Manifest,
     /// Names that it claims for the model.
@@ -42,7 +42,7 @@ impl Liar {
     /// # Errors
     /// If the mesh does not take it in.
     pub async fn join(mesh: &Mesh, name: &str, manifest: Manifest) -> Result<Self> {
-        let lie = Lie {
+        let lie = FalseOffer {
             names: vec![manifest.name.clone()],
             manifest,
             files: None,
@@ -54,7 +54,7 @@ impl Liar {
     ///
     /// # Errors
     /// If the mesh does not take it in.
-    pub async fn join_with(mesh: &Mesh, name: &str, lie: Lie) -> Result<Self> {
+    pub async fn join_with(mesh: &Mesh, name: &str, lie: FalseOffer) -> Result<Self> {
         let manifest = &lie.manifest;
         let state = tempfile::tempdir()?;
         let head = mesh.head.address("quic")?;
@@ -125,7 +125,7 @@ async fn stay(link: Link, mut control: MsgStream) {
     }
 }
 
-async fn serve(listener: Listener, lie: Arc<Lie>, sent: Arc<AtomicU64>) {
+async fn serve(listener: Listener, lie: Arc<FalseOffer>, sent: Arc<AtomicU64>) {
     let mut tasks = JoinSet::new();
     while let Some(link) = listener.accept().await {
         let (lie, sent) = (lie.clone(), sent.clone());
@@ -142,7 +142,7 @@ async fn serve(listener: Listener, lie: Arc<Lie>, sent: Arc<AtomicU64>) {
     }
 }
 
-async fn answer(mut stream: MsgStream, lie: &Lie, sent: &AtomicU64) -> Result<()> {
+async fn answer(mut stream: MsgStream, lie: &FalseOffer, sent: &AtomicU64) -> Result<()> {
     let manifest = &lie.manifest;
     while let Some(asked) = stream.recv().await? {
         match asked.kind {

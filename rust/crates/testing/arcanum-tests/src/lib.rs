@@ -2,12 +2,14 @@
 //!
 //! - [`Cluster`] is a mesh of machines that share a model, with faults for each of them: killed, stopped,
 //!   cut off, slowed, restarted;
-//! - [`Ask`], [`Running`] and [`Answer`] are its clients, with the time at which each token came; [`gaps`] sums up pauses;
+//! - [`ChatQuestion`], [`RunningStreams`] and [`StreamedAnswer`] are its clients, with the time at which each token
+//!   came; [`gaps`] sums up pauses;
 //! - [`Undisturbed`] knows the answers without failures;
 //! - [`alone`] keeps these tests apart: each wants the whole machine;
 //! - [`rescore`] checks a stream against the model itself;
 //! - [`flood`] makes malformed and malicious datagrams;
 //! - [`load`] keeps streams open beside threads that burn processor time;
+//! - [`mesh_state`] waits for states of a mesh and checks that nothing died;
 //! - [`liar`] is a member that gives away other models than it claims;
 //! - [`rogue`] is a worker with one lie of its own;
 //! - [`report`] is the table of a long run;
@@ -22,13 +24,16 @@ pub mod flood;
 pub mod gaps;
 pub mod liar;
 pub mod load;
+pub mod mesh_state;
 pub mod report;
 pub mod rescore;
 pub mod rogue;
 pub mod undisturbed;
 pub mod view;
 
-pub use clients::{Answer, Ask, Running, assert_same_tokens, question};
+pub use clients::{
+    ChatQuestion, RunningStreams, StreamedAnswer, assert_same_tokens, first_model, question,
+};
 pub use cluster::{Cluster, ClusterBuilder, Fault};
 pub use undisturbed::Undisturbed;
 pub use view::RingView;

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 
-use crate::clients::{ANSWER_LIMIT, Answer, Ask};
+use crate::clients::{ANSWER_LIMIT, ChatQuestion, StreamedAnswer};
 use crate::cluster::Cluster;
 use crate::gaps::Gaps;
 use crate::undisturbed::Undisturbed;
@@ -56,7 +56,7 @@ impl Drop for Burn {
 
 /// The outcome of the streams.
 #[derive(Debug, Default)]
-pub struct Outcome {
+pub struct LoadResult {
     /// Answers that are as they are without load.
     pub good: usize,
     /// Errors of the others.
@@ -67,7 +67,7 @@ pub struct Outcome {
     pub alarms: Vec<(&'static str, f64)>,
 }
 
-impl Outcome {
+impl LoadResult {
     /// True if nothing failed and no worker was suspected.
     pub fn is_clean(&self) -> bool {
         self.failures.is_empty() && self.alarms.iter().all(|(_, count)| *count == 0.0)
@@ -82,11 +82,11 @@ impl Outcome {
 pub async fn under_load(
     cluster: &Cluster,
     undisturbed: &Undisturbed,
-    asks: &[Ask],
+    asks: &[ChatQuestion],
     streams: usize,
     burn: usize,
     lasts: Duration,
-) -> Result<Outcome> {
+) -> Result<LoadResult> {
     let before = alarms(cluster).await?;
     let burning = Burn::start(burn);
     let until = Instant::now() + lasts;
@@ -94,7 +94,7 @@ pub async fn under_load(
     for stream in 0..streams {
         let (http, asks) = (cluster.client()?, asks.to_vec());
         clients.push(tokio::spawn(async move {
-            let mut answers: Vec<(Ask, Result<Answer>)> = Vec::new();
+            let mut answers: Vec<(ChatQuestion, Result<StreamedAnswer>)> = Vec::new();
             for ask in asks.iter().cycle().skip(stream) {
                 if Instant::now() >= until {
                     break;
@@ -106,7 +106,7 @@ pub async fn under_load(
             answers
         }));
     }
-    let mut outcome = Outcome::default();
+    let mut outcome = LoadResult::default();
     for client in clients {
         for (ask, answer) in client.await.context("a client panicked")? {
             let checked = answer.and_then(|answer| {

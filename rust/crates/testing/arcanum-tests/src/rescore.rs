@@ -95,19 +95,25 @@ impl fmt::Debug for Judge {
     }
 }
 
+/// SmolLM2 with all of its layers, for one sequence.
+pub(crate) fn smollm2() -> Result<(Model, OrtStage)> {
+    let model = Model::open(paths::smollm2()?)?;
+    let options = OrtOptions {
+        library: Some(paths::ort_library()?),
+        slots: 1,
+        ..OrtOptions::default()
+    };
+    let stage = OrtStage::load(&model, 0..model.config().layers, options)?;
+    Ok((model, stage))
+}
+
 impl Judge {
     /// Loads SmolLM2.
     ///
     /// # Errors
     /// If it was not fetched.
     pub fn new() -> Result<Self> {
-        let model = Model::open(paths::smollm2()?)?;
-        let options = OrtOptions {
-            library: Some(paths::ort_library()?),
-            slots: 1,
-            ..OrtOptions::default()
-        };
-        let stage = OrtStage::load(&model, 0..model.config().layers, options)?;
+        let (model, stage) = smollm2()?;
         let tokenizer = model.tokenizer();
         let mut ids = HashMap::new();
         for id in 0..tokenizer.vocab_size() as u32 {

@@ -92,7 +92,7 @@ impl Lie {
 
 /// The model that a rogue claims to serve.
 #[derive(Debug, Clone)]
-pub struct Claim {
+pub struct ClaimedModel {
     /// Name of the model.
     pub model: String,
     /// Fingerprint of the model, so that the rogue counts as a replica.
@@ -105,7 +105,7 @@ pub struct Claim {
     pub context: u32,
 }
 
-impl Claim {
+impl ClaimedModel {
     /// The claim of a mesh's first worker that serves `kind`.
     ///
     /// # Errors
@@ -138,7 +138,7 @@ impl Claim {
 
 /// A request that reached a rogue.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Seen {
+pub struct ReceivedRequest {
     /// Time of arrival.
     pub at: Instant,
     /// Id of the request.
@@ -147,7 +147,7 @@ pub struct Seen {
     pub question: String,
 }
 
-impl Seen {
+impl ReceivedRequest {
     /// True if the request is the head's probe, as far as a worker can tell.
     pub fn looks_like_a_probe(&self) -> bool {
         self.request.starts_with("probe")
@@ -161,22 +161,22 @@ pub struct Rogue {
     pub name: String,
     /// The id in its certificate.
     pub node_id: String,
-    shared: Arc<Shared>,
+    shared: Arc<RogueState>,
     task: JoinHandle<()>,
     _state: tempfile::TempDir,
 }
 
 #[derive(Debug)]
-struct Shared {
+struct RogueState {
     lie: Lie,
     name: String,
-    claim: Claim,
-    seen: Mutex<Vec<Seen>>,
+    claim: ClaimedModel,
+    seen: Mutex<Vec<ReceivedRequest>>,
     ends: Mutex<Vec<String>>,
-    told: fn(&Event),
+    told: fn(&RogueEvent),
 }
 
-impl Shared {
+impl RogueState {
     fn note_end(&self, reason: String) {
         let mut ends = lock(&self.ends);
         if ends.len() < 1_000 {
@@ -187,11 +187,11 @@ impl Shared {
 
 /// A log entry of a rogue.
 #[derive(Debug, Clone)]
-pub enum Event {
+pub enum RogueEvent {
     /// The head took it in.
     Welcomed,
     /// A request reached it.
-    Asked(Seen),
+    Asked(ReceivedRequest),
     /// Its link ended or could not be established, with the reason.
     Ended(String),
 }
@@ -206,7 +206,7 @@ impl Rogue {
             Lie::Dimensions => ModelKind::Embed,
             _ => ModelKind::Chat,
         };
-        let claim = Claim::like_others(&mesh.registry().await?, kind)?;
+        let claim = ClaimedModel::like_others(&mesh.registry().await?, kind)?;
         let token = mesh.join_token().await?;
         Self::join_at(mesh.head.address("quic")?, &token, name, lie, claim, |_| ()).await
     }
@@ -220,8 +220,8 @@ impl Rogue {
         token: &str,
         name: &str,
         lie: Lie,
-        claim: Claim,
-        told: fn(&Event),
+        claim: ClaimedModel,
+        told: fn(&RogueEvent),
     ) -> Result<Self> {
         let state = tempfile::tempdir()?;
         let token = token
@@ -230,7 +230,7 @@ impl Rogue {
         let identity = quic::join(&[head], &token, state.path(), name).await?;
         let answerer = Arc::new(Answerer::new(lie, lie.needs_model())?);
         let node_id = identity.node_id().to_owned();
-        let shared = Arc::new(Shared {
+        let shared = Arc::new(RogueState {
             lie,
             name: name.to_owned(),
             claim,
@@ -249,7 +249,7 @@ impl Rogue {
     }
 
     /// All requests that reached it so far.
-    pub fn seen(&self) -> Vec<Seen> {
+    pub fn seen(&self) -> Vec<ReceivedRequest> {
         lock(&self.shared.seen).clone()
     }
 
@@ -267,7 +267,7 @@ impl Drop for Rogue {
 
 /// Connects, lies, and connects again.
 async fn live(
-    shared: Arc<Shared>,
+    shared: Arc<RogueState>,
     head: SocketAddr,
     identity: NodeIdentity,
     answerer: Arc<Answerer>,
@@ -277,14 +277,14 @@ async fn live(
             Ok(()) => "the link ended".to_owned(),
             Err(error) => format!("{error:#}"),
         };
-        (shared.told)(&Event::Ended(reason.clone()));
+        (shared.told)(&RogueEvent::Ended(reason.clone()));
         shared.note_end(reason);
         tokio::time::sleep(PAUSE).await;
     }
 }
 
 async fn link(
-    shared: &Arc<Shared>,
+    shared: &Arc<RogueState>,
     head: SocketAddr,
     identity: &NodeIdentity,
     answerer: &Arc<Answerer>,
@@ -299,7 +299,7 @@ async fn link(
     if answer.kind != MsgType::WELCOME {
         bail!("the head answered Hello with {answer:?}");
     }
-    (shared.told)(&Event::Welcomed);
+    (shared.told)(&RogueEvent::Welcomed);
     let mut requests = JoinSet::new();
     requests.spawn(report(shared.clone(), control));
     if shared.lie == Lie::Unasked {
@@ -318,21 +318,21 @@ async fn link(
     }
 }
 
-async fn request(shared: &Shared, answerer: &Answerer, mut stream: MsgStream) -> Result<()> {
+async fn request(shared: &RogueState, answerer: &Answerer, mut stream: MsgStream) -> Result<()> {
     let first = stream.recv().await?.context("no request")?;
     let (request, question) = answers::what_is_asked(&first)?;
-    let seen = Seen {
+    let seen = ReceivedRequest {
         at: Instant::now(),
         request,
         question,
     };
-    (shared.told)(&Event::Asked(seen.clone()));
+    (shared.told)(&RogueEvent::Asked(seen.clone()));
     let probe = seen.looks_like_a_probe();
     lock(&shared.seen).push(seen);
     answerer.answer(first, probe, &shared.claim, stream).await
 }
 
-fn hello(shared: &Shared) -> Hello {
+fn hello(shared: &RogueState) -> Hello {
     let mut hello = Hello {
         node_name: shared.name.clone(),
         version: "0".to_owned(),
@@ -347,7 +347,7 @@ fn hello(shared: &Shared) -> Hello {
     hello
 }
 
-fn card(shared: &Shared) -> ModelCard {
+fn card(shared: &RogueState) -> ModelCard {
     let claim = &shared.claim;
     let mut card = ModelCard {
         name: claim.model.clone(),
@@ -374,7 +374,7 @@ fn card(shared: &Shared) -> ModelCard {
     card
 }
 
-fn load(shared: &Shared) -> Load {
+fn load(shared: &RogueState) -> Load {
     let card = card(shared);
     let speed = ModelSpeed {
         name: card.name,
@@ -398,7 +398,7 @@ fn load(shared: &Shared) -> Load {
 }
 
 /// Keeps the head informed, in the lie's way.
-async fn report(shared: Arc<Shared>, mut control: MsgStream) {
+async fn report(shared: Arc<RogueState>, mut control: MsgStream) {
     if shared.lie == Lie::Malformed {
         // Fields that do not end, and a length of all bits.
         let garbage = [0xFF; 64];
@@ -441,7 +441,7 @@ async fn report(shared: Arc<Shared>, mut control: MsgStream) {
 }
 
 /// A hundred reports of all kinds, none of them small.
-fn chatter(shared: &Shared) -> Vec<Message> {
+fn chatter(shared: &RogueState) -> Vec<Message> {
     let served = Served {
         models: vec![card(shared); 32],
     };

@@ -4,14 +4,14 @@ use std::collections::HashMap;
 
 use anyhow::Result;
 
-use crate::clients::{Answer, Ask, Running, assert_same_tokens};
+use crate::clients::{ChatQuestion, RunningStreams, StreamedAnswer, assert_same_tokens};
 use crate::cluster::Cluster;
 use crate::rescore::Transcript;
 
 /// Answers without failures, by question; asks a worker of its own for those it does not know yet.
 #[derive(Debug, Default)]
 pub struct Undisturbed {
-    known: HashMap<Ask, Transcript>,
+    known: HashMap<ChatQuestion, Transcript>,
 }
 
 impl Undisturbed {
@@ -24,8 +24,8 @@ impl Undisturbed {
     ///
     /// # Errors
     /// If it cannot be started, or does not answer.
-    pub async fn learn(&mut self, asks: &[Ask]) -> Result<()> {
-        let mut new: Vec<Ask> = Vec::new();
+    pub async fn learn(&mut self, asks: &[ChatQuestion]) -> Result<()> {
+        let mut new: Vec<ChatQuestion> = Vec::new();
         for ask in asks.iter().map(plain) {
             if !self.known.contains_key(&ask) && !new.contains(&ask) {
                 new.push(ask);
@@ -37,7 +37,9 @@ impl Undisturbed {
         let mut cluster = Cluster::builder().whole(1).threads(2).start().await?;
         cluster.mesh.wait_for_workers(1).await?;
         for asks in new.chunks(8) {
-            let answers = Running::start(&cluster.client()?, asks).answers().await?;
+            let answers = RunningStreams::start(&cluster.client()?, asks)
+                .answers()
+                .await?;
             let answers = answers.into_iter().map(|answer| answer.transcript);
             self.known.extend(asks.iter().cloned().zip(answers));
         }
@@ -51,7 +53,7 @@ impl Undisturbed {
     ///
     /// # Panics
     /// If the answer was not learned before.
-    pub fn check(&self, ask: &Ask, answer: &Answer) -> Result<()> {
+    pub fn check(&self, ask: &ChatQuestion, answer: &StreamedAnswer) -> Result<()> {
         let known = self.known.get(&plain(ask));
         let known = known.expect("learned before: a test's own mistake");
         assert_same_tokens(known, &answer.transcript)
@@ -61,7 +63,7 @@ impl Undisturbed {
     ///
     /// # Errors
     /// Names the first question with another answer.
-    pub fn check_all(&self, asks: &[Ask], answers: &[Answer]) -> Result<()> {
+    pub fn check_all(&self, asks: &[ChatQuestion], answers: &[StreamedAnswer]) -> Result<()> {
         anyhow::ensure!(
             asks.len() == answers.len(),
             "{} answers to {} questions",
@@ -77,8 +79,8 @@ impl Undisturbed {
 }
 
 /// The question without the model's name: all names stand for the same model.
-fn plain(ask: &Ask) -> Ask {
-    Ask {
+fn plain(ask: &ChatQuestion) -> ChatQuestion {
+    ChatQuestion {
         model: None,
         ..ask.clone()
     }

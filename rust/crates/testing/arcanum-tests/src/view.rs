@@ -111,7 +111,7 @@ impl RingView {
     }
 
     /// True if the worker is a member or standby of the ring.
-    pub fn seats(&self, worker: &str) -> bool {
+    pub fn includes(&self, worker: &str) -> bool {
         self.parts().any(|(_, part)| part.worker == worker)
     }
 

@@ -6,7 +6,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use arcanum_tests::alone;
+use arcanum_tests::{alone, first_model};
 use mesh_testkit::client::http::HttpError;
 use mesh_testkit::v5::{Datagram, RESULT, TASK, V5Client};
 use mesh_testkit::{Launcher, Mesh, paths};
@@ -152,12 +152,7 @@ async fn bad_requests_over_http_get_openai_errors() -> Result<()> {
         .start()
         .await?;
     let client = mesh.client()?;
-    let model = client
-        .models()
-        .await?
-        .into_iter()
-        .next()
-        .context("a model")?;
+    let model = first_model(&client).await?;
     let user = |text: &str| json!([{"role": "user", "content": text}]);
     let table: Vec<(&str, Value, u16, &str, &str)> = vec![
         (
@@ -242,12 +237,7 @@ async fn a_mesh_without_a_worker_and_one_whose_workers_are_all_busy_say_so() -> 
 
     mesh.start_worker(SMALL).await?;
     mesh.wait_for_workers(1).await?;
-    let model = client
-        .models()
-        .await?
-        .into_iter()
-        .next()
-        .context("a model")?;
+    let model = first_model(&client).await?;
     let long = json!({"model": model, "prompt": "Once", "max_tokens": 200, "temperature": 0, "ignore_eos": true});
     // One runs, one waits: the third is one too many.
     let mut streams = Vec::new();

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use arcanum_tests::alone;
+use arcanum_tests::{alone, first_model};
 use mesh_testkit::Mesh;
 use serde_json::json;
 
@@ -19,12 +19,7 @@ async fn a_request_behind_a_long_answer_is_answered_and_the_head_stays_ready() -
         .start()
         .await?;
     let client = mesh.client()?;
-    let model = client
-        .models()
-        .await?
-        .into_iter()
-        .next()
-        .context("a model")?;
+    let model = first_model(&client).await?;
     let long = json!({"model": model, "prompt": "Once upon a time", "max_tokens": 8000, "ignore_eos": true});
     let mut stream = client.stream(long).await?;
     stream.next().await?.context("a first piece")?;

@@ -1,16 +1,14 @@
 //! Machines whose clocks are wrong, by libfaketime: a head, a worker, and clocks that are set while they run.
 
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, ensure};
 use arcanum_tests::alone;
+use arcanum_tests::mesh_state::{idle_worker, registry_until, worker_count};
 use mesh_base::files;
 use mesh_testkit::Mesh;
-use mesh_testkit::process::{Launcher, Service};
-use serde_json::Value;
-
-const LIMIT: Duration = Duration::from_secs(60);
+use mesh_testkit::process::Launcher;
 
 /// A clock that the test sets, for the services that its launcher starts.
 struct Clock {
@@ -63,35 +61,6 @@ impl Clock {
     }
 }
 
-/// The configuration of a worker that has nothing to load.
-fn idle(folder: &Path) -> String {
-    format!(
-        "models = []\nlocal_models = {:?}\n",
-        folder.display().to_string()
-    )
-}
-
-async fn registry_until(mesh: &Mesh, what: &str, holds: impl Fn(&Value) -> bool) -> Result<Value> {
-    let begun = Instant::now();
-    loop {
-        let registry = mesh.registry().await?;
-        if holds(&registry) {
-            return Ok(registry);
-        }
-        let logs: String = mesh.workers.iter().map(Service::log_end).collect();
-        ensure!(
-            begun.elapsed() < LIMIT,
-            "not within {LIMIT:?}: {what}: {registry}\n{}\n{logs}",
-            mesh.head.log_end()
-        );
-        tokio::time::sleep(Duration::from_millis(100)).await;
-    }
-}
-
-fn workers(registry: &Value) -> usize {
-    registry["workers"].as_array().map_or(0, Vec::len)
-}
-
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_head_that_first_started_two_years_ahead_is_joined_once_its_clock_is_right() -> Result<()>
 {
@@ -106,9 +75,10 @@ async fn a_head_that_first_started_two_years_ahead_is_joined_once_its_clock_is_r
         .await?;
     // One joins meanwhile, with the right time: it gets a certificate from the future.
     let right = Launcher::of_this_build()?;
-    mesh.start_worker_by(&right, &idle(folder.path())).await?;
+    mesh.start_worker_by(&right, &idle_worker(folder.path()))
+        .await?;
     registry_until(&mesh, "a worker joins a head from the future", |r| {
-        workers(r) == 1
+        worker_count(r) == 1
     })
     .await?;
 
@@ -116,8 +86,9 @@ async fn a_head_that_first_started_two_years_ahead_is_joined_once_its_clock_is_r
     mesh.restart_head(Duration::ZERO).await?;
     let log = mesh.head.log();
     ensure!(log.contains("a new one is issued"), "{log}");
-    mesh.start_worker_by(&right, &idle(folder.path())).await?;
-    let registry = registry_until(&mesh, "both are there", |r| workers(r) == 2).await?;
+    mesh.start_worker_by(&right, &idle_worker(folder.path()))
+        .await?;
+    let registry = registry_until(&mesh, "both are there", |r| worker_count(r) == 2).await?;
     ensure!(
         registry["warnings"].as_array().is_some_and(Vec::is_empty),
         "{registry}"
@@ -139,10 +110,10 @@ async fn workers_with_wrong_clocks_join_and_the_operator_hears_of_them() -> Resu
     let folder = tempfile::tempdir()?;
     let mut mesh = Mesh::builder().start().await?;
     for clock in [&past, &future] {
-        mesh.start_worker_by(&clock.launcher, &idle(folder.path()))
+        mesh.start_worker_by(&clock.launcher, &idle_worker(folder.path()))
             .await?;
     }
-    let registry = registry_until(&mesh, "both join", |r| workers(r) == 2).await?;
+    let registry = registry_until(&mesh, "both join", |r| worker_count(r) == 2).await?;
     let warnings = registry["warnings"].to_string();
     for part in [
         "years behind by this head's",
@@ -157,7 +128,7 @@ async fn workers_with_wrong_clocks_join_and_the_operator_hears_of_them() -> Resu
     }
     // A new link takes the certificate that the head's clock agrees with.
     mesh.restart_head(Duration::ZERO).await?;
-    registry_until(&mesh, "both come back", |r| workers(r) == 2).await?;
+    registry_until(&mesh, "both come back", |r| worker_count(r) == 2).await?;
     mesh.shutdown().await
 }
 
@@ -173,9 +144,9 @@ async fn clocks_that_are_set_while_services_run_cut_nothing() -> Result<()> {
         .head_config("worker_timeout = \"2s\"")
         .start()
         .await?;
-    mesh.start_worker_by(&of_worker.launcher, &idle(folder.path()))
+    mesh.start_worker_by(&of_worker.launcher, &idle_worker(folder.path()))
         .await?;
-    let registry = registry_until(&mesh, "the worker joins", |r| workers(r) == 1).await?;
+    let registry = registry_until(&mesh, "the worker joins", |r| worker_count(r) == 1).await?;
     let id = registry["workers"][0]["id"].clone();
     for (head, worker) in [
         ("+0", "+1000d"),
@@ -189,7 +160,7 @@ async fn clocks_that_are_set_while_services_run_cut_nothing() -> Result<()> {
         tokio::time::sleep(Duration::from_millis(2_600)).await;
         let registry = mesh.registry().await?;
         ensure!(
-            workers(&registry) == 1 && registry["workers"][0]["id"] == id,
+            worker_count(&registry) == 1 && registry["workers"][0]["id"] == id,
             "{head} and {worker}: the link was cut: {registry}\n{}",
             mesh.workers[0].log_end()
         );
@@ -199,6 +170,6 @@ async fn clocks_that_are_set_while_services_run_cut_nothing() -> Result<()> {
     // So does a link that is made then, by machines that disagree about the date.
     of_worker.set("+1000d")?;
     mesh.restart_head(Duration::ZERO).await?;
-    registry_until(&mesh, "the worker comes back", |r| workers(r) == 1).await?;
+    registry_until(&mesh, "the worker comes back", |r| worker_count(r) == 1).await?;
     mesh.shutdown().await
 }

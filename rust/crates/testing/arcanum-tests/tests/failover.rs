@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use arcanum_tests::rescore::{Judge, Transcript};
-use arcanum_tests::{Seed, alone, question};
+use arcanum_tests::{Seed, alone, first_model, question};
 use mesh_testkit::Mesh;
 use mesh_testkit::client::http::HttpClient;
 use serde_json::json;
@@ -82,12 +82,7 @@ async fn a_hundred_chats_survive_the_death_of_a_worker_three_times() -> Result<(
 
 async fn one_round(mesh: &mut Mesh, victim: usize, kill_after: usize) -> Result<Vec<Transcript>> {
     let client = mesh.client()?;
-    let model = client
-        .models()
-        .await?
-        .into_iter()
-        .next()
-        .context("a model")?;
+    let model = first_model(&client).await?;
     let arrived = Arc::new(AtomicUsize::new(0));
     let chats: Vec<_> = (0..CHATS)
         .map(|chat| {

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use arcanum_tests::flood::flood;
+use arcanum_tests::mesh_state::ensure_alive;
 use arcanum_tests::{Seed, alone};
 use mesh_testkit::v5::{RESULT, V5Client};
 use mesh_testkit::{Mesh, Service};
@@ -82,25 +83,7 @@ fn resident(mesh: &Mesh) -> Result<Vec<(String, u64)>> {
 }
 
 async fn still_serves(mesh: &mut Mesh) -> Result<()> {
-    for service in mesh
-        .shim
-        .iter_mut()
-        .chain(&mut mesh.workers)
-        .chain([&mut mesh.head])
-    {
-        ensure!(
-            service.is_running(),
-            "{} is gone:\n{}",
-            service.name(),
-            service.log_end()
-        );
-        ensure!(
-            !service.log().contains("panicked"),
-            "{} panicked:\n{}",
-            service.name(),
-            service.log_end()
-        );
-    }
+    ensure_alive(mesh)?;
     // A v5.0.0 worker that the noise made up may stand in the registry until it is pruned; a good task gets through.
     let shim = mesh.shim.as_ref().context("a shim")?.address("ingress")?;
     let started = Instant::now();

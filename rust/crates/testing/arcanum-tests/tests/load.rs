@@ -4,24 +4,26 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use arcanum_tests::load::under_load;
-use arcanum_tests::{Ask, Cluster, RingView, Running, Undisturbed, alone, question};
+use arcanum_tests::{
+    ChatQuestion, Cluster, RingView, RunningStreams, Undisturbed, alone, question,
+};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn sixteen_streams_over_a_ring_beside_a_compiler_disturb_nobody() -> Result<()> {
     let _alone = alone();
-    let asks: Vec<Ask> = (0..8)
+    let asks: Vec<ChatQuestion> = (0..8)
         .map(|number| match number % 4 {
-            3 => Ask::sampled(question(number * 5), 24, number as u64),
-            _ => Ask::greedy(question(number * 5), 24),
+            3 => ChatQuestion::sampled(question(number * 5), 24, number as u64),
+            _ => ChatQuestion::greedy(question(number * 5), 24),
         })
         .collect();
     let mut undisturbed = Undisturbed::new();
     undisturbed.learn(&asks).await?;
     let mut cluster = Cluster::builder()
-        .shards(4)
+        .ring_workers(4)
         .stages(3)
         .standbys(false)
-        .head_config("[sharding]\nslots = 16\ncontext = 512\n")
+        .head_config("[ring]\nslots = 16\ncontext = 512\n")
         .start()
         .await?;
     let ring = cluster.wait_for_whole_ring().await?;
@@ -43,13 +45,13 @@ async fn sixteen_streams_over_a_ring_beside_a_compiler_disturb_nobody() -> Resul
 async fn moves_by_plan_alarm_nobody(
     cluster: &mut Cluster,
     undisturbed: &Undisturbed,
-    ask: &Ask,
+    ask: &ChatQuestion,
 ) -> Result<()> {
     let before = cluster.alarms();
     for stage in [0, 2] {
         let ring = cluster.wait_for_ring(RingView::serves).await?;
         let drained = ring.stages[stage].member.worker.clone();
-        let running = Running::start(&cluster.client()?, std::slice::from_ref(ask));
+        let running = RunningStreams::start(&cluster.client()?, std::slice::from_ref(ask));
         running.wait_for_tokens(2).await?;
         cluster.drain(&drained).await?;
         undisturbed.check(ask, &running.answers().await?[0])?;

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use arcanum_tests::alone;
-use arcanum_tests::liar::{Liar, Lie};
+use arcanum_tests::liar::{FalseOffer, Liar};
 use mesh_model::synth::{Shape, Tokens, random_model_bytes, write_folder};
 use mesh_model::{Architecture, GgmlType, Model};
 use mesh_store::{Digest, Manifest};
@@ -115,7 +115,7 @@ async fn an_altered_file_that_a_peer_offers_under_a_hub_name_is_refused_and_the_
     hub.publish("acme/Tiny-GGUF", &[(FILE, model())]);
     let mut mesh = mesh(&hub.endpoint()).await?;
     let folder = altered()?;
-    let lie = Lie {
+    let lie = FalseOffer {
         manifest: manifest("Tiny-Q4_0", folder.path(), &[FILE])?,
         names: vec!["Tiny-Q4_0".into(), HUB.into()],
         files: Some(folder.path().into()),
@@ -187,7 +187,7 @@ async fn a_manifest_that_tells_the_hubs_digest_and_pieces_of_another_file_is_fou
     let folder = altered()?;
     let mut manifest = manifest("Tiny-Q4_0", folder.path(), &[FILE])?;
     manifest.files[0].sha256 = Digest::of(model());
-    let lie = Lie {
+    let lie = FalseOffer {
         manifest,
         names: vec![HUB.into()],
         files: Some(folder.path().into()),
@@ -242,7 +242,7 @@ async fn a_small_file_of_a_folder_that_a_peer_altered_is_found_out() -> Result<(
     hub.publish_files("acme/tiny", &published)?;
     let mut mesh = mesh(&hub.endpoint()).await?;
     let names: Vec<&str> = names.iter().map(String::as_str).collect();
-    let lie = Lie {
+    let lie = FalseOffer {
         manifest: manifest("tiny", &bad, &names)?,
         names: vec!["acme/tiny".into()],
         files: Some(bad.clone()),

@@ -38,7 +38,7 @@ fn worker(what: &str) -> String {
 }
 
 fn in_parts() -> String {
-    worker(&format!("models = []\nshards = [{MODEL:?}]"))
+    worker("models = []").replace("[ring]\n", &format!("[ring]\nmodels = [{MODEL:?}]\n"))
 }
 
 fn whole() -> String {
@@ -119,7 +119,8 @@ async fn ask(mesh: &Mesh, model: &str) -> Result<String> {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_cold_ring_moves_a_model_once_and_a_warm_restart_moves_nothing() -> Result<()> {
     let _alone = alone();
-    let head = "[sharding]\nobjective = \"throughput\"\nstages = 3\nstandbys = false\ngather = \"500ms\"\n";
+    let head =
+        "[ring]\nobjective = \"throughput\"\nstages = 3\nstandbys = false\ngather = \"500ms\"\n";
     let (hub, mut mesh) = mesh_with_hub(head).await?;
     let begun = Instant::now();
     for _ in 0..3 {
@@ -133,7 +134,7 @@ async fn a_cold_ring_moves_a_model_once_and_a_warm_restart_moves_nothing() -> Re
     let bytes = std::fs::metadata(paths::smollm2()?)?.len();
     let manifest = manifest_of(&mesh.workers[0])?;
     let total = manifest.layers();
-    let shards: u64 = ring
+    let layers: u64 = ring
         .stages
         .iter()
         .map(|stage| {
@@ -146,16 +147,16 @@ async fn a_cold_ring_moves_a_model_once_and_a_warm_restart_moves_nothing() -> Re
     let peers = sum(&mut mesh, "model_peer_bytes_total").await?;
     println!(
         "cold: a ring of 3 serves after {cold:?}; the hub sent {downloaded} bytes ({:.4} x the file's {bytes}), workers sent \
-         each other {peers} bytes ({:.4} x the {shards} of all shards)",
+         each other {peers} bytes ({:.4} x the {layers} of all layers)",
         downloaded as f64 / bytes as f64,
-        peers as f64 / shards as f64,
+        peers as f64 / layers as f64,
     );
     ensure!(
         downloaded as f64 <= 1.02 * bytes as f64,
         "more than one download"
     );
     ensure!(origin >= bytes, "the worker that went counted {origin}");
-    ensure!(peers as f64 <= 1.02 * shards as f64, "more than the shards");
+    ensure!(peers as f64 <= 1.02 * layers as f64, "more than the layers");
     ensure!(peers > 0, "nothing came from peers");
 
     // All stop and start again: the model is here.

@@ -6,41 +6,14 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use arcanum_tests::alone;
+use arcanum_tests::mesh_state::{idle_worker, registry_until, worker_count};
 use mesh_testkit::Mesh;
 use mesh_testkit::namespaces::Namespaces;
-use mesh_testkit::process::{Launcher, Service};
+use mesh_testkit::process::Launcher;
 use nix::sys::signal::Signal;
-use serde_json::{Value, json};
+use serde_json::json;
 
 const LIMIT: Duration = Duration::from_secs(60);
-
-fn idle(folder: &Path) -> String {
-    format!(
-        "models = []\nlocal_models = {:?}\n",
-        folder.display().to_string()
-    )
-}
-
-async fn registry_until(mesh: &Mesh, what: &str, holds: impl Fn(&Value) -> bool) -> Result<Value> {
-    let begun = Instant::now();
-    loop {
-        let registry = mesh.registry().await?;
-        if holds(&registry) {
-            return Ok(registry);
-        }
-        let logs: String = mesh.workers.iter().map(Service::log_end).collect();
-        ensure!(
-            begun.elapsed() < LIMIT,
-            "not within {LIMIT:?}: {what}: {registry}\n{}\n{logs}",
-            mesh.head.log_end()
-        );
-        tokio::time::sleep(Duration::from_millis(100)).await;
-    }
-}
-
-fn workers(registry: &Value) -> usize {
-    registry["workers"].as_array().map_or(0, Vec::len)
-}
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_name_is_tried_at_all_its_addresses_by_worker_shim_and_client() -> Result<()> {
@@ -156,7 +129,7 @@ async fn a_worker_whose_address_changes_goes_on_with_its_answer_and_keeps_its_pl
     while begun.elapsed() < Duration::from_secs(5) {
         let registry = mesh.registry().await?;
         ensure!(
-            workers(&registry) == 1 && registry["workers"][0]["id"] == id,
+            worker_count(&registry) == 1 && registry["workers"][0]["id"] == id,
             "the worker was lost: {registry}\n{}",
             mesh.head.log_end()
         );
@@ -180,14 +153,15 @@ async fn of_two_machines_with_one_identity_the_first_stays_and_both_hear_of_it()
     let _alone = alone();
     let folder = tempfile::tempdir()?;
     let mut mesh = Mesh::builder().start().await?;
-    mesh.start_worker(&idle(folder.path())).await?;
-    let registry = registry_until(&mesh, "the first joins", |r| workers(r) == 1).await?;
+    mesh.start_worker(&idle_worker(folder.path())).await?;
+    let registry = registry_until(&mesh, "the first joins", |r| worker_count(r) == 1).await?;
     let id = registry["workers"][0]["id"].clone();
 
     let state = mesh.workers[0].state_dir();
     let identity = ["node.key", "node.crt", "root.crt"].map(|name| state.join(name));
     let copied = mesh.launcher().with_state(&identity);
-    mesh.start_worker_by(&copied, &idle(folder.path())).await?;
+    mesh.start_worker_by(&copied, &idle_worker(folder.path()))
+        .await?;
     let registry = registry_until(&mesh, "the duplicate is noticed", |r| {
         r["duplicates"]
             .as_array()
@@ -236,14 +210,14 @@ async fn of_two_machines_with_one_identity_the_first_stays_and_both_hear_of_it()
         .output()?;
     ensure!(renamed.status.success(), "{renamed:?}");
     mesh.workers[1].restart(None).await?;
-    registry_until(&mesh, "both are there", |r| workers(r) == 2).await?;
+    registry_until(&mesh, "both are there", |r| worker_count(r) == 2).await?;
 
     // A worker that is killed and comes back does not count as a duplicate.
     let times = mesh.registry().await?["duplicates"][0]["times"].clone();
     mesh.workers[0].crash()?;
     mesh.workers[0].restart(None).await?;
     registry_until(&mesh, "the first comes back", |r| {
-        workers(r) == 2
+        worker_count(r) == 2
             && r["workers"]
                 .as_array()
                 .is_some_and(|all| all.iter().all(|w| w["id"] != id))

@@ -2,8 +2,8 @@
 
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
-use arcanum_tests::alone;
+use anyhow::{Result, ensure};
+use arcanum_tests::{alone, first_model};
 use mesh_testkit::Mesh;
 use mesh_testkit::client::http::HttpError;
 use serde_json::{Value, json};
@@ -29,12 +29,7 @@ async fn prompts_of_8_mib_are_refused_at_once_and_cost_no_worker_anything() -> R
         .start()
         .await?;
     let client = mesh.client()?;
-    let model = client
-        .models()
-        .await?
-        .into_iter()
-        .next()
-        .context("a model")?;
+    let model = first_model(&client).await?;
     let honest = json!({"model": model, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4, "temperature": 0});
     let answered = client.complete(&honest).await?;
     let before = resident(&mesh)?;

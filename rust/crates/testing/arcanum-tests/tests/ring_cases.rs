@@ -4,17 +4,19 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use arcanum_tests::rescore::Judge;
-use arcanum_tests::{Ask, Cluster, RingView, Running, Seed, Undisturbed, alone, question};
+use arcanum_tests::{
+    ChatQuestion, Cluster, RingView, RunningStreams, Seed, Undisturbed, alone, question,
+};
 use mesh_testkit::paths;
 
 const TOKENS: u32 = 96;
 const LEAVE_LIMIT: Duration = Duration::from_secs(20);
 
-fn questions(count: usize) -> Vec<Ask> {
+fn questions(count: usize) -> Vec<ChatQuestion> {
     (0..count)
         .map(|number| match number % 4 {
-            3 => Ask::sampled(question(number * 9), TOKENS, number as u64),
-            _ => Ask::greedy(question(number * 9), TOKENS),
+            3 => ChatQuestion::sampled(question(number * 9), TOKENS, number as u64),
+            _ => ChatQuestion::greedy(question(number * 9), TOKENS),
         })
         .collect()
 }
@@ -29,7 +31,7 @@ async fn outlive(
     let mut undisturbed = Undisturbed::new();
     undisturbed.learn(&asks).await?;
     let ring = cluster.wait_for_whole_ring().await?;
-    let running = Running::start(&cluster.client()?, &asks);
+    let running = RunningStreams::start(&cluster.client()?, &asks);
     running.wait_for_tokens(60).await?;
     let struck = Instant::now();
     let mut victims = victims(&ring);
@@ -62,7 +64,7 @@ fn member(ring: &RingView, stage: usize) -> String {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn answers_outlive_the_loss_of_several_at_once() -> Result<()> {
     let _alone = alone();
-    let cluster = || Cluster::builder().shards(5).stages(3).start();
+    let cluster = || Cluster::builder().ring_workers(5).stages(3).start();
 
     let mut one = cluster().await?;
     outlive(&mut one, "a standby", |ring| {
@@ -103,7 +105,7 @@ async fn answers_outlive_the_loss_of_several_at_once() -> Result<()> {
 async fn without_standbys_the_rows_are_replayed_where_there_is_room() -> Result<()> {
     let _alone = alone();
     let mut cluster = Cluster::builder()
-        .shards(4)
+        .ring_workers(4)
         .stages(3)
         .standbys(false)
         .start()
@@ -112,7 +114,7 @@ async fn without_standbys_the_rows_are_replayed_where_there_is_room() -> Result<
         vec![member(ring, 0)]
     })
     .await?;
-    cluster.add_shards().await?;
+    cluster.add_ring_worker().await?;
     cluster.mesh.wait_for_workers(4).await?;
     outlive(&mut cluster, "the driver", |ring| {
         vec![ring.driver().to_owned()]
@@ -124,7 +126,11 @@ async fn without_standbys_the_rows_are_replayed_where_there_is_room() -> Result<
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn without_standbys_and_spares_fewer_workers_hold_the_whole_model() -> Result<()> {
     let _alone = alone();
-    let mut cluster = Cluster::builder().shards(3).standbys(false).start().await?;
+    let mut cluster = Cluster::builder()
+        .ring_workers(3)
+        .standbys(false)
+        .start()
+        .await?;
     outlive(&mut cluster, "the first stage", |ring| {
         vec![member(ring, 0)]
     })
@@ -148,24 +154,24 @@ async fn where_there_is_no_room_every_request_is_told_and_other_models_go_on() -
     let folder = tempfile::tempdir()?;
     // Three hold the weights and some KV cache, two do not.
     let mut cluster = Cluster::builder()
-        .shards_with(3, "[ring]\nmemory = \"58MB\"")
+        .ring_workers_with(3, "[ring]\nmemory = \"58MB\"")
         .whole_model(&another_model(&folder)?)
         .stages(0)
         .standbys(false)
-        .head_config("[sharding]\ncontext = 256\nslots = 2\n")
+        .head_config("[ring]\ncontext = 256\nslots = 2\n")
         .start()
         .await?;
     let ring = cluster.wait_for_whole_ring().await?;
     cluster.mesh.wait_for_workers(4).await?;
-    let ask = |number: usize| Ask::greedy(question(number), 150);
+    let ask = |number: usize| ChatQuestion::greedy(question(number), 150);
     let lost = [ask(1).of(&ring.model), ask(2).of(&ring.model)];
     let other = ask(3).of("another");
     let mut undisturbed = Undisturbed::new();
     undisturbed.learn(std::slice::from_ref(&other)).await?;
 
     let client = cluster.client()?;
-    let running = Running::start(&client, &lost);
-    let beside = Running::start(&client, std::slice::from_ref(&other));
+    let running = RunningStreams::start(&client, &lost);
+    let beside = RunningStreams::start(&client, std::slice::from_ref(&other));
     running.wait_for_tokens(40).await?;
     let victim = member(&ring, 0);
     cluster.kill(&victim)?;
@@ -195,15 +201,15 @@ async fn where_there_is_no_room_every_request_is_told_and_other_models_go_on() -
 async fn eight_clients_pass_the_rescoring_check_whoever_dies() -> Result<()> {
     let _alone = alone();
     let mut seed = Seed::of_this_run(20_261_126);
-    let mut cluster = Cluster::builder().shards(4).stages(3).start().await?;
-    let asks: Vec<Ask> = (0..8)
-        .map(|number| Ask::greedy(question(number * 12), TOKENS).until_it_ends())
+    let mut cluster = Cluster::builder().ring_workers(4).stages(3).start().await?;
+    let asks: Vec<ChatQuestion> = (0..8)
+        .map(|number| ChatQuestion::greedy(question(number * 12), TOKENS).until_it_ends())
         .collect();
     let mut judge = Judge::new()?;
     for round in 0..3 {
         let ring = cluster.wait_for_whole_ring().await?;
         let victim = member(&ring, seed.below(3));
-        let running = Running::start(&cluster.client()?, &asks);
+        let running = RunningStreams::start(&cluster.client()?, &asks);
         let after = 1 + seed.below(300);
         running.wait_for_tokens(after).await?;
         cluster.kill(&victim)?;
@@ -217,7 +223,7 @@ async fn eight_clients_pass_the_rescoring_check_whoever_dies() -> Result<()> {
                 .with_context(|| format!("round {round}: {:?}", ask.question))?;
         }
         cluster.remove(&victim);
-        cluster.add_shards().await?;
+        cluster.add_ring_worker().await?;
     }
     cluster.shutdown().await
 }
@@ -225,28 +231,30 @@ async fn eight_clients_pass_the_rescoring_check_whoever_dies() -> Result<()> {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_worker_that_comes_back_is_used_again() -> Result<()> {
     let _alone = alone();
-    let mut cluster = Cluster::builder().shards(2).stages(2).start().await?;
+    let mut cluster = Cluster::builder().ring_workers(2).stages(2).start().await?;
     let ring = cluster.wait_for_whole_ring().await?;
     let victim = member(&ring, 0);
     cluster.kill(&victim)?;
     cluster
-        .wait_for_ring(|ring| ring.serves() && !ring.seats(&victim))
+        .wait_for_ring(|ring| ring.serves() && !ring.includes(&victim))
         .await?;
     cluster.restart(&victim).await?;
     let again = cluster
-        .wait_for_ring(|ring| ring.serves() && ring.has_standbys() && ring.seats(&victim))
+        .wait_for_ring(|ring| ring.serves() && ring.has_standbys() && ring.includes(&victim))
         .await?;
     println!("before: {}; after: {}", ring.layout(), again.layout());
-    Ask::greedy(question(1), 20).ask(&cluster.client()?).await?;
+    ChatQuestion::greedy(question(1), 20)
+        .ask(&cluster.client()?)
+        .await?;
     cluster.shutdown().await
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_member_and_the_driver_are_drained_without_a_lost_token() -> Result<()> {
     let _alone = alone();
-    let mut cluster = Cluster::builder().shards(4).stages(3).start().await?;
-    let asks: Vec<Ask> = (0..2)
-        .map(|number| Ask::greedy(question(number * 9), 400))
+    let mut cluster = Cluster::builder().ring_workers(4).stages(3).start().await?;
+    let asks: Vec<ChatQuestion> = (0..2)
+        .map(|number| ChatQuestion::greedy(question(number * 9), 400))
         .collect();
     let mut undisturbed = Undisturbed::new();
     undisturbed.learn(&asks).await?;
@@ -256,7 +264,7 @@ async fn a_member_and_the_driver_are_drained_without_a_lost_token() -> Result<()
             true => ring.driver().to_owned(),
             false => member(&ring, 0),
         };
-        let running = Running::start(&cluster.client()?, &asks);
+        let running = RunningStreams::start(&cluster.client()?, &asks);
         running.wait_for_tokens(100).await?;
         let begun = Instant::now();
         cluster.drain(&drained).await?;
@@ -270,7 +278,7 @@ async fn a_member_and_the_driver_are_drained_without_a_lost_token() -> Result<()
             gaps.max().unwrap_or_default()
         );
         let ring = cluster.wait_for_ring(RingView::serves).await?;
-        ensure!(!ring.seats(&drained), "{}", ring.layout());
+        ensure!(!ring.includes(&drained), "{}", ring.layout());
         if driver {
             // A restarted head knows of it.
             cluster.mesh.restart_head(Duration::ZERO).await?;
@@ -280,7 +288,7 @@ async fn a_member_and_the_driver_are_drained_without_a_lost_token() -> Result<()
                 tokio::time::sleep(Duration::from_millis(50)).await;
             }
             let ring = cluster.wait_for_ring(RingView::serves).await?;
-            ensure!(!ring.seats(&drained), "{}", ring.layout());
+            ensure!(!ring.includes(&drained), "{}", ring.layout());
         }
         cluster.undrain(&drained).await?;
     }
@@ -296,14 +304,14 @@ async fn is_draining(cluster: &Cluster, worker: &str) -> Result<bool> {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn workers_that_are_told_to_end_hand_over_and_the_last_one_leaves_at_once() -> Result<()> {
     let _alone = alone();
-    let mut cluster = Cluster::builder().shards(3).stages(3).start().await?;
-    let asks: Vec<Ask> = (0..2)
-        .map(|number| Ask::greedy(question(number * 9 + 1), 400))
+    let mut cluster = Cluster::builder().ring_workers(3).stages(3).start().await?;
+    let asks: Vec<ChatQuestion> = (0..2)
+        .map(|number| ChatQuestion::greedy(question(number * 9 + 1), 400))
         .collect();
     let mut undisturbed = Undisturbed::new();
     undisturbed.learn(&asks).await?;
     let ring = cluster.wait_for_whole_ring().await?;
-    let running = Running::start(&cluster.client()?, &asks);
+    let running = RunningStreams::start(&cluster.client()?, &asks);
     running.wait_for_tokens(60).await?;
     for leaving in [member(&ring, 0), ring.driver().to_owned()] {
         let begun = Instant::now();
@@ -337,11 +345,11 @@ async fn a_replica_a_ring_and_another_model_live_in_one_mesh() -> Result<()> {
     let _alone = alone();
     let folder = tempfile::tempdir()?;
     let mut cluster = Cluster::builder()
-        .shards(3)
+        .ring_workers(3)
         .whole(1)
         .whole_model(&another_model(&folder)?)
         .stages(3)
-        .head_config("[sharding]\nalways = true\n")
+        .head_config("[ring]\nalways = true\n")
         .shim()
         .start()
         .await?;
@@ -363,11 +371,11 @@ async fn a_replica_a_ring_and_another_model_live_in_one_mesh() -> Result<()> {
     }
     let mut undisturbed = Undisturbed::new();
     undisturbed.learn(&asks).await?;
-    let answers = Running::start(&client, &asks).answers().await?;
+    let answers = RunningStreams::start(&client, &asks).answers().await?;
     undisturbed.check_all(&asks, &answers)?;
 
     // With the ring's driver gone and the replica there, the answers go on all the same.
-    let running = Running::start(&client, &asks);
+    let running = RunningStreams::start(&client, &asks);
     running.wait_for_tokens(30).await?;
     cluster.kill(ring.driver())?;
     let answers = running.answers().await?;

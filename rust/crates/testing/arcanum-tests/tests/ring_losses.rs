@@ -3,16 +3,18 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use arcanum_tests::{Ask, Cluster, Fault, Running, Seed, Undisturbed, alone, question};
+use arcanum_tests::{
+    ChatQuestion, Cluster, Fault, RunningStreams, Seed, Undisturbed, alone, question,
+};
 
 const TOKENS: u32 = 96;
 
 /// Disturbs one answer after the other, a worker being lost in each, and compares every one with the undisturbed one.
 async fn answers_outlive(faults: &[Fault], mut cluster: Cluster, seed: &mut Seed) -> Result<()> {
-    let asks: Vec<Ask> = (0..faults.len())
+    let asks: Vec<ChatQuestion> = (0..faults.len())
         .map(|number| match number % 4 {
-            3 => Ask::sampled(question(number * 7), TOKENS, 1000 + number as u64),
-            _ => Ask::greedy(question(number * 7), TOKENS),
+            3 => ChatQuestion::sampled(question(number * 7), TOKENS, 1000 + number as u64),
+            _ => ChatQuestion::greedy(question(number * 7), TOKENS),
         })
         .collect();
     let mut undisturbed = Undisturbed::new();
@@ -28,7 +30,7 @@ async fn answers_outlive(faults: &[Fault], mut cluster: Cluster, seed: &mut Seed
             ring.layout()
         );
 
-        let running = Running::start(&cluster.client()?, std::slice::from_ref(ask));
+        let running = RunningStreams::start(&cluster.client()?, std::slice::from_ref(ask));
         running.wait_for_tokens(after).await.context(what.clone())?;
         let struck = Instant::now();
         cluster.strike(&victim, *fault)?;
@@ -48,7 +50,7 @@ async fn answers_outlive(faults: &[Fault], mut cluster: Cluster, seed: &mut Seed
             answers[0].transcript.reruns,
         );
         cluster.remove(&victim);
-        cluster.add_shards().await?;
+        cluster.add_ring_worker().await?;
     }
     cluster.wait_for_whole_ring().await?;
     cluster.wait_until_idle().await?;
@@ -59,7 +61,7 @@ async fn answers_outlive(faults: &[Fault], mut cluster: Cluster, seed: &mut Seed
 async fn an_answer_outlives_the_death_of_any_worker() -> Result<()> {
     let _alone = alone();
     let mut seed = Seed::of_this_run(20_261_123);
-    let cluster = Cluster::builder().shards(4).stages(3).start().await?;
+    let cluster = Cluster::builder().ring_workers(4).stages(3).start().await?;
     answers_outlive(&[Fault::Kill; 8], cluster, &mut seed).await
 }
 
@@ -67,7 +69,7 @@ async fn an_answer_outlives_the_death_of_any_worker() -> Result<()> {
 async fn an_answer_outlives_workers_that_hang() -> Result<()> {
     let _alone = alone();
     let mut seed = Seed::of_this_run(20_261_124);
-    let cluster = Cluster::builder().shards(4).stages(3).start().await?;
+    let cluster = Cluster::builder().ring_workers(4).stages(3).start().await?;
     answers_outlive(&[Fault::Stop; 4], cluster, &mut seed).await
 }
 
@@ -75,7 +77,7 @@ async fn an_answer_outlives_workers_that_hang() -> Result<()> {
 async fn an_answer_outlives_workers_that_are_cut_off() -> Result<()> {
     let _alone = alone();
     let mut seed = Seed::of_this_run(20_261_125);
-    let builder = match Cluster::builder().shards(4).stages(3).in_namespaces() {
+    let builder = match Cluster::builder().ring_workers(4).stages(3).in_namespaces() {
         Ok(builder) => builder,
         Err(why) => {
             println!("skipped: no worker can be cut off here: {why:#}");
@@ -89,12 +91,12 @@ async fn an_answer_outlives_workers_that_are_cut_off() -> Result<()> {
 async fn a_slow_worker_behind_a_slow_network_changes_no_token() -> Result<()> {
     let _alone = alone();
     let asks = [
-        Ask::greedy(question(8), TOKENS),
-        Ask::sampled(question(9), TOKENS, 5),
+        ChatQuestion::greedy(question(8), TOKENS),
+        ChatQuestion::sampled(question(9), TOKENS, 5),
     ];
     let mut undisturbed = Undisturbed::new();
     undisturbed.learn(&asks).await?;
-    let mut cluster = match Cluster::builder().shards(3).stages(3).in_namespaces() {
+    let mut cluster = match Cluster::builder().ring_workers(3).stages(3).in_namespaces() {
         Ok(builder) => builder.start().await?,
         Err(why) => {
             println!("skipped: no worker's network can be made slow here: {why:#}");
@@ -103,7 +105,7 @@ async fn a_slow_worker_behind_a_slow_network_changes_no_token() -> Result<()> {
     };
     let ring = cluster.wait_for_whole_ring().await?;
     let slow = ring.stages[1].member.worker.clone();
-    let running = Running::start(&cluster.client()?, &asks);
+    let running = RunningStreams::start(&cluster.client()?, &asks);
     running.wait_for_tokens(20).await?;
     cluster.limit(&slow, 20)?;
     cluster.strike(&slow, Fault::Slow)?;

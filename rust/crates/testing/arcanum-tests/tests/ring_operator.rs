@@ -4,7 +4,9 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use arcanum_tests::{Ask, Cluster, RingView, Running, alone, assert_same_tokens, question};
+use arcanum_tests::{
+    ChatQuestion, Cluster, RingView, RunningStreams, alone, assert_same_tokens, question,
+};
 use mesh_testkit::paths;
 
 /// Runs `hydramesh` against the cluster; returns its output.
@@ -37,7 +39,7 @@ fn ensure_all(printed: &str, words: &[&str]) -> Result<()> {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn readiness_metrics_and_commands_tell_of_rings() -> Result<()> {
     let _alone = alone();
-    let mut cluster = Cluster::builder().shards(4).stages(3).start().await?;
+    let mut cluster = Cluster::builder().ring_workers(4).stages(3).start().await?;
     let ring = cluster.wait_for_whole_ring().await?;
     let model = ring.model.clone();
     let client = cluster.client()?;
@@ -81,7 +83,7 @@ async fn readiness_metrics_and_commands_tell_of_rings() -> Result<()> {
             .await?
             == 0.0
     );
-    let running = Running::start(&client, &[Ask::greedy(question(4), 100)]);
+    let running = RunningStreams::start(&client, &[ChatQuestion::greedy(question(4), 100)]);
     running.wait_for_tokens(30).await?;
     cluster.kill(&ring.stages[0].member.worker)?;
     running.answers().await?;
@@ -118,9 +120,9 @@ async fn readiness_metrics_and_commands_tell_of_rings() -> Result<()> {
     let drained = whole.stages[0].member.worker.clone();
     println!("{}", hydramesh(&cluster, &["drain", &drained, "--wait"])?);
     let ring = cluster.wait_for_ring(RingView::serves).await?;
-    ensure!(!ring.seats(&drained), "{}", ring.layout());
+    ensure!(!ring.includes(&drained), "{}", ring.layout());
     println!("{}", hydramesh(&cluster, &["undrain", &drained])?);
-    Ask::greedy(question(5), 10).ask(&client).await?;
+    ChatQuestion::greedy(question(5), 10).ask(&client).await?;
 
     // Drained, it may go for good.
     hydramesh(&cluster, &["drain", &drained, "--wait"])?;
@@ -150,15 +152,15 @@ async fn readiness_metrics_and_commands_tell_of_rings() -> Result<()> {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_member_that_is_expelled_is_replaced_in_mid_answer_and_its_peers_drop_it() -> Result<()> {
     let _alone = alone();
-    let mut cluster = Cluster::builder().shards(3).stages(2).start().await?;
+    let mut cluster = Cluster::builder().ring_workers(3).stages(2).start().await?;
     let ring = cluster.wait_for_whole_ring().await?;
     let client = cluster.client()?;
-    let ask = Ask::greedy(question(7), 100);
+    let ask = ChatQuestion::greedy(question(7), 100);
     let undisturbed = ask.ask(&client).await?;
 
     let rogue = ring.stages[0].member.worker.clone();
     let peer = ring.stages[1].member.worker.clone();
-    let running = Running::start(&client, &[ask]);
+    let running = RunningStreams::start(&client, &[ask]);
     running.wait_for_tokens(20).await?;
     let at = Instant::now();
     hydramesh(&cluster, &["nodes", "expel", &rogue, "--reason", "it lies"])?;
@@ -174,7 +176,7 @@ async fn a_member_that_is_expelled_is_replaced_in_mid_answer_and_its_peers_drop_
         assert_same_tokens(&undisturbed.transcript, &answer.transcript)?;
     }
     let after = cluster.wait_for_ring(RingView::serves).await?;
-    ensure!(!after.seats(&rogue), "{}", after.layout());
+    ensure!(!after.includes(&rogue), "{}", after.layout());
     let listed = hydramesh(&cluster, &["nodes", "list"])?;
     println!("{listed}");
     ensure_all(&listed, &[&rogue, "expelled", "it lies"])?;

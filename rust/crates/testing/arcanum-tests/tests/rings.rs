@@ -2,24 +2,24 @@
 
 use anyhow::{Context, Result, ensure};
 use arcanum_tests::clients::long_question;
-use arcanum_tests::{Ask, Cluster, Running, Undisturbed, alone, question};
+use arcanum_tests::{ChatQuestion, Cluster, RunningStreams, Undisturbed, alone, question};
 
 /// Short and long prompts, greedy and sampled.
-fn questions(tokens: u32) -> Vec<Ask> {
-    let mut asks: Vec<Ask> = (0..4)
-        .map(|number| Ask::greedy(question(number * 11), tokens))
+fn questions(tokens: u32) -> Vec<ChatQuestion> {
+    let mut asks: Vec<ChatQuestion> = (0..4)
+        .map(|number| ChatQuestion::greedy(question(number * 11), tokens))
         .collect();
-    asks.push(Ask::greedy(long_question(5, 300), tokens));
-    asks.push(Ask::sampled(question(3), tokens, 77));
+    asks.push(ChatQuestion::greedy(long_question(5, 300), tokens));
+    asks.push(ChatQuestion::sampled(question(3), tokens, 77));
     asks
 }
 
 /// A ring of so many stages on as many workers answers like one worker.
-async fn answers_like_one_worker(stages: usize, asks: &[Ask]) -> Result<()> {
+async fn answers_like_one_worker(stages: usize, asks: &[ChatQuestion]) -> Result<()> {
     let mut undisturbed = Undisturbed::new();
     undisturbed.learn(asks).await?;
     let mut cluster = Cluster::builder()
-        .shards(stages)
+        .ring_workers(stages)
         .stages(stages)
         .standbys(false)
         .start()
@@ -33,7 +33,7 @@ async fn answers_like_one_worker(stages: usize, asks: &[Ask]) -> Result<()> {
     let alone = first.ask(&client).await?;
     undisturbed.check(first, &alone)?;
     for others in others.chunks(8) {
-        let answers = Running::start(&client, others).answers().await?;
+        let answers = RunningStreams::start(&client, others).answers().await?;
         undisturbed.check_all(others, &answers)?;
     }
     println!(
@@ -47,7 +47,7 @@ async fn answers_like_one_worker(stages: usize, asks: &[Ask]) -> Result<()> {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn three_workers_give_the_tokens_of_one() -> Result<()> {
     let _alone = alone();
-    let prompts = (0..20).map(|number| Ask::greedy(question(number * 5), 200));
+    let prompts = (0..20).map(|number| ChatQuestion::greedy(question(number * 5), 200));
     answers_like_one_worker(3, &prompts.collect::<Vec<_>>()).await
 }
 

@@ -3,8 +3,9 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use arcanum_tests::rogue::{Lie, Rogue, Seen};
-use arcanum_tests::{Ask, Undisturbed, alone, question};
+use arcanum_tests::mesh_state::ensure_alive;
+use arcanum_tests::rogue::{Lie, ReceivedRequest, Rogue};
+use arcanum_tests::{ChatQuestion, Undisturbed, alone, question};
 use mesh_testkit::client::http::HttpClient;
 use mesh_testkit::{Mesh, paths};
 use serde_json::{Value, json};
@@ -186,20 +187,24 @@ async fn vectors_of_another_length_reach_nobody() -> Result<()> {
 }
 
 /// Questions of these clients that reached the liar. The head's own questions may look like a client's.
-fn prompts(liar: &Rogue, asks: &[Ask]) -> Vec<Seen> {
+fn prompts(liar: &Rogue, asks: &[ChatQuestion]) -> Vec<ReceivedRequest> {
     let mut seen = liar.seen();
     seen.retain(|seen| asks.iter().any(|ask| ask.question == seen.question));
     seen
 }
 
-fn asks() -> Vec<Ask> {
+fn asks() -> Vec<ChatQuestion> {
     (0..4)
-        .map(|number| Ask::greedy(question(number * 13), 12))
+        .map(|number| ChatQuestion::greedy(question(number * 13), 12))
         .collect()
 }
 
 /// Asks all of them at once; for each answer `Ok`, or the error in it.
-async fn ask_all(http: &HttpClient, asks: &[Ask], undisturbed: &Undisturbed) -> Vec<Result<()>> {
+async fn ask_all(
+    http: &HttpClient,
+    asks: &[ChatQuestion],
+    undisturbed: &Undisturbed,
+) -> Vec<Result<()>> {
     let mut tasks = Vec::new();
     for ask in asks {
         let (http, ask) = (http.clone(), ask.clone());
@@ -232,19 +237,5 @@ fn sound(mesh: &mut Mesh) -> Result<()> {
     let head = mesh.head.resident_bytes()?;
     println!("the head holds {} MiB", head >> 20);
     ensure!(head <= HEAD, "the head holds {head} bytes");
-    for service in mesh.workers.iter_mut().chain([&mut mesh.head]) {
-        ensure!(
-            service.is_running(),
-            "{} is gone:\n{}",
-            service.name(),
-            service.log_end()
-        );
-        ensure!(
-            !service.log().contains("panicked"),
-            "{} panicked:\n{}",
-            service.name(),
-            service.log_end()
-        );
-    }
-    Ok(())
+    ensure_alive(mesh)
 }

@@ -4,7 +4,7 @@ use std::process::{Command, Output};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use arcanum_tests::alone;
+use arcanum_tests::{alone, first_model};
 use mesh_testkit::{Mesh, paths};
 use nix::sys::signal::Signal;
 use serde_json::json;
@@ -250,12 +250,7 @@ async fn sigterm_lets_running_answers_finish_and_takes_no_new_work() -> Result<(
         .start()
         .await?;
     let client = mesh.client()?;
-    let model = client
-        .models()
-        .await?
-        .into_iter()
-        .next()
-        .context("a model")?;
+    let model = first_model(&client).await?;
     let body = json!({"model": model, "prompt": "Once upon a time", "max_tokens": 150, "temperature": 0, "ignore_eos": true});
 
     // A worker first: its answer ends whole, and it takes no other.
@@ -318,12 +313,7 @@ async fn a_hung_worker_is_noticed_and_its_answer_goes_on_elsewhere() -> Result<(
         .start()
         .await?;
     let client = mesh.client()?;
-    let model = client
-        .models()
-        .await?
-        .into_iter()
-        .next()
-        .context("a model")?;
+    let model = first_model(&client).await?;
     let body = json!({"model": model, "prompt": "Once upon a time", "max_tokens": 120, "temperature": 0, "ignore_eos": true});
     let undisturbed = client.complete(&body).await?["choices"][0]["text"].clone();
 

@@ -87,7 +87,7 @@ pub struct Count {
 #[derive(Debug)]
 pub struct TestHub {
     api: SocketAddr,
-    shared: Arc<Shared>,
+    shared: Arc<HubState>,
     servers: Vec<JoinHandle<()>>,
 }
 
@@ -101,7 +101,7 @@ impl TestHub {
         let api = bind().await.context("a port for the hub")?;
         let store = bind().await.context("a port for the hub's store")?;
         let (api_address, store_address) = (api.local_addr()?, store.local_addr()?);
-        let shared = Arc::new(Shared {
+        let shared = Arc::new(HubState {
             store: store_address,
             state: Mutex::default(),
             sent: watch::Sender::new(0),
@@ -242,7 +242,7 @@ impl TestHub {
         self.shared.sent.send_replace(0);
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
+    fn state(&self) -> MutexGuard<'_, HubContents> {
         self.shared.lock()
     }
 }
@@ -257,14 +257,14 @@ impl Drop for TestHub {
 
 /// State shared by the handlers and the test.
 #[derive(Debug)]
-struct Shared {
+struct HubState {
     store: SocketAddr,
-    state: Mutex<State>,
+    state: Mutex<HubContents>,
     sent: watch::Sender<u64>,
 }
 
 #[derive(Debug, Default)]
-struct State {
+struct HubContents {
     repos: Repos,
     /// The repositories that a token opens.
     tokens: HashMap<String, Vec<String>>,
@@ -276,8 +276,8 @@ struct State {
     leaked_tokens: u64,
 }
 
-impl Shared {
-    fn lock(&self) -> MutexGuard<'_, State> {
+impl HubState {
+    fn lock(&self) -> MutexGuard<'_, HubContents> {
         self.state
             .lock()
             .expect("no handler panics with the lock held")

@@ -75,14 +75,14 @@ pub fn echo_head(socket: UdpSocket, stop: &AtomicBool) {
 
 /// A thread with a socket, stopped when dropped.
 #[derive(Debug)]
-pub struct Running {
+pub struct SocketThread {
     /// Address of the socket.
     pub address: SocketAddr,
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<()>>,
 }
 
-impl Running {
+impl SocketThread {
     /// Starts the thread with a socket on a free port of the loopback address.
     ///
     /// # Errors
@@ -106,7 +106,7 @@ impl Running {
     }
 }
 
-impl Drop for Running {
+impl Drop for SocketThread {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Relaxed);
         if let Some(thread) = self.thread.take() {

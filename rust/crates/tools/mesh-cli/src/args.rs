@@ -23,7 +23,7 @@ Exit codes:
     3  the mesh cannot be reached
     4  no worker, all workers busy, or no such model, node or token
     5  no answer in time
-    6  a key is missing or not good enough
+    6  missing or insufficient key
   130  interrupted with Ctrl-C";
 
 /// One inference mesh out of the machines you have.
@@ -193,8 +193,8 @@ pub struct SamplingArgs {
 /// `hydramesh ask`
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
-The question goes as one datagram to a shim (or a head); the answer is printed while it grows. With --http or --url, or when no --to is \
-given and this machine has no shim, it goes to the head's HTTP API instead.
+The question goes as one datagram to a shim (or a head); the answer is printed while it grows. With --http or --url, and \
+without --to also if HYDRAMESH_URL is set or this machine has no shim, it goes to the head's HTTP API instead.
 
 Examples:
   hydramesh ask \"Why is the sky blue?\"
@@ -322,7 +322,7 @@ Examples:
   hydramesh plan SmolLM2-135M-Instruct
   hydramesh plan --json big-model | jq '.plan.stages[].layers'")]
 pub struct PlanArgs {
-    /// Name of a model of which workers offer layers (`shards` in their configuration)
+    /// Name of a model of which workers offer layers (`ring.models` in their configuration)
     #[arg(value_name = "MODEL")]
     pub model: String,
 
@@ -376,7 +376,7 @@ pub struct UndrainArgs {
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 The head does this by itself when a worker joins or leaves, at most once a minute; this asks it to do it now. A ring is replaced \
-if a fresh plan beats it by more than `sharding.margin`: beside the old one where memory allows both, else in its place.
+if a fresh plan beats it by more than `ring.margin`: beside the old one where memory allows both, else in its place.
 
 Examples:
   hydramesh rebalance --dry-run

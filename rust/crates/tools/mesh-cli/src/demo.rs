@@ -284,18 +284,18 @@ impl Demo {
 const SHIM_INGRESS: &str = "ingress";
 
 fn builder(model: &Path, runtime: &Path, keep: bool) -> Result<MeshBuilder, Failure> {
-    let shards = toml::Value::from(vec![model.display().to_string()]);
+    let models = toml::Value::from(vec![model.display().to_string()]);
     let mut builder = Mesh::builder()
         .launcher(Launcher::beside_this_program(runtime)?)
         // Six processes share this machine: one thread each. All keep the weights as in the file, so that a
         // successor computes the same bits; by default each takes the format that it measures to be fastest.
         .worker_config(&format!(
-            "models = []\nshards = {shards}\nthreads = 1\n[ring]\nlisten = \"127.0.0.1:0\"\nformat = \"file\"\n"
+            "models = []\nthreads = 1\n[ring]\nmodels = {models}\nlisten = \"127.0.0.1:0\"\nformat = \"file\"\n"
         ))
         // The model would fit on one worker, so the number of stages is given; and they disturb each other too much for
         // a plan that promises more speed to mean anything.
         .head_config(&format!(
-            "[sharding]\nstages = {STAGES}\nobjective = \"throughput\"\ngather = \"4s\"\nmargin = 0.9\n"
+            "[ring]\nstages = {STAGES}\nobjective = \"throughput\"\ngather = \"4s\"\nmargin = 0.9\n"
         ))
         .shim();
     // A mesh that stays is easier to talk to at the ports that every command assumes.

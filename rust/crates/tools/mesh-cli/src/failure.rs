@@ -19,7 +19,7 @@ pub enum Exit {
     NoWorker,
     /// No answer in time.
     Timeout,
-    /// A key is missing, or not good enough.
+    /// A key is missing or insufficient.
     Refused,
     /// Interrupted by Ctrl-C.
     Interrupted,

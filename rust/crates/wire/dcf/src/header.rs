@@ -37,28 +37,13 @@ impl Header {
     #[inline]
     #[must_use]
     pub const fn encode(&self) -> [u8; HEADER_LEN] {
-        let [s0, s1, s2, s3] = self.sequence.to_be_bytes();
-        let [t0, t1, t2, t3, t4, t5, t6, t7] = self.timestamp_us.to_be_bytes();
-        let [l0, l1, l2, l3] = self.payload_len.to_be_bytes();
-        [
-            self.msg_type,
-            s0,
-            s1,
-            s2,
-            s3,
-            t0,
-            t1,
-            t2,
-            t3,
-            t4,
-            t5,
-            t6,
-            t7,
-            l0,
-            l1,
-            l2,
-            l3,
-        ]
+        let fields = ((self.sequence as u128) << 96)
+            | ((self.timestamp_us as u128) << 32)
+            | self.payload_len as u128;
+        let mut bytes = [self.msg_type; HEADER_LEN];
+        let (_, rest) = bytes.split_at_mut(1);
+        rest.copy_from_slice(&fields.to_be_bytes());
+        bytes
     }
 
     /// Reads the header at the start of `bytes`; what follows it is not looked at.
@@ -77,30 +62,13 @@ impl Header {
     #[inline]
     #[must_use]
     pub const fn from_array(bytes: &[u8; HEADER_LEN]) -> Self {
-        let [
-            kind,
-            s0,
-            s1,
-            s2,
-            s3,
-            t0,
-            t1,
-            t2,
-            t3,
-            t4,
-            t5,
-            t6,
-            t7,
-            l0,
-            l1,
-            l2,
-            l3,
-        ] = *bytes;
+        let [msg_type, fields @ ..] = *bytes;
+        let fields = u128::from_be_bytes(fields);
         Self {
-            msg_type: kind,
-            sequence: u32::from_be_bytes([s0, s1, s2, s3]),
-            timestamp_us: u64::from_be_bytes([t0, t1, t2, t3, t4, t5, t6, t7]),
-            payload_len: u32::from_be_bytes([l0, l1, l2, l3]),
+            msg_type,
+            sequence: (fields >> 96) as u32,
+            timestamp_us: (fields >> 32) as u64,
+            payload_len: fields as u32,
         }
     }
 

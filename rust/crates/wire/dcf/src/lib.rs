@@ -6,7 +6,7 @@
 //! - [`Header`] is the 17 bytes, [`MsgType`] the first of them;
 //! - [`Version`] is how a datagram is framed: the header alone (v5.0.0), or a version byte before it (v5.1);
 //! - [`Message`] is a header with its payload, read from and written to datagrams without copying the payload in;
-//! - [`StreamCodec`] frames messages back to back on a stream;
+//! - [`StreamCodec`] frames messages back to back on a stream (feature `codec`, on by default);
 //! - [`chunk`] cuts payloads that no datagram can hold and puts them together again within bounds;
 //! - [`ErrorCode`] and [`ErrorBody`] are the contents of an Error message.
 //!
@@ -29,6 +29,7 @@ mod error;
 mod header;
 mod kind;
 mod message;
+#[cfg(feature = "codec")]
 mod stream;
 mod version;
 
@@ -38,5 +39,6 @@ pub use kind::MsgType;
 pub use message::{
     DecodeError, MAX_DATAGRAM, MAX_DATAGRAM_PAYLOAD, Message, PartialBody, decode_datagram,
 };
+#[cfg(feature = "codec")]
 pub use stream::{DEFAULT_MAX_PAYLOAD, StreamCodec, StreamError};
 pub use version::Version;

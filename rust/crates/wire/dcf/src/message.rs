@@ -103,19 +103,13 @@ impl Message {
         HEADER_LEN + self.payload.len()
     }
 
-    /// True if the message fits one v5.0.0 datagram.
-    #[must_use]
-    pub fn fits_datagram(&self) -> bool {
-        self.payload.len() <= MAX_DATAGRAM_PAYLOAD
-    }
-
     /// True if an answer goes to a client of this version as one datagram rather than as Chunks.
     #[must_use]
     pub fn is_single_answer(&self, version: Version) -> bool {
         self.payload.len() <= version.max_answer()
     }
 
-    /// The message as one v5.0.0 datagram. Ask [`Message::fits_datagram`] first where the payload is of unknown size.
+    /// The message as one v5.0.0 datagram. Ask [`Message::is_single_answer`] first if its length is unknown.
     ///
     /// # Panics
     /// If the payload has 4 GiB or more.
@@ -240,10 +234,10 @@ mod tests {
     #[test]
     fn the_largest_datagram_payload_fits_and_one_more_does_not() {
         let mut message = Message::new(MsgType::RESULT, 1, 2, vec![0; MAX_DATAGRAM_PAYLOAD]);
-        assert!(message.fits_datagram());
+        assert!(message.is_single_answer(Version::V5_0));
         assert_eq!(message.encode_datagram().len(), MAX_DATAGRAM);
         message.payload = vec![0; MAX_DATAGRAM_PAYLOAD + 1].into();
-        assert!(!message.fits_datagram());
+        assert!(!message.is_single_answer(Version::V5_0));
     }
 
     #[test]

@@ -98,7 +98,7 @@ pub struct ModelCard {
     /// Weight format of most bytes (`Q4_1`, ...).
     #[prost(string, tag = "9")]
     pub quantization: String,
-    /// First layer held (with `layer_end`, the range of a shard).
+    /// First layer held (with `layer_end`, the range of a stage).
     #[prost(uint32, tag = "10")]
     pub layer_start: u32,
     /// One past the last layer held.

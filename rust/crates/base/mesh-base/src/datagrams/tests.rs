@@ -1,4 +1,5 @@
 use std::net::UdpSocket;
+use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use super::*;
@@ -227,19 +228,4 @@ fn storms_of_unreachable_ports_are_reported_with_their_destination() {
         port_unreachable: true,
     };
     assert_eq!(error, expected);
-}
-
-#[tokio::test]
-async fn an_error_queue_is_waited_on() {
-    let socket = bound(LOOPBACK);
-    report_icmp_errors(socket.as_fd()).expect("Linux has it");
-    let twin = socket.try_clone().expect("cloned");
-    let queue = ErrorQueue::new(twin.into()).expect("registered");
-    let closed = address(&bound(LOOPBACK));
-    socket.send_to(b"x", closed).expect("sent");
-    let error = tokio::time::timeout(Duration::from_secs(5), queue.next()).await;
-    assert_eq!(
-        error.expect("in time").expect("readable").destination,
-        closed
-    );
 }

@@ -10,7 +10,7 @@ use serde::forward_to_deserialize_any;
 
 use super::ConfigError;
 use super::error::nearest_key;
-use super::tree::{Kind, Node, Origin, Tree, parse_inline};
+use super::tree::{NodeValue, Tree, TreeNode, ValueOrigin, parse_inline};
 
 pub(super) fn from_tree<T: DeserializeOwned>(tree: &Tree) -> Result<T, Error> {
     T::deserialize(NodeDeserializer {
@@ -23,7 +23,7 @@ pub(super) fn from_tree<T: DeserializeOwned>(tree: &Tree) -> Result<T, Error> {
 pub(super) struct Error {
     /// Keys from the innermost outwards.
     path: Vec<String>,
-    origin: Option<Origin>,
+    origin: Option<ValueOrigin>,
     reason: Reason,
 }
 
@@ -34,7 +34,7 @@ enum Reason {
 }
 
 impl Error {
-    fn new(reason: Reason, origin: &Origin) -> Self {
+    fn new(reason: Reason, origin: &ValueOrigin) -> Self {
         Self {
             path: Vec::new(),
             origin: Some(origin.clone()),
@@ -42,11 +42,11 @@ impl Error {
         }
     }
 
-    fn message(text: impl fmt::Display, origin: &Origin) -> Self {
+    fn message(text: impl fmt::Display, origin: &ValueOrigin) -> Self {
         Self::new(Reason::Message(text.to_string()), origin)
     }
 
-    fn below(mut self, key: &str, origin: &Origin) -> Self {
+    fn below(mut self, key: &str, origin: &ValueOrigin) -> Self {
         self.path.push(key.to_owned());
         self.origin.get_or_insert_with(|| origin.clone());
         self
@@ -56,7 +56,7 @@ impl Error {
     pub(super) fn explain(mut self, known: &[String]) -> ConfigError {
         self.path.reverse();
         let key = self.path.join(".");
-        let origin = self.origin.unwrap_or(Origin::Default);
+        let origin = self.origin.unwrap_or(ValueOrigin::Default);
         match self.reason {
             Reason::Message(reason) => ConfigError::Value {
                 key,
@@ -100,7 +100,7 @@ impl de::Error for Error {
 }
 
 struct NodeDeserializer {
-    node: Node,
+    node: TreeNode,
 }
 
 impl NodeDeserializer {
@@ -117,7 +117,7 @@ impl NodeDeserializer {
     {
         let origin = self.node.origin.clone();
         match &self.node.kind {
-            Kind::Text(text) => match text.trim().replace('_', "").parse() {
+            NodeValue::Text(text) => match text.trim().replace('_', "").parse() {
                 Ok(value) => visit(visitor, value),
                 Err(_) => Err(Error::message(
                     format!("expected {expected}, got `{text}`"),
@@ -130,7 +130,7 @@ impl NodeDeserializer {
 
     /// Parses text that represents a list or a table into a node of that kind.
     fn expanded(self) -> Result<Self, Error> {
-        let Kind::Text(text) = &self.node.kind else {
+        let NodeValue::Text(text) = &self.node.kind else {
             return Ok(self);
         };
         let origin = &self.node.origin;
@@ -140,9 +140,9 @@ impl NodeDeserializer {
                 parse_inline(text, origin).map_err(|reason| Error::message(reason, origin))?;
             return Ok(Self { node });
         }
-        let item = |item: &str| Node {
+        let item = |item: &str| TreeNode {
             origin: origin.clone(),
-            kind: Kind::Text(item.trim().to_owned()),
+            kind: NodeValue::Text(item.trim().to_owned()),
         };
         let items = if text.is_empty() {
             Vec::new()
@@ -150,9 +150,9 @@ impl NodeDeserializer {
             text.split(',').map(item).collect()
         };
         Ok(Self {
-            node: Node {
+            node: TreeNode {
                 origin: origin.clone(),
-                kind: Kind::Array(items),
+                kind: NodeValue::Array(items),
             },
         })
     }
@@ -176,16 +176,16 @@ impl<'de> de::Deserializer<'de> for NodeDeserializer {
             error
         };
         match self.node.kind {
-            Kind::Text(text) => visitor.visit_string(text).map_err(located),
-            Kind::Scalar(value) => de::Deserializer::deserialize_any(value, visitor)
+            NodeValue::Text(text) => visitor.visit_string(text).map_err(located),
+            NodeValue::Scalar(value) => de::Deserializer::deserialize_any(value, visitor)
                 .map_err(|error: toml::de::Error| Error::message(error.message(), &origin)),
-            Kind::Array(items) => visitor
+            NodeValue::Array(items) => visitor
                 .visit_seq(Items {
                     items: items.into_iter(),
                     index: 0,
                 })
                 .map_err(located),
-            Kind::Table(table) => visitor
+            NodeValue::Table(table) => visitor
                 .visit_map(Entries {
                     entries: table.into_iter(),
                     value: None,
@@ -210,7 +210,7 @@ impl<'de> de::Deserializer<'de> for NodeDeserializer {
 
     fn deserialize_option<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Error> {
         match &self.node.kind {
-            Kind::Text(text) if text.is_empty() => visitor.visit_none(),
+            NodeValue::Text(text) if text.is_empty() => visitor.visit_none(),
             _ => visitor.visit_some(self),
         }
     }
@@ -242,7 +242,7 @@ impl<'de> de::Deserializer<'de> for NodeDeserializer {
         visitor: V,
     ) -> Result<V::Value, Error> {
         let this = self.expanded()?;
-        if let Kind::Table(table) = &this.node.kind {
+        if let NodeValue::Table(table) = &this.node.kind {
             let unknown = table
                 .iter()
                 .find(|(key, _)| !fields.contains(&key.as_str()));
@@ -262,17 +262,19 @@ impl<'de> de::Deserializer<'de> for NodeDeserializer {
     ) -> Result<V::Value, Error> {
         let origin = self.node.origin;
         let variant = match self.node.kind {
-            Kind::Table(table) => {
+            NodeValue::Table(table) => {
                 let entries = Entries {
                     entries: table.into_iter(),
                     value: None,
                 };
                 visitor.visit_enum(MapAccessDeserializer::new(entries))
             }
-            Kind::Text(name) | Kind::Scalar(toml::Value::String(name)) => {
+            NodeValue::Text(name) | NodeValue::Scalar(toml::Value::String(name)) => {
                 visitor.visit_enum(name.into_deserializer())
             }
-            Kind::Scalar(_) | Kind::Array(_) => Err(Error::message("expected a name", &origin)),
+            NodeValue::Scalar(_) | NodeValue::Array(_) => {
+                Err(Error::message("expected a name", &origin))
+            }
         };
         variant.map_err(|mut error: Error| {
             error.origin.get_or_insert(origin);
@@ -286,7 +288,7 @@ impl<'de> de::Deserializer<'de> for NodeDeserializer {
 }
 
 struct Items {
-    items: std::vec::IntoIter<Node>,
+    items: std::vec::IntoIter<TreeNode>,
     index: usize,
 }
 
@@ -314,8 +316,8 @@ impl<'de> SeqAccess<'de> for Items {
 }
 
 struct Entries {
-    entries: std::collections::btree_map::IntoIter<String, Node>,
-    value: Option<(String, Node)>,
+    entries: std::collections::btree_map::IntoIter<String, TreeNode>,
+    value: Option<(String, TreeNode)>,
 }
 
 impl<'de> MapAccess<'de> for Entries {

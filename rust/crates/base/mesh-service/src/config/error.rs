@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use strsim::osa_distance;
 
-use super::tree::Origin;
+use super::tree::ValueOrigin;
 
 /// Errors that make a configuration unusable.
 #[derive(Debug, thiserror::Error)]
@@ -32,7 +32,7 @@ pub enum ConfigError {
         /// Dotted path of the key.
         key: String,
         /// Layer that set the key.
-        origin: Origin,
+        origin: ValueOrigin,
         /// The most similar key that exists, if any is similar.
         nearest: Option<String>,
         /// The keys that exist at that place.
@@ -44,7 +44,7 @@ pub enum ConfigError {
         /// Dotted path of the key; empty for the whole configuration.
         key: String,
         /// Layer that set the value.
-        origin: Origin,
+        origin: ValueOrigin,
         /// Description of the expected value.
         reason: String,
     },

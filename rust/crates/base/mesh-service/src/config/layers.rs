@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::path::Path;
 
 use super::ConfigError;
-use super::tree::{Origin, Tree};
+use super::tree::{Tree, ValueOrigin};
 
 /// Behind the name of a key with an address: its port.
 const PORT: &str = ":port";
@@ -77,7 +77,7 @@ impl Layers<'_> {
         }
         found.sort_by_key(|(rank, ..)| *rank);
         found.into_iter().try_for_each(|(_, key, value, variable)| {
-            self.set(&key, value, Origin::Environment(variable))
+            self.set(&key, value, ValueOrigin::Environment(variable))
         })
     }
 
@@ -86,7 +86,7 @@ impl Layers<'_> {
         &mut self,
         key: &str,
         value: String,
-        origin: Origin,
+        origin: ValueOrigin,
     ) -> Result<(), ConfigError> {
         let renamed = self.renamed(key);
         if let Some(new) = &renamed {
@@ -123,7 +123,7 @@ impl Layers<'_> {
         })
     }
 
-    fn warn(&mut self, old: &str, new: &str, origin: &Origin) {
+    fn warn(&mut self, old: &str, new: &str, origin: &ValueOrigin) {
         let remedy = match new.strip_suffix(PORT) {
             None => format!("use `{new}`"),
             Some(address) => format!("set the port in `{address}`"),

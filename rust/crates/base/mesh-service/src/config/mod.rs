@@ -38,8 +38,8 @@ use serde::de::DeserializeOwned;
 
 pub use error::ConfigError;
 use layers::Layers;
-pub use tree::Origin;
 use tree::Tree;
+pub use tree::ValueOrigin;
 pub(crate) use tree::join;
 
 use crate::telemetry::LogFormat;
@@ -223,7 +223,7 @@ impl<T: Default + Serialize + DeserializeOwned> Loader<T> {
             .unwrap_or_else(|| std::env::vars_os().collect());
         layers.environment(&self.service, &self.named, variables)?;
         for (flag, key, value) in self.flags {
-            layers.set(&key, value, Origin::Flag(flag))?;
+            layers.set(&key, value, ValueOrigin::Flag(flag))?;
         }
         let value: T =
             de::from_tree(&layers.tree).map_err(|error| error.explain(&known_keys(&defaults)))?;

@@ -13,7 +13,7 @@ use super::ConfigError;
 /// The layer that set a value.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
-pub enum Origin {
+pub enum ValueOrigin {
     /// The built-in default; no layer set the value.
     Default,
     /// A line of a file.
@@ -29,7 +29,7 @@ pub enum Origin {
     Flag(String),
 }
 
-impl fmt::Display for Origin {
+impl fmt::Display for ValueOrigin {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Default => f.write_str("default"),
@@ -42,16 +42,16 @@ impl fmt::Display for Origin {
 
 /// A value and its origin.
 #[derive(Clone, Debug)]
-pub(super) struct Node {
-    pub(super) origin: Origin,
-    pub(super) kind: Kind,
+pub(super) struct TreeNode {
+    pub(super) origin: ValueOrigin,
+    pub(super) kind: NodeValue,
 }
 
 /// A value in the form it was given.
 #[derive(Clone, Debug)]
-pub(super) enum Kind {
-    Table(BTreeMap<String, Node>),
-    Array(Vec<Node>),
+pub(super) enum NodeValue {
+    Table(BTreeMap<String, TreeNode>),
+    Array(Vec<TreeNode>),
     /// A TOML value that is neither an array nor a table.
     Scalar(toml::Value),
     /// Text from the environment or a flag, to be parsed as the key's type.
@@ -61,13 +61,13 @@ pub(super) enum Kind {
 /// The merged layers of a configuration.
 #[derive(Clone, Debug)]
 pub(super) struct Tree {
-    pub(super) root: Node,
+    pub(super) root: TreeNode,
 }
 
 impl Default for Tree {
     fn default() -> Self {
         Self {
-            root: Node::empty(&Origin::Default),
+            root: TreeNode::empty(&ValueOrigin::Default),
         }
     }
 }
@@ -83,7 +83,7 @@ impl Tree {
             reason: error.to_string(),
         })?;
         let path = Arc::new(path.to_owned());
-        let origin = |at: usize| Origin::File {
+        let origin = |at: usize| ValueOrigin::File {
             path: path.clone(),
             line: 1 + text
                 .as_bytes()
@@ -93,7 +93,7 @@ impl Tree {
                 .count(),
         };
         Ok(Self {
-            root: Node {
+            root: TreeNode {
                 origin: origin(0),
                 kind: table_node(table.get_ref(), &origin),
             },
@@ -105,34 +105,34 @@ impl Tree {
         &mut self,
         key: &str,
         value: String,
-        origin: Origin,
+        origin: ValueOrigin,
     ) -> Result<(), ConfigError> {
         let entry = self.entry(key, &origin)?;
-        entry.kind = Kind::Text(value);
+        entry.kind = NodeValue::Text(value);
         entry.origin = origin;
         Ok(())
     }
 
     /// Puts a node at a dotted key, except the values that are set there.
-    pub(super) fn fill(&mut self, key: &str, node: Node) -> Result<(), ConfigError> {
+    pub(super) fn fill(&mut self, key: &str, node: TreeNode) -> Result<(), ConfigError> {
         self.entry(key, &node.origin)?.fill(node);
         Ok(())
     }
 
     /// Removes a key and returns its node.
-    pub(super) fn take(&mut self, key: &str) -> Option<Node> {
+    pub(super) fn take(&mut self, key: &str) -> Option<TreeNode> {
         let (parents, name) = key.rsplit_once('.').unwrap_or(("", key));
         self.node(parents)?.table()?.remove(name)
     }
 
     /// The node of a key; of an empty one it is the root.
-    pub(super) fn node(&mut self, key: &str) -> Option<&mut Node> {
+    pub(super) fn node(&mut self, key: &str) -> Option<&mut TreeNode> {
         let mut names = key.split('.').filter(|name| !name.is_empty());
         names.try_fold(&mut self.root, |node, name| node.table()?.get_mut(name))
     }
 
     /// Like [`node`](Self::node), but creates an empty table if the key is missing.
-    fn entry(&mut self, key: &str, origin: &Origin) -> Result<&mut Node, ConfigError> {
+    fn entry(&mut self, key: &str, origin: &ValueOrigin) -> Result<&mut TreeNode, ConfigError> {
         let mut node = &mut self.root;
         for segment in key.split('.') {
             if segment.is_empty() {
@@ -143,29 +143,29 @@ impl Tree {
                 });
             }
             if node.table().is_none() {
-                *node = Node::empty(origin);
+                *node = TreeNode::empty(origin);
             }
-            let Kind::Table(table) = &mut node.kind else {
+            let NodeValue::Table(table) = &mut node.kind else {
                 unreachable!("made a table above")
             };
             let entry = table.entry(segment.to_owned());
-            node = entry.or_insert_with(|| Node::empty(origin));
+            node = entry.or_insert_with(|| TreeNode::empty(origin));
         }
         Ok(node)
     }
 }
 
-impl Node {
-    fn empty(origin: &Origin) -> Self {
+impl TreeNode {
+    fn empty(origin: &ValueOrigin) -> Self {
         Self {
             origin: origin.clone(),
-            kind: Kind::Table(BTreeMap::new()),
+            kind: NodeValue::Table(BTreeMap::new()),
         }
     }
 
-    fn table(&mut self) -> Option<&mut BTreeMap<String, Node>> {
+    fn table(&mut self) -> Option<&mut BTreeMap<String, TreeNode>> {
         match &mut self.kind {
-            Kind::Table(table) => Some(table),
+            NodeValue::Table(table) => Some(table),
             _ => None,
         }
     }
@@ -173,16 +173,18 @@ impl Node {
     /// The value as text, if it has one.
     pub(super) fn text(&self) -> Option<String> {
         match &self.kind {
-            Kind::Text(text) | Kind::Scalar(toml::Value::String(text)) => Some(text.clone()),
-            Kind::Scalar(value) => Some(value.to_string()),
-            Kind::Table(_) | Kind::Array(_) => None,
+            NodeValue::Text(text) | NodeValue::Scalar(toml::Value::String(text)) => {
+                Some(text.clone())
+            }
+            NodeValue::Scalar(value) => Some(value.to_string()),
+            NodeValue::Table(_) | NodeValue::Array(_) => None,
         }
     }
 
     /// Takes over the values of `other` that are not set here.
-    fn fill(&mut self, other: Node) {
+    fn fill(&mut self, other: TreeNode) {
         match (&mut self.kind, other.kind) {
-            (Kind::Table(table), Kind::Table(others)) => {
+            (NodeValue::Table(table), NodeValue::Table(others)) => {
                 for (name, node) in others {
                     let entry = table.entry(name);
                     entry
@@ -190,7 +192,7 @@ impl Node {
                         .fill(node);
                 }
             }
-            (Kind::Table(table), kind) if table.is_empty() => {
+            (NodeValue::Table(table), kind) if table.is_empty() => {
                 (self.kind, self.origin) = (kind, other.origin);
             }
             _ => {}
@@ -208,42 +210,44 @@ pub(crate) fn join(prefix: &str, name: &str) -> String {
 }
 
 /// Reads text as a TOML value: how lists and tables are given in one variable or flag.
-pub(super) fn parse_inline(text: &str, origin: &Origin) -> Result<Node, String> {
+pub(super) fn parse_inline(text: &str, origin: &ValueOrigin) -> Result<TreeNode, String> {
     let value = DeValue::parse(text).map_err(|error| error.message().to_owned())?;
     Ok(node(&value, &|_| origin.clone()))
 }
 
-fn node(value: &Spanned<DeValue<'_>>, origin: &dyn Fn(usize) -> Origin) -> Node {
+fn node(value: &Spanned<DeValue<'_>>, origin: &dyn Fn(usize) -> ValueOrigin) -> TreeNode {
     let kind = match value.get_ref() {
         DeValue::Table(table) => table_node(table, origin),
-        DeValue::Array(array) => Kind::Array(array.iter().map(|item| node(item, origin)).collect()),
-        DeValue::String(text) => Kind::Scalar(toml::Value::String(text.to_string())),
-        DeValue::Boolean(value) => Kind::Scalar(toml::Value::Boolean(*value)),
-        DeValue::Datetime(value) => Kind::Scalar(toml::Value::Datetime(*value)),
+        DeValue::Array(array) => {
+            NodeValue::Array(array.iter().map(|item| node(item, origin)).collect())
+        }
+        DeValue::String(text) => NodeValue::Scalar(toml::Value::String(text.to_string())),
+        DeValue::Boolean(value) => NodeValue::Scalar(toml::Value::Boolean(*value)),
+        DeValue::Datetime(value) => NodeValue::Scalar(toml::Value::Datetime(*value)),
         DeValue::Integer(value) => {
             let digits = value.as_str().replace('_', "");
             match i64::from_str_radix(&digits, value.radix()) {
-                Ok(integer) => Kind::Scalar(toml::Value::Integer(integer)),
+                Ok(integer) => NodeValue::Scalar(toml::Value::Integer(integer)),
                 // Beyond 64 bits: keep the text, the typed layer names the key when it refuses it.
-                Err(_) => Kind::Text(digits),
+                Err(_) => NodeValue::Text(digits),
             }
         }
         DeValue::Float(value) => match value.as_str().replace('_', "").parse() {
-            Ok(float) => Kind::Scalar(toml::Value::Float(float)),
-            Err(_) => Kind::Text(value.as_str().to_owned()),
+            Ok(float) => NodeValue::Scalar(toml::Value::Float(float)),
+            Err(_) => NodeValue::Text(value.as_str().to_owned()),
         },
     };
-    Node {
+    TreeNode {
         origin: origin(value.span().start),
         kind,
     }
 }
 
-fn table_node(table: &DeTable<'_>, origin: &dyn Fn(usize) -> Origin) -> Kind {
+fn table_node(table: &DeTable<'_>, origin: &dyn Fn(usize) -> ValueOrigin) -> NodeValue {
     let entry = |(key, value): (&Spanned<std::borrow::Cow<'_, str>>, _)| {
         let mut child = node(value, origin);
         child.origin = origin(key.span().start);
         (key.get_ref().to_string(), child)
     };
-    Kind::Table(table.iter().map(entry).collect())
+    NodeValue::Table(table.iter().map(entry).collect())
 }

@@ -52,59 +52,39 @@ pub mod bytes {
     }
 }
 
-/// The same units for keys that may be absent: `#[serde(with = "…::units::optional_duration")]`.
-pub mod optional_duration {
-    use std::time::Duration;
+/// The same units for keys that may be absent.
+macro_rules! optional {
+    ($(#[$doc:meta])* $name:ident, $unit:literal, $type:ty) => {
+        $(#[$doc])*
+        pub mod $name {
+            use serde::de::{Deserialize, Deserializer};
+            use serde::ser::{Serialize, Serializer};
 
-    use serde::de::{Deserialize, Deserializer};
-    use serde::ser::Serializer;
+            #[derive(serde::Deserialize, serde::Serialize)]
+            #[serde(transparent)]
+            struct Present(#[serde(with = $unit)] $type);
 
-    #[derive(serde::Deserialize)]
-    struct Present(#[serde(with = "super::duration")] Duration);
-
-    /// For `#[serde(with)]`.
-    pub fn serialize<S: Serializer>(
-        duration: &Option<Duration>,
-        serializer: S,
-    ) -> Result<S::Ok, S::Error> {
-        match duration {
-            Some(duration) => {
-                serializer.serialize_some(&mesh_base::units::format_duration(*duration))
+            /// For `#[serde(with)]`.
+            pub fn serialize<S: Serializer>(value: &Option<$type>, serializer: S) -> Result<S::Ok, S::Error> {
+                value.map(Present).serialize(serializer)
             }
-            None => serializer.serialize_none(),
-        }
-    }
 
-    /// For `#[serde(with)]`.
-    pub fn deserialize<'de, D: Deserializer<'de>>(
-        deserializer: D,
-    ) -> Result<Option<Duration>, D::Error> {
-        Ok(Option::<Present>::deserialize(deserializer)?.map(|present| present.0))
-    }
+            /// For `#[serde(with)]`.
+            pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<$type>, D::Error> {
+                Ok(Option::<Present>::deserialize(deserializer)?.map(|present| present.0))
+            }
+        }
+    };
 }
 
-/// The same units for keys that may be absent: `#[serde(with = "…::units::optional_bytes")]`.
-pub mod optional_bytes {
-    use serde::de::{Deserialize, Deserializer};
-    use serde::ser::Serializer;
+optional! {
+    /// For keys that may be absent: `#[serde(with = "…::units::optional_duration")]`.
+    optional_duration, "super::duration", std::time::Duration
+}
 
-    #[derive(serde::Deserialize)]
-    struct Present(#[serde(with = "super::bytes")] u64);
-
-    /// For `#[serde(with)]`.
-    pub fn serialize<S: Serializer>(bytes: &Option<u64>, serializer: S) -> Result<S::Ok, S::Error> {
-        match bytes {
-            Some(bytes) => serializer.serialize_some(&mesh_base::units::format_bytes(*bytes)),
-            None => serializer.serialize_none(),
-        }
-    }
-
-    /// For `#[serde(with)]`.
-    pub fn deserialize<'de, D: Deserializer<'de>>(
-        deserializer: D,
-    ) -> Result<Option<u64>, D::Error> {
-        Ok(Option::<Present>::deserialize(deserializer)?.map(|present| present.0))
-    }
+optional! {
+    /// For keys that may be absent: `#[serde(with = "…::units::optional_bytes")]`.
+    optional_bytes, "super::bytes", u64
 }
 
 /// Takes a bare number as `Ok`, text as `Err`.

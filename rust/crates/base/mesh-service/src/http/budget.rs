@@ -12,9 +12,9 @@ pub(super) struct Budget<V> {
     limit: u64,
     total: u64,
     /// Ids only grow.
-    held: HashMap<u64, Held<V>>,
+    held: HashMap<u64, Request<V>>,
     /// Sources with requests that hold bytes.
-    sources: HashMap<IpAddr, Source>,
+    sources: HashMap<IpAddr, SourceRequests>,
     /// The same sources, ordered by their bytes.
     by_bytes: BTreeSet<(u64, IpAddr)>,
     /// Number of requests that hold bytes.
@@ -23,14 +23,14 @@ pub(super) struct Budget<V> {
 }
 
 #[derive(Debug)]
-struct Held<V> {
+struct Request<V> {
     source: IpAddr,
     bytes: u64,
     value: V,
 }
 
 #[derive(Debug, Default)]
-struct Source {
+struct SourceRequests {
     bytes: u64,
     holders: BTreeSet<u64>,
 }
@@ -52,7 +52,7 @@ impl<V> Budget<V> {
     pub(super) fn enter(&mut self, source: IpAddr, value: V) -> u64 {
         let id = self.next;
         self.next += 1;
-        let held = Held {
+        let held = Request {
             source,
             bytes: 0,
             value,

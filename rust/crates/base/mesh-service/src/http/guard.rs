@@ -8,7 +8,6 @@
 use std::collections::HashSet;
 use std::fmt;
 use std::net::IpAddr;
-use std::str::FromStr;
 use std::sync::Arc;
 
 use axum::Router;
@@ -16,19 +15,9 @@ use axum::extract::{Request, State};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
-use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use serde_json::json;
 
-/// The origin of web pages that may use a service: `scheme://host[:port]`, or `*` for all pages.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Origin(String);
-
-/// Text that is not an origin.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error(
-    "`{0}` is not an origin; write it as https://chat.example.org, without a path, or * for all pages"
-)]
-pub struct NotAnOrigin(String);
+use super::origin::Origin;
 
 /// The rules by which a service accepts requests.
 #[derive(Debug, Clone, Default)]
@@ -60,7 +49,7 @@ impl fmt::Debug for NamesCount {
 
 /// Reasons why a request is refused.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-enum Refused {
+enum Rejection {
     #[error(
         "this service does not go by the name {0:?}; use its address or this machine's host name, or add the name to http.hosts"
     )]
@@ -124,9 +113,9 @@ impl Guard {
     /// Also accepts requests from pages of these origins, with the CORS headers that browsers need.
     #[must_use]
     pub fn with_origins(mut self, origins: &[Origin]) -> Self {
-        self.any_origin |= origins.iter().any(|origin| origin.0 == "*");
+        self.any_origin |= origins.iter().any(|origin| origin.as_str() == "*");
         self.origins
-            .extend(origins.iter().map(|origin| origin.0.clone()));
+            .extend(origins.iter().map(|origin| origin.as_str().to_owned()));
         self
     }
 
@@ -137,7 +126,7 @@ impl Guard {
             .layer(middleware::from_fn_with_state(Arc::new(self), guard))
     }
 
-    fn check(&self, method: &Method, uri: &Uri, headers: &HeaderMap) -> Result<(), Refused> {
+    fn check(&self, method: &Method, uri: &Uri, headers: &HeaderMap) -> Result<(), Rejection> {
         // Paths that only report health accept any name: load balancers use names of their own.
         let is_health = matches!(uri.path(), "/health" | "/ready");
         if !is_health {
@@ -146,7 +135,7 @@ impl Guard {
         if let Some(origin) = headers.get(header::ORIGIN) {
             let origin = text(origin);
             if !self.allows(&origin) && !is_same_origin(&origin, uri, headers) {
-                return Err(Refused::Origin(origin));
+                return Err(Rejection::Origin(origin));
             }
         }
         if *method == Method::POST {
@@ -155,7 +144,7 @@ impl Guard {
         Ok(())
     }
 
-    fn check_host(&self, uri: &Uri, headers: &HeaderMap) -> Result<(), Refused> {
+    fn check_host(&self, uri: &Uri, headers: &HeaderMap) -> Result<(), Rejection> {
         let Some(known) = self.hosts.as_ref().filter(|_| (self.names_count.0)()) else {
             return Ok(());
         };
@@ -167,7 +156,7 @@ impl Guard {
             let name = plain_name(&host);
             let is_local = name == "localhost" || name.ends_with(".localhost");
             if !is_local && !is_address(&name) && !known.contains(&name) {
-                return Err(Refused::Host(host));
+                return Err(Rejection::Host(host));
             }
         }
         Ok(())
@@ -183,12 +172,12 @@ impl Guard {
     }
 }
 
-impl Refused {
+impl Rejection {
     fn answer(&self) -> Response {
         let (status, code) = match self {
-            Refused::Host(_) => (StatusCode::FORBIDDEN, "host_not_allowed"),
-            Refused::Origin(_) => (StatusCode::FORBIDDEN, "origin_not_allowed"),
-            Refused::ContentType(_) | Refused::NoContentType | Refused::Encoding(_) => {
+            Rejection::Host(_) => (StatusCode::FORBIDDEN, "host_not_allowed"),
+            Rejection::Origin(_) => (StatusCode::FORBIDDEN, "origin_not_allowed"),
+            Rejection::ContentType(_) | Rejection::NoContentType | Rejection::Encoding(_) => {
                 (StatusCode::UNSUPPORTED_MEDIA_TYPE, "unsupported_media_type")
             }
         };
@@ -204,9 +193,9 @@ async fn guard(State(guard): State<Arc<Guard>>, request: Request, next: Next) ->
     let permission = guard.permission(origin.as_ref());
     let checked = guard.check(request.method(), request.uri(), request.headers());
     let mut response = match checked {
-        Err(refused) => {
-            tracing::debug!(%refused, "request refused");
-            refused.answer()
+        Err(rejection) => {
+            tracing::debug!(refused = %rejection, "request refused");
+            rejection.answer()
         }
         Ok(()) if is_preflight(&request) => preflight(&request),
         Ok(()) => next.run(request).await,
@@ -257,10 +246,10 @@ fn preflight(request: &Request) -> Response {
 }
 
 /// A page can make a browser send text and forms without asking; JSON it cannot.
-fn check_body(headers: &HeaderMap) -> Result<(), Refused> {
+fn check_body(headers: &HeaderMap) -> Result<(), Rejection> {
     let encoding = headers.get(header::CONTENT_ENCODING).map(text);
     if let Some(encoding) = encoding.filter(|encoding| !encoding.eq_ignore_ascii_case("identity")) {
-        return Err(Refused::Encoding(encoding));
+        return Err(Rejection::Encoding(encoding));
     }
     let Some(kind) = headers.get(header::CONTENT_TYPE).map(text) else {
         let by_browser = [header::ORIGIN, header::REFERER]
@@ -273,7 +262,7 @@ fn check_body(headers: &HeaderMap) -> Result<(), Refused> {
             .get(header::CONTENT_LENGTH)
             .is_some_and(|length| length == "0");
         return match by_browser && !empty {
-            true => Err(Refused::NoContentType),
+            true => Err(Rejection::NoContentType),
             false => Ok(()),
         };
     };
@@ -288,7 +277,7 @@ fn check_body(headers: &HeaderMap) -> Result<(), Refused> {
     if is_json {
         Ok(())
     } else {
-        Err(Refused::ContentType(kind))
+        Err(Rejection::ContentType(kind))
     }
 }
 
@@ -353,48 +342,6 @@ fn is_address(name: &str) -> bool {
 
 fn text(value: &HeaderValue) -> String {
     String::from_utf8_lossy(value.as_bytes()).into_owned()
-}
-
-impl FromStr for Origin {
-    type Err = NotAnOrigin;
-
-    fn from_str(text: &str) -> Result<Self, NotAnOrigin> {
-        let origin = text.trim().trim_end_matches('/').to_ascii_lowercase();
-        let is_one = match origin.split_once("://") {
-            Some((scheme, host)) => {
-                !scheme.is_empty()
-                    && !host.is_empty()
-                    && host
-                        .bytes()
-                        .all(|byte| byte.is_ascii_graphic() && !b"/?#@*".contains(&byte))
-            }
-            None => origin == "*" || origin == "null",
-        };
-        if is_one {
-            Ok(Self(origin))
-        } else {
-            Err(NotAnOrigin(text.to_owned()))
-        }
-    }
-}
-
-impl fmt::Display for Origin {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
-
-impl Serialize for Origin {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_str(self)
-    }
-}
-
-impl<'de> Deserialize<'de> for Origin {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let text = String::deserialize(deserializer)?;
-        text.parse().map_err(serde::de::Error::custom)
-    }
 }
 
 /// Headers of answers that pages may read, besides those that they always may.
@@ -624,27 +571,5 @@ mod tests {
             (answer.status().as_u16(), allowed.to_str().unwrap()),
             (200, "https://evil.example")
         );
-    }
-
-    #[test]
-    fn origins_are_read_and_anything_else_is_refused() {
-        for (text, origin) in [
-            ("https://Chat.Example.org/", "https://chat.example.org"),
-            ("http://localhost:3000", "http://localhost:3000"),
-            ("tauri://localhost", "tauri://localhost"),
-            ("*", "*"),
-        ] {
-            assert_eq!(text.parse::<Origin>().unwrap().to_string(), origin);
-        }
-        for wrong in [
-            "",
-            "chat.example.org",
-            "https://",
-            "https://a/b",
-            "https://*.example.org",
-            "://x",
-        ] {
-            assert!(wrong.parse::<Origin>().is_err(), "{wrong}");
-        }
     }
 }

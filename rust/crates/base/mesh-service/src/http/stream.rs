@@ -21,24 +21,24 @@ use tokio::sync::watch;
 use tokio::time::Sleep;
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 
-use super::Shared;
+use super::open::OpenConnections;
 use super::table::Id;
 
 /// A client's connection that reports to the table.
-pub(super) struct Watched<S> {
+pub(super) struct ClientStream<S> {
     stream: S,
-    shared: Shared,
+    open: OpenConnections,
     id: Id,
     /// Time limit for a client that takes nothing of the written data.
     limit: Duration,
     stalled: Option<Pin<Box<Sleep>>>,
 }
 
-impl<S> Watched<S> {
-    pub(super) fn new(stream: S, shared: Shared, id: Id, limit: Duration) -> Self {
+impl<S> ClientStream<S> {
+    pub(super) fn new(stream: S, open: OpenConnections, id: Id, limit: Duration) -> Self {
         Self {
             stream,
-            shared,
+            open,
             id,
             limit,
             stalled: None,
@@ -63,23 +63,25 @@ impl<S> Watched<S> {
     }
 }
 
-impl<S: AsyncRead + Unpin> AsyncRead for Watched<S> {
+impl<S: AsyncRead + Unpin> AsyncRead for ClientStream<S> {
     fn poll_read(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        let before = buffer.filled().len();
-        let result = ready!(Pin::new(&mut self.stream).poll_read(cx, buffer));
-        let len = buffer.filled().len() - before;
+        let most = buffer.remaining().min(MOST_READ);
+        let mut part = ReadBuf::new(buffer.initialize_unfilled_to(most));
+        let result = ready!(Pin::new(&mut self.stream).poll_read(cx, &mut part));
+        let len = part.filled().len();
+        buffer.advance(len);
         if len > 0 {
-            self.shared.heard(self.id, len as u64);
+            self.open.heard(self.id, len as u64);
         }
         Poll::Ready(result)
     }
 }
 
-impl<S: AsyncWrite + Unpin> AsyncWrite for Watched<S> {
+impl<S: AsyncWrite + Unpin> AsyncWrite for ClientStream<S> {
     fn poll_write(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
@@ -170,9 +172,9 @@ fn cause_of<'a, E: Error + 'static>(error: &'a (dyn Error + 'static)) -> Option<
 }
 
 /// The body of a request, for which is not waited longer than it deserves.
-pub(super) struct Incoming {
+pub(super) struct RequestBody {
     body: Body,
-    shared: Shared,
+    open: OpenConnections,
     id: Id,
     limit: Duration,
     began: tokio::time::Instant,
@@ -180,23 +182,29 @@ pub(super) struct Incoming {
     timer: Pin<Box<Sleep>>,
     over: bool,
     source: IpAddr,
-    /// Place among the unfinished requests, once a byte has arrived.
-    place: Option<Place>,
+    /// UnfinishedBody among the unfinished requests, once a byte has arrived.
+    place: Option<UnfinishedBody>,
 }
 
-struct Place {
+struct UnfinishedBody {
     id: u64,
     given_up: Pin<Box<WaitForCancellationFutureOwned>>,
 }
 
-impl Incoming {
-    pub(super) fn new(body: Body, shared: Shared, id: Id, source: IpAddr, limit: Duration) -> Self {
+impl RequestBody {
+    pub(super) fn new(
+        body: Body,
+        open: OpenConnections,
+        id: Id,
+        source: IpAddr,
+        limit: Duration,
+    ) -> Self {
         Self {
             source,
             place: None,
             over: body.is_end_stream(),
             body,
-            shared,
+            open,
             id,
             limit,
             began: tokio::time::Instant::now(),
@@ -209,22 +217,22 @@ impl Incoming {
     fn grow(&mut self, bytes: u64) {
         let place = self.place.get_or_insert_with(|| {
             let given_up = CancellationToken::new();
-            Place {
-                id: self.shared.unfinished(self.source, given_up.clone()),
+            UnfinishedBody {
+                id: self.open.unfinished(self.source, given_up.clone()),
                 given_up: Box::pin(given_up.cancelled_owned()),
             }
         });
-        self.shared.grows(place.id, bytes);
+        self.open.grows(place.id, bytes);
     }
 
     fn end(&mut self) {
         if !std::mem::replace(&mut self.over, true) {
-            self.shared.table().read(self.id);
+            self.open.lock().table.read(self.id);
         }
     }
 }
 
-impl HttpBody for Incoming {
+impl HttpBody for RequestBody {
     type Data = Bytes;
     type Error = axum::Error;
 
@@ -273,21 +281,20 @@ impl HttpBody for Incoming {
     }
 }
 
-impl Drop for Incoming {
+impl Drop for RequestBody {
     fn drop(&mut self) {
         if let Some(place) = &self.place {
-            self.shared.finished(place.id);
+            self.open.finished(place.id);
         }
         // A client that still writes would find its connection closed and never read why. One that has sent nothing may wait for
         // the word to go on, which reading would give it.
         let still_writes = !self.over && !self.body.is_end_stream() && self.received > 0;
         match Handle::try_current() {
             Ok(runtime) if still_writes => {
-                let (body, shared, id) =
-                    (std::mem::take(&mut self.body), self.shared.clone(), self.id);
+                let (body, open, id) = (std::mem::take(&mut self.body), self.open.clone(), self.id);
                 runtime.spawn(async move {
                     linger(body).await;
-                    shared.table().read(id);
+                    open.lock().table.read(id);
                 });
             }
             _ => self.end(),
@@ -306,15 +313,15 @@ async fn linger(mut body: Body) {
 ///
 /// The server asks for a piece when it has room for it. Where a client's window has none, nothing is asked for, and no write waits
 /// that could time out: so the table knows since when a piece waits, or the stream does.
-pub(super) struct Outgoing {
+pub(super) struct ResponseBody {
     body: Body,
     /// The rest of the body's last frame.
     rest: Bytes,
     /// Time at which the last piece was handed over, if no other has been asked for since.
     offered: Option<Instant>,
     /// Present on HTTP/2, where only the stream ends.
-    stream: Option<Arc<Offer>>,
-    answer: Answer,
+    stream: Option<Arc<PendingPiece>>,
+    answer: ResponseGuard,
 }
 
 /// Runs the streams of an HTTP/2 connection, and gives one up of whose answer the client takes nothing.
@@ -331,8 +338,8 @@ where
 {
     fn execute(&self, stream: F) {
         let limit = self.limit;
-        let offer = Arc::new(Offer(watch::Sender::new(None)));
-        tokio::spawn(OFFER.scope(offer.clone(), async move {
+        let offer = Arc::new(PendingPiece(watch::Sender::new(None)));
+        tokio::spawn(PENDING_PIECE.scope(offer.clone(), async move {
             tokio::select! {
                 _ = stream => {}
                 () = offer.is_ignored_for(limit) => {
@@ -344,9 +351,9 @@ where
 }
 
 /// The time since which a piece of a stream's answer waits to be taken.
-struct Offer(watch::Sender<Option<Instant>>);
+struct PendingPiece(watch::Sender<Option<Instant>>);
 
-impl Offer {
+impl PendingPiece {
     async fn is_ignored_for(&self, limit: Duration) {
         let mut offers = self.0.subscribe();
         loop {
@@ -365,22 +372,22 @@ impl Offer {
 
 tokio::task_local! {
     /// The offer of the stream that this task serves.
-    static OFFER: Arc<Offer>;
+    static PENDING_PIECE: Arc<PendingPiece>;
 }
 
 /// An answer counts as under way until this is dropped.
-pub(super) struct Answer {
-    pub(super) shared: Shared,
+pub(super) struct ResponseGuard {
+    pub(super) open: OpenConnections,
     pub(super) id: Id,
 }
 
-impl Outgoing {
-    pub(super) fn new(body: Body, answer: Answer) -> Self {
+impl ResponseBody {
+    pub(super) fn new(body: Body, answer: ResponseGuard) -> Self {
         Self {
             body,
             rest: Bytes::new(),
             offered: None,
-            stream: OFFER.try_with(Arc::clone).ok(),
+            stream: PENDING_PIECE.try_with(Arc::clone).ok(),
             answer,
         }
     }
@@ -391,7 +398,7 @@ impl Outgoing {
         };
         match &self.stream {
             Some(stream) => drop(stream.0.send_replace(None)),
-            None => self.answer.shared.table().taken(self.answer.id, offered),
+            None => self.answer.open.lock().table.taken(self.answer.id, offered),
         }
     }
 
@@ -400,7 +407,7 @@ impl Outgoing {
         self.offered = Some(now);
         match &self.stream {
             Some(stream) => drop(stream.0.send_replace(Some(now))),
-            None => self.answer.shared.table().offered(self.answer.id, now),
+            None => self.answer.open.lock().table.offered(self.answer.id, now),
         }
     }
 
@@ -423,7 +430,7 @@ impl Outgoing {
     }
 }
 
-impl HttpBody for Outgoing {
+impl HttpBody for ResponseBody {
     type Data = Bytes;
     type Error = axum::Error;
 
@@ -453,18 +460,20 @@ impl HttpBody for Outgoing {
     }
 }
 
-impl Drop for Outgoing {
+impl Drop for ResponseBody {
     fn drop(&mut self) {
         self.taken();
     }
 }
 
-impl Drop for Answer {
+impl Drop for ResponseGuard {
     fn drop(&mut self) {
-        self.shared.table().answered(self.id, Instant::now());
+        self.open.lock().table.answered(self.id, Instant::now());
     }
 }
 
+/// Bytes of a read. hyper's buffer of a connection grows up to its limit while reads fill it.
+const MOST_READ: usize = 8 << 10;
 /// Slowest accepted body, in bytes per second.
 const LEAST_RATE: u64 = 1024;
 /// Bytes of an answer that a client takes at once: few enough that a slow one takes them in time.

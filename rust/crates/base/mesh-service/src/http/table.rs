@@ -27,7 +27,7 @@ pub(super) struct Bounds {
 
 /// Time limits for clients.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Patience {
+pub(super) struct Timeouts {
     /// Time to send the head of a request.
     pub header: Duration,
     /// Time between two requests.
@@ -36,7 +36,7 @@ pub(super) struct Patience {
     pub write: Duration,
 }
 
-impl Patience {
+impl Timeouts {
     /// The shortest limit; nothing new is due sooner.
     pub(super) fn least(&self) -> Duration {
         self.header.min(self.idle).min(self.write)
@@ -58,14 +58,14 @@ pub(super) struct Admitted {
 #[derive(Debug)]
 pub(super) struct Table {
     bounds: Bounds,
-    entries: BTreeMap<Id, Entry>,
+    entries: BTreeMap<Id, Connection>,
     sources: HashMap<IpAddr, usize>,
     restricted: usize,
     next: Id,
 }
 
 #[derive(Debug)]
-struct Entry {
+struct Connection {
     source: IpAddr,
     restricted: bool,
     /// Requests whose answers are not complete.
@@ -129,7 +129,7 @@ impl Table {
         self.next += 1;
         self.restricted += usize::from(restricted);
         *self.sources.entry(source).or_default() += 1;
-        let entry = Entry {
+        let entry = Connection {
             source,
             restricted,
             answering: 0,
@@ -237,23 +237,23 @@ impl Table {
     }
 
     /// Time at which a connection must be closed unless there is progress.
-    pub(super) fn due(&self, id: Id, patience: &Patience) -> Option<Instant> {
+    pub(super) fn due(&self, id: Id, timeouts: &Timeouts) -> Option<Instant> {
         let entry = self.entries.get(&id)?;
         if let Some(&oldest) = entry.offers.iter().min() {
-            return Some(oldest + patience.write);
+            return Some(oldest + timeouts.write);
         }
         if entry.answering > 0 {
             return None;
         }
         let limit = match entry.wait {
-            Wait::Head => patience.header,
-            Wait::Next | Wait::Streams => patience.idle,
+            Wait::Head => timeouts.header,
+            Wait::Next | Wait::Streams => timeouts.idle,
         };
         Some(entry.since + limit)
     }
 
     /// The connection of them that has waited longest: for a request or, if none waits for one, for a body.
-    fn longest_waiting(&self, of: impl Fn(&Entry) -> bool) -> Option<Id> {
+    fn longest_waiting(&self, of: impl Fn(&Connection) -> bool) -> Option<Id> {
         let candidates = self
             .entries
             .iter()
@@ -272,7 +272,7 @@ impl Table {
     }
 }
 
-impl Entry {
+impl Connection {
     /// True if it has sent all that is answered on it.
     fn is_evictable(&self) -> bool {
         !self.restricted && self.answering <= self.reading
@@ -283,7 +283,7 @@ impl Entry {
 mod tests {
     use super::*;
 
-    const PATIENCE: Patience = Patience {
+    const PATIENCE: Timeouts = Timeouts {
         header: Duration::from_secs(10),
         idle: Duration::from_secs(75),
         write: Duration::from_secs(60),

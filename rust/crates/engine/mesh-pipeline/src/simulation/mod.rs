@@ -10,7 +10,7 @@ use proptest::prelude::*;
 
 use self::toy::{LAYERS, Letters, ToyStage};
 use self::world::{Dice, World};
-use crate::Part;
+use crate::StageReplica;
 
 fn request(seed: u64) -> Request {
     let mut dice = Dice::new(seed + 77);
@@ -345,21 +345,21 @@ proptest! {
         messages in prop::collection::vec(any_message(), 1..40),
     ) {
         let layers = if first { 0..2 } else { 2..4 };
-        let mut part = Part::new(Box::new(ToyStage::new(layers)), 1000);
-        part.begin_epoch(1, u32::from(!first), false);
+        let mut replica = StageReplica::new(Box::new(ToyStage::new(layers)), 1000);
+        replica.begin_epoch(1, u32::from(!first), false);
         let mut out = Vec::new();
-        part.mirror_to(&[], &mut out);
+        replica.replicate_to(&[], &mut out);
         for message in messages {
             match message {
-                Nonsense::Step(step) => part.step(step, &mut out),
-                Nonsense::Mirror(mirror) => drop(part.take_mirrored(&mirror)),
-                Nonsense::Resend(resend) => part.resend(&resend, &mut out),
+                Nonsense::Step(step) => replica.step(step, &mut out),
+                Nonsense::Mirror(mirror) => drop(replica.apply_replicated(&mirror)),
+                Nonsense::Resend(resend) => replica.resend(&resend, &mut out),
                 Nonsense::Mirrored(mirrored) => {
-                    part.mirrored(mirrored.count, &mut out);
-                    part.next_mirrored(&mirrored);
+                    replica.acknowledged(mirrored.count, &mut out);
+                    replica.next_acknowledged(&mirrored);
                 }
             }
-            for slot in part.held().slots {
+            for slot in replica.held().slots {
                 prop_assert!(slot.tokens.len() <= toy::CONTEXT as usize);
             }
         }

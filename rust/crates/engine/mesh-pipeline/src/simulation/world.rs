@@ -18,7 +18,7 @@ use mesh_proto::{
 };
 
 use super::toy::{self, Letters, ToyStage};
-use crate::{DriverEvent, DriverOut, Out, Part, RingRunner};
+use crate::{DriverEvent, DriverOut, Out, RingRunner, StageReplica};
 
 pub(super) type Node = usize;
 
@@ -109,7 +109,7 @@ struct Worker {
     /// Counts its lives, so that nothing of an earlier one arrives.
     life: u32,
     ring: Option<Ring>,
-    parts: BTreeMap<u32, Part>,
+    replicas: BTreeMap<u32, StageReplica>,
     driver: Option<Driver>,
     received: u64,
     /// Rows of the steps among that.
@@ -159,7 +159,8 @@ pub(super) struct Answer {
 const HEAD: Node = usize::MAX;
 
 impl World {
-    /// `splits` are the ends of the stages' layers; workers 0.. are its members, then come its standbys, then the rest.
+    /// `splits` are the ends of the stages' layers; workers 0.. are its members, then come its standbys,
+    /// then the rest.
     pub(super) fn new(seed: u64, splits: &[u32], workers: usize, standbys: bool) -> Self {
         let stages = splits.len();
         let ring = Ring {
@@ -228,7 +229,7 @@ impl World {
     pub(super) fn kill(&mut self, node: Node) {
         let worker = &mut self.workers[node];
         worker.alive = false;
-        worker.parts.clear();
+        worker.replicas.clear();
         worker.driver = None;
         self.send(node, HEAD, 9, Message::Lost(node));
     }
@@ -275,10 +276,10 @@ impl World {
         let mut text = format!("ring {:?}\n", self.ring);
         for (node, worker) in self.workers.iter().enumerate() {
             text += &format!(
-                "{node}: up {} epoch {:?} parts {:?} driver {:?}\n",
+                "{node}: up {} epoch {:?} replicas {:?} driver {:?}\n",
                 worker.is_up(),
                 worker.ring.as_ref().map(|ring| ring.epoch),
-                worker.parts.keys().collect::<Vec<_>>(),
+                worker.replicas.keys().collect::<Vec<_>>(),
                 worker
                     .driver
                     .as_ref()
@@ -328,8 +329,8 @@ impl World {
         }
     }
 
-    /// Nothing goes on: the head hears of it from an answer whose driver is silent, or from a driver that cannot reach a
-    /// member.
+    /// Nothing goes on: the head hears of it from an answer whose driver is silent, or from a driver that
+    /// cannot reach a member.
     pub(super) fn nothing_goes_on(&mut self) {
         let members = self.ring.members.iter().copied();
         if let Some(node) = members.rev().find(|&node| !self.workers[node].is_up()) {
@@ -368,7 +369,8 @@ impl World {
         if ring.members == self.ring.members && ring.standbys == self.ring.standbys {
             return;
         }
-        // The simulation gives every change an epoch of its own, also that of a standby, which is the harder case.
+        // The simulation gives every change an epoch of its own, also that of a standby, which is the
+        // harder case.
         ring.epoch += 1;
         self.ring = ring;
         self.epochs += 1;
@@ -444,8 +446,8 @@ impl World {
         match message {
             Message::Configure(ring) => self.take_ring(node, ring),
             Message::DriveHello { stage, .. } => {
-                if let Some(part) = self.workers[node].parts.get(&stage) {
-                    let held = part.held();
+                if let Some(replica) = self.workers[node].replicas.get(&stage) {
+                    let held = replica.held();
                     self.send(node, from, 1, Message::Held { stage, held });
                 }
             }
@@ -458,7 +460,7 @@ impl World {
                 }
                 self.workers[node].received += 1;
                 self.workers[node].rows += step.tokens.len() as u64;
-                self.with_part(node, |part, out| part.step(step, out));
+                self.with_replica(node, |replica, out| replica.step(step, out));
             }
             Message::Ping { mut ping, .. } => {
                 let worker = &self.workers[node];
@@ -470,42 +472,46 @@ impl World {
                 self.tell_driver(node, DriverEvent::Pong { stage, ping })
             }
             Message::Echo(nonce) => self.tell_driver(node, DriverEvent::Echo(nonce)),
-            Message::Resend(resend) => self.with_part(node, |part, out| part.resend(&resend, out)),
+            Message::Resend(resend) => {
+                self.with_replica(node, |replica, out| replica.resend(&resend, out))
+            }
             Message::Outcome { stage, outcome } => {
                 self.tell_driver(node, DriverEvent::Outcome { stage, outcome });
             }
             Message::MirrorHello { epoch, stage } => {
-                let Some(part) = self.workers[node].parts.get(&stage) else {
+                let Some(replica) = self.workers[node].replicas.get(&stage) else {
                     return;
                 };
-                let held = part.held().slots;
+                let held = replica.held().slots;
                 self.send(node, from, 3, Message::StandbyHeld { epoch, held });
             }
             Message::StandbyHeld { held, .. } => {
                 if self.is_driver(node) {
                     return self.tell_driver(node, DriverEvent::Standby(held));
                 }
-                self.with_part(node, |part, out| part.mirror_to(&held, out));
+                self.with_replica(node, |replica, out| replica.replicate_to(&held, out));
             }
             Message::Mirror {
                 epoch,
                 stage,
                 mirror,
             } => {
-                let Some(part) = self.workers[node].parts.get_mut(&stage) else {
+                let Some(replica) = self.workers[node].replicas.get_mut(&stage) else {
                     return;
                 };
-                let mirrored = part.take_mirrored(&mirror).expect("in step");
+                let mirrored = replica.apply_replicated(&mirror).expect("in step");
                 self.send(node, from, 3, Message::Mirrored { epoch, mirrored });
             }
             Message::Mirrored { mirrored, .. } => {
                 if self.is_driver(node) {
-                    return self.tell_driver(node, DriverEvent::Mirrored(mirrored.count));
+                    return self.tell_driver(node, DriverEvent::Acknowledged(mirrored.count));
                 }
-                self.with_part(node, |part, out| part.mirrored(mirrored.count, out));
+                self.with_replica(node, |replica, out| {
+                    replica.acknowledged(mirrored.count, out)
+                });
             }
             Message::NextMirrored { mirrored, .. } => {
-                self.with_part(node, |part, _| part.next_mirrored(&mirrored));
+                self.with_replica(node, |replica, _| replica.next_acknowledged(&mirrored));
             }
             Message::Look => self.drive(node),
             Message::Suspect(_) | Message::Lost(_) => panic!("for the head"),
@@ -527,32 +533,33 @@ impl World {
             .iter()
             .position(|&n| n == node)
             .map(|i| i as u32);
-        let standing: Vec<u32> = (0..stages)
+        let stood_by: Vec<u32> = (0..stages)
             .filter(|&stage| ring.standbys[stage] == Some(node))
             .map(|stage| stage as u32)
             .collect();
         worker
-            .parts
-            .retain(|stage, _| own == Some(*stage) || standing.contains(stage));
+            .replicas
+            .retain(|stage, _| own == Some(*stage) || stood_by.contains(stage));
         (worker.received, worker.sent) = (0, 0);
-        for stage in own.iter().chain(&standing) {
+        for stage in own.iter().chain(&stood_by) {
             let layers = layers(&self.splits, *stage);
-            if !(worker.parts.contains_key(stage) || worker.driver.is_some() && own == Some(*stage))
+            if !(worker.replicas.contains_key(stage)
+                || worker.driver.is_some() && own == Some(*stage))
             {
-                let part = Part::new(Box::new(ToyStage::new(layers)), 1 << 20);
-                worker.parts.insert(*stage, part);
+                let replica = StageReplica::new(Box::new(ToyStage::new(layers)), 1 << 20);
+                worker.replicas.insert(*stage, replica);
             }
         }
         let epoch = ring.epoch;
-        for stage in &standing {
-            let part = worker.parts.get_mut(stage).expect("just made");
-            part.begin_epoch(epoch, *stage, false);
+        for stage in &stood_by {
+            let replica = worker.replicas.get_mut(stage).expect("just made");
+            replica.begin_epoch(epoch, *stage, false);
         }
         let last = stages as u32 - 1;
         if own == Some(last) {
             if worker.driver.is_none() {
-                let part = worker.parts.remove(&last).expect("just made");
-                worker.driver = Some(Driver::new(part, stages, self.kv_tokens));
+                let replica = worker.replicas.remove(&last).expect("just made");
+                worker.driver = Some(Driver::new(replica, stages, self.kv_tokens));
                 for key in 0..self.answers.len() {
                     if !self.answers[key].done {
                         let request = Request {
@@ -577,8 +584,8 @@ impl World {
             worker.driver = None;
         }
         if let Some(stage) = own {
-            let part = worker.parts.get_mut(&stage).expect("just made");
-            part.begin_epoch(epoch, stage, false);
+            let replica = worker.replicas.get_mut(&stage).expect("just made");
+            replica.begin_epoch(epoch, stage, false);
         }
         worker.ring = Some(ring.clone());
         let early = std::mem::take(&mut worker.early);
@@ -619,14 +626,14 @@ impl World {
         ring.members.iter().position(|&n| n == node).unwrap_or(0) as u32
     }
 
-    fn with_part(&mut self, node: Node, act: impl FnOnce(&mut Part, &mut Vec<Out>)) {
+    fn with_replica(&mut self, node: Node, act: impl FnOnce(&mut StageReplica, &mut Vec<Out>)) {
         let stage = self.stage_of(node);
         let Some(ring) = self.workers[node].ring.clone() else {
             return;
         };
         let mut out = Vec::new();
-        if let Some(part) = self.workers[node].parts.get_mut(&stage) {
-            act(part, &mut out);
+        if let Some(replica) = self.workers[node].replicas.get_mut(&stage) {
+            act(replica, &mut out);
         }
         self.send_outs(node, stage, &ring, out);
     }
@@ -806,7 +813,7 @@ impl Worker {
             stopped: false,
             life,
             ring: None,
-            parts: BTreeMap::new(),
+            replicas: BTreeMap::new(),
             driver: None,
             received: 0,
             rows: 0,
@@ -821,7 +828,7 @@ impl Worker {
 }
 
 impl Driver {
-    fn new(part: Part, stages: usize, kv_tokens: Option<u64>) -> Self {
+    fn new(replica: StageReplica, stages: usize, kv_tokens: Option<u64>) -> Self {
         let (sender, receiver) = mpsc::channel();
         let outs = Arc::new(Mutex::new(Vec::new()));
         let sink = Arc::clone(&outs);
@@ -836,7 +843,7 @@ impl Driver {
         };
         Driver {
             scheduler: Scheduler::new(&info, Arc::new(Letters), config),
-            runner: RingRunner::new(info, part, receiver, out),
+            runner: RingRunner::new(info, replica, receiver, out),
             events: sender,
             outs,
             step: Step::default(),

@@ -10,17 +10,18 @@ use mesh_base::listen;
 use quinn::crypto::rustls::QuicClientConfig;
 use quinn::{ClientConfig, Connection, VarInt};
 
-use super::endpoint::Carrier;
+use super::config::LinkConfig;
+use super::endpoint::LinkEndpoint;
 use super::error::{Closed, ConnectError};
 use super::link::{Link, peer_certificate};
 use super::stream::RecvHalf;
-use super::{LINK_PROTOCOL, LinkConfig, tls};
+use super::tls::{self, LINK_PROTOCOL};
 use crate::trust::{EXPELLED, Member, NodeIdentity, Role, TrustError};
 
 /// Makes links from one UDP socket.
 #[derive(Clone, Debug)]
 pub struct Connector {
-    carrier: Carrier,
+    carrier: LinkEndpoint,
     identity: NodeIdentity,
     config: LinkConfig,
 }
@@ -32,7 +33,7 @@ impl Connector {
         identity: NodeIdentity,
         config: LinkConfig,
     ) -> Result<Self, ConnectError> {
-        let carrier = Carrier::bind(address, None)
+        let carrier = LinkEndpoint::bind(address, None)
             .map_err(|source| ConnectError::Socket { address, source })?;
         Ok(Self {
             carrier,
@@ -89,7 +90,7 @@ impl Connector {
         };
         let link = within(self.config.handshake_timeout, address, make).await?;
         self.carrier.watch(&link);
-        self.identity.deny_list().guard(&link);
+        link.guarded_by(self.identity.deny_list());
         Ok(link)
     }
 
@@ -111,7 +112,7 @@ pub async fn connect(head: SocketAddr, identity: &NodeIdentity) -> Result<Link, 
 
 /// Opens a QUIC connection to `address`; the TLS configuration determines the accepted peers.
 pub(super) async fn dial(
-    carrier: &Carrier,
+    carrier: &LinkEndpoint,
     tls: QuicClientConfig,
     address: SocketAddr,
     config: &LinkConfig,

@@ -22,12 +22,12 @@ use super::link::{Link, WeakLink, canonical};
 
 /// A QUIC endpoint whose links end when their peer's process is gone.
 #[derive(Clone, Debug)]
-pub(super) struct Carrier {
+pub(super) struct LinkEndpoint {
     pub(super) endpoint: Endpoint,
     links: Arc<Links>,
 }
 
-impl Carrier {
+impl LinkEndpoint {
     pub(super) fn bind(address: SocketAddr, server: Option<ServerConfig>) -> io::Result<Self> {
         let socket = mesh_base::listen::udp(address, |_| Ok(()))?;
         let links = Arc::new(Links::default());

@@ -7,6 +7,7 @@ use std::time::{Duration, SystemTime};
 
 use dcf::{ErrorCode, Message, MsgType};
 use mesh_base::addresses::race;
+use mesh_base::clock::timestamp_us;
 use mesh_base::listen;
 use mesh_proto::{JoinRequest, JoinResponse, RenewRequest};
 use prost::Message as _;
@@ -14,12 +15,12 @@ use quinn::Connection;
 use quinn::crypto::rustls::QuicClientConfig;
 use rustls::pki_types::CertificateDer;
 
+use super::config::LinkConfig;
 use super::connector::{dial, peer_member, within};
-use super::endpoint::Carrier;
-use super::error::{ConnectError, JoinError, StreamFailure};
+use super::endpoint::LinkEndpoint;
+use super::error::{Closed, ConnectError, JoinError, StreamFailure};
 use super::stream::MsgStream;
-use super::tls::PinVerifier;
-use super::{JOIN_PROTOCOL, LinkConfig, timestamp_us, tls};
+use super::tls::{self, JOIN_PROTOCOL, PinVerifier};
 use crate::files;
 use crate::trust::{
     Admission, DenyList, JoinAsk, JoinToken, Member, NodeIdentity, NodeKey, Refusal, Role,
@@ -46,7 +47,7 @@ pub async fn join(
         node_name: node_name.to_owned(),
     };
     let verifier = Arc::new(PinVerifier::new(*token.root_sha256()));
-    let ask = Ask {
+    let ask = AdmissionRequest {
         head,
         kind: MsgType::JOIN_REQUEST,
         body: request.encode_to_vec(),
@@ -166,7 +167,7 @@ pub async fn renew(head: &[SocketAddr], identity: &NodeIdentity) -> Result<(), J
         csr: identity.request()?,
     }
     .encode_to_vec();
-    let ask = Ask {
+    let ask = AdmissionRequest {
         head,
         kind: MsgType::RENEW_REQUEST,
         body,
@@ -202,13 +203,13 @@ pub async fn keep_renewed(head: SocketAddr, identity: NodeIdentity) -> std::conv
 }
 
 /// One request to a head's admission.
-struct Ask<'a> {
+struct AdmissionRequest<'a> {
     head: &'a [SocketAddr],
     kind: MsgType,
     body: Vec<u8>,
 }
 
-impl Ask<'_> {
+impl AdmissionRequest<'_> {
     /// Returns the certificates in the answer, and when it was given by the head's clock.
     async fn send(
         self,
@@ -222,10 +223,11 @@ impl Ask<'_> {
         let (tls, config) = (&tls, &config);
         let attempt = |address| async move {
             let local = listen::toward(address);
-            let carrier = Carrier::bind(local, None).map_err(|source| ConnectError::Socket {
-                address: local,
-                source,
-            })?;
+            let carrier =
+                LinkEndpoint::bind(local, None).map_err(|source| ConnectError::Socket {
+                    address: local,
+                    source,
+                })?;
             let dialled = dial(&carrier, tls()?, address, config);
             let connection = within(config.handshake_timeout, address, dialled).await?;
             peer_member(&connection, address, Role::Head)?;
@@ -264,7 +266,7 @@ async fn exchange(
         Ok(Some(answer)) => answer,
         Ok(None) => return Err(JoinError::Answer("there is none".to_owned())),
         // The head closes the connection when it does not want to talk at all.
-        Err(StreamFailure::Link(super::Closed::ByPeer { code, text })) => {
+        Err(StreamFailure::Link(Closed::ByPeer { code, text })) => {
             return Err(JoinError::refused(code, text));
         }
         Err(failure) => return Err(failure.into()),

@@ -15,7 +15,7 @@ use rustls::pki_types::CertificateDer;
 
 use super::error::{Closed, StreamFailure};
 use super::stream::MsgStream;
-use crate::trust::{Member, Role, TrustError};
+use crate::trust::{DenyList, EXPELLED, Expellable, Member, Refusal, Role, TrustError};
 
 /// An authenticated connection to another node of the mesh. Clones are the same link; it closes when the last clone and
 /// the last of its streams are dropped, or by [`close`](Self::close).
@@ -157,9 +157,13 @@ impl Link {
 
     /// Closes the link at once, its streams with it. The peer sees [`Closed::ByPeer`] with this code and text.
     pub fn close(&self, code: ErrorCode, text: &str) {
-        self.inner
-            .connection
-            .close(u32::from(code.0).into(), text.as_bytes());
+        self.inner.close(code, text);
+    }
+
+    /// Has the link end as soon as its peer is on the list.
+    pub(super) fn guarded_by(&self, deny_list: &DenyList) {
+        let link: Arc<dyn Expellable> = self.inner.clone();
+        deny_list.guard(&link);
     }
 
     /// A key that only the two ends of this link can compute (RFC 8446, section 7.5). Same label and context, same key.
@@ -172,7 +176,7 @@ impl Link {
         Ok(key)
     }
 
-    pub(crate) fn downgrade(&self) -> WeakLink {
+    pub(super) fn downgrade(&self) -> WeakLink {
         WeakLink(Arc::downgrade(&self.inner))
     }
 
@@ -245,6 +249,29 @@ impl Link {
     }
 }
 
+impl Inner {
+    fn close(&self, code: ErrorCode, text: &str) {
+        self.connection
+            .close(u32::from(code.0).into(), text.as_bytes());
+    }
+}
+
+impl Expellable for Inner {
+    fn node_id(&self) -> &str {
+        &self.peer.node_id
+    }
+
+    fn is_open(&self) -> bool {
+        self.connection.close_reason().is_none()
+    }
+
+    fn expel(&self, refusal: &Refusal) {
+        let (peer, node) = (&self.peer.name, &self.peer.node_id);
+        tracing::info!(peer, node, "link closed: the node is expelled");
+        self.close(EXPELLED, &refusal.to_string());
+    }
+}
+
 impl fmt::Debug for Link {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Link")
@@ -256,10 +283,10 @@ impl fmt::Debug for Link {
 }
 
 /// A handle that does not keep the link open.
-pub(crate) struct WeakLink(Weak<Inner>);
+pub(super) struct WeakLink(Weak<Inner>);
 
 impl WeakLink {
-    pub(crate) fn upgrade(&self) -> Option<Link> {
+    pub(super) fn upgrade(&self) -> Option<Link> {
         self.0.upgrade().map(|inner| Link { inner })
     }
 }
@@ -281,7 +308,7 @@ pub(super) fn peer_certificate(connection: &Connection) -> Option<CertificateDer
     chain.into_iter().next()
 }
 
-/// An IPv4 peer of a dual-stack socket under its IPv4 address.
+/// An IPv4 peer of a dual-stack socket under its IPv4 address; an IPv6 peer without its scope.
 pub(super) fn canonical(address: SocketAddr) -> SocketAddr {
     SocketAddr::new(address.ip().to_canonical(), address.port())
 }

@@ -8,17 +8,20 @@ use std::time::SystemTime;
 use std::time::{Duration, Instant};
 
 use dcf::{ErrorCode, Message, MsgType};
+use mesh_base::addresses;
+use mesh_base::clock::{self, timestamp_us};
 use mesh_base::places::GivenUp;
-use mesh_base::{addresses, clock};
 use quinn::{Connection, Incoming, ServerConfig, VarInt};
 use tokio::sync::{Mutex, mpsc};
 
-use super::endpoint::Carrier;
-use super::error::{ConnectError, StreamFailure};
+use super::config::LinkConfig;
+use super::endpoint::LinkEndpoint;
+use super::error::{ConnectError, StreamFailure, is_date_alert};
+use super::join;
 use super::link::{Link, canonical, handshake_data, peer_certificate};
 use super::rooms::Rooms;
 use super::stream::SendHalf;
-use super::{JOIN_PROTOCOL, LINK_PROTOCOL, LinkConfig, join, timestamp_us, tls};
+use super::tls::{self, JOIN_PROTOCOL, LINK_PROTOCOL};
 use crate::trust::{
     Admission, CERTIFICATE_DATES, Member, MeshClock, NodeIdentity, Refusal, TrustError,
 };
@@ -26,7 +29,7 @@ use crate::trust::{
 /// Accepts links, and lets new nodes join when it has an [`Admission`].
 #[derive(Debug)]
 pub struct Listener {
-    carrier: Carrier,
+    carrier: LinkEndpoint,
     links: Mutex<mpsc::Receiver<Link>>,
 }
 
@@ -47,10 +50,10 @@ impl Listener {
             .max_incoming(MAX_INCOMING)
             .incoming_buffer_size(INCOMING_BUFFER)
             .incoming_buffer_size_total(INCOMING_BUFFERS);
-        let carrier = Carrier::bind(address, Some(server))
+        let carrier = LinkEndpoint::bind(address, Some(server))
             .map_err(|source| ConnectError::Socket { address, source })?;
         let (sender, links) = mpsc::channel(BACKLOG);
-        let gate = Gate {
+        let gate = Acceptor {
             carrier: carrier.clone(),
             admission,
             config,
@@ -98,18 +101,18 @@ impl Drop for Listener {
 
 /// Takes connections through handshake and admission.
 #[derive(Clone)]
-struct Gate {
-    carrier: Carrier,
+struct Acceptor {
+    carrier: LinkEndpoint,
     admission: Option<Arc<dyn Admission>>,
     config: LinkConfig,
     links: mpsc::Sender<Link>,
     clock: MeshClock,
     own: NodeIdentity,
     rooms: Rooms,
-    news: Arc<News>,
+    news: Arc<LogLimiter>,
 }
 
-impl Gate {
+impl Acceptor {
     async fn run(self) {
         loop {
             let incoming = tokio::select! {
@@ -209,7 +212,7 @@ impl Gate {
 
     /// A peer of an older version judges our certificate by its own clock, and says so by an alert.
     fn handshake_failed(&self, error: &quinn::ConnectionError) -> String {
-        if super::error::is_date_alert(error) {
+        if is_date_alert(error) {
             return format!(
                 "it does not accept the certificate of this node ({}) because of its dates: its clock is wrong; set it, for example with `timedatectl set-ntp true`",
                 self.own.member().dates()
@@ -255,7 +258,7 @@ impl Gate {
             .await
             .map_err(|error| error.to_string())?;
         self.carrier.watch(&link);
-        self.own.deny_list().guard(&link);
+        link.guarded_by(self.own.deny_list());
         Ok(link)
     }
 
@@ -281,9 +284,9 @@ fn refuse_with(connection: &Connection, refusal: &Refusal) -> String {
 
 /// Keeps a flood of strangers from filling the log.
 #[derive(Default)]
-struct News(std::sync::Mutex<Option<(Instant, u32)>>);
+struct LogLimiter(std::sync::Mutex<Option<(Instant, u32)>>);
 
-impl News {
+impl LogLimiter {
     /// True for the first [`NEWS`] of each second.
     fn is_due(&self, now: Instant) -> bool {
         let mut told = self.0.lock().unwrap_or_else(PoisonError::into_inner);
@@ -395,7 +398,7 @@ mod tests {
         listener: &Listener,
         protocol: &[u8],
     ) -> Connection {
-        let carrier = Carrier::bind(([127, 0, 0, 1], 0).into(), None).expect("socket");
+        let carrier = LinkEndpoint::bind(([127, 0, 0, 1], 0).into(), None).expect("socket");
         let verifier = Arc::new(PinVerifier::new(authority.root().sha256()));
         let tls = tls::anonymous(verifier, protocol).expect("configuration");
         let address = listener.local_addr().expect("address");

@@ -11,7 +11,9 @@ use dcf::{ErrorCode, Message, MsgType};
 use mesh_proto::Probed;
 use prost::Message as _;
 
-use super::{Link, MsgStream, StreamFailure};
+use super::error::StreamFailure;
+use super::link::Link;
+use super::stream::MsgStream;
 
 /// Measures how many bytes per second the peer of a link receives from here. Takes milliseconds on a fast path; a slow one is
 /// filled for as long as 64 KiB take.

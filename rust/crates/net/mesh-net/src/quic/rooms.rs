@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use mesh_base::places::Room;
+use mesh_base::token_bucket::TokenBucket;
 
 /// The rooms of one listener.
 #[derive(Clone)]
@@ -25,21 +26,22 @@ pub(super) struct Rooms {
     pub(super) renewing: Room<String>,
     /// Nodes with a certificate, by their id, on their way to becoming a link.
     pub(super) entering: Room<String>,
-    addresses: Arc<Mutex<Known>>,
-    pace: Arc<Mutex<Pace>>,
+    addresses: Arc<Mutex<KnownSources>>,
+    limiter: Arc<Mutex<HandshakeLimiter>>,
 }
 
 impl Rooms {
     pub(super) fn new() -> Self {
         Self {
-            strangers: Room::new(256, 128),
+            // An unfinished handshake takes some 30 kB.
+            strangers: Room::new(128, 64),
             known: Room::new(256, 128),
             joining: Room::new(64, 32),
             answering: Room::new(64, 32),
             renewing: Room::new(64, 4),
             entering: Room::new(256, 16),
             addresses: Arc::default(),
-            pace: Arc::default(),
+            limiter: Arc::default(),
         }
     }
 
@@ -56,7 +58,7 @@ impl Rooms {
     pub(super) fn may_begin(&self, source: IpAddr, now: Instant) -> bool {
         let share = if self.is_known(source) { 4.0 } else { 1.0 };
         // A peer on this machine shares its processor anyway.
-        source.is_loopback() || lock(&self.pace).take(source, share, now)
+        source.is_loopback() || lock(&self.limiter).take(source, share, now)
     }
 
     fn is_known(&self, source: IpAddr) -> bool {
@@ -71,9 +73,9 @@ impl Rooms {
 
 /// Sources of links, the latest [`MOST_KNOWN`] of them.
 #[derive(Default)]
-struct Known(HashMap<IpAddr, Instant>);
+struct KnownSources(HashMap<IpAddr, Instant>);
 
-impl Known {
+impl KnownSources {
     fn note(&mut self, source: IpAddr, now: Instant) {
         self.0.insert(source, now);
         if self.0.len() > MOST_KNOWN {
@@ -87,39 +89,23 @@ impl Known {
 
 /// Limit on the handshakes of each source: a bucket of [`BURST`], filled by [`PER_SECOND`].
 #[derive(Default)]
-struct Pace(HashMap<IpAddr, Bucket>);
+struct HandshakeLimiter(HashMap<IpAddr, TokenBucket>);
 
-struct Bucket {
-    left: f64,
-    filled: Instant,
-}
-
-impl Pace {
+impl HandshakeLimiter {
     /// `share` times as much for this source.
     fn take(&mut self, source: IpAddr, share: f64, now: Instant) -> bool {
         if self.0.len() >= MOST_KNOWN && !self.0.contains_key(&source) {
-            let full = |bucket: &Bucket| {
-                let age = now.saturating_duration_since(bucket.filled).as_secs_f64();
-                bucket.left + age * PER_SECOND >= BURST
-            };
-            self.0.retain(|_, bucket| !full(bucket));
+            self.0
+                .retain(|_, bucket| !bucket.is_full(PER_SECOND, BURST, now));
             // So many sources at once are held back by the rooms alone.
             if self.0.len() >= MOST_KNOWN {
                 return true;
             }
         }
-        let bucket = self.0.entry(source).or_insert(Bucket {
-            left: BURST * share,
-            filled: now,
-        });
-        let age = now.saturating_duration_since(bucket.filled).as_secs_f64();
-        bucket.left = (bucket.left + age * PER_SECOND * share).min(BURST * share);
-        bucket.filled = now;
-        if bucket.left < 1.0 {
-            return false;
-        }
-        bucket.left -= 1.0;
-        true
+        let (per_second, burst) = (PER_SECOND * share, BURST * share);
+        let full = || TokenBucket::full(burst, now);
+        let bucket = self.0.entry(source).or_insert_with(full);
+        bucket.take(per_second, burst, now)
     }
 }
 
@@ -156,7 +142,7 @@ mod tests {
         for n in 10..5000 {
             assert!(rooms.may_begin(address(n), at(2)));
         }
-        assert!(lock(&rooms.pace).0.len() <= MOST_KNOWN);
+        assert!(lock(&rooms.limiter).0.len() <= MOST_KNOWN);
     }
 
     #[test]

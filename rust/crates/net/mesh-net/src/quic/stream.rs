@@ -5,7 +5,7 @@ use futures::{SinkExt, StreamExt};
 use quinn::{RecvStream, SendStream};
 use tokio_util::codec::{FramedRead, FramedWrite};
 
-use super::StreamFailure;
+use super::error::{StreamFailure, error_code};
 
 /// A bidirectional stream of messages.
 ///
@@ -105,7 +105,7 @@ impl SendHalf {
         let stopped = self.framed.get_ref().stopped();
         async move {
             match stopped.await {
-                Ok(code) => code.map(super::error::error_code),
+                Ok(code) => code.map(error_code),
                 Err(_) => Some(ErrorCode::CANCELLED),
             }
         }

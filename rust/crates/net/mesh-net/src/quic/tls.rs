@@ -1,24 +1,22 @@
 //! TLS 1.3 as the mesh uses it: certificates are checked against the mesh's root, never against names.
 
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::UNIX_EPOCH;
 
 use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
+use rustls::client::Resumption;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
-use rustls::client::{Resumption, verify_server_cert_signed_by_trust_anchor};
 use rustls::crypto::{
     CryptoProvider, WebPkiSupportedAlgorithms, aws_lc_rs, verify_tls13_signature,
 };
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
+use rustls::server::NoServerSessionStorage;
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
-use rustls::server::{NoServerSessionStorage, ParsedCertificate};
 use rustls::{
-    CertificateError, ClientConfig, DigitallySignedStruct, DistinguishedName, Error, RootCertStore,
-    ServerConfig, SignatureScheme,
+    CertificateError, ClientConfig, DigitallySignedStruct, DistinguishedName, Error, ServerConfig,
+    SignatureScheme,
 };
 
-use super::{JOIN_PROTOCOL, LINK_PROTOCOL};
-use crate::trust::{Member, NodeIdentity, TrustError, sha256};
+use crate::trust::{NodeIdentity, TrustError, algorithms, sha256, verify_issued_by};
 
 /// The server side of both protocols. Whether a certificate is needed depends on the protocol and is checked after the
 /// handshake; one that is shown must be of the mesh.
@@ -85,6 +83,11 @@ fn crypto(error: Error) -> TrustError {
     TrustError::Crypto(error.to_string())
 }
 
+/// ALPN of links.
+pub(super) const LINK_PROTOCOL: &[u8] = b"hydramesh/1";
+/// ALPN of joins and renewals.
+pub(super) const JOIN_PROTOCOL: &[u8] = b"hydramesh-join/1";
+
 /// aws-lc with the hybrid group first. A client sends key shares for the first group, which include X25519's.
 fn provider() -> Arc<CryptoProvider> {
     Arc::new(CryptoProvider {
@@ -96,26 +99,31 @@ fn provider() -> Arc<CryptoProvider> {
     })
 }
 
-pub(crate) fn algorithms() -> WebPkiSupportedAlgorithms {
-    aws_lc_rs::default_provider().signature_verification_algorithms
-}
+/// The methods that client's and server's verifiers have in common.
+macro_rules! signatures_of_tls13 {
+    () => {
+        fn verify_tls12_signature(
+            &self,
+            _: &[u8],
+            _: &CertificateDer<'_>,
+            _: &DigitallySignedStruct,
+        ) -> Result<HandshakeSignatureValid, Error> {
+            Err(no_tls12())
+        }
 
-/// Checks that `root` issued `certificate`, whenever that holds. Its dates are for the head to judge
-/// ([`crate::trust`]); the root's own say nothing either, since it is known by its hash.
-pub(crate) fn verify_issued_by(
-    certificate: &CertificateDer<'_>,
-    root: &CertificateDer<'_>,
-    algorithms: &WebPkiSupportedAlgorithms,
-) -> Result<(), Error> {
-    let member = Member::from_certificate(certificate)
-        .map_err(|_| Error::InvalidCertificate(CertificateError::BadEncoding))?;
-    // webpki wants a date: one at which it holds.
-    let begin = member.not_before.duration_since(UNIX_EPOCH);
-    let at = UnixTime::since_unix_epoch(begin.unwrap_or_default());
-    let mut roots = RootCertStore::empty();
-    roots.add(root.clone().into_owned())?;
-    let parsed = ParsedCertificate::try_from(certificate)?;
-    verify_server_cert_signed_by_trust_anchor(&parsed, &roots, &[], at, algorithms.all)
+        fn verify_tls13_signature(
+            &self,
+            message: &[u8],
+            certificate: &CertificateDer<'_>,
+            signature: &DigitallySignedStruct,
+        ) -> Result<HandshakeSignatureValid, Error> {
+            verify_tls13_signature(message, certificate, signature, &self.algorithms)
+        }
+
+        fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+            self.algorithms.supported_schemes()
+        }
+    };
 }
 
 /// Accepts certificates of one root, with any names: nodes move between addresses.
@@ -138,27 +146,7 @@ impl ServerCertVerifier for MeshVerifier {
         Ok(ServerCertVerified::assertion())
     }
 
-    fn verify_tls12_signature(
-        &self,
-        _: &[u8],
-        _: &CertificateDer<'_>,
-        _: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        Err(no_tls12())
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signature: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        verify_tls13_signature(message, certificate, signature, &self.algorithms)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.algorithms.supported_schemes()
-    }
+    signatures_of_tls13!();
 }
 
 impl ClientCertVerifier for MeshVerifier {
@@ -182,27 +170,7 @@ impl ClientCertVerifier for MeshVerifier {
         Ok(ClientCertVerified::assertion())
     }
 
-    fn verify_tls12_signature(
-        &self,
-        _: &[u8],
-        _: &CertificateDer<'_>,
-        _: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        Err(no_tls12())
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signature: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        verify_tls13_signature(message, certificate, signature, &self.algorithms)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.algorithms.supported_schemes()
-    }
+    signatures_of_tls13!();
 }
 
 /// Accepts the root whose certificate has the pinned hash, and certificates that it issued.
@@ -255,27 +223,7 @@ impl ServerCertVerifier for PinVerifier {
         Ok(ServerCertVerified::assertion())
     }
 
-    fn verify_tls12_signature(
-        &self,
-        _: &[u8],
-        _: &CertificateDer<'_>,
-        _: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        Err(no_tls12())
-    }
-
-    fn verify_tls13_signature(
-        &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signature: &DigitallySignedStruct,
-    ) -> Result<HandshakeSignatureValid, Error> {
-        verify_tls13_signature(message, certificate, signature, &self.algorithms)
-    }
-
-    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
-        self.algorithms.supported_schemes()
-    }
+    signatures_of_tls13!();
 }
 
 /// Cannot happen: QUIC has no TLS 1.2 and the configurations do not offer it.

@@ -3,15 +3,16 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::SystemTime;
 
 use mesh_base::clock::{self, unix_seconds};
 use serde::{Deserialize, Serialize};
 
-use super::{EXPELLED, Refusal, TrustError, names};
+use super::error::TrustError;
+use super::names;
+use super::refusal::Refusal;
 use crate::files;
-use crate::quic::{Link, WeakLink};
 
 /// The expelled nodes, persisted in `expelled.json`. Clones share them. A node on the list gets no link, and loses those that
 /// it has.
@@ -24,7 +25,16 @@ struct Inner {
     /// Held while the file is written.
     saving: Mutex<()>,
     /// Links that end when their peer is expelled.
-    links: Mutex<Vec<WeakLink>>,
+    links: Mutex<Vec<Weak<dyn Expellable>>>,
+}
+
+/// A link, which ends when its peer is expelled.
+pub(crate) trait Expellable: Send + Sync {
+    /// The peer's id.
+    fn node_id(&self) -> &str;
+    fn is_open(&self) -> bool;
+    /// Ends the link; the peer gets the refusal.
+    fn expel(&self, refusal: &Refusal);
 }
 
 /// Name of an expelled node, with time and reason.
@@ -41,7 +51,7 @@ pub struct Expulsion {
 }
 
 #[derive(Default, Serialize, Deserialize)]
-struct Kept {
+struct ExpelledFile {
     expelled: BTreeMap<String, Expulsion>,
 }
 
@@ -54,7 +64,7 @@ impl DenyList {
         let path = dir.join(names::EXPELLED);
         let nodes = match files::read(&path)? {
             Some(text) => {
-                let kept: Kept = serde_json::from_str(&text)
+                let kept: ExpelledFile = serde_json::from_str(&text)
                     .map_err(|error| TrustError::damaged(&path, error))?;
                 kept.expelled
             }
@@ -134,7 +144,7 @@ impl DenyList {
     pub fn save(&self) -> Result<(), TrustError> {
         // The later list must not be overtaken by the earlier one.
         let _alone = self.0.saving.lock().unwrap_or_else(PoisonError::into_inner);
-        let kept = Kept {
+        let kept = ExpelledFile {
             expelled: self.nodes().clone(),
         };
         let text = serde_json::to_vec_pretty(&kept)
@@ -171,33 +181,25 @@ impl DenyList {
     }
 
     /// Has this link end as soon as its peer is expelled.
-    pub(crate) fn guard(&self, link: &Link) {
+    pub(crate) fn guard(&self, link: &Arc<dyn Expellable>) {
         let mut links = self.links();
-        links.retain(|link| {
-            link.upgrade()
-                .is_some_and(|link| link.close_reason().is_none())
-        });
-        links.push(link.downgrade());
+        links.retain(|link| link.upgrade().is_some_and(|link| link.is_open()));
+        links.push(Arc::downgrade(link));
         drop(links);
         // It may have been expelled while the link was made.
-        self.end_link(link);
+        self.end_link(&**link);
     }
 
     fn end_links(&self) {
-        let links: Vec<Link> = self.links().iter().filter_map(WeakLink::upgrade).collect();
-        links.iter().for_each(|link| self.end_link(link));
+        let links: Vec<_> = self.links().iter().filter_map(Weak::upgrade).collect();
+        links.iter().for_each(|link| self.end_link(&**link));
     }
 
-    fn end_link(&self, link: &Link) {
+    fn end_link(&self, link: &dyn Expellable) {
         if let Some(refusal) = self.refusal(link.node_id())
-            && link.close_reason().is_none()
+            && link.is_open()
         {
-            tracing::info!(
-                peer = link.node_name(),
-                node = link.node_id(),
-                "link closed: the node is expelled"
-            );
-            link.close(EXPELLED, &refusal.to_string());
+            link.expel(&refusal);
         }
     }
 
@@ -205,7 +207,7 @@ impl DenyList {
         self.0.nodes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn links(&self) -> MutexGuard<'_, Vec<WeakLink>> {
+    fn links(&self) -> MutexGuard<'_, Vec<Weak<dyn Expellable>>> {
         self.0.links.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

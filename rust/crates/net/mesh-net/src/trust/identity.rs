@@ -13,7 +13,12 @@ use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::server::{ClientHello, ResolvesServerCert};
 use rustls::sign::CertifiedKey;
 
-use super::{DenyList, Member, MeshClock, TrustError, names, sha256};
+use super::certificate::{Member, algorithms, pem, verify_issued_by};
+use super::clock::MeshClock;
+use super::deny::DenyList;
+use super::digest::sha256;
+use super::error::TrustError;
+use super::names;
 use crate::files;
 
 /// A node's key, its certificate and the root of its mesh. Clones share them, so that a renewed certificate is used by
@@ -285,7 +290,7 @@ impl Current {
         root: &CertificateDer<'static>,
     ) -> Result<Self, TrustError> {
         let member = Member::from_certificate(&certificate)?;
-        crate::quic::tls::verify_issued_by(&certificate, root, &crate::quic::tls::algorithms())
+        verify_issued_by(&certificate, root, &algorithms())
             .map_err(|error| TrustError::Mismatch(error.to_string()))?;
         let private = PrivateKeyDer::Pkcs8(key.pair.serialize_der().into());
         let signer = rustls::crypto::aws_lc_rs::sign::any_supported_type(&private)
@@ -377,23 +382,6 @@ impl NodeKey {
             .der()
             .to_vec())
     }
-}
-
-/// RFC 7468 text of a certificate.
-pub(super) fn pem(certificate: &CertificateDer<'_>) -> String {
-    use base64::Engine as _;
-    let body = base64::engine::general_purpose::STANDARD.encode(certificate);
-    let lines = body
-        .as_bytes()
-        .chunks(64)
-        .map(|line| std::str::from_utf8(line).expect("base64 is ASCII"));
-    let mut text = String::from("-----BEGIN CERTIFICATE-----\n");
-    for line in lines {
-        text.push_str(line);
-        text.push('\n');
-    }
-    text.push_str("-----END CERTIFICATE-----\n");
-    text
 }
 
 #[cfg(test)]

@@ -26,45 +26,34 @@
 //! root would lose the mesh, and an empty list of expelled nodes would readmit all of them.
 
 mod admission;
+mod certificate;
 mod clock;
 mod deny;
+mod digest;
 mod error;
 mod identity;
+pub(crate) mod names;
+mod refusal;
 mod root;
 mod roster;
 mod store;
 mod token;
 
-pub use admission::{
-    Admission, Authority, CERTIFICATE_DATES, DUPLICATE_IDENTITY, EXPELLED, JoinAsk, Refusal,
-    TOKEN_EXPIRED, TOKEN_UNKNOWN, TOKEN_USED,
-};
+pub use admission::{Admission, Authority, JoinAsk};
+pub use certificate::{Member, Role};
+pub(crate) use certificate::{algorithms, verify_issued_by};
 pub use clock::MeshClock;
+pub(crate) use deny::Expellable;
 pub use deny::{DenyList, Expulsion, MOST_EXPELLED};
+pub(crate) use digest::sha256;
 pub use error::TrustError;
-pub(crate) use identity::NodeKey;
-pub(crate) use identity::move_identity;
 pub use identity::{NodeIdentity, set_aside};
-pub use root::{Member, MeshRoot, Role, Validity};
+pub(crate) use identity::{NodeKey, move_identity};
+pub use refusal::{
+    CERTIFICATE_DATES, DUPLICATE_IDENTITY, EXPELLED, Refusal, TOKEN_EXPIRED, TOKEN_UNKNOWN,
+    TOKEN_USED,
+};
+pub use root::{MeshRoot, Validity};
 pub use roster::KnownMember;
-pub use store::{RETRY_WINDOW, Revocation, TokenRecord, TokenStore, Use};
+pub use store::{RETRY_WINDOW, Revocation, TokenRecord, TokenStore, TokenUse};
 pub use token::{JoinToken, ParseTokenError};
-
-use sha2::{Digest, Sha256};
-
-/// File names in the state directory.
-pub(crate) mod names {
-    pub(crate) const ROOT_KEY: &str = "root.key";
-    pub(crate) const ROOT_CERTIFICATE: &str = "root.crt";
-    pub(crate) const NODE_KEY: &str = "node.key";
-    pub(crate) const NODE_CERTIFICATE: &str = "node.crt";
-    pub(crate) const TOKENS: &str = "tokens.json";
-    pub(crate) const MEMBERS: &str = "members.json";
-    pub(crate) const EXPELLED: &str = "expelled.json";
-    /// A folder: a node whose own files cannot be used joins in it.
-    pub(crate) const JOINING: &str = "joining";
-}
-
-pub(crate) fn sha256(bytes: &[u8]) -> [u8; 32] {
-    Sha256::digest(bytes).into()
-}

@@ -1,10 +1,10 @@
-//! The root of a mesh and the contents of its certificates.
+//! The root of a mesh, which issues its certificates.
 
 use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use data_encoding::HEXLOWER;
-use mesh_base::clock::{self, LAST_SECOND};
+use mesh_base::clock::LAST_SECOND;
 use mesh_base::random;
 use rcgen::{
     BasicConstraints, CertificateParams, CertificateSigningRequestParams, DistinguishedName,
@@ -15,39 +15,11 @@ use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, CertificateSigningRequestDer};
 use x509_parser::prelude::{FromDer, X509Certificate, X509Name};
 
-use super::{TrustError, names, sha256};
+use super::certificate::{Role, attribute, check_name, pem};
+use super::digest::sha256;
+use super::error::TrustError;
+use super::names;
 use crate::files;
-
-/// A node's role in its mesh; part of its certificate, so that a worker cannot pass for the head.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Role {
-    /// Routes requests and admits nodes.
-    Head,
-    /// Any other node that joined with a token.
-    Worker,
-}
-
-impl Role {
-    /// Name of the role in certificates (subject OU).
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Head => "head",
-            Self::Worker => "worker",
-        }
-    }
-
-    fn parse(text: &str) -> Option<Self> {
-        [Self::Head, Self::Worker]
-            .into_iter()
-            .find(|role| role.as_str() == text)
-    }
-}
-
-impl std::fmt::Display for Role {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(self.as_str())
-    }
-}
 
 /// Validity periods of node certificates.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -111,7 +83,7 @@ impl MeshRoot {
                 let root = Self::read(&key_path, &key, certificate, &key_path)?;
                 files::replace(
                     &certificate_path,
-                    super::identity::pem(&root.certificate).as_bytes(),
+                    pem(&root.certificate).as_bytes(),
                     files::PUBLIC,
                 )?;
                 tracing::warn!(
@@ -251,78 +223,9 @@ impl MeshRoot {
     }
 }
 
-/// The id that a node with the key of this request (DER) has.
-pub(super) fn requested_node_id(request: &[u8]) -> Result<String, TrustError> {
-    use x509_parser::certification_request::X509CertificationRequest;
-    let (_, request) = X509CertificationRequest::from_der(request)
-        .map_err(|error| TrustError::Request(error.to_string()))?;
-    Ok(HEXLOWER.encode(&sha256(request.certification_request_info.subject_pki.raw)))
-}
-
 fn parse_request(request: &[u8]) -> Result<CertificateSigningRequestParams, TrustError> {
     CertificateSigningRequestParams::from_der(&CertificateSigningRequestDer::from(request))
         .map_err(|error| TrustError::Request(error.to_string()))
-}
-
-/// Contents of a node's certificate. They say nothing about whether the certificate is genuine.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Member {
-    /// SHA-256 of the node's public key (SubjectPublicKeyInfo, DER), lower-case hex.
-    pub node_id: String,
-    /// Name of the node, for people; not unique.
-    pub name: String,
-    /// Role of the node.
-    pub role: Role,
-    /// Name of its mesh.
-    pub mesh: String,
-    /// Start of the certificate's validity.
-    pub not_before: SystemTime,
-    /// End of the certificate's validity.
-    pub not_after: SystemTime,
-}
-
-impl Member {
-    /// Reads a certificate (DER) that a [`MeshRoot`] issued.
-    pub fn from_certificate(certificate: &[u8]) -> Result<Self, TrustError> {
-        let foreign =
-            |reason: String| TrustError::Mismatch(format!("not a node certificate: {reason}"));
-        let (_, parsed) =
-            X509Certificate::from_der(certificate).map_err(|error| foreign(error.to_string()))?;
-        let subject = parsed.subject();
-        let role = attribute(X509Name::iter_organizational_unit(subject)).map_err(foreign)?;
-        let moment = |time: x509_parser::time::ASN1Time| {
-            UNIX_EPOCH + Duration::from_secs(u64::try_from(time.timestamp()).unwrap_or_default())
-        };
-        Ok(Self {
-            node_id: HEXLOWER.encode(&sha256(parsed.public_key().raw)),
-            name: attribute(X509Name::iter_common_name(subject)).map_err(foreign)?,
-            role: Role::parse(&role).ok_or_else(|| foreign(format!("unknown role `{role}`")))?,
-            mesh: attribute(X509Name::iter_organization(subject)).map_err(foreign)?,
-            not_before: moment(parsed.validity().not_before),
-            not_after: moment(parsed.validity().not_after),
-        })
-    }
-
-    /// The dates of the certificate, for messages.
-    pub fn dates(&self) -> String {
-        let (from, to) = (clock::utc(self.not_before), clock::utc(self.not_after));
-        format!("valid from {from} to {to}")
-    }
-
-    /// True if `now` is within the certificate's validity.
-    pub fn is_valid_at(&self, now: SystemTime) -> bool {
-        (self.not_before..self.not_after).contains(&now)
-    }
-}
-
-fn attribute<'a>(
-    mut values: impl Iterator<Item = &'a x509_parser::x509::AttributeTypeAndValue<'a>>,
-) -> Result<String, String> {
-    let value = values.next().ok_or("a part of the subject is missing")?;
-    value
-        .as_str()
-        .map(str::to_owned)
-        .map_err(|error| error.to_string())
 }
 
 fn distinguished_name(common: &str, unit: &str, organization: &str) -> DistinguishedName {
@@ -331,18 +234,6 @@ fn distinguished_name(common: &str, unit: &str, organization: &str) -> Distingui
     name.push(DnType::OrganizationalUnitName, unit);
     name.push(DnType::CommonName, common);
     name
-}
-
-/// Names go into certificates, logs and metrics: keep them plain.
-fn check_name(name: &str) -> Result<(), TrustError> {
-    let plain = name
-        .chars()
-        .all(|c| c.is_ascii_alphanumeric() || ".-_".contains(c));
-    if plain && (1..=63).contains(&name.len()) {
-        Ok(())
-    } else {
-        Err(TrustError::Name(name.chars().take(80).collect()))
-    }
 }
 
 /// 127 random bits: positive as RFC 5280, section 4.1.2.2 wants.
@@ -362,6 +253,7 @@ fn last_date() -> SystemTime {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::trust::certificate::{Member, requested_node_id};
 
     fn request(key: &KeyPair) -> Vec<u8> {
         CertificateParams::default()

@@ -8,9 +8,11 @@ use std::time::{Duration, SystemTime};
 use mesh_base::clock::unix_seconds;
 use serde::{Deserialize, Serialize};
 
+use super::certificate::{LONGEST_NAME, Member};
 use super::deny::{DenyList, Expulsion};
+use super::error::TrustError;
+use super::names;
 use super::store::TokenRecord;
-use super::{Member, TrustError, names};
 use crate::files;
 
 /// The members of a mesh by node id, persisted in `members.json`. Expelled ones stay here, so that they are known when they are
@@ -35,7 +37,7 @@ pub struct KnownMember {
 }
 
 #[derive(Default, Serialize, Deserialize)]
-struct Kept {
+struct MembersFile {
     members: BTreeMap<String, KnownMember>,
     #[serde(default)]
     has_deny_list: bool,
@@ -54,7 +56,7 @@ impl Roster {
             Some(text) => {
                 serde_json::from_str(&text).map_err(|error| TrustError::damaged(&path, error))?
             }
-            None => Kept {
+            None => MembersFile {
                 members: joined_with(used, life),
                 has_deny_list: false,
             },
@@ -160,7 +162,7 @@ impl Roster {
     }
 
     fn save(&self) {
-        let kept = Kept {
+        let kept = MembersFile {
             members: self.members.clone(),
             has_deny_list: self.has_deny_list,
         };
@@ -190,9 +192,6 @@ fn joined_with(tokens: &[TokenRecord], life: Duration) -> BTreeMap<String, Known
 
 /// Members that are remembered. Beyond, those whose certificates ended first are forgotten.
 const MOST_MEMBERS: usize = 4096;
-
-/// Maximum length of a name, as in `root::check_name`.
-const LONGEST_NAME: usize = 63;
 
 #[cfg(test)]
 mod tests {

@@ -8,7 +8,11 @@ use mesh_base::clock::{self, unix_seconds};
 use serde::{Deserialize, Serialize};
 use subtle::ConstantTimeEq;
 
-use super::{JoinToken, Refusal, TrustError, names, sha256};
+use super::digest::sha256;
+use super::error::TrustError;
+use super::names;
+use super::refusal::Refusal;
+use super::token::JoinToken;
 use crate::files;
 
 /// The tokens that were created, persisted in `tokens.json`. Every change is on disk before it takes effect.
@@ -35,12 +39,12 @@ pub struct TokenRecord {
     pub expires: u64,
     /// The node that used the token; `None` for an unused one.
     #[serde(default)]
-    pub used: Option<Use>,
+    pub used: Option<TokenUse>,
 }
 
 /// The use of a token by a node.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Use {
+pub struct TokenUse {
     /// Id of the node.
     pub node_id: String,
     /// Name of the node.
@@ -177,7 +181,7 @@ impl TokenStore {
                 now: date,
             });
         }
-        let used = Use {
+        let used = TokenUse {
             node_id: node_id.to_owned(),
             node_name: node_name.to_owned(),
             at: now,

@@ -9,7 +9,7 @@ use data_encoding::HEXLOWER;
 use mesh_base::random;
 use zeroize::Zeroizing;
 
-use super::sha256;
+use super::digest::sha256;
 
 /// A one-time join token: the mesh's root digest, the token's id, and its secret.
 ///

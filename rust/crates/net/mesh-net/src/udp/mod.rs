@@ -8,7 +8,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use mesh_base::datagrams::{self, Received};
@@ -17,27 +17,6 @@ use tokio::io::Interest;
 use tokio::net::UdpSocket;
 
 pub use mesh_base::datagrams::BATCH;
-
-/// Options of a [`BatchSocket`].
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct SocketOptions {
-    /// Receive buffer to ask the kernel for, bytes. The kernel caps it at `net.core.rmem_max`.
-    pub recv_buffer: usize,
-    /// Send buffer to ask the kernel for, bytes. The kernel caps it at `net.core.wmem_max`.
-    pub send_buffer: usize,
-    /// Lets several sockets share the port; the kernel spreads sources over them.
-    pub reuse_port: bool,
-}
-
-impl Default for SocketOptions {
-    fn default() -> Self {
-        Self {
-            recv_buffer: 4 << 20,
-            send_buffer: 4 << 20,
-            reuse_port: false,
-        }
-    }
-}
 
 /// A UDP socket that sends and receives batches of datagrams.
 #[derive(Debug)]
@@ -48,26 +27,16 @@ pub struct BatchSocket {
     gso: AtomicBool,
     /// Local addresses to answer peers from, for a socket that is bound to all addresses.
     routes: Option<Mutex<Routes>>,
-    counts: Counts,
 }
 
 impl BatchSocket {
-    /// Binds to an address with default options; port 0 takes a free one. Must be called on a tokio runtime. The error
-    /// names the address.
+    /// Binds to an address; port 0 takes a free one. Must be called on a tokio runtime. The error names the address.
     pub fn bind(address: SocketAddr) -> io::Result<Self> {
-        Self::bind_with(address, &SocketOptions::default())
-    }
-
-    /// Binds to an address with these options.
-    pub fn bind_with(address: SocketAddr, options: &SocketOptions) -> io::Result<Self> {
         let bind = || {
             let socket = mesh_base::listen::udp(address, |socket| {
-                if options.reuse_port {
-                    socket.set_reuse_port(true)?;
-                }
                 // More is better, less still works.
-                let _ = socket.set_recv_buffer_size(options.recv_buffer);
-                let _ = socket.set_send_buffer_size(options.send_buffer);
+                let _ = socket.set_recv_buffer_size(SOCKET_BUFFER);
+                let _ = socket.set_send_buffer_size(SOCKET_BUFFER);
                 Ok(())
             })?;
             Self::from_std(socket)
@@ -101,7 +70,6 @@ impl BatchSocket {
             local,
             gso: AtomicBool::new(true),
             routes,
-            counts: Counts::default(),
         })
     }
 
@@ -142,17 +110,11 @@ impl BatchSocket {
             }
         }
         batch.split_segments();
-        let bytes = batch
-            .datagrams()
-            .map(|datagram| datagram.data.len() as u64)
-            .sum();
-        self.counts
-            .received(batch.len() as u64, bytes, batch.truncated);
         Ok(batch.len())
     }
 
     /// Sends the whole batch and clears it; waits while the socket's buffer is full. Returns how many datagrams the
-    /// kernel took: one that it refuses, for example because its destination has no route, is counted and skipped.
+    /// kernel took: one that it refuses, for example because its destination has no route, is skipped.
     pub async fn send(&self, batch: &mut SendBatch) -> io::Result<usize> {
         let mut sent = 0;
         while !batch.is_empty() {
@@ -187,7 +149,7 @@ impl BatchSocket {
 
     /// Sends one datagram; waits while the socket's buffer is full.
     pub async fn send_to(&self, data: &[u8], destination: SocketAddr) -> io::Result<()> {
-        let outgoing = [Outgoing {
+        let outgoing = [QueuedDatagram {
             destination,
             range: 0..data.len(),
         }];
@@ -199,26 +161,10 @@ impl BatchSocket {
         if sent.is_err() && self.forget(destination) {
             sent = self.io.async_io(Interest::WRITABLE, send).await;
         }
-        match sent {
-            Ok(_) => {
-                self.counts.sent(1, data.len() as u64);
-                Ok(())
-            }
-            Err(error) => {
-                self.counts.refused.fetch_add(1, Ordering::Relaxed);
-                Err(error)
-            }
-        }
-    }
-
-    /// Datagrams and bytes that this socket has sent and received so far.
-    pub fn counters(&self) -> Counters {
-        self.counts.snapshot()
+        sent.map(|_| ())
     }
 
     fn send_some(&self, batch: &mut SendBatch) -> io::Result<usize> {
-        let before = batch.next;
-        let bytes_before = batch.offset();
         let gso = self.gso.load(Ordering::Relaxed);
         let routes = self.routes();
         let sent = send(
@@ -231,10 +177,6 @@ impl BatchSocket {
         drop(routes);
         let taken = sent?;
         batch.advance(taken);
-        self.counts.sent(
-            (batch.next - before) as u64,
-            (batch.offset() - bytes_before) as u64,
-        );
         batch.recycle();
         Ok(taken)
     }
@@ -269,7 +211,6 @@ impl BatchSocket {
         }
         let refused = &batch.pending()[0];
         tracing::debug!(destination = %refused.destination, bytes = refused.range.len(), %error, "datagram refused");
-        self.counts.refused.fetch_add(1, Ordering::Relaxed);
         batch.advance(1);
         batch.recycle();
     }
@@ -281,8 +222,6 @@ pub struct RecvBatch {
     storage: Vec<u8>,
     received: Vec<Received>,
     datagrams: Vec<(SocketAddr, Range<usize>)>,
-    /// Number of datagrams that were longer than the largest DCF datagram.
-    truncated: u64,
 }
 
 impl RecvBatch {
@@ -292,7 +231,6 @@ impl RecvBatch {
             storage: vec![0; BATCH * BUFFER],
             received: Vec::with_capacity(BATCH),
             datagrams: Vec::with_capacity(4 * BATCH),
-            truncated: 0,
         }
     }
 
@@ -316,15 +254,14 @@ impl RecvBatch {
 
     fn clear(&mut self) {
         self.datagrams.clear();
-        self.truncated = 0;
     }
 
     /// Splits buffers that GRO filled with several datagrams.
     fn split_segments(&mut self) {
         for (index, buffer) in self.received.iter().enumerate() {
             let start = index * BUFFER;
+            // Longer than any DCF datagram.
             if buffer.truncated {
-                self.truncated += 1;
                 continue;
             }
             let segment = if buffer.segment == 0 {
@@ -365,7 +302,7 @@ pub struct Datagram<'a> {
 #[derive(Debug, Default)]
 pub struct SendBatch {
     bytes: Vec<u8>,
-    datagrams: Vec<Outgoing>,
+    datagrams: Vec<QueuedDatagram>,
     /// Index of the first datagram that has not been sent yet.
     next: usize,
 }
@@ -387,7 +324,7 @@ impl SendBatch {
         for part in parts {
             self.bytes.extend_from_slice(part);
         }
-        self.datagrams.push(Outgoing {
+        self.datagrams.push(QueuedDatagram {
             destination,
             range: start..self.bytes.len(),
         });
@@ -409,14 +346,8 @@ impl SendBatch {
         self.recycle();
     }
 
-    fn pending(&self) -> &[Outgoing] {
+    fn pending(&self) -> &[QueuedDatagram] {
         &self.datagrams[self.next..]
-    }
-
-    fn offset(&self) -> usize {
-        self.datagrams
-            .get(self.next)
-            .map_or(self.bytes.len(), |next| next.range.start)
     }
 
     fn advance(&mut self, count: usize) {
@@ -434,7 +365,7 @@ impl SendBatch {
 }
 
 #[derive(Debug)]
-struct Outgoing {
+struct QueuedDatagram {
     destination: SocketAddr,
     /// Position of the datagram in the batch's bytes.
     range: Range<usize>,
@@ -444,7 +375,7 @@ struct Outgoing {
 /// in `routes`. Returns the number of datagrams sent; an error concerns the first.
 fn send(
     socket: BorrowedFd<'_>,
-    outgoing: &[Outgoing],
+    outgoing: &[QueuedDatagram],
     bytes: &[u8],
     gso: bool,
     routes: Option<&Routes>,
@@ -475,7 +406,7 @@ fn send(
 
 /// Number of datagrams from the front that GSO can send as one run: same destination and length; the last may
 /// be shorter.
-fn run_length(outgoing: &[Outgoing]) -> usize {
+fn run_length(outgoing: &[QueuedDatagram]) -> usize {
     let Some(first) = outgoing.first() else {
         return 0;
     };
@@ -503,57 +434,8 @@ fn run_length(outgoing: &[Outgoing]) -> usize {
     length
 }
 
-/// Counters of a socket since it was bound.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Counters {
-    /// Number of datagrams received.
-    pub received_datagrams: u64,
-    /// Payload bytes received.
-    pub received_bytes: u64,
-    /// Datagrams that did not fit a buffer and were dropped.
-    pub truncated_datagrams: u64,
-    /// Number of datagrams sent.
-    pub sent_datagrams: u64,
-    /// Payload bytes sent.
-    pub sent_bytes: u64,
-    /// Datagrams that the kernel refused to send.
-    pub refused_datagrams: u64,
-}
-
-#[derive(Debug, Default)]
-struct Counts {
-    received_datagrams: AtomicU64,
-    received_bytes: AtomicU64,
-    truncated: AtomicU64,
-    sent_datagrams: AtomicU64,
-    sent_bytes: AtomicU64,
-    refused: AtomicU64,
-}
-
-impl Counts {
-    fn received(&self, datagrams: u64, bytes: u64, truncated: u64) {
-        self.received_datagrams
-            .fetch_add(datagrams, Ordering::Relaxed);
-        self.received_bytes.fetch_add(bytes, Ordering::Relaxed);
-        self.truncated.fetch_add(truncated, Ordering::Relaxed);
-    }
-
-    fn sent(&self, datagrams: u64, bytes: u64) {
-        self.sent_datagrams.fetch_add(datagrams, Ordering::Relaxed);
-        self.sent_bytes.fetch_add(bytes, Ordering::Relaxed);
-    }
-
-    fn snapshot(&self) -> Counters {
-        Counters {
-            received_datagrams: self.received_datagrams.load(Ordering::Relaxed),
-            received_bytes: self.received_bytes.load(Ordering::Relaxed),
-            truncated_datagrams: self.truncated.load(Ordering::Relaxed),
-            sent_datagrams: self.sent_datagrams.load(Ordering::Relaxed),
-            sent_bytes: self.sent_bytes.load(Ordering::Relaxed),
-            refused_datagrams: self.refused.load(Ordering::Relaxed),
-        }
-    }
-}
+/// Buffers to ask the kernel for, bytes. It caps them at `net.core.rmem_max` and `net.core.wmem_max`.
+const SOCKET_BUFFER: usize = 4 << 20;
 
 /// Bytes per receive buffer: the largest UDP payload there is, which is also the largest GRO run.
 const BUFFER: usize = 65_536;

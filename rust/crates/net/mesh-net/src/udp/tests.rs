@@ -44,7 +44,6 @@ async fn a_batch_reaches_many_destinations_whole_and_in_order() {
             .collect();
         assert_eq!(receive(receiver, 40).await, expected);
     }
-    assert_eq!(sender.counters().sent_datagrams, 200);
 }
 
 #[tokio::test]
@@ -72,11 +71,6 @@ async fn runs_of_equal_length_keep_their_boundaries() {
     for (index, (_, data)) in received.iter().enumerate() {
         assert_eq!(*data, vec![index as u8; lengths[index]], "datagram {index}");
     }
-    assert_eq!(receiver.counters().received_datagrams, lengths.len() as u64);
-    assert_eq!(
-        receiver.counters().received_bytes,
-        lengths.iter().sum::<usize>() as u64
-    );
 }
 
 #[tokio::test]
@@ -99,7 +93,7 @@ async fn plain_sockets_get_single_datagrams() {
 }
 
 #[tokio::test]
-async fn the_largest_datagram_passes_and_a_larger_one_is_counted() {
+async fn the_largest_datagram_passes_and_a_larger_one_is_skipped() {
     let (sender, receiver) = (
         BatchSocket::bind(LOOPBACK).expect("bind"),
         BatchSocket::bind(LOOPBACK).expect("bind"),
@@ -109,7 +103,6 @@ async fn the_largest_datagram_passes_and_a_larger_one_is_counted() {
     batch.push(receiver.local_addr(), &vec![2; dcf::MAX_DATAGRAM]);
     assert_eq!(sender.send(&mut batch).await.expect("sent"), 1);
     assert_eq!(receive(&receiver, 1).await[0].1, vec![2; dcf::MAX_DATAGRAM]);
-    assert_eq!(sender.counters().refused_datagrams, 1);
 }
 
 #[tokio::test]

@@ -14,14 +14,14 @@ pub(crate) const LOOPBACK: SocketAddr =
     SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 0);
 
 /// A head with its mesh.
-pub(crate) struct Head {
+pub(crate) struct TestHead {
     pub(crate) dir: TempDir,
     pub(crate) authority: Arc<Authority>,
     pub(crate) listener: Listener,
     pub(crate) address: SocketAddr,
 }
 
-impl Head {
+impl TestHead {
     pub(crate) fn start(mesh: &str) -> Self {
         Self::open(
             tempfile::tempdir().expect("temporary directory"),
@@ -49,18 +49,16 @@ impl Head {
 
     /// The same head after a restart, on another port.
     pub(crate) async fn restart(self) -> Self {
-        let Self {
-            dir,
-            listener,
-            authority,
-            ..
-        } = self;
-        let mesh = authority.root().mesh().to_owned();
-        listener
+        let mesh = self.authority.root().mesh().to_owned();
+        self.listener
             .shutdown(dcf::ErrorCode::DRAINING, "restarting")
             .await;
-        drop((listener, authority));
-        Self::open(dir, &mesh, Validity::default())
+        Self::open(self.stop(), &mesh, Validity::default())
+    }
+
+    /// Ends the head; its state directory stays.
+    pub(crate) fn stop(self) -> TempDir {
+        self.dir
     }
 
     pub(crate) fn token(&self) -> JoinToken {
@@ -69,16 +67,16 @@ impl Head {
             .expect("token")
     }
 
-    pub(crate) async fn worker(&self, name: &str) -> Worker {
+    pub(crate) async fn worker(&self, name: &str) -> TestWorker {
         let dir = tempfile::tempdir().expect("temporary directory");
         let identity = join(&[self.address], &self.token(), dir.path(), name)
             .await
             .expect("joins");
-        Worker { dir, identity }
+        TestWorker { dir, identity }
     }
 
     /// Both ends of a new link: the worker's, then the head's.
-    pub(crate) async fn link(&self, worker: &Worker, config: LinkConfig) -> (Link, Link) {
+    pub(crate) async fn link(&self, worker: &TestWorker, config: LinkConfig) -> (Link, Link) {
         let connector =
             Connector::bind(LOOPBACK, worker.identity.clone(), config).expect("connector");
         let (near, far) = tokio::join!(
@@ -90,7 +88,7 @@ impl Head {
 }
 
 /// A node that has joined.
-pub(crate) struct Worker {
+pub(crate) struct TestWorker {
     pub(crate) dir: TempDir,
     pub(crate) identity: NodeIdentity,
 }

@@ -3,14 +3,14 @@
 use std::path::Path;
 use std::time::{Duration, SystemTime};
 
-use crate::common::{HOUR, Head, LOOPBACK, Worker};
+use crate::common::{HOUR, LOOPBACK, TestHead, TestWorker};
 use mesh_net::quic::{
     Closed, ConnectError, Connector, JoinError, Link, LinkConfig, Listener, connect, join,
     load_or_join, renew,
 };
 use mesh_net::trust::{EXPELLED, Expulsion, NodeIdentity, Role, TrustError};
 
-fn expel(head: &Head, worker: &Worker) {
+fn expel(head: &TestHead, worker: &TestWorker) {
     let member = worker.identity.member();
     head.authority
         .expel(&member.node_id, &member.name, "sold", SystemTime::now())
@@ -30,7 +30,7 @@ fn is_refused(error: &ConnectError) -> bool {
 
 #[tokio::test]
 async fn an_expelled_node_loses_its_link_and_gets_neither_link_nor_certificate() {
-    let head = Head::start("attic");
+    let head = TestHead::start("attic");
     let (worker, other) = (head.worker("laptop").await, head.worker("tower").await);
     let (near, far) = head.link(&worker, LinkConfig::default()).await;
     let (kept, _far) = head.link(&other, LinkConfig::default()).await;
@@ -72,7 +72,7 @@ async fn an_expelled_node_loses_its_link_and_gets_neither_link_nor_certificate()
 
 #[tokio::test]
 async fn workers_that_know_the_list_neither_call_an_expelled_node_nor_answer_it() {
-    let head = Head::start("attic");
+    let head = TestHead::start("attic");
     let (worker, rogue) = (head.worker("laptop").await, head.worker("rogue").await);
     let listener = |identity: &NodeIdentity| {
         Listener::bind(LOOPBACK, identity.clone(), None, LinkConfig::default()).expect("binds")
@@ -124,7 +124,7 @@ async fn workers_that_know_the_list_neither_call_an_expelled_node_nor_answer_it(
 
 #[tokio::test]
 async fn names_are_given_by_the_head_and_no_two_nodes_have_one() {
-    let head = Head::start("attic");
+    let head = TestHead::start("attic");
     let (first, second) = (head.worker("laptop").await, head.worker("LAPTOP").await);
     assert_eq!(first.identity.member().name, "laptop");
     assert_eq!(second.identity.member().name, "LAPTOP-2");
@@ -162,7 +162,7 @@ async fn incomplete_identities_are_refused_by_name_and_a_new_token_mends_them() 
         ("node.key", None, false),
         ("node.key", Some("junk"), false),
     ] {
-        let head = Head::start("attic");
+        let head = TestHead::start("attic");
         let used = head.token();
         let dir = tempfile::tempdir().expect("temporary directory");
         let before = join(&[head.address], &used, dir.path(), "laptop")
@@ -219,7 +219,7 @@ async fn incomplete_identities_are_refused_by_name_and_a_new_token_mends_them() 
 
 #[tokio::test]
 async fn a_change_of_identity_that_was_cut_off_is_ended_at_the_next_start() {
-    let head = Head::start("attic");
+    let head = TestHead::start("attic");
     // Cut off before each of the files was moved.
     for moved in 0..=3 {
         let worker = head.worker("old").await;
@@ -261,7 +261,7 @@ async fn a_change_of_identity_that_was_cut_off_is_ended_at_the_next_start() {
 
 #[tokio::test]
 async fn files_of_two_meshes_are_told_apart_and_a_token_decides() {
-    let (attic, cellar) = (Head::start("attic"), Head::start("cellar"));
+    let (attic, cellar) = (TestHead::start("attic"), TestHead::start("cellar"));
     let worker = attic.worker("laptop").await;
     let other = cellar.worker("laptop").await;
     std::fs::copy(
@@ -307,17 +307,11 @@ async fn a_head_whose_files_are_not_whole_does_not_begin_another_mesh() {
         ("expelled.json", Some("junk"), false),
         ("expelled.json", None, false),
     ] {
-        let head = Head::start("attic");
+        let head = TestHead::start("attic");
         let (worker, other) = (head.worker("laptop").await, head.worker("sold").await);
         expel(&head, &other);
         let root = head.authority.root().sha256();
-        let Head {
-            dir,
-            listener,
-            authority,
-            ..
-        } = head;
-        drop((listener, authority));
+        let dir = head.stop();
         break_file(dir.path(), file, damage);
         let opened = mesh_net::trust::Authority::open(dir.path(), "attic", Default::default())
             .and_then(|authority| {
@@ -328,7 +322,7 @@ async fn a_head_whose_files_are_not_whole_does_not_begin_another_mesh() {
             Ok(found) => {
                 assert!(starts, "{file}: {damage:?}");
                 assert_eq!(found, root, "{file}");
-                let head = Head::open(dir, "attic", Default::default());
+                let head = TestHead::open(dir, "attic", Default::default());
                 head.link(&worker, LinkConfig::default()).await;
             }
             Err(error) => {
@@ -348,17 +342,11 @@ async fn a_certificate_that_ended_too_long_ago_needs_a_new_token_and_the_node_st
         life: Duration::from_secs(1),
         renewal_grace: Duration::ZERO,
     };
-    let head = Head::open(dir, "attic", validity);
+    let head = TestHead::open(dir, "attic", validity);
     let worker = head.worker("laptop").await;
     tokio::time::sleep(Duration::from_millis(2100)).await;
-    let Head {
-        dir,
-        listener,
-        authority,
-        ..
-    } = head;
-    drop((listener, authority));
-    let head = Head::open(
+    let dir = head.stop();
+    let head = TestHead::open(
         dir,
         "attic",
         mesh_net::trust::Validity {

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, SystemTime};
 
-use crate::common::{HOUR, Head, LOOPBACK};
+use crate::common::{HOUR, LOOPBACK, TestHead};
 use dcf::ErrorCode;
 use mesh_net::quic::{
     ConnectError, Connector, JoinError, LinkConfig, connect, join, load_or_join, renew,
@@ -11,7 +11,7 @@ use mesh_net::trust::{JoinToken, NodeIdentity, Role, TrustError, Validity};
 
 #[tokio::test]
 async fn a_node_with_a_token_joins_and_both_sides_know_each_other() {
-    let head = Head::start("attic");
+    let head = TestHead::start("attic");
     let worker = head.worker("laptop").await;
     let (near, far) = head.link(&worker, LinkConfig::default()).await;
     assert_eq!(
@@ -29,7 +29,7 @@ async fn a_node_with_a_token_joins_and_both_sides_know_each_other() {
 
 #[tokio::test]
 async fn the_identity_survives_restarts_of_both_sides_and_needs_no_second_token() {
-    let head = Head::start("attic");
+    let head = TestHead::start("attic");
     let token = head.token();
     let worker = head.worker("laptop").await;
     let head = head.restart().await;
@@ -50,7 +50,7 @@ async fn the_identity_survives_restarts_of_both_sides_and_needs_no_second_token(
 #[tokio::test]
 async fn private_keys_are_readable_by_their_owner_only() {
     use std::os::unix::fs::PermissionsExt;
-    let head = Head::start("attic");
+    let head = TestHead::start("attic");
     let worker = head.worker("laptop").await;
     let keys = [
         (&head.dir, "root.key"),
@@ -66,7 +66,7 @@ async fn private_keys_are_readable_by_their_owner_only() {
 
 #[tokio::test]
 async fn a_used_token_is_refused_also_after_the_head_restarts() {
-    let mut head = Head::start("attic");
+    let mut head = TestHead::start("attic");
     let token = head.token();
     let first = tempfile::tempdir().expect("temporary directory");
     join(&[head.address], &token, first.path(), "first")
@@ -90,7 +90,7 @@ async fn a_used_token_is_refused_also_after_the_head_restarts() {
 
 #[tokio::test]
 async fn an_expired_token_is_refused() {
-    let head = Head::start("attic");
+    let head = TestHead::start("attic");
     let yesterday = SystemTime::now() - 24 * HOUR;
     let token = head
         .authority
@@ -106,7 +106,7 @@ async fn an_expired_token_is_refused() {
 
 #[tokio::test]
 async fn an_unknown_or_withdrawn_token_is_refused() {
-    let head = Head::start("attic");
+    let head = TestHead::start("attic");
     let made_up = JoinToken::generate(head.authority.root().sha256());
     let withdrawn = head.token();
     head.authority
@@ -123,7 +123,7 @@ async fn an_unknown_or_withdrawn_token_is_refused() {
 
 #[tokio::test]
 async fn a_token_of_another_mesh_is_refused_before_its_secret_leaves_the_node() {
-    let (attic, cellar) = (Head::start("attic"), Head::start("cellar"));
+    let (attic, cellar) = (TestHead::start("attic"), TestHead::start("cellar"));
     let token = cellar.token();
     let dir = tempfile::tempdir().expect("temporary directory");
     let error = join(&[attic.address], &token, dir.path(), "lost")
@@ -145,7 +145,7 @@ async fn a_token_of_another_mesh_is_refused_before_its_secret_leaves_the_node() 
 
 #[tokio::test]
 async fn a_bad_node_name_costs_no_token() {
-    let head = Head::start("attic");
+    let head = TestHead::start("attic");
     let token = head.token();
     let dir = tempfile::tempdir().expect("temporary directory");
     let error = join(&[head.address], &token, dir.path(), "not a name")
@@ -186,7 +186,7 @@ async fn a_node_without_certificate_has_no_identity_to_connect_with() {
 
 #[tokio::test]
 async fn certificates_of_another_mesh_connect_to_nobody() {
-    let (attic, cellar) = (Head::start("attic"), Head::start("cellar"));
+    let (attic, cellar) = (TestHead::start("attic"), TestHead::start("cellar"));
     let stranger = cellar.worker("stranger").await;
     let error = connect(attic.address, &stranger.identity)
         .await
@@ -204,7 +204,7 @@ async fn certificates_of_another_mesh_connect_to_nobody() {
 
 #[tokio::test]
 async fn a_worker_cannot_pass_for_the_head() {
-    let head = Head::start("attic");
+    let head = TestHead::start("attic");
     let (impostor, victim) = (head.worker("impostor").await, head.worker("victim").await);
     let listener =
         mesh_net::quic::Listener::bind(LOOPBACK, impostor.identity, None, LinkConfig::default())
@@ -240,7 +240,7 @@ async fn a_worker_cannot_pass_for_the_head() {
 
 #[tokio::test]
 async fn a_renewed_certificate_replaces_the_old_one_and_keeps_the_node() {
-    let head = Head::start("attic");
+    let head = TestHead::start("attic");
     let worker = head.worker("laptop").await;
     let before = worker.identity.member();
     tokio::time::sleep(Duration::from_millis(1100)).await; // certificates count in seconds
@@ -266,19 +266,13 @@ async fn an_ended_certificate_makes_no_link_but_can_be_renewed_within_the_grace(
         life: Duration::from_secs(1),
         renewal_grace: HOUR,
     };
-    let head = Head::open(dir, "attic", short);
+    let head = TestHead::open(dir, "attic", short);
     let worker = head.worker("laptop").await;
     assert!(worker.identity.renew_at() <= SystemTime::now());
     tokio::time::sleep(Duration::from_millis(1500)).await;
     // A head whose own certificate holds, over the same root.
-    let Head {
-        dir,
-        listener,
-        authority,
-        ..
-    } = head;
-    drop((listener, authority));
-    let head = Head::open(dir, "attic", Validity::default());
+    let dir = head.stop();
+    let head = TestHead::open(dir, "attic", Validity::default());
     let error = connect(head.address, &worker.identity)
         .await
         .expect_err("ended");

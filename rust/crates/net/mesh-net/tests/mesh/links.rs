@@ -2,15 +2,15 @@
 
 use std::time::{Duration, Instant};
 
-use crate::common::{Head, LOOPBACK};
+use crate::common::{LOOPBACK, TestHead};
 use bytes::Bytes;
 use dcf::{ErrorCode, Message, MsgType, StreamError};
 use mesh_net::quic::{Closed, Connector, Link, LinkConfig, NamedGroup, StreamFailure, probe};
 use mesh_net::seal::{OpenError, Opener, Sealer};
 use mesh_net::trust::Role;
 
-async fn pair() -> (Head, Link, Link) {
-    let head = Head::start("attic");
+async fn pair() -> (TestHead, Link, Link) {
+    let head = TestHead::start("attic");
     let worker = head.worker("laptop").await;
     let (near, far) = head.link(&worker, LinkConfig::default()).await;
     (head, near, far)
@@ -96,7 +96,7 @@ async fn a_links_bandwidth_is_measured_and_a_peer_that_sends_on_is_stopped() {
 
 #[tokio::test]
 async fn an_oversized_message_is_refused_by_the_sender_and_closes_the_receivers_stream() {
-    let head = Head::start("attic");
+    let head = TestHead::start("attic");
     let worker = head.worker("laptop").await;
     let small = LinkConfig {
         max_message: 1000,
@@ -182,7 +182,7 @@ async fn a_cancelled_stream_is_no_finished_one() {
 
 #[tokio::test]
 async fn a_reader_that_waits_holds_the_sender_back() {
-    let head = Head::start("attic");
+    let head = TestHead::start("attic");
     let worker = head.worker("laptop").await;
     let (near, far) = head.link(&worker, LinkConfig::default()).await;
     let mut stream = far.open().await.expect("opens");
@@ -252,7 +252,7 @@ async fn bytes_that_are_no_messages_end_the_stream_only() {
 
 #[tokio::test]
 async fn both_ends_export_the_same_key_and_every_link_another() {
-    let head = Head::start("attic");
+    let head = TestHead::start("attic");
     let worker = head.worker("laptop").await;
     let (near, far) = head.link(&worker, LinkConfig::default()).await;
     let export = |link: &Link, context: &[u8]| {
@@ -306,7 +306,7 @@ fn helper_process_that_holds_a_link() {
 
 #[tokio::test]
 async fn a_killed_process_is_noticed_in_well_under_the_idle_timeout() {
-    let head = Head::start("attic");
+    let head = TestHead::start("attic");
     let worker = head.worker("laptop").await;
     let mut process = std::process::Command::new(std::env::current_exe().expect("this test"))
         .args([
@@ -335,7 +335,7 @@ async fn a_killed_process_is_noticed_in_well_under_the_idle_timeout() {
 
 #[tokio::test]
 async fn a_silent_peer_is_given_up_at_the_idle_timeout() {
-    let head = Head::start("attic");
+    let head = TestHead::start("attic");
     let worker = head.worker("laptop").await;
     let config = LinkConfig {
         keep_alive: Duration::from_millis(100),

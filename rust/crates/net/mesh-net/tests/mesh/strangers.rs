@@ -15,7 +15,7 @@ use tokio::net::UdpSocket;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
-use super::common::{Head, LOOPBACK};
+use super::common::{LOOPBACK, TestHead};
 use mesh_net::quic::LinkConfig;
 
 const JOIN: &[u8] = b"hydramesh-join/1";
@@ -104,7 +104,7 @@ async fn connections(endpoint: &Endpoint, address: SocketAddr, count: usize) -> 
 }
 
 /// A new node joins, and one that was here before comes back.
-async fn honest_nodes_get_in(head: &Head, before: &super::common::Worker) {
+async fn honest_nodes_get_in(head: &TestHead, before: &super::common::TestWorker) {
     let dir = tempfile::tempdir().expect("temporary directory");
     let (address, token) = ([head.address], head.token());
     let joined = timeout(SOON, join(&address, &token, dir.path(), "new"));
@@ -116,7 +116,7 @@ async fn honest_nodes_get_in(head: &Head, before: &super::common::Worker) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn silent_connections_of_strangers_keep_nobody_out() {
-    let head = Head::start("attic");
+    let head = TestHead::start("attic");
     let worker = head.worker("before").await;
     let silent = stranger(JOIN);
     let held = connections(&silent, head.address, MANY).await;
@@ -131,7 +131,7 @@ async fn silent_connections_of_strangers_keep_nobody_out() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn handshakes_that_stop_half_way_keep_nobody_out() {
-    let head = Head::start("attic");
+    let head = TestHead::start("attic");
     let worker = head.worker("before").await;
     let (first, _far) = head.link(&worker, LinkConfig::default()).await;
     let mut relays = JoinSet::new();
@@ -165,7 +165,7 @@ async fn handshakes_that_stop_half_way_keep_nobody_out() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn whoever_asks_for_nothing_in_time_is_cut_off() {
-    let head = Head::start("attic");
+    let head = TestHead::start("attic");
     let client = stranger(JOIN);
     let silent = connect(&client, head.address).await;
     let opened = connect(&client, head.address).await;
@@ -197,7 +197,7 @@ async fn whoever_asks_for_nothing_in_time_is_cut_off() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_stranger_has_one_stream_and_a_small_window() {
-    let head = Head::start("attic");
+    let head = TestHead::start("attic");
     let client = stranger(JOIN);
     let connection = connect(&client, head.address).await;
     let (mut send, _recv) = connection.open_bi().await.expect("one stream");
@@ -218,7 +218,7 @@ async fn a_stranger_has_one_stream_and_a_small_window() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn one_node_has_only_so_many_links() {
-    let head = Head::start("attic");
+    let head = TestHead::start("attic");
     let (greedy, other) = (head.worker("greedy").await, head.worker("other").await);
     let mut links = Vec::new();
     for _ in 0..64 {

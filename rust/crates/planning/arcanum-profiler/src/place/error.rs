@@ -8,7 +8,9 @@ use super::types::{LeftOut, ModelSpec, Policy, Reason};
 #[non_exhaustive]
 pub enum PlanError {
     /// No node offers the model.
-    #[error("no node offers layers of this model: name it in `shards` of a worker's configuration")]
+    #[error(
+        "no node offers layers of this model: name it in `ring.models` of a worker's configuration"
+    )]
     Empty,
     /// A number of the model's description is out of range.
     #[error("the model's {field} is {value}, but must be {least} to {most}")]

@@ -100,12 +100,12 @@ impl<'a> Search<'a> {
                 return;
             }
             let nodes: Vec<usize> = members(set).collect();
-            let place = Span {
+            let span = Span {
                 first,
                 last,
                 kv_tokens: demand.kv_tokens,
             };
-            if let Some(stages) = self.least_limit(&nodes, place, best) {
+            if let Some(stages) = self.least_limit(&nodes, span, best) {
                 best = best.min(stages.max(links));
             }
         });
@@ -121,12 +121,12 @@ impl<'a> Search<'a> {
             if back.busy_us > limit || !hops.is_finite() {
                 return;
             }
-            let place = Span {
+            let span = Span {
                 first,
                 last,
                 kv_tokens: demand.kv_tokens,
             };
-            let Some(compute) = self.least_compute(members(set), place, limit) else {
+            let Some(compute) = self.least_compute(members(set), span, limit) else {
                 return;
             };
             let value = hops + compute;
@@ -167,11 +167,11 @@ impl<'a> Search<'a> {
     }
 
     /// Most layers that a node takes within its memory and `limit`.
-    fn most(&self, node: usize, place: Span, limit: f64) -> u32 {
-        let last = node == place.last;
+    fn most(&self, node: usize, span: Span, limit: f64) -> u32 {
+        let last = node == span.last;
         let memory = self
             .mesh
-            .capacity(node, place.kv_tokens, node == place.first, last);
+            .capacity(node, span.kv_tokens, node == span.first, last);
         let left = limit - self.mesh.compute(node, 0, last);
         let time = left / self.mesh.nodes[node].layer_us * (1.0 + TIE);
         memory.min(if time > 0.0 { time as u32 } else { 0 })
@@ -181,15 +181,15 @@ impl<'a> Search<'a> {
     fn least_compute(
         &self,
         nodes: impl Iterator<Item = usize>,
-        place: Span,
+        span: Span,
         limit: f64,
     ) -> Option<f64> {
-        let mut sum = self.mesh.nodes[place.last].logits_us;
+        let mut sum = self.mesh.nodes[span.last].logits_us;
         let mut room: [(u32, f64); EXACT_NODES] = [(0, 0.0); EXACT_NODES];
         let mut left = self.mesh.model.layers;
         let mut count = 0;
         for node in nodes {
-            let most = self.most(node, place, limit);
+            let most = self.most(node, span, limit);
             let layer_us = self.mesh.nodes[node].layer_us;
             room[count] = (most.checked_sub(1)?, layer_us);
             count += 1;
@@ -205,12 +205,12 @@ impl<'a> Search<'a> {
     }
 
     /// The least limit that lets `nodes` hold the model, to a relative [`TIE`]; `None` if it is not below `bound`.
-    fn least_limit(&self, nodes: &[usize], place: Span, bound: f64) -> Option<f64> {
+    fn least_limit(&self, nodes: &[usize], span: Span, bound: f64) -> Option<f64> {
         let layers = u64::from(self.mesh.model.layers);
         let holds = |limit: f64| {
             let mut sum = 0;
             for &node in nodes {
-                let most = self.most(node, place, limit);
+                let most = self.most(node, span, limit);
                 if most == 0 {
                     return false;
                 }
@@ -239,14 +239,14 @@ impl<'a> Search<'a> {
 
     /// The best split of the layers over nodes in order. Nodes of the same speed share evenly.
     fn layout(&self, order: Vec<usize>, demand: &Demand, limit: f64) -> Option<Layout> {
-        let place = Span {
+        let span = Span {
             first: *order.first()?,
             last: *order.last()?,
             kv_tokens: demand.kv_tokens,
         };
         let most: Vec<u32> = order
             .iter()
-            .map(|&node| self.most(node, place, limit))
+            .map(|&node| self.most(node, span, limit))
             .collect();
         let mut left = self.mesh.model.layers.checked_sub(order.len() as u32)?;
         if most.contains(&0) {
@@ -286,7 +286,7 @@ impl<'a> Search<'a> {
         let limit = match demand.objective {
             Objective::Latency => f64::INFINITY,
             Objective::Throughput => {
-                let place = Span {
+                let span = Span {
                     first: *order.first()?,
                     last: *order.last()?,
                     kv_tokens: demand.kv_tokens,
@@ -294,7 +294,7 @@ impl<'a> Search<'a> {
                 let links = (0..order.len())
                     .map(|at| self.mesh.hop_after(&order, at).1)
                     .fold(0.0, f64::max);
-                self.least_limit(&order, place, f64::INFINITY)?.max(links) * (1.0 + TIE)
+                self.least_limit(&order, span, f64::INFINITY)?.max(links) * (1.0 + TIE)
             }
         };
         self.layout(order, demand, limit)

@@ -4,7 +4,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use arcanum_profiler::generation::Generation;
-use arcanum_profiler::gpu::{Gfx, Gpu, Kind, Vendor};
+use arcanum_profiler::gpu::{Gfx, Gpu, GpuKind, Vendor};
 use serde::Serialize;
 
 use crate::hardware::Hardware;
@@ -193,7 +193,7 @@ fn by_hardware(nvidia: Found<'_>, amd: Found<'_>, gpus: &[Gpu]) -> (Backend, Str
         _ => {
             let why = if gpus.is_empty() {
                 "there is no graphics card"
-            } else if gpus.iter().all(|gpu| gpu.kind == Kind::Virtual) {
+            } else if gpus.iter().all(|gpu| gpu.kind == GpuKind::Virtual) {
                 "the only graphics here are a virtual machine's, which cannot compute"
             } else {
                 "no graphics card here can be used for computing"
@@ -216,19 +216,19 @@ enum CardUse {
 fn judge(gpu: &Gpu, hardware: &Hardware, wish: Wish) -> CardUse {
     let leave_out = |why: &str| CardUse::LeaveOut(why.to_owned());
     match (gpu.kind, gpu.vendor) {
-        (Kind::Virtual, _) => leave_out("it is a virtual machine's display and cannot compute"),
-        (Kind::Real, Vendor::Nvidia) if wish.without_nvidia => leave_out(
+        (GpuKind::Virtual, _) => leave_out("it is a virtual machine's display and cannot compute"),
+        (GpuKind::Real, Vendor::Nvidia) if wish.without_nvidia => leave_out(
             "this image has no programs for NVIDIA cards; the images iso-nvidia and iso-all have them",
         ),
-        (Kind::Real, Vendor::Amd) if wish.without_rocm => {
+        (GpuKind::Real, Vendor::Amd) if wish.without_rocm => {
             leave_out("this image has no programs for AMD cards; the image iso-all has them")
         }
-        (Kind::Real, Vendor::Nvidia) => judge_nvidia(gpu, hardware, wish.nvidia_legacy),
-        (Kind::Real, Vendor::Amd) => judge_amd(gpu, hardware),
-        (Kind::Real, Vendor::Intel) => {
+        (GpuKind::Real, Vendor::Nvidia) => judge_nvidia(gpu, hardware, wish.nvidia_legacy),
+        (GpuKind::Real, Vendor::Amd) => judge_amd(gpu, hardware),
+        (GpuKind::Real, Vendor::Intel) => {
             leave_out("Intel graphics show pictures; no worker computes on them")
         }
-        (Kind::Real, Vendor::Other) => leave_out("no worker knows how to compute on it"),
+        (GpuKind::Real, Vendor::Other) => leave_out("no worker knows how to compute on it"),
     }
 }
 

@@ -42,7 +42,7 @@ pub struct Plan {
     /// Model files of the partition, to serve whole.
     pub models: Vec<PathBuf>,
     /// Model files of the partition, to hold layers of together with other workers.
-    pub shards: Vec<PathBuf>,
+    pub ring_models: Vec<PathBuf>,
     /// True if the worker has a certificate from an earlier boot, and so needs no token.
     pub joined: bool,
     /// Mistakes in ignored sources.
@@ -56,7 +56,7 @@ pub enum Missing {
     Head,
     /// The join token is missing.
     Token,
-    /// The worker has neither models nor shards.
+    /// The worker has no models, neither whole nor in a ring.
     Model,
 }
 
@@ -113,7 +113,7 @@ impl Plan {
             name: first(&sources, |settings| settings.name.clone()).map(|(name, _)| name),
             keymap: first(&sources, |settings| settings.keymap.clone()).map(|(keymap, _)| keymap),
             models: folder(MODELS),
-            shards: folder(SHARDS),
+            ring_models: [folder(RING), folder(OLD_RING)].concat(),
             joined: told
                 .state
                 .as_deref()
@@ -132,7 +132,7 @@ impl Plan {
                 (Missing::Token, self.token.is_none() && !self.joined),
                 (
                     Missing::Model,
-                    self.models.is_empty() && self.shards.is_empty(),
+                    self.models.is_empty() && self.ring_models.is_empty(),
                 ),
             ],
         };
@@ -157,13 +157,13 @@ impl Plan {
                 }
                 let paths =
                     |files: &[PathBuf]| list(files.iter().map(|path| path.display().to_string()));
-                // With shards alone the list of models is set to empty, which the image's own configuration
+                // With models of rings alone the list of models is set to empty, which the image's own configuration
                 // cannot know.
-                if !self.models.is_empty() || !self.shards.is_empty() {
+                if !self.models.is_empty() || !self.ring_models.is_empty() {
                     set("HYDRAMESH_WORKER__MODELS", paths(&self.models));
                 }
-                if !self.shards.is_empty() {
-                    set("HYDRAMESH_WORKER__SHARDS", paths(&self.shards));
+                if !self.ring_models.is_empty() {
+                    set("HYDRAMESH_WORKER__RING__MODELS", paths(&self.ring_models));
                 }
             }
             Role::Head => {
@@ -207,7 +207,7 @@ impl fmt::Display for Plan {
             }
             for (what, files) in [
                 ("Models", &self.models),
-                ("Models held in parts", &self.shards),
+                ("Models held in parts", &self.ring_models),
             ] {
                 let names: Vec<_> = files
                     .iter()
@@ -242,7 +242,7 @@ impl fmt::Display for Missing {
                  hydramesh.token=TOKEN, or put it into the file join-token on a partition labelled HYDRAMESH."
             }
             Self::Model => {
-                "a model. Put a .gguf file into the folder models on a partition labelled HYDRAMESH (into shards, to hold a part of it \
+                "a model. Put a .gguf file into the folder models on a partition labelled HYDRAMESH (into ring, to hold a part of it \
                  together with other workers), attach it, and look again."
             }
         })
@@ -300,7 +300,9 @@ const CERTIFICATE: &str = "worker/node.crt";
 /// Folder of the partition with models to serve whole.
 const MODELS: &str = "models";
 /// Folder of the partition with models to hold layers of.
-const SHARDS: &str = "shards";
+const RING: &str = "ring";
+/// Its old name.
+const OLD_RING: &str = "shards";
 const MOST_MODELS: usize = 16;
 /// The head's port for DCF clients and shims.
 const CLIENT_PORT: u16 = 7777;

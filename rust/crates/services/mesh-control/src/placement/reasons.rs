@@ -45,9 +45,9 @@ impl Placement {
     pub(super) fn nobody(&self, ask: &Requirements, now: Instant) -> Refusal {
         let model = ask.model.clone();
         let too_old = |worker: &Worker| {
-            let meant = match worker.is_legacy() {
-                true => ask.legacy,
-                false => worker.model(&model).is_some(),
+            let meant = match worker.has_identity() {
+                true => worker.model(&model).is_some(),
+                false => ask.plain,
             };
             meant && worker.request_revision < ask.revision
         };
@@ -61,8 +61,8 @@ impl Placement {
             let reason = reason.clone();
             return Refusal::NoRing { model, reason };
         }
-        let no_mesh_worker = self.registry.iter().all(Worker::is_legacy);
-        if no_mesh_worker || model.is_empty() || self.registry.knows_model(&model) {
+        if self.registry.takes_only_plain() || model.is_empty() || self.registry.knows_model(&model)
+        {
             Refusal::NoWorker { model }
         } else {
             Refusal::UnknownModel { model }

@@ -102,15 +102,8 @@ impl Placement {
             AttemptEnd::Complete => {
                 worker.completed += 1;
                 worker.last_success = Some(now);
-                // A v5.0.0 worker has no models of its own.
                 worker.proven = worker.models.iter().all(|model| model.proven);
-                let took = now.saturating_duration_since(running.started).as_secs_f64();
-                let before = if worker.task_seconds > 0.0 {
-                    worker.task_seconds
-                } else {
-                    took
-                };
-                worker.task_seconds = before + (took - before) * SMOOTHING;
+                worker.took(now.saturating_duration_since(running.started));
             }
             AttemptEnd::Failed => {
                 worker.failed += 1;
@@ -148,9 +141,6 @@ const LEAST_PREFILL: u64 = 64;
 
 /// Least tokens whose time shows decode speed.
 const LEAST_DECODE: u32 = 4;
-
-/// Weight of the newest task in a v5.0.0 worker's smoothed duration.
-const SMOOTHING: f64 = 0.25;
 
 /// Time for which a worker that reported busy gets no requests.
 pub(super) const BUSY_PAUSE: Duration = Duration::from_millis(100);

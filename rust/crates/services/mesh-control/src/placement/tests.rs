@@ -48,10 +48,7 @@ fn workers_that_would_ignore_fields_are_not_asked_and_named() {
 }
 
 fn placement(queue: usize) -> Placement {
-    let capacity = Capacity {
-        ahead: 0,
-        legacy: 4,
-    };
+    let capacity = Capacity { ahead: 0, plain: 4 };
     Placement::new(
         Registry::new(Duration::from_secs(10)),
         Limits {
@@ -148,10 +145,7 @@ fn only_slots_that_can_be_counted_on_are_shared() {
 fn a_source_alone_fills_its_worker_ahead_of_a_free_slot() {
     let now = Instant::now();
     let mut placement = placement(16);
-    placement.router = Router::new(Capacity {
-        ahead: 1,
-        legacy: 4,
-    });
+    placement.router = Router::new(Capacity { ahead: 1, plain: 4 });
     join(&mut placement, "a", 4, now);
     let placed = |asked| matches!(asked, Decision::Placed(_));
     let all = (1..9).filter(|&ticket| placed(placement.ask(Ticket(ticket), ask(), false, now)));

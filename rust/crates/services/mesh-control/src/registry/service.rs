@@ -95,17 +95,6 @@ impl Registry {
         }
     }
 
-    /// The same for a worker without an identity, which serves plain tasks.
-    pub(crate) fn legacy_service(
-        &self,
-        worker: &Worker,
-        now: Instant,
-        another: impl FnOnce() -> bool,
-    ) -> Service {
-        let paused = self.paused(&worker.key(), "", now, another);
-        paused.unwrap_or(Service::Serves)
-    }
-
     /// Returns true if this node is in quarantine. It then gets no requests, holds no part of a ring and
     /// gives other workers no models.
     pub fn is_out(&self, node_id: &str, now: Instant) -> bool {

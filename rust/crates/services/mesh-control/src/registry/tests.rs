@@ -6,6 +6,7 @@ use super::proofs::Finding;
 use super::served::{MOST_CONTEXT, MOST_DIMENSIONS, MOST_SLOTS, NAME_BYTES};
 use super::*;
 use crate::spotcheck::{Position, Sample};
+use dcf::Version;
 
 fn address(port: u16) -> SocketAddr {
     SocketAddr::from(([127, 0, 0, 1], port))
@@ -30,8 +31,8 @@ fn a_silent_worker_is_pruned_at_the_timeout_and_not_before() {
     let start = Instant::now();
     let mut registry = Registry::new(Duration::from_secs(10));
     let (mesh, _) = registry.join("aa", address(1), hello("one"), start);
-    let (legacy, new) = registry
-        .legacy_heartbeat(address(2), Version::V5_0, start)
+    let (plain, new) = registry
+        .plain_heartbeat(address(2), Version::V5_0, start)
         .unwrap();
     assert!(new);
     registry.report(mesh, Load::default(), start + Duration::from_secs(5));
@@ -45,19 +46,19 @@ fn a_silent_worker_is_pruned_at_the_timeout_and_not_before() {
         .iter()
         .map(|worker| worker.id)
         .collect();
-    assert_eq!(pruned, [legacy]);
+    assert_eq!(pruned, [plain]);
     assert_eq!(registry.prune(start + Duration::from_secs(15)).len(), 1);
     assert!(registry.is_empty());
 }
 
 #[test]
-fn a_heartbeat_keeps_a_legacy_worker_alive() {
+fn a_heartbeat_keeps_a_worker_without_an_identity_alive() {
     let start = Instant::now();
     let mut registry = Registry::new(Duration::from_secs(10));
     for beat in 0..20 {
         let now = start + Duration::from_secs(2 * beat);
         let (_, new) = registry
-            .legacy_heartbeat(address(2), Version::V5_0, now)
+            .plain_heartbeat(address(2), Version::V5_0, now)
             .unwrap();
         assert_eq!(new, beat == 0);
         assert!(registry.prune(now).is_empty());
@@ -390,10 +391,8 @@ fn forged_heartbeats_do_not_grow_the_registry_without_bound() {
     let accepted = (1..=5000)
         .filter(|port| {
             let at = address(*port);
-            registry
-                .legacy_heartbeat(at, Version::V5_1, start)
-                .is_some()
+            registry.plain_heartbeat(at, Version::V5_1, start).is_some()
         })
         .count();
-    assert_eq!(accepted, LEGACY_WORKERS);
+    assert_eq!(accepted, plain::MOST_PLAIN);
 }

@@ -21,8 +21,8 @@ pub enum Carrier {
         /// Node id, lower-case hexadecimal.
         node_id: String,
     },
-    /// Plain DCF over UDP.
-    Legacy {
+    /// Plain DCF over UDP: the worker has no identity.
+    Plain {
         /// The version of its last heartbeat, in which it gets its tasks.
         version: Version,
     },
@@ -37,14 +37,15 @@ pub struct Worker {
     pub name: String,
     /// Transport to the worker.
     pub carrier: Carrier,
-    /// Remote address of the link, or the address where a v5.0.0 worker takes tasks.
+    /// Remote address of the link, or the address where a worker without an identity takes
+    /// tasks.
     pub address: SocketAddr,
     /// The lead of its clock over this head's, in seconds, by the timestamps of its messages; 0 while that is
     /// unknown.
     pub clock_offset: f64,
-    /// Program version, empty for v5.0.0.
+    /// Program version; empty if it is unknown.
     pub version: String,
-    /// Models that it serves; empty for v5.0.0, which serves plain tasks.
+    /// Models that it serves; empty for a worker without an identity, which serves plain tasks.
     pub models: Vec<ServedModel>,
     /// Purposes that it is reserved for; empty means any.
     pub reserved_for: Vec<String>,
@@ -86,7 +87,7 @@ pub struct Worker {
     pub completed: u64,
     /// Attempts that failed on it.
     pub failed: u64,
-    /// Seconds a task takes on a v5.0.0 worker, smoothed; 0 is unknown.
+    /// Seconds that a request takes on it, smoothed; 0 is unknown.
     pub task_seconds: f64,
     /// Value of the router's counter at the last assignment: the tie break.
     pub last_turn: u64,
@@ -141,7 +142,7 @@ impl Worker {
     pub fn key(&self) -> String {
         match &self.carrier {
             Carrier::Mesh { node_id } => node_id.clone(),
-            Carrier::Legacy { .. } => self.address.to_string(),
+            Carrier::Plain { .. } => self.address.to_string(),
         }
     }
 
@@ -182,25 +183,17 @@ impl Worker {
         }
     }
 
-    /// Its node id, unless it is a v5.0.0 worker.
+    /// Its node id; `None` for a worker without an identity.
     pub fn node_id(&self) -> Option<&str> {
         match &self.carrier {
             Carrier::Mesh { node_id } => Some(node_id),
-            Carrier::Legacy { .. } => None,
+            Carrier::Plain { .. } => None,
         }
     }
 
-    /// True if it is a worker without an identity: one of DCF v5.0.0 or v5.1.
-    pub fn is_legacy(&self) -> bool {
-        self.legacy_version().is_some()
-    }
-
-    /// The version of DCF that it speaks, if it is a worker without an identity.
-    pub fn legacy_version(&self) -> Option<Version> {
-        match self.carrier {
-            Carrier::Mesh { .. } => None,
-            Carrier::Legacy { version } => Some(version),
-        }
+    /// True if it has an identity, as all workers of the mesh have. Others are never preferred to those.
+    pub fn has_identity(&self) -> bool {
+        self.node_id().is_some()
     }
 }
 

@@ -8,8 +8,10 @@
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
-use super::ring::Doubt;
-use super::{Action, Note, Rings};
+use tracing::{info, warn};
+
+use super::ring::{Doubt, hex};
+use super::{Action, Rings};
 
 /// The outcome of a doubt.
 enum DoubtOutcome {
@@ -75,11 +77,13 @@ impl Rings {
             self.actions.push(Action::Ask {
                 node: about.clone(),
             });
-            self.actions.push(Action::Note(Note::Doubted {
-                ring,
-                name,
-                by: by_name.clone(),
-            }));
+            info!(
+                ring = hex(ring),
+                worker = name,
+                by = by_name,
+                "a member does not reach another one, which this head hears"
+            );
+            self.counts.doubted += 1;
         }
     }
 
@@ -161,12 +165,9 @@ impl Rings {
             next.relinked.insert(pair.clone(), now);
         }
         next.next_epoch(reason.clone(), now);
-        self.actions.push(Action::Note(Note::Relinked {
-            ring: id,
-            epoch: next.epoch,
-            model: next.model.clone(),
-            reason,
-        }));
+        let (ring, epoch, model) = (hex(id), next.epoch, &next.model);
+        warn!(ring, epoch, model, reason, "ring linked anew");
+        self.counts.relinked += 1;
         self.rings.insert(id, next);
         self.broadcast(id, &BTreeSet::new());
     }

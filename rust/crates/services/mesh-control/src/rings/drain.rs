@@ -5,9 +5,9 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
+use super::Rings;
 use super::node::RingWorker;
-use super::ring::{Replica, Ring};
-use super::{Action, Note, Rings};
+use super::ring::{Replica, Ring, hex};
 
 /// Reasons for which a worker is not drained.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -128,7 +128,7 @@ impl Rings {
                 for part in [member.then_some("member"), standby.then_some("standby")] {
                     holdings.extend(part.map(|part| Holding {
                         model: ring.model.clone(),
-                        ring: format!("{:016x}", ring.id),
+                        ring: hex(ring.id),
                         layers: [stage.layers.start, stage.layers.end],
                         part,
                         waits_for: self.waits_for(
@@ -230,7 +230,7 @@ impl Rings {
                 continue;
             }
             let double =
-                |part: &Replica| !self.settings.double_seats && members.contains(&part.node);
+                |part: &Replica| !self.settings.double_stages && members.contains(&part.node);
             match stage.standby.take() {
                 None => stuck = Some(stage.member.node.clone()),
                 Some(part) if up_to_date(&part, stage.member.lag_rows, now) && !double(&part) => {
@@ -265,11 +265,7 @@ impl Rings {
         if moved.is_empty() {
             if changed {
                 next.reason = "a drained worker is to be replaced".into();
-                self.actions.push(Action::Note(Note::Standbys {
-                    ring: id,
-                    model: next.model.clone(),
-                    reason: next.layout(|node| self.name(node).to_owned()),
-                }));
+                next.log_standbys(&next.layout(|node| self.name(node).to_owned()));
             }
             self.rings.insert(id, next);
             if changed {
@@ -279,12 +275,7 @@ impl Rings {
         }
         let reason = format!("moved: {}", moved.join(", "));
         next.next_epoch(reason.clone(), now);
-        self.actions.push(Action::Note(Note::Moved {
-            ring: id,
-            epoch: next.epoch,
-            model: next.model.clone(),
-            reason,
-        }));
+        next.log_move(&reason);
         self.withdraw_old_driver(&mut next);
         // Standbys are looked for again when it serves.
         next.standbys_for = None;

@@ -3,8 +3,10 @@
 use std::collections::BTreeSet;
 use std::time::Instant;
 
-use super::ring::{Replica, Ring};
-use super::{Action, Note, Rings};
+use tracing::{info, warn};
+
+use super::ring::{Replica, Ring, hex};
+use super::{Action, Rings};
 
 impl Rings {
     /// Deals with all losses of a ring that are known now, in one new epoch.
@@ -66,22 +68,13 @@ impl Rings {
         next.moves.clear();
         next.last_loss = Some(now);
         next.next_epoch(reason.clone(), now);
-        let (epoch, model) = (next.epoch, next.model.clone());
-        self.actions.push(Action::Note(if planned {
-            Note::Moved {
-                ring: id,
-                epoch,
-                model,
-                reason,
-            }
+        if planned {
+            next.log_move(&reason);
         } else {
-            Note::Failover {
-                ring: id,
-                epoch,
-                model,
-                reason,
-            }
-        }));
+            let (ring, epoch, model) = (hex(id), next.epoch, &next.model);
+            warn!(ring, epoch, model, reason, "ring fails over");
+            *self.counts.failovers.entry(model.clone()).or_default() += 1;
+        }
         self.withdraw_old_driver(&mut next);
         self.rings.insert(id, next);
         self.broadcast(id, &before);
@@ -94,7 +87,7 @@ impl Rings {
                 .nodes
                 .get(&standby.node)
                 .is_none_or(super::RingWorker::is_draining);
-            let free_to = self.settings.double_seats || !next.has_member(&standby.node);
+            let free_to = self.settings.double_stages || !next.has_member(&standby.node);
             if free_to && !draining {
                 return Some(standby);
             }
@@ -107,7 +100,7 @@ impl Rings {
     /// Finds a member with room for one more stage, for when no other worker can take it: slower than before,
     /// but the ring goes on.
     fn find_second_part(&self, next: &Ring, stage: usize, now: Instant) -> Option<String> {
-        if !self.settings.double_seats {
+        if !self.settings.double_stages {
             return None;
         }
         let outlook = self.outlook(&next.model, Some(next), &[next.id], now)?;
@@ -154,11 +147,7 @@ impl Rings {
         next.standbys_for = Some(self.generation);
         next.lost.clear();
         reason.clone_into(&mut next.reason);
-        self.actions.push(Action::Note(Note::Standbys {
-            ring: id,
-            model: next.model.clone(),
-            reason: reason.to_owned(),
-        }));
+        next.log_standbys(reason);
         self.rings.insert(id, next);
         self.broadcast(id, before);
     }
@@ -204,11 +193,7 @@ impl Rings {
         next.standbys_for = Some(self.generation);
         if found {
             next.reason = "its stages get standbys".into();
-            self.actions.push(Action::Note(Note::Standbys {
-                ring: id,
-                model: next.model.clone(),
-                reason: next.layout(|node| self.name(node).to_owned()),
-            }));
+            next.log_standbys(&next.layout(|node| self.name(node).to_owned()));
         }
         self.rings.insert(id, next);
         if found {
@@ -267,12 +252,11 @@ impl Rings {
         }
         // Its memory is free again.
         self.generation += 1;
-        self.actions.push(Action::Note(Note::Dissolved {
-            ring: id,
-            model: ring.model,
-            planned,
-            reason,
-        }));
+        if planned {
+            info!(ring = hex(id), model = ring.model, reason, "ring dissolved");
+        } else {
+            warn!(ring = hex(id), model = ring.model, reason, "ring dissolved");
+        }
     }
 
     /// True if all members that a ring loses leave it by plan: they are present and drained.

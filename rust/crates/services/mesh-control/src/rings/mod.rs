@@ -40,7 +40,7 @@ use std::time::{Duration, Instant};
 use arcanum_profiler::Objective;
 use mesh_proto::{ModelCard, Offer};
 
-pub use action::{Action, Note, Prospect};
+pub use action::{Action, Prospect, RingCounts};
 pub use view::{PathView, RecoveryView, RingView, StageView, Unformed};
 
 use node::{MODELS_PER_NODE, RingWorker};
@@ -75,7 +75,7 @@ pub struct Settings {
     pub retire_limit: Duration,
     /// Allows a member to take over a second stage: one that it is the standby of, which beats loading
     /// weights, or one that no other worker has room for. Plans never ask for it.
-    pub double_seats: bool,
+    pub double_stages: bool,
 }
 
 impl Default for Settings {
@@ -93,7 +93,7 @@ impl Default for Settings {
             suspect_pause: Duration::from_secs(10),
             always: false,
             retire_limit: Duration::from_secs(300),
-            double_seats: true,
+            double_stages: true,
         }
     }
 }
@@ -129,6 +129,7 @@ pub struct Rings {
     recoveries: VecDeque<RecoveryView>,
     /// Workers that were told to forget a ring, so that they are told once.
     told_off: BTreeSet<(String, u64)>,
+    counts: RingCounts,
     actions: Vec<Action>,
 }
 
@@ -148,6 +149,7 @@ impl Rings {
             last_rebalance: None,
             recoveries: VecDeque::new(),
             told_off: BTreeSet::new(),
+            counts: RingCounts::default(),
             actions: Vec::new(),
         }
     }
@@ -335,6 +337,11 @@ impl Rings {
         std::mem::take(&mut self.actions)
     }
 
+    /// Counts since the last call.
+    pub fn take_counts(&mut self) -> RingCounts {
+        std::mem::take(&mut self.counts)
+    }
+
     /// Time at which [`Rings::poll`] has work without an event.
     pub fn next_timer(&self) -> Option<Instant> {
         let quiet = self.stirred.map(|stirred| self.quiet_at(stirred));
@@ -393,7 +400,7 @@ impl Rings {
     pub fn has_offer(&self, node: &str) -> bool {
         self.nodes
             .get(node)
-            .is_some_and(|node| node.connected && !node.shards.is_empty())
+            .is_some_and(|node| node.connected && !node.offers.is_empty())
     }
 
     fn serve(&mut self, id: u64, node: &str, card: ModelCard) {
@@ -478,7 +485,7 @@ impl Rings {
     fn offered_models(&self) -> BTreeSet<String> {
         let connected = self.nodes.values().filter(|node| node.connected);
         connected
-            .flat_map(|node| node.shards.keys().cloned())
+            .flat_map(|node| node.offers.keys().cloned())
             .collect()
     }
 

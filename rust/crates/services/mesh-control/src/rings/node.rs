@@ -24,7 +24,7 @@ pub(super) struct RingWorker {
     /// Speed and memory of the machine.
     pub(super) profile: NodeProfile,
     /// By model name.
-    pub(super) shards: BTreeMap<String, LayerOffer>,
+    pub(super) offers: BTreeMap<String, LayerOffer>,
     /// Models that it serves whole.
     pub(super) whole: BTreeSet<String>,
     /// An operator drains it.
@@ -53,15 +53,15 @@ impl RingWorker {
     /// Takes an offer in. True means that plans may come out differently because of it.
     pub(super) fn take_offer(&mut self, address: SocketAddr, offer: Offer) -> bool {
         let profile = offer.profile.unwrap_or_default();
-        let mut shards = BTreeMap::new();
-        for shard in offer.models.into_iter().take(MODELS_PER_NODE) {
-            let name = shard.card.as_ref().map(|card| card.name.clone());
+        let mut offers = BTreeMap::new();
+        for offer in offer.models.into_iter().take(MODELS_PER_NODE) {
+            let name = offer.card.as_ref().map(|card| card.name.clone());
             if let Some(name) = name.filter(|name| !name.is_empty() && name.len() <= NAME_BYTES) {
-                shards.insert(name, plausible(shard));
+                offers.insert(name, plausible(offer));
             }
         }
-        let same_models = self.shards.len() == shards.len()
-            && self.shards.iter().zip(&shards).all(|((_, old), (_, new))| {
+        let same_models = self.offers.len() == offers.len()
+            && self.offers.iter().zip(&offers).all(|((_, old), (_, new))| {
                 fingerprint(old) == fingerprint(new)
                     && old.layers == new.layers
                     && old.layer_bytes == new.layer_bytes
@@ -75,7 +75,7 @@ impl RingWorker {
         let news = !same_models || !same_memory || !same_purposes || self.address != Some(address);
         self.address = Some(address);
         self.profile = profile;
-        self.shards = shards;
+        self.offers = offers;
         news
     }
 
@@ -84,7 +84,7 @@ impl RingWorker {
         self.connected = false;
         self.heard = None;
         self.gone_since = Some(now);
-        self.shards.clear();
+        self.offers.clear();
         self.whole.clear();
         self.said_draining = false;
     }
@@ -102,7 +102,7 @@ impl RingWorker {
             && !self.unfit.get(model).is_some_and(|unfit| unfit.holds(now))
             && !self.whole.contains(model)
             && self.address.is_some()
-            && self.shards.contains_key(model)
+            && self.offers.contains_key(model)
     }
 
     /// Ends suspicions whose time is over. True if there was one.
@@ -173,20 +173,20 @@ impl Suspicion {
 
 /// An offer with times that a machine can have: no memory is read faster than [`FASTEST_MEMORY`], and a layer
 /// is read for every token. One that claims more would get all layers.
-fn plausible(mut shard: LayerOffer) -> LayerOffer {
+fn plausible(mut offer: LayerOffer) -> LayerOffer {
     let least = |bytes: u64| (bytes as f64 / FASTEST_MEMORY * 1e6) as f32;
     // Unknown values stay unknown: such a node gets nothing.
-    if shard.decode_us > 0.0 {
-        shard.decode_us = shard.decode_us.max(least(shard.layer_bytes));
+    if offer.decode_us > 0.0 {
+        offer.decode_us = offer.decode_us.max(least(offer.layer_bytes));
     }
-    if shard.logits_us > 0.0 {
-        shard.logits_us = shard.logits_us.max(least(shard.last_bytes));
+    if offer.logits_us > 0.0 {
+        offer.logits_us = offer.logits_us.max(least(offer.last_bytes));
     }
-    shard
+    offer
 }
 
-fn fingerprint(shard: &LayerOffer) -> &str {
-    shard.card.as_ref().map_or("", |card| &card.fingerprint)
+fn fingerprint(offer: &LayerOffer) -> &str {
+    offer.card.as_ref().map_or("", |card| &card.fingerprint)
 }
 
 /// Within a tenth of each other, or both senseless: measurements vary.

@@ -8,10 +8,11 @@ use arcanum_profiler::{
     Candidate, ModelSpec, Plan, PlanError, Policy, place, replacement_for, standby_for,
 };
 use mesh_proto::{LayerOffer, ModelCard, NodeAddr, RingStage};
+use tracing::{info, warn};
 
 use super::node::RingWorker;
-use super::ring::{Replica, Ring, Stage};
-use super::{Action, Note, Rings};
+use super::ring::{Replica, Ring, Stage, hex};
+use super::{Action, Rings};
 
 /// Result of placement for a model.
 #[derive(Debug, Clone)]
@@ -33,7 +34,7 @@ pub struct Planned {
 pub enum NoPlan {
     /// No worker may hold parts of it.
     #[error(
-        "no connected worker may hold layers of {model:?} now{}; name the model under `shards` in a worker's \
+        "no connected worker may hold layers of {model:?} now{}; name the model under `ring.models` in a worker's \
          configuration", .waiting.as_deref().unwrap_or("")
     )]
     NotOffered {
@@ -150,23 +151,23 @@ impl Rings {
             if !node.is_usable(model, now) {
                 continue;
             }
-            let Some((shard, card)) = offered(node, model) else {
+            let Some((offer, card)) = offered(node, model) else {
                 continue;
             };
             // A model that cannot be is no model.
-            if ModelSpec::try_from(shard).is_err() {
+            if ModelSpec::try_from(offer).is_err() {
                 continue;
             }
             let same = |ring: &Ring| {
                 card.fingerprint == ring.offered.fingerprint
-                    && shard.layers == ring.spec.layers
-                    && shard.hidden == ring.spec.hidden
+                    && offer.layers == ring.spec.layers
+                    && offer.hidden == ring.spec.hidden
             };
             if ring.is_none_or(same) {
                 groups
-                    .entry((&card.fingerprint, shard.layers, shard.hidden))
+                    .entry((&card.fingerprint, offer.layers, offer.hidden))
                     .or_default()
-                    .push((id, node, shard));
+                    .push((id, node, offer));
             }
         }
         // Different files under one name: the one that most workers have.
@@ -177,14 +178,14 @@ impl Rings {
         // standby.
         let spec = match ring {
             Some(ring) => ring.spec.clone(),
-            None => ModelSpec::covering(group.iter().map(|(_, _, shard)| *shard)).ok()??,
+            None => ModelSpec::covering(group.iter().map(|(_, _, offer)| *offer)).ok()??,
         };
         let card = offered(group.first()?.1, model)?.1.clone();
         let candidates = group
             .iter()
-            .map(|(id, node, shard)| Candidate {
+            .map(|(id, node, offer)| Candidate {
                 memory: self.free(id, freed),
-                ..Candidate::from_offer(id, &node.name, &node.profile, shard)
+                ..Candidate::from_offer(id, &node.name, &node.profile, offer)
             })
             .collect();
         Some(Outlook {
@@ -214,7 +215,7 @@ impl Rings {
     pub(super) fn find_standby(&self, layout: &Ring, stage: usize, now: Instant) -> Option<String> {
         let outlook = self.outlook(&layout.model, Some(layout), &[layout.id], now)?;
         let mut exclude: Vec<String> = layout.lost.keys().cloned().collect();
-        if !self.settings.double_seats {
+        if !self.settings.double_stages {
             exclude.extend(layout.stages.iter().map(|stage| stage.member.node.clone()));
         }
         standby_for(
@@ -294,14 +295,12 @@ impl Rings {
             Some(loss) => format!("{loss}; {error}"),
             None => error.to_owned(),
         };
-        let entry = (self.generation, reason.clone());
-        let before = self.unplanned.insert(model.to_owned(), entry);
-        if before.is_none_or(|(_, before)| before != reason) {
-            self.actions.push(Action::Note(Note::Unplanned {
-                model: model.to_owned(),
-                reason,
-            }));
+        let before = self.unplanned.get(model);
+        if before.is_none_or(|(_, before)| *before != reason) {
+            warn!(model, reason, "no ring can be made of what workers offer");
         }
+        let entry = (self.generation, reason);
+        self.unplanned.insert(model.to_owned(), entry);
     }
 
     /// Makes a ring of a plan and tells its members.
@@ -318,7 +317,7 @@ impl Rings {
         self.next_ring += 1;
         let format = |node: &str| {
             let offer = self.nodes.get(node).and_then(|node| offered(node, model));
-            offer.map_or_else(String::new, |(shard, _)| shard.format.clone())
+            offer.map_or_else(String::new, |(offer, _)| offer.format.clone())
         };
         let stages = planned.plan.stages.iter().map(|stage| Stage {
             layers: stage.layers.clone(),
@@ -326,7 +325,7 @@ impl Rings {
             member: Replica::new(stage.node.clone()),
             standby: stage.standby.clone().map(Replica::new),
         });
-        let seated: BTreeSet<&String> = planned
+        let assigned: BTreeSet<&String> = planned
             .plan
             .stages
             .iter()
@@ -337,7 +336,7 @@ impl Rings {
             .plan
             .left_out
             .iter()
-            .filter(|left| !seated.contains(&left.node))
+            .filter(|left| !assigned.contains(&left.node))
             .map(|left| (self.name(&left.node).to_owned(), left.reason.to_string()))
             .collect();
         let ring = Ring {
@@ -375,12 +374,8 @@ impl Rings {
             formed: now,
         };
         self.unplanned.remove(model);
-        self.actions.push(Action::Note(Note::Formed {
-            ring: id,
-            model: model.to_owned(),
-            layout: ring.layout(|node| self.name(node).to_owned()),
-            reason,
-        }));
+        let layout = ring.layout(|node| self.name(node).to_owned());
+        info!(ring = hex(id), model, layout, reason, "ring planned");
         self.rings.insert(id, ring);
         self.broadcast(id, &BTreeSet::new());
     }
@@ -421,7 +416,7 @@ impl Rings {
             })
             .find_map(|part| self.nodes.get(&part.node)?.head_ip)
             .filter(|ip: &IpAddr| !ip.is_loopback() && !ip.is_unspecified());
-        let seat = |part: &Replica| {
+        let addr_of = |part: &Replica| {
             let address = addresses
                 .get(part.node.as_str())
                 .map(|address| match head_ip {
@@ -456,8 +451,8 @@ impl Rings {
                 .map(|stage| RingStage {
                     layer_start: stage.layers.start,
                     layer_end: stage.layers.end,
-                    member: Some(seat(&stage.member)),
-                    standby: stage.standby.as_ref().map(seat),
+                    member: Some(addr_of(&stage.member)),
+                    standby: stage.standby.as_ref().map(addr_of),
                     format: stage.format.clone(),
                 })
                 .collect(),
@@ -470,7 +465,7 @@ impl Rings {
     }
 
     fn not_offered(&self, model: &str, now: Instant) -> NoPlan {
-        let waits = |node: &&RingWorker| node.connected && node.shards.contains_key(model);
+        let waits = |node: &&RingWorker| node.connected && node.offers.contains_key(model);
         let waiting: Vec<String> = self
             .nodes
             .values()
@@ -508,8 +503,8 @@ fn uncovered(plan: &Plan) -> usize {
 }
 
 fn offered<'a>(node: &'a RingWorker, model: &str) -> Option<(&'a LayerOffer, &'a ModelCard)> {
-    let shard = node.shards.get(model)?;
-    Some((shard, shard.card.as_ref()?))
+    let offer = node.offers.get(model)?;
+    Some((offer, offer.card.as_ref()?))
 }
 
 /// Purpose of rings, as `reserved_for` names it.

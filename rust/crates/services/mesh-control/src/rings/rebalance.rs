@@ -7,7 +7,7 @@ use arcanum_profiler::{Objective, Plan, evaluate};
 
 use super::plan::Planned;
 use super::ring::{Replica, Ring};
-use super::{Action, Note, Prospect, Rings};
+use super::{Prospect, Rings};
 
 /// A ring against a fresh plan for its model.
 #[derive(Debug, Clone)]
@@ -230,11 +230,7 @@ impl Rings {
             Remedy::Move(mut next) => {
                 let before: BTreeSet<String> = ring.parts().map(|part| part.node.clone()).collect();
                 next.reason = "stages are to move to faster workers".into();
-                self.actions.push(Action::Note(Note::Standbys {
-                    ring: id,
-                    model,
-                    reason: next.layout(|node| self.name(node).to_owned()),
-                }));
+                next.log_standbys(&next.layout(|node| self.name(node).to_owned()));
                 self.rings.insert(id, *next);
                 self.broadcast(id, &before);
             }

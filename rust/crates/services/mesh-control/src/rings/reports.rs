@@ -1,12 +1,14 @@
 //! Reports of members about their rings, and detection of lost members.
 
 use std::collections::BTreeSet;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use mesh_proto::{PartPhase, RingState};
+use tracing::{info, warn};
 
+use super::ring::hex;
 use super::view::RecoveryView;
-use super::{Action, Note, Rings};
+use super::{Action, Rings};
 
 impl Rings {
     /// A worker reports its parts in a ring. Reports of other epochs than the present one change nothing.
@@ -91,11 +93,19 @@ impl Rings {
             }
             self.recoveries
                 .push_back(RecoveryView::new(ring, &recovery, now));
-            self.actions.push(Action::Note(Note::Recovered {
-                ring: state.ring,
-                model: ring.model.clone(),
-                recovery,
-            }));
+            info!(
+                ring = hex(state.ring),
+                model = ring.model,
+                gap_ms = recovery.gap_us / 1000,
+                rows = recovery.rows,
+                requests = recovery.requests,
+                "ring recovered"
+            );
+            // Without a request there was no gap that anybody noticed.
+            if recovery.requests > 0 {
+                let gap = Duration::from_micros(recovery.gap_us);
+                self.counts.gaps.push((ring.model.clone(), gap));
+            }
         }
         if !state.serving {
             ring.serving_since = None;
@@ -110,16 +120,13 @@ impl Rings {
         }
         if begins {
             ring.compared = None;
-            self.actions.push(Action::Note(Note::Serving {
-                ring: state.ring,
-                epoch: ring.epoch,
-                model: ring.model.clone(),
-                driver: self
-                    .nodes
-                    .get(node)
-                    .map_or(node, |node| &node.name)
-                    .to_owned(),
-            }));
+            info!(
+                ring = hex(state.ring),
+                epoch = ring.epoch,
+                model = ring.model,
+                driver = self.nodes.get(node).map_or(node, |node| &node.name),
+                "ring serves"
+            );
         }
         let card = ring.card(state.card);
         let replaced = ring.replaces.take();
@@ -185,10 +192,8 @@ impl Rings {
                 .suspicion
                 .raise(self.settings.suspect_pause, reason, now);
         }
-        self.actions.push(Action::Note(Note::Suspected {
-            name,
-            reason: reason.to_owned(),
-        }));
+        warn!(worker = name, reason, "worker suspected");
+        self.counts.lost += 1;
     }
 
     pub(super) fn settle_suspicions(&mut self, now: Instant) {

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use arcanum_profiler::{Assignment, ModelSpec};
 use mesh_proto::{ModelCard, PartPhase, PartState};
+use tracing::info;
 
 /// State of one ring.
 #[derive(Debug, Clone)]
@@ -258,6 +259,16 @@ impl Ring {
         }
     }
 
+    pub(super) fn log_standbys(&self, reason: &str) {
+        let (ring, model) = (hex(self.id), &self.model);
+        info!(ring, model, reason, "standbys of a ring changed");
+    }
+
+    pub(super) fn log_move(&self, reason: &str) {
+        let (ring, epoch, model) = (hex(self.id), self.epoch, &self.model);
+        info!(ring, epoch, model, reason, "stages of a ring moved");
+    }
+
     /// A new epoch begins.
     pub(super) fn next_epoch(&mut self, reason: String, now: Instant) {
         self.epoch = self.epoch.saturating_add(1);
@@ -409,3 +420,8 @@ fn doubts_due(ring: &Ring) -> Option<Instant> {
 }
 
 const DOUBT_LOOK: Duration = Duration::from_millis(50);
+
+/// A ring's id as people see it.
+pub(super) fn hex(ring: u64) -> String {
+    format!("{ring:016x}")
+}

@@ -4,9 +4,9 @@ use std::time::Instant;
 
 use mesh_proto::{ModelCard, PartPhase};
 
-use super::ring::{Replica, Ring};
+use super::ring::{Replica, Ring, hex};
 use super::view::{
-    LeftOutView, PathView, RecoveryView, ReplicaView, RingView, StageView, Unformed, hex,
+    LeftOutView, PathView, RecoveryView, ReplicaView, RingView, StageView, Unformed,
 };
 use super::{Prospect, Rings};
 

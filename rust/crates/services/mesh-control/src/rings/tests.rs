@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use mesh_proto::{LayerOffer, ModelCard, NodeProfile, Offer, PartPhase, PartState, RingState};
 
 use super::*;
+use crate::logs::Logs;
 
 const MIB: u64 = 1 << 20;
 /// Layers of the model.
@@ -28,7 +29,6 @@ struct Mesh {
     told: Told,
     /// Model and ring by the worker that serves them.
     serving: BTreeMap<(String, String), u64>,
-    notes: Vec<Note>,
     /// Workers that the head asked for a sign of life.
     asked: Vec<String>,
     /// All members ever sent, by ring and epoch.
@@ -49,7 +49,6 @@ impl Mesh {
             now: Instant::now(),
             told: BTreeMap::new(),
             serving: BTreeMap::new(),
-            notes: Vec::new(),
             asked: Vec::new(),
             sent: BTreeMap::new(),
             port: 7000,
@@ -136,7 +135,6 @@ impl Mesh {
                     assert_eq!(was, Some(ring), "{node} served that");
                 }
                 Action::Ask { node } => self.asked.push(node),
-                Action::Note(note) => self.notes.push(note),
             }
         }
     }
@@ -170,8 +168,8 @@ impl Mesh {
     /// Report of this worker on a ring if all its parts were in this phase.
     fn report(&self, node: &str, ring: u64, phase: PartPhase) -> RingState {
         let told = &self.told[&(node.to_owned(), ring)];
-        let seat = |seat: &Option<mesh_proto::NodeAddr>| {
-            seat.as_ref().is_some_and(|seat| seat.node_id == node)
+        let holds = |addr: &Option<mesh_proto::NodeAddr>| {
+            addr.as_ref().is_some_and(|addr| addr.node_id == node)
         };
         let part = |stage: usize, standby| PartState {
             stage: stage as u32,
@@ -181,8 +179,8 @@ impl Mesh {
         };
         let parts = told.stages.iter().enumerate().flat_map(|(index, stage)| {
             [
-                seat(&stage.member).then(|| part(index, false)),
-                seat(&stage.standby).then(|| part(index, true)),
+                holds(&stage.member).then(|| part(index, false)),
+                holds(&stage.standby).then(|| part(index, true)),
             ]
         });
         RingState {
@@ -250,9 +248,8 @@ impl Mesh {
         self.poll();
     }
 
-    fn failovers(&self) -> usize {
-        let failover = |note: &&Note| matches!(note, Note::Failover { .. });
-        self.notes.iter().filter(failover).count()
+    fn failovers(&self) -> u64 {
+        self.rings.counts.failovers.values().sum()
     }
 
     /// Checks the invariants that hold at any moment.
@@ -278,7 +275,7 @@ impl Mesh {
                         .nodes
                         .get(&part.node)
                         .is_some_and(|node| node.connected),
-                    "a lost worker has no seat"
+                    "a lost worker has no stage"
                 );
             }
         }
@@ -311,7 +308,7 @@ fn offer(layers: u64) -> Offer {
         context: 1024,
         ..Default::default()
     };
-    let shard = LayerOffer {
+    let offer = LayerOffer {
         card: Some(card),
         layers: LAYERS,
         hidden: 64,
@@ -330,7 +327,7 @@ fn offer(layers: u64) -> Offer {
             memory_available: layers * 10 * MIB,
             ..Default::default()
         }),
-        models: vec![shard],
+        models: vec![offer],
     }
 }
 

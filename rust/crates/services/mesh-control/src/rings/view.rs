@@ -5,7 +5,7 @@ use std::time::Instant;
 use mesh_proto::Recovery;
 use serde::Serialize;
 
-use super::ring::Ring;
+use super::ring::{Ring, hex};
 
 /// A ring, for `/v1/mesh`.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -145,8 +145,4 @@ impl RecoveryView {
     pub fn at(&self) -> Option<Instant> {
         self.at
     }
-}
-
-pub(super) fn hex(ring: u64) -> String {
-    format!("{ring:016x}")
 }

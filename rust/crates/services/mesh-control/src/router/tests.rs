@@ -37,10 +37,7 @@ impl Fleet {
         }
         Self {
             registry,
-            router: Router::new(Capacity {
-                ahead: 1,
-                legacy: 2,
-            }),
+            router: Router::new(Capacity { ahead: 1, plain: 2 }),
             now,
         }
     }
@@ -243,15 +240,15 @@ fn embeddings_are_asked_of_embedding_models_only() {
 }
 
 #[test]
-fn legacy_workers_take_plain_tasks_only() {
+fn workers_without_an_identity_take_plain_tasks_only() {
     let mut fleet = Fleet::new(&[]);
     fleet
         .registry
-        .legacy_heartbeat(([127, 0, 0, 1], 4000).into(), Version::V5_1, fleet.now)
+        .plain_heartbeat(([127, 0, 0, 1], 4000).into(), Version::V5_1, fleet.now)
         .unwrap();
     assert_eq!(fleet.place(&ask()), Choice::Nobody);
     let plain = Requirements {
-        legacy: true,
+        plain: true,
         ..ask()
     };
     assert!(matches!(fleet.place(&plain), Choice::Worker(..)));
@@ -260,20 +257,20 @@ fn legacy_workers_take_plain_tasks_only() {
 }
 
 #[test]
-fn a_legacy_worker_is_never_preferred_to_a_mesh_worker() {
+fn a_worker_without_an_identity_is_never_preferred_to_a_mesh_worker() {
     let mut fleet = Fleet::new(&[1.0]);
-    let (legacy, _) = fleet
+    let (plain_worker, _) = fleet
         .registry
-        .legacy_heartbeat(([127, 0, 0, 1], 4000).into(), Version::V5_0, fleet.now)
+        .plain_heartbeat(([127, 0, 0, 1], 4000).into(), Version::V5_0, fleet.now)
         .unwrap();
     // As fast as it can claim to be, and the mesh worker as slow as can be.
-    fleet.registry.get_mut(legacy).unwrap().task_seconds = 1e-9;
+    fleet.registry.get_mut(plain_worker).unwrap().task_seconds = 1e-9;
     let plain = Requirements {
-        legacy: true,
+        plain: true,
         ..ask()
     };
     let mesh = fleet.worker(&plain);
-    assert_ne!(mesh, legacy.0);
+    assert_ne!(mesh, plain_worker.0);
     for _ in 0..4 {
         assert_eq!(fleet.worker(&plain), mesh);
     }
@@ -288,11 +285,11 @@ fn a_legacy_worker_is_never_preferred_to_a_mesh_worker() {
     };
     assert_eq!(
         fleet.worker(&failed),
-        legacy.0,
+        plain_worker.0,
         "a task that failed there may go on"
     );
     fleet.registry.leave(WorkerId(mesh), fleet.now);
-    assert_eq!(fleet.worker(&plain), legacy.0);
+    assert_eq!(fleet.worker(&plain), plain_worker.0);
 }
 
 #[test]
@@ -515,20 +512,20 @@ fn a_second_opinion_is_one_of_another_worker_that_answers() {
     assert!(!another(&fleet));
     fleet
         .registry
-        .legacy_heartbeat(([127, 0, 0, 1], 4000).into(), Version::V5_1, fleet.now)
+        .plain_heartbeat(([127, 0, 0, 1], 4000).into(), Version::V5_1, fleet.now)
         .unwrap();
     assert!(!another(&fleet));
 }
 
 #[test]
-fn a_legacy_worker_waits_until_a_mesh_workers_trial_is_over() {
+fn a_worker_without_an_identity_waits_until_a_mesh_workers_trial_is_over() {
     let mut fleet = Fleet::new(&[]);
-    let (legacy, _) = fleet
+    let (plain_worker, _) = fleet
         .registry
-        .legacy_heartbeat(([127, 0, 0, 1], 4000).into(), Version::V5_0, fleet.now)
+        .plain_heartbeat(([127, 0, 0, 1], 4000).into(), Version::V5_0, fleet.now)
         .unwrap();
     let plain = Requirements {
-        legacy: true,
+        plain: true,
         ..ask()
     };
     let card = ModelCard {
@@ -543,12 +540,12 @@ fn a_legacy_worker_waits_until_a_mesh_workers_trial_is_over() {
     let (mesh, _) = fleet.registry.join("a", address, hello, fleet.now);
     assert_eq!(fleet.place(&plain), Choice::Busy);
     fleet.now += Duration::from_secs(30);
-    assert_eq!(fleet.worker(&plain), legacy.0, "it never answered");
+    assert_eq!(fleet.worker(&plain), plain_worker.0, "it never answered");
     fleet.registry.prove_all(mesh, fleet.now);
     assert_eq!(fleet.worker(&plain), mesh.0);
     // One that keeps failing is left alone for a while, too.
     fleet.registry.leave(mesh, fleet.now);
-    let key = fleet.registry.get(legacy).unwrap().key();
+    let key = fleet.registry.get(plain_worker).unwrap().key();
     let mut pause = Duration::ZERO;
     for _ in 0..5 {
         fleet.now += Duration::from_secs(1);
@@ -561,7 +558,7 @@ fn a_legacy_worker_waits_until_a_mesh_workers_trial_is_over() {
     fleet.now += Duration::from_secs(5);
     assert_eq!(
         fleet.worker(&plain),
-        legacy.0,
+        plain_worker.0,
         "there is nobody else to ask"
     );
 }

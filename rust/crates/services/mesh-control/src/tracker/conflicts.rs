@@ -8,8 +8,10 @@ use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
+use tracing::{error, warn};
+
 use super::pins::key;
-use super::{Action, Conflict, Note, Tracker};
+use super::{Action, Conflict, Tracker};
 
 /// A name with the workers that claim it.
 struct ClaimedName {
@@ -101,8 +103,9 @@ impl Tracker {
         for (name, claimed) in &told {
             if !self.conflicts.told.contains_key(name) && self.is_news(name, &claimed.involved, now)
             {
-                let note = Note::Conflict(claimed.conflict.clone());
-                self.actions.push(Action::Note(note));
+                let conflict = &claimed.conflict;
+                error!(model = conflict.name, "{}", conflict.advice());
+                self.counts.conflicts += 1;
             }
         }
         let told = told.into_iter();
@@ -145,19 +148,19 @@ impl Tracker {
                 && claimed.holders.contains(&pin.holder)
             {
                 let before = std::mem::replace(&mut pin.fingerprint, only.clone());
-                let note = Note::Moved {
-                    model: pin.name.clone(),
-                    worker: pin.worker.clone(),
-                    before,
-                    now: only.clone(),
-                };
-                moved.push((name.clone(), pin.holder.clone(), note));
+                moved.push((name.clone(), pin.clone(), before));
             }
         }
-        for (name, holder, note) in moved {
+        for (name, pin, before) in moved {
             self.actions.push(Action::KeepPins);
-            if self.is_news(&name, &[holder].into(), now) {
-                self.actions.push(Action::Note(note));
+            if self.is_news(&name, &[pin.holder].into(), now) {
+                warn!(
+                    model = pin.name,
+                    worker = pin.worker,
+                    before,
+                    now = pin.fingerprint,
+                    "the worker that had this model first replaced it, and no worker has the old one: the name means the new one"
+                );
             }
         }
     }

@@ -4,8 +4,9 @@ use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
 use mesh_share::PieceSet;
+use tracing::{info, warn};
 
-use super::{Action, Download, FailedDownload, Key, Note, Tracker, shorten};
+use super::{Download, FailedDownload, Key, Tracker, shorten};
 
 impl Tracker {
     /// Takes in how far the downloads of a worker are, and which of them failed.
@@ -52,11 +53,12 @@ impl Tracker {
         let pause = FIRST_PAUSE.saturating_mul(1 << failure.times.min(10));
         failure.until = now + pause.min(LONGEST_PAUSE);
         failure.times += 1;
-        self.actions.push(Action::Note(Note::Failed {
-            model: self.title(key),
-            worker: self.name_of(&download.node),
-            reason: reason.to_owned(),
-        }));
+        warn!(
+            model = self.title(key),
+            worker = self.name_of(&download.node),
+            reason,
+            "the worker could not get the model from outside the mesh"
+        );
     }
 
     /// Gives every download to one worker.
@@ -97,11 +99,17 @@ impl Tracker {
                 Some(known) => format!("{} no longer seeks it", known.name),
                 None => "the worker that had begun is gone".to_owned(),
             });
-            self.actions.push(Action::Note(Note::Download {
-                model: self.title(key),
-                worker: self.name_of(node),
-                instead: gone,
-            }));
+            let (model, worker) = (self.title(key), self.name_of(node));
+            match gone {
+                None => info!(
+                    model,
+                    worker, "one worker gets the model from outside the mesh"
+                ),
+                Some(why) => warn!(
+                    model,
+                    worker, why, "another worker gets the model from outside the mesh"
+                ),
+            }
             let download = Download {
                 node: node.clone(),
                 bytes: *bytes,

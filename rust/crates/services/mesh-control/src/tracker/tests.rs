@@ -3,7 +3,8 @@ use std::time::{Duration, Instant};
 use mesh_proto::{BadSource, HeldModel, ModelSources, Models, SoughtModel};
 use mesh_share::PieceSet;
 
-use super::{Action, Note, Tracker};
+use super::{Action, Tracker};
+use crate::logs::Logs;
 
 /// A head and workers, in simulated time.
 struct World {
@@ -11,7 +12,6 @@ struct World {
     now: Instant,
     said: std::collections::BTreeMap<String, Models>,
     told: std::collections::BTreeMap<String, Vec<ModelSources>>,
-    notes: Vec<Note>,
 }
 
 fn fingerprint(letter: char) -> String {
@@ -25,7 +25,6 @@ impl World {
             now: Instant::now(),
             said: Default::default(),
             told: Default::default(),
-            notes: Vec::new(),
         };
         for worker in workers {
             world.join(worker);
@@ -105,7 +104,6 @@ impl World {
                 Action::Tell { node, sources } => {
                     self.told.insert(node, sources.models);
                 }
-                Action::Note(note) => self.notes.push(note),
                 Action::KeepPins => {}
             }
         }
@@ -126,9 +124,9 @@ impl World {
         on_it.pop()
     }
 
-    fn seats(&self, worker: &str) -> Vec<&str> {
-        let seats = self.told(worker).holders.iter();
-        seats.map(|seat| seat.node_id.as_str()).collect()
+    fn holders(&self, worker: &str) -> Vec<&str> {
+        let holders = self.told(worker).holders.iter();
+        holders.map(|holder| holder.node_id.as_str()).collect()
     }
 }
 
@@ -140,12 +138,12 @@ fn one_of_those_who_seek_a_model_goes_for_it_and_the_others_then_get_it_from_the
     }
     assert_eq!(world.download(), Some("a"));
     assert_eq!(world.told("b").origin_worker, "a");
-    assert!(world.seats("b").is_empty());
+    assert!(world.holders("b").is_empty());
     world.say("a", |models| models.sought.clear());
     world.hold("a", 'f', PieceSet::all(9));
     assert_eq!(world.download(), None);
     for worker in ["b", "c"] {
-        assert_eq!(world.seats(worker), ["a"]);
+        assert_eq!(world.holders(worker), ["a"]);
         assert_eq!(world.told(worker).fingerprint, fingerprint('f'));
     }
 }
@@ -163,6 +161,7 @@ fn nothing_is_said_twice() {
 
 #[test]
 fn when_the_one_who_goes_dies_another_takes_over() {
+    let logs = Logs::capture();
     let mut world = World::new(&["a", "b", "c"]);
     for worker in ["a", "b", "c"] {
         world.seek(worker, "m");
@@ -170,10 +169,8 @@ fn when_the_one_who_goes_dies_another_takes_over() {
     world.say("a", |models| models.sought[0].origin_bytes = 50);
     world.leave("a");
     assert_eq!(world.download(), Some("b"));
-    assert!(world.notes.iter().any(|note| matches!(
-        note,
-        Note::Download { worker, instead: Some(_), .. } if worker == "b"
-    )));
+    let text = "another worker gets the model from outside the mesh model=\"m\" worker=\"b\"";
+    assert!(logs.text().contains(text), "{}", logs.text());
     // It comes back with half of it, but the download has been given away.
     world.join("a");
     world.seek("a", "m");
@@ -201,6 +198,7 @@ fn who_has_most_of_it_already_goes() {
 
 #[test]
 fn who_cannot_or_may_not_does_not_go() {
+    let logs = Logs::capture();
     let mut world = World::new(&["a", "b"]);
     world.seek("a", "m");
     world.say("a", |models| models.sought[0].origin = false);
@@ -211,10 +209,8 @@ fn who_cannot_or_may_not_does_not_go() {
         models.sought[0].origin_error = "401 Unauthorized".into();
     });
     assert_eq!(world.download(), None);
-    assert!(world.notes.iter().any(|note| matches!(
-        note,
-        Note::Failed { worker, reason, .. } if worker == "b" && reason == "401 Unauthorized"
-    )));
+    let text = "outside the mesh model=\"m\" worker=\"b\" reason=\"401 Unauthorized\"";
+    assert!(logs.text().contains(text), "{}", logs.text());
     // It tries again after a while, when it says that there is nothing in the way any more.
     world.say("b", |models| models.sought[0].origin_error.clear());
     assert_eq!(world.download(), None);
@@ -244,7 +240,7 @@ fn nobody_goes_for_what_workers_have_together() {
     world.hold("b", 'f', PieceSet::of(10, 5..10));
     world.lack("c", 'f', PieceSet::all(10));
     assert_eq!(world.download(), None);
-    assert_eq!(world.seats("c"), ["a", "b"]);
+    assert_eq!(world.holders("c"), ["a", "b"]);
     world.leave("b");
     assert_eq!(world.download(), Some("c"));
 }
@@ -273,7 +269,7 @@ fn a_name_means_the_model_that_most_hold_and_case_does_not_matter() {
     world.hold("c", 'f', PieceSet::all(3));
     world.seek("d", "M");
     assert_eq!(world.told("d").fingerprint, fingerprint('f'));
-    assert_eq!(world.seats("d"), ["b", "c"]);
+    assert_eq!(world.holders("d"), ["b", "c"]);
 }
 
 #[test]
@@ -303,14 +299,14 @@ fn who_sent_bad_pieces_is_not_named_to_the_accuser_and_with_two_accusers_to_nobo
         }];
     };
     world.say("a", accuse);
-    assert_eq!(world.seats("a"), ["good"]);
-    assert_eq!(world.seats("c"), ["bad", "good"]);
+    assert_eq!(world.holders("a"), ["good"]);
+    assert_eq!(world.holders("c"), ["bad", "good"]);
     world.say("b", accuse);
     world.say("b", accuse);
-    assert_eq!(world.seats("c"), ["good"]);
-    let reports = world.notes.iter();
-    let reports = reports.filter(|note| matches!(note, Note::Bad { .. }));
-    assert_eq!(reports.count(), 2, "each accuser is heard once");
+    assert_eq!(world.holders("c"), ["good"]);
+    let counts = world.tracker.take_counts();
+    assert_eq!(counts.bad_sources["bad"], 2, "each accuser is heard once");
+    assert_eq!(world.tracker.take_counts().bad_sources.len(), 0);
     let model = &world.tracker.view()[0];
     let bad = model.holders.iter().find(|holder| holder.worker == "bad");
     assert_eq!(bad.unwrap().accused_by, ["a", "b"]);
@@ -362,6 +358,7 @@ fn a_worker_on_the_heads_machine_is_named_by_the_heads_address() {
 
 #[test]
 fn senseless_reports_are_left_out() {
+    let logs = Logs::capture();
     let mut world = World::new(&["a", "b"]);
     world.say("a", |models| {
         let good = HeldModel {
@@ -391,7 +388,7 @@ fn senseless_reports_are_left_out() {
     let view = world.tracker.view();
     assert_eq!(view.len(), 1);
     assert_eq!(view[0].name, "m");
-    assert!(world.notes.is_empty(), "nobody accuses himself");
+    assert_eq!(logs.text(), "", "nobody accuses himself");
     world.seek("b", "y");
     assert_eq!(world.told("b").fingerprint, "");
 }
@@ -440,7 +437,7 @@ fn at_every_moment_at_most_one_goes_and_in_the_end_all_have_it() {
         world.hold(&on_it, 'f', PieceSet::all(4));
         prop_assert_eq!(world.download(), None);
         for name in names.iter().filter(|name| **name != on_it) {
-            prop_assert_eq!(world.seats(name), [on_it.as_str()]);
+            prop_assert_eq!(world.holders(name), [on_it.as_str()]);
         }
     });
 }
@@ -459,12 +456,7 @@ fn the_first_model_that_is_got_under_a_name_keeps_it() {
     world.hold("d", 'b', PieceSet::all(4));
     assert_eq!(world.told("b").fingerprint, fingerprint('a'));
     assert!(world.told("b").disputed);
-    let conflicts: Vec<_> = world
-        .notes
-        .iter()
-        .filter(|n| matches!(n, Note::Conflict(_)))
-        .collect();
-    assert_eq!(conflicts.len(), 1, "{conflicts:?}");
+    assert_eq!(world.tracker.counts.conflicts, 1);
     let advice = world.tracker.conflicts()[0].advice();
     for part in [
         "`M`",
@@ -531,6 +523,7 @@ fn held(letter: char, name: &str, pieces: PieceSet) -> HeldModel {
 
 #[test]
 fn a_model_that_its_only_holder_replaced_is_no_conflict_and_takes_the_name_along() {
+    let logs = Logs::capture();
     let mut world = World::new(&["a", "b", "c"]);
     world.hold("a", 'a', PieceSet::all(4));
     world.seek("b", "m");
@@ -547,10 +540,8 @@ fn a_model_that_its_only_holder_replaced_is_no_conflict_and_takes_the_name_along
     assert_eq!(world.told("b").fingerprint, fingerprint('b'));
     assert_eq!(world.told("b").pin, fingerprint('b'));
     assert!(!world.told("b").disputed);
-    assert!(world.notes.iter().any(|note| matches!(
-        note,
-        Note::Moved { worker, now, .. } if worker == "a" && *now == fingerprint('b')
-    )));
+    let now = format!("now=\"{}\"", fingerprint('b'));
+    assert!(logs.text().contains(&now), "{}", logs.text());
     // Another worker that has something else under the name does not take it along.
     world.say("a", |models| models.held.clear());
     world.hold("c", 'c', PieceSet::all(4));
@@ -625,12 +616,7 @@ fn a_few_workers_neither_hide_a_conflict_nor_fill_the_log() {
     for i in 0..200 {
         assert!(world.tracker.is_disputed(&format!("!{i:03}")));
     }
-    let noted = |world: &World| {
-        let noted = world.notes.iter();
-        noted
-            .filter(|note| matches!(note, Note::Conflict(_)))
-            .count()
-    };
+    let noted = |world: &World| world.tracker.counts.conflicts;
     for i in 0..50 {
         world.say("liar", |models| {
             models.held = names(4 * (i % 2)..200, 'b').collect()

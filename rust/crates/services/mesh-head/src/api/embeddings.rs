@@ -6,11 +6,11 @@ use base64::engine::general_purpose::STANDARD;
 use mesh_control::fair::Origin;
 use mesh_proto::{EmbedInput, EmbedText, TokenList};
 use serde::Serialize;
-use serde_json::Value;
 
-use crate::api::fields::{Api, Fields, check, whole_number};
+use crate::api::fields::{Api, Fields, check};
 use crate::api::invalid::Invalid;
-use crate::api::json::{self, Lists};
+use crate::api::json;
+use crate::api::text_inputs::{TextInput, text_inputs};
 use crate::flight::task::{EmbedTask, Embedded};
 
 /// A checked request for embeddings.
@@ -129,71 +129,31 @@ struct Usage {
     total_tokens: u64,
 }
 
-/// `input`: a text, several texts, token ids, or several lists of them.
 fn inputs(fields: Fields<'_>) -> Result<Vec<EmbedInput>, Invalid> {
-    let wrong = || {
-        Invalid::new(
-            "input",
-            "'input' must be a string, an array of strings, an array of token ids, or an array of arrays of token ids",
-        )
-    };
-    let empty = || {
-        Invalid::new(
-            "input",
-            "'input' must not be empty, nor may any text in it be",
-        )
-    };
-    let input = |text| EmbedInput { text: Some(text) };
-    let text = |value: &Value| {
-        let text = value.as_str().ok_or_else(wrong)?;
-        if text.is_empty() {
-            return Err(empty());
-        }
-        Ok(input(EmbedText::Text(text.to_owned())))
-    };
-    let tokens = |value: &Value| {
-        let list = value.as_array().ok_or_else(wrong)?;
-        let ids = list.iter().map(|id| u32::try_from(whole_number(id)?).ok());
-        let tokens = ids.collect::<Option<Vec<u32>>>().ok_or_else(wrong)?;
-        if tokens.is_empty() {
-            return Err(empty());
-        }
-        Ok(input(EmbedText::Tokens(TokenList { tokens })))
-    };
-    let of_ids = |tokens: &Vec<u32>| match tokens.is_empty() {
-        true => Err(empty()),
-        false => Ok(input(EmbedText::Tokens(TokenList {
-            tokens: tokens.clone(),
-        }))),
-    };
+    let shapes = "'input' must be a string, an array of strings, an array of token ids, or an array of arrays of token ids";
     let too_many = |count| {
         let text = format!("{count} inputs are more than the limit of {MOST_INPUTS}");
         Invalid::new("input", text)
     };
-    match fields.lists("input") {
-        Some(Lists::One(tokens)) => return Ok(vec![of_ids(tokens)?]),
-        Some(Lists::Many(lists)) if lists.len() > MOST_INPUTS => return Err(too_many(lists.len())),
-        Some(Lists::Many(lists)) => return lists.iter().map(of_ids).collect(),
-        None => {}
+    let inputs = text_inputs(fields, "input", shapes, (MOST_INPUTS, too_many))?;
+    if inputs.len() > MOST_INPUTS {
+        return Err(too_many(inputs.len()));
     }
-    let list = match fields.get("input") {
-        None => return Err(Invalid::new("input", "Missing required parameter: 'input'")),
-        Some(value @ Value::String(_)) => return Ok(vec![text(value)?]),
-        Some(value @ Value::Array(list)) => match list.first() {
-            None => return Err(empty()),
-            Some(Value::Number(_)) => return Ok(vec![tokens(value)?]),
-            Some(_) => list,
-        },
-        Some(_) => return Err(wrong()),
+    let is_empty = |input: &TextInput| match input {
+        TextInput::Text(text) => text.is_empty(),
+        TextInput::Tokens(tokens) => tokens.is_empty(),
     };
-    if list.len() > MOST_INPUTS {
-        return Err(too_many(list.len()));
+    if inputs.is_empty() || inputs.iter().any(is_empty) {
+        let text = "'input' must not be empty, nor may any text in it be";
+        return Err(Invalid::new("input", text));
     }
-    match list.first() {
-        Some(Value::String(_)) => list.iter().map(text).collect(),
-        Some(Value::Array(_)) => list.iter().map(tokens).collect(),
-        _ => Err(wrong()),
-    }
+    let input = |input| EmbedInput {
+        text: Some(match input {
+            TextInput::Text(text) => EmbedText::Text(text),
+            TextInput::Tokens(tokens) => EmbedText::Tokens(TokenList { tokens }),
+        }),
+    };
+    Ok(inputs.into_iter().map(input).collect())
 }
 
 /// As many as the OpenAI API takes.
@@ -201,7 +161,7 @@ const MOST_INPUTS: usize = 2048;
 
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
+    use serde_json::{Value, json};
 
     use super::*;
 

@@ -9,9 +9,11 @@ use serde_json::{Map, Value, json};
 
 use crate::api::fields::{self, Fields, check, conversation, sampling, whole_number};
 use crate::api::invalid::Invalid;
-use crate::api::json::{self, Lists};
-use crate::flight::task::Task;
+use crate::api::json;
+use crate::api::text_inputs::{TextInput, text_inputs};
+use crate::flight::task::GenerateTask;
 use crate::ids;
+use crate::workers::MOST_TASK_BYTES;
 
 /// The two OpenAI APIs for text.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -50,8 +52,8 @@ pub(crate) struct Asked {
     pub include_usage: bool,
     /// Fields that mean nothing here.
     pub ignored: Vec<String>,
-    /// The task for a v5.0.0 worker, if such a worker can answer this at all.
-    legacy: Option<Bytes>,
+    /// The plain DCF task that asks for the same, if one can.
+    plain: Option<Bytes>,
 }
 
 impl Asked {
@@ -103,7 +105,7 @@ impl Asked {
             Some(options) => options.flag("include_usage")?,
             None => false,
         };
-        let legacy = match &prompts[..] {
+        let plain = match &prompts[..] {
             [prompt] if choices == 1 => plain_task(prompt, &params, fields.map()),
             _ => None,
         };
@@ -117,7 +119,7 @@ impl Asked {
             stream,
             include_usage,
             ignored,
-            legacy,
+            plain,
         })
     }
 
@@ -144,8 +146,8 @@ impl Asked {
         2 * prompts as u64 + self.answers() as u64 * answer
     }
 
-    /// One task per answer, in the order of the choices' indices. `old_workers` may be asked, too.
-    pub(crate) fn tasks(&self, request_id: &str, old_workers: bool) -> Vec<Task> {
+    /// One task per answer, in the order of the choices' indices. They may go out as `plain` tasks, too.
+    pub(crate) fn tasks(&self, request_id: &str, plain: bool) -> Vec<GenerateTask> {
         let seed = self.params.seed.unwrap_or_else(ids::unique);
         let mut tasks = Vec::with_capacity(self.prompts.len() * self.choices as usize);
         for prompt in &self.prompts {
@@ -159,12 +161,12 @@ impl Asked {
                     seed: Some(seed.wrapping_add(u64::from(choice))),
                     ..self.params.clone()
                 };
-                tasks.push(Task {
+                tasks.push(GenerateTask {
                     id,
                     model: self.model.clone(),
                     prompt: prompt.clone(),
                     params,
-                    legacy: self.legacy.clone().filter(|_| old_workers),
+                    plain: self.plain.clone().filter(|_| plain),
                     source: Source::default(),
                     salt: 0,
                 });
@@ -277,8 +279,8 @@ fn check_best_of(fields: Fields<'_>, choices: u32) -> Result<(), Invalid> {
     ))
 }
 
-/// The task for a v5.0.0 worker with a single question: the question, with parameters if there are any.
-/// `None` if the worker could not be trusted to act upon all that is asked for.
+/// The plain DCF task with a single question: the question, with parameters if there are any. `None` if a
+/// worker that takes plain tasks could not be trusted to act upon all that is asked for.
 fn plain_task(
     prompt: &Prompt,
     params: &GenerateParams,
@@ -312,71 +314,26 @@ fn plain_task(
         1 => Bytes::from(message.content.clone()),
         _ => Bytes::from(task.to_string()),
     };
-    (payload.len() <= dcf::Version::V5_1.max_payload()).then_some(payload)
+    (payload.len() <= MOST_TASK_BYTES).then_some(payload)
 }
 
-/// The `prompt` of `/v1/completions`: a text, several texts, token ids, or several lists of them.
+/// The `prompt` of `/v1/completions`.
 fn prompts(fields: Fields<'_>) -> Result<Vec<Prompt>, Invalid> {
-    let wrong = || {
-        Invalid::new(
-            "prompt",
-            "'prompt' must be a string, an array of strings, or an array of token ids",
-        )
+    let shapes = "'prompt' must be a string, an array of strings, or an array of token ids";
+    let too_many = |count| {
+        let text = format!("{count} prompts are over the limit of {MOST_ANSWERS} answers");
+        Invalid::new("prompt", text)
     };
-    let text = |value: &Value| value.as_str().map(|text| Prompt::Text(text.to_owned()));
-    let tokens = |value: &Value| {
-        let ids = value
-            .as_array()?
-            .iter()
-            .map(|id| u32::try_from(whole_number(id)?).ok());
-        Some(Prompt::Tokens(TokenList {
-            tokens: ids.collect::<Option<Vec<u32>>>()?,
-        }))
-    };
-    let of_ids = |tokens: &Vec<u32>| {
-        Prompt::Tokens(TokenList {
-            tokens: tokens.clone(),
-        })
-    };
-    match fields.lists("prompt") {
-        Some(Lists::One(tokens)) => return Ok(vec![of_ids(tokens)]),
-        Some(Lists::Many(lists)) if lists.len() as u64 <= MOST_ANSWERS => {
-            return Ok(lists.iter().map(of_ids).collect());
-        }
-        Some(Lists::Many(lists)) => {
-            let text = format!(
-                "{} prompts are over the limit of {MOST_ANSWERS} answers",
-                lists.len()
-            );
-            return Err(Invalid::new("prompt", text));
-        }
-        None => {}
+    let limit = (MOST_ANSWERS as usize, too_many);
+    let prompts = text_inputs(fields, "prompt", shapes, limit)?;
+    if prompts.is_empty() {
+        return Err(Invalid::new("prompt", shapes));
     }
-    let prompts = match fields.get("prompt") {
-        None => {
-            return Err(Invalid::new(
-                "prompt",
-                "Missing required parameter: 'prompt'",
-            ));
-        }
-        Some(value @ Value::String(_)) => text(value).into_iter().collect(),
-        Some(value @ Value::Array(list)) => match list.first() {
-            Some(Value::String(_)) => list
-                .iter()
-                .map(text)
-                .collect::<Option<Vec<_>>>()
-                .ok_or_else(wrong)?,
-            Some(Value::Number(_)) => vec![tokens(value).ok_or_else(wrong)?],
-            Some(Value::Array(_)) => list
-                .iter()
-                .map(tokens)
-                .collect::<Option<Vec<_>>>()
-                .ok_or_else(wrong)?,
-            _ => return Err(wrong()),
-        },
-        Some(_) => return Err(wrong()),
+    let prompt = |input| match input {
+        TextInput::Text(text) => Prompt::Text(text),
+        TextInput::Tokens(tokens) => Prompt::Tokens(TokenList { tokens }),
     };
-    Ok(prompts)
+    Ok(prompts.into_iter().map(prompt).collect())
 }
 
 /// Bytes of a prompt as it is held.
@@ -408,7 +365,7 @@ const USUAL_TOKENS: u32 = 512;
 /// The OpenAI API's default of `max_tokens` for `/v1/completions`.
 const DEFAULT_COMPLETION: u32 = 16;
 const MOST_ANSWERS: u64 = 128;
-/// Parameters that v5.0.0 workers know, besides `max_tokens`.
+/// Parameters of plain tasks that all workers know, besides `max_tokens`.
 const PLAIN_PARAMETERS: &[&str] = &["temperature", "top_p", "seed", "stop"];
 
 #[cfg(test)]

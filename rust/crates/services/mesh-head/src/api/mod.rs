@@ -3,6 +3,7 @@
 //! - [`generate`] and [`embeddings`]: what bodies of the OpenAI API ask for; [`wire`]: what its answers
 //!   consist of;
 //! - [`dcf`]: the payload of a DCF Task;
+//! - [`text_inputs`]: texts and token ids, as both have them;
 //! - [`json`] and [`fields`]: JSON within bounds, its fields by their types, errors that name the field.
 
 pub mod dcf;
@@ -12,4 +13,5 @@ pub(crate) mod generate;
 pub(crate) mod invalid;
 pub(crate) mod json;
 pub(crate) mod parse;
+mod text_inputs;
 pub(crate) mod wire;

@@ -3,77 +3,106 @@
 use std::time::Instant;
 
 use dcf::ErrorCode;
-use mesh_control::request::Fault;
+use mesh_control::request::{Failure, Fault, Lifecycle};
+use mesh_control::router::Requirements;
 
-use super::drive::{Attempted, Drive};
-use super::event::Event;
-use crate::mesh::{Assignment, Route};
+use crate::mesh::{Assignment, Mesh};
 
-impl<E: FnMut(Event) + Send> Drive<'_, E> {
+/// Attempts at one request whose workers are to blame if another worker can do it.
+#[derive(Debug, Default)]
+pub(super) struct FailedAttempts {
+    attempts: Vec<Attempted>,
+    /// The context that the worker claims whose rejection of this request is looked into.
+    rejected_in: u32,
+}
+
+/// An attempt, as the head's opinion of its worker needs it.
+#[derive(Debug)]
+struct Attempted {
+    key: String,
+    name: String,
+    model: String,
+    began: Instant,
+}
+
+impl FailedAttempts {
     /// Notes whose fault it is that an attempt failed.
-    pub(super) fn blame(&mut self, assignment: &Assignment, began: Instant) {
+    pub(super) fn blame(
+        &mut self,
+        fault: Fault,
+        assignment: &Assignment,
+        began: Instant,
+        mesh: &Mesh,
+    ) {
         let placed = &assignment.placed;
         // A ring's driver is not to blame for the silence of its members: see `Mesh::suspect`.
-        if placed.ring.is_some() && self.answer.fault() == Fault::Silence {
+        if placed.ring.is_some() && fault == Fault::Silence {
             return;
         }
         let attempted = Attempted {
             key: placed.key.clone(),
             name: placed.name.clone(),
-            model: match assignment.route {
-                Route::Legacy(_) => String::new(),
-                _ => placed.model.clone(),
-            },
+            model: assignment.faulted_model().to_owned(),
             began,
         };
-        match self.answer.fault() {
+        match fault {
             Fault::Unknown => {}
-            Fault::Perhaps => self.suspects.push(attempted),
-            Fault::Silence | Fault::Worker => {
-                self.mesh
-                    .at_fault(&attempted.key, &placed.name, &attempted.model, began);
-            }
+            Fault::Perhaps => self.attempts.push(attempted),
+            Fault::Silence | Fault::Worker => attempted.at_fault(mesh),
         }
     }
 
     /// The request was answered, so the workers that failed on it were at fault, and not the request.
-    pub(super) fn exonerate(&mut self, by: &Assignment) {
-        for attempted in std::mem::take(&mut self.suspects) {
+    pub(super) fn exonerate(&mut self, by: &Assignment, mesh: &Mesh) {
+        for attempted in std::mem::take(&mut self.attempts) {
             if attempted.key != by.placed.key {
-                let Attempted {
-                    key,
-                    name,
-                    model,
-                    began,
-                } = attempted;
-                self.mesh.at_fault(&key, &name, &model, began);
+                attempted.at_fault(mesh);
             }
         }
     }
 
-    /// A worker says that the request itself is at fault: notes whether another one can be asked, and what
+    /// If a worker says that the request itself is at fault: notes whether another one can be asked, and what
     /// its answer would prove.
-    pub(super) fn ask_another(&mut self, assignment: &Assignment) {
-        let another = self.mesh.another(&self.ask, assignment.placed.worker);
-        self.answer.set_second_opinion(another);
-        self.rejected_in = self
-            .mesh
-            .context_on(assignment.placed.worker, &assignment.placed.model);
+    pub(super) fn ask_another(
+        &mut self,
+        failure: &Failure,
+        (ask, answer): (&Requirements, &mut Lifecycle),
+        assignment: &Assignment,
+        mesh: &Mesh,
+    ) {
+        let rejects = matches!(
+            failure,
+            Failure::Error {
+                code: ErrorCode::INVALID_PAYLOAD | ErrorCode::CONTEXT_TOO_LONG,
+                ..
+            }
+        );
+        if rejects {
+            answer.set_second_opinion(mesh.another(ask, assignment.placed.worker));
+            self.rejected_in = context_on(assignment, mesh);
+        }
     }
 
     /// A worker answers. If another one rejected the request before, that one was wrong, unless its context
     /// is smaller.
-    pub(super) fn contradict(&mut self, assignment: &Assignment) {
-        let Some(rejected) = self.answer.contradicted() else {
+    pub(super) fn contradict(&self, answer: &mut Lifecycle, by: &Assignment, mesh: &Mesh) {
+        let Some(rejected) = answer.contradicted() else {
             return;
         };
-        let context = self
-            .mesh
-            .context_on(assignment.placed.worker, &assignment.placed.model);
-        let excused = rejected.code == ErrorCode::CONTEXT_TOO_LONG && self.rejected_in < context;
-        if !excused {
-            self.mesh
-                .contradicted(rejected.worker, &assignment.placed, &rejected.text);
+        let smaller = self.rejected_in < context_on(by, mesh);
+        if rejected.code != ErrorCode::CONTEXT_TOO_LONG || !smaller {
+            mesh.contradicted(rejected.worker, &by.placed, &rejected.text);
         }
     }
+}
+
+impl Attempted {
+    fn at_fault(&self, mesh: &Mesh) {
+        mesh.at_fault(&self.key, &self.name, &self.model, self.began);
+    }
+}
+
+fn context_on(assignment: &Assignment, mesh: &Mesh) -> u32 {
+    let placed = &assignment.placed;
+    mesh.context_on(placed.worker, &placed.model)
 }

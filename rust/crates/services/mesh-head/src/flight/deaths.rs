@@ -5,7 +5,7 @@ use mesh_control::registry::WorkerId;
 use mesh_control::request::{Failure, Lifecycle};
 use mesh_net::quic::Closed;
 
-use crate::mesh::{Assignment, Mesh, Route};
+use crate::mesh::{Assignment, Mesh};
 
 /// Workers that died while they had a request, as far as can be seen: one whose process connects again lives.
 #[derive(Debug, Default)]
@@ -20,14 +20,12 @@ impl Deaths {
         answer: &mut Lifecycle,
         mesh: &Mesh,
     ) -> Failure {
-        let (Failure::Lost(text), Route::Link(link)) = (&failure, &assignment.route) else {
-            return failure;
-        };
-        let Some(reason) = link.close_reason() else {
+        let closed = || assignment.connection.as_ref()?.close_reason();
+        let (Failure::Lost(text), Some(reason)) = (&failure, closed()) else {
             return failure;
         };
         let node = &assignment.placed.key;
-        let is = Process::of(assignment.process, mesh.process_of(node));
+        let is = ProcessMatch::of(assignment.process, mesh.process_of(node));
         if !is_death(&reason, is) {
             return failure;
         }
@@ -40,7 +38,7 @@ impl Deaths {
     /// Takes back the deaths of those that are connected again.
     pub(crate) fn review(&mut self, answer: &mut Lifecycle, mesh: &Mesh) {
         self.0.retain(|(worker, node, process)| {
-            let lives = Process::of(*process, mesh.process_of(node)) == Process::Same;
+            let lives = ProcessMatch::of(*process, mesh.process_of(node)) == ProcessMatch::Same;
             if lives {
                 answer.lives(*worker);
             }
@@ -51,7 +49,7 @@ impl Deaths {
 
 /// The process that is connected now as the node of a worker whose link is over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Process {
+enum ProcessMatch {
     /// The same process.
     Same,
     /// Another one: the worker was restarted.
@@ -60,7 +58,7 @@ enum Process {
     Unknown,
 }
 
-impl Process {
+impl ProcessMatch {
     fn of(before: u64, now: Option<u64>) -> Self {
         match now {
             Some(now) if now == 0 || before == 0 => Self::Unknown,
@@ -72,13 +70,13 @@ impl Process {
 }
 
 /// Returns true if a link that ended like this shows that the worker died.
-fn is_death(reason: &Closed, process: Process) -> bool {
+fn is_death(reason: &Closed, process: ProcessMatch) -> bool {
     match (reason, process) {
-        (_, Process::Same) => false,
+        (_, ProcessMatch::Same) => false,
         (Closed::Gone | Closed::Restarted | Closed::Silent, _) => true,
         // This head closes links that it has no use for: in quarantine, expelled, or replaced. A new process
         // has replaced one that died unnoticed.
-        (Closed::ByUs, process) => process == Process::Other,
+        (Closed::ByUs, process) => process == ProcessMatch::Other,
         // It said goodbye.
         (
             Closed::ByPeer {
@@ -103,20 +101,25 @@ mod tests {
             text: String::new(),
         };
         for reason in [Closed::Gone, Closed::Restarted, Closed::Silent] {
-            assert!(is_death(&reason, Process::Unknown) && is_death(&reason, Process::Other));
-            assert!(!is_death(&reason, Process::Same), "it connected again");
+            assert!(
+                is_death(&reason, ProcessMatch::Unknown) && is_death(&reason, ProcessMatch::Other)
+            );
+            assert!(!is_death(&reason, ProcessMatch::Same), "it connected again");
         }
         // In quarantine, expelled, or connected again.
-        assert!(!is_death(&Closed::ByUs, Process::Unknown));
-        assert!(!is_death(&Closed::ByUs, Process::Same));
-        assert!(is_death(&Closed::ByUs, Process::Other), "started anew");
+        assert!(!is_death(&Closed::ByUs, ProcessMatch::Unknown));
+        assert!(!is_death(&Closed::ByUs, ProcessMatch::Same));
+        assert!(is_death(&Closed::ByUs, ProcessMatch::Other), "started anew");
         for goodbye in [ErrorCode::OK, ErrorCode::DRAINING, ErrorCode::CANCELLED] {
-            assert!(!is_death(&by_peer(goodbye), Process::Unknown));
+            assert!(!is_death(&by_peer(goodbye), ProcessMatch::Unknown));
         }
-        assert!(is_death(&by_peer(ErrorCode::INTERNAL), Process::Unknown));
-        assert_eq!(Process::of(7, Some(7)), Process::Same);
-        assert_eq!(Process::of(7, Some(8)), Process::Other);
-        assert_eq!(Process::of(0, Some(0)), Process::Unknown);
-        assert_eq!(Process::of(7, None), Process::Unknown);
+        assert!(is_death(
+            &by_peer(ErrorCode::INTERNAL),
+            ProcessMatch::Unknown
+        ));
+        assert_eq!(ProcessMatch::of(7, Some(7)), ProcessMatch::Same);
+        assert_eq!(ProcessMatch::of(7, Some(8)), ProcessMatch::Other);
+        assert_eq!(ProcessMatch::of(0, Some(0)), ProcessMatch::Unknown);
+        assert_eq!(ProcessMatch::of(7, None), ProcessMatch::Unknown);
     }
 }

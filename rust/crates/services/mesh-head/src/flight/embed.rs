@@ -1,33 +1,30 @@
-//! Drives one request for embeddings: parts to workers, each part elsewhere when its worker dies, vectors
-//! back in order.
+//! Texts to embed: parts to workers, each part elsewhere when its worker dies, vectors back in order.
 
-use std::future::Future;
 use std::ops::Range;
-use std::pin::pin;
 use std::sync::Arc;
 use std::time::Instant;
 
 use bytes::BytesMut;
-use dcf::ErrorCode;
+use dcf::{ErrorCode, Message, MsgType};
 use futures::{StreamExt, TryStreamExt, stream};
 use mesh_control::affinity::estimate_tokens;
 use mesh_control::embedding::BatchLimits;
 use mesh_control::fair::{Ingress, Source};
-use mesh_control::placement::{AttemptEnd, Refusal};
-use mesh_control::request::{AnswerError, Failure, Fault, Lifecycle, Step};
+use mesh_control::placement::Refusal;
+use mesh_control::request::{AnswerError, Bounds, Lifecycle, Step};
 use mesh_control::router::{Purpose, Requirements};
-use mesh_net::quic::Link;
 use mesh_proto::{Done, Embed, EmbedInput, EmbedText, Embeddings, ModelKind};
-use tracing::{debug, info, warn};
+use prost::Message as _;
+use tracing::{debug, info};
 
-use super::deaths::Deaths;
-use super::outcome::{deadline_ms, outcome_of};
+use super::attempts::Flight;
+use super::codec::{AttemptTerms, Codec};
+use super::outcome::Account;
 use super::task::{EmbedTask, Embedded};
-use crate::mesh::{Assignment, Lease, Mesh, Route};
-use crate::metrics::{Front, Outcome};
-use crate::workers::requests::{
-    Said, embeddings_bytes, gets_on, next_embeddings, open_embed, progress_ms,
-};
+use crate::mesh::connection::{FromWorker, WorkerRequest};
+use crate::mesh::{Lease, Mesh, timestamp_us};
+use crate::metrics::Front;
+use crate::workers::requests::{embeddings_bytes, vectors};
 
 /// Runs a task to its end. Dropping the future cancels it. The memory of its answer is added to `lease`.
 ///
@@ -39,46 +36,16 @@ pub(crate) async fn embed(
     task: EmbedTask,
     lease: &mut Lease,
 ) -> Result<Embedded, AnswerError> {
-    let mut account = Account {
-        mesh,
-        front,
-        started: Instant::now(),
-        outcome: Outcome::Cancelled,
-    };
+    let mut account = Account::new(mesh, front);
     let id = task.id.clone();
     let texts = task.inputs.len();
     let result = run(mesh, task, lease).await;
-    account.outcome = match &result {
-        Ok(embedded) => {
-            mesh.metrics.prompt_tokens.inc_by(embedded.tokens);
-            mesh.metrics.embedded.inc_by(texts as u64);
-            Outcome::Complete
-        }
-        Err(error) => outcome_of(error),
-    };
-    if let Err(error) = &result
-        && matches!(account.outcome, Outcome::Failed | Outcome::Timeout)
-    {
-        warn!(request = id, %error, "no embeddings");
+    if let Ok(embedded) = &result {
+        mesh.metrics.prompt_tokens.inc_by(embedded.tokens);
+        mesh.metrics.embedded.inc_by(texts as u64);
     }
+    account.settle(&id, &result, "embeddings");
     result
-}
-
-/// Counts a request however it ends, also if the client goes away.
-struct Account<'a> {
-    mesh: &'a Mesh,
-    front: Front,
-    started: Instant,
-    outcome: Outcome,
-}
-
-impl Drop for Account<'_> {
-    fn drop(&mut self) {
-        let seconds = self.started.elapsed().as_secs_f64();
-        self.mesh
-            .metrics
-            .request_ended(self.front, self.outcome, seconds);
-    }
 }
 
 async fn run(
@@ -179,185 +146,95 @@ async fn part(
     task: &EmbedTask,
     index: usize,
     range: Range<usize>,
-    mut ask: Requirements,
+    ask: Requirements,
     dimensions: u32,
 ) -> Result<Embeddings, AnswerError> {
     let id = match index {
         0 => task.id.clone(),
         index => format!("{}.{index}", task.id),
     };
-    let texts = range.len();
-    let mut answer = Lifecycle::new(mesh.config.request_limits(), Instant::now());
-    let mut deaths = Deaths::default();
-    let mut rerun = false;
-    loop {
-        let placing = mesh.place(ask.clone(), rerun);
-        let assignment = match tokio::time::timeout_at(answer.deadline().into(), placing).await {
-            Ok(Ok(assignment)) => assignment,
-            Ok(Err(refusal)) => return Err(refusal.into()),
-            Err(_) => {
-                let late = Instant::now().max(answer.deadline());
-                return Err(match answer.time_passed(late) {
-                    Step::Fail(error, _) => error,
-                    _ => AnswerError::QueueTimeout(mesh.config.queue_timeout),
-                });
-            }
-        };
-        let placed = &assignment.placed;
-        let began = Instant::now();
-        deaths.review(&mut answer, mesh);
-        let resume = answer.placed(placed.worker, placed.estimate.finish, began);
-        answer.set_second_opinion(mesh.another(&ask, placed.worker));
-        debug!(
-            request = id,
-            worker = placed.name,
-            attempt = resume.attempt,
-            texts,
-            "placed"
-        );
-        let embed = Embed {
-            request_id: id.clone(),
-            model: placed.model.clone(),
-            inputs: task.inputs[range.clone()].to_vec(),
-            prompt_name: task.prompt_name.clone(),
-            dimensions: task.dimensions,
-            deadline_ms: deadline_ms(&answer),
-            progress_ms: progress_ms(mesh),
-        };
-        let step = match &assignment.route {
-            Route::Link(link) => {
-                let asking = ask_for_part(
-                    &mut answer,
-                    &assignment,
-                    link,
-                    embed,
-                    resume.attempt,
-                    dimensions,
-                );
-                match asking.await {
-                    Ok(Ok(embeddings)) => {
-                        answer.done(resume.attempt, Done::default(), Instant::now());
-                        if let Some(rejected) = answer.contradicted() {
-                            mesh.contradicted(rejected.worker, placed, &rejected.text);
-                        }
-                        assignment.prefilled();
-                        assignment.end(AttemptEnd::Complete);
-                        return Ok(embeddings);
-                    }
-                    Ok(Err(failure)) => {
-                        let failure = deaths.of(failure, &assignment, &mut answer, mesh);
-                        if link.close_reason().is_some() {
-                            // The link's own task will notice, too, but the next attempt must not find the
-                            // worker there.
-                            mesh.leave(placed.worker);
-                        }
-                        answer.failed(resume.attempt, failure)
-                    }
-                    Err(step) => step,
-                }
-            }
-            Route::Legacy(_) | Route::Gone => {
-                let gone = Failure::Lost("the worker left".into());
-                answer.failed(resume.attempt, gone)
-            }
-        };
-        match step {
-            Step::Again(ended) => {
-                if ended == AttemptEnd::Failed {
-                    if matches!(answer.fault(), Fault::Silence | Fault::Worker) {
-                        mesh.at_fault(&placed.key, &placed.name, &placed.model, began);
-                    }
-                    mesh.metrics.reruns.inc();
-                    info!(
-                        request = id,
-                        worker = placed.name,
-                        texts,
-                        "embedded again elsewhere"
-                    );
-                }
-                assignment.end(ended);
-                ask.avoid = answer.avoided();
-                ask.alone = answer.is_suspect();
-                rerun = true;
-            }
-            Step::Fail(error, ended) => {
-                assignment.end(ended);
-                return Err(error);
-            }
-            // Neither comes of a failure.
-            Step::Wait | Step::Emit(_) | Step::Complete(_) => {
-                return Err(AnswerError::Stalled(mesh.config.request_timeout));
-            }
-        }
-    }
-}
-
-/// Asks a worker for one part, for as long as it shows life; else returns the decision of the answer's core
-/// on the time that passed.
-async fn ask_for_part(
-    answer: &mut Lifecycle,
-    assignment: &Assignment,
-    link: &Link,
-    embed: Embed,
-    attempt: u32,
-    dimensions: u32,
-) -> Result<Result<Embeddings, Failure>, Step> {
-    let texts = embed.inputs.len();
-    let mut exchange = pin!(open_embed(link, embed, attempt));
-    let mut stream = loop {
-        match timeout_at(answer.next_timer(), &mut exchange).await {
-            Some(Ok(stream)) => break stream,
-            Some(Err(failure)) => return Ok(Err(failure)),
-            None => time_passed(answer, assignment)?,
-        }
+    let codec = EmbedCodec {
+        id,
+        task,
+        range,
+        dimensions,
+        embeddings: None,
     };
-    stream.limit(embeddings_bytes(texts, dimensions));
-    loop {
-        match timeout_at(
-            answer.next_timer(),
-            next_embeddings(&mut stream, texts, dimensions),
-        )
-        .await
-        {
-            Some(Ok(Said::Vectors(embeddings))) => {
-                let _ = stream.finish();
-                return Ok(Ok(embeddings));
-            }
-            Some(Ok(Said::Lives(progress))) => {
-                let seen = assignment.last_token_of_worker();
-                match answer.progressed(attempt, &progress, seen, Instant::now()) {
-                    Step::Wait => {}
-                    step => return Err(step),
-                }
-                if gets_on(&progress) {
-                    assignment.gave_sign();
-                }
-            }
-            Some(Ok(Said::Other)) => match answer.idled(attempt, Instant::now()) {
-                Step::Wait => {}
-                step => return Err(step),
-            },
-            Some(Err(failure)) => return Ok(Err(failure)),
-            None => time_passed(answer, assignment)?,
+    let mut flight = Flight::new(mesh, ask, Bounds::default(), codec);
+    flight.run().await?;
+    let embeddings = flight.codec.embeddings;
+    Ok(embeddings.expect("a part is complete when its vectors are here"))
+}
+
+/// The codec of one part: Embed out, Embeddings back. A worker sends all of them at once, so nothing is left
+/// of an attempt that failed.
+struct EmbedCodec<'a> {
+    id: String,
+    task: &'a EmbedTask,
+    /// The texts that it has.
+    range: Range<usize>,
+    /// Length of the vectors; 0 is unknown.
+    dimensions: u32,
+    embeddings: Option<Embeddings>,
+}
+
+impl Codec for EmbedCodec<'_> {
+    const ENDED_EARLY: &'static str = "the worker ended the stream without an answer";
+    const HAS_TOKENS: bool = false;
+
+    fn id(&self) -> &str {
+        &self.id
+    }
+
+    fn request(&self, start: &AttemptTerms<'_>) -> WorkerRequest {
+        let embed = Embed {
+            request_id: self.id.clone(),
+            model: start.placed.model.clone(),
+            inputs: self.task.inputs[self.range.clone()].to_vec(),
+            prompt_name: self.task.prompt_name.clone(),
+            dimensions: self.task.dimensions,
+            deadline_ms: start.deadline_ms,
+            progress_ms: start.progress_ms,
+        };
+        let (attempt, body) = (start.resume.attempt, embed.encode_to_vec());
+        WorkerRequest {
+            message: Message::new(MsgType::EMBED, attempt, timestamp_us(), body),
+            plain: None,
         }
     }
-}
 
-fn time_passed(answer: &mut Lifecycle, assignment: &Assignment) -> Result<(), Step> {
-    let now = Instant::now();
-    if answer.waits_untold(now) && assignment.is_busy() {
-        answer.excused_until(now);
+    fn message_bytes(&self, _: &Bounds) -> usize {
+        embeddings_bytes(self.range.len(), self.dimensions)
     }
-    match answer.time_passed(now) {
-        Step::Wait => Ok(()),
-        step => Err(step),
-    }
-}
 
-/// The output of `future`, or `None` if it is not ready before `due`.
-async fn timeout_at<T>(due: Option<Instant>, future: impl Future<Output = T>) -> Option<T> {
-    let due = due.unwrap_or_else(Instant::now);
-    tokio::time::timeout_at(due.into(), future).await.ok()
+    fn read(
+        &mut self,
+        incoming: FromWorker,
+        attempt: u32,
+        answer: &mut Lifecycle,
+        now: Instant,
+    ) -> Option<Step> {
+        let message = match incoming {
+            FromWorker::Message(message) if message.kind == MsgType::EMBEDDINGS => message,
+            _ => return None,
+        };
+        Some(match vectors(message, self.range.len(), self.dimensions) {
+            Ok(embeddings) => {
+                self.embeddings = Some(embeddings);
+                answer.done(attempt, Done::default(), now)
+            }
+            Err(failure) => answer.failed(attempt, failure),
+        })
+    }
+
+    fn log_rerun(&self, worker: &str, _: &Lifecycle) {
+        info!(
+            request = self.id,
+            worker,
+            texts = self.range.len(),
+            "embedded again elsewhere"
+        );
+    }
 }
 
 /// Tokens of a text, estimated.

@@ -10,12 +10,12 @@ pub(crate) enum Event {
     /// It waits for a worker with room.
     Queued,
     /// A worker has it; again after each rerun.
-    Placed(Placed),
+    Placed(ServedBy),
     /// Its worker reports the cause of its wait.
     Waits(Progress),
     /// The next piece of the answer.
     Delta(Delta),
-    /// The whole answer of a v5.0.0 worker, as it is.
+    /// The whole answer to a plain task, as it is.
     Whole(Bytes),
     /// The answer is complete.
     Complete(Complete),
@@ -25,7 +25,7 @@ pub(crate) enum Event {
 
 /// The worker and the model that answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Placed {
+pub(crate) struct ServedBy {
     /// Name of the model.
     pub model: String,
     /// Name of the worker.

@@ -1,14 +1,55 @@
-//! Parts that both kinds of requests share: the remaining time, and the outcome for the metrics.
+//! Parts that all kinds of requests share: the remaining time, and the outcome for the metrics.
 
 use std::time::Instant;
 
 use mesh_control::placement::Refusal;
 use mesh_control::request::{AnswerError, Lifecycle};
+use tracing::warn;
 
-use crate::metrics::Outcome;
+use crate::mesh::Mesh;
+use crate::metrics::{Front, Outcome};
+
+/// Counts a request however it ends, also if the client goes away.
+pub(super) struct Account<'a> {
+    mesh: &'a Mesh,
+    front: Front,
+    pub(super) started: Instant,
+    pub(super) outcome: Outcome,
+}
+
+impl<'a> Account<'a> {
+    pub(super) fn new(mesh: &'a Mesh, front: Front) -> Self {
+        Self {
+            mesh,
+            front,
+            started: Instant::now(),
+            outcome: Outcome::Cancelled,
+        }
+    }
+
+    /// Notes how the request ended. A failure of the mesh is logged as the lack of what was `wanted`.
+    pub(super) fn settle<T>(&mut self, id: &str, result: &Result<T, AnswerError>, wanted: &str) {
+        self.outcome = result
+            .as_ref()
+            .map_or_else(outcome_of, |_| Outcome::Complete);
+        if let Err(error) = result
+            && matches!(self.outcome, Outcome::Failed | Outcome::Timeout)
+        {
+            warn!(request = id, %error, "no {wanted}");
+        }
+    }
+}
+
+impl Drop for Account<'_> {
+    fn drop(&mut self) {
+        let seconds = self.started.elapsed().as_secs_f64();
+        let metrics = &self.mesh.metrics;
+        metrics.request_ended(self.front, self.outcome, seconds);
+    }
+}
 
 /// Milliseconds that a worker may spend; 0 is without limit.
-pub(crate) fn deadline_ms(answer: &Lifecycle) -> u64 {
+pub(super) fn deadline_ms(answer: &Lifecycle) -> u64 {
     let Some(last) = answer.last_moment() else {
         return 0;
     };
@@ -17,7 +58,7 @@ pub(crate) fn deadline_ms(answer: &Lifecycle) -> u64 {
 }
 
 /// Outcome, for the metrics, of a request that ends with this error.
-pub(crate) fn outcome_of(error: &AnswerError) -> Outcome {
+fn outcome_of(error: &AnswerError) -> Outcome {
     match error {
         AnswerError::Refused(Refusal::UnknownModel { .. } | Refusal::TooLong { .. })
         | AnswerError::Rejected { .. } => Outcome::Rejected,

@@ -12,7 +12,7 @@ use mesh_proto::{ChatMessage, EmbedInput, GenerateParams, Prompt};
 
 /// One answer to generate.
 #[derive(Debug, Clone)]
-pub(crate) struct Task {
+pub(crate) struct GenerateTask {
     /// Request id in the logs of all services.
     pub id: String,
     /// Model name; the head's default if absent.
@@ -21,15 +21,16 @@ pub(crate) struct Task {
     pub prompt: Arc<Prompt>,
     /// Sampling parameters and limits of the answer.
     pub params: GenerateParams,
-    /// The client's own payload, where a v5.0.0 worker may take it as it is.
-    pub legacy: Option<Bytes>,
+    /// Payload of the plain DCF task that asks for the same, where one can: the client's own if it came as
+    /// one.
+    pub plain: Option<Bytes>,
     /// The source of the task.
     pub source: Source,
     /// Prefixes of prompts are cached for tasks of the same salt only.
     pub salt: u64,
 }
 
-impl Task {
+impl GenerateTask {
     /// Limits on the answer of a worker.
     pub(crate) fn bounds(&self) -> Bounds {
         let (bytes, messages) = match &*self.prompt {
@@ -82,7 +83,7 @@ impl Task {
                 .min(USUAL_ANSWER),
             prefixes: prefixes(model, self.salt, &self.prompt),
             length: Length::of(&self.prompt),
-            legacy: self.legacy.is_some(),
+            plain: self.plain.is_some(),
             revision: self.params.revision().max(self.prompt.revision()),
             source: self.source,
             ..Requirements::default()

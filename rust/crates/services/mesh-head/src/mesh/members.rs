@@ -1,9 +1,10 @@
 //! Workers that join, report and leave.
 
 use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
 use std::time::{Instant, SystemTime};
 
-use dcf::{ErrorCode, Message};
+use dcf::{ErrorCode, Message, Version};
 use mesh_base::clock;
 use mesh_control::duplicates::{Duplicate, Machine};
 use mesh_control::registry::{Worker, WorkerId};
@@ -13,8 +14,8 @@ use mesh_net::trust::DUPLICATE_IDENTITY;
 use mesh_proto::{Hello, Load};
 use tokio::sync::mpsc;
 
-use super::exchange::LegacyWorker;
-use super::state::{CLOCK_TOLERANCE, Mesh, Peer, timestamp_us};
+use super::connection::Connection;
+use super::state::{CLOCK_TOLERANCE, ConnectedWorker, Mesh, timestamp_us};
 
 /// A worker that is connected with the identity of one that connects.
 #[derive(Debug)]
@@ -73,7 +74,7 @@ impl Mesh {
         }
         state.peers.insert(
             id,
-            Peer {
+            ConnectedWorker {
                 link: link.clone(),
                 orders,
                 heard_packets: 0,
@@ -153,7 +154,7 @@ impl Mesh {
 
     /// A worker's message with this timestamp came just now.
     pub(crate) fn clock_heard(&self, id: WorkerId, timestamp_us: u64) {
-        // v5.0.0 peers may send 0.
+        // It does not say.
         if timestamp_us == 0 {
             return;
         }
@@ -199,15 +200,21 @@ impl Mesh {
         self.turn(state, now);
     }
 
-    /// A worker without an identity is alive. True means that it is new.
-    pub(crate) fn legacy_heartbeat(&self, worker: LegacyWorker) -> bool {
+    /// A worker without an identity is alive, and takes plain tasks on this connection. True means that it is
+    /// new.
+    pub(crate) fn plain_heartbeat(
+        &self,
+        address: SocketAddr,
+        version: Version,
+        connection: Arc<dyn Connection>,
+    ) -> bool {
         let now = Instant::now();
         let mut state = self.lock();
-        let new = state
-            .placement
-            .registry
-            .legacy_heartbeat(worker.address, worker.version, now)
-            .is_some_and(|(_, new)| new);
+        let registry = &mut state.placement.registry;
+        let Some((id, new)) = registry.plain_heartbeat(address, version, now) else {
+            return false;
+        };
+        state.plain.insert(id, connection);
         if new {
             self.pump(&mut state, now);
         }

@@ -7,11 +7,11 @@
 //! - [`members`], [`models`], [`nodes`], [`rings`]: events of workers, and their effects on the cores;
 //! - [`placing`], [`lease`]: a worker and memory for each request;
 //! - [`findings`]: faults of workers; [`tick`]: periodic work;
-//! - [`exchange`]: tasks with workers of DCF v5.0.0 and v5.1; [`sessions`]: keys of heartbeats;
+//! - [`connection`]: a connection to a worker, whatever carries it; [`sessions`]: keys of heartbeats;
 //! - [`drains`], [`pins`]: state that outlasts a restart.
 
+pub(crate) mod connection;
 mod drains;
-pub(crate) mod exchange;
 mod findings;
 mod lease;
 mod members;
@@ -25,6 +25,6 @@ mod state;
 mod tick;
 
 pub(crate) use lease::Lease;
-pub(crate) use placing::{Assignment, Route};
+pub(crate) use placing::Assignment;
 pub(crate) use rings::RingRole;
 pub(crate) use state::{Mesh, timestamp_us};

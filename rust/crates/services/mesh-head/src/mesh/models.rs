@@ -7,10 +7,10 @@ use std::time::Instant;
 
 use dcf::{Message, MsgType};
 use mesh_control::registry::{Worker, WorkerId};
-use mesh_control::tracker::{Action, Conflict, Note, Pin, PinError, TrackedModel};
+use mesh_control::tracker::{Action, Conflict, Pin, PinError, TrackedModel};
 use mesh_proto::{Models, Served};
 use prost::Message as _;
-use tracing::{error, info, warn};
+use tracing::{error, info};
 
 use super::state::{Mesh, State, timestamp_us};
 
@@ -103,7 +103,7 @@ impl Mesh {
             .filter(|one| !state.mixed.contains(&one.name))
         {
             error!(model = conflict.name, "{}", conflict.advice());
-            self.metrics.name_conflict();
+            self.metrics.name_conflicts_found.inc();
         }
         state.mixed = conflicts
             .into_iter()
@@ -132,70 +132,10 @@ impl Mesh {
                         self.order(state, id, &node, order, now);
                     }
                 }
-                Action::Note(note) => self.note_model(note),
                 Action::KeepPins => self.pins_file.keep(state.tracker.pins()),
             }
         }
-    }
-
-    fn note_model(&self, note: Note) {
-        match note {
-            Note::Download {
-                model,
-                worker,
-                instead: None,
-            } => info!(
-                model,
-                worker, "one worker gets the model from outside the mesh"
-            ),
-            Note::Download {
-                model,
-                worker,
-                instead: Some(why),
-            } => warn!(
-                model,
-                worker, why, "another worker gets the model from outside the mesh"
-            ),
-            Note::Failed {
-                model,
-                worker,
-                reason,
-            } => warn!(
-                model,
-                worker, reason, "the worker could not get the model from outside the mesh"
-            ),
-            Note::Bad {
-                model,
-                accused,
-                accuser,
-                reason,
-            } => {
-                warn!(
-                    model,
-                    worker = accused,
-                    accuser,
-                    reason,
-                    "worker reported: it sent something else than the model's manifest says"
-                );
-                self.metrics.bad_source(&accused);
-            }
-            Note::Moved {
-                model,
-                worker,
-                before,
-                now,
-            } => warn!(
-                model,
-                worker,
-                before,
-                now,
-                "the worker that had this model first replaced it, and no worker has the old one: the name means the new one"
-            ),
-            Note::Conflict(conflict) => {
-                error!(model = conflict.name, "{}", conflict.advice());
-                self.metrics.name_conflict();
-            }
-        }
+        self.metrics.tracked(&state.tracker.take_counts());
     }
 }
 

@@ -9,11 +9,10 @@ use mesh_control::placement::{AttemptEnd, Decision, Placed, ReceivedTokens, Refu
 use mesh_control::registry::{TokenClock, WorkerId};
 use mesh_control::rings::Prospect;
 use mesh_control::router::Requirements;
-use mesh_net::quic::Link;
 use mesh_proto::ModelKind;
 use tokio::sync::oneshot;
 
-use super::exchange::LegacyWorker;
+use super::connection::Connection;
 use super::state::{Mesh, State};
 
 impl Mesh {
@@ -115,17 +114,6 @@ impl Mesh {
         placed: Placed,
     ) -> Assignment {
         let worker = state.placement.registry.get(placed.worker);
-        let route = match (state.peers.get(&placed.worker), worker) {
-            (Some(peer), _) => Route::Link(peer.link.clone()),
-            (None, Some(worker)) => match worker.legacy_version() {
-                Some(version) => Route::Legacy(LegacyWorker {
-                    address: worker.address,
-                    version,
-                }),
-                None => Route::Gone,
-            },
-            (None, None) => Route::Gone,
-        };
         self.gauge(state);
         Assignment {
             mesh: self.clone(),
@@ -135,8 +123,8 @@ impl Mesh {
             of_model: worker
                 .and_then(|worker| worker.model(&placed.model))
                 .map(|model| model.tokens_seen.clone()),
+            connection: state.connection(placed.worker),
             placed,
-            route,
             ended: AttemptEnd::Cancelled,
             received: Mutex::default(),
         }
@@ -185,17 +173,6 @@ impl Mesh {
     }
 }
 
-/// Route to the worker of an [`Assignment`].
-#[derive(Debug, Clone)]
-pub(crate) enum Route {
-    /// Over its link.
-    Link(Link),
-    /// Plain DCF over UDP.
-    Legacy(LegacyWorker),
-    /// The worker left in the same moment.
-    Gone,
-}
-
 /// A request's place in the queue; leaving early gives it up.
 struct PlaceInQueue<'a> {
     mesh: &'a Mesh,
@@ -227,8 +204,8 @@ pub(crate) struct Assignment {
     ticket: Ticket,
     /// The worker and the expected time of the answer.
     pub placed: Placed,
-    /// Route to the worker.
-    pub route: Route,
+    /// Connection to the worker; `None` if it left in the same moment.
+    pub connection: Option<Arc<dyn Connection>>,
     /// The worker's process; 0 is unknown.
     pub process: u64,
     ended: AttemptEnd,
@@ -268,6 +245,14 @@ impl Assignment {
             seen.note(Instant::now());
         }
         self.first_token();
+    }
+
+    /// The model that the worker's faults count for; empty for a worker that does not report its models.
+    pub(crate) fn faulted_model(&self) -> &str {
+        match self.of_model {
+            Some(_) => &self.placed.model,
+            None => "",
+        }
     }
 
     /// Arrival of the last token from this worker, for any request.

@@ -8,15 +8,14 @@ use std::time::{Duration, Instant};
 
 use dcf::{ErrorCode, Message, MsgType};
 use mesh_control::registry::{Registry, Worker, WorkerId};
-use mesh_control::rings::{Action, Note, Prospect, Rings};
+use mesh_control::rings::{Action, Prospect, Rings};
 use mesh_proto::{Offer, PathProfile, RingState};
 use prost::Message as _;
 use tokio::sync::watch;
-use tracing::{debug, info, warn};
+use tracing::{debug, warn};
 
 use super::drains;
 use super::state::{Mesh, State, timestamp_us};
-use crate::metrics::Verdict;
 
 /// State of a worker as the driver of a ring.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -43,7 +42,7 @@ impl Mesh {
             warn!(
                 worker = worker.name,
                 port = offer.ring_port,
-                "offer not taken: its ring port is none"
+                "ignoring offer: invalid ring port"
             );
             return;
         };
@@ -167,10 +166,11 @@ impl Mesh {
                 break;
             }
             for action in actions {
-                changed |= !matches!(action, Action::Note(_) | Action::Ask { .. });
+                changed |= !matches!(action, Action::Ask { .. });
                 self.carry_out(state, action, now);
             }
         }
+        self.metrics.ring_events(&state.rings.take_counts());
         self.turn_models(state, now);
         state.placement.set_prospects(state.rings.prospects());
         if changed {
@@ -251,7 +251,6 @@ impl Mesh {
                     peer.link.ask();
                 }
             }
-            Action::Note(note) => self.note(note),
         }
     }
 
@@ -279,109 +278,6 @@ impl Mesh {
         state.rings.left(node, "it does not take its orders", now);
         state.tracker.left(node);
     }
-
-    fn note(&self, note: Note) {
-        match note {
-            Note::Formed {
-                ring,
-                model,
-                layout,
-                reason,
-            } => info!(ring = hex(ring), model, layout, reason, "ring planned"),
-            Note::Serving {
-                ring,
-                epoch,
-                model,
-                driver,
-            } => info!(ring = hex(ring), epoch, model, driver, "ring serves"),
-            Note::Failover {
-                ring,
-                epoch,
-                model,
-                reason,
-            } => {
-                warn!(ring = hex(ring), epoch, model, reason, "ring fails over");
-                self.metrics.failover(&model);
-            }
-            Note::Standbys {
-                ring,
-                model,
-                reason,
-            } => info!(
-                ring = hex(ring),
-                model, reason, "standbys of a ring changed"
-            ),
-            Note::Moved {
-                ring,
-                epoch,
-                model,
-                reason,
-            } => info!(
-                ring = hex(ring),
-                epoch, model, reason, "stages of a ring moved"
-            ),
-            Note::Dissolved {
-                ring,
-                model,
-                reason,
-                planned: true,
-            } => info!(ring = hex(ring), model, reason, "ring dissolved"),
-            Note::Dissolved {
-                ring,
-                model,
-                reason,
-                planned: false,
-            } => warn!(ring = hex(ring), model, reason, "ring dissolved"),
-            Note::Doubted { ring, name, by } => {
-                info!(
-                    ring = hex(ring),
-                    worker = name,
-                    by,
-                    "a member does not reach another one, which this head hears"
-                );
-                self.metrics.suspicion(Verdict::Doubted);
-            }
-            Note::Relinked {
-                ring,
-                epoch,
-                model,
-                reason,
-            } => {
-                warn!(ring = hex(ring), epoch, model, reason, "ring linked anew");
-                self.metrics.suspicion(Verdict::Relinked);
-            }
-            Note::Unplanned { model, reason } => {
-                warn!(model, reason, "no ring can be made of what workers offer");
-            }
-            Note::Suspected { name, reason } => {
-                warn!(worker = name, reason, "worker suspected");
-                self.metrics.suspicion(Verdict::Lost);
-            }
-            Note::Recovered {
-                ring,
-                model,
-                recovery,
-            } => {
-                info!(
-                    ring = hex(ring),
-                    model,
-                    gap_ms = recovery.gap_us / 1000,
-                    rows = recovery.rows,
-                    requests = recovery.requests,
-                    "ring recovered"
-                );
-                // Without a request there was no gap that anybody noticed.
-                if recovery.requests > 0 {
-                    self.metrics
-                        .ring_gap(&model, Duration::from_micros(recovery.gap_us));
-                }
-            }
-        }
-    }
-}
-
-fn hex(ring: u64) -> String {
-    format!("{ring:016x}")
 }
 
 /// Far more than follow from one another; what is left is done at the next turn.

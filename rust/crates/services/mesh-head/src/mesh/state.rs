@@ -2,11 +2,11 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 use std::time::{Instant, SystemTime};
 
-use dcf::Message;
+use dcf::{ErrorCode, Message};
 use mesh_control::duplicates::Duplicates;
 use mesh_control::fair::Ticket;
 use mesh_control::held_back::HeldBack;
@@ -21,8 +21,8 @@ use mesh_service::health::Health;
 use mesh_service::shutdown::Shutdown;
 use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 
+use super::connection::Connection;
 use super::drains;
-use super::exchange::{BusSender, Exchange};
 use super::pins::PinsFile;
 use super::sessions::Sessions;
 use crate::config::Config;
@@ -44,10 +44,6 @@ pub struct Mesh {
     pub(crate) health: Health,
     /// Begins when the head is told to stop.
     pub(crate) shutdown: Shutdown,
-    /// Tasks that v5.0.0 workers have.
-    pub(crate) exchange: Exchange,
-    /// Sends Tasks to v5.0.0 workers.
-    pub(crate) bus: BusSender,
     /// Keys of sealed heartbeats.
     pub(crate) sessions: Sessions,
     /// Nodes that are no longer part of the mesh.
@@ -84,14 +80,16 @@ pub(super) struct State {
     pub(super) gauged: Option<Instant>,
     /// Time of the last check for workers that had been heard.
     pub(super) listened: Option<Instant>,
-    pub(super) peers: BTreeMap<WorkerId, Peer>,
+    pub(super) peers: BTreeMap<WorkerId, ConnectedWorker>,
+    /// Connections to workers without an identity.
+    pub(super) plain: BTreeMap<WorkerId, Arc<dyn Connection>>,
     pub(super) waiting: HashMap<Ticket, oneshot::Sender<Result<Placed, Refusal>>>,
     pub(super) next_ticket: u64,
 }
 
 /// A connected worker.
 #[derive(Debug)]
-pub(super) struct Peer {
+pub(super) struct ConnectedWorker {
     pub(super) link: Link,
     /// Goes out on its control stream.
     pub(super) orders: mpsc::Sender<Message>,
@@ -104,6 +102,24 @@ pub(super) struct Peer {
     pub(super) host: String,
 }
 
+impl State {
+    /// The connection to a worker.
+    pub(super) fn connection(&self, id: WorkerId) -> Option<Arc<dyn Connection>> {
+        match self.peers.get(&id) {
+            Some(peer) => Some(Arc::new(peer.link.clone())),
+            None => self.plain.get(&id).cloned(),
+        }
+    }
+
+    /// Takes out the connection to a worker that is no longer in the registry.
+    pub(super) fn take_connection(&mut self, id: WorkerId) -> Option<Arc<dyn Connection>> {
+        match self.peers.remove(&id) {
+            Some(peer) => Some(Arc::new(peer.link)),
+            None => self.plain.remove(&id),
+        }
+    }
+}
+
 impl Mesh {
     /// A mesh without workers.
     ///
@@ -114,7 +130,6 @@ impl Mesh {
         metrics: HeadMetrics,
         health: Health,
         shutdown: Shutdown,
-        bus: BusSender,
         deny_list: DenyList,
     ) -> io::Result<Arc<Self>> {
         let placement = Placement::new(
@@ -136,6 +151,7 @@ impl Mesh {
             gauged: None,
             listened: None,
             peers: BTreeMap::new(),
+            plain: BTreeMap::new(),
             waiting: HashMap::new(),
             next_ticket: 0,
         };
@@ -147,8 +163,6 @@ impl Mesh {
             metrics,
             health,
             shutdown,
-            exchange: Exchange::default(),
-            bus,
             sessions: Sessions::default(),
             deny_list,
             started: SystemTime::now(),
@@ -165,11 +179,6 @@ impl Mesh {
         self.live().trusts(source)
     }
 
-    /// True if a worker without an identity may register from this address.
-    pub(crate) fn admits_legacy_worker(&self, source: IpAddr) -> bool {
-        self.live().admits_legacy_worker(source)
-    }
-
     /// The configuration whose reloadable keys are in effect.
     pub fn live(&self) -> RwLockReadGuard<'_, Config> {
         self.live.read().unwrap_or_else(PoisonError::into_inner)
@@ -180,14 +189,16 @@ impl Mesh {
         *self.live.write().unwrap_or_else(PoisonError::into_inner) = fresh;
         let now = Instant::now();
         let mut state = self.lock();
+        let refused = |worker: &&Worker| {
+            !worker.has_identity() && !self.live().admits_without_identity(worker.address.ip())
+        };
         let workers = state.placement.registry.iter();
-        let gone: Vec<(WorkerId, SocketAddr)> = workers
-            .filter(|worker| worker.is_legacy() && !self.admits_legacy_worker(worker.address.ip()))
-            .map(|worker| (worker.id, worker.address))
-            .collect();
-        for (id, address) in gone {
+        let gone: Vec<WorkerId> = workers.filter(refused).map(|worker| worker.id).collect();
+        for id in gone {
             state.placement.leave(id, now);
-            self.exchange.abandon(address);
+            if let Some(connection) = state.take_connection(id) {
+                connection.close(ErrorCode::UNAUTHORIZED, "not admitted any more");
+            }
         }
         self.turn(&mut state, now);
     }

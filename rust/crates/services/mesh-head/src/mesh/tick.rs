@@ -1,16 +1,18 @@
 //! Periodic work: silent workers, readiness, gauges, warnings.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
-use dcf::{ErrorCode, Version};
+use dcf::ErrorCode;
 use mesh_base::clock;
 use mesh_control::duplicates::Duplicate;
 use mesh_control::held_back::HeldMessages;
-use mesh_control::registry::{ServedModel, Service, Worker, WorkerId};
+use mesh_control::registry::{KINDS, ServedModel, Service, Worker, WorkerId};
 use mesh_control::spotcheck::CheckState;
 use mesh_control::tracker::Conflict;
 
-use super::state::{CLOCK_TOLERANCE, Mesh, Peer, State};
+use super::connection::Connection;
+use super::state::{CLOCK_TOLERANCE, Mesh, State};
 use crate::ids;
 
 impl Mesh {
@@ -50,9 +52,9 @@ impl Mesh {
         state.listen(now);
         self.look_at_links(&mut state, now);
         let pruned = state.placement.prune(now);
-        let peers: Vec<Peer> = pruned
+        let silent: Vec<Arc<dyn Connection>> = pruned
             .iter()
-            .filter_map(|worker| state.peers.remove(&worker.id))
+            .filter_map(|worker| state.take_connection(worker.id))
             .collect();
         for node in pruned.iter().filter_map(Worker::node_id) {
             state.rings.left(node, "it was silent for too long", now);
@@ -66,14 +68,10 @@ impl Mesh {
         self.turn(&mut state, now);
         let readiness = self.readiness(&state, None);
         let registry = &state.placement.registry;
-        let speak = |version| {
-            let same = registry
-                .iter()
-                .filter(|worker| worker.legacy_version() == version);
-            same.count()
-        };
-        let old = [Version::V5_0, Version::V5_1].map(|version| (version, speak(Some(version))));
-        self.metrics.workers(speak(None), old);
+        self.metrics.workers(KINDS.map(|kind| {
+            let same = registry.iter().filter(|worker| worker.kind() == kind);
+            (kind, same.count())
+        }));
         let conflicts = state.tracker.conflicts().len() + state.mixed.len();
         self.metrics
             .name_conflicts
@@ -86,12 +84,9 @@ impl Mesh {
                 timeout_seconds = self.config.worker_timeout.as_secs_f64(),
                 "worker pruned: it was silent for too long"
             );
-            if worker.is_legacy() {
-                self.exchange.abandon(worker.address);
-            }
         }
-        for peer in peers {
-            peer.link.close(ErrorCode::TIMEOUT, "no sign of life");
+        for connection in silent {
+            connection.close(ErrorCode::TIMEOUT, "no sign of life");
         }
         match readiness {
             Ok(()) => self.health.set_ready(),
@@ -153,7 +148,7 @@ impl Mesh {
             .placement
             .registry
             .iter()
-            .filter(|worker| !worker.is_legacy());
+            .filter(|worker| worker.has_identity());
         self.metrics
             .clocks(offsets.map(|worker| (worker.name.clone(), worker.clock_offset)));
     }
@@ -184,9 +179,9 @@ impl Mesh {
                     && in_service
                     && asked.is_none_or(|asked| asked == model.card.name)
             };
-            // A v5.0.0 worker cannot be asked for one token, so its heartbeat has to do.
+            // A worker without an identity cannot be asked for one token, so its heartbeat has to do.
             worker.models.iter().any(proven)
-                || (worker.is_legacy() && !worker.draining && asked.is_none())
+                || (!worker.has_identity() && !worker.draining && asked.is_none())
         };
         if registry.iter().any(answers) {
             return Ok(());

@@ -5,7 +5,6 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use bytes::Bytes;
 use dcf::{ErrorCode, Message, MsgType};
 use futures::StreamExt;
 use futures::stream::FuturesUnordered;
@@ -13,15 +12,15 @@ use mesh_control::registry::WorkerId;
 use mesh_control::registry::proofs::Proof;
 use mesh_control::request::{Bounds, Delta, Failure, Lifecycle, Step};
 use mesh_control::spotcheck::{self, Position, Sample};
-use mesh_net::quic::{Link, StreamFailure};
+use mesh_net::quic::{Link, MsgStream, StreamFailure};
 use mesh_proto::{
-    Chat, ChatMessage, Done, Embed, EmbedInput, EmbedText, Generate, GenerateParams, ModelKind,
-    Progress, Prompt, RequestPhase, Tokens,
+    Chat, ChatMessage, Embed, EmbedInput, EmbedText, Generate, GenerateParams, ModelKind, Progress,
+    Prompt, RequestPhase, Tokens,
 };
 use prost::Message as _;
 use tracing::{debug, info, warn};
 
-use super::requests::{self, error_of, gets_on, progress_ms};
+use super::requests::{self, WorkerReply, gets_on, progress_ms};
 use crate::ids;
 use crate::mesh::{Mesh, RingRole, timestamp_us};
 
@@ -201,18 +200,9 @@ impl Probe<'_> {
             progress_ms: progress_ms(self.mesh),
             ..Default::default()
         };
-        let message = Message::new(
-            MsgType::GENERATE,
-            1,
-            timestamp_us(),
-            Bytes::from(generate.encode_to_vec()),
-        );
-        let opening = async {
-            let mut stream = link.open().await?;
-            stream.send(message).await?;
-            Ok::<_, StreamFailure>(stream)
-        };
-        let mut stream = self.while_alive(opening).await??;
+        let body = generate.encode_to_vec();
+        let request = Message::new(MsgType::GENERATE, 1, timestamp_us(), body);
+        let mut stream = self.while_alive(requests::open(link, request)).await??;
         let bounds = Bounds {
             tokens: spotcheck::TOKENS,
             alternatives: Some(spotcheck::ALTERNATIVES),
@@ -229,17 +219,11 @@ impl Probe<'_> {
         let (mut first, mut last) = (None, Instant::now());
         let mut after_first = 0;
         loop {
-            let received = self.while_alive(stream.recv()).await??;
+            let said = self.next(&mut stream).await?;
             let now = Instant::now();
-            let Some(message) = received else {
-                return Err(Unproven::Failed("it ended the stream".into()));
-            };
-            let unreadable =
-                |kind| Unproven::Failed(format!("it sent a {kind} that cannot be read"));
-            let step = match message.kind {
-                MsgType::TOKENS => {
-                    let tokens =
-                        Tokens::decode(message.payload).map_err(|_| unreadable(MsgType::TOKENS))?;
+            let step = match said {
+                WorkerReply::Work(message) if message.kind == MsgType::TOKENS => {
+                    let tokens: Tokens = requests::read(message)?;
                     if !tokens.tokens.is_empty() {
                         match first {
                             None => first = Some(now),
@@ -250,21 +234,11 @@ impl Probe<'_> {
                     }
                     answer.tokens_came(attempt, tokens, now)
                 }
-                MsgType::DONE => {
-                    let done =
-                        Done::decode(message.payload).map_err(|_| unreadable(MsgType::DONE))?;
-                    answer.done(attempt, done, now)
+                WorkerReply::Work(message) if message.kind == MsgType::DONE => {
+                    answer.done(attempt, requests::read(message)?, now)
                 }
-                MsgType::PROGRESS => {
-                    if let Ok(progress) = Progress::decode(message.payload) {
-                        self.lives(&progress)?;
-                    }
-                    answer.idled(attempt, now)
-                }
-                _ => match message.error_body() {
-                    Some(_) => return Err(error_of(&message).into()),
-                    None => answer.idled(attempt, now),
-                },
+                WorkerReply::Progress(_) | WorkerReply::Work(_) => answer.idled(attempt, now),
+                WorkerReply::Failed(failure) => return Err(failure.into()),
             };
             match step {
                 Step::Wait => {}
@@ -313,25 +287,34 @@ impl Probe<'_> {
             ..Default::default()
         };
         let dimensions = self.proof.dimensions;
-        let mut stream = self
-            .while_alive(requests::open_embed(link, embed, 0))
-            .await??;
+        let request = Message::new(MsgType::EMBED, 0, timestamp_us(), embed.encode_to_vec());
+        let mut stream = self.while_alive(requests::open(link, request)).await??;
         stream.limit(requests::embeddings_bytes(1, dimensions));
         loop {
-            match self
-                .while_alive(requests::next_embeddings(&mut stream, 1, dimensions))
-                .await??
-            {
-                requests::Said::Vectors(answer) => {
+            match self.next(&mut stream).await? {
+                WorkerReply::Work(message) if message.kind == MsgType::EMBEDDINGS => {
+                    let embeddings = requests::vectors(message, 1, dimensions)?;
                     let _ = stream.finish();
-                    let numbers = answer.vectors.chunks_exact(4);
-                    let numbers = numbers.map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]));
+                    let numbers = embeddings.vectors.as_chunks::<4>().0.iter();
+                    let numbers = numbers.map(|bytes| f32::from_le_bytes(*bytes));
                     return Ok(Sample::Vector(numbers.collect()));
                 }
-                requests::Said::Lives(progress) => self.lives(&progress)?,
-                requests::Said::Other => {}
+                WorkerReply::Progress(_) | WorkerReply::Work(_) => {}
+                WorkerReply::Failed(failure) => return Err(failure.into()),
             }
         }
+    }
+
+    /// The worker's next message, as long as it shows life.
+    async fn next(&mut self, stream: &mut MsgStream) -> Result<WorkerReply, Unproven> {
+        let Some(message) = self.while_alive(stream.recv()).await?? else {
+            return Err(Unproven::Failed("it ended the stream".into()));
+        };
+        let said = requests::reply_in(message);
+        if let WorkerReply::Progress(progress) = &said {
+            self.lives(progress)?;
+        }
+        Ok(said)
     }
 
     /// The output of `future`, as long as the worker shows life.

@@ -2,15 +2,101 @@
 
 use std::time::Duration;
 
-use dcf::{Message, MsgType};
+use dcf::{ErrorCode, Message, MsgType};
+use futures::future::BoxFuture;
 use mesh_control::embedding::check;
 use mesh_control::request::Failure;
-use mesh_net::quic::{Link, MsgStream, StreamFailure};
-use mesh_proto::{Embed, Embeddings, Progress};
-use prost::Message as _;
-use tracing::debug;
+use mesh_net::quic::{Closed, Link, MsgStream, StreamFailure};
+use mesh_proto::{Embeddings, Progress};
 
-use crate::mesh::{Mesh, timestamp_us};
+use crate::mesh::Mesh;
+use crate::mesh::connection::{AttemptStream, Connection, FromWorker, WorkerRequest};
+
+impl Connection for Link {
+    fn open(
+        &self,
+        request: WorkerRequest,
+    ) -> BoxFuture<'_, Result<Box<dyn AttemptStream>, Failure>> {
+        Box::pin(async move {
+            let stream = open(self, request.message).await.map_err(lost)?;
+            Ok(Box::new(stream) as Box<dyn AttemptStream>)
+        })
+    }
+
+    fn close_reason(&self) -> Option<Closed> {
+        self.close_reason()
+    }
+
+    fn close(&self, code: ErrorCode, text: &str) {
+        self.close(code, text);
+    }
+}
+
+impl AttemptStream for MsgStream {
+    fn limit(&mut self, bytes: usize) {
+        self.limit(bytes);
+    }
+
+    fn receive(&mut self) -> BoxFuture<'_, Result<FromWorker, Failure>> {
+        Box::pin(async move {
+            let message = self.recv().await.map_err(lost)?;
+            Ok(message.map_or(FromWorker::End, FromWorker::Message))
+        })
+    }
+
+    fn finish(&mut self) {
+        // The worker has sent its last message; only the confirmation of its receipt is left to send.
+        let _ = self.finish();
+    }
+}
+
+/// Opens the stream of a request. Dropped early it is reset, which cancels the request there.
+pub(super) async fn open(link: &Link, request: Message) -> Result<MsgStream, StreamFailure> {
+    let mut stream = link.open().await?;
+    stream.send(request).await?;
+    Ok(stream)
+}
+
+fn lost(error: StreamFailure) -> Failure {
+    Failure::Lost(error.to_string())
+}
+
+/// A worker's message on the stream of a request of any kind.
+pub(crate) enum WorkerReply {
+    /// The request lives, and waits for this.
+    Progress(Progress),
+    /// The worker gives the request up, or sends what cannot be read.
+    Failed(Failure),
+    /// A message of this kind of work, or one that this version does not know.
+    Work(Message),
+}
+
+/// Reads the messages that all kinds of work have.
+pub(crate) fn reply_in(message: Message) -> WorkerReply {
+    match message.kind {
+        MsgType::PROGRESS => read(message).map_or_else(WorkerReply::Failed, WorkerReply::Progress),
+        MsgType::ERROR => WorkerReply::Failed(error_of(&message)),
+        _ => WorkerReply::Work(message),
+    }
+}
+
+/// The body of a worker's message.
+pub(crate) fn read<T: prost::Message + Default>(message: Message) -> Result<T, Failure> {
+    let kind = message.kind;
+    T::decode(message.payload)
+        .map_err(|_| Failure::Nonsense(format!("the worker sent a {kind} that cannot be read")))
+}
+
+/// The vectors of this many texts. `dimensions` of 0 means an unknown length.
+pub(crate) fn vectors(
+    message: Message,
+    texts: usize,
+    dimensions: u32,
+) -> Result<Embeddings, Failure> {
+    let embeddings = read(message)?;
+    check(&embeddings, texts, dimensions).map_err(Failure::Nonsense)?;
+    Ok(embeddings)
+}
 
 /// Bytes of an answer with `texts` vectors; `dimensions` of 0 means an unknown length.
 pub(crate) fn embeddings_bytes(texts: usize, dimensions: u32) -> usize {
@@ -22,61 +108,6 @@ pub(crate) fn embeddings_bytes(texts: usize, dimensions: u32) -> usize {
     texts
         .saturating_mul(dimensions * 4 + 8)
         .saturating_add(64 << 10)
-}
-
-/// A worker's message on the stream of an Embed.
-pub(crate) enum Said {
-    Vectors(Embeddings),
-    Lives(Progress),
-    /// Something that this version does not know.
-    Other,
-}
-
-/// Opens the stream of an Embed. Dropped early it is reset, which cancels the request there.
-pub(crate) async fn open_embed(
-    link: &Link,
-    embed: Embed,
-    attempt: u32,
-) -> Result<MsgStream, Failure> {
-    let body = embed.encode_to_vec();
-    let message = Message::new(MsgType::EMBED, attempt, timestamp_us(), body);
-    let mut stream = link.open().await.map_err(lost)?;
-    stream.send(message).await.map_err(lost)?;
-    Ok(stream)
-}
-
-/// The next message on the stream of an Embed of so many texts.
-pub(crate) async fn next_embeddings(
-    stream: &mut MsgStream,
-    texts: usize,
-    dimensions: u32,
-) -> Result<Said, Failure> {
-    let Some(message) = stream.recv().await.map_err(lost)? else {
-        let text = "the worker ended the stream without an answer";
-        return Err(Failure::Lost(text.to_owned()));
-    };
-    let unreadable =
-        |kind: MsgType| Failure::Nonsense(format!("the worker sent a {kind} that cannot be read"));
-    match message.kind {
-        MsgType::EMBEDDINGS => {
-            let embeddings =
-                Embeddings::decode(message.payload).map_err(|_| unreadable(MsgType::EMBEDDINGS))?;
-            check(&embeddings, texts, dimensions).map_err(Failure::Nonsense)?;
-            Ok(Said::Vectors(embeddings))
-        }
-        MsgType::PROGRESS => Progress::decode(message.payload)
-            .map(Said::Lives)
-            .map_err(|_| unreadable(MsgType::PROGRESS)),
-        MsgType::ERROR => Err(error_of(&message)),
-        other => {
-            debug!(kind = %other, "unexpected on a request's stream");
-            Ok(Said::Other)
-        }
-    }
-}
-
-fn lost(error: StreamFailure) -> Failure {
-    Failure::Lost(error.to_string())
 }
 
 /// Numbers of a vector of unknown length.

@@ -567,6 +567,13 @@ async fn embed(stream: MsgStream, message: Message, script: &Script, seen: &Seen
             .then(|| Duration::from_millis(u64::from(embed.progress_ms)));
         let waits = tokio::time::sleep(script.prefill);
         meanwhile(&mut send, signs, RequestPhase::Queued, waits).await;
+        if let Fate::FailsAfter(_, code) = script.fate {
+            let failed = Message::error(0, 0, code, "it fails");
+            if send.send(failed).await.is_ok() {
+                finish(send).await;
+            }
+            return;
+        }
     }
     let texts = embed.inputs.len();
     let one: Vec<u8> = [1.0f32, 0.0, 0.0, 0.0]

@@ -28,7 +28,7 @@ pub(crate) const LAYERS: u32 = 12;
 const MIB: u64 = 1 << 20;
 
 /// A worker that offers layers.
-pub(crate) struct Shard {
+pub(crate) struct RingWorker {
     pub(crate) name: String,
     pub(crate) node_id: String,
     pub(crate) seen: Arc<Seen>,
@@ -45,7 +45,7 @@ pub(crate) struct Shard {
     serving: AbortHandle,
 }
 
-impl Shard {
+impl RingWorker {
     /// Joins and offers the model; there is room for so many layers. Who has room to spare is slow, so that
     /// it becomes a standby and no member.
     pub(crate) async fn join(head: &TestHead, name: &str, layers: u64, script: Script) -> Self {
@@ -155,9 +155,12 @@ impl Shard {
     }
 
     /// Says that its links to others are closed.
-    pub(crate) fn complain(&self, suspects: &[&Shard]) {
+    pub(crate) fn complain(&self, suspects: &[&RingWorker]) {
         let ring = self.ring().expect("a ring");
-        let suspects: Vec<String> = suspects.iter().map(|shard| shard.node_id.clone()).collect();
+        let suspects: Vec<String> = suspects
+            .iter()
+            .map(|worker| worker.node_id.clone())
+            .collect();
         let state = RingState {
             severed: suspects.clone(),
             suspects,
@@ -183,7 +186,7 @@ impl Shard {
     }
 }
 
-impl Drop for Shard {
+impl Drop for RingWorker {
     fn drop(&mut self) {
         self.serving.abort();
         self.link.close(ErrorCode::OK, "test over");
@@ -288,7 +291,7 @@ impl Work {
 
     fn drives(&self, ring: &Ring) -> bool {
         let driver = ring.stages.last().and_then(|stage| stage.member.as_ref());
-        driver.is_some_and(|seat| seat.node_id == self.node_id)
+        driver.is_some_and(|addr| addr.node_id == self.node_id)
     }
 }
 
@@ -298,8 +301,8 @@ fn message(state: &RingState) -> Message {
 
 /// All parts are loaded.
 fn state(node_id: &str, ring: &Ring, serving: bool) -> RingState {
-    let is_mine = |seat: &Option<mesh_proto::NodeAddr>| {
-        seat.as_ref().is_some_and(|seat| seat.node_id == node_id)
+    let is_mine = |addr: &Option<mesh_proto::NodeAddr>| {
+        addr.as_ref().is_some_and(|addr| addr.node_id == node_id)
     };
     let part = |stage: usize, standby| PartState {
         stage: u32::try_from(stage).unwrap(),
@@ -344,7 +347,7 @@ fn offer(layers: u64, decode_us: f32) -> Offer {
         context: 1024,
         ..Default::default()
     };
-    let shard = LayerOffer {
+    let offer = LayerOffer {
         card: Some(card),
         layers: LAYERS,
         hidden: 64,
@@ -363,6 +366,6 @@ fn offer(layers: u64, decode_us: f32) -> Offer {
             memory_available: layers * 10 * MIB,
             ..Default::default()
         }),
-        models: vec![shard],
+        models: vec![offer],
     }
 }

@@ -11,9 +11,9 @@ use mesh_service::cookie::COOKIE_LEN;
 
 use super::{
     Bridge, Drain, FromClient, Reply,
-    limiter::Verdict,
+    limiter::RateDecision,
     retain::Chain,
-    tasks::{State, Task, TaskId},
+    tasks::{Task, TaskId, TaskState},
     wire::{Frame, chunk_position, set_sequence},
 };
 use crate::{
@@ -40,7 +40,7 @@ impl Bridge {
                 return FromClient::Drop;
             }
         };
-        if let Verdict::Limited { tell } = self.limiter.check(client.ip(), now) {
+        if let RateDecision::Limited { tell } = self.limiter.check(client.ip(), now) {
             stats.drops.rate_limited.count();
             return if tell && (self.config.knows(client.ip()) || self.is_verified(client, now)) {
                 reply.error(
@@ -167,7 +167,7 @@ impl Bridge {
             );
         };
         match known {
-            Some(id) if self.tasks.state(id) == State::Answered => self.reopen(now, id),
+            Some(id) if self.tasks.state(id) == TaskState::Answered => self.reopen(now, id),
             _ => {}
         }
         if frame.kind() == MsgType::TASK {
@@ -233,7 +233,8 @@ impl Bridge {
 
     /// The client asks for an answer again that was given already.
     fn reopen(&mut self, now: Instant, id: TaskId) {
-        self.tasks.set_state(id, State::Open, now + self.patience());
+        self.tasks
+            .set_state(id, TaskState::Open, now + self.patience());
         let head = self.heads.current();
         let task = self.tasks.get_mut(id);
         if task.head != head {

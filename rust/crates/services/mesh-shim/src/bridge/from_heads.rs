@@ -2,18 +2,14 @@
 
 use std::time::{Duration, Instant};
 
-use bytes::Bytes;
-use dcf::{ErrorCode, MsgType, Version};
+use dcf::{ErrorCode, MsgType};
 
 use super::{
     Bridge, Destination, Drain, Echo, FromHead, Resend, Transmit,
     heads::HeadState,
-    tasks::{State, Task, TaskId},
-    translate::{Address, may_fit_one},
-    wire::{
-        Frame, chunk_position, is_last_chunk, set_payload_len, set_sequence, write_error,
-        write_message,
-    },
+    tasks::{Task, TaskId, TaskState},
+    versions::{Address, Translation, answer_type},
+    wire::{Frame, is_last_chunk, set_payload_len, set_sequence, write_error, write_message},
 };
 
 impl Bridge {
@@ -23,10 +19,11 @@ impl Bridge {
         head: usize,
         datagram: &mut [u8],
     ) -> FromHead {
-        let Ok(frame) = Frame::decode(datagram) else {
+        let Ok(mut frame) = Frame::decode(datagram) else {
             self.stats.drops.head_malformed.count();
             return FromHead::Drop;
         };
+        frame.header.msg_type = answer_type(frame.kind()).0;
         if self.heads.heard(head, frame.version, now) {
             self.restart_resend();
         }
@@ -37,9 +34,7 @@ impl Bridge {
                 self.on_challenge(head, &frame, datagram);
                 FromHead::Drop
             }
-            // The answer of a v5.0.0 head.
-            MsgType::TASK
-            | MsgType::RESULT
+            MsgType::RESULT
             | MsgType::ERROR
             | MsgType::PARTIAL
             | MsgType::CHUNK
@@ -68,9 +63,9 @@ impl Bridge {
         });
         // A probe was challenged, if no task was.
         let task = self.tasks.find_upstream(sequence);
-        if let Some(id) = task
-            .filter(|&id| self.tasks.state(id) == State::Open && self.tasks.get(id).head == head)
-        {
+        if let Some(id) = task.filter(|&id| {
+            self.tasks.state(id) == TaskState::Open && self.tasks.get(id).head == head
+        }) {
             self.tasks.get_mut(id).epoch = self.heads.epoch(head).wrapping_sub(1);
             self.restart_resend();
         }
@@ -90,14 +85,14 @@ impl Bridge {
         };
         let kind = frame.kind();
         let payload = frame.payload(datagram);
-        let open = self.tasks.state(id) == State::Open;
+        let open = self.tasks.state(id) == TaskState::Open;
         let task = self.tasks.get(id);
         let late_chunk = kind == MsgType::CHUNK && task.chunked_answer;
         if !open && !late_chunk {
             drops.duplicate_answer.count();
             return FromHead::Drop;
         }
-        let is_whole = matches!(kind, MsgType::TASK | MsgType::RESULT | MsgType::ERROR);
+        let is_whole = matches!(kind, MsgType::RESULT | MsgType::ERROR);
         // Any head may bring the answer, but pieces of it come from one head alone: another's need not fit
         // them.
         if head != task.head && !is_whole {
@@ -131,9 +126,7 @@ impl Bridge {
         let (client, version) = (task.client, task.version);
         let message = frame.message(datagram);
         set_sequence(message, task.sequence);
-        if kind == MsgType::TASK {
-            message[0] = MsgType::RESULT.0;
-        }
+        message[0] = kind.0;
         let mut len = datagram.len();
         if kind == MsgType::ERROR && frame.payload_len() > version.max_answer() {
             // The first part of its text is better than none.
@@ -163,7 +156,8 @@ impl Bridge {
         if self.resend.is_some_and(|resend| resend.task == id) {
             self.resend = self.tasks.next(id).map(|task| Resend { task, offset: 0 });
         }
-        self.tasks.set_state(id, State::Open, now + self.patience());
+        self.tasks
+            .set_state(id, TaskState::Open, now + self.patience());
     }
 
     /// Brings a datagram of a head into the form of a client of the other version. `None` if only its frame
@@ -175,7 +169,6 @@ impl Bridge {
         frame: &Frame,
         datagram: &[u8],
     ) -> Option<FromHead> {
-        let payload = frame.payload(datagram);
         let upstream = self.tasks.upstream_sequence(id);
         let task = self.tasks.get(id);
         let to = Address {
@@ -184,36 +177,18 @@ impl Bridge {
             sequence: task.sequence,
             timestamp_us: frame.header.timestamp_us,
         };
-        let whole = match frame.kind() {
-            MsgType::CHUNK if to.version == Version::V5_0 => {
-                // Without a sound header there is nothing to pass on either.
-                let Some((_, total)) = chunk_position(payload) else {
-                    self.stats.drops.head_malformed.count();
-                    return Some(FromHead::Drop);
-                };
-                if !may_fit_one(total) || task.chunked_answer {
-                    return None;
-                }
-                match self.translator.piece(upstream, payload, now) {
-                    Some(whole) => whole,
-                    None => return Some(FromHead::Drop),
-                }
-            }
-            MsgType::TASK | MsgType::RESULT if payload.len() > to.version.max_answer() => {
-                Bytes::copy_from_slice(payload)
-            }
-            MsgType::ERROR => return None,
-            _ if payload.len() > to.version.max_answer() => {
-                self.stats.drops.untranslated.count();
-                return Some(FromHead::Drop);
-            }
-            _ => return None,
-        };
-        if self.translator.answer(to, whole) {
-            self.answered(now, id);
-        } else {
+        let message = (frame.kind(), frame.payload(datagram));
+        let chunked = task.chunked_answer;
+        match self
+            .translator
+            .translate(to, upstream, message, chunked, now)
+        {
+            Translation::Reframed => return None,
+            Translation::Incomplete => {}
+            Translation::Queued => self.answered(now, id),
+            Translation::Malformed => self.stats.drops.head_malformed.count(),
             // The client asks again, and so the head does not have to run the task again.
-            self.stats.drops.untranslated.count();
+            Translation::Impossible => self.stats.drops.untranslated.count(),
         }
         Some(FromHead::Drop)
     }
@@ -221,7 +196,7 @@ impl Bridge {
     fn answered(&mut self, now: Instant, id: TaskId) {
         self.leave_open(id);
         self.tasks
-            .set_state(id, State::Answered, now + self.config.answer_linger);
+            .set_state(id, TaskState::Answered, now + self.config.answer_linger);
         self.stats.traffic.answers.count();
     }
 
@@ -248,7 +223,7 @@ impl Bridge {
     fn restart_resend(&mut self) {
         self.resend = self
             .tasks
-            .first(State::Open)
+            .first(TaskState::Open)
             .map(|task| Resend { task, offset: 0 });
     }
 
@@ -309,7 +284,7 @@ impl Bridge {
     }
 
     pub(super) fn poll_expired(&mut self, now: Instant, buffer: &mut [u8]) -> Option<Transmit> {
-        let oldest = self.tasks.first(State::Open)?;
+        let oldest = self.tasks.first(TaskState::Open)?;
         if self.drain == Drain::Abandoning {
             let text = "the shim is shutting down; send the task again";
             return Some(self.fail(oldest, ErrorCode::DRAINING, text, buffer));
@@ -371,7 +346,7 @@ impl Bridge {
     }
 
     pub(super) fn forget_answered(&mut self, now: Instant) {
-        while let Some(oldest) = self.tasks.first(State::Answered)
+        while let Some(oldest) = self.tasks.first(TaskState::Answered)
             && self.tasks.get(oldest).deadline <= now
         {
             self.tasks.close(oldest);

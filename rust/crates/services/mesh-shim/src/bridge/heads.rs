@@ -4,19 +4,21 @@ use std::time::{Duration, Instant};
 
 use dcf::Version;
 
+use super::versions::{PROBED, Speaks, Spoken};
+
 /// The heads in the operator's order, one of which is current.
 ///
 /// The current head stays current while it is alive, even if one before it in the order comes back: moving
 /// tasks costs more than an order is worth. If it is not alive, the next live one takes over. If none is, it
-/// stays current as long as it is merely silent, for a head of DCF v5.0.0 does not answer probes.
+/// stays current as long as it is merely silent, for some heads answer no probes.
 #[derive(Debug)]
 pub(super) struct Heads {
-    heads: Box<[Head]>,
+    heads: Box<[HeadRecord]>,
     current: usize,
     started: Instant,
     timing: Timing,
     next_probe: Instant,
-    /// Head and version that are probed next.
+    /// HeadRecord and version that are probed next.
     probe_cursor: usize,
     probe_round: u32,
 }
@@ -29,7 +31,7 @@ pub(super) struct Timing {
 }
 
 #[derive(Clone, Debug, Default)]
-struct Head {
+struct HeadRecord {
     last_heard: Option<Instant>,
     /// The port at its address is closed.
     refused: bool,
@@ -38,8 +40,7 @@ struct Head {
     lost: bool,
     /// Counts each loss and each return.
     epoch: u32,
-    /// Time at which it last sent a datagram of each version.
-    spoke: [Option<Instant>; 2],
+    spoken: Spoken,
 }
 
 /// State of a head, as the bridge knows it.
@@ -59,7 +60,7 @@ impl Heads {
     pub(super) fn new(count: usize, timing: Timing, now: Instant) -> Self {
         assert!(count > 0, "the configuration names at least one head");
         Self {
-            heads: vec![Head::default(); count].into(),
+            heads: vec![HeadRecord::default(); count].into(),
             current: 0,
             started: now,
             timing,
@@ -78,7 +79,7 @@ impl Heads {
     }
 
     pub(super) fn state(&self, head: usize, now: Instant) -> HeadState {
-        let Head {
+        let HeadRecord {
             last_heard,
             refused,
             draining_until,
@@ -105,7 +106,7 @@ impl Heads {
     pub(super) fn heard(&mut self, head: usize, version: Version, now: Instant) -> bool {
         let head = &mut self.heads[head];
         head.last_heard = Some(now);
-        head.spoke[version as usize] = Some(now);
+        head.spoken.note(version, now);
         head.refused = false;
         let returned = std::mem::take(&mut head.lost);
         head.epoch = head.epoch.wrapping_add(returned.into());
@@ -124,7 +125,7 @@ impl Heads {
                 head.lost = true;
                 head.epoch = head.epoch.wrapping_add(1);
                 // Another program may come back at its address.
-                head.spoke = [None; 2];
+                head.spoken = Spoken::default();
                 found = true;
             }
         }
@@ -178,26 +179,18 @@ impl Heads {
         self.state(self.current, now) != HeadState::Refused
     }
 
-    /// The version in which `head` is spoken to for a client of version `wanted`: the client's own if the
-    /// head speaks it, so that nothing has to be translated. A head of which nothing is known may be one of
-    /// v5.0.0, which answers no probes.
+    /// The version in which `head` is spoken to for a client of version `wanted`.
     pub(super) fn version_for(&self, head: usize, wanted: Version, now: Instant) -> Version {
-        let speaks = |version| self.speaks(head, version, now);
-        match other(wanted) {
-            _ if speaks(wanted) => wanted,
-            other if speaks(other) => other,
-            _ => Version::V5_0,
-        }
+        self.speaks(head, now).version_for(wanted)
     }
 
     /// True if `head` understands this version, as far as is known.
     pub(super) fn may_speak(&self, head: usize, version: Version, now: Instant) -> bool {
-        self.speaks(head, version, now) || !self.speaks(head, other(version), now)
+        self.speaks(head, now).may_include(version)
     }
 
-    fn speaks(&self, head: usize, version: Version, now: Instant) -> bool {
-        let memory = VERSION_MEMORY.max(self.timing.probe_interval * 3 * SELDOM);
-        self.heads[head].spoke[version as usize].is_some_and(|at| now < at + memory)
+    fn speaks(&self, head: usize, now: Instant) -> Speaks {
+        self.heads[head].spoken.at(now, self.timing.probe_interval)
     }
 
     /// The next head to probe, and in which version, if it is time.
@@ -205,11 +198,11 @@ impl Heads {
         if now < self.next_probe {
             return None;
         }
-        while self.probe_cursor < 2 * self.heads.len() {
-            let head = self.probe_cursor / 2;
-            let version = [Version::V5_0, Version::V5_1][self.probe_cursor % 2];
+        while self.probe_cursor < PROBED.len() * self.heads.len() {
+            let head = self.probe_cursor / PROBED.len();
+            let version = PROBED[self.probe_cursor % PROBED.len()];
             self.probe_cursor += 1;
-            if self.is_probed(head, version, now) {
+            if self.speaks(head, now).is_probed(version, self.probe_round) {
                 return Some((head, version));
             }
         }
@@ -219,42 +212,18 @@ impl Heads {
         None
     }
 
-    /// Each head gets one probe an interval, in a version that it speaks. The other version is tried now and
-    /// then only: a head that does not know it may log every such datagram.
-    fn is_probed(&self, head: usize, version: Version, now: Instant) -> bool {
-        let speaks = |version| self.speaks(head, version, now);
-        let (old, new) = (speaks(Version::V5_0), speaks(Version::V5_1));
-        let usual = match version {
-            Version::V5_0 => old || !new,
-            Version::V5_1 => new && !old,
-        };
-        let seldom = if old || new { SELDOM } else { SELDOM / 2 };
-        usual || self.probe_round.is_multiple_of(seldom)
-    }
-
     /// Time at which this state changes without an event.
     pub(super) fn next_wakeup(&self) -> Instant {
         self.next_probe
     }
 }
 
-fn other(version: Version) -> Version {
-    match version {
-        Version::V5_0 => Version::V5_1,
-        Version::V5_1 => Version::V5_0,
-    }
-}
-
-/// Minimum time for which a head is believed to speak a version that it spoke.
-const VERSION_MEMORY: Duration = Duration::from_secs(60);
-/// Of so many rounds of probes, one asks also in the version that a head is not known to speak.
-const SELDOM: u32 = 20;
-
 /// Time for which a head that said it is draining is left alone; then it is gone or has restarted.
 const DRAINING: Duration = Duration::from_secs(5);
 
 #[cfg(test)]
 mod tests {
+    use super::super::versions::SELDOM;
     use super::*;
 
     const TIMING: Timing = Timing {

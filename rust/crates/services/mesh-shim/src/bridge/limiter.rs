@@ -5,6 +5,8 @@ use std::{
     time::{Duration, Instant},
 };
 
+use mesh_base::{addresses::source, token_bucket::TokenBucket};
+
 use super::table::FixedTable;
 use crate::config::RateLimit;
 
@@ -12,21 +14,20 @@ use crate::config::RateLimit;
 /// address, since a single host usually commands the whole of that.
 #[derive(Debug)]
 pub(super) struct RateLimiter {
-    buckets: FixedTable<u128, Bucket>,
+    buckets: FixedTable<IpAddr, Bucket>,
     per_second: f64,
     burst: f64,
 }
 
 #[derive(Clone, Copy, Debug)]
 struct Bucket {
-    tokens: f64,
-    filled: Instant,
+    tokens: TokenBucket,
     told: Option<Instant>,
 }
 
 /// Decision on a datagram.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Verdict {
+pub(super) enum RateDecision {
     /// It is within the limit.
     Pass,
     /// Over it. `tell` is set about once a second, for the source to be told why it hears nothing.
@@ -43,22 +44,17 @@ impl RateLimiter {
         }
     }
 
-    pub(super) fn check(&mut self, source: IpAddr, now: Instant) -> Verdict {
+    pub(super) fn check(&mut self, address: IpAddr, now: Instant) -> RateDecision {
         if self.per_second == 0.0 {
-            return Verdict::Pass;
+            return RateDecision::Pass;
         }
         let full = Bucket {
-            tokens: self.burst,
-            filled: now,
+            tokens: TokenBucket::full(self.burst, now),
             told: None,
         };
-        let bucket = self.buckets.get_or_insert(source_key(source), full, now);
-        let gained = now.saturating_duration_since(bucket.filled).as_secs_f64() * self.per_second;
-        bucket.tokens = (bucket.tokens + gained).min(self.burst);
-        bucket.filled = now;
-        if bucket.tokens >= 1.0 {
-            bucket.tokens -= 1.0;
-            return Verdict::Pass;
+        let bucket = self.buckets.get_or_insert(source(address), full, now);
+        if bucket.tokens.take(self.per_second, self.burst, now) {
+            return RateDecision::Pass;
         }
         let tell = bucket
             .told
@@ -66,14 +62,7 @@ impl RateLimiter {
         if tell {
             bucket.told = Some(now);
         }
-        Verdict::Limited { tell }
-    }
-}
-
-fn source_key(source: IpAddr) -> u128 {
-    match source {
-        IpAddr::V4(v4) => v4.to_ipv6_mapped().to_bits(),
-        IpAddr::V6(v6) => v6.to_bits() >> 64 << 64,
+        RateDecision::Limited { tell }
     }
 }
 
@@ -94,7 +83,7 @@ mod tests {
     fn passed(limiter: &mut RateLimiter, source: &str, count: usize, now: Instant) -> usize {
         let source: IpAddr = source.parse().unwrap();
         (0..count)
-            .filter(|_| limiter.check(source, now) == Verdict::Pass)
+            .filter(|_| limiter.check(source, now) == RateDecision::Pass)
             .count()
     }
 
@@ -138,9 +127,15 @@ mod tests {
         let mut limiter = limiter(1, 1);
         let source = "10.0.0.1".parse().unwrap();
         let now = Instant::now();
-        assert_eq!(limiter.check(source, now), Verdict::Pass);
-        assert_eq!(limiter.check(source, now), Verdict::Limited { tell: true });
-        assert_eq!(limiter.check(source, now), Verdict::Limited { tell: false });
+        assert_eq!(limiter.check(source, now), RateDecision::Pass);
+        assert_eq!(
+            limiter.check(source, now),
+            RateDecision::Limited { tell: true }
+        );
+        assert_eq!(
+            limiter.check(source, now),
+            RateDecision::Limited { tell: false }
+        );
     }
 
     #[test]

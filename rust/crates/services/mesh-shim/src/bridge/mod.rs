@@ -10,7 +10,7 @@
 //! repeat.
 //!
 //! Client and head may speak different versions of DCF. A datagram then gets or loses its first byte when it
-//! is sent on; what else differs is in `translate`.
+//! is sent on; what else differs, and all that is special to v5.0.0, is in `versions`.
 
 mod from_clients;
 mod from_heads;
@@ -19,7 +19,7 @@ mod limiter;
 mod retain;
 mod table;
 mod tasks;
-mod translate;
+mod versions;
 mod wire;
 
 use std::{net::SocketAddr, sync::Arc, time::Instant};
@@ -29,14 +29,16 @@ use dcf::{ErrorCode, MsgType, Version};
 pub use heads::HeadState;
 pub use mesh_service::cookie::COOKIE_LEN;
 use mesh_service::cookie::Cookies;
+pub(crate) use tasks::MAX_TASKS;
+pub use versions::reframed;
 
 use self::{
     heads::{Heads, Timing},
     limiter::RateLimiter,
     retain::Arena,
     table::FixedTable,
-    tasks::{State, TaskId, TaskTable},
-    translate::Translator,
+    tasks::{TaskId, TaskState, TaskTable},
+    versions::Translator,
     wire::{Frame, write_error, write_message},
 };
 use crate::{
@@ -100,17 +102,6 @@ pub enum FromHead {
         /// The version in which it gets them; see [`reframed`].
         version: Version,
     },
-}
-
-/// The offset at which a received datagram begins if it is sent on in `version`: its first byte, the one
-/// behind it, or one byte before it, where [`Version::BYTE`] has to be.
-#[must_use]
-pub fn reframed(datagram: &[u8], version: Version) -> isize {
-    match (Version::of(datagram), version) {
-        (Version::V5_0, Version::V5_1) => -1,
-        (Version::V5_1, Version::V5_0) => 1,
-        _ => 0,
-    }
 }
 
 /// A head's challenge: the head wants proof that its datagrams arrive here.
@@ -290,7 +281,7 @@ impl Bridge {
     pub fn next_wakeup(&self) -> Instant {
         let oldest = self
             .tasks
-            .first(State::Open)
+            .first(TaskState::Open)
             .map(|id| self.tasks.get(id).deadline);
         let due = [oldest, self.resend_at].into_iter().flatten();
         due.fold(self.heads.next_wakeup(), Instant::min)
@@ -330,7 +321,7 @@ impl Bridge {
     /// Tasks that a head works on.
     #[must_use]
     pub fn open_tasks(&self) -> usize {
-        self.tasks.count(State::Open)
+        self.tasks.count(TaskState::Open)
     }
 
     /// The index of the head that gets the tasks.
@@ -339,7 +330,7 @@ impl Bridge {
         self.heads.current()
     }
 
-    /// State of a head, as the bridge knows it.
+    /// TaskState of a head, as the bridge knows it.
     #[must_use]
     pub fn head_state(&self, head: usize, now: Instant) -> HeadState {
         self.heads.state(head, now)
@@ -392,8 +383,6 @@ const REPLY_LEN: usize = 128;
 const PROBE_LEN: usize = 40;
 /// Sources outside of the trusted networks that are remembered to have answered a challenge.
 const VERIFIED_SOURCES: usize = 16_384;
-/// Most tasks that a bridge can be told to hold.
-pub(crate) const MAX_TASKS: usize = tasks::MAX_SLOTS;
 
 #[cfg(test)]
 mod tests;

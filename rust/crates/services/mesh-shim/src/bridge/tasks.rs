@@ -64,7 +64,7 @@ pub(super) struct TaskId(u32);
 
 /// The list that a slot is in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum State {
+pub(super) enum TaskState {
     Free = 0,
     Open = 1,
     Answered = 2,
@@ -73,7 +73,7 @@ pub(super) enum State {
 #[derive(Clone, Debug)]
 struct Slot {
     task: Task,
-    state: State,
+    state: TaskState,
     generation: u32,
     previous: u32,
     next: u32,
@@ -91,11 +91,11 @@ impl TaskTable {
     /// A table of at least `capacity` tasks. `generation` is where the generations begin, best chosen at
     /// random: the head may still know sequences of an earlier process.
     pub(super) fn new(capacity: usize, generation: u32, now: Instant) -> Self {
-        let capacity = capacity.clamp(2, MAX_SLOTS).next_power_of_two();
+        let capacity = capacity.clamp(2, MAX_TASKS).next_power_of_two();
         let nobody = Task {
             client: SocketAddr::from(([0, 0, 0, 0], 0)),
-            version: Version::V5_0,
-            upstream: Version::V5_0,
+            version: Version::default(),
+            upstream: Version::default(),
             sequence: 0,
             timestamp_us: 0,
             head: 0,
@@ -109,7 +109,7 @@ impl TaskTable {
         };
         let slot = Slot {
             task: nobody,
-            state: State::Free,
+            state: TaskState::Free,
             generation,
             previous: NONE,
             next: NONE,
@@ -127,7 +127,7 @@ impl TaskTable {
             hasher: RandomState::new(),
         };
         for index in 0..capacity as u32 {
-            table.link(index, State::Free);
+            table.link(index, TaskState::Free);
         }
         table
     }
@@ -154,7 +154,7 @@ impl TaskTable {
     /// The slot that an answer of the head with `sequence` is for.
     pub(super) fn find_upstream(&self, sequence: u32) -> Option<TaskId> {
         let id = TaskId(sequence & (self.slots.len() as u32 - 1));
-        let known = self.state(id) != State::Free && self.upstream_sequence(id) == sequence;
+        let known = self.state(id) != TaskState::Free && self.upstream_sequence(id) == sequence;
         known.then_some(id)
     }
 
@@ -167,7 +167,7 @@ impl TaskTable {
 
     /// Opens a slot for `task`, the one answered longest ago if there is no free one. `None` if all are open.
     pub(super) fn open(&mut self, task: Task) -> Option<TaskId> {
-        let id = match (self.first(State::Free), self.first(State::Answered)) {
+        let id = match (self.first(TaskState::Free), self.first(TaskState::Answered)) {
             (Some(free), _) => free,
             (None, Some(answered)) => {
                 self.close(answered);
@@ -182,12 +182,12 @@ impl TaskTable {
         slot.task = task;
         slot.bucket_next = self.buckets[bucket];
         self.buckets[bucket] = id.0;
-        self.link(id.0, State::Open);
+        self.link(id.0, TaskState::Open);
         Some(id)
     }
 
     /// Puts an open task among the answered or back, as the newest there.
-    pub(super) fn set_state(&mut self, id: TaskId, state: State, deadline: Instant) {
+    pub(super) fn set_state(&mut self, id: TaskId, state: TaskState, deadline: Instant) {
         self.unlink(id.0);
         self.slots[id.0 as usize].task.deadline = deadline;
         self.link(id.0, state);
@@ -213,7 +213,7 @@ impl TaskTable {
             self.slots[index as usize].bucket_next = after;
         }
         self.unlink(id.0);
-        self.link(id.0, State::Free);
+        self.link(id.0, TaskState::Free);
     }
 
     pub(super) fn get(&self, id: TaskId) -> &Task {
@@ -224,12 +224,12 @@ impl TaskTable {
         &mut self.slots[id.0 as usize].task
     }
 
-    pub(super) fn state(&self, id: TaskId) -> State {
+    pub(super) fn state(&self, id: TaskId) -> TaskState {
         self.slots[id.0 as usize].state
     }
 
     /// The slot longest in `state`.
-    pub(super) fn first(&self, state: State) -> Option<TaskId> {
+    pub(super) fn first(&self, state: TaskState) -> Option<TaskId> {
         let first = self.lists[state as usize].first;
         (first != NONE).then_some(TaskId(first))
     }
@@ -241,7 +241,7 @@ impl TaskTable {
     }
 
     /// Number of slots in `state`.
-    pub(super) fn count(&self, state: State) -> usize {
+    pub(super) fn count(&self, state: TaskState) -> usize {
         self.lists[state as usize].len
     }
 
@@ -249,7 +249,7 @@ impl TaskTable {
         self.hasher.hash_one((client, version, sequence)) as usize & (self.buckets.len() - 1)
     }
 
-    fn link(&mut self, index: u32, state: State) {
+    fn link(&mut self, index: u32, state: TaskState) {
         let list = &mut self.lists[state as usize];
         let last = list.last;
         list.last = index;
@@ -286,8 +286,8 @@ impl TaskTable {
 }
 
 const NONE: u32 = u32::MAX;
-/// Leaves at least 12 bits for the generation.
-pub(super) const MAX_SLOTS: usize = 1 << 20;
+/// Most tasks that a table can hold: at least 12 bits are left for the generation.
+pub(crate) const MAX_TASKS: usize = 1 << 20;
 
 #[cfg(test)]
 mod tests {
@@ -340,7 +340,7 @@ mod tests {
         let a = table.open(task(1, 1, now)).unwrap();
         let b = table.open(task(1, 2, now)).unwrap();
         assert_eq!(table.open(task(1, 3, now)), None);
-        table.set_state(b, State::Answered, now);
+        table.set_state(b, TaskState::Answered, now);
         assert!(table.open(task(1, 3, now)).is_some());
         assert_eq!(
             table.find(task(1, 1, now).client, Version::V5_0, 1),
@@ -354,7 +354,7 @@ mod tests {
         fn the_table_agrees_with_a_plain_map(steps in prop::collection::vec((0u8..4, 0u16..4, 0u32..6), 0..300)) {
             let start = Instant::now();
             let mut table = TaskTable::new(8, 0xFFFF_FFF0, start);
-            let mut model: HashMap<(u16, u32), (TaskId, State)> = HashMap::new();
+            let mut model: HashMap<(u16, u32), (TaskId, TaskState)> = HashMap::new();
             for (step, (action, port, sequence)) in steps.into_iter().enumerate() {
                 let now = start + Duration::from_millis(step as u64);
                 let task = task(port, sequence, now);
@@ -362,8 +362,8 @@ mod tests {
                 prop_assert_eq!(table.find(task.client, Version::V5_0, sequence), known.map(|(id, _)| id));
                 match (action, known) {
                     (0 | 1, None) => {
-                        let had_room = table.count(State::Open) < 8;
-                        let oldest = table.first(State::Answered).filter(|_| table.count(State::Free) == 0);
+                        let had_room = table.count(TaskState::Open) < 8;
+                        let oldest = table.first(TaskState::Answered).filter(|_| table.count(TaskState::Free) == 0);
                         let opened = table.open(task);
                         prop_assert_eq!(opened.is_some(), had_room);
                         if let Some(id) = opened {
@@ -371,12 +371,12 @@ mod tests {
                                 model.retain(|_, (id, _)| *id != oldest);
                             }
                             prop_assert_eq!(table.find_upstream(table.upstream_sequence(id)), Some(id));
-                            model.insert((port, sequence), (id, State::Open));
+                            model.insert((port, sequence), (id, TaskState::Open));
                         }
                     }
                     (2, Some((id, _))) => {
-                        table.set_state(id, State::Answered, now);
-                        model.insert((port, sequence), (id, State::Answered));
+                        table.set_state(id, TaskState::Answered, now);
+                        model.insert((port, sequence), (id, TaskState::Answered));
                     }
                     (3, Some((id, _))) => {
                         table.close(id);
@@ -384,7 +384,7 @@ mod tests {
                     }
                     _ => {}
                 }
-                for state in [State::Open, State::Answered] {
+                for state in [TaskState::Open, TaskState::Answered] {
                     let expected = model.values().filter(|(_, of)| *of == state).count();
                     prop_assert_eq!(table.count(state), expected);
                     let ids: Vec<TaskId> = std::iter::successors(table.first(state), |id| table.next(*id)).collect();
@@ -392,7 +392,7 @@ mod tests {
                     prop_assert!(ids.iter().all(|id| table.state(*id) == state));
                     prop_assert!(ids.iter().is_sorted_by_key(|id| table.get(*id).deadline));
                 }
-                prop_assert_eq!(table.count(State::Free), 8 - model.len());
+                prop_assert_eq!(table.count(TaskState::Free), 8 - model.len());
             }
         }
     }

@@ -37,7 +37,7 @@ impl Frame {
         &datagram[self.version.header_len()..self.datagram_len()]
     }
 
-    /// The header and the payload: the message in the form of v5.0.0.
+    /// The header and the payload, without what the version puts before them.
     pub(super) fn message<'a>(&self, datagram: &'a mut [u8]) -> &'a mut [u8] {
         &mut datagram[self.version.prefix().len()..]
     }

@@ -75,11 +75,9 @@ mod tests {
         assert!(text.contains("no model \"qwen2.5:8b\""), "{text}");
         assert!(text.contains("names like it are qwen2.5:"), "{text}");
         assert!(text.contains("qwen2.5:7b"), "{text}");
-        let shards = Config {
-            shards: vec!["qwne3:8b".to_owned()],
-            ..config("org/model")
-        };
-        let text = refusal(&shards).unwrap();
+        let mut in_ring = config("org/model");
+        in_ring.ring.models = vec!["qwne3:8b".to_owned()];
+        let text = refusal(&in_ring).unwrap();
         assert!(text.contains("names like it are qwen3:8b"), "{text}");
     }
 

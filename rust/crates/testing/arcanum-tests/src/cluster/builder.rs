@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 use mesh_testkit::{Mesh, Namespaces, paths};
 
-use super::{Cluster, SHARDS};
+use super::{Cluster, IN_RING};
 
 /// Builder of a cluster: workers, model, stages and configuration.
 #[derive(Debug)]
@@ -39,15 +39,15 @@ impl ClusterBuilder {
 
     /// Adds workers that hold parts of the model.
     #[must_use]
-    pub fn shards(mut self, workers: usize) -> Self {
-        self.workers.extend(vec![SHARDS.to_owned(); workers]);
+    pub fn ring_workers(mut self, workers: usize) -> Self {
+        self.workers.extend(vec![IN_RING.to_owned(); workers]);
         self
     }
 
     /// Adds workers that hold parts of the model, with TOML of their own, such as `[ring]\nmemory = "60MB"`.
     #[must_use]
-    pub fn shards_with(mut self, workers: usize, toml: &str) -> Self {
-        let toml = format!("{SHARDS}{toml}\n");
+    pub fn ring_workers_with(mut self, workers: usize, toml: &str) -> Self {
+        let toml = format!("{IN_RING}{toml}\n");
         self.workers.extend(vec![toml; workers]);
         self
     }
@@ -130,11 +130,11 @@ impl ClusterBuilder {
     /// # Errors
     /// If a service does not start; the message holds the end of its log.
     pub async fn start(self) -> Result<Cluster> {
-        let sharding = format!(
-            "[sharding]\nobjective = \"throughput\"\nstages = {}\nstandbys = {}\ngather = \"1s\"\nsuspect_pause = \"2s\"\n",
+        let ring = format!(
+            "[ring]\nobjective = \"throughput\"\nstages = {}\nstandbys = {}\ngather = \"1s\"\nsuspect_pause = \"2s\"\n",
             self.stages, self.standbys
         );
-        let mut builder = Mesh::builder().head_config(&sharding);
+        let mut builder = Mesh::builder().head_config(&ring);
         if let Some(network) = &self.network {
             let own = network.own_address();
             builder = builder.head_config(&format!(

@@ -2,11 +2,11 @@
 //!
 //! ```no_run
 //! # async fn example() -> anyhow::Result<()> {
-//! use arcanum_tests::{Ask, Cluster, Running};
+//! use arcanum_tests::{ChatQuestion, Cluster, RunningStreams};
 //!
-//! let mut cluster = Cluster::builder().shards(4).stages(3).start().await?;
+//! let mut cluster = Cluster::builder().ring_workers(4).stages(3).start().await?;
 //! let ring = cluster.wait_for_whole_ring().await?;
-//! let running = Running::start(&cluster.client()?, &[Ask::greedy("Why is the sky blue?", 100)]);
+//! let running = RunningStreams::start(&cluster.client()?, &[ChatQuestion::greedy("Why is the sky blue?", 100)]);
 //! running.wait_for_tokens(40).await?;
 //! cluster.kill(ring.driver())?;
 //! println!("{}", running.answers().await?[0].transcript.text);
@@ -67,8 +67,8 @@ impl Cluster {
     ///
     /// # Errors
     /// If it does not start.
-    pub async fn add_shards(&mut self) -> Result<String> {
-        self.add_worker(SHARDS).await
+    pub async fn add_ring_worker(&mut self) -> Result<String> {
+        self.add_worker(IN_RING).await
     }
 
     /// Starts one more worker, with `toml` over its configuration, in which `models = []` makes it hold parts rather than
@@ -96,16 +96,17 @@ impl Cluster {
                 }
             }
         }
-        if config.get("models").is_some_and(is_empty) {
+        let in_ring = config.get("models").is_some_and(is_empty);
+        if in_ring && let Some(toml::Value::Table(ring)) = config.get_mut("ring") {
             let model = self.model.display().to_string();
-            config.insert("shards".into(), vec![model].into());
+            ring.insert("models".into(), vec![model].into());
         }
         let launcher = match (&self.network, machine) {
             (Some(network), Some(machine)) => network.launcher(self.mesh.launcher(), machine),
             _ => self.mesh.launcher().clone(),
         }
         .with_state(&self.measured().await);
-        self.measures |= config.contains_key("shards");
+        self.measures |= in_ring;
         let toml = config.to_string();
         let index = self.mesh.start_worker_by(&launcher, &toml).await?;
         let name = self.mesh.workers[index].name().to_owned();
@@ -397,7 +398,7 @@ fn is_empty(value: &toml::Value) -> bool {
 }
 
 /// A worker with this serves nothing whole.
-const SHARDS: &str = "models = []\n";
+const IN_RING: &str = "models = []\n";
 const RING_LIMIT: Duration = Duration::from_secs(90);
 const MEASURE_LIMIT: Duration = Duration::from_secs(60);
 const DRAIN_LIMIT: Duration = Duration::from_secs(30);

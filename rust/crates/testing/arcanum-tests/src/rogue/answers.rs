@@ -11,7 +11,7 @@ use mesh_proto::{
 };
 use prost::Message as _;
 
-use super::{Claim, Lie, lock, message};
+use super::{ClaimedModel, Lie, lock, message};
 use crate::brain::{Brain, RightAnswer};
 
 /// Answers requests in a lie's way.
@@ -62,7 +62,7 @@ impl Answerer {
         &self,
         first: Message,
         probe: bool,
-        claim: &Claim,
+        claim: &ClaimedModel,
         mut stream: MsgStream,
     ) -> Result<()> {
         if self.lie == Lie::Mute {
@@ -113,7 +113,7 @@ impl Answerer {
             prompt_tokens,
         } = self.model_answer(asked).await?;
         let begin = asked.generated.len() as u32;
-        let mut writer = Writer::new(asked);
+        let mut writer = TextWriter::new(asked);
         for (index, (id, bytes)) in answer.iter().enumerate() {
             let tokens = writer.tokens(begin + index as u32, *id, bytes);
             stream.send(message(MsgType::TOKENS, &tokens)).await?;
@@ -132,7 +132,7 @@ impl Answerer {
     async fn replay(&self, asked: &Generate, mut stream: MsgStream) -> Result<()> {
         let answer = self.model_answer(asked).await?.tokens;
         let begin = asked.generated.len() as u32;
-        let mut writer = Writer::new(asked);
+        let mut writer = TextWriter::new(asked);
         for round in 0..50 {
             for (index, (id, bytes)) in answer.iter().take(4).enumerate() {
                 let tokens = writer.tokens(begin + index as u32, id + round % 7, bytes);
@@ -143,7 +143,12 @@ impl Answerer {
         done(stream, begin + 4, 1, FinishReason::Stop).await
     }
 
-    async fn embed(&self, asked: &Embed, claim: &Claim, mut stream: MsgStream) -> Result<()> {
+    async fn embed(
+        &self,
+        asked: &Embed,
+        claim: &ClaimedModel,
+        mut stream: MsgStream,
+    ) -> Result<()> {
         let texts = asked.inputs.len();
         // One number too few for each but the first request's worth of one text: then a billion, of which none comes.
         let dimensions = match texts {
@@ -239,7 +244,7 @@ async fn wrong(asked: &Generate, mut stream: MsgStream, pause: Duration) -> Resu
         b" worker",
     ];
     let begin = asked.generated.len() as u32;
-    let mut writer = Writer::new(asked);
+    let mut writer = TextWriter::new(asked);
     let count = most(asked) as u32;
     for index in 0..count {
         let word = WORDS[index as usize % WORDS.len()];
@@ -285,13 +290,13 @@ fn most(asked: &Generate) -> usize {
 }
 
 /// Writes the text of tokens, whole characters only.
-struct Writer {
+struct TextWriter {
     logprobs: bool,
     /// Bytes of a character that is not whole yet.
     rest: Vec<u8>,
 }
 
-impl Writer {
+impl TextWriter {
     fn new(asked: &Generate) -> Self {
         let params = asked.params.as_ref();
         Self {

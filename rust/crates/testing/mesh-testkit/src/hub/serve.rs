@@ -16,7 +16,7 @@ use bytes::Bytes;
 use serde_json::{Value, json};
 
 use super::repos::{Access, Content, Files, StoredFile};
-use super::{Fault, Shared, Site};
+use super::{Fault, HubState, Site};
 
 const ERROR_CODE: HeaderName = HeaderName::from_static("x-error-code");
 const ERROR_MESSAGE: HeaderName = HeaderName::from_static("x-error-message");
@@ -29,7 +29,7 @@ const PIECE: usize = 64 << 10;
 /// Time in which data handed to the network is written.
 const FLUSHED: Duration = Duration::from_millis(20);
 
-pub(super) fn api(shared: Arc<Shared>) -> Router {
+pub(super) fn api(shared: Arc<HubState>) -> Router {
     Router::new()
         .route("/api/models/{org}/{repo}", get(info_of_main))
         .route("/api/models/{org}/{repo}/revision/{revision}", get(info))
@@ -38,7 +38,7 @@ pub(super) fn api(shared: Arc<Shared>) -> Router {
         .with_state(shared)
 }
 
-pub(super) fn store(shared: Arc<Shared>) -> Router {
+pub(super) fn store(shared: Arc<HubState>) -> Router {
     Router::new()
         .route("/large/{sha256}", get(large))
         .with_state(shared)
@@ -47,7 +47,7 @@ pub(super) fn store(shared: Arc<Shared>) -> Router {
 type Parameters = Query<std::collections::HashMap<String, String>>;
 
 async fn info_of_main(
-    state: State<Arc<Shared>>,
+    state: State<Arc<HubState>>,
     Path((org, repo)): Path<(String, String)>,
     parameters: Parameters,
     headers: HeaderMap,
@@ -57,15 +57,15 @@ async fn info_of_main(
 }
 
 async fn info(
-    State(shared): State<Arc<Shared>>,
+    State(shared): State<Arc<HubState>>,
     Path((org, repo, revision)): Path<(String, String, String)>,
     Query(parameters): Parameters,
     headers: HeaderMap,
 ) -> Response {
     let id = format!("{org}/{repo}");
-    let (commit, files, access) = match open(&shared, &id, &revision, &headers, Part::Listing) {
+    let (commit, files, access) = match open(&shared, &id, &revision, &headers, RepoPart::Listing) {
         Ok(opened) => opened,
-        Err(Refused::Renamed(new)) => {
+        Err(HubError::Renamed(new)) => {
             let query = match parameters.get("blobs") {
                 Some(value) => format!("?blobs={value}"),
                 None => String::new(),
@@ -73,7 +73,7 @@ async fn info(
             let path = format!("/api/models/{new}/revision/{}", escape(&revision));
             return redirect(307, &(path + &query));
         }
-        Err(Refused::Answer(answer)) => return *answer,
+        Err(HubError::Answer(answer)) => return *answer,
     };
     let blobs = parameters
         .get("blobs")
@@ -109,20 +109,20 @@ fn sibling(path: &str, file: &StoredFile, blobs: bool) -> Value {
 }
 
 async fn tree(
-    State(shared): State<Arc<Shared>>,
+    State(shared): State<Arc<HubState>>,
     Path((org, repo, revision)): Path<(String, String, String)>,
     headers: HeaderMap,
 ) -> Response {
     let id = format!("{org}/{repo}");
-    let files = match open(&shared, &id, &revision, &headers, Part::Listing) {
+    let files = match open(&shared, &id, &revision, &headers, RepoPart::Listing) {
         Ok((_, files, _)) => files,
-        Err(Refused::Renamed(new)) => {
+        Err(HubError::Renamed(new)) => {
             return redirect(
                 307,
                 &format!("/api/models/{new}/tree/{}", escape(&revision)),
             );
         }
-        Err(Refused::Answer(answer)) => return *answer,
+        Err(HubError::Answer(answer)) => return *answer,
     };
     let entries: Vec<Value> = files
         .iter()
@@ -142,21 +142,21 @@ async fn tree(
 }
 
 async fn resolve(
-    State(shared): State<Arc<Shared>>,
+    State(shared): State<Arc<HubState>>,
     Path((org, repo, revision, path)): Path<(String, String, String, String)>,
     method: Method,
     headers: HeaderMap,
 ) -> Response {
     let id = format!("{org}/{repo}");
-    let (commit, files, _) = match open(&shared, &id, &revision, &headers, Part::Files) {
+    let (commit, files, _) = match open(&shared, &id, &revision, &headers, RepoPart::Files) {
         Ok(opened) => opened,
-        Err(Refused::Renamed(new)) => {
+        Err(HubError::Renamed(new)) => {
             return redirect(
                 307,
                 &format!("/{new}/resolve/{}/{}", escape(&revision), path),
             );
         }
-        Err(Refused::Answer(answer)) => return *answer,
+        Err(HubError::Answer(answer)) => return *answer,
     };
     let Some(file) = files.get(&path) else {
         return refuse(404, Some("EntryNotFound"), "Entry not found");
@@ -195,7 +195,7 @@ async fn resolve(
 }
 
 async fn large(
-    State(shared): State<Arc<Shared>>,
+    State(shared): State<Arc<HubState>>,
     Path(sha256): Path<String>,
     Query(parameters): Parameters,
     method: Method,
@@ -226,30 +226,31 @@ async fn large(
 
 /// The requested part of a repository: a gated one shows its listing to every client.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Part {
+enum RepoPart {
     Listing,
     Files,
 }
 
-enum Refused {
+enum HubError {
     Renamed(String),
     Answer(Box<Response>),
 }
 
 fn open(
-    shared: &Shared,
+    shared: &HubState,
     id: &str,
     revision: &str,
     headers: &HeaderMap,
-    part: Part,
-) -> Result<(String, Arc<Files>, Access), Refused> {
-    let answer =
-        |status, code, message: &str| Err(Refused::Answer(Box::new(refuse(status, code, message))));
-    if part == Part::Listing {
+    part: RepoPart,
+) -> Result<(String, Arc<Files>, Access), HubError> {
+    let answer = |status, code, message: &str| {
+        Err(HubError::Answer(Box::new(refuse(status, code, message))))
+    };
+    if part == RepoPart::Listing {
         shared.count(Site::Api, id, |count| count.gets += 1);
         if let Some(Fault::Status(status, retry_after)) = shared.fault(Site::Api, id) {
             let failed = fail(status, retry_after.as_deref());
-            return Err(Refused::Answer(Box::new(failed)));
+            return Err(HubError::Answer(Box::new(failed)));
         }
     }
     let state = shared.lock();
@@ -266,7 +267,7 @@ fn open(
         }
     };
     if let Some(new) = state.repos.renamed(id) {
-        return Err(Refused::Renamed(new.to_owned()));
+        return Err(HubError::Renamed(new.to_owned()));
     }
     let admitted = opens.iter().any(|opened| opened == id);
     let repo = match state.repos.get(id) {
@@ -275,7 +276,7 @@ fn open(
         _ if token.is_none() => return answer(401, Some("RepoNotFound"), "Repository not found"),
         _ => return answer(404, Some("RepoNotFound"), "Repository not found"),
     };
-    if part == Part::Files && repo.access == Access::Gated && !admitted {
+    if part == RepoPart::Files && repo.access == Access::Gated && !admitted {
         return match token {
             None => answer(
                 401,
@@ -305,7 +306,7 @@ fn open(
 
 /// A file, or a range of it, with the faults set for it.
 fn serve(
-    shared: &Arc<Shared>,
+    shared: &Arc<HubState>,
     site: Site,
     path: &str,
     file: &StoredFile,
@@ -338,7 +339,7 @@ fn serve(
     let body = if *method == Method::HEAD {
         Body::empty()
     } else {
-        let file = Sent {
+        let file = ResponseContext {
             shared: shared.clone(),
             site,
             path: path.to_owned(),
@@ -380,7 +381,7 @@ fn asked(headers: &HeaderMap, total: u64) -> Option<Range<u64>> {
     (first < end).then_some(first..end)
 }
 
-fn count(shared: &Shared, site: Site, path: &str, method: &Method, range: Option<Range<u64>>) {
+fn count(shared: &HubState, site: Site, path: &str, method: &Method, range: Option<Range<u64>>) {
     shared.count(site, path, |count| {
         if *method == Method::HEAD {
             count.heads += 1;
@@ -391,8 +392,8 @@ fn count(shared: &Shared, site: Site, path: &str, method: &Method, range: Option
     });
 }
 
-struct Sent {
-    shared: Arc<Shared>,
+struct ResponseContext {
+    shared: Arc<HubState>,
     site: Site,
     path: String,
     content: Content,
@@ -400,7 +401,7 @@ struct Sent {
 
 /// The body: pieces at the set pace, counted, cut or held up where a fault says so.
 fn send(
-    file: Sent,
+    file: ResponseContext,
     range: Range<u64>,
     fault: Option<Fault>,
 ) -> impl futures::Stream<Item = io::Result<Bytes>> {

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use clap::Parser;
 use mesh_bench::median;
-use mesh_bench::round_trips::{Running, echo_head, round_trips_per_second};
+use mesh_bench::round_trips::{SocketThread, echo_head, round_trips_per_second};
 use mesh_launcher::{Launcher, Mesh, Service, paths, until_signal};
 use serde_json::json;
 
@@ -48,7 +48,7 @@ async fn main() -> Result<()> {
 }
 
 async fn compare(args: Args) -> Result<()> {
-    let echo = Running::start("head", echo_head)?;
+    let echo = SocketThread::start("head", echo_head)?;
     let own = paths::bin_dir()?;
     let before = args.before.as_ref().unwrap_or(&own);
     let after = args.after.as_ref().unwrap_or(&own);

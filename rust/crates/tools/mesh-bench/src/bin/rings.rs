@@ -182,13 +182,13 @@ async fn start(model: &Path, ring: Option<bool>) -> Result<Mesh> {
     };
     let mut mesh = Mesh::builder()
         .head_config(&format!(
-            "[sharding]\nstages = 3\nobjective = \"throughput\"\nstandbys = {standbys}"
+            "[ring]\nstages = 3\nobjective = \"throughput\"\nstandbys = {standbys}"
         ))
         .start()
         .await?;
     for _ in 0..if standbys { 6 } else { 3 } {
         let toml = format!(
-            "models = []\nshards = [{file:?}]\nthreads = 1\n[ring]\nlisten = \"127.0.0.1:0\"\nformat = \"file\""
+            "models = []\nthreads = 1\n[ring]\nmodels = [{file:?}]\nlisten = \"127.0.0.1:0\"\nformat = \"file\""
         );
         mesh.start_worker(&toml).await?;
     }

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use clap::Parser;
 use mesh_bench::median;
-use mesh_bench::round_trips::{LOOPBACK, Running, echo_head, round_trips_per_second};
+use mesh_bench::round_trips::{LOOPBACK, SocketThread, echo_head, round_trips_per_second};
 use mesh_shim::batch::{self, RecvBatch};
 use mesh_shim::config::RateLimit;
 use mesh_shim::{Config, Shim};
@@ -43,9 +43,9 @@ struct Args {
 
 fn main() -> anyhow::Result<()> {
     let args = Args::parse();
-    let head = Running::start("head", echo_head)?;
+    let head = SocketThread::start("head", echo_head)?;
     let to_head = head.address;
-    let relay = Running::start("relay", move |socket, stop| {
+    let relay = SocketThread::start("relay", move |socket, stop| {
         bare_relay(socket, to_head, stop)
     })?;
     let shim = Shim::spawn(Config {

@@ -51,7 +51,7 @@ pub struct Reassembler<K> {
     /// Bytes that may be held now; [`Limits::max_bytes`] or less.
     room: usize,
     sources: Option<Sources<K>>,
-    pending: HashMap<K, Pending>,
+    pending: HashMap<K, PartialMessage>,
     bytes: usize,
     evicted: u64,
 }
@@ -150,7 +150,7 @@ impl<K: Hash + Eq + Clone> Reassembler<K> {
             .map_or(0, |pending| pending.payload_len)
             + chunk.data.len();
         let cost = PIECE_OVERHEAD + chunk.data.len();
-        let own_bytes = self.pending.get(&key).map_or(0, Pending::bytes) + cost;
+        let own_bytes = self.pending.get(&key).map_or(0, PartialMessage::bytes) + cost;
         let share = self.sources.as_ref().map(|sources| sources.share);
         let max_bytes = share.map_or(self.limits.max_bytes, |share| {
             share.bytes.min(self.limits.max_bytes)
@@ -180,7 +180,7 @@ impl<K: Hash + Eq + Clone> Reassembler<K> {
         let pending = self
             .pending
             .entry(key.clone())
-            .or_insert_with(|| Pending::new(chunk, now, timeout));
+            .or_insert_with(|| PartialMessage::new(chunk, now, timeout));
         pending
             .pieces
             .insert(chunk.index, chunk.data.as_ref().into());
@@ -201,7 +201,7 @@ impl<K: Hash + Eq + Clone> Reassembler<K> {
         }
         let before = self.pending.len();
         self.pending.retain(|_, pending| now < pending.deadline);
-        self.bytes = self.pending.values().map(Pending::bytes).sum();
+        self.bytes = self.pending.values().map(PartialMessage::bytes).sum();
         before - self.pending.len()
     }
 
@@ -325,7 +325,7 @@ impl<K: Hash + Eq + Clone> Reassembler<K> {
         held
     }
 
-    fn forget(&mut self, key: &K) -> Option<Pending> {
+    fn forget(&mut self, key: &K) -> Option<PartialMessage> {
         let pending = self.pending.remove(key)?;
         self.bytes -= pending.bytes();
         Some(pending)
@@ -334,7 +334,7 @@ impl<K: Hash + Eq + Clone> Reassembler<K> {
 
 /// The Chunks of one payload so far.
 #[derive(Debug)]
-struct Pending {
+struct PartialMessage {
     total: u16,
     md5: [u8; 16],
     /// Copies: a view would keep the receiver's whole buffer alive, which no limit counts.
@@ -344,7 +344,7 @@ struct Pending {
     deadline: Instant,
 }
 
-impl Pending {
+impl PartialMessage {
     fn new(first: &Chunk, now: Instant, timeout: Duration) -> Self {
         Self {
             total: first.total,

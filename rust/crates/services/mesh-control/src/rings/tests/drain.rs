@@ -30,7 +30,7 @@ fn two_drained_members_do_not_both_hand_over_to_one_standby_where_that_is_not_al
     let mut mesh = Mesh::serving(
         |settings| {
             settings.stages = Some(2);
-            settings.double_seats = false;
+            settings.double_stages = false;
         },
         &[("a", 7), ("b", 7), ("s", 14)],
     );
@@ -108,7 +108,7 @@ fn a_drained_standby_is_replaced_in_the_same_epoch() {
                 stage
                     .standby
                     .as_ref()
-                    .is_some_and(|seat| seat.node_id == standby)
+                    .is_some_and(|addr| addr.node_id == standby)
             }),
         "it was told"
     );

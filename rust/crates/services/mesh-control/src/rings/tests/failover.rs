@@ -9,14 +9,14 @@ fn three_and_a_spare() -> Mesh {
 }
 
 /// Member and standby of every stage by its index.
-fn seats(mesh: &Mesh) -> Vec<(String, Option<String>)> {
+fn assignment(mesh: &Mesh) -> Vec<(String, Option<String>)> {
     mesh.members().into_iter().zip(mesh.standbys()).collect()
 }
 
 #[test]
 fn a_lost_stage_goes_to_its_standby_in_the_next_epoch() {
     let mut mesh = three_and_a_spare();
-    let before = seats(&mesh);
+    let before = assignment(&mesh);
     let (lost, standby) = before[1].clone();
     let standby = standby.expect("a standby for the middle stage");
     let ring = mesh.id();
@@ -64,7 +64,7 @@ fn a_stage_lost_with_its_standby_goes_to_whoever_has_room() {
         |settings| settings.stages = Some(2),
         &[("a", 7), ("b", 7), ("s", 14), ("t", 7)],
     );
-    let (member, standby) = seats(&mesh)[0].clone();
+    let (member, standby) = assignment(&mesh)[0].clone();
     let standby = standby.expect("a standby");
     let ring = mesh.id();
     mesh.leave(&[&member, &standby]);
@@ -166,7 +166,7 @@ fn a_standby_lost_while_it_is_promoted_costs_another_epoch() {
         |settings| settings.stages = Some(2),
         &[("a", 7), ("b", 7), ("s", 14), ("t", 14)],
     );
-    let (member, standby) = seats(&mesh)[0].clone();
+    let (member, standby) = assignment(&mesh)[0].clone();
     let standby = standby.unwrap();
     let ring = mesh.id();
     mesh.leave(&[&member]);
@@ -186,7 +186,7 @@ fn a_standby_lost_while_it_is_promoted_costs_another_epoch() {
 #[test]
 fn a_lost_driver_is_withdrawn_and_the_new_one_serves_when_it_says_so() {
     let mut mesh = three_and_a_spare();
-    let (driver, standby) = seats(&mesh)[2].clone();
+    let (driver, standby) = assignment(&mesh)[2].clone();
     let standby = standby.unwrap();
     let ring = mesh.id();
     assert_eq!(mesh.serving[&(driver.clone(), MODEL.to_owned())], ring);
@@ -206,7 +206,7 @@ fn a_lost_driver_is_withdrawn_and_the_new_one_serves_when_it_says_so() {
 #[test]
 fn driver_and_first_stage_lost_together_go_to_their_standbys() {
     let mut mesh = three_and_a_spare();
-    let before = seats(&mesh);
+    let before = assignment(&mesh);
     mesh.leave(&[&before[0].0, &before[2].0]);
     assert_eq!(mesh.ring().epoch, 2);
     let now = mesh.members();
@@ -234,12 +234,12 @@ fn a_member_lost_while_the_ring_is_being_formed_is_replaced() {
 }
 
 #[test]
-fn a_worker_that_is_member_and_standby_loses_both_seats() {
+fn a_worker_that_is_member_and_standby_loses_both_stages() {
     let mut mesh = Mesh::serving(
         |settings| settings.stages = Some(3),
         &[("a", 8), ("b", 8), ("c", 8)],
     );
-    let both = seats(&mesh);
+    let both = assignment(&mesh);
     let lost = both
         .iter()
         .map(|(member, _)| member.clone())
@@ -261,7 +261,7 @@ fn members_take_no_second_stage_where_that_is_not_allowed() {
     let mut mesh = Mesh::serving(
         |settings| {
             settings.stages = Some(2);
-            settings.double_seats = false;
+            settings.double_stages = false;
             settings.standbys = true;
         },
         &[("a", 13), ("b", 13)],
@@ -329,11 +329,9 @@ fn what_is_said_twice_counts_once() {
     mesh.poll();
     let recoveries: Vec<f64> = mesh.rings.recoveries().map(|one| one.gap_ms).collect();
     assert_eq!(recoveries, [400.0]);
-    let notes = mesh
-        .notes
-        .iter()
-        .filter(|note| matches!(note, Note::Recovered { .. }));
-    assert_eq!(notes.count(), 1);
+    let gap = (MODEL.to_owned(), Duration::from_millis(400));
+    assert_eq!(mesh.rings.take_counts().gaps, [gap]);
+    assert_eq!(mesh.rings.take_counts(), RingCounts::default());
 }
 
 #[test]

@@ -196,15 +196,15 @@ proptest! {
         happenings in prop::collection::vec(happening(), 1..120),
         standbys in any::<bool>(),
         stages in prop::option::of(1..4u32),
-        double_seats in any::<bool>(),
+        double_stages in any::<bool>(),
     ) {
         let mut mesh = Mesh::new(|settings| {
             settings.standbys = standbys;
             settings.stages = stages;
-            settings.double_seats = double_seats;
+            settings.double_stages = double_stages;
         });
         for happening in &happenings {
-            let seats_before: BTreeMap<u64, BTreeSet<String>> = mesh
+            let members_before: BTreeMap<u64, BTreeSet<String>> = mesh
                 .rings
                 .rings
                 .iter()
@@ -213,13 +213,13 @@ proptest! {
             mesh.happens(happening);
             mesh.check();
             for (id, ring) in &mesh.rings.rings {
-                let before = seats_before.get(id);
+                let before = members_before.get(id);
                 for part in ring.parts() {
                     let is_new = before.is_none_or(|before| !before.contains(&part.node));
                     let node = &mesh.rings.nodes[&part.node];
-                    prop_assert!(!is_new || !node.is_draining(), "{} is drained and got a seat", part.node);
+                    prop_assert!(!is_new || !node.is_draining(), "{} is drained and got a stage", part.node);
                 }
-                if !double_seats {
+                if !double_stages {
                     let members: BTreeSet<&str> = ring.stages.iter().map(|stage| stage.member.node.as_str()).collect();
                     prop_assert_eq!(members.len(), ring.stages.len());
                 }

@@ -109,12 +109,12 @@ fn an_empty_model_is_none_and_unknown_fields_are_noted() {
 }
 
 #[test]
-fn one_plain_question_may_go_to_a_v5_0_0_worker() {
+fn one_plain_question_may_go_out_as_a_plain_task() {
     let payload = |extra: Value| {
         let asked = chat(extra).unwrap();
         let tasks = asked.tasks("r", true);
-        assert!(asked.tasks("r", false)[0].legacy.is_none());
-        let payload = tasks[0].legacy.as_deref();
+        assert!(asked.tasks("r", false)[0].plain.is_none());
+        let payload = tasks[0].plain.as_deref();
         payload.map(|payload| String::from_utf8(payload.to_vec()).unwrap())
     };
     assert_eq!(payload(json!({})).as_deref(), Some("hi"));

@@ -35,7 +35,7 @@ struct Mute {
 
 /// Answer to a client that has not yet proved its address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Verdict {
+pub(crate) enum ProofReply {
     /// A Challenge with this cookie.
     Challenge([u8; COOKIE_LEN]),
     /// An empty Ack: it is known from now on.
@@ -95,20 +95,20 @@ impl Proofs {
         (kind, payload): (MsgType, &[u8]),
         room: usize,
         now: Instant,
-    ) -> Verdict {
+    ) -> ProofReply {
         let uptime = now.saturating_duration_since(self.started);
         match kind {
             MsgType::CHALLENGE_REPLY if self.cookies.check(payload, client, uptime) => {
                 self.note(client, now);
                 self.mute.remove(&client.ip());
-                Verdict::Verified
+                ProofReply::Verified
             }
             MsgType::TASK | MsgType::CHUNK | MsgType::HEALTH if room >= COOKIE_LEN => {
-                Verdict::Challenge(self.cookies.make(client, uptime))
+                ProofReply::Challenge(self.cookies.make(client, uptime))
             }
             // An old shim sees by it that a head is here.
-            MsgType::HEALTH => Verdict::Health,
-            _ => Verdict::Silence,
+            MsgType::HEALTH => ProofReply::Health,
+            _ => ProofReply::Silence,
         }
     }
 
@@ -158,15 +158,15 @@ mod tests {
         let task = (MsgType::TASK, &b"{}"[..]);
         assert_eq!(
             proofs.ask(client, task, COOKIE_LEN - 1, start),
-            Verdict::Silence
+            ProofReply::Silence
         );
-        let Verdict::Challenge(cookie) = proofs.ask(client, task, COOKIE_LEN, start) else {
+        let ProofReply::Challenge(cookie) = proofs.ask(client, task, COOKIE_LEN, start) else {
             panic!("no challenge");
         };
         let echo = (MsgType::CHALLENGE_REPLY, &cookie[..]);
-        assert_eq!(proofs.ask(other, echo, 99, start), Verdict::Silence);
+        assert_eq!(proofs.ask(other, echo, 99, start), ProofReply::Silence);
         assert!(!proofs.knows(client, start));
-        assert_eq!(proofs.ask(client, echo, 99, start), Verdict::Verified);
+        assert_eq!(proofs.ask(client, echo, 99, start), ProofReply::Verified);
         assert!(proofs.knows(client, start) && !proofs.knows(other, start));
         assert!(!proofs.knows(client, start + KNOWN_FOR));
     }
@@ -180,7 +180,7 @@ mod tests {
         // The Chunks of one task.
         assert!((0..100).all(|_| !proofs.is_mute(client.ip(), start)));
         let task = (MsgType::TASK, &b"{}"[..]);
-        let Verdict::Challenge(cookie) = proofs.ask(client, task, COOKIE_LEN, start) else {
+        let ProofReply::Challenge(cookie) = proofs.ask(client, task, COOKIE_LEN, start) else {
             panic!("no challenge");
         };
         proofs.ask(client, (MsgType::CHALLENGE_REPLY, &cookie), 99, at(100));
@@ -203,18 +203,18 @@ mod tests {
             proofs.ask(client, (MsgType::CHALLENGE_REPLY, &cookie), 99, now)
         };
         let before = ([192, 0, 2, 1], 9).into();
-        assert_eq!(prove(before), Verdict::Verified);
+        assert_eq!(prove(before), ProofReply::Verified);
         for port in 1..=u16::try_from(MOST_KNOWN + 10).unwrap() {
-            assert_eq!(prove(([192, 0, 2, 66], port).into()), Verdict::Verified);
+            assert_eq!(prove(([192, 0, 2, 66], port).into()), ProofReply::Verified);
         }
         for host in 0..u64::try_from(MOST_KNOWN / 4 + 10).unwrap() {
             let host = (0x2001_0db8_u128 << 96) + u128::from(host);
             let verdict = prove((Ipv6Addr::from(host), 9).into());
-            assert_eq!(verdict, Verdict::Verified);
+            assert_eq!(verdict, ProofReply::Verified);
         }
         let after = ([192, 0, 2, 2], 9).into();
-        assert_eq!(prove(after), Verdict::Verified);
-        assert_eq!(prove(after), Verdict::Verified, "again");
+        assert_eq!(prove(after), ProofReply::Verified);
+        assert_eq!(prove(after), ProofReply::Verified, "again");
         assert!(proofs.knows(before, now) && proofs.knows(after, now));
         assert_eq!(proofs.verified.len(), MOST_KNOWN / 4 * 2 + 2);
         assert_eq!(proofs.places.len(), proofs.verified.len());
@@ -229,8 +229,8 @@ mod tests {
             for room in [0, 1, COOKIE_LEN - 1, COOKIE_LEN, 1000] {
                 let payload = vec![0; room];
                 let answer = match proofs.ask(client, (MsgType(kind), &payload), room, now) {
-                    Verdict::Challenge(cookie) => cookie.len(),
-                    Verdict::Verified | Verdict::Health | Verdict::Silence => 0,
+                    ProofReply::Challenge(cookie) => cookie.len(),
+                    ProofReply::Verified | ProofReply::Health | ProofReply::Silence => 0,
                 };
                 assert!(answer <= room, "{kind:#04x}");
             }

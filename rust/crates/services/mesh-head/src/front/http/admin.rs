@@ -6,7 +6,6 @@ use axum::Json;
 use axum::body::Bytes;
 use axum::extract::State;
 use axum::http::StatusCode;
-use dcf::Version;
 use mesh_control::registry::{ServedModel, Service, Worker};
 use mesh_control::tracker::PinError;
 use serde::{Deserialize, Serialize};
@@ -203,7 +202,7 @@ fn describe(worker: &Worker, round_trip_ms: Option<f64>, offers: bool, now: Inst
     // Workers that hold only parts of models have nothing to prove by themselves.
     let only_parts = worker.models.is_empty() && offers;
     let counted_on = !worker.models.is_empty() && worker.models.iter().all(|m| m.answers(now));
-    let answers = worker.proven || counted_on || worker.is_legacy() || only_parts;
+    let answers = worker.proven || counted_on || !worker.has_identity() || only_parts;
     let state = match (worker.draining, answers) {
         (true, _) => "draining",
         (false, true) => "ready",
@@ -213,7 +212,7 @@ fn describe(worker: &Worker, round_trip_ms: Option<f64>, offers: bool, now: Inst
     json!({
         "id": worker.id.0,
         "name": worker.name,
-        "kind": worker.legacy_version().map_or("mesh", Version::name),
+        "kind": worker.kind(),
         "state": state,
         "node_id": worker.node_id(),
         "address": worker.address,

@@ -22,7 +22,7 @@ use crate::api::wire::{
     ChatChoice, ChatChunk, ChatDelta, ChatLogprobs, ChatText, Envelope, Place, TextChoice,
     TextLogprobs, Timings, Usage, finish_reason, system_fingerprint,
 };
-use crate::flight::event::{Event, FOR_ROOM, Placed, words};
+use crate::flight::event::{Event, FOR_ROOM, ServedBy, words};
 use crate::ids;
 
 /// The events of all choices of one request, each with its index.
@@ -239,7 +239,7 @@ impl Answering {
                     complete.done.text = text;
                     return Some((index, Ok(Event::Complete(complete))));
                 }
-                // A v5.0.0 worker answers in one piece.
+                // A plain task is answered in one piece.
                 Event::Whole(bytes) => {
                     let text = String::from_utf8_lossy(&bytes).into_owned();
                     let delta = Delta {
@@ -257,7 +257,7 @@ impl Answering {
         }
     }
 
-    fn placed(&mut self, index: usize, placed: Placed) {
+    fn placed(&mut self, index: usize, placed: ServedBy) {
         self.choices[index].worker = placed.worker;
         if self.head.fingerprint.is_none() {
             self.head.fingerprint = system_fingerprint(&placed.fingerprint);

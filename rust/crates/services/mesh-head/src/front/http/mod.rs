@@ -40,13 +40,13 @@ use tower::ServiceExt as _;
 pub(crate) use error::ApiError;
 pub(crate) use keys::{Keys, KeysError};
 use mesh_control::fair::{Ingress, Source};
-use mesh_control::registry::Worker;
+use mesh_control::registry::Registry;
 
 use crate::api::embeddings::AskedEmbeddings;
 use crate::api::generate::{self, Asked};
-use crate::flight::drive::submit;
 use crate::flight::embed;
-use crate::flight::task::Task;
+use crate::flight::generate::submit;
+use crate::flight::task::GenerateTask;
 use crate::ids;
 use crate::mesh::Mesh;
 use crate::metrics::Front;
@@ -153,20 +153,18 @@ async fn answer(
         .ok_or_else(|| ApiError::too_many(api.concurrency.limit()))?
         .holding(lease);
     let ignored = Ignored::new(&api, &asked.ignored)?;
-    // They cannot stream and know few parameters: where there is another, it answers.
-    let only_old_workers = api
-        .mesh
-        .with_registry(|registry| registry.iter().all(Worker::is_legacy));
+    // Workers that take plain tasks cannot stream and know few parameters: where there is another, it answers.
+    let plain = api.mesh.with_registry(Registry::takes_only_plain);
     let source = Source {
         ingress: Ingress::Http,
         origin: client.origin(),
     };
     let receivers = asked
-        .tasks(&id.0, only_old_workers)
+        .tasks(&id.0, plain)
         .into_iter()
         .map(|task| {
             let salt = client.salt;
-            let task = Task {
+            let task = GenerateTask {
                 source,
                 salt,
                 ..task

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, anyhow};
 use arcanum_tests::gaps::Gaps;
-use arcanum_tests::{Answer, Ask, Undisturbed, question};
+use arcanum_tests::{ChatQuestion, StreamedAnswer, Undisturbed, question};
 use mesh_testkit::client::http::HttpClient;
 use tokio::task::JoinHandle;
 
@@ -16,9 +16,9 @@ const TOKENS: u32 = 16;
 const LIMIT: Duration = Duration::from_secs(60);
 
 /// The questions that honest clients ask.
-pub(crate) fn asks() -> Vec<Ask> {
+pub(crate) fn asks() -> Vec<ChatQuestion> {
     (0..24)
-        .map(|number| Ask::greedy(question(number * 7), TOKENS))
+        .map(|number| ChatQuestion::greedy(question(number * 7), TOKENS))
         .collect()
 }
 
@@ -26,21 +26,21 @@ pub(crate) fn asks() -> Vec<Ask> {
 #[derive(Debug)]
 pub(crate) struct Honest {
     over: Arc<AtomicBool>,
-    clients: Vec<JoinHandle<Vec<Outcome>>>,
+    clients: Vec<JoinHandle<Vec<RequestOutcome>>>,
 }
 
 /// Outcome of one request.
 #[derive(Debug)]
-struct Outcome {
-    ask: Ask,
+struct RequestOutcome {
+    ask: ChatQuestion,
     asked: Instant,
     ended: Instant,
-    answer: Result<Answer>,
+    answer: Result<StreamedAnswer>,
 }
 
 /// Results of all requests of a phase.
 #[derive(Debug, Default)]
-pub(crate) struct Served {
+pub(crate) struct HonestResults {
     /// Number of right answers.
     pub(crate) right: usize,
     /// Errors of the others, with the second of the phase in which each ended.
@@ -61,7 +61,7 @@ impl Honest {
         think: Duration,
     ) -> Result<Self> {
         let over = Arc::new(AtomicBool::new(false));
-        let asks: Vec<Ask> = asks().into_iter().map(|ask| ask.of(model)).collect();
+        let asks: Vec<ChatQuestion> = asks().into_iter().map(|ask| ask.of(model)).collect();
         let clients = (0..clients)
             .map(|number| {
                 let http = HttpClient::new(address, Some(key.to_owned()))?;
@@ -73,9 +73,13 @@ impl Honest {
     }
 
     /// Ends them, and compares every answer with the undisturbed one.
-    pub(crate) async fn end(self, begun: Instant, undisturbed: &Undisturbed) -> Result<Served> {
+    pub(crate) async fn end(
+        self,
+        begun: Instant,
+        undisturbed: &Undisturbed,
+    ) -> Result<HonestResults> {
         self.over.store(true, Ordering::Relaxed);
-        let mut served = Served::default();
+        let mut served = HonestResults::default();
         for client in self.clients {
             for outcome in client.await? {
                 let checked = outcome.answer.and_then(|answer| {
@@ -102,7 +106,7 @@ impl Honest {
     }
 }
 
-impl Served {
+impl HonestResults {
     pub(crate) fn all(&self) -> usize {
         self.right + self.wrong.len()
     }
@@ -129,11 +133,11 @@ impl Served {
 
 async fn one(
     http: HttpClient,
-    asks: Vec<Ask>,
+    asks: Vec<ChatQuestion>,
     first: usize,
     think: Duration,
     over: Arc<AtomicBool>,
-) -> Vec<Outcome> {
+) -> Vec<RequestOutcome> {
     let mut outcomes = Vec::new();
     for ask in asks.iter().cycle().skip(first) {
         if over.load(Ordering::Relaxed) {
@@ -143,7 +147,7 @@ async fn one(
         let answer = tokio::time::timeout(LIMIT, ask.ask(&http)).await;
         let answer = answer.unwrap_or_else(|_| Err(anyhow!("no end within {LIMIT:?}")));
         let failed = answer.is_err();
-        outcomes.push(Outcome {
+        outcomes.push(RequestOutcome {
             ask: ask.clone(),
             asked,
             ended: Instant::now(),

@@ -4,7 +4,9 @@
 //! processes of their own at the lowest priority, on machines of their own where network namespaces are
 //! available. Strangers over QUIC are `scripts/stranger.py`, which shares no code with the mesh.
 
+mod args;
 mod honest;
+mod phase;
 mod plays;
 mod run;
 mod sources;
@@ -17,7 +19,7 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
-use arcanum_tests::rogue::{Claim, Event, Lie, Rogue};
+use arcanum_tests::rogue::{ClaimedModel, Lie, Rogue, RogueEvent};
 use clap::{Parser, Subcommand};
 
 use plays::Play;
@@ -28,13 +30,13 @@ use targets::Targets;
 #[command(args_conflicts_with_subcommands = true)]
 struct Arguments {
     #[command(subcommand)]
-    part: Option<Part>,
+    part: Option<Command>,
     #[command(flatten)]
-    run: run::Args,
+    run: args::Args,
 }
 
 #[derive(Debug, Subcommand)]
-enum Part {
+enum Command {
     /// One attack by its name, against the addresses in a file
     Play {
         /// Its name
@@ -76,7 +78,7 @@ fn main() -> Result<ExitCode> {
     runtime.block_on(async {
         match arguments.part {
             None => run::run(arguments.run).await,
-            Some(Part::Play {
+            Some(Command::Play {
                 play,
                 targets,
                 seconds,
@@ -87,14 +89,14 @@ fn main() -> Result<ExitCode> {
                 println!("{}", tally.to_json(&play.name()));
                 Ok(ExitCode::SUCCESS)
             }
-            Some(Part::Rogue {
+            Some(Command::Rogue {
                 lie,
                 targets,
                 token,
                 name,
                 seconds,
             }) => rogue(lie, &Targets::read(&targets)?, &token, name, seconds).await,
-            Some(Part::List) => {
+            Some(Command::List) => {
                 for source in sources::all() {
                     println!("{source}");
                 }
@@ -112,7 +114,7 @@ async fn rogue(
     name: Option<String>,
     seconds: u64,
 ) -> Result<ExitCode> {
-    let claim = Claim {
+    let claim = ClaimedModel {
         model: targets.model.clone(),
         fingerprint: targets.fingerprint.clone(),
         kind: mesh_proto::ModelKind::Chat,
@@ -127,7 +129,7 @@ async fn rogue(
         let joined = Rogue::join_at(targets.quic, token, &name, lie, claim.clone(), tell).await;
         match joined {
             Ok(rogue) => break rogue,
-            Err(error) => tell(&Event::Ended(format!("cannot join: {error:#}"))),
+            Err(error) => tell(&RogueEvent::Ended(format!("cannot join: {error:#}"))),
         }
         if begun.elapsed() > lasts {
             return Ok(ExitCode::FAILURE);
@@ -138,14 +140,14 @@ async fn rogue(
     Ok(ExitCode::SUCCESS)
 }
 
-fn tell(event: &Event) {
+fn tell(event: &RogueEvent) {
     let line = match event {
-        Event::Welcomed => serde_json::json!({"event": "welcomed"}),
-        Event::Asked(seen) => serde_json::json!({
+        RogueEvent::Welcomed => serde_json::json!({"event": "welcomed"}),
+        RogueEvent::Asked(seen) => serde_json::json!({
             "event": "asked", "request": seen.request,
             "question": seen.question.chars().take(200).collect::<String>(),
         }),
-        Event::Ended(reason) => serde_json::json!({"event": "ended", "reason": reason}),
+        RogueEvent::Ended(reason) => serde_json::json!({"event": "ended", "reason": reason}),
     };
     println!("{line}");
 }

@@ -9,67 +9,18 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use arcanum_tests::report::Report;
 use arcanum_tests::{Cluster, Undisturbed, alone};
-use clap::Args as ClapArgs;
 use mesh_testkit::{Namespaces, Service, paths, until_signal};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use serde_json::Value;
 use tokio::task::JoinHandle;
 
-use crate::honest::{Honest, Served, asks};
-use crate::sources::{self, Attack, Machines, Said, Source};
+use crate::args::Args;
+use crate::honest::{Honest, asks};
+use crate::phase::{JOIN_LIMIT, Phase, compare};
+use crate::sources::{self, Attack, AttackKind, Machines};
 use crate::targets::Targets;
-use crate::verdict::{LIMIT, Watched};
-use crate::watch::{Asked, Health, Processors, machine_seconds, processor_seconds};
-
-/// How the run goes.
-#[derive(Debug, Clone, ClapArgs)]
-pub(crate) struct Args {
-    /// Seconds of all attacks at once
-    #[arg(long, default_value_t = 300)]
-    seconds: u64,
-    /// Seconds without attacks, before
-    #[arg(long, default_value_t = 60)]
-    calm: u64,
-    /// Seconds without attacks, afterwards
-    #[arg(long, default_value_t = 20)]
-    after: u64,
-    /// Honest clients
-    #[arg(long, default_value_t = 8)]
-    clients: usize,
-    /// Workers
-    #[arg(long, default_value_t = 3)]
-    workers: usize,
-    /// Milliseconds for which an honest client pauses between two requests
-    #[arg(long, default_value_t = 0)]
-    think: u64,
-    /// Only these attacks
-    #[arg(long, value_delimiter = ',')]
-    only: Vec<String>,
-    /// All attacks but these
-    #[arg(long, value_delimiter = ',')]
-    without: Vec<String>,
-    /// Each attack by itself, for so many seconds, instead of all at once: which one is it?
-    #[arg(long)]
-    each: Option<u64>,
-    /// Most of p95 of the time to the first token, as a multiple of the undisturbed one
-    #[arg(long, default_value_t = 3.0)]
-    ratio: f64,
-    /// Most memory of the head, MiB
-    #[arg(long, default_value_t = 64)]
-    head_memory: u64,
-    /// Most memory of a worker, MiB: that of a machine that would be dead with more
-    #[arg(long, default_value_t = 1_536)]
-    worker_memory: u64,
-    /// How far attackers' processes stand behind the mesh's, as nice(1) has it: 19 is last
-    #[arg(long, default_value_t = 10)]
-    nice: u8,
-    /// Everybody on the loopback address, without network namespaces
-    #[arg(long)]
-    loopback: bool,
-    /// Where the table is written; logs go beside it
-    #[arg(long, default_value = "target/attack.md")]
-    out: PathBuf,
-}
+use crate::verdict::{LIMIT, LiarRecord};
+use crate::watch::{HealthProbe, Processors, machine_seconds, processor_seconds};
 
 pub(crate) async fn run(args: Args) -> Result<ExitCode> {
     let mut attacks = if args.only.is_empty() {
@@ -81,32 +32,32 @@ pub(crate) async fn run(args: Args) -> Result<ExitCode> {
     attacks.retain(|source| !without.contains(source));
     if let Err(error) = sources::strangers_are_to_be_had() {
         println!("SKIPPED: strangers over QUIC: {error:#}");
-        attacks.retain(|source| !matches!(source, Source::Stranger(_)));
+        attacks.retain(|source| !matches!(source, AttackKind::Stranger(_)));
     }
     let _alone = alone();
     until_signal(phases(&args, &attacks)).await
 }
 
-async fn phases(args: &Args, attacks: &[Source]) -> Result<ExitCode> {
+async fn phases(args: &Args, attacks: &[AttackKind]) -> Result<ExitCode> {
     let mut report = Report::new("Attacks beside honest clients", 0);
-    let mut stand = Stand::start(args, &mut report).await?;
-    let calm = stand.phase("calm", &[], args.calm, args).await?;
-    stand.judge_calm("undisturbed", &calm, &mut report);
+    let mut setup = AttackSetup::start(args, &mut report).await?;
+    let calm = setup.phase("calm", &[], args.calm, args).await?;
+    calm.judge_calm("undisturbed", &mut report);
     match args.each {
         Some(seconds) => {
             for attack in attacks {
                 let name = attack.to_string();
-                let found = stand.phase(&name, &[*attack], seconds, args).await?;
-                stand.judge(&name, &found, &calm, args, &mut report);
-                stand.restore().await?;
+                let found = setup.phase(&name, &[*attack], seconds, args).await?;
+                found.judge(&name, &calm, args, &mut report);
+                setup.restore().await?;
             }
         }
         None => {
-            let found = stand.phase("attacked", attacks, args.seconds, args).await?;
-            stand.judge("", &found, &calm, args, &mut report);
+            let found = setup.phase("attacked", attacks, args.seconds, args).await?;
+            found.judge("", &calm, args, &mut report);
             if args.after > 0 && found.deaths.is_empty() {
-                let after = stand.phase("after", &[], args.after, args).await?;
-                stand.judge_calm("afterwards", &after, &mut report);
+                let after = setup.phase("after", &[], args.after, args).await?;
+                after.judge_calm("afterwards", &mut report);
                 compare(&after, &calm, &mut report);
             }
         }
@@ -115,7 +66,7 @@ async fn phases(args: &Args, attacks: &[Source]) -> Result<ExitCode> {
     println!(
         "\n{report}\nwritten to {}, logs in {}",
         args.out.display(),
-        stand.logs.display()
+        setup.logs.display()
     );
     Ok(if report.failed() {
         ExitCode::FAILURE
@@ -125,7 +76,7 @@ async fn phases(args: &Args, attacks: &[Source]) -> Result<ExitCode> {
 }
 
 /// The mesh, and everything needed to attack it.
-struct Stand {
+struct AttackSetup {
     cluster: Cluster,
     targets: Targets,
     targets_file: PathBuf,
@@ -137,42 +88,7 @@ struct Stand {
     _folder: tempfile::TempDir,
 }
 
-/// Results of one phase of the run.
-#[derive(Debug)]
-struct Phase {
-    lasted: f64,
-    served: Served,
-    health: Asked,
-    head_peak: u64,
-    worker_peaks: Vec<(String, u64)>,
-    deaths: Vec<String>,
-    said: Vec<(Source, Said)>,
-    liars: Vec<Watched>,
-    join: Option<Result<Duration>>,
-    services_cpu: f64,
-    attackers_cpu: f64,
-    /// Processor time of all processes but services, attackers and this program.
-    others_cpu: f64,
-}
-
-impl Phase {
-    fn processors(&self) -> String {
-        let cores = std::thread::available_parallelism().map_or(0, usize::from);
-        let [services, attackers, others] =
-            [self.services_cpu, self.attackers_cpu, self.others_cpu].map(|used| used / self.lasted);
-        // Times that were measured beside other work say little.
-        let busy = if others > 0.3 {
-            ": THIS MACHINE IS BUSY WITH SOMETHING ELSE"
-        } else {
-            ""
-        };
-        format!(
-            "by services {services:.2}, by attackers {attackers:.2}, by others {others:.2} of {cores}{busy}"
-        )
-    }
-}
-
-impl Stand {
+impl AttackSetup {
     async fn start(args: &Args, report: &mut Report) -> Result<Self> {
         // The default limit of systemd services; a unit has to ask for more.
         let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
@@ -258,7 +174,7 @@ impl Stand {
     async fn phase(
         &mut self,
         name: &str,
-        attacks: &[Source],
+        attacks: &[AttackKind],
         seconds: u64,
         args: &Args,
     ) -> Result<Phase> {
@@ -275,15 +191,15 @@ impl Stand {
             &self.targets.model,
             Duration::from_millis(args.think),
         )?;
-        let health = Health::start(self.targets.http);
+        let health = HealthProbe::start(self.targets.http);
         let questions: HashSet<String> = asks().into_iter().map(|ask| ask.question).collect();
         let mut starts = self.starts(attacks, lasts).await?;
         let mut running: Vec<Attack> = Vec::new();
-        let mut liars: Vec<Watched> = Vec::new();
+        let mut liars: Vec<LiarRecord> = Vec::new();
         let mut deaths: Vec<String> = Vec::new();
         let mut peaks = Peaks::default();
         let (mut services_cpu, mut attackers_cpu) = (Processors::default(), Processors::default());
-        let mut registry = Polled::default();
+        let mut registry = RegistryPoll::default();
         let mut join: Option<JoinHandle<Result<Duration>>> = None;
         let mut looked = Instant::now();
         let own = || machine_seconds() - processor_seconds(std::process::id());
@@ -304,8 +220,8 @@ impl Stand {
                     &self.logs,
                     args.nice,
                 )?;
-                if let Source::Rogue(lie) = start.source {
-                    liars.push(Watched::new(lie, start.source.to_string()));
+                if let AttackKind::Rogue(lie) = start.source {
+                    liars.push(LiarRecord::new(lie, start.source.to_string()));
                 }
                 running.push(attack);
             }
@@ -378,10 +294,10 @@ impl Stand {
     }
 
     /// Start time of each attack: all at once, but liars one after the other, each early enough to be judged.
-    async fn starts(&self, attacks: &[Source], lasts: Duration) -> Result<Vec<Start>> {
+    async fn starts(&self, attacks: &[AttackKind], lasts: Duration) -> Result<Vec<AttackStart>> {
         let liars = attacks
             .iter()
-            .filter(|source| matches!(source, Source::Rogue(_)));
+            .filter(|source| matches!(source, AttackKind::Rogue(_)));
         let liars = liars.count().max(1) as u32;
         let room = lasts.saturating_sub(LIMIT + Duration::from_secs(5));
         let spacing = (room / liars).min(Duration::from_secs(30));
@@ -389,7 +305,7 @@ impl Stand {
         let mut liar = 0;
         for source in attacks {
             let (at, token) = match source {
-                Source::Rogue(_) => {
+                AttackKind::Rogue(_) => {
                     liar += 1;
                     (
                         spacing * (liar - 1),
@@ -398,7 +314,7 @@ impl Stand {
                 }
                 _ => (Duration::ZERO, None),
             };
-            starts.push(Start {
+            starts.push(AttackStart {
                 at,
                 source: *source,
                 token,
@@ -473,212 +389,12 @@ impl Stand {
         }
         Ok(())
     }
-
-    fn judge_calm(&self, name: &str, found: &Phase, report: &mut Report) {
-        report.row(
-            &format!("{name}: right answers"),
-            format!("{} of {}", found.served.right, found.served.all()),
-            Some(found.served.wrong.is_empty() && found.served.right > 0),
-        );
-        report.row(
-            &format!("{name}: time to the first token"),
-            found.served.first_token.to_string(),
-            None,
-        );
-        report.row(
-            &format!("{name}: processors used"),
-            found.processors(),
-            None,
-        );
-        for failure in kinds(&found.served) {
-            report.failure(format!("{name}: {failure}"));
-        }
-        report.row(
-            &format!("{name}: head's memory at most"),
-            mib(found.head_peak),
-            None,
-        );
-    }
-
-    fn judge(&self, name: &str, found: &Phase, calm: &Phase, args: &Args, report: &mut Report) {
-        let called = |what: &str| {
-            if name.is_empty() {
-                what.to_owned()
-            } else {
-                format!("{name}: {what}")
-            }
-        };
-        let served = &found.served;
-        report.row(
-            &called("right answers to honest clients"),
-            format!(
-                "{} of {} ({} reruns)",
-                served.right,
-                served.all(),
-                served.reruns
-            ),
-            Some(served.wrong.is_empty() && served.right > 0),
-        );
-        for failure in kinds(served) {
-            report.failure(called(&failure));
-        }
-        let p95 = |phase: &Phase| phase.served.first_token.percentile(95).as_secs_f64();
-        let ratio = p95(found) / p95(calm).max(0.001);
-        report.row(
-            &called("p95 of the time to the first token / undisturbed"),
-            format!(
-                "{ratio:.2} (at most {}); {}",
-                args.ratio, served.first_token
-            ),
-            Some(served.right > 0 && ratio <= args.ratio),
-        );
-        report.row(
-            &called("head's memory at most"),
-            format!(
-                "{} (at most {} MiB)",
-                mib(found.head_peak),
-                args.head_memory
-            ),
-            Some(found.head_peak <= args.head_memory << 20),
-        );
-        let peaks: Vec<String> = found
-            .worker_peaks
-            .iter()
-            .map(|(name, peak)| format!("{name} {}", mib(*peak)))
-            .collect();
-        let worst = found
-            .worker_peaks
-            .iter()
-            .map(|(_, peak)| *peak)
-            .max()
-            .unwrap_or_default();
-        report.row(
-            &called("workers' memory at most"),
-            format!("{} (at most {} MiB)", peaks.join(", "), args.worker_memory),
-            Some(worst <= args.worker_memory << 20),
-        );
-        report.row(
-            &called("processes that died"),
-            found.deaths.len().to_string(),
-            Some(found.deaths.is_empty()),
-        );
-        for death in &found.deaths {
-            report.failure(called(death));
-        }
-        let failures = &found.health.failures;
-        report.row(
-            &called("/health, asked once a second"),
-            format!(
-                "{}; {} without an answer in time",
-                found.health.times,
-                failures.len()
-            ),
-            Some(failures.is_empty()),
-        );
-        if let Some((at, why)) = failures.first() {
-            report.failure(called(&format!("/health, first after {at:.0} s: {why}")));
-        }
-        match &found.join {
-            Some(Ok(took)) => report.row(
-                &called("a new machine joins meanwhile"),
-                format!("in {} ms (at most {JOIN_LIMIT:?})", took.as_millis()),
-                Some(*took <= JOIN_LIMIT),
-            ),
-            Some(Err(error)) => report.row(
-                &called("a new machine joins meanwhile"),
-                format!("{error:#}"),
-                Some(false),
-            ),
-            None => {}
-        }
-        for liar in &found.liars {
-            let good = liar
-                .can_be_judged()
-                .then(|| liar.lie.answers_right() || liar.is_out());
-            report.row(
-                &called(&format!("{} is out within {LIMIT:?}", liar.name)),
-                liar.describe(),
-                good,
-            );
-        }
-        for (source, said) in &found.said {
-            // Words in capitals mark events that must not happen.
-            let bad = ["TASKS OF CLIENTS", "JOINED", "WELCOMED"];
-            let good = !bad.iter().any(|word| said.summary.contains(word));
-            let summary = match source {
-                Source::Rogue(_) => liar_summary(said),
-                _ => said.summary.clone(),
-            };
-            if said.lines.is_empty() && !said.summary.starts_with("SKIPPED") {
-                report.failure(format!(
-                    "{source} said nothing: it did not run ({})",
-                    said.summary
-                ));
-            }
-            report.row(
-                &called(&format!("attack {source}")),
-                summary,
-                (!good).then_some(false),
-            );
-        }
-        report.row(&called("processors used"), found.processors(), None);
-    }
-}
-
-fn compare(after: &Phase, calm: &Phase, report: &mut Report) {
-    let p95 = |phase: &Phase| phase.served.first_token.percentile(95).as_secs_f64();
-    let ratio = p95(after) / p95(calm).max(0.001);
-    let quiet = if (0.5..2.0).contains(&ratio) {
-        ""
-    } else {
-        ": this machine was not quiet, or something stayed behind"
-    };
-    report.row(
-        "p95 of the time to the first token, afterwards / before",
-        format!("{ratio:.2}{quiet}"),
-        None,
-    );
-}
-
-fn kinds(served: &Served) -> Vec<String> {
-    let kinds = served.wrong_by_kind().into_iter();
-    kinds
-        .map(|(count, first, words)| {
-            format!("{count} answers, the first after {first:.1} s: {words}")
-        })
-        .collect()
-}
-
-fn liar_summary(said: &Said) -> String {
-    let count = |event: &str| {
-        said.lines
-            .iter()
-            .filter(|line| line["event"] == event)
-            .count()
-    };
-    let ended = said
-        .lines
-        .iter()
-        .rev()
-        .find(|line| line["event"] == "ended");
-    let ended = ended
-        .and_then(|line| line["reason"].as_str())
-        .unwrap_or("none");
-    format!(
-        "welcomed {} times, asked {} times; the last end of a link: {ended}",
-        count("welcomed"),
-        count("asked")
-    )
-}
-
-fn mib(bytes: u64) -> String {
-    format!("{} MiB", bytes.div_ceil(1 << 20))
 }
 
 /// Start of one attack.
-struct Start {
+struct AttackStart {
     at: Duration,
-    source: Source,
+    source: AttackKind,
     token: Option<String>,
 }
 
@@ -726,11 +442,11 @@ fn forget_peak(pid: u32) {
 
 /// The registry, asked for without waiting long.
 #[derive(Debug, Default)]
-struct Polled {
+struct RegistryPoll {
     failures: usize,
 }
 
-impl Polled {
+impl RegistryPoll {
     async fn poll(&mut self, cluster: &Cluster) -> Option<Value> {
         let asked = tokio::time::timeout(Duration::from_secs(1), cluster.mesh.registry()).await;
         match asked {
@@ -742,6 +458,3 @@ impl Polled {
         }
     }
 }
-
-/// Longest time to join.
-const JOIN_LIMIT: Duration = Duration::from_secs(5);

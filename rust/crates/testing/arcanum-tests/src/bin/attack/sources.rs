@@ -15,7 +15,7 @@ use crate::plays::Play;
 
 /// One attack, as it is named on the command line and in the table.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Source {
+pub(crate) enum AttackKind {
     /// A client, or an attacker who knows the addresses only.
     Play(Play),
     /// A worker with a token.
@@ -25,19 +25,19 @@ pub(crate) enum Source {
 }
 
 /// All of them, in the order of the table.
-pub(crate) fn all() -> Vec<Source> {
-    let plays = Play::value_variants().iter().copied().map(Source::Play);
-    let strangers = ["silent", "others"].map(Source::Stranger);
+pub(crate) fn all() -> Vec<AttackKind> {
+    let plays = Play::value_variants().iter().copied().map(AttackKind::Play);
+    let strangers = ["silent", "others"].map(AttackKind::Stranger);
     // Lies about embeddings need a model for them: tests have one.
     let lies = Lie::value_variants().iter().copied();
     let lies = lies
         .filter(|lie| *lie != Lie::Dimensions)
-        .map(Source::Rogue);
+        .map(AttackKind::Rogue);
     plays.chain(strangers).chain(lies).collect()
 }
 
 /// The attacks of a usual run; of the lies only the harmful ones.
-pub(crate) fn usual() -> Vec<Source> {
+pub(crate) fn usual() -> Vec<AttackKind> {
     let usual = [
         Lie::Fast,
         Lie::Mute,
@@ -49,20 +49,20 @@ pub(crate) fn usual() -> Vec<Source> {
     ];
     let mut sources = all();
     sources.retain(|source| match source {
-        Source::Rogue(lie) => usual.contains(lie),
+        AttackKind::Rogue(lie) => usual.contains(lie),
         _ => true,
     });
     sources
 }
 
 /// The sources called so; `liars` and `strangers` are all of those.
-pub(crate) fn named(names: &[String]) -> Result<Vec<Source>> {
+pub(crate) fn named(names: &[String]) -> Result<Vec<AttackKind>> {
     let known = all();
     let mut found = Vec::new();
     for name in names {
-        let group: fn(&Source) -> bool = match name.as_str() {
-            "liars" => |source| matches!(source, Source::Rogue(_)),
-            "strangers" => |source| matches!(source, Source::Stranger(_)),
+        let group: fn(&AttackKind) -> bool = match name.as_str() {
+            "liars" => |source| matches!(source, AttackKind::Rogue(_)),
+            "strangers" => |source| matches!(source, AttackKind::Stranger(_)),
             _ => {
                 found.push(one(name, &known)?);
                 continue;
@@ -73,21 +73,21 @@ pub(crate) fn named(names: &[String]) -> Result<Vec<Source>> {
     Ok(found)
 }
 
-fn one(name: &str, known: &[Source]) -> Result<Source> {
+fn one(name: &str, known: &[AttackKind]) -> Result<AttackKind> {
     let found = known.iter().find(|source| source.to_string() == name);
     found.copied().with_context(|| {
-        let known: Vec<String> = known.iter().map(Source::to_string).collect();
+        let known: Vec<String> = known.iter().map(AttackKind::to_string).collect();
         let known = known.join(", ");
         format!("no attack is called {name:?}; there are liars, strangers, {known}")
     })
 }
 
-impl fmt::Display for Source {
+impl fmt::Display for AttackKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Source::Play(play) => f.write_str(&play.name()),
-            Source::Rogue(lie) => write!(f, "liar-{}", lie.name()),
-            Source::Stranger(name) => write!(f, "stranger-{name}"),
+            AttackKind::Play(play) => f.write_str(&play.name()),
+            AttackKind::Rogue(lie) => write!(f, "liar-{}", lie.name()),
+            AttackKind::Stranger(name) => write!(f, "stranger-{name}"),
         }
     }
 }
@@ -106,14 +106,14 @@ pub(crate) struct Machines {
 /// An attack that goes on. Dropping it ends it.
 #[derive(Debug)]
 pub(crate) struct Attack {
-    pub(crate) source: Source,
+    pub(crate) source: AttackKind,
     child: Child,
     words: PathBuf,
 }
 
 /// Output of an attack.
 #[derive(Debug, Default)]
-pub(crate) struct Said {
+pub(crate) struct AttackOutput {
     /// Its counts, or the reason why there are none.
     pub(crate) summary: String,
     /// All of its words that are JSON.
@@ -123,7 +123,7 @@ pub(crate) struct Said {
 impl Attack {
     /// Starts it for so long; its words go to a file in `folder`.
     pub(crate) fn start(
-        source: Source,
+        source: AttackKind,
         machines: &Machines,
         targets: &Path,
         token: Option<&str>,
@@ -135,7 +135,7 @@ impl Attack {
         let program = std::env::current_exe()?.display().to_string();
         let targets_file = targets.display().to_string();
         let (machine, own): (&[String], Vec<String>) = match source {
-            Source::Play(play) => {
+            AttackKind::Play(play) => {
                 let machine = if play.is_client() {
                     &machines.clients
                 } else {
@@ -157,7 +157,7 @@ impl Attack {
                     .to_vec(),
                 )
             }
-            Source::Rogue(lie) => {
+            AttackKind::Rogue(lie) => {
                 let (name, token) = (lie.name(), token.context("a liar needs a token")?);
                 let words = [
                     &program,
@@ -172,7 +172,7 @@ impl Attack {
                 ];
                 (&machines.rogues, words.map(str::to_owned).to_vec())
             }
-            Source::Stranger(name) => {
+            AttackKind::Stranger(name) => {
                 let target = crate::targets::Targets::read(targets)?.quic.to_string();
                 let script = script().display().to_string();
                 let words = ["python3", &script, &target, name, "--seconds", &seconds];
@@ -214,7 +214,7 @@ impl Attack {
     }
 
     /// Waits for its end, which comes by itself, and ends it if it does not.
-    pub(crate) async fn end(mut self) -> Said {
+    pub(crate) async fn end(mut self) -> AttackOutput {
         for _ in 0..200 {
             if !matches!(self.child.try_wait(), Ok(None)) {
                 break;
@@ -233,7 +233,7 @@ impl Attack {
             Ok(None) => format!("did not end by itself: {}", counts(&lines)),
             _ => counts(&lines),
         };
-        Said { summary, lines }
+        AttackOutput { summary, lines }
     }
 
     fn last_words(&self) -> String {

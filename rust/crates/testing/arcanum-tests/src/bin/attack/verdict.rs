@@ -13,7 +13,7 @@ pub(crate) const LIMIT: Duration = Duration::from_secs(30);
 
 /// Observations of one liar.
 #[derive(Debug)]
-pub(crate) struct Watched {
+pub(crate) struct LiarRecord {
     pub(crate) lie: Lie,
     /// Name in its certificate.
     pub(crate) name: String,
@@ -27,7 +27,7 @@ pub(crate) struct Watched {
     state: String,
 }
 
-impl Watched {
+impl LiarRecord {
     pub(crate) fn new(lie: Lie, name: String) -> Self {
         Self {
             lie,

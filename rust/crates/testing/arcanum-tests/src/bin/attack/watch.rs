@@ -72,26 +72,26 @@ impl Processors {
 
 /// Asks `/health` once a second, each time on a new connection.
 #[derive(Debug)]
-pub(crate) struct Health {
+pub(crate) struct HealthProbe {
     over: Arc<AtomicBool>,
-    task: JoinHandle<Asked>,
+    task: JoinHandle<HealthResults>,
 }
 
 /// Results of repeated health checks.
 #[derive(Debug, Default)]
-pub(crate) struct Asked {
+pub(crate) struct HealthResults {
     /// Times of answers with 200.
     pub(crate) times: Gaps,
     /// After how many seconds there was none, and why.
     pub(crate) failures: Vec<(f64, String)>,
 }
 
-impl Health {
+impl HealthProbe {
     pub(crate) fn start(head: SocketAddr) -> Self {
         let over = Arc::new(AtomicBool::new(false));
         let done = Arc::clone(&over);
         let task = tokio::spawn(async move {
-            let (begun, mut asked) = (Instant::now(), Asked::default());
+            let (begun, mut asked) = (Instant::now(), HealthResults::default());
             while !done.load(Ordering::Relaxed) {
                 let started = Instant::now();
                 let answered = tokio::time::timeout(HEALTH_LIMIT, health(head)).await;
@@ -115,7 +115,7 @@ impl Health {
         Self { over, task }
     }
 
-    pub(crate) async fn end(self) -> Asked {
+    pub(crate) async fn end(self) -> HealthResults {
         self.over.store(true, Ordering::Relaxed);
         self.task.await.unwrap_or_default()
     }

@@ -5,7 +5,7 @@ use std::time::Duration;
 use anyhow::Result;
 use arcanum_tests::load::under_load;
 use arcanum_tests::report::Report;
-use arcanum_tests::{Ask, Cluster, Undisturbed, question};
+use arcanum_tests::{ChatQuestion, Cluster, Undisturbed, question};
 
 use crate::Args;
 
@@ -17,18 +17,18 @@ pub(crate) async fn load(args: &Args, report: &mut Report) -> Result<()> {
     }
     let cores = std::thread::available_parallelism().map_or(2, usize::from);
     let burn = args.burn.unwrap_or(2 * cores);
-    let asks: Vec<Ask> = (0..16)
+    let asks: Vec<ChatQuestion> = (0..16)
         .map(|number| match number % 4 {
-            3 => Ask::sampled(question(number * 5), 120, number as u64),
-            _ => Ask::greedy(question(number * 5), 120),
+            3 => ChatQuestion::sampled(question(number * 5), 120, number as u64),
+            _ => ChatQuestion::greedy(question(number * 5), 120),
         })
         .collect();
     let mut undisturbed = Undisturbed::new();
     undisturbed.learn(&asks).await?;
     let mut cluster = Cluster::builder()
-        .shards(4)
+        .ring_workers(4)
         .stages(3)
-        .head_config("[sharding]\nslots = 16\ncontext = 1024\n")
+        .head_config("[ring]\nslots = 16\ncontext = 1024\n")
         .start()
         .await?;
     cluster.wait_for_whole_ring().await?;

@@ -5,7 +5,7 @@ use std::time::Instant;
 use anyhow::{Context, Result};
 use arcanum_tests::gaps::Gaps;
 use arcanum_tests::report::Report;
-use arcanum_tests::{Ask, Cluster, Fault, Running, Seed, Undisturbed, question};
+use arcanum_tests::{ChatQuestion, Cluster, Fault, RunningStreams, Seed, Undisturbed, question};
 
 use crate::{Args, spread_ring, where_cut_off};
 
@@ -30,10 +30,10 @@ async fn runs(what: &str, faults: &[Fault], seed: u64, report: &mut Report) -> R
         return Ok(());
     }
     let mut seed = Seed::new(seed);
-    let asks: Vec<Ask> = (0..QUESTIONS)
+    let asks: Vec<ChatQuestion> = (0..QUESTIONS)
         .map(|number| match number % 4 {
-            3 => Ask::sampled(question(number * 7), TOKENS, number as u64),
-            _ => Ask::greedy(question(number * 7), TOKENS),
+            3 => ChatQuestion::sampled(question(number * 7), TOKENS, number as u64),
+            _ => ChatQuestion::greedy(question(number * 7), TOKENS),
         })
         .collect();
     let mut undisturbed = Undisturbed::new();
@@ -41,7 +41,7 @@ async fn runs(what: &str, faults: &[Fault], seed: u64, report: &mut Report) -> R
 
     let mut why_not = None;
     let start = |why_not: &mut Option<String>| {
-        let builder = Cluster::builder().shards(4).stages(3);
+        let builder = Cluster::builder().ring_workers(4).stages(3);
         let builder = match faults.contains(&Fault::Cut) {
             true => where_cut_off(builder, why_not),
             false => builder,
@@ -87,7 +87,7 @@ async fn runs(what: &str, faults: &[Fault], seed: u64, report: &mut Report) -> R
 async fn one_run(
     cluster: &mut Cluster,
     fault: Fault,
-    ask: &Ask,
+    ask: &ChatQuestion,
     undisturbed: &Undisturbed,
     seed: &mut Seed,
     gaps: &mut Gaps,
@@ -99,7 +99,7 @@ async fn one_run(
         .clone();
     let after = 1 + seed.below(ask.tokens as usize * 3 / 4);
     let line = format!("{victim} {fault} after {after} tokens; {}", ring.layout());
-    let running = Running::start(&cluster.client()?, std::slice::from_ref(ask));
+    let running = RunningStreams::start(&cluster.client()?, std::slice::from_ref(ask));
     running
         .wait_for_tokens(after)
         .await
@@ -113,6 +113,6 @@ async fn one_run(
     let gap = answers[0].gap_after(struck).unwrap_or_default();
     gaps.add(gap);
     cluster.remove(&victim);
-    cluster.add_shards().await?;
+    cluster.add_ring_worker().await?;
     Ok(format!("{line}: {} ms", gap.as_millis()))
 }

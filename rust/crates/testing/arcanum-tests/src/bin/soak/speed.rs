@@ -6,7 +6,7 @@ use anyhow::{Context, Result, ensure};
 use arcanum_tests::clients::long_question;
 use arcanum_tests::gaps::Gaps;
 use arcanum_tests::report::Report;
-use arcanum_tests::{Ask, Cluster, Fault, Running, Seed, Undisturbed};
+use arcanum_tests::{ChatQuestion, Cluster, Fault, RunningStreams, Seed, Undisturbed};
 
 use crate::{Args, spread_ring};
 
@@ -18,8 +18,8 @@ pub(crate) async fn pauses(args: &Args, report: &mut Report) -> Result<()> {
     if args.pauses == 0 {
         return Ok(());
     }
-    let asks: Vec<Ask> = (0..args.pauses)
-        .map(|number| Ask::greedy(long_question(number, CONTEXT), TOKENS))
+    let asks: Vec<ChatQuestion> = (0..args.pauses)
+        .map(|number| ChatQuestion::greedy(long_question(number, CONTEXT), TOKENS))
         .collect();
     let mut undisturbed = Undisturbed::new();
     undisturbed.learn(&asks).await?;
@@ -31,7 +31,7 @@ pub(crate) async fn pauses(args: &Args, report: &mut Report) -> Result<()> {
     ] {
         let with = if standbys { "with" } else { "without" };
         let mut cluster = Cluster::builder()
-            .shards(4)
+            .ring_workers(4)
             .stages(3)
             .standbys(standbys)
             .start()
@@ -51,7 +51,7 @@ pub(crate) async fn pauses(args: &Args, report: &mut Report) -> Result<()> {
         let row = format!("pause, the driver {fault} {with} standbys, {CONTEXT} tokens of context");
         report.row(&row, all.driver.to_string(), None);
         if !standbys {
-            let row = "for comparison, members: loading that shard, and the prefill that it computed anew";
+            let row = "for comparison, members: loading that stage, and the prefill that it computed anew";
             report.row(row, all.anew.to_string(), None);
             let row = "pauses of members over that, median (wanted: at most 1.2)";
             report.row(row, format!("{:.2}", median(&all.shares)), None);
@@ -74,7 +74,7 @@ struct Kinds {
 async fn one_pause(
     cluster: &mut Cluster,
     fault: Fault,
-    ask: &Ask,
+    ask: &ChatQuestion,
     undisturbed: &Undisturbed,
     seed: &mut Seed,
     all: &mut Kinds,
@@ -82,7 +82,7 @@ async fn one_pause(
     let ring = spread_ring(cluster).await?;
     let stage = seed.below(ring.stages.len());
     let victim = ring.stages[stage].member.worker.clone();
-    let running = Running::start(&cluster.client()?, std::slice::from_ref(ask));
+    let running = RunningStreams::start(&cluster.client()?, std::slice::from_ref(ask));
     running.wait_for_tokens(10 + seed.below(20)).await?;
     let struck = Instant::now();
     cluster.strike(&victim, fault)?;
@@ -116,7 +116,7 @@ async fn one_pause(
         recovery.cloned().unwrap_or_default()
     );
     cluster.remove(&victim);
-    cluster.add_shards().await?;
+    cluster.add_ring_worker().await?;
     Ok(())
 }
 
@@ -128,13 +128,13 @@ pub(crate) async fn mirror_cost(args: &Args, report: &mut Report) -> Result<()> 
     let mut rates = [Vec::new(), Vec::new()];
     let mut clusters = Vec::new();
     for standbys in [false, true] {
-        let builder = Cluster::builder().shards(4).stages(3);
+        let builder = Cluster::builder().ring_workers(4).stages(3);
         let mut cluster = builder.standbys(standbys).start().await?;
         cluster.wait_for_whole_ring().await?;
         clusters.push(cluster);
     }
     for pair in 0..args.pairs {
-        let ask = Ask::greedy(long_question(pair, 100), 200);
+        let ask = ChatQuestion::greedy(long_question(pair, 100), 200);
         // The first in turn alternates from pair to pair.
         for turn in 0..2 {
             let which = (pair + turn) % 2;

@@ -7,7 +7,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use arcanum_tests::gaps::Gaps;
 use arcanum_tests::report::Report;
-use arcanum_tests::{Answer, Ask, Cluster, Fault, RingView, Running, Seed, Undisturbed, question};
+use arcanum_tests::{
+    ChatQuestion, Cluster, Fault, RingView, RunningStreams, Seed, StreamedAnswer, Undisturbed,
+    question,
+};
 use mesh_testkit::client::http::HttpClient;
 
 use crate::{Args, CALM, where_cut_off};
@@ -26,17 +29,17 @@ pub(crate) async fn storm(args: &Args, report: &mut Report) -> Result<()> {
         return Ok(());
     }
     let mut seed = Seed::new(args.seed + 2);
-    let asks: Vec<Ask> = (0..16)
+    let asks: Vec<ChatQuestion> = (0..16)
         .map(|number| match number % 4 {
-            3 => Ask::sampled(question(number * 5), 200, number as u64),
-            _ => Ask::greedy(question(number * 5), 200),
+            3 => ChatQuestion::sampled(question(number * 5), 200, number as u64),
+            _ => ChatQuestion::greedy(question(number * 5), 200),
         })
         .collect();
     let mut undisturbed = Undisturbed::new();
     undisturbed.learn(&asks).await?;
 
     let mut why_not = None;
-    let builder = where_cut_off(Cluster::builder().shards(5).stages(3), &mut why_not);
+    let builder = where_cut_off(Cluster::builder().ring_workers(5).stages(3), &mut why_not);
     let mut cluster = builder.start().await?;
     cluster.wait_for_whole_ring().await?;
     let over = Arc::new(AtomicBool::new(false));
@@ -69,7 +72,7 @@ pub(crate) async fn storm(args: &Args, report: &mut Report) -> Result<()> {
         faults += 1;
         if fault == Fault::Kill {
             cluster.remove(&victim);
-            cluster.add_shards().await?;
+            cluster.add_ring_worker().await?;
         } else {
             tokio::time::sleep(LASTS).await;
             cluster.relieve(&victim, fault)?;
@@ -125,10 +128,12 @@ async fn after_the_storm(
     cluster.wait_until_idle().await?;
     // An unused slot may hold a few rows more in one part than in another, since rows of an ended answer are
     // not replayed. So every slot is used once more; then all parts must hold the same rows, and only those.
-    let last: Vec<Ask> = (0..SLOTS)
-        .map(|number| Ask::greedy(question(number * 11 + 50), 20))
+    let last: Vec<ChatQuestion> = (0..SLOTS)
+        .map(|number| ChatQuestion::greedy(question(number * 11 + 50), 20))
         .collect();
-    Running::start(&cluster.client()?, &last).answers().await?;
+    RunningStreams::start(&cluster.client()?, &last)
+        .answers()
+        .await?;
     cluster.wait_until_idle().await?;
     // Parts report four times a second at most, so it may take a moment until all of them have said so.
     let level = |ring: &RingView| {
@@ -188,10 +193,10 @@ async fn largest_overhead(cluster: &mut Cluster) -> Result<u64> {
 /// Asks one question after the other until it is over.
 async fn one_client(
     http: HttpClient,
-    asks: Vec<Ask>,
+    asks: Vec<ChatQuestion>,
     first: usize,
     over: Arc<AtomicBool>,
-) -> Vec<(Ask, Result<Answer>)> {
+) -> Vec<(ChatQuestion, Result<StreamedAnswer>)> {
     let mut outcomes = Vec::new();
     for ask in asks.iter().cycle().skip(first) {
         if over.load(Ordering::Relaxed) {

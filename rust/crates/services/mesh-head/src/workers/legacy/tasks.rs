@@ -1,28 +1,33 @@
-//! Tasks on their way through workers of DCF v5.0.0 and v5.1: from the head's own sequence back to the
-//! request that waits for the answer.
+//! A worker of DCF v5.0.0 or v5.1 as a [`Connection`]: a Task goes out under the head's own sequence, and one
+//! Result comes back to the request that waits for it.
 
 use std::collections::HashMap;
-use std::io;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use dcf::{Message, Version};
+use dcf::{ErrorCode, Message, MsgType, Version};
+use futures::future::BoxFuture;
+use mesh_control::request::Failure;
 use mesh_net::udp::BatchSocket;
 use tokio::sync::oneshot;
 
+use crate::mesh::connection::{AttemptStream, Connection, FromWorker, WorkerRequest};
+use crate::mesh::timestamp_us;
+use crate::workers::requests::error_of;
+
 /// A worker without an identity, as it is reached.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct LegacyWorker {
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) struct LegacyWorker {
     /// The address at which it takes tasks.
     pub address: SocketAddr,
     /// The version of DCF that it speaks.
     pub version: Version,
 }
 
-/// The tasks that such workers have now.
+/// The tasks that these workers have now.
 #[derive(Debug, Default)]
-pub(crate) struct Exchange {
+pub(super) struct Tasks {
     inner: Mutex<Inner>,
 }
 
@@ -42,17 +47,17 @@ struct Pending {
 
 /// One task with a worker; dropping it gives the task up.
 #[derive(Debug)]
-pub(crate) struct LegacyTask<'a> {
-    exchange: &'a Exchange,
+pub(super) struct PendingTask {
+    tasks: Arc<Tasks>,
     /// The sequence to send the task with.
     pub sequence: u32,
     /// Gets the worker's answer; fails when the worker is gone.
     pub reply: oneshot::Receiver<Message>,
 }
 
-impl Exchange {
+impl Tasks {
     /// A task for this worker.
-    pub(crate) fn open(&self, worker: LegacyWorker) -> LegacyTask<'_> {
+    pub(super) fn open(self: &Arc<Self>, worker: LegacyWorker) -> PendingTask {
         let (sender, reply) = oneshot::channel();
         let mut inner = self.lock();
         // Tasks live for minutes at most, so the search is short even after four billion of them.
@@ -70,8 +75,8 @@ impl Exchange {
                 reply: sender,
             },
         );
-        LegacyTask {
-            exchange: self,
+        PendingTask {
+            tasks: self.clone(),
             sequence,
             reply,
         }
@@ -79,7 +84,7 @@ impl Exchange {
 
     /// A worker's answer came; false if no task waits for it, or if it came from another worker. An answer in
     /// another version than the task belongs to another task.
-    pub(crate) fn deliver(&self, source: LegacyWorker, message: Message) -> bool {
+    pub(super) fn deliver(&self, source: LegacyWorker, message: Message) -> bool {
         let mut inner = self.lock();
         if inner
             .pending
@@ -95,7 +100,7 @@ impl Exchange {
     }
 
     /// Returns true if a task with this sequence is with that worker.
-    pub(crate) fn awaits(&self, source: LegacyWorker, sequence: u32) -> bool {
+    pub(super) fn awaits(&self, source: LegacyWorker, sequence: u32) -> bool {
         self.lock()
             .pending
             .get(&sequence)
@@ -103,12 +108,12 @@ impl Exchange {
     }
 
     /// Time of the last answer of this worker to a task.
-    pub(crate) fn last_answer(&self, worker: SocketAddr) -> Option<Instant> {
+    pub(super) fn last_answer(&self, worker: SocketAddr) -> Option<Instant> {
         self.lock().answered.get(&worker).copied()
     }
 
     /// A worker is gone: its tasks fail.
-    pub(crate) fn abandon(&self, worker: SocketAddr) {
+    pub(super) fn abandon(&self, worker: SocketAddr) {
         let mut inner = self.lock();
         inner.answered.remove(&worker);
         inner
@@ -121,36 +126,70 @@ impl Exchange {
     }
 }
 
-impl Drop for LegacyTask<'_> {
+impl Drop for PendingTask {
     fn drop(&mut self) {
-        self.exchange.lock().pending.remove(&self.sequence);
+        self.tasks.lock().pending.remove(&self.sequence);
     }
 }
 
-/// Sends Tasks to workers without an identity, from the socket that their Results come to.
-#[derive(Debug, Clone)]
-pub(crate) struct BusSender(Arc<BatchSocket>);
+/// A worker at an address of its own. It has no connection in any other sense: only the lack of heartbeats
+/// says that it is gone.
+#[derive(Debug)]
+pub(super) struct LegacyConnection {
+    pub(super) worker: LegacyWorker,
+    /// The bus's own socket, to which Results come.
+    pub(super) socket: Arc<BatchSocket>,
+    pub(super) tasks: Arc<Tasks>,
+}
 
-impl BusSender {
-    /// A sender on the bus's own socket.
-    pub(crate) fn new(socket: Arc<BatchSocket>) -> Self {
-        Self(socket)
+impl Connection for LegacyConnection {
+    fn open(
+        &self,
+        request: WorkerRequest,
+    ) -> BoxFuture<'_, Result<Box<dyn AttemptStream>, Failure>> {
+        Box::pin(async move {
+            let pending = self.tasks.open(self.worker);
+            let payload = request.plain.unwrap_or_default();
+            let task = Message::new(MsgType::TASK, pending.sequence, timestamp_us(), payload);
+            let datagram = task.encode_as(self.worker.version);
+            let sent = self.socket.send_to(&datagram, self.worker.address).await;
+            sent.map_err(|error| Failure::Lost(error.to_string()))?;
+            Ok(Box::new(pending) as Box<dyn AttemptStream>)
+        })
     }
 
-    /// Sends one message in the worker's version.
-    ///
-    /// # Errors
-    /// The kernel's.
-    pub(crate) async fn send(&self, message: &Message, worker: LegacyWorker) -> io::Result<()> {
-        let datagram = message.encode_as(worker.version);
-        self.0.send_to(&datagram, worker.address).await
+    fn close(&self, _: ErrorCode, _: &str) {
+        self.tasks.abandon(self.worker.address);
+    }
+
+    fn last_answer(&self) -> Option<Instant> {
+        self.tasks.last_answer(self.worker.address)
     }
 }
+
+impl AttemptStream for PendingTask {
+    fn receive(&mut self) -> BoxFuture<'_, Result<FromWorker, Failure>> {
+        Box::pin(async move {
+            let Ok(message) = (&mut self.reply).await else {
+                return Err(Failure::Lost("the worker is gone".into()));
+            };
+            if message.kind != MsgType::RESULT {
+                return Err(error_of(&message));
+            }
+            if message.payload.len() > MOST_WHOLE {
+                let text = format!("its Result has {} bytes", message.payload.len());
+                return Err(Failure::Nonsense(text));
+            }
+            Ok(FromWorker::Whole(message.payload))
+        })
+    }
+}
+
+/// Bytes of a whole answer.
+const MOST_WHOLE: usize = 8 << 20;
 
 #[cfg(test)]
 mod tests {
-    use dcf::MsgType;
-
     use super::*;
 
     fn worker(port: u16) -> LegacyWorker {
@@ -162,13 +201,13 @@ mod tests {
 
     #[test]
     fn an_answer_reaches_the_task_with_its_sequence_and_no_other() {
-        let exchange = Exchange::default();
-        let mut one = exchange.open(worker(1));
-        let mut two = exchange.open(worker(1));
+        let tasks = Arc::new(Tasks::default());
+        let mut one = tasks.open(worker(1));
+        let mut two = tasks.open(worker(1));
         assert_ne!(one.sequence, two.sequence);
         let answer = |sequence| Message::new(MsgType::RESULT, sequence, 0, "x");
         assert!(
-            !exchange.deliver(worker(2), answer(two.sequence)),
+            !tasks.deliver(worker(2), answer(two.sequence)),
             "from a stranger"
         );
         let newer = LegacyWorker {
@@ -176,21 +215,21 @@ mod tests {
             ..worker(1)
         };
         assert!(
-            !exchange.deliver(newer, answer(two.sequence)),
+            !tasks.deliver(newer, answer(two.sequence)),
             "in another version"
         );
-        assert!(exchange.deliver(worker(1), answer(two.sequence)));
-        assert!(!exchange.deliver(worker(1), answer(two.sequence)), "twice");
+        assert!(tasks.deliver(worker(1), answer(two.sequence)));
+        assert!(!tasks.deliver(worker(1), answer(two.sequence)), "twice");
         assert_eq!(two.reply.try_recv().unwrap().sequence, two.sequence);
         assert!(one.reply.try_recv().is_err());
     }
 
     #[test]
     fn tasks_of_a_worker_that_is_gone_fail_and_others_do_not() {
-        let exchange = Exchange::default();
-        let mut gone = exchange.open(worker(1));
-        let mut stays = exchange.open(worker(2));
-        exchange.abandon(worker(1).address);
+        let tasks = Arc::new(Tasks::default());
+        let mut gone = tasks.open(worker(1));
+        let mut stays = tasks.open(worker(2));
+        tasks.abandon(worker(1).address);
         assert_eq!(
             gone.reply.try_recv(),
             Err(oneshot::error::TryRecvError::Closed)
@@ -200,6 +239,6 @@ mod tests {
             Err(oneshot::error::TryRecvError::Empty)
         );
         drop((gone, stays));
-        assert!(exchange.lock().pending.is_empty());
+        assert!(tasks.lock().pending.is_empty());
     }
 }

@@ -1,16 +1,17 @@
-//! One stage of a ring on one worker: as a member it computes, keeps and mirrors; as a standby it takes in.
+//! A replica of a stage: as a member it computes steps and replicates its KV rows, as a standby it
+//! receives them.
 
 use mesh_engine::scheduler::SlotOp;
 use mesh_engine::{Segment, SlotId, Stage, StageInfo, StageInput, StageOutput, apply};
 use mesh_proto::{HeldSlot, RingHeld, RingMirror, RingMirrored, RingOutcome, RingResend, RingStep};
 
 use crate::StepError;
-use crate::book::Book;
-use crate::kept::Kept;
-use crate::mirror::Mirror;
+use crate::replay_buffer::ReplayBuffer;
+use crate::replication::Replication;
+use crate::token_log::TokenLog;
 use crate::wire;
 
-/// A message of a part to others in its ring.
+/// A message of a replica to others in its ring.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Out {
     /// Rows for the next stage.
@@ -23,36 +24,38 @@ pub enum Out {
     Standby(RingMirror),
 }
 
-/// A loaded range of layers and everything that its place in a ring needs. No I/O: calls come in, [`Out`]s go out.
-pub struct Part {
+/// A stage of a ring on one worker, as member or as standby. No I/O: calls come in, [`Out`]s go out.
+pub struct StageReplica {
     stage: Box<dyn Stage>,
-    book: Book,
-    kept: Kept,
-    mirror: Option<Mirror>,
+    token_log: TokenLog,
+    replay_buffer: ReplayBuffer,
+    replication: Option<Replication>,
     epoch: u32,
     /// Index of the stage.
     index: u32,
     half_rows: bool,
     /// One more than the number of the last step of this epoch.
     next_step: u64,
-    /// For each slot, `next_step` when its kept rows were last cut off.
+    /// For each slot, `next_step` when its replay buffer was last cut off.
     cut_at: Vec<u64>,
-    /// Steps computed so far, over all epochs, and for each slot how many there were when one last changed it.
+    /// Steps computed so far, over all epochs, and for each slot how many there were when one last
+    /// changed it.
     clock: u64,
     touched: Vec<u64>,
     input: Vec<f32>,
 }
 
-impl Part {
-    /// A part that holds nothing yet and belongs to no epoch. At most `kept_bytes` are kept for replays.
-    pub fn new(stage: Box<dyn Stage>, kept_bytes: usize) -> Self {
+impl StageReplica {
+    /// A replica without rows that belongs to no epoch. Its replay buffer takes at most `replay_bytes`.
+    pub fn new(stage: Box<dyn Stage>, replay_bytes: usize) -> Self {
         let info = stage.info();
         let slots = info.slots;
-        let kept = Kept::new(slots, info.shape.hidden, kept_bytes / size_of::<f32>());
-        Part {
-            book: Book::new(slots),
-            kept,
-            mirror: None,
+        let replay_buffer =
+            ReplayBuffer::new(slots, info.shape.hidden, replay_bytes / size_of::<f32>());
+        StageReplica {
+            token_log: TokenLog::new(slots),
+            replay_buffer,
+            replication: None,
             epoch: 0,
             index: 0,
             half_rows: false,
@@ -71,8 +74,8 @@ impl Part {
     }
 
     /// The tokens behind its KV rows.
-    pub fn book(&self) -> &Book {
-        &self.book
+    pub fn token_log(&self) -> &TokenLog {
+        &self.token_log
     }
 
     /// Number of its current epoch; 0 before the first.
@@ -82,72 +85,76 @@ impl Part {
 
     /// Rows that its standby does not have; 0 without one.
     pub fn lag(&self) -> u64 {
-        self.mirror
+        self.replication
             .as_ref()
-            .map_or(0, |mirror| mirror.lag(&self.book))
+            .map_or(0, |replication| replication.lag(&self.token_log))
     }
 
-    /// Bytes of outputs kept for a replay.
-    pub fn kept_bytes(&self) -> u64 {
-        self.kept.bytes()
+    /// Bytes in the replay buffer.
+    pub fn replay_bytes(&self) -> u64 {
+        self.replay_buffer.bytes()
     }
 
-    /// From now on it is stage `index` in `epoch`. Steps of earlier epochs are refused; its standby must be named again.
+    /// From now on it is stage `index` in `epoch`. Steps of earlier epochs are refused; its standby must
+    /// be named again.
     pub fn begin_epoch(&mut self, epoch: u32, index: u32, half_rows: bool) {
         self.epoch = epoch;
         self.index = index;
         self.half_rows = half_rows;
         self.next_step = 0;
         self.cut_at.fill(0);
-        self.mirror = None;
+        self.replication = None;
     }
 
     /// The rows it holds, for the driver or for the member that it stands by for.
     pub fn held(&self) -> RingHeld {
         RingHeld {
             epoch: self.epoch,
-            slots: self.book.held(|slot| {
+            slots: self.token_log.held(|slot| {
                 let touched = self.touched.get(slot as usize).copied().unwrap_or(0);
-                (self.kept.from(slot), self.clock - touched)
+                (self.replay_buffer.from(slot), self.clock - touched)
             }),
         }
     }
 
     /// Starts replication to a standby that holds `held`.
-    pub fn mirror_to(&mut self, held: &[HeldSlot], out: &mut Vec<Out>) {
-        let mirror = self.mirror.insert(Mirror::new(&self.book, held));
-        let safe: Vec<SlotId> = (0..self.book.slots())
-            .filter(|&slot| mirror.safe(slot) > 0)
+    pub fn replicate_to(&mut self, held: &[HeldSlot], out: &mut Vec<Out>) {
+        let replication = self
+            .replication
+            .insert(Replication::new(&self.token_log, held));
+        let safe: Vec<SlotId> = (0..self.token_log.slots())
+            .filter(|&slot| replication.safe(slot) > 0)
             .collect();
         self.report_safe(&safe, out);
         self.pump(out);
     }
 
     /// Ends replication: the standby is gone.
-    pub fn stop_mirroring(&mut self) {
-        self.mirror = None;
+    pub fn stop_replication(&mut self) {
+        self.replication = None;
     }
 
     /// The standby has taken in the messages up to `count`.
-    pub fn mirrored(&mut self, count: u64, out: &mut Vec<Out>) {
-        let Some(mirror) = &mut self.mirror else {
+    pub fn acknowledged(&mut self, count: u64, out: &mut Vec<Out>) {
+        let Some(replication) = &mut self.replication else {
             return;
         };
-        let changed = mirror.answered(count);
+        let changed = replication.acknowledged(count);
         self.report_safe(&changed, out);
         self.pump(out);
     }
 
     /// The next stage's standby has the rows that follow from the first `len` of `slot`.
-    pub fn next_mirrored(&mut self, mirrored: &RingMirrored) {
+    pub fn next_acknowledged(&mut self, mirrored: &RingMirrored) {
         // Acknowledgements from before the slot was cut off refer to other rows.
         let cut_at = self.cut_at.get(mirrored.slot as usize);
         if cut_at.is_some_and(|&cut_at| mirrored.count >= cut_at) {
-            self.kept.release(mirrored.slot, mirrored.len);
+            self.replay_buffer.release(mirrored.slot, mirrored.len);
         }
     }
 
-    /// Computes a step that came from the stage before or, at stage 0, from the driver. A failure goes to the driver.
+    /// Computes a step that came from the stage before or, at stage 0, from the driver. A failure goes to
+    /// the driver.
     pub fn step(&mut self, step: RingStep, out: &mut Vec<Out>) {
         if step.epoch != self.epoch {
             return;
@@ -172,14 +179,14 @@ impl Part {
         self.pump(out);
     }
 
-    /// Sends kept rows to the next stage again.
+    /// Sends rows of the replay buffer to the next stage again.
     pub fn resend(&mut self, resend: &RingResend, out: &mut Vec<Out>) {
         if resend.epoch != self.epoch {
             return;
         }
-        let tokens = self.book.tokens(resend.slot);
+        let tokens = self.token_log.tokens(resend.slot);
         let range = resend.from..resend.to;
-        let rows = self.kept.rows(resend.slot, range.clone());
+        let rows = self.replay_buffer.rows(resend.slot, range.clone());
         let (Some(rows), true) = (rows, range.end as usize <= tokens.len()) else {
             // The driver's request was based on an older report; it will compute the rows again from further
             // up.
@@ -216,15 +223,15 @@ impl Part {
         }
     }
 
-    /// As a standby: takes in mirrored rows of the member. An error means that the two have diverged; the
+    /// As a standby: takes in replicated rows of the member. An error means that the two have diverged; the
     /// member must begin again from [`held`](Self::held).
-    pub fn take_mirrored(&mut self, mirror: &RingMirror) -> Result<RingMirrored, StepError> {
+    pub fn apply_replicated(&mut self, mirror: &RingMirror) -> Result<RingMirrored, StepError> {
         if let Some(op) = &mirror.slot_op {
             let op = wire::read_slot_op(op);
-            self.book.apply(&op)?;
+            self.token_log.apply(&op)?;
             apply(&[op], &mut *self.stage)?;
         } else {
-            self.book.check(mirror.slot, mirror.position)?;
+            self.token_log.check(mirror.slot, mirror.position)?;
             let info = self.stage.info();
             let per_row = info.kv_bytes_per_token as usize;
             let end = mirror.position as usize + mirror.tokens.len();
@@ -247,7 +254,7 @@ impl Part {
             }
             self.stage
                 .kv_import(mirror.slot, mirror.position, &mirror.rows)?;
-            self.book
+            self.token_log
                 .write(mirror.slot, mirror.position, &mirror.tokens)?;
         }
         Ok(RingMirrored {
@@ -284,32 +291,33 @@ impl Part {
             )),
             Err(error) => Err(error.into()),
         };
-        self.book_in(step, segments, result.is_ok());
+        self.log_rows(step, segments, result.is_ok());
         result
     }
 
     /// Sends the standby the rows it lacks, within the limit of unanswered bytes.
     pub(crate) fn pump(&mut self, out: &mut Vec<Out>) {
-        let Some(mirror) = &mut self.mirror else {
+        let Some(replication) = &mut self.replication else {
             return;
         };
-        while let Some(piece) = mirror.next(&self.book) {
-            let range = piece.position..piece.position + piece.rows;
-            let rows = match self.stage.kv_export(piece.slot, range.clone()) {
+        while let Some(chunk) = replication.next(&self.token_log) {
+            let range = chunk.position..chunk.position + chunk.rows;
+            let rows = match self.stage.kv_export(chunk.slot, range.clone()) {
                 Ok(rows) => rows,
                 Err(error) => {
                     // Without a copy there is still the replay.
-                    tracing::warn!(%error, slot = piece.slot, "KV rows cannot be mirrored");
-                    self.mirror = None;
+                    tracing::warn!(%error, slot = chunk.slot, "KV rows cannot be mirrored");
+                    self.replication = None;
                     return;
                 }
             };
-            let tokens = &self.book.tokens(piece.slot)[range.start as usize..range.end as usize];
+            let tokens =
+                &self.token_log.tokens(chunk.slot)[range.start as usize..range.end as usize];
             out.push(Out::Standby(RingMirror {
-                count: mirror.send(piece, rows.len()),
+                count: replication.send(chunk, rows.len()),
                 slot_op: None,
-                slot: piece.slot,
-                position: piece.position,
+                slot: chunk.slot,
+                position: chunk.position,
                 tokens: tokens.to_vec(),
                 rows: rows.into(),
             }));
@@ -333,7 +341,8 @@ impl Part {
                 for segment in &segments {
                     let (own, rest) = rows.split_at(segment.rows as usize * width);
                     rows = rest;
-                    self.kept.write(segment.slot, segment.position, own);
+                    self.replay_buffer
+                        .write(segment.slot, segment.position, own);
                 }
                 Ok(())
             }
@@ -342,7 +351,7 @@ impl Part {
             )),
             Err(error) => Err(error.into()),
         };
-        self.book_in(&step, &segments, result.is_ok());
+        self.log_rows(&step, &segments, result.is_ok());
         result.map(|()| step)
     }
 
@@ -362,20 +371,23 @@ impl Part {
         self.next_step = step.step + 1;
         self.clock += 1;
         for op in step.slot_ops.iter().map(wire::read_slot_op) {
-            self.book.apply(&op)?;
+            self.token_log.apply(&op)?;
             apply(&[op], &mut *self.stage)?;
             match op {
-                SlotOp::Truncate { slot, len } => self.kept.truncate(slot, len),
-                SlotOp::CopyPrefix { from, to, len } => self.kept.copy(from, to, len),
+                SlotOp::Truncate { slot, len } => self.replay_buffer.truncate(slot, len),
+                SlotOp::CopyPrefix { from, to, len } => self.replay_buffer.copy(from, to, len),
             }
             self.cut(op_slot(&op));
-            let message = self.mirror.as_mut().and_then(|mirror| mirror.apply(&op));
+            let message = self
+                .replication
+                .as_mut()
+                .and_then(|replication| replication.apply(&op));
             out.extend(message.map(Out::Standby));
         }
         let mut rows = 0u64;
         let info = self.stage.info();
         for (i, segment) in segments.iter().enumerate() {
-            self.book.check(segment.slot, segment.position)?;
+            self.token_log.check(segment.slot, segment.position)?;
             rows += u64::from(segment.rows);
             let end = u64::from(segment.position) + u64::from(segment.rows);
             if end > u64::from(info.context) {
@@ -406,10 +418,10 @@ impl Part {
             if let Some(touched) = self.touched.get_mut(segment.slot as usize) {
                 *touched = self.clock;
             }
-            if segment.position < self.book.len(segment.slot) {
+            if segment.position < self.token_log.len(segment.slot) {
                 self.cut(segment.slot);
-                if let Some(mirror) = &mut self.mirror {
-                    mirror.cut(segment.slot, segment.position);
+                if let Some(replication) = &mut self.replication {
+                    replication.cut(segment.slot, segment.position);
                 }
             }
         }
@@ -418,13 +430,13 @@ impl Part {
 
     /// Notes the rows that a step wrote. After a failure the contents of its slots are unknown, so they count
     /// as empty.
-    fn book_in(&mut self, step: &RingStep, segments: &[Segment], done: bool) {
+    fn log_rows(&mut self, step: &RingStep, segments: &[Segment], done: bool) {
         let mut tokens = step.tokens.as_slice();
         for segment in segments {
             let (own, rest) = tokens.split_at(segment.rows as usize);
             tokens = rest;
             // Checked before the step ran.
-            let written = self.book.write(segment.slot, segment.position, own);
+            let written = self.token_log.write(segment.slot, segment.position, own);
             if !done || written.is_err() {
                 self.forget(segment.slot);
             }
@@ -434,15 +446,15 @@ impl Part {
     fn forget(&mut self, slot: SlotId) {
         self.stage.truncate(slot, 0);
         // A slot that does not exist holds nothing anyway.
-        let _ = self.book.apply(&SlotOp::Truncate { slot, len: 0 });
-        self.kept.truncate(slot, 0);
+        let _ = self.token_log.apply(&SlotOp::Truncate { slot, len: 0 });
+        self.replay_buffer.truncate(slot, 0);
         self.cut(slot);
-        if let Some(mirror) = &mut self.mirror {
-            mirror.cut(slot, 0);
+        if let Some(replication) = &mut self.replication {
+            replication.cut(slot, 0);
         }
     }
 
-    /// The kept rows of `slot` are others from this step on.
+    /// The buffered rows of `slot` are others from this step on.
     fn cut(&mut self, slot: SlotId) {
         if let Some(cut_at) = self.cut_at.get_mut(slot as usize) {
             *cut_at = self.next_step;
@@ -452,14 +464,14 @@ impl Part {
     /// Tells the stage before which of its outputs it need not keep.
     fn report_safe(&self, slots: &[SlotId], out: &mut Vec<Out>) {
         // Stage 0 reads tokens, which the driver has anyway.
-        let Some(mirror) = self.mirror.as_ref().filter(|_| self.index > 0) else {
+        let Some(replication) = self.replication.as_ref().filter(|_| self.index > 0) else {
             return;
         };
         out.extend(slots.iter().map(|&slot| {
             Out::Previous(RingMirrored {
                 count: self.next_step,
                 slot,
-                len: mirror.safe(slot),
+                len: replication.safe(slot),
             })
         }));
     }

@@ -4,12 +4,13 @@
 //! stopped or cut off, or that a machine had no processor time for a while. Three things keep the last from
 //! counting as death:
 //!
-//! - **Silence is counted on a clock that stands still while the driver itself does not run.** A gap between two looks counts for
-//!   no more than two pings take; and while the driver's own network thread has not echoed a ping, the answers of others may be
-//!   waiting behind it.
+//! - **Silence is counted on a clock that stands still while the driver itself does not run.** A gap
+//!   between two looks counts for no more than two pings take; and while the driver's own network thread
+//!   has not echoed a ping, the answers of others may be waiting behind it.
 //! - **The deadline follows the answers.** It is at least a second, four times the slowest recent step, and
 //!   four times the slowest recent answer.
-//! - **A suspicion is not a verdict.** It is taken back when the member is heard again, and the head asks another witness first.
+//! - **A suspicion is not a verdict.** It is taken back when the member is heard again, and the head asks
+//!   another witness first.
 //!
 //! If all members answer but no data from one member arrives at the next, the link between the two is broken.
 
@@ -20,10 +21,10 @@ use mesh_proto::RingPing;
 
 /// Watches the members while something is due from them.
 #[derive(Debug)]
-pub(crate) struct Pulse {
-    members: Vec<MemberPulse>,
+pub(crate) struct FailureDetector {
+    members: Vec<MemberHealth>,
     /// From each member to the next, the last one's to the driver.
-    links: Vec<LinkPulse>,
+    links: Vec<LinkHealth>,
     /// Something has been due since then.
     due_since: Option<Instant>,
     /// The clock's value when the oldest step that is due became the oldest.
@@ -47,7 +48,7 @@ pub(crate) struct Pulse {
 }
 
 #[derive(Debug, Clone, Default)]
-struct MemberPulse {
+struct MemberHealth {
     /// The clock's value when it was last heard.
     heard: Duration,
     /// The slowest recent answer.
@@ -58,7 +59,7 @@ struct MemberPulse {
 }
 
 #[derive(Debug, Clone, Default)]
-struct LinkPulse {
+struct LinkHealth {
     /// Time since which data is under way on it without any arrival, and the amount that had arrived by then.
     stalled: Option<(Duration, u64)>,
     suspected: bool,
@@ -75,12 +76,12 @@ pub(crate) struct Suspicion {
     pub(crate) link: bool,
 }
 
-impl Pulse {
+impl FailureDetector {
     /// Of `members` members besides the driver.
     pub(crate) fn new(members: u32) -> Self {
-        Pulse {
-            members: vec![MemberPulse::default(); members as usize],
-            links: vec![LinkPulse::default(); members as usize],
+        FailureDetector {
+            members: vec![MemberHealth::default(); members as usize],
+            links: vec![LinkHealth::default(); members as usize],
             due_since: None,
             due_mark: Duration::ZERO,
             watched: Duration::ZERO,
@@ -98,13 +99,13 @@ impl Pulse {
 
     /// Begins an epoch with `members` members; measured times are kept.
     pub(crate) fn begin_epoch(&mut self, members: u32) {
-        *self = Pulse {
+        *self = FailureDetector {
             slowest: self.slowest,
             slowest_of_all: self.slowest_of_all,
             // Echoes and answers of the last epoch may still come.
             nonce: self.nonce,
             echoed: self.nonce,
-            ..Pulse::new(members)
+            ..FailureDetector::new(members)
         };
     }
 
@@ -302,7 +303,7 @@ mod tests {
 
     /// A driver with three members, of which the first step is due for ever.
     struct Watch {
-        pulse: Pulse,
+        detector: FailureDetector,
         start: Instant,
         now: Instant,
         suspicions: Vec<(Suspicion, f64)>,
@@ -312,10 +313,10 @@ mod tests {
     impl Watch {
         fn new() -> Self {
             let start = Instant::now();
-            let mut pulse = Pulse::new(3);
-            pulse.look(Some(start), start);
+            let mut detector = FailureDetector::new(3);
+            detector.look(Some(start), start);
             Watch {
-                pulse,
+                detector,
                 start,
                 now: start,
                 suspicions: Vec::new(),
@@ -327,29 +328,29 @@ mod tests {
         fn run(&mut self, seconds: f64, answers: impl Fn(u32) -> Option<RingPing>) {
             let end = self.now + Duration::from_secs_f64(seconds);
             while self.now < end {
-                let timer = self.pulse.next_timer().unwrap();
+                let timer = self.detector.next_timer().unwrap();
                 self.now = timer.max(self.now + Duration::from_millis(1));
                 self.look(&answers);
             }
         }
 
         fn look(&mut self, answers: impl Fn(u32) -> Option<RingPing>) {
-            self.pulse.look(Some(self.start), self.now);
-            if let Some(ping) = self.pulse.ping(self.now) {
-                self.pulse.echo(ping.nonce);
+            self.detector.look(Some(self.start), self.now);
+            if let Some(ping) = self.detector.ping(self.now) {
+                self.detector.echo(ping.nonce);
                 for member in 0..3 {
                     if let Some(answer) = answers(member) {
                         let nonce = ping.nonce;
-                        self.pulse
+                        self.detector
                             .heard(member, Some(&RingPing { nonce, ..answer }));
                     }
                 }
             }
             let at = (self.now - self.start).as_secs_f64();
-            let suspicions = self.pulse.silent();
+            let suspicions = self.detector.silent();
             self.suspicions
                 .extend(suspicions.into_iter().map(|suspicion| (suspicion, at)));
-            let cleared = self.pulse.cleared();
+            let cleared = self.detector.cleared();
             self.cleared
                 .extend(cleared.into_iter().map(|stage| (stage, at)));
         }
@@ -416,12 +417,12 @@ mod tests {
         // The engine's thread runs, the network's does not: no echo comes, and no answer.
         for _ in 0..40 {
             watch.now += Duration::from_millis(200);
-            watch.pulse.look(Some(watch.start), watch.now);
-            watch.pulse.ping(watch.now);
-            assert_eq!(watch.pulse.silent(), []);
+            watch.detector.look(Some(watch.start), watch.now);
+            watch.detector.ping(watch.now);
+            assert_eq!(watch.detector.silent(), []);
         }
-        let nonce = watch.pulse.nonce;
-        watch.pulse.echo(nonce);
+        let nonce = watch.detector.nonce;
+        watch.detector.echo(nonce);
         watch.run(2.0, all_but_one);
         assert_eq!(watch.suspicions.len(), 1);
     }
@@ -433,9 +434,9 @@ mod tests {
         let mut late: VecDeque<u64> = VecDeque::new();
         for _ in 0..100 {
             watch.now += Duration::from_millis(200);
-            watch.pulse.look(Some(watch.start), watch.now);
-            if let Some(ping) = watch.pulse.ping(watch.now) {
-                watch.pulse.echo(ping.nonce);
+            watch.detector.look(Some(watch.start), watch.now);
+            if let Some(ping) = watch.detector.ping(watch.now) {
+                watch.detector.echo(ping.nonce);
                 late.push_back(ping.nonce);
             }
             if late.len() > 3 {
@@ -445,7 +446,7 @@ mod tests {
                         nonce,
                         ..RingPing::default()
                     };
-                    watch.pulse.heard(member, Some(&ping));
+                    watch.detector.heard(member, Some(&ping));
                 }
             }
         }
@@ -468,7 +469,8 @@ mod tests {
                 ..RingPing::default()
             })
         });
-        // Nothing arrives at the driver either, but its own link has four steps under way for the same reason.
+        // Nothing arrives at the driver either, but its own link has four steps under way for the same
+        // reason.
         let found: Vec<(u32, bool)> = watch
             .suspicions
             .iter()
@@ -484,7 +486,7 @@ mod tests {
         let mut watch = Watch::new();
         // There is always one step between two members when they answer, but never the same one.
         for round in 1..300 {
-            watch.pulse.arrived(round);
+            watch.detector.arrived(round);
             watch.run(0.2, |member| {
                 Some(RingPing {
                     received: round + 3 - u64::from(member),
@@ -499,14 +501,14 @@ mod tests {
     #[test]
     fn nothing_is_asked_while_nothing_is_due() {
         let start = Instant::now();
-        let mut pulse = Pulse::new(2);
-        assert_eq!(pulse.next_timer(), None);
-        assert_eq!(pulse.ping(start + Duration::from_secs(9)), None);
-        assert!(pulse.silent().is_empty());
+        let mut detector = FailureDetector::new(2);
+        assert_eq!(detector.next_timer(), None);
+        assert_eq!(detector.ping(start + Duration::from_secs(9)), None);
+        assert!(detector.silent().is_empty());
         // A long idle time before does not count as silence.
         let later = start + Duration::from_secs(60);
-        pulse.look(Some(later), later);
-        pulse.look(Some(later), later + Duration::from_millis(900));
-        assert!(pulse.silent().is_empty());
+        detector.look(Some(later), later);
+        detector.look(Some(later), later + Duration::from_millis(900));
+        assert!(detector.silent().is_empty());
     }
 }

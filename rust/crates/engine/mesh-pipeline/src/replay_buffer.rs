@@ -1,4 +1,4 @@
-//! The outputs of a stage that the next one may have to be sent again.
+//! The replay buffer: outputs of a stage that the next one may need again.
 
 use std::ops::Range;
 
@@ -10,26 +10,26 @@ use mesh_engine::SlotId;
 /// are kept, as far as the limit goes; beyond it the oldest are dropped, and a recovery computes them again
 /// from further up.
 #[derive(Debug)]
-pub(crate) struct Kept {
+pub(crate) struct ReplayBuffer {
     width: usize,
     limit: usize,
-    slots: Vec<KeptSlot>,
+    slots: Vec<SlotOutputs>,
 }
 
 #[derive(Debug, Default, Clone)]
-struct KeptSlot {
+struct SlotOutputs {
     /// Position of the first row.
     from: u32,
     rows: Vec<f32>,
 }
 
-impl Kept {
+impl ReplayBuffer {
     /// An empty buffer for rows of `width` numbers, at most about `limit` numbers altogether.
     pub(crate) fn new(slots: u32, width: usize, limit: usize) -> Self {
-        Kept {
+        ReplayBuffer {
             width: width.max(1),
             limit,
-            slots: vec![KeptSlot::default(); slots as usize],
+            slots: vec![SlotOutputs::default(); slots as usize],
         }
     }
 
@@ -84,7 +84,7 @@ impl Kept {
             return;
         };
         let rows = len.saturating_sub(source.from) as usize * self.width;
-        let copy = KeptSlot {
+        let copy = SlotOutputs {
             from: source.from.min(len),
             rows: source.rows[..rows.min(source.rows.len())].to_vec(),
         };
@@ -120,7 +120,7 @@ impl Kept {
 /// Rows for which a slot may keep memory though it holds fewer.
 const SPARE_ROWS: usize = 16;
 
-impl KeptSlot {
+impl SlotOutputs {
     fn end(&self, width: usize) -> u32 {
         self.from + (self.rows.len() / width) as u32
     }
@@ -149,7 +149,7 @@ mod tests {
 
     #[test]
     fn rows_are_found_until_they_are_released_or_cut_off() {
-        let mut kept = Kept::new(2, 2, 1000);
+        let mut kept = ReplayBuffer::new(2, 2, 1000);
         kept.write(0, 0, &[0.0, 0.5, 1.0, 1.5, 2.0, 2.5]);
         kept.write(0, 3, &[3.0, 3.5]);
         assert_eq!(kept.rows(0, 1..3), Some(&[1.0, 1.5, 2.0, 2.5][..]));
@@ -167,7 +167,7 @@ mod tests {
 
     #[test]
     fn memory_goes_with_the_rows() {
-        let mut kept = Kept::new(2, 8, 1 << 20);
+        let mut kept = ReplayBuffer::new(2, 8, 1 << 20);
         for slot in 0..2 {
             kept.write(slot, 0, &[1.0; 8 * 1000]);
         }
@@ -180,7 +180,7 @@ mod tests {
 
     #[test]
     fn the_oldest_rows_go_when_the_limit_is_reached() {
-        let mut kept = Kept::new(2, 1, 100);
+        let mut kept = ReplayBuffer::new(2, 1, 100);
         for position in 0..1000 {
             kept.write(0, position, &[position as f32]);
         }

@@ -1,8 +1,9 @@
 //! The sending side of replication: the backlog of a standby, and the next rows to send.
 //!
-//! Messages of one stream are numbered; the standby says up to which number it has taken them in. Rows go out in the order in
-//! which they were written, in pieces, and no more than [`WINDOW`] bytes without an answer: a standby that joined a moment ago
-//! catches up in the background, and one that is slow holds nothing up.
+//! Messages of one stream are numbered; the standby says up to which number it has taken them in. Rows go
+//! out in the order in which they were written, in pieces, and no more than [`WINDOW`] bytes are
+//! unacknowledged: a standby that joined a moment ago catches up in the background, and one that is slow
+//! holds nothing up.
 
 use std::collections::VecDeque;
 
@@ -10,20 +11,20 @@ use mesh_engine::SlotId;
 use mesh_engine::scheduler::SlotOp;
 use mesh_proto::{HeldSlot, RingMirror};
 
-use crate::book::{Book, common_prefix};
+use crate::token_log::{TokenLog, common_prefix};
 use crate::wire;
 
-/// The sending side of a mirror stream.
+/// The sending side of a replication stream.
 #[derive(Debug)]
-pub(crate) struct Mirror {
+pub(crate) struct Replication {
     count: u64,
-    slots: Vec<MirroredSlot>,
-    unanswered: VecDeque<Unanswered>,
+    slots: Vec<ReplicatedSlot>,
+    unacknowledged: VecDeque<Unacknowledged>,
     bytes: usize,
 }
 
 #[derive(Debug, Default, Clone)]
-struct MirroredSlot {
+struct ReplicatedSlot {
     /// Rows that were sent.
     sent: u32,
     /// Rows of which the standby has said so.
@@ -31,7 +32,7 @@ struct MirroredSlot {
 }
 
 #[derive(Debug)]
-struct Unanswered {
+struct Unacknowledged {
     count: u64,
     slot: SlotId,
     /// One past the last row, while the slot still holds those rows.
@@ -41,27 +42,27 @@ struct Unanswered {
 
 /// Rows to send in one message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Piece {
+pub(crate) struct RowRange {
     pub(crate) slot: SlotId,
     pub(crate) position: u32,
     pub(crate) rows: u32,
 }
 
-impl Mirror {
-    /// A stream to a standby that holds `held`, for the rows in `book`.
-    pub(crate) fn new(book: &Book, held: &[HeldSlot]) -> Self {
-        let slots = (0..book.slots()).map(|slot| {
+impl Replication {
+    /// A stream to a standby that holds `held`, for the rows in `log`.
+    pub(crate) fn new(log: &TokenLog, held: &[HeldSlot]) -> Self {
+        let slots = (0..log.slots()).map(|slot| {
             let theirs = held.iter().find(|held| held.slot == slot);
-            let common = theirs.map_or(0, |held| common_prefix(book.tokens(slot), &held.tokens));
-            MirroredSlot {
+            let common = theirs.map_or(0, |held| common_prefix(log.tokens(slot), &held.tokens));
+            ReplicatedSlot {
                 sent: common,
                 safe: common,
             }
         });
-        Mirror {
+        Replication {
             count: 0,
             slots: slots.collect(),
-            unanswered: VecDeque::new(),
+            unacknowledged: VecDeque::new(),
             bytes: 0,
         }
     }
@@ -72,20 +73,22 @@ impl Mirror {
     }
 
     /// Rows that are not safe, over all slots.
-    pub(crate) fn lag(&self, book: &Book) -> u64 {
+    pub(crate) fn lag(&self, log: &TokenLog) -> u64 {
         let slots = self.slots.iter().enumerate();
         slots
-            .map(|(slot, mirrored)| u64::from(book.len(slot as u32).saturating_sub(mirrored.safe)))
+            .map(|(slot, replicated)| {
+                u64::from(log.len(slot as u32).saturating_sub(replicated.safe))
+            })
             .sum()
     }
 
     /// The rows of `slot` from `len` on are gone or about to be written again.
     pub(crate) fn cut(&mut self, slot: SlotId, len: u32) {
-        if let Some(mirrored) = self.slots.get_mut(slot as usize) {
-            mirrored.sent = mirrored.sent.min(len);
-            mirrored.safe = mirrored.safe.min(len);
+        if let Some(replicated) = self.slots.get_mut(slot as usize) {
+            replicated.sent = replicated.sent.min(len);
+            replicated.safe = replicated.safe.min(len);
         }
-        for message in &mut self.unanswered {
+        for message in &mut self.unacknowledged {
             if message.slot == slot {
                 message.end = message.end.min(len);
             }
@@ -119,14 +122,14 @@ impl Mirror {
     }
 
     /// The next rows to send, if there is room for them on the way.
-    pub(crate) fn next(&self, book: &Book) -> Option<Piece> {
+    pub(crate) fn next(&self, log: &TokenLog) -> Option<RowRange> {
         if self.bytes >= WINDOW {
             return None;
         }
-        (0..book.slots()).find_map(|slot| {
+        (0..log.slots()).find_map(|slot| {
             let position = self.slots.get(slot as usize)?.sent;
-            let rows = book.len(slot).saturating_sub(position).min(PIECE);
-            (rows > 0).then_some(Piece {
+            let rows = log.len(slot).saturating_sub(position).min(MESSAGE_ROWS);
+            (rows > 0).then_some(RowRange {
                 slot,
                 position,
                 rows,
@@ -134,28 +137,28 @@ impl Mirror {
         })
     }
 
-    /// Notes that a piece of `bytes` goes out; its number.
-    pub(crate) fn send(&mut self, piece: Piece, bytes: usize) -> u64 {
-        let end = piece.position + piece.rows;
-        if let Some(mirrored) = self.slots.get_mut(piece.slot as usize) {
-            mirrored.sent = end;
+    /// Notes that a range of `bytes` goes out. Returns its number.
+    pub(crate) fn send(&mut self, range: RowRange, bytes: usize) -> u64 {
+        let end = range.position + range.rows;
+        if let Some(replicated) = self.slots.get_mut(range.slot as usize) {
+            replicated.sent = end;
         }
-        self.number(piece.slot, end, bytes)
+        self.number(range.slot, end, bytes)
     }
 
     /// The standby has taken in all messages up to `count`. Returns the slots of which more is safe now.
-    pub(crate) fn answered(&mut self, count: u64) -> Vec<SlotId> {
+    pub(crate) fn acknowledged(&mut self, count: u64) -> Vec<SlotId> {
         let mut changed = Vec::new();
         while let Some(message) = self
-            .unanswered
+            .unacknowledged
             .pop_front_if(|message| message.count <= count)
         {
             self.bytes -= message.bytes;
-            let Some(mirrored) = self.slots.get_mut(message.slot as usize) else {
+            let Some(replicated) = self.slots.get_mut(message.slot as usize) else {
                 continue;
             };
-            if message.end > mirrored.safe {
-                mirrored.safe = message.end;
+            if message.end > replicated.safe {
+                replicated.safe = message.end;
                 if !changed.contains(&message.slot) {
                     changed.push(message.slot);
                 }
@@ -167,7 +170,7 @@ impl Mirror {
     fn number(&mut self, slot: SlotId, end: u32, bytes: usize) -> u64 {
         self.count += 1;
         self.bytes += bytes;
-        self.unanswered.push_back(Unanswered {
+        self.unacknowledged.push_back(Unacknowledged {
             count: self.count,
             slot,
             end,
@@ -181,4 +184,4 @@ impl Mirror {
 const WINDOW: usize = 8 << 20;
 
 /// Rows of one message.
-const PIECE: u32 = 64;
+const MESSAGE_ROWS: u32 = 64;

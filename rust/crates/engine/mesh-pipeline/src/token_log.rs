@@ -8,14 +8,14 @@ use crate::StepError;
 
 /// The tokens behind the KV rows of a stage, slot by slot.
 #[derive(Debug, Clone, Default)]
-pub struct Book {
+pub struct TokenLog {
     slots: Vec<Vec<u32>>,
 }
 
-impl Book {
+impl TokenLog {
     /// An empty log for `slots` slots.
     pub fn new(slots: u32) -> Self {
-        Book {
+        TokenLog {
             slots: vec![Vec::new(); slots as usize],
         }
     }

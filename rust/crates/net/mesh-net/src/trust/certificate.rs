@@ -1,0 +1,170 @@
+//! Node certificates: their contents, their text form, and the check that a root issued one.
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use data_encoding::HEXLOWER;
+use mesh_base::clock;
+use rustls::client::verify_server_cert_signed_by_trust_anchor;
+use rustls::crypto::{WebPkiSupportedAlgorithms, aws_lc_rs};
+use rustls::pki_types::{CertificateDer, UnixTime};
+use rustls::server::ParsedCertificate;
+use rustls::{CertificateError, Error, RootCertStore};
+use x509_parser::prelude::{FromDer, X509Certificate, X509Name};
+
+use super::digest::sha256;
+use super::error::TrustError;
+
+/// A node's role in its mesh; part of its certificate, so that a worker cannot pass for the head.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Role {
+    /// Routes requests and admits nodes.
+    Head,
+    /// Any other node that joined with a token.
+    Worker,
+}
+
+impl Role {
+    /// Name of the role in certificates (subject OU).
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Head => "head",
+            Self::Worker => "worker",
+        }
+    }
+
+    fn parse(text: &str) -> Option<Self> {
+        [Self::Head, Self::Worker]
+            .into_iter()
+            .find(|role| role.as_str() == text)
+    }
+}
+
+impl std::fmt::Display for Role {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// Contents of a node's certificate. They say nothing about whether the certificate is genuine.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Member {
+    /// SHA-256 of the node's public key (SubjectPublicKeyInfo, DER), lower-case hex.
+    pub node_id: String,
+    /// Name of the node, for people; not unique.
+    pub name: String,
+    /// Role of the node.
+    pub role: Role,
+    /// Name of its mesh.
+    pub mesh: String,
+    /// Start of the certificate's validity.
+    pub not_before: SystemTime,
+    /// End of the certificate's validity.
+    pub not_after: SystemTime,
+}
+
+impl Member {
+    /// Reads a certificate (DER) that a [`MeshRoot`](super::MeshRoot) issued.
+    pub fn from_certificate(certificate: &[u8]) -> Result<Self, TrustError> {
+        let foreign =
+            |reason: String| TrustError::Mismatch(format!("not a node certificate: {reason}"));
+        let (_, parsed) =
+            X509Certificate::from_der(certificate).map_err(|error| foreign(error.to_string()))?;
+        let subject = parsed.subject();
+        let role = attribute(X509Name::iter_organizational_unit(subject)).map_err(foreign)?;
+        let moment = |time: x509_parser::time::ASN1Time| {
+            UNIX_EPOCH + Duration::from_secs(u64::try_from(time.timestamp()).unwrap_or_default())
+        };
+        Ok(Self {
+            node_id: HEXLOWER.encode(&sha256(parsed.public_key().raw)),
+            name: attribute(X509Name::iter_common_name(subject)).map_err(foreign)?,
+            role: Role::parse(&role).ok_or_else(|| foreign(format!("unknown role `{role}`")))?,
+            mesh: attribute(X509Name::iter_organization(subject)).map_err(foreign)?,
+            not_before: moment(parsed.validity().not_before),
+            not_after: moment(parsed.validity().not_after),
+        })
+    }
+
+    /// The dates of the certificate, for messages.
+    pub fn dates(&self) -> String {
+        let (from, to) = (clock::utc(self.not_before), clock::utc(self.not_after));
+        format!("valid from {from} to {to}")
+    }
+
+    /// True if `now` is within the certificate's validity.
+    pub fn is_valid_at(&self, now: SystemTime) -> bool {
+        (self.not_before..self.not_after).contains(&now)
+    }
+}
+
+/// The first of these parts of a certificate's subject.
+pub(super) fn attribute<'a>(
+    mut values: impl Iterator<Item = &'a x509_parser::x509::AttributeTypeAndValue<'a>>,
+) -> Result<String, String> {
+    let value = values.next().ok_or("a part of the subject is missing")?;
+    value
+        .as_str()
+        .map(str::to_owned)
+        .map_err(|error| error.to_string())
+}
+
+/// The id that a node with the key of this request (DER) has.
+pub(super) fn requested_node_id(request: &[u8]) -> Result<String, TrustError> {
+    use x509_parser::certification_request::X509CertificationRequest;
+    let (_, request) = X509CertificationRequest::from_der(request)
+        .map_err(|error| TrustError::Request(error.to_string()))?;
+    Ok(HEXLOWER.encode(&sha256(request.certification_request_info.subject_pki.raw)))
+}
+
+/// Names go into certificates, logs and metrics: keep them plain.
+pub(super) fn check_name(name: &str) -> Result<(), TrustError> {
+    let plain = name
+        .chars()
+        .all(|c| c.is_ascii_alphanumeric() || ".-_".contains(c));
+    if plain && (1..=LONGEST_NAME).contains(&name.len()) {
+        Ok(())
+    } else {
+        Err(TrustError::Name(name.chars().take(80).collect()))
+    }
+}
+
+pub(crate) fn algorithms() -> WebPkiSupportedAlgorithms {
+    aws_lc_rs::default_provider().signature_verification_algorithms
+}
+
+/// Checks that `root` issued `certificate`, whenever that holds. Its dates are for the head to judge
+/// ([`super`]); the root's own say nothing either, since it is known by its hash.
+pub(crate) fn verify_issued_by(
+    certificate: &CertificateDer<'_>,
+    root: &CertificateDer<'_>,
+    algorithms: &WebPkiSupportedAlgorithms,
+) -> Result<(), Error> {
+    let member = Member::from_certificate(certificate)
+        .map_err(|_| Error::InvalidCertificate(CertificateError::BadEncoding))?;
+    // webpki wants a date: one at which it holds.
+    let begin = member.not_before.duration_since(UNIX_EPOCH);
+    let at = UnixTime::since_unix_epoch(begin.unwrap_or_default());
+    let mut roots = RootCertStore::empty();
+    roots.add(root.clone().into_owned())?;
+    let parsed = ParsedCertificate::try_from(certificate)?;
+    verify_server_cert_signed_by_trust_anchor(&parsed, &roots, &[], at, algorithms.all)
+}
+
+/// RFC 7468 text of a certificate.
+pub(super) fn pem(certificate: &CertificateDer<'_>) -> String {
+    use base64::Engine as _;
+    let body = base64::engine::general_purpose::STANDARD.encode(certificate);
+    let lines = body
+        .as_bytes()
+        .chunks(64)
+        .map(|line| std::str::from_utf8(line).expect("base64 is ASCII"));
+    let mut text = String::from("-----BEGIN CERTIFICATE-----\n");
+    for line in lines {
+        text.push_str(line);
+        text.push('\n');
+    }
+    text.push_str("-----END CERTIFICATE-----\n");
+    text
+}
+
+/// Maximum length of a name.
+pub(super) const LONGEST_NAME: usize = 63;

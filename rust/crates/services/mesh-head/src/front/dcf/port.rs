@@ -1,0 +1,353 @@
+//! Tasks that run: from a payload to its one answer.
+
+use std::collections::{HashMap, HashSet};
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use bytes::Bytes;
+use dcf::chunk::{ChunkError, MAX_PAYLOAD};
+use dcf::{ErrorCode, Message, MsgType, Version};
+use mesh_control::dedup::{Dedup, Run, TaskKey};
+use mesh_control::fair::{Ingress, Origin, Source};
+use mesh_control::placement::Refusal;
+use mesh_control::registry::Registry;
+use mesh_control::request::AnswerError;
+use mesh_net::udp::{BatchSocket, SendBatch};
+use tokio_util::task::TaskTracker;
+use tracing::debug;
+
+use super::chunk_sender::ChunkSender;
+use crate::api::dcf::{DcfEmbed, DcfGenerate, DcfTask};
+use crate::api::parse;
+use crate::flight::embed::embed;
+use crate::flight::event::{Event, FOR_ROOM, words};
+use crate::flight::generate::generate;
+use crate::flight::task::GenerateTask;
+use crate::ids;
+use crate::mesh::{Lease, Mesh, timestamp_us};
+use crate::metrics::Front;
+use crate::workers::MOST_TASK_BYTES;
+
+/// State that tasks need to answer.
+pub(super) struct Port {
+    pub(super) mesh: Arc<Mesh>,
+    pub(super) socket: Arc<BatchSocket>,
+    pub(super) large: Arc<ChunkSender>,
+    pub(super) dedup: Mutex<Dedup>,
+    /// Causes of the waits of running tasks, in words; no entry for a task whose answer grows.
+    waits: Mutex<HashMap<TaskKey, String>>,
+    /// Running tasks that asked for Acks.
+    acks: Mutex<HashSet<TaskKey>>,
+    pub(super) running: TaskTracker,
+}
+
+impl Port {
+    pub(super) fn new(
+        mesh: Arc<Mesh>,
+        socket: Arc<BatchSocket>,
+        running: TaskTracker,
+    ) -> Arc<Self> {
+        Arc::new(Self {
+            large: ChunkSender::new(socket.clone(), running.clone()),
+            dedup: Mutex::new(Dedup::new(mesh.config.dedup_limits())),
+            mesh,
+            socket,
+            waits: Mutex::default(),
+            acks: Mutex::default(),
+            running,
+        })
+    }
+
+    /// Runs a task and sends its one answer.
+    pub(super) async fn answer(&self, key: TaskKey, run: Run, payload: Bytes, mut lease: Lease) {
+        let TaskKey {
+            client,
+            version,
+            sequence,
+        } = key;
+        let _waits = Waits { port: self, key };
+        let result = match self.read(key, payload.clone()).await {
+            Ok(DcfTask::Generate(task)) => self.generate(key, run, task, payload).await,
+            Ok(DcfTask::Embed(task)) => {
+                let origin = Origin::of(client.ip());
+                self.embed(task, origin, &mut lease).await
+            }
+            Err(failure) => Err(failure),
+        };
+        let (answer, keep) = match result {
+            Err(failure) => {
+                let (code, keep) = code_of(&failure);
+                (error(version, sequence, code, &failure.to_string()), keep)
+            }
+            Ok(payload) if payload.len() > MAX_PAYLOAD => {
+                let (len, limit) = (payload.len(), MAX_PAYLOAD);
+                let failure = ChunkError::TooLarge { len, limit };
+                let answer = error(version, sequence, ErrorCode::INTERNAL, &failure.to_string());
+                (answer, true)
+            }
+            Ok(payload) => (
+                Message::new(MsgType::RESULT, sequence, timestamp_us(), payload),
+                true,
+            ),
+        };
+        {
+            let mut dedup = self.dedup();
+            if !dedup.is_current(key, run) {
+                return;
+            }
+            if keep {
+                dedup.finished(key, run, answer.clone(), Instant::now());
+            } else {
+                dedup.forget(key, run);
+            }
+        }
+        if !answer.is_single_answer(version) {
+            return self.large.send(key, &answer);
+        }
+        let mut batch = SendBatch::new();
+        queue(&mut batch, (client, version), &answer);
+        if let Err(error) = self.socket.send(&mut batch).await {
+            debug!(%error, %client, "answer not sent");
+        }
+    }
+
+    /// Parses a payload. Acknowledges it, if it asks for that.
+    async fn read(&self, key: TaskKey, payload: Bytes) -> Result<DcfTask, AnswerError> {
+        let rejected = |text: String| AnswerError::Rejected {
+            code: ErrorCode::INVALID_PAYLOAD,
+            text,
+        };
+        let parsed = parse::parsed(&self.mesh.reading, payload, DcfTask::parse).await;
+        let task = parsed.map_err(|_| rejected("the request could not be read".to_owned()))?;
+        let task = task.map_err(|invalid| rejected(invalid.message))?;
+        if task.ack() {
+            self.acks().insert(key);
+            let mut batch = SendBatch::new();
+            queue(&mut batch, (key.client, key.version), &self.ack(key));
+            if let Err(error) = self.socket.try_send(&mut batch) {
+                debug!(%error, client = %key.client, "ack not sent");
+            }
+        }
+        Ok(task)
+    }
+
+    /// Returns true if a running task asked for Acks.
+    pub(super) fn wants_acks(&self, key: TaskKey) -> bool {
+        self.acks().contains(&key)
+    }
+
+    pub(super) fn ack(&self, key: TaskKey) -> Message {
+        let cause = self.waits().get(&key).cloned().unwrap_or_default();
+        Message::new(MsgType::ACK, key.sequence, timestamp_us(), cause)
+    }
+
+    fn acks(&self) -> MutexGuard<'_, HashSet<TaskKey>> {
+        self.acks.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Vectors as the body of `/v1/embeddings` has them.
+    async fn embed(
+        &self,
+        task: DcfEmbed,
+        origin: Origin,
+        lease: &mut Lease,
+    ) -> Result<Bytes, AnswerError> {
+        let mut asked = task.asked;
+        let mut task = std::mem::take(&mut asked.task);
+        task.id = ids::fresh("dcf");
+        task.origin = origin;
+        let embedded = embed(&self.mesh, Front::Dcf, task, lease).await?;
+        Ok(asked.answer(&embedded).into())
+    }
+
+    /// The text of an answer; meanwhile Partials go out where they were asked for.
+    async fn generate(
+        &self,
+        key: TaskKey,
+        run: Run,
+        task: DcfGenerate,
+        payload: Bytes,
+    ) -> Result<Bytes, AnswerError> {
+        // A plain task is not answered with a stream; without any worker of the mesh, the whole answer at once
+        // is better than none.
+        let only_plain = || self.mesh.with_registry(Registry::takes_only_plain);
+        let fits = payload.len() <= MOST_TASK_BYTES;
+        let plain = fits && (!task.stream || only_plain());
+        let stream = task.stream;
+        let task = GenerateTask {
+            id: ids::fresh("dcf"),
+            model: task.model,
+            prompt: Arc::new(task.prompt),
+            params: task.params,
+            // Clients here have no keys.
+            salt: 0,
+            plain: plain.then_some(payload),
+            source: Source {
+                ingress: Ingress::Dcf,
+                origin: Origin::of(key.client.ip()),
+            },
+        };
+        let mut text = String::new();
+        let mut whole = None;
+        let mut failure = None;
+        let grow = |text: &mut String, piece: &str| {
+            if stream && !piece.is_empty() && self.dedup().is_current(key, run) {
+                self.send_partial(key, text.len(), piece);
+            }
+            text.push_str(piece);
+        };
+        let mut waits = false;
+        let emit = |event| match event {
+            Event::Queued => {
+                waits = true;
+                self.waits().insert(key, FOR_ROOM.to_owned());
+            }
+            Event::Waits(progress) => {
+                waits = true;
+                self.waits().insert(key, words(&progress));
+            }
+            Event::Placed(_) => {}
+            Event::Delta(delta) => {
+                if std::mem::take(&mut waits) {
+                    self.waits().remove(&key);
+                }
+                grow(&mut text, &delta.text);
+            }
+            Event::Complete(complete) => grow(&mut text, &complete.done.text),
+            Event::Whole(bytes) => whole = Some(bytes),
+            Event::Failed(error) => failure = Some(error),
+        };
+        generate(&self.mesh, Front::Dcf, task, emit, std::future::pending()).await;
+
+        match failure {
+            Some(failure) => Err(failure),
+            None => Ok(whole.unwrap_or_else(|| text.into())),
+        }
+    }
+
+    /// Sends a piece of an answer now or never: the Result has all of it.
+    fn send_partial(&self, key: TaskKey, offset: usize, piece: &str) {
+        let (client, version) = (key.client, key.version);
+        let Ok(offset) = u32::try_from(offset) else {
+            return;
+        };
+        let partial = Message::partial(key.sequence, timestamp_us(), offset, piece);
+        if !partial.is_single_answer(version) {
+            return;
+        }
+        let mut batch = SendBatch::new();
+        queue(&mut batch, (client, version), &partial);
+        if let Err(error) = self.socket.try_send(&mut batch) {
+            debug!(%error, %client, "partial not sent");
+        }
+    }
+
+    fn waits(&self) -> MutexGuard<'_, HashMap<TaskKey, String>> {
+        self.waits.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn dedup(&self) -> MutexGuard<'_, Dedup> {
+        self.dedup.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Forgets the cause of a task's wait when the task has ended.
+struct Waits<'a> {
+    port: &'a Port,
+    key: TaskKey,
+}
+
+impl Drop for Waits<'_> {
+    fn drop(&mut self) {
+        self.port.waits().remove(&self.key);
+        self.port.acks().remove(&self.key);
+    }
+}
+
+/// Puts a message into a batch, in the client's version.
+pub(super) fn queue(
+    batch: &mut SendBatch,
+    (to, version): (SocketAddr, Version),
+    message: &Message,
+) {
+    let header = message.header().encode();
+    batch.push_parts(to, &[version.prefix(), &header, &message.payload]);
+}
+
+/// An Error in one datagram: Chunks do not tell the kind of their message.
+pub(super) fn error(version: Version, sequence: u32, code: ErrorCode, text: &str) -> Message {
+    let limit = LONGEST_ERROR.min(version.max_answer() - 1);
+    let text = &text[..text.floor_char_boundary(limit)];
+    Message::error(sequence, timestamp_us(), code, text)
+}
+
+/// The DCF code of a failure, and whether a repeat of the task gets the same failure again. Where it is over
+/// in a moment, the repeat had better be a new try.
+fn code_of(failure: &AnswerError) -> (ErrorCode, bool) {
+    match failure {
+        AnswerError::Refused(Refusal::QueueFull { .. }) => (ErrorCode::WORKER_BUSY, false),
+        AnswerError::Refused(
+            Refusal::NoWorker { .. }
+            | Refusal::NoRing { .. }
+            | Refusal::NoneAnswers { .. }
+            | Refusal::TooOld { .. },
+        ) => (ErrorCode::NO_WORKERS, false),
+        AnswerError::Refused(Refusal::UnknownModel { .. }) => (ErrorCode::UNKNOWN_MODEL, false),
+        AnswerError::Refused(Refusal::TooLong { .. }) => (ErrorCode::CONTEXT_TOO_LONG, true),
+        AnswerError::Rejected { code, .. } => (*code, true),
+        AnswerError::QueueTimeout(_) => (ErrorCode::WORKER_BUSY, false),
+        AnswerError::Timeout(_) | AnswerError::Stalled(_) => (ErrorCode::TIMEOUT, true),
+        AnswerError::WorkersFailed { .. } | AnswerError::WorkersDied { .. } => {
+            (ErrorCode::INFERENCE_FAILED, true)
+        }
+        AnswerError::TooMuch(_) => (ErrorCode::WORKER_BUSY, false),
+        AnswerError::ShuttingDown => (ErrorCode::DRAINING, false),
+    }
+}
+
+/// Most bytes of an Error's text, which may quote the client's payload.
+const LONGEST_ERROR: usize = 4096;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_fits_a_datagram_however_much_it_quotes() {
+        for version in [Version::V5_0, Version::V5_1] {
+            let error = error(version, 1, ErrorCode::UNKNOWN_MODEL, &"é".repeat(100_000));
+            assert!(error.is_single_answer(version) && error.error_body().is_some());
+        }
+    }
+
+    #[test]
+    fn failures_that_pass_are_not_kept() {
+        let refused = |refusal| code_of(&AnswerError::Refused(refusal));
+        assert_eq!(
+            refused(Refusal::QueueFull {
+                limit: 1,
+                whose: Source::default(),
+                yours: 1,
+                sources: 1
+            }),
+            (ErrorCode::WORKER_BUSY, false)
+        );
+        assert_eq!(
+            refused(Refusal::NoWorker {
+                model: String::new()
+            }),
+            (ErrorCode::NO_WORKERS, false)
+        );
+        assert_eq!(
+            code_of(&AnswerError::ShuttingDown),
+            (ErrorCode::DRAINING, false)
+        );
+        let failed = AnswerError::WorkersFailed {
+            attempts: 1,
+            workers: 1,
+            last: String::new(),
+        };
+        assert_eq!(code_of(&failed), (ErrorCode::INFERENCE_FAILED, true));
+    }
+}

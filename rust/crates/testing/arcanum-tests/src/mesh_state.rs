@@ -1,0 +1,70 @@
+//! States of a mesh: what the head says about its workers, and whether all services are alive.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::{Result, ensure};
+use mesh_testkit::{Mesh, Service};
+use serde_json::Value;
+
+/// The configuration of a worker that has nothing to load; it looks for models in `folder`.
+pub fn idle_worker(folder: &Path) -> String {
+    format!(
+        "models = []\nlocal_models = {:?}\n",
+        folder.display().to_string()
+    )
+}
+
+/// The registry, once `holds` is true of it.
+///
+/// # Errors
+/// After a minute, with `what` was waited for and the ends of the logs.
+pub async fn registry_until(
+    mesh: &Mesh,
+    what: &str,
+    holds: impl Fn(&Value) -> bool,
+) -> Result<Value> {
+    let begun = Instant::now();
+    loop {
+        let registry = mesh.registry().await?;
+        if holds(&registry) {
+            return Ok(registry);
+        }
+        let logs: String = mesh.workers.iter().map(Service::log_end).collect();
+        ensure!(
+            begun.elapsed() < LIMIT,
+            "not within {LIMIT:?}: {what}: {registry}\n{}\n{logs}",
+            mesh.head.log_end()
+        );
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+}
+
+/// Number of workers in a registry.
+pub fn worker_count(registry: &Value) -> usize {
+    registry["workers"].as_array().map_or(0, Vec::len)
+}
+
+/// Checks that the head, all workers and the shim run, and that none has panicked.
+///
+/// # Errors
+/// The name of the first that does not, and the end of its log.
+pub fn ensure_alive(mesh: &mut Mesh) -> Result<()> {
+    let services = mesh.shim.iter_mut().chain(&mut mesh.workers);
+    for service in services.chain([&mut mesh.head]) {
+        let name = service.name().to_owned();
+        ensure!(
+            service.is_running(),
+            "{name} is gone:\n{}",
+            service.log_end()
+        );
+        ensure!(
+            !service.log().contains("panicked"),
+            "{name} panicked:\n{}",
+            service.log_end()
+        );
+    }
+    Ok(())
+}
+
+const LIMIT: Duration = Duration::from_secs(60);
