@@ -1,10 +1,12 @@
-//! An embedding model without a mesh: texts in, vectors out, the similarity of each text to the first one printed.
+//! An embedding model without a mesh: texts in, vectors out, the similarity of each text to the first one
+//! printed.
 //!
 //! ```text
 //! cargo run --release -p mesh-engine-ort --example embedder -- FOLDER "a lighthouse" "a beacon" "a whale"
 //! ```
 //!
-//! FOLDER holds a BERT-family encoder as it comes from Hugging Face. `ORT_DYLIB_PATH` names ONNX Runtime's library.
+//! FOLDER holds a BERT-family encoder as it comes from Hugging Face. `ORT_DYLIB_PATH` names ONNX Runtime's
+//! library.
 
 use std::error::Error;
 use std::path::Path;

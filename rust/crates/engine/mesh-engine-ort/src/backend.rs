@@ -286,7 +286,8 @@ fn agree(found: &[f32], expected: &[f32]) -> Result<(), f64> {
 /// Rows of the checks.
 const CHECK_ROWS: u32 = 8;
 
-/// Rounding of 16 bits on the device and of 8-bit activations on the CPU stay far above this; another result does not.
+/// Rounding of 16 bits on the device and of 8-bit activations on the CPU stay far above this; another result
+/// does not.
 const LEAST_COSINE: f64 = 0.98;
 
 #[cfg(test)]

@@ -47,7 +47,7 @@ pub struct WeightCache {
 
 /// A matrix that was quantised.
 #[derive(Debug, Clone)]
-pub(crate) struct Quantised {
+pub(crate) struct QuantisedMatrix {
     pub(crate) name: String,
     pub(crate) ty: GgmlType,
     pub(crate) dims: Vec<u64>,
@@ -56,16 +56,16 @@ pub(crate) struct Quantised {
 
 /// The part of a [`WeightCache`] that belongs to one model in one format.
 #[derive(Debug)]
-pub(crate) struct Entry {
+pub(crate) struct CacheEntry {
     cache: WeightCache,
     folder: PathBuf,
 }
 
-impl Entry {
+impl CacheEntry {
     /// The entry of the model with this fingerprint.
-    pub(crate) fn new(cache: &WeightCache, fingerprint: &str, format: WeightFormat) -> Entry {
+    pub(crate) fn new(cache: &WeightCache, fingerprint: &str, format: WeightFormat) -> CacheEntry {
         let name = format!("{fingerprint}-{}-v{VERSION}", format.name());
-        Entry {
+        CacheEntry {
             folder: cache.folder.join(name),
             cache: cache.clone(),
         }
@@ -102,14 +102,14 @@ impl Entry {
     }
 
     /// Keeps the matrices of a group. A failure costs time at the next start only.
-    pub(crate) fn write(&self, group: &str, matrices: &[Quantised]) {
+    pub(crate) fn write(&self, group: &str, matrices: &[QuantisedMatrix]) {
         let path = self.path(group);
         if let Err(error) = self.try_write(&path, matrices) {
             tracing::warn!(path = %path.display(), %error, "quantised weights are not kept");
         }
     }
 
-    fn try_write(&self, path: &Path, matrices: &[Quantised]) -> io::Result<()> {
+    fn try_write(&self, path: &Path, matrices: &[QuantisedMatrix]) -> io::Result<()> {
         let bytes: u64 = matrices.iter().map(|matrix| matrix.data.len() as u64).sum();
         fs::create_dir_all(&self.folder)?;
         self.make_room(bytes)?;
@@ -162,7 +162,7 @@ impl Entry {
     }
 }
 
-fn write_file(file: &mut File, matrices: &[Quantised]) -> io::Result<()> {
+fn write_file(file: &mut File, matrices: &[QuantisedMatrix]) -> io::Result<()> {
     let mut writer = Writer::new();
     writer.key(
         CHECKSUM,
@@ -238,8 +238,8 @@ mod tests {
 
     use super::*;
 
-    fn matrix(name: &str, byte: u8) -> Quantised {
-        Quantised {
+    fn matrix(name: &str, byte: u8) -> QuantisedMatrix {
+        QuantisedMatrix {
             name: name.into(),
             ty: GgmlType::Q8_0,
             dims: vec![32, 2],
@@ -247,12 +247,12 @@ mod tests {
         }
     }
 
-    fn entry(folder: &Path, limit: u64, fingerprint: &str) -> Entry {
+    fn entry(folder: &Path, limit: u64, fingerprint: &str) -> CacheEntry {
         let cache = WeightCache {
             folder: folder.join("weights"),
             limit,
         };
-        Entry::new(&cache, fingerprint, WeightFormat::Int8)
+        CacheEntry::new(&cache, fingerprint, WeightFormat::Int8)
     }
 
     #[test]
@@ -311,7 +311,7 @@ mod tests {
         one.write("blk.0", &[matrix("a", 1)]);
         let bytes = size(&one.folder);
         assert!((100..limit / 3).contains(&bytes), "{bytes}");
-        let aged = |entry: &Entry, seconds| {
+        let aged = |entry: &CacheEntry, seconds| {
             let time = SystemTime::now() - std::time::Duration::from_secs(seconds);
             File::open(&entry.folder)
                 .unwrap()

@@ -1,11 +1,13 @@
 //! BERT-family encoders on ONNX Runtime.
 //!
 //! ```text
-//! tokens i32 [rows] ─ Embed ─ Attention 0 ─ FeedForward 0 ─ … ─ FeedForward n ─ Pool ─ vectors f32 [sequences, hidden]
+//! tokens i32 [rows] ─ Embed ─ Attention 0 ─ FeedForward 0 ─ …
+//!   … ─ FeedForward n ─ Pool ─ vectors f32 [sequences, hidden]
 //! ```
 //!
-//! As for stages, the nodes are custom operators over `mesh-kernels` and the graph is built in memory. Sequences of any lengths lie
-//! side by side, so nothing is padded; weights are f32 (or f16 and bf16 where the file has those) and so is the arithmetic.
+//! As for stages, the nodes are custom operators over `mesh-kernels` and the graph is built in memory.
+//! Sequences of any lengths lie side by side, so nothing is padded; weights are f32 (or f16 and bf16 where
+//! the file has those) and so is the arithmetic.
 
 mod operators;
 mod weights;
@@ -16,40 +18,40 @@ use mesh_engine::{Encoder, EncoderInfo, StageError};
 use mesh_kernels::{Pool, Reclaim, in_background};
 use mesh_model::EncoderModel;
 use mesh_model::encoder::{EncoderConfig, Sentences};
-use ort::operator::OperatorDomain;
 use ort::session::Session;
 use ort::value::TensorRef;
 
-use crate::graph::{self, DOMAIN, INPUT, OUTPUT};
-use crate::onnx::{Attribute, Dim, Element, Model, Node, Value};
+use crate::graph;
+use crate::node::{DOMAIN, INPUT, OUTPUT, chain, domain};
+use crate::onnx::{Dim, ElementType, ModelProto, ValueInfo};
 use crate::options::{LoadError, OrtOptions};
 use crate::runtime;
-use operators::{EncoderOperator, Kind};
-use weights::Weights;
+use operators::EncoderNode;
+use weights::EncoderWeights;
 
 const BACKEND: &str = "ONNX Runtime";
 
 /// A whole embedding model on ONNX Runtime.
 pub struct OrtEncoder {
     info: EncoderInfo,
-    shared: Arc<Shared>,
+    shared: Arc<EncoderContext>,
     session: Session,
     tokens: Vec<i32>,
     _reclaim: Reclaim,
 }
 
 /// State that the operators share with the encoder.
-pub(crate) struct Shared {
+pub(crate) struct EncoderContext {
     pub(crate) config: EncoderConfig,
     pub(crate) sentences: Sentences,
-    pub(crate) weights: Weights,
+    pub(crate) weights: EncoderWeights,
     pub(crate) pool: Pool,
-    pub(crate) step: Mutex<Step>,
+    pub(crate) step: Mutex<EncoderStep>,
 }
 
 /// The call that is running, and the memory that it works in.
 #[derive(Default)]
-pub(crate) struct Step {
+pub(crate) struct EncoderStep {
     /// Rows of each sequence.
     pub(crate) lengths: Vec<usize>,
     pub(crate) rows: usize,
@@ -58,26 +60,23 @@ pub(crate) struct Step {
     pub(crate) middle: Vec<f32>,
 }
 
-impl Shared {
-    pub(crate) fn step(&self) -> MutexGuard<'_, Step> {
+impl EncoderContext {
+    pub(crate) fn step(&self) -> MutexGuard<'_, EncoderStep> {
         // A panic inside a node is turned into an error there; the step is rewritten before the next run.
         self.step.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl OrtEncoder {
-    /// Loads `model`: packs its weights and builds the session. Of `options` the library, the threads and the most rows of a
-    /// batch count.
+    /// Loads `model`: packs its weights and builds the session. Of `options` the library, the threads and the
+    /// most rows of a batch count.
     ///
     /// # Errors
     /// If ONNX Runtime is not there, or a tensor is missing or has another shape than the configuration says.
     pub fn load(model: &EncoderModel, options: &OrtOptions) -> Result<OrtEncoder, LoadError> {
         let environment = runtime::environment(options.library.as_deref())?;
-        let threads = match options.threads {
-            0 => std::thread::available_parallelism().map_or(1, usize::from),
-            threads => threads,
-        };
-        let weights = in_background(threads, |pool| Weights::load(model, pool))?;
+        let threads = options.thread_count();
+        let weights = in_background(threads, |pool| EncoderWeights::load(model, pool))?;
         let pool = Pool::new(threads);
         let config = model.config().clone();
         let sentences = model.sentences().clone();
@@ -88,17 +87,14 @@ impl OrtEncoder {
             max_rows: (options.max_rows as usize).max(1),
             weight_bytes: weights.bytes(),
         };
-        let shared = Arc::new(Shared {
+        let shared = Arc::new(EncoderContext {
             config,
             sentences,
             weights,
             pool,
             step: Mutex::default(),
         });
-        let mut domain = OperatorDomain::new(DOMAIN)?;
-        for kind in Kind::ALL {
-            domain = domain.add(EncoderOperator::new(kind, Arc::clone(&shared)))?;
-        }
+        let domain = domain::<EncoderNode>(&shared)?;
         let session = graph::commit(&environment, domain, &network(&shared.config).encode())?;
         Ok(OrtEncoder {
             info,
@@ -172,43 +168,25 @@ impl Encoder for OrtEncoder {
     }
 }
 
-fn network(config: &EncoderConfig) -> Model<'static> {
-    let mut plan = vec![(Kind::Embed, 0)];
+fn network(config: &EncoderConfig) -> ModelProto<'static> {
+    let mut plan = vec![(EncoderNode::Embed, 0)];
     for layer in 0..config.layers {
-        plan.push((Kind::Attention, layer));
-        plan.push((Kind::FeedForward, layer));
+        plan.push((EncoderNode::Attention, layer));
+        plan.push((EncoderNode::FeedForward, layer));
     }
-    plan.push((Kind::Pool, 0));
-    let last = plan.len() - 1;
-    let mut value = INPUT.to_owned();
-    let nodes = plan.into_iter().enumerate().map(|(i, (kind, layer))| {
-        let name = format!("{}.{layer}", kind.name());
-        let output = if i == last {
-            OUTPUT.to_owned()
-        } else {
-            format!("{name}.out")
-        };
-        Node {
-            operator: kind.name(),
-            domain: DOMAIN,
-            name,
-            inputs: vec![std::mem::replace(&mut value, output.clone())],
-            outputs: vec![output],
-            attributes: vec![("layer", Attribute::Int(layer as i64))],
-        }
-    });
-    Model {
+    plan.push((EncoderNode::Pool, 0));
+    ModelProto {
         opsets: &[("", 21), (DOMAIN, 1)],
-        nodes: nodes.collect(),
+        nodes: chain(&plan, 0),
         initializers: Vec::new(),
-        inputs: vec![Value {
+        inputs: vec![ValueInfo {
             name: INPUT.to_owned(),
-            element: Element::I32,
+            element: ElementType::I32,
             dims: vec![Dim::Named("rows")],
         }],
-        outputs: vec![Value {
+        outputs: vec![ValueInfo {
             name: OUTPUT.to_owned(),
-            element: Element::F32,
+            element: ElementType::F32,
             dims: vec![Dim::Named("sequences"), Dim::Fixed(config.hidden)],
         }],
     }

@@ -1,20 +1,21 @@
-//! Stages on ONNX Runtime: the graph of a range of layers built in memory, for CPUs with kernels of our own as custom operators,
-//! for GPUs with ONNX Runtime's operators.
+//! Stages on ONNX Runtime: the graph of a range of layers built in memory, for CPUs with kernels of our own
+//! as custom operators, for GPUs with ONNX Runtime's operators.
 //!
-//! [`OrtStage`] is a [`Stage`](mesh_engine::Stage). Loading packs the weights of its layers, reserves the KV cache, and makes
-//! a session of a graph with two nodes per layer (module `graph` draws it). ONNX Runtime walks the chain and owns the
-//! tensors between its nodes; the nodes call `mesh-kernels`, whose pool computes on all threads.
+//! [`OrtStage`] is a [`Stage`](mesh_engine::Stage). Loading packs the weights of its layers, reserves the KV
+//! cache, and makes a session of a graph with two nodes per layer (module `graph` draws it). ONNX Runtime
+//! walks the chain and owns the tensors between its nodes; the nodes call `mesh-kernels`, whose pool computes
+//! on all threads.
 //!
 //! # Why operators of our own
-//! ONNX Runtime has `MatMulNBits` and `GroupQueryAttention`, and a graph of them runs at about llama.cpp's speed. Four things
-//! asked for more:
-//! - GGUF's Q4_1 and K-quants have a scale and a minimum per block. `MatMulNBits` takes those only as a float `zero_points`
-//!   input, which is about 70 times slower, or after a requantisation, which costs perplexity.
+//! ONNX Runtime has `MatMulNBits` and `GroupQueryAttention`, and a graph of them runs at about llama.cpp's
+//! speed. Four things asked for more:
+//! - GGUF's Q4_1 and K-quants have a scale and a minimum per block. `MatMulNBits` takes those only as a float
+//!   `zero_points` input, which is about 70 times slower, or after a requantisation, which costs perplexity.
 //! - A row must not depend, bit for bit, on other rows of its step; the library's products choose their
 //!   algorithm by the number of rows.
 //! - A step mixes decode rows and prompt chunks of many slots. `GroupQueryAttention` wants equal lengths.
-//! - A node costs about a microsecond and a pass over its tensors. With norm, rotation, activation and residual inside, a
-//!   layer has two nodes instead of eleven.
+//! - A node costs about a microsecond and a pass over its tensors. With norm, rotation, activation and
+//!   residual inside, a layer has two nodes instead of eleven.
 //!
 //! # The second lowering
 //! A GPU's execution provider cannot run our operators, so [`DeviceStage`] builds the same layers of ONNX
@@ -24,28 +25,29 @@
 //! scales, activations and KV cache are f16, the residual stream is f32. [`open`] takes a GPU where one
 //! works, and says why where none does.
 //!
-//! **Rows are not independent there**, bit for bit, as the trait asks: products choose their algorithm by the number of rows.
-//! A stream that is run again on such a stage, or moved between it and a CPU, continues with the same text up to near ties.
-//! Exported KV rows have the format of the CPU's stage.
+//! **Rows are not independent there**, bit for bit, as the trait asks: products choose their algorithm by the
+//! number of rows. A stream that is run again on such a stage, or moved between it and a CPU, continues with
+//! the same text up to near ties. Exported KV rows have the format of the CPU's stage.
 //!
 //! The graph is tested on ONNX Runtime's CPU provider, in f32 and in f16. **It has never run on a GPU**: with
 //! `make test-gpu` and a library that has the provider, the same tests run there.
 //!
 //! # Encoders
-//! [`OrtEncoder`] runs embedding models of the BERT family the same way: two nodes per layer over `mesh-kernels`, sequences of any
-//! lengths side by side.
+//! [`OrtEncoder`] runs embedding models of the BERT family the same way: two nodes per layer over
+//! `mesh-kernels`, sequences of any lengths side by side.
 //!
 //! # Memory
-//! Packed weights live in the operators, not in ONNX Runtime's initialisers; the file's pages are dropped once they are
-//! packed. The KV cache is address space that the system fills as slots grow, and that
+//! Packed weights live in the operators, not in ONNX Runtime's initialisers; the file's pages are dropped
+//! once they are packed. The KV cache is address space that the system fills as slots grow, and that
 //! [`truncate`](mesh_engine::Stage::truncate) to 0 gives back.
 //!
 //! A [`DeviceStage`] has its weights twice, on the device and on the host, where the session keeps its
 //! inputs; its slots grow by doubling.
 //!
 //! # Unsafe code
-//! Module `tensors` reads the tensors of a running node through ONNX Runtime's C interface; module `operators` says for each
-//! access why type and length are right, and keeps inputs apart from the outputs that may lie on the same memory.
+//! Module `tensors` reads the tensors of a running node through ONNX Runtime's C interface; module
+//! `operators` says for each access why type and length are right, and keeps inputs apart from the outputs
+//! that may lie on the same memory.
 
 mod backend;
 mod cache;
@@ -54,6 +56,7 @@ mod device;
 mod encoder;
 mod graph;
 mod kv;
+mod node;
 mod onnx;
 mod operators;
 mod options;

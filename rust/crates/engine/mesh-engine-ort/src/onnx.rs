@@ -4,18 +4,18 @@
 //! (`CreateSessionFromModel`, up to 1.24 at least) never registers the custom operators of its options.
 
 /// A model with one graph.
-pub(crate) struct Model<'a> {
+pub(crate) struct ModelProto<'a> {
     /// Domains and their versions.
     pub(crate) opsets: &'a [(&'a str, u64)],
-    pub(crate) nodes: Vec<Node>,
+    pub(crate) nodes: Vec<NodeProto>,
     /// Constant tensors of the graph.
     pub(crate) initializers: Vec<Initializer>,
-    pub(crate) inputs: Vec<Value>,
-    pub(crate) outputs: Vec<Value>,
+    pub(crate) inputs: Vec<ValueInfo>,
+    pub(crate) outputs: Vec<ValueInfo>,
 }
 
 /// A node of the graph: one operator with its inputs and outputs.
-pub(crate) struct Node {
+pub(crate) struct NodeProto {
     pub(crate) operator: &'static str,
     pub(crate) domain: &'static str,
     pub(crate) name: String,
@@ -36,23 +36,23 @@ pub(crate) enum Attribute {
 /// A constant of the graph.
 pub(crate) struct Initializer {
     pub(crate) name: String,
-    pub(crate) element: Element,
+    pub(crate) element: ElementType,
     pub(crate) dims: Vec<usize>,
-    /// Its bytes, little-endian; `None` if the session is given the tensor beside the model. A protobuf message cannot be
-    /// larger than 2 GiB.
+    /// Its bytes, little-endian; `None` if the session is given the tensor beside the model. A protobuf
+    /// message cannot be larger than 2 GiB.
     pub(crate) data: Option<Vec<u8>>,
 }
 
 /// A tensor that goes into or comes out of the graph.
-pub(crate) struct Value {
+pub(crate) struct ValueInfo {
     pub(crate) name: String,
-    pub(crate) element: Element,
+    pub(crate) element: ElementType,
     pub(crate) dims: Vec<Dim>,
 }
 
 /// Element types by their number in `TensorProto.DataType`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Element {
+pub(crate) enum ElementType {
     F32 = 1,
     U8 = 2,
     I32 = 6,
@@ -66,12 +66,12 @@ pub(crate) enum Dim {
     Fixed(usize),
 }
 
-impl Model<'_> {
+impl ModelProto<'_> {
     /// Encodes a `ModelProto`.
     pub(crate) fn encode(&self) -> Vec<u8> {
-        let mut model = Message::default();
+        let mut model = ProtoMessage::default();
         model.int(1, IR_VERSION).text(2, "hydramesh");
-        let mut graph = Message::default();
+        let mut graph = ProtoMessage::default();
         for node in &self.nodes {
             graph.message(1, node.encode());
         }
@@ -87,7 +87,7 @@ impl Model<'_> {
         }
         model.message(7, graph);
         for (domain, version) in self.opsets {
-            let mut opset = Message::default();
+            let mut opset = ProtoMessage::default();
             opset.text(1, domain).int(2, *version);
             model.message(8, opset);
         }
@@ -95,9 +95,9 @@ impl Model<'_> {
     }
 }
 
-impl Node {
-    fn encode(&self) -> Message {
-        let mut node = Message::default();
+impl NodeProto {
+    fn encode(&self) -> ProtoMessage {
+        let mut node = ProtoMessage::default();
         for input in &self.inputs {
             node.text(1, input);
         }
@@ -106,7 +106,7 @@ impl Node {
         }
         node.text(3, &self.name).text(4, self.operator);
         for (name, value) in &self.attributes {
-            let mut attribute = Message::default();
+            let mut attribute = ProtoMessage::default();
             attribute.text(1, name);
             match *value {
                 // Negative numbers are two's complement of 64 bits.
@@ -123,8 +123,8 @@ impl Node {
 }
 
 impl Initializer {
-    fn encode(&self) -> Message {
-        let mut tensor = Message::default();
+    fn encode(&self) -> ProtoMessage {
+        let mut tensor = ProtoMessage::default();
         for dim in &self.dims {
             tensor.int(1, *dim as u64);
         }
@@ -132,7 +132,7 @@ impl Initializer {
         match &self.data {
             Some(bytes) => tensor.bytes(9, bytes),
             None => {
-                let mut location = Message::default();
+                let mut location = ProtoMessage::default();
                 location.text(1, "location").text(2, "beside the model");
                 tensor.message(13, location).int(14, LOCATION_EXTERNAL)
             }
@@ -141,22 +141,22 @@ impl Initializer {
     }
 }
 
-impl Value {
-    fn encode(&self) -> Message {
-        let mut shape = Message::default();
+impl ValueInfo {
+    fn encode(&self) -> ProtoMessage {
+        let mut shape = ProtoMessage::default();
         for dim in &self.dims {
-            let mut encoded = Message::default();
+            let mut encoded = ProtoMessage::default();
             match dim {
                 Dim::Fixed(size) => encoded.int(1, *size as u64),
                 Dim::Named(name) => encoded.text(2, name),
             };
             shape.message(1, encoded);
         }
-        let mut tensor = Message::default();
+        let mut tensor = ProtoMessage::default();
         tensor.int(1, self.element as u64).message(2, shape);
-        let mut ty = Message::default();
+        let mut ty = ProtoMessage::default();
         ty.message(1, tensor);
-        let mut value = Message::default();
+        let mut value = ProtoMessage::default();
         value.text(1, &self.name).message(2, ty);
         value
     }
@@ -164,9 +164,9 @@ impl Value {
 
 /// A protobuf message under construction.
 #[derive(Default)]
-struct Message(Vec<u8>);
+struct ProtoMessage(Vec<u8>);
 
-impl Message {
+impl ProtoMessage {
     fn int(&mut self, field: u64, value: u64) -> &mut Self {
         self.varint(field << 3);
         self.varint(value);
@@ -183,7 +183,7 @@ impl Message {
         self.bytes(field, text.as_bytes())
     }
 
-    fn message(&mut self, field: u64, message: Message) -> &mut Self {
+    fn message(&mut self, field: u64, message: ProtoMessage) -> &mut Self {
         self.bytes(field, &message.0)
     }
 

@@ -10,146 +10,83 @@
 //! A node does a whole half layer because walking from node to node costs about a microsecond, and because
 //! intermediate results (norm, rotation, quantised rows) then never leave the second-level cache.
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::{Arc, PoisonError};
+use std::sync::PoisonError;
 use std::time::Instant;
 
 use mesh_kernels::{
     Attention, FeedForward, Gate, KernelError, Linear, attention, feed_forward, linear,
 };
-use ort::operator::{
-    ComputeContext, Kernel, KernelContext, Operator, OperatorInput, OperatorOutput,
-    ShapeInferenceContext,
-};
-use ort::value::{Shape, SymbolicDimensions, TensorElementType, ValueType};
+use ort::operator::ComputeContext;
+use ort::value::TensorElementType;
 
-use crate::shared::{Shared, Step};
+use crate::node::{Node, NodeKind};
+use crate::shared::{StageContext, StageStep};
 use crate::tensors;
 
-/// The custom operators of a stage.
+/// The kinds of nodes in a stage.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Kind {
+pub(crate) enum StageNode {
     Embed,
     Attention,
     FeedForward,
     Head,
 }
 
-impl Kind {
-    /// All operators of the domain.
-    pub(crate) const ALL: [Kind; 4] = [Kind::Embed, Kind::Attention, Kind::FeedForward, Kind::Head];
+impl NodeKind for StageNode {
+    type Shared = StageContext;
 
-    /// The operator's name in the graph.
-    pub(crate) fn name(self) -> &'static str {
+    const ALL: &'static [Self] = &[
+        StageNode::Embed,
+        StageNode::Attention,
+        StageNode::FeedForward,
+        StageNode::Head,
+    ];
+
+    fn name(self) -> &'static str {
         match self {
-            Kind::Embed => "Embed",
-            Kind::Attention => "Attention",
-            Kind::FeedForward => "FeedForward",
-            Kind::Head => "Head",
+            StageNode::Embed => "Embed",
+            StageNode::Attention => "Attention",
+            StageNode::FeedForward => "FeedForward",
+            StageNode::Head => "Head",
         }
     }
-}
 
-/// One of our operators, bound to a stage.
-pub(crate) struct StageOperator {
-    kind: Kind,
-    shared: Arc<Shared>,
-}
-
-impl StageOperator {
-    pub(crate) fn new(kind: Kind, shared: Arc<Shared>) -> StageOperator {
-        StageOperator { kind, shared }
-    }
-}
-
-impl Operator for StageOperator {
-    type Kernel<'attr> = StageKernel;
-
-    /// Layers work in place where ONNX Runtime can give them the same memory.
-    const INPLACES: &[(u32, u32)] = &[(0, 0)];
-
-    fn name(&self) -> &str {
-        self.kind.name()
-    }
-
-    fn inputs(&self) -> impl IntoIterator<Item = OperatorInput> {
-        [OperatorInput::required(match self.kind {
-            Kind::Embed => TensorElementType::Int32,
+    fn input(self) -> TensorElementType {
+        match self {
+            StageNode::Embed => TensorElementType::Int32,
             _ => TensorElementType::Float32,
-        })]
+        }
     }
 
-    fn outputs(&self) -> impl IntoIterator<Item = OperatorOutput> {
-        [OperatorOutput::required(TensorElementType::Float32)]
-    }
-
-    fn create_kernel<'attr>(&self, context: &KernelContext<'attr>) -> ort::Result<StageKernel> {
-        let layer = context
-            .get::<i64>("layer")
-            .and_then(|layer| usize::try_from(layer).ok())
-            .filter(|&layer| layer < self.shared.weights.layers.len())
-            .ok_or_else(|| ort::Error::new("attribute `layer` is missing or out of range"))?;
-        Ok(StageKernel {
-            kind: self.kind,
-            layer,
-            shared: Arc::clone(&self.shared),
-        })
-    }
-
-    fn infer_shape(&self, context: &mut ShapeInferenceContext) -> ort::Result<()> {
-        let shared = &*self.shared;
-        // Rows that have the same name have the same number, so the planner may let them share memory.
-        let last_layer = context.attr::<i64>("layer")? as usize + 1 == shared.weights.layers.len();
-        let (symbol, width) = match self.kind {
-            Kind::Head => ("kept", shared.shape.vocab),
-            Kind::Attention | Kind::FeedForward if last_layer && shared.is_last() => {
+    fn output(self, layer: usize, shared: &StageContext) -> (&'static str, usize) {
+        let last_layer = layer + 1 == shared.weights.layers.len();
+        match self {
+            StageNode::Head => ("kept", shared.shape.vocab),
+            StageNode::Attention | StageNode::FeedForward if last_layer && shared.is_last() => {
                 ("kept", shared.shape.hidden)
             }
             _ => ("rows", shared.shape.hidden),
-        };
-        context.set_output(
-            0,
-            &ValueType::Tensor {
-                ty: TensorElementType::Float32,
-                shape: Shape::new([-1, width as i64]),
-                dimension_symbols: SymbolicDimensions::new([symbol.to_owned(), String::new()]),
-            },
-        )
-    }
-}
-
-/// A node of the graph.
-pub(crate) struct StageKernel {
-    kind: Kind,
-    layer: usize,
-    shared: Arc<Shared>,
-}
-
-impl Kernel for StageKernel {
-    fn compute(&mut self, context: &ComputeContext) -> ort::Result<()> {
-        // Unwinding into ONNX Runtime would end the process.
-        catch_unwind(AssertUnwindSafe(|| self.run(context)))
-            .unwrap_or_else(|_| Err(ort::Error::new("a kernel panicked; see the log")))
-    }
-}
-
-impl StageKernel {
-    fn run(&self, context: &ComputeContext) -> ort::Result<()> {
-        let mut step = self
-            .shared
-            .step
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        let step = &mut *step;
-        match self.kind {
-            Kind::Embed => self.embed(context, step),
-            Kind::Attention => self.attention(context, step),
-            Kind::FeedForward => self.feed_forward(context, step),
-            Kind::Head => self.head(context, step),
         }
     }
 
-    fn embed(&self, context: &ComputeContext, step: &mut Step) -> ort::Result<()> {
+    fn layers(shared: &StageContext) -> usize {
+        shared.weights.layers.len()
+    }
+
+    fn run(node: &Node<Self>, context: &ComputeContext) -> ort::Result<()> {
+        let step = node.shared.step.lock();
+        let step = &mut *step.unwrap_or_else(PoisonError::into_inner);
+        match node.kind {
+            StageNode::Embed => node.embed(context, step),
+            StageNode::Attention => node.attention(context, step),
+            StageNode::FeedForward => node.feed_forward(context, step),
+            StageNode::Head => node.head(context, step),
+        }
+    }
+}
+
+impl Node<StageNode> {
+    fn embed(&self, context: &ComputeContext, step: &mut StageStep) -> ort::Result<()> {
         let mut clock = step.clock();
         let width = self.shared.shape.hidden;
         // SAFETY: the operator declares an i32 input; the stage binds one token per row.
@@ -172,7 +109,7 @@ impl StageKernel {
         Ok(())
     }
 
-    fn attention(&self, context: &ComputeContext, step: &mut Step) -> ort::Result<()> {
+    fn attention(&self, context: &ComputeContext, step: &mut StageStep) -> ort::Result<()> {
         let width = self.shared.shape.hidden;
         // SAFETY: the operator declares an f32 input; every row of the step comes in as `width` numbers.
         let x: &[f32] = unsafe { tensors::input(context, 0, step.rows * width)? };
@@ -217,7 +154,12 @@ impl StageKernel {
     }
 
     /// Extends the layer's KV rows and fills `step.attended` with the output of the attention heads.
-    fn attend(&self, step: &mut Step, x: &[f32], clock: &mut Option<Instant>) -> ort::Result<()> {
+    fn attend(
+        &self,
+        step: &mut StageStep,
+        x: &[f32],
+        clock: &mut Option<Instant>,
+    ) -> ort::Result<()> {
         let shared = &*self.shared;
         let layer = &shared.weights.layers[self.layer];
         let options = Linear {
@@ -262,7 +204,7 @@ impl StageKernel {
         Ok(())
     }
 
-    fn feed_forward(&self, context: &ComputeContext, step: &mut Step) -> ort::Result<()> {
+    fn feed_forward(&self, context: &ComputeContext, step: &mut StageStep) -> ort::Result<()> {
         let mut clock = step.clock();
         let width = self.shared.shape.hidden;
         let kept = self.shared.is_last() && self.layer + 1 == self.shared.weights.layers.len();
@@ -270,7 +212,8 @@ impl StageKernel {
         // SAFETY: the operator declares an f32 input; Attention before it gave `rows` rows.
         let x: &[f32] = unsafe { tensors::input(context, 0, rows * width)? };
         let from = x.as_ptr();
-        // SAFETY: the operator declares an f32 output; `x` is read below only where the output has memory of its own.
+        // SAFETY: the operator declares an f32 output; `x` is read below only where the output has memory of
+        // its own.
         let out = unsafe { tensors::output(context, rows, width)? };
         in_place(from, out);
         if rows > 0 {
@@ -294,7 +237,7 @@ impl StageKernel {
         Ok(())
     }
 
-    fn head(&self, context: &ComputeContext, step: &mut Step) -> ort::Result<()> {
+    fn head(&self, context: &ComputeContext, step: &mut StageStep) -> ort::Result<()> {
         let mut clock = step.clock();
         let shape = &self.shared.shape;
         let rows = step.kept.len();
@@ -323,7 +266,8 @@ impl StageKernel {
 /// Brings the residual into the output, unless ONNX Runtime gave the node its input's memory.
 pub(crate) fn in_place(from: *const f32, out: &mut [f32]) {
     if !std::ptr::eq(from, out.as_ptr()) {
-        // SAFETY: the input has as many numbers as the output, and where their addresses differ they are separate tensors.
+        // SAFETY: the input has as many numbers as the output, and where their addresses differ they are
+        // separate tensors.
         unsafe { std::ptr::copy_nonoverlapping(from, out.as_mut_ptr(), out.len()) };
     }
 }

@@ -10,20 +10,21 @@ use crate::cache::WeightCache;
 /// Options for loading a stage.
 #[derive(Debug, Clone)]
 pub struct OrtOptions {
-    /// ONNX Runtime's shared library; `None` means the environment variable `ORT_DYLIB_PATH`. The first stage of a process
-    /// decides: later ones use the library that is already loaded.
+    /// ONNX Runtime's shared library; `None` means the environment variable `ORT_DYLIB_PATH`. The first stage
+    /// of a process decides: later ones use the library that is already loaded.
     pub library: Option<PathBuf>,
     /// Threads that compute, the caller's among them; `0` means one per available core.
     pub threads: usize,
     /// Number of KV slots.
     pub slots: u32,
-    /// Most tokens in one slot; `0` means the model's own context length. More than the model's length is refused.
+    /// Most tokens in one slot; `0` means the model's own context length. More than the model's length is
+    /// refused.
     pub context: u32,
     /// Most rows in one step.
     pub max_rows: u32,
-    /// Store the scales of Q4_1 weights as codes of 8 bits, 0.578 bytes a weight instead of 0.625: decoding is bound by the
-    /// bytes read, and perplexity does not change (docs/reference/benchmarks.md). All stages of a model must agree on it for their
-    /// results to be the same bit for bit.
+    /// Store the scales of Q4_1 weights as codes of 8 bits, 0.578 bytes a weight instead of 0.625: decoding
+    /// is bound by the bytes read, and perplexity does not change (docs/reference/benchmarks.md). All stages
+    /// of a model must agree on it for their results to be the same bit for bit.
     pub compact: bool,
     /// Format of the weights in memory. Stages of one model may differ in it: each computes with its own
     /// weights.
@@ -52,6 +53,16 @@ impl Default for OrtOptions {
             kv: None,
             cache: None,
             profile: false,
+        }
+    }
+}
+
+impl OrtOptions {
+    /// Threads that compute.
+    pub(crate) fn thread_count(&self) -> usize {
+        match self.threads {
+            0 => std::thread::available_parallelism().map_or(1, usize::from),
+            threads => threads,
         }
     }
 }
@@ -123,6 +134,7 @@ fn matrices(model: &Model) -> Option<GgmlType> {
 /// Errors of loading a stage.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
+#[allow(missing_docs, reason = "the messages name the fields")]
 pub enum LoadError {
     /// The path of ONNX Runtime's library is not configured.
     #[error(
@@ -133,7 +145,6 @@ pub enum LoadError {
     /// The library could not be loaded.
     #[error("ONNX Runtime at {path} cannot be loaded: {message}; version 1.24 or later is needed")]
     Library {
-        /// Path of the library.
         path: PathBuf,
         /// The dynamic loader's error message.
         message: String,
@@ -156,7 +167,6 @@ pub enum LoadError {
     Option {
         /// Name of the option's field.
         name: &'static str,
-        /// The rejected value.
         value: u64,
         /// Description of the allowed values.
         remedy: String,
@@ -177,7 +187,6 @@ pub enum LoadError {
         name: String,
         /// Quantisation of the tensor.
         ty: String,
-        /// Description of the error.
         message: String,
     },
     /// An execution provider that is not there, or does not take the graph, or computes something else.
@@ -186,9 +195,7 @@ pub enum LoadError {
          and this program's package for such GPUs, or set the backend to \"auto\" or \"cpu\""
     )]
     Provider {
-        /// The requested provider.
         provider: crate::Provider,
-        /// Description of the failure.
         reason: String,
     },
     /// A network that the graph for execution providers cannot express.

@@ -13,7 +13,8 @@ use crate::options::LoadError;
 /// The runtime that executes the graph of a [`DeviceStage`](crate::DeviceStage).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Provider {
-    /// ONNX Runtime's own CPU kernels: slower than [`OrtStage`](crate::OrtStage), and the way to test the graph without a GPU.
+    /// ONNX Runtime's own CPU kernels: slower than [`OrtStage`](crate::OrtStage), and the way to test the
+    /// graph without a GPU.
     Cpu,
     /// NVIDIA GPUs, through CUDA.
     Cuda,
@@ -40,8 +41,8 @@ impl Provider {
         }
     }
 
-    /// Makes a session of `model` that runs wholly on this provider. `weights` are the constants that the model names and
-    /// does not carry; the session keeps them.
+    /// Makes a session of `model` that runs wholly on this provider. `weights` are the constants that the
+    /// model names and does not carry; the session keeps them.
     // `ort`'s builder returns itself in its errors.
     #[allow(clippy::result_large_err)]
     pub(crate) fn session(

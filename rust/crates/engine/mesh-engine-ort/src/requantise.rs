@@ -10,8 +10,9 @@ use mesh_model::{GgmlType, dequantize};
 
 use crate::options::WeightFormat;
 
-/// The rows of a matrix with `inputs` columns in the blocks of `format`; `None` if they stay as they are: because they have
-/// that format, because fewer bits than now would not be fewer, or because rows are not whole blocks.
+/// The rows of a matrix with `inputs` columns in the blocks of `format`; `None` if they stay as they are:
+/// because they have that format, because fewer bits than now would not be fewer, or because rows are not
+/// whole blocks.
 pub(crate) fn requantise(
     format: WeightFormat,
     in_layer: bool,

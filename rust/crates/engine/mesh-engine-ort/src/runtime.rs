@@ -10,8 +10,8 @@ use crate::options::LoadError;
 /// The process's environment. ONNX Runtime allows one; it is kept for as long as the process lives.
 static ENVIRONMENT: Mutex<Option<Environment>> = Mutex::new(None);
 
-/// Loads ONNX Runtime's library as the first stage of a process would: from `path`, or from where `ORT_DYLIB_PATH` says. So that
-/// a missing one is found before gigabytes are read.
+/// Loads ONNX Runtime's library as the first stage of a process would: from `path`, or from where
+/// `ORT_DYLIB_PATH` says. So that a missing one is found before gigabytes are read.
 ///
 /// # Errors
 /// If it is not configured or cannot be loaded.

@@ -13,10 +13,10 @@ use mesh_model::{ModelConfig, RopeScaling};
 
 use crate::kv::Kv;
 use crate::operators::kernel;
-use crate::weights::Weights;
+use crate::weights::StageWeights;
 
 /// Everything the operators need besides their tensors.
-pub(crate) struct Shared {
+pub(crate) struct StageContext {
     pub(crate) shape: ModelShape,
     pub(crate) layers: Range<u32>,
     pub(crate) heads: usize,
@@ -27,9 +27,9 @@ pub(crate) struct Shared {
     local: Option<(Attending, Vec<bool>)>,
     pub(crate) embedding_scale: f32,
     pub(crate) activation: Activation,
-    pub(crate) weights: Weights,
+    pub(crate) weights: StageWeights,
     pub(crate) pool: Pool,
-    pub(crate) step: Mutex<Step>,
+    pub(crate) step: Mutex<StageStep>,
 }
 
 /// Attention parameters of a layer.
@@ -58,16 +58,16 @@ impl Attending {
     }
 }
 
-impl Shared {
+impl StageContext {
     pub(crate) fn new(
         shape: ModelShape,
         layers: Range<u32>,
         config: &ModelConfig,
-        weights: Weights,
+        weights: StageWeights,
         pool: Pool,
-        step: Step,
+        step: StageStep,
         context: u32,
-    ) -> Result<Shared, KernelError> {
+    ) -> Result<StageContext, KernelError> {
         let local = match &config.window {
             Some(window) => {
                 let attending =
@@ -77,7 +77,7 @@ impl Shared {
             }
             None => None,
         };
-        Ok(Shared {
+        Ok(StageContext {
             shape,
             layers,
             heads: config.heads,
@@ -115,7 +115,8 @@ impl Shared {
         }
     }
 
-    /// `out += x · matrixᵀ`, the product normed before where there is a weight for it; `scratch` is then room for it.
+    /// `out += x · matrixᵀ`, the product normed before where there is a weight for it; `scratch` is then room
+    /// for it.
     pub(crate) fn project(
         &self,
         matrix: &QMatrix,
@@ -142,9 +143,9 @@ impl Shared {
     }
 }
 
-/// The step that is running, the KV cache it extends and the memory it works in. The stage fills it before a run; the
-/// operators run one after the other, so each takes the lock uncontended.
-pub(crate) struct Step {
+/// The step that is running, the KV cache it extends and the memory it works in. The stage fills it before a
+/// run; the operators run one after the other, so each takes the lock uncontended.
+pub(crate) struct StageStep {
     pub(crate) kv: Kv,
     pub(crate) segments: Vec<Segment>,
     /// The same for the attention kernel.
@@ -164,9 +165,9 @@ pub(crate) struct Step {
     profile: Option<Vec<(&'static str, Duration, u64)>>,
 }
 
-impl Step {
-    pub(crate) fn new(kv: Kv, profile: bool) -> Step {
-        Step {
+impl StageStep {
+    pub(crate) fn new(kv: Kv, profile: bool) -> StageStep {
+        StageStep {
             kv,
             segments: Vec::new(),
             kv_segments: Vec::new(),
@@ -205,8 +206,8 @@ impl Step {
         }
     }
 
-    /// Ends the step and returns the number of logits rows. The slots grow by their rows, or, after a failure, lose the
-    /// rows that may have been overwritten.
+    /// Ends the step and returns the number of logits rows. The slots grow by their rows, or, after a
+    /// failure, lose the rows that may have been overwritten.
     pub(crate) fn end(&mut self, ok: bool) -> usize {
         for segment in &self.segments {
             let end = if ok {

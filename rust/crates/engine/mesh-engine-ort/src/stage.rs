@@ -13,19 +13,20 @@ use ort::session::Session;
 use ort::value::{DynValue, TensorRef};
 
 use crate::check;
-use crate::graph::{self, INPUT, OUTPUT};
+use crate::graph;
 use crate::kv::Kv;
+use crate::node::{INPUT, OUTPUT};
 use crate::options::{LoadError, OrtOptions, suited_kv};
 use crate::runtime;
-use crate::shared::{Shared, Step};
-use crate::weights::Weights;
+use crate::shared::{StageContext, StageStep};
+use crate::weights::StageWeights;
 
 const BACKEND: &str = "ONNX Runtime";
 
 /// A range of layers on ONNX Runtime's CPU provider, with our kernels as operators. See the crate's page.
 pub struct OrtStage {
     info: StageInfo,
-    shared: Arc<Shared>,
+    shared: Arc<StageContext>,
     session: Session,
     /// The last step's output, which callers borrow.
     output: Option<DynValue>,
@@ -46,10 +47,7 @@ impl OrtStage {
         let context = check::options(&options, config.context)?;
         let environment = runtime::environment(options.library.as_deref())?;
 
-        let threads = match options.threads {
-            0 => std::thread::available_parallelism().map_or(1, usize::from),
-            threads => threads,
-        };
+        let threads = options.thread_count();
         let packing = PackOptions {
             coded_scales: options.compact,
             ..PackOptions::default()
@@ -57,7 +55,7 @@ impl OrtStage {
         // Other stages may be at work.
         let weights = in_background(threads, |pool| {
             let (layers, cache) = (layers.clone(), options.cache.as_ref());
-            Weights::load(model, layers, pool, packing, options.weights, cache)
+            StageWeights::load(model, layers, pool, packing, options.weights, cache)
         })?;
         let pool = Pool::new(threads);
         let kv = Kv::new(KvShape {
@@ -87,8 +85,9 @@ impl OrtStage {
             kv_bytes_per_token: kv.cache.bytes_per_position() as u64,
             weight_bytes: weights.bytes(),
         };
-        let step = Step::new(kv, options.profile);
-        let shared = Shared::new(shape, layers.clone(), config, weights, pool, step, context)?;
+        let step = StageStep::new(kv, options.profile);
+        let shared =
+            StageContext::new(shape, layers.clone(), config, weights, pool, step, context)?;
         let shared = Arc::new(shared);
         let session = graph::session(&environment, &shared, layers)?;
         Ok(OrtStage {
@@ -107,7 +106,7 @@ impl OrtStage {
         self.step().take_profile()
     }
 
-    fn step(&self) -> MutexGuard<'_, Step> {
+    fn step(&self) -> MutexGuard<'_, StageStep> {
         // A panic inside a node is turned into an error there; the step is rewritten before the next run.
         self.shared
             .step

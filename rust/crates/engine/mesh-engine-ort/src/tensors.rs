@@ -1,7 +1,7 @@
 //! The tensors of a node while it runs, read through ONNX Runtime's C interface.
 //!
-//! `ort`'s own accessors allocate a description of the tensor's type on every call; at two nodes per layer that would show
-//! in a decode step of a few milliseconds. The C functions cost tens of nanoseconds.
+//! `ort`'s own accessors allocate a description of the tensor's type on every call; at two nodes per layer
+//! that would show in a decode step of a few milliseconds. The C functions cost tens of nanoseconds.
 
 use std::ptr;
 
@@ -31,8 +31,8 @@ pub(crate) unsafe fn input<T>(
 /// Output 0, a tensor of `rows` rows of `width` f32.
 ///
 /// # Safety
-/// The node must declare output 0 as a CPU tensor of f32. If it may share memory with an input, the slice of that input must
-/// not be used any more.
+/// The node must declare output 0 as a CPU tensor of f32. If it may share memory with an input, the slice of
+/// that input must not be used any more.
 // The tensor is ONNX Runtime's, not part of the context, which only says how long it lives.
 #[allow(clippy::mut_from_ref)]
 pub(crate) unsafe fn output(

@@ -10,14 +10,15 @@ use mesh_kernels::{KernelError, PackOptions, Pool, QMatrix, WeightType};
 use mesh_model::file::{Data, FileError};
 use mesh_model::{GgmlType, Gguf, Model, ModelConfig, Tensors};
 
-use crate::cache::{Entry, Quantised, WeightCache};
+use crate::cache::{CacheEntry, QuantisedMatrix, WeightCache};
 use crate::options::{LoadError, WeightFormat, has_floats};
 use crate::requantise::requantise;
 
 /// The weights of a range of layers, and of embedding and head where the range has them.
-pub(crate) struct Weights {
+pub(crate) struct StageWeights {
     pub(crate) layers: Vec<LayerWeights>,
-    /// Present where tokens come in. With tied embeddings on a stage that also has the head, the head's matrix serves.
+    /// Present where tokens come in. With tied embeddings on a stage that also has the head, the head's
+    /// matrix serves.
     embedding: Option<QMatrix>,
     pub(crate) head: Option<HeadWeights>,
 }
@@ -47,7 +48,7 @@ pub(crate) struct HeadWeights {
     pub(crate) output: QMatrix,
 }
 
-impl Weights {
+impl StageWeights {
     /// Reads and packs the weights of `layers`.
     pub(crate) fn load(
         model: &Model,
@@ -56,13 +57,13 @@ impl Weights {
         options: PackOptions,
         format: WeightFormat,
         cache: Option<&WeightCache>,
-    ) -> Result<Weights, LoadError> {
+    ) -> Result<StageWeights, LoadError> {
         let entry = match cache {
             Some(cache) if format != WeightFormat::File && has_floats(model) => {
                 let fingerprint = model.fingerprint();
                 let fingerprint =
                     fingerprint.map_err(|error| LoadError::Model(error.to_string()))?;
-                Some(Entry::new(cache, fingerprint, format))
+                Some(CacheEntry::new(cache, fingerprint, format))
             }
             _ => None,
         };
@@ -89,7 +90,7 @@ impl Weights {
             .then(|| loader.group(EMBEDDING, || loader.matrix("token_embd.weight")))
             .transpose()?;
         loader.check_unchanged()?;
-        Ok(Weights {
+        Ok(StageWeights {
             layers: packed,
             embedding,
             head,
@@ -132,17 +133,17 @@ struct Loader<'a> {
     options: PackOptions,
     format: WeightFormat,
     /// Place of the quantised matrices in the cache, if there is a cache.
-    entry: Option<Entry>,
-    group: RefCell<Group>,
+    entry: Option<CacheEntry>,
+    group: RefCell<WeightGroup>,
 }
 
 /// The matrices that are being loaded together.
 #[derive(Default)]
-struct Group {
+struct WeightGroup {
     /// The cached file, if there is one.
     kept: Option<Gguf>,
     /// Newly quantised matrices, to be written to the cache.
-    fresh: Vec<Quantised>,
+    fresh: Vec<QuantisedMatrix>,
 }
 
 impl Loader<'_> {
@@ -154,12 +155,12 @@ impl Loader<'_> {
         load: impl FnOnce() -> Result<T, LoadError>,
     ) -> Result<T, LoadError> {
         let kept = self.entry.as_ref().and_then(|entry| entry.read(name));
-        *self.group.borrow_mut() = Group {
+        *self.group.borrow_mut() = WeightGroup {
             kept,
             fresh: Vec::new(),
         };
         let loaded = load()?;
-        let Group { kept, fresh } = self.group.take();
+        let WeightGroup { kept, fresh } = self.group.take();
         if let Some(entry) = &self.entry
             && kept.is_none()
             && !fresh.is_empty()
@@ -281,7 +282,7 @@ impl Loader<'_> {
         let packed = QMatrix::pack_with(pool, weight_type(ty), outputs, inputs, &data, options)
             .map_err(|error| failed(error.to_string()))?;
         if self.entry.is_some() {
-            group.fresh.push(Quantised {
+            group.fresh.push(QuantisedMatrix {
                 name: name.into(),
                 ty,
                 dims: tensor.dims.into(),
@@ -361,7 +362,7 @@ mod tests {
             let layers = 0..model.config().layers;
             let load = || {
                 let (pool, options) = (Pool::new(2), PackOptions::default());
-                Weights::load(&model, layers.clone(), &pool, options, format, None)
+                StageWeights::load(&model, layers.clone(), &pool, options, format, None)
             };
             assert!(load().is_ok());
             let file = std::fs::File::options().write(true).open(&path).unwrap();

@@ -11,20 +11,6 @@ use mesh_model::gguf::writer::OwnedValue;
 use mesh_model::synth::{Shape, Tokens, random_model, random_model_bytes};
 use mesh_model::{Architecture, GgmlType, Gguf, Model};
 
-const TYPES: [GgmlType; 11] = [
-    GgmlType::F32,
-    GgmlType::F16,
-    GgmlType::BF16,
-    GgmlType::Q4_0,
-    GgmlType::Q4_1,
-    GgmlType::Q5_0,
-    GgmlType::Q5_1,
-    GgmlType::Q8_0,
-    GgmlType::Q4_K,
-    GgmlType::Q5_K,
-    GgmlType::Q6_K,
-];
-
 /// The device under test.
 fn device() -> Device {
     Device::new(common::provider())
@@ -71,7 +57,7 @@ fn all(slot: u32, position: u32, rows: usize) -> Segment {
 fn every_weight_type_of_every_architecture_agrees_with_both_references() {
     let tokens = some_tokens(40);
     for architecture in Architecture::ALL {
-        for ty in TYPES {
+        for ty in GgmlType::ALL {
             let model = tiny(architecture, ty);
             let what = format!("{architecture:?} {ty:?}");
             let vocab = model.config().vocab;
@@ -379,7 +365,7 @@ fn the_graph_of_16_bits_agrees_loosely() {
         _ => tolerance(half),
     };
     for architecture in Architecture::ALL {
-        for ty in TYPES {
+        for ty in GgmlType::ALL {
             let model = tiny(architecture, ty);
             let vocab = model.config().vocab;
             let mut stage = DeviceStage::load(&model, 0..2, options(1, 64), half).unwrap();

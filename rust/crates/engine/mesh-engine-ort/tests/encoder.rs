@@ -2,10 +2,12 @@
 //! definition.
 
 mod bert;
+mod common;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
-use bert::{Tiny, cosine};
+use bert::Tiny;
+use common::cosine;
 use mesh_engine::{Encoder, StageError};
 use mesh_engine_ort::{LoadError, OrtEncoder, OrtOptions};
 use mesh_model::EncoderModel;

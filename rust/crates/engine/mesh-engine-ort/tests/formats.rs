@@ -2,20 +2,15 @@
 
 mod common;
 
-use common::{options, pipeline_over};
+use common::{options, pipeline_over, smollm2};
 use half::f16;
 use mesh_engine::{LogitRows, Segment, Stage};
 use mesh_engine_ort::{OrtOptions, OrtStage, WeightFormat};
 use mesh_model::gguf::Writer;
 use mesh_model::{EncodeOptions, GgmlType, Gguf, Model};
-use mesh_testkit::paths;
 
 const TEXT: &str = include_str!("../../../tools/mesh-bench/data/alice.txt");
 const WINDOW: usize = 256;
-
-fn smollm2() -> Model {
-    Model::open(paths::smollm2().unwrap()).unwrap()
-}
 
 fn stages(model: &Model, cuts: &[(u32, u32, WeightFormat)]) -> Vec<OrtStage> {
     cuts.iter()
@@ -70,8 +65,8 @@ fn perplexity_over(
     (sum / f64::from(count)).exp()
 }
 
-/// The file's layers have 4 bits already: `Int4` leaves them alone, and `Int8` cannot know better than they do. It rounds once
-/// more, which costs about a third of a percent.
+/// The file's layers have 4 bits already: `Int4` leaves them alone, and `Int8` cannot know better than they
+/// do. It rounds once more, which costs about a third of a percent.
 #[test]
 fn int8_stages_and_stages_of_the_files_own_format_work_together() {
     let model = smollm2();
@@ -88,7 +83,8 @@ fn int8_stages_and_stages_of_the_files_own_format_work_together() {
             "{name}: {found}, the file's own {file}"
         );
     }
-    // So near to each other that the order of the three depends on the text: between, give or take half a percent.
+    // So near to each other that the order of the three depends on the text: between, give or take half a
+    // percent.
     let (low, high) = (file.min(int8), file.max(int8));
     assert!(
         (low * 0.995..high * 1.005).contains(&mixed),
@@ -114,8 +110,8 @@ fn rows_that_travel_as_f16_keep_the_perplexity() {
     assert!((half / whole - 1.0).abs() < 0.002, "{whole}, {half}");
 }
 
-/// The model with weights that have more than 4 bits: each is put anywhere in the step that its 4 bits stand for, as if it had
-/// been there before somebody rounded it, and stored as f16.
+/// The model with weights that have more than 4 bits: each is put anywhere in the step that its 4 bits stand
+/// for, as if it had been there before somebody rounded it, and stored as f16.
 fn unrounded(model: &Model, path: &std::path::Path) -> Model {
     let gguf = Gguf::open(model.path()).unwrap();
     let mut writer = Writer::new();

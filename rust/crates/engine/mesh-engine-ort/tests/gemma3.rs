@@ -3,7 +3,9 @@
 mod common;
 mod reference;
 
-use common::{arg_max, assert_same_bits, cosine, last, logits, options, pipeline, quiet, whole};
+use common::{
+    arg_max, assert_same_bits, cosine, encode, last, logits, options, pipeline, quiet, whole,
+};
 use mesh_engine::{LogitRows, Segment};
 use mesh_engine_ort::{OrtOptions, OrtStage};
 use mesh_model::{EncodeOptions, Model};
@@ -11,11 +13,6 @@ use mesh_testkit::paths;
 
 fn gemma3() -> Model {
     Model::open(paths::gemma3().unwrap()).unwrap()
-}
-
-fn encode(model: &Model, text: &str) -> Vec<u32> {
-    let tokenizer = model.tokenizer();
-    tokenizer.encode(text, EncodeOptions::PLAIN).unwrap()
 }
 
 /// All that is cheap on one loaded model: loading takes most of the time.

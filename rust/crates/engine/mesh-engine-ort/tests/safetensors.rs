@@ -1,5 +1,5 @@
-//! Models in Hugging Face's form: the same logits as the same weights in a GGUF file, as a plain implementation of the
-//! checkpoint they come from, and, quantised at load, how far from it.
+//! Models in Hugging Face's form: the same logits as the same weights in a GGUF file, as a plain
+//! implementation of the checkpoint they come from, and, quantised at load, how far from it.
 
 mod common;
 

@@ -2,23 +2,11 @@
 
 mod common;
 
-use common::{arg_max, assert_same_bits, last, logits, options, pipeline, quiet, whole};
+use common::{
+    arg_max, assert_same_bits, encode, last, logits, options, pipeline, quiet, smollm2, whole,
+};
 use mesh_engine::{LogitRows, Segment, Stage};
 use mesh_engine_ort::{OrtOptions, OrtStage};
-use mesh_model::{EncodeOptions, Model};
-use mesh_testkit::paths;
-
-fn smollm2() -> Model {
-    Model::open(paths::smollm2().unwrap()).unwrap()
-}
-
-fn encode(model: &Model, text: &str) -> Vec<u32> {
-    let options = EncodeOptions {
-        add_special: true,
-        ..EncodeOptions::default()
-    };
-    model.tokenizer().encode(text, options).unwrap()
-}
 
 /// Largest distance of llama.cpp's choice below the largest logit. Both engines round activations to 8 bits,
 /// in different groups, so logits differ by a few tenths and near ties fall differently.
@@ -81,7 +69,8 @@ fn a_row_does_not_depend_on_what_shares_its_step() {
     let prompt = logits(&mut alone, &[last(0, 0, tokens.len())], &tokens);
     let next = logits(&mut alone, &[last(0, tokens.len() as u32, 1)], &[28]);
 
-    // The same rows: another slot, other threads, the prompt in uneven pieces, each beside rows of other sequences.
+    // The same rows: another slot, other threads, the prompt in uneven pieces, each beside rows of other
+    // sequences.
     let mut busy = whole(
         &model,
         mesh_engine_ort::OrtOptions {

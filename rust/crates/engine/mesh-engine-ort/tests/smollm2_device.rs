@@ -3,27 +3,14 @@
 mod common;
 mod reference;
 
-use common::{arg_max, last, logits, options, provider, whole};
+use common::{arg_max, encode, last, logits, options, provider, smollm2, whole};
 use mesh_engine::{LogitRows, Segment, Stage};
 use mesh_engine_ort::{Device, DeviceStage, Provider};
-use mesh_model::{EncodeOptions, Model};
-use mesh_testkit::paths;
-
-fn smollm2() -> Model {
-    Model::open(paths::smollm2().unwrap()).unwrap()
-}
+use mesh_model::Model;
 
 fn device_stage(model: &Model) -> DeviceStage {
     let layers = 0..model.config().layers;
     DeviceStage::load(model, layers, options(1, 512), Device::new(provider())).unwrap()
-}
-
-fn encode(model: &Model, text: &str) -> Vec<u32> {
-    let options = EncodeOptions {
-        add_special: true,
-        ..EncodeOptions::default()
-    };
-    model.tokenizer().encode(text, options).unwrap()
 }
 
 /// Greedy tokens, and how far the best logit of each step lay above the second.
@@ -98,8 +85,8 @@ fn perplexity_of<'a>(rows: impl Iterator<Item = &'a [f32]>, tokens: &[u32]) -> f
     (sum / tokens.len() as f64).exp()
 }
 
-/// The graph computes in f32 with the file's own weights. The CPU's stage rounds activations and, by default, scales to 8 bits;
-/// over the same text without the latter it has 24.35, plain f32 24.20.
+/// The graph computes in f32 with the file's own weights. The CPU's stage rounds activations and, by default,
+/// scales to 8 bits; over the same text without the latter it has 24.35, plain f32 24.20.
 #[test]
 fn perplexity_is_that_of_plain_f32_and_near_the_cpus_stage() {
     let model = smollm2();

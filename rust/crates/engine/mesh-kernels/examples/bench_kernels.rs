@@ -4,8 +4,8 @@
 //! integer dot product throughput for a prompt. Every figure is the best of several short turns; only ratios
 //! count.
 //!
-//! With `cpu` as the third argument the processor time of the process is taken instead of the clock on the wall: for one
-//! thread on a machine that others use.
+//! With `cpu` as the third argument the processor time of the process is taken instead of the clock on the
+//! wall: for one thread on a machine that others use.
 //!
 //! `cargo run --release -p mesh-kernels --example bench_kernels [threads] [smollm2|qwen|all] [cpu]`
 
@@ -217,8 +217,8 @@ impl<'a> Bench<'a> {
         }
     }
 
-    /// One step of `rows` rows: up to 32 sequences at position 128, or one prompt. Times of QKV, attention, output,
-    /// feed-forward and the head.
+    /// One step of `rows` rows: up to 32 sequences at position 128, or one prompt. Times of QKV, attention,
+    /// output, feed-forward and the head.
     fn step(&mut self, layers: &[Layer], lm_head: &QMatrix, rows: usize) -> [Duration; 5] {
         let Shape {
             hidden,

@@ -1,8 +1,10 @@
 //! Operators that encoders need besides products: layer norm, and attention over whole sequences.
 //!
-//! Sequences lie back to back without padding. A row's result is made of its own sequence alone, in one order.
+//! Sequences lie back to back without padding. A row's result is made of its own sequence alone, in one
+//! order.
 
-// Register tiles are arrays indexed by row and column; iterators over several of them at once hide the arithmetic.
+// Register tiles are arrays indexed by row and column; iterators over several of them at once hide the
+// arithmetic.
 #![allow(clippy::needless_range_loop)]
 
 use std::cell::Cell;
@@ -10,11 +12,12 @@ use std::cell::Cell;
 use crate::error::expect_len;
 use crate::gemm::acts::tiles;
 use crate::gemm::tile::{self, F32};
-use crate::mem::{Buffer, Shared};
+use crate::mem::{Buffer, TaskPointer};
 use crate::simd::{self, Kernel, LANES, Simd};
 use crate::{KernelError, Pool};
 
-/// `x[r] = (x[r] - mean) / sqrt(variance + eps) * weight + bias`, in place, row by row of `weight.len()` elements.
+/// `x[r] = (x[r] - mean) / sqrt(variance + eps) * weight + bias`, in place, row by row of `weight.len()`
+/// elements.
 ///
 /// # Errors
 /// When `x` is not a whole number of rows, or `bias` is not as long as `weight`.
@@ -40,7 +43,7 @@ pub fn layer_norm(
     } else {
         rows.div_ceil(4 * pool.threads())
     };
-    let start = Shared(x.as_mut_ptr());
+    let start = TaskPointer(x.as_mut_ptr());
     pool.run(rows.div_ceil(chunk), &|task| {
         let rows = task * chunk..((task + 1) * chunk).min(rows);
         // SAFETY: these rows lie within `x`, and this task alone touches them.
@@ -126,11 +129,13 @@ fn normalise<S: Simd>(s: S, x: &mut [f32], weight: &[f32], bias: &[f32], eps: f3
 
 /// Attention of every row to all rows of its own sequence.
 ///
-/// `qkv` is `[rows, 3 * heads * dim]`: queries, keys and values of a row side by side, each head after head. `lengths` says
-/// how many rows each sequence has, in their order. `out` is `[rows, heads * dim]`. Scores are divided by `sqrt(dim)`.
+/// `qkv` is `[rows, 3 * heads * dim]`: queries, keys and values of a row side by side, each head after head.
+/// `lengths` says how many rows each sequence has, in their order. `out` is `[rows, heads * dim]`. Scores are
+/// divided by `sqrt(dim)`.
 ///
 /// # Errors
-/// When a buffer does not fit the shapes, `dim` is not a multiple of 16, a sequence is empty, or memory is short.
+/// When a buffer does not fit the shapes, `dim` is not a multiple of 16, a sequence is empty, or memory is
+/// short.
 pub fn encode_attention(
     pool: &Pool,
     heads: usize,
@@ -176,7 +181,7 @@ pub fn encode_attention(
     )?;
     expect_len("the output rows", out.len(), rows * width)?;
     let failed = std::sync::Mutex::new(None);
-    let out = Shared(out.as_mut_ptr());
+    let out = TaskPointer(out.as_mut_ptr());
     pool.run(lengths.len() * heads, &|task| {
         let (sequence, head) = (task / heads, task % heads);
         let (start, length) = (starts[sequence], lengths[sequence]);
@@ -186,13 +191,14 @@ pub fn encode_attention(
         match work.reserve("an attention head's rows", 4 * floats) {
             Ok(()) => simd::run(
                 pool.isa(),
-                Head {
+                EncoderHead {
                     dim,
                     width,
                     length,
                     qkv: &qkv[start * 3 * width..][..length * 3 * width],
                     head,
-                    // SAFETY: the sequence's rows lie within the output; this task alone writes this head's columns of them.
+                    // SAFETY: the sequence's rows lie within the output; this task alone writes this head's
+                    // columns of them.
                     out: unsafe { out.get().add(start * width + head * dim) },
                     work: work.floats_mut(),
                 },
@@ -224,7 +230,7 @@ const TALL: usize = 8;
 const SMALL: usize = 16 * 1024;
 
 /// One head of one sequence.
-struct Head<'a> {
+struct EncoderHead<'a> {
     dim: usize,
     /// Elements per row, over all heads.
     width: usize,
@@ -235,7 +241,7 @@ struct Head<'a> {
     work: &'a mut [f32],
 }
 
-impl Kernel for Head<'_> {
+impl Kernel for EncoderHead<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         let (dim, length) = (self.dim, self.length);
@@ -245,7 +251,8 @@ impl Kernel for Head<'_> {
         let (scores, queries) = rest.split_at_mut(TALL * padded);
         let stride = 3 * self.width;
         let at = |row: usize, part: usize| row * stride + part * self.width + self.head * dim;
-        // Keys as panels of 16 positions, `[dim][16]` each: a product of queries and keys is then one of rows and panels.
+        // Keys as panels of 16 positions, `[dim][16]` each: a product of queries and keys is then one of rows
+        // and panels.
         for row in 0..padded {
             let panel = &mut keys[row / LANES * LANES * dim..][..LANES * dim];
             for i in 0..dim {

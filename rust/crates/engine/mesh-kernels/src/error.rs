@@ -3,11 +3,11 @@
 /// A matrix, a cache or an operator was asked for something its shapes do not allow. Nothing was computed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
+#[allow(missing_docs, reason = "the messages name the fields")]
 pub enum KernelError {
     /// A buffer has the wrong number of elements.
     #[error("{what} holds {got} elements, but the shapes given need {need}")]
     Length {
-        /// Name of the buffer.
         what: &'static str,
         /// Number of elements that it holds.
         got: usize,
@@ -27,9 +27,7 @@ pub enum KernelError {
     /// A dimension that no kernel takes.
     #[error("{what} is {value}; {need}")]
     Dimension {
-        /// Name of the dimension.
         what: &'static str,
-        /// The rejected value.
         value: usize,
         /// Description of the allowed values.
         need: &'static str,

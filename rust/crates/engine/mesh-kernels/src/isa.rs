@@ -5,7 +5,8 @@ use std::sync::OnceLock;
 /// An instruction set that the kernels were written for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Isa {
-    /// Portable Rust without fused multiply-add: every CPU. The only one whose results differ in the last bits.
+    /// Portable Rust without fused multiply-add: every CPU. The only one whose results differ in the last
+    /// bits.
     Scalar,
     /// AVX2 with FMA and F16C.
     Avx2,

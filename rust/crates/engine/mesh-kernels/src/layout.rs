@@ -1,9 +1,9 @@
 //! Memory layout of packed weights.
 //!
-//! A matrix is cut into panels of 16 outputs (columns of the product), a panel into blocks of 32 inputs. The bytes of a
-//! panel's block are the scales of its 16 columns followed by its codes, so one pass over a panel reads memory front to
-//! back. A 64-byte vector of codes holds 16 columns of 4 consecutive inputs, which is what one VNNI instruction multiplies
-//! with 4 broadcast activations.
+//! A matrix is cut into panels of 16 outputs (columns of the product), a panel into blocks of 32 inputs. The
+//! bytes of a panel's block are the scales of its 16 columns followed by its codes, so one pass over a panel
+//! reads memory front to back. A 64-byte vector of codes holds 16 columns of 4 consecutive inputs, which is
+//! what one VNNI instruction multiplies with 4 broadcast activations.
 //!
 //! | part | bytes | contents |
 //! |---|---|---|
@@ -16,8 +16,8 @@
 //! | bits 4, 5 (6 bits) | 128 | as above, two bits per group: vector 0 groups 0..4, vector 1 groups 4..8 |
 //! | codes (8 bits) | 512 | vector g: inputs 4g.. |
 //!
-//! `Coded` and `Halves` panels have 64 bytes in front of every 8 blocks: f16 D × 16 and f16 M × 16, which multiply the codes.
-//! Floats are stored as `[k][16]` per panel.
+//! `Coded` and `Halves` panels have 64 bytes in front of every 8 blocks: f16 D × 16 and f16 M × 16, which
+//! multiply the codes. Floats are stored as `[k][16]` per panel.
 
 /// Outputs (columns of the product) per panel.
 pub(crate) const PANEL: usize = 16;

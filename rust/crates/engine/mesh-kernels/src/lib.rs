@@ -1,24 +1,29 @@
 //! Quantised matrix products, attention and a thread pool for CPUs.
 //!
-//! - [`QMatrix`] holds weights of any GGUF type, repacked so that 16 outputs lie side by side (layout.rs); [`linear`],
-//!   [`gate_up`] and [`feed_forward`] multiply with it, with norm, bias, residual and activation fused in.
-//! - [`attention`] rotates, stores and attends over a [`KvCache`] of f16 or f32 rows, one contiguous region per slot.
-//! - [`encode_attention`] and [`layer_norm`] are for encoders: sequences of any lengths side by side, each attending to all of itself.
+//! - [`QMatrix`] holds weights of any GGUF type, repacked so that 16 outputs lie side by side (layout.rs);
+//!   [`linear`], [`gate_up`] and [`feed_forward`] multiply with it, with norm, bias, residual and activation
+//!   fused in.
+//! - [`attention`] rotates, stores and attends over a [`KvCache`] of f16 or f32 rows, one contiguous region
+//!   per slot.
+//! - [`encode_attention`] and [`layer_norm`] are for encoders: sequences of any lengths side by side, each
+//!   attending to all of itself.
 //! - [`Pool`] runs the loops; every operator takes one, and its [`Isa`].
 //!
 //! **Rows are independent, bit for bit.** A row's result is made by the same operations in the same order,
 //! independent of other rows in the call, of the cuts in a prompt and of the number of threads:
-//! - products: integer dot products of 32 inputs are exact; the floats are added block by block in the order of the inputs,
-//!   in one accumulator per output, in every kernel;
+//! - products: integer dot products of 32 inputs are exact; the floats are added block by block in the order
+//!   of the inputs, in one accumulator per output, in every kernel;
 //! - attention: positions are cut into chunks of 128 at absolute multiples of 128, the visible part of a
 //!   chunk is summed in the order of its positions, chunks are merged in order; the thread that computed a
 //!   chunk does not matter;
 //! - norms: one fixed tree per row.
 //!
-//! The same holds across AVX-512, AVX2 and NEON; only the portable path rounds differently (it does not fuse).
+//! The same holds across AVX-512, AVX2 and NEON; only the portable path rounds differently (it does not
+//! fuse).
 //!
-//! Unsafe code: SIMD loads and stores through pointers whose ranges the safe callers have checked (simd/mod.rs states the rules),
-//! output buffers written by the tasks of one loop in disjoint parts, and the memory of buffers and caches.
+//! Unsafe code: SIMD loads and stores through pointers whose ranges the safe callers have checked
+//! (simd/mod.rs states the rules), output buffers written by the tasks of one loop in disjoint parts, and the
+//! memory of buffers and caches.
 
 mod attention;
 mod encoder;

@@ -4,9 +4,9 @@ use std::cell::Cell;
 
 use crate::error::expect_len;
 use crate::gemm::acts::{self, RmsNorm};
-use crate::gemm::{self, Add, Input, Sink};
+use crate::gemm::{self, Add, Destination, Input};
 use crate::matrix::QMatrix;
-use crate::mem::{Buffer, Shared};
+use crate::mem::{Buffer, TaskPointer};
 use crate::simd::{self, Kernel, LANES, Simd};
 use crate::{KernelError, Pool, add_rms_norm, rms_norm};
 
@@ -85,10 +85,11 @@ pub enum Residual<'a> {
     Rows(&'a [f32]),
 }
 
-/// `out[r] = activation(norm(x[r]) · Wᵀ + bias) + residual[r]` for `x` of `[rows, k]` and `out` of `[rows, n]`.
+/// `out[r] = activation(norm(x[r]) · Wᵀ + bias) + residual[r]` for `x` of `[rows, k]` and `out` of `[rows,
+/// n]`.
 ///
-/// Activations are rounded to 8 bits per 32 inputs, except for matrices of floats. A row's result does not depend, bit for
-/// bit, on the other rows or on the number of threads.
+/// Activations are rounded to 8 bits per 32 inputs, except for matrices of floats. A row's result does not
+/// depend, bit for bit, on the other rows or on the number of threads.
 ///
 /// # Errors
 /// When a buffer does not fit the matrix; nothing is written then.
@@ -128,8 +129,8 @@ pub fn linear(
                 pool,
                 matrix,
                 input,
-                Sink {
-                    out: Shared(out.as_mut_ptr()),
+                Destination {
+                    out: TaskPointer(out.as_mut_ptr()),
                     stride: matrix.n(),
                     bias: options.bias,
                     activation: options.activation,
@@ -144,7 +145,8 @@ pub fn linear(
     )
 }
 
-/// The first half of a gated feed-forward layer: `out[r] = activation(h · Wgᵀ) * (h · Wuᵀ)` with `h = norm(x[r])`.
+/// The first half of a gated feed-forward layer: `out[r] = activation(h · Wgᵀ) * (h · Wuᵀ)` with `h =
+/// norm(x[r])`.
 ///
 /// # Errors
 /// When the matrices differ in shape or a buffer does not fit them.
@@ -176,7 +178,7 @@ pub fn gate_up(
         let quantised = g.layout.quantised().is_some();
         let k = gate.k();
         return with_input(pool, x, rows, k, norm, quantised, !quantised, |input| {
-            let out = Shared(out.as_mut_ptr());
+            let out = TaskPointer(out.as_mut_ptr());
             gemm::multiply_gate_up(pool, (g, u), activation, k, input, out);
         });
     }
@@ -198,7 +200,8 @@ pub fn gate_up(
     Ok(())
 }
 
-/// A whole gated feed-forward layer, in place over `x`: `x += post_norm((activation(h·Wgᵀ) * (h·Wuᵀ)) · Wdᵀ)` with `h = norm(x)`.
+/// A whole gated feed-forward layer, in place over `x`: `x += post_norm((activation(h·Wgᵀ) * (h·Wuᵀ)) · Wdᵀ)`
+/// with `h = norm(x)`.
 ///
 /// # Errors
 /// When the matrices' shapes do not chain or a buffer does not fit them.
@@ -252,8 +255,9 @@ pub fn feed_forward(
     done
 }
 
-/// Rows that a feed-forward layer takes at once: enough that the weights' way from memory is hidden behind the products, few
-/// enough that the rows between its halves, which are the widest of all, stay in the cache and cost little memory.
+/// Rows that a feed-forward layer takes at once: enough that the weights' way from memory is hidden behind
+/// the products, few enough that the rows between its halves, which are the widest of all, stay in the cache
+/// and cost little memory.
 const BLOCK: usize = 128;
 
 thread_local! {

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use crate::layout::{Layout, PANEL};
-use crate::mem::{Buffer, Shared};
+use crate::mem::{Buffer, TaskPointer};
 use crate::{KernelError, Pool, WeightType, pack};
 
 /// A matrix of `n` outputs by `k` inputs, packed for [`linear`](crate::linear) (layout.rs says how).
@@ -16,14 +16,15 @@ use crate::{KernelError, Pool, WeightType, pack};
 pub struct QMatrix {
     n: usize,
     k: usize,
-    parts: Vec<Part>,
+    parts: Vec<PackedPart>,
 }
 
 /// Choices at packing time. The default keeps every weight of the file exactly.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct PackOptions {
-    /// Store the scales and minima of Q4_1 as 8-bit codes per 256 weights: 0.578 bytes a weight instead of 0.625. The
-    /// codes of the weights stay; scale and minimum are off by up to 0.2 % of their group's largest.
+    /// Store the scales and minima of Q4_1 as 8-bit codes per 256 weights: 0.578 bytes a weight instead of
+    /// 0.625. The codes of the weights stay; scale and minimum are off by up to 0.2 % of their group's
+    /// largest.
     pub coded_scales: bool,
     /// Number of bits kept of Q8_0 weights.
     pub q8_0: EightBit,
@@ -44,14 +45,14 @@ pub enum EightBit {
 
 /// A packed matrix with one layout.
 #[derive(Debug)]
-pub(crate) struct Part {
+pub(crate) struct PackedPart {
     pub(crate) layout: Layout,
     pub(crate) n: usize,
     pub(crate) panel_bytes: usize,
     pub(crate) data: Buffer,
 }
 
-impl Part {
+impl PackedPart {
     pub(crate) fn panels(&self) -> usize {
         self.n.div_ceil(PANEL)
     }
@@ -97,8 +98,9 @@ impl QMatrix {
         })
     }
 
-    /// The same with rows that are read where and when they are packed: `read` fills its buffer with the matrix's bytes from the
-    /// given one on. It is called on all threads, for some rows at a time, so no copy of the whole matrix is ever held.
+    /// The same with rows that are read where and when they are packed: `read` fills its buffer with the
+    /// matrix's bytes from the given one on. It is called on all threads, for some rows at a time, so no copy
+    /// of the whole matrix is ever held.
     ///
     /// # Errors
     /// As [`QMatrix::pack`], and if `read` fails.
@@ -189,13 +191,13 @@ impl QMatrix {
         })
     }
 
-    pub(crate) fn parts(&self) -> &[Part] {
+    pub(crate) fn parts(&self) -> &[PackedPart] {
         &self.parts
     }
 
     /// Panels of all parts.
     pub(crate) fn panels(&self) -> usize {
-        self.parts.iter().map(Part::panels).sum()
+        self.parts.iter().map(PackedPart::panels).sum()
     }
 }
 
@@ -218,7 +220,8 @@ fn matrix_bytes(ty: WeightType, n: usize, k: usize) -> Result<usize, KernelError
     })
 }
 
-/// Packs a matrix panel by panel: `rows` hands the bytes in a range of the matrix to a function that packs them.
+/// Packs a matrix panel by panel: `rows` hands the bytes in a range of the matrix to a function that packs
+/// them.
 fn pack_panels<E>(
     pool: &Pool,
     ty: WeightType,
@@ -236,7 +239,7 @@ where
     let panel_bytes = layout.panel_bytes(k);
     let panels = n.div_ceil(PANEL);
     let mut data = Buffer::zeroed("packed weights", panels * panel_bytes)?;
-    let start = Shared(data.as_mut_ptr());
+    let start = TaskPointer(data.as_mut_ptr());
     let failure = Mutex::new(None);
     let failed = AtomicBool::new(false);
     // Panels of small rows are read several at a time.
@@ -252,8 +255,8 @@ where
             let mine = group.min(panels - task * group);
             for (i, rows) in rows.chunks(source_bytes).take(mine).enumerate() {
                 let panel = task * group + i;
-                // SAFETY: panel `panel` of `panels` within the buffer, written by this task alone: the rows of a group make up
-                // no more panels than that.
+                // SAFETY: panel `panel` of `panels` within the buffer, written by this task alone: the rows
+                // of a group make up no more panels than that.
                 let out = unsafe {
                     std::slice::from_raw_parts_mut(
                         start.get().add(panel * panel_bytes),
@@ -276,7 +279,7 @@ where
     Ok(QMatrix {
         n,
         k,
-        parts: vec![Part {
+        parts: vec![PackedPart {
             layout,
             n,
             panel_bytes,

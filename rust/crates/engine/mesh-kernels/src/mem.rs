@@ -94,12 +94,13 @@ fn layout(len: usize) -> Option<Layout> {
     Layout::from_size_align(len, align).ok()
 }
 
-/// Asks for huge pages under a buffer that starts on one: weights are read front to back at every step, and small pages cost
-/// a look-up each 4 KiB and stop the hardware's prefetching.
+/// Asks for huge pages under a buffer that starts on one: weights are read front to back at every step, and
+/// small pages cost a look-up each 4 KiB and stop the hardware's prefetching.
 fn advise_huge(start: NonNull<u8>, layout: Layout) {
     #[cfg(target_os = "linux")]
     if layout.align() == HUGE {
-        // SAFETY: whole pages within an allocation of ours; the advice changes no contents. Without it all goes on as before.
+        // SAFETY: whole pages within an allocation of ours; the advice changes no contents. Without it all
+        // goes on as before.
         unsafe {
             libc::madvise(
                 start.as_ptr().cast(),
@@ -137,22 +138,22 @@ struct Line;
 
 /// A pointer that the tasks of one loop write through, each to its own part.
 #[derive(Debug)]
-pub(crate) struct Shared<T>(pub(crate) *mut T);
+pub(crate) struct TaskPointer<T>(pub(crate) *mut T);
 
-impl<T> Clone for Shared<T> {
+impl<T> Clone for TaskPointer<T> {
     fn clone(&self) -> Self {
         *self
     }
 }
 
-impl<T> Copy for Shared<T> {}
+impl<T> Copy for TaskPointer<T> {}
 
 // SAFETY: every user states which part each task writes; the parts of different tasks do not overlap.
-unsafe impl<T> Send for Shared<T> {}
+unsafe impl<T> Send for TaskPointer<T> {}
 // SAFETY: as above.
-unsafe impl<T> Sync for Shared<T> {}
+unsafe impl<T> Sync for TaskPointer<T> {}
 
-impl<T> Shared<T> {
+impl<T> TaskPointer<T> {
     /// The pointer. A method, so that closures capture the whole.
     #[inline(always)]
     pub(crate) fn get(self) -> *mut T {
@@ -200,7 +201,8 @@ impl Region {
         self.start.as_ptr()
     }
 
-    /// Gives a range of whole pages back; it reads as zero afterwards (on Linux; elsewhere its contents may stay).
+    /// Gives a range of whole pages back; it reads as zero afterwards (on Linux; elsewhere its contents may
+    /// stay).
     pub(crate) fn release(&mut self, range: std::ops::Range<usize>) {
         if range.end <= self.len && range.start < range.end {
             // SAFETY: within the mapping. A failure leaves the memory as it is, which is allowed.

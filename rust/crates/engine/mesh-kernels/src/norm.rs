@@ -1,7 +1,7 @@
 //! Root mean square normalisation.
 
 use crate::error::expect_len;
-use crate::mem::Shared;
+use crate::mem::TaskPointer;
 use crate::simd::{self, Kernel, LANES, Simd};
 use crate::{KernelError, Pool};
 
@@ -56,7 +56,7 @@ fn all_rows(
     } else {
         rows.div_ceil(4 * pool.threads())
     };
-    let out = Shared(out.as_mut_ptr());
+    let out = TaskPointer(out.as_mut_ptr());
     pool.run(rows.div_ceil(chunk), &|task| {
         let rows = task * chunk..((task + 1) * chunk).min(rows);
         // SAFETY: this task alone writes these rows of the output, which is as long as the input.

@@ -171,8 +171,8 @@ fn fewer_from_q8_0(
                 extreme = q[i];
             }
         }
-        // The extreme value maps to the lowest code exactly, as in ggml's own symmetric types; neighbours of that scale are
-        // tried, and the other sign, which leaves more room for the rest.
+        // The extreme value maps to the lowest code exactly, as in ggml's own symmetric types; neighbours of
+        // that scale are tried, and the other sign, which leaves more room for the rest.
         let mut best = (f32::INFINITY, 0.0, [layout.bias() as u8; BLOCK]);
         for divisor in [-bias, 1.0 - bias, 2.0 - bias, bias - 1.0, bias - 2.0] {
             let scale = f16::from_f32(d * extreme / divisor).to_f32();

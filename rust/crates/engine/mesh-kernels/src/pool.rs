@@ -5,8 +5,8 @@
 //! thread waits for it. Idle threads watch the word for some microseconds, then yield between looks, then
 //! sleep: a machine shared with others keeps its cores.
 //!
-//! Unsafe code: the pointer to the caller's closure, which outlives every claimed task because `run` waits for them; system calls
-//! that concern the calling thread alone.
+//! Unsafe code: the pointer to the caller's closure, which outlives every claimed task because `run` waits
+//! for them; system calls that concern the calling thread alone.
 
 use std::any::Any;
 use std::cell::{Cell, UnsafeCell};
@@ -18,10 +18,11 @@ use std::time::{Duration, Instant};
 
 use crate::Isa;
 
-/// A fixed set of threads that run the tasks of one loop at a time; the caller of [`Pool::run`] is one of them.
+/// A fixed set of threads that run the tasks of one loop at a time; the caller of [`Pool::run`] is one of
+/// them.
 #[derive(Debug)]
 pub struct Pool {
-    shared: Arc<Shared>,
+    shared: Arc<PoolState>,
     threads: usize,
     isa: Isa,
     turn: Mutex<()>,
@@ -42,7 +43,7 @@ pub struct PoolOptions {
 type Job = *const (dyn Fn(usize) + Sync);
 
 #[derive(Debug)]
-struct Shared {
+struct PoolState {
     /// `tasks << 32 | next`.
     word: Padded<AtomicU64>,
     finished: Padded<AtomicUsize>,
@@ -50,15 +51,15 @@ struct Shared {
     job: UnsafeCell<Option<Job>>,
     stop: AtomicBool,
     panic: Mutex<Option<Box<dyn Any + Send>>>,
-    bed: Mutex<()>,
-    bell: Condvar,
+    sleep: Mutex<()>,
+    wake: Condvar,
 }
 
-// SAFETY: `job` is written only by the thread that holds `turn` while no task is claimed, and read only by threads that
-// have claimed a task of it; the claim (acquire) orders the read after the write (release).
-unsafe impl Sync for Shared {}
+// SAFETY: `job` is written only by the thread that holds `turn` while no task is claimed, and read only by
+// threads that have claimed a task of it; the claim (acquire) orders the read after the write (release).
+unsafe impl Sync for PoolState {}
 // SAFETY: as above; the pointer is only ever followed while the closure's owner waits in `run`.
-unsafe impl Send for Shared {}
+unsafe impl Send for PoolState {}
 
 /// Own cache line pair, so that claiming does not disturb counting.
 #[derive(Debug, Default)]
@@ -75,7 +76,8 @@ const SPIN: Duration = Duration::from_micros(20);
 const YIELD: Duration = Duration::from_micros(400);
 
 impl Pool {
-    /// A pool of `threads` threads, the caller included (0 means 1), with the instruction set of [`Isa::current`].
+    /// A pool of `threads` threads, the caller included (0 means 1), with the instruction set of
+    /// [`Isa::current`].
     pub fn new(threads: usize) -> Pool {
         Pool::with_options(PoolOptions {
             threads,
@@ -83,8 +85,8 @@ impl Pool {
         })
     }
 
-    /// A pool as `options` say. An instruction set that this CPU lacks is replaced by [`Isa::detect`]; a thread that the
-    /// system refuses is left out.
+    /// A pool as `options` say. An instruction set that this CPU lacks is replaced by [`Isa::detect`]; a
+    /// thread that the system refuses is left out.
     pub fn with_options(options: PoolOptions) -> Pool {
         let isa = options
             .isa
@@ -96,15 +98,15 @@ impl Pool {
                 }
             })
             .unwrap_or_else(Isa::current);
-        let shared = Arc::new(Shared {
+        let shared = Arc::new(PoolState {
             word: Padded::default(),
             finished: Padded::default(),
             sleepers: Padded::default(),
             job: UnsafeCell::new(None),
             stop: AtomicBool::new(false),
             panic: Mutex::new(None),
-            bed: Mutex::new(()),
-            bell: Condvar::new(),
+            sleep: Mutex::new(()),
+            wake: Condvar::new(),
         });
         let handles: Vec<_> = (1..options.threads.max(1))
             .filter_map(|index| {
@@ -140,7 +142,8 @@ impl Pool {
         self.isa
     }
 
-    /// Calls `task(i)` once for each `i` in `0..tasks`, on whichever thread is free, and returns when all are done.
+    /// Calls `task(i)` once for each `i` in `0..tasks`, on whichever thread is free, and returns when all are
+    /// done.
     ///
     /// # Panics
     /// With the first panic of a task, after the others are done; and when called from inside a task.
@@ -170,8 +173,8 @@ impl Pool {
         }
     }
 
-    /// Calls `task(i)` once for each `i` in `0..threads()`: for loops that cut their work into one part per thread. Parts
-    /// must not wait for each other: one thread may run several.
+    /// Calls `task(i)` once for each `i` in `0..threads()`: for loops that cut their work into one part per
+    /// thread. Parts must not wait for each other: one thread may run several.
     pub fn run_static(&self, task: &(dyn Fn(usize) + Sync)) {
         self.run(self.threads, task);
     }
@@ -202,7 +205,8 @@ pub fn in_background<T: Send>(threads: usize, work: impl Fn(&Pool) -> T + Sync) 
 
 /// Lowers the priority of the calling thread, for good.
 fn give_way() {
-    // SAFETY: it concerns the calling thread only, which is new. Without it all goes on at the usual priority.
+    // SAFETY: it concerns the calling thread only, which is new. Without it all goes on at the usual
+    // priority.
     #[cfg(target_os = "linux")]
     unsafe {
         libc::nice(BACKGROUND)
@@ -216,8 +220,8 @@ const BACKGROUND: libc::c_int = 5;
 impl Drop for Pool {
     fn drop(&mut self) {
         self.shared.stop.store(true, Ordering::SeqCst);
-        drop(lock(&self.shared.bed));
-        self.shared.bell.notify_all();
+        drop(lock(&self.shared.sleep));
+        self.shared.wake.notify_all();
         for handle in self.handles.drain(..) {
             // A worker never panics outside catch_unwind.
             let _ = handle.join();
@@ -225,10 +229,10 @@ impl Drop for Pool {
     }
 }
 
-impl Shared {
+impl PoolState {
     fn publish(&self, tasks: usize, task: &(dyn Fn(usize) + Sync)) {
-        // SAFETY: only the lifetime changes; `run` does not return before every claimed task is done, and nothing can be
-        // claimed after that.
+        // SAFETY: only the lifetime changes; `run` does not return before every claimed task is done, and
+        // nothing can be claimed after that.
         let job: Job = unsafe {
             std::mem::transmute::<*const (dyn Fn(usize) + Sync + '_), Job>(std::ptr::from_ref(task))
         };
@@ -238,9 +242,9 @@ impl Shared {
         self.word.0.store((tasks as u64) << 32, Ordering::SeqCst);
         let sleepers = self.sleepers.0.load(Ordering::SeqCst);
         if sleepers > 0 {
-            drop(lock(&self.bed));
+            drop(lock(&self.sleep));
             for _ in 0..sleepers.min(tasks - 1) {
-                self.bell.notify_one();
+                self.wake.notify_one();
             }
         }
     }
@@ -254,7 +258,8 @@ impl Shared {
             if next >= tasks {
                 return count;
             }
-            // SAFETY: the claim succeeded, so the loop it belongs to is not complete and its closure is alive.
+            // SAFETY: the claim succeeded, so the loop it belongs to is not complete and its closure is
+            // alive.
             let job = unsafe { (*self.job.get()).map(|job| &*job) };
             let _inside = Inside::enter();
             if let Some(job) = job
@@ -309,11 +314,11 @@ impl Shared {
                 std::thread::yield_now();
             }
         }
-        let mut guard = lock(&self.bed);
+        let mut guard = lock(&self.sleep);
         self.sleepers.0.fetch_add(1, Ordering::SeqCst);
         while !self.has_tasks() && !self.stop.load(Ordering::SeqCst) {
             guard = self
-                .bell
+                .wake
                 .wait(guard)
                 .unwrap_or_else(PoisonError::into_inner);
         }

@@ -34,8 +34,8 @@ pub struct RopeOptions<'a> {
     pub positions: usize,
 }
 
-/// Sines and cosines for the positions of a context, computed when a position is first met: a model that could take 131,072
-/// tokens would have 64 MB of them, and few conversations come near.
+/// Sines and cosines for the positions of a context, computed when a position is first met: a model that
+/// could take 131,072 tokens would have 64 MB of them, and few conversations come near.
 #[derive(Debug)]
 pub struct Rope {
     style: RopeStyle,

@@ -1,4 +1,5 @@
-//! Layer norm, attention over sequences side by side, and activations, on every instruction set that this CPU runs.
+//! Layer norm, attention over sequences side by side, and activations, on every instruction set that this CPU
+//! runs.
 
 mod support;
 

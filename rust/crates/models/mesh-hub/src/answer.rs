@@ -20,9 +20,9 @@ pub(crate) const LINKED_ETAG: HeaderName = HeaderName::from_static("x-linked-eta
 pub(crate) const LINKED_SIZE: HeaderName = HeaderName::from_static("x-linked-size");
 const RATE_LIMIT: HeaderName = HeaderName::from_static("ratelimit");
 
-/// Failure of one attempt.
+/// The error of one attempt of a request.
 #[derive(Debug)]
-pub(crate) enum Failure {
+pub(crate) enum AttemptError {
     /// A retry may succeed.
     Transient {
         reason: String,
@@ -33,15 +33,15 @@ pub(crate) enum Failure {
     Final(HubError),
 }
 
-impl From<HubError> for Failure {
+impl From<HubError> for AttemptError {
     fn from(error: HubError) -> Self {
-        Failure::Final(error)
+        AttemptError::Final(error)
     }
 }
 
-impl Failure {
+impl AttemptError {
     pub(crate) fn transient(reason: impl Into<String>) -> Self {
-        Failure::Transient {
+        AttemptError::Transient {
             reason: reason.into(),
             status: None,
             retry_after: None,
@@ -64,7 +64,7 @@ impl Failure {
             }
             source = cause.source();
         }
-        Failure::transient(with_clock(reason, SystemTime::now()))
+        AttemptError::transient(with_clock(reason, SystemTime::now()))
     }
 }
 
@@ -140,9 +140,9 @@ pub(crate) fn retry_after(headers: &HeaderMap, now: OffsetDateTime) -> Option<Du
 pub(crate) async fn read_limited(
     mut response: Response,
     limit: usize,
-) -> Result<(Bytes, bool), Failure> {
+) -> Result<(Bytes, bool), AttemptError> {
     let mut body = Vec::new();
-    while let Some(chunk) = response.chunk().await.map_err(Failure::network)? {
+    while let Some(chunk) = response.chunk().await.map_err(AttemptError::network)? {
         let room = limit - body.len();
         body.extend_from_slice(&chunk[..chunk.len().min(room)]);
         if chunk.len() > room {

@@ -1,11 +1,10 @@
 //! Selection of the files of a repository that a model needs.
 
-use std::collections::BTreeSet;
-
-use serde::Deserialize;
+use mesh_model::file::has_extension;
+use mesh_model::hf::{INDEX, files_of_index};
 
 use crate::error::HubError;
-use crate::listing::{Repo, RepoFile, is_sound};
+use crate::listing::{Repo, RepoFile};
 
 /// Storage format of a model's weights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -21,7 +20,8 @@ pub enum Format {
 pub struct Chosen {
     /// Storage format of the weights.
     pub format: Format,
-    /// The name the model gets: that of the GGUF file without its ending, or the repository's without the organisation.
+    /// The name the model gets: that of the GGUF file without its ending, or the repository's without the
+    /// organisation.
     pub name: String,
     /// Files with the weights.
     pub weights: Vec<RepoFile>,
@@ -35,9 +35,6 @@ impl Chosen {
         self.weights.iter().chain(&self.others)
     }
 }
-
-/// Name of the list of shards in a repository.
-pub(crate) const INDEX: &str = "model.safetensors.index.json";
 
 /// Files that describe a model of safetensors files; those that exist are taken. Those of
 /// sentence-transformers hold the pooling of embedding models.
@@ -79,7 +76,7 @@ pub fn choose(repo: &Repo, which: Option<&str>, index: Option<&[u8]>) -> Result<
         if let Some(file) = repo.file(which) {
             return match () {
                 () if is_gguf(file) => gguf(file).map_err(failed),
-                () if has_ending(&file.path, ".safetensors") => {
+                () if has_extension(file.path.as_ref(), "safetensors") => {
                     safetensors(repo, vec![file.clone()]).map_err(failed)
                 }
                 () => Err(failed(format!(
@@ -175,7 +172,8 @@ fn all_safetensors(repo: &Repo, index: Option<&[u8]>) -> Result<Option<Vec<RepoF
     let Some(index) = index else {
         return Ok(None);
     };
-    shards(index)?
+    let shards = files_of_index(index).map_err(|error| error.to_string())?;
+    shards
         .into_iter()
         .map(|shard| {
             repo.file(&shard)
@@ -186,30 +184,8 @@ fn all_safetensors(repo: &Repo, index: Option<&[u8]>) -> Result<Option<Vec<RepoF
         .map(Some)
 }
 
-/// The files that an index of shards names.
-pub(crate) fn shards(index: &[u8]) -> Result<BTreeSet<String>, String> {
-    /// Tensors' names and the files that they are in.
-    #[derive(Deserialize)]
-    struct Index {
-        weight_map: std::collections::BTreeMap<String, String>,
-    }
-    let index: Index =
-        serde_json::from_slice(index).map_err(|error| format!("{INDEX} is malformed: {error}"))?;
-    let shards: BTreeSet<String> = index.weight_map.into_values().collect();
-    match shards
-        .iter()
-        .find(|shard| !is_sound(shard) || !has_ending(shard, ".safetensors"))
-    {
-        Some(odd) => Err(format!(
-            "{INDEX} names {odd:?}, which is no safetensors file"
-        )),
-        None if shards.is_empty() => Err(format!("{INDEX} names no files")),
-        None => Ok(shards),
-    }
-}
-
 fn is_gguf(file: &RepoFile) -> bool {
-    has_ending(&file.path, ".gguf")
+    has_extension(file.path.as_ref(), "gguf")
 }
 
 /// Not what goes beside a model: projectors of images, importance matrices.
@@ -217,14 +193,6 @@ fn is_model_gguf(file: &RepoFile) -> bool {
     let name = file.path.rsplit('/').next().unwrap_or_default();
     let name = name.to_ascii_lowercase();
     is_gguf(file) && !name.starts_with("mmproj") && !name.contains("imatrix")
-}
-
-fn has_ending(path: &str, ending: &str) -> bool {
-    path.len()
-        .checked_sub(ending.len())
-        .filter(|&at| at > 0)
-        .and_then(|at| path.get(at..))
-        .is_some_and(|end| end.eq_ignore_ascii_case(ending))
 }
 
 /// True if a file's name contains a quantisation, as `model-Q4_K_M.gguf` and `model.q4_k_m.gguf` do and

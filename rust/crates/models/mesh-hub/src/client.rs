@@ -11,12 +11,12 @@ use reqwest::{Method, Response, StatusCode, Url};
 use time::OffsetDateTime;
 use tokio::sync::Semaphore;
 
-use crate::answer::{self, Failure, bare, read_limited, readable, redirected, shown, text};
+use crate::answer::{self, AttemptError, bare, read_limited, readable, redirected, shown, text};
 use crate::error::HubError;
-use crate::fetch::Watch;
 use crate::listing::{Repo, RepoFile, is_hash};
 use crate::retry::Retry;
 use crate::settings::Settings;
+use crate::watch::Watch;
 
 /// A client of one hub. Cheap to clone; clones share its connections.
 #[derive(Debug, Clone)]
@@ -47,7 +47,7 @@ pub(crate) struct Subject<'a> {
 }
 
 /// A successful answer, with the hub's own headers before redirects.
-pub(crate) struct Answer {
+pub(crate) struct HubResponse {
     pub(crate) response: Response,
     pub(crate) etag: Option<String>,
     pub(crate) size: Option<u64>,
@@ -157,8 +157,9 @@ impl Hub {
         (is_id && is_hash(commit)).then(|| (id.to_owned(), commit.to_owned()))
     }
 
-    /// The repository that a model of the store is from, if its `source` (see [`Hub::source`]) is this hub, with the files that its
-    /// manifest tells of: enough to fetch ranges of them, without asking the hub for a listing.
+    /// The repository that a model of the store is from, if its `source` (see [`Hub::source`]) is this hub,
+    /// with the files that its manifest tells of: enough to fetch ranges of them, without asking the hub for
+    /// a listing.
     pub fn repo_of(&self, source: &str, manifest: &Manifest) -> Option<Repo> {
         let (id, commit) = self.of_source(source)?;
         let files = manifest.files.iter().map(|file| RepoFile {
@@ -226,7 +227,7 @@ impl Hub {
             let answer = self.exchange(url, Method::GET, None, subject).await?;
             match read_limited(answer.response, limit).await? {
                 (body, false) => Ok(body),
-                (_, true) => Err(Failure::Final(HubError::Answer {
+                (_, true) => Err(AttemptError::Final(HubError::Answer {
                     url: shown(url),
                     reason: format!("it is longer than {limit} bytes"),
                 })),
@@ -240,7 +241,7 @@ impl Hub {
         &self,
         url: &Url,
         watch: &dyn Watch,
-        mut attempt: impl AsyncFnMut() -> Result<T, Failure>,
+        mut attempt: impl AsyncFnMut() -> Result<T, AttemptError>,
     ) -> Result<T, HubError> {
         let mut retry = Retry::new(self.settings().retry);
         loop {
@@ -255,13 +256,13 @@ impl Hub {
     pub(crate) async fn pause(
         &self,
         retry: &mut Retry,
-        failure: Failure,
+        failure: AttemptError,
         url: &Url,
         watch: &dyn Watch,
     ) -> Result<(), HubError> {
         let (reason, status, retry_after) = match failure {
-            Failure::Final(error) => return Err(error),
-            Failure::Transient {
+            AttemptError::Final(error) => return Err(error),
+            AttemptError::Transient {
                 reason,
                 status,
                 retry_after,
@@ -290,7 +291,7 @@ impl Hub {
         method: Method,
         range: Option<&std::ops::Range<u64>>,
         subject: Subject<'_>,
-    ) -> Result<Answer, Failure> {
+    ) -> Result<HubResponse, AttemptError> {
         let settings = self.settings();
         let mut at = url.clone();
         let (mut etag, mut size, mut commit) = (None, None, None);
@@ -308,7 +309,7 @@ impl Hub {
                 let range = format!("bytes={}-{}", range.start, range.end - 1);
                 request = request.header(header::RANGE, range);
             }
-            let response = request.send().await.map_err(Failure::network)?;
+            let response = request.send().await.map_err(AttemptError::network)?;
             let headers = response.headers();
             if is_hub {
                 etag = etag.or_else(|| text(headers, &answer::LINKED_ETAG));
@@ -318,7 +319,7 @@ impl Hub {
             let status = response.status();
             if method == Method::HEAD && etag.is_some() && size.is_some() {
                 // The hub has said all, and where it redirects to, HEAD is often not allowed.
-                return Ok(Answer {
+                return Ok(HubResponse {
                     response,
                     etag: etag.map(|etag| bare(&etag)),
                     size,
@@ -340,14 +341,14 @@ impl Hub {
                 (status == StatusCode::OK)
                     .then(|| text(headers, &header::CONTENT_LENGTH)?.parse().ok())?
             });
-            return Ok(Answer {
+            return Ok(HubResponse {
                 response,
                 etag: etag.map(|etag| bare(&etag)),
                 size,
                 commit,
             });
         }
-        Err(Failure::Final(HubError::Answer {
+        Err(AttemptError::Final(HubError::Answer {
             url: shown(url),
             reason: format!("it redirects more than {MAX_REDIRECTS} times"),
         }))
@@ -360,7 +361,7 @@ impl Hub {
         at: &Url,
         is_hub: bool,
         subject: Subject<'_>,
-    ) -> Failure {
+    ) -> AttemptError {
         let status = response.status().as_u16();
         let headers = response.headers();
         let code = text(headers, &answer::ERROR_CODE).unwrap_or_default();
@@ -381,13 +382,13 @@ impl Hub {
             _ => false,
         };
         if transient {
-            return Failure::Transient {
+            return AttemptError::Transient {
                 reason: format!("status {status}: {message}"),
                 status: Some(status),
                 retry_after,
             };
         }
-        Failure::Final(self.refusal(status, &code, message, at, subject))
+        AttemptError::Final(self.refusal(status, &code, message, at, subject))
     }
 
     fn refusal(

@@ -8,6 +8,7 @@ use mesh_store::StoreError;
 /// Errors of fetching from the hub. No message contains a token.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
+#[allow(missing_docs, reason = "the messages name the fields")]
 pub enum HubError {
     /// The text is not the name of a model on the hub.
     #[error(
@@ -17,17 +18,13 @@ pub enum HubError {
     Name {
         /// Text that was given.
         name: String,
-        /// Rule that it breaks.
         reason: &'static str,
     },
     /// A setting has an invalid value.
     #[error("{name} is {value:?}, which is {reason}")]
     Setting {
-        /// Name of the environment variable.
         name: &'static str,
-        /// Value of the variable.
         value: String,
-        /// Rule that the value breaks.
         reason: &'static str,
     },
     /// The file with the token cannot be read.
@@ -35,9 +32,7 @@ pub enum HubError {
     TokenFile {
         /// Environment variable that names the file.
         setting: &'static str,
-        /// Path of the token file.
         path: PathBuf,
-        /// Error from the operating system.
         source: std::io::Error,
     },
     /// `HF_HUB_OFFLINE` is set.
@@ -54,11 +49,8 @@ pub enum HubError {
          HF_TOKEN_FILE) to a token that may read it; tokens are made at {tokens_url}"
     )]
     NotFoundWithoutToken {
-        /// Name of the repository.
         repo: String,
-        /// URL of the repository's page.
         url: String,
-        /// URL of the page that creates tokens.
         tokens_url: String,
     },
     /// The repository does not exist, or is not visible with the token.
@@ -67,36 +59,24 @@ pub enum HubError {
          read at {tokens_url}"
     )]
     NotFound {
-        /// Name of the repository.
         repo: String,
-        /// Origin of the token.
         token: String,
-        /// URL of the repository's page.
         url: String,
-        /// URL of the page that creates tokens.
         tokens_url: String,
     },
     /// The token is not valid.
     #[error(
         "the hub does not accept the token from {token}: it is mistyped, expired or revoked; make a new one at {tokens_url}"
     )]
-    BadToken {
-        /// Origin of the token.
-        token: String,
-        /// URL of the page that creates tokens.
-        tokens_url: String,
-    },
+    BadToken { token: String, tokens_url: String },
     /// The model is gated, and no token is set.
     #[error(
         "{repo} is given only to those who have accepted its licence: log in at {url}, accept it there, then set HF_TOKEN (or \
          HF_TOKEN_FILE) to a token with read access, made at {tokens_url}"
     )]
     GatedWithoutToken {
-        /// Name of the repository.
         repo: String,
-        /// URL of the page with the licence.
         url: String,
-        /// URL of the page that creates tokens.
         tokens_url: String,
     },
     /// The model is gated, and the token's account has not been admitted.
@@ -106,13 +86,9 @@ pub enum HubError {
          read public gated repositories, at {tokens_url})"
     )]
     LicenceNotAccepted {
-        /// Name of the repository.
         repo: String,
-        /// Origin of the token.
         token: String,
-        /// URL of the page with the licence.
         url: String,
-        /// URL of the page that creates tokens.
         tokens_url: String,
     },
     /// The hub refused for another reason.
@@ -122,11 +98,8 @@ pub enum HubError {
     Forbidden {
         /// Model or file that was requested.
         what: String,
-        /// Origin of the token.
         token: String,
-        /// Message of the hub.
         message: String,
-        /// URL of the page that creates tokens.
         tokens_url: String,
     },
     /// The repository has no such branch, tag or commit.
@@ -134,9 +107,7 @@ pub enum HubError {
         "{repo} has no revision {revision:?}; its branches, tags and commits are listed at {url}"
     )]
     NoRevision {
-        /// Name of the repository.
         repo: String,
-        /// Revision that was requested.
         revision: String,
         /// URL of the list of revisions.
         url: String,
@@ -144,11 +115,8 @@ pub enum HubError {
     /// The repository has no such file.
     #[error("{repo} has no file {path:?} at revision {revision}; its files are listed at {url}")]
     NoFile {
-        /// Name of the repository.
         repo: String,
-        /// Commit of the repository.
         revision: String,
-        /// Path that was requested.
         path: String,
         /// URL of the list of files.
         url: String,
@@ -167,41 +135,29 @@ pub enum HubError {
         "{url} cannot be reached or breaks off ({reason}), {attempts} times in a row; what was fetched is kept: check the network and try again"
     )]
     Unreachable {
-        /// URL without its query.
         url: String,
         /// Error of the last attempt.
         reason: String,
-        /// Number of attempts.
         attempts: u32,
     },
     /// An HTTP status that has no error of its own here.
     #[error("{url} answers with status {status}: {message}")]
     Status {
-        /// URL without its query.
         url: String,
-        /// HTTP status code.
         status: u16,
-        /// Message of the server.
         message: String,
     },
     /// The answer is invalid.
     #[error(
         "{url} gives an answer that makes no sense: {reason}; is HF_ENDPOINT right, and no proxy in between?"
     )]
-    Answer {
-        /// URL without its query.
-        url: String,
-        /// Description of the fault.
-        reason: String,
-    },
+    Answer { url: String, reason: String },
     /// The file changed while it was fetched.
     #[error(
         "{path} of {repo} is another file than it was when the fetch began ({reason}); run the command again"
     )]
     Changed {
-        /// Name of the repository.
         repo: String,
-        /// Path of the file within the model or repository.
         path: String,
         /// Property that differs.
         reason: String,
@@ -211,9 +167,7 @@ pub enum HubError {
         "{path} of {repo} arrived damaged: its {kind} is {found}, {wanted} was expected; what was fetched of it is thrown away, run the command again"
     )]
     Damaged {
-        /// Name of the repository.
         repo: String,
-        /// Path of the file within the model or repository.
         path: String,
         /// Kind of the digest.
         kind: &'static str,
@@ -225,7 +179,6 @@ pub enum HubError {
     /// No files of the repository fit the request.
     #[error("{repo}: {reason}")]
     Choice {
-        /// Name of the repository.
         repo: String,
         /// Files that exist, and names to use instead.
         reason: String,
@@ -233,11 +186,8 @@ pub enum HubError {
     /// A model file with an invalid header.
     #[error("{path} of {repo}: {reason}")]
     Header {
-        /// Name of the repository.
         repo: String,
-        /// Path of the file within the model or repository.
         path: String,
-        /// Description of the fault.
         reason: String,
     },
     /// The fetched bytes cannot be written.
@@ -245,15 +195,12 @@ pub enum HubError {
     Write {
         /// Path or name of the file.
         what: String,
-        /// Error from the operating system.
         source: std::io::Error,
     },
     /// A file in the cache of other programs cannot be read.
     #[error("cannot read {}: {source}; remove it from the hub's cache to have it fetched", path.display())]
     Read {
-        /// Path of the file.
         path: PathBuf,
-        /// Error from the operating system.
         source: std::io::Error,
     },
     /// An error of the store.

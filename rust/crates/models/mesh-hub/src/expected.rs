@@ -4,13 +4,13 @@ use mesh_store::{Manifest, ManifestFile};
 
 use crate::client::Hub;
 use crate::error::HubError;
-use crate::fetch::Watch;
 use crate::listing::RepoFile;
 use crate::name::HubName;
 use crate::pull::{chosen, git_blob_id};
+use crate::watch::Watch;
 
-/// The files of a model at one commit of its repository, with their lengths and digests. A few kilobytes tell it, none of the
-/// weights are needed.
+/// The files of a model at one commit of its repository, with their lengths and digests. A few kilobytes tell
+/// it, none of the weights are needed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Expected {
     /// Name of the model in the store, independent of its source.
@@ -49,11 +49,11 @@ impl Hub {
 }
 
 impl Expected {
-    /// Compares a manifest with it: the same name, the same files, of the same lengths and digests, no more and no fewer. Gives the
-    /// files whose contents have to be compared, too, see [`Unchecked::is`].
+    /// Compares a manifest with it: the same name, the same files, of the same lengths and digests, no more
+    /// and no fewer. Gives the files whose contents have to be compared, too, see [`Unchecked::is`].
     ///
     /// # Errors
-    /// What differs, in words.
+    /// The first difference, as a message.
     pub fn check(&self, manifest: &Manifest) -> Result<Vec<Unchecked>, String> {
         if manifest.name != self.name {
             return Err(format!(

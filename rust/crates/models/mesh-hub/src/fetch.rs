@@ -10,11 +10,13 @@ use mesh_store::PartialFile;
 use reqwest::header::{self, HeaderMap};
 use reqwest::{Method, StatusCode, Url};
 
-use crate::answer::{Failure, shown};
+use crate::answer::{AttemptError, shown};
+use crate::blocking::blocking;
 use crate::client::{Hub, Subject};
 use crate::error::HubError;
 use crate::listing::{Repo, RepoFile, is_hash};
 use crate::retry::Retry;
+use crate::watch::Watch;
 
 /// Destination of fetched bytes. Called from several threads at once, which may be blocked.
 pub trait Sink: Send + Sync + 'static {
@@ -30,33 +32,6 @@ impl Sink for PartialFile {
         Ok(PartialFile::write_at(self, offset, data)?)
     }
 }
-
-/// Receives progress reports of a fetch. Must not block.
-pub trait Watch: Send + Sync {
-    /// Number of bytes to fetch, and of bytes that are present already.
-    fn planned(&self, missing: u64, present: u64) {
-        let _ = (missing, present);
-    }
-    /// Number of bytes that arrived and were written.
-    fn arrived(&self, bytes: u64) {
-        let _ = bytes;
-    }
-    /// An attempt failed; the next one follows after this pause.
-    fn waiting(&self, reason: &str, pause: Duration) {
-        let _ = (reason, pause);
-    }
-    /// All bytes are present; this many are now read for checking.
-    fn checking(&self, bytes: u64) {
-        let _ = bytes;
-    }
-    /// Number of bytes that were read for checking.
-    fn checked(&self, bytes: u64) {
-        let _ = bytes;
-    }
-}
-
-/// A watch that ignores all reports.
-impl Watch for () {}
 
 /// Maximum bytes of one request, so that several connections share a file; also the maximum to skip where a
 /// server does not support ranges.
@@ -88,7 +63,7 @@ impl Hub {
                 what: format!("{} of {}", file.path, repo.id),
             });
         }
-        let job = Arc::new(Job {
+        let job = Arc::new(FileFetch {
             hub: self.clone(),
             url: self.file_url(repo, file),
             repo: repo.id.clone(),
@@ -138,7 +113,7 @@ fn spans(ranges: impl IntoIterator<Item = Range<u64>>) -> Vec<Range<u64>> {
     cut.collect()
 }
 
-struct Job {
+struct FileFetch {
     hub: Hub,
     url: Url,
     repo: String,
@@ -148,7 +123,7 @@ struct Job {
     watch: Arc<dyn Watch>,
 }
 
-impl Job {
+impl FileFetch {
     async fn fetch(&self, span: Range<u64>) -> Result<(), HubError> {
         let mut retry = Retry::new(self.hub.settings().retry);
         let mut at = span.start;
@@ -158,7 +133,7 @@ impl Job {
             retry.arrived(at - before);
             let failure = match ended {
                 Ok(()) if at >= span.end => break,
-                Ok(()) => Failure::transient("the connection was closed early"),
+                Ok(()) => AttemptError::transient("the connection was closed early"),
                 Err(failure) => failure,
             };
             let watch = &*self.watch;
@@ -170,7 +145,7 @@ impl Job {
     }
 
     /// Makes one request; `at` advances with the bytes written.
-    async fn stream(&self, at: &mut u64, end: u64) -> Result<(), Failure> {
+    async fn stream(&self, at: &mut u64, end: u64) -> Result<(), AttemptError> {
         let wanted = *at..end;
         let subject = Subject {
             repo: &self.repo,
@@ -181,7 +156,7 @@ impl Job {
             .hub
             .exchange(&self.url, Method::GET, Some(&wanted), subject);
         let answer = match request.await {
-            Err(Failure::Final(HubError::Status { status: 416, .. })) => {
+            Err(AttemptError::Final(HubError::Status { status: 416, .. })) => {
                 return Err(self.changed(format!("it ends before byte {end}")));
             }
             answer => answer?,
@@ -210,7 +185,7 @@ impl Job {
             let mut chunk = match response.chunk().await {
                 Ok(Some(chunk)) => chunk,
                 Ok(None) => break Ok(()),
-                Err(error) => break Err(Failure::network(error)),
+                Err(error) => break Err(AttemptError::network(error)),
             };
             let skipped = skip.min(chunk.len() as u64);
             skip -= skipped;
@@ -234,9 +209,9 @@ impl Job {
         status: StatusCode,
         headers: &HeaderMap,
         wanted: &Range<u64>,
-    ) -> Result<u64, Failure> {
+    ) -> Result<u64, AttemptError> {
         let odd = |reason: String| {
-            Failure::Final(HubError::Answer {
+            AttemptError::Final(HubError::Answer {
                 url: shown(&self.url),
                 reason,
             })
@@ -272,20 +247,19 @@ impl Job {
         }
     }
 
-    async fn write(&self, at: &mut u64, data: Bytes) -> Result<(), Failure> {
+    async fn write(&self, at: &mut u64, data: Bytes) -> Result<(), AttemptError> {
         if data.is_empty() {
             return Ok(());
         }
         let (sink, offset, bytes) = (self.sink.clone(), *at, data.len() as u64);
-        let written = tokio::task::spawn_blocking(move || sink.write_at(offset, &data)).await;
-        written.expect("sinks do not panic")?;
+        blocking(move || sink.write_at(offset, &data)).await?;
         *at += bytes;
         self.watch.arrived(bytes);
         Ok(())
     }
 
-    fn changed(&self, reason: String) -> Failure {
-        Failure::Final(HubError::Changed {
+    fn changed(&self, reason: String) -> AttemptError {
+        AttemptError::Final(HubError::Changed {
             repo: self.repo.clone(),
             path: self.file.path.clone(),
             reason,

@@ -15,6 +15,7 @@
 #![forbid(unsafe_code)]
 
 mod answer;
+mod blocking;
 mod cache;
 mod choose;
 mod client;
@@ -27,15 +28,17 @@ mod partial;
 mod pull;
 mod retry;
 mod settings;
+mod watch;
 
 pub use choose::{Chosen, Format, choose};
 pub use client::Hub;
 pub use error::HubError;
 pub use expected::{Expected, Unchecked};
-pub use fetch::{Sink, Watch};
+pub use fetch::Sink;
 pub use listing::{Repo, RepoFile};
 pub use name::HubName;
 pub use partial::wanted_ranges;
 pub use pull::{PullOptions, Pulled, pull};
 pub use retry::{Retry, RetryPolicy};
 pub use settings::{Secret, Settings};
+pub use watch::Watch;

@@ -28,7 +28,8 @@ pub struct RepoFile {
 }
 
 impl Repo {
-    /// Reads what `GET /api/models/{id}/revision/{revision}?blobs=true` answers; `asked` is the id that was asked for.
+    /// Reads what `GET /api/models/{id}/revision/{revision}?blobs=true` answers; `asked` is the id that was
+    /// asked for.
     ///
     /// # Errors
     /// If it names no commit, or a file that leads out of the repository: as a message.

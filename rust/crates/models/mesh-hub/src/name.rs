@@ -3,13 +3,16 @@
 use std::fmt;
 use std::str::FromStr;
 
+use mesh_store::names::{HUB_HOSTS, without_hub};
+
 use crate::error::HubError;
 
 /// A model on the hub: repository, revision, and which of its files.
 ///
-/// `ORGANISATION/MODEL`, behind it `@REVISION` and `:WHICH`, the latter being a quantisation (`Q4_K_M`) or the path of a file
-/// (`model-Q4_K_M.gguf`). `ORGANISATION/MODEL/FILE` is taken, too. `hf.co/`, `huggingface.co/` and `https://…` before it are taken, too, as are addresses of a
-/// repository's pages (`…/tree/REVISION`, `…/blob/REVISION/FILE`, `…/resolve/REVISION/FILE`).
+/// `ORGANISATION/MODEL`, behind it `@REVISION` and `:WHICH`, the latter being a quantisation (`Q4_K_M`) or
+/// the path of a file (`model-Q4_K_M.gguf`). `ORGANISATION/MODEL/FILE` is taken, too. `hf.co/`,
+/// `huggingface.co/` and `https://…` before it are taken, too, as are addresses of a repository's pages
+/// (`…/tree/REVISION`, `…/blob/REVISION/FILE`, `…/resolve/REVISION/FILE`).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct HubName {
     /// Repository: `organisation/model`.
@@ -20,8 +23,6 @@ pub struct HubName {
     pub which: Option<String>,
 }
 
-/// The hub's addresses.
-const HOSTS: [&str; 2] = ["huggingface.co", "hf.co"];
 const MAX_PART: usize = 96;
 const MAX_REVISION: usize = 255;
 const MAX_PATH: usize = 1024;
@@ -41,18 +42,11 @@ impl FromStr for HubName {
             name: text.chars().take(200).collect(),
             reason,
         };
-        let rest = ["https://", "http://"]
-            .into_iter()
-            .find_map(|scheme| text.strip_prefix(scheme))
-            .unwrap_or(text);
-        let host = HOSTS
-            .into_iter()
-            .find_map(|host| rest.strip_prefix(host)?.strip_prefix('/'))
-            .or_else(|| rest.strip_prefix("hf:"));
-        if host.is_none() && rest.len() != text.len() {
+        let (rest, on_hub) = without_hub(text);
+        if !on_hub && rest.len() != text.len() {
             return Err(failed("another host is set with HF_ENDPOINT"));
         }
-        let rest = host.unwrap_or(rest).trim_end_matches('/');
+        let rest = rest.trim_end_matches('/');
 
         let plain = |model: &str| !model.contains(['@', ':']);
         let mut name = match rest.splitn(4, '/').collect::<Vec<_>>()[..] {
@@ -62,12 +56,12 @@ impl FromStr for HubName {
                 which: None,
             },
             // A revision with slashes cannot be told from a path in an address; everywhere else it can.
-            [org, model, "tree", revision] if host.is_some() && plain(model) => HubName {
+            [org, model, "tree", revision] if on_hub && plain(model) => HubName {
                 repo: format!("{org}/{model}"),
                 revision: Some(revision.to_owned()),
                 which: None,
             },
-            [org, model, "blob" | "resolve", page] if host.is_some() && plain(model) => {
+            [org, model, "blob" | "resolve", page] if on_hub && plain(model) => {
                 let (revision, path) = page
                     .split_once('/')
                     .ok_or_else(|| failed("the address of a file lacks its path"))?;
@@ -124,7 +118,7 @@ impl FromStr for HubName {
             ));
         }
         // Printed and read again it would be the hub's address.
-        if HOSTS.contains(&name.repo.split('/').next().unwrap_or_default()) {
+        if HUB_HOSTS.contains(&name.repo.split('/').next().unwrap_or_default()) {
             return Err(failed("the hub's address stands in it twice"));
         }
         let clean = |text: &str, limit| {

@@ -7,10 +7,11 @@ use std::sync::Arc;
 use mesh_model::{Gguf, GgufError};
 use mesh_store::{Layout, LayoutError, PartialFile, RangeSet, Selection, layout};
 
+use crate::blocking::blocking;
 use crate::client::Hub;
 use crate::error::HubError;
-use crate::fetch::Watch;
 use crate::listing::{Repo, RepoFile};
+use crate::watch::Watch;
 
 /// Bytes to read of a GGUF file at first. A header holds the vocabulary and usually has 1 to 8 MB. The length
 /// grows by a quarter of itself plus this, so that little is fetched in vain.
@@ -78,10 +79,9 @@ pub(crate) async fn header(
         let fetched = hub.fetch(repo, file, missing, partial.clone(), watch.clone());
         fetched.await?;
         let (partial, path) = (partial.clone(), file.path.clone());
-        let read = tokio::task::spawn_blocking(move || read(&partial, &path, length)).await;
-        match read.expect("reading a header does not panic")? {
-            Read::Whole(layout) => return Ok(layout),
-            Read::Longer(longer) if longer > MAX_HEADER.min(bytes) => {
+        match blocking(move || read(&partial, &path, length)).await? {
+            HeaderRead::Whole(layout) => return Ok(layout),
+            HeaderRead::Longer(longer) if longer > MAX_HEADER.min(bytes) => {
                 return Err(if longer > bytes {
                     broken(format!(
                         "its header tells of more than the file's {bytes} bytes: it is cut short"
@@ -90,29 +90,30 @@ pub(crate) async fn header(
                     too_long()
                 });
             }
-            Read::Longer(longer) => length = longer,
-            Read::Broken(reason) => return Err(broken(reason)),
+            HeaderRead::Longer(longer) => length = longer,
+            HeaderRead::Broken(reason) => return Err(broken(reason)),
         }
     }
 }
 
-enum Read {
+/// Outcome of reading a header from the beginning of a file.
+enum HeaderRead {
     Whole(Layout),
     /// So many bytes are needed, or at least more than there are.
     Longer(u64),
     Broken(String),
 }
 
-fn read(partial: &PartialFile, path: &str, length: u64) -> Result<Read, HubError> {
+fn read(partial: &PartialFile, path: &str, length: u64) -> Result<HeaderRead, HubError> {
     let prefix = partial.read_at(0..length)?.unwrap_or_default();
     if !prefix.starts_with(b"GGUF") {
         // Eight bytes tell how long a safetensors header is.
         let Some(told) = prefix.first_chunk::<8>() else {
-            return Ok(Read::Broken(format!("it has only {length} bytes")));
+            return Ok(HeaderRead::Broken(format!("it has only {length} bytes")));
         };
         let end = u64::from_le_bytes(*told).saturating_add(8);
         return match end > length {
-            true => Ok(Read::Longer(end)),
+            true => Ok(HeaderRead::Longer(end)),
             false => whole(partial, path),
         };
     }
@@ -120,23 +121,25 @@ fn read(partial: &PartialFile, path: &str, length: u64) -> Result<Read, HubError
     match Gguf::from_bytes(prefix) {
         Ok(_) => whole(partial, path),
         Err(GgufError::Truncated { .. }) if length < partial.bytes() => {
-            // The file itself has holes for what is not there, which read as zeros: a header that goes on in a hole is
-            // malformed, or ends behind what was fetched.
+            // Missing ranges of the file are holes, which read as zeros: a header that goes on in a hole is
+            // malformed, or ends behind the fetched bytes.
             match whole(partial, path)? {
-                Read::Whole(layout) if layout.header <= length => Ok(Read::Whole(layout)),
-                _ => Ok(Read::Longer(
+                HeaderRead::Whole(layout) if layout.header <= length => {
+                    Ok(HeaderRead::Whole(layout))
+                }
+                _ => Ok(HeaderRead::Longer(
                     (length + length / 4 + FIRST).min(partial.bytes()),
                 )),
             }
         }
-        Err(error) => Ok(Read::Broken(error.to_string())),
+        Err(error) => Ok(HeaderRead::Broken(error.to_string())),
     }
 }
 
-fn whole(partial: &PartialFile, path: &str) -> Result<Read, HubError> {
+fn whole(partial: &PartialFile, path: &str) -> Result<HeaderRead, HubError> {
     Ok(match layout_of(&partial.path(), path)? {
-        Ok(layout) => Read::Whole(layout),
-        Err(reason) => Read::Broken(reason),
+        Ok(layout) => HeaderRead::Whole(layout),
+        Err(reason) => HeaderRead::Broken(reason),
     })
 }
 

@@ -1,7 +1,8 @@
 //! Fetching a model, or some layers of it, from the hub into the store.
 
-mod held;
+mod files;
 mod known;
+mod pulled;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
@@ -9,50 +10,30 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use mesh_model::hf::INDEX;
 use mesh_store::{
-    Begun, Digest, Layout, PartialFile, PartialKey, RangeSet, SignedManifest, Store, StoreError,
+    Begun, Layout, PartialFile, PartialKey, RangeSet, SignedManifest, Store, StoreError,
 };
 
+use crate::blocking::blocking;
 use crate::cache;
-use crate::choose::{Chosen, INDEX, choose};
+use crate::choose::{Chosen, choose};
 use crate::client::{Hub, Subject};
 use crate::error::HubError;
-use crate::fetch::Watch;
 use crate::listing::{Repo, RepoFile};
 use crate::name::HubName;
 use crate::partial;
-pub(crate) use held::git_blob_id;
-use held::{Flusher, Held, complete, copy};
+use crate::watch::Watch;
+pub(crate) use files::git_blob_id;
+use files::{FileState, Flusher, complete, copy};
 use known::{find, manifest_of, to_open};
+pub use pulled::Pulled;
 
 /// Options of [`pull`].
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct PullOptions {
     /// Fetches only the files' ranges for a stage of these layers; `None` fetches the whole model.
     pub layers: Option<Range<u32>>,
-}
-
-/// Result of [`pull`].
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Pulled {
-    /// Name of the model.
-    pub name: String,
-    /// The repository, as the hub spells it.
-    pub repo: String,
-    /// Commit of the repository.
-    pub commit: String,
-    /// Fingerprint of the model; `None` if only some layers were fetched.
-    pub fingerprint: Option<Digest>,
-    /// Path to open: a GGUF file or a folder; `None` if only some layers were fetched.
-    pub path: Option<PathBuf>,
-    /// Total length of the model's files in bytes.
-    pub bytes: u64,
-    /// Bytes of the model that are present now.
-    pub present: u64,
-    /// Bytes that this call fetched.
-    pub fetched: u64,
-    /// Number of layers of the model.
-    pub layers: u32,
 }
 
 /// Interval of checks whether another process has fetched a file.
@@ -292,8 +273,8 @@ impl Pull<'_> {
         &self,
         files: &[RepoFile],
         wanted: impl Fn(&RepoFile) -> u64,
-    ) -> Result<Option<BTreeMap<PartialKey, Held>>, HubError> {
-        let mut held: BTreeMap<PartialKey, Held> = BTreeMap::new();
+    ) -> Result<Option<BTreeMap<PartialKey, FileState>>, HubError> {
+        let mut held: BTreeMap<PartialKey, FileState> = BTreeMap::new();
         // In one order everywhere, so that two processes do not wait for each other.
         let by_key: BTreeMap<PartialKey, &RepoFile> =
             files.iter().map(|file| (self.key(file), file)).collect();
@@ -321,8 +302,8 @@ impl Pull<'_> {
                     }
                     Err(StoreError::NoRoom(one)) => {
                         let here = |key: &PartialKey, file: &RepoFile| match held.get(key) {
-                            Some(Held::Partial(partial)) => partial.have().bytes(),
-                            Some(Held::Whole(_)) => u64::MAX,
+                            Some(FileState::Partial(partial)) => partial.have().bytes(),
+                            Some(FileState::Whole(_)) => u64::MAX,
                             None if is_blob(self.store, file) => u64::MAX,
                             None => 0,
                         };
@@ -336,8 +317,8 @@ impl Pull<'_> {
                 }
             };
             let begun = match begun {
-                Begun::Whole(path) => Held::Whole(path),
-                Begun::Partial(partial) => Held::Partial(Arc::new(partial)),
+                Begun::Whole(path) => FileState::Whole(path),
+                Begun::Partial(partial) => FileState::Partial(Arc::new(partial)),
             };
             held.insert(key, begun);
         }
@@ -347,14 +328,14 @@ impl Pull<'_> {
     /// Removes files that were begun in vain, and computes the room that is missing for all of them.
     async fn no_room(
         &self,
-        held: BTreeMap<PartialKey, Held>,
+        held: BTreeMap<PartialKey, FileState>,
         all: u64,
         one: StoreError,
     ) -> HubError {
         let store = self.store.clone();
         let ended = blocking(move || {
             for held in held.into_values() {
-                if let Held::Partial(partial) = held
+                if let FileState::Partial(partial) = held
                     && let Ok(partial) = Arc::try_unwrap(partial)
                     && partial.have().is_empty()
                 {
@@ -382,14 +363,14 @@ impl Pull<'_> {
         let flusher = Flusher::start(&held);
         for file in weights {
             let layout = match &held[&self.key(file)] {
-                Held::Whole(path) => {
+                FileState::Whole(path) => {
                     have.push(RangeSet::whole(bytes(file)));
                     let (path, name) = (path.clone(), file.path.clone());
                     blocking(move || partial::layout_of(&path, &name))
                         .await?
                         .map_err(|reason| self.broken(file, reason))?
                 }
-                Held::Partial(partial) => {
+                FileState::Partial(partial) => {
                     let before = partial.have().bytes();
                     let layout =
                         partial::header(self.hub, &self.repo, file, partial, &self.watch).await;
@@ -417,13 +398,13 @@ impl Pull<'_> {
     async fn fetch(
         &mut self,
         files: &[RepoFile],
-        held: &BTreeMap<PartialKey, Held>,
+        held: &BTreeMap<PartialKey, FileState>,
         wanted: impl Fn(&RepoFile) -> u64,
         missing: impl Fn(&RepoFile, &PartialFile) -> Vec<Range<u64>>,
     ) -> Result<(), HubError> {
         let flusher = Flusher::start(held);
-        let have = |held: &BTreeMap<PartialKey, Held>| -> u64 {
-            let partial = held.values().filter_map(Held::partial);
+        let have = |held: &BTreeMap<PartialKey, FileState>| -> u64 {
+            let partial = held.values().filter_map(FileState::partial);
             partial.map(|partial| partial.have().bytes()).sum()
         };
         let before = have(held);
@@ -480,16 +461,17 @@ impl Pull<'_> {
     async fn finish(
         &self,
         files: &[RepoFile],
-        mut held: BTreeMap<PartialKey, Held>,
+        mut held: BTreeMap<PartialKey, FileState>,
     ) -> Result<Vec<(PathBuf, PathBuf)>, HubError> {
         let mut blobs: BTreeMap<PartialKey, PathBuf> = BTreeMap::new();
-        // Those without a SHA-256 last: until then they are found by where they come from, if this is ended here.
+        // Those without a SHA-256 last: until then they are found by where they come from, if this is ended
+        // here.
         for file in files {
             let key = self.key(file);
             let path = match held.remove(&key) {
                 None => continue,
-                Some(Held::Whole(path)) => path,
-                Some(Held::Partial(partial)) => {
+                Some(FileState::Whole(path)) => path,
+                Some(FileState::Partial(partial)) => {
                     let (store, file, repo) =
                         (self.store.clone(), file.clone(), self.repo.id.clone());
                     blocking(move || complete(&store, partial, &file, &repo)).await?
@@ -536,9 +518,12 @@ impl Pull<'_> {
     }
 
     /// Checks the pieces of partial files, where the store knows a manifest with their digests.
-    async fn check_pieces(&self, held: &BTreeMap<PartialKey, Held>) -> Result<(), HubError> {
-        let partials: Vec<Arc<PartialFile>> =
-            held.values().filter_map(Held::partial).cloned().collect();
+    async fn check_pieces(&self, held: &BTreeMap<PartialKey, FileState>) -> Result<(), HubError> {
+        let partials: Vec<Arc<PartialFile>> = held
+            .values()
+            .filter_map(FileState::partial)
+            .cloned()
+            .collect();
         let (store, repo) = (self.store.clone(), self.repo.id.clone());
         blocking(move || {
             let models = store.models()?;
@@ -570,10 +555,4 @@ fn bytes(file: &RepoFile) -> u64 {
 fn is_blob(store: &Store, file: &RepoFile) -> bool {
     file.sha256
         .is_some_and(|sha256| store.blob(&sha256).is_some())
-}
-
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
-    tokio::task::spawn_blocking(work)
-        .await
-        .expect("what blocks does not panic")
 }

@@ -58,8 +58,9 @@ impl Retry {
         }
     }
 
-    /// An attempt failed, and the server asked for a pause. How long to wait before the next one, with `random` from 0 to 1 so
-    /// that clients which were cut off together do not come back together; none if it is to be given up.
+    /// An attempt failed, and the server asked for a pause. How long to wait before the next one, with
+    /// `random` from 0 to 1 so that clients which were cut off together do not come back together; none if it
+    /// is to be given up.
     pub fn failed(&mut self, retry_after: Option<Duration>, random: f64) -> Option<Duration> {
         let pause = self.backoff.failed(random);
         self.arrived = 0;

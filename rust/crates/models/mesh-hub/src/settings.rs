@@ -69,9 +69,9 @@ impl Settings {
         Self::from_lookup(|name| std::env::var_os(name), std::env::home_dir())
     }
 
-    /// From variables that `lookup` knows, in a home folder. Of the token, the first of these counts: `HF_TOKEN`, the file that
-    /// `HF_TOKEN_FILE` or `HF_TOKEN_PATH` names, `token` in `HF_HOME` (where `hf auth login` puts it) unless
-    /// `HF_HUB_DISABLE_IMPLICIT_TOKEN` is set.
+    /// From variables that `lookup` knows, in a home folder. Of the token, the first of these counts:
+    /// `HF_TOKEN`, the file that `HF_TOKEN_FILE` or `HF_TOKEN_PATH` names, `token` in `HF_HOME` (where `hf
+    /// auth login` puts it) unless `HF_HUB_DISABLE_IMPLICIT_TOKEN` is set.
     ///
     /// # Errors
     /// As [`Settings::from_env`].

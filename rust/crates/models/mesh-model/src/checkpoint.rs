@@ -1,14 +1,16 @@
 //! A model as it is stored, in terms that do not depend on the form of its files.
 //!
-//! Configuration, tokenizer, chat template and weights are read through [`Checkpoint`]. There are two readers: [`Gguf`] for
-//! GGUF files, and [`crate::hf::HfCheckpoint`] for folders in Hugging Face's form. Keys and tensors have the names that GGUF
-//! files give them (<https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>).
+//! Configuration, tokenizer, chat template and weights are read through [`Checkpoint`]. There are two
+//! readers: [`Gguf`] for GGUF files, and [`crate::hf::HfCheckpoint`] for folders in Hugging Face's form. Keys
+//! and tensors have the names that GGUF files give them
+//! (<https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>).
 
 use crate::gguf::{Array, Gguf, GgufError, Tensor, Tensors, Value};
 
 /// A stored model: metadata keys, tensors, and the order of their rows.
 ///
-/// Methods that read a key as one type give `None` if the key is absent, and fail if its value is of another type.
+/// Methods that read a key as one type give `None` if the key is absent, and fail if its value is of another
+/// type.
 pub trait Checkpoint {
     /// The value of a metadata key.
     fn metadata(&self, key: &str) -> Option<Value<'_>>;
@@ -21,8 +23,8 @@ pub trait Checkpoint {
     where
         Self: Sized;
 
-    /// The order of the rows of a llama's query and key matrices: which of a head's elements turn together. Other families
-    /// have one order everywhere.
+    /// The order of the rows of a llama's query and key matrices: which of a head's elements turn together.
+    /// Other families have one order everywhere.
     fn row_order(&self) -> RopeStyle;
 
     /// The offset to add to Gemma's norm weights.

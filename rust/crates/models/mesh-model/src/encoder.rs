@@ -5,8 +5,8 @@
 //! | `config.json` | the network's shape |
 //! | `model.safetensors` | its weights |
 //! | `tokenizer.json` | its tokenizer |
-//! | `modules.json`, `1_Pooling/config.json` | pooling and normalisation, as sentence-transformers writes them |
-//! | `sentence_bert_config.json`, `tokenizer_config.json` | the longest text in tokens; whether letters are made small |
+//! | `modules.json`, `1_Pooling/config.json` | pooling and normalisation (sentence-transformers) |
+//! | `sentence_bert_config.json`, `tokenizer_config.json` | maximum tokens; lower case or not |
 //! | `config_sentence_transformers.json` | texts that are put in front, such as e5's `query: ` |
 //!
 //! The last three rows may be missing. Nothing in any of them is trusted.
@@ -144,8 +144,8 @@ impl EncoderModel {
         self.sentences.prompts = prompts;
     }
 
-    /// The tokens of `text` behind the prompt called `prompt`, or behind the model's default one if it has one. Texts longer
-    /// than the model takes lose their end, as in sentence-transformers.
+    /// The tokens of `text` behind the prompt called `prompt`, or behind the model's default one if it has
+    /// one. Texts longer than the model takes lose their end, as in sentence-transformers.
     ///
     /// # Errors
     /// If there is no such prompt, or the text is over [`TEXT_LIMIT`] bytes.
@@ -158,7 +158,8 @@ impl EncoderModel {
             });
         }
         let mut beginning = BYTES_A_TOKEN * self.sentences.max_tokens;
-        // What is behind the last token that the model takes is not tokenised: as much of the text as holds enough tokens.
+        // What is behind the last token that the model takes is not tokenised: as much of the text as holds
+        // enough tokens.
         loop {
             let begins = beginning_of(text, beginning);
             let tokens = self.tokens(prefix, begins)?;

@@ -5,41 +5,34 @@
 
 use std::borrow::Cow;
 use std::fs::{File, Metadata, OpenOptions};
-use std::io;
+use std::io::{self, Read, Write};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
+use sha2::{Digest, Sha256};
+
 /// Reasons why a file could not be read.
 #[derive(Debug, thiserror::Error)]
+#[allow(missing_docs, reason = "the messages name the fields")]
 pub enum FileError {
     /// The file could not be opened.
     #[error("cannot open model file {}: {source}", path.display())]
-    Open {
-        /// Path of the file.
-        path: PathBuf,
-        /// Error from the operating system.
-        source: io::Error,
-    },
+    Open { path: PathBuf, source: io::Error },
     /// A folder, a socket, a device.
     #[error("{} is not a regular file: give the path of a model file", path.display())]
-    NotAFile {
-        /// Path that the error is about.
-        path: PathBuf,
-    },
+    NotAFile { path: PathBuf },
     /// The disk, the file system or a file server failed, or the file was cut short.
     #[error(
         "cannot read {len} bytes of {} at byte {at}: {source}; check the disk and whether somebody writes to the file, \
          then fetch it again", path.display()
     )]
     Read {
-        /// Path of the file.
         path: PathBuf,
         /// The offset of the first byte.
         at: u64,
         /// Number of bytes that were asked for.
         len: u64,
-        /// Error from the operating system.
         source: io::Error,
     },
     /// The file was written to or replaced since it was opened.
@@ -47,10 +40,7 @@ pub enum FileError {
         "{} changed while it was read: write model files under another name and rename them when they are whole",
         path.display()
     )]
-    Changed {
-        /// Path of the file.
-        path: PathBuf,
-    },
+    Changed { path: PathBuf },
 }
 
 /// Opens a regular file for reading. Does not block on a named pipe at the path, even if it has just replaced
@@ -76,6 +66,99 @@ pub fn open_regular(path: &Path) -> io::Result<File> {
     Ok(file)
 }
 
+/// The bytes of the regular file at `path`; `None` if nothing is there.
+///
+/// # Errors
+/// As [`open_regular`] and [`read_all`].
+pub fn read_limited(path: &Path, limit: u64) -> io::Result<Option<Vec<u8>>> {
+    match open_regular(path) {
+        Ok(file) => read_all(file, limit).map(Some),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// The bytes of `file`.
+///
+/// # Errors
+/// If it has over `limit` bytes ([`io::ErrorKind::FileTooLarge`]), or cannot be read.
+pub fn read_all(file: File, limit: u64) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    // It may grow while it is read.
+    if file.metadata()?.len() <= limit {
+        file.take(limit + 1).read_to_end(&mut bytes)?;
+        if bytes.len() as u64 <= limit {
+            return Ok(bytes);
+        }
+    }
+    let reason = format!("it has more than {limit} bytes");
+    Err(io::Error::new(io::ErrorKind::FileTooLarge, reason))
+}
+
+/// SHA-256 of all bytes of `reader`, at a good second per gigabyte.
+///
+/// # Errors
+/// If reading fails.
+pub fn sha256(mut reader: impl Read) -> io::Result<[u8; 32]> {
+    let mut hasher = Sha256::new();
+    let mut buffer = vec![0; 1 << 20];
+    loop {
+        match reader.read(&mut buffer) {
+            Ok(0) => return Ok(hasher.finalize().into()),
+            Ok(n) => hasher.update(&buffer[..n]),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+/// True if the name of the file at `path` ends with a dot and `extension`, in upper or lower case.
+pub fn has_extension(path: &Path, extension: &str) -> bool {
+    path.extension()
+        .is_some_and(|found| found.eq_ignore_ascii_case(extension))
+}
+
+/// Has `data` write the `bytes` bytes of a tensor to `out`.
+///
+/// # Errors
+/// If writing fails, or `data` writes more or fewer bytes.
+pub(crate) fn write_tensor<W: Write>(
+    out: &mut W,
+    name: &str,
+    bytes: u64,
+    data: impl FnOnce(&mut dyn Write) -> io::Result<()>,
+) -> io::Result<()> {
+    let mut counted = Counted {
+        inner: out,
+        written: 0,
+    };
+    data(&mut counted)?;
+    match counted.written {
+        written if written == bytes => Ok(()),
+        written => Err(io::Error::other(format!(
+            "tensor {name} takes {bytes} bytes, but {written} were written"
+        ))),
+    }
+}
+
+/// Counts the bytes that are written through it.
+struct Counted<'a, W> {
+    inner: &'a mut W,
+    written: u64,
+}
+
+impl<W: Write> Write for Counted<'_, W> {
+    fn write(&mut self, data: &[u8]) -> io::Result<usize> {
+        let n = self.inner.write(data)?;
+        self.written += n as u64;
+        Ok(n)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.inner.flush()
+    }
+}
+
 /// An open file, or bytes in memory.
 #[derive(Debug)]
 pub(crate) enum ModelFile {
@@ -96,10 +179,10 @@ pub(crate) struct Stamp {
 
 /// A range of a file that has not been read yet, or bytes in memory.
 #[derive(Debug, Clone, Copy)]
-pub struct Data<'a>(Place<'a>);
+pub struct Data<'a>(DataSource<'a>);
 
 #[derive(Debug, Clone, Copy)]
-enum Place<'a> {
+enum DataSource<'a> {
     File {
         file: &'a ModelFile,
         at: u64,
@@ -194,7 +277,7 @@ impl ModelFile {
 
     /// The bytes at `at`, which were checked to lie within the file as it was when it was opened.
     pub(crate) fn data(&self, at: u64, len: usize) -> Data<'_> {
-        Data(Place::File {
+        Data(DataSource::File {
             file: self,
             at,
             len,
@@ -230,8 +313,8 @@ impl<'a> Data<'a> {
     /// Length of the range in bytes.
     pub fn len(&self) -> usize {
         match self.0 {
-            Place::File { len, .. } => len,
-            Place::Memory(bytes) => bytes.len(),
+            DataSource::File { len, .. } => len,
+            DataSource::Memory(bytes) => bytes.len(),
         }
     }
 
@@ -243,8 +326,8 @@ impl<'a> Data<'a> {
     /// Offset of the first byte in the file.
     pub fn offset(&self) -> u64 {
         match self.0 {
-            Place::File { at, .. } => at,
-            Place::Memory(_) => 0,
+            DataSource::File { at, .. } => at,
+            DataSource::Memory(_) => 0,
         }
     }
 
@@ -254,8 +337,8 @@ impl<'a> Data<'a> {
     /// If the file cannot be read.
     pub fn read(&self) -> Result<Cow<'a, [u8]>, FileError> {
         match self.0 {
-            Place::Memory(bytes) => Ok(Cow::Borrowed(bytes)),
-            Place::File { len, .. } => {
+            DataSource::Memory(bytes) => Ok(Cow::Borrowed(bytes)),
+            DataSource::File { len, .. } => {
                 let mut out = vec![0; len];
                 self.read_at(0, &mut out)?;
                 Ok(Cow::Owned(out))
@@ -281,8 +364,8 @@ impl<'a> Data<'a> {
             return Err(outside());
         }
         match self.0 {
-            Place::File { file, at: from, .. } => file.read_at(from + at as u64, out),
-            Place::Memory(bytes) => {
+            DataSource::File { file, at: from, .. } => file.read_at(from + at as u64, out),
+            DataSource::Memory(bytes) => {
                 out.copy_from_slice(&bytes[at..at + out.len()]);
                 Ok(())
             }
@@ -294,7 +377,7 @@ impl<'a> Data<'a> {
     /// # Errors
     /// If the file cannot be read.
     pub fn each(&self, mut visit: impl FnMut(&[u8])) -> Result<(), FileError> {
-        if let Place::Memory(bytes) = self.0 {
+        if let DataSource::Memory(bytes) = self.0 {
             visit(bytes);
             return Ok(());
         }
@@ -312,7 +395,7 @@ impl<'a> Data<'a> {
 
 impl<'a> From<&'a [u8]> for Data<'a> {
     fn from(bytes: &'a [u8]) -> Self {
-        Data(Place::Memory(bytes))
+        Data(DataSource::Memory(bytes))
     }
 }
 

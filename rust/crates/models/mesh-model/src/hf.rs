@@ -1,12 +1,13 @@
 //! Models in Hugging Face's form: a folder with `config.json`, `tokenizer.json` and safetensors.
 //!
-//! [`HfCheckpoint`] reads such a folder as a [`Checkpoint`]: `config` puts the values of `config.json` under GGUF's keys, `names`
-//! translates the names of tensors, and their bytes stay where they are. The rows of llama's query and key matrices stand in
-//! another order than in GGUF files, and Gemma's norms are stored as the distance from 1. [`crate::tokenizer`] and
-//! [`crate::chat`] read tokenizer and chat template.
+//! [`HfCheckpoint`] reads such a folder as a [`Checkpoint`]: `config` puts the values of `config.json` under
+//! GGUF's keys, `names` translates the names of tensors, and their bytes stay where they are. The rows of
+//! llama's query and key matrices stand in another order than in GGUF files, and Gemma's norms are stored as
+//! the distance from 1. [`crate::tokenizer`] and [`crate::chat`] read tokenizer and chat template.
 //!
-//! Nothing in a folder is trusted. Every file has a limit that is checked before it is read; `model.safetensors.index.json` can
-//! name files of the folder only; a link may lead into the store of blobs that the folder belongs to, and nowhere else.
+//! Nothing in a folder is trusted. Every file has a limit that is checked before it is read;
+//! `model.safetensors.index.json` can name files of the folder only; a link may lead into the store of blobs
+//! that the folder belongs to, and nowhere else.
 
 mod config;
 mod error;
@@ -19,20 +20,20 @@ use std::path::Path;
 
 pub use crate::checkpoint::SpecialTokens;
 pub use error::HfError;
-pub use folder::{Folder, files_of_index, is_hugging_face};
+pub use folder::{Folder, INDEX, files_of_index, is_hugging_face};
 pub(crate) use names::their_name;
 
 use crate::checkpoint::{Checkpoint, RopeStyle, TokenizerJson};
 use crate::file::ModelFile;
-use crate::gguf::{Entry, GgmlType, Tensors, Value};
+use crate::gguf::{GgmlType, TensorEntry, Tensors, Value};
 use crate::safetensors::{Dtype, Safetensors, TensorView};
-use config::{Configuration, Network};
-use keys::Keys;
+use config::{Configuration, TensorNaming};
+use keys::GgufKeys;
 
 /// A model in a folder, opened and checked but for the shapes of its tensors.
 #[derive(Debug)]
 pub struct HfCheckpoint {
-    keys: Keys,
+    keys: GgufKeys,
     tensors: Tensors,
     /// Absent where only `config.json` was read.
     tokenizer: Option<TokenizerJson>,
@@ -74,11 +75,11 @@ impl HfCheckpoint {
     fn new(
         configuration: Configuration,
         mut files: Vec<ModelFile>,
-        mut entries: Vec<Entry>,
+        mut entries: Vec<TensorEntry>,
     ) -> Result<Self, HfError> {
         if let Some(factors) = configuration.freq_factors {
             let bytes: Vec<u8> = factors.iter().flat_map(|x| x.to_le_bytes()).collect();
-            entries.push(Entry {
+            entries.push(TensorEntry {
                 name: "rope_freqs.weight".into(),
                 ty: GgmlType::F32,
                 dims: vec![factors.len() as u64],
@@ -131,8 +132,8 @@ impl Checkpoint for HfCheckpoint {
 fn entry(
     tensor: &TensorView<'_>,
     file: usize,
-    network: &Network,
-) -> Result<Option<Entry>, HfError> {
+    network: &TensorNaming,
+) -> Result<Option<TensorEntry>, HfError> {
     let Some(name) = names::gguf_name(tensor.name, network) else {
         return Ok(None);
     };
@@ -152,7 +153,7 @@ fn entry(
             tensor: tensor.name.into(),
         });
     }
-    Ok(Some(Entry {
+    Ok(Some(TensorEntry {
         name: name.into(),
         ty,
         dims: tensor.shape.iter().rev().copied().collect(),

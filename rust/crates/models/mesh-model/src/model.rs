@@ -1,15 +1,15 @@
 //! One model with everything that belongs to it: a GGUF file, or a folder in Hugging Face's form.
 
-use std::io::{self, Read};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
-use sha2::{Digest, Sha256};
+use data_encoding::HEXLOWER;
 
 use crate::chat::{ChatTemplate, Message, RenderRequest};
 use crate::checkpoint::Checkpoint;
 use crate::config::{ConfigError, ModelConfig};
-use crate::file::open_regular;
+use crate::file::{open_regular, sha256};
 use crate::gguf::{Gguf, GgufError, Tensors};
 use crate::hf::{self, HfCheckpoint, HfError};
 use crate::tokenizer::{Tokenizer, TokenizerError};
@@ -65,8 +65,8 @@ pub enum ModelErrorKind {
 }
 
 impl Model {
-    /// Opens the model at `path` and checks all of it but the weights' values: a GGUF file, a folder in Hugging Face's form
-    /// ([`crate::hf`]), or a safetensors file in such a folder.
+    /// Opens the model at `path` and checks all of it but the weights' values: a GGUF file, a folder in
+    /// Hugging Face's form ([`crate::hf`]), or a safetensors file in such a folder.
     ///
     /// # Errors
     /// If anything in it is malformed or unsupported.
@@ -158,8 +158,9 @@ impl Model {
         news.then(|| String::from_utf8_lossy(tokenizer.token_bytes(id)).into_owned())
     }
 
-    /// A conversation that shows whether the template writes all that users say, for [`Model::learn_keeps_text`]. It is long, in
-    /// turns and in its messages, and holds what templates are known to look for.
+    /// A conversation that shows whether the template writes all that users say, for
+    /// [`Model::learn_keeps_text`]. It is long, in turns and in its messages, and holds what templates are
+    /// known to look for.
     pub fn text_probe() -> RenderRequest {
         let turns = 0..PROBE_TURNS;
         let messages = turns.flat_map(|turn| {
@@ -192,11 +193,11 @@ impl Model {
         self.tokenizer().eos_ids().contains(&token) || self.inner.turn_end.get() == Some(&token)
     }
 
-    /// SHA-256 of the file, or over the names and SHA-256 of all files of a folder, in hexadecimal: two workers with the same
-    /// fingerprint give the same answers.
+    /// SHA-256 of the file, or over the names and SHA-256 of all files of a folder, in hexadecimal: two
+    /// workers with the same fingerprint give the same answers.
     ///
-    /// Reads the whole file the first time, which takes a good second per gigabyte: call it off the start path, and keep
-    /// the result.
+    /// Reads the whole file the first time, which takes a good second per gigabyte: call it off the start
+    /// path, and keep the result.
     ///
     /// # Errors
     /// If the file cannot be read.
@@ -267,19 +268,5 @@ pub fn model_name(path: &Path) -> String {
 
 /// SHA-256 of a file in hexadecimal.
 fn sha256_file(path: &Path) -> io::Result<String> {
-    let mut file = open_regular(path)?;
-    let mut hasher = Sha256::new();
-    let mut buffer = vec![0; 1 << 20];
-    loop {
-        let n = file.read(&mut buffer)?;
-        if n == 0 {
-            break;
-        }
-        hasher.update(&buffer[..n]);
-    }
-    Ok(hasher
-        .finalize()
-        .iter()
-        .map(|byte| format!("{byte:02x}"))
-        .collect())
+    Ok(HEXLOWER.encode(&sha256(open_regular(path)?)?))
 }

@@ -1,11 +1,13 @@
 //! Safetensors files: the header is read when a file is opened, each tensor when it is asked for.
 //!
-//! Format: <https://github.com/huggingface/safetensors#format>. A file is a length of 8 bytes, a header of JSON with that
-//! length, and the tensors' bytes. Nothing in it is trusted: header, counts, names, shapes and ranges are checked before
-//! anything is used, and a tensor's bytes are read by value, so that no alignment is needed.
+//! Format: <https://github.com/huggingface/safetensors#format>. A file is a length of 8 bytes, a header of
+//! JSON with that length, and the tensors' bytes. Nothing in it is trusted: header, counts, names, shapes and
+//! ranges are checked before anything is used, and a tensor's bytes are read by value, so that no alignment
+//! is needed.
 //!
 //! A file holds tensors and nothing else. The folder around it says what they are: [`crate::hf`].
 
+mod dtype;
 mod error;
 mod header;
 mod write;
@@ -13,12 +15,12 @@ mod write;
 use std::collections::HashMap;
 use std::path::Path;
 
+pub use dtype::Dtype;
 pub use error::SafetensorsError;
-pub use header::Dtype;
 pub use write::{Planned, write};
 
 use crate::file::{Data, ModelFile};
-use header::Entry;
+use header::HeaderEntry;
 
 /// An open safetensors file.
 ///
@@ -28,7 +30,7 @@ use header::Entry;
 #[derive(Debug)]
 pub struct Safetensors {
     file: ModelFile,
-    entries: Vec<Entry>,
+    entries: Vec<HeaderEntry>,
     by_name: HashMap<Box<str>, usize>,
     metadata: Vec<(String, String)>,
     /// Position of the data section in the file.
@@ -126,7 +128,7 @@ impl Safetensors {
         self.file
     }
 
-    fn view<'a>(&'a self, entry: &'a Entry) -> TensorView<'a> {
+    fn view<'a>(&'a self, entry: &'a HeaderEntry) -> TensorView<'a> {
         // Checked when the file was read.
         let at = self.data_start + entry.at;
         TensorView {

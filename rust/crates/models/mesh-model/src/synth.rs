@@ -1,4 +1,5 @@
-//! Model files with random weights, of any shape: for benchmarks of sizes that cannot be fetched, and for tests.
+//! Model files with random weights, of any shape: for benchmarks of sizes that cannot be fetched, and for
+//! tests.
 //!
 //! The files are whole: llama.cpp loads them too.
 
@@ -94,8 +95,8 @@ impl Shape {
         }
     }
 
-    /// A network of `architecture` of a few hundred thousand weights, for tests. All widths are multiples of 256, so that
-    /// every type fits. Gemma's first layer sees 12 positions, its second all.
+    /// A network of `architecture` of a few hundred thousand weights, for tests. All widths are multiples of
+    /// 256, so that every type fits. Gemma's first layer sees 12 positions, its second all.
     pub fn tiny(architecture: Architecture) -> Self {
         Shape {
             architecture,
@@ -174,8 +175,9 @@ pub enum Tokens<'a> {
     CopyOf(&'a Gguf),
 }
 
-/// Writes a model of `shape` with random weights to `path`. Matrices, the embedding among them, have type `ty`; norms are 1
-/// (those behind a half layer about 1) and biases small, both F32. The same arguments give the same file.
+/// Writes a model of `shape` with random weights to `path`. Matrices, the embedding among them, have type
+/// `ty`; norms are 1 (those behind a half layer about 1) and biases small, both F32. The same arguments give
+/// the same file.
 ///
 /// # Errors
 /// If the file cannot be written.

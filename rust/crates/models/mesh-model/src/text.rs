@@ -2,9 +2,10 @@
 
 /// Joins the bytes of tokens to text, in whole characters only.
 ///
-/// One character may be spread over several tokens. [`TextStream::push`] gives all text that is complete and keeps the rest
-/// until more bytes come or [`TextStream::finish`] is called. Bytes that are no UTF-8 become U+FFFD: all text given, put
-/// together, is what [`String::from_utf8_lossy`] makes of all bytes put together, however they were cut.
+/// One character may be spread over several tokens. [`TextStream::push`] gives all text that is complete and
+/// keeps the rest until more bytes come or [`TextStream::finish`] is called. Bytes that are no UTF-8 become
+/// U+FFFD: all text given, put together, is what [`String::from_utf8_lossy`] makes of all bytes put together,
+/// however they were cut.
 #[derive(Debug, Clone, Default)]
 pub struct TextStream {
     /// The beginning of a character: at most three bytes.

@@ -1,4 +1,5 @@
-//! Public chat templates against `transformers`, which rendered the same conversations (scripts/fetch_templates.py).
+//! Public chat templates against `transformers`, which rendered the same conversations
+//! (scripts/fetch_templates.py).
 
 use std::collections::BTreeMap;
 

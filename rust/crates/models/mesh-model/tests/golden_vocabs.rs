@@ -29,7 +29,8 @@ fn read(name: &str, kind: &str) -> String {
     std::fs::read_to_string(path).unwrap()
 }
 
-/// Texts with the ids that llama.cpp gives for them, without begin and end tokens and with control tokens as text.
+/// Texts with the ids that llama.cpp gives for them, without begin and end tokens and with control tokens as
+/// text.
 fn golden(name: &str) -> Vec<(String, Vec<u32>)> {
     let inputs = read(name, "inp");
     let outputs = read(name, "out");
@@ -75,7 +76,8 @@ fn every_supported_vocabulary_gives_llama_cpps_tokens() {
 
 #[test]
 fn vocabularies_of_other_families_are_refused_by_name() {
-    // WordPiece (bert-bge) and unigram (nomic-bert-moe) belong to embedding models, which no engine here runs yet.
+    // WordPiece (bert-bge) and unigram (nomic-bert-moe) belong to embedding models, which no engine here runs
+    // yet.
     for (name, model) in [("bert-bge", "bert"), ("nomic-bert-moe", "t5")] {
         match Tokenizer::from_keys(&open(name)) {
             Err(TokenizerError::Model { found }) => assert_eq!(found, model),

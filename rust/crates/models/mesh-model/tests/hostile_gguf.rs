@@ -1,5 +1,5 @@
-//! Files that are cut short, lie about themselves or were damaged: always an error that names what is wrong, never a panic,
-//! and never memory by the file's own claim.
+//! Files that are cut short, contradict themselves or were damaged: always an error that names the fault,
+//! never a panic, and never memory as large as a count in the file asks for.
 
 use std::time::{Duration, Instant};
 

@@ -1,4 +1,5 @@
-//! Texts far longer than any context cost little time and memory, whatever they consist of, and what fits is never refused.
+//! Texts far longer than any context cost little time and memory, whatever they consist of, and what fits is
+//! never refused.
 //!
 //! One test in a process of its own: it measures the process's memory.
 

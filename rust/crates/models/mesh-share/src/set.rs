@@ -158,7 +158,8 @@ impl PieceSet {
     /// Decodes the output of [`PieceSet::to_bytes`], for a model of `pieces` pieces.
     ///
     /// # Errors
-    /// If there are more bytes than that model needs, a bit for a piece that it has not, or too many pieces for any model.
+    /// If there are more bytes than that model needs, a bit for a piece that it has not, or too many pieces
+    /// for any model.
     pub fn from_bytes(pieces: u32, bytes: &[u8]) -> Result<Self, BadPieceSet> {
         if pieces > MOST_PIECES {
             return Err(BadPieceSet::TooMany { pieces });

@@ -29,7 +29,8 @@ pub struct Settings {
     pub pause: Duration,
     /// Maximum number of sources that one piece is requested from at once.
     pub repeats: usize,
-    /// Number of the piece to begin with: nodes that begin at different ones have something to give each other.
+    /// Number of the piece to begin with: nodes that begin at different ones have something to give each
+    /// other.
     pub begin: u32,
 }
 
@@ -173,10 +174,10 @@ pub struct Progress {
 #[derive(Debug, Clone)]
 pub struct Swarm<S: Ord + Clone> {
     settings: Settings,
-    pieces: BTreeMap<u32, Piece<S>>,
+    pieces: BTreeMap<u32, PieceState<S>>,
     /// Pieces that are not here yet.
     open: BTreeSet<u32>,
-    sources: BTreeMap<S, Source>,
+    sources: BTreeMap<S, SourceState>,
     /// Sources that sent a bad piece.
     banned: BTreeSet<S>,
     /// Sources that were silent, with the end of their pause.
@@ -188,17 +189,17 @@ pub struct Swarm<S: Ord + Clone> {
 }
 
 #[derive(Debug, Clone)]
-struct Piece<S> {
+struct PieceState<S> {
     wanted: Wanted,
     /// Sources that the piece was requested from.
     asked: Vec<S>,
 }
 
 #[derive(Debug, Clone)]
-struct Source {
+struct SourceState {
     kind: Kind,
     has: PieceSet,
-    asks: BTreeMap<u32, Ask>,
+    requests: BTreeMap<u32, Request>,
     /// Number of requests that the source may have now.
     window: u32,
     /// Bytes per second, smoothed.
@@ -210,7 +211,7 @@ struct Source {
 }
 
 #[derive(Debug, Clone)]
-struct Ask {
+struct Request {
     at: Instant,
     /// Time after which the request is late.
     due: Instant,
@@ -251,7 +252,7 @@ impl<S: Ord + Clone> Swarm<S> {
             self.open.insert(wanted.piece);
             self.pieces.insert(
                 wanted.piece,
-                Piece {
+                PieceState {
                     wanted,
                     asked: Vec::new(),
                 },
@@ -275,10 +276,10 @@ impl<S: Ord + Clone> Swarm<S> {
             None => {
                 self.sources.insert(
                     source,
-                    Source {
+                    SourceState {
                         kind,
                         has,
-                        asks: BTreeMap::new(),
+                        requests: BTreeMap::new(),
                         window: FIRST_WINDOW.min(self.settings.window),
                         pace: None,
                         heard: now,
@@ -297,7 +298,7 @@ impl<S: Ord + Clone> Swarm<S> {
     /// Removes a source. Its outstanding pieces are requested from others.
     pub fn gone(&mut self, source: &S) {
         if let Some(gone) = self.sources.remove(source) {
-            for piece in gone.asks.keys() {
+            for piece in gone.requests.keys() {
                 self.forget_ask(source, *piece);
             }
         }
@@ -314,7 +315,7 @@ impl<S: Ord + Clone> Swarm<S> {
     pub fn refused(&mut self, source: &S, piece: u32) {
         if let Some(known) = self.sources.get_mut(source) {
             known.has.remove(piece);
-            known.asks.remove(&piece);
+            known.requests.remove(&piece);
             self.forget_ask(source, piece);
         }
     }
@@ -340,7 +341,7 @@ impl<S: Ord + Clone> Swarm<S> {
         self.bytes += u64::from(bytes);
         for other in asked.into_iter().filter(|other| other != source) {
             if let Some(known) = self.sources.get_mut(&other) {
-                known.asks.remove(&verified.piece);
+                known.requests.remove(&verified.piece);
             }
             self.actions.push(Action::Withdraw {
                 source: other,
@@ -372,10 +373,10 @@ impl<S: Ord + Clone> Swarm<S> {
 
     /// Time at which [`Swarm::poll`] is due without an event.
     pub fn next_timer(&self) -> Option<Instant> {
-        let owing = self.sources.values().filter(|s| !s.asks.is_empty());
+        let owing = self.sources.values().filter(|s| !s.requests.is_empty());
         let silent = owing.map(|source| source.heard + self.settings.silence);
-        let asks = self.sources.values().flat_map(|s| s.asks.values());
-        let late = asks.filter(|ask| !ask.late).map(|ask| ask.due);
+        let requests = self.sources.values().flat_map(|s| s.requests.values());
+        let late = requests.filter(|ask| !ask.late).map(|ask| ask.due);
         silent.chain(late).min()
     }
 
@@ -406,7 +407,8 @@ impl<S: Ord + Clone> Swarm<S> {
 
     /// Current progress.
     pub fn progress(&self) -> Progress {
-        let useful = |source: &&Source| self.open.iter().any(|piece| source.has.contains(*piece));
+        let useful =
+            |source: &&SourceState| self.open.iter().any(|piece| source.has.contains(*piece));
         let total = self.pieces.len() as u32;
         Progress {
             pieces: total - self.open.len() as u32,
@@ -419,12 +421,12 @@ impl<S: Ord + Clone> Swarm<S> {
     }
 
     fn drop_silent(&mut self, now: Instant) {
-        let silence = |source: &Source| now.saturating_duration_since(source.heard);
+        let silence = |source: &SourceState| now.saturating_duration_since(source.heard);
         let limit = self.settings.silence;
         let silent: Vec<(S, Duration)> = self
             .sources
             .iter()
-            .filter(|(_, source)| !source.asks.is_empty() && silence(source) >= limit)
+            .filter(|(_, source)| !source.requests.is_empty() && silence(source) >= limit)
             .map(|(name, source)| (name.clone(), silence(source)))
             .collect();
         for (source, silence) in silent {
@@ -441,7 +443,7 @@ impl<S: Ord + Clone> Swarm<S> {
     fn note_late(&mut self, now: Instant) {
         for source in self.sources.values_mut() {
             let mut any = false;
-            for ask in source.asks.values_mut().filter(|ask| !ask.late) {
+            for ask in source.requests.values_mut().filter(|ask| !ask.late) {
                 ask.late = ask.due <= now;
                 any |= ask.late;
             }
@@ -475,13 +477,15 @@ impl<S: Ord + Clone> Swarm<S> {
     /// first, then those that are not requested elsewhere, then the rarest.
     fn choose(&self, name: &S) -> Option<u32> {
         let source = self.sources.get(name)?;
-        if source.asks.len() >= source.window as usize {
+        if source.requests.len() >= source.window as usize {
             return None;
         }
         let total = source.has.pieces().max(1);
         let begin = self.settings.begin % total;
         let askable = self.open.iter().filter(|&&piece| {
-            source.has.contains(piece) && !source.asks.contains_key(&piece) && self.is_free(piece)
+            source.has.contains(piece)
+                && !source.requests.contains_key(&piece)
+                && self.is_free(piece)
         });
         let ranked = askable.filter_map(|&piece| {
             let entry = self.pieces.get(&piece)?;
@@ -504,7 +508,10 @@ impl<S: Ord + Clone> Swarm<S> {
             return false;
         };
         let late = |source: &S| {
-            let ask = self.sources.get(source).and_then(|s| s.asks.get(&piece));
+            let ask = self
+                .sources
+                .get(source)
+                .and_then(|s| s.requests.get(&piece));
             ask.is_none_or(|ask| ask.late)
         };
         entry.asked.len() < self.settings.repeats && entry.asked.iter().all(late)
@@ -530,12 +537,12 @@ impl<S: Ord + Clone> Swarm<S> {
             .max(self.settings.patience),
             None => self.settings.patience * 2,
         };
-        if source.asks.is_empty() {
+        if source.requests.is_empty() {
             source.heard = now;
         }
-        source.asks.insert(
+        source.requests.insert(
             piece,
-            Ask {
+            Request {
                 at: now,
                 due: now + limit,
                 late: false,
@@ -552,8 +559,9 @@ impl<S: Ord + Clone> Swarm<S> {
     }
 
     fn owed_by(&self, name: &S) -> u64 {
-        let asks = self.sources.get(name).into_iter();
-        asks.flat_map(|source| source.asks.keys())
+        let requests = self.sources.get(name).into_iter();
+        requests
+            .flat_map(|source| source.requests.keys())
             .filter_map(|piece| self.pieces.get(piece))
             .map(|piece| u64::from(piece.wanted.bytes))
             .sum()
@@ -570,10 +578,10 @@ impl<S: Ord + Clone> Swarm<S> {
     }
 }
 
-impl Source {
+impl SourceState {
     fn delivered(&mut self, piece: u32, bytes: u32, most: u32, now: Instant) {
         self.heard = self.heard.max(now);
-        let Some(ask) = self.asks.remove(&piece) else {
+        let Some(ask) = self.requests.remove(&piece) else {
             return;
         };
         // With several requests under way a piece takes what passed since the one before it.

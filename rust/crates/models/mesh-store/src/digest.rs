@@ -6,7 +6,7 @@ use std::path::Path;
 use std::str::FromStr;
 
 use data_encoding::{HEXLOWER, HEXLOWER_PERMISSIVE};
-use mesh_model::file::open_regular;
+use mesh_model::file::{open_regular, sha256};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use sha2::{Digest as _, Sha256};
 
@@ -42,17 +42,8 @@ impl Digest {
     ///
     /// # Errors
     /// If reading fails.
-    pub fn of_reader(mut reader: impl Read) -> io::Result<Self> {
-        let mut hasher = Hasher::default();
-        let mut buffer = vec![0; 1 << 20];
-        loop {
-            match reader.read(&mut buffer) {
-                Ok(0) => return Ok(hasher.finish()),
-                Ok(n) => hasher.update(&buffer[..n]),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error),
-            }
-        }
+    pub fn of_reader(reader: impl Read) -> io::Result<Self> {
+        sha256(reader).map(Digest)
     }
 
     /// The digest of the file at `path`.

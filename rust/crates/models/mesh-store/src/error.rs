@@ -10,15 +10,13 @@ use crate::signature::SignatureError;
 /// Errors of the store.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
+#[allow(missing_docs, reason = "the messages name the fields")]
 pub enum StoreError {
     /// A file operation failed.
     #[error("cannot {action} {}: {source}", path.display())]
     Io {
-        /// The operation that failed.
         action: &'static str,
-        /// Path of the file or folder.
         path: PathBuf,
-        /// Error from the operating system.
         source: io::Error,
     },
     /// Too little room, even after evicting everything that may be evicted.
@@ -26,10 +24,7 @@ pub enum StoreError {
     NoRoom(NoRoom),
     /// Another process writes the same file.
     #[error("{key} is being fetched by another process; wait for it, or end it")]
-    Busy {
-        /// Name or digest of the file.
-        key: String,
-    },
+    Busy { key: String },
     /// Bytes that do not lie in their file.
     #[error("bytes {offset} to {end} do not lie in a file of {bytes} bytes")]
     Outside {
@@ -37,27 +32,18 @@ pub enum StoreError {
         offset: u64,
         /// Position one past the last byte.
         end: u64,
-        /// Length of the file.
         bytes: u64,
     },
     /// A file that is not whole yet.
     #[error("{missing} bytes of {key} are still missing")]
-    Incomplete {
-        /// Name or digest of the file.
-        key: String,
-        /// Bytes that are missing.
-        missing: u64,
-    },
+    Incomplete { key: String, missing: u64 },
     /// A file that is another one than it should be.
     #[error(
         "{key} has SHA-256 {found}, but {wanted} was expected: what was fetched is damaged or was altered; it has to be fetched again"
     )]
     Mismatch {
-        /// Name or digest of the file.
         key: String,
-        /// Digest of the bytes that are present.
         found: Digest,
-        /// Digest that was expected.
         wanted: Digest,
     },
     /// The disk does not return what was written to it.
@@ -65,7 +51,6 @@ pub enum StoreError {
         "the disk does not give back what was written to {key}: {pieces} pieces differ and are fetched again; see to the disk (dmesg, smartctl) if it goes on"
     )]
     Spoiled {
-        /// Name or digest of the file.
         key: String,
         /// Number of pieces that differ.
         pieces: usize,
@@ -74,32 +59,19 @@ pub enum StoreError {
     #[error(
         "the store has no model {fingerprint}; `hydramesh models list` shows those that it has"
     )]
-    NoModel {
-        /// Fingerprint of the model.
-        fingerprint: Digest,
-    },
+    NoModel { fingerprint: Digest },
     /// A model that a process has loaded.
     #[error("{name} is loaded by a process, and stays until that has ended")]
-    Pinned {
-        /// Name of the model.
-        name: String,
-    },
+    Pinned { name: String },
     /// A folder of something else.
     #[error("{} is no store of models; name an empty folder, or one that `hydramesh models pull` or a worker made", path.display())]
-    NoStore {
-        /// Path of the folder.
-        path: PathBuf,
-    },
+    NoStore { path: PathBuf },
     /// A folder of the store that belongs to another user.
     #[error("{} belongs to another user, who may have put anything there: remove it, or keep the store elsewhere", path.display())]
-    Foreign {
-        /// Path of the folder.
-        path: PathBuf,
-    },
+    Foreign { path: PathBuf },
     /// A manifest or signatures in the store are no longer as written.
     #[error("{} is damaged: {reason}", path.display())]
     Damaged {
-        /// Path of the file.
         path: PathBuf,
         /// Description of the damage.
         reason: String,

@@ -6,18 +6,18 @@
 //! that user's choice.
 
 use std::fs::{DirBuilder, File, Metadata, OpenOptions};
-use std::io::{self, Read, Write};
+use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Component, Path, PathBuf};
 
 use mesh_base::files;
 pub(crate) use mesh_base::files::{create_private_dir, sync_parent};
-use mesh_model::file::open_regular;
+pub(crate) use mesh_model::file::{read_all, read_limited};
 use nix::fcntl::OFlag;
 use nix::unistd::geteuid;
 
-/// Replaces the file at `path` by one with these bytes; `tmp` is a folder on the same file system. After a crash or a power
-/// loss it is the old or the new one. When this returns, the new one is on disk.
+/// Replaces the file at `path` by one with these bytes; `tmp` is a folder on the same file system. After a
+/// crash or a power loss it is the old or the new one. When this returns, the new one is on disk.
 pub(crate) fn replace(path: &Path, tmp: &Path, bytes: &[u8]) -> io::Result<()> {
     files::replace_with(path, Some(tmp), files::PRIVATE, |file| {
         file.write_all(bytes)
@@ -114,12 +114,18 @@ fn planted(what: &str) -> io::Error {
     ))
 }
 
+/// Bytes that a file takes on disk: less than its length where it has holes.
+pub(crate) fn allocated(path: &Path) -> u64 {
+    std::fs::metadata(path).map_or(0, |found| found.blocks() * 512)
+}
+
 /// True if the file at `path` itself, not behind a link, belongs to one of `owners`.
 pub(crate) fn is_own(path: &Path, owners: Owners) -> bool {
     std::fs::symlink_metadata(path).is_ok_and(|found| owners.have(&found))
 }
 
-/// Creates the folders of `relative` within `root`. None of them may be a link, or another user's: such a link is removed.
+/// Creates the folders of `relative` within `root`. None of them may be a link, or another user's: such a
+/// link is removed.
 pub(crate) fn create_within(root: &Path, relative: &Path, owners: Owners) -> io::Result<PathBuf> {
     let mut folder = root.to_owned();
     for part in relative.components() {
@@ -139,26 +145,6 @@ pub(crate) fn create_within(root: &Path, relative: &Path, owners: Owners) -> io:
         DirBuilder::new().mode(0o700).create(&folder)?;
     }
     Ok(folder)
-}
-
-/// The file at `path`, if it exists and has at most `limit` bytes.
-pub(crate) fn read_limited(path: &Path, limit: u64) -> io::Result<Option<Vec<u8>>> {
-    // A pipe in place of the file would block.
-    match open_regular(path) {
-        Ok(file) => read_all(file, limit).map(Some),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(error) => Err(error),
-    }
-}
-
-/// All bytes of `file`, if it has at most `limit`.
-pub(crate) fn read_all(file: File, limit: u64) -> io::Result<Vec<u8>> {
-    let mut bytes = Vec::new();
-    file.take(limit + 1).read_to_end(&mut bytes)?;
-    if bytes.len() as u64 > limit {
-        return Err(io::Error::other(format!("it has more than {limit} bytes")));
-    }
-    Ok(bytes)
 }
 
 /// Removes a file that may be absent.

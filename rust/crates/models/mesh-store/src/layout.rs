@@ -1,15 +1,15 @@
 //! Positions of the tensors in a file, and the ranges that a stage needs.
 //!
-//! A stage that computes a range of layers opens the file as if it were whole: its header, and the tensors that the
-//! engine reads for that range. What belongs to which layer is told by the tensors' names, those of GGUF files
-//! (<https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>, "Standardized tensor names") and those of
-//! Hugging Face's `transformers`.
+//! A stage that computes a range of layers opens the file as if it were whole: its header, and the tensors
+//! that the engine reads for that range. What belongs to which layer is told by the tensors' names, those of
+//! GGUF files (<https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>, "Standardized tensor names") and
+//! those of Hugging Face's `transformers`.
 
 use std::io::{self, Read};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use mesh_model::file::open_regular;
+use mesh_model::file::{has_extension, open_regular};
 use mesh_model::safetensors::{Safetensors, SafetensorsError};
 use mesh_model::{Gguf, GgufError};
 
@@ -53,36 +53,26 @@ pub enum Role {
 /// Errors of finding a file's tensors.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
+#[allow(missing_docs, reason = "the messages name the fields")]
 pub enum LayoutError {
     /// The file could not be read.
     #[error("cannot read {}: {source}", path.display())]
-    Read {
-        /// Path of the file.
-        path: PathBuf,
-        /// Error from the operating system.
-        source: io::Error,
-    },
+    Read { path: PathBuf, source: io::Error },
     /// A broken GGUF file.
     #[error("{}: {source}", path.display())]
-    Gguf {
-        /// Path of the file.
-        path: PathBuf,
-        /// Error of the GGUF file.
-        source: GgufError,
-    },
+    Gguf { path: PathBuf, source: GgufError },
     /// A broken safetensors file.
     #[error("{}: {source}", path.display())]
     Safetensors {
-        /// Path of the file.
         path: PathBuf,
-        /// Error of the safetensors file.
         source: SafetensorsError,
     },
 }
 
 impl Layout {
-    /// The layout of the file at `path`: a GGUF file by its first bytes, a safetensors file by its name, any other has no
-    /// tensors. Only the header is read, so that the file may be one of which no more is present.
+    /// The layout of the file at `path`: a GGUF file by its first bytes, a safetensors file by its name, any
+    /// other has no tensors. Only the header is read, so that the file may be one of which no more is
+    /// present.
     ///
     /// # Errors
     /// If the file cannot be read, or its header is malformed or contradicts the file's length.
@@ -216,8 +206,8 @@ pub fn role(name: &str) -> Role {
     }
 }
 
-/// The layer that the tensor called `name` belongs to: `blk.3.attn_q.weight` in GGUF files, `model.layers.3.mlp.up_proj.weight`
-/// or, in encoders, `encoder.layer.3.output.dense.weight` in others.
+/// The layer that the tensor called `name` belongs to: `blk.3.attn_q.weight` in GGUF files,
+/// `model.layers.3.mlp.up_proj.weight` or, in encoders, `encoder.layer.3.output.dense.weight` in others.
 pub fn layer(name: &str) -> Option<u32> {
     let hf = hf_name(name);
     let encoder = ["bert.", "roberta."]
@@ -245,11 +235,6 @@ fn hf_name(name: &str) -> &str {
 /// The matrix of the logits, where it is not the embedding.
 fn is_output_matrix(name: &str) -> bool {
     name == "output.weight" || name.ends_with("lm_head.weight")
-}
-
-pub(crate) fn has_extension(path: &Path, wanted: &str) -> bool {
-    path.extension()
-        .is_some_and(|extension| extension.eq_ignore_ascii_case(wanted))
 }
 
 #[cfg(test)]

@@ -1,10 +1,11 @@
 //! Models on disk: their contents, their location, and their signatures.
 //!
-//! - [`Manifest`]: the files of a model with SHA-256 digests of pieces of at most 4 MiB and of every tensor; its own digest is
-//!   the model's *fingerprint*. [`Manifest::pieces_for`] tells what a stage needs.
+//! - [`Manifest`]: the files of a model with SHA-256 digests of pieces of at most 4 MiB and of every tensor;
+//!   its own digest is the model's *fingerprint*. [`Manifest::pieces_for`] tells what a stage needs.
 //! - [`SignedManifest`], [`SigningKey`] and [`Policy`]: the operator's ML-DSA-65 signature over it.
-//! - [`Store`]: a folder with blobs named by their digest, partial files that survive a kill ([`PartialFile`]), pins for what is
-//!   loaded, admission by free space, eviction. Several processes may use one store at once.
+//! - [`Store`]: a folder with blobs named by their digest, partial files that survive a kill
+//!   ([`PartialFile`]), pins for what is loaded, admission by free space, eviction. Several processes may use
+//!   one store at once.
 //! - [`local`] and [`names`]: models that lie in folders, and what a name means.
 //!
 //! Nothing here is async, and nothing touches the network. All of it blocks for as long as the disk takes.
@@ -36,8 +37,10 @@ pub use manifest::{
 pub use names::{NameError, Places, Resolved, Target, default_store};
 pub use partial::{PartialFile, PartialKey};
 pub use ranges::RangeSet;
-pub use room::{GcReport, Limits};
+pub use room::GcReport;
 pub use signature::{
     Policy, PublicKey, Signature, SignatureError, SignedManifest, SigningKey, Verdict,
 };
-pub use store::{Begun, Contents, DamagedModel, Named, Pin, Presence, Store, StoredModel, Work};
+pub use store::{
+    Begun, Contents, DamagedModel, Limits, Named, Pin, Presence, Store, StoredModel, Work,
+};

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use mesh_model::file::open_regular;
+use mesh_model::file::{has_extension, open_regular};
 use mesh_model::hf::{Folder, is_hugging_face};
 use mesh_model::model::model_name;
 use serde::{Deserialize, Serialize};
@@ -14,7 +14,6 @@ use serde::{Deserialize, Serialize};
 use crate::digest::Digest;
 use crate::error::StoreError;
 use crate::files;
-use crate::layout::has_extension;
 use crate::manifest::{Manifest, model_files};
 use crate::signature::SignedManifest;
 use crate::store::Store;
@@ -57,27 +56,17 @@ impl LocalKind {
 /// Errors of looking up a model in folders.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
+#[allow(missing_docs, reason = "the messages name the fields")]
 pub enum LocalError {
     /// A folder could not be listed.
     #[error("cannot list the model folder {}: {source}", path.display())]
-    List {
-        /// Path of the folder.
-        path: PathBuf,
-        /// Error from the operating system.
-        source: io::Error,
-    },
+    List { path: PathBuf, source: io::Error },
     /// No file of that name.
     #[error("no model {name:?}: {}", known_names(known))]
-    NotFound {
-        /// Name that was looked up.
-        name: String,
-        /// Names of the models in the folders.
-        known: Vec<String>,
-    },
+    NotFound { name: String, known: Vec<String> },
     /// Several files answer to a name.
     #[error("model {name:?} is ambiguous: it may be any of {}; give more of the name or a path", known.join(", "))]
     Ambiguous {
-        /// Name that was looked up.
         name: String,
         /// The names that begin so.
         known: Vec<String>,
@@ -91,9 +80,9 @@ fn known_names(known: &[String]) -> String {
     }
 }
 
-/// All models directly in `dirs`, by name: `.gguf` and `.safetensors` files, and folders with a `config.json` and safetensors
-/// files. A folder that does not exist holds none; of models with one name the first folder's counts. What cannot be looked at
-/// is left out.
+/// All models directly in `dirs`, by name: `.gguf` and `.safetensors` files, and folders with a `config.json`
+/// and safetensors files. A folder that does not exist holds none; of models with one name the first folder's
+/// counts. What cannot be looked at is left out.
 ///
 /// # Errors
 /// If a folder exists but cannot be listed.
@@ -197,8 +186,8 @@ pub fn resolve(name: &str, dirs: &[PathBuf]) -> Result<PathBuf, LocalError> {
     }
 }
 
-/// Digests of files that were hashed before, kept in a small JSON file so that a restart need not read gigabytes again.
-/// A digest counts only as long as the file's path, length and time of change are the same.
+/// Digests of files that were hashed before, kept in a small JSON file so that a restart need not read
+/// gigabytes again. A digest counts only as long as the file's path, length and time of change are the same.
 #[derive(Debug)]
 pub struct FingerprintCache {
     path: PathBuf,
@@ -254,8 +243,8 @@ impl FingerprintCache {
         FingerprintCache { path: path.into() }
     }
 
-    /// The fingerprint of the model at `path` ([`mesh_model::Model::fingerprint`]), remembered or computed. A cache that cannot be
-    /// read or written only costs time.
+    /// The fingerprint of the model at `path` ([`mesh_model::Model::fingerprint`]), remembered or computed. A
+    /// cache that cannot be read or written only costs time.
     ///
     /// # Errors
     /// If a file cannot be read.

@@ -29,8 +29,8 @@ pub const MAX_MANIFEST: usize = 64 << 20;
 /// A model's files, pieces and tensors with their digests.
 ///
 /// Its canonical form is JSON with the fields in the order in which they stand here and without spaces;
-/// [`Manifest::parse`] takes no other. The SHA-256 of that is the model's fingerprint: two models with the same fingerprint
-/// have the same bytes in all their files.
+/// [`Manifest::parse`] takes no other. The SHA-256 of that is the model's fingerprint: two models with the
+/// same fingerprint have the same bytes in all their files.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Manifest {
@@ -129,10 +129,10 @@ impl Manifest {
         })
     }
 
-    /// The pieces that a stage of `layers` needs, of `total` layers in all: every file's header and every file without
-    /// tensors, the tensors of those layers, the embedding if it is the first stage, the output matrix and the last norm
-    /// (or the embedding, where that serves for the output, too) if it is the last, and what belongs to no layer otherwise.
-    /// In the order of the files.
+    /// The pieces that a stage of `layers` needs, of `total` layers in all: every file's header and every
+    /// file without tensors, the tensors of those layers, the embedding if it is the first stage, the output
+    /// matrix and the last norm (or the embedding, where that serves for the output, too) if it is the last,
+    /// and what belongs to no layer otherwise. In the order of the files.
     pub fn pieces_for(&self, layers: Range<u32>, total: u32) -> Vec<PieceId> {
         let tensors = self.files.iter().flat_map(|file| &file.tensors);
         let names = tensors.map(|tensor| tensor.name.as_str());

@@ -53,11 +53,11 @@ pub enum Target {
 /// Errors of resolving a name.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
+#[allow(missing_docs, reason = "the messages name the fields")]
 pub enum NameError {
     /// No model has this name.
     #[error("no model {name:?}: {}", hint(known, close))]
     NotFound {
-        /// The name.
         name: String,
         /// Names of the models here.
         known: Vec<String>,
@@ -72,14 +72,10 @@ pub enum NameError {
     },
     /// There is something, but no model.
     #[error("{} is no model: neither a .gguf or .safetensors file, nor a folder with config.json and .safetensors files", path.display())]
-    NoModel {
-        /// Path that the error is about.
-        path: PathBuf,
-    },
+    NoModel { path: PathBuf },
     /// The name could refer to several models.
     #[error("model {name:?} is ambiguous: it may be any of {}; give more of the name, or a path", candidates.join(", "))]
     Ambiguous {
-        /// The name.
         name: String,
         /// Models that the name could refer to.
         candidates: Vec<String>,
@@ -227,7 +223,8 @@ impl Places<'_> {
                 Target::Stored {
                     fingerprint: other, ..
                 } => other == fingerprint,
-                // The store may know what lies in a folder, or knew it. By its whole name the folder's counts, too.
+                // The store may know what lies in a folder, or knew it. By its whole name the folder's
+                // counts, too.
                 Target::Local(model) => {
                     model.name == *known || index.lies_at(fingerprint, &model.path)
                 }
@@ -374,20 +371,26 @@ fn looks_like_path(name: &str) -> bool {
         .any(|start| name.starts_with(start))
 }
 
-/// The hub's addresses.
-const HOSTS: [&str; 2] = ["huggingface.co", "hf.co"];
+/// Host names of the hub.
+pub const HUB_HOSTS: [&str; 2] = ["huggingface.co", "hf.co"];
 
-/// A name on the hub in the form in which models from there are named: `ORGANISATION/MODEL[@REVISION][:WHICH]`.
-fn hub_id(name: &str) -> Option<String> {
+/// The text behind `https://` and the hub's host name, or behind `hf:`; true if `name` has one of the latter.
+pub fn without_hub(name: &str) -> (&str, bool) {
     let rest = ["https://", "http://"]
         .into_iter()
         .find_map(|scheme| name.strip_prefix(scheme))
         .unwrap_or(name);
-    let rest = HOSTS
+    let on_hub = HUB_HOSTS
         .into_iter()
         .find_map(|host| rest.strip_prefix(host)?.strip_prefix('/'))
-        .or_else(|| rest.strip_prefix("hf:"))
-        .unwrap_or(rest);
+        .or_else(|| rest.strip_prefix("hf:"));
+    (on_hub.unwrap_or(rest), on_hub.is_some())
+}
+
+/// A name on the hub in the form in which models from there are named:
+/// `ORGANISATION/MODEL[@REVISION][:WHICH]`.
+fn hub_id(name: &str) -> Option<String> {
+    let (rest, _) = without_hub(name);
     let end = rest.find(['@', ':']).unwrap_or(rest.len());
     let (repo, behind) = rest.split_at(end);
     let mut parts = repo.splitn(3, '/');
@@ -397,7 +400,7 @@ fn hub_id(name: &str) -> Option<String> {
         !part.is_empty() && part.len() <= 96 && part.bytes().all(allowed) && !part.starts_with('.')
     };
     // With the hub's address in it twice it would mean something else when it is read again.
-    if !plain(organisation) || !plain(model) || HOSTS.contains(&organisation) {
+    if !plain(organisation) || !plain(model) || HUB_HOSTS.contains(&organisation) {
         return None;
     }
     if rest.chars().any(char::is_control) {

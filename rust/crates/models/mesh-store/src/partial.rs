@@ -1,19 +1,19 @@
 //! Files of which only some bytes are here.
 //!
-//! A partial file has its full length from the start, and holes where nothing was written yet: a model file of which the
-//! header and some layers are present opens like a whole one. Beside it lies its *have-map*, the list of what is there.
-//! The map is written after the bytes that it tells of have reached the disk, and replaced whole, so that after a kill or
-//! a power loss it may know of less than there is, never of more.
+//! A partial file has its full length from the start, and holes where nothing was written yet: a model file
+//! of which the header and some layers are present opens like a whole one. Beside it lies its *have-map*, the
+//! list of the ranges that are present. The map is replaced as a whole, after its ranges have reached the
+//! disk: after a kill or a power loss it may list fewer bytes than there are, never more.
 
-use std::fmt;
+mod have_map;
+mod key;
+
 use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
 use std::ops::Range;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard};
-
-use serde::{Deserialize, Serialize};
 
 use crate::digest::Digest;
 use crate::error::StoreError;
@@ -21,46 +21,8 @@ use crate::files;
 use crate::manifest::ManifestFile;
 use crate::ranges::RangeSet;
 use crate::store::Store;
-
-/// Identity of a partial file.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum PartialKey {
-    /// Digest of the complete file.
-    Blob(Digest),
-    /// Digest of the file's source, for a file whose own digest is unknown until it is complete.
-    Source(Digest),
-}
-
-impl PartialKey {
-    /// The key of a file that is known by its source only: any text that always refers to the same bytes,
-    /// such as a hub's repository, commit and path.
-    pub fn source(text: &str) -> Self {
-        PartialKey::Source(Digest::of(text))
-    }
-
-    pub(crate) fn file_name(&self) -> String {
-        match self {
-            PartialKey::Blob(digest) => digest.to_string(),
-            PartialKey::Source(digest) => format!("source-{digest}"),
-        }
-    }
-
-    pub(crate) fn of_file_name(name: &str) -> Option<Self> {
-        match name.strip_prefix("source-") {
-            Some(digest) => digest.parse().ok().map(PartialKey::Source),
-            None => name.parse().ok().map(PartialKey::Blob),
-        }
-    }
-}
-
-impl fmt::Display for PartialKey {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            PartialKey::Blob(digest) => write!(f, "blob {digest}"),
-            PartialKey::Source(digest) => write!(f, "a file with source {}", digest.short()),
-        }
-    }
-}
+pub(crate) use have_map::{HaveMap, have_path};
+pub use key::PartialKey;
 
 /// A partial file that this process alone may write. Its methods block for as long as the disk takes.
 #[derive(Debug)]
@@ -70,13 +32,13 @@ pub struct PartialFile {
     file: File,
     bytes: u64,
     wanted: u64,
-    state: Mutex<State>,
+    written: Mutex<Written>,
     /// Held while the have-map is written.
     flushing: Mutex<()>,
 }
 
 #[derive(Debug)]
-struct State {
+struct Written {
     have: RangeSet,
     /// Bytes written since the have-map was.
     unflushed: u64,
@@ -126,7 +88,7 @@ impl PartialFile {
             file,
             bytes,
             wanted: wanted.min(bytes),
-            state: Mutex::new(State { have, unflushed: 0 }),
+            written: Mutex::new(Written { have, unflushed: 0 }),
             flushing: Mutex::default(),
         };
         partial.flush()?;
@@ -150,17 +112,17 @@ impl PartialFile {
 
     /// Ranges that have been written; not all of them may be on disk.
     pub fn have(&self) -> RangeSet {
-        self.state().have.clone()
+        self.written().have.clone()
     }
 
     /// Ranges that have not been written.
     pub fn missing(&self) -> Vec<Range<u64>> {
-        self.state().have.missing(0..self.bytes)
+        self.written().have.missing(0..self.bytes)
     }
 
     /// True if all bytes of the file have been written.
     pub fn is_complete(&self) -> bool {
-        self.state().have.contains(&(0..self.bytes))
+        self.written().have.contains(&(0..self.bytes))
     }
 
     /// Writes `data` at `offset`; the range then counts as present. Every 16 MiB the file is synced to disk.
@@ -173,10 +135,10 @@ impl PartialFile {
             .write_all_at(data, offset)
             .map_err(StoreError::io("write", &self.path()))?;
         let due = {
-            let mut state = self.state();
-            state.have.insert(range);
-            state.unflushed += data.len() as u64;
-            state.unflushed >= FLUSH_EVERY
+            let mut written = self.written();
+            written.have.insert(range);
+            written.unflushed += data.len() as u64;
+            written.unflushed >= FLUSH_EVERY
         };
         match due {
             true => self.flush(),
@@ -190,7 +152,7 @@ impl PartialFile {
     /// If it does not lie in the file, or the disk fails.
     pub fn read_at(&self, range: Range<u64>) -> Result<Option<Vec<u8>>, StoreError> {
         self.within(range.start, range.end.saturating_sub(range.start))?;
-        if !self.state().have.contains(&range) {
+        if !self.written().have.contains(&range) {
             return Ok(None);
         }
         let mut bytes = vec![0; range.end.saturating_sub(range.start) as usize];
@@ -205,7 +167,7 @@ impl PartialFile {
     /// # Errors
     /// If the disk fails.
     pub fn forget(&self, range: Range<u64>) -> Result<(), StoreError> {
-        self.state().have.remove(range);
+        self.written().have.remove(range);
         self.flush()
     }
 
@@ -222,11 +184,11 @@ impl PartialFile {
             .collect();
         let bad = file.bad_pieces(&self.path(), &present, &|_| ())?;
         if !bad.is_empty() {
-            let mut state = self.state();
+            let mut written = self.written();
             for &index in &bad {
-                state.have.remove(file.pieces[index as usize].range());
+                written.have.remove(file.pieces[index as usize].range());
             }
-            drop(state);
+            drop(written);
             self.flush()?;
         }
         Ok(bad)
@@ -239,8 +201,8 @@ impl PartialFile {
     pub fn flush(&self) -> Result<(), StoreError> {
         let _one = self.flushing.lock().expect("nobody panics with it");
         let (have, unflushed) = {
-            let state = self.state();
-            (state.have.clone(), state.unflushed)
+            let written = self.written();
+            (written.have.clone(), written.unflushed)
         };
         let path = self.path();
         if unflushed > 0 {
@@ -248,17 +210,12 @@ impl PartialFile {
                 .sync_data()
                 .map_err(StoreError::io("write", &path))?;
         }
-        let map = HaveMap {
-            version: HAVE_VERSION,
-            bytes: self.bytes,
-            wanted: self.wanted,
-            have: have.iter().map(|range| (range.start, range.end)).collect(),
-        };
+        let map = HaveMap::new(self.bytes, self.wanted, &have);
         let path = have_path(&path);
         let json = serde_json::to_vec(&map).expect("numbers are JSON");
         files::replace(&path, &self.store.tmp(), &json).map_err(StoreError::io("write", &path))?;
-        let mut state = self.state();
-        state.unflushed = state.unflushed.saturating_sub(unflushed);
+        let mut written = self.written();
+        written.unflushed = written.unflushed.saturating_sub(unflushed);
         Ok(())
     }
 
@@ -272,9 +229,9 @@ impl PartialFile {
         self.complete_checked(wanted, None)
     }
 
-    /// The same for a file of which every piece was compared with `file` before it was written. [`StoreError::Mismatch`] means then
-    /// that `file` contradicts itself: where the disk gives back other pieces than it got, only those are forgotten, and the error
-    /// is [`StoreError::Spoiled`].
+    /// The same for a file of which every piece was compared with `file` before it was written.
+    /// [`StoreError::Mismatch`] means then that `file` contradicts itself: where the disk gives back other
+    /// pieces than it got, only those are forgotten, and the error is [`StoreError::Spoiled`].
     ///
     /// # Errors
     /// As [`PartialFile::complete`].
@@ -291,7 +248,8 @@ impl PartialFile {
             .map_err(StoreError::io("read", &self.path()))
     }
 
-    /// Its digest; `wanted`, unless the disk gives the pieces of `file` back as they are, and the same other digest twice.
+    /// Its digest; `wanted`, unless the disk gives the pieces of `file` back as they are, and the same other
+    /// digest twice.
     fn digest_of_pieces(&self, file: &ManifestFile, wanted: Digest) -> Result<Digest, StoreError> {
         let found = self.digest_on_disk()?;
         if found == wanted {
@@ -313,7 +271,7 @@ impl PartialFile {
         file: Option<&ManifestFile>,
     ) -> Result<Digest, StoreError> {
         let path = self.path();
-        let missing = self.bytes - self.state().have.bytes();
+        let missing = self.bytes - self.written().have.bytes();
         if missing > 0 {
             self.flush()?;
             return Err(StoreError::Incomplete {
@@ -387,52 +345,9 @@ impl PartialFile {
         }
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().expect("nobody panics with it")
+    fn written(&self) -> MutexGuard<'_, Written> {
+        self.written.lock().expect("nobody panics with it")
     }
-}
-
-/// The have-map file beside a partial file.
-#[derive(Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub(crate) struct HaveMap {
-    version: u32,
-    /// Length of the whole file.
-    pub(crate) bytes: u64,
-    /// Number of bytes that the file needs in the end.
-    pub(crate) wanted: u64,
-    /// Start and end of the ranges that are present.
-    have: Vec<(u64, u64)>,
-}
-
-const HAVE_VERSION: u32 = 1;
-
-/// Longest have-map that is read: some hundred thousand holes.
-const MAX_HAVE_MAP: u64 = 16 << 20;
-
-impl HaveMap {
-    /// Reads the map at `path`. A broken map counts as missing, and its ranges are fetched again.
-    pub(crate) fn read(path: &Path) -> Option<HaveMap> {
-        let json = files::read_limited(path, MAX_HAVE_MAP).ok()??;
-        Self::parse(&json)
-    }
-
-    fn parse(json: &[u8]) -> Option<HaveMap> {
-        let map: HaveMap = serde_json::from_slice(json).ok()?;
-        let fits = |&(start, end): &(u64, u64)| start < end && end <= map.bytes;
-        let sound = map.version == HAVE_VERSION && map.have.iter().all(fits);
-        let ascending = map.have.windows(2).all(|pair| pair[0].1 < pair[1].0);
-        (sound && ascending).then_some(map)
-    }
-
-    pub(crate) fn ranges(&self) -> RangeSet {
-        self.have.iter().map(|&(start, end)| start..end).collect()
-    }
-}
-
-/// Path of the have-map for the partial file at `path`.
-pub(crate) fn have_path(path: &Path) -> PathBuf {
-    path.with_extension("have")
 }
 
 #[cfg(test)]

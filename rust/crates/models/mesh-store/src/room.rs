@@ -12,26 +12,9 @@ use crate::error::{NoRoom, StoreError};
 use crate::files;
 use crate::manifest::Manifest;
 use crate::partial::{HaveMap, PartialKey, have_path};
-use crate::store::{Store, WORK, allocated};
+use crate::store::{Store, WORK};
 
-/// Limits on the bytes of a store.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Limits {
-    /// Maximum bytes of all its files; `None` allows as many as the disk has.
-    pub bytes: Option<u64>,
-    /// Bytes of the disk to leave free.
-    pub keep_free: u64,
-}
-
-impl Default for Limits {
-    /// No limit but the disk, of which 1 GiB stays free.
-    fn default() -> Self {
-        Limits {
-            bytes: None,
-            keep_free: 1 << 30,
-        }
-    }
-}
+pub use crate::store::Limits;
 
 /// Files and models that [`Store::gc`] removed, or would remove.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -88,8 +71,9 @@ struct Survey {
 }
 
 impl Store {
-    /// Makes room for `bytes` more, by evicting models that were not used for the longest time. Pinned ones and such as are being
-    /// fetched stay. Room that running fetches were promised counts as taken. Nothing is evicted if it would not suffice.
+    /// Makes room for `bytes` more, by evicting models that were not used for the longest time. Pinned ones
+    /// and such as are being fetched stay. Room that running fetches were promised counts as taken. Nothing
+    /// is evicted if it would not suffice.
     ///
     /// # Errors
     /// If there is not enough room.
@@ -108,11 +92,12 @@ impl Store {
         let mut partial = self.list("partial")?;
         partial.retain(|path| partial_key(path).is_some());
         let files = blobs.iter().chain(&partial);
-        Ok(files.map(|path| allocated(path)).sum())
+        Ok(files.map(|path| files::allocated(path)).sum())
     }
 
-    /// Removes a model: its manifest, names and links, and those of its files that no other model has. Gives the bytes that
-    /// this frees. Of one whose manifest is damaged the files are not known; [`Store::gc`] removes those that are left over.
+    /// Removes a model: its manifest, names and links, and those of its files that no other model has. Gives
+    /// the bytes that this frees. Of one whose manifest is damaged the files are not known; [`Store::gc`]
+    /// removes those that are left over.
     ///
     /// # Errors
     /// If a process has it loaded or fetches it, the store does not have it, or the disk fails.
@@ -395,8 +380,8 @@ impl Store {
 
     /// Bytes that a file takes, whole or in part.
     fn weight(&self, digest: &Digest) -> u64 {
-        allocated(&self.blob_path(digest))
-            + allocated(&self.partial_path(&PartialKey::Blob(*digest)))
+        files::allocated(&self.blob_path(digest))
+            + files::allocated(&self.partial_path(&PartialKey::Blob(*digest)))
     }
 
     /// Bytes that would be freed; `uses` is as it would be then.
@@ -407,7 +392,7 @@ impl Store {
         uses: &mut HashMap<Digest, usize>,
     ) -> u64 {
         match victim {
-            Victim::Leftover { path, .. } => allocated(path),
+            Victim::Leftover { path, .. } => files::allocated(path),
             Victim::Model { fingerprint } => {
                 let model = models.iter().find(|(known, _)| known == fingerprint);
                 let freed = model.map(|(_, manifest)| release(manifest, uses));
@@ -489,22 +474,6 @@ impl Store {
         }
         remove_any(&self.root().join("models").join(fingerprint.to_string()))?;
         remove_any(&self.pin_path(fingerprint))
-    }
-
-    /// True if a process has the model loaded. The caller holds the store's lock; otherwise this check would
-    /// look like a pin to others.
-    pub(crate) fn is_pinned(&self, fingerprint: &Digest) -> Result<bool, StoreError> {
-        let path = self.pin_path(fingerprint);
-        if !path.exists() {
-            return Ok(false);
-        }
-        let opened = files::open_own(&path, self.owners());
-        let file = opened.map_err(StoreError::io("open", &path))?;
-        match file.try_lock() {
-            Ok(()) => Ok(false),
-            Err(std::fs::TryLockError::WouldBlock) => Ok(true),
-            Err(std::fs::TryLockError::Error(error)) => Err(StoreError::io("lock", &path)(error)),
-        }
     }
 }
 

@@ -1,8 +1,8 @@
 //! Signatures over manifests, by the operator's ML-DSA-65 key (FIPS 204).
 //!
-//! What is signed is the manifest's fingerprint, its 32 bytes, with the context string
-//! `hydramesh-model-manifest-v1`. A key is named by its id, the SHA-256 of the public key's 1,952 bytes. Key files are PEM:
-//! PKCS#8 holding the seed (RFC 9881), and SubjectPublicKeyInfo.
+//! A signature is over the 32 bytes of the manifest's fingerprint, with the context string
+//! `hydramesh-model-manifest-v1`. A key is named by its id, the SHA-256 of the public key's 1,952 bytes. Key
+//! files are PEM: PKCS#8 holding the seed (RFC 9881), and SubjectPublicKeyInfo.
 
 use std::fmt;
 use std::fs::{OpenOptions, Permissions};
@@ -34,57 +34,40 @@ const MAX_KEY_FILE: u64 = 64 << 10;
 /// Errors of signatures and keys.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
+#[allow(missing_docs, reason = "the messages name the fields")]
 pub enum SignatureError {
     /// A key file cannot be read or written.
     #[error("cannot {action} the key {}: {source}", path.display())]
     KeyFile {
-        /// The operation that failed.
         action: &'static str,
-        /// Path of the file.
         path: PathBuf,
-        /// Error from the operating system.
         source: std::io::Error,
     },
     /// A secret that others can read.
     #[error("the key {} can be read by others (mode {mode:o}): `chmod 600` it, or make a new one if it may have been seen", path.display())]
-    KeyExposed {
-        /// Path of the file.
-        path: PathBuf,
-        /// Mode of the file.
-        mode: u32,
-    },
+    KeyExposed { path: PathBuf, mode: u32 },
     /// The file does not hold a key of this kind.
     #[error("{} holds no ML-DSA-65 {kind} key in PEM: {reason}; `hydramesh models key` makes one", path.display())]
     NotAKey {
-        /// Path of the file.
         path: PathBuf,
         /// `private` or `public`.
         kind: &'static str,
-        /// Error from the parser.
         reason: String,
     },
     /// Signatures in another form than they should have.
     #[error("the signatures are malformed: {reason}")]
-    Malformed {
-        /// Error from the parser.
-        reason: String,
-    },
+    Malformed { reason: String },
     /// The signature of a trusted key that does not fit the manifest.
     #[error("the signature of key {} does not fit the manifest of {model:?} ({}): the signature or the manifest was altered", key.short(), fingerprint.short())]
     Bad {
-        /// Name of the model.
         model: String,
-        /// Fingerprint of the model.
         fingerprint: Digest,
-        /// Id of the key.
         key: Digest,
     },
     /// No signature where one is required.
     #[error("the manifest of {model:?} ({}) has no signature of a trusted key, which this mesh requires (it trusts {trusted}): sign it with `hydramesh models sign`", fingerprint.short())]
     Unsigned {
-        /// Name of the model.
         model: String,
-        /// Fingerprint of the model.
         fingerprint: Digest,
         /// The keys that would do.
         trusted: String,
@@ -385,8 +368,8 @@ impl Policy {
         self.require
     }
 
-    /// Checks a manifest before anything of it is used. A wrong signature in the name of a trusted key is refused even where
-    /// none is required.
+    /// Checks a manifest before anything of it is used. A wrong signature in the name of a trusted key is
+    /// refused even where none is required.
     ///
     /// # Errors
     /// If it is refused.

@@ -1,4 +1,5 @@
-//! A process that writes into the store is killed, again and again: what the store says is there is there, and right.
+//! A process that writes into the store is killed, again and again: every range that the store lists is
+//! present and right.
 
 use std::io::Read;
 use std::path::Path;

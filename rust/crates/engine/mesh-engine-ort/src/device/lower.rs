@@ -15,8 +15,9 @@
 //! | `output` | f32 | `[1, rows, hidden]`, or `[1, kept, vocab]` at the end of the model |
 //! | `present_key.N`, `present_value.N` | T | on the memory of the past ones |
 //!
-//! T is f16 on GPUs and f32 on CPUs. The residual stream is f32 on both: some networks' hidden rows do not fit f16. Embeddings
-//! are looked up by the host: a row of a few kilobytes goes over, and the table takes no memory of the GPU.
+//! T is f16 on GPUs and f32 on CPUs. The residual stream is f32 on both: some networks' hidden rows do not
+//! fit f16. Embeddings are looked up by the host: a row of a few kilobytes goes over, and the table takes no
+//! memory of the GPU.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -24,9 +25,10 @@ use std::ops::Range;
 use mesh_model::{Activation, ModelConfig, Rope, RopeStyle, Tensors};
 use ort::value::{DynTensor, Tensor};
 
-use super::matrix::{Constants, FileMatrix, Form};
+use super::builder::GraphBuilder;
+use super::matrix::{Constants, FileMatrix, MatrixForm};
 use super::tensors::Precision;
-use crate::onnx::{Attribute, Dim, Element, Initializer, Model, Node, Value};
+use crate::onnx::{Attribute, Dim, ElementType, ModelProto, NodeProto, ValueInfo};
 use crate::options::LoadError;
 
 pub(super) const HIDDEN: &str = "hidden";
@@ -55,7 +57,7 @@ pub(super) struct Lowered {
 }
 
 /// Inputs for building a graph.
-pub(super) struct Plan<'a> {
+pub(super) struct LoweringPlan<'a> {
     pub(super) tensors: &'a Tensors,
     pub(super) config: &'a ModelConfig,
     pub(super) layers: Range<u32>,
@@ -66,7 +68,7 @@ pub(super) struct Plan<'a> {
     pub(super) threads: usize,
 }
 
-impl Plan<'_> {
+impl LoweringPlan<'_> {
     /// Fails if the operators cannot express the model.
     pub(super) fn check(&self) -> Result<(), LoadError> {
         let config = self.config;
@@ -85,28 +87,27 @@ impl Plan<'_> {
 
     /// Reads the weights and writes the graph.
     pub(super) fn lower(&self) -> Result<Lowered, LoadError> {
-        let mut graph = Graph {
+        let mut lowering = Lowering {
             plan: self,
-            nodes: Vec::new(),
-            initializers: Vec::new(),
-            weights: Vec::new(),
-            bytes: 0,
+            graph: GraphBuilder::new(self.precision),
             block_sums: HashMap::new(),
         };
-        graph.rope_tables()?;
+        lowering.rope_tables()?;
         let mut x = HIDDEN.to_owned();
         for layer in 0..self.layers.len() {
-            x = graph.attention(layer, x)?;
-            x = graph.feed_forward(layer, x)?;
+            x = lowering.attention(layer, x)?;
+            x = lowering.feed_forward(layer, x)?;
         }
         match self.is_last() {
-            true => graph.head(x)?,
-            false => graph.node("Identity", "", &[&x], OUTPUT, Vec::new()),
+            true => lowering.head(x)?,
+            false => lowering
+                .graph
+                .node("Identity", "", &[&x], OUTPUT, Vec::new()),
         }
         self.tensors
             .check_unchanged()
             .map_err(|error| LoadError::Model(error.to_string()))?;
-        Ok(graph.finish())
+        Ok(lowering.finish())
     }
 
     fn is_last(&self) -> bool {
@@ -114,17 +115,15 @@ impl Plan<'_> {
     }
 }
 
-struct Graph<'a> {
-    plan: &'a Plan<'a>,
-    nodes: Vec<Node>,
-    initializers: Vec<Initializer>,
-    weights: Vec<(String, DynTensor)>,
-    bytes: u64,
+/// The graph as far as it is built.
+struct Lowering<'a> {
+    plan: &'a LoweringPlan<'a>,
+    graph: GraphBuilder,
     /// Sums over blocks that are computed already, by value and block.
     block_sums: HashMap<(String, usize), String>,
 }
 
-impl Graph<'_> {
+impl Lowering<'_> {
     /// hidden + attention(norm(hidden)).
     fn attention(&mut self, layer: usize, x: String) -> Result<String, LoadError> {
         let config = self.plan.config;
@@ -142,12 +141,13 @@ impl Graph<'_> {
         let window = config.window_of(number);
 
         let normed = self.norm(&x, &norm)?;
-        let normed = self.narrow(normed);
+        let normed = self.graph.narrow(normed);
         let forms = names
             .iter()
-            .map(|name| Ok(Form::of(self.matrix(name)?.ty)))
+            .map(|name| Ok(MatrixForm::of(self.matrix(name)?.ty)))
             .collect::<Result<Vec<_>, LoadError>>()?;
-        // The operator takes queries, keys and values side by side; head norms come between, so they need them apart.
+        // The operator takes queries, keys and values side by side; head norms come between, so they need
+        // them apart.
         let together = forms.iter().all(|form| *form == forms[0]) && !config.qk_norm;
         let mut qkv = if together {
             vec![self.project(&normed, &names.each_ref().map(String::as_str))?]
@@ -166,17 +166,25 @@ impl Graph<'_> {
                 parts = vec![parts.concat()];
             }
             for (i, (value, bias)) in qkv.iter_mut().zip(parts).enumerate() {
-                let bias = self.numbers(format!("{}.{i}", biases[i]), &[bias.len()], bias)?;
-                *value = self.op("Add", "", &[value, &bias]);
+                let bias = self
+                    .graph
+                    .numbers(format!("{}.{i}", biases[i]), &[bias.len()], bias)?;
+                *value = self.graph.op("Add", "", &[value, &bias]);
             }
         }
         if config.qk_norm {
             for (i, count) in [heads, kv_heads].into_iter().enumerate() {
-                let apart = self.reshape(&qkv[i], &[0, 0, count as i64, head_dim as i64]);
+                let apart = self
+                    .graph
+                    .reshape(&qkv[i], &[0, 0, count as i64, head_dim as i64]);
                 let weight = self.norm_weight(&norms[i])?;
-                let weight = self.numbers(norms[i].clone(), &[weight.len()], weight)?;
+                let weight = self
+                    .graph
+                    .numbers(norms[i].clone(), &[weight.len()], weight)?;
                 let normed = self.rms_norm(&apart, &weight);
-                qkv[i] = self.reshape(&normed, &[0, 0, (count * head_dim) as i64]);
+                qkv[i] = self
+                    .graph
+                    .reshape(&normed, &[0, 0, (count * head_dim) as i64]);
             }
         }
         let [(past_key, present_key), (past_value, present_value)] = kv_names(layer);
@@ -186,7 +194,7 @@ impl Graph<'_> {
         let interleaved = rope.style == RopeStyle::Interleaved;
         let [cos, sin] = rope_names(window.is_some());
         let attended = format!("attention.{layer}");
-        self.nodes.push(Node {
+        self.graph.nodes.push(NodeProto {
             operator: "GroupQueryAttention",
             domain: MICROSOFT,
             name: attended.clone(),
@@ -225,11 +233,11 @@ impl Graph<'_> {
 
     /// Adds the output of a half layer to the residual, after a norm where the network has one.
     fn added(&mut self, x: &str, y: String, post_norm: &str) -> Result<String, LoadError> {
-        let mut y = self.widen(y);
+        let mut y = self.graph.widen(y);
         if self.plan.config.post_norms {
             y = self.norm(&y, post_norm)?;
         }
-        Ok(self.op("Add", "", &[x, &y]))
+        Ok(self.graph.op("Add", "", &[x, &y]))
     }
 
     /// hidden + down(activation(gate(norm(hidden))) · up(norm(hidden))).
@@ -237,37 +245,40 @@ impl Graph<'_> {
         let number = self.plan.layers.start as usize + layer;
         let file = |suffix: &str| format!("blk.{number}.{suffix}.weight");
         let normed = self.norm(&x, &file("ffn_norm"))?;
-        let normed = self.narrow(normed);
+        let normed = self.graph.narrow(normed);
         let gate = self.project(&normed, &[&file("ffn_gate")])?;
         let up = self.project(&normed, &[&file("ffn_up")])?;
         let gate = match self.plan.config.activation {
             // x · sigmoid(αx): with α = 1, SiLU.
-            Activation::Silu => self.with(
+            Activation::Silu => self.graph.with(
                 "QuickGelu",
                 MICROSOFT,
                 &[&gate],
                 vec![("alpha", Attribute::Float(1.0))],
             ),
             // Its tanh form.
-            Activation::GeluTanh => self.op("FastGelu", MICROSOFT, &[&gate]),
+            Activation::GeluTanh => self.graph.op("FastGelu", MICROSOFT, &[&gate]),
         };
-        let product = self.op("Mul", "", &[&gate, &up]);
+        let product = self.graph.op("Mul", "", &[&gate, &up]);
         let down = self.project(&product, &[&file("ffn_down")])?;
         self.added(&x, down, &file("post_ffw_norm"))
     }
 
     /// The rows that are asked for as logits.
     fn head(&mut self, x: String) -> Result<(), LoadError> {
-        let kept = self.with("Gather", "", &[&x, KEPT], vec![("axis", Attribute::Int(1))]);
+        let kept = self
+            .graph
+            .with("Gather", "", &[&x, KEPT], vec![("axis", Attribute::Int(1))]);
         let normed = self.norm(&kept, "output_norm.weight")?;
-        let normed = self.narrow(normed);
+        let normed = self.graph.narrow(normed);
         let matrix = match self.plan.config.tied_embeddings {
             true => "token_embd.weight",
             false => "output.weight",
         };
         let logits = self.project(&normed, &[matrix])?;
-        let logits = self.widen(logits);
-        self.node("Identity", "", &[&logits], OUTPUT, Vec::new());
+        let logits = self.graph.widen(logits);
+        self.graph
+            .node("Identity", "", &[&logits], OUTPUT, Vec::new());
         Ok(())
     }
 
@@ -277,32 +288,35 @@ impl Graph<'_> {
             .iter()
             .map(|name| self.matrix(name))
             .collect::<Result<Vec<_>, _>>()?;
-        let (inputs, form) = (matrices[0].inputs, Form::of(matrices[0].ty));
+        let (inputs, form) = (matrices[0].inputs, MatrixForm::of(matrices[0].ty));
         let outputs: usize = matrices.iter().map(|matrix| matrix.outputs).sum();
         let name = names.join("+");
         let constants = Constants::read(&matrices, self.plan.threads);
         drop(matrices);
-        let Form::Blocks {
+        let MatrixForm::Blocks {
             bits,
             block,
             minimum,
         } = form
         else {
-            let matrix = self.numbers(name, &[inputs, outputs], constants.plain)?;
-            return Ok(self.op("MatMul", "", &[x, &matrix]));
+            let matrix = self
+                .graph
+                .numbers(name, &[inputs, outputs], constants.plain)?;
+            return Ok(self.graph.op("MatMul", "", &[x, &matrix]));
         };
         let blocks = inputs / block;
         let codes = format!("{name}.codes");
-        self.bytes += constants.codes.len() as u64;
+        self.graph.bytes += constants.codes.len() as u64;
         let shape = [outputs, blocks, block * bits / 8];
         let tensor = Tensor::from_array((shape.to_vec(), constants.codes))?;
-        self.constant(codes.clone(), Element::U8, &shape, tensor.upcast());
-        let scales = self.numbers(
+        self.graph
+            .constant(codes.clone(), ElementType::U8, &shape, tensor.upcast());
+        let scales = self.graph.numbers(
             format!("{name}.scales"),
             &[outputs, blocks],
             constants.scales,
         )?;
-        let product = self.with(
+        let product = self.graph.with(
             "MatMulNBits",
             MICROSOFT,
             &[x, &codes, &scales],
@@ -317,13 +331,13 @@ impl Graph<'_> {
             return Ok(product);
         }
         let sums = self.block_sums(x, blocks, block);
-        let minima = self.numbers(
+        let minima = self.graph.numbers(
             format!("{name}.minima"),
             &[blocks, outputs],
             constants.minima,
         )?;
-        let rest = self.op("MatMul", "", &[&sums, &minima]);
-        Ok(self.op("Add", "", &[&product, &rest]))
+        let rest = self.graph.op("MatMul", "", &[&sums, &minima]);
+        Ok(self.graph.op("Add", "", &[&product, &rest]))
     }
 
     /// The sum of each block of each row.
@@ -332,9 +346,9 @@ impl Graph<'_> {
         if let Some(sums) = self.block_sums.get(&key) {
             return sums.clone();
         }
-        let apart = self.reshape(x, &[0, 0, blocks as i64, block as i64]);
-        let axes = self.integers(&[-1]);
-        let sums = self.with(
+        let apart = self.graph.reshape(x, &[0, 0, blocks as i64, block as i64]);
+        let axes = self.graph.integers(&[-1]);
+        let sums = self.graph.with(
             "ReduceSum",
             "",
             &[&apart, &axes],
@@ -347,13 +361,15 @@ impl Graph<'_> {
     /// RMS norm of residual rows, f32.
     fn norm(&mut self, x: &str, name: &str) -> Result<String, LoadError> {
         let weight = self.norm_weight(name)?;
-        let weight = self.add(Precision::F32, name.to_owned(), &[weight.len()], weight)?;
+        let weight = self
+            .graph
+            .add(Precision::F32, name.to_owned(), &[weight.len()], weight)?;
         Ok(self.rms_norm(x, &weight))
     }
 
     fn rms_norm(&mut self, x: &str, weight: &str) -> String {
         let eps = self.plan.config.norm_eps;
-        self.with(
+        self.graph.with(
             "SimplifiedLayerNormalization",
             "",
             &[x, weight],
@@ -363,112 +379,6 @@ impl Graph<'_> {
                 ("stash_type", Attribute::Int(1)),
             ],
         )
-    }
-
-    /// From f32 to the graph's precision.
-    fn narrow(&mut self, x: String) -> String {
-        self.cast(x, self.plan.precision.element())
-    }
-
-    /// From the graph's precision to f32.
-    fn widen(&mut self, x: String) -> String {
-        self.cast(x, Element::F32)
-    }
-
-    fn cast(&mut self, x: String, to: Element) -> String {
-        if self.plan.precision == Precision::F32 {
-            return x;
-        }
-        self.with("Cast", "", &[&x], vec![("to", Attribute::Int(to as i64))])
-    }
-
-    /// 0 in `shape` keeps that dimension, so that rows need not be known.
-    fn reshape(&mut self, x: &str, shape: &[i64]) -> String {
-        let shape = self.integers(shape);
-        self.op("Reshape", "", &[x, &shape])
-    }
-
-    fn op(&mut self, operator: &'static str, domain: &'static str, inputs: &[&str]) -> String {
-        self.with(operator, domain, inputs, Vec::new())
-    }
-
-    /// Adds a node and returns its output.
-    fn with(
-        &mut self,
-        operator: &'static str,
-        domain: &'static str,
-        inputs: &[&str],
-        attributes: Vec<(&'static str, Attribute)>,
-    ) -> String {
-        let output = format!("{operator}.{}", self.nodes.len());
-        self.node(operator, domain, inputs, &output, attributes);
-        output
-    }
-
-    fn node(
-        &mut self,
-        operator: &'static str,
-        domain: &'static str,
-        inputs: &[&str],
-        output: &str,
-        attributes: Vec<(&'static str, Attribute)>,
-    ) {
-        self.nodes.push(Node {
-            operator,
-            domain,
-            name: format!("{operator}.{}", self.nodes.len()),
-            inputs: inputs.iter().map(|&input| input.to_owned()).collect(),
-            outputs: vec![output.to_owned()],
-            attributes,
-        });
-    }
-
-    /// A small constant of integers, inside the model.
-    fn integers(&mut self, numbers: &[i64]) -> String {
-        let name = format!("integers{numbers:?}");
-        if !self.initializers.iter().any(|other| other.name == name) {
-            self.initializers.push(Initializer {
-                name: name.clone(),
-                element: Element::I64,
-                dims: vec![numbers.len()],
-                data: Some(numbers.iter().flat_map(|n| n.to_le_bytes()).collect()),
-            });
-        }
-        name
-    }
-
-    /// A constant of the graph's precision.
-    fn numbers(
-        &mut self,
-        name: String,
-        shape: &[usize],
-        numbers: Vec<f32>,
-    ) -> Result<String, LoadError> {
-        self.add(self.plan.precision, name, shape, numbers)
-    }
-
-    fn add(
-        &mut self,
-        precision: Precision,
-        name: String,
-        shape: &[usize],
-        numbers: Vec<f32>,
-    ) -> Result<String, LoadError> {
-        self.bytes += (numbers.len() * precision.bytes()) as u64;
-        let tensor = precision.tensor(shape, numbers)?;
-        self.constant(name.clone(), precision.element(), shape, tensor);
-        Ok(name)
-    }
-
-    /// A constant beside the model.
-    fn constant(&mut self, name: String, element: Element, shape: &[usize], tensor: DynTensor) {
-        self.initializers.push(Initializer {
-            name: name.clone(),
-            element,
-            dims: shape.to_vec(),
-            data: None,
-        });
-        self.weights.push((name, tensor));
     }
 
     /// The tables of every rotation that the stage's layers have.
@@ -495,7 +405,7 @@ impl Graph<'_> {
                     frequencies.iter().map(angle)
                 })
                 .collect();
-            self.numbers(name.to_owned(), &shape, table)?;
+            self.graph.numbers(name.to_owned(), &shape, table)?;
         }
         Ok(())
     }
@@ -542,7 +452,7 @@ impl Graph<'_> {
 
     fn finish(self) -> Lowered {
         let config = self.plan.config;
-        let value = |name: &str, element, dims| Value {
+        let value = |name: &str, element, dims| ValueInfo {
             name: name.to_owned(),
             element,
             dims,
@@ -550,16 +460,16 @@ impl Graph<'_> {
         let one = || vec![Dim::Fixed(1)];
         let rows = |name, width| vec![Dim::Fixed(1), Dim::Named(name), Dim::Fixed(width)];
         let mut inputs = vec![
-            value(HIDDEN, Element::F32, rows("rows", config.hidden)),
-            value(LAST_POSITION, Element::I32, one()),
-            value(LENGTH, Element::I32, one()),
+            value(HIDDEN, ElementType::F32, rows("rows", config.hidden)),
+            value(LAST_POSITION, ElementType::I32, one()),
+            value(LENGTH, ElementType::I32, one()),
         ];
         let mut outputs = Vec::new();
         if self.plan.is_last() {
-            inputs.push(value(KEPT, Element::I64, vec![Dim::Named("kept")]));
-            outputs.push(value(OUTPUT, Element::F32, rows("kept", config.vocab)));
+            inputs.push(value(KEPT, ElementType::I64, vec![Dim::Named("kept")]));
+            outputs.push(value(OUTPUT, ElementType::F32, rows("kept", config.vocab)));
         } else {
-            outputs.push(value(OUTPUT, Element::F32, rows("rows", config.hidden)));
+            outputs.push(value(OUTPUT, ElementType::F32, rows("rows", config.hidden)));
         }
         let element = self.plan.precision.element();
         for (past, present) in (0..self.plan.layers.len()).flat_map(kv_names) {
@@ -574,17 +484,17 @@ impl Graph<'_> {
             inputs.push(value(&past, element, dims()));
             outputs.push(value(&present, element, dims()));
         }
-        let model = Model {
+        let model = ModelProto {
             opsets: &[("", 21), (MICROSOFT, 1)],
-            nodes: self.nodes,
-            initializers: self.initializers,
+            nodes: self.graph.nodes,
+            initializers: self.graph.initializers,
             inputs,
             outputs,
         };
         Lowered {
             model: model.encode(),
-            weights: self.weights,
-            bytes: self.bytes,
+            weights: self.graph.weights,
+            bytes: self.graph.bytes,
         }
     }
 }

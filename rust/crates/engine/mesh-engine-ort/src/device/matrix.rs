@@ -1,8 +1,9 @@
 //! A matrix of a GGUF file as the constants of ONNX Runtime's `MatMulNBits`, weight for weight.
 //!
-//! `MatMulNBits` computes with `w = d·(code − z)`, z = 8 for codes of 4 bits and 128 for codes of 8. A float zero point would
-//! make it many times slower, so types with a minimum, `w = d·q + m`, become `d·(q − z) + m′` with `m′ = m + d·z`, and the
-//! second term is a product of its own: `x·m′` summed over a block is the sum of the block's x times m′.
+//! `MatMulNBits` computes with `w = d·(code − z)`, z = 8 for codes of 4 bits and 128 for codes of 8. A float
+//! zero point would make it many times slower, so types with a minimum, `w = d·q + m`, become `d·(q − z) +
+//! m′` with `m′ = m + d·z`, and the second term is a product of its own: `x·m′` summed over a block is the
+//! sum of the block's x times m′.
 //!
 //! | type | bits | block | code | m′ |
 //! |---|---|---|---|---|
@@ -25,7 +26,7 @@ use crate::weights::weight_type;
 
 /// Representation of a GGUF type as constants of the graph.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Form {
+pub(super) enum MatrixForm {
     /// `[inputs, outputs]` of the graph's precision, for a plain `MatMul`.
     Plain,
     /// Codes and scales for `MatMulNBits`, with a matrix m′ if `minimum`.
@@ -36,15 +37,15 @@ pub(super) enum Form {
     },
 }
 
-impl Form {
-    pub(super) fn of(ty: GgmlType) -> Form {
-        let blocks = |bits, block, minimum| Form::Blocks {
+impl MatrixForm {
+    pub(super) fn of(ty: GgmlType) -> MatrixForm {
+        let blocks = |bits, block, minimum| MatrixForm::Blocks {
             bits,
             block,
             minimum,
         };
         match ty {
-            GgmlType::F32 | GgmlType::F16 | GgmlType::BF16 => Form::Plain,
+            GgmlType::F32 | GgmlType::F16 | GgmlType::BF16 => MatrixForm::Plain,
             GgmlType::Q4_0 => blocks(4, 32, false),
             GgmlType::Q4_1 | GgmlType::Q4_K => blocks(4, 32, true),
             GgmlType::Q5_0 | GgmlType::Q8_0 => blocks(8, 32, false),
@@ -82,10 +83,10 @@ impl Constants {
         let Some(first) = matrices.first() else {
             return Constants::default();
         };
-        let (form, inputs) = (Form::of(first.ty), first.inputs);
+        let (form, inputs) = (MatrixForm::of(first.ty), first.inputs);
         let outputs: usize = matrices.iter().map(|matrix| matrix.outputs).sum();
         match form {
-            Form::Plain => {
+            MatrixForm::Plain => {
                 let mut rows = vec![0.0; outputs * inputs];
                 let mut at = 0;
                 for matrix in matrices {
@@ -100,7 +101,7 @@ impl Constants {
                     ..Constants::default()
                 }
             }
-            Form::Blocks {
+            MatrixForm::Blocks {
                 bits,
                 block,
                 minimum,
@@ -261,9 +262,9 @@ mod tests {
     use super::*;
 
     /// Weight `[output][input]` by the definition of `MatMulNBits`, plus m′.
-    fn weight(c: &Constants, form: Form, shape: (usize, usize), at: (usize, usize)) -> f32 {
+    fn weight(c: &Constants, form: MatrixForm, shape: (usize, usize), at: (usize, usize)) -> f32 {
         let ((outputs, inputs), (output, input)) = (shape, at);
-        let Form::Blocks {
+        let MatrixForm::Blocks {
             bits,
             block,
             minimum,
@@ -286,19 +287,7 @@ mod tests {
 
     #[test]
     fn every_type_keeps_its_weights() {
-        for ty in [
-            GgmlType::F32,
-            GgmlType::F16,
-            GgmlType::BF16,
-            GgmlType::Q4_0,
-            GgmlType::Q4_1,
-            GgmlType::Q5_0,
-            GgmlType::Q5_1,
-            GgmlType::Q8_0,
-            GgmlType::Q4_K,
-            GgmlType::Q5_K,
-            GgmlType::Q6_K,
-        ] {
+        for ty in GgmlType::ALL {
             let dir = tempfile::tempdir().unwrap();
             let path = dir.path().join("tiny.gguf");
             let shape = Shape::tiny(Architecture::Llama);
@@ -318,7 +307,7 @@ mod tests {
             let outputs = expected.len() / inputs;
             for (i, expected) in expected.iter().enumerate() {
                 let at = (i / inputs, i % inputs);
-                let found = weight(&constants, Form::of(ty), (outputs, inputs), at);
+                let found = weight(&constants, MatrixForm::of(ty), (outputs, inputs), at);
                 // m′ is a sum, so the last bits of f32 may differ.
                 assert!(
                     (found - expected).abs() <= 1e-6 * expected.abs().max(0.1),

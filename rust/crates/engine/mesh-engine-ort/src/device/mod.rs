@@ -1,5 +1,6 @@
 //! Stages for execution providers: the second lowering, to ONNX Runtime's own operators.
 
+mod builder;
 mod lower;
 mod matrix;
 mod slots;
@@ -19,9 +20,9 @@ use crate::check;
 use crate::options::{KvFormat, LoadError, OrtOptions, suited_kv};
 use crate::provider::Provider;
 use crate::runtime;
-use lower::{HIDDEN, KEPT, LAST_POSITION, LENGTH, OUTPUT, Plan};
+use lower::{HIDDEN, KEPT, LAST_POSITION, LENGTH, LoweringPlan, OUTPUT};
 use mesh_kernels::Reclaim;
-use slots::{Shape, Slot};
+use slots::{CacheShape, DeviceSlot};
 pub use tensors::Precision;
 
 /// Provider and settings of a [`DeviceStage`].
@@ -31,8 +32,8 @@ pub struct Device {
     pub provider: Provider,
     /// Precision of the weights' scales, activations and KV cache.
     pub precision: Precision,
-    /// Keep to few shapes: rows are padded to a power of two, and a slot has its whole context from the beginning. For
-    /// providers that compile a program for each shape.
+    /// Keep to few shapes: rows are padded to a power of two, and a slot has its whole context from the
+    /// beginning. For providers that compile a program for each shape.
     pub few_shapes: bool,
 }
 
@@ -52,17 +53,18 @@ impl Device {
 
 /// A range of layers on an execution provider, as a graph of ONNX Runtime's own operators.
 ///
-/// Rows are **not** independent bit for bit, as [`Stage`] asks: the provider's products choose their algorithm by the number
-/// of rows. The same prompt cut into other chunks gives logits that differ in their last digits, and where two tokens are
-/// almost equally likely a stream that is run again may continue with the other one.
+/// Rows are **not** independent bit for bit, as [`Stage`] asks: the provider's products choose their
+/// algorithm by the number of rows. The same prompt cut into other chunks gives logits that differ in their
+/// last digits, and where two tokens are almost equally likely a stream that is run again may continue with
+/// the other one.
 pub struct DeviceStage {
     info: StageInfo,
     device: Device,
-    shape: Shape,
+    shape: CacheShape,
     /// Format of exported KV rows: that of the CPU's stage, so that streams can move between both.
     exported: KvFormat,
     // Dropped in this order: the memory of the slots is the allocator's, which is the session's.
-    slots: Vec<Slot>,
+    slots: Vec<DeviceSlot>,
     allocator: Allocator,
     session: Session,
     /// On a first stage.
@@ -80,8 +82,8 @@ struct Embedding {
 }
 
 impl DeviceStage {
-    /// Loads `layers` of `model`. Of the options, `threads` counts only on [`Provider::Cpu`], and `compact` and `profile` do
-    /// not count.
+    /// Loads `layers` of `model`. Of the options, `threads` counts only on [`Provider::Cpu`], and `compact`
+    /// and `profile` do not count.
     pub fn load(
         model: &Model,
         layers: Range<u32>,
@@ -92,16 +94,13 @@ impl DeviceStage {
         check::layers(&layers, config.layers)?;
         let context = check::options(&options, config.context)?;
         let environment = runtime::environment(options.library.as_deref())?;
-        let threads = match options.threads {
-            0 => std::thread::available_parallelism().map_or(1, usize::from),
-            threads => threads,
-        };
+        let threads = options.thread_count();
         let padding = match device.few_shapes {
             true => (options.max_rows as usize).next_power_of_two(),
             false => 0,
         };
         let limit = context as usize + padding;
-        let plan = Plan {
+        let plan = LoweringPlan {
             tensors: model.tensors(),
             config,
             layers: layers.clone(),
@@ -116,7 +115,7 @@ impl DeviceStage {
         let embedding = (layers.start == 0)
             .then(|| Embedding::read(model))
             .transpose()?;
-        let shape = Shape {
+        let shape = CacheShape {
             layers: layers.len(),
             kv_heads: config.kv_heads,
             head_dim: config.head_dim,
@@ -149,7 +148,7 @@ impl DeviceStage {
         };
         Ok(DeviceStage {
             allocator: provider.allocator(&session)?,
-            slots: (0..info.slots).map(|_| Slot::empty()).collect(),
+            slots: (0..info.slots).map(|_| DeviceSlot::empty()).collect(),
             info,
             device,
             session,

@@ -1,5 +1,5 @@
-//! The KV cache of a device stage: for each slot, keys and values of each layer on the device, and the binding that gives
-//! them to the graph.
+//! The KV cache of a device stage: for each slot, keys and values of each layer on the device, and the
+//! binding that gives them to the graph.
 
 use std::ops::Range;
 
@@ -11,7 +11,7 @@ use super::lower::{OUTPUT, kv_names};
 use super::tensors::Precision;
 
 /// Shape of the caches, and how they grow.
-pub(super) struct Shape {
+pub(super) struct CacheShape {
     pub(super) layers: usize,
     pub(super) kv_heads: usize,
     pub(super) head_dim: usize,
@@ -22,7 +22,7 @@ pub(super) struct Shape {
     pub(super) first: usize,
 }
 
-impl Shape {
+impl CacheShape {
     /// Bytes of one row of one head.
     fn head_bytes(&self) -> usize {
         self.head_dim * self.precision.bytes()
@@ -39,22 +39,22 @@ impl Shape {
 }
 
 /// The memory of one slot.
-pub(super) struct Slot {
+pub(super) struct DeviceSlot {
     /// Rows that are valid.
     pub(super) len: u32,
-    room: Option<Room>,
+    room: Option<Allocation>,
 }
 
-struct Room {
+struct Allocation {
     capacity: usize,
     /// Keys and values, layer by layer, `[1, kv_heads, capacity, head_dim]`.
     tensors: Vec<DynTensor>,
     binding: IoBinding,
 }
 
-impl Slot {
-    pub(super) fn empty() -> Slot {
-        Slot { len: 0, room: None }
+impl DeviceSlot {
+    pub(super) fn empty() -> DeviceSlot {
+        DeviceSlot { len: 0, room: None }
     }
 
     /// Forgets the rows from `len` on; 0 gives the memory back.
@@ -70,7 +70,7 @@ impl Slot {
         &mut self,
         session: &Session,
         allocator: &Allocator,
-        shape: &Shape,
+        shape: &CacheShape,
         rows: usize,
     ) -> ort::Result<&mut IoBinding> {
         let held = self.room.as_ref().map_or(0, |room| room.capacity);
@@ -83,7 +83,7 @@ impl Slot {
             let kept = self.read(shape, 0..self.len)?;
             // Before the larger one is allocated: the device may not have room for both.
             self.room = None;
-            self.room = Some(Room::new(session, allocator, shape, capacity, &kept)?);
+            self.room = Some(Allocation::new(session, allocator, shape, capacity, &kept)?);
         }
         self.room
             .as_mut()
@@ -92,7 +92,7 @@ impl Slot {
     }
 
     /// Rows in the order token, layer, head, the key before the value; in the precision of the graph.
-    pub(super) fn read(&self, shape: &Shape, rows: Range<u32>) -> ort::Result<Vec<u8>> {
+    pub(super) fn read(&self, shape: &CacheShape, rows: Range<u32>) -> ort::Result<Vec<u8>> {
         let (first, count) = (rows.start as usize, rows.len());
         let mut out = vec![0; count * shape.token_bytes()];
         let Some(room) = self.room.as_ref().filter(|_| count > 0) else {
@@ -109,7 +109,12 @@ impl Slot {
     }
 
     /// Writes rows at `position`, for which there is room.
-    pub(super) fn write(&mut self, shape: &Shape, position: u32, rows: &[u8]) -> ort::Result<()> {
+    pub(super) fn write(
+        &mut self,
+        shape: &CacheShape,
+        position: u32,
+        rows: &[u8],
+    ) -> ort::Result<()> {
         let count = rows.len() / shape.token_bytes();
         let Some(room) = self.room.as_mut().filter(|_| count > 0) else {
             return Ok(());
@@ -129,16 +134,16 @@ impl Slot {
     }
 }
 
-impl Room {
+impl Allocation {
     /// Memory for `capacity` rows that begins with `kept`, then zeros: a kernel gives rows beyond the valid
     /// ones no weight, but 0 times a NaN of old memory would not be 0.
     fn new(
         session: &Session,
         allocator: &Allocator,
-        shape: &Shape,
+        shape: &CacheShape,
         capacity: usize,
         kept: &[u8],
-    ) -> ort::Result<Room> {
+    ) -> ort::Result<Allocation> {
         let mut binding = session.create_binding()?;
         // Outputs come back in the order of binding: the one that is read first.
         binding.bind_output_to_device(OUTPUT, Allocator::default().memory_info())?;
@@ -162,7 +167,7 @@ impl Room {
             binding.bind_output(present, &mut tensor)?;
             tensors.push(tensor);
         }
-        Ok(Room {
+        Ok(Allocation {
             capacity,
             tensors,
             binding,
@@ -171,7 +176,7 @@ impl Room {
 }
 
 /// A copy on the host.
-fn to_host(tensor: &DynTensor, shape: &Shape) -> ort::Result<DynTensor> {
+fn to_host(tensor: &DynTensor, shape: &CacheShape) -> ort::Result<DynTensor> {
     let dims = tensor.shape().clone();
     let mut host = DynTensor::new(&Allocator::default(), shape.precision.tensor_type(), dims)?;
     tensor.copy_into(&mut host)?;
@@ -180,7 +185,7 @@ fn to_host(tensor: &DynTensor, shape: &Shape) -> ort::Result<DynTensor> {
 
 /// Positions of each head of `count` rows from `first` on, in exported rows and in tensor `index`.
 fn places(
-    shape: &Shape,
+    shape: &CacheShape,
     capacity: usize,
     index: usize,
     first: usize,

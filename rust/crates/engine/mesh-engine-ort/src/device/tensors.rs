@@ -4,7 +4,7 @@ use half::f16;
 use half::vec::HalfFloatVecExt;
 use ort::value::{DynTensor, Tensor, TensorElementType};
 
-use crate::onnx::Element;
+use crate::onnx::ElementType;
 use crate::options::KvFormat;
 
 /// The element type of a graph's activations, scales and KV cache.
@@ -25,10 +25,10 @@ impl Precision {
         }
     }
 
-    pub(super) fn element(self) -> Element {
+    pub(super) fn element(self) -> ElementType {
         match self {
-            Precision::F32 => Element::F32,
-            Precision::F16 => Element::F16,
+            Precision::F32 => ElementType::F32,
+            Precision::F16 => ElementType::F16,
         }
     }
 

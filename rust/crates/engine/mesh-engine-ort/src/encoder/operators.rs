@@ -7,137 +7,77 @@
 //! | `FeedForward` | hidden | norm(hidden + feed-forward(hidden)) |
 //! | `Pool` | hidden | one vector per sequence `[sequences, hidden]` |
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Arc;
-
 use mesh_kernels::{Activation, Linear, Residual, encode_attention, layer_norm, linear};
 use mesh_model::encoder::{Activation as ModelActivation, Pooling};
-use ort::operator::{
-    ComputeContext, Kernel, KernelContext, Operator, OperatorInput, OperatorOutput,
-    ShapeInferenceContext,
-};
-use ort::value::{Shape, SymbolicDimensions, TensorElementType, ValueType};
+use ort::operator::ComputeContext;
+use ort::value::TensorElementType;
 
-use super::weights::{Dense, Norm};
-use super::{Shared, Step};
+use super::weights::{Dense, LayerNorm};
+use super::{EncoderContext, EncoderStep};
+use crate::node::{Node, NodeKind};
 use crate::operators::{in_place, kernel};
 use crate::tensors;
 
-/// The custom operators of an encoder.
+/// The kinds of nodes in an encoder.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Kind {
+pub(crate) enum EncoderNode {
     Embed,
     Attention,
     FeedForward,
     Pool,
 }
 
-impl Kind {
-    /// All operators of the domain.
-    pub(crate) const ALL: [Kind; 4] = [Kind::Embed, Kind::Attention, Kind::FeedForward, Kind::Pool];
+impl NodeKind for EncoderNode {
+    type Shared = EncoderContext;
 
-    /// The operator's name in the graph.
-    pub(crate) fn name(self) -> &'static str {
+    const ALL: &'static [Self] = &[
+        EncoderNode::Embed,
+        EncoderNode::Attention,
+        EncoderNode::FeedForward,
+        EncoderNode::Pool,
+    ];
+
+    fn name(self) -> &'static str {
         match self {
-            Kind::Embed => "Embed",
-            Kind::Attention => "Attention",
-            Kind::FeedForward => "FeedForward",
-            Kind::Pool => "Pool",
+            EncoderNode::Embed => "Embed",
+            EncoderNode::Attention => "Attention",
+            EncoderNode::FeedForward => "FeedForward",
+            EncoderNode::Pool => "Pool",
         }
     }
-}
 
-/// One of these operators, bound to an encoder.
-pub(crate) struct EncoderOperator {
-    kind: Kind,
-    shared: Arc<Shared>,
-}
-
-impl EncoderOperator {
-    pub(crate) fn new(kind: Kind, shared: Arc<Shared>) -> EncoderOperator {
-        EncoderOperator { kind, shared }
-    }
-}
-
-impl Operator for EncoderOperator {
-    type Kernel<'attr> = EncoderKernel;
-
-    /// Layers work in place where ONNX Runtime can give them the same memory. `Pool` has read all its rows when it asks for its output.
-    const INPLACES: &[(u32, u32)] = &[(0, 0)];
-
-    fn name(&self) -> &str {
-        self.kind.name()
-    }
-
-    fn inputs(&self) -> impl IntoIterator<Item = OperatorInput> {
-        [OperatorInput::required(match self.kind {
-            Kind::Embed => TensorElementType::Int32,
+    fn input(self) -> TensorElementType {
+        match self {
+            EncoderNode::Embed => TensorElementType::Int32,
             _ => TensorElementType::Float32,
-        })]
+        }
     }
 
-    fn outputs(&self) -> impl IntoIterator<Item = OperatorOutput> {
-        [OperatorOutput::required(TensorElementType::Float32)]
-    }
-
-    fn create_kernel<'attr>(&self, context: &KernelContext<'attr>) -> ort::Result<EncoderKernel> {
-        let layer = context
-            .get::<i64>("layer")
-            .and_then(|layer| usize::try_from(layer).ok())
-            .filter(|&layer| layer < self.shared.weights.layers.len())
-            .ok_or_else(|| ort::Error::new("attribute `layer` is missing or out of range"))?;
-        Ok(EncoderKernel {
-            kind: self.kind,
-            layer,
-            shared: Arc::clone(&self.shared),
-        })
-    }
-
-    fn infer_shape(&self, context: &mut ShapeInferenceContext) -> ort::Result<()> {
-        // Rows that have the same name have the same number, so the planner may let them share memory.
-        let symbol = match self.kind {
-            Kind::Pool => "sequences",
+    fn output(self, _layer: usize, shared: &EncoderContext) -> (&'static str, usize) {
+        let rows = match self {
+            EncoderNode::Pool => "sequences",
             _ => "rows",
         };
-        context.set_output(
-            0,
-            &ValueType::Tensor {
-                ty: TensorElementType::Float32,
-                shape: Shape::new([-1, self.shared.config.hidden as i64]),
-                dimension_symbols: SymbolicDimensions::new([symbol.to_owned(), String::new()]),
-            },
-        )
+        (rows, shared.config.hidden)
     }
-}
 
-/// A node of the graph.
-pub(crate) struct EncoderKernel {
-    kind: Kind,
-    layer: usize,
-    shared: Arc<Shared>,
-}
-
-impl Kernel for EncoderKernel {
-    fn compute(&mut self, context: &ComputeContext) -> ort::Result<()> {
-        // Unwinding into ONNX Runtime would end the process.
-        catch_unwind(AssertUnwindSafe(|| self.run(context)))
-            .unwrap_or_else(|_| Err(ort::Error::new("a kernel panicked; see the log")))
+    fn layers(shared: &EncoderContext) -> usize {
+        shared.weights.layers.len()
     }
-}
 
-impl EncoderKernel {
-    fn run(&self, context: &ComputeContext) -> ort::Result<()> {
-        let mut step = self.shared.step();
-        let step = &mut *step;
-        match self.kind {
-            Kind::Embed => self.embed(context, step),
-            Kind::Attention => self.attention(context, step),
-            Kind::FeedForward => self.feed_forward(context, step),
-            Kind::Pool => self.pool(context, step),
+    fn run(node: &Node<Self>, context: &ComputeContext) -> ort::Result<()> {
+        let step = &mut *node.shared.step();
+        match node.kind {
+            EncoderNode::Embed => node.embed(context, step),
+            EncoderNode::Attention => node.attention(context, step),
+            EncoderNode::FeedForward => node.feed_forward(context, step),
+            EncoderNode::Pool => node.pool(context, step),
         }
     }
+}
 
-    fn embed(&self, context: &ComputeContext, step: &Step) -> ort::Result<()> {
+impl Node<EncoderNode> {
+    fn embed(&self, context: &ComputeContext, step: &EncoderStep) -> ort::Result<()> {
         let shared = &*self.shared;
         let (width, weights) = (shared.config.hidden, &shared.weights);
         // SAFETY: the operator declares an i32 input; the encoder binds one token per row.
@@ -163,7 +103,7 @@ impl EncoderKernel {
         self.normalise(&weights.norm, out)
     }
 
-    fn attention(&self, context: &ComputeContext, step: &mut Step) -> ort::Result<()> {
+    fn attention(&self, context: &ComputeContext, step: &mut EncoderStep) -> ort::Result<()> {
         let shared = &*self.shared;
         let config = &shared.config;
         let (rows, width) = (step.rows, config.hidden);
@@ -183,7 +123,8 @@ impl EncoderKernel {
         )
         .map_err(kernel)?;
         let from = x.as_ptr();
-        // SAFETY: the operator declares an f32 output; `x` is read below only where the output has memory of its own.
+        // SAFETY: the operator declares an f32 output; `x` is read below only where the output has memory of
+        // its own.
         let out = unsafe { tensors::output(context, rows, width)? };
         in_place(from, out);
         let add = Residual::InPlace;
@@ -198,14 +139,15 @@ impl EncoderKernel {
         self.normalise(&layer.attention_norm, out)
     }
 
-    fn feed_forward(&self, context: &ComputeContext, step: &mut Step) -> ort::Result<()> {
+    fn feed_forward(&self, context: &ComputeContext, step: &mut EncoderStep) -> ort::Result<()> {
         let config = &self.shared.config;
         let (width, wide) = (config.hidden, config.intermediate);
         let layer = &self.shared.weights.layers[self.layer];
         // SAFETY: the operator declares an f32 input; every row of the step comes in as `width` numbers.
         let x: &[f32] = unsafe { tensors::input(context, 0, step.rows * width)? };
         let from = x.as_ptr();
-        // SAFETY: the operator declares an f32 output; `x` is read below only where the output has memory of its own.
+        // SAFETY: the operator declares an f32 output; `x` is read below only where the output has memory of
+        // its own.
         let out = unsafe { tensors::output(context, step.rows, width)? };
         in_place(from, out);
         let activation = Some(match config.activation {
@@ -224,10 +166,11 @@ impl EncoderKernel {
         self.normalise(&layer.output_norm, out)
     }
 
-    fn pool(&self, context: &ComputeContext, step: &Step) -> ort::Result<()> {
+    fn pool(&self, context: &ComputeContext, step: &EncoderStep) -> ort::Result<()> {
         let width = self.shared.config.hidden;
         // SAFETY: the operator declares an f32 input; every row of the step comes in as `width` numbers.
         let x: &[f32] = unsafe { tensors::input(context, 0, step.rows * width)? };
+        // The output may lie where the input does, so all rows are read before it is asked for.
         let mut vectors = Vec::with_capacity(step.lengths.len() * width);
         let mut at = 0;
         for &length in &step.lengths {
@@ -278,7 +221,7 @@ impl EncoderKernel {
         linear(&self.shared.pool, &dense.matrix, x, rows, out, &options).map_err(kernel)
     }
 
-    fn normalise(&self, norm: &Norm, x: &mut [f32]) -> ort::Result<()> {
+    fn normalise(&self, norm: &LayerNorm, x: &mut [f32]) -> ort::Result<()> {
         let eps = self.shared.config.norm_eps;
         layer_norm(&self.shared.pool, x, &norm.weight, &norm.bias, eps).map_err(kernel)
     }

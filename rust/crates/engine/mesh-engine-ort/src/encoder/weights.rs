@@ -9,17 +9,17 @@ use mesh_model::safetensors::{Dtype, Safetensors, TensorView};
 
 use crate::options::LoadError;
 
-pub(crate) struct Weights {
+pub(crate) struct EncoderWeights {
     /// `[vocab, hidden]`.
     pub(crate) words: Vec<f32>,
     /// `[positions, hidden]`, the first token type's row added.
     pub(crate) positions: Vec<f32>,
-    pub(crate) norm: Norm,
-    pub(crate) layers: Vec<Layer>,
+    pub(crate) norm: LayerNorm,
+    pub(crate) layers: Vec<EncoderLayer>,
 }
 
 /// Weights of a layer norm.
-pub(crate) struct Norm {
+pub(crate) struct LayerNorm {
     pub(crate) weight: Vec<f32>,
     pub(crate) bias: Vec<f32>,
 }
@@ -30,21 +30,21 @@ pub(crate) struct Dense {
     pub(crate) bias: Vec<f32>,
 }
 
-pub(crate) struct Layer {
+pub(crate) struct EncoderLayer {
     /// Query, key and value under each other.
     pub(crate) qkv: Dense,
     pub(crate) attention_output: Dense,
-    pub(crate) attention_norm: Norm,
+    pub(crate) attention_norm: LayerNorm,
     pub(crate) up: Dense,
     pub(crate) down: Dense,
-    pub(crate) output_norm: Norm,
+    pub(crate) output_norm: LayerNorm,
 }
 
-impl Weights {
+impl EncoderWeights {
     /// Reads and packs the weights of `model`.
-    pub(crate) fn load(model: &EncoderModel, pool: &Pool) -> Result<Weights, LoadError> {
+    pub(crate) fn load(model: &EncoderModel, pool: &Pool) -> Result<EncoderWeights, LoadError> {
         let config = model.config();
-        let loader = Loader {
+        let loader = EncoderLoader {
             tensors: model.tensors(),
             prefix: prefix(model.tensors())?,
             pool,
@@ -68,7 +68,7 @@ impl Weights {
             .collect::<Result<_, _>>()?;
         let unchanged = model.tensors().check_unchanged();
         unchanged.map_err(|error| LoadError::Model(error.to_string()))?;
-        Ok(Weights {
+        Ok(EncoderWeights {
             words,
             positions,
             norm,
@@ -97,14 +97,14 @@ fn prefix(tensors: &Safetensors) -> Result<&'static str, LoadError> {
     found.ok_or_else(|| LoadError::MissingTensor("embeddings.word_embeddings.weight".into()))
 }
 
-struct Loader<'a> {
+struct EncoderLoader<'a> {
     tensors: &'a Safetensors,
     prefix: &'static str,
     pool: &'a Pool,
 }
 
-impl Loader<'_> {
-    fn layer(&self, layer: usize, config: &EncoderConfig) -> Result<Layer, LoadError> {
+impl EncoderLoader<'_> {
+    fn layer(&self, layer: usize, config: &EncoderConfig) -> Result<EncoderLayer, LoadError> {
         let name = |part: &str| format!("encoder.layer.{layer}.{part}");
         let hidden = config.hidden;
         let parts = ["query", "key", "value"].map(|part| {
@@ -117,7 +117,7 @@ impl Loader<'_> {
             matrices.push(part.matrix);
             bias.extend(part.bias);
         }
-        Ok(Layer {
+        Ok(EncoderLayer {
             qkv: Dense {
                 matrix: QMatrix::concat(matrices)?,
                 bias,
@@ -153,8 +153,8 @@ impl Loader<'_> {
         Ok(Dense { matrix, bias })
     }
 
-    fn norm(&self, name: &str, width: usize) -> Result<Norm, LoadError> {
-        Ok(Norm {
+    fn norm(&self, name: &str, width: usize) -> Result<LayerNorm, LoadError> {
+        Ok(LayerNorm {
             weight: self.floats(&format!("{name}.weight"), &[width])?,
             bias: self.floats(&format!("{name}.bias"), &[width])?,
         })

@@ -5,10 +5,11 @@
 use mesh_engine::{LogitRows, Segment, SlotId, Stage, StageInput, StageOutput};
 use mesh_engine_ort::{OrtOptions, OrtStage, Provider};
 use mesh_model::synth::{Shape, Tokens, random_model};
-use mesh_model::{Architecture, GgmlType, Model};
+use mesh_model::{Architecture, EncodeOptions, GgmlType, Model};
 use mesh_testkit::paths;
 
-/// Options for tests: ONNX Runtime from the cache, or for a GPU the one that `ORT_DYLIB_PATH` names; two threads.
+/// Options for tests: ONNX Runtime from the cache, or for a GPU the one that `ORT_DYLIB_PATH` names; two
+/// threads.
 pub(crate) fn options(slots: u32, context: u32) -> OrtOptions {
     OrtOptions {
         library: match provider() {
@@ -136,6 +137,17 @@ pub(crate) fn tiny(architecture: Architecture, ty: GgmlType) -> Model {
     let path = dir.path().join("tiny.gguf");
     random_model(&Shape::tiny(architecture), ty, Tokens::Bytes, &path).unwrap();
     Model::open(&path).unwrap()
+}
+
+/// SmolLM2-135M-Instruct in Q4_1.
+pub(crate) fn smollm2() -> Model {
+    Model::open(paths::smollm2().unwrap()).unwrap()
+}
+
+/// Plain text as the model's tokens.
+pub(crate) fn encode(model: &Model, text: &str) -> Vec<u32> {
+    let tokenizer = model.tokenizer();
+    tokenizer.encode(text, EncodeOptions::PLAIN).unwrap()
 }
 
 /// Tokens that are not all the same.

@@ -1,8 +1,9 @@
 //! The keys and values of every slot, in f16 or f32.
 //!
-//! A slot is one contiguous region `[layer][keys of head 0, 1, …, values of head 0, 1, …]`. Keys lie in tiles of 16 positions,
-//! transposed (`[position / 16][head_dim][16]`), so that 16 scores are made side by side; values lie as rows
-//! (`[position][head_dim]`). Memory is reserved at once and taken from the system as positions are written.
+//! A slot is one contiguous region `[layer][keys of head 0, 1, …, values of head 0, 1, …]`. Keys lie in tiles
+//! of 16 positions, transposed (`[position / 16][head_dim][16]`), so that 16 scores are made side by side;
+//! values lie as rows (`[position][head_dim]`). Memory is reserved at once and taken from the system as
+//! positions are written.
 //!
 //! Unsafe code: the mapping, and element addresses within it.
 
@@ -51,7 +52,8 @@ pub struct KvShape {
     pub format: KvFormat,
 }
 
-/// Keys and values of `slots` sequences. It does not know how many positions of a slot are valid: its owner does.
+/// Keys and values of `slots` sequences. It does not know how many positions of a slot are valid: its owner
+/// does.
 #[derive(Debug)]
 pub struct KvCache {
     shape: KvShape,
@@ -137,7 +139,8 @@ impl KvCache {
         let dim = self.shape.head_dim * self.width();
         for layer in 0..self.shape.layers {
             for head in 0..self.shape.kv_heads {
-                // SAFETY: both are whole heads of different slots; tiles and rows up to `len` are within them.
+                // SAFETY: both are whole heads of different slots; tiles and rows up to `len` are within
+                // them.
                 unsafe {
                     std::ptr::copy_nonoverlapping(
                         self.keys::<u8>(from, layer, head),
@@ -155,8 +158,8 @@ impl KvCache {
         Ok(())
     }
 
-    /// The rows `positions` of a slot: per position, layer and head the key, then the value, as little-endian numbers
-    /// of the cache's [`KvFormat`].
+    /// The rows `positions` of a slot: per position, layer and head the key, then the value, as little-endian
+    /// numbers of the cache's [`KvFormat`].
     ///
     /// # Errors
     /// When the slot or a position does not exist.
@@ -226,7 +229,8 @@ impl KvCache {
         Ok(rows)
     }
 
-    /// Calls `f` with every element of each layer and head at `position`, a head's key before its value; `E` is the cache's.
+    /// Calls `f` with every element of each layer and head at `position`, a head's key before its value; `E`
+    /// is the cache's.
     fn for_each_element<E>(&self, slot: usize, position: usize, mut f: impl FnMut(*mut E)) {
         let dim = self.shape.head_dim;
         for layer in 0..self.shape.layers {
@@ -261,7 +265,8 @@ impl KvCache {
 
     fn element<E>(&self, slot: usize, within: usize) -> *mut E {
         debug_assert!(slot < self.shape.slots && within < self.slot);
-        // SAFETY: callers pass existing slots, layers and heads, so this is within the region, whose start is that of a page.
+        // SAFETY: callers pass existing slots, layers and heads, so this is within the region, whose start is
+        // that of a page.
         unsafe {
             self.memory
                 .start()

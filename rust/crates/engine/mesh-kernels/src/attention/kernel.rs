@@ -1,6 +1,7 @@
 //! Up to six queries of one key/value head over one chunk of positions, and the merging of chunks.
 
-// Register tiles are arrays indexed by row and column; iterators over several of them at once hide the arithmetic.
+// Register tiles are arrays indexed by row and column; iterators over several of them at once hide the
+// arithmetic.
 #![allow(clippy::needless_range_loop)]
 
 use std::ops::Range;
@@ -76,7 +77,8 @@ pub(super) struct Chunk<E> {
     pub(super) dim: usize,
 }
 
-/// A query: its vector (scaled, so that scores are exponents of 2), and which positions of the chunk it sees: `start..limit`.
+/// A query: its vector (scaled, so that scores are exponents of 2), and which positions of the chunk it sees:
+/// `start..limit`.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Query {
     pub(super) vector: *const f32,
@@ -85,14 +87,14 @@ pub(super) struct Query {
 }
 
 /// Memory of the calls of one task.
-pub(super) struct Work {
+pub(super) struct ChunkScratch {
     scores: [[f32; CHUNK]; QUERIES],
     out: [[f32; MAX_DIM]; QUERIES],
 }
 
-impl Work {
-    pub(super) fn new() -> Work {
-        Work {
+impl ChunkScratch {
+    pub(super) fn new() -> ChunkScratch {
+        ChunkScratch {
             scores: [[0.0; CHUNK]; QUERIES],
             out: [[0.0; MAX_DIM]; QUERIES],
         }
@@ -105,18 +107,18 @@ pub(super) trait Results {
     fn take<S: Simd>(&mut self, s: S, i: usize, partial: Partial, values: &[f32]);
 }
 
-/// Attends with `queries` (at most [`QUERIES`], each with a limit of 1 to [`CHUNK`] and a start before it) and hands each one's
-/// result on.
+/// Attends with `queries` (at most [`QUERIES`], each with a limit of 1 to [`CHUNK`] and a start before it)
+/// and hands each one's result on.
 ///
 /// # Safety
-/// Every vector has `dim` elements; the chunk's keys and values are readable up to the largest limit (keys to the end of
-/// the tile).
+/// Every vector has `dim` elements; the chunk's keys and values are readable up to the largest limit (keys to
+/// the end of the tile).
 #[inline(always)]
 pub(super) unsafe fn attend<S: Simd, E: Element>(
     s: S,
     chunk: Chunk<E>,
     queries: &[Query],
-    work: &mut Work,
+    work: &mut ChunkScratch,
     results: &mut impl Results,
 ) {
     // SAFETY: passed on; the lengths are those of the arrays.
@@ -137,10 +139,10 @@ unsafe fn attend_n<S: Simd, E: Element, const N: usize>(
     s: S,
     chunk: Chunk<E>,
     queries: &[Query],
-    work: &mut Work,
+    work: &mut ChunkScratch,
     results: &mut impl Results,
 ) {
-    let Work { scores, out } = work;
+    let ChunkScratch { scores, out } = work;
     let mut all = [queries[0]; N];
     all.copy_from_slice(&queries[..N]);
     let queries = all;

@@ -1,15 +1,15 @@
 //! Attention over cached keys and values.
 //!
-//! [`attention`] takes the QKV rows of any number of sequences, normalises (where the model does) and rotates queries and
-//! keys, writes keys and values to the [`KvCache`], and attends causally.
+//! [`attention`] takes the QKV rows of any number of sequences, normalises (where the model does) and rotates
+//! queries and keys, writes keys and values to the [`KvCache`], and attends causally.
 //!
-//! A query sees positions in chunks of 128, cut at absolute multiples of 128. Every chunk is summed on its own, relative to
-//! its own peak, in the order of its positions; chunks are merged in order. A prompt's rows take six queries at a time
-//! through a chunk and merge as they go; a single row of a long sequence has its chunks computed by several threads and
-//! merged afterwards: the same operations in the same order.
+//! A query sees positions in chunks of 128, cut at absolute multiples of 128. Every chunk is summed on its
+//! own, relative to its own peak, in the order of its positions; chunks are merged in order. A prompt's rows
+//! take six queries at a time through a chunk and merge as they go; a single row of a long sequence has its
+//! chunks computed by several threads and merged afterwards: the same operations in the same order.
 //!
-//! With a sliding window a row sees no position that is further back. Chunks without any such position are left out, and of the
-//! first one those before the window weigh nothing; the cache keeps all.
+//! With a sliding window a row sees no position that is further back. Chunks without any such position are
+//! left out, and of the first one those before the window weigh nothing; the cache keeps all.
 
 mod cache;
 mod kernel;
@@ -21,14 +21,14 @@ use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use crate::error::expect_len;
-use crate::mem::{Buffer, Shared};
+use crate::mem::{Buffer, TaskPointer};
 use crate::norm::normalise;
 use crate::simd::{self, Kernel, LANES, Simd};
 use crate::{KernelError, Pool, Rope};
 use cache::TILE;
 pub use cache::{KvCache, KvFormat, KvShape};
 use kernel::{CHUNK, Chunk, Element, MAX_DIM, Partial, QUERIES, Query};
-use plan::{Cut, Split, TASK_ROWS, Task, seen_from};
+use plan::{AttentionTask, Cut, Split, TASK_ROWS, seen_from};
 
 /// The attention of a layer, apart from its weights.
 #[derive(Debug, Clone, Copy)]
@@ -62,11 +62,13 @@ pub struct KvSegment {
 
 /// Attends with all rows of `segments`.
 ///
-/// `qkv` is `[rows, (heads + 2 kv_heads) * head_dim]`: queries, keys, values side by side; rows of all segments back to back.
-/// `out` is `[rows, heads * head_dim]`. Keys and values of the rows are written to `layer` of the cache first.
+/// `qkv` is `[rows, (heads + 2 kv_heads) * head_dim]`: queries, keys, values side by side; rows of all
+/// segments back to back. `out` is `[rows, heads * head_dim]`. Keys and values of the rows are written to
+/// `layer` of the cache first.
 ///
 /// # Errors
-/// When shapes do not fit, a slot or position does not exist, or a slot is named twice. Nothing is written then.
+/// When shapes do not fit, a slot or position does not exist, or a slot is named twice. Nothing is written
+/// then.
 pub fn attention(
     pool: &Pool,
     spec: &Attention<'_>,
@@ -181,7 +183,7 @@ fn check(
 struct Scratch {
     /// Rotated, scaled queries; then peaks and sums; then the results of single chunks.
     floats: Buffer,
-    tasks: Vec<Task>,
+    tasks: Vec<AttentionTask>,
     splits: Vec<Split>,
 }
 
@@ -195,18 +197,19 @@ struct Run<'a> {
     cache: &'a KvCache,
     layer: usize,
     segments: &'a [KvSegment],
-    tasks: &'a [Task],
+    tasks: &'a [AttentionTask],
     splits: &'a [Split],
     rows: usize,
     group: usize,
-    queries: Shared<f32>,
-    states: Shared<Partial>,
+    queries: TaskPointer<f32>,
+    states: TaskPointer<Partial>,
     /// `[results][Partial, head_dim values]`.
-    results: Shared<f32>,
+    results: TaskPointer<f32>,
 }
 
 impl<'a> Run<'a> {
-    /// The cache is borrowed exclusively for as long as the run lives, so its pointers may be written through.
+    /// The cache is borrowed exclusively for as long as the run lives, so its pointers may be written
+    /// through.
     fn new(
         pool: &'a Pool,
         spec: &'a Attention<'a>,
@@ -240,11 +243,11 @@ impl<'a> Run<'a> {
             splits: &scratch.splits,
             rows,
             group,
-            queries: Shared(start),
+            queries: TaskPointer(start),
             // SAFETY: all three parts were just reserved, one behind the other.
-            states: Shared(unsafe { start.add(queries) }.cast()),
+            states: TaskPointer(unsafe { start.add(queries) }.cast()),
             // SAFETY: as above.
-            results: Shared(unsafe { start.add(queries + states) }),
+            results: TaskPointer(unsafe { start.add(queries + states) }),
         })
     }
 
@@ -268,7 +271,7 @@ impl<'a> Run<'a> {
                 },
             );
         });
-        let out = Shared(out.as_mut_ptr());
+        let out = TaskPointer(out.as_mut_ptr());
         self.pool.run(self.tasks.len(), &|task| {
             let task = self.tasks[task];
             simd::run(
@@ -339,7 +342,8 @@ impl<E: Element> Kernel for Prepare<'_, E> {
             for (h, q) in q.chunks_exact(dim).enumerate() {
                 turned(s, spec, q, spec.q_norm, position, head);
                 for d in (0..dim).step_by(LANES) {
-                    // SAFETY: the scratch holds [rows, heads, dim] queries; this task alone writes this row's.
+                    // SAFETY: the scratch holds [rows, heads, dim] queries; this task alone writes this
+                    // row's.
                     unsafe {
                         let to = run.queries.get().add((row * spec.heads + h) * dim + d);
                         s.store(to, s.mul(s.load(head.as_ptr().add(d)), scale));
@@ -348,7 +352,8 @@ impl<E: Element> Kernel for Prepare<'_, E> {
             }
             for (h, (k, v)) in k.chunks_exact(dim).zip(v.chunks_exact(dim)).enumerate() {
                 turned(s, spec, k, spec.k_norm, position, head);
-                // SAFETY: slot, layer, head and position exist (checked); this task alone writes this position of them.
+                // SAFETY: slot, layer, head and position exist (checked); this task alone writes this
+                // position of them.
                 unsafe {
                     let keys = run.cache.keys::<E>(segment.slot, run.layer, h);
                     let key = keys.add(position / TILE * TILE * dim + position % TILE);
@@ -395,16 +400,16 @@ fn turned<S: Simd>(
 /// A task of one attention call.
 struct Attend<'a, E> {
     run: &'a Run<'a>,
-    task: Task,
+    task: AttentionTask,
     /// First row of the task's segment.
     first_row: usize,
-    out: Shared<f32>,
+    out: TaskPointer<f32>,
     element: PhantomData<E>,
 }
 
 impl<E: Element> Attend<'_, E> {
-    /// Query `q` of the task is row `q / group`, head `q % group` of its key/value head: its index, and the positions that it
-    /// sees.
+    /// Query `q` of the task is row `q / group`, head `q % group` of its key/value head: its index, and the
+    /// positions that it sees.
     #[inline(always)]
     fn place(&self, q: usize) -> (usize, Range<usize>) {
         let (run, task) = (self.run, &self.task);
@@ -417,7 +422,7 @@ impl<E: Element> Attend<'_, E> {
 }
 
 /// Receiver of one call's results: merges them into the output, or stores them to be merged later.
-struct Store<'a, 'b, E> {
+struct ChunkResults<'a, 'b, E> {
     attend: &'a Attend<'b, E>,
     /// Index of the chunk.
     index: usize,
@@ -425,7 +430,7 @@ struct Store<'a, 'b, E> {
     at: usize,
 }
 
-impl<E: Element> kernel::Results for Store<'_, '_, E> {
+impl<E: Element> kernel::Results for ChunkResults<'_, '_, E> {
     #[inline(always)]
     fn take<S: Simd>(&mut self, s: S, i: usize, next: Partial, values: &[f32]) {
         let (run, task) = (self.attend.run, &self.attend.task);
@@ -434,7 +439,8 @@ impl<E: Element> kernel::Results for Store<'_, '_, E> {
         let first_chunk = seen.start / CHUNK;
         if let Some(first) = task.split {
             let result = first + (self.index - first_chunk) * run.group + self.at + i;
-            // SAFETY: one result per chunk that is seen and query was reserved; this task alone writes this one.
+            // SAFETY: one result per chunk that is seen and query was reserved; this task alone writes this
+            // one.
             unsafe {
                 let to = run.results.get().add(result * (dim + 2));
                 to.cast::<Partial>().write_unaligned(next);
@@ -471,7 +477,7 @@ impl<E: Element> Kernel for Attend<'_, E> {
         let keys = run.cache.keys::<E>(segment.slot, run.layer, task.kv_head);
         let values = run.cache.values::<E>(segment.slot, run.layer, task.kv_head);
         let count = task.rows * run.group;
-        let mut work = kernel::Work::new();
+        let mut work = kernel::ChunkScratch::new();
         for index in task.first_chunk..task.end_chunk {
             let start = index * CHUNK;
             // SAFETY: the segment's last position, and so every chunk before it, is within the context.
@@ -482,7 +488,8 @@ impl<E: Element> Kernel for Attend<'_, E> {
                     dim,
                 }
             };
-            // Rows whose last position is before the chunk are done with; those whose window begins behind it do not see it.
+            // Rows whose last position is before the chunk are done with; those whose window begins behind it
+            // do not see it.
             let position = |row: usize| segment.position + task.row + row;
             let first = (0..task.rows)
                 .find(|&row| position(row) + 1 > start)
@@ -504,12 +511,13 @@ impl<E: Element> Kernel for Attend<'_, E> {
                     query.start = seen.start.saturating_sub(start);
                     query.limit = (seen.end - start).min(CHUNK);
                 }
-                let mut results = Store {
+                let mut results = ChunkResults {
                     attend: &self,
                     index,
                     at,
                 };
-                // SAFETY: the vectors are `dim` long, every position below a limit is written, and each query sees one.
+                // SAFETY: the vectors are `dim` long, every position below a limit is written, and each query
+                // sees one.
                 unsafe { kernel::attend(s, chunk, &queries[..n], &mut work, &mut results) };
             }
         }
@@ -520,7 +528,7 @@ impl<E: Element> Kernel for Attend<'_, E> {
 struct Merge<'a> {
     run: &'a Run<'a>,
     split: Split,
-    out: Shared<f32>,
+    out: TaskPointer<f32>,
 }
 
 impl Kernel for Merge<'_> {

@@ -5,7 +5,7 @@ use super::kernel::CHUNK;
 
 /// A range of rows of one segment and one key/value head, over a range of chunks.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Task {
+pub(super) struct AttentionTask {
     pub(super) segment: usize,
     pub(super) kv_head: usize,
     /// Rows within the segment.
@@ -53,7 +53,7 @@ impl Cut {
     pub(super) fn plan(
         &self,
         segments: &[KvSegment],
-        tasks: &mut Vec<Task>,
+        tasks: &mut Vec<AttentionTask>,
         splits: &mut Vec<Split>,
     ) -> usize {
         tasks.clear();
@@ -82,7 +82,7 @@ impl Cut {
                     });
                     let step = chunks.div_ceil(cuts);
                     for first_chunk in (start..end).step_by(step) {
-                        tasks.push(Task {
+                        tasks.push(AttentionTask {
                             segment: index,
                             kv_head,
                             row: 0,
@@ -96,7 +96,7 @@ impl Cut {
                     continue;
                 }
                 for row in (0..segment.rows).step_by(TASK_ROWS) {
-                    tasks.push(Task {
+                    tasks.push(AttentionTask {
                         segment: index,
                         kv_head,
                         row,

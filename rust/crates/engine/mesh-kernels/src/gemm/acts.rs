@@ -1,11 +1,11 @@
 //! Activations as the products read them: signed bytes with one f32 scale per 32.
 //!
-//! Rows are put into tiles of 8, 4, 2 and 1 (4, 2, 1 where registers are few); within a tile, block by block, lie the bytes of
-//! all its rows interleaved by four (`[8][rows][4]`), then per row the scale, scale × sum, −sum, and −sum of the first
-//! half. How rows are grouped changes addresses, never values.
+//! Rows are put into tiles of 8, 4, 2 and 1 (4, 2, 1 where registers are few); within a tile, block by block,
+//! lie the bytes of all its rows interleaved by four (`[8][rows][4]`), then per row the scale, scale × sum,
+//! −sum, and −sum of the first half. How rows are grouped changes addresses, never values.
 
 use crate::layout::BLOCK;
-use crate::mem::{Buffer, Shared};
+use crate::mem::{Buffer, TaskPointer};
 use crate::norm::normalise;
 use crate::simd::{self, Kernel, Simd};
 use crate::{KernelError, Pool};
@@ -59,7 +59,10 @@ pub(crate) fn quantise(
     if norm.is_some() {
         scratch.reserve("normalised rows", rows * k * 4)?;
     }
-    let (out, scratch) = (Shared(out.as_mut_ptr()), Shared(scratch.as_mut_ptr()));
+    let (out, scratch) = (
+        TaskPointer(out.as_mut_ptr()),
+        TaskPointer(scratch.as_mut_ptr()),
+    );
     let chunk = rows
         .div_ceil(4 * pool.threads())
         .next_multiple_of(largest)
@@ -112,8 +115,8 @@ impl Kernel for Quantise<'_> {
                     x = scratch;
                 }
                 for (b, x) in x.chunks_exact(BLOCK).enumerate() {
-                    // SAFETY: the buffer holds ROW_BLOCK bytes per row and block; a tile's rows are contiguous in it, and
-                    // this task alone writes this tile.
+                    // SAFETY: the buffer holds ROW_BLOCK bytes per row and block; a tile's rows are
+                    // contiguous in it, and this task alone writes this tile.
                     unsafe {
                         let at = self.out.add((first * blocks + b * count) * ROW_BLOCK);
                         block(s, x, at, count, r);

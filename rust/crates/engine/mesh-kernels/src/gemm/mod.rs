@@ -1,6 +1,7 @@
 //! Products of rows with packed matrices: dividing the work into tasks, and storing a finished tile.
 
-// Register tiles are arrays indexed by row and column; iterators over several of them at once hide the arithmetic.
+// Register tiles are arrays indexed by row and column; iterators over several of them at once hide the
+// arithmetic.
 #![allow(clippy::needless_range_loop)]
 
 pub(crate) mod acts;
@@ -9,12 +10,12 @@ pub(crate) mod tile;
 use std::ops::Range;
 
 use crate::layout::{BLOCK, Layout, PANEL};
-use crate::matrix::{Part, QMatrix};
-use crate::mem::Shared;
+use crate::matrix::{PackedPart, QMatrix};
+use crate::mem::TaskPointer;
 use crate::simd::{self, Kernel, Simd};
 use crate::{Activation, Isa, Pool};
 use acts::{ROW_BLOCK, tiles};
-use tile::{Float, Format};
+use tile::{Float, TileFormat};
 
 /// The rows of a product, in both forms; the one that a layout does not read may be empty.
 #[derive(Debug, Clone, Copy)]
@@ -38,8 +39,8 @@ pub(crate) enum Add<'a> {
 
 /// Destination of a matrix's products, with bias, activation and addend.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Sink<'a> {
-    pub(crate) out: Shared<f32>,
+pub(crate) struct Destination<'a> {
+    pub(crate) out: TaskPointer<f32>,
     /// Elements from one output row to the next.
     pub(crate) stride: usize,
     pub(crate) bias: Option<&'a [f32]>,
@@ -49,12 +50,12 @@ pub(crate) struct Sink<'a> {
 }
 
 /// Computes all products of `input` with `matrix`. Buffers have been checked against the shapes.
-pub(crate) fn multiply(pool: &Pool, matrix: &QMatrix, input: Input<'_>, sink: Sink<'_>) {
+pub(crate) fn multiply(pool: &Pool, matrix: &QMatrix, input: Input<'_>, sink: Destination<'_>) {
     let floats = matrix
         .parts()
         .iter()
         .all(|part| part.layout.quantised().is_none());
-    let plan = Plan::new(
+    let plan = TaskGrid::new(
         pool,
         matrix.panels(),
         matrix.bytes(),
@@ -90,18 +91,18 @@ pub(crate) fn multiply(pool: &Pool, matrix: &QMatrix, input: Input<'_>, sink: Si
 /// Computes `activation(gate) * up` for all rows. Both are one part, of the same layout and shape.
 pub(crate) fn multiply_gate_up(
     pool: &Pool,
-    (gate, up): (&Part, &Part),
+    (gate, up): (&PackedPart, &PackedPart),
     activation: Activation,
     k: usize,
     input: Input<'_>,
-    out: Shared<f32>,
+    out: TaskPointer<f32>,
 ) {
     let bytes = gate.data.len() + up.data.len();
     let width = row_bytes(k, gate.layout.quantised().is_none());
-    let plan = Plan::new(pool, gate.panels(), bytes, input.rows, width, false);
+    let plan = TaskGrid::new(pool, gate.panels(), bytes, input.rows, width, false);
     pool.run(plan.tasks(), &|task| {
         let (rows, panels) = plan.task(task);
-        let job = Job {
+        let job = ProductTask {
             part: gate,
             up: Some((up, activation)),
             k,
@@ -109,7 +110,7 @@ pub(crate) fn multiply_gate_up(
             rows,
             input,
             first_column: 0,
-            sink: Sink {
+            sink: Destination {
                 out,
                 stride: gate.n,
                 bias: None,
@@ -122,7 +123,7 @@ pub(crate) fn multiply_gate_up(
 }
 
 /// Division of a product: ranges of rows, and within them ranges of panels.
-struct Plan {
+struct TaskGrid {
     rows: usize,
     rows_per_task: usize,
     panels: usize,
@@ -143,7 +144,7 @@ fn row_bytes(k: usize, floats: bool) -> usize {
     }
 }
 
-impl Plan {
+impl TaskGrid {
     fn new(
         pool: &Pool,
         panels: usize,
@@ -151,13 +152,13 @@ impl Plan {
         rows: usize,
         row_bytes: usize,
         pairs: bool,
-    ) -> Plan {
+    ) -> TaskGrid {
         let largest = pool.isa().tile_rows();
         let rows_per_task = (ROWS_BYTES / row_bytes).max(4 * largest) / largest * largest;
         // Each row is a pass over the panel, so with many rows a small range of panels is work enough.
         let work = bytes.saturating_mul(rows.min(rows_per_task).div_ceil(largest));
         let most = (work / TASK_BYTES).clamp(1, 8 * pool.threads());
-        Plan {
+        TaskGrid {
             rows,
             rows_per_task,
             panels,
@@ -187,30 +188,30 @@ impl Plan {
 }
 
 /// A range of panels of one part (or of a gate and an up part) times a range of rows.
-struct Job<'a> {
-    part: &'a Part,
-    up: Option<(&'a Part, Activation)>,
+struct ProductTask<'a> {
+    part: &'a PackedPart,
+    up: Option<(&'a PackedPart, Activation)>,
     k: usize,
     panels: Range<usize>,
     rows: Range<usize>,
     input: Input<'a>,
     /// Output column of the part's first.
     first_column: usize,
-    sink: Sink<'a>,
+    sink: Destination<'a>,
 }
 
 #[allow(clippy::too_many_arguments)]
 fn part_panels(
     isa: Isa,
-    part: &Part,
+    part: &PackedPart,
     k: usize,
     panels: Range<usize>,
     rows: Range<usize>,
     input: Input<'_>,
     first_column: usize,
-    sink: Sink<'_>,
+    sink: Destination<'_>,
 ) {
-    let job = Job {
+    let job = ProductTask {
         part,
         up: None,
         k,
@@ -223,7 +224,7 @@ fn part_panels(
     dispatch(isa, job);
 }
 
-fn dispatch(isa: Isa, job: Job<'_>) {
+fn dispatch(isa: Isa, job: ProductTask<'_>) {
     match job.part.layout {
         Layout::Q4 => simd::run(isa, Quantised::<tile::Q4>::new(isa, job)),
         Layout::Q4Min => simd::run(isa, Quantised::<tile::Q4Min>::new(isa, job)),
@@ -241,13 +242,13 @@ fn dispatch(isa: Isa, job: Job<'_>) {
 }
 
 struct Quantised<'a, T> {
-    job: Job<'a>,
+    job: ProductTask<'a>,
     largest: usize,
     format: std::marker::PhantomData<T>,
 }
 
 impl<'a, T> Quantised<'a, T> {
-    fn new(isa: Isa, job: Job<'a>) -> Self {
+    fn new(isa: Isa, job: ProductTask<'a>) -> Self {
         Quantised {
             job,
             largest: isa.tile_rows(),
@@ -256,7 +257,7 @@ impl<'a, T> Quantised<'a, T> {
     }
 }
 
-impl<T: Format> Kernel for Quantised<'_, T> {
+impl<T: TileFormat> Kernel for Quantised<'_, T> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         let job = &self.job;
@@ -282,9 +283,9 @@ impl<T: Format> Kernel for Quantised<'_, T> {
 }
 
 #[inline(always)]
-fn quantised_tile<S: Simd, T: Format, const R: usize>(
+fn quantised_tile<S: Simd, T: TileFormat, const R: usize>(
     s: S,
-    job: &Job<'_>,
+    job: &ProductTask<'_>,
     panel: usize,
     row: usize,
 ) {
@@ -326,12 +327,12 @@ fn combine<S: Simd, const R: usize>(
 
 /// A matrix of floats.
 struct Floats<'a, T> {
-    job: Job<'a>,
+    job: ProductTask<'a>,
     format: std::marker::PhantomData<T>,
 }
 
 impl<'a, T> Floats<'a, T> {
-    fn new(job: Job<'a>) -> Self {
+    fn new(job: ProductTask<'a>) -> Self {
         Floats {
             job,
             format: std::marker::PhantomData,
@@ -371,7 +372,7 @@ impl<T: Float> Kernel for Floats<'_, T> {
 #[inline(always)]
 fn float_tile<S: Simd, T: Float, const R: usize, const P: usize>(
     s: S,
-    job: &Job<'_>,
+    job: &ProductTask<'_>,
     panel: usize,
     row: usize,
 ) {
@@ -408,7 +409,7 @@ fn float_tile<S: Simd, T: Float, const R: usize, const P: usize>(
 
 /// Adds bias and residual to the 16 products of a row, with the activation between, and stores them.
 #[inline(always)]
-fn finish<S: Simd>(s: S, job: &Job<'_>, panel: usize, row: usize, acc: S::F) {
+fn finish<S: Simd>(s: S, job: &ProductTask<'_>, panel: usize, row: usize, acc: S::F) {
     let sink = &job.sink;
     let column = panel * PANEL;
     let valid = PANEL.min(job.part.n - column);

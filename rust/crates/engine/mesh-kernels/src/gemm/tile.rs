@@ -4,14 +4,15 @@
 //! after each block where the layout has minima: the same operations on the same numbers for any number of
 //! rows.
 
-// Register tiles are arrays indexed by row and column; iterators over several of them at once hide the arithmetic.
+// Register tiles are arrays indexed by row and column; iterators over several of them at once hide the
+// arithmetic.
 #![allow(clippy::needless_range_loop)]
 
 use crate::layout::{BLOCK, GROUP, GROUP_HEAD, Layout, Scales, code_bytes};
 use crate::simd::Simd;
 
 /// A quantised layout known at compile time.
-pub(super) trait Format {
+pub(super) trait TileFormat {
     const LAYOUT: Layout;
     const BITS: u32;
     const SCALES: Scales;
@@ -22,7 +23,7 @@ macro_rules! formats {
     ($($name:ident)*) => {
         $(
             pub(super) struct $name;
-            impl Format for $name {
+            impl TileFormat for $name {
                 const LAYOUT: Layout = Layout::$name;
                 const BITS: u32 = match Layout::$name.quantised() {
                     Some((bits, _)) => bits,
@@ -42,9 +43,10 @@ formats! { Q4 Q4Min Q4Coded Q5 Q5Min Q5Coded Q6 Q6Halves Q8 }
 /// The products of `R` rows with one panel.
 ///
 /// # Safety
-/// `panel` points to a whole panel of `blocks` blocks of layout `T`, `acts` to a tile of `R` quantised rows as long.
+/// `panel` points to a whole panel of `blocks` blocks of layout `T`, `acts` to a tile of `R` quantised rows
+/// as long.
 #[inline(always)]
-pub(super) unsafe fn quantised<S: Simd, T: Format, const R: usize>(
+pub(super) unsafe fn quantised<S: Simd, T: TileFormat, const R: usize>(
     s: S,
     panel: *const u8,
     blocks: usize,
@@ -70,7 +72,7 @@ pub(super) unsafe fn quantised<S: Simd, T: Format, const R: usize>(
 }
 
 #[inline(always)]
-unsafe fn block<S: Simd, T: Format, const R: usize>(
+unsafe fn block<S: Simd, T: TileFormat, const R: usize>(
     s: S,
     w: *const u8,
     a: *const u8,
@@ -129,7 +131,10 @@ unsafe fn block<S: Simd, T: Format, const R: usize>(
 
 /// The sums' start: minus the bias times the sum of the activations.
 #[inline(always)]
-unsafe fn biased<S: Simd, T: Format, const R: usize>(s: S, minus_sums: *const i32) -> [S::I; R] {
+unsafe fn biased<S: Simd, T: TileFormat, const R: usize>(
+    s: S,
+    minus_sums: *const i32,
+) -> [S::I; R] {
     let mut sum = [s.isplat(0); R];
     for (r, sum) in sum.iter_mut().enumerate() {
         // SAFETY: R sums are there.
@@ -147,7 +152,7 @@ unsafe fn biased<S: Simd, T: Format, const R: usize>(s: S, minus_sums: *const i3
 
 /// Adds the products of input groups `G` and `H`.
 #[inline(always)]
-unsafe fn pair<S: Simd, T: Format, const R: usize, const G: usize, const H: usize>(
+unsafe fn pair<S: Simd, T: TileFormat, const R: usize, const G: usize, const H: usize>(
     s: S,
     codes: *const u8,
     q: *const i8,
@@ -167,7 +172,7 @@ unsafe fn pair<S: Simd, T: Format, const R: usize, const G: usize, const H: usiz
 }
 
 #[inline(always)]
-unsafe fn dot<S: Simd, T: Format>(s: S, sum: S::I, w: S::B, q: *const i8) -> S::I {
+unsafe fn dot<S: Simd, T: TileFormat>(s: S, sum: S::I, w: S::B, q: *const i8) -> S::I {
     // SAFETY: four activations are at `q`.
     unsafe {
         if T::BITS == 8 {
@@ -180,7 +185,7 @@ unsafe fn dot<S: Simd, T: Format>(s: S, sum: S::I, w: S::B, q: *const i8) -> S::
 
 /// The codes of input group `G`.
 #[inline(always)]
-unsafe fn weights<S: Simd, T: Format, const G: usize>(s: S, codes: *const u8) -> S::B {
+unsafe fn weights<S: Simd, T: TileFormat, const G: usize>(s: S, codes: *const u8) -> S::B {
     // SAFETY: the caller's block holds what its layout says.
     unsafe {
         if T::BITS == 8 {

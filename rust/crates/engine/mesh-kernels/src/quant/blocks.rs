@@ -4,21 +4,23 @@ use half::f16;
 
 use super::WeightType;
 
-/// 32 consecutive weights: `w[i] = d * (q[i] - bias) + m`, or per half `d * sc[i / 16] * (q[i] - bias)` for Q6_K.
+/// 32 consecutive weights: `w[i] = d * (q[i] - bias) + m`, or per half `d * sc[i / 16] * (q[i] - bias)` for
+/// Q6_K.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Stretch {
     /// Codes, `0..2^bits`.
     pub q: [u8; 32],
     /// Bits of the f16 scale: of the block, or of the super-block of 256 for the K types.
     pub d: u16,
-    /// Bits of the f16 minimum (Q4_1, Q5_1) or of the super-block's `dmin` (Q4_K, Q5_K; it counts negatively).
+    /// Bits of the f16 minimum (Q4_1, Q5_1) or of the super-block's `dmin` (Q4_K, Q5_K; it counts
+    /// negatively).
     pub m: u16,
     /// Integer scale codes of the K types: `[scale, min]` for Q4_K and Q5_K, one per half for Q6_K.
     pub codes: [i8; 2],
 }
 
-/// Reads stretch `index` of a row in file format, of a quantised type. The row holds it: checked by the callers through
-/// `row_bytes`.
+/// Reads stretch `index` of a row in file format, of a quantised type. The row holds it: checked by the
+/// callers through `row_bytes`.
 #[inline(always)]
 pub fn stretch(ty: WeightType, row: &[u8], index: usize) -> Stretch {
     let bytes = ty.block_bytes();

@@ -1,4 +1,5 @@
-//! The weight types of GGUF files, block by block, exactly as ggml defines them (ggml-common.h, ggml-quants.c).
+//! The weight types of GGUF files, block by block, exactly as ggml defines them (ggml-common.h,
+//! ggml-quants.c).
 
 pub(crate) mod blocks;
 

@@ -24,8 +24,8 @@ pub(crate) unsafe fn enter<K: Kernel>(s: Avx512, kernel: K) {
     kernel.run(s);
 }
 
-/// Methods over register values and over pointers. One comment stands for all: the token proves the features, and a caller
-/// of an unsafe method gives a valid pointer.
+/// Methods over register values and over pointers. One comment stands for all: the token proves the features,
+/// and a caller of an unsafe method gives a valid pointer.
 macro_rules! methods {
     ($(fn $name:ident $(<const $n:ident: u32>)? ($($arg:ident: $ty:ty),*) $(-> $out:ty)? $body:block)*) => {
         $(

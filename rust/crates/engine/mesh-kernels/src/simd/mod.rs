@@ -1,12 +1,13 @@
 //! Vectors of sixteen lanes on every CPU.
 //!
-//! Every kernel is written once over [`Simd`], a token whose existence proves that the CPU has the instructions. A vector is
-//! always 16 lanes (one AVX-512 register, two AVX2, four NEON ones), every reduction is the same tree, and every
-//! multiplication that is followed by an addition is fused; so AVX-512, AVX2 and NEON give the same bits. [`Scalar`] does
-//! not fuse (on the CPUs that need it a fused operation is a library call), so it agrees only to rounding.
+//! Every kernel is written once over [`Simd`], a token whose existence proves that the CPU has the
+//! instructions. A vector is always 16 lanes (one AVX-512 register, two AVX2, four NEON ones), every
+//! reduction is the same tree, and every multiplication that is followed by an addition is fused; so AVX-512,
+//! AVX2 and NEON give the same bits. [`Scalar`] does not fuse (on the CPUs that need it a fused operation is
+//! a library call), so it agrees only to rounding.
 //!
-//! A kernel is a struct that implements [`Kernel`]; [`run`] calls it inside a function that has the target features, and
-//! everything below is `#[inline(always)]`, so that it is compiled with them.
+//! A kernel is a struct that implements [`Kernel`]; [`run`] calls it inside a function that has the target
+//! features, and everything below is `#[inline(always)]`, so that it is compiled with them.
 
 pub(crate) mod scalar;
 
@@ -55,8 +56,8 @@ pub(crate) fn run<K: Kernel>(isa: Isa, kernel: K) {
 
 /// Vectors of 16 lanes. The token is proof that the CPU has the instructions.
 ///
-/// Methods that take pointers are unsafe: the pointer must be valid for the 16 elements (64 bytes for [`Simd::load_b`]); no
-/// alignment is needed.
+/// Methods that take pointers are unsafe: the pointer must be valid for the 16 elements (64 bytes for
+/// [`Simd::load_b`]); no alignment is needed.
 pub(crate) trait Simd: Copy {
     /// 16 × f32.
     type F: Copy;
@@ -138,7 +139,8 @@ pub(crate) trait Simd: Copy {
         self.sigmoid_times(x, x)
     }
 
-    /// GELU in its tanh form, `x/2 · (1 + tanh(u))` with `u = √(2/π) · (x + 0.044715 x³)`: the same as `x / (1 + e^-2u)`.
+    /// GELU in its tanh form, `x/2 · (1 + tanh(u))` with `u = √(2/π) · (x + 0.044715 x³)`: the same as `x /
+    /// (1 + e^-2u)`.
     #[inline(always)]
     fn gelu_tanh(self, x: Self::F) -> Self::F {
         const LINEAR: f32 = 1.595_769;
@@ -163,7 +165,8 @@ pub(crate) trait Simd: Copy {
         self.div(self.add(positive, negative), self.add(one, e))
     }
 
-    /// `x Φ(x)` with the normal distribution's Φ, to 2e-7 of |x|: erfc by Abramowitz and Stegun's formula 7.1.26.
+    /// `x Φ(x)` with the normal distribution's Φ, to 2e-7 of |x|: erfc by Abramowitz and Stegun's formula
+    /// 7.1.26.
     #[inline(always)]
     fn gelu(self, x: Self::F) -> Self::F {
         let size = self.abs(x);

@@ -16,8 +16,8 @@ fn zip(a: F, b: F, f: impl Fn(f32, f32) -> f32) -> F {
     std::array::from_fn(|i| f(a[i], b[i]))
 }
 
-// SAFETY of every block below: the caller of an unsafe method gives a pointer that is valid for the elements named in the
-// trait; reads and writes are unaligned.
+// SAFETY of every block below: the caller of an unsafe method gives a pointer that is valid for the elements
+// named in the trait; reads and writes are unaligned.
 impl Simd for Scalar {
     type F = F;
     type I = I;
@@ -127,7 +127,8 @@ impl Simd for Scalar {
     }
     #[inline(always)]
     fn round(self, a: F) -> I {
-        // Adding and taking away 1.5 * 2^23 rounds half to even for |v| < 2^22, which is all that the kernels ask for.
+        // Adding and taking away 1.5 * 2^23 rounds half to even for |v| < 2^22, which is all that the kernels
+        // ask for.
         const MAGIC: f32 = 12_582_912.0;
         a.map(|v| ((v + MAGIC) - MAGIC) as i32)
     }

@@ -4,9 +4,10 @@ use std::path::PathBuf;
 
 use mesh_store::{BuildError, Manifest, Store, StoreError};
 
-use super::{Pulled, blocking};
+use super::pulled::Pulled;
+use crate::blocking::blocking;
 use crate::error::HubError;
-use crate::fetch::Watch;
+use crate::watch::Watch;
 
 /// The model that the store knows as `label`, if it is complete and, if `source` is given, comes from there.
 pub(super) async fn find(

@@ -1,8 +1,9 @@
 //! Templates that are nested deeper, or chained longer, than any real one is.
 //!
-//! The engine parses and compiles expressions by recursion. It counts brackets and blocks, but no signs, `not`s, filters or
-//! operators in a row, nor the `elif`s of one condition: a template of nothing else overflows the stack, which ends the process.
-//! So these are counted before anything is parsed, in the engine's own tokens.
+//! The engine parses and compiles expressions by recursion. It counts brackets and blocks, but no signs,
+//! `not`s, filters or operators in a row, nor the `elif`s of one condition: a template of nothing else
+//! overflows the stack, which ends the process. So these are counted before anything is parsed, in the
+//! engine's own tokens.
 
 use minijinja::machinery::{Token, WhitespaceConfig, tokenize};
 use minijinja::syntax::SyntaxConfig;

@@ -211,8 +211,8 @@ impl Formatter for Style {
     }
 }
 
-/// The date `seconds` after 1970 began, in UTC, in the directives of C's `strftime` that templates use; others stay as they
-/// are.
+/// The date `seconds` after 1970 began, in UTC, in the directives of C's `strftime` that templates use;
+/// others stay as they are.
 pub(super) fn strftime(format: &str, seconds: u64) -> String {
     let date = clock::date(seconds);
     let (year, month, day) = (date.year(), u8::from(date.month()), date.day());

@@ -1,25 +1,29 @@
 //! Text of clients in a conversation is data: it must not become a control token.
 //!
-//! A template mixes its own text, which names control tokens, with the client's. Tokenised as one text, a message that holds
-//! `<|im_end|>` would end its turn and could forge the next one. So before a conversation is rendered, every name of a control
-//! token in it is broken by a *mark*, a private-use character that stands nowhere in the conversation, behind the name's first
-//! character. Templates may trim, cut, compare and repeat text; the mark travels with it. Behind the template the marks are taken
-//! out again, and their places are barriers that no special token spans ([`crate::Tokenizer::encode_prompt`]). Ordinary tokens
-//! are not touched by a barrier.
+//! A template mixes its own text, which names control tokens, with the client's. Tokenised as one text, a
+//! message that holds `<|im_end|>` would end its turn and could forge the next one. So before a conversation
+//! is rendered, every name of a control token in it is broken by a *mark*, a private-use character that
+//! stands nowhere in the conversation, behind the name's first character. Templates may trim, cut, compare
+//! and repeat text; the mark travels with it. Behind the template the marks are taken out again, and their
+//! places are barriers that no special token spans ([`crate::Tokenizer::encode_prompt`]). Ordinary tokens are
+//! not touched by a barrier.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::RangeInclusive;
 
 use serde_json::{Map, Value};
 
-use super::{ChatError, RenderRequest, Rendered};
+use super::conversation::RenderRequest;
+use super::error::ChatError;
+use crate::tokenizer::Rendered;
 
 /// Texts that must not be read as control tokens in the messages of clients.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Guard {
     /// Names of control tokens, or beginnings that all names with them have in common.
     names: BTreeSet<Box<str>>,
-    /// Their first bytes, each with the lengths of the names that begin with it: there may be thousands of names.
+    /// Their first bytes, each with the lengths of the names that begin with it: there may be thousands of
+    /// names.
     lengths: BTreeMap<u8, BTreeSet<usize>>,
 }
 

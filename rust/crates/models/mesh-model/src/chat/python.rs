@@ -8,9 +8,11 @@ use minijinja::{Error, ErrorKind, State, Value};
 
 /// The source as the template engine has to see it to do what Jinja does.
 ///
-/// - The tags `{% generation %}` and `{% endgeneration %}`, by which templates mark what a model is trained on, become a block
-///   without a meaning of its own: a scope, like the one that `transformers` makes of them. Whitespace control stays.
-/// - A line break behind `{% raw %}` is text; the engine drops it as it does behind other blocks, so there are two then.
+/// - The tags `{% generation %}` and `{% endgeneration %}`, by which templates mark what a model is trained
+///   on, become a block without a meaning of its own: a scope, like the one that `transformers` makes of
+///   them. Whitespace control stays.
+/// - A line break behind `{% raw %}` is text; the engine drops it as it does behind other blocks, so there
+///   are two then.
 /// - Line breaks of other systems become plain ones.
 pub(super) fn prepared(source: &str) -> String {
     let source = source.replace("\r\n", "\n").replace('\r', "\n");

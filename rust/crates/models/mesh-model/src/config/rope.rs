@@ -1,6 +1,8 @@
 //! Rotary position embedding: which pairs of a head turn together, and how fast.
 
-use super::{Architecture, ConfigError, Keys, MAX_WIDTH};
+use super::architecture::Architecture;
+use super::error::ConfigError;
+use super::keys::{ArchitectureKeys, MAX_CONTEXT, MAX_WIDTH};
 use crate::checkpoint::RopeStyle;
 
 /// Scaling of positions for contexts longer than the original one.
@@ -26,8 +28,8 @@ pub enum RopeScaling {
         /// Factor on queries and keys: [`RopeScaling::yarn_attention_factor`], unless the model has its own.
         attention_factor: f32,
     },
-    /// Llama 3.1's: pairs with long waves are divided by `factor`, those with short ones stay, those between are blended. GGUF
-    /// files have the outcome instead, as [`Rope::freq_factors`].
+    /// Llama 3.1's: pairs with long waves are divided by `factor`, those with short ones stay, those between
+    /// are blended. GGUF files have the outcome instead, as [`Rope::freq_factors`].
     Llama3 {
         /// At least 1 in any real model.
         factor: f32,
@@ -131,7 +133,10 @@ impl Rope {
         move |i| 1.0 - ((i as f64 - low) / (high - low).max(0.001)).clamp(0.0, 1.0)
     }
 
-    pub(super) fn from_keys(keys: &Keys<'_>, head_dim: usize) -> Result<Self, ConfigError> {
+    pub(super) fn from_keys(
+        keys: &ArchitectureKeys<'_>,
+        head_dim: usize,
+    ) -> Result<Self, ConfigError> {
         let dim = keys
             .optional_count("rope.dimension_count", MAX_WIDTH)?
             .map_or(head_dim, |dim| dim as usize);
@@ -162,9 +167,9 @@ impl Rope {
         })
     }
 
-    /// The embedding of layers with a window. Gemma 3's turn faster than the others' and are not stretched; other families
-    /// have one for all.
-    pub(super) fn of_windows(&self, keys: &Keys<'_>) -> Result<Self, ConfigError> {
+    /// The embedding of layers with a window. Gemma 3's turn faster than the others' and are not stretched;
+    /// other families have one for all.
+    pub(super) fn of_windows(&self, keys: &ArchitectureKeys<'_>) -> Result<Self, ConfigError> {
         const BASE: &str = "rope.freq_base_swa";
         let mut rope = self.clone();
         if keys.architecture == Architecture::Gemma3 {
@@ -182,7 +187,7 @@ impl Rope {
     }
 }
 
-fn scaling(keys: &Keys<'_>) -> Result<RopeScaling, ConfigError> {
+fn scaling(keys: &ArchitectureKeys<'_>) -> Result<RopeScaling, ConfigError> {
     let key = keys.full("rope.scaling.type");
     let factor = keys.positive("rope.scaling.factor")?;
     let kind = match keys.checkpoint.string(&key)? {
@@ -201,10 +206,10 @@ fn scaling(keys: &Keys<'_>) -> Result<RopeScaling, ConfigError> {
         "yarn" => Ok(RopeScaling::Yarn {
             factor: factor.unwrap_or(1.0),
             original_context: match keys
-                .optional_count("rope.scaling.original_context_length", super::MAX_CONTEXT)?
+                .optional_count("rope.scaling.original_context_length", MAX_CONTEXT)?
             {
                 Some(context) => context as u32,
-                None => keys.count("context_length", super::MAX_CONTEXT)? as u32,
+                None => keys.count("context_length", MAX_CONTEXT)? as u32,
             },
             beta_fast: keys
                 .positive("rope.scaling.yarn_beta_fast")?
@@ -220,7 +225,10 @@ fn scaling(keys: &Keys<'_>) -> Result<RopeScaling, ConfigError> {
     }
 }
 
-fn freq_factors(keys: &Keys<'_>, pairs: usize) -> Result<Option<Vec<f32>>, ConfigError> {
+fn freq_factors(
+    keys: &ArchitectureKeys<'_>,
+    pairs: usize,
+) -> Result<Option<Vec<f32>>, ConfigError> {
     let Some(tensor) = keys.checkpoint.tensors().get("rope_freqs.weight") else {
         return Ok(None);
     };
@@ -302,7 +310,8 @@ mod tests {
         }
     }
 
-    /// The formula is that of <https://github.com/jquesnelle/yarn>, by the authors of <https://arxiv.org/abs/2309.00071>.
+    /// The formula is that of <https://github.com/jquesnelle/yarn>, by the authors of
+    /// <https://arxiv.org/abs/2309.00071>.
     #[test]
     fn yarn_gives_the_published_frequencies() {
         let yarn = |factor, original_context| RopeScaling::Yarn {

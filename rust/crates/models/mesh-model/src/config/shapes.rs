@@ -1,6 +1,8 @@
 //! Checks of the network's tensors against the shapes that the metadata gives.
 
-use super::{Architecture, ConfigError, ModelConfig};
+use super::architecture::Architecture;
+use super::error::ConfigError;
+use super::network::ModelConfig;
 use crate::checkpoint::Checkpoint;
 
 /// Checks that all tensors that the engines need exist with the right dimensions, and that no other would be
@@ -26,13 +28,13 @@ pub(super) fn check(config: &ModelConfig, checkpoint: &dyn Checkpoint) -> Result
     Ok(())
 }
 
-struct Expected {
+struct ExpectedTensors {
     globals: Vec<(&'static str, Vec<u64>)>,
     per_layer: Vec<(&'static str, Vec<u64>)>,
 }
 
 /// Dimensions in GGUF order: inputs first.
-fn expected(config: &ModelConfig) -> Expected {
+fn expected(config: &ModelConfig) -> ExpectedTensors {
     let [hidden, ffn, vocab, head_dim] =
         [config.hidden, config.ffn, config.vocab, config.head_dim].map(|n| n as u64);
     let (q, kv) = (
@@ -81,7 +83,7 @@ fn expected(config: &ModelConfig) -> Expected {
             ("post_ffw_norm.weight", vec![hidden]),
         ]);
     }
-    Expected { globals, per_layer }
+    ExpectedTensors { globals, per_layer }
 }
 
 fn check_one(checkpoint: &dyn Checkpoint, name: &str, dims: &[u64]) -> Result<(), ConfigError> {
@@ -96,7 +98,7 @@ fn check_one(checkpoint: &dyn Checkpoint, name: &str, dims: &[u64]) -> Result<()
     Ok(())
 }
 
-fn is_known(name: &str, config: &ModelConfig, expected: &Expected) -> bool {
+fn is_known(name: &str, config: &ModelConfig, expected: &ExpectedTensors) -> bool {
     // Frequencies that follow from the metadata; some converters wrote them out.
     if name == "rope_freqs.weight" || name.ends_with(".attn_rot_embd.weight") {
         return true;

@@ -1,6 +1,9 @@
 //! Layers whose rows see only the last positions.
 
-use super::{Architecture, ConfigError, Keys, MAX_CONTEXT, MAX_LAYERS, Rope};
+use super::architecture::Architecture;
+use super::error::ConfigError;
+use super::keys::{ArchitectureKeys, MAX_CONTEXT, MAX_LAYERS};
+use super::rope::Rope;
 use crate::gguf::Value;
 
 /// The layers with a sliding window, and their rotary embedding.
@@ -30,7 +33,7 @@ impl SlidingWindow {
     /// Reads `attention.sliding_window` and its pattern, a period or a flag for each layer. Without a
     /// pattern, Gemma 3 has its own, and other families have the window in all layers (Mistral).
     pub(super) fn from_keys(
-        keys: &Keys<'_>,
+        keys: &ArchitectureKeys<'_>,
         layers: u32,
         rope: &Rope,
     ) -> Result<Option<Self>, ConfigError> {

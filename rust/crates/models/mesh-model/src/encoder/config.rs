@@ -1,13 +1,13 @@
 //! Configuration of an embedding model, from the JSON files of its folder.
 
 use std::collections::BTreeMap;
-use std::io::Read;
+use std::io::ErrorKind;
 use std::path::Path;
 
 use serde::Deserialize;
 
 use super::error::EncoderError;
-use crate::file::open_regular;
+use crate::file::read_limited;
 
 /// The shape of a BERT-family encoder.
 #[derive(Debug, Clone, PartialEq)]
@@ -75,29 +75,17 @@ pub struct Sentences {
 
 /// Reads the file at `path` if it exists.
 pub(super) fn read(path: &Path, limit: u64) -> Result<Option<Vec<u8>>, EncoderError> {
-    let failed = |source| EncoderError::Read {
-        path: path.into(),
-        source,
-    };
-    // Looked at before it is opened: to open a named pipe would wait for its writer.
-    match std::fs::metadata(path) {
-        Ok(metadata) if metadata.is_file() => {}
-        Ok(_) => return Err(failed(std::io::Error::other("it is no file"))),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(failed(error)),
-    }
-    let file = open_regular(path).map_err(failed)?;
-    let bytes = file.metadata().map_err(failed)?.len();
-    if bytes > limit {
-        return Err(EncoderError::TooLarge {
+    read_limited(path, limit).map_err(|source| match source.kind() {
+        ErrorKind::FileTooLarge => EncoderError::TooLarge {
             path: path.into(),
-            bytes,
+            bytes: std::fs::metadata(path).map_or(limit, |found| found.len()),
             limit,
-        });
-    }
-    let mut content = Vec::with_capacity(bytes as usize);
-    file.take(limit).read_to_end(&mut content).map_err(failed)?;
-    Ok(Some(content))
+        },
+        _ => EncoderError::Read {
+            path: path.into(),
+            source,
+        },
+    })
 }
 
 /// Fields of `config.json`.

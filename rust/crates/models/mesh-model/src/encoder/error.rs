@@ -7,47 +7,33 @@ use crate::safetensors::SafetensorsError;
 /// Errors of loading an embedding model and of tokenising texts for it.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
+#[allow(missing_docs, reason = "the messages name the fields")]
 pub enum EncoderError {
     /// A required file is missing.
     #[error("{} is missing: an embedding model is a folder with config.json, tokenizer.json and model.safetensors", path.display())]
-    MissingFile {
-        /// Path of the file.
-        path: PathBuf,
-    },
+    MissingFile { path: PathBuf },
     /// A file could not be read.
     #[error("cannot read {}: {source}", path.display())]
     Read {
-        /// Path of the file.
         path: PathBuf,
-        /// Error from the operating system.
         source: std::io::Error,
     },
     /// A file is larger than any of its kind.
     #[error("{} has {bytes} bytes, more than the limit of {limit}: it is damaged or something else", path.display())]
     TooLarge {
-        /// Path of the file.
         path: PathBuf,
-        /// Length of the file in bytes.
         bytes: u64,
         /// The most that is read.
         limit: u64,
     },
     /// A file is not the JSON it should be.
     #[error("{file} cannot be read: {message}")]
-    Json {
-        /// Name of the file.
-        file: &'static str,
-        /// Error from the parser.
-        message: String,
-    },
+    Json { file: &'static str, message: String },
     /// A number of the configuration outside its limits.
     #[error("{file} says {key} = {value}; {need}")]
     Value {
-        /// Name of the file.
         file: &'static str,
-        /// Name of the key.
         key: &'static str,
-        /// Value in the file.
         value: u64,
         /// Range that is accepted.
         need: &'static str,
@@ -55,7 +41,6 @@ pub enum EncoderError {
     /// A feature that is not implemented.
     #[error("the model has {what}, which is not supported: {remedy}")]
     Unsupported {
-        /// Description of the feature.
         what: String,
         /// Alternative for the user.
         remedy: &'static str,
@@ -74,7 +59,6 @@ pub enum EncoderError {
     TextTooLong {
         /// Length of the text in bytes.
         bytes: usize,
-        /// Maximum that is accepted.
         limit: usize,
     },
     /// A token id that does not exist.
@@ -88,7 +72,6 @@ pub enum EncoderError {
     /// A prompt that does not exist.
     #[error("the model has no prompt called {name:?}: {}", known_prompts(known))]
     NoSuchPrompt {
-        /// The name asked for.
         name: String,
         /// Names of the model's prompts.
         known: Vec<String>,

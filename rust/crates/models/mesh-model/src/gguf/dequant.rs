@@ -1,7 +1,7 @@
 //! Quantised blocks back to f32, value for value as ggml's reference functions give them.
 //!
-//! The layouts are those of ggml's `ggml-common.h`. Every block holds its elements in the order written here, low nibbles
-//! before high nibbles; scales are f16 unless said otherwise.
+//! The layouts are those of ggml's `ggml-common.h`. Every block holds its elements in the order written here,
+//! low nibbles before high nibbles; scales are f16 unless said otherwise.
 
 use half::{bf16, f16};
 
@@ -95,8 +95,8 @@ fn q8_0(block: &[u8; 34], out: &mut [f32; 32]) {
     }
 }
 
-/// Super-scales d and dmin, eight 6-bit pairs of scale and minimum in 12 bytes, then 128 bytes of nibbles: each 32 bytes
-/// hold one group of 32 in their low nibbles and the next in their high nibbles.
+/// Super-scales d and dmin, eight 6-bit pairs of scale and minimum in 12 bytes, then 128 bytes of nibbles:
+/// each 32 bytes hold one group of 32 in their low nibbles and the next in their high nibbles.
 fn q4_k(block: &[u8; 144], out: &mut [f32; 256]) {
     let (d, dmin) = (half_at(block, 0), half_at(block, 2));
     for (group, y) in out.as_chunks_mut::<32>().0.iter_mut().enumerate() {
@@ -109,7 +109,8 @@ fn q4_k(block: &[u8; 144], out: &mut [f32; 256]) {
     }
 }
 
-/// As Q4_K, with 32 bytes of fifth bits before the nibbles: bit `group` of byte `j` belongs to element `j` of that group.
+/// As Q4_K, with 32 bytes of fifth bits before the nibbles: bit `group` of byte `j` belongs to element `j` of
+/// that group.
 fn q5_k(block: &[u8; 176], out: &mut [f32; 256]) {
     let (d, dmin) = (half_at(block, 0), half_at(block, 2));
     let high = &block[16..48];
@@ -124,9 +125,9 @@ fn q5_k(block: &[u8; 176], out: &mut [f32; 256]) {
     }
 }
 
-/// 128 bytes of low nibbles, 64 bytes of upper bit pairs, sixteen signed 8-bit scales, super-scale d. Each half of the
-/// block is four runs of 32: run r takes its nibbles from bytes `32·(r mod 2)` on (low nibbles for runs 0 and 1) and its
-/// upper bits from bit pair r.
+/// 128 bytes of low nibbles, 64 bytes of upper bit pairs, sixteen signed 8-bit scales, super-scale d. Each
+/// half of the block is four runs of 32: run r takes its nibbles from bytes `32·(r mod 2)` on (low nibbles
+/// for runs 0 and 1) and its upper bits from bit pair r.
 fn q6_k(block: &[u8; 210], out: &mut [f32; 256]) {
     let d = half_at(block, 208);
     for (i, y) in out.iter_mut().enumerate() {
@@ -138,8 +139,9 @@ fn q6_k(block: &[u8; 210], out: &mut [f32; 256]) {
     }
 }
 
-/// The 6-bit scale and minimum of one of the eight groups of a Q4_K or Q5_K block. The first four pairs lie in the low six
-/// bits of bytes 0..4 and 4..8; of the others, the low nibbles lie in bytes 8..12 and the upper two bits on top of 0..8.
+/// The 6-bit scale and minimum of one of the eight groups of a Q4_K or Q5_K block. The first four pairs lie
+/// in the low six bits of bytes 0..4 and 4..8; of the others, the low nibbles lie in bytes 8..12 and the
+/// upper two bits on top of 0..8.
 fn k_scale_min(packed: &[u8], group: usize) -> (f32, f32) {
     let (scale, min) = if group < 4 {
         (packed[group] & 63, packed[group + 4] & 63)

@@ -5,6 +5,7 @@ use crate::file::FileError;
 /// Errors of reading a GGUF file.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
+#[allow(missing_docs, reason = "the messages name the fields")]
 pub enum GgufError {
     /// The file could not be opened or read, or changed meanwhile.
     #[error(transparent)]
@@ -19,10 +20,7 @@ pub enum GgufError {
     #[error(
         "GGUF version {version} is not supported: convert the file to version 3, little-endian"
     )]
-    Version {
-        /// Version in the file.
-        version: u32,
-    },
+    Version { version: u32 },
     /// The file ends before its last field.
     #[error(
         "the file ends inside {what}: {needed} bytes are needed at byte {at}, but the file has {length}; \
@@ -35,7 +33,6 @@ pub enum GgufError {
         at: u64,
         /// Length of the field in bytes.
         needed: u64,
-        /// Length of the file.
         length: u64,
     },
     /// A count or length over this crate's limit.
@@ -45,9 +42,7 @@ pub enum GgufError {
     Limit {
         /// The count or length.
         what: String,
-        /// Value in the file.
         value: u64,
-        /// Maximum that is accepted.
         limit: u64,
     },
     /// Text that is not UTF-8.
@@ -61,7 +56,6 @@ pub enum GgufError {
     Duplicate {
         /// "metadata key" or "tensor".
         kind: &'static str,
-        /// The name.
         name: String,
     },
     /// A metadata value of an unknown or forbidden type.
@@ -69,31 +63,22 @@ pub enum GgufError {
         "metadata {key:?} has the unknown type {ty}: the file is damaged or newer than this program"
     )]
     ValueType {
-        /// Name of the key.
         key: String,
         /// Number of the type in the file.
         ty: u32,
     },
     /// An array that contains arrays.
     #[error("metadata {key:?} is an array of arrays, which no model needs: the file is malformed")]
-    NestedArray {
-        /// Name of the key.
-        key: String,
-    },
+    NestedArray { key: String },
     /// A key that the caller needs is absent.
     #[error("metadata {key:?} is missing: the file is incomplete, convert the model again")]
-    MissingKey {
-        /// Name of the key.
-        key: String,
-    },
+    MissingKey { key: String },
     /// A key has a value of the wrong type.
     #[error("metadata {key:?} is {found}, but {wanted} is needed: convert the model again")]
     WrongType {
-        /// Name of the key.
         key: String,
         /// The type that was needed.
         wanted: &'static str,
-        /// Type in the file.
         found: String,
     },
     /// A tensor of a type that this crate cannot read.
@@ -102,7 +87,6 @@ pub enum GgufError {
          BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K"
     )]
     TensorType {
-        /// Name of the tensor.
         tensor: String,
         /// Number of the type in the file.
         ty: u32,
@@ -112,11 +96,8 @@ pub enum GgufError {
     /// A tensor whose dimensions make no sense.
     #[error("tensor {tensor:?} has dimensions {dims:?}: {reason}")]
     TensorShape {
-        /// Name of the tensor.
         tensor: String,
-        /// Dimensions in the file.
         dims: Vec<u64>,
-        /// Rule that they break.
         reason: &'static str,
     },
     /// A tensor that does not begin at a multiple of the alignment.
@@ -124,7 +105,6 @@ pub enum GgufError {
         "tensor {tensor:?} begins at offset {offset}, which is not a multiple of the alignment {alignment}"
     )]
     Misaligned {
-        /// Name of the tensor.
         tensor: String,
         /// Offset of the tensor in the data section.
         offset: u64,
@@ -133,30 +113,17 @@ pub enum GgufError {
     },
     /// An alignment that is not a power of two, or out of range.
     #[error("general.alignment is {alignment}: it must be a power of two from 1 to 65536")]
-    Alignment {
-        /// Alignment in the file.
-        alignment: u64,
-    },
+    Alignment { alignment: u64 },
     /// Two tensors share bytes.
     #[error("tensors {first:?} and {second:?} overlap: the file is malformed")]
-    Overlap {
-        /// Name of the tensor that begins first.
-        first: String,
-        /// Name of the tensor that begins second.
-        second: String,
-    },
+    Overlap { first: String, second: String },
     /// A tensor that the caller needs is absent.
     #[error("tensor {tensor:?} is missing: the file is incomplete or for another architecture")]
-    MissingTensor {
-        /// Name of the tensor.
-        tensor: String,
-    },
+    MissingTensor { tensor: String },
     /// Input and output of a dequantisation do not fit each other.
     #[error("{bytes} bytes of {ty} are {blocks} blocks, which do not fill {elements} elements")]
     Dequantize {
-        /// The type.
         ty: super::GgmlType,
-        /// Number of bytes given.
         bytes: usize,
         /// Whole blocks they make.
         blocks: usize,
@@ -168,7 +135,6 @@ pub enum GgufError {
         "the file has {bytes} bytes, but its tensors end at byte {end}: it is damaged or not whole, fetch it again"
     )]
     Surplus {
-        /// Length of the file.
         bytes: u64,
         /// The end of the last tensor.
         end: u64,

@@ -1,5 +1,6 @@
 //! GGUF files: keys and tensor list are read when a file is opened, each tensor when it is asked for.
 
+mod cursor;
 mod dequant;
 mod error;
 mod parse;
@@ -12,24 +13,25 @@ use std::path::Path;
 
 pub use dequant::dequantize;
 pub use error::GgufError;
-pub(crate) use tensors::Entry;
+pub(crate) use tensors::TensorEntry;
 pub use tensors::{Tensor, Tensors};
 pub use types::GgmlType;
 pub use value::{Array, Value, ValueType};
 pub use writer::Writer;
 
 use crate::file::ModelFile;
-use parse::{Cursor, Index};
+use cursor::Cursor;
+use parse::GgufIndex;
 
 /// An open GGUF file: its metadata and its tensors.
 ///
-/// Cheap to open: the header, the keys and the tensor list are read, the tensors' data stays in the file until touched.
-/// See [`Tensors::check_unchanged`] for the effect of writes to the file meanwhile.
+/// Cheap to open: the header, the keys and the tensor list are read, the tensors' data stays in the file
+/// until touched. See [`Tensors::check_unchanged`] for the effect of writes to the file meanwhile.
 #[derive(Debug)]
 pub struct Gguf {
     /// The file's bytes before its tensors; empty where the whole file is in memory.
     head: Vec<u8>,
-    index: Index,
+    index: GgufIndex,
     tensors: Tensors,
 }
 
@@ -49,15 +51,15 @@ impl Gguf {
     /// # Errors
     /// As [`Gguf::open`].
     pub fn from_bytes(bytes: Vec<u8>) -> Result<Self, GgufError> {
-        let (index, entries) = Index::parse(&bytes, bytes.len() as u64)?;
+        let (index, entries) = GgufIndex::parse(&bytes, bytes.len() as u64)?;
         Self::new(ModelFile::from_bytes(bytes), Vec::new(), index, entries)
     }
 
     fn new(
         file: ModelFile,
         head: Vec<u8>,
-        index: Index,
-        entries: Vec<Entry>,
+        index: GgufIndex,
+        entries: Vec<TensorEntry>,
     ) -> Result<Self, GgufError> {
         Ok(Gguf {
             head,
@@ -97,13 +99,13 @@ impl Gguf {
 }
 
 /// Reads as much of a file as its keys and its tensor list take.
-fn read_head(file: &ModelFile) -> Result<(Vec<u8>, Index, Vec<Entry>), GgufError> {
+fn read_head(file: &ModelFile) -> Result<(Vec<u8>, GgufIndex, Vec<TensorEntry>), GgufError> {
     let mut head = Vec::new();
     let mut wanted = FIRST_READ;
     loop {
         let len = wanted.min(MAX_HEAD).min(file.len());
         file.lengthen(&mut head, len as usize)?;
-        match Index::parse(&head, file.len()) {
+        match GgufIndex::parse(&head, file.len()) {
             Ok((index, entries)) => {
                 let ends = entries.iter().map(|tensor| (tensor.at + tensor.len) as u64);
                 let end = ends.max().unwrap_or(index.data_start);
@@ -142,5 +144,6 @@ fn read_head(file: &ModelFile) -> Result<(Vec<u8>, Index, Vec<Entry>), GgufError
 const FIRST_READ: u64 = 1 << 20;
 /// The largest known vocabularies take some 20 MB. It bounds the memory that a file's own counts can claim.
 const MAX_HEAD: u64 = 256 << 20;
-/// Padding is a few bytes. More is a file that was lengthened, which would take forever to read if it is a hole.
+/// Padding is a few bytes. More is a file that was lengthened, which would take forever to read if it is a
+/// hole.
 const MAX_SURPLUS: u64 = 64 << 20;

@@ -4,13 +4,11 @@
 
 use std::collections::HashMap;
 
+use super::cursor::Cursor;
 use super::error::GgufError;
-use super::tensors::Entry;
+use super::tensors::TensorEntry;
 use super::types::{GgmlType, foreign_type_name};
 use super::value::{Value, ValueType};
-
-/// Bytes of the length field of a string or an array.
-pub(super) const LENGTH_SIZE: u64 = 8;
 
 /// Alignment of the data section where the file names none.
 pub(super) const DEFAULT_ALIGNMENT: u64 = 32;
@@ -19,8 +17,8 @@ const MAGIC: [u8; 4] = *b"GGUF";
 const MAX_ALIGNMENT: u64 = 1 << 16;
 const MAX_DIMS: u32 = 4;
 
-// The format allows more; the largest known models have about fifty keys and two thousand tensors. The limits keep the
-// index of a hostile file to a few megabytes.
+// The format allows more; the largest known models have about fifty keys and two thousand tensors. The limits
+// keep the index of a hostile file to a few megabytes.
 const MAX_KEYS: u64 = 1 << 14;
 const MAX_KEY_LEN: u64 = 1 << 12;
 const MAX_TENSORS: u64 = 1 << 16;
@@ -31,7 +29,7 @@ type Positions = HashMap<Box<str>, usize>;
 
 /// Positions of a file's metadata values and data section.
 #[derive(Debug)]
-pub(super) struct Index {
+pub(super) struct GgufIndex {
     /// Keys in the order of the file.
     pub(super) keys: Vec<KeyEntry>,
     pub(super) key_by_name: Positions,
@@ -47,15 +45,12 @@ pub(super) struct KeyEntry {
     pub(super) at: usize,
 }
 
-impl Index {
+impl GgufIndex {
     /// Reads everything but the tensors' data: positions of keys and the list of tensors. `bytes` are the
     /// beginning of a file of `length` bytes. If there are too few, the error is [`GgufError::Truncated`]
     /// with their number as the length.
-    pub(super) fn parse(bytes: &[u8], length: u64) -> Result<(Self, Vec<Entry>), GgufError> {
-        let mut cursor = Cursor {
-            length,
-            ..Cursor::new(bytes)
-        };
+    pub(super) fn parse(bytes: &[u8], length: u64) -> Result<(Self, Vec<TensorEntry>), GgufError> {
+        let mut cursor = Cursor::of_file(bytes, length);
         let (tensors, keys) = parse_header(&mut cursor)?;
         let (keys, key_by_name) = parse_keys(&mut cursor, keys)?;
         let alignment = find_alignment(bytes, &keys, &key_by_name)?;
@@ -67,7 +62,7 @@ impl Index {
             false => cursor.align(alignment)?,
         };
         place_tensors(&mut tensors, data_start, alignment, length)?;
-        let index = Index {
+        let index = GgufIndex {
             keys,
             key_by_name,
             data_start,
@@ -107,7 +102,7 @@ fn parse_keys(
         cursor.naming(&name);
         let id = cursor.u32()?;
         let ty = ValueType::from_id(id).ok_or_else(|| cursor.unknown_type(id))?;
-        let at = cursor.pos;
+        let at = cursor.position() as usize;
         Value::read(cursor, ty)?;
         if by_name.insert(name.clone(), keys.len()).is_some() {
             let name = name.into();
@@ -139,7 +134,7 @@ fn find_alignment(bytes: &[u8], keys: &[KeyEntry], by_name: &Positions) -> Resul
 }
 
 /// Tensors whose positions are relative to the data section.
-fn parse_tensor_list(cursor: &mut Cursor<'_>, count: u64) -> Result<Vec<Entry>, GgufError> {
+fn parse_tensor_list(cursor: &mut Cursor<'_>, count: u64) -> Result<Vec<TensorEntry>, GgufError> {
     let mut tensors = Vec::new();
     for i in 0..count {
         cursor.naming(&format!("the description of tensor {i}"));
@@ -166,7 +161,7 @@ fn parse_tensor_list(cursor: &mut Cursor<'_>, count: u64) -> Result<Vec<Entry>, 
         };
         match tensor_bytes(ty, &dims) {
             // Whether such a position can be is checked when the section's own is known.
-            Ok(len) => tensors.push(Entry {
+            Ok(len) => tensors.push(TensorEntry {
                 name,
                 ty,
                 dims,
@@ -205,7 +200,7 @@ fn tensor_bytes(ty: GgmlType, dims: &[u64]) -> Result<u64, &'static str> {
 
 /// Makes the tensors' positions those in the file, and checks that it has their bytes.
 fn place_tensors(
-    tensors: &mut [Entry],
+    tensors: &mut [TensorEntry],
     data_start: u64,
     alignment: u64,
     file_len: u64,
@@ -233,8 +228,8 @@ fn place_tensors(
     check_overlap(tensors)
 }
 
-fn check_overlap(tensors: &[Entry]) -> Result<(), GgufError> {
-    let mut order: Vec<&Entry> = tensors.iter().collect();
+fn check_overlap(tensors: &[TensorEntry]) -> Result<(), GgufError> {
+    let mut order: Vec<&TensorEntry> = tensors.iter().collect();
     order.sort_unstable_by_key(|tensor| tensor.at);
     for pair in order.windows(2) {
         if pair[0].at + pair[0].len > pair[1].at {
@@ -256,127 +251,4 @@ fn check_limit(what: &str, value: u64, limit: u64) -> Result<(), GgufError> {
         });
     }
     Ok(())
-}
-
-/// A position in a byte slice, with the name of the current field for errors.
-pub(super) struct Cursor<'a> {
-    bytes: &'a [u8],
-    /// Length of the whole file, of which the bytes are the beginning.
-    length: u64,
-    pos: usize,
-    what: String,
-}
-
-impl<'a> Cursor<'a> {
-    pub(super) fn new(bytes: &'a [u8]) -> Self {
-        Self::at(bytes, 0)
-    }
-
-    pub(super) fn at(bytes: &'a [u8], pos: usize) -> Self {
-        Cursor {
-            bytes,
-            length: bytes.len() as u64,
-            pos,
-            what: String::new(),
-        }
-    }
-
-    /// Sets the name of the next fields for errors.
-    pub(super) fn naming(&mut self, what: &str) {
-        self.what.clear();
-        self.what.push_str(what);
-    }
-
-    pub(super) fn position(&self) -> u64 {
-        self.pos as u64
-    }
-
-    /// The bytes from `start`, an earlier [`Self::position`], to here.
-    pub(super) fn since(&self, start: u64) -> &'a [u8] {
-        &self.bytes[start as usize..self.pos]
-    }
-
-    pub(super) fn u32(&mut self) -> Result<u32, GgufError> {
-        Ok(u32::from_le_bytes(self.bytes()?))
-    }
-
-    pub(super) fn u64(&mut self) -> Result<u64, GgufError> {
-        Ok(u64::from_le_bytes(self.bytes()?))
-    }
-
-    pub(super) fn bytes<const N: usize>(&mut self) -> Result<[u8; N], GgufError> {
-        let mut out = [0; N];
-        out.copy_from_slice(self.take(N as u64)?);
-        Ok(out)
-    }
-
-    /// A length and that many bytes.
-    pub(super) fn string(&mut self) -> Result<&'a [u8], GgufError> {
-        let len = self.u64()?;
-        self.take(len)
-    }
-
-    /// A string that names something: not empty, UTF-8 and no longer than `limit`.
-    fn name(&mut self, limit: u64) -> Result<&'a str, GgufError> {
-        let len = self.u64()?;
-        if len > limit || len == 0 {
-            let what = format!("the length of the name of {}", self.what);
-            return Err(GgufError::Limit {
-                what,
-                value: len,
-                limit,
-            });
-        }
-        let name = self.take(len)?;
-        std::str::from_utf8(name).map_err(|_| GgufError::Utf8 {
-            what: format!("the name of {}", self.what),
-        })
-    }
-
-    pub(super) fn skip(&mut self, len: u64) -> Result<(), GgufError> {
-        self.take(len).map(|_| ())
-    }
-
-    fn take(&mut self, len: u64) -> Result<&'a [u8], GgufError> {
-        self.require(len)?;
-        let start = self.pos;
-        self.pos += len as usize;
-        Ok(&self.bytes[start..self.pos])
-    }
-
-    /// Fails unless `len` more bytes are left.
-    pub(super) fn require(&self, len: u64) -> Result<(), GgufError> {
-        if len <= self.bytes.len().saturating_sub(self.pos) as u64 {
-            return Ok(());
-        }
-        let in_file = len <= self.length.saturating_sub(self.pos as u64);
-        Err(GgufError::Truncated {
-            what: self.what.clone(),
-            at: self.pos as u64,
-            needed: len,
-            length: match in_file {
-                true => self.bytes.len() as u64,
-                false => self.length,
-            },
-        })
-    }
-
-    /// Steps to the next multiple of `alignment` and gives it.
-    fn align(&mut self, alignment: u64) -> Result<u64, GgufError> {
-        self.skip(self.position().next_multiple_of(alignment) - self.position())?;
-        Ok(self.position())
-    }
-
-    pub(super) fn unknown_type(&self, ty: u32) -> GgufError {
-        GgufError::ValueType {
-            key: self.what.clone(),
-            ty,
-        }
-    }
-
-    pub(super) fn nested_array(&self) -> GgufError {
-        GgufError::NestedArray {
-            key: self.what.clone(),
-        }
-    }
 }

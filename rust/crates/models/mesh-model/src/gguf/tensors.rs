@@ -27,13 +27,13 @@ pub struct Tensor<'a> {
 pub struct Tensors {
     files: Vec<ModelFile>,
     /// Tensors in the order of the files.
-    entries: Vec<Entry>,
+    entries: Vec<TensorEntry>,
     by_name: HashMap<Box<str>, usize>,
 }
 
 /// Name, type, shape and position of a tensor.
 #[derive(Debug)]
-pub(crate) struct Entry {
+pub(crate) struct TensorEntry {
     pub(crate) name: Box<str>,
     pub(crate) ty: GgmlType,
     /// The contiguous one first.
@@ -46,12 +46,12 @@ pub(crate) struct Entry {
 }
 
 impl Tensors {
-    /// Tensors in `files`. Each must have been checked to lie within its file, with as many bytes as its type and dimensions
-    /// ask for.
+    /// Tensors in `files`. Each must have been checked to lie within its file, with as many bytes as its type
+    /// and dimensions ask for.
     ///
     /// # Errors
     /// If two tensors have one name.
-    pub(crate) fn new(files: Vec<ModelFile>, entries: Vec<Entry>) -> Result<Self, GgufError> {
+    pub(crate) fn new(files: Vec<ModelFile>, entries: Vec<TensorEntry>) -> Result<Self, GgufError> {
         let mut by_name = HashMap::with_capacity(entries.len());
         for (position, entry) in entries.iter().enumerate() {
             if by_name.insert(entry.name.clone(), position).is_some() {
@@ -86,8 +86,8 @@ impl Tensors {
 
     /// Fails if a file is no longer the one that was opened: another length or another time of change.
     ///
-    /// Weights read across a change are garbage. So a loader calls this after it has read all tensors, and model files are
-    /// replaced by renaming a new file over the old one, never by writing into it.
+    /// Weights read across a change are garbage. So a loader calls this after it has read all tensors, and
+    /// model files are replaced by renaming a new file over the old one, never by writing into it.
     ///
     /// # Errors
     /// If one changed or cannot be looked at.
@@ -100,7 +100,7 @@ impl Tensors {
         self.files.first()?.in_memory()
     }
 
-    fn view<'a>(&'a self, entry: &'a Entry) -> Tensor<'a> {
+    fn view<'a>(&'a self, entry: &'a TensorEntry) -> Tensor<'a> {
         Tensor {
             name: &entry.name,
             ty: entry.ty,

@@ -22,7 +22,7 @@ pub enum GgmlType {
 }
 
 /// A type's number in GGUF files, its name, and the elements and the bytes of one of its blocks.
-struct Layout(u32, &'static str, usize, usize);
+struct BlockLayout(u32, &'static str, usize, usize);
 
 impl GgmlType {
     /// Every type, for tests and tables.
@@ -40,19 +40,19 @@ impl GgmlType {
         Self::Q6_K,
     ];
 
-    const fn layout(self) -> Layout {
+    const fn layout(self) -> BlockLayout {
         match self {
-            GgmlType::F32 => Layout(0, "F32", 1, 4),
-            GgmlType::F16 => Layout(1, "F16", 1, 2),
-            GgmlType::BF16 => Layout(30, "BF16", 1, 2),
-            GgmlType::Q4_0 => Layout(2, "Q4_0", 32, 18),
-            GgmlType::Q4_1 => Layout(3, "Q4_1", 32, 20),
-            GgmlType::Q5_0 => Layout(6, "Q5_0", 32, 22),
-            GgmlType::Q5_1 => Layout(7, "Q5_1", 32, 24),
-            GgmlType::Q8_0 => Layout(8, "Q8_0", 32, 34),
-            GgmlType::Q4_K => Layout(12, "Q4_K", 256, 144),
-            GgmlType::Q5_K => Layout(13, "Q5_K", 256, 176),
-            GgmlType::Q6_K => Layout(14, "Q6_K", 256, 210),
+            GgmlType::F32 => BlockLayout(0, "F32", 1, 4),
+            GgmlType::F16 => BlockLayout(1, "F16", 1, 2),
+            GgmlType::BF16 => BlockLayout(30, "BF16", 1, 2),
+            GgmlType::Q4_0 => BlockLayout(2, "Q4_0", 32, 18),
+            GgmlType::Q4_1 => BlockLayout(3, "Q4_1", 32, 20),
+            GgmlType::Q5_0 => BlockLayout(6, "Q5_0", 32, 22),
+            GgmlType::Q5_1 => BlockLayout(7, "Q5_1", 32, 24),
+            GgmlType::Q8_0 => BlockLayout(8, "Q8_0", 32, 34),
+            GgmlType::Q4_K => BlockLayout(12, "Q4_K", 256, 144),
+            GgmlType::Q5_K => BlockLayout(13, "Q5_K", 256, 176),
+            GgmlType::Q6_K => BlockLayout(14, "Q6_K", 256, 210),
         }
     }
 

@@ -1,7 +1,7 @@
 //! Metadata values, read in place.
 
+use super::cursor::{Cursor, LENGTH_SIZE};
 use super::error::GgufError;
-use super::parse::{Cursor, LENGTH_SIZE};
 
 /// The type of a metadata value.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -143,7 +143,8 @@ impl<'a> Array<'a> {
             }
             None if element == ValueType::Array => return Err(cursor.nested_array()),
             None => {
-                // Each string takes at least its own length field: a lying count fails here and not after hours.
+                // Each string takes at least its own length field: a lying count fails here and not after
+                // hours.
                 cursor.require(len.saturating_mul(LENGTH_SIZE))?;
                 for _ in 0..len {
                     cursor.string()?;

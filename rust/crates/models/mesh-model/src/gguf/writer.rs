@@ -5,6 +5,7 @@ use std::io::{self, Seek, Write};
 use super::parse::DEFAULT_ALIGNMENT;
 use super::types::GgmlType;
 use super::value::{Array, Value, ValueType};
+use crate::file::write_tensor;
 
 /// A metadata value to write.
 #[derive(Debug, Clone, PartialEq)]
@@ -86,7 +87,8 @@ impl Writer {
         self
     }
 
-    /// Writes the file. `data` is called for each tensor in turn, with its name, type and dimensions, and writes its bytes.
+    /// Writes the file. `data` is called for each tensor in turn, with its name, type and dimensions, and
+    /// writes its bytes.
     ///
     /// # Errors
     /// If writing fails, or `data` writes more or fewer bytes than the tensor has.
@@ -100,17 +102,9 @@ impl Writer {
         let mut at = head.len() as u64;
         for tensor in &self.tensors {
             at = pad(out, at)?;
-            let mut counted = Counted {
-                inner: out,
-                written: 0,
-            };
-            data(&tensor.name, tensor.ty, &tensor.dims, &mut counted)?;
-            if counted.written != tensor.bytes {
-                return Err(io::Error::other(format!(
-                    "tensor {} takes {} bytes, but {} were written",
-                    tensor.name, tensor.bytes, counted.written
-                )));
-            }
+            write_tensor(out, &tensor.name, tensor.bytes, |out| {
+                data(&tensor.name, tensor.ty, &tensor.dims, out)
+            })?;
             at += tensor.bytes;
         }
         out.flush()
@@ -154,24 +148,6 @@ impl Writer {
             offset = (offset + tensor.bytes).next_multiple_of(DEFAULT_ALIGNMENT);
         }
         head
-    }
-}
-
-/// Counts what goes through it.
-struct Counted<'a, W> {
-    inner: &'a mut W,
-    written: u64,
-}
-
-impl<W: Write> Write for Counted<'_, W> {
-    fn write(&mut self, data: &[u8]) -> io::Result<usize> {
-        let n = self.inner.write(data)?;
-        self.written += n as u64;
-        Ok(n)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        self.inner.flush()
     }
 }
 

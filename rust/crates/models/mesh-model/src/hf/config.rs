@@ -1,84 +1,38 @@
 //! `config.json` under GGUF's keys.
 //!
-//! Sources: the configuration classes of `transformers` (keys and defaults) and llama.cpp's converter (which key says the same in
-//! GGUF).
+//! Sources: the configuration classes of `transformers` (keys and defaults) and llama.cpp's converter (which
+//! key says the same in GGUF).
 
+mod class;
 mod object;
 mod rope;
 
 use serde_json::{Map, Value};
 
 use super::HfError;
-use super::keys::Keys;
+use super::keys::GgufKeys;
 use crate::config::{MAX_CONTEXT, MAX_LAYERS, MAX_VOCAB, MAX_WIDTH};
-use object::{Object, bad};
-
-const FILE: &str = "config.json";
+use class::Class;
+use object::{FILE, Object, bad};
 
 /// The contents of `config.json`.
 pub(super) struct Configuration {
-    pub(super) keys: Keys,
-    pub(super) network: Network,
-    /// Divisors of the frequencies, where the rotary embedding is stretched in llama 3's way. GGUF files have them as the tensor
-    /// `rope_freqs.weight`.
+    pub(super) keys: GgufKeys,
+    pub(super) network: TensorNaming,
+    /// Divisors of the frequencies, where the rotary embedding is stretched in llama 3's way. GGUF files have
+    /// them as the tensor `rope_freqs.weight`.
     pub(super) freq_factors: Option<Vec<f32>>,
 }
 
 /// Properties of the network that determine the names of its tensors.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Network {
+pub(super) struct TensorNaming {
     /// The embedding is also the output matrix, even if the files hold another.
     pub(super) tied: bool,
     /// Layers also have norms behind attention and feed-forward.
     pub(super) post_norms: bool,
     /// The model has a vision part, which is left out.
     pub(super) sees: bool,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Family {
-    Llama,
-    Mistral,
-    Qwen2,
-    Qwen3,
-    Gemma3,
-}
-
-impl Family {
-    /// The family, and whether it is one that also sees.
-    fn of(root: &Object<'_>) -> Result<(Self, bool), HfError> {
-        let class = match root.map.get("architectures") {
-            Some(Value::Array(classes)) => classes.first().and_then(Value::as_str),
-            _ => None,
-        };
-        let found = match class {
-            Some(class) => class,
-            None => root.string("model_type")?.unwrap_or("none"),
-        };
-        Ok(match found {
-            "LlamaForCausalLM" | "llama" => (Family::Llama, false),
-            "MistralForCausalLM" | "mistral" => (Family::Mistral, false),
-            "Qwen2ForCausalLM" | "qwen2" => (Family::Qwen2, false),
-            "Qwen3ForCausalLM" | "qwen3" => (Family::Qwen3, false),
-            "Gemma3ForCausalLM" | "gemma3_text" => (Family::Gemma3, false),
-            "Gemma3ForConditionalGeneration" | "gemma3" => (Family::Gemma3, true),
-            other => {
-                return Err(HfError::Architecture {
-                    found: other.into(),
-                });
-            }
-        })
-    }
-
-    /// GGUF's name. Mistral is a llama there.
-    fn name(self) -> &'static str {
-        match self {
-            Family::Llama | Family::Mistral => "llama",
-            Family::Qwen2 => "qwen2",
-            Family::Qwen3 => "qwen3",
-            Family::Gemma3 => "gemma3",
-        }
-    }
 }
 
 /// Reads `config.json` of the model called `name`.
@@ -88,15 +42,15 @@ pub(super) fn read(json: &[u8], name: &str) -> Result<Configuration, HfError> {
         message: error.to_string(),
     })?;
     let root = Object { map: &root };
-    let (family, sees) = Family::of(&root)?;
+    let (class, sees) = Class::of(&root)?;
     let text = match root.map.get("text_config") {
         Some(Value::Object(text)) if sees => Object { map: text },
         _ => root.clone(),
     };
-    refuse_foreign(&text, family)?;
-    let gemma = family == Family::Gemma3;
+    refuse_foreign(&text, class)?;
+    let gemma = class == Class::Gemma3;
     let tied = |object: &Object<'_>| object.boolean("tie_word_embeddings");
-    let network = Network {
+    let network = TensorNaming {
         tied: tied(&text)?.or(tied(&root)?).unwrap_or(gemma),
         post_norms: gemma,
         sees,
@@ -108,7 +62,7 @@ pub(super) fn read(json: &[u8], name: &str) -> Result<Configuration, HfError> {
             None => text.required(key, limit),
         };
 
-    let mut keys = Keys::new(family.name());
+    let mut keys = GgufKeys::new(class.name());
     keys.general("general.name", name);
     let layers = count("num_hidden_layers", MAX_LAYERS, None)?;
     keys.count("block_count", layers);
@@ -118,9 +72,9 @@ pub(super) fn read(json: &[u8], name: &str) -> Result<Configuration, HfError> {
         "feed_forward_length",
         count("intermediate_size", MAX_WIDTH, None)?,
     );
-    let (heads, kv_heads, head_dim, vocab, context) = match family {
-        Family::Gemma3 => (Some(8), Some(4), Some(256), Some(262_208), Some(131_072)),
-        Family::Qwen3 => (None, None, Some(128), None, None),
+    let (heads, kv_heads, head_dim, vocab, context) = match class {
+        Class::Gemma3 => (Some(8), Some(4), Some(256), Some(262_208), Some(131_072)),
+        Class::Qwen3 => (None, None, Some(128), None, None),
         _ => (None, None, None, None, None),
     };
     let heads = count("num_attention_heads", MAX_WIDTH, heads)?;
@@ -155,8 +109,8 @@ pub(super) fn read(json: &[u8], name: &str) -> Result<Configuration, HfError> {
             keys.float(key, most);
         }
     }
-    window(&text, family, layers, &mut keys)?;
-    let (context, freq_factors) = rope::rope(&text, family, head_dim, context, &mut keys)?;
+    window(&text, class, layers, &mut keys)?;
+    let (context, freq_factors) = rope::rope(&text, class, head_dim, context, &mut keys)?;
     keys.count("context_length", context);
     Ok(Configuration {
         keys,
@@ -165,8 +119,8 @@ pub(super) fn read(json: &[u8], name: &str) -> Result<Configuration, HfError> {
     })
 }
 
-/// Rejects settings that this family's network does not implement.
-fn refuse_foreign(text: &Object<'_>, family: Family) -> Result<(), HfError> {
+/// Rejects settings that this class's network does not implement.
+fn refuse_foreign(text: &Object<'_>, class: Class) -> Result<(), HfError> {
     if let Some(quantised) = text.object("quantization_config")? {
         let method = quantised
             .string("quant_method")?
@@ -175,8 +129,8 @@ fn refuse_foreign(text: &Object<'_>, family: Family) -> Result<(), HfError> {
             feature: format!("weights quantised by {method} (quantization_config)"),
         });
     }
-    let (key, known): (_, &[&str]) = match family {
-        Family::Gemma3 => ("hidden_activation", &["gelu_pytorch_tanh"]),
+    let (key, known): (_, &[&str]) = match class {
+        Class::Gemma3 => ("hidden_activation", &["gelu_pytorch_tanh"]),
         _ => ("hidden_act", &["silu", "swish"]),
     };
     match text.string(key)? {
@@ -188,17 +142,22 @@ fn refuse_foreign(text: &Object<'_>, family: Family) -> Result<(), HfError> {
 }
 
 /// Writes the keys of the sliding window and its layers.
-fn window(text: &Object<'_>, family: Family, layers: u64, keys: &mut Keys) -> Result<(), HfError> {
-    let size = match (family, text.map.get("sliding_window")) {
+fn window(
+    text: &Object<'_>,
+    class: Class,
+    layers: u64,
+    keys: &mut GgufKeys,
+) -> Result<(), HfError> {
+    let size = match (class, text.map.get("sliding_window")) {
         // What the classes assume.
-        (Family::Mistral | Family::Gemma3, None) => Some(4096),
+        (Class::Mistral | Class::Gemma3, None) => Some(4096),
         _ => text.count("sliding_window", MAX_CONTEXT)?,
     };
-    let flags: Vec<bool> = match family {
-        Family::Llama => return Ok(()),
+    let flags: Vec<bool> = match class {
+        Class::Llama => return Ok(()),
         _ if text.map.contains_key("layer_types") => text.layer_types(layers)?,
-        Family::Mistral => vec![true; layers as usize],
-        Family::Qwen2 | Family::Qwen3 => {
+        Class::Mistral => vec![true; layers as usize],
+        Class::Qwen2 | Class::Qwen3 => {
             if !text.boolean("use_sliding_window")?.unwrap_or(false) {
                 return Ok(());
             }
@@ -209,7 +168,7 @@ fn window(text: &Object<'_>, family: Family, layers: u64, keys: &mut Keys) -> Re
             };
             (0..layers).map(|layer| layer >= full).collect()
         }
-        Family::Gemma3 => {
+        Class::Gemma3 => {
             let key = match text.map.contains_key("sliding_window_pattern") {
                 true => "sliding_window_pattern",
                 false => "_sliding_window_pattern",

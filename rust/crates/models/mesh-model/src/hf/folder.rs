@@ -1,17 +1,19 @@
 //! The files of a model folder: which there are, and reading them within limits.
 
 use std::collections::BTreeMap;
-use std::io::{self, Read};
+use std::io;
 use std::path::{Component, Path, PathBuf};
 
+use data_encoding::HEXLOWER;
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
 
 use super::HfError;
-use crate::file::open_regular;
+use crate::file::{has_extension, read_limited};
 
 const CONFIG: &str = "config.json";
-const INDEX: &str = "model.safetensors.index.json";
+/// Name of the list of files and of the tensors in each.
+pub const INDEX: &str = "model.safetensors.index.json";
 const SINGLE: &str = "model.safetensors";
 const TOKENIZER: &str = "tokenizer.json";
 
@@ -30,8 +32,8 @@ const OTHERS: [(&str, u64); 7] = [
 const MAX_TOKENIZER: u64 = 64 << 20;
 const MAX_SHARDS: usize = 1024;
 
-/// Folders that hold files under names made of their contents, to which the files of a model are links: the hub's cache and
-/// this system's store have them beside or above the model's folder.
+/// Folders that hold files under names made of their contents, to which the files of a model are links: the
+/// hub's cache and this system's store have them beside or above the model's folder.
 const BLOBS: [&str; 2] = ["blobs", "partial"];
 /// Maximum number of levels above the model's folder.
 const BLOBS_ABOVE: usize = 3;
@@ -44,12 +46,12 @@ pub struct Folder {
     canonical: PathBuf,
     /// The one file of weights that was asked for.
     only: Option<PathBuf>,
-    index: Option<Index>,
+    index: Option<ShardIndex>,
 }
 
 /// `model.safetensors.index.json`.
 #[derive(Debug, Deserialize)]
-struct Index {
+struct ShardIndex {
     /// The file of each tensor.
     weight_map: BTreeMap<String, String>,
 }
@@ -57,16 +59,12 @@ struct Index {
 /// True if the path is of a model in Hugging Face's form: a folder with a `config.json`, or a `.safetensors`
 /// file.
 pub fn is_hugging_face(path: &Path) -> bool {
-    has_extension(path) || path.join(CONFIG).is_file()
-}
-
-fn has_extension(path: &Path) -> bool {
-    path.extension()
-        .is_some_and(|extension| extension.eq_ignore_ascii_case("safetensors"))
+    has_extension(path, "safetensors") || path.join(CONFIG).is_file()
 }
 
 impl Folder {
-    /// The folder at `path`, or the one around the `.safetensors` file at `path`. Reads the index if there is one.
+    /// The folder at `path`, or the one around the `.safetensors` file at `path`. Reads the index if there is
+    /// one.
     ///
     /// # Errors
     /// If the folder cannot be looked at, or its index is malformed.
@@ -127,8 +125,8 @@ impl Folder {
         Ok(files)
     }
 
-    /// SHA-256 over names and digests of all its files, in the form that `sha256sum` prints, as hexadecimal. `digest` gives
-    /// the SHA-256 of one file.
+    /// SHA-256 over names and digests of all its files, in the form that `sha256sum` prints, as hexadecimal.
+    /// `digest` gives the SHA-256 of one file.
     ///
     /// # Errors
     /// If a file cannot be read.
@@ -145,8 +143,7 @@ impl Folder {
             let name = path.file_name().unwrap_or_default().to_string_lossy();
             hasher.update(format!("{digest}  {name}\n"));
         }
-        let digest = hasher.finalize();
-        Ok(digest.iter().map(|byte| format!("{byte:02x}")).collect())
+        Ok(HEXLOWER.encode(&hasher.finalize()))
     }
 
     /// Reads `config.json`.
@@ -182,34 +179,19 @@ impl Folder {
             path: path.clone(),
             source,
         };
-        let metadata = match std::fs::metadata(&path) {
-            Ok(metadata) => metadata,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-            Err(error) => return Err(failed(error)),
-        };
-        // Before it is opened: to open a named pipe would wait for its writer.
-        if !metadata.is_file() {
-            return Err(HfError::NotAFile { path });
-        }
-        let too_large = |bytes| HfError::TooLarge {
-            path: path.clone(),
-            bytes,
-            limit,
-        };
-        if metadata.len() > limit {
-            return Err(too_large(metadata.len()));
+        if !path.try_exists().map_err(failed)? {
+            return Ok(None);
         }
         self.check_inside(&path)?;
-        let mut bytes = Vec::new();
-        let file = open_regular(&path).map_err(failed)?;
-        file.take(limit + 1)
-            .read_to_end(&mut bytes)
-            .map_err(failed)?;
-        // It may have grown since.
-        if bytes.len() as u64 > limit {
-            return Err(too_large(bytes.len() as u64));
-        }
-        Ok(Some(bytes))
+        read_limited(&path, limit).map_err(|source| match source.kind() {
+            io::ErrorKind::InvalidInput => HfError::NotAFile { path: path.clone() },
+            io::ErrorKind::FileTooLarge => HfError::TooLarge {
+                bytes: std::fs::metadata(&path).map_or(limit, |found| found.len()),
+                path: path.clone(),
+                limit,
+            },
+            _ => failed(source),
+        })
     }
 
     /// The files of weights, by name.
@@ -243,7 +225,7 @@ impl Folder {
         let mut found = None;
         for item in std::fs::read_dir(&self.root).map_err(failed)? {
             let path = item.map_err(failed)?.path();
-            if !has_extension(&path) {
+            if !has_extension(&path, "safetensors") {
                 continue;
             }
             if found.replace(path).is_some() {
@@ -308,8 +290,8 @@ impl Folder {
     }
 }
 
-fn parse_index(json: &[u8]) -> Result<Index, HfError> {
-    let index: Index = serde_json::from_slice(json).map_err(|error| HfError::Json {
+fn parse_index(json: &[u8]) -> Result<ShardIndex, HfError> {
+    let index: ShardIndex = serde_json::from_slice(json).map_err(|error| HfError::Json {
         file: INDEX.into(),
         message: error.to_string(),
     })?;
@@ -331,7 +313,7 @@ fn parse_index(json: &[u8]) -> Result<Index, HfError> {
             (components.next(), components.next()),
             (Some(Component::Normal(_)), None)
         ) && !name.contains(['/', '\\', '\0', ':'])
-            && has_extension(Path::new(name))
+            && has_extension(Path::new(name), "safetensors")
     };
     if let Some(name) = files.into_iter().find(|name| !plain(name)) {
         return Err(HfError::ShardName { name: name.clone() });
@@ -339,7 +321,7 @@ fn parse_index(json: &[u8]) -> Result<Index, HfError> {
     Ok(index)
 }
 
-/// Reads an index by itself, for fuzzing: the names of files in it.
+/// The names of the files in an index.
 ///
 /// # Errors
 /// If it is malformed or names something outside the folder.

@@ -6,7 +6,7 @@ use crate::gguf::{Array, Value};
 
 /// Metadata keys with their values.
 #[derive(Debug)]
-pub(super) struct Keys {
+pub(super) struct GgufKeys {
     /// Name of the architecture, which begins the names of its own keys.
     architecture: &'static str,
     values: HashMap<String, KeyValue>,
@@ -21,9 +21,9 @@ enum KeyValue {
     Flags(Vec<u8>),
 }
 
-impl Keys {
+impl GgufKeys {
     pub(super) fn new(architecture: &'static str) -> Self {
-        let mut keys = Keys {
+        let mut keys = GgufKeys {
             architecture,
             values: HashMap::new(),
         };

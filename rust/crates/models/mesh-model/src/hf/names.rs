@@ -1,6 +1,6 @@
 //! Hugging Face's names of tensors as GGUF's, and back.
 
-use super::config::Network;
+use super::config::TensorNaming;
 
 /// The tensors of a layer: the name after `model.layers.N.`, and the one after `blk.N.`.
 const LAYER: [(&str, &str); 16] = [
@@ -49,7 +49,7 @@ const NOT_TEXT: [&str; 4] = [
 
 /// GGUF's name of a tensor; `None` for one that is not needed. Unknown names stay as they are: the check of
 /// shapes then rejects them.
-pub(super) fn gguf_name(name: &str, network: &Network) -> Option<String> {
+pub(super) fn gguf_name(name: &str, network: &TensorNaming) -> Option<String> {
     if network.sees && NOT_TEXT.iter().any(|prefix| name.starts_with(prefix)) {
         return None;
     }
@@ -71,7 +71,7 @@ pub(super) fn gguf_name(name: &str, network: &Network) -> Option<String> {
     Some(known.unwrap_or_else(|| name.to_owned()))
 }
 
-fn layer(rest: &str, network: &Network) -> Option<String> {
+fn layer(rest: &str, network: &TensorNaming) -> Option<String> {
     let (number, suffix) = rest.split_once('.')?;
     // One way of writing a number only, so that two tensors cannot have one name by it.
     if number.starts_with('0') && number != "0" || !number.bytes().all(|b| b.is_ascii_digit()) {

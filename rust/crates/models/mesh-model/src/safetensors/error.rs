@@ -1,21 +1,19 @@
 //! Errors of safetensors files.
 
-use super::Dtype;
+use super::dtype::Dtype;
 use crate::file::FileError;
 
 /// Errors of reading a safetensors file.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
+#[allow(missing_docs, reason = "the messages name the fields")]
 pub enum SafetensorsError {
     /// The file could not be opened or read, or changed meanwhile.
     #[error(transparent)]
     File(#[from] FileError),
     /// The file is shorter than the length of a header.
     #[error("not a safetensors file: it has {length} bytes, and the header's length alone takes 8")]
-    NoHeader {
-        /// Length of the file.
-        length: u64,
-    },
+    NoHeader { length: u64 },
     /// The header's length is over the limit, or beyond the end of the file.
     #[error(
         "not a safetensors file, or a damaged one: its header is said to have {header} bytes, and at most {limit} can be"
@@ -28,26 +26,17 @@ pub enum SafetensorsError {
     },
     /// The header is not JSON of the right form.
     #[error("the safetensors header is malformed: {message}")]
-    Header {
-        /// Error from the parser, with its position.
-        message: String,
-    },
+    Header { message: String },
     /// More tensors than any model has.
     #[error(
         "the safetensors header lists over {limit} tensors: the file is damaged or not meant to be read"
     )]
-    TooManyTensors {
-        /// The most that is accepted.
-        limit: usize,
-    },
+    TooManyTensors { limit: usize },
     /// A shape whose product overflows or that has too many dimensions.
     #[error("tensor {tensor:?} has shape {shape:?}: {reason}")]
     Shape {
-        /// Name of the tensor.
         tensor: String,
-        /// Shape in the file.
         shape: Vec<u64>,
-        /// Rule that it breaks.
         reason: &'static str,
     },
     /// A range of bytes that does not fit the shape.
@@ -56,11 +45,8 @@ pub enum SafetensorsError {
          hold {found}: the file contradicts itself"
     )]
     Size {
-        /// Name of the tensor.
         tensor: String,
-        /// Element type of the tensor.
         dtype: Dtype,
-        /// Shape of the tensor.
         shape: Vec<u64>,
         /// Bytes that type and shape take.
         wanted: u64,
@@ -74,7 +60,6 @@ pub enum SafetensorsError {
     /// A range that ends before it begins.
     #[error("tensor {tensor:?} has data_offsets {begin}..{end}, which end before they begin")]
     Backwards {
-        /// Name of the tensor.
         tensor: String,
         /// First byte in the data section.
         begin: u64,
@@ -87,7 +72,6 @@ pub enum SafetensorsError {
          short, fetch it again"
     )]
     OutsideFile {
-        /// Name of the tensor.
         tensor: String,
         /// First byte in the data section.
         begin: u64,
@@ -102,9 +86,7 @@ pub enum SafetensorsError {
          anew with the safetensors library"
     )]
     Misaligned {
-        /// Name of the tensor.
         tensor: String,
-        /// Element type of the tensor.
         dtype: Dtype,
         /// First byte in the data section.
         begin: u64,
@@ -113,12 +95,7 @@ pub enum SafetensorsError {
     },
     /// Two tensors share bytes.
     #[error("tensors {first:?} and {second:?} overlap: the file is malformed")]
-    Overlap {
-        /// Name of the tensor that begins first.
-        first: String,
-        /// Name of the tensor that begins second.
-        second: String,
-    },
+    Overlap { first: String, second: String },
     /// Bytes that belong to no tensor.
     #[error(
         "{bytes} bytes of data at offset {at} belong to no tensor, which the format forbids: the file is damaged"
@@ -126,15 +103,9 @@ pub enum SafetensorsError {
     Hole {
         /// Position of the first byte in the data section.
         at: u64,
-        /// Number of bytes.
         bytes: u64,
     },
     /// A tensor that does not hold floats where floats are needed.
     #[error("tensor {tensor:?} has type {dtype}: F32, F16 or BF16 is needed")]
-    NotFloats {
-        /// Name of the tensor.
-        tensor: String,
-        /// Element type of the tensor.
-        dtype: Dtype,
-    },
+    NotFloats { tensor: String, dtype: Dtype },
 }

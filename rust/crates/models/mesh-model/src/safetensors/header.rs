@@ -3,17 +3,18 @@
 use std::collections::HashSet;
 use std::fmt;
 
+use serde::Deserialize;
 use serde::de::{self, DeserializeSeed, Deserializer, MapAccess, Visitor};
-use serde::{Deserialize, Serialize};
 
-use super::SafetensorsError;
+use super::dtype::Dtype;
+use super::error::SafetensorsError;
 use crate::file::ModelFile;
 
 /// Bytes of the header's length.
 pub(super) const LENGTH_SIZE: usize = 8;
 
-// The format allows 100 MB; a tensor takes about 100 bytes, and the largest known models have a few thousand a file. The
-// limits keep the index of a hostile file to a few tens of megabytes.
+// The format allows 100 MB; a tensor takes about 100 bytes, and the largest known models have a few thousand
+// a file. The limits keep the index of a hostile file to a few tens of megabytes.
 const MAX_HEADER: u64 = 16 << 20;
 const MAX_TENSORS: usize = 1 << 16;
 const MAX_NAME: usize = 512;
@@ -23,50 +24,11 @@ const MAX_METADATA: usize = 1 << 12;
 /// The pairs of text beside the tensors.
 const METADATA: &str = "__metadata__";
 
-/// A type of elements, in the format's names.
-#[allow(missing_docs, non_camel_case_types)]
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
-pub enum Dtype {
-    BOOL,
-    U8,
-    I8,
-    F8_E5M2,
-    F8_E4M3,
-    I16,
-    U16,
-    F16,
-    BF16,
-    I32,
-    U32,
-    F32,
-    I64,
-    U64,
-    F64,
-}
-
-impl Dtype {
-    /// Bytes of an element.
-    pub const fn size(self) -> u64 {
-        match self {
-            Dtype::BOOL | Dtype::U8 | Dtype::I8 | Dtype::F8_E5M2 | Dtype::F8_E4M3 => 1,
-            Dtype::I16 | Dtype::U16 | Dtype::F16 | Dtype::BF16 => 2,
-            Dtype::I32 | Dtype::U32 | Dtype::F32 => 4,
-            Dtype::I64 | Dtype::U64 | Dtype::F64 => 8,
-        }
-    }
-}
-
-impl fmt::Display for Dtype {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Debug::fmt(self, f)
-    }
-}
-
 /// Everything before the tensors' bytes.
 #[derive(Debug)]
 pub(super) struct Header {
     /// Tensors in the order of their data, which they cover without gap or overlap.
-    pub(super) entries: Vec<Entry>,
+    pub(super) entries: Vec<HeaderEntry>,
     pub(super) metadata: Vec<(String, String)>,
     /// Position of the data section in the file.
     pub(super) data_start: usize,
@@ -74,7 +36,7 @@ pub(super) struct Header {
 
 /// A tensor, checked: its bytes lie in the data section and are as many as its shape asks for.
 #[derive(Debug)]
-pub(super) struct Entry {
+pub(super) struct HeaderEntry {
     pub(super) name: Box<str>,
     pub(super) dtype: Dtype,
     pub(super) shape: Vec<u64>,
@@ -131,7 +93,10 @@ fn length(bytes: &[u8], file: u64) -> Result<usize, SafetensorsError> {
 }
 
 /// Checks every tensor by itself, then all of them together.
-fn place(listed: Vec<(String, Description)>, data: u64) -> Result<Vec<Entry>, SafetensorsError> {
+fn place(
+    listed: Vec<(String, Description)>,
+    data: u64,
+) -> Result<Vec<HeaderEntry>, SafetensorsError> {
     let mut entries = Vec::with_capacity(listed.len());
     for (name, description) in listed {
         entries.push(place_one(name, description, data)?);
@@ -140,7 +105,7 @@ fn place(listed: Vec<(String, Description)>, data: u64) -> Result<Vec<Entry>, Sa
     entries.sort_by_key(|entry| (entry.at, entry.len));
     let mut end = 0;
     for i in 0..entries.len() {
-        let entry: &Entry = &entries[i];
+        let entry: &HeaderEntry = &entries[i];
         if entry.at < end {
             let before = &entries[..i];
             // The one that reaches farthest is the last one with any bytes.
@@ -171,10 +136,10 @@ fn place_one(
     tensor: String,
     description: Description,
     data: u64,
-) -> Result<Entry, SafetensorsError> {
+) -> Result<HeaderEntry, SafetensorsError> {
     let Description {
         dtype,
-        shape: Shape(shape),
+        shape: ShapeField(shape),
         data_offsets: [begin, end],
     } = description;
     let elements = shape
@@ -217,7 +182,7 @@ fn place_one(
             size: dtype.size(),
         });
     }
-    Ok(Entry {
+    Ok(HeaderEntry {
         name: tensor.into(),
         dtype,
         shape,
@@ -232,22 +197,22 @@ fn place_one(
 #[serde(deny_unknown_fields)]
 struct Description {
     dtype: Dtype,
-    shape: Shape,
+    shape: ShapeField,
     data_offsets: [u64; 2],
 }
 
 /// Not more than a few numbers.
-struct Shape(Vec<u64>);
+struct ShapeField(Vec<u64>);
 
-impl<'de> Deserialize<'de> for Shape {
+impl<'de> Deserialize<'de> for ShapeField {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         struct Dims;
         impl<'de> Visitor<'de> for Dims {
-            type Value = Shape;
+            type Value = ShapeField;
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 write!(f, "at most {MAX_DIMS} dimensions")
             }
-            fn visit_seq<A: de::SeqAccess<'de>>(self, mut seq: A) -> Result<Shape, A::Error> {
+            fn visit_seq<A: de::SeqAccess<'de>>(self, mut seq: A) -> Result<ShapeField, A::Error> {
                 let mut dims = Vec::new();
                 while let Some(dim) = seq.next_element()? {
                     if dims.len() == MAX_DIMS {
@@ -255,7 +220,7 @@ impl<'de> Deserialize<'de> for Shape {
                     }
                     dims.push(dim);
                 }
-                Ok(Shape(dims))
+                Ok(ShapeField(dims))
             }
         }
         deserializer.deserialize_seq(Dims)
@@ -281,7 +246,7 @@ impl<'de> Visitor<'de> for ListVisitor<'_> {
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
         let mut seen = HashSet::new();
-        while let Some(name) = map.next_key_seed(Name)? {
+        while let Some(name) = map.next_key_seed(NameSeed)? {
             if !seen.insert(name.clone()) {
                 return Err(de::Error::custom(format!("{name:?} appears twice")));
             }
@@ -303,9 +268,9 @@ impl<'de> Visitor<'de> for ListVisitor<'_> {
 }
 
 /// A name of reasonable length.
-struct Name;
+struct NameSeed;
 
-impl<'de> DeserializeSeed<'de> for Name {
+impl<'de> DeserializeSeed<'de> for NameSeed {
     type Value = String;
 
     fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<String, D::Error> {

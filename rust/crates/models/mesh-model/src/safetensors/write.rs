@@ -2,8 +2,9 @@
 
 use std::io::{self, Write};
 
-use super::Dtype;
+use super::dtype::Dtype;
 use super::header::LENGTH_SIZE;
+use crate::file::write_tensor;
 
 /// A tensor to write.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -29,8 +30,8 @@ impl Planned {
     }
 }
 
-/// Writes a file with `tensors`, widest elements first, as the format's own library does. `data` is called for each in that
-/// order and writes its bytes, so that a file may be larger than memory.
+/// Writes a file with `tensors`, widest elements first, as the format's own library does. `data` is called
+/// for each in that order and writes its bytes, so that a file may be larger than memory.
 ///
 /// # Errors
 /// If writing fails, or `data` writes more or fewer bytes than the tensor has.
@@ -57,37 +58,7 @@ pub fn write<W: Write>(
     out.write_all(&(header.len() as u64).to_le_bytes())?;
     out.write_all(&header)?;
     for tensor in order {
-        let mut counted = Counted {
-            inner: out,
-            written: 0,
-        };
-        data(tensor, &mut counted)?;
-        let written = counted.written;
-        if written != tensor.bytes() {
-            return Err(io::Error::other(format!(
-                "tensor {} takes {} bytes, but {written} were written",
-                tensor.name,
-                tensor.bytes()
-            )));
-        }
+        write_tensor(out, &tensor.name, tensor.bytes(), |out| data(tensor, out))?;
     }
     out.flush()
-}
-
-/// Counts what goes through it.
-struct Counted<'a, W> {
-    inner: &'a mut W,
-    written: u64,
-}
-
-impl<W: Write> Write for Counted<'_, W> {
-    fn write(&mut self, data: &[u8]) -> io::Result<usize> {
-        let n = self.inner.write(data)?;
-        self.written += n as u64;
-        Ok(n)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        self.inner.flush()
-    }
 }

@@ -15,12 +15,13 @@ use crate::hf;
 use crate::model::Model;
 use crate::safetensors::{self, Dtype, Planned};
 
-/// Writes `model`, which lies in a GGUF file, to the folder `dir`: `config.json`, `tokenizer.json` and what belongs to it, and
-/// the weights in `shards` files. Matrices have type `dtype` (F32, F16 or BF16), vectors are F32.
+/// Writes `model`, which lies in a GGUF file, to the folder `dir`: `config.json`, `tokenizer.json` and what
+/// belongs to it, and the weights in `shards` files. Matrices have type `dtype` (F32, F16 or BF16), vectors
+/// are F32.
 ///
 /// # Errors
-/// If a file cannot be written, or the model has what this function does not know: frequency factors, or a pre-tokenizer other
-/// than those of GPT-2, SmolLM, Llama 3 and Qwen.
+/// If a file cannot be written, or the model has what this function does not know: frequency factors, or a
+/// pre-tokenizer other than those of GPT-2, SmolLM, Llama 3 and Qwen.
 pub fn write_folder(model: &Model, dtype: Dtype, shards: usize, dir: &Path) -> io::Result<()> {
     std::fs::create_dir_all(dir)?;
     let gguf = Gguf::open(model.path()).map_err(io::Error::other)?;
@@ -234,7 +235,8 @@ fn byte_tokenizer(tables: &Tables, merges: Vec<String>, pre: &str) -> io::Result
 /// The words of Llama 3 and Qwen, which differ in how many digits make one.
 const MODERN: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
-/// SentencePiece's merging by score as merging by rank: every pair that makes a token, those with the highest score first.
+/// SentencePiece's merging by score as merging by rank: every pair that makes a token, those with the highest
+/// score first.
 pub(super) fn sentencepiece_tokenizer(tables: &Tables, scores: &[f32]) -> Value {
     let ids: HashMap<&str, usize> = tables.numbered().map(|(id, text, _)| (text, id)).collect();
     let mut merges = Vec::new();

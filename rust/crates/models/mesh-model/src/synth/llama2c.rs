@@ -1,7 +1,8 @@
 //! A llama2.c checkpoint as a folder in Hugging Face's form.
 //!
-//! Format: <https://github.com/karpathy/llama2.c/blob/master/run.c> (`Config`, `memory_map_weights`, `build_tokenizer`): seven
-//! numbers, the weights in f32 with all layers of a kind together, the tokenizer's pieces with their scores.
+//! Format: <https://github.com/karpathy/llama2.c/blob/master/run.c> (`Config`, `memory_map_weights`,
+//! `build_tokenizer`): seven numbers, the weights in f32 with all layers of a kind together, the tokenizer's
+//! pieces with their scores.
 
 use std::fs::File;
 use std::io::{self, BufWriter};

@@ -67,8 +67,8 @@ impl Random {
 
 /// Positions and values of a block's f16 scales, so that random bits elsewhere give elements around 0.
 ///
-/// A uniform n-bit number has deviation 2ⁿ/√12 and mean (2ⁿ − 1)/2; where a scale is itself random bits, its root mean
-/// square stands in.
+/// A uniform n-bit number has deviation 2ⁿ/√12 and mean (2ⁿ − 1)/2; where a scale is itself random bits, its
+/// root mean square stands in.
 fn block_scales(ty: GgmlType, deviation: f32) -> Vec<(usize, f16)> {
     let uniform = |bits: i32| 2f32.powi(bits) / 12f32.sqrt();
     let scales: &[(usize, f32)] = match ty {

@@ -1,17 +1,17 @@
 //! Byte-level BPE, the `gpt2` tokenizer model of GGUF files.
 //!
-//! Text is cut into words by the pre-tokenizer; each word's bytes are written as printable characters and merged by rank by
-//! the `tokenizers` crate. Its objects are built directly: through its JSON format it takes many times as long.
+//! Text is cut into words by the pre-tokenizer; each word's bytes are written as printable characters and
+//! merged by rank by the `tokenizers` crate. Its objects are built directly: through its JSON format it takes
+//! many times as long.
 
-use std::sync::LazyLock;
-
-use tokenizers::Model;
 use tokenizers::models::bpe::{BPE, Vocab as BpeVocab};
 
-use super::merge::{LongWords, Unknown};
+use super::error::{TokenizerError, malformed};
+use super::limit::Limit;
+use super::merge::{LongWords, Unknown, push_tokens};
+use super::notation::{byte_char, text_bytes};
 use super::pre::PreTokenizer;
-use super::vocab::{Vocab, malformed, wrong_elements};
-use super::{Limit, TokenizerError};
+use super::vocab::{Vocab, wrong_elements};
 use crate::checkpoint::Checkpoint;
 
 #[derive(Debug)]
@@ -64,20 +64,14 @@ impl Bpe {
     ) -> Result<(), TokenizerError> {
         let mut word = String::new();
         self.pre.each_word(text, &mut |piece| {
-            let spelled = piece.bytes().map(|byte| ALPHABET.chars[byte as usize]);
+            let spelled = piece.bytes().map(byte_char);
             if self.long.takes(piece) {
                 self.long.encode(spelled, ids);
                 return limit.check(ids);
             }
             word.clear();
             word.extend(spelled);
-            let tokens = self
-                .model
-                .tokenize(&word)
-                .map_err(|error| TokenizerError::Encode {
-                    reason: error.to_string(),
-                })?;
-            ids.extend(tokens.iter().map(|token| token.id));
+            push_tokens(&self.model, &word, ids)?;
             limit.check(ids)
         })
     }
@@ -115,58 +109,4 @@ fn read_merges(
         }
     }
     Ok(merges)
-}
-
-/// Appends the bytes of a token's text; characters outside the alphabet are kept.
-pub(super) fn push_bytes(text: &str, out: &mut Vec<u8>) {
-    for c in text.chars() {
-        match ALPHABET.byte(c) {
-            Some(byte) => out.push(byte),
-            None => out.extend_from_slice(c.encode_utf8(&mut [0; 4]).as_bytes()),
-        }
-    }
-}
-
-/// The bytes that occur in UTF-8. Some vocabularies lack the others.
-pub(super) fn text_bytes() -> impl Iterator<Item = u8> {
-    (0..=0xf4).filter(|byte| !matches!(byte, 0xc0 | 0xc1))
-}
-
-/// The character that a byte is written as.
-pub(crate) fn byte_char(byte: u8) -> char {
-    ALPHABET.chars[byte as usize]
-}
-
-/// GPT-2's alphabet: each byte as one printable character. Printable Latin-1 stands for itself, the other 68 bytes follow
-/// from U+0100 on in order.
-struct Alphabet {
-    chars: [char; 256],
-    /// Bytes of the characters up to U+0143, the last one used.
-    bytes: [Option<u8>; 0x144],
-}
-
-static ALPHABET: LazyLock<Alphabet> = LazyLock::new(|| {
-    let mut alphabet = Alphabet {
-        chars: ['\0'; 256],
-        bytes: [None; 0x144],
-    };
-    let mut next = 0x100;
-    for byte in 0..=255u8 {
-        let code = match byte {
-            b'!'..=b'~' | 0xa1..=0xac | 0xae..=0xff => u32::from(byte),
-            _ => {
-                next += 1;
-                next - 1
-            }
-        };
-        alphabet.chars[byte as usize] = char::from_u32(code).expect("below the surrogates");
-        alphabet.bytes[code as usize] = Some(byte);
-    }
-    alphabet
-});
-
-impl Alphabet {
-    fn byte(&self, c: char) -> Option<u8> {
-        self.bytes.get(c as usize).copied().flatten()
-    }
 }

@@ -1,16 +1,20 @@
 //! Merging of long words, with the result of the `tokenizers` crate's BPE in a fraction of its memory.
 //!
-//! The crate takes some 150 bytes for each byte of a word, and its result owns a copy of every token's text. Words of text are short;
-//! a word of a megabyte (`aaaa...`, or a whole prompt where the pre-tokenizer cuts nothing) is merged here instead, in 12 bytes for each
-//! character and 12 for each pair that may be merged. The order of merges is the crate's: the lowest rank, the leftmost of
-//! equals.
+//! The crate takes some 150 bytes for each byte of a word, and its result owns a copy of every token's text.
+//! Words of text are short; a word of a megabyte (`aaaa...`, or a whole prompt where the pre-tokenizer cuts
+//! nothing) is merged here instead, in 12 bytes for each character and 12 for each pair that may be merged.
+//! The order of merges is the crate's: the lowest rank, the leftmost of equals.
 
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap};
 
-use tokenizers::models::bpe::Vocab as BpeVocab;
+use tokenizers::Model;
+use tokenizers::models::bpe::{BPE, Vocab as BpeVocab};
 
-/// Treatment of unknown characters, as far as it matters for the initial pieces of a word.
+use super::error::TokenizerError;
+use super::notation::text_bytes;
+
+/// Treatment of unknown characters, as far as it matters for the initial symbols of a word.
 #[derive(Debug, Default)]
 pub(super) struct Unknown {
     pub(super) token: Option<u32>,
@@ -78,7 +82,7 @@ impl LongWords {
     /// True if characters without tokens may be lost, or several of them become one unknown token.
     pub(super) fn drops(&self) -> bool {
         let has = |byte: u8| self.bytes[usize::from(byte)].is_some();
-        let all_bytes = self.unknown.byte_fallback && super::bpe::text_bytes().all(has);
+        let all_bytes = self.unknown.byte_fallback && text_bytes().all(has);
         !all_bytes && (self.unknown.token.is_none() || self.unknown.fuse)
     }
 
@@ -89,62 +93,76 @@ impl LongWords {
 
     /// Appends the tokens of `word`.
     pub(super) fn encode(&self, word: impl Iterator<Item = char>, ids: &mut Vec<u32>) {
-        let mut pieces = Pieces(Vec::new());
-        self.begin(word, &mut pieces);
-        pieces.merge(&self.merges);
-        let left = pieces.0.iter().map(|piece| piece.id);
+        let mut symbols = Symbols(Vec::new());
+        self.begin(word, &mut symbols);
+        symbols.merge(&self.merges);
+        let left = symbols.0.iter().map(|symbol| symbol.id);
         ids.extend(left.filter(|&id| id != GONE));
     }
 
-    /// The pieces that the crate begins with.
-    fn begin(&self, word: impl Iterator<Item = char>, pieces: &mut Pieces) {
+    /// The symbols that the crate begins with.
+    fn begin(&self, word: impl Iterator<Item = char>, symbols: &mut Symbols) {
         let mut pending = None;
         let mut utf8 = [0; 4];
         for c in word {
             if let Some(&id) = self.characters.get(&c) {
-                pending.take().into_iter().for_each(|id| pieces.push(id));
-                pieces.push(id);
+                pending.take().into_iter().for_each(|id| symbols.push(id));
+                symbols.push(id);
                 continue;
             }
             let bytes = c.encode_utf8(&mut utf8).bytes();
             let of = |byte: u8| self.bytes[usize::from(byte)];
             if self.unknown.byte_fallback && bytes.clone().all(|byte| of(byte).is_some()) {
-                bytes.filter_map(of).for_each(|id| pieces.push(id));
+                bytes.filter_map(of).for_each(|id| symbols.push(id));
             } else if let Some(unknown) = self.unknown.token {
                 if !self.unknown.fuse {
-                    pending.take().into_iter().for_each(|id| pieces.push(id));
+                    pending.take().into_iter().for_each(|id| symbols.push(id));
                 }
                 pending = Some(unknown);
             }
         }
-        pending.into_iter().for_each(|id| pieces.push(id));
+        pending.into_iter().for_each(|id| symbols.push(id));
     }
 }
 
-/// A piece that was merged into the one on its left.
+/// Appends the tokens that the crate's `model` makes of `word`.
+pub(super) fn push_tokens(
+    model: &BPE,
+    word: &str,
+    ids: &mut Vec<u32>,
+) -> Result<(), TokenizerError> {
+    let tokens = model.tokenize(word);
+    let tokens = tokens.map_err(|error| TokenizerError::Encode {
+        reason: error.to_string(),
+    })?;
+    ids.extend(tokens.iter().map(|token| token.id));
+    Ok(())
+}
+
+/// A symbol that was merged into the one on its left.
 const GONE: u32 = u32::MAX;
 /// No neighbour.
 const NONE: u32 = u32::MAX;
 
 #[derive(Clone, Copy)]
-struct Piece {
+struct Symbol {
     id: u32,
     prev: u32,
     next: u32,
 }
 
-struct Pieces(Vec<Piece>);
+struct Symbols(Vec<Symbol>);
 
-/// Rank, place of the left piece, result.
+/// Rank, place of the left symbol, result.
 type Merge = Reverse<(u32, u32, u32)>;
 
-impl Pieces {
+impl Symbols {
     fn push(&mut self, id: u32) {
         let at = self.0.len() as u32;
         if let Some(last) = self.0.last_mut() {
             last.next = at;
         }
-        self.0.push(Piece {
+        self.0.push(Symbol {
             id,
             prev: at.checked_sub(1).unwrap_or(NONE),
             next: NONE,
@@ -173,8 +191,8 @@ impl Pieces {
                 continue;
             }
             self.0[left.next as usize].id = GONE;
-            let piece = &mut self.0[at as usize];
-            (piece.id, piece.next) = (whole, right.next);
+            let symbol = &mut self.0[at as usize];
+            (symbol.id, symbol.next) = (whole, right.next);
             if right.next != NONE {
                 self.0[right.next as usize].prev = at;
                 let after = self.0[right.next as usize].id;

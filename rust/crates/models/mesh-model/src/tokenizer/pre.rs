@@ -1,21 +1,21 @@
 //! Cutting text into words before BPE, as the pre-tokenizer that a model was trained with does.
 //!
-//! A pre-tokenizer is a list of patterns. Each cuts every piece that the ones before it left into its matches and what lies
-//! between them. The patterns are those of the models' own `tokenizer.json`; where llama.cpp's differ on purpose (ASCII
-//! apostrophe endings), they follow llama.cpp.
+//! A pre-tokenizer is a list of patterns. Each cuts every piece that the ones before it left into its matches
+//! and what lies between them. The patterns are those of the models' own `tokenizer.json`; where llama.cpp's
+//! differ on purpose (ASCII apostrophe endings), they follow llama.cpp.
 
 use fancy_regex::Regex;
 
-use super::TokenizerError;
+use super::error::TokenizerError;
 
 #[derive(Debug)]
 pub(super) struct PreTokenizer {
-    kind: Kind,
+    kind: PreTokenizerKind,
     patterns: Vec<Regex>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Kind {
+enum PreTokenizerKind {
     Default,
     Gpt2,
     /// GPT-2 with every digit a word of its own.
@@ -32,15 +32,16 @@ enum Kind {
     Viking,
 }
 
-/// Endings after an apostrophe, letters, digits, everything else, space: each word with the one space before it.
+/// Endings after an apostrophe, letters, digits, everything else, space: each word with the one space before
+/// it.
 pub(super) const GPT2: &str =
     r"'(?:[stmd]|re|ve|ll)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)";
 
 /// Runs of CJK ideographs and Hangul, as DeepSeek's older tokenizers bound them.
 const DEEPSEEK_CJK: &str = r"[\x{0800}-\x{9FA5}\x{AC00}-\x{D7FF}]+";
 
-/// Letters with case, as DeepSeek-LLM's tokenizer lists them: a set that leaves out what Unicode added or recased later and
-/// the mathematical alphabets.
+/// Letters with case, as DeepSeek-LLM's tokenizer lists them: a set that leaves out what Unicode added or
+/// recased later and the mathematical alphabets.
 const DEEPSEEK_LETTERS: &str = concat!(
     r"\s?[\p{Lu}\p{Ll}\p{Lt}&&[^",
     r"\x{0560}\x{0588}\x{10C7}\x{10CD}-\x{10FF}\x{1C80}-\x{1C8F}\x{2D00}-\x{2D2F}\x{A790}-\x{A7FA}\x{AB30}-\x{AB68}",
@@ -48,8 +49,8 @@ const DEEPSEEK_LETTERS: &str = concat!(
     r"]]+"
 );
 
-/// GPT-2's successor: endings in any case, one leading character of any kind, digits in groups of `digits`, line ends kept
-/// with what stands before them. `slash` lets those line ends be slashes too.
+/// GPT-2's successor: endings in any case, one leading character of any kind, digits in groups of `digits`,
+/// line ends kept with what stands before them. `slash` lets those line ends be slashes too.
 fn modern(words: &str, digits: &str, slash: &str) -> String {
     format!(
         r"{words}|\p{{N}}{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n{slash}]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -74,7 +75,7 @@ fn cased_words(ending: &str) -> String {
 impl PreTokenizer {
     /// The pre-tokenizer that `tokenizer.ggml.pre` names.
     pub(super) fn from_name(name: &str) -> Option<Self> {
-        let kind = Kind::from_name(name)?;
+        let kind = PreTokenizerKind::from_name(name)?;
         let patterns = kind
             .patterns()
             .iter()
@@ -107,34 +108,42 @@ impl PreTokenizer {
 
     /// True if a word that is a token becomes that token regardless of the merges.
     pub(super) fn whole_words_first(&self) -> bool {
-        matches!(self.kind, Kind::Llama3 | Kind::Tekken)
+        matches!(
+            self.kind,
+            PreTokenizerKind::Llama3 | PreTokenizerKind::Tekken
+        )
     }
 
     /// True if plain text begins with the begin token unless the file says otherwise.
     pub(super) fn adds_bos(&self) -> bool {
-        matches!(self.kind, Kind::Llama3 | Kind::Tekken)
+        matches!(
+            self.kind,
+            PreTokenizerKind::Llama3 | PreTokenizerKind::Tekken
+        )
     }
 }
 
-impl Kind {
+impl PreTokenizerKind {
     fn from_name(name: &str) -> Option<Self> {
         Some(match name {
-            "default" => Kind::Default,
+            "default" => PreTokenizerKind::Default,
             "gpt-2" | "phi-2" | "mpt" | "olmo" | "jais" | "trillion" | "exaone4" | "gigachat"
-            | "mellum" | "a.x-4.0" => Kind::Gpt2,
+            | "mellum" | "a.x-4.0" => PreTokenizerKind::Gpt2,
             "smollm" | "starcoder" | "refact" | "command-r" | "codeshell" | "exaone"
-            | "minerva-7b" => Kind::SingleDigits,
+            | "minerva-7b" => PreTokenizerKind::SingleDigits,
             "llama-bpe" | "llama3" | "llama-v3" | "falcon3" | "falcon-h1" | "pixtral"
-            | "midm-2.0" | "lfm2" => Kind::Llama3,
-            "qwen2" | "deepseek-r1-qwen" | "stablelm2" | "megrez" | "hunyuan" => Kind::Qwen2,
-            "falcon" => Kind::Falcon,
-            "deepseek-llm" => Kind::DeepseekLlm,
-            "deepseek-coder" => Kind::DeepseekCoder,
-            "deepseek-v3" | "hunyuan-dense" => Kind::DeepseekV3,
-            "tekken" => Kind::Tekken,
-            "gpt-4o" | "llama4" => Kind::Gpt4o,
-            "bloom" | "poro-chat" | "gpt3-finnish" => Kind::Bloom,
-            "viking" => Kind::Viking,
+            | "midm-2.0" | "lfm2" => PreTokenizerKind::Llama3,
+            "qwen2" | "deepseek-r1-qwen" | "stablelm2" | "megrez" | "hunyuan" => {
+                PreTokenizerKind::Qwen2
+            }
+            "falcon" => PreTokenizerKind::Falcon,
+            "deepseek-llm" => PreTokenizerKind::DeepseekLlm,
+            "deepseek-coder" => PreTokenizerKind::DeepseekCoder,
+            "deepseek-v3" | "hunyuan-dense" => PreTokenizerKind::DeepseekV3,
+            "tekken" => PreTokenizerKind::Tekken,
+            "gpt-4o" | "llama4" => PreTokenizerKind::Gpt4o,
+            "bloom" | "poro-chat" | "gpt3-finnish" => PreTokenizerKind::Bloom,
+            "viking" => PreTokenizerKind::Viking,
             _ => return None,
         })
     }
@@ -142,13 +151,15 @@ impl Kind {
     fn patterns(self) -> Vec<String> {
         let list = |patterns: &[&str]| patterns.iter().map(|&pattern| pattern.to_owned()).collect();
         match self {
-            Kind::Default => list(&[r"[\p{P}$+<=>^~|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]"]),
-            Kind::Gpt2 => list(&[GPT2]),
-            Kind::SingleDigits => list(&[r"\p{N}", GPT2]),
-            Kind::Llama3 => vec![modern(&plain_words(), "{1,3}", "")],
-            Kind::Qwen2 => vec![modern(&plain_words(), "", "")],
-            Kind::Falcon => list(&[r"[\p{P}$+<=>^~|`]+", GPT2, "[0-9][0-9][0-9]"]),
-            Kind::DeepseekLlm => list(&[
+            PreTokenizerKind::Default => {
+                list(&[r"[\p{P}$+<=>^~|]+", GPT2, r"\p{N}+", "[0-9][0-9][0-9]"])
+            }
+            PreTokenizerKind::Gpt2 => list(&[GPT2]),
+            PreTokenizerKind::SingleDigits => list(&[r"\p{N}", GPT2]),
+            PreTokenizerKind::Llama3 => vec![modern(&plain_words(), "{1,3}", "")],
+            PreTokenizerKind::Qwen2 => vec![modern(&plain_words(), "", "")],
+            PreTokenizerKind::Falcon => list(&[r"[\p{P}$+<=>^~|`]+", GPT2, "[0-9][0-9][0-9]"]),
+            PreTokenizerKind::DeepseekLlm => list(&[
                 r"[\r\n]",
                 DEEPSEEK_LETTERS,
                 r"\s?[!-/:-~\x{FF01}-\x{FF0F}\x{FF1A}-\x{FF5E}\x{2018}-\x{201F}\x{3000}-\x{3002}]+",
@@ -156,14 +167,14 @@ impl Kind {
                 DEEPSEEK_CJK,
                 r"\p{N}+",
             ]),
-            Kind::DeepseekCoder => list(&[
+            PreTokenizerKind::DeepseekCoder => list(&[
                 r"[\r\n]",
                 r"\s?\p{L}+",
                 r"\s?\p{P}+",
                 DEEPSEEK_CJK,
                 r"\p{N}",
             ]),
-            Kind::DeepseekV3 => list(&[
+            PreTokenizerKind::DeepseekV3 => list(&[
                 r"\p{N}{1,3}",
                 r"[\x{4E00}-\x{9FA5}\x{3040}-\x{30FF}]+",
                 concat!(
@@ -171,14 +182,14 @@ impl Kind {
                     r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
                 ),
             ]),
-            Kind::Tekken => vec![modern(&cased_words(""), "", "/")],
-            Kind::Gpt4o => vec![modern(
+            PreTokenizerKind::Tekken => vec![modern(&cased_words(""), "", "/")],
+            PreTokenizerKind::Gpt4o => vec![modern(
                 &cased_words(&format!("(?:{ENDINGS})?")),
                 "{1,3}",
                 "/",
             )],
-            Kind::Bloom => list(&[BLOOM]),
-            Kind::Viking => list(&[BLOOM, r"\p{N}"]),
+            PreTokenizerKind::Bloom => list(&[BLOOM]),
+            PreTokenizerKind::Viking => list(&[BLOOM, r"\p{N}"]),
         }
     }
 }
@@ -188,7 +199,8 @@ const BLOOM: &str = r" ?[^(\s|.,!?…。，、।۔،)]+";
 
 type Visit<'v, 't> = dyn FnMut(&'t str) -> Result<(), TokenizerError> + 'v;
 
-/// Visits the matches of the first pattern in `piece` and what lies between them, each cut by the other patterns.
+/// Visits the matches of the first pattern in `piece` and what lies between them, each cut by the other
+/// patterns.
 fn each_piece<'t>(
     patterns: &[Regex],
     piece: &'t str,

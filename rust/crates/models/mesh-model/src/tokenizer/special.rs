@@ -6,12 +6,13 @@ use super::vocab::{TokenType, Vocab};
 
 /// The special tokens of a vocabulary, ready to be looked for.
 #[derive(Debug)]
-pub(super) struct SpecialTokens {
+pub(super) struct SpecialFinder {
     /// Sorted by text.
     tokens: Vec<Special>,
     /// For each first byte, the range of `tokens` that begin with it.
     by_first: Vec<std::ops::Range<usize>>,
-    /// For each first byte, the lengths of the tokens with it: some vocabularies have thousands of reserved ones.
+    /// For each first byte, the lengths of the tokens with it: some vocabularies have thousands of reserved
+    /// ones.
     lengths: Vec<Vec<usize>>,
 }
 
@@ -32,7 +33,7 @@ pub(super) enum Fragment<'t> {
     Token(u32),
 }
 
-impl SpecialTokens {
+impl SpecialFinder {
     pub(super) fn new(vocab: &Vocab) -> Self {
         let mut tokens: Vec<Special> = vocab
             .special()
@@ -62,7 +63,7 @@ impl SpecialTokens {
                 lengths
             })
             .collect();
-        SpecialTokens {
+        SpecialFinder {
             tokens,
             by_first,
             lengths,
@@ -93,9 +94,9 @@ impl SpecialTokens {
             .map(|token| token.id)
     }
 
-    /// Cuts `text` at special tokens: the longest token first wherever it stands, then the next longest in what is left. No token
-    /// spans one of the `barriers`, which are byte positions in ascending order. `None` if there are more than `most`, or if the
-    /// text is longer than 4 GiB.
+    /// Cuts `text` at special tokens: the longest token first wherever it stands, then the next longest in
+    /// what is left. No token spans one of the `barriers`, which are byte positions in ascending order.
+    /// `None` if there are more than `most`, or if the text is longer than 4 GiB.
     pub(super) fn split<'t>(
         &self,
         text: &'t str,
@@ -162,7 +163,7 @@ impl SpecialTokens {
     }
 
     /// Positions of all special tokens, with the length of the longest one at each.
-    fn places(&self, text: &str, control: bool) -> Vec<Place> {
+    fn places(&self, text: &str, control: bool) -> Vec<Occurrence> {
         let bytes = text.as_bytes();
         let mut places = Vec::new();
         for (at, &byte) in bytes.iter().enumerate() {
@@ -171,7 +172,7 @@ impl SpecialTokens {
             }
             let len = self.longest(&bytes[at..], control, usize::MAX) as u32;
             if len > 0 {
-                places.push(Place { at: at as u32, len });
+                places.push(Occurrence { at: at as u32, len });
             }
         }
         places
@@ -199,7 +200,7 @@ impl SpecialTokens {
 
 /// A position of a special token in a text.
 #[derive(Clone, Copy)]
-struct Place {
+struct Occurrence {
     at: u32,
     /// Bytes of the longest one there that was not looked at yet.
     len: u32,

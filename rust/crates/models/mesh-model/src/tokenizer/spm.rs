@@ -4,16 +4,17 @@
 //! is joined, the leftmost of equals, as long as there are any. Characters without tokens are encoded as
 //! bytes.
 //!
-//! This is not the `tokenizers` crate's BPE: that merges by pairs of tokens with one rank each, and the tables have neither.
+//! This is not the `tokenizers` crate's BPE: that merges by pairs of tokens with one rank each, and the
+//! tables have neither.
 
 use std::cmp::Ordering;
 use std::collections::{BinaryHeap, HashMap};
 
-use super::vocab::{TokenType, Vocab, malformed, wrong_elements};
-use super::{Limit, TokenizerError};
+use super::error::{TokenizerError, malformed};
+use super::limit::Limit;
+use super::notation::{SPACE, byte_of, text_bytes};
+use super::vocab::{TokenType, Vocab, wrong_elements};
 use crate::checkpoint::Checkpoint;
-
-const SPACE: &str = "\u{2581}";
 
 #[derive(Debug)]
 pub(super) struct Spm {
@@ -90,8 +91,8 @@ impl Spm {
         }
         let mut merging = Merging::new(self, &spelled);
         merging.run();
-        for piece in merging.pieces() {
-            self.push_piece(piece, ids);
+        for symbol in merging.symbols() {
+            self.push_symbol(symbol, ids);
             limit.check(ids)?;
         }
         Ok(())
@@ -100,33 +101,33 @@ impl Spm {
     /// True if bytes may be lost because the vocabulary has no tokens for them.
     pub(super) fn drops(&self) -> bool {
         let missing = |byte: u8| self.bytes[usize::from(byte)].is_none();
-        self.unknown.is_none() && super::bpe::text_bytes().any(missing)
+        self.unknown.is_none() && text_bytes().any(missing)
     }
 
-    /// A piece is a token or a single character without one.
-    fn push_piece(&self, piece: &str, ids: &mut Vec<u32>) {
-        if let Some(&id) = self.ids.get(piece) {
+    /// A symbol is a token or a single character without one.
+    fn push_symbol(&self, symbol: &str, ids: &mut Vec<u32>) {
+        if let Some(&id) = self.ids.get(symbol) {
             ids.push(id);
             return;
         }
-        for byte in piece.bytes() {
+        for byte in symbol.bytes() {
             ids.extend(self.bytes[byte as usize].or(self.unknown));
         }
     }
 }
 
-/// One text on its way to tokens: a list of pieces that are joined.
+/// One text on its way to tokens: a list of symbols that are joined.
 struct Merging<'a> {
     spm: &'a Spm,
     text: &'a str,
-    pieces: Vec<Piece>,
-    queue: BinaryHeap<Pair>,
+    symbols: Vec<Symbol>,
+    queue: BinaryHeap<SymbolPair>,
 }
 
 /// A stretch of the text. One that was joined to its left neighbour is empty.
 /// There is one for every character, so places are kept in 32 bits.
 #[derive(Clone, Copy)]
-struct Piece {
+struct Symbol {
     start: u32,
     len: u32,
     /// Neighbours; [`NONE`] at the ends.
@@ -137,7 +138,7 @@ struct Piece {
 const NONE: u32 = u32::MAX;
 
 /// Two neighbours whose joined text is a token.
-struct Pair {
+struct SymbolPair {
     score: f32,
     left: u32,
     right: u32,
@@ -147,44 +148,44 @@ struct Pair {
 
 impl<'a> Merging<'a> {
     fn new(spm: &'a Spm, text: &'a str) -> Self {
-        let mut pieces: Vec<Piece> = text
+        let mut symbols: Vec<Symbol> = text
             .char_indices()
             .zip(0u32..)
-            .map(|((start, c), i)| Piece {
+            .map(|((start, c), i)| Symbol {
                 start: start as u32,
                 len: c.len_utf8() as u32,
                 prev: i.checked_sub(1).unwrap_or(NONE),
                 next: i + 1,
             })
             .collect();
-        if let Some(last) = pieces.last_mut() {
+        if let Some(last) = symbols.last_mut() {
             last.next = NONE;
         }
         Merging {
             spm,
             text,
-            pieces,
+            symbols,
             queue: BinaryHeap::new(),
         }
     }
 
     fn run(&mut self) {
-        for right in 1..self.pieces.len() as u32 {
+        for right in 1..self.symbols.len() as u32 {
             self.consider(right - 1, right);
         }
-        while let Some(Pair {
+        while let Some(SymbolPair {
             left, right, len, ..
         }) = self.queue.pop()
         {
-            let (l, r) = (self.pieces[left as usize], self.pieces[right as usize]);
+            let (l, r) = (self.symbols[left as usize], self.symbols[right as usize]);
             if l.len == 0 || r.len == 0 || l.len + r.len != len {
                 continue;
             }
-            self.pieces[left as usize].len = len;
-            self.pieces[left as usize].next = r.next;
-            self.pieces[right as usize].len = 0;
+            self.symbols[left as usize].len = len;
+            self.symbols[left as usize].next = r.next;
+            self.symbols[right as usize].len = 0;
             if r.next != NONE {
-                self.pieces[r.next as usize].prev = left;
+                self.symbols[r.next as usize].prev = left;
             }
             self.consider(l.prev, left);
             self.consider(left, r.next);
@@ -196,14 +197,14 @@ impl<'a> Merging<'a> {
         if left == NONE || right == NONE {
             return;
         }
-        let start = self.pieces[left as usize].start as usize;
-        let len = self.pieces[left as usize].len + self.pieces[right as usize].len;
+        let start = self.symbols[left as usize].start as usize;
+        let len = self.symbols[left as usize].len + self.symbols[right as usize].len;
         if len as usize > self.spm.longest {
             return;
         }
         if let Some(&id) = self.spm.ids.get(&self.text[start..start + len as usize]) {
             let score = self.spm.scores[id as usize];
-            self.queue.push(Pair {
+            self.queue.push(SymbolPair {
                 score,
                 left,
                 right,
@@ -212,15 +213,15 @@ impl<'a> Merging<'a> {
         }
     }
 
-    fn pieces(&self) -> impl Iterator<Item = &'a str> {
-        self.pieces
+    fn symbols(&self) -> impl Iterator<Item = &'a str> {
+        self.symbols
             .iter()
-            .filter(|piece| piece.len > 0)
-            .map(|piece| &self.text[piece.start as usize..(piece.start + piece.len) as usize])
+            .filter(|symbol| symbol.len > 0)
+            .map(|symbol| &self.text[symbol.start as usize..(symbol.start + symbol.len) as usize])
     }
 }
 
-impl Ord for Pair {
+impl Ord for SymbolPair {
     fn cmp(&self, other: &Self) -> Ordering {
         // The heap gives its greatest: the highest score, the leftmost of equals.
         self.score
@@ -229,19 +230,19 @@ impl Ord for Pair {
     }
 }
 
-impl PartialOrd for Pair {
+impl PartialOrd for SymbolPair {
     fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
         Some(self.cmp(other))
     }
 }
 
-impl PartialEq for Pair {
+impl PartialEq for SymbolPair {
     fn eq(&self, other: &Self) -> bool {
         self.cmp(other).is_eq()
     }
 }
 
-impl Eq for Pair {}
+impl Eq for SymbolPair {}
 
 fn read_scores(checkpoint: &dyn Checkpoint, tokens: usize) -> Result<Vec<f32>, TokenizerError> {
     const KEY: &str = "tokenizer.ggml.scores";
@@ -257,24 +258,4 @@ fn read_scores(checkpoint: &dyn Checkpoint, tokens: usize) -> Result<Vec<f32>, T
         )));
     }
     Ok(scores)
-}
-
-/// The byte of a token such as `<0x0A>`.
-pub(super) fn byte_of(text: &str) -> Option<u8> {
-    let digits = text.strip_prefix("<0x")?.strip_suffix('>')?;
-    match digits.len() {
-        2 => u8::from_str_radix(digits, 16).ok(),
-        _ => None,
-    }
-}
-
-/// Appends the bytes of a token's text.
-pub(super) fn push_bytes(text: &str, out: &mut Vec<u8>) {
-    let mut rest = text;
-    while let Some((before, after)) = rest.split_once(SPACE) {
-        out.extend_from_slice(before.as_bytes());
-        out.push(b' ');
-        rest = after;
-    }
-    out.extend_from_slice(rest.as_bytes());
 }

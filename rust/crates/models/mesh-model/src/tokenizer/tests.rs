@@ -1,5 +1,6 @@
 //! The tokenizer against small vocabularies made here. Real ones are in `tests/golden_vocabs.rs`.
 
+use super::testing::encode;
 use super::*;
 use crate::gguf::Gguf;
 use crate::gguf::writer::{OwnedValue, Writer};
@@ -29,6 +30,18 @@ fn spm_keys(tokens: &[(&str, i32, f32)]) -> Vec<(&'static str, OwnedValue)> {
     ]
 }
 
+/// Tokens of ordinary text with the pairs to merge, as a byte-level BPE model.
+fn bpe_keys(pre: &str, tokens: &[&str], merges: &[&str]) -> Vec<(&'static str, OwnedValue)> {
+    let strings =
+        |texts: &[&str]| OwnedValue::Strings(texts.iter().map(|&text| text.into()).collect());
+    vec![
+        ("tokenizer.ggml.model", OwnedValue::String("gpt2".into())),
+        ("tokenizer.ggml.pre", OwnedValue::String(pre.into())),
+        ("tokenizer.ggml.tokens", strings(tokens)),
+        ("tokenizer.ggml.merges", strings(merges)),
+    ]
+}
+
 fn build(keys: Vec<(&'static str, OwnedValue)>) -> Result<Tokenizer, TokenizerError> {
     let mut writer = Writer::new();
     for (name, value) in keys {
@@ -55,10 +68,6 @@ const SPM: [(&str, i32, f32); 14] = [
     ("<tool>>", CONTROL, 0.0),
     ("ol", NORMAL, -1.0),
 ];
-
-fn encode(tokenizer: &Tokenizer, text: &str, options: EncodeOptions) -> Vec<u32> {
-    tokenizer.encode(text, options).unwrap()
-}
 
 #[test]
 fn the_pair_with_the_highest_score_is_joined_first_and_the_leftmost_of_equals() {
@@ -144,86 +153,56 @@ fn malformed_tables_are_named() {
         keys
     };
     assert!(error(vec![]).contains("\"tokenizer.ggml.model\" is missing"));
-    assert!(
-        error(replaced(
+    for (name, value, expected) in [
+        (
             "tokenizer.ggml.model",
-            OwnedValue::String("rwkv".into())
-        ))
-        .contains("\"rwkv\" is not supported")
-    );
-    assert!(
-        error(replaced(
+            OwnedValue::String("rwkv".into()),
+            "\"rwkv\" is not supported",
+        ),
+        (
             "tokenizer.ggml.tokens",
-            OwnedValue::Strings(vec![])
-        ))
-        .contains("has 0 tokens")
-    );
-    assert!(
-        error(replaced(
+            OwnedValue::Strings(vec![]),
+            "has 0 tokens",
+        ),
+        (
             "tokenizer.ggml.tokens",
-            OwnedValue::I32s(vec![1; 14])
-        ))
-        .contains("not of strings")
-    );
-    assert!(
-        error(replaced(
+            OwnedValue::I32s(vec![1; 14]),
+            "not of strings",
+        ),
+        (
             "tokenizer.ggml.scores",
-            OwnedValue::F32s(vec![0.0])
-        ))
-        .contains("1 entries for 14 tokens")
-    );
-    assert!(
-        error(replaced(
+            OwnedValue::F32s(vec![0.0]),
+            "1 entries for 14 tokens",
+        ),
+        (
             "tokenizer.ggml.token_type",
-            OwnedValue::I32s(vec![1])
-        ))
-        .contains("1 entries for 14 tokens")
-    );
-    assert!(
-        error(replaced(
+            OwnedValue::I32s(vec![1]),
+            "1 entries for 14 tokens",
+        ),
+        (
             "tokenizer.ggml.token_type",
-            OwnedValue::I32s(vec![BYTE; 14])
-        ))
-        .contains("byte token 0 is \"<unk>\"")
-    );
-    assert!(
-        error(replaced("tokenizer.ggml.bos_token_id", OwnedValue::U32(14)))
-            .contains("only 14 tokens")
-    );
+            OwnedValue::I32s(vec![BYTE; 14]),
+            "byte token 0 is \"<unk>\"",
+        ),
+        (
+            "tokenizer.ggml.bos_token_id",
+            OwnedValue::U32(14),
+            "only 14 tokens",
+        ),
+    ] {
+        let found = error(replaced(name, value));
+        assert!(found.contains(expected), "{name}: {found}");
+    }
 
-    let bpe = |pre: &str, merges: &[&str]| {
-        error(vec![
-            ("tokenizer.ggml.model", OwnedValue::String("gpt2".into())),
-            ("tokenizer.ggml.pre", OwnedValue::String(pre.into())),
-            (
-                "tokenizer.ggml.tokens",
-                OwnedValue::Strings(vec!["a".into(), "b".into()]),
-            ),
-            (
-                "tokenizer.ggml.merges",
-                OwnedValue::Strings(merges.iter().map(|&m| m.into()).collect()),
-            ),
-        ])
-    };
+    let bpe = |pre: &str, merges: &[&str]| error(bpe_keys(pre, &["a", "b"], merges));
     assert!(bpe("of-tomorrow", &[]).contains("pre-tokenizer \"of-tomorrow\""));
     assert!(bpe("gpt-2", &["ab"]).contains("merge 0 is \"ab\""));
 }
 
 #[test]
 fn merges_of_tokens_that_do_not_exist_are_left_out() {
-    let bpe = build(vec![
-        ("tokenizer.ggml.model", OwnedValue::String("gpt2".into())),
-        ("tokenizer.ggml.pre", OwnedValue::String("gpt-2".into())),
-        (
-            "tokenizer.ggml.tokens",
-            OwnedValue::Strings(["a", "b", "c", "bc"].map(String::from).to_vec()),
-        ),
-        (
-            "tokenizer.ggml.merges",
-            OwnedValue::Strings(["a b", "b c", "x y"].map(String::from).to_vec()),
-        ),
-    ])
-    .unwrap();
+    let keys = bpe_keys("gpt-2", &["a", "b", "c", "bc"], &["a b", "b c", "x y"]);
+    let bpe = build(keys).unwrap();
     assert_eq!(encode(&bpe, "abc", EncodeOptions::PLAIN), [0, 3]);
     assert_eq!((bpe.bos(), bpe.eos(), bpe.eos_ids().len()), (None, None, 0));
 }

@@ -2,8 +2,11 @@
 
 use std::collections::HashMap;
 
-use super::names::type_by_name;
-use super::{Family, TokenizerError};
+use mesh_base::tokens::ByteSpans;
+
+use super::error::{TokenizerError, malformed};
+use super::names::{END_NAMES, is_control};
+use super::notation::{Notation, byte_of};
 use crate::checkpoint::Checkpoint;
 use crate::gguf::Array;
 
@@ -16,6 +19,16 @@ pub(super) enum TokenType {
     UserDefined,
     Unused,
     Byte,
+}
+
+impl TokenType {
+    /// The type of a token with this text, corrected by its name; llama.cpp overrides types likewise.
+    fn corrected(self, text: &str) -> Self {
+        match self {
+            TokenType::Normal | TokenType::UserDefined if is_control(text) => TokenType::Control,
+            _ => self,
+        }
+    }
 }
 
 /// All tokens of a model.
@@ -36,16 +49,15 @@ const MAX_TOKENS: usize = 1 << 24;
 impl Vocab {
     pub(super) fn from_keys(
         checkpoint: &dyn Checkpoint,
-        family: Family,
+        notation: Notation,
     ) -> Result<Self, TokenizerError> {
         const KEY: &str = "tokenizer.ggml.tokens";
         let tokens = checkpoint.require_array(KEY)?;
         if tokens.is_empty() || tokens.len() > MAX_TOKENS {
-            let reason = format!(
+            return Err(malformed(format!(
                 "{KEY} has {} tokens, it must have from 1 to {MAX_TOKENS}",
                 tokens.len()
-            );
-            return Err(TokenizerError::Tables { reason });
+            )));
         }
         let types = read_types(checkpoint, tokens.len())?;
         let strings = tokens.strings();
@@ -56,12 +68,12 @@ impl Vocab {
                 .map_err(|_| malformed(format!("token {id} is not valid UTF-8")))?;
             texts.push(text);
         }
-        Self::new(family, texts.into_iter().zip(types))
+        Self::new(notation, texts.into_iter().zip(types))
     }
 
     /// Creates the table from tokens by id, each with its text and type.
     pub(super) fn new<'a>(
-        family: Family,
+        notation: Notation,
         tokens: impl ExactSizeIterator<Item = (&'a str, TokenType)>,
     ) -> Result<Self, TokenizerError> {
         let mut texts = Packed::with_capacity(tokens.len());
@@ -72,17 +84,16 @@ impl Vocab {
         let mut overridden = Vec::new();
         for (id, (text, told)) in tokens.enumerate() {
             piece.clear();
-            let ty = type_by_name(text, told);
+            let ty = told.corrected(text);
             if ty != told {
                 overridden.push(id as u32);
             }
-            match (family, ty) {
+            match (notation, ty) {
                 (_, TokenType::Control | TokenType::Unknown | TokenType::UserDefined) => {
                     piece.extend_from_slice(text.as_bytes());
                     special.insert(text.into(), id as u32);
                 }
-                (Family::Bpe, _) => super::bpe::push_bytes(text, &mut piece),
-                (Family::Spm, TokenType::Byte) => match super::spm::byte_of(text) {
+                (Notation::Spm, TokenType::Byte) => match byte_of(text) {
                     Some(byte) => piece.push(byte),
                     None => {
                         return Err(malformed(format!(
@@ -90,7 +101,7 @@ impl Vocab {
                         )));
                     }
                 },
-                (Family::Spm, _) => super::spm::push_bytes(text, &mut piece),
+                _ => notation.push_bytes(text, &mut piece),
             }
             texts.push(text.as_bytes())?;
             bytes.push(&piece)?;
@@ -154,6 +165,63 @@ impl Vocab {
     pub(super) fn special(&self) -> impl Iterator<Item = (&str, u32)> {
         self.special.iter().map(|(text, &id)| (&**text, id))
     }
+
+    /// All tokens that end an answer: those that the files list, then those with a name for it.
+    pub(super) fn ends(&self, listed: impl Iterator<Item = u32>) -> Vec<u32> {
+        // In this format it ends a message, of which an answer has several.
+        let several = ["<|return|>", "<|call|>"]
+            .iter()
+            .all(|name| self.find_special(name).is_some());
+        let named = END_NAMES
+            .iter()
+            .filter(|name| !(several && **name == "<|end|>"))
+            .filter_map(|name| self.find_special(name))
+            .filter(|&id| self.token_type(id) == TokenType::Control);
+        let mut ends: Vec<u32> = Vec::new();
+        for id in listed.chain(named) {
+            if !ends.contains(&id) {
+                ends.push(id);
+            }
+        }
+        let unlisted = self.overridden().filter(|(_, id)| ends.contains(id));
+        for (name, _) in unlisted {
+            tracing::warn!(
+                token = name,
+                "the file gives this token the type of ordinary text; by its name it ends answers, and does so here"
+            );
+        }
+        ends
+    }
+
+    /// The longest token over each byte of a text that becomes tokens of this vocabulary, all of it.
+    pub(super) fn spans(&self, notation: Notation) -> ByteSpans {
+        let mut spans = ByteSpans::of_characters();
+        for id in 0..self.len() as u32 {
+            let (written, bytes) = (self.text(id).as_bytes(), self.bytes(id));
+            let len = written.len().max(bytes.len());
+            match (notation, self.token_type(id)) {
+                // Spelled in an alphabet of its own, whose characters are longer.
+                (Notation::Bpe, TokenType::Normal | TokenType::Unused) => {
+                    spans.cover(bytes, bytes.len());
+                }
+                (Notation::Bpe, _) => {
+                    let mut plain = Vec::new();
+                    notation.push_bytes(self.text(id), &mut plain);
+                    spans.cover(&plain, len);
+                    spans.cover(written, len);
+                }
+                // A "▁" covers a space, or itself.
+                (Notation::Spm, _) => {
+                    let mut plain = Vec::new();
+                    notation.push_bytes(self.text(id), &mut plain);
+                    spans.cover(&plain, len);
+                    spans.cover(bytes, len);
+                    spans.cover(written, len);
+                }
+            }
+        }
+        spans
+    }
 }
 
 fn read_types(
@@ -189,10 +257,6 @@ fn read_types(
 pub(super) fn wrong_elements(key: &str, array: Array<'_>, wanted: &str) -> TokenizerError {
     let found = array.element();
     malformed(format!("{key} is an array of {found:?}, not of {wanted}"))
-}
-
-pub(super) fn malformed(reason: String) -> TokenizerError {
-    TokenizerError::Tables { reason }
 }
 
 /// Many short byte strings in one allocation.

@@ -86,8 +86,8 @@ pub(super) fn wanted(pieces: impl IntoIterator<Item = u32>) -> Vec<Wanted> {
     pieces.into_iter().map(one).collect()
 }
 
-/// Gets `wanted` from `sources` until all is here, nothing moves any more, or `limit` has passed. Every piece takes as long
-/// on its way as [`PIECE`] bytes do.
+/// Gets `wanted` from `sources` until all is here, nothing moves any more, or `limit` has passed. Every piece
+/// takes as long on its way as [`PIECE`] bytes do.
 pub(super) fn run(
     wanted: Vec<Wanted>,
     settings: Settings,

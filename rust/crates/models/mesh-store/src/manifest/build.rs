@@ -9,43 +9,32 @@ use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, sync_channel};
 use std::sync::{Arc, Mutex};
 
+use mesh_model::file::has_extension;
+
 use super::{MAX_PIECE, Manifest, ManifestError, ManifestFile, Piece, TensorRange, VERSION};
 use crate::digest::{Digest, Hasher};
-use crate::layout::{self, Layout, LayoutError, Role, has_extension};
+use crate::layout::{self, Layout, LayoutError, Role};
 
 /// Errors of making a manifest of files.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
+#[allow(missing_docs, reason = "the messages name the fields")]
 pub enum BuildError {
     /// A file could not be read.
     #[error("cannot read {}: {source}", path.display())]
-    Read {
-        /// Path of the file.
-        path: PathBuf,
-        /// Error from the operating system.
-        source: io::Error,
-    },
+    Read { path: PathBuf, source: io::Error },
     /// A model file is broken.
     #[error(transparent)]
     Layout(#[from] LayoutError),
     /// A file changed while it was read.
     #[error("{} changed while it was read: wait until it is written, and try again", path.display())]
-    Changed {
-        /// Path of the file.
-        path: PathBuf,
-    },
+    Changed { path: PathBuf },
     /// Nothing in a folder is a model.
     #[error("{} holds no model: neither a .gguf nor a .safetensors file is in it", path.display())]
-    NoModel {
-        /// Path of the folder.
-        path: PathBuf,
-    },
+    NoModel { path: PathBuf },
     /// A path that cannot stand in a manifest.
     #[error("the path {} cannot stand in a manifest: it is not UTF-8, or leaves the model's folder", path.display())]
-    Path {
-        /// Path of the file.
-        path: PathBuf,
-    },
+    Path { path: PathBuf },
     /// A manifest cannot express these files.
     #[error(transparent)]
     Manifest(#[from] ManifestError),
@@ -55,8 +44,8 @@ pub enum BuildError {
 pub type Progress<'a> = &'a (dyn Fn(u64) + Sync);
 
 impl Manifest {
-    /// The manifest of the files at `paths`, relative to `root`. Reads all of them once; blocks for about a second per
-    /// gigabyte and core.
+    /// The manifest of the files at `paths`, relative to `root`. Reads all of them once; blocks for about a
+    /// second per gigabyte and core.
     ///
     /// # Errors
     /// If a file cannot be read, is a broken model file, or changes meanwhile.
@@ -101,7 +90,8 @@ impl Manifest {
         Ok(manifest)
     }
 
-    /// The manifest of the model at `path`, called `name`: one file, or a folder with a model in it (see [`model_files`]).
+    /// The manifest of the model at `path`, called `name`: one file, or a folder with a model in it (see
+    /// [`model_files`]).
     ///
     /// # Errors
     /// As [`Manifest::of_files`].

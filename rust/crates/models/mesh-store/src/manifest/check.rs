@@ -8,6 +8,7 @@ use crate::digest::Digest;
 /// Errors of a manifest's bytes.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
+#[allow(missing_docs, reason = "the messages name the fields")]
 pub enum ManifestError {
     /// More bytes than a manifest may have.
     #[error("the manifest has {bytes} bytes, more than the limit of {MAX_MANIFEST}")]
@@ -17,18 +18,12 @@ pub enum ManifestError {
     },
     /// The bytes are not the expected JSON.
     #[error("the manifest is malformed: {reason}")]
-    Malformed {
-        /// Error from the parser.
-        reason: String,
-    },
+    Malformed { reason: String },
     /// Written by another version.
     #[error(
         "the manifest has version {version}, this program reads {VERSION}: use the same release on all nodes"
     )]
-    Version {
-        /// Version in the manifest.
-        version: u32,
-    },
+    Version { version: u32 },
     /// Valid JSON that differs from the canonical form.
     #[error("the manifest is not in canonical form: its fingerprint would not be its own")]
     NotCanonical,
@@ -37,33 +32,23 @@ pub enum ManifestError {
     Text {
         /// Kind of the text, such as name or path.
         what: &'static str,
-        /// The text.
         value: String,
-        /// Rule that it breaks.
         reason: &'static str,
     },
     /// More entries than the limit allows.
     #[error("the manifest has {count} {what}, more than the limit of {limit}")]
     TooMany {
-        /// Kind of the entries.
         what: &'static str,
-        /// Number of entries.
         count: usize,
-        /// Maximum that is accepted.
         limit: usize,
     },
     /// Two files of one path, or one that would lie within another.
     #[error("the manifest names the file {path:?} twice, or as a folder of another")]
-    SamePath {
-        /// Path that the error is about.
-        path: String,
-    },
+    SamePath { path: String },
     /// Pieces that do not cover their file.
     #[error("the manifest's piece {piece} of {path:?} {reason}")]
     Piece {
-        /// Path of the file within the model or repository.
         path: String,
-        /// Index of the piece.
         piece: usize,
         /// Rule that the piece breaks.
         reason: &'static str,
@@ -71,9 +56,7 @@ pub enum ManifestError {
     /// A tensor that is outside its file, or overlaps another one.
     #[error("the manifest's tensor {tensor:?} of {path:?} {reason}")]
     Tensor {
-        /// Path of the file within the model or repository.
         path: String,
-        /// Name of the tensor.
         tensor: String,
         /// Rule that the tensor breaks.
         reason: &'static str,
@@ -100,7 +83,8 @@ impl Manifest {
     /// Parses the canonical form; the bytes may come from anywhere.
     ///
     /// # Errors
-    /// If it is anything but the canonical form of a manifest whose files, pieces and tensors agree with each other.
+    /// If it is anything but the canonical form of a manifest whose files, pieces and tensors agree with each
+    /// other.
     pub fn parse(bytes: &[u8]) -> Result<Manifest, ManifestError> {
         if bytes.len() > MAX_MANIFEST {
             return Err(ManifestError::TooLong { bytes: bytes.len() });

@@ -13,21 +13,15 @@ use super::{ManifestFile, Piece};
 /// Differences between a file and its manifest.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
+#[allow(missing_docs, reason = "the messages name the fields")]
 pub enum VerifyError {
     /// The file could not be read.
     #[error("cannot read {}: {source}", path.display())]
-    Read {
-        /// Path of the file.
-        path: PathBuf,
-        /// Error from the operating system.
-        source: io::Error,
-    },
+    Read { path: PathBuf, source: io::Error },
     /// The file has another length.
     #[error("{} has {found} bytes, its manifest says {wanted}: it is cut short or another file", path.display())]
     Length {
-        /// Path of the file.
         path: PathBuf,
-        /// Length of the file in bytes.
         found: u64,
         /// The length in the manifest.
         wanted: u64,
@@ -37,7 +31,6 @@ pub enum VerifyError {
     Piece {
         /// The file, as the manifest names it.
         path: String,
-        /// Index of the piece.
         piece: u32,
         /// Position of the piece in the file.
         offset: u64,
@@ -76,8 +69,8 @@ impl ManifestFile {
         }
     }
 
-    /// Reads those `pieces` of the file at `path` and gives the indices of the bad ones, ascending. Several threads; a
-    /// piece whose index means none is bad.
+    /// Reads those `pieces` of the file at `path` and gives the indices of the bad ones, ascending. Several
+    /// threads; a piece whose index means none is bad.
     ///
     /// # Errors
     /// If the file cannot be read, or has another length.

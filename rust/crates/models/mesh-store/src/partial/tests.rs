@@ -190,8 +190,8 @@ fn a_have_map_that_fits_no_file_is_none() {
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(32))]
 
-    /// Whatever is written, flushed and forgotten, in whatever order, with the file dropped in between: what counts as present
-    /// is what was written, and of what was flushed nothing is lost.
+    /// Writes, flushes, forgets and reopens in any order: exactly the written ranges count as present, and
+    /// flushed ranges survive.
     #[test]
     fn what_counts_as_present_is_right(steps in prop::collection::vec((0..4u8, 0..200usize, 1..60usize), 1..30)) {
         const LEN: usize = 240;

@@ -2,7 +2,8 @@
 
 use std::time::SystemTime;
 
-use super::{Named, Store};
+use super::named::Named;
+use super::root::Store;
 use crate::digest::Digest;
 use crate::error::StoreError;
 use crate::files;
@@ -117,7 +118,7 @@ impl Store {
     fn with_other_names(&self, mut names: Vec<String>, fingerprint: &Digest) -> Vec<String> {
         let json = files::read_limited(&self.manifest_path(fingerprint), MAX_MANIFEST as u64);
         let json = json.ok().flatten();
-        let said = json.and_then(|json| serde_json::from_slice::<Said>(&json).ok());
+        let said = json.and_then(|json| serde_json::from_slice::<DamagedManifest>(&json).ok());
         let said = said.map(|said| said.name).filter(|name| {
             !name.is_empty() && name.len() <= MAX_NAME && !name.chars().any(char::is_control)
         });
@@ -133,7 +134,7 @@ impl Store {
 
 /// The name in a damaged manifest, if it can be read.
 #[derive(serde::Deserialize)]
-struct Said {
+struct DamagedManifest {
     name: String,
 }
 

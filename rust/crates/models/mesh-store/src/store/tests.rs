@@ -1,5 +1,13 @@
+use std::fs::Permissions;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+
 use super::*;
-use crate::signature::SigningKey;
+use crate::digest::Digest;
+use crate::error::StoreError;
+use crate::manifest::{Manifest, PieceId};
+use crate::partial::PartialKey;
+use crate::signature::{SignedManifest, SigningKey};
 use crate::testing::{begin, manifest_of, noise, store};
 
 /// Stores a model of one file, whole.

@@ -4,6 +4,9 @@ use serde_json::{Map, Value};
 
 use crate::hf::HfError;
 
+/// Name of the file, for errors.
+pub(super) const FILE: &str = "config.json";
+
 /// An object of `config.json`. A key whose value is null counts as absent.
 #[derive(Clone)]
 pub(super) struct Object<'a> {
@@ -89,7 +92,7 @@ impl<'a> Object<'a> {
 
 pub(super) fn bad(key: &str, value: impl ToString, reason: String) -> HfError {
     HfError::Value {
-        file: super::FILE,
+        file: FILE,
         key: key.into(),
         value: value.to_string(),
         reason,

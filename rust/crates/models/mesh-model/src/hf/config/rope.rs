@@ -4,19 +4,20 @@ use std::f64::consts::TAU;
 
 use serde_json::Map;
 
-use super::Family;
+use super::class::Class;
 use super::object::{Object, bad, missing};
 use crate::config::MAX_CONTEXT;
 use crate::hf::HfError;
-use crate::hf::keys::Keys;
+use crate::hf::keys::GgufKeys;
 
-/// The rotary embedding. Gives the context length, which YaRN stretches, and llama 3's divisors of the frequencies.
+/// The rotary embedding. Gives the context length, which YaRN stretches, and llama 3's divisors of the
+/// frequencies.
 pub(super) fn rope(
     text: &Object<'_>,
-    family: Family,
+    class: Class,
     head_dim: u64,
     context: u64,
-    keys: &mut Keys,
+    keys: &mut GgufKeys,
 ) -> Result<(u64, Option<Vec<f32>>), HfError> {
     // `rope_parameters` is what newer releases write, by kind of layer where kinds differ.
     let parameters = text.object("rope_parameters")?;
@@ -32,14 +33,14 @@ pub(super) fn rope(
     };
     let empty = Map::new();
     let scaling = full.unwrap_or(Object { map: &empty });
-    let default = if family == Family::Gemma3 { 1e6 } else { 1e4 };
+    let default = if class == Class::Gemma3 { 1e6 } else { 1e4 };
     let base = match text.positive("rope_theta")? {
         Some(base) => Some(base),
         None => scaling.positive("rope_theta")?,
     };
     let base = base.unwrap_or(default);
     keys.float("rope.freq_base", base);
-    if family == Family::Gemma3 {
+    if class == Class::Gemma3 {
         let local = match &sliding {
             Some(sliding) => sliding.positive("rope_theta")?,
             None => text.positive("rope_local_base_freq")?,

@@ -1,4 +1,5 @@
-//! `tokenizer.json` read within limits: on the way to a structure no more memory is taken than a few times the file.
+//! `tokenizer.json` read within limits: on the way to a structure no more memory is taken than a few times
+//! the file.
 
 use std::collections::HashSet;
 use std::fmt;
@@ -7,7 +8,7 @@ use serde::Deserialize;
 use serde::de::{self, DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
 use serde_json::{Map, Number, Value};
 
-use super::super::TokenizerError;
+use crate::tokenizer::error::TokenizerError;
 
 /// The largest known vocabulary has 262,145 tokens.
 const MAX_TOKENS: usize = 1 << 20;

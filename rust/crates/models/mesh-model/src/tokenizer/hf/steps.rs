@@ -1,7 +1,8 @@
-//! Normalizers and pre-tokenizers: what is done to a text before its words are merged to tokens.
+//! Normalizers and pre-tokenizers: the steps from a text to words, which are then merged to tokens.
 //!
-//! They do what the `tokenizers` crate's of the same names do. That crate's patterns are run by Oniguruma, whose Rust binding
-//! panics where a pattern gives up; here they are run by `fancy-regex`, and giving up is an error.
+//! They give the results of the steps of the same names in the `tokenizers` crate. That crate runs patterns
+//! with Oniguruma, whose Rust binding panics where a pattern gives up; here `fancy-regex` runs them, and
+//! giving up is an error.
 
 use std::borrow::Cow;
 use std::ops::Range;
@@ -10,11 +11,10 @@ use fancy_regex::Regex;
 use serde_json::Value;
 use tokenizers::NormalizedString;
 
-use super::super::bpe::byte_char;
-use super::super::pre::GPT2;
-use super::super::vocab::malformed;
-use super::super::{Limit, TokenizerError};
-use super::unsupported;
+use crate::tokenizer::error::{TokenizerError, malformed, unsupported};
+use crate::tokenizer::limit::Limit;
+use crate::tokenizer::notation::byte_char;
+use crate::tokenizer::pre::GPT2;
 
 /// More steps than any tokenizer has.
 const MAX_STEPS: usize = 32;
@@ -24,7 +24,7 @@ const MAX_CONTENT: usize = 64;
 
 #[derive(Debug)]
 pub(super) enum Normalizer {
-    Unicode(Form),
+    Unicode(UnicodeForm),
     Lowercase,
     Prepend(String),
     Replace(Pattern, String),
@@ -33,7 +33,7 @@ pub(super) enum Normalizer {
 
 /// A Unicode normalization form.
 #[derive(Debug, Clone, Copy)]
-pub(super) enum Form {
+pub(super) enum UnicodeForm {
     Nfc,
     Nfd,
     Nfkc,
@@ -41,7 +41,7 @@ pub(super) enum Form {
 }
 
 #[derive(Debug)]
-pub(super) enum PreTokenizer {
+pub(super) enum PreTokenizerStep {
     Split(Pattern, Behavior, bool),
     /// Digits one by one, or together.
     Digits(bool),
@@ -142,10 +142,10 @@ impl Normalizer {
                 for part in parts(text) {
                     let mut normalized = NormalizedString::from(part);
                     match form {
-                        Form::Nfc => normalized.nfc(),
-                        Form::Nfd => normalized.nfd(),
-                        Form::Nfkc => normalized.nfkc(),
-                        Form::Nfkd => normalized.nfkd(),
+                        UnicodeForm::Nfc => normalized.nfc(),
+                        UnicodeForm::Nfd => normalized.nfd(),
+                        UnicodeForm::Nfkc => normalized.nfkc(),
+                        UnicodeForm::Nfkd => normalized.nfkd(),
                     };
                     out.push_str(normalized.get());
                     if out.len() > limit {
@@ -180,8 +180,8 @@ impl Normalizer {
     }
 }
 
-/// Cuts a text into parts that are normalized as they are in the whole: the `tokenizers` crate takes some 50 bytes for each byte of
-/// what it normalizes at once.
+/// Cuts a text into parts that are normalized as they are in the whole: the `tokenizers` crate takes some 50
+/// bytes for each byte of what it normalizes at once.
 fn parts(text: &str) -> impl Iterator<Item = &str> {
     let mut rest = text;
     std::iter::from_fn(move || {
@@ -218,14 +218,14 @@ const PART: usize = 16 << 10;
 
 /// Cuts a text into words in the tokens' notation. `begins` is true at the beginning of the whole text.
 pub(super) fn split<'t>(
-    steps: &[PreTokenizer],
+    steps: &[PreTokenizerStep],
     text: &'t str,
     begins: bool,
     limit: Limit,
 ) -> Result<Vec<Cow<'t, str>>, TokenizerError> {
     let mut words = vec![Cow::Borrowed(text)];
     // Every word becomes a token at least, unless words are taken out.
-    let counted = !steps.iter().any(PreTokenizer::drops);
+    let counted = !steps.iter().any(PreTokenizerStep::drops);
     for step in steps {
         let mut next = Vec::with_capacity(words.len());
         for (i, word) in words.into_iter().enumerate() {
@@ -240,10 +240,10 @@ pub(super) fn split<'t>(
     Ok(words)
 }
 
-impl PreTokenizer {
+impl PreTokenizerStep {
     /// True if the step removes parts of the text.
     pub(super) fn drops(&self) -> bool {
-        matches!(self, PreTokenizer::Split(_, Behavior::Removed, _))
+        matches!(self, PreTokenizerStep::Split(_, Behavior::Removed, _))
     }
 
     fn run<'t>(
@@ -253,11 +253,11 @@ impl PreTokenizer {
         out: &mut Vec<Cow<'t, str>>,
     ) -> Result<(), TokenizerError> {
         match self {
-            PreTokenizer::Split(pattern, behavior, invert) => {
+            PreTokenizerStep::Split(pattern, behavior, invert) => {
                 let found = pattern.find(&word)?;
                 cut(word, found, *behavior, *invert, out);
             }
-            PreTokenizer::Digits(one_by_one) => {
+            PreTokenizerStep::Digits(one_by_one) => {
                 let digits = |(at, c): (usize, char)| c.is_numeric().then(|| at..at + c.len_utf8());
                 let found = word.char_indices().filter_map(digits).collect();
                 let behavior = match one_by_one {
@@ -266,7 +266,7 @@ impl PreTokenizer {
                 };
                 cut(word, found, behavior, false, out);
             }
-            PreTokenizer::ByteLevel { space, words } => {
+            PreTokenizerStep::ByteLevel { space, words } => {
                 let word = match *space && !word.starts_with(' ') {
                     true => Cow::Owned(format!(" {word}")),
                     false => word,
@@ -282,7 +282,7 @@ impl PreTokenizer {
                 let spell = |piece: Cow<'_, str>| piece.bytes().map(byte_char).collect();
                 out.extend(pieces.into_iter().map(|piece| Cow::Owned(spell(piece))));
             }
-            PreTokenizer::Metaspace {
+            PreTokenizerStep::Metaspace {
                 mark,
                 prepend,
                 split,
@@ -451,10 +451,10 @@ pub(super) fn normalizers(part: Option<&Value>) -> Result<Vec<Normalizer>, Token
             ))),
         };
         steps.push(match kind(one) {
-            "NFC" => Normalizer::Unicode(Form::Nfc),
-            "NFD" => Normalizer::Unicode(Form::Nfd),
-            "NFKC" => Normalizer::Unicode(Form::Nfkc),
-            "NFKD" => Normalizer::Unicode(Form::Nfkd),
+            "NFC" => Normalizer::Unicode(UnicodeForm::Nfc),
+            "NFD" => Normalizer::Unicode(UnicodeForm::Nfd),
+            "NFKC" => Normalizer::Unicode(UnicodeForm::Nfkc),
+            "NFKD" => Normalizer::Unicode(UnicodeForm::Nfkd),
             "Lowercase" => Normalizer::Lowercase,
             "Prepend" => Normalizer::Prepend(content("prepend")?),
             "Replace" => {
@@ -471,17 +471,19 @@ pub(super) fn normalizers(part: Option<&Value>) -> Result<Vec<Normalizer>, Token
 }
 
 /// The pre-tokenizers that `pre_tokenizer` lists.
-pub(super) fn pre_tokenizers(part: Option<&Value>) -> Result<Vec<PreTokenizer>, TokenizerError> {
+pub(super) fn pre_tokenizers(
+    part: Option<&Value>,
+) -> Result<Vec<PreTokenizerStep>, TokenizerError> {
     let mut steps = Vec::new();
     for one in sequence(part, "pretokenizers")? {
         steps.push(match kind(one) {
-            "Split" => PreTokenizer::Split(
+            "Split" => PreTokenizerStep::Split(
                 Pattern::read(one.get("pattern"))?,
                 behavior(one)?,
                 flag(one, "invert", false),
             ),
-            "Digits" => PreTokenizer::Digits(flag(one, "individual_digits", false)),
-            "ByteLevel" => PreTokenizer::ByteLevel {
+            "Digits" => PreTokenizerStep::Digits(flag(one, "individual_digits", false)),
+            "ByteLevel" => PreTokenizerStep::ByteLevel {
                 space: flag(one, "add_prefix_space", true),
                 words: flag(one, "use_regex", true)
                     .then(|| Regex::new(GPT2).expect("the pattern is our own")),
@@ -493,7 +495,7 @@ pub(super) fn pre_tokenizers(part: Option<&Value>) -> Result<Vec<PreTokenizer>, 
     Ok(steps)
 }
 
-fn metaspace(one: &Value) -> Result<PreTokenizer, TokenizerError> {
+fn metaspace(one: &Value) -> Result<PreTokenizerStep, TokenizerError> {
     let text = |key: &str| one.get(key).and_then(Value::as_str);
     let mark = text("replacement").unwrap_or("\u{2581}");
     let mut chars = mark.chars();
@@ -510,7 +512,7 @@ fn metaspace(one: &Value) -> Result<PreTokenizer, TokenizerError> {
         None if flag(one, "add_prefix_space", true) => Prepend::Always,
         None => Prepend::Never,
     };
-    Ok(PreTokenizer::Metaspace {
+    Ok(PreTokenizerStep::Metaspace {
         mark,
         prepend,
         split: flag(one, "split", true),

@@ -2,10 +2,12 @@
 
 use std::time::{Duration, Instant};
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::*;
-use crate::tokenizer::EncodeOptions;
+use crate::checkpoint::SpecialTokens;
+use crate::tokenizer::testing::encode;
+use crate::tokenizer::{EncodeOptions, Tokenizer};
 
 fn special() -> SpecialTokens {
     SpecialTokens {
@@ -46,10 +48,6 @@ fn pieces() -> Value {
             "merges": ["a b", ["▁", "a"]],
         },
     })
-}
-
-fn encode(tokenizer: &Tokenizer, text: &str, options: EncodeOptions) -> Vec<u32> {
-    tokenizer.encode(text, options).unwrap()
 }
 
 #[test]

@@ -1,41 +1,54 @@
-//! Tokenizers from the `tokenizer.ggml` keys of GGUF files.
+//! Reading a tokenizer: from a `tokenizer.json`, or from the `tokenizer.ggml` keys of GGUF files.
 
 use super::bpe::Bpe;
-use super::special::SpecialTokens as Finder;
+use super::codec::{Algorithm, Tokenizer};
+use super::error::TokenizerError;
+use super::notation::Notation;
+use super::special::SpecialFinder;
 use super::spm::Spm;
 use super::vocab::Vocab;
-use super::{Algorithm, Family, Tokenizer, TokenizerError, names, spans};
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::{Checkpoint, TokenizerJson};
 
 impl Tokenizer {
+    /// The tokenizer of a model whose embedding has `rows` rows.
+    ///
+    /// # Errors
+    /// If tables are missing, malformed, or of a kind that is not supported.
+    pub fn read(checkpoint: &dyn Checkpoint, rows: usize) -> Result<Self, TokenizerError> {
+        match checkpoint.tokenizer_json() {
+            Some(TokenizerJson { json, special }) => Self::from_hugging_face(json, special, rows),
+            None => Self::from_keys(checkpoint),
+        }
+    }
+
     /// Builds the tokenizer from the `tokenizer.ggml` keys.
     ///
     /// # Errors
     /// If tables are missing, malformed, or of a kind that is not supported.
     pub fn from_keys(checkpoint: &dyn Checkpoint) -> Result<Self, TokenizerError> {
-        let family = match checkpoint.require_string("tokenizer.ggml.model")? {
-            "gpt2" => Family::Bpe,
-            "llama" => Family::Spm,
+        let notation = match checkpoint.require_string("tokenizer.ggml.model")? {
+            "gpt2" => Notation::Bpe,
+            "llama" => Notation::Spm,
             other => {
                 return Err(TokenizerError::Model {
                     found: other.into(),
                 });
             }
         };
-        let vocab = Vocab::from_keys(checkpoint, family)?;
-        let ids = SpecialIds::read(checkpoint, family, vocab.len())?;
-        let (algorithm, pre_adds_bos) = match family {
-            Family::Bpe => {
+        let vocab = Vocab::from_keys(checkpoint, notation)?;
+        let ids = SpecialIds::read(checkpoint, notation, vocab.len())?;
+        let (algorithm, pre_adds_bos) = match notation {
+            Notation::Bpe => {
                 let bpe = Bpe::from_keys(checkpoint, &vocab)?;
                 let adds_bos = bpe.adds_bos();
                 (Algorithm::Bpe(Box::new(bpe)), adds_bos)
             }
-            Family::Spm => (
+            Notation::Spm => (
                 Algorithm::Spm(Box::new(Spm::from_keys(checkpoint, &vocab)?)),
                 true,
             ),
         };
-        let all = || spans(&vocab, family);
+        let all = || vocab.spans(notation);
         let spans = match &algorithm {
             Algorithm::Bpe(bpe) => {
                 let mut spans = all();
@@ -47,7 +60,7 @@ impl Tokenizer {
             Algorithm::Hf(_) => None,
         };
         Ok(Tokenizer {
-            special: Finder::new(&vocab),
+            special: SpecialFinder::new(&vocab),
             spans,
             end_ids: ids.ends(&vocab),
             bos: ids.bos,
@@ -75,7 +88,7 @@ struct SpecialIds {
 impl SpecialIds {
     fn read(
         checkpoint: &dyn Checkpoint,
-        family: Family,
+        notation: Notation,
         vocab: usize,
     ) -> Result<Self, TokenizerError> {
         let read = |name: &str, default: Option<u32>| match checkpoint
@@ -92,9 +105,9 @@ impl SpecialIds {
             None => Ok(default.filter(|&id| (id as usize) < vocab)),
         };
         // SentencePiece's own numbers.
-        let (bos, eos) = match family {
-            Family::Bpe => (None, None),
-            Family::Spm => (Some(1), Some(2)),
+        let (bos, eos) = match notation {
+            Notation::Bpe => (None, None),
+            Notation::Spm => (Some(1), Some(2)),
         };
         Ok(SpecialIds {
             bos: read("bos", bos)?,
@@ -108,6 +121,6 @@ impl SpecialIds {
 
     fn ends(&self, vocab: &Vocab) -> Vec<u32> {
         let listed = self.eos.into_iter().chain(self.other_ends.iter().copied());
-        names::ends_of(vocab, listed)
+        vocab.ends(listed)
     }
 }

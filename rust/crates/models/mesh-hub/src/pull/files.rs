@@ -1,4 +1,4 @@
-//! Partial files of a download: flushed to disk at intervals, finally checked and made blobs.
+//! Files of a download: flushed to disk at intervals, finally checked and made blobs.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -12,22 +12,22 @@ use mesh_store::{PartialFile, PartialKey, Store, StoreError};
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 
-use super::blocking;
+use crate::blocking::blocking;
 use crate::error::HubError;
-use crate::fetch::Watch;
 use crate::listing::RepoFile;
+use crate::watch::Watch;
 
-/// A file that is here or in the making.
-pub(super) enum Held {
+/// A file of the model in the store: complete, or open to write what is missing.
+pub(super) enum FileState {
     Whole(PathBuf),
     Partial(Arc<PartialFile>),
 }
 
-impl Held {
+impl FileState {
     pub(super) fn partial(&self) -> Option<&Arc<PartialFile>> {
         match self {
-            Held::Partial(partial) => Some(partial),
-            Held::Whole(_) => None,
+            FileState::Partial(partial) => Some(partial),
+            FileState::Whole(_) => None,
         }
     }
 }
@@ -43,9 +43,12 @@ pub(super) struct Flusher {
 }
 
 impl Flusher {
-    pub(super) fn start(held: &BTreeMap<PartialKey, Held>) -> Self {
-        let partials: Vec<Arc<PartialFile>> =
-            held.values().filter_map(Held::partial).cloned().collect();
+    pub(super) fn start(held: &BTreeMap<PartialKey, FileState>) -> Self {
+        let partials: Vec<Arc<PartialFile>> = held
+            .values()
+            .filter_map(FileState::partial)
+            .cloned()
+            .collect();
         let (stop, mut stopped) = oneshot::channel();
         let task = tokio::spawn(async move {
             let partials = Arc::new(partials);

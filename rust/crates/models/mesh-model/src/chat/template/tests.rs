@@ -346,7 +346,7 @@ fn names_in_objects_are_guarded_as_values_are() {
     assert_eq!(rendered.barriers, written);
 }
 
-/// Each of these overflowed the stack, or may have: what the engine's parser does by recursion, without end.
+/// The engine's parser recurses in each of these, deep enough to overflow the stack.
 #[test]
 fn a_template_that_is_nested_or_chained_without_end_is_refused() {
     let many = 20_000;
@@ -391,7 +391,7 @@ fn a_template_that_is_nested_or_chained_without_end_is_refused() {
     ] {
         bad(format!("{begin}{}{end}", again.repeat(many)));
     }
-    // Just what is let pass is parsed, on whatever stack.
+    // The deepest templates that pass the check are parsed, on any stack.
     for (again, count) in [("-", 999), ("not ", 999), ("1 + ", 998), ("[", 70)] {
         let closing = if again == "[" {
             "]".repeat(count)

@@ -1,0 +1,103 @@
+//! The shape of a network.
+
+use super::architecture::Architecture;
+use super::rope::Rope;
+use super::window::SlidingWindow;
+
+/// Activation of the gate in a feed-forward layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Activation {
+    /// `x / (1 + e^-x)`.
+    Silu,
+    /// GELU in its tanh form: `x/2 · (1 + tanh(√(2/π) · (x + 0.044715 x³)))`.
+    GeluTanh,
+}
+
+/// The shape of a network.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ModelConfig {
+    /// Family of the network.
+    pub architecture: Architecture,
+    /// The model's own name, as the file gives it.
+    pub name: Option<String>,
+    /// Number of transformer layers.
+    pub layers: u32,
+    /// Width of a hidden row.
+    pub hidden: usize,
+    /// Query heads per layer.
+    pub heads: usize,
+    /// Key/value heads per layer; divides `heads`.
+    pub kv_heads: usize,
+    /// Width of one head.
+    pub head_dim: usize,
+    /// Width of the feed-forward layer.
+    pub ffn: usize,
+    /// Number of rows of the embedding.
+    pub vocab: usize,
+    /// Maximum context that the model was trained for, in tokens.
+    pub context: u32,
+    /// Epsilon of the RMS norms.
+    pub norm_eps: f32,
+    /// Rotary position embedding; layers with a window may have another, see [`ModelConfig::rope_of`].
+    pub rope: Rope,
+    /// The layers that see only the last positions, if there are any.
+    pub window: Option<SlidingWindow>,
+    /// Attention scores are divided by the square root of this: the head's width, or what Hugging Face calls
+    /// `query_pre_attn_scalar`.
+    pub query_scalar: f32,
+    /// Factor on the rows of the embedding at the input. It does not apply to the output matrix, even if that
+    /// is the same tensor.
+    pub embedding_scale: f32,
+    /// Added to every norm weight of the tensors: 0, or 1 where they are stored as the distance from 1
+    /// (Gemma's safetensors; its GGUF files have the sum).
+    pub norm_offset: f32,
+    /// Outputs of attention and feed-forward are normed before they are added to the hidden row
+    /// (`blk.N.post_attention_norm.weight`, `blk.N.post_ffw_norm.weight`).
+    pub post_norms: bool,
+    /// Activation of the feed-forward layers.
+    pub activation: Activation,
+    /// Query, key and value have biases (`blk.N.attn_q.bias` …).
+    pub qkv_bias: bool,
+    /// Query and key heads are normed (`blk.N.attn_q_norm.weight` …).
+    pub qk_norm: bool,
+    /// The output matrix is the token embedding; there is no `output.weight`.
+    pub tied_embeddings: bool,
+}
+
+impl ModelConfig {
+    /// Number of positions that a row of `layer` sees, its own among them; `None` for all.
+    pub fn window_of(&self, layer: u32) -> Option<u32> {
+        let window = self.window.as_ref()?;
+        window.has(layer).then_some(window.size)
+    }
+
+    /// The rotary embedding of `layer`.
+    pub fn rope_of(&self, layer: u32) -> &Rope {
+        match &self.window {
+            Some(window) if window.has(layer) => &window.rope,
+            _ => &self.rope,
+        }
+    }
+
+    /// The square root of the width, in the precision that Gemma was trained with: bfloat16.
+    pub fn gemma_embedding_scale(hidden: usize) -> f32 {
+        half::bf16::from_f64((hidden as f64).sqrt()).to_f32()
+    }
+
+    /// Elements of all weights, by shape.
+    pub fn parameters(&self) -> u64 {
+        let (hidden, ffn) = (self.hidden as u64, self.ffn as u64);
+        let q = (self.heads * self.head_dim) as u64;
+        let kv = (self.kv_heads * self.head_dim) as u64;
+        let norms = if self.post_norms { 4 } else { 2 };
+        let mut layer = hidden * (2 * q + 2 * kv) + 3 * hidden * ffn + norms * hidden;
+        if self.qkv_bias {
+            layer += q + 2 * kv;
+        }
+        if self.qk_norm {
+            layer += 2 * self.head_dim as u64;
+        }
+        let embeddings = if self.tied_embeddings { 1 } else { 2 };
+        u64::from(self.layers) * layer + embeddings * self.vocab as u64 * hidden + hidden
+    }
+}

@@ -1,0 +1,81 @@
+//! Reading a configuration from a checkpoint's keys.
+
+use super::architecture::Architecture;
+use super::error::ConfigError;
+use super::keys::{ArchitectureKeys, MAX_CONTEXT, MAX_LAYERS, MAX_WIDTH};
+use super::network::{Activation, ModelConfig};
+use super::rope::Rope;
+use super::shapes;
+use super::window::SlidingWindow;
+use crate::checkpoint::Checkpoint;
+
+impl ModelConfig {
+    /// Reads the shape and checks every tensor against it.
+    ///
+    /// # Errors
+    /// If a key or tensor is missing, contradicts another, or asks for what the engines do not have.
+    pub fn read(checkpoint: &dyn Checkpoint) -> Result<Self, ConfigError> {
+        let name = checkpoint.require_string("general.architecture")?;
+        let architecture = Architecture::from_name(name)
+            .ok_or_else(|| ConfigError::Architecture { found: name.into() })?;
+        let keys = ArchitectureKeys {
+            checkpoint,
+            architecture,
+        };
+        keys.refuse_experts()?;
+        keys.refuse_softcapping()?;
+
+        let layers = keys.count("block_count", MAX_LAYERS)?;
+        let hidden = keys.count("embedding_length", MAX_WIDTH)? as usize;
+        let heads = keys.count("attention.head_count", MAX_WIDTH)? as usize;
+        let kv_heads = keys
+            .optional_count("attention.head_count_kv", MAX_WIDTH)?
+            .map_or(heads, |n| n as usize);
+        if !heads.is_multiple_of(kv_heads) {
+            return Err(keys.bad(
+                "attention.head_count_kv",
+                kv_heads,
+                format!("it must divide the {heads} query heads"),
+            ));
+        }
+        let head_dim = keys.head_dim(hidden, heads)?;
+        let embedding = checkpoint.require_tensor("token_embd.weight")?;
+        let rope = Rope::from_keys(&keys, head_dim)?;
+        let gemma = architecture == Architecture::Gemma3;
+        let tensors = checkpoint.tensors();
+        let config = ModelConfig {
+            architecture,
+            name: checkpoint.string("general.name")?.map(str::to_owned),
+            layers: layers as u32,
+            hidden,
+            heads,
+            kv_heads,
+            head_dim,
+            ffn: keys.count("feed_forward_length", MAX_WIDTH)? as usize,
+            vocab: keys.vocab(embedding.dims.get(1).copied().unwrap_or(0))?,
+            context: keys.count("context_length", MAX_CONTEXT)? as u32,
+            norm_eps: keys.norm_eps()?,
+            window: SlidingWindow::from_keys(&keys, layers as u32, &rope)?,
+            rope,
+            query_scalar: keys.query_scalar(layers, hidden, heads, head_dim)?,
+            embedding_scale: match gemma {
+                true => ModelConfig::gemma_embedding_scale(hidden),
+                false => 1.0,
+            },
+            norm_offset: match gemma {
+                true => checkpoint.norm_offset(),
+                false => 0.0,
+            },
+            post_norms: gemma,
+            activation: match gemma {
+                true => Activation::GeluTanh,
+                false => Activation::Silu,
+            },
+            qkv_bias: tensors.get("blk.0.attn_q.bias").is_some(),
+            qk_norm: tensors.get("blk.0.attn_q_norm.weight").is_some(),
+            tied_embeddings: tensors.get("output.weight").is_none(),
+        };
+        shapes::check(&config, checkpoint)?;
+        Ok(config)
+    }
+}

@@ -1,0 +1,53 @@
+//! Classes of `transformers` whose weights the engines can run.
+
+use serde_json::Value;
+
+use super::object::Object;
+use crate::hf::HfError;
+
+/// A class of networks, text part only.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Class {
+    Llama,
+    Mistral,
+    Qwen2,
+    Qwen3,
+    Gemma3,
+}
+
+impl Class {
+    /// The class that `architectures`, or else `model_type`, names; true if it also takes images.
+    pub(super) fn of(root: &Object<'_>) -> Result<(Self, bool), HfError> {
+        let class = match root.map.get("architectures") {
+            Some(Value::Array(classes)) => classes.first().and_then(Value::as_str),
+            _ => None,
+        };
+        let found = match class {
+            Some(class) => class,
+            None => root.string("model_type")?.unwrap_or("none"),
+        };
+        Ok(match found {
+            "LlamaForCausalLM" | "llama" => (Class::Llama, false),
+            "MistralForCausalLM" | "mistral" => (Class::Mistral, false),
+            "Qwen2ForCausalLM" | "qwen2" => (Class::Qwen2, false),
+            "Qwen3ForCausalLM" | "qwen3" => (Class::Qwen3, false),
+            "Gemma3ForCausalLM" | "gemma3_text" => (Class::Gemma3, false),
+            "Gemma3ForConditionalGeneration" | "gemma3" => (Class::Gemma3, true),
+            other => {
+                return Err(HfError::Architecture {
+                    found: other.into(),
+                });
+            }
+        })
+    }
+
+    /// GGUF's name. Mistral is a llama there.
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Class::Llama | Class::Mistral => "llama",
+            Class::Qwen2 => "qwen2",
+            Class::Qwen3 => "qwen3",
+            Class::Gemma3 => "gemma3",
+        }
+    }
+}
