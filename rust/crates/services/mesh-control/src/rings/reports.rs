@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use mesh_proto::{PartPhase, RingState};
 
-use super::view::RecoveryView;
+use super::view;
 use super::{Action, Note, Rings};
 
 impl Rings {
@@ -90,7 +90,7 @@ impl Rings {
                 self.recoveries.pop_front();
             }
             self.recoveries
-                .push_back(RecoveryView::new(ring, &recovery, now));
+                .push_back((view::recovery(ring, &recovery), now));
             self.actions.push(Action::Note(Note::Recovered {
                 ring: state.ring,
                 model: ring.model.clone(),
