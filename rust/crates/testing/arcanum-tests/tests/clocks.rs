@@ -8,7 +8,6 @@ use arcanum_tests::alone;
 use mesh_base::files;
 use mesh_testkit::Mesh;
 use mesh_testkit::process::{Launcher, Service};
-use serde_json::Value;
 
 const LIMIT: Duration = Duration::from_secs(60);
 
@@ -71,7 +70,11 @@ fn idle(folder: &Path) -> String {
     )
 }
 
-async fn registry_until(mesh: &Mesh, what: &str, holds: impl Fn(&Value) -> bool) -> Result<Value> {
+async fn registry_until(
+    mesh: &Mesh,
+    what: &str,
+    holds: impl Fn(&mesh_api::Mesh) -> bool,
+) -> Result<mesh_api::Mesh> {
     let begun = Instant::now();
     loop {
         let registry = mesh.registry().await?;
@@ -81,15 +84,15 @@ async fn registry_until(mesh: &Mesh, what: &str, holds: impl Fn(&Value) -> bool)
         let logs: String = mesh.workers.iter().map(Service::log_end).collect();
         ensure!(
             begun.elapsed() < LIMIT,
-            "not within {LIMIT:?}: {what}: {registry}\n{}\n{logs}",
+            "not within {LIMIT:?}: {what}: {registry:?}\n{}\n{logs}",
             mesh.head.log_end()
         );
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
 }
 
-fn workers(registry: &Value) -> usize {
-    registry["workers"].as_array().map_or(0, Vec::len)
+fn workers(registry: &mesh_api::Mesh) -> usize {
+    registry.workers.len()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -118,10 +121,7 @@ async fn a_head_that_first_started_two_years_ahead_is_joined_once_its_clock_is_r
     ensure!(log.contains("a new one is issued"), "{log}");
     mesh.start_worker_by(&right, &idle(folder.path())).await?;
     let registry = registry_until(&mesh, "both are there", |r| workers(r) == 2).await?;
-    ensure!(
-        registry["warnings"].as_array().is_some_and(Vec::is_empty),
-        "{registry}"
-    );
+    ensure!(registry.warnings.is_empty(), "{registry:?}");
     mesh.shutdown().await
 }
 
@@ -143,7 +143,7 @@ async fn workers_with_wrong_clocks_join_and_the_operator_hears_of_them() -> Resu
             .await?;
     }
     let registry = registry_until(&mesh, "both join", |r| workers(r) == 2).await?;
-    let warnings = registry["warnings"].to_string();
+    let warnings = registry.warnings.join("\n");
     for part in [
         "years behind by this head's",
         "years ahead by this head's",
@@ -176,7 +176,7 @@ async fn clocks_that_are_set_while_services_run_cut_nothing() -> Result<()> {
     mesh.start_worker_by(&of_worker.launcher, &idle(folder.path()))
         .await?;
     let registry = registry_until(&mesh, "the worker joins", |r| workers(r) == 1).await?;
-    let id = registry["workers"][0]["id"].clone();
+    let id = registry.workers[0].id;
     for (head, worker) in [
         ("+0", "+1000d"),
         ("+0", "-1000d"),
@@ -189,8 +189,8 @@ async fn clocks_that_are_set_while_services_run_cut_nothing() -> Result<()> {
         tokio::time::sleep(Duration::from_millis(2_600)).await;
         let registry = mesh.registry().await?;
         ensure!(
-            workers(&registry) == 1 && registry["workers"][0]["id"] == id,
-            "{head} and {worker}: the link was cut: {registry}\n{}",
+            workers(&registry) == 1 && registry.workers[0].id == id,
+            "{head} and {worker}: the link was cut: {registry:?}\n{}",
             mesh.workers[0].log_end()
         );
     }

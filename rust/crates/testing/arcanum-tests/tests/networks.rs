@@ -6,11 +6,12 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use arcanum_tests::alone;
+use arcanum_tests::clients::greedy;
+use mesh_api::{CompletionRequest, GenerationOptions};
 use mesh_testkit::Mesh;
 use mesh_testkit::namespaces::Namespaces;
 use mesh_testkit::process::{Launcher, Service};
 use nix::sys::signal::Signal;
-use serde_json::{Value, json};
 
 const LIMIT: Duration = Duration::from_secs(60);
 
@@ -21,7 +22,11 @@ fn idle(folder: &Path) -> String {
     )
 }
 
-async fn registry_until(mesh: &Mesh, what: &str, holds: impl Fn(&Value) -> bool) -> Result<Value> {
+async fn registry_until(
+    mesh: &Mesh,
+    what: &str,
+    holds: impl Fn(&mesh_api::Mesh) -> bool,
+) -> Result<mesh_api::Mesh> {
     let begun = Instant::now();
     loop {
         let registry = mesh.registry().await?;
@@ -31,15 +36,15 @@ async fn registry_until(mesh: &Mesh, what: &str, holds: impl Fn(&Value) -> bool)
         let logs: String = mesh.workers.iter().map(Service::log_end).collect();
         ensure!(
             begun.elapsed() < LIMIT,
-            "not within {LIMIT:?}: {what}: {registry}\n{}\n{logs}",
+            "not within {LIMIT:?}: {what}: {registry:?}\n{}\n{logs}",
             mesh.head.log_end()
         );
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
 }
 
-fn workers(registry: &Value) -> usize {
-    registry["workers"].as_array().map_or(0, Vec::len)
+fn workers(registry: &mesh_api::Mesh) -> usize {
+    registry.workers.len()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -131,15 +136,19 @@ async fn a_worker_whose_address_changes_goes_on_with_its_answer_and_keeps_its_pl
     mesh.start_worker_by(&launcher, "threads = 1").await?;
     mesh.wait_for_workers(1).await?;
     let before = mesh.registry().await?;
-    let id = before["workers"][0]["id"].clone();
+    let id = before.workers[0].id;
     ensure!(
-        before["workers"][0]["address"]
-            .to_string()
+        before.workers[0]
+            .address
             .contains(&network.address(machine))
     );
 
-    let body = json!({"prompt": "Once upon a time", "max_tokens": 200, "ignore_eos": true, "temperature": 0});
-    let mut stream = mesh.client()?.stream(body).await?;
+    let options = GenerationOptions {
+        model: None,
+        ..greedy("", 200)
+    };
+    let request = CompletionRequest::new("Once upon a time", options);
+    let mut stream = mesh.client()?.stream(request).await?;
     let mut moved = None;
     let mut pieces = 0;
     while let Some(event) = stream.next().await? {
@@ -156,22 +165,17 @@ async fn a_worker_whose_address_changes_goes_on_with_its_answer_and_keeps_its_pl
     while begun.elapsed() < Duration::from_secs(5) {
         let registry = mesh.registry().await?;
         ensure!(
-            workers(&registry) == 1 && registry["workers"][0]["id"] == id,
-            "the worker was lost: {registry}\n{}",
+            workers(&registry) == 1 && registry.workers[0].id == id,
+            "the worker was lost: {registry:?}\n{}",
             mesh.head.log_end()
         );
         tokio::time::sleep(Duration::from_millis(200)).await;
     }
     let registry = mesh.registry().await?;
-    ensure!(
-        registry["workers"][0]["address"]
-            .to_string()
-            .contains(&address),
-        "{registry}"
-    );
-    ensure!(registry["requests"]["reruns"] == 0, "{registry}");
-    let seen = registry["workers"][0]["last_seen_seconds"].as_f64();
-    ensure!(seen.is_some_and(|seen| seen < 3.0), "{registry}");
+    let worker = &registry.workers[0];
+    ensure!(worker.address.contains(&address), "{registry:?}");
+    ensure!(registry.requests.reruns == 0, "{registry:?}");
+    ensure!(worker.last_seen_seconds < 3.0, "{registry:?}");
     Ok(())
 }
 
@@ -182,30 +186,25 @@ async fn of_two_machines_with_one_identity_the_first_stays_and_both_hear_of_it()
     let mut mesh = Mesh::builder().start().await?;
     mesh.start_worker(&idle(folder.path())).await?;
     let registry = registry_until(&mesh, "the first joins", |r| workers(r) == 1).await?;
-    let id = registry["workers"][0]["id"].clone();
+    let id = registry.workers[0].id;
 
     let state = mesh.workers[0].state_dir();
     let identity = ["node.key", "node.crt", "root.crt"].map(|name| state.join(name));
     let copied = mesh.launcher().with_state(&identity);
     mesh.start_worker_by(&copied, &idle(folder.path())).await?;
     let registry = registry_until(&mesh, "the duplicate is noticed", |r| {
-        r["duplicates"]
-            .as_array()
-            .is_some_and(|all| !all.is_empty())
+        !r.duplicates.is_empty()
     })
     .await?;
-    ensure!(
-        registry["warnings"]
-            .to_string()
-            .contains("mesh-worker new-identity"),
-        "{registry}"
-    );
+    let mut warnings = registry.warnings.iter();
+    let told = warnings.any(|warning| warning.contains("mesh-worker new-identity"));
+    ensure!(told, "{registry:?}");
     // It used to be evicted every three seconds.
     tokio::time::sleep(Duration::from_secs(4)).await;
     let registry = mesh.registry().await?;
     ensure!(
-        registry["workers"][0]["id"] == id,
-        "the first was evicted: {registry}"
+        registry.workers[0].id == id,
+        "the first was evicted: {registry:?}"
     );
     for (worker, words) in [
         (0, "the head reports a problem"),
@@ -239,16 +238,13 @@ async fn of_two_machines_with_one_identity_the_first_stays_and_both_hear_of_it()
     registry_until(&mesh, "both are there", |r| workers(r) == 2).await?;
 
     // A worker that is killed and comes back does not count as a duplicate.
-    let times = mesh.registry().await?["duplicates"][0]["times"].clone();
+    let times = mesh.registry().await?.duplicates[0].times;
     mesh.workers[0].crash()?;
     mesh.workers[0].restart(None).await?;
     registry_until(&mesh, "the first comes back", |r| {
-        workers(r) == 2
-            && r["workers"]
-                .as_array()
-                .is_some_and(|all| all.iter().all(|w| w["id"] != id))
+        workers(r) == 2 && r.workers.iter().all(|worker| worker.id != id)
     })
     .await?;
-    ensure!(mesh.registry().await?["duplicates"][0]["times"] == times);
+    ensure!(mesh.registry().await?.duplicates[0].times == times);
     mesh.shutdown().await
 }
