@@ -7,10 +7,8 @@ use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-use serde::Serialize;
-
 /// A machine that uses the identity.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Machine {
     /// Address of the machine.
     pub address: SocketAddr,
@@ -28,7 +26,7 @@ impl std::fmt::Display for Machine {
 }
 
 /// An identity that two machines have.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Duplicate {
     /// Name of the worker.
     pub worker: String,
@@ -38,7 +36,6 @@ pub struct Duplicate {
     pub refused: Machine,
     /// Number of refusals.
     pub times: u64,
-    #[serde(skip)]
     last: Instant,
 }
 

@@ -13,7 +13,7 @@
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use serde::Serialize;
+use mesh_api::Quarantine as QuarantineView;
 
 /// The records of all nodes.
 #[derive(Debug, Clone, Default)]
@@ -28,21 +28,6 @@ pub struct Quarantine<'a> {
     pub until: Instant,
     /// Evidence against the node.
     pub reason: &'a str,
-}
-
-/// A node in quarantine, for people.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct QuarantineView {
-    /// Id of the node.
-    pub node_id: String,
-    /// Name of the node when its quarantine began.
-    pub name: String,
-    /// Evidence against the node.
-    pub reason: String,
-    /// Time until it is asked again.
-    pub seconds_left: f64,
-    /// Number of quarantines so far.
-    pub times: u32,
 }
 
 #[derive(Debug, Clone, Default)]

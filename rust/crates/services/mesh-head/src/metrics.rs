@@ -88,7 +88,7 @@ struct WorkerLabel {
 struct PartLabels {
     model: String,
     part: &'static str,
-    phase: &'static str,
+    phase: String,
 }
 
 /// All of them. Clones share their values.
@@ -446,7 +446,7 @@ impl RingGauges {
                     let labels = PartLabels {
                         model: ring.model.clone(),
                         part,
-                        phase: held.phase,
+                        phase: held.phase.to_string(),
                     };
                     fresh.stages.get_or_create(&labels).inc();
                 }

@@ -320,13 +320,16 @@ async fn the_api_describes_itself_and_metrics_come_as_asked() {
     );
     let (status, spec) = head.get("/openapi.json").await;
     assert_eq!((status, &spec["openapi"]), (200, &json!("3.1.0")));
-    for path in spec["paths"]
-        .as_object()
-        .unwrap()
-        .keys()
-        .filter(|path| !path.contains('{'))
-    {
-        assert_ne!(send(&head, "GET", path, &[], "").await.0, 404, "{path}");
+    let key = format!("Bearer {}", head.admin_key());
+    for (path, operations) in spec["paths"].as_object().unwrap() {
+        for (method, other) in [("get", "GET"), ("post", "POST")] {
+            let path = path.replace("{name}", MODEL);
+            let sent = [("authorization", key.as_str()), JSON];
+            let (status, _, answer) = send(&head, other, &path, &sent, "").await;
+            let allowed = operations.get(method).is_some();
+            assert_eq!(allowed, status != 405, "{method} {path}: {answer}");
+            assert_ne!(answer["error"]["code"], "unknown_url", "{path}");
+        }
     }
     let open = [(
         "accept",

@@ -76,7 +76,7 @@ impl Offers {
                 paths,
                 ..self.profile.clone()
             }),
-            shards: self.shards.clone(),
+            models: self.shards.clone(),
         })
     }
 }
@@ -169,6 +169,6 @@ mod tests {
         offers.head_linked();
         assert!(offers.poll(9, Vec::new()).is_some());
         offers.add(shard("n"), NodeProfile::default());
-        assert_eq!(offers.poll(9, Vec::new()).unwrap().shards.len(), 2);
+        assert_eq!(offers.poll(9, Vec::new()).unwrap().models.len(), 2);
     }
 }

@@ -5,8 +5,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use mesh_api::{ChatCompletionRequest, GenerationOptions};
 use mesh_testkit::client::http::HttpClient;
-use serde_json::{Value, json};
 use tokio::task::JoinHandle;
 
 use crate::rescore::Transcript;
@@ -64,20 +64,19 @@ impl ChatQuestion {
         }
     }
 
-    fn body(&self, model: &str) -> Value {
-        let mut body = json!({
-            "model": model,
-            "messages": [{"role": "user", "content": self.question}],
-            "max_tokens": self.tokens,
-            "temperature": 0,
-            "ignore_eos": !self.may_stop,
-            "logprobs": true,
-        });
-        if let Some(seed) = self.seed {
-            body["temperature"] = json!(0.8);
-            body["seed"] = json!(seed);
+    fn request(&self, model: &str) -> ChatCompletionRequest {
+        let options = GenerationOptions {
+            model: Some(model.to_owned()),
+            max_tokens: Some(self.tokens.into()),
+            temperature: Some(if self.seed.is_some() { 0.8 } else { 0.0 }),
+            seed: self.seed,
+            ignore_eos: Some(!self.may_stop),
+            ..GenerationOptions::default()
+        };
+        ChatCompletionRequest {
+            logprobs: Some(true),
+            ..ChatCompletionRequest::question(&self.question, options)
         }
-        body
     }
 
     /// Asks and follows the stream to its end.
@@ -95,7 +94,7 @@ impl ChatQuestion {
             None => first_model(client).await?,
         };
         let asked = Instant::now();
-        let mut stream = client.stream(self.body(&model)).await?;
+        let mut stream = client.stream(self.request(&model)).await?;
         let mut answer = StreamedAnswer::new(asked);
         loop {
             let piece = stream
@@ -122,6 +121,17 @@ impl ChatQuestion {
 pub async fn first_model(client: &HttpClient) -> Result<String> {
     let models = client.models().await?;
     models.into_iter().next().context("the mesh has no model")
+}
+
+/// Asks a model for exactly `tokens` tokens, the likeliest ones.
+pub fn greedy(model: &str, tokens: u32) -> GenerationOptions {
+    GenerationOptions {
+        model: Some(model.to_owned()),
+        max_tokens: Some(tokens.into()),
+        temperature: Some(0.0),
+        ignore_eos: Some(true),
+        ..GenerationOptions::default()
+    }
 }
 
 /// A streamed answer, with the time at which each token came.

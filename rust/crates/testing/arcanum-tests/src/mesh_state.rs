@@ -5,7 +5,6 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use mesh_testkit::{Mesh, Service};
-use serde_json::Value;
 
 /// The configuration of a worker that has nothing to load; it looks for models in `folder`.
 pub fn idle_worker(folder: &Path) -> String {
@@ -22,8 +21,8 @@ pub fn idle_worker(folder: &Path) -> String {
 pub async fn registry_until(
     mesh: &Mesh,
     what: &str,
-    holds: impl Fn(&Value) -> bool,
-) -> Result<Value> {
+    holds: impl Fn(&mesh_api::Mesh) -> bool,
+) -> Result<mesh_api::Mesh> {
     let begun = Instant::now();
     loop {
         let registry = mesh.registry().await?;
@@ -33,7 +32,7 @@ pub async fn registry_until(
         let logs: String = mesh.workers.iter().map(Service::log_end).collect();
         ensure!(
             begun.elapsed() < LIMIT,
-            "not within {LIMIT:?}: {what}: {registry}\n{}\n{logs}",
+            "not within {LIMIT:?}: {what}: {registry:?}\n{}\n{logs}",
             mesh.head.log_end()
         );
         tokio::time::sleep(Duration::from_millis(100)).await;
@@ -41,8 +40,8 @@ pub async fn registry_until(
 }
 
 /// Number of workers in a registry.
-pub fn worker_count(registry: &Value) -> usize {
-    registry["workers"].as_array().map_or(0, Vec::len)
+pub fn worker_count(registry: &mesh_api::Mesh) -> usize {
+    registry.workers.len()
 }
 
 /// Checks that the head, all workers and the shim run, and that none has panicked.

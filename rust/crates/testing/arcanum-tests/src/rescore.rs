@@ -14,7 +14,6 @@ use mesh_engine_ort::{OrtOptions, OrtStage};
 use mesh_model::{EncodeOptions, Message, Model};
 use mesh_testkit::client::http::AnswerPiece;
 use mesh_testkit::paths;
-use serde_json::Value;
 
 /// A streamed answer with its tokens, in order of arrival.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -39,45 +38,29 @@ impl Transcript {
     /// # Errors
     /// If something comes after the end.
     pub fn take(&mut self, piece: &AnswerPiece) -> Result<()> {
-        let logprobs = &piece.raw["choices"][0]["logprobs"]["content"];
-        let entries = logprobs.as_array().map(Vec::as_slice).unwrap_or_default();
+        let logprobs = piece.logprobs.as_ref();
+        let entries = logprobs.map_or(&[][..], |logprobs| &logprobs.content);
         if self.finish.is_some() {
             ensure!(
                 piece.text.is_empty() && entries.is_empty() && piece.finish_reason.is_none(),
-                "the answer went on after its end: {}",
-                piece.raw
+                "the answer went on after its end: {piece:?}"
             );
         }
         self.text += &piece.text;
-        for entry in entries {
-            self.tokens.push(token_bytes(entry)?);
-        }
+        let bytes = entries.iter().map(|entry| entry.token.bytes.clone());
+        self.tokens.extend(bytes);
         if let Some(reason) = &piece.finish_reason {
             self.finish = Some(reason.clone());
         }
         if let Some(usage) = &piece.usage {
-            self.prompt_tokens = usage["prompt_tokens"].as_u64();
-            self.completion_tokens = usage["completion_tokens"].as_u64();
+            self.prompt_tokens = Some(u64::from(usage.prompt_tokens));
+            self.completion_tokens = Some(u64::from(usage.completion_tokens));
         }
         if let Some(timings) = &piece.timings {
-            self.reruns = timings["reruns"].as_u64().unwrap_or(0);
+            self.reruns = u64::from(timings.reruns);
         }
         Ok(())
     }
-}
-
-fn token_bytes(entry: &Value) -> Result<Vec<u8>> {
-    let bytes = entry["bytes"]
-        .as_array()
-        .with_context(|| format!("no bytes in {entry}"))?;
-    bytes
-        .iter()
-        .map(|byte| {
-            byte.as_u64()
-                .and_then(|byte| u8::try_from(byte).ok())
-                .with_context(|| format!("no byte: {byte} in {entry}"))
-        })
-        .collect()
 }
 
 /// A fresh engine that no worker has touched.

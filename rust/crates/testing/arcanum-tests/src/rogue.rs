@@ -19,7 +19,6 @@ use mesh_proto::{
     REQUEST_REVISION, RingState, Served,
 };
 use mesh_testkit::Mesh;
-use serde_json::Value;
 use tokio::task::{JoinHandle, JoinSet};
 
 use answers::Answerer;
@@ -110,28 +109,21 @@ impl ClaimedModel {
     ///
     /// # Errors
     /// If no worker serves a model of that kind.
-    pub fn like_others(registry: &Value, kind: ModelKind) -> Result<Self> {
+    pub fn like_others(registry: &mesh_api::Mesh, kind: ModelKind) -> Result<Self> {
         let wanted = match kind {
             ModelKind::Chat => "chat",
             ModelKind::Embed => "embed",
         };
-        let workers = registry["workers"].as_array().into_iter().flatten();
-        let mut models =
-            workers.flat_map(|worker| worker["models"].as_array().into_iter().flatten());
+        let mut models = registry.workers.iter().flat_map(|worker| &worker.models);
         let model = models
-            .find(|model| {
-                model["kind"]
-                    .as_str()
-                    .is_some_and(|kind| kind.starts_with(wanted))
-            })
-            .with_context(|| format!("nobody serves a {wanted} model: {registry}"))?;
-        let text = |key: &str| model[key].as_str().unwrap_or_default().to_owned();
+            .find(|model| model.kind == wanted)
+            .with_context(|| format!("nobody serves a {wanted} model: {registry:?}"))?;
         Ok(Self {
-            model: text("name"),
-            fingerprint: text("fingerprint"),
+            model: model.name.clone(),
+            fingerprint: model.fingerprint.clone(),
             kind,
-            dimensions: model["dimensions"].as_u64().unwrap_or(384) as u32,
-            context: model["context"].as_u64().unwrap_or(2048) as u32,
+            dimensions: 384,
+            context: model.context,
         })
     }
 }

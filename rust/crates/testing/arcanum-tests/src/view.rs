@@ -1,84 +1,41 @@
 //! Rings as the head shows them in `/v1/mesh`.
 
-use anyhow::{Context, Result};
-use serde::Deserialize;
-use serde_json::Value;
+use std::ops::Deref;
+
+use mesh_api::{Mesh, Ring, RingStage, StageWorker};
 
 /// A ring with its stages and state.
-#[derive(Debug, Clone, PartialEq, Deserialize)]
-pub struct RingView {
-    /// Name of the model.
-    pub model: String,
-    /// Id of the ring, in hex.
-    pub ring: String,
-    /// Counts the changes of its members.
-    pub epoch: u32,
-    /// `forming`, `serving`, `recovering` or `retiring`.
-    pub state: String,
-    /// Reason for its choice of members.
-    pub reason: String,
-    /// In order; the last one's member is the driver.
-    pub stages: Vec<StageView>,
-}
+#[derive(Debug, Clone, PartialEq)]
+pub struct RingView(Ring);
 
-/// A stage of a ring.
-#[derive(Debug, Clone, PartialEq, Deserialize)]
-pub struct StageView {
-    /// First layer, one past the last.
-    pub layers: [u32; 2],
-    /// The member that runs the stage.
-    pub member: PartView,
-    /// The standby of the stage, if it has one.
-    pub standby: Option<PartView>,
-    /// KV rows that the standby does not have yet.
-    pub lag_rows: u64,
-}
+impl Deref for RingView {
+    type Target = Ring;
 
-/// A stage on a worker.
-#[derive(Debug, Clone, PartialEq, Deserialize)]
-pub struct PartView {
-    /// Name of the worker.
-    pub worker: String,
-    /// `loading`, `ready` or `failed`.
-    pub phase: String,
-    /// Milliseconds of its last steps.
-    pub step_ms: f64,
-    /// Seconds that loading took.
-    pub load_seconds: f64,
-    /// Seconds that its steps of more than a few rows took since then.
-    pub prefill_seconds: f64,
-    /// Bytes of weights in memory.
-    pub weight_bytes: u64,
-    /// Bytes of KV rows.
-    pub kv_bytes: u64,
-    /// Bytes of outputs kept for a replay.
-    pub kept_bytes: u64,
+    fn deref(&self) -> &Ring {
+        &self.0
+    }
 }
 
 impl RingView {
     /// All rings of `/v1/mesh`.
-    ///
-    /// # Errors
-    /// If it does not show them as documented.
-    pub fn all(mesh: &Value) -> Result<Vec<Self>> {
-        let rings = mesh.get("rings").context("no rings in /v1/mesh")?;
-        Ok(Vec::deserialize(rings)?)
+    pub fn all(mesh: Mesh) -> Vec<Self> {
+        mesh.rings.into_iter().map(Self).collect()
     }
 
     /// True if the ring serves and all its members are ready.
     pub fn serves(&self) -> bool {
-        self.state == "serving" && self.stages.iter().all(|stage| stage.member.is_ready())
+        self.state == "serving" && self.stages.iter().all(|stage| is_ready(&stage.member))
     }
 
     /// True if every stage has a standby that is ready.
     pub fn has_standbys(&self) -> bool {
-        let ready = |stage: &StageView| stage.standby.as_ref().is_some_and(PartView::is_ready);
+        let ready = |stage: &RingStage| stage.standby.as_ref().is_some_and(is_ready);
         self.stages.iter().all(ready)
     }
 
     /// True if all standbys have all KV rows, judged by the bytes that they hold.
     pub fn is_mirrored(&self) -> bool {
-        let behind = |stage: &StageView| {
+        let behind = |stage: &RingStage| {
             let standby = stage.standby.as_ref();
             standby.is_none_or(|standby| standby.kv_bytes < stage.member.kv_bytes)
         };
@@ -116,7 +73,7 @@ impl RingView {
     }
 
     /// All parts, each with how many layers it has.
-    pub fn parts(&self) -> impl Iterator<Item = (u32, &PartView)> {
+    pub fn parts(&self) -> impl Iterator<Item = (u32, &StageWorker)> {
         self.stages.iter().flat_map(|stage| {
             let layers = stage.layers[1] - stage.layers[0];
             let parts = [Some(&stage.member), stage.standby.as_ref()];
@@ -145,9 +102,7 @@ impl RingView {
     }
 }
 
-impl PartView {
-    /// True if the part has loaded and can work.
-    pub fn is_ready(&self) -> bool {
-        self.phase == "ready"
-    }
+/// True if the part has loaded and can work.
+fn is_ready(part: &StageWorker) -> bool {
+    part.phase == "ready"
 }

@@ -6,7 +6,9 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use arcanum_tests::clients::greedy;
 use arcanum_tests::{alone, first_model};
+use mesh_api::{CompletionRequest, CreateTokenRequest, Readiness, TokenCreated};
 use mesh_testkit::client::http::HttpError;
 use mesh_testkit::v5::{Datagram, RESULT, TASK, V5Client};
 use mesh_testkit::{Launcher, Mesh, paths};
@@ -199,7 +201,10 @@ async fn bad_requests_over_http_get_openai_errors() -> Result<()> {
         ),
     ];
     for (name, body, status, code, words) in table {
-        match client.complete(&body).await {
+        match client
+            .post::<Value>(mesh_api::paths::CHAT_COMPLETIONS, &body)
+            .await
+        {
             Err(HttpError::Api {
                 status: got,
                 code: Some(got_code),
@@ -229,7 +234,7 @@ async fn a_mesh_without_a_worker_and_one_whose_workers_are_all_busy_say_so() -> 
         "no worker: {code} {text:?}"
     );
     let client = mesh.client()?;
-    let ready = client.get("/ready").await;
+    let ready = client.get::<Readiness>(mesh_api::paths::READY).await;
     ensure!(
         matches!(&ready, Err(HttpError::Api { status: 503, message, .. }) if message.contains("no worker")),
         "/ready without a worker: {ready:?}"
@@ -238,7 +243,7 @@ async fn a_mesh_without_a_worker_and_one_whose_workers_are_all_busy_say_so() -> 
     mesh.start_worker(SMALL).await?;
     mesh.wait_for_workers(1).await?;
     let model = first_model(&client).await?;
-    let long = json!({"model": model, "prompt": "Once", "max_tokens": 200, "temperature": 0, "ignore_eos": true});
+    let long = CompletionRequest::new("Once", greedy(&model, 200));
     // One runs, one waits: the third is one too many.
     let mut streams = Vec::new();
     let mut refused = None;
@@ -312,7 +317,11 @@ async fn a_join_token_is_good_once_and_for_its_own_mesh() -> Result<()> {
         "a worker without a good token is in the mesh"
     );
 
-    let admin = mesh.client()?.post("/v1/mesh/tokens", &json!({})).await;
+    let request = CreateTokenRequest::default();
+    let admin = mesh
+        .client()?
+        .post::<TokenCreated>(mesh_api::paths::TOKENS, &request)
+        .await;
     ensure!(
         matches!(admin, Err(HttpError::Api { status: 401, .. })),
         "a token without the admin key: {admin:?}"

@@ -3,9 +3,10 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use arcanum_tests::clients::greedy;
 use arcanum_tests::{alone, first_model};
+use mesh_api::{CompletionRequest, Readiness, paths};
 use mesh_testkit::Mesh;
-use serde_json::json;
 
 /// A second request waits in its worker's queue for three times the limit before the first token. It is answered when the first one ends;
 /// meanwhile the head is ready, and nothing counts as a failure.
@@ -20,19 +21,20 @@ async fn a_request_behind_a_long_answer_is_answered_and_the_head_stays_ready() -
         .await?;
     let client = mesh.client()?;
     let model = first_model(&client).await?;
-    let long = json!({"model": model, "prompt": "Once upon a time", "max_tokens": 8000, "ignore_eos": true});
+    let long = CompletionRequest::new("Once upon a time", greedy(&model, 8_000));
     let mut stream = client.stream(long).await?;
     stream.next().await?.context("a first piece")?;
 
     let second = {
         let client = client.clone();
-        let body = json!({"model": model, "prompt": "Why?", "max_tokens": 4, "ignore_eos": true});
-        tokio::spawn(async move { client.complete(&body).await })
+        let request = CompletionRequest::new("Why?", greedy(&model, 4));
+        tokio::spawn(async move { client.complete(&request).await })
     };
     let began = Instant::now();
     let mut ended = false;
     while began.elapsed() < Duration::from_secs(15) {
-        client.get("/ready").await.context("/ready says no")?;
+        let ready = client.get::<Readiness>(paths::READY).await;
+        ready.context("/ready says no")?;
         let pause = tokio::time::Instant::now() + Duration::from_millis(100);
         while !ended && let Ok(piece) = tokio::time::timeout_at(pause, stream.next()).await {
             ended = piece?.is_none();
@@ -42,14 +44,9 @@ async fn a_request_behind_a_long_answer_is_answered_and_the_head_stays_ready() -
     // The long answer is given up now, even if it has not ended.
     drop(stream);
     let answer = tokio::time::timeout(Duration::from_secs(60), second).await???;
-    ensure!(
-        answer["usage"]["completion_tokens"] == 4,
-        "the second answer is {answer}"
-    );
-    let workers = mesh.registry().await?["workers"].clone();
-    ensure!(
-        workers[0]["failed"] == 0,
-        "a failure was counted: {workers}"
-    );
+    let tokens = answer.usage.flatten().map(|usage| usage.completion_tokens);
+    ensure!(tokens == Some(4), "the second answer has {tokens:?} tokens");
+    let workers = mesh.registry().await?.workers;
+    ensure!(workers[0].failed == 0, "a failure was counted: {workers:?}");
     mesh.shutdown().await
 }

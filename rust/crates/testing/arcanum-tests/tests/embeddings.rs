@@ -5,6 +5,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use arcanum_tests::alone;
+use arcanum_tests::clients::greedy;
+use mesh_api::{
+    ChatCompletionRequest, CreateEmbeddingRequest, CreateEmbeddingResponse, EncodingFormat,
+    TextInput,
+};
 use mesh_testkit::client::dcf_udp::DcfClient;
 use mesh_testkit::{Mesh, paths};
 use serde_json::{Value, json};
@@ -43,14 +48,11 @@ async fn one_mesh_chats_and_embeds_and_a_reserved_worker_does_nothing_else() -> 
     // Everything that was said was said by the worker that is not reserved.
     let registry = mesh.registry().await?;
     let worker = |name: &str| {
-        let mut workers = registry["workers"].as_array().into_iter().flatten();
-        workers.find(|worker| worker["name"] == name).cloned()
+        let mut workers = registry.workers.iter();
+        workers.find(|worker| worker.name == name)
     };
     let reserved = worker("worker-2").context("worker-2")?;
-    ensure!(
-        reserved["reserved_for"] == json!(["embeddings"]),
-        "{reserved}"
-    );
+    ensure!(reserved.reserved_for == ["embeddings"], "{reserved:?}");
     let metrics = mesh.workers[1].http()?.get_text("/metrics").await?;
     let decoded = format!("hydramesh_worker_decode_tokens_total{{model=\"{CHAT}\"}}");
     let chat_rows = figure(&metrics, &decoded)?;
@@ -69,17 +71,18 @@ async fn one_mesh_chats_and_embeds_and_a_reserved_worker_does_nothing_else() -> 
     mesh.workers[0].crash()?;
     mesh.wait_for_workers(1).await?;
     let client = mesh.client()?;
-    let question =
-        json!({"model": CHAT, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2});
+    let question = ChatCompletionRequest::question("hi", greedy(CHAT, 2));
     let refused = client.complete(&question).await;
     let error = refused
         .err()
         .context("a reserved worker talked")?
         .to_string();
     ensure!(error.contains("no worker"), "{error}");
-    client
-        .post("/v1/embeddings", &json!({"input": "still here"}))
-        .await?;
+    let request = CreateEmbeddingRequest {
+        input: "still here".into(),
+        ..CreateEmbeddingRequest::default()
+    };
+    let _: CreateEmbeddingResponse<'_> = client.post(mesh_api::paths::EMBEDDINGS, &request).await?;
     mesh.shutdown().await
 }
 
@@ -111,9 +114,12 @@ async fn python_client(mesh: &Mesh) -> Result<()> {
 async fn over_udp(mesh: &Mesh) -> Result<()> {
     let shim = mesh.shim.as_ref().context("a shim")?;
     let mut client = DcfClient::connect(&shim.address("ingress")?.to_string()).await?;
-    let whole = mesh
+    let whole: Value = mesh
         .client()?
-        .post("/v1/embeddings", &json!({"input": ["one", "two"]}))
+        .post(
+            mesh_api::paths::EMBEDDINGS,
+            &json!({"input": ["one", "two"]}),
+        )
         .await?;
     let limit = Duration::from_secs(30);
     let task = json!({"kind": "embed", "input": ["one", "two"]});
@@ -206,31 +212,30 @@ async fn a_large_request_is_shared_and_outlives_a_worker_killed_in_its_middle() 
             )
         })
         .collect();
-    let body = json!({"model": EMBED, "input": texts, "encoding_format": "base64"});
+    let request = CreateEmbeddingRequest {
+        input: TextInput::Texts(texts),
+        model: Some(EMBED.to_owned()),
+        encoding_format: Some(EncodingFormat::Base64),
+        ..CreateEmbeddingRequest::default()
+    };
     let client = mesh.client()?;
-    let undisturbed = client.post("/v1/embeddings", &body).await?;
+    let undisturbed: Value = client.post(mesh_api::paths::EMBEDDINGS, &request).await?;
     let registry = mesh.registry().await?;
-    for worker in registry["workers"].as_array().into_iter().flatten() {
-        ensure!(
-            worker["completed"].as_u64() > Some(0),
-            "one worker got nothing: {registry}"
-        );
+    for worker in &registry.workers {
+        ensure!(worker.completed > 0, "one worker got nothing: {registry:?}");
     }
 
-    let asking = tokio::spawn(async move { client.post("/v1/embeddings", &body).await });
+    let asking =
+        tokio::spawn(async move { client.post(mesh_api::paths::EMBEDDINGS, &request).await });
     // Killed while it computes.
     let started = Instant::now();
     loop {
         let registry = mesh.registry().await?;
-        let workers = registry["workers"].as_array().into_iter().flatten();
-        if workers
-            .filter(|worker| worker["assigned"].as_u64() > Some(0))
-            .count()
-            == 2
-        {
+        let workers = registry.workers.iter();
+        if workers.filter(|worker| worker.assigned > 0).count() == 2 {
             break;
         }
-        ensure!(started.elapsed() < Duration::from_secs(20), "{registry}");
+        ensure!(started.elapsed() < Duration::from_secs(20), "{registry:?}");
         ensure!(
             !asking.is_finished(),
             "it was over before a worker could be killed"
@@ -238,12 +243,9 @@ async fn a_large_request_is_shared_and_outlives_a_worker_killed_in_its_middle() 
         tokio::time::sleep(Duration::from_millis(5)).await;
     }
     mesh.workers[1].crash()?;
-    let disturbed = asking.await??;
+    let disturbed: Value = asking.await??;
     ensure!(disturbed == undisturbed, "the vectors differ");
     let registry = mesh.registry().await?;
-    ensure!(
-        registry["requests"]["reruns"].as_u64() > Some(0),
-        "{registry}"
-    );
+    ensure!(registry.requests.reruns > 0, "{registry:?}");
     mesh.shutdown().await
 }

@@ -8,9 +8,9 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use arcanum_tests::rescore::{Judge, Transcript};
 use arcanum_tests::{Seed, alone, first_model, question};
+use mesh_api::{ChatCompletionRequest, GenerationOptions};
 use mesh_testkit::Mesh;
 use mesh_testkit::client::http::HttpClient;
-use serde_json::json;
 
 const CHATS: usize = 100;
 const ROUNDS: usize = 3;
@@ -111,14 +111,17 @@ async fn one_chat(
     chat: usize,
     arrived: Arc<AtomicUsize>,
 ) -> Result<Transcript> {
-    let body = json!({
-        "model": model,
-        "messages": [{"role": "user", "content": question(chat)}],
-        "max_tokens": TOKENS,
-        "temperature": 0,
-        "logprobs": true,
-    });
-    let mut stream = client.stream(body).await?;
+    let options = GenerationOptions {
+        model: Some(model),
+        max_tokens: Some(TOKENS.into()),
+        temperature: Some(0.0),
+        ..GenerationOptions::default()
+    };
+    let request = ChatCompletionRequest {
+        logprobs: Some(true),
+        ..ChatCompletionRequest::question(question(chat), options)
+    };
+    let mut stream = client.stream(request).await?;
     let mut transcript = Transcript::default();
     while let Some(piece) = stream.next().await? {
         let before = transcript.tokens.len();

@@ -31,7 +31,10 @@ async fn large_answers_arrive_over_udp_as_they_do_over_http() -> Result<()> {
 
     let texts: Vec<String> = (0..300).map(|number| format!("Text {number}.")).collect();
     let task = json!({"kind": "embed", "input": texts, "encoding_format": "base64"});
-    let whole = mesh.client()?.post("/v1/embeddings", &task).await?;
+    let whole: Value = mesh
+        .client()?
+        .post(mesh_api::paths::EMBEDDINGS, &task)
+        .await?;
     let is_whole = |text: &str| -> Result<()> {
         ensure!(text.len() >= LARGE, "only {} bytes", text.len());
         ensure!(

@@ -36,7 +36,7 @@ async fn sixteen_streams_over_a_ring_beside_a_compiler_disturb_nobody() -> Resul
     );
     ensure!(outcome.is_clean(), "{outcome:#?}\n{}", cluster.log_ends());
     let after = cluster.wait_for_whole_ring().await?;
-    ensure!((after.ring, after.epoch) == (ring.ring, ring.epoch));
+    ensure!((&after.ring, after.epoch) == (&ring.ring, ring.epoch));
     moves_by_plan_alarm_nobody(&mut cluster, &undisturbed, &asks[0]).await?;
     cluster.shutdown().await
 }

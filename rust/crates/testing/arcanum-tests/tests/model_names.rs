@@ -6,13 +6,13 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use arcanum_tests::alone;
 use arcanum_tests::liar::{FalseOffer, Liar};
+use mesh_api::{NameConflict, PinDecision, paths};
 use mesh_model::synth::{Shape, Tokens, random_model_bytes, write_folder};
 use mesh_model::{Architecture, GgmlType, Model};
 use mesh_store::{Digest, Manifest};
 use mesh_testkit::hub::TestHub;
 use mesh_testkit::process::Launcher;
 use mesh_testkit::{Mesh, Service};
-use serde_json::{Value, json};
 use tempfile::TempDir;
 
 const HUB: &str = "acme/Tiny-GGUF:Q4_0";
@@ -74,35 +74,20 @@ fn blobs(worker: &Service) -> Result<Vec<String>> {
     names.collect()
 }
 
-async fn conflict(mesh: &Mesh, name: &str) -> Result<Value> {
+async fn conflict(mesh: &Mesh, name: &str) -> Result<NameConflict> {
     let begun = Instant::now();
     loop {
         let seen = mesh.registry().await?;
-        let conflicts = seen["name_conflicts"]
-            .as_array()
-            .cloned()
-            .unwrap_or_default();
-        let named = |conflict: &Value| {
-            conflict["name"]
-                .as_str()
-                .is_some_and(|known| known.eq_ignore_ascii_case(name))
+        let wanted = |conflict: &&NameConflict| {
+            conflict.name.eq_ignore_ascii_case(name) && conflict.claims.len() == 2
         };
-        let whole = |conflict: &Value| {
-            conflict["claims"]
-                .as_object()
-                .is_some_and(|claims| claims.len() == 2)
-        };
-        if let Some(found) = conflicts.into_iter().find(|one| named(one) && whole(one)) {
-            let warnings = seen["warnings"].as_array().cloned().unwrap_or_default();
-            let told = warnings.iter().any(|warning| {
-                warning
-                    .as_str()
-                    .is_some_and(|text| text.contains("different models"))
-            });
-            ensure!(told, "{warnings:?}");
-            return Ok(found);
+        if let Some(found) = seen.name_conflicts.iter().find(wanted) {
+            let mut warnings = seen.warnings.iter();
+            let told = warnings.any(|warning| warning.contains("different models"));
+            ensure!(told, "{:?}", seen.warnings);
+            return Ok(found.clone());
         }
-        ensure!(begun.elapsed() < LIMIT, "{seen:#}");
+        ensure!(begun.elapsed() < LIMIT, "{seen:#?}");
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
 }
@@ -126,7 +111,7 @@ async fn an_altered_file_that_a_peer_offers_under_a_hub_name_is_refused_and_the_
     ensure!(liar.sent() == 0, "pieces were asked for");
     ensure!(blobs(&mesh.workers[0])? == [Digest::of(model()).to_string()]);
     let found = conflict(&mesh, HUB).await?;
-    ensure!(found["decided"] == false, "{found:#}");
+    ensure!(!found.decided, "{found:#?}");
     let metrics = mesh.client()?.get_text("/metrics").await?;
     ensure!(
         metrics.contains("\nhydramesh_head_model_name_conflicts "),
@@ -165,15 +150,12 @@ fn manifest_of(worker: &Service) -> Result<Vec<u8>> {
 }
 
 async fn pin(mesh: &Mesh, name: &str, fingerprint: &str) -> Result<()> {
-    let key = std::fs::read_to_string(mesh.head.state_dir().join("admin.key"))?;
-    let url = format!("http://{}/v1/mesh/pins", mesh.head.address("http")?);
-    let body = json!({"name": name, "fingerprint": fingerprint});
-    let asked = reqwest::Client::new()
-        .post(url)
-        .bearer_auth(key.trim())
-        .json(&body);
-    let answer = asked.send().await?;
-    ensure!(answer.status().is_success(), "{}", answer.text().await?);
+    let decision = PinDecision {
+        name: name.to_owned(),
+        fingerprint: Some(fingerprint.to_owned()),
+    };
+    let pinned: PinDecision = mesh.admin()?.post(paths::PINS, &decision).await?;
+    ensure!(pinned == decision, "{pinned:?}");
     Ok(())
 }
 

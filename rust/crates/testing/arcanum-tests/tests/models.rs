@@ -6,11 +6,14 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use arcanum_tests::liar::Liar;
 use arcanum_tests::{RingView, alone};
+use mesh_api::{
+    ChatCompletionRequest, CreateEmbeddingRequest, CreateEmbeddingResponse, Embedding,
+    GenerationOptions, TextInput,
+};
 use mesh_store::{Digest, Manifest};
 use mesh_testkit::hub::TestHub;
 use mesh_testkit::process::Launcher;
 use mesh_testkit::{Mesh, Service, paths};
-use serde_json::{Value, json};
 
 const MODEL: &str = "tests/smollm2";
 const FILE: &str = "SmolLM2-135M-Instruct.Q4_1.gguf";
@@ -49,7 +52,7 @@ async fn wait_for_ring(mesh: &Mesh, stages: usize) -> Result<RingView> {
     let begun = Instant::now();
     loop {
         let seen = mesh.registry().await?;
-        let rings = RingView::all(&seen)?;
+        let rings = RingView::all(seen.clone());
         let found = rings
             .into_iter()
             .find(|ring| ring.serves() && ring.stages.len() == stages);
@@ -57,7 +60,7 @@ async fn wait_for_ring(mesh: &Mesh, stages: usize) -> Result<RingView> {
             return Ok(ring);
         }
         if begun.elapsed() > LIMIT {
-            bail!("no ring of {stages} stages: {seen:#}\n{}", logs(mesh));
+            bail!("no ring of {stages} stages: {seen:#?}\n{}", logs(mesh));
         }
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
@@ -105,15 +108,16 @@ fn manifest_of(worker: &Service) -> Result<Manifest> {
 }
 
 async fn ask(mesh: &Mesh, model: &str) -> Result<String> {
-    let body = json!({
-        "model": model,
-        "messages": [{"role": "user", "content": "Name three rivers."}],
-        "max_tokens": 12,
-        "temperature": 0,
-    });
-    let answer = mesh.client()?.post("/v1/chat/completions", &body).await?;
-    let text = answer["choices"][0]["message"]["content"].as_str();
-    Ok(text.with_context(|| answer.to_string())?.to_owned())
+    let options = GenerationOptions {
+        model: Some(model.to_owned()),
+        max_tokens: Some(12),
+        temperature: Some(0.0),
+        ..GenerationOptions::default()
+    };
+    let request = ChatCompletionRequest::question("Name three rivers.", options);
+    let answer = mesh.client()?.complete(&request).await?;
+    let choice = answer.choices.into_iter().next().context("no choice")?;
+    Ok(choice.message.content.into_owned())
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -207,15 +211,12 @@ async fn a_worker_that_sends_bad_pieces_is_dropped_and_reported_and_the_load_end
         .join(format!("store/blobs/{blob}"));
     ensure!(Digest::of_file(&path)? == blob, "the file is another one");
     let seen = mesh.registry().await?;
-    let holders = seen["models"][0]["holders"].as_array().cloned();
-    let accused = holders
-        .unwrap_or_default()
-        .into_iter()
-        .find(|holder| holder["worker"] == "liar");
+    let mut holders = seen.models.iter().flat_map(|model| &model.holders);
+    let accused = holders.find(|holder| holder.worker == "liar");
     ensure!(
-        accused.is_some_and(|liar| liar["accused_by"] == json!(["worker-2"])),
-        "not reported: {}",
-        seen["models"]
+        accused.is_some_and(|liar| liar.accused_by == ["worker-2"]),
+        "not reported: {:?}",
+        seen.models
     );
     let metrics = mesh.client()?.get_text("/metrics").await?;
     let reported = "hydramesh_head_model_sources_reported_total{worker=\"liar\"} 1";
@@ -284,13 +285,13 @@ async fn who_downloads(mesh: &Mesh) -> Result<String> {
     let begun = Instant::now();
     loop {
         let seen = mesh.registry().await?;
-        if let Some(worker) = seen["models"][0]["origin"].as_str() {
-            return Ok(worker.to_owned());
+        if let Some(worker) = seen.models.iter().find_map(|model| model.origin.clone()) {
+            return Ok(worker);
         }
         ensure!(
             begun.elapsed() < LIMIT,
-            "nobody downloads: {}\n{}",
-            seen["models"],
+            "nobody downloads: {:?}\n{}",
+            seen.models,
             logs(mesh)
         );
         tokio::time::sleep(Duration::from_millis(20)).await;
@@ -327,8 +328,8 @@ async fn when_the_worker_that_downloads_is_killed_another_one_takes_over() -> Re
         "both others went"
     );
     let seen = mesh.registry().await?;
-    let holders = seen["models"][0]["holders"].as_array();
-    ensure!(holders.is_some_and(|all| all.len() >= 2), "{seen:#}");
+    let model = seen.models.first().context("no model")?;
+    ensure!(model.holders.len() >= 2, "{seen:#?}");
     ask(&mesh, NAME).await?;
     mesh.shutdown().await
 }
@@ -439,8 +440,7 @@ async fn a_worker_without_an_address_finds_its_head_on_the_lan() -> Result<()> {
     let begun = Instant::now();
     loop {
         let seen = mesh.registry().await?;
-        let mut workers = seen["workers"].as_array().into_iter().flatten();
-        if workers.any(|worker| worker["name"] == "lost") {
+        if seen.workers.iter().any(|worker| worker.name == "lost") {
             println!("found after {:?}", begun.elapsed());
             return Ok(());
         }
@@ -518,27 +518,31 @@ fn files_of(folder: &Path) -> Result<Vec<(String, PathBuf)>> {
     Ok(files)
 }
 
-async fn embed(mesh: &Mesh, model: &str) -> Result<Value> {
-    let body = json!({"model": model, "input": ["Die Ente schwimmt.", "The duck swims."]});
-    let answer = mesh.client()?.post("/v1/embeddings", &body).await?;
-    let vectors = answer["data"].clone();
-    ensure!(
-        vectors.as_array().is_some_and(|all| all.len() == 2),
-        "{answer}"
-    );
-    Ok(vectors)
+async fn embed(mesh: &Mesh, model: &str) -> Result<Vec<Embedding<'static>>> {
+    let texts = ["Die Ente schwimmt.", "The duck swims."].map(str::to_owned);
+    let request = CreateEmbeddingRequest {
+        input: TextInput::Texts(texts.to_vec()),
+        model: Some(model.to_owned()),
+        ..CreateEmbeddingRequest::default()
+    };
+    let answer = mesh
+        .client()?
+        .post(mesh_api::paths::EMBEDDINGS, &request)
+        .await?;
+    let answer: CreateEmbeddingResponse<'static> = answer;
+    ensure!(answer.data.len() == 2, "{answer:?}");
+    Ok(answer.data)
 }
 
 /// Waits until the head lists a model, or no longer does.
 async fn served(mesh: &Mesh, name: &str, wanted: bool) -> Result<()> {
     let begun = Instant::now();
     loop {
-        let listed: Value = mesh.client()?.get("/v1/models").await?;
-        let models = listed["data"].as_array().cloned().unwrap_or_default();
-        if models.iter().any(|model| model["id"] == name) == wanted {
+        let models = mesh.client()?.models().await?;
+        if models.iter().any(|model| model == name) == wanted {
             return Ok(());
         }
-        ensure!(begun.elapsed() < LIMIT, "{listed}\n{}", logs(mesh));
+        ensure!(begun.elapsed() < LIMIT, "{models:?}\n{}", logs(mesh));
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
 }

@@ -6,12 +6,13 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use arcanum_tests::alone;
+use arcanum_tests::clients::greedy;
 use arcanum_tests::mesh_state::{idle_worker, registry_until, worker_count};
+use mesh_api::{CompletionRequest, GenerationOptions};
 use mesh_testkit::Mesh;
 use mesh_testkit::namespaces::Namespaces;
 use mesh_testkit::process::Launcher;
 use nix::sys::signal::Signal;
-use serde_json::json;
 
 const LIMIT: Duration = Duration::from_secs(60);
 
@@ -104,15 +105,19 @@ async fn a_worker_whose_address_changes_goes_on_with_its_answer_and_keeps_its_pl
     mesh.start_worker_by(&launcher, "threads = 1").await?;
     mesh.wait_for_workers(1).await?;
     let before = mesh.registry().await?;
-    let id = before["workers"][0]["id"].clone();
+    let id = before.workers[0].id;
     ensure!(
-        before["workers"][0]["address"]
-            .to_string()
+        before.workers[0]
+            .address
             .contains(&network.address(machine))
     );
 
-    let body = json!({"prompt": "Once upon a time", "max_tokens": 200, "ignore_eos": true, "temperature": 0});
-    let mut stream = mesh.client()?.stream(body).await?;
+    let options = GenerationOptions {
+        model: None,
+        ..greedy("", 200)
+    };
+    let request = CompletionRequest::new("Once upon a time", options);
+    let mut stream = mesh.client()?.stream(request).await?;
     let mut moved = None;
     let mut pieces = 0;
     while let Some(event) = stream.next().await? {
@@ -129,22 +134,17 @@ async fn a_worker_whose_address_changes_goes_on_with_its_answer_and_keeps_its_pl
     while begun.elapsed() < Duration::from_secs(5) {
         let registry = mesh.registry().await?;
         ensure!(
-            worker_count(&registry) == 1 && registry["workers"][0]["id"] == id,
-            "the worker was lost: {registry}\n{}",
+            worker_count(&registry) == 1 && registry.workers[0].id == id,
+            "the worker was lost: {registry:?}\n{}",
             mesh.head.log_end()
         );
         tokio::time::sleep(Duration::from_millis(200)).await;
     }
     let registry = mesh.registry().await?;
-    ensure!(
-        registry["workers"][0]["address"]
-            .to_string()
-            .contains(&address),
-        "{registry}"
-    );
-    ensure!(registry["requests"]["reruns"] == 0, "{registry}");
-    let seen = registry["workers"][0]["last_seen_seconds"].as_f64();
-    ensure!(seen.is_some_and(|seen| seen < 3.0), "{registry}");
+    let worker = &registry.workers[0];
+    ensure!(worker.address.contains(&address), "{registry:?}");
+    ensure!(registry.requests.reruns == 0, "{registry:?}");
+    ensure!(worker.last_seen_seconds < 3.0, "{registry:?}");
     Ok(())
 }
 
@@ -155,7 +155,7 @@ async fn of_two_machines_with_one_identity_the_first_stays_and_both_hear_of_it()
     let mut mesh = Mesh::builder().start().await?;
     mesh.start_worker(&idle_worker(folder.path())).await?;
     let registry = registry_until(&mesh, "the first joins", |r| worker_count(r) == 1).await?;
-    let id = registry["workers"][0]["id"].clone();
+    let id = registry.workers[0].id;
 
     let state = mesh.workers[0].state_dir();
     let identity = ["node.key", "node.crt", "root.crt"].map(|name| state.join(name));
@@ -163,23 +163,18 @@ async fn of_two_machines_with_one_identity_the_first_stays_and_both_hear_of_it()
     mesh.start_worker_by(&copied, &idle_worker(folder.path()))
         .await?;
     let registry = registry_until(&mesh, "the duplicate is noticed", |r| {
-        r["duplicates"]
-            .as_array()
-            .is_some_and(|all| !all.is_empty())
+        !r.duplicates.is_empty()
     })
     .await?;
-    ensure!(
-        registry["warnings"]
-            .to_string()
-            .contains("mesh-worker new-identity"),
-        "{registry}"
-    );
+    let mut warnings = registry.warnings.iter();
+    let told = warnings.any(|warning| warning.contains("mesh-worker new-identity"));
+    ensure!(told, "{registry:?}");
     // It used to be evicted every three seconds.
     tokio::time::sleep(Duration::from_secs(4)).await;
     let registry = mesh.registry().await?;
     ensure!(
-        registry["workers"][0]["id"] == id,
-        "the first was evicted: {registry}"
+        registry.workers[0].id == id,
+        "the first was evicted: {registry:?}"
     );
     for (worker, words) in [
         (0, "the head reports a problem"),
@@ -213,16 +208,13 @@ async fn of_two_machines_with_one_identity_the_first_stays_and_both_hear_of_it()
     registry_until(&mesh, "both are there", |r| worker_count(r) == 2).await?;
 
     // A worker that is killed and comes back does not count as a duplicate.
-    let times = mesh.registry().await?["duplicates"][0]["times"].clone();
+    let times = mesh.registry().await?.duplicates[0].times;
     mesh.workers[0].crash()?;
     mesh.workers[0].restart(None).await?;
     registry_until(&mesh, "the first comes back", |r| {
-        worker_count(r) == 2
-            && r["workers"]
-                .as_array()
-                .is_some_and(|all| all.iter().all(|w| w["id"] != id))
+        worker_count(r) == 2 && r.workers.iter().all(|worker| worker.id != id)
     })
     .await?;
-    ensure!(mesh.registry().await?["duplicates"][0]["times"] == times);
+    ensure!(mesh.registry().await?.duplicates[0].times == times);
     mesh.shutdown().await
 }

@@ -3,7 +3,9 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
+use arcanum_tests::clients::greedy;
 use arcanum_tests::{alone, first_model};
+use mesh_api::{ChatCompletion, ChatCompletionRequest, paths};
 use mesh_testkit::Mesh;
 use mesh_testkit::client::http::HttpError;
 use serde_json::{Value, json};
@@ -30,7 +32,7 @@ async fn prompts_of_8_mib_are_refused_at_once_and_cost_no_worker_anything() -> R
         .await?;
     let client = mesh.client()?;
     let model = first_model(&client).await?;
-    let honest = json!({"model": model, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4, "temperature": 0});
+    let honest = ChatCompletionRequest::question("Hello", greedy(&model, 4));
     let answered = client.complete(&honest).await?;
     let before = resident(&mesh)?;
     let begun = Instant::now();
@@ -39,11 +41,17 @@ async fn prompts_of_8_mib_are_refused_at_once_and_cost_no_worker_anything() -> R
         .map(|number| {
             let client = client.clone();
             // As a conversation, and as a prompt that is tokenised as it is.
-            let body = match number % 2 {
-                0 => json!({"model": model, "messages": [{"role": "user", "content": long}]}),
-                _ => json!({"model": model, "prompt": long}),
+            let (path, body) = match number % 2 {
+                0 => {
+                    let messages = json!([{"role": "user", "content": long}]);
+                    (
+                        paths::CHAT_COMPLETIONS,
+                        json!({"model": model, "messages": messages}),
+                    )
+                }
+                _ => (paths::COMPLETIONS, json!({"model": model, "prompt": long})),
             };
-            tokio::spawn(async move { client.complete(&body).await })
+            tokio::spawn(async move { client.post::<Value>(path, &body).await })
         })
         .collect();
     // Others are served meanwhile; without keys, all of this machine are one client.
@@ -92,7 +100,7 @@ async fn prompts_of_8_mib_are_refused_at_once_and_cost_no_worker_anything() -> R
         );
     }
     let again = client.complete(&honest).await?;
-    let text = |answer: &Value| answer["choices"][0]["message"]["content"].clone();
-    ensure!(text(&again) == text(&answered), "{again}");
+    let text = |answer: &ChatCompletion<'_>| answer.choices[0].message.content.to_string();
+    ensure!(text(&again) == text(&answered), "{again:?}");
     mesh.shutdown().await
 }

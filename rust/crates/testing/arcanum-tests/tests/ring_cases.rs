@@ -297,8 +297,8 @@ async fn a_member_and_the_driver_are_drained_without_a_lost_token() -> Result<()
 
 async fn is_draining(cluster: &Cluster, worker: &str) -> Result<bool> {
     let mesh = cluster.mesh.registry().await?;
-    let mut workers = mesh["workers"].as_array().into_iter().flatten();
-    Ok(workers.any(|shown| shown["name"] == worker && shown["state"] == "draining"))
+    let mut workers = mesh.workers.iter();
+    Ok(workers.any(|shown| shown.name == worker && shown.state == "draining"))
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -133,10 +133,8 @@ async fn a_slow_worker_behind_a_slow_network_changes_no_token() -> Result<()> {
 /// Bytes per second, once that worker has measured them.
 async fn bandwidth_to_head(cluster: &Cluster, worker: &str) -> Result<Option<f64>> {
     let mesh = cluster.mesh.registry().await?;
-    let workers = mesh["workers"].as_array().into_iter().flatten();
-    let paths = workers
-        .filter(|shown| shown["name"] == worker)
-        .flat_map(|shown| shown["paths"].as_array().into_iter().flatten());
-    let mut to_head = paths.filter(|path| path["worker"].is_null());
-    Ok(to_head.find_map(|path| path["bytes_per_second"].as_f64()))
+    let workers = mesh.workers.iter().filter(|shown| shown.name == worker);
+    let paths = workers.flat_map(|shown| &shown.paths);
+    let mut to_head = paths.filter(|path| path.worker.is_none());
+    Ok(to_head.find_map(|path| path.bytes_per_second))
 }

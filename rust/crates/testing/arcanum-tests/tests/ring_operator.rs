@@ -7,6 +7,7 @@ use anyhow::{Context, Result, ensure};
 use arcanum_tests::{
     ChatQuestion, Cluster, RingView, RunningStreams, alone, assert_same_tokens, question,
 };
+use mesh_api::Readiness;
 use mesh_testkit::paths;
 
 /// Runs `hydramesh` against the cluster; returns its output.
@@ -46,8 +47,12 @@ async fn readiness_metrics_and_commands_tell_of_rings() -> Result<()> {
 
     // Ready, for this model and no other.
     cluster.mesh.head.wait_for("/ready").await?;
-    client.get(&format!("/ready?model={model}")).await?;
-    let unknown = client.get("/ready?model=unknown").await;
+    let ready = async |model: &str| {
+        let path = format!("{}?model={model}", mesh_api::paths::READY);
+        client.get::<Readiness>(&path).await
+    };
+    ready(&model).await?;
+    let unknown = ready("unknown").await;
     ensure!(unknown.is_err(), "{unknown:?}");
 
     let plan = hydramesh(&cluster, &["plan", &model])?;
@@ -108,13 +113,10 @@ async fn readiness_metrics_and_commands_tell_of_rings() -> Result<()> {
         tokio::time::sleep(std::time::Duration::from_millis(100)).await;
     }
     let mesh = cluster.mesh.registry().await?;
-    let recoveries = mesh["recoveries"].as_array().context("recoveries")?;
     let victim = &ring.stages[0].member.worker;
-    let tells = |recovery: &serde_json::Value| {
-        let reason = recovery["reason"].as_str();
-        reason.is_some_and(|reason| reason.contains(victim))
-    };
-    ensure!(recoveries.iter().any(tells), "{recoveries:?}");
+    let mut recoveries = mesh.recoveries.iter();
+    let told = recoveries.any(|recovery| recovery.reason.contains(victim));
+    ensure!(told, "{:?}", mesh.recoveries);
 
     // Drained by the command, and back.
     let drained = whole.stages[0].member.worker.clone();
@@ -142,7 +144,7 @@ async fn readiness_metrics_and_commands_tell_of_rings() -> Result<()> {
         cluster.kill(&name)?;
     }
     let begun = std::time::Instant::now();
-    while client.get(&format!("/ready?model={model}")).await.is_ok() {
+    while ready(&model).await.is_ok() {
         ensure!(begun.elapsed().as_secs() < 20, "ready without workers");
         tokio::time::sleep(std::time::Duration::from_millis(100)).await;
     }
@@ -196,7 +198,6 @@ async fn a_member_that_is_expelled_is_replaced_in_mid_answer_and_its_peers_drop_
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
     let mesh = cluster.mesh.registry().await?;
-    let workers = mesh["workers"].as_array().context("workers")?;
-    ensure!(workers.len() == 2, "{mesh}");
+    ensure!(mesh.workers.len() == 2, "{mesh:?}");
     cluster.shutdown().await
 }

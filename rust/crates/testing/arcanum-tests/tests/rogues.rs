@@ -6,9 +6,12 @@ use anyhow::{Context, Result, ensure};
 use arcanum_tests::mesh_state::ensure_alive;
 use arcanum_tests::rogue::{Lie, ReceivedRequest, Rogue};
 use arcanum_tests::{ChatQuestion, Undisturbed, alone, question};
+use mesh_api::{
+    ChatCompletionRequest, CreateEmbeddingRequest, CreateEmbeddingResponse, GenerationOptions,
+    TextInput,
+};
 use mesh_testkit::client::http::HttpClient;
 use mesh_testkit::{Mesh, paths};
-use serde_json::{Value, json};
 
 /// Time after which a liar must be out.
 const OUT: Duration = Duration::from_secs(30);
@@ -134,10 +137,12 @@ async fn claims_of_slots_memory_context_names_and_rings_change_no_answer() -> Re
     }
     println!("{answers} right answers");
     // A prompt that only the one takes which claims to ends in an error, or in an answer.
-    let long = json!({
-        "model": http.models().await?[0], "max_tokens": 1,
-        "messages": [{"role": "user", "content": "word ".repeat(4_000)}],
-    });
+    let options = GenerationOptions {
+        model: http.models().await?.into_iter().next(),
+        max_tokens: Some(1),
+        ..GenerationOptions::default()
+    };
+    let long = ChatCompletionRequest::question("word ".repeat(4_000), options);
     let begun = Instant::now();
     let answer = http.complete(&long).await;
     println!("4,000 words: {answer:?} after {:?}", begun.elapsed());
@@ -148,10 +153,8 @@ async fn claims_of_slots_memory_context_names_and_rings_change_no_answer() -> Re
     );
     // The one that says that it is another worker goes by the name in its certificate.
     let registry = mesh.registry().await?;
-    let workers = registry["workers"].as_array().into_iter().flatten();
-    let namesakes = workers
-        .filter(|worker| worker["name"] == "worker-1")
-        .count();
+    let workers = registry.workers.iter();
+    let namesakes = workers.filter(|worker| worker.name == "worker-1").count();
     ensure!(namesakes == 1, "{namesakes} workers are called worker-1");
     sound(&mut mesh)?;
     drop(liars);
@@ -168,16 +171,18 @@ async fn vectors_of_another_length_reach_nobody() -> Result<()> {
         .start()
         .await?;
     let http = mesh.client()?;
-    let body = json!({"input": ["a lighthouse", "a whale", "a glass of water"]});
-    let known = http.post("/v1/embeddings", &body).await?;
+    let texts = ["a lighthouse", "a whale", "a glass of water"].map(str::to_owned);
+    let request = CreateEmbeddingRequest {
+        input: TextInput::Texts(texts.to_vec()),
+        ..CreateEmbeddingRequest::default()
+    };
+    let known: CreateEmbeddingResponse<'_> =
+        http.post(mesh_api::paths::EMBEDDINGS, &request).await?;
     let liar = Rogue::join(&mesh, "liar-dimensions", Lie::Dimensions).await?;
     for round in 0..20 {
-        let found = http.post("/v1/embeddings", &body).await;
-        let found = found.with_context(|| format!("round {round}"))?;
-        ensure!(
-            found["data"] == known["data"],
-            "round {round}: other vectors"
-        );
+        let found = http.post(mesh_api::paths::EMBEDDINGS, &request).await;
+        let found: CreateEmbeddingResponse<'_> = found.with_context(|| format!("round {round}"))?;
+        ensure!(found.data == known.data, "round {round}: other vectors");
         tokio::time::sleep(Duration::from_millis(200)).await;
     }
     println!("{} requests reached it", liar.seen().len());
@@ -225,11 +230,10 @@ async fn ask_all(
     found
 }
 
-fn state_of(registry: &Value, name: &str) -> String {
-    let mut workers = registry["workers"].as_array().into_iter().flatten();
-    let found = workers.find(|worker| worker["name"] == name);
-    let state = found.and_then(|worker| worker["state"].as_str());
-    state.unwrap_or("gone").to_owned()
+fn state_of(registry: &mesh_api::Mesh, name: &str) -> String {
+    let mut workers = registry.workers.iter();
+    let found = workers.find(|worker| worker.name == name);
+    found.map_or("gone", |worker| &worker.state).to_owned()
 }
 
 /// Nothing died, nothing panicked, and the head's memory is bounded.

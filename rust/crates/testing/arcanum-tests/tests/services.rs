@@ -4,10 +4,11 @@ use std::process::{Command, Output};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use arcanum_tests::clients::greedy;
 use arcanum_tests::{alone, first_model};
+use mesh_api::{CompletionRequest, TokenList};
 use mesh_testkit::{Mesh, paths};
 use nix::sys::signal::Signal;
-use serde_json::json;
 
 const SERVICES: [&str; 3] = ["mesh-head", "mesh-worker", "mesh-shim"];
 
@@ -251,16 +252,16 @@ async fn sigterm_lets_running_answers_finish_and_takes_no_new_work() -> Result<(
         .await?;
     let client = mesh.client()?;
     let model = first_model(&client).await?;
-    let body = json!({"model": model, "prompt": "Once upon a time", "max_tokens": 150, "temperature": 0, "ignore_eos": true});
+    let request = CompletionRequest::new("Once upon a time", greedy(&model, 150));
 
     // A worker first: its answer ends whole, and it takes no other.
-    let mut stream = client.stream(body.clone()).await?;
+    let mut stream = client.stream(request.clone()).await?;
     stream.next().await?.context("a first piece")?;
     mesh.workers[0].signal(Signal::SIGTERM)?;
     let mut tokens = None;
     while let Some(piece) = stream.next().await? {
         if let Some(usage) = piece.usage {
-            tokens = usage["completion_tokens"].as_u64();
+            tokens = Some(usage.completion_tokens);
         }
     }
     ensure!(
@@ -279,12 +280,12 @@ async fn sigterm_lets_running_answers_finish_and_takes_no_new_work() -> Result<(
     // Then the head: the stream that runs ends whole, a new connection is not taken.
     mesh.start_worker("threads = 1\n").await?;
     mesh.wait_for_workers(1).await?;
-    let mut stream = client.stream(body).await?;
+    let mut stream = client.stream(request).await?;
     stream.next().await?.context("a first piece")?;
     mesh.head.signal(Signal::SIGTERM)?;
     tokio::time::sleep(Duration::from_millis(200)).await;
     let late = client
-        .complete(&json!({"model": model, "prompt": "late", "max_tokens": 1}))
+        .complete(&CompletionRequest::new("late", greedy(&model, 1)))
         .await;
     ensure!(late.is_err(), "a draining head takes new work: {late:?}");
     let mut finish = None;
@@ -314,31 +315,26 @@ async fn a_hung_worker_is_noticed_and_its_answer_goes_on_elsewhere() -> Result<(
         .await?;
     let client = mesh.client()?;
     let model = first_model(&client).await?;
-    let body = json!({"model": model, "prompt": "Once upon a time", "max_tokens": 120, "temperature": 0, "ignore_eos": true});
-    let undisturbed = client.complete(&body).await?["choices"][0]["text"].clone();
+    let request = CompletionRequest::new("Once upon a time", greedy(&model, 120));
+    let mut undisturbed = client.complete(&request).await?.choices;
+    let undisturbed = undisturbed.pop().context("an answer")?.text;
 
-    let mut stream = client.stream(body).await?;
+    let mut stream = client.stream(request).await?;
     let mut text = stream.next().await?.context("a first piece")?.text;
-    let busy = mesh.registry().await?["workers"]
-        .as_array()
-        .and_then(|workers| {
-            workers
-                .iter()
-                .position(|worker| worker["assigned"].as_u64() > Some(0))
-        })
-        .context("nobody has it")?;
-    let name = mesh.registry().await?["workers"][busy]["name"].clone();
+    let mut workers = mesh.registry().await?.workers.into_iter();
+    let busy = workers.find(|worker| worker.assigned > 0);
+    let busy = busy.context("nobody has it")?;
     let hung = mesh
         .workers
         .iter()
-        .position(|worker| name == worker.name())
+        .position(|worker| busy.name == worker.name())
         .context("ours")?;
     mesh.workers[hung].signal(Signal::SIGSTOP)?;
     let mut reruns = None;
     while let Some(piece) = stream.next().await? {
         text += &piece.text;
         if let Some(timings) = piece.timings {
-            reruns = timings["reruns"].as_u64();
+            reruns = Some(timings.reruns);
         }
     }
     ensure!(
@@ -423,15 +419,10 @@ async fn health_readiness_and_metrics_are_told_by_every_service() -> Result<()> 
         let words = String::from_utf8_lossy(&made.stderr);
         ensure!(made.status.success() && !made.stdout.is_empty(), "{made:?}");
         ensure!(words.contains("use --ttl") == warns, "{flag}: {words}");
-        let listed = mesh.admin()?.get("/v1/mesh/tokens").await?;
-        let tokens = listed["tokens"].as_array().context("tokens")?;
-        let token = tokens.iter().find(|token| token["note"] == note);
-        let token = token.with_context(|| format!("{flag}: {listed}"))?;
-        let left = token["expires_in_seconds"].as_u64();
-        ensure!(
-            left.is_some_and(|left| (500..=600).contains(&left)),
-            "{token}"
-        );
+        let listed: TokenList = mesh.admin()?.get(mesh_api::paths::TOKENS).await?;
+        let token = listed.tokens.iter().find(|token| token.note == note);
+        let token = token.with_context(|| format!("{flag}: {listed:?}"))?;
+        ensure!((500..=600).contains(&token.expires_in_seconds), "{token:?}");
     }
     mesh.shutdown().await
 }

@@ -8,11 +8,12 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use arcanum_tests::alone;
+use arcanum_tests::clients::greedy;
+use mesh_api::CompletionRequest;
 use mesh_testkit::v5::{Datagram, SHUTDOWN, V5Client};
 use mesh_testkit::{Launcher, Mesh, Service};
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
-use serde_json::json;
 
 const LIMIT: Duration = Duration::from_secs(60);
 /// Signals that would kill a process that does not catch them.
@@ -262,8 +263,8 @@ async fn a_second_signal_ends_a_worker_and_a_head_at_once() -> Result<()> {
         .await?;
     let client = mesh.client()?;
     let models = client.models().await?;
-    let body = json!({"model": models[0], "prompt": "Once upon a time", "max_tokens": 1_500, "temperature": 0, "ignore_eos": true});
-    let mut stream = client.stream(body).await?;
+    let request = CompletionRequest::new("Once upon a time", greedy(&models[0], 1_500));
+    let mut stream = client.stream(request).await?;
     stream.next().await?.context("a first piece")?;
     // Work from the worker waits at the head for another one, so that the head has something to wait for,
     // too.

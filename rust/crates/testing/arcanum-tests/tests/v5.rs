@@ -319,7 +319,7 @@ async fn wait_for_legacy_worker(mesh: &Mesh) -> Result<()> {
         tokio::time::sleep(Duration::from_millis(25)).await;
     }
     anyhow::bail!(
-        "the head did not take the v5.0.0 worker: {}",
+        "the head did not take the v5.0.0 worker: {:?}",
         mesh.registry().await?
     )
 }

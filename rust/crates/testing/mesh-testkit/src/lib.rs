@@ -5,11 +5,7 @@
 //! use mesh_testkit::Mesh;
 //!
 //! let mesh = Mesh::builder().workers(2).shim().start().await?;
-//! let answer = mesh
-//!     .client()?
-//!     .complete(&serde_json::json!({"prompt": "Once upon a time", "max_tokens": 8}))
-//!     .await?;
-//! println!("{answer}");
+//! println!("{:?}", mesh.registry().await?);
 //! mesh.shutdown().await?;
 //! # Ok(())
 //! # }

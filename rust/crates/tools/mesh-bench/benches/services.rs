@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use clap::Parser;
+use mesh_api::{CompletionRequest, GenerationOptions};
 use mesh_bench::median;
 use mesh_launcher::{Mesh, paths, until_signal};
 use mesh_model::Model;
@@ -96,10 +97,14 @@ async fn start_memory_and_round_trip_of_a_worker(args: &Args) -> Result<()> {
             mesh.wait_for_workers(1).await?;
 
             let prompt = "All work and no play makes a dull day. ".repeat(100);
-            let request = json!({"prompt": prompt, "max_tokens": 1});
-            let answer = mesh.client()?.post("/v1/completions", &request).await?;
-            let tokens = answer["usage"]["total_tokens"].as_u64().context("usage")?;
-            let kv = tokens * kv_bytes_per_token as u64;
+            let options = GenerationOptions {
+                max_tokens: Some(1),
+                ..GenerationOptions::default()
+            };
+            let request = CompletionRequest::new(prompt, options);
+            let answer = mesh.client()?.complete(&request).await?;
+            let usage = answer.usage.flatten().context("usage")?;
+            let kv = u64::from(usage.total_tokens) * kv_bytes_per_token as u64;
             resident.push((mesh.workers[index].resident_bytes()? - kv) as f64);
         }
         println!(

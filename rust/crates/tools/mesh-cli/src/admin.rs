@@ -3,11 +3,20 @@
 use std::path::PathBuf;
 
 use mesh_client::http::{HttpClient, HttpError};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use crate::args::HeadArgs;
 use crate::failure::{Exit, Failure};
 use crate::input;
+
+/// An answer in its type. With `--json` the answer itself is printed, with fields of any version.
+pub(crate) fn read<T: DeserializeOwned>(answer: &Value) -> Result<T, Failure> {
+    let broken =
+        |error| Failure::failed(format!("the head's answer {answer} is not valid: {error}"));
+    T::deserialize(answer).map_err(broken)
+}
 
 /// A head, asked with its admin key.
 pub(crate) struct Admin {
@@ -30,14 +39,18 @@ impl Admin {
         })
     }
 
-    pub(crate) async fn get(&self, path: &str) -> Result<Value, Failure> {
+    pub(crate) async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, Failure> {
         self.client
             .get(path)
             .await
             .map_err(|error| self.explain(error))
     }
 
-    pub(crate) async fn post(&self, path: &str, body: &Value) -> Result<Value, Failure> {
+    pub(crate) async fn post<T: DeserializeOwned>(
+        &self,
+        path: &str,
+        body: &impl Serialize,
+    ) -> Result<T, Failure> {
         let answer = self.client.post(path, body).await;
         answer.map_err(|error| self.explain(error))
     }

@@ -3,6 +3,7 @@
 use std::cell::RefCell;
 use std::time::{Duration, Instant};
 
+use mesh_api::{ChatCompletionRequest, GenerationOptions, Message, StopTexts};
 use mesh_base::addresses::with_port;
 use mesh_client::dcf_udp::{Answer, DcfClient};
 use mesh_client::http::{Heard, HttpClient};
@@ -79,7 +80,7 @@ async fn ask(
     head: &HeadArgs,
     args: &AskArgs,
     over_http: bool,
-    body: &Value,
+    body: &ChatCompletionRequest,
 ) -> Result<Outcome, Failure> {
     let line = RefCell::new(WaitLine::new());
     let mut print = |text: &str| {
@@ -107,7 +108,7 @@ async fn ask(
 
 async fn over_datagrams(
     args: &AskArgs,
-    body: &Value,
+    body: &ChatCompletionRequest,
     print: &mut dyn FnMut(&str),
     wait: &mut dyn FnMut(&str),
 ) -> Result<Outcome, Failure> {
@@ -132,7 +133,7 @@ async fn over_datagrams(
 async fn ask_http(
     head: &HeadArgs,
     args: &AskArgs,
-    body: &Value,
+    body: &ChatCompletionRequest,
     print: &mut dyn FnMut(&str),
     wait: &mut dyn FnMut(&str),
 ) -> Result<Outcome, Failure> {
@@ -164,13 +165,13 @@ pub(crate) fn datagram_stats(answer: &Answer) -> Stats {
 
 async fn over_http(
     client: &HttpClient,
-    body: &Value,
+    body: &ChatCompletionRequest,
     print: &mut dyn FnMut(&str),
     wait: &mut dyn FnMut(&str),
 ) -> Result<Outcome, Failure> {
     let started = Instant::now();
     let mut body = body.clone();
-    name_the_model(client, &mut body).await?;
+    name_the_model(client, &mut body.options).await?;
     let mut stream = client.stream(body).await?;
     let mut text = String::new();
     let mut first_text = None;
@@ -190,14 +191,14 @@ async fn over_http(
             print(&piece.text);
         }
         if let Some(usage) = piece.usage {
-            tokens = usage["completion_tokens"].as_u64();
-            more.push(("usage", usage));
+            tokens = Some(u64::from(usage.completion_tokens));
+            more.push(("usage", json!(usage)));
         }
         if let Some(reason) = piece.finish_reason {
             more.push(("finish_reason", reason.into()));
         }
         if let Some(timings) = piece.timings {
-            more.push(("timings", timings));
+            more.push(("timings", json!(timings)));
         }
     }
     let total = started.elapsed();
@@ -213,14 +214,17 @@ async fn over_http(
 }
 
 /// The OpenAI API wants a model's name; the only or first one where the user gave none.
-pub(crate) async fn name_the_model(client: &HttpClient, body: &mut Value) -> Result<(), Failure> {
-    if body["model"].is_null() {
+pub(crate) async fn name_the_model(
+    client: &HttpClient,
+    options: &mut GenerationOptions,
+) -> Result<(), Failure> {
+    if options.model.is_none() {
         let models = client.models().await?;
         let first = models.into_iter().next().ok_or_else(|| {
             Failure::new(Exit::NoWorker, "no worker serves a model now")
                 .hint("`hydramesh status` shows the workers that have joined.")
         })?;
-        body["model"] = first.into();
+        options.model = Some(first);
     }
     Ok(())
 }
@@ -234,36 +238,29 @@ pub(crate) fn http_client(head: &HeadArgs) -> Result<HttpClient, Failure> {
 }
 
 /// The sampling parameters that were given, under the names that both carriers know.
-pub(crate) fn sampling(args: &SamplingArgs) -> Value {
-    let mut body = json!({});
-    let mut set = |key: &str, value: Option<Value>| {
-        if let Some(value) = value {
-            body[key] = value;
-        }
-    };
-    set("model", args.model.clone().map(Value::from));
-    set("max_tokens", args.max_tokens.map(Value::from));
-    set("temperature", args.temperature.map(Value::from));
-    set("top_p", args.top_p.map(Value::from));
-    set("seed", args.seed.map(Value::from));
-    body
+pub(crate) fn sampling(args: &SamplingArgs) -> GenerationOptions {
+    GenerationOptions {
+        model: args.model.clone(),
+        max_tokens: args.max_tokens.map(i64::from),
+        temperature: args.temperature,
+        top_p: args.top_p,
+        seed: args.seed,
+        ..GenerationOptions::default()
+    }
 }
 
-fn task(args: &AskArgs, over_http: bool, question: &str) -> Value {
-    let mut body = sampling(&args.sampling);
-    let user = json!({"role": "user", "content": question});
-    body["messages"] = match &args.system {
-        Some(system) => json!([{"role": "system", "content": system}, user]),
-        None => json!([user]),
-    };
-    if !args.stop.is_empty() {
-        body["stop"] = json!(args.stop);
+fn task(args: &AskArgs, over_http: bool, question: &str) -> ChatCompletionRequest {
+    let system = args.system.iter().map(|text| Message::new("system", text));
+    ChatCompletionRequest {
+        messages: system.chain([Message::new("user", question)]).collect(),
+        options: GenerationOptions {
+            stop: (!args.stop.is_empty()).then(|| StopTexts::Many(args.stop.clone())),
+            // With --json, too: the pieces tell when the first text came.
+            stream: (!over_http).then_some(true),
+            ..sampling(&args.sampling)
+        },
+        ..ChatCompletionRequest::default()
     }
-    if !over_http {
-        // With --json, too: the pieces tell when the first text came.
-        body["stream"] = true.into();
-    }
-    body
 }
 
 /// Host of a shim by default.
@@ -334,7 +331,7 @@ mod tests {
             "Be brief.",
         ]);
         assert_eq!(
-            task(&args, false, "Why?"),
+            serde_json::to_value(task(&args, false, "Why?")).expect("JSON"),
             json!({
                 "messages": [
                     {"role": "system", "content": "Be brief."},

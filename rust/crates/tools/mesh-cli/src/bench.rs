@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use mesh_api::{CompletionRequest, GenerationOptions};
 use mesh_client::http::HttpClient;
 use mesh_engine::{LogitRows, Segment, Stage, StageError, StageInput, StageOutput};
 use mesh_engine_ort::{OrtOptions, OrtStage};
@@ -205,21 +206,22 @@ fn arg_max(row: &[f32]) -> u32 {
 
 async fn mesh(head: &HeadArgs, args: &BenchArgs) -> Result<Measured, Failure> {
     let client = http_client(head)?;
-    let mut body = json!({
-        "max_tokens": args.tokens,
-        "temperature": 0,
-        "ignore_eos": true,
-    });
-    name_the_model(&client, &mut body).await?;
+    let mut options = GenerationOptions {
+        max_tokens: Some(args.tokens.into()),
+        temperature: Some(0.0),
+        ignore_eos: Some(true),
+        ..GenerationOptions::default()
+    };
+    name_the_model(&client, &mut options).await?;
     let mut best: Option<(f64, Duration)> = None;
     for round in 0..args.rounds {
         let started = Instant::now();
         let streams: Vec<_> = (0..args.concurrency)
             .map(|stream| {
-                let mut body = body.clone();
                 // Another beginning each time, or the prefix cache would answer.
-                body["prompt"] = prompt_text(round, stream, args.prompt_tokens).into();
-                tokio::spawn(one_stream(client.clone(), body, started))
+                let prompt = prompt_text(round, stream, args.prompt_tokens);
+                let request = CompletionRequest::new(prompt, options.clone());
+                tokio::spawn(one_stream(client.clone(), request, started))
             })
             .collect();
         let mut tokens = 0;
@@ -245,7 +247,7 @@ async fn mesh(head: &HeadArgs, args: &BenchArgs) -> Result<Measured, Failure> {
         });
     }
     let (decode, first_token) = best.expect("there is at least one round");
-    let model = body["model"].as_str().unwrap_or_default();
+    let model = options.model.unwrap_or_default();
     Ok(Measured {
         what: format!("{model} in the mesh at {}", client.base()),
         prefill: None,
@@ -262,10 +264,10 @@ struct StreamTimes {
 
 async fn one_stream(
     client: HttpClient,
-    body: serde_json::Value,
+    request: CompletionRequest,
     started: Instant,
 ) -> Result<StreamTimes, Failure> {
-    let mut stream = client.stream(body).await?;
+    let mut stream = client.stream(request).await?;
     let mut first_token = None;
     let mut tokens = 0;
     while let Some(piece) = stream.next().await? {
@@ -273,7 +275,7 @@ async fn one_stream(
             first_token.get_or_insert_with(|| started.elapsed());
         }
         if let Some(usage) = piece.usage {
-            tokens = usage["completion_tokens"].as_u64().unwrap_or(0);
+            tokens = u64::from(usage.completion_tokens);
         }
     }
     let end = started.elapsed();

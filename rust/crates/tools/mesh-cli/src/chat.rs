@@ -4,9 +4,9 @@ use std::io::{self, BufRead, IsTerminal};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
+use mesh_api::{ChatCompletionRequest, GenerationOptions, Message};
 use mesh_client::http::{Heard, HttpClient};
 use rustyline::error::ReadlineError;
-use serde_json::{Value, json};
 
 use crate::args::{ChatArgs, HeadArgs};
 use crate::ask::{http_client, name_the_model, sampling};
@@ -26,11 +26,11 @@ pub(crate) async fn run(
     terminal: Terminal,
 ) -> Result<(), Failure> {
     let client = http_client(head)?;
-    let mut body = sampling(&args.sampling);
-    name_the_model(&client, &mut body).await?;
+    let mut options = sampling(&args.sampling);
+    name_the_model(&client, &mut options).await?;
     let person = io::stdin().is_terminal() && io::stdout().is_terminal();
     if person {
-        let model = body["model"].as_str().unwrap_or_default();
+        let model = options.model.as_deref().unwrap_or_default();
         println!(
             "{} at {}. /help lists the commands, Ctrl-D ends.",
             terminal.bold(model),
@@ -40,7 +40,7 @@ pub(crate) async fn run(
     let mut talk = Talk {
         conversation: Conversation::new(args.system),
         client,
-        body,
+        options,
         stats: args.stats,
         terminal,
     };
@@ -77,7 +77,7 @@ enum Next {
 struct Talk {
     conversation: Conversation,
     client: HttpClient,
-    body: Value,
+    options: GenerationOptions,
     stats: bool,
     terminal: Terminal,
 }
@@ -132,10 +132,13 @@ impl Talk {
     }
 
     async fn answer(&mut self) -> Result<Stats, Failure> {
-        let mut body = self.body.clone();
-        body["messages"] = self.conversation.messages();
+        let request = ChatCompletionRequest {
+            messages: self.conversation.messages(),
+            options: self.options.clone(),
+            ..ChatCompletionRequest::default()
+        };
         let started = Instant::now();
-        let mut stream = self.client.stream(body).await?;
+        let mut stream = self.client.stream(request).await?;
         let mut text = String::new();
         let mut first_text = None;
         let mut tokens = None;
@@ -161,7 +164,7 @@ impl Talk {
                 print_now(&piece.text);
             }
             if let Some(usage) = piece.usage {
-                tokens = usage["completion_tokens"].as_u64();
+                tokens = Some(u64::from(usage.completion_tokens));
             }
         }
         self.conversation.answered(text);
@@ -208,12 +211,12 @@ impl Conversation {
         }
     }
 
-    fn messages(&self) -> Value {
+    fn messages(&self) -> Vec<Message> {
         let system = self.system.iter().map(|text| ("system", text));
         let turns = self.turns.iter().map(|(role, text)| (*role, text));
         system
             .chain(turns)
-            .map(|(role, content)| json!({"role": role, "content": content}))
+            .map(|(role, text)| Message::new(role, text))
             .collect()
     }
 }
@@ -289,11 +292,8 @@ mod tests {
         conversation.answered("1".to_owned());
         conversation.ask("Two?");
         let roles = |conversation: &Conversation| -> Vec<String> {
-            let messages = conversation.messages();
-            let list = messages.as_array().expect("a list");
-            list.iter()
-                .map(|message| message["role"].as_str().expect("a role").to_owned())
-                .collect()
+            let messages = conversation.messages().into_iter();
+            messages.map(|message| message.role).collect()
         };
         assert_eq!(
             roles(&conversation),

@@ -9,10 +9,10 @@ use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
 use std::time::{Duration, Instant};
 
+use mesh_api::{ChatCompletionRequest, GenerationOptions};
 use mesh_client::dcf_udp::DcfClient;
 use mesh_launcher::{Launcher, Mesh, MeshBuilder, Service, paths};
 use nix::sys::signal::Signal;
-use serde_json::{Value, json};
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::args::DemoArgs;
@@ -23,7 +23,7 @@ use answer::{AnswerPrinter, Streamed};
 
 const FIRST_QUESTION: &str = "Why is the sky blue? Answer in two sentences.";
 const SECOND_QUESTION: &str = "Tell me a short story about a lighthouse keeper and a whale.";
-const SECOND_TOKENS: u32 = 120;
+const SECOND_TOKENS: i64 = 120;
 /// Pieces of the second answer that come before a worker is killed.
 const PIECES_BEFORE_KILL: usize = 30;
 const ANSWER_LIMIT: Duration = Duration::from_secs(60);
@@ -128,12 +128,13 @@ impl Demo {
         self.heading("A question over DCF/UDP, through the shim");
         self.question(FIRST_QUESTION);
         let mut client = DcfClient::connect(&shim.to_string()).await?;
-        let task = json!({
-            "messages": [{"role": "user", "content": FIRST_QUESTION}],
-            "max_tokens": 80,
-            "temperature": 0,
-            "stream": true,
-        });
+        let options = GenerationOptions {
+            max_tokens: Some(80),
+            temperature: Some(0.0),
+            stream: Some(true),
+            ..GenerationOptions::default()
+        };
+        let task = ChatCompletionRequest::question(FIRST_QUESTION, options);
         let mut printer = AnswerPrinter::new(self.terminal);
         let answer = client
             .ask(&task, ANSWER_LIMIT, &mut |text| printer.push(text))
@@ -151,18 +152,20 @@ impl Demo {
         self.question(SECOND_QUESTION);
         let client = mesh.client()?;
         let model = client.models().await?.into_iter().next();
-        let body = json!({
-            "model": model.ok_or_else(|| Failure::new(Exit::NoWorker, "no ring serves a model"))?,
-            "messages": [{"role": "user", "content": SECOND_QUESTION}],
-            "max_tokens": SECOND_TOKENS,
-            "temperature": 0,
-        });
+        let none = || Failure::new(Exit::NoWorker, "no ring serves a model");
+        let options = GenerationOptions {
+            model: Some(model.ok_or_else(none)?),
+            max_tokens: Some(SECOND_TOKENS),
+            temperature: Some(0.0),
+            ..GenerationOptions::default()
+        };
+        let request = ChatCompletionRequest::question(SECOND_QUESTION, options);
         let mut printer = AnswerPrinter::new(self.terminal);
         let victim = ring::member(mesh).await?;
         let victim = &mut mesh.workers[victim];
         let mut pieces = 0;
         let mut died = None;
-        let disturbed = answer::stream(&client, &body, async |text| {
+        let disturbed = answer::stream(&client, &request, async |text| {
             printer.push(text);
             pieces += 1;
             if pieces == PIECES_BEFORE_KILL {
@@ -186,7 +189,7 @@ impl Demo {
         self.note(&ring::recovery(&registry));
 
         // The ring as it is now is asked the same without a disturbance: the client must not have seen a difference.
-        let undisturbed = answer::stream(&client, &body, async |_| Ok(())).await?;
+        let undisturbed = answer::stream(&client, &request, async |_| Ok(())).await?;
         expect(
             disturbed.text == undisturbed.text,
             &format!(
@@ -253,7 +256,7 @@ impl Demo {
         Ok(())
     }
 
-    fn ring(&self, registry: &Value) {
+    fn ring(&self, registry: &mesh_api::Mesh) {
         for line in ring::stages(registry) {
             println!("  {line}");
         }
@@ -313,7 +316,7 @@ async fn wait_until_joined(mesh: &mut Mesh, worker: usize) -> Result<(), Failure
     loop {
         let usable = mesh.usable_workers().await?;
         let worker = &mut mesh.workers[worker];
-        if usable.iter().any(|usable| usable["name"] == worker.name()) {
+        if usable.iter().any(|usable| usable.name == worker.name()) {
             return Ok(());
         }
         let has_ended = !worker.is_running();

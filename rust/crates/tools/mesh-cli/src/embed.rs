@@ -3,8 +3,9 @@
 use std::io::{self, BufRead, IsTerminal};
 use std::time::Duration;
 
+use mesh_api::{CreateEmbeddingRequest, CreateEmbeddingResponse, TextInput, Vector, paths};
 use mesh_client::http::HttpClient;
-use serde_json::{Value, json};
+use serde::Serialize;
 
 use crate::args::{EmbedArgs, HeadArgs};
 use crate::ask::http_client;
@@ -37,34 +38,41 @@ async fn passed(limit: Option<Duration>) -> Duration {
     limit
 }
 
-async fn ask(client: &HttpClient, args: &EmbedArgs, texts: &[String]) -> Result<Value, Failure> {
-    Ok(client.post("/v1/embeddings", &body(args, texts)).await?)
+async fn ask(
+    client: &HttpClient,
+    args: &EmbedArgs,
+    texts: &[String],
+) -> Result<CreateEmbeddingResponse<'static>, Failure> {
+    Ok(client
+        .post(paths::EMBEDDINGS, &request(args, texts))
+        .await?)
 }
 
-fn body(args: &EmbedArgs, texts: &[String]) -> Value {
-    let mut body = json!({"input": texts});
-    let fields = [
-        ("model", args.model.as_ref().map(|model| json!(model))),
-        ("dimensions", args.dimensions.map(|n| json!(n))),
-        (
-            "input_type",
-            args.input_type.as_ref().map(|name| json!(name)),
-        ),
-    ];
-    for (name, value) in fields {
-        if let Some(value) = value {
-            body[name] = value;
-        }
+fn request(args: &EmbedArgs, texts: &[String]) -> CreateEmbeddingRequest {
+    CreateEmbeddingRequest {
+        input: TextInput::Texts(texts.to_vec()),
+        model: args.model.clone(),
+        dimensions: args.dimensions,
+        input_type: args.input_type.clone(),
+        ..CreateEmbeddingRequest::default()
     }
-    body
+}
+
+/// A text and its vector, for `--json`.
+#[derive(Serialize)]
+struct Line<'a> {
+    embedding: &'a Vector,
+    model: &'a str,
+    text: &'a str,
 }
 
 /// One line per text: the numbers, or with `--json` an object with the text too.
-fn lines(answer: &Value, texts: &[String], as_json: bool) -> Result<String, Failure> {
-    let vectors = answer["data"]
-        .as_array()
-        .map(Vec::as_slice)
-        .unwrap_or_default();
+fn lines(
+    answer: &CreateEmbeddingResponse<'_>,
+    texts: &[String],
+    as_json: bool,
+) -> Result<String, Failure> {
+    let vectors = &answer.data;
     if vectors.len() != texts.len() {
         let text = format!(
             "the head sent {} vectors for {} texts",
@@ -75,18 +83,26 @@ fn lines(answer: &Value, texts: &[String], as_json: bool) -> Result<String, Fail
     }
     let mut out = String::new();
     for (text, vector) in texts.iter().zip(vectors) {
-        let numbers = &vector["embedding"];
+        let embedding = &vector.embedding;
         if as_json {
-            let object = json!({"text": text, "model": answer["model"], "embedding": numbers});
-            out += &object.to_string();
-        } else {
-            let numbers = numbers.as_array().map(Vec::as_slice).unwrap_or_default();
-            let numbers: Vec<String> = numbers.iter().map(Value::to_string).collect();
-            out += &numbers.join(" ");
+            let model = &answer.model;
+            out += &to_json(&Line {
+                embedding,
+                model,
+                text,
+            })?;
+        } else if let Vector::Floats(numbers) = embedding {
+            // Numbers as they are in JSON.
+            let numbers: Result<Vec<String>, Failure> = numbers.iter().map(to_json).collect();
+            out += &numbers?.join(" ");
         }
         out.push('\n');
     }
     Ok(out)
+}
+
+fn to_json(value: &impl Serialize) -> Result<String, Failure> {
+    serde_json::to_string(value).map_err(|error| Failure::failed(error.to_string()))
 }
 
 /// The texts of the command line, or the lines of standard input if there are no words or only `-`.
@@ -113,6 +129,7 @@ const MOST_TEXTS: usize = 1024;
 #[cfg(test)]
 mod tests {
     use clap::Parser;
+    use serde_json::{Value, json};
 
     use super::*;
     use crate::args::{Args, Command};
@@ -128,7 +145,8 @@ mod tests {
     #[test]
     fn only_what_was_said_is_in_the_body() {
         let texts = ["a".to_owned()];
-        assert_eq!(body(&parse(&["a"]), &texts), json!({"input": ["a"]}));
+        let body = |args: &EmbedArgs| serde_json::to_value(request(args, &texts)).unwrap();
+        assert_eq!(body(&parse(&["a"])), json!({"input": ["a"]}));
         let all = parse(&[
             "--model",
             "m",
@@ -139,7 +157,7 @@ mod tests {
             "a",
         ]);
         assert_eq!(
-            body(&all, &texts),
+            body(&all),
             json!({"input": ["a"], "model": "m", "dimensions": 64, "input_type": "query"})
         );
     }
@@ -148,6 +166,7 @@ mod tests {
     fn each_text_is_a_line() {
         let answer =
             json!({"model": "m", "data": [{"embedding": [0.5, -1.0]}, {"embedding": [0.0, 2.0]}]});
+        let answer = serde_json::from_value(answer).unwrap();
         let texts = ["a".to_owned(), "b".to_owned()];
         assert_eq!(
             lines(&answer, &texts, false).unwrap(),

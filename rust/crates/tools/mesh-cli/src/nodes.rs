@@ -1,9 +1,9 @@
 //! `hydramesh nodes`: the members of the mesh and the expelled nodes.
 
+use mesh_api::{ExpelRequest, Node, NodeChange, NodeList, NodeRequest, paths};
 use mesh_base::clock;
-use serde_json::{Value, json};
 
-use crate::admin::Admin;
+use crate::admin::{Admin, read};
 use crate::args::{HeadArgs, NodesCommand};
 use crate::failure::Failure;
 use crate::output::{plain, table};
@@ -12,25 +12,27 @@ pub(crate) async fn run(head: &HeadArgs, command: NodesCommand) -> Result<(), Fa
     let admin = Admin::new(head)?;
     let (answer, as_json, shown) = match command {
         NodesCommand::List { json } => {
-            let answer = admin.get("/v1/mesh/nodes").await?;
-            let shown = show(&answer);
-            (answer, json, shown)
+            let answer = admin.get(paths::NODES).await?;
+            let list: NodeList = read(&answer)?;
+            (answer, json, show(&list.nodes))
         }
         NodesCommand::Expel { node, reason, json } => {
-            let body = json!({ "node": node, "reason": reason });
-            let answer = admin.post("/v1/mesh/nodes/expel", &body).await?;
-            let links = match answer["was_connected"] == true {
-                true => " Its links are closed.",
-                false => " It was not connected.",
+            let answer = admin
+                .post(paths::EXPEL, &ExpelRequest { node, reason })
+                .await?;
+            let node: NodeChange = read(&answer)?;
+            let links = match node.was_connected {
+                Some(true) => " Its links are closed.",
+                _ => " It was not connected.",
             };
-            let shown = format!("{} is expelled.{links}\n", name(&answer));
-            (answer, json, shown)
+            let name = name(&node.name, &node.node_id);
+            (answer, json, format!("{name} is expelled.{links}\n"))
         }
         NodesCommand::Readmit { node, json } => {
-            let body = json!({ "node": node });
-            let answer = admin.post("/v1/mesh/nodes/readmit", &body).await?;
-            let shown = format!("{} may connect again.\n", name(&answer));
-            (answer, json, shown)
+            let answer = admin.post(paths::READMIT, &NodeRequest { node }).await?;
+            let node: NodeChange = read(&answer)?;
+            let name = name(&node.name, &node.node_id);
+            (answer, json, format!("{name} may connect again.\n"))
         }
     };
     if as_json {
@@ -41,26 +43,23 @@ pub(crate) async fn run(head: &HeadArgs, command: NodesCommand) -> Result<(), Fa
     Ok(())
 }
 
-fn show(answer: &Value) -> String {
-    let nodes = answer["nodes"].as_array().map(Vec::as_slice);
-    let nodes = nodes.unwrap_or_default();
+fn show(nodes: &[Node]) -> String {
     if nodes.is_empty() {
         return "No node has joined. `hydramesh token create` makes a token with which one can.\n"
             .to_owned();
     }
     let rows = nodes.iter().map(|node| {
-        let id = plain(node["node_id"].as_str().unwrap_or("-"));
         vec![
-            name(node),
-            id.chars().take(SHOWN_DIGITS).collect(),
-            plain(node["state"].as_str().unwrap_or("-")),
-            date(&node["member_since"]),
-            plain(node["address"].as_str().unwrap_or("-")),
-            match node["expelled_at"].as_u64() {
+            name(&node.name, &node.node_id),
+            plain(&node.node_id).chars().take(SHOWN_DIGITS).collect(),
+            plain(&node.state),
+            date(node.member_since),
+            plain(node.address.as_deref().unwrap_or("-")),
+            match node.expelled_at {
                 Some(_) => format!(
                     "{} {}",
-                    date(&node["expelled_at"]),
-                    plain(node["reason"].as_str().unwrap_or_default())
+                    date(node.expelled_at),
+                    plain(node.reason.as_deref().unwrap_or_default())
                 )
                 .trim_end()
                 .to_owned(),
@@ -76,18 +75,12 @@ fn show(answer: &Value) -> String {
 }
 
 /// The name, or the known part of the id.
-fn name(node: &Value) -> String {
-    match node["name"].as_str() {
-        Some(name) if !name.is_empty() => plain(name),
-        _ => plain(node["node_id"].as_str().unwrap_or("-")),
-    }
+fn name(name: &str, node_id: &str) -> String {
+    plain(if name.is_empty() { node_id } else { name })
 }
 
-pub(crate) fn date(seconds: &Value) -> String {
-    match seconds.as_u64() {
-        Some(seconds) => clock::utc_of(seconds),
-        None => "-".to_owned(),
-    }
+pub(crate) fn date(seconds: Option<u64>) -> String {
+    seconds.map_or_else(|| "-".to_owned(), clock::utc_of)
 }
 
 /// First digits of an id, enough for `nodes expel`.
@@ -95,6 +88,8 @@ const SHOWN_DIGITS: usize = 16;
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
 
     #[test]
@@ -105,7 +100,8 @@ mod tests {
             {"node_id": "cd".repeat(32), "name": "", "state": "expelled", "expelled_at": 1_795_910_400,
              "reason": "sold\u{1b}[31m"},
         ]});
-        let shown = show(&answer);
+        let list: NodeList = read(&answer).unwrap();
+        let shown = show(&list.nodes);
         for part in [
             "NODE",
             "attic",
@@ -119,6 +115,6 @@ mod tests {
             assert!(shown.contains(part), "{part} is not in\n{shown}");
         }
         assert!(!shown.contains('\u{1b}'));
-        assert!(show(&json!({})).contains("token create"));
+        assert!(show(&[]).contains("token create"));
     }
 }

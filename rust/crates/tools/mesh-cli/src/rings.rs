@@ -2,34 +2,41 @@
 
 use std::time::{Duration, Instant};
 
-use serde_json::{Value, json};
+use mesh_api::{
+    DrainProgress, Mesh, PlanResponse, RebalanceRequest, RebalanceResponse, RingComparison,
+    RingStage, Worker, WorkerRequest, paths,
+};
+use serde_json::json;
 
-use crate::admin::Admin;
+use crate::admin::{Admin, read};
 use crate::args::{DrainArgs, HeadArgs, PlanArgs, RebalanceArgs, UndrainArgs};
 use crate::failure::{Exit, Failure};
 use crate::output::{Terminal, plain, table};
 
 pub(crate) async fn plan(head: &HeadArgs, args: PlanArgs) -> Result<(), Failure> {
     let admin = Admin::new(head)?;
-    let path = format!("/v1/mesh/plan?model={}", escape(&args.model));
+    let path = format!("{}?model={}", paths::PLAN, escape(&args.model));
     let answer = admin.get(&path).await?;
     if args.json {
         println!("{answer}");
     } else {
-        print!("{}", show_plan(&answer));
+        print!("{}", show_plan(&read(&answer)?));
     }
     Ok(())
 }
 
 pub(crate) async fn drain(head: &HeadArgs, args: DrainArgs) -> Result<(), Failure> {
     let admin = Admin::new(head)?;
-    let body = json!({ "worker": args.node });
-    let mut answer = admin.post("/v1/mesh/drain", &body).await?;
+    let body = WorkerRequest {
+        worker: args.node.clone(),
+    };
+    let mut answer = admin.post(paths::DRAIN, &body).await?;
+    let mut drain: DrainProgress = read(&answer)?;
     if args.wait {
         let until = Instant::now() + args.timeout;
         let mut told = String::new();
-        while !is_empty(&answer) {
-            let waits = show_drain(&answer);
+        while !is_empty(&drain) {
+            let waits = show_drain(&drain);
             if waits != told && !args.json {
                 print!("{waits}");
                 told = waits;
@@ -48,235 +55,216 @@ pub(crate) async fn drain(head: &HeadArgs, args: DrainArgs) -> Result<(), Failur
                 }
             }
             // A worker that is drained already is only looked at again.
-            answer = match admin
-                .get("/v1/mesh")
-                .await
-                .map(|mesh| of_worker(&mesh, &answer))
-            {
-                Ok(Some(worker)) => worker,
-                Ok(None) => {
-                    println!("{} has left the mesh.", text(&answer["worker"]));
-                    return Ok(());
-                }
-                Err(failure) => return Err(failure),
+            let mesh: Mesh = admin.get(paths::MESH).await?;
+            let Some(worker) = of_worker(&mesh, &drain) else {
+                println!("{} has left the mesh.", name(drain.worker.as_deref()));
+                return Ok(());
             };
+            drain = worker;
+            answer = json!(drain);
         }
     }
     if args.json {
         println!("{answer}");
     } else {
-        print!("{}", show_drain(&answer));
+        print!("{}", show_drain(&drain));
     }
     Ok(())
 }
 
 pub(crate) async fn undrain(head: &HeadArgs, args: UndrainArgs) -> Result<(), Failure> {
     let admin = Admin::new(head)?;
-    let body = json!({ "worker": args.node });
-    let answer = admin.post("/v1/mesh/undrain", &body).await?;
+    let body = WorkerRequest {
+        worker: args.node.clone(),
+    };
+    let answer = admin.post(paths::UNDRAIN, &body).await?;
     if args.json {
         println!("{answer}");
-    } else if answer["draining"] == true {
-        println!(
-            "{} drains by itself: it is about to stop.",
-            text(&answer["worker"])
-        );
-    } else if answer["worker"].is_null() {
-        println!("{} is not connected. It is used when it comes.", args.node);
-    } else {
-        println!("{} is in service.", text(&answer["worker"]));
+        return Ok(());
+    }
+    let worker: DrainProgress = read(&answer)?;
+    match &worker.worker {
+        Some(name) if worker.draining => {
+            println!("{} drains by itself: it is about to stop.", plain(name));
+        }
+        Some(name) => println!("{} is in service.", plain(name)),
+        None => println!("{} is not connected. It is used when it comes.", args.node),
     }
     Ok(())
 }
 
 pub(crate) async fn rebalance(head: &HeadArgs, args: RebalanceArgs) -> Result<(), Failure> {
     let admin = Admin::new(head)?;
-    let mut body = json!({ "dry_run": args.dry_run });
-    if let Some(model) = &args.model {
-        body["model"] = model.as_str().into();
-    }
-    let answer = admin.post("/v1/mesh/rebalance", &body).await?;
+    let body = RebalanceRequest {
+        model: args.model,
+        dry_run: args.dry_run,
+    };
+    let answer = admin.post(paths::REBALANCE, &body).await?;
     if args.json {
         println!("{answer}");
     } else {
-        print!("{}", show_comparisons(&answer));
+        print!("{}", show_comparisons(&read(&answer)?));
     }
     Ok(())
 }
 
 /// Rings, and models without one, under the workers of `hydramesh status`.
-pub(crate) fn show(mesh: &Value, terminal: Terminal) -> String {
+pub(crate) fn show(mesh: &Mesh, terminal: Terminal) -> String {
     let mut shown = String::new();
-    for ring in list(&mesh["rings"]) {
-        let planned = ring["planned_token_ms"].as_f64().unwrap_or(0.0);
+    for ring in &mesh.rings {
         shown += &format!(
-            "\n{}: {}, epoch {}, {} requests at once, context {}, planned {planned:.1} ms a token\n",
-            terminal.bold(&format!("Ring of {}", text(&ring["model"]))),
-            text(&ring["state"]),
-            ring["epoch"],
-            ring["slots"],
-            ring["context"],
+            "\n{}: {}, epoch {}, {} requests at once, context {}, planned {:.1} ms a token\n",
+            terminal.bold(&format!("Ring of {}", plain(&ring.model))),
+            plain(&ring.state),
+            ring.epoch,
+            ring.slots,
+            ring.context,
+            ring.planned_token_ms,
         );
-        if ring["state"] != "serving" && ring["reason"].as_str().is_some_and(|why| !why.is_empty())
-        {
-            shown += &format!("  {}\n", text(&ring["reason"]));
+        if ring.state != "serving" && !ring.reason.is_empty() {
+            shown += &format!("  {}\n", plain(&ring.reason));
         }
-        let rows: Vec<Vec<String>> = list(&ring["stages"])
-            .iter()
-            .enumerate()
-            .map(stage)
-            .collect();
+        let rows: Vec<Vec<String>> = ring.stages.iter().enumerate().map(stage).collect();
         shown += &table(
             &[
                 "STAGE", "LAYERS", "WORKER", "STATE", "STEP", "STANDBY", "STATE", "BEHIND",
             ],
             &rows,
         );
-        for left in list(&ring["left_out"]) {
+        for left in &ring.left_out {
             shown += &format!(
                 "left out: {}, {}\n",
-                text(&left["worker"]),
-                text(&left["reason"])
+                plain(&left.worker),
+                plain(&left.reason)
             );
         }
     }
-    for unformed in list(&mesh["unformed"]) {
+    for unformed in &mesh.unformed {
         shown += &format!(
             "\n{}: {}\n",
-            terminal.yellow(&format!("No ring of {}", text(&unformed["model"]))),
-            text(&unformed["reason"])
+            terminal.yellow(&format!("No ring of {}", plain(&unformed.model))),
+            plain(&unformed.reason)
         );
     }
-    if let Some(last) = list(&mesh["recoveries"]).last() {
+    if let Some(last) = mesh.recoveries.last() {
         shown += &format!(
             "\nLast recovery, {:.0} s ago: {}, a gap of {:.0} ms, {} rows again, {} requests ran\n",
-            last["seconds_ago"].as_f64().unwrap_or(0.0),
-            text(&last["model"]),
-            last["gap_ms"].as_f64().unwrap_or(0.0),
-            last["rows"],
-            last["requests"]
+            last.seconds_ago.unwrap_or(0.0),
+            plain(&last.model),
+            last.gap_ms,
+            last.rows,
+            last.requests
         );
     }
     shown
 }
 
-fn stage((index, stage): (usize, &Value)) -> Vec<String> {
-    let (member, standby) = (&stage["member"], &stage["standby"]);
-    let step = match member["step_ms"].as_f64() {
-        Some(ms) if ms > 0.0 => format!("{ms:.2} ms"),
-        _ => "-".to_owned(),
-    };
-    let behind = match stage["lag_rows"].as_u64() {
-        Some(rows) if !standby.is_null() => format!("{rows} rows"),
-        _ => "-".to_owned(),
-    };
-    let last = stage["layers"][1].as_u64().unwrap_or(0).saturating_sub(1);
+fn stage((index, stage): (usize, &RingStage)) -> Vec<String> {
+    let (member, standby) = (&stage.member, stage.standby.as_ref());
+    let [first, end] = stage.layers;
     vec![
         index.to_string(),
-        format!("{}-{last}", stage["layers"][0]),
-        text(&member["worker"]),
-        text(&member["phase"]),
-        step,
-        text(&standby["worker"]),
-        text(&standby["phase"]),
-        behind,
+        format!("{first}-{}", end.saturating_sub(1)),
+        plain(&member.worker),
+        plain(&member.phase),
+        match member.step_ms > 0.0 {
+            true => format!("{:.2} ms", member.step_ms),
+            false => "-".to_owned(),
+        },
+        name(standby.map(|standby| &*standby.worker)),
+        name(standby.map(|standby| &*standby.phase)),
+        standby.map_or_else(|| "-".to_owned(), |_| format!("{} rows", stage.lag_rows)),
     ]
 }
 
-fn show_plan(answer: &Value) -> String {
+fn show_plan(answer: &PlanResponse) -> String {
     format!(
         "{} with a context of {} tokens:\n\n{}",
-        text(&answer["model"]),
-        answer["context"],
+        plain(&answer.model),
+        answer.context,
         // It is the head's own table: its line ends stay.
-        answer["text"].as_str().unwrap_or_default()
+        answer.text
     )
 }
 
-fn show_drain(answer: &Value) -> String {
-    let worker = text(&answer["worker"]);
-    if is_empty(answer) {
+fn show_drain(drain: &DrainProgress) -> String {
+    let worker = name(drain.worker.as_deref());
+    if is_empty(drain) {
         return format!("{worker} is drained: it holds and runs nothing.\n");
     }
-    let mut shown = format!(
-        "{worker} drains: {} requests run on it.\n",
-        answer["assigned"].as_u64().unwrap_or(0)
-    );
-    for held in list(&answer["holds"]) {
-        let last = held["layers"][1].as_u64().unwrap_or(0).saturating_sub(1);
+    let mut shown = format!("{worker} drains: {} requests run on it.\n", drain.assigned);
+    for held in &drain.holds {
+        let [first, end] = held.layers;
         shown += &format!(
-            "  {} layers {}-{last} as {}: waits for {}\n",
-            text(&held["model"]),
-            held["layers"][0],
-            text(&held["part"]),
-            text(&held["waits_for"])
+            "  {} layers {first}-{} as {}: waits for {}\n",
+            plain(&held.model),
+            end.saturating_sub(1),
+            plain(&held.part),
+            plain(&held.waits_for)
         );
     }
     shown
 }
 
-fn show_comparisons(answer: &Value) -> String {
-    let rings = list(&answer["rings"]);
-    if rings.is_empty() {
+fn show_comparisons(answer: &RebalanceResponse) -> String {
+    if answer.rings.is_empty() {
         return "No ring serves at the moment.\n".to_owned();
     }
     let mut shown = String::new();
-    for ring in rings {
-        let ms = |side: &str| ring[side]["token_ms"].as_f64().unwrap_or(0.0);
-        let rate = |side: &str| ring[side]["tokens_per_second"].as_f64().unwrap_or(0.0);
+    for RingComparison {
+        model,
+        old,
+        new,
+        gain,
+        verdict,
+    } in &answer.rings
+    {
         shown += &format!(
             "{}\nnow: {}\n     {:.2} ms a token, up to {:.1} tokens a second\nfresh plan: {:.2} ms a token, up to {:.1} tokens a \
              second, a gain of {:.0} %\n\n{}\n{}: {}\n",
-            text(&ring["model"]),
-            text(&ring["old"]["layout"]),
-            ms("old"),
-            rate("old"),
-            ms("new"),
-            rate("new"),
-            ring["gain"].as_f64().unwrap_or(0.0) * 100.0,
-            ring["new"]["text"].as_str().unwrap_or_default(),
-            if answer["dry_run"] == true {
+            plain(model),
+            plain(&old.layout),
+            old.token_ms,
+            old.tokens_per_second,
+            new.token_ms,
+            new.tokens_per_second,
+            gain * 100.0,
+            new.text,
+            if answer.dry_run {
                 "would be done"
             } else {
                 "done"
             },
-            text(&ring["verdict"])
+            plain(verdict)
         );
     }
     shown
 }
 
 /// True if a drained worker holds and runs nothing.
-fn is_empty(worker: &Value) -> bool {
-    list(&worker["holds"]).is_empty() && worker["assigned"].as_u64().unwrap_or(0) == 0
+fn is_empty(drain: &DrainProgress) -> bool {
+    drain.holds.is_empty() && drain.assigned == 0
 }
 
-/// The entry of `/v1/mesh` of the worker that the head drains, in the words of its answer.
-fn of_worker(mesh: &Value, drained: &Value) -> Option<Value> {
-    let same = |worker: &&Value| match drained["node_id"].as_str() {
-        Some(node) => worker["node_id"] == node,
-        None => worker["name"] == drained["worker"],
+/// The worker of `/v1/mesh` that the head drains, in the form of its answer.
+fn of_worker(mesh: &Mesh, drain: &DrainProgress) -> Option<DrainProgress> {
+    let same = |worker: &&Worker| match &drain.node_id {
+        Some(node) => worker.node_id.as_ref() == Some(node),
+        None => Some(&worker.name) == drain.worker.as_ref(),
     };
-    let worker = list(&mesh["workers"]).iter().find(same)?;
-    Some(json!({
-        "worker": worker["name"],
-        "node_id": worker["node_id"],
-        "draining": worker["state"] == "draining",
-        "assigned": worker["assigned"],
-        "holds": worker["holds"],
-    }))
-}
-
-fn list(value: &Value) -> &[Value] {
-    value.as_array().map(Vec::as_slice).unwrap_or_default()
+    let worker = mesh.workers.iter().find(same)?;
+    Some(DrainProgress {
+        worker: Some(worker.name.clone()),
+        node_id: worker.node_id.clone(),
+        draining: worker.state == "draining",
+        assigned: worker.assigned,
+        holds: worker.holds.clone(),
+    })
 }
 
 /// Names and reasons come from other machines: nothing of them may steer a terminal.
-fn text(value: &Value) -> String {
-    match value.as_str() {
-        Some(text) => plain(text),
-        None => "-".to_owned(),
-    }
+fn name(name: Option<&str>) -> String {
+    name.map_or_else(|| "-".to_owned(), plain)
 }
 
 /// Escapes a query value: everything but letters, digits and a few marks as `%XX`.
@@ -298,7 +286,7 @@ mod tests {
     use super::*;
     use crate::args::Color;
 
-    fn part(worker: &str, phase: &str) -> Value {
+    fn part(worker: &str, phase: &str) -> serde_json::Value {
         json!({"worker": worker, "node_id": worker, "address": "10.0.0.1:7781", "phase": phase, "step_ms": 4.25})
     }
 
@@ -317,7 +305,7 @@ mod tests {
             "unformed": [{"model": "huge", "reason": "add a node"}],
             "recoveries": [{"model": "big", "seconds_ago": 3.2, "gap_ms": 412.0, "rows": 9, "requests": 1}],
         });
-        let shown = show(&mesh, Terminal::new(Color::Never));
+        let shown = show(&read(&mesh).unwrap(), Terminal::new(Color::Never));
         assert_eq!(
             shown,
             "
@@ -333,14 +321,14 @@ No ring of huge: add a node
 Last recovery, 3 s ago: big, a gap of 412 ms, 9 rows again, 1 requests ran
 "
         );
-        assert_eq!(show(&json!({}), Terminal::new(Color::Never)), "");
+        assert_eq!(show(&Mesh::default(), Terminal::new(Color::Never)), "");
     }
 
     #[test]
     fn a_drain_says_what_it_waits_for_until_it_holds_nothing() {
         let held = json!({"model": "big", "layers": [0, 14], "part": "member", "waits_for": "cellar to load the layers"});
-        let mut answer =
-            json!({"worker": "attic", "node_id": "aa", "assigned": 2, "holds": [held]});
+        let answer = json!({"worker": "attic", "node_id": "aa", "assigned": 2, "holds": [held]});
+        let mut answer = read(&answer).unwrap();
         assert_eq!(
             show_drain(&answer),
             "attic drains: 2 requests run on it.\n  big layers 0-13 as member: waits for cellar to load the layers\n"
@@ -349,13 +337,14 @@ Last recovery, 3 s ago: big, a gap of 412 ms, 9 rows again, 1 requests ran
             {"name": "attic", "node_id": "bb", "state": "ready", "assigned": 5, "holds": []},
             {"name": "attic", "node_id": "aa", "state": "draining", "assigned": 0, "holds": []},
         ]});
+        let mesh = read(&mesh).unwrap();
         answer = of_worker(&mesh, &answer).expect("it is there");
         assert!(is_empty(&answer));
         assert_eq!(
             show_drain(&answer),
             "attic is drained: it holds and runs nothing.\n"
         );
-        assert_eq!(of_worker(&json!({"workers": []}), &answer), None);
+        assert_eq!(of_worker(&Mesh::default(), &answer), None);
     }
 
     #[test]
@@ -365,7 +354,7 @@ Last recovery, 3 s ago: big, a gap of 412 ms, 9 rows again, 1 requests ran
             "old": {"layout": "0..15 barn, 15..30 pi", "token_ms": 20.0, "tokens_per_second": 80.0},
             "new": {"token_ms": 11.6, "tokens_per_second": 120.0, "text": "STAGE  LAYERS\n"},
         }]});
-        let shown = show_comparisons(&answer);
+        let shown = show_comparisons(&read(&answer).unwrap());
         for part in [
             "0..15 barn, 15..30 pi",
             "20.00 ms",
@@ -377,7 +366,7 @@ Last recovery, 3 s ago: big, a gap of 412 ms, 9 rows again, 1 requests ran
             assert!(shown.contains(part), "{part} is not in\n{shown}");
         }
         assert_eq!(
-            show_comparisons(&json!({"rings": []})),
+            show_comparisons(&RebalanceResponse::default()),
             "No ring serves at the moment.\n"
         );
     }

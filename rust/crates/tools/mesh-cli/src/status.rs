@@ -1,7 +1,8 @@
 //! `hydramesh status`: the head's registry and rings as tables.
 
-use serde_json::Value;
+use mesh_api::{Mesh, ModelHolder, ModelSeeker, ServedModel, SharedModel, Worker, paths};
 
+use crate::admin::read;
 use crate::args::{HeadArgs, StatusArgs};
 use crate::ask::http_client;
 use crate::failure::Failure;
@@ -15,15 +16,15 @@ pub(crate) async fn run(
 ) -> Result<(), Failure> {
     let client = http_client(head)?;
     loop {
-        let registry = client.get("/v1/mesh").await?;
+        let answer = client.get(paths::MESH).await?;
         if args.json {
-            println!("{registry}");
+            println!("{answer}");
         } else {
             if args.watch.is_some() {
                 // Home and clear, so that the table stands still.
                 print!("\x1b[H\x1b[2J");
             }
-            print!("{}", show(&registry, terminal));
+            print!("{}", show(&read(&answer)?, terminal));
         }
         let Some(interval) = args.watch else {
             return Ok(());
@@ -35,36 +36,28 @@ pub(crate) async fn run(
     }
 }
 
-fn show(registry: &Value, terminal: Terminal) -> String {
-    let workers = registry["workers"]
-        .as_array()
-        .map(Vec::as_slice)
-        .unwrap_or_default();
-    let mesh = registry["mesh"].as_str().unwrap_or("mesh");
+fn show(mesh: &Mesh, terminal: Terminal) -> String {
     let mut text = format!(
         "{}: {}, {} running, {} queued\n",
-        terminal.bold(mesh),
-        match workers.len() {
+        terminal.bold(&mesh.mesh),
+        match mesh.workers.len() {
             1 => "1 worker".to_owned(),
             n => format!("{n} workers"),
         },
-        registry["requests"]["running"].as_u64().unwrap_or(0),
-        registry["requests"]["queued"].as_u64().unwrap_or(0)
+        mesh.requests.running,
+        mesh.requests.queued
     );
-    for warning in registry["warnings"].as_array().into_iter().flatten() {
+    for warning in &mesh.warnings {
         // Names that workers gave themselves are in it.
-        let plain = warning
-            .as_str()
-            .unwrap_or_default()
-            .replace(char::is_control, " ");
+        let plain = warning.replace(char::is_control, " ");
         text += &format!("warning: {plain}\n");
     }
-    if workers.is_empty() {
+    if mesh.workers.is_empty() {
         text +=
             "No worker has joined. `hydramesh token create` makes a token with which one can.\n";
         return text;
     }
-    let rows: Vec<Vec<String>> = workers.iter().flat_map(rows).collect();
+    let rows: Vec<Vec<String>> = mesh.workers.iter().flat_map(rows).collect();
     text += "\n";
     text += &table(
         &[
@@ -72,36 +65,31 @@ fn show(registry: &Value, terminal: Terminal) -> String {
         ],
         &rows,
     );
-    text += &unused(registry);
-    text += &absent(registry);
-    text += &rings::show(registry, terminal);
-    text += &models(registry);
+    text += &unused(mesh);
+    text += &absent(mesh);
+    text += &rings::show(mesh, terminal);
+    text += &models(&mesh.models);
     text
 }
 
 /// Workers that are connected and get no requests, and why. Warnings name those in quarantine.
-fn unused(registry: &Value) -> String {
-    let workers = registry["workers"].as_array().into_iter().flatten();
-    let held = workers.filter(|worker| worker["state"] == "held");
+fn unused(mesh: &Mesh) -> String {
+    let held = mesh.workers.iter().filter(|worker| worker.state == "held");
     let lines = held.filter_map(|worker| {
-        let reason = worker["not_used"].as_str()?.replace(char::is_control, " ");
-        let name = worker["name"].as_str().unwrap_or("-");
-        Some(format!("{name} gets no requests: {reason}\n"))
+        let reason = worker.not_used.as_ref()?.replace(char::is_control, " ");
+        Some(format!("{} gets no requests: {reason}\n", worker.name))
     });
     lines.collect()
 }
 
 /// Workers that are drained and not connected: they would get nothing when they come.
-fn absent(registry: &Value) -> String {
-    let workers = registry["workers"].as_array().into_iter().flatten();
-    let here: Vec<&str> = workers
-        .filter_map(|worker| worker["node_id"].as_str())
-        .collect();
-    let drained = registry["drained"].as_object().into_iter().flatten();
-    let absent: Vec<&str> = drained
-        .filter(|(node, _)| !here.contains(&node.as_str()))
-        .filter_map(|(_, name)| name.as_str())
-        .collect();
+fn absent(mesh: &Mesh) -> String {
+    let is_here = |node: &String| {
+        let mut workers = mesh.workers.iter();
+        workers.any(|worker| worker.node_id.as_ref() == Some(node))
+    };
+    let absent = mesh.drained.iter().filter(|(node, _)| !is_here(node));
+    let absent: Vec<&str> = absent.map(|(_, name)| name.as_str()).collect();
     match absent.is_empty() {
         true => String::new(),
         false => format!("drained and not connected: {}\n", absent.join(", ")),
@@ -109,28 +97,21 @@ fn absent(registry: &Value) -> String {
 }
 
 /// Models that workers share: their holders, and the workers that wait for them.
-fn models(registry: &Value) -> String {
-    let models = registry["models"].as_array().map(Vec::as_slice);
-    let models = models.unwrap_or_default();
+fn models(models: &[SharedModel]) -> String {
     if models.is_empty() {
         return String::new();
     }
-    let list = |value: &Value, show: fn(&Value) -> String| {
-        let items = value.as_array().into_iter().flatten();
-        let texts: Vec<String> = items.map(show).collect();
-        match texts.is_empty() {
-            true => "-".to_owned(),
-            false => texts.join(", "),
-        }
+    let list = |texts: Vec<String>| match texts.is_empty() {
+        true => "-".to_owned(),
+        false => texts.join(", "),
     };
     let rows = models.iter().map(|model| {
-        let size = model["bytes"].as_u64().filter(|&size| size > 0);
         vec![
-            model["name"].as_str().unwrap_or("-").to_owned(),
-            size.map_or("-".to_owned(), bytes),
-            list(&model["holders"], holder),
-            list(&model["seekers"], seeker),
-            model["origin"].as_str().unwrap_or("-").to_owned(),
+            model.name.clone(),
+            size(model.bytes),
+            list(model.holders.iter().map(holder).collect()),
+            list(model.seekers.iter().map(seeker).collect()),
+            model.origin.clone().unwrap_or_else(|| "-".to_owned()),
         ]
     });
     let rows: Vec<Vec<String>> = rows.collect();
@@ -138,90 +119,80 @@ fn models(registry: &Value) -> String {
     format!("\n{}", table(&heads, &rows))
 }
 
-fn holder(holder: &Value) -> String {
-    let name = holder["worker"].as_str().unwrap_or("-");
-    let (pieces, of) = (holder["pieces"].as_u64(), holder["of"].as_u64());
-    let mut text = match (pieces, of) {
-        (Some(pieces), Some(of)) if pieces < of => format!("{name} ({pieces} of {of} pieces)"),
-        _ => name.to_owned(),
+/// Bytes in words, if they are known.
+fn size(size: u64) -> String {
+    match size {
+        0 => "-".to_owned(),
+        size => bytes(size),
+    }
+}
+
+fn holder(holder: &ModelHolder) -> String {
+    let ModelHolder {
+        worker, pieces, of, ..
+    } = holder;
+    let mut text = match pieces < of {
+        true => format!("{worker} ({pieces} of {of} pieces)"),
+        false => worker.clone(),
     };
-    let accusers = holder["accused_by"].as_array().into_iter().flatten();
-    let accusers: Vec<&str> = accusers.filter_map(Value::as_str).collect();
-    if !accusers.is_empty() {
-        text += &format!(" (sent bad pieces to {})", accusers.join(", "));
+    if !holder.accused_by.is_empty() {
+        text += &format!(" (sent bad pieces to {})", holder.accused_by.join(", "));
     }
     text
 }
 
-fn seeker(seeker: &Value) -> String {
-    let name = seeker["worker"].as_str().unwrap_or("-");
-    let here = seeker["bytes"].as_u64().unwrap_or(0);
-    let mut text = match seeker["bytes_total"].as_u64() {
-        Some(total) if total > 0 => {
-            format!("{name} ({:.0} %)", 100.0 * here as f64 / total as f64)
+fn seeker(seeker: &ModelSeeker) -> String {
+    let mut text = match seeker.bytes_total {
+        0 => seeker.worker.clone(),
+        total => {
+            let percent = 100.0 * seeker.bytes as f64 / total as f64;
+            format!("{} ({percent:.0} %)", seeker.worker)
         }
-        _ => name.to_owned(),
     };
-    if let Some(error) = seeker["error"].as_str() {
+    if let Some(error) = &seeker.error {
         text += &format!(" ({error})");
     }
     text
 }
 
 /// One row per model; a worker without models has one, too.
-fn rows(worker: &Value) -> Vec<Vec<String>> {
-    let text = |value: &Value| value.as_str().unwrap_or("-").to_owned();
-    let rate = |value: &Value| match value.as_f64() {
-        Some(rate) if rate > 0.0 => format!("{rate:.0} tok/s"),
-        _ => "-".to_owned(),
+fn rows(worker: &Worker) -> Vec<Vec<String>> {
+    let rate = |rate: f64| match rate > 0.0 {
+        true => format!("{rate:.0} tok/s"),
+        false => "-".to_owned(),
     };
-    let count = |value: &Value| {
-        value
-            .as_u64()
-            .map_or("-".to_owned(), |count| count.to_string())
-    };
-    let memory = worker["resident_bytes"]
-        .as_u64()
-        .filter(|&size| size > 0)
-        .map_or("-".to_owned(), bytes);
-    let mut link = worker["round_trip_ms"]
-        .as_f64()
+    let mut link = worker
+        .round_trip_ms
         .map_or("-".to_owned(), |rtt| format!("{rtt:.1} ms"));
-    let mut paths = worker["paths"].as_array().into_iter().flatten();
-    let to_head = paths.find(|path| path["worker"].is_null());
-    if let Some(rate) = to_head.and_then(|path| path["bytes_per_second"].as_f64()) {
+    let to_head = worker.paths.iter().find(|path| path.worker.is_none());
+    if let Some(rate) = to_head.and_then(|path| path.bytes_per_second) {
         link += &format!(", {}/s", bytes(rate as u64));
     }
     // The purposes it is reserved for follow its state.
-    let kept: Vec<&str> = worker["reserved_for"]
-        .as_array()
-        .into_iter()
-        .flatten()
-        .filter_map(Value::as_str)
-        .collect();
-    let state = match kept.as_slice() {
-        [] => text(&worker["state"]),
-        kept => format!("{}, for {}", text(&worker["state"]), kept.join(" and ")),
+    let state = match worker.reserved_for.as_slice() {
+        [] => worker.state.to_string(),
+        purposes => format!("{}, for {}", worker.state, purposes.join(" and ")),
     };
-    let row = |model: &Value| {
+    let row = |model: Option<&ServedModel>| {
+        let of = |show: &dyn Fn(&ServedModel) -> String| model.map_or("-".to_owned(), show);
         vec![
-            text(&worker["name"]),
+            worker.name.clone(),
             state.clone(),
-            text(&model["name"]),
+            of(&|model| model.name.clone()),
             format!(
                 "{} of {}",
-                count(&worker["running"]),
-                count(&model["slots"])
+                worker.running,
+                of(&|model| model.slots.to_string())
             ),
-            rate(&model["decode_tokens_per_second"]),
-            rate(&model["prefill_tokens_per_second"]),
-            memory.clone(),
+            of(&|model| rate(model.decode_tokens_per_second)),
+            of(&|model| rate(model.prefill_tokens_per_second)),
+            size(worker.resident_bytes),
             link.clone(),
         ]
     };
-    match worker["models"].as_array() {
-        Some(models) if !models.is_empty() => models.iter().map(row).collect(),
-        _ => vec![row(&Value::Null)],
+    match worker.models.as_slice() {
+        [] => vec![row(None)],
+        models => models.iter().map(|model| row(Some(model))).collect(),
     }
 }
 
@@ -242,7 +213,7 @@ mod tests {
                 {"name": "c", "state": "ready", "not_used": null},
             ],
         });
-        let shown = show(&registry, Terminal::new(Color::Never));
+        let shown = show(&read(&registry).unwrap(), Terminal::new(Color::Never));
         assert!(
             shown.contains("a gets no requests: its answers  differ"),
             "{shown}"
@@ -269,7 +240,7 @@ mod tests {
                 "origin": "c",
             }],
         });
-        let text = show(&registry, Terminal::new(Color::Never));
+        let text = show(&read(&registry).unwrap(), Terminal::new(Color::Never));
         let line = text.lines().last().unwrap_or_default();
         assert!(line.starts_with("m "), "{text}");
         for part in [
@@ -284,7 +255,7 @@ mod tests {
     #[test]
     fn warnings_come_first() {
         let registry = json!({"mesh": "attic", "warnings": ["worker `a`: its clock\u{1b} is off"], "workers": []});
-        let text = show(&registry, Terminal::new(Color::Never));
+        let text = show(&read(&registry).unwrap(), Terminal::new(Color::Never));
         assert_eq!(
             text.lines().nth(1),
             Some("warning: worker `a`: its clock  is off"),
@@ -303,7 +274,7 @@ mod tests {
                 {"name": "pi", "state": "joining", "models": []},
             ],
         });
-        let text = show(&registry, Terminal::new(Color::Never));
+        let text = show(&read(&registry).unwrap(), Terminal::new(Color::Never));
         let lines: Vec<&str> = text.lines().collect();
         assert_eq!(lines[0], "attic: 2 workers, 3 running, 2 queued");
         assert!(
@@ -316,14 +287,16 @@ mod tests {
 
     #[test]
     fn what_a_worker_is_kept_for_is_shown() {
-        let worker =
-            |reserved: Value| json!({"name": "pi", "state": "ready", "reserved_for": reserved});
-        let state = |reserved| rows(&worker(reserved))[0][1].clone();
-        assert_eq!(state(json!([])), "ready");
-        assert_eq!(state(json!(["embeddings"])), "ready, for embeddings");
-        assert_eq!(
-            state(json!(["chat", "images"])),
-            "ready, for chat and images"
-        );
+        let state = |reserved: &[&str]| {
+            let worker = Worker {
+                state: "ready".into(),
+                reserved_for: reserved.iter().map(|&purpose| purpose.into()).collect(),
+                ..Worker::default()
+            };
+            rows(&worker)[0][1].clone()
+        };
+        assert_eq!(state(&[]), "ready");
+        assert_eq!(state(&["embeddings"]), "ready, for embeddings");
+        assert_eq!(state(&["chat", "images"]), "ready, for chat and images");
     }
 }

@@ -4,10 +4,11 @@ use std::io::Read;
 use std::net::{SocketAddr, TcpListener};
 use std::time::Duration;
 
+use mesh_api::{CreateTokenRequest, Token, TokenCreated, TokenList, TokenRequest, paths};
 use mesh_machine::boot::join::HeadAddress;
-use serde_json::{Value, json};
+use serde_json::Value;
 
-use crate::admin::Admin;
+use crate::admin::{Admin, read};
 use crate::args::{HeadArgs, TokenCommand};
 use crate::failure::{Exit, Failure};
 use crate::nodes::date;
@@ -21,21 +22,22 @@ pub(crate) async fn run(head: &HeadArgs, command: TokenCommand) -> Result<(), Fa
             if as_json {
                 println!("{answer}");
             } else {
-                println!("{}", text(&answer)?);
+                println!("{}", read::<TokenCreated>(&answer)?.token);
             }
             Ok(())
         }
         TokenCommand::List { all, json: as_json } => {
-            let answer = Admin::new(head)?.get("/v1/mesh/tokens").await?;
+            let answer = Admin::new(head)?.get(paths::TOKENS).await?;
             if as_json {
                 println!("{answer}");
             } else {
-                print!("{}", listed(&answer, all));
+                let list: TokenList = read(&answer)?;
+                print!("{}", listed(&list.tokens, all));
             }
             Ok(())
         }
         TokenCommand::Revoke { id, json: as_json } => {
-            let answer = revoke(head, &id).await?;
+            let answer = revoke(head, id.clone()).await?;
             if as_json {
                 println!("{answer}");
             } else {
@@ -53,46 +55,38 @@ pub(crate) async fn run(head: &HeadArgs, command: TokenCommand) -> Result<(), Fa
 }
 
 async fn create(head: &HeadArgs, ttl: Option<Duration>, note: &str) -> Result<Value, Failure> {
-    let admin = Admin::new(head)?;
-    let mut body = json!({ "note": note });
-    if let Some(ttl) = ttl {
-        body["ttl_seconds"] = ttl.as_secs().max(1).into();
-    }
-    admin.post("/v1/mesh/tokens", &body).await
+    let request = CreateTokenRequest {
+        ttl_seconds: ttl.map(|ttl| ttl.as_secs().max(1)),
+        note: note.to_owned(),
+    };
+    Admin::new(head)?.post(paths::TOKENS, &request).await
 }
 
-async fn revoke(head: &HeadArgs, id: &str) -> Result<Value, Failure> {
+async fn revoke(head: &HeadArgs, id: String) -> Result<Value, Failure> {
     let admin = Admin::new(head)?;
-    admin
-        .post("/v1/mesh/tokens/revoke", &json!({ "id": id }))
-        .await
+    admin.post(paths::REVOKE_TOKEN, &TokenRequest { id }).await
 }
 
 /// The tokens as a table: the open ones, or all that the head remembers.
-fn listed(answer: &Value, all: bool) -> String {
-    let tokens = answer["tokens"].as_array().into_iter().flatten();
+fn listed(tokens: &[Token], all: bool) -> String {
     let rows: Vec<Vec<String>> = tokens
-        .filter(|token| all || token["state"] == "open")
+        .iter()
+        .filter(|token| all || token.state == "open")
         .map(|token| {
-            let age = token["age_seconds"].as_u64().unwrap_or(0);
-            let used_by = token["used_by"]["name"].as_str();
-            let state = plain(token["state"].as_str().unwrap_or("-"));
+            let state = plain(&token.state);
             vec![
-                plain(token["id"].as_str().unwrap_or("-")),
-                match used_by {
-                    Some(name) => format!("{state} by {}", plain(name)),
+                plain(&token.id),
+                match &token.used_by {
+                    Some(used) => format!("{state} by {}", plain(&used.name)),
                     None => state,
                 },
-                span(age),
-                match token["state"] == "open" {
-                    true => format!(
-                        "in {}",
-                        span(token["expires_in_seconds"].as_u64().unwrap_or(0))
-                    ),
-                    false => date(&token["expires_at"]),
+                span(token.age_seconds),
+                match token.state == "open" {
+                    true => format!("in {}", span(token.expires_in_seconds)),
+                    false => date(Some(token.expires_at)),
                 },
-                token["uses_left"].to_string(),
-                plain(token["note"].as_str().unwrap_or_default()),
+                token.uses_left.to_string(),
+                plain(&token.note),
             ]
         })
         .collect();
@@ -112,12 +106,6 @@ fn span(seconds: u64) -> String {
     }
 }
 
-fn text(answer: &Value) -> Result<&str, Failure> {
-    answer["token"]
-        .as_str()
-        .ok_or_else(|| Failure::failed(format!("the head's answer has no token: {answer}")))
-}
-
 async fn offer(
     head: &HeadArgs,
     patience: Duration,
@@ -133,8 +121,9 @@ async fn offer(
             .hint("Another offer may be open; --listen takes another address.")
     })?;
     let answer = create(head, Some(patience + TIME_TO_JOIN), "offered by a code").await?;
+    let created: TokenCreated = read(&answer)?;
     let gift = Gift {
-        token: text(&answer)?.to_owned(),
+        token: created.token,
         port: head_port,
     };
     let offered = blocking(move || {
@@ -151,10 +140,8 @@ async fn offer(
     .await;
     // No machine has the token of an offer that failed, so it can be withdrawn. An older head keeps it until
     // it ends.
-    if offered.is_err()
-        && let Some(id) = answer["id"].as_str()
-    {
-        let _ = revoke(head, id).await;
+    if offered.is_err() {
+        let _ = revoke(head, created.id).await;
     }
     offered
 }
@@ -206,6 +193,8 @@ const LONGEST_SEARCH: Duration = Duration::from_secs(30);
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
 
     #[test]
@@ -219,15 +208,16 @@ mod tests {
             token("bb22", "used", json!({"name": "attic"})),
             token("cc33", "expired", Value::Null),
         ]});
-        let open = listed(&answer, false);
+        let answer: TokenList = read(&answer).unwrap();
+        let open = listed(&answer.tokens, false);
         for part in ["aa11", "2 h", "in 90 s", "for the barn", "USES LEFT"] {
             assert!(open.contains(part), "{part} is not in\n{open}");
         }
         assert!(!open.contains("bb22") && !open.contains("cc33"), "{open}");
-        let all = listed(&answer, true);
+        let all = listed(&answer.tokens, true);
         for part in ["aa11", "used by attic", "cc33", "2026-11-29"] {
             assert!(all.contains(part), "{part} is not in\n{all}");
         }
-        assert!(listed(&json!({"tokens": []}), true).contains("token create"));
+        assert!(listed(&[], true).contains("token create"));
     }
 }

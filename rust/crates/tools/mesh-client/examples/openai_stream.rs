@@ -7,8 +7,8 @@
 use std::error::Error;
 use std::io::{Write, stdout};
 
+use mesh_api::{ChatCompletionRequest, GenerationOptions};
 use mesh_client::http::HttpClient;
-use serde_json::json;
 
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> Result<(), Box<dyn Error>> {
@@ -34,9 +34,13 @@ pub(crate) async fn stream(
     let client = HttpClient::new(head, std::env::var("HYDRAMESH_API_KEY").ok())?;
     let models = client.models().await?;
     let model = models.first().ok_or("the mesh serves no model")?;
-    let messages = json!([{"role": "user", "content": prompt}]);
-    let body = json!({"model": model, "messages": messages, "max_tokens": 256});
-    let mut answer = client.stream(body).await?;
+    let options = GenerationOptions {
+        model: Some(model.clone()),
+        max_tokens: Some(256),
+        ..GenerationOptions::default()
+    };
+    let request = ChatCompletionRequest::question(prompt, options);
+    let mut answer = client.stream(request).await?;
     while let Some(piece) = answer.next().await? {
         on_text(&piece.text)?;
     }

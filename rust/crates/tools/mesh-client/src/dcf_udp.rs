@@ -17,7 +17,7 @@ use dcf::chunk::{Chunk, ChunkError, Limits, Reassembler};
 use dcf::{ErrorCode, Message, MsgType, Version};
 use mesh_base::clock::timestamp_us;
 use mesh_base::{addresses, listen};
-use serde_json::Value;
+use serde::Serialize;
 use socket2::SockRef;
 use tokio::net::UdpSocket;
 
@@ -116,7 +116,7 @@ impl DcfClient {
     /// See [`DcfError`].
     pub async fn ask(
         &mut self,
-        task: &Value,
+        task: &impl Serialize,
         silence: Duration,
         on_text: &mut dyn FnMut(&str),
     ) -> Result<Answer, DcfError> {
@@ -130,12 +130,13 @@ impl DcfClient {
     /// See [`DcfError`].
     pub async fn ask_and_watch(
         &mut self,
-        task: &Value,
+        task: &impl Serialize,
         silence: Duration,
         on_text: &mut dyn FnMut(&str),
         on_wait: &mut dyn FnMut(&str),
     ) -> Result<Answer, DcfError> {
-        let mut task = task.clone();
+        let mut task =
+            serde_json::to_value(task).map_err(|error| DcfError::Task(error.to_string()))?;
         task["ack"] = true.into();
         let payload = Bytes::from(task.to_string());
         self.run(payload, silence, on_text, on_wait).await
@@ -348,6 +349,9 @@ pub enum DcfError {
         /// Bytes of the task.
         len: usize,
     },
+    /// The task is not a JSON object.
+    #[error("the task cannot be written as JSON: {0}")]
+    Task(String),
     /// The answer violates the protocol.
     #[error("the answer is broken: {0}")]
     Broken(String),

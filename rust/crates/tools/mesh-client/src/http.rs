@@ -1,10 +1,17 @@
 //! The head's HTTP API: chat and completions of the OpenAI kind, streamed or whole, and the head's own endpoints.
 
+use std::borrow::Cow;
 use std::collections::VecDeque;
 use std::time::Duration;
 
+use mesh_api::{
+    ChatCompletion, ChatCompletionChunk, ChatCompletionRequest, ChatLogprobs, Completion,
+    CompletionRequest, CompletionUsage, ErrorResponse, GenerationOptions, ListModelsResponse, Mesh,
+    StreamOptions, Timings, paths,
+};
 use reqwest::{Response, StatusCode};
-use serde_json::{Value, json};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 
 use crate::sse::SseParser;
 
@@ -52,9 +59,9 @@ impl HttpClient {
     ///
     /// # Errors
     /// If the head cannot be reached, says no, or answers with something else.
-    pub async fn get(&self, path: &str) -> Result<Value, HttpError> {
+    pub async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, HttpError> {
         let request = self.http.get(format!("{}{path}", self.base));
-        read_json(self.send(request).await?).await
+        self.send(request).await?.json().await.map_err(broken)
     }
 
     /// Sends `GET path`; returns the response as text.
@@ -70,17 +77,18 @@ impl HttpClient {
     ///
     /// # Errors
     /// As [`HttpClient::get`].
-    pub async fn post(&self, path: &str, body: &Value) -> Result<Value, HttpError> {
+    pub async fn post<T: DeserializeOwned>(
+        &self,
+        path: &str,
+        body: &impl Serialize,
+    ) -> Result<T, HttpError> {
         let request = self.http.post(format!("{}{path}", self.base)).json(body);
-        let answer: Value = read_json(self.send(request).await?).await?;
+        let answer = self.send(request).await?.bytes().await.map_err(broken)?;
         // A failure that came after the head had sent its status, to show that it is alive.
-        if answer["error"].is_object() {
-            return Err(api_error(
-                StatusCode::INTERNAL_SERVER_ERROR,
-                &answer.to_string(),
-            ));
+        if let Ok(failure) = serde_json::from_slice(&answer) {
+            return Err(refusal(StatusCode::INTERNAL_SERVER_ERROR, failure));
         }
-        Ok(answer)
+        serde_json::from_slice(&answer).map_err(|error| HttpError::Broken(error.to_string()))
     }
 
     /// Names of the models that the mesh serves now.
@@ -88,41 +96,47 @@ impl HttpClient {
     /// # Errors
     /// As [`HttpClient::get`].
     pub async fn models(&self) -> Result<Vec<String>, HttpError> {
-        let list = self.get("/v1/models").await?;
-        let entries = list["data"].as_array().ok_or_else(|| {
-            HttpError::Broken(format!("/v1/models has no \"data\" list but {list}"))
-        })?;
-        Ok(entries
-            .iter()
-            .filter_map(|model| Some(model["id"].as_str()?.to_owned()))
-            .collect())
+        let list: ListModelsResponse = self.get(paths::MODELS).await?;
+        Ok(list.data.into_iter().map(|model| model.id).collect())
     }
 
-    /// Starts a streamed answer: `/v1/chat/completions` if `body` has `messages`, else `/v1/completions`. `stream` and
-    /// `stream_options.include_usage` are set here.
+    /// Workers, rings and shared models.
     ///
     /// # Errors
     /// As [`HttpClient::get`].
-    pub async fn stream(&self, mut body: Value) -> Result<AnswerStream, HttpError> {
-        body["stream"] = json!(true);
-        body["stream_options"] = json!({"include_usage": true});
-        let path = completion_path(&body);
-        let request = self.http.post(format!("{}{path}", self.base)).json(&body);
+    pub async fn mesh(&self) -> Result<Mesh, HttpError> {
+        self.get(paths::MESH).await
+    }
+
+    /// Starts a streamed answer. `stream` and `stream_options.include_usage` are set here.
+    ///
+    /// # Errors
+    /// As [`HttpClient::get`].
+    pub async fn stream<R: Generation>(&self, mut request: R) -> Result<AnswerStream, HttpError> {
+        let options = request.options();
+        options.stream = Some(true);
+        options.stream_options = Some(StreamOptions {
+            include_usage: Some(true),
+            ..StreamOptions::default()
+        });
+        let url = format!("{}{}", self.base, R::PATH);
+        let request = self.http.post(url).json(&request);
         let response = self.send(request).await?;
         Ok(AnswerStream {
             response,
             parser: SseParser::default(),
+            parse: parse_piece::<R::Chunk>,
             ready: VecDeque::new(),
             ended: false,
         })
     }
 
-    /// A whole answer at once; the path is chosen as in [`HttpClient::stream`].
+    /// A whole answer at once.
     ///
     /// # Errors
     /// As [`HttpClient::get`].
-    pub async fn complete(&self, body: &Value) -> Result<Value, HttpError> {
-        self.post(completion_path(body), body).await
+    pub async fn complete<R: Generation>(&self, request: &R) -> Result<R::Whole, HttpError> {
+        self.post(R::PATH, request).await
     }
 
     async fn send(&self, mut request: reqwest::RequestBuilder) -> Result<Response, HttpError> {
@@ -148,6 +162,39 @@ impl HttpClient {
     }
 }
 
+/// A request for generated text.
+pub trait Generation: Serialize {
+    /// Path of the API.
+    const PATH: &'static str;
+    /// A whole answer.
+    type Whole: DeserializeOwned;
+    /// A chunk of a streamed answer.
+    type Chunk: DeserializeOwned + Into<AnswerPiece>;
+
+    /// Its options.
+    fn options(&mut self) -> &mut GenerationOptions;
+}
+
+impl Generation for ChatCompletionRequest {
+    const PATH: &'static str = paths::CHAT_COMPLETIONS;
+    type Whole = ChatCompletion<'static>;
+    type Chunk = ChatCompletionChunk<'static>;
+
+    fn options(&mut self) -> &mut GenerationOptions {
+        &mut self.options
+    }
+}
+
+impl Generation for CompletionRequest {
+    const PATH: &'static str = paths::COMPLETIONS;
+    type Whole = Completion<'static>;
+    type Chunk = Completion<'static>;
+
+    fn options(&mut self) -> &mut GenerationOptions {
+        &mut self.options
+    }
+}
+
 /// An event of a stream.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Heard {
@@ -162,6 +209,7 @@ pub enum Heard {
 pub struct AnswerStream {
     response: Response,
     parser: SseParser,
+    parse: fn(&str) -> Result<AnswerPiece, HttpError>,
     ready: VecDeque<String>,
     ended: bool,
 }
@@ -174,11 +222,37 @@ pub struct AnswerPiece {
     /// Reason for the end: `stop` or `length`.
     pub finish_reason: Option<String>,
     /// Token counts, in the last piece.
-    pub usage: Option<Value>,
+    pub usage: Option<CompletionUsage>,
     /// Times and the worker, in the last piece.
-    pub timings: Option<Value>,
-    /// The whole chunk as it came.
-    pub raw: Value,
+    pub timings: Option<Timings>,
+    /// Log probabilities of a chat's tokens, where they were asked for.
+    pub logprobs: Option<ChatLogprobs>,
+}
+
+impl From<ChatCompletionChunk<'_>> for AnswerPiece {
+    fn from(chunk: ChatCompletionChunk<'_>) -> Self {
+        let choice = chunk.choices.into_iter().next().unwrap_or_default();
+        Self {
+            text: choice.delta.content.unwrap_or_default().into_owned(),
+            finish_reason: choice.finish_reason.map(Cow::into_owned),
+            usage: chunk.usage.flatten(),
+            timings: chunk.timings,
+            logprobs: choice.logprobs,
+        }
+    }
+}
+
+impl From<Completion<'_>> for AnswerPiece {
+    fn from(chunk: Completion<'_>) -> Self {
+        let choice = chunk.choices.into_iter().next().unwrap_or_default();
+        Self {
+            text: choice.text.into_owned(),
+            finish_reason: choice.finish_reason.map(Cow::into_owned),
+            usage: chunk.usage.flatten(),
+            timings: chunk.timings,
+            logprobs: None,
+        }
+    }
 }
 
 impl AnswerStream {
@@ -207,7 +281,7 @@ impl AnswerStream {
                     self.ended = true;
                     return Ok(None);
                 }
-                return parse_piece(&event).map(|piece| Some(Heard::Piece(Box::new(piece))));
+                return (self.parse)(&event).map(|piece| Some(Heard::Piece(Box::new(piece))));
             }
             if self.ended {
                 return Ok(None);
@@ -273,60 +347,36 @@ pub enum HttpError {
 /// Longest silence of a head. An older one says nothing before a whole answer.
 const SILENCE: Duration = Duration::from_secs(300);
 
-fn completion_path(body: &Value) -> &'static str {
-    if body.get("messages").is_some() {
-        "/v1/chat/completions"
-    } else {
-        "/v1/completions"
+fn parse_piece<C: DeserializeOwned + Into<AnswerPiece>>(
+    event: &str,
+) -> Result<AnswerPiece, HttpError> {
+    if let Ok(failure) = serde_json::from_str(event) {
+        return Err(refusal(StatusCode::INTERNAL_SERVER_ERROR, failure));
     }
-}
-
-fn parse_piece(event: &str) -> Result<AnswerPiece, HttpError> {
-    let raw: Value = serde_json::from_str(event)
-        .map_err(|error| HttpError::Broken(format!("a chunk is no JSON ({error}): {event}")))?;
-    if raw.get("error").is_some_and(|error| !error.is_null()) {
-        return Err(api_error(StatusCode::INTERNAL_SERVER_ERROR, event));
-    }
-    let choice = &raw["choices"][0];
-    let text = choice["delta"]["content"]
-        .as_str()
-        .or_else(|| choice["text"].as_str())
-        .unwrap_or_default()
-        .to_owned();
-    Ok(AnswerPiece {
-        text,
-        finish_reason: choice["finish_reason"].as_str().map(str::to_owned),
-        usage: present(&raw["usage"]),
-        timings: present(&raw["timings"]),
-        raw,
-    })
-}
-
-fn present(value: &Value) -> Option<Value> {
-    (!value.is_null()).then(|| value.clone())
+    let chunk: C = serde_json::from_str(event)
+        .map_err(|error| HttpError::Broken(format!("a chunk is not valid ({error}): {event}")))?;
+    Ok(chunk.into())
 }
 
 fn api_error(status: StatusCode, body: &str) -> HttpError {
-    let parsed: Value = serde_json::from_str(body).unwrap_or_default();
-    let error = &parsed["error"];
-    let message = match error["message"].as_str() {
-        Some(message) => message.to_owned(),
-        None => format!("HTTP {status}: {}", body.trim()),
-    };
-    HttpError::Api {
-        status: status.as_u16(),
-        kind: error["type"].as_str().unwrap_or_default().to_owned(),
-        code: match &error["code"] {
-            Value::String(code) => Some(code.clone()),
-            Value::Number(code) => Some(code.to_string()),
-            _ => None,
+    match serde_json::from_str(body) {
+        Ok(failure) => refusal(status, failure),
+        Err(_) => HttpError::Api {
+            status: status.as_u16(),
+            kind: String::new(),
+            code: None,
+            message: format!("HTTP {status}: {}", body.trim()),
         },
-        message,
     }
 }
 
-async fn read_json(response: Response) -> Result<Value, HttpError> {
-    response.json().await.map_err(broken)
+fn refusal(status: StatusCode, ErrorResponse { error }: ErrorResponse) -> HttpError {
+    HttpError::Api {
+        status: status.as_u16(),
+        kind: error.r#type,
+        code: error.code.map(|code| code.to_string()),
+        message: error.message,
+    }
 }
 
 fn broken(error: reqwest::Error) -> HttpError {
@@ -349,7 +399,7 @@ mod tests {
     #[test]
     fn an_error_in_the_stream_is_an_error_of_the_call() {
         let event = r#"{"error":{"message":"no worker serves it","type":"server_error","code":"no_worker"}}"#;
-        let error = parse_piece(event).expect_err("an error");
+        let error = parse_piece::<ChatCompletionChunk<'_>>(event).expect_err("an error");
         assert_eq!(error.to_string(), "no worker serves it");
         assert!(matches!(error, HttpError::Api { code: Some(code), .. } if code == "no_worker"));
     }
@@ -377,7 +427,7 @@ mod tests {
         let address = listener.local_addr().expect("bound").to_string();
         drop(listener);
         let client = HttpClient::new(&address, None).expect("an address");
-        let error = client.get("/health").await.expect_err("nobody there");
+        let error = client.mesh().await.expect_err("nobody there");
         assert!(matches!(error, HttpError::Unreachable { .. }), "{error}");
     }
 }

@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use mesh_api::{CreateTokenRequest, TokenCreated};
 use mesh_client::http::HttpClient;
-use serde_json::{Value, json};
 use toml::Table;
 
 use crate::paths;
@@ -209,28 +209,29 @@ impl Mesh {
     /// # Errors
     /// If the head refuses.
     pub async fn join_token(&self) -> Result<String> {
-        let answer = self.admin()?.post("/v1/mesh/tokens", &json!({})).await?;
-        let token = answer["token"]
-            .as_str()
-            .with_context(|| format!("no token in {answer}"))?;
-        Ok(token.to_owned())
+        let request = CreateTokenRequest::default();
+        let created: TokenCreated = self
+            .admin()?
+            .post(mesh_api::paths::TOKENS, &request)
+            .await?;
+        Ok(created.token)
     }
 
     /// The registry, as `/v1/mesh` shows it.
     ///
     /// # Errors
     /// If the head does not answer.
-    pub async fn registry(&self) -> Result<Value> {
+    pub async fn registry(&self) -> Result<mesh_api::Mesh> {
         // With the admin key, which also opens a head that wants API keys.
-        Ok(self.admin()?.get("/v1/mesh").await?)
+        Ok(self.admin()?.mesh().await?)
     }
 
     /// The workers that the head considers usable now, as the registry shows them.
     ///
     /// # Errors
     /// If the head does not answer.
-    pub async fn usable_workers(&self) -> Result<Vec<Value>> {
-        Ok(usable(&self.registry().await?))
+    pub async fn usable_workers(&self) -> Result<Vec<mesh_api::Worker>> {
+        Ok(usable(&self.registry().await?).cloned().collect())
     }
 
     /// Starts one more worker, with `toml` over the usual configuration, and does not wait until it can be asked. Returns its
@@ -334,7 +335,7 @@ impl Mesh {
         let started = Instant::now();
         loop {
             let registry = self.registry().await?;
-            if usable(&registry).len() == wanted {
+            if usable(&registry).count() == wanted {
                 return Ok(());
             }
             // One that was killed on purpose is not missed; one that ended by itself is why the number is not reached.
@@ -344,7 +345,7 @@ impl Mesh {
             if started.elapsed() > READY_LIMIT {
                 let logs: String = self.workers.iter().map(Service::log_end).collect();
                 bail!(
-                    "the head has not {wanted} usable workers after {READY_LIMIT:?}: {registry}\n{logs}"
+                    "the head has not {wanted} usable workers after {READY_LIMIT:?}: {registry:?}\n{logs}"
                 );
             }
             tokio::time::sleep(Duration::from_millis(50)).await;
@@ -378,14 +379,9 @@ impl Mesh {
     }
 }
 
-fn usable(registry: &Value) -> Vec<Value> {
-    let workers = registry["workers"].as_array().map(Vec::as_slice);
-    workers
-        .unwrap_or_default()
-        .iter()
-        .filter(|worker| worker["state"] == "ready")
-        .cloned()
-        .collect()
+fn usable(registry: &mesh_api::Mesh) -> impl Iterator<Item = &mesh_api::Worker> {
+    let workers = registry.workers.iter();
+    workers.filter(|worker| worker.state == "ready")
 }
 
 fn parse(toml: &str) -> Table {

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
-use serde::Serialize;
+use mesh_api::Holding;
 
 use super::Rings;
 use super::node::RingWorker;
@@ -30,21 +30,6 @@ pub enum DrainRefusal {
         /// Memory that they need.
         mib: u64,
     },
-}
-
-/// Something that a drained worker still holds.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Holding {
-    /// Name of the model.
-    pub model: String,
-    /// Id of the ring, hexadecimal.
-    pub ring: String,
-    /// First layer and end (exclusive) of its stage.
-    pub layers: [u32; 2],
-    /// `member` or `standby`.
-    pub part: &'static str,
-    /// Event that the move waits for.
-    pub waits_for: String,
 }
 
 impl Rings {
@@ -130,7 +115,7 @@ impl Rings {
                         model: ring.model.clone(),
                         ring: hex(ring.id),
                         layers: [stage.layers.start, stage.layers.end],
-                        part,
+                        part: part.into(),
                         waits_for: self.waits_for(
                             ring,
                             stage.standby.as_ref(),

@@ -126,7 +126,8 @@ pub struct Rings {
     /// First and last change of offers since they were last quiet.
     stirred: Option<(Instant, Instant)>,
     last_rebalance: Option<Instant>,
-    recoveries: VecDeque<RecoveryView>,
+    /// With the time of each report.
+    recoveries: VecDeque<(RecoveryView, Instant)>,
     /// Workers that were told to forget a ring, so that they are told once.
     told_off: BTreeSet<(String, u64)>,
     counts: RingCounts,

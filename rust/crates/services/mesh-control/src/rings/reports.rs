@@ -7,7 +7,7 @@ use mesh_proto::{PartPhase, RingState};
 use tracing::{info, warn};
 
 use super::ring::hex;
-use super::view::RecoveryView;
+use super::view;
 use super::{Action, Rings};
 
 impl Rings {
@@ -92,7 +92,7 @@ impl Rings {
                 self.recoveries.pop_front();
             }
             self.recoveries
-                .push_back(RecoveryView::new(ring, &recovery, now));
+                .push_back((view::recovery(ring, &recovery), now));
             info!(
                 ring = hex(state.ring),
                 model = ring.model,

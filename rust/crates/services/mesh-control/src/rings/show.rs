@@ -38,8 +38,12 @@ impl Rings {
     }
 
     /// The last changes of members that drivers reported, oldest first.
-    pub fn recoveries(&self) -> impl Iterator<Item = &RecoveryView> {
-        self.recoveries.iter()
+    pub fn recoveries(&self, now: Instant) -> impl Iterator<Item = RecoveryView> {
+        let shown = move |(recovery, at): &(RecoveryView, Instant)| RecoveryView {
+            seconds_ago: Some(now.saturating_duration_since(*at).as_secs_f64()),
+            ..recovery.clone()
+        };
+        self.recoveries.iter().map(shown)
     }
 
     /// Models whose ring does not serve, each with the reason as a sentence.
@@ -90,7 +94,7 @@ impl Rings {
             model: ring.model.clone(),
             ring: hex(ring.id),
             epoch: ring.epoch,
-            state: state(ring),
+            state: state(ring).into(),
             reason: ring.reason.clone(),
             stages: stages.collect(),
             slots: ring.slots,
@@ -122,7 +126,8 @@ impl Rings {
                 PartPhase::Ready => "ready",
                 PartPhase::Failed => "failed",
                 PartPhase::Loading | PartPhase::Unspecified => "loading",
-            },
+            }
+            .into(),
             step_ms: f64::from(part.step_us) / 1e3,
             load_seconds: f64::from(part.load_seconds),
             prefill_seconds: part.prefill_us as f64 / 1e6,

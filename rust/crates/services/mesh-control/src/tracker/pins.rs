@@ -34,7 +34,7 @@ pub struct Pin {
 pub struct Pins(pub(super) BTreeMap<String, Pin>);
 
 /// A name that several models claim.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Conflict {
     /// The disputed name.
     pub name: String,

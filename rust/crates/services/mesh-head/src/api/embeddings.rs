@@ -3,9 +3,9 @@
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
+use mesh_api::{CreateEmbeddingResponse, Embedding, EmbeddingUsage, Vector};
 use mesh_control::fair::Origin;
 use mesh_proto::{EmbedInput, EmbedText, TokenList};
-use serde::Serialize;
 
 use crate::api::fields::{Api, Fields, check};
 use crate::api::invalid::Invalid;
@@ -77,56 +77,28 @@ impl AskedEmbeddings {
     pub(crate) fn answer(&self, embedded: &Embedded) -> Vec<u8> {
         let size = (embedded.dimensions as usize * 4).max(1);
         let vectors = embedded.vectors.chunks_exact(size).enumerate();
-        let answer = List {
-            object: "list",
+        let answer = CreateEmbeddingResponse {
+            object: "list".into(),
             data: vectors
-                .map(|(index, bytes)| Vector {
-                    object: "embedding",
+                .map(|(index, bytes)| Embedding {
+                    object: "embedding".into(),
                     index,
                     embedding: if self.base64 {
-                        Numbers::Base64(STANDARD.encode(bytes))
+                        Vector::Base64(STANDARD.encode(bytes))
                     } else {
                         let floats = bytes.as_chunks::<4>().0.iter();
-                        Numbers::Floats(floats.map(|b| f32::from_le_bytes(*b)).collect())
+                        Vector::Floats(floats.map(|b| f32::from_le_bytes(*b)).collect())
                     },
                 })
                 .collect(),
-            model: &embedded.model,
-            usage: Usage {
+            model: embedded.model.as_str().into(),
+            usage: EmbeddingUsage {
                 prompt_tokens: embedded.tokens,
                 total_tokens: embedded.tokens,
             },
         };
         serde_json::to_vec(&answer).expect("our own types are JSON and a Vec takes all of it")
     }
-}
-
-#[derive(Serialize)]
-struct List<'a> {
-    object: &'static str,
-    data: Vec<Vector>,
-    model: &'a str,
-    usage: Usage,
-}
-
-#[derive(Serialize)]
-struct Vector {
-    object: &'static str,
-    index: usize,
-    embedding: Numbers,
-}
-
-#[derive(Serialize)]
-#[serde(untagged)]
-enum Numbers {
-    Floats(Vec<f32>),
-    Base64(String),
-}
-
-#[derive(Serialize)]
-struct Usage {
-    prompt_tokens: u64,
-    total_tokens: u64,
 }
 
 fn inputs(fields: Fields<'_>) -> Result<Vec<EmbedInput>, Invalid> {

@@ -1,178 +1,13 @@
-//! The answers of the OpenAI API as they go over the wire.
+//! What answers of workers are in the OpenAI API.
 
+use mesh_api::{
+    Alternatives, ChatLogprob, ChatLogprobs, CompletionLogprobs, CompletionUsage, LogprobToken,
+    Timings,
+};
 use mesh_control::request::Complete;
 use mesh_proto::{FinishReason, TokenLogprob};
-use serde::Serialize;
-use serde::ser::{SerializeMap, Serializer};
 
 use super::generate::Api;
-
-/// A whole answer, or one chunk of a stream: the two differ in the name of `object` and in what a choice
-/// holds.
-#[derive(Debug, Serialize)]
-pub(crate) struct Envelope<'a, C> {
-    /// Id of the answer, the same in all its chunks.
-    pub id: &'a str,
-    /// Type of the object, as the OpenAI API names it.
-    pub object: &'static str,
-    /// Seconds since the Unix epoch.
-    pub created: u64,
-    /// Name of the model that answers.
-    pub model: &'a str,
-    /// Fingerprint of the weights.
-    pub system_fingerprint: Option<&'a str>,
-    /// The answers or their pieces.
-    pub choices: Vec<C>,
-    /// Tokens used; `null` in chunks before the last when usage was asked for, left out when not.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub usage: Option<Option<Usage>>,
-    /// Timings of the answer, an extension of the OpenAI API.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub timings: Option<Timings>,
-}
-
-/// One answer of `/v1/chat/completions`.
-#[derive(Debug, Serialize)]
-pub(crate) struct ChatChoice {
-    /// Index of the choice, below `n`.
-    pub index: usize,
-    /// Message of the assistant.
-    pub message: ChatText,
-    /// Log probabilities where asked for.
-    pub logprobs: Option<ChatLogprobs>,
-    /// `stop` or `length`.
-    pub finish_reason: &'static str,
-}
-
-/// The message of an answer.
-#[derive(Debug, Serialize)]
-pub(crate) struct ChatText {
-    /// Always `assistant`.
-    pub role: &'static str,
-    /// Text of the answer.
-    pub content: String,
-    /// Always `null`.
-    pub refusal: Option<()>,
-}
-
-/// A piece of one answer of `/v1/chat/completions`.
-#[derive(Debug, Serialize)]
-pub(crate) struct ChatChunk<'a> {
-    /// Index of the choice, below `n`.
-    pub index: usize,
-    /// Difference from the chunk before.
-    pub delta: ChatDelta<'a>,
-    /// Log probabilities where asked for.
-    pub logprobs: Option<ChatLogprobs>,
-    /// `stop` or `length`, in the last piece only.
-    pub finish_reason: Option<&'static str>,
-}
-
-/// New part of a message in a chunk.
-#[derive(Debug, Default, Serialize)]
-pub(crate) struct ChatDelta<'a> {
-    /// Role of the message, in the first piece only.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub role: Option<&'static str>,
-    /// Text since the chunk before.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub content: Option<&'a str>,
-}
-
-/// One answer of `/v1/completions`, whole or a piece.
-#[derive(Debug, Serialize)]
-pub(crate) struct TextChoice<'a> {
-    /// Index of the answer.
-    pub index: usize,
-    /// Text of the answer, or of the piece.
-    pub text: &'a str,
-    /// Log probabilities where asked for.
-    pub logprobs: Option<TextLogprobs>,
-    /// `stop` or `length`, in the last piece only.
-    pub finish_reason: Option<&'static str>,
-}
-
-/// Log probabilities as `/v1/chat/completions` gives them.
-#[derive(Debug, Default, Serialize)]
-pub(crate) struct ChatLogprobs {
-    /// Log probabilities, one per token.
-    pub content: Vec<ChatLogprob>,
-    /// Always `null`.
-    pub refusal: Option<()>,
-}
-
-/// One token's log probability.
-#[derive(Debug, Serialize)]
-pub(crate) struct ChatLogprob {
-    /// The alternatives have no alternatives of their own.
-    #[serde(flatten)]
-    pub token: LogprobToken,
-    /// The likeliest tokens.
-    pub top_logprobs: Vec<LogprobToken>,
-}
-
-/// A token and its log probability.
-#[derive(Debug, Serialize)]
-pub(crate) struct LogprobToken {
-    /// Its text; U+FFFD where it is part of a character.
-    pub token: String,
-    /// Natural logarithm of its probability.
-    pub logprob: f32,
-    /// Bytes of its text.
-    pub bytes: Vec<u8>,
-}
-
-/// Log probabilities as `/v1/completions` gives them.
-#[derive(Debug, Default, Serialize)]
-pub(crate) struct TextLogprobs {
-    /// Texts of the tokens.
-    pub tokens: Vec<String>,
-    /// Log probabilities of the tokens.
-    pub token_logprobs: Vec<f32>,
-    /// The likeliest tokens in each place, and the one that was chosen.
-    pub top_logprobs: Vec<Alternatives>,
-    /// Offset of each token in the answer, in characters.
-    pub text_offset: Vec<usize>,
-}
-
-/// Alternatives by their text; an object in JSON.
-#[derive(Debug)]
-pub(crate) struct Alternatives(Vec<(String, f32)>);
-
-/// Tokens used.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
-pub(crate) struct Usage {
-    /// Tokens of the prompts.
-    pub prompt_tokens: u32,
-    /// Tokens of the answers.
-    pub completion_tokens: u32,
-    /// Sum of the two.
-    pub total_tokens: u32,
-    /// Details of the prompts.
-    pub prompt_tokens_details: PromptDetails,
-}
-
-/// Details of the prompt tokens.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
-pub(crate) struct PromptDetails {
-    /// Found in a KV cache.
-    pub cached_tokens: u32,
-}
-
-/// Timings and speed of an answer.
-#[derive(Debug, Clone, PartialEq, Serialize)]
-pub(crate) struct Timings {
-    /// Time from arrival at the head to the first token.
-    pub first_token_ms: f64,
-    /// Time from arrival to the end.
-    pub total_ms: f64,
-    /// Tokens per second after the first token.
-    pub tokens_per_second: f64,
-    /// Worker that completed the answer.
-    pub worker: String,
-    /// Number of reruns.
-    pub reruns: u32,
-}
 
 impl Api {
     /// The `object` of a whole answer.
@@ -200,42 +35,36 @@ impl Api {
     }
 }
 
-impl ChatLogprobs {
-    /// In this API's form.
-    pub(crate) fn new(logprobs: &[TokenLogprob]) -> Self {
-        let entry = |logprob: &TokenLogprob| ChatLogprob {
-            token: LogprobToken::new(logprob),
-            top_logprobs: logprob.top.iter().map(LogprobToken::new).collect(),
-        };
-        Self {
-            content: logprobs.iter().map(entry).collect(),
-            refusal: None,
-        }
+/// Log probabilities as `/v1/chat/completions` gives them.
+pub(crate) fn chat_logprobs(logprobs: &[TokenLogprob]) -> ChatLogprobs {
+    let token = |logprob: &TokenLogprob| LogprobToken {
+        token: text_of(logprob),
+        logprob: finite(logprob.logprob),
+        bytes: logprob.bytes.clone(),
+    };
+    let entry = |logprob: &TokenLogprob| ChatLogprob {
+        token: token(logprob),
+        top_logprobs: logprob.top.iter().map(token).collect(),
+    };
+    ChatLogprobs {
+        content: logprobs.iter().map(entry).collect(),
+        refusal: None,
     }
 }
 
-impl LogprobToken {
-    fn new(logprob: &TokenLogprob) -> Self {
-        Self {
-            token: text_of(logprob),
-            logprob: finite(logprob.logprob),
-            bytes: logprob.bytes.clone(),
-        }
+/// Log probabilities as `/v1/completions` gives them; `place` is moved behind the last token.
+pub(crate) fn completion_logprobs(
+    logprobs: &[TokenLogprob],
+    place: &mut Place,
+) -> CompletionLogprobs {
+    let mut these = CompletionLogprobs::default();
+    for logprob in logprobs {
+        these.text_offset.push(place.after(&logprob.bytes));
+        these.tokens.push(name_of(logprob));
+        these.token_logprobs.push(finite(logprob.logprob));
+        these.top_logprobs.push(alternatives(logprob));
     }
-}
-
-impl TextLogprobs {
-    /// In this API's form; `place` is moved behind the last token.
-    pub(crate) fn new(logprobs: &[TokenLogprob], place: &mut Place) -> Self {
-        let mut these = Self::default();
-        for logprob in logprobs {
-            these.text_offset.push(place.after(&logprob.bytes));
-            these.tokens.push(name_of(logprob));
-            these.token_logprobs.push(finite(logprob.logprob));
-            these.top_logprobs.push(Alternatives::new(logprob));
-        }
-        these
-    }
+    these
 }
 
 /// A place in the text of an answer, as its tokens come in.
@@ -281,72 +110,54 @@ impl Place {
     }
 }
 
-impl Alternatives {
-    /// The likeliest tokens and, always, the one chosen. Names are unique: of several tokens with one text
-    /// the chosen one counts, then the likeliest.
-    fn new(chosen: &TokenLogprob) -> Self {
-        let name = name_of(chosen);
-        let mut list: Vec<(String, f32)> = Vec::with_capacity(chosen.top.len() + 1);
-        for top in &chosen.top {
-            let other = name_of(top);
-            if list.iter().all(|(known, _)| *known != other) {
-                list.push((other, finite(top.logprob)));
-            }
+/// The likeliest tokens and, always, the one chosen. Names are unique: of several tokens with one text the
+/// chosen one counts, then the likeliest.
+fn alternatives(chosen: &TokenLogprob) -> Alternatives {
+    let name = name_of(chosen);
+    let mut list: Vec<(String, f32)> = Vec::with_capacity(chosen.top.len() + 1);
+    for top in &chosen.top {
+        let other = name_of(top);
+        if list.iter().all(|(known, _)| *known != other) {
+            list.push((other, finite(top.logprob)));
         }
-        let logprob = finite(chosen.logprob);
-        match list.iter_mut().find(|(known, _)| *known == name) {
-            Some(entry) => entry.1 = logprob,
-            None => list.push((name, logprob)),
-        }
-        Self(list)
     }
+    let logprob = finite(chosen.logprob);
+    match list.iter_mut().find(|(known, _)| *known == name) {
+        Some(entry) => entry.1 = logprob,
+        None => list.push((name, logprob)),
+    }
+    Alternatives(list)
 }
 
-impl Serialize for Alternatives {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let mut map = serializer.serialize_map(Some(self.0.len()))?;
-        for (token, logprob) in &self.0 {
-            map.serialize_entry(token, logprob)?;
-        }
-        map.end()
+/// Counts one more answer; its prompt only if it is the prompt's first answer.
+pub(crate) fn add_usage(usage: &mut CompletionUsage, complete: &Complete, first_of_prompt: bool) {
+    let done = &complete.done;
+    if first_of_prompt {
+        let details = &mut usage.prompt_tokens_details;
+        usage.prompt_tokens = usage.prompt_tokens.saturating_add(done.prompt_tokens);
+        details.cached_tokens = details.cached_tokens.saturating_add(done.cached_tokens);
     }
+    usage.completion_tokens = usage
+        .completion_tokens
+        .saturating_add(done.completion_tokens);
+    usage.total_tokens = usage.prompt_tokens.saturating_add(usage.completion_tokens);
 }
 
-impl Usage {
-    /// Counts one more answer; its prompt only if it is the prompt's first answer.
-    pub(crate) fn add(&mut self, complete: &Complete, first_of_prompt: bool) {
-        let done = &complete.done;
-        if first_of_prompt {
-            self.prompt_tokens = self.prompt_tokens.saturating_add(done.prompt_tokens);
-            self.prompt_tokens_details.cached_tokens = self
-                .prompt_tokens_details
-                .cached_tokens
-                .saturating_add(done.cached_tokens);
-        }
-        self.completion_tokens = self
-            .completion_tokens
-            .saturating_add(done.completion_tokens);
-        self.total_tokens = self.prompt_tokens.saturating_add(self.completion_tokens);
-    }
-}
-
-impl Timings {
-    /// Timings of this answer.
-    pub(crate) fn new(complete: &Complete, worker: &str) -> Self {
-        let first = complete.first_token.unwrap_or(complete.total);
-        let decoding = complete.total.saturating_sub(first).as_secs_f64();
-        let after_first = f64::from(complete.done.completion_tokens.saturating_sub(1));
-        Self {
-            first_token_ms: first.as_secs_f64() * 1e3,
-            total_ms: complete.total.as_secs_f64() * 1e3,
-            tokens_per_second: if decoding > 0.0 {
-                after_first / decoding
-            } else {
-                0.0
-            },
-            worker: worker.to_owned(),
-            reruns: complete.reruns,
-        }
+/// Timings of an answer.
+pub(crate) fn timings(complete: &Complete, worker: &str) -> Timings {
+    let first = complete.first_token.unwrap_or(complete.total);
+    let decoding = complete.total.saturating_sub(first).as_secs_f64();
+    let after_first = f64::from(complete.done.completion_tokens.saturating_sub(1));
+    Timings {
+        first_token_ms: first.as_secs_f64() * 1e3,
+        total_ms: complete.total.as_secs_f64() * 1e3,
+        tokens_per_second: if decoding > 0.0 {
+            after_first / decoding
+        } else {
+            0.0
+        },
+        worker: worker.to_owned(),
+        reruns: complete.reruns,
     }
 }
 
@@ -412,7 +223,7 @@ mod tests {
             logprob("b", f32::NEG_INFINITY, vec![]),
         ];
         assert_eq!(
-            serde_json::to_value(ChatLogprobs::new(&list)).unwrap(),
+            serde_json::to_value(chat_logprobs(&list)).unwrap(),
             json!({"content": [
                 {"token": "é", "logprob": -0.5, "bytes": [195, 169],
                  "top_logprobs": [{"token": "é", "logprob": -0.5, "bytes": [195, 169]}]},
@@ -424,7 +235,7 @@ mod tests {
             open: Vec::new(),
         };
         assert_eq!(
-            serde_json::to_value(TextLogprobs::new(&list, &mut place)).unwrap(),
+            serde_json::to_value(completion_logprobs(&list, &mut place)).unwrap(),
             json!({
                 "tokens": ["é", "b"], "token_logprobs": [-0.5, -9999.0], "top_logprobs": [{"é": -0.5}, {"b": -9999.0}],
                 "text_offset": [3, 4],
@@ -448,7 +259,8 @@ mod tests {
             logprob("x", -4.0, vec![]),
         ];
         let list = [byte(0x99, -5.0, top.clone()), logprob("x", -4.0, top)];
-        let text = serde_json::to_string(&TextLogprobs::new(&list, &mut Place::default())).unwrap();
+        let text =
+            serde_json::to_string(&completion_logprobs(&list, &mut Place::default())).unwrap();
         let value: serde_json::Value = serde_json::from_str(&text).unwrap();
         assert_eq!(
             value["top_logprobs"],

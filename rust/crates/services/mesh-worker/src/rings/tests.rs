@@ -66,10 +66,10 @@ impl Mesh {
             let identity = join(&[address], &token, dir.path(), &name).await.unwrap();
             let config = Arc::new(Config {
                 state_dir: dir.path().to_owned(),
-                shards: vec![paths::smollm2().unwrap().display().to_string()],
                 ort_library: Some(paths::ort_library().unwrap()),
                 threads: 1,
                 ring: RingConfig {
+                    models: vec![paths::smollm2().unwrap().display().to_string()],
                     listen: LOOPBACK,
                     format: crate::config::Format::File,
                     ..RingConfig::default()

@@ -23,10 +23,11 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use mesh_api::{DrainProgress, RebalanceRequest, RebalanceResponse, WorkerRequest, paths};
 use mesh_testkit::client::http::HttpClient;
 use mesh_testkit::namespaces::Machine;
 use mesh_testkit::{Mesh, Namespaces, Service};
-use serde_json::{Value, json};
+use serde_json::Value;
 use tokio::task::JoinHandle;
 
 pub use builder::ClusterBuilder;
@@ -159,7 +160,7 @@ impl Cluster {
     /// # Errors
     /// If the head does not answer.
     pub async fn rings(&self) -> Result<Vec<RingView>> {
-        RingView::all(&self.mesh.registry().await?)
+        Ok(RingView::all(self.mesh.registry().await?))
     }
 
     /// Waits for a ring that serves. If the cluster has standbys, all must be ready and have all KV rows.
@@ -181,13 +182,15 @@ impl Cluster {
         let started = Instant::now();
         loop {
             let seen = self.mesh.registry().await?;
-            let found = RingView::all(&seen)?.into_iter().find(|ring| wanted(ring));
+            let found = RingView::all(seen.clone())
+                .into_iter()
+                .find(|ring| wanted(ring));
             if let Some(ring) = found {
                 return Ok(ring);
             }
             if started.elapsed() > RING_LIMIT {
                 bail!(
-                    "no such ring within {RING_LIMIT:?}: {seen:#}\n{}",
+                    "no such ring within {RING_LIMIT:?}: {seen:#?}\n{}",
                     self.log_ends()
                 );
             }
@@ -200,9 +203,10 @@ impl Cluster {
     ///
     /// # Errors
     /// If it refuses.
-    pub async fn rebalance(&self) -> Result<Value> {
+    pub async fn rebalance(&self) -> Result<RebalanceResponse> {
         let admin = self.mesh.admin()?;
-        Ok(admin.post("/v1/mesh/rebalance", &json!({})).await?)
+        let request = RebalanceRequest::default();
+        Ok(admin.post(paths::REBALANCE, &request).await?)
     }
 
     /// Drains a worker through the head, and waits until it holds nothing.
@@ -211,21 +215,21 @@ impl Cluster {
     /// If the head refuses, or if the worker still holds something after 30 s; the message names it.
     pub async fn drain(&self, name: &str) -> Result<()> {
         let admin = self.mesh.admin()?;
-        let asked = json!({ "worker": name });
-        let mut shown = admin.post("/v1/mesh/drain", &asked).await?;
+        let request = WorkerRequest {
+            worker: name.to_owned(),
+        };
+        let drain: DrainProgress = admin.post(paths::DRAIN, &request).await?;
+        let mut holds = drain.holds;
         let started = Instant::now();
-        while shown["holds"]
-            .as_array()
-            .is_some_and(|holds| !holds.is_empty())
-        {
+        while !holds.is_empty() {
             if started.elapsed() > DRAIN_LIMIT {
-                bail!("{name} is not empty after {DRAIN_LIMIT:?}: {shown:#}");
+                bail!("{name} is not empty after {DRAIN_LIMIT:?}: {holds:#?}");
             }
             tokio::time::sleep(Duration::from_millis(50)).await;
             let mesh = self.mesh.registry().await?;
-            let mut workers = mesh["workers"].as_array().into_iter().flatten();
-            let worker = workers.find(|worker| worker["name"] == name);
-            shown = worker.cloned().unwrap_or_default();
+            let mut workers = mesh.workers.into_iter();
+            let worker = workers.find(|worker| worker.name == name);
+            holds = worker.unwrap_or_default().holds;
         }
         Ok(())
     }
@@ -236,9 +240,10 @@ impl Cluster {
     /// If the head refuses.
     pub async fn undrain(&self, name: &str) -> Result<()> {
         let admin = self.mesh.admin()?;
-        admin
-            .post("/v1/mesh/undrain", &json!({ "worker": name }))
-            .await?;
+        let request = WorkerRequest {
+            worker: name.to_owned(),
+        };
+        let _: DrainProgress = admin.post(paths::UNDRAIN, &request).await?;
         Ok(())
     }
 
@@ -301,22 +306,17 @@ impl Cluster {
     ///
     /// # Errors
     /// If some still run after 30 s.
-    pub async fn wait_until_idle(&self) -> Result<Value> {
+    pub async fn wait_until_idle(&self) -> Result<mesh_api::Mesh> {
         let started = Instant::now();
         loop {
             let seen = self.mesh.registry().await?;
-            let workers = seen["workers"].as_array().map(Vec::as_slice);
-            let assigned = workers
-                .unwrap_or_default()
-                .iter()
-                .filter_map(|worker| worker["assigned"].as_u64())
-                .sum::<u64>();
+            let assigned: u32 = seen.workers.iter().map(|worker| worker.assigned).sum();
             if assigned == 0 {
                 return Ok(seen);
             }
             if started.elapsed() > IDLE_LIMIT {
                 bail!(
-                    "{assigned} requests still run {IDLE_LIMIT:?} after the last answer: {seen:#}"
+                    "{assigned} requests still run {IDLE_LIMIT:?} after the last answer: {seen:#?}"
                 );
             }
             tokio::time::sleep(Duration::from_millis(50)).await;

@@ -8,10 +8,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use clap::Parser;
+use mesh_api::{ChatCompletionRequest, GenerationOptions};
 use mesh_bench::median;
 use mesh_bench::round_trips::{SocketThread, echo_head, round_trips_per_second};
 use mesh_launcher::{Launcher, Mesh, Service, paths, until_signal};
-use serde_json::json;
 
 /// Compares decode speed and the shim's throughput of two builds of the services
 #[derive(Debug, Parser)]
@@ -146,12 +146,10 @@ impl Build {
         let mut answers = Vec::new();
         for stream in 0..streams {
             let http = self.mesh.client()?;
-            let body = json!({
-                "messages": [{"role": "user", "content": format!("Tell me story number {stream}.")}],
-                "max_tokens": tokens, "temperature": 0, "ignore_eos": true,
-            });
+            let question = format!("Tell me story number {stream}.");
+            let request = ChatCompletionRequest::question(question, greedy(tokens));
             answers.push(tokio::spawn(async move {
-                let mut stream = http.stream(body).await?;
+                let mut stream = http.stream(request).await?;
                 let mut times = Vec::new();
                 while let Some(piece) = stream.next().await? {
                     if !piece.text.is_empty() {
@@ -177,13 +175,21 @@ impl Build {
     async fn short(&self) -> Result<f64> {
         const REQUESTS: u32 = 30;
         let http = self.mesh.client()?;
-        let body = json!({
-            "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1, "temperature": 0,
-        });
+        let request = ChatCompletionRequest::question("Hi", greedy(1));
         let begun = Instant::now();
         for _ in 0..REQUESTS {
-            http.complete(&body).await?;
+            http.complete(&request).await?;
         }
         Ok(f64::from(REQUESTS) / begun.elapsed().as_secs_f64())
+    }
+}
+
+/// Asks for the likeliest tokens, exactly so many.
+fn greedy(tokens: u32) -> GenerationOptions {
+    GenerationOptions {
+        max_tokens: Some(tokens.into()),
+        temperature: Some(0.0),
+        ignore_eos: Some(true),
+        ..GenerationOptions::default()
     }
 }

@@ -13,10 +13,10 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::Parser;
+use mesh_api::{CompletionRequest, GenerationOptions, RingStage, TextInput};
 use mesh_bench::{median, program};
 use mesh_client::http::HttpClient;
 use mesh_launcher::{Mesh, paths, until_signal};
-use serde_json::json;
 
 /// Measures one model over three processes against one, with and without standbys, and against llama.cpp's RPC
 #[derive(Parser)]
@@ -195,17 +195,20 @@ async fn start(model: &Path, ring: Option<bool>) -> Result<Mesh> {
     let started = Instant::now();
     loop {
         let registry = mesh.registry().await?;
-        let stages = registry["rings"][0]["stages"].as_array().cloned();
-        let stages = stages.unwrap_or_default();
-        let serving = registry["rings"][0]["state"] == "serving" && stages.len() == 3;
-        let covered = |stage: &serde_json::Value| stage["standby"]["phase"] == "ready";
-        if serving && (!standbys || stages.iter().all(covered)) {
-            for stage in &stages {
-                println!("{} on {}", stage["layers"], stage["member"]["worker"]);
+        let covered = |stage: &RingStage| {
+            let standby = stage.standby.as_ref();
+            standby.is_some_and(|standby| standby.phase == "ready")
+        };
+        if let Some(ring) = registry.rings.first()
+            && (ring.state == "serving" && ring.stages.len() == 3)
+            && (!standbys || ring.stages.iter().all(covered))
+        {
+            for stage in &ring.stages {
+                println!("{:?} on {}", stage.layers, stage.member.worker);
             }
             return Ok(mesh);
         }
-        ensure!(started.elapsed() < LIMIT, "no ring: {registry}");
+        ensure!(started.elapsed() < LIMIT, "no ring: {registry:?}");
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
 }
@@ -230,17 +233,19 @@ async fn measure(client: &HttpClient, args: &Args, round: usize) -> Result<Speed
     let prompt: Vec<u32> = (0..args.prompt)
         .map(|i| (i * 7_919 + round as u32 * 104_729) % 40_000 + 100)
         .collect();
-    let request = json!({
-        "prompt": prompt, "max_tokens": 1, "temperature": 0, "ignore_eos": true,
-    });
+    let options = |tokens: u32| GenerationOptions {
+        max_tokens: Some(tokens.into()),
+        temperature: Some(0.0),
+        ignore_eos: Some(true),
+        ..GenerationOptions::default()
+    };
+    let begin = TextInput::Tokens(prompt[..8].to_vec());
+    let request = CompletionRequest::new(TextInput::Tokens(prompt), options(1));
     let started = Instant::now();
-    client.post("/v1/completions", &request).await?;
+    client.complete(&request).await?;
     let prefill = f64::from(args.prompt) / started.elapsed().as_secs_f64();
 
-    let request = json!({
-        "prompt": prompt[..8], "max_tokens": args.tokens, "temperature": 0,
-        "ignore_eos": true,
-    });
+    let request = CompletionRequest::new(begin, options(args.tokens));
     let mut stream = client.stream(request).await?;
     let (mut first, mut last, mut pieces) = (None, Instant::now(), 0u32);
     while let Some(piece) = stream.next().await? {

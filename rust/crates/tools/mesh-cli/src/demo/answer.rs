@@ -2,8 +2,8 @@
 
 use std::time::{Duration, Instant};
 
+use mesh_api::ChatCompletionRequest;
 use mesh_client::http::HttpClient;
-use serde_json::Value;
 
 use crate::failure::Failure;
 use crate::output::{Stats, Terminal, print_now};
@@ -34,11 +34,11 @@ impl Streamed {
 /// Asks over HTTP; `on_text` sees each piece as it comes.
 pub(super) async fn stream(
     client: &HttpClient,
-    body: &Value,
+    request: &ChatCompletionRequest,
     mut on_text: impl AsyncFnMut(&str) -> Result<(), Failure>,
 ) -> Result<Streamed, Failure> {
     let started = Instant::now();
-    let mut stream = client.stream(body.clone()).await?;
+    let mut stream = client.stream(request.clone()).await?;
     let mut text = String::new();
     let mut arrivals = Vec::new();
     let mut tokens = None;
@@ -49,7 +49,7 @@ pub(super) async fn stream(
             on_text(&piece.text).await?;
         }
         if let Some(usage) = piece.usage {
-            tokens = usage["completion_tokens"].as_u64();
+            tokens = Some(u64::from(usage.completion_tokens));
         }
     }
     let total = started.elapsed();

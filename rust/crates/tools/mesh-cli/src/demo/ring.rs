@@ -2,8 +2,8 @@
 
 use std::time::{Duration, Instant};
 
+use mesh_api::RingStage;
 use mesh_launcher::Mesh;
-use serde_json::Value;
 
 use super::LOOK;
 use crate::failure::Failure;
@@ -14,33 +14,30 @@ const FORM_LIMIT: Duration = Duration::from_secs(90);
 const RECOVERY_LIMIT: Duration = Duration::from_secs(10);
 
 /// Waits until a ring serves and each of its stages has a standby that has loaded. Returns `/v1/mesh`.
-pub(super) async fn wait_for_standbys(mesh: &mut Mesh) -> Result<Value, Failure> {
+pub(super) async fn wait_for_standbys(mesh: &mut Mesh) -> Result<mesh_api::Mesh, Failure> {
     wait(
         mesh,
         FORM_LIMIT,
         "no ring with standbys serves",
         |registry| {
-            let ring = &registry["rings"][0];
-            let stages = list(&ring["stages"]);
-            ring["state"] == "serving"
-                && !stages.is_empty()
-                && stages
-                    .iter()
-                    .all(|stage| stage["standby"]["phase"] == "ready")
+            let stages = stages_of(registry);
+            let covered = |stage: &RingStage| {
+                let standby = stage.standby.as_ref();
+                standby.is_some_and(|standby| standby.phase == "ready")
+            };
+            serves(registry) && !stages.is_empty() && stages.iter().all(covered)
         },
     )
     .await
 }
 
 /// Waits until the ring serves again after a loss and says how it went. Returns `/v1/mesh`.
-pub(super) async fn wait_for_recovery(mesh: &mut Mesh) -> Result<Value, Failure> {
+pub(super) async fn wait_for_recovery(mesh: &mut Mesh) -> Result<mesh_api::Mesh, Failure> {
     wait(
         mesh,
         RECOVERY_LIMIT,
         "the ring did not recover",
-        |registry| {
-            registry["rings"][0]["state"] == "serving" && !list(&registry["recoveries"]).is_empty()
-        },
+        |registry| serves(registry) && !registry.recoveries.is_empty(),
     )
     .await
 }
@@ -48,11 +45,11 @@ pub(super) async fn wait_for_recovery(mesh: &mut Mesh) -> Result<Value, Failure>
 /// The worker of a stage in the middle, as an index of `mesh.workers`.
 pub(super) async fn member(mesh: &Mesh) -> Result<usize, Failure> {
     let registry = mesh.registry().await?;
-    let stages = list(&registry["rings"][0]["stages"]);
-    let member = stages
+    let stages = stages_of(&registry);
+    let stage = stages
         .get(stages.len() / 2)
-        .and_then(|stage| stage["member"]["worker"].as_str())
-        .ok_or_else(|| Failure::failed(format!("no ring has stages: {registry}")))?;
+        .ok_or_else(|| Failure::failed(format!("no ring has stages: {registry:?}")))?;
+    let member = &stage.member.worker;
     mesh.workers
         .iter()
         .position(|worker| worker.name() == member)
@@ -64,34 +61,29 @@ pub(super) async fn member(mesh: &Mesh) -> Result<usize, Failure> {
 }
 
 /// A line for each stage.
-pub(super) fn stages(registry: &Value) -> Vec<String> {
-    let line = |stage: &Value| {
-        let (first, end) = (number(&stage["layers"][0]), number(&stage["layers"][1]));
+pub(super) fn stages(registry: &mesh_api::Mesh) -> Vec<String> {
+    let line = |stage: &RingStage| {
+        let [first, end] = stage.layers;
         let last = end.saturating_sub(1);
         let range = if first == last {
             first.to_string()
         } else {
             format!("{first}-{last}")
         };
-        let standby = match stage["standby"]["worker"].as_str() {
-            Some(standby) => format!("{standby} stands by"),
+        let standby = match &stage.standby {
+            Some(standby) => format!("{} stands by", standby.worker),
             None => "nobody stands by".to_owned(),
         };
-        let member = stage["member"]["worker"].as_str().unwrap_or("-");
-        format!("layers {range:<6} {member}, {standby}")
+        format!("layers {range:<6} {}, {standby}", stage.member.worker)
     };
-    list(&registry["rings"][0]["stages"])
-        .iter()
-        .map(line)
-        .collect()
+    stages_of(registry).iter().map(line).collect()
 }
 
 /// The ring's own measurement of its last recovery.
-pub(super) fn recovery(registry: &Value) -> String {
-    match list(&registry["recoveries"]).last() {
+pub(super) fn recovery(registry: &mesh_api::Mesh) -> String {
+    match registry.recoveries.last() {
         Some(last) => {
-            let rows = number(&last["rows"]);
-            let gap = last["gap_ms"].as_f64().unwrap_or(0.0);
+            let (rows, gap) = (last.rows, last.gap_ms);
             let noun = if rows == 1 { "row" } else { "rows" };
             format!("ring recovered in {gap:.0} ms ({rows} {noun} recomputed)")
         }
@@ -99,8 +91,14 @@ pub(super) fn recovery(registry: &Value) -> String {
     }
 }
 
-fn number(value: &Value) -> u64 {
-    value.as_u64().unwrap_or(0)
+/// The stages of the first ring.
+fn stages_of(registry: &mesh_api::Mesh) -> &[RingStage] {
+    registry.rings.first().map_or(&[], |ring| &ring.stages)
+}
+
+fn serves(registry: &mesh_api::Mesh) -> bool {
+    let ring = registry.rings.first();
+    ring.is_some_and(|ring| ring.state == "serving")
 }
 
 /// Looks at `/v1/mesh` until `holds` says so.
@@ -108,8 +106,8 @@ async fn wait(
     mesh: &mut Mesh,
     limit: Duration,
     otherwise: &str,
-    holds: impl Fn(&Value) -> bool,
-) -> Result<Value, Failure> {
+    holds: impl Fn(&mesh_api::Mesh) -> bool,
+) -> Result<mesh_api::Mesh, Failure> {
     let until = Instant::now() + limit;
     loop {
         let registry = mesh.registry().await?;
@@ -128,21 +126,19 @@ async fn wait(
 }
 
 /// The head's own reason, where it has one.
-fn why_not(registry: &Value) -> String {
-    let unformed = registry["unformed"][0]["reason"].as_str();
-    match unformed.or(registry["rings"][0]["reason"].as_str()) {
-        Some(reason) => reason.to_owned(),
-        None => registry.to_string(),
+fn why_not(registry: &mesh_api::Mesh) -> String {
+    let unformed = registry.unformed.first().map(|unformed| &unformed.reason);
+    let ring = registry.rings.first().map(|ring| &ring.reason);
+    match unformed.or(ring) {
+        Some(reason) => reason.clone(),
+        None => format!("{registry:?}"),
     }
-}
-
-fn list(value: &Value) -> &[Value] {
-    value.as_array().map(Vec::as_slice).unwrap_or_default()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::admin::read;
     use serde_json::json;
 
     #[test]
@@ -153,24 +149,24 @@ mod tests {
             {"layers": [29, 30], "member": {"worker": "d"}, "standby": {"worker": "b"}},
         ]}]});
         assert_eq!(
-            stages(&registry),
+            stages(&read(&registry).unwrap()),
             [
                 "layers 0-9    a, b stands by",
                 "layers 10-28  c, nobody stands by",
                 "layers 29     d, b stands by"
             ]
         );
-        assert!(stages(&json!({})).is_empty());
+        assert!(stages(&mesh_api::Mesh::default()).is_empty());
     }
 
     #[test]
     fn the_heads_reason_is_told_where_it_has_one() {
         assert_eq!(
-            why_not(&json!({"unformed": [{"reason": "add a node"}], "rings": []})),
+            why_not(&read(&json!({"unformed": [{"reason": "add a node"}], "rings": []})).unwrap()),
             "add a node"
         );
         assert_eq!(
-            why_not(&json!({"rings": [{"reason": "loading"}]})),
+            why_not(&read(&json!({"rings": [{"reason": "loading"}]})).unwrap()),
             "loading"
         );
     }

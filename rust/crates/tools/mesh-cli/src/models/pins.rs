@@ -1,9 +1,10 @@
 //! `hydramesh models pins`: the fingerprints that models' names stand for in the mesh, by the head's admin
 //! API.
 
-use serde_json::{Value, json};
+use mesh_api::{PinDecision, PinList, paths};
+use serde_json::Value;
 
-use crate::admin::Admin;
+use crate::admin::{Admin, read};
 use crate::args::{HeadArgs, PinsCommand};
 use crate::failure::Failure;
 use crate::output::table;
@@ -14,21 +15,24 @@ pub(super) async fn run(
     as_json: bool,
 ) -> Result<(), Failure> {
     let admin = Admin::new(head)?;
+    let decide = async |name: &str, fingerprint: Option<String>| -> Result<Value, Failure> {
+        let name = name.to_owned();
+        let decision = PinDecision { name, fingerprint };
+        admin.post(paths::PINS, &decision).await
+    };
     let (answer, shown) = match command {
         PinsCommand::List => {
-            let answer = admin.get("/v1/mesh/pins").await?;
-            let shown = show(&answer);
+            let answer = admin.get(paths::PINS).await?;
+            let shown = show(&read(&answer)?);
             (answer, shown)
         }
         PinsCommand::Set { name, fingerprint } => {
-            let body = json!({ "name": name, "fingerprint": fingerprint.to_lowercase() });
-            let answer = admin.post("/v1/mesh/pins", &body).await?;
+            let answer = decide(&name, Some(fingerprint.to_lowercase())).await?;
             let shown = format!("{name} means {fingerprint} in this mesh, whoever claims it.\n");
             (answer, shown)
         }
         PinsCommand::Release { name } => {
-            let body = json!({ "name": name });
-            let answer = admin.post("/v1/mesh/pins", &body).await?;
+            let answer = decide(&name, None).await?;
             let shown = format!("{name} will mean what is got under it next.\n");
             (answer, shown)
         }
@@ -40,39 +44,30 @@ pub(super) async fn run(
     Ok(())
 }
 
-fn show(answer: &Value) -> String {
-    let plain = |value: &Value| {
-        let text = value.as_str().unwrap_or("-");
-        text.replace(char::is_control, " ")
-    };
-    let pins = answer["pins"].as_array().map(Vec::as_slice);
-    let rows = pins.unwrap_or_default().iter().map(|pin| {
-        let by = match pin["operator"].as_bool() {
-            Some(true) => "an operator".to_owned(),
-            _ => format!("first from {}", plain(&pin["worker"])),
+fn show(list: &PinList) -> String {
+    let plain = |text: &str| text.replace(char::is_control, " ");
+    let rows = list.pins.iter().map(|pin| {
+        let by = match pin.operator {
+            true => "an operator".to_owned(),
+            false => format!("first from {}", plain(&pin.worker)),
         };
-        vec![plain(&pin["name"]), plain(&pin["fingerprint"]), by]
+        vec![plain(&pin.name), plain(&pin.fingerprint), by]
     });
     let rows: Vec<Vec<String>> = rows.collect();
     let mut text = match rows.is_empty() {
         true => "No name of a model is pinned yet.\n".to_owned(),
         false => table(&["NAME", "FINGERPRINT", "PINNED BY"], &rows),
     };
-    for conflict in answer["name_conflicts"].as_array().into_iter().flatten() {
-        let served = conflict["served"] == true;
-        text += &format!(
-            "warning: {} is {} for",
-            plain(&conflict["name"]),
-            if served { "served" } else { "claimed" }
-        );
-        let claims = conflict["claims"].as_object().into_iter().flatten();
-        for (fingerprint, workers) in claims {
-            let workers = workers.as_array().into_iter().flatten();
-            let workers: Vec<String> = workers.map(plain).collect();
+    for conflict in &list.name_conflicts {
+        let name = plain(&conflict.name);
+        let how = if conflict.served { "served" } else { "claimed" };
+        text += &format!("warning: {name} is {how} for");
+        for (fingerprint, workers) in &conflict.claims {
+            let workers: Vec<String> = workers.iter().map(|worker| plain(worker)).collect();
             text += &format!(" {:.12} by {};", fingerprint, workers.join(", "));
         }
         text.pop();
-        if served {
+        if conflict.served {
             text += " (fingerprints of files, which cannot be pinned; stop one of them, or give its model another name)";
         }
         text += "\n";
@@ -82,6 +77,8 @@ fn show(answer: &Value) -> String {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
 
     #[test]
@@ -95,7 +92,7 @@ mod tests {
             "name_conflicts": [{"name": "m", "claims": {"aaaaaaaaaaaaaaaa": ["x", "y"], "bbbbbbbbbbbbbbbb": ["z"]}},
                 {"name": "n", "served": true, "claims": {"cccccccccccccccc": ["x"], "dddddddddddddddd": ["z"]}}],
         });
-        let text = show(&answer);
+        let text = show(&read(&answer).unwrap());
         for part in [
             "first from pi\n",
             "an operator",
@@ -104,6 +101,6 @@ mod tests {
         ] {
             assert!(text.contains(part), "{part}: {text}");
         }
-        assert!(show(&json!({})).contains("No name"));
+        assert!(show(&PinList::default()).contains("No name"));
     }
 }

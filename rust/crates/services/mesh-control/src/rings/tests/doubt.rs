@@ -134,7 +134,7 @@ fn a_worker_whose_address_changed_gets_its_neighbour_into_no_trouble() {
         mesh.poll();
         mesh.all_work();
         assert_eq!((mesh.members(), mesh.standbys()), (members, standbys));
-        assert_eq!((mesh.failovers(), mesh.ring().state), (0, "serving"));
+        assert_eq!((mesh.failovers(), &*mesh.ring().state), (0, "serving"));
     }
 }
 

@@ -97,7 +97,7 @@ fn a_drained_standby_is_replaced_in_the_same_epoch() {
     let standby = mesh.standbys()[0].clone().unwrap();
     mesh.rings.drain(&standby, mesh.now).unwrap();
     mesh.poll();
-    assert_eq!((mesh.ring().epoch, mesh.ring().state), (1, "serving"));
+    assert_eq!((mesh.ring().epoch, &*mesh.ring().state), (1, "serving"));
     assert!(!mesh.standbys().contains(&Some(standby.clone())));
     assert!(mesh.standbys()[0].is_some());
     assert!(

@@ -11,7 +11,7 @@ fn a_ring_is_formed_when_offers_were_quiet_and_serves_when_its_driver_says_so() 
     assert_eq!(mesh.rings.prospects()[MODEL], Prospect::Coming);
     mesh.pass(0.5);
     let ring = mesh.id();
-    assert_eq!((mesh.ring().epoch, mesh.ring().state), (1, "forming"));
+    assert_eq!((mesh.ring().epoch, &*mesh.ring().state), (1, "forming"));
     assert_eq!(mesh.told.len(), 2, "both members were told");
     for told in mesh.told.values() {
         assert_eq!(

@@ -1,9 +1,10 @@
 //! Chat messages, in the forms that clients send.
 
+use mesh_api::fields::Neutral;
 use mesh_proto::{Chat, ChatMessage};
 use serde_json::{Map, Value};
 
-use super::reader::{Fields, is_empty};
+use super::reader::Fields;
 use crate::api::invalid::Invalid;
 
 /// Chat messages: a non-empty list of roles and texts.
@@ -115,7 +116,10 @@ fn message(path: &str, value: &Value) -> Result<ChatMessage, Invalid> {
     };
     let fields = Fields::new(map);
     for name in ["tool_calls", "function_call", "audio"] {
-        if fields.get(name).is_some_and(|value| !is_empty(value)) {
+        if fields
+            .get(name)
+            .is_some_and(|value| !Neutral::Empty.allows(value))
+        {
             return Err(Invalid::unsupported(
                 format!("{path}.{name}"),
                 "send text messages only",

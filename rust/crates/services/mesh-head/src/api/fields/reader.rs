@@ -153,17 +153,6 @@ impl<'a> Fields<'a> {
     }
 }
 
-/// True if a value asks for nothing: `null`, `false`, or an empty one.
-pub(crate) fn is_empty(value: &Value) -> bool {
-    match value {
-        Value::Null | Value::Bool(false) => true,
-        Value::String(text) => text.trim().is_empty(),
-        Value::Array(list) => list.is_empty(),
-        Value::Object(map) => map.is_empty(),
-        Value::Bool(true) | Value::Number(_) => false,
-    }
-}
-
 /// A JSON number without a fraction: 3 and 3.0 alike.
 pub(crate) fn whole_number(value: &Value) -> Option<i64> {
     let whole = |number: f64| number.fract() == 0.0 && number.abs() < 9e15;

@@ -8,6 +8,10 @@ use axum::body::{Body, Bytes};
 use axum::http::{HeaderValue, header};
 use axum::response::{IntoResponse, Response};
 use futures::stream::{self, SelectAll, Stream, StreamExt};
+use mesh_api::{
+    ChatChoice, ChatChunkChoice, ChatDelta, ChatResponseMessage, CompletionChoice, CompletionUsage,
+    Envelope, Timings,
+};
 use mesh_control::request::{Complete, Delta};
 use mesh_proto::{RequestPhase, TokenLogprob};
 use serde::Serialize;
@@ -19,8 +23,8 @@ use super::hold::counted;
 use super::keys::Pass;
 use crate::api::generate::{Api, Asked};
 use crate::api::wire::{
-    ChatChoice, ChatChunk, ChatDelta, ChatLogprobs, ChatText, Envelope, Place, TextChoice,
-    TextLogprobs, Timings, Usage, finish_reason, system_fingerprint,
+    Place, add_usage, chat_logprobs, completion_logprobs, finish_reason, system_fingerprint,
+    timings,
 };
 use crate::flight::event::{Event, FOR_ROOM, ServedBy, words};
 use crate::ids;
@@ -37,7 +41,7 @@ pub(super) struct Answering {
     answers_per_prompt: usize,
     events: Events,
     choices: Vec<Choice>,
-    usage: Usage,
+    usage: CompletionUsage,
     /// The cause of a choice's wait, in words.
     waits: String,
     /// The chunks that name the role were made.
@@ -96,7 +100,7 @@ impl Answering {
             answers_per_prompt: asked.choices as usize,
             events: stream::select_all(numbered),
             choices,
-            usage: Usage::default(),
+            usage: CompletionUsage::default(),
             waits: String::new(),
             has_roles: false,
             keep_alive: GRACE,
@@ -125,11 +129,11 @@ impl Answering {
                 let wants_logprobs = self.wants_logprobs;
                 let choice = |(index, choice): (usize, Choice)| ChatChoice {
                     index,
-                    finish_reason: choice.finish_reason(),
-                    logprobs: wants_logprobs.then(|| ChatLogprobs::new(&choice.logprobs)),
-                    message: ChatText {
-                        role: "assistant",
-                        content: choice.text,
+                    finish_reason: choice.finish_reason().into(),
+                    logprobs: wants_logprobs.then(|| chat_logprobs(&choice.logprobs)),
+                    message: ChatResponseMessage {
+                        role: "assistant".into(),
+                        content: choice.text.into(),
                         refusal: None,
                     },
                 };
@@ -142,17 +146,18 @@ impl Answering {
             }
             Api::Completions => {
                 let wants_logprobs = self.wants_logprobs;
-                let choices = self
-                    .choices
-                    .iter()
-                    .enumerate()
-                    .map(|(index, choice)| TextChoice {
-                        index,
-                        finish_reason: Some(choice.finish_reason()),
-                        logprobs: wants_logprobs
-                            .then(|| TextLogprobs::new(&choice.logprobs, &mut Place::default())),
-                        text: &choice.text,
-                    });
+                let choices =
+                    self.choices
+                        .iter()
+                        .enumerate()
+                        .map(|(index, choice)| CompletionChoice {
+                            index,
+                            finish_reason: Some(choice.finish_reason().into()),
+                            logprobs: wants_logprobs.then(|| {
+                                completion_logprobs(&choice.logprobs, &mut Place::default())
+                            }),
+                            text: choice.text.as_str().into(),
+                        });
                 let choices = choices.collect();
                 json(
                     &self
@@ -230,8 +235,8 @@ impl Answering {
                     return Some((index, Err(ApiError::from(&error))));
                 }
                 Event::Complete(mut complete) => {
-                    self.usage
-                        .add(&complete, index.is_multiple_of(self.answers_per_prompt));
+                    let first_of_prompt = index.is_multiple_of(self.answers_per_prompt);
+                    add_usage(&mut self.usage, &complete, first_of_prompt);
                     let text = std::mem::take(&mut complete.done.text);
                     let choice = &mut self.choices[index];
                     choice.text += &text;
@@ -339,11 +344,11 @@ impl Answering {
 
     fn role_chunk(&self, index: usize) -> Bytes {
         let delta = ChatDelta {
-            role: Some("assistant"),
-            content: Some(""),
+            role: Some("assistant".into()),
+            content: Some("".into()),
         };
         self.chunk(
-            ChatChunk {
+            ChatChunkChoice {
                 index,
                 delta,
                 logprobs: None,
@@ -358,11 +363,11 @@ impl Answering {
             Api::Chat => {
                 let delta = ChatDelta {
                     role: None,
-                    content: Some(text),
+                    content: Some(text.into()),
                 };
-                let logprobs = self.wants_logprobs.then(|| ChatLogprobs::new(logprobs));
+                let logprobs = self.wants_logprobs.then(|| chat_logprobs(logprobs));
                 self.chunk(
-                    ChatChunk {
+                    ChatChunkChoice {
                         index,
                         delta,
                         logprobs,
@@ -375,11 +380,11 @@ impl Answering {
                 let place = &mut self.choices[index].place;
                 let logprobs = self
                     .wants_logprobs
-                    .then(|| TextLogprobs::new(logprobs, place));
+                    .then(|| completion_logprobs(logprobs, place));
                 self.chunk(
-                    TextChoice {
+                    CompletionChoice {
                         index,
-                        text,
+                        text: text.into(),
                         logprobs,
                         finish_reason: None,
                     },
@@ -390,11 +395,11 @@ impl Answering {
     }
 
     fn last_chunk(&self, index: usize, complete: &Complete) -> Bytes {
-        let finish_reason = Some(finish_reason(complete));
-        let timings = Some(Timings::new(complete, &self.choices[index].worker));
+        let finish_reason = Some(finish_reason(complete).into());
+        let timings = Some(timings(complete, &self.choices[index].worker));
         match self.api {
             Api::Chat => self.chunk(
-                ChatChunk {
+                ChatChunkChoice {
                     index,
                     delta: ChatDelta::default(),
                     logprobs: None,
@@ -403,9 +408,9 @@ impl Answering {
                 timings,
             ),
             Api::Completions => self.chunk(
-                TextChoice {
+                CompletionChoice {
                     index,
-                    text: "",
+                    text: "".into(),
                     logprobs: None,
                     finish_reason,
                 },
@@ -436,7 +441,7 @@ impl Answering {
     /// Of the first choice: with several, they ran side by side.
     fn timings(&self) -> Option<Timings> {
         let choice = self.choices.first()?;
-        Some(Timings::new(choice.complete.as_ref()?, &choice.worker))
+        Some(timings(choice.complete.as_ref()?, &choice.worker))
     }
 }
 
@@ -445,15 +450,15 @@ impl Head {
         &self,
         object: &'static str,
         choices: Vec<C>,
-        usage: Option<Option<Usage>>,
+        usage: Option<Option<CompletionUsage>>,
         timings: Option<Timings>,
     ) -> Envelope<'_, C> {
         Envelope {
-            id: &self.id,
-            object,
+            id: self.id.as_str().into(),
+            object: object.into(),
             created: self.created,
-            model: &self.model,
-            system_fingerprint: self.fingerprint.as_deref(),
+            model: self.model.as_str().into(),
+            system_fingerprint: self.fingerprint.as_deref().map(Into::into),
             choices,
             usage,
             timings,

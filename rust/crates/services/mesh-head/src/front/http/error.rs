@@ -3,10 +3,10 @@
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use dcf::ErrorCode;
+use mesh_api::{Code, Error, ErrorResponse};
 use mesh_control::memory::TooMuch;
 use mesh_control::placement::Refusal;
 use mesh_control::request::AnswerError;
-use serde::Serialize;
 
 use crate::api::invalid::Invalid;
 
@@ -20,14 +20,14 @@ pub(crate) struct ApiError {
     /// Field of the request that is to blame.
     pub param: Option<String>,
     /// Code for programs.
-    pub code: &'static str,
+    pub code: Code,
     /// Seconds after which to try again.
     pub retry_after: Option<u32>,
 }
 
 impl ApiError {
     /// An error without field and retry.
-    pub(crate) fn new(status: StatusCode, code: &'static str, message: impl Into<String>) -> Self {
+    pub(crate) fn new(status: StatusCode, code: Code, message: impl Into<String>) -> Self {
         Self {
             status,
             message: message.into(),
@@ -39,7 +39,7 @@ impl ApiError {
 
     /// No key, or a wrong one.
     pub(crate) fn unauthorized(message: &str) -> Self {
-        Self::new(StatusCode::UNAUTHORIZED, "invalid_api_key", message)
+        Self::new(StatusCode::UNAUTHORIZED, Code::InvalidApiKey, message)
     }
 
     /// Too many requests of one client.
@@ -52,7 +52,7 @@ impl ApiError {
             retry_after: Some(1),
             ..Self::new(
                 StatusCode::TOO_MANY_REQUESTS,
-                "rate_limit_exceeded",
+                Code::RateLimitExceeded,
                 message,
             )
         }
@@ -62,36 +62,25 @@ impl ApiError {
     pub(crate) fn overloaded(message: String) -> Self {
         Self {
             retry_after: Some(1),
-            ..Self::new(StatusCode::SERVICE_UNAVAILABLE, "overloaded", message)
+            ..Self::new(StatusCode::SERVICE_UNAVAILABLE, Code::Overloaded, message)
         }
     }
 
     /// The body as JSON; also the data of an SSE error event.
     pub(crate) fn body(&self) -> String {
-        #[derive(Serialize)]
-        struct Envelope<'a> {
-            error: Body<'a>,
-        }
-        #[derive(Serialize)]
-        struct Body<'a> {
-            message: &'a str,
-            r#type: &'static str,
-            param: Option<&'a str>,
-            code: &'static str,
-        }
         let kind = match self.status {
             StatusCode::UNAUTHORIZED => "authentication_error",
             StatusCode::TOO_MANY_REQUESTS => "rate_limit_error",
             status if status.is_client_error() => "invalid_request_error",
             _ => "server_error",
         };
-        let error = Body {
-            message: &self.message,
-            r#type: kind,
-            param: self.param.as_deref(),
-            code: self.code,
+        let error = Error {
+            message: self.message.clone(),
+            r#type: kind.to_owned(),
+            param: self.param.clone(),
+            code: Some(self.code.clone()),
         };
-        serde_json::to_string(&Envelope { error }).expect("strings are always JSON")
+        serde_json::to_string(&ErrorResponse { error }).expect("strings are always JSON")
     }
 }
 
@@ -117,9 +106,9 @@ impl IntoResponse for ApiError {
 impl From<Invalid> for ApiError {
     fn from(invalid: Invalid) -> Self {
         let code = if invalid.unsupported {
-            "unsupported_parameter"
+            Code::UnsupportedParameter
         } else {
-            "invalid_value"
+            Code::InvalidValue
         };
         Self {
             param: Some(invalid.param),
@@ -131,8 +120,8 @@ impl From<Invalid> for ApiError {
 impl From<TooMuch> for ApiError {
     fn from(error: TooMuch) -> Self {
         let (status, code) = match error {
-            TooMuch::Yours { .. } => (StatusCode::TOO_MANY_REQUESTS, "rate_limit_exceeded"),
-            TooMuch::All { .. } => (StatusCode::SERVICE_UNAVAILABLE, "overloaded"),
+            TooMuch::Yours { .. } => (StatusCode::TOO_MANY_REQUESTS, Code::RateLimitExceeded),
+            TooMuch::All { .. } => (StatusCode::SERVICE_UNAVAILABLE, Code::Overloaded),
         };
         Self {
             retry_after: Some(1),
@@ -152,14 +141,16 @@ impl From<&AnswerError> for ApiError {
                 | Refusal::NoneAnswers { .. }
                 | Refusal::TooOld { .. } => Self {
                     retry_after: Some(5),
-                    ..Self::new(StatusCode::SERVICE_UNAVAILABLE, "no_worker", message)
+                    ..Self::new(StatusCode::SERVICE_UNAVAILABLE, Code::NoWorker, message)
                 },
-                Refusal::TooLong { .. } => {
-                    Self::new(StatusCode::BAD_REQUEST, "context_length_exceeded", message)
-                }
+                Refusal::TooLong { .. } => Self::new(
+                    StatusCode::BAD_REQUEST,
+                    Code::ContextLengthExceeded,
+                    message,
+                ),
                 Refusal::UnknownModel { .. } => Self {
                     param: Some("model".into()),
-                    ..Self::new(StatusCode::NOT_FOUND, "model_not_found", message)
+                    ..Self::new(StatusCode::NOT_FOUND, Code::ModelNotFound, message)
                 },
             },
             AnswerError::Rejected {
@@ -167,26 +158,26 @@ impl From<&AnswerError> for ApiError {
                 ..
             } => Self::new(
                 StatusCode::BAD_REQUEST,
-                "context_length_exceeded",
+                Code::ContextLengthExceeded,
                 as_clients_search_it(message),
             ),
             AnswerError::Rejected { .. } => {
-                Self::new(StatusCode::BAD_REQUEST, "invalid_value", message)
+                Self::new(StatusCode::BAD_REQUEST, Code::InvalidValue, message)
             }
             AnswerError::Timeout(_) | AnswerError::Stalled(_) => {
-                Self::new(StatusCode::GATEWAY_TIMEOUT, "timeout", message)
+                Self::new(StatusCode::GATEWAY_TIMEOUT, Code::Timeout, message)
             }
             AnswerError::QueueTimeout(_) => Self {
                 retry_after: Some(5),
-                ..Self::new(StatusCode::SERVICE_UNAVAILABLE, "overloaded", message)
+                ..Self::new(StatusCode::SERVICE_UNAVAILABLE, Code::Overloaded, message)
             },
             AnswerError::WorkersFailed { .. } | AnswerError::WorkersDied { .. } => {
-                Self::new(StatusCode::BAD_GATEWAY, "workers_failed", message)
+                Self::new(StatusCode::BAD_GATEWAY, Code::WorkersFailed, message)
             }
             AnswerError::TooMuch(error) => Self::from(*error),
             AnswerError::ShuttingDown => Self {
                 retry_after: Some(5),
-                ..Self::new(StatusCode::SERVICE_UNAVAILABLE, "shutting_down", message)
+                ..Self::new(StatusCode::SERVICE_UNAVAILABLE, Code::ShuttingDown, message)
             },
         }
     }
@@ -281,7 +272,11 @@ mod tests {
         ];
         for (error, status, code) in cases {
             let api = ApiError::from(&error);
-            assert_eq!((api.status.as_u16(), api.code), (status, code), "{error}");
+            assert_eq!(
+                (api.status.as_u16(), api.code.as_str()),
+                (status, code),
+                "{error}"
+            );
             assert!(api.message.ends_with(&error.to_string()));
             let retry = status == 503;
             assert_eq!(

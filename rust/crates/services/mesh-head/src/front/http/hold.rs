@@ -92,7 +92,8 @@ mod tests {
         result: Result<&'static str, &'static str>,
     ) -> Result<Vec<u8>, ApiError> {
         tokio::time::sleep(after).await;
-        let failed = |text| ApiError::new(StatusCode::BAD_GATEWAY, "workers_failed", text);
+        let failed =
+            |text| ApiError::new(StatusCode::BAD_GATEWAY, mesh_api::Code::WorkersFailed, text);
         result.map(Vec::from).map_err(failed)
     }
 

@@ -4,6 +4,7 @@
 use axum::body::{Body, Bytes};
 use axum::http::StatusCode;
 use futures::StreamExt;
+use mesh_api::Code;
 use mesh_service::http::{NoRoom, TooSlow};
 
 use super::error::ApiError;
@@ -31,7 +32,7 @@ pub(super) async fn body(
         bytes += part.len() as u64;
         if bytes > limit {
             let text = format!("the body is over the limit of {limit} bytes (http.body_limit)");
-            let code = "request_too_large";
+            let code = Code::RequestTooLarge;
             return Err(ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, code, text));
         }
         let Ok(lease) = &mut taken else {
@@ -71,13 +72,13 @@ pub(super) async fn body(
 fn unreadable(error: &(dyn std::error::Error + 'static)) -> ApiError {
     if let Some(slow) = TooSlow::cause_of(error) {
         let text = slow.to_string();
-        return ApiError::new(StatusCode::REQUEST_TIMEOUT, "request_timeout", text);
+        return ApiError::new(StatusCode::REQUEST_TIMEOUT, Code::RequestTimeout, text);
     }
     if let Some(full) = NoRoom::cause_of(error) {
         return ApiError::overloaded(full.to_string());
     }
     let text = format!("the body cannot be read: {error}");
-    ApiError::new(StatusCode::BAD_REQUEST, "invalid_body", text)
+    ApiError::new(StatusCode::BAD_REQUEST, Code::InvalidBody, text)
 }
 
 /// Bytes by which room for a long body grows.
@@ -94,6 +95,6 @@ pub(super) async fn parsed<T: Send + 'static>(
     let parsed = parse::parsed(&mesh.reading, body, parse).await;
     parsed.map_err(|_| {
         let text = "the request could not be read";
-        ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, "internal_error", text)
+        ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, Code::InternalError, text)
     })
 }

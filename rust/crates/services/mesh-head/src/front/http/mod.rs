@@ -11,9 +11,9 @@ mod hold;
 mod ignored;
 mod intake;
 mod keys;
+mod meant;
 mod models;
 mod nodes;
-mod paths;
 mod ready;
 mod rings;
 mod state;
@@ -28,8 +28,9 @@ use axum::extract::{ConnectInfo, DefaultBodyLimit, Request, State};
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{get, post};
+use axum::routing::{MethodRouter, get, post};
 use axum::{Extension, Router};
+use mesh_api::{Code, paths};
 use mesh_base::clock::unix_seconds;
 use mesh_net::trust::Authority;
 use mesh_service::health;
@@ -84,36 +85,54 @@ pub(crate) fn router(
         own_id: own_id.into(),
         concurrency,
     };
-    let administration = Router::new()
-        .route("/v1/mesh/tokens", get(tokens::list).post(tokens::create))
-        .route("/v1/mesh/tokens/revoke", post(tokens::revoke))
-        .route("/v1/mesh/nodes", get(nodes::list))
-        .route("/v1/mesh/nodes/expel", post(nodes::expel))
-        .route("/v1/mesh/nodes/readmit", post(nodes::readmit))
-        .route("/v1/mesh/pins", get(admin::pins).post(admin::pin))
-        .route("/v1/mesh/drain", post(rings::drain))
-        .route("/v1/mesh/undrain", post(rings::undrain))
-        .route("/v1/mesh/plan", get(rings::plan))
-        .route("/v1/mesh/rebalance", post(rings::rebalance))
-        .route_layer(middleware::from_fn(administrators_only));
-    let routes = Router::new()
-        .route("/v1/models", get(models::list))
-        .route("/v1/models/{*name}", get(models::show))
-        .route("/v1/chat/completions", post(chat))
-        .route("/v1/completions", post(completions))
-        .route("/v1/embeddings", post(embed))
-        .route("/v1/mesh", get(admin::show))
+    let administration =
+        of(for_administrators()).route_layer(middleware::from_fn(administrators_only));
+    let routes = of(for_clients())
         .merge(administration)
         .route_layer(middleware::from_fn_with_state(api.clone(), authenticate))
         .with_state(api)
-        .route("/openapi.json", get(openapi))
+        .route(paths::OPENAPI, get(openapi))
         .merge(health)
         .fallback(no_such_path)
         .method_not_allowed_fallback(wrong_method)
         .layer(DefaultBodyLimit::max(body_limit))
         .layer(middleware::from_fn(with_request_id));
     // Around the router, because requests within it are routed already.
-    guard.before(Router::new().fallback_service(routes.map_request(paths::as_meant)))
+    guard.before(Router::new().fallback_service(routes.map_request(meant::as_meant)))
+}
+
+/// Handlers by their paths.
+type Routes = Vec<(&'static str, MethodRouter<Api>)>;
+
+fn for_clients() -> Routes {
+    vec![
+        (paths::MODELS, get(models::list)),
+        (paths::MODEL, get(models::show)),
+        (paths::CHAT_COMPLETIONS, post(chat)),
+        (paths::COMPLETIONS, post(completions)),
+        (paths::EMBEDDINGS, post(embed)),
+        (paths::MESH, get(admin::show)),
+    ]
+}
+
+fn for_administrators() -> Routes {
+    vec![
+        (paths::TOKENS, get(tokens::list).post(tokens::create)),
+        (paths::REVOKE_TOKEN, post(tokens::revoke)),
+        (paths::NODES, get(nodes::list)),
+        (paths::EXPEL, post(nodes::expel)),
+        (paths::READMIT, post(nodes::readmit)),
+        (paths::PINS, get(admin::pins).post(admin::pin)),
+        (paths::DRAIN, post(rings::drain)),
+        (paths::UNDRAIN, post(rings::undrain)),
+        (paths::PLAN, get(rings::plan)),
+        (paths::REBALANCE, post(rings::rebalance)),
+    ]
+}
+
+fn of(routes: Routes) -> Router<Api> {
+    let added = |router: Router<Api>, (path, methods)| router.route(path, methods);
+    routes.into_iter().fold(Router::new(), added)
 }
 
 async fn chat(
@@ -221,7 +240,7 @@ fn context_of(mesh: &Mesh, model: Option<String>) -> Option<u32> {
 /// The machine-readable description of this API.
 async fn openapi() -> impl IntoResponse {
     let json = HeaderValue::from_static("application/json");
-    ([(header::CONTENT_TYPE, json)], OPENAPI)
+    ([(header::CONTENT_TYPE, json)], mesh_api::OPENAPI)
 }
 
 /// Admits callers that may use the API, and notes which caller it is.
@@ -287,7 +306,7 @@ async fn no_such_path(request: Request) -> Response {
         "there is no {} here; the API begins with /v1/",
         request.uri().path()
     );
-    ApiError::new(StatusCode::NOT_FOUND, "unknown_url", text).into_response()
+    ApiError::new(StatusCode::NOT_FOUND, Code::UnknownUrl, text).into_response()
 }
 
 async fn wrong_method(request: Request) -> Response {
@@ -296,8 +315,24 @@ async fn wrong_method(request: Request) -> Response {
         request.method(),
         request.uri().path()
     );
-    ApiError::new(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", text).into_response()
+    ApiError::new(StatusCode::METHOD_NOT_ALLOWED, Code::MethodNotAllowed, text).into_response()
 }
 
 const REQUEST_ID: &str = "x-request-id";
-const OPENAPI: &str = include_str!("../../../openapi.json");
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_document_has_all_paths_of_the_router() {
+        let document: serde_json::Value = serde_json::from_str(mesh_api::OPENAPI).unwrap();
+        let documented = document["paths"].as_object().unwrap().keys().cloned();
+        let routed = for_clients().into_iter().chain(for_administrators());
+        let routed = routed.map(|(path, _)| path);
+        let routed = routed.chain([paths::OPENAPI, paths::HEALTH, paths::READY, paths::METRICS]);
+        let mut routed: Vec<String> = routed.map(|path| path.replace("{*", "{")).collect();
+        routed.sort_unstable();
+        assert_eq!(routed, documented.collect::<Vec<String>>());
+    }
+}

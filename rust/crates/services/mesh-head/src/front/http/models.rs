@@ -5,28 +5,28 @@ use std::collections::BTreeMap;
 use axum::Json;
 use axum::extract::{Path, State};
 use axum::http::StatusCode;
+use mesh_api::{Code, ListModelsResponse, Model};
 use mesh_base::clock::unix_seconds;
 use mesh_proto::{ModelCard, ModelKind};
-use serde_json::{Value, json};
 
 use super::error::ApiError;
 use super::state::Api;
 use crate::mesh::Mesh;
 
 /// `GET /v1/models`.
-pub(super) async fn list(State(api): State<Api>) -> Json<Value> {
-    let data: Vec<Value> = models(&api)
-        .values()
-        .map(|card| model(&api, card))
-        .collect();
-    Json(json!({ "object": "list", "data": data }))
+pub(super) async fn list(State(api): State<Api>) -> Json<ListModelsResponse> {
+    let models = models(&api);
+    Json(ListModelsResponse {
+        object: "list".to_owned(),
+        data: models.values().map(|card| model(&api, card)).collect(),
+    })
 }
 
 /// `GET /v1/models/NAME`.
 pub(super) async fn show(
     State(api): State<Api>,
     Path(name): Path<String>,
-) -> Result<Json<Value>, ApiError> {
+) -> Result<Json<Model>, ApiError> {
     let found = models(&api)
         .get(&served_as(&api.mesh, name.clone()))
         .map(|card| model(&api, card));
@@ -34,7 +34,7 @@ pub(super) async fn show(
         param: Some("model".into()),
         ..ApiError::new(
             StatusCode::NOT_FOUND,
-            "model_not_found",
+            Code::ModelNotFound,
             format!("the model {name:?} does not exist; GET /v1/models lists those that do"),
         )
     })
@@ -55,20 +55,19 @@ fn models(api: &Api) -> BTreeMap<String, ModelCard> {
     })
 }
 
-fn model(api: &Api, card: &ModelCard) -> Value {
-    let created = unix_seconds(api.mesh.started);
-    json!({
-        "id": card.name,
-        "object": "model",
-        "created": created,
-        "owned_by": "hydramesh",
-        "context_length": card.context,
-        "architecture": card.architecture,
-        "quantization": card.quantization,
-        "file_bytes": card.file_bytes,
-        "kind": kind_name(card),
-        "dimensions": (card.dimensions > 0).then_some(card.dimensions),
-    })
+fn model(api: &Api, card: &ModelCard) -> Model {
+    Model {
+        id: card.name.clone(),
+        object: "model".to_owned(),
+        created: unix_seconds(api.mesh.started),
+        owned_by: "hydramesh".to_owned(),
+        context_length: card.context,
+        architecture: card.architecture.clone(),
+        quantization: card.quantization.clone(),
+        file_bytes: card.file_bytes,
+        kind: kind_name(card).to_owned(),
+        dimensions: (card.dimensions > 0).then_some(card.dimensions),
+    }
 }
 
 /// The name of the model that is meant. Clients of many servers put the server's name before it, and Ollama's

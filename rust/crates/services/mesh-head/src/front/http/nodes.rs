@@ -7,10 +7,9 @@ use axum::Json;
 use axum::body::Bytes;
 use axum::extract::State;
 use axum::http::StatusCode;
+use mesh_api::{Code, ExpelRequest, Node, NodeChange, NodeList, NodeRequest};
 use mesh_control::registry::Worker;
 use mesh_net::trust::{KnownMember, TrustError};
-use serde::Deserialize;
-use serde_json::{Value, json};
 
 use super::admin::read;
 use super::error::ApiError;
@@ -19,17 +18,18 @@ use super::tokens::blocking;
 
 /// `GET /v1/mesh/nodes`: all nodes that the head knows by their certificates. The state of one is
 /// `connected`, `absent` or `expelled`.
-pub(super) async fn list(State(api): State<Api>) -> Result<Json<Value>, ApiError> {
+pub(super) async fn list(State(api): State<Api>) -> Result<Json<NodeList>, ApiError> {
     let now = Instant::now();
-    let mut nodes: BTreeMap<String, Value> = BTreeMap::new();
+    let mut nodes: BTreeMap<String, Node> = BTreeMap::new();
     for (node_id, member) in noted(&api).await? {
-        let shown = json!({
-            "node_id": node_id,
-            "name": member.name,
-            "state": "absent",
-            "member_since": member.since,
-            "certificate_ends": member.until,
-        });
+        let shown = Node {
+            node_id: node_id.clone(),
+            name: member.name,
+            state: "absent".into(),
+            member_since: Some(member.since),
+            certificate_ends: Some(member.until),
+            ..Node::default()
+        };
         nodes.insert(node_id, shown);
     }
     api.mesh.with_registry(|registry| {
@@ -37,47 +37,43 @@ pub(super) async fn list(State(api): State<Api>) -> Result<Json<Value>, ApiError
             let Some(node_id) = worker.node_id() else {
                 continue;
             };
-            let shown = nodes
-                .entry(node_id.to_owned())
-                .or_insert_with(|| json!({ "node_id": node_id }));
+            let shown = nodes.entry(node_id.to_owned()).or_default();
             let ago = |then: Instant| now.saturating_duration_since(then).as_secs_f64();
-            shown["name"] = json!(worker.name);
-            shown["state"] = json!("connected");
-            shown["address"] = json!(worker.address);
-            shown["connected_seconds"] = json!(ago(worker.joined));
-            shown["last_seen_seconds"] = json!(ago(worker.last_seen));
+            shown.node_id = node_id.to_owned();
+            shown.name.clone_from(&worker.name);
+            shown.state = "connected".into();
+            shown.address = Some(worker.address.to_string());
+            shown.connected_seconds = Some(ago(worker.joined));
+            shown.last_seen_seconds = Some(ago(worker.last_seen));
         }
     });
     for (node_id, expulsion) in api.authority.deny_list().list() {
-        let shown = json!({
-            "node_id": node_id,
-            "name": expulsion.name,
-            "state": "expelled",
-            "expelled_at": expulsion.since,
-            "reason": expulsion.reason,
-        });
+        let shown = Node {
+            node_id: node_id.clone(),
+            name: expulsion.name,
+            state: "expelled".into(),
+            expelled_at: Some(expulsion.since),
+            reason: Some(expulsion.reason),
+            ..Node::default()
+        };
         nodes.insert(node_id, shown);
     }
-    let nodes: Vec<Value> = nodes.into_values().collect();
-    Ok(Json(json!({ "nodes": nodes })))
+    let nodes = nodes.into_values().collect();
+    Ok(Json(NodeList { nodes }))
 }
 
 /// `POST /v1/mesh/nodes/expel`: the node that `node` names (by name or id) is no longer part of the mesh. The
 /// body may hold a `reason`.
-pub(super) async fn expel(State(api): State<Api>, body: Bytes) -> Result<Json<Value>, ApiError> {
-    #[derive(Deserialize)]
-    #[serde(deny_unknown_fields)]
-    struct Asked {
-        node: String,
-        #[serde(default)]
-        reason: String,
-    }
-    let asked: Asked = read(&body)?;
+pub(super) async fn expel(
+    State(api): State<Api>,
+    body: Bytes,
+) -> Result<Json<NodeChange>, ApiError> {
+    let asked: ExpelRequest = read(&body)?;
     if asked.reason.len() > LONGEST_REASON || asked.reason.contains(char::is_control) {
         let text = format!("'reason' must be one line of at most {LONGEST_REASON} bytes");
         return Err(ApiError::new(
             StatusCode::BAD_REQUEST,
-            "invalid_value",
+            Code::InvalidValue,
             text,
         ));
     }
@@ -88,7 +84,7 @@ pub(super) async fn expel(State(api): State<Api>, body: Bytes) -> Result<Json<Va
         let text = format!("{node_id} is this head itself, which cannot be expelled");
         return Err(ApiError::new(
             StatusCode::BAD_REQUEST,
-            "invalid_value",
+            Code::InvalidValue,
             text,
         ));
     }
@@ -122,29 +118,27 @@ pub(super) async fn expel(State(api): State<Api>, body: Bytes) -> Result<Json<Va
         .map_err(|error| internal(error.to_string()))??;
     kept.map_err(|error| match error {
         TrustError::ListFull { .. } => {
-            ApiError::new(StatusCode::CONFLICT, "list_full", error.to_string())
+            ApiError::new(StatusCode::CONFLICT, Code::ListFull, error.to_string())
         }
         error => internal(format!(
             "done, but it will be forgotten when the head starts again: {error}; make room or give the head its directory, and \
              ask again"
         )),
     })?;
-    Ok(Json(json!({
-        "node_id": node_id,
-        "name": name,
-        "state": "expelled",
-        "was_connected": connected,
-    })))
+    Ok(Json(NodeChange {
+        node_id,
+        name,
+        state: "expelled".into(),
+        was_connected: Some(connected),
+    }))
 }
 
 /// `POST /v1/mesh/nodes/readmit`: ends that, and a quarantine.
-pub(super) async fn readmit(State(api): State<Api>, body: Bytes) -> Result<Json<Value>, ApiError> {
-    #[derive(Deserialize)]
-    #[serde(deny_unknown_fields)]
-    struct Asked {
-        node: String,
-    }
-    let asked: Asked = read(&body)?;
+pub(super) async fn readmit(
+    State(api): State<Api>,
+    body: Bytes,
+) -> Result<Json<NodeChange>, ApiError> {
+    let asked: NodeRequest = read(&body)?;
     let mut out = quarantined(&api);
     out.extend(expelled(&api));
     let (node_id, name) = find(out, &asked.node)?;
@@ -152,7 +146,7 @@ pub(super) async fn readmit(State(api): State<Api>, body: Bytes) -> Result<Json<
     let readmitted = blocking(move || authority.readmit(&id)).await?;
     let readmitted = readmitted.map_err(|error| match error {
         TrustError::NameTaken { .. } => {
-            ApiError::new(StatusCode::CONFLICT, "name_taken", error.to_string())
+            ApiError::new(StatusCode::CONFLICT, Code::NameTaken, error.to_string())
         }
         error => internal(format!("it stays expelled: {error}")),
     })?;
@@ -162,7 +156,11 @@ pub(super) async fn readmit(State(api): State<Api>, body: Bytes) -> Result<Json<
             "{} is neither expelled nor in quarantine; GET /v1/mesh/nodes lists the nodes",
             asked.node
         );
-        return Err(ApiError::new(StatusCode::NOT_FOUND, "node_not_found", text));
+        return Err(ApiError::new(
+            StatusCode::NOT_FOUND,
+            Code::NodeNotFound,
+            text,
+        ));
     }
     api.mesh
         .note_admission("node readmitted", &node_id, &name, "");
@@ -173,9 +171,12 @@ pub(super) async fn readmit(State(api): State<Api>, body: Bytes) -> Result<Json<
         .mesh
         .with_registry(|registry| registry.of_node(&node_id).is_some());
     let state = if connected { "connected" } else { "absent" };
-    Ok(Json(
-        json!({ "node_id": node_id, "name": name, "state": state }),
-    ))
+    Ok(Json(NodeChange {
+        node_id,
+        name,
+        state: state.into(),
+        was_connected: None,
+    }))
 }
 
 /// Names of the nodes in quarantine by their ids.
@@ -231,7 +232,7 @@ fn find(known: BTreeMap<String, String>, wanted: &str) -> Result<(String, String
         (Some(node), None) => Ok(node),
         (Some(_), Some(_)) => Err(ApiError::new(
             StatusCode::BAD_REQUEST,
-            "ambiguous_node",
+            Code::AmbiguousNode,
             format!(
                 "several nodes are called {wanted:?}: give a node id; GET /v1/mesh/nodes (`hydramesh nodes list`) lists them"
             ),
@@ -241,7 +242,7 @@ fn find(known: BTreeMap<String, String>, wanted: &str) -> Result<(String, String
             let shown: String = wanted.chars().take(80).collect();
             Err(ApiError::new(
                 StatusCode::NOT_FOUND,
-                "node_not_found",
+                Code::NodeNotFound,
                 format!(
                     "no node is called {shown:?}; GET /v1/mesh/nodes (`hydramesh nodes list`) lists them. Workers of DCF v5 have no identity: dcf.legacy_workers admits them"
                 ),
@@ -251,7 +252,7 @@ fn find(known: BTreeMap<String, String>, wanted: &str) -> Result<(String, String
 }
 
 fn internal(text: String) -> ApiError {
-    ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, "not_kept", text)
+    ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, Code::NotKept, text)
 }
 
 const LONGEST_REASON: usize = 256;

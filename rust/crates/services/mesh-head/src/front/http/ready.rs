@@ -8,8 +8,8 @@ use axum::extract::{Query, Request, State};
 use axum::http::StatusCode;
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
+use mesh_api::{Readiness, paths};
 use serde::Deserialize;
-use serde_json::json;
 
 use super::error::ApiError;
 use super::keys::Keys;
@@ -52,41 +52,46 @@ pub(super) async fn of_model(
     request: Request,
     next: Next,
 ) -> Response {
-    if request.uri().path() == "/metrics"
+    if request.uri().path() == paths::METRICS
         && let Err(denied) = told.may_know(Open::Metrics, &request)
     {
         return denied.into_response();
     }
-    if request.uri().path() != "/ready" {
+    if request.uri().path() != paths::READY {
         return next.run(request).await;
     }
     let mesh = &told.mesh;
     let model = query.ok().and_then(|Query(asked)| asked.model);
     let model = model.filter(|name| !name.is_empty());
     if let Err(denied) = told.may_know(Open::Ready, &request) {
-        return match (model, mesh.ready(None)) {
-            (Some(_), _) => denied.into_response(),
-            (None, Ok(())) => Json(json!({ "status": "ready" })).into_response(),
-            (None, Err(_)) => {
-                let body = Json(json!({ "status": "unready" }));
-                (StatusCode::SERVICE_UNAVAILABLE, body).into_response()
+        return match model {
+            Some(_) => denied.into_response(),
+            None => {
+                let reason = mesh.ready(None).err().map(|_| None);
+                readiness(reason, Vec::new())
             }
         };
     }
     match mesh.ready(model.as_deref()) {
         Ok(()) => {
             let idle = mesh.with_rings(|rings, _| rings.not_serving());
-            let mut body = json!({ "status": "ready" });
-            if model.is_none() && !idle.is_empty() {
-                let texts: Vec<String> = idle.into_iter().map(|(_, text)| text).collect();
-                body["not_serving"] = json!(texts);
-            }
-            Json(body).into_response()
+            let idle = idle.into_iter().filter(|_| model.is_none());
+            readiness(None, idle.map(|(_, text)| text).collect())
         }
-        Err(reason) => (
-            StatusCode::SERVICE_UNAVAILABLE,
-            Json(json!({ "status": "unready", "reason": reason })),
-        )
-            .into_response(),
+        Err(reason) => readiness(Some(Some(reason)), Vec::new()),
     }
+}
+
+/// The response of a mesh that is not ready for a reason, which the caller may know or not, or that is ready.
+fn readiness(unready: Option<Option<String>>, not_serving: Vec<String>) -> Response {
+    let (code, status) = match unready {
+        None => (StatusCode::OK, "ready"),
+        Some(_) => (StatusCode::SERVICE_UNAVAILABLE, "unready"),
+    };
+    let body = Readiness {
+        status: status.to_owned(),
+        reason: unready.flatten(),
+        not_serving,
+    };
+    (code, Json(body)).into_response()
 }

@@ -7,13 +7,17 @@ use axum::Json;
 use axum::body::Bytes;
 use axum::extract::{Query, State};
 use axum::http::StatusCode;
+use mesh_api::{
+    Code, DrainProgress, PlanResponse, RebalanceRequest, RebalanceResponse, RingComparison,
+    RingLayout, RingPlan, WorkerRequest,
+};
 use mesh_control::registry::{Registry, Worker, WorkerId};
 use mesh_control::rings::Rings;
 use mesh_control::rings::drain::DrainRefusal;
 use mesh_control::rings::plan::NoPlan;
 use mesh_control::rings::rebalance::Comparison;
 use serde::Deserialize;
-use serde_json::{Value, json};
+use serde_json::json;
 
 use super::admin::read;
 use super::error::ApiError;
@@ -29,12 +33,12 @@ pub(super) struct PlanAsked {
 pub(super) async fn plan(
     State(api): State<Api>,
     asked: Result<Query<PlanAsked>, axum::extract::rejection::QueryRejection>,
-) -> Result<Json<Value>, ApiError> {
+) -> Result<Json<PlanResponse>, ApiError> {
     let model = asked.map(|Query(asked)| asked.model).unwrap_or_default();
     if model.is_empty() {
         return Err(ApiError::new(
             StatusCode::BAD_REQUEST,
-            "invalid_value",
+            Code::InvalidValue,
             "name the model: /v1/mesh/plan?model=NAME".to_owned(),
         ));
     }
@@ -43,32 +47,29 @@ pub(super) async fn plan(
         .with_rings(|rings, _| rings.plan(&model, Instant::now()));
     let planned = planned.map_err(|error| {
         let (status, code) = match &error {
-            NoPlan::NotOffered { .. } => (StatusCode::NOT_FOUND, "model_not_found"),
-            NoPlan::Place(_) => (StatusCode::SERVICE_UNAVAILABLE, "no_plan"),
+            NoPlan::NotOffered { .. } => (StatusCode::NOT_FOUND, Code::ModelNotFound),
+            NoPlan::Place(_) => (StatusCode::SERVICE_UNAVAILABLE, Code::NoPlan),
         };
         ApiError::new(status, code, error.to_string())
     })?;
-    Ok(Json(json!({
-        "model": model,
-        "context": planned.context,
-        "text": explain(&planned.plan, &planned.names).to_string(),
-        "names": planned.names,
-        "plan": planned.plan,
-    })))
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct WorkerAsked {
-    worker: String,
+    Ok(Json(PlanResponse {
+        model,
+        context: planned.context,
+        text: explain(&planned.plan, &planned.names).to_string(),
+        names: planned.names,
+        plan: json!(planned.plan),
+    }))
 }
 
 /// `POST /v1/mesh/drain`: the worker that `worker` names (by name or node id) gets nothing new, and hands
 /// over its parts of rings.
-pub(super) async fn drain(State(api): State<Api>, body: Bytes) -> Result<Json<Value>, ApiError> {
-    let asked: WorkerAsked = read(&body)?;
+pub(super) async fn drain(
+    State(api): State<Api>,
+    body: Bytes,
+) -> Result<Json<DrainProgress>, ApiError> {
+    let WorkerRequest { worker: name } = read(&body)?;
     let drained: Result<_, ApiError> = api.mesh.change_rings(|rings, registry, now| {
-        let (id, node) = find(registry, &asked.worker)?;
+        let (id, node) = find(registry, &name)?;
         if let Some(node) = &node {
             rings.drain(node, now).map_err(refused)?;
         }
@@ -78,19 +79,22 @@ pub(super) async fn drain(State(api): State<Api>, body: Bytes) -> Result<Json<Va
         Ok((Some(id), node))
     });
     let (id, node) = drained?;
-    tracing::info!(worker = asked.worker, "worker drained by an operator");
+    tracing::info!(worker = name, "worker drained by an operator");
     keep_drains(&api).await?;
     Ok(Json(progress(&api, id, node.as_deref())))
 }
 
 /// `POST /v1/mesh/undrain`: ends that.
-pub(super) async fn undrain(State(api): State<Api>, body: Bytes) -> Result<Json<Value>, ApiError> {
-    let asked: WorkerAsked = read(&body)?;
+pub(super) async fn undrain(
+    State(api): State<Api>,
+    body: Bytes,
+) -> Result<Json<DrainProgress>, ApiError> {
+    let WorkerRequest { worker: name } = read(&body)?;
     let undrained: Result<_, ApiError> = api.mesh.change_rings(|rings, registry, now| {
-        let (id, node) = match find(registry, &asked.worker) {
+        let (id, node) = match find(registry, &name) {
             Ok((id, node)) => (Some(id), node),
             // It may have been switched off for good.
-            Err(missing) => match drained(rings, &asked.worker) {
+            Err(missing) => match drained(rings, &name) {
                 Some(node) => (None, Some(node)),
                 None => return Err(missing),
             },
@@ -104,7 +108,7 @@ pub(super) async fn undrain(State(api): State<Api>, body: Bytes) -> Result<Json<
         Ok((id, node))
     });
     let (id, node) = undrained?;
-    tracing::info!(worker = asked.worker, "worker undrained by an operator");
+    tracing::info!(worker = name, "worker undrained by an operator");
     keep_drains(&api).await?;
     Ok(Json(progress(&api, id, node.as_deref())))
 }
@@ -115,7 +119,7 @@ async fn keep_drains(api: &Api) -> Result<(), ApiError> {
             "done, but it will be forgotten when the head starts again: {error}; make room or give the head its \
              directory, and ask again"
         );
-        ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, "drain_not_kept", text)
+        ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, Code::DrainNotKept, text)
     })
 }
 
@@ -124,42 +128,36 @@ async fn keep_drains(api: &Api) -> Result<(), ApiError> {
 pub(super) async fn rebalance(
     State(api): State<Api>,
     body: Bytes,
-) -> Result<Json<Value>, ApiError> {
-    #[derive(Deserialize, Default)]
-    #[serde(default, deny_unknown_fields)]
-    struct Asked {
-        model: Option<String>,
-        dry_run: bool,
-    }
-    let asked: Asked = read(&body)?;
+) -> Result<Json<RebalanceResponse>, ApiError> {
+    let asked: RebalanceRequest = read(&body)?;
     let compared = api
         .mesh
         .change_rings(|rings, _, now| rings.rebalance(asked.model.as_deref(), asked.dry_run, now));
     let compared = compared
-        .map_err(|reason| ApiError::new(StatusCode::CONFLICT, "cannot_rebalance", reason))?;
-    Ok(Json(json!({
-        "dry_run": asked.dry_run,
-        "rings": compared.iter().map(show).collect::<Vec<_>>(),
-    })))
+        .map_err(|reason| ApiError::new(StatusCode::CONFLICT, Code::CannotRebalance, reason))?;
+    Ok(Json(RebalanceResponse {
+        dry_run: asked.dry_run,
+        rings: compared.into_iter().map(show).collect(),
+    }))
 }
 
-fn show(compared: &Comparison) -> Value {
-    json!({
-        "model": compared.model,
-        "old": {
-            "layout": compared.old,
-            "token_ms": compared.old_token_us / 1e3,
-            "tokens_per_second": compared.old_tokens_per_second,
+fn show(compared: Comparison) -> RingComparison {
+    RingComparison {
+        model: compared.model,
+        old: RingLayout {
+            layout: compared.old,
+            token_ms: compared.old_token_us / 1e3,
+            tokens_per_second: compared.old_tokens_per_second,
         },
-        "new": {
-            "token_ms": compared.new.token_us / 1e3,
-            "tokens_per_second": compared.new.tokens_per_second,
-            "text": explain(&compared.new, &compared.names).to_string(),
-            "plan": compared.new,
+        new: RingPlan {
+            token_ms: compared.new.token_us / 1e3,
+            tokens_per_second: compared.new.tokens_per_second,
+            text: explain(&compared.new, &compared.names).to_string(),
+            plan: json!(compared.new),
         },
-        "gain": compared.gain,
-        "verdict": compared.verdict,
-    })
+        gain: compared.gain,
+        verdict: compared.verdict,
+    }
 }
 
 /// The one worker of that name or node id.
@@ -173,12 +171,12 @@ fn find(registry: &Registry, name: &str) -> Result<(WorkerId, Option<String>), A
         (Some(worker), None) => Ok(entry(worker)),
         (Some(_), Some(_)) => Err(ApiError::new(
             StatusCode::BAD_REQUEST,
-            "ambiguous_worker",
+            Code::AmbiguousWorker,
             format!("several workers are called {name:?}: give a node id, GET /v1/mesh lists them"),
         )),
         (None, _) => Err(ApiError::new(
             StatusCode::NOT_FOUND,
-            "worker_not_found",
+            Code::WorkerNotFound,
             format!("no worker is called {name:?}; GET /v1/mesh lists them"),
         )),
     }
@@ -199,22 +197,22 @@ fn drained(rings: &Rings, name: &str) -> Option<String> {
 
 fn refused(refusal: DrainRefusal) -> ApiError {
     let (status, code) = match &refusal {
-        DrainRefusal::Unknown(_) => (StatusCode::NOT_FOUND, "worker_not_found"),
-        DrainRefusal::NoRoom { .. } => (StatusCode::CONFLICT, "no_room"),
+        DrainRefusal::Unknown(_) => (StatusCode::NOT_FOUND, Code::WorkerNotFound),
+        DrainRefusal::NoRoom { .. } => (StatusCode::CONFLICT, Code::NoRoom),
     };
     ApiError::new(status, code, refusal.to_string())
 }
 
 /// The parts and requests that a worker still has.
-fn progress(api: &Api, id: Option<WorkerId>, node: Option<&str>) -> Value {
+fn progress(api: &Api, id: Option<WorkerId>, node: Option<&str>) -> DrainProgress {
     api.mesh.with_rings(|rings, registry| {
         let worker = id.and_then(|id| registry.get(id));
-        json!({
-            "worker": worker.map(|worker| worker.name.as_str()),
-            "node_id": node,
-            "draining": worker.is_some_and(|worker| worker.draining),
-            "assigned": worker.map_or(0, |worker| worker.assigned),
-            "holds": rings.holdings(node.unwrap_or_default()),
-        })
+        DrainProgress {
+            worker: worker.map(|worker| worker.name.clone()),
+            node_id: node.map(str::to_owned),
+            draining: worker.is_some_and(|worker| worker.draining),
+            assigned: worker.map_or(0, |worker| worker.assigned),
+            holds: rings.holdings(node.unwrap_or_default()),
+        }
     })
 }

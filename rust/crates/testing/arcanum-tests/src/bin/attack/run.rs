@@ -6,12 +6,11 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use arcanum_tests::report::Report;
 use arcanum_tests::{Cluster, Undisturbed, alone};
 use mesh_testkit::{Namespaces, Service, paths, until_signal};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use serde_json::Value;
 use tokio::task::JoinHandle;
 
 use crate::args::Args;
@@ -137,8 +136,10 @@ impl AttackSetup {
         };
 
         let registry = cluster.mesh.registry().await?;
-        let card = &registry["workers"][0]["models"][0];
-        let text = |key: &str| card[key].as_str().unwrap_or_default().to_owned();
+        let mut models = registry.workers.iter().flat_map(|worker| &worker.models);
+        let card = models
+            .next()
+            .with_context(|| format!("no model in {registry:?}"))?;
         let head = &cluster.mesh.head;
         let shim = cluster.mesh.shim.as_ref().context("a shim")?;
         let targets = Targets {
@@ -148,13 +149,12 @@ impl AttackSetup {
             bus: head.address("dcf.workers")?,
             shim: shim.address("ingress")?,
             key: "attackers-key".to_owned(),
-            model: text("name"),
-            fingerprint: text("fingerprint"),
-            context: card["context"].as_u64().unwrap_or(2_048) as u32,
+            model: card.name.clone(),
+            fingerprint: card.fingerprint.clone(),
+            context: card.context,
             models_dir,
             model_file: paths::smollm2()?,
         };
-        ensure!(!targets.model.is_empty(), "no model in {registry}");
         let targets_file = folder.path().join("targets.json");
         targets.write(&targets_file)?;
         let logs = args.out.with_extension("logs");
@@ -447,7 +447,7 @@ struct RegistryPoll {
 }
 
 impl RegistryPoll {
-    async fn poll(&mut self, cluster: &Cluster) -> Option<Value> {
+    async fn poll(&mut self, cluster: &Cluster) -> Option<mesh_api::Mesh> {
         let asked = tokio::time::timeout(Duration::from_secs(1), cluster.mesh.registry()).await;
         match asked {
             Ok(Ok(registry)) => Some(registry),

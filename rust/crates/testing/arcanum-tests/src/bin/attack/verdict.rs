@@ -4,7 +4,6 @@ use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
 use arcanum_tests::rogue::Lie;
-use serde_json::Value;
 
 use crate::sources::Attack;
 
@@ -44,7 +43,7 @@ impl LiarRecord {
     pub(crate) fn look(
         &mut self,
         attack: &Attack,
-        registry: Option<&Value>,
+        registry: Option<&mesh_api::Mesh>,
         honest: &HashSet<String>,
     ) {
         let now = self.started.elapsed();
@@ -59,12 +58,11 @@ impl LiarRecord {
             self.last_asked = Some(now);
         }
         let Some(registry) = registry else { return };
-        let mut workers = registry["workers"].as_array().into_iter().flatten();
-        let found = workers.find(|worker| worker["name"] == self.name.as_str());
-        match found.and_then(|worker| worker["state"].as_str()) {
-            Some(state) => {
-                state.clone_into(&mut self.state);
-                if state == "ready" {
+        let mut workers = registry.workers.iter();
+        match workers.find(|worker| worker.name == self.name) {
+            Some(worker) => {
+                self.state = worker.state.to_string();
+                if worker.state == "ready" {
                     self.last_ready = Some(now);
                 }
             }

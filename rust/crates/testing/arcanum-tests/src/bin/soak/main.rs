@@ -100,8 +100,8 @@ async fn spread_ring(cluster: &mut Cluster) -> Result<RingView> {
         return Ok(ring);
     }
     let said = cluster.rebalance().await?;
-    let verdict = said["rings"][0]["verdict"].as_str().unwrap_or_default();
-    if !verdict.starts_with("nothing") {
+    let compared = said.rings.first();
+    if compared.is_some_and(|ring| !ring.verdict.starts_with("nothing")) {
         // The new one comes beside the old one or after it.
         let old = ring.ring.clone();
         let begun = Instant::now();

@@ -108,12 +108,11 @@ async fn one_pause(
         }
     }
     let mesh = cluster.mesh.registry().await?;
-    let recovery = mesh["recoveries"].as_array().and_then(|all| all.last());
     println!(
-        "{victim} {fault}, stage {stage} of {}: {} ms; the driver says {}",
+        "{victim} {fault}, stage {stage} of {}: {} ms; the driver says {:?}",
         ring.layout(),
         gap.as_millis(),
-        recovery.cloned().unwrap_or_default()
+        mesh.recoveries.last()
     );
     cluster.remove(&victim);
     cluster.add_ring_worker().await?;

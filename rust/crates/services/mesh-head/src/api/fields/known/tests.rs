@@ -1,4 +1,5 @@
-use serde_json::json;
+use mesh_api::OPENAPI;
+use serde_json::{Value, json};
 
 use super::*;
 
@@ -9,18 +10,10 @@ fn unknown(api: Api, body: &Value) -> Result<Vec<String>, Invalid> {
 
 const ALL: [Api; 3] = [Api::Chat, Api::Completions, Api::Embeddings];
 
-fn rules(api: Api) -> Vec<&'static Rule> {
-    match api {
-        Api::Chat => CHAT_REFUSED.iter().chain(REFUSED).collect(),
-        Api::Completions => COMPLETIONS_REFUSED.iter().chain(REFUSED).collect(),
-        Api::Embeddings => EMBEDDINGS_REFUSED.iter().collect(),
-    }
-}
-
 #[test]
 fn every_refused_field_may_be_null_and_its_refusal_names_the_remedy() {
     for api in ALL {
-        for rule in rules(api) {
+        for rule in api.fields().1.refused() {
             let name = rule.name;
             let null = json!({name: null});
             assert_eq!(unknown(api, &null), Ok(Vec::new()), "{api:?} {name}");
@@ -90,19 +83,34 @@ fn what_would_change_the_answer_is_refused() {
 }
 
 #[test]
-fn a_field_stands_in_one_table_and_unknown_ones_are_named() {
-    for api in ALL {
-        let mut names: Vec<&str> = rules(api).iter().map(|rule| rule.name).collect();
-        let (read, harmless) = match api {
-            Api::Chat => ([GENERATION_READ, CHAT_READ].concat(), HARMLESS),
-            Api::Completions => ([GENERATION_READ, COMPLETIONS_READ].concat(), HARMLESS),
-            Api::Embeddings => (EMBEDDINGS_READ.to_vec(), EMBEDDINGS_HARMLESS),
-        };
-        names.extend(read);
-        names.extend(harmless);
+fn a_field_stands_in_one_table_and_in_the_openapi_document() {
+    let document: Value = serde_json::from_str(OPENAPI).unwrap();
+    for (api, request) in [
+        (Api::Chat, "ChatCompletionRequest"),
+        (Api::Completions, "CompletionRequest"),
+        (Api::Embeddings, "CreateEmbeddingRequest"),
+    ] {
+        let (read, table) = api.fields();
+        let mut names: Vec<&str> = read.concat();
+        names.extend(table.harmless);
+        names.extend(table.refused().map(|rule| rule.name));
         names.sort_unstable();
         let twice: Vec<_> = names.windows(2).filter(|pair| pair[0] == pair[1]).collect();
         assert!(twice.is_empty(), "{api:?} {twice:?}");
+        let documented = &document["components"]["schemas"][request]["properties"];
+        let documented: Vec<&str> = documented
+            .as_object()
+            .unwrap()
+            .keys()
+            .map(String::as_str)
+            .collect();
+        assert_eq!(names, documented, "{api:?}");
+    }
+}
+
+#[test]
+fn unknown_fields_are_named() {
+    for api in ALL {
         let body = json!({"frobnicate": 1, "model": "m"});
         assert_eq!(unknown(api, &body), Ok(vec!["frobnicate".to_owned()]));
     }

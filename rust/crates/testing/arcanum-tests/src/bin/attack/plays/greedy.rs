@@ -3,8 +3,8 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use mesh_api::{ChatCompletionRequest, GenerationOptions};
 use mesh_testkit::client::http::{HttpClient, HttpError};
-use serde_json::json;
 use tokio::task::JoinSet;
 
 use super::Tally;
@@ -23,15 +23,19 @@ pub(super) async fn greedy(targets: Arc<Targets>, tally: Tally) {
                 return;
             };
             for round in 0.. {
-                let body = json!({
-                    "model": targets.model, "n": 16, "max_tokens": 64, "ignore_eos": true,
-                    "messages": [{"role": "user", "content": format!("Number {number}, time {round}: tell me more.")}],
-                });
-                match http.complete(&body).await {
-                    Ok(answer) => {
-                        let choices = answer["choices"].as_array().map_or(0, Vec::len);
-                        tally.add("choices", choices as u64);
-                    }
+                let options = GenerationOptions {
+                    model: Some(targets.model.clone()),
+                    n: Some(16),
+                    max_tokens: Some(64),
+                    ignore_eos: Some(true),
+                    ..GenerationOptions::default()
+                };
+                let question = format!("Number {number}, time {round}: tell me more.");
+                match http
+                    .complete(&ChatCompletionRequest::question(question, options))
+                    .await
+                {
+                    Ok(answer) => tally.add("choices", answer.choices.len() as u64),
                     Err(HttpError::Api { status, .. }) => tally.count(format!("status {status}")),
                     Err(error) => tally.count(error),
                 }
