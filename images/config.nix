@@ -54,7 +54,7 @@ let
       ]
       ++ backendEnv.${backend};
       # A worker dials its head; what it listens on is for v5.0.0 heads, for the other workers of a model that it holds a part
-      # of (HYDRAMESH_WORKER__SHARDS), and on loopback for health.
+      # of (HYDRAMESH_WORKER__RING__MODELS), and on loopback for health.
       ports = [
         "7779/udp"
         "7781/udp"

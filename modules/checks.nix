@@ -291,7 +291,9 @@ in
   ) (filter builtins.isString (cfg.models ++ cfg.ringModels));
 
   warnings =
-    warning (cfg.shards != [ ]) "`shards` is the old name of `ringModels`: use that"
+    warning (
+      cfg.shards != null && cfg.shards != [ ]
+    ) "`shards` is the old name of `ringModels`: use that"
     ++ warning (
       cfg.hfToken != null
     ) "`hfToken` lands in the Nix store, where everyone on this machine can read it; use `hfTokenFile`"

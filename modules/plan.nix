@@ -74,8 +74,8 @@ let
   head = split (if cfg.headAddress == null then "" else cfg.headAddress);
   headIsHere = cfg.enable && elem "head" machine.role;
 
-  # `shards` is the old name of the key.
-  ringModels = cfg.settings.worker.ring.models or [ ] ++ cfg.settings.worker.shards or [ ];
+  # `shards` is the old name of the key. The worker reads it only without the new one.
+  ringModels = cfg.settings.worker.ring.models or cfg.settings.worker.shards or [ ];
   # Names of models that other workers are asked for: all but paths.
   sharesModels =
     (cfg.settings.worker.store.peers or true)
@@ -159,8 +159,10 @@ in
       lib.mkMerge [
         {
           models = mkDefault (map (model: "${model}") cfg.models);
-          # An older worker of `package` does not know the key.
-          ring.models = mkIf (cfg.ringModels != [ ]) (mkDefault (map (model: "${model}") cfg.ringModels));
+          # An older worker of `package` does not know the key. Beside the key's old name it would win over that.
+          ring.models = mkIf (cfg.ringModels != [ ] && !(cfg.settings.worker ? shards)) (
+            mkDefault (map (model: "${model}") cfg.ringModels)
+          );
           reserved_for = mkDefault cfg.reservedFor;
           model_dirs = mkDefault [ (toString cfg.localModels) ];
           local_models = mkDefault (toString cfg.localModels);

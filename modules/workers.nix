@@ -97,11 +97,11 @@ let
       ] same
       // {
         ringModels = same "ringModels" // {
-          default = if config.shards != [ ] then config.shards else machine.ringModels;
+          default = if config.shards != null then config.shards else machine.ringModels;
         };
         shards = mkOption {
-          inherit (options.services.hydramesh.shards) type;
-          default = [ ];
+          type = lib.types.nullOr options.services.hydramesh.shards.type;
+          default = null;
           internal = true;
           description = "Old name of `ringModels`.";
         };

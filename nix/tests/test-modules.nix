@@ -1126,6 +1126,56 @@ in
         [ "big" ]
         [ "other" ]
       ];
+  "a worker may hold none of the machine's models of rings, by the old option too" =
+    let
+      inherit
+        (evaluate (worker {
+          ringModels = [ "big" ];
+          workers.old = {
+            joinTokenFile = "/run/secrets/old";
+            shards = [ ];
+          };
+        }))
+        config
+        ;
+    in
+    is
+      [
+        (config.services.hydramesh.settings.worker.ring.models or [ ])
+        (config.services.hydramesh.workers.old.settings.ring.models or [ ])
+      ]
+      [
+        [ "big" ]
+        [ ]
+      ];
+  "models of rings in the settings win over the module's, by the key's old name too" =
+    let
+      inherit
+        (evaluate (worker {
+          ringModels = [ "big" ];
+          settings.worker.shards = [ "other" ];
+          workers.old = {
+            joinTokenFile = "/run/secrets/old";
+            settings.shards = [ "another" ];
+          };
+        }))
+        config
+        ;
+      inherit (config.services.hydramesh) settings workers;
+    in
+    is
+      [
+        (settings.worker.ring.models or [ ])
+        settings.worker.shards
+        (workers.old.settings.ring.models or [ ])
+        workers.old.settings.shards
+      ]
+      [
+        [ ]
+        [ "other" ]
+        [ ]
+        [ "another" ]
+      ];
   "the old option of models of rings warns" =
     warns "`shards` is the old name of `ringModels`"
       (worker {

@@ -42,7 +42,8 @@ pub(crate) trait NodeKind: Copy + Send + Sync + 'static {
     /// Number of layers in the graph.
     fn layers(shared: &Self::Shared) -> usize;
 
-    /// Computes a node.
+    /// Computes a node. The output may be the input's memory: a node whose output differs in shape must have
+    /// read its input before it asks for its output.
     ///
     /// # Errors
     /// If the graph does not fit the kernels.

@@ -24,6 +24,10 @@ pub trait Workload: Send + Sized + 'static {
     /// Name of several steps, for errors.
     const STEPS: &'static str = "steps";
 
+    /// True if a step may take so long that the load has to be published when one begins. The load is
+    /// published anyway when a request comes and when a step is through.
+    const LONG_STEPS: bool = false;
+
     /// Shape and limits of the model, which stay the same.
     fn info(&self) -> &Self::Info;
 

@@ -1,5 +1,6 @@
 //! The batching of sequences and the thread that owns an encoder, with a toy for it.
 
+use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use futures::executor::block_on;
@@ -195,6 +196,53 @@ fn an_engine_answers_drains_and_says_why_it_is_gone() {
     drop(engine);
     let gone = block_on(handle.submit(request(&[&[1]])).last_event()).unwrap_err();
     assert!(gone.to_string().contains("shut down"), "{gone}");
+}
+
+/// Says when a batch has begun, and computes it when it is told to.
+struct Gated {
+    toy: Toy,
+    begun: mpsc::Sender<()>,
+    go: mpsc::Receiver<()>,
+}
+
+impl Encoder for Gated {
+    fn info(&self) -> &EncoderInfo {
+        self.toy.info()
+    }
+
+    fn encode(&mut self, sequences: &[&[u32]]) -> Result<Vec<f32>, StageError> {
+        self.begun.send(()).expect("the test waits");
+        self.go.recv().expect("the test goes on");
+        self.toy.encode(sequences)
+    }
+}
+
+#[test]
+fn the_load_during_a_batch_leaves_out_the_batch() {
+    let (begun, has_begun) = mpsc::channel();
+    let (go, may_go) = mpsc::channel();
+    let gated = Gated {
+        toy: Toy {
+            info: info(),
+            fails: false,
+        },
+        begun,
+        go: may_go,
+    };
+    let config = EmbedConfig { queue_limit: 100 };
+    let engine =
+        Engine::start_with("gated", |_| Ok(Embedding::new(Box::new(gated), config))).unwrap();
+    let handle = engine.handle();
+    // 40 rows, at most 16 in a batch.
+    let stream = handle.submit(request(&[&[1; 8][..]; 5]));
+    let backlogs = [(); 3].map(|()| {
+        has_begun.recv().expect("a batch");
+        let backlog = handle.load().prefill_backlog;
+        go.send(()).expect("it waits");
+        backlog
+    });
+    assert_eq!(block_on(stream.last_event()).unwrap().vectors.len(), 5);
+    assert_eq!(backlogs, [24, 8, 0]);
 }
 
 #[test]

@@ -440,6 +440,21 @@ fn a_worker_may_hold_parts_of_models_alone() {
 }
 
 #[test]
+fn a_second_folder_of_parts_allows_no_more_models() {
+    let partition = tempfile::tempdir().expect("a folder");
+    for folder in ["ring", "shards"] {
+        let folder = partition.path().join(folder);
+        fs::create_dir(&folder).expect("a folder");
+        for index in 0..10 {
+            fs::write(folder.join(format!("m{index}.gguf")), "").expect("written");
+        }
+    }
+    let worker = plan(&Machine::new(), "", Some(partition.path()), None);
+    assert_eq!(worker.ring_models.len(), 16);
+    assert!(worker.ring_models[15].ends_with("shards/m5.gguf"));
+}
+
+#[test]
 fn the_run_folder_starts_what_the_plan_says_and_keeps_the_token_secret() {
     let partition = tempfile::tempdir().expect("a folder");
     let models = partition.path().join("models");

@@ -33,6 +33,7 @@ impl Workload for Embedding {
     type Scheduler = Scheduler;
 
     const STEPS: &'static str = "batches";
+    const LONG_STEPS: bool = true;
 
     fn info(&self) -> &EncoderInfo {
         self.encoder.info()

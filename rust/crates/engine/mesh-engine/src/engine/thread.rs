@@ -240,9 +240,11 @@ impl<W: Workload> Executor<W> {
             while self.workload.begin(Instant::now()) {
                 busy = true;
             }
-            if news {
+            if news || (busy && W::LONG_STEPS) {
                 // The step may take long.
                 *lock(&state.load) = self.workload.scheduler().load();
+            }
+            if news {
                 self.note_statuses(state, true);
             }
             match self.poll() {

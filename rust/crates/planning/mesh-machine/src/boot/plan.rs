@@ -90,6 +90,8 @@ impl Plan {
             let partition = told.partition.as_deref();
             partition.map_or_else(Vec::new, |partition| models(&partition.join(name)))
         };
+        let mut ring_models = [folder(RING), folder(OLD_RING)].concat();
+        ring_models.truncate(MOST_MODELS);
         let without = |backend| {
             told.backends
                 .as_ref()
@@ -113,7 +115,7 @@ impl Plan {
             name: first(&sources, |settings| settings.name.clone()).map(|(name, _)| name),
             keymap: first(&sources, |settings| settings.keymap.clone()).map(|(keymap, _)| keymap),
             models: folder(MODELS),
-            ring_models: [folder(RING), folder(OLD_RING)].concat(),
+            ring_models,
             joined: told
                 .state
                 .as_deref()

@@ -18,7 +18,7 @@ pub(super) struct Heads {
     started: Instant,
     timing: Timing,
     next_probe: Instant,
-    /// HeadRecord and version that are probed next.
+    /// Head and version that are probed next.
     probe_cursor: usize,
     probe_round: u32,
 }

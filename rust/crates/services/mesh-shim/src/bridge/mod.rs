@@ -330,7 +330,7 @@ impl Bridge {
         self.heads.current()
     }
 
-    /// TaskState of a head, as the bridge knows it.
+    /// State of a head, as the bridge knows it.
     #[must_use]
     pub fn head_state(&self, head: usize, now: Instant) -> HeadState {
         self.heads.state(head, now)
