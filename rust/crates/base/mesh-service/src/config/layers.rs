@@ -43,8 +43,9 @@ impl Layers<'_> {
         Ok(())
     }
 
-    /// Merges the environment variables of this service. `HYDRAMESH_<SERVICE>__<KEY>` takes precedence over a
-    /// variable with a name of its own, except that a port is merged into the address.
+    /// Merges the environment variables of this service. A variable of a key takes precedence over one of a
+    /// table around it. For one key, `HYDRAMESH_<SERVICE>__<KEY>` takes precedence over a variable with a name
+    /// of its own, except that a port is merged into the address.
     pub(super) fn environment(
         &mut self,
         service: &str,
@@ -68,10 +69,12 @@ impl Layers<'_> {
             })?;
             // An empty variable is how unit files and compose files spell "not set".
             if !value.is_empty() {
-                // Old names before new ones, so that those win.
+                // Tables before keys in them, and old names before new ones, so that the latter win.
                 let renamed = self.renamed(&key);
-                let is_port = renamed.as_ref().unwrap_or(&key).ends_with(PORT);
-                let rank = (is_port, by_name.is_none(), renamed.is_none());
+                let effective = renamed.as_ref().unwrap_or(&key);
+                let depth = effective.matches('.').count();
+                let is_port = effective.ends_with(PORT);
+                let rank = (depth, is_port, by_name.is_none(), renamed.is_none());
                 found.push((rank, key, value, variable.to_owned()));
             }
         }

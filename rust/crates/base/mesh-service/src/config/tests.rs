@@ -270,6 +270,23 @@ fn the_new_name_of_a_key_wins_within_a_layer_and_the_later_layer_wins_by_any_nam
 }
 
 #[test]
+fn a_variable_of_a_key_adds_to_one_of_its_table_in_any_order_and_by_its_old_name_too() {
+    let table = ("HYDRAMESH_TEST__HTTP", "{ ratio = 2, open = false }");
+    for name in ["HYDRAMESH_TEST__HTTP__OPEN", "HYDRAMESH_TEST__OPEN"] {
+        let key = (name, "true");
+        for variables in [[table, key], [key, table]] {
+            let loaded = loader()
+                .renamed("open", "http.open")
+                .environment(variables)
+                .load()
+                .expect("environment");
+            let http = loaded.value.http;
+            assert_eq!((http.open, http.ratio), (true, 2.0), "{variables:?}");
+        }
+    }
+}
+
+#[test]
 fn a_port_variable_keeps_the_address_that_is_set() {
     let value = |text: &str, variables: &[(&str, &str)]| {
         let file = file(text);

@@ -143,7 +143,9 @@ impl Tree {
                 });
             }
             if node.table().is_none() {
-                *node = TreeNode::empty(origin);
+                *node = node
+                    .inline_table()
+                    .unwrap_or_else(|| TreeNode::empty(origin));
             }
             let NodeValue::Table(table) = &mut node.kind else {
                 unreachable!("made a table above")
@@ -168,6 +170,15 @@ impl TreeNode {
             NodeValue::Table(table) => Some(table),
             _ => None,
         }
+    }
+
+    /// The table that the value is as text: a variable or flag may give a whole table.
+    fn inline_table(&self) -> Option<TreeNode> {
+        let NodeValue::Text(text) = &self.kind else {
+            return None;
+        };
+        let node = parse_inline(text.trim(), &self.origin).ok()?;
+        matches!(node.kind, NodeValue::Table(_)).then_some(node)
     }
 
     /// The value as text, if it has one.

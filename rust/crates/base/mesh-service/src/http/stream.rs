@@ -182,7 +182,7 @@ pub(super) struct RequestBody {
     timer: Pin<Box<Sleep>>,
     over: bool,
     source: IpAddr,
-    /// UnfinishedBody among the unfinished requests, once a byte has arrived.
+    /// Place among the unfinished requests, once a byte has arrived.
     place: Option<UnfinishedBody>,
 }
 
