@@ -218,6 +218,27 @@ async fn wrong_requests_get_errors_that_name_the_field() {
         .await
         .unwrap();
     assert_eq!(broken.status(), 400);
+    let (status, answer) = head.get("/v1/models/%ff").await;
+    assert_eq!(
+        (status, &answer["error"]["code"]),
+        (400, &json!("invalid_value"))
+    );
+    for path in [
+        "/v1/mesh/tokens",
+        "/v1/mesh/tokens/revoke",
+        "/v1/mesh/nodes/expel",
+        "/v1/mesh/nodes/readmit",
+        "/v1/mesh/pins",
+        "/v1/mesh/drain",
+        "/v1/mesh/undrain",
+        "/v1/mesh/rebalance",
+    ] {
+        let request = head.http.post(head.url(path)).bearer_auth(head.admin_key());
+        let answer = request.body("x".repeat(3000)).send().await.unwrap();
+        assert_eq!(answer.status(), 413, "{path}");
+        let answer: Value = answer.json().await.unwrap();
+        assert_eq!(answer["error"]["code"], "request_too_large", "{path}");
+    }
     assert_eq!(head.get("/v1/moderations").await.0, 404);
     assert_eq!(head.get("/v1/chat/completions").await.0, 405);
 }

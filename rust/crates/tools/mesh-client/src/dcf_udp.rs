@@ -18,6 +18,7 @@ use dcf::{ErrorCode, Message, MsgType, Version};
 use mesh_base::clock::timestamp_us;
 use mesh_base::{addresses, listen};
 use serde::Serialize;
+use serde_json::Value;
 use socket2::SockRef;
 use tokio::net::UdpSocket;
 
@@ -135,10 +136,12 @@ impl DcfClient {
         on_text: &mut dyn FnMut(&str),
         on_wait: &mut dyn FnMut(&str),
     ) -> Result<Answer, DcfError> {
-        let mut task =
-            serde_json::to_value(task).map_err(|error| DcfError::Task(error.to_string()))?;
-        task["ack"] = true.into();
-        let payload = Bytes::from(task.to_string());
+        let task = serde_json::to_value(task).map_err(|error| DcfError::Task(error.to_string()))?;
+        let Value::Object(mut task) = task else {
+            return Err(DcfError::Task("it is not an object".to_owned()));
+        };
+        task.insert("ack".to_owned(), true.into());
+        let payload = Bytes::from(Value::Object(task).to_string());
         self.run(payload, silence, on_text, on_wait).await
     }
 
@@ -350,7 +353,7 @@ pub enum DcfError {
         len: usize,
     },
     /// The task is not a JSON object.
-    #[error("the task cannot be written as JSON: {0}")]
+    #[error("the task cannot be written as a JSON object: {0}")]
     Task(String),
     /// The answer violates the protocol.
     #[error("the answer is broken: {0}")]
@@ -877,6 +880,16 @@ mod tests {
         let lost = client.ask(&task, silence, &mut |_| {}).await;
         assert!(matches!(lost, Err(DcfError::Timeout { .. })), "{lost:?}");
         serve.abort();
+    }
+
+    #[tokio::test]
+    async fn a_task_that_is_not_an_object_is_refused() {
+        let server = UdpSocket::bind("127.0.0.1:0").await.expect("a port");
+        let address = server.local_addr().expect("bound").to_string();
+        let mut client = DcfClient::connect(&address).await.expect("a socket");
+        let silence = Duration::from_secs(5);
+        let error = client.ask(&"a prompt", silence, &mut |_| {}).await;
+        assert!(matches!(error, Err(DcfError::Task(_))), "{error:?}");
     }
 
     #[tokio::test]

@@ -10,8 +10,8 @@ use mesh_api::{
     StreamOptions, Timings, paths,
 };
 use reqwest::{Response, StatusCode};
-use serde::Serialize;
-use serde::de::DeserializeOwned;
+use serde::de::{DeserializeOwned, IgnoredAny};
+use serde::{Deserialize, Serialize};
 
 use crate::sse::SseParser;
 
@@ -85,8 +85,9 @@ impl HttpClient {
         let request = self.http.post(format!("{}{path}", self.base)).json(body);
         let answer = self.send(request).await?.bytes().await.map_err(broken)?;
         // A failure that came after the head had sent its status, to show that it is alive.
-        if let Ok(failure) = serde_json::from_slice(&answer) {
-            return Err(refusal(StatusCode::INTERNAL_SERVER_ERROR, failure));
+        if has_error(&answer) {
+            let text = String::from_utf8_lossy(&answer);
+            return Err(api_error(StatusCode::INTERNAL_SERVER_ERROR, &text));
         }
         serde_json::from_slice(&answer).map_err(|error| HttpError::Broken(error.to_string()))
     }
@@ -350,12 +351,23 @@ const SILENCE: Duration = Duration::from_secs(300);
 fn parse_piece<C: DeserializeOwned + Into<AnswerPiece>>(
     event: &str,
 ) -> Result<AnswerPiece, HttpError> {
-    if let Ok(failure) = serde_json::from_str(event) {
-        return Err(refusal(StatusCode::INTERNAL_SERVER_ERROR, failure));
+    if has_error(event.as_bytes()) {
+        return Err(api_error(StatusCode::INTERNAL_SERVER_ERROR, event));
     }
     let chunk: C = serde_json::from_str(event)
         .map_err(|error| HttpError::Broken(format!("a chunk is not valid ({error}): {event}")))?;
     Ok(chunk.into())
+}
+
+/// An object with an error, in the head's form or another. Its other fields would pass for an empty answer.
+fn has_error(json: &[u8]) -> bool {
+    #[derive(Deserialize)]
+    struct Answer {
+        error: Option<IgnoredAny>,
+    }
+    let is_object = json.trim_ascii_start().starts_with(b"{");
+    is_object
+        && serde_json::from_slice::<Answer>(json).is_ok_and(|Answer { error }| error.is_some())
 }
 
 fn api_error(status: StatusCode, body: &str) -> HttpError {
@@ -402,6 +414,26 @@ mod tests {
         let error = parse_piece::<ChatCompletionChunk<'_>>(event).expect_err("an error");
         assert_eq!(error.to_string(), "no worker serves it");
         assert!(matches!(error, HttpError::Api { code: Some(code), .. } if code == "no_worker"));
+    }
+
+    #[test]
+    fn an_error_in_another_form_is_an_error_too() {
+        for (event, expected) in [
+            (
+                r#"{"error":"out of memory"}"#,
+                r#"HTTP 500 Internal Server Error: {"error":"out of memory"}"#,
+            ),
+            (
+                r#"{"error":{"message":"overloaded","type":null}}"#,
+                "overloaded",
+            ),
+        ] {
+            let error = parse_piece::<ChatCompletionChunk<'_>>(event).expect_err("an error");
+            assert_eq!(error.to_string(), expected);
+            assert!(has_error(event.as_bytes()));
+        }
+        let piece = parse_piece::<ChatCompletionChunk<'_>>(r#"{"choices":[],"error":null}"#);
+        assert_eq!(piece.expect("a chunk"), AnswerPiece::default());
     }
 
     #[test]

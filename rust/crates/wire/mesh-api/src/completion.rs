@@ -19,16 +19,16 @@ pub type Completion<'a> = Envelope<'a, CompletionChoice<'a>>;
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema), schemars(inline))]
 pub struct Envelope<'a, C> {
     /// Id of the answer, the same in all its chunks.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "crate::null::as_default")]
     pub id: Cow<'a, str>,
     /// `chat.completion`, `chat.completion.chunk` or `text_completion`.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "crate::null::as_default")]
     pub object: Cow<'a, str>,
     /// Seconds since 1970.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "crate::null::as_default")]
     pub created: u64,
     /// Name of the model that answers.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "crate::null::as_default")]
     pub model: Cow<'a, str>,
     /// Fingerprint of the weights.
     #[serde(default)]
@@ -52,10 +52,12 @@ pub struct ChatChoice<'a> {
     /// Index of the choice, below `n`.
     pub index: usize,
     /// Message of the assistant.
+    #[serde(deserialize_with = "crate::null::as_default")]
     pub message: ChatResponseMessage<'a>,
     /// Log probabilities where asked for.
     pub logprobs: Option<ChatLogprobs>,
     /// `stop` or `length`.
+    #[serde(deserialize_with = "crate::null::as_default")]
     pub finish_reason: Cow<'a, str>,
 }
 
@@ -65,8 +67,10 @@ pub struct ChatChoice<'a> {
 #[serde(default)]
 pub struct ChatResponseMessage<'a> {
     /// Always `assistant`.
+    #[serde(deserialize_with = "crate::null::as_default")]
     pub role: Cow<'a, str>,
     /// Text of the answer.
+    #[serde(deserialize_with = "crate::null::as_default")]
     pub content: Cow<'a, str>,
     /// Always `null`.
     pub refusal: Option<()>,
@@ -80,6 +84,7 @@ pub struct ChatChunkChoice<'a> {
     /// Index of the choice, below `n`.
     pub index: usize,
     /// Difference from the chunk before.
+    #[serde(deserialize_with = "crate::null::as_default")]
     pub delta: ChatDelta<'a>,
     /// Log probabilities where asked for.
     pub logprobs: Option<ChatLogprobs>,
@@ -108,6 +113,7 @@ pub struct CompletionChoice<'a> {
     /// Index of the choice: the prompts in their order, each with `n` choices.
     pub index: usize,
     /// Text of the answer, or of the piece.
+    #[serde(deserialize_with = "crate::null::as_default")]
     pub text: Cow<'a, str>,
     /// Log probabilities where asked for.
     pub logprobs: Option<CompletionLogprobs>,
@@ -121,6 +127,7 @@ pub struct CompletionChoice<'a> {
 #[serde(default)]
 pub struct ChatLogprobs {
     /// Log probabilities, one per token.
+    #[serde(deserialize_with = "crate::null::as_default")]
     pub content: Vec<ChatLogprob>,
     /// Always `null`.
     pub refusal: Option<()>,
@@ -135,6 +142,7 @@ pub struct ChatLogprob {
     #[serde(flatten)]
     pub token: LogprobToken,
     /// The likeliest tokens.
+    #[serde(deserialize_with = "crate::null::as_default")]
     pub top_logprobs: Vec<LogprobToken>,
 }
 
@@ -148,6 +156,7 @@ pub struct LogprobToken {
     /// Natural logarithm of its probability; -9999 for an impossible token.
     pub logprob: f32,
     /// Bytes of its text.
+    #[serde(deserialize_with = "crate::null::as_default")]
     pub bytes: Vec<u8>,
 }
 
@@ -157,13 +166,17 @@ pub struct LogprobToken {
 #[serde(default)]
 pub struct CompletionLogprobs {
     /// Texts of the tokens.
+    #[serde(deserialize_with = "crate::null::as_default")]
     pub tokens: Vec<String>,
     /// Log probabilities of the tokens.
+    #[serde(deserialize_with = "crate::null::as_default")]
     pub token_logprobs: Vec<f32>,
     /// The likeliest tokens in each place, and the one that was chosen.
+    #[serde(deserialize_with = "crate::null::as_default")]
     #[cfg_attr(feature = "schema", schemars(with = "Vec<BTreeMap<String, f32>>"))]
     pub top_logprobs: Vec<Alternatives>,
     /// Offset of each token in the answer, in characters.
+    #[serde(deserialize_with = "crate::null::as_default")]
     pub text_offset: Vec<usize>,
 }
 
@@ -202,6 +215,7 @@ pub struct CompletionUsage {
     /// Sum of the two.
     pub total_tokens: u32,
     /// Details of the prompts.
+    #[serde(deserialize_with = "crate::null::as_default")]
     pub prompt_tokens_details: PromptTokensDetails,
 }
 
@@ -211,6 +225,7 @@ pub struct CompletionUsage {
 #[serde(default)]
 pub struct PromptTokensDetails {
     /// Tokens found in a KV cache.
+    #[serde(deserialize_with = "crate::null::as_default")]
     pub cached_tokens: u32,
 }
 
@@ -251,6 +266,29 @@ mod tests {
         let used = text(Some(Some(CompletionUsage::default())));
         let read: ChatCompletionChunk<'_> = serde_json::from_str(&used).unwrap();
         assert_eq!(read.usage, Some(Some(CompletionUsage::default())));
+    }
+
+    #[test]
+    fn null_is_the_default() {
+        let sent = r#"{"id": null, "choices": [{"message": {"role": "assistant", "content": null},
+            "logprobs": {"content": [{"token": "a", "logprob": -1.0, "bytes": null, "top_logprobs": null}]},
+            "finish_reason": "stop"}], "usage": {"prompt_tokens": 3, "prompt_tokens_details": null}}"#;
+        let read: ChatCompletion<'_> = serde_json::from_str(sent).unwrap();
+        let choice = &read.choices[0];
+        assert_eq!(choice.message.content, "");
+        let logprobs = choice.logprobs.as_ref().unwrap();
+        assert_eq!(logprobs.content[0].token.token, "a");
+        assert!(logprobs.content[0].token.bytes.is_empty());
+        let usage = read.usage.flatten().unwrap();
+        assert_eq!(usage.prompt_tokens, 3);
+        assert_eq!(usage.prompt_tokens_details, PromptTokensDetails::default());
+
+        let sent =
+            r#"{"choices": [{"text": null, "logprobs": {"tokens": ["a"], "top_logprobs": null}}]}"#;
+        let read: Completion<'_> = serde_json::from_str(sent).unwrap();
+        let logprobs = read.choices[0].logprobs.as_ref().unwrap();
+        assert_eq!(logprobs.tokens, ["a"]);
+        assert!(logprobs.top_logprobs.is_empty());
     }
 
     #[test]

@@ -10,7 +10,8 @@ use crate::requests::TextInput;
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct CreateEmbeddingRequest {
-    /// Up to 2,048 texts or lists of token ids. None of them is empty.
+    /// A text, token ids, or up to 2,048 texts or lists of token ids. None of them is empty.
+    #[cfg_attr(feature = "schema", schemars(schema_with = "crate::schema::input"))]
     pub input: TextInput,
     /// The head's default model for embeddings if absent. At most 512 bytes.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -51,8 +52,10 @@ pub struct CreateEmbeddingResponse<'a> {
     /// The vectors, in the order of the texts.
     pub data: Vec<Embedding<'a>>,
     /// Name of the model.
+    #[serde(deserialize_with = "crate::null::as_default")]
     pub model: Cow<'a, str>,
     /// Tokens used.
+    #[serde(deserialize_with = "crate::null::as_default")]
     pub usage: EmbeddingUsage,
 }
 
@@ -95,4 +98,17 @@ pub struct EmbeddingUsage {
     pub prompt_tokens: u64,
     /// The same.
     pub total_tokens: u64,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn null_is_the_default() {
+        let sent = r#"{"data": [{"embedding": [1.5]}], "model": null, "usage": null}"#;
+        let read: CreateEmbeddingResponse<'_> = serde_json::from_str(sent).unwrap();
+        assert_eq!(read.data[0].embedding, Vector::Floats(vec![1.5]));
+        assert_eq!((&*read.model, read.usage), ("", EmbeddingUsage::default()));
+    }
 }

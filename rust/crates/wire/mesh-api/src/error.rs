@@ -19,7 +19,7 @@ pub struct Error {
     /// Message for people, in English: the thing, its value and the remedy.
     pub message: String,
     /// `invalid_request_error`, `authentication_error`, `rate_limit_error` or `server_error`.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "crate::null::as_default")]
     pub r#type: String,
     /// Field of the request that is to blame, as a path: `messages[0].content`.
     #[serde(default)]
@@ -74,7 +74,7 @@ codes! {
     CannotRebalance = "cannot_rebalance",
     /// 400: prompt and answer do not fit the context of the model.
     ContextLengthExceeded = "context_length_exceeded",
-    /// 500: drained, but the drain is lost when the head restarts.
+    /// 500: drained or undrained, but that is lost when the head restarts.
     DrainNotKept = "drain_not_kept",
     /// 403: the `Host` header is not a name of this head (`http.hosts`).
     HostNotAllowed = "host_not_allowed",
@@ -84,7 +84,8 @@ codes! {
     InvalidApiKey = "invalid_api_key",
     /// 400: the body cannot be read.
     InvalidBody = "invalid_body",
-    /// 400: a field is missing or has a wrong type or value.
+    /// 400: a field is missing or has a wrong type or value; 409 for pins: the name is not pinned, or too many
+    /// are.
     InvalidValue = "invalid_value",
     /// 409: too many nodes are expelled already.
     ListFull = "list_full",
@@ -102,7 +103,7 @@ codes! {
     NoWorker = "no_worker",
     /// 404: no such node.
     NodeNotFound = "node_not_found",
-    /// 500: expelled or readmitted, but that is lost when the head restarts.
+    /// 500: the expulsion or readmission failed, or is lost when the head restarts.
     NotKept = "not_kept",
     /// 403: the `Origin` of a browser is not allowed (`http.cors`).
     OriginNotAllowed = "origin_not_allowed",
@@ -162,6 +163,10 @@ mod tests {
         );
         assert_eq!(code(r#", "code": 503"#), Some(Code::Other("503".into())));
         assert_eq!((code(r#", "code": null"#), code("")), (None, None));
+        assert_eq!(
+            code(r#", "type": null, "code": "no_worker""#),
+            Some(Code::NoWorker)
+        );
         assert_eq!(
             serde_json::to_string(&Code::NoWorker).unwrap(),
             "\"no_worker\""

@@ -6,13 +6,15 @@
 //! [`ErrorResponse`]. Administration has [`Mesh`], [`Node`], [`Token`], [`Ring`] and [`Pin`].
 //!
 //! Rules for a change:
-//! - a response may gain fields: every type has a default, and readers skip fields that they do not know, so
-//!   that a client and a head of different versions understand each other;
+//! - a response may gain fields: fields have defaults, which stand for null, too, where servers send that, and
+//!   readers skip fields that they do not know, so that a client and a head of different versions understand
+//!   each other;
 //! - the head reads requests of the OpenAI API field by field, within bounds on their memory; the types of
 //!   these requests are for those who write them. [`fields`] has the fields that have no effect and those that
 //!   are refused, and the head's reader uses the same tables;
-//! - [`OPENAPI`] is made of these types (`cargo run -p mesh-api --features schema --bin openapi`), and a test
-//!   fails when it is not current. The comments on types and fields are its descriptions.
+//! - [`OPENAPI`] is made of these types, and a test fails when it is not current:
+//!   `cargo run -p mesh-api --features schema --bin openapi -- --write` writes it. The comments on types and
+//!   fields are its descriptions.
 //!
 //! The feature `schema` adds what makes the document; only that needs it.
 
@@ -23,6 +25,7 @@ mod error;
 pub mod fields;
 mod mesh;
 mod models;
+mod null;
 #[cfg(feature = "schema")]
 pub mod openapi;
 pub mod paths;

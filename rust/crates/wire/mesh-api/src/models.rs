@@ -5,11 +5,12 @@ use serde::{Deserialize, Serialize};
 /// The models that requests can name.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
-#[serde(default)]
 pub struct ListModelsResponse {
     /// Always `list`.
+    #[serde(default)]
     pub object: String,
     /// The models, by name.
+    // No default: an answer without it is not a list of models.
     pub data: Vec<Model>,
 }
 
@@ -65,4 +66,16 @@ pub struct Readiness {
     /// Rings that do not serve, each as a sentence, where another model answers.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub not_serving: Vec<String>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_list_without_models_is_not_a_list() {
+        let read = serde_json::from_str::<ListModelsResponse>;
+        assert!(read(r#"{"data": []}"#).unwrap().data.is_empty());
+        assert!(read("{}").is_err());
+    }
 }

@@ -20,6 +20,8 @@ use crate::{
 enum Access {
     /// Everyone.
     Open,
+    /// Everyone, unless the head has API keys and does not exempt the path (`http.open`).
+    Optional,
     /// Everyone, unless the head has API keys.
     Clients,
     /// Holders of the admin key.
@@ -70,13 +72,23 @@ impl Operation {
         }
     }
 
+    const fn optional(self) -> Self {
+        Self {
+            access: Access::Optional,
+            ..self
+        }
+    }
+
     const fn errors(self, errors: &'static [u16]) -> Self {
         Self { errors, ..self }
     }
 }
 
-/// Errors of requests that workers answer.
-const OF_REQUESTS: &[u16] = &[400, 404, 408, 413, 415, 429, 500, 502, 503, 504];
+/// Errors of requests that workers answer, besides those of bodies.
+const OF_REQUESTS: &[u16] = &[404, 429, 500, 502, 504];
+
+/// Errors of all requests with bodies.
+const OF_BODIES: &[u16] = &[400, 408, 413, 415, 503];
 
 /// The document as text, with a line break at its end.
 pub fn document() -> String {
@@ -128,6 +140,7 @@ impl Document {
         );
         let body = self.request::<ChatCompletionRequest>("ChatCompletionRequest", &fields::CHAT);
         let whole = self.envelope::<ChatCompletion<'_>>("ChatCompletion");
+        let whole = self.or_error(&whole);
         let chunk = self.envelope::<ChatCompletionChunk<'_>>("ChatCompletionChunk");
         self.add(
             chat.errors(OF_REQUESTS),
@@ -137,11 +150,12 @@ impl Document {
 
         let text = post(paths::COMPLETIONS, "createCompletion", "Continues texts.");
         let body = self.request::<CompletionRequest>("CompletionRequest", &fields::COMPLETIONS);
-        let whole = self.envelope::<Completion<'_>>("Completion");
+        let chunk = self.envelope::<Completion<'_>>("Completion");
+        let whole = self.or_error(&chunk);
         self.add(
             text.errors(OF_REQUESTS),
             Some(body),
-            generated(&whole, &whole),
+            generated(&whole, &chunk),
         );
 
         let embed = post(
@@ -151,7 +165,8 @@ impl Document {
         );
         let body =
             self.request::<CreateEmbeddingRequest>("CreateEmbeddingRequest", &fields::EMBEDDINGS);
-        let answer = json_content(&self.response::<CreateEmbeddingResponse<'_>>());
+        let whole = self.response::<CreateEmbeddingResponse<'_>>();
+        let answer = json_content(&self.or_error(&whole));
         self.add(embed.errors(OF_REQUESTS), Some(body), answer);
 
         let list = get(
@@ -188,9 +203,7 @@ impl Document {
         self.unavailable(paths::HEALTH, "A loop of the head is stuck.", &schema);
 
         let summary = "Tells whether the mesh, or one model, answers.";
-        let ready = get(paths::READY, "getReadiness", summary)
-            .open()
-            .errors(&[401]);
+        let ready = get(paths::READY, "getReadiness", summary).optional();
         let schema = self.response::<Readiness>();
         self.add(ready, None, json_content(&schema));
         self.unavailable(paths::READY, "No worker answers.", &schema);
@@ -201,9 +214,7 @@ impl Document {
         self.parameter(paths::READY, model);
 
         let summary = "Metrics for Prometheus, as text or as OpenMetrics.";
-        let metrics = get(paths::METRICS, "getMetrics", summary)
-            .open()
-            .errors(&[401]);
+        let metrics = get(paths::METRICS, "getMetrics", summary).optional();
         let text = json!({"schema": {"type": "string"}});
         let content = json!({"text/plain": text, "application/openmetrics-text": text});
         self.add(metrics, None, content);
@@ -220,15 +231,13 @@ impl Document {
         );
         self.administer::<(), TokenList>(list.errors(&[500]));
         let create = post(paths::TOKENS, "createToken", "Creates a join token.");
-        self.administer::<CreateTokenRequest, TokenCreated>(
-            create.errors(&[400, 409, 413, 415, 500]),
-        );
+        self.administer::<CreateTokenRequest, TokenCreated>(create.errors(&[409, 500]));
         let revoke = post(
             paths::REVOKE_TOKEN,
             "revokeToken",
             "Revokes an open join token.",
         );
-        let errors = &[400, 404, 409, 413, 415, 500];
+        let errors = &[404, 409, 500];
         self.administer::<TokenRequest, RevokedToken>(revoke.errors(errors));
 
         let list = get(
@@ -250,7 +259,7 @@ impl Document {
             "setPin",
             "Pins a model's name, or releases its pin.",
         );
-        self.administer::<PinDecision, PinDecision>(pin.errors(&[400, 409, 413, 415]));
+        self.administer::<PinDecision, PinDecision>(pin.errors(&[409]));
 
         let summary = "Drains a worker: it gets nothing new and hands its stages over.";
         let drain = post(paths::DRAIN, "drainWorker", summary).errors(errors);
@@ -260,7 +269,7 @@ impl Document {
             "undrainWorker",
             "Ends the drain of a worker.",
         );
-        self.administer::<WorkerRequest, DrainProgress>(undrain.errors(&[400, 404, 413, 415, 500]));
+        self.administer::<WorkerRequest, DrainProgress>(undrain.errors(&[404, 500]));
 
         let summary = "Shows the ring that would be formed for a model.";
         let plan = get(paths::PLAN, "planRing", summary).errors(&[400, 404, 503]);
@@ -270,8 +279,7 @@ impl Document {
             parameter("model", "query", "Name of the model."),
         );
         let summary = "Compares rings with fresh plans and replaces those that are clearly worse.";
-        let rebalance =
-            post(paths::REBALANCE, "rebalanceRings", summary).errors(&[400, 409, 413, 415]);
+        let rebalance = post(paths::REBALANCE, "rebalanceRings", summary).errors(&[409]);
         self.administer::<RebalanceRequest, RebalanceResponse>(rebalance);
     }
 
@@ -305,9 +313,10 @@ impl Document {
         let error = json_content(&self.response::<ErrorResponse>());
         let of_all: &[u16] = match operation.access {
             Access::Open => &[403],
-            Access::Clients | Access::Administrators => &[401, 403],
+            Access::Optional | Access::Clients | Access::Administrators => &[401, 403],
         };
-        for status in of_all.iter().chain(operation.errors) {
+        let of_body: &[u16] = if body.is_some() { OF_BODIES } else { &[] };
+        for status in of_all.iter().chain(of_body).chain(operation.errors) {
             let response = json!({"description": meaning(*status), "content": error});
             self.errors.insert(format!("Error{status}"), response);
             let reference = json!({"$ref": format!("#/components/responses/Error{status}")});
@@ -315,7 +324,7 @@ impl Document {
         }
         let security = match operation.access {
             Access::Open => json!([]),
-            Access::Clients => json!([{}, {"key": []}]),
+            Access::Optional | Access::Clients => json!([{}, {"key": []}]),
             Access::Administrators => json!([{"admin": []}]),
         };
         let mut described = json!({
@@ -325,8 +334,10 @@ impl Document {
             "responses": responses,
         });
         if let Some(schema) = body {
+            // All their fields have defaults, and an empty body is an empty object.
+            let optional = [paths::TOKENS, paths::REBALANCE];
             described["requestBody"] = json!({
-                "required": openai.contains(&operation.path), "content": json_content(&schema),
+                "required": !optional.contains(&operation.path), "content": json_content(&schema),
             });
         }
         let path = self.paths.entry(documented(operation.path));
@@ -345,6 +356,14 @@ impl Document {
 
     fn response<T: JsonSchema>(&mut self) -> Value {
         self.responses.subschema_for::<T>().into()
+    }
+
+    /// A whole answer, or an error where the status was sent before the answer was there.
+    fn or_error(&mut self, whole: &Value) -> Value {
+        json!({
+            "description": "The answer. A failure after `http.early_headers` comes as an ErrorResponse, with the status 200.",
+            "anyOf": [whole, self.response::<ErrorResponse>()],
+        })
     }
 
     /// A component with a name of its own.
@@ -396,12 +415,16 @@ impl Document {
                 "schemas": schemas,
             },
         });
-        // A field that the client may leave out need not say its default, and integers have no widths in JSON.
+        // A field that the client may leave out need not say its default. Integers have no widths in JSON: that
+        // of 32 bits becomes a bound.
         let mut plain = RecursiveTransform(|schema: &mut Schema| {
             if schema.get("default").is_some() {
                 schema.remove("default");
             }
-            schema.remove("format");
+            let format = schema.remove("format");
+            if format.is_some_and(|format| format == "uint32") && schema.get("maximum").is_none() {
+                schema.insert("maximum".to_owned(), u32::MAX.into());
+            }
         });
         for schema in document["components"]["schemas"]
             .as_object_mut()
@@ -459,7 +482,9 @@ fn meaning(status: u16) -> &'static str {
         }
         500 => "A fault of the head.",
         502 => "The request failed on several workers.",
-        503 => "No worker, all of them busy, or a shutdown; `Retry-After` says when to try again.",
+        503 => {
+            "No worker, all of them busy, no memory for the request, or a shutdown; `Retry-After` says when to try again."
+        }
         504 => "No complete answer in time.",
         _ => "An error.",
     }

@@ -144,7 +144,9 @@ pub struct SkippedPart {
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 pub struct CompletionRequest {
-    /// The prompts. Together with `n` they may ask for up to 128 answers.
+    /// A text, several texts, token ids, or several lists of token ids. Together with `n` they may ask for up
+    /// to 128 answers.
+    #[cfg_attr(feature = "schema", schemars(schema_with = "crate::schema::prompt"))]
     pub prompt: TextInput,
     /// Model, limits and sampling. Without a limit an answer has at most 16 tokens.
     #[serde(flatten)]
@@ -177,7 +179,6 @@ impl CompletionRequest {
 
 /// A text, several texts, token ids, or several lists of token ids.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(untagged)]
 pub enum TextInput {
     /// One text.

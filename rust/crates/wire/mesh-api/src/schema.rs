@@ -19,6 +19,36 @@ pub(crate) fn limit(_: &mut SchemaGenerator) -> Schema {
     ]})
 }
 
+/// A token id.
+fn token() -> Value {
+    json!({"type": "integer", "minimum": 0, "maximum": u32::MAX})
+}
+
+/// One prompt, or as many as there may be answers.
+pub(crate) fn prompt(_: &mut SchemaGenerator) -> Schema {
+    json_schema!({"anyOf": [
+        {"type": "string"},
+        {"type": "array", "minItems": 1, "maxItems": 128, "items": {"type": "string"}},
+        {"type": "array", "minItems": 1, "items": token()},
+        {
+            "type": "array", "minItems": 1, "maxItems": 128,
+            "items": {"type": "array", "items": token()},
+        },
+    ]})
+}
+
+/// One text to embed, or several, none of them empty.
+pub(crate) fn input(_: &mut SchemaGenerator) -> Schema {
+    let text = json!({"type": "string", "minLength": 1});
+    let tokens = json!({"type": "array", "minItems": 1, "items": token()});
+    json_schema!({"anyOf": [
+        text,
+        {"type": "array", "minItems": 1, "maxItems": 2048, "items": text},
+        tokens,
+        {"type": "array", "minItems": 1, "maxItems": 2048, "items": tokens},
+    ]})
+}
+
 /// A truth value, also as 0 or 1.
 pub(crate) fn flag_or_bit(_: &mut SchemaGenerator) -> Schema {
     json_schema!({"enum": [true, false, 0, 1, null]})

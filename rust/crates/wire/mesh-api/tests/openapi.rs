@@ -4,14 +4,14 @@ use std::collections::BTreeSet;
 
 use mesh_api::OPENAPI;
 use mesh_api::fields::{CHAT, COMPLETIONS, EMBEDDINGS};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 #[test]
 fn the_committed_document_is_current() {
     let made = mesh_api::openapi::document();
     assert!(
         made == OPENAPI,
-        "openapi.json is not current: make it with `cargo run -p mesh-api --features schema --bin openapi`"
+        "openapi.json is not current: write it with `cargo run -p mesh-api --features schema --bin openapi -- --write`"
     );
 }
 
@@ -81,6 +81,63 @@ fn the_tables_and_the_types_have_no_field_in_common() {
             assert_eq!(
                 properties[*name]["description"], "Has no effect.",
                 "{request}.{name}"
+            );
+        }
+    }
+}
+
+#[test]
+fn bodies_are_required_where_fields_are_and_their_failures_are_listed() {
+    let document: Value = serde_json::from_str(OPENAPI).unwrap();
+    let mut optional = Vec::new();
+    for (path, operations) in document["paths"].as_object().unwrap() {
+        let operation = &operations["post"];
+        let Some(required) = operation["requestBody"]["required"].as_bool() else {
+            continue;
+        };
+        if !required {
+            optional.push(path.as_str());
+        }
+        for status in ["400", "408", "413", "415", "503"] {
+            assert!(
+                operation["responses"][status].is_object(),
+                "{path} {status}"
+            );
+        }
+    }
+    assert_eq!(optional, ["/v1/mesh/rebalance", "/v1/mesh/tokens"]);
+}
+
+#[test]
+fn answers_that_may_be_late_may_be_errors() {
+    let document: Value = serde_json::from_str(OPENAPI).unwrap();
+    for path in ["/v1/chat/completions", "/v1/completions", "/v1/embeddings"] {
+        let content = &document["paths"][path]["post"]["responses"]["200"]["content"];
+        let any = content["application/json"]["schema"]["anyOf"].as_array();
+        let error = json!({"$ref": "#/components/schemas/ErrorResponse"});
+        assert!(any.is_some_and(|any| any.contains(&error)), "{path}");
+    }
+}
+
+#[test]
+fn limits_of_the_head_are_in_the_schemas() {
+    let document: Value = serde_json::from_str(OPENAPI).unwrap();
+    let schemas = &document["components"]["schemas"];
+    let field = |request: &str, name: &str| schemas[request]["properties"][name].clone();
+    let stop = field("ChatCompletionRequest", "stop_token_ids");
+    assert_eq!(stop["items"]["maximum"], u32::MAX);
+    for (request, name, most, least_text) in [
+        ("CompletionRequest", "prompt", 128, Value::Null),
+        ("CreateEmbeddingRequest", "input", 2048, json!(1)),
+    ] {
+        let shapes = field(request, name)["anyOf"].clone();
+        assert_eq!(shapes[0]["minLength"], least_text, "{name}");
+        assert_eq!(shapes[2]["items"]["maximum"], u32::MAX, "{name}");
+        for shape in [&shapes[1], &shapes[3]] {
+            assert_eq!(
+                (&shape["minItems"], &shape["maxItems"]),
+                (&json!(1), &json!(most)),
+                "{name}"
             );
         }
     }

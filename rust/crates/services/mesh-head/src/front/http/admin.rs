@@ -3,7 +3,6 @@
 use std::time::Instant;
 
 use axum::Json;
-use axum::body::Bytes;
 use axum::extract::State;
 use axum::http::StatusCode;
 use mesh_api::{
@@ -14,9 +13,10 @@ use mesh_control::duplicates::{self, Duplicate};
 use mesh_control::registry::{self, Registry, Service, Worker};
 use mesh_control::rings::Rings;
 use mesh_control::tracker::{self, Conflict, PinError};
-use serde::Deserialize;
+use serde::de::DeserializeOwned;
 
 use super::error::ApiError;
+use super::intake::{self, Received};
 use super::models::kind_name;
 use super::state::Api;
 
@@ -112,9 +112,9 @@ pub(super) async fn pins(State(api): State<Api>) -> Json<PinList> {
 /// `POST /v1/mesh/pins`: pins a `name` to the model with this `fingerprint`; without one, releases the pin.
 pub(super) async fn pin(
     State(api): State<Api>,
-    body: Bytes,
+    body: Received,
 ) -> Result<Json<PinDecision>, ApiError> {
-    let decision: PinDecision = read(&body)?;
+    let decision: PinDecision = read(&api, body)?;
     let fingerprint = decision.fingerprint.as_deref();
     let decided = api.mesh.decide_pin(&decision.name, fingerprint);
     decided.map_err(|error| {
@@ -128,11 +128,12 @@ pub(super) async fn pin(
 }
 
 /// A body in JSON; an empty one is an empty object.
-pub(super) fn read<'a, T: Deserialize<'a>>(body: &'a [u8]) -> Result<T, ApiError> {
-    let body = if body.trim_ascii().is_empty() {
+pub(super) fn read<T: DeserializeOwned>(api: &Api, body: Received) -> Result<T, ApiError> {
+    let body = intake::received(api, body)?;
+    let body: &[u8] = if body.trim_ascii().is_empty() {
         b"{}"
     } else {
-        body
+        &body
     };
     serde_json::from_slice(body).map_err(|error| {
         ApiError::new(

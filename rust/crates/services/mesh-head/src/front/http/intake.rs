@@ -2,6 +2,7 @@
 //! up no other request.
 
 use axum::body::{Body, Bytes};
+use axum::extract::rejection::BytesRejection;
 use axum::http::StatusCode;
 use futures::StreamExt;
 use mesh_api::Code;
@@ -31,9 +32,7 @@ pub(super) async fn body(
         let part = part.map_err(|error| unreadable(&error))?;
         bytes += part.len() as u64;
         if bytes > limit {
-            let text = format!("the body is over the limit of {limit} bytes (http.body_limit)");
-            let code = Code::RequestTooLarge;
-            return Err(ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, code, text));
+            return Err(too_large(limit));
         }
         let Ok(lease) = &mut taken else {
             // The rest is not kept; a client that still writes would not read why.
@@ -69,6 +68,23 @@ pub(super) async fn body(
     Ok((read.into(), lease))
 }
 
+/// A body that axum read, for an administrator.
+pub(super) type Received = Result<Bytes, BytesRejection>;
+
+/// The body, or the error that tells why there is none.
+pub(super) fn received(api: &Api, body: Received) -> Result<Bytes, ApiError> {
+    body.map_err(|error| match error.status() {
+        StatusCode::PAYLOAD_TOO_LARGE => too_large(api.mesh.config.http.body_limit),
+        _ => unreadable(&error),
+    })
+}
+
+fn too_large(limit: u64) -> ApiError {
+    let text = format!("the body is over the limit of {limit} bytes (http.body_limit)");
+    let code = Code::RequestTooLarge;
+    ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, code, text)
+}
+
 fn unreadable(error: &(dyn std::error::Error + 'static)) -> ApiError {
     if let Some(slow) = TooSlow::cause_of(error) {
         let text = slow.to_string();
@@ -97,4 +113,22 @@ pub(super) async fn parsed<T: Send + 'static>(
         let text = "the request could not be read";
         ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, Code::InternalError, text)
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use axum::extract::{FromRequest as _, Request};
+    use futures::stream;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn the_cause_of_a_body_that_axum_could_not_read_is_found() {
+        let parts = stream::iter([Err::<Bytes, _>(axum::Error::new(NoRoom))]);
+        let request = Request::new(Body::from_stream(parts));
+        let error = Bytes::from_request(request, &()).await.unwrap_err();
+        let told = unreadable(&error);
+        assert_eq!(told.status, StatusCode::SERVICE_UNAVAILABLE);
+        assert_eq!(told.code, Code::Overloaded);
+    }
 }

@@ -25,10 +25,11 @@ use std::time::SystemTime;
 
 use axum::body::Body;
 use axum::extract::{ConnectInfo, DefaultBodyLimit, Request, State};
+use axum::handler::Handler;
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
-use axum::routing::{MethodRouter, get, post};
+use axum::routing::{MethodFilter, MethodRouter, get, on};
 use axum::{Extension, Router};
 use mesh_api::{Code, paths};
 use mesh_base::clock::unix_seconds;
@@ -101,37 +102,47 @@ pub(crate) fn router(
     guard.before(Router::new().fallback_service(routes.map_request(meant::as_meant)))
 }
 
-/// Handlers by their paths.
-type Routes = Vec<(&'static str, MethodRouter<Api>)>;
+/// A method, its path and its handler.
+type Route = (MethodFilter, &'static str, MethodRouter<Api>);
 
-fn for_clients() -> Routes {
+fn route<H: Handler<T, Api>, T: 'static>(
+    method: MethodFilter,
+    path: &'static str,
+    handler: H,
+) -> Route {
+    (method, path, on(method, handler))
+}
+
+fn for_clients() -> Vec<Route> {
     vec![
-        (paths::MODELS, get(models::list)),
-        (paths::MODEL, get(models::show)),
-        (paths::CHAT_COMPLETIONS, post(chat)),
-        (paths::COMPLETIONS, post(completions)),
-        (paths::EMBEDDINGS, post(embed)),
-        (paths::MESH, get(admin::show)),
+        route(GET, paths::MODELS, models::list),
+        route(GET, paths::MODEL, models::show),
+        route(POST, paths::CHAT_COMPLETIONS, chat),
+        route(POST, paths::COMPLETIONS, completions),
+        route(POST, paths::EMBEDDINGS, embed),
+        route(GET, paths::MESH, admin::show),
     ]
 }
 
-fn for_administrators() -> Routes {
+fn for_administrators() -> Vec<Route> {
     vec![
-        (paths::TOKENS, get(tokens::list).post(tokens::create)),
-        (paths::REVOKE_TOKEN, post(tokens::revoke)),
-        (paths::NODES, get(nodes::list)),
-        (paths::EXPEL, post(nodes::expel)),
-        (paths::READMIT, post(nodes::readmit)),
-        (paths::PINS, get(admin::pins).post(admin::pin)),
-        (paths::DRAIN, post(rings::drain)),
-        (paths::UNDRAIN, post(rings::undrain)),
-        (paths::PLAN, get(rings::plan)),
-        (paths::REBALANCE, post(rings::rebalance)),
+        route(GET, paths::TOKENS, tokens::list),
+        route(POST, paths::TOKENS, tokens::create),
+        route(POST, paths::REVOKE_TOKEN, tokens::revoke),
+        route(GET, paths::NODES, nodes::list),
+        route(POST, paths::EXPEL, nodes::expel),
+        route(POST, paths::READMIT, nodes::readmit),
+        route(GET, paths::PINS, admin::pins),
+        route(POST, paths::PINS, admin::pin),
+        route(POST, paths::DRAIN, rings::drain),
+        route(POST, paths::UNDRAIN, rings::undrain),
+        route(GET, paths::PLAN, rings::plan),
+        route(POST, paths::REBALANCE, rings::rebalance),
     ]
 }
 
-fn of(routes: Routes) -> Router<Api> {
-    let added = |router: Router<Api>, (path, methods)| router.route(path, methods);
+fn of(routes: Vec<Route>) -> Router<Api> {
+    let added = |router: Router<Api>, (_, path, handler): Route| router.route(path, handler);
     routes.into_iter().fold(Router::new(), added)
 }
 
@@ -318,21 +329,45 @@ async fn wrong_method(request: Request) -> Response {
     ApiError::new(StatusCode::METHOD_NOT_ALLOWED, Code::MethodNotAllowed, text).into_response()
 }
 
+const GET: MethodFilter = MethodFilter::GET;
+const POST: MethodFilter = MethodFilter::POST;
 const REQUEST_ID: &str = "x-request-id";
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
+    use serde_json::{Value, json};
+
     use super::*;
 
     #[test]
-    fn the_document_has_all_paths_of_the_router() {
-        let document: serde_json::Value = serde_json::from_str(mesh_api::OPENAPI).unwrap();
-        let documented = document["paths"].as_object().unwrap().keys().cloned();
-        let routed = for_clients().into_iter().chain(for_administrators());
-        let routed = routed.map(|(path, _)| path);
-        let routed = routed.chain([paths::OPENAPI, paths::HEALTH, paths::READY, paths::METRICS]);
-        let mut routed: Vec<String> = routed.map(|path| path.replace("{*", "{")).collect();
-        routed.sort_unstable();
-        assert_eq!(routed, documented.collect::<Vec<String>>());
+    fn the_document_has_all_operations_of_the_router_and_their_access() {
+        let document: Value = serde_json::from_str(mesh_api::OPENAPI).unwrap();
+        let mut documented = BTreeMap::new();
+        for (path, operations) in document["paths"].as_object().unwrap() {
+            for (method, operation) in operations.as_object().unwrap() {
+                let security = operation["security"].clone();
+                documented.insert((path.clone(), method.clone()), security);
+            }
+        }
+
+        let (open, optional) = (json!([]), json!([{}, {"key": []}]));
+        let key = |(method, path, _): Route| (method, path, optional.clone());
+        let admin = |(method, path, _): Route| (method, path, json!([{"admin": []}]));
+        let routed = for_clients().into_iter().map(key);
+        let routed = routed.chain(for_administrators().into_iter().map(admin));
+        let routed = routed.chain([
+            (GET, paths::OPENAPI, open.clone()),
+            (GET, paths::HEALTH, open),
+            // `http.open` says whether these need a key.
+            (GET, paths::READY, optional.clone()),
+            (GET, paths::METRICS, optional.clone()),
+        ]);
+        let routed = routed.map(|(method, path, security)| {
+            let method = if method == GET { "get" } else { "post" };
+            ((path.replace("{*", "{"), method.to_owned()), security)
+        });
+        assert_eq!(routed.collect::<BTreeMap<_, _>>(), documented);
     }
 }

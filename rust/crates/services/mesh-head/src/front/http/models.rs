@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use axum::Json;
+use axum::extract::rejection::PathRejection;
 use axum::extract::{Path, State};
 use axum::http::StatusCode;
 use mesh_api::{Code, ListModelsResponse, Model};
@@ -25,8 +26,12 @@ pub(super) async fn list(State(api): State<Api>) -> Json<ListModelsResponse> {
 /// `GET /v1/models/NAME`.
 pub(super) async fn show(
     State(api): State<Api>,
-    Path(name): Path<String>,
+    name: Result<Path<String>, PathRejection>,
 ) -> Result<Json<Model>, ApiError> {
+    let Path(name) = name.map_err(|error| ApiError {
+        param: Some("model".into()),
+        ..ApiError::new(error.status(), Code::InvalidValue, error.to_string())
+    })?;
     let found = models(&api)
         .get(&served_as(&api.mesh, name.clone()))
         .map(|card| model(&api, card));

@@ -4,7 +4,6 @@ use std::collections::BTreeMap;
 use std::time::{Instant, SystemTime};
 
 use axum::Json;
-use axum::body::Bytes;
 use axum::extract::State;
 use axum::http::StatusCode;
 use mesh_api::{Code, ExpelRequest, Node, NodeChange, NodeList, NodeRequest};
@@ -13,6 +12,7 @@ use mesh_net::trust::{KnownMember, TrustError};
 
 use super::admin::read;
 use super::error::ApiError;
+use super::intake::Received;
 use super::state::Api;
 use super::tokens::blocking;
 
@@ -66,9 +66,9 @@ pub(super) async fn list(State(api): State<Api>) -> Result<Json<NodeList>, ApiEr
 /// body may hold a `reason`.
 pub(super) async fn expel(
     State(api): State<Api>,
-    body: Bytes,
+    body: Received,
 ) -> Result<Json<NodeChange>, ApiError> {
-    let asked: ExpelRequest = read(&body)?;
+    let asked: ExpelRequest = read(&api, body)?;
     if asked.reason.len() > LONGEST_REASON || asked.reason.contains(char::is_control) {
         let text = format!("'reason' must be one line of at most {LONGEST_REASON} bytes");
         return Err(ApiError::new(
@@ -136,9 +136,9 @@ pub(super) async fn expel(
 /// `POST /v1/mesh/nodes/readmit`: ends that, and a quarantine.
 pub(super) async fn readmit(
     State(api): State<Api>,
-    body: Bytes,
+    body: Received,
 ) -> Result<Json<NodeChange>, ApiError> {
-    let asked: NodeRequest = read(&body)?;
+    let asked: NodeRequest = read(&api, body)?;
     let mut out = quarantined(&api);
     out.extend(expelled(&api));
     let (node_id, name) = find(out, &asked.node)?;

@@ -4,7 +4,6 @@ use std::time::Instant;
 
 use arcanum_profiler::explain;
 use axum::Json;
-use axum::body::Bytes;
 use axum::extract::{Query, State};
 use axum::http::StatusCode;
 use mesh_api::{
@@ -21,6 +20,7 @@ use serde_json::json;
 
 use super::admin::read;
 use super::error::ApiError;
+use super::intake::Received;
 use super::state::Api;
 
 #[derive(Deserialize)]
@@ -65,9 +65,9 @@ pub(super) async fn plan(
 /// over its parts of rings.
 pub(super) async fn drain(
     State(api): State<Api>,
-    body: Bytes,
+    body: Received,
 ) -> Result<Json<DrainProgress>, ApiError> {
-    let WorkerRequest { worker: name } = read(&body)?;
+    let WorkerRequest { worker: name } = read(&api, body)?;
     let drained: Result<_, ApiError> = api.mesh.change_rings(|rings, registry, now| {
         let (id, node) = find(registry, &name)?;
         if let Some(node) = &node {
@@ -87,9 +87,9 @@ pub(super) async fn drain(
 /// `POST /v1/mesh/undrain`: ends that.
 pub(super) async fn undrain(
     State(api): State<Api>,
-    body: Bytes,
+    body: Received,
 ) -> Result<Json<DrainProgress>, ApiError> {
-    let WorkerRequest { worker: name } = read(&body)?;
+    let WorkerRequest { worker: name } = read(&api, body)?;
     let undrained: Result<_, ApiError> = api.mesh.change_rings(|rings, registry, now| {
         let (id, node) = match find(registry, &name) {
             Ok((id, node)) => (Some(id), node),
@@ -127,9 +127,9 @@ async fn keep_drains(api: &Api) -> Result<(), ApiError> {
 /// body may hold `model` and `dry_run`.
 pub(super) async fn rebalance(
     State(api): State<Api>,
-    body: Bytes,
+    body: Received,
 ) -> Result<Json<RebalanceResponse>, ApiError> {
-    let asked: RebalanceRequest = read(&body)?;
+    let asked: RebalanceRequest = read(&api, body)?;
     let compared = api
         .mesh
         .change_rings(|rings, _, now| rings.rebalance(asked.model.as_deref(), asked.dry_run, now));

@@ -3,7 +3,6 @@
 use std::time::{Duration, SystemTime};
 
 use axum::Json;
-use axum::body::Bytes;
 use axum::extract::State;
 use axum::http::StatusCode;
 use mesh_api::{
@@ -14,14 +13,15 @@ use mesh_net::trust::{Revocation, TokenRecord, TrustError};
 
 use super::admin::read;
 use super::error::ApiError;
+use super::intake::Received;
 use super::state::Api;
 
 /// `POST /v1/mesh/tokens`: makes a join token. The body may hold `ttl_seconds` and `note`.
 pub(super) async fn create(
     State(api): State<Api>,
-    body: Bytes,
+    body: Received,
 ) -> Result<Json<TokenCreated>, ApiError> {
-    let request: CreateTokenRequest = read(&body)?;
+    let request: CreateTokenRequest = read(&api, body)?;
     let life = request.ttl_seconds.map_or(TOKEN_LIFE, Duration::from_secs);
     if life.is_zero() || life > LONGEST_TOKEN_LIFE || request.note.len() > LONGEST_NOTE {
         let text = format!(
@@ -93,9 +93,9 @@ fn shown(record: &TokenRecord, now: u64) -> Token {
 /// `POST /v1/mesh/tokens/revoke`: withdraws the open token with this `id`.
 pub(super) async fn revoke(
     State(api): State<Api>,
-    body: Bytes,
+    body: Received,
 ) -> Result<Json<RevokedToken>, ApiError> {
-    let TokenRequest { id } = read(&body)?;
+    let TokenRequest { id } = read(&api, body)?;
     let (authority, revoked_id) = (api.authority.clone(), id.clone());
     let revoked = blocking(move || authority.revoke_token(&revoked_id, SystemTime::now())).await?;
     revoked.map_err(|error| {
