@@ -76,6 +76,10 @@ pub fn check(part: &Embeddings, texts: usize, dimensions: u32) -> Result<(), Str
             part.dimensions
         ));
     }
+    let mut numbers = part.vectors.as_chunks::<4>().0.iter();
+    if !numbers.all(|bytes| f32::from_le_bytes(*bytes).is_finite()) {
+        return Err("the worker sent a vector with a number that is not finite".to_owned());
+    }
     Ok(())
 }
 
@@ -138,6 +142,20 @@ mod tests {
             (answer(4, 32, 2), 2, 3),
         ] {
             assert!(check(&part, texts, dimensions).is_err(), "{part:?}");
+        }
+    }
+
+    #[test]
+    fn a_vector_with_a_number_that_is_not_finite_is_refused() {
+        let answer = |last: f32| Embeddings {
+            dimensions: 2,
+            vectors: [0.5, last].into_iter().flat_map(f32::to_le_bytes).collect(),
+            tokens: vec![1],
+            total_us: 0,
+        };
+        assert_eq!(check(&answer(f32::MAX), 1, 2), Ok(()));
+        for last in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            assert!(check(&answer(last), 1, 2).is_err(), "{last}");
         }
     }
 }

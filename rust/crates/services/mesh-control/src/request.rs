@@ -7,11 +7,7 @@
 //! **Busy is not dead.** Limits are on silence. A worker that has the request reports the cause of its wait
 //! ([`mesh_proto::Progress`]) and the time since its engine last made progress; the silence limits count from
 //! there, so a request may wait for hours in a queue that moves. A worker of an older version reports
-//! nothing: then the limits count from the time at which it was given the request. **Busy is not dead.**
-//! Limits are on silence. A worker that has the request says what it waits for ([`mesh_proto::Progress`]) and
-//! how long ago its engine got on; the silence limits count from there, so a request may wait for hours in a
-//! queue that moves. A worker of an older version says nothing: then the limits count from when it was given
-//! the request.
+//! nothing: then the limits count from the time at which it was given the request.
 //!
 //! Events name their attempt. Events of an attempt that was given up change nothing.
 

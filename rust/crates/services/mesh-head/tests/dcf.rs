@@ -249,6 +249,34 @@ async fn a_task_of_an_old_worker_that_falls_silent_runs_elsewhere() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_answer_of_an_old_worker_puts_no_blame_on_a_mesh_worker() {
+    let head = TestHead::start(admit_old_workers).await;
+    let fails = Fate::FailsAfter(0, dcf::ErrorCode::INFERENCE_FAILED);
+    let bad = head.worker("bad", script(fails)).await;
+    let old = OldWorker::start(&head).await;
+    let client = head.dcf().await;
+    client.send(TASK, 3, b"hello").await;
+    let (own, _) = old.task().await;
+    assert_eq!(bad.requests(), 1);
+    old.send(RESULT, own, b"done").await;
+    assert_eq!(client.receive().await, (RESULT, 3, b"done".to_vec()));
+    let metrics = || async {
+        let answer = head.http.get(head.url("/metrics")).send().await.unwrap();
+        answer.text().await.unwrap()
+    };
+    let counted = "hydramesh_head_requests_total{front=\"Dcf\",outcome=\"Complete\"} 1";
+    eventually("the task is counted", || async {
+        metrics().await.contains(counted)
+    })
+    .await;
+    let text = metrics().await;
+    assert!(
+        !text.contains("hydramesh_head_worker_faults_total{"),
+        "{text}"
+    );
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn tasks_that_wait_at_an_old_worker_outlast_the_limit_on_silence_while_it_answers_others() {
     let head = TestHead::start(|config| {
         config.request_timeout = Duration::from_millis(1_500);

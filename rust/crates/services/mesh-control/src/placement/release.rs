@@ -114,7 +114,12 @@ impl Placement {
         }
         if ended == AttemptEnd::Complete {
             let key = worker.key();
-            self.registry.reputation.answered(&key, &running.model);
+            // The name that its faults are kept under: a worker without an identity reports no models.
+            let model = match worker.has_identity() {
+                true => running.model.as_str(),
+                false => "",
+            };
+            self.registry.reputation.answered(&key, model);
         }
     }
 

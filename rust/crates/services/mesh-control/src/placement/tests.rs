@@ -1,3 +1,4 @@
+use dcf::Version;
 use mesh_proto::{Hello, ModelCard};
 
 use super::release::BUSY_PAUSE;
@@ -405,6 +406,30 @@ fn the_queue_is_first_come_first_served_and_bounded() {
     let decided = placement.pump(now);
     assert_eq!(decided.len(), 1);
     assert_eq!(decided[0].0, Ticket(2));
+}
+
+#[test]
+fn complete_answers_shorten_the_pauses_of_a_worker_without_an_identity() {
+    let now = Instant::now();
+    let mut placement = placement(4);
+    let address = ([127, 0, 0, 1], 4000).into();
+    let heartbeat = placement
+        .registry
+        .plain_heartbeat(address, Version::V5_1, now);
+    let (worker, _) = heartbeat.unwrap();
+    let key = placement.registry.get(worker).unwrap().key();
+    let first = placement.at_fault(&key, "", now, now);
+    assert_eq!(first, Some(Duration::ZERO));
+    let plain = Requirements {
+        plain: true,
+        ..ask()
+    };
+    let asked = placement.ask(Ticket(1), plain, false, now);
+    assert!(matches!(asked, Decision::Placed(_)), "{asked:?}");
+    placement.release(Ticket(1), AttemptEnd::Complete, now);
+    let later = now + Duration::from_secs(1);
+    let next = placement.at_fault(&key, "", later, later);
+    assert_eq!(next, Some(Duration::ZERO), "the first fault is made good");
 }
 
 #[test]

@@ -4,6 +4,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
 use mesh_api::Holding;
+use tracing::dispatcher::{Dispatch, with_default};
+use tracing::subscriber::NoSubscriber;
 
 use super::Rings;
 use super::node::RingWorker;
@@ -18,7 +20,7 @@ pub enum DrainRefusal {
     /// No other worker can take its layers.
     #[error(
         "worker {name} holds layers {layers} of {model}, and no other worker has the {mib} MiB that they need: add a worker, \
-         undrain one, or shorten sharding.context; nothing was changed"
+         undrain one, or shorten ring.context; nothing was changed"
     )]
     NoRoom {
         /// Name of the worker.
@@ -43,7 +45,10 @@ impl Rings {
         }
         let mut trial = self.clone();
         trial.set_asked(node, true);
-        trial.poll(now);
+        // A trial logs nothing: its changes do not happen. `Dispatch::none()` would not do: tracing disables a
+        // log line for good if that is the default when the line is first reached.
+        let silent = Dispatch::new(NoSubscriber::default());
+        with_default(&silent, || trial.poll(now));
         // Running requests must either have been moved, or have somewhere to go to.
         for ring in self.rings.values().filter(|ring| ring.has_member(node)) {
             let later = trial

@@ -177,7 +177,7 @@ impl Rings {
         let margin = self.settings.margin;
         if gain <= margin || gain.is_nan() {
             let verdict = format!(
-                "nothing: a gain of {:.0} % is not above sharding.margin = {margin}",
+                "nothing: a gain of {:.0} % is not above ring.margin = {margin}",
                 gain * 100.0
             );
             return (verdict, Remedy::Nothing);

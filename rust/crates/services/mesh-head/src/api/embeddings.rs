@@ -108,9 +108,6 @@ fn inputs(fields: Fields<'_>) -> Result<Vec<EmbedInput>, Invalid> {
         Invalid::new("input", text)
     };
     let inputs = text_inputs(fields, "input", shapes, (MOST_INPUTS, too_many))?;
-    if inputs.len() > MOST_INPUTS {
-        return Err(too_many(inputs.len()));
-    }
     let is_empty = |input: &TextInput| match input {
         TextInput::Text(text) => text.is_empty(),
         TextInput::Tokens(tokens) => tokens.is_empty(),
@@ -164,6 +161,16 @@ mod tests {
         ] {
             assert_eq!(count(wrong.clone()).unwrap_err().param, "input", "{wrong}");
         }
+    }
+
+    #[test]
+    fn inputs_are_counted_before_they_are_read() {
+        let most = parse(json!({"input": vec!["x"; MOST_INPUTS]})).unwrap();
+        assert_eq!(most.task.inputs.len(), MOST_INPUTS);
+        let mut inputs = vec![json!("x"); MOST_INPUTS];
+        inputs.push(json!(1));
+        let invalid = parse(json!({"input": inputs})).unwrap_err();
+        assert!(invalid.message.contains("2049 inputs"), "{invalid}");
     }
 
     #[test]

@@ -12,8 +12,8 @@ pub(super) enum TextInput {
     Tokens(Vec<u32>),
 }
 
-/// Reads a field; `shapes` is the error about a value of another shape. At most `most` lists of ids are
-/// copied: `too_many` is the error about more.
+/// Reads a field; `shapes` is the error about a value of another shape. At most `most` inputs are copied:
+/// `too_many` is the error about more.
 pub(super) fn text_inputs(
     fields: Fields<'_>,
     name: &str,
@@ -38,6 +38,12 @@ pub(super) fn text_inputs(
         let text = format!("Missing required parameter: '{name}'");
         return Err(Invalid::new(name, text));
     };
+    if let Some(list) = value.as_array()
+        && list.len() > most
+        && list.first().is_some_and(|first| !first.is_number())
+    {
+        return Err(too_many(list.len()));
+    }
     let pieces = match (value, value.as_array().map(|list| list.first())) {
         (Value::String(_), _) => text(value).map(|text| vec![text]),
         (_, Some(None)) => Some(Vec::new()),

@@ -272,8 +272,17 @@ impl<'a, C: Codec> Flight<'a, C> {
             Ok(whole @ FromWorker::Whole(_)) => whole,
             Err(failure) => return self.broke(assignment, attempt, failure),
         };
+        let kind = match &incoming {
+            FromWorker::Message(message) => Some(message.kind),
+            FromWorker::Whole(_) | FromWorker::End => None,
+        };
         let step = self.codec.read(incoming, attempt, &mut self.answer, now);
-        step.unwrap_or_else(|| self.answer.idled(attempt, now))
+        step.unwrap_or_else(|| {
+            if let Some(kind) = kind {
+                debug!(%kind, "unexpected on a request's stream");
+            }
+            self.answer.idled(attempt, now)
+        })
     }
 
     fn progressed(

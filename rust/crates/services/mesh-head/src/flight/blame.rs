@@ -52,8 +52,12 @@ impl FailedAttempts {
         }
     }
 
-    /// The request was answered, so the workers that failed on it were at fault, and not the request.
+    /// The request was answered, so the workers that failed on it were at fault, and not the request. The
+    /// answer of a worker without an identity does not show that.
     pub(super) fn exonerate(&mut self, by: &Assignment, mesh: &Mesh) {
+        if by.plain {
+            return;
+        }
         for attempted in std::mem::take(&mut self.attempts) {
             if attempted.key != by.placed.key {
                 attempted.at_fault(mesh);
@@ -83,10 +87,10 @@ impl FailedAttempts {
         }
     }
 
-    /// A worker answers. If another one rejected the request before, that one was wrong, unless its context
-    /// is smaller.
+    /// A worker with an identity answers. If another one rejected the request before, that one was wrong,
+    /// unless its context is smaller.
     pub(super) fn contradict(&self, answer: &mut Lifecycle, by: &Assignment, mesh: &Mesh) {
-        let Some(rejected) = answer.contradicted() else {
+        let Some(rejected) = answer.contradicted().filter(|_| !by.plain) else {
             return;
         };
         let smaller = self.rejected_in < context_on(by, mesh);

@@ -185,10 +185,7 @@ impl<E: FnMut(Event) + Send> Codec for GenerateCodec<E> {
             MsgType::TOKENS => read(message).map(|tokens| answer.tokens_came(attempt, tokens, now)),
             MsgType::DONE => read(message).map(|done| answer.done(attempt, done, now)),
             // A newer worker may say more than this head understands.
-            other => {
-                debug!(kind = %other, "unexpected on a request's stream");
-                return None;
-            }
+            _ => return None,
         };
         Some(step.unwrap_or_else(|failure| answer.failed(attempt, failure)))
     }

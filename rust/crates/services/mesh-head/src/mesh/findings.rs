@@ -5,8 +5,8 @@ use std::time::Instant;
 
 use dcf::ErrorCode;
 use mesh_control::placement::Placed;
+use mesh_control::registry::WorkerId;
 use mesh_control::registry::proofs::{Finding, Proof};
-use mesh_control::registry::{Worker, WorkerId};
 use mesh_control::spotcheck::Sample;
 
 use super::state::{Mesh, State};
@@ -116,9 +116,7 @@ impl Mesh {
         let now = Instant::now();
         let mut state = self.lock();
         let registry = &mut state.placement.registry;
-        // The answer of a worker without an identity proves nothing.
-        let counts = registry.get(by.worker).is_some_and(Worker::has_identity);
-        let Some(wrong) = registry.get_mut(worker).filter(|_| counts) else {
+        let Some(wrong) = registry.get_mut(worker) else {
             return;
         };
         wrong.failed += 1;

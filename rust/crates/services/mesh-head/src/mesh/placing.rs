@@ -120,6 +120,7 @@ impl Mesh {
             ticket,
             tokens_seen: worker.map(|worker| worker.tokens_seen.clone()),
             process: state.peers.get(&placed.worker).map_or(0, |p| p.instance),
+            plain: worker.is_some_and(|worker| !worker.has_identity()),
             of_model: worker
                 .and_then(|worker| worker.model(&placed.model))
                 .map(|model| model.tokens_seen.clone()),
@@ -208,6 +209,8 @@ pub(crate) struct Assignment {
     pub connection: Option<Arc<dyn Connection>>,
     /// The worker's process; 0 is unknown.
     pub process: u64,
+    /// The worker has no identity: its answer proves nothing about other workers.
+    pub plain: bool,
     ended: AttemptEnd,
     received: Mutex<ReceivedTokens>,
     tokens_seen: Option<TokenClock>,
@@ -247,12 +250,10 @@ impl Assignment {
         self.first_token();
     }
 
-    /// The model that the worker's faults count for; empty for a worker that does not report its models.
+    /// The model that the worker's faults count for; empty for a worker without an identity, which does not
+    /// report its models.
     pub(crate) fn faulted_model(&self) -> &str {
-        match self.of_model {
-            Some(_) => &self.placed.model,
-            None => "",
-        }
+        if self.plain { "" } else { &self.placed.model }
     }
 
     /// Arrival of the last token from this worker, for any request.

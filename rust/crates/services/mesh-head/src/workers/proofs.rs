@@ -299,7 +299,10 @@ impl Probe<'_> {
                     let numbers = numbers.map(|bytes| f32::from_le_bytes(*bytes));
                     return Ok(Sample::Vector(numbers.collect()));
                 }
-                WorkerReply::Progress(_) | WorkerReply::Work(_) => {}
+                WorkerReply::Progress(_) => {}
+                WorkerReply::Work(message) => {
+                    debug!(kind = %message.kind, "unexpected on a request's stream");
+                }
                 WorkerReply::Failed(failure) => return Err(failure.into()),
             }
         }

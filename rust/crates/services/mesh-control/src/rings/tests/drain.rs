@@ -119,7 +119,9 @@ fn a_drained_standby_is_replaced_in_the_same_epoch() {
 fn a_drain_without_room_elsewhere_is_refused_and_changes_nothing() {
     let mut mesh = Mesh::serving(|_| {}, &[("a", 7), ("b", 7)]);
     let before = mesh.rings.view(mesh.now);
+    let logs = Logs::capture();
     let refusal = mesh.rings.drain("a", mesh.now).unwrap_err();
+    assert_eq!(logs.text(), "");
     let text = refusal.to_string();
     for part in ["worker-a", "MiB", "add a worker"] {
         assert!(text.contains(part), "{part} is not in {text}");
@@ -133,6 +135,23 @@ fn a_drain_without_room_elsewhere_is_refused_and_changes_nothing() {
         mesh.rings.drain("nobody", mesh.now),
         Err(DrainRefusal::Unknown(_))
     ));
+}
+
+#[test]
+fn a_drain_that_a_forming_ring_has_no_room_for_is_refused_and_logs_nothing() {
+    let mut mesh = Mesh::new(|_| {});
+    mesh.join("a", 7);
+    mesh.join("b", 7);
+    mesh.pass(2.0);
+    let ring = mesh.id();
+    let logs = Logs::capture();
+    assert!(matches!(
+        mesh.rings.drain("a", mesh.now),
+        Err(DrainRefusal::NoRoom { .. })
+    ));
+    assert_eq!(logs.text(), "");
+    mesh.poll();
+    assert_eq!((mesh.id(), &*mesh.ring().state), (ring, "forming"));
 }
 
 #[test]

@@ -159,7 +159,7 @@ fn a_small_gain_changes_nothing_and_a_dry_run_never_does() {
         .unwrap()
         .remove(0);
     assert!(
-        small.gain < 0.15 && small.verdict.contains("sharding.margin"),
+        small.gain < 0.15 && small.verdict.contains("ring.margin"),
         "{small:?}"
     );
 

@@ -240,7 +240,16 @@ fn what_is_wrong_or_not_there_is_named() {
             "logprobs",
             true,
         ),
-        (completion(json!({"prompt": vec!["x"; 200]})), "n", false),
+        (
+            completion(json!({"prompt": vec!["x"; 200]})),
+            "prompt",
+            false,
+        ),
+        (
+            completion(json!({"prompt": vec!["x"; 100], "n": 2})),
+            "n",
+            false,
+        ),
         (Asked::parse(Api::Chat, b"{\"model\":", 4), "body", false),
         (Asked::parse(Api::Chat, b"[]", 4), "body", false),
     ];
