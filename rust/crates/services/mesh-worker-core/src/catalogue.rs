@@ -202,7 +202,9 @@ impl Catalogue {
 
     /// These pieces of a model are on the disk.
     pub fn look_result(&mut self, fingerprint: &Digest, here: PieceSet) {
-        if let Some(replica) = self.replicas.get_mut(fingerprint) {
+        if let Some(replica) = self.replicas.get_mut(fingerprint)
+            && *replica.here() != here
+        {
             replica.set_here(here);
             self.report.version += 1;
         }
@@ -210,8 +212,11 @@ impl Catalogue {
 
     /// A piece is damaged on this machine's disk.
     pub fn piece_lost(&mut self, fingerprint: &Digest, piece: u32) {
-        if let Some(replica) = self.replicas.get_mut(fingerprint) {
+        if let Some(replica) = self.replicas.get_mut(fingerprint)
+            && replica.here().contains(piece)
+        {
             replica.piece_lost(piece);
+            self.report.version += 1;
         }
     }
 

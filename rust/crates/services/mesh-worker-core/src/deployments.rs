@@ -112,6 +112,14 @@ impl<S> Deployments<S> {
         match self.of_ring(hello.ring) {
             Some((_, deployment)) => deployment.stream_came(hello, peer, stream),
             None => {
+                let of_peer = self.strays.iter().enumerate();
+                let of_peer = of_peer.filter(|(_, stray)| stray.2 == peer);
+                let of_peer: Vec<usize> = of_peer.map(|(index, _)| index).collect();
+                if of_peer.len() >= MOST_STRAYS_OF_ONE
+                    && let Some((.., oldest)) = self.strays.remove(of_peer[0])
+                {
+                    refused.push(oldest);
+                }
                 let until = now + STRAY_PATIENCE;
                 self.strays.push_back((until, hello, peer, stream));
             }
@@ -213,6 +221,9 @@ pub const STRAY_PATIENCE: Duration = Duration::from_secs(10);
 
 /// Streams that wait for rings at once.
 const MOST_STRAYS: usize = 256;
+
+/// Those of one member: it cannot push out the streams of others by itself.
+const MOST_STRAYS_OF_ONE: usize = 32;
 
 #[cfg(test)]
 mod tests;

@@ -35,8 +35,8 @@ pub struct Failure {
 /// The one of all assignments that an order is for.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum LoadId {
-    /// A model that comes from elsewhere, by its name.
-    Awaited(String),
+    /// A model that comes from elsewhere, by its name; true if it is offered in parts.
+    Awaited(String, bool),
     /// A model that failed.
     Retry(u64),
     /// A model of the watched folder.
@@ -128,7 +128,8 @@ pub enum ReadyState {
 /// Models to load, and models that others replace or lose.
 #[derive(Debug, Default)]
 pub struct Loads {
-    awaited: BTreeMap<String, Awaited>,
+    /// By name, and true for those that are offered in parts: a name may be both.
+    awaited: BTreeMap<(String, bool), Awaited>,
     retries: BTreeMap<u64, Retry>,
     next_retry: u64,
     /// Number of deaths of each model's engine.
@@ -136,6 +137,8 @@ pub struct Loads {
     folder: Folder,
     /// A model of the watched folder is being loaded: one at a time.
     is_loading_local: bool,
+    /// A look was asked for during that load: if it fails, it is tried again.
+    local_again: bool,
     draining: bool,
     is_linked: bool,
     links: u64,
@@ -145,7 +148,6 @@ pub struct Loads {
 /// A model that comes from elsewhere.
 #[derive(Debug)]
 struct Awaited {
-    in_parts: bool,
     /// Time of the next attempt; `None` while one is under way.
     due: Option<Instant>,
     began: Instant,
@@ -231,16 +233,15 @@ impl Loads {
     ) -> Self {
         let whole = whole.into_iter().map(|name| (name, false));
         let awaited = whole.chain(parts.into_iter().map(|name| (name, true)));
-        let awaited = awaited.map(|(name, in_parts)| {
+        let awaited = awaited.map(|key| {
             let awaited = Awaited {
-                in_parts,
                 due: Some(now),
                 began: now,
                 pause: TRY_AGAIN,
                 again: false,
                 obstacle: None,
             };
-            (name, awaited)
+            (key, awaited)
         });
         let mut loads = Loads {
             awaited: awaited.collect(),
@@ -275,12 +276,13 @@ impl Loads {
 
     fn due_awaited(&mut self, now: Instant) -> Option<LoadOrder> {
         let mut all = self.awaited.iter_mut();
-        let (name, due) = all.find(|(_, awaited)| awaited.due.is_some_and(|due| due <= now))?;
+        let ((name, in_parts), due) =
+            all.find(|(_, awaited)| awaited.due.is_some_and(|due| due <= now))?;
         (due.due, due.began, due.again) = (None, now, false);
         Some(LoadOrder {
-            id: LoadId::Awaited(name.clone()),
+            id: LoadId::Awaited(name.clone(), *in_parts),
             name: name.clone(),
-            location: match due.in_parts {
+            location: match in_parts {
                 true => Location::StorePart(name.clone()),
                 false => Location::Store(name.clone()),
             },
@@ -289,8 +291,10 @@ impl Loads {
 
     fn due_retry(&mut self, now: Instant) -> Option<LoadOrder> {
         let folder = &self.folder;
-        self.retries
-            .retain(|_, retry| !folder.took_over(retry.load.as_ref()));
+        // One that is being loaded ends with the result of that.
+        self.retries.retain(|_, retry| {
+            matches!(retry.state, RetryState::Loading) || !folder.took_over(retry.load.as_ref())
+        });
         for (id, retry) in &mut self.retries {
             let RetryState::Waiting {
                 until,
@@ -371,12 +375,12 @@ impl Loads {
         let queue = &mut self.queue;
         self.folder.known.retain(|path, local| {
             let stays = there.contains(path) || local.state == LocalState::Loading;
-            if let LocalState::Served(_) = local.state
-                && !stays
-            {
-                tracing::info!(model = local.name, "a local model is gone");
-                queue.push(LoadStep::Unload(local.name.clone()));
-                // Of one whose engine had died.
+            if !stays {
+                if let LocalState::Served(_) = local.state {
+                    tracing::info!(model = local.name, "a local model is gone");
+                    queue.push(LoadStep::Unload(local.name.clone()));
+                }
+                // Of one whose engine had died, or that was refused before a reload.
                 queue.push(LoadStep::Fault(local.name.clone(), None));
             }
             stays
@@ -420,7 +424,7 @@ impl Loads {
                     return;
                 }
                 local.state = LocalState::Loading;
-                self.is_loading_local = true;
+                (self.is_loading_local, self.local_again) = (true, false);
                 let id = LoadId::Local(path.clone());
                 let needed = stamp.0.saturating_mul(5) / 4;
                 if let Some(free) = free.filter(|free| needed > *free) {
@@ -444,7 +448,7 @@ impl Loads {
             return false;
         }
         match id {
-            LoadId::Awaited(_) | LoadId::Local(_) => true,
+            LoadId::Awaited(..) | LoadId::Local(_) => true,
             LoadId::Retry(id) => {
                 let retry = self.retries.get(id);
                 retry.is_some_and(|retry| !self.folder.took_over(retry.load.as_ref()))
@@ -455,16 +459,24 @@ impl Loads {
     /// Result of [`LoadStep::Load`].
     pub fn loaded(&mut self, id: &LoadId, result: Result<(), LoadError>, now: Instant) {
         match id {
-            LoadId::Awaited(name) => self.awaited_loaded(name, result, now),
+            LoadId::Awaited(name, in_parts) => {
+                self.awaited_loaded(&(name.clone(), *in_parts), result, now);
+            }
             LoadId::Retry(id) => self.retry_loaded(*id, result, now),
             LoadId::Local(path) => self.local_loaded(path, result),
         }
     }
 
-    fn awaited_loaded(&mut self, name: &str, result: Result<(), LoadError>, now: Instant) {
-        let Some(awaited) = self.awaited.get_mut(name) else {
+    fn awaited_loaded(
+        &mut self,
+        key: &(String, bool),
+        result: Result<(), LoadError>,
+        now: Instant,
+    ) {
+        let Some(awaited) = self.awaited.get_mut(key) else {
             return;
         };
+        let name = key.0.as_str();
         let Err(LoadError { text, .. }) = result else {
             let seconds = now.saturating_duration_since(awaited.began).as_secs_f64();
             let model = name;
@@ -473,7 +485,7 @@ impl Loads {
                 seconds,
                 "the model came from elsewhere and is loaded"
             );
-            self.awaited.remove(name);
+            self.awaited.remove(key);
             return;
         };
         if awaited.obstacle.as_ref() != Some(&text) {
@@ -538,8 +550,10 @@ impl Loads {
             Err(LoadError { text, .. }) => {
                 tracing::error!(path = %path.display(), error = text, "local model not served");
                 local.state = LocalState::Seen;
-                let refused = (name.clone(), local.stamp);
-                self.folder.refused.insert(path.to_owned(), refused);
+                if !self.local_again {
+                    let refused = (name.clone(), local.stamp);
+                    self.folder.refused.insert(path.to_owned(), refused);
+                }
                 self.queue.push(LoadStep::Fault(name, Some(text)));
             }
         }
@@ -587,6 +601,7 @@ impl Loads {
     /// come from elsewhere, without waiting for the next attempt.
     pub fn look_again(&mut self, now: Instant) {
         self.folder.refused.clear();
+        self.local_again |= self.is_loading_local;
         for awaited in self.awaited.values_mut() {
             awaited.again = true;
             awaited.due = awaited.due.map(|_| now);
@@ -630,10 +645,12 @@ impl Loads {
             return state(ReadyState::Ready);
         }
         let mut texts = vec![lacking];
-        for (name, awaited) in &self.awaited {
+        for ((name, _), awaited) in &self.awaited {
             let obstacle = awaited.obstacle.clone();
             texts.push(obstacle.unwrap_or_else(|| format!("{name} is not loaded yet")));
         }
+        // A name that is awaited both whole and in parts.
+        texts.dedup();
         texts.append(&mut faults);
         texts.retain(|text| !text.is_empty());
         state(ReadyState::Lacks(texts.join("; ")))

@@ -5,7 +5,7 @@ use mesh_proto::{LayerOffer, NodeProfile, Offer, PathProfile};
 /// The models of which this worker can hold parts, and the paths that a plan depends on.
 #[derive(Debug, Default)]
 pub struct Offers {
-    shards: Vec<LayerOffer>,
+    models: Vec<LayerOffer>,
     profile: NodeProfile,
     /// The path to the head.
     head: PathProfile,
@@ -15,20 +15,20 @@ pub struct Offers {
 
 impl Offers {
     /// Offers these models on a machine with this profile.
-    pub fn new(shards: Vec<LayerOffer>, profile: NodeProfile) -> Self {
+    pub fn new(models: Vec<LayerOffer>, profile: NodeProfile) -> Self {
         Offers {
-            shards,
+            models,
             profile,
             ..Offers::default()
         }
     }
 
     /// Offers one more model. False if one of that name is offered already.
-    pub fn add(&mut self, shard: LayerOffer, profile: NodeProfile) -> bool {
-        if self.shards.iter().any(|other| name(other) == name(&shard)) {
+    pub fn add(&mut self, offer: LayerOffer, profile: NodeProfile) -> bool {
+        if self.models.iter().any(|other| name(other) == name(&offer)) {
             return false;
         }
-        self.shards.push(shard);
+        self.models.push(offer);
         self.profile = profile;
         self.offered = None;
         true
@@ -36,12 +36,12 @@ impl Offers {
 
     /// True if nothing is offered.
     pub fn is_empty(&self) -> bool {
-        self.shards.is_empty()
+        self.models.is_empty()
     }
 
     /// True if this model is offered.
     pub fn has(&self, model: &str, fingerprint: &str) -> bool {
-        let mut cards = self.shards.iter().filter_map(|shard| shard.card.as_ref());
+        let mut cards = self.models.iter().filter_map(|offer| offer.card.as_ref());
         cards.any(|card| card.name == model && card.fingerprint == fingerprint)
     }
 
@@ -60,7 +60,7 @@ impl Offers {
     /// them on these paths.
     pub fn poll(&mut self, port: u16, mut paths: Vec<PathProfile>) -> Option<Offer> {
         // A model that is not known yet cannot be offered; an empty offer need not be sent.
-        if self.shards.is_empty() {
+        if self.models.is_empty() {
             return None;
         }
         paths.push(self.head.clone());
@@ -76,13 +76,13 @@ impl Offers {
                 paths,
                 ..self.profile.clone()
             }),
-            models: self.shards.clone(),
+            models: self.models.clone(),
         })
     }
 }
 
-fn name(shard: &LayerOffer) -> &str {
-    shard.card.as_ref().map_or("", |card| &card.name)
+fn name(offer: &LayerOffer) -> &str {
+    offer.card.as_ref().map_or("", |card| &card.name)
 }
 
 /// True if a plan might judge them differently: a new path, a round trip that is half as long again, or
@@ -114,7 +114,7 @@ mod tests {
         }
     }
 
-    fn shard(name: &str) -> LayerOffer {
+    fn layers(name: &str) -> LayerOffer {
         LayerOffer {
             card: Some(ModelCard {
                 name: name.to_owned(),
@@ -149,8 +149,8 @@ mod tests {
             None,
             "there is nothing to offer"
         );
-        assert!(offers.add(shard("m"), NodeProfile::default()));
-        assert!(!offers.add(shard("m"), NodeProfile::default()));
+        assert!(offers.add(layers("m"), NodeProfile::default()));
+        assert!(!offers.add(layers("m"), NodeProfile::default()));
         assert!(offers.has("m", "of m") && !offers.has("m", "of n"));
         offers.head_path(500, None);
         let offer = offers.poll(9, vec![path("a", 200, 0.0)]).unwrap();
@@ -168,7 +168,7 @@ mod tests {
         );
         offers.head_linked();
         assert!(offers.poll(9, Vec::new()).is_some());
-        offers.add(shard("n"), NodeProfile::default());
+        offers.add(layers("n"), NodeProfile::default());
         assert_eq!(offers.poll(9, Vec::new()).unwrap().models.len(), 2);
     }
 }

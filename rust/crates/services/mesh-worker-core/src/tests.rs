@@ -11,11 +11,11 @@ fn core() -> Core<u32> {
         fingerprint: "f".to_owned(),
         ..ModelCard::default()
     };
-    let shard = LayerOffer {
+    let offer = LayerOffer {
         card: Some(card),
         ..LayerOffer::default()
     };
-    core.offers = Offers::new(vec![shard], NodeProfile::default());
+    core.offers = Offers::new(vec![offer], NodeProfile::default());
     core
 }
 

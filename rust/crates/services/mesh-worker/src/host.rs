@@ -76,9 +76,9 @@ impl Host {
             looked_at: Mutex::default(),
         };
         for model in loaded {
-            host.add(model)?;
+            host.add(&mut Some(model))?;
         }
-        host.look_at_shards();
+        host.look_at_ring_models();
         for failure in &failures {
             tracing::error!(
                 model = failure.name,
@@ -91,8 +91,8 @@ impl Host {
     }
 
     /// Looks at the templates of models that are offered in parts. Blocks.
-    pub(crate) fn look_at_shards(&self) {
-        for (name, model) in self.rings.shard_models() {
+    pub(crate) fn look_at_ring_models(&self) {
+        for (name, model) in self.rings.models_held() {
             let mut looked_at = self
                 .looked_at
                 .lock()
@@ -121,17 +121,20 @@ impl Host {
 
     /// True if anything is served or offered here.
     pub(crate) fn serves(&self) -> bool {
-        !self.models().is_empty() || self.rings.has_shards()
+        !self.models().is_empty() || self.rings.has_ring_models()
     }
 
-    /// Serves one more model.
-    pub(crate) fn add(&self, model: ServedModel) -> Result<(), WorkerError> {
+    /// Serves one more model, if there is one. With an error it stays the caller's: its engine ends when it
+    /// is dropped, which takes a while.
+    pub(crate) fn add(&self, model: &mut Option<ServedModel>) -> Result<(), WorkerError> {
         let mut served = self.served.write().unwrap_or_else(PoisonError::into_inner);
-        let name = &model.card.name;
-        if served.iter().any(|other| other.card.name == *name) {
-            return Err(WorkerError::SameName { name: name.clone() });
+        if let Some(ServedModel { card, .. }) = model
+            && served.iter().any(|other| other.card.name == card.name)
+        {
+            let name = card.name.clone();
+            return Err(WorkerError::SameName { name });
         }
-        served.push(Arc::new(model));
+        served.extend(model.take().map(Arc::new));
         Ok(())
     }
 
@@ -228,10 +231,12 @@ impl Host {
         tokio::join!(whole, driven, self.rings.emptied());
     }
 
-    /// Takes models out of service whose engines are gone.
-    pub(crate) fn bury(&self) -> Vec<Failure> {
+    /// Takes models out of service whose engines are gone. The models that were looked at come with the
+    /// result: an engine's memory is freed when the last holder drops it, which takes a while.
+    pub(crate) fn bury(&self) -> (Vec<Failure>, Vec<Arc<ServedModel>>) {
+        let models = self.models();
         let mut dead = Vec::new();
-        for served in self.models() {
+        for served in &models {
             let Some(death) = served.engine.death() else {
                 continue;
             };
@@ -248,7 +253,7 @@ impl Host {
                 reason: error.to_string(),
             });
         }
-        dead
+        (dead, models)
     }
 }
 

@@ -92,14 +92,16 @@ impl Loading {
     /// Takes models out of service whose engines are gone; the core has them loaded again later.
     pub(crate) fn look_after(&self) {
         // A model that the folder withdraws meanwhile does not count as a failure.
-        let any = self.core.with(|core| {
-            let dead = self.host.bury();
+        let (any, looked_at) = self.core.with(|core| {
+            let (dead, looked_at) = self.host.bury();
             let any = !dead.is_empty();
             for failure in dead {
                 core.loads.died(of_core(failure), Instant::now());
             }
-            any
+            (any, looked_at)
         });
+        // Gigabytes may be freed here: not under the core's lock.
+        drop(looked_at);
         if any {
             self.core.change(|_| ());
         }
@@ -170,12 +172,16 @@ impl Loading {
 
     async fn load(self: Arc<Self>, order: LoadOrder) {
         let loaded = self.fetch_and_load(&order).await;
-        let result = loaded.map_err(|error| LoadError {
-            text: error.to_string(),
-            same_name: matches!(error, WorkerError::SameName { .. }),
+        self.core.change(|core| {
+            // A success is noted already.
+            if let Err(error) = loaded {
+                let error = LoadError {
+                    text: error.to_string(),
+                    same_name: matches!(error, WorkerError::SameName { .. }),
+                };
+                core.loads.loaded(&order.id, Err(error), Instant::now());
+            }
         });
-        self.core
-            .change(|core| core.loads.loaded(&order.id, result, Instant::now()));
     }
 
     async fn fetch_and_load(self: &Arc<Self>, order: &LoadOrder) -> Result<(), WorkerError> {
@@ -211,7 +217,7 @@ impl Loading {
         })
     }
 
-    /// Loads a model and serves or offers it. Blocks.
+    /// Loads a model and serves or offers it; a success is noted in the core. Blocks.
     fn load_now(&self, order: &LoadOrder, fetched: Option<Fetched>) -> Result<(), WorkerError> {
         let host = &self.host;
         let load = |path: &Path, name: Option<&str>, fingerprint: Option<&str>| {
@@ -227,33 +233,37 @@ impl Loading {
             (Location::StorePart(name), Some(fetched)) => {
                 let name = fetched.files.map().served_as(name);
                 host.rings().add(&name, &fetched.path, &fetched.files)?;
-                host.look_at_shards();
-                return Ok(());
+                host.look_at_ring_models();
+                None
             }
             (Location::NamedPart, _) => {
                 host.rings().add_file(&order.name)?;
-                host.look_at_shards();
-                return Ok(());
+                host.look_at_ring_models();
+                None
             }
             (Location::Store(name), Some(Fetched { files, path, pin })) => {
                 let served_as = files.map().served_as(name);
                 let fingerprint = files.map().file_fingerprint();
                 let loaded = load(&path, Some(&served_as), Some(&fingerprint))?;
-                loaded.pinned(pin).from(Source::Store(name.clone()))
+                Some(loaded.pinned(pin).from(Source::Store(name.clone())))
             }
-            (Location::At(path), _) => load(path, Some(&order.name), None)?,
-            _ => load(&path_of(&order.name, &self.config)?, None, None)?,
+            (Location::At(path), _) => Some(load(path, Some(&order.name), None)?),
+            _ => Some(load(&path_of(&order.name, &self.config)?, None, None)?),
         };
         self.serve(&order.id, loaded)
     }
 
-    /// Serves a model that was loaded, unless it is not wanted any more.
-    fn serve(&self, id: &LoadId, loaded: ServedModel) -> Result<(), WorkerError> {
-        let mut loaded = Some(loaded);
-        // What is not wanted is dropped outside: its engine ends, which takes a while.
-        self.core.with(|core| match core.loads.may_serve(id) {
-            true => loaded.take().map_or(Ok(()), |loaded| self.host.add(loaded)),
-            false => Ok(()),
+    /// Serves a model that was loaded, unless it is not wanted any more. One offered in parts is there
+    /// already.
+    fn serve(&self, id: &LoadId, mut loaded: Option<ServedModel>) -> Result<(), WorkerError> {
+        // What is not served is dropped outside: its engine ends, which takes a while.
+        self.core.with(|core| {
+            if core.loads.may_serve(id) {
+                self.host.add(&mut loaded)?;
+            }
+            // Under the same lock: should its engine die at once, the core knows whose load it was.
+            core.loads.loaded(id, Ok(()), Instant::now());
+            Ok(())
         })
     }
 
@@ -262,25 +272,30 @@ impl Loading {
         let (faults, serves) = (self.host.failed(), self.host.serves());
         let readiness = self.core.with(|core| {
             let lacking = core.catalogue.lacking();
-            core.loads.readiness(&faults, serves, lacking)
+            let readiness = core.loads.readiness(&faults, serves, lacking);
+            if shown.as_ref() != Some(&readiness) {
+                // Under the lock: a link lost, or a drain begun, after this look has the last word.
+                self.health.set_note(readiness.note.clone());
+                match &readiness.state {
+                    // A lost link, or a drain, reports its reason by itself.
+                    ReadyState::Elsewhere => {}
+                    ReadyState::Ready => self.health.set_ready(),
+                    ReadyState::Lacks(text) => self.health.set_unready(text.clone()),
+                }
+            }
+            readiness
         });
         if shown.as_ref() == Some(&readiness) {
             return;
         }
-        self.health.set_note(readiness.note.clone());
         match &readiness.state {
-            // A lost link, or a drain, reports its reason by itself.
             ReadyState::Elsewhere => {}
             ReadyState::Ready => {
-                self.health.set_ready();
                 if let Some(note) = &readiness.note {
                     notify::status(note);
                 }
             }
-            ReadyState::Lacks(text) => {
-                notify::status(text);
-                self.health.set_unready(text.clone());
-            }
+            ReadyState::Lacks(text) => notify::status(text),
         }
         *shown = Some(readiness);
     }
@@ -292,7 +307,7 @@ fn of_core(failure: Failure) -> mesh_worker_core::Failure {
         name: failure.name,
         location: match failure.source {
             Source::Named => Location::Named,
-            Source::Shard => Location::NamedPart,
+            Source::RingModel => Location::NamedPart,
             Source::At(path) => Location::At(path),
             Source::Store(name) => Location::Store(name),
         },

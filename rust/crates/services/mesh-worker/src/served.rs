@@ -40,7 +40,7 @@ pub(crate) enum Source {
     /// The file or folder that a name in the configuration means. A loaded model has [`Source::At`] its path.
     Named,
     /// The same, offered in parts.
-    Shard,
+    RingModel,
     /// This file or folder.
     At(PathBuf),
     /// The store, under a name; files come from elsewhere if need be.

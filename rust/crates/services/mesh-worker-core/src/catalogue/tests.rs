@@ -421,7 +421,17 @@ fn the_hubs_answers_are_good_for_a_while() {
 #[test]
 fn the_head_hears_of_changes_only() {
     let mut sim = Sim::new(1);
+    let of = sim.of();
     let (_, version) = sim.catalogue.report(None).unwrap();
+    assert!(sim.catalogue.report(Some(version)).is_none());
+    // A look that finds the same pieces changes nothing.
+    sim.catalogue.look_result(&of, PieceSet::none(1));
+    assert!(sim.catalogue.report(Some(version)).is_none());
+    sim.catalogue.look_result(&of, PieceSet::all(1));
+    let (_, version) = sim.catalogue.report(Some(version)).unwrap();
+    sim.catalogue.piece_lost(&of, 0);
+    let (_, version) = sim.catalogue.report(Some(version)).unwrap();
+    sim.catalogue.look_result(&of, PieceSet::none(1));
     assert!(sim.catalogue.report(Some(version)).is_none());
     sim.want();
     sim.run();

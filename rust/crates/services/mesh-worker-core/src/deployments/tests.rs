@@ -123,11 +123,33 @@ fn a_flood_of_streams_for_unknown_rings_is_bounded() {
     let mut deployments = own();
     let mut refused = Vec::new();
     for stream in 0..1000 {
-        refused.extend(deployments.stream_came(hello(stream.into()), "b".to_owned(), stream, now));
+        let peer = format!("peer {}", stream % 100);
+        refused.extend(deployments.stream_came(hello(stream.into()), peer, stream, now));
     }
     assert_eq!(deployments.strays.len(), MOST_STRAYS);
     assert_eq!(refused.len(), 1000 - MOST_STRAYS);
     assert_eq!(refused[0], 0, "the oldest goes first");
+}
+
+#[test]
+fn a_flood_of_streams_from_one_member_leaves_those_of_others() {
+    let now = Instant::now();
+    let mut deployments = own();
+    let early = deployments.stream_came(hello(7), "b".to_owned(), 1000, now);
+    assert!(early.is_empty());
+    let mut refused = Vec::new();
+    for stream in 0..1000 {
+        let peer = "flood".to_owned();
+        refused.extend(deployments.stream_came(hello(stream.into()), peer, stream, now));
+    }
+    assert_eq!(deployments.strays.len(), MOST_STRAYS_OF_ONE + 1);
+    assert_eq!(refused.len(), 1000 - MOST_STRAYS_OF_ONE);
+    assert_eq!(refused[0], 0, "the oldest goes first");
+    assert!(!refused.contains(&1000));
+    deployments.order(ring(7, 1, &["b", "own"]), true, now);
+    deployments.head_lost();
+    let steps = steps(&mut deployments, 0, now);
+    assert!(steps.contains(&RingStep::Refuse(1000)), "{steps:?}");
 }
 
 #[test]

@@ -167,6 +167,23 @@ fn a_reload_of_the_configuration_tries_again_at_once() {
 }
 
 #[test]
+fn a_model_may_be_awaited_both_whole_and_in_parts() {
+    let mut sim = Sim::new(&["m"], &["m"], Vec::new());
+    let orders = sim.steps();
+    let [LoadStep::Load(whole), LoadStep::Load(parts)] = &orders[..] else {
+        panic!("{orders:?}");
+    };
+    assert_eq!(whole.location, Location::Store("m".to_owned()));
+    assert_eq!(parts.location, Location::StorePart("m".to_owned()));
+    sim.loaded(parts, Ok(()));
+    assert!(sim.loads.is_awaiting());
+    sim.loaded(whole, Err(error("no route")));
+    assert_eq!(order(&sim.wait(5)), *whole);
+    sim.loaded(whole, Ok(()));
+    assert!(!sim.loads.is_awaiting());
+}
+
+#[test]
 fn a_model_that_failed_is_loaded_when_its_file_has_changed_and_settled() {
     let mut sim = Sim::new(&[], &[], vec![failure("named", Location::Named)]);
     sim.file("named", Some(stamp(1, 1)));
@@ -258,6 +275,23 @@ fn a_folders_model_that_is_refused_is_tried_again_when_it_changes_or_on_a_reload
 }
 
 #[test]
+fn a_reload_during_the_load_of_a_folders_model_is_not_lost() {
+    let mut sim = Sim::new(&[], &[], Vec::new());
+    sim.file("a", Some(stamp(1, 1)));
+    let a = order(&sim.wait(2));
+    sim.loads.look_again(sim.now);
+    sim.loaded(&a, Err(error("damaged")));
+    assert_eq!(order(&sim.wait(1)), a);
+    // It counts once.
+    sim.loaded(&a, Err(error("damaged")));
+    assert!(sim.wait(1000).is_empty());
+    // A file that vanishes before it is tried again leaves no fault.
+    sim.loads.look_again(sim.now);
+    sim.file("a", None);
+    assert!(sim.wait(1).is_empty() && sim.faults.is_empty());
+}
+
+#[test]
 fn a_model_that_memory_does_not_suffice_for_is_refused_and_not_read() {
     let mut sim = Sim::new(&[], &[], Vec::new());
     sim.free = Some(1000);
@@ -331,6 +365,9 @@ fn a_retry_of_a_folders_model_leaves_a_changed_file_to_the_folder() {
     assert!(!sim.loads.may_serve(&again.id));
     sim.loaded(&again, Ok(()));
     assert!(sim.wait(600).is_empty() && sim.faults.is_empty());
+    // The folder goes on.
+    sim.file("b", Some(stamp(1, 1)));
+    assert_eq!(order(&sim.wait(2)).name, "b");
 }
 
 #[test]

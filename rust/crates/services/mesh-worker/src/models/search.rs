@@ -30,13 +30,17 @@ pub(super) async fn obtain(
     let name = long_name(name);
     let core = &context.core;
     let mut changes = core.changes();
-    // Names of the hub are not compared with others.
-    let near = || match is_hub_name(name) {
+    // Names of the hub are not compared with others. Listed before the core is asked: it reads folders.
+    let near = match is_hub_name(name) {
         true => Vec::new(),
-        false => nearby(&context.config),
+        false => {
+            let config = context.config.clone();
+            let listed = tokio::task::spawn_blocking(move || nearby(&config));
+            listed.await.unwrap_or_default()
+        }
     };
     loop {
-        match core.with(|core| core.catalogue.search(name, near)) {
+        match core.with(|core| core.catalogue.search(name, || near.clone())) {
             Found::Here(fingerprint) => {
                 let files = files_of(context, &store, &fingerprint);
                 return files.ok_or_else(|| "it is gone from the store".to_owned());
@@ -251,18 +255,24 @@ impl Searching<'_> {
 
     /// Finds a party that vouches that the model with this manifest has this name.
     async fn vouch(&self, signed: &SignedManifest) -> Result<Vouched<Unchecked>, Doubt> {
-        let name = self.name;
-        let hub = match self.core().with(|core| core.catalogue.asks_hub(name)) {
-            true => Some(self.hub_answer().await.map(|expected| HubAnswer {
-                commit: expected.commit.clone(),
-                compared: expected.check(&signed.manifest),
-            })),
+        let (core, name) = (self.core(), self.name);
+        let (asks_hub, mut told, rules) = core.with(|core| {
+            let catalogue = &core.catalogue;
+            let told = catalogue.told(name).cloned();
+            (catalogue.asks_hub(name), told, catalogue.rules().clone())
+        });
+        let hub = match asks_hub {
+            true => {
+                let answer = self.hub_answer().await;
+                // The head may have said more meanwhile.
+                told = core.with(|core| core.catalogue.told(name).cloned());
+                Some(answer.map(|expected| HubAnswer {
+                    commit: expected.commit.clone(),
+                    compared: expected.check(&signed.manifest),
+                }))
+            }
             false => None,
         };
-        let (told, rules) = self.core().with(|core| {
-            let catalogue = &core.catalogue;
-            (catalogue.told(name).cloned(), catalogue.rules().clone())
-        });
         judge(name, signed, told.as_ref(), hub, &rules)
     }
 

@@ -20,7 +20,7 @@ use super::driver::{DriverHandle, Notice};
 use super::epoch::{Epoch, Member};
 use super::part::PartHandle;
 use super::progress::Progress;
-use super::shard::Shard;
+use super::ring_model::RingModel;
 use super::streams::{self, Target};
 use crate::generate::load::warm_up;
 use crate::peers::Peers;
@@ -31,7 +31,7 @@ pub(super) struct Deployment {
     number: u64,
     context: Arc<Context>,
     peers: Peers,
-    shard: Arc<Shard>,
+    ring_model: Arc<RingModel>,
     /// As the head last named it.
     ring: Ring,
     parts: BTreeMap<u32, LocalPart>,
@@ -58,7 +58,7 @@ impl Deployment {
         carrier: &Carrier,
         peers: Peers,
         context: Arc<Context>,
-        shard: Arc<Shard>,
+        ring_model: Arc<RingModel>,
         number: u64,
     ) {
         let (notices, noticed) = mpsc::unbounded_channel();
@@ -66,7 +66,7 @@ impl Deployment {
             number,
             context,
             peers,
-            shard,
+            ring_model,
             ring: Ring::default(),
             parts: BTreeMap::new(),
             driver: None,
@@ -216,17 +216,17 @@ impl Deployment {
         let progress = Arc::new(Progress::default());
         self.parts
             .insert(stage, LocalPart::Loading(progress.clone()));
-        let (shard, config) = (self.shard.clone(), self.context.config.clone());
+        let (ring_model, config) = (self.ring_model.clone(), self.context.config.clone());
         let (slots, context) = (self.ring.slots, self.ring.context);
         let models = self.context.models.clone();
         self.loads.spawn(async move {
-            if let Err(error) = shard.fetch(layers.clone(), &models, &progress).await {
+            if let Err(error) = ring_model.fetch(layers.clone(), &models, &progress).await {
                 return (number, stage, Err(error));
             }
             let started = Instant::now();
             let loaded = tokio::task::spawn_blocking(move || {
                 let _working = progress.works_here();
-                let part = shard.load(layers, &format, slots, context, &config)?;
+                let part = ring_model.load(layers, &format, slots, context, &config)?;
                 let loaded = LoadedPart {
                     seconds: started.elapsed().as_secs_f32(),
                     weight_bytes: part.info().weight_bytes,
@@ -264,7 +264,7 @@ impl Deployment {
             _ => None,
         };
         let config = self.context.config.scheduler();
-        let model = &self.shard.model;
+        let model = &self.ring_model.model;
         let started = taken
             .ok_or_else(|| "a step panicked; see the worker's log".to_owned())
             .and_then(|part| {
@@ -315,7 +315,7 @@ impl Deployment {
         };
         let epoch = self.ring.epoch;
         let (engine, name) = (driver.engine(), self.ring.model.clone());
-        let (model, notices) = (self.shard.model.clone(), self.notices.clone());
+        let (model, notices) = (self.ring_model.model.clone(), self.notices.clone());
         let warm = tokio::spawn(async move {
             let warmed =
                 tokio::task::spawn_blocking(move || warm_up(&engine, &name, model.tokenizer()));
@@ -334,7 +334,7 @@ impl Deployment {
         if let Some(driver) = &self.driver {
             self.context.serve(Served {
                 deployment: self.number,
-                model: self.shard.model.clone(),
+                model: self.ring_model.model.clone(),
                 engine: driver.engine(),
                 card: self.card(driver),
             });
@@ -350,8 +350,8 @@ impl Deployment {
             prefill_tps: load.prefill_tps,
             layer_start: 0,
             layer_end: driver.engine().info().shape.layers,
-            keeps_text: self.shard.model.keeps_text(),
-            ..self.shard.card.clone()
+            keeps_text: self.ring_model.model.keeps_text(),
+            ..self.ring_model.card.clone()
         }
     }
 

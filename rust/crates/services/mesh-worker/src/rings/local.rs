@@ -21,7 +21,7 @@ use super::context::Context;
 use super::deployment::Deployment;
 use super::offer;
 use super::part::message;
-use super::shard::Shard;
+use super::ring_model::RingModel;
 use crate::codec::ModelEngine;
 use crate::config::Config;
 use crate::core::CoreHandle;
@@ -34,7 +34,7 @@ use crate::served::Failure;
 pub(crate) struct Rings {
     context: Arc<Context>,
     /// The models that are offered.
-    shards: RwLock<Vec<Arc<Shard>>>,
+    ring_models: RwLock<Vec<Arc<RingModel>>>,
     /// Known once the worker has an identity.
     pub(super) net: OnceLock<Net>,
 }
@@ -50,14 +50,17 @@ impl Rings {
     /// Opens those of `config.ring.models` that are files at hand and measures this machine. Blocks for as long as
     /// that takes.
     pub(crate) fn open(config: &Arc<Config>, models: Arc<Models>) -> (Arc<Self>, Vec<Failure>) {
-        let (shards, profile, failures) = offer::measure(config);
-        let offers = shards.iter().map(|shard| shard.offer.clone()).collect();
+        let (ring_models, profile, failures) = offer::measure(config);
+        let offers = ring_models
+            .iter()
+            .map(|ring_model| ring_model.offer.clone())
+            .collect();
         models
             .core()
             .with(|core| core.offers = Offers::new(offers, profile));
         let rings = Arc::new(Rings {
             context: Context::new(config.clone(), models),
-            shards: RwLock::new(shards.into_iter().map(Arc::new).collect()),
+            ring_models: RwLock::new(ring_models.into_iter().map(Arc::new).collect()),
             net: OnceLock::new(),
         });
         (rings, failures)
@@ -69,21 +72,21 @@ impl Rings {
 
     /// Offers a model of the configuration that is at hand by now. Blocks for as long as measuring takes.
     pub(crate) fn add_file(&self, name: &str) -> Result<(), WorkerError> {
-        let (shard, profile) = offer::measure_file(name, &self.context.config)?;
-        self.add_shard(shard, profile)
+        let (ring_model, profile) = offer::measure_file(name, &self.context.config)?;
+        self.add_ring_model(ring_model, profile)
     }
 
     /// The offered models, with their names.
-    pub(crate) fn shard_models(&self) -> Vec<(String, Model)> {
-        let shards = self.shards();
-        let models = shards
+    pub(crate) fn models_held(&self) -> Vec<(String, Model)> {
+        let ring_models = self.ring_models();
+        let models = ring_models
             .iter()
-            .map(|shard| (shard.card.name.clone(), shard.model.clone()));
+            .map(|ring_model| (ring_model.card.name.clone(), ring_model.model.clone()));
         models.collect()
     }
 
     /// True if anything is offered.
-    pub(crate) fn has_shards(&self) -> bool {
+    pub(crate) fn has_ring_models(&self) -> bool {
         !self.core().with(|core| core.offers.is_empty())
     }
 
@@ -95,17 +98,24 @@ impl Rings {
         path: &Path,
         files: &Arc<ReplicaFiles>,
     ) -> Result<(), WorkerError> {
-        let (shard, profile) = offer::measure_stored(name, path, files, &self.context.config)?;
-        self.add_shard(shard, profile)
+        let (ring_model, profile) = offer::measure_stored(name, path, files, &self.context.config)?;
+        self.add_ring_model(ring_model, profile)
     }
 
-    fn add_shard(&self, shard: Shard, profile: NodeProfile) -> Result<(), WorkerError> {
-        let name = shard.card.name.clone();
+    fn add_ring_model(
+        &self,
+        ring_model: RingModel,
+        profile: NodeProfile,
+    ) -> Result<(), WorkerError> {
+        let name = ring_model.card.name.clone();
         let added = self.core().with(|core| {
-            let added = core.offers.add(shard.offer.clone(), profile);
+            let added = core.offers.add(ring_model.offer.clone(), profile);
             if added {
-                let mut shards = self.shards.write().unwrap_or_else(PoisonError::into_inner);
-                shards.push(Arc::new(shard));
+                let mut ring_models = self
+                    .ring_models
+                    .write()
+                    .unwrap_or_else(PoisonError::into_inner);
+                ring_models.push(Arc::new(ring_model));
             }
             added
         });
@@ -121,8 +131,8 @@ impl Rings {
         !self.context.config.ring.models.is_empty()
     }
 
-    fn shards(&self) -> Vec<Arc<Shard>> {
-        self.shards
+    fn ring_models(&self) -> Vec<Arc<RingModel>> {
+        self.ring_models
             .read()
             .unwrap_or_else(PoisonError::into_inner)
             .clone()
@@ -202,17 +212,18 @@ impl Rings {
         let ordered = self
             .core()
             .change(|core| core.deploy(lease, ring, Instant::now()));
-        let of_model =
-            |shard: &&Arc<Shard>| shard.card.name == model && shard.card.fingerprint == fingerprint;
+        let of_model = |ring_model: &&Arc<RingModel>| {
+            ring_model.card.name == model && ring_model.card.fingerprint == fingerprint
+        };
         if let Ordered::Begins(number) = ordered
             && let Some(net) = self.net.get()
-            && let Some(shard) = self.shards().iter().find(of_model)
+            && let Some(ring_model) = self.ring_models().iter().find(of_model)
         {
             Deployment::spawn(
                 &net.carrier,
                 net.peers.clone(),
                 self.context.clone(),
-                shard.clone(),
+                ring_model.clone(),
                 number,
             );
         }

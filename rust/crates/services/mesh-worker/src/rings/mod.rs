@@ -17,7 +17,7 @@ mod offer;
 mod part;
 mod paths;
 mod progress;
-mod shard;
+mod ring_model;
 mod streams;
 #[cfg(test)]
 mod tests;

@@ -10,7 +10,7 @@ use mesh_model::Model;
 use mesh_proto::{ModelCard, NodeProfile};
 use mesh_store::{FingerprintCache, local};
 
-use super::shard::Shard;
+use super::ring_model::RingModel;
 use crate::config::Config;
 use crate::error::WorkerError;
 use crate::generate::load as chat;
@@ -20,7 +20,7 @@ use crate::served::{Failure, Source};
 /// Opens those models of `config.ring.models` that are files at hand and measures their cost here. Earlier
 /// measurements are kept in the state directory. A fault of one model becomes a [`Failure`] of that model
 /// alone.
-pub(super) fn measure(config: &Arc<Config>) -> (Vec<Shard>, NodeProfile, Vec<Failure>) {
+pub(super) fn measure(config: &Arc<Config>) -> (Vec<RingModel>, NodeProfile, Vec<Failure>) {
     if config.ring.models.is_empty() {
         return (Vec::new(), NodeProfile::default(), Vec::new());
     }
@@ -28,7 +28,7 @@ pub(super) fn measure(config: &Arc<Config>) -> (Vec<Shard>, NodeProfile, Vec<Fai
     let mut fail = |name: &str, error: WorkerError| {
         failures.push(Failure {
             name: name.to_owned(),
-            source: Source::Shard,
+            source: Source::RingModel,
             reason: error.to_string(),
         });
     };
@@ -43,31 +43,31 @@ pub(super) fn measure(config: &Arc<Config>) -> (Vec<Shard>, NodeProfile, Vec<Fai
     }
     let options = profile_options(config, paths.first().map(|(_, path)| path.clone()));
     let mut profiler = Profiler::take(options);
-    let mut shards: Vec<Shard> = Vec::new();
+    let mut ring_models: Vec<RingModel> = Vec::new();
     for (configured, path) in &paths {
         let name = mesh_model::model::model_name(path);
-        let shard = match shards.iter().any(|other| other.card.name == name) {
+        let ring_model = match ring_models.iter().any(|other| other.card.name == name) {
             true => Err(WorkerError::SameName { name }),
             false => measure_path(path, &mut profiler, config),
         };
-        match shard {
-            Ok(shard) => shards.push(shard),
+        match ring_model {
+            Ok(ring_model) => ring_models.push(ring_model),
             Err(error) => fail(configured, error),
         }
     }
-    (shards, NodeProfile::from(&profiler.profile), failures)
+    (ring_models, NodeProfile::from(&profiler.profile), failures)
 }
 
 /// The same for one name in the configuration.
 pub(super) fn measure_file(
     name: &str,
     config: &Arc<Config>,
-) -> Result<(Shard, NodeProfile), WorkerError> {
+) -> Result<(RingModel, NodeProfile), WorkerError> {
     let path = local::resolve(name, &config.folders())?;
     let options = profile_options(config, Some(path.clone()));
     let mut profiler = Profiler::take(options);
-    let shard = measure_path(&path, &mut profiler, config)?;
-    Ok((shard, NodeProfile::from(&profiler.profile)))
+    let ring_model = measure_path(&path, &mut profiler, config)?;
+    Ok((ring_model, NodeProfile::from(&profiler.profile)))
 }
 
 /// Opens and measures a model. A panic is an error of this model.
@@ -75,7 +75,7 @@ fn measure_path(
     path: &Path,
     profiler: &mut Profiler,
     config: &Config,
-) -> Result<Shard, WorkerError> {
+) -> Result<RingModel, WorkerError> {
     let measure = || {
         let model = Model::open(path)?;
         let cache = FingerprintCache::new(config.state_dir.join("fingerprints.json"));
@@ -100,7 +100,7 @@ pub(super) fn measure_stored(
     path: &Path,
     files: &Arc<ReplicaFiles>,
     config: &Arc<Config>,
-) -> Result<(Shard, NodeProfile), WorkerError> {
+) -> Result<(RingModel, NodeProfile), WorkerError> {
     let mut profiler = Profiler::take(profile_options(config, None));
     let model = Model::open(path)?;
     let fingerprint = files.map().file_fingerprint();
@@ -108,9 +108,9 @@ pub(super) fn measure_stored(
     // and no kernel looks at values.
     model.know_fingerprint(&fingerprint);
     let card = chat::card(name, path, &model, &fingerprint);
-    let mut shard = measure_one(model, card, &mut profiler, config)?;
-    shard.files = Some(files.clone());
-    Ok((shard, NodeProfile::from(&profiler.profile)))
+    let mut ring_model = measure_one(model, card, &mut profiler, config)?;
+    ring_model.files = Some(files.clone());
+    Ok((ring_model, NodeProfile::from(&profiler.profile)))
 }
 
 fn profile_options(config: &Config, model: Option<PathBuf>) -> ProfileOptions {
@@ -130,7 +130,7 @@ fn measure_one(
     card: ModelCard,
     profiler: &mut Profiler,
     config: &Config,
-) -> Result<Shard, WorkerError> {
+) -> Result<RingModel, WorkerError> {
     let name = &card.name;
     let failed = |reason: String| WorkerError::Measure {
         name: name.clone(),
@@ -157,7 +157,7 @@ fn measure_one(
         prefill_us = speed.prefill_us,
         "model offered in parts"
     );
-    Ok(Shard {
+    Ok(RingModel {
         offer: speed.offer(card.clone()),
         format: choice.format,
         card,

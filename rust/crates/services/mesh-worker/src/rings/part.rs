@@ -101,6 +101,7 @@ struct Shared {
 #[derive(Default)]
 struct Queue {
     commands: VecDeque<Command>,
+    /// No handle is left, or the thread has ended.
     closed: bool,
 }
 
@@ -142,10 +143,14 @@ impl PartHandle {
         })
     }
 
-    /// Sends the part a command. A part that was taken does not get it; its streams end by themselves.
+    /// Sends the part a command. A part that was taken, or whose thread panicked, does not get it: its
+    /// streams end by themselves, and so does a wait for its answer.
     pub(super) fn tell(&self, command: Command) {
-        lock(&self.shared.queue).commands.push_back(command);
-        self.shared.filled.notify_one();
+        let mut queue = lock(&self.shared.queue);
+        if !queue.closed {
+            queue.commands.push_back(command);
+            self.shared.filled.notify_one();
+        }
     }
 
     /// Tells the part to compute a step; a short one is computed here and now.
@@ -166,14 +171,14 @@ impl PartHandle {
         self.tell(Command::Step(step));
     }
 
-    /// Rows that the part holds, after all earlier commands.
+    /// Rows that the part holds, after all earlier commands; `None` if it is gone.
     pub(super) async fn held(&self) -> Option<RingHeld> {
         let (sender, held) = oneshot::channel();
         self.tell(Command::Held(sender));
         held.await.ok()
     }
 
-    /// The part itself, after all that it was told before.
+    /// The part itself, after all that it was told before; `None` if it is gone.
     pub(super) async fn take(&self) -> Option<StageReplica> {
         let (sender, part) = oneshot::channel();
         self.tell(Command::Take(sender));
@@ -184,6 +189,7 @@ impl PartHandle {
 impl Shared {
     /// Body of the thread.
     fn work(&self) {
+        let _end = End(self);
         loop {
             {
                 let mut queue = lock(&self.queue);
@@ -216,6 +222,19 @@ impl Shared {
                 worker.send();
             }
         }
+    }
+}
+
+/// Lets go of all commands with the end of the thread, by a panic too.
+struct End<'a>(&'a Shared);
+
+impl Drop for End<'_> {
+    fn drop(&mut self) {
+        let mut queue = lock(&self.0.queue);
+        queue.closed = true;
+        let commands = std::mem::take(&mut queue.commands);
+        drop(queue);
+        drop(commands);
     }
 }
 
@@ -396,4 +415,94 @@ const MOMENT_MS: u64 = 1_000;
 /// A message of a ring.
 pub(super) fn message(kind: MsgType, body: &impl prost::Message) -> Message {
     Message::new(kind, 0, timestamp_us(), body.encode_to_vec())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::ops::Range;
+    use std::time::Duration;
+
+    use mesh_engine::{
+        ModelShape, Segment, SlotId, Stage, StageError, StageInfo, StageInput, StageOutput,
+    };
+
+    use super::*;
+
+    /// A stage that panics from the time on that the flag is set.
+    struct Doomed(StageInfo, Arc<AtomicBool>);
+
+    impl Stage for Doomed {
+        fn info(&self) -> &StageInfo {
+            assert!(!self.1.load(Ordering::SeqCst), "as the test wants it");
+            &self.0
+        }
+
+        fn forward(
+            &mut self,
+            _: &[Segment],
+            _: StageInput<'_>,
+        ) -> Result<StageOutput<'_>, StageError> {
+            Err(StageError::Malformed("the test has no steps".to_owned()))
+        }
+
+        fn kv_len(&self, _: SlotId) -> u32 {
+            0
+        }
+
+        fn truncate(&mut self, _: SlotId, _: u32) {}
+
+        fn copy_prefix(&mut self, _: SlotId, _: SlotId, _: u32) -> Result<(), StageError> {
+            Ok(())
+        }
+
+        fn kv_export(&self, _: SlotId, _: Range<u32>) -> Result<Vec<u8>, StageError> {
+            Ok(Vec::new())
+        }
+
+        fn kv_import(&mut self, _: SlotId, _: u32, _: &[u8]) -> Result<(), StageError> {
+            Ok(())
+        }
+    }
+
+    fn start(doomed: &Arc<AtomicBool>) -> PartHandle {
+        let info = StageInfo {
+            shape: ModelShape {
+                layers: 1,
+                hidden: 1,
+                vocab: 1,
+                kv_heads: 1,
+                head_dim: 1,
+            },
+            layers: 0..1,
+            slots: 1,
+            context: 8,
+            max_rows: 8,
+            kv_bytes_per_token: 8,
+            weight_bytes: 0,
+        };
+        let stage = Box::new(Doomed(info, doomed.clone()));
+        PartHandle::start(StageReplica::new(stage, 1024)).unwrap()
+    }
+
+    async fn in_time<T>(answer: impl Future<Output = T>) -> T {
+        let answer = tokio::time::timeout(Duration::from_secs(30), answer);
+        answer.await.expect("the wait ends")
+    }
+
+    #[tokio::test]
+    async fn nobody_waits_for_a_part_that_panicked_or_was_taken() {
+        for panics in [true, false] {
+            let doomed = Arc::new(AtomicBool::new(false));
+            let part = start(&doomed);
+            assert!(in_time(part.held()).await.is_some());
+            if panics {
+                doomed.store(true, Ordering::SeqCst);
+                part.tell(Command::NoStandby);
+            } else {
+                assert!(in_time(part.take()).await.is_some());
+            }
+            assert!(in_time(part.held()).await.is_none());
+            assert!(in_time(part.take()).await.is_none());
+        }
+    }
 }

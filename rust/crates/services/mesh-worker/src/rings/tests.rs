@@ -368,8 +368,7 @@ async fn the_standby_of_the_last_stage_becomes_the_driver_and_knows_what_was_sai
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_shard_that_is_loaded_afresh_has_its_inputs_replayed_and_nothing_else_is_computed_again()
-{
+async fn a_part_that_is_loaded_afresh_has_its_inputs_replayed_and_nothing_else_is_computed_again() {
     let long = Request {
         prompt_tokens: (0..700u32).map(|i| i * 7919 % 49_000 + 5).collect(),
         ..request(1, 24)

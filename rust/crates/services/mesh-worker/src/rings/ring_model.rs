@@ -17,7 +17,7 @@ use crate::generate::load as chat;
 use crate::models::{Models, ReplicaFiles};
 
 /// A model of which this worker may hold parts.
-pub(super) struct Shard {
+pub(super) struct RingModel {
     pub(super) model: Model,
     pub(super) card: ModelCard,
     pub(super) format: WeightFormat,
@@ -26,7 +26,7 @@ pub(super) struct Shard {
     pub(super) files: Option<Arc<ReplicaFiles>>,
 }
 
-impl Shard {
+impl RingModel {
     /// Gets the pieces that these layers need and that are not here.
     pub(super) async fn fetch(
         &self,
