@@ -23,6 +23,7 @@ mod vocab;
 
 pub use codec::{EncodeOptions, Tokenizer};
 pub use error::TokenizerError;
+#[cfg(any(test, feature = "synth"))]
 pub(crate) use notation::byte_char;
 pub use prompt::Rendered;
 
