@@ -18,7 +18,7 @@ impl TokenBucket {
         }
     }
 
-    /// Takes a token; false if there is none. `per_second` tokens come in each second, up to `burst`.
+    /// Takes a token; false if the bucket is empty. `per_second` tokens come in each second, up to `burst`.
     pub fn take(&mut self, per_second: f64, burst: f64, now: Instant) -> bool {
         self.tokens = self.after(per_second, now).min(burst);
         self.filled = now;

@@ -53,7 +53,7 @@ pub trait Workload: Send + Sized + 'static {
     fn failed(error: RequestError) -> Self::Event;
 }
 
-/// What an engine's thread needs of every scheduler. None does I/O or reads a clock.
+/// A scheduler, as an engine's thread uses it. It does no I/O and reads no clock.
 ///
 /// Each request ends with exactly one last event, unless it is cancelled.
 pub trait Schedule {

@@ -1,4 +1,4 @@
-//! What goes into a driver and what comes out of it.
+//! The events that a driver takes and the actions that it gives.
 
 use std::time::Duration;
 

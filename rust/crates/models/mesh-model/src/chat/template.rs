@@ -64,7 +64,7 @@ fn fallback(tokenizer: &Tokenizer) -> &'static str {
 }
 
 impl ChatTemplate {
-    /// The template in `tokenizer.chat_template`; if there is none, Gemma's format for a tokenizer with
+    /// The template in `tokenizer.chat_template`; without it, Gemma's format for a tokenizer with
     /// Gemma's turns, else ChatML, see [`ChatTemplate::is_fallback`]. One that does not parse refuses all
     /// conversations when it is rendered.
     pub fn read(checkpoint: &dyn Checkpoint, tokenizer: &Tokenizer) -> Self {
@@ -74,7 +74,7 @@ impl ChatTemplate {
         }
     }
 
-    /// The template with this source, ChatML if there is none, with the begin and end tokens of `tokenizer`.
+    /// The template with this source, or ChatML without one, with the begin and end tokens of `tokenizer`.
     fn of(source: Option<&str>, tokenizer: &Tokenizer) -> Self {
         let text = |id: Option<u32>| match id {
             Some(id) => String::from_utf8_lossy(tokenizer.token_bytes(id)).into_owned(),
