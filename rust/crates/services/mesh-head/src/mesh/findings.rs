@@ -120,8 +120,11 @@ impl Mesh {
             return;
         };
         wrong.failed += 1;
+        let has_identity = wrong.has_identity();
         let (key, name) = (wrong.key(), wrong.name.clone());
-        let pause = state.placement.at_fault(&key, &by.model, now, now);
+        // The faults of a worker without an identity count for no model in particular.
+        let model = if has_identity { by.model.as_str() } else { "" };
+        let pause = state.placement.at_fault(&key, model, now, now);
         drop(state);
         tracing::warn!(
             worker = name,
