@@ -27,3 +27,8 @@ mod workers;
 
 pub use config::Config;
 pub use head::{Head, HeadHandle, Live, StartError};
+
+/// The service's `main`, compiled with the service: a generic call from the binary would compile all of it twice.
+pub fn main() -> std::process::ExitCode {
+    mesh_service::run::<Head>()
+}

@@ -23,3 +23,8 @@ pub mod stats;
 pub use config::Config;
 pub use shim::{Shim, ShimHandle};
 pub use stats::Stats;
+
+/// The service's `main`, compiled with the service: a generic call from the binary would compile all of it twice.
+pub fn main() -> std::process::ExitCode {
+    mesh_service::run::<Shim>()
+}

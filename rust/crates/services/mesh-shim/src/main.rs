@@ -2,8 +2,6 @@
 
 use std::process::ExitCode;
 
-use mesh_shim::Shim;
-
 fn main() -> ExitCode {
-    mesh_service::run::<Shim>()
+    mesh_shim::main()
 }

@@ -42,3 +42,8 @@ mod worker;
 pub use config::Config;
 pub use error::WorkerError;
 pub use worker::{Live, Worker, WorkerHandle};
+
+/// The service's `main`, compiled with the service: a generic call from the binary would compile all of it twice.
+pub fn main() -> std::process::ExitCode {
+    mesh_service::run::<Worker>()
+}

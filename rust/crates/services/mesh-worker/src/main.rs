@@ -2,8 +2,6 @@
 
 use std::process::ExitCode;
 
-use mesh_worker::Worker;
-
 fn main() -> ExitCode {
-    mesh_service::run::<Worker>()
+    mesh_worker::main()
 }
