@@ -39,6 +39,10 @@ printf '\n== Gemma 3 270M, the same file\n'
 "$bin/peers" --threads "$threads" --short "$gemma3"
 printf '\n== 1.5 B Qwen2 shape, random weights\n'
 "$bin/peers" --threads "$threads" --short --rounds 5 "$qwen2"
+printf '\n== every instruction set of this CPU against the build of llama.cpp for it: SmolLM2-135M\n'
+"$bin/peers" --threads "$threads" --short --rounds 5 --sets "$smollm2"
+printf '\n== the same: 1.5 B Qwen2 shape\n'
+"$bin/peers" --threads "$threads" --short --rounds 3 --sets "$qwen2"
 printf '\n== all-MiniLM-L6-v2, against sentence-transformers\n'
 "$bin/embed" --threads "$threads"
 printf '\n== SmolLM2-135M over three processes, against three rpc-servers\n'

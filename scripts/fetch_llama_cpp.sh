@@ -9,8 +9,8 @@ cache=${HYDRAMESH_CACHE:-$root/.cache}
 dest=$cache/llama.cpp
 packages="llama.cpp llama.cpp-tools libggml0 libggml0-backend-rpc libllama-dev"
 
-# Wrappers of earlier versions held the cache's path, and broke where it was moved.
-grep -qs '^top=' "$dest/bin/llama_rpc_server" && [ "${1:-}" != --force ] && exit 0
+# Fetched before, and the anchor knows CPU variants.
+grep -qs LLAMA_ANCHOR_CPU "$dest/llama_anchor" && [ "${1:-}" != --force ] && exit 0
 if ! command -v apt-get >/dev/null || ! command -v dpkg-deb >/dev/null; then
     echo "fetch_llama_cpp: needs apt-get and dpkg-deb (a Debian or Ubuntu machine); or put llama-bench," \
         "llama-quantize, llama-perplexity and llama-server into $dest/bin yourself" >&2

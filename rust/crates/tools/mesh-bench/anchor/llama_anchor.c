@@ -3,6 +3,8 @@
  *
  *   llama_anchor <backends> <model> <threads> <context> <sequences> <flash attention 0|1>
  *
+ * LLAMA_ANCHOR_CPU names the one CPU variant to load (`ivybridge` for libggml-cpu-ivybridge.so); without it, ggml chooses.
+ *
  *   tg N            microseconds to decode N tokens one by one in one sequence
  *   pp N            microseconds to take a prompt of N tokens
  *   par S N         microseconds to decode N tokens in each of S sequences, one batch per token
@@ -163,10 +165,21 @@ static void resident(void) {
     fclose(status);
 }
 
+static void load_backends(const char *folder) {
+    const char *variant = getenv("LLAMA_ANCHOR_CPU");
+    if (!variant) {
+        ggml_backend_load_all_from_path(folder);
+        return;
+    }
+    char path[4096];
+    snprintf(path, sizeof path, "%s/libggml-cpu-%s.so", folder, variant);
+    if (!ggml_backend_load(path)) fail("cannot load the variant that LLAMA_ANCHOR_CPU names");
+}
+
 int main(int argc, char **argv) {
     if (argc != 7) fail("arguments: backends model threads context sequences flash-attention");
     llama_log_set(quiet, NULL);
-    ggml_backend_load_all_from_path(argv[1]);
+    load_backends(argv[1]);
     struct llama_model *model = llama_model_load_from_file(argv[2], llama_model_default_params());
     if (!model) fail("cannot load the model");
     struct llama_context_params params = llama_context_default_params();

@@ -185,7 +185,7 @@ pub struct Anchor {
 }
 
 impl Anchor {
-    /// Starts llama.cpp on a model file.
+    /// Starts llama.cpp on a model file, with the CPU build `cpu` or else the one that it chooses.
     ///
     /// # Errors
     /// If it is not in the cache or does not take the model.
@@ -195,9 +195,11 @@ impl Anchor {
         context: u32,
         sequences: u32,
         flash_attention: bool,
+        cpu: Option<&str>,
     ) -> Result<Anchor> {
         let program = program("llama_anchor")?;
         let mut child = Command::new(program)
+            .envs(cpu.map(|cpu| ("LLAMA_ANCHOR_CPU", cpu)))
             .arg(std::path::absolute(model)?)
             .args([
                 threads.to_string(),

@@ -51,7 +51,7 @@ fn main() -> Result<()> {
         TEXT.len()
     );
 
-    let mut anchor = Anchor::start(&path, args.threads, args.window, 1, true)?;
+    let mut anchor = Anchor::start(&path, args.threads, args.window, 1, true, None)?;
     let theirs = perplexity(&windows, |window| {
         let ids: Vec<String> = window.iter().map(u32::to_string).collect();
         let answer = anchor.ask(&format!("ppl {length} {}", ids.join(" ")))?;

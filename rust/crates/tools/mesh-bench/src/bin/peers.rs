@@ -2,13 +2,16 @@
 //!
 //! Each round asks both; the printed ratio is the median over the rounds of (our tokens per second / llama.cpp's), so that
 //! what disturbs the machine disturbs both. llama.cpp runs with the better of its two attention modes for each exercise.
+//! `--sets` compares every instruction set of this CPU with llama.cpp's builds for the same set.
 
 use std::path::PathBuf;
+use std::process::Command;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use clap::Parser;
 use mesh_bench::{Anchor, Exercise, Ours, median};
 use mesh_engine_ort::OrtOptions;
+use mesh_kernels::Isa;
 use mesh_model::Model;
 
 /// Decodes and prefills with our engine and with llama.cpp in turn
@@ -34,10 +37,50 @@ struct Args {
     /// Keep every weight of the file exactly
     #[arg(long)]
     exact: bool,
+    /// One run per instruction set of this CPU and build of llama.cpp for that set
+    #[arg(long, conflicts_with = "anchor_cpu")]
+    sets: bool,
+    /// The CPU build of llama.cpp to load, such as `ivybridge`, instead of the one that it chooses
+    #[arg(long)]
+    anchor_cpu: Option<String>,
+}
+
+/// llama.cpp's CPU builds (`libggml-cpu-*.so`) that use what each of our instruction sets uses.
+const BUILDS: [(&str, &[&str]); 6] = [
+    ("scalar", &["x64"]),
+    ("sse41", &["sse42"]),
+    ("avx", &["sandybridge", "ivybridge"]),
+    ("avx2", &["haswell"]),
+    ("avxvnni", &["alderlake"]),
+    ("avx512", &["skylakex", "icelake", "zen4"]),
+];
+
+/// Runs this program once per set and build. The set of a process is chosen once.
+fn each_set() -> Result<()> {
+    let available = Isa::available();
+    for (isa, builds) in BUILDS {
+        if !available.iter().any(|set| set.name() == isa) {
+            println!("{isa}: this CPU does not have it");
+            continue;
+        }
+        for build in builds {
+            println!("-- ours {isa}, llama.cpp {build}");
+            let status = Command::new(std::env::current_exe()?)
+                .args(std::env::args_os().skip(1).filter(|arg| arg != "--sets"))
+                .args(["--anchor-cpu", build])
+                .env("HYDRAMESH_ISA", isa)
+                .status()?;
+            ensure!(status.success(), "the run with {isa} ended with {status}");
+        }
+    }
+    Ok(())
 }
 
 fn main() -> Result<()> {
     let args = Args::parse();
+    if args.sets {
+        return each_set();
+    }
     let anchor_model = args.anchor_model.as_ref().unwrap_or(&args.model);
     let name = |path: &PathBuf| {
         path.file_name()
@@ -76,8 +119,10 @@ fn main() -> Result<()> {
             ..OrtOptions::default()
         },
     )?;
-    let mut anchors = [false, true]
-        .map(|flash| Anchor::start(anchor_model, args.threads, context, sequences, flash));
+    let mut anchors = [false, true].map(|flash| {
+        let cpu = args.anchor_cpu.as_deref();
+        Anchor::start(anchor_model, args.threads, context, sequences, flash, cpu)
+    });
     for exercise in exercises {
         let mut rows = [Vec::new(), Vec::new()];
         let mut ratios = Vec::new();
