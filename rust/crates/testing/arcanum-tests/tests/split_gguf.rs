@@ -216,7 +216,7 @@ async fn parts_come_from_the_hub_once_and_then_from_other_workers() -> Result<()
     let mut mesh = mesh(&hub, "").await?;
     for _ in 0..2 {
         mesh.start_worker(&worker(&format!("{HUB:?}"), "")).await?;
-        let newest = mesh.workers.last().context("a worker")?;
+        let newest = mesh.workers.last_mut().context("a worker")?;
         newest.wait_for("/ready").await?;
         ensure!(present(newest)? == models.bytes()?, "not all of it is here");
         ensure!(hub.bytes_sent() == models.bytes()?, "it was fetched again");
