@@ -69,7 +69,7 @@ fn a_part_that_changes_while_it_is_loaded_is_an_error_of_this_model() {
     let mut bytes = std::fs::read(&parts[2]).unwrap();
     bytes.extend([0; 32]);
     std::fs::write(&parts[2], bytes).unwrap();
-    let error = OrtStage::load(&model, 0..2, options(1, 64)).unwrap_err();
+    let error = OrtStage::load(&model, 0..2, options(1, 64)).err().unwrap();
     let error = error.to_string();
     assert!(error.contains("m-00003-of-"), "{error}");
     assert!(error.contains("changed while it was read"), "{error}");
