@@ -1,6 +1,7 @@
 //! Selection of the files of a repository that a model needs.
 
 use mesh_model::file::has_extension;
+use mesh_model::gguf::split::PartName;
 use mesh_model::hf::{INDEX, files_of_index};
 
 use crate::error::HubError;
@@ -9,7 +10,7 @@ use crate::listing::{Repo, RepoFile};
 /// Storage format of a model's weights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Format {
-    /// One GGUF file with everything in it.
+    /// One GGUF file with everything in it, or all parts of a split one.
     Gguf,
     /// `config.json`, `tokenizer.json` and safetensors files.
     Safetensors,
@@ -20,8 +21,8 @@ pub enum Format {
 pub struct Chosen {
     /// Storage format of the weights.
     pub format: Format,
-    /// The name the model gets: that of the GGUF file without its ending, or the repository's without the
-    /// organisation.
+    /// The name the model gets: that of the GGUF file without its ending and the numbers of a part, or the
+    /// repository's without the organisation.
     pub name: String,
     /// Files with the weights.
     pub weights: Vec<RepoFile>,
@@ -67,15 +68,11 @@ pub fn choose(repo: &Repo, which: Option<&str>, index: Option<&[u8]>) -> Result<
         repo: repo.id.clone(),
         reason,
     };
-    let ggufs: Vec<&RepoFile> = repo
-        .files
-        .iter()
-        .filter(|file| is_model_gguf(file))
-        .collect();
+    let ggufs = ggufs(repo);
     if let Some(which) = which {
         if let Some(file) = repo.file(which) {
             return match () {
-                () if is_gguf(file) => gguf(file).map_err(failed),
+                () if is_gguf(file) => gguf(&GgufModel::of(repo, file)).map_err(failed),
                 () if has_extension(file.path.as_ref(), "safetensors") => {
                     safetensors(repo, vec![file.clone()]).map_err(failed)
                 }
@@ -85,19 +82,15 @@ pub fn choose(repo: &Repo, which: Option<&str>, index: Option<&[u8]>) -> Result<
                 ))),
             };
         }
-        let mut fitting = ggufs
-            .iter()
-            .filter(|file| has_quantisation(&file.path, which));
-        return match (fitting.next(), fitting.next()) {
-            (Some(file), None) => gguf(file).map_err(failed),
-            (Some(first), Some(second)) if part_of_several(&first.path).is_none() => {
-                Err(failed(format!(
-                    "{which} may mean {} or {}; write the path of one file behind ':'",
-                    first.path, second.path
-                )))
-            }
-            (Some(first), Some(_)) => gguf(first).map_err(failed),
-            (None, _) => Err(failed(format!(
+        let named = ggufs.iter().find(|model| model.is_called(which));
+        let mut fitting = ggufs.iter().filter(|model| model.has_quantisation(which));
+        return match (named, fitting.next(), fitting.next()) {
+            (Some(model), _, _) | (None, Some(model), None) => gguf(model).map_err(failed),
+            (None, Some(first), Some(second)) => Err(failed(format!(
+                "{which} may mean {} or {}; write the path of one file behind ':'",
+                first.path, second.path
+            ))),
+            (None, None, _) => Err(failed(format!(
                 "it has no quantisation or file {which:?}; {}",
                 offer(&ggufs)
             ))),
@@ -106,17 +99,15 @@ pub fn choose(repo: &Repo, which: Option<&str>, index: Option<&[u8]>) -> Result<
     if let Some(weights) = all_safetensors(repo, index).map_err(failed)? {
         return safetensors(repo, weights).map_err(failed);
     }
-    if let [only] = ggufs[..] {
+    if let [only] = &ggufs[..] {
         return gguf(only).map_err(failed);
     }
     for usual in USUAL {
         let fitting: Vec<_> = ggufs
             .iter()
-            .filter(|file| has_quantisation(&file.path, usual))
+            .filter(|model| model.has_quantisation(usual))
             .collect();
-        if let [only] = fitting[..]
-            && part_of_several(&only.path).is_none()
-        {
+        if let [only] = fitting[..] {
             return gguf(only).map_err(failed);
         }
     }
@@ -126,19 +117,87 @@ pub fn choose(repo: &Repo, which: Option<&str>, index: Option<&[u8]>) -> Result<
     }))
 }
 
-fn gguf(file: &RepoFile) -> Result<Chosen, String> {
-    if let Some((_, count)) = part_of_several(&file.path) {
+/// A GGUF file of a repository, or all parts of one.
+struct GgufModel<'a> {
+    /// Path of the file, or of the first part that is there.
+    path: &'a str,
+    /// Path without the ending and the numbers of a part.
+    stem: String,
+    /// The file, or the parts by number.
+    files: Vec<&'a RepoFile>,
+    /// Paths of parts that the repository lacks.
+    missing: Vec<String>,
+}
+
+impl<'a> GgufModel<'a> {
+    /// The model that `file` is, or is a part of.
+    fn of(repo: &'a Repo, file: &'a RepoFile) -> Self {
+        let Some(part) = PartName::parse(&file.path) else {
+            return GgufModel {
+                path: &file.path,
+                stem: file.path[..file.path.len() - ".gguf".len()].to_owned(),
+                files: vec![file],
+                missing: Vec::new(),
+            };
+        };
+        let mut files = Vec::new();
+        let mut missing = Vec::new();
+        for path in part.all() {
+            match repo.file(&path) {
+                Some(file) => files.push(file),
+                None => missing.push(path),
+            }
+        }
+        GgufModel {
+            path: files.first().map_or(&file.path, |first| &first.path),
+            stem: part.stem,
+            files,
+            missing,
+        }
+    }
+
+    /// True if `name` is the path of all parts without their numbers.
+    fn is_called(&self, name: &str) -> bool {
+        let stem = name.strip_suffix(".gguf").unwrap_or(name);
+        self.stem == stem && self.path != name
+    }
+
+    fn has_quantisation(&self, wanted: &str) -> bool {
+        has_quantisation(self.path, wanted)
+    }
+}
+
+/// The models in GGUF files, by path.
+fn ggufs(repo: &Repo) -> Vec<GgufModel<'_>> {
+    let files = repo.files.iter().filter(|file| is_model_gguf(file));
+    let mut models: Vec<GgufModel<'_>> = Vec::new();
+    for file in files {
+        // Files are sorted, so the first part that is there comes first.
+        let of_known = PartName::parse(&file.path).is_some_and(|part| {
+            let mut names = part.all().take_while(|name| *name != file.path);
+            names.any(|name| repo.file(&name).is_some())
+        });
+        if !of_known {
+            models.push(GgufModel::of(repo, file));
+        }
+    }
+    models
+}
+
+fn gguf(model: &GgufModel<'_>) -> Result<Chosen, String> {
+    if let [first, ..] = &model.missing[..] {
         return Err(format!(
-            "{} is one of {count} parts of a split GGUF file, which cannot be served; take a smaller quantisation that is one \
-             file, or join the parts with llama-gguf-split --merge and put the result into a model folder",
-            file.path
+            "{} is one of {} parts of a split GGUF file, of which it lacks {}: {first}; take another quantisation or revision",
+            model.path,
+            model.files.len() + model.missing.len(),
+            model.missing.len()
         ));
     }
-    let name = file.path.rsplit('/').next().unwrap_or(&file.path);
+    let name = model.stem.rsplit('/').next().unwrap_or(&model.stem);
     Ok(Chosen {
         format: Format::Gguf,
-        name: name[..name.len() - ".gguf".len()].to_owned(),
-        weights: vec![file.clone()],
+        name: name.to_owned(),
+        weights: model.files.iter().copied().cloned().collect(),
         others: Vec::new(),
     })
 }
@@ -211,19 +270,10 @@ fn has_quantisation(path: &str, wanted: &str) -> bool {
     })
 }
 
-/// Number and count of `model-00001-of-00003.gguf`.
-fn part_of_several(path: &str) -> Option<(u32, u32)> {
-    let stem = path.get(..path.len().checked_sub(".gguf".len())?)?;
-    let (rest, count) = stem.rsplit_once("-of-")?;
-    let (_, number) = rest.rsplit_once('-')?;
-    let five = |digits: &str| (digits.len() == 5).then(|| digits.parse().ok())?;
-    Some((five(number)?, five(count)?)).filter(|&(_, count)| count > 1)
-}
-
 /// The names that a user may write.
-fn offer(ggufs: &[&RepoFile]) -> String {
+fn offer(ggufs: &[GgufModel<'_>]) -> String {
     const SHOWN: usize = 30;
-    let mut names: Vec<&str> = ggufs.iter().map(|file| file.path.as_str()).collect();
+    let mut names: Vec<&str> = ggufs.iter().map(|model| model.path).collect();
     let more = names.len().saturating_sub(SHOWN);
     names.truncate(SHOWN);
     match (names.is_empty(), more) {
@@ -302,9 +352,51 @@ mod tests {
     }
 
     #[test]
-    fn a_split_file_is_refused_with_what_to_do() {
-        let error = chosen(GGUFS, Some("f16")).unwrap_err();
-        assert!(error.contains("llama-gguf-split --merge"), "{error}");
+    fn all_parts_of_a_split_file_are_one_choice() {
+        let both = [
+            "Tiny-f16-00001-of-00002.gguf",
+            "Tiny-f16-00002-of-00002.gguf",
+        ];
+        for which in ["f16", "F16", both[0], both[1], "Tiny-f16", "Tiny-f16.gguf"] {
+            assert_eq!(chosen(GGUFS, Some(which)).unwrap(), both, "{which}");
+        }
+        let whole = choose(&repo(GGUFS), Some("f16"), None).unwrap();
+        assert_eq!((&*whole.name, whole.format), ("Tiny-f16", Format::Gguf));
+        // Also where it is the only one, or the usual one, in a folder of its own.
+        assert_eq!(chosen(&both, None).unwrap(), both);
+        let folders = [
+            "Q4_K_M/Tiny-Q4_K_M-00001-of-00003.gguf",
+            "Q4_K_M/Tiny-Q4_K_M-00002-of-00003.gguf",
+            "Q4_K_M/Tiny-Q4_K_M-00003-of-00003.gguf",
+            "Q8_0/Tiny-Q8_0-00001-of-00002.gguf",
+            "Q8_0/Tiny-Q8_0-00002-of-00002.gguf",
+        ];
+        assert_eq!(chosen(&folders, None).unwrap(), folders[..3]);
+        let chosen = choose(&repo(&folders), Some("Q8_0"), None).unwrap();
+        assert_eq!((&*chosen.name, chosen.weights.len()), ("Tiny-Q8_0", 2));
+    }
+
+    #[test]
+    fn two_split_files_of_one_quantisation_are_told_apart_by_their_paths() {
+        let two = [
+            "A-Q4_0-00001-of-00002.gguf",
+            "A-Q4_0-00002-of-00002.gguf",
+            "B-Q4_0-00001-of-00002.gguf",
+            "B-Q4_0-00002-of-00002.gguf",
+        ];
+        let error = chosen(&two, Some("Q4_0")).unwrap_err();
+        assert!(error.contains(two[0]) && error.contains(two[2]), "{error}");
+        assert_eq!(chosen(&two, Some(two[3])).unwrap(), two[2..]);
+    }
+
+    #[test]
+    fn a_split_file_of_which_a_part_is_missing_is_refused() {
+        let two = ["m-Q4_0-00002-of-00003.gguf", "m-Q4_0-00003-of-00003.gguf"];
+        for which in [None, Some("Q4_0"), Some(two[1])] {
+            let error = chosen(&two, which).unwrap_err();
+            assert!(error.contains("m-Q4_0-00001-of-00003.gguf"), "{error}");
+            assert!(error.contains("one of 3 parts"), "{error}");
+        }
     }
 
     #[test]

@@ -26,7 +26,7 @@ use crate::partial;
 use crate::watch::Watch;
 pub(crate) use files::git_blob_id;
 use files::{FileState, Flusher, complete, copy};
-use known::{find, manifest_of, to_open};
+use known::{find, manifest_of};
 pub use pulled::Pulled;
 
 /// Options of [`pull`].
@@ -503,7 +503,7 @@ impl Pull<'_> {
             let signed = SignedManifest::unsigned(manifest);
             let fingerprint = store.put_manifest(&signed)?;
             store.name(&label, &fingerprint, Some(&source))?;
-            let path = to_open(store.folder(&fingerprint)?, &signed.manifest);
+            let path = signed.manifest.path_in(&store.folder(&fingerprint)?);
             Ok::<_, HubError>((fingerprint, path, signed.manifest.layers()))
         })
         .await?;

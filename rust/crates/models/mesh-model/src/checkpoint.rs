@@ -1,7 +1,7 @@
 //! A model as it is stored, in terms that do not depend on the form of its files.
 //!
 //! Configuration, tokenizer, chat template and weights are read through [`Checkpoint`]. There are two
-//! readers: [`Gguf`] for GGUF files, and [`crate::hf::HfCheckpoint`] for folders in Hugging Face's form. Keys
+//! readers: [`Gguf`] for GGUF files, whole or in parts, and [`crate::hf::HfCheckpoint`] for folders in Hugging Face's form. Keys
 //! and tensors have the names that GGUF files give them
 //! (<https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>).
 

@@ -27,7 +27,7 @@ pub use config::{
     Activation, Architecture, ConfigError, ModelConfig, Rope, RopeScaling, RopeStyle, SlidingWindow,
 };
 pub use encoder::{EncoderError, EncoderModel};
-pub use gguf::{GgmlType, Gguf, GgufError, Tensor, Tensors, dequantize};
+pub use gguf::{GgmlType, Gguf, GgufError, SplitError, Tensor, Tensors, dequantize};
 pub use model::{Model, ModelError};
 pub use text::TextStream;
 pub use tokenizer::{EncodeOptions, Tokenizer, TokenizerError};

@@ -1,4 +1,5 @@
-//! One model with everything that belongs to it: a GGUF file, or a folder in Hugging Face's form.
+//! One model with everything that belongs to it: a GGUF file, perhaps in parts, or a folder in Hugging Face's
+//! form.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -10,6 +11,7 @@ use crate::chat::{ChatTemplate, Message, RenderRequest};
 use crate::checkpoint::Checkpoint;
 use crate::config::{ConfigError, ModelConfig};
 use crate::file::{open_regular, sha256};
+use crate::gguf::split::{self, PartName};
 use crate::gguf::{Gguf, GgufError, Tensors};
 use crate::hf::{self, HfCheckpoint, HfError};
 use crate::tokenizer::{Tokenizer, TokenizerError};
@@ -65,8 +67,9 @@ pub enum ModelErrorKind {
 }
 
 impl Model {
-    /// Opens the model at `path` and checks all of it but the weights' values: a GGUF file, a folder in
-    /// Hugging Face's form ([`crate::hf`]), or a safetensors file in such a folder.
+    /// Opens the model at `path` and checks all of it but the weights' values: a GGUF file, a split one
+    /// ([`split::find`] says which paths mean it), a folder in Hugging Face's form ([`crate::hf`]), or a
+    /// safetensors file in such a folder.
     ///
     /// # Errors
     /// If anything in it is malformed or unsupported.
@@ -79,6 +82,9 @@ impl Model {
     }
 
     fn load(path: &Path) -> Result<Self, ModelErrorKind> {
+        if let Some(first) = split::find(path) {
+            return Self::read(&first, Gguf::open(&first)?);
+        }
         match is_folder(path) {
             true => Self::read(path, HfCheckpoint::open(path)?),
             false => Self::read(path, Gguf::open(path)?),
@@ -107,7 +113,7 @@ impl Model {
         model_name(&self.inner.path)
     }
 
-    /// Path of the file or folder.
+    /// Path of the file or folder; of a split file that of its first part.
     pub fn path(&self) -> &Path {
         &self.inner.path
     }
@@ -193,8 +199,9 @@ impl Model {
         self.tokenizer().eos_ids().contains(&token) || self.inner.turn_end.get() == Some(&token)
     }
 
-    /// SHA-256 of the file, or over the names and SHA-256 of all files of a folder, in hexadecimal: two
-    /// workers with the same fingerprint give the same answers.
+    /// SHA-256 of the file, over the SHA-256 of all parts of a split file ([`split::fingerprint`]), or over the
+    /// names and SHA-256 of all files of a folder, in hexadecimal: two workers with the same fingerprint give
+    /// the same answers.
     ///
     /// Reads the whole file the first time, which takes a good second per gigabyte: call it off the start
     /// path, and keep the result.
@@ -214,6 +221,11 @@ impl Model {
 
     fn digest(&self) -> Result<String, ModelErrorKind> {
         let path = &self.inner.path;
+        if let Some(parts) = split::parts(path) {
+            let digests: io::Result<Vec<String>> =
+                parts.iter().map(|part| sha256_file(part)).collect();
+            return Ok(split::fingerprint(&digests?));
+        }
         Ok(match is_folder(path) {
             true => hf::Folder::open(path)?.fingerprint(sha256_file)?,
             false => sha256_file(path)?,
@@ -251,9 +263,13 @@ fn probe_text(turn: usize) -> String {
 
 const PROBE: &str = "PROBE42";
 
-/// Name of the model in the file at `path`: the file's name without `.gguf` or `.safetensors`.
+/// Name of the model in the file at `path`: the file's name without `.gguf` or `.safetensors`, and without the
+/// numbers of a part.
 pub fn model_name(path: &Path) -> String {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
+    if let Some(part) = PartName::parse(&name) {
+        return part.stem;
+    }
     for ending in [".gguf", ".safetensors"] {
         let cut = name.len().checked_sub(ending.len());
         match cut.and_then(|cut| name.split_at_checked(cut)) {

@@ -6,6 +6,7 @@
 mod folder;
 mod llama2c;
 mod random;
+mod split;
 
 use std::io::{self, BufWriter, Write};
 use std::path::Path;
@@ -19,6 +20,7 @@ use crate::gguf::{GgmlType, Gguf, Value};
 pub use folder::{tokenizer_json, write_folder};
 pub use llama2c::write_llama2c;
 use random::Random;
+pub use split::{Split, split_bytes, write_split};
 
 /// The shape of a network to make.
 #[derive(Debug, Clone, PartialEq)]

@@ -101,7 +101,8 @@ impl Layout {
     }
 
     fn of_gguf(path: &Path) -> Result<Layout, LayoutError> {
-        let gguf = Gguf::open(path).map_err(|source| LayoutError::Gguf {
+        // The other parts of a split file have layouts of their own.
+        let gguf = Gguf::open_part(path).map_err(|source| LayoutError::Gguf {
             path: path.into(),
             source,
         })?;

@@ -1,15 +1,20 @@
 //! Models outside the store: in folders that people put them in.
 
-use std::fs::{File, Metadata};
-use std::io::{self, Read};
-use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{SystemTime, UNIX_EPOCH};
+mod fingerprints;
+mod stamp;
 
-use mesh_model::file::{has_extension, open_regular};
-use mesh_model::hf::{Folder, is_hugging_face};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
+
+use mesh_model::file::has_extension;
+use mesh_model::gguf::split;
+use mesh_model::hf::is_hugging_face;
 use mesh_model::model::model_name;
 use serde::{Deserialize, Serialize};
+
+pub use fingerprints::FingerprintCache;
+use stamp::{MAX_INDEX, MAX_REMEMBERED, Stamp};
 
 use crate::digest::Digest;
 use crate::error::StoreError;
@@ -21,9 +26,9 @@ use crate::store::Store;
 /// A model in a folder.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LocalModel {
-    /// The file's name without its ending, or the folder's name.
+    /// The file's name without its ending and the numbers of a part, or the folder's name.
     pub name: String,
-    /// Path of the file or folder.
+    /// Path of the file or folder; of a split file that of the first part that is there.
     pub path: PathBuf,
     /// Total length of its files in bytes.
     pub bytes: u64,
@@ -36,6 +41,8 @@ pub struct LocalModel {
 pub enum LocalKind {
     /// A single GGUF file.
     Gguf,
+    /// A GGUF file in several parts. Not all of them need to be there.
+    SplitGguf,
     /// A safetensors file by itself.
     Safetensors,
     /// A folder as Hugging Face has it: `config.json` and safetensors files.
@@ -47,9 +54,19 @@ impl LocalKind {
     pub fn name(self) -> &'static str {
         match self {
             LocalKind::Gguf => "GGUF file",
+            LocalKind::SplitGguf => "split GGUF file",
             LocalKind::Safetensors => "safetensors file",
             LocalKind::Folder => "Hugging Face folder",
         }
+    }
+}
+
+impl LocalModel {
+    /// Time of the last change: of the file, of any part of a split one, or of the folder.
+    pub fn changed(&self) -> Option<SystemTime> {
+        let files = split::parts(&self.path).unwrap_or_else(|| vec![self.path.clone()]);
+        let changed = |path: &PathBuf| std::fs::metadata(path).ok()?.modified().ok();
+        files.iter().filter_map(changed).max()
     }
 }
 
@@ -81,8 +98,9 @@ fn known_names(known: &[String]) -> String {
 }
 
 /// All models directly in `dirs`, by name: `.gguf` and `.safetensors` files, and folders with a `config.json`
-/// and safetensors files. A folder that does not exist holds none; of models with one name the first folder's
-/// counts. What cannot be looked at is left out.
+/// and safetensors files or with the parts of one split GGUF file. A split file is one model, whole or not. A
+/// folder that does not exist holds none; of models with one name the first folder's counts, and there a file
+/// before parts. What cannot be looked at is left out.
 ///
 /// # Errors
 /// If a folder exists but cannot be listed.
@@ -101,8 +119,12 @@ pub fn list(dirs: &[PathBuf]) -> Result<Vec<LocalModel>, LocalError> {
         let paths: io::Result<Vec<PathBuf>> = listing.map(|item| Ok(item?.path())).collect();
         let mut paths = paths.map_err(failed)?;
         // Of two files with one name, the same one wins each time.
-        paths.sort();
+        paths.sort_by_cached_key(|path| (split::parts(path).is_some(), path.clone()));
         for path in paths {
+            // The first part that is there stands for all.
+            if split::parts(&path).is_some() && split::find(&path).as_ref() != Some(&path) {
+                continue;
+            }
             if let Some(model) = look_at(path)
                 && !models.iter().any(|known| known.name == model.name)
             {
@@ -114,8 +136,11 @@ pub fn list(dirs: &[PathBuf]) -> Result<Vec<LocalModel>, LocalError> {
     Ok(models)
 }
 
-/// The model at `path`; `None` if there is none.
+/// The model at `path`, which [`split::find`] may find, too; `None` if there is none.
 pub fn look_at(path: PathBuf) -> Option<LocalModel> {
+    if let Some(first) = split::find(&path) {
+        return Some(split_model(first));
+    }
     // Dangling links and files that are gone since the listing have no metadata.
     let metadata = std::fs::metadata(&path).ok()?;
     let (kind, bytes) = if metadata.is_dir() {
@@ -141,6 +166,20 @@ pub fn look_at(path: PathBuf) -> Option<LocalModel> {
     })
 }
 
+/// The split file of which `first` is the first part that is there.
+fn split_model(first: PathBuf) -> LocalModel {
+    let parts = split::parts(&first).unwrap_or_default();
+    let lengths = parts.iter().map(std::fs::metadata);
+    LocalModel {
+        name: model_name(&first),
+        bytes: lengths
+            .map(|found| found.map_or(0, |found| found.len()))
+            .sum(),
+        path: first,
+        kind: LocalKind::SplitGguf,
+    }
+}
+
 /// Length of the files of a folder as Hugging Face has it.
 fn folder_bytes(path: &Path) -> Option<u64> {
     if !path.join("config.json").is_file() {
@@ -156,17 +195,21 @@ fn folder_bytes(path: &Path) -> Option<u64> {
 }
 
 /// The file or folder that `name` refers to: a path, the name of a model in `dirs`, or a unique beginning of
-/// one, ignoring case.
+/// one, ignoring case. Of a split file it is the first part that is there.
 ///
 /// # Errors
 /// If there is no such model, or several.
 pub fn resolve(name: &str, dirs: &[PathBuf]) -> Result<PathBuf, LocalError> {
     let path = Path::new(name);
+    if let Some(first) = split::find(path) {
+        return Ok(first);
+    }
     if path.is_file() || is_hugging_face(path) {
         return Ok(path.into());
     }
     let mut models = list(dirs)?;
-    let wanted = name.strip_suffix(".gguf").unwrap_or(name);
+    let wanted = split::without_numbers(name);
+    let wanted = wanted.strip_suffix(".gguf").unwrap_or(&wanted);
     if let Some(i) = models.iter().position(|model| model.name == wanted) {
         return Ok(models.swap_remove(i).path);
     }
@@ -183,139 +226,6 @@ pub fn resolve(name: &str, dirs: &[PathBuf]) -> Result<PathBuf, LocalError> {
             name: name.into(),
             known: several.iter().map(|model| model.name.clone()).collect(),
         }),
-    }
-}
-
-/// Digests of files that were hashed before, kept in a small JSON file so that a restart need not read
-/// gigabytes again. A digest counts only as long as the file's path, length and time of change are the same.
-#[derive(Debug)]
-pub struct FingerprintCache {
-    path: PathBuf,
-}
-
-#[derive(Debug, Default, Serialize, Deserialize)]
-struct Remembered {
-    files: Vec<Digested>,
-}
-
-#[derive(Debug, Clone, Serialize, Deserialize, PartialEq, Eq)]
-struct Digested {
-    #[serde(flatten)]
-    stamp: Stamp,
-    sha256: String,
-}
-
-/// Path, length and time of change, to detect that a file changed.
-#[derive(Debug, Clone, Serialize, Deserialize, PartialEq, Eq)]
-struct Stamp {
-    path: PathBuf,
-    bytes: u64,
-    modified_ns: u64,
-}
-
-impl Stamp {
-    fn of(path: &Path) -> io::Result<Stamp> {
-        let path = path.canonicalize()?;
-        let metadata = std::fs::metadata(&path)?;
-        Ok(Stamp {
-            path,
-            bytes: metadata.len(),
-            modified_ns: modified_ns(&metadata),
-        })
-    }
-}
-
-fn modified_ns(metadata: &Metadata) -> u64 {
-    let modified = metadata.modified().unwrap_or(SystemTime::UNIX_EPOCH);
-    let since = modified.duration_since(UNIX_EPOCH).unwrap_or_default();
-    since.as_nanos() as u64
-}
-
-/// Files remembered at most; the oldest entries go first.
-const MAX_REMEMBERED: usize = 1000;
-
-/// Longest file of that kind that is read.
-const MAX_INDEX: u64 = 16 << 20;
-
-impl FingerprintCache {
-    /// A cache in the file at `path`, which need not exist.
-    pub fn new(path: impl Into<PathBuf>) -> Self {
-        FingerprintCache { path: path.into() }
-    }
-
-    /// The fingerprint of the model at `path` ([`mesh_model::Model::fingerprint`]), remembered or computed. A
-    /// cache that cannot be read or written only costs time.
-    ///
-    /// # Errors
-    /// If a file cannot be read.
-    pub fn fingerprint(&self, path: &Path) -> io::Result<String> {
-        self.fingerprint_until(path, &AtomicBool::new(false))
-    }
-
-    /// Like [`FingerprintCache::fingerprint`], but fails once `stop` is set.
-    ///
-    /// # Errors
-    /// If a file cannot be read, and when it is given up.
-    pub fn fingerprint_until(&self, path: &Path, stop: &AtomicBool) -> io::Result<String> {
-        if !is_hugging_face(path) {
-            return self.digest(path, stop);
-        }
-        let folder = Folder::open(path).map_err(io::Error::other)?;
-        let fingerprint = folder.fingerprint(|path| self.digest(path, stop));
-        fingerprint.map_err(io::Error::other)
-    }
-
-    /// SHA-256 of one file in hexadecimal.
-    fn digest(&self, path: &Path, stop: &AtomicBool) -> io::Result<String> {
-        let stamp = Stamp::of(path)?;
-        let mut remembered = self.read();
-        if let Some(known) = remembered.files.iter().find(|file| file.stamp == stamp) {
-            return Ok(known.sha256.clone());
-        }
-        let file = open_regular(&stamp.path)?;
-        let sha256 = Digest::of_reader(Stoppable { file, stop })?.to_string();
-        if Stamp::of(path)? != stamp {
-            return Err(io::Error::other("it changed while it was read"));
-        }
-        remembered
-            .files
-            .retain(|file| file.stamp.path != stamp.path);
-        let excess = (remembered.files.len() + 1).saturating_sub(MAX_REMEMBERED);
-        remembered.files.drain(..excess);
-        remembered.files.push(Digested {
-            stamp,
-            sha256: sha256.clone(),
-        });
-        if let Err(error) = self.write(&remembered) {
-            tracing::warn!(path = %self.path.display(), %error, "cannot remember the fingerprint of a model file");
-        }
-        Ok(sha256)
-    }
-
-    fn read(&self) -> Remembered {
-        let json = files::read_limited(&self.path, MAX_INDEX).ok().flatten();
-        json.and_then(|json| serde_json::from_slice(&json).ok())
-            .unwrap_or_default()
-    }
-
-    fn write(&self, remembered: &Remembered) -> io::Result<()> {
-        let parent = self.path.parent().unwrap_or(Path::new("."));
-        files::replace(&self.path, parent, &serde_json::to_vec(remembered)?)
-    }
-}
-
-/// A reader that fails once it is told to stop.
-struct Stoppable<'a> {
-    file: File,
-    stop: &'a AtomicBool,
-}
-
-impl Read for Stoppable<'_> {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        match self.stop.load(Ordering::Relaxed) {
-            true => Err(io::Error::other("nobody needs it any more")),
-            false => self.file.read(buffer),
-        }
     }
 }
 
@@ -388,7 +298,7 @@ fn index_path(store: &Store) -> PathBuf {
 }
 
 impl Store {
-    /// Registers a model outside the store, a file or a folder: makes its manifest, or reuses the last one if
+    /// Registers a model outside the store, a file, all parts of one, or a folder: makes its manifest, or reuses the last one if
     /// nothing changed since. Its bytes stay where they are; [`Store::presence`] finds them there.
     ///
     /// # Errors
@@ -401,6 +311,7 @@ impl Store {
     ) -> Result<SignedManifest, StoreError> {
         // Links are not followed: a blob behind one has no name that shows its format.
         let path = std::path::absolute(path).map_err(StoreError::io("look at", path))?;
+        let path = split::find(&path).unwrap_or(path);
         if let Some(known) = self.adopted(name, &path)? {
             return Ok(known);
         }
@@ -416,7 +327,8 @@ impl Store {
         for file in &signed.manifest.files {
             let found = match path.is_dir() {
                 true => path.join(file.relative_path()),
-                false => path.clone(),
+                // A part, or the only file.
+                false => path.with_file_name(file.relative_path()),
             };
             let stamp = Stamp::of(&found).map_err(StoreError::io("look at", &found))?;
             adopted.files.push(AdoptedFile {

@@ -6,8 +6,9 @@ mod verify;
 
 use std::collections::HashSet;
 use std::ops::Range;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
+use mesh_model::gguf::split;
 use serde::{Deserialize, Serialize};
 
 use crate::digest::Digest;
@@ -110,6 +111,36 @@ impl Manifest {
     /// Length of all files.
     pub fn bytes(&self) -> u64 {
         self.files.iter().map(|file| file.bytes).sum()
+    }
+
+    /// The first part, if the files are the parts of a split GGUF file.
+    pub fn first_part(&self) -> Option<&ManifestFile> {
+        let first = split::first_of(self.files.iter().map(|file| &*file.path))?;
+        self.files.iter().find(|file| file.path == first)
+    }
+
+    /// Path to open the model whose files lie in `folder`: the file, the first part of a split one, or the
+    /// folder of a model of several files.
+    pub fn path_in(&self, folder: &Path) -> PathBuf {
+        match (&self.files[..], self.first_part()) {
+            ([file], _) | (_, Some(file)) => folder.join(file.relative_path()),
+            _ => folder.into(),
+        }
+    }
+
+    /// Digest under which the model is served, wherever its files lie: that of its file, that of the parts of
+    /// a split one ([`split::fingerprint`]), or the manifest's where there are other files.
+    pub fn file_fingerprint(&self) -> String {
+        match (&self.files[..], self.first_part()) {
+            ([only], _) => only.sha256.to_string(),
+            (files, Some(_)) => {
+                let mut parts: Vec<&ManifestFile> = files.iter().collect();
+                parts.sort_by(|a, b| a.path.cmp(&b.path));
+                let digests: Vec<Digest> = parts.into_iter().map(|part| part.sha256).collect();
+                split::fingerprint(&digests)
+            }
+            _ => self.fingerprint().to_string(),
+        }
     }
 
     /// Number of layers: one more than the highest that a tensor belongs to.

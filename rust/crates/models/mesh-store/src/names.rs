@@ -6,6 +6,8 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
 
+use mesh_model::gguf::split;
+
 use crate::digest::Digest;
 use crate::error::StoreError;
 use crate::local::{self, LocalError, LocalIndex, LocalKind, LocalModel};
@@ -71,7 +73,7 @@ pub enum NameError {
         name: String,
     },
     /// There is something, but no model.
-    #[error("{} is no model: neither a .gguf or .safetensors file, nor a folder with config.json and .safetensors files", path.display())]
+    #[error("{} is no model: neither a .gguf or .safetensors file, nor a folder with config.json and .safetensors files or with the parts of one split .gguf file", path.display())]
     NoModel { path: PathBuf },
     /// The name could refer to several models.
     #[error("model {name:?} is ambiguous: it may be any of {}; give more of the name, or a path", candidates.join(", "))]
@@ -114,7 +116,8 @@ impl Places<'_> {
             return Ok(resolved);
         }
         let locals = local::list(self.folders)?;
-        let wanted = strip_ending(name);
+        let wanted = split::without_numbers(name);
+        let wanted = strip_ending(&wanted);
         if let Some(model) = locals.iter().find(|model| model.name == wanted) {
             return Ok(in_folder(model, "the name of a"));
         }
@@ -138,12 +141,15 @@ impl Places<'_> {
     /// Resolves an existing file or folder, or text that can only be a path.
     fn path(&self, name: &str) -> Result<Option<Resolved>, NameError> {
         let path = Path::new(name);
+        // Also the common name of the parts of a split file, which is no file's.
+        if !name.is_empty()
+            && let Some(model) = local::look_at(path.into())
+        {
+            let why = format!("the path of a {}", model.kind.name());
+            let target = Target::Local(model);
+            return Ok(Some(Resolved { target, why }));
+        }
         if !name.is_empty() && path.exists() {
-            if let Some(model) = local::look_at(path.into()) {
-                let why = format!("the path of a {}", model.kind.name());
-                let target = Target::Local(model);
-                return Ok(Some(Resolved { target, why }));
-            }
             // Blobs have no endings; opening the file shows its format.
             if path.is_file() {
                 let target = Target::Local(LocalModel {
@@ -210,7 +216,7 @@ impl Places<'_> {
         locals: &[LocalModel],
         stored: &Stored,
     ) -> Result<Resolved, NameError> {
-        let lower = strip_ending(name).to_lowercase();
+        let lower = strip_ending(&split::without_numbers(name)).to_lowercase();
         let fits = |known: &str| !lower.is_empty() && known.to_lowercase().starts_with(&lower);
         let mut found: Vec<(String, Resolved)> = Vec::new();
         for model in locals.iter().filter(|model| fits(&model.name)) {

@@ -455,6 +455,21 @@ fn a_second_folder_of_parts_allows_no_more_models() {
 }
 
 #[test]
+fn the_parts_of_a_split_file_are_one_model() {
+    let partition = tempfile::tempdir().expect("a folder");
+    let ring = partition.path().join("ring");
+    fs::create_dir(&ring).expect("a folder");
+    for number in 1..=20 {
+        let name = format!("big-{number:05}-of-00020.gguf");
+        fs::write(ring.join(name), "").expect("written");
+    }
+    fs::write(ring.join("small.gguf"), "").expect("written");
+    let worker = plan(&Machine::new(), "", Some(partition.path()), None);
+    let names = ["big-00001-of-00020.gguf", "small.gguf"];
+    assert_eq!(worker.ring_models, names.map(|name| ring.join(name)));
+}
+
+#[test]
 fn the_run_folder_starts_what_the_plan_says_and_keeps_the_token_secret() {
     let partition = tempfile::tempdir().expect("a folder");
     let models = partition.path().join("models");

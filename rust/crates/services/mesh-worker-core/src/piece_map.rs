@@ -50,13 +50,9 @@ impl PieceMap {
         self.fingerprint
     }
 
-    /// Fingerprint under which the model is served: the digest of its file, or of the manifest where there
-    /// are several files.
+    /// Fingerprint under which the model is served: see [`Manifest::file_fingerprint`].
     pub fn file_fingerprint(&self) -> String {
-        match &self.manifest().files[..] {
-            [only] => only.sha256.to_string(),
-            _ => self.fingerprint.to_string(),
-        }
+        self.manifest().file_fingerprint()
     }
 
     /// Name under which it is served if it was wanted as `name`: the manifest's own name, unless that has the

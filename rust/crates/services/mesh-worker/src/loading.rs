@@ -343,20 +343,17 @@ fn path_at(name: &str, location: &Location, config: &Config) -> Option<PathBuf> 
 
 /// Metadata that shows that something at a path changed.
 fn stamp_of(path: &Path) -> Option<Stamp> {
-    let changed = std::fs::metadata(path).and_then(|found| found.modified());
-    Some((local::look_at(path.to_owned())?.bytes, changed.ok()))
+    let model = local::look_at(path.to_owned())?;
+    Some((model.bytes, model.changed()))
 }
 
 /// The models in the watched folder.
 fn models_in(folder: &Path) -> Result<Vec<LocalModel>, String> {
     let models = local::list(&[folder.to_owned()]).map_err(|error| error.to_string())?;
-    let models = models.into_iter().map(|model| {
-        let changed = std::fs::metadata(&model.path).and_then(|found| found.modified());
-        LocalModel {
-            stamp: (model.bytes, changed.ok()),
-            path: model.path,
-            name: model.name,
-        }
+    let models = models.into_iter().map(|model| LocalModel {
+        stamp: (model.bytes, model.changed()),
+        path: model.path,
+        name: model.name,
     });
     Ok(models.collect())
 }

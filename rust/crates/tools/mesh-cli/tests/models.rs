@@ -68,6 +68,54 @@ impl Home {
     }
 }
 
+#[test]
+fn the_parts_of_a_split_file_are_listed_shown_and_signed_as_one_model() {
+    let home = Home::new();
+    let whole = home.path("local-models/tiny-q4.gguf");
+    let gguf = mesh_model::Gguf::open(&whole).unwrap();
+    let split = synth::Split {
+        tensors: 8,
+        keys_first: false,
+    };
+    let parts = synth::write_split(&gguf, split, &home.path("local-models"), "big-q4").unwrap();
+    let bytes: u64 = parts
+        .iter()
+        .map(|part| part.metadata().unwrap().len())
+        .sum();
+    let listed = home.json(&["list"]);
+    let names: Vec<&str> = listed
+        .as_array()
+        .unwrap()
+        .iter()
+        .filter_map(|m| m["name"].as_str())
+        .collect();
+    assert_eq!(names, ["big-q4", "tiny-q4"]);
+    assert_eq!(listed[0]["bytes"], json!(bytes));
+    assert_eq!(listed[0]["kind"], "split GGUF file");
+    for name in ["big", "big-q4-00002-of-00003.gguf", "local-models/big-q4"] {
+        let shown = home.json(&["show", name]);
+        assert_eq!(
+            (&shown["name"], &shown["layers"]),
+            (&json!("big-q4"), &json!(2)),
+            "{name}"
+        );
+    }
+    let verified = home.json(&["verify", "big"]);
+    assert!(home.run(&["key", "operator.pem"]).status.success());
+    let signed = home.json(&["sign", "big", "--key", "operator.pem"]);
+    assert_eq!(signed["fingerprint"], verified["fingerprint"]);
+    std::fs::remove_file(&parts[1]).unwrap();
+    let error = home.failure(&["verify", "big"]);
+    assert!(error.contains("1 of 3 parts is missing"), "{error}");
+    assert!(error.contains("big-q4-00002-of-00003.gguf"), "{error}");
+    let listed = home.run(&["list"]);
+    let text = String::from_utf8(listed.stdout).unwrap();
+    assert!(
+        text.contains("cannot be served: 1 of 3 parts is missing"),
+        "{text}"
+    );
+}
+
 fn alter(manifest: &Path) {
     let text = std::fs::read_to_string(manifest).unwrap();
     let altered = text.replacen("blk.0", "blk.1", 1);

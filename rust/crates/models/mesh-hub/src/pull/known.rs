@@ -48,7 +48,7 @@ pub(super) async fn find(
             },
             commit: commit.to_owned(),
             fingerprint: Some(named.fingerprint),
-            path: Some(to_open(folder, &manifest)),
+            path: Some(manifest.path_in(&folder)),
             bytes: manifest.bytes(),
             present: manifest.bytes(),
             fetched: 0,
@@ -57,14 +57,6 @@ pub(super) async fn find(
         }))
     })
     .await
-}
-
-/// Path to open the model that lies in `folder`.
-pub(super) fn to_open(folder: PathBuf, manifest: &Manifest) -> PathBuf {
-    match &manifest.files[..] {
-        [only] if only.path.ends_with(".gguf") => folder.join(only.relative_path()),
-        _ => folder,
-    }
 }
 
 /// The manifest of files that lie elsewhere than where they are called.

@@ -15,7 +15,7 @@ pub struct Pulled {
     pub commit: String,
     /// Fingerprint of the model; `None` if only some layers were fetched.
     pub fingerprint: Option<Digest>,
-    /// Path to open: a GGUF file or a folder; `None` if only some layers were fetched.
+    /// Path to open: a GGUF file, the first part of one, or a folder; `None` if only some layers were fetched.
     pub path: Option<PathBuf>,
     /// Total length of the model's files in bytes.
     pub bytes: u64,

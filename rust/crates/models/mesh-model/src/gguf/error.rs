@@ -1,5 +1,7 @@
 //! Errors of GGUF files.
 
+use std::path::{Path, PathBuf};
+
 use crate::file::FileError;
 
 /// Errors of reading a GGUF file.
@@ -139,4 +141,105 @@ pub enum GgufError {
         /// The end of the last tensor.
         end: u64,
     },
+    /// Parts of a split file are missing or do not belong together.
+    #[error(transparent)]
+    Split(#[from] SplitError),
+    /// One part of a split file is broken.
+    #[error("{}: {source}", path.display())]
+    Part {
+        path: PathBuf,
+        #[source]
+        source: Box<GgufError>,
+    },
+}
+
+/// Errors of the parts of a split file together.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+#[allow(missing_docs, reason = "the messages name the fields")]
+pub enum SplitError {
+    /// A name with numbers that no part has.
+    #[error(
+        "the name of {} says part {number} of {count}: parts are numbered from 1 to their count, which is at most {limit}; \
+        give the file its published name, or one without these numbers if it is a whole model", path.display()
+    )]
+    Numbers {
+        path: PathBuf,
+        number: u32,
+        count: u32,
+        limit: u32,
+    },
+    /// Not all parts are there.
+    #[error(
+        "{} of {count} parts {} missing: put {} beside the other parts, or fetch the model again",
+        numbers.len(),
+        if numbers.len() == 1 { "is" } else { "are" },
+        paths(.path, numbers)
+    )]
+    Missing {
+        /// The first file that is missing.
+        path: PathBuf,
+        /// Numbers of all parts that are missing.
+        numbers: Vec<u32>,
+        count: u32,
+    },
+    /// A part whose name does not say so, so that the others cannot be found.
+    #[error(
+        "{} is part {number} of {count} of a split model, but its name does not end in -{number:05}-of-{count:05}.gguf: give all \
+        parts their published names and put them into one folder", path.display()
+    )]
+    Name {
+        path: PathBuf,
+        number: u64,
+        count: u64,
+    },
+    /// A copy of another part, or one under another part's name.
+    #[error(
+        "{} contains part {found}, but its name is that of part {wanted}: it is a copy of part {found} or was renamed; put part \
+        {wanted} there, or fetch the model again", path.display()
+    )]
+    Duplicate {
+        path: PathBuf,
+        /// Number of the part by its keys.
+        found: u64,
+        /// Number of the part by its name.
+        wanted: u32,
+    },
+    /// A file that is no part of this model.
+    #[error("{} does not belong to the other parts: {reason}", path.display())]
+    Foreign { path: PathBuf, reason: String },
+    /// Two parts hold one tensor.
+    #[error(
+        "tensor {tensor:?} is both in {} and in {}: they are parts of different versions; fetch the model again",
+        first.display(), second.display()
+    )]
+    Tensor {
+        tensor: String,
+        first: PathBuf,
+        second: PathBuf,
+    },
+    /// The parts hold more or fewer tensors than the first one says.
+    #[error(
+        "the {count} parts hold {found} tensors, but split.tensors.count of {} is {wanted}: a part is from another version; fetch \
+        the model again", path.display()
+    )]
+    Tensors {
+        /// The first part.
+        path: PathBuf,
+        count: usize,
+        found: u64,
+        wanted: u64,
+    },
+}
+
+/// The missing file, and the numbers of the others.
+fn paths(path: &Path, numbers: &[u32]) -> String {
+    let others: Vec<String> = numbers.iter().skip(1).take(8).map(u32::to_string).collect();
+    let path = path.display();
+    match (&others[..], numbers.len().saturating_sub(9)) {
+        ([], _) => path.to_string(),
+        ([other], _) => format!("{path} (and part {other})"),
+        (others, 0) => format!("{path} (and parts {})", others.join(", ")),
+        (others, more) => format!("{path} (and parts {} and {more} more)", others.join(", ")),
+    }
 }

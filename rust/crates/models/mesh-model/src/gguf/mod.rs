@@ -1,9 +1,14 @@
 //! GGUF files: keys and tensor list are read when a file is opened, each tensor when it is asked for.
+//!
+//! A model may lie in several files, the parts that llama.cpp's `gguf-split` makes: see [`split`].
 
+mod assemble;
 mod cursor;
 mod dequant;
 mod error;
+mod head;
 mod parse;
+pub mod split;
 mod tensors;
 mod types;
 mod value;
@@ -12,7 +17,7 @@ pub mod writer;
 use std::path::Path;
 
 pub use dequant::dequantize;
-pub use error::GgufError;
+pub use error::{GgufError, SplitError};
 pub(crate) use tensors::TensorEntry;
 pub use tensors::{Tensor, Tensors};
 pub use types::GgmlType;
@@ -20,39 +25,70 @@ pub use value::{Array, Value, ValueType};
 pub use writer::Writer;
 
 use crate::file::ModelFile;
-use cursor::Cursor;
+use head::Head;
 use parse::GgufIndex;
 
-/// An open GGUF file: its metadata and its tensors.
+/// An open GGUF file, or all parts of one: its metadata and its tensors.
 ///
 /// Cheap to open: the header, the keys and the tensor list are read, the tensors' data stays in the file
 /// until touched. See [`Tensors::check_unchanged`] for the effect of writes to the file meanwhile.
 #[derive(Debug)]
 pub struct Gguf {
-    /// The file's bytes before its tensors; empty where the whole file is in memory.
+    /// The first file's bytes before its tensors; empty where the whole file is in memory.
     head: Vec<u8>,
     index: GgufIndex,
     tensors: Tensors,
 }
 
 impl Gguf {
-    /// Opens and checks the file at `path`.
+    /// Opens and checks the model at `path`: a file, or all parts of a split file if it is one of them.
+    ///
+    /// # Errors
+    /// If a file cannot be opened, is not a GGUF file of version 2 or 3, or is malformed in any way; if parts
+    /// are missing or do not belong together.
+    pub fn open(path: impl AsRef<Path>) -> Result<Self, GgufError> {
+        let path = path.as_ref();
+        let Some(parts) = split::checked_parts(path)? else {
+            let gguf = Self::open_part(path)?;
+            assemble::check_alone(path, |key| gguf.metadata(key))?;
+            return Ok(gguf);
+        };
+        let parts = parts.into_iter().map(|path| {
+            let file = ModelFile::open(&path)?;
+            Ok((path, file))
+        });
+        Self::assembled(assemble::assemble(parts)?)
+    }
+
+    /// Opens and checks the file at `path` by itself, which may be one part of several.
     ///
     /// # Errors
     /// If it cannot be opened, is not a GGUF file of version 2 or 3, or is malformed in any way.
-    pub fn open(path: impl AsRef<Path>) -> Result<Self, GgufError> {
+    pub fn open_part(path: impl AsRef<Path>) -> Result<Self, GgufError> {
         let file = ModelFile::open(path.as_ref())?;
-        let (head, index, entries) = read_head(&file)?;
-        Self::new(file, head, index, entries)
+        let head = Head::read(&file)?;
+        Self::new(file, head.bytes, head.index, head.entries)
     }
 
-    /// Reads a file that is already in memory.
+    /// Reads a file that is already in memory, by itself.
     ///
     /// # Errors
-    /// As [`Gguf::open`].
+    /// As [`Gguf::open_part`].
     pub fn from_bytes(bytes: Vec<u8>) -> Result<Self, GgufError> {
         let (index, entries) = GgufIndex::parse(&bytes, bytes.len() as u64)?;
         Self::new(ModelFile::from_bytes(bytes), Vec::new(), index, entries)
+    }
+
+    /// Reads the parts of a split file that are already in memory, in order.
+    ///
+    /// # Errors
+    /// As [`Gguf::open`].
+    pub fn from_parts(parts: Vec<Vec<u8>>) -> Result<Self, GgufError> {
+        let parts = parts.into_iter().enumerate().map(|(index, bytes)| {
+            let name = format!("part {}", index + 1);
+            Ok((name.into(), ModelFile::from_bytes(bytes)))
+        });
+        Self::assembled(assemble::assemble(parts)?)
     }
 
     fn new(
@@ -65,6 +101,15 @@ impl Gguf {
             head,
             index,
             tensors: Tensors::new(vec![file], entries)?,
+        })
+    }
+
+    /// The keys are those of the first part.
+    fn assembled(assembled: assemble::Assembled) -> Result<Self, GgufError> {
+        Ok(Gguf {
+            head: assembled.head,
+            index: assembled.index,
+            tensors: Tensors::new(assembled.files, assembled.entries)?,
         })
     }
 
@@ -83,11 +128,10 @@ impl Gguf {
 
     /// The value of a metadata key.
     pub fn metadata(&self, key: &str) -> Option<Value<'_>> {
-        let entry = &self.index.keys[*self.index.key_by_name.get(key)?];
-        Value::read(&mut Cursor::at(self.head(), entry.at), entry.ty).ok()
+        self.index.value(self.head(), key)
     }
 
-    /// All tensors of the file.
+    /// All tensors, of all parts.
     pub fn tensors(&self) -> &Tensors {
         &self.tensors
     }
@@ -97,53 +141,3 @@ impl Gguf {
         self.tensors
     }
 }
-
-/// Reads as much of a file as its keys and its tensor list take.
-fn read_head(file: &ModelFile) -> Result<(Vec<u8>, GgufIndex, Vec<TensorEntry>), GgufError> {
-    let mut head = Vec::new();
-    let mut wanted = FIRST_READ;
-    loop {
-        let len = wanted.min(MAX_HEAD).min(file.len());
-        file.lengthen(&mut head, len as usize)?;
-        match GgufIndex::parse(&head, file.len()) {
-            Ok((index, entries)) => {
-                let ends = entries.iter().map(|tensor| (tensor.at + tensor.len) as u64);
-                let end = ends.max().unwrap_or(index.data_start);
-                if file.len() > end.saturating_add(MAX_SURPLUS) {
-                    return Err(GgufError::Surplus {
-                        bytes: file.len(),
-                        end,
-                    });
-                }
-                head.truncate(index.data_start as usize);
-                head.shrink_to_fit();
-                return Ok((head, index, entries));
-            }
-            Err(GgufError::Truncated {
-                what,
-                at,
-                needed,
-                length,
-            }) if length < file.len() => {
-                let end = at.saturating_add(needed);
-                if len == MAX_HEAD {
-                    return Err(GgufError::Limit {
-                        what: format!("the end of {what} in bytes"),
-                        value: end,
-                        limit: MAX_HEAD,
-                    });
-                }
-                wanted = end.max(2 * len);
-            }
-            Err(error) => return Err(error),
-        }
-    }
-}
-
-/// Size of a first read that holds the keys of most files.
-const FIRST_READ: u64 = 1 << 20;
-/// The largest known vocabularies take some 20 MB. It bounds the memory that a file's own counts can claim.
-const MAX_HEAD: u64 = 256 << 20;
-/// Padding is a few bytes. More is a file that was lengthened, which would take forever to read if it is a
-/// hole.
-const MAX_SURPLUS: u64 = 64 << 20;

@@ -21,7 +21,7 @@ const MAX_DIMS: u32 = 4;
 // keep the index of a hostile file to a few megabytes.
 const MAX_KEYS: u64 = 1 << 14;
 const MAX_KEY_LEN: u64 = 1 << 12;
-const MAX_TENSORS: u64 = 1 << 16;
+pub(super) const MAX_TENSORS: u64 = 1 << 16;
 const MAX_TENSOR_NAME: u64 = 64;
 
 /// Index in a list, by name.
@@ -68,6 +68,12 @@ impl GgufIndex {
             data_start,
         };
         Ok((index, tensors))
+    }
+
+    /// The value of a metadata key. `bytes` are those that were parsed.
+    pub(super) fn value<'a>(&self, bytes: &'a [u8], key: &str) -> Option<Value<'a>> {
+        let entry = &self.keys[*self.key_by_name.get(key)?];
+        Value::read(&mut Cursor::at(bytes, entry.at), entry.ty).ok()
     }
 }
 

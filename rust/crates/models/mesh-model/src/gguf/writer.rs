@@ -11,6 +11,7 @@ use crate::file::write_tensor;
 #[derive(Debug, Clone, PartialEq)]
 #[allow(missing_docs)]
 pub enum OwnedValue {
+    U16(u16),
     U32(u32),
     I32(i32),
     F32(f32),
@@ -179,6 +180,7 @@ fn put_value(out: &mut Vec<u8>, value: &OwnedValue) {
         out.extend_from_slice(bytes);
     };
     match value {
+        OwnedValue::U16(v) => scalar(ValueType::U16, &v.to_le_bytes()),
         OwnedValue::U32(v) => scalar(ValueType::U32, &v.to_le_bytes()),
         OwnedValue::I32(v) => scalar(ValueType::I32, &v.to_le_bytes()),
         OwnedValue::F32(v) => scalar(ValueType::F32, &v.to_le_bytes()),

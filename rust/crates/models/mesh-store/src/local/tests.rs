@@ -118,3 +118,100 @@ fn a_broken_cache_only_costs_time() {
         );
     }
 }
+
+#[test]
+fn the_parts_of_a_split_file_are_one_model() {
+    let dir = folder(&[
+        "Big-Q4-00002-of-00003.gguf",
+        "Big-Q4-00003-of-00003.gguf",
+        "small.gguf",
+        "small-00001-of-00002.gguf",
+    ]);
+    let below = dir.path().join("below");
+    std::fs::create_dir(&below).unwrap();
+    for number in 1..=2 {
+        let name = format!("Deep-0000{number}-of-00002.gguf");
+        std::fs::write(below.join(name), "1234").unwrap();
+    }
+    let dirs = [dir.path().to_owned()];
+    let listed = || {
+        let models = list(&dirs).unwrap().into_iter();
+        models
+            .map(|m| {
+                (
+                    m.name,
+                    m.path.strip_prefix(&dirs[0]).unwrap().to_owned(),
+                    m.bytes,
+                    m.kind,
+                )
+            })
+            .collect::<Vec<_>>()
+    };
+    let known = |name: &str, path: &str, bytes: u64, kind| {
+        (name.to_owned(), PathBuf::from(path), bytes, kind)
+    };
+    let others = [
+        known(
+            "Deep",
+            "below/Deep-00001-of-00002.gguf",
+            8,
+            LocalKind::SplitGguf,
+        ),
+        // A whole file counts before parts.
+        known("small", "small.gguf", 10, LocalKind::Gguf),
+    ];
+    let big = |path: &str, bytes| known("Big-Q4", path, bytes, LocalKind::SplitGguf);
+    let mut expected = vec![big("Big-Q4-00002-of-00003.gguf", 52)];
+    expected.extend(others.clone());
+    assert_eq!(listed(), expected);
+
+    // One more part is a change.
+    let before = look_at(dirs[0].join("Big-Q4")).unwrap();
+    let first = dirs[0].join("Big-Q4-00001-of-00003.gguf");
+    std::fs::write(&first, "first").unwrap();
+    expected[0] = big("Big-Q4-00001-of-00003.gguf", 57);
+    assert_eq!(listed(), expected);
+    let later = std::fs::File::options()
+        .write(true)
+        .open(dirs[0].join("Big-Q4-00003-of-00003.gguf"));
+    let later_time = SystemTime::now() + std::time::Duration::from_secs(60);
+    later.unwrap().set_modified(later_time).unwrap();
+    let now = look_at(first.clone()).unwrap();
+    assert!(now.bytes > before.bytes && now.changed() == Some(later_time));
+
+    for name in [
+        "Big-Q4",
+        "Big-Q4.gguf",
+        "big",
+        "Big-Q4-00003-of-00003.gguf",
+        dirs[0].join("Big-Q4").to_str().unwrap(),
+        dirs[0].join("Big-Q4-00002-of-00003.gguf").to_str().unwrap(),
+    ] {
+        assert_eq!(resolve(name, &dirs).unwrap(), first, "{name}");
+        let places = crate::names::Places {
+            folders: &dirs,
+            store: None,
+        };
+        let crate::names::Target::Local(found) = places.resolve(name).unwrap().target else {
+            panic!("{name} is not found in the folder");
+        };
+        assert_eq!(found.path, first, "{name}");
+    }
+    assert_eq!(
+        resolve(below.to_str().unwrap(), &[]).unwrap(),
+        below.join("Deep-00001-of-00002.gguf")
+    );
+}
+
+#[test]
+fn the_fingerprint_of_parts_is_made_of_their_digests() {
+    let dir = folder(&["m-00001-of-00002.gguf", "m-00002-of-00002.gguf"]);
+    let cache = FingerprintCache::new(dir.path().join("fingerprints.json"));
+    let [first, second] = [1, 2].map(|n| dir.path().join(format!("m-0000{n}-of-00002.gguf")));
+    let digests = [&first, &second].map(|path| Digest::of_file(path).unwrap());
+    let expected = split::fingerprint(&digests);
+    assert_eq!(cache.fingerprint(&first).unwrap(), expected);
+    assert_eq!(cache.fingerprint(&second).unwrap(), expected);
+    std::fs::write(&second, "another").unwrap();
+    assert_ne!(cache.fingerprint(&first).unwrap(), expected);
+}

@@ -9,7 +9,9 @@ use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, sync_channel};
 use std::sync::{Arc, Mutex};
 
+use mesh_model::Gguf;
 use mesh_model::file::has_extension;
+use mesh_model::gguf::split;
 
 use super::{MAX_PIECE, Manifest, ManifestError, ManifestFile, Piece, TensorRange, VERSION};
 use crate::digest::{Digest, Hasher};
@@ -48,13 +50,15 @@ impl Manifest {
     /// second per gigabyte and core.
     ///
     /// # Errors
-    /// If a file cannot be read, is a broken model file, or changes meanwhile.
+    /// If a file cannot be read, is a broken model file, or changes meanwhile; if the files are parts of a
+    /// split one that do not belong together.
     pub fn of_files(
         name: &str,
         root: &Path,
         paths: &[PathBuf],
         progress: Progress<'_>,
     ) -> Result<Manifest, BuildError> {
+        check_parts(root, paths)?;
         // Each file keeps three threads busy.
         let cores = std::thread::available_parallelism().map_or(1, NonZero::get);
         let at_once = (cores / 3).clamp(1, paths.len().max(1));
@@ -90,8 +94,8 @@ impl Manifest {
         Ok(manifest)
     }
 
-    /// The manifest of the model at `path`, called `name`: one file, or a folder with a model in it (see
-    /// [`model_files`]).
+    /// The manifest of the model at `path`, called `name`: one file, all parts of a split one (see
+    /// [`split::find`]), or a folder with a model in it (see [`model_files`]).
     ///
     /// # Errors
     /// As [`Manifest::of_files`].
@@ -100,13 +104,30 @@ impl Manifest {
         path: &Path,
         progress: Progress<'_>,
     ) -> Result<Manifest, BuildError> {
+        let first = split::find(path);
+        let path = first.as_deref().unwrap_or(path);
         if path.is_dir() {
             return Self::of_files(name, path, &model_files(path)?, progress);
         }
         let bad = || BuildError::Path { path: path.into() };
         let file = path.file_name().ok_or_else(bad)?;
         let root = path.parent().unwrap_or(Path::new(""));
-        Self::of_files(name, root, &[file.into()], progress)
+        let parts = split::parts(Path::new(file));
+        let files = parts.unwrap_or_else(|| vec![file.into()]);
+        Self::of_files(name, root, &files, progress)
+    }
+}
+
+/// Checks that files which are called like the parts of a split one are these.
+fn check_parts(root: &Path, paths: &[PathBuf]) -> Result<(), LayoutError> {
+    let are_parts = !paths.is_empty() && paths.iter().all(|path| split::parts(path).is_some());
+    match paths.iter().min().filter(|_| are_parts) {
+        None => Ok(()),
+        Some(first) => {
+            let path = root.join(first);
+            let opened = Gguf::open(&path).map(|_| ());
+            opened.map_err(|source| LayoutError::Gguf { path, source })
+        }
     }
 }
 

@@ -340,3 +340,98 @@ fn a_folder_without_weights_is_no_model() {
     let manifest = Manifest::of_path("m", dir.path(), &|_| ()).unwrap();
     assert_eq!(manifest.files[0].path, "1_Pooling/config.json");
 }
+
+/// A model in parts of eight tensors, of which the first holds none.
+fn split_model(dir: &std::path::Path) -> Vec<PathBuf> {
+    let gguf = Gguf::open(gguf(dir, Architecture::Llama)).unwrap();
+    let split = mesh_model::synth::Split {
+        tensors: 8,
+        keys_first: true,
+    };
+    mesh_model::synth::write_split(&gguf, split, dir, "Tiny").unwrap()
+}
+
+#[test]
+fn the_parts_of_a_split_file_are_one_manifest() {
+    let dir = tempfile::tempdir().unwrap();
+    let parts = split_model(dir.path());
+    let manifest = Manifest::of_path("Tiny", &parts[0], &|_| ()).unwrap();
+    let names = manifest.files.iter().map(|file| &*file.path);
+    let count = parts.len();
+    let expected = (1..=count).map(|n| format!("Tiny-{n:05}-of-{count:05}.gguf"));
+    assert!(names.eq(expected));
+    assert_eq!(manifest.layers(), 2);
+    for path in [&parts[count - 1], &dir.path().join("Tiny")] {
+        assert_eq!(Manifest::of_path("Tiny", path, &|_| ()).unwrap(), manifest);
+    }
+    assert_eq!(
+        manifest.path_in("/x".as_ref()),
+        PathBuf::from("/x").join(&manifest.files[0].path)
+    );
+    let model = Model::open(&parts[0]).unwrap();
+    assert_eq!(manifest.file_fingerprint(), model.fingerprint().unwrap());
+    let mut backwards = manifest.clone();
+    backwards.files.reverse();
+    assert_eq!(backwards.file_fingerprint(), manifest.file_fingerprint());
+
+    // A stage needs all headers, and of the tensors only its own.
+    let pieces = manifest.pieces_for(0..1, 2);
+    let whole = whole_tensors(&manifest, &pieces);
+    let own = |name: &&str| layout::layer(name).is_none_or(|layer| layer == 0);
+    assert!(
+        whole.iter().all(own) && whole.contains(&"blk.0.ffn_down.weight"),
+        "{whole:?}"
+    );
+    assert!(manifest.bytes_of(&pieces) < manifest.bytes());
+
+    // Without one part it is no model.
+    std::fs::remove_file(&parts[1]).unwrap();
+    let error = Manifest::of_path("Tiny", &parts[0], &|_| ())
+        .unwrap_err()
+        .to_string();
+    assert!(
+        error.contains("is missing") && error.contains("Tiny-00002-of-"),
+        "{error}"
+    );
+    let fewer = Manifest {
+        files: manifest.files[1..].to_vec(),
+        ..manifest
+    };
+    assert_eq!(fewer.path_in("/x".as_ref()), PathBuf::from("/x"));
+}
+
+#[test]
+fn parts_of_which_only_some_bytes_are_here_open_as_one_model() {
+    let dir = tempfile::tempdir().unwrap();
+    let parts = split_model(dir.path());
+    let manifest = Manifest::of_path("Tiny", &parts[0], &|_| ()).unwrap();
+    let model = Model::open(&parts[0]).unwrap();
+    let sparse = dir.path().join("sparse");
+    std::fs::create_dir(&sparse).unwrap();
+    let ids = manifest.pieces_for(1..2, 2);
+    for (index, file) in (0..).zip(&manifest.files) {
+        let from = std::fs::File::open(dir.path().join(&file.path)).unwrap();
+        let to = std::fs::File::create(sparse.join(&file.path)).unwrap();
+        to.set_len(file.bytes).unwrap();
+        for id in ids.iter().filter(|id| id.file == index) {
+            let piece = &file.pieces[id.piece as usize];
+            let mut bytes = vec![0; piece.bytes as usize];
+            from.read_exact_at(&mut bytes, piece.offset).unwrap();
+            to.write_all_at(&bytes, piece.offset).unwrap();
+        }
+    }
+    let opened = Model::open(manifest.path_in(&sparse)).unwrap();
+    for tensor in model
+        .tensors()
+        .iter()
+        .filter(|tensor| layout::layer(tensor.name) == Some(1))
+    {
+        let found = opened.tensors().get(tensor.name).unwrap();
+        assert_eq!(
+            found.data.read().unwrap(),
+            tensor.data.read().unwrap(),
+            "{}",
+            tensor.name
+        );
+    }
+}

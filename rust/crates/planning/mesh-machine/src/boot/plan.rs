@@ -3,6 +3,8 @@
 use std::fmt;
 use std::path::{Path, PathBuf};
 
+use mesh_model::gguf::split;
+
 use super::choice::{Backend, Choice, Wish, choose};
 use super::join::{HeadAddress, JoinError, Role, SettingSource, Settings, Token, command_line_has};
 use crate::hardware::Hardware;
@@ -260,7 +262,8 @@ fn first<T>(
         .find_map(|(source, settings)| Some((field(settings)?, *source)))
 }
 
-/// GGUF files, by name; those whose names would need quoting are not taken.
+/// GGUF files, by name, the first part for all of a split one; those whose names would need quoting are not
+/// taken.
 fn models(dir: &Path) -> Vec<PathBuf> {
     let plain = |c: char| c.is_ascii_alphanumeric() || " ._-+()".contains(c);
     let Ok(entries) = std::fs::read_dir(dir) else {
@@ -278,6 +281,7 @@ fn models(dir: &Path) -> Vec<PathBuf> {
                 && entry.path().is_file()
         })
         .map(|entry| entry.path())
+        .filter(|path| split::find(path).is_none_or(|first| first == *path))
         .collect();
     paths.sort();
     paths.truncate(MOST_MODELS);

@@ -99,7 +99,7 @@ pub(crate) fn load(
         prefill_tps: measured.prefill_tps,
         layer_start: info.layers.start,
         layer_end: info.layers.end,
-        ..card(&name, path, &model, &fingerprint)
+        ..card(&name, &model, &fingerprint)
     };
     tracing::info!(
         model = card.name,
@@ -149,18 +149,15 @@ pub(crate) fn learn_turn_end(model: &Model, name: &str, templates: &Templates) {
 }
 
 /// Description of a model without loading it.
-pub(crate) fn card(name: &str, path: &Path, model: &Model, fingerprint: &str) -> ModelCard {
+pub(crate) fn card(name: &str, model: &Model, fingerprint: &str) -> ModelCard {
     let spans = model.tokenizer().spans();
     ModelCard {
         name: name.to_owned(),
         architecture: model.config().architecture.name().to_owned(),
         fingerprint: fingerprint.to_owned(),
         context: model.config().context,
-        file_bytes: match path.is_file() {
-            true => std::fs::metadata(path).map_or(0, |metadata| metadata.len()),
-            // Of a folder, its weights.
-            false => model.tensors().file_len(),
-        },
+        // Of a folder, its weights.
+        file_bytes: model.tensors().file_len(),
         quantization: quantization(model),
         byte_spans: spans.map_or_else(Vec::new, |spans| spans.as_bytes().to_vec()),
         keeps_text: model.keeps_text(),

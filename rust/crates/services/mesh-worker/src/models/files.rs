@@ -134,13 +134,9 @@ impl ReplicaFiles {
         Ok(file)
     }
 
-    /// Path to load it from: the file, or the folder of a model of several files. Names as the store links
-    /// them.
+    /// Path to load it from, as the store links it: see [`mesh_store::Manifest::path_in`].
     pub(crate) fn path(&self) -> Result<PathBuf, mesh_store::StoreError> {
         let folder = self.store.folder(&self.map.fingerprint())?;
-        Ok(match &self.map.manifest().files[..] {
-            [only] => folder.join(only.relative_path()),
-            _ => folder,
-        })
+        Ok(self.map.manifest().path_in(&folder))
     }
 }

@@ -82,7 +82,7 @@ fn measure_path(
         let fingerprint = cache.fingerprint(path).map_err(|error| {
             WorkerError::Internal(format!("fingerprint of {}: {error}", path.display()))
         })?;
-        let card = chat::card(&model.name(), path, &model, &fingerprint);
+        let card = chat::card(&model.name(), &model, &fingerprint);
         measure_one(model, card, profiler, config)
     };
     let panicked = |_| {
@@ -107,7 +107,7 @@ pub(super) fn measure_stored(
     // Speeds are kept under it, and the file's own bytes need not be there: weights that are holes are zeros,
     // and no kernel looks at values.
     model.know_fingerprint(&fingerprint);
-    let card = chat::card(name, path, &model, &fingerprint);
+    let card = chat::card(name, &model, &fingerprint);
     let mut ring_model = measure_one(model, card, &mut profiler, config)?;
     ring_model.files = Some(files.clone());
     Ok((ring_model, NodeProfile::from(&profiler.profile)))

@@ -8,13 +8,10 @@ use mesh_model::{EncoderModel, Model, encoder};
 use mesh_store::{Manifest, SignedManifest, Store, StoredModel, Verdict};
 use serde_json::{Value, json};
 
-/// The path to open for a model of the store: its only GGUF file, or its folder.
+/// The path to open for a model of the store.
 pub(super) fn to_open(store: &Store, model: &StoredModel) -> Option<PathBuf> {
     let folder = store.folder(&model.fingerprint).ok()?;
-    Some(match &model.signed.manifest.files[..] {
-        [only] => folder.join(only.relative_path()),
-        _ => folder,
-    })
+    Some(model.signed.manifest.path_in(&folder))
 }
 
 /// Facts about the model at `path`, or why it cannot be served.

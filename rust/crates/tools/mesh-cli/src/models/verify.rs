@@ -50,7 +50,7 @@ fn local(
     as_json: bool,
 ) -> Result<(), Failure> {
     // As a worker would; of safetensors only what says where the tensors are, which making the manifest does.
-    if model.kind == LocalKind::Gguf {
+    if matches!(model.kind, LocalKind::Gguf | LocalKind::SplitGguf) {
         Model::open(&model.path).map_err(failed)?;
     }
     let bar = bar("reading", model.bytes);
@@ -92,7 +92,7 @@ fn local(
     }
     eprintln!("fingerprint {fingerprint}, {}", verdict(found));
     match model.kind {
-        LocalKind::Gguf => eprintln!("whole, and can be served"),
+        LocalKind::Gguf | LocalKind::SplitGguf => eprintln!("whole, and can be served"),
         _ => eprintln!("whole"),
     }
     Ok(())
