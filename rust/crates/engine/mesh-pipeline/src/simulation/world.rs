@@ -17,7 +17,7 @@ use mesh_proto::{
     HeldSlot, RingHeld, RingMirror, RingMirrored, RingOutcome, RingPing, RingResend, RingStep,
 };
 
-use super::toy::{self, Letters, ToyStage};
+use super::toy::{self, Letters};
 use crate::{DriverEvent, DriverOut, Out, RingRunner, StageReplica};
 
 pub(super) type Node = usize;
@@ -546,7 +546,7 @@ impl World {
             if !(worker.replicas.contains_key(stage)
                 || worker.driver.is_some() && own == Some(*stage))
             {
-                let replica = StageReplica::new(Box::new(ToyStage::new(layers)), 1 << 20);
+                let replica = StageReplica::new(Box::new(toy::stage(layers)), 1 << 20);
                 worker.replicas.insert(*stage, replica);
             }
         }
