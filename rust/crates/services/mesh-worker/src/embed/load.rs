@@ -4,7 +4,6 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
-use mesh_engine::embed::scheduler::EmbedConfig;
 use mesh_engine::{EmbedRequest, Embedding, Engine, EngineHandle};
 use mesh_engine_ort::{OrtEncoder, OrtOptions, Reclaim};
 use mesh_model::EncoderModel;
@@ -47,10 +46,8 @@ pub(crate) fn load(
         name: name.clone(),
         source: Box::new(source),
     })?;
-    let limits = EmbedConfig {
-        queue_limit: config.queue_limit.max(config.slots as usize),
-    };
-    let start = |_| Ok(Embedding::new(Box::new(encoder), limits));
+    let queue_limit = config.queue_limit.max(config.slots as usize);
+    let start = |_| Ok(Embedding::new(Box::new(encoder), queue_limit));
     let engine = Engine::start_with(&name, start).map_err(|source| WorkerError::Start {
         name: name.clone(),
         source,
@@ -115,7 +112,7 @@ fn warm_up(engine: &EngineHandle<Embedding>, name: &str) -> Result<(), WorkerErr
         };
         let answer = futures::executor::block_on(engine.submit(request).last_event());
         let reason = match answer {
-            Ok(answer) if answer.vectors.iter().flatten().all(|x| x.is_finite()) => continue,
+            Ok(answer) if answer.iter().flatten().all(|x| x.is_finite()) => continue,
             Ok(_) => "its vectors have numbers that are not finite".to_owned(),
             Err(error) => error.to_string(),
         };
