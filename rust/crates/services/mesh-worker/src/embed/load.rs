@@ -8,7 +8,6 @@ use mesh_engine::{EmbedRequest, Embedding, Engine, EngineHandle};
 use mesh_engine_ort::{OrtEncoder, OrtOptions, Reclaim};
 use mesh_model::EncoderModel;
 use mesh_proto::{ModelCard, ModelKind};
-use mesh_store::FingerprintCache;
 
 use crate::config::Config;
 use crate::error::WorkerError;
@@ -33,11 +32,9 @@ pub(crate) fn load(
     if let Some(prompts) = config.embed.prompts.get(&name) {
         model.set_prompts(prompts.clone());
     }
-    let cache = FingerprintCache::new(config.state_dir.join("fingerprints.json"));
     let weights = model.weights_path();
-    let fingerprint = cache.fingerprint(&weights).map_err(|error| {
-        WorkerError::Internal(format!("fingerprint of {}: {error}", weights.display()))
-    })?;
+    let fingerprint = config.fingerprints().fingerprint(&weights);
+    let fingerprint = fingerprint.map_err(|error| WorkerError::fingerprint(&weights, &error))?;
     let options = OrtOptions {
         max_rows: config.embed.batch_tokens,
         ..generate::load::options(config)
@@ -87,12 +84,9 @@ pub(crate) fn load(
     ))
 }
 
-/// Type of the largest tensor.
 fn dtype(model: &EncoderModel) -> String {
-    let largest = model
-        .tensors()
-        .tensors()
-        .max_by_key(|tensor| tensor.data.len());
+    let tensors = model.tensors().tensors();
+    let largest = tensors.max_by_key(|tensor| tensor.data.len());
     largest.map_or_else(String::new, |tensor| format!("{:?}", tensor.dtype))
 }
 
