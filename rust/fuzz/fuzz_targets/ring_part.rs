@@ -2,7 +2,7 @@
 #![no_main]
 
 #[path = "../../crates/engine/mesh-pipeline/src/simulation/toy.rs"]
-#[allow(dead_code)]
+#[allow(dead_code, unused_imports)]
 mod toy;
 
 use libfuzzer_sys::fuzz_target;
