@@ -79,10 +79,9 @@ struct Sent {
     message: Message,
 }
 
-#[derive(Default)]
 struct Worker {
-    is_dead: bool,
-    /// Its connections are open, and it handles nothing.
+    alive: bool,
+    /// Nothing is handled until then.
     stopped: bool,
     /// Counts its lives, so that nothing of an earlier one arrives.
     life: u32,
@@ -217,7 +216,7 @@ impl World {
     /// Ends a worker's process; the head and its neighbours see the closed connection.
     pub(super) fn kill(&mut self, node: Node) {
         let worker = &mut self.workers[node];
-        worker.is_dead = true;
+        worker.alive = false;
         worker.replicas.clear();
         worker.driver = None;
         self.send(node, HEAD, 9, Message::Lost(node));
@@ -710,13 +709,21 @@ impl World {
 impl Worker {
     fn new(life: u32) -> Self {
         Worker {
+            alive: true,
+            stopped: false,
             life,
-            ..Worker::default()
+            ring: None,
+            replicas: BTreeMap::new(),
+            driver: None,
+            received: 0,
+            rows: 0,
+            sent: 0,
+            early: Vec::new(),
         }
     }
 
     fn is_up(&self) -> bool {
-        !self.is_dead && !self.stopped
+        self.alive && !self.stopped
     }
 }
 
