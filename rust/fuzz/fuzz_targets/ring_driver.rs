@@ -13,7 +13,7 @@ use mesh_engine::scheduler::{Scheduler, SchedulerConfig, Step};
 use mesh_engine::{Outcome, Request, Runner, Schedule, Stage};
 use mesh_pipeline::{DriverEvent, DriverOut, RingRunner, StageReplica};
 use mesh_proto::{HeldSlot, RingHeld, RingOutcome, RingPing, RingStep};
-use toy::{CONTEXT, LAYERS, Letters, SLOTS, ToyStage, info};
+use toy::{CONTEXT, LAYERS, Letters, SLOTS, info, stage};
 
 type Op = (u8, u32, u32, Vec<u8>);
 
@@ -38,7 +38,7 @@ fn held(bytes: &[u8], slots: u32) -> Vec<HeldSlot> {
 
 fuzz_target!(|ops: Vec<Op>| {
     let (sender, receiver) = mpsc::channel();
-    let part = StageReplica::new(Box::new(ToyStage::new(3..LAYERS)) as Box<dyn Stage>, 4096);
+    let part = StageReplica::new(Box::new(stage(3..LAYERS)) as Box<dyn Stage>, 4096);
     let (steps, sent) = mpsc::channel();
     let out = Box::new(move |out| {
         if let DriverOut::Step(step) = out {

@@ -2,7 +2,7 @@
 #![no_main]
 
 #[path = "../../crates/engine/mesh-pipeline/src/simulation/toy.rs"]
-#[allow(dead_code)]
+#[allow(dead_code, unused_imports)]
 mod toy;
 
 use libfuzzer_sys::fuzz_target;
@@ -11,7 +11,7 @@ use mesh_pipeline::{Out, StageReplica};
 use mesh_proto::{
     HeldSlot, RingMirror, RingMirrored, RingResend, RingSegment, RingSlotOp, RingStep,
 };
-use toy::{CONTEXT, SLOTS, ToyStage};
+use toy::{CONTEXT, SLOTS, stage};
 
 /// Kind, three numbers and bytes.
 type Op = (u8, u32, u32, u32, Vec<u8>);
@@ -40,7 +40,7 @@ fn slot_op(a: u32, b: u32, c: u32) -> RingSlotOp {
 fuzz_target!(|data: (bool, Vec<Op>)| {
     let (first, ops) = data;
     let layers = if first { 0..2 } else { 2..4 };
-    let mut part = StageReplica::new(Box::new(ToyStage::new(layers)) as Box<dyn Stage>, 4096);
+    let mut part = StageReplica::new(Box::new(stage(layers)) as Box<dyn Stage>, 4096);
     part.begin_epoch(1, u32::from(!first), false);
     let (mut out, mut number): (Vec<Out>, u64) = (Vec::new(), 0);
     for (kind, a, b, c, bytes) in ops.into_iter().take(200) {

@@ -8,14 +8,15 @@ mod thread;
 
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::task::{Context, Poll};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use futures::channel::{mpsc, oneshot};
 use futures::{Stream, StreamExt};
 
-use self::thread::{Command, EngineState, STOPPED, dead};
+use self::thread::{Command, EngineState, STOPPED, dead, lock};
 use crate::generation::Generation;
 use crate::request::RequestError;
 use crate::workload::{Load, RequestKey, RequestStatus, Workload};
@@ -46,25 +47,14 @@ pub struct RequestStream<W: Workload = Generation> {
 /// Errors of starting an engine.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
+#[allow(missing_docs, reason = "the messages name the fields")]
 pub enum StartError {
     /// The stage holds only some layers.
     #[error("the stage holds layers {start}..{end} of {layers}; an engine needs all of them")]
-    PartialModel {
-        /// Index of the first layer held.
-        start: u32,
-        /// One past the last layer held.
-        end: u32,
-        /// Layers of the model.
-        layers: u32,
-    },
+    PartialModel { start: u32, end: u32, layers: u32 },
     /// The stage's logits and the vocabulary do not fit together.
     #[error("the model gives {logits} logits, but its vocabulary has {vocab} tokens")]
-    VocabularyMismatch {
-        /// Length of a logits row.
-        logits: usize,
-        /// Tokens in the vocabulary.
-        vocab: usize,
-    },
+    VocabularyMismatch { logits: usize, vocab: usize },
     /// The operating system gave no thread.
     #[error("cannot start the engine's thread: {0}")]
     Thread(String),
@@ -112,7 +102,7 @@ impl<W: Workload> Drop for Engine<W> {
 impl<W: Workload> EngineHandle<W> {
     /// Submits a request; a refusal is its first and last event.
     pub fn submit(&self, request: impl Into<W::Request>) -> RequestStream<W> {
-        let key = self.state.next_key();
+        let key = self.state.next_key.fetch_add(1, Ordering::Relaxed);
         let (sender, events) = mpsc::unbounded();
         // If the thread is gone, the sender is dropped with the command, and the stream says why.
         let command = Command::Submit(key, request.into(), sender);
@@ -127,18 +117,20 @@ impl<W: Workload> EngineHandle<W> {
 
     /// Work in progress and measured speed, as of the engine's last step.
     pub fn load(&self) -> Load {
-        self.state.load()
+        lock(&self.state.load).clone()
     }
 
     /// Time since the engine last completed a step while it had work; zero while it is idle. A hanging step
     /// shows here even if the rest of the process runs.
     pub fn quiet(&self) -> Duration {
-        self.state.quiet(Instant::now())
+        let advanced = lock(&self.state.activity).advanced;
+        advanced.map_or(Duration::ZERO, |at| at.elapsed())
     }
 
     /// Shape and limits of the model.
     pub fn info(&self) -> &W::Info {
-        self.state.info()
+        let info = self.state.info.get();
+        info.expect("handles are given out after the start")
     }
 
     /// Refuses new requests from now on; resolves when all queued and running requests have ended.
@@ -152,7 +144,7 @@ impl<W: Workload> EngineHandle<W> {
 
     /// The error that ended the engine's thread; `None` while it runs.
     pub fn death(&self) -> Option<RequestError> {
-        self.state.death()
+        lock(&self.state.death).clone()
     }
 }
 
@@ -185,7 +177,8 @@ impl<W: Workload> Waker<W> {
 impl<W: Workload> RequestStream<W> {
     /// The state of the request as of the engine's last steps; `None` before the engine has looked at it.
     pub fn status(&self) -> Option<RequestStatus> {
-        self.handle.state.status(self.key)
+        let activity = lock(&self.handle.state.activity);
+        activity.statuses.get(&self.key).copied()
     }
 
     /// [`EngineHandle::quiet`] of its engine.

@@ -11,6 +11,10 @@
 
 #![forbid(unsafe_code)]
 
+// For `testing`, which the tests of another crate include.
+#[cfg(test)]
+extern crate self as mesh_engine;
+
 pub mod embed;
 mod engine;
 mod generation;

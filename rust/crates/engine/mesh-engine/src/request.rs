@@ -225,6 +225,7 @@ pub struct TokenScore {
 /// Errors that end a request without an answer.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
+#[allow(missing_docs, reason = "the messages name the fields")]
 pub enum RequestError {
     /// The prompt has no tokens.
     #[error("the prompt is empty; it needs at least one token")]
@@ -233,12 +234,7 @@ pub enum RequestError {
     #[error(
         "token id {token} is out of vocabulary: the model has {vocab} tokens. Token ids must be this model's own"
     )]
-    NoSuchToken {
-        /// The id that is out of range.
-        token: u32,
-        /// Number of tokens in the vocabulary.
-        vocab: usize,
-    },
+    NoSuchToken { token: u32, vocab: usize },
     /// The tokens leave no room for an answer.
     #[error(
         "This model's maximum context length is {context} tokens. However, your prompt has {tokens} tokens, which exceeds the available \
@@ -255,23 +251,15 @@ pub enum RequestError {
     InvalidParameter {
         /// Name in the API.
         name: &'static str,
-        /// The rejected value, as text.
         value: String,
-        /// Description of the allowed values.
         range: &'static str,
     },
     /// The queue is full.
     #[error("{limit} requests already wait for this engine; try again later")]
-    QueueFull {
-        /// Most requests that may wait.
-        limit: usize,
-    },
+    QueueFull { limit: usize },
     /// The request's deadline passed before its answer was complete.
     #[error("the deadline passed with {tokens} tokens of the answer done")]
-    DeadlineExceeded {
-        /// Tokens of the answer that were there.
-        tokens: u32,
-    },
+    DeadlineExceeded { tokens: u32 },
     /// The engine is draining and refuses new requests.
     #[error("the engine is shutting down and takes no new requests")]
     Draining,
@@ -286,20 +274,11 @@ pub enum RequestError {
     Stage(#[from] StageError),
     /// Too few machines are left to run the model.
     #[error("the mesh can no longer run this model: {reason}")]
-    RingLost {
-        /// Description of the missing workers or layers.
-        reason: String,
-    },
+    RingLost { reason: String },
     /// The model moved to other machines, where the request can continue.
     #[error("the model has moved: {reason}")]
-    Moved {
-        /// Description of the cause.
-        reason: String,
-    },
+    Moved { reason: String },
     /// The engine's thread is gone.
     #[error("the engine stopped: {reason}; restart the worker")]
-    EngineDead {
-        /// Description of the failure.
-        reason: String,
-    },
+    EngineDead { reason: String },
 }

@@ -146,37 +146,24 @@ pub trait Stage: Send {
 /// call is as before it, except after [`StageError::Backend`].
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
+#[allow(missing_docs, reason = "the messages name the fields")]
 pub enum StageError {
     /// The slot does not exist.
     #[error("KV slot {slot} does not exist: this stage has {slots}")]
-    NoSuchSlot {
-        /// The slot asked for.
-        slot: SlotId,
-        /// Number of slots of this stage.
-        slots: u32,
-    },
+    NoSuchSlot { slot: SlotId, slots: u32 },
     /// A position beyond the cached rows.
     #[error("slot {slot} holds {held} KV rows, but the step starts at position {position}")]
     Gap {
-        /// The slot that the step writes to.
         slot: SlotId,
-        /// KV rows that the slot holds.
         held: u32,
-        /// Position of the step's first row.
         position: u32,
     },
     /// More tokens than the slot's context.
     #[error("{needed} tokens do not fit the context of {context}")]
-    ContextExceeded {
-        /// Tokens the call would make the slot hold.
-        needed: u64,
-        /// Most tokens of one slot.
-        context: u32,
-    },
+    ContextExceeded { needed: u64, context: u32 },
     /// A token id outside the vocabulary.
     #[error("token id {token} is outside the vocabulary of {vocab}")]
     NoSuchToken {
-        /// The id that is out of range.
         token: u32,
         /// Number of tokens in the vocabulary.
         vocab: usize,
@@ -187,9 +174,7 @@ pub enum StageError {
     /// The engine itself failed.
     #[error("{backend} failed: {message}")]
     Backend {
-        /// Name of the engine.
         backend: &'static str,
-        /// The engine's own error message.
         message: String,
     },
 }

@@ -1,13 +1,13 @@
 //! A stage small enough to know every answer beforehand: its logits are a hash of the tokens in its KV cache.
 //!
 //! A scheduler that loses a row, computes one twice, mixes up slots or trusts rows that are not there changes that hash,
-//! and with it every token that follows.
+//! and with it every token that follows. The tests of `mesh-pipeline` include this file, too.
 
 use std::ops::Range;
 
-use crate::sampler::{Sampler, Scratch};
-use crate::text::TextPipeline;
-use crate::{
+use mesh_engine::sampler::{Sampler, Scratch};
+use mesh_engine::text::TextPipeline;
+use mesh_engine::{
     LogitRows, ModelShape, Request, Segment, SlotId, Stage, StageError, StageInfo, StageInput,
     StageOutput, Vocabulary,
 };
@@ -17,9 +17,9 @@ pub(crate) const VOCAB: usize = 48;
 
 pub(crate) struct HashStage {
     info: StageInfo,
-    /// Hash of the tokens up to each row, by slot.
+    /// For each slot, row by row, a hash for each layer of all its input up to that row.
     slots: Vec<Vec<u64>>,
-    logits: Vec<f32>,
+    output: Vec<f32>,
     /// Fails or panics in this call of `forward`, counted from 0.
     pub(crate) fails_at: Option<usize>,
     pub(crate) panics_at: Option<usize>,
@@ -29,25 +29,37 @@ pub(crate) struct HashStage {
 }
 
 impl HashStage {
+    /// A whole model of one layer.
     pub(crate) fn new(slots: u32, context: u32, max_rows: u32) -> Self {
+        HashStage::part(0..1, 1, slots, context, max_rows)
+    }
+
+    /// These layers of a model that has `of`.
+    pub(crate) fn part(
+        layers: Range<u32>,
+        of: u32,
+        slots: u32,
+        context: u32,
+        max_rows: u32,
+    ) -> Self {
         HashStage {
             info: StageInfo {
                 shape: ModelShape {
-                    layers: 1,
-                    hidden: 1,
+                    layers: of,
+                    hidden: 2,
                     vocab: VOCAB,
                     kv_heads: 1,
                     head_dim: 1,
                 },
-                layers: 0..1,
+                kv_bytes_per_token: 8 * u64::from(layers.end - layers.start),
+                layers,
                 slots,
                 context,
                 max_rows,
-                kv_bytes_per_token: 8,
                 weight_bytes: 0,
             },
             slots: vec![Vec::new(); slots as usize],
-            logits: Vec::new(),
+            output: Vec::new(),
             fails_at: None,
             panics_at: None,
             calls: 0,
@@ -57,7 +69,29 @@ impl HashStage {
 
     /// KV rows in all slots.
     pub(crate) fn rows_held(&self) -> usize {
-        self.slots.iter().map(Vec::len).sum()
+        (0..self.info.slots)
+            .map(|slot| self.kv_len(slot) as usize)
+            .sum()
+    }
+
+    fn layers(&self) -> usize {
+        self.info.layers.len()
+    }
+
+    /// Computes one row of a slot, whose input is `x`.
+    fn row(&mut self, slot: SlotId, mut x: u64, is_wanted: bool) {
+        let layers = self.layers();
+        let slot = &mut self.slots[slot as usize];
+        let before = slot.len().checked_sub(layers);
+        for layer in 0..layers {
+            x = hash(before.map_or(0, |before| slot[before + layer]), x);
+            slot.push(x);
+        }
+        if !self.info.is_last() {
+            self.output.extend(split(x));
+        } else if is_wanted {
+            self.output.extend(logits(x));
+        }
     }
 }
 
@@ -87,16 +121,20 @@ impl Stage for HashStage {
                 message: "told to fail".to_owned(),
             });
         }
-        let StageInput::Tokens(mut tokens) = input else {
-            return Err(StageError::Malformed("hidden rows".to_owned()));
+        let (is_first, is_last) = (self.info.is_first(), self.info.is_last());
+        let inputs: Vec<u64> = match input {
+            StageInput::Tokens(tokens) if is_first => tokens.iter().map(|&t| t.into()).collect(),
+            StageInput::Hidden(rows) if !is_first => rows.chunks(2).map(join).collect(),
+            _ => return Err(StageError::Malformed("input of the wrong kind".to_owned())),
         };
         let rows: u32 = segments.iter().map(|s| s.rows).sum();
-        assert!(rows >= 1 && rows <= self.info.max_rows && rows as usize == tokens.len());
-        self.logits.clear();
+        assert!(rows <= self.info.max_rows && rows as usize == inputs.len());
+        assert!(rows >= 1 || !(is_first && is_last), "an empty step");
+        self.output.clear();
+        let mut inputs = inputs.into_iter();
         for (i, segment) in segments.iter().enumerate() {
             assert!(segments[..i].iter().all(|other| other.slot != segment.slot));
-            let slot = &mut self.slots[segment.slot as usize];
-            let held = slot.len() as u32;
+            let held = self.kv_len(segment.slot);
             if segment.position > held {
                 return Err(StageError::Gap {
                     slot: segment.slot,
@@ -104,35 +142,31 @@ impl Stage for HashStage {
                     position: segment.position,
                 });
             }
-            slot.truncate(segment.position as usize);
-            let (own, rest) = tokens.split_at(segment.rows as usize);
-            tokens = rest;
-            for (r, &token) in own.iter().enumerate() {
-                let history = extend(slot.last().copied().unwrap_or(0), token);
-                slot.push(history);
-                let wanted = match segment.logits {
+            let end = segment.position + segment.rows;
+            assert!(end <= self.info.context, "the context overflows");
+            self.truncate(segment.slot, segment.position);
+            for (row, x) in (1..).zip(inputs.by_ref().take(segment.rows as usize)) {
+                let is_wanted = match segment.logits {
                     LogitRows::None => false,
-                    LogitRows::Last => r + 1 == own.len(),
+                    LogitRows::Last => row == segment.rows,
                     LogitRows::All => true,
                 };
-                if wanted {
-                    self.logits.extend(logits(history));
-                }
+                self.row(segment.slot, x, is_wanted);
             }
-            assert!(
-                slot.len() <= self.info.context as usize,
-                "the context overflows"
-            );
         }
-        Ok(StageOutput::Logits(&self.logits))
+        Ok(match is_last {
+            true => StageOutput::Logits(&self.output),
+            false => StageOutput::Hidden(&self.output),
+        })
     }
 
     fn kv_len(&self, slot: SlotId) -> u32 {
-        self.slots[slot as usize].len() as u32
+        (self.slots[slot as usize].len() / self.layers()) as u32
     }
 
     fn truncate(&mut self, slot: SlotId, len: u32) {
-        self.slots[slot as usize].truncate(len as usize);
+        let len = len as usize * self.layers();
+        self.slots[slot as usize].truncate(len);
     }
 
     fn copy_prefix(&mut self, from: SlotId, to: SlotId, len: u32) -> Result<(), StageError> {
@@ -144,16 +178,23 @@ impl Stage for HashStage {
                 position: len,
             });
         }
-        self.slots[to as usize] = self.slots[from as usize][..len as usize].to_vec();
+        let len = len as usize * self.layers();
+        self.slots[to as usize] = self.slots[from as usize][..len].to_vec();
         Ok(())
     }
 
-    fn kv_export(&self, _: SlotId, _: Range<u32>) -> Result<Vec<u8>, StageError> {
-        Err(StageError::Malformed("not exported".to_owned()))
+    fn kv_export(&self, slot: SlotId, rows: Range<u32>) -> Result<Vec<u8>, StageError> {
+        let (first, last) = (rows.start as usize, rows.end as usize);
+        let hashes = &self.slots[slot as usize][first * self.layers()..last * self.layers()];
+        Ok(hashes.iter().flat_map(|hash| hash.to_le_bytes()).collect())
     }
 
-    fn kv_import(&mut self, _: SlotId, _: u32, _: &[u8]) -> Result<(), StageError> {
-        Err(StageError::Malformed("not imported".to_owned()))
+    fn kv_import(&mut self, slot: SlotId, position: u32, bytes: &[u8]) -> Result<(), StageError> {
+        assert!(position <= self.kv_len(slot));
+        self.truncate(slot, position);
+        let hashes = bytes.as_chunks().0.iter().copied().map(u64::from_le_bytes);
+        self.slots[slot as usize].extend(hashes);
+        Ok(())
     }
 }
 
@@ -193,13 +234,28 @@ pub(crate) fn logits(history: u64) -> impl Iterator<Item = f32> {
 
 /// The hash of a history with one more token.
 pub(crate) fn extend(history: u64, token: u32) -> u64 {
-    mix(history.rotate_left(17) ^ u64::from(token) ^ 0x5851_f42d_4c95_7f2d)
+    hash(history, token.into())
+}
+
+fn hash(history: u64, x: u64) -> u64 {
+    mix(history.rotate_left(17) ^ x ^ 0x5851_f42d_4c95_7f2d) & MASK
 }
 
 fn mix(mut z: u64) -> u64 {
     z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
     z ^ (z >> 31)
+}
+
+/// A hash has 48 bits, so that two floats of 24 hold it exactly.
+const MASK: u64 = (1 << 48) - 1;
+
+fn split(hash: u64) -> [f32; 2] {
+    [(hash >> 24) as f32, (hash & 0xff_ffff) as f32]
+}
+
+fn join(row: &[f32]) -> u64 {
+    (row[0] as u64) << 24 | row[1] as u64
 }
 
 /// The whole answer to `request` with its text, computed token by token without scheduler or stage.

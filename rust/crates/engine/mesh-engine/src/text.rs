@@ -23,7 +23,10 @@ impl TextPipeline {
     pub fn new(stops: Vec<String>, echo: &str, text_sent: u64) -> Self {
         let mut pipeline = TextPipeline {
             characters: TextStream::default(),
-            stops: StopFilter::new(stops),
+            stops: StopFilter {
+                stops,
+                ..StopFilter::default()
+            },
             to_skip: text_sent,
             ready: String::new(),
         };
@@ -83,29 +86,22 @@ pub fn validate_stops(stops: &[String]) -> Result<(), RequestError> {
         range,
     };
     if stops.len() > MAX_STOPS {
-        return Err(invalid(
-            format!("{} texts", stops.len()),
-            "at most 16 texts",
-        ));
+        let count = format!("{} texts", stops.len());
+        return Err(invalid(count, "at most 16 texts"));
     }
-    match stops
-        .iter()
-        .map(String::len)
-        .find(|n| !(1..=MAX_STOP_BYTES).contains(n))
-    {
-        Some(bytes) => Err(invalid(
-            format!("{bytes} bytes long"),
-            "1 to 1024 bytes long",
-        )),
-        None => Ok(()),
+    let mut lengths = stops.iter().map(String::len);
+    if let Some(bytes) = lengths.find(|n| !(1..=MAX_STOP_BYTES).contains(n)) {
+        let length = format!("{bytes} bytes long");
+        return Err(invalid(length, "1 to 1024 bytes long"));
     }
+    Ok(())
 }
 
 /// Passes text on up to the first stop text; holds back an end that may still become one.
 ///
 /// Of several stop texts the one that is complete first counts, and of those complete at once the longest, so that the
 /// result does not depend on how the text is cut into pieces.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct StopFilter {
     stops: Vec<String>,
     held: String,
@@ -113,14 +109,6 @@ struct StopFilter {
 }
 
 impl StopFilter {
-    fn new(stops: Vec<String>) -> Self {
-        StopFilter {
-            stops,
-            held: String::new(),
-            stopped: false,
-        }
-    }
-
     /// Appends the text that is now certain to `certain`; returns whether a stop text is complete.
     fn push(&mut self, text: &str, certain: &mut String) -> bool {
         if self.stopped {
@@ -137,12 +125,8 @@ impl StopFilter {
             self.stopped = true;
             return true;
         }
-        let keep = self
-            .stops
-            .iter()
-            .map(|stop| open_prefix(&self.held, stop))
-            .max();
-        let keep_from = self.held.len() - keep.unwrap_or(0);
+        let open = self.stops.iter().map(|stop| open_prefix(&self.held, stop));
+        let keep_from = self.held.len() - open.max().unwrap_or(0);
         certain.push_str(&self.held[..keep_from]);
         self.held.drain(..keep_from);
         false
@@ -164,11 +148,9 @@ impl StopFilter {
 
 /// Length of the longest end of `text` with which `stop` begins.
 fn open_prefix(text: &str, stop: &str) -> usize {
-    let lengths = stop.char_indices().map(|(i, _)| i).rev();
-    lengths
-        .filter(|n| (1..=text.len()).contains(n))
-        .find(|&n| text.ends_with(&stop[..n]))
-        .unwrap_or(0)
+    // The whole of it would have been found, and none of it always fits.
+    let mut lengths = stop.char_indices().map(|(i, _)| i).rev();
+    lengths.find(|&n| text.ends_with(&stop[..n])).unwrap_or(0)
 }
 
 /// Most stop texts of a request.

@@ -89,18 +89,14 @@ pub trait Schedule {
 
 /// A result of [`Workload::poll`].
 #[derive(Debug)]
+#[allow(missing_docs, reason = "the variants' comments name the fields")]
 pub enum StepOutcome {
     /// No step under way has an outcome yet.
     Pending,
     /// A step is through.
     Completed,
-    /// A step failed, and its requests with it; the others go on.
-    Failed {
-        /// Rows of the step.
-        rows: usize,
-        /// Cause of the failure.
-        error: StageError,
-    },
+    /// A step of so many rows failed, and its requests with it; the others go on.
+    Failed { rows: usize, error: StageError },
     /// The steps under way are void; their requests go on.
     Resumed,
     /// Nothing more can be computed; every request ends with this error.
@@ -155,24 +151,15 @@ pub struct Totals {
 
 /// The state of a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[allow(missing_docs, reason = "the variants' comments name the fields")]
 pub enum RequestStatus {
-    /// It waits for a slot or for KV memory.
-    Queued {
-        /// Requests that will start before it.
-        ahead: u32,
-    },
-    /// Its prompt, or after a preemption its prompt and the answer so far, is being computed.
-    Prefilling {
-        /// Tokens whose KV rows are computed or being computed.
-        done: u32,
-        /// Tokens that have to be.
-        total: u32,
-    },
+    /// It waits for a slot or for KV memory, behind so many requests.
+    Queued { ahead: u32 },
+    /// Its prompt, or after a preemption its prompt and the answer so far, is being computed: `done` of `total`
+    /// tokens are cached or under way.
+    Prefilling { done: u32, total: u32 },
     /// Its answer is being generated.
     Decoding,
-    /// It gave its KV memory to older requests and waits to go on.
-    Preempted {
-        /// Requests that will go on before it.
-        ahead: u32,
-    },
+    /// It gave its KV memory to older requests and waits to go on, behind so many.
+    Preempted { ahead: u32 },
 }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use futures::executor::block_on;
 use proptest::prelude::*;
 
-use mesh_engine::embed::scheduler::{EmbedConfig, Scheduler};
+use mesh_engine::embed::scheduler::Scheduler;
 use mesh_engine::embed::shorten;
 use mesh_engine::{
     EmbedRequest, Embedding, Encoder, EncoderInfo, Engine, RequestError, Schedule, StageError,
@@ -51,7 +51,7 @@ fn request(sequences: &[&[u32]]) -> EmbedRequest {
 }
 
 fn scheduler(queue_limit: usize) -> Scheduler {
-    Scheduler::new(info(), EmbedConfig { queue_limit })
+    Scheduler::new(info(), queue_limit)
 }
 
 fn finish(scheduler: &mut Scheduler, now: Instant) -> usize {
@@ -164,7 +164,7 @@ proptest! {
         while let Some((key, end)) = scheduler.next_event() {
             let want: Vec<Vec<f32>> = lengths[key as usize].iter().enumerate()
                 .map(|(i, &n)| vec![n as f32, (i * n) as f32]).collect();
-            prop_assert_eq!(end.unwrap().vectors, want);
+            prop_assert_eq!(end.unwrap(), want);
             seen += 1;
         }
         prop_assert_eq!(seen, lengths.len());
@@ -177,8 +177,7 @@ fn engine(fails: bool) -> Engine<Embedding> {
         info: info(),
         fails,
     };
-    let config = EmbedConfig { queue_limit: 100 };
-    Engine::start_with("toy", |_| Ok(Embedding::new(Box::new(toy), config))).unwrap()
+    Engine::start_with("toy", |_| Ok(Embedding::new(Box::new(toy), 100))).unwrap()
 }
 
 #[test]
@@ -186,7 +185,7 @@ fn an_engine_answers_drains_and_says_why_it_is_gone() {
     let engine = engine(false);
     let handle = engine.handle();
     let answer = block_on(handle.submit(request(&[&[1, 2], &[3]])).last_event()).unwrap();
-    assert_eq!(answer.vectors, [[2.0, 3.0], [1.0, 3.0]]);
+    assert_eq!(answer, [[2.0, 3.0], [1.0, 3.0]]);
     block_on(handle.drain());
     assert_eq!(
         block_on(handle.submit(request(&[&[1]])).last_event()),
@@ -229,9 +228,7 @@ fn the_load_during_a_batch_leaves_out_the_batch() {
         begun,
         go: may_go,
     };
-    let config = EmbedConfig { queue_limit: 100 };
-    let engine =
-        Engine::start_with("gated", |_| Ok(Embedding::new(Box::new(gated), config))).unwrap();
+    let engine = Engine::start_with("gated", |_| Ok(Embedding::new(Box::new(gated), 100))).unwrap();
     let handle = engine.handle();
     // 40 rows, at most 16 in a batch.
     let stream = handle.submit(request(&[&[1; 8][..]; 5]));
@@ -241,7 +238,7 @@ fn the_load_during_a_batch_leaves_out_the_batch() {
         go.send(()).expect("it waits");
         backlog
     });
-    assert_eq!(block_on(stream.last_event()).unwrap().vectors.len(), 5);
+    assert_eq!(block_on(stream.last_event()).unwrap().len(), 5);
     assert_eq!(backlogs, [24, 8, 0]);
 }
 

@@ -10,7 +10,7 @@ use mesh_proto::{Recovery, RingHeld, RingOutcome, RingResend, RingStep};
 
 use crate::StepError;
 use crate::driver_events::{DriverEvent, DriverGauges, DriverOut};
-use crate::failure_detector::{FailureDetector, Suspicion};
+use crate::failure_detector::FailureDetector;
 use crate::replay::{self, HeldRows, Replay};
 use crate::replica::{Out, StageReplica};
 use crate::token_log::TokenLog;
@@ -127,22 +127,9 @@ impl RingRunner {
     /// State of the driver, for messages of failing tests.
     #[cfg(test)]
     pub(crate) fn describe(&self) -> String {
-        let phase = match &self.phase {
-            Phase::Joining(held) => {
-                format!(
-                    "joining {:?}",
-                    held.iter().map(Option::is_some).collect::<Vec<_>>()
-                )
-            }
-            Phase::Replaying(replaying) => format!("replaying {:?}", replaying.replays),
-            Phase::Running => "running".to_owned(),
-        };
-        let under_way: Vec<u64> = self.under_way.iter().map(|u| u.number).collect();
+        let (epoch, phase, steps) = (self.replica.epoch(), &self.phase, &self.under_way);
         let arrived: Vec<u64> = self.arrived.iter().map(|step| step.step).collect();
-        format!(
-            "epoch {} {phase}, under way {under_way:?}, arrived {arrived:?}",
-            self.replica.epoch()
-        )
+        format!("epoch {epoch} {phase:?}, under way {steps:?}, arrived {arrived:?}")
     }
 
     fn handle(&mut self, event: DriverEvent, now: Instant) {
@@ -188,13 +175,9 @@ impl RingRunner {
         if epoch <= self.replica.epoch() || stages == 0 {
             return;
         }
-        let interrupted = !self.under_way.is_empty() || self.loss.is_some();
-        if interrupted {
-            let requests = self
-                .under_way
-                .iter()
-                .map(|u| u.step.segments.len())
-                .sum::<usize>();
+        if !self.under_way.is_empty() || self.loss.is_some() {
+            let requests = self.under_way.iter().map(|u| u.step.segments.len());
+            let requests = requests.sum::<usize>();
             let loss = self.loss.get_or_insert(Loss {
                 since: self.last_done.unwrap_or(now),
                 requests: 0,
@@ -229,7 +212,7 @@ impl RingRunner {
             return;
         }
         if let Some(entry) = all.get_mut(stage as usize) {
-            *entry = Some(HeldRows::read(slots, held));
+            *entry = Some(replay::read_held(slots, held));
         }
         if all.iter().all(Option::is_some) {
             let held = all.iter_mut().filter_map(Option::take).collect();
@@ -288,11 +271,7 @@ impl RingRunner {
             let step = RingStep {
                 epoch: self.replica.epoch(),
                 step: number,
-                segments: vec![mesh_proto::RingSegment {
-                    slot: replay.slot,
-                    position: from,
-                    rows: to - from,
-                }],
+                segments: vec![wire::segment(replay.slot, from, to - from)],
                 tokens: tokens[from as usize..to as usize].to_vec(),
                 through: replay.until + 1,
                 ..RingStep::default()
@@ -326,13 +305,9 @@ impl RingRunner {
             }
             return;
         }
-        if failed
-            && let Some(under_way) = self
-                .under_way
-                .iter_mut()
-                .find(|under_way| under_way.number == outcome.step)
-        {
-            under_way.failed = Some(outcome.error);
+        let mut under_way = self.under_way.iter_mut();
+        if failed && let Some(step) = under_way.find(|step| step.number == outcome.step) {
+            step.failed = Some(outcome.error);
         }
     }
 
@@ -341,15 +316,11 @@ impl RingRunner {
         let Phase::Replaying(replaying) = &mut self.phase else {
             return None;
         };
-        if replaying
-            .replays
-            .iter()
-            .any(|replay| replay.ended.is_none())
-        {
+        let Replaying { held, replays } = replaying;
+        if replays.iter().any(|replay| replay.ended.is_none()) {
             return None;
         }
         let mut rows = 0;
-        let Replaying { held, replays } = replaying;
         for under_way in replays.iter() {
             let replay = &under_way.replay;
             rows += u64::from(replay.to - replay.from);
@@ -361,14 +332,13 @@ impl RingRunner {
             };
             for stage in first..=replay.until {
                 if let Some(held) = held.get_mut(stage as usize) {
-                    held.set(replay.slot, now_held);
+                    held[replay.slot as usize].tokens = now_held.to_vec();
                 }
             }
         }
         let slots = 0..self.info.slots;
-        let common: Vec<Vec<u32>> = slots
-            .map(|slot| replay::common(&self.planned, held, slot))
-            .collect();
+        let common = slots.map(|slot| replay::common(&self.planned, held, slot));
+        let common: Vec<Vec<u32>> = common.collect();
         if let Some(loss) = &mut self.loss {
             loss.rows += rows;
             // Rows of unused slots are computed again only when a request needs them.
@@ -405,17 +375,8 @@ impl RingRunner {
         for stage in self.detector.cleared() {
             (self.out)(DriverOut::Trust { stage });
         }
-        for Suspicion {
-            stage,
-            silence,
-            link,
-        } in self.detector.silent()
-        {
-            (self.out)(DriverOut::Suspect {
-                stage,
-                silence,
-                link,
-            });
+        for suspicion in self.detector.silent() {
+            (self.out)(DriverOut::Suspect(suspicion));
         }
     }
 
@@ -424,14 +385,10 @@ impl RingRunner {
         if std::mem::take(&mut self.pump_due) {
             self.replica.pump(&mut self.outs);
         }
-        for out in self.outs.drain(..) {
-            match out {
-                Out::Previous(mirrored) => (self.out)(DriverOut::Previous(mirrored)),
-                Out::Standby(mirror) => (self.out)(DriverOut::Standby(mirror)),
-                // A driver's replica is neither stepped nor asked to resend.
-                Out::Next(_) | Out::Driver(_) => {}
-            }
-        }
+        self.outs
+            .drain(..)
+            .map(DriverOut::Replica)
+            .for_each(&mut self.out);
     }
 
     /// Reports the gauges of the last stage if they have changed.
@@ -459,17 +416,10 @@ impl RingRunner {
     /// Computes a replay's rows whose last stage is this one.
     fn finish_replay(&mut self, step: &RingStep) {
         let segments: Vec<Segment> = step.segments.iter().map(wire::read_segment).collect();
-        let done = self
-            .replica
-            .finish_step(step, &segments, &mut self.logits, &mut self.outs);
+        let (logits, outs) = (&mut self.logits, &mut self.outs);
+        let done = self.replica.finish_step(step, &segments, logits, outs);
         self.pump_due = true;
-        self.take_outcome(RingOutcome {
-            epoch: step.epoch,
-            step: step.step,
-            error: done
-                .err()
-                .map_or_else(String::new, |error| error.to_string()),
-        });
+        self.take_outcome(wire::outcome(step.epoch, step.step, done.err()));
     }
 
     /// The oldest step under way, if it has failed or its rows are here.
@@ -528,11 +478,14 @@ impl Runner for RingRunner {
             tokens = rest;
             let _ = self.planned.write(segment.slot, segment.position, own);
         }
+        let segments = step.segments.iter();
         self.dispatch(RingStep {
             epoch: self.replica.epoch(),
             step: number,
             slot_ops: step.slot_ops.iter().map(wire::slot_op).collect(),
-            segments: step.segments.iter().map(wire::segment).collect(),
+            segments: segments
+                .map(|s| wire::segment(s.slot, s.position, s.rows))
+                .collect(),
             tokens: step.tokens.clone(),
             ..RingStep::default()
         });
@@ -576,15 +529,12 @@ impl Runner for RingRunner {
                 backend: "another stage",
                 message: error,
             }),
-            Ok(arrived) => self
-                .replica
-                .finish_step(
-                    &arrived,
-                    &self.current.segments,
-                    &mut self.logits,
-                    &mut self.outs,
-                )
-                .map_err(stage_error),
+            Ok(arrived) => {
+                let (segments, logits) = (&self.current.segments, &mut self.logits);
+                let outs = &mut self.outs;
+                let done = self.replica.finish_step(&arrived, segments, logits, outs);
+                done.map_err(stage_error)
+            }
         };
         Some(match result {
             Ok(()) => {

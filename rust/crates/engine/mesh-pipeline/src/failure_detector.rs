@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 use mesh_proto::RingPing;
 
 /// Watches the members while something is due from them.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(crate) struct FailureDetector {
     members: Vec<MemberHealth>,
     /// From each member to the next, the last one's to the driver.
@@ -67,13 +67,13 @@ struct LinkHealth {
 
 /// The reason why a member is suspected.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Suspicion {
+pub struct Suspicion {
     /// Index of the member's stage.
-    pub(crate) stage: u32,
+    pub stage: u32,
     /// Time since the member was last heard.
-    pub(crate) silence: Duration,
-    /// The member answers, but data passed on to it does not arrive.
-    pub(crate) link: bool,
+    pub silence: Duration,
+    /// The member answers, but data passed on to it, or by it, does not arrive.
+    pub link: bool,
 }
 
 impl FailureDetector {
@@ -82,18 +82,7 @@ impl FailureDetector {
         FailureDetector {
             members: vec![MemberHealth::default(); members as usize],
             links: vec![LinkHealth::default(); members as usize],
-            due_since: None,
-            due_mark: Duration::ZERO,
-            watched: Duration::ZERO,
-            looked: None,
-            last_ping: None,
-            nonce: 0,
-            echoed: 0,
-            sent: VecDeque::new(),
-            slowest: Duration::ZERO,
-            slowest_of_all: Duration::ZERO,
-            arrived: 0,
-            cleared: Vec::new(),
+            ..FailureDetector::default()
         }
     }
 
@@ -123,7 +112,6 @@ impl FailureDetector {
         self.arrived = steps;
     }
 
-    /// Since when something has been due.
     pub(crate) fn due_since(&self) -> Option<Instant> {
         self.due_since
     }
@@ -209,9 +197,7 @@ impl FailureDetector {
 
     /// The ping to send to every member, if it is time for one.
     pub(crate) fn ping(&mut self, now: Instant) -> Option<RingPing> {
-        let since = self.due_since?;
-        let last = self.last_ping.map_or(since, |at| at.max(since));
-        if now < last + PING {
+        if now < self.next_timer()? {
             return None;
         }
         self.last_ping = Some(now);

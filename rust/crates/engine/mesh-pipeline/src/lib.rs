@@ -10,20 +10,10 @@
 //! as standby. A [`RingRunner`] is the driver: a [`mesh_engine::Runner`], so that scheduler, sampler and text
 //! are those of a model on one machine.
 //!
-//! # Recovery
-//! Three properties make it simple. Rows are independent bit for bit, so computing a row again gives the
-//! same row. A replica knows the tokens behind its KV rows ([`TokenLog`]), so comparing the tokens finds
-//! the rows that are still valid; no history of messages is needed. And the head alone changes the
-//! members of a ring, each change being a new *epoch*.
-//!
-//! When an epoch begins, every member reports the rows it holds. The driver finds for each slot the rows that
-//! all of them have; those behind are computed again, like a prompt. Where one member lacks many rows (a
-//! stage that was just loaded), only its inputs are replayed: from the replay buffer of the stage before it,
-//! or else from further up. Then the scheduler continues behind the valid rows; an answer's tokens are a
-//! function of seed and index, so the client only sees a pause.
-//!
-//! In the background each member's KV rows are replicated to its standby. The stage before need not keep the
-//! inputs of rows that the standby has.
+//! Recovery rests on three properties. Rows are independent bit for bit, so computing a row again gives the
+//! same row. A replica knows the tokens behind its KV rows ([`TokenLog`]), so comparing the tokens finds the
+//! rows that are still valid; no history of messages is needed. And the head alone changes the members of a
+//! ring, each change being a new *epoch*. The page on the architecture describes what follows from them.
 
 #![forbid(unsafe_code)]
 
@@ -41,6 +31,7 @@ mod wire;
 
 pub use driver::RingRunner;
 pub use driver_events::{DriverEvent, DriverGauges, DriverOut};
+pub use failure_detector::Suspicion;
 pub use replica::{Out, StageReplica};
 pub use token_log::TokenLog;
 
@@ -49,23 +40,16 @@ use mesh_engine::{SlotId, StageError};
 /// Errors of computing a step, or of a standby taking in replicated rows.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
+#[allow(missing_docs, reason = "the messages name the fields")]
 pub enum StepError {
     /// The slot does not exist.
     #[error("slot {slot} does not exist: this stage has {slots}")]
-    NoSuchSlot {
-        /// The slot named in the step.
-        slot: SlotId,
-        /// Number of slots of this stage.
-        slots: u32,
-    },
+    NoSuchSlot { slot: SlotId, slots: u32 },
     /// The step begins behind the rows held.
     #[error("slot {slot} holds {held} rows, but the step begins at {position}")]
     Gap {
-        /// The slot named in the step.
         slot: SlotId,
-        /// KV rows that the slot holds.
         held: u32,
-        /// Position of the step's first row.
         position: u32,
     },
     /// Lengths that do not fit each other.

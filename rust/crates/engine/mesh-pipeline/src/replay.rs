@@ -5,15 +5,12 @@ use mesh_proto::RingHeld;
 
 use crate::token_log::{TokenLog, common_prefix};
 
-/// The rows that one stage holds, by slot.
-#[derive(Debug, Clone, Default)]
-pub(crate) struct HeldRows {
-    slots: Vec<SlotRows>,
-}
+/// The rows that one stage holds, by slot: as many entries as the model has slots.
+pub(crate) type HeldRows = Vec<SlotRows>;
 
 #[derive(Debug, Clone, Default)]
-struct SlotRows {
-    tokens: Vec<u32>,
+pub(crate) struct SlotRows {
+    pub(crate) tokens: Vec<u32>,
     kept_from: u32,
     age: u64,
 }
@@ -22,9 +19,7 @@ struct SlotRows {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Replay {
     pub(crate) slot: SlotId,
-    /// Position of the first row.
     pub(crate) from: u32,
-    /// One past the last row.
     pub(crate) to: u32,
     /// The stage that kept the inputs of the next one; `None`: the driver sends tokens to stage 0.
     pub(crate) source: Option<u32>,
@@ -32,47 +27,19 @@ pub(crate) struct Replay {
     pub(crate) until: u32,
 }
 
-impl HeldRows {
-    /// Reads a member's report. Slots beyond `slots` are ignored.
-    pub(crate) fn read(slots: u32, held: RingHeld) -> Self {
-        let mut read = vec![SlotRows::default(); slots as usize];
-        for slot in held.slots {
-            if let Some(rows) = read.get_mut(slot.slot as usize) {
-                *rows = SlotRows {
-                    tokens: slot.tokens,
-                    kept_from: slot.kept_from,
-                    age: slot.age,
-                };
-            }
-        }
-        HeldRows { slots: read }
-    }
-
-    pub(crate) fn tokens(&self, slot: SlotId) -> &[u32] {
-        self.slots
-            .get(slot as usize)
-            .map_or(&[], |rows| rows.tokens.as_slice())
-    }
-
-    /// Notes the result of a replay.
-    pub(crate) fn set(&mut self, slot: SlotId, tokens: &[u32]) {
-        if let Some(rows) = self.slots.get_mut(slot as usize) {
-            rows.tokens = tokens.to_vec();
+/// Reads a member's report. Slots beyond `slots` are ignored.
+pub(crate) fn read_held(slots: u32, held: RingHeld) -> HeldRows {
+    let mut read = vec![SlotRows::default(); slots as usize];
+    for slot in held.slots {
+        if let Some(rows) = read.get_mut(slot.slot as usize) {
+            *rows = SlotRows {
+                tokens: slot.tokens,
+                kept_from: slot.kept_from,
+                age: slot.age,
+            };
         }
     }
-
-    fn kept_from(&self, slot: SlotId) -> u32 {
-        self.slots
-            .get(slot as usize)
-            .map_or(u32::MAX, |rows| rows.kept_from)
-    }
-
-    fn age(&self, slot: SlotId) -> u64 {
-        match self.slots.get(slot as usize) {
-            Some(rows) if !rows.tokens.is_empty() => rows.age,
-            _ => u64::MAX,
-        }
-    }
+    read
 }
 
 /// The tokens that a slot should hold: the driver's plan or, if the driver is new, the content of the
@@ -85,21 +52,21 @@ pub(crate) fn reference<'a>(
     if !planned.is_empty() {
         return planned.tokens(slot);
     }
-    let lists = held.iter().map(|held| held.tokens(slot));
-    lists
-        .into_iter()
-        .find(|tokens| !tokens.is_empty())
-        .unwrap_or(&[])
+    let mut lists = held.iter().map(|held| &held[slot as usize].tokens[..]);
+    lists.find(|tokens| !tokens.is_empty()).unwrap_or(&[])
 }
 
 /// The rows of each slot that every stage holds.
 pub(crate) fn common(planned: &TokenLog, held: &[HeldRows], slot: SlotId) -> Vec<u32> {
     let wanted = reference(planned, held, slot);
-    let lens = held
-        .iter()
-        .map(|held| common_prefix(wanted, held.tokens(slot)));
-    let len = lens.min().unwrap_or(0);
+    let len = valid(wanted, held, slot).min().unwrap_or(0);
     wanted[..len as usize].to_vec()
+}
+
+/// For each stage, how many of the `wanted` rows of a slot it holds.
+fn valid(wanted: &[u32], held: &[HeldRows], slot: SlotId) -> impl Iterator<Item = u32> {
+    let rows = held.iter().map(move |held| &held[slot as usize]);
+    rows.map(move |rows| common_prefix(wanted, &rows.tokens))
 }
 
 /// The replays worth having, one per slot at most.
@@ -116,7 +83,10 @@ pub(crate) fn plan(
     let replays = (0..slots).filter_map(|slot| {
         let is_busy = match busy {
             Some(busy) => busy.contains(&slot),
-            None => held.iter().any(|held| held.age(slot) <= RECENT),
+            None => held.iter().any(|held| {
+                let rows = &held[slot as usize];
+                !rows.tokens.is_empty() && rows.age <= RECENT
+            }),
         };
         is_busy.then(|| plan_slot(planned, held, slot))?
     });
@@ -125,23 +95,18 @@ pub(crate) fn plan(
 
 fn plan_slot(planned: &TokenLog, held: &[HeldRows], slot: SlotId) -> Option<Replay> {
     let wanted = reference(planned, held, slot);
-    let lens: Vec<u32> = held
-        .iter()
-        .map(|held| common_prefix(wanted, held.tokens(slot)))
-        .collect();
+    let lens: Vec<u32> = valid(wanted, held, slot).collect();
     let most = lens.iter().copied().max()?;
     let lags = |&stage: &usize| lens[stage] + WORTHWHILE < most;
     let first = (0..held.len()).find(lags)?;
     let until = (0..held.len()).rfind(lags)?;
-    let to = (0..held.len())
-        .filter(|stage| !lags(stage))
-        .map(|stage| lens[stage])
-        .min()?;
+    let others = (0..held.len()).filter(|stage| !lags(stage));
+    let to = others.map(|stage| lens[stage]).min()?;
     // From the nearest stage above that still keeps its outputs; the stages between compute those rows again.
     let mut from = lens[first..=until].iter().copied().min()?;
     let mut source = None;
     for stage in (0..first).rev() {
-        if lens[stage] >= to && held[stage].kept_from(slot) <= from {
+        if lens[stage] >= to && held[stage][slot as usize].kept_from <= from {
             source = Some(stage as u32);
             break;
         }
@@ -173,7 +138,7 @@ mod tests {
 
     /// A stage that holds `len` rows of slot 0 and keeps the outputs from `kept_from` on.
     fn held(len: u32, kept_from: u32) -> HeldRows {
-        HeldRows::read(
+        read_held(
             1,
             RingHeld {
                 epoch: 1,
@@ -236,7 +201,7 @@ mod tests {
     #[test]
     fn what_nobody_used_lately_is_left_alone() {
         let mut stages = [held(1000, 0), held(0, 0)];
-        stages[0].slots[0].age = RECENT + 1;
+        stages[0][0].age = RECENT + 1;
         assert_eq!(plan(&planned(1000), &stages, 1, None), []);
     }
 }

@@ -85,9 +85,8 @@ impl StageReplica {
 
     /// Rows that its standby does not have; 0 without one.
     pub fn lag(&self) -> u64 {
-        self.replication
-            .as_ref()
-            .map_or(0, |replication| replication.lag(&self.token_log))
+        let replication = self.replication.as_ref();
+        replication.map_or(0, |replication| replication.lag(&self.token_log))
     }
 
     /// Bytes in the replay buffer.
@@ -119,12 +118,10 @@ impl StageReplica {
 
     /// Starts replication to a standby that holds `held`.
     pub fn replicate_to(&mut self, held: &[HeldSlot], out: &mut Vec<Out>) {
-        let replication = self
-            .replication
-            .insert(Replication::new(&self.token_log, held));
-        let safe: Vec<SlotId> = (0..self.token_log.slots())
-            .filter(|&slot| replication.safe(slot) > 0)
-            .collect();
+        let replication = Replication::new(&self.token_log, held);
+        let replication = self.replication.insert(replication);
+        let slots = 0..self.token_log.slots();
+        let safe: Vec<SlotId> = slots.filter(|&slot| replication.safe(slot) > 0).collect();
         self.report_safe(&safe, out);
         self.pump(out);
     }
@@ -160,22 +157,11 @@ impl StageReplica {
             return;
         }
         let (number, through) = (step.step, step.through);
-        match self.forward(step, out) {
-            Ok(next) if through == self.index + 1 => {
-                drop(next);
-                out.push(Out::Driver(RingOutcome {
-                    epoch: self.epoch,
-                    step: number,
-                    error: String::new(),
-                }));
-            }
-            Ok(next) => out.push(Out::Next(next)),
-            Err(error) => out.push(Out::Driver(RingOutcome {
-                epoch: self.epoch,
-                step: number,
-                error: error.to_string(),
-            })),
-        }
+        let result = match self.forward(step, out) {
+            Ok(next) if through != self.index + 1 => Out::Next(next),
+            done => Out::Driver(wire::outcome(self.epoch, number, done.err())),
+        };
+        out.push(result);
         self.pump(out);
     }
 
@@ -190,15 +176,13 @@ impl StageReplica {
         let (Some(rows), true) = (rows, range.end as usize <= tokens.len()) else {
             // The driver's request was based on an older report; it will compute the rows again from further
             // up.
-            out.push(Out::Driver(RingOutcome {
-                epoch: self.epoch,
-                step: resend.step,
-                error: format!(
-                    "rows {}..{} of slot {} are not kept",
-                    resend.from, resend.to, resend.slot
-                ),
-            }));
-            return;
+            let (from, to, slot) = (resend.from, resend.to, resend.slot);
+            let error = format!("rows {from}..{to} of slot {slot} are not kept");
+            return out.push(Out::Driver(wire::outcome(
+                self.epoch,
+                resend.step,
+                Some(error),
+            )));
         };
         let width = self.stage.info().shape.hidden;
         let chunk = resend.chunk.max(1);
@@ -211,11 +195,7 @@ impl StageReplica {
                 epoch: self.epoch,
                 step: number,
                 slot_ops: Vec::new(),
-                segments: vec![mesh_proto::RingSegment {
-                    slot: resend.slot,
-                    position: from,
-                    rows: to - from,
-                }],
+                segments: vec![wire::segment(resend.slot, from, to - from)],
                 tokens: tokens[from as usize..to as usize].to_vec(),
                 rows: wire::rows(&rows[first..last], self.half_rows),
                 through: resend.through,
@@ -232,15 +212,8 @@ impl StageReplica {
             apply(&[op], &mut *self.stage)?;
         } else {
             self.token_log.check(mirror.slot, mirror.position)?;
-            let info = self.stage.info();
-            let per_row = info.kv_bytes_per_token as usize;
-            let end = mirror.position as usize + mirror.tokens.len();
-            if end > info.context as usize {
-                return Err(StepError::Malformed(format!(
-                    "{end} rows in a slot, whose context is {}",
-                    info.context
-                )));
-            }
+            let per_row = self.stage.info().kv_bytes_per_token as usize;
+            self.check_end(mirror.position, mirror.tokens.len() as u64)?;
             if mirror.rows.len() != mirror.tokens.len() * per_row {
                 return Err(StepError::Malformed(format!(
                     "{} bytes for {} KV rows of {per_row}",
@@ -249,9 +222,7 @@ impl StageReplica {
                 )));
             }
             self.clock += 1;
-            if let Some(touched) = self.touched.get_mut(mirror.slot as usize) {
-                *touched = self.clock;
-            }
+            self.touch(mirror.slot);
             self.stage
                 .kv_import(mirror.slot, mirror.position, &mirror.rows)?;
             self.token_log
@@ -274,25 +245,16 @@ impl StageReplica {
         logits: &mut Vec<f32>,
         out: &mut Vec<Out>,
     ) -> Result<(), StepError> {
-        self.prepare(step, segments, out)?;
         logits.clear();
-        let input = if self.stage.info().is_first() {
-            StageInput::Tokens(&step.tokens)
-        } else {
-            StageInput::Hidden(&self.input)
-        };
-        let result = match self.stage.forward(segments, input) {
-            Ok(StageOutput::Logits(rows)) => {
+        self.compute(step, segments, out, |output, _| match output {
+            StageOutput::Logits(rows) => {
                 logits.extend_from_slice(rows);
                 Ok(())
             }
-            Ok(StageOutput::Hidden(_)) => Err(StepError::Malformed(
+            StageOutput::Hidden(_) => Err(StepError::Malformed(
                 "the last stage gave hidden rows instead of logits".to_owned(),
             )),
-            Err(error) => Err(error.into()),
-        };
-        self.log_rows(step, segments, result.is_ok());
-        result
+        })
     }
 
     /// Sends the standby the rows it lacks, within the limit of unanswered bytes.
@@ -324,35 +286,43 @@ impl StageReplica {
         }
     }
 
-    /// Runs a step's slot operations and rows; the step with this stage's outputs.
+    /// Computes a step; returns it with this stage's outputs.
     fn forward(&mut self, mut step: RingStep, out: &mut Vec<Out>) -> Result<RingStep, StepError> {
         let segments: Vec<Segment> = step.segments.iter().map(wire::read_segment).collect();
-        self.prepare(&step, &segments, out)?;
-        let input = if self.stage.info().is_first() {
-            StageInput::Tokens(&step.tokens)
-        } else {
-            StageInput::Hidden(&self.input)
-        };
-        let width = self.stage.info().shape.hidden;
-        let result = match self.stage.forward(&segments, input) {
-            Ok(StageOutput::Hidden(rows)) => {
-                step.rows = wire::rows(rows, self.half_rows);
-                let mut rows = rows;
-                for segment in &segments {
-                    let (own, rest) = rows.split_at(segment.rows as usize * width);
-                    rows = rest;
-                    self.replay_buffer
-                        .write(segment.slot, segment.position, own);
-                }
-                Ok(())
+        let (width, half_rows) = (self.stage.info().shape.hidden, self.half_rows);
+        step.rows = self.compute(&step, &segments, out, |output, replay_buffer| {
+            let StageOutput::Hidden(mut rows) = output else {
+                let fault = "the last stage is driven, not stepped".to_owned();
+                return Err(StepError::Malformed(fault));
+            };
+            let bytes = wire::rows(rows, half_rows);
+            for segment in &segments {
+                let (own, rest) = rows.split_at(segment.rows as usize * width);
+                rows = rest;
+                replay_buffer.write(segment.slot, segment.position, own);
             }
-            Ok(StageOutput::Logits(_)) => Err(StepError::Malformed(
-                "the last stage is driven, not stepped".to_owned(),
-            )),
-            Err(error) => Err(error.into()),
+            Ok(bytes)
+        })?;
+        Ok(step)
+    }
+
+    /// Runs a step's slot operations and rows; `take` gets the stage's output.
+    fn compute<T>(
+        &mut self,
+        step: &RingStep,
+        segments: &[Segment],
+        out: &mut Vec<Out>,
+        take: impl FnOnce(StageOutput<'_>, &mut ReplayBuffer) -> Result<T, StepError>,
+    ) -> Result<T, StepError> {
+        self.prepare(step, segments, out)?;
+        let input = match self.stage.info().is_first() {
+            true => StageInput::Tokens(&step.tokens),
+            false => StageInput::Hidden(&self.input),
         };
-        self.log_rows(&step, &segments, result.is_ok());
-        result.map(|()| step)
+        let output = self.stage.forward(segments, input).map_err(StepError::from);
+        let result = output.and_then(|output| take(output, &mut self.replay_buffer));
+        self.log_rows(step, segments, result.is_ok());
+        result
     }
 
     /// Checks a step, applies its slot operations, and brings its rows into `self.input`.
@@ -378,10 +348,8 @@ impl StageReplica {
                 SlotOp::CopyPrefix { from, to, len } => self.replay_buffer.copy(from, to, len),
             }
             self.cut(op_slot(&op));
-            let message = self
-                .replication
-                .as_mut()
-                .and_then(|replication| replication.apply(&op));
+            let replication = self.replication.as_mut();
+            let message = replication.and_then(|replication| replication.apply(&op));
             out.extend(message.map(Out::Standby));
         }
         let mut rows = 0u64;
@@ -389,13 +357,7 @@ impl StageReplica {
         for (i, segment) in segments.iter().enumerate() {
             self.token_log.check(segment.slot, segment.position)?;
             rows += u64::from(segment.rows);
-            let end = u64::from(segment.position) + u64::from(segment.rows);
-            if end > u64::from(info.context) {
-                return Err(StepError::Malformed(format!(
-                    "{end} rows in a slot, whose context is {}",
-                    info.context
-                )));
-            }
+            self.check_end(segment.position, segment.rows.into())?;
             if segments[..i].iter().any(|other| other.slot == segment.slot) {
                 return Err(StepError::Malformed(format!(
                     "slot {} appears twice",
@@ -415,9 +377,7 @@ impl StageReplica {
             wire::read_rows(&step.rows, numbers, self.half_rows, &mut self.input)?;
         }
         for segment in segments {
-            if let Some(touched) = self.touched.get_mut(segment.slot as usize) {
-                *touched = self.clock;
-            }
+            self.touch(segment.slot);
             if segment.position < self.token_log.len(segment.slot) {
                 self.cut(segment.slot);
                 if let Some(replication) = &mut self.replication {
@@ -451,6 +411,23 @@ impl StageReplica {
         self.cut(slot);
         if let Some(replication) = &mut self.replication {
             replication.cut(slot, 0);
+        }
+    }
+
+    /// Fails if a slot has no room for `rows` rows at `position`.
+    fn check_end(&self, position: u32, rows: u64) -> Result<(), StepError> {
+        let (end, context) = (u64::from(position) + rows, self.stage.info().context);
+        if end > u64::from(context) {
+            let fault = format!("{end} rows in a slot, whose context is {context}");
+            return Err(StepError::Malformed(fault));
+        }
+        Ok(())
+    }
+
+    /// Rows of `slot` change.
+    fn touch(&mut self, slot: SlotId) {
+        if let Some(touched) = self.touched.get_mut(slot as usize) {
+            *touched = self.clock;
         }
     }
 

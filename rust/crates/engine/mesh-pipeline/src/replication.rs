@@ -15,7 +15,7 @@ use crate::token_log::{TokenLog, common_prefix};
 use crate::wire;
 
 /// The sending side of a replication stream.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(crate) struct Replication {
     count: u64,
     slots: Vec<ReplicatedSlot>,
@@ -60,10 +60,8 @@ impl Replication {
             }
         });
         Replication {
-            count: 0,
             slots: slots.collect(),
-            unacknowledged: VecDeque::new(),
-            bytes: 0,
+            ..Replication::default()
         }
     }
 
@@ -74,12 +72,9 @@ impl Replication {
 
     /// Rows that are not safe, over all slots.
     pub(crate) fn lag(&self, log: &TokenLog) -> u64 {
-        let slots = self.slots.iter().enumerate();
-        slots
-            .map(|(slot, replicated)| {
-                u64::from(log.len(slot as u32).saturating_sub(replicated.safe))
-            })
-            .sum()
+        let slots = (0..).zip(&self.slots);
+        let lags = slots.map(|(slot, replicated)| log.len(slot).saturating_sub(replicated.safe));
+        lags.map(u64::from).sum()
     }
 
     /// The rows of `slot` from `len` on are gone or about to be written again.
@@ -149,15 +144,12 @@ impl Replication {
     /// The standby has taken in all messages up to `count`. Returns the slots of which more is safe now.
     pub(crate) fn acknowledged(&mut self, count: u64) -> Vec<SlotId> {
         let mut changed = Vec::new();
-        while let Some(message) = self
-            .unacknowledged
-            .pop_front_if(|message| message.count <= count)
-        {
+        let is_through = |message: &mut Unacknowledged| message.count <= count;
+        while let Some(message) = self.unacknowledged.pop_front_if(is_through) {
             self.bytes -= message.bytes;
-            let Some(replicated) = self.slots.get_mut(message.slot as usize) else {
-                continue;
-            };
-            if message.end > replicated.safe {
+            if let Some(replicated) = self.slots.get_mut(message.slot as usize)
+                && message.end > replicated.safe
+            {
                 replicated.safe = message.end;
                 if !changed.contains(&message.slot) {
                     changed.push(message.slot);

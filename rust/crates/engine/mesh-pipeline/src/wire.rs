@@ -3,8 +3,8 @@
 use bytes::Bytes;
 use half::f16;
 use mesh_engine::scheduler::SlotOp;
-use mesh_engine::{LogitRows, Segment};
-use mesh_proto::{RingSegment, RingSlotOp};
+use mesh_engine::{LogitRows, Segment, SlotId};
+use mesh_proto::{RingOutcome, RingSegment, RingSlotOp};
 
 use crate::StepError;
 
@@ -39,12 +39,20 @@ pub(crate) fn read_slot_op(op: &RingSlotOp) -> SlotOp {
     }
 }
 
-/// A segment, for the wire.
-pub(crate) fn segment(segment: &Segment) -> RingSegment {
+pub(crate) fn segment(slot: SlotId, position: u32, rows: u32) -> RingSegment {
     RingSegment {
-        slot: segment.slot,
-        position: segment.position,
-        rows: segment.rows,
+        slot,
+        position,
+        rows,
+    }
+}
+
+/// The outcome of a step, with its error if it failed.
+pub(crate) fn outcome(epoch: u32, step: u64, error: Option<impl ToString>) -> RingOutcome {
+    RingOutcome {
+        epoch,
+        step,
+        error: error.map_or_else(String::new, |error| error.to_string()),
     }
 }
 
@@ -91,17 +99,10 @@ pub(crate) fn read_rows(
     }
     out.clear();
     if half {
-        out.extend(
-            bytes
-                .chunks_exact(2)
-                .map(|b| f16::from_le_bytes([b[0], b[1]]).to_f32()),
-        );
+        let halves = bytes.as_chunks().0.iter();
+        out.extend(halves.map(|&half| f16::from_le_bytes(half).to_f32()));
     } else {
-        out.extend(
-            bytes
-                .chunks_exact(4)
-                .map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])),
-        );
+        out.extend(bytes.as_chunks().0.iter().copied().map(f32::from_le_bytes));
     }
     Ok(())
 }

@@ -1,7 +1,7 @@
 //! The models of this worker that come from its store: replicas, searches by name, downloads, and what the
 //! head hears of them.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -10,35 +10,25 @@ use mesh_proto::{ModelSources, Models, NodeAddr, Sources};
 use mesh_share::PieceSet;
 use mesh_store::Digest;
 
-use crate::download::{self, Download, DownloadStep, Results, SourceEvent, Want};
+use crate::download::{Download, DownloadStep, Results, SourceEvent, Want};
+use crate::knowledge::Knowledge;
 use crate::names::long_name;
 use crate::piece_map::PieceMap;
 use crate::replica::{Replica, called, reported};
-use crate::report::Report;
 use crate::rules::Rules;
-use crate::search::{self, Search, SearchStep};
+use crate::search::{Search, SearchStep};
 use crate::vouch::{Doubt, needs_hub};
 
 /// Replicas, searches and downloads.
+#[derive(Default)]
 pub struct Catalogue {
-    rules: Rules,
-    replicas: BTreeMap<Digest, Replica>,
+    known: Knowledge,
     searches: BTreeMap<String, Search>,
     downloads: BTreeMap<Digest, Download>,
     results: Results,
     next_want: u64,
-    /// Sources of models from the head, by name, and the number of its answers so far.
-    told: BTreeMap<String, ModelSources>,
-    told_version: u64,
-    /// Workers on the LAN.
-    lan: Vec<NodeAddr>,
-    /// This worker, and the port at which others reach it.
-    own: Option<(String, u16)>,
-    report: Report,
     /// Recent answers of the hub, by name.
     hub: BTreeMap<String, (Instant, Result<Arc<Expected>, String>)>,
-    /// Models whose files contradict their manifests.
-    false_manifests: BTreeSet<Digest>,
 }
 
 /// The beginning of a search.
@@ -54,142 +44,106 @@ pub enum Found {
     Busy,
 }
 
-macro_rules! search_view {
-    ($catalogue:ident, $name:expr) => {
-        search::View {
-            rules: &$catalogue.rules,
-            told: $catalogue.told.get($name),
-            told_version: $catalogue.told_version,
-            replicas: &$catalogue.replicas,
-            false_manifests: &$catalogue.false_manifests,
-            connected: $catalogue.own.is_some(),
-            report: &mut $catalogue.report,
-        }
-    };
-}
-
-macro_rules! download_view {
-    ($catalogue:ident, $fingerprint:expr) => {
-        download::View {
-            rules: &$catalogue.rules,
-            told: &$catalogue.told,
-            lan: &$catalogue.lan,
-            node_id: $catalogue.own.as_ref().map_or("", |(node_id, _)| node_id),
-            connected: $catalogue.own.is_some(),
-            replica: $catalogue.replicas.get_mut($fingerprint),
-            report: &mut $catalogue.report,
-            results: &mut $catalogue.results,
-        }
-    };
-}
-
 impl Catalogue {
     /// A catalogue of the replicas that the store has.
     pub fn new(rules: Rules, replicas: impl IntoIterator<Item = Replica>) -> Self {
         let replicas = replicas.into_iter();
-        Catalogue {
+        let known = Knowledge {
             rules,
             replicas: replicas.map(|r| (r.fingerprint(), r)).collect(),
-            searches: BTreeMap::new(),
-            downloads: BTreeMap::new(),
-            results: Results::new(),
-            next_want: 0,
-            told: BTreeMap::new(),
-            told_version: 0,
-            lan: Vec::new(),
-            own: None,
-            report: Report::default(),
-            hub: BTreeMap::new(),
-            false_manifests: BTreeSet::new(),
+            ..Knowledge::default()
+        };
+        Catalogue {
+            known,
+            ..Catalogue::default()
         }
     }
 
     /// What the configuration says.
     pub fn rules(&self) -> &Rules {
-        &self.rules
+        &self.known.rules
     }
 
     /// From now on this worker reaches others, and they reach it at `port`.
     pub fn connected(&mut self, node_id: String, port: u16) {
-        self.own = Some((node_id, port));
-        self.report.version += 1;
+        self.known.own = Some((node_id, port));
+        self.known.report.version += 1;
     }
 
     /// Workers that are found on the LAN are asked, too, whether the head names them or not.
     pub fn lan_found(&mut self, workers: Vec<NodeAddr>) {
-        self.lan = workers;
+        self.known.lan = workers;
     }
 
     /// The head names the sources of the models that are sought.
     pub fn sources_told(&mut self, sources: Sources) {
         let models = sources.models.into_iter();
         let by_name = models.map(|model| (model.name.clone(), model)).collect();
-        if self.told != by_name {
-            self.told = by_name;
-            self.told_version += 1;
+        if self.known.told != by_name {
+            self.known.told = by_name;
+            self.known.told_version += 1;
         }
     }
 
     /// Message for the head and its version; `None` if the version is still `known`.
     pub fn report(&self, known: Option<u64>) -> Option<(Models, u64)> {
-        if !self.rules.is_sharing() || known == Some(self.report.version) {
+        if !self.known.rules.is_sharing() || known == Some(self.known.report.version) {
             return None;
         }
         let models = Models {
-            port: self.own.as_ref().map_or(0, |(_, port)| *port).into(),
-            held: reported(&self.replicas, &self.report.sought),
-            sought: self.report.sought.values().cloned().collect(),
-            bad: self.report.bad.clone(),
+            port: self.known.own.as_ref().map_or(0, |(_, port)| *port).into(),
+            held: reported(&self.known.replicas, &self.known.report.sought),
+            sought: self.known.report.sought.values().cloned().collect(),
+            bad: self.known.report.bad.clone(),
         };
-        Some((models, self.report.version))
+        Some((models, self.known.report.version))
     }
 
     /// Description of what is missing still; empty if nothing is.
     pub fn lacking(&self) -> String {
-        self.report.lacking()
+        self.known.report.lacking()
     }
 
     /// The replica with this fingerprint, if other workers may have it.
     pub fn shared(&self, fingerprint: &str) -> Option<&Replica> {
-        let replica = self.replicas.get(&fingerprint.parse().ok()?)?;
-        (self.rules.is_sharing() && replica.listed).then_some(replica)
+        let replica = self.known.replicas.get(&fingerprint.parse().ok()?)?;
+        (self.known.rules.is_sharing() && replica.listed).then_some(replica)
     }
 
     /// The replica with this fingerprint.
     pub fn replica(&self, fingerprint: &Digest) -> Option<&Replica> {
-        self.replicas.get(fingerprint)
+        self.known.replicas.get(fingerprint)
     }
 
     /// All replicas whose manifests have this name.
     pub fn of_manifests_called(&self, name: &str) -> Vec<Arc<PieceMap>> {
-        let all = self.replicas.values().map(Replica::map);
+        let all = self.known.replicas.values().map(Replica::map);
         let called = all.filter(|map| map.manifest().name == name);
         called.cloned().collect()
     }
 
     /// True if a replica goes by this name.
     pub fn has_called(&self, name: &str) -> bool {
-        self.replicas
-            .values()
-            .any(|replica| replica.is_called(name))
+        let mut all = self.known.replicas.values();
+        all.any(|replica| replica.is_called(name))
     }
 
     /// Names in the manifests of all replicas.
     pub fn manifest_names(&self) -> impl Iterator<Item = &str> {
-        let all = self.replicas.values();
+        let all = self.known.replicas.values();
         all.map(|replica| replica.map().manifest().name.as_str())
     }
 
     /// Pieces of a model are here, under `name` if it has one, and others may have them. What is known of it
     /// already stays.
     pub fn add(&mut self, replica: Replica, name: Option<&str>) {
-        let known = self.replicas.entry(replica.fingerprint());
+        let known = self.known.replicas.entry(replica.fingerprint());
         let known = known.or_insert(replica);
         known.listed = true;
         if let Some(name) = name {
             known.add_name(name);
         }
-        self.report.version += 1;
+        self.known.report.version += 1;
     }
 
     /// Adds a replica whose name is not vouched for yet, so that its pieces can be fetched. What is known of it
@@ -197,26 +151,26 @@ impl Catalogue {
     pub fn add_unlisted(&mut self, mut replica: Replica) {
         replica.listed = false;
         let fingerprint = replica.fingerprint();
-        self.replicas.entry(fingerprint).or_insert(replica);
+        self.known.replicas.entry(fingerprint).or_insert(replica);
     }
 
     /// These pieces of a model are on the disk.
     pub fn look_result(&mut self, fingerprint: &Digest, here: PieceSet) {
-        if let Some(replica) = self.replicas.get_mut(fingerprint)
-            && *replica.here() != here
+        if let Some(replica) = self.known.replicas.get_mut(fingerprint)
+            && replica.here != here
         {
-            replica.set_here(here);
-            self.report.version += 1;
+            replica.here = here;
+            self.known.report.version += 1;
         }
     }
 
     /// A piece is damaged on this machine's disk.
     pub fn piece_lost(&mut self, fingerprint: &Digest, piece: u32) {
-        if let Some(replica) = self.replicas.get_mut(fingerprint)
-            && replica.here().contains(piece)
+        if let Some(replica) = self.known.replicas.get_mut(fingerprint)
+            && replica.here.contains(piece)
         {
-            replica.piece_lost(piece);
-            self.report.version += 1;
+            replica.here.remove(piece);
+            self.known.report.version += 1;
         }
     }
 
@@ -227,15 +181,15 @@ impl Catalogue {
         if self.searches.contains_key(name) {
             return Found::Busy;
         }
-        let usable = self.replicas.values();
-        let usable = usable.filter(|r| !self.false_manifests.contains(&r.fingerprint()));
+        let usable = self.known.replicas.values();
+        let usable = usable.filter(|r| !self.known.false_manifests.contains(&r.fingerprint()));
         if let Some(replica) = called(name, usable) {
-            return match self.rules.policy.check(replica.map().signed()) {
+            return match self.known.rules.policy.check(replica.map().signed()) {
                 Ok(_) => Found::Here(replica.fingerprint()),
                 Err(error) => Found::Refused(error.to_string()),
             };
         }
-        let search = Search::new(name, nearby(), &self.rules, &mut self.report);
+        let search = Search::new(name, nearby(), &mut self.known);
         self.searches.insert(name.to_owned(), search);
         Found::Search
     }
@@ -243,19 +197,16 @@ impl Catalogue {
     /// The next step of a search. It ends with [`Catalogue::end_search`].
     pub fn poll_search(&mut self, name: &str, now: Instant) -> SearchStep {
         let name = long_name(name);
-        let mut view = search_view!(self, name);
         match self.searches.get_mut(name) {
-            Some(search) => search.poll(now, &mut view),
+            Some(search) => search.poll(now, &mut self.known),
             None => SearchStep::Wait(now),
         }
     }
 
     /// True if the download from the hub that a search began is still this worker's.
-    pub fn wants_download(&mut self, name: &str) -> bool {
-        let name = long_name(name);
-        let view = search_view!(self, name);
-        let search = self.searches.get(name);
-        search.is_some_and(|search| search.wants_download(&view))
+    pub fn wants_download(&self, name: &str) -> bool {
+        let search = self.searches.get(long_name(name));
+        search.is_some_and(|search| search.wants_download(&self.known))
     }
 
     /// The download of a search failed, and the hub is left alone for that time; `None` if it was broken off.
@@ -266,7 +217,7 @@ impl Catalogue {
         now: Instant,
     ) {
         if let Some(search) = self.searches.get_mut(long_name(name)) {
-            search.download_ended(failure, now, &mut self.report);
+            search.download_ended(failure, now, &mut self.known.report);
         }
     }
 
@@ -279,26 +230,25 @@ impl Catalogue {
         doubt: Doubt,
         now: Instant,
     ) {
-        let name = long_name(name);
-        let mut view = search_view!(self, name);
-        if let Some(search) = self.searches.get_mut(name) {
-            search.doubted(fingerprint, worker, doubt, now, &mut view);
+        if let Some(search) = self.searches.get_mut(long_name(name)) {
+            search.doubted(fingerprint, worker, doubt, now, &mut self.known);
         }
     }
 
     /// Forgets a replica that was added by [`Catalogue::add_unlisted`] and not named since.
     pub fn drop_unlisted(&mut self, fingerprint: &Digest) {
-        if self.replicas.get(fingerprint).is_some_and(|r| !r.listed) {
-            self.replicas.remove(fingerprint);
+        let replica = self.known.replicas.get(fingerprint);
+        if replica.is_some_and(|replica| !replica.listed) {
+            self.known.replicas.remove(fingerprint);
         }
     }
 
     /// A replica has this name, which is vouched for; others may have it.
     pub fn name(&mut self, fingerprint: &Digest, name: &str) {
-        if let Some(replica) = self.replicas.get_mut(fingerprint) {
+        if let Some(replica) = self.known.replicas.get_mut(fingerprint) {
             replica.listed = true;
             replica.add_name(name);
-            self.report.version += 1;
+            self.known.report.version += 1;
         }
     }
 
@@ -306,12 +256,12 @@ impl Catalogue {
     pub fn end_search(&mut self, name: &str) {
         let name = long_name(name);
         self.searches.remove(name);
-        self.report.ends(name);
+        self.known.report.ends(name);
     }
 
     /// True if the hub has to be asked before [`crate::vouch::judge`].
     pub fn asks_hub(&self, name: &str) -> bool {
-        needs_hub(name, self.told.get(name), &self.rules)
+        needs_hub(name, self.known.told.get(name), &self.known.rules)
     }
 
     /// The hub's recent answer about a name.
@@ -335,7 +285,7 @@ impl Catalogue {
 
     /// The head's answer about a name.
     pub fn told(&self, name: &str) -> Option<&ModelSources> {
-        self.told.get(name)
+        self.known.told.get(name)
     }
 
     /// Requests pieces of a replica: the number of the request, for [`Catalogue::take_result`], and true if a
@@ -351,21 +301,19 @@ impl Catalogue {
         begin: u32,
         now: Instant,
     ) -> Result<Option<(u64, bool)>, String> {
-        let replica = self.replicas.get(fingerprint);
+        let replica = self.known.replicas.get(fingerprint);
         let replica = replica.ok_or("its files are not what its manifest says")?;
         if replica.missing(&pieces).is_empty() {
             return Ok(None);
         }
-        if !self.rules.store {
+        if !self.known.rules.store {
             return Err("there is no store".to_owned());
         }
         let id = self.next_want;
         self.next_want += 1;
         let begins = !self.downloads.contains_key(fingerprint);
-        let download = self
-            .downloads
-            .entry(*fingerprint)
-            .or_insert_with(|| Download::new(replica.map().clone(), replica.title(), begin, now));
+        let new = || Download::new(replica.map().clone(), replica.title(), begin, now);
+        let download = self.downloads.entry(*fingerprint).or_insert_with(new);
         download.want(Want {
             id: Some(id),
             pieces,
@@ -388,11 +336,10 @@ impl Catalogue {
 
     /// The next step of a download. After [`DownloadStep::End`] the download is gone.
     pub fn poll_download(&mut self, fingerprint: &Digest, now: Instant) -> DownloadStep {
-        let mut view = download_view!(self, fingerprint);
         let Some(download) = self.downloads.get_mut(fingerprint) else {
             return DownloadStep::End;
         };
-        let step = download.poll(now, &mut view);
+        let step = download.poll(now, &mut self.known, &mut self.results);
         if step == DownloadStep::End {
             self.downloads.remove(fingerprint);
         }
@@ -408,20 +355,17 @@ impl Catalogue {
 
     /// Result of [`DownloadStep::Prepare`].
     pub fn prepared(&mut self, fingerprint: &Digest, result: Result<(), String>) {
-        let mut view = download_view!(self, fingerprint);
         if let Some(download) = self.downloads.get_mut(fingerprint) {
-            download.prepared(result, &mut view);
+            download.prepared(result, &mut self.known, &mut self.results);
         }
     }
 
     /// Result of [`DownloadStep::Store`]; with an error, true if a file is not what the manifest says.
     pub fn stored(&mut self, fingerprint: &Digest, result: Result<(), (String, bool)>) {
-        let mut view = download_view!(self, fingerprint);
         let reason = result.as_ref().err().map(|(reason, _)| reason.clone());
-        let Some(download) = self.downloads.get_mut(fingerprint) else {
-            return;
-        };
-        if download.stored(result, &mut view) {
+        let download = self.downloads.get_mut(fingerprint);
+        if download.is_some_and(|download| download.stored(result, &self.known, &mut self.results))
+        {
             self.disown(fingerprint, &reason.unwrap_or_default());
         }
     }
@@ -429,24 +373,23 @@ impl Catalogue {
     /// Forgets a model whose files, all of them here, contradict its manifest: each piece matched, so the
     /// manifest is false.
     fn disown(&mut self, fingerprint: &Digest, reason: &str) {
-        let model = self.replicas.remove(fingerprint);
+        let model = self.known.replicas.remove(fingerprint);
         tracing::error!(
             model = model.map_or_else(|| fingerprint.to_string(), |model| model.title()),
             %fingerprint,
             reason,
             "the manifest that another worker gave contradicts itself: the model is forgotten, and looked for elsewhere"
         );
-        if self.false_manifests.len() < MOST_FALSE {
-            self.false_manifests.insert(*fingerprint);
+        if self.known.false_manifests.len() < MOST_FALSE {
+            self.known.false_manifests.insert(*fingerprint);
         }
-        self.report.version += 1;
+        self.known.report.version += 1;
     }
 
     /// True if the download from the hub is still this worker's.
-    pub fn keeps_hub(&mut self, fingerprint: &Digest) -> bool {
-        let view = download_view!(self, fingerprint);
+    pub fn keeps_hub(&self, fingerprint: &Digest) -> bool {
         let download = self.downloads.get(fingerprint);
-        download.is_some_and(|download| download.is_given(&view))
+        download.is_some_and(|download| download.is_given(&self.known))
     }
 
     /// Result of [`DownloadStep::FetchFromHub`]: the error, for which the hub is left alone for that time.
@@ -456,15 +399,14 @@ impl Catalogue {
         failure: Option<(String, Duration)>,
         now: Instant,
     ) {
-        let mut view = download_view!(self, fingerprint);
         if let Some(download) = self.downloads.get_mut(fingerprint) {
-            download.hub_ended(failure, now, &mut view);
+            download.hub_ended(failure, now, &self.known);
         }
     }
 
     /// So much of the model that is sought as `name` has come from the hub.
     pub fn hub_progress(&mut self, name: &str, bytes: u64, total: u64) {
-        self.report.seeks(name, |sought| {
+        self.known.report.seeks(name, |sought| {
             sought.origin_bytes = bytes;
             sought.bytes_total = sought.bytes_total.max(total);
         });
@@ -473,9 +415,9 @@ impl Catalogue {
     /// An event of a source of a download.
     pub fn source_event(&mut self, of: &Digest, source: String, event: SourceEvent, now: Instant) {
         if let SourceEvent::Piece(piece) = &event
-            && let Some(replica) = self.replicas.get_mut(of)
+            && let Some(replica) = self.known.replicas.get_mut(of)
         {
-            replica.piece_came(piece.piece());
+            replica.here.insert(piece.piece());
         }
         if let Some(download) = self.downloads.get_mut(of) {
             download.source_event(source, event, now, &mut self.results);

@@ -12,51 +12,36 @@ use mesh_proto::{
 /// What a deployment wants done next. The steps are carried out in this order; [`RingStep::StartDriver`]
 /// reports its result before the next step is asked for.
 #[derive(Debug, Clone, PartialEq)]
+#[allow(missing_docs, reason = "the variants' comments name the fields")]
 pub enum RingStep<S> {
-    /// Load these layers as this stage; the number comes back with the result.
+    /// Load these layers as this stage, in the weight format of that name or, if it is empty, in the one of
+    /// choice; the number comes back with the result.
     Load {
-        /// Comes back with the result.
         number: u64,
-        /// Stage of the ring.
         stage: u32,
-        /// Layers of the stage.
         layers: Range<u32>,
-        /// Name of the weight format; empty for the one of choice.
         format: String,
     },
     /// Let go of this stage's part: there may be no room for it and others.
     Unload(u32),
     /// End the driver and its requests; they go on elsewhere if the ring `moved`.
-    EndDriver {
-        /// Cause, for people.
-        reason: String,
-        /// The requests go on elsewhere.
-        moved: bool,
-    },
+    EndDriver { reason: String, moved: bool },
     /// Make new links to these nodes.
     Redial(Vec<String>),
     /// End the streams of the epoch before.
     EndStreams,
     /// Begin the epoch with this stage's part; a `member` opens the stream of rows to the next stage.
-    BeginPart {
-        /// Stage of the ring.
-        stage: u32,
-        /// False for a standby.
-        member: bool,
-    },
+    BeginPart { stage: u32, member: bool },
     /// Make a driver of the last stage's part.
     StartDriver(u32),
     /// Begin the epoch with the driver, the last stage.
     BeginDriver(u32),
     /// Replicate the part of this stage to this standby, or to none any more.
     Replicate(u32, Option<NodeAddr>),
-    /// Serve this stream, which `from` opened.
+    /// Serve this stream, which `from` opened and which begins with `hello`.
     Accept {
-        /// The stream.
         stream: S,
-        /// First message of the stream.
         hello: RingHello,
-        /// The member that opened it.
         from: NodeAddr,
     },
     /// This stream leads nowhere.
@@ -73,25 +58,6 @@ pub enum RingStep<S> {
     Wait(Instant),
     /// The ring is no longer deployed here: this was the last step.
     End,
-}
-
-/// Figures of a part at work.
-#[derive(Debug, Clone, Copy, Default, PartialEq)]
-pub struct PartGauges {
-    /// Progress of loading; see [`PartState::progress`].
-    pub progress: u64,
-    /// A step panicked.
-    pub broken: bool,
-    /// Rows that its standby lacks.
-    pub lag_rows: u64,
-    /// Microseconds per step, smoothed.
-    pub step_us: f32,
-    /// Microseconds of all steps of many rows.
-    pub prefill_us: u64,
-    /// Bytes of KV rows.
-    pub kv_bytes: u64,
-    /// Bytes of outputs kept for replays.
-    pub kept_bytes: u64,
 }
 
 /// A loaded part.
@@ -202,11 +168,12 @@ impl<S> Deployment<S> {
         !self.ring.stages.is_empty() && stages.all(|stage| self.is_own(stage.member.as_ref()))
     }
 
-    /// The next step; `gauges` are those of a stage's part here, `card` the driver's description of the model.
+    /// The next step. `measured` has the progress and the figures of a stage's part here, and its error if a
+    /// step panicked; `card` is the driver's description of the model.
     pub(crate) fn poll(
         &mut self,
         now: Instant,
-        gauges: impl Fn(u32) -> PartGauges,
+        measured: impl Fn(u32) -> PartState,
         card: impl FnOnce() -> Option<ModelCard>,
     ) -> RingStep<S> {
         if let Some(step) = self.queue.pop_front() {
@@ -215,7 +182,7 @@ impl<S> Deployment<S> {
         if self.ended {
             return RingStep::End;
         }
-        if let Some(state) = self.news(now, gauges, card) {
+        if let Some(state) = self.news(now, measured, card) {
             return RingStep::Report(Box::new(state));
         }
         RingStep::Wait(now + REPORT_INTERVAL)
@@ -241,13 +208,11 @@ impl<S> Deployment<S> {
             self.queue.push_back(RingStep::Redial(nodes.collect()));
         }
         self.ring = ring;
-        let own: Vec<u32> = (0..)
-            .zip(&self.ring.stages)
-            .filter(|(_, stage)| {
-                self.is_own(stage.member.as_ref()) || self.is_own(stage.standby.as_ref())
-            })
-            .map(|(index, _)| index)
-            .collect();
+        let stages = (0..).zip(&self.ring.stages);
+        let own = stages.filter(|(_, stage)| {
+            self.is_own(stage.member.as_ref()) || self.is_own(stage.standby.as_ref())
+        });
+        let own: Vec<u32> = own.map(|(index, _)| index).collect();
         // First drop the parts that are no longer needed: there may be no room for both.
         self.unload(|stage, _| !own.contains(&stage));
         let last = self.ring.stages.last();
@@ -290,25 +255,22 @@ impl<S> Deployment<S> {
 
     /// Drops steps of the epoch before that have not begun.
     fn drop_old_steps(&mut self) {
-        let steps = std::mem::take(&mut self.queue);
-        self.queue
-            .extend(steps.into_iter().filter_map(|step| match step {
-                RingStep::BeginPart { .. }
-                | RingStep::BeginDriver(_)
-                | RingStep::Replicate(..)
-                | RingStep::WarmUp
-                | RingStep::Serve => None,
-                RingStep::Accept { stream, .. } => Some(RingStep::Refuse(stream)),
-                RingStep::StartDriver(stage) => {
-                    let driving = matches!(self.parts.get(&stage), Some(PartPlace::Driving(_)));
-                    driving.then_some(step)
-                }
-                RingStep::Load { stage, number, .. } => {
-                    let needed = self.parts.get(&stage) == Some(&PartPlace::Loading(number));
-                    needed.then_some(step)
-                }
-                step => Some(step),
-            }));
+        let steps = std::mem::take(&mut self.queue).into_iter();
+        let kept = steps.filter_map(|step| match step {
+            RingStep::BeginPart { .. }
+            | RingStep::BeginDriver(_)
+            | RingStep::Replicate(..)
+            | RingStep::WarmUp
+            | RingStep::Serve => None,
+            RingStep::Accept { stream, .. } => Some(RingStep::Refuse(stream)),
+            RingStep::StartDriver(stage) => self.is_driving(stage).then_some(step),
+            RingStep::Load { stage, number, .. } => {
+                let needed = self.parts.get(&stage) == Some(&PartPlace::Loading(number));
+                needed.then_some(step)
+            }
+            step => Some(step),
+        });
+        self.queue = kept.collect();
     }
 
     fn load(&mut self, stage: u32) {
@@ -388,7 +350,7 @@ impl<S> Deployment<S> {
 
     /// Result of [`RingStep::StartDriver`].
     pub fn driver_started(&mut self, stage: u32, result: Result<(), String>) {
-        let driving = matches!(self.parts.get(&stage), Some(PartPlace::Driving(_)));
+        let driving = self.is_driving(stage);
         match result {
             Ok(()) => {
                 self.has_driver = true;
@@ -416,12 +378,11 @@ impl<S> Deployment<S> {
             let before = self.standbys.get(&stage);
             if at_work && before != planned.standby.as_ref() {
                 let standby = planned.standby.clone();
-                let step = RingStep::Replicate(stage, standby.clone());
-                self.queue.push_back(step);
-                match standby {
+                match standby.clone() {
                     Some(standby) => self.standbys.insert(stage, standby),
                     None => self.standbys.remove(&stage),
                 };
+                self.queue.push_back(RingStep::Replicate(stage, standby));
             }
         }
     }
@@ -432,21 +393,14 @@ impl<S> Deployment<S> {
             return self.queue.push_back(RingStep::Refuse(stream));
         }
         if hello.epoch > self.ring.epoch || !self.begun.contains_key(&hello.stage) {
-            if self.waiting.len() < WAITING {
-                self.waiting.push((hello, peer, stream));
-            } else {
-                self.queue.push_back(RingStep::Refuse(stream));
+            if self.waiting.len() >= WAITING {
+                return self.queue.push_back(RingStep::Refuse(stream));
             }
-            return;
+            return self.waiting.push((hello, peer, stream));
         }
         let from = match hello.purpose() {
             RingPurpose::Rows => hello.stage.checked_sub(1),
-            RingPurpose::Drive => self
-                .ring
-                .stages
-                .len()
-                .checked_sub(1)
-                .map(|last| last as u32),
+            RingPurpose::Drive => (self.ring.stages.len() as u32).checked_sub(1),
             RingPurpose::Mirror => Some(hello.stage),
             RingPurpose::Unspecified => None,
         };
@@ -515,9 +469,7 @@ impl<S> Deployment<S> {
         if end.epoch != self.ring.epoch {
             return;
         }
-        let StreamEnd {
-            purpose, reason, ..
-        } = end;
+        let (purpose, reason) = (end.purpose, end.reason);
         match end.peer {
             Some(seat) if end.link => {
                 self.suspect(&seat, &format!("{purpose}: {reason}"), true, true);
@@ -579,10 +531,8 @@ impl<S> Deployment<S> {
             return;
         }
         tracing::info!(ring = format!("{:x}", self.id), reason, "ring dissolved");
-        let streams = std::mem::take(&mut self.waiting);
-        let refused = streams
-            .into_iter()
-            .map(|(.., stream)| RingStep::Refuse(stream));
+        let streams = self.waiting.drain(..);
+        let refused = streams.map(|(.., stream)| RingStep::Refuse(stream));
         self.queue.extend(refused);
         if self.has_driver {
             self.end_driver(reason.to_owned(), reason.starts_with("moved"));
@@ -600,13 +550,13 @@ impl<S> Deployment<S> {
     fn news(
         &mut self,
         now: Instant,
-        gauges: impl Fn(u32) -> PartGauges,
+        measured: impl Fn(u32) -> PartState,
         card: impl FnOnce() -> Option<ModelCard>,
     ) -> Option<RingState> {
         if self.ring.epoch == 0 {
             return None;
         }
-        let state = self.state(gauges, card);
+        let state = self.state(measured, card);
         let due = match &self.reported {
             None => true,
             Some((last, _)) if is_urgent(last, &state) => true,
@@ -625,12 +575,12 @@ impl<S> Deployment<S> {
 
     fn state(
         &self,
-        gauges: impl Fn(u32) -> PartGauges,
+        measured: impl Fn(u32) -> PartState,
         card: impl FnOnce() -> Option<ModelCard>,
     ) -> RingState {
         let serving = self.serving == self.ring.epoch;
         let parts = self.parts.iter();
-        let parts = parts.map(|(&stage, place)| self.part_state(stage, place, gauges(stage)));
+        let parts = parts.map(|(&stage, place)| self.part_state(stage, place, measured(stage)));
         let severed = self.suspects.iter().filter(|suspect| suspect.severed);
         RingState {
             ring: self.id,
@@ -644,7 +594,8 @@ impl<S> Deployment<S> {
         }
     }
 
-    fn part_state(&self, stage: u32, place: &PartPlace, gauges: PartGauges) -> PartState {
+    /// The report on a part, with what was `measured`.
+    fn part_state(&self, stage: u32, place: &PartPlace, measured: PartState) -> PartState {
         let state = PartState {
             stage,
             standby: !self.is_member(stage),
@@ -658,23 +609,24 @@ impl<S> Deployment<S> {
         match place {
             PartPlace::Loading(_) => PartState {
                 phase: PartPhase::Loading.into(),
-                progress: gauges.progress,
+                progress: measured.progress,
                 ..state
             },
             PartPlace::Failed(error) => failed(error),
-            PartPlace::Ready(_) if gauges.broken => failed("a step panicked; see the worker's log"),
+            PartPlace::Ready(_) if !measured.error.is_empty() => failed(&measured.error),
             PartPlace::Ready(loaded) | PartPlace::Driving(loaded) => PartState {
+                stage,
+                standby: state.standby,
                 phase: PartPhase::Ready.into(),
                 load_seconds: loaded.seconds,
                 weight_bytes: loaded.weight_bytes,
-                lag_rows: gauges.lag_rows,
-                step_us: gauges.step_us,
-                prefill_us: gauges.prefill_us,
-                kv_bytes: gauges.kv_bytes,
-                kept_bytes: gauges.kept_bytes,
-                ..state
+                ..measured
             },
         }
+    }
+
+    fn is_driving(&self, stage: u32) -> bool {
+        matches!(self.parts.get(&stage), Some(PartPlace::Driving(_)))
     }
 
     fn seat(&self, stage: u32) -> Option<NodeAddr> {
@@ -693,10 +645,8 @@ impl<S> Deployment<S> {
 
 /// Node ids of the members, by stage.
 fn members(ring: &Ring) -> Vec<Option<&str>> {
-    let stages = ring.stages.iter();
-    stages
-        .map(|stage| stage.member.as_ref().map(|seat| seat.node_id.as_str()))
-        .collect()
+    let members = ring.stages.iter().map(|stage| stage.member.as_ref());
+    members.map(|seat| Some(seat?.node_id.as_str())).collect()
 }
 
 /// True if the head should hear of the change at once.

@@ -3,20 +3,23 @@
 use std::collections::{BTreeMap, VecDeque};
 use std::time::{Duration, Instant};
 
-use mesh_proto::{ModelCard, Ring, RingHello};
+use mesh_proto::{ModelCard, PartState, Ring, RingHello};
 
-use crate::deployment::{Deployment, PartGauges, RingStep};
+use crate::deployment::{Deployment, RingStep};
 
 /// The deployments of this worker, by numbers that are not used again. `S` is a stream of another member.
 pub struct Deployments<S> {
     node_id: String,
     all: BTreeMap<u64, Deployment<S>>,
     next: u64,
-    /// Streams for rings that the head may be about to name, each with the time until which it waits.
-    strays: VecDeque<(Instant, RingHello, String, S)>,
+    /// Streams for rings that the head may be about to name.
+    strays: VecDeque<Stray<S>>,
     /// Time at which a part here last computed something.
     active: Option<Instant>,
 }
+
+/// Time until which a stream waits, its hello, the node that opened it, and the stream.
+type Stray<S> = (Instant, RingHello, String, S);
 
 impl<S> Default for Deployments<S> {
     fn default() -> Self {
@@ -50,7 +53,7 @@ impl<S> Deployments<S> {
     /// The head names the members of a ring, or none if it ends. `offered` is whether its model is offered here.
     pub(crate) fn order(&mut self, ring: Ring, offered: bool, now: Instant) -> Ordered {
         let id = ring.ring;
-        if let Some((_, deployment)) = self.of_ring(id) {
+        if let Some(deployment) = self.of_ring(id) {
             if ring.stages.is_empty() {
                 deployment.end(&ring.reason);
             } else if !deployment.order(ring) {
@@ -84,14 +87,12 @@ impl<S> Deployments<S> {
     }
 
     /// The present deployment of a ring.
-    fn of_ring(&mut self, ring: u64) -> Option<(u64, &mut Deployment<S>)> {
-        let mut all = self.all.iter_mut();
-        let (number, deployment) =
-            all.find(|(_, deployment)| deployment.id == ring && !deployment.is_ended())?;
-        Some((*number, deployment))
+    fn of_ring(&mut self, ring: u64) -> Option<&mut Deployment<S>> {
+        let mut all = self.all.values_mut();
+        all.find(|deployment| deployment.id == ring && !deployment.is_ended())
     }
 
-    /// The link to the head is gone: what it deployed ends.
+    /// What the head deployed ends.
     pub(crate) fn head_lost(&mut self) {
         for deployment in self.all.values_mut() {
             deployment.end("moved: the link to the head is lost");
@@ -110,15 +111,13 @@ impl<S> Deployments<S> {
     ) -> Vec<S> {
         let mut refused = self.expire_strays(now);
         match self.of_ring(hello.ring) {
-            Some((_, deployment)) => deployment.stream_came(hello, peer, stream),
+            Some(deployment) => deployment.stream_came(hello, peer, stream),
             None => {
-                let of_peer = self.strays.iter().enumerate();
-                let of_peer = of_peer.filter(|(_, stray)| stray.2 == peer);
-                let of_peer: Vec<usize> = of_peer.map(|(index, _)| index).collect();
-                if of_peer.len() >= MOST_STRAYS_OF_ONE
-                    && let Some((.., oldest)) = self.strays.remove(of_peer[0])
-                {
-                    refused.push(oldest);
+                let of_peer = |stray: &Stray<S>| stray.2 == peer;
+                if self.strays.iter().filter(|stray| of_peer(stray)).count() >= MOST_STRAYS_OF_ONE {
+                    let oldest = self.strays.iter().position(of_peer);
+                    let oldest = oldest.and_then(|oldest| self.strays.remove(oldest));
+                    refused.extend(oldest.map(|(.., stream)| stream));
                 }
                 let until = now + STRAY_PATIENCE;
                 self.strays.push_back((until, hello, peer, stream));
@@ -140,11 +139,8 @@ impl<S> Deployments<S> {
     #[must_use]
     pub fn expire_strays(&mut self, now: Instant) -> Vec<S> {
         let mut expired = Vec::new();
-        while let Some((until, ..)) = self.strays.front()
-            && *until <= now
-        {
-            let stray = self.strays.pop_front();
-            expired.extend(stray.map(|(.., stream)| stream));
+        while let Some((.., stream)) = self.strays.pop_front_if(|(until, ..)| *until <= now) {
+            expired.push(stream);
         }
         expired
     }
@@ -154,7 +150,7 @@ impl<S> Deployments<S> {
         let strays = std::mem::take(&mut self.strays);
         for (until, hello, peer, stream) in strays {
             match self.of_ring(ring) {
-                Some((_, deployment)) if hello.ring == ring && until > now => {
+                Some(deployment) if hello.ring == ring && until > now => {
                     deployment.stream_came(hello, peer, stream);
                 }
                 _ => self.strays.push_back((until, hello, peer, stream)),
@@ -162,19 +158,18 @@ impl<S> Deployments<S> {
         }
     }
 
-    /// The next step of a deployment, and the ring as the head last named it. `gauges` are those of a stage's
-    /// part here, `card` the driver's description of the model.
+    /// The next step of a deployment, see [`Deployment::poll`], and the ring as the head last named it.
     pub fn poll(
         &mut self,
         number: u64,
         now: Instant,
-        gauges: impl Fn(u32) -> PartGauges,
+        measured: impl Fn(u32) -> PartState,
         card: impl FnOnce() -> Option<ModelCard>,
     ) -> (RingStep<S>, Ring) {
         let Some(deployment) = self.all.get_mut(&number) else {
             return (RingStep::End, Ring::default());
         };
-        let step = deployment.poll(now, gauges, card);
+        let step = deployment.poll(now, measured, card);
         let ring = deployment.ring().clone();
         if matches!(step, RingStep::End) {
             self.all.remove(&number);
@@ -208,8 +203,7 @@ impl<S> Deployments<S> {
     /// more, or these rings have had no requests for a while; for an idle ring a leave is no worse than a
     /// handover.
     pub fn may_leave(&self, begun: Instant, now: Instant) -> bool {
-        let active = self.active.map_or(begun, |at| at.max(begun));
-        self.shared() == 0 || now >= active + IDLE
+        self.shared() == 0 || (self.is_idle(now) && now >= begun + IDLE)
     }
 }
 

@@ -7,40 +7,31 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use mesh_base::units::about_bytes;
-use mesh_proto::{BadSource, ModelSources, NodeAddr};
+use mesh_proto::{BadSource, NodeAddr};
 use mesh_share::{Action, BadPiece, DropReason, Kind, PieceSet, Settings, Swarm, Verified, Wanted};
 
+use crate::knowledge::Knowledge;
 use crate::piece_map::PieceMap;
 use crate::replica::Replica;
-use crate::report::Report;
-use crate::rules::Rules;
-use crate::search::is_given;
 
 /// What a download wants done next. [`DownloadStep::Prepare`], [`DownloadStep::Store`],
 /// [`DownloadStep::FetchFromHub`] and [`DownloadStep::Look`] are carried out before the next step is asked
 /// for, and their results reported.
 #[derive(Debug, Clone, PartialEq)]
+#[allow(missing_docs, reason = "the variants' comments name the fields")]
 pub enum DownloadStep {
     /// Open the files that these pieces belong to, and make room for them.
     Prepare(PieceSet),
     /// Open a stream to this source.
     Open(NodeAddr),
     /// Close the stream to it; `bad` if it sent something else than the manifest says.
-    Close {
-        /// Node id of the source.
-        source: String,
-        /// It is at fault.
-        bad: bool,
-    },
+    Close { source: String, bad: bool },
     /// Ask it for this piece.
     Ask(String, Wanted),
     /// It need not send this piece.
     Withdraw(String, u32),
     /// Make blobs of the files that are whole; with `all`, close the others, too.
-    Store {
-        /// Also those that are not whole.
-        all: bool,
-    },
+    Store { all: bool },
     /// Get the model that is sought by the first name from the hub, where it has the second one, for as long
     /// as [`crate::Catalogue::keeps_hub`].
     FetchFromHub(String, String),
@@ -56,6 +47,7 @@ pub enum DownloadStep {
 
 /// An event of a source of pieces.
 #[derive(Debug)]
+#[allow(missing_docs, reason = "the variants' comments name the fields")]
 pub enum SourceEvent {
     /// It holds these pieces.
     Has(PieceSet),
@@ -67,13 +59,8 @@ pub enum SourceEvent {
     Bad(BadPiece),
     /// It has not got this piece.
     Refuses(u32),
-    /// It sends no more.
-    Gone {
-        /// Cause, for people.
-        reason: String,
-        /// It has not got the model.
-        refused: bool,
-    },
+    /// It sends no more; `refused` if it has not got the model.
+    Gone { reason: String, refused: bool },
     /// This machine cannot write what it sent.
     DiskFailed(String),
 }
@@ -96,28 +83,6 @@ impl Want {
 
 /// Results of requests, by their ids, until they are taken.
 pub(crate) type Results = BTreeMap<u64, Result<(), String>>;
-
-/// What a download sees around it.
-pub(crate) struct View<'a> {
-    pub(crate) rules: &'a Rules,
-    pub(crate) told: &'a BTreeMap<String, ModelSources>,
-    /// Workers on the LAN.
-    pub(crate) lan: &'a [NodeAddr],
-    pub(crate) node_id: &'a str,
-    /// Other workers can be reached.
-    pub(crate) connected: bool,
-    /// `None` once its manifest was found to be false.
-    pub(crate) replica: Option<&'a mut Replica>,
-    pub(crate) report: &'a mut Report,
-    pub(crate) results: &'a mut Results,
-}
-
-impl View<'_> {
-    fn missing(&self, pieces: &PieceSet) -> PieceSet {
-        let replica = self.replica.as_ref();
-        replica.map_or_else(|| pieces.clone(), |replica| replica.missing(pieces))
-    }
-}
 
 /// The download of pieces of one model, for as long as a request waits for some.
 pub(crate) struct Download {
@@ -179,24 +144,39 @@ impl Download {
         }
     }
 
+    /// `None` once its manifest was found to be false.
+    fn replica<'a>(&self, known: &'a Knowledge) -> Option<&'a Replica> {
+        known.replicas.get(&self.map.fingerprint())
+    }
+
+    fn missing(&self, pieces: &PieceSet, known: &Knowledge) -> PieceSet {
+        let replica = self.replica(known);
+        replica.map_or_else(|| pieces.clone(), |replica| replica.missing(pieces))
+    }
+
     pub(crate) fn want(&mut self, want: Want) {
         self.new.push_back(want);
     }
 
     /// Nobody waits for this request's result any more. Its pieces are fetched nevertheless.
     pub(crate) fn forget(&mut self, id: u64) {
-        let waiting = self.new.iter_mut().chain(&mut self.waiting);
         let preparing = match &mut self.stage {
             Stage::Preparing(want) => Some(want),
             _ => None,
         };
+        let waiting = self.new.iter_mut().chain(&mut self.waiting);
         let mut all = waiting.chain(preparing);
         if let Some(want) = all.find(|want| want.id == Some(id)) {
             want.id = None;
         }
     }
 
-    pub(crate) fn poll(&mut self, now: Instant, view: &mut View<'_>) -> DownloadStep {
+    pub(crate) fn poll(
+        &mut self,
+        now: Instant,
+        known: &mut Knowledge,
+        results: &mut Results,
+    ) -> DownloadStep {
         loop {
             if let Some(step) = self.queue.pop_front() {
                 return step;
@@ -204,37 +184,37 @@ impl Download {
             match self.stage {
                 Stage::Nothing => {}
                 Stage::Closed if self.new.is_empty() => {
-                    self.end(now, view);
+                    self.end(now, known);
                     return DownloadStep::End;
                 }
                 Stage::Closed => self.stage = Stage::Nothing,
                 _ => return DownloadStep::Wait(now + LOOK),
             }
             if let Some(want) = self.new.pop_front() {
-                if view.replica.is_none() {
+                if self.replica(known).is_none() {
                     let gone = "its files are not what its manifest says".to_owned();
-                    want.ends(Err(gone), view.results);
+                    want.ends(Err(gone), results);
                     continue;
                 }
-                let missing = view.missing(&want.pieces);
+                let missing = self.missing(&want.pieces, known);
                 self.stage = Stage::Preparing(want);
                 return DownloadStep::Prepare(missing);
             }
             if now >= self.next_look && !self.waiting.is_empty() {
                 self.next_look = now + LOOK;
-                self.look(now, view);
-                if let Some(name) = self.hub_name(now, view) {
+                self.look(now, known);
+                if let Some(name) = self.hub_name(now, known) {
                     self.close_sources();
                     self.stage = Stage::Handing(name);
                     self.queue.push_back(DownloadStep::Store { all: true });
                 }
                 continue;
             }
-            self.act(now, view);
+            self.act(now, known);
             if !self.queue.is_empty() {
                 continue;
             }
-            let is_whole = |want: &Want| view.missing(&want.pieces).is_empty();
+            let is_whole = |want: &Want| self.missing(&want.pieces, known).is_empty();
             if self.waiting.iter().any(is_whole) {
                 self.stage = Stage::Settling;
                 return DownloadStep::Store { all: false };
@@ -250,15 +230,15 @@ impl Download {
 
     /// Opens streams to sources that the head or the LAN names, closes those to others, and notes the
     /// progress.
-    fn look(&mut self, now: Instant, view: &mut View<'_>) {
-        let seats = sources_of(&self.map, view);
+    fn look(&mut self, now: Instant, known: &mut Knowledge) {
+        let seats = self.sources_known(known);
         let named = |node: &String| seats.iter().any(|seat| seat.node_id == *node);
         let gone: Vec<String> = self.sources.keys().filter(|n| !named(n)).cloned().collect();
         for node in gone {
             self.close(node, false);
         }
         self.pauses.retain(|_, until| *until > now);
-        for seat in seats.into_iter().filter(|_| view.connected) {
+        for seat in seats.into_iter().filter(|_| known.own.is_some()) {
             let node = seat.node_id.clone();
             let usable = !self.sources.contains_key(&node)
                 && !self.pauses.contains_key(&node)
@@ -269,7 +249,7 @@ impl Download {
                 self.queue.push_back(DownloadStep::Open(seat));
             }
         }
-        self.report(view);
+        self.report(known);
         let elapsed = now.saturating_duration_since(self.logged.0);
         if elapsed >= LOG {
             let progress = self.swarm.progress();
@@ -286,29 +266,39 @@ impl Download {
         }
     }
 
+    /// Workers that may have pieces of the model, according to the head and on the LAN.
+    fn sources_known(&self, known: &Knowledge) -> Vec<NodeAddr> {
+        let fingerprint = self.map.fingerprint().to_string();
+        let of_model = known.told.values().filter(|m| m.fingerprint == fingerprint);
+        let all = of_model.flat_map(|model| &model.holders).chain(&known.lan);
+        let own = known.own.as_ref().map(|(node_id, _)| node_id);
+        let mut seats: Vec<NodeAddr> = Vec::new();
+        for seat in all.filter(|seat| Some(&seat.node_id) != own) {
+            if !seats.iter().any(|other| other.node_id == seat.node_id) {
+                seats.push(seat.clone());
+            }
+        }
+        seats
+    }
+
     /// The model's name on the hub, if this worker is to get from there what no worker has: all of the model,
     /// since others may lack other parts. They get its pieces from here as they come.
-    fn hub_name(&mut self, now: Instant, view: &mut View<'_>) -> Option<String> {
+    fn hub_name(&mut self, now: Instant, known: &mut Knowledge) -> Option<String> {
         if self.rest.is_some_and(|until| until <= now) {
             self.rest = None;
-            view.report.seeks(&self.name, |s| s.origin_error.clear());
+            known.report.seeks(&self.name, |s| s.origin_error.clear());
         }
-        let name = view.replica.as_ref()?.hub_name()?;
-        (self.rest.is_none() && self.is_given(view)).then(|| name.to_owned())
+        let name = self.replica(known)?.hub_name()?;
+        (self.rest.is_none() && self.is_given(known)).then(|| name.to_owned())
     }
 
     /// True if this worker is the one that gets the model from the hub.
-    pub(crate) fn is_given(&self, view: &View<'_>) -> bool {
-        is_given(
-            &self.name,
-            view.rules,
-            view.told.get(&self.name),
-            view.report,
-        )
+    pub(crate) fn is_given(&self, known: &Knowledge) -> bool {
+        known.is_given(&self.name)
     }
 
     /// Queues the swarm's decisions.
-    fn act(&mut self, now: Instant, view: &mut View<'_>) {
+    fn act(&mut self, now: Instant, known: &mut Knowledge) {
         for action in self.swarm.poll(now) {
             match action {
                 Action::Ask { source, piece } => {
@@ -325,7 +315,7 @@ impl Download {
                     tracing::warn!(model = self.name, worker, %reason, "source of a model dropped");
                     let bad = matches!(reason, DropReason::BadPiece { .. });
                     if bad {
-                        view.report.accuse(BadSource {
+                        known.report.accuse(BadSource {
                             node_id: source.clone(),
                             fingerprint: self.map.fingerprint().to_string(),
                             reason: reason.to_string(),
@@ -348,12 +338,12 @@ impl Download {
         all.into_iter().for_each(|source| self.close(source, false));
     }
 
-    fn report(&self, view: &mut View<'_>) {
+    fn report(&self, known: &mut Knowledge) {
         let missing = PieceSet::of(self.map.count(), self.swarm.missing());
         let progress = self.swarm.progress();
-        let replica = view.replica.as_ref();
-        let origin = view.rules.hub && replica.is_some_and(|replica| replica.hub_name().is_some());
-        view.report.seeks(&self.name, |sought| {
+        let replica = self.replica(known);
+        let origin = known.rules.hub && replica.is_some_and(|replica| replica.hub_name().is_some());
+        known.report.seeks(&self.name, |sought| {
             sought.origin = origin;
             sought.fingerprint = self.map.fingerprint().to_string();
             sought.missing = Some(missing.to_proto());
@@ -390,24 +380,29 @@ impl Download {
     }
 
     /// Result of [`DownloadStep::Prepare`].
-    pub(crate) fn prepared(&mut self, result: Result<(), String>, view: &mut View<'_>) {
+    pub(crate) fn prepared(
+        &mut self,
+        result: Result<(), String>,
+        known: &mut Knowledge,
+        results: &mut Results,
+    ) {
         match std::mem::replace(&mut self.stage, Stage::Nothing) {
             Stage::Preparing(want) => match result {
                 Ok(()) => {
-                    self.want_missing(&view.missing(&want.pieces));
+                    self.want_missing(&self.missing(&want.pieces, known));
                     self.waiting.push(want);
-                    self.report(view);
+                    self.report(known);
                 }
-                Err(error) => want.ends(Err(error), view.results),
+                Err(error) => want.ends(Err(error), results),
             },
             Stage::Resuming(hub_error) => {
                 if let Err(error) = result {
-                    self.fail(&error, view.results);
+                    self.fail(&error, results);
                 }
-                self.want_missing(&self.lacking(view));
-                self.report(view);
+                self.want_missing(&self.lacking(known));
+                self.report(known);
                 if let Some(error) = hub_error {
-                    view.report.seeks(&self.name, |s| s.origin_error = error);
+                    known.report.seeks(&self.name, |s| s.origin_error = error);
                 }
             }
             other => self.stage = other,
@@ -415,10 +410,10 @@ impl Download {
     }
 
     /// Pieces that requests wait for.
-    fn lacking(&self, view: &View<'_>) -> PieceSet {
+    fn lacking(&self, known: &Knowledge) -> PieceSet {
         let mut lacking = PieceSet::none(self.map.count());
         for want in &self.waiting {
-            lacking.union(&view.missing(&want.pieces));
+            lacking.union(&self.missing(&want.pieces, known));
         }
         lacking
     }
@@ -428,16 +423,16 @@ impl Download {
     pub(crate) fn stored(
         &mut self,
         result: Result<(), (String, bool)>,
-        view: &mut View<'_>,
+        known: &Knowledge,
+        results: &mut Results,
     ) -> bool {
         match (std::mem::replace(&mut self.stage, Stage::Nothing), result) {
             (Stage::Settling, Ok(())) => {
                 let waiting = std::mem::take(&mut self.waiting);
-                let is_whole = |want: &Want| view.missing(&want.pieces).is_empty();
+                let is_whole = |want: &Want| self.missing(&want.pieces, known).is_empty();
                 let (done, waiting): (Vec<Want>, _) = waiting.into_iter().partition(is_whole);
                 self.waiting = waiting;
-                done.into_iter()
-                    .for_each(|want| want.ends(Ok(()), view.results));
+                done.into_iter().for_each(|want| want.ends(Ok(()), results));
             }
             (Stage::Settling, Err((error, is_false))) => {
                 self.close_sources();
@@ -447,7 +442,7 @@ impl Download {
                     true => DownloadStep::Discard,
                     false => DownloadStep::Look,
                 });
-                self.fail(&error, view.results);
+                self.fail(&error, results);
                 return is_false;
             }
             (Stage::Handing(name), _) => {
@@ -473,7 +468,7 @@ impl Download {
         &mut self,
         failure: Option<(String, Duration)>,
         now: Instant,
-        view: &mut View<'_>,
+        known: &Knowledge,
     ) {
         let error = failure.map(|(error, pause)| {
             tracing::error!(model = self.name, error, "the hub does not give the model");
@@ -483,7 +478,7 @@ impl Download {
         self.forget_pieces();
         self.stage = Stage::Resuming(error);
         self.queue
-            .push_back(DownloadStep::Prepare(self.lacking(view)));
+            .push_back(DownloadStep::Prepare(self.lacking(known)));
     }
 
     /// Takes in an event of a source.
@@ -518,7 +513,7 @@ impl Download {
         }
     }
 
-    fn end(&mut self, now: Instant, view: &mut View<'_>) {
+    fn end(&mut self, now: Instant, known: &mut Knowledge) {
         let progress = self.swarm.progress();
         tracing::info!(
             model = self.name,
@@ -527,22 +522,8 @@ impl Download {
             seconds = now.saturating_duration_since(self.started).as_secs_f64(),
             "pieces of the model came from other workers"
         );
-        view.report.ends(&self.name);
+        known.report.ends(&self.name);
     }
-}
-
-/// Workers that may have pieces of a model, according to the head and on the LAN.
-fn sources_of(map: &PieceMap, view: &View<'_>) -> Vec<NodeAddr> {
-    let fingerprint = map.fingerprint().to_string();
-    let of_model = view.told.values().filter(|m| m.fingerprint == fingerprint);
-    let all = of_model.flat_map(|model| &model.holders).chain(view.lan);
-    let mut seats: Vec<NodeAddr> = Vec::new();
-    for seat in all.filter(|seat| seat.node_id != view.node_id) {
-        if !seats.iter().any(|other| other.node_id == seat.node_id) {
-            seats.push(seat.clone());
-        }
-    }
-    seats
 }
 
 const LOOK: Duration = Duration::from_millis(100);

@@ -84,18 +84,12 @@ impl HeadLink {
         if tried.is_some_and(|tried| now.saturating_duration_since(tried) > STEADY) {
             self.backoff.reset();
         }
-        let pause = match refusal {
-            Some(_) => {
-                self.refusals += 1;
-                refusal_pause(self.refusals)
-            }
-            None => {
-                if tried.is_some() {
-                    self.refusals = 0;
-                }
-                Duration::ZERO
-            }
-        };
+        if refusal.is_some() {
+            self.refusals += 1;
+        } else if tried.is_some() {
+            self.refusals = 0;
+        }
+        let pause = refusal.map_or(Duration::ZERO, |_| refusal_pause(self.refusals));
         pause.max(self.backoff.failed(random))
     }
 

@@ -3,15 +3,7 @@
 //! [`Core`] knows everything that this worker holds, wants, offers, deploys and serves. Events and the current
 //! time go in, steps come out; `mesh-worker` carries them out. So every failure case is an ordinary unit test
 //! with simulated time. Its parts are fields, for the events of one of them; events that concern several are
-//! methods of the core.
-//!
-//! - [`catalogue`]: the replicas of models, the [`search`] for a model by its name, the [`download`] of its
-//!   pieces, and what the head hears of them. [`vouch`] judges whether a model is what its name says.
-//! - [`loads`]: when a model is loaded, tried again, and taken out of service; the watched folder; readiness.
-//! - [`offers`]: the models of which this worker can hold parts.
-//! - [`deployments`]: the rings that it has parts of, and the streams of their members. [`deployment`] is one
-//!   of them.
-//! - [`head`]: the lease that a link to the head is, the pauses between two of them, and what is reported.
+//! methods of the core. The page on the architecture says what each part decides.
 //!
 //! How to drive it: after an event, and at the time that the last [`SearchStep::Wait`],
 //! [`DownloadStep::Wait`], [`LoadStep::Wait`] or [`RingStep::Wait`] named, call the `poll` of what the event
@@ -25,6 +17,7 @@ pub mod deployment;
 pub mod deployments;
 pub mod download;
 pub mod head;
+mod knowledge;
 pub mod loads;
 pub mod names;
 pub mod offers;
@@ -42,7 +35,7 @@ use std::time::{Duration, Instant};
 use mesh_proto::{ModelCard, Ring, Sources};
 
 pub use self::catalogue::{Catalogue, Found};
-pub use self::deployment::{Deployment, LoadedPart, PartGauges, RingStep, StreamEnd};
+pub use self::deployment::{Deployment, LoadedPart, RingStep, StreamEnd};
 pub use self::deployments::{Deployments, Ordered};
 pub use self::download::{DownloadStep, SourceEvent};
 pub use self::head::{HeadLink, Lease, Refusal};

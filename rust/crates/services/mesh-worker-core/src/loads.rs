@@ -61,8 +61,6 @@ pub enum LoadStep {
     Load(LoadOrder),
     /// Take the model of this name out of service; requests that run on it finish.
     Unload(String),
-    /// Note what is wrong with a model, or with `None` that nothing is any more.
-    Fault(String, Option<String>),
     /// Let others have this file or folder.
     Share(String, PathBuf),
     /// Nothing before that time, or before something changes.
@@ -132,6 +130,8 @@ pub struct Loads {
     awaited: BTreeMap<(String, bool), Awaited>,
     retries: BTreeMap<u64, Retry>,
     next_retry: u64,
+    /// Models that are not served because something is wrong with them, each with the cause.
+    faults: BTreeMap<String, String>,
     /// Number of deaths of each model's engine.
     deaths: BTreeMap<String, u32>,
     folder: Folder,
@@ -167,29 +167,27 @@ struct Retry {
     /// retry ends with that load.
     load: Option<(PathBuf, u64)>,
     pause: Duration,
-    state: RetryState,
+    /// `None` while it is being loaded.
+    wait: Option<Wait>,
 }
 
+/// A wait until a file has changed and is no longer written to, or until that time.
 #[derive(Debug)]
-enum RetryState {
-    /// Until the file has changed and is no longer written to, or until that time.
-    Waiting {
-        until: Instant,
-        first: Option<Option<Stamp>>,
-        last: Option<Stamp>,
-        changed: bool,
-    },
-    Loading,
+struct Wait {
+    until: Instant,
+    first: Option<Option<Stamp>>,
+    last: Option<Stamp>,
+    changed: bool,
 }
 
-impl RetryState {
-    fn wait(until: Instant) -> Self {
-        RetryState::Waiting {
+impl Wait {
+    fn until(until: Instant) -> Option<Self> {
+        Some(Wait {
             until,
             first: None,
             last: None,
             changed: false,
-        }
+        })
     }
 }
 
@@ -205,7 +203,6 @@ struct Folder {
     complaint: String,
 }
 
-/// A model of the folder at the last look.
 #[derive(Debug)]
 struct Local {
     name: String,
@@ -266,11 +263,10 @@ impl Loads {
             return LoadStep::Load(order);
         }
         let awaited = self.awaited.values().filter_map(|awaited| awaited.due);
-        let retries = self.retries.values().filter_map(|retry| match retry.state {
-            // The end of the load before it is a change.
-            RetryState::Waiting { until, .. } if until > now => Some(until),
-            _ => None,
-        });
+        let retries = self.retries.values();
+        let retries = retries.filter_map(|retry| Some(retry.wait.as_ref()?.until));
+        // The end of the load before it is a change.
+        let retries = retries.filter(|until| *until > now);
         LoadStep::Wait(awaited.chain(retries).min().unwrap_or(now + TRY_LATER))
     }
 
@@ -292,37 +288,26 @@ impl Loads {
     fn due_retry(&mut self, now: Instant) -> Option<LoadOrder> {
         let folder = &self.folder;
         // One that is being loaded ends with the result of that.
-        self.retries.retain(|_, retry| {
-            matches!(retry.state, RetryState::Loading) || !folder.took_over(retry.load.as_ref())
-        });
+        self.retries
+            .retain(|_, retry| retry.wait.is_none() || !folder.took_over(retry.load.as_ref()));
         for (id, retry) in &mut self.retries {
-            let RetryState::Waiting {
-                until,
-                first,
-                last,
-                changed,
-            } = &retry.state
-            else {
+            let wait = retry.wait.as_ref();
+            let Some(wait) = wait.filter(|wait| wait.changed || wait.until <= now) else {
                 continue;
             };
-            if !*changed && *until > now {
-                continue;
+            let changed = wait.changed || wait.first.is_some_and(|first| first != wait.last);
+            if retry.load.is_some() && changed {
+                // It is the folder's to load.
+                retry.wait = Wait::until(now + retry.pause);
+            } else if retry.load.is_none() || !self.is_loading_local {
+                self.is_loading_local |= retry.load.is_some();
+                retry.wait = None;
+                return Some(LoadOrder {
+                    id: LoadId::Retry(*id),
+                    name: retry.name.clone(),
+                    location: retry.location.clone(),
+                });
             }
-            let changed = *changed || first.is_some_and(|first| first != *last);
-            if retry.load.is_some() && (changed || self.is_loading_local) {
-                // After a change it is the folder's to load.
-                if changed {
-                    retry.state = RetryState::wait(now + retry.pause);
-                }
-                continue;
-            }
-            self.is_loading_local |= retry.load.is_some();
-            retry.state = RetryState::Loading;
-            return Some(LoadOrder {
-                id: LoadId::Retry(*id),
-                name: retry.name.clone(),
-                location: retry.location.clone(),
-            });
         }
         None
     }
@@ -330,28 +315,22 @@ impl Loads {
     /// The models whose files are to be looked at, by number: each with its name and location.
     pub fn watched_files(&self) -> Vec<(u64, String, Location)> {
         let waiting = self.retries.iter().filter(|(_, retry)| {
-            matches!(retry.state, RetryState::Waiting { .. })
-                && !matches!(retry.location, Location::Store(_) | Location::StorePart(_))
+            let of_store = matches!(retry.location, Location::Store(_) | Location::StorePart(_));
+            retry.wait.is_some() && !of_store
         });
-        waiting
-            .map(|(id, retry)| (*id, retry.name.clone(), retry.location.clone()))
-            .collect()
+        let files = waiting.map(|(id, retry)| (*id, retry.name.clone(), retry.location.clone()));
+        files.collect()
     }
 
     /// Takes in what the disk shows now.
     pub fn seen(&mut self, sight: Sight, now: Instant) {
         for (id, now_there) in sight.files {
-            if let Some(retry) = self.retries.get_mut(&id)
-                && let RetryState::Waiting {
-                    first,
-                    last,
-                    changed,
-                    ..
-                } = &mut retry.state
-            {
-                let before = *first.get_or_insert(now_there);
-                *changed |= now_there != before && now_there == *last && now_there.is_some();
-                *last = now_there;
+            let retry = self.retries.get_mut(&id);
+            if let Some(wait) = retry.and_then(|retry| retry.wait.as_mut()) {
+                let before = *wait.first.get_or_insert(now_there);
+                let is_settled = now_there.is_some() && now_there == wait.last;
+                wait.changed |= is_settled && now_there != before;
+                wait.last = now_there;
             }
         }
         match sight.folder {
@@ -372,7 +351,7 @@ impl Loads {
                 self.local_seen(model, free, now);
             }
         }
-        let queue = &mut self.queue;
+        let (queue, faults) = (&mut self.queue, &mut self.faults);
         self.folder.known.retain(|path, local| {
             let stays = there.contains(path) || local.state == LocalState::Loading;
             if !stays {
@@ -381,14 +360,14 @@ impl Loads {
                     queue.push(LoadStep::Unload(local.name.clone()));
                 }
                 // Of one whose engine had died, or that was refused before a reload.
-                queue.push(LoadStep::Fault(local.name.clone(), None));
+                faults.remove(&local.name);
             }
             stays
         });
         self.folder.refused.retain(|path, (name, _)| {
             let stays = there.contains(path);
             if !stays {
-                queue.push(LoadStep::Fault(name.clone(), None));
+                faults.remove(name);
             }
             stays
         });
@@ -414,7 +393,7 @@ impl Loads {
                 (local.state, local.stamp) = (LocalState::Seen, stamp);
                 self.queue.push(LoadStep::Unload(local.name.clone()));
                 // An earlier problem was the old file's.
-                self.queue.push(LoadStep::Fault(local.name.clone(), None));
+                self.faults.remove(&local.name);
             }
             LocalState::Seen if !settled => local.stamp = stamp,
             LocalState::Seen => {
@@ -479,9 +458,8 @@ impl Loads {
         let name = key.0.as_str();
         let Err(LoadError { text, .. }) = result else {
             let seconds = now.saturating_duration_since(awaited.began).as_secs_f64();
-            let model = name;
             tracing::info!(
-                model,
+                model = name,
                 seconds,
                 "the model came from elsewhere and is loaded"
             );
@@ -492,13 +470,10 @@ impl Loads {
             tracing::error!(model = name, error = text, "model not loaded, trying again");
         }
         awaited.obstacle = Some(text);
-        awaited.due = Some(
-            now + if awaited.again {
-                Duration::ZERO
-            } else {
-                awaited.pause
-            },
-        );
+        awaited.due = Some(match awaited.again {
+            true => now,
+            false => now + awaited.pause,
+        });
         awaited.pause = (awaited.pause * 2).min(TRY_LATER);
     }
 
@@ -510,26 +485,26 @@ impl Loads {
         if self.folder.took_over(retry.load.as_ref()) {
             return;
         }
-        let name = retry.name.clone();
         let failed = match result {
             Ok(()) => {
-                tracing::info!(model = name, "the model is served now");
+                tracing::info!(model = retry.name, "the model is served now");
                 None
             }
             // Loaded for another reason.
             Err(error) if error.same_name && matches!(retry.location, Location::At(_)) => None,
             Err(error) => Some(error.text),
         };
-        self.queue.push(LoadStep::Fault(name, failed.clone()));
         let Some(text) = failed else {
+            self.faults.remove(&retry.name);
             return;
         };
+        self.faults.insert(retry.name.clone(), text.clone());
         if text != retry.reason {
             tracing::error!(model = retry.name, error = text, "model still not served");
             retry.reason = text;
         }
         retry.pause = (retry.pause * 2).min(READ_AGAIN);
-        retry.state = RetryState::wait(now + retry.pause);
+        retry.wait = Wait::until(now + retry.pause);
         self.retries.insert(id, retry);
     }
 
@@ -544,7 +519,7 @@ impl Loads {
                 tracing::info!(model = name, "a local model appeared and is served");
                 self.folder.loads += 1;
                 local.state = LocalState::Served(self.folder.loads);
-                self.queue.push(LoadStep::Fault(name.clone(), None));
+                self.faults.remove(&name);
                 self.queue.push(LoadStep::Share(name, path.to_owned()));
             }
             Err(LoadError { text, .. }) => {
@@ -554,7 +529,7 @@ impl Loads {
                     let refused = (name.clone(), local.stamp);
                     self.folder.refused.insert(path.to_owned(), refused);
                 }
-                self.queue.push(LoadStep::Fault(name, Some(text)));
+                self.faults.insert(name, text);
             }
         }
     }
@@ -585,13 +560,15 @@ impl Loads {
         pause: Duration,
         now: Instant,
     ) {
+        let (name, reason) = (failure.name, failure.reason);
+        self.faults.insert(name.clone(), reason.clone());
         let retry = Retry {
-            name: failure.name,
+            name,
             location: failure.location,
-            reason: failure.reason,
+            reason,
             load,
             pause,
-            state: RetryState::wait(now + pause),
+            wait: Wait::until(now + pause),
         };
         self.retries.insert(self.next_retry, retry);
         self.next_retry += 1;
@@ -624,15 +601,15 @@ impl Loads {
         !self.awaited.is_empty()
     }
 
-    /// How ready the worker is, with these faults of its models. `serves` is whether it serves or offers
-    /// anything, `lacking` what its downloads lack.
-    pub fn readiness(
-        &self,
-        faults: &BTreeMap<String, String>,
-        serves: bool,
-        lacking: String,
-    ) -> Readiness {
-        let faults = faults.iter();
+    /// The models that are not served because something is wrong with them, each with the cause.
+    pub fn faults(&self) -> &BTreeMap<String, String> {
+        &self.faults
+    }
+
+    /// How ready the worker is. `serves` is whether it serves or offers anything, `lacking` what its downloads
+    /// lack.
+    pub fn readiness(&self, serves: bool, lacking: String) -> Readiness {
+        let faults = self.faults.iter();
         let faults = faults.map(|(name, reason)| format!("{name} is not served: {reason}"));
         let mut faults: Vec<String> = faults.collect();
         let note = (!faults.is_empty()).then(|| faults.join("; "));

@@ -22,9 +22,8 @@ pub fn long_name(name: &str) -> &str {
 /// looks like a file's path does not: it is a mistake that should show at once.
 pub fn may_be_fetched(name: &str) -> bool {
     let is_path = name.starts_with(['/', '.', '~']);
-    let is_file = [".gguf", ".safetensors"]
-        .iter()
-        .any(|ending| name.to_ascii_lowercase().ends_with(ending));
+    let plain = name.to_ascii_lowercase();
+    let is_file = plain.ends_with(".gguf") || plain.ends_with(".safetensors");
     !is_path && (!is_file || name.contains(':'))
 }
 

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use mesh_share::{PieceSet, Wanted};
-use mesh_store::{Digest, Manifest, PieceId, SignedManifest};
+use mesh_store::{Digest, Manifest, ManifestFile, Piece, PieceId, SignedManifest};
 
 use crate::names::is_hub_name;
 
@@ -77,11 +77,17 @@ impl PieceMap {
         self.ids.get(piece as usize).copied()
     }
 
+    /// The piece with this number: where it is, its file, and what the manifest says of it.
+    pub fn piece(&self, piece: u32) -> Option<(PieceId, &ManifestFile, &Piece)> {
+        let id = self.id(piece)?;
+        let (file, described) = self.manifest().piece(id)?;
+        Some((id, file, described))
+    }
+
     /// Number of a piece; `u32::MAX` if its file does not exist.
     pub fn number(&self, id: PieceId) -> u32 {
-        self.first
-            .get(id.file as usize)
-            .map_or(u32::MAX, |first| first + id.piece)
+        let first = self.first.get(id.file as usize);
+        first.map_or(u32::MAX, |first| first + id.piece)
     }
 
     /// All pieces.
@@ -117,15 +123,13 @@ impl PieceMap {
 
     /// Bytes of these pieces.
     pub fn bytes_of(&self, pieces: &PieceSet) -> u64 {
-        let ids = pieces.iter().filter_map(|piece| self.id(piece));
-        let pieces = ids.filter_map(|id| self.manifest().piece(id));
-        pieces.map(|(_, piece)| u64::from(piece.bytes)).sum()
+        let pieces = pieces.iter().filter_map(|piece| self.piece(piece));
+        pieces.map(|(.., piece)| u64::from(piece.bytes)).sum()
     }
 
     /// A piece as the swarm wants it.
     pub fn wanted(&self, piece: u32) -> Option<Wanted> {
-        let id = self.id(piece)?;
-        let (file, described) = self.manifest().piece(id)?;
+        let (_, file, described) = self.piece(piece)?;
         Some(Wanted {
             piece,
             bytes: described.bytes,

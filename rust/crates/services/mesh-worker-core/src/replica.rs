@@ -14,7 +14,7 @@ use crate::piece_map::PieceMap;
 #[derive(Debug)]
 pub struct Replica {
     map: Arc<PieceMap>,
-    here: PieceSet,
+    pub(crate) here: PieceSet,
     /// Names besides the manifest's own, each vouched for.
     names: Vec<String>,
     /// Names that another worker once gave it, not vouched for.
@@ -48,7 +48,7 @@ impl Replica {
         self
     }
 
-    /// Its manifest and pieces.
+    /// Its manifest, and the numbers of its pieces.
     pub fn map(&self) -> &Arc<PieceMap> {
         &self.map
     }
@@ -63,21 +63,6 @@ impl Replica {
         &self.here
     }
 
-    /// Replaces the set of pieces that are here.
-    pub(crate) fn set_here(&mut self, here: PieceSet) {
-        self.here = here;
-    }
-
-    /// A piece has been verified and written.
-    pub(crate) fn piece_came(&mut self, piece: u32) {
-        self.here.insert(piece);
-    }
-
-    /// A piece is damaged on the disk.
-    pub(crate) fn piece_lost(&mut self, piece: u32) {
-        self.here.remove(piece);
-    }
-
     /// The subset of these pieces that is missing.
     pub fn missing(&self, pieces: &PieceSet) -> PieceSet {
         let mut missing = pieces.clone();
@@ -85,7 +70,6 @@ impl Replica {
         missing
     }
 
-    /// Adds a name that is vouched for.
     pub(crate) fn add_name(&mut self, name: &str) {
         if !self.names.iter().any(|known| known == name) {
             self.names.push(name.to_owned());
@@ -111,7 +95,6 @@ impl Replica {
         names.find(|name| is_hub_name(name))
     }
 
-    /// True if it goes by this name.
     pub(crate) fn is_called(&self, name: &str) -> bool {
         let own = self.own_name();
         own.is_some_and(|own| own.eq_ignore_ascii_case(name)) || self.is_named(name)
@@ -265,9 +248,9 @@ mod tests {
     fn pieces_come_and_go() {
         let map = map("m", 3);
         let mut model = Replica::new(map.clone(), PieceSet::none(3));
-        model.piece_came(1);
+        model.here.insert(1);
         assert_eq!(model.missing(&map.all()).iter().collect::<Vec<_>>(), [0, 2]);
-        model.piece_lost(1);
+        model.here.remove(1);
         assert_eq!(model.missing(&map.all()).len(), 3);
         assert_eq!(model.map().bytes_of(&map.all()), map.manifest().bytes());
         assert_eq!(map.id(3), None);

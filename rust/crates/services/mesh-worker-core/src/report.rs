@@ -26,7 +26,6 @@ impl Report {
         }
     }
 
-    /// A model is no longer sought.
     pub(crate) fn ends(&mut self, name: &str) {
         if self.sought.remove(name).is_some() {
             self.version += 1;
@@ -63,7 +62,6 @@ impl Report {
     }
 }
 
-/// Accusations that are reported.
 const MOST_BAD: usize = 64;
 
 #[cfg(test)]

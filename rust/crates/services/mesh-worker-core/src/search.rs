@@ -4,16 +4,15 @@
 //! for a replica that another worker once called so, then for the manifest that the head names, at each of
 //! its sources. A manifest whose name is refuted is not looked at again under that name.
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::time::{Duration, Instant};
 
 use mesh_proto::{ModelSources, NodeAddr};
 use mesh_store::Digest;
 
+use crate::knowledge::Knowledge;
 use crate::names::{is_hub_name, unknown};
-use crate::replica::Replica;
 use crate::report::Report;
-use crate::rules::Rules;
 use crate::vouch::Doubt;
 
 /// What a search wants done next.
@@ -29,22 +28,8 @@ pub enum SearchStep {
     Wait(Instant),
 }
 
-/// What a search sees around it.
-pub(crate) struct View<'a> {
-    pub(crate) rules: &'a Rules,
-    /// The head's answer about the name, and the number of its answers so far.
-    pub(crate) told: Option<&'a ModelSources>,
-    pub(crate) told_version: u64,
-    pub(crate) replicas: &'a BTreeMap<Digest, Replica>,
-    /// Models whose files contradict their manifests.
-    pub(crate) false_manifests: &'a BTreeSet<Digest>,
-    /// Other workers can be reached.
-    pub(crate) connected: bool,
-    pub(crate) report: &'a mut Report,
-}
-
 /// The search for one name.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(crate) struct Search {
     name: String,
     /// Names of models in the folders of this machine, for messages.
@@ -61,8 +46,9 @@ pub(crate) struct Search {
     nowhere: String,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Default)]
 enum Stage {
+    #[default]
     Begin,
     /// From the hub, on this worker's own account or because the head wants it to.
     Downloading {
@@ -77,38 +63,33 @@ enum Stage {
 }
 
 impl Search {
-    pub(crate) fn new(name: &str, nearby: Vec<String>, rules: &Rules, report: &mut Report) -> Self {
+    pub(crate) fn new(name: &str, nearby: Vec<String>, known: &mut Knowledge) -> Self {
         tracing::info!(model = name, "the model is not here, looking for it");
-        let signed_only = rules.policy.requires_signature();
-        report.seeks(name, |sought| {
+        let signed_only = known.rules.policy.requires_signature();
+        let hub = known.rules.hub;
+        known.report.seeks(name, |sought| {
             // Nothing that comes from the hub is signed.
-            sought.origin = rules.hub && is_hub_name(name) && !signed_only;
+            sought.origin = hub && is_hub_name(name) && !signed_only;
             sought.signed_only = signed_only;
         });
         Search {
             name: name.to_owned(),
             nearby,
-            others: BTreeMap::new(),
-            since: None,
-            rest: None,
-            stage: Stage::Begin,
-            seen: 0,
-            refused: String::new(),
-            nowhere: String::new(),
+            ..Search::default()
         }
     }
 
     /// The next step. All but [`SearchStep::Wait`] are carried out before the next call. If one does not end the
     /// search, that is reported: [`Search::download_ended`], or [`Search::doubted`] for a manifest that came.
-    pub(crate) fn poll(&mut self, now: Instant, view: &mut View<'_>) -> SearchStep {
+    pub(crate) fn poll(&mut self, now: Instant, known: &mut Knowledge) -> SearchStep {
         loop {
             match &mut self.stage {
                 Stage::Begin => {
-                    self.begin_round(now, view);
+                    self.begin_round(now, known);
                     // A head that does not know refusals would name the refused one again and again.
                     let own = self.since.is_some_and(|since| now >= since + ON_ITS_OWN)
-                        && view.report.may_download(&self.name);
-                    let given = is_given(&self.name, view.rules, view.told, view.report);
+                        && known.report.may_download(&self.name);
+                    let given = known.is_given(&self.name);
                     self.stage = Stage::Stored;
                     if self.rest.is_none() && (own || given) {
                         self.stage = Stage::Downloading { own };
@@ -116,12 +97,12 @@ impl Search {
                     }
                 }
                 Stage::Stored => {
-                    let said = view.replicas.values().find(|replica| {
+                    let said = known.replicas.values().find(|replica| {
                         let fingerprint = replica.fingerprint();
                         replica.listed
                             && replica.is_said_to_be(&self.name)
                             && !self.others.contains_key(&fingerprint)
-                            && !view.false_manifests.contains(&fingerprint)
+                            && !known.false_manifests.contains(&fingerprint)
                     });
                     self.stage = Stage::Begun;
                     if let Some(replica) = said {
@@ -129,15 +110,15 @@ impl Search {
                         return SearchStep::Vouch(replica.fingerprint());
                     }
                 }
-                Stage::Begun => self.look_at_sources(now, view),
+                Stage::Begun => self.look_at_sources(now, known),
                 Stage::Asking(fingerprint, seats) => {
                     let fingerprint = *fingerprint;
                     match seats.pop_front() {
                         Some(seat) => return SearchStep::FetchManifest(fingerprint, seat),
-                        None => self.end_round(now, view),
+                        None => self.end_round(now, known),
                     }
                 }
-                Stage::Waiting(until) if now >= *until || self.seen != view.told_version => {
+                Stage::Waiting(until) if now >= *until || self.seen != known.told_version => {
                     self.stage = Stage::Begin;
                 }
                 Stage::Waiting(until) => return SearchStep::Wait(*until),
@@ -149,44 +130,46 @@ impl Search {
         }
     }
 
-    fn begin_round(&mut self, now: Instant, view: &mut View<'_>) {
-        self.seen = view.told_version;
+    fn begin_round(&mut self, now: Instant, known: &mut Knowledge) {
+        self.seen = known.told_version;
         if self.rest.is_some_and(|until| until <= now) {
             self.rest = None;
-            view.report.seeks(&self.name, |s| s.origin_error.clear());
+            known.report.seeks(&self.name, |s| s.origin_error.clear());
         }
-        if let Some(pin) = view.told.and_then(operators_pin)
-            && !view.false_manifests.contains(&pin)
+        if let Some(pin) = known.told.get(&self.name).and_then(operators_pin)
+            && !known.false_manifests.contains(&pin)
             && self.others.remove(&pin).is_some()
         {
-            self.tell_others(view);
+            self.tell_others(known);
         }
     }
 
-    fn look_at_sources(&mut self, now: Instant, view: &mut View<'_>) {
-        let named = view.told.filter(|_| view.connected).and_then(|told| {
+    fn look_at_sources(&mut self, now: Instant, known: &mut Knowledge) {
+        let told = known.told.get(&self.name).filter(|_| known.own.is_some());
+        let named = told.and_then(|told| {
             let fingerprint: Digest = told.fingerprint.parse().ok()?;
             Some((fingerprint, told.holders.iter().cloned().collect()))
         });
         match named.filter(|(fingerprint, _)| !self.others.contains_key(fingerprint)) {
-            Some((fingerprint, _)) if view.false_manifests.contains(&fingerprint) => {
+            Some((fingerprint, _)) if known.false_manifests.contains(&fingerprint) => {
                 let reason = "its files are not what its manifest says".to_owned();
-                self.doubted(fingerprint, "", Doubt::Other(reason), now, view);
-                self.end_round(now, view);
+                self.doubted(fingerprint, "", Doubt::Other(reason), now, known);
+                self.end_round(now, known);
             }
             Some((fingerprint, seats)) => self.stage = Stage::Asking(fingerprint, seats),
-            None => self.end_round(now, view),
+            None => self.end_round(now, known),
         }
     }
 
-    fn end_round(&mut self, now: Instant, view: &mut View<'_>) {
-        if let Some(told) = view.told.filter(|told| told.fingerprint.is_empty())
-            && let Some(text) = self.why_nowhere(told, view)
+    fn end_round(&mut self, now: Instant, known: &mut Knowledge) {
+        let told = known.told.get(&self.name);
+        if let Some(told) = told.filter(|told| told.fingerprint.is_empty())
+            && let Some(text) = self.why_nowhere(told, known)
             && text != self.nowhere
         {
             tracing::warn!(model = self.name, reason = text, "the model is nowhere yet");
-            view.report
-                .seeks(&self.name, |s| s.origin_error.clone_from(&text));
+            let report = &mut known.report;
+            report.seeks(&self.name, |s| s.origin_error.clone_from(&text));
             self.nowhere = text;
         }
         // Others may come, and a link that could not be made may be made in a moment.
@@ -194,10 +177,10 @@ impl Search {
     }
 
     /// True if the download from the hub that is under way is still this worker's.
-    pub(crate) fn wants_download(&self, view: &View<'_>) -> bool {
+    pub(crate) fn wants_download(&self, known: &Knowledge) -> bool {
         match self.stage {
             Stage::Downloading { own: true } => true,
-            _ => is_given(&self.name, view.rules, view.told, view.report),
+            _ => known.is_given(&self.name),
         }
     }
 
@@ -231,7 +214,7 @@ impl Search {
         worker: &str,
         doubt: Doubt,
         now: Instant,
-        view: &mut View<'_>,
+        known: &mut Knowledge,
     ) {
         self.stage = match self.stage {
             Stage::Vouching => Stage::Begun,
@@ -249,31 +232,31 @@ impl Search {
                     self.others.insert(fingerprint, reason);
                 }
                 self.since.get_or_insert(now);
-                self.tell_others(view);
+                self.tell_others(known);
                 // The hub answers, so a worker has to download from it.
-                view.report.seeks(&self.name, |s| s.origin_error.clear());
+                known.report.seeks(&self.name, |s| s.origin_error.clear());
             }
             Doubt::Nobody(reason) => {
-                view.report.seeks(&self.name, |s| s.origin_error = reason);
+                known.report.seeks(&self.name, |s| s.origin_error = reason);
             }
         }
     }
 
     /// Reports to the head the manifests that are not taken under the name. This worker's findings about
     /// files count for itself only; the hub's word about the name counts for all.
-    fn tell_others(&self, view: &mut View<'_>) {
-        let is_false = |other: &&Digest| view.false_manifests.contains(other);
+    fn tell_others(&self, known: &mut Knowledge) {
+        let is_false = |other: &&Digest| known.false_manifests.contains(other);
         let (unusable, refused): (Vec<&Digest>, Vec<&Digest>) =
             self.others.keys().partition(is_false);
         let texts = |list: Vec<&Digest>| list.into_iter().map(Digest::to_string).collect();
-        view.report.seeks(&self.name, |sought| {
+        known.report.seeks(&self.name, |sought| {
             (sought.unusable, sought.refused) = (texts(unusable), texts(refused));
         });
     }
 
     /// Reason for which a model that no worker has does not come from the hub either; `None` if it may.
-    fn why_nowhere(&self, told: &ModelSources, view: &View<'_>) -> Option<String> {
-        let (name, rules) = (&self.name, view.rules);
+    fn why_nowhere(&self, told: &ModelSources, known: &Knowledge) -> Option<String> {
+        let (name, rules) = (&self.name, &known.rules);
         if rules.policy.requires_signature() {
             return Some(format!(
                 "no worker has a manifest of {name} that is signed, which `store.require_signature` asks for: sign it with `hydramesh \
@@ -290,7 +273,7 @@ impl Search {
             ));
         }
         if !is_hub_name(name) {
-            let here = view.replicas.values().filter(|replica| replica.listed);
+            let here = known.replicas.values().filter(|replica| replica.listed);
             let here = here.map(|replica| replica.map().manifest().name.as_str());
             let known = self.nearby.iter().map(String::as_str).chain(here);
             return Some(format!("no worker has it yet, {}", unknown(name, known)));
@@ -298,17 +281,6 @@ impl Search {
         (!rules.hub)
             .then(|| "no worker has it yet, and `store.hub` forbids to ask the hub".to_owned())
     }
-}
-
-/// True if this worker is the one that gets the model `name` from outside the mesh.
-pub(crate) fn is_given(
-    name: &str,
-    rules: &Rules,
-    told: Option<&ModelSources>,
-    report: &Report,
-) -> bool {
-    let given = rules.decides_alone() || told.is_some_and(|told| told.origin);
-    given && report.may_download(name)
 }
 
 /// Fingerprint to which an operator pinned the name, if one did.

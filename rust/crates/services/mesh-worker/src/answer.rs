@@ -70,7 +70,11 @@ async fn answer<W: Codec>(
             return;
         };
         match started {
-            Ok((events, reply)) => exchange.forward(events, &reply).await,
+            Ok((events, reply)) => {
+                if exchange.forward(events, &reply).await.is_some() {
+                    finish(exchange.send).await;
+                }
+            }
             Err(refusal) => {
                 tracing::debug!(%refusal, "refused");
                 let (code, text) = (refusal.code(), refusal.to_string());
@@ -98,8 +102,8 @@ pub(crate) async fn start<W: Codec>(
             name: name.to_owned(),
         })?;
     W::check(&model, &task)?;
-    let permit = host.preparations().enter(W::bytes(&task)).await?;
-    let written = W::write(&model, host.templates(), task).await?;
+    let permit = host.preparations.enter(W::bytes(&task)).await?;
+    let written = W::write(&model, &host.templates, task).await?;
     let _ = tokenising.set(Instant::now());
     let engine = model.engine.clone();
     // Other streams go on meanwhile.
@@ -140,15 +144,9 @@ impl Exchange {
         }
     }
 
-    /// Sends the events of an answer until its last one, and signs of life in the absence of events. Returns
-    /// early, which cancels the request, when the head is gone or breaks off.
-    async fn forward<W: Codec>(mut self, events: RequestStream<W>, reply: &W::Reply) {
-        if self.forward_all(events, reply).await.is_some() {
-            finish(self.send).await;
-        }
-    }
-
-    async fn forward_all<W: Codec>(
+    /// Sends the events of an answer until its last one, and signs of life in the absence of events. `None` when
+    /// the head is gone or breaks off, which cancels the request.
+    async fn forward<W: Codec>(
         &mut self,
         mut events: RequestStream<W>,
         reply: &W::Reply,
@@ -202,7 +200,6 @@ impl Exchange {
     }
 }
 
-/// The message for an event.
 fn message<W: Codec>(reply: &W::Reply, event: W::Event, sequence: u32) -> Message {
     match W::encode(reply, event) {
         Ok((kind, body)) => Message::new(kind, sequence, timestamp_us(), body),

@@ -7,8 +7,9 @@
 
 use std::time::{Duration, Instant};
 
-use dcf::{ErrorCode, MsgType};
+use dcf::{ErrorCode, Message, MsgType};
 use mesh_engine::{EngineHandle, Generation, RequestError, Workload};
+use mesh_net::quic::timestamp_us;
 use tokio::task::JoinError;
 
 use crate::config::SamplingDefaults;
@@ -35,7 +36,6 @@ pub(crate) trait Codec: Workload {
     /// Needed to encode the events of one request.
     type Reply: Send + 'static;
 
-    /// The fields that tasks of all kinds have.
     fn header(task: &Self::Task) -> TaskHeader<'_>;
 
     /// Refuses a task before anything is made of it.
@@ -72,7 +72,6 @@ pub(crate) trait Codec: Workload {
     }
 }
 
-/// The fields that tasks of all kinds have.
 pub(crate) struct TaskHeader<'a> {
     /// Request id, for logs.
     pub(crate) id: &'a str,
@@ -82,10 +81,8 @@ pub(crate) struct TaskHeader<'a> {
     pub(crate) progress_ms: u32,
 }
 
-/// A model with the engine that computes it.
 pub(crate) struct ModelEngine<W: Codec = Generation> {
     pub(crate) model: W::Model,
-    /// Takes requests.
     pub(crate) engine: EngineHandle<W>,
 }
 
@@ -129,6 +126,11 @@ impl PrepareError {
             PrepareError::Template(_) | PrepareError::Invalid(_) => ErrorCode::INVALID_PAYLOAD,
         }
     }
+}
+
+/// A message with this body that belongs to no request.
+pub(crate) fn message(kind: MsgType, body: &impl prost::Message) -> Message {
+    Message::new(kind, 0, timestamp_us(), body.encode_to_vec())
 }
 
 /// Code of a request's error on the wire.

@@ -11,6 +11,7 @@ use mesh_engine_ort::{Backend, WeightFormat};
 use mesh_model::Model;
 use mesh_service::config::units;
 use mesh_service::network::Network;
+use mesh_store::FingerprintCache;
 use serde::{Deserialize, Serialize};
 
 /// All settings of the worker.
@@ -379,11 +380,8 @@ impl Config {
                 });
             }
         }
-        if let Some(purpose) = self
-            .reserved_for
-            .iter()
-            .find(|purpose| !PURPOSES.contains(&purpose.as_str()))
-        {
+        let mut purposes = self.reserved_for.iter();
+        if let Some(purpose) = purposes.find(|purpose| !PURPOSES.contains(&purpose.as_str())) {
             return Err(Unsound::Purpose(purpose.clone()));
         }
         for (key, value) in [
@@ -415,6 +413,11 @@ impl Config {
         self.store.dir.clone().unwrap_or_else(own)
     }
 
+    /// The digests of model files that were computed before.
+    pub(crate) fn fingerprints(&self) -> FingerprintCache {
+        FingerprintCache::new(self.state_dir.join("fingerprints.json"))
+    }
+
     /// Returns true if plain DCF from this address is accepted without further proof.
     pub fn trusts(&self, source: IpAddr) -> bool {
         let source = source.to_canonical();
@@ -423,29 +426,23 @@ impl Config {
 
     /// Name a person knows this node by.
     pub fn node_name(&self) -> String {
-        let name = self
-            .node_name
-            .clone()
-            .filter(|name| !name.trim().is_empty());
-        name.map(|name| name.trim().to_owned())
-            .or_else(host_name)
-            .unwrap_or_else(|| "worker".to_owned())
+        let name = self.node_name.as_ref().map(|name| name.trim().to_owned());
+        let name = name.filter(|name| !name.is_empty()).or_else(host_name);
+        name.unwrap_or_else(|| "worker".to_owned())
     }
 }
 
-/// The host's name, where it can be read.
 pub(crate) fn host_name() -> Option<String> {
     // A service may not see the first.
     let files = ["/proc/sys/kernel/hostname", "/etc/hostname"];
-    let names = files
-        .into_iter()
-        .filter_map(|file| std::fs::read_to_string(file).ok());
+    let names = files.iter().flat_map(std::fs::read_to_string);
     let mut names = names.map(|name| name.trim().to_owned());
     names.find(|name| !name.is_empty())
 }
 
 /// Keys that are valid one by one and make no sense together.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[allow(missing_docs, reason = "the messages name the fields")]
 pub enum Unsound {
     /// No model is configured.
     #[error(
@@ -459,12 +456,7 @@ pub enum Unsound {
     NoHead,
     /// An address without a port.
     #[error("`{key}` is {value:?}, which is not host:port; write it as \"head.example:7780\"")]
-    HeadAddress {
-        /// Name of the key.
-        key: &'static str,
-        /// Value of the key.
-        value: String,
-    },
+    HeadAddress { key: &'static str, value: String },
     /// A reservation for nothing that there is.
     #[error(
         "`reserved_for` names {0:?}; a node can be kept for \"chat\", \"embeddings\" or \"images\""

@@ -1,13 +1,14 @@
 //! The core behind its one lock, and the signal that something changed.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use mesh_net::quic::MsgStream;
 use mesh_worker_core::{Catalogue, Core};
 use tokio::sync::watch;
 
-/// The core of this worker, for all its tasks.
+use crate::lock::lock;
+
 #[derive(Clone)]
 pub(crate) struct CoreHandle {
     core: Arc<Mutex<Core<MsgStream>>>,
@@ -25,7 +26,7 @@ impl CoreHandle {
     /// Reads, or takes in an event that only its own task waits for. The core neither blocks nor panics
     /// half-way through a change.
     pub(crate) fn with<T>(&self, look: impl FnOnce(&mut Core<MsgStream>) -> T) -> T {
-        look(&mut self.core.lock().unwrap_or_else(PoisonError::into_inner))
+        look(&mut lock(&self.core))
     }
 
     /// Takes in an event and wakes all that wait for changes.
@@ -45,7 +46,6 @@ impl CoreHandle {
 pub(crate) struct Changes(watch::Receiver<()>);
 
 impl Changes {
-    /// Resolves at the next change.
     pub(crate) async fn next(&mut self) {
         if self.0.changed().await.is_err() {
             // There is no core any more, and with it no change.

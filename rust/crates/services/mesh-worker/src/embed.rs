@@ -21,7 +21,6 @@ use crate::templates::Templates;
 /// What Embeddings need besides the vectors.
 pub(crate) struct Reply {
     dimensions: usize,
-    /// Tokens of each text.
     tokens: Vec<u32>,
     arrived: Instant,
 }
@@ -98,14 +97,11 @@ impl Codec for Embedding {
         Ok((request, reply))
     }
 
-    fn encode(
-        reply: &Reply,
-        event: Result<Embedded, RequestError>,
-    ) -> Result<(MsgType, Vec<u8>), RequestError> {
+    fn encode(reply: &Reply, event: Embedded) -> Result<(MsgType, Vec<u8>), RequestError> {
         let embedded = event?;
         let dimensions = reply.dimensions;
-        let mut vectors = BytesMut::with_capacity(embedded.vectors.len() * dimensions * 4);
-        for mut vector in embedded.vectors {
+        let mut vectors = BytesMut::with_capacity(embedded.len() * dimensions * 4);
+        for mut vector in embedded {
             shorten(&mut vector, dimensions);
             vector.iter().for_each(|&x| vectors.put_f32_le(x));
         }

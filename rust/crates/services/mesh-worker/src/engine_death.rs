@@ -2,22 +2,24 @@
 
 use std::ops::Range;
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, SystemTime};
 
-use dcf::{Message, MsgType};
+use dcf::MsgType;
 use mesh_engine::{Segment, SlotId, Stage, StageError, StageInfo, StageInput, StageOutput};
-use mesh_net::quic::{Link, LinkConfig, Listener, MsgStream, timestamp_us};
-use mesh_net::trust::{Authority, Validity};
-use mesh_proto::{Done, Generate, GenerateParams, Hello, Prompt, Served, Welcome};
+use mesh_net::quic::{Link, MsgStream};
+use mesh_proto::{Done, Generate, GenerateParams, ModelCard, Prompt, Served};
 use mesh_testkit::paths;
 use prost::Message as _;
 use tokio::time::timeout;
 
+use self::common::{ANY, Head, PATIENCE};
+use crate::codec::message;
 use crate::{Config, Worker};
 
-const PATIENCE: Duration = Duration::from_secs(90);
+#[path = "../tests/common/mod.rs"]
+#[allow(dead_code, reason = "other tests use more of it")]
+mod common;
+
 const DOOMED: &str = "doomed";
 const STEADY: &str = "steady";
 
@@ -69,43 +71,24 @@ impl Stage for Doomed {
     }
 }
 
-fn config(state_dir: &Path, models: Vec<String>, head: &Listener, token: String) -> Config {
-    let any = ([127, 0, 0, 1], 0).into();
-    Config {
+fn config(state_dir: &Path, models: Vec<String>, head: &Head) -> Config {
+    let mut config = Config {
         state_dir: state_dir.to_owned(),
         models,
         ort_library: Some(paths::ort_library().unwrap()),
         threads: 1,
         slots: 1,
         context: 256,
-        head: Some(head.local_addr().unwrap().to_string()),
-        join_token: Some(token),
-        http: crate::config::HttpConfig {
-            listen: any,
-            ..Default::default()
-        },
-        dcf: crate::config::DcfConfig { listen: any },
+        head: Some(head.address().to_string()),
+        join_token: Some(head.token()),
         ..Config::default()
-    }
+    };
+    (config.http.listen, config.dcf.listen) = (ANY, ANY);
+    config
 }
 
-/// The worker's link and control stream, and the names of its models.
-async fn accept(head: &Listener) -> (Link, MsgStream, Vec<String>) {
-    let link = timeout(PATIENCE, head.accept()).await.unwrap().unwrap();
-    let mut control = link.accept().await.unwrap();
-    let hello = control.recv().await.unwrap().unwrap();
-    let hello = Hello::decode(hello.payload).unwrap();
-    let welcome = Welcome {
-        mesh: "test".to_owned(),
-        heartbeat_seconds: 2.0,
-        heartbeat_port: 9,
-        session: 1,
-        version: "0".to_owned(),
-    };
-    let message = Message::new(MsgType::WELCOME, 0, timestamp_us(), welcome.encode_to_vec());
-    control.send(message).await.unwrap();
-    let names = hello.models.into_iter().map(|card| card.name).collect();
-    (link, control, names)
+fn names(models: Vec<ModelCard>) -> Vec<String> {
+    models.into_iter().map(|card| card.name).collect()
 }
 
 /// The names in the next word of what is served.
@@ -114,8 +97,7 @@ async fn served(control: &mut MsgStream) -> Vec<String> {
         let message = timeout(PATIENCE, control.recv()).await.unwrap();
         let message = message.unwrap().expect("the control stream goes on");
         if message.kind == MsgType::SERVED {
-            let served = Served::decode(message.payload).unwrap();
-            return served.models.into_iter().map(|card| card.name).collect();
+            return names(Served::decode(message.payload).unwrap().models);
         }
     }
 }
@@ -133,9 +115,10 @@ async fn ask(link: &Link, model: &str) -> Result<Done, String> {
         ..Generate::default()
     };
     let mut stream = link.open().await.unwrap();
-    let body = generate.encode_to_vec();
-    let message = Message::new(MsgType::GENERATE, 1, timestamp_us(), body);
-    stream.send(message).await.unwrap();
+    stream
+        .send(message(MsgType::GENERATE, &generate))
+        .await
+        .unwrap();
     loop {
         let message = timeout(PATIENCE, stream.recv()).await.unwrap();
         let Some(message) = message.map_err(|failure| failure.to_string())? else {
@@ -157,23 +140,13 @@ async fn the_death_of_an_engine_withdraws_its_own_model_until_it_is_loaded_again
         std::os::unix::fs::symlink(paths::smollm2().unwrap(), &path).unwrap();
         path.display().to_string()
     });
-    let authority = Arc::new(Authority::open(dir.path(), "test", Validity::default()).unwrap());
-    let now = SystemTime::now();
-    let identity = authority.head_identity(dir.path(), "head", now).unwrap();
-    let head = Listener::bind(
-        ([127, 0, 0, 1], 0).into(),
-        identity,
-        Some(authority.clone()),
-        LinkConfig::default(),
-    )
-    .unwrap();
-    let token = authority.create_token(PATIENCE, "test", now).unwrap();
+    let head = Head::start().await;
     let state = tempfile::tempdir().unwrap();
-    let config = config(state.path(), models.to_vec(), &head, token.to_string());
+    let config = config(state.path(), models.to_vec(), &head);
     let starting = timeout(PATIENCE, Worker::start(config));
-    let (worker, (link, mut control, names)) = tokio::join!(starting, accept(&head));
+    let (worker, (link, mut control, hello)) = tokio::join!(starting, head.accept());
     let worker = worker.unwrap().unwrap();
-    assert_eq!(names, [DOOMED, STEADY]);
+    assert_eq!(names(hello.models), [DOOMED, STEADY]);
     assert!(ask(&link, DOOMED).await.is_ok());
 
     NOW.store(true, Ordering::SeqCst);

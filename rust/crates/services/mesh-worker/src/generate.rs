@@ -26,7 +26,6 @@ pub(crate) enum WrittenPrompt {
     /// Text to tokenise as it is, with its control tokens.
     Text(String),
     Tokens(Vec<u32>),
-    /// A conversation, rendered by the model's template.
     Chat(Rendered),
 }
 
@@ -219,23 +218,19 @@ fn prompt_tokens(
 }
 
 fn sampling(params: GenerateParams, defaults: &SamplingDefaults) -> SamplingParams {
+    let repetition_penalty = params.repetition_penalty;
+    let logit_bias = params.logit_bias.iter();
     SamplingParams {
         temperature: params.temperature.unwrap_or(defaults.temperature),
         top_k: params.top_k.unwrap_or(defaults.top_k),
         top_p: params.top_p.unwrap_or(defaults.top_p),
         min_p: params.min_p.unwrap_or(defaults.min_p),
-        repetition_penalty: params
-            .repetition_penalty
-            .unwrap_or(defaults.repetition_penalty),
+        repetition_penalty: repetition_penalty.unwrap_or(defaults.repetition_penalty),
         presence_penalty: params.presence_penalty.unwrap_or(0.0),
         frequency_penalty: params.frequency_penalty.unwrap_or(0.0),
         // Heads always say a seed.
         seed: params.seed.unwrap_or_else(random::number),
-        logit_bias: params
-            .logit_bias
-            .iter()
-            .map(|bias| (bias.token, bias.bias))
-            .collect(),
+        logit_bias: logit_bias.map(|bias| (bias.token, bias.bias)).collect(),
         logprobs: params.logprobs,
         stop_token_ids: params.stop_token_ids,
         min_tokens: params.min_tokens,

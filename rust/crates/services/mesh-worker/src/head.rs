@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use dcf::{ErrorCode, Message, MsgType};
 use mesh_base::{clock, random};
 use mesh_net::quic::{
-    self, Closed, ConnectError, Connector, Link, LinkConfig, MsgStream, StreamFailure, timestamp_us,
+    self, Closed, ConnectError, Connector, Link, LinkConfig, MsgStream, StreamFailure,
 };
 use mesh_net::trust::{
     CERTIFICATE_DATES, DUPLICATE_IDENTITY, EXPELLED, Expulsion, NodeIdentity, Role,
@@ -16,18 +16,19 @@ use mesh_net::trust::{
 use mesh_proto::{Expelled, Hello, ModelCard, PROTOCOL_VERSION, Ring, Served, Sources, Welcome};
 use mesh_service::health::Health;
 use mesh_service::shutdown::Shutdown;
-use mesh_worker_core::Refusal;
-use prost::Message as _;
+use mesh_worker_core::{Lease, Refusal};
+use prost::{DecodeError, Message as _};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::answer;
+use crate::codec::message;
 use crate::config::{Config, host_name};
 use crate::core::CoreHandle;
 use crate::error::WorkerError;
 use crate::heartbeats::Heartbeats;
 use crate::host::Host;
-use crate::join::{Refused, identify, join_again};
+use crate::join::{Ended, identify, join_again};
 use crate::lan::{HeadPlace, Lan};
 use crate::loading::Loading;
 use crate::metrics::Counters;
@@ -42,7 +43,6 @@ pub(crate) struct HeadLink {
     pub(crate) loading: Arc<Loading>,
     pub(crate) counters: Arc<Counters>,
     pub(crate) shutdown: Shutdown,
-    /// Answers in progress.
     pub(crate) answers: TaskTracker,
     /// Names this process among those with the same identity.
     pub(crate) instance: u64,
@@ -69,7 +69,7 @@ impl HeadLink {
             }
             if let Some(identity) = &identity {
                 let _ = self.known.set(identity.clone());
-                if let Some(port) = self.host.rings().listen(identity)?
+                if let Some(port) = self.host.rings.listen(identity)?
                     && let Some(lan) = &self.lan
                 {
                     lan.announce(identity, port);
@@ -82,7 +82,7 @@ impl HeadLink {
                 refusal = ended.refusal;
                 self.counters.set_connected(false);
                 self.loading.linked(false);
-                self.host.rings().unlinked();
+                self.host.rings.unlinked();
                 if !self.stop.is_cancelled() {
                     let (head, reason) = (&self.head, ended.reason);
                     self.health
@@ -91,9 +91,8 @@ impl HeadLink {
                 }
             }
             let (now, random) = (Instant::now(), random::fraction());
-            let pause = self
-                .core()
-                .change(|core| core.head_lost(refusal, now, random));
+            let core = self.core();
+            let pause = core.change(|core| core.head_lost(refusal, now, random));
             if let Some(refusal) = refusal.filter(|_| !self.stop.is_cancelled()) {
                 self.explain(refusal, pause);
             }
@@ -106,10 +105,9 @@ impl HeadLink {
     }
 
     fn core(&self) -> &CoreHandle {
-        self.host.stored().core()
+        self.host.stored.core()
     }
 
-    /// Tells the operator how to end a refusal.
     fn explain(&self, refusal: Refusal, pause: Duration) {
         let state_dir = self.config.state_dir.display();
         match refusal {
@@ -146,9 +144,12 @@ impl HeadLink {
         self.loading.linked(true);
         let renewal = quic::keep_renewed(address, identity.clone());
         tokio::select! {
-            reason = self.attend(&link, identity, control, heartbeats, cards) => Ok(reason),
+            ended = self.attend(&link, identity, control, heartbeats, cards) => Ok(match ended {
+                Ok(()) => "it ended the control stream".to_owned(),
+                Err(failure) => failure.to_string(),
+            }),
             never = renewal => match never {},
-            never = self.host.rings().keep_paths_known(&link) => match never {},
+            never = self.host.rings.keep_paths_known(&link) => match never {},
             () = self.stop.cancelled() => {
                 let goodbye = connector.shutdown(ErrorCode::OK, "the worker was shut down");
                 let _ = tokio::time::timeout(GOODBYE, goodbye).await;
@@ -181,13 +182,10 @@ impl HeadLink {
             connected => connected,
         }
         .map_err(|error| {
-            let refusal = match error {
-                ConnectError::Refused { code: EXPELLED, .. } => Some(Refusal::Expelled),
-                _ => None,
-            };
+            let expelled = matches!(error, ConnectError::Refused { code: EXPELLED, .. });
             Ended {
                 reason: error.to_string(),
-                refusal,
+                refusal: expelled.then_some(Refusal::Expelled),
             }
         })
     }
@@ -210,14 +208,7 @@ impl HeadLink {
         };
         let exchange = async {
             let mut control = link.open().await?;
-            control
-                .send(Message::new(
-                    MsgType::HELLO,
-                    0,
-                    timestamp_us(),
-                    hello.encode_to_vec(),
-                ))
-                .await?;
+            control.send(message(MsgType::HELLO, &hello)).await?;
             let answer = control.recv().await?;
             Ok::<_, StreamFailure>((control, answer))
         };
@@ -240,7 +231,7 @@ impl HeadLink {
         }
     }
 
-    /// Serves the link until it is over; returns why it is.
+    /// Serves the link until the head ends the control stream.
     async fn attend(
         &self,
         link: &Link,
@@ -248,72 +239,71 @@ impl HeadLink {
         control: MsgStream,
         mut heartbeats: Heartbeats,
         cards: Vec<ModelCard>,
-    ) -> String {
+    ) -> Result<(), StreamFailure> {
         let defaults = Arc::new(self.config.sampling.clone());
         let (mut send, mut recv) = control.split();
         let (ring_outbox, mut ring_messages) = tokio::sync::mpsc::unbounded_channel();
-        let lease = self.host.rings().linked(ring_outbox, link.rtt(), cards);
+        let lease = self.host.rings.linked(ring_outbox, link.rtt(), cards);
         let mut look = tokio::time::interval(LOAD_INTERVAL);
         look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             let now_draining = self.shutdown.is_draining();
             tokio::select! {
-                accepted = link.accept() => match accepted {
-                    Ok(stream) => {
-                        self.counters.requests.inc();
-                        self.answers.spawn(answer::serve(stream, self.host.clone(), defaults.clone()));
-                    }
-                    Err(failure) => return failure.to_string(),
-                },
+                accepted = link.accept() => {
+                    let stream = accepted?;
+                    self.counters.requests.inc();
+                    self.answers.spawn(answer::serve(stream, self.host.clone(), defaults.clone()));
+                }
                 () = self.shutdown.draining(), if !now_draining => {}
                 _ = look.tick() => {}
-                Some(message) = ring_messages.recv() => {
-                    if let Err(failure) = send.send(message).await {
-                        return failure.to_string();
+                Some(message) = ring_messages.recv() => send.send(message).await?,
+                () = heartbeats.due() => heartbeats.send(self.host.load_report(now_draining)).await,
+                received = recv.recv() => {
+                    let Some(message) = received? else {
+                        return Ok(());
+                    };
+                    identity.clock().heard(message.timestamp_us);
+                    let kind = message.kind;
+                    if let Err(error) = self.take(message, identity, lease) {
+                        tracing::warn!(%kind, %error, "a message of the head that cannot be read");
                     }
                 }
-                () = heartbeats.due() => {
-                    heartbeats.send(self.host.load_report(now_draining)).await;
-                }
-                received = recv.recv() => match received.inspect(|message| {
-                    if let Some(message) = message {
-                        identity.clock().heard(message.timestamp_us);
-                    }
-                }) {
-                    Ok(Some(message)) if message.kind == MsgType::DRAIN || message.kind == MsgType::SHUTDOWN => {
-                        tracing::info!(kind = %message.kind, "the head asks this worker to stop");
-                        self.shutdown.begin();
-                    }
-                    Ok(Some(message)) if message.kind == MsgType::RING => match Ring::decode(message.payload) {
-                        Ok(ring) => self.host.rings().configure(lease, ring),
-                        Err(error) => tracing::warn!(%error, "a Ring that cannot be read"),
-                    },
-                    Ok(Some(message)) if message.kind == MsgType::SOURCES => match Sources::decode(message.payload) {
-                        Ok(sources) => self.core().change(|core| core.sources_told(lease, sources)),
-                        Err(error) => tracing::warn!(%error, "Sources that cannot be read"),
-                    },
-                    Ok(Some(message)) if message.kind == MsgType::EXPELLED => match Expelled::decode(message.payload) {
-                        Ok(list) => take_expelled(identity, list),
-                        Err(error) => tracing::warn!(%error, "a list of expelled nodes that cannot be read"),
-                    },
-                    Ok(Some(message)) if message.kind == MsgType::ERROR => {
-                        let text = message.error_body().map(|error| error.text.into_owned());
-                        tracing::error!(text, "the head reports a problem with this worker");
-                    }
-                    Ok(Some(message)) => tracing::debug!(kind = %message.kind, "message on the control stream"),
-                    Ok(None) => return "it ended the control stream".to_owned(),
-                    Err(failure) => return failure.to_string(),
-                },
             }
             for message in self.news() {
-                if let Err(failure) = send.send(message).await {
-                    return failure.to_string();
-                }
+                send.send(message).await?;
             }
         }
     }
 
-    /// What the head has yet to hear.
+    fn take(
+        &self,
+        message: Message,
+        identity: &NodeIdentity,
+        lease: Lease,
+    ) -> Result<(), DecodeError> {
+        match message.kind {
+            MsgType::DRAIN | MsgType::SHUTDOWN => {
+                tracing::info!(kind = %message.kind, "the head asks this worker to stop");
+                self.shutdown.begin();
+            }
+            MsgType::RING => {
+                let ring = Ring::decode(message.payload)?;
+                self.host.rings.configure(lease, ring);
+            }
+            MsgType::SOURCES => {
+                let sources = Sources::decode(message.payload)?;
+                self.core().change(|core| core.sources_told(lease, sources));
+            }
+            MsgType::EXPELLED => take_expelled(identity, Expelled::decode(message.payload)?),
+            MsgType::ERROR => {
+                let text = message.error_body().map(|error| error.text.into_owned());
+                tracing::error!(text, "the head reports a problem with this worker");
+            }
+            kind => tracing::debug!(%kind, "message on the control stream"),
+        }
+        Ok(())
+    }
+
     fn news(&self) -> Vec<Message> {
         let now = Instant::now();
         let load = self.host.load_report(self.shutdown.is_draining());
@@ -323,17 +313,15 @@ impl HeadLink {
             let (load, cards) = (head.tells_load(&load, now), head.tells_cards(&cards));
             (load, cards, head.models_due(now))
         });
-        let message = |kind, body: Vec<u8>| Message::new(kind, 0, timestamp_us(), body);
         let mut news = Vec::new();
         if tells_load {
-            news.push(message(MsgType::LOAD, load.encode_to_vec()));
+            news.push(message(MsgType::LOAD, &load));
         }
         if tells_cards {
-            let served = Served { models: cards };
-            news.push(message(MsgType::SERVED, served.encode_to_vec()));
+            news.push(message(MsgType::SERVED, &Served { models: cards }));
         }
         if let Some(known) = models_due
-            && let Some((models, version)) = self.host.stored().report(known)
+            && let Some((models, version)) = self.host.stored.report(known)
         {
             self.core().with(|core| core.head.models_told(version, now));
             news.push(models);
@@ -344,11 +332,8 @@ impl HeadLink {
 
 /// The head names the expelled nodes. Their links end at once; the list is written beside.
 fn take_expelled(identity: &NodeIdentity, list: Expelled) {
-    let usable = list
-        .nodes
-        .into_iter()
-        .filter(|node| node.node_id.len() <= 64);
-    let nodes = usable.map(|node| {
+    let nodes = list.nodes.into_iter();
+    let nodes = nodes.filter(|node| node.node_id.len() <= 64).map(|node| {
         let plain = node.name.chars().filter(|c| !c.is_control());
         let expulsion = Expulsion {
             name: plain.take(64).collect(),
@@ -375,41 +360,11 @@ fn take_expelled(identity: &NodeIdentity, list: Expelled) {
     });
 }
 
-/// The reason why there is no link, or no longer one.
-struct Ended {
-    reason: String,
-    refusal: Option<Refusal>,
-}
-
 fn refusal_of(code: ErrorCode) -> Option<Refusal> {
     match code {
         DUPLICATE_IDENTITY => Some(Refusal::Duplicate),
         EXPELLED => Some(Refusal::Expelled),
         _ => None,
-    }
-}
-
-impl From<Refused> for Ended {
-    fn from(refused: Refused) -> Self {
-        Ended {
-            reason: refused.reason,
-            refusal: refused.expelled.then_some(Refusal::Expelled),
-        }
-    }
-}
-
-impl From<String> for Ended {
-    fn from(reason: String) -> Self {
-        Ended {
-            reason,
-            refusal: None,
-        }
-    }
-}
-
-impl From<&str> for Ended {
-    fn from(reason: &str) -> Self {
-        reason.to_owned().into()
     }
 }
 
@@ -454,23 +409,18 @@ fn own_addresses() -> Vec<String> {
     };
     let address = |interface: nix::ifaddrs::InterfaceAddress| {
         let storage = interface.address?;
-        let v4 = storage
-            .as_sockaddr_in()
-            .map(|address| IpAddr::V4(address.ip()));
+        let v4 = storage.as_sockaddr_in();
+        let v4 = v4.map(|address| IpAddr::V4(address.ip()));
         v4.or_else(|| Some(IpAddr::V6(storage.as_sockaddr_in6()?.ip())))
     };
     let usable = |ip: &IpAddr| match ip {
         IpAddr::V4(ip) => !ip.is_loopback() && !ip.is_link_local(),
         IpAddr::V6(ip) => !ip.is_loopback() && !ip.is_unicast_link_local(),
     };
-    let usable = all.filter_map(address).filter(usable);
-    usable
-        .map(|ip| ip.to_string())
-        .take(MOST_ADDRESSES)
-        .collect()
+    let usable = all.filter_map(address).filter(usable).take(MOST_ADDRESSES);
+    usable.map(|ip| ip.to_string()).collect()
 }
 
-/// Clocks that are further apart are reported.
 const CLOCK_TOLERANCE: Duration = Duration::from_secs(60);
 
 const MOST_ADDRESSES: usize = 8;

@@ -23,9 +23,8 @@ pub(crate) struct Heartbeats {
 impl Heartbeats {
     pub(crate) fn new(link: &Link, welcome: &Welcome) -> Result<Self, String> {
         let context = welcome.session.to_be_bytes();
-        let key = link
-            .export_key("hydramesh heartbeat", &context)
-            .map_err(|error| error.to_string())?;
+        let key = link.export_key("hydramesh heartbeat", &context);
+        let key = key.map_err(|error| error.to_string())?;
         let port = u16::try_from(welcome.heartbeat_port)
             .map_err(|_| format!("its heartbeat port {} is none", welcome.heartbeat_port))?;
         let target = SocketAddr::new(link.remote_addr().ip(), port);
@@ -55,23 +54,15 @@ impl Heartbeats {
     pub(crate) async fn send(&mut self, load: Load) {
         let sequence = self.sequence;
         self.sequence = sequence.wrapping_add(1);
-        let sealed = self.sealer.seal(
-            MsgType::SEALED_HEARTBEAT,
-            sequence,
-            timestamp_us(),
-            &load.encode_to_vec(),
-        );
-        let sent = match sealed {
-            Ok(message) => self
-                .socket
-                .send_to(&message.encode_datagram(), self.target)
-                .await
-                .map_err(|error| error.to_string()),
-            Err(error) => Err(error.to_string()),
+        let (kind, load) = (MsgType::SEALED_HEARTBEAT, load.encode_to_vec());
+        let sealed = self.sealer.seal(kind, sequence, timestamp_us(), &load);
+        let sent = async {
+            let datagram = sealed?.encode_datagram();
+            anyhow::Ok(self.socket.send_to(&datagram, self.target).await?)
         };
-        if let Err(error) = sent {
+        if let Err(error) = sent.await {
             // It may be lost on the way as well; the next one follows.
-            tracing::debug!(error, "heartbeat not sent");
+            tracing::debug!(%error, "heartbeat not sent");
         }
     }
 }

@@ -1,38 +1,34 @@
 //! The models of this worker, each with its engine.
 
-use std::collections::{BTreeMap, HashSet};
-use std::panic::AssertUnwindSafe;
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, Mutex};
 
 use futures::future::join_all;
 use mesh_engine::Load as EngineLoad;
 use mesh_model::encoder;
 use mesh_proto::{Load, ModelCard, ModelSpeed};
-use mesh_store::local;
+use mesh_worker_core::{Failure, Location};
 
 use crate::codec::{Codec, ModelEngine};
 use crate::config::Config;
-use crate::error::WorkerError;
+use crate::error::{WorkerError, unpanicked};
 use crate::generate::load::learn_turn_end;
-use crate::models::{Models, may_be_fetched};
+use crate::lock::lock;
+use crate::models::{Models, may_be_fetched, path_of};
 use crate::preparations::Preparations;
 use crate::rings::Rings;
-use crate::served::{Failure, ServedModel, Source};
+use crate::served::ServedModel;
 use crate::templates::Templates;
 use crate::{embed, generate};
 
 /// All models of this worker.
 pub(crate) struct Host {
-    served: RwLock<Vec<Arc<ServedModel>>>,
-    models: Arc<Models>,
-    rings: Arc<Rings>,
-    templates: Templates,
-    preparations: Preparations,
-    /// Models that are not served because of a fault, each with the fault.
-    failed: Mutex<BTreeMap<String, String>>,
-    /// Models offered in parts whose templates were looked at.
-    looked_at: Mutex<HashSet<String>>,
+    served: Mutex<Vec<Arc<ServedModel>>>,
+    pub(crate) stored: Arc<Models>,
+    pub(crate) rings: Arc<Rings>,
+    pub(crate) templates: Templates,
+    pub(crate) preparations: Preparations,
 }
 
 impl Host {
@@ -51,72 +47,40 @@ impl Host {
         let mut failures = Vec::new();
         let mut loaded = Vec::new();
         for (name, path) in found {
-            let fail = |error: WorkerError| Failure {
-                name: name.clone(),
-                source: Source::Named,
-                reason: error.to_string(),
-            };
-            match path
-                .and_then(|path| ServedModel::load(&path, None, None, config, Some(&templates)))
-            {
+            let load = |path: PathBuf| ServedModel::load(&path, None, None, config, &templates);
+            match path.and_then(load) {
                 Ok(model) => loaded.push(model),
-                Err(error) => failures.push(fail(error)),
+                Err(error) => failures.push(Failure {
+                    name,
+                    location: Location::Named,
+                    reason: error.to_string(),
+                }),
             }
         }
         // Measured while nothing computes.
         let (rings, unusable) = Rings::open(config, models.clone());
         failures.extend(unusable);
         let host = Host {
-            served: RwLock::default(),
-            models,
+            served: Mutex::default(),
+            stored: models,
             rings,
             templates,
             preparations: Preparations::default(),
-            failed: Mutex::default(),
-            looked_at: Mutex::default(),
         };
         for model in loaded {
             host.add(&mut Some(model))?;
         }
-        host.look_at_ring_models();
+        for (name, model) in host.rings.models_held() {
+            learn_turn_end(&model, &name, &host.templates);
+        }
         for failure in &failures {
             tracing::error!(
                 model = failure.name,
                 error = failure.reason,
                 "model not served; other models are, and this one is tried again when its file changes, and later"
             );
-            host.set_failed(&failure.name, Some(failure.reason.clone()));
         }
         Ok((host, failures))
-    }
-
-    /// Looks at the templates of models that are offered in parts. Blocks.
-    pub(crate) fn look_at_ring_models(&self) {
-        for (name, model) in self.rings.models_held() {
-            let mut looked_at = self
-                .looked_at
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner);
-            if looked_at.insert(name.clone()) {
-                drop(looked_at);
-                learn_turn_end(&model, &name, &self.templates);
-            }
-        }
-    }
-
-    /// Problems of the models that are not served.
-    pub(crate) fn failed(&self) -> BTreeMap<String, String> {
-        let failed = self.failed.lock().unwrap_or_else(PoisonError::into_inner);
-        failed.clone()
-    }
-
-    /// Notes a model's fault, or with `None` that it has none any more.
-    pub(crate) fn set_failed(&self, name: &str, reason: Option<String>) {
-        let mut failed = self.failed.lock().unwrap_or_else(PoisonError::into_inner);
-        match reason {
-            Some(reason) => failed.insert(name.to_owned(), reason),
-            None => failed.remove(name),
-        };
     }
 
     /// True if anything is served or offered here.
@@ -127,7 +91,7 @@ impl Host {
     /// Serves one more model, if there is one. With an error it stays the caller's: its engine ends when it
     /// is dropped, which takes a while.
     pub(crate) fn add(&self, model: &mut Option<ServedModel>) -> Result<(), WorkerError> {
-        let mut served = self.served.write().unwrap_or_else(PoisonError::into_inner);
+        let mut served = lock(&self.served);
         if let Some(ServedModel { card, .. }) = model
             && served.iter().any(|other| other.card.name == card.name)
         {
@@ -140,38 +104,16 @@ impl Host {
 
     /// Stops serving the model called `name`. Its running requests may finish as long as the result is held.
     pub(crate) fn remove(&self, name: &str) -> Option<Arc<ServedModel>> {
-        let mut served = self.served.write().unwrap_or_else(PoisonError::into_inner);
+        let mut served = lock(&self.served);
         let index = served.iter().position(|other| other.card.name == name)?;
         Some(served.remove(index))
     }
 
-    /// The store of models, and the fetches from elsewhere.
-    pub(crate) fn stored(&self) -> &Arc<Models> {
-        &self.models
-    }
-
-    /// Renderer of conversations to prompts.
-    pub(crate) fn templates(&self) -> &Templates {
-        &self.templates
-    }
-
-    /// Bounds on the requests that are prepared at once.
-    pub(crate) fn preparations(&self) -> &Preparations {
-        &self.preparations
-    }
-
-    /// Its parts in rings.
-    pub(crate) fn rings(&self) -> &Arc<Rings> {
-        &self.rings
-    }
-
     /// The models that are served whole.
     pub(crate) fn models(&self) -> Vec<Arc<ServedModel>> {
-        let served = self.served.read().unwrap_or_else(PoisonError::into_inner);
-        served.clone()
+        lock(&self.served).clone()
     }
 
-    /// Descriptions of all models for the head.
     pub(crate) fn cards(&self) -> Vec<ModelCard> {
         let models = self.models();
         models.iter().map(|served| served.card.clone()).collect()
@@ -189,16 +131,14 @@ impl Host {
     /// Loads of all engines, those of rings driven from here included, each with its model's name.
     pub(crate) fn loads(&self) -> Vec<(String, EngineLoad)> {
         let (models, rings) = (self.models(), self.rings.engines());
-        let whole = models
-            .iter()
-            .map(|served| (served.card.name.clone(), served.engine.load()));
+        let whole = models.iter();
+        let whole = whole.map(|served| (served.card.name.clone(), served.engine.load()));
         let driven = rings
             .into_iter()
             .map(|(name, engine)| (name, engine.load()));
         whole.chain(driven).collect()
     }
 
-    /// Load and speeds over all models.
     pub(crate) fn load_report(&self, draining: bool) -> Load {
         let mut report = Load {
             draining,
@@ -222,7 +162,6 @@ impl Host {
         report
     }
 
-    /// Takes no new requests; resolves when the running ones have ended.
     pub(crate) async fn drain(&self) {
         let (models, rings) = (self.models(), self.rings.engines());
         let whole = join_all(models.iter().map(|served| served.engine.drain()));
@@ -246,10 +185,9 @@ impl Host {
                 reason: death.to_string(),
             };
             self.remove(&name);
-            self.set_failed(&name, Some(error.to_string()));
             dead.push(Failure {
                 name,
-                source: served.source.clone(),
+                location: served.location.clone(),
                 reason: error.to_string(),
             });
         }
@@ -266,19 +204,13 @@ impl ServedModel {
         name: Option<&str>,
         known: Option<&str>,
         config: &Config,
-        templates: Option<&Templates>,
+        templates: &Templates,
     ) -> Result<Self, WorkerError> {
         let load = || match path.is_dir() && encoder::is_encoder(path) {
             true => embed::load::load(path, name, config),
             false => generate::load::load(path, name, known, config, templates),
         };
-        let panicked = |_| {
-            Err(WorkerError::Internal(format!(
-                "loading {} panicked; the lines before say where",
-                path.display()
-            )))
-        };
-        std::panic::catch_unwind(AssertUnwindSafe(load)).unwrap_or_else(panicked)
+        unpanicked("loading", path, load)
     }
 }
 
@@ -290,12 +222,7 @@ pub(crate) fn find(config: &Config) -> Result<Vec<Resolved>, WorkerError> {
     let mut found = Vec::new();
     let mut names = HashSet::new();
     for name in &config.models {
-        let folders = config.folders();
-        let path = match encoder::find(name, &folders) {
-            Some(folder) => Ok(folder),
-            None => local::resolve(name, &folders),
-        };
-        match path {
+        match path_of(name, config) {
             Ok(path) => {
                 let called = mesh_model::model::model_name(&path);
                 if !names.insert(called.clone()) {

@@ -5,6 +5,7 @@ use std::path::Path;
 
 use mesh_net::quic::{self, JoinError};
 use mesh_net::trust::{NodeIdentity, TrustError};
+use mesh_worker_core::Refusal;
 
 use crate::config::Config;
 use crate::error::WorkerError;
@@ -24,16 +25,12 @@ pub(crate) async fn identify(
     let token = read_token(config)?;
     let loaded = NodeIdentity::load(&config.state_dir);
     match (loaded, &token) {
-        (Ok(identity), token)
-            if token
-                .as_ref()
-                .is_none_or(|token| identity.root_sha256() == *token.root_sha256()) =>
-        {
+        (Ok(identity), None) => return Ok(Some(identity)),
+        (Ok(identity), Some(token)) if identity.root_sha256() == *token.root_sha256() => {
             return Ok(Some(identity));
         }
-        (Ok(_), _) => {}
+        (Ok(_) | Err(TrustError::NoIdentity { .. }), Some(_)) => {}
         (Err(error), None) => return Err(unusable(error)),
-        (Err(TrustError::NoIdentity { .. }), _) => {}
         (Err(error), Some(_)) => {
             tracing::warn!(%error, "this worker's identity cannot be used; it tries to join again with its token");
         }
@@ -67,17 +64,22 @@ pub(crate) async fn identify(
     }
 }
 
-/// Reason why a new token does not help.
-pub(crate) struct Refused {
+/// The reason why there is no link to the head, or no longer one.
+pub(crate) struct Ended {
     pub(crate) reason: String,
-    /// This worker is no longer part of the mesh.
-    pub(crate) expelled: bool,
+    pub(crate) refusal: Option<Refusal>,
 }
 
-impl From<String> for Refused {
+impl From<String> for Ended {
     fn from(reason: String) -> Self {
-        let expelled = false;
-        Refused { reason, expelled }
+        let refusal = None;
+        Ended { reason, refusal }
+    }
+}
+
+impl From<&str> for Ended {
+    fn from(reason: &str) -> Self {
+        reason.to_owned().into()
     }
 }
 
@@ -89,12 +91,12 @@ pub(crate) async fn join_again(
     identity: &NodeIdentity,
     refused: &str,
     not_renewed: JoinError,
-) -> Result<(), Refused> {
+) -> Result<(), Ended> {
     let text = format!("{refused}; certificate not renewed: {not_renewed}");
     if not_renewed.is_expulsion() {
-        return Err(Refused {
+        return Err(Ended {
             reason: not_renewed.to_string(),
-            expelled: true,
+            refusal: Some(Refusal::Expelled),
         });
     }
     // If this machine or the path to the head fails, a token would be used up for nothing.
@@ -115,8 +117,7 @@ pub(crate) async fn join_again(
     look_at_token_file(config);
     let (state_dir, name) = (&config.state_dir, config.node_name());
     let joined = quic::join_again(addresses, &token, state_dir, &name).await;
-    let joined = joined.and_then(|_| Ok(identity.reload()?));
-    match joined {
+    match joined.and_then(|_| Ok(identity.reload()?)) {
         Ok(_) => {
             tracing::info!(
                 node = identity.node_id(),
@@ -124,8 +125,8 @@ pub(crate) async fn join_again(
             );
             Ok(())
         }
-        Err(error) => Err(Refused {
-            expelled: error.is_expulsion(),
+        Err(error) => Err(Ended {
+            refusal: error.is_expulsion().then_some(Refusal::Expelled),
             reason: format!("{text}; its join token does not help: {error}{advice}"),
         }),
     }

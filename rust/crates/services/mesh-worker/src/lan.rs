@@ -14,12 +14,10 @@ use crate::config::Config;
 use crate::error::WorkerError;
 use crate::token::{read_token, unusable};
 
-/// Location of the head.
 #[derive(Clone)]
 pub(crate) enum HeadPlace {
     /// At this address, `host:port`; which of its addresses worked last.
     At(String, Preferred),
-    /// Somewhere on the LAN.
     Lan(Lan),
 }
 
@@ -70,17 +68,14 @@ impl Lan {
         }
     }
 
-    /// Nodes of the mesh that are found on the LAN.
     pub(crate) fn found(&self) -> watch::Receiver<Vec<Found>> {
         self.discovery.found()
     }
 }
 
 impl HeadPlace {
-    /// All its addresses, in the order to try them. Waits a moment for a head to be found.
-    ///
-    /// # Errors
-    /// The reason why it has no address.
+    /// All its addresses, in the order to try them, or the reason why it has none. Waits a moment for a head to
+    /// be found.
     pub(crate) async fn resolve(&self) -> Result<Vec<SocketAddr>, String> {
         match self {
             HeadPlace::At(head, preferred) => {

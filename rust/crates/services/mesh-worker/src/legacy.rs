@@ -2,8 +2,8 @@
 //! it came in.
 
 use std::collections::HashSet;
-use std::net::{IpAddr, SocketAddr};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError, RwLock};
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -22,19 +22,18 @@ use crate::answer;
 use crate::codec;
 use crate::config::{Config, HeadVersion, SamplingDefaults};
 use crate::host::Host;
+use crate::lock::lock;
 use crate::metrics::Counters;
 
-/// The plain DCF socket of a worker.
 pub(crate) struct PlainDcf {
     pub(crate) socket: Arc<UdpSocket>,
     /// As configured at the start.
     pub(crate) config: Arc<Config>,
     /// The current configuration, for the trusted networks.
-    pub(crate) live: Arc<RwLock<Config>>,
+    pub(crate) live: Arc<Mutex<Config>>,
     pub(crate) host: Arc<Host>,
     pub(crate) counters: Arc<Counters>,
     pub(crate) shutdown: Shutdown,
-    /// Answers in progress.
     pub(crate) answers: TaskTracker,
 }
 
@@ -97,9 +96,8 @@ impl PlainDcf {
     ) {
         if self.answers.len() >= MOST_TASKS {
             let text = "too many tasks at once; try again later";
-            return self
-                .send(&error(&task, ErrorCode::WORKER_BUSY, text), peer)
-                .await;
+            let busy = error(&task, ErrorCode::WORKER_BUSY, text);
+            return self.send(&busy, peer).await;
         }
         let Some(claim) = Claim::new(running, (source, peer.version, task.sequence)) else {
             return;
@@ -108,11 +106,9 @@ impl PlainDcf {
         let (socket, host, defaults) = (self.socket.clone(), self.host.clone(), defaults.clone());
         self.answers.spawn(async move {
             let _claim = claim;
-            for (index, message) in run(task, &host, defaults, peer.version)
-                .await
-                .iter()
-                .enumerate()
-            {
+            let answer = run(&task, &host, defaults, peer.version).await;
+            let answer = answer.unwrap_or_else(|(code, text)| vec![error(&task, code, &text)]);
+            for (index, message) in answer.iter().enumerate() {
                 // A receiver's socket holds about ninety Chunks that were not read yet.
                 if index > 0 && index.is_multiple_of(BURST) {
                     tokio::time::sleep(PAUSE).await;
@@ -132,7 +128,7 @@ impl PlainDcf {
         source: SocketAddr,
         from_head: bool,
     ) -> Option<(Version, Message)> {
-        if !from_head && !self.trusts(source.ip()) {
+        if !from_head && !lock(&self.live).trusts(source.ip()) {
             return None;
         }
         match Message::decode_versioned(Bytes::copy_from_slice(datagram)) {
@@ -142,11 +138,6 @@ impl PlainDcf {
                 None
             }
         }
-    }
-
-    fn trusts(&self, source: IpAddr) -> bool {
-        let live = self.live.read().unwrap_or_else(PoisonError::into_inner);
-        live.trusts(source)
     }
 
     /// Tells the head of DCF v5, if there is one, where tasks are taken; returns its addresses. At which of
@@ -184,7 +175,6 @@ impl PlainDcf {
     }
 }
 
-/// A peer that is answered, and the version for it.
 #[derive(Debug, Clone, Copy)]
 struct Peer {
     reply_to: SocketAddr,
@@ -196,7 +186,7 @@ struct Peer {
 /// If the version is unknown, it is v5.0.0 at first, as ever. If nothing has come from the head after a few
 /// of those, heartbeats of v5.1 go beside them, which a v5.0.0 head ignores. A datagram from the head tells
 /// its version, for a while.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 struct Speech {
     version: HeadVersion,
     heard: Option<(Version, Instant)>,
@@ -205,14 +195,12 @@ struct Speech {
 
 impl Speech {
     fn new(version: HeadVersion) -> Self {
-        Self {
+        Speech {
             version,
-            heard: None,
-            beats: 0,
+            ..Speech::default()
         }
     }
 
-    /// The head sent something.
     fn heard(&mut self, version: Version, now: Instant) {
         self.heard = Some((version, now));
     }
@@ -236,49 +224,40 @@ impl Speech {
             Version::V5_0 => 0,
             Version::V5_1 => self.beats,
         };
+        let versions = versions.into_iter();
         versions
-            .into_iter()
             .map(|version| (version, sequence(version)))
             .collect()
     }
 }
 
-/// Answers a task: one Result or Error, or the Chunks of a Result that goes in no single datagram of this
-/// version.
+/// Answers a task: a Result, or the Chunks of one that goes in no single datagram of this version.
 async fn run(
-    task: Message,
+    task: &Message,
     host: &Arc<Host>,
     defaults: Arc<SamplingDefaults>,
     version: Version,
-) -> Vec<Message> {
-    let generate = match parse(&task) {
-        Ok(generate) => generate,
-        Err(reason) => return vec![error(&task, ErrorCode::INVALID_PAYLOAD, &reason)],
-    };
-    let mut events =
-        match answer::start::<Generation>(host, generate, defaults, &OnceLock::new()).await {
-            Ok((events, _)) => events,
-            Err(refusal) => return vec![error(&task, refusal.code(), &refusal.to_string())],
-        };
+) -> Result<Vec<Message>, (ErrorCode, String)> {
+    let generate = parse(task).map_err(|reason| (ErrorCode::INVALID_PAYLOAD, reason))?;
+    let tokenising = OnceLock::new();
+    let started = answer::start::<Generation>(host, generate, defaults, &tokenising).await;
+    let (mut events, _) = started.map_err(|refusal| (refusal.code(), refusal.to_string()))?;
     let mut text = String::new();
     while let Some(event) = events.next().await {
         match event {
             Event::Tokens(tokens) => text += &tokens.text,
             Event::Done(done) => text += &done.text,
-            Event::Failed(failure) => {
-                return vec![error(&task, codec::code(&failure), &failure.to_string())];
-            }
+            Event::Failed(failure) => return Err((codec::code(&failure), failure.to_string())),
             Event::Scored(_) => {}
         }
     }
     let result = Message::new(MsgType::RESULT, task.sequence, timestamp_us(), text);
     if result.is_single_answer(version) {
-        return vec![result];
+        return Ok(vec![result]);
     }
-    match dcf::chunk::split(task.sequence, timestamp_us(), result.payload) {
-        Ok(chunks) => chunks.collect(),
-        Err(failure) => vec![error(&task, ErrorCode::INTERNAL, &failure.to_string())],
-    }
+    let chunks = dcf::chunk::split(task.sequence, timestamp_us(), result.payload);
+    let chunks = chunks.map_err(|failure| (ErrorCode::INTERNAL, failure.to_string()))?;
+    Ok(chunks.collect())
 }
 
 /// Reads a task's payload: a JSON object, or else the prompt itself.
@@ -309,13 +288,10 @@ fn parse(task: &Message) -> Result<Generate, String> {
         (None, Some(Value::String(prompt))) => user(prompt),
         _ => return Err("the task has neither `prompt` nor `messages`".to_owned()),
     };
+    let model = fields.get("model").and_then(Value::as_str);
     Ok(Generate {
         request_id,
-        model: fields
-            .get("model")
-            .and_then(Value::as_str)
-            .unwrap_or_default()
-            .to_owned(),
+        model: model.unwrap_or_default().to_owned(),
         prompt: Some(Prompt::Chat(chat)),
         params: Some(params(&fields)),
         ..Generate::default()
@@ -325,16 +301,13 @@ fn parse(task: &Message) -> Result<Generate, String> {
 fn conversation(messages: &Value) -> Result<Chat, String> {
     let text = |message: &Value, key| message.get(key).and_then(Value::as_str).map(str::to_owned);
     let messages = messages.as_array().map(Vec::as_slice).unwrap_or_default();
-    let messages: Option<Vec<ChatMessage>> = messages
-        .iter()
-        .map(|m| {
-            Some(ChatMessage {
-                role: text(m, "role")?,
-                content: text(m, "content")?,
-            })
+    let messages = messages.iter().map(|message| {
+        Some(ChatMessage {
+            role: text(message, "role")?,
+            content: text(message, "content")?,
         })
-        .collect();
-    match messages {
+    });
+    match messages.collect::<Option<Vec<ChatMessage>>>() {
         Some(messages) if !messages.is_empty() => Ok(Chat {
             messages,
             ..Chat::default()
@@ -348,19 +321,13 @@ fn conversation(messages: &Value) -> Result<Chat, String> {
 /// Parameters of v5.0.0 that mean nothing to a language model are ignored.
 fn params(fields: &Map<String, Value>) -> GenerateParams {
     let number = |key: &str| fields.get(key).and_then(Value::as_f64).map(|x| x as f32);
-    let whole = |key: &str| {
-        fields
-            .get(key)
-            .and_then(Value::as_u64)
-            .and_then(|n| u32::try_from(n).ok())
-    };
+    let whole = |key: &str| u32::try_from(fields.get(key)?.as_u64()?).ok();
     let stop = match fields.get("stop") {
         Some(Value::String(text)) => vec![text.clone()],
-        Some(Value::Array(texts)) => texts
-            .iter()
-            .filter_map(Value::as_str)
-            .map(str::to_owned)
-            .collect(),
+        Some(Value::Array(texts)) => {
+            let texts = texts.iter().filter_map(Value::as_str);
+            texts.map(str::to_owned).collect()
+        }
         _ => Vec::new(),
     };
     GenerateParams {
@@ -393,23 +360,14 @@ struct Claim {
 
 impl Claim {
     fn new(running: &Arc<Mutex<HashSet<TaskKey>>>, key: TaskKey) -> Option<Self> {
-        let is_new = running
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .insert(key);
-        is_new.then(|| Claim {
-            running: running.clone(),
-            key,
-        })
+        let running = lock(running).insert(key).then(|| running.clone())?;
+        Some(Claim { running, key })
     }
 }
 
 impl Drop for Claim {
     fn drop(&mut self) {
-        self.running
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .remove(&self.key);
+        lock(&self.running).remove(&self.key);
     }
 }
 

@@ -28,6 +28,7 @@ mod lan;
 mod legacy;
 mod life;
 mod loading;
+mod lock;
 mod metrics;
 mod models;
 mod peers;

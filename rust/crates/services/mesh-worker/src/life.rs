@@ -92,12 +92,8 @@ pub(crate) fn of_stream<W: Workload>(stream: &RequestStream<W>, begun: bool) -> 
 
 /// The message that says so.
 pub(crate) fn message(sequence: u32, progress: Progress) -> Message {
-    Message::new(
-        MsgType::PROGRESS,
-        sequence,
-        timestamp_us(),
-        progress.encode_to_vec(),
-    )
+    let body = progress.encode_to_vec();
+    Message::new(MsgType::PROGRESS, sequence, timestamp_us(), body)
 }
 
 fn progress(phase: RequestPhase, quiet: Duration) -> Progress {

@@ -1,7 +1,6 @@
 //! Loads models as the core orders it: those that are fetched, those that failed, and those that appear in the
 //! watched folder.
 
-use std::collections::BTreeMap;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -13,15 +12,17 @@ use mesh_service::notify;
 use mesh_store::{Pin, local};
 use mesh_worker_core::loads::ReadyState;
 use mesh_worker_core::{
-    LoadError, LoadId, LoadOrder, LoadStep, Loads, LocalModel, Location, Readiness, Sight, Stamp,
+    Failure, LoadError, LoadId, LoadOrder, LoadStep, Loads, LocalModel, Location, Readiness, Sight,
+    Stamp,
 };
 
 use crate::config::Config;
 use crate::core::CoreHandle;
 use crate::error::WorkerError;
+use crate::generate::load::learn_turn_end;
 use crate::host::Host;
-use crate::models::{ReplicaFiles, is_at_hand};
-use crate::served::{Failure, ServedModel, Source};
+use crate::models::{ReplicaFiles, is_at_hand, path_of};
+use crate::served::ServedModel;
 
 /// Carries out the core's loads, and shows the worker's readiness.
 pub(crate) struct Loading {
@@ -54,11 +55,10 @@ impl Loading {
         let parts: Vec<String> = config.ring.models.iter().filter(absent).cloned().collect();
         let names = || config.models.iter().chain(&config.ring.models);
         let named = names().filter_map(|name| path_of(name, config).ok());
-        let failures = failures.into_iter().map(of_core).collect();
         let loads = Loads::new(whole, parts, failures, named, Instant::now());
         let loading = Arc::new(Loading {
             config: config.clone(),
-            core: host.stored().core().clone(),
+            core: host.stored.core().clone(),
             host: host.clone(),
             health: health.clone(),
         });
@@ -70,21 +70,19 @@ impl Loading {
         tokio::spawn(async move {
             for path in at_hand {
                 let name = mesh_model::model::model_name(&path);
-                sharing.stored().adopt(&name, &path).await;
+                sharing.stored.adopt(&name, &path).await;
             }
         });
         tokio::spawn(loading.clone().run());
         loading
     }
 
-    /// Looks for models again now: in the folder, also for those in it that were refused, and for those that
-    /// should come from elsewhere, without waiting for the next attempt.
+    /// Looks for models again now, without waiting for the next attempt.
     pub(crate) fn look_again(&self) {
         self.core
             .change(|core| core.loads.look_again(Instant::now()));
     }
 
-    /// Notes that the link to the head is up or down.
     pub(crate) fn linked(&self, linked: bool) {
         self.core.change(|core| core.loads.linked(linked));
     }
@@ -96,7 +94,7 @@ impl Loading {
             let (dead, looked_at) = self.host.bury();
             let any = !dead.is_empty();
             for failure in dead {
-                core.loads.died(of_core(failure), Instant::now());
+                core.loads.died(failure, Instant::now());
             }
             (any, looked_at)
         });
@@ -125,10 +123,9 @@ impl Loading {
                         tokio::spawn(async move { removed.engine.drain().await });
                     }
                 }
-                LoadStep::Fault(name, reason) => self.host.set_failed(&name, reason),
                 LoadStep::Share(name, path) => {
                     let host = self.host.clone();
-                    tokio::spawn(async move { host.stored().adopt(&name, &path).await });
+                    tokio::spawn(async move { host.stored.adopt(&name, &path).await });
                 }
                 LoadStep::Wait(_) if now >= next_look => {
                     next_look = now + WATCH;
@@ -145,7 +142,6 @@ impl Loading {
         }
     }
 
-    /// Shows the core what is on the disk.
     async fn look(&self) {
         let watched = self.core.with(|core| core.loads.watched_files());
         if watched.is_empty() && self.config.local_models.is_none() {
@@ -153,13 +149,15 @@ impl Loading {
         }
         let config = self.config.clone();
         let looked = tokio::task::spawn_blocking(move || {
-            let files = watched.into_iter();
-            let stamp =
-                |name: &str, location: &Location| stamp_of(&path_at(name, location, &config)?);
+            let files = watched.into_iter().map(|(id, name, location)| {
+                let path = match location {
+                    Location::At(path) => Some(path),
+                    _ => path_of(&name, &config).ok(),
+                };
+                (id, path.and_then(|path| stamp_of(&path)))
+            });
             Sight {
-                files: files
-                    .map(|(id, name, location)| (id, stamp(&name, &location)))
-                    .collect::<BTreeMap<_, _>>(),
+                files: files.collect(),
                 folder: config.local_models.as_deref().map(models_in),
                 free_memory: Memory::read(Path::new("/")).available,
             }
@@ -186,30 +184,28 @@ impl Loading {
 
     async fn fetch_and_load(self: &Arc<Self>, order: &LoadOrder) -> Result<(), WorkerError> {
         let fetched = match &order.location {
-            Location::Store(name) => Some(self.fetch(name, true).await),
+            Location::Store(name) => self.fetch(name, true).await.map(Some),
             // Its layers are fetched when the head gives some to this worker.
-            Location::StorePart(name) => Some(self.fetch(name, false).await),
-            _ => None,
+            Location::StorePart(name) => self.fetch(name, false).await.map(Some),
+            _ => Ok(None),
         };
-        let fetched = fetched.transpose().map_err(|reason| WorkerError::Fetch {
+        let fetched = fetched.map_err(|reason| WorkerError::Fetch {
             name: order.name.clone(),
             reason,
         })?;
         let (loading, order) = (self.clone(), order.clone());
-        let loaded = tokio::task::spawn_blocking(move || loading.load_now(&order, fetched));
-        loaded
-            .await
-            .map_err(|error| WorkerError::Internal(error.to_string()))?
+        tokio::task::spawn_blocking(move || loading.load_now(&order, fetched)).await?
     }
 
     /// Fetches all of a model, or what planning with it needs.
     async fn fetch(&self, name: &str, all: bool) -> Result<Fetched, String> {
-        let models = self.host.stored();
+        let models = &self.host.stored;
         let files = models.obtain(name).await?;
-        match all {
-            true => models.fetch_all(&files).await?,
-            false => models.fetch_headers(&files).await?,
-        }
+        let pieces = match all {
+            true => files.map().all(),
+            false => files.map().headers(),
+        };
+        models.fetch(&files, pieces).await?;
         Ok(Fetched {
             pin: all.then(|| models.pin(&files)).flatten(),
             path: models.path(&files).await?,
@@ -220,32 +216,27 @@ impl Loading {
     /// Loads a model and serves or offers it; a success is noted in the core. Blocks.
     fn load_now(&self, order: &LoadOrder, fetched: Option<Fetched>) -> Result<(), WorkerError> {
         let host = &self.host;
+        let templates = &host.templates;
         let load = |path: &Path, name: Option<&str>, fingerprint: Option<&str>| {
-            ServedModel::load(
-                path,
-                name,
-                fingerprint,
-                &self.config,
-                Some(host.templates()),
-            )
+            ServedModel::load(path, name, fingerprint, &self.config, templates)
         };
         let loaded = match (&order.location, fetched) {
             (Location::StorePart(name), Some(fetched)) => {
                 let name = fetched.files.map().served_as(name);
-                host.rings().add(&name, &fetched.path, &fetched.files)?;
-                host.look_at_ring_models();
+                let (name, model) = host.rings.add(&name, &fetched.path, &fetched.files)?;
+                learn_turn_end(&model, &name, templates);
                 None
             }
             (Location::NamedPart, _) => {
-                host.rings().add_file(&order.name)?;
-                host.look_at_ring_models();
+                let (name, model) = host.rings.add_file(&order.name)?;
+                learn_turn_end(&model, &name, templates);
                 None
             }
             (Location::Store(name), Some(Fetched { files, path, pin })) => {
                 let served_as = files.map().served_as(name);
                 let fingerprint = files.map().file_fingerprint();
                 let loaded = load(&path, Some(&served_as), Some(&fingerprint))?;
-                Some(loaded.pinned(pin).from(Source::Store(name.clone())))
+                Some(loaded.stored(name, pin))
             }
             (Location::At(path), _) => Some(load(path, Some(&order.name), None)?),
             _ => Some(load(&path_of(&order.name, &self.config)?, None, None)?),
@@ -267,51 +258,33 @@ impl Loading {
         })
     }
 
-    /// Shows how ready the worker is, if that has changed.
     fn show(&self, shown: &mut Option<Readiness>) {
-        let (faults, serves) = (self.host.failed(), self.host.serves());
-        let readiness = self.core.with(|core| {
+        let serves = self.host.serves();
+        let status = self.core.with(|core| {
             let lacking = core.catalogue.lacking();
-            let readiness = core.loads.readiness(&faults, serves, lacking);
-            if shown.as_ref() != Some(&readiness) {
-                // Under the lock: a link lost, or a drain begun, after this look has the last word.
-                self.health.set_note(readiness.note.clone());
-                match &readiness.state {
-                    // A lost link, or a drain, reports its reason by itself.
-                    ReadyState::Elsewhere => {}
-                    ReadyState::Ready => self.health.set_ready(),
-                    ReadyState::Lacks(text) => self.health.set_unready(text.clone()),
+            let readiness = core.loads.readiness(serves, lacking);
+            if shown.as_ref() == Some(&readiness) {
+                return None;
+            }
+            let shown = shown.insert(readiness);
+            // Under the lock: a link lost, or a drain begun, after this look has the last word.
+            self.health.set_note(shown.note.clone());
+            match &shown.state {
+                // A lost link, or a drain, reports its reason by itself.
+                ReadyState::Elsewhere => None,
+                ReadyState::Ready => {
+                    self.health.set_ready();
+                    shown.note.clone()
+                }
+                ReadyState::Lacks(text) => {
+                    self.health.set_unready(text.clone());
+                    Some(text.clone())
                 }
             }
-            readiness
         });
-        if shown.as_ref() == Some(&readiness) {
-            return;
+        if let Some(status) = status {
+            notify::status(&status);
         }
-        match &readiness.state {
-            ReadyState::Elsewhere => {}
-            ReadyState::Ready => {
-                if let Some(note) = &readiness.note {
-                    notify::status(note);
-                }
-            }
-            ReadyState::Lacks(text) => notify::status(text),
-        }
-        *shown = Some(readiness);
-    }
-}
-
-/// The failure as the core knows it.
-fn of_core(failure: Failure) -> mesh_worker_core::Failure {
-    mesh_worker_core::Failure {
-        name: failure.name,
-        location: match failure.source {
-            Source::Named => Location::Named,
-            Source::RingModel => Location::NamedPart,
-            Source::At(path) => Location::At(path),
-            Source::Store(name) => Location::Store(name),
-        },
-        reason: failure.reason,
     }
 }
 
@@ -325,29 +298,12 @@ fn warn_if_open_to_all(folder: &Path) {
     }
 }
 
-/// The file or folder that a name in the configuration means.
-fn path_of(name: &str, config: &Config) -> Result<PathBuf, WorkerError> {
-    let folders = config.folders();
-    match mesh_model::encoder::find(name, &folders) {
-        Some(folder) => Ok(folder),
-        None => Ok(local::resolve(name, &folders)?),
-    }
-}
-
-fn path_at(name: &str, location: &Location, config: &Config) -> Option<PathBuf> {
-    match location {
-        Location::At(path) => Some(path.clone()),
-        _ => path_of(name, config).ok(),
-    }
-}
-
 /// Metadata that shows that something at a path changed.
 fn stamp_of(path: &Path) -> Option<Stamp> {
     let model = local::look_at(path.to_owned())?;
     Some((model.bytes, model.changed()))
 }
 
-/// The models in the watched folder.
 fn models_in(folder: &Path) -> Result<Vec<LocalModel>, String> {
     let models = local::list(&[folder.to_owned()]).map_err(|error| error.to_string())?;
     let models = models.into_iter().map(|model| LocalModel {

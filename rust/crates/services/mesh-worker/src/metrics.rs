@@ -39,7 +39,6 @@ impl Counters {
     }
 }
 
-/// Figures of every model's engine.
 pub(crate) struct EngineCollector(pub(crate) Arc<Host>);
 
 impl Collector for EngineCollector {
@@ -57,7 +56,9 @@ impl Collector for EngineCollector {
         }
         let help = "1 for a model that is not served because something is wrong with it";
         let mut family = encoder.encode_descriptor("model_failed", help, None, kind)?;
-        for name in self.0.failed().keys() {
+        let core = self.0.stored.core();
+        let faults = core.with(|core| core.loads.faults().clone());
+        for name in faults.keys() {
             let labels = [("model", name.as_str())];
             ConstGauge::new(1.0).encode(family.encode_family(&labels)?)?;
         }

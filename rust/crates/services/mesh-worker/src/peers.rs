@@ -2,13 +2,15 @@
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use mesh_base::addresses::{self, race};
 use mesh_net::quic::{Connector, Link, LinkConfig, probe};
 use mesh_net::trust::{NodeIdentity, Role};
 use mesh_proto::{NodeAddr, PathProfile};
+
+use crate::lock::lock;
 
 /// Dials other workers.
 #[derive(Clone)]
@@ -20,7 +22,6 @@ pub(crate) struct Peers {
 /// Locked while a link is being made.
 type Entry = Arc<tokio::sync::Mutex<Option<Made>>>;
 
-/// A link that was made.
 struct Made {
     link: Link,
     /// As the head, or the LAN, named the worker.
@@ -40,7 +41,6 @@ impl Made {
 }
 
 impl Peers {
-    /// For a node with this identity.
     pub(crate) fn new(identity: NodeIdentity) -> Self {
         Peers {
             identity,
@@ -48,9 +48,8 @@ impl Peers {
         }
     }
 
-    /// The paths to workers that there are links to.
     pub(crate) fn paths(&self) -> Vec<PathProfile> {
-        let links = self.links.lock().unwrap_or_else(PoisonError::into_inner);
+        let links = lock(&self.links);
         let open = links.iter().filter_map(|(node_id, entry)| {
             // One that is being made has not been measured.
             let made = entry.try_lock().ok()?;
@@ -62,7 +61,7 @@ impl Peers {
 
     /// Notes how far the workers are away that there are links to.
     pub(crate) fn note_round_trips(&self) {
-        let links = self.links.lock().unwrap_or_else(PoisonError::into_inner);
+        let links = lock(&self.links);
         for entry in links.values() {
             if let Ok(mut made) = entry.try_lock()
                 && let Some(made) = made.as_mut()
@@ -75,10 +74,7 @@ impl Peers {
     /// Measures the bandwidth of the links where that has not been tried, one after the other, until it is
     /// not `idle` any more.
     pub(super) async fn measure(&self, idle: impl Fn() -> bool) {
-        let entries: Vec<Entry> = {
-            let links = self.links.lock().unwrap_or_else(PoisonError::into_inner);
-            links.values().cloned().collect()
-        };
+        let entries: Vec<Entry> = lock(&self.links).values().cloned().collect();
         for entry in entries {
             if !idle() {
                 return;
@@ -101,16 +97,13 @@ impl Peers {
 
     /// Makes the next stream to a worker use a new link. Streams on the present link are not disturbed.
     pub(crate) fn forget(&self, node_id: &str) {
-        let mut links = self.links.lock().unwrap_or_else(PoisonError::into_inner);
-        links.remove(node_id);
+        lock(&self.links).remove(node_id);
     }
 
     /// Returns the link to a worker, and makes it if there is none.
     pub(crate) async fn link(&self, seat: &NodeAddr) -> Result<Link, String> {
-        let entry = {
-            let mut links = self.links.lock().unwrap_or_else(PoisonError::into_inner);
-            links.entry(seat.node_id.clone()).or_default().clone()
-        };
+        let node_id = seat.node_id.clone();
+        let entry = lock(&self.links).entry(node_id).or_default().clone();
         // Other callers meanwhile wait for the same link.
         let mut entry = entry.lock().await;
         if let Some(made) = entry.as_mut().filter(|made| made.is_open()) {
@@ -121,10 +114,8 @@ impl Peers {
                 return Ok(made.link.clone());
             }
         }
-        let first: SocketAddr = seat
-            .address
-            .parse()
-            .map_err(|_| format!("invalid address {:?}", seat.address))?;
+        let first: Result<SocketAddr, _> = seat.address.parse();
+        let first = first.map_err(|_| format!("invalid address {:?}", seat.address))?;
         let others = seat.addresses.iter().filter_map(|other| other.parse().ok());
         let config = LinkConfig {
             handshake_timeout: DIAL_TIMEOUT,
@@ -153,9 +144,7 @@ impl Peers {
         });
         Ok(link)
     }
-}
 
-impl Peers {
     /// A link to the worker in `seat` at one of its addresses. Private addresses of different machines may be
     /// the same, so another machine may answer.
     async fn dial(
@@ -166,10 +155,8 @@ impl Peers {
     ) -> Result<Link, String> {
         let connector = Connector::toward(address, self.identity.clone(), config.clone())
             .map_err(|error| error.to_string())?;
-        let link = connector
-            .connect(address, Role::Worker)
-            .await
-            .map_err(|error| error.to_string())?;
+        let link = connector.connect(address, Role::Worker).await;
+        let link = link.map_err(|error| error.to_string())?;
         if link.node_id() != seat.node_id {
             return Err(format!(
                 "{address} is {} and not {}",
@@ -216,8 +203,6 @@ const DIAL_TIMEOUT: Duration = Duration::from_millis(1500);
 /// Time that a worker with a new address has to answer at its old one.
 const MOVED: Duration = Duration::from_millis(500);
 
-/// Measurements of a path.
 const MEASUREMENTS: u32 = 3;
 
-/// Pause between two measurements.
 const REST: Duration = Duration::from_millis(300);

@@ -5,18 +5,16 @@
 //! memory.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinError;
 
-/// Limits on the requests in preparation.
 #[derive(Debug)]
 pub(crate) struct Preparations {
     short: Arc<Semaphore>,
     long: Arc<Semaphore>,
-    /// Long requests here, waiting or being prepared.
-    held: Arc<AtomicUsize>,
+    /// Places of long requests, waiting or being prepared.
+    places: Arc<Semaphore>,
 }
 
 /// Permission to prepare a request; dropping it lets the next one in. The blocking part of the preparation
@@ -24,29 +22,19 @@ pub(crate) struct Preparations {
 #[derive(Debug)]
 pub(crate) struct Permit {
     _permit: OwnedSemaphorePermit,
-    _long: Option<LongRequest>,
+    _place: Option<OwnedSemaphorePermit>,
 }
 
-/// Too many long requests wait.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[error("{MOST_LONG} requests of over {LONG} bytes wait to be prepared; ask again in a moment")]
 pub(crate) struct Full;
-
-#[derive(Debug)]
-struct LongRequest(Arc<AtomicUsize>);
-
-impl Drop for LongRequest {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
-    }
-}
 
 impl Default for Preparations {
     fn default() -> Self {
         Self {
             short: Arc::new(Semaphore::new(SHORT_AT_ONCE)),
             long: Arc::new(Semaphore::new(1)),
-            held: Arc::default(),
+            places: Arc::new(Semaphore::new(MOST_LONG)),
         }
     }
 }
@@ -54,20 +42,17 @@ impl Default for Preparations {
 impl Preparations {
     /// Waits for the permit of a request of so many bytes.
     pub(crate) async fn enter(&self, bytes: usize) -> Result<Permit, Full> {
-        let (permits, long) = match is_long(bytes) {
+        let (permits, place) = match is_long(bytes) {
             false => (&self.short, None),
             true => {
-                let long = LongRequest(self.held.clone());
-                if self.held.fetch_add(1, Ordering::Relaxed) >= MOST_LONG {
-                    return Err(Full);
-                }
-                (&self.long, Some(long))
+                let place = self.places.clone().try_acquire_owned();
+                (&self.long, Some(place.map_err(|_| Full)?))
             }
         };
         let permit = permits.clone().acquire_owned().await.map_err(|_| Full)?;
         Ok(Permit {
             _permit: permit,
-            _long: long,
+            _place: place,
         })
     }
 }
@@ -86,12 +71,10 @@ pub(crate) async fn prepare<T: Send + 'static>(
     working.await
 }
 
-/// Returns true if a request of so many bytes is a long one.
 pub(crate) fn is_long(bytes: usize) -> bool {
     bytes > LONG
 }
 
-/// Requests of more bytes are long.
 const LONG: usize = 256 << 10;
 const SHORT_AT_ONCE: usize = 8;
 /// Long requests that may be here at once.

@@ -14,9 +14,10 @@ use std::collections::VecDeque;
 use std::io::{self, Read, Write};
 use std::path::PathBuf;
 use std::process::Stdio;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use crate::lock::lock;
 use crate::preparations;
 use mesh_model::chat::{ChatError, ChatTemplate, RenderRequest, Rendered};
 use nix::sys::resource::{Resource, setrlimit};
@@ -80,7 +81,7 @@ impl TemplateError {
 }
 
 /// Renders conversations to prompts, each model's in a process of its own.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Templates {
     /// `None` is for this process.
     program: Option<PathBuf>,
@@ -108,17 +109,14 @@ struct Job {
 impl Templates {
     /// Renders in this process, where only steps and output are limited: for templates that are trusted.
     pub fn here() -> Self {
-        Templates {
-            program: None,
-            renderers: Mutex::default(),
-        }
+        Templates::default()
     }
 
     /// Renders in processes of `program`, a `mesh-worker`.
     pub fn apart(program: PathBuf) -> Self {
         Templates {
             program: Some(program),
-            renderers: Mutex::default(),
+            ..Templates::default()
         }
     }
 
@@ -134,13 +132,11 @@ impl Templates {
         let Some(program) = &self.program else {
             let template = template.clone();
             let rendered = tokio::task::spawn_blocking(move || template.write(&request));
-            return rendered
-                .await
-                .map_err(io::Error::other)?
-                .map_err(|error| match error {
-                    ChatError::Invalid { .. } => TemplateError::Invalid(error.to_string()),
-                    error => error.into(),
-                });
+            let rendered = rendered.await.map_err(io::Error::other)?;
+            return rendered.map_err(|error| match error {
+                ChatError::Invalid { .. } => TemplateError::Invalid(error.to_string()),
+                error => error.into(),
+            });
         };
         let guarded = template.guarded(request)?;
         let job = serde_json::to_vec(&Job {
@@ -154,7 +150,6 @@ impl Templates {
         Ok(template.unguarded(text, &guarded)?)
     }
 
-    /// Renders a job in another process.
     async fn render_apart(
         &self,
         program: &PathBuf,
@@ -164,21 +159,17 @@ impl Templates {
         let renderer = self.renderer(template.source(), preparations::is_long(job.len()));
         let mut kept = renderer.process.lock().await;
         // An idle process may have been killed from outside, which is not this conversation's fault.
-        if let Some(process) = kept.take()
-            && let Some(answer) = process.ask(job, &mut kept).await?
-        {
-            return answer;
+        if let Some(process) = kept.take() {
+            match process.ask(job, &mut kept).await {
+                Err(TemplateError::TooLarge) => {}
+                answer => return answer,
+            }
         }
-        let process = Process::start(program)?;
-        let answer = process.ask(job, &mut kept).await?;
-        answer.unwrap_or(Err(TemplateError::TooLarge))
+        Process::start(program)?.ask(job, &mut kept).await
     }
 
     fn renderer(&self, source: &str, long: bool) -> Arc<Renderer> {
-        let mut renderers = self
-            .renderers
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        let mut renderers = lock(&self.renderers);
         let same = |renderer: &Arc<Renderer>| renderer.source == source && renderer.long == long;
         let found = renderers.iter().position(same);
         let renderer = match found.and_then(|index| renderers.remove(index)) {
@@ -230,22 +221,20 @@ impl Process {
         })
     }
 
-    /// The answer to a job, and the process kept for the next one; `None` if it ended.
+    /// The answer to a job; the process is kept for the next one. [`TemplateError::TooLarge`] if it ends.
     async fn ask(
         mut self,
         job: &[u8],
         kept: &mut Option<Process>,
-    ) -> Result<Option<Result<String, TemplateError>>, TemplateError> {
-        let Ok(exchanged) = tokio::time::timeout(TIME, self.exchange(job)).await else {
-            return Err(TemplateError::TooSlow);
-        };
-        match exchanged {
+    ) -> Result<String, TemplateError> {
+        let exchanged = tokio::time::timeout(TIME, self.exchange(job)).await;
+        match exchanged.map_err(|_| TemplateError::TooSlow)? {
             Ok(answer) => {
                 *kept = Some(self);
-                Ok(Some(answer))
+                answer
             }
             Err(error) if error.kind() == io::ErrorKind::InvalidData => Err(error.into()),
-            Err(_) => Ok(None),
+            Err(_) => Err(TemplateError::TooLarge),
         }
     }
 

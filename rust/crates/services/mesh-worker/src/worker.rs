@@ -1,8 +1,7 @@
 //! The running worker: its sockets, its models, its tasks, and how all of it ends.
 
-use std::net::SocketAddr;
 use std::path::Path;
-use std::sync::{Arc, OnceLock, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
 use mesh_base::addresses::Preferred;
@@ -29,6 +28,7 @@ use crate::join::identify;
 use crate::lan::{HeadPlace, Lan};
 use crate::legacy::PlainDcf;
 use crate::loading::Loading;
+use crate::lock::lock;
 use crate::metrics::{Counters, EngineCollector};
 use crate::models::Models;
 use crate::templates::Templates;
@@ -119,10 +119,7 @@ impl Worker {
                 let config = config.clone();
                 tokio::task::spawn_blocking(move || Host::load(&config, models, templates))
             };
-            let loading = async {
-                let loaded = loading.await;
-                loaded.map_err(|error| WorkerError::Internal(error.to_string()))?
-            };
+            let loading = async { loading.await? };
             match joined {
                 Some(identity) => (loading.await?, identity),
                 None => tokio::try_join!(loading, identity)?,
@@ -135,7 +132,7 @@ impl Worker {
         let loading = Loading::begin(&config, &host, &health, failures);
 
         let live = Live {
-            config: Arc::new(RwLock::new((*config).clone())),
+            config: Arc::new(Mutex::new((*config).clone())),
             identity: Arc::default(),
             loading: loading.clone(),
         };
@@ -184,9 +181,7 @@ impl WorkerHandle {
 
     /// Resolves when the worker has ended: without an error if it was told to.
     pub async fn wait(self) -> Result<(), WorkerError> {
-        self.task
-            .await
-            .unwrap_or_else(|error| Err(WorkerError::Internal(error.to_string())))
+        self.task.await?
     }
 }
 
@@ -194,8 +189,7 @@ impl WorkerHandle {
 #[derive(Clone)]
 pub struct Live {
     /// The configuration whose reloadable keys are in effect.
-    config: Arc<RwLock<Config>>,
-    /// Known once the worker has joined.
+    config: Arc<Mutex<Config>>,
     identity: Arc<OnceLock<NodeIdentity>>,
     loading: Arc<Loading>,
 }
@@ -211,7 +205,7 @@ impl Live {
         if let Some(identity) = self.identity.get() {
             report.step("certificate", identity.reload());
         }
-        *self.config.write().unwrap_or_else(PoisonError::into_inner) = fresh.clone();
+        *lock(&self.config) = fresh.clone();
         self.loading.look_again();
     }
 }
@@ -235,12 +229,8 @@ fn check_cheaply(config: &Config, models: &Models) -> Result<(), WorkerError> {
     mesh_engine_ort::load_library(config.ort_library.as_deref()).map_err(WorkerError::Runtime)?;
     if !config.ring.models.is_empty() || models.is_sharing() {
         let address = config.ring.listen;
-        mesh_base::listen::udp(address, |_| Ok(())).map_err(|source| WorkerError::Listen {
-            address,
-            carrier: "udp",
-            key: "ring.listen",
-            source,
-        })?;
+        let failed = WorkerError::listen(address, "udp", "ring.listen");
+        listen::udp(address, |_| Ok(())).map_err(failed)?;
     }
     Ok(())
 }
@@ -253,16 +243,8 @@ struct Sockets {
 
 impl Sockets {
     fn bind(config: &Config) -> Result<Self, WorkerError> {
-        let listen = |address: SocketAddr, carrier, key| {
-            move |source| WorkerError::Listen {
-                address,
-                carrier,
-                key,
-                source,
-            }
-        };
-        let tcp = listen(config.http.listen, "tcp", "http.listen");
-        let udp = listen(config.dcf.listen, "udp", "dcf.listen");
+        let tcp = WorkerError::listen(config.http.listen, "tcp", "http.listen");
+        let udp = WorkerError::listen(config.dcf.listen, "udp", "dcf.listen");
         let http = listen::tcp(config.http.listen).map_err(tcp)?;
         let dcf = listen::udp(config.dcf.listen, |_| Ok(())).map_err(udp)?;
         dcf.set_nonblocking(true).map_err(udp)?;
@@ -279,7 +261,6 @@ impl Sockets {
     }
 }
 
-/// A worker whose models are loaded.
 struct Running {
     config: Arc<Config>,
     live: Live,
@@ -336,7 +317,7 @@ impl Running {
                     }
                 }
                 ended = &mut *link, if self.head.is_some() => {
-                    return ended.unwrap_or_else(|error| Err(WorkerError::Internal(error.to_string())));
+                    return ended?;
                 }
             }
         }
@@ -345,7 +326,7 @@ impl Running {
     /// Once the drain begins: takes no new requests and lets running ones finish, up to the limit.
     async fn drain(&self) {
         self.shutdown.draining().await;
-        self.host.stored().core().change(|core| core.loads.drain());
+        self.host.stored.core().change(|core| core.loads.drain());
         self.health.set_unready("shutting down");
         let finished = async {
             self.host.drain().await;
@@ -356,7 +337,7 @@ impl Running {
             Drained::Finished => tracing::info!("all answers finished"),
             Drained::TimedOut => tracing::warn!(
                 answers = self.answers.len(),
-                rings = self.host.rings().shared(),
+                rings = self.host.rings.shared(),
                 limit_seconds = self.shutdown.limit().as_secs_f64(),
                 "what still runs at the end of the drain is cut: answers, and parts of rings that nobody has taken over"
             ),
@@ -414,17 +395,13 @@ impl Progress {
     fn is_made(&mut self, host: &Host, now: Instant) -> bool {
         let models = host.models();
         let engines = models.iter().map(|served| &served.engine);
-        let loads: Vec<_> = engines
-            .map(|engine| (engine.load(), engine.max_rows()))
-            .collect();
-        let limits = loads
-            .iter()
-            .map(|(load, rows)| step_limit(*rows, load.prefill_tps));
-        let limit = limits.max().unwrap_or(STEP_LIMIT);
-        let steps = loads.iter().map(|(load, _)| load.totals.steps).sum();
-        let busy = loads
-            .iter()
-            .any(|(load, _)| load.running > 0 || load.prefill_backlog > 0);
+        let (mut limit, mut steps, mut busy) = (STEP_LIMIT, 0, false);
+        for engine in engines {
+            let load = engine.load();
+            limit = limit.max(step_limit(engine.max_rows(), load.prefill_tps));
+            steps += load.totals.steps;
+            busy |= load.running > 0 || load.prefill_backlog > 0;
+        }
         if steps != self.steps || !busy {
             (self.steps, self.since) = (steps, Some(now));
         }
@@ -459,7 +436,6 @@ fn step_limit(rows: usize, speed: f32) -> Duration {
 const STEP_LIMIT: Duration = Duration::from_secs(60);
 const LONGEST_STEP_LIMIT: Duration = Duration::from_secs(3600);
 
-/// Time limit for the goodbye on the link.
 const GOODBYE: Duration = Duration::from_secs(1);
 
 #[cfg(test)]

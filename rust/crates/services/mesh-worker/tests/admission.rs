@@ -1,15 +1,17 @@
 //! A worker whose certificate, files or membership are not what they should be, against a head that is only
 //! its listener. It serves nothing.
 
+#[allow(dead_code, reason = "other tests use more of it")]
+mod common;
+
 use std::net::SocketAddr;
 use std::path::Path;
-use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use dcf::{Message, MsgType};
-use mesh_net::quic::{self, Connector, Link, LinkConfig, Listener, MsgStream, timestamp_us};
-use mesh_net::trust::{Authority, EXPELLED, NodeIdentity, Role, Validity};
-use mesh_proto::{Expelled, ExpelledNode, Models, Welcome};
+use mesh_net::quic::{self, Connector, LinkConfig, timestamp_us};
+use mesh_net::trust::{EXPELLED, NodeIdentity, Role, Validity};
+use mesh_proto::{Expelled, ExpelledNode, Models};
 use mesh_service::ask;
 use mesh_testkit::paths;
 use mesh_worker::{Config, Worker, WorkerError, WorkerHandle};
@@ -17,74 +19,23 @@ use prost::Message as _;
 use tempfile::TempDir;
 use tokio::time::timeout;
 
-const PATIENCE: Duration = Duration::from_secs(60);
-const LIFE: Duration = Duration::from_secs(3600);
-const ANY: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(std::net::Ipv4Addr::LOCALHOST), 0);
+use common::{ANY, Head, PATIENCE};
 
-struct Head {
-    authority: Arc<Authority>,
-    listener: Listener,
-    dir: TempDir,
+const LIFE: Duration = Duration::from_secs(3600);
+
+/// A head whose certificates are good for so long, and are not renewed after that.
+async fn head_for(dir: TempDir, life: Duration) -> Head {
+    let validity = Validity {
+        life,
+        renewal_grace: Duration::ZERO,
+    };
+    Head::open(dir, validity).await
 }
 
-impl Head {
-    /// Its certificates are good for so long, and are not renewed after that.
-    fn open(dir: TempDir, life: Duration) -> Self {
-        let validity = Validity {
-            life,
-            renewal_grace: Duration::ZERO,
-        };
-        let authority = Arc::new(Authority::open(dir.path(), "test", validity).unwrap());
-        let identity = authority
-            .head_identity(dir.path(), "head", SystemTime::now())
-            .unwrap();
-        let admission = Some(authority.clone() as Arc<_>);
-        let listener = Listener::bind(ANY, identity, admission, LinkConfig::default()).unwrap();
-        Self {
-            authority,
-            listener,
-            dir,
-        }
-    }
-
-    fn start() -> Self {
-        Self::open(tempfile::tempdir().unwrap(), LIFE)
-    }
-
-    fn address(&self) -> SocketAddr {
-        self.listener.local_addr().unwrap()
-    }
-
-    fn token(&self) -> String {
-        let token = self.authority.create_token(LIFE, "", SystemTime::now());
-        token.unwrap().to_string()
-    }
-
-    async fn join(&self, dir: &Path, name: &str) -> NodeIdentity {
-        let token = self.token().parse().unwrap();
-        quic::join(&[self.address()], &token, dir, name)
-            .await
-            .unwrap()
-    }
-
-    /// The worker's next link with its control stream, after the Welcome.
-    async fn accept(&self) -> (Link, MsgStream) {
-        let link = timeout(PATIENCE, self.listener.accept()).await;
-        let link = link.expect("it connects").unwrap();
-        let mut control = link.accept().await.unwrap();
-        let hello = control.recv().await.unwrap().unwrap();
-        assert_eq!(hello.kind, MsgType::HELLO);
-        let welcome = Welcome {
-            mesh: "test".to_owned(),
-            heartbeat_seconds: 2.0,
-            heartbeat_port: 9,
-            session: 77,
-            version: "0".to_owned(),
-        };
-        let welcome = Message::new(MsgType::WELCOME, 0, timestamp_us(), welcome.encode_to_vec());
-        control.send(welcome).await.unwrap();
-        (link, control)
-    }
+async fn join(head: &Head, dir: &Path, name: &str) -> NodeIdentity {
+    let token = head.token().parse().unwrap();
+    let joined = quic::join(&[head.address()], &token, dir, name).await;
+    joined.unwrap()
 }
 
 fn config(state: &Path, head: &Head) -> Config {
@@ -110,17 +61,18 @@ async fn worker(config: Config) -> WorkerHandle {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_worker_that_was_away_for_too_long_takes_a_new_token_and_stays_the_same_node() {
-    let head = Head::open(tempfile::tempdir().unwrap(), Duration::from_secs(1));
+    let head = head_for(tempfile::tempdir().unwrap(), Duration::from_secs(1)).await;
     let state = tempfile::tempdir().unwrap();
-    let before = head.join(state.path(), "laptop").await.node_id();
+    let before = join(&head, state.path(), "laptop").await.node_id();
     tokio::time::sleep(Duration::from_millis(2100)).await;
     let Head {
         dir,
         listener,
         authority,
+        ..
     } = head;
     drop((listener, authority));
-    let head = Head::open(dir, LIFE);
+    let head = head_for(dir, LIFE).await;
 
     // The token in its configuration is used up.
     let elsewhere = tempfile::tempdir().unwrap();
@@ -140,17 +92,17 @@ async fn a_worker_that_was_away_for_too_long_takes_a_new_token_and_stays_the_sam
     assert!(said.to_string().contains("new token"), "{said}");
 
     std::fs::write(&file, head.token()).unwrap();
-    let (link, _control) = head.accept().await;
+    let (link, _control, _) = head.accept().await;
     assert_eq!(link.node_id(), before);
     worker.shutdown().await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_identity_that_is_not_whole_is_named_and_left_alone() {
-    let head = Head::start();
+    let head = head_for(tempfile::tempdir().unwrap(), LIFE).await;
     for file in ["node.key", "node.crt", "root.crt", "expelled.json"] {
         let state = tempfile::tempdir().unwrap();
-        head.join(state.path(), "laptop").await;
+        join(&head, state.path(), "laptop").await;
         std::fs::write(state.path().join(file), "junk").unwrap();
         let started = Worker::start(config(state.path(), &head)).await;
         let Err(error @ WorkerError::Identity(_)) = started else {
@@ -165,11 +117,11 @@ async fn an_identity_that_is_not_whole_is_named_and_left_alone() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_expelled_worker_says_so_and_asks_rarely() {
-    let head = Head::start();
+    let head = head_for(tempfile::tempdir().unwrap(), LIFE).await;
     let state = tempfile::tempdir().unwrap();
-    let identity = head.join(state.path(), "laptop").await;
+    let identity = join(&head, state.path(), "laptop").await;
     let worker = worker(config(state.path(), &head)).await;
-    let (link, _control) = head.accept().await;
+    let (link, _control, _) = head.accept().await;
     let expelled = head
         .authority
         .expel(&identity.node_id(), "laptop", "sold", SystemTime::now());
@@ -209,15 +161,15 @@ async fn an_expelled_worker_says_so_and_asks_rarely() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_worker_has_no_dealings_with_nodes_that_the_head_names_also_after_a_restart() {
-    let head = Head::start();
+    let head = head_for(tempfile::tempdir().unwrap(), LIFE).await;
     let (state, elsewhere) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-    head.join(state.path(), "laptop").await;
-    let rogue = head.join(elsewhere.path(), "rogue").await;
+    join(&head, state.path(), "laptop").await;
+    let rogue = join(&head, elsewhere.path(), "rogue").await;
     let mut config = config(state.path(), &head);
     // It shares models, so it listens for others.
     config.store.dir = Some(state.path().join("store"));
     let running = worker(config.clone()).await;
-    let (_link, mut control) = head.accept().await;
+    let (_link, mut control, _) = head.accept().await;
     let port = async {
         loop {
             let message = control.recv().await.unwrap().expect("a message");

@@ -1,17 +1,17 @@
 //! A worker with the real model, against a head that is only its listener, and against raw v5.0.0 datagrams.
 
-use std::net::SocketAddr;
+#[allow(dead_code, reason = "other tests use more of it")]
+mod common;
+
 use std::path::Path;
-use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use dcf::{ErrorCode, Message, MsgType};
-use mesh_net::quic::{Link, LinkConfig, Listener, MsgStream, timestamp_us};
+use mesh_net::quic::{Link, MsgStream, timestamp_us};
 use mesh_net::seal::Opener;
-use mesh_net::trust::{Authority, Validity};
 use mesh_proto::{
     Chat, ChatMessage, Done, Embed, EmbedInput, EmbedText, Embeddings, Generate, GenerateParams,
-    Hello, Load, Progress, Prompt, RequestPhase, Tokens, Welcome,
+    Load, Progress, Prompt, RequestPhase, Tokens,
 };
 use mesh_service::ask;
 use mesh_testkit::paths;
@@ -20,72 +20,7 @@ use prost::Message as _;
 use tokio::net::UdpSocket;
 use tokio::time::timeout;
 
-const PATIENCE: Duration = Duration::from_secs(60);
-
-/// As much of a head as a worker sees.
-struct Head {
-    authority: Arc<Authority>,
-    listener: Listener,
-    heartbeats: UdpSocket,
-    _dir: tempfile::TempDir,
-}
-
-impl Head {
-    async fn start() -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let authority = Arc::new(Authority::open(dir.path(), "test", Validity::default()).unwrap());
-        let identity = authority
-            .head_identity(dir.path(), "head", SystemTime::now())
-            .unwrap();
-        let any = "127.0.0.1:0".parse().unwrap();
-        let listener = Listener::bind(
-            any,
-            identity,
-            Some(authority.clone()),
-            LinkConfig::default(),
-        )
-        .unwrap();
-        let heartbeats = UdpSocket::bind(any).await.unwrap();
-        Head {
-            authority,
-            listener,
-            heartbeats,
-            _dir: dir,
-        }
-    }
-
-    fn address(&self) -> SocketAddr {
-        self.listener.local_addr().unwrap()
-    }
-
-    fn token(&self) -> String {
-        let token = self
-            .authority
-            .create_token(PATIENCE, "test", SystemTime::now());
-        token.unwrap().to_string()
-    }
-
-    /// The worker's next link with its control stream, after Hello and Welcome.
-    async fn accept(&self) -> (Link, MsgStream, Hello) {
-        let link = timeout(PATIENCE, self.listener.accept())
-            .await
-            .unwrap()
-            .unwrap();
-        let mut control = link.accept().await.unwrap();
-        let hello = control.recv().await.unwrap().unwrap();
-        assert_eq!(hello.kind, MsgType::HELLO);
-        let welcome = Welcome {
-            mesh: "test".to_owned(),
-            heartbeat_seconds: 2.0,
-            heartbeat_port: self.heartbeats.local_addr().unwrap().port().into(),
-            session: 77,
-            version: "0".to_owned(),
-        };
-        let message = Message::new(MsgType::WELCOME, 0, timestamp_us(), welcome.encode_to_vec());
-        control.send(message).await.unwrap();
-        (link, control, Hello::decode(hello.payload).unwrap())
-    }
-}
+use common::{Head, PATIENCE};
 
 fn config(state_dir: &Path) -> Config {
     Config {

@@ -11,13 +11,6 @@ use super::{EmbedRequest, EncoderInfo};
 use crate::workload::{Load, RequestKey, RequestStatus, Schedule, Totals};
 use crate::{RequestError, StageError};
 
-/// Limits of the queue.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct EmbedConfig {
-    /// Requests that may wait.
-    pub queue_limit: usize,
-}
-
 /// One call of an encoder: sequences of several requests.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Batch {
@@ -32,12 +25,8 @@ impl Batch {
     }
 }
 
-/// Result of a finished request.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Embedded {
-    /// One vector per sequence, in the request's order.
-    pub vectors: Vec<Vec<f32>>,
-}
+/// The result of a request: one vector per sequence, in the request's order.
+pub type Embedded = Result<Vec<Vec<f32>>, RequestError>;
 
 struct Job {
     /// Not yet in a batch, by index; the first is next.
@@ -50,24 +39,24 @@ struct Job {
 /// The batching scheduler of one encoder.
 pub struct Scheduler {
     info: EncoderInfo,
-    config: EmbedConfig,
+    /// Requests that may wait.
+    queue_limit: usize,
     jobs: HashMap<RequestKey, Job>,
     /// Requests with waiting sequences; the first is next.
     turns: VecDeque<RequestKey>,
-    /// Number of waiting tokens.
     backlog: u64,
     draining: bool,
     tokens_per_second: f64,
     totals: Totals,
-    ended: VecDeque<(RequestKey, Result<Embedded, RequestError>)>,
+    ended: VecDeque<(RequestKey, Embedded)>,
 }
 
 impl Scheduler {
     /// An empty scheduler for an encoder with `info`.
-    pub fn new(info: EncoderInfo, config: EmbedConfig) -> Self {
+    pub fn new(info: EncoderInfo, queue_limit: usize) -> Self {
         Scheduler {
             info,
-            config,
+            queue_limit,
             jobs: HashMap::new(),
             turns: VecDeque::new(),
             backlog: 0,
@@ -82,10 +71,9 @@ impl Scheduler {
         if self.draining {
             return Err(RequestError::Draining);
         }
-        if self.jobs.len() >= self.config.queue_limit {
-            return Err(RequestError::QueueFull {
-                limit: self.config.queue_limit,
-            });
+        let limit = self.queue_limit;
+        if self.jobs.len() >= limit {
+            return Err(RequestError::QueueFull { limit });
         }
         if request.sequences.is_empty() || request.sequences.iter().any(Vec::is_empty) {
             return Err(RequestError::EmptyPrompt);
@@ -150,11 +138,8 @@ impl Scheduler {
                 old + (speed - old) * weight
             }
         };
-        for ((key, index, _), vector) in batch
-            .parts
-            .iter()
-            .zip(vectors.chunks_exact(self.info.dimensions))
-        {
+        let vectors = vectors.chunks_exact(self.info.dimensions);
+        for ((key, index, _), vector) in batch.parts.iter().zip(vectors) {
             let Some(job) = self.jobs.get_mut(key) else {
                 continue;
             };
@@ -164,8 +149,7 @@ impl Scheduler {
                 && let Some(job) = self.jobs.remove(key)
             {
                 self.totals.finished += 1;
-                let vectors = job.vectors;
-                self.ended.push_back((*key, Ok(Embedded { vectors })));
+                self.ended.push_back((*key, Ok(job.vectors)));
             }
         }
     }
@@ -181,12 +165,8 @@ impl Scheduler {
     /// Ends requests whose deadline has passed.
     pub fn expire(&mut self, now: Instant) {
         let late = |job: &Job| job.deadline.is_some_and(|deadline| deadline <= now);
-        let keys: Vec<RequestKey> = self
-            .jobs
-            .iter()
-            .filter(|(_, job)| late(job))
-            .map(|(key, _)| *key)
-            .collect();
+        let late = self.jobs.iter().filter(|(_, job)| late(job));
+        let keys: Vec<RequestKey> = late.map(|(key, _)| *key).collect();
         for key in keys {
             self.end(key, RequestError::DeadlineExceeded { tokens: 0 });
         }
@@ -212,7 +192,7 @@ impl Scheduler {
 
 impl Schedule for Scheduler {
     type Request = EmbedRequest;
-    type Event = Result<Embedded, RequestError>;
+    type Event = Embedded;
 
     fn submit(&mut self, key: RequestKey, request: EmbedRequest, _: Instant) {
         if let Err(error) = self.admit(&request) {

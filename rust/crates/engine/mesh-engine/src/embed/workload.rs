@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use super::scheduler::{Batch, EmbedConfig, Embedded, Scheduler};
+use super::scheduler::{Batch, Embedded, Scheduler};
 use super::{EmbedRequest, Encoder, EncoderInfo};
 use crate::RequestError;
 use crate::workload::{StepOutcome, Workload};
@@ -16,10 +16,10 @@ pub struct Embedding {
 }
 
 impl Embedding {
-    /// The workload of `encoder`.
-    pub fn new(encoder: Box<dyn Encoder>, config: EmbedConfig) -> Self {
+    /// The workload of `encoder`, for which so many requests may wait.
+    pub fn new(encoder: Box<dyn Encoder>, queue_limit: usize) -> Self {
         Embedding {
-            scheduler: Scheduler::new(encoder.info().clone(), config),
+            scheduler: Scheduler::new(encoder.info().clone(), queue_limit),
             encoder,
             batch: None,
         }
@@ -28,7 +28,7 @@ impl Embedding {
 
 impl Workload for Embedding {
     type Request = EmbedRequest;
-    type Event = Result<Embedded, RequestError>;
+    type Event = Embedded;
     type Info = EncoderInfo;
     type Scheduler = Scheduler;
 

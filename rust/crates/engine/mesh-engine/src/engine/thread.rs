@@ -6,7 +6,7 @@
 use std::any::Any;
 use std::collections::{HashMap, VecDeque};
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::AtomicU64;
 use std::sync::{Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -17,11 +17,12 @@ use crate::workload::{Load, RequestKey, RequestStatus, Schedule, StepOutcome, Wo
 
 /// State of an engine, common to its handles and its thread.
 pub(super) struct EngineState<W: Workload> {
-    info: OnceLock<W::Info>,
-    next_key: AtomicU64,
-    load: Mutex<Load>,
-    activity: Mutex<Activity>,
-    death: Mutex<Option<RequestError>>,
+    /// Set at the start, before handles are given out.
+    pub(super) info: OnceLock<W::Info>,
+    pub(super) next_key: AtomicU64,
+    pub(super) load: Mutex<Load>,
+    pub(super) activity: Mutex<Activity>,
+    pub(super) death: Mutex<Option<RequestError>>,
     queue: Mutex<CommandQueue<W>>,
     filled: Condvar,
     /// `None` before it is started and when it has ended.
@@ -30,12 +31,11 @@ pub(super) struct EngineState<W: Workload> {
 
 /// The last report of the thread on itself and on its requests.
 #[derive(Default)]
-struct Activity {
+pub(super) struct Activity {
     /// Time at which a step last came back, or the first request came; `None` while the engine is idle.
-    advanced: Option<Instant>,
-    /// The states of its requests.
-    statuses: HashMap<RequestKey, RequestStatus>,
-    /// Time at which those were noted.
+    pub(super) advanced: Option<Instant>,
+    pub(super) statuses: HashMap<RequestKey, RequestStatus>,
+    /// Time at which the statuses were noted.
     noted: Option<Instant>,
 }
 
@@ -85,33 +85,6 @@ impl<W: Workload> EngineState<W> {
         });
     }
 
-    pub(super) fn info(&self) -> &W::Info {
-        self.info
-            .get()
-            .expect("handles are given out after the start")
-    }
-
-    pub(super) fn next_key(&self) -> RequestKey {
-        self.next_key.fetch_add(1, Ordering::Relaxed)
-    }
-
-    pub(super) fn load(&self) -> Load {
-        lock(&self.load).clone()
-    }
-
-    pub(super) fn status(&self, key: RequestKey) -> Option<RequestStatus> {
-        lock(&self.activity).statuses.get(&key).copied()
-    }
-
-    pub(super) fn quiet(&self, now: Instant) -> Duration {
-        let advanced = lock(&self.activity).advanced;
-        advanced.map_or(Duration::ZERO, |at| now.saturating_duration_since(at))
-    }
-
-    pub(super) fn death(&self) -> Option<RequestError> {
-        lock(&self.death).clone()
-    }
-
     /// Leaves a command for the thread; `false` if it is gone.
     pub(super) fn tell(&self, command: Command<W>) -> bool {
         let mut queue = lock(&self.queue);
@@ -138,12 +111,8 @@ impl<W: Workload> EngineState<W> {
         drop(queue);
         self.turn(&mut executor);
         let queue = lock(&self.queue);
-        let earlier = match (queue.timer, waits_for) {
-            (Some(timer), Some(waits_for)) => timer < waits_for,
-            (timer, None) => timer.is_some(),
-            (None, _) => false,
-        };
-        if earlier || queue.closed {
+        let earlier = |timer| waits_for.is_none_or(|waits_for| timer < waits_for);
+        if queue.timer.is_some_and(earlier) || queue.closed {
             drop(queue);
             self.filled.notify_one();
         }
@@ -157,10 +126,10 @@ impl<W: Workload> EngineState<W> {
             while queue.commands.is_empty() && !queue.closed {
                 let now = Instant::now();
                 queue = match queue.timer {
-                    None => self
-                        .filled
-                        .wait(queue)
-                        .unwrap_or_else(PoisonError::into_inner),
+                    None => {
+                        let waited = self.filled.wait(queue);
+                        waited.unwrap_or_else(PoisonError::into_inner)
+                    }
                     Some(at) if at <= now => break,
                     Some(at) => {
                         let waited = self.filled.wait_timeout(queue, at - now);
@@ -232,9 +201,8 @@ impl<W: Workload> Executor<W> {
             }
             if !self.workload.scheduler().is_idle() {
                 // Visible to readers while the step below is computed.
-                lock(&state.activity)
-                    .advanced
-                    .get_or_insert_with(Instant::now);
+                let advanced = &mut lock(&state.activity).advanced;
+                advanced.get_or_insert_with(Instant::now);
             }
             let mut busy = false;
             while self.workload.begin(Instant::now()) {
@@ -274,9 +242,8 @@ impl<W: Workload> Executor<W> {
         match command {
             Command::Submit(key, request, events) => {
                 self.streams.insert(key, events);
-                self.workload
-                    .scheduler()
-                    .submit(key, request, Instant::now());
+                let scheduler = self.workload.scheduler();
+                scheduler.submit(key, request, Instant::now());
             }
             Command::Cancel(key) => {
                 self.streams.remove(&key);
@@ -373,7 +340,7 @@ fn panic_text(panic: &(dyn Any + Send)) -> &str {
 
 /// Locks `mutex`, poisoned or not: the guarded value is replaced as a whole, so a panic elsewhere leaves it
 /// sound.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 

@@ -32,9 +32,8 @@ pub(super) fn argmax(row: &[f32]) -> Option<u32> {
 
 /// Sum of `exp((x - max) * scale)` over `row`.
 pub(super) fn sum_exp(row: &[f32], max: f32, scale: f32) -> f64 {
-    row.chunks(SUM_BLOCK)
-        .map(|block| block_sum_exp(block, max, scale))
-        .sum()
+    let blocks = row.chunks(SUM_BLOCK);
+    blocks.map(|block| block_sum_exp(block, max, scale)).sum()
 }
 
 /// The token at `uniform` of the cumulative distribution over all of `row`, in order of ids.
@@ -46,10 +45,8 @@ pub(super) fn draw_from_all(
     block_sums: &mut Vec<f64>,
 ) -> Option<u32> {
     block_sums.clear();
-    block_sums.extend(
-        row.chunks(SUM_BLOCK)
-            .map(|block| block_sum_exp(block, max, scale)),
-    );
+    let blocks = row.chunks(SUM_BLOCK);
+    block_sums.extend(blocks.map(|block| block_sum_exp(block, max, scale)));
     let mut rest = uniform * block_sums.iter().sum::<f64>();
     let mut last_possible = None;
     for (b, (block, &sum)) in row.chunks(SUM_BLOCK).zip(block_sums.iter()).enumerate() {

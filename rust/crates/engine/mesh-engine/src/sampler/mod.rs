@@ -21,7 +21,8 @@ use crate::request::{Logprob, RequestError, SamplingParams, TokenLogprobs, Token
 #[derive(Debug, Clone)]
 pub struct Sampler {
     params: SamplingParams,
-    history: History,
+    /// Occurrences in the answer of each token that penalties apply to; 0 for tokens of the prompt alone.
+    history: HashMap<u32, u32>,
     /// Tokens that are not chosen before [`SamplingParams::min_tokens`].
     ends: Vec<u32>,
 }
@@ -47,9 +48,9 @@ pub struct Scratch {
 impl Sampler {
     /// A sampler for the answer to `prompt` that so far consists of `generated`.
     pub fn new(params: SamplingParams, prompt: &[u32], generated: &[u32]) -> Self {
-        let mut history = History::default();
+        let mut history = HashMap::new();
         if params.repetition_penalty != 1.0 {
-            history.add_prompt(prompt);
+            history.extend(prompt.iter().map(|&token| (token, 0)));
         }
         let mut sampler = Sampler {
             params,
@@ -91,16 +92,16 @@ impl Sampler {
             raw_max = f32::MAX;
         }
 
-        let too_short = index < self.params.min_tokens && !self.ends.is_empty();
-        let adjusted = if self.adjusts() || too_short {
+        let too_short = index < self.params.min_tokens;
+        let forbidden = if too_short { &self.ends[..] } else { &[] };
+        let adjusts = !self.params.logit_bias.is_empty() || !self.history.is_empty();
+        let adjusted = if adjusts || !forbidden.is_empty() {
             row.clear();
             row.extend_from_slice(raw);
             self.adjust(row);
-            if too_short {
-                for &token in &self.ends {
-                    if let Some(logit) = row.get_mut(token as usize) {
-                        *logit = f32::NEG_INFINITY;
-                    }
+            for &token in forbidden {
+                if let Some(logit) = row.get_mut(token as usize) {
+                    *logit = f32::NEG_INFINITY;
                 }
             }
             row
@@ -123,15 +124,10 @@ impl Sampler {
     pub fn accept(&mut self, token: u32) {
         let p = &self.params;
         if p.repetition_penalty != 1.0 || p.presence_penalty != 0.0 || p.frequency_penalty != 0.0 {
-            self.history.add_answer(token);
+            *self.history.entry(token).or_default() += 1;
         }
     }
 
-    fn adjusts(&self) -> bool {
-        !self.params.logit_bias.is_empty() || !self.history.is_empty()
-    }
-
-    /// Applies logit bias and penalties.
     fn adjust(&self, row: &mut [f32]) {
         let p = &self.params;
         for &(token, bias) in &p.logit_bias {
@@ -139,7 +135,7 @@ impl Sampler {
                 *logit += bias;
             }
         }
-        for (token, in_answer) in self.history.iter() {
+        for (&token, &in_answer) in &self.history {
             let Some(logit) = row.get_mut(token as usize) else {
                 continue;
             };
@@ -193,10 +189,8 @@ impl Sampler {
         } else if !all {
             // Top-p is a share of the tokens that top-k leaves, before min-p.
             select::top(row, top_k, f32::NEG_INFINITY, candidates);
-            let total = candidates
-                .iter()
-                .map(|c| weight(c, max, scale))
-                .sum::<f64>();
+            let weights = candidates.iter().map(|c| weight(c, max, scale));
+            let total = weights.sum::<f64>();
             let kept = nucleus(candidates, max, scale, total * f64::from(p.top_p));
             candidates.truncate(kept.unwrap_or(candidates.len()));
             candidates.retain(|c| c.logit >= floor);
@@ -233,61 +227,57 @@ pub fn score(logits: &[f32], token: u32) -> Option<TokenScore> {
 
 /// Checks every parameter's range; `vocab` is the number of token ids.
 pub fn validate(params: &SamplingParams, vocab: usize) -> Result<(), RequestError> {
-    let within = |name, value: f32, ok: bool, range| {
-        if ok {
-            Ok(())
-        } else {
-            Err(RequestError::InvalidParameter {
-                name,
-                value: value.to_string(),
-                range,
-            })
-        }
-    };
+    let invalid =
+        |name, value: String, range| RequestError::InvalidParameter { name, value, range };
     let p = params;
-    let t = p.temperature;
-    within("temperature", t, (0.0..=100.0).contains(&t), "0 to 100")?;
-    within("top_p", p.top_p, (0.0..=1.0).contains(&p.top_p), "0 to 1")?;
-    within("min_p", p.min_p, (0.0..=1.0).contains(&p.min_p), "0 to 1")?;
-    let r = p.repetition_penalty;
-    within(
-        "repetition_penalty",
-        r,
-        r > 0.0 && r <= 100.0,
-        "above 0, at most 100",
-    )?;
-    for (name, value) in [
-        ("presence_penalty", p.presence_penalty),
-        ("frequency_penalty", p.frequency_penalty),
-    ] {
-        within(
-            name,
-            value,
-            (-100.0..=100.0).contains(&value),
+    let above_zero = 0f32.next_up();
+    let repetition = p.repetition_penalty;
+    for (name, value, least, most, range) in [
+        ("temperature", p.temperature, 0.0, 100.0, "0 to 100"),
+        ("top_p", p.top_p, 0.0, 1.0, "0 to 1"),
+        ("min_p", p.min_p, 0.0, 1.0, "0 to 1"),
+        (
+            "repetition_penalty",
+            repetition,
+            above_zero,
+            100.0,
+            "above 0, at most 100",
+        ),
+        (
+            "presence_penalty",
+            p.presence_penalty,
+            -100.0,
+            100.0,
             "-100 to 100",
-        )?;
-    }
-    for &(token, bias) in &p.logit_bias {
-        if token as usize >= vocab {
-            return Err(RequestError::NoSuchToken { token, vocab });
+        ),
+        (
+            "frequency_penalty",
+            p.frequency_penalty,
+            -100.0,
+            100.0,
+            "-100 to 100",
+        ),
+    ] {
+        if !(least..=most).contains(&value) {
+            return Err(invalid(name, value.to_string(), range));
         }
-        within("logit_bias", bias, bias.is_finite(), "a finite number")?;
     }
-    if let Some(&token) = p
-        .stop_token_ids
-        .iter()
-        .find(|&&token| token as usize >= vocab)
-    {
+    let biased = p.logit_bias.iter().map(|&(token, _)| token);
+    let mut named = biased.chain(p.stop_token_ids.iter().copied());
+    if let Some(token) = named.find(|&token| token as usize >= vocab) {
         return Err(RequestError::NoSuchToken { token, vocab });
     }
+    if let Some((_, bias)) = p.logit_bias.iter().find(|(_, bias)| !bias.is_finite()) {
+        return Err(invalid("logit_bias", bias.to_string(), "a finite number"));
+    }
     if p.stop_token_ids.len() > MAX_STOP_TOKENS {
-        let count = p.stop_token_ids.len();
-        within("stop_token_ids", count as f32, false, "at most 64 tokens")?;
+        let count = p.stop_token_ids.len().to_string();
+        return Err(invalid("stop_token_ids", count, "at most 64 tokens"));
     }
-    if let Some(n) = p.logprobs.filter(|&n| n > MAX_LOGPROBS) {
-        within("top_logprobs", n as f32, false, "0 to 20")?;
+    match p.logprobs {
+        Some(n) if n > MAX_LOGPROBS => Err(invalid("top_logprobs", n.to_string(), "0 to 20")),
+        _ => Ok(()),
     }
-    Ok(())
 }
 
 /// The likelihood of `token` and of the `n` likeliest tokens under the model.
@@ -303,31 +293,25 @@ fn logprobs(
     if n > 0 {
         select::top(raw, n, f32::NEG_INFINITY, candidates);
     }
+    let logprob = |token, logit| Logprob {
+        token,
+        logprob: logit - log_total,
+    };
+    let top = candidates.iter().map(|c| logprob(c.token, c.logit));
     TokenLogprobs {
-        chosen: Logprob {
-            token,
-            logprob: raw[token as usize] - log_total,
-        },
-        top: candidates
-            .iter()
-            .map(|c| Logprob {
-                token: c.token,
-                logprob: c.logit - log_total,
-            })
-            .collect(),
+        chosen: logprob(token, raw[token as usize]),
+        top: top.collect(),
     }
 }
 
 /// Number of candidates, likeliest first, that together reach `wanted`; `None` if all of them do not.
 fn nucleus(candidates: &[Candidate], max: f32, scale: f32, wanted: f64) -> Option<usize> {
     let mut sum = 0.0;
-    candidates
-        .iter()
-        .position(|c| {
-            sum += weight(c, max, scale);
-            sum >= wanted
-        })
-        .map(|last| last + 1)
+    let last = candidates.iter().position(|c| {
+        sum += weight(c, max, scale);
+        sum >= wanted
+    });
+    Some(last? + 1)
 }
 
 fn draw_from(candidates: &[Candidate], max: f32, scale: f32, uniform: f64) -> Option<u32> {
@@ -345,33 +329,6 @@ fn draw_from(candidates: &[Candidate], max: f32, scale: f32, uniform: f64) -> Op
 
 fn weight(candidate: &Candidate, max: f32, scale: f32) -> f64 {
     f64::from(math::exp((candidate.logit - max) * scale))
-}
-
-/// Number of occurrences in the answer of each token that penalties apply to; 0 for tokens of the prompt
-/// alone.
-#[derive(Debug, Clone, Default)]
-struct History {
-    in_answer: HashMap<u32, u32>,
-}
-
-impl History {
-    fn add_prompt(&mut self, tokens: &[u32]) {
-        for &token in tokens {
-            self.in_answer.entry(token).or_insert(0);
-        }
-    }
-
-    fn add_answer(&mut self, token: u32) {
-        *self.in_answer.entry(token).or_insert(0) += 1;
-    }
-
-    fn is_empty(&self) -> bool {
-        self.in_answer.is_empty()
-    }
-
-    fn iter(&self) -> impl Iterator<Item = (u32, u32)> + '_ {
-        self.in_answer.iter().map(|(&token, &n)| (token, n))
-    }
 }
 
 /// Most alternatives reported per token, as in the OpenAI API.

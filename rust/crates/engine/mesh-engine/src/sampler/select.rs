@@ -35,12 +35,7 @@ pub(super) fn top(row: &[f32], k: usize, floor: f32, out: &mut Vec<Candidate>) {
         if !any_above(block, above) {
             continue;
         }
-        for (i, &logit) in block.iter().enumerate() {
-            if logit > above {
-                let token = (b * BLOCK + i) as u32;
-                out.push(Candidate { logit, token });
-            }
-        }
+        collect_above(b, block, above, out);
         if out.len() >= limit {
             keep_best(out, k);
             above = out[k - 1].logit;
@@ -58,16 +53,7 @@ pub(super) fn at_least(row: &[f32], floor: f32, out: &mut Vec<Candidate>) {
     let above = floor.next_down();
     for (b, block) in row.chunks(BLOCK).enumerate() {
         if any_above(block, above) {
-            out.extend(
-                block
-                    .iter()
-                    .enumerate()
-                    .filter(|&(_, &x)| x > above)
-                    .map(|(i, &logit)| {
-                        let token = (b * BLOCK + i) as u32;
-                        Candidate { logit, token }
-                    }),
-            );
+            collect_above(b, block, above, out);
         }
     }
 }
@@ -76,6 +62,17 @@ pub(super) fn at_least(row: &[f32], floor: f32, out: &mut Vec<Candidate>) {
 fn keep_best(out: &mut Vec<Candidate>, k: usize) {
     out.select_nth_unstable_by(k - 1, Candidate::order);
     out.truncate(k);
+}
+
+/// Appends the tokens of block `b` whose logit is above `threshold`.
+#[inline]
+fn collect_above(b: usize, block: &[f32], threshold: f32, out: &mut Vec<Candidate>) {
+    for (i, &logit) in block.iter().enumerate() {
+        if logit > threshold {
+            let token = (b * BLOCK + i) as u32;
+            out.push(Candidate { logit, token });
+        }
+    }
 }
 
 fn any_above(block: &[f32], threshold: f32) -> bool {

@@ -10,7 +10,6 @@ use crate::text::TextPipeline;
 use crate::workload::RequestKey;
 use crate::{LogitRows, Vocabulary};
 
-/// A request, queued or running.
 #[derive(Debug)]
 pub(super) struct Job {
     pub(super) key: RequestKey,
@@ -32,7 +31,6 @@ pub(super) struct Job {
     output: Output,
 }
 
-/// The result of a job so far.
 #[derive(Debug)]
 enum Output {
     Text(Box<Completion>),
@@ -184,7 +182,6 @@ impl Job {
         }
     }
 
-    /// This job in its present run.
     pub(super) fn owner(&self) -> Owner {
         Owner {
             key: self.key,
@@ -211,7 +208,6 @@ impl Job {
         matches!(self.output, Output::Scores(_))
     }
 
-    /// Tokens of the answer so far.
     pub(super) fn answered(&self) -> u32 {
         match &self.output {
             Output::Text(answer) => answer.generated,
@@ -324,7 +320,6 @@ impl Completion {
 /// room for as many.
 const GROWTH: u64 = 64;
 
-/// The tokens that end an answer.
 fn ends(vocabulary: &dyn Vocabulary, ignore_eos: bool, stop_token_ids: &[u32]) -> Vec<u32> {
     let mut ends = stop_token_ids.to_vec();
     if !ignore_eos {

@@ -11,12 +11,10 @@
 //! - **Several steps at once.** Rows count as cached when they are planned, so the next chunk of a prompt may be planned while
 //!   the one before is still under way; steps come back in the order in which they were planned. Answers in progress are
 //!   spread over [`SchedulerConfig::steps_under_way`] steps, so that all stages of a pipeline work.
-//! - **Admission by expected use.** A request starts when there is KV memory for its prompt and an answer of
-//!   the expected length, which is learned from the answers before it. When memory runs out, unused rows give
-//!   way first, the least recently used first; then the youngest request in progress is *preempted*: it gives
-//!   its slot back and waits at the front of the queue with its tokens so far. Running requests are always
-//!   older than waiting ones, so the oldest request is never preempted and every request ends. The queue is
-//!   first come, first served.
+//! - **Admission by expected use.** A request starts when there is KV memory for its prompt and an answer of the
+//!   expected length. When memory runs out, unused rows give way first; then the youngest request in progress is
+//!   *preempted* and waits at the front of the queue. Running requests are always older than waiting ones, so the
+//!   oldest request is never preempted and every request ends.
 //!
 //! None of this changes an answer: a stage's rows are independent, and a draw depends on seed and index alone.
 
@@ -101,7 +99,6 @@ pub struct Scheduler {
     draining: bool,
 }
 
-/// A job with its slot.
 struct Running {
     job: Job,
     slot: SlotId,
@@ -112,10 +109,8 @@ struct Running {
 impl Scheduler {
     /// A scheduler for a stage of shape `info` that holds a whole model with `vocabulary`.
     pub fn new(info: &StageInfo, vocabulary: Arc<dyn Vocabulary>, config: SchedulerConfig) -> Self {
-        let max_rows = config
-            .step_rows
-            .unwrap_or(info.max_rows)
-            .clamp(1, info.max_rows.max(1));
+        let max_rows = config.step_rows.unwrap_or(info.max_rows);
+        let max_rows = max_rows.clamp(1, info.max_rows.max(1));
         // One row of every step is left for prompts, so that no request waits for ever.
         let slots = info.slots.min(max_rows.saturating_sub(1)).max(1);
         let held = u64::from(slots) * u64::from(info.context);
@@ -220,25 +215,19 @@ impl Scheduler {
     }
 
     fn enqueue(&mut self, key: RequestKey, job: Result<Job, RequestError>, now: Instant) {
-        let accepted = job.and_then(|job| {
-            if self.draining {
-                return Err(RequestError::Draining);
-            }
-            Ok(job)
-        });
-        match accepted {
-            Err(error) => self.refuse(key, error),
-            Ok(mut job) => match job.finished(now) {
-                Some(event) => {
-                    self.totals.finished += 1;
-                    self.events.push_back((key, event));
-                }
-                None if self.queue.len() >= self.queue_room() => {
-                    let limit = self.config.queue_limit;
-                    self.refuse(key, RequestError::QueueFull { limit });
-                }
-                None => self.queue.push_back(job),
-            },
+        let mut job = match job {
+            Ok(job) if !self.draining => job,
+            Ok(_) => return self.refuse(key, RequestError::Draining),
+            Err(error) => return self.refuse(key, error),
+        };
+        if let Some(event) = job.finished(now) {
+            self.totals.finished += 1;
+            self.events.push_back((key, event));
+        } else if self.queue.len() >= self.queue_room() {
+            let limit = self.config.queue_limit;
+            self.refuse(key, RequestError::QueueFull { limit });
+        } else {
+            self.queue.push_back(job);
         }
     }
 
@@ -253,13 +242,10 @@ impl Scheduler {
         self.events.push_back((key, Event::Failed(error)));
     }
 
-    /// Ends requests whose deadline has passed.
     fn expire(&mut self, now: Instant) {
         let jobs = self.queue.iter().chain(self.running.iter().map(|r| &r.job));
-        let late: Vec<(RequestKey, u32)> = jobs
-            .filter(|job| job.deadline.is_some_and(|deadline| deadline <= now))
-            .map(|job| (job.key, job.answered()))
-            .collect();
+        let late = jobs.filter(|job| job.deadline.is_some_and(|deadline| deadline <= now));
+        let late: Vec<(RequestKey, u32)> = late.map(|job| (job.key, job.answered())).collect();
         for (key, tokens) in late {
             self.queue.retain(|job| job.key != key);
             self.end(key, RequestError::DeadlineExceeded { tokens });
@@ -350,9 +336,8 @@ impl Scheduler {
                 return;
             };
             // A few more than needed, because the next step needs some, too.
-            let drop = u32::try_from(excess)
-                .unwrap_or(u32::MAX)
-                .max(EVICTED_AT_ONCE);
+            let drop = u32::try_from(excess).unwrap_or(u32::MAX);
+            let drop = drop.max(EVICTED_AT_ONCE);
             let len = self.slots.cached_len(slot).saturating_sub(drop);
             self.slots.truncate(slot, len);
             self.slot_ops.push(SlotOp::Truncate { slot, len });
@@ -394,21 +379,16 @@ impl Scheduler {
 
     fn plan_prefill(&self, step: &mut Step, decoding: u32) {
         let mut score_rows = self.config.score_rows.max(1);
-        let backlogs: Vec<u32> = self
-            .running
-            .iter()
-            .map(|Running { job, slot, .. }| {
-                let pending = job.pending(self.slots.cached_len(*slot)).len() as u32;
-                if job.is_score() {
-                    // One at a time: their logits take memory.
-                    std::mem::take(&mut score_rows).min(pending)
-                } else if pending > 1 {
-                    pending
-                } else {
-                    0
-                }
-            })
-            .collect();
+        let backlogs = self.running.iter().map(|Running { job, slot, .. }| {
+            let pending = job.pending(self.slots.cached_len(*slot)).len() as u32;
+            match pending {
+                // One at a time: their logits take memory.
+                _ if job.is_score() => std::mem::take(&mut score_rows).min(pending),
+                0 | 1 => 0,
+                _ => pending,
+            }
+        });
+        let backlogs: Vec<u32> = backlogs.collect();
         let shares = share_rows(&backlogs, self.prefill_budget(step.decode_rows, decoding));
         for (Running { job, slot, .. }, &rows) in self.running.iter().zip(&shares) {
             if rows > 0 {
@@ -452,10 +432,8 @@ impl Scheduler {
         // Some models pad their output beyond the vocabulary.
         let row = &row[..row.len().min(self.vocabulary.size())];
         let scratch = &mut self.scratch;
-        let taken = running
-            .job
-            .take_logits(position, row, &*self.vocabulary, scratch, now);
-        match taken {
+        let (job, vocabulary) = (&mut running.job, &*self.vocabulary);
+        match job.take_logits(position, row, vocabulary, scratch, now) {
             Ok(Some(tokens)) => {
                 running.decodes = true;
                 self.events.push_back((owner, Event::Tokens(tokens)));
@@ -465,7 +443,6 @@ impl Scheduler {
         }
     }
 
-    /// Ends the running requests that are complete.
     fn finish(&mut self, now: Instant) {
         let (events, slots, totals) = (&mut self.events, &mut self.slots, &mut self.totals);
         let lengths = &mut self.lengths;
@@ -540,9 +517,8 @@ impl Schedule for Scheduler {
 
     fn end_all(&mut self, error: &RequestError) {
         let running = self.running.iter().map(|r| r.job.key);
-        let keys: Vec<RequestKey> = running
-            .chain(self.queue.iter().map(|job| job.key))
-            .collect();
+        let queued = self.queue.iter().map(|job| job.key);
+        let keys: Vec<RequestKey> = running.chain(queued).collect();
         self.queue.clear();
         for key in keys {
             self.end(key, error.clone());
@@ -578,14 +554,10 @@ impl Schedule for Scheduler {
     }
 
     fn load(&self) -> Load {
-        let running = self
-            .running
-            .iter()
-            .map(|r| (&r.job, self.slots.cached_len(r.slot)));
-        let waiting = self.queue.iter().map(|job| (job, 0));
-        let backlog = running
-            .chain(waiting)
-            .map(|(job, cached)| job.pending(cached).len() as u64);
+        let running = self.running.iter();
+        let running = running.map(|r| r.job.pending(self.slots.cached_len(r.slot)).len());
+        let waiting = self.queue.iter().map(|job| job.pending(0).len());
+        let backlog = running.chain(waiting).map(|n| n as u64);
         Load {
             running: self.running.len() as u32,
             queued: self.queue.len() as u32,
@@ -606,7 +578,6 @@ impl Schedule for Scheduler {
 /// Rows of a prompt chunk beside answers in progress, before any speed is known.
 const FIRST_CHUNK: u32 = 64;
 
-/// Number of unused rows that are dropped at once.
 const EVICTED_AT_ONCE: u32 = 64;
 
 /// Rows that prompts get at least, or they would never end on a slow machine.

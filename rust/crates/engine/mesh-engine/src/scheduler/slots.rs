@@ -3,7 +3,6 @@
 use crate::SlotId;
 use crate::workload::RequestKey;
 
-/// The scheduler's view of a stage's KV slots.
 #[derive(Debug)]
 pub(super) struct Slots {
     slots: Vec<Slot>,
@@ -36,7 +35,6 @@ impl Salt {
     }
 }
 
-/// The slot chosen for a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Placement {
     pub(super) slot: SlotId,
@@ -89,22 +87,19 @@ impl Slots {
             .max_by_key(|&slot| (common(slot), is_idle(slot), std::cmp::Reverse(slot)))?;
         let (length, own) = (common(source), common(victim));
         let keeps_most = 2 * length >= self.cached_len(source);
-        let in_place = |slot, reused| Placement {
+        let (slot, reused, copy_from) =
+            if length > 0 && is_idle(source) && (keeps_most || source == victim) {
+                (source, length, None)
+            } else if length >= own + WORTH_COPYING {
+                (victim, length, Some(source))
+            } else {
+                (victim, own, None)
+            };
+        Some(Placement {
             slot,
             reused,
-            copy_from: None,
-        };
-        if length > 0 && is_idle(source) && (keeps_most || source == victim) {
-            return Some(in_place(source, length));
-        }
-        if length >= own + WORTH_COPYING {
-            return Some(Placement {
-                slot: victim,
-                reused: length,
-                copy_from: Some(source),
-            });
-        }
-        Some(in_place(victim, own))
+            copy_from,
+        })
     }
 
     /// An idle slot for a request that computes every row; `None` if all are busy.
@@ -144,9 +139,10 @@ impl Slots {
     pub(super) fn resume(&mut self, slot: SlotId, held: &[u32], settled: u32) -> u32 {
         let slot = &mut self.slots[slot as usize];
         match slot.owner {
-            Some(_) => slot
-                .cached
-                .truncate(common_prefix(&slot.cached, held).min(settled) as usize),
+            Some(_) => {
+                let same = common_prefix(&slot.cached, held).min(settled);
+                slot.cached.truncate(same as usize);
+            }
             None => {
                 if slot.cached.len() < held.len() || slot.cached[..held.len()] != *held {
                     slot.salt = None;
@@ -166,21 +162,18 @@ impl Slots {
         slot.released = self.clock;
     }
 
-    /// Forgets the slot's rows behind the first `len`.
     pub(super) fn truncate(&mut self, slot: SlotId, len: u32) {
         self.slots[slot as usize].cached.truncate(len as usize);
     }
 
-    /// Forgets the slot's rows.
     pub(super) fn clear(&mut self, slot: SlotId) {
         self.slots[slot as usize].cached.clear();
     }
 
     /// The idle slot with rows whose release is longest ago.
     pub(super) fn least_recently_used(&self) -> Option<SlotId> {
-        self.idle()
-            .filter(|&slot| self.cached_len(slot) > 0)
-            .min_by_key(|&slot| self.slots[slot as usize].released)
+        let with_rows = self.idle().filter(|&slot| self.cached_len(slot) > 0);
+        with_rows.min_by_key(|&slot| self.slots[slot as usize].released)
     }
 
     /// The idle slot that is the least loss: an empty one, else the one idle for the longest time.

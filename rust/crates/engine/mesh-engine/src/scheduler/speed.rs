@@ -39,7 +39,6 @@ impl Speeds {
         self.decode[nearest].per_second()
     }
 
-    /// Prefilled tokens per second.
     pub(super) fn prefill(&self) -> Option<f64> {
         self.prefill.per_second()
     }

@@ -32,23 +32,12 @@ pub(super) struct Owner {
 
 /// A change to a KV slot.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[allow(missing_docs, reason = "the variants' comments name the fields")]
 pub enum SlotOp {
-    /// Shortens a slot, see [`Stage::truncate`](crate::Stage::truncate).
-    Truncate {
-        /// The slot to shorten.
-        slot: SlotId,
-        /// Number of KV rows that it keeps.
-        len: u32,
-    },
-    /// Copies KV rows between slots, see [`Stage::copy_prefix`](crate::Stage::copy_prefix).
-    CopyPrefix {
-        /// The slot that holds the rows.
-        from: SlotId,
-        /// The slot that receives them.
-        to: SlotId,
-        /// Number of KV rows.
-        len: u32,
-    },
+    /// Shortens a slot to `len` KV rows, see [`Stage::truncate`](crate::Stage::truncate).
+    Truncate { slot: SlotId, len: u32 },
+    /// Copies the first `len` KV rows of a slot, see [`Stage::copy_prefix`](crate::Stage::copy_prefix).
+    CopyPrefix { from: SlotId, to: SlotId, len: u32 },
 }
 
 impl Step {
@@ -78,9 +67,7 @@ impl Step {
 
     /// Rows that become logits.
     pub fn logit_rows(&self) -> usize {
-        self.segments
-            .iter()
-            .map(|s: &Segment| s.logits.count(s.rows) as usize)
-            .sum()
+        let rows = self.segments.iter().map(|s| s.logits.count(s.rows));
+        rows.map(|rows| rows as usize).sum()
     }
 }

@@ -8,7 +8,7 @@ use mesh_engine::{Event, Request, Schedule, Stage, StageInput, StageOutput, appl
 use mesh_proto::{RingMirror, RingMirrored, RingResend, RingSegment, RingSlotOp, RingStep};
 use proptest::prelude::*;
 
-use self::toy::{LAYERS, Letters, ToyStage};
+use self::toy::{LAYERS, Letters};
 use self::world::{Dice, World};
 use crate::StageReplica;
 
@@ -17,19 +17,23 @@ fn request(seed: u64) -> Request {
     let prompt: Vec<u32> = (0..1 + dice.below(60))
         .map(|_| dice.below(40) as u32)
         .collect();
-    let mut request = Request::greedy(
-        format!("request {seed}"),
-        prompt,
-        10 + dice.below(60) as u32,
-    );
+    let id = format!("request {seed}");
+    seeded(
+        Request::greedy(id, prompt, 10 + dice.below(60) as u32),
+        seed,
+    )
+}
+
+fn seeded(mut request: Request, seed: u64) -> Request {
     request.params.temperature = 0.8;
     request.params.seed = seed;
+    request.ignore_eos = true;
     request
 }
 
 /// The answer of one worker with the whole model.
 fn expected(request: &Request) -> Vec<u32> {
-    let mut stage = ToyStage::new(0..LAYERS);
+    let mut stage = toy::stage(0..LAYERS);
     let info = stage.info().clone();
     let config = SchedulerConfig::default();
     let mut scheduler = Scheduler::new(&info, std::sync::Arc::new(Letters), config);
@@ -62,11 +66,8 @@ fn finish(world: &mut World) {
             return;
         }
         world.run(world.now + 100_000);
-        let tokens: Vec<usize> = world
-            .answers
-            .iter()
-            .map(|answer| answer.tokens.len())
-            .collect();
+        let tokens = world.answers.iter().map(|answer| answer.tokens.len());
+        let tokens: Vec<usize> = tokens.collect();
         if tokens == last {
             world.nothing_goes_on();
         }
@@ -77,13 +78,9 @@ fn finish(world: &mut World) {
 
 fn check(world: &World) {
     for answer in &world.answers {
+        let request = &answer.request;
         assert_eq!(answer.failed, None);
-        assert_eq!(
-            answer.tokens,
-            expected(&answer.request),
-            "{}",
-            answer.request.id
-        );
+        assert_eq!(answer.tokens, expected(request), "{}", request.id);
     }
 }
 
@@ -114,10 +111,8 @@ fn requests_that_outgrow_the_memory_of_a_ring_take_turns_and_losses_change_nothi
             let mut world = World::new(at + 3, &[2, 4, 6], 7, standbys);
             world.kv_tokens = Some(u64::from(toy::CONTEXT) + 20);
             for seed in 0..4 {
-                let mut request = Request::greedy("long".to_owned(), vec![seed as u32; 10], 100);
-                request.params.temperature = 0.8;
-                request.params.seed = seed;
-                world.submit(request);
+                let request = Request::greedy("long".to_owned(), vec![seed as u32; 10], 100);
+                world.submit(seeded(request, seed));
             }
             if at > 0 {
                 world.run(at);
@@ -188,22 +183,17 @@ fn neighbours_a_stage_with_its_standby_and_a_standby_under_promotion_may_be_lost
             }
             world.run(at);
             let (members, standbys) = (world.members().to_vec(), world.standbys());
-            match case {
-                0 => [members[0], members[1]]
-                    .into_iter()
-                    .for_each(|node| world.kill(node)),
-                1 => [members[1], members[2]]
-                    .into_iter()
-                    .for_each(|node| world.kill(node)),
-                2 => [members[1], standbys[1]]
-                    .into_iter()
-                    .for_each(|node| world.kill(node)),
-                _ => {
-                    world.kill(members[2]);
-                    world.run(at + 700);
-                    world.kill(standbys[2]);
-                }
+            let (first, pause, second) = match case {
+                0 => (members[0], 0, members[1]),
+                1 => (members[1], 0, members[2]),
+                2 => (members[1], 0, standbys[1]),
+                _ => (members[2], 700, standbys[2]),
+            };
+            world.kill(first);
+            if pause > 0 {
+                world.run(at + pause);
             }
+            world.kill(second);
             finish(&mut world);
             check(&world);
         }
@@ -345,7 +335,7 @@ proptest! {
         messages in prop::collection::vec(any_message(), 1..40),
     ) {
         let layers = if first { 0..2 } else { 2..4 };
-        let mut replica = StageReplica::new(Box::new(ToyStage::new(layers)), 1000);
+        let mut replica = StageReplica::new(Box::new(toy::stage(layers)), 1000);
         replica.begin_epoch(1, u32::from(!first), false);
         let mut out = Vec::new();
         replica.replicate_to(&[], &mut out);

@@ -12,12 +12,12 @@ use std::sync::{Arc, Mutex, mpsc};
 use std::time::{Duration, Instant};
 
 use mesh_engine::scheduler::{Scheduler, SchedulerConfig, Step};
-use mesh_engine::{Event, Outcome, Request, RequestError, Runner, Schedule};
+use mesh_engine::{Event, GenerationRequest, Outcome, Request, RequestError, Runner, Schedule};
 use mesh_proto::{
     HeldSlot, RingHeld, RingMirror, RingMirrored, RingOutcome, RingPing, RingResend, RingStep,
 };
 
-use super::toy::{self, Letters, ToyStage};
+use super::toy::{self, Letters};
 use crate::{DriverEvent, DriverOut, Out, RingRunner, StageReplica};
 
 pub(super) type Node = usize;
@@ -46,60 +46,37 @@ struct Ring {
     standbys: Vec<Option<Node>>,
 }
 
+/// A message; the first number is a stage where there are two values.
 #[derive(Debug)]
 enum Message {
     Configure(Ring),
-    DriveHello {
-        epoch: u32,
-        stage: u32,
-    },
-    Held {
-        stage: u32,
-        held: RingHeld,
-    },
+    DriveHello(u32),
+    Held(u32, RingHeld),
     Step(RingStep),
-    Rows {
-        epoch: u32,
-        step: RingStep,
-    },
-    Ping {
-        epoch: u32,
-        ping: RingPing,
-    },
-    Pong {
-        stage: u32,
-        ping: RingPing,
-    },
+    Ping(RingPing),
+    Pong(u32, RingPing),
     Echo(u64),
     Resend(RingResend),
-    Outcome {
-        stage: u32,
-        outcome: RingOutcome,
-    },
-    MirrorHello {
-        epoch: u32,
-        stage: u32,
-    },
-    StandbyHeld {
-        epoch: u32,
-        held: Vec<HeldSlot>,
-    },
-    Mirror {
-        epoch: u32,
-        stage: u32,
-        mirror: RingMirror,
-    },
-    Mirrored {
-        epoch: u32,
-        mirrored: RingMirrored,
-    },
-    NextMirrored {
-        epoch: u32,
-        mirrored: RingMirrored,
-    },
+    Outcome(u32, RingOutcome),
+    MirrorHello(u32),
+    StandbyHeld(Vec<HeldSlot>),
+    Mirror(u32, RingMirror),
+    Mirrored(RingMirrored),
+    NextMirrored(RingMirrored),
     Suspect(Node),
     Lost(Node),
     Look,
+}
+
+/// A message on its way.
+struct Sent {
+    from: Node,
+    to: Node,
+    /// The receiver's life for which it is meant.
+    life: u32,
+    /// The sender's epoch, in which alone it counts; `None` if it always does.
+    epoch: Option<u32>,
+    message: Message,
 }
 
 struct Worker {
@@ -116,7 +93,7 @@ struct Worker {
     rows: u64,
     sent: u64,
     /// Messages of an epoch that has not reached this worker.
-    early: Vec<(Node, Message)>,
+    early: Vec<Sent>,
 }
 
 struct Driver {
@@ -135,7 +112,7 @@ pub(super) struct World {
     pub(super) now: u64,
     order: u64,
     queue: BinaryHeap<Queued>,
-    messages: BTreeMap<u64, (Node, u32, Node, Message)>,
+    messages: BTreeMap<u64, Sent>,
     /// Last delivery on each stream.
     streams: BTreeMap<(Node, Node, u8), u64>,
     workers: Vec<Worker>,
@@ -154,6 +131,17 @@ pub(super) struct Answer {
     pub(super) tokens: Vec<u32>,
     pub(super) done: bool,
     pub(super) failed: Option<RequestError>,
+}
+
+impl Answer {
+    /// The request for the rest of it.
+    fn request_so_far(&self) -> GenerationRequest {
+        let request = Request {
+            generated: self.tokens.clone(),
+            ..self.request.clone()
+        };
+        request.into()
+    }
 }
 
 const HEAD: Node = usize::MAX;
@@ -255,12 +243,13 @@ impl World {
             }
             self.queue.pop();
             self.now = at;
-            if let Some((from, life, to, message)) = self.messages.remove(&order) {
-                if to == HEAD {
-                    self.head(message);
-                } else if self.workers[to].is_up() && self.workers[to].life == life {
-                    self.worker(to, from, message);
-                }
+            let Some(sent) = self.messages.remove(&order) else {
+                continue;
+            };
+            if sent.to == HEAD {
+                self.head(sent.message);
+            } else if self.workers[sent.to].is_up() && self.workers[sent.to].life == sent.life {
+                self.worker(sent);
             }
         }
         self.now = until;
@@ -275,23 +264,19 @@ impl World {
     pub(super) fn describe(&self) -> String {
         let mut text = format!("ring {:?}\n", self.ring);
         for (node, worker) in self.workers.iter().enumerate() {
-            text += &format!(
-                "{node}: up {} epoch {:?} replicas {:?} driver {:?}\n",
-                worker.is_up(),
-                worker.ring.as_ref().map(|ring| ring.epoch),
-                worker.replicas.keys().collect::<Vec<_>>(),
-                worker
-                    .driver
-                    .as_ref()
-                    .map(|driver| driver.runner.describe()),
-            );
+            let epoch = worker.ring.as_ref().map(|ring| ring.epoch);
+            let stages: Vec<&u32> = worker.replicas.keys().collect();
+            let driver = worker
+                .driver
+                .as_ref()
+                .map(|driver| driver.runner.describe());
+            let up = worker.is_up();
+            text +=
+                &format!("{node}: {up} epoch {epoch:?} replicas {stages:?} driver {driver:?}\n");
         }
         for answer in &self.answers {
-            text += &format!(
-                "{} of {:?}\n",
-                answer.tokens.len(),
-                answer.request.max_tokens
-            );
+            let (tokens, of) = (answer.tokens.len(), answer.request.max_tokens);
+            text += &format!("{tokens} of {of:?}\n");
         }
         text
     }
@@ -305,14 +290,25 @@ impl World {
         let slot = self.streams.entry((from, to, stream)).or_default();
         let at = (*slot + 1).max(self.now + delay);
         *slot = at;
-        self.schedule(at, from, to, message);
+        let ring = self
+            .workers
+            .get(from)
+            .and_then(|worker| worker.ring.as_ref());
+        let epoch = ring.map(|ring| ring.epoch);
+        self.schedule(at, from, to, epoch, message);
     }
 
-    fn schedule(&mut self, at: u64, from: Node, to: Node, message: Message) {
+    fn schedule(&mut self, at: u64, from: Node, to: Node, epoch: Option<u32>, message: Message) {
         self.order += 1;
-        let life = if to == HEAD { 0 } else { self.workers[to].life };
         self.queue.push(Reverse((at, self.order)));
-        self.messages.insert(self.order, (from, life, to, message));
+        let sent = Sent {
+            from,
+            to,
+            life: self.workers.get(to).map_or(0, |worker| worker.life),
+            epoch,
+            message,
+        };
+        self.messages.insert(self.order, sent);
     }
 
     // The head.
@@ -375,11 +371,8 @@ impl World {
         self.ring = ring;
         self.epochs += 1;
         self.configure();
-        if was_driver {
-            let open: Vec<usize> = (0..self.answers.len())
-                .filter(|&key| !self.answers[key].done)
-                .collect();
-            for key in open {
+        for key in 0..self.answers.len() {
+            if was_driver && !self.answers[key].done {
                 self.send_request(key);
             }
         }
@@ -410,51 +403,39 @@ impl World {
     }
 
     fn send_request(&mut self, key: usize) {
+        let now = self.clock();
         let driver = *self.ring.members.last().expect("a driver");
-        let answer = &self.answers[key];
-        let request = Request {
-            generated: answer.tokens.clone(),
-            ..answer.request.clone()
-        };
         // It waits at the worker until that one serves.
         if let Some(driver) = &mut self.workers[driver].driver {
-            driver.scheduler.submit(
-                key as u64,
-                request.into(),
-                self.start + Duration::from_micros(self.now),
-            );
+            let request = self.answers[key].request_so_far();
+            driver.scheduler.submit(key as u64, request, now);
         }
-        self.schedule(self.now + 1, HEAD, driver, Message::Look);
+        self.schedule(self.now + 1, HEAD, driver, None, Message::Look);
     }
 
     // Workers.
 
-    fn worker(&mut self, node: Node, from: Node, message: Message) {
-        let epoch = self.workers[node]
-            .ring
-            .as_ref()
-            .map_or(0, |ring| ring.epoch);
-        if let Some(its) = message.epoch() {
-            if its > epoch {
-                self.workers[node].early.push((from, message));
-                return;
-            }
-            if its < epoch {
-                return;
-            }
+    fn worker(&mut self, sent: Sent) {
+        let (node, from) = (sent.to, sent.from);
+        let ring = self.workers[node].ring.as_ref();
+        let epoch = ring.map_or(0, |ring| ring.epoch);
+        match sent.epoch {
+            Some(its) if its > epoch => return self.workers[node].early.push(sent),
+            Some(its) if its < epoch => return,
+            _ => {}
         }
-        match message {
+        match sent.message {
             Message::Configure(ring) => self.take_ring(node, ring),
-            Message::DriveHello { stage, .. } => {
+            Message::DriveHello(stage) => {
                 if let Some(replica) = self.workers[node].replicas.get(&stage) {
                     let held = replica.held();
-                    self.send(node, from, 1, Message::Held { stage, held });
+                    self.send(node, from, 1, Message::Held(stage, held));
                 }
             }
-            Message::Held { stage, held } => {
-                self.tell_driver(node, DriverEvent::Held { stage, held })
+            Message::Held(stage, held) => {
+                self.tell_driver(node, DriverEvent::Held { stage, held });
             }
-            Message::Step(step) | Message::Rows { step, .. } => {
+            Message::Step(step) => {
                 if self.is_driver(node) {
                     return self.tell_driver(node, DriverEvent::Rows(step));
                 }
@@ -462,47 +443,43 @@ impl World {
                 self.workers[node].rows += step.tokens.len() as u64;
                 self.with_replica(node, |replica, out| replica.step(step, out));
             }
-            Message::Ping { mut ping, .. } => {
+            Message::Ping(mut ping) => {
                 let worker = &self.workers[node];
                 (ping.received, ping.sent) = (worker.received, worker.sent);
                 let stage = self.stage_of(node);
-                self.send(node, from, 1, Message::Pong { stage, ping });
+                self.send(node, from, 1, Message::Pong(stage, ping));
             }
-            Message::Pong { stage, ping } => {
-                self.tell_driver(node, DriverEvent::Pong { stage, ping })
+            Message::Pong(stage, ping) => {
+                self.tell_driver(node, DriverEvent::Pong { stage, ping });
             }
             Message::Echo(nonce) => self.tell_driver(node, DriverEvent::Echo(nonce)),
             Message::Resend(resend) => {
-                self.with_replica(node, |replica, out| replica.resend(&resend, out))
+                self.with_replica(node, |replica, out| replica.resend(&resend, out));
             }
-            Message::Outcome { stage, outcome } => {
+            Message::Outcome(stage, outcome) => {
                 self.tell_driver(node, DriverEvent::Outcome { stage, outcome });
             }
-            Message::MirrorHello { epoch, stage } => {
+            Message::MirrorHello(stage) => {
                 let Some(replica) = self.workers[node].replicas.get(&stage) else {
                     return;
                 };
                 let held = replica.held().slots;
-                self.send(node, from, 3, Message::StandbyHeld { epoch, held });
+                self.send(node, from, 3, Message::StandbyHeld(held));
             }
-            Message::StandbyHeld { held, .. } => {
+            Message::StandbyHeld(held) => {
                 if self.is_driver(node) {
                     return self.tell_driver(node, DriverEvent::Standby(held));
                 }
                 self.with_replica(node, |replica, out| replica.replicate_to(&held, out));
             }
-            Message::Mirror {
-                epoch,
-                stage,
-                mirror,
-            } => {
+            Message::Mirror(stage, mirror) => {
                 let Some(replica) = self.workers[node].replicas.get_mut(&stage) else {
                     return;
                 };
                 let mirrored = replica.apply_replicated(&mirror).expect("in step");
-                self.send(node, from, 3, Message::Mirrored { epoch, mirrored });
+                self.send(node, from, 3, Message::Mirrored(mirrored));
             }
-            Message::Mirrored { mirrored, .. } => {
+            Message::Mirrored(mirrored) => {
                 if self.is_driver(node) {
                     return self.tell_driver(node, DriverEvent::Acknowledged(mirrored.count));
                 }
@@ -510,7 +487,7 @@ impl World {
                     replica.acknowledged(mirrored.count, out)
                 });
             }
-            Message::NextMirrored { mirrored, .. } => {
+            Message::NextMirrored(mirrored) => {
                 self.with_replica(node, |replica, _| replica.next_acknowledged(&mirrored));
             }
             Message::Look => self.drive(node),
@@ -519,12 +496,10 @@ impl World {
     }
 
     fn take_ring(&mut self, node: Node, ring: Ring) {
+        let now = self.clock();
         let worker = &mut self.workers[node];
-        if worker
-            .ring
-            .as_ref()
-            .is_some_and(|old| old.epoch >= ring.epoch)
-        {
+        let known = worker.ring.as_ref();
+        if known.is_some_and(|old| old.epoch >= ring.epoch) {
             return;
         }
         let stages = ring.members.len();
@@ -533,20 +508,18 @@ impl World {
             .iter()
             .position(|&n| n == node)
             .map(|i| i as u32);
-        let stood_by: Vec<u32> = (0..stages)
-            .filter(|&stage| ring.standbys[stage] == Some(node))
-            .map(|stage| stage as u32)
-            .collect();
-        worker
-            .replicas
-            .retain(|stage, _| own == Some(*stage) || stood_by.contains(stage));
+        let stood_by = (0..)
+            .zip(&ring.standbys)
+            .filter(|(_, standby)| **standby == Some(node));
+        let stood_by: Vec<u32> = stood_by.map(|(stage, _)| stage).collect();
+        let stays = |stage: &u32| own == Some(*stage) || stood_by.contains(stage);
+        worker.replicas.retain(|stage, _| stays(stage));
         (worker.received, worker.sent) = (0, 0);
         for stage in own.iter().chain(&stood_by) {
             let layers = layers(&self.splits, *stage);
-            if !(worker.replicas.contains_key(stage)
-                || worker.driver.is_some() && own == Some(*stage))
-            {
-                let replica = StageReplica::new(Box::new(ToyStage::new(layers)), 1 << 20);
+            let drives = worker.driver.is_some() && own == Some(*stage);
+            if !drives && !worker.replicas.contains_key(stage) {
+                let replica = StageReplica::new(Box::new(toy::stage(layers)), 1 << 20);
                 worker.replicas.insert(*stage, replica);
             }
         }
@@ -560,16 +533,9 @@ impl World {
             if worker.driver.is_none() {
                 let replica = worker.replicas.remove(&last).expect("just made");
                 worker.driver = Some(Driver::new(replica, stages, self.kv_tokens));
-                for key in 0..self.answers.len() {
-                    if !self.answers[key].done {
-                        let request = Request {
-                            generated: self.answers[key].tokens.clone(),
-                            ..self.answers[key].request.clone()
-                        };
-                        let now = self.start + Duration::from_micros(self.now);
-                        let driver = worker.driver.as_mut().expect("just made");
-                        driver.scheduler.submit(key as u64, request.into(), now);
-                    }
+                let driver = worker.driver.as_mut().expect("just made");
+                for (key, answer) in (0..).zip(&self.answers).filter(|(_, answer)| !answer.done) {
+                    driver.scheduler.submit(key, answer.request_so_far(), now);
                 }
             }
             let event = DriverEvent::Epoch {
@@ -591,28 +557,16 @@ impl World {
         let early = std::mem::take(&mut worker.early);
         if self.is_driver(node) {
             for (stage, member) in ring.members[..stages - 1].iter().enumerate() {
-                let hello = Message::DriveHello {
-                    epoch,
-                    stage: stage as u32,
-                };
-                self.send(node, *member, 2, hello);
+                self.send(node, *member, 2, Message::DriveHello(stage as u32));
             }
         }
         if let Some(stage) = ring.members.iter().position(|&n| n == node)
             && let Some(standby) = ring.standbys[stage]
         {
-            self.send(
-                node,
-                standby,
-                4,
-                Message::MirrorHello {
-                    epoch,
-                    stage: stage as u32,
-                },
-            );
+            self.send(node, standby, 4, Message::MirrorHello(stage as u32));
         }
-        for (from, message) in early {
-            self.worker(node, from, message);
+        for sent in early {
+            self.worker(sent);
         }
         self.drive(node);
     }
@@ -639,37 +593,24 @@ impl World {
     }
 
     fn send_outs(&mut self, node: Node, stage: u32, ring: &Ring, out: Vec<Out>) {
-        let (epoch, s) = (ring.epoch, stage as usize);
+        let s = stage as usize;
         let driver = *ring.members.last().expect("a driver");
         for out in out {
             match out {
                 Out::Next(step) => {
                     self.workers[node].sent += 1;
-                    self.send(node, ring.members[s + 1], 5, Message::Rows { epoch, step });
+                    self.send(node, ring.members[s + 1], 5, Message::Step(step));
                 }
                 Out::Driver(outcome) => {
-                    self.send(node, driver, 1, Message::Outcome { stage, outcome });
+                    self.send(node, driver, 1, Message::Outcome(stage, outcome));
                 }
                 Out::Previous(mirrored) => {
-                    self.send(
-                        node,
-                        ring.members[s - 1],
-                        6,
-                        Message::NextMirrored { epoch, mirrored },
-                    );
+                    let previous = ring.members[s - 1];
+                    self.send(node, previous, 6, Message::NextMirrored(mirrored));
                 }
                 Out::Standby(mirror) => {
                     if let Some(standby) = ring.standbys[s] {
-                        self.send(
-                            node,
-                            standby,
-                            4,
-                            Message::Mirror {
-                                epoch,
-                                stage,
-                                mirror,
-                            },
-                        );
+                        self.send(node, standby, 4, Message::Mirror(stage, mirror));
                     }
                 }
             }
@@ -740,38 +681,17 @@ impl World {
                 DriverOut::Ping(ping) => {
                     self.send(node, node, 8, Message::Echo(ping.nonce));
                     for member in &ring.members[..stage as usize] {
-                        self.send(
-                            node,
-                            *member,
-                            2,
-                            Message::Ping {
-                                epoch: ring.epoch,
-                                ping: ping.clone(),
-                            },
-                        );
+                        self.send(node, *member, 2, Message::Ping(ping.clone()));
                     }
                 }
                 DriverOut::Resend { stage, resend } => {
-                    self.send(
-                        node,
-                        ring.members[stage as usize],
-                        2,
-                        Message::Resend(resend),
-                    );
+                    let member = ring.members[stage as usize];
+                    self.send(node, member, 2, Message::Resend(resend));
                 }
-                DriverOut::Previous(mirrored) => {
-                    self.send_outs(node, stage, &ring, vec![Out::Previous(mirrored)]);
-                }
-                DriverOut::Standby(mirror) => {
-                    self.send_outs(node, stage, &ring, vec![Out::Standby(mirror)]);
-                }
-                DriverOut::Suspect { stage, .. } => {
-                    self.send(
-                        node,
-                        HEAD,
-                        9,
-                        Message::Suspect(ring.members[stage as usize]),
-                    );
+                DriverOut::Replica(out) => self.send_outs(node, stage, &ring, vec![out]),
+                DriverOut::Suspect(suspicion) => {
+                    let member = ring.members[suspicion.stage as usize];
+                    self.send(node, HEAD, 9, Message::Suspect(member));
                 }
                 DriverOut::Trust { .. }
                 | DriverOut::Running { .. }
@@ -781,27 +701,7 @@ impl World {
         }
         if let Some(at) = timer {
             let at = at.saturating_duration_since(self.start).as_micros() as u64;
-            self.schedule(at.max(self.now + 1000), node, node, Message::Look);
-        }
-    }
-}
-
-impl Message {
-    fn epoch(&self) -> Option<u32> {
-        match self {
-            Message::DriveHello { epoch, .. }
-            | Message::Ping { epoch, .. }
-            | Message::Rows { epoch, .. }
-            | Message::MirrorHello { epoch, .. }
-            | Message::StandbyHeld { epoch, .. }
-            | Message::Mirror { epoch, .. }
-            | Message::Mirrored { epoch, .. }
-            | Message::NextMirrored { epoch, .. } => Some(*epoch),
-            Message::Step(step) => Some(step.epoch),
-            Message::Held { held, .. } => Some(held.epoch),
-            Message::Outcome { outcome, .. } => Some(outcome.epoch),
-            Message::Resend(resend) => Some(resend.epoch),
-            _ => None,
+            self.schedule(at.max(self.now + 1000), node, node, None, Message::Look);
         }
     }
 }

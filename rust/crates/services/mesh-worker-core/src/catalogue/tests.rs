@@ -42,7 +42,7 @@ impl Sim {
 
     fn tell(&mut self, change: impl FnOnce(&mut ModelSources)) {
         let mut told = ModelSources {
-            name: self.catalogue.replicas[&self.of()].title(),
+            name: self.catalogue.known.replicas[&self.of()].title(),
             ..ModelSources::default()
         };
         change(&mut told);
@@ -440,9 +440,9 @@ fn the_head_hears_of_changes_only() {
     assert_eq!(models.sought.len(), 1);
     // The same answer of the head changes nothing.
     sim.told(&["a"]);
-    let told = sim.catalogue.told_version;
+    let told = sim.catalogue.known.told_version;
     sim.told(&["a"]);
-    assert_eq!(sim.catalogue.told_version, told);
+    assert_eq!(sim.catalogue.known.told_version, told);
     assert!(sim.catalogue.report(Some(version)).is_none());
     let alone = Rules {
         peers: false,

@@ -7,7 +7,7 @@ use crate::testing::seat;
 struct Sim {
     deployment: Deployment<u32>,
     now: Instant,
-    gauges: PartGauges,
+    measured: PartState,
 }
 
 /// A ring with these members, each with its standby, three layers each.
@@ -44,7 +44,7 @@ impl Sim {
         Sim {
             deployment: Deployment::new(7, "own"),
             now: Instant::now(),
-            gauges: PartGauges::default(),
+            measured: PartState::default(),
         }
     }
 
@@ -59,9 +59,9 @@ impl Sim {
     fn all_steps(&mut self) -> Vec<RingStep<u32>> {
         let mut steps = Vec::new();
         loop {
-            let gauges = self.gauges;
+            let measured = self.measured.clone();
             let card = || Some(ModelCard::default());
-            let step = self.deployment.poll(self.now, |_| gauges, card);
+            let step = self.deployment.poll(self.now, |_| measured.clone(), card);
             match step {
                 RingStep::Wait(until) => {
                     assert!(until > self.now);
@@ -273,9 +273,7 @@ fn a_part_that_failed_is_reported_and_loaded_again_on_the_next_order() {
     sim.order(ring(1, &[("own", None)]));
     sim.deployment.loaded(0, 0, Ok(LOADED));
     let card = || None;
-    let step = sim
-        .deployment
-        .poll(sim.now, |_| PartGauges::default(), card);
+    let step = sim.deployment.poll(sim.now, |_| PartState::default(), card);
     assert_eq!(step, RingStep::StartDriver(0));
     sim.deployment
         .driver_started(0, Err("no thread".to_owned()));
@@ -289,8 +287,7 @@ fn a_driver_that_starts_after_its_stage_moved_ends_at_once() {
     sim.deployment.loaded(1, 1, Ok(LOADED));
     let poll = |sim: &mut Sim| {
         let card = || None;
-        sim.deployment
-            .poll(sim.now, |_| PartGauges::default(), card)
+        sim.deployment.poll(sim.now, |_| PartState::default(), card)
     };
     assert_eq!(poll(&mut sim), RingStep::StartDriver(1));
     assert!(sim.deployment.order(ring(2, &[("own", None), ("b", None)])));
@@ -411,7 +408,7 @@ fn changes_are_reported_at_most_four_times_a_second_and_urgent_ones_at_once() {
     assert!(sim.deployment.order(ring(1, &[("own", None), ("b", None)])));
     let report = sim.report().unwrap();
     assert_eq!(report.parts[0].phase(), PartPhase::Loading);
-    sim.gauges.progress = 3;
+    sim.measured.progress = 3;
     assert!(sim.report().is_none());
     sim.now += REPORT_INTERVAL;
     assert_eq!(sim.report().unwrap().parts[0].progress, 3);
@@ -421,7 +418,7 @@ fn changes_are_reported_at_most_four_times_a_second_and_urgent_ones_at_once() {
     let report = sim.report().unwrap();
     assert_eq!(report.parts[0].phase(), PartPhase::Ready);
     assert_eq!(report.parts[0].load_seconds, 1.5);
-    sim.gauges.broken = true;
+    sim.measured.error = "a step panicked; see the worker's log".to_owned();
     assert!(sim.report().unwrap().parts[0].error.contains("panicked"));
     sim.deployment.recovered(Recovery::default());
     assert!(sim.report().unwrap().recovery.is_some());

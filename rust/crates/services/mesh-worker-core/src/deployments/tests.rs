@@ -35,7 +35,7 @@ fn own() -> Deployments<u32> {
 fn steps(deployments: &mut Deployments<u32>, number: u64, now: Instant) -> Vec<RingStep<u32>> {
     let mut steps = Vec::new();
     loop {
-        let polled = deployments.poll(number, now, |_| PartGauges::default(), || None);
+        let polled = deployments.poll(number, now, |_| PartState::default(), || None);
         match polled.0 {
             RingStep::Wait(_) => return steps,
             RingStep::End => {

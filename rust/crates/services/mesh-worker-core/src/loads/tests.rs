@@ -6,7 +6,6 @@ struct Sim {
     now: Instant,
     files: BTreeMap<PathBuf, Stamp>,
     free: Option<u64>,
-    faults: BTreeMap<String, String>,
 }
 
 fn stamp(bytes: u64, seconds: u64) -> Stamp {
@@ -41,7 +40,6 @@ impl Sim {
             now,
             files: BTreeMap::new(),
             free: None,
-            faults: BTreeMap::new(),
         }
     }
 
@@ -53,7 +51,7 @@ impl Sim {
         };
     }
 
-    /// A look at the disk, and the steps that follow from it. Faults are noted.
+    /// A look at the disk, and the steps that follow from it.
     fn look(&mut self) -> Vec<LoadStep> {
         let watched = self.loads.watched_files();
         let files = watched.into_iter().map(|(id, name, location)| {
@@ -85,14 +83,6 @@ impl Sim {
                     assert!(until > self.now);
                     return steps;
                 }
-                LoadStep::Fault(name, reason) => match reason {
-                    Some(reason) => {
-                        self.faults.insert(name, reason);
-                    }
-                    None => {
-                        self.faults.remove(&name);
-                    }
-                },
                 step => steps.push(step),
             }
         }
@@ -212,7 +202,7 @@ fn a_file_that_does_not_change_is_read_again_ever_more_rarely() {
         };
         waited.push((sim.now - begun).as_secs());
         sim.loaded(&again, Err(error("damaged")));
-        assert_eq!(sim.faults["named"], "damaged");
+        assert_eq!(sim.loads.faults()["named"], "damaged");
     }
     assert_eq!(waited, [5, 10, 20, 40, 80, 160, 320, 640, 1280, 1800, 1800]);
 }
@@ -229,7 +219,7 @@ fn a_model_that_another_load_serves_needs_no_retry() {
         };
         sim.loaded(&again, Err(same_name));
         assert_eq!(sim.wait(100).is_empty(), ends);
-        assert_eq!(sim.faults.is_empty(), ends);
+        assert_eq!(sim.loads.faults().is_empty(), ends);
     }
 }
 
@@ -262,7 +252,7 @@ fn a_folders_model_that_is_refused_is_tried_again_when_it_changes_or_on_a_reload
     sim.file("qwen2.5", Some(stamp(1, 1)));
     let bad = order(&sim.wait(2));
     sim.loaded(&bad, Err(error("damaged")));
-    assert_eq!(sim.faults["qwen2.5"], "damaged");
+    assert_eq!(sim.loads.faults()["qwen2.5"], "damaged");
     assert!(sim.wait(1000).is_empty());
     sim.loads.look_again(sim.now);
     let bad = order(&sim.wait(1));
@@ -271,7 +261,7 @@ fn a_folders_model_that_is_refused_is_tried_again_when_it_changes_or_on_a_reload
     assert_eq!(order(&sim.wait(2)), bad);
     sim.loaded(&bad, Err(error("damaged")));
     sim.file("qwen2.5", None);
-    assert!(sim.wait(1).is_empty() && sim.faults.is_empty());
+    assert!(sim.wait(1).is_empty() && sim.loads.faults().is_empty());
 }
 
 #[test]
@@ -288,7 +278,7 @@ fn a_reload_during_the_load_of_a_folders_model_is_not_lost() {
     // A file that vanishes before it is tried again leaves no fault.
     sim.loads.look_again(sim.now);
     sim.file("a", None);
-    assert!(sim.wait(1).is_empty() && sim.faults.is_empty());
+    assert!(sim.wait(1).is_empty() && sim.loads.faults().is_empty());
 }
 
 #[test]
@@ -299,7 +289,7 @@ fn a_model_that_memory_does_not_suffice_for_is_refused_and_not_read() {
     sim.file("small", Some(stamp(800, 1)));
     assert_eq!(order(&sim.wait(2)).name, "small");
     let text = "model large: it takes 801 bytes and more, and 1000 bytes of memory are free";
-    assert_eq!(sim.faults["large"], text);
+    assert_eq!(sim.loads.faults()["large"], text);
     // It stays refused until somebody asks, or the file changes.
     sim.free = Some(1 << 20);
     assert!(sim.wait(100).is_empty());
@@ -364,7 +354,7 @@ fn a_retry_of_a_folders_model_leaves_a_changed_file_to_the_folder() {
     assert_eq!(sim.wait(1), [LoadStep::Unload("a".to_owned())]);
     assert!(!sim.loads.may_serve(&again.id));
     sim.loaded(&again, Ok(()));
-    assert!(sim.wait(600).is_empty() && sim.faults.is_empty());
+    assert!(sim.wait(600).is_empty() && sim.loads.faults().is_empty());
     // The folder goes on.
     sim.file("b", Some(stamp(1, 1)));
     assert_eq!(order(&sim.wait(2)).name, "b");
@@ -402,40 +392,35 @@ fn a_drain_begins_no_load_and_serves_none_that_ends() {
 #[test]
 fn a_worker_is_ready_when_nothing_is_awaited_and_something_is_served() {
     let mut sim = Sim::new(&["m"], &[], Vec::new());
-    let none = BTreeMap::new();
-    let state = |sim: &Sim, faults: &BTreeMap<String, String>, serves| {
+    let state = |sim: &Sim, serves| {
         let lacking = "m is being fetched".to_owned();
-        sim.loads.readiness(faults, serves, lacking).state
+        sim.loads.readiness(serves, lacking).state
     };
     let lacks = |text: &str| ReadyState::Lacks(text.to_owned());
-    assert_eq!(
-        state(&sim, &none, true),
-        ReadyState::Elsewhere,
-        "no link yet"
-    );
+    assert_eq!(state(&sim, true), ReadyState::Elsewhere, "no link yet");
     sim.loads.linked(true);
     let text = "m is being fetched; m is not loaded yet";
-    assert_eq!(state(&sim, &none, true), lacks(text));
+    assert_eq!(state(&sim, true), lacks(text));
     let whole = order(&sim.steps());
     sim.loaded(&whole, Err(error("model m: no route")));
     let text = "m is being fetched; model m: no route";
-    assert_eq!(state(&sim, &none, true), lacks(text));
+    assert_eq!(state(&sim, true), lacks(text));
     order(&sim.wait(5));
     sim.loaded(&whole, Ok(()));
-    assert_eq!(state(&sim, &none, false), ReadyState::Ready);
-    let faults = BTreeMap::from([("x".to_owned(), "damaged".to_owned())]);
-    assert_eq!(state(&sim, &faults, true), ReadyState::Ready);
+    assert_eq!(state(&sim, false), ReadyState::Ready);
+    sim.loads.died(failure("x", Location::Named), sim.now);
+    assert_eq!(state(&sim, true), ReadyState::Ready);
     let text = "m is being fetched; x is not served: damaged";
-    assert_eq!(state(&sim, &faults, false), lacks(text));
-    let readiness = sim.loads.readiness(&faults, true, String::new());
+    assert_eq!(state(&sim, false), lacks(text));
+    let readiness = sim.loads.readiness(true, String::new());
     assert_eq!(readiness.note.as_deref(), Some("x is not served: damaged"));
     // A new link has to show it again.
     sim.loads.linked(false);
-    assert_eq!(state(&sim, &none, true), ReadyState::Elsewhere);
+    assert_eq!(state(&sim, true), ReadyState::Elsewhere);
     sim.loads.linked(true);
-    assert_ne!(sim.loads.readiness(&faults, true, String::new()), readiness);
+    assert_ne!(sim.loads.readiness(true, String::new()), readiness);
     sim.loads.drain();
-    assert_eq!(state(&sim, &none, true), ReadyState::Elsewhere);
+    assert_eq!(state(&sim, true), ReadyState::Elsewhere);
 }
 
 #[test]

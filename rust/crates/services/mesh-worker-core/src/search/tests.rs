@@ -1,4 +1,6 @@
 use super::*;
+use crate::replica::Replica;
+use crate::rules::Rules;
 use crate::testing::{map, named, rules, seat};
 
 const NAME: &str = "acme/m";
@@ -6,46 +8,26 @@ const NAME: &str = "acme/m";
 /// A search in simulated time.
 struct Sim {
     now: Instant,
-    rules: Rules,
-    told: Option<ModelSources>,
-    told_version: u64,
-    replicas: BTreeMap<Digest, Replica>,
-    false_manifests: BTreeSet<Digest>,
-    report: Report,
+    known: Knowledge,
     search: Search,
-}
-
-macro_rules! view {
-    ($sim:ident) => {
-        View {
-            rules: &$sim.rules,
-            told: $sim.told.as_ref(),
-            told_version: $sim.told_version,
-            replicas: &$sim.replicas,
-            false_manifests: &$sim.false_manifests,
-            connected: true,
-            report: &mut $sim.report,
-        }
-    };
 }
 
 impl Sim {
     fn new(name: &str, rules: Rules) -> Self {
-        let mut report = Report::default();
+        let mut known = Knowledge {
+            rules,
+            own: Some(("this worker".to_owned(), 9)),
+            ..Knowledge::default()
+        };
         Sim {
             now: Instant::now(),
-            search: Search::new(name, vec!["near-m".to_owned()], &rules, &mut report),
-            rules,
-            told: None,
-            told_version: 0,
-            replicas: BTreeMap::new(),
-            false_manifests: BTreeSet::new(),
-            report,
+            search: Search::new(name, vec!["near-m".to_owned()], &mut known),
+            known,
         }
     }
 
     fn poll(&mut self) -> SearchStep {
-        self.search.poll(self.now, &mut view!(self))
+        self.search.poll(self.now, &mut self.known)
     }
 
     fn waits(&mut self) -> bool {
@@ -59,18 +41,18 @@ impl Sim {
     }
 
     fn tell(&mut self, change: impl FnOnce(&mut ModelSources)) {
-        change(self.told.get_or_insert_default());
-        self.told_version += 1;
+        change(self.known.told.entry(self.search.name.clone()).or_default());
+        self.known.told_version += 1;
     }
 
     fn doubt(&mut self, fingerprint: Digest, doubt: Doubt) {
         let now = self.now;
         self.search
-            .doubted(fingerprint, "a worker", doubt, now, &mut view!(self));
+            .doubted(fingerprint, "a worker", doubt, now, &mut self.known);
     }
 
     fn sought(&self) -> &SoughtModel {
-        &self.report.sought[&self.search.name]
+        &self.known.report.sought[&self.search.name]
     }
 }
 
@@ -153,7 +135,7 @@ fn a_manifest_that_nobody_vouches_for_is_tried_again() {
 fn a_false_manifest_is_never_fetched_again() {
     let mut sim = Sim::new(NAME, rules());
     let fingerprint = map("m", 1).fingerprint();
-    sim.false_manifests.insert(fingerprint);
+    sim.known.false_manifests.insert(fingerprint);
     sim.tell(|told| {
         told.fingerprint = fingerprint.to_string();
         told.holders = vec![seat("a")];
@@ -175,10 +157,11 @@ fn the_hub_is_asked_by_the_worker_that_the_head_chooses_and_left_alone_after_a_f
     assert!(sim.waits() && sim.sought().origin);
     sim.tell(|told| told.origin = true);
     assert_eq!(sim.poll(), SearchStep::Download);
-    assert!(sim.search.wants_download(&view!(sim)));
+    assert!(sim.search.wants_download(&sim.known));
     let (now, pause) = (sim.now, Duration::from_secs(30));
     let failure = Some(("no route".to_owned(), pause));
-    sim.search.download_ended(failure, now, &mut sim.report);
+    sim.search
+        .download_ended(failure, now, &mut sim.known.report);
     assert!(sim.waits());
     assert_eq!(sim.sought().origin_error, "no route");
     sim.now += pause - Duration::from_secs(1);
@@ -188,9 +171,9 @@ fn the_hub_is_asked_by_the_worker_that_the_head_chooses_and_left_alone_after_a_f
     assert_eq!(sim.sought().origin_error, "");
     // The head gives it to another worker meanwhile.
     sim.tell(|told| told.origin = false);
-    assert!(!sim.search.wants_download(&view!(sim)));
+    assert!(!sim.search.wants_download(&sim.known));
     let now = sim.now;
-    sim.search.download_ended(None, now, &mut sim.report);
+    sim.search.download_ended(None, now, &mut sim.known.report);
     assert!(sim.waits());
 }
 
@@ -208,7 +191,7 @@ fn after_a_refusal_a_worker_downloads_on_its_own_if_the_head_chooses_nobody() {
     sim.now += ON_ITS_OWN;
     assert_eq!(sim.poll(), SearchStep::Download);
     assert!(
-        sim.search.wants_download(&view!(sim)),
+        sim.search.wants_download(&sim.known),
         "whatever the head says"
     );
 }
@@ -238,7 +221,7 @@ fn a_replica_that_is_said_to_have_the_name_is_vouched_for_before_others_are_aske
     let fingerprint = map.fingerprint();
     let said = named(NAME, Some("worker liar"), None);
     let replica = Replica::new(map.clone(), map.all()).with_names([&said]);
-    sim.replicas.insert(fingerprint, replica);
+    sim.known.replicas.insert(fingerprint, replica);
     assert_eq!(sim.poll(), SearchStep::Vouch(fingerprint));
     sim.doubt(fingerprint, other());
     assert!(sim.waits());

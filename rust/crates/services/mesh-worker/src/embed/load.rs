@@ -4,12 +4,10 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
-use mesh_engine::embed::scheduler::EmbedConfig;
 use mesh_engine::{EmbedRequest, Embedding, Engine, EngineHandle};
 use mesh_engine_ort::{OrtEncoder, OrtOptions, Reclaim};
 use mesh_model::EncoderModel;
 use mesh_proto::{ModelCard, ModelKind};
-use mesh_store::FingerprintCache;
 
 use crate::config::Config;
 use crate::error::WorkerError;
@@ -34,11 +32,9 @@ pub(crate) fn load(
     if let Some(prompts) = config.embed.prompts.get(&name) {
         model.set_prompts(prompts.clone());
     }
-    let cache = FingerprintCache::new(config.state_dir.join("fingerprints.json"));
     let weights = model.weights_path();
-    let fingerprint = cache.fingerprint(&weights).map_err(|error| {
-        WorkerError::Internal(format!("fingerprint of {}: {error}", weights.display()))
-    })?;
+    let fingerprint = config.fingerprints().fingerprint(&weights);
+    let fingerprint = fingerprint.map_err(|error| WorkerError::fingerprint(&weights, &error))?;
     let options = OrtOptions {
         max_rows: config.embed.batch_tokens,
         ..generate::load::options(config)
@@ -47,10 +43,8 @@ pub(crate) fn load(
         name: name.clone(),
         source: Box::new(source),
     })?;
-    let limits = EmbedConfig {
-        queue_limit: config.queue_limit.max(config.slots as usize),
-    };
-    let start = |_| Ok(Embedding::new(Box::new(encoder), limits));
+    let queue_limit = config.queue_limit.max(config.slots as usize);
+    let start = |_| Ok(Embedding::new(Box::new(encoder), queue_limit));
     let engine = Engine::start_with(&name, start).map_err(|source| WorkerError::Start {
         name: name.clone(),
         source,
@@ -90,12 +84,9 @@ pub(crate) fn load(
     ))
 }
 
-/// Type of the largest tensor.
 fn dtype(model: &EncoderModel) -> String {
-    let largest = model
-        .tensors()
-        .tensors()
-        .max_by_key(|tensor| tensor.data.len());
+    let tensors = model.tensors().tensors();
+    let largest = tensors.max_by_key(|tensor| tensor.data.len());
     largest.map_or_else(String::new, |tensor| format!("{:?}", tensor.dtype))
 }
 
@@ -115,7 +106,7 @@ fn warm_up(engine: &EngineHandle<Embedding>, name: &str) -> Result<(), WorkerErr
         };
         let answer = futures::executor::block_on(engine.submit(request).last_event());
         let reason = match answer {
-            Ok(answer) if answer.vectors.iter().flatten().all(|x| x.is_finite()) => continue,
+            Ok(answer) if answer.iter().flatten().all(|x| x.is_finite()) => continue,
             Ok(_) => "its vectors have numbers that are not finite".to_owned(),
             Err(error) => error.to_string(),
         };

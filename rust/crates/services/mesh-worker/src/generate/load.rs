@@ -10,7 +10,6 @@ use mesh_engine_ort::{Opened, OrtOptions, Reclaim, WeightCache, WeightFormat};
 use mesh_machine::Memory;
 use mesh_model::{Model, Tokenizer};
 use mesh_proto::ModelCard;
-use mesh_store::FingerprintCache;
 
 use crate::config::Config;
 use crate::error::WorkerError;
@@ -24,7 +23,7 @@ pub(crate) fn load(
     name: Option<&str>,
     known: Option<&str>,
     config: &Config,
-    templates: Option<&Templates>,
+    templates: &Templates,
 ) -> Result<ServedModel, WorkerError> {
     let started = Instant::now();
     // Loading takes a multiple of the memory that serving does.
@@ -35,7 +34,7 @@ pub(crate) fn load(
         model.know_fingerprint(known);
     }
     let stop = AtomicBool::new(false);
-    let cache = FingerprintCache::new(config.state_dir.join("fingerprints.json"));
+    let cache = config.fingerprints();
     let fingerprint = std::thread::scope(|scope| {
         // Reading the whole file takes as long as packing its weights: side by side.
         let fingerprint = scope.spawn(|| match known {
@@ -48,23 +47,15 @@ pub(crate) fn load(
             None => cache.fingerprint_until(path, &stop),
         });
         let stage = load_stage(&model, &name, config);
-        if stage.is_err() {
-            // No one needs it any more.
-            stop.store(true, Ordering::Relaxed);
-        }
-        let stage = stage?;
-        let fingerprint = fingerprint
-            .join()
-            .unwrap_or_else(|_| Err(std::io::Error::other("it panicked")));
-        let fingerprint = fingerprint.map_err(|error| {
-            WorkerError::Internal(format!("fingerprint of {}: {error}", path.display()))
-        })?;
+        // No one needs the fingerprint of a model that does not load.
+        let stage = stage.inspect_err(|_| stop.store(true, Ordering::Relaxed))?;
+        let panicked = |_| Err(std::io::Error::other("it panicked"));
+        let fingerprint = fingerprint.join().unwrap_or_else(panicked);
+        let fingerprint = fingerprint.map_err(|error| WorkerError::fingerprint(path, &error))?;
         Ok::<_, WorkerError>((stage, fingerprint))
     });
     let (opened, fingerprint) = fingerprint?;
-    if let Some(templates) = templates {
-        learn_turn_end(&model, &name, templates);
-    }
+    learn_turn_end(&model, &name, templates);
     let info = opened.stage.info().clone();
     let scheduler = SchedulerConfig {
         kv_tokens: Some(kv_tokens(config, info.kv_bytes_per_token, Path::new("/"))),
@@ -165,7 +156,6 @@ pub(crate) fn card(name: &str, model: &Model, fingerprint: &str) -> ModelCard {
     }
 }
 
-/// Options for loading stages on this worker.
 pub(crate) fn options(config: &Config) -> OrtOptions {
     OrtOptions {
         library: config.ort_library.clone(),
@@ -189,8 +179,7 @@ fn load_stage(model: &Model, name: &str, config: &Config) -> Result<Opened, Work
     };
     if options.weights != WeightFormat::File && model.known_fingerprint().is_none() {
         // Weights that were quantised before are found by it. If it cannot be had, the caller will say so.
-        let cache = FingerprintCache::new(config.state_dir.join("fingerprints.json"));
-        if let Ok(fingerprint) = cache.fingerprint(model.path()) {
+        if let Ok(fingerprint) = config.fingerprints().fingerprint(model.path()) {
             model.know_fingerprint(&fingerprint);
         }
     }
@@ -249,7 +238,6 @@ fn quantization(model: &Model) -> String {
 /// Enough rows to measure prefill by, few enough to keep the start short.
 const WARM_UP_PROMPT: u32 = 96;
 
-/// Enough tokens to measure decode by.
 const WARM_UP_ANSWER: u32 = 12;
 
 #[cfg(test)]

@@ -1,12 +1,12 @@
 //! What searches, downloads and the service for other workers share.
 
+use std::fmt::Display;
 use std::sync::{Arc, OnceLock};
 
-use dcf::{Message, MsgType};
 use mesh_base::places::Room;
-use mesh_net::quic::timestamp_us;
 use mesh_service::metrics::prometheus_client::metrics::counter::Counter;
 use mesh_store::{Pin, Store};
+use mesh_worker_core::{Catalogue, Replica};
 use tokio::runtime::Handle;
 use tokio::sync::Semaphore;
 
@@ -15,13 +15,13 @@ use crate::config::Config;
 use crate::core::CoreHandle;
 use crate::peers::Peers;
 
-/// What searches, downloads and the service for other workers share.
-pub(super) struct Context {
+/// See the page of `models`.
+pub(crate) struct Models {
     pub(super) config: Arc<Config>,
     pub(super) core: CoreHandle,
     /// Runtime of the downloads, whichever thread asks for them: a ring's own thread has other work.
     pub(super) runtime: Handle,
-    /// None if nothing that this worker serves comes from it.
+    /// `None` if nothing that this worker serves comes from it.
     pub(super) store: Option<Store>,
     /// Links to other workers, once there is an identity to show them.
     pub(super) peers: OnceLock<Peers>,
@@ -32,7 +32,6 @@ pub(super) struct Context {
     pub(super) counters: Counters,
 }
 
-/// Bytes and faults, counted.
 #[derive(Debug, Default)]
 pub(super) struct Counters {
     pub(super) from_peers: Counter,
@@ -41,19 +40,35 @@ pub(super) struct Counters {
     pub(super) bad: Counter,
 }
 
-impl Context {
-    /// Keeps a model from being evicted.
-    pub(super) fn pin(&self, files: &ReplicaFiles) -> Option<Pin> {
+impl Models {
+    pub(crate) fn pin(&self, files: &ReplicaFiles) -> Option<Pin> {
         let pinned = self.store.as_ref()?.pin(&files.map().fingerprint());
-        pinned
-            .inspect_err(
-                |error| tracing::warn!(%error, "the model may be evicted while it is loaded"),
-            )
-            .ok()
+        let failed =
+            |error: &_| tracing::warn!(%error, "the model may be evicted while it is loaded");
+        pinned.inspect_err(failed).ok()
+    }
+
+    /// The files of the replica that `find` gives.
+    pub(super) fn files_of(
+        &self,
+        find: impl FnOnce(&Catalogue) -> Option<&Replica>,
+    ) -> Option<Arc<ReplicaFiles>> {
+        let map = self
+            .core
+            .with(|core| Some(find(&core.catalogue)?.map().clone()))?;
+        Some(ReplicaFiles::new(map, self.store.as_ref()?, &self.core))
     }
 }
 
-/// A message with this body.
-pub(super) fn message(kind: MsgType, body: &impl prost::Message) -> Message {
-    Message::new(kind, 0, timestamp_us(), body.encode_to_vec())
+/// Does work that blocks. A panic is an error as well.
+pub(super) async fn blocking<T, E>(
+    work: impl FnOnce() -> Result<T, E> + Send + 'static,
+) -> Result<T, String>
+where
+    T: Send + 'static,
+    E: Display + Send + 'static,
+{
+    let done = tokio::task::spawn_blocking(work).await;
+    let done = done.map_err(|error| error.to_string())?;
+    done.map_err(|error| error.to_string())
 }

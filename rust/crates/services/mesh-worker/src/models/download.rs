@@ -11,36 +11,38 @@ use mesh_worker_core::{DownloadStep, SourceEvent};
 use tokio::sync::mpsc;
 use tokio_util::task::AbortOnDropHandle;
 
-use super::context::Context;
+use super::context::{Models, blocking};
 use super::files::ReplicaFiles;
 use super::hub;
 use super::source::{self, Order};
 use super::writer::Writer;
 use crate::core::CoreHandle;
 
-/// Resolves when all these pieces are here.
-pub(super) async fn fetch(
-    context: &Arc<Context>,
-    files: &Arc<ReplicaFiles>,
-    pieces: PieceSet,
-) -> Result<(), String> {
-    let (of, core) = (files.map().fingerprint(), &context.core);
-    // Another one on each worker.
-    let begin = random::number() as u32;
-    let mut changes = core.changes();
-    let wanted = core.change(|core| core.catalogue.want(&of, pieces, begin, Instant::now()))?;
-    let Some((want, begins)) = wanted else {
-        return Ok(());
-    };
-    let _forgets = Forget { core, of, want };
-    if begins && let Some(store) = &context.store {
-        Download::spawn(context.clone(), store, files.clone());
-    }
-    loop {
-        if let Some(result) = core.with(|core| core.catalogue.take_result(want)) {
-            return result;
+impl Models {
+    /// Resolves when all these pieces of a model are here.
+    pub(crate) async fn fetch(
+        self: &Arc<Self>,
+        files: &Arc<ReplicaFiles>,
+        pieces: PieceSet,
+    ) -> Result<(), String> {
+        let (of, core) = (files.map().fingerprint(), &self.core);
+        // Another one on each worker.
+        let begin = random::number() as u32;
+        let mut changes = core.changes();
+        let wanted = core.change(|core| core.catalogue.want(&of, pieces, begin, Instant::now()))?;
+        let Some((want, begins)) = wanted else {
+            return Ok(());
+        };
+        let _forgets = Forget { core, of, want };
+        if begins && let Some(store) = &self.store {
+            Download::spawn(self.clone(), store, files.clone());
         }
-        changes.next().await;
+        loop {
+            if let Some(result) = core.with(|core| core.catalogue.take_result(want)) {
+                return result;
+            }
+            changes.next().await;
+        }
     }
 }
 
@@ -58,9 +60,8 @@ impl Drop for Forget<'_> {
     }
 }
 
-/// The task that gets pieces of one model.
 struct Download {
-    context: Arc<Context>,
+    models: Arc<Models>,
     files: Arc<ReplicaFiles>,
     store: Store,
     writer: Arc<Writer>,
@@ -80,30 +81,28 @@ struct Source {
 impl Drop for Download {
     fn drop(&mut self) {
         if !self.ended {
-            let of = self.of();
+            let (of, core) = (self.of(), &self.models.core);
             let gone = "the task that fetches it is gone";
-            self.context
-                .core
-                .change(|core| core.catalogue.give_up_download(&of, gone));
+            core.change(|core| core.catalogue.give_up_download(&of, gone));
         }
     }
 }
 
 impl Download {
-    fn spawn(context: Arc<Context>, store: &Store, files: Arc<ReplicaFiles>) {
+    fn spawn(models: Arc<Models>, store: &Store, files: Arc<ReplicaFiles>) {
         let (news, incoming) = mpsc::unbounded_channel();
         let download = Download {
-            pin: context.pin(&files),
+            pin: models.pin(&files),
             _work: store.work().ok(),
             writer: Arc::new(Writer::new(store)),
             store: store.clone(),
             sources: HashMap::new(),
             news,
-            context,
+            models,
             files,
             ended: false,
         };
-        let runtime = download.context.runtime.clone();
+        let runtime = download.models.runtime.clone();
         runtime.spawn(download.run(incoming));
     }
 
@@ -112,25 +111,21 @@ impl Download {
     }
 
     async fn run(mut self, mut incoming: mpsc::UnboundedReceiver<(String, SourceEvent)>) {
-        let (of, core) = (self.of(), self.context.core.clone());
+        let (of, core) = (self.of(), self.models.core.clone());
         let mut changes = core.changes();
         loop {
             let step = core.with(|core| core.catalogue.poll_download(&of, Instant::now()));
             match step {
                 DownloadStep::Prepare(pieces) => {
                     let (writer, files) = (self.writer.clone(), self.files.clone());
-                    let begun =
-                        tokio::task::spawn_blocking(move || writer.begin(&files, &pieces)).await;
-                    let begun = begun
-                        .map_err(|error| error.to_string())
-                        .and_then(|begun| begun.map_err(|error| error.to_string()));
+                    let begun = blocking(move || writer.begin(&files, &pieces)).await;
                     core.change(|core| core.catalogue.prepared(&of, begun));
                 }
                 DownloadStep::Open(seat) => self.open(seat),
                 DownloadStep::Close { source, bad } => {
                     self.sources.remove(&source);
                     if bad {
-                        self.context.counters.bad.inc();
+                        self.models.counters.bad.inc();
                     }
                 }
                 DownloadStep::Ask(source, wanted) => self.order(&source, Order::Ask(wanted)),
@@ -168,7 +163,7 @@ impl Download {
     }
 
     fn open(&mut self, seat: mesh_proto::NodeAddr) {
-        let Some(peers) = self.context.peers.get() else {
+        let Some(peers) = self.models.peers.get() else {
             return;
         };
         let (orders, received) = mpsc::unbounded_channel();
@@ -199,21 +194,19 @@ impl Download {
             SourceEvent::Piece(verified) => {
                 let wanted = self.files.map().wanted(verified.piece());
                 let bytes = wanted.map_or(0, |wanted| wanted.bytes);
-                self.context.counters.from_peers.inc_by(bytes.into());
+                self.models.counters.from_peers.inc_by(bytes.into());
             }
             SourceEvent::Gone { .. } => drop(self.sources.remove(&source)),
             _ => {}
         }
-        let (of, now) = (self.of(), Instant::now());
-        self.context
-            .core
-            .with(|core| core.catalogue.source_event(&of, source, event, now));
+        let (of, now, core) = (self.of(), Instant::now(), &self.models.core);
+        core.with(|core| core.catalogue.source_event(&of, source, event, now));
     }
 
     /// Gets the model from the hub. Others get its pieces from here as they come.
     async fn fetch_from_hub(&self, name: &str, hub_name: &str) {
-        let (of, core) = (self.of(), &self.context.core);
-        let fetching = hub::fetch(&self.context, &self.store, name, hub_name);
+        let (of, core) = (self.of(), &self.models.core);
+        let fetching = hub::fetch(&self.models, &self.store, name, hub_name);
         tokio::pin!(fetching);
         let mut look = tokio::time::interval(HUB_LOOK);
         let fetched = loop {
@@ -229,13 +222,12 @@ impl Download {
         };
         self.look().await;
         let failure = fetched.and_then(Result::err);
-        let failure = failure.map(|failed| (failed.to_string(), failed.pause));
         core.change(|core| core.catalogue.hub_ended(&of, failure, Instant::now()));
     }
 
     /// Removes this model from the store, whose files are not what its manifest says.
     async fn discard(&mut self) {
-        self.context.counters.bad.inc();
+        self.models.counters.bad.inc();
         self.pin = None;
         let _ = self.close(true).await;
         let (store, fingerprint) = (self.store.clone(), self.of());
@@ -245,12 +237,11 @@ impl Download {
                 .iter()
                 .filter(|named| named.fingerprint == fingerprint);
             // Another worker's manifest must not remove this machine's own files.
-            let from_others = names
-                .next()
-                .is_some_and(|first| first.is_from_worker() && names.all(Named::is_from_worker));
-            match from_others {
-                true => store.remove(&fingerprint).map(drop),
-                false => Ok(()),
+            match names.next() {
+                Some(first) if first.is_from_worker() && names.all(Named::is_from_worker) => {
+                    store.remove(&fingerprint).map(drop)
+                }
+                _ => Ok(()),
             }
         });
         if let Ok(Err(error)) = removed.await {
@@ -259,7 +250,6 @@ impl Download {
         }
     }
 
-    /// Checks which of its pieces are on the disk.
     async fn look(&self) {
         let files = self.files.clone();
         if let Err(error) = tokio::task::spawn_blocking(move || files.look()).await {

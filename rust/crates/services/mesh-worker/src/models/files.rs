@@ -5,7 +5,7 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use bytes::Bytes;
 use mesh_share::PieceSet;
@@ -13,6 +13,7 @@ use mesh_store::{PieceId, Store};
 use mesh_worker_core::PieceMap;
 
 use crate::core::CoreHandle;
+use crate::lock::lock;
 
 /// The files of a replica. Its pieces that are here are known to the core.
 pub(crate) struct ReplicaFiles {
@@ -47,7 +48,6 @@ impl ReplicaFiles {
         })
     }
 
-    /// Its manifest and pieces.
     pub(crate) fn map(&self) -> &Arc<PieceMap> {
         &self.map
     }
@@ -60,7 +60,6 @@ impl ReplicaFiles {
             .change(|core| core.catalogue.look_result(&fingerprint, here));
     }
 
-    /// The pieces that are here.
     pub(super) fn here(&self) -> PieceSet {
         self.core.with(|core| {
             let replica = core.catalogue.replica(&self.map.fingerprint());
@@ -68,7 +67,6 @@ impl ReplicaFiles {
         })
     }
 
-    /// Number of pieces that are here.
     pub(crate) fn pieces_here(&self) -> u64 {
         self.here().len().into()
     }
@@ -96,11 +94,7 @@ impl ReplicaFiles {
             let replica = core.catalogue.replica(&fingerprint);
             replica.is_some_and(|replica| replica.here().contains(piece))
         });
-        let found = self
-            .map
-            .id(piece)
-            .and_then(|id| Some((id, self.map.manifest().piece(id)?)));
-        let Some((id, (_, described))) = found.filter(|_| here) else {
+        let Some((id, _, described)) = self.map.piece(piece).filter(|_| here) else {
             return Ok(None);
         };
         let file = self.file(id.file)?;
@@ -119,7 +113,7 @@ impl ReplicaFiles {
 
     fn file(&self, index: u32) -> io::Result<Arc<File>> {
         let missing = || io::Error::other("the file is gone");
-        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut open = lock(&self.open);
         if let Some((path, file)) = open.get(&index)
             && path.exists()
         {

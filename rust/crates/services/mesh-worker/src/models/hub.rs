@@ -10,11 +10,10 @@ use mesh_store::{Digest, Store};
 use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
 
-use super::context::Context;
+use super::context::{Models, blocking};
 
-/// Counts bytes that arrive.
 struct Counting {
-    context: Arc<Context>,
+    models: Arc<Models>,
     name: String,
     arrived: AtomicU64,
     present: AtomicU64,
@@ -26,7 +25,7 @@ impl Counting {
         let arrived = self.arrived.load(Ordering::Relaxed);
         let present = self.present.load(Ordering::Relaxed);
         let total = self.total.load(Ordering::Relaxed);
-        self.context.core.with(|core| {
+        self.models.core.with(|core| {
             let catalogue = &mut core.catalogue;
             catalogue.hub_progress(&self.name, present + arrived, total);
         });
@@ -42,7 +41,7 @@ impl Watch for Counting {
 
     fn arrived(&self, bytes: u64) {
         self.arrived.fetch_add(bytes, Ordering::Relaxed);
-        self.context.counters.from_origin.inc_by(bytes);
+        self.models.counters.from_origin.inc_by(bytes);
     }
 
     fn waiting(&self, reason: &str, pause: Duration) {
@@ -50,53 +49,35 @@ impl Watch for Counting {
     }
 }
 
-/// Reason for which the hub does not give a model.
-#[derive(Debug, thiserror::Error)]
-#[error("{reason}")]
-pub(super) struct HubFailure {
-    reason: String,
-    /// Time for which it is left alone.
-    pub(super) pause: Duration,
+/// The reason for which the hub does not give a model, and the time for which it is left alone.
+pub(super) type HubFailure = (String, Duration);
+
+fn of_hub(error: HubError) -> HubFailure {
+    let pause = if error.is_refusal() { REFUSED } else { FAILED };
+    (error.to_string(), pause)
 }
 
-impl From<HubError> for HubFailure {
-    fn from(error: HubError) -> Self {
-        HubFailure {
-            reason: error.to_string(),
-            pause: if error.is_refusal() { REFUSED } else { FAILED },
-        }
-    }
+/// Something else than the hub is in the way.
+pub(super) fn hindered(reason: impl ToString) -> HubFailure {
+    (reason.to_string(), FAILED)
 }
 
-impl HubFailure {
-    /// Something else than the hub is in the way.
-    pub(super) fn other(reason: impl ToString) -> Self {
-        HubFailure {
-            reason: reason.to_string(),
-            pause: FAILED,
-        }
-    }
-
-    /// An error for content that is not accepted.
-    pub(super) fn refused(reason: impl ToString) -> Self {
-        HubFailure {
-            reason: reason.to_string(),
-            pause: REFUSED,
-        }
-    }
+/// What came is not accepted.
+pub(super) fn unaccepted(reason: impl ToString) -> HubFailure {
+    (reason.to_string(), REFUSED)
 }
 
 /// Brings the model that is sought as `name`, and called `hub_name` on the hub, into `store`. Dropping the
 /// future stops the transfer; bytes that have arrived by then are kept.
 pub(super) async fn fetch(
-    context: &Arc<Context>,
+    models: &Arc<Models>,
     store: &Store,
     name: &str,
     hub_name: &str,
 ) -> Result<Digest, HubFailure> {
-    let hub_name: HubName = hub_name.parse()?;
+    let hub_name: HubName = hub_name.parse().map_err(of_hub)?;
     let counting = Arc::new(Counting {
-        context: context.clone(),
+        models: models.clone(),
         name: name.to_owned(),
         arrived: AtomicU64::new(0),
         present: AtomicU64::new(0),
@@ -117,31 +98,26 @@ pub(super) async fn fetch(
     });
     match pulling.await {
         Ok(Some(pulled)) => pulled,
-        Ok(None) => Err(HubFailure::other("it was broken off")),
-        Err(error) => Err(HubFailure::other(error)),
+        Ok(None) => Err(hindered("it was broken off")),
+        Err(error) => Err(hindered(error)),
     }
 }
 
 /// Asks the hub for the files of the model `name`.
-///
-/// # Errors
-/// Description of the failure.
 pub(super) async fn expected(name: &str) -> Result<Expected, String> {
     let name: HubName = name.parse().map_err(|error: HubError| error.to_string())?;
     let runtime = Handle::current();
     // A thread of its own: the hub's future stays on one.
-    let asking = tokio::task::spawn_blocking(move || {
+    let asking = move || {
         runtime.block_on(async {
             let hub = Hub::from_env().map_err(|error| error.to_string())?;
             let asked = tokio::time::timeout(ASK_LIMIT, hub.expected(&name, &Silent)).await;
-            match asked {
-                Ok(Ok(expected)) => Ok(expected),
-                Ok(Err(error)) => Err(error.to_string()),
-                Err(_) => Err(format!("it did not answer in {} s", ASK_LIMIT.as_secs())),
-            }
+            let asked =
+                asked.map_err(|_| format!("it did not answer in {} s", ASK_LIMIT.as_secs()))?;
+            asked.map_err(|error| error.to_string())
         })
-    });
-    asking.await.map_err(|error| error.to_string())?
+    };
+    blocking(asking).await
 }
 
 /// Shows no progress: the answer is a few kilobytes.
@@ -158,7 +134,7 @@ async fn run(
     hub_name: &HubName,
     counting: Arc<Counting>,
 ) -> Result<Digest, HubFailure> {
-    let hub = Hub::from_env()?;
+    let hub = Hub::from_env().map_err(of_hub)?;
     let options = PullOptions::default();
     let watch: Arc<dyn Watch> = counting.clone();
     let pulling = pull(&hub, store, hub_name, &options, watch);
@@ -168,7 +144,7 @@ async fn run(
     let mut ticks = 0u32;
     let pulled = loop {
         tokio::select! {
-            pulled = &mut pulling => break pulled?,
+            pulled = &mut pulling => break pulled.map_err(of_hub)?,
             _ = tick.tick() => {
                 counting.show();
                 ticks += 1;
@@ -187,7 +163,7 @@ async fn run(
         "the model came from the hub"
     );
     let fingerprint = pulled.fingerprint;
-    fingerprint.ok_or_else(|| HubFailure::other("only a part of the model came"))
+    fingerprint.ok_or_else(|| hindered("only a part of the model came"))
 }
 
 /// Time limit for the hub's answer about the files of a model.

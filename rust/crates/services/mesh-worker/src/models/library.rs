@@ -1,6 +1,5 @@
 //! The models of this worker that are not files at hand, for the rest of the worker.
 
-use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
@@ -10,22 +9,19 @@ use mesh_net::discovery::Found;
 use mesh_net::trust::Role;
 use mesh_proto::NodeAddr;
 use mesh_service::metrics::prometheus_client::registry::Registry;
-use mesh_store::{Limits, Pin, Policy, Store};
+use mesh_store::{Limits, Policy, Store, StoreError};
 use mesh_worker_core::{Catalogue, PieceMap, Replica, Rules};
 use tokio::runtime::Handle;
 use tokio::sync::{Semaphore, watch};
 
-use super::context::{Context, Counters, message};
+use super::context::{Counters, Models, blocking};
 use super::files::{ReplicaFiles, pieces_in};
-use super::names::is_at_hand;
-use super::{download, names, search};
+use super::names::{self, is_at_hand};
+use crate::codec::message;
 use crate::config::Config;
 use crate::core::CoreHandle;
 use crate::error::WorkerError;
 use crate::peers::Peers;
-
-/// See the page of `models`.
-pub(crate) struct Models(Arc<Context>);
 
 impl Models {
     /// Opens the store if the configuration needs it, and checks that each configured name may exist
@@ -69,7 +65,7 @@ impl Models {
         };
         let catalogue = Catalogue::new(rules, replicas);
         names::check(config, &catalogue)?;
-        Ok(Arc::new(Models(Arc::new(Context {
+        Ok(Arc::new(Models {
             config: config.clone(),
             core: CoreHandle::new(catalogue),
             runtime: Handle::current(),
@@ -78,46 +74,32 @@ impl Models {
             reading: Semaphore::new(READERS),
             takers: Room::new(TAKERS, TAKERS_OF_ONE),
             counters: Counters::default(),
-        }))))
+        }))
     }
 
-    pub(super) fn context(&self) -> &Arc<Context> {
-        &self.0
-    }
-
-    /// The core of this worker.
     pub(crate) fn core(&self) -> &CoreHandle {
-        &self.0.core
+        &self.core
     }
 
-    /// Returns true if other workers may fetch from here and this worker from them.
+    /// True if other workers may fetch from here and this worker from them.
     pub(crate) fn is_sharing(&self) -> bool {
-        self.core().with(|core| core.catalogue.rules().is_sharing())
+        self.core.with(|core| core.catalogue.rules().is_sharing())
     }
 
     /// From now on others are reached through `peers`, and reach this worker at `port`.
     pub(crate) fn listen(&self, peers: Peers, node_id: &str, port: u16) {
-        let _ = self.0.peers.set(peers);
-        self.core().change(|core| core.connected(node_id, port));
+        let _ = self.peers.set(peers);
+        self.core.change(|core| core.connected(node_id, port));
     }
 
     /// Workers that are found on the LAN are asked, too, whether the head names them or not.
     pub(crate) fn search(&self, mut found: watch::Receiver<Vec<Found>>) {
-        let core = self.core().clone();
+        let core = self.core.clone();
         tokio::spawn(async move {
             loop {
-                let nodes = found.borrow_and_update().clone();
-                let workers = nodes.into_iter().filter(|node| node.role == Role::Worker);
-                let workers = workers.map(|worker| {
-                    let mut all = worker.addresses.iter().map(ToString::to_string);
-                    NodeAddr {
-                        node_id: worker.node_id,
-                        name: worker.name,
-                        address: all.next().unwrap_or_default(),
-                        addresses: all.collect(),
-                    }
-                });
-                let workers = workers.collect();
+                let mut nodes = found.borrow_and_update().clone();
+                nodes.retain(|node| node.role == Role::Worker);
+                let workers = nodes.into_iter().map(seat_of).collect();
                 core.change(|core| core.catalogue.lan_found(workers));
                 if found.changed().await.is_err() {
                     return;
@@ -128,59 +110,41 @@ impl Models {
 
     /// Message for the head and its version; `None` if the version is still `known`.
     pub(crate) fn report(&self, known: Option<u64>) -> Option<(Message, u64)> {
-        let (models, version) = self.core().with(|core| core.catalogue.report(known))?;
+        let (models, version) = self.core.with(|core| core.catalogue.report(known))?;
         Some((message(MsgType::MODELS, &models), version))
     }
 
-    /// Puts its counters into the registry.
     pub(crate) fn register(&self, registry: &mut Registry) {
-        let counters = [
-            (
-                "model_peer_bytes",
-                "Bytes of models that came from other workers",
-                &self.0.counters.from_peers,
-            ),
-            (
-                "model_origin_bytes",
-                "Bytes of models that came from outside the mesh",
-                &self.0.counters.from_origin,
-            ),
-            (
-                "model_sent_bytes",
-                "Bytes of models that other workers were sent",
-                &self.0.counters.sent,
-            ),
-            (
-                "model_bad_pieces",
-                "Pieces of models that were not the manifest's",
-                &self.0.counters.bad,
-            ),
-        ];
-        for (name, help, counter) in counters {
-            registry.register(name, help, counter.clone());
-        }
+        let counters = &self.counters;
+        let help = "Bytes of models that came from other workers";
+        registry.register("model_peer_bytes", help, counters.from_peers.clone());
+        let help = "Bytes of models that came from outside the mesh";
+        registry.register("model_origin_bytes", help, counters.from_origin.clone());
+        let help = "Bytes of models that other workers were sent";
+        registry.register("model_sent_bytes", help, counters.sent.clone());
+        let help = "Pieces of models that were not the manifest's";
+        registry.register("model_bad_pieces", help, counters.bad.clone());
     }
 
     /// Lets others have a model that is a file or a folder at hand. Its bytes stay where they are; they are
     /// read once.
     pub(crate) async fn adopt(&self, name: &str, path: &Path) {
-        let Some(store) = self.0.store.clone().filter(|_| self.is_sharing()) else {
+        let Some(store) = self.store.clone().filter(|_| self.is_sharing()) else {
             return;
         };
         let (called, path) = (name.to_owned(), path.to_owned());
-        let adopted = tokio::task::spawn_blocking(move || {
+        let adopted = blocking(move || {
             let map = Arc::new(PieceMap::new(store.adopt(&called, &path, &|_| ())?));
             let here = pieces_in(&store, &map);
-            Ok::<_, mesh_store::StoreError>(Replica::new(map, here))
+            Ok::<_, StoreError>(Replica::new(map, here))
         });
         match adopted.await {
-            Ok(Ok(replica)) => {
-                self.core()
+            Ok(replica) => {
+                self.core
                     .change(|core| core.catalogue.add(replica, Some(name)));
                 self.look_at(name).await;
                 tracing::info!(model = name, "other workers may have this model from here");
             }
-            Ok(Err(error)) => tracing::warn!(model = name, %error, "the model is not shared"),
             Err(error) => tracing::warn!(model = name, %error, "the model is not shared"),
         }
     }
@@ -188,10 +152,10 @@ impl Models {
     /// Checks again which pieces are here of models whose manifests have this name: the file of one may have
     /// become another's.
     async fn look_at(&self, name: &str) {
-        let Some(store) = self.0.store.clone() else {
+        let Some(store) = self.store.clone() else {
             return;
         };
-        let core = self.core().clone();
+        let core = self.core.clone();
         let called = core.with(|core| core.catalogue.of_manifests_called(name));
         let looked = tokio::task::spawn_blocking(move || {
             let files = called.into_iter();
@@ -202,44 +166,19 @@ impl Models {
         }
     }
 
-    /// The model called `name`: from the store, else its manifest comes from another worker, or all of it
-    /// from the hub. A short name is that of a model on the hub. Waits for as long as that takes; an error is
-    /// one that waiting does not mend.
-    pub(crate) async fn obtain(&self, name: &str) -> Result<Arc<ReplicaFiles>, String> {
-        search::obtain(&self.0, name).await
-    }
-
-    /// Gets all that is needed to know a model, but no weights.
-    pub(crate) async fn fetch_headers(&self, files: &Arc<ReplicaFiles>) -> Result<(), String> {
-        download::fetch(&self.0, files, files.map().headers()).await
-    }
-
-    /// Gets all of a model.
-    pub(crate) async fn fetch_all(&self, files: &Arc<ReplicaFiles>) -> Result<(), String> {
-        download::fetch(&self.0, files, files.map().all()).await
-    }
-
-    /// Gets the pieces that a stage of these layers, of `total`, needs.
-    pub(crate) async fn fetch_layers(
-        &self,
-        files: &Arc<ReplicaFiles>,
-        layers: Range<u32>,
-        total: u32,
-    ) -> Result<(), String> {
-        download::fetch(&self.0, files, files.map().layers(layers, total)).await
-    }
-
-    /// Path from which to load a model.
     pub(crate) async fn path(&self, files: &Arc<ReplicaFiles>) -> Result<PathBuf, String> {
         let files = files.clone();
-        let path = tokio::task::spawn_blocking(move || files.path()).await;
-        path.map_err(|error| error.to_string())?
-            .map_err(|error| error.to_string())
+        blocking(move || files.path()).await
     }
+}
 
-    /// Keeps a model from being evicted.
-    pub(crate) fn pin(&self, files: &ReplicaFiles) -> Option<Pin> {
-        self.0.pin(files)
+fn seat_of(worker: Found) -> NodeAddr {
+    let mut all = worker.addresses.iter().map(ToString::to_string);
+    NodeAddr {
+        node_id: worker.node_id,
+        name: worker.name,
+        address: all.next().unwrap_or_default(),
+        addresses: all.collect(),
     }
 }
 

@@ -1,16 +1,23 @@
 //! Checks the names of models in the configuration.
 
-use mesh_store::{Digest, local};
+use std::path::PathBuf;
+
+use mesh_store::{Digest, LocalError, local};
 use mesh_worker_core::Catalogue;
 use mesh_worker_core::names::{is_hub_name, is_short_name, may_be_fetched, unknown};
 
 use crate::config::Config;
 use crate::error::WorkerError;
 
-/// True if a name means a file or a folder on this machine.
-pub(crate) fn is_at_hand(name: &str, config: &Config) -> bool {
+/// The file or folder that a name in the configuration means.
+pub(crate) fn path_of(name: &str, config: &Config) -> Result<PathBuf, LocalError> {
     let folders = config.folders();
-    mesh_model::encoder::find(name, &folders).is_some() || local::resolve(name, &folders).is_ok()
+    let encoder = mesh_model::encoder::find(name, &folders);
+    encoder.map_or_else(|| local::resolve(name, &folders), Ok)
+}
+
+pub(crate) fn is_at_hand(name: &str, config: &Config) -> bool {
+    path_of(name, config).is_ok()
 }
 
 /// Checks the names in `config` against the models here; `catalogue` has those in the store.
@@ -42,7 +49,6 @@ pub(super) fn check(config: &Config, catalogue: &Catalogue) -> Result<(), Worker
     })
 }
 
-/// Names of the models in the folders of this machine.
 pub(super) fn nearby(config: &Config) -> Vec<String> {
     let models = local::list(&config.folders()).unwrap_or_default();
     models.into_iter().map(|model| model.name).collect()

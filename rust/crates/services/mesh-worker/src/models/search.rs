@@ -9,66 +9,60 @@ use mesh_worker_core::names::{is_hub_name, long_name};
 use mesh_worker_core::vouch::judge;
 use mesh_worker_core::{Doubt, Found, HubAnswer, PieceMap, Replica, SearchStep, Vouched};
 
-use super::context::Context;
-use super::download;
+use super::context::{Models, blocking};
 use super::files::{ReplicaFiles, pieces_in};
 use super::hub::{self, HubFailure};
 use super::names::nearby;
 use super::source;
 use crate::core::{Changes, CoreHandle};
 
-/// The model called `name`: from the store, else its manifest comes from another worker, or all of it from
-/// the hub. A short name is that of a model on the hub. Waits for as long as that takes; an error is one that
-/// waiting does not mend.
-pub(super) async fn obtain(
-    context: &Arc<Context>,
-    name: &str,
-) -> Result<Arc<ReplicaFiles>, String> {
-    let Some(store) = context.store.clone() else {
-        return Err("there is no store to look it up in".to_owned());
-    };
-    let name = long_name(name);
-    let core = &context.core;
-    let mut changes = core.changes();
-    // Names of the hub are not compared with others. Listed before the core is asked: it reads folders.
-    let near = match is_hub_name(name) {
-        true => Vec::new(),
-        false => {
-            let config = context.config.clone();
-            let listed = tokio::task::spawn_blocking(move || nearby(&config));
-            listed.await.unwrap_or_default()
-        }
-    };
-    loop {
-        match core.with(|core| core.catalogue.search(name, || near.clone())) {
-            Found::Here(fingerprint) => {
-                let files = files_of(context, &store, &fingerprint);
-                return files.ok_or_else(|| "it is gone from the store".to_owned());
+impl Models {
+    /// The model called `name`: from the store, else its manifest comes from another worker, or all of it
+    /// from the hub. A short name is that of a model on the hub. Waits for as long as that takes; an error is
+    /// one that waiting does not mend.
+    pub(crate) async fn obtain(self: &Arc<Self>, name: &str) -> Result<Arc<ReplicaFiles>, String> {
+        let Some(store) = self.store.clone() else {
+            return Err("there is no store to look it up in".to_owned());
+        };
+        let name = long_name(name);
+        let mut changes = self.core.changes();
+        // Names of the hub are not compared with others. Listed before the core is asked: it reads folders.
+        let near = match is_hub_name(name) {
+            true => Vec::new(),
+            false => {
+                let config = self.config.clone();
+                let listed = tokio::task::spawn_blocking(move || nearby(&config));
+                listed.await.unwrap_or_default()
             }
-            Found::Refused(reason) => return Err(reason),
-            Found::Busy => changes.next().await,
-            Found::Search => break,
+        };
+        loop {
+            let near = || near.clone();
+            match self.core.with(|core| core.catalogue.search(name, near)) {
+                Found::Here(fingerprint) => {
+                    let files = self.stored(&fingerprint);
+                    return files.ok_or_else(|| "it is gone from the store".to_owned());
+                }
+                Found::Refused(reason) => return Err(reason),
+                Found::Busy => changes.next().await,
+                Found::Search => break,
+            }
         }
+        let searching = Searching {
+            models: self,
+            store,
+            name,
+        };
+        searching.run(changes).await
     }
-    let searching = Searching {
-        context,
-        store,
-        name,
-    };
-    searching.run(changes).await
-}
 
-fn files_of(context: &Context, store: &Store, fingerprint: &Digest) -> Option<Arc<ReplicaFiles>> {
-    let map = context.core.with(|core| {
-        let replica = core.catalogue.replica(fingerprint);
-        replica.map(|replica| replica.map().clone())
-    });
-    map.map(|map| ReplicaFiles::new(map, store, &context.core))
+    fn stored(&self, fingerprint: &Digest) -> Option<Arc<ReplicaFiles>> {
+        self.files_of(|catalogue| catalogue.replica(fingerprint))
+    }
 }
 
 /// A search under way; the core's ends with it.
 struct Searching<'a> {
-    context: &'a Arc<Context>,
+    models: &'a Arc<Models>,
     store: Store,
     name: &'a str,
 }
@@ -82,7 +76,7 @@ impl Drop for Searching<'_> {
 
 impl Searching<'_> {
     fn core(&self) -> &CoreHandle {
-        &self.context.core
+        &self.models.core
     }
 
     async fn run(&self, mut changes: Changes) -> Result<Arc<ReplicaFiles>, String> {
@@ -100,7 +94,7 @@ impl Searching<'_> {
                     Err(doubt) => self.doubt(fingerprint, "this worker's store", doubt),
                 },
                 SearchStep::FetchManifest(fingerprint, seat) => {
-                    let Some(peers) = self.context.peers.get() else {
+                    let Some(peers) = self.models.peers.get() else {
                         continue;
                     };
                     match source::manifest(peers, &seat, &fingerprint).await {
@@ -131,7 +125,7 @@ impl Searching<'_> {
     /// then are kept.
     async fn download(&self, changes: &mut Changes) -> Option<Arc<ReplicaFiles>> {
         let (core, name) = (self.core(), self.name);
-        let fetching = hub::fetch(self.context, &self.store, name, name);
+        let fetching = hub::fetch(self.models, &self.store, name, name);
         tokio::pin!(fetching);
         let fetched = loop {
             tokio::select! {
@@ -151,7 +145,6 @@ impl Searching<'_> {
             Some(Err(failure)) => Some(failure),
             None => None,
         };
-        let failure = failure.map(|failure| (failure.to_string(), failure.pause));
         core.change(|core| {
             let now = Instant::now();
             core.catalogue.search_download_ended(name, failure, now);
@@ -171,8 +164,8 @@ impl Searching<'_> {
             let here = pieces_in(&store, &map);
             Ok::<_, String>((map, here))
         });
-        let found = found.await.map_err(HubFailure::other)?;
-        let (map, here) = found.map_err(HubFailure::refused)?;
+        let found = found.await.map_err(hub::hindered)?;
+        let (map, here) = found.map_err(hub::unaccepted)?;
         let replica = Replica::new(map.clone(), here);
         self.core()
             .change(|core| core.catalogue.add(replica, Some(self.name)));
@@ -182,7 +175,7 @@ impl Searching<'_> {
     /// Names a model of the store, if the name is vouched for by now.
     async fn name_stored(&self, fingerprint: &Digest) -> Result<Arc<ReplicaFiles>, Doubt> {
         let gone = || Doubt::Nobody("it is gone from the store".to_owned());
-        let files = files_of(self.context, &self.store, fingerprint).ok_or_else(gone)?;
+        let files = self.models.stored(fingerprint).ok_or_else(gone)?;
         let vouched = self.vouch(files.map().signed()).await?;
         self.check_contents(&files, vouched.unchecked).await?;
         if let Err(error) = self.record(fingerprint, "unknown", &vouched.by).await {
@@ -201,10 +194,9 @@ impl Searching<'_> {
     /// Takes in a manifest from the worker `from`, if another party vouches that it is of this name.
     async fn take(&self, signed: SignedManifest, from: &str) -> Result<Arc<ReplicaFiles>, Doubt> {
         let vouched = self.vouch(&signed).await?;
-        let failed = |error: String| Doubt::Nobody(error);
         let (store, name) = (self.store.clone(), self.name.to_owned());
         let (certain, said) = (vouched.unchecked.is_empty(), format!("worker {from}"));
-        let taken = tokio::task::spawn_blocking(move || {
+        let taken = blocking(move || {
             let map = Arc::new(PieceMap::new(signed));
             let was_here = matches!(store.manifest(&map.fingerprint()), Ok(Some(_)));
             let fingerprint = store.put_manifest(map.signed())?;
@@ -215,16 +207,14 @@ impl Searching<'_> {
             let here = pieces_in(&store, &map);
             Ok::<_, StoreError>((map, here, was_here))
         });
-        let taken = taken.await.map_err(|error| failed(error.to_string()))?;
-        let (map, here, was_here) = taken.map_err(|error| failed(error.to_string()))?;
+        let (map, here, was_here) = taken.await.map_err(Doubt::Nobody)?;
         let fingerprint = map.fingerprint();
         // The name is not reported before all of the model is known.
         let replica = Replica::new(map.clone(), here);
         self.core()
             .with(|core| core.catalogue.add_unlisted(replica));
         let files = ReplicaFiles::new(map, &self.store, self.core());
-        let checked = self.check_contents(&files, vouched.unchecked).await;
-        if let Err(doubt) = checked {
+        if let Err(doubt) = self.check_contents(&files, vouched.unchecked).await {
             self.core()
                 .change(|core| core.catalogue.drop_unlisted(&fingerprint));
             // A model that was in the store before is that of another name.
@@ -235,22 +225,17 @@ impl Searching<'_> {
             return Err(doubt);
         }
         let recorded = self.record(&fingerprint, from, &vouched.by).await;
-        recorded.map_err(failed)?;
+        recorded.map_err(Doubt::Nobody)?;
         tracing::info!(model = self.name, vouched = vouched.by, %fingerprint, "the model is what its name says");
         self.core()
             .change(|core| core.catalogue.name(&fingerprint, self.name));
         Ok(files)
     }
 
-    /// Writes down in the store who vouches for the name.
     async fn record(&self, fingerprint: &Digest, from: &str, by: &str) -> Result<(), String> {
         let (store, name, fingerprint) = (self.store.clone(), self.name.to_owned(), *fingerprint);
         let (from, by) = (from.to_owned(), by.to_owned());
-        let named = tokio::task::spawn_blocking(move || {
-            store.name_from_worker(&name, &fingerprint, &from, &by)
-        });
-        let named = named.await.map_err(|error| error.to_string())?;
-        named.map_err(|error| error.to_string())
+        blocking(move || store.name_from_worker(&name, &fingerprint, &from, &by)).await
     }
 
     /// Finds a party that vouches that the model with this manifest has this name.
@@ -299,7 +284,7 @@ impl Searching<'_> {
             return Ok(());
         }
         let pieces = files.map().files(unchecked.iter().map(|file| file.file));
-        let fetched = download::fetch(self.context, files, pieces).await;
+        let fetched = self.models.fetch(files, pieces).await;
         fetched.map_err(Doubt::Nobody)?;
         let files = files.clone();
         let compared = tokio::task::spawn_blocking(move || {
@@ -347,7 +332,6 @@ mod tests {
 
     use super::*;
     use crate::config::{Config, StoreConfig};
-    use crate::models::Models;
 
     const NAME: &str = "acme/m";
 
@@ -420,12 +404,11 @@ mod tests {
         for was_here in [true, false] {
             let models = models(dir.path(), true);
             let said = Ok(Arc::new(expected.clone()));
-            let context = models.context();
-            context.core.with(|core| {
+            models.core.with(|core| {
                 core.catalogue.hub_answered(NAME, said, Instant::now());
             });
             let searching = Searching {
-                context,
+                models: &models,
                 store: store.clone(),
                 name: NAME,
             };

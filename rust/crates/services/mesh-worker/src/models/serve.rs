@@ -10,30 +10,28 @@ use mesh_proto::{
 };
 use prost::Message as _;
 
-use super::context::{Context, message};
+use super::context::{Models, blocking};
 use super::files::ReplicaFiles;
-use super::library::Models;
+use crate::codec::message;
 
-/// Returns true if a stream that begins with this message is for this module.
+/// True if a stream that begins with this message is for this module.
 pub(crate) fn is_ours(kind: MsgType) -> bool {
     matches!(kind, MsgType::MANIFEST_REQUEST | MsgType::PIECES_HELLO)
 }
 
 /// Serves a stream that the worker `node_id` opened, of which `first` was the first message.
 pub(crate) async fn serve(models: Arc<Models>, node_id: String, first: Message, stream: MsgStream) {
-    let context = models.context().clone();
-    let served = context
-        .takers
-        .hold(node_id, serve_one(context.clone(), first, stream));
+    let serving = serve_one(models.clone(), first, stream);
+    let served = models.takers.hold(node_id, serving);
     if served.await.is_err() {
         tracing::debug!("a worker's stream was given up for another");
     }
 }
 
-async fn serve_one(context: Arc<Context>, first: Message, mut stream: MsgStream) {
+async fn serve_one(models: Arc<Models>, first: Message, mut stream: MsgStream) {
     let served = match first.kind {
-        MsgType::MANIFEST_REQUEST => manifest(&context, first, &mut stream).await,
-        _ => return pieces(&context, first, stream).await,
+        MsgType::MANIFEST_REQUEST => manifest(&models, first, &mut stream).await,
+        _ => return pieces(&models, first, stream).await,
     };
     if let Err(failure) = served {
         tracing::debug!(%failure, "a manifest was not sent");
@@ -41,12 +39,12 @@ async fn serve_one(context: Arc<Context>, first: Message, mut stream: MsgStream)
 }
 
 async fn manifest(
-    context: &Context,
+    models: &Models,
     first: Message,
     stream: &mut MsgStream,
 ) -> Result<(), StreamFailure> {
     let asked = ManifestRequest::decode(first.payload).unwrap_or_default();
-    let reply = match shared(context, &asked.fingerprint) {
+    let reply = match shared(models, &asked.fingerprint) {
         Some(files) => message(
             MsgType::MANIFEST_REPLY,
             &ManifestReply {
@@ -71,9 +69,9 @@ async fn manifest(
 
 /// Reports the pieces here, and again when there are more; sends the pieces that are asked for, one after
 /// another.
-async fn pieces(context: &Arc<Context>, first: Message, mut stream: MsgStream) {
+async fn pieces(models: &Models, first: Message, mut stream: MsgStream) {
     let hello = PiecesHello::decode(first.payload).unwrap_or_default();
-    let Some(files) = shared(context, &hello.fingerprint) else {
+    let Some(files) = shared(models, &hello.fingerprint) else {
         let _ = stream.send(unknown(&hello.fingerprint)).await;
         let _ = stream.finish();
         let _ = tokio::time::timeout(GOODBYE, stream.recv()).await;
@@ -115,7 +113,7 @@ async fn pieces(context: &Arc<Context>, first: Message, mut stream: MsgStream) {
             }
             () = std::future::ready(()), if busy => {
                 if let Some(piece) = queue.pop_front()
-                    && !piece_out(context, &files, piece, &mut send).await.unwrap_or(false)
+                    && !piece_out(models, &files, piece, &mut send).await.unwrap_or(false)
                 {
                     return;
                 }
@@ -126,32 +124,31 @@ async fn pieces(context: &Arc<Context>, first: Message, mut stream: MsgStream) {
 
 /// Sends a piece, or the message that it is not here. Returns false if the other side takes nothing of it.
 async fn piece_out(
-    context: &Context,
+    models: &Models,
     files: &Arc<ReplicaFiles>,
     piece: u32,
     send: &mut SendHalf,
 ) -> Result<bool, StreamFailure> {
     let read = {
         // Few at once: many disks are slow at doing many things, and a piece takes memory.
-        let _turn = context.reading.acquire().await;
+        let _turn = models.reading.acquire().await;
         let files = files.clone();
-        tokio::task::spawn_blocking(move || files.read(piece)).await
+        blocking(move || files.read(piece)).await
     };
-    let data = match read {
-        Ok(Ok(Some(data))) => data,
-        Ok(Ok(None)) => return refuse(piece, send).await.map(|()| true),
-        Ok(Err(error)) => {
-            tracing::warn!(model = files.map().manifest().name, piece, %error, "piece not sent");
-            return refuse(piece, send).await.map(|()| true);
-        }
-        Err(error) => {
-            tracing::warn!(%error, "piece not sent");
-            return refuse(piece, send).await.map(|()| true);
-        }
+    let read = read.inspect_err(|error| {
+        tracing::warn!(model = files.map().manifest().name, piece, %error, "piece not sent");
+    });
+    let Ok(Some(data)) = read else {
+        let refusal = PieceData {
+            piece,
+            refused: true,
+            ..PieceData::default()
+        };
+        send.send(message(MsgType::PIECE_DATA, &refusal)).await?;
+        return Ok(true);
     };
-    context.counters.sent.inc_by(data.len() as u64);
-    let mut offset = 0;
-    while offset < data.len() {
+    models.counters.sent.inc_by(data.len() as u64);
+    for offset in (0..data.len()).step_by(BLOCK) {
         let end = (offset + BLOCK).min(data.len());
         let block = PieceData {
             piece,
@@ -170,31 +167,13 @@ async fn piece_out(
                 return Ok(false);
             }
         }
-        offset = end;
     }
     Ok(true)
 }
 
-async fn refuse(piece: u32, send: &mut SendHalf) -> Result<(), StreamFailure> {
-    let refusal = PieceData {
-        piece,
-        refused: true,
-        ..PieceData::default()
-    };
-    send.send(message(MsgType::PIECE_DATA, &refusal)).await
-}
-
 /// The files of the replica with this fingerprint, if others may have it.
-fn shared(context: &Context, fingerprint: &str) -> Option<Arc<ReplicaFiles>> {
-    let map = context.core.with(|core| {
-        let replica = core.catalogue.shared(fingerprint);
-        replica.map(|replica| replica.map().clone())
-    });
-    Some(ReplicaFiles::new(
-        map?,
-        context.store.as_ref()?,
-        &context.core,
-    ))
+fn shared(models: &Models, fingerprint: &str) -> Option<Arc<ReplicaFiles>> {
+    models.files_of(|catalogue| catalogue.shared(fingerprint))
 }
 
 fn unknown(fingerprint: &str) -> Message {

@@ -16,12 +16,12 @@ use mesh_worker_core::SourceEvent;
 use prost::Message as _;
 use tokio::sync::mpsc;
 
-use super::context::message;
+use super::context::blocking;
 use super::files::ReplicaFiles;
 use super::writer::Writer;
+use crate::codec::message;
 use crate::peers::Peers;
 
-/// Orders to a source.
 pub(super) enum Order {
     Ask(Wanted),
     Withdraw(u32),
@@ -40,8 +40,12 @@ pub(super) async fn run(
     let tell = |what| {
         let _ = news.send((node.clone(), what));
     };
-    let reason = match open(&peers, &seat, &files).await {
-        Ok((_link, stream)) => talk(stream, &files, &writer, orders, &tell).await,
+    let talking = async {
+        let (_link, stream) = open(&peers, &seat, &files).await?;
+        talk(stream, &files, &writer, orders, &tell).await
+    };
+    let reason = match talking.await {
+        Ok(()) => "no longer needed".to_owned(),
         Err(reason) => reason,
     };
     let refused = reason.starts_with(REFUSES);
@@ -58,27 +62,24 @@ async fn open(
     let hello = PiecesHello {
         fingerprint: files.map().fingerprint().to_string(),
     };
-    stream
-        .send(message(MsgType::PIECES_HELLO, &hello))
-        .await
-        .map_err(|error| error.to_string())?;
+    let sent = stream.send(message(MsgType::PIECES_HELLO, &hello)).await;
+    sent.map_err(|error| error.to_string())?;
     Ok((link, stream))
 }
 
-/// A piece on its way.
 struct Coming {
     wanted: Wanted,
     data: Vec<u8>,
 }
 
-/// Carries out orders and takes in messages; returns the reason for which that ended.
+/// Carries out orders and takes in messages until there are no more orders.
 async fn talk(
     stream: MsgStream,
     files: &Arc<ReplicaFiles>,
     writer: &Arc<Writer>,
     mut orders: mpsc::UnboundedReceiver<Order>,
     tell: &impl Fn(SourceEvent),
-) -> String {
+) -> Result<(), String> {
     let (mut send, mut recv) = stream.split();
     let mut owed: HashMap<u32, Wanted> = HashMap::new();
     let mut coming: Option<Coming> = None;
@@ -90,7 +91,7 @@ async fn talk(
                 let request = match order {
                     None => {
                         let _ = send.finish();
-                        return "no longer needed".to_owned();
+                        return Ok(());
                     }
                     Some(Order::Ask(wanted)) => {
                         let piece = wanted.piece;
@@ -105,28 +106,22 @@ async fn talk(
                         PieceRequest { piece, withdraw: true }
                     }
                 };
-                if let Err(failure) = send.send(message(MsgType::PIECE_REQUEST, &request)).await {
-                    return failure.to_string();
-                }
+                let sent = send.send(message(MsgType::PIECE_REQUEST, &request)).await;
+                sent.map_err(|failure| failure.to_string())?;
             }
             received = recv.recv() => {
-                let received = match received {
-                    Ok(Some(received)) => received,
-                    Ok(None) => return "it ended the stream".to_owned(),
-                    Err(failure) => return failure.to_string(),
-                };
+                let received = received.map_err(|failure| failure.to_string())?;
+                let received = received.ok_or("it ended the stream")?;
                 if let Some(error) = received.error_body() {
-                    return format!("{REFUSES}: {}", error.text);
+                    return Err(format!("{REFUSES}: {}", error.text));
                 }
                 match received.kind {
-                    MsgType::PIECES_HERE => match here(&received, files.map().count()) {
-                        Ok(pieces) => tell(SourceEvent::Has(pieces)),
-                        Err(reason) => return reason,
-                    },
+                    MsgType::PIECES_HERE => {
+                        tell(SourceEvent::Has(here(&received, files.map().count())?));
+                    }
                     MsgType::PIECE_DATA => {
-                        let Ok(data) = PieceData::decode(received.payload) else {
-                            return "a part of a piece that cannot be read".to_owned();
-                        };
+                        let data = PieceData::decode(received.payload);
+                        let data = data.map_err(|_| "a part of a piece that cannot be read")?;
                         if data.refused {
                             owed.remove(&data.piece);
                             coming = None;
@@ -138,15 +133,13 @@ async fn talk(
                         let known = known.or_else(|| {
                             withdrawn.iter().find(|w| w.piece == data.piece).cloned()
                         });
-                        let Some(wanted) = known else {
-                            return format!("it sends piece {}, which nobody asked for", data.piece);
-                        };
-                        if let Err(reason) = take_part(&mut coming, wanted, &data) {
-                            return reason;
-                        }
-                        let whole = coming
-                            .take_if(|coming| coming.data.len() == coming.wanted.bytes as usize);
-                        if let Some(whole) = whole {
+                        let wanted = known.ok_or_else(|| {
+                            format!("it sends piece {}, which nobody asked for", data.piece)
+                        })?;
+                        take_part(&mut coming, wanted, &data)?;
+                        let is_whole =
+                            |it: &mut Coming| it.data.len() == it.wanted.bytes as usize;
+                        if let Some(whole) = coming.take_if(is_whole) {
                             owed.remove(&whole.wanted.piece);
                             let (files, writer) = (files.clone(), writer.clone());
                             let kept = tokio::task::spawn_blocking(move || keep(&files, &writer, whole));
@@ -156,7 +149,7 @@ async fn talk(
                             }
                         }
                     }
-                    other => return format!("a {other} does not belong on this stream"),
+                    other => return Err(format!("a {other} does not belong on this stream")),
                 }
             }
         }
@@ -166,17 +159,13 @@ async fn talk(
 /// Puts a part to those before it.
 fn take_part(coming: &mut Option<Coming>, wanted: Wanted, part: &PieceData) -> Result<(), String> {
     let piece = part.piece;
-    if coming
-        .as_ref()
-        .is_none_or(|coming| coming.wanted.piece != piece)
-    {
+    // Parts of another piece are in vain now.
+    coming.take_if(|coming| coming.wanted.piece != piece);
+    let coming = coming.get_or_insert_with(|| Coming {
         // The manifest says how long it is, and no piece is longer than 4 MiB.
-        let data = Vec::with_capacity(wanted.bytes as usize);
-        *coming = Some(Coming { wanted, data });
-    }
-    let Some(coming) = coming else {
-        return Ok(());
-    };
+        data: Vec::with_capacity(wanted.bytes as usize),
+        wanted,
+    });
     let end = coming.data.len() + part.data.len();
     if part.offset as usize != coming.data.len()
         || part.data.is_empty()
@@ -224,10 +213,10 @@ pub(super) async fn manifest(
         let request = ManifestRequest {
             fingerprint: fingerprint.to_string(),
         };
-        stream
+        let sent = stream
             .send(message(MsgType::MANIFEST_REQUEST, &request))
-            .await
-            .map_err(|error| error.to_string())?;
+            .await;
+        sent.map_err(|error| error.to_string())?;
         let received = stream.recv().await.map_err(|error| error.to_string())?;
         let received = received.ok_or("it ended the stream")?;
         if let Some(error) = received.error_body() {
@@ -239,12 +228,11 @@ pub(super) async fn manifest(
         let _ = stream.finish();
         ManifestReply::decode(received.payload).map_err(|error| error.to_string())
     };
-    let reply = tokio::time::timeout(MANIFEST_TIMEOUT, exchange)
-        .await
-        .map_err(|_| "no manifest in time".to_owned())??;
+    let reply = tokio::time::timeout(MANIFEST_TIMEOUT, exchange).await;
+    let reply = reply.map_err(|_| "no manifest in time")??;
     let fingerprint = *fingerprint;
     // Megabytes of JSON.
-    let parsed = tokio::task::spawn_blocking(move || {
+    let parse = move || {
         let signed = SignedManifest::parse(&reply.manifest).map_err(|error| error.to_string())?;
         let found = signed.manifest.fingerprint();
         if found != fingerprint {
@@ -256,8 +244,8 @@ pub(super) async fn manifest(
             ));
         }
         Ok(signed)
-    });
-    parsed.await.map_err(|error| error.to_string())?
+    };
+    blocking(parse).await
 }
 
 /// Prefix of the reason of a source that has not got the model.
@@ -267,8 +255,6 @@ const MOST_WITHDRAWN: usize = 64;
 
 #[cfg(test)]
 mod tests {
-    use mesh_net::quic::timestamp_us;
-
     use super::*;
 
     fn wanted(piece: u32, bytes: u32) -> Wanted {
@@ -312,19 +298,14 @@ mod tests {
 
     #[test]
     fn what_is_here_must_be_of_this_model() {
-        let message = |pieces: PieceSet| {
+        let told = |pieces: PieceSet| {
             let here = PiecesHere {
                 pieces: Some(pieces.to_proto()),
             };
-            Message::new(
-                MsgType::PIECES_HERE,
-                0,
-                timestamp_us(),
-                here.encode_to_vec(),
-            )
+            message(MsgType::PIECES_HERE, &here)
         };
-        assert_eq!(here(&message(PieceSet::all(9)), 9), Ok(PieceSet::all(9)));
-        assert!(here(&message(PieceSet::all(10)), 9).is_err());
+        assert_eq!(here(&told(PieceSet::all(9)), 9), Ok(PieceSet::all(9)));
+        assert!(here(&told(PieceSet::all(10)), 9).is_err());
         let nothing = Message::new(MsgType::PIECES_HERE, 0, 0, Vec::new());
         assert!(here(&nothing, 9).is_err());
     }

@@ -1,43 +1,60 @@
-//! What the tasks of rings share: the models that rings serve from here, and the way to the head.
+//! What the tasks of rings share: the models that are offered and served here, and the ways to others.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, OnceLock};
 
 use dcf::{Message, MsgType};
 use mesh_engine::EngineHandle;
-use mesh_model::Model;
 use mesh_proto::{ModelCard, RingState};
+use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 
-use super::part::message;
+use super::ring_model::RingModel;
+use crate::codec::{ModelEngine, message};
 use crate::config::Config;
 use crate::core::CoreHandle;
+use crate::lock::lock;
 use crate::models::Models;
+use crate::peers::Peers;
 
-/// What the tasks of rings share.
-pub(super) struct Context {
+/// See the page of `rings`.
+pub(crate) struct Rings {
     pub(super) config: Arc<Config>,
     pub(super) models: Arc<Models>,
+    /// The models that are offered.
+    pub(super) offered: Mutex<Vec<Arc<RingModel>>>,
+    /// Known once the worker has an identity.
+    pub(super) net: OnceLock<Net>,
     served: Mutex<Vec<Served>>,
     /// To the head, while there is a link to it.
     head: Mutex<Option<mpsc::UnboundedSender<Message>>>,
 }
 
+/// What there is once the worker has an identity.
+pub(super) struct Net {
+    pub(super) address: SocketAddr,
+    pub(super) peers: Peers,
+    /// The thread that carries messages between workers.
+    pub(super) carrier: Handle,
+}
+
 /// A model that a ring with its driver here serves.
 pub(super) struct Served {
     pub(super) deployment: u64,
-    pub(super) model: Model,
-    pub(super) engine: EngineHandle,
+    pub(super) model: ModelEngine,
     pub(super) card: ModelCard,
 }
 
-impl Context {
-    pub(super) fn new(config: Arc<Config>, models: Arc<Models>) -> Arc<Self> {
-        Arc::new(Context {
+impl Rings {
+    pub(super) fn new(config: Arc<Config>, models: Arc<Models>, offered: Vec<RingModel>) -> Self {
+        Rings {
             config,
             models,
+            offered: Mutex::new(offered.into_iter().map(Arc::new).collect()),
+            net: OnceLock::new(),
             served: Mutex::default(),
             head: Mutex::default(),
-        })
+        }
     }
 
     pub(super) fn core(&self) -> &CoreHandle {
@@ -46,20 +63,18 @@ impl Context {
 
     /// The model called `name` and its engine, if a ring serves it from here; the first one if there is no
     /// name.
-    pub(super) fn find(&self, name: &str) -> Option<(Model, EngineHandle)> {
+    pub(crate) fn find(&self, name: &str) -> Option<ModelEngine> {
         let served = lock(&self.served);
         let of_name = |served: &&Served| name.is_empty() || served.card.name == name;
-        let found = served.iter().find(of_name)?;
-        Some((found.model.clone(), found.engine.clone()))
+        served.iter().find(of_name).map(|found| found.model.clone())
     }
 
     /// The engines of all that are served, each with its model's name.
-    pub(super) fn engines(&self) -> Vec<(String, EngineHandle)> {
+    pub(crate) fn engines(&self) -> Vec<(String, EngineHandle)> {
         let served = lock(&self.served);
         let engines = served.iter();
-        engines
-            .map(|served| (served.card.name.clone(), served.engine.clone()))
-            .collect()
+        let engines = engines.map(|s| (s.card.name.clone(), s.model.engine.clone()));
+        engines.collect()
     }
 
     pub(super) fn serve(&self, served: Served) {
@@ -87,9 +102,4 @@ impl Context {
     pub(super) fn set_head(&self, outbox: Option<mpsc::UnboundedSender<Message>>) {
         *lock(&self.head) = outbox;
     }
-}
-
-/// Values behind these mutexes are replaced as a whole, so a panic elsewhere leaves them sound.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

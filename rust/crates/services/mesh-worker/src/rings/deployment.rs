@@ -7,21 +7,22 @@ use std::time::{Duration, Instant};
 
 use mesh_engine::RequestError;
 use mesh_net::quic::MsgStream;
-use mesh_pipeline::StageReplica;
-use mesh_proto::{ModelCard, Ring};
-use mesh_worker_core::{LoadedPart, PartGauges, RingStep};
+use mesh_pipeline::{DriverOut, StageReplica};
+use mesh_proto::{ModelCard, PartState, Ring};
+use mesh_worker_core::{LoadedPart, RingStep};
+use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio_util::task::AbortOnDropHandle;
 
-use super::carrier::Carrier;
-use super::context::{Context, Served};
+use super::context::{Rings, Served};
 use super::driver::{DriverHandle, Notice};
-use super::epoch::{Epoch, Member};
+use super::epoch::Epoch;
 use super::part::PartHandle;
 use super::progress::Progress;
 use super::ring_model::RingModel;
 use super::streams::{self, Target};
+use crate::codec::ModelEngine;
 use crate::generate::load::warm_up;
 use crate::peers::Peers;
 
@@ -29,7 +30,7 @@ use crate::peers::Peers;
 pub(super) struct Deployment {
     /// Of the core's deployment.
     number: u64,
-    context: Arc<Context>,
+    rings: Arc<Rings>,
     peers: Peers,
     ring_model: Arc<RingModel>,
     /// As the head last named it.
@@ -55,16 +56,16 @@ type LoadEnd = (u64, u32, Result<(StageReplica, LoadedPart), String>);
 impl Deployment {
     /// Starts the task of the core's deployment with this number on the thread of the carrier.
     pub(super) fn spawn(
-        carrier: &Carrier,
+        carrier: &Handle,
         peers: Peers,
-        context: Arc<Context>,
+        rings: Arc<Rings>,
         ring_model: Arc<RingModel>,
         number: u64,
     ) {
         let (notices, noticed) = mpsc::unbounded_channel();
         let deployment = Deployment {
             number,
-            context,
+            rings,
             peers,
             ring_model,
             ring: Ring::default(),
@@ -80,12 +81,12 @@ impl Deployment {
     }
 
     async fn run(mut self, mut notices: mpsc::UnboundedReceiver<Notice>) {
-        let mut changes = self.context.core().changes();
+        let mut changes = self.rings.core().changes();
         loop {
             let until = match self.poll() {
                 RingStep::Wait(until) => until,
                 RingStep::End => {
-                    self.context.withdraw(self.number);
+                    self.rings.withdraw(self.number);
                     return;
                 }
                 step => {
@@ -112,11 +113,11 @@ impl Deployment {
     }
 
     fn poll(&mut self) -> RingStep<MsgStream> {
-        let (step, ring) = self.context.core().with(|core| {
-            let gauges = |stage| self.gauges(stage);
+        let (step, ring) = self.rings.core().with(|core| {
+            let measured = |stage| self.measured(stage);
             let card = || self.driver.as_ref().map(|driver| self.card(driver));
             let deployments = &mut core.deployments;
-            deployments.poll(self.number, Instant::now(), gauges, card)
+            deployments.poll(self.number, Instant::now(), measured, card)
         });
         self.ring = ring;
         step
@@ -127,7 +128,7 @@ impl Deployment {
         &self,
         event: impl FnOnce(&mut mesh_worker_core::Deployment<MsgStream>) -> T,
     ) -> Option<T> {
-        let core = self.context.core();
+        let core = self.rings.core();
         core.with(|core| core.deployments.get(self.number).map(event))
     }
 
@@ -157,15 +158,15 @@ impl Deployment {
             }
             RingStep::BeginPart { stage, member } => {
                 if let Some(LocalPart::Ready(part)) = self.parts.get(&stage) {
-                    let member = member.then(|| self.member(stage + 1)).flatten();
-                    self.epoch.begin_part(&self.ring, stage, part, member);
+                    let (peers, ring) = (&self.peers, &self.ring);
+                    self.epoch.begin_part(peers, ring, stage, part, member);
                 }
             }
             RingStep::StartDriver(stage) => self.start_driver(stage).await,
             RingStep::BeginDriver(stage) => {
-                if let Some(driver) = self.driver.clone() {
-                    let members = (0..stage).map(|member| self.member(member)).collect();
-                    self.epoch.begin_driver(&self.ring, stage, &driver, members);
+                if let Some(driver) = &self.driver {
+                    let (peers, ring) = (&self.peers, &self.ring);
+                    self.epoch.begin_driver(peers, ring, stage, driver);
                 }
             }
             RingStep::Replicate(stage, standby) => {
@@ -186,8 +187,8 @@ impl Deployment {
             RingStep::Refuse(stream) => streams::refuse(stream),
             RingStep::WarmUp => self.warm_up(),
             RingStep::Serve => self.serve(),
-            RingStep::Withdraw => self.context.withdraw(self.number),
-            RingStep::Report(state) => self.context.report(&state),
+            RingStep::Withdraw => self.rings.withdraw(self.number),
+            RingStep::Report(state) => self.rings.report(&state),
             RingStep::Wait(_) | RingStep::End => {}
         }
     }
@@ -205,9 +206,7 @@ impl Deployment {
         let driven = self.driver.as_ref().map(|d| d.engine().load().totals.steps);
         let steps = parts.sum::<u64>() + driven.unwrap_or(0);
         if steps != self.steps.0 {
-            self.context
-                .core()
-                .with(|core| core.deployments.active(now));
+            self.rings.core().with(|core| core.deployments.active(now));
         }
         self.steps = (steps, now + ACTIVITY_LOOK);
     }
@@ -216,9 +215,9 @@ impl Deployment {
         let progress = Arc::new(Progress::default());
         self.parts
             .insert(stage, LocalPart::Loading(progress.clone()));
-        let (ring_model, config) = (self.ring_model.clone(), self.context.config.clone());
+        let (ring_model, config) = (self.ring_model.clone(), self.rings.config.clone());
         let (slots, context) = (self.ring.slots, self.ring.context);
-        let models = self.context.models.clone();
+        let models = self.rings.models.clone();
         self.loads.spawn(async move {
             if let Err(error) = ring_model.fetch(layers.clone(), &models, &progress).await {
                 return (number, stage, Err(error));
@@ -263,26 +262,17 @@ impl Deployment {
             Some(LocalPart::Ready(part)) => part.take().await,
             _ => None,
         };
-        let config = self.context.config.scheduler();
+        let config = self.rings.config.scheduler();
         let model = &self.ring_model.model;
         let started = taken
-            .ok_or_else(|| "a step panicked; see the worker's log".to_owned())
+            .ok_or_else(|| STEP_PANICKED.to_owned())
             .and_then(|part| {
-                DriverHandle::start(part, &self.ring, model, config, self.notices.clone())
-                    .map_err(|error| error.to_string())
+                let notices = self.notices.clone();
+                let started = DriverHandle::start(part, &self.ring, model, config, notices);
+                started.map_err(|error| error.to_string())
             });
         let result = started.map(|driver| self.driver = Some(driver));
         self.tell(|core| core.driver_started(stage, result));
-    }
-
-    /// The member of a stage, with which a stream is to be opened.
-    fn member(&self, stage: u32) -> Option<Member> {
-        let planned = self.ring.stages.get(stage as usize)?;
-        Some(Member {
-            peers: self.peers.clone(),
-            seat: planned.member.clone()?,
-            stage,
-        })
     }
 
     fn target(&self, stage: u32) -> Option<Target> {
@@ -296,19 +286,22 @@ impl Deployment {
 
     fn take_notice(&mut self, notice: Notice) {
         self.tell(|core| match notice {
-            Notice::Running { epoch } => core.running(epoch),
             Notice::Warm { epoch } => core.warm(epoch),
-            Notice::Suspect {
-                stage,
-                reason,
-                link,
-            } => core.silent(stage, &reason, link),
-            Notice::Trust { stage } => core.heard(stage),
-            Notice::Recovered(recovery) => core.recovered(recovery),
+            Notice::Driver(DriverOut::Running { epoch }) => core.running(epoch),
+            Notice::Driver(DriverOut::Trust { stage }) => core.heard(stage),
+            Notice::Driver(DriverOut::Recovered(recovery)) => core.recovered(recovery),
+            Notice::Driver(DriverOut::Suspect(suspicion)) => {
+                let seconds = suspicion.silence.as_secs_f64();
+                let reason = match suspicion.link {
+                    true => format!("nothing has passed its link for {seconds:.1} s"),
+                    false => format!("silent for {seconds:.1} s"),
+                };
+                core.silent(suspicion.stage, &reason, suspicion.link);
+            }
+            Notice::Driver(_) => {}
         });
     }
 
-    /// Lets the driver answer once.
     fn warm_up(&mut self) {
         let Some(driver) = &self.driver else {
             return;
@@ -332,10 +325,12 @@ impl Deployment {
 
     fn serve(&self) {
         if let Some(driver) = &self.driver {
-            self.context.serve(Served {
+            self.rings.serve(Served {
                 deployment: self.number,
-                model: self.ring_model.model.clone(),
-                engine: driver.engine(),
+                model: ModelEngine {
+                    model: self.ring_model.model.clone(),
+                    engine: driver.engine(),
+                },
                 card: self.card(driver),
             });
         }
@@ -355,35 +350,41 @@ impl Deployment {
         }
     }
 
-    fn gauges(&self, stage: u32) -> PartGauges {
+    /// Progress and figures of a part here.
+    fn measured(&self, stage: u32) -> PartState {
         match (self.target(stage), self.parts.get(&stage)) {
             (Some(Target::Driver(driver)), _) => {
                 let gauges = driver.gauges();
-                PartGauges {
+                PartState {
                     lag_rows: gauges.lag,
                     step_us: gauges.step_us,
                     prefill_us: gauges.prefill_us,
                     kv_bytes: gauges.kv_bytes,
-                    ..PartGauges::default()
+                    ..PartState::default()
                 }
             }
-            (Some(Target::Part(part)), _) => PartGauges {
-                progress: 0,
-                broken: part.gauges.broken.load(Relaxed),
+            (Some(Target::Part(part)), _) => PartState {
+                error: match part.is_broken() {
+                    true => STEP_PANICKED.to_owned(),
+                    false => String::new(),
+                },
                 lag_rows: part.gauges.lag.load(Relaxed),
                 step_us: part.gauges.step_us.load(Relaxed) as f32,
                 prefill_us: part.gauges.prefill_us.load(Relaxed),
                 kv_bytes: part.gauges.kv_bytes.load(Relaxed),
                 kept_bytes: part.gauges.kept_bytes.load(Relaxed),
+                ..PartState::default()
             },
-            (None, Some(LocalPart::Loading(progress))) => PartGauges {
+            (None, Some(LocalPart::Loading(progress))) => PartState {
                 progress: progress.value(),
-                ..PartGauges::default()
+                ..PartState::default()
             },
-            (None, _) => PartGauges::default(),
+            (None, _) => PartState::default(),
         }
     }
 }
+
+const STEP_PANICKED: &str = "a step panicked; see the worker's log";
 
 /// Interval at which it is noted whether parts compute.
 const ACTIVITY_LOOK: Duration = Duration::from_millis(250);

@@ -1,6 +1,6 @@
 //! The driver of a ring on this worker: an engine whose steps go around the ring.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
+use std::sync::{Arc, Mutex, mpsc};
 
 use dcf::{Message, MsgType};
 use mesh_engine::{
@@ -8,10 +8,12 @@ use mesh_engine::{
 };
 use mesh_model::Model;
 use mesh_pipeline::{DriverEvent, DriverGauges, DriverOut, RingRunner, StageReplica};
-use mesh_proto::{HeldSlot, Recovery, Ring, RingStep};
+use mesh_proto::{HeldSlot, Ring, RingStep};
 use tokio::sync::mpsc as async_mpsc;
 
-use super::part::{Outbox, is_short, message};
+use super::part::{Outbox, Outboxes, is_short};
+use crate::codec::message;
+use crate::lock::lock;
 
 /// A running driver. Dropping the last handle ends its engine.
 #[derive(Clone)]
@@ -36,34 +38,22 @@ impl Drop for Inner {
     }
 }
 
-/// Outboxes of the driver in this epoch.
 #[derive(Default)]
 struct Boxes {
     members: Vec<Outbox>,
     /// Gives pings back from the network thread.
     echo: Option<async_mpsc::UnboundedSender<u64>>,
-    previous: Option<Outbox>,
-    standby: Option<Outbox>,
+    replica: Outboxes,
     gauges: DriverGauges,
 }
 
-/// Notices of the driver to its deployment.
 #[derive(Debug)]
 pub(super) enum Notice {
-    /// The ring works.
-    Running { epoch: u32 },
+    Driver(DriverOut),
     /// It has answered once.
-    Warm { epoch: u32 },
-    /// A member does not answer; with `link`, messages that are passed on to it do not arrive.
-    Suspect {
-        stage: u32,
-        reason: String,
-        link: bool,
+    Warm {
+        epoch: u32,
     },
-    /// It has been heard again.
-    Trust { stage: u32 },
-    /// The first step after a loss is through.
-    Recovered(Recovery),
 }
 
 impl DriverHandle {
@@ -106,12 +96,10 @@ impl DriverHandle {
         })
     }
 
-    /// Takes requests.
     pub(super) fn engine(&self) -> EngineHandle {
         self.inner.engine.clone()
     }
 
-    /// Tells the driver something.
     pub(super) fn tell(&self, event: DriverEvent) {
         // An engine that has ended hears nothing; its requests have ended with it.
         let _ = lock(&self.inner.events).send(event);
@@ -144,8 +132,10 @@ impl DriverHandle {
         *boxes = Boxes {
             members,
             echo: Some(echo),
-            previous: Some(previous),
-            standby: None,
+            replica: Outboxes {
+                previous: Some(previous),
+                ..Outboxes::default()
+            },
             gauges: boxes.gauges,
         };
         drop(boxes);
@@ -158,14 +148,17 @@ impl DriverHandle {
 
     /// A standby of the last stage that holds this much is there now.
     pub(super) fn standby(&self, held: Vec<HeldSlot>, outbox: Outbox) {
-        lock(&self.inner.boxes).standby = Some(outbox);
+        lock(&self.inner.boxes).replica.standby = Some(outbox);
         self.tell(DriverEvent::Standby(held));
     }
 
-    /// The standby of the last stage is gone.
     pub(super) fn no_standby(&self) {
-        lock(&self.inner.boxes).standby = None;
+        lock(&self.inner.boxes).replica.standby = None;
         self.tell(DriverEvent::NoStandby);
+    }
+
+    pub(super) fn gauges(&self) -> DriverGauges {
+        lock(&self.inner.boxes).gauges
     }
 
     /// Ends every request with `error`, and the engine.
@@ -192,44 +185,13 @@ fn post(boxes: &Mutex<Boxes>, notices: &async_mpsc::UnboundedSender<Notice>, out
             let member = boxes.members.get(stage as usize);
             send(member, message(MsgType::RING_RESEND, &resend));
         }
-        DriverOut::Previous(mirrored) => {
-            send(
-                boxes.previous.as_ref(),
-                message(MsgType::RING_MIRRORED, &mirrored),
-            );
-        }
-        DriverOut::Standby(mirror) => {
-            send(
-                boxes.standby.as_ref(),
-                message(MsgType::RING_MIRROR, &mirror),
-            );
-        }
+        DriverOut::Replica(out) => boxes.replica.send(&out),
         DriverOut::Gauges(gauges) => boxes.gauges = gauges,
-        DriverOut::Suspect {
-            stage,
-            silence,
-            link,
-        } => {
-            let seconds = silence.as_secs_f64();
-            let reason = if link {
-                format!("nothing has passed its link for {seconds:.1} s")
-            } else {
-                format!("silent for {seconds:.1} s")
-            };
-            let _ = notices.send(Notice::Suspect {
-                stage,
-                reason,
-                link,
-            });
-        }
-        DriverOut::Trust { stage } => {
-            let _ = notices.send(Notice::Trust { stage });
-        }
-        DriverOut::Running { epoch } => {
-            let _ = notices.send(Notice::Running { epoch });
-        }
-        DriverOut::Recovered(recovery) => {
-            let _ = notices.send(Notice::Recovered(recovery));
+        out @ (DriverOut::Suspect(_)
+        | DriverOut::Trust { .. }
+        | DriverOut::Running { .. }
+        | DriverOut::Recovered(_)) => {
+            let _ = notices.send(Notice::Driver(out));
         }
     }
 }
@@ -248,17 +210,5 @@ fn whole(last: &StageInfo) -> StageInfo {
         kv_bytes_per_token: last.kv_bytes_per_token / u64::from(layers.max(1))
             * u64::from(last.shape.layers),
         ..last.clone()
-    }
-}
-
-/// Values behind these mutexes are replaced as a whole, so a panic elsewhere leaves them sound.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-impl DriverHandle {
-    /// Gauges of the last stage.
-    pub(super) fn gauges(&self) -> DriverGauges {
-        lock(&self.inner.boxes).gauges
     }
 }

@@ -17,10 +17,8 @@ use super::part::{Command, Counters, Outboxes, Outflow, PartHandle};
 use super::streams::{self, Broken, Target};
 use crate::peers::Peers;
 
-/// State that ends with an epoch.
 #[derive(Default)]
 pub(super) struct Epoch {
-    /// One task for each stream.
     pub(super) streams: JoinSet<StreamEnd>,
     /// What the inbound streams of the parts need that have begun.
     begun: BTreeMap<u32, Inbound>,
@@ -38,21 +36,15 @@ struct Inbound {
     outcomes: Option<Outflow>,
 }
 
-/// A member with which a stream is to be opened.
-pub(super) struct Member {
-    pub(super) peers: Peers,
-    pub(super) seat: NodeAddr,
-    pub(super) stage: u32,
-}
-
 impl Epoch {
-    /// Begins with a part as `stage`, which sends rows to the member `next` unless it is a standby's.
+    /// Begins with a part as `stage`, which sends rows to the next stage unless it is a standby's.
     pub(super) fn begin_part(
         &mut self,
+        peers: &Peers,
         ring: &Ring,
         stage: u32,
         part: &PartHandle,
-        next: Option<Member>,
+        is_member: bool,
     ) {
         let (to_next, rows) = mpsc::unbounded_channel();
         let (driver, outcomes) = mpsc::unbounded_channel();
@@ -63,9 +55,10 @@ impl Epoch {
             stage,
             half_rows: ring.half_rows,
             outboxes: Outboxes {
-                next: to_next,
-                driver,
-                previous,
+                next: Some(to_next),
+                driver: Some(driver),
+                previous: Some(previous),
+                standby: None,
             },
             counters: counters.clone(),
         });
@@ -75,23 +68,22 @@ impl Epoch {
             outcomes: Some(outcomes),
         };
         self.begun.insert(stage, inbound);
-        if let Some(next) = next {
+        if is_member {
             let part = part.clone();
-            self.open(ring, next, RingPurpose::Rows, "rows", move |stream| {
-                streams::rows_out(stream, part, rows)
-            });
+            let serve = move |stream| streams::rows_out(stream, part, rows);
+            self.open(peers, ring, stage + 1, RingPurpose::Rows, "rows", serve);
         }
     }
 
     /// Begins with the driver, which is `stage` and opens a stream to each member before it.
     pub(super) fn begin_driver(
         &mut self,
+        peers: &Peers,
         ring: &Ring,
         stage: u32,
         driver: &DriverHandle,
-        members: Vec<Option<Member>>,
     ) {
-        let channels = members.iter().map(|_| mpsc::unbounded_channel());
+        let channels = (0..stage).map(|_| mpsc::unbounded_channel());
         let (outboxes, flows): (Vec<_>, Vec<_>) = channels.unzip();
         let (previous, back) = mpsc::unbounded_channel();
         let (echo, mut pings) = mpsc::unbounded_channel();
@@ -108,37 +100,56 @@ impl Epoch {
             ..Inbound::default()
         };
         self.begun.insert(stage, inbound);
-        for (member, orders) in members.into_iter().zip(flows) {
-            let Some(member) = member else {
-                continue;
-            };
-            let (driver, stage) = (driver.clone(), member.stage);
-            self.open(ring, member, RingPurpose::Drive, "drive", move |stream| {
-                streams::drive_out(stream, stage, driver, orders)
-            });
+        for (member, orders) in (0..).zip(flows) {
+            let driver = driver.clone();
+            let serve = move |stream| streams::drive_out(stream, member, driver, orders);
+            self.open(peers, ring, member, RingPurpose::Drive, "drive", serve);
         }
     }
 
-    /// Opens a stream to a member and serves it for the rest of the epoch.
+    /// Opens a stream to the member of `stage` and serves it for the rest of the epoch.
     fn open<F>(
         &mut self,
+        peers: &Peers,
         ring: &Ring,
-        member: Member,
+        stage: u32,
         purpose: RingPurpose,
         name: &'static str,
         serve: impl FnOnce(MsgStream) -> F + Send + 'static,
     ) where
         F: Future<Output = Broken> + Send,
     {
-        let Member { peers, seat, stage } = member;
-        let hello = hello(ring, stage, purpose);
-        self.streams.spawn(async move {
-            let broken = match streams::open(&peers, &seat, &hello).await {
+        let planned = ring.stages.get(stage as usize);
+        let Some(seat) = planned.and_then(|planned| planned.member.clone()) else {
+            return;
+        };
+        let (peers, hello) = (peers.clone(), hello(ring, stage, purpose));
+        self.serve(hello.epoch, Some(seat.clone()), name, async move {
+            match streams::open(&peers, &seat, &hello).await {
                 // The link is held for as long as the stream: nothing else may keep it.
                 Ok((_link, stream)) => serve(stream).await,
-                Err(error) => error,
-            };
-            end_of(hello.epoch, Some(seat), name, broken)
+                Err(broken) => broken,
+            }
+        });
+    }
+
+    /// Runs a stream's task. `peer` is the member whose loss its end may mean.
+    fn serve(
+        &mut self,
+        epoch: u32,
+        peer: Option<NodeAddr>,
+        purpose: &'static str,
+        serving: impl Future<Output = Broken> + Send + 'static,
+    ) {
+        self.streams.spawn(async move {
+            let Broken { text: reason, link } = serving.await;
+            StreamEnd {
+                epoch,
+                peer,
+                purpose,
+                reason,
+                link,
+            }
         });
     }
 
@@ -155,29 +166,18 @@ impl Epoch {
         };
         let (epoch, counters) = (hello.epoch, inbound.counters.clone());
         match (hello.purpose(), target) {
-            (RingPurpose::Rows, target) => {
-                let Some(back) = inbound.back.take() else {
-                    return streams::refuse(stream);
-                };
-                self.streams.spawn(async move {
-                    let broken = streams::rows_in(stream, target, counters, back).await;
-                    end_of(epoch, Some(from), "rows", broken)
-                });
+            (RingPurpose::Rows, target) if let Some(back) = inbound.back.take() => {
+                let serving = streams::rows_in(stream, target, counters, back);
+                self.serve(epoch, Some(from), "rows", serving);
             }
-            (RingPurpose::Drive, Target::Part(part)) => {
-                let Some(outcomes) = inbound.outcomes.take() else {
-                    return streams::refuse(stream);
-                };
-                self.streams.spawn(async move {
-                    let broken = streams::drive_in(stream, part, counters, outcomes).await;
-                    end_of(epoch, Some(from), "drive", broken)
-                });
+            (RingPurpose::Drive, Target::Part(part))
+                if let Some(outcomes) = inbound.outcomes.take() =>
+            {
+                let serving = streams::drive_in(stream, part, counters, outcomes);
+                self.serve(epoch, Some(from), "drive", serving);
             }
             (RingPurpose::Mirror, Target::Part(part)) => {
-                self.streams.spawn(async move {
-                    let broken = streams::mirror_in(stream, part).await;
-                    end_of(epoch, None, "mirror", broken)
-                });
+                self.serve(epoch, None, "mirror", streams::mirror_in(stream, part));
             }
             _ => streams::refuse(stream),
         }
@@ -209,16 +209,6 @@ fn hello(ring: &Ring, stage: u32, purpose: RingPurpose) -> RingHello {
         epoch: ring.epoch,
         stage,
         purpose: purpose.into(),
-    }
-}
-
-fn end_of(epoch: u32, peer: Option<NodeAddr>, purpose: &'static str, broken: Broken) -> StreamEnd {
-    StreamEnd {
-        epoch,
-        peer,
-        purpose,
-        reason: broken.text,
-        link: broken.link,
     }
 }
 

@@ -1,91 +1,57 @@
 //! The interface of rings for the rest of the worker.
 
-use std::net::SocketAddr;
 use std::path::Path;
-use std::sync::{Arc, OnceLock, PoisonError, RwLock};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use dcf::{Message, MsgType};
-use mesh_engine::EngineHandle;
 use mesh_model::Model;
 use mesh_net::quic::{LinkConfig, Listener};
 use mesh_net::trust::NodeIdentity;
 use mesh_proto::{ModelCard, NodeProfile, Ring};
-use mesh_worker_core::{Lease, Offers, Ordered};
+use mesh_worker_core::{Failure, Lease, Offers, Ordered};
 use tokio::runtime::Handle;
 use tokio::sync::mpsc;
 
 use super::accept::accept;
-use super::carrier::Carrier;
-use super::context::Context;
+use super::carrier;
+use super::context::{Net, Rings};
 use super::deployment::Deployment;
 use super::offer;
-use super::part::message;
 use super::ring_model::RingModel;
-use crate::codec::ModelEngine;
+use crate::codec::message;
 use crate::config::Config;
-use crate::core::CoreHandle;
 use crate::error::WorkerError;
+use crate::lock::lock;
 use crate::models::{Models, ReplicaFiles};
 use crate::peers::{self, Peers};
-use crate::served::Failure;
-
-/// Everything about rings on this worker.
-pub(crate) struct Rings {
-    context: Arc<Context>,
-    /// The models that are offered.
-    ring_models: RwLock<Vec<Arc<RingModel>>>,
-    /// Known once the worker has an identity.
-    pub(super) net: OnceLock<Net>,
-}
-
-/// What there is once the worker has an identity.
-pub(super) struct Net {
-    address: SocketAddr,
-    pub(super) peers: Peers,
-    carrier: Carrier,
-}
 
 impl Rings {
     /// Opens those of `config.ring.models` that are files at hand and measures this machine. Blocks for as long as
     /// that takes.
     pub(crate) fn open(config: &Arc<Config>, models: Arc<Models>) -> (Arc<Self>, Vec<Failure>) {
         let (ring_models, profile, failures) = offer::measure(config);
-        let offers = ring_models
-            .iter()
-            .map(|ring_model| ring_model.offer.clone())
-            .collect();
-        models
-            .core()
-            .with(|core| core.offers = Offers::new(offers, profile));
-        let rings = Arc::new(Rings {
-            context: Context::new(config.clone(), models),
-            ring_models: RwLock::new(ring_models.into_iter().map(Arc::new).collect()),
-            net: OnceLock::new(),
-        });
-        (rings, failures)
+        let offers = ring_models.iter().map(|held| held.offer.clone()).collect();
+        let offers = Offers::new(offers, profile);
+        models.core().with(|core| core.offers = offers);
+        let rings = Rings::new(config.clone(), models, ring_models);
+        (Arc::new(rings), failures)
     }
 
-    pub(super) fn core(&self) -> &CoreHandle {
-        self.context.core()
-    }
-
-    /// Offers a model of the configuration that is at hand by now. Blocks for as long as measuring takes.
-    pub(crate) fn add_file(&self, name: &str) -> Result<(), WorkerError> {
-        let (ring_model, profile) = offer::measure_file(name, &self.context.config)?;
+    /// Offers a model of the configuration that is at hand by now; returns the model with its name. Blocks for
+    /// as long as measuring takes.
+    pub(crate) fn add_file(&self, name: &str) -> Result<(String, Model), WorkerError> {
+        let (ring_model, profile) = offer::measure_file(name, &self.config)?;
         self.add_ring_model(ring_model, profile)
     }
 
-    /// The offered models, with their names.
     pub(crate) fn models_held(&self) -> Vec<(String, Model)> {
-        let ring_models = self.ring_models();
-        let models = ring_models
-            .iter()
-            .map(|ring_model| (ring_model.card.name.clone(), ring_model.model.clone()));
+        let ring_models = lock(&self.offered);
+        let models = ring_models.iter();
+        let models = models.map(|held| (held.card.name.clone(), held.model.clone()));
         models.collect()
     }
 
-    /// True if anything is offered.
     pub(crate) fn has_ring_models(&self) -> bool {
         !self.core().with(|core| core.offers.is_empty())
     }
@@ -97,8 +63,8 @@ impl Rings {
         name: &str,
         path: &Path,
         files: &Arc<ReplicaFiles>,
-    ) -> Result<(), WorkerError> {
-        let (ring_model, profile) = offer::measure_stored(name, path, files, &self.context.config)?;
+    ) -> Result<(String, Model), WorkerError> {
+        let (ring_model, profile) = offer::measure_stored(name, path, files, &self.config)?;
         self.add_ring_model(ring_model, profile)
     }
 
@@ -106,16 +72,12 @@ impl Rings {
         &self,
         ring_model: RingModel,
         profile: NodeProfile,
-    ) -> Result<(), WorkerError> {
-        let name = ring_model.card.name.clone();
+    ) -> Result<(String, Model), WorkerError> {
+        let (name, model) = (ring_model.card.name.clone(), ring_model.model.clone());
         let added = self.core().with(|core| {
             let added = core.offers.add(ring_model.offer.clone(), profile);
             if added {
-                let mut ring_models = self
-                    .ring_models
-                    .write()
-                    .unwrap_or_else(PoisonError::into_inner);
-                ring_models.push(Arc::new(ring_model));
+                lock(&self.offered).push(Arc::new(ring_model));
             }
             added
         });
@@ -123,34 +85,25 @@ impl Rings {
             return Err(WorkerError::SameName { name });
         }
         self.offer();
-        Ok(())
+        Ok((name, model))
     }
 
-    /// Returns true if this worker offers anything, or will.
+    /// True if this worker offers anything, or will.
     pub(crate) fn is_offering(&self) -> bool {
-        !self.context.config.ring.models.is_empty()
-    }
-
-    fn ring_models(&self) -> Vec<Arc<RingModel>> {
-        self.ring_models
-            .read()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
+        !self.config.ring.models.is_empty()
     }
 
     /// Listens for other workers, once there is an identity to show them. Gives the port the first time.
-    pub(crate) fn listen(&self, identity: &NodeIdentity) -> Result<Option<u16>, WorkerError> {
-        if self.net.get().is_some() || !(self.is_offering() || self.context.models.is_sharing()) {
+    pub(crate) fn listen(
+        self: &Arc<Self>,
+        identity: &NodeIdentity,
+    ) -> Result<Option<u16>, WorkerError> {
+        if self.net.get().is_some() || !(self.is_offering() || self.models.is_sharing()) {
             return Ok(None);
         }
-        let listen = self.context.config.ring.listen;
-        let failed = |source| WorkerError::Listen {
-            address: listen,
-            carrier: "udp",
-            key: "ring.listen",
-            source,
-        };
-        let carrier = Carrier::start().map_err(failed)?;
+        let listen = self.config.ring.listen;
+        let failed = WorkerError::listen(listen, "udp", "ring.listen");
+        let carrier = carrier::start().map_err(failed)?;
         let entered = carrier.enter();
         let listener = Listener::bind(listen, identity.clone(), None, LinkConfig::default())
             .map_err(|error| failed(std::io::Error::other(error.to_string())))?;
@@ -158,8 +111,7 @@ impl Rings {
         let address = listener.local_addr().map_err(failed)?;
         tracing::info!(%address, "listening for other workers");
         let peers = Peers::new(identity.clone());
-        self.context
-            .models
+        self.models
             .listen(peers, &identity.node_id(), address.port());
         let _ = self.net.set(Net {
             address,
@@ -167,7 +119,7 @@ impl Rings {
             carrier: carrier.clone(),
         });
         // Models do not go through that thread: they would hold steps up.
-        carrier.spawn(accept(self.context.clone(), listener, Handle::current()));
+        carrier.spawn(accept(self.clone(), listener, Handle::current()));
         Ok(Some(address.port()))
     }
 
@@ -179,7 +131,7 @@ impl Rings {
         rtt: Duration,
         cards: Vec<ModelCard>,
     ) -> Lease {
-        self.context.set_head(Some(outbox));
+        self.set_head(Some(outbox));
         let lease = self.core().change(|core| {
             core.offers
                 .head_path(peers::path("", rtt, 0.0).rtt_us, None);
@@ -197,47 +149,34 @@ impl Rings {
         let (port, paths) = (net.address.port(), net.peers.paths());
         let offer = self.core().with(|core| core.offers.poll(port, paths));
         if let Some(offer) = offer {
-            self.context.tell_head(message(MsgType::OFFER, &offer));
+            self.tell_head(message(MsgType::OFFER, &offer));
         }
     }
 
-    /// The link to the head is gone.
     pub(crate) fn unlinked(&self) {
-        self.context.set_head(None);
+        self.set_head(None);
     }
 
     /// The head names the members of a ring.
-    pub(crate) fn configure(&self, lease: Lease, ring: Ring) {
+    pub(crate) fn configure(self: &Arc<Self>, lease: Lease, ring: Ring) {
         let (model, fingerprint) = (ring.model.clone(), ring.fingerprint.clone());
-        let ordered = self
-            .core()
-            .change(|core| core.deploy(lease, ring, Instant::now()));
+        let (now, core) = (Instant::now(), self.core());
+        let ordered = core.change(|core| core.deploy(lease, ring, now));
         let of_model = |ring_model: &&Arc<RingModel>| {
             ring_model.card.name == model && ring_model.card.fingerprint == fingerprint
         };
         if let Ordered::Begins(number) = ordered
             && let Some(net) = self.net.get()
-            && let Some(ring_model) = self.ring_models().iter().find(of_model)
+            && let Some(ring_model) = lock(&self.offered).iter().find(of_model)
         {
             Deployment::spawn(
                 &net.carrier,
                 net.peers.clone(),
-                self.context.clone(),
+                self.clone(),
                 ring_model.clone(),
                 number,
             );
         }
-    }
-
-    /// A model served by a ring whose driver is here.
-    pub(crate) fn find(&self, name: &str) -> Option<ModelEngine> {
-        let (model, engine) = self.context.find(name)?;
-        Some(ModelEngine { model, engine })
-    }
-
-    /// The engines of all that are served, each with its model's name.
-    pub(crate) fn engines(&self) -> Vec<(String, EngineHandle)> {
-        self.context.engines()
     }
 
     /// Resolves when this worker, which drains, may leave.
@@ -246,17 +185,15 @@ impl Rings {
         let mut changes = self.core().changes();
         loop {
             let now = Instant::now();
-            if self
-                .core()
-                .with(|core| core.deployments.may_leave(begun, now))
-            {
+            let core = self.core();
+            if core.with(|core| core.deployments.may_leave(begun, now)) {
                 return;
             }
             changes.next_until(now + DRAIN_LOOK).await;
         }
     }
 
-    /// Returns true if no part here has computed anything for a while.
+    /// True if no part here has computed anything for a while.
     pub(super) fn is_idle(&self) -> bool {
         self.core()
             .with(|core| core.deployments.is_idle(Instant::now()))

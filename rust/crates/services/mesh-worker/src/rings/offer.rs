@@ -1,6 +1,5 @@
 //! Measures the models of which this worker can hold parts.
 
-use std::panic::AssertUnwindSafe;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -8,14 +7,14 @@ use mesh_engine_ort::Reclaim;
 use mesh_machine::{ProfileOptions, Profiler, choose_format};
 use mesh_model::Model;
 use mesh_proto::{ModelCard, NodeProfile};
-use mesh_store::{FingerprintCache, local};
+use mesh_store::local;
+use mesh_worker_core::{Failure, Location};
 
 use super::ring_model::RingModel;
 use crate::config::Config;
-use crate::error::WorkerError;
+use crate::error::{WorkerError, unpanicked};
 use crate::generate::load as chat;
 use crate::models::{ReplicaFiles, may_be_fetched};
-use crate::served::{Failure, Source};
 
 /// Opens those models of `config.ring.models` that are files at hand and measures their cost here. Earlier
 /// measurements are kept in the state directory. A fault of one model becomes a [`Failure`] of that model
@@ -28,7 +27,7 @@ pub(super) fn measure(config: &Arc<Config>) -> (Vec<RingModel>, NodeProfile, Vec
     let mut fail = |name: &str, error: WorkerError| {
         failures.push(Failure {
             name: name.to_owned(),
-            source: Source::RingModel,
+            location: Location::NamedPart,
             reason: error.to_string(),
         });
     };
@@ -78,20 +77,12 @@ fn measure_path(
 ) -> Result<RingModel, WorkerError> {
     let measure = || {
         let model = Model::open(path)?;
-        let cache = FingerprintCache::new(config.state_dir.join("fingerprints.json"));
-        let fingerprint = cache.fingerprint(path).map_err(|error| {
-            WorkerError::Internal(format!("fingerprint of {}: {error}", path.display()))
-        })?;
+        let fingerprint = config.fingerprints().fingerprint(path);
+        let fingerprint = fingerprint.map_err(|error| WorkerError::fingerprint(path, &error))?;
         let card = chat::card(&model.name(), &model, &fingerprint);
         measure_one(model, card, profiler, config)
     };
-    let panicked = |_| {
-        Err(WorkerError::Internal(format!(
-            "measuring {} panicked; the lines before say where",
-            path.display()
-        )))
-    };
-    std::panic::catch_unwind(AssertUnwindSafe(measure)).unwrap_or_else(panicked)
+    unpanicked("measuring", path, measure)
 }
 
 /// The same for the replica called `name`, of which the header at least is here, at `path`.
@@ -144,10 +135,9 @@ fn measure_one(
     }
     let choice = choose_format(&speeds)
         .ok_or_else(|| failed("no weight format could be measured".to_owned()))?;
-    let speed = speeds
-        .iter()
-        .find(|speed| speed.format == choice.format.name())
-        .ok_or_else(|| failed("its weight format was not measured".to_owned()))?;
+    let mut measured = speeds.iter();
+    let speed = measured.find(|speed| speed.format == choice.format.name());
+    let speed = speed.ok_or_else(|| failed("its weight format was not measured".to_owned()))?;
     tracing::info!(
         model = name,
         format = speed.format,

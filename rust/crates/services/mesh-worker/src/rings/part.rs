@@ -4,9 +4,8 @@
 //! because waking the thread and being woken by it costs a noticeable share of such a step: then the network
 //! task that received the step computes it, if nothing else is waiting.
 
-use std::collections::VecDeque;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, LazyLock, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, LazyLock, Mutex, mpsc};
 use std::time::Instant;
 
 use dcf::{ErrorCode, Message, MsgType};
@@ -15,20 +14,38 @@ use mesh_pipeline::{Out, StageReplica};
 use mesh_proto::{HeldSlot, RingHeld, RingMirror, RingMirrored, RingResend, RingStep};
 use tokio::sync::{mpsc as async_mpsc, oneshot};
 
+use crate::codec::message;
+
 /// Outbox of a part's messages, each kind with a stream of its own. The receiver may be gone.
 pub(super) type Outbox = async_mpsc::UnboundedSender<Message>;
 
 /// The other end of an [`Outbox`].
 pub(super) type Outflow = async_mpsc::UnboundedReceiver<Message>;
 
-/// Outboxes of one epoch.
+/// Outboxes of one epoch, for the messages of a replica.
+#[derive(Default)]
 pub(super) struct Outboxes {
-    pub(super) next: Outbox,
-    pub(super) driver: Outbox,
-    pub(super) previous: Outbox,
+    pub(super) next: Option<Outbox>,
+    pub(super) driver: Option<Outbox>,
+    pub(super) previous: Option<Outbox>,
+    pub(super) standby: Option<Outbox>,
 }
 
-/// Commands to a part.
+impl Outboxes {
+    pub(super) fn send(&self, out: &Out) {
+        let (outbox, message) = match out {
+            Out::Next(step) => (&self.next, message(MsgType::RING_STEP, step)),
+            Out::Driver(outcome) => (&self.driver, message(MsgType::RING_OUTCOME, outcome)),
+            Out::Previous(mirrored) => (&self.previous, message(MsgType::RING_MIRRORED, mirrored)),
+            Out::Standby(mirror) => (&self.standby, message(MsgType::RING_MIRROR, mirror)),
+        };
+        if let Some(outbox) = outbox {
+            // The task that serves a stream notices when it is gone.
+            let _ = outbox.send(message);
+        }
+    }
+}
+
 pub(super) enum Command {
     /// A new epoch, in which it is this stage.
     Begin {
@@ -67,106 +84,80 @@ pub(super) struct Gauges {
     pub(super) lag: AtomicU64,
     /// Microseconds per step, smoothed.
     pub(super) step_us: AtomicU64,
-    /// Bytes of KV rows.
     pub(super) kv_bytes: AtomicU64,
     /// Bytes of outputs kept for replays.
     pub(super) kept_bytes: AtomicU64,
-    /// Steps computed.
     pub(super) steps: AtomicU64,
     /// Microseconds per step of a few rows, smoothed.
     short_us: AtomicU64,
     /// Microseconds of all steps of more rows.
     pub(super) prefill_us: AtomicU64,
-    /// A step panicked; the content of the part is unknown now.
-    pub(super) broken: AtomicBool,
 }
 
 /// A running part. Dropping the last handle ends its thread.
 #[derive(Clone)]
 pub(super) struct PartHandle {
+    commands: mpsc::Sender<Command>,
     shared: Arc<Shared>,
-    /// Held by handles only: the thread ends when it is gone.
-    _alive: Arc<Alive>,
     pub(super) gauges: Arc<Gauges>,
 }
 
 struct Shared {
-    queue: Mutex<Queue>,
-    filled: Condvar,
-    /// `None` once the part was taken. A thread that takes a command from the queue holds this already, so
-    /// that commands are obeyed in their order.
+    /// Commands that were sent and have not been obeyed yet.
+    pending: AtomicUsize,
+    /// `None` once the part was taken.
     worker: Mutex<Option<PartWorker>>,
 }
 
-#[derive(Default)]
-struct Queue {
-    commands: VecDeque<Command>,
-    /// No handle is left, or the thread has ended.
-    closed: bool,
-}
-
-struct Alive(Arc<Shared>);
-
-impl Drop for Alive {
-    fn drop(&mut self) {
-        lock(&self.0.queue).closed = true;
-        self.0.filled.notify_all();
-    }
-}
-
 impl PartHandle {
-    /// Starts a thread for `part`.
     pub(super) fn start(part: StageReplica) -> std::io::Result<Self> {
         let gauges = Arc::new(Gauges::default());
         let layers = part.info().layers.clone();
         let worker = PartWorker {
             part,
             gauges: gauges.clone(),
-            outboxes: None,
-            standby: None,
+            outboxes: Outboxes::default(),
             counters: Arc::default(),
             outs: Vec::new(),
         };
         let shared = Arc::new(Shared {
-            queue: Mutex::default(),
-            filled: Condvar::new(),
+            pending: AtomicUsize::new(0),
             worker: Mutex::new(Some(worker)),
         });
+        let (commands, received) = mpsc::channel();
         let at_work = shared.clone();
         std::thread::Builder::new()
             .name(format!("layers {}-{}", layers.start, layers.end))
-            .spawn(move || at_work.work())?;
+            .spawn(move || at_work.work(received))?;
         Ok(PartHandle {
-            _alive: Arc::new(Alive(shared.clone())),
+            commands,
             shared,
             gauges,
         })
     }
 
+    /// True once a command panicked: the content of the part is unknown then.
+    pub(super) fn is_broken(&self) -> bool {
+        self.shared.worker.is_poisoned()
+    }
+
     /// Sends the part a command. A part that was taken, or whose thread panicked, does not get it: its
     /// streams end by themselves, and so does a wait for its answer.
     pub(super) fn tell(&self, command: Command) {
-        let mut queue = lock(&self.shared.queue);
-        if !queue.closed {
-            queue.commands.push_back(command);
-            self.shared.filled.notify_one();
-        }
+        self.shared.pending.fetch_add(1, Ordering::SeqCst);
+        let _ = self.commands.send(command);
     }
 
     /// Tells the part to compute a step; a short one is computed here and now.
     pub(super) fn step(&self, step: RingStep) {
         let number = Arc::as_ptr(&self.shared).addr();
-        if is_short(&step, self.gauges.short_us.load(Ordering::Relaxed), number) {
-            let queue = lock(&self.shared.queue);
-            if queue.commands.is_empty()
-                && let Ok(mut worker) = self.shared.worker.try_lock()
-                && let Some(worker) = worker.as_mut()
-            {
-                drop(queue);
-                worker.obey(Command::Step(step));
-                worker.send();
-                return;
-            }
+        if is_short(&step, self.gauges.short_us.load(Ordering::Relaxed), number)
+            && let Ok(mut worker) = self.shared.worker.try_lock()
+            && self.shared.pending.load(Ordering::SeqCst) == 0
+            && let Some(worker) = worker.as_mut()
+        {
+            worker.obey(Command::Step(step));
+            return worker.send();
         }
         self.tell(Command::Step(step));
     }
@@ -187,28 +178,12 @@ impl PartHandle {
 }
 
 impl Shared {
-    /// Body of the thread.
-    fn work(&self) {
-        let _end = End(self);
-        loop {
-            {
-                let mut queue = lock(&self.queue);
-                while queue.commands.is_empty() {
-                    if queue.closed {
-                        return;
-                    }
-                    queue = self
-                        .filled
-                        .wait(queue)
-                        .unwrap_or_else(PoisonError::into_inner);
-                }
-            }
+    /// Obeys commands in their order: while one waits, none is carried out elsewhere.
+    fn work(&self, commands: mpsc::Receiver<Command>) {
+        for command in commands {
             // Poisoned by a step that panicked: this is the end of it.
             let Ok(mut worker) = self.worker.lock() else {
                 return;
-            };
-            let Some(command) = lock(&self.queue).commands.pop_front() else {
-                continue;
             };
             if let Command::Take(taker) = command {
                 if let Some(worker) = worker.take() {
@@ -221,29 +196,15 @@ impl Shared {
                 worker.obey(command);
                 worker.send();
             }
+            self.pending.fetch_sub(1, Ordering::SeqCst);
         }
     }
 }
 
-/// Lets go of all commands with the end of the thread, by a panic too.
-struct End<'a>(&'a Shared);
-
-impl Drop for End<'_> {
-    fn drop(&mut self) {
-        let mut queue = lock(&self.0.queue);
-        queue.closed = true;
-        let commands = std::mem::take(&mut queue.commands);
-        drop(queue);
-        drop(commands);
-    }
-}
-
-/// Owner of the part.
 struct PartWorker {
     part: StageReplica,
     gauges: Arc<Gauges>,
-    outboxes: Option<Outboxes>,
-    standby: Option<Outbox>,
+    outboxes: Outboxes,
     counters: Arc<Counters>,
     outs: Vec<Out>,
 }
@@ -259,8 +220,7 @@ impl PartWorker {
                 counters,
             } => {
                 self.part.begin_epoch(epoch, stage, half_rows);
-                self.outboxes = Some(outboxes);
-                self.standby = None;
+                self.outboxes = outboxes;
                 self.counters = counters;
             }
             Command::Held(asker) => {
@@ -270,11 +230,11 @@ impl PartWorker {
             Command::Resend(resend) => self.part.resend(&resend, &mut self.outs),
             Command::NextMirrored(mirrored) => self.part.next_acknowledged(&mirrored),
             Command::Standby(held, outbox) => {
-                self.standby = Some(outbox);
+                self.outboxes.standby = Some(outbox);
                 self.part.replicate_to(&held, &mut self.outs);
             }
             Command::NoStandby => {
-                self.standby = None;
+                self.outboxes.standby = None;
                 self.part.stop_replication();
             }
             Command::Mirrored(count) => self.part.acknowledged(count, &mut self.outs),
@@ -287,7 +247,6 @@ impl PartWorker {
     fn step(&mut self, step: RingStep) {
         let started = Instant::now();
         let rows = step.tokens.len();
-        let _watch = Watch(self.gauges.clone());
         self.part.step(step, &mut self.outs);
         let took = started.elapsed().as_micros() as u64;
         self.gauges.steps.fetch_add(1, Ordering::Relaxed);
@@ -314,31 +273,12 @@ impl PartWorker {
         }
     }
 
-    /// Hands out the part's output.
     fn send(&mut self) {
         for out in self.outs.drain(..) {
-            let outboxes = self.outboxes.as_ref();
-            let (outbox, message) = match &out {
-                Out::Next(step) => {
-                    self.counters.sent.fetch_add(1, Ordering::Relaxed);
-                    (outboxes.map(|o| &o.next), message(MsgType::RING_STEP, step))
-                }
-                Out::Driver(outcome) => (
-                    outboxes.map(|o| &o.driver),
-                    message(MsgType::RING_OUTCOME, outcome),
-                ),
-                Out::Previous(mirrored) => (
-                    outboxes.map(|o| &o.previous),
-                    message(MsgType::RING_MIRRORED, mirrored),
-                ),
-                Out::Standby(mirror) => {
-                    (self.standby.as_ref(), message(MsgType::RING_MIRROR, mirror))
-                }
-            };
-            if let Some(outbox) = outbox {
-                // The task that serves a stream notices when it is gone.
-                let _ = outbox.send(message);
+            if let Out::Next(_) = out {
+                self.counters.sent.fetch_add(1, Ordering::Relaxed);
             }
+            self.outboxes.send(&out);
         }
     }
 
@@ -352,17 +292,6 @@ impl PartWorker {
     }
 }
 
-/// Marks the part as broken if the code in its scope panics.
-struct Watch(Arc<Gauges>);
-
-impl Drop for Watch {
-    fn drop(&mut self) {
-        if std::thread::panicking() {
-            self.0.broken.store(true, Ordering::Relaxed);
-        }
-    }
-}
-
 fn smooth(gauge: &AtomicU64, took: u64) {
     let before = gauge.load(Ordering::Relaxed);
     let smoothed = if before == 0 {
@@ -371,11 +300,6 @@ fn smooth(gauge: &AtomicU64, took: u64) {
         (before * 7 + took) / 8
     };
     gauge.store(smoothed, Ordering::Relaxed);
-}
-
-/// Values behind these mutexes are replaced as a whole, so a panic elsewhere leaves them sound.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Returns true if a step may be computed by the task that received it, where steps of a few rows take
@@ -412,14 +336,10 @@ const ALONE_US: u64 = 20_000;
 /// Milliseconds after which another part's step is forgotten.
 const MOMENT_MS: u64 = 1_000;
 
-/// A message of a ring.
-pub(super) fn message(kind: MsgType, body: &impl prost::Message) -> Message {
-    Message::new(kind, 0, timestamp_us(), body.encode_to_vec())
-}
-
 #[cfg(test)]
 mod tests {
     use std::ops::Range;
+    use std::sync::atomic::AtomicBool;
     use std::time::Duration;
 
     use mesh_engine::{

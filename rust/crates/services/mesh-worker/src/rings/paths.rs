@@ -3,7 +3,7 @@
 use std::convert::Infallible;
 use std::time::Duration;
 
-use super::local::Rings;
+use super::context::Rings;
 use crate::peers::{self, bandwidth};
 use mesh_net::quic::Link;
 
@@ -39,5 +39,4 @@ impl Rings {
 /// Parts from an earlier run are planned in the same places again without figures that are new each time.
 const FIRST_LOOK: Duration = Duration::from_secs(10);
 
-/// Interval between looks at the paths.
 const LOOK: Duration = Duration::from_secs(60);

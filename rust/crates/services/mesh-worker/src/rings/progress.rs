@@ -4,13 +4,13 @@
 //! known: pieces arrive, and then the thread that loads computes or faults pages of the file in.
 
 use std::path::PathBuf;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// Progress of loading a part.
+use crate::lock::lock;
+
 #[derive(Debug, Default)]
 pub(super) struct Progress {
-    /// Number of pieces that arrived.
     fetched: AtomicU64,
     /// The `stat` file of the thread that loads.
     thread: Mutex<Option<PathBuf>>,
@@ -28,26 +28,22 @@ impl Progress {
     /// The calling thread loads from now on.
     pub(super) fn works_here(&self) -> Working<'_> {
         let own = std::fs::read_link("/proc/thread-self").ok();
-        *self.lock() = own.map(|own| PathBuf::from("/proc").join(own).join("stat"));
+        *lock(&self.thread) = own.map(|own| PathBuf::from("/proc").join(own).join("stat"));
         Working(self)
     }
 
     /// Above 0, and larger than before if anything has happened since.
     pub(super) fn value(&self) -> u64 {
-        let thread = self.lock().clone();
+        let thread = lock(&self.thread).clone();
         let stat = thread.and_then(|path| std::fs::read_to_string(path).ok());
         let done = stat.as_deref().and_then(done).unwrap_or(0);
         1 + self.fetched.load(Ordering::Relaxed) + done
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Option<PathBuf>> {
-        self.thread.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Drop for Working<'_> {
     fn drop(&mut self) {
-        *self.0.lock() = None;
+        *lock(&self.0.thread) = None;
     }
 }
 

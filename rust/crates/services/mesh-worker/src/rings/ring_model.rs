@@ -9,14 +9,12 @@ use mesh_engine_ort::{OrtOptions, Reclaim, WeightFormat};
 use mesh_model::Model;
 use mesh_pipeline::StageReplica;
 use mesh_proto::{LayerOffer, ModelCard};
-use mesh_store::FingerprintCache;
 
 use super::progress::Progress;
 use crate::config::Config;
 use crate::generate::load as chat;
 use crate::models::{Models, ReplicaFiles};
 
-/// A model of which this worker may hold parts.
 pub(super) struct RingModel {
     pub(super) model: Model,
     pub(super) card: ModelCard,
@@ -34,11 +32,11 @@ impl RingModel {
         models: &Arc<Models>,
         progress: &Progress,
     ) -> Result<(), String> {
-        let total = self.model.config().layers;
         let Some(files) = &self.files else {
             return Ok(());
         };
-        let mut fetching = pin!(models.fetch_layers(files, layers, total));
+        let pieces = files.map().layers(layers, self.model.config().layers);
+        let mut fetching = pin!(models.fetch(files, pieces));
         loop {
             tokio::select! {
                 fetched = &mut fetching => return fetched,
@@ -66,7 +64,8 @@ impl RingModel {
         let options = OrtOptions {
             slots,
             context,
-            ..options(config, format)
+            weights: format,
+            ..chat::options(config)
         };
         // A file that was written to since it was opened is opened again.
         let model = match &self.files {
@@ -86,8 +85,7 @@ fn open_again(model: &Model, fingerprint: &str, config: &Config) -> Result<Model
         return Ok(model.clone());
     }
     let path = model.path();
-    let cache = FingerprintCache::new(config.state_dir.join("fingerprints.json"));
-    let found = cache.fingerprint(path);
+    let found = config.fingerprints().fingerprint(path);
     let found = found.map_err(|error| format!("{}: {error}", path.display()))?;
     if found != fingerprint {
         return Err(format!(
@@ -106,14 +104,6 @@ fn open_stored(files: &ReplicaFiles) -> Result<Model, String> {
     };
     // The file moves when it becomes whole, which may be just now.
     open().or_else(|_| open())
-}
-
-/// Options for loading parts; slots and context are the ring's.
-fn options(config: &Config, format: WeightFormat) -> OrtOptions {
-    OrtOptions {
-        weights: format,
-        ..chat::options(config)
-    }
 }
 
 /// Interval at which the fetched size of a part is noted.

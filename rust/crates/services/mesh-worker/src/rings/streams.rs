@@ -8,29 +8,23 @@ use std::time::Duration;
 use dcf::{ErrorCode, Message, MsgType};
 use mesh_net::quic::{Link, MsgStream, SendHalf, StreamFailure};
 use mesh_pipeline::DriverEvent;
-use mesh_proto::{
-    NodeAddr, RingHeld, RingHello, RingMirror, RingMirrored, RingOutcome, RingPing, RingPurpose,
-    RingResend, RingStep,
-};
-use prost::Message as _;
+use mesh_proto::{NodeAddr, RingHeld, RingHello, RingMirrored, RingPing, RingPurpose};
+use tokio::sync::mpsc;
 
 use super::driver::DriverHandle;
-use super::part::{Command, Counters, Outflow, PartHandle, message};
+use super::part::{Command, Counters, Outflow, PartHandle};
+use crate::codec::message;
 use crate::peers::Peers;
 
-/// Target of a stream on this worker.
 #[derive(Clone)]
 pub(super) enum Target {
-    /// A part that is not the last one.
     Part(PartHandle),
     /// The driver with the last part.
     Driver(DriverHandle),
 }
 
-/// Cause of a stream's end.
 #[derive(Debug)]
 pub(super) struct Broken {
-    /// Description for people.
     pub(super) text: String,
     /// The link itself is gone, and with it probably the worker at its other end.
     pub(super) link: bool,
@@ -74,16 +68,13 @@ pub(super) async fn open(
         }
         let opened = async {
             let link = peers.link(seat).await?;
-            let mut stream = link.open().await.map_err(|error| error.to_string())?;
-            stream
-                .send(message(MsgType::RING_HELLO, hello))
-                .await
-                .map_err(|error| error.to_string())?;
-            Ok::<_, String>((link, stream))
+            let mut stream = link.open().await?;
+            stream.send(message(MsgType::RING_HELLO, hello)).await?;
+            Ok::<_, Broken>((link, stream))
         };
         match opened.await {
             Ok(opened) => return Ok(opened),
-            Err(error) => last = error,
+            Err(broken) => last = broken.text,
         }
     }
     Err(Broken {
@@ -93,22 +84,13 @@ pub(super) async fn open(
 }
 
 /// Serves the stream to the next stage: rows go out, its standby's confirmations come back.
-pub(super) async fn rows_out(stream: MsgStream, part: PartHandle, mut rows: Outflow) -> Broken {
-    let (mut send, mut recv) = stream.split();
-    loop {
-        tokio::select! {
-            biased;
-            message = rows.recv() => {
-                if let Err(broken) = pass(&mut send, message).await {
-                    return broken;
-                }
-            }
-            received = recv.recv() => match read::<RingMirrored>(received, MsgType::RING_MIRRORED) {
-                Ok(mirrored) => part.tell(Command::NextMirrored(mirrored)),
-                Err(broken) => return broken,
-            },
-        }
-    }
+pub(super) async fn rows_out(stream: MsgStream, part: PartHandle, rows: Outflow) -> Broken {
+    let take = |message| {
+        let mirrored = expect(message, MsgType::RING_MIRRORED)?;
+        part.tell(Command::NextMirrored(mirrored));
+        Ok(None)
+    };
+    carry(stream, rows, take).await
 }
 
 /// Serves the stream from the stage before: rows come in, the standby's confirmations go back.
@@ -116,31 +98,18 @@ pub(super) async fn rows_in(
     stream: MsgStream,
     target: Target,
     counters: Arc<Counters>,
-    mut back: Outflow,
+    back: Outflow,
 ) -> Broken {
-    let (mut send, mut recv) = stream.split();
-    loop {
-        tokio::select! {
-            biased;
-            received = recv.recv() => match read::<RingStep>(received, MsgType::RING_STEP) {
-                Ok(step) => {
-                    counters.received.fetch_add(1, Ordering::Relaxed);
-                    match &target {
-                        Target::Part(part) => part.step(step),
-                        Target::Driver(driver) => driver.rows(step),
-                    }
-                    // Rows that have just been computed go out before the next step is computed.
-                    tokio::task::yield_now().await;
-                }
-                Err(broken) => return broken,
-            },
-            message = back.recv() => {
-                if let Err(broken) = pass(&mut send, message).await {
-                    return broken;
-                }
-            }
+    let take = |message| {
+        let step = expect(message, MsgType::RING_STEP)?;
+        counters.received.fetch_add(1, Ordering::Relaxed);
+        match &target {
+            Target::Part(part) => part.step(step),
+            Target::Driver(driver) => driver.rows(step),
         }
-    }
+        Ok(None)
+    };
+    carry(stream, back, take).await
 }
 
 /// The driver's stream to a member.
@@ -148,182 +117,156 @@ pub(super) async fn drive_out(
     stream: MsgStream,
     stage: u32,
     driver: DriverHandle,
-    mut orders: Outflow,
+    orders: Outflow,
 ) -> Broken {
-    let (mut send, mut recv) = stream.split();
-    loop {
-        tokio::select! {
-            biased;
-            message = orders.recv() => {
-                if let Err(broken) = pass(&mut send, message).await {
-                    return broken;
-                }
-            }
-            received = recv.recv() => {
-                let event = received_message(received).and_then(|message| {
-                    let event = match message.kind {
-                        MsgType::RING_HELD => RingHeld::decode(message.payload)
-                            .map(|held| DriverEvent::Held { stage, held }),
-                        MsgType::RING_PING => RingPing::decode(message.payload)
-                            .map(|ping| DriverEvent::Pong { stage, ping }),
-                        MsgType::RING_OUTCOME => RingOutcome::decode(message.payload)
-                            .map(|outcome| DriverEvent::Outcome { stage, outcome }),
-                        other => return Err(unexpected(other)),
-                    };
-                    event.map_err(|error| Broken::from(error.to_string()))
-                });
-                match event {
-                    Ok(event) => driver.tell(event),
-                    Err(broken) => return broken,
-                }
-            }
-        }
-    }
+    let take = |message: Message| {
+        driver.tell(match message.kind {
+            MsgType::RING_HELD => DriverEvent::Held {
+                stage,
+                held: decode(message)?,
+            },
+            MsgType::RING_PING => DriverEvent::Pong {
+                stage,
+                ping: decode(message)?,
+            },
+            MsgType::RING_OUTCOME => DriverEvent::Outcome {
+                stage,
+                outcome: decode(message)?,
+            },
+            other => return Err(unexpected(other)),
+        });
+        Ok(None)
+    };
+    carry(stream, orders, take).await
 }
 
 /// A member's end of its driver's stream.
 pub(super) async fn drive_in(
-    stream: MsgStream,
+    mut stream: MsgStream,
     part: PartHandle,
     counters: Arc<Counters>,
-    mut outcomes: Outflow,
+    outcomes: Outflow,
 ) -> Broken {
-    let (mut send, mut recv) = stream.split();
-    let Some(held) = part.held().await else {
-        return "the part is gone".into();
-    };
-    if let Err(broken) = pass(&mut send, Some(message(MsgType::RING_HELD, &held))).await {
+    if let Err(broken) = send_held(&mut stream, &part).await {
         return broken;
     }
-    loop {
-        tokio::select! {
-            biased;
-            received = recv.recv() => {
-                let message = match received_message(received) {
-                    Ok(message) => message,
-                    Err(broken) => return broken,
-                };
-                let done = match message.kind {
-                    MsgType::RING_STEP => RingStep::decode(message.payload).map(|step| {
-                        counters.received.fetch_add(1, Ordering::Relaxed);
-                        part.step(step);
-                        None
-                    }),
-                    MsgType::RING_RESEND => RingResend::decode(message.payload).map(|resend| {
-                        part.tell(Command::Resend(resend));
-                        None
-                    }),
-                    MsgType::RING_PING => RingPing::decode(message.payload).map(|mut ping| {
-                        ping.received = counters.received.load(Ordering::Relaxed);
-                        ping.sent = counters.sent.load(Ordering::Relaxed);
-                        Some(super::part::message(MsgType::RING_PING, &ping))
-                    }),
-                    other => return unexpected(other),
-                };
-                match done {
-                    Ok(None) => tokio::task::yield_now().await,
-                    Ok(Some(answer)) => {
-                        if let Err(broken) = pass(&mut send, Some(answer)).await {
-                            return broken;
-                        }
-                    }
-                    Err(error) => return error.to_string().into(),
-                }
+    let take = |received: Message| {
+        match received.kind {
+            MsgType::RING_STEP => {
+                let step = decode(received)?;
+                counters.received.fetch_add(1, Ordering::Relaxed);
+                part.step(step);
             }
-            message = outcomes.recv() => {
-                if let Err(broken) = pass(&mut send, message).await {
-                    return broken;
-                }
+            MsgType::RING_RESEND => part.tell(Command::Resend(decode(received)?)),
+            MsgType::RING_PING => {
+                let mut ping: RingPing = decode(received)?;
+                ping.received = counters.received.load(Ordering::Relaxed);
+                ping.sent = counters.sent.load(Ordering::Relaxed);
+                return Ok(Some(message(MsgType::RING_PING, &ping)));
             }
+            other => return Err(unexpected(other)),
         }
-    }
+        Ok(None)
+    };
+    carry(stream, outcomes, take).await
 }
 
 /// To the standby: KV rows out, how far it is back.
-pub(super) async fn mirror_out(stream: MsgStream, target: Target) -> Broken {
-    let (mut send, mut recv) = stream.split();
-    let held = match read::<RingHeld>(recv.recv().await, MsgType::RING_HELD) {
-        Ok(held) => held.slots,
+pub(super) async fn mirror_out(mut stream: MsgStream, target: Target) -> Broken {
+    let first = received_message(stream.recv().await);
+    let held: RingHeld = match first.and_then(|first| expect(first, MsgType::RING_HELD)) {
+        Ok(held) => held,
         Err(broken) => return broken,
     };
-    let (outbox, mut rows) = tokio::sync::mpsc::unbounded_channel();
+    let (outbox, rows) = mpsc::unbounded_channel();
     match &target {
-        Target::Part(part) => part.tell(Command::Standby(held, outbox)),
-        Target::Driver(driver) => driver.standby(held, outbox),
+        Target::Part(part) => part.tell(Command::Standby(held.slots, outbox)),
+        Target::Driver(driver) => driver.standby(held.slots, outbox),
     }
-    loop {
-        tokio::select! {
-            message = rows.recv() => {
-                if let Err(broken) = pass(&mut send, message).await {
-                    return broken;
-                }
-            }
-            received = recv.recv() => match read::<RingMirrored>(received, MsgType::RING_MIRRORED) {
-                Ok(mirrored) => match &target {
-                    Target::Part(part) => part.tell(Command::Mirrored(mirrored.count)),
-                    Target::Driver(driver) => driver.tell(DriverEvent::Acknowledged(mirrored.count)),
-                },
-                Err(broken) => return broken,
-            },
+    let take = |message| {
+        let RingMirrored { count, .. } = expect(message, MsgType::RING_MIRRORED)?;
+        match &target {
+            Target::Part(part) => part.tell(Command::Mirrored(count)),
+            Target::Driver(driver) => driver.tell(DriverEvent::Acknowledged(count)),
         }
-    }
+        Ok(None)
+    };
+    carry(stream, rows, take).await
 }
 
 /// A standby's end of the stream from its member.
-pub(super) async fn mirror_in(stream: MsgStream, part: PartHandle) -> Broken {
-    let (mut send, mut recv) = stream.split();
-    let Some(held) = part.held().await else {
-        return "the part is gone".into();
-    };
-    if let Err(broken) = pass(&mut send, Some(message(MsgType::RING_HELD, &held))).await {
+pub(super) async fn mirror_in(mut stream: MsgStream, part: PartHandle) -> Broken {
+    if let Err(broken) = send_held(&mut stream, &part).await {
         return broken;
     }
-    let (outbox, mut answers) = tokio::sync::mpsc::unbounded_channel();
+    let (outbox, answers) = mpsc::unbounded_channel();
+    let take = |message| {
+        let mirror = expect(message, MsgType::RING_MIRROR)?;
+        part.tell(Command::TakeMirrored(mirror, outbox.clone()));
+        Ok(None)
+    };
+    carry(stream, answers, take).await
+}
+
+/// Serves a stream until it ends: what `out` gives goes out, and `take` gets what comes in and may answer it.
+async fn carry(
+    stream: MsgStream,
+    mut out: Outflow,
+    mut take: impl FnMut(Message) -> Result<Option<Message>, Broken>,
+) -> Broken {
+    let (mut send, mut recv) = stream.split();
     loop {
-        tokio::select! {
-            received = recv.recv() => match read::<RingMirror>(received, MsgType::RING_MIRROR) {
-                Ok(mirror) => {
-                    part.tell(Command::TakeMirrored(mirror, outbox.clone()));
+        let carried = tokio::select! {
+            biased;
+            message = out.recv() => pass(&mut send, message).await,
+            received = recv.recv() => match received_message(received).and_then(&mut take) {
+                Ok(None) => {
+                    // Rows that have just been computed go out before the next step is computed.
+                    tokio::task::yield_now().await;
+                    Ok(())
                 }
-                Err(broken) => return broken,
+                Ok(answer) => pass(&mut send, answer).await,
+                Err(broken) => Err(broken),
             },
-            message = answers.recv() => {
-                // The member begins again, on a new stream, from the rows that this side holds.
-                let lost_step = message.as_ref().is_some_and(|m| m.kind == MsgType::ERROR);
-                if let Err(broken) = pass(&mut send, message).await {
-                    return broken;
-                }
-                if lost_step {
-                    return "the standby has lost step".into();
-                }
-            }
+        };
+        if let Err(broken) = carried {
+            return broken;
         }
     }
 }
 
 async fn pass(send: &mut SendHalf, message: Option<Message>) -> Result<(), Broken> {
     let message = message.ok_or("the part is gone")?;
-    Ok(send.send(message).await?)
+    let is_error = message.kind == MsgType::ERROR;
+    send.send(message).await?;
+    match is_error {
+        // The member begins again, on a new stream, from the rows that this side holds.
+        true => Err("the standby has lost step".into()),
+        false => Ok(()),
+    }
+}
+
+/// Tells the other side which rows the part holds.
+async fn send_held(stream: &mut MsgStream, part: &PartHandle) -> Result<(), Broken> {
+    let held = part.held().await.ok_or("the part is gone")?;
+    Ok(stream.send(message(MsgType::RING_HELD, &held)).await?)
 }
 
 fn received_message(received: Result<Option<Message>, StreamFailure>) -> Result<Message, Broken> {
-    match received {
-        Ok(Some(message)) => Ok(message),
-        Ok(None) => Err("the other side ended the stream".into()),
-        Err(error) => Err(error.into()),
+    Ok(received?.ok_or("the other side ended the stream")?)
+}
+
+fn expect<T: prost::Message + Default>(message: Message, kind: MsgType) -> Result<T, Broken> {
+    match message.kind == kind {
+        true => decode(message),
+        false => Err(unexpected(message.kind)),
     }
 }
 
-fn read<T: prost::Message + Default>(
-    received: Result<Option<Message>, StreamFailure>,
-    kind: MsgType,
-) -> Result<T, Broken> {
-    let message = received_message(received)?;
-    if message.kind != kind {
-        return Err(unexpected(message.kind));
-    }
-    T::decode(message.payload)
-        .map_err(|error| format!("a {kind} that cannot be read: {error}").into())
+fn decode<T: prost::Message + Default>(message: Message) -> Result<T, Broken> {
+    let kind = message.kind;
+    let decoded = T::decode(message.payload);
+    decoded.map_err(|error| format!("a {kind} that cannot be read: {error}").into())
 }
 
 fn unexpected(kind: MsgType) -> Broken {
@@ -332,15 +275,13 @@ fn unexpected(kind: MsgType) -> Broken {
 
 /// The first message of a stream that another worker opened.
 pub(super) async fn first(stream: &mut MsgStream) -> Result<Message, Broken> {
-    let received = tokio::time::timeout(HELLO_TIMEOUT, stream.recv())
-        .await
-        .map_err(|_| "no first message in time")?;
-    received_message(received)
+    let received = tokio::time::timeout(HELLO_TIMEOUT, stream.recv()).await;
+    received_message(received.map_err(|_| "no first message in time")?)
 }
 
 /// Reads the purpose of a stream between members from its first message.
 pub(super) fn hello(first: Message) -> Result<RingHello, Broken> {
-    let hello: RingHello = read(Ok(Some(first)), MsgType::RING_HELLO)?;
+    let hello: RingHello = expect(first, MsgType::RING_HELLO)?;
     if hello.purpose() == RingPurpose::Unspecified {
         return Err("a RingHello without a purpose".into());
     }
