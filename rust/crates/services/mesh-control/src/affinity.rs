@@ -79,7 +79,6 @@ pub(crate) struct Affinity {
 }
 
 impl Affinity {
-    /// Notes that `worker` holds these prefixes now.
     pub(crate) fn note(&mut self, prefixes: &[Prefix], worker: WorkerId) {
         for prefix in prefixes {
             if self.holders.insert(prefix.hash, worker).is_none() {
@@ -93,7 +92,6 @@ impl Affinity {
         }
     }
 
-    /// Forgets everything about a worker.
     pub(crate) fn forget(&mut self, worker: WorkerId) {
         self.holders.retain(|_, holder| *holder != worker);
         let holders = &self.holders;
@@ -102,10 +100,8 @@ impl Affinity {
 
     /// The longest of these prefixes that some worker holds, and that worker.
     pub(crate) fn find(&self, prefixes: &[Prefix]) -> Option<(WorkerId, u32)> {
-        prefixes
-            .iter()
-            .rev()
-            .find_map(|prefix| Some((*self.holders.get(&prefix.hash)?, prefix.tokens)))
+        let mut longest_first = prefixes.iter().rev();
+        longest_first.find_map(|prefix| Some((*self.holders.get(&prefix.hash)?, prefix.tokens)))
     }
 }
 

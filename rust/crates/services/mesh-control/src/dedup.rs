@@ -95,22 +95,19 @@ impl Dedup {
         self.remove(key);
         let run = Run(self.next_run);
         self.next_run += 1;
-        self.tasks.insert(
-            key,
-            Task {
-                run,
-                payload_hash,
-                answer: None,
-            },
-        );
+        let task = Task {
+            run,
+            payload_hash,
+            answer: None,
+        };
+        self.tasks.insert(key, task);
         Seen::New(run)
     }
 
     /// True if a task of that name runs.
     pub fn is_running(&self, key: TaskKey) -> bool {
-        self.tasks
-            .get(&key)
-            .is_some_and(|task| task.answer.is_none())
+        let task = self.tasks.get(&key);
+        task.is_some_and(|task| task.answer.is_none())
     }
 
     /// Returns true if this run is still the one that its client waits for.
@@ -120,11 +117,8 @@ impl Dedup {
 
     /// A run ended with an answer to keep.
     pub fn finished(&mut self, key: TaskKey, run: Run, answer: Message, now: Instant) {
-        let Some(task) = self
-            .tasks
-            .get_mut(&key)
-            .filter(|task| task.run == run && task.answer.is_none())
-        else {
+        let task = self.tasks.get_mut(&key);
+        let Some(task) = task.filter(|task| task.run == run && task.answer.is_none()) else {
             return;
         };
         self.bytes += answer.payload.len();
@@ -144,23 +138,11 @@ impl Dedup {
         }
     }
 
-    /// Tasks that run or are kept.
-    pub fn len(&self) -> usize {
-        self.tasks.len()
-    }
-
-    /// Returns true if no task is known.
-    pub fn is_empty(&self) -> bool {
-        self.tasks.is_empty()
-    }
-
     /// Drops answers that are too old.
     pub fn expire(&mut self, now: Instant) {
-        while self
-            .answered
-            .front()
-            .is_some_and(|(_, _, at)| now.saturating_duration_since(*at) >= self.limits.age)
-        {
+        let age = self.limits.age;
+        let is_old = |(_, _, at): &(_, _, Instant)| now.saturating_duration_since(*at) >= age;
+        while self.answered.front().is_some_and(is_old) {
             self.drop_oldest();
         }
     }
@@ -257,7 +239,7 @@ mod tests {
         let mut dedup = Dedup::new(LIMITS);
         let run = new_run(&mut dedup, key(1, 7), b"hi", now);
         dedup.forget(key(1, 7), run);
-        assert!(dedup.is_empty());
+        assert!(dedup.tasks.is_empty());
         new_run(&mut dedup, key(1, 7), b"hi", now);
     }
 
@@ -268,20 +250,23 @@ mod tests {
         for sequence in 0..50 {
             let run = new_run(&mut dedup, key(1, sequence), b"hi", start);
             dedup.finished(key(1, sequence), run, answer("short"), start);
-            assert!(dedup.len() <= 3);
+            assert!(dedup.tasks.len() <= 3);
         }
         let run = new_run(&mut dedup, key(1, 99), b"hi", start);
         dedup.finished(key(1, 99), run, answer(&"x".repeat(99)), start);
-        assert_eq!((dedup.len(), dedup.bytes), (1, 99));
+        assert_eq!((dedup.tasks.len(), dedup.bytes), (1, 99));
         let run = new_run(&mut dedup, key(1, 100), b"hi", start);
         dedup.finished(key(1, 100), run, answer(&"x".repeat(500)), start);
         assert_eq!(
-            (dedup.len(), dedup.bytes),
+            (dedup.tasks.len(), dedup.bytes),
             (1, 500),
             "the newest, however large"
         );
         dedup.expire(start + LIMITS.age);
-        assert_eq!((dedup.len(), dedup.bytes, dedup.answered.len()), (0, 0, 0));
+        assert_eq!(
+            (dedup.tasks.len(), dedup.bytes, dedup.answered.len()),
+            (0, 0, 0)
+        );
     }
 
     #[test]

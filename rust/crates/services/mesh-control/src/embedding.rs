@@ -7,57 +7,36 @@ use std::ops::Range;
 
 use mesh_proto::Embeddings;
 
-/// Limits on the parts of an embedding request.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct BatchLimits {
-    /// Workers that serve the model.
-    pub workers: usize,
-    /// Least tokens (estimated) that are worth a part of their own.
-    pub least_tokens: u64,
-    /// Most tokens (estimated) of one part.
-    pub most_tokens: u64,
-    /// Most texts of one part.
-    pub most_texts: usize,
+/// Cuts texts of these token counts into ranges, in order and of similar weight: at least as many as there are
+/// workers if there is enough to do. A part is a few batches of a worker, long enough to hide the round trip
+/// and short enough that one worker's death costs little.
+pub fn parts(workers: usize, tokens: &[u64]) -> Vec<Range<usize>> {
+    let total: u64 = tokens.iter().sum();
+    let for_workers = (workers as u64).min(total / LEAST_TOKENS);
+    let wanted = total.div_ceil(MOST_TOKENS).max(for_workers).max(1);
+    let aim = total.div_ceil(wanted).max(1);
+    let mut parts = Vec::new();
+    let (mut start, mut filled) = (0, 0);
+    for (index, &tokens) in tokens.iter().enumerate() {
+        let full = filled + tokens > aim || index - start >= MOST_TEXTS;
+        if index > start && full {
+            parts.push(start..index);
+            (start, filled) = (index, 0);
+        }
+        filled += tokens;
+    }
+    if start < tokens.len() {
+        parts.push(start..tokens.len());
+    }
+    parts
 }
 
-impl BatchLimits {
-    /// Limits that suit this many workers: a part is a few batches of a worker, long enough to hide the round
-    /// trip and short enough that one worker's death costs little.
-    pub fn new(workers: usize) -> Self {
-        BatchLimits {
-            workers: workers.max(1),
-            least_tokens: 1024,
-            most_tokens: 16 * 1024,
-            most_texts: 512,
-        }
-    }
-
-    /// Cuts texts of these token counts into ranges, in order and of similar weight: at least as many as
-    /// there are workers if there is enough to do.
-    pub fn parts(&self, tokens: &[u64]) -> Vec<Range<usize>> {
-        let total: u64 = tokens.iter().sum();
-        let workers = self.workers as u64;
-        let wanted = total
-            .div_ceil(self.most_tokens.max(1))
-            .max(workers.min(total / self.least_tokens.max(1)))
-            .max(1);
-        let aim = total.div_ceil(wanted).max(1);
-        let mut parts = Vec::new();
-        let (mut start, mut filled) = (0, 0);
-        for (index, &tokens) in tokens.iter().enumerate() {
-            let full = filled + tokens > aim || index - start >= self.most_texts;
-            if index > start && full {
-                parts.push(start..index);
-                (start, filled) = (index, 0);
-            }
-            filled += tokens;
-        }
-        if start < tokens.len() {
-            parts.push(start..tokens.len());
-        }
-        parts
-    }
-}
+/// Least tokens (estimated) that are worth a part of their own.
+const LEAST_TOKENS: u64 = 1024;
+/// Most tokens (estimated) of one part.
+const MOST_TOKENS: u64 = 16 * 1024;
+/// Most texts of one part.
+const MOST_TEXTS: usize = 512;
 
 /// Checks that `part` answers a request for `texts` vectors; the error says what is wrong. Workers are not
 /// trusted.
@@ -71,9 +50,9 @@ pub fn check(part: &Embeddings, texts: usize, dimensions: u32) -> Result<(), Str
         ));
     }
     if dimensions != 0 && part.dimensions != dimensions {
+        let sent = part.dimensions;
         return Err(format!(
-            "the worker sent vectors of {} numbers instead of {dimensions}",
-            part.dimensions
+            "the worker sent vectors of {sent} numbers instead of {dimensions}"
         ));
     }
     let mut numbers = part.vectors.as_chunks::<4>().0.iter();
@@ -89,7 +68,7 @@ mod tests {
 
     /// First and last text of each part.
     fn parts(workers: usize, tokens: &[u64]) -> Vec<(usize, usize)> {
-        let parts = BatchLimits::new(workers).parts(tokens);
+        let parts = super::parts(workers, tokens);
         parts.iter().map(|part| (part.start, part.end)).collect()
     }
 
@@ -108,7 +87,7 @@ mod tests {
     fn parts_cover_all_texts_in_order_within_the_limits() {
         for workers in [1, 3, 7] {
             let tokens: Vec<u64> = (0..2048).map(|i| (i * 37) % 300).collect();
-            let parts = BatchLimits::new(workers).parts(&tokens);
+            let parts = super::parts(workers, &tokens);
             let mut next = 0;
             for part in &parts {
                 assert_eq!(part.start, next);

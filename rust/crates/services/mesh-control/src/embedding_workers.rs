@@ -6,7 +6,6 @@ use std::time::Instant;
 use mesh_proto::ModelKind;
 
 use super::registry::{Registry, ServedModel, Service, Worker};
-use super::spotcheck::CheckState;
 
 /// The workers that serve a model.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -29,31 +28,20 @@ impl EmbeddingWorkers {
             let node = worker.node_id();
             node.is_some_and(|node| !registry.is_out(node, now))
         };
-        let served: Vec<(&Worker, &ServedModel)> = registry
-            .iter()
-            .filter(is_in)
-            .filter_map(|worker| {
-                let mut models = worker.models.iter();
-                Some((worker, models.find(|model| model.card.name == name)?))
-            })
-            .collect();
-        let usable = |worker: &Worker| !worker.draining && worker.is_for("embeddings");
-        let answers =
-            |model: &ServedModel| model.proven && model.check_state == CheckState::Cleared;
+        let served = registry.iter().filter(is_in).filter_map(|worker| {
+            let mut models = worker.models.iter();
+            Some((worker, models.find(|model| model.card.name == name)?))
+        });
+        let served: Vec<(&Worker, &ServedModel)> = served.collect();
+        let usable = |worker: &Worker| !worker.draining && worker.is_for(ModelKind::Embed);
         // The best there are: in use, with the name's weights or those that it may stand for next, and with
         // an answer.
         let rank = |worker: &Worker, model: &ServedModel| {
-            (
-                !usable(worker),
-                registry.has_name(model, now),
-                !answers(model),
-            )
+            let weights = registry.has_name(model, now);
+            (!usable(worker), weights, !model.is_cleared())
         };
-        let Some(best) = served
-            .iter()
-            .map(|(worker, model)| rank(worker, model))
-            .min()
-        else {
+        let ranks = served.iter().map(|(worker, model)| rank(worker, model));
+        let Some(best) = ranks.min() else {
             return Self::default();
         };
         let mut kind = None;
@@ -66,9 +54,8 @@ impl EmbeddingWorkers {
             let first = (0, model.card.dimensions);
             by_weights.entry(&model.card.fingerprint).or_insert(first).0 += 1;
         }
-        let most = by_weights
-            .into_iter()
-            .max_by_key(|(_, (workers, _))| *workers);
+        let by_weights = by_weights.into_iter();
+        let most = by_weights.max_by_key(|(_, (workers, _))| *workers);
         let (fingerprint, (workers, dimensions)) = most.unwrap_or_default();
         let (unused, weights, _) = best;
         Self {

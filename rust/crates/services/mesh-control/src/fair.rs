@@ -102,7 +102,6 @@ pub struct Full {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Ticket(pub u64);
 
-/// See the module's page.
 #[derive(Debug)]
 pub(crate) struct FairQueue<T> {
     limit: usize,
@@ -125,7 +124,6 @@ struct Share<T> {
 }
 
 impl<T> FairQueue<T> {
-    /// An empty queue for at most `limit` requests.
     pub(crate) fn new(limit: usize) -> Self {
         Self {
             limit,
@@ -185,7 +183,6 @@ impl<T> FairQueue<T> {
         None
     }
 
-    /// Keeps the requests that `keep` wants.
     pub(crate) fn retain(&mut self, mut keep: impl FnMut(&mut T) -> bool) {
         self.again.retain_mut(|(_, item)| keep(item));
         for share in self.shares.values_mut() {
@@ -196,22 +193,16 @@ impl<T> FairQueue<T> {
         self.waiting = self.shares.values().map(|share| share.waiting.len()).sum();
     }
 
-    /// True if some request is like this.
     pub(crate) fn any(&self, is: impl FnMut(&T) -> bool) -> bool {
         let waiting = self.shares.values().flat_map(|share| &share.waiting);
-        self.again
-            .iter()
-            .map(|(_, item)| item)
-            .chain(waiting)
-            .any(is)
+        let again = self.again.iter().map(|(_, item)| item);
+        again.chain(waiting).any(is)
     }
 
-    /// A request of `source` runs on a worker now.
     pub(crate) fn started(&mut self, source: Source) {
         self.share(source).running += 1;
     }
 
-    /// It does no longer.
     pub(crate) fn ended(&mut self, source: Source) {
         if let Some(share) = self.shares.get_mut(&source) {
             share.running = share.running.saturating_sub(1);
@@ -219,12 +210,10 @@ impl<T> FairQueue<T> {
         }
     }
 
-    /// Requests that wait.
     pub(crate) fn len(&self) -> usize {
         self.waiting + self.again.len()
     }
 
-    /// True if no request waits.
     pub(crate) fn is_empty(&self) -> bool {
         self.len() == 0
     }
@@ -240,13 +229,11 @@ impl<T> FairQueue<T> {
         (waiting, running)
     }
 
-    /// Sources with requests that wait in turn.
     pub(crate) fn sources(&self) -> usize {
         let waiting = |share: &&Share<T>| !share.waiting.is_empty();
         self.shares.values().filter(waiting).count()
     }
 
-    /// Requests of `source` that wait in turn.
     pub(crate) fn waiting_of(&self, source: Source) -> usize {
         self.shares.get(&source).map_or(0, |s| s.waiting.len())
     }
@@ -272,22 +259,15 @@ impl<T> FairQueue<T> {
         for (source, share) in &self.shares {
             *running.entry(source.ingress).or_default() += share.running;
         }
-        let mut order: Vec<_> = self
-            .shares
-            .iter()
-            .filter(|(_, share)| !share.waiting.is_empty())
-            .map(|(source, share)| {
-                let ingress = source.ingress;
-                let first = (
-                    running.get(&ingress).copied().unwrap_or(0),
-                    self.turns.get(&ingress).copied().unwrap_or(0),
-                    ingress,
-                );
-                (first, share.running, share.last_turn, *source)
-            })
-            .collect();
-        order.sort_unstable();
-        order.into_iter().map(|(.., source)| source).collect()
+        let waiting = self.shares.iter().filter(|(_, s)| !s.waiting.is_empty());
+        let mut order: Vec<Source> = waiting.map(|(source, _)| *source).collect();
+        order.sort_unstable_by_key(|source| {
+            let (ingress, share) = (source.ingress, &self.shares[source]);
+            let last_turn = self.turns.get(&ingress).copied().unwrap_or(0);
+            let of_ingress = (running[&ingress], last_turn, ingress);
+            (of_ingress, share.running, share.last_turn, *source)
+        });
+        order
     }
 
     /// The source whose newest request makes room for one of `newcomer`: the largest source of the largest

@@ -105,11 +105,6 @@ impl RequestMemory {
             limit => limit.saturating_sub(self.used),
         }
     }
-
-    /// Bytes that are taken.
-    pub fn used(&self) -> u64 {
-        self.used
-    }
 }
 
 /// The limit divided by it is the size of a small request.
@@ -145,7 +140,7 @@ mod tests {
         assert_eq!(memory.take(c, 0, 51), Ok(51));
         memory.give(b, 100);
         memory.give(c, 51);
-        assert_eq!((memory.used(), memory.by.len()), (0, 0));
+        assert_eq!((memory.used, memory.by.len()), (0, 0));
     }
 
     #[test]

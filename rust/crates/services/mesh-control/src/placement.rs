@@ -10,10 +10,12 @@ use std::collections::{BTreeMap, HashMap};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::time::{Duration, Instant};
 
+use mesh_proto::ModelKind;
+
 use super::fair::{FairQueue, Full, Ingress, Source, Ticket};
 use super::registry::{Registry, Worker, WorkerId};
 use super::rings::Prospect;
-use super::router::{Capacity, Choice, Estimate, Purpose, Requirements, Router};
+use super::router::{Capacity, Choice, Estimate, Requirements, Router};
 use super::share::Shares;
 use super::suspects::Suspects;
 
@@ -266,9 +268,8 @@ impl Placement {
                 keep
             });
         }
-        for (ticket, ask) in expired {
-            decided.push((ticket, Err(self.nobody(&ask, now))));
-        }
+        let expired = expired.into_iter();
+        decided.extend(expired.map(|(ticket, ask)| (ticket, Err(self.nobody(&ask, now)))));
         // Suspects whose turn is over wait until no other request can go.
         let mut yielding = true;
         loop {
@@ -425,10 +426,8 @@ impl Placement {
         let cached = self.router.is_cached(ask, id);
         self.router.assigned(&mut self.registry, id, ask);
         let prefilling = u64::from(ask.prompt_tokens);
-        let worker = self
-            .registry
-            .get_mut(id)
-            .expect("the router chooses from this registry");
+        let worker = self.registry.get_mut(id);
+        let worker = worker.expect("the router chooses from this registry");
         worker.assigned += 1;
         worker.unstarted += 1;
         worker.prefilling += prefilling;
@@ -438,15 +437,14 @@ impl Placement {
             true => worker.prefilling,
             false => 0,
         };
+        let card = served.map(|model| &model.card);
         let mut placed = Placed {
             worker: id,
             key: worker.key(),
             context: 0,
             name: worker.name.clone(),
-            model: served.map_or_else(|| ask.model.clone(), |model| model.card.name.clone()),
-            fingerprint: served
-                .map(|model| model.card.fingerprint.clone())
-                .unwrap_or_default(),
+            model: card.map_or(&ask.model, |card| &card.name).clone(),
+            fingerprint: card.map_or_else(String::new, |card| card.fingerprint.clone()),
             ring: served.and_then(|model| model.ring),
             estimate,
         };
@@ -461,23 +459,21 @@ impl Placement {
             }
         }
         self.queue.started(ask.source);
-        self.running.insert(
-            ticket,
-            RunningRequest {
-                worker: id,
-                source: ask.source,
-                streams: false,
-                alone: ask.alone,
-                asked: ask.model.clone(),
-                model: placed.model.clone(),
-                ring: placed.ring,
-                started: now,
-                prefilling,
-                backlog,
-                first_token: None,
-                batch: 0,
-            },
-        );
+        let running = RunningRequest {
+            worker: id,
+            source: ask.source,
+            streams: false,
+            alone: ask.alone,
+            asked: ask.model.clone(),
+            model: placed.model.clone(),
+            ring: placed.ring,
+            started: now,
+            prefilling,
+            backlog,
+            first_token: None,
+            batch: 0,
+        };
+        self.running.insert(ticket, running);
         placed
     }
 
@@ -508,13 +504,11 @@ impl<'a> Due<'a> {
     fn is(&mut self, waiting: &Waiting, now: Instant) -> bool {
         let ask = &waiting.ask;
         let (shares, registry, running) = (self.shares, self.registry, self.running);
-        *self
-            .known
-            .entry((ask.source, waiting.class))
-            .or_insert_with(|| {
-                let held = held(running, ask.source, &ask.model);
-                has_share(shares, registry, ask, held, now)
-            })
+        let known = self.known.entry((ask.source, waiting.class));
+        *known.or_insert_with(|| {
+            let held = held(running, ask.source, &ask.model);
+            has_share(shares, registry, ask, held, now)
+        })
     }
 }
 
@@ -533,7 +527,7 @@ fn has_share(
     now: Instant,
 ) -> bool {
     // Embeddings have slots for parts, which end soon. What has failed elsewhere has waited its turn.
-    if ask.purpose != Purpose::Chat || !ask.avoid.is_empty() {
+    if ask.kind != ModelKind::Chat || !ask.avoid.is_empty() {
         return true;
     }
     let slots = Router::slots(registry, ask, now);
@@ -554,7 +548,7 @@ enum Room {
 /// tell apart.
 fn class_of(ask: &Requirements) -> u64 {
     let mut hasher = DefaultHasher::new();
-    (&ask.model, ask.purpose, ask.plain, ask.revision).hash(&mut hasher);
+    (&ask.model, ask.kind, ask.plain, ask.revision).hash(&mut hasher);
     (&ask.fingerprint, &ask.avoid, ask.alone).hash(&mut hasher);
     hasher.finish()
 }

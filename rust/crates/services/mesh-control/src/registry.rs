@@ -1,8 +1,7 @@
 //! The registry of workers.
 //!
 //! A mesh worker enters with its Hello and leaves when its link closes; a worker without an identity
-//! (`registry/plain.rs`) enters with a heartbeat. Either is pruned after [`Registry::timeout`] without a sign
-//! of life.
+//! (`registry/plain.rs`) enters with a heartbeat. Either is pruned after a timeout without a sign of life.
 
 mod clock;
 mod plain;
@@ -98,11 +97,6 @@ impl Registry {
         }
     }
 
-    /// Silence after which a worker is pruned.
-    pub fn timeout(&self) -> Duration {
-        self.timeout
-    }
-
     /// Enters a mesh worker. A node that is already there has come back on a new link: the old entry's id is
     /// returned as well, for the caller to end its requests.
     pub fn join(
@@ -115,25 +109,15 @@ impl Registry {
         let carrier = Carrier::Mesh {
             node_id: node_id.to_owned(),
         };
-        let replaced = self
-            .workers
-            .values()
-            .find(|worker| worker.carrier == carrier)
-            .map(|worker| worker.id);
+        let replaced = self.of_node(node_id).map(|worker| worker.id);
         if let Some(old) = replaced {
             self.leave(old, now);
         }
-        let models = hello
-            .models
-            .into_iter()
-            .filter(is_sound)
-            .take(MODELS_PER_WORKER)
-            .map(|card| ServedModel::new(card, None, now))
-            .collect();
-        let name = if hello.node_name.is_empty() {
-            short(node_id).to_owned()
-        } else {
-            hello.node_name
+        let models = sound(hello.models).map(|card| ServedModel::new(card, None, now));
+        let models = models.collect();
+        let name = match hello.node_name.as_str() {
+            "" => short(node_id).to_owned(),
+            name => name.to_owned(),
         };
         let id = self.insert(name, carrier, address, hello.version, models, now);
         if let Some(worker) = self.workers.get_mut(&id) {
@@ -174,15 +158,10 @@ impl Registry {
         worker.last_seen = now;
         worker.draining = load.draining || worker.drained;
         for measured in &load.speeds {
-            let Some(model) = worker
-                .models
-                .iter_mut()
-                .find(|model| model.card.name == measured.name)
-            else {
-                continue;
-            };
-            let (decode, prefill) = (speed(measured.decode_tps), speed(measured.prefill_tps));
-            model.claims(decode / batch_gain(load.running.max(1)), prefill);
+            if let Some(model) = worker.model_mut(&measured.name) {
+                let decode = speed(measured.decode_tps) / batch_gain(load.running.max(1));
+                model.claims(decode, speed(measured.prefill_tps));
+            }
         }
         if works(&worker.load) != works(&load) {
             worker.load_changed = now;
@@ -209,11 +188,7 @@ impl Registry {
             model.proven = proven;
             model
         };
-        let known = worker
-            .models
-            .iter_mut()
-            .find(|model| model.card.name == card.name);
-        match known {
+        match worker.model_mut(&card.name) {
             Some(model) if model.ring.is_none() => return,
             Some(model) if model.ring == Some(ring) => {
                 model.claims(speed(card.decode_tps), speed(card.prefill_tps));
@@ -235,28 +210,18 @@ impl Registry {
             return;
         };
         let before = std::mem::take(&mut worker.models);
-        let (whole, of_rings): (Vec<ServedModel>, Vec<ServedModel>) =
+        let (whole, mut of_rings): (Vec<ServedModel>, Vec<ServedModel>) =
             before.into_iter().partition(|model| model.ring.is_none());
-        let mut models: Vec<ServedModel> = cards
-            .into_iter()
-            .filter(is_sound)
-            .take(MODELS_PER_WORKER)
-            .map(|card| {
-                let same = |old: &&ServedModel| {
-                    old.card.name == card.name && old.card.fingerprint == card.fingerprint
-                };
-                whole
-                    .iter()
-                    .find(same)
-                    .cloned()
-                    .unwrap_or_else(|| ServedModel::new(card, None, now))
-            })
-            .collect();
-        let others = of_rings
-            .into_iter()
-            .filter(|ring| !models.iter().any(|m| m.card.name == ring.card.name));
-        let others: Vec<ServedModel> = others.collect();
-        models.extend(others);
+        let served = sound(cards).map(|card| {
+            let same = |old: &&ServedModel| {
+                old.card.name == card.name && old.card.fingerprint == card.fingerprint
+            };
+            let known = whole.iter().find(same).cloned();
+            known.unwrap_or_else(|| ServedModel::new(card, None, now))
+        });
+        let mut models: Vec<ServedModel> = served.collect();
+        of_rings.retain(|ring| !models.iter().any(|m| m.card.name == ring.card.name));
+        models.extend(of_rings);
         models.truncate(MODELS_PER_WORKER);
         worker.proven = models.iter().all(|model| model.proven);
         worker.models = models;
@@ -277,6 +242,11 @@ impl Registry {
         self.iter().find(|worker| worker.node_id() == Some(node_id))
     }
 
+    /// Node id of a worker; `None` if it has none, or left.
+    pub fn node_of(&self, id: WorkerId) -> Option<&str> {
+        self.get(id)?.node_id()
+    }
+
     /// Removes a worker; its link is closed.
     pub fn leave(&mut self, id: WorkerId, now: Instant) -> Option<Worker> {
         self.remember_models(id, now);
@@ -285,19 +255,14 @@ impl Registry {
 
     /// Removes and returns the workers that were silent for too long.
     pub fn prune(&mut self, now: Instant) -> Vec<Worker> {
-        let silent: Vec<WorkerId> = self
-            .workers
-            .values()
-            .filter(|worker| now.saturating_duration_since(worker.last_seen) >= self.timeout)
-            .map(|worker| worker.id)
-            .collect();
+        let age = |since: Instant| now.saturating_duration_since(since);
+        let silent = self.iter().filter(|w| age(w.last_seen) >= self.timeout);
+        let silent: Vec<WorkerId> = silent.map(|worker| worker.id).collect();
         self.known_models
-            .retain(|_, seen| now.saturating_duration_since(*seen) < MODEL_MEMORY);
+            .retain(|_, seen| age(*seen) < MODEL_MEMORY);
         self.settle(now);
-        silent
-            .into_iter()
-            .filter_map(|id| self.leave(id, now))
-            .collect()
+        let silent = silent.into_iter();
+        silent.filter_map(|id| self.leave(id, now)).collect()
     }
 
     /// The worker of this id, if it is here.
@@ -335,43 +300,28 @@ impl Registry {
     /// answer, or among all where none does.
     pub fn models(&self) -> BTreeMap<&str, &ModelCard> {
         let mut models = BTreeMap::new();
-        let answers =
-            |model: &&ServedModel| model.proven && model.check_state == CheckState::Cleared;
-        for answering in [true, false] {
-            for worker in self.iter() {
-                let these = worker.models.iter();
-                for model in these.filter(|model| !answering || answers(model)) {
-                    models
-                        .entry(model.card.name.as_str())
-                        .or_insert(&model.card);
-                }
-            }
+        let all = || self.iter().flat_map(|worker| &worker.models);
+        for model in all().filter(|model| model.is_cleared()).chain(all()) {
+            let name = model.card.name.as_str();
+            models.entry(name).or_insert(&model.card);
         }
         models
     }
 
     /// Applies changes that are due to time alone.
     fn settle(&mut self, now: Instant) {
-        let waits: Vec<WorkerId> = self
-            .workers
-            .values()
-            .filter(|worker| {
-                worker
-                    .models
-                    .iter()
-                    .any(|m| m.check_state == CheckState::New)
-            })
-            .map(|worker| worker.id)
-            .collect();
-        for id in waits {
+        let is_new = |model: &ServedModel| model.check_state == CheckState::New;
+        let waiting = self.iter().filter(|w| w.models.iter().any(is_new));
+        let waiting: Vec<WorkerId> = waiting.map(|worker| worker.id).collect();
+        for id in waiting {
             self.refresh(id, now);
         }
         self.settle_names(now);
-        let connected = |subject: &String| {
+        let workers = &self.workers;
+        self.disputes.retain(|subject, _| {
             ring_of_subject(subject).is_some()
-                || self.workers.values().any(|w| w.node_id() == Some(subject))
-        };
-        self.disputes.retain(|subject, _| connected(subject));
+                || workers.values().any(|w| w.node_id() == Some(subject))
+        });
     }
 
     fn insert(
@@ -432,6 +382,12 @@ impl Registry {
             }
         }
     }
+}
+
+/// The cards that are within bounds, as many as a worker may serve.
+fn sound(cards: Vec<ModelCard>) -> impl Iterator<Item = ModelCard> {
+    let sound = cards.into_iter().filter(is_sound);
+    sound.take(MODELS_PER_WORKER)
 }
 
 /// Fields of a report that only a working engine changes.

@@ -204,11 +204,6 @@ impl Lifecycle {
         self.second_opinion = possible;
     }
 
-    /// The worker whose rejection another one is asked about.
-    pub fn rejected(&self) -> Option<&Rejection> {
-        self.rejected.as_ref()
-    }
-
     /// The rejection by a worker of a request that another worker answers. To be asked when an answer begins
     /// or is complete.
     pub fn contradicted(&mut self) -> Option<Rejection> {
@@ -263,15 +258,13 @@ impl Lifecycle {
     /// True if the worker that has it, for less time than a request may wait, has sent no token yet and does
     /// not report the cause of the wait: that worker is of an older version.
     pub fn waits_untold(&self, now: Instant) -> bool {
-        let silent = matches!(
-            self.phase,
-            Phase::Running {
-                decoding: false,
-                tells: false,
-                ..
-            }
-        );
-        silent && now.saturating_duration_since(self.placed_at) < self.limits.queue
+        let Phase::Running {
+            decoding, tells, ..
+        } = self.phase
+        else {
+            return false;
+        };
+        !decoding && !tells && now.saturating_duration_since(self.placed_at) < self.limits.queue
     }
 
     /// Time at which to call [`Lifecycle::time_passed`], unless an event comes before.
@@ -381,14 +374,11 @@ impl Lifecycle {
         if end <= have && first < have {
             // All of it is here already; a repeat that says something else is no repeat.
             let known = &self.tokens[first as usize..end as usize];
-            return if known == tokens.tokens {
-                self.idles(worker, now).unwrap_or(Step::Wait)
-            } else {
-                self.blame(
-                    worker,
-                    "the worker changed tokens that it had sent".to_owned(),
-                )
-            };
+            if known == tokens.tokens {
+                return self.idles(worker, now).unwrap_or(Step::Wait);
+            }
+            let text = "the worker changed tokens that it had sent";
+            return self.blame(worker, text.to_owned());
         }
         if first != have {
             let text = format!("the worker sent tokens {first}..{end} where token {have} was next");
@@ -426,10 +416,8 @@ impl Lifecycle {
         };
         let have = self.tokens.len();
         if u64::from(done.completion_tokens) != have as u64 {
-            let text = format!(
-                "the worker counts {} tokens of which {have} came",
-                done.completion_tokens
-            );
+            let counted = done.completion_tokens;
+            let text = format!("the worker counts {counted} tokens of which {have} came");
             return self.blame(worker, text);
         }
         let text_bytes = self.text_bytes.saturating_add(done.text.len() as u64);
@@ -442,12 +430,11 @@ impl Lifecycle {
         done.cached_tokens = done.cached_tokens.min(done.prompt_tokens);
         self.text_bytes += done.text.len() as u64;
         self.phase = Phase::Ended;
+        let since_start = |at: Instant| at.saturating_duration_since(self.started);
         Step::Complete(Complete {
             done,
-            first_token: self
-                .first_token
-                .map(|at| at.saturating_duration_since(self.started)),
-            total: now.saturating_duration_since(self.started),
+            first_token: self.first_token.map(since_start),
+            total: since_start(now),
             reruns: self.failures,
         })
     }
@@ -489,19 +476,13 @@ impl Lifecycle {
             return self.fail(AnswerError::Timeout(total), AttemptEnd::Cancelled);
         }
         if now >= self.deadline() {
-            return match self.phase {
-                Phase::Running { .. } => {
-                    self.fault = Fault::Silence;
-                    self.fail(
-                        AnswerError::Stalled(self.limits.timeout),
-                        AttemptEnd::Failed,
-                    )
-                }
-                _ => self.fail(
-                    AnswerError::QueueTimeout(self.limits.queue),
-                    AttemptEnd::Cancelled,
-                ),
-            };
+            if matches!(self.phase, Phase::Running { .. }) {
+                self.fault = Fault::Silence;
+                let stalled = AnswerError::Stalled(self.limits.timeout);
+                return self.fail(stalled, AttemptEnd::Failed);
+            }
+            let late = AnswerError::QueueTimeout(self.limits.queue);
+            return self.fail(late, AttemptEnd::Cancelled);
         }
         match self.phase {
             Phase::Running {
@@ -512,8 +493,7 @@ impl Lifecycle {
             } if now >= last_heard + allowance => {
                 let silent = (now - last_heard).as_secs_f64();
                 let text = format!("no token and no sign of life for {silent:.1} s");
-                self.fault = Fault::Silence;
-                self.again_as(worker, text, AttemptEnd::Failed)
+                self.retry(worker, Fault::Silence, text)
             }
             _ => Step::Wait,
         }
@@ -551,28 +531,24 @@ impl Lifecycle {
         let have = self.tokens.len() + tokens.tokens.len();
         if have > bounds.tokens as usize {
             let most = bounds.tokens;
-            return Some(format!(
-                "the worker sent {have} tokens where {most} were asked for"
-            ));
+            let text = format!("the worker sent {have} tokens where {most} were asked for");
+            return Some(text);
         }
         let text = self.text_bytes.saturating_add(tokens.text.len() as u64);
         if text > bounds.text(have as u32) {
-            return Some(format!(
-                "the worker sent {text} bytes of text for {have} tokens"
-            ));
+            let text = format!("the worker sent {text} bytes of text for {have} tokens");
+            return Some(text);
         }
         let alternatives = match (bounds.alternatives, tokens.logprobs.is_empty()) {
             (_, true) => return None,
             (None, false) => return Some("the worker sent probabilities unasked".to_owned()),
             (Some(alternatives), false) => alternatives.max(1) as usize + 1,
         };
+        let of_top = |top: &TokenLogprob| !top.top.is_empty() || top.bytes.len() > TOKEN_BYTES;
         let each = |logprob: &TokenLogprob| {
             logprob.top.len() > alternatives
                 || logprob.bytes.len() > TOKEN_BYTES
-                || logprob
-                    .top
-                    .iter()
-                    .any(|top| !top.top.is_empty() || top.bytes.len() > TOKEN_BYTES)
+                || logprob.top.iter().any(of_top)
         };
         let many = tokens.logprobs.len() > tokens.tokens.len();
         (many || tokens.logprobs.iter().any(each))
@@ -582,11 +558,9 @@ impl Lifecycle {
     /// Notes the progress in a worker's report that the head can check itself.
     fn advances(&mut self, progress: &Progress, seen: Option<Instant>, now: Instant) {
         let shorter = self.reported.is_none_or(|before| {
-            let later_phase = progress.phase > before.phase;
-            let ahead = progress.phase == before.phase
-                && ((progress.position < before.position && before.position <= POSITIONS)
-                    || progress.prompt_done > before.prompt_done);
-            later_phase || ahead
+            let moved_up = progress.position < before.position && before.position <= POSITIONS;
+            let ahead = moved_up || progress.prompt_done > before.prompt_done;
+            progress.phase > before.phase || (progress.phase == before.phase && ahead)
         });
         let known = self.bounds.prompt_tokens;
         if shorter && progress.prompt_done <= known {

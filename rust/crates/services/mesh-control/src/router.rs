@@ -19,8 +19,8 @@ use super::registry::{Registry, ServedModel, Service, Worker, WorkerId, batch_ga
 pub struct Requirements {
     /// Model name; empty is any model.
     pub model: String,
-    /// Use of the model: text or vectors.
-    pub purpose: Purpose,
+    /// Output that is wanted: text or vectors.
+    pub kind: ModelKind,
     /// Tokens of the prompt, estimated.
     pub prompt_tokens: u32,
     /// Tokens of the answer, estimated.
@@ -42,34 +42,6 @@ pub struct Requirements {
     pub length: Length,
     /// Workers died that had this request before its first token: no other may share its fate.
     pub alone: bool,
-}
-
-/// Use that a request makes of a model.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
-pub enum Purpose {
-    /// Chat and completions.
-    #[default]
-    Chat,
-    /// Embeddings of texts.
-    Embed,
-}
-
-impl Purpose {
-    /// Its name in a worker's `reserved_for`.
-    pub fn name(self) -> &'static str {
-        match self {
-            Purpose::Chat => "chat",
-            Purpose::Embed => "embeddings",
-        }
-    }
-
-    /// The models that serve it.
-    pub fn kind(self) -> ModelKind {
-        match self {
-            Purpose::Chat => ModelKind::Chat,
-            Purpose::Embed => ModelKind::Embed,
-        }
-    }
 }
 
 /// The router's decision on a request.
@@ -123,50 +95,52 @@ impl Router {
     /// Picks a worker. It changes nothing: see [`Router::assigned`].
     pub fn choose(&self, registry: &Registry, ask: &Requirements, now: Instant) -> Choice {
         let holder = self.affinity.find(&ask.prefixes);
-        let known: Vec<(&Worker, Service)> = registry
-            .iter()
-            .map(|worker| (worker, serves(registry, worker, ask, now)))
-            .filter(|(_, service)| *service != Service::Out)
-            .collect();
+        let all = registry.iter();
+        let known = all.map(|worker| (worker, serves(registry, worker, ask, now)));
+        let known = known.filter(|(_, service)| *service != Service::Out);
+        let known: Vec<(&Worker, Service)> = known.collect();
         if known.is_empty() {
             return Choice::Nobody;
         }
         // A worker without an identity is never the first choice, however fast it looks: a worker of the mesh
         // is waited for.
-        let any_untried_mesh = known
+        let untried = |worker: &Worker| !ask.avoid.contains(&worker.id);
+        let any_untried_mesh = known.iter().any(|(w, _)| w.has_identity() && untried(w));
+        let may = |worker: &Worker| worker.has_identity() || !any_untried_mesh;
+        let serving = known
             .iter()
-            .any(|(worker, _)| worker.has_identity() && !ask.avoid.contains(&worker.id));
-        let serving: Vec<&Worker> = known
-            .iter()
-            .filter(|(worker, service)| {
-                *service == Service::Serves && (worker.has_identity() || !any_untried_mesh)
-            })
+            .filter(|(_, service)| *service == Service::Serves);
+        let serving = serving
             .map(|(worker, _)| *worker)
-            .collect();
-        let untried = |worker: &&&Worker| !ask.avoid.contains(&worker.id);
-        let any_untried = serving.iter().any(|worker| untried(&worker));
-        let any_mesh = serving
-            .iter()
-            .any(|worker| worker.has_identity() && (!any_untried || untried(&worker)));
+            .filter(|worker| may(worker));
+        let mut serving: Vec<&Worker> = serving.collect();
         let best = Best::of(&serving, ask);
-        let open: Vec<(&Worker, Estimate)> = serving
-            .iter()
-            .filter(|worker| !any_untried || untried(worker))
-            .filter(|worker| !any_mesh || worker.has_identity())
-            .filter(|worker| self.has_room(worker, ask, now))
-            .map(|worker| (*worker, estimate(worker, ask, holder, best, now)))
-            .collect();
+        if serving.iter().any(|worker| untried(worker)) {
+            serving.retain(|worker| untried(worker));
+        }
+        if serving.iter().any(|worker| worker.has_identity()) {
+            serving.retain(|worker| worker.has_identity());
+        }
+        serving.retain(|worker| self.has_room(worker, ask, now));
+        let open = serving.into_iter();
+        let open = open.map(|worker| (worker, estimate(worker, ask, holder, best, now)));
+        let open: Vec<(&Worker, Estimate)> = open.collect();
 
         let Some(soonest) = open.iter().map(|(_, estimate)| estimate.finish).min() else {
             return Choice::Busy;
         };
         let within = soonest.mul_f64(1.0 + TIE) + TIE_FLOOR;
-        open.iter()
-            .filter(|(_, estimate)| estimate.finish <= within)
-            .min_by_key(|(worker, _)| (!holds(worker, holder), worker.last_turn, worker.id))
-            .map_or(Choice::Busy, |(worker, estimate)| {
-                Choice::Worker(worker.id, *estimate)
-            })
+        let tied = open
+            .iter()
+            .filter(|(_, estimate)| estimate.finish <= within);
+        let rank = |worker: &Worker| {
+            let holds = holder.is_some_and(|(id, _)| id == worker.id);
+            (!holds, worker.last_turn, worker.id)
+        };
+        let next = tied.min_by_key(|(worker, _)| rank(worker));
+        next.map_or(Choice::Busy, |(worker, estimate)| {
+            Choice::Worker(worker.id, *estimate)
+        })
     }
 
     /// The largest context for a request and the tokens that it has at least, if it is too long for every
@@ -309,14 +283,12 @@ fn has<'a>(worker: &'a Worker, ask: &Requirements) -> Option<Capability<'a>> {
         return ask.plain.then_some(Capability::Tasks);
     }
     // A worker that is reserved for something else holds this model for other meshes, or by mistake.
-    if !worker.is_for(ask.purpose.name()) {
+    if !worker.is_for(ask.kind) {
         return None;
     }
-    let same_kind = |model: &&ServedModel| model.card.kind() == ask.purpose.kind();
-    worker
-        .model(&ask.model)
-        .filter(same_kind)
-        .map(Capability::Model)
+    let same_kind = |model: &&ServedModel| model.card.kind() == ask.kind;
+    let model = worker.model(&ask.model).filter(same_kind);
+    model.map(Capability::Model)
 }
 
 /// Decides whether a model has the weights that this request wants: those of an answer begun, else those that
@@ -375,10 +347,6 @@ impl Best {
     }
 }
 
-fn holds(worker: &Worker, holder: Option<(WorkerId, u32)>) -> bool {
-    holder.is_some_and(|(id, _)| id == worker.id)
-}
-
 fn estimate(
     worker: &Worker,
     ask: &Requirements,
@@ -405,9 +373,8 @@ fn estimate_mesh(
 ) -> Estimate {
     let slots = model.slots();
     let batch = worker.active().saturating_add(1).min(slots);
-    let cached = holder
-        .filter(|(id, _)| *id == worker.id)
-        .map_or(0, |(_, tokens)| tokens);
+    let held = holder.filter(|(id, _)| *id == worker.id);
+    let cached = held.map_or(0, |(_, tokens)| tokens);
     let own = u64::from(ask.prompt_tokens.saturating_sub(cached));
     let to_prefill = worker.prefilling.max(worker.load.prefill_backlog);
     let to_prefill = to_prefill.saturating_add(own);

@@ -60,11 +60,8 @@ impl Shares {
         };
         let lately = |used: &&RecentUse| now.saturating_duration_since(used.last) < LATELY;
         let others = sources.iter().filter(|(other, _)| **other != source);
-        let others: Vec<usize> = others
-            .map(|(_, used)| used)
-            .filter(lately)
-            .map(|used| used.most)
-            .collect();
+        let others = others.map(|(_, used)| used).filter(lately);
+        let others: Vec<usize> = others.map(|used| used.most).collect();
         if others.is_empty() {
             // No limit, not even on the requests that a worker gets ahead of a free slot.
             return usize::MAX;
@@ -76,7 +73,6 @@ impl Shares {
         most.max(1)
     }
 
-    /// Number of models that sources used.
     #[cfg(test)]
     pub(crate) fn models(&self) -> usize {
         self.of.len()

@@ -75,13 +75,6 @@ pub enum CheckVerdict {
     },
 }
 
-/// A candidate for a comparison, in order of seniority.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct CheckCandidate<'a> {
-    /// Its name here: a node id, or the name of a ring.
-    pub subject: &'a str,
-}
-
 /// Timing and seed of the checks that follow an answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Schedule {
@@ -182,20 +175,12 @@ impl SpotChecks {
         if let Some(round) = group.round.as_mut().filter(usable) {
             round.wanted.insert(subject.to_owned());
             round.settled = false;
-            return Question {
-                round: round.number,
-                text: round.text.clone(),
-            };
+            return round.question();
         }
         self.rounds += 1;
-        let round = Round::new(self.rounds, seed, now);
-        let question = Question {
-            round: round.number,
-            text: round.text.clone(),
-        };
-        let round = group.round.insert(round);
+        let round = group.round.insert(Round::new(self.rounds, seed, now));
         round.wanted.insert(subject.to_owned());
-        question
+        round.question()
     }
 
     /// An answer came. `peers` are all others that answer now with these weights, the senior ones first.
@@ -204,7 +189,7 @@ impl SpotChecks {
         weights: &Weights,
         subject: &str,
         (number, sample): (u64, Sample),
-        peers: &[CheckCandidate<'_>],
+        peers: &[&str],
         schedule: Schedule,
         now: Instant,
     ) -> Vec<CheckVerdict> {
@@ -218,16 +203,11 @@ impl SpotChecks {
         };
         round.answers.insert(subject.to_owned(), sample);
         let check_state = |peer: &str| group.subjects.get(peer).map(|known| known.check_state);
-        let others = || peers.iter().filter(|peer| peer.subject != subject);
-        let cleared =
-            others().filter(|peer| check_state(peer.subject) == Some(CheckState::Cleared));
-        let held = others().filter(|peer| check_state(peer.subject) == Some(CheckState::Held));
-        round.wanted.extend(
-            cleared
-                .take(COMPARATORS)
-                .chain(held.take(COMPARATORS))
-                .map(|peer| peer.subject.to_owned()),
-        );
+        let others = || peers.iter().filter(|peer| **peer != subject);
+        let cleared = others().filter(|peer| check_state(peer) == Some(CheckState::Cleared));
+        let held = others().filter(|peer| check_state(peer) == Some(CheckState::Held));
+        let wanted = cleared.take(COMPARATORS).chain(held.take(COMPARATORS));
+        round.wanted.extend(wanted.map(|peer| (*peer).to_owned()));
         self.settle(weights, subject, peers, schedule, now)
     }
 
@@ -246,17 +226,14 @@ impl SpotChecks {
     pub(crate) fn look_again(
         &mut self,
         weights: &Weights,
-        peers: &[CheckCandidate<'_>],
+        peers: &[&str],
         schedule: Schedule,
         now: Instant,
     ) -> Vec<CheckVerdict> {
-        let round = self
-            .groups
-            .get(weights)
-            .and_then(|group| group.round.as_ref());
+        let round = self.groups.get(weights).and_then(|g| g.round.as_ref());
         let answered = round.filter(|round| !round.settled).and_then(|round| {
             let mut answers = round.answers.keys();
-            answers.find(|subject| peers.iter().any(|peer| peer.subject == *subject))
+            answers.find(|subject| peers.contains(&subject.as_str()))
         });
         match answered.cloned() {
             Some(subject) => self.settle(weights, &subject, peers, schedule, now),
@@ -316,7 +293,7 @@ impl SpotChecks {
         &mut self,
         weights: &Weights,
         newest: &str,
-        peers: &[CheckCandidate<'_>],
+        peers: &[&str],
         Schedule { every, seed }: Schedule,
         now: Instant,
     ) -> Vec<CheckVerdict> {
@@ -326,12 +303,9 @@ impl SpotChecks {
         let Some(round) = &mut group.round else {
             return Vec::new();
         };
-        let here =
-            |subject: &str| subject == newest || peers.iter().any(|peer| peer.subject == subject);
-        let missing = round
-            .wanted
-            .iter()
-            .any(|subject| here(subject) && !round.answers.contains_key(subject));
+        let here = |subject: &str| subject == newest || peers.contains(&subject);
+        let lacks = |subject: &String| here(subject) && !round.answers.contains_key(subject);
+        let missing = round.wanted.iter().any(lacks);
         let late = now.saturating_duration_since(round.since) >= SETTLE_AFTER;
         if missing && !(late && round.answers.len() > 1) {
             return Vec::new();
@@ -341,22 +315,18 @@ impl SpotChecks {
             known.is_some_and(|known| known.check_state == CheckState::Cleared)
         };
         // Newcomers do not vouch for each other while those of long standing have yet to answer.
-        let awaited = peers.iter().any(|peer| is_cleared(peer.subject));
+        let awaited = peers.iter().any(|peer| is_cleared(peer));
         let has_come = |subject: &String| here(subject) && is_cleared(subject);
         if missing && awaited && !round.answers.keys().any(has_come) {
             return Vec::new();
         }
         // The senior ones first; the newest may be among them.
         let rank = |subject: &str| {
-            let place = peers.iter().position(|peer| peer.subject == subject);
+            let place = peers.iter().position(|peer| *peer == subject);
             place.unwrap_or(peers.len())
         };
-        let mut voters: Vec<String> = round
-            .answers
-            .keys()
-            .filter(|subject| here(subject))
-            .cloned()
-            .collect();
+        let voters = round.answers.keys().filter(|subject| here(subject));
+        let mut voters: Vec<String> = voters.cloned().collect();
         voters.sort_by_key(|subject| rank(subject));
         round.settled = true;
         let side_of = |one: &String| -> Vec<String> {
@@ -466,6 +436,13 @@ impl Round {
             answers: BTreeMap::new(),
             wanted: BTreeSet::new(),
             settled: false,
+        }
+    }
+
+    fn question(&self) -> Question {
+        Question {
+            round: self.number,
+            text: self.text.clone(),
         }
     }
 }

@@ -23,14 +23,12 @@ mod downloads;
 mod names;
 mod pins;
 mod show;
-mod view;
 
 #[cfg(test)]
 mod tests;
 
-pub use pins::{Conflict, Pin, PinError, Pins};
 use pins::{Conflicts, is_fingerprint, is_name};
-pub use view::{HolderView, SeekerView, TrackedModel};
+pub use pins::{PinError, Pins, advice};
 
 /// See the module's page.
 #[derive(Debug, Clone, Default)]
@@ -111,13 +109,7 @@ struct Sought {
     missing: Option<PieceSet>,
 }
 
-impl Sought {
-    /// Returns true if the seeker does not accept this fingerprint under any name.
-    fn rejects(&self, fingerprint: &str) -> bool {
-        rejects(&self.model, fingerprint)
-    }
-}
-
+/// Returns true if the seeker does not accept this fingerprint under any name.
 fn rejects(sought: &SoughtModel, fingerprint: &str) -> bool {
     let mut rejected = sought.refused.iter().chain(&sought.unusable);
     rejected.any(|rejected| rejected == fingerprint)
@@ -177,11 +169,8 @@ impl Tracker {
 
     /// A worker is reached at this address from now on.
     pub fn moved(&mut self, node: &str, ip: IpAddr) {
-        if let Some(address) = self
-            .nodes
-            .get_mut(node)
-            .and_then(|node| node.address.as_mut())
-        {
+        let node = self.nodes.get_mut(node);
+        if let Some(address) = node.and_then(|node| node.address.as_mut()) {
             address.set_ip(ip);
             self.changed = true;
         }
@@ -206,18 +195,10 @@ impl Tracker {
             return;
         };
         entry.address = address.filter(|_| models.port != 0);
-        entry.held = models
-            .held
-            .into_iter()
-            .take(MOST_MODELS)
-            .filter_map(held)
-            .collect();
-        entry.sought = models
-            .sought
-            .into_iter()
-            .take(MOST_MODELS)
-            .filter_map(sought)
-            .collect();
+        let all_held = models.held.into_iter().take(MOST_MODELS);
+        entry.held = all_held.filter_map(held).collect();
+        let all_sought = models.sought.into_iter().take(MOST_MODELS);
+        entry.sought = all_sought.filter_map(sought).collect();
         let accuser = entry.name.clone();
         for bad in models.bad.into_iter().take(MOST_MODELS) {
             // An accusation counts only if the accused claims to hold the model, so there are at most as many
@@ -270,12 +251,10 @@ impl Tracker {
             if entry.sought.is_empty() && entry.told.is_none() {
                 continue;
             }
-            let models = entry.sought.iter();
-            let sources = Sources {
-                models: models
-                    .map(|sought| self.sources_of(node, entry, sought))
-                    .collect(),
-            };
+            let sought = entry.sought.iter();
+            let models = sought.map(|sought| self.sources_of(node, entry, sought));
+            let models = models.collect();
+            let sources = Sources { models };
             if entry.told.as_ref() != Some(&sources) {
                 news.push((node.clone(), sources));
             }
@@ -294,33 +273,29 @@ impl Tracker {
             Key::Fingerprint(fingerprint) => fingerprint.clone(),
             Key::Name(_) => String::new(),
         };
-        let mut holders: Vec<(u32, &String, SocketAddr, &TrackedWorker)> = self
-            .nodes
-            .iter()
-            .filter(|(other, _)| *other != node)
-            .filter(|(other, _)| !self.is_banned(&fingerprint, other, Some(node)))
-            .filter_map(|(other, holder)| {
-                let pieces = holder.held.get(&fingerprint)?.pieces.len();
-                Some((pieces, other, holder.address?, holder))
-            })
-            .collect();
+        let others = self.nodes.iter().filter(|(other, _)| {
+            *other != node && !self.is_banned(&fingerprint, other, Some(node))
+        });
+        let holders = others.filter_map(|(other, holder)| {
+            let pieces = holder.held.get(&fingerprint)?.pieces.len();
+            Some((pieces, other, holder.address?, holder))
+        });
+        let mut holders: Vec<(u32, &String, SocketAddr, &TrackedWorker)> = holders.collect();
         // Those with most first, should there be more than are told.
         holders.sort_by(|a, b| b.0.cmp(&a.0).then_with(|| a.1.cmp(b.1)));
         holders.truncate(MOST_HOLDERS);
         // In an order that does not change with every piece that comes.
         holders.sort_by(|a, b| a.1.cmp(b.1));
-        let addrs = holders
-            .into_iter()
-            .map(|(_, other, address, holder)| NodeAddr {
-                addresses: holder
-                    .others
-                    .iter()
-                    .map(|ip| SocketAddr::new(*ip, address.port()).to_string())
-                    .collect(),
+        let addrs = holders.into_iter().map(|(_, other, address, holder)| {
+            let others = holder.others.iter();
+            let others = others.map(|ip| SocketAddr::new(*ip, address.port()).to_string());
+            NodeAddr {
+                addresses: others.collect(),
                 node_id: other.clone(),
                 name: holder.name.clone(),
                 address: self.reach(entry, address).to_string(),
-            });
+            }
+        });
         let download = self.downloads.get(&key);
         let origin = download.is_some_and(|download| download.node == node);
         let for_others = origin.then(|| {
@@ -330,17 +305,15 @@ impl Tracker {
             }
             others
         });
+        let for_others = for_others.filter(|others| !others.is_empty());
         let pin = self.pins.get(&sought.model.name);
         ModelSources {
             name: sought.model.name.clone(),
             fingerprint,
             holders: addrs.collect(),
             origin,
-            origin_worker: download
-                .map_or_else(String::new, |download| self.name_of(&download.node)),
-            for_others: for_others
-                .filter(|others| !others.is_empty())
-                .map(|others| others.to_proto()),
+            origin_worker: download.map_or_else(String::new, |one| self.name_of(&one.node)),
+            for_others: for_others.map(|others| others.to_proto()),
             pin: pin.map_or_else(String::new, |pin| pin.fingerprint.clone()),
             disputed: self.is_disputed(&sought.model.name),
             pinned_by_operator: pin.is_some_and(|pin| pin.operator),
@@ -350,9 +323,7 @@ impl Tracker {
     /// Address at which `from` reaches a worker that the head sees at `address`: a worker on the head's own
     /// machine is reached at the head's address.
     fn reach(&self, from: &TrackedWorker, address: SocketAddr) -> SocketAddr {
-        let own = from
-            .address
-            .is_none_or(|address| address.ip().is_loopback());
+        let own = from.address.is_none_or(|own| own.ip().is_loopback());
         match from.head_ip {
             Some(ip) if address.ip().is_loopback() && !own => SocketAddr::new(ip, address.port()),
             _ => address,
@@ -421,11 +392,11 @@ impl Tracker {
         match key {
             Key::Name(name) => name.clone(),
             Key::Fingerprint(fingerprint) => {
-                let sought = self.nodes.values().flat_map(|node| &node.sought);
-                let mut named = sought.filter(|sought| self.key(&sought.model) == *key);
+                let mut sought = self.nodes.values().flat_map(|node| &node.sought);
+                let named = sought.find(|sought| self.key(&sought.model) == *key);
                 named
-                    .next()
-                    .map_or_else(|| fingerprint.clone(), |s| s.model.name.clone())
+                    .map_or(fingerprint, |sought| &sought.model.name)
+                    .clone()
             }
         }
     }

@@ -4,6 +4,8 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
+use arcanum_profiler::Objective;
+use mesh_base::listen::anywhere;
 use mesh_service::config::units;
 use mesh_service::http::{Connections, Origin};
 use mesh_service::network::Network;
@@ -167,7 +169,7 @@ pub struct RingConfig {
     /// Form rings from the offers of workers.
     pub enabled: bool,
     /// Optimisation target of plans: the time of one token, or the tokens of many requests.
-    pub objective: RingObjective,
+    pub objective: Objective,
     /// Number of stages; 0 is as many as needed.
     pub stages: u32,
     /// Give stages standbys where memory allows.
@@ -188,17 +190,6 @@ pub struct RingConfig {
     pub suspect_pause: Duration,
     /// Make a ring even for a model that some worker serves whole.
     pub always: bool,
-}
-
-/// Optimisation target of plans for rings.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum RingObjective {
-    /// The time of one token of one request.
-    #[default]
-    Latency,
-    /// Tokens per second of many requests together.
-    Throughput,
 }
 
 impl Default for Config {
@@ -235,7 +226,7 @@ impl Default for RingConfig {
     fn default() -> Self {
         Self {
             enabled: true,
-            objective: RingObjective::Latency,
+            objective: Objective::Latency,
             stages: 0,
             standbys: true,
             slots: 8,
@@ -252,7 +243,7 @@ impl Default for RingConfig {
 impl Default for HttpConfig {
     fn default() -> Self {
         Self {
-            listen: loopback(8080),
+            listen: (Ipv4Addr::LOCALHOST, 8080).into(),
             api_keys_file: None,
             allow_unauthenticated: false,
             body_limit: 8 << 20,
@@ -371,12 +362,8 @@ impl Config {
     /// Interval at which a worker says that a request lives: a few signs may be late before any limit on
     /// silence is reached.
     pub fn progress_interval(&self) -> Duration {
-        let limits = [
-            self.silence_limit,
-            self.first_token_limit,
-            self.request_timeout,
-        ];
-        let shortest = limits.into_iter().min().unwrap_or_default();
+        let before_token = self.first_token_limit.min(self.request_timeout);
+        let shortest = self.silence_limit.min(before_token);
         (shortest / 4).clamp(Duration::from_millis(50), Duration::from_secs(1))
     }
 
@@ -397,10 +384,7 @@ impl Config {
         let ring = &self.ring;
         rings::Settings {
             enabled: ring.enabled,
-            objective: match ring.objective {
-                RingObjective::Latency => arcanum_profiler::Objective::Latency,
-                RingObjective::Throughput => arcanum_profiler::Objective::Throughput,
-            },
+            objective: ring.objective,
             stages: (ring.stages > 0).then_some(ring.stages),
             standbys: ring.standbys,
             slots: ring.slots,
@@ -427,30 +411,25 @@ impl Config {
     /// True if a worker without an identity may register from there. Serving a network's clients does not
     /// admit its workers.
     pub fn admits_without_identity(&self, source: IpAddr) -> bool {
-        let source = source.to_canonical();
-        let networks = &self.dcf.legacy_worker_networks;
-        self.dcf.legacy_workers
-            && (source.is_loopback() || networks.iter().any(|network| network.contains(source)))
+        self.dcf.legacy_workers && is_near(source, &self.dcf.legacy_worker_networks)
     }
 
     /// True if plain DCF clients there are served without proof that they are there. A loopback address
     /// cannot be forged from elsewhere: the system drops such datagrams.
     pub fn knows(&self, source: IpAddr) -> bool {
-        let canonical = source.to_canonical();
-        let unverified = &self.unverified_networks;
-        self.trusts(source)
-            && (canonical.is_loopback() || unverified.iter().any(|n| n.contains(canonical)))
+        self.trusts(source) && is_near(source, &self.unverified_networks)
     }
 
     /// True if plain DCF clients there are served, once they have shown that they are there.
     pub fn trusts(&self, source: IpAddr) -> bool {
-        let source = source.to_canonical();
-        source.is_loopback()
-            || self
-                .trusted_networks
-                .iter()
-                .any(|network| network.contains(source))
+        is_near(source, &self.trusted_networks)
     }
+}
+
+/// True if an address is this machine's own, or in one of these networks.
+fn is_near(source: IpAddr, networks: &[Network]) -> bool {
+    let source = source.to_canonical();
+    source.is_loopback() || networks.iter().any(|network| network.contains(source))
 }
 
 /// Keys that are valid one by one and make no sense together.
@@ -490,14 +469,6 @@ pub enum Unsound {
 
 /// Bytes of memory for requests, unless bodies may be longer than usual.
 const REQUEST_MEMORY: u64 = 24 << 20;
-
-fn loopback(port: u16) -> SocketAddr {
-    SocketAddr::from((Ipv4Addr::LOCALHOST, port))
-}
-
-fn anywhere(port: u16) -> SocketAddr {
-    mesh_base::listen::anywhere(port)
-}
 
 #[cfg(test)]
 mod tests {

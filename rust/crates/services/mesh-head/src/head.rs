@@ -127,11 +127,9 @@ impl Head {
         mesh_service::files::open_state_dir(&state_dir, &SECRETS)?;
         addresses::remove(&state_dir)?;
         let keys = Keys::load(&state_dir, config.http.api_keys_file.as_deref())?;
-        let authority = Arc::new(Authority::open(
-            &state_dir,
-            &config.mesh_name,
-            Validity::default(),
-        )?);
+        let validity = Validity::default();
+        let authority = Authority::open(&state_dir, &config.mesh_name, validity)?;
+        let authority = Arc::new(authority);
         let identity = authority.head_identity(&state_dir, "head", SystemTime::now())?;
         let announced = identity.clone();
 
@@ -139,13 +137,8 @@ impl Head {
         let client_socket = Arc::new(BatchSocket::bind(config.dcf.clients)?);
         let worker_socket = Arc::new(BatchSocket::bind(config.dcf.workers)?);
         let admission: Arc<dyn Admission> = authority.clone();
-        let quic = Listener::bind(
-            config.quic.listen,
-            identity,
-            Some(admission),
-            LinkConfig::default(),
-        )?;
-        let quic = Arc::new(quic);
+        let (listen, links) = (config.quic.listen, LinkConfig::default());
+        let quic = Arc::new(Listener::bind(listen, identity, Some(admission), links)?);
         let addresses = Addresses::from([
             ("http".to_owned(), http_listener.local_addr()?),
             ("dcf.clients".to_owned(), client_socket.local_addr()),
@@ -164,17 +157,11 @@ impl Head {
         let mut loops = JoinSet::new();
         let heart = watchdog.register("housekeeping", TICK_LIMIT);
         loops.spawn(tick(mesh.clone(), heart));
-        loops.spawn(links::serve(
-            mesh.clone(),
-            quic.clone(),
-            worker_socket.local_addr().port(),
-        ));
+        let heartbeats = worker_socket.local_addr().port();
+        loops.spawn(links::serve(mesh.clone(), quic.clone(), heartbeats));
         loops.spawn(bus::serve(mesh.clone(), worker_socket));
-        loops.spawn(serve_dcf_clients(
-            mesh.clone(),
-            client_socket,
-            answers.clone(),
-        ));
+        let running = answers.clone();
+        loops.spawn(serve_dcf_clients(mesh.clone(), client_socket, running));
         let live = Live {
             mesh: mesh.clone(),
             keys: keys.clone(),
@@ -182,28 +169,22 @@ impl Head {
         };
         let own_id = announced.node_id();
         let router = http::router(mesh.clone(), keys, authority, own_id, metrics);
-        let limit = shutdown.limit();
-        let api = tokio::spawn(mesh_service::http::serve_with(
-            mesh.config.http.connections.clone(),
-            http_listener,
-            router,
-            shutdown.token(),
-            limit,
-        ));
+        let connections = mesh.config.http.connections.clone();
+        let (stop, limit) = (shutdown.token(), shutdown.limit());
+        let api = mesh_service::http::serve_with(connections, http_listener, router, stop, limit);
+        let api = tokio::spawn(api);
 
         let discovery = announce(&mesh.config, &announced, addresses["quic"].port());
         addresses::write(&state_dir, &addresses)?;
-        let running = tokio::spawn(
-            Parts {
-                shutdown: shutdown.clone(),
-                quic,
-                answers,
-                api,
-                loops,
-                _discovery: discovery,
-            }
-            .run(),
-        );
+        let parts = Parts {
+            shutdown: shutdown.clone(),
+            quic,
+            answers,
+            api,
+            loops,
+            _discovery: discovery,
+        };
+        let running = tokio::spawn(parts.run());
         Ok(HeadHandle {
             addresses,
             live,
@@ -270,16 +251,13 @@ impl Parts {
                 Err(error) => warn!(%error, "HTTP ended with a panic"),
             }
         };
-        let drained = self
-            .shutdown
-            .drain(async { tokio::join!(api, self.answers.wait()) })
-            .await;
+        let rest = async { tokio::join!(api, self.answers.wait()) };
+        let drained = self.shutdown.drain(rest).await;
         if drained == Drained::TimedOut {
             warn!("the drain limit passed: running answers are cut");
         }
-        let goodbye = self
-            .quic
-            .shutdown(ErrorCode::DRAINING, "the head is shutting down");
+        let text = "the head is shutting down";
+        let goodbye = self.quic.shutdown(ErrorCode::DRAINING, text);
         // Peers that do not answer are not waited for.
         let _ = tokio::time::timeout(GOODBYE, goodbye).await;
         self.api.abort();

@@ -20,6 +20,7 @@ mod flight;
 mod front;
 mod head;
 mod ids;
+mod locks;
 mod mesh;
 mod metrics;
 mod service;

@@ -1,7 +1,8 @@
 //! The head's Prometheus metrics.
 
 use std::fmt;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::hash::Hash;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use mesh_service::metrics::prometheus_client::collector::Collector;
@@ -12,22 +13,19 @@ use mesh_service::metrics::prometheus_client::metrics::counter::Counter;
 use mesh_service::metrics::prometheus_client::metrics::family::Family;
 use mesh_service::metrics::prometheus_client::metrics::gauge::Gauge;
 use mesh_service::metrics::prometheus_client::metrics::histogram::Histogram;
-use mesh_service::metrics::prometheus_client::registry::{Registry, Unit};
+use mesh_service::metrics::prometheus_client::registry::{Metric, Registry, Unit};
 
 use mesh_control::fair::Ingress;
-use mesh_control::rings::{RingCounts, RingView};
+use mesh_control::rings::RingCounts;
 use mesh_control::tracker::TrackerCounts;
 
-/// Front end that a request came through.
+use crate::locks::lock;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelValue)]
 pub(crate) enum Front {
-    /// The OpenAI API.
     Http,
-    /// DCF over UDP.
     Dcf,
 }
 
-/// Outcome of a request.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelValue)]
 pub(crate) enum Outcome {
     /// With a whole answer.
@@ -38,7 +36,6 @@ pub(crate) enum Outcome {
     Refused,
     /// The request itself was wrong.
     Rejected,
-    /// It ran out of time.
     Timeout,
     /// Workers failed on it.
     Failed,
@@ -47,42 +44,12 @@ pub(crate) enum Outcome {
 /// Labels of the request metrics.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub(crate) struct RequestLabels {
-    /// Front end of the request.
     pub front: Front,
-    /// Outcome of the request.
     pub outcome: Outcome,
 }
 
-#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct DatagramLabels {
-    socket: &'static str,
-    outcome: &'static str,
-}
-
-#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct IngressLabel {
-    ingress: &'static str,
-}
-
-#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct KindLabel {
-    kind: &'static str,
-}
-
-#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct VerdictLabel {
-    verdict: &'static str,
-}
-
-#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct ModelLabel {
-    model: String,
-}
-
-#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
-struct WorkerLabel {
-    worker: String,
-}
+/// One label, such as `("worker", "laptop")`.
+type Label<T = String> = [(&'static str, T); 1];
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct PartLabels {
@@ -91,207 +58,129 @@ struct PartLabels {
     phase: String,
 }
 
+type Durations<L> = Family<L, Histogram, fn() -> Histogram>;
+
 /// All of them. Clones share their values.
 #[derive(Debug, Clone)]
 pub(crate) struct HeadMetrics {
     requests: Family<RequestLabels, Counter>,
-    duration: Family<RequestLabels, Histogram, fn() -> Histogram>,
+    duration: Durations<RequestLabels>,
     first_token: Histogram,
-    /// Tokens generated for clients.
     pub tokens: Counter,
     /// Prompt tokens of complete answers.
     pub prompt_tokens: Counter,
-    /// Number of texts embedded.
     pub embedded: Counter,
     /// Prompt tokens of those that a worker found in its cache.
     pub cached_tokens: Counter,
     /// Attempts that failed and were run again.
     pub reruns: Counter,
-    datagrams: Family<DatagramLabels, Counter>,
-    workers: Family<KindLabel, Gauge>,
-    /// Requests that wait for a worker.
+    datagrams: Family<[(&'static str, &'static str); 2], Counter>,
+    workers: Family<Label<&'static str>, Gauge>,
     pub queued: Gauge,
-    /// Requests that run on a worker.
     pub running: Gauge,
     /// Sources that requests wait of.
     pub queue_sources: Gauge,
-    ingress_queued: Family<IngressLabel, Gauge>,
-    ingress_running: Family<IngressLabel, Gauge>,
-    queue_refusals: Family<IngressLabel, Counter>,
-    failovers: Family<ModelLabel, Counter>,
-    suspicions: Family<VerdictLabel, Counter>,
-    gaps: Family<ModelLabel, Histogram, fn() -> Histogram>,
+    ingress_queued: Family<Label<&'static str>, Gauge>,
+    ingress_running: Family<Label<&'static str>, Gauge>,
+    queue_refusals: Family<Label<&'static str>, Counter>,
+    failovers: Family<Label, Counter>,
+    suspicions: Family<Label<&'static str>, Counter>,
+    gaps: Durations<Label>,
     rings: RingGauges,
-    bad_sources: Family<WorkerLabel, Counter>,
-    /// Names that several models claim now.
+    bad_sources: Family<Label, Counter>,
     pub name_conflicts: Gauge,
     /// Times that a second model claimed a name.
     pub name_conflicts_found: Counter,
-    duplicates: Family<WorkerLabel, Counter>,
-    faults: Family<WorkerLabel, Counter>,
-    quarantines: Family<WorkerLabel, Counter>,
+    duplicates: Family<Label, Counter>,
+    faults: Family<Label, Counter>,
+    quarantines: Family<Label, Counter>,
     clocks: ClockGauges,
 }
 
 impl HeadMetrics {
-    /// New ones, entered into this registry.
+    /// New ones, entered into this registry in the order in which they are shown.
     pub(crate) fn register(registry: &mut Registry) -> Self {
-        let metrics = Self {
-            requests: Family::default(),
-            duration: Family::new_with_constructor(|| Histogram::new(DURATIONS)),
-            first_token: Histogram::new(DURATIONS),
-            tokens: Counter::default(),
-            prompt_tokens: Counter::default(),
-            embedded: Counter::default(),
-            cached_tokens: Counter::default(),
-            reruns: Counter::default(),
-            datagrams: Family::default(),
-            workers: Family::default(),
-            queued: Gauge::default(),
-            running: Gauge::default(),
-            queue_sources: Gauge::default(),
-            ingress_queued: Family::default(),
-            ingress_running: Family::default(),
-            queue_refusals: Family::default(),
-            failovers: Family::default(),
-            suspicions: Family::default(),
-            gaps: Family::new_with_constructor(|| Histogram::new(DURATIONS)),
-            rings: RingGauges::default(),
-            bad_sources: Family::default(),
-            name_conflicts: Gauge::default(),
-            name_conflicts_found: Counter::default(),
-            duplicates: Family::default(),
-            faults: Family::default(),
-            quarantines: Family::default(),
-            clocks: ClockGauges::default(),
-        };
-        let this = &metrics;
-        registry.register(
-            "requests",
-            "Requests by front end and end",
-            this.requests.clone(),
-        );
-        registry.register_with_unit(
-            "request_duration",
-            "From arrival to the last token",
-            Unit::Seconds,
-            this.duration.clone(),
-        );
-        registry.register_with_unit(
-            "time_to_first_token",
-            "From arrival to the first token of complete answers",
-            Unit::Seconds,
-            this.first_token.clone(),
-        );
-        registry.register(
-            "generated_tokens",
-            "Tokens generated for clients",
-            this.tokens.clone(),
-        );
-        registry.register(
-            "prompt_tokens",
-            "Prompt tokens of complete answers",
-            this.prompt_tokens.clone(),
-        );
-        registry.register("embedded_texts", "Texts embedded", this.embedded.clone());
-        registry.register(
-            "cached_prompt_tokens",
-            "Prompt tokens found in a KV cache",
-            this.cached_tokens.clone(),
-        );
-        registry.register(
-            "reruns",
-            "Attempts that failed and were run again elsewhere",
-            this.reruns.clone(),
-        );
-        registry.register(
-            "datagrams",
-            "Datagrams received, by socket and what became of them",
-            this.datagrams.clone(),
-        );
-        registry.register("workers", "Workers in the registry", this.workers.clone());
-        registry.register(
-            "queued_requests",
-            "Requests that wait for a worker",
-            this.queued.clone(),
-        );
-        registry.register(
-            "running_requests",
-            "Requests that run on a worker",
-            this.running.clone(),
-        );
-        registry.register(
-            "queue_sources",
-            "Sources with requests that wait for a worker",
-            this.queue_sources.clone(),
-        );
-        registry.register(
-            "ingress_queued_requests",
-            "Requests that wait for a worker, by ingress",
-            this.ingress_queued.clone(),
-        );
-        registry.register(
-            "ingress_running_requests",
-            "Requests that run on a worker, by ingress",
-            this.ingress_running.clone(),
-        );
-        registry.register(
-            "queue_refusals",
-            "Requests refused or displaced because their source had its share of a full queue, by ingress",
-            this.queue_refusals.clone(),
-        );
-        registry.register(
-            "ring_failovers",
-            "Changes of a ring's members because some were lost",
-            this.failovers.clone(),
-        );
-        registry.register(
-            "ring_suspicions",
-            "Members of rings that others did not reach: doubted, linked anew, or taken for lost",
-            this.suspicions.clone(),
-        );
-        registry.register_with_unit(
-            "ring_gap",
-            "From the last token before a change of a ring's members to the first one after it",
-            Unit::Seconds,
-            this.gaps.clone(),
-        );
-        registry.register_collector(Box::new(this.rings.clone()));
-        registry.register(
-            "model_sources_reported",
-            "Reports that a worker sent something else than a model's manifest says, by that worker",
-            this.bad_sources.clone(),
-        );
-        registry.register(
-            "model_name_conflicts",
-            "Names that several different models claim now",
-            this.name_conflicts.clone(),
-        );
-        registry.register(
-            "model_name_conflicts_found",
-            "Times that a second model claimed a name",
-            this.name_conflicts_found.clone(),
-        );
-        registry.register(
-            "duplicate_identities",
-            "Connections refused because another machine is connected with the same identity, by worker",
-            this.duplicates.clone(),
-        );
-        registry.register(
-            "worker_faults",
-            "Attempts that failed by the worker's own fault, by worker",
-            this.faults.clone(),
-        );
-        registry.register(
-            "worker_quarantines",
-            "Quarantines of workers whose answers differ from those of others, by worker",
-            this.quarantines.clone(),
-        );
-        registry.register_collector(Box::new(this.clocks.clone()));
-        metrics
+        let mut metrics = New(registry);
+        Self {
+            requests: metrics.plain("requests", "Requests by front end and end"),
+            duration: metrics.durations("request_duration", "From arrival to the last token"),
+            first_token: metrics.seconds(
+                "time_to_first_token",
+                "From arrival to the first token of complete answers",
+                Histogram::new(DURATIONS),
+            ),
+            tokens: metrics.plain("generated_tokens", "Tokens generated for clients"),
+            prompt_tokens: metrics.plain("prompt_tokens", "Prompt tokens of complete answers"),
+            embedded: metrics.plain("embedded_texts", "Texts embedded"),
+            cached_tokens: metrics.plain(
+                "cached_prompt_tokens",
+                "Prompt tokens found in a KV cache",
+            ),
+            reruns: metrics.plain("reruns", "Attempts that failed and were run again elsewhere"),
+            datagrams: metrics.plain(
+                "datagrams",
+                "Datagrams received, by socket and what became of them",
+            ),
+            workers: metrics.plain("workers", "Workers in the registry"),
+            queued: metrics.plain("queued_requests", "Requests that wait for a worker"),
+            running: metrics.plain("running_requests", "Requests that run on a worker"),
+            queue_sources: metrics.plain(
+                "queue_sources",
+                "Sources with requests that wait for a worker",
+            ),
+            ingress_queued: metrics.plain(
+                "ingress_queued_requests",
+                "Requests that wait for a worker, by ingress",
+            ),
+            ingress_running: metrics.plain(
+                "ingress_running_requests",
+                "Requests that run on a worker, by ingress",
+            ),
+            queue_refusals: metrics.plain(
+                "queue_refusals",
+                "Requests refused or displaced because their source had its share of a full queue, by ingress",
+            ),
+            failovers: metrics.plain(
+                "ring_failovers",
+                "Changes of a ring's members because some were lost",
+            ),
+            suspicions: metrics.plain(
+                "ring_suspicions",
+                "Members of rings that others did not reach: doubted, linked anew, or taken for lost",
+            ),
+            gaps: metrics.durations(
+                "ring_gap",
+                "From the last token before a change of a ring's members to the first one after it",
+            ),
+            rings: metrics.collector(),
+            bad_sources: metrics.plain(
+                "model_sources_reported",
+                "Reports that a worker sent something else than a model's manifest says, by that worker",
+            ),
+            name_conflicts: metrics.plain(
+                "model_name_conflicts",
+                "Names that several different models claim now",
+            ),
+            name_conflicts_found: metrics.plain(
+                "model_name_conflicts_found",
+                "Times that a second model claimed a name",
+            ),
+            duplicates: metrics.plain(
+                "duplicate_identities",
+                "Connections refused because another machine is connected with the same identity, by worker",
+            ),
+            faults: metrics.plain(
+                "worker_faults",
+                "Attempts that failed by the worker's own fault, by worker",
+            ),
+            quarantines: metrics.plain(
+                "worker_quarantines",
+                "Quarantines of workers whose answers differ from those of others, by worker",
+            ),
+            clocks: metrics.collector(),
+        }
     }
 
-    /// Counts a request that ended, and its duration.
     pub(crate) fn request_ended(&self, front: Front, outcome: Outcome, seconds: f64) {
         let labels = RequestLabels { front, outcome };
         self.requests.get_or_create(&labels).inc();
@@ -305,88 +194,66 @@ impl HeadMetrics {
 
     /// Requests that came through `ingress`: those that wait, and those that run.
     pub(crate) fn ingress(&self, ingress: Ingress, waiting: usize, running: usize) {
-        let ingress = ingress.name();
-        for (family, count) in [
-            (&self.ingress_queued, waiting),
-            (&self.ingress_running, running),
-        ] {
-            family
-                .get_or_create(&IngressLabel { ingress })
-                .set(i64::try_from(count).unwrap_or(i64::MAX));
-        }
+        let label = [("ingress", ingress.name())];
+        set(&self.ingress_queued.get_or_create(&label), waiting);
+        set(&self.ingress_running.get_or_create(&label), running);
     }
 
     /// A request found no place in the queue, or lost it.
     pub(crate) fn queue_refused(&self, ingress: Ingress) {
-        let ingress = ingress.name();
-        self.queue_refusals
-            .get_or_create(&IngressLabel { ingress })
-            .inc();
+        let label = [("ingress", ingress.name())];
+        self.queue_refusals.get_or_create(&label).inc();
     }
 
     /// The registry's size, by the kinds of workers.
     pub(crate) fn workers(&self, kinds: [(&'static str, usize); 3]) {
         for (kind, count) in kinds {
-            self.workers
-                .get_or_create(&KindLabel { kind })
-                .set(i64::try_from(count).unwrap_or(i64::MAX));
+            set(&self.workers.get_or_create(&[("kind", kind)]), count);
         }
     }
 
-    /// Adds the tracker's counts.
     pub(crate) fn tracked(&self, counts: &TrackerCounts) {
         for (worker, reports) in &counts.bad_sources {
-            let worker = worker.clone();
-            let counter = self.bad_sources.get_or_create(&WorkerLabel { worker });
-            counter.inc_by(*reports);
+            count(&self.bad_sources, ("worker", worker), *reports);
         }
         self.name_conflicts_found.inc_by(counts.conflicts);
     }
 
     /// An attempt failed, by this worker's own fault.
     pub(crate) fn at_fault(&self, worker: &str) {
-        let worker = worker.to_owned();
-        self.faults.get_or_create(&WorkerLabel { worker }).inc();
+        count(&self.faults, ("worker", worker), 1);
     }
 
-    /// A worker is in quarantine.
     pub(crate) fn quarantined(&self, worker: &str) {
-        let worker = worker.to_owned();
-        self.quarantines
-            .get_or_create(&WorkerLabel { worker })
-            .inc();
+        count(&self.quarantines, ("worker", worker), 1);
     }
 
     /// A second machine with the identity of this worker was refused.
     pub(crate) fn duplicate(&self, worker: &str) {
-        let worker = worker.to_owned();
-        self.duplicates.get_or_create(&WorkerLabel { worker }).inc();
+        count(&self.duplicates, ("worker", worker), 1);
     }
 
     /// Sets the lead of every worker's clock over this head's, in seconds.
     pub(crate) fn clocks(&self, offsets: impl Iterator<Item = (String, f64)>) {
         let fresh = ClockFamily::default();
         for (worker, offset) in offsets {
-            fresh.get_or_create(&WorkerLabel { worker }).set(offset);
+            fresh.get_or_create(&[("worker", worker)]).set(offset);
         }
-        *self.clocks.0.lock().unwrap_or_else(PoisonError::into_inner) = fresh;
+        *lock(&self.clocks.0) = fresh;
     }
 
-    /// Adds the rings' counts.
     pub(crate) fn ring_events(&self, counts: &RingCounts) {
         for (model, failovers) in &counts.failovers {
-            let model = model.clone();
-            let counter = self.failovers.get_or_create(&ModelLabel { model });
-            counter.inc_by(*failovers);
+            count(&self.failovers, ("model", model), *failovers);
         }
-        for (verdict, count) in [
+        for (verdict, times) in [
             ("Doubted", counts.doubted),
             ("Relinked", counts.relinked),
             ("Lost", counts.lost),
         ] {
-            if count > 0 {
-                let counter = self.suspicions.get_or_create(&VerdictLabel { verdict });
-                counter.inc_by(count);
+            if times > 0 {
+                let counter = self.suspicions.get_or_create(&[("verdict", verdict)]);
+                counter.inc_by(times);
             }
         }
         for (model, gap) in &counts.gaps {
@@ -396,22 +263,18 @@ impl HeadMetrics {
 
     /// Records the time for which an answer stood still because a ring's members changed.
     pub(crate) fn ring_gap(&self, model: &str, gap: Duration) {
-        let model = model.to_owned();
-        self.gaps
-            .get_or_create(&ModelLabel { model })
-            .observe(gap.as_secs_f64());
+        let histogram = self.gaps.get_or_create(&[("model", model.to_owned())]);
+        histogram.observe(gap.as_secs_f64());
     }
 
-    /// The rings as they are.
-    pub(crate) fn rings(&self, rings: &[RingView]) {
+    pub(crate) fn rings(&self, rings: &[mesh_api::Ring]) {
         self.rings.set(rings);
     }
 
-    /// Counters of one socket.
     pub(crate) fn datagrams(&self, socket: &'static str) -> DatagramCounters {
         let counter = |outcome| {
-            self.datagrams
-                .get_or_create_owned(&DatagramLabels { socket, outcome })
+            let labels = [("socket", socket), ("outcome", outcome)];
+            self.datagrams.get_or_create_owned(&labels)
         };
         DatagramCounters {
             accepted: counter("accepted"),
@@ -422,6 +285,52 @@ impl HeadMetrics {
     }
 }
 
+/// Makes metrics and enters them into a registry.
+struct New<'a>(&'a mut Registry);
+
+impl New<'_> {
+    fn plain<M: Metric + Clone + Default>(&mut self, name: &str, help: &str) -> M {
+        let metric = M::default();
+        self.0.register(name, help, metric.clone());
+        metric
+    }
+
+    fn seconds<M: Metric + Clone>(&mut self, name: &str, help: &str, metric: M) -> M {
+        self.0
+            .register_with_unit(name, help, Unit::Seconds, metric.clone());
+        metric
+    }
+
+    fn durations<L>(&mut self, name: &str, help: &str) -> Durations<L>
+    where
+        Durations<L>: Metric + Clone,
+        L: Clone + Hash + Eq,
+    {
+        self.seconds(
+            name,
+            help,
+            Family::new_with_constructor(|| Histogram::new(DURATIONS)),
+        )
+    }
+
+    fn collector<C: Collector + Clone + Default>(&mut self) -> C {
+        let collector = C::default();
+        self.0.register_collector(Box::new(collector.clone()));
+        collector
+    }
+}
+
+/// Sets a gauge to a count.
+pub(crate) fn set(gauge: &Gauge, count: usize) {
+    gauge.set(i64::try_from(count).unwrap_or(i64::MAX));
+}
+
+fn count(family: &Family<Label, Counter>, (label, value): (&'static str, &str), more: u64) {
+    family
+        .get_or_create(&[(label, value.to_owned())])
+        .inc_by(more);
+}
+
 /// Gauges of the rings. They are replaced together, so that no reader sees half of a change.
 #[derive(Debug, Clone, Default)]
 struct RingGauges(Arc<Mutex<RingFamilies>>);
@@ -429,11 +338,11 @@ struct RingGauges(Arc<Mutex<RingFamilies>>);
 #[derive(Debug, Default)]
 struct RingFamilies {
     stages: Family<PartLabels, Gauge>,
-    mirror_lag: Family<ModelLabel, Gauge>,
+    mirror_lag: Family<Label, Gauge>,
 }
 
 impl RingGauges {
-    fn set(&self, rings: &[RingView]) {
+    fn set(&self, rings: &[mesh_api::Ring]) {
         let fresh = RingFamilies::default();
         for ring in rings {
             for stage in &ring.stages {
@@ -450,20 +359,18 @@ impl RingGauges {
                     };
                     fresh.stages.get_or_create(&labels).inc();
                 }
-                let model = ring.model.clone();
-                fresh
-                    .mirror_lag
-                    .get_or_create(&ModelLabel { model })
-                    .inc_by(i64::try_from(stage.lag_rows).unwrap_or(i64::MAX));
+                let label = [("model", ring.model.clone())];
+                let lag = i64::try_from(stage.lag_rows).unwrap_or(i64::MAX);
+                fresh.mirror_lag.get_or_create(&label).inc_by(lag);
             }
         }
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = fresh;
+        *lock(&self.0) = fresh;
     }
 }
 
 impl Collector for RingGauges {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
-        let families = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let families = lock(&self.0);
         families.stages.encode(encoder.encode_descriptor(
             "ring_stages",
             "Stages of rings, by part (member or standby) and phase",
@@ -483,11 +390,11 @@ impl Collector for RingGauges {
 #[derive(Debug, Clone, Default)]
 struct ClockGauges(Arc<Mutex<ClockFamily>>);
 
-type ClockFamily = Family<WorkerLabel, Gauge<f64, std::sync::atomic::AtomicU64>>;
+type ClockFamily = Family<Label, Gauge<f64, std::sync::atomic::AtomicU64>>;
 
 impl Collector for ClockGauges {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
-        let family = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let family = lock(&self.0);
         family.encode(encoder.encode_descriptor(
             "worker_clock_offset",
             "How far a worker's clock is ahead of this head's",

@@ -199,9 +199,9 @@ pub struct PinList {
 }
 
 /// A pin: the model that a name stands for.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
-#[serde(default)]
+// No defaults: the head keeps its pins in this form, and one in part is a damaged one.
 pub struct Pin {
     /// The name, as it was first written.
     pub name: String,
@@ -212,10 +212,10 @@ pub struct Pin {
     /// True if an operator set it.
     pub operator: bool,
     /// Id of the node that first sought it.
-    #[serde(skip_serializing_if = "String::is_empty")]
+    #[serde(default, skip_serializing_if = "String::is_empty")]
     pub node: String,
     /// Id of the worker that had it first.
-    #[serde(skip_serializing_if = "String::is_empty")]
+    #[serde(default, skip_serializing_if = "String::is_empty")]
     pub holder: String,
 }
 

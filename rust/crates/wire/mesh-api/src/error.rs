@@ -40,7 +40,7 @@ fn code<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Code>, D::E
 }
 
 macro_rules! codes {
-    ($($(#[$doc:meta])* $name:ident = $text:literal,)*) => {
+    ($($(#[$doc:meta])* $name:ident = $status:literal, $text:literal;)*) => {
         /// The cause of an error, for programs.
         #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
         #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
@@ -61,82 +61,90 @@ macro_rules! codes {
                     Self::Other(text) => text,
                 }
             }
+
+            /// The HTTP status that it usually comes with.
+            pub fn status(&self) -> u16 {
+                match self {
+                    $(Self::$name => $status,)*
+                    Self::Other(_) => 500,
+                }
+            }
         }
     };
 }
 
 codes! {
     /// 400: several nodes have this name; use a node id.
-    AmbiguousNode = "ambiguous_node",
+    AmbiguousNode = 400, "ambiguous_node";
     /// 400: several workers have this name; use a node id.
-    AmbiguousWorker = "ambiguous_worker",
+    AmbiguousWorker = 400, "ambiguous_worker";
     /// 409: the model has no ring that could be compared.
-    CannotRebalance = "cannot_rebalance",
+    CannotRebalance = 409, "cannot_rebalance";
     /// 400: prompt and answer do not fit the context of the model.
-    ContextLengthExceeded = "context_length_exceeded",
+    ContextLengthExceeded = 400, "context_length_exceeded";
     /// 500: drained or undrained, but that is lost when the head restarts.
-    DrainNotKept = "drain_not_kept",
+    DrainNotKept = 500, "drain_not_kept";
     /// 403: the `Host` header is not a name of this head (`http.hosts`).
-    HostNotAllowed = "host_not_allowed",
+    HostNotAllowed = 403, "host_not_allowed";
     /// 500: a fault of the head.
-    InternalError = "internal_error",
+    InternalError = 500, "internal_error";
     /// 401: missing or insufficient API key.
-    InvalidApiKey = "invalid_api_key",
+    InvalidApiKey = 401, "invalid_api_key";
     /// 400: the body cannot be read.
-    InvalidBody = "invalid_body",
+    InvalidBody = 400, "invalid_body";
     /// 400: a field is missing or has a wrong type or value; 409 for pins: the name is not pinned, or too many
     /// are.
-    InvalidValue = "invalid_value",
+    InvalidValue = 400, "invalid_value";
     /// 409: too many nodes are expelled already.
-    ListFull = "list_full",
+    ListFull = 409, "list_full";
     /// 405: the path has no such method.
-    MethodNotAllowed = "method_not_allowed",
+    MethodNotAllowed = 405, "method_not_allowed";
     /// 404: no such model.
-    ModelNotFound = "model_not_found",
+    ModelNotFound = 404, "model_not_found";
     /// 409: another node has the name by now.
-    NameTaken = "name_taken",
+    NameTaken = 409, "name_taken";
     /// 503: no placement is possible for the model.
-    NoPlan = "no_plan",
+    NoPlan = 503, "no_plan";
     /// 409: no other worker has room for the layers.
-    NoRoom = "no_room",
+    NoRoom = 409, "no_room";
     /// 503: no worker serves the model now.
-    NoWorker = "no_worker",
+    NoWorker = 503, "no_worker";
     /// 404: no such node.
-    NodeNotFound = "node_not_found",
+    NodeNotFound = 404, "node_not_found";
     /// 500: the expulsion or readmission failed, or is lost when the head restarts.
-    NotKept = "not_kept",
+    NotKept = 500, "not_kept";
     /// 403: the `Origin` of a browser is not allowed (`http.cors`).
-    OriginNotAllowed = "origin_not_allowed",
+    OriginNotAllowed = 403, "origin_not_allowed";
     /// 503: the queue or the memory of the head is full.
-    Overloaded = "overloaded",
+    Overloaded = 503, "overloaded";
     /// 429: as much is running for this client as it may have.
-    RateLimitExceeded = "rate_limit_exceeded",
+    RateLimitExceeded = 429, "rate_limit_exceeded";
     /// 408: the body did not arrive in time.
-    RequestTimeout = "request_timeout",
+    RequestTimeout = 408, "request_timeout";
     /// 413: the body exceeds `http.body_limit`.
-    RequestTooLarge = "request_too_large",
+    RequestTooLarge = 413, "request_too_large";
     /// 503: the head stops.
-    ShuttingDown = "shutting_down",
+    ShuttingDown = 503, "shutting_down";
     /// 504: no complete answer in time.
-    Timeout = "timeout",
+    Timeout = 504, "timeout";
     /// 500: the token could not be stored.
-    TokenFailed = "token_failed",
+    TokenFailed = 500, "token_failed";
     /// 404: no such join token.
-    TokenNotFound = "token_not_found",
+    TokenNotFound = 404, "token_not_found";
     /// 409: the join token was used already.
-    TokenUsed = "token_used",
+    TokenUsed = 409, "token_used";
     /// 409: too many join tokens are open.
-    TooManyTokens = "too_many_tokens",
+    TooManyTokens = 409, "too_many_tokens";
     /// 404: no such path.
-    UnknownUrl = "unknown_url",
+    UnknownUrl = 404, "unknown_url";
     /// 415: the body is not JSON.
-    UnsupportedMediaType = "unsupported_media_type",
+    UnsupportedMediaType = 415, "unsupported_media_type";
     /// 400: the field asks for something that is not supported.
-    UnsupportedParameter = "unsupported_parameter",
+    UnsupportedParameter = 400, "unsupported_parameter";
     /// 404: no such worker.
-    WorkerNotFound = "worker_not_found",
+    WorkerNotFound = 404, "worker_not_found";
     /// 502: the request failed on several workers.
-    WorkersFailed = "workers_failed",
+    WorkersFailed = 502, "workers_failed";
 }
 
 impl fmt::Display for Code {

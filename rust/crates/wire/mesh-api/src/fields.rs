@@ -21,10 +21,9 @@ pub const ALIASES: &[(&str, &str)] = &[
 /// The fields of one kind of request that are not acted upon.
 #[derive(Debug, Clone, Copy)]
 pub struct Table {
-    /// Fields that change nothing in an answer.
-    pub harmless: &'static [&'static str],
-    /// Fields that are refused; an earlier list comes before a later one.
-    pub refused: [&'static [Refused]; 2],
+    /// Names of fields that change nothing in an answer, with blanks between them.
+    harmless: &'static [&'static str],
+    refused: [&'static [Refused]; 2],
 }
 
 /// `/v1/chat/completions`.
@@ -44,17 +43,27 @@ pub const EMBEDDINGS: Table = Table {
 };
 
 impl Table {
-    /// All refused fields.
-    pub fn refused(&self) -> impl Iterator<Item = &'static Refused> {
-        self.refused.into_iter().flatten()
+    /// Names of the fields that change nothing in an answer.
+    pub fn harmless(&self) -> impl Iterator<Item = &'static str> {
+        let names = |names: &'static &'static str| names.split_ascii_whitespace();
+        self.harmless.iter().flat_map(names)
+    }
+
+    /// Names of the refused fields, each with its rule.
+    pub fn refused(&self) -> impl Iterator<Item = (&'static str, &'static Refused)> {
+        let named = |rule: &'static Refused| {
+            let names = rule.names.split_ascii_whitespace();
+            names.map(move |name| (name, rule))
+        };
+        self.refused.into_iter().flatten().flat_map(named)
     }
 }
 
-/// A field that is refused unless its value asks for nothing.
+/// Fields that are refused unless their value asks for nothing.
 #[derive(Debug, Clone, Copy)]
 pub struct Refused {
-    /// Name of the field.
-    pub name: &'static str,
+    /// Names of the fields, with blanks between them.
+    names: &'static str,
     /// Values that are taken all the same.
     pub neutral: Neutral,
     /// Advice to the client.
@@ -131,13 +140,13 @@ fn is_empty(value: &Value) -> bool {
     }
 }
 
-const fn refuse(name: &'static str, remedy: &'static str) -> Refused {
-    unless(name, Neutral::Empty, remedy)
+const fn refuse(names: &'static str, remedy: &'static str) -> Refused {
+    unless(names, Neutral::Empty, remedy)
 }
 
-const fn unless(name: &'static str, neutral: Neutral, remedy: &'static str) -> Refused {
+const fn unless(names: &'static str, neutral: Neutral, remedy: &'static str) -> Refused {
     Refused {
-        name,
+        names,
         neutral,
         remedy,
     }
@@ -151,183 +160,125 @@ const OTHER_SAMPLERS: &str = "leave it out, or use temperature, top_k, top_p and
 const OTHER_PENALTIES: &str =
     "use repetition_penalty, presence_penalty and frequency_penalty, which look at the whole text";
 const THINKING: &str = "use chat_template_kwargs, such as {\"enable_thinking\": false}";
+const NO_BEAM_SEARCH: &str = "it belongs to beam search, which is not supported";
+const NO_TOOLS: &str = "tools are not supported yet; ask for text only";
+const OWN_VECTORS: &str = "vectors are as the model's own files say";
+const LOSE_END: &str = "texts that are too long lose their end; cut them yourself";
+const OWN_TEMPLATE: &str =
+    "prompts are written by the model's own template; /v1/completions takes them as they are";
+
+const ZERO: Neutral = Neutral::Number(0.0);
+const ONE: Neutral = Neutral::Number(1.0);
+const TRUE: Neutral = Neutral::TrueOr(&[]);
+const AUTO: Neutral = Neutral::Word(&["none", "auto"]);
+const FLOATS: Neutral = Neutral::Format(&["float", "float32"]);
 
 /// Fields that change nothing in an answer: the asker and the reason, hints on speed and caching, and
 /// switches of features that do not exist here.
 const HARMLESS: &[&str] = &[
     // OpenAI
-    "user",
-    "metadata",
-    "store",
-    "service_tier",
-    "safety_identifier",
-    "prompt_cache_key",
-    "prompt_cache_retention",
-    "prediction",
-    "parallel_tool_calls",
+    "user metadata store service_tier safety_identifier prompt_cache_key \
+         prompt_cache_retention prediction parallel_tool_calls",
     // vLLM
-    "priority",
-    "request_id",
-    "cache_salt",
-    "kv_transfer_params",
-    "mm_processor_kwargs",
-    "guided_decoding_backend",
-    "guided_whitespace_pattern",
-    "spaces_between_special_tokens",
+    "priority request_id cache_salt kv_transfer_params mm_processor_kwargs \
+         guided_decoding_backend guided_whitespace_pattern spaces_between_special_tokens",
     // llama.cpp
-    "cache_prompt",
-    "id_slot",
-    "slot_id",
-    "n_keep",
-    "n_discard",
-    "n_cache_reuse",
-    "mirostat_tau",
-    "mirostat_eta",
-    "dynatemp_exponent",
-    "xtc_threshold",
-    "dry_base",
-    "dry_allowed_length",
-    "dry_penalty_last_n",
-    "dry_sequence_breakers",
-    "parse_tool_calls",
-    "preserved_tokens",
-    "thinking_forced_open",
-    "backend_sampling",
+    "cache_prompt id_slot slot_id n_keep n_discard n_cache_reuse mirostat_tau \
+         mirostat_eta dynatemp_exponent xtc_threshold dry_base dry_allowed_length \
+         dry_penalty_last_n dry_sequence_breakers parse_tool_calls preserved_tokens \
+         thinking_forced_open backend_sampling",
     // SGLang
-    "rid",
-    "extra_key",
-    "data_parallel_rank",
-    "bootstrap_host",
-    "bootstrap_port",
-    "bootstrap_room",
-    "stream_reasoning",
+    "rid extra_key data_parallel_rank bootstrap_host bootstrap_port bootstrap_room \
+         stream_reasoning",
     // Ollama, LM Studio, text-generation-webui, TGI
-    "keep_alive",
-    "ttl",
-    "draft_model",
-    "prompt_lookup_num_tokens",
-    "tool_prompt",
+    "keep_alive ttl draft_model prompt_lookup_num_tokens tool_prompt",
 ];
 const EMBEDDINGS_HARMLESS: &[&str] = &[
-    "metadata",
-    "safety_identifier",
-    "service_tier",
-    "store",
-    "priority",
-    "request_id",
-    "cache_salt",
-    "keep_alive",
-    "ttl",
-    "rid",
+    "metadata safety_identifier service_tier store priority request_id cache_salt \
+         keep_alive ttl rid",
 ];
 
 /// Fields that both APIs that generate text refuse.
 const REFUSED: &[Refused] = &[
-    // OpenAI
     unless("response_format", Neutral::TextFormat, UNCONSTRAINED),
-    // vLLM, SGLang, TGI
-    refuse("structured_outputs", UNCONSTRAINED),
-    refuse("structural_tag", UNCONSTRAINED),
-    refuse("guided_json", UNCONSTRAINED),
-    refuse("guided_regex", UNCONSTRAINED),
-    refuse("guided_choice", UNCONSTRAINED),
-    refuse("guided_grammar", UNCONSTRAINED),
-    refuse("guided_json_object", UNCONSTRAINED),
-    refuse("guideline", UNCONSTRAINED),
-    refuse("regex", UNCONSTRAINED),
-    refuse("ebnf", UNCONSTRAINED),
+    refuse(
+        "structured_outputs structural_tag guided_json guided_regex guided_choice \
+         guided_grammar guided_json_object guideline regex ebnf grammar grammar_lazy \
+         grammar_triggers json_schema format grammar_string",
+        UNCONSTRAINED,
+    ),
     refuse("use_beam_search", "answers are sampled; leave it out"),
-    unless(
-        "length_penalty",
-        Neutral::Number(1.0),
-        "it belongs to beam search, which is not supported",
-    ),
+    unless("length_penalty", ONE, NO_BEAM_SEARCH),
+    refuse("early_stopping", NO_BEAM_SEARCH),
     refuse(
-        "early_stopping",
-        "it belongs to beam search, which is not supported",
-    ),
-    refuse(
-        "include_stop_str_in_output",
-        "the stop text is not part of the answer; add it yourself",
-    ),
-    refuse(
-        "no_stop_trim",
+        "include_stop_str_in_output no_stop_trim",
         "the stop text is not part of the answer; add it yourself",
     ),
     refuse("stop_regex", "use 'stop' with texts"),
     unless(
         "skip_special_tokens",
-        Neutral::TrueOr(&[]),
+        TRUE,
         "control tokens are never part of the text",
     ),
-    refuse("allowed_token_ids", "use logit_bias"),
-    refuse("bad_words", "use logit_bias"),
-    refuse("bad_words_ids", "use logit_bias"),
+    refuse(
+        "allowed_token_ids bad_words bad_words_ids custom_token_bans",
+        "use logit_bias",
+    ),
     unless(
         "prompt_logprobs",
         Neutral::False,
         "there are log probabilities of the answer only",
     ),
     refuse("logprob_token_ids", "use logprobs"),
-    refuse("logits_processors", LEAVE_OUT),
-    refuse("custom_logit_processor", LEAVE_OUT),
-    refuse("custom_params", LEAVE_OUT),
+    refuse(
+        "logits_processors custom_logit_processor custom_params return_hidden_states \
+         vllm_xargs repetition_detection watermark decoder_input_details negative_prompt",
+        LEAVE_OUT,
+    ),
     unless(
         "truncate_prompt_tokens",
         Neutral::Null,
         "shorten the prompt yourself",
     ),
-    refuse("return_token_ids", "use logprobs, which name each token"),
     refuse(
-        "return_tokens_as_token_ids",
+        "return_token_ids return_tokens_as_token_ids return_tokens",
         "use logprobs, which name each token",
     ),
-    refuse("return_hidden_states", LEAVE_OUT),
-    refuse("vllm_xargs", LEAVE_OUT),
-    refuse("repetition_detection", LEAVE_OUT),
-    refuse("thinking_token_budget", THINKING),
-    refuse("thinking_budget", THINKING),
-    refuse("lora_path", "name a model that has the adapter built in"),
-    refuse("lora", "name a model that has the adapter built in"),
-    refuse("adapter_id", "name a model that has the adapter built in"),
+    refuse("thinking_token_budget thinking_budget", THINKING),
+    refuse(
+        "lora_path lora adapter_id",
+        "name a model that has the adapter built in",
+    ),
     refuse("session_params", "send the whole conversation each time"),
     refuse("prompt_embeds", "send text or token ids"),
     refuse(
         "input_ids",
         "send text, or token ids as 'prompt' of /v1/completions",
     ),
-    // llama.cpp
-    refuse("grammar", UNCONSTRAINED),
-    refuse("grammar_lazy", UNCONSTRAINED),
-    refuse("grammar_triggers", UNCONSTRAINED),
-    refuse("json_schema", UNCONSTRAINED),
-    unless(
-        "truncation_length",
-        Neutral::Number(0.0),
-        "shorten the prompt yourself",
-    ),
-    unless("n_probs", Neutral::Number(0.0), "use logprobs"),
+    unless("truncation_length", ZERO, "shorten the prompt yourself"),
+    unless("n_probs top_n_tokens", ZERO, "use logprobs"),
     unless("min_keep", Neutral::AtMost(1.0), OTHER_SAMPLERS),
-    unless("dynatemp_range", Neutral::Number(0.0), OTHER_SAMPLERS),
-    unless("typical_p", Neutral::Number(1.0), OTHER_SAMPLERS),
-    unless("typ_p", Neutral::Number(1.0), OTHER_SAMPLERS),
-    unless("tfs_z", Neutral::Number(1.0), OTHER_SAMPLERS),
-    unless("tfs", Neutral::Number(1.0), OTHER_SAMPLERS),
-    unless("xtc_probability", Neutral::Number(0.0), OTHER_SAMPLERS),
-    unless("mirostat", Neutral::Number(0.0), OTHER_SAMPLERS),
-    unless("top_n_sigma", Neutral::AtMost(0.0), OTHER_SAMPLERS),
-    unless("adaptive_target", Neutral::AtMost(0.0), OTHER_SAMPLERS),
-    unless("dry_multiplier", Neutral::Number(0.0), OTHER_PENALTIES),
-    refuse("samplers", "samplers always run in one order; leave it out"),
-    refuse("penalize_nl", OTHER_PENALTIES),
-    unless("n_indent", Neutral::Number(0.0), LEAVE_OUT),
     unless(
-        "t_max_predict_ms",
-        Neutral::AtMost(0.0),
-        "close the connection when it takes too long",
+        "dynatemp_range xtc_probability mirostat top_a epsilon_cutoff eta_cutoff \
+         smoothing_factor penalty_alpha",
+        ZERO,
+        OTHER_SAMPLERS,
     ),
+    unless("typical_p typ_p tfs_z tfs", ONE, OTHER_SAMPLERS),
     unless(
-        "t_max_prompt_ms",
+        "top_n_sigma adaptive_target",
+        Neutral::AtMost(0.0),
+        OTHER_SAMPLERS,
+    ),
+    unless("dry_multiplier no_repeat_ngram_size", ZERO, OTHER_PENALTIES),
+    refuse(
+        "samplers temperature_last sampler_priority sampler_order",
+        "samplers always run in one order; leave it out",
+    ),
+    refuse("penalize_nl", OTHER_PENALTIES),
+    unless("n_indent", ZERO, LEAVE_OUT),
+    unless(
+        "t_max_predict_ms t_max_prompt_ms",
         Neutral::AtMost(0.0),
         "close the connection when it takes too long",
     ),
@@ -335,99 +286,40 @@ const REFUSED: &[Refused] = &[
         "post_sampling_probs",
         "log probabilities are the model's own",
     ),
-    refuse("return_tokens", "use logprobs, which name each token"),
     refuse("return_progress", "a stream shows what there is"),
     refuse("timings_per_token", "the last chunk has the timings"),
     refuse("response_fields", "all fields are sent"),
-    refuse("image_data", TEXT_ONLY),
-    refuse("multimodal_data", TEXT_ONLY),
-    // Ollama's own API
-    unless("format", Neutral::Empty, UNCONSTRAINED),
+    refuse(
+        "image_data multimodal_data images search_parameters data_sources plugins",
+        TEXT_ONLY,
+    ),
     refuse(
         "options",
         "put the parameters beside 'model', under OpenAI's names",
     ),
-    refuse(
-        "template",
-        "prompts are written by the model's own template; /v1/completions takes them as they are",
-    ),
-    refuse("images", TEXT_ONLY),
-    refuse("num_predict", "use max_tokens"),
+    refuse("template", OWN_TEMPLATE),
+    refuse("num_predict max_new_tokens max_length", "use max_tokens"),
     refuse("num_ctx", "set 'context' at the worker"),
-    refuse("system", "send a message of the role system"),
+    refuse("system safe_prompt", "send a message of the role system"),
     refuse("raw", "/v1/completions takes prompts as they are"),
-    // TGI, text-generation-webui, Anthropic, OpenRouter
-    refuse("max_new_tokens", "use max_tokens"),
-    refuse("max_length", "use max_tokens"),
-    refuse("min_length", "use min_tokens"),
-    refuse("min_new_tokens", "use min_tokens"),
+    refuse("min_length min_new_tokens", "use min_tokens"),
     refuse("stop_sequences", "use stop"),
-    unless("do_sample", Neutral::TrueOr(&[]), "use temperature 0"),
-    refuse("watermark", LEAVE_OUT),
-    refuse("decoder_input_details", LEAVE_OUT),
-    unless("top_n_tokens", Neutral::Number(0.0), "use logprobs"),
-    unless("top_a", Neutral::Number(0.0), OTHER_SAMPLERS),
-    unless("epsilon_cutoff", Neutral::Number(0.0), OTHER_SAMPLERS),
-    unless("eta_cutoff", Neutral::Number(0.0), OTHER_SAMPLERS),
-    unless("smoothing_factor", Neutral::Number(0.0), OTHER_SAMPLERS),
-    unless("penalty_alpha", Neutral::Number(0.0), OTHER_SAMPLERS),
-    unless(
-        "encoder_repetition_penalty",
-        Neutral::Number(1.0),
-        OTHER_PENALTIES,
-    ),
-    unless(
-        "no_repeat_ngram_size",
-        Neutral::Number(0.0),
-        OTHER_PENALTIES,
-    ),
-    unless("guidance_scale", Neutral::Number(1.0), LEAVE_OUT),
-    refuse("negative_prompt", LEAVE_OUT),
+    unless("do_sample", TRUE, "use temperature 0"),
+    unless("encoder_repetition_penalty", ONE, OTHER_PENALTIES),
+    unless("guidance_scale", ONE, LEAVE_OUT),
     refuse("ban_eos_token", "use ignore_eos or min_tokens"),
-    refuse("custom_token_bans", "use logit_bias"),
-    refuse("grammar_string", UNCONSTRAINED),
     refuse("dynamic_temperature", OTHER_SAMPLERS),
-    refuse(
-        "temperature_last",
-        "samplers always run in one order; leave it out",
-    ),
-    refuse(
-        "sampler_priority",
-        "samplers always run in one order; leave it out",
-    ),
-    refuse(
-        "sampler_order",
-        "samplers always run in one order; leave it out",
-    ),
-    refuse("search_parameters", TEXT_ONLY),
-    refuse("data_sources", TEXT_ONLY),
-    refuse("plugins", TEXT_ONLY),
-    refuse("safe_prompt", "send a message of the role system"),
 ];
 
 const CHAT_REFUSED: &[Refused] = &[
-    refuse("tools", "tools are not supported yet; ask for text only"),
-    refuse(
-        "functions",
-        "tools are not supported yet; ask for text only",
-    ),
-    unless(
-        "tool_choice",
-        Neutral::Word(&["none", "auto"]),
-        "tools are not supported yet; ask for text only",
-    ),
-    unless(
-        "function_call",
-        Neutral::Word(&["none", "auto"]),
-        "tools are not supported yet; ask for text only",
-    ),
+    refuse("tools functions", NO_TOOLS),
+    unless("tool_choice function_call", AUTO, NO_TOOLS),
     unless(
         "best_of",
-        Neutral::Number(1.0),
+        ONE,
         "leave it out, or set it to the value of 'n'",
     ),
-    refuse("audio", LEAVE_OUT),
-    refuse("web_search_options", LEAVE_OUT),
+    refuse("audio web_search_options", LEAVE_OUT),
     unless("modalities", Neutral::TextOnly, "only text is generated"),
     unless(
         "verbosity",
@@ -443,36 +335,23 @@ const CHAT_REFUSED: &[Refused] = &[
         "the model's template writes its control tokens",
     ),
     refuse("documents", "put them into a message"),
-    refuse(
-        "chat_template",
-        "prompts are written by the model's own template; /v1/completions takes them as they are",
-    ),
+    refuse("chat_template", OWN_TEMPLATE),
     unless(
         "reasoning_format",
-        Neutral::Word(&["none", "auto"]),
+        AUTO,
         "what the model thinks stays in the answer",
     ),
     unless("separate_reasoning", Neutral::Anything, ""),
-    unless("include_reasoning", Neutral::TrueOr(&[]), THINKING),
+    unless("include_reasoning", TRUE, THINKING),
     refuse("reasoning", "use reasoning_effort or chat_template_kwargs"),
-    refuse("thinking", THINKING),
-    unless("think", Neutral::Empty, THINKING),
-    unless("prompt_mode", Neutral::Empty, THINKING),
+    refuse("thinking think prompt_mode", THINKING),
     refuse("suffix", "only /v1/completions could take it"),
     refuse("prompt", "send 'messages', or POST /v1/completions"),
 ];
 
 const COMPLETIONS_REFUSED: &[Refused] = &[
     refuse(
-        "suffix",
-        "put all text before the answer into 'prompt', with the model's own tokens for filling in the middle",
-    ),
-    refuse(
-        "input_prefix",
-        "put all text before the answer into 'prompt', with the model's own tokens for filling in the middle",
-    ),
-    refuse(
-        "input_suffix",
+        "suffix input_prefix input_suffix",
         "put all text before the answer into 'prompt', with the model's own tokens for filling in the middle",
     ),
     refuse(
@@ -480,17 +359,12 @@ const COMPLETIONS_REFUSED: &[Refused] = &[
         "put all text before the answer into 'prompt'",
     ),
     unless(
-        "add_special_tokens",
-        Neutral::TrueOr(&[]),
-        "send token ids as 'prompt'",
-    ),
-    unless(
-        "add_bos_token",
-        Neutral::TrueOr(&[]),
+        "add_special_tokens add_bos_token",
+        TRUE,
         "send token ids as 'prompt'",
     ),
     refuse("messages", "POST /v1/chat/completions takes messages"),
-    refuse("tools", "tools are not supported yet; ask for text only"),
+    refuse("tools", NO_TOOLS),
     refuse(
         "chat_template_kwargs",
         "only /v1/chat/completions uses a template",
@@ -498,59 +372,24 @@ const COMPLETIONS_REFUSED: &[Refused] = &[
 ];
 
 const EMBEDDINGS_REFUSED: &[Refused] = &[
-    unless(
-        "truncate",
-        Neutral::TrueOr(&["end", "right"]),
-        "texts that are too long lose their end; cut them yourself",
-    ),
-    unless(
-        "truncation_direction",
-        Neutral::Word(&["right"]),
-        "texts that are too long lose their end; cut them yourself",
-    ),
-    unless(
-        "truncate_prompt_tokens",
-        Neutral::NullOr(-1.0),
-        "texts that are too long lose their end; cut them yourself",
-    ),
-    unless(
-        "normalize",
-        Neutral::TrueOr(&[]),
-        "vectors are as the model's own files say",
-    ),
-    unless(
-        "normalized",
-        Neutral::TrueOr(&[]),
-        "vectors are as the model's own files say",
-    ),
-    unless(
-        "embd_normalize",
-        Neutral::NullOr(2.0),
-        "vectors are as the model's own files say",
-    ),
+    unless("truncate", Neutral::TrueOr(&["end", "right"]), LOSE_END),
+    unless("truncation_direction", Neutral::Word(&["right"]), LOSE_END),
+    unless("truncate_prompt_tokens", Neutral::NullOr(-1.0), LOSE_END),
+    unless("normalize normalized", TRUE, OWN_VECTORS),
+    unless("embd_normalize", Neutral::NullOr(2.0), OWN_VECTORS),
     unless(
         "add_special_tokens",
-        Neutral::TrueOr(&[]),
+        TRUE,
         "the model's control tokens are added",
     ),
     unless(
-        "embedding_types",
-        Neutral::Format(&["float", "float32"]),
+        "embedding_types embedding_type",
+        FLOATS,
         "use encoding_format",
     ),
     unless(
-        "embedding_type",
-        Neutral::Format(&["float", "float32"]),
-        "use encoding_format",
-    ),
-    unless(
-        "output_dtype",
-        Neutral::Format(&["float", "float32"]),
-        "vectors are 32-bit floats",
-    ),
-    unless(
-        "embed_dtype",
-        Neutral::Format(&["float", "float32"]),
+        "output_dtype embed_dtype",
+        FLOATS,
         "vectors are 32-bit floats",
     ),
     unless(
@@ -559,16 +398,13 @@ const EMBEDDINGS_REFUSED: &[Refused] = &[
         "base64 is little-endian",
     ),
     refuse("output_dimension", "use dimensions"),
-    refuse("late_chunking", LEAVE_OUT),
+    refuse("late_chunking options additional_data", LEAVE_OUT),
     refuse("task", "use input_type"),
     refuse("prompt", "use input_type, or put it before each text"),
     refuse("instruction", "put it before each text"),
-    refuse("messages", "send texts as 'input'"),
-    refuse("content", "send texts as 'input'"),
-    refuse("texts", "send texts as 'input'"),
-    refuse("images", "send texts as 'input'"),
-    refuse("inputs", "send texts as 'input'"),
-    refuse("options", LEAVE_OUT),
-    refuse("pooling", "vectors are as the model's own files say"),
-    refuse("additional_data", LEAVE_OUT),
+    refuse(
+        "messages content texts images inputs",
+        "send texts as 'input'",
+    ),
+    refuse("pooling", OWN_VECTORS),
 ];

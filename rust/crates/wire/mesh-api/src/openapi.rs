@@ -58,25 +58,8 @@ const fn post(path: &'static str, id: &'static str, summary: &'static str) -> Op
 }
 
 impl Operation {
-    const fn for_administrators(self) -> Self {
-        Self {
-            access: Access::Administrators,
-            ..self
-        }
-    }
-
-    const fn open(self) -> Self {
-        Self {
-            access: Access::Open,
-            ..self
-        }
-    }
-
-    const fn optional(self) -> Self {
-        Self {
-            access: Access::Optional,
-            ..self
-        }
+    const fn access(self, access: Access) -> Self {
+        Self { access, ..self }
     }
 
     const fn errors(self, errors: &'static [u16]) -> Self {
@@ -142,21 +125,14 @@ impl Document {
         let whole = self.envelope::<ChatCompletion<'_>>("ChatCompletion");
         let whole = self.or_error(&whole);
         let chunk = self.envelope::<ChatCompletionChunk<'_>>("ChatCompletionChunk");
-        self.add(
-            chat.errors(OF_REQUESTS),
-            Some(body),
-            generated(&whole, &chunk),
-        );
+        let answer = generated(&whole, &chunk);
+        self.add(chat.errors(OF_REQUESTS), Some(body), answer);
 
         let text = post(paths::COMPLETIONS, "createCompletion", "Continues texts.");
         let body = self.request::<CompletionRequest>("CompletionRequest", &fields::COMPLETIONS);
         let chunk = self.envelope::<Completion<'_>>("Completion");
-        let whole = self.or_error(&chunk);
-        self.add(
-            text.errors(OF_REQUESTS),
-            Some(body),
-            generated(&whole, &chunk),
-        );
+        let answer = generated(&self.or_error(&chunk), &chunk);
+        self.add(text.errors(OF_REQUESTS), Some(body), answer);
 
         let embed = post(
             paths::EMBEDDINGS,
@@ -169,43 +145,26 @@ impl Document {
         let answer = json_content(&self.or_error(&whole));
         self.add(embed.errors(OF_REQUESTS), Some(body), answer);
 
-        let list = get(
-            paths::MODELS,
-            "listModels",
-            "Lists the models that requests can name.",
-        );
-        let answer = json_content(&self.response::<ListModelsResponse>());
-        self.add(list, None, answer);
-        let one = get(paths::MODEL, "retrieveModel", "Describes a model.").errors(&[400, 404]);
-        let answer = json_content(&self.response::<Model>());
-        self.add(one, None, answer);
+        let summary = "Lists the models that requests can name.";
+        self.show::<ListModelsResponse>(get(paths::MODELS, "listModels", summary));
+        let one = get(paths::MODEL, "retrieveModel", "Describes a model.");
+        self.show::<Model>(one.errors(&[400, 404]));
         let name = parameter("name", "path", "Name of the model; it may have slashes.");
         self.parameter(paths::MODEL, name);
     }
 
     fn add_state(&mut self) {
-        let mesh = get(
-            paths::MESH,
-            "getMesh",
-            "Describes workers, rings and shared models.",
-        );
-        let answer = json_content(&self.response::<Mesh>());
-        self.add(mesh, None, answer);
+        let summary = "Describes workers, rings and shared models.";
+        self.show::<Mesh>(get(paths::MESH, "getMesh", summary));
 
-        let health = get(
-            paths::HEALTH,
-            "getHealth",
-            "Tells whether the head is alive.",
-        )
-        .open();
-        let schema = self.response::<Health>();
-        self.add(health, None, json_content(&schema));
+        let summary = "Tells whether the head is alive.";
+        let health = get(paths::HEALTH, "getHealth", summary).access(Access::Open);
+        let schema = self.show::<Health>(health);
         self.unavailable(paths::HEALTH, "A loop of the head is stuck.", &schema);
 
         let summary = "Tells whether the mesh, or one model, answers.";
-        let ready = get(paths::READY, "getReadiness", summary).optional();
-        let schema = self.response::<Readiness>();
-        self.add(ready, None, json_content(&schema));
+        let ready = get(paths::READY, "getReadiness", summary).access(Access::Optional);
+        let schema = self.show::<Readiness>(ready);
         self.unavailable(paths::READY, "No worker answers.", &schema);
         let text = "Name of a model. Needs a key unless `http.open` has `ready`.";
         let mut model = parameter("model", "query", text);
@@ -214,38 +173,29 @@ impl Document {
         self.parameter(paths::READY, model);
 
         let summary = "Metrics for Prometheus, as text or as OpenMetrics.";
-        let metrics = get(paths::METRICS, "getMetrics", summary).optional();
+        let metrics = get(paths::METRICS, "getMetrics", summary).access(Access::Optional);
         let text = json!({"schema": {"type": "string"}});
         let content = json!({"text/plain": text, "application/openmetrics-text": text});
         self.add(metrics, None, content);
 
-        let document = get(paths::OPENAPI, "getOpenApi", "This document.").open();
+        let document = get(paths::OPENAPI, "getOpenApi", "This document.").access(Access::Open);
         self.add(document, None, json_content(&json!({"type": "object"})));
     }
 
     fn add_administration(&mut self) {
-        let list = get(
-            paths::TOKENS,
-            "listTokens",
-            "Lists join tokens, without their secrets.",
-        );
-        self.administer::<(), TokenList>(list.errors(&[500]));
+        let errors = &[404, 409, 500];
+        let summary = "Lists join tokens, without their secrets.";
+        let list = get(paths::TOKENS, "listTokens", summary).errors(&[500]);
+        self.administer::<(), TokenList>(list);
         let create = post(paths::TOKENS, "createToken", "Creates a join token.");
         self.administer::<CreateTokenRequest, TokenCreated>(create.errors(&[409, 500]));
-        let revoke = post(
-            paths::REVOKE_TOKEN,
-            "revokeToken",
-            "Revokes an open join token.",
-        );
-        let errors = &[404, 409, 500];
-        self.administer::<TokenRequest, RevokedToken>(revoke.errors(errors));
+        let summary = "Revokes an open join token.";
+        let revoke = post(paths::REVOKE_TOKEN, "revokeToken", summary).errors(errors);
+        self.administer::<TokenRequest, RevokedToken>(revoke);
 
-        let list = get(
-            paths::NODES,
-            "listNodes",
-            "Lists all nodes that the head knows.",
-        );
-        self.administer::<(), NodeList>(list.errors(&[500]));
+        let summary = "Lists all nodes that the head knows.";
+        let list = get(paths::NODES, "listNodes", summary).errors(&[500]);
+        self.administer::<(), NodeList>(list);
         let expel = post(paths::EXPEL, "expelNode", "Expels a node from the mesh.");
         self.administer::<ExpelRequest, NodeChange>(expel.errors(errors));
         let summary = "Ends the expulsion or the quarantine of a node.";
@@ -254,12 +204,9 @@ impl Document {
 
         let list = get(paths::PINS, "listPins", "Lists the pins of model names.");
         self.administer::<(), PinList>(list);
-        let pin = post(
-            paths::PINS,
-            "setPin",
-            "Pins a model's name, or releases its pin.",
-        );
-        self.administer::<PinDecision, PinDecision>(pin.errors(&[409]));
+        let summary = "Pins a model's name, or releases its pin.";
+        let pin = post(paths::PINS, "setPin", summary).errors(&[409]);
+        self.administer::<PinDecision, PinDecision>(pin);
 
         let summary = "Drains a worker: it gets nothing new and hands its stages over.";
         let drain = post(paths::DRAIN, "drainWorker", summary).errors(errors);
@@ -274,13 +221,18 @@ impl Document {
         let summary = "Shows the ring that would be formed for a model.";
         let plan = get(paths::PLAN, "planRing", summary).errors(&[400, 404, 503]);
         self.administer::<(), PlanResponse>(plan);
-        self.parameter(
-            paths::PLAN,
-            parameter("model", "query", "Name of the model."),
-        );
+        let model = parameter("model", "query", "Name of the model.");
+        self.parameter(paths::PLAN, model);
         let summary = "Compares rings with fresh plans and replaces those that are clearly worse.";
         let rebalance = post(paths::REBALANCE, "rebalanceRings", summary).errors(&[409]);
         self.administer::<RebalanceRequest, RebalanceResponse>(rebalance);
+    }
+
+    /// Adds an operation without a body, and returns the schema of its answer.
+    fn show<R: JsonSchema>(&mut self, operation: Operation) -> Value {
+        let schema = self.response::<R>();
+        self.add(operation, None, json_content(&schema));
+        schema
     }
 
     /// Adds an operation for administrators. The body `()` is none.
@@ -290,7 +242,7 @@ impl Document {
             _ => None,
         };
         let content = json_content(&self.response::<R>());
-        self.add(operation.for_administrators(), body, content);
+        self.add(operation.access(Access::Administrators), body, content);
     }
 
     fn add(&mut self, operation: Operation, body: Option<Value>, content: Value) {
@@ -426,12 +378,9 @@ impl Document {
                 schema.insert("maximum".to_owned(), u32::MAX.into());
             }
         });
-        for schema in document["components"]["schemas"]
-            .as_object_mut()
-            .into_iter()
-            .flatten()
-        {
-            if let Ok(schema) = schema.1.try_into() {
+        let schemas = document["components"]["schemas"].as_object_mut();
+        for (_, schema) in schemas.into_iter().flatten() {
+            if let Ok(schema) = schema.try_into() {
                 plain.transform(schema);
             }
         }

@@ -81,17 +81,17 @@ pub(crate) fn add_fields(schema: &mut Value, table: &Table) {
             properties.insert((*alias).to_owned(), same);
         }
     }
-    for name in table.harmless {
+    for name in table.harmless() {
         let field = json!({"description": "Has no effect."});
-        properties.insert((*name).to_owned(), field);
+        properties.insert(name.to_owned(), field);
     }
-    for refused in table.refused() {
+    for (name, refused) in table.refused() {
         let mut field = values(refused.neutral);
         field["description"] = match refused.neutral {
             Neutral::Anything => "Has no effect.".into(),
             _ => format!("Any other value is refused: {}.", refused.remedy).into(),
         };
-        properties.insert(refused.name.to_owned(), field);
+        properties.insert(name.to_owned(), field);
     }
     schema["patternProperties"] = json!({"^speculative": {"description": "Has no effect."}});
 }

@@ -27,7 +27,7 @@ impl Placement {
             let Some(model) = worker.model(&ask.model) else {
                 continue;
             };
-            if model.card.kind() != ask.purpose.kind() {
+            if model.card.kind() != ask.kind {
                 continue;
             }
             if let Some(why) = self.registry.why_not(worker, model, now) {

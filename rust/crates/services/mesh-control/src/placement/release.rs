@@ -4,7 +4,6 @@ use std::time::{Duration, Instant};
 
 use super::{AttemptEnd, Placement, ReceivedTokens, RunningRequest};
 use crate::fair::Ticket;
-use crate::registry::{ServedModel, Worker};
 
 impl Placement {
     /// The first token of a request came: its prompt is prefilled, and its worker has proven that it answers.
@@ -35,11 +34,10 @@ impl Placement {
         worker.unstarted = worker.unstarted.saturating_sub(u32::from(started));
         worker.prefilling = worker.prefilling.saturating_sub(prefilled);
         worker.last_success = Some(now);
-        if let Some(model) = model_of(worker, &running.model) {
+        if let Some(model) = worker.model_mut(&running.model) {
             model.succeeded(now);
-            model.streams = model
-                .streams
-                .max(u32::try_from(streams).unwrap_or(u32::MAX));
+            let streams = u32::try_from(streams).unwrap_or(u32::MAX);
+            model.streams = model.streams.max(streams);
             let took = now.saturating_duration_since(running.started);
             if running.backlog >= LEAST_PREFILL {
                 model.prefilled(running.backlog, took);
@@ -81,7 +79,7 @@ impl Placement {
             return;
         };
         let batch = (running.batch.max(1) + worker.assigned.max(1)).div_ceil(2);
-        if let Some(model) = model_of(worker, &running.model) {
+        if let Some(model) = worker.model_mut(&running.model) {
             if let (Some(first), Some(last)) = (running.first_token, received.last)
                 && received.tokens >= LEAST_DECODE
             {
@@ -135,10 +133,6 @@ impl Placement {
         let reputation = &mut self.registry.reputation;
         reputation.at_fault(key, model, began, now)
     }
-}
-
-fn model_of<'a>(worker: &'a mut Worker, name: &str) -> Option<&'a mut ServedModel> {
-    worker.models.iter_mut().find(|m| m.card.name == name)
 }
 
 /// Least tokens of a prompt, estimated, whose time shows prefill speed and not only round trips.

@@ -8,9 +8,7 @@ use mesh_proto::ModelKind;
 use super::Registry;
 use super::served::{ServedModel, ring_of_subject, short};
 use super::worker::{Worker, WorkerId};
-use crate::spotcheck::{
-    CheckCandidate, CheckState, CheckVerdict, Question, Sample, Schedule, Weights,
-};
+use crate::spotcheck::{CheckState, CheckVerdict, Question, Sample, Schedule, Weights};
 
 /// A proof that a worker has to give.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -82,13 +80,9 @@ impl Registry {
             let old = |at| now.saturating_duration_since(at) >= self.check_interval;
             let stale = model.last_success.is_none_or(old);
             let subject = model.subject(node);
-            let purpose = match model.card.kind() {
-                ModelKind::Chat => "chat",
-                ModelKind::Embed => "embeddings",
-            };
             // One that it is not kept for is shown to answer, and no more.
-            let checked =
-                worker.is_for(purpose) && self.checks.is_due(&model.weights(), &subject, now);
+            let checked = worker.is_for(model.card.kind())
+                && self.checks.is_due(&model.weights(), &subject, now);
             let wanted = model.may_be_asked(now)
                 && match model.proven {
                     true => checked || (stale && idle),
@@ -98,18 +92,16 @@ impl Registry {
             // away.
             (!worker.draining || model.ring.is_some()) && wanted
         };
-        let due: Vec<(Weights, String, ServedModel)> = worker
-            .models
-            .iter()
-            .filter(due)
-            .map(|model| (model.weights(), model.subject(node), model.clone()))
-            .collect();
-        let proofs = due.into_iter().map(|(weights, subject, model)| Proof {
-            ring: model.ring,
-            kind: model.card.kind(),
-            dimensions: model.card.dimensions,
-            question: self.checks.question(&weights, &subject, seed, now),
-            model: model.card.name,
+        let due: Vec<&ServedModel> = worker.models.iter().filter(due).collect();
+        let proofs = due.into_iter().map(|model| {
+            let (weights, subject) = (model.weights(), model.subject(node));
+            Proof {
+                model: model.card.name.clone(),
+                ring: model.ring,
+                kind: model.card.kind(),
+                dimensions: model.card.dimensions,
+                question: self.checks.question(&weights, &subject, seed, now),
+            }
         });
         proofs.collect()
     }
@@ -141,24 +133,15 @@ impl Registry {
             return Vec::new();
         };
         let peers = self.peers(&weights, now);
-        let peers: Vec<CheckCandidate<'_>> = peers
-            .iter()
-            .map(|subject| CheckCandidate { subject })
-            .collect();
+        let peers: Vec<&str> = peers.iter().map(String::as_str).collect();
         let answer = (proof.question.round, sample);
         // Checks cost a hundredth of a slow worker's time at most.
         let took = now.saturating_duration_since(asked);
         let every = self.check_interval.max(took.saturating_mul(100));
         let schedule = Schedule { every, seed };
-        let verdicts = self
-            .checks
-            .answered(&weights, &subject, answer, &peers, schedule, now);
-        let findings = verdicts
-            .into_iter()
-            .filter_map(|verdict| self.found(&weights, verdict, now));
-        let findings = findings.collect();
-        self.refresh_all(now);
-        findings
+        let checks = &mut self.checks;
+        let verdicts = checks.answered(&weights, &subject, answer, &peers, schedule, now);
+        self.findings(&weights, verdicts, now)
     }
 
     /// Compares answers whose comparators are gone or late. To be called now and then.
@@ -166,19 +149,26 @@ impl Registry {
         let mut findings = Vec::new();
         for weights in self.checks.waiting() {
             let peers = self.peers(&weights, now);
-            let peers: Vec<CheckCandidate<'_>> = peers
-                .iter()
-                .map(|subject| CheckCandidate { subject })
-                .collect();
+            let peers: Vec<&str> = peers.iter().map(String::as_str).collect();
             let every = self.check_interval;
             let schedule = Schedule { every, seed };
             let verdicts = self.checks.look_again(&weights, &peers, schedule, now);
-            let found = verdicts
-                .into_iter()
-                .filter_map(|verdict| self.found(&weights, verdict, now));
-            findings.extend(found.collect::<Vec<_>>());
-            self.refresh_all(now);
+            findings.extend(self.findings(&weights, verdicts, now));
         }
+        findings
+    }
+
+    /// Draws the consequences of verdicts.
+    fn findings(
+        &mut self,
+        weights: &Weights,
+        verdicts: Vec<CheckVerdict>,
+        now: Instant,
+    ) -> Vec<Finding> {
+        let verdicts = verdicts.into_iter();
+        let found = verdicts.map(|verdict| self.found(weights, verdict, now));
+        let findings = found.collect();
+        self.refresh_all(now);
         findings
     }
 
@@ -186,8 +176,7 @@ impl Registry {
     pub fn declined(&mut self, id: WorkerId, model: &str, now: Instant) -> bool {
         let limit = self.trial;
         let worker = self.workers.get_mut(&id);
-        let mut models = worker.into_iter().flat_map(|worker| &mut worker.models);
-        let meant = models.find(|served| served.card.name == model);
+        let meant = worker.and_then(|worker| worker.model_mut(model));
         meant.is_none_or(|served| served.declined(limit, now))
     }
 
@@ -254,7 +243,7 @@ impl Registry {
         peers.into_iter().map(|(_, _, subject)| subject).collect()
     }
 
-    fn found(&mut self, weights: &Weights, verdict: CheckVerdict, now: Instant) -> Option<Finding> {
+    fn found(&mut self, weights: &Weights, verdict: CheckVerdict, now: Instant) -> Finding {
         let named = |this: &Self, subject: &str| {
             let found = this.iter().find(|worker| {
                 let node = worker.node_id().unwrap_or_default();
@@ -283,13 +272,13 @@ impl Registry {
                 };
                 self.checks.forget(&subject);
                 self.disputes.remove(&subject);
-                Some(Finding::Quarantined {
+                Finding::Quarantined {
                     node: node.unwrap_or(subject),
                     name,
                     ring,
                     length,
                     reason,
-                })
+                }
             }
             CheckVerdict::Disputed { senior, junior } => {
                 let (one, two) = (named(self, &senior).1, named(self, &junior).1);
@@ -302,30 +291,13 @@ impl Registry {
                 if self.disputes.len() < DISPUTES {
                     self.disputes.insert(junior, text.clone());
                 }
-                Some(Finding::Disputed { text })
+                Finding::Disputed { text }
             }
             CheckVerdict::Settled { subject } => {
                 self.disputes.remove(&subject);
                 let (_, name) = named(self, &subject);
-                Some(Finding::Settled { name })
+                Finding::Settled { name }
             }
-        }
-    }
-
-    /// The worker answers all questions that it is asked now, as honest ones do.
-    #[cfg(test)]
-    pub(crate) fn prove_all(&mut self, id: WorkerId, now: Instant) {
-        let position = crate::spotcheck::Position {
-            token: 1,
-            logprob: -0.1,
-            top: vec![(1, -0.1), (2, -3.0)],
-        };
-        for proof in self.proofs_due(id, &BTreeSet::new(), 1, now) {
-            let sample = match proof.kind {
-                ModelKind::Chat => Sample::Text(vec![position.clone(); 4]),
-                ModelKind::Embed => Sample::Vector(vec![1.0, 2.0]),
-            };
-            self.proved(id, &proof, Some(sample), now, 2, now);
         }
     }
 

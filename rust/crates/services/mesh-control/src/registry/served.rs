@@ -70,6 +70,11 @@ impl ServedModel {
         self.proven || (!self.failing && self.last_sign.is_some_and(fresh))
     }
 
+    /// True if it answers, and as others do.
+    pub(crate) fn is_cleared(&self) -> bool {
+        self.proven && self.check_state == CheckState::Cleared
+    }
+
     /// A token came back.
     pub(crate) fn succeeded(&mut self, now: Instant) {
         (self.proven, self.failing) = (true, false);
@@ -133,9 +138,11 @@ impl ServedModel {
 
     /// A first token came after `took`, of which the prompt explains a part.
     pub fn waited(&mut self, prompt: u64, took: Duration, now: Instant) {
-        let explained = match self.prefill_tps > 0.0 {
-            true => prompt as f64 / self.prefill_tps,
-            false => 0.0,
+        let known = self.prefill_tps > 0.0;
+        let explained = if known {
+            prompt as f64 / self.prefill_tps
+        } else {
+            0.0
         };
         let more = (took.as_secs_f64() - explained).max(0.0);
         let before = self.delay.1.map_or(more, |_| self.delay(now));

@@ -50,11 +50,8 @@ impl Registry {
         let Some(node) = worker.node_id() else {
             return false;
         };
-        let paused = self
-            .reputation
-            .paused_until(node, &model.card.name, now)
-            .is_some();
-        !paused
+        let paused_until = self.reputation.paused_until(node, &model.card.name, now);
+        paused_until.is_none()
             && !self.is_out(node, now)
             && model.check_state != CheckState::Held
             && match self.unpaused(model, now) {
@@ -104,11 +101,8 @@ impl Registry {
     /// Reason for which this node is in quarantine; `None` if it is not.
     pub fn why_out(&self, node_id: &str, now: Instant) -> Option<String> {
         let found = self.reputation.quarantined(node_id, now)?;
-        let left = (found.until - now).as_secs();
-        Some(format!(
-            "in quarantine for another {left} s: {}",
-            found.reason
-        ))
+        let (left, reason) = ((found.until - now).as_secs(), found.reason);
+        Some(format!("in quarantine for another {left} s: {reason}"))
     }
 
     /// Ends a node's quarantine and forgives its faults, so that it starts again as a new node. Returns true
@@ -144,10 +138,8 @@ impl Registry {
     /// Returns true if a worker that may get requests has these weights under this name.
     pub fn holds(&self, name: &str, weights: &str, now: Instant) -> bool {
         self.iter().any(|worker| {
-            let mut same = worker
-                .models
-                .iter()
-                .filter(|m| m.card.name == name && m.card.fingerprint == weights);
+            let models = worker.models.iter();
+            let mut same = models.filter(|m| m.card.name == name && m.card.fingerprint == weights);
             same.any(|model| is_available(worker, model))
                 && worker.node_id().is_some_and(|node| !self.is_out(node, now))
         })
@@ -157,16 +149,14 @@ impl Registry {
     /// them.
     pub fn why_not(&self, worker: &Worker, model: &ServedModel, now: Instant) -> Option<String> {
         if self.service(worker, model, now) == Service::Serves {
-            return match self.has_name(model, now) {
-                Service::Serves => None,
-                Service::Soon => Some(
+            let why = match self.has_name(model, now) {
+                Service::Serves => return None,
+                Service::Soon => {
                     "it serves other weights than those in use until a moment ago, and is asked soon"
-                        .to_owned(),
-                ),
-                Service::Out => {
-                    Some("it serves other weights than those in use under this name".to_owned())
                 }
+                Service::Out => "it serves other weights than those in use under this name",
             };
+            return Some(why.to_owned());
         }
         let node = worker.node_id().unwrap_or_default();
         if let Some(out) = self.why_out(node, now) {
@@ -193,18 +183,14 @@ impl Registry {
 
     /// The largest context of a model that answers, or of any worker where none does: no answer is longer.
     pub fn context_of(&self, name: &str) -> Option<u32> {
-        let cards = |answering: bool| {
-            let models = self.iter().flat_map(|worker| &worker.models);
-            models
-                .filter(move |model| {
-                    !answering || (model.proven && model.check_state == CheckState::Cleared)
-                })
-                .filter(|model| model.card.name == name)
-                .map(|model| model.card.context)
-                .filter(|context| *context > 0)
-                .max()
+        let models = || {
+            let all = self.iter().flat_map(|worker| &worker.models);
+            all.filter(|model| model.card.name == name && model.card.context > 0)
         };
-        cards(true).or_else(|| cards(false))
+        let answering = models().filter(|model| model.is_cleared());
+        let context = |model: &ServedModel| model.card.context;
+        let largest = answering.map(context).max();
+        largest.or_else(|| models().map(context).max())
     }
 
     /// The model of requests that name none: the first by name, and from then on the same one as long as it
@@ -258,17 +244,15 @@ impl Registry {
                 *seen = now;
             }
         }
-        let over = |(name, (used, seen)): (&String, &(String, Instant))| {
+        let mut names = std::mem::take(&mut self.names);
+        names.retain(|name, (used, seen)| {
             let memory = match self.holds(name, used, now) {
                 true => NAME_MEMORY,
                 false => self.handover,
             };
-            (now.saturating_duration_since(*seen) >= memory).then(|| name.clone())
-        };
-        let over: Vec<String> = self.names.iter().filter_map(over).collect();
-        for name in over {
-            self.names.remove(&name);
-        }
+            now.saturating_duration_since(*seen) < memory
+        });
+        self.names = names;
         for (name, weights) in serving {
             if self.names.contains_key(&name) || self.names.len() < KNOWN_MODELS {
                 self.names.entry(name).or_insert((weights, now));

@@ -1,12 +1,30 @@
 use std::collections::BTreeSet;
 
-use mesh_proto::ModelSpeed;
+use mesh_proto::{ModelKind, ModelSpeed};
 
 use super::proofs::Finding;
 use super::served::{MOST_CONTEXT, MOST_DIMENSIONS, MOST_SLOTS, NAME_BYTES};
 use super::*;
 use crate::spotcheck::{Position, Sample};
 use dcf::Version;
+
+impl Registry {
+    /// The worker answers all questions that it is asked now, as honest ones do.
+    pub(crate) fn prove_all(&mut self, id: WorkerId, now: Instant) {
+        let position = Position {
+            token: 1,
+            logprob: -0.1,
+            top: vec![(1, -0.1), (2, -3.0)],
+        };
+        for proof in self.proofs_due(id, &BTreeSet::new(), 1, now) {
+            let sample = match proof.kind {
+                ModelKind::Chat => Sample::Text(vec![position.clone(); 4]),
+                ModelKind::Embed => Sample::Vector(vec![1.0, 2.0]),
+            };
+            self.proved(id, &proof, Some(sample), now, 2, now);
+        }
+    }
+}
 
 fn address(port: u16) -> SocketAddr {
     SocketAddr::from(([127, 0, 0, 1], port))

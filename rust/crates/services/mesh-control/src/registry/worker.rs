@@ -99,8 +99,8 @@ impl Worker {
     /// Requests that hold or wait for a slot, by whichever count is larger: its report is up to 250 ms old,
     /// and other heads may use it too.
     pub(crate) fn active(&self) -> u32 {
-        self.assigned
-            .max(self.load.running.saturating_add(self.load.queued))
+        let reported = self.load.running.saturating_add(self.load.queued);
+        self.assigned.max(reported)
     }
 
     /// The model of that name, if it serves it; its first one that makes text for a request that names none.
@@ -115,14 +115,23 @@ impl Worker {
         self.models.iter().find(is_meant)
     }
 
-    /// Returns true if it may be used for this purpose.
-    pub(crate) fn is_for(&self, purpose: &str) -> bool {
+    /// The model of exactly that name, to change.
+    pub fn model_mut(&mut self, name: &str) -> Option<&mut ServedModel> {
+        self.models.iter_mut().find(|model| model.card.name == name)
+    }
+
+    /// Returns true if it may be used for such models, by its `reserved_for`.
+    pub(crate) fn is_for(&self, kind: ModelKind) -> bool {
+        let purpose = match kind {
+            ModelKind::Chat => "chat",
+            ModelKind::Embed => "embeddings",
+        };
         self.reserved_for.is_empty() || self.reserved_for.iter().any(|kept| kept == purpose)
     }
 
     /// A token was asked of one of its models at `asked`, and came or did not come.
     pub fn probed(&mut self, name: &str, came: bool, asked: Instant, now: Instant) {
-        let Some(model) = self.models.iter_mut().find(|model| model.card.name == name) else {
+        let Some(model) = self.model_mut(name) else {
             return;
         };
         if came {
@@ -178,7 +187,7 @@ impl Worker {
 
     /// A request for this model showed that the engine gets on.
     pub fn gave_sign(&mut self, name: &str, now: Instant) {
-        if let Some(model) = self.models.iter_mut().find(|m| m.card.name == name) {
+        if let Some(model) = self.model_mut(name) {
             model.last_sign = Some(now);
         }
     }
@@ -205,9 +214,5 @@ const LONGEST_RETRY: Duration = Duration::from_secs(30);
 /// Returns true if a worker takes requests of the kind that this model answers. The driver of a ring answers
 /// until the ring has moved away from it.
 pub(super) fn is_available(worker: &Worker, model: &ServedModel) -> bool {
-    let purpose = match model.card.kind() {
-        ModelKind::Chat => "chat",
-        ModelKind::Embed => "embeddings",
-    };
-    (!worker.draining || model.ring.is_some()) && worker.is_for(purpose)
+    (!worker.draining || model.ring.is_some()) && worker.is_for(model.card.kind())
 }

@@ -86,6 +86,14 @@ pub enum AnswerError {
     ShuttingDown,
 }
 
+impl AnswerError {
+    /// The request itself cannot be answered.
+    pub fn invalid(text: String) -> Self {
+        let code = ErrorCode::INVALID_PAYLOAD;
+        Self::Rejected { code, text }
+    }
+}
+
 /// Failure of an attempt.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Failure {

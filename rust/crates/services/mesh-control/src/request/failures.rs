@@ -20,18 +20,17 @@ impl Lifecycle {
             return Step::Wait;
         };
         let (code, text) = match failure {
-            Failure::Lost(text) => return self.again(worker, text, AttemptEnd::Failed),
+            Failure::Lost(text) => return self.retry(worker, Fault::Unknown, text),
             Failure::Died(text) => return self.died(worker, text),
             Failure::Nonsense(text) => return self.blame(worker, text),
             Failure::Error { code, text } => (code, readable(&text)),
         };
         match code {
             // A request that is at fault is so from the beginning.
-            ErrorCode::INVALID_PAYLOAD | ErrorCode::CONTEXT_TOO_LONG if self.came_from_it() => self
-                .blame(
-                    worker,
-                    format!("{code} in the middle of its answer: {text}"),
-                ),
+            ErrorCode::INVALID_PAYLOAD | ErrorCode::CONTEXT_TOO_LONG if self.came_from_it() => {
+                let text = format!("{code} in the middle of its answer: {text}");
+                self.blame(worker, text)
+            }
             ErrorCode::INVALID_PAYLOAD | ErrorCode::CONTEXT_TOO_LONG => {
                 self.rejects(worker, code, text)
             }
@@ -41,11 +40,7 @@ impl Lifecycle {
                 self.phase = Phase::Placing;
                 Step::Again(AttemptEnd::Busy)
             }
-            _ => {
-                self.fault = Fault::Perhaps;
-                let text = format!("{code}: {text}");
-                self.again_as(worker, text, AttemptEnd::Failed)
-            }
+            _ => self.retry(worker, Fault::Perhaps, format!("{code}: {text}")),
         }
     }
 
@@ -54,7 +49,7 @@ impl Lifecycle {
         self.deaths.push((worker, !self.answered));
         let (deaths, silent) = (self.deaths.len(), self.silent_deaths());
         if silent < MOST_SILENT_DEATHS && deaths < MOST_DEATHS {
-            return self.again(worker, text, AttemptEnd::Failed);
+            return self.retry(worker, Fault::Unknown, text);
         }
         self.failures += 1;
         let error = AnswerError::WorkersDied {
@@ -88,41 +83,33 @@ impl Lifecycle {
 
     /// The attempt failed, and that is the worker's fault.
     pub(super) fn blame(&mut self, worker: WorkerId, text: String) -> Step {
-        self.fault = Fault::Worker;
-        self.again_as(worker, text, AttemptEnd::Failed)
+        self.retry(worker, Fault::Worker, text)
     }
 
-    pub(super) fn again(&mut self, worker: WorkerId, text: String, ended: AttemptEnd) -> Step {
-        self.fault = Fault::Unknown;
-        self.again_as(worker, text, ended)
-    }
-
-    pub(super) fn again_as(&mut self, worker: WorkerId, text: String, ended: AttemptEnd) -> Step {
+    /// The attempt failed: goes on elsewhere, unless that was the last one.
+    pub(super) fn retry(&mut self, worker: WorkerId, fault: Fault, text: String) -> Step {
+        self.fault = fault;
         self.failures += 1;
         self.failed_on.push(worker);
         if self.failures > self.limits.reruns {
-            return self.fail(
-                AnswerError::WorkersFailed {
-                    attempts: self.failures,
-                    workers: self.failed_on.iter().collect::<BTreeSet<_>>().len(),
-                    last: text,
-                },
-                ended,
-            );
+            let error = AnswerError::WorkersFailed {
+                attempts: self.failures,
+                workers: self.failed_on.iter().collect::<BTreeSet<_>>().len(),
+                last: text,
+            };
+            return self.fail(error, AttemptEnd::Failed);
         }
         self.phase = Phase::Placing;
-        Step::Again(ended)
+        Step::Again(AttemptEnd::Failed)
     }
 
     pub(super) fn fail(&mut self, error: AnswerError, ended: AttemptEnd) -> Step {
         self.phase = Phase::Ended;
         // The only verdict on the request that there is.
         let error = match (self.rejected.take(), error) {
-            (Some(rejected), AnswerError::Refused(_) | AnswerError::WorkersFailed { .. }) => {
-                AnswerError::Rejected {
-                    code: rejected.code,
-                    text: rejected.text,
-                }
+            (Some(first), AnswerError::Refused(_) | AnswerError::WorkersFailed { .. }) => {
+                let (code, text) = (first.code, first.text);
+                AnswerError::Rejected { code, text }
             }
             (_, error) => error,
         };

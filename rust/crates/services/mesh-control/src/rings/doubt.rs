@@ -13,7 +13,6 @@ use tracing::{info, warn};
 use super::ring::{Doubt, hex};
 use super::{Action, Rings};
 
-/// The outcome of a doubt.
 enum DoubtOutcome {
     /// No decision yet.
     Wait,
@@ -74,9 +73,8 @@ impl Rings {
                 link,
             };
             entry.doubts.insert(key, doubt);
-            self.actions.push(Action::Ask {
-                node: about.clone(),
-            });
+            let node = about.clone();
+            self.actions.push(Action::Ask { node });
             info!(
                 ring = hex(ring),
                 worker = name,
@@ -151,14 +149,11 @@ impl Rings {
             return;
         };
         let mut next = ring.clone();
-        let pairs: Vec<String> = unreached
-            .iter()
-            .map(|(by, about)| format!("{} and {}", self.name(by), self.name(about)))
-            .collect();
-        let reason = format!(
-            "moved: the link between {} is made anew",
-            pairs.join(", between ")
-        );
+        let pair =
+            |(by, about): &(String, String)| format!("{} and {}", self.name(by), self.name(about));
+        let pairs: Vec<String> = unreached.iter().map(pair).collect();
+        let pairs = pairs.join(", between ");
+        let reason = format!("moved: the link between {pairs} is made anew");
         next.relinked
             .retain(|_, at| now.saturating_duration_since(*at) < RELINK_MEMORY);
         for pair in unreached {
@@ -178,22 +173,16 @@ impl Rings {
         let Some(ring) = self.rings.get(&id) else {
             return;
         };
-        let others: BTreeSet<&str> = ring
-            .stages
-            .iter()
-            .map(|stage| stage.member.node.as_str())
-            .filter(|node| node != by)
-            .collect();
-        let reaches = |other: &&str| !ring.doubts.contains_key(&(by.clone(), (*other).to_owned()));
+        let mut others = ring.members();
+        others.remove(by);
+        let reaches = |other: &String| !ring.doubts.contains_key(&(by.clone(), other.clone()));
         let cut_off = others.len() >= 2 && !others.iter().any(reaches);
         let (node, reason) = if cut_off {
             (by, "it reaches no other member".to_owned())
         } else {
             let by = self.name(by);
-            (
-                about,
-                format!("it does not reach {by} over a new link either"),
-            )
+            let reason = format!("it does not reach {by} over a new link either");
+            (about, reason)
         };
         self.suspect(&node.clone(), id, &reason, now);
     }

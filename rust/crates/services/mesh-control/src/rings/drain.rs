@@ -1,6 +1,7 @@
 //! Draining: a worker hands its parts over, then holds nothing.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
+use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use mesh_api::Holding;
@@ -9,7 +10,7 @@ use tracing::subscriber::NoSubscriber;
 
 use super::Rings;
 use super::node::RingWorker;
-use super::ring::{Replica, Ring, hex};
+use super::ring::{Replica, Ring, Stage, hex};
 
 /// Reasons for which a worker is not drained.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -40,7 +41,7 @@ impl Rings {
     /// # Errors
     /// [`DrainRefusal`]; then nothing has changed.
     pub fn drain(&mut self, node: &str, now: Instant) -> Result<(), DrainRefusal> {
-        if !self.nodes.get(node).is_some_and(|node| node.connected) {
+        if !self.is_connected(node) {
             return Err(DrainRefusal::Unknown(node.to_owned()));
         }
         let mut trial = self.clone();
@@ -51,15 +52,14 @@ impl Rings {
         with_default(&silent, || trial.poll(now));
         // Running requests must either have been moved, or have somewhere to go to.
         for ring in self.rings.values().filter(|ring| ring.has_member(node)) {
-            let later = trial
-                .live_ring(&ring.model)
-                .and_then(|id| trial.rings.get(&id));
+            let later = trial.live_ring(&ring.model);
+            let later = later.and_then(|id| trial.rings.get(&id));
             let stuck = match later {
                 None => ring.stages.iter().find(|stage| stage.member.node == node),
-                Some(later) => later
-                    .stages
-                    .iter()
-                    .find(|stage| stage.member.node == node && stage.standby.is_none()),
+                Some(later) => {
+                    let mut stages = later.stages.iter();
+                    stages.find(|stage| stage.member.node == node && stage.standby.is_none())
+                }
             };
             if let Some(stage) = stuck.filter(|_| ring.retiring.is_none()) {
                 return Err(DrainRefusal::NoRoom {
@@ -92,10 +92,9 @@ impl Rings {
 
     /// Names of the workers that an operator drains, by their node ids.
     pub fn drained(&self) -> BTreeMap<String, String> {
-        let drained = self.nodes.iter().filter(|(_, node)| node.asked_to_drain);
-        drained
-            .map(|(id, node)| (id.clone(), node.name.clone()))
-            .collect()
+        let mut names = self.names();
+        names.retain(|node, _| self.is_asked_to_drain(node));
+        names
     }
 
     /// Restores the nodes that were drained before the head was started; they may come at any time.
@@ -121,11 +120,7 @@ impl Rings {
                         ring: hex(ring.id),
                         layers: [stage.layers.start, stage.layers.end],
                         part: part.into(),
-                        waits_for: self.waits_for(
-                            ring,
-                            stage.standby.as_ref(),
-                            stage.member.lag_rows,
-                        ),
+                        waits_for: self.waits_for(ring, stage),
                     }));
                 }
             }
@@ -133,19 +128,22 @@ impl Rings {
         holdings
     }
 
-    fn waits_for(&self, ring: &Ring, standby: Option<&Replica>, lag: u64) -> String {
+    fn waits_for(&self, ring: &Ring, stage: &Stage) -> String {
         if ring.retiring.is_some() {
             return "its last requests on this ring to end".into();
         }
         if ring.serving_since.is_none() {
             return "the ring to serve".into();
         }
-        match standby {
+        match &stage.standby {
             None => "a worker with room".into(),
             Some(part) if !part.is_ready() => {
                 format!("{} to load the layers", self.name(&part.node))
             }
-            Some(part) => format!("{} to receive {lag} KV rows", self.name(&part.node)),
+            Some(part) => {
+                let (name, lag) = (self.name(&part.node), stage.member.state.lag_rows);
+                format!("{name} to receive {lag} KV rows")
+            }
         }
     }
 
@@ -155,11 +153,8 @@ impl Rings {
         let Some(ring) = self.rings.get(&id) else {
             return;
         };
-        let drained: BTreeSet<String> = ring
-            .parts()
-            .filter(|part| drains(&part.node))
-            .map(|part| part.node.clone())
-            .collect();
+        let mut drained = ring.nodes();
+        drained.retain(|node| drains(node));
         let nothing_to_do = drained.is_empty() && ring.moves.is_empty();
         if nothing_to_do || ring.retiring.is_some() || !ring.lost.is_empty() {
             return;
@@ -172,23 +167,22 @@ impl Rings {
                 // Nothing has run on it yet, so its loss does no harm.
                 let names: Vec<&str> = drained.iter().map(|node| self.name(node)).collect();
                 let reason = format!("{} is drained", names.join(", "));
-                self.replan_forming(id, &drained, &reason, now);
+                if let Some(ring) = self.rings.get_mut(&id) {
+                    for node in &drained {
+                        ring.lose(node, reason.clone());
+                    }
+                }
+                self.recover(id, now);
             }
             return;
         }
 
-        let before: BTreeSet<String> = ring.parts().map(|part| part.node.clone()).collect();
+        let before = ring.nodes();
         let mut next = ring.clone();
         let mut changed = false;
         for stage in &mut next.stages {
-            if stage
-                .standby
-                .as_ref()
-                .is_some_and(|part| drained.contains(&part.node))
-            {
-                stage.standby = None;
-                changed = true;
-            }
+            let drains = |part: &mut Replica| drained.contains(&part.node);
+            changed |= stage.standby.take_if(drains).is_some();
         }
         let mut moved = Vec::new();
         let mut stuck = None;
@@ -201,14 +195,10 @@ impl Rings {
                 && let Some(node) = self.find_standby(&next, index, now)
             {
                 next.stages[index].standby = Some(Replica::new(node));
-                next.stages[index].member.lag_rows = 0;
+                next.stages[index].member.state.lag_rows = 0;
                 changed = true;
             }
-            let members: BTreeSet<String> = next
-                .stages
-                .iter()
-                .map(|stage| stage.member.node.clone())
-                .collect();
+            let members = next.members();
             let stage = &mut next.stages[index];
             let better = ring.moves.get(&index);
             let moves = better.is_some() && better == stage.standby.as_ref().map(|part| &part.node);
@@ -223,14 +213,12 @@ impl Rings {
                 |part: &Replica| !self.settings.double_stages && members.contains(&part.node);
             match stage.standby.take() {
                 None => stuck = Some(stage.member.node.clone()),
-                Some(part) if up_to_date(&part, stage.member.lag_rows, now) && !double(&part) => {
-                    moved.push(format!(
-                        "{} hands layers {}..{} over to {}",
-                        self.name(&stage.member.node),
-                        stage.layers.start,
-                        stage.layers.end,
-                        self.name(&part.node)
-                    ));
+                Some(part)
+                    if up_to_date(&part, stage.member.state.lag_rows, now) && !double(&part) =>
+                {
+                    let Range { start, end } = stage.layers;
+                    let (from, to) = (self.name(&stage.member.node), self.name(&part.node));
+                    moved.push(format!("{from} hands layers {start}..{end} over to {to}"));
                     stage.member = part;
                     next.moves.remove(&index);
                 }
@@ -271,16 +259,6 @@ impl Rings {
         next.standbys_for = None;
         self.rings.insert(id, next);
         self.broadcast(id, &before);
-    }
-
-    fn replan_forming(&mut self, id: u64, drained: &BTreeSet<String>, reason: &str, now: Instant) {
-        let Some(ring) = self.rings.get_mut(&id) else {
-            return;
-        };
-        for node in drained {
-            ring.lose(node, reason.to_owned());
-        }
-        self.recover(id, now);
     }
 
     fn set_asked(&mut self, node: &str, asked: bool) {

@@ -1,12 +1,14 @@
 //! Losses: replaces the members of a ring that are gone, and restores its standbys.
 
 use std::collections::BTreeSet;
+use std::ops::Range;
 use std::time::Instant;
 
+use arcanum_profiler::replacement_for;
 use tracing::{info, warn};
 
 use super::ring::{Replica, Ring, hex};
-use super::{Action, Rings};
+use super::{Action, RingWorker, Rings};
 
 impl Rings {
     /// Deals with all losses of a ring that are known now, in one new epoch.
@@ -23,15 +25,13 @@ impl Rings {
         let planned = self.gives_up_by_plan(ring);
         let mut next = ring.clone();
         for stage in &mut next.stages {
-            let is_lost = |part: &Replica| ring.lost.contains_key(&part.node);
-            if stage.standby.as_ref().is_some_and(is_lost) {
-                stage.standby = None;
-            }
+            let is_lost = |part: &mut Replica| ring.lost.contains_key(&part.node);
+            stage.standby.take_if(is_lost);
         }
         let broken: Vec<usize> = (0..next.stages.len())
             .filter(|stage| ring.lost.contains_key(&next.stages[*stage].member.node))
             .collect();
-        let before: BTreeSet<String> = ring.parts().map(|part| part.node.clone()).collect();
+        let before = ring.nodes();
         let reason = reasons(ring);
         if broken.is_empty() {
             self.lose_standbys(next, &before, &reason, now);
@@ -40,27 +40,21 @@ impl Rings {
 
         let mut taken = Vec::new();
         for stage in broken {
+            let Range { start, end } = next.stages[stage].layers;
             let Some(part) = self.successor(&mut next, stage, now) else {
-                let layers = next.stages[stage].layers.clone();
-                let mib = next.stage_bytes(&layers) >> 20;
+                let mib = next.stage_bytes(&(start..end)) >> 20;
                 let missing = format!(
-                    "{reason}; no worker is left that can take its layers {}..{} ({mib} MiB)",
-                    layers.start, layers.end
+                    "{reason}; no worker is left that can take its layers {start}..{end} ({mib} MiB)"
                 );
                 self.plan_anew(id, &missing, now);
                 return;
             };
-            let how = if part.is_ready() {
-                "stood by"
-            } else {
-                "loads them"
+            let how = match part.is_ready() {
+                true => "stood by",
+                false => "loads them",
             };
-            taken.push(format!(
-                "{} takes layers {}..{} ({how})",
-                self.name(&part.node),
-                next.stages[stage].layers.start,
-                next.stages[stage].layers.end
-            ));
+            let name = self.name(&part.node);
+            taken.push(format!("{name} takes layers {start}..{end} ({how})"));
             next.stages[stage].member = part;
         }
         let reason = format!("{reason}; {}", taken.join(", "));
@@ -83,16 +77,15 @@ impl Rings {
     /// Finds the worker that takes over a stage: its standby, else any worker with room.
     fn successor(&self, next: &mut Ring, stage: usize, now: Instant) -> Option<Replica> {
         if let Some(standby) = next.stages[stage].standby.take() {
-            let draining = self
-                .nodes
-                .get(&standby.node)
-                .is_none_or(super::RingWorker::is_draining);
+            let node = self.nodes.get(&standby.node);
+            let draining = node.is_none_or(RingWorker::is_draining);
             let free_to = self.settings.double_stages || !next.has_member(&standby.node);
             if free_to && !draining {
                 return Some(standby);
             }
         }
-        self.find_replacement(next, stage, now)
+        let lost = next.lost.keys().cloned().collect();
+        self.find_worker(next, stage, lost, replacement_for, now)
             .or_else(|| self.find_second_part(next, stage, now))
             .map(Replica::new)
     }
@@ -161,7 +154,7 @@ impl Rings {
             }
             if let Some(node) = self.find_standby(next, stage, now) {
                 next.stages[stage].standby = Some(Replica::new(node));
-                next.stages[stage].member.lag_rows = 0;
+                next.stages[stage].member.state.lag_rows = 0;
                 found = true;
             }
         }
@@ -240,9 +233,8 @@ impl Rings {
             reason: reason.clone(),
             ..Default::default()
         };
-        let nodes: BTreeSet<String> = ring.parts().map(|part| part.node.clone()).collect();
-        for node in nodes {
-            if self.nodes.get(&node).is_some_and(|node| node.connected) {
+        for node in ring.nodes() {
+            if self.is_connected(&node) {
                 self.told_off.insert((node.clone(), id));
                 self.actions.push(Action::Send {
                     node,
@@ -275,7 +267,6 @@ impl Rings {
     }
 }
 
-/// All reasons of a ring's losses.
 fn reasons(ring: &Ring) -> String {
     let mut reasons: Vec<&str> = ring.lost.values().map(String::as_str).collect();
     reasons.dedup();

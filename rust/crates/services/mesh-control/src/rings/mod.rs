@@ -28,7 +28,6 @@ pub mod rebalance;
 mod reports;
 mod ring;
 mod show;
-mod view;
 
 #[cfg(test)]
 mod tests;
@@ -41,7 +40,6 @@ use arcanum_profiler::Objective;
 use mesh_proto::{ModelCard, Offer};
 
 pub use action::{Action, Prospect, RingCounts};
-pub use view::{PathView, RecoveryView, RingView, StageView, Unformed};
 
 use node::{MODELS_PER_NODE, RingWorker};
 use ring::Ring;
@@ -127,7 +125,7 @@ pub struct Rings {
     stirred: Option<(Instant, Instant)>,
     last_rebalance: Option<Instant>,
     /// With the time of each report.
-    recoveries: VecDeque<(RecoveryView, Instant)>,
+    recoveries: VecDeque<(mesh_api::Recovery, Instant)>,
     /// Workers that were told to forget a ring, so that they are told once.
     told_off: BTreeSet<(String, u64)>,
     counts: RingCounts,
@@ -157,7 +155,7 @@ impl Rings {
 
     /// A worker's link is up. Whatever it held under an earlier link is lost.
     pub fn joined(&mut self, node: &str, arrival: Arrival, now: Instant) {
-        if self.nodes.get(node).is_some_and(|known| known.connected) {
+        if self.is_connected(node) {
             self.left(node, "it has connected again", now);
         }
         let entry = self.nodes.entry(node.to_owned()).or_default();
@@ -199,9 +197,9 @@ impl Rings {
             return;
         };
         address.set_ip(ip);
-        let rings = self.rings.iter().filter(|(_, ring)| ring.has_part(node));
-        let rings: Vec<u64> = rings.map(|(id, _)| *id).collect();
-        for id in rings {
+        let rings = self.rings.values().filter(|ring| ring.has_part(node));
+        let ids: Vec<u64> = rings.map(|ring| ring.id).collect();
+        for id in ids {
             self.broadcast(id, &BTreeSet::new());
         }
     }
@@ -277,13 +275,8 @@ impl Rings {
         let Some(found) = self.rings.get(&ring) else {
             return;
         };
-        let members: BTreeSet<String> = found
-            .stages
-            .iter()
-            .map(|stage| stage.member.node.clone())
-            .collect();
-        for node in &members {
-            if let Some(entry) = self.nodes.get_mut(node) {
+        for node in found.members() {
+            if let Some(entry) = self.nodes.get_mut(&node) {
                 let pause = self.settings.suspect_pause;
                 entry.suspicion.raise(pause, reason, now);
             }
@@ -359,13 +352,14 @@ impl Rings {
         }
         for model in self.offered_models() {
             if self.wants_ring(&model) {
-                let prospect = match self.unplanned.get(&model) {
-                    // Changes since then may make a plan possible; that shows in a moment.
-                    Some((_, reason)) if self.stirred.is_none() => {
-                        Prospect::Impossible(reason.clone())
-                    }
-                    _ => Prospect::Coming,
-                };
+                // Changes since then may make a plan possible; that shows in a moment.
+                let found = self
+                    .unplanned
+                    .get(&model)
+                    .filter(|_| self.stirred.is_none());
+                let prospect = found.map_or(Prospect::Coming, |(_, reason)| {
+                    Prospect::Impossible(reason.clone())
+                });
                 prospects.insert(model, prospect);
             }
         }
@@ -386,22 +380,20 @@ impl Rings {
         (ring.driver() == driver && !ring.lost.contains_key(driver)).then_some(ring.serving_since)
     }
 
-    /// Rings that were replaced and still answer: ring, node id of the driver.
-    pub fn retiring(&self) -> Vec<(u64, String)> {
-        let retiring = self
-            .rings
-            .iter()
-            .filter(|(_, ring)| ring.retiring.is_some());
-        retiring
-            .map(|(id, ring)| (*id, ring.driver().to_owned()))
-            .collect()
+    /// Rings that were replaced and still answer.
+    pub fn retiring(&self) -> Vec<u64> {
+        let retiring = self.rings.values().filter(|ring| ring.retiring.is_some());
+        retiring.map(|ring| ring.id).collect()
     }
 
     /// Returns true if a worker offered parts of models.
     pub fn has_offer(&self, node: &str) -> bool {
-        self.nodes
-            .get(node)
-            .is_some_and(|node| node.connected && !node.offers.is_empty())
+        let node = self.nodes.get(node);
+        node.is_some_and(|node| node.connected && !node.offers.is_empty())
+    }
+
+    fn is_connected(&self, node: &str) -> bool {
+        self.nodes.get(node).is_some_and(|node| node.connected)
     }
 
     fn serve(&mut self, id: u64, node: &str, card: ModelCard) {
@@ -440,17 +432,14 @@ impl Rings {
 
     /// Handles rings that do not get ready in time: the parts that they wait for count as lost.
     fn check_deadlines(&mut self, now: Instant) {
-        let mut late = Vec::new();
-        for (id, ring) in &self.rings {
-            late.extend(
-                ring.late(now)
-                    .into_iter()
-                    .map(|(node, why)| (*id, node, why)),
-            );
-        }
-        for (id, node, why) in late {
-            let model = self.rings[&id].model.clone();
-            self.unfit(&node, &model, id, why, now);
+        let rings = self.rings.values();
+        let late: Vec<_> = rings
+            .map(|ring| (ring.id, ring.model.clone(), ring.late(now)))
+            .collect();
+        for (id, model, late) in late {
+            for (node, why) in late {
+                self.unfit(&node, &model, id, why, now);
+            }
         }
     }
 
@@ -475,12 +464,9 @@ impl Rings {
     /// replace it.
     fn live_ring(&self, model: &str) -> Option<u64> {
         let live = |ring: &&Ring| ring.model == model && ring.retiring.is_none();
-        let mut rings = self.rings.iter().filter(|(_, ring)| live(ring));
-        rings
-            .clone()
-            .find(|(_, ring)| ring.replaces.is_none())
-            .or_else(|| rings.next())
-            .map(|(id, _)| *id)
+        let rings = self.rings.values().filter(live);
+        let ring = rings.min_by_key(|ring| (ring.replaces.is_some(), ring.id));
+        ring.map(|ring| ring.id)
     }
 
     fn offered_models(&self) -> BTreeSet<String> {

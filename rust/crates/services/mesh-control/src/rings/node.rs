@@ -11,7 +11,6 @@ use mesh_proto::{LayerOffer, NodeProfile, Offer};
 pub(super) struct RingWorker {
     /// Name a person knows it by.
     pub(super) name: String,
-    /// Its link is up.
     pub(super) connected: bool,
     /// Time at which the head last heard anything on its link; `None` if that is not known.
     pub(super) heard: Option<Instant>,
@@ -21,11 +20,9 @@ pub(super) struct RingWorker {
     pub(super) others: Vec<IpAddr>,
     /// The head's own address on the way to it.
     pub(super) head_ip: Option<IpAddr>,
-    /// Speed and memory of the machine.
     pub(super) profile: NodeProfile,
     /// By model name.
     pub(super) offers: BTreeMap<String, LayerOffer>,
-    /// Models that it serves whole.
     pub(super) whole: BTreeSet<String>,
     /// An operator drains it.
     pub(super) asked_to_drain: bool,
@@ -39,7 +36,6 @@ pub(super) struct RingWorker {
     pub(super) gone_since: Option<Instant>,
 }
 
-/// A suspicion, with its reason and its end.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Suspicion {
     /// Not before then.

@@ -5,7 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::time::Instant;
 
 use arcanum_profiler::{
-    Candidate, ModelSpec, Plan, PlanError, Policy, place, replacement_for, standby_for,
+    Assignment, Candidate, ModelSpec, Plan, PlanError, Policy, place, standby_for,
 };
 use mesh_proto::{LayerOffer, ModelCard, NodeAddr, RingStage};
 use tracing::{info, warn};
@@ -57,6 +57,9 @@ pub(super) struct Outlook {
 
 /// Two offers of one name are the same model if these are equal: fingerprint, layers, width.
 type Weights<'a> = (&'a str, u32, u32);
+/// [`standby_for`] or [`arcanum_profiler::replacement_for`].
+type Find =
+    fn(&ModelSpec, &[Assignment], usize, u64, &[Candidate], &Policy, &[String]) -> Option<String>;
 type Holder<'a> = (&'a String, &'a RingWorker, &'a LayerOffer);
 
 impl Rings {
@@ -85,10 +88,9 @@ impl Rings {
             limit => limit,
         };
         let fixed = self.settings.context;
-        let mut context = if fixed == 0 {
-            own_limit
-        } else {
-            fixed.min(own_limit)
+        let mut context = match fixed {
+            0 => own_limit,
+            fixed => fixed.min(own_limit),
         };
         let plan = loop {
             match self.place_with(&outlook, context) {
@@ -120,11 +122,8 @@ impl Rings {
         let wanted = u64::from(context) * u64::from(policy.slots);
         let least = u64::from(context).max(wanted / 4);
         while self.settings.standbys && uncovered(&best) > 0 {
-            let fewer = policy
-                .kv_tokens
-                .unwrap_or(best.kv_tokens)
-                .min(best.kv_tokens)
-                / 2;
+            let tried = policy.kv_tokens.unwrap_or(best.kv_tokens);
+            let fewer = tried.min(best.kv_tokens) / 2;
             if fewer < least {
                 break;
             }
@@ -164,10 +163,8 @@ impl Rings {
                     && offer.hidden == ring.spec.hidden
             };
             if ring.is_none_or(same) {
-                groups
-                    .entry((&card.fingerprint, offer.layers, offer.hidden))
-                    .or_default()
-                    .push((id, node, offer));
+                let key = (card.fingerprint.as_str(), offer.layers, offer.hidden);
+                groups.entry(key).or_default().push((id, node, offer));
             }
         }
         // Different files under one name: the one that most workers have.
@@ -202,43 +199,31 @@ impl Rings {
             profile.memory_available.min(profile.memory_total)
         };
         let has = self.nodes.get(node).map_or(0, memory);
-        let used = self
-            .rings
-            .iter()
-            .filter(|(id, _)| !freed.contains(id))
-            .map(|(_, ring)| ring.bytes_on(node))
-            .fold(0, u64::saturating_add);
-        has.saturating_sub(used)
+        let others = self.rings.values().filter(|ring| !freed.contains(&ring.id));
+        let used = others.map(|ring| ring.bytes_on(node));
+        has.saturating_sub(used.fold(0, u64::saturating_add))
     }
 
     /// Finds a standby for a stage of this ring. `layout` is the ring as it is about to be.
     pub(super) fn find_standby(&self, layout: &Ring, stage: usize, now: Instant) -> Option<String> {
-        let outlook = self.outlook(&layout.model, Some(layout), &[layout.id], now)?;
         let mut exclude: Vec<String> = layout.lost.keys().cloned().collect();
         if !self.settings.double_stages {
-            exclude.extend(layout.stages.iter().map(|stage| stage.member.node.clone()));
+            exclude.extend(layout.members());
         }
-        standby_for(
-            &layout.spec,
-            &layout.assignments(),
-            stage,
-            layout.kv_tokens,
-            &outlook.candidates,
-            &self.policy(layout.context),
-            &exclude,
-        )
+        self.find_worker(layout, stage, exclude, standby_for, now)
     }
 
-    /// Finds a worker to take over a stage without a standby.
-    pub(super) fn find_replacement(
+    /// Finds a worker for a stage of this ring, other than those to `exclude`.
+    pub(super) fn find_worker(
         &self,
         layout: &Ring,
         stage: usize,
+        exclude: Vec<String>,
+        find: Find,
         now: Instant,
     ) -> Option<String> {
         let outlook = self.outlook(&layout.model, Some(layout), &[layout.id], now)?;
-        let exclude: Vec<String> = layout.lost.keys().cloned().collect();
-        replacement_for(
+        find(
             &layout.spec,
             &layout.assignments(),
             stage,
@@ -265,22 +250,15 @@ impl Rings {
     /// Rings for models that are offered and have none.
     pub(super) fn form_missing(&mut self, now: Instant) {
         for model in self.offered_models() {
-            let tried = self
-                .unplanned
-                .get(&model)
-                .map(|(generation, _)| *generation);
-            if !self.wants_ring(&model) || tried == Some(self.generation) {
+            let tried = self.unplanned.get(&model);
+            let tried = tried.is_some_and(|(generation, _)| *generation == self.generation);
+            if tried || !self.wants_ring(&model) {
                 continue;
             }
             match self.place(&model, &[], now) {
                 Ok(planned) => {
-                    self.form(
-                        &model,
-                        planned,
-                        "workers offer its layers".into(),
-                        None,
-                        now,
-                    );
+                    let reason = "workers offer its layers".into();
+                    self.form(&model, planned, reason, None, now);
                 }
                 Err(error) => self.cannot_plan(&model, &error.to_string()),
             }
@@ -325,20 +303,13 @@ impl Rings {
             member: Replica::new(stage.node.clone()),
             standby: stage.standby.clone().map(Replica::new),
         });
-        let assigned: BTreeSet<&String> = planned
-            .plan
-            .stages
-            .iter()
-            .flat_map(|stage| [Some(&stage.node), stage.standby.as_ref()])
-            .flatten()
-            .collect();
-        let left_out = planned
-            .plan
-            .left_out
-            .iter()
-            .filter(|left| !assigned.contains(&left.node))
-            .map(|left| (self.name(&left.node).to_owned(), left.reason.to_string()))
-            .collect();
+        let parts = planned.plan.stages.iter();
+        let parts = parts.flat_map(|stage| [Some(&stage.node), stage.standby.as_ref()]);
+        let assigned: BTreeSet<&String> = parts.flatten().collect();
+        let left_out = planned.plan.left_out.iter();
+        let left_out = left_out.filter(|left| !assigned.contains(&left.node));
+        let left_out =
+            left_out.map(|left| (self.name(&left.node).to_owned(), left.reason.to_string()));
         let ring = Ring {
             id,
             epoch: 1,
@@ -370,7 +341,7 @@ impl Rings {
             compared: Some(self.generation),
             token_us: planned.plan.token_us,
             tokens_per_second: planned.plan.tokens_per_second,
-            left_out,
+            left_out: left_out.collect(),
             formed: now,
         };
         self.unplanned.remove(model);
@@ -386,11 +357,11 @@ impl Rings {
             return;
         };
         let message = self.message(ring);
-        let mut nodes: BTreeSet<String> = ring.parts().map(|part| part.node.clone()).collect();
+        let mut nodes = ring.nodes();
         nodes.extend(others.iter().cloned());
         for node in nodes {
             self.told_off.remove(&(node.clone(), id));
-            if self.nodes.get(&node).is_some_and(|node| node.connected) {
+            if self.is_connected(&node) {
                 self.actions.push(Action::Send {
                     node,
                     ring: message.clone(),
@@ -400,36 +371,32 @@ impl Rings {
     }
 
     fn message(&self, ring: &Ring) -> mesh_proto::Ring {
-        let addresses: BTreeMap<&str, SocketAddr> = ring
-            .parts()
-            .filter_map(|part| Some((part.node.as_str(), self.nodes.get(&part.node)?.address?)))
+        let address = |node: &str| self.nodes.get(node)?.address;
+        let parts = ring.parts().map(|part| part.node.as_str());
+        let addresses: BTreeMap<&str, SocketAddr> = parts
+            .filter_map(|node| Some((node, address(node)?)))
             .collect();
         let all_here = addresses.values().all(|address| address.ip().is_loopback());
         // A worker beside the head is reached over loopback by the head alone; the others know that machine
         // by the address at which they reach the head.
-        let head_ip = ring
-            .parts()
-            .filter(|part| {
-                addresses
-                    .get(&*part.node)
-                    .is_some_and(|address| !address.ip().is_loopback())
-            })
-            .find_map(|part| self.nodes.get(&part.node)?.head_ip)
+        let elsewhere = ring.parts().filter(|part| {
+            let address = addresses.get(part.node.as_str());
+            address.is_some_and(|address| !address.ip().is_loopback())
+        });
+        let mut head_ips = elsewhere.filter_map(|part| self.nodes.get(&part.node)?.head_ip);
+        let head_ip = head_ips
+            .next()
             .filter(|ip: &IpAddr| !ip.is_loopback() && !ip.is_unspecified());
         let addr_of = |part: &Replica| {
-            let address = addresses
-                .get(part.node.as_str())
-                .map(|address| match head_ip {
-                    Some(ip) if !all_here && address.ip().is_loopback() => {
-                        SocketAddr::new(ip, address.port())
-                    }
-                    _ => *address,
-                });
-            let others = self
-                .nodes
-                .get(&part.node)
-                .map(|node| node.others.as_slice());
-            let others = others.unwrap_or_default().iter();
+            let seen = addresses.get(part.node.as_str());
+            let address = seen.map(|address| match head_ip {
+                Some(ip) if !all_here && address.ip().is_loopback() => {
+                    SocketAddr::new(ip, address.port())
+                }
+                _ => *address,
+            });
+            let node = self.nodes.get(&part.node);
+            let others = node.into_iter().flat_map(|node| &node.others);
             let others = others.filter_map(|ip| Some(SocketAddr::new(*ip, address?.port())));
             NodeAddr {
                 addresses: others.map(|other| other.to_string()).collect(),
@@ -440,22 +407,19 @@ impl Rings {
                     .unwrap_or_default(),
             }
         };
+        let stages = ring.stages.iter().map(|stage| RingStage {
+            layer_start: stage.layers.start,
+            layer_end: stage.layers.end,
+            member: Some(addr_of(&stage.member)),
+            standby: stage.standby.as_ref().map(addr_of),
+            format: stage.format.clone(),
+        });
         mesh_proto::Ring {
             ring: ring.id,
             epoch: ring.epoch,
             model: ring.model.clone(),
             fingerprint: ring.offered.fingerprint.clone(),
-            stages: ring
-                .stages
-                .iter()
-                .map(|stage| RingStage {
-                    layer_start: stage.layers.start,
-                    layer_end: stage.layers.end,
-                    member: Some(addr_of(&stage.member)),
-                    standby: stage.standby.as_ref().map(addr_of),
-                    format: stage.format.clone(),
-                })
-                .collect(),
+            stages: stages.collect(),
             slots: ring.slots,
             context: ring.context,
             kv_tokens: ring.kv_tokens,
@@ -466,22 +430,16 @@ impl Rings {
 
     fn not_offered(&self, model: &str, now: Instant) -> NoPlan {
         let waits = |node: &&RingWorker| node.connected && node.offers.contains_key(model);
-        let waiting: Vec<String> = self
-            .nodes
-            .values()
-            .filter(waits)
-            .map(|node| {
-                let why = match () {
-                    () if node.is_draining() => "is drained",
-                    () if node.whole.contains(model) => "serves it whole",
-                    () if node.suspicion.holds(now) => {
-                        "did not answer and is left alone for a while"
-                    }
-                    () => "failed to hold its part and is left alone for a while",
-                };
-                format!("{} {why}", node.name)
-            })
-            .collect();
+        let waiting = self.nodes.values().filter(waits).map(|node| {
+            let why = match () {
+                () if node.is_draining() => "is drained",
+                () if node.whole.contains(model) => "serves it whole",
+                () if node.suspicion.holds(now) => "did not answer and is left alone for a while",
+                () => "failed to hold its part and is left alone for a while",
+            };
+            format!("{} {why}", node.name)
+        });
+        let waiting: Vec<String> = waiting.collect();
         NoPlan::NotOffered {
             model: model.to_owned(),
             waiting: (!waiting.is_empty()).then(|| format!(" ({})", waiting.join(", "))),
@@ -496,10 +454,8 @@ impl Rings {
 
 /// Number of stages without a standby.
 fn uncovered(plan: &Plan) -> usize {
-    plan.stages
-        .iter()
-        .filter(|stage| stage.standby.is_none())
-        .count()
+    let uncovered = plan.stages.iter().filter(|stage| stage.standby.is_none());
+    uncovered.count()
 }
 
 fn offered<'a>(node: &'a RingWorker, model: &str) -> Option<(&'a LayerOffer, &'a ModelCard)> {

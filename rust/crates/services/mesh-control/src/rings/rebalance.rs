@@ -30,7 +30,6 @@ pub struct Comparison {
     pub verdict: String,
 }
 
-/// Change that follows from a comparison.
 enum Remedy {
     Nothing,
     /// Single stages move to other workers while the ring serves.
@@ -55,13 +54,11 @@ impl Rings {
         let mut compared = Vec::new();
         let ids: Vec<u64> = match model {
             Some(model) => {
-                let id =
-                    self.live_ring(model)
-                        .ok_or_else(|| match self.prospects().get(model) {
-                            Some(Prospect::Impossible(reason)) => reason.clone(),
-                            _ => format!("no ring serves {model:?}; GET /v1/mesh lists the rings"),
-                        })?;
-                vec![id]
+                let missing = || match self.prospects().get(model) {
+                    Some(Prospect::Impossible(reason)) => reason.clone(),
+                    _ => format!("no ring serves {model:?}; GET /v1/mesh lists the rings"),
+                };
+                vec![self.live_ring(model).ok_or_else(missing)?]
             }
             None => self.rings.keys().copied().collect(),
         };
@@ -94,16 +91,11 @@ impl Rings {
                 && ring.serving_since.is_some()
                 && !ring.last_loss.is_some_and(shaken)
         };
-        let ids: Vec<u64> = self
-            .rings
-            .iter()
-            .filter(|(_, ring)| due(ring))
-            .map(|(id, _)| *id)
-            .collect();
+        let due = self.rings.values().filter(|ring| due(ring));
+        let ids: Vec<u64> = due.map(|ring| ring.id).collect();
         for id in ids {
-            let generation = self.generation;
             if let Some(ring) = self.rings.get_mut(&id) {
-                ring.compared = Some(generation);
+                ring.compared = Some(self.generation);
             }
             if let Ok((_, remedy)) = self.compare(id, now)
                 && !matches!(remedy, Remedy::Nothing)
@@ -122,34 +114,28 @@ impl Rings {
         }
         let settled = |ring: &Ring| ring.lost.is_empty() && ring.serving_since.is_some();
         if !settled(ring) {
+            let why = ring.hindrance();
             return Err(format!(
-                "the ring of {model:?} does not serve at the moment: {}",
-                ring.hindrance()
+                "the ring of {model:?} does not serve at the moment: {why}"
             ));
         }
         if !ring.moves.is_empty() {
-            return Err(format!(
-                "stages of the ring of {model:?} are moving already"
-            ));
+            let text = format!("stages of the ring of {model:?} are moving already");
+            return Err(text);
         }
         if self.rings.values().any(|other| other.replaces == Some(id)) {
-            return Err(format!(
-                "a better ring of {model:?} is being formed already"
-            ));
+            let text = format!("a better ring of {model:?} is being formed already");
+            return Err(text);
         }
-        let fresh = self
-            .place(&model, &[id], now)
-            .map_err(|error| error.to_string())?;
-        let outlook = self
-            .outlook(&model, Some(ring), &[id], now)
-            .ok_or("its members may not be used at the moment")?;
-        let (token_us, per_second) = evaluate(
-            &ring.spec,
-            &ring.assignments(),
-            &outlook.candidates,
-            &fresh.policy,
-        )
-        .ok_or("a member of the ring did not say how fast it is")?;
+        let fresh = self.place(&model, &[id], now);
+        let fresh = fresh.map_err(|error| error.to_string())?;
+        let outlook = self.outlook(&model, Some(ring), &[id], now);
+        let candidates = outlook
+            .ok_or("its members may not be used at the moment")?
+            .candidates;
+        let speed = evaluate(&ring.spec, &ring.assignments(), &candidates, &fresh.policy);
+        let (token_us, per_second) =
+            speed.ok_or("a member of the ring did not say how fast it is")?;
         let gain = self.gain((token_us, per_second), &fresh.plan);
         let names = |node: &str| self.name(node).to_owned();
         let (verdict, remedy) = self.judge(ring, (token_us, per_second), gain, fresh.clone(), now);
@@ -183,10 +169,8 @@ impl Rings {
             return (verdict, Remedy::Nothing);
         }
         if let Some(next) = self.moves(ring, &fresh) {
-            return (
-                "its stages move to faster workers while it serves".into(),
-                Remedy::Move(Box::new(next)),
-            );
+            let verdict = "its stages move to faster workers while it serves";
+            return (verdict.into(), Remedy::Move(Box::new(next)));
         }
         // A worker knows requests by their model: one driver cannot serve both rings.
         let fits = |beside: &Planned| {
@@ -203,21 +187,20 @@ impl Rings {
             let planned = bare.place(&ring.model, &[], now).ok().filter(fits)?;
             Some((planned, true))
         });
-        match beside {
-            Some((beside, true)) => (
+        let verdict = match beside {
+            Some((_, true)) => {
                 "the new ring is formed beside the old one, which gives its standbys up for that and goes on until it serves"
-                    .into(),
-                Remedy::Beside(Box::new(beside), true),
-            ),
-            Some((beside, false)) => (
-                "the new ring is formed beside the old one, which goes on until it serves".into(),
-                Remedy::Beside(Box::new(beside), false),
-            ),
-            None => (
-                "the old ring ends, then the new one is formed: requests wait for it".into(),
-                Remedy::Instead(Box::new(fresh)),
-            ),
-        }
+            }
+            Some((_, false)) => {
+                "the new ring is formed beside the old one, which goes on until it serves"
+            }
+            None => "the old ring ends, then the new one is formed: requests wait for it",
+        };
+        let remedy = match beside {
+            Some((beside, bare)) => Remedy::Beside(Box::new(beside), bare),
+            None => Remedy::Instead(Box::new(fresh)),
+        };
+        (verdict.into(), remedy)
     }
 
     fn apply(&mut self, id: u64, remedy: Remedy, now: Instant) {
@@ -225,10 +208,11 @@ impl Rings {
             return;
         };
         let model = ring.model.clone();
+        let faster = "it is faster than the ring so far";
         match remedy {
             Remedy::Nothing => return,
             Remedy::Move(mut next) => {
-                let before: BTreeSet<String> = ring.parts().map(|part| part.node.clone()).collect();
+                let before = ring.nodes();
                 next.reason = "stages are to move to faster workers".into();
                 next.log_standbys(&next.layout(|node| self.name(node).to_owned()));
                 self.rings.insert(id, *next);
@@ -238,23 +222,11 @@ impl Rings {
                 if bare {
                     self.give_up_standbys(id);
                 }
-                self.form(
-                    &model,
-                    *planned,
-                    "it is faster than the ring so far".into(),
-                    Some(id),
-                    now,
-                );
+                self.form(&model, *planned, faster.into(), Some(id), now);
             }
             Remedy::Instead(planned) => {
                 self.dissolve(id, "moved: a faster ring is formed in its place".into());
-                self.form(
-                    &model,
-                    *planned,
-                    "it is faster than the ring so far".into(),
-                    None,
-                    now,
-                );
+                self.form(&model, *planned, faster.into(), None, now);
             }
         }
         self.last_rebalance = Some(now);
@@ -265,12 +237,8 @@ impl Rings {
     /// not allow it.
     fn moves(&self, ring: &Ring, fresh: &Planned) -> Option<Ring> {
         let planned = &fresh.plan.stages;
-        let same_cut = planned.len() == ring.stages.len()
-            && planned
-                .iter()
-                .zip(&ring.stages)
-                .all(|(planned, stage)| planned.layers == stage.layers);
-        if !same_cut {
+        let cut = planned.iter().map(|stage| &stage.layers);
+        if !cut.eq(ring.stages.iter().map(|stage| &stage.layers)) {
             return None;
         }
         let mut next = ring.clone();
@@ -288,7 +256,7 @@ impl Rings {
             let standby = stage.standby.as_ref().map(|part| &part.node);
             if better.is_some() && better != standby {
                 stage.standby = better.cloned().map(Replica::new);
-                stage.member.lag_rows = 0;
+                stage.member.state.lag_rows = 0;
             } else if better.is_none() && standby.is_some_and(|node| wanted.contains(node)) {
                 // Its memory is needed for the stage that it takes over.
                 stage.standby = None;
@@ -304,10 +272,10 @@ impl Rings {
         let Some(ring) = self.rings.get_mut(&id) else {
             return;
         };
-        let before: BTreeSet<String> = ring.parts().map(|part| part.node.clone()).collect();
-        ring.stages
-            .iter_mut()
-            .for_each(|stage| stage.standby = None);
+        let before = ring.nodes();
+        for stage in &mut ring.stages {
+            stage.standby = None;
+        }
         ring.reason = "its standbys make room for a faster ring".into();
         self.broadcast(id, &before);
     }
@@ -328,12 +296,8 @@ impl Rings {
                 ring.running == Some(0) || now.saturating_duration_since(since) >= limit
             })
         };
-        let ids: Vec<u64> = self
-            .rings
-            .iter()
-            .filter(|(_, ring)| over(ring))
-            .map(|(id, _)| *id)
-            .collect();
+        let over = self.rings.values().filter(|ring| over(ring));
+        let ids: Vec<u64> = over.map(|ring| ring.id).collect();
         for id in ids {
             self.dissolve(id, "moved: a faster ring serves in its place".into());
         }

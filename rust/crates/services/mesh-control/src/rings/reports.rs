@@ -7,7 +7,7 @@ use mesh_proto::{PartPhase, RingState};
 use tracing::{info, warn};
 
 use super::ring::hex;
-use super::view;
+use super::show::recovery as shown;
 use super::{Action, Rings};
 
 impl Rings {
@@ -24,7 +24,9 @@ impl Rings {
         let mut failed = None;
         for report in &state.parts {
             if report.phase == i32::from(PartPhase::Failed) {
-                failed.get_or_insert_with(|| shorten(&report.error));
+                failed.get_or_insert_with(|| {
+                    report.error.chars().take(ERROR_CHARS).collect::<String>()
+                });
             }
             ring.report(node, report, now);
         }
@@ -41,23 +43,12 @@ impl Rings {
         let Some(ring) = self.rings.get(&state.ring) else {
             return;
         };
-        let others: BTreeSet<&str> = ring
-            .parts()
-            .map(|part| part.node.as_str())
-            .filter(|other| *other != node)
-            .collect();
-        let suspects: BTreeSet<String> = state
-            .suspects
-            .iter()
-            .take(SUSPECTS)
-            .filter(|suspect| others.contains(suspect.as_str()))
-            .cloned()
-            .collect();
-        let heard: BTreeSet<String> = suspects
-            .iter()
-            .filter(|suspect| self.hears(suspect, now))
-            .cloned()
-            .collect();
+        let mut others = ring.nodes();
+        others.remove(node);
+        let named: BTreeSet<String> = state.suspects.iter().take(SUSPECTS).cloned().collect();
+        let suspects: BTreeSet<String> = &named & &others;
+        let mut heard = suspects.clone();
+        heard.retain(|suspect| self.hears(suspect, now));
         if suspects.len() >= 2 && suspects.len() == others.len() && heard.is_empty() {
             // A member that reaches no other is cut off itself: their links to the head are up, or they would
             // be lost already.
@@ -65,13 +56,9 @@ impl Rings {
             return;
         }
         let by = self.name(node).to_owned();
+        let reason = format!("it answers neither {by} nor the head");
         for suspect in suspects.difference(&heard) {
-            self.suspect(
-                suspect,
-                state.ring,
-                &format!("it answers neither {by} nor the head"),
-                now,
-            );
+            self.suspect(suspect, state.ring, &reason, now);
         }
         self.note_doubts(state.ring, node, &heard, &state.severed, now);
     }
@@ -91,8 +78,7 @@ impl Rings {
             if self.recoveries.len() >= RECOVERIES {
                 self.recoveries.pop_front();
             }
-            self.recoveries
-                .push_back((view::recovery(ring, &recovery), now));
+            self.recoveries.push_back((shown(ring, &recovery), now));
             info!(
                 ring = hex(state.ring),
                 model = ring.model,
@@ -143,7 +129,7 @@ impl Rings {
     /// A worker holds a ring that this head does not know (of an earlier life of the head, or dissolved): it
     /// may forget it.
     pub(super) fn tell_off(&mut self, node: &str, state: &RingState) {
-        if !self.nodes.get(node).is_some_and(|node| node.connected) {
+        if !self.is_connected(node) {
             return;
         }
         if self.told_off.len() >= TOLD_OFF {
@@ -158,10 +144,8 @@ impl Rings {
                 reason: "moved: this head does not know the ring any more".into(),
                 ..Default::default()
             };
-            self.actions.push(Action::Send {
-                node: node.to_owned(),
-                ring,
-            });
+            let node = node.to_owned();
+            self.actions.push(Action::Send { node, ring });
         }
     }
 
@@ -188,9 +172,8 @@ impl Rings {
         }
         entry.lose(node, format!("worker {name} is lost: {reason}"));
         if let Some(entry) = self.nodes.get_mut(node) {
-            entry
-                .suspicion
-                .raise(self.settings.suspect_pause, reason, now);
+            let pause = self.settings.suspect_pause;
+            entry.suspicion.raise(pause, reason, now);
         }
         warn!(worker = name, reason, "worker suspected");
         self.counts.lost += 1;
@@ -213,9 +196,5 @@ const SUSPECTS: usize = 64;
 const RECOVERIES: usize = 16;
 
 const TOLD_OFF: usize = 4096;
-
-fn shorten(text: &str) -> String {
-    text.chars().take(ERROR_CHARS).collect()
-}
 
 const ERROR_CHARS: usize = 512;

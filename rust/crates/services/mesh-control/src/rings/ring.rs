@@ -1,6 +1,6 @@
 //! One ring as the head knows it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
@@ -8,7 +8,6 @@ use arcanum_profiler::{Assignment, ModelSpec};
 use mesh_proto::{ModelCard, PartPhase, PartState};
 use tracing::info;
 
-/// State of one ring.
 #[derive(Debug, Clone)]
 pub(super) struct Ring {
     pub(super) id: u64,
@@ -29,11 +28,9 @@ pub(super) struct Ring {
     pub(super) reason_of_epoch: String,
     /// True if its driver ever served in its present epoch.
     pub(super) served: bool,
-    /// Start of its present epoch.
     pub(super) epoch_since: Instant,
     /// Time since which its driver serves in this epoch.
     pub(super) serving_since: Option<Instant>,
-    /// Time of the last loss of a member.
     pub(super) last_loss: Option<Instant>,
     /// The driver that answers for it, with the card that it serves.
     pub(super) served_by: Option<(String, ModelCard)>,
@@ -67,7 +64,6 @@ pub(super) struct Ring {
     pub(super) formed: Instant,
 }
 
-/// A stage of it.
 #[derive(Debug, Clone)]
 pub(super) struct Stage {
     pub(super) layers: Range<u32>,
@@ -81,19 +77,9 @@ pub(super) struct Stage {
 #[derive(Debug, Clone)]
 pub(super) struct Replica {
     pub(super) node: String,
-    pub(super) phase: PartPhase,
-    /// Time at which it became ready.
+    /// Its last report. The rows that the standby lacks are the head's own count after a change of it.
+    pub(super) state: PartState,
     pub(super) ready_since: Option<Instant>,
-    pub(super) lag_rows: u64,
-    pub(super) step_us: f32,
-    pub(super) load_seconds: f32,
-    pub(super) prefill_us: u64,
-    pub(super) weight_bytes: u64,
-    pub(super) kv_bytes: u64,
-    pub(super) kept_bytes: u64,
-    /// Progress of loading, in a unit that only grows; 0 if the worker does not report it.
-    pub(super) progress: u64,
-    /// Time at which it last reported progress.
     pub(super) progressed: Option<Instant>,
 }
 
@@ -102,50 +88,47 @@ impl Replica {
     pub(super) fn new(node: String) -> Self {
         Self {
             node,
-            phase: PartPhase::Loading,
+            state: PartState {
+                phase: PartPhase::Loading.into(),
+                ..PartState::default()
+            },
             ready_since: None,
-            lag_rows: 0,
-            step_us: 0.0,
-            load_seconds: 0.0,
-            prefill_us: 0,
-            weight_bytes: 0,
-            kv_bytes: 0,
-            kept_bytes: 0,
-            progress: 0,
             progressed: None,
         }
     }
 
     pub(super) fn is_ready(&self) -> bool {
-        self.phase == PartPhase::Ready
+        self.state.phase() == PartPhase::Ready
     }
 
     /// Takes a report in; true if there is anything new in it.
     fn report(&mut self, report: &PartState, now: Instant) -> bool {
-        let news = self.phase as i32 != report.phase
-            || self.progress != report.progress
-            || self.step_us != sound(report.step_us)
-            || self.prefill_us != report.prefill_us
-            || self.kv_bytes != report.kv_bytes
-            || self.lag_rows != report.lag_rows;
+        let state = PartState {
+            step_us: sound(report.step_us),
+            load_seconds: sound(report.load_seconds),
+            error: String::new(),
+            ..report.clone()
+        };
+        let marks = |of: &PartState| {
+            let steps = (of.step_us.to_bits(), of.prefill_us, of.kv_bytes);
+            (of.phase, of.progress, of.lag_rows, steps)
+        };
+        let news = marks(&self.state) != marks(&state);
         if news {
             self.progressed = Some(now);
         }
-        self.progress = report.progress;
-        self.phase = PartPhase::try_from(report.phase).unwrap_or(PartPhase::Unspecified);
-        if self.is_ready() {
-            self.ready_since.get_or_insert(now);
-        } else {
-            self.ready_since = None;
-        }
-        self.lag_rows = report.lag_rows;
-        self.step_us = sound(report.step_us);
-        self.load_seconds = sound(report.load_seconds);
-        self.prefill_us = report.prefill_us;
-        self.weight_bytes = report.weight_bytes;
-        self.kv_bytes = report.kv_bytes;
-        self.kept_bytes = report.kept_bytes;
+        self.state = state;
+        let since = self.ready_since.unwrap_or(now);
+        self.ready_since = self.is_ready().then_some(since);
         news
+    }
+}
+
+impl Stage {
+    fn parts(&self) -> impl Iterator<Item = &Replica> {
+        [Some(&self.member), self.standby.as_ref()]
+            .into_iter()
+            .flatten()
     }
 }
 
@@ -167,10 +150,17 @@ impl Ring {
 
     /// All parts, members and standbys.
     pub(super) fn parts(&self) -> impl Iterator<Item = &Replica> {
-        self.stages
-            .iter()
-            .flat_map(|stage| [Some(&stage.member), stage.standby.as_ref()])
-            .flatten()
+        self.stages.iter().flat_map(Stage::parts)
+    }
+
+    /// Node ids of all workers with a part.
+    pub(super) fn nodes(&self) -> BTreeSet<String> {
+        self.parts().map(|part| part.node.clone()).collect()
+    }
+
+    pub(super) fn members(&self) -> BTreeSet<String> {
+        let members = self.stages.iter().map(|stage| &stage.member);
+        members.map(|part| part.node.clone()).collect()
     }
 
     /// Notes that a worker's parts are gone. The first reason stays.
@@ -187,17 +177,29 @@ impl Ring {
         self.stages
             .iter()
             .map(|stage| {
-                let parts = [Some(&stage.member), stage.standby.as_ref()];
-                let held = parts.into_iter().flatten().filter(|part| part.node == node);
+                let held = stage.parts().filter(|part| part.node == node);
                 self.stage_bytes(&stage.layers)
                     .saturating_mul(held.count() as u64)
             })
             .fold(0, u64::saturating_add)
     }
 
-    /// Bytes that a stage takes: weights and KV cache.
+    /// Bytes that a stage takes: its layers, the embedding and output weights at the ends of the model, and KV
+    /// rows for all of its layers.
     pub(super) fn stage_bytes(&self, layers: &Range<u32>) -> u64 {
-        stage_bytes(&self.spec, layers, self.kv_tokens)
+        let spec = &self.spec;
+        let count = u64::from(layers.end.saturating_sub(layers.start));
+        let per_layer = spec
+            .layer_bytes
+            .saturating_add(spec.kv_bytes.saturating_mul(self.kv_tokens));
+        let mut bytes = count.saturating_mul(per_layer);
+        if layers.start == 0 {
+            bytes = bytes.saturating_add(spec.first_bytes);
+        }
+        if layers.end == spec.layers {
+            bytes = bytes.saturating_add(spec.last_bytes);
+        }
+        bytes
     }
 
     /// Its stages as placement knows them.
@@ -215,10 +217,7 @@ impl Ring {
     /// Takes in a worker's report on one of its parts. A report on a part that it does not hold (any more) is
     /// ignored.
     pub(super) fn report(&mut self, node: &str, report: &PartState, now: Instant) {
-        let stage = usize::try_from(report.stage)
-            .ok()
-            .and_then(|index| self.stages.get_mut(index));
-        let part = match stage {
+        let part = match self.stages.get_mut(report.stage as usize) {
             Some(stage) if report.standby => stage.standby.as_mut(),
             Some(stage) => Some(&mut stage.member),
             None => None,
@@ -269,7 +268,6 @@ impl Ring {
         info!(ring, epoch, model, reason, "stages of a ring moved");
     }
 
-    /// A new epoch begins.
     pub(super) fn next_epoch(&mut self, reason: String, now: Instant) {
         self.epoch = self.epoch.saturating_add(1);
         self.epoch_since = now;
@@ -294,39 +292,30 @@ impl Ring {
         if self.serving_since.is_some() || !self.lost.is_empty() {
             return Vec::new();
         }
-        let mut loading = self
-            .stages
-            .iter()
-            .map(|stage| &stage.member)
-            .filter(|part| !part.is_ready())
-            .peekable();
+        let members = self.stages.iter().map(|stage| &stage.member);
+        let mut loading = members.filter(|part| !part.is_ready()).peekable();
         if loading.peek().is_some() {
             let stuck = |part: &&Replica| {
                 let since = part.progressed.unwrap_or(self.epoch_since);
                 let quiet = now.saturating_duration_since(since.max(self.epoch_since));
                 // A worker of an older version does not say how far it is.
-                let limit = if part.progress > 0 {
-                    LOAD_SILENCE
-                } else {
-                    LOAD_LIMIT
-                };
-                quiet >= limit
+                quiet
+                    >= if part.state.progress > 0 {
+                        LOAD_SILENCE
+                    } else {
+                        LOAD_LIMIT
+                    }
             };
             let why = "it does not get on with loading its layers";
-            return loading
-                .filter(stuck)
-                .map(|part| (part.node.clone(), why))
-                .collect();
+            let stuck = loading.filter(stuck);
+            return stuck.map(|part| (part.node.clone(), why)).collect();
         }
         // Replays of long contexts take their time on slow machines; they show in the reports of parts.
         if now.saturating_duration_since(self.progressed.max(self.epoch_since)) >= SERVE_LIMIT {
-            vec![(
-                self.driver().to_owned(),
-                "every stage is loaded and it does not serve",
-            )]
-        } else {
-            Vec::new()
+            let why = "every stage is loaded and it does not serve";
+            return vec![(self.driver().to_owned(), why)];
         }
+        Vec::new()
     }
 
     /// Time at which the passing of time alone changes something.
@@ -335,11 +324,10 @@ impl Ring {
             return Some(self.epoch_since);
         }
         let retires = self.retiring.map(|since| since + RETIRE_LOOK);
-        let late = self
-            .serving_since
-            .is_none()
-            .then(|| self.epoch_since + SERVE_LIMIT);
-        let doubts = doubts_due(self);
+        let late = self.epoch_since + SERVE_LIMIT;
+        let late = self.serving_since.is_none().then_some(late);
+        let first_doubt = self.doubts.values().map(|doubt| doubt.since).min();
+        let doubts = first_doubt.map(|since| since + DOUBT_LOOK);
         retires.into_iter().chain(late).chain(doubts).min()
     }
 
@@ -355,29 +343,6 @@ impl Ring {
         };
         self.stages.iter().map(stage).collect::<Vec<_>>().join(", ")
     }
-}
-
-/// Bytes of a stage: its layers, the embedding and output weights at the ends of the model, and KV rows for
-/// all of its layers.
-pub(super) fn stage_bytes(spec: &ModelSpec, layers: &Range<u32>, kv_tokens: u64) -> u64 {
-    let count = u64::from(layers.end.saturating_sub(layers.start));
-    let first = if layers.start == 0 {
-        spec.first_bytes
-    } else {
-        0
-    };
-    let last = if layers.end == spec.layers {
-        spec.last_bytes
-    } else {
-        0
-    };
-    let per_layer = spec
-        .layer_bytes
-        .saturating_add(spec.kv_bytes.saturating_mul(kv_tokens));
-    count
-        .saturating_mul(per_layer)
-        .saturating_add(first)
-        .saturating_add(last)
 }
 
 fn sound(value: f32) -> f32 {
@@ -413,12 +378,7 @@ pub(super) struct Doubt {
     pub(super) link: bool,
 }
 
-/// Time at which a ring's doubts are due for another check.
-fn doubts_due(ring: &Ring) -> Option<Instant> {
-    let since = ring.doubts.values().map(|doubt| doubt.since).min()?;
-    Some(since + DOUBT_LOOK)
-}
-
+/// Time from the first doubt to the next check of a ring's doubts.
 const DOUBT_LOOK: Duration = Duration::from_millis(50);
 
 /// A ring's id as people see it.

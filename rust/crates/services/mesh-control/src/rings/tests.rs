@@ -140,7 +140,7 @@ impl Mesh {
     }
 
     /// The one ring that counts.
-    fn ring(&self) -> RingView {
+    fn ring(&self) -> mesh_api::Ring {
         let mut rings = self.rings.view(self.now);
         rings.retain(|ring| ring.state != "retiring");
         assert_eq!(rings.len(), 1, "{rings:?}");
@@ -157,7 +157,8 @@ impl Mesh {
 
     fn standbys(&self) -> Vec<Option<String>> {
         let ring = self.ring();
-        let standby = |stage: &StageView| stage.standby.as_ref().map(|part| part.node_id.clone());
+        let standby =
+            |stage: &mesh_api::RingStage| stage.standby.as_ref().map(|part| part.node_id.clone());
         ring.stages.iter().map(standby).collect()
     }
 

@@ -230,7 +230,7 @@ fn embeddings_are_asked_of_embedding_models_only() {
         .card
         .kind = ModelKind::Embed.into();
     let embed = Requirements {
-        purpose: Purpose::Embed,
+        kind: ModelKind::Embed,
         ..ask()
     };
     for _ in 0..3 {

@@ -3,7 +3,8 @@
 /// A question as a person might ask it. It must not be the same one every time: its answer could be learnt by
 /// heart.
 pub(super) fn question_of(seed: u64) -> String {
-    let pick = |list: &[&'static str], shift: u32| {
+    let pick = |list: &'static str, shift: u32| {
+        let list: Vec<&str> = list.split(", ").collect();
         // The multiplier spreads seeds that are alike in the low bits.
         let mixed = (seed.rotate_left(shift)).wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 32;
         list[mixed as usize % list.len()]
@@ -25,7 +26,7 @@ pub(super) fn question_of(seed: u64) -> String {
 
 /// Returns true if a text is one of [`question_of`]'s.
 pub fn is_question(text: &str) -> bool {
-    let has = |list: &[&str]| list.iter().any(|word| text.contains(word));
+    let has = |list: &str| list.split(", ").any(|word| text.contains(word));
     let begins = [
         "Write a short story about a ",
         "Why would a ",
@@ -36,70 +37,17 @@ pub fn is_question(text: &str) -> bool {
     begins.iter().any(|begin| text.starts_with(begin)) && has(NOUNS) && has(PLACES)
 }
 
-const ADJECTIVES: &[&str] = &[
-    "quiet",
-    "rusty",
-    "enormous",
-    "clever",
-    "lonely",
-    "golden",
-    "nervous",
-    "ancient",
-    "cheerful",
-    "invisible",
-    "stubborn",
-    "sleepy",
-    "broken",
-    "curious",
-    "elegant",
-    "dusty",
-];
+/// Words with commas between them.
+const ADJECTIVES: &str = "quiet, rusty, enormous, clever, lonely, golden, nervous, ancient, cheerful, invisible, \
+    stubborn, sleepy, broken, curious, elegant, dusty";
 
-const NOUNS: &[&str] = &[
-    "lighthouse",
-    "robot",
-    "baker",
-    "tortoise",
-    "violin",
-    "astronaut",
-    "umbrella",
-    "librarian",
-    "volcano",
-    "postman",
-    "dragon",
-    "clock",
-    "gardener",
-    "submarine",
-    "fox",
-    "painter",
-];
+const NOUNS: &str = "lighthouse, robot, baker, tortoise, violin, astronaut, umbrella, librarian, volcano, \
+    postman, dragon, clock, gardener, submarine, fox, painter";
 
-const ACTIONS: &[&str] = &[
-    "gets lost",
-    "learns to sing",
-    "finds a letter",
-    "builds a bridge",
-    "misses the train",
-    "wins a prize",
-    "keeps a secret",
-    "tells a lie",
-    "repairs a radio",
-    "meets a stranger",
-    "forgets its name",
-    "counts the stars",
-];
+const ACTIONS: &str = "gets lost, learns to sing, finds a letter, builds a bridge, misses the train, wins a prize, \
+    keeps a secret, tells a lie, repairs a radio, meets a stranger, forgets its name, counts the \
+    stars";
 
-const PLACES: &[&str] = &[
-    "under the sea",
-    "in the old town",
-    "behind the mountains",
-    "at the railway station",
-    "on a small island",
-    "in winter",
-    "near the border",
-    "at the end of summer",
-    "in a crowded market",
-    "on the moon",
-    "before breakfast",
-    "during a thunderstorm",
-];
+const PLACES: &str = "under the sea, in the old town, behind the mountains, at the railway station, on a small \
+    island, in winter, near the border, at the end of summer, in a crowded market, on the moon, \
+    before breakfast, during a thunderstorm";

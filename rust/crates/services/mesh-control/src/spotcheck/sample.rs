@@ -59,11 +59,8 @@ fn near_tie(position: &Position, other: u32) -> Option<bool> {
         return None;
     }
     let of_other = position.top.iter().find(|(token, _)| *token == other);
-    let best = position
-        .top
-        .iter()
-        .map(|(_, logprob)| *logprob)
-        .fold(position.logprob, f32::max);
+    let top = position.top.iter().map(|(_, logprob)| *logprob);
+    let best = top.fold(position.logprob, f32::max);
     Some(of_other.is_some_and(|(_, logprob)| best - logprob <= MARGIN))
 }
 

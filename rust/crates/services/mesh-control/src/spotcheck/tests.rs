@@ -160,11 +160,7 @@ impl Group {
                     true => honest(self.seed),
                     false => forged(),
                 };
-                let peers: Vec<CheckCandidate<'_>> = self
-                    .workers
-                    .iter()
-                    .map(|(subject, _)| CheckCandidate { subject })
-                    .collect();
+                let peers: Vec<&str> = self.workers.iter().map(|(subject, _)| *subject).collect();
                 let verdicts = self.checks.answered(
                     &self.weights,
                     name,
@@ -306,7 +302,7 @@ fn one_whose_comparators_do_not_answer_is_not_kept_waiting_for_ever() {
     let mut checks = SpotChecks::default();
     let weights = ("m".to_owned(), "f".to_owned());
     let mut now = Instant::now();
-    let peers = [CheckCandidate { subject: "a" }];
+    let peers = ["a"];
     let question = checks.question(&weights, "a", 1, now);
     checks.answered(
         &weights,
@@ -317,10 +313,7 @@ fn one_whose_comparators_do_not_answer_is_not_kept_waiting_for_ever() {
         now,
     );
     now += ROUND_LIFE * 2;
-    let peers = [
-        CheckCandidate { subject: "a" },
-        CheckCandidate { subject: "b" },
-    ];
+    let peers = ["a", "b"];
     let question = checks.question(&weights, "b", 2, now);
     checks.answered(
         &weights,
@@ -346,18 +339,14 @@ fn newcomers_do_not_vouch_for_each_other_while_those_of_long_standing_are_busy()
     let mut checks = SpotChecks::default();
     let weights = ("m".to_owned(), "f".to_owned());
     let mut now = Instant::now();
-    let mut peers = vec![CheckCandidate { subject: "a" }];
+    let mut peers = vec!["a"];
     let question = checks.question(&weights, "a", 1, now);
-    let answer =
-        |checks: &mut SpotChecks, who, round, sample, peers: &[CheckCandidate<'_>], now| {
-            checks.answered(&weights, who, (round, sample), peers, SCHEDULE, now)
-        };
+    let answer = |checks: &mut SpotChecks, who, round, sample, peers: &[&str], now| {
+        checks.answered(&weights, who, (round, sample), peers, SCHEDULE, now)
+    };
     answer(&mut checks, "a", question.round, honest(1), &peers, now);
     now += ROUND_LIFE * 2;
-    peers.extend([
-        CheckCandidate { subject: "x" },
-        CheckCandidate { subject: "y" },
-    ]);
+    peers.extend(["x", "y"]);
     let round = checks.question(&weights, "x", 2, now).round;
     assert_eq!(checks.question(&weights, "y", 3, now).round, round);
     answer(&mut checks, "x", round, forged(), &peers, now);
@@ -392,14 +381,13 @@ fn one_that_answers_at_once_is_asked_once_while_the_others_have_yet_to_answer() 
     let mut checks = SpotChecks::default();
     let weights = ("m".to_owned(), "f".to_owned());
     let start = Instant::now();
-    let mut peers = vec![CheckCandidate { subject: "a" }];
-    let answer =
-        |checks: &mut SpotChecks, who, round, sample, peers: &[CheckCandidate<'_>], now| {
-            checks.answered(&weights, who, (round, sample), peers, SCHEDULE, now)
-        };
+    let mut peers = vec!["a"];
+    let answer = |checks: &mut SpotChecks, who, round, sample, peers: &[&str], now| {
+        checks.answered(&weights, who, (round, sample), peers, SCHEDULE, now)
+    };
     let first = checks.question(&weights, "a", 1, start).round;
     answer(&mut checks, "a", first, honest(1), &peers, start);
-    peers.push(CheckCandidate { subject: "x" });
+    peers.push("x");
     let begun = start + ROUND_LIFE;
     let round = checks.question(&weights, "x", 2, begun).round;
     answer(&mut checks, "x", round, honest(2), &peers, begun);
@@ -412,7 +400,7 @@ fn one_that_answers_at_once_is_asked_once_while_the_others_have_yet_to_answer() 
     assert_eq!(checks.check_state(&weights, "x", late), CheckState::Cleared);
 
     // One that gives none is not waited for.
-    peers.push(CheckCandidate { subject: "y" });
+    peers.push("y");
     let begun = late + ROUND_LIFE;
     let round = checks.question(&weights, "y", 4, begun).round;
     answer(&mut checks, "y", round, honest(4), &peers, begun);
@@ -426,20 +414,14 @@ fn one_that_answers_at_once_is_asked_once_while_the_others_have_yet_to_answer() 
 fn a_newcomer_does_not_wait_for_those_that_are_gone_or_late() {
     let weights = ("m".to_owned(), "f".to_owned());
     let start = Instant::now();
-    let peers = |names: &[&'static str]| -> Vec<CheckCandidate<'static>> {
-        names
-            .iter()
-            .map(|&subject| CheckCandidate { subject })
-            .collect()
-    };
     let mut checks = SpotChecks::default();
     for (number, name) in ["a", "b"].into_iter().enumerate() {
         let round = checks.question(&weights, name, 1, start).round;
         let sample = (round, honest(number as u64));
-        checks.answered(&weights, name, sample, &peers(&["a"]), SCHEDULE, start);
+        checks.answered(&weights, name, sample, &["a"], SCHEDULE, start);
     }
     let begun = start + ROUND_LIFE;
-    let all = peers(&["a", "b", "x"]);
+    let all = ["a", "b", "x"];
     let round = checks.question(&weights, "x", 2, begun).round;
     checks.answered(&weights, "x", (round, honest(7)), &all, SCHEDULE, begun);
     assert_eq!(checks.waiting(), std::slice::from_ref(&weights));
@@ -447,7 +429,7 @@ fn a_newcomer_does_not_wait_for_those_that_are_gone_or_late() {
 
     // Both that it waits for are gone.
     let mut gone = checks.clone();
-    gone.look_again(&weights, &peers(&["x"]), SCHEDULE, begun + SECOND);
+    gone.look_again(&weights, &["x"], SCHEDULE, begun + SECOND);
     assert_eq!(
         gone.check_state(&weights, "x", begun + SECOND),
         CheckState::Cleared

@@ -8,14 +8,16 @@ use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, Instant};
 
+use mesh_api::NameConflict;
 use tracing::{error, warn};
 
-use super::pins::key;
-use super::{Action, Conflict, Tracker};
+use super::pins::{advice, key};
+use super::{Action, Tracker};
 
 /// A name with the workers that claim it.
+#[derive(Default)]
 struct ClaimedName {
-    conflict: Conflict,
+    conflict: NameConflict,
     /// Ids of the nodes that hold something under it.
     holders: BTreeSet<String>,
     /// These, those that refuse the pinned model, and those that made the pin.
@@ -26,22 +28,16 @@ struct ClaimedName {
 impl ClaimedName {
     fn new(name: &str) -> Self {
         ClaimedName {
-            conflict: Conflict {
+            conflict: NameConflict {
                 name: name.to_owned(),
-                claims: BTreeMap::new(),
-                pinned: None,
-                decided: false,
-                refused_by: Vec::new(),
-                served: false,
+                ..NameConflict::default()
             },
-            holders: BTreeSet::new(),
-            involved: BTreeSet::new(),
-            is_sought: false,
+            ..ClaimedName::default()
         }
     }
 
     fn is_conflict(&self) -> bool {
-        let Conflict {
+        let NameConflict {
             claims,
             pinned,
             decided,
@@ -58,7 +54,7 @@ impl ClaimedName {
 impl Tracker {
     /// Reported conflicts, by name: names that several models claim, so that no worker should take either
     /// model unseen.
-    pub fn conflicts(&self) -> Vec<Conflict> {
+    pub fn conflicts(&self) -> Vec<NameConflict> {
         self.conflicts.told.values().cloned().collect()
     }
 
@@ -104,7 +100,7 @@ impl Tracker {
             if !self.conflicts.told.contains_key(name) && self.is_news(name, &claimed.involved, now)
             {
                 let conflict = &claimed.conflict;
-                error!(model = conflict.name, "{}", conflict.advice());
+                error!(model = conflict.name, "{}", advice(conflict));
                 self.counts.conflicts += 1;
             }
         }
@@ -195,11 +191,8 @@ fn select(names: BTreeMap<String, ClaimedName>) -> BTreeMap<String, ClaimedName>
     let (mut first, mut rest) = (Vec::new(), Vec::new());
     for (name, claimed) in ranked {
         let share = |node: &String| shares.get(node).copied().unwrap_or(0);
-        let has_room = claimed
-            .involved
-            .iter()
-            .any(|node| share(node) < MOST_OF_NODE);
-        if has_room {
+        let mut involved = claimed.involved.iter();
+        if involved.any(|node| share(node) < MOST_OF_NODE) {
             for node in &claimed.involved {
                 *shares.entry(node.clone()).or_default() += 1;
             }

@@ -18,11 +18,8 @@ impl Tracker {
         for sought in &entry.sought {
             let key = self.key(&sought.model);
             if !sought.model.origin_error.is_empty() {
-                let had = self
-                    .downloads
-                    .get(&key)
-                    .is_some_and(|download| download.node == node);
-                if had {
+                let download = self.downloads.get(&key);
+                if download.is_some_and(|download| download.node == node) {
                     failed.push((key, sought.model.origin_error.clone()));
                 }
             } else if let Some(download) = self.downloads.get_mut(&key)
@@ -43,13 +40,11 @@ impl Tracker {
         let Some(download) = self.downloads.remove(key) else {
             return;
         };
-        let failure = self
-            .failures
-            .entry((key.clone(), download.node.clone()))
-            .or_insert(FailedDownload {
-                until: now,
-                times: 0,
-            });
+        let failure = self.failures.entry((key.clone(), download.node.clone()));
+        let failure = failure.or_insert(FailedDownload {
+            until: now,
+            times: 0,
+        });
         let pause = FIRST_PAUSE.saturating_mul(1 << failure.times.min(10));
         failure.until = now + pause.min(LONGEST_PAUSE);
         failure.times += 1;
@@ -63,12 +58,9 @@ impl Tracker {
 
     /// Gives every download to one worker.
     pub(super) fn settle_downloads(&mut self, now: Instant) {
-        let stalled: Vec<Key> = self
-            .downloads
-            .iter()
-            .filter(|(_, download)| now.saturating_duration_since(download.since) >= STALL_LIMIT)
-            .map(|(key, _)| key.clone())
-            .collect();
+        let stalls = |one: &Download| now.saturating_duration_since(one.since) >= STALL_LIMIT;
+        let stalled = self.downloads.iter().filter(|(_, one)| stalls(one));
+        let stalled: Vec<Key> = stalled.map(|(key, _)| key.clone()).collect();
         for key in stalled {
             let reason = format!("nothing came for {} s", STALL_LIMIT.as_secs());
             self.fail(&key, &reason, now);

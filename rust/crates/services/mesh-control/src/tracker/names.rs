@@ -2,8 +2,10 @@
 
 use std::collections::BTreeMap;
 
-use super::Tracker;
-use super::pins::{MOST_PINS, Pin, PinError, Pins, is_fingerprint, is_name, key};
+use mesh_api::Pin;
+
+use super::pins::{MOST_PINS, PinError, Pins, is_fingerprint, is_name, key};
+use super::{Tracker, rejects};
 
 impl Tracker {
     /// All pins of this mesh.
@@ -17,12 +19,10 @@ impl Tracker {
     /// If the name or the fingerprint is invalid, or there is no room.
     pub fn pin(&mut self, name: &str, fingerprint: &str) -> Result<(), PinError> {
         if !is_name(name) {
-            return Err(PinError::Name(name.chars().take(100).collect()));
+            return Err(PinError::Name(shortened(name)));
         }
         if !is_fingerprint(fingerprint) {
-            return Err(PinError::Fingerprint(
-                fingerprint.chars().take(100).collect(),
-            ));
+            return Err(PinError::Fingerprint(shortened(fingerprint)));
         }
         let Pins(pins) = &mut self.pins;
         if pins.len() >= MOST_PINS && !pins.contains_key(&key(name)) {
@@ -31,10 +31,8 @@ impl Tracker {
         let pin = Pin {
             name: name.to_owned(),
             fingerprint: fingerprint.to_owned(),
-            worker: String::new(),
             operator: true,
-            node: String::new(),
-            holder: String::new(),
+            ..Pin::default()
         };
         pins.insert(key(name), pin);
         self.pins_changed();
@@ -45,12 +43,11 @@ impl Tracker {
     ///
     /// # Errors
     /// If it is not pinned.
-    pub fn unpin(&mut self, name: &str) -> Result<Pin, PinError> {
+    pub fn unpin(&mut self, name: &str) -> Result<(), PinError> {
         let released = self.pins.0.remove(&key(name));
-        let released =
-            released.ok_or_else(|| PinError::Unknown(name.chars().take(100).collect()))?;
+        released.ok_or_else(|| PinError::Unknown(shortened(name)))?;
         self.pins_changed();
-        Ok(released)
+        Ok(())
     }
 
     fn pins_changed(&mut self) {
@@ -69,7 +66,7 @@ impl Tracker {
                 }
                 let claims = self.claims(&model.name);
                 if let [(fingerprint, holder)] = claims[..]
-                    && !sought.rejects(fingerprint)
+                    && !rejects(model, fingerprint)
                 {
                     let worker = self.name_of(holder);
                     first.push(Pin {
@@ -83,11 +80,11 @@ impl Tracker {
                 }
             }
         }
-        let news = first
-            .into_iter()
-            .filter(|pin| self.pins.first(pin.clone()))
-            .count();
-        if news > 0 {
+        let mut news = false;
+        for pin in first {
+            news |= self.pins.first(pin);
+        }
+        if news {
             self.actions.push(super::Action::KeepPins);
         }
     }
@@ -98,12 +95,8 @@ impl Tracker {
             return;
         };
         let mut news = false;
-        for (download, _) in self
-            .downloads
-            .iter()
-            .filter(|(_, download)| download.node == node)
-        {
-            let super::Key::Name(name) = download else {
+        for (key, _) in self.downloads.iter().filter(|(_, one)| one.node == node) {
+            let super::Key::Name(name) = key else {
                 continue;
             };
             let found = entry.held.iter().find(|(_, held)| held.is_called(name));
@@ -134,4 +127,9 @@ impl Tracker {
         }
         claims.into_iter().collect()
     }
+}
+
+/// The beginning of a text that a client sent.
+fn shortened(text: &str) -> String {
+    text.chars().take(100).collect()
 }

@@ -7,100 +7,61 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;
 
-use serde::{Deserialize, Serialize};
+use mesh_api::{NameConflict, Pin};
 
-/// A pin: the model that a name stands for.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Pin {
-    /// The name, as it was first written.
-    pub name: String,
-    /// SHA-256 of the manifest.
-    pub fingerprint: String,
-    /// Name of the worker that had it first; of no account where an operator decided.
-    pub worker: String,
-    /// True if an operator set it.
-    pub operator: bool,
-    /// Id of the node that first sought it; each node has a limited number of pins.
-    #[serde(default, skip_serializing_if = "String::is_empty")]
-    pub node: String,
-    /// Id of the worker that had it first: if it replaces the model, and no other worker has the old one, the
-    /// name goes with it.
-    #[serde(default, skip_serializing_if = "String::is_empty")]
-    pub holder: String,
-}
-
-/// Pins by name, in lower case.
+/// Pins by name, in lower case. Each node may have made a limited number of them by asking. If the holder of
+/// one replaces the model, and no other worker has the old one, the name goes with it.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Pins(pub(super) BTreeMap<String, Pin>);
 
-/// A name that several models claim.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Conflict {
-    /// The disputed name.
-    pub name: String,
-    /// Fingerprints with the names of the workers that claim it for them; a pinned one that no worker has is
-    /// among them.
-    pub claims: BTreeMap<String, Vec<String>>,
-    /// Fingerprint that the name is pinned to.
-    pub pinned: Option<String>,
-    /// True if an operator set the pin. If not, no worker takes either model on this head's word.
-    pub decided: bool,
-    /// Workers that refuse the pinned model, as the hub has another model under the name.
-    pub refused_by: Vec<String>,
-    /// The models are served: their fingerprints are those of files, which no pin can name.
-    pub served: bool,
-}
-
-impl Conflict {
-    /// Advice to the operator.
-    pub fn advice(&self) -> String {
-        let claims = self.claims.iter().map(|(fingerprint, workers)| {
-            // For models that are served, the worker reports it.
-            let short: String = fingerprint.chars().take(12).collect();
-            match workers[..] {
-                [] => format!("{short} (nobody now)"),
-                _ => format!("{short} ({})", workers.join(", ")),
-            }
-        });
-        let claims: Vec<String> = claims.collect();
-        let mut text = format!(
-            "model name `{}` is {} {} different models: {}",
-            self.name,
-            if self.served {
-                "served for"
-            } else {
-                "claimed for"
-            },
-            self.claims.len().max(2),
-            claims.join(", ")
-        );
-        if !self.refused_by.is_empty() {
-            text += &format!(
-                "; {} found that the hub has another one",
-                self.refused_by.join(", ")
-            );
+/// Advice to the operator about a name that several models claim.
+pub fn advice(conflict: &NameConflict) -> String {
+    let claims = conflict.claims.iter().map(|(fingerprint, workers)| {
+        // For models that are served, the worker reports it.
+        let short: String = fingerprint.chars().take(12).collect();
+        match workers[..] {
+            [] => format!("{short} (nobody now)"),
+            _ => format!("{short} ({})", workers.join(", ")),
         }
-        text += match self.decided {
-            _ if self.served => {
-                "; requests go to the one that was served first: stop the others, or give their models another name (a pin decides what \
-                 workers get under a name, not what they serve)"
-            }
-            true => "; an operator pinned one of them: look at the workers that have another",
-            false => {
-                "; find out which one is right and pin it with `hydramesh models pins set NAME FINGERPRINT`, or remove the wrong one from its \
-                 worker's store"
-            }
-        };
-        // Names that workers gave are in it.
-        text.replace(char::is_control, " ")
+    });
+    let claims: Vec<String> = claims.collect();
+    let mut text = format!(
+        "model name `{}` is {} {} different models: {}",
+        conflict.name,
+        if conflict.served {
+            "served for"
+        } else {
+            "claimed for"
+        },
+        conflict.claims.len().max(2),
+        claims.join(", ")
+    );
+    if !conflict.refused_by.is_empty() {
+        text += &format!(
+            "; {} found that the hub has another one",
+            conflict.refused_by.join(", ")
+        );
     }
+    text += match conflict.decided {
+        _ if conflict.served => {
+            "; requests go to the one that was served first: stop the others, or give their models another name (a pin decides what \
+             workers get under a name, not what they serve)"
+        }
+        true => "; an operator pinned one of them: look at the workers that have another",
+        false => {
+            "; find out which one is right and pin it with `hydramesh models pins set NAME FINGERPRINT`, or remove the wrong one from its \
+             worker's store"
+        }
+    };
+    // Names that workers gave are in it.
+    text.replace(char::is_control, " ")
 }
 
 /// Known conflicts, by name in lower case.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Conflicts {
     /// Conflicts that are reported.
-    pub(super) told: BTreeMap<String, Conflict>,
+    pub(super) told: BTreeMap<String, NameConflict>,
     /// All names that no operator has decided about.
     pub(super) disputed: BTreeSet<String>,
     /// Recent log entries by name: their time, and the nodes that were involved.

@@ -2,7 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use super::view::{HolderView, SeekerView, TrackedModel};
+use mesh_api::{ModelHolder, ModelSeeker, SharedModel};
+
 use super::{Key, Tracker};
 
 impl Tracker {
@@ -28,8 +29,8 @@ impl Tracker {
     }
 
     /// Views of all models that workers hold or seek.
-    pub fn view(&self) -> Vec<TrackedModel> {
-        let mut models: BTreeMap<Key, TrackedModel> = BTreeMap::new();
+    pub fn view(&self) -> Vec<SharedModel> {
+        let mut models: BTreeMap<Key, SharedModel> = BTreeMap::new();
         for (node, entry) in &self.nodes {
             for (fingerprint, held) in &entry.held {
                 let model = models
@@ -39,7 +40,7 @@ impl Tracker {
                 model.signed |= held.signed;
                 let key = (fingerprint.clone(), node.clone());
                 let accusers = self.accused.get(&key).into_iter().flatten();
-                model.holders.push(HolderView {
+                model.holders.push(ModelHolder {
                     worker: entry.name.clone(),
                     pieces: held.pieces.len(),
                     of: held.pieces.pieces(),
@@ -58,7 +59,7 @@ impl Tracker {
                     .entry(key.clone())
                     .or_insert_with(|| empty(Some(&sought.model.name), fingerprint));
                 let error = &sought.model.origin_error;
-                model.seekers.push(SeekerView {
+                model.seekers.push(ModelSeeker {
                     worker: entry.name.clone(),
                     bytes: sought.model.bytes.max(sought.model.origin_bytes),
                     bytes_total: sought.model.bytes_total,
@@ -75,15 +76,11 @@ impl Tracker {
     }
 }
 
-fn empty(name: Option<&String>, fingerprint: Option<&String>) -> TrackedModel {
+fn empty(name: Option<&String>, fingerprint: Option<&String>) -> SharedModel {
     let name = name.or(fingerprint).cloned();
-    TrackedModel {
+    SharedModel {
         name: name.unwrap_or_default(),
         fingerprint: fingerprint.cloned(),
-        bytes: 0,
-        signed: false,
-        holders: Vec::new(),
-        seekers: Vec::new(),
-        origin: None,
+        ..SharedModel::default()
     }
 }

@@ -457,7 +457,7 @@ fn the_first_model_that_is_got_under_a_name_keeps_it() {
     assert_eq!(world.told("b").fingerprint, fingerprint('a'));
     assert!(world.told("b").disputed);
     assert_eq!(world.tracker.counts.conflicts, 1);
-    let advice = world.tracker.conflicts()[0].advice();
+    let advice = super::advice(&world.tracker.conflicts()[0]);
     for part in [
         "`M`",
         "2 different models",
@@ -666,7 +666,7 @@ fn pins_have_bounds_for_each_node_and_in_all() {
 
 #[test]
 fn what_workers_say_of_themselves_breaks_no_advice() {
-    let conflict = super::Conflict {
+    let conflict = mesh_api::NameConflict {
         name: "a\nb".into(),
         claims: [("äöüäöüäöüäöüäöü".to_owned(), vec!["x\u{1b}".to_owned()])].into(),
         pinned: None,
@@ -674,16 +674,16 @@ fn what_workers_say_of_themselves_breaks_no_advice() {
         refused_by: Vec::new(),
         served: false,
     };
-    let advice = conflict.advice();
+    let advice = super::advice(&conflict);
     assert!(advice.contains("äöüäöüäöüäöü (x )"), "{advice}");
     assert!(!advice.chars().any(char::is_control), "{advice}");
     // A served model has the fingerprint of a file, and a pin is a manifest's.
     assert!(advice.contains("pins set"), "{advice}");
-    let served = super::Conflict {
+    let served = mesh_api::NameConflict {
         served: true,
         ..conflict
     };
-    let advice = served.advice();
+    let advice = super::advice(&served);
     assert!(!advice.contains("pins set"), "{advice}");
     assert!(advice.contains("another name"), "{advice}");
 }

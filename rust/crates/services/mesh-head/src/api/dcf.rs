@@ -48,19 +48,13 @@ impl DcfTask {
     /// [`Invalid`], in words for the client.
     pub fn parse(payload: &[u8]) -> Result<Self, Invalid> {
         let text = std::str::from_utf8(payload).map_err(|error| {
-            Invalid::new(
-                "payload",
-                format!(
-                    "the payload is not UTF-8 text (byte {})",
-                    error.valid_up_to()
-                ),
-            )
+            let byte = error.valid_up_to();
+            let text = format!("the payload is not UTF-8 text (byte {byte})");
+            Invalid::new("payload", text)
         })?;
         if text.trim().is_empty() {
-            return Err(Invalid::new(
-                "payload",
-                "the payload is empty: send a prompt",
-            ));
+            let text = "the payload is empty: send a prompt";
+            return Err(Invalid::new("payload", text));
         }
         if text.trim_start().starts_with('{') {
             return Self::parse_json(text);
@@ -84,10 +78,8 @@ impl DcfTask {
 
     fn parse_json(text: &str) -> Result<Self, Invalid> {
         let wrong = |invalid: Invalid| {
-            Invalid::new(
-                "payload",
-                format!("the payload begins as JSON but is none: {invalid}"),
-            )
+            let text = format!("the payload begins as JSON but is none: {invalid}");
+            Invalid::new("payload", text)
         };
         let object = json::object(text.as_bytes()).map_err(wrong)?;
         let fields = Fields::of(&object);
@@ -102,10 +94,8 @@ impl DcfTask {
             (Some(_), _) => Prompt::Chat(conversation(fields)?),
             (None, Some(prompt)) => user_message(prompt),
             (None, None) => {
-                return Err(Invalid::new(
-                    "prompt",
-                    "the JSON object has neither 'prompt' nor 'messages'",
-                ));
+                let text = "the JSON object has neither 'prompt' nor 'messages'";
+                return Err(Invalid::new("prompt", text));
             }
         };
         let params = GenerateParams {

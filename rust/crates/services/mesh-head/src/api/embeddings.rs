@@ -49,10 +49,9 @@ impl AskedEmbeddings {
             None | Some("float") => false,
             Some("base64") => true,
             Some(other) => {
-                return Err(Invalid::new(
-                    "encoding_format",
-                    format!("'encoding_format' must be \"float\" or \"base64\", not {other:?}"),
-                ));
+                let text =
+                    format!("'encoding_format' must be \"float\" or \"base64\", not {other:?}");
+                return Err(Invalid::new("encoding_format", text));
             }
         };
         // `user` only names the client's own user: its type is checked, and its value is not used.

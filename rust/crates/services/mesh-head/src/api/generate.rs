@@ -18,9 +18,7 @@ use crate::workers::MOST_TASK_BYTES;
 /// The two OpenAI APIs for text.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Api {
-    /// `/v1/chat/completions`.
     Chat,
-    /// `/v1/completions`.
     Completions,
 }
 
@@ -33,20 +31,15 @@ impl From<Api> for fields::Api {
     }
 }
 
-/// A checked request.
 #[derive(Debug, Clone)]
 pub(crate) struct Asked {
-    /// The API that it came through.
     pub api: Api,
-    /// Model named in it.
     pub model: Option<String>,
     /// Prompts; several only in `/v1/completions`.
     pub prompts: Vec<Arc<Prompt>>,
-    /// Sampling parameters and limits of the answers.
     pub params: GenerateParams,
     /// Number of answers per prompt.
     pub choices: u32,
-    /// Send the answer as it grows.
     pub stream: bool,
     /// End the stream with a usage chunk.
     pub include_usage: bool,
@@ -64,16 +57,14 @@ impl Asked {
     pub(crate) fn parse(api: Api, body: &[u8], choices_limit: u32) -> Result<Self, Invalid> {
         let object = json::object(body)?;
         let fields = Fields::of(&object);
-        let ignored = check(api.into(), fields)?
-            .into_iter()
-            .map(str::to_owned)
-            .collect();
+        let ignored = check(api.into(), fields)?.into_iter();
+        let ignored = ignored.map(str::to_owned).collect();
         let model = fields.name("model")?.map(str::to_owned);
         let (prompts, params) = match api {
-            Api::Chat => (
-                vec![Prompt::Chat(conversation(fields)?)],
-                chat_params(fields)?,
-            ),
+            Api::Chat => {
+                let chat = Prompt::Chat(conversation(fields)?);
+                (vec![chat], chat_params(fields)?)
+            }
             Api::Completions => (prompts(fields)?, completion_params(fields)?),
         };
         check_lengths(&params)?;
@@ -91,10 +82,8 @@ impl Asked {
         let stream = fields.flag("stream")?;
         let include_usage = match fields.object("stream_options")? {
             Some(options) if !stream && options.names().next().is_some() => {
-                return Err(Invalid::new(
-                    "stream_options",
-                    "'stream_options' is only allowed when 'stream' is true",
-                ));
+                let text = "'stream_options' is only allowed when 'stream' is true";
+                return Err(Invalid::new("stream_options", text));
             }
             Some(options) if options.flag("continuous_usage_stats")? => {
                 return Err(Invalid::unsupported(
@@ -123,7 +112,6 @@ impl Asked {
         })
     }
 
-    /// Answers that it asks for.
     pub(crate) fn answers(&self) -> usize {
         self.prompts.len() * self.choices as usize
     }
@@ -177,10 +165,8 @@ impl Asked {
 }
 
 fn chat_params(fields: Fields<'_>) -> Result<GenerateParams, Invalid> {
-    let max_tokens = first_limit(
-        fields,
-        &["max_completion_tokens", "max_tokens", "n_predict"],
-    )?;
+    let limits = ["max_completion_tokens", "max_tokens", "n_predict"];
+    let max_tokens = first_limit(fields, &limits)?;
     let top_logprobs = fields.whole("top_logprobs", 0..=20)?;
     let wanted = match fields.get("logprobs").map(whole_number) {
         Some(Some(number @ (0 | 1))) => number == 1,
@@ -190,10 +176,8 @@ fn chat_params(fields: Fields<'_>) -> Result<GenerateParams, Invalid> {
         (true, top) => Some(top.unwrap_or(0)),
         (false, None | Some(0)) => None,
         (false, Some(_)) => {
-            return Err(Invalid::new(
-                "top_logprobs",
-                "'top_logprobs' is only allowed when 'logprobs' is true",
-            ));
+            let text = "'top_logprobs' is only allowed when 'logprobs' is true";
+            return Err(Invalid::new("top_logprobs", text));
         }
     };
     Ok(GenerateParams {
@@ -211,10 +195,8 @@ fn completion_params(fields: Fields<'_>) -> Result<GenerateParams, Invalid> {
     };
     let echo = fields.flag("echo")?;
     if echo && logprobs.is_some() {
-        return Err(Invalid::unsupported(
-            "logprobs",
-            "with 'echo' there are none for the prompt; leave one of them out",
-        ));
+        let remedy = "with 'echo' there are none for the prompt; leave one of them out";
+        return Err(Invalid::unsupported("logprobs", remedy));
     }
     Ok(GenerateParams {
         max_tokens: max_tokens.unwrap_or(Some(DEFAULT_COMPLETION)),
@@ -237,23 +219,22 @@ fn first_limit(fields: Fields<'_>, names: &[&str]) -> Result<Option<Option<u32>>
 }
 
 fn check_lengths(params: &GenerateParams) -> Result<(), Invalid> {
+    let least = params.min_tokens;
     match params.max_tokens {
-        Some(most) if params.min_tokens > most => Err(Invalid::new(
-            "min_tokens",
-            format!(
-                "'min_tokens' is {}, more than the limit of {most} tokens ('max_tokens')",
-                params.min_tokens
-            ),
-        )),
+        Some(most) if least > most => {
+            let text = format!(
+                "'min_tokens' is {least}, more than the limit of {most} tokens ('max_tokens')"
+            );
+            Err(Invalid::new("min_tokens", text))
+        }
         _ => Ok(()),
     }
 }
 
 /// llama.cpp's penalties look at the last `repeat_last_n` tokens, ours at the whole text.
 fn check_penalty_window(fields: Fields<'_>, params: &GenerateParams) -> Result<(), Invalid> {
-    let whole_text = fields
-        .get("repeat_last_n")
-        .is_none_or(|value| whole_number(value) == Some(-1));
+    let is_all = |value| whole_number(value) == Some(-1);
+    let whole_text = fields.get("repeat_last_n").is_none_or(is_all);
     let off = [
         params.repetition_penalty.unwrap_or(1.0) == 1.0,
         params.presence_penalty.unwrap_or(0.0) == 0.0,
@@ -262,10 +243,8 @@ fn check_penalty_window(fields: Fields<'_>, params: &GenerateParams) -> Result<(
     if whole_text || off == [true; 3] {
         return Ok(());
     }
-    Err(Invalid::unsupported(
-        "repeat_last_n",
-        "penalties look at the whole text; leave it out or set it to -1",
-    ))
+    let remedy = "penalties look at the whole text; leave it out or set it to -1";
+    Err(Invalid::unsupported("repeat_last_n", remedy))
 }
 
 fn check_best_of(fields: Fields<'_>, choices: u32) -> Result<(), Invalid> {
@@ -273,10 +252,8 @@ fn check_best_of(fields: Fields<'_>, choices: u32) -> Result<(), Invalid> {
     if fields.get("best_of").is_none_or(fits) {
         return Ok(());
     }
-    Err(Invalid::unsupported(
-        "best_of",
-        "leave it out, or set it to the value of 'n'",
-    ))
+    let remedy = "leave it out, or set it to the value of 'n'";
+    Err(Invalid::unsupported("best_of", remedy))
 }
 
 /// The plain DCF task with a single question: the question, with parameters if there are any. `None` if a
@@ -317,7 +294,6 @@ fn plain_task(
     (payload.len() <= MOST_TASK_BYTES).then_some(payload)
 }
 
-/// The `prompt` of `/v1/completions`.
 fn prompts(fields: Fields<'_>) -> Result<Vec<Prompt>, Invalid> {
     let shapes = "'prompt' must be a string, an array of strings, or an array of token ids";
     let too_many = |count| {
@@ -336,7 +312,6 @@ fn prompts(fields: Fields<'_>) -> Result<Vec<Prompt>, Invalid> {
     Ok(prompts.into_iter().map(prompt).collect())
 }
 
-/// Bytes of a prompt as it is held.
 fn bytes_of(prompt: &Prompt) -> usize {
     match prompt {
         Prompt::Text(text) => text.len(),

@@ -15,7 +15,6 @@ pub struct Invalid {
 }
 
 impl Invalid {
-    /// An error for a wrong value.
     pub(crate) fn new(param: impl Into<String>, message: impl Into<String>) -> Self {
         Self {
             param: param.into(),
@@ -24,7 +23,6 @@ impl Invalid {
         }
     }
 
-    /// A feature that does not exist here.
     pub(crate) fn unsupported(param: impl Into<String>, remedy: &str) -> Self {
         let param = param.into();
         let message = format!("'{param}' is not supported by this mesh; {remedy}");
@@ -35,25 +33,25 @@ impl Invalid {
         }
     }
 
-    /// A value of another type.
-    pub(crate) fn wrong_type(param: &str, expected: &str, got: &Value) -> Self {
-        Self::new(
-            param,
-            format!(
-                "Invalid type for '{param}': expected {expected}, got {}",
-                kind(got)
-            ),
-        )
+    pub(crate) fn missing(param: &str) -> Self {
+        Self::new(param, format!("Missing required parameter: '{param}'"))
     }
-}
 
-fn kind(value: &Value) -> &'static str {
-    match value {
-        Value::Null => "null",
-        Value::Bool(_) => "a boolean",
-        Value::Number(_) => "a number",
-        Value::String(_) => "a string",
-        Value::Array(_) => "an array",
-        Value::Object(_) => "an object",
+    pub(crate) fn too_many(param: &str, count: usize, what: &str, most: usize) -> Self {
+        let text = format!("'{param}' has {count} {what}, at most {most} are allowed");
+        Self::new(param, text)
+    }
+
+    pub(crate) fn wrong_type(param: &str, expected: &str, got: &Value) -> Self {
+        let got = match got {
+            Value::Null => "null",
+            Value::Bool(_) => "a boolean",
+            Value::Number(_) => "a number",
+            Value::String(_) => "a string",
+            Value::Array(_) => "an array",
+            Value::Object(_) => "an object",
+        };
+        let text = format!("Invalid type for '{param}': expected {expected}, got {got}");
+        Self::new(param, text)
     }
 }

@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-use crate::api::fields::{Fields, whole_number};
+use crate::api::fields::{Fields, token_ids};
 use crate::api::invalid::Invalid;
 use crate::api::json::Lists;
 
@@ -29,15 +29,8 @@ pub(super) fn text_inputs(
         None => {}
     }
     let text = |value: &Value| value.as_str().map(|text| TextInput::Text(text.to_owned()));
-    let tokens = |value: &Value| {
-        let ids = value.as_array()?.iter();
-        let ids = ids.map(|id| u32::try_from(whole_number(id)?).ok());
-        ids.collect::<Option<_>>().map(TextInput::Tokens)
-    };
-    let Some(value) = fields.get(name) else {
-        let text = format!("Missing required parameter: '{name}'");
-        return Err(Invalid::new(name, text));
-    };
+    let tokens = |value: &Value| token_ids(value).map(TextInput::Tokens);
+    let value = fields.get(name).ok_or_else(|| Invalid::missing(name))?;
     if let Some(list) = value.as_array()
         && list.len() > most
         && list.first().is_some_and(|first| !first.is_number())

@@ -26,7 +26,6 @@ impl Api {
         }
     }
 
-    /// Prefix of the ids of answers.
     pub(crate) fn id_prefix(self) -> &'static str {
         match self {
             Api::Chat => "chatcmpl",
@@ -143,7 +142,6 @@ pub(crate) fn add_usage(usage: &mut CompletionUsage, complete: &Complete, first_
     usage.total_tokens = usage.prompt_tokens.saturating_add(usage.completion_tokens);
 }
 
-/// Timings of an answer.
 pub(crate) fn timings(complete: &Complete, worker: &str) -> Timings {
     let first = complete.first_token.unwrap_or(complete.total);
     let decoding = complete.total.saturating_sub(first).as_secs_f64();

@@ -17,7 +17,7 @@ use tracing::debug;
 use super::blame::FailedAttempts;
 use super::codec::{AttemptTerms, Codec};
 use super::deaths::Deaths;
-use super::event::{Event, ServedBy};
+use super::event::Event;
 use super::outcome::deadline_ms;
 use crate::mesh::connection::{Connection, FromWorker};
 use crate::mesh::{Assignment, Mesh, RingRole};
@@ -29,7 +29,6 @@ pub(super) struct Flight<'a, C> {
     pub(super) codec: C,
     pub(super) ask: Requirements,
     pub(super) answer: Lifecycle,
-    /// Arrival of the last token.
     last_token: Option<Instant>,
     /// The attempt before this one failed on a ring of this model, whose last token came then.
     broke_off: Option<(String, Instant)>,
@@ -144,11 +143,7 @@ impl<'a, C: Codec> Flight<'a, C> {
             attempt = resume.attempt,
             "placed"
         );
-        self.codec.tell(Event::Placed(ServedBy {
-            model: placed.model.clone(),
-            worker: placed.name.clone(),
-            fingerprint: placed.fingerprint.clone(),
-        }));
+        self.codec.tell(Event::Placed(placed.clone()));
         resume
     }
 
@@ -218,8 +213,7 @@ impl<'a, C: Codec> Flight<'a, C> {
                     self.codec.tell(Event::Delta(delta));
                 }
                 Step::Complete(_) => {
-                    self.suspects
-                        .contradict(&mut self.answer, assignment, self.mesh);
+                    self.contradict(assignment);
                     if !C::HAS_TOKENS {
                         assignment.prefilled();
                     }
@@ -240,9 +234,13 @@ impl<'a, C: Codec> Flight<'a, C> {
         }
         if first {
             assignment.first_token();
-            self.suspects
-                .contradict(&mut self.answer, assignment, self.mesh);
+            self.contradict(assignment);
         }
+    }
+
+    fn contradict(&mut self, by: &Assignment) {
+        let suspects = &self.suspects;
+        suspects.contradict(&mut self.answer, by, self.mesh);
     }
 
     fn received(
@@ -259,8 +257,8 @@ impl<'a, C: Codec> Flight<'a, C> {
                 }
                 WorkerReply::Failed(failure) => {
                     let request = (&self.ask, &mut self.answer);
-                    self.suspects
-                        .ask_another(&failure, request, assignment, self.mesh);
+                    let suspects = &mut self.suspects;
+                    suspects.ask_another(&failure, request, assignment, self.mesh);
                     return self.answer.failed(attempt, failure);
                 }
                 WorkerReply::Work(message) => FromWorker::Message(message),
@@ -305,9 +303,8 @@ impl<'a, C: Codec> Flight<'a, C> {
 
     /// The stream broke, perhaps because the worker died.
     fn broke(&mut self, assignment: &Assignment, attempt: u32, failure: Failure) -> Step {
-        let failure = self
-            .deaths
-            .of(failure, assignment, &mut self.answer, self.mesh);
+        let (deaths, answer) = (&mut self.deaths, &mut self.answer);
+        let failure = deaths.of(failure, assignment, answer, self.mesh);
         self.answer.failed(attempt, failure)
     }
 
@@ -319,7 +316,6 @@ impl<'a, C: Codec> Flight<'a, C> {
         attempt: u32,
         now: Instant,
     ) -> Step {
-        let placed = &assignment.placed;
         // It works on one request after the other: while it answers others, this one waits its turn.
         if let Some(at) = connection.last_answer() {
             self.answer.excused_until(at);
@@ -327,16 +323,14 @@ impl<'a, C: Codec> Flight<'a, C> {
         if self.answer.waits_untold(now) && assignment.is_busy() {
             self.answer.excused_until(now);
         }
-        match placed
-            .ring
-            .map(|ring| self.mesh.ring_role(placed.worker, ring))
-        {
+        match assignment.ring_role() {
             Some(RingRole::Serves(since)) => {
                 self.answer.excused_until(since);
                 let limit = self.mesh.config.silence_limit * 2;
                 let lately = |at| now.saturating_duration_since(at) < limit;
                 // A driver that is heard is slow, and gets the time that any worker gets.
-                if self.last_token.is_some_and(lately) && self.mesh.hears(placed.worker) {
+                let hears = || self.mesh.hears(assignment.placed.worker);
+                if self.last_token.is_some_and(lately) && hears() {
                     self.answer.look_again_at(now + RING_LOOK);
                 }
             }
@@ -351,11 +345,7 @@ impl<'a, C: Codec> Flight<'a, C> {
 
     /// A ring changed: if this answer's worker does not drive its ring any more, it goes on elsewhere.
     fn ring_changed(&mut self, assignment: &Assignment, attempt: u32) -> Step {
-        let placed = &assignment.placed;
-        let role = placed
-            .ring
-            .map(|ring| self.mesh.ring_role(placed.worker, ring));
-        if role != Some(RingRole::Gone) {
+        if assignment.ring_role() != Some(RingRole::Gone) {
             return Step::Wait;
         }
         // The same as if the worker itself had said so: it counts as no failure of the request.
@@ -369,7 +359,7 @@ impl<'a, C: Codec> Flight<'a, C> {
     fn prepare_rerun(&mut self, assignment: &Assignment, ended: AttemptEnd, lost: bool) {
         let placed = &assignment.placed;
         if let Some(ring) = placed.ring {
-            let gone = self.mesh.ring_role(placed.worker, ring) == RingRole::Gone;
+            let gone = assignment.ring_role() == Some(RingRole::Gone);
             if let Some(at) = self.last_token.filter(|_| lost || gone) {
                 self.broke_off.get_or_insert((placed.model.clone(), at));
             }
@@ -383,10 +373,10 @@ impl<'a, C: Codec> Flight<'a, C> {
             self.mesh.metrics.reruns.inc();
             self.codec.log_rerun(&placed.name, &self.answer);
         }
-        let avoided = self.answer.avoided().into_iter();
-        self.ask.avoid = avoided
-            .filter(|worker| !self.forgiven.contains(worker))
-            .collect();
+        self.ask.avoid = self.answer.avoided();
+        self.ask
+            .avoid
+            .retain(|worker| !self.forgiven.contains(worker));
         self.ask.alone = self.answer.is_suspect();
         if self.codec.has_begun(&self.answer) {
             self.ask.plain = false;

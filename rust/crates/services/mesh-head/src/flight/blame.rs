@@ -16,7 +16,6 @@ pub(super) struct FailedAttempts {
     rejected_in: u32,
 }
 
-/// An attempt, as the head's opinion of its worker needs it.
 #[derive(Debug)]
 struct Attempted {
     key: String,
@@ -74,14 +73,12 @@ impl FailedAttempts {
         assignment: &Assignment,
         mesh: &Mesh,
     ) {
-        let rejects = matches!(
-            failure,
-            Failure::Error {
-                code: ErrorCode::INVALID_PAYLOAD | ErrorCode::CONTEXT_TOO_LONG,
-                ..
-            }
-        );
-        if rejects {
+        if let Failure::Error { code, .. } = failure
+            && matches!(
+                *code,
+                ErrorCode::INVALID_PAYLOAD | ErrorCode::CONTEXT_TOO_LONG
+            )
+        {
             answer.set_second_opinion(mesh.another(ask, assignment.placed.worker));
             self.rejected_in = context_on(assignment, mesh);
         }

@@ -50,11 +50,8 @@ pub(super) trait Codec: Send {
     fn log_rerun(&self, worker: &str, answer: &Lifecycle);
 }
 
-/// Terms of one attempt.
 pub(super) struct AttemptTerms<'a> {
-    /// The worker and the model.
     pub placed: &'a Placed,
-    /// The answer so far.
     pub answer: &'a Lifecycle,
     /// Name of the attempt, and the text that the client has.
     pub resume: Resume,

@@ -30,8 +30,8 @@ impl Deaths {
             return failure;
         }
         self.review(answer, mesh);
-        self.0
-            .push((assignment.placed.worker, node.clone(), assignment.process));
+        let died = (assignment.placed.worker, node.clone(), assignment.process);
+        self.0.push(died);
         Failure::Died(text.clone())
     }
 
@@ -77,15 +77,10 @@ fn is_death(reason: &Closed, process: ProcessMatch) -> bool {
         // This head closes links that it has no use for: in quarantine, expelled, or replaced. A new process
         // has replaced one that died unnoticed.
         (Closed::ByUs, process) => process == ProcessMatch::Other,
-        // It said goodbye.
-        (
-            Closed::ByPeer {
-                code: ErrorCode::OK | ErrorCode::DRAINING | ErrorCode::CANCELLED,
-                ..
-            },
-            _,
-        ) => false,
-        (Closed::ByPeer { .. }, _) => true,
+        (Closed::ByPeer { code, .. }, _) => {
+            let goodbye = [ErrorCode::OK, ErrorCode::DRAINING, ErrorCode::CANCELLED];
+            !goodbye.contains(code)
+        }
         _ => false,
     }
 }

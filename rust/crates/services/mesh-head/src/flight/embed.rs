@@ -5,16 +5,15 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use bytes::BytesMut;
-use dcf::{ErrorCode, Message, MsgType};
+use dcf::MsgType;
 use futures::{StreamExt, TryStreamExt, stream};
 use mesh_control::affinity::estimate_tokens;
-use mesh_control::embedding::BatchLimits;
+use mesh_control::embedding::parts;
 use mesh_control::fair::{Ingress, Source};
 use mesh_control::placement::Refusal;
 use mesh_control::request::{AnswerError, Bounds, Lifecycle, Step};
-use mesh_control::router::{Purpose, Requirements};
+use mesh_control::router::Requirements;
 use mesh_proto::{Done, Embed, EmbedInput, EmbedText, Embeddings, ModelKind};
-use prost::Message as _;
 use tracing::{debug, info};
 
 use super::attempts::Flight;
@@ -22,7 +21,7 @@ use super::codec::{AttemptTerms, Codec};
 use super::outcome::Account;
 use super::task::{EmbedTask, Embedded};
 use crate::mesh::connection::{FromWorker, WorkerRequest};
-use crate::mesh::{Lease, Mesh, timestamp_us};
+use crate::mesh::{Lease, Mesh, message};
 use crate::metrics::Front;
 use crate::workers::requests::{embeddings_bytes, vectors};
 
@@ -63,33 +62,24 @@ async fn run(
     let replicas = mesh.replicas(&model);
     match replicas.kind {
         Some(ModelKind::Chat) => {
-            return Err(AnswerError::Rejected {
-                code: ErrorCode::INVALID_PAYLOAD,
-                text: format!(
-                    "the model {model:?} makes text, not embeddings; GET /v1/models says which makes what"
-                ),
-            });
+            return Err(AnswerError::invalid(format!(
+                "the model {model:?} makes text, not embeddings; GET /v1/models says which makes what"
+            )));
         }
         Some(ModelKind::Embed) if task.dimensions > replicas.dimensions => {
-            return Err(AnswerError::Rejected {
-                code: ErrorCode::INVALID_PAYLOAD,
-                text: format!(
-                    "'dimensions' is {}, but the vectors of {model:?} have {} numbers",
-                    task.dimensions, replicas.dimensions
-                ),
-            });
+            return Err(AnswerError::invalid(format!(
+                "'dimensions' is {}, but the vectors of {model:?} have {} numbers",
+                task.dimensions, replicas.dimensions
+            )));
         }
-        Some(ModelKind::Embed) => {}
         None if model.is_empty() => {
-            return Err(Refusal::NoWorker {
-                model: "an embedding model".into(),
-            }
-            .into());
+            let model = "an embedding model".into();
+            return Err(Refusal::NoWorker { model }.into());
         }
-        None => {}
+        Some(ModelKind::Embed) | None => {}
     }
     let weights: Vec<u64> = task.inputs.iter().map(weight).collect();
-    let parts = BatchLimits::new(replicas.workers).parts(&weights);
+    let parts = parts(replicas.workers, &weights);
     let at_once = (2 * replicas.workers).clamp(1, MOST_AT_ONCE);
     debug!(
         request = task.id,
@@ -99,7 +89,7 @@ async fn run(
     );
     let ask = Requirements {
         model,
-        purpose: Purpose::Embed,
+        kind: ModelKind::Embed,
         // Parts of one request must come from the same weights.
         fingerprint: replicas.fingerprint,
         source: Source {
@@ -171,7 +161,6 @@ async fn part(
 struct EmbedCodec<'a> {
     id: String,
     task: &'a EmbedTask,
-    /// The texts that it has.
     range: Range<usize>,
     /// Length of the vectors; 0 is unknown.
     dimensions: u32,
@@ -196,9 +185,8 @@ impl Codec for EmbedCodec<'_> {
             deadline_ms: start.deadline_ms,
             progress_ms: start.progress_ms,
         };
-        let (attempt, body) = (start.resume.attempt, embed.encode_to_vec());
         WorkerRequest {
-            message: Message::new(MsgType::EMBED, attempt, timestamp_us(), body),
+            message: message(MsgType::EMBED, start.resume.attempt, &embed),
             plain: None,
         }
     }

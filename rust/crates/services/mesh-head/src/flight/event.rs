@@ -1,6 +1,7 @@
 //! Events of a task for its front end.
 
 use bytes::Bytes;
+use mesh_control::placement::Placed;
 use mesh_control::request::{AnswerError, Complete, Delta};
 use mesh_proto::{Progress, RequestPhase};
 
@@ -10,28 +11,15 @@ pub(crate) enum Event {
     /// It waits for a worker with room.
     Queued,
     /// A worker has it; again after each rerun.
-    Placed(ServedBy),
+    Placed(Placed),
     /// Its worker reports the cause of its wait.
     Waits(Progress),
-    /// The next piece of the answer.
     Delta(Delta),
     /// The whole answer to a plain task, as it is.
     Whole(Bytes),
-    /// The answer is complete.
     Complete(Complete),
     /// There will be no (more) answer.
     Failed(AnswerError),
-}
-
-/// The worker and the model that answer.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct ServedBy {
-    /// Name of the model.
-    pub model: String,
-    /// Name of the worker.
-    pub worker: String,
-    /// SHA-256 of the model file.
-    pub fingerprint: String,
 }
 
 /// The cause of a wait while no worker has room, in words that follow "waiting".

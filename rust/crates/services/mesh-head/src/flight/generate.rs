@@ -5,10 +5,9 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use dcf::{ErrorCode, Message, MsgType};
+use dcf::MsgType;
 use mesh_control::request::{AnswerError, Bounds, Complete, Lifecycle, Step};
 use mesh_proto::{Done, Generate, ModelKind, Prompt, RequestPhase};
-use prost::Message as _;
 use tokio::sync::mpsc;
 use tracing::{debug, info};
 
@@ -19,7 +18,7 @@ use super::outcome::Account;
 use super::task::GenerateTask;
 use crate::ids;
 use crate::mesh::connection::{FromWorker, WorkerRequest};
-use crate::mesh::{Mesh, timestamp_us};
+use crate::mesh::{Mesh, message};
 use crate::metrics::Front;
 use crate::workers::requests::read;
 
@@ -117,12 +116,9 @@ async fn run<E: FnMut(Event) + Send>(
         return Err(AnswerError::ShuttingDown);
     }
     if flight.mesh.replicas(model).kind == Some(ModelKind::Embed) {
-        return Err(AnswerError::Rejected {
-            code: ErrorCode::INVALID_PAYLOAD,
-            text: format!(
-                "the model {model:?} makes embeddings, not text; POST /v1/embeddings asks for those"
-            ),
-        });
+        return Err(AnswerError::invalid(format!(
+            "the model {model:?} makes embeddings, not text; POST /v1/embeddings asks for those"
+        )));
     }
     flight.run().await
 }
@@ -155,9 +151,8 @@ impl<E: FnMut(Event) + Send> Codec for GenerateCodec<E> {
             progress_ms: start.progress_ms,
             cache_salt: self.task.salt,
         };
-        let (attempt, body) = (start.resume.attempt, generate.encode_to_vec());
         WorkerRequest {
-            message: Message::new(MsgType::GENERATE, attempt, timestamp_us(), body),
+            message: message(MsgType::GENERATE, start.resume.attempt, &generate),
             plain: self.task.plain.clone(),
         }
     }

@@ -29,9 +29,8 @@ impl<'a> Account<'a> {
 
     /// Notes how the request ended. A failure of the mesh is logged as the lack of what was `wanted`.
     pub(super) fn settle<T>(&mut self, id: &str, result: &Result<T, AnswerError>, wanted: &str) {
-        self.outcome = result
-            .as_ref()
-            .map_or_else(outcome_of, |_| Outcome::Complete);
+        let ended = result.as_ref();
+        self.outcome = ended.map_or_else(outcome_of, |_| Outcome::Complete);
         if let Err(error) = result
             && matches!(self.outcome, Outcome::Failed | Outcome::Timeout)
         {

@@ -10,7 +10,6 @@ use mesh_control::request::Bounds;
 use mesh_control::router::Requirements;
 use mesh_proto::{ChatMessage, EmbedInput, GenerateParams, Prompt};
 
-/// One answer to generate.
 #[derive(Debug, Clone)]
 pub(crate) struct GenerateTask {
     /// Request id in the logs of all services.
@@ -24,14 +23,12 @@ pub(crate) struct GenerateTask {
     /// Payload of the plain DCF task that asks for the same, where one can: the client's own if it came as
     /// one.
     pub plain: Option<Bytes>,
-    /// The source of the task.
     pub source: Source,
     /// Prefixes of prompts are cached for tasks of the same salt only.
     pub salt: u64,
 }
 
 impl GenerateTask {
-    /// Limits on the answer of a worker.
     pub(crate) fn bounds(&self) -> Bounds {
         let (bytes, messages) = match &*self.prompt {
             Prompt::Text(text) => (text.len(), 0),
@@ -50,12 +47,9 @@ impl GenerateTask {
             (Prompt::Tokens(_), true) => bytes * ECHOED_TOKEN_BYTES,
             (_, true) => bytes + around,
         };
+        let asked = self.params.max_tokens.unwrap_or(u32::MAX);
         Bounds {
-            tokens: self
-                .params
-                .max_tokens
-                .unwrap_or(u32::MAX)
-                .min(Bounds::default().tokens),
+            tokens: asked.min(Bounds::default().tokens),
             more_text: echoed as u64,
             alternatives: self.params.logprobs,
             prompt_tokens: u32::try_from(bytes.saturating_add(around)).unwrap_or(u32::MAX),
@@ -66,21 +60,17 @@ impl GenerateTask {
     pub(crate) fn ask(&self, model: &str) -> Requirements {
         let prompt_tokens = estimate_tokens(match &*self.prompt {
             Prompt::Text(text) => text.len(),
-            Prompt::Chat(chat) => chat
-                .messages
-                .iter()
-                .map(|message| message.content.len())
-                .sum(),
+            Prompt::Chat(chat) => {
+                let messages = chat.messages.iter();
+                messages.map(|message| message.content.len()).sum()
+            }
             Prompt::Tokens(list) => list.tokens.len() * 4,
         });
+        let asked = self.params.max_tokens;
         Requirements {
             model: model.to_owned(),
             prompt_tokens,
-            answer_tokens: self
-                .params
-                .max_tokens
-                .unwrap_or(USUAL_ANSWER)
-                .min(USUAL_ANSWER),
+            answer_tokens: asked.map_or(USUAL_ANSWER, |most| most.min(USUAL_ANSWER)),
             prefixes: prefixes(model, self.salt, &self.prompt),
             length: Length::of(&self.prompt),
             plain: self.plain.is_some(),
@@ -111,9 +101,7 @@ pub struct EmbedTask {
 /// All vectors of a request.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Embedded {
-    /// The model that made them.
     pub model: String,
-    /// Length of one vector.
     pub dimensions: u32,
     /// f32, little-endian, vector after vector in the order of the texts.
     pub vectors: Bytes,
@@ -126,7 +114,6 @@ const TEMPLATE_TOKENS: usize = 4096;
 
 const MESSAGE_TOKENS: usize = 64;
 
-/// Bytes of an echoed token.
 const ECHOED_TOKEN_BYTES: usize = 64;
 
 /// Tokens of an answer of unknown length, for estimates.

@@ -61,6 +61,5 @@ pub(crate) enum FromWorker {
     Message(Message),
     /// The whole answer, as it is: the Result of a plain task.
     Whole(Bytes),
-    /// The worker ended the stream.
     End,
 }

@@ -16,24 +16,18 @@ struct Saved {
 /// drained, and the log says so.
 pub(crate) fn load(state_dir: &Path) -> BTreeMap<String, String> {
     let path = state_dir.join(FILE);
-    let read = || -> io::Result<Saved> {
-        match std::fs::read(&path) {
-            Ok(text) => Ok(serde_json::from_slice(&text)?),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Saved::default()),
-            Err(error) => Err(error),
-        }
-    };
-    match read() {
-        Ok(kept) => kept.drained,
-        Err(error) => {
+    let saved = std::fs::read(&path).and_then(|text| Ok(serde_json::from_slice(&text)?));
+    let saved: Saved = saved.unwrap_or_else(|error: io::Error| {
+        if error.kind() != io::ErrorKind::NotFound {
             tracing::error!(
                 path = %path.display(),
                 %error,
                 "which workers were drained cannot be read: none of them is; drain them again"
             );
-            BTreeMap::new()
         }
-    }
+        Saved::default()
+    });
+    saved.drained
 }
 
 /// Keeps them, names by node ids, instead of those that were kept before.

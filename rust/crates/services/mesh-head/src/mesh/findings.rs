@@ -28,16 +28,12 @@ impl Mesh {
         sample: Option<Sample>,
         asked: Instant,
     ) {
-        let now = Instant::now();
-        let mut guard = self.lock();
-        let state = &mut *guard;
-        let seed = ids::unique();
-        let registry = &mut state.placement.registry;
-        let findings = registry.proved(id, proof, sample, asked, seed, now);
-        for finding in findings {
-            self.follow_finding(state, finding, now);
-        }
-        self.turn(state, now);
+        self.change(|state, now| {
+            let registry = &mut state.placement.registry;
+            for finding in registry.proved(id, proof, sample, asked, ids::unique(), now) {
+                self.follow_finding(state, finding, now);
+            }
+        });
     }
 
     /// A worker declines the head's question. Returns true if that is excused.
@@ -88,8 +84,8 @@ impl Mesh {
                 let worker = state.placement.registry.of_node(&node);
                 // Requests that it answers now should be answered by another worker.
                 if let Some(peer) = worker.and_then(|worker| state.peers.get(&worker.id)) {
-                    peer.link
-                        .close(ErrorCode::CANCELLED, &format!("in quarantine: {reason}"));
+                    let text = format!("in quarantine: {reason}");
+                    peer.link.close(ErrorCode::CANCELLED, &text);
                 }
             }
         }

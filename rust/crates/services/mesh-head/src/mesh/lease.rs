@@ -1,11 +1,12 @@
 //! Leases of the head's memory for requests.
 
-use std::sync::{Arc, MutexGuard, PoisonError};
+use std::sync::Arc;
 
 use mesh_control::fair::Origin;
-use mesh_control::memory::{RequestMemory, TooMuch};
+use mesh_control::memory::TooMuch;
 
 use super::state::Mesh;
+use crate::locks::lock;
 
 impl Mesh {
     /// Takes memory for a request of `origin`.
@@ -24,11 +25,7 @@ impl Mesh {
 
     /// Bytes of memory that requests may still take.
     pub(crate) fn unleased(&self) -> u64 {
-        self.memory().left()
-    }
-
-    pub(super) fn memory(&self) -> MutexGuard<'_, RequestMemory> {
-        self.memory.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.memory).left()
     }
 }
 
@@ -46,7 +43,7 @@ impl Lease {
     /// # Errors
     /// As [`Mesh::lease`].
     pub(crate) fn add(&mut self, bytes: u64) -> Result<(), TooMuch> {
-        self.bytes += self.mesh.memory().take(self.origin, self.bytes, bytes)?;
+        self.bytes += lock(&self.mesh.memory).take(self.origin, self.bytes, bytes)?;
         Ok(())
     }
 
@@ -55,7 +52,7 @@ impl Lease {
     /// # Errors
     /// As [`Mesh::lease`].
     pub(crate) fn set(&mut self, bytes: u64) -> Result<(), TooMuch> {
-        let mut memory = self.mesh.memory();
+        let mut memory = lock(&self.mesh.memory);
         memory.give(self.origin, std::mem::take(&mut self.bytes));
         self.bytes = memory.take(self.origin, 0, bytes)?;
         Ok(())
@@ -64,6 +61,6 @@ impl Lease {
 
 impl Drop for Lease {
     fn drop(&mut self) {
-        self.mesh.memory().give(self.origin, self.bytes);
+        lock(&self.mesh.memory).give(self.origin, self.bytes);
     }
 }

@@ -7,7 +7,7 @@ use std::time::{Instant, SystemTime};
 use dcf::{ErrorCode, Message, Version};
 use mesh_base::clock;
 use mesh_control::duplicates::{Duplicate, Machine};
-use mesh_control::registry::{Worker, WorkerId};
+use mesh_control::registry::WorkerId;
 use mesh_control::rings::Arrival;
 use mesh_net::quic::Link;
 use mesh_net::trust::DUPLICATE_IDENTITY;
@@ -20,7 +20,6 @@ use super::state::{CLOCK_TOLERANCE, ConnectedWorker, Mesh, timestamp_us};
 /// A worker that is connected with the identity of one that connects.
 #[derive(Debug)]
 pub(crate) struct Rival {
-    /// The worker's QUIC link.
     pub link: Link,
     /// It finishes its running requests and will leave.
     pub draining: bool,
@@ -48,11 +47,8 @@ impl Mesh {
         let others = other_addresses(&hello.addresses, link.remote_addr().ip());
         let mut state = self.lock();
         let whole = hello.models.iter().map(|card| card.name.clone()).collect();
-        let (id, replaced) =
-            state
-                .placement
-                .registry
-                .join(link.node_id(), link.remote_addr(), hello, now);
+        let registry = &mut state.placement.registry;
+        let (id, replaced) = registry.join(link.node_id(), link.remote_addr(), hello, now);
         let drained = state.rings.is_asked_to_drain(link.node_id());
         let mut name = String::new();
         if let Some(worker) = state.placement.registry.get_mut(id) {
@@ -69,22 +65,20 @@ impl Mesh {
         state.rings.joined(link.node_id(), arrival, now);
         state.rings.has_addresses(link.node_id(), others);
         if let Some(old) = replaced.and_then(|old| state.peers.remove(&old)) {
-            old.link
-                .close(ErrorCode::CANCELLED, "this node has connected again");
+            let text = "this node has connected again";
+            old.link.close(ErrorCode::CANCELLED, text);
         }
-        state.peers.insert(
-            id,
-            ConnectedWorker {
-                link: link.clone(),
-                orders,
-                heard_packets: 0,
-                heard: now,
-                instance,
-                host,
-            },
-        );
+        let peer = ConnectedWorker {
+            link: link.clone(),
+            orders,
+            heard_packets: 0,
+            heard: now,
+            instance,
+            host,
+        };
+        state.peers.insert(id, peer);
         let list = self.expelled_message();
-        self.order(&mut state, id, link.node_id(), list, now);
+        self.order(&mut state, id, list, now);
         self.note_mixed(&mut state);
         self.turn(&mut state, now);
         id
@@ -132,9 +126,8 @@ impl Mesh {
         let refused = machine(newcomer, host);
         let node = rival.link.node_id();
         let mut state = self.lock();
-        let news = state
-            .duplicates
-            .refused(node, &rival.name, kept, refused, now);
+        let duplicates = &mut state.duplicates;
+        let news = duplicates.refused(node, &rival.name, kept, refused, now);
         let text = state.duplicates.advice(node).unwrap_or_default();
         drop(state);
         self.metrics.duplicate(&rival.name);
@@ -175,29 +168,20 @@ impl Mesh {
 
     /// A worker's link is closed.
     pub(crate) fn leave(&self, id: WorkerId) {
-        let now = Instant::now();
-        let mut state = self.lock();
-        state.peers.remove(&id);
-        let left = state.placement.leave(id, now);
-        self.note_mixed(&mut state);
-        if let Some(node) = left.as_ref().and_then(Worker::node_id) {
-            state.rings.left(node, "its link is closed", now);
-            state.tracker.left(node);
-        }
-        self.turn(&mut state, now);
+        self.change(|state, now| {
+            state.remove(id, "its link is closed", now);
+            self.note_mixed(state);
+        });
     }
 
-    /// A worker reports its load.
     pub(crate) fn report(&self, id: WorkerId, load: Load) {
-        let now = Instant::now();
-        let mut guard = self.lock();
-        let state = &mut *guard;
-        let draining = load.draining;
-        state.placement.registry.report(id, load, now);
-        if let Some(node) = state.placement.registry.get(id).and_then(Worker::node_id) {
-            state.rings.says_draining(node, draining);
-        }
-        self.turn(state, now);
+        self.change(|state, now| {
+            let draining = load.draining;
+            state.placement.registry.report(id, load, now);
+            if let Some(node) = state.placement.registry.node_of(id) {
+                state.rings.says_draining(node, draining);
+            }
+        });
     }
 
     /// A worker without an identity is alive, and takes plain tasks on this connection. True means that it is
@@ -240,11 +224,9 @@ fn other_addresses(said: &[String], seen: IpAddr) -> Vec<IpAddr> {
         !ip.is_unspecified() && !ip.is_multicast() && !ip.is_loopback() && !link_local
     };
     let parsed = said.iter().filter_map(|text| text.parse::<IpAddr>().ok());
-    let parsed = parsed.map(|ip| ip.to_canonical()).filter(usable);
-    parsed
-        .filter(|ip| *ip != seen)
-        .take(MOST_ADDRESSES)
-        .collect()
+    let parsed = parsed.map(|ip| ip.to_canonical());
+    let others = parsed.filter(|ip| usable(ip) && *ip != seen);
+    others.take(MOST_ADDRESSES).collect()
 }
 
 /// Other addresses of one worker that are passed on.

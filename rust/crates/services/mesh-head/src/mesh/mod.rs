@@ -27,4 +27,4 @@ mod tick;
 pub(crate) use lease::Lease;
 pub(crate) use placing::Assignment;
 pub(crate) use rings::RingRole;
-pub(crate) use state::{Mesh, timestamp_us};
+pub(crate) use state::{Mesh, message, timestamp_us};

@@ -4,11 +4,14 @@
 use std::fs::File;
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use serde::{Deserialize, Serialize};
 
-use mesh_control::tracker::{Pin, Pins};
+use mesh_api::Pin;
+use mesh_control::tracker::Pins;
+
+use crate::locks::lock;
 
 #[derive(Debug, Default, Serialize, Deserialize)]
 struct Saved {
@@ -108,10 +111,6 @@ fn parse(text: Option<&[u8]>) -> Result<Saved, String> {
         }
         Some(text) => serde_json::from_slice(text).map_err(|error| error.to_string()),
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// In the state directory.

@@ -1,6 +1,6 @@
 //! Finds a worker for each request, and holds the queue of requests that wait for one.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use mesh_control::embedding_workers::EmbeddingWorkers;
@@ -13,7 +13,10 @@ use mesh_proto::ModelKind;
 use tokio::sync::oneshot;
 
 use super::connection::Connection;
+use super::rings::RingRole;
 use super::state::{Mesh, State};
+use crate::locks::lock;
+use crate::metrics::set;
 
 impl Mesh {
     /// Finds a worker, and waits for one if all are busy. A `rerun` waits even if no worker serves the model.
@@ -74,11 +77,9 @@ impl Mesh {
     /// The model of a request that names none.
     pub(crate) fn default_model(&self) -> Option<String> {
         let first = || {
-            let mut state = self.lock();
-            let placement = &mut state.placement;
-            let served = placement
-                .registry
-                .default_model(ModelKind::Chat, Instant::now());
+            let placement = &mut self.lock().placement;
+            let registry = &mut placement.registry;
+            let served = registry.default_model(ModelKind::Chat, Instant::now());
             // A mesh whose only model is a ring that recovers has a model all the same.
             let coming = || {
                 let coming = |(_, prospect): &(&String, &Prospect)| **prospect == Prospect::Coming;
@@ -92,12 +93,10 @@ impl Mesh {
 
     /// The embedding model of a request that names none.
     pub(crate) fn first_encoder(&self) -> Option<String> {
-        let mut state = self.lock();
-        let registry = &mut state.placement.registry;
+        let registry = &mut self.lock().placement.registry;
         registry.default_model(ModelKind::Embed, Instant::now())
     }
 
-    /// The workers that serve this model.
     pub(crate) fn replicas(&self, name: &str) -> EmbeddingWorkers {
         self.with_registry(|registry| EmbeddingWorkers::of(registry, name, Instant::now()))
     }
@@ -114,6 +113,7 @@ impl Mesh {
         placed: Placed,
     ) -> Assignment {
         let worker = state.placement.registry.get(placed.worker);
+        let model = worker.and_then(|worker| worker.model(&placed.model));
         self.gauge(state);
         Assignment {
             mesh: self.clone(),
@@ -121,9 +121,7 @@ impl Mesh {
             tokens_seen: worker.map(|worker| worker.tokens_seen.clone()),
             process: state.peers.get(&placed.worker).map_or(0, |p| p.instance),
             plain: worker.is_some_and(|worker| !worker.has_identity()),
-            of_model: worker
-                .and_then(|worker| worker.model(&placed.model))
-                .map(|model| model.tokens_seen.clone()),
+            of_model: model.map(|model| model.tokens_seen.clone()),
             connection: state.connection(placed.worker),
             placed,
             ended: AttemptEnd::Cancelled,
@@ -144,6 +142,15 @@ impl Mesh {
         })
     }
 
+    /// True if a worker's reports say that it works and that requests wait there.
+    pub(crate) fn is_busy(&self, worker: WorkerId) -> bool {
+        let (within, proof) = (self.config.first_token_limit, self.config.request_timeout);
+        self.with_registry(|registry| {
+            let worker = registry.get(worker);
+            worker.is_some_and(|worker| worker.is_busy(within, proof, Instant::now()))
+        })
+    }
+
     pub(super) fn pump(&self, state: &mut State, now: Instant) {
         for (ticket, decided) in state.placement.pump(now) {
             let undelivered = match state.waiting.remove(&ticket) {
@@ -158,19 +165,14 @@ impl Mesh {
     }
 
     pub(super) fn gauge(&self, state: &State) {
-        self.metrics
-            .queued
-            .set(i64::try_from(state.placement.queued()).unwrap_or(i64::MAX));
-        self.metrics
-            .running
-            .set(i64::try_from(state.placement.running()).unwrap_or(i64::MAX));
+        let metrics = &self.metrics;
+        set(&metrics.queued, state.placement.queued());
+        set(&metrics.running, state.placement.running());
         for ingress in Ingress::ALL {
             let (waiting, running) = state.placement.of_ingress(ingress);
-            self.metrics.ingress(ingress, waiting, running);
+            metrics.ingress(ingress, waiting, running);
         }
-        self.metrics
-            .queue_sources
-            .set(i64::try_from(state.placement.sources()).unwrap_or(i64::MAX));
+        set(&metrics.queue_sources, state.placement.sources());
     }
 }
 
@@ -191,9 +193,8 @@ impl Drop for PlaceInQueue<'_> {
         state.waiting.remove(&self.ticket);
         state.placement.withdraw(self.ticket);
         // It may have been given a worker in this very moment.
-        state
-            .placement
-            .release(self.ticket, AttemptEnd::Cancelled, now);
+        let cancelled = AttemptEnd::Cancelled;
+        state.placement.release(self.ticket, cancelled, now);
         self.mesh.pump(&mut state, now);
     }
 }
@@ -219,7 +220,6 @@ pub(crate) struct Assignment {
 }
 
 impl Assignment {
-    /// The first token came.
     pub(crate) fn first_token(&self) {
         let now = Instant::now();
         let mut state = self.mesh.lock();
@@ -229,12 +229,11 @@ impl Assignment {
         }
     }
 
-    /// Tokens came.
     pub(crate) fn received(&self, tokens: usize, first: bool, now: Instant) {
         for seen in [&self.tokens_seen, &self.of_model].into_iter().flatten() {
             seen.note(now);
         }
-        let mut received = self.received.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut received = lock(&self.received);
         received.last = Some(now);
         if !first {
             let more = u32::try_from(tokens).unwrap_or(u32::MAX);
@@ -261,6 +260,12 @@ impl Assignment {
         self.tokens_seen.as_ref()?.last()
     }
 
+    /// The worker's role in the ring that it answers for, if that is one.
+    pub(crate) fn ring_role(&self) -> Option<RingRole> {
+        let ring = self.placed.ring?;
+        Some(self.mesh.ring_role(self.placed.worker, ring))
+    }
+
     /// Notes that the worker's engine makes progress.
     pub(crate) fn gave_sign(&self) {
         let model = &self.placed.model;
@@ -272,12 +277,7 @@ impl Assignment {
     /// True if the worker's reports explain that a request gets no token from it: it works, and requests wait
     /// there.
     pub(crate) fn is_busy(&self) -> bool {
-        let within = self.mesh.config.first_token_limit;
-        self.mesh.with_registry(|registry| {
-            let worker = registry.get(self.placed.worker);
-            let proof = self.mesh.config.request_timeout;
-            worker.is_some_and(|worker| worker.is_busy(within, proof, Instant::now()))
-        })
+        self.mesh.is_busy(self.placed.worker)
     }
 
     /// Reports the end of the attempt, and frees the worker.
@@ -290,10 +290,9 @@ impl Drop for Assignment {
     fn drop(&mut self) {
         let now = Instant::now();
         let mut state = self.mesh.lock();
-        let received = *self.received.lock().unwrap_or_else(PoisonError::into_inner);
-        state
-            .placement
-            .release_after(self.ticket, self.ended, received, now);
+        let received = *lock(&self.received);
+        let placement = &mut state.placement;
+        placement.release_after(self.ticket, self.ended, received, now);
         self.mesh.pump(&mut state, now);
     }
 }

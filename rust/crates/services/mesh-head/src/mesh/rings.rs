@@ -7,15 +7,14 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use dcf::{ErrorCode, Message, MsgType};
-use mesh_control::registry::{Registry, Worker, WorkerId};
+use mesh_control::registry::{Registry, WorkerId};
 use mesh_control::rings::{Action, Prospect, Rings};
 use mesh_proto::{Offer, PathProfile, RingState};
-use prost::Message as _;
 use tokio::sync::watch;
 use tracing::{debug, warn};
 
 use super::drains;
-use super::state::{Mesh, State, timestamp_us};
+use super::state::{Mesh, State, message};
 
 /// State of a worker as the driver of a ring.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -29,74 +28,60 @@ pub(crate) enum RingRole {
 }
 
 impl Mesh {
-    /// A worker offers parts of models.
     pub(crate) fn offered(&self, id: WorkerId, mut offer: Offer) {
-        let now = Instant::now();
-        let mut guard = self.lock();
-        let state = &mut *guard;
-        let Some(worker) = state.placement.registry.get(id) else {
-            return;
-        };
-        let (Some(node), Ok(port @ 1..)) = (worker.node_id(), u16::try_from(offer.ring_port))
-        else {
-            warn!(
-                worker = worker.name,
-                port = offer.ring_port,
-                "ignoring offer: invalid ring port"
-            );
-            return;
-        };
-        if state.placement.registry.is_out(node, now) {
-            state.held_back.offered(id, offer);
-            return;
-        }
-        if let (Some(peer), Some(profile)) = (state.peers.get(&id), offer.profile.as_mut()) {
-            // A worker need not measure the path that its link knows, and is not believed about it.
-            let rtt = u32::try_from(peer.link.rtt().as_micros()).unwrap_or(u32::MAX);
-            match profile
-                .paths
-                .iter_mut()
-                .find(|path| path.node_id.is_empty())
-            {
-                Some(path) => path.rtt_us = rtt,
-                None => profile.paths.push(PathProfile {
-                    node_id: String::new(),
-                    rtt_us: rtt,
-                    bandwidth: 0.0,
-                }),
+        self.change(|state, now| {
+            let Some(worker) = state.placement.registry.get(id) else {
+                return;
+            };
+            let port = offer.ring_port;
+            let (Some(node), Ok(ring_port @ 1..)) = (worker.node_id(), u16::try_from(port)) else {
+                warn!(
+                    worker = worker.name,
+                    port, "ignoring offer: invalid ring port"
+                );
+                return;
+            };
+            if state.placement.registry.is_out(node, now) {
+                return state.held_back.offered(id, offer);
             }
-        }
-        let address = SocketAddr::new(worker.address.ip(), port);
-        state.rings.offered(node, address, offer, now);
-        self.turn(state, now);
+            if let (Some(peer), Some(profile)) = (state.peers.get(&id), offer.profile.as_mut()) {
+                // A worker need not measure the path that its link knows, and is not believed about it.
+                let rtt_us = u32::try_from(peer.link.rtt().as_micros()).unwrap_or(u32::MAX);
+                let mut paths = profile.paths.iter_mut();
+                match paths.find(|path| path.node_id.is_empty()) {
+                    Some(path) => path.rtt_us = rtt_us,
+                    None => profile.paths.push(PathProfile {
+                        rtt_us,
+                        ..PathProfile::default()
+                    }),
+                }
+            }
+            let address = SocketAddr::new(worker.address.ip(), ring_port);
+            state.rings.offered(node, address, offer, now);
+        });
     }
 
-    /// A worker reports its parts in a ring.
     pub(crate) fn ring_state(&self, id: WorkerId, report: RingState) {
-        let now = Instant::now();
-        let mut guard = self.lock();
-        let state = &mut *guard;
-        if let Some(node) = state.placement.registry.get(id).and_then(Worker::node_id) {
-            state.rings.state(node, report, now);
-            self.turn(state, now);
-        }
+        self.change(|state, now| {
+            if let Some(node) = state.placement.registry.node_of(id) {
+                state.rings.state(node, report, now);
+            }
+        });
     }
 
     /// An answer's attempt on the driver of a ring failed by silence or loss.
     pub(crate) fn suspect(&self, id: WorkerId, ring: u64, reason: &str) {
-        let now = Instant::now();
-        let mut guard = self.lock();
-        let state = &mut *guard;
-        if let Some(node) = state.placement.registry.get(id).and_then(Worker::node_id) {
-            state.rings.suspected(node, ring, reason, now);
-            self.turn(state, now);
-        }
+        self.change(|state, now| {
+            if let Some(node) = state.placement.registry.node_of(id) {
+                state.rings.suspected(node, ring, reason, now);
+            }
+        });
     }
 
     /// State of a worker as the driver of a ring.
     pub(crate) fn ring_role(&self, id: WorkerId, ring: u64) -> RingRole {
         let state = self.lock();
-        let node = state.placement.registry.get(id).and_then(Worker::node_id);
+        let node = state.placement.registry.node_of(id);
         match node.and_then(|node| state.rings.serves_since(ring, node)) {
             Some(Some(since)) => RingRole::Serves(since),
             Some(None) => RingRole::Recovers,
@@ -120,12 +105,7 @@ impl Mesh {
         &self,
         change: impl FnOnce(&mut Rings, &mut Registry, Instant) -> T,
     ) -> T {
-        let now = Instant::now();
-        let mut guard = self.lock();
-        let state = &mut *guard;
-        let changed = change(&mut state.rings, &mut state.placement.registry, now);
-        self.turn(state, now);
-        changed
+        self.change(|state, now| change(&mut state.rings, &mut state.placement.registry, now))
     }
 
     /// Writes down which workers are drained, for the next start.
@@ -142,10 +122,8 @@ impl Mesh {
             let state_dir = mesh.config.state_dir.clone();
             tokio::task::spawn_blocking(move || drains::save(&state_dir, drained)).await
         });
-        saving
-            .await
-            .map_err(io::Error::other)?
-            .map_err(io::Error::other)?
+        let saved = saving.await.map_err(io::Error::other)?;
+        saved.map_err(io::Error::other)?
     }
 
     /// Checks that requests for a model, or for any, can be answered.
@@ -181,7 +159,7 @@ impl Mesh {
 
     /// Reports to the rings the requests on those that retire, and sets their gauges now and then.
     pub(super) fn look_at_rings(&self, state: &mut State, now: Instant) {
-        for (ring, _) in state.rings.retiring() {
+        for ring in state.rings.retiring() {
             let running = state.placement.running_on(ring);
             state.rings.running(ring, running);
         }
@@ -194,8 +172,8 @@ impl Mesh {
 
     /// Reason for which requests of a model cannot be answered.
     pub(super) fn why_not(&self, state: &State, model: &str) -> String {
-        let of_ring = state.rings.not_serving().into_iter();
-        if let Some((_, text)) = of_ring.into_iter().find(|(name, _)| name == model) {
+        let mut of_rings = state.rings.not_serving().into_iter();
+        if let Some((_, text)) = of_rings.find(|(name, _)| name == model) {
             return text;
         }
         match state.rings.prospects().get(model) {
@@ -217,15 +195,16 @@ impl Mesh {
     }
 
     fn carry_out(&self, state: &mut State, action: Action, now: Instant) {
-        let id_of = |state: &State, node: &str| {
-            let worker = state.placement.registry.of_node(node);
-            worker.map(|worker| worker.id)
+        let (Action::Send { node, .. }
+        | Action::Serve { node, .. }
+        | Action::Withdraw { node, .. }
+        | Action::Ask { node }) = &action;
+        let registry = &mut state.placement.registry;
+        let Some(id) = registry.of_node(node).map(|worker| worker.id) else {
+            return;
         };
         match action {
             Action::Send { node, ring } => {
-                let Some(id) = id_of(state, &node) else {
-                    return;
-                };
                 debug!(
                     worker = node,
                     ring = ring.ring,
@@ -233,21 +212,12 @@ impl Mesh {
                     stages = ring.stages.len(),
                     "ring sent"
                 );
-                let order = Message::new(MsgType::RING, 0, timestamp_us(), ring.encode_to_vec());
-                self.order(state, id, &node, order, now);
+                self.order(state, id, message(MsgType::RING, 0, &ring), now);
             }
-            Action::Serve { node, ring, card } => {
-                if let Some(id) = id_of(state, &node) {
-                    state.placement.registry.serve(id, ring, card, now);
-                }
-            }
-            Action::Withdraw { node, ring, .. } => {
-                if let Some(id) = id_of(state, &node) {
-                    state.placement.registry.withdraw(id, ring, now);
-                }
-            }
-            Action::Ask { node } => {
-                if let Some(peer) = id_of(state, &node).and_then(|id| state.peers.get(&id)) {
+            Action::Serve { ring, card, .. } => registry.serve(id, ring, card, now),
+            Action::Withdraw { ring, .. } => registry.withdraw(id, ring, now),
+            Action::Ask { .. } => {
+                if let Some(peer) = state.peers.get(&id) {
                     peer.link.ask();
                 }
             }
@@ -255,28 +225,17 @@ impl Mesh {
     }
 
     /// Sends a worker an order that must not be lost: a worker that does not take its orders is dropped.
-    pub(super) fn order(
-        &self,
-        state: &mut State,
-        id: WorkerId,
-        node: &str,
-        order: Message,
-        now: Instant,
-    ) {
-        let Some(peer) = state.peers.get(&id) else {
-            return;
-        };
-        if peer.orders.try_send(order).is_ok() {
+    pub(super) fn order(&self, state: &mut State, id: WorkerId, order: Message, now: Instant) {
+        let peer = state.peers.get(&id);
+        if peer.is_none_or(|peer| peer.orders.try_send(order).is_ok()) {
             return;
         }
-        warn!(worker = node, "worker dropped: it does not take its orders");
-        if let Some(peer) = state.peers.remove(&id) {
-            peer.link
-                .close(ErrorCode::TIMEOUT, "you do not take your orders");
+        if let Some(peer) = state.remove(id, "it does not take its orders", now) {
+            let node = peer.link.node_id();
+            warn!(worker = node, "worker dropped: it does not take its orders");
+            let text = "you do not take your orders";
+            peer.link.close(ErrorCode::TIMEOUT, text);
         }
-        state.placement.leave(id, now);
-        state.rings.left(node, "it does not take its orders", now);
-        state.tracker.left(node);
     }
 }
 

@@ -6,7 +6,7 @@ use std::net::IpAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 use std::time::{Instant, SystemTime};
 
-use dcf::{ErrorCode, Message};
+use dcf::{ErrorCode, Message, MsgType};
 use mesh_control::duplicates::Duplicates;
 use mesh_control::fair::Ticket;
 use mesh_control::held_back::HeldBack;
@@ -27,6 +27,7 @@ use super::pins::PinsFile;
 use super::sessions::Sessions;
 use crate::config::Config;
 use crate::ids;
+use crate::locks::lock;
 use crate::metrics::HeadMetrics;
 
 pub(crate) use mesh_base::clock::timestamp_us;
@@ -38,22 +39,17 @@ pub struct Mesh {
     pub(crate) config: Config,
     /// As configured now, for the keys that a reload applies.
     pub(super) live: RwLock<Config>,
-    /// Counters and histograms.
     pub(crate) metrics: HeadMetrics,
-    /// State behind `/ready`.
     pub(crate) health: Health,
     /// Begins when the head is told to stop.
     pub(crate) shutdown: Shutdown,
-    /// Keys of sealed heartbeats.
     pub(crate) sessions: Sessions,
-    /// Nodes that are no longer part of the mesh.
     pub(crate) deny_list: DenyList,
     /// Wall-clock time of the head's start.
     pub(crate) started: SystemTime,
     /// The same by the monotonic clock.
     pub(crate) running_since: Instant,
     pub(super) state: Mutex<State>,
-    /// Account of the memory that requests take.
     pub(super) memory: Mutex<RequestMemory>,
     /// Turns for large requests, which are read one at a time: while they are parsed, they take a multiple of
     /// their bytes.
@@ -87,7 +83,6 @@ pub(super) struct State {
     pub(super) next_ticket: u64,
 }
 
-/// A connected worker.
 #[derive(Debug)]
 pub(super) struct ConnectedWorker {
     pub(super) link: Link,
@@ -98,17 +93,30 @@ pub(super) struct ConnectedWorker {
     pub(super) heard: Instant,
     /// The worker's process; 0 is unknown.
     pub(super) instance: u64,
-    /// Host name of its machine.
     pub(super) host: String,
 }
 
 impl State {
-    /// The connection to a worker.
     pub(super) fn connection(&self, id: WorkerId) -> Option<Arc<dyn Connection>> {
         match self.peers.get(&id) {
             Some(peer) => Some(Arc::new(peer.link.clone())),
             None => self.plain.get(&id).cloned(),
         }
+    }
+
+    /// Removes a worker of the mesh as if its link had ended, and returns what is left of that.
+    pub(super) fn remove(
+        &mut self,
+        id: WorkerId,
+        why: &str,
+        now: Instant,
+    ) -> Option<ConnectedWorker> {
+        let left = self.placement.leave(id, now);
+        if let Some(node) = left.as_ref().and_then(Worker::node_id) {
+            self.rings.left(node, why, now);
+            self.tracker.left(node);
+        }
+        self.peers.remove(&id)
     }
 
     /// Takes out the connection to a worker that is no longer in the registry.
@@ -132,16 +140,15 @@ impl Mesh {
         shutdown: Shutdown,
         deny_list: DenyList,
     ) -> io::Result<Arc<Self>> {
-        let placement = Placement::new(
-            Registry::new(config.worker_timeout)
-                .with_proofs(config.first_token_limit, config.quic.probe_interval),
-            config.placement_limits(),
-        );
-        let mut rings = Rings::new(config.ring_settings(), first_ring());
+        let registry = Registry::new(config.worker_timeout)
+            .with_proofs(config.first_token_limit, config.quic.probe_interval);
+        // Random, so that ring ids are not those of an earlier life, whatever the clock says, with room above.
+        let first_ring = (ids::unique() >> 1).max(1);
+        let mut rings = Rings::new(config.ring_settings(), first_ring);
         rings.stay_drained(drains::load(&config.state_dir), Instant::now());
         let pins_file = PinsFile::new(&config.state_dir);
         let state = State {
-            placement,
+            placement: Placement::new(registry, config.placement_limits()),
             rings,
             tracker: Tracker::new().with_pins(pins_file.load()?),
             mixed: BTreeSet::new(),
@@ -187,20 +194,19 @@ impl Mesh {
     /// Puts the reloadable keys of another configuration into effect.
     pub(crate) fn reconfigure(&self, fresh: Config) {
         *self.live.write().unwrap_or_else(PoisonError::into_inner) = fresh;
-        let now = Instant::now();
-        let mut state = self.lock();
         let refused = |worker: &&Worker| {
             !worker.has_identity() && !self.live().admits_without_identity(worker.address.ip())
         };
-        let workers = state.placement.registry.iter();
-        let gone: Vec<WorkerId> = workers.filter(refused).map(|worker| worker.id).collect();
-        for id in gone {
-            state.placement.leave(id, now);
-            if let Some(connection) = state.take_connection(id) {
-                connection.close(ErrorCode::UNAUTHORIZED, "not admitted any more");
+        self.change(|state, now| {
+            let workers = state.placement.registry.iter();
+            let gone: Vec<WorkerId> = workers.filter(refused).map(|worker| worker.id).collect();
+            for id in gone {
+                state.placement.leave(id, now);
+                if let Some(connection) = state.take_connection(id) {
+                    connection.close(ErrorCode::UNAUTHORIZED, "not admitted any more");
+                }
             }
-        }
-        self.turn(&mut state, now);
+        });
     }
 
     /// Looks at the registry.
@@ -208,14 +214,12 @@ impl Mesh {
         look(&self.lock().placement.registry)
     }
 
-    /// Changes a worker's entry.
     pub(crate) fn with_worker(&self, id: WorkerId, change: impl FnOnce(&mut Worker)) {
         if let Some(worker) = self.lock().placement.registry.get_mut(id) {
             change(worker);
         }
     }
 
-    /// The link of a worker.
     pub(crate) fn link(&self, id: WorkerId) -> Option<Link> {
         self.lock().peers.get(&id).map(|peer| peer.link.clone())
     }
@@ -226,15 +230,23 @@ impl Mesh {
         (state.placement.queued(), state.placement.running())
     }
 
+    /// Changes the state, and lets the cores decide on it.
+    pub(super) fn change<T>(&self, change: impl FnOnce(&mut State, Instant) -> T) -> T {
+        let now = Instant::now();
+        let mut state = self.lock();
+        let changed = change(&mut state, now);
+        self.turn(&mut state, now);
+        changed
+    }
+
     pub(super) fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 }
 
-/// Ring ids of this head's life count up from here. Random, so that they are not those of an earlier life,
-/// whatever the clock says, with room above.
-fn first_ring() -> u64 {
-    (ids::unique() >> 1).max(1)
+/// A message with this body, made now.
+pub(crate) fn message(kind: MsgType, sequence: u32, body: &impl prost::Message) -> Message {
+    Message::new(kind, sequence, timestamp_us(), body.encode_to_vec())
 }
 
 /// Clocks that are further apart, in seconds, are reported.

@@ -9,11 +9,12 @@ use mesh_control::duplicates::Duplicate;
 use mesh_control::held_back::HeldMessages;
 use mesh_control::registry::{KINDS, ServedModel, Service, Worker, WorkerId};
 use mesh_control::spotcheck::CheckState;
-use mesh_control::tracker::Conflict;
+use mesh_control::tracker::advice;
 
 use super::connection::Connection;
 use super::state::{CLOCK_TOLERANCE, Mesh, State};
 use crate::ids;
+use crate::metrics::set;
 
 impl Mesh {
     /// Problems that an operator should know and mend, in words.
@@ -22,7 +23,7 @@ impl Mesh {
         let duplicates = state.duplicates.view(Instant::now());
         let mut warnings: Vec<String> = duplicates.iter().map(Duplicate::advice).collect();
         let conflicts = self.name_conflicts(&state);
-        warnings.extend(conflicts.iter().map(Conflict::advice));
+        warnings.extend(conflicts.iter().map(advice));
         if clock::is_implausible(SystemTime::now()) {
             warnings.push(format!(
                 "this head's clock says {}, which is wrong; set it, for example with `timedatectl set-ntp true`",
@@ -52,10 +53,9 @@ impl Mesh {
         state.listen(now);
         self.look_at_links(&mut state, now);
         let pruned = state.placement.prune(now);
-        let silent: Vec<Arc<dyn Connection>> = pruned
-            .iter()
-            .filter_map(|worker| state.take_connection(worker.id))
-            .collect();
+        let silent = pruned.iter().map(|worker| worker.id);
+        let silent = silent.filter_map(|id| state.take_connection(id));
+        let silent: Vec<Arc<dyn Connection>> = silent.collect();
         for node in pruned.iter().filter_map(Worker::node_id) {
             state.rings.left(node, "it was silent for too long", now);
             state.tracker.left(node);
@@ -73,9 +73,7 @@ impl Mesh {
             (kind, same.count())
         }));
         let conflicts = state.tracker.conflicts().len() + state.mixed.len();
-        self.metrics
-            .name_conflicts
-            .set(i64::try_from(conflicts).unwrap_or(i64::MAX));
+        set(&self.metrics.name_conflicts, conflicts);
         drop(state);
 
         for worker in pruned {
@@ -144,13 +142,10 @@ impl Mesh {
             state.rings.moved(&node, ip);
             state.tracker.moved(&node, ip);
         }
-        let offsets = state
-            .placement
-            .registry
-            .iter()
-            .filter(|worker| worker.has_identity());
-        self.metrics
-            .clocks(offsets.map(|worker| (worker.name.clone(), worker.clock_offset)));
+        let workers = state.placement.registry.iter();
+        let workers = workers.filter(|worker| worker.has_identity());
+        let offsets = workers.map(|worker| (worker.name.clone(), worker.clock_offset));
+        self.metrics.clocks(offsets);
     }
 
     /// Readiness for `/ready`: of one model, or of any; the error is the reason.
@@ -169,9 +164,8 @@ impl Mesh {
                         state.rings.serves_since(ring, node).flatten().is_some()
                     }
                 };
-                let out = worker
-                    .node_id()
-                    .is_some_and(|node| registry.is_out(node, now));
+                let node = worker.node_id();
+                let out = node.is_some_and(|node| registry.is_out(node, now));
                 model.answers(now)
                     && !out
                     && registry.has_name(model, now) != Service::Out
@@ -198,10 +192,8 @@ impl Mesh {
             reason += &format!("; {text}");
         }
         for unformed in state.rings.unformed() {
-            reason += &format!(
-                "; there is no ring of {}: {}",
-                unformed.model, unformed.reason
-            );
+            let (model, why) = (unformed.model, unformed.reason);
+            reason += &format!("; there is no ring of {model}: {why}");
         }
         for text in state.tracker.under_way() {
             reason += &format!("; {text}");
@@ -215,10 +207,8 @@ impl State {
     /// life. If the last look is too long ago, this head itself did not run, and no worker counts as silent
     /// for that.
     fn listen(&mut self, now: Instant) {
-        let gap = self
-            .listened
-            .map_or(Duration::ZERO, |at| now.saturating_duration_since(at));
-        self.listened = Some(now);
+        let before = self.listened.replace(now).unwrap_or(now);
+        let gap = now.saturating_duration_since(before);
         if gap > LISTENS {
             self.rings.stalled(gap, now);
             self.placement.registry.stalled(gap, now);

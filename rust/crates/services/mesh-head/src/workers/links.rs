@@ -11,14 +11,14 @@ use mesh_net::quic::{Link, Listener, MsgStream, StreamFailure, probe};
 use mesh_net::seal::Opener;
 use mesh_net::trust::{DUPLICATE_IDENTITY, Role};
 use mesh_proto::{Hello, Load, Models, Offer, PROTOCOL_VERSION, RingState, Served, Welcome};
-use prost::Message as _;
+use prost::{DecodeError, Message as _};
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 use tracing::{debug, info, warn};
 
 use super::proofs::prove;
 use crate::ids;
-use crate::mesh::{Mesh, timestamp_us};
+use crate::mesh::{Mesh, message, timestamp_us};
 
 /// Serves every worker that connects, until the listener is shut down.
 pub(crate) async fn serve(mesh: Arc<Mesh>, listener: Arc<Listener>, heartbeat_port: u16) {
@@ -109,20 +109,10 @@ async fn serve_link(
         session,
         version: env!("CARGO_PKG_VERSION").into(),
     };
-    control
-        .send(Message::new(
-            MsgType::WELCOME,
-            0,
-            timestamp_us(),
-            welcome.encode_to_vec(),
-        ))
-        .await?;
+    control.send(message(MsgType::WELCOME, 0, &welcome)).await?;
 
-    let models: Vec<&str> = hello
-        .models
-        .iter()
-        .map(|model| model.name.as_str())
-        .collect();
+    let models = hello.models.iter().map(|model| model.name.as_str());
+    let models: Vec<&str> = models.collect();
     info!(worker = link.node_name(), node = link.node_id(), address = %link.remote_addr(), ?models, "worker joined");
     let (sender, orders) = mpsc::channel(ORDERS);
     let id = mesh.join(link, hello, sender);
@@ -195,29 +185,9 @@ async fn follow_control(
                     debug!(kind = %message.kind, "dropped: it has more parts than such a message can have");
                     continue;
                 }
-                match message.kind {
-                    MsgType::LOAD => match Load::decode(message.payload) {
-                        Ok(load) => mesh.report(id, load),
-                        Err(error) => debug!(%error, "load report cannot be read"),
-                    },
-                    MsgType::OFFER => match Offer::decode(message.payload) {
-                        Ok(offer) => mesh.offered(id, offer),
-                        Err(error) => debug!(%error, "offer cannot be read"),
-                    },
-                    MsgType::RING_STATE => match RingState::decode(message.payload) {
-                        Ok(state) => mesh.ring_state(id, state),
-                        Err(error) => debug!(%error, "state of a ring cannot be read"),
-                    },
-                    MsgType::MODELS => match Models::decode(message.payload) {
-                        Ok(models) => mesh.models_said(id, models),
-                        Err(error) => debug!(%error, "models of a worker cannot be read"),
-                    },
-                    MsgType::SERVED => match Served::decode(message.payload) {
-                        Ok(served) => mesh.served(id, served),
-                        Err(error) => debug!(%error, "what a worker serves cannot be read"),
-                    },
-                    // A newer worker may say more than this head understands.
-                    other => debug!(kind = %other, "unexpected on a control stream"),
+                let kind = message.kind;
+                if let Err(error) = take(mesh, id, message) {
+                    debug!(%kind, %error, "a message on a control stream cannot be read");
                 }
             }
             // Its timestamp tells the worker this head's time, by which its certificate is renewed.
@@ -241,6 +211,21 @@ async fn follow_control(
             },
         }
     }
+}
+
+/// Takes in a message of a worker.
+fn take(mesh: &Mesh, id: WorkerId, message: Message) -> Result<(), DecodeError> {
+    let body = message.payload;
+    match message.kind {
+        MsgType::LOAD => mesh.report(id, Load::decode(body)?),
+        MsgType::OFFER => mesh.offered(id, Offer::decode(body)?),
+        MsgType::RING_STATE => mesh.ring_state(id, RingState::decode(body)?),
+        MsgType::MODELS => mesh.models_said(id, Models::decode(body)?),
+        MsgType::SERVED => mesh.served(id, Served::decode(body)?),
+        // A newer worker may say more than this head understands.
+        other => debug!(kind = %other, "unexpected on a control stream"),
+    }
+    Ok(())
 }
 
 /// Fields at the top of a protobuf message, counted without reading them: an empty part is two bytes there

@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use dcf::{ErrorCode, Message, MsgType};
+use dcf::{ErrorCode, MsgType};
 use futures::StreamExt;
 use futures::stream::FuturesUnordered;
 use mesh_control::registry::WorkerId;
@@ -17,12 +17,11 @@ use mesh_proto::{
     Chat, ChatMessage, Embed, EmbedInput, EmbedText, Generate, GenerateParams, ModelKind, Progress,
     Prompt, RequestPhase, Tokens,
 };
-use prost::Message as _;
 use tracing::{debug, info, warn};
 
 use super::requests::{self, WorkerReply, gets_on, progress_ms};
 use crate::ids;
-use crate::mesh::{Mesh, RingRole, timestamp_us};
+use crate::mesh::{Mesh, RingRole, message};
 
 /// Keeps the proof fresh that this worker answers, and that its answers are those of the others: asks it a
 /// question when it joins, after a failure, when it has been idle for long, and now and then.
@@ -125,7 +124,6 @@ struct Probe<'a> {
     told: Option<Instant>,
 }
 
-/// Reasons why a probe brought no proof.
 enum Unproven {
     Failed(String),
     /// The worker says that the question is at fault.
@@ -200,8 +198,7 @@ impl Probe<'_> {
             progress_ms: progress_ms(self.mesh),
             ..Default::default()
         };
-        let body = generate.encode_to_vec();
-        let request = Message::new(MsgType::GENERATE, 1, timestamp_us(), body);
+        let request = message(MsgType::GENERATE, 1, &generate);
         let mut stream = self.while_alive(requests::open(link, request)).await??;
         let bounds = Bounds {
             tokens: spotcheck::TOKENS,
@@ -210,11 +207,10 @@ impl Probe<'_> {
         };
         stream.limit(bounds.message());
         // Checks the tokens as those of any answer are checked.
-        let mut answer =
-            Lifecycle::new(self.mesh.config.request_limits(), self.asked).within(bounds);
-        let attempt = answer
-            .placed(self.id, Duration::ZERO, Instant::now())
-            .attempt;
+        let limits = self.mesh.config.request_limits();
+        let mut answer = Lifecycle::new(limits, self.asked).within(bounds);
+        let resume = answer.placed(self.id, Duration::ZERO, Instant::now());
+        let attempt = resume.attempt;
         let mut positions = Vec::new();
         let (mut first, mut last) = (None, Instant::now());
         let mut after_first = 0;
@@ -268,8 +264,7 @@ impl Probe<'_> {
         }
         self.mesh.with_worker(self.id, |worker| {
             let batch = worker.assigned.saturating_add(1);
-            let mut models = worker.models.iter_mut();
-            if let Some(model) = models.find(|model| model.card.name == self.proof.model) {
+            if let Some(model) = worker.model_mut(&self.proof.model) {
                 model.decoded(tokens, took, batch.min(model.card.slots.max(1)));
             }
         });
@@ -287,7 +282,7 @@ impl Probe<'_> {
             ..Default::default()
         };
         let dimensions = self.proof.dimensions;
-        let request = Message::new(MsgType::EMBED, 0, timestamp_us(), embed.encode_to_vec());
+        let request = message(MsgType::EMBED, 0, &embed);
         let mut stream = self.while_alive(requests::open(link, request)).await??;
         stream.limit(requests::embeddings_bytes(1, dimensions));
         loop {
@@ -335,17 +330,11 @@ impl Probe<'_> {
                 return Err(Unproven::Needless);
             }
             // An older worker does not report the cause of a wait, but its reports say whether requests wait.
-            let busy = self.mesh.with_registry(|registry| {
-                let worker = registry.get(self.id);
-                let proof = self.mesh.config.request_timeout;
-                worker.is_some_and(|worker| worker.is_busy(limit, proof, now))
-            });
+            let busy = self.mesh.is_busy(self.id);
             // One step of a slow machine may take longer. A ring that stands still must be found out, and has
             // others to ask.
-            let slow = self.proof.ring.is_none()
-                && self
-                    .told
-                    .is_some_and(|at| now.saturating_duration_since(at) < TOLD);
+            let lately = |at| now.saturating_duration_since(at) < TOLD;
+            let slow = self.proof.ring.is_none() && self.told.is_some_and(lately);
             if !slow && (self.told.is_some() || !busy) {
                 return Err(Unproven::Silent);
             }
@@ -400,21 +389,14 @@ impl Probe<'_> {
 /// The tokens of a piece of an answer, with the alternatives that came with them.
 fn positions_of(delta: &Delta) -> Vec<Position> {
     let tokens = delta.tokens.iter().enumerate();
-    let positions = tokens.map(|(index, token)| match delta.logprobs.get(index) {
-        Some(said) => Position {
+    let positions = tokens.map(|(index, token)| {
+        let said = delta.logprobs.get(index);
+        let top = said.into_iter().flat_map(|said| &said.top);
+        Position {
             token: *token,
-            logprob: said.logprob,
-            top: said
-                .top
-                .iter()
-                .map(|top| (top.token, top.logprob))
-                .collect(),
-        },
-        None => Position {
-            token: *token,
-            logprob: 0.0,
-            top: Vec::new(),
-        },
+            logprob: said.map_or(0.0, |said| said.logprob),
+            top: top.map(|top| (top.token, top.logprob)).collect(),
+        }
     });
     positions.collect()
 }

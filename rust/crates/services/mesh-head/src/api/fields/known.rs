@@ -12,21 +12,18 @@ use crate::api::invalid::Invalid;
 /// The API that a request came through.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Api {
-    /// `/v1/chat/completions`.
     Chat,
-    /// `/v1/completions`.
     Completions,
-    /// `/v1/embeddings`.
     Embeddings,
 }
 
 impl Api {
-    /// The fields that are read, and the table of the others.
-    fn fields(self) -> ([&'static [&'static str]; 2], Table) {
+    /// Names of the fields that are read, with blanks between them, and the table of the others.
+    fn fields(self) -> ([&'static str; 2], Table) {
         match self {
             Self::Chat => ([GENERATION_READ, CHAT_READ], CHAT),
             Self::Completions => ([GENERATION_READ, COMPLETIONS_READ], COMPLETIONS),
-            Self::Embeddings => ([EMBEDDINGS_READ, &[]], EMBEDDINGS),
+            Self::Embeddings => ([EMBEDDINGS_READ, ""], EMBEDDINGS),
         }
     }
 }
@@ -38,12 +35,13 @@ impl Api {
 /// [`Invalid`] names the first field of them and what to do instead.
 pub(crate) fn check<'a>(api: Api, fields: Fields<'a>) -> Result<Vec<&'a str>, Invalid> {
     let (read, table) = api.fields();
+    let taken = || names(read).chain(table.harmless());
     let mut unknown = Vec::new();
     for name in fields.names() {
-        if read.iter().any(|read| read.contains(&name)) || table.harmless.contains(&name) {
+        if taken().any(|taken| taken == name) {
             continue;
         }
-        let Some(rule) = table.refused().find(|rule| rule.name == name) else {
+        let Some((_, rule)) = table.refused().find(|(refused, _)| *refused == name) else {
             // Speculative decoding, by whatever means, changes the speed alone.
             if !name.starts_with("speculative") {
                 unknown.push(name);
@@ -59,53 +57,18 @@ pub(crate) fn check<'a>(api: Api, fields: Fields<'a>) -> Result<Vec<&'a str>, In
     Ok(unknown)
 }
 
+fn names(lists: [&'static str; 2]) -> impl Iterator<Item = &'static str> {
+    lists.into_iter().flat_map(str::split_ascii_whitespace)
+}
+
 /// Fields that both APIs that generate text act upon.
-const GENERATION_READ: &[&str] = &[
-    "model",
-    "temperature",
-    "top_p",
-    "top_k",
-    "min_p",
-    "repetition_penalty",
-    "repeat_penalty",
-    "presence_penalty",
-    "frequency_penalty",
-    "seed",
-    "random_seed",
-    "sampling_seed",
-    "stop",
-    "logit_bias",
-    "ignore_eos",
-    "stop_token_ids",
-    "min_tokens",
-    "max_tokens",
-    "n_predict",
-    "n",
-    "stream",
-    "stream_options",
-    "logprobs",
-    "repeat_last_n",
-];
-const CHAT_READ: &[&str] = &[
-    "messages",
-    "max_completion_tokens",
-    "top_logprobs",
-    "continue_final_message",
-    "add_generation_prompt",
-    "chat_template_kwargs",
-    "enable_thinking",
-    "reasoning_effort",
-];
-const COMPLETIONS_READ: &[&str] = &["prompt", "echo", "best_of"];
-const EMBEDDINGS_READ: &[&str] = &[
-    "model",
-    "input",
-    "encoding_format",
-    "dimensions",
-    "user",
-    "input_type",
-    "prompt_name",
-];
+const GENERATION_READ: &str = "model temperature top_p top_k min_p repetition_penalty repeat_penalty presence_penalty \
+    frequency_penalty seed random_seed sampling_seed stop logit_bias ignore_eos stop_token_ids \
+    min_tokens max_tokens n_predict n stream stream_options logprobs repeat_last_n";
+const CHAT_READ: &str = "messages max_completion_tokens top_logprobs continue_final_message add_generation_prompt \
+    chat_template_kwargs enable_thinking reasoning_effort";
+const COMPLETIONS_READ: &str = "prompt echo best_of";
+const EMBEDDINGS_READ: &str = "model input encoding_format dimensions user input_type prompt_name";
 
 #[cfg(test)]
 mod tests;

@@ -16,22 +16,15 @@ pub(crate) fn messages(value: &Value) -> Result<Chat, Invalid> {
         return Err(Invalid::wrong_type("messages", "an array", value));
     };
     if list.is_empty() {
-        return Err(Invalid::new(
-            "messages",
-            "'messages' is empty: give at least one message",
-        ));
-    }
-    if list.len() > MOST_MESSAGES {
-        let text = format!(
-            "'messages' has {} messages, at most {MOST_MESSAGES} are allowed",
-            list.len()
-        );
+        let text = "'messages' is empty: give at least one message";
         return Err(Invalid::new("messages", text));
     }
-    let messages = list
-        .iter()
-        .enumerate()
-        .map(|(index, value)| message(&format!("messages[{index}]"), value));
+    if list.len() > MOST_MESSAGES {
+        let (count, most) = (list.len(), MOST_MESSAGES);
+        return Err(Invalid::too_many("messages", count, "messages", most));
+    }
+    let messages = list.iter().enumerate();
+    let messages = messages.map(|(index, value)| message(&format!("messages[{index}]"), value));
     Ok(Chat {
         messages: messages.collect::<Result<_, _>>()?,
         // Mistral's and DeepSeek's way to ask for it.
@@ -45,13 +38,8 @@ pub(crate) fn messages(value: &Value) -> Result<Chat, Invalid> {
 /// # Errors
 /// [`Invalid`] names the field that is wrong.
 pub(crate) fn conversation(fields: Fields<'_>) -> Result<Chat, Invalid> {
-    let Some(list) = fields.get("messages") else {
-        return Err(Invalid::new(
-            "messages",
-            "Missing required parameter: 'messages'",
-        ));
-    };
-    let mut chat = messages(list)?;
+    let list = fields.get("messages");
+    let mut chat = messages(list.ok_or_else(|| Invalid::missing("messages"))?)?;
     let mut variables = variables(fields)?;
     // vLLM reads it from there, too.
     let inner = match variables.remove("add_generation_prompt") {
@@ -65,10 +53,8 @@ pub(crate) fn conversation(fields: Fields<'_>) -> Result<Chat, Invalid> {
     let add = fields.choice("add_generation_prompt")?.or(inner);
     chat.continue_final_message |= fields.flag("continue_final_message")?;
     if chat.continue_final_message && add == Some(true) {
-        return Err(Invalid::new(
-            "continue_final_message",
-            "'continue_final_message' and 'add_generation_prompt' exclude each other: leave one of them out",
-        ));
+        let text = "'continue_final_message' and 'add_generation_prompt' exclude each other: leave one of them out";
+        return Err(Invalid::new("continue_final_message", text));
     }
     chat.no_generation_prompt = add == Some(false) && !chat.continue_final_message;
     if !variables.is_empty() {
@@ -97,9 +83,8 @@ fn variables(fields: Fields<'_>) -> Result<Map<String, Value>, Invalid> {
         }
     }
     if let Some(thinking) = fields.choice("enable_thinking")? {
-        variables
-            .entry("enable_thinking")
-            .or_insert(thinking.into());
+        let known = variables.entry("enable_thinking");
+        known.or_insert(thinking.into());
     }
     Ok(variables)
 }
@@ -116,26 +101,17 @@ fn message(path: &str, value: &Value) -> Result<ChatMessage, Invalid> {
     };
     let fields = Fields::new(map);
     for name in ["tool_calls", "function_call", "audio"] {
-        if fields
-            .get(name)
-            .is_some_and(|value| !Neutral::Empty.allows(value))
-        {
-            return Err(Invalid::unsupported(
-                format!("{path}.{name}"),
-                "send text messages only",
-            ));
+        let asks = |value| !Neutral::Empty.allows(value);
+        if fields.get(name).is_some_and(asks) {
+            let path = format!("{path}.{name}");
+            return Err(Invalid::unsupported(path, "send text messages only"));
         }
     }
     let role_path = format!("{path}.role");
     let role = match map.get("role") {
         Some(Value::String(role)) => role.as_str(),
         Some(other) => return Err(Invalid::wrong_type(&role_path, "a string", other)),
-        None => {
-            return Err(Invalid::new(
-                &role_path,
-                format!("Missing required parameter: '{role_path}'"),
-            ));
-        }
+        None => return Err(Invalid::missing(&role_path)),
     };
     let role = match role {
         "system" | "user" | "assistant" => role,
@@ -145,10 +121,8 @@ fn message(path: &str, value: &Value) -> Result<ChatMessage, Invalid> {
         "human" => "user",
         "ai" | "model" => "assistant",
         "tool" | "function" => {
-            return Err(Invalid::unsupported(
-                role_path,
-                "roles are system, user and assistant",
-            ));
+            let remedy = "roles are system, user and assistant";
+            return Err(Invalid::unsupported(role_path, remedy));
         }
         other => {
             let text = format!(
@@ -162,18 +136,10 @@ fn message(path: &str, value: &Value) -> Result<ChatMessage, Invalid> {
         Some(Value::String(text)) => text.clone(),
         Some(Value::Array(parts)) => content_parts(&content_path, parts)?,
         Some(Value::Null) | None if role == "assistant" => String::new(),
-        Some(Value::Null) | None => {
-            return Err(Invalid::new(
-                &content_path,
-                format!("Missing required parameter: '{content_path}'"),
-            ));
-        }
+        Some(Value::Null) | None => return Err(Invalid::missing(&content_path)),
         Some(other) => {
-            return Err(Invalid::wrong_type(
-                &content_path,
-                "a string or an array",
-                other,
-            ));
+            let expected = "a string or an array";
+            return Err(Invalid::wrong_type(&content_path, expected, other));
         }
     };
     Ok(ChatMessage {
@@ -190,43 +156,28 @@ fn content_parts(path: &str, parts: &[Value]) -> Result<String, Invalid> {
             texts.push(text);
             continue;
         }
+        let type_path = format!("{path}.type");
         let kind = match part.get("type") {
             Some(Value::String(kind)) => Some(kind.as_str()),
             Some(Value::Null) | None => part.get("text").map(|_| "text"),
-            Some(other) => {
-                return Err(Invalid::wrong_type(
-                    &format!("{path}.type"),
-                    "a string",
-                    other,
-                ));
-            }
+            Some(other) => return Err(Invalid::wrong_type(&type_path, "a string", other)),
         };
         match kind {
             // The Responses API's names mean the same.
             Some("text" | "input_text" | "output_text") => {
-                match part.get("text").and_then(Value::as_str) {
-                    Some(text) => texts.push(text),
-                    None => {
-                        return Err(Invalid::new(
-                            &path,
-                            format!("'{path}.text' must be a string"),
-                        ));
-                    }
-                }
+                let text = part.get("text").and_then(Value::as_str);
+                let missing = || Invalid::new(&path, format!("'{path}.text' must be a string"));
+                texts.push(text.ok_or_else(missing)?);
             }
             // Parts of an assistant's message besides its answer; templates leave them out of later turns.
             Some("refusal" | "thinking" | "reasoning") => {}
             Some(_) => {
-                return Err(Invalid::unsupported(
-                    format!("{path}.type"),
-                    "send parts of type text only",
-                ));
+                let remedy = "send parts of type text only";
+                return Err(Invalid::unsupported(type_path, remedy));
             }
             None => {
-                return Err(Invalid::new(
-                    &path,
-                    format!("Missing required parameter: '{path}.type'"),
-                ));
+                let text = format!("Missing required parameter: '{type_path}'");
+                return Err(Invalid::new(&path, text));
             }
         }
     }

@@ -9,5 +9,5 @@ mod sampling;
 
 pub(crate) use known::{Api, check};
 pub(crate) use messages::conversation;
-pub(crate) use reader::{Fields, whole_number};
+pub(crate) use reader::{Fields, token_ids, whole_number};
 pub(crate) use sampling::sampling;

@@ -16,12 +16,10 @@ pub(crate) struct Fields<'a> {
 }
 
 impl<'a> Fields<'a> {
-    /// The fields of this object.
     pub(crate) fn new(map: &'a Map<String, Value>) -> Self {
         Self { map, lists: None }
     }
 
-    /// The fields of a body.
     pub(crate) fn of(object: &'a Object) -> Self {
         Self {
             map: &object.map,
@@ -34,7 +32,6 @@ impl<'a> Fields<'a> {
         self.lists?.get(name)
     }
 
-    /// The raw value of a field.
     pub(crate) fn get(self, name: &str) -> Option<&'a Value> {
         self.map.get(name).filter(|value| !value.is_null())
     }
@@ -47,43 +44,32 @@ impl<'a> Fields<'a> {
     /// A name: text, and absent if it is empty.
     pub(crate) fn name(self, name: &str) -> Result<Option<&'a str>, Invalid> {
         let text = self.text(name)?.filter(|text| !text.is_empty());
-        match text {
-            Some(text) if text.len() > LONGEST_NAME => Err(Invalid::new(
-                name,
-                format!(
-                    "'{name}' has {} bytes, more than the limit of {LONGEST_NAME}",
-                    text.len()
-                ),
-            )),
-            text => Ok(text),
+        let bytes = text.map_or(0, str::len);
+        if bytes > LONGEST_NAME {
+            let text = format!("'{name}' has {bytes} bytes, more than the limit of {LONGEST_NAME}");
+            return Err(Invalid::new(name, text));
         }
+        Ok(text)
     }
 
-    /// Reads a text field.
     pub(crate) fn text(self, name: &str) -> Result<Option<&'a str>, Invalid> {
         self.typed(name, "a string", Value::as_str)
     }
 
     /// A truth value, false when absent.
     pub(crate) fn flag(self, name: &str) -> Result<bool, Invalid> {
-        Ok(self
-            .typed(name, "a boolean", Value::as_bool)?
-            .unwrap_or(false))
+        Ok(self.choice(name)?.unwrap_or(false))
     }
 
-    /// A truth value; `None` when absent.
     pub(crate) fn choice(self, name: &str) -> Result<Option<bool>, Invalid> {
         self.typed(name, "a boolean", Value::as_bool)
     }
 
-    /// Reads a field that is an object.
     pub(crate) fn object(self, name: &str) -> Result<Option<Fields<'a>>, Invalid> {
-        Ok(self
-            .typed(name, "an object", Value::as_object)?
-            .map(Fields::new))
+        let object = self.typed(name, "an object", Value::as_object)?;
+        Ok(object.map(Fields::new))
     }
 
-    /// A number within a range.
     pub(crate) fn number(
         self,
         name: &str,
@@ -106,31 +92,21 @@ impl<'a> Fields<'a> {
 
     /// Token ids, none when absent.
     pub(crate) fn tokens(self, name: &str) -> Result<Vec<u32>, Invalid> {
-        let wrong = |value| Invalid::wrong_type(name, "an array of token ids", value);
-        let Some(value) = self.get(name) else {
-            return Ok(Vec::new());
-        };
-        let list = value.as_array().ok_or_else(|| wrong(value))?;
-        let ids = list.iter().map(|id| u32::try_from(whole_number(id)?).ok());
-        ids.collect::<Option<_>>().ok_or_else(|| wrong(value))
+        let tokens = self.typed(name, "an array of token ids", token_ids)?;
+        Ok(tokens.unwrap_or_default())
     }
 
-    /// The underlying JSON object.
     pub(crate) fn map(self) -> &'a Map<String, Value> {
         self.map
     }
 
-    /// A whole number within a range.
     pub(crate) fn whole(
         self,
         name: &str,
         range: RangeInclusive<u32>,
     ) -> Result<Option<u32>, Invalid> {
-        let Some(value) = self.get(name) else {
+        let Some(number) = self.typed(name, "an integer", whole_number)? else {
             return Ok(None);
-        };
-        let Some(number) = whole_number(value) else {
-            return Err(Invalid::wrong_type(name, "an integer", value));
         };
         match u32::try_from(number) {
             Ok(number) if range.contains(&number) => Ok(Some(number)),
@@ -138,30 +114,32 @@ impl<'a> Fields<'a> {
         }
     }
 
-    fn typed<T>(
+    /// A value of a type; `None` when absent.
+    pub(super) fn typed<T>(
         self,
         name: &str,
         expected: &str,
         read: impl FnOnce(&'a Value) -> Option<T>,
     ) -> Result<Option<T>, Invalid> {
-        match self.get(name) {
-            Some(value) => read(value)
-                .map(Some)
-                .ok_or_else(|| Invalid::wrong_type(name, expected, value)),
-            None => Ok(None),
-        }
+        let Some(value) = self.get(name) else {
+            return Ok(None);
+        };
+        let wrong = || Invalid::wrong_type(name, expected, value);
+        read(value).ok_or_else(wrong).map(Some)
     }
+}
+
+pub(crate) fn token_ids(value: &Value) -> Option<Vec<u32>> {
+    let ids = value.as_array()?.iter();
+    ids.map(|id| u32::try_from(whole_number(id)?).ok())
+        .collect()
 }
 
 /// A JSON number without a fraction: 3 and 3.0 alike.
 pub(crate) fn whole_number(value: &Value) -> Option<i64> {
-    let whole = |number: f64| number.fract() == 0.0 && number.abs() < 9e15;
-    value.as_i64().or_else(|| {
-        value
-            .as_f64()
-            .filter(|number| whole(*number))
-            .map(|number| number as i64)
-    })
+    let is_whole = |number: &f64| number.fract() == 0.0 && number.abs() < 9e15;
+    let float = || value.as_f64().filter(is_whole);
+    value.as_i64().or_else(|| float().map(|whole| whole as i64))
 }
 
 fn out_of_range(
@@ -170,10 +148,8 @@ fn out_of_range(
     least: impl std::fmt::Display,
     most: impl std::fmt::Display,
 ) -> Invalid {
-    Invalid::new(
-        name,
-        format!("Invalid value for '{name}': {value} is not between {least} and {most}"),
-    )
+    let text = format!("Invalid value for '{name}': {value} is not between {least} and {most}");
+    Invalid::new(name, text)
 }
 
 /// Bytes of a model's or a prompt's name.

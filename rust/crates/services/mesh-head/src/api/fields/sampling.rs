@@ -53,26 +53,19 @@ fn top_k(fields: Fields<'_>) -> Result<Option<u32>, Invalid> {
 fn stop_token_ids(fields: Fields<'_>) -> Result<Vec<u32>, Invalid> {
     let ids = fields.tokens("stop_token_ids")?;
     if ids.len() > STOP_TOKENS {
-        let text = format!(
-            "'stop_token_ids' has {} ids, at most {STOP_TOKENS} are allowed",
-            ids.len()
-        );
-        return Err(Invalid::new("stop_token_ids", text));
+        let (count, most) = (ids.len(), STOP_TOKENS);
+        return Err(Invalid::too_many("stop_token_ids", count, "ids", most));
     }
     Ok(ids)
 }
 
 fn seed(fields: Fields<'_>, name: &str) -> Result<Option<u64>, Invalid> {
-    let Some(value) = fields.get(name) else {
-        return Ok(None);
-    };
     // Negative seeds exist in the wild; two's complement keeps them apart.
-    let seed = value
-        .as_u64()
-        .or_else(|| value.as_i64().map(i64::cast_unsigned))
-        .or_else(|| whole_number(value).map(i64::cast_unsigned));
-    seed.map(Some)
-        .ok_or_else(|| Invalid::wrong_type(name, "an integer", value))
+    let seed = |value: &Value| {
+        let signed = || whole_number(value).map(i64::cast_unsigned);
+        value.as_u64().or_else(signed)
+    };
+    fields.typed(name, "an integer", seed)
 }
 
 fn stop(fields: Fields<'_>) -> Result<Vec<String>, Invalid> {
@@ -86,31 +79,21 @@ fn stop(fields: Fields<'_>) -> Result<Vec<String>, Invalid> {
             .enumerate()
             .map(|(index, value)| match value {
                 Value::String(text) => Ok(text.clone()),
-                other => Err(Invalid::wrong_type(
-                    &format!("stop[{index}]"),
-                    "a string",
-                    other,
-                )),
+                other => {
+                    let path = format!("stop[{index}]");
+                    Err(Invalid::wrong_type(&path, "a string", other))
+                }
             })
             .collect::<Result<_, _>>()?,
         Some(other) => {
-            return Err(Invalid::wrong_type(
-                "stop",
-                "a string or an array of strings",
-                other,
-            ));
+            let expected = "a string or an array of strings";
+            return Err(Invalid::wrong_type("stop", expected, other));
         }
     };
     // An empty text would end every answer at once, so it counts as absent.
     texts.retain(|text| !text.is_empty());
     if texts.len() > STOP_TEXTS {
-        return Err(Invalid::new(
-            "stop",
-            format!(
-                "'stop' has {} texts, at most {STOP_TEXTS} are allowed",
-                texts.len()
-            ),
-        ));
+        return Err(Invalid::too_many("stop", texts.len(), "texts", STOP_TEXTS));
     }
     if let Some(long) = texts.iter().find(|text| text.len() > STOP_BYTES) {
         let text = format!(
@@ -124,22 +107,17 @@ fn stop(fields: Fields<'_>) -> Result<Vec<String>, Invalid> {
 
 fn logit_bias(fields: Fields<'_>) -> Result<Vec<LogitBias>, Invalid> {
     let wrong = |key: &str| {
-        Invalid::new(
-            "logit_bias",
-            format!(
-                "'logit_bias' maps token ids to numbers from -100 to 100; the entry {key:?} does not"
-            ),
-        )
+        let text = format!(
+            "'logit_bias' maps token ids to numbers from -100 to 100; the entry {key:?} does not"
+        );
+        Invalid::new("logit_bias", text)
     };
     let entry = |key: &str, bias: Option<f64>| {
-        let token = key.trim().parse().map_err(|_| wrong(key))?;
-        match bias {
-            Some(bias) if (-100.0..=100.0).contains(&bias) => Ok(LogitBias {
-                token,
-                bias: bias as f32,
-            }),
-            _ => Err(wrong(key)),
-        }
+        let token = key.trim().parse().ok();
+        let bias = bias.filter(|bias| (-100.0..=100.0).contains(bias));
+        let (token, bias) = token.zip(bias).ok_or_else(|| wrong(key))?;
+        let bias = bias as f32;
+        Ok(LogitBias { token, bias })
     };
     // llama.cpp also takes pairs, and `false` for a ban.
     let pair = |pair: &Value| match pair.as_array().map(Vec::as_slice) {
@@ -153,15 +131,17 @@ fn logit_bias(fields: Fields<'_>) -> Result<Vec<LogitBias>, Invalid> {
         _ => 0,
     };
     if entries > MOST_BIASES {
-        let text = format!("'logit_bias' has {entries} entries, at most {MOST_BIASES} are allowed");
-        return Err(Invalid::new("logit_bias", text));
+        let most = MOST_BIASES;
+        return Err(Invalid::too_many("logit_bias", entries, "entries", most));
     }
     match fields.get("logit_bias") {
         None => Ok(Vec::new()),
-        Some(Value::Object(biases)) => biases
-            .iter()
-            .map(|(key, bias)| entry(key, bias.as_f64()))
-            .collect(),
+        Some(Value::Object(biases)) => {
+            let biases = biases.iter();
+            biases
+                .map(|(key, bias)| entry(key, bias.as_f64()))
+                .collect()
+        }
         Some(Value::Array(pairs)) => pairs.iter().map(pair).collect(),
         Some(other) => Err(Invalid::wrong_type("logit_bias", "an object", other)),
     }

@@ -24,53 +24,36 @@ pub(crate) use bounded::{Lists, Object};
 pub(crate) fn object(body: &[u8]) -> Result<Object, Invalid> {
     let body = body.strip_prefix(BYTE_ORDER_MARK).unwrap_or(body);
     if body.trim_ascii().is_empty() {
-        return Err(Invalid::new(
-            "body",
-            "The body is empty: send a JSON object",
-        ));
+        let text = "The body is empty: send a JSON object";
+        return Err(Invalid::new("body", text));
     }
-    let strict = match read(body) {
-        Err(Refused::Json(error)) => error,
-        Err(Refused::TooMuch(text)) => return Err(too_much(&text)),
-        Ok(object) => return Ok(object),
-    };
-    // Only refused bodies are looked at a second time.
-    let error = match whole_characters(body) {
-        Cow::Owned(mended) => match read(&mended) {
-            Err(Refused::Json(error)) => error,
-            Err(Refused::TooMuch(text)) => return Err(too_much(&text)),
-            Ok(object) => return Ok(object),
-        },
-        Cow::Borrowed(_) => strict,
-    };
-    Err(Invalid::new(
-        "body",
-        format!("The body is not a JSON object: {error}"),
-    ))
+    let mut object = read(body)?;
+    // Only bodies that are no JSON are looked at a second time.
+    if object.is_err()
+        && let Cow::Owned(mended) = whole_characters(body)
+    {
+        object = read(&mended)?;
+    }
+    object.map_err(|error| {
+        let text = format!("The body is not a JSON object: {error}");
+        Invalid::new("body", text)
+    })
 }
 
-/// Reasons for which a body is not read.
-enum Refused {
-    Json(serde_json::Error),
-    TooMuch(String),
-}
-
-fn read(body: &[u8]) -> Result<Object, Refused> {
+/// The object, or the error that shows that it is none. A body that holds too much is refused.
+fn read(body: &[u8]) -> Result<serde_json::Result<Object>, Invalid> {
     let mut budget = Budget::default();
     let mut json = serde_json::Deserializer::from_slice(body);
     let object = Body(&mut budget).deserialize(&mut json);
     let object = object.and_then(|object| json.end().map(|()| object));
-    object.map_err(|error| match budget.exceeded {
-        Some(text) => Refused::TooMuch(text),
-        None => Refused::Json(error),
-    })
-}
-
-fn too_much(text: &str) -> Invalid {
-    Invalid::new(
-        "body",
-        format!("The body is too large for one request: {text}; send less at a time"),
-    )
+    match budget.exceeded {
+        None => Ok(object),
+        Some(exceeded) => {
+            let text =
+                format!("The body is too large for one request: {exceeded}; send less at a time");
+            Err(Invalid::new("body", text))
+        }
+    }
 }
 
 /// `body` with every half of a surrogate pair and every pair in bytes replaced; borrowed if nothing is
@@ -129,10 +112,8 @@ fn pair(text: &[u8]) -> Option<char> {
     };
     let (high, low) = text.first_chunk::<6>()?.split_at(3);
     let mut characters = char::decode_utf16([unit(high)?, unit(low)?]);
-    characters
-        .next()?
-        .ok()
-        .filter(|&character| character > '\u{ffff}')
+    let first = characters.next()?.ok();
+    first.filter(|&character| character > '\u{ffff}')
 }
 
 const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";

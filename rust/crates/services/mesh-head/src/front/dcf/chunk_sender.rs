@@ -1,6 +1,6 @@
 //! Sends answers that no datagram holds, at the pace of [`mesh_control::outbox`].
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use dcf::{Message, chunk};
@@ -11,6 +11,7 @@ use tracing::debug;
 use mesh_control::dedup::TaskKey;
 use mesh_control::outbox::{Added, Limits, Outbox};
 
+use crate::locks::lock;
 /// Sends Chunks from one socket. While there are any, a task of its own sends them.
 #[derive(Debug)]
 pub(crate) struct ChunkSender {
@@ -38,7 +39,7 @@ impl ChunkSender {
             Err(error) => return debug!(%error, %client, "answer not sent"),
         };
         let now = Instant::now();
-        let added = self.outbox().add(key, chunks, answer.payload.len(), now);
+        let added = lock(&self.outbox).add(key, chunks, answer.payload.len(), now);
         match added {
             Added::First => {
                 let sender = self.clone();
@@ -51,21 +52,19 @@ impl ChunkSender {
 
     /// Like [`ChunkSender::send`], unless the answer is on its way already.
     pub(crate) fn send_again(self: &Arc<Self>, key: TaskKey, answer: &Message) {
-        if !self.outbox().is_sending(key) {
+        if !lock(&self.outbox).is_sending(key) {
             self.send(key, answer);
         }
     }
 
-    /// Sends no more of the answer to a task.
     pub(crate) fn stop(&self, key: TaskKey) {
-        self.outbox().remove(key);
+        lock(&self.outbox).remove(key);
     }
 
-    /// Sends until nothing is left.
     async fn run(&self) {
         let mut batch = SendBatch::new();
         loop {
-            let next = self.outbox().due(Instant::now(), |to, version, chunk| {
+            let next = lock(&self.outbox).due(Instant::now(), |to, version, chunk| {
                 let header = chunk.header().encode();
                 batch.push_parts(to, &[version.prefix(), &header, &chunk.payload]);
             });
@@ -76,9 +75,5 @@ impl ChunkSender {
             let Some(next) = next else { return };
             tokio::time::sleep_until(next.into()).await;
         }
-    }
-
-    fn outbox(&self) -> MutexGuard<'_, Outbox> {
-        self.outbox.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

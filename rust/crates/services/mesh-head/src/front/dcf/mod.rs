@@ -27,6 +27,7 @@ use tracing::{debug, warn};
 
 use self::port::{Port, error, queue};
 use self::proof::{ProofReply, Proofs};
+use crate::locks::lock;
 use crate::mesh::{Mesh, timestamp_us};
 use crate::metrics::DatagramCounters;
 
@@ -57,7 +58,6 @@ pub(crate) async fn serve(mesh: Arc<Mesh>, socket: Arc<BatchSocket>, running: Ta
     }
 }
 
-/// State of the receiving loop.
 struct Intake {
     port: Arc<Port>,
     counters: DatagramCounters,
@@ -66,29 +66,10 @@ struct Intake {
     without_room: VecDeque<(Instant, TaskKey)>,
     replies: SendBatch,
     proofs: Proofs,
-    /// Time of the last warning about an untrusted sender.
+    /// Times of the last warnings: about an untrusted sender, an unknown version, a client without echoes.
     warned: Option<Instant>,
-    /// Time of the last warning about a sender of an unknown version.
     warned_of_version: Option<Instant>,
-    /// Time of the last warning about a client that does not answer Challenges.
     warned_of_mute: Option<Instant>,
-}
-
-/// A client as it is answered.
-#[derive(Debug, Clone, Copy)]
-struct DcfClient {
-    address: SocketAddr,
-    version: Version,
-}
-
-impl DcfClient {
-    fn task(self, sequence: u32) -> TaskKey {
-        TaskKey {
-            client: self.address,
-            version: self.version,
-            sequence,
-        }
-    }
 }
 
 /// Puts Tasks in Chunks together. No source of Chunks can keep the others out.
@@ -123,7 +104,6 @@ impl Intake {
         }
     }
 
-    /// Sends the replies to the datagrams that were taken.
     async fn reply_all(&mut self) {
         if !self.replies.is_empty()
             && let Err(error) = self.port.socket.send(&mut self.replies).await
@@ -135,75 +115,64 @@ impl Intake {
 
     fn take(&mut self, datagram: Datagram<'_>) {
         let data = datagram.data;
-        let client = DcfClient {
-            address: datagram.from,
-            version: Version::of(data),
-        };
-        let message = &data[client.version.prefix().len()..];
+        let client = datagram.from;
+        let version = Version::of(data);
+        let message = &data[version.prefix().len()..];
         let Ok(header) = Header::decode(message) else {
             self.counters.malformed.inc();
             return;
         };
-        let decoded = Header::decode_datagram(data);
-        if let Err(DecodeError::OtherVersion(byte)) = decoded {
+        if let Err(DecodeError::OtherVersion(byte)) = Header::decode_datagram(data) {
             self.counters.malformed.inc();
-            self.warn_of_version(client.address, byte);
+            self.warn_of_version(client, byte);
             return;
         }
         let Some(payload) = message[HEADER_LEN..].get(..header.payload_len as usize) else {
             self.counters.malformed.inc();
             return;
         };
-        if !self.port.mesh.trusts(client.address.ip()) {
+        let key = TaskKey {
+            client,
+            version,
+            sequence: header.sequence,
+        };
+        if !self.port.mesh.trusts(client.ip()) {
             self.counters.untrusted.inc();
-            self.turn_away(client, header);
+            self.turn_away(key, header);
             return;
         }
-        if !self.port.mesh.live().knows(client.address.ip())
-            && !self.proofs.knows(client.address, Instant::now())
-        {
+        if !self.port.mesh.live().knows(client.ip()) && !self.proofs.knows(client, Instant::now()) {
             let room = message.len() - HEADER_LEN;
-            return self.verify(client, header, payload, room);
+            return self.verify(key, (header.kind(), payload), room);
         }
         if !header.kind().is_assigned() {
             self.counters.unexpected.inc();
             let text = format!("message type {:#04x} is not known here", header.msg_type);
-            self.refuse(client, header.sequence, ErrorCode::INVALID_PAYLOAD, &text);
+            self.refuse(key, ErrorCode::INVALID_PAYLOAD, &text);
             return;
         }
         let payload = Bytes::copy_from_slice(payload);
         match header.kind() {
             MsgType::TASK => {
                 self.counters.accepted.inc();
-                self.task(client, header.sequence, payload);
+                self.task(key, payload);
             }
-            MsgType::CHUNK => self.chunk(client, header.sequence, payload),
+            MsgType::CHUNK => self.chunk(key, payload),
             // A shim asks after a task whose client does not.
             MsgType::HEALTH if payload == ASK_AFTER_TASK => {
                 self.counters.accepted.inc();
-                let key = client.task(header.sequence);
-                if self.port.dedup().is_running(key) {
+                if lock(&self.port.dedup).is_running(key) {
                     self.send_ack(key);
                 }
             }
             MsgType::HEALTH => {
                 self.counters.accepted.inc();
-                let text = self
-                    .port
-                    .mesh
-                    .health
-                    .unready_reason()
-                    .unwrap_or_else(|| "ready".into());
-                let text = text[..text.floor_char_boundary(client.version.max_answer())].to_owned();
-                self.reply(
-                    client,
-                    &Message::new(MsgType::HEALTH, header.sequence, timestamp_us(), text),
-                );
+                let unready = self.port.mesh.health.unready_reason();
+                let text = unready.unwrap_or_else(|| "ready".into());
+                let text = text[..text.floor_char_boundary(version.max_answer())].to_owned();
+                self.reply(key, MsgType::HEALTH, text);
             }
-            MsgType::CHALLENGE_REPLY => {
-                let ack = Message::new(MsgType::ACK, header.sequence, timestamp_us(), "");
-                self.reply(client, &ack);
-            }
+            MsgType::CHALLENGE_REPLY => self.reply(key, MsgType::ACK, ""),
             // Nothing that may itself be an answer is answered: two ends would never stop.
             _ => {
                 self.counters.unexpected.inc();
@@ -212,46 +181,38 @@ impl Intake {
     }
 
     /// Answers a client that has not shown yet that it has the address that it sends from.
-    fn verify(&mut self, client: DcfClient, header: Header, payload: &[u8], room: usize) {
-        let is_task = matches!(header.kind(), MsgType::TASK | MsgType::CHUNK);
-        if is_task
-            && self.proofs.is_mute(client.address.ip(), Instant::now())
+    fn verify(&mut self, key: TaskKey, message: (MsgType, &[u8]), room: usize) {
+        let (client, now) = (key.client, Instant::now());
+        if matches!(message.0, MsgType::TASK | MsgType::CHUNK)
+            && self.proofs.is_mute(client.ip(), now)
             && is_due(&mut self.warned_of_mute)
         {
             warn!(
-                source = %client.address.ip(),
-                version = ?client.version,
+                source = %client.ip(),
+                version = ?key.version,
                 "a DCF client does not answer Challenges and gets no answers: it seems to be of an older version; update it, or list its network in unverified_networks"
             );
         }
-        let message = (header.kind(), payload);
-        let verdict = self
-            .proofs
-            .ask(client.address, message, room, Instant::now());
-        let (kind, payload) = match verdict {
-            ProofReply::Challenge(cookie) => (MsgType::CHALLENGE, Bytes::copy_from_slice(&cookie)),
-            ProofReply::Verified => (MsgType::ACK, Bytes::new()),
-            ProofReply::Health => (MsgType::HEALTH, Bytes::new()),
+        match self.proofs.ask(client, message, room, now) {
+            ProofReply::Challenge(cookie) => self.reply(key, MsgType::CHALLENGE, cookie.to_vec()),
+            ProofReply::Verified => self.reply(key, MsgType::ACK, ""),
+            ProofReply::Health => self.reply(key, MsgType::HEALTH, ""),
             ProofReply::Silence => {
                 self.counters.untrusted.inc();
-                return;
             }
-        };
-        let answer = Message::new(kind, header.sequence, timestamp_us(), payload);
-        self.reply(client, &answer);
+        }
     }
 
     /// Tells a stranger why there is no answer, in no more bytes than the stranger sent.
-    fn turn_away(&mut self, client: DcfClient, header: Header) {
+    fn turn_away(&mut self, key: TaskKey, header: Header) {
         if is_due(&mut self.warned) {
-            warn!(source = %client.address.ip(), "plain DCF from an untrusted address; add its network to trusted_networks to accept it");
+            warn!(source = %key.client.ip(), "plain DCF from an untrusted address; add its network to trusted_networks to accept it");
         }
         let room = (header.payload_len as usize)
             .saturating_sub(1)
             .min(NOT_TRUSTED.len());
         if header.kind() == MsgType::TASK && room > 0 {
-            let text = &NOT_TRUSTED[..room];
-            self.refuse(client, header.sequence, ErrorCode::UNAUTHORIZED, text);
+            self.refuse(key, ErrorCode::UNAUTHORIZED, &NOT_TRUSTED[..room]);
         }
     }
 
@@ -261,8 +222,7 @@ impl Intake {
         }
     }
 
-    fn chunk(&mut self, client: DcfClient, sequence: u32, payload: Bytes) {
-        let key = client.task(sequence);
+    fn chunk(&mut self, key: TaskKey, payload: Bytes) {
         let now = Instant::now();
         self.look_for_room();
         let is_over =
@@ -283,19 +243,14 @@ impl Intake {
                     self.without_room.pop_front();
                 }
                 self.without_room.push_back((now, key));
-                self.refuse(
-                    client,
-                    sequence,
-                    ErrorCode::WORKER_BUSY,
-                    &failure.to_string(),
-                );
+                self.refuse(key, ErrorCode::WORKER_BUSY, &failure.to_string());
             }
             Ok(None) => {
                 self.counters.accepted.inc();
             }
             Ok(Some(payload)) => {
                 self.counters.accepted.inc();
-                self.task(client, sequence, payload);
+                self.task(key, payload);
             }
             Err(failure) => {
                 self.counters.malformed.inc();
@@ -303,7 +258,7 @@ impl Intake {
                     ChunkError::Corrupt { .. } => ErrorCode::CHUNK_MISSING,
                     _ => ErrorCode::INVALID_PAYLOAD,
                 };
-                self.refuse(client, sequence, code, &failure.to_string());
+                self.refuse(key, code, &failure.to_string());
             }
         }
     }
@@ -316,12 +271,11 @@ impl Intake {
     }
 
     /// Nothing of the payload is looked at here, where all clients wait.
-    fn task(&mut self, client: DcfClient, sequence: u32, payload: Bytes) {
-        let key = client.task(sequence);
-        let seen = self.port.dedup().task(key, &payload, Instant::now());
+    fn task(&mut self, key: TaskKey, payload: Bytes) {
+        let seen = lock(&self.port.dedup).task(key, &payload, Instant::now());
         match seen {
-            Seen::Answered(answer) if answer.is_single_answer(client.version) => {
-                self.reply(client, &answer);
+            Seen::Answered(answer) if answer.is_single_answer(key.version) => {
+                queue(&mut self.replies, key, &answer);
             }
             Seen::Answered(answer) => self.port.large.send_again(key, &answer),
             Seen::Running if self.port.wants_acks(key) => self.send_ack(key),
@@ -329,37 +283,35 @@ impl Intake {
             Seen::New(run) => {
                 // Its payload, and the request parsed from it, as long as it runs.
                 let bytes = 2 * payload.len() as u64 + PER_TASK;
-                let origin = Origin::of(client.address.ip());
+                let origin = Origin::of(key.client.ip());
                 let lease = match self.port.mesh.lease(origin, bytes) {
                     Ok(lease) => lease,
                     Err(error) => {
-                        self.port.dedup().forget(key, run);
-                        let code = ErrorCode::WORKER_BUSY;
-                        return self.refuse(client, sequence, code, &error.to_string());
+                        lock(&self.port.dedup).forget(key, run);
+                        return self.refuse(key, ErrorCode::WORKER_BUSY, &error.to_string());
                     }
                 };
                 // Chunks left over from the answer to an earlier task of that name are not part of this one.
                 self.port.large.stop(key);
                 let port = self.port.clone();
-                self.port
-                    .running
-                    .spawn(async move { port.answer(key, run, payload, lease).await });
+                let answer = async move { port.answer(key, run, payload, lease).await };
+                self.port.running.spawn(answer);
             }
         }
     }
 
     /// Reports that a task runs, and the cause of its wait.
     fn send_ack(&mut self, key: TaskKey) {
-        let ack = self.port.ack(key);
-        queue(&mut self.replies, (key.client, key.version), &ack);
+        queue(&mut self.replies, key, &self.port.ack(key));
     }
 
-    fn refuse(&mut self, client: DcfClient, sequence: u32, code: ErrorCode, text: &str) {
-        self.reply(client, &error(client.version, sequence, code, text));
+    fn refuse(&mut self, key: TaskKey, code: ErrorCode, text: &str) {
+        queue(&mut self.replies, key, &error(key, code, text));
     }
 
-    fn reply(&mut self, to: DcfClient, message: &Message) {
-        queue(&mut self.replies, (to.address, to.version), message);
+    fn reply(&mut self, key: TaskKey, kind: MsgType, payload: impl Into<Bytes>) {
+        let message = Message::new(kind, key.sequence, timestamp_us(), payload);
+        queue(&mut self.replies, key, &message);
     }
 }
 

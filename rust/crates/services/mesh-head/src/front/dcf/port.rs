@@ -1,13 +1,12 @@
 //! Tasks that run: from a payload to its one answer.
 
 use std::collections::{HashMap, HashSet};
-use std::net::SocketAddr;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use bytes::Bytes;
 use dcf::chunk::{ChunkError, MAX_PAYLOAD};
-use dcf::{ErrorCode, Message, MsgType, Version};
+use dcf::{ErrorCode, Message, MsgType};
 use mesh_control::dedup::{Dedup, Run, TaskKey};
 use mesh_control::fair::{Ingress, Origin, Source};
 use mesh_control::placement::Refusal;
@@ -25,11 +24,11 @@ use crate::flight::event::{Event, FOR_ROOM, words};
 use crate::flight::generate::generate;
 use crate::flight::task::GenerateTask;
 use crate::ids;
+use crate::locks::lock;
 use crate::mesh::{Lease, Mesh, timestamp_us};
 use crate::metrics::Front;
 use crate::workers::MOST_TASK_BYTES;
 
-/// State that tasks need to answer.
 pub(super) struct Port {
     pub(super) mesh: Arc<Mesh>,
     pub(super) socket: Arc<BatchSocket>,
@@ -61,38 +60,32 @@ impl Port {
 
     /// Runs a task and sends its one answer.
     pub(super) async fn answer(&self, key: TaskKey, run: Run, payload: Bytes, mut lease: Lease) {
-        let TaskKey {
-            client,
-            version,
-            sequence,
-        } = key;
         let _waits = Waits { port: self, key };
         let result = match self.read(key, payload.clone()).await {
             Ok(DcfTask::Generate(task)) => self.generate(key, run, task, payload).await,
-            Ok(DcfTask::Embed(task)) => {
-                let origin = Origin::of(client.ip());
-                self.embed(task, origin, &mut lease).await
-            }
+            Ok(DcfTask::Embed(task)) => self.embed(key, task, &mut lease).await,
             Err(failure) => Err(failure),
         };
         let (answer, keep) = match result {
             Err(failure) => {
                 let (code, keep) = code_of(&failure);
-                (error(version, sequence, code, &failure.to_string()), keep)
+                (error(key, code, &failure.to_string()), keep)
             }
             Ok(payload) if payload.len() > MAX_PAYLOAD => {
                 let (len, limit) = (payload.len(), MAX_PAYLOAD);
                 let failure = ChunkError::TooLarge { len, limit };
-                let answer = error(version, sequence, ErrorCode::INTERNAL, &failure.to_string());
-                (answer, true)
+                (error(key, ErrorCode::INTERNAL, &failure.to_string()), true)
             }
-            Ok(payload) => (
-                Message::new(MsgType::RESULT, sequence, timestamp_us(), payload),
-                true,
-            ),
+            Ok(payload) => {
+                let kind = MsgType::RESULT;
+                (
+                    Message::new(kind, key.sequence, timestamp_us(), payload),
+                    true,
+                )
+            }
         };
         {
-            let mut dedup = self.dedup();
+            let mut dedup = lock(&self.dedup);
             if !dedup.is_current(key, run) {
                 return;
             }
@@ -102,61 +95,49 @@ impl Port {
                 dedup.forget(key, run);
             }
         }
-        if !answer.is_single_answer(version) {
+        if !answer.is_single_answer(key.version) {
             return self.large.send(key, &answer);
         }
         let mut batch = SendBatch::new();
-        queue(&mut batch, (client, version), &answer);
+        queue(&mut batch, key, &answer);
         if let Err(error) = self.socket.send(&mut batch).await {
-            debug!(%error, %client, "answer not sent");
+            debug!(%error, client = %key.client, "answer not sent");
         }
     }
 
     /// Parses a payload. Acknowledges it, if it asks for that.
     async fn read(&self, key: TaskKey, payload: Bytes) -> Result<DcfTask, AnswerError> {
-        let rejected = |text: String| AnswerError::Rejected {
-            code: ErrorCode::INVALID_PAYLOAD,
-            text,
-        };
         let parsed = parse::parsed(&self.mesh.reading, payload, DcfTask::parse).await;
-        let task = parsed.map_err(|_| rejected("the request could not be read".to_owned()))?;
-        let task = task.map_err(|invalid| rejected(invalid.message))?;
+        let unread = |_| AnswerError::invalid("the request could not be read".to_owned());
+        let task = parsed.map_err(unread)?;
+        let task = task.map_err(|invalid| AnswerError::invalid(invalid.message))?;
         if task.ack() {
-            self.acks().insert(key);
-            let mut batch = SendBatch::new();
-            queue(&mut batch, (key.client, key.version), &self.ack(key));
-            if let Err(error) = self.socket.try_send(&mut batch) {
-                debug!(%error, client = %key.client, "ack not sent");
-            }
+            lock(&self.acks).insert(key);
+            self.send_now(key, &self.ack(key));
         }
         Ok(task)
     }
 
-    /// Returns true if a running task asked for Acks.
     pub(super) fn wants_acks(&self, key: TaskKey) -> bool {
-        self.acks().contains(&key)
+        lock(&self.acks).contains(&key)
     }
 
     pub(super) fn ack(&self, key: TaskKey) -> Message {
-        let cause = self.waits().get(&key).cloned().unwrap_or_default();
+        let cause = lock(&self.waits).get(&key).cloned().unwrap_or_default();
         Message::new(MsgType::ACK, key.sequence, timestamp_us(), cause)
-    }
-
-    fn acks(&self) -> MutexGuard<'_, HashSet<TaskKey>> {
-        self.acks.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Vectors as the body of `/v1/embeddings` has them.
     async fn embed(
         &self,
+        key: TaskKey,
         task: DcfEmbed,
-        origin: Origin,
         lease: &mut Lease,
     ) -> Result<Bytes, AnswerError> {
         let mut asked = task.asked;
         let mut task = std::mem::take(&mut asked.task);
         task.id = ids::fresh("dcf");
-        task.origin = origin;
+        task.origin = Origin::of(key.client.ip());
         let embedded = embed(&self.mesh, Front::Dcf, task, lease).await?;
         Ok(asked.answer(&embedded).into())
     }
@@ -192,7 +173,7 @@ impl Port {
         let mut whole = None;
         let mut failure = None;
         let grow = |text: &mut String, piece: &str| {
-            if stream && !piece.is_empty() && self.dedup().is_current(key, run) {
+            if stream && !piece.is_empty() && lock(&self.dedup).is_current(key, run) {
                 self.send_partial(key, text.len(), piece);
             }
             text.push_str(piece);
@@ -201,16 +182,16 @@ impl Port {
         let emit = |event| match event {
             Event::Queued => {
                 waits = true;
-                self.waits().insert(key, FOR_ROOM.to_owned());
+                lock(&self.waits).insert(key, FOR_ROOM.to_owned());
             }
             Event::Waits(progress) => {
                 waits = true;
-                self.waits().insert(key, words(&progress));
+                lock(&self.waits).insert(key, words(&progress));
             }
             Event::Placed(_) => {}
             Event::Delta(delta) => {
                 if std::mem::take(&mut waits) {
-                    self.waits().remove(&key);
+                    lock(&self.waits).remove(&key);
                 }
                 grow(&mut text, &delta.text);
             }
@@ -228,27 +209,21 @@ impl Port {
 
     /// Sends a piece of an answer now or never: the Result has all of it.
     fn send_partial(&self, key: TaskKey, offset: usize, piece: &str) {
-        let (client, version) = (key.client, key.version);
         let Ok(offset) = u32::try_from(offset) else {
             return;
         };
         let partial = Message::partial(key.sequence, timestamp_us(), offset, piece);
-        if !partial.is_single_answer(version) {
-            return;
+        if partial.is_single_answer(key.version) {
+            self.send_now(key, &partial);
         }
+    }
+
+    fn send_now(&self, key: TaskKey, message: &Message) {
         let mut batch = SendBatch::new();
-        queue(&mut batch, (client, version), &partial);
+        queue(&mut batch, key, message);
         if let Err(error) = self.socket.try_send(&mut batch) {
-            debug!(%error, %client, "partial not sent");
+            debug!(%error, client = %key.client, kind = %message.kind, "not sent");
         }
-    }
-
-    fn waits(&self) -> MutexGuard<'_, HashMap<TaskKey, String>> {
-        self.waits.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    pub(super) fn dedup(&self) -> MutexGuard<'_, Dedup> {
-        self.dedup.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -260,33 +235,32 @@ struct Waits<'a> {
 
 impl Drop for Waits<'_> {
     fn drop(&mut self) {
-        self.port.waits().remove(&self.key);
-        self.port.acks().remove(&self.key);
+        lock(&self.port.waits).remove(&self.key);
+        lock(&self.port.acks).remove(&self.key);
     }
 }
 
-/// Puts a message into a batch, in the client's version.
-pub(super) fn queue(
-    batch: &mut SendBatch,
-    (to, version): (SocketAddr, Version),
-    message: &Message,
-) {
+/// Puts a message to a task's client into a batch, in the client's version.
+pub(super) fn queue(batch: &mut SendBatch, key: TaskKey, message: &Message) {
     let header = message.header().encode();
-    batch.push_parts(to, &[version.prefix(), &header, &message.payload]);
+    let parts = [key.version.prefix(), &header, &message.payload];
+    batch.push_parts(key.client, &parts);
 }
 
 /// An Error in one datagram: Chunks do not tell the kind of their message.
-pub(super) fn error(version: Version, sequence: u32, code: ErrorCode, text: &str) -> Message {
-    let limit = LONGEST_ERROR.min(version.max_answer() - 1);
+pub(super) fn error(key: TaskKey, code: ErrorCode, text: &str) -> Message {
+    let limit = LONGEST_ERROR.min(key.version.max_answer() - 1);
     let text = &text[..text.floor_char_boundary(limit)];
-    Message::error(sequence, timestamp_us(), code, text)
+    Message::error(key.sequence, timestamp_us(), code, text)
 }
 
 /// The DCF code of a failure, and whether a repeat of the task gets the same failure again. Where it is over
 /// in a moment, the repeat had better be a new try.
 fn code_of(failure: &AnswerError) -> (ErrorCode, bool) {
     match failure {
-        AnswerError::Refused(Refusal::QueueFull { .. }) => (ErrorCode::WORKER_BUSY, false),
+        AnswerError::Refused(Refusal::QueueFull { .. })
+        | AnswerError::QueueTimeout(_)
+        | AnswerError::TooMuch(_) => (ErrorCode::WORKER_BUSY, false),
         AnswerError::Refused(
             Refusal::NoWorker { .. }
             | Refusal::NoRing { .. }
@@ -296,12 +270,10 @@ fn code_of(failure: &AnswerError) -> (ErrorCode, bool) {
         AnswerError::Refused(Refusal::UnknownModel { .. }) => (ErrorCode::UNKNOWN_MODEL, false),
         AnswerError::Refused(Refusal::TooLong { .. }) => (ErrorCode::CONTEXT_TOO_LONG, true),
         AnswerError::Rejected { code, .. } => (*code, true),
-        AnswerError::QueueTimeout(_) => (ErrorCode::WORKER_BUSY, false),
         AnswerError::Timeout(_) | AnswerError::Stalled(_) => (ErrorCode::TIMEOUT, true),
         AnswerError::WorkersFailed { .. } | AnswerError::WorkersDied { .. } => {
             (ErrorCode::INFERENCE_FAILED, true)
         }
-        AnswerError::TooMuch(_) => (ErrorCode::WORKER_BUSY, false),
         AnswerError::ShuttingDown => (ErrorCode::DRAINING, false),
     }
 }
@@ -311,12 +283,19 @@ const LONGEST_ERROR: usize = 4096;
 
 #[cfg(test)]
 mod tests {
+    use dcf::Version;
+
     use super::*;
 
     #[test]
     fn an_error_fits_a_datagram_however_much_it_quotes() {
         for version in [Version::V5_0, Version::V5_1] {
-            let error = error(version, 1, ErrorCode::UNKNOWN_MODEL, &"é".repeat(100_000));
+            let key = TaskKey {
+                client: ([127, 0, 0, 1], 1).into(),
+                version,
+                sequence: 1,
+            };
+            let error = error(key, ErrorCode::UNKNOWN_MODEL, &"é".repeat(100_000));
             assert!(error.is_single_answer(version) && error.error_body().is_some());
         }
     }

@@ -5,14 +5,14 @@
 //! meanwhile, and no answer here is longer than the datagram that it answers.
 
 use std::collections::HashMap;
-use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use dcf::MsgType;
 use mesh_base::places::Places;
+use mesh_control::fair::Origin;
 use mesh_service::cookie::{COOKIE_LEN, Cookies};
 
-/// The clients of one port.
 #[derive(Debug)]
 pub(crate) struct Proofs {
     cookies: Cookies,
@@ -20,7 +20,7 @@ pub(crate) struct Proofs {
     /// Addresses that have echoed a cookie, when, and their place.
     verified: HashMap<SocketAddr, (Instant, u64)>,
     /// The same, in their places by the network they are of: no network keeps the others out.
-    places: Places<IpAddr, SocketAddr>,
+    places: Places<Origin, SocketAddr>,
     /// Addresses whose tasks came before any echo.
     mute: HashMap<IpAddr, Mute>,
 }
@@ -117,19 +117,11 @@ impl Proofs {
         if let Some((_, place)) = self.verified.remove(&client) {
             self.places.leave(place);
         }
-        let (place, other) = self.places.enter(network_of(client.ip()), client);
+        let (place, other) = self.places.enter(Origin::of(client.ip()), client);
         if let Some(other) = other {
             self.verified.remove(&other);
         }
         self.verified.insert(client, (now, place));
-    }
-}
-
-/// The network whose addresses count as one source: an IPv6 host usually has a whole /64 to itself.
-fn network_of(source: IpAddr) -> IpAddr {
-    match source.to_canonical() {
-        IpAddr::V6(v6) => Ipv6Addr::from(u128::from(v6) >> 64 << 64).into(),
-        v4 @ IpAddr::V4(_) => v4,
     }
 }
 
@@ -148,6 +140,8 @@ const MOST_KNOWN: usize = 1 << 14;
 
 #[cfg(test)]
 mod tests {
+    use std::net::Ipv6Addr;
+
     use super::*;
 
     #[test]

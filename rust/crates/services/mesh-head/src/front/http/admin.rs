@@ -6,13 +6,13 @@ use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
 use mesh_api::{
-    Code, DuplicateIdentity, Machine, Mesh, NameConflict, Pin, PinDecision, PinList, RequestCounts,
-    ServedModel, TokenCounts,
+    Code, DuplicateIdentity, Machine, Mesh, PinDecision, PinList, RequestCounts, ServedModel,
+    TokenCounts,
 };
 use mesh_control::duplicates::{self, Duplicate};
 use mesh_control::registry::{self, Registry, Service, Worker};
 use mesh_control::rings::Rings;
-use mesh_control::tracker::{self, Conflict, PinError};
+use mesh_control::tracker::PinError;
 use serde::de::DeserializeOwned;
 
 use super::error::ApiError;
@@ -62,7 +62,7 @@ pub(super) async fn show(State(api): State<Api>) -> Json<Mesh> {
         },
         models: mesh.tracked_models(),
         duplicates: mesh.duplicates().iter().map(duplicate).collect(),
-        name_conflicts: conflicts(&api),
+        name_conflicts: mesh.alarms(),
         warnings: mesh.warnings(),
         ..shown
     })
@@ -81,31 +81,11 @@ fn duplicate(duplicate: &Duplicate) -> DuplicateIdentity {
     }
 }
 
-fn conflicts(api: &Api) -> Vec<NameConflict> {
-    let shown = |conflict: Conflict| NameConflict {
-        name: conflict.name,
-        claims: conflict.claims,
-        pinned: conflict.pinned,
-        decided: conflict.decided,
-        refused_by: conflict.refused_by,
-        served: conflict.served,
-    };
-    api.mesh.alarms().into_iter().map(shown).collect()
-}
-
 /// `GET /v1/mesh/pins`: the pins of model names in this mesh, and names that several models claim.
 pub(super) async fn pins(State(api): State<Api>) -> Json<PinList> {
-    let shown = |pin: tracker::Pin| Pin {
-        name: pin.name,
-        fingerprint: pin.fingerprint,
-        worker: pin.worker,
-        operator: pin.operator,
-        node: pin.node,
-        holder: pin.holder,
-    };
     Json(PinList {
-        pins: api.mesh.pins().into_iter().map(shown).collect(),
-        name_conflicts: conflicts(&api),
+        pins: api.mesh.pins(),
+        name_conflicts: api.mesh.alarms(),
     })
 }
 
@@ -117,12 +97,12 @@ pub(super) async fn pin(
     let decision: PinDecision = read(&api, body)?;
     let fingerprint = decision.fingerprint.as_deref();
     let decided = api.mesh.decide_pin(&decision.name, fingerprint);
-    decided.map_err(|error| {
-        let status = match error {
+    decided.map_err(|error| ApiError {
+        status: match error {
             PinError::Unknown(_) | PinError::TooMany => StatusCode::CONFLICT,
             _ => StatusCode::BAD_REQUEST,
-        };
-        ApiError::new(status, Code::InvalidValue, error.to_string())
+        },
+        ..ApiError::new(Code::InvalidValue, error.to_string())
     })?;
     Ok(Json(decision))
 }
@@ -136,11 +116,8 @@ pub(super) fn read<T: DeserializeOwned>(api: &Api, body: Received) -> Result<T, 
         &body
     };
     serde_json::from_slice(body).map_err(|error| {
-        ApiError::new(
-            StatusCode::BAD_REQUEST,
-            Code::InvalidValue,
-            format!("the body is not what is expected here: {error}"),
-        )
+        let text = format!("the body is not what is expected here: {error}");
+        ApiError::new(Code::InvalidValue, text)
     })
 }
 

@@ -9,9 +9,10 @@ use axum::http::{HeaderValue, header};
 use axum::response::{IntoResponse, Response};
 use futures::stream::{self, SelectAll, Stream, StreamExt};
 use mesh_api::{
-    ChatChoice, ChatChunkChoice, ChatDelta, ChatResponseMessage, CompletionChoice, CompletionUsage,
-    Envelope, Timings,
+    ChatChoice, ChatChunkChoice, ChatDelta, ChatLogprobs, ChatResponseMessage, CompletionChoice,
+    CompletionLogprobs, CompletionUsage, Envelope, Timings,
 };
+use mesh_control::placement::Placed;
 use mesh_control::request::{Complete, Delta};
 use mesh_proto::{RequestPhase, TokenLogprob};
 use serde::Serialize;
@@ -26,7 +27,7 @@ use crate::api::wire::{
     Place, add_usage, chat_logprobs, completion_logprobs, finish_reason, system_fingerprint,
     timings,
 };
-use crate::flight::event::{Event, FOR_ROOM, ServedBy, words};
+use crate::flight::event::{Event, FOR_ROOM, words};
 use crate::ids;
 
 /// The events of all choices of one request, each with its index.
@@ -34,7 +35,10 @@ pub(super) type Events = SelectAll<stream::BoxStream<'static, (usize, Event)>>;
 
 /// One request on its way to its answers.
 pub(super) struct Answering {
-    head: Head,
+    id: String,
+    created: u64,
+    model: String,
+    fingerprint: Option<String>,
     api: Api,
     wants_logprobs: bool,
     include_usage: bool,
@@ -47,21 +51,11 @@ pub(super) struct Answering {
     /// The chunks that name the role were made.
     has_roles: bool,
     keep_alive: Duration,
-    /// Time at which a frame was last sent.
     sent: Instant,
     /// Counts against the client's limit until the answer is over.
     pass: Pass,
 }
 
-/// Fields that all chunks of an answer share.
-struct Head {
-    id: String,
-    created: u64,
-    model: String,
-    fingerprint: Option<String>,
-}
-
-/// State of one choice.
 #[derive(Default)]
 struct Choice {
     worker: String,
@@ -86,14 +80,11 @@ impl Answering {
                 .map(move |event| (index, event))
                 .boxed()
         });
-        let head = Head {
+        Self {
             id: ids::fresh(asked.api.id_prefix()),
             created,
             model: asked.model.clone().unwrap_or_default(),
             fingerprint: None,
-        };
-        Self {
-            head,
             api: asked.api,
             wants_logprobs: asked.params.logprobs.is_some(),
             include_usage: asked.include_usage,
@@ -121,55 +112,36 @@ impl Answering {
                 choice.logprobs.extend(delta.logprobs);
             }
         }
-        let timings = self.timings();
-        let usage = Some(Some(self.usage));
         let lease = self.pass.take_lease();
+        let choices = self.choices.iter().enumerate();
         let body = match self.api {
-            Api::Chat => {
-                let wants_logprobs = self.wants_logprobs;
-                let choice = |(index, choice): (usize, Choice)| ChatChoice {
-                    index,
-                    finish_reason: choice.finish_reason().into(),
-                    logprobs: wants_logprobs.then(|| chat_logprobs(&choice.logprobs)),
-                    message: ChatResponseMessage {
-                        role: "assistant".into(),
-                        content: choice.text.into(),
-                        refusal: None,
-                    },
-                };
-                let choices = self.choices.into_iter().enumerate().map(choice).collect();
-                json(
-                    &self
-                        .head
-                        .envelope(self.api.object(), choices, usage, timings),
-                )
-            }
-            Api::Completions => {
-                let wants_logprobs = self.wants_logprobs;
-                let choices =
-                    self.choices
-                        .iter()
-                        .enumerate()
-                        .map(|(index, choice)| CompletionChoice {
-                            index,
-                            finish_reason: Some(choice.finish_reason().into()),
-                            logprobs: wants_logprobs.then(|| {
-                                completion_logprobs(&choice.logprobs, &mut Place::default())
-                            }),
-                            text: choice.text.as_str().into(),
-                        });
-                let choices = choices.collect();
-                json(
-                    &self
-                        .head
-                        .envelope(self.api.object(), choices, usage, timings),
-                )
-            }
+            Api::Chat => self.whole(choices.map(|(index, choice)| ChatChoice {
+                index,
+                finish_reason: choice.finish_reason().into(),
+                logprobs: self.chat_logprobs(&choice.logprobs),
+                message: ChatResponseMessage {
+                    role: "assistant".into(),
+                    content: choice.text.as_str().into(),
+                    refusal: None,
+                },
+            })),
+            Api::Completions => self.whole(choices.map(|(index, choice)| CompletionChoice {
+                index,
+                finish_reason: Some(choice.finish_reason().into()),
+                logprobs: self.completion_logprobs(&choice.logprobs, &mut Place::default()),
+                text: choice.text.as_str().into(),
+            })),
         };
         Ok(match lease {
             Some(lease) => counted(body, lease),
             None => body.into(),
         })
+    }
+
+    fn whole<C: Serialize>(&self, choices: impl Iterator<Item = C>) -> Vec<u8> {
+        let (object, usage) = (self.api.object(), Some(Some(self.usage)));
+        let answer = self.envelope(object, choices.collect(), usage, self.timings());
+        serde_json::to_vec(&answer).expect("our own types are JSON")
     }
 
     /// Answers with a stream of server-sent events, as soon as the request is accepted: a worker has taken it
@@ -205,10 +177,8 @@ impl Answering {
         self.keep_alive = keep_alive;
         let mut response = Body::from_stream(self.into_frames(frames)).into_response();
         let headers = response.headers_mut();
-        headers.insert(
-            header::CONTENT_TYPE,
-            HeaderValue::from_static("text/event-stream; charset=utf-8"),
-        );
+        let kind = HeaderValue::from_static("text/event-stream; charset=utf-8");
+        headers.insert(header::CONTENT_TYPE, kind);
         headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
         // nginx would hold tokens back.
         headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
@@ -221,7 +191,7 @@ impl Answering {
             let (index, event) = self.events.next().await?;
             match event {
                 Event::Placed(placed) => {
-                    self.placed(index, placed.clone());
+                    self.placed(index, &placed);
                     return Some((index, Ok(Event::Placed(placed))));
                 }
                 Event::Queued => self.waits = FOR_ROOM.to_owned(),
@@ -254,21 +224,20 @@ impl Answering {
                     return Some((index, Ok(Event::Delta(delta))));
                 }
                 event @ Event::Delta(_) => {
-                    self.waits.clear();
-                    self.waits.push_str("for the next token");
+                    "for the next token".clone_into(&mut self.waits);
                     return Some((index, Ok(event)));
                 }
             }
         }
     }
 
-    fn placed(&mut self, index: usize, placed: ServedBy) {
-        self.choices[index].worker = placed.worker;
-        if self.head.fingerprint.is_none() {
-            self.head.fingerprint = system_fingerprint(&placed.fingerprint);
+    fn placed(&mut self, index: usize, placed: &Placed) {
+        placed.name.clone_into(&mut self.choices[index].worker);
+        if self.fingerprint.is_none() {
+            self.fingerprint = system_fingerprint(&placed.fingerprint);
         }
-        if self.head.model.is_empty() {
-            self.head.model = placed.model;
+        if self.model.is_empty() {
+            placed.model.clone_into(&mut self.model);
         }
     }
 
@@ -347,95 +316,80 @@ impl Answering {
             role: Some("assistant".into()),
             content: Some("".into()),
         };
-        self.chunk(
-            ChatChunkChoice {
-                index,
-                delta,
-                logprobs: None,
-                finish_reason: None,
-            },
-            None,
-        )
+        let choice = ChatChunkChoice {
+            index,
+            delta,
+            ..ChatChunkChoice::default()
+        };
+        self.chunk(choice, None)
     }
 
     fn text_chunk(&mut self, index: usize, text: &str, logprobs: &[TokenLogprob]) -> Bytes {
-        match self.api {
-            Api::Chat => {
-                let delta = ChatDelta {
-                    role: None,
-                    content: Some(text.into()),
-                };
-                let logprobs = self.wants_logprobs.then(|| chat_logprobs(logprobs));
-                self.chunk(
-                    ChatChunkChoice {
-                        index,
-                        delta,
-                        logprobs,
-                        finish_reason: None,
-                    },
-                    None,
-                )
-            }
-            Api::Completions => {
-                let place = &mut self.choices[index].place;
-                let logprobs = self
-                    .wants_logprobs
-                    .then(|| completion_logprobs(logprobs, place));
-                self.chunk(
-                    CompletionChoice {
-                        index,
-                        text: text.into(),
-                        logprobs,
-                        finish_reason: None,
-                    },
-                    None,
-                )
-            }
+        if self.api == Api::Completions {
+            let mut place = std::mem::take(&mut self.choices[index].place);
+            let logprobs = self.completion_logprobs(logprobs, &mut place);
+            self.choices[index].place = place;
+            let choice = CompletionChoice {
+                index,
+                text: text.into(),
+                logprobs,
+                finish_reason: None,
+            };
+            return self.chunk(choice, None);
         }
+        let delta = ChatDelta {
+            role: None,
+            content: Some(text.into()),
+        };
+        let choice = ChatChunkChoice {
+            index,
+            delta,
+            logprobs: self.chat_logprobs(logprobs),
+            finish_reason: None,
+        };
+        self.chunk(choice, None)
     }
 
     fn last_chunk(&self, index: usize, complete: &Complete) -> Bytes {
         let finish_reason = Some(finish_reason(complete).into());
         let timings = Some(timings(complete, &self.choices[index].worker));
-        match self.api {
-            Api::Chat => self.chunk(
-                ChatChunkChoice {
-                    index,
-                    delta: ChatDelta::default(),
-                    logprobs: None,
-                    finish_reason,
-                },
-                timings,
-            ),
-            Api::Completions => self.chunk(
-                CompletionChoice {
-                    index,
-                    text: "".into(),
-                    logprobs: None,
-                    finish_reason,
-                },
-                timings,
-            ),
+        if self.api == Api::Completions {
+            let choice = CompletionChoice {
+                index,
+                finish_reason,
+                ..CompletionChoice::default()
+            };
+            return self.chunk(choice, timings);
         }
+        let choice = ChatChunkChoice {
+            index,
+            finish_reason,
+            ..ChatChunkChoice::default()
+        };
+        self.chunk(choice, timings)
     }
 
     fn usage_chunk(&self) -> Bytes {
-        let none: Vec<()> = Vec::new();
-        data_frame(&self.head.envelope(
-            self.api.chunk_object(),
-            none,
-            Some(Some(self.usage)),
-            self.timings(),
-        ))
+        let (object, usage) = (self.api.chunk_object(), Some(Some(self.usage)));
+        data_frame(&self.envelope::<()>(object, Vec::new(), usage, self.timings()))
     }
 
     fn chunk<C: Serialize>(&self, choice: C, timings: Option<Timings>) -> Bytes {
-        let usage = self.include_usage.then_some(None);
-        data_frame(
-            &self
-                .head
-                .envelope(self.api.chunk_object(), vec![choice], usage, timings),
-        )
+        let (object, usage) = (self.api.chunk_object(), self.include_usage.then_some(None));
+        data_frame(&self.envelope(object, vec![choice], usage, timings))
+    }
+
+    fn chat_logprobs(&self, logprobs: &[TokenLogprob]) -> Option<ChatLogprobs> {
+        self.wants_logprobs.then(|| chat_logprobs(logprobs))
+    }
+
+    fn completion_logprobs(
+        &self,
+        logprobs: &[TokenLogprob],
+        place: &mut Place,
+    ) -> Option<CompletionLogprobs> {
+        let wanted = self.wants_logprobs;
+        wanted.then(|| completion_logprobs(logprobs, place))
     }
 
     /// Of the first choice: with several, they ran side by side.
@@ -443,9 +397,7 @@ impl Answering {
         let choice = self.choices.first()?;
         Some(timings(choice.complete.as_ref()?, &choice.worker))
     }
-}
 
-impl Head {
     fn envelope<C>(
         &self,
         object: &'static str,
@@ -485,10 +437,6 @@ fn data_frame(value: &impl Serialize) -> Bytes {
 /// A server-sent event with this text, which has no line break.
 fn event_frame(data: &[u8]) -> Bytes {
     [b"data: ", data, b"\n\n"].concat().into()
-}
-
-fn json(value: &impl Serialize) -> Vec<u8> {
-    serde_json::to_vec(value).expect("our own types are JSON")
 }
 
 const TYPICAL_FRAME: usize = 320;

@@ -10,26 +10,23 @@ use mesh_control::request::AnswerError;
 
 use crate::api::invalid::Invalid;
 
-/// An error of the HTTP API.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct ApiError {
-    /// Status of the HTTP response.
     pub status: StatusCode,
     /// Message for people, in English.
     pub message: String,
     /// Field of the request that is to blame.
     pub param: Option<String>,
-    /// Code for programs.
     pub code: Code,
     /// Seconds after which to try again.
     pub retry_after: Option<u32>,
 }
 
 impl ApiError {
-    /// An error without field and retry.
-    pub(crate) fn new(status: StatusCode, code: Code, message: impl Into<String>) -> Self {
+    /// An error with the usual status of its code, without field and retry.
+    pub(crate) fn new(code: Code, message: impl Into<String>) -> Self {
         Self {
-            status,
+            status: StatusCode::from_u16(code.status()).expect("codes have valid statuses"),
             message: message.into(),
             param: None,
             code,
@@ -37,33 +34,20 @@ impl ApiError {
         }
     }
 
-    /// No key, or a wrong one.
-    pub(crate) fn unauthorized(message: &str) -> Self {
-        Self::new(StatusCode::UNAUTHORIZED, Code::InvalidApiKey, message)
+    /// An error that may be over in a moment.
+    pub(crate) fn passing(code: Code, message: impl Into<String>) -> Self {
+        Self {
+            retry_after: Some(1),
+            ..Self::new(code, message)
+        }
     }
 
-    /// Too many requests of one client.
     pub(crate) fn too_many(limit: usize) -> Self {
         let message = format!(
             "{limit} answers to you, as many as one client may have (http.concurrent_requests), are running already, or would be; wait \
              for one to finish, or ask for fewer"
         );
-        Self {
-            retry_after: Some(1),
-            ..Self::new(
-                StatusCode::TOO_MANY_REQUESTS,
-                Code::RateLimitExceeded,
-                message,
-            )
-        }
-    }
-
-    /// The head has no room at the moment, for any client.
-    pub(crate) fn overloaded(message: String) -> Self {
-        Self {
-            retry_after: Some(1),
-            ..Self::new(StatusCode::SERVICE_UNAVAILABLE, Code::Overloaded, message)
-        }
+        Self::passing(Code::RateLimitExceeded, message)
     }
 
     /// The body as JSON; also the data of an SSE error event.
@@ -89,15 +73,13 @@ impl IntoResponse for ApiError {
         let json = HeaderValue::from_static("application/json");
         let mut response =
             (self.status, [(header::CONTENT_TYPE, json)], self.body()).into_response();
+        let headers = response.headers_mut();
         if let Some(seconds) = self.retry_after {
-            response
-                .headers_mut()
-                .insert(header::RETRY_AFTER, seconds.into());
+            headers.insert(header::RETRY_AFTER, seconds.into());
         }
         if self.status == StatusCode::UNAUTHORIZED {
-            response
-                .headers_mut()
-                .insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+            let bearer = HeaderValue::from_static("Bearer");
+            headers.insert(header::WWW_AUTHENTICATE, bearer);
         }
         response
     }
@@ -105,89 +87,64 @@ impl IntoResponse for ApiError {
 
 impl From<Invalid> for ApiError {
     fn from(invalid: Invalid) -> Self {
-        let code = if invalid.unsupported {
-            Code::UnsupportedParameter
-        } else {
-            Code::InvalidValue
+        let code = match invalid.unsupported {
+            true => Code::UnsupportedParameter,
+            false => Code::InvalidValue,
         };
         Self {
             param: Some(invalid.param),
-            ..Self::new(StatusCode::BAD_REQUEST, code, invalid.message)
+            ..Self::new(code, invalid.message)
         }
     }
 }
 
 impl From<TooMuch> for ApiError {
     fn from(error: TooMuch) -> Self {
-        let (status, code) = match error {
-            TooMuch::Yours { .. } => (StatusCode::TOO_MANY_REQUESTS, Code::RateLimitExceeded),
-            TooMuch::All { .. } => (StatusCode::SERVICE_UNAVAILABLE, Code::Overloaded),
+        let code = match error {
+            TooMuch::Yours { .. } => Code::RateLimitExceeded,
+            TooMuch::All { .. } => Code::Overloaded,
         };
-        Self {
-            retry_after: Some(1),
-            ..Self::new(status, code, error.to_string())
-        }
+        Self::passing(code, error.to_string())
     }
 }
 
 impl From<&AnswerError> for ApiError {
     fn from(error: &AnswerError) -> Self {
-        let message = error.to_string();
-        match error {
-            AnswerError::Refused(refusal) => match refusal {
-                Refusal::QueueFull { .. } => Self::overloaded(message),
+        let (code, retry_after) = match error {
+            AnswerError::Refused(Refusal::QueueFull { .. }) => (Code::Overloaded, Some(1)),
+            AnswerError::Refused(
                 Refusal::NoWorker { .. }
                 | Refusal::NoRing { .. }
                 | Refusal::NoneAnswers { .. }
-                | Refusal::TooOld { .. } => Self {
-                    retry_after: Some(5),
-                    ..Self::new(StatusCode::SERVICE_UNAVAILABLE, Code::NoWorker, message)
-                },
-                Refusal::TooLong { .. } => Self::new(
-                    StatusCode::BAD_REQUEST,
-                    Code::ContextLengthExceeded,
-                    message,
-                ),
-                Refusal::UnknownModel { .. } => Self {
-                    param: Some("model".into()),
-                    ..Self::new(StatusCode::NOT_FOUND, Code::ModelNotFound, message)
-                },
-            },
-            AnswerError::Rejected {
-                code: ErrorCode::CONTEXT_TOO_LONG,
-                ..
-            } => Self::new(
-                StatusCode::BAD_REQUEST,
-                Code::ContextLengthExceeded,
-                as_clients_search_it(message),
-            ),
-            AnswerError::Rejected { .. } => {
-                Self::new(StatusCode::BAD_REQUEST, Code::InvalidValue, message)
+                | Refusal::TooOld { .. },
+            ) => (Code::NoWorker, Some(5)),
+            AnswerError::Refused(Refusal::UnknownModel { .. }) => (Code::ModelNotFound, None),
+            AnswerError::Refused(Refusal::TooLong { .. }) => (Code::ContextLengthExceeded, None),
+            AnswerError::Rejected { code, text } if *code == ErrorCode::CONTEXT_TOO_LONG => {
+                return Self::new(Code::ContextLengthExceeded, as_clients_search_it(text));
             }
-            AnswerError::Timeout(_) | AnswerError::Stalled(_) => {
-                Self::new(StatusCode::GATEWAY_TIMEOUT, Code::Timeout, message)
-            }
-            AnswerError::QueueTimeout(_) => Self {
-                retry_after: Some(5),
-                ..Self::new(StatusCode::SERVICE_UNAVAILABLE, Code::Overloaded, message)
-            },
+            AnswerError::Rejected { .. } => (Code::InvalidValue, None),
+            AnswerError::Timeout(_) | AnswerError::Stalled(_) => (Code::Timeout, None),
+            AnswerError::QueueTimeout(_) => (Code::Overloaded, Some(5)),
             AnswerError::WorkersFailed { .. } | AnswerError::WorkersDied { .. } => {
-                Self::new(StatusCode::BAD_GATEWAY, Code::WorkersFailed, message)
+                (Code::WorkersFailed, None)
             }
-            AnswerError::TooMuch(error) => Self::from(*error),
-            AnswerError::ShuttingDown => Self {
-                retry_after: Some(5),
-                ..Self::new(StatusCode::SERVICE_UNAVAILABLE, Code::ShuttingDown, message)
-            },
+            AnswerError::TooMuch(error) => return Self::from(*error),
+            AnswerError::ShuttingDown => (Code::ShuttingDown, Some(5)),
+        };
+        Self {
+            param: (code == Code::ModelNotFound).then(|| "model".into()),
+            retry_after,
+            ..Self::new(code, error.to_string())
         }
     }
 }
 
 /// Clients look for this phrase to shorten a conversation. Workers say it; older ones said where the limit is
 /// in words of their own.
-fn as_clients_search_it(message: String) -> String {
+fn as_clients_search_it(message: &str) -> String {
     if message.contains(CONTEXT_PHRASE) {
-        return message;
+        return message.to_owned();
     }
     let limit = message.rsplit("context of ").next().unwrap_or_default();
     let digits: String = limit.chars().take_while(char::is_ascii_digit).collect();

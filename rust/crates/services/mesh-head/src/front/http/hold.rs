@@ -92,8 +92,7 @@ mod tests {
         result: Result<&'static str, &'static str>,
     ) -> Result<Vec<u8>, ApiError> {
         tokio::time::sleep(after).await;
-        let failed =
-            |text| ApiError::new(StatusCode::BAD_GATEWAY, mesh_api::Code::WorkersFailed, text);
+        let failed = |text| ApiError::new(mesh_api::Code::WorkersFailed, text);
         result.map(Vec::from).map_err(failed)
     }
 

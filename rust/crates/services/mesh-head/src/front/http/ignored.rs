@@ -7,7 +7,6 @@ use super::error::ApiError;
 use super::state::Api;
 use crate::api::invalid::Invalid;
 
-/// The header that names them.
 const HEADER: &str = "x-hydramesh-ignored";
 /// Most bytes of all names together.
 const LONGEST: usize = 512;
@@ -36,7 +35,6 @@ impl Ignored {
         Ok(Self(HeaderValue::from_str(&joined(names)).ok()))
     }
 
-    /// The answer with the header.
     pub(super) fn named_in(self, mut response: Response) -> Response {
         if let Some(names) = self.0 {
             response.headers_mut().insert(HEADER, names);

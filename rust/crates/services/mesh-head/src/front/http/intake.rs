@@ -81,20 +81,18 @@ pub(super) fn received(api: &Api, body: Received) -> Result<Bytes, ApiError> {
 
 fn too_large(limit: u64) -> ApiError {
     let text = format!("the body is over the limit of {limit} bytes (http.body_limit)");
-    let code = Code::RequestTooLarge;
-    ApiError::new(StatusCode::PAYLOAD_TOO_LARGE, code, text)
+    ApiError::new(Code::RequestTooLarge, text)
 }
 
 fn unreadable(error: &(dyn std::error::Error + 'static)) -> ApiError {
     if let Some(slow) = TooSlow::cause_of(error) {
-        let text = slow.to_string();
-        return ApiError::new(StatusCode::REQUEST_TIMEOUT, Code::RequestTimeout, text);
+        return ApiError::new(Code::RequestTimeout, slow.to_string());
     }
     if let Some(full) = NoRoom::cause_of(error) {
-        return ApiError::overloaded(full.to_string());
+        return ApiError::passing(Code::Overloaded, full.to_string());
     }
     let text = format!("the body cannot be read: {error}");
-    ApiError::new(StatusCode::BAD_REQUEST, Code::InvalidBody, text)
+    ApiError::new(Code::InvalidBody, text)
 }
 
 /// Bytes by which room for a long body grows.
@@ -102,17 +100,13 @@ const GROWTH: usize = 128 << 10;
 /// Least bytes that a request is charged.
 const LEAST: u64 = 4 << 10;
 
-/// Returns the result of `parse` on a body.
 pub(super) async fn parsed<T: Send + 'static>(
     mesh: &Mesh,
     body: Bytes,
     parse: impl FnOnce(&[u8]) -> T + Send + 'static,
 ) -> Result<T, ApiError> {
     let parsed = parse::parsed(&mesh.reading, body, parse).await;
-    parsed.map_err(|_| {
-        let text = "the request could not be read";
-        ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, Code::InternalError, text)
-    })
+    parsed.map_err(|_| ApiError::new(Code::InternalError, "the request could not be read"))
 }
 
 #[cfg(test)]

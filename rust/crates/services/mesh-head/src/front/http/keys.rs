@@ -5,22 +5,27 @@ use std::fmt;
 use std::io;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
 
 use axum::http::{HeaderMap, header};
 use mesh_base::random;
 use mesh_control::fair::Origin;
 use mesh_service::files::Readers;
 use sha2::{Digest, Sha256};
-use subtle::{Choice, ConstantTimeEq};
+use subtle::ConstantTimeEq;
 
 use crate::ids;
+use crate::locks::lock;
 use crate::mesh::Lease;
 
 /// The keys of one head. Only their hashes are held. Clones share them, so that keys that are read again
 /// count everywhere.
 #[derive(Clone)]
-pub(crate) struct Keys(Arc<RwLock<Known>>, Salts);
+pub(crate) struct Keys {
+    known: Arc<RwLock<Known>>,
+    /// Only this process has it.
+    secret: KeyHash,
+}
 
 #[derive(PartialEq)]
 struct Known {
@@ -31,35 +36,10 @@ struct Known {
 
 type KeyHash = [u8; 32];
 
-/// Derives a salt from each key, by which workers tell requests of different keys apart. The salt reveals
-/// nothing about the key: it is made with a secret that only this process has.
-#[derive(Clone, Copy)]
-struct Salts(KeyHash);
-
-impl Salts {
-    fn new() -> Self {
-        Self(random::bytes())
-    }
-
-    /// Never 0, which is for requests without keys.
-    fn of(self, key: &KeyHash) -> u64 {
-        let digest = Sha256::new()
-            .chain_update(self.0)
-            .chain_update(key)
-            .finalize();
-        let first = digest
-            .first_chunk()
-            .map_or(0, |bytes| u64::from_le_bytes(*bytes));
-        first.max(1)
-    }
-}
-
 /// Origin of a request, by its key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) enum Caller {
-    /// Holds the admin key.
     Admin,
-    /// Holds the API key with this number.
     Key(usize),
     /// Holds none, and none is needed.
     Anyone,
@@ -68,9 +48,7 @@ pub(crate) enum Caller {
 /// A key that opens nothing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Denied {
-    /// No key was sent.
     Missing,
-    /// The key is not known here.
     Wrong,
 }
 
@@ -103,7 +81,10 @@ impl Keys {
     /// [`KeysError`] names the file.
     pub(crate) fn load(state_dir: &Path, api_keys_file: Option<&Path>) -> Result<Self, KeysError> {
         let known = Known::read(state_dir, api_keys_file, &[])?;
-        Ok(Self(Arc::new(RwLock::new(known)), Salts::new()))
+        Ok(Self {
+            known: Arc::new(RwLock::new(known)),
+            secret: random::bytes(),
+        })
     }
 
     /// Reads them again; true if they have changed. Requests under way are not touched.
@@ -117,15 +98,14 @@ impl Keys {
     ) -> Result<bool, KeysError> {
         let fresh = Known::read(state_dir, api_keys_file, &self.known().api)?;
         let changed = *self.known() != fresh;
-        *self.0.write().unwrap_or_else(PoisonError::into_inner) = fresh;
+        *self.known.write().unwrap_or_else(PoisonError::into_inner) = fresh;
         Ok(changed)
     }
 
     fn known(&self) -> RwLockReadGuard<'_, Known> {
-        self.0.read().unwrap_or_else(PoisonError::into_inner)
+        self.known.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// True if the API needs a key.
     pub(crate) fn are_needed(&self) -> bool {
         !self.known().api.is_empty()
     }
@@ -135,13 +115,22 @@ impl Keys {
         let known = self.known();
         match caller {
             Caller::Anyone => 0,
-            Caller::Admin => self.1.of(&known.admin),
+            Caller::Admin => self.salt_of(&known.admin),
             Caller::Key(number) => {
                 let found = known.api.iter().find(|(_, known)| *known == number);
                 // A key that was removed in this moment shares with no other.
-                found.map_or_else(ids::unique, |(hash, _)| self.1.of(hash))
+                found.map_or_else(ids::unique, |(hash, _)| self.salt_of(hash))
             }
         }
+    }
+
+    /// The number by which workers tell requests of different keys apart. It reveals nothing about the key, as
+    /// it is made with the secret. Never 0, which is for requests without keys.
+    fn salt_of(&self, key: &KeyHash) -> u64 {
+        let salted = Sha256::new().chain_update(self.secret).chain_update(key);
+        let digest = salted.finalize();
+        let first = digest.first_chunk();
+        first.map_or(1, |bytes| u64::from_le_bytes(*bytes).max(1))
     }
 
     /// The caller that these headers prove.
@@ -152,10 +141,9 @@ impl Keys {
     pub(crate) fn caller(&self, headers: &HeaderMap) -> Result<Caller, Denied> {
         let known = self.known();
         let Some(key) = bearer(headers) else {
-            return if known.api.is_empty() {
-                Ok(Caller::Anyone)
-            } else {
-                Err(Denied::Missing)
+            return match known.api.is_empty() {
+                true => Ok(Caller::Anyone),
+                false => Err(Denied::Missing),
             };
         };
         let presented = hash(key);
@@ -165,8 +153,7 @@ impl Keys {
         // All of them are compared, so that the time tells nothing about which one matched.
         let mut found = None;
         for (hash, number) in &known.api {
-            let same: Choice = presented.ct_eq(hash);
-            if bool::from(same) {
+            if bool::from(presented.ct_eq(hash)) {
                 found = Some(*number);
             }
         }
@@ -189,18 +176,12 @@ impl Known {
         let admin = hash(&load_or_create_admin_key(&state_dir.join(ADMIN_KEY_FILE))?);
         let mut api = Vec::new();
         if let Some(path) = api_keys_file {
-            let text = std::fs::read_to_string(path).map_err(|error| KeysError::File {
-                path: path.into(),
-                error,
-            })?;
+            let text = std::fs::read_to_string(path).map_err(|error| file_error(path, error))?;
             mesh_service::files::warn_if_exposed(path, Readers::Group);
             let lines = text.lines().map(str::trim);
             let keys = lines.filter(|line| !line.is_empty() && !line.starts_with('#'));
-            let mut next = before
-                .iter()
-                .map(|(_, number)| number + 1)
-                .max()
-                .unwrap_or(0);
+            let taken = before.iter().map(|(_, number)| number + 1);
+            let mut next = taken.max().unwrap_or(0);
             for key in keys.map(hash) {
                 let old = before.iter().find(|(known, _)| *known == key);
                 let number = old.map_or(next, |(_, number)| *number);
@@ -218,7 +199,6 @@ impl Known {
 /// The client of a request, as limits count it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Client {
-    /// Caller by its key.
     pub caller: Caller,
     /// Address of the client, which counts where there are no keys.
     pub address: Option<IpAddr>,
@@ -256,11 +236,6 @@ impl ConcurrencyLimit {
         }
     }
 
-    /// The limit.
-    pub(super) fn limit(&self) -> usize {
-        self.limit
-    }
-
     /// Admits a request for `answers` answers, if there is room. One with more answers than the limit is
     /// admitted only alone.
     pub(super) fn enter(self: &Arc<Self>, client: Client, answers: usize) -> Option<Pass> {
@@ -271,17 +246,13 @@ impl ConcurrencyLimit {
             client.caller,
             client.address.filter(|_| client.caller == Caller::Anyone),
         );
-        let mut inside = self.lock();
+        let mut inside = lock(&self.inside);
         let count = inside.entry(name).or_default();
         if *count > 0 && *count + answers > self.limit {
             return None;
         }
         *count += answers;
         Some(Pass(Some((self.clone(), name, answers)), None))
-    }
-
-    fn lock(&self) -> MutexGuard<'_, HashMap<Name, usize>> {
-        self.inside.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -307,7 +278,7 @@ impl Drop for Pass {
         let Some((concurrency, name, answers)) = self.0.take() else {
             return;
         };
-        let mut inside = concurrency.lock();
+        let mut inside = lock(&concurrency.inside);
         if let Some(count) = inside.get_mut(&name) {
             *count -= answers;
             if *count == 0 {
@@ -326,31 +297,28 @@ impl fmt::Debug for Keys {
 }
 
 fn bearer(headers: &HeaderMap) -> Option<&str> {
-    let (scheme, key) = headers
-        .get(header::AUTHORIZATION)?
-        .to_str()
-        .ok()?
-        .split_once(' ')?;
-    scheme
-        .eq_ignore_ascii_case("bearer")
-        .then(|| key.trim())
-        .filter(|key| !key.is_empty())
+    let value = headers.get(header::AUTHORIZATION)?.to_str().ok()?;
+    let (scheme, key) = value.split_once(' ')?;
+    let key = key.trim();
+    (scheme.eq_ignore_ascii_case("bearer") && !key.is_empty()).then_some(key)
 }
 
 fn load_or_create_admin_key(path: &Path) -> Result<String, KeysError> {
-    let file_error = |error| KeysError::File {
-        path: path.into(),
-        error,
-    };
     match std::fs::read_to_string(path) {
         Ok(key) if !key.trim().is_empty() => return Ok(key.trim().to_owned()),
         Ok(_) => return Err(KeysError::NoAdminKey(path.into())),
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-        Err(error) => return Err(file_error(error)),
+        Err(error) => return Err(file_error(path, error)),
     }
     let key = format!("hydra-admin-{}", ids::secret());
-    mesh_service::files::write_private(path, format!("{key}\n").as_bytes()).map_err(file_error)?;
+    let written = mesh_service::files::write_private(path, format!("{key}\n").as_bytes());
+    written.map_err(|error| file_error(path, error))?;
     Ok(key)
+}
+
+fn file_error(path: &Path, error: io::Error) -> KeysError {
+    let path = path.into();
+    KeysError::File { path, error }
 }
 
 fn hash(key: &str) -> KeyHash {
@@ -502,7 +470,7 @@ mod tests {
         assert!(concurrency.enter(client(2), 1).is_some());
         drop(one);
         assert!(concurrency.enter(client(1), 1).is_some());
-        assert_eq!(concurrency.lock().len(), 1);
+        assert_eq!(lock(&concurrency.inside).len(), 1);
         assert!(
             Arc::new(ConcurrencyLimit::new(0))
                 .enter(client(1), 1)

@@ -26,7 +26,7 @@ use std::time::SystemTime;
 use axum::body::Body;
 use axum::extract::{ConnectInfo, DefaultBodyLimit, Request, State};
 use axum::handler::Handler;
-use axum::http::{HeaderValue, StatusCode, header};
+use axum::http::{HeaderValue, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{MethodFilter, MethodRouter, get, on};
@@ -58,7 +58,6 @@ use keys::{Caller, Client, ConcurrencyLimit, Denied};
 use ready::Told;
 use state::{Api, RequestId};
 
-/// All routes of the head.
 pub(crate) fn router(
     mesh: Arc<Mesh>,
     keys: Keys,
@@ -177,11 +176,7 @@ async fn answer(
     let mut asked = intake::parsed(&api.mesh, body, parse).await??;
     asked.model = asked.model.map(|name| models::served_as(&api.mesh, name));
     lease.set(asked.memory(context_of(&api.mesh, asked.model.clone())))?;
-    let pass = api
-        .concurrency
-        .enter(client, asked.answers())
-        .ok_or_else(|| ApiError::too_many(api.concurrency.limit()))?
-        .holding(lease);
+    let pass = api.enter(client, asked.answers())?.holding(lease);
     let ignored = Ignored::new(&api, &asked.ignored)?;
     // Workers that take plain tasks cannot stream and know few parameters: where there is another, it answers.
     let plain = api.mesh.with_registry(Registry::takes_only_plain);
@@ -189,19 +184,15 @@ async fn answer(
         ingress: Ingress::Http,
         origin: client.origin(),
     };
-    let receivers = asked
-        .tasks(&id.0, plain)
-        .into_iter()
-        .map(|task| {
-            let salt = client.salt;
-            let task = GenerateTask {
-                source,
-                salt,
-                ..task
-            };
-            submit(&api.mesh, Front::Http, task)
-        })
-        .collect();
+    let receivers = asked.tasks(&id.0, plain).into_iter().map(|task| {
+        let task = GenerateTask {
+            source,
+            salt: client.salt,
+            ..task
+        };
+        submit(&api.mesh, Front::Http, task)
+    });
+    let receivers = receivers.collect();
     let answering = Answering::new(&asked, unix_seconds(SystemTime::now()), receivers, pass);
     let answer = if asked.stream {
         answering.stream(api.mesh.config.http.keep_alive).await
@@ -221,10 +212,7 @@ async fn embed(
     // was counted for.
     let (body, mut lease) = intake::body(&api, client, body).await?;
     let mut asked = intake::parsed(&api.mesh, body, AskedEmbeddings::parse).await??;
-    let pass = api
-        .concurrency
-        .enter(client, 1)
-        .ok_or_else(|| ApiError::too_many(api.concurrency.limit()))?;
+    let pass = api.enter(client, 1)?;
     let ignored = Ignored::new(&api, &asked.ignored)?;
     let mut task = std::mem::take(&mut asked.task);
     task.id = id.0;
@@ -248,7 +236,6 @@ fn context_of(mesh: &Mesh, model: Option<String>) -> Option<u32> {
     mesh.with_registry(|registry| registry.context_of(&model))
 }
 
-/// The machine-readable description of this API.
 async fn openapi() -> impl IntoResponse {
     let json = HeaderValue::from_static("application/json");
     ([(header::CONTENT_TYPE, json)], mesh_api::OPENAPI)
@@ -261,18 +248,16 @@ async fn authenticate(
     next: Next,
 ) -> Result<Response, ApiError> {
     let caller = api.keys.caller(request.headers()).map_err(|denied| {
-        ApiError::unauthorized(match denied {
+        let text = match denied {
             Denied::Missing => "no API key was sent; send it as `Authorization: Bearer <key>`",
             Denied::Wrong => "the API key is not one of this head's; ask its operator for one",
-        })
+        };
+        ApiError::new(Code::InvalidApiKey, text)
     })?;
-    let address = request
-        .extensions()
-        .get::<ConnectInfo<SocketAddr>>()
-        .map(|info| info.0.ip().to_canonical());
+    let address = request.extensions().get::<ConnectInfo<SocketAddr>>();
     let client = Client {
         caller,
-        address,
+        address: address.map(|info| info.0.ip().to_canonical()),
         salt: api.keys.salt(caller),
     };
     request.extensions_mut().insert(client);
@@ -285,25 +270,22 @@ async fn administrators_only(
     next: Next,
 ) -> Result<Response, ApiError> {
     if client.caller != Caller::Admin {
-        return Err(ApiError::unauthorized(
-            "this needs the admin key, which stands in admin.key in the head's state directory",
-        ));
+        let text =
+            "this needs the admin key, which stands in admin.key in the head's state directory";
+        return Err(ApiError::new(Code::InvalidApiKey, text));
     }
     Ok(next.run(request).await)
 }
 
 /// Takes the client's request id, or makes one, and sends it back.
 async fn with_request_id(mut request: Request, next: Next) -> Response {
-    let sent = request
-        .headers()
-        .get(REQUEST_ID)
-        .and_then(|value| value.to_str().ok());
+    let sent = request.headers().get(REQUEST_ID);
+    let sent = sent.and_then(|value| value.to_str().ok());
     let usable = |id: &&str| {
         !id.is_empty() && id.len() <= 128 && id.bytes().all(|byte| byte.is_ascii_graphic())
     };
-    let id = sent
-        .filter(usable)
-        .map_or_else(|| ids::fresh("req"), str::to_owned);
+    let sent = sent.filter(usable).map(str::to_owned);
+    let id = sent.unwrap_or_else(|| ids::fresh("req"));
     request.extensions_mut().insert(RequestId(id.clone()));
     let mut response = next.run(request).await;
     if let Ok(value) = HeaderValue::from_str(&id) {
@@ -313,20 +295,15 @@ async fn with_request_id(mut request: Request, next: Next) -> Response {
 }
 
 async fn no_such_path(request: Request) -> Response {
-    let text = format!(
-        "there is no {} here; the API begins with /v1/",
-        request.uri().path()
-    );
-    ApiError::new(StatusCode::NOT_FOUND, Code::UnknownUrl, text).into_response()
+    let path = request.uri().path();
+    let text = format!("there is no {path} here; the API begins with /v1/");
+    ApiError::new(Code::UnknownUrl, text).into_response()
 }
 
 async fn wrong_method(request: Request) -> Response {
-    let text = format!(
-        "{} is not allowed on {}",
-        request.method(),
-        request.uri().path()
-    );
-    ApiError::new(StatusCode::METHOD_NOT_ALLOWED, Code::MethodNotAllowed, text).into_response()
+    let (method, path) = (request.method(), request.uri().path());
+    let text = format!("{method} is not allowed on {path}");
+    ApiError::new(Code::MethodNotAllowed, text).into_response()
 }
 
 const GET: MethodFilter = MethodFilter::GET;

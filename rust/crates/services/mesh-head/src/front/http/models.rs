@@ -5,9 +5,10 @@ use std::collections::BTreeMap;
 use axum::Json;
 use axum::extract::rejection::PathRejection;
 use axum::extract::{Path, State};
-use axum::http::StatusCode;
 use mesh_api::{Code, ListModelsResponse, Model};
 use mesh_base::clock::unix_seconds;
+use mesh_control::placement::Refusal;
+use mesh_control::request::AnswerError;
 use mesh_proto::{ModelCard, ModelKind};
 
 use super::error::ApiError;
@@ -29,34 +30,26 @@ pub(super) async fn show(
     name: Result<Path<String>, PathRejection>,
 ) -> Result<Json<Model>, ApiError> {
     let Path(name) = name.map_err(|error| ApiError {
+        status: error.status(),
         param: Some("model".into()),
-        ..ApiError::new(error.status(), Code::InvalidValue, error.to_string())
+        ..ApiError::new(Code::InvalidValue, error.to_string())
     })?;
     let found = models(&api)
         .get(&served_as(&api.mesh, name.clone()))
         .map(|card| model(&api, card));
-    found.map(Json).ok_or_else(|| ApiError {
-        param: Some("model".into()),
-        ..ApiError::new(
-            StatusCode::NOT_FOUND,
-            Code::ModelNotFound,
-            format!("the model {name:?} does not exist; GET /v1/models lists those that do"),
-        )
+    found.map(Json).ok_or_else(|| {
+        let error = AnswerError::from(Refusal::UnknownModel { model: name });
+        ApiError::from(&error)
     })
 }
 
 /// Every model that requests can name: those served now, and those of rings that recover.
 fn models(api: &Api) -> BTreeMap<String, ModelCard> {
     api.mesh.with_rings(|rings, registry| {
-        let of_rings = rings
-            .cards()
-            .into_iter()
-            .map(|card| (card.name.clone(), card));
-        let mut models: BTreeMap<String, ModelCard> = of_rings.collect();
-        for (name, card) in registry.models() {
-            models.insert(name.to_owned(), card.clone());
-        }
-        models
+        let mut cards = rings.cards();
+        cards.extend(registry.models().into_values().cloned());
+        let named = cards.into_iter().map(|card| (card.name.clone(), card));
+        named.collect()
     })
 }
 
@@ -86,31 +79,23 @@ pub(super) fn served_as(mesh: &Mesh, name: String) -> String {
 }
 
 fn meant(name: &str) -> Option<&str> {
+    let is_provider = |name: &str| {
+        PROVIDERS
+            .split_ascii_whitespace()
+            .any(|known| known == name)
+    };
     let untagged = name.strip_suffix(":latest").unwrap_or(name);
     let bare = match untagged.split_once('/') {
-        Some((provider, rest)) if PROVIDERS.contains(&provider) => rest,
+        Some((provider, rest)) if is_provider(provider) => rest,
         _ => untagged,
     };
     (bare != name).then_some(bare)
 }
 
-const PROVIDERS: &[&str] = &[
-    "openai",
-    "text-completion-openai",
-    "custom_openai",
-    "openai_like",
-    "hosted_vllm",
-    "vllm",
-    "ollama",
-    "ollama_chat",
-    "lm_studio",
-    "lmstudio",
-    "llamafile",
-    "litellm_proxy",
-    "hydramesh",
-];
+/// Names of servers with blanks between them.
+const PROVIDERS: &str = "openai text-completion-openai custom_openai openai_like hosted_vllm vllm \
+    ollama ollama_chat lm_studio lmstudio llamafile litellm_proxy hydramesh";
 
-/// Name of a model's kind.
 pub(super) fn kind_name(card: &ModelCard) -> &'static str {
     match card.kind() {
         ModelKind::Chat => "chat",

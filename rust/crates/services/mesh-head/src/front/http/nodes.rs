@@ -5,9 +5,8 @@ use std::time::{Instant, SystemTime};
 
 use axum::Json;
 use axum::extract::State;
-use axum::http::StatusCode;
 use mesh_api::{Code, ExpelRequest, Node, NodeChange, NodeList, NodeRequest};
-use mesh_control::registry::Worker;
+use mesh_control::registry::{Registry, Worker};
 use mesh_net::trust::{KnownMember, TrustError};
 
 use super::admin::read;
@@ -71,55 +70,37 @@ pub(super) async fn expel(
     let asked: ExpelRequest = read(&api, body)?;
     if asked.reason.len() > LONGEST_REASON || asked.reason.contains(char::is_control) {
         let text = format!("'reason' must be one line of at most {LONGEST_REASON} bytes");
-        return Err(ApiError::new(
-            StatusCode::BAD_REQUEST,
-            Code::InvalidValue,
-            text,
-        ));
+        return Err(ApiError::new(Code::InvalidValue, text));
     }
     // A name that an expelled node had may be another's by now.
     let (node_id, name) = find(members(&api).await?, &asked.node)
         .or_else(|error| find(expelled(&api), &asked.node).map_err(|_| error))?;
     if *node_id == *api.own_id {
         let text = format!("{node_id} is this head itself, which cannot be expelled");
-        return Err(ApiError::new(
-            StatusCode::BAD_REQUEST,
-            Code::InvalidValue,
-            text,
-        ));
+        return Err(ApiError::new(Code::InvalidValue, text));
     }
-    let connected = api
-        .mesh
-        .with_registry(|registry| registry.of_node(&node_id).is_some());
+    let connected = is_connected(&api, &node_id);
     // A task of its own, so that it does not end with the request that asked for it.
-    let (task_api, id, called, reason) = (
-        api.clone(),
-        node_id.clone(),
-        name.clone(),
-        asked.reason.clone(),
-    );
-    let expelling = tokio::spawn(async move {
-        let authority = task_api.authority.clone();
-        let (to_expel, named, why) = (id.clone(), called.clone(), reason.clone());
-        let kept =
-            blocking(move || authority.expel(&to_expel, &named, &why, SystemTime::now())).await;
-        let text = task_api.authority.deny_list().refusal(&id);
-        if let Some(text) = text {
-            task_api
-                .mesh
-                .note_admission("node expelled", &id, &called, &reason);
-            task_api.mesh.expel(&id, &text.to_string());
-            task_api.mesh.tell_expelled();
+    let expelling = tokio::task::spawn_blocking({
+        let (id, name) = (node_id.clone(), name.clone());
+        move || {
+            let kept = api
+                .authority
+                .expel(&id, &name, &asked.reason, SystemTime::now());
+            if let Some(text) = api.authority.deny_list().refusal(&id) {
+                let mesh = &api.mesh;
+                mesh.note_admission("node expelled", &id, &name, &asked.reason);
+                mesh.expel(&id, &text.to_string());
+                mesh.tell_expelled();
+            }
+            kept
         }
-        kept
     });
     let kept = expelling
         .await
-        .map_err(|error| internal(error.to_string()))??;
+        .map_err(|error| internal(error.to_string()))?;
     kept.map_err(|error| match error {
-        TrustError::ListFull { .. } => {
-            ApiError::new(StatusCode::CONFLICT, Code::ListFull, error.to_string())
-        }
+        TrustError::ListFull { .. } => ApiError::new(Code::ListFull, error.to_string()),
         error => internal(format!(
             "done, but it will be forgotten when the head starts again: {error}; make room or give the head its directory, and \
              ask again"
@@ -145,9 +126,7 @@ pub(super) async fn readmit(
     let (authority, id) = (api.authority.clone(), node_id.clone());
     let readmitted = blocking(move || authority.readmit(&id)).await?;
     let readmitted = readmitted.map_err(|error| match error {
-        TrustError::NameTaken { .. } => {
-            ApiError::new(StatusCode::CONFLICT, Code::NameTaken, error.to_string())
-        }
+        TrustError::NameTaken { .. } => ApiError::new(Code::NameTaken, error.to_string()),
         error => internal(format!("it stays expelled: {error}")),
     })?;
     let was_quarantined = api.mesh.readmit(&node_id);
@@ -156,21 +135,17 @@ pub(super) async fn readmit(
             "{} is neither expelled nor in quarantine; GET /v1/mesh/nodes lists the nodes",
             asked.node
         );
-        return Err(ApiError::new(
-            StatusCode::NOT_FOUND,
-            Code::NodeNotFound,
-            text,
-        ));
+        return Err(ApiError::new(Code::NodeNotFound, text));
     }
     api.mesh
         .note_admission("node readmitted", &node_id, &name, "");
     if readmitted.is_some() {
         api.mesh.tell_expelled();
     }
-    let connected = api
-        .mesh
-        .with_registry(|registry| registry.of_node(&node_id).is_some());
-    let state = if connected { "connected" } else { "absent" };
+    let state = match is_connected(&api, &node_id) {
+        true => "connected",
+        false => "absent",
+    };
     Ok(Json(NodeChange {
         node_id,
         name,
@@ -179,23 +154,23 @@ pub(super) async fn readmit(
     }))
 }
 
+fn is_connected(api: &Api, node: &str) -> bool {
+    let found = |registry: &Registry| registry.of_node(node).is_some();
+    api.mesh.with_registry(found)
+}
+
 /// Names of the nodes in quarantine by their ids.
 fn quarantined(api: &Api) -> BTreeMap<String, String> {
-    let views = api
-        .mesh
-        .with_registry(|registry| registry.reputation.view(Instant::now()));
-    views
-        .into_iter()
-        .map(|view| (view.node_id, view.name))
-        .collect()
+    let look = |registry: &Registry| registry.reputation.view(Instant::now());
+    let views = api.mesh.with_registry(look).into_iter();
+    views.map(|view| (view.node_id, view.name)).collect()
 }
 
 /// Names of the expelled nodes by their ids.
 fn expelled(api: &Api) -> BTreeMap<String, String> {
     let expelled = api.authority.deny_list().list().into_iter();
-    expelled
-        .map(|(id, expulsion)| (id, expulsion.name))
-        .collect()
+    let named = expelled.map(|(id, expulsion)| (id, expulsion.name));
+    named.collect()
 }
 
 /// Names of the others.
@@ -231,7 +206,6 @@ fn find(known: BTreeMap<String, String>, wanted: &str) -> Result<(String, String
     match (found.next(), found.next()) {
         (Some(node), None) => Ok(node),
         (Some(_), Some(_)) => Err(ApiError::new(
-            StatusCode::BAD_REQUEST,
             Code::AmbiguousNode,
             format!(
                 "several nodes are called {wanted:?}: give a node id; GET /v1/mesh/nodes (`hydramesh nodes list`) lists them"
@@ -241,7 +215,6 @@ fn find(known: BTreeMap<String, String>, wanted: &str) -> Result<(String, String
         (None, _) => {
             let shown: String = wanted.chars().take(80).collect();
             Err(ApiError::new(
-                StatusCode::NOT_FOUND,
                 Code::NodeNotFound,
                 format!(
                     "no node is called {shown:?}; GET /v1/mesh/nodes (`hydramesh nodes list`) lists them. Workers of DCF v5 have no identity: dcf.legacy_workers admits them"
@@ -252,7 +225,7 @@ fn find(known: BTreeMap<String, String>, wanted: &str) -> Result<(String, String
 }
 
 fn internal(text: String) -> ApiError {
-    ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, Code::NotKept, text)
+    ApiError::new(Code::NotKept, text)
 }
 
 const LONGEST_REASON: usize = 256;

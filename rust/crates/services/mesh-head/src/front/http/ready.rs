@@ -8,7 +8,7 @@ use axum::extract::{Query, Request, State};
 use axum::http::StatusCode;
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
-use mesh_api::{Readiness, paths};
+use mesh_api::{Code, Readiness, paths};
 use serde::Deserialize;
 
 use super::error::ApiError;
@@ -21,7 +21,6 @@ pub(super) struct Asked {
     model: Option<String>,
 }
 
-/// State of the health endpoints.
 #[derive(Clone)]
 pub(super) struct Told {
     pub(super) mesh: Arc<Mesh>,
@@ -33,14 +32,10 @@ impl Told {
         if self.mesh.config.http.open.contains(&what) {
             return Ok(());
         }
-        self.keys
-            .caller(request.headers())
-            .map(drop)
-            .map_err(|_| {
-                ApiError::unauthorized(
-                    "this needs an API key here, as `Authorization: Bearer <key>`; the operator can open it to all (http.open)",
-                )
-            })
+        let text = "this needs an API key here, as `Authorization: Bearer <key>`; the operator can open it to all (http.open)";
+        let caller = self.keys.caller(request.headers());
+        let denied = |_| ApiError::new(Code::InvalidApiKey, text);
+        caller.map(drop).map_err(denied)
     }
 }
 

@@ -5,7 +5,6 @@ use std::time::Instant;
 use arcanum_profiler::explain;
 use axum::Json;
 use axum::extract::{Query, State};
-use axum::http::StatusCode;
 use mesh_api::{
     Code, DrainProgress, PlanResponse, RebalanceRequest, RebalanceResponse, RingComparison,
     RingLayout, RingPlan, WorkerRequest,
@@ -36,21 +35,17 @@ pub(super) async fn plan(
 ) -> Result<Json<PlanResponse>, ApiError> {
     let model = asked.map(|Query(asked)| asked.model).unwrap_or_default();
     if model.is_empty() {
-        return Err(ApiError::new(
-            StatusCode::BAD_REQUEST,
-            Code::InvalidValue,
-            "name the model: /v1/mesh/plan?model=NAME".to_owned(),
-        ));
+        let text = "name the model: /v1/mesh/plan?model=NAME";
+        return Err(ApiError::new(Code::InvalidValue, text));
     }
-    let planned = api
-        .mesh
-        .with_rings(|rings, _| rings.plan(&model, Instant::now()));
+    let plan = |rings: &Rings, _: &Registry| rings.plan(&model, Instant::now());
+    let planned = api.mesh.with_rings(plan);
     let planned = planned.map_err(|error| {
-        let (status, code) = match &error {
-            NoPlan::NotOffered { .. } => (StatusCode::NOT_FOUND, Code::ModelNotFound),
-            NoPlan::Place(_) => (StatusCode::SERVICE_UNAVAILABLE, Code::NoPlan),
+        let code = match &error {
+            NoPlan::NotOffered { .. } => Code::ModelNotFound,
+            NoPlan::Place(_) => Code::NoPlan,
         };
-        ApiError::new(status, code, error.to_string())
+        ApiError::new(code, error.to_string())
     })?;
     Ok(Json(PlanResponse {
         model,
@@ -94,10 +89,7 @@ pub(super) async fn undrain(
         let (id, node) = match find(registry, &name) {
             Ok((id, node)) => (Some(id), node),
             // It may have been switched off for good.
-            Err(missing) => match drained(rings, &name) {
-                Some(node) => (None, Some(node)),
-                None => return Err(missing),
-            },
+            Err(missing) => (None, Some(drained(rings, &name).ok_or(missing)?)),
         };
         if let Some(node) = &node {
             rings.undrain(node, now);
@@ -119,7 +111,7 @@ async fn keep_drains(api: &Api) -> Result<(), ApiError> {
             "done, but it will be forgotten when the head starts again: {error}; make room or give the head its \
              directory, and ask again"
         );
-        ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, Code::DrainNotKept, text)
+        ApiError::new(Code::DrainNotKept, text)
     })
 }
 
@@ -133,8 +125,7 @@ pub(super) async fn rebalance(
     let compared = api
         .mesh
         .change_rings(|rings, _, now| rings.rebalance(asked.model.as_deref(), asked.dry_run, now));
-    let compared = compared
-        .map_err(|reason| ApiError::new(StatusCode::CONFLICT, Code::CannotRebalance, reason))?;
+    let compared = compared.map_err(|reason| ApiError::new(Code::CannotRebalance, reason))?;
     Ok(Json(RebalanceResponse {
         dry_run: asked.dry_run,
         rings: compared.into_iter().map(show).collect(),
@@ -169,16 +160,16 @@ fn find(registry: &Registry, name: &str) -> Result<(WorkerId, Option<String>), A
     let mut named = registry.iter().filter(|worker| worker.name == name);
     match (named.next(), named.next()) {
         (Some(worker), None) => Ok(entry(worker)),
-        (Some(_), Some(_)) => Err(ApiError::new(
-            StatusCode::BAD_REQUEST,
-            Code::AmbiguousWorker,
-            format!("several workers are called {name:?}: give a node id, GET /v1/mesh lists them"),
-        )),
-        (None, _) => Err(ApiError::new(
-            StatusCode::NOT_FOUND,
-            Code::WorkerNotFound,
-            format!("no worker is called {name:?}; GET /v1/mesh lists them"),
-        )),
+        (Some(_), Some(_)) => {
+            let text = format!(
+                "several workers are called {name:?}: give a node id, GET /v1/mesh lists them"
+            );
+            Err(ApiError::new(Code::AmbiguousWorker, text))
+        }
+        (None, _) => {
+            let text = format!("no worker is called {name:?}; GET /v1/mesh lists them");
+            Err(ApiError::new(Code::WorkerNotFound, text))
+        }
     }
 }
 
@@ -196,11 +187,11 @@ fn drained(rings: &Rings, name: &str) -> Option<String> {
 }
 
 fn refused(refusal: DrainRefusal) -> ApiError {
-    let (status, code) = match &refusal {
-        DrainRefusal::Unknown(_) => (StatusCode::NOT_FOUND, Code::WorkerNotFound),
-        DrainRefusal::NoRoom { .. } => (StatusCode::CONFLICT, Code::NoRoom),
+    let code = match &refusal {
+        DrainRefusal::Unknown(_) => Code::WorkerNotFound,
+        DrainRefusal::NoRoom { .. } => Code::NoRoom,
     };
-    ApiError::new(status, code, refusal.to_string())
+    ApiError::new(code, refusal.to_string())
 }
 
 /// The parts and requests that a worker still has.

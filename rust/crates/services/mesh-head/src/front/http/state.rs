@@ -4,22 +4,27 @@ use std::sync::Arc;
 
 use mesh_net::trust::Authority;
 
+use super::error::ApiError;
 use super::hold::Hold;
-use super::keys::{ConcurrencyLimit, Keys};
+use super::keys::{Client, ConcurrencyLimit, Keys, Pass};
 use crate::mesh::Mesh;
 
-/// State that the handlers share.
 #[derive(Clone)]
 pub(super) struct Api {
     pub(super) mesh: Arc<Mesh>,
     pub(super) keys: Arc<Keys>,
     pub(super) authority: Arc<Authority>,
-    /// The head's own node id.
     pub(super) own_id: Arc<str>,
     pub(super) concurrency: Arc<ConcurrencyLimit>,
 }
 
 impl Api {
+    /// Admits a request for `answers` answers.
+    pub(super) fn enter(&self, client: Client, answers: usize) -> Result<Pass, ApiError> {
+        let pass = self.concurrency.enter(client, answers);
+        pass.ok_or_else(|| ApiError::too_many(self.mesh.config.http.concurrent_requests))
+    }
+
     pub(super) fn hold(&self) -> Hold {
         let http = &self.mesh.config.http;
         Hold {

@@ -4,7 +4,6 @@ use std::time::{Duration, SystemTime};
 
 use axum::Json;
 use axum::extract::State;
-use axum::http::StatusCode;
 use mesh_api::{
     Code, CreateTokenRequest, RevokedToken, Token, TokenCreated, TokenList, TokenRequest, TokenUse,
 };
@@ -28,19 +27,13 @@ pub(super) async fn create(
             "'ttl_seconds' must be from 1 to {}, 'note' at most {LONGEST_NOTE} bytes",
             LONGEST_TOKEN_LIFE.as_secs()
         );
-        return Err(ApiError::new(
-            StatusCode::BAD_REQUEST,
-            Code::InvalidValue,
-            text,
-        ));
+        return Err(ApiError::new(Code::InvalidValue, text));
     }
     let now = SystemTime::now();
     let authority = api.authority.clone();
     let created = blocking(move || authority.create_token(life, &request.note, now)).await?;
     let token = created.map_err(|error| match error {
-        TrustError::TooManyTokens { .. } => {
-            ApiError::new(StatusCode::CONFLICT, Code::TooManyTokens, error.to_string())
-        }
+        TrustError::TooManyTokens { .. } => ApiError::new(Code::TooManyTokens, error.to_string()),
         error => failed(format!("no token was made: {error}")),
     })?;
     let expires = unix_seconds(now).saturating_add(life.as_secs());
@@ -101,10 +94,8 @@ pub(super) async fn revoke(
     revoked.map_err(|error| {
         let text = error.to_string();
         match error {
-            Revocation::Unknown(_) => {
-                ApiError::new(StatusCode::NOT_FOUND, Code::TokenNotFound, text)
-            }
-            Revocation::Used { .. } => ApiError::new(StatusCode::CONFLICT, Code::TokenUsed, text),
+            Revocation::Unknown(_) => ApiError::new(Code::TokenNotFound, text),
+            Revocation::Used { .. } => ApiError::new(Code::TokenUsed, text),
             _ => failed(format!("the token was not withdrawn: {text}")),
         }
     })?;
@@ -126,7 +117,7 @@ pub(super) async fn blocking<T: Send + 'static>(
 }
 
 fn failed(text: String) -> ApiError {
-    ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, Code::TokenFailed, text)
+    ApiError::new(Code::TokenFailed, text)
 }
 
 const TOKEN_LIFE: Duration = Duration::from_secs(24 * 3600);

@@ -113,13 +113,9 @@ impl LegacyBus {
     }
 
     fn heartbeat(&self, from: LegacyWorker, message: &Message) -> &Counter {
-        let digits = std::str::from_utf8(&message.payload)
-            .ok()
-            .map(|text| text.trim_end_matches(['\0', '\n', '\r', ' ']));
-        let port = digits
-            .and_then(|digits| digits.parse::<u16>().ok())
-            .filter(|port| *port != 0);
-        let Some(port) = port else {
+        let text = std::str::from_utf8(&message.payload).unwrap_or_default();
+        let digits = text.trim_end_matches(['\0', '\n', '\r', ' ']);
+        let Ok(port @ 1..) = digits.parse::<u16>() else {
             return &self.counters.malformed;
         };
         let worker = LegacyWorker {
@@ -132,10 +128,8 @@ impl LegacyBus {
             tasks: self.tasks.clone(),
         };
         let (address, version) = (worker.address, worker.version);
-        if self
-            .mesh
-            .plain_heartbeat(address, version, Arc::new(connection))
-        {
+        let mesh = &self.mesh;
+        if mesh.plain_heartbeat(address, version, Arc::new(connection)) {
             info!(%address, %version, "worker without an identity joined");
         }
         &self.counters.accepted
@@ -143,12 +137,7 @@ impl LegacyBus {
 
     /// A worker asks whether its head is there.
     fn health(&mut self, from: LegacyWorker, asked: &Message) -> &Counter {
-        let answer = Message::new(
-            MsgType::HEALTH,
-            asked.sequence,
-            timestamp_us(),
-            Bytes::new(),
-        );
+        let answer = Message::new(MsgType::HEALTH, asked.sequence, timestamp_us(), "");
         let header = answer.header().encode();
         self.replies
             .push_parts(from.address, &[from.version.prefix(), &header]);

@@ -3,7 +3,7 @@
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use dcf::{ErrorCode, Message, MsgType, Version};
@@ -12,6 +12,7 @@ use mesh_control::request::Failure;
 use mesh_net::udp::BatchSocket;
 use tokio::sync::oneshot;
 
+use crate::locks::lock;
 use crate::mesh::connection::{AttemptStream, Connection, FromWorker, WorkerRequest};
 use crate::mesh::timestamp_us;
 use crate::workers::requests::error_of;
@@ -21,7 +22,6 @@ use crate::workers::requests::error_of;
 pub(super) struct LegacyWorker {
     /// The address at which it takes tasks.
     pub address: SocketAddr,
-    /// The version of DCF that it speaks.
     pub version: Version,
 }
 
@@ -56,10 +56,9 @@ pub(super) struct PendingTask {
 }
 
 impl Tasks {
-    /// A task for this worker.
     pub(super) fn open(self: &Arc<Self>, worker: LegacyWorker) -> PendingTask {
         let (sender, reply) = oneshot::channel();
-        let mut inner = self.lock();
+        let mut inner = lock(&self.inner);
         // Tasks live for minutes at most, so the search is short even after four billion of them.
         let sequence = loop {
             let candidate = inner.next;
@@ -68,13 +67,11 @@ impl Tasks {
                 break candidate;
             }
         };
-        inner.pending.insert(
-            sequence,
-            Pending {
-                worker,
-                reply: sender,
-            },
-        );
+        let pending = Pending {
+            worker,
+            reply: sender,
+        };
+        inner.pending.insert(sequence, pending);
         PendingTask {
             tasks: self.clone(),
             sequence,
@@ -85,12 +82,9 @@ impl Tasks {
     /// A worker's answer came; false if no task waits for it, or if it came from another worker. An answer in
     /// another version than the task belongs to another task.
     pub(super) fn deliver(&self, source: LegacyWorker, message: Message) -> bool {
-        let mut inner = self.lock();
-        if inner
-            .pending
-            .get(&message.sequence)
-            .is_none_or(|pending| pending.worker != source)
-        {
+        let mut inner = lock(&self.inner);
+        let pending = inner.pending.get(&message.sequence);
+        if pending.is_none_or(|pending| pending.worker != source) {
             return false;
         }
         let pending = inner.pending.remove(&message.sequence);
@@ -101,34 +95,28 @@ impl Tasks {
 
     /// Returns true if a task with this sequence is with that worker.
     pub(super) fn awaits(&self, source: LegacyWorker, sequence: u32) -> bool {
-        self.lock()
-            .pending
-            .get(&sequence)
-            .is_some_and(|pending| pending.worker == source)
+        let pending = &lock(&self.inner).pending;
+        let task = pending.get(&sequence);
+        task.is_some_and(|pending| pending.worker == source)
     }
 
     /// Time of the last answer of this worker to a task.
     pub(super) fn last_answer(&self, worker: SocketAddr) -> Option<Instant> {
-        self.lock().answered.get(&worker).copied()
+        lock(&self.inner).answered.get(&worker).copied()
     }
 
     /// A worker is gone: its tasks fail.
     pub(super) fn abandon(&self, worker: SocketAddr) {
-        let mut inner = self.lock();
+        let mut inner = lock(&self.inner);
         inner.answered.remove(&worker);
-        inner
-            .pending
-            .retain(|_, pending| pending.worker.address != worker);
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Inner> {
-        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+        let pending = &mut inner.pending;
+        pending.retain(|_, pending| pending.worker.address != worker);
     }
 }
 
 impl Drop for PendingTask {
     fn drop(&mut self) {
-        self.tasks.lock().pending.remove(&self.sequence);
+        lock(&self.tasks.inner).pending.remove(&self.sequence);
     }
 }
 
@@ -239,6 +227,6 @@ mod tests {
             Err(oneshot::error::TryRecvError::Empty)
         );
         drop((gone, stays));
-        assert!(tasks.lock().pending.is_empty());
+        assert!(lock(&tasks.inner).pending.is_empty());
     }
 }

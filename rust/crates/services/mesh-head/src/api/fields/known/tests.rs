@@ -13,8 +13,7 @@ const ALL: [Api; 3] = [Api::Chat, Api::Completions, Api::Embeddings];
 #[test]
 fn every_refused_field_may_be_null_and_its_refusal_names_the_remedy() {
     for api in ALL {
-        for rule in api.fields().1.refused() {
-            let name = rule.name;
+        for (name, rule) in api.fields().1.refused() {
             let null = json!({name: null});
             assert_eq!(unknown(api, &null), Ok(Vec::new()), "{api:?} {name}");
             let asking = json!({name: "something else entirely"});
@@ -91,9 +90,8 @@ fn a_field_stands_in_one_table_and_in_the_openapi_document() {
         (Api::Embeddings, "CreateEmbeddingRequest"),
     ] {
         let (read, table) = api.fields();
-        let mut names: Vec<&str> = read.concat();
-        names.extend(table.harmless);
-        names.extend(table.refused().map(|rule| rule.name));
+        let mut names: Vec<&str> = names(read).chain(table.harmless()).collect();
+        names.extend(table.refused().map(|(name, _)| name));
         names.sort_unstable();
         let twice: Vec<_> = names.windows(2).filter(|pair| pair[0] == pair[1]).collect();
         assert!(twice.is_empty(), "{api:?} {twice:?}");
