@@ -235,7 +235,7 @@ fn check_cheaply(config: &Config, models: &Models) -> Result<(), WorkerError> {
     mesh_engine_ort::load_library(config.ort_library.as_deref()).map_err(WorkerError::Runtime)?;
     if !config.ring.models.is_empty() || models.is_sharing() {
         let address = config.ring.listen;
-        mesh_base::listen::udp(address, |_| Ok(())).map_err(|source| WorkerError::Listen {
+        mesh_base::listen::udp(address, None).map_err(|source| WorkerError::Listen {
             address,
             carrier: "udp",
             key: "ring.listen",
@@ -264,7 +264,7 @@ impl Sockets {
         let tcp = listen(config.http.listen, "tcp", "http.listen");
         let udp = listen(config.dcf.listen, "udp", "dcf.listen");
         let http = listen::tcp(config.http.listen).map_err(tcp)?;
-        let dcf = listen::udp(config.dcf.listen, |_| Ok(())).map_err(udp)?;
+        let dcf = listen::udp(config.dcf.listen, None).map_err(udp)?;
         dcf.set_nonblocking(true).map_err(udp)?;
         let dcf = UdpSocket::from_std(dcf).map_err(udp)?;
         let addresses = Addresses::from([
