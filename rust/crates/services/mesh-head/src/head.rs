@@ -183,7 +183,7 @@ impl Head {
         let own_id = announced.node_id();
         let router = http::router(mesh.clone(), keys, authority, own_id, metrics);
         let limit = shutdown.limit();
-        let api = tokio::spawn(mesh_service::http::serve_with(
+        let api = tokio::spawn(mesh_service::http::serve(
             mesh.config.http.connections.clone(),
             http_listener,
             router,

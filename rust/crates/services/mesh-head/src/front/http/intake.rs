@@ -6,7 +6,7 @@ use axum::extract::rejection::BytesRejection;
 use axum::http::StatusCode;
 use futures::StreamExt;
 use mesh_api::Code;
-use mesh_service::http::{NoRoom, TooSlow};
+use mesh_service::http::{NoRoom, TooSlow, cause_of};
 
 use super::error::ApiError;
 use super::keys::Client;
@@ -86,11 +86,11 @@ fn too_large(limit: u64) -> ApiError {
 }
 
 fn unreadable(error: &(dyn std::error::Error + 'static)) -> ApiError {
-    if let Some(slow) = TooSlow::cause_of(error) {
+    if let Some(slow) = cause_of::<TooSlow>(error) {
         let text = slow.to_string();
         return ApiError::new(StatusCode::REQUEST_TIMEOUT, Code::RequestTimeout, text);
     }
-    if let Some(full) = NoRoom::cause_of(error) {
+    if let Some(full) = cause_of::<NoRoom>(error) {
         return ApiError::overloaded(full.to_string());
     }
     let text = format!("the body cannot be read: {error}");
