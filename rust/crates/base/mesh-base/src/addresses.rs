@@ -4,10 +4,12 @@
 mod race;
 
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 #[cfg(feature = "tokio")]
 pub use race::{ATTEMPT_DELAY, race, resolve};
+
+use crate::sync::lock;
 
 /// Splits `host:port`, without the brackets of an IPv6 address; `None` if one of them is missing.
 pub fn host_and_port(text: &str) -> Option<(&str, u16)> {
@@ -86,12 +88,12 @@ pub struct Preferred(Arc<Mutex<Option<SocketAddr>>>);
 impl Preferred {
     /// Records that a connection to this address succeeded.
     pub fn remember(&self, address: SocketAddr) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(address);
+        *lock(&self.0) = Some(address);
     }
 
     /// Moves the remembered address to the front, if it is still among them.
     pub fn first(&self, mut addresses: Vec<SocketAddr>) -> Vec<SocketAddr> {
-        let known = *self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = *lock(&self.0);
         if let Some(at) = addresses.iter().position(|address| Some(*address) == known) {
             addresses[..=at].rotate_right(1);
         }

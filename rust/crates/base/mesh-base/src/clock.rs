@@ -45,10 +45,8 @@ pub fn offset(seconds: f64) -> String {
         ("hours", 3_600.0),
         ("minutes", 60.0),
     ];
-    let (unit, length) = units
-        .into_iter()
-        .find(|(_, length)| size >= 2.0 * length)
-        .unwrap_or(("seconds", 1.0));
+    let unit = units.into_iter().find(|(_, length)| size >= 2.0 * length);
+    let (unit, length) = unit.unwrap_or(("seconds", 1.0));
     let direction = if seconds < 0.0 { "behind" } else { "ahead" };
     let amount = format!("{:.1}", size / length);
     let amount = amount.strip_suffix(".0").unwrap_or(&amount);

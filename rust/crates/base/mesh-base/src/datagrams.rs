@@ -12,14 +12,13 @@ mod error_queue;
 
 use std::io;
 use std::mem::{MaybeUninit, size_of, zeroed};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, SocketAddrV6};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, SocketAddrV4};
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr;
 
-use libc::{
-    c_int, cmsghdr, iovec, mmsghdr, msghdr, sockaddr_in, sockaddr_in6, sockaddr_storage, socklen_t,
-};
+use libc::{c_int, cmsghdr, iovec, mmsghdr, msghdr, sockaddr_storage, socklen_t};
 use nix::sys::socket::{setsockopt, sockopt};
+use socket2::SockAddr;
 
 #[cfg(feature = "tokio")]
 pub use error_queue::ErrorQueue;
@@ -106,7 +105,7 @@ pub fn recv<'b>(
 }
 
 /// A datagram to send, or a run of them.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub struct Datagram<'a> {
     /// Bytes of the datagram or run.
     pub bytes: &'a [u8],
@@ -119,16 +118,6 @@ pub struct Datagram<'a> {
     pub segment: u16,
 }
 
-impl Datagram<'_> {
-    /// A datagram without bytes and destination.
-    pub const EMPTY: Self = Self {
-        bytes: &[],
-        to: None,
-        from: None,
-        segment: 0,
-    };
-}
-
 /// Sends the first [`BATCH`] of `datagrams` without waiting. Returns how many were taken.
 ///
 /// # Errors
@@ -138,7 +127,7 @@ pub fn send<'a>(
     socket: BorrowedFd<'_>,
     datagrams: impl IntoIterator<Item = Datagram<'a>>,
 ) -> io::Result<usize> {
-    let mut names = [const { MaybeUninit::<sockaddr_storage>::uninit() }; BATCH];
+    let mut names = [const { None::<SockAddr> }; BATCH];
     let mut controls = [Control::EMPTY; BATCH];
     let mut vectors = EMPTY_VECTORS;
     let mut messages = empty_messages();
@@ -153,8 +142,9 @@ pub fn send<'a>(
         header.msg_iovlen = 1;
         let mut control = ControlWriter::new(&mut controls[index]);
         if let Some(to) = datagram.to {
-            header.msg_namelen = write_address(to, &mut names[index]);
-            header.msg_name = names[index].as_mut_ptr().cast();
+            let name = names[index].insert(to.into());
+            header.msg_namelen = name.len();
+            header.msg_name = name.as_ptr().cast_mut().cast();
             if let Some(from) = datagram.from {
                 control.push_source(from, to);
             }
@@ -240,10 +230,9 @@ pub fn next_icmp_error(socket: BorrowedFd<'_>) -> io::Result<Option<IcmpError>> 
     };
     if result < 0 {
         let error = io::Error::last_os_error();
-        return if error.kind() == io::ErrorKind::WouldBlock {
-            Ok(None)
-        } else {
-            Err(error)
+        return match error.kind() {
+            io::ErrorKind::WouldBlock => Ok(None),
+            _ => Err(error),
         };
     }
     // SAFETY: the kernel wrote `msg_namelen` bytes of an address.
@@ -323,9 +312,7 @@ fn told(header: &msghdr) -> (Option<IpAddr>, usize) {
             }
             (libc::SOL_UDP, libc::UDP_GRO) => {
                 let size = data.first_chunk().map(|size| c_int::from_ne_bytes(*size));
-                segment = size
-                    .and_then(|size| usize::try_from(size).ok())
-                    .unwrap_or(0);
+                segment = size.map_or(0, |size| size.max(0) as usize);
             }
             _ => {}
         }
@@ -404,68 +391,16 @@ impl<'a> ControlWriter<'a> {
 /// # Safety
 /// `name` points at a `sockaddr_storage` of which the first `len` bytes are initialised.
 unsafe fn socket_address(name: *const sockaddr_storage, len: socklen_t) -> Option<SocketAddr> {
-    let len = len as usize;
-    if len < size_of::<libc::sa_family_t>() {
-        return None;
-    }
-    // SAFETY: the family is the first field of every address, and it is initialised.
-    let family = unsafe { (*name).ss_family };
-    match c_int::from(family) {
-        libc::AF_INET if len >= size_of::<sockaddr_in>() => {
-            // SAFETY: the family says that this is a `sockaddr_in`, and it is whole.
-            let v4 = unsafe { &*name.cast::<sockaddr_in>() };
-            let ip = Ipv4Addr::from(u32::from_be(v4.sin_addr.s_addr));
-            Some(SocketAddrV4::new(ip, u16::from_be(v4.sin_port)).into())
-        }
-        libc::AF_INET6 if len >= size_of::<sockaddr_in6>() => {
-            // SAFETY: the family says that this is a `sockaddr_in6`, and it is whole.
-            let v6 = unsafe { &*name.cast::<sockaddr_in6>() };
-            let ip = Ipv6Addr::from(v6.sin6_addr.s6_addr);
-            let address = SocketAddrV6::new(
-                ip,
-                u16::from_be(v6.sin6_port),
-                v6.sin6_flowinfo,
-                v6.sin6_scope_id,
-            );
-            // An IPv4 peer of a dual-stack socket is known by its IPv4 address, which the kernel takes back
-            // as well.
-            Some(canonical(address.into()))
-        }
-        _ => None,
-    }
-}
-
-/// Writes an address where the kernel reads it; returns its length.
-fn write_address(address: SocketAddr, name: &mut MaybeUninit<sockaddr_storage>) -> socklen_t {
-    match address {
-        SocketAddr::V4(v4) => {
-            let raw = sockaddr_in {
-                sin_family: libc::AF_INET as libc::sa_family_t,
-                sin_port: v4.port().to_be(),
-                sin_addr: libc::in_addr {
-                    s_addr: u32::from(*v4.ip()).to_be(),
-                },
-                sin_zero: [0; 8],
-            };
-            // SAFETY: `sockaddr_storage` is aligned and large enough for every address.
-            unsafe { name.as_mut_ptr().cast::<sockaddr_in>().write(raw) };
-            size_of::<sockaddr_in>() as socklen_t
-        }
-        SocketAddr::V6(v6) => {
-            let raw = sockaddr_in6 {
-                sin6_family: libc::AF_INET6 as libc::sa_family_t,
-                sin6_port: v6.port().to_be(),
-                sin6_flowinfo: v6.flowinfo(),
-                sin6_addr: libc::in6_addr {
-                    s6_addr: v6.ip().octets(),
-                },
-                sin6_scope_id: v6.scope_id(),
-            };
-            // SAFETY: as above.
-            unsafe { name.as_mut_ptr().cast::<sockaddr_in6>().write(raw) };
-            size_of::<sockaddr_in6>() as socklen_t
-        }
-    }
+    let len = (len as usize).min(size_of::<sockaddr_storage>());
+    // SAFETY: a `SockAddr` begins as zeros, and these become the bytes that the kernel wrote.
+    let copied = unsafe {
+        SockAddr::try_init(|storage, _| {
+            ptr::copy_nonoverlapping(name.cast::<u8>(), storage.cast(), len);
+            Ok(())
+        })
+    };
+    // An IPv4 peer of a dual-stack socket is known by its IPv4 address, which the kernel takes back as well.
+    copied.ok()?.1.as_socket().map(canonical)
 }
 
 fn check(result: c_int) -> io::Result<usize> {

@@ -10,6 +10,7 @@
 //! - [`places`]: a bounded number of places, shared among sources;
 //! - [`random`]: random numbers;
 //! - [`routes`]: the local address to answer a UDP peer from;
+//! - [`sync`]: locks;
 //! - [`token_bucket`]: a limit on a rate;
 //! - [`tokens`]: a lower bound on the number of tokens of a text;
 //! - [`units`]: durations and sizes as text.
@@ -36,6 +37,7 @@ pub mod listen;
 pub mod places;
 pub mod random;
 pub mod routes;
+pub mod sync;
 pub mod token_bucket;
 pub mod tokens;
 pub mod units;

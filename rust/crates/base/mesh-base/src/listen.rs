@@ -14,17 +14,18 @@ pub fn anywhere(port: u16) -> SocketAddr {
     SocketAddr::from((Ipv6Addr::UNSPECIFIED, port))
 }
 
-/// A UDP socket on this address. `prepare` sets options before it is bound.
+/// A UDP socket on this address. `buffers`: bytes to ask the kernel for, which caps them.
 ///
 /// # Errors
 /// The system's.
-pub fn udp(
-    address: SocketAddr,
-    prepare: impl Fn(&Socket) -> io::Result<()>,
-) -> io::Result<std::net::UdpSocket> {
+pub fn udp(address: SocketAddr, buffers: Option<usize>) -> io::Result<std::net::UdpSocket> {
     let socket = with_fallback(address, |address| {
         let socket = open(address, Type::DGRAM, Protocol::UDP)?;
-        prepare(&socket)?;
+        if let Some(bytes) = buffers {
+            // More is better, less still works.
+            let _ = socket.set_recv_buffer_size(bytes);
+            let _ = socket.set_send_buffer_size(bytes);
+        }
         socket.bind(&address.into())?;
         Ok(socket)
     })?;
@@ -107,7 +108,7 @@ mod tests {
 
     #[test]
     fn a_socket_on_any_address_hears_both_families() {
-        let socket = udp(anywhere(0), |_| Ok(())).expect("a socket");
+        let socket = udp(anywhere(0), None).expect("a socket");
         let port = socket.local_addr().expect("an address").port();
         for host in ["127.0.0.1", "::1"] {
             let client = std::net::UdpSocket::bind((host, 0)).expect("a client");

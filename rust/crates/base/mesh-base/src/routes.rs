@@ -57,10 +57,8 @@ fn place(peer: SocketAddr) -> usize {
         IpAddr::V4(ip) => u128::from(ip.to_bits()),
         IpAddr::V6(ip) => ip.to_bits(),
     };
-    let bytes = octets
-        .to_ne_bytes()
-        .into_iter()
-        .chain(peer.port().to_ne_bytes());
+    let port = peer.port().to_ne_bytes();
+    let bytes = octets.to_ne_bytes().into_iter().chain(port);
     let hash = bytes.fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| {
         (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3)
     });

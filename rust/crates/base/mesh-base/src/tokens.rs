@@ -17,9 +17,7 @@ impl Default for ByteCounts {
 impl ByteCounts {
     /// The counts of `text`.
     pub fn of(text: &str) -> Self {
-        let mut counts = Self::default();
-        counts.add(text);
-        counts
+        [text].into_iter().collect()
     }
 
     /// Adds those of `text`.
@@ -49,10 +47,8 @@ impl ByteSpans {
     /// The spans that a peer sent; `None` unless there are 256. None is taken to be less than a character.
     pub fn from_bytes(bytes: &[u8]) -> Option<Self> {
         let mut spans = Box::new(<[u8; 256]>::try_from(bytes).ok()?);
-        spans
-            .iter_mut()
-            .filter(|span| **span > 0)
-            .for_each(|span| *span = (*span).max(LEAST));
+        let known = spans.iter_mut().filter(|span| **span > 0);
+        known.for_each(|span| *span = (*span).max(LEAST));
         Some(Self(spans))
     }
 

@@ -1,7 +1,7 @@
 //! `/health` (liveness), `/ready` (readiness with its reason) and `/metrics`, the same for every service.
 
 use std::io;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use axum::extract::State;
@@ -9,31 +9,40 @@ use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use axum::{Json, Router};
+use mesh_base::sync::lock;
 use serde_json::json;
 use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 use tokio_util::sync::{CancellationToken, DropGuard};
 
-use crate::http::{self, Guard};
+use crate::http::{self, Connections, Guard};
 use crate::metrics::{Format, Metrics};
 use crate::notify::Watchdog;
 
 /// State behind the health endpoints. Clones share it.
 #[derive(Clone, Debug)]
 pub struct Health {
-    /// Reason for not being ready; `None` while ready.
-    unready: Arc<Mutex<Option<String>>>,
-    /// A problem that leaves the service ready.
-    note: Arc<Mutex<Option<String>>>,
+    readiness: Arc<Mutex<Readiness>>,
     watchdog: Option<Watchdog>,
+}
+
+#[derive(Debug)]
+struct Readiness {
+    /// Reason for not being ready; `None` while ready.
+    unready: Option<String>,
+    /// A problem that leaves the service ready.
+    note: Option<String>,
 }
 
 impl Health {
     /// A service that is alive, but not ready because it is starting.
     pub fn starting() -> Self {
+        let readiness = Readiness {
+            unready: Some("starting".to_owned()),
+            note: None,
+        };
         Self {
-            unready: Arc::new(Mutex::new(Some("starting".to_owned()))),
-            note: Arc::default(),
+            readiness: Arc::new(Mutex::new(readiness)),
             watchdog: None,
         }
     }
@@ -47,27 +56,23 @@ impl Health {
 
     /// Marks the service as ready.
     pub fn set_ready(&self) {
-        *self.lock() = None;
+        lock(&self.readiness).unready = None;
     }
 
     /// Sets a problem that does not keep the service from serving requests; `/ready` reports it with its
     /// answer.
     pub fn set_note(&self, note: Option<String>) {
-        *self.note.lock().unwrap_or_else(PoisonError::into_inner) = note;
+        lock(&self.readiness).note = note;
     }
 
     /// Marks the service as not ready, for this reason.
     pub fn set_unready(&self, reason: impl Into<String>) {
-        *self.lock() = Some(reason.into());
+        lock(&self.readiness).unready = Some(reason.into());
     }
 
     /// The reason that the service is not ready; `None` while it is ready.
     pub fn unready_reason(&self) -> Option<String> {
-        self.lock().clone()
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Option<String>> {
-        self.unready.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.readiness).unready.clone()
     }
 }
 
@@ -91,7 +96,13 @@ pub fn serve(
     let guard = Guard::of_listener(listener.local_addr()?.ip(), hosts);
     let router = guard.before(router(health, metrics));
     let stop = CancellationToken::new();
-    let running = tokio::spawn(http::serve(listener, router, stop.clone(), GOODBYE));
+    let running = tokio::spawn(http::serve(
+        Connections::default(),
+        listener,
+        router,
+        stop.clone(),
+        GOODBYE,
+    ));
     Ok(Serving {
         running,
         stop: stop.drop_guard(),
@@ -125,31 +136,22 @@ async fn live(State(health): State<Health>) -> Response {
 }
 
 async fn ready(State(health): State<Health>) -> Response {
-    match health.unready_reason() {
-        None => {
-            let note = health.note.lock();
-            match &*note.unwrap_or_else(PoisonError::into_inner) {
-                None => Json(json!({ "status": "ready" })).into_response(),
-                Some(note) => Json(json!({ "status": "ready", "note": note })).into_response(),
-            }
-        }
-        Some(reason) => unavailable("unready", &reason),
+    let readiness = lock(&health.readiness);
+    match (&readiness.unready, &readiness.note) {
+        (Some(reason), _) => unavailable("unready", reason),
+        (None, None) => Json(json!({ "status": "ready" })).into_response(),
+        (None, Some(note)) => Json(json!({ "status": "ready", "note": note })).into_response(),
     }
 }
 
 fn unavailable(status: &str, reason: &str) -> Response {
-    (
-        StatusCode::SERVICE_UNAVAILABLE,
-        Json(json!({ "status": status, "reason": reason })),
-    )
-        .into_response()
+    let body = Json(json!({ "status": status, "reason": reason }));
+    (StatusCode::SERVICE_UNAVAILABLE, body).into_response()
 }
 
 async fn scrape(State(metrics): State<Arc<Metrics>>, headers: HeaderMap) -> impl IntoResponse {
-    let accept = headers
-        .get(header::ACCEPT)
-        .and_then(|accept| accept.to_str().ok());
-    let format = Format::accepted(accept);
+    let accept = headers.get(header::ACCEPT);
+    let format = Format::accepted(accept.and_then(|accept| accept.to_str().ok()));
     let headers = [
         (header::CONTENT_TYPE, format.content_type()),
         (header::VARY, "accept"),

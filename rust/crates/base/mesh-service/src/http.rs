@@ -16,8 +16,9 @@ use std::io;
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use axum::Router;
+use axum::{Json, Router};
 use serde::{Deserialize, Serialize};
+use serde_json::json;
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -25,11 +26,11 @@ use tokio_util::task::TaskTracker;
 use crate::config::units;
 use crate::files::raise_open_files;
 use server::Server;
-use table::{Bounds, Timeouts};
+use table::Bounds;
 
 pub use guard::Guard;
 pub use origin::{NotAnOrigin, Origin};
-pub use stream::{NoRoom, TooSlow};
+pub use stream::{NoRoom, TooSlow, cause_of};
 
 /// Time limits for clients, and the number of connections that they may have.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -72,7 +73,7 @@ impl Default for Connections {
 }
 
 impl Connections {
-    /// Name and value of a time limit that is zero, which would close all connections at once.
+    /// Name of a time limit that is zero, which would close all connections at once.
     pub fn zero(&self) -> Option<&'static str> {
         let times = [
             ("http.connections.header_timeout", self.header_timeout),
@@ -89,15 +90,13 @@ impl Connections {
         let most = files
             .saturating_sub(own + RESERVE)
             .clamp(1, MOST_CONNECTIONS);
-        let total = if self.total == 0 {
-            most.min(USUAL_CONNECTIONS)
-        } else {
-            self.total.min(most)
+        let total = match self.total {
+            0 => most.min(USUAL_CONNECTIONS),
+            total => total.min(most),
         };
-        let per_source = if self.per_source == 0 {
-            total.div_ceil(2)
-        } else {
-            self.per_source
+        let per_source = match self.per_source {
+            0 => total.div_ceil(2),
+            per_source => per_source,
         };
         Bounds {
             total,
@@ -106,39 +105,25 @@ impl Connections {
         }
     }
 
-    fn timeouts(&self) -> Timeouts {
-        Timeouts {
-            header: self.header_timeout,
-            idle: self.idle_timeout,
-            write: self.write_timeout,
-        }
+    /// The shortest time after which a connection is closed; nothing new is due sooner.
+    fn soonest(&self) -> Duration {
+        let timeouts = [self.header_timeout, self.idle_timeout, self.write_timeout];
+        timeouts.into_iter().fold(Duration::MAX, Duration::min)
     }
 }
 
 /// Binds a listener; the error names the address.
 pub async fn bind(address: SocketAddr) -> io::Result<TcpListener> {
     mesh_base::listen::tcp(address).map_err(|error| {
-        io::Error::new(
-            error.kind(),
-            format!("cannot listen on {address}/tcp: {error}"),
-        )
+        let text = format!("cannot listen on {address}/tcp: {error}");
+        io::Error::new(error.kind(), text)
     })
-}
-
-/// Like [`serve_with`], with default [`Connections`].
-pub async fn serve(
-    listener: TcpListener,
-    router: Router,
-    draining: CancellationToken,
-    limit: Duration,
-) -> io::Result<()> {
-    serve_with(Connections::default(), listener, router, draining, limit).await
 }
 
 /// Serves `router` until `draining`; then takes no new connection and gives open requests `limit` to finish.
 ///
 /// Handlers find the peer's address as `ConnectInfo<SocketAddr>`.
-pub async fn serve_with(
+pub async fn serve(
     connections: Connections,
     listener: TcpListener,
     router: Router,
@@ -161,6 +146,13 @@ pub async fn serve_with(
         server.cut();
     }
     Ok(())
+}
+
+/// The body of a refusal.
+fn error_body(message: &str, kind: &str, code: &str) -> Json<serde_json::Value> {
+    Json(json!({
+        "error": { "message": message, "type": kind, "param": null, "code": code },
+    }))
 }
 
 /// Connections beyond the limit that may ask for health.

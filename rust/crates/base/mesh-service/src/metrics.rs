@@ -4,9 +4,10 @@
 //! `hydramesh_<service>_`; the process metrics keep the names that Prometheus client libraries share.
 
 use std::fmt;
-use std::sync::{Mutex, PoisonError};
+use std::sync::Mutex;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use mesh_base::sync::lock;
 use nix::sys::resource::{UsageWho, getrusage};
 use nix::sys::time::TimeValLike;
 use prometheus_client::collector::Collector;
@@ -64,6 +65,7 @@ impl Format {
 }
 
 /// The metrics of one service.
+#[derive(Debug)]
 pub struct Metrics {
     registry: Mutex<Registry>,
     prefix: String,
@@ -77,14 +79,10 @@ impl Metrics {
             ("service".to_owned(), service.to_owned()),
             ("version".to_owned(), version.to_owned()),
         ];
-        registry.register(
-            "hydramesh_build",
-            "Which program this is",
-            Info::new(labels),
-        );
-        registry.register_collector(Box::new(ProcessCollector {
-            started: SystemTime::now(),
-        }));
+        let info = Info::new(labels);
+        registry.register("hydramesh_build", "Which program this is", info);
+        let started = SystemTime::now();
+        registry.register_collector(Box::new(ProcessCollector { started }));
         Self {
             registry: Mutex::new(registry),
             prefix: format!("hydramesh_{service}"),
@@ -93,14 +91,14 @@ impl Metrics {
 
     /// Registers metrics: `register` gets a registry with the service's prefix.
     pub fn register<R>(&self, register: impl FnOnce(&mut Registry) -> R) -> R {
-        let mut registry = self.registry.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut registry = lock(&self.registry);
         register(registry.sub_registry_with_prefix(&self.prefix))
     }
 
     /// Encodes all metrics as text in this format.
     pub fn encode(&self, format: Format) -> String {
         let mut text = String::new();
-        let registry = self.registry.lock().unwrap_or_else(PoisonError::into_inner);
+        let registry = lock(&self.registry);
         if let Err(error) = prometheus_client::encoding::text::encode(&mut text, &registry) {
             tracing::error!(%error, "metrics cannot be encoded");
         }
@@ -108,14 +106,6 @@ impl Metrics {
             Format::Text => classic(&text),
             Format::OpenMetrics => text,
         }
-    }
-}
-
-impl fmt::Debug for Metrics {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Metrics")
-            .field("prefix", &self.prefix)
-            .finish_non_exhaustive()
     }
 }
 
@@ -151,9 +141,8 @@ fn classic(text: &str) -> String {
 /// Resident memory of this process in bytes; `None` if the system does not report it.
 pub fn resident_bytes() -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
-    let line = status
-        .lines()
-        .find_map(|line| line.strip_prefix("VmRSS:"))?;
+    let mut lines = status.lines();
+    let line = lines.find_map(|line| line.strip_prefix("VmRSS:"))?;
     let kibibytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
     Some(kibibytes * 1024)
 }
@@ -165,41 +154,26 @@ struct ProcessCollector {
 
 impl Collector for ProcessCollector {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> Result<(), fmt::Error> {
-        let mut gauge = |name, help, value: f64| {
-            let metric = ConstGauge::new(value);
+        let mut encode = |name, help, metric: &dyn EncodeMetric| {
             metric.encode(encoder.encode_descriptor(name, help, None, metric.metric_type())?)
         };
         let started = self.started.duration_since(UNIX_EPOCH).unwrap_or_default();
-        gauge(
-            "process_start_time_seconds",
-            "Start of the process since the Unix epoch",
-            started.as_secs_f64(),
-        )?;
+        let started = ConstGauge::new(started.as_secs_f64());
+        let help = "Start of the process since the Unix epoch";
+        encode("process_start_time_seconds", help, &started)?;
         if let Some(bytes) = resident_bytes() {
-            gauge(
-                "process_resident_memory_bytes",
-                "Resident memory",
-                bytes as f64,
-            )?;
+            let bytes = ConstGauge::new(bytes as f64);
+            encode("process_resident_memory_bytes", "Resident memory", &bytes)?;
         }
         if let Ok(entries) = std::fs::read_dir("/proc/self/fd") {
-            gauge(
-                "process_open_fds",
-                "Open file descriptors",
-                entries.count() as f64,
-            )?;
+            let count = ConstGauge::new(entries.count() as f64);
+            encode("process_open_fds", "Open file descriptors", &count)?;
         }
         if let Ok(usage) = getrusage(UsageWho::RUSAGE_SELF) {
-            let micros =
-                usage.user_time().num_microseconds() + usage.system_time().num_microseconds();
-            let metric = ConstCounter::new(micros as f64 / 1e6);
+            let time = usage.user_time() + usage.system_time();
+            let seconds = ConstCounter::new(time.num_microseconds() as f64 / 1e6);
             let help = "User and system processor time";
-            metric.encode(encoder.encode_descriptor(
-                "process_cpu_seconds",
-                help,
-                None,
-                metric.metric_type(),
-            )?)?;
+            encode("process_cpu_seconds", help, &seconds)?;
         }
         Ok(())
     }

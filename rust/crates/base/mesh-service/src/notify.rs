@@ -3,11 +3,11 @@
 //! Outside systemd every call is a no-op. The watchdog thread pets systemd only while every registered loop has beaten
 //! within its own limit: a thread that pets unconditionally would vouch for a service whose loops hang.
 
-use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant};
 
+use mesh_base::sync::lock;
 use sd_notify::NotifyState;
 
 /// Tells systemd that the service answers requests.
@@ -80,19 +80,16 @@ impl Watchdog {
 
     /// Registers a loop that promises a beat at least every `limit`, idle or not. Dropping the handle ends the promise.
     pub fn register(&self, name: &str, limit: Duration) -> Heart {
-        let last = Arc::new(AtomicU64::new(self.shared.now_ms()));
-        let watched = WatchedLoop {
+        let watched = Arc::new(WatchedLoop {
             name: name.to_owned(),
             limit,
-            last: last.clone(),
-        };
-        let mut loops = self.shared.lock();
-        let id = loops.next;
-        loops.next += 1;
-        loops.watched.insert(id, watched);
+            last: AtomicU64::new(self.shared.now_ms()),
+        });
+        let mut loops = lock(&self.shared.loops);
+        loops.retain(|watched| watched.strong_count() > 0);
+        loops.push(Arc::downgrade(&watched));
         Heart {
-            id,
-            last,
+            watched,
             shared: self.shared.clone(),
         }
     }
@@ -106,34 +103,23 @@ impl Watchdog {
 /// The promise of one loop; see [`Watchdog::register`].
 #[derive(Debug)]
 pub struct Heart {
-    id: u64,
-    last: Arc<AtomicU64>,
+    watched: Arc<WatchedLoop>,
     shared: Arc<WatchdogState>,
 }
 
 impl Heart {
     /// Records a beat of the loop. Costs one clock read and one store.
     pub fn beat(&self) {
-        self.last.store(self.shared.now_ms(), Ordering::Relaxed);
-    }
-}
-
-impl Drop for Heart {
-    fn drop(&mut self) {
-        self.shared.lock().watched.remove(&self.id);
+        let now = self.shared.now_ms();
+        self.watched.last.store(now, Ordering::Relaxed);
     }
 }
 
 #[derive(Debug)]
 struct WatchdogState {
     started: Instant,
-    loops: Mutex<Loops>,
-}
-
-#[derive(Debug, Default)]
-struct Loops {
-    next: u64,
-    watched: BTreeMap<u64, WatchedLoop>,
+    /// Each as long as its [`Heart`] is there.
+    loops: Mutex<Vec<Weak<WatchedLoop>>>,
 }
 
 #[derive(Debug)]
@@ -141,7 +127,7 @@ struct WatchedLoop {
     name: String,
     limit: Duration,
     /// Milliseconds since `WatchdogState::started`.
-    last: Arc<AtomicU64>,
+    last: AtomicU64,
 }
 
 impl WatchdogState {
@@ -149,15 +135,11 @@ impl WatchdogState {
         u64::try_from(self.started.elapsed().as_millis()).unwrap_or(u64::MAX)
     }
 
-    fn lock(&self) -> MutexGuard<'_, Loops> {
-        // Nothing under the lock can leave the map half changed.
-        self.loops.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     fn stuck(&self, now_ms: u64) -> Option<(String, Duration)> {
-        self.lock().watched.values().find_map(|watched| {
-            let silence =
-                Duration::from_millis(now_ms.saturating_sub(watched.last.load(Ordering::Relaxed)));
+        let loops = lock(&self.loops);
+        loops.iter().filter_map(Weak::upgrade).find_map(|watched| {
+            let last = watched.last.load(Ordering::Relaxed);
+            let silence = Duration::from_millis(now_ms.saturating_sub(last));
             (silence > watched.limit).then(|| (watched.name.clone(), silence))
         })
     }
@@ -189,7 +171,7 @@ mod tests {
         let router = watchdog.register("router", Duration::from_millis(50));
         let _patient = watchdog.register("janitor", Duration::from_secs(3600));
         let shared = &watchdog.shared;
-        let beaten_at = router.last.load(Ordering::Relaxed);
+        let beaten_at = router.watched.last.load(Ordering::Relaxed);
         assert_eq!(shared.stuck(beaten_at + 50), None);
         let stuck = shared.stuck(beaten_at + 51);
         assert_eq!(

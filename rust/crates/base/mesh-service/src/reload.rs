@@ -7,7 +7,7 @@ use std::fmt::Display;
 
 use serde::Serialize;
 
-use crate::config::ConfigError;
+use crate::config::{ConfigError, table};
 use crate::notify;
 use crate::shutdown::Shutdown;
 
@@ -103,12 +103,6 @@ pub async fn follow(shutdown: Shutdown, mut reload: impl FnMut() -> Report) {
         reload().log();
         notify::ready();
     }
-}
-
-fn table<T: Serialize>(config: &T) -> Result<toml::Table, ConfigError> {
-    toml::Table::try_from(config).map_err(|error| ConfigError::Unprintable {
-        reason: error.to_string(),
-    })
 }
 
 /// The dotted keys whose values differ, in order.

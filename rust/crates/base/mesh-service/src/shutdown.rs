@@ -51,26 +51,15 @@ impl Shutdown {
     pub fn on_signals(limit: Duration) -> std::io::Result<Self> {
         let shutdown = Self::manual(limit);
         for kind in ENDING {
-            let (mut received, shutdown) = (signal(kind_of(kind))?, shutdown.clone());
-            tokio::spawn(async move {
-                while received.recv().await.is_some() {
-                    shutdown.end(kind);
-                }
-            });
+            let shutdown = shutdown.clone();
+            on_signal(kind, move || shutdown.end(kind))?;
         }
-        let (mut hangup, reload) = (signal(SignalKind::hangup())?, shutdown.reload.clone());
-        tokio::spawn(async move {
-            while hangup.recv().await.is_some() {
-                reload.notify_one();
-            }
-        });
+        let reload = shutdown.reload.clone();
+        on_signal(Signal::SIGHUP, move || reload.notify_one())?;
         for kind in WITHOUT_EFFECT {
-            let mut received = signal(kind_of(kind))?;
-            tokio::spawn(async move {
-                while received.recv().await.is_some() {
-                    tracing::info!(signal = %kind, "this signal has no effect here; SIGHUP reloads, SIGTERM drains");
-                }
-            });
+            on_signal(kind, move || {
+                tracing::info!(signal = %kind, "this signal has no effect here; SIGHUP reloads, SIGTERM drains");
+            })?;
         }
         Ok(shutdown)
     }
@@ -133,8 +122,14 @@ impl Shutdown {
     }
 }
 
-fn kind_of(signal: Signal) -> SignalKind {
-    SignalKind::from_raw(signal as i32)
+fn on_signal(kind: Signal, act: impl Fn() + Send + 'static) -> std::io::Result<()> {
+    let mut received = signal(SignalKind::from_raw(kind as i32))?;
+    tokio::spawn(async move {
+        while received.recv().await.is_some() {
+            act();
+        }
+    });
+    Ok(())
 }
 
 /// Signals that end a service. SIGQUIT is Ctrl-\\ in a terminal, SIGPWR a machine that loses its power,

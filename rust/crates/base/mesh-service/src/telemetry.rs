@@ -98,12 +98,9 @@ fn filter(
     environment: Option<&str>,
     configured: Option<&str>,
 ) -> Result<EnvFilter, TelemetryError> {
-    let given = [flag, environment, configured];
-    let filter = given
-        .into_iter()
-        .flatten()
-        .find(|filter| !filter.trim().is_empty())
-        .unwrap_or(DEFAULT_FILTER);
+    let mut given = [flag, environment, configured].into_iter().flatten();
+    let filter = given.find(|filter| !filter.trim().is_empty());
+    let filter = filter.unwrap_or(DEFAULT_FILTER);
     EnvFilter::builder()
         .parse(filter)
         .map_err(|error| TelemetryError::Filter {
@@ -149,13 +146,10 @@ fn output(
 /// True if systemd connected stderr to the journal: `JOURNAL_STREAM` holds the device and inode of the socket
 /// (systemd.exec(5)); a redirected stderr has others.
 fn stderr_is_journal() -> bool {
-    let Ok(stream) = std::env::var("JOURNAL_STREAM") else {
-        return false;
-    };
-    let Ok(stderr) = std::fs::metadata("/proc/self/fd/2") else {
-        return false;
-    };
-    parse_journal_stream(&stream) == Some((stderr.dev(), stderr.ino()))
+    let stream = std::env::var("JOURNAL_STREAM").unwrap_or_default();
+    let stderr = std::fs::metadata("/proc/self/fd/2");
+    let place = stderr.ok().map(|stderr| (stderr.dev(), stderr.ino()));
+    place.is_some() && parse_journal_stream(&stream) == place
 }
 
 fn parse_journal_stream(stream: &str) -> Option<(u64, u64)> {

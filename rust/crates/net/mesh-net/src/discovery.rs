@@ -55,14 +55,6 @@ pub struct Discovery {
     own: Arc<OnceLock<(String, Role)>>,
 }
 
-impl std::fmt::Debug for Discovery {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Discovery")
-            .field("found", &self.found.borrow().len())
-            .finish_non_exhaustive()
-    }
-}
-
 impl Discovery {
     /// Searches for nodes of the mesh with this root (its SHA-256). Must be called on a Tokio runtime.
     ///
@@ -128,11 +120,7 @@ impl Discovery {
                     _ => continue,
                 }
                 let all: Vec<Found> = known.values().cloned().collect();
-                sender.send_if_modified(|before| {
-                    let news = *before != all;
-                    *before = all;
-                    news
-                });
+                sender.send_if_modified(|before| std::mem::replace(before, all) != *before);
             }
         });
         Ok(Discovery { daemon, found, own })
@@ -163,9 +151,8 @@ impl Discovery {
         .enable_addr_auto();
         self.daemon.register(service)?;
         // A node is announced once.
-        let _ = self
-            .own
-            .set((announcement.node_id.clone(), announcement.role));
+        let own = (announcement.node_id.clone(), announcement.role);
+        let _ = self.own.set(own);
         tracing::info!(
             service = SERVICE,
             role,
@@ -194,27 +181,22 @@ fn interfaces() -> nix::Result<Vec<String>> {
     let wanted = InterfaceFlags::IFF_UP | InterfaceFlags::IFF_MULTICAST;
     let mut found: BTreeMap<String, Vec<String>> = BTreeMap::new();
     for interface in nix::ifaddrs::getifaddrs()? {
-        let storage = interface.address.as_ref();
-        let v4 = storage
-            .and_then(|a| a.as_sockaddr_in())
-            .map(|a| a.ip().to_string());
-        let v6 = storage
-            .and_then(|a| a.as_sockaddr_in6())
-            .map(|a| a.ip().to_string());
+        let Some(storage) = interface.address else {
+            continue;
+        };
+        let v4 = storage.as_sockaddr_in().map(|v4| v4.ip().to_string());
+        let v6 = storage.as_sockaddr_in6().map(|v6| v6.ip().to_string());
         let Some(address) = v4.or(v6) else { continue };
         if interface.flags.contains(wanted)
             && !interface.flags.contains(InterfaceFlags::IFF_LOOPBACK)
         {
-            found
-                .entry(interface.interface_name)
-                .or_default()
-                .push(address);
+            let of_name = found.entry(interface.interface_name);
+            of_name.or_default().push(address);
         }
     }
-    let described = found.into_iter();
-    Ok(described
-        .map(|(name, addresses)| format!("{name} ({})", addresses.join(", ")))
-        .collect())
+    let described = found.iter();
+    let described = described.map(|(name, found)| format!("{name} ({})", found.join(", ")));
+    Ok(described.collect())
 }
 
 /// Logs likely causes while no other node is found: first soon, then rarely.
@@ -263,9 +245,7 @@ fn read(service: &ResolvedService, mesh: &str) -> Option<Found> {
     }
     let node_id = property("node")?;
     let is_id = node_id.len() == 64 && node_id.bytes().all(|b| b.is_ascii_hexdigit());
-    let roles = [Role::Head, Role::Worker];
-    let role = property("role")?;
-    let role = roles.into_iter().find(|known| known.as_str() == role)?;
+    let role = Role::parse(&property("role")?)?;
     let mut addresses: Vec<SocketAddr> = service
         .addresses
         .iter()

@@ -5,6 +5,8 @@ use std::io::{self, Read};
 use std::path::Path;
 
 use mesh_base::files;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 
 use crate::trust::TrustError;
 
@@ -15,8 +17,13 @@ pub(crate) fn create_private_dir(dir: &Path) -> Result<(), TrustError> {
 }
 
 /// After a crash the file is the old or the new one, never a part; when this returns, the new one is on disk.
-pub(crate) fn replace(path: &Path, contents: &[u8], mode: u32) -> Result<(), TrustError> {
-    files::replace(path, contents, mode).map_err(|source| TrustError::io("write", path, source))
+pub(crate) fn replace(
+    path: &Path,
+    contents: impl AsRef<[u8]>,
+    mode: u32,
+) -> Result<(), TrustError> {
+    files::replace(path, contents.as_ref(), mode)
+        .map_err(|source| TrustError::io("write", path, source))
 }
 
 /// Reads a text file; `None` if it does not exist.
@@ -38,6 +45,22 @@ pub(crate) fn read(path: &Path) -> Result<Option<String>, TrustError> {
     String::from_utf8(bytes)
         .map(Some)
         .map_err(|_| TrustError::damaged(path, "it is not text"))
+}
+
+/// Reads what [`write_json`] wrote; `None` if the file does not exist.
+pub(crate) fn read_json<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, TrustError> {
+    let text = read(path)?;
+    let value = text.map(|text| serde_json::from_str(&text));
+    value
+        .transpose()
+        .map_err(|error| TrustError::damaged(path, error))
+}
+
+/// As [`replace`], readable by the owner only.
+pub(crate) fn write_json(path: &Path, value: &impl Serialize) -> Result<(), TrustError> {
+    let text =
+        serde_json::to_vec_pretty(value).map_err(|error| TrustError::damaged(path, error))?;
+    replace(path, text, PRIVATE)
 }
 
 /// No file of ours is larger.

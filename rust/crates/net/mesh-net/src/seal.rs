@@ -13,13 +13,12 @@
 //! sealed with AES-256-GCM. The 17 bytes of the DCF header, the session and the counter are the associated data: nothing
 //! of the datagram can be changed. Counters may arrive out of order within [`WINDOW`]; none is accepted twice.
 
-use std::fmt;
-
 use aws_lc_rs::aead::{AES_256_GCM, Aad, LessSafeKey, NONCE_LEN, Nonce, UnboundKey};
 use bytes::Bytes;
 use dcf::{Header, Message, MsgType};
 
 /// Seals datagrams of one session in one direction.
+#[derive(Debug)]
 pub struct Sealer {
     key: LessSafeKey,
     session: u64,
@@ -68,16 +67,8 @@ impl Sealer {
     }
 }
 
-impl fmt::Debug for Sealer {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Sealer")
-            .field("session", &self.session)
-            .field("counter", &self.counter)
-            .finish_non_exhaustive()
-    }
-}
-
 /// Opens datagrams of one session in one direction.
+#[derive(Debug)]
 pub struct Opener {
     key: LessSafeKey,
     session: u64,
@@ -107,11 +98,8 @@ impl Opener {
             });
         }
         let (prefix, sealed) = message.payload.split_at(PREFIX);
-        let counter = u64::from_be_bytes(
-            prefix[8..]
-                .try_into()
-                .expect("the prefix is two numbers of 8 bytes"),
-        );
+        let counter = prefix.last_chunk().expect("a counter ends the prefix");
+        let counter = u64::from_be_bytes(*counter);
         if !self.seen.is_new(counter) {
             return Err(OpenError::Replayed { counter });
         }
@@ -129,24 +117,11 @@ impl Opener {
     }
 }
 
-impl fmt::Debug for Opener {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Opener")
-            .field("session", &self.session)
-            .finish_non_exhaustive()
-    }
-}
-
 /// The session that a sealed message claims to be of; `None` if it is too short to be one. Use it to find the
 /// [`Opener`], and trust it only after that has opened the message.
 pub fn session(message: &Message) -> Option<u64> {
-    if message.payload.len() < OVERHEAD {
-        return None;
-    }
-    message
-        .payload
-        .first_chunk()
-        .map(|bytes| u64::from_be_bytes(*bytes))
+    let session = message.payload.first_chunk()?;
+    (message.payload.len() >= OVERHEAD).then(|| u64::from_be_bytes(*session))
 }
 
 /// Errors of sealing a message.
@@ -209,12 +184,8 @@ impl ReplayWindow {
 
     fn mark(&mut self, counter: u64) {
         if counter >= self.next {
-            let ahead = counter - self.next + 1;
-            self.seen = u32::try_from(ahead)
-                .ok()
-                .and_then(|ahead| self.seen.checked_shl(ahead))
-                .unwrap_or(0)
-                | 1;
+            let ahead = u32::try_from(counter - self.next + 1).unwrap_or(u32::MAX);
+            self.seen = self.seen.unbounded_shl(ahead) | 1;
             // The last counter of all is never sealed, so this does not overflow on authentic messages.
             self.next = counter.saturating_add(1);
         } else {
@@ -224,9 +195,8 @@ impl ReplayWindow {
 }
 
 fn aead_key(key: &[u8; 32]) -> LessSafeKey {
-    LessSafeKey::new(
-        UnboundKey::new(&AES_256_GCM, key).expect("the key has the algorithm's length"),
-    )
+    let key = UnboundKey::new(&AES_256_GCM, key);
+    LessSafeKey::new(key.expect("the key has the algorithm's length"))
 }
 
 fn nonce(counter: u64) -> Nonce {

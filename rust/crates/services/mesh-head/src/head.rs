@@ -171,7 +171,7 @@ impl Head {
         let router = http::router(mesh.clone(), keys, authority, own_id, metrics);
         let connections = mesh.config.http.connections.clone();
         let (stop, limit) = (shutdown.token(), shutdown.limit());
-        let api = mesh_service::http::serve_with(connections, http_listener, router, stop, limit);
+        let api = mesh_service::http::serve(connections, http_listener, router, stop, limit);
         let api = tokio::spawn(api);
 
         let discovery = announce(&mesh.config, &announced, addresses["quic"].port());

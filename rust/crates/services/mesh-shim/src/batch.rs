@@ -41,25 +41,13 @@ impl RecvBatch {
     }
 
     /// Takes the datagrams that have arrived at `socket`, without waiting, in place of those in the batch.
-    /// Returns the number of datagrams.
+    /// Returns the number of datagrams. `routes`, for a socket on every address that
+    /// [`datagrams::tell_destinations`] was called for, notes where each source is answered from.
     ///
     /// # Errors
     /// [`io::ErrorKind::WouldBlock`] if there are none; else the socket's error, such as
     /// [`io::ErrorKind::ConnectionRefused`] on a connected one.
-    pub fn recv(&mut self, socket: &impl AsFd) -> io::Result<usize> {
-        self.take(socket, None)
-    }
-
-    /// The same for a socket on every address that [`datagrams::tell_destinations`] was called for: notes
-    /// where each source is answered from.
-    ///
-    /// # Errors
-    /// As [`RecvBatch::recv`].
-    pub fn recv_noting(&mut self, socket: &impl AsFd, routes: &mut Routes) -> io::Result<usize> {
-        self.take(socket, Some(routes))
-    }
-
-    fn take(&mut self, socket: &impl AsFd, routes: Option<&mut Routes>) -> io::Result<usize> {
+    pub fn recv(&mut self, socket: &impl AsFd, routes: Option<&mut Routes>) -> io::Result<usize> {
         let buffers = self.bytes.chunks_exact_mut(STRIDE);
         let buffers = buffers.map(|buffer| &mut buffer[HEADROOM..]);
         datagrams::recv(socket.as_fd(), buffers, &mut self.received)?;
@@ -139,24 +127,8 @@ pub struct SendReport {
 
 /// Sends `datagrams`, each to its address, or to the socket's peer if it has none. A datagram that cannot be
 /// sent is counted and left out; the call waits while the send buffer is full, but only so long that
-/// receiving does not suffer.
+/// receiving does not suffer. `routes`: each leaves from the address of this machine that its receiver sent to.
 pub fn send<'a>(
-    socket: &impl AsFd,
-    datagrams: impl IntoIterator<Item = (&'a [u8], Option<SocketAddr>)>,
-) -> SendReport {
-    send_all(socket, datagrams, None)
-}
-
-/// The same, each from the address of this machine that its receiver sent to.
-pub fn answer<'a>(
-    socket: &impl AsFd,
-    datagrams: impl IntoIterator<Item = (&'a [u8], Option<SocketAddr>)>,
-    routes: &Routes,
-) -> SendReport {
-    send_all(socket, datagrams, Some(routes))
-}
-
-fn send_all<'a>(
     socket: &impl AsFd,
     datagrams: impl IntoIterator<Item = (&'a [u8], Option<SocketAddr>)>,
     routes: Option<&Routes>,
@@ -175,16 +147,11 @@ fn send_batch<'a>(
     routes: Option<&Routes>,
     report: &mut SendReport,
 ) {
-    let mut batch = [Datagram::EMPTY; BATCH];
+    let mut batch = [Datagram::default(); BATCH];
     let mut count = 0;
     for (slot, (bytes, to)) in batch.iter_mut().zip(datagrams) {
         let from = to.and_then(|to| routes?.get(to));
-        *slot = Datagram {
-            bytes,
-            to,
-            from,
-            segment: 0,
-        };
+        (slot.bytes, slot.to, slot.from) = (bytes, to, from);
         count += 1;
     }
     let mut rest = &mut batch[..count];
@@ -247,7 +214,7 @@ mod tests {
     ) -> Vec<(Vec<u8>, SocketAddr)> {
         let mut received = Vec::new();
         for _ in 0..200 {
-            match batch.recv(socket) {
+            match batch.recv(socket, None) {
                 Ok(n) => received.extend((0..n).map(|index| {
                     let (bytes, source) = batch.get(index);
                     (bytes.to_vec(), source)
@@ -271,7 +238,7 @@ mod tests {
                 .map(|n| vec![n as u8; 3 * n])
                 .chain([vec![1; 65_000]])
                 .collect();
-            let report = send(&a, sent.iter().map(|bytes| (&bytes[..], to)));
+            let report = send(&a, sent.iter().map(|bytes| (&bytes[..], to)), None);
             assert_eq!(
                 report,
                 SendReport {
@@ -291,7 +258,7 @@ mod tests {
 
     #[test]
     fn a_client_is_answered_from_the_address_that_it_asked() {
-        let server = mesh_base::listen::udp(mesh_base::listen::anywhere(0), |_| Ok(())).unwrap();
+        let server = mesh_base::listen::udp(mesh_base::listen::anywhere(0), None).unwrap();
         server.set_nonblocking(true).unwrap();
         datagrams::tell_destinations(server.as_fd(), true).unwrap();
         let port = server.local_addr().unwrap().port();
@@ -304,7 +271,7 @@ mod tests {
             // It takes answers from there alone.
             client.connect((asked, port)).unwrap();
             client.send(b"who?").unwrap();
-            while batch.recv_noting(&server, &mut routes).is_err() {
+            while batch.recv(&server, Some(&mut routes)).is_err() {
                 thread::sleep(Duration::from_millis(1));
             }
             let (_, from) = batch.get(0);
@@ -313,12 +280,12 @@ mod tests {
                 client.local_addr().unwrap(),
                 "IPv4 clients have IPv4 addresses"
             );
-            let report = answer(&server, [(&b"me"[..], Some(from))], &routes);
+            let report = send(&server, [(&b"me"[..], Some(from))], Some(&routes));
             assert_eq!((report.sent, report.failed), (1, 0));
             assert_eq!(client.recv(&mut [0; 8]).unwrap(), 2);
             // An address that is gone does not keep it from its answer.
             routes.note(from, IpAddr::from([192, 0, 2, 1]));
-            let report = answer(&server, [(&b"me"[..], Some(from))], &routes);
+            let report = send(&server, [(&b"me"[..], Some(from))], Some(&routes));
             assert_eq!((report.sent, report.failed), (1, 0));
         }
     }
@@ -333,10 +300,14 @@ mod tests {
         let (old, new) = (Version::V5_0, Version::V5_1);
         let mut batch = RecvBatch::new();
         for _ in 0..2 {
-            send(&a, [(&b"\x02old....."[..], to), (b"\x51\x02new.....", to)]);
+            send(
+                &a,
+                [(&b"\x02old....."[..], to), (b"\x51\x02new.....", to)],
+                None,
+            );
             let mut count = 0;
             while count < 2 {
-                if batch.recv(&b).is_err() {
+                if batch.recv(&b, None).is_err() {
                     thread::sleep(Duration::from_millis(1));
                     continue;
                 }
@@ -363,7 +334,7 @@ mod tests {
         );
         let to = Some(b.local_addr().unwrap());
         let too_long = vec![0; 65_508];
-        let report = send(&a, [(&b"one"[..], to), (&too_long, to), (b"two", to)]);
+        let report = send(&a, [(&b"one"[..], to), (&too_long, to), (b"two", to)], None);
         assert_eq!(
             report,
             SendReport {
@@ -392,7 +363,7 @@ mod tests {
         drop(b);
         let mut refused = false;
         for _ in 0..100 {
-            refused |= send(&a, [(&b"anyone?"[..], None)]).refused;
+            refused |= send(&a, [(&b"anyone?"[..], None)], None).refused;
             thread::sleep(Duration::from_millis(1));
         }
         assert!(refused);

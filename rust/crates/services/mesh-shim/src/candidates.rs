@@ -54,10 +54,8 @@ impl Candidates {
 
     /// All sockets, each with its number.
     pub(crate) fn sockets(&self) -> impl Iterator<Item = (usize, &UdpSocket)> {
-        self.all
-            .iter()
-            .map(|candidate| &candidate.socket)
-            .enumerate()
+        let sockets = self.all.iter().map(|candidate| &candidate.socket);
+        sockets.enumerate()
     }
 
     pub(crate) fn socket(&self, candidate: usize) -> Option<&UdpSocket> {

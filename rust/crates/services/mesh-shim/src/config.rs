@@ -124,11 +124,9 @@ impl Config {
     #[must_use]
     pub fn trusts(&self, source: IpAddr) -> bool {
         let source = source.to_canonical();
+        let mut networks = self.trusted_networks.iter();
         (self.trust_loopback && source.is_loopback())
-            || self
-                .trusted_networks
-                .iter()
-                .any(|network| network.contains(source))
+            || networks.any(|network| network.contains(source))
     }
 }
 

@@ -4,10 +4,12 @@ use std::{
     io::{self, Write},
     os::unix::net::UnixStream,
     sync::{
-        Mutex, MutexGuard, PoisonError,
+        Mutex, MutexGuard,
         atomic::{AtomicU8, Ordering},
     },
 };
+
+use mesh_base::sync::lock;
 
 use crate::config::Config;
 
@@ -44,7 +46,7 @@ impl LoopControl {
     }
 
     pub(crate) fn fresh(&self) -> MutexGuard<'_, Option<Config>> {
-        self.fresh.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.fresh)
     }
 
     pub(crate) fn wake(&self) {

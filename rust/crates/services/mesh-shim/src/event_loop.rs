@@ -11,7 +11,6 @@ use std::{
 
 use mesh_base::{listen, random, routes::Routes};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use socket2::Socket;
 
 use crate::{
     batch::{self, BATCH, RecvBatch, SendReport},
@@ -56,10 +55,14 @@ impl<F: FnMut()> EventLoop<F> {
         control: Arc<LoopControl>,
         beat: F,
     ) -> Self {
+        let secrets = Secrets {
+            cookie_key: random::bytes(),
+            first_generation: u32::from_ne_bytes(random::bytes()),
+        };
         Self {
             heads: config.heads.iter().map(|_| Candidates::default()).collect(),
             drain_limit: config.drain_limit,
-            bridge: Bridge::new(config, &secrets(), Arc::clone(&stats), Instant::now()),
+            bridge: Bridge::new(config, &secrets, Arc::clone(&stats), Instant::now()),
             ingress,
             routes: Routes::new(),
             addresses,
@@ -145,11 +148,7 @@ impl<F: FnMut()> EventLoop<F> {
                 count += 1;
             }
         }
-        let mut ready = Ready {
-            wake: false,
-            ingress: false,
-            heads: 0,
-        };
+        let mut ready = Ready::default();
         if poll(&mut fds[..count], timeout).is_ok_and(|ready| ready > 0) {
             let is_ready = |fd: &PollFd<'_>| fd.revents().is_some_and(|events| !events.is_empty());
             ready.wake = is_ready(&fds[0]);
@@ -163,7 +162,7 @@ impl<F: FnMut()> EventLoop<F> {
 
     fn receive_from_clients(&mut self) {
         for _ in 0..ROUNDS {
-            let received = self.received.recv_noting(&self.ingress, &mut self.routes);
+            let received = self.received.recv(&self.ingress, Some(&mut self.routes));
             let count = match received {
                 Ok(count) => count,
                 Err(error) => return report("receive from clients", &error),
@@ -171,9 +170,8 @@ impl<F: FnMut()> EventLoop<F> {
             let now = Instant::now();
             for index in 0..count {
                 let (datagram, client) = self.received.get_mut(index);
-                self.from_client[index] =
-                    self.bridge
-                        .on_client(now, client, datagram, &mut self.replies[index]);
+                let reply = &mut self.replies[index];
+                self.from_client[index] = self.bridge.on_client(now, client, datagram, reply);
             }
             for head in 0..self.heads.len() {
                 self.forward(now, head, count);
@@ -184,10 +182,8 @@ impl<F: FnMut()> EventLoop<F> {
                     let (_, client) = self.received.get(index);
                     (self.replies[index].as_bytes(), Some(client))
                 });
-            self.stats
-                .drops
-                .send_failed
-                .add(batch::answer(&self.ingress, replies, &self.routes).failed as u64);
+            let sent = batch::send(&self.ingress, replies, Some(&self.routes));
+            self.stats.drops.send_failed.add(sent.failed as u64);
             if count < BATCH {
                 return;
             }
@@ -213,7 +209,7 @@ impl<F: FnMut()> EventLoop<F> {
             let Some(socket) = self.heads[head].socket(candidate) else {
                 return;
             };
-            let received = self.received.recv(socket);
+            let received = self.received.recv(socket, None);
             let now = Instant::now();
             let count = match received {
                 Ok(count) => count,
@@ -229,9 +225,8 @@ impl<F: FnMut()> EventLoop<F> {
                 self.bridge.on_head_refused(now, head);
             }
             for index in 0..count {
-                self.from_head[index] =
-                    self.bridge
-                        .on_head(now, head, self.received.get_mut(index).0);
+                let (datagram, _) = self.received.get_mut(index);
+                self.from_head[index] = self.bridge.on_head(now, head, datagram);
             }
             let answers = (0..count).filter_map(|index| match self.from_head[index] {
                 FromHead::Deliver {
@@ -241,10 +236,8 @@ impl<F: FnMut()> EventLoop<F> {
                 } => Some((self.received.reframed(index, len, version), Some(client))),
                 FromHead::Drop => None,
             });
-            self.stats
-                .drops
-                .send_failed
-                .add(batch::answer(&self.ingress, answers, &self.routes).failed as u64);
+            let sent = batch::send(&self.ingress, answers, Some(&self.routes));
+            self.stats.drops.send_failed.add(sent.failed as u64);
             if count < BATCH {
                 return;
             }
@@ -260,16 +253,13 @@ impl<F: FnMut()> EventLoop<F> {
             let bytes = &self.own[..len];
             match to {
                 Destination::Head(head) if is_probe(bytes) => {
+                    let probe = |socket| batch::send(socket, [(bytes, None)], None);
                     let candidates = &self.heads[head];
-                    let refuses = |candidate: &usize| {
-                        let socket = candidates.socket(*candidate);
-                        socket.is_some_and(|socket| batch::send(socket, [(bytes, None)]).refused)
-                    };
-                    let refusing: Vec<usize> = candidates
-                        .for_probes()
-                        .into_iter()
-                        .filter(refuses)
-                        .collect();
+                    let mut refusing = candidates.for_probes();
+                    refusing.retain(|&candidate| {
+                        let socket = candidates.socket(candidate);
+                        socket.is_some_and(|socket| probe(socket).refused)
+                    });
                     for candidate in refusing {
                         self.refused(now, head, candidate);
                     }
@@ -279,9 +269,9 @@ impl<F: FnMut()> EventLoop<F> {
                     self.after_sending(now, head, candidate, report);
                 }
                 Destination::Client(client) => {
-                    let report =
-                        batch::answer(&self.ingress, [(bytes, Some(client))], &self.routes);
-                    self.stats.drops.send_failed.add(report.failed as u64);
+                    let answer = [(bytes, Some(client))];
+                    let sent = batch::send(&self.ingress, answer, Some(&self.routes));
+                    self.stats.drops.send_failed.add(sent.failed as u64);
                 }
             }
         }
@@ -331,7 +321,7 @@ impl<F: FnMut()> EventLoop<F> {
 }
 
 /// Sockets that have something to read.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 struct Ready {
     wake: bool,
     ingress: bool,
@@ -354,13 +344,14 @@ fn send_to_head<'a>(
     datagrams: impl IntoIterator<Item = (&'a [u8], Option<SocketAddr>)>,
 ) -> (usize, SendReport) {
     match head.for_tasks() {
-        Some((candidate, socket)) => (candidate, batch::send(socket, datagrams)),
+        Some((candidate, socket)) => (candidate, batch::send(socket, datagrams, None)),
         None => {
             let failed = datagrams.into_iter().count();
+            let refused = failed > 0;
             let report = SendReport {
-                sent: 0,
                 failed,
-                refused: failed > 0,
+                refused,
+                ..Default::default()
             };
             (0, report)
         }
@@ -389,10 +380,7 @@ fn report(what: &str, error: &io::Error) {
 /// # Errors
 /// The system's.
 pub(crate) fn bind(address: SocketAddr) -> io::Result<UdpSocket> {
-    let socket = listen::udp(address, |socket| {
-        enlarge_buffers(socket);
-        Ok(())
-    })?;
+    let socket = listen::udp(address, Some(SOCKET_BUFFER))?;
     socket.set_nonblocking(true)?;
     Ok(socket)
 }
@@ -401,19 +389,6 @@ fn connect(address: SocketAddr) -> io::Result<UdpSocket> {
     let socket = bind(listen::toward(address))?;
     socket.connect(address)?;
     Ok(socket)
-}
-
-fn enlarge_buffers(socket: &Socket) {
-    // The system gives a buffer within its limits, and a smaller one still works.
-    let _ = socket.set_recv_buffer_size(SOCKET_BUFFER);
-    let _ = socket.set_send_buffer_size(SOCKET_BUFFER);
-}
-
-fn secrets() -> Secrets {
-    Secrets {
-        cookie_key: random::bytes(),
-        first_generation: u32::from_ne_bytes(random::bytes()),
-    }
 }
 
 /// The longest that the loop waits between two beats.

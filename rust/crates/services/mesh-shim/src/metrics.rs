@@ -16,50 +16,36 @@ pub struct StatsCollector(pub Arc<Stats>);
 
 impl Collector for StatsCollector {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
-        let stats = &self.0;
-        family(
-            &mut encoder,
-            "datagrams",
-            "Datagrams and tasks by what became of them",
-            "kind",
-            stats.traffic.iter(),
+        let (stats, encoder) = (&*self.0, &mut encoder);
+        let help = "Datagrams and tasks by what became of them";
+        family(encoder, "datagrams", help, "kind", stats.traffic.iter())?;
+        let help = "Datagrams dropped and tasks given up, by reason";
+        family(encoder, "dropped", help, "reason", stats.drops.iter())?;
+        let (bytes_in, bytes_out) = (&stats.client_bytes_in, &stats.client_bytes_out);
+        let bytes = [("in", bytes_in), ("out", bytes_out)].into_iter();
+        let help = "Bytes from and to clients";
+        family(encoder, "client_bytes", help, "direction", bytes)?;
+        let help = "Tasks that a head works on";
+        gauge(encoder, "open_tasks", help, &stats.open_tasks)?;
+        gauge(
+            encoder,
+            "live_heads",
+            "Heads heard lately",
+            &stats.live_heads,
         )?;
-        family(
-            &mut encoder,
-            "dropped",
-            "Datagrams dropped and tasks given up, by reason",
-            "reason",
-            stats.drops.iter(),
-        )?;
-        let bytes = [
-            ("in", &stats.client_bytes_in),
-            ("out", &stats.client_bytes_out),
-        ];
-        family(
-            &mut encoder,
-            "client_bytes",
-            "Bytes from and to clients",
-            "direction",
-            bytes.into_iter(),
-        )?;
-        for (name, help, counter) in [
-            (
-                "open_tasks",
-                "Tasks that a head works on",
-                &stats.open_tasks,
-            ),
-            ("live_heads", "Heads heard lately", &stats.live_heads),
-            (
-                "current_head",
-                "Index of the head that gets the tasks, in the configured order",
-                &stats.current_head,
-            ),
-        ] {
-            let gauge = ConstGauge::new(counter.get());
-            gauge.encode(encoder.encode_descriptor(name, help, None, MetricType::Gauge)?)?;
-        }
-        Ok(())
+        let help = "Index of the head that gets the tasks, in the configured order";
+        gauge(encoder, "current_head", help, &stats.current_head)
     }
+}
+
+fn gauge(
+    encoder: &mut DescriptorEncoder<'_>,
+    name: &str,
+    help: &str,
+    value: &Counter,
+) -> fmt::Result {
+    let gauge = encoder.encode_descriptor(name, help, None, MetricType::Gauge)?;
+    ConstGauge::new(value.get()).encode(gauge)
 }
 
 fn family<'a>(

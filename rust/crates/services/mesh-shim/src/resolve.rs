@@ -4,7 +4,7 @@ use std::{
     io,
     net::{SocketAddr, ToSocketAddrs},
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex,
         atomic::{AtomicU64, Ordering},
         mpsc::{self, RecvTimeoutError, Sender},
     },
@@ -12,7 +12,7 @@ use std::{
     time::Duration,
 };
 
-use mesh_base::addresses::ordered;
+use mesh_base::{addresses::ordered, sync::lock};
 
 /// The addresses of all heads as far as they are known.
 #[derive(Debug)]
@@ -41,7 +41,7 @@ impl HeadAddresses {
 
     /// All of a head's, in the order to try them; empty while none is known.
     pub(crate) fn get(&self, head: usize) -> Vec<SocketAddr> {
-        self.lock()[head].clone()
+        lock(&self.addresses)[head].clone()
     }
 
     pub(crate) fn name(&self, head: usize) -> &str {
@@ -51,24 +51,17 @@ impl HeadAddresses {
     /// Looks up all names once; true if an address changed. One that is no longer found keeps its addresses.
     fn look_up(&self) -> bool {
         let mut changed = false;
-        for (head, name) in self
-            .names
-            .iter()
-            .enumerate()
-            .filter(|(_, name)| !is_literal(name))
-        {
-            let found: Vec<SocketAddr> = match name.to_socket_addrs() {
-                Ok(found) => ordered(found),
-                Err(error) => {
-                    tracing::debug!(head = name, %error, "name of a head is not known");
-                    continue;
-                }
-            };
+        let names = self.names.iter().enumerate();
+        for (head, name) in names.filter(|(_, name)| !is_literal(name)) {
+            let found = name.to_socket_addrs().inspect_err(
+                |error| tracing::debug!(head = name, %error, "name of a head is not known"),
+            );
+            let found = ordered(found.into_iter().flatten());
             let known = self.get(head);
             // They may come in another order each time, which does not count as a change.
             let same = known.len() == found.len() && found.iter().all(|one| known.contains(one));
             if !same && !found.is_empty() {
-                self.lock()[head] = found;
+                lock(&self.addresses)[head] = found;
                 changed = true;
             }
         }
@@ -76,13 +69,6 @@ impl HeadAddresses {
             self.version.fetch_add(1, Ordering::Release);
         }
         changed
-    }
-
-    fn lock(&self) -> std::sync::MutexGuard<'_, Vec<Vec<SocketAddr>>> {
-        // Nothing under the lock can leave the list half changed.
-        self.addresses
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -102,18 +88,17 @@ impl Resolver {
             return Ok(None);
         }
         let (stop, stopped) = mpsc::channel();
-        thread::Builder::new()
-            .name("resolver".into())
-            .spawn(move || {
-                loop {
-                    if addresses.look_up() {
-                        changed();
-                    }
-                    if stopped.recv_timeout(INTERVAL) == Err(RecvTimeoutError::Disconnected) {
-                        return;
-                    }
+        let thread = thread::Builder::new().name("resolver".into());
+        thread.spawn(move || {
+            loop {
+                if addresses.look_up() {
+                    changed();
                 }
-            })?;
+                if stopped.recv_timeout(INTERVAL) == Err(RecvTimeoutError::Disconnected) {
+                    return;
+                }
+            }
+        })?;
         Ok(Some(Self { _stop: stop }))
     }
 }

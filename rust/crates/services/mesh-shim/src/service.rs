@@ -16,9 +16,10 @@ use mesh_service::{
 use tokio::runtime::Builder;
 
 use crate::{
+    bridge::Bridge,
     config::Config,
     metrics::StatsCollector,
-    shim::{BEAT_INTERVAL, Live, Shim, ShimHandle},
+    shim::{BEAT_INTERVAL, Shim, ShimHandle},
 };
 
 /// The shim's flags.
@@ -40,7 +41,7 @@ pub struct Flags {
 impl Service for Shim {
     const PROGRAM: &'static str = "mesh-shim";
     const ABOUT: &'static str = "The ingress of a HydraMesh: takes tasks from many clients over UDP and hands them to a live head\n\nClients outside of this machine are served when `trusted_networks` names their network, or, with `admit = \"verified\"`, when they show that they have the address they send from. `mesh-shim health` needs `state_dir` and `http.listen`; by default neither is set.";
-    const LIVE_KEYS: &'static [&'static str] = &Live::KEYS;
+    const LIVE_KEYS: &'static [&'static str] = &Bridge::LIVE_KEYS;
     type Config = Config;
     type Flags = Flags;
     type Command = Infallible;

@@ -11,7 +11,6 @@ use std::{
 use mesh_base::datagrams;
 
 use crate::{
-    bridge::Bridge,
     config::{Config, Unsound},
     control::{DRAINING, LoopControl, STOPPED},
     event_loop::{EventLoop, bind},
@@ -99,13 +98,10 @@ impl Shim {
             Arc::clone(&control),
             beat,
         );
-        let resolver = {
-            let control = Arc::clone(&control);
-            Resolver::start(addresses, move || control.wake())?
-        };
-        let thread = thread::Builder::new()
-            .name("shim".into())
-            .spawn(move || event_loop.run())?;
+        let woken = Arc::clone(&control);
+        let resolver = Resolver::start(addresses, move || woken.wake())?;
+        let thread = thread::Builder::new().name("shim".into());
+        let thread = thread.spawn(move || event_loop.run())?;
         Ok(ShimHandle {
             address,
             stats,
@@ -132,9 +128,8 @@ impl ShimHandle {
     /// Returns true while the loop runs.
     #[must_use]
     pub fn is_running(&self) -> bool {
-        self.thread
-            .as_ref()
-            .is_some_and(|thread| !thread.is_finished())
+        let thread = self.thread.as_ref();
+        thread.is_some_and(|thread| !thread.is_finished())
     }
 
     /// The handle that applies a new configuration while the shim runs.
@@ -177,10 +172,7 @@ impl Drop for ShimHandle {
 pub struct Live(Arc<LoopControl>);
 
 impl Live {
-    /// The keys of the configuration that [`Live::reload`] applies.
-    pub const KEYS: [&str; 5] = Bridge::LIVE_KEYS;
-
-    /// Puts the reloadable keys of `fresh` into effect, with the loop's next turn.
+    /// Puts the keys [`Bridge::LIVE_KEYS`](crate::bridge::Bridge::LIVE_KEYS) of `fresh` into effect, with the loop's next turn.
     pub fn reload(&self, fresh: Config) {
         *self.0.fresh() = Some(fresh);
         self.0.wake();

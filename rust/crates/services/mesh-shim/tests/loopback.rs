@@ -11,7 +11,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use dcf::{ErrorCode, Message, MsgType, decode_datagram};
+use dcf::{ErrorCode, Message, MsgType};
 use mesh_shim::{Config, Shim, ShimHandle, config::RateLimit};
 
 /// Answers every Task with its own text in capitals, and Health with Health, until dropped.
@@ -35,7 +35,8 @@ impl EchoHead {
             let mut buffer = [0; 1 << 16];
             while !stopped.load(Ordering::SeqCst) {
                 if let Ok((len, from)) = socket.recv_from(&mut buffer) {
-                    let message = decode_datagram(Bytes::copy_from_slice(&buffer[..len])).unwrap();
+                    let message =
+                        Message::decode_datagram(Bytes::copy_from_slice(&buffer[..len])).unwrap();
                     match message.kind {
                         MsgType::HEALTH => {
                             socket.send_to(&message.encode_datagram(), from).unwrap();
@@ -103,7 +104,7 @@ fn ask(socket: &UdpSocket, sequence: u32, text: &str) {
 fn receive(socket: &UdpSocket) -> Message {
     let mut buffer = [0; 1 << 16];
     let len = socket.recv(&mut buffer).expect("an answer in time");
-    decode_datagram(Bytes::copy_from_slice(&buffer[..len])).unwrap()
+    Message::decode_datagram(Bytes::copy_from_slice(&buffer[..len])).unwrap()
 }
 
 fn wait_for(what: &str, condition: impl Fn() -> bool) {

@@ -69,7 +69,7 @@ impl Heartbeats {
 
 /// A connected socket would keep the address that this machine had at first.
 fn unconnected_socket(target: SocketAddr) -> std::io::Result<UdpSocket> {
-    let socket = listen::udp(listen::toward(target), |_| Ok(()))?;
+    let socket = listen::udp(listen::toward(target), None)?;
     socket.set_nonblocking(true)?;
     UdpSocket::from_std(socket)
 }

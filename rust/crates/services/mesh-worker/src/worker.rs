@@ -230,7 +230,7 @@ fn check_cheaply(config: &Config, models: &Models) -> Result<(), WorkerError> {
     if !config.ring.models.is_empty() || models.is_sharing() {
         let address = config.ring.listen;
         let failed = WorkerError::listen(address, "udp", "ring.listen");
-        listen::udp(address, |_| Ok(())).map_err(failed)?;
+        listen::udp(address, None).map_err(failed)?;
     }
     Ok(())
 }
@@ -246,7 +246,7 @@ impl Sockets {
         let tcp = WorkerError::listen(config.http.listen, "tcp", "http.listen");
         let udp = WorkerError::listen(config.dcf.listen, "udp", "dcf.listen");
         let http = listen::tcp(config.http.listen).map_err(tcp)?;
-        let dcf = listen::udp(config.dcf.listen, |_| Ok(())).map_err(udp)?;
+        let dcf = listen::udp(config.dcf.listen, None).map_err(udp)?;
         dcf.set_nonblocking(true).map_err(udp)?;
         let dcf = UdpSocket::from_std(dcf).map_err(udp)?;
         let addresses = Addresses::from([

@@ -149,7 +149,7 @@ async fn a_worker_joins_answers_resumes_cancels_comes_back_and_drains() {
         .await
         .unwrap()
         .unwrap();
-    let heartbeat = dcf::decode_datagram(buffer[..len].to_vec().into()).unwrap();
+    let heartbeat = dcf::Message::decode_datagram(buffer[..len].to_vec().into()).unwrap();
     let key = link
         .export_key("hydramesh heartbeat", &77u64.to_be_bytes())
         .unwrap();
@@ -328,7 +328,7 @@ async fn a_v5_head_gets_heartbeats_and_one_result_per_task() {
         .await
         .unwrap()
         .unwrap();
-    let heartbeat = dcf::decode_datagram(buffer[..len].to_vec().into()).unwrap();
+    let heartbeat = dcf::Message::decode_datagram(buffer[..len].to_vec().into()).unwrap();
     assert_eq!(
         (heartbeat.kind, heartbeat.sequence),
         (MsgType::HEARTBEAT, 0)
@@ -350,7 +350,7 @@ async fn a_v5_head_gets_heartbeats_and_one_result_per_task() {
                 .await
                 .unwrap()
                 .unwrap();
-            let message = dcf::decode_datagram(buffer[..len].to_vec().into()).unwrap();
+            let message = dcf::Message::decode_datagram(buffer[..len].to_vec().into()).unwrap();
             if message.kind != MsgType::HEARTBEAT {
                 break message;
             }
@@ -378,7 +378,7 @@ async fn a_v5_head_gets_heartbeats_and_one_result_per_task() {
         .await
         .unwrap()
         .unwrap();
-    let answer = dcf::decode_datagram(buffer[..len].to_vec().into()).unwrap();
+    let answer = dcf::Message::decode_datagram(buffer[..len].to_vec().into()).unwrap();
     assert_eq!((answer.kind, answer.sequence), (MsgType::RESULT, 3));
     worker.shutdown().await.unwrap();
 }

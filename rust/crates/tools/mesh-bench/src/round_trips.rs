@@ -36,13 +36,18 @@ pub fn round_trips_per_second(
             task[1..5].copy_from_slice(&sequence.to_be_bytes());
             sequence += 1;
         }
-        under_way += batch::send(&socket, tasks[..count].iter().map(|task| (&task[..], None))).sent;
+        under_way += batch::send(
+            &socket,
+            tasks[..count].iter().map(|task| (&task[..], None)),
+            None,
+        )
+        .sent;
         if !readable(&socket, Duration::from_millis(100)) {
             // Lost datagrams never arrive.
             under_way = 0;
             continue;
         }
-        let count = received.recv(&socket).unwrap_or(0);
+        let count = received.recv(&socket, None).unwrap_or(0);
         under_way = under_way.saturating_sub(count);
         answered += count as u64;
     }
@@ -57,7 +62,7 @@ pub fn echo_head(socket: UdpSocket, stop: &AtomicBool) {
         if !readable(&socket, Duration::from_millis(50)) {
             continue;
         }
-        let count = received.recv(&socket).unwrap_or(0);
+        let count = received.recv(&socket, None).unwrap_or(0);
         for index in 0..count {
             let (bytes, _) = received.get_mut(index);
             if bytes.first() == Some(&MsgType::TASK.0) {

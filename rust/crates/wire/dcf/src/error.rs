@@ -2,31 +2,12 @@
 
 use std::{borrow::Cow, fmt};
 
-use bytes::{BufMut, Bytes, BytesMut};
-
 /// The first byte of an Error message's payload. Codes above 0x40 are this project's own.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 #[repr(transparent)]
 pub struct ErrorCode(pub u8);
 
-macro_rules! error_codes {
-    ($($(#[$doc:meta])* $constant:ident = $value:literal, $name:literal;)*) => {
-        impl ErrorCode {
-            $($(#[$doc])* pub const $constant: Self = Self($value);)*
-
-            /// The code in words, `None` for one that is not assigned.
-            #[must_use]
-            pub const fn name(self) -> Option<&'static str> {
-                match self.0 {
-                    $($value => Some($name),)*
-                    _ => None,
-                }
-            }
-        }
-    };
-}
-
-error_codes! {
+named_numbers! { ErrorCode, "error code":
     /// Success: no error.
     OK = 0, "ok";
     /// The payload cannot be understood; asking again will not help.
@@ -59,27 +40,6 @@ error_codes! {
     INTERNAL = 0x47, "internal error";
 }
 
-impl From<u8> for ErrorCode {
-    fn from(value: u8) -> Self {
-        Self(value)
-    }
-}
-
-impl fmt::Display for ErrorCode {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.name() {
-            Some(name) => f.write_str(name),
-            None => write!(f, "error code {:#04x}", self.0),
-        }
-    }
-}
-
-impl fmt::Debug for ErrorCode {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Display::fmt(self, f)
-    }
-}
-
 /// The payload of an Error message: code u8, then UTF-8 text.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ErrorBody<'a> {
@@ -98,15 +58,6 @@ impl<'a> ErrorBody<'a> {
             code: ErrorCode(code),
             text: String::from_utf8_lossy(text),
         })
-    }
-
-    /// Encodes the payload: the code, then the text.
-    #[must_use]
-    pub fn encode(&self) -> Bytes {
-        let mut payload = BytesMut::with_capacity(1 + self.text.len());
-        payload.put_u8(self.code.0);
-        payload.put_slice(self.text.as_bytes());
-        payload.freeze()
     }
 }
 

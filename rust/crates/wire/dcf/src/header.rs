@@ -52,31 +52,23 @@ impl Header {
     /// [`DecodeError::ShortHeader`] if there are fewer than [`HEADER_LEN`] bytes.
     #[inline]
     pub const fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
-        match bytes.first_chunk::<HEADER_LEN>() {
-            Some(bytes) => Ok(Self::from_array(bytes)),
-            None => Err(DecodeError::ShortHeader { len: bytes.len() }),
-        }
-    }
-
-    /// Reads a header of known length.
-    #[inline]
-    #[must_use]
-    pub const fn from_array(bytes: &[u8; HEADER_LEN]) -> Self {
-        let [msg_type, fields @ ..] = *bytes;
-        let fields = u128::from_be_bytes(fields);
-        Self {
-            msg_type,
+        let Some([msg_type, fields @ ..]) = bytes.first_chunk::<HEADER_LEN>() else {
+            return Err(DecodeError::ShortHeader { len: bytes.len() });
+        };
+        let fields = u128::from_be_bytes(*fields);
+        Ok(Self {
+            msg_type: *msg_type,
             sequence: (fields >> 96) as u32,
             timestamp_us: (fields >> 32) as u64,
             payload_len: fields as u32,
-        }
+        })
     }
 
     /// Reads version and header of a datagram and checks them against it: a type that travels in datagrams, a payload
     /// that is all there.
     ///
     /// # Errors
-    /// The [`DecodeError`] that [`crate::decode_datagram`] would give.
+    /// The [`DecodeError`] that [`crate::Message::decode_datagram`] would give.
     #[inline]
     pub const fn decode_datagram(datagram: &[u8]) -> Result<(Version, Self), DecodeError> {
         let version = Version::of(datagram);
@@ -85,7 +77,8 @@ impl Header {
             Ok(header) => header,
             Err(error) => return Err(error),
         };
-        if !header.kind().is_datagram() && is_other_version(datagram) {
+        let is_known = header.kind().is_datagram();
+        if !is_known && is_other_version(datagram) {
             return Err(DecodeError::OtherVersion(header.msg_type));
         }
         let present = message.len() - HEADER_LEN;
@@ -95,7 +88,7 @@ impl Header {
                 present,
             });
         }
-        if !header.kind().is_datagram() {
+        if !is_known {
             return Err(DecodeError::UnknownType(header.msg_type));
         }
         Ok((version, header))

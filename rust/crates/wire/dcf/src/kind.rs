@@ -1,7 +1,5 @@
 //! The first byte of the header.
 
-use std::fmt;
-
 /// The type of a message.
 ///
 /// A newtype rather than an enum, so that unknown types can still be held, counted and printed;
@@ -10,27 +8,7 @@ use std::fmt;
 #[repr(transparent)]
 pub struct MsgType(pub u8);
 
-macro_rules! message_types {
-    ($($(#[$doc:meta])* $constant:ident = $value:literal, $name:literal;)*) => {
-        impl MsgType {
-            $($(#[$doc])* pub const $constant: Self = Self($value);)*
-
-            /// All assigned types, in order of their number.
-            pub const ASSIGNED: &'static [Self] = &[$(Self::$constant),*];
-
-            /// The name of the type, `None` for one that is not assigned.
-            #[must_use]
-            pub const fn name(self) -> Option<&'static str> {
-                match self.0 {
-                    $($value => Some($name),)*
-                    _ => None,
-                }
-            }
-        }
-    };
-}
-
-message_types! {
+named_numbers! { MsgType, "type":
     /// A worker is alive; worker to head, over UDP.
     HEARTBEAT = 0x01, "Heartbeat";
     /// A request; client to head, head to worker.
@@ -170,33 +148,6 @@ impl MsgType {
     #[must_use]
     pub const fn is_internal(self) -> bool {
         matches!(self.0, 0x10..=0x7F)
-    }
-}
-
-impl From<u8> for MsgType {
-    fn from(value: u8) -> Self {
-        Self(value)
-    }
-}
-
-impl From<MsgType> for u8 {
-    fn from(kind: MsgType) -> Self {
-        kind.0
-    }
-}
-
-impl fmt::Display for MsgType {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.name() {
-            Some(name) => f.write_str(name),
-            None => write!(f, "type {:#04x}", self.0),
-        }
-    }
-}
-
-impl fmt::Debug for MsgType {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Display::fmt(self, f)
     }
 }
 

@@ -24,6 +24,42 @@
 //! ```
 #![forbid(unsafe_code)]
 
+/// The numbers of a newtype of `u8` with their names.
+macro_rules! named_numbers {
+    ($type:ident, $unnamed:literal: $($(#[$doc:meta])* $constant:ident = $value:literal, $name:literal;)*) => {
+        impl $type {
+            $($(#[$doc])* pub const $constant: Self = Self($value);)*
+
+            /// All that are assigned, in order of their number.
+            pub const ASSIGNED: &'static [Self] = &[$(Self::$constant),*];
+
+            /// The name, `None` for a number that is not assigned.
+            #[must_use]
+            pub const fn name(self) -> Option<&'static str> {
+                match self.0 {
+                    $($value => Some($name),)*
+                    _ => None,
+                }
+            }
+        }
+
+        impl std::fmt::Display for $type {
+            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                match self.name() {
+                    Some(name) => f.write_str(name),
+                    None => write!(f, concat!($unnamed, " {:#04x}"), self.0),
+                }
+            }
+        }
+
+        impl std::fmt::Debug for $type {
+            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                std::fmt::Display::fmt(self, f)
+            }
+        }
+    };
+}
+
 pub mod chunk;
 mod error;
 mod header;
@@ -36,9 +72,7 @@ mod version;
 pub use error::{ErrorBody, ErrorCode};
 pub use header::{HEADER_LEN, Header};
 pub use kind::MsgType;
-pub use message::{
-    DecodeError, MAX_DATAGRAM, MAX_DATAGRAM_PAYLOAD, Message, PartialBody, decode_datagram,
-};
+pub use message::{DecodeError, MAX_DATAGRAM, MAX_DATAGRAM_PAYLOAD, Message, PartialBody};
 #[cfg(feature = "codec")]
 pub use stream::{DEFAULT_MAX_PAYLOAD, StreamCodec, StreamError};
 pub use version::Version;

@@ -1,7 +1,5 @@
 //! A message: header and payload.
 
-use std::borrow::Cow;
-
 use bytes::{BufMut, Bytes, BytesMut};
 
 use crate::{ErrorBody, ErrorCode, HEADER_LEN, Header, MsgType, Version};
@@ -39,32 +37,23 @@ impl Message {
     /// An Error message: `code`, then `text`.
     #[must_use]
     pub fn error(sequence: u32, timestamp_us: u64, code: ErrorCode, text: &str) -> Self {
-        Self::new(
-            MsgType::ERROR,
-            sequence,
-            timestamp_us,
-            ErrorBody {
-                code,
-                text: Cow::Borrowed(text),
-            }
-            .encode(),
-        )
+        let payload = [&[code.0], text.as_bytes()].concat();
+        Self::new(MsgType::ERROR, sequence, timestamp_us, payload)
     }
 
     /// Parses the payload of an Error message; `None` for other types, or if the code is missing.
     #[must_use]
     pub fn error_body(&self) -> Option<ErrorBody<'_>> {
-        (self.kind == MsgType::ERROR)
-            .then(|| ErrorBody::parse(&self.payload))
-            .flatten()
+        match self.kind {
+            MsgType::ERROR => ErrorBody::parse(&self.payload),
+            _ => None,
+        }
     }
 
     /// Creates a Partial message with `text` at byte `offset` of the answer.
     #[must_use]
     pub fn partial(sequence: u32, timestamp_us: u64, offset: u32, text: &str) -> Self {
-        let mut payload = BytesMut::with_capacity(4 + text.len());
-        payload.put_u32(offset);
-        payload.put_slice(text.as_bytes());
+        let payload = [&offset.to_be_bytes(), text.as_bytes()].concat();
         Self::new(MsgType::PARTIAL, sequence, timestamp_us, payload)
     }
 
@@ -170,14 +159,6 @@ impl Message {
     }
 }
 
-/// [`Message::decode_datagram`].
-///
-/// # Errors
-/// As there.
-pub fn decode_datagram(datagram: Bytes) -> Result<Message, DecodeError> {
-    Message::decode_datagram(datagram)
-}
-
 /// The payload of a Partial message: u32 offset, then UTF-8 text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PartialBody<'a> {
@@ -227,7 +208,7 @@ mod tests {
     #[test]
     fn decoding_does_not_copy_the_payload() {
         let datagram = Message::new(MsgType::TASK, 1, 2, "hello").encode_datagram();
-        let message = decode_datagram(datagram.clone()).unwrap();
+        let message = Message::decode_datagram(datagram.clone()).unwrap();
         assert_eq!(message.payload.as_ptr(), datagram[HEADER_LEN..].as_ptr());
     }
 

@@ -69,7 +69,7 @@ proptest! {
             None => DecodeError::ShortHeader { len },
             Some(present) => DecodeError::Truncated { payload_len: message.payload.len() as u32, present },
         };
-        prop_assert_eq!(dcf::decode_datagram(cut), Err(expected));
+        prop_assert_eq!(Message::decode_datagram(cut), Err(expected));
     }
 
     #[test]
@@ -92,7 +92,7 @@ proptest! {
         let start = version.prefix().len();
         let at = start + at.index(datagram.len() - start);
         datagram[at] ^= 1 << bit;
-        if let Ok(mutated) = dcf::decode_datagram(datagram.into()) {
+        if let Ok(mutated) = Message::decode_datagram(datagram.into()) {
             let (before, after) = (&message.payload, &mutated.payload);
             let changed = [
                 mutated.kind != message.kind,

@@ -77,7 +77,7 @@ fn valid_datagrams_decode_and_encode_byte_for_byte() {
     assert_eq!(vectors.valid.len(), 36);
     for vector in &vectors.valid {
         let datagram = unhex(&vector.datagram_hex);
-        let decoded = dcf::decode_datagram(datagram.clone())
+        let decoded = Message::decode_datagram(datagram.clone())
             .unwrap_or_else(|error| panic!("{}: {error}", vector.name));
         assert_eq!(decoded, vector.message(), "{}", vector.name);
         assert_eq!(
@@ -144,7 +144,7 @@ fn invalid_v5_1_datagrams_are_refused_for_the_reason_given() {
     assert_eq!(vectors.invalid.len(), expected.len());
     for (vector, (name, error)) in vectors.invalid.iter().zip(expected) {
         assert_eq!(vector.name, name);
-        let decoded = dcf::decode_datagram(unhex(&vector.datagram_hex));
+        let decoded = Message::decode_datagram(unhex(&vector.datagram_hex));
         assert_eq!(decoded, Err(error), "{name}");
     }
 }
@@ -157,13 +157,13 @@ fn types_for_streams_are_refused_in_datagrams_of_either_version() {
             let datagram = message.encode_as(version);
             // A datagram that begins with 0x51 is v5.1, and this one is shorter than its header.
             if *kind == MsgType::SOURCES && version == Version::V5_0 {
-                let error = dcf::decode_datagram(datagram).unwrap_err();
+                let error = Message::decode_datagram(datagram).unwrap_err();
                 assert!(!matches!(error, DecodeError::UnknownType(_)), "{error}");
                 continue;
             }
             let refused = Err(DecodeError::UnknownType(kind.0));
             assert_eq!(
-                dcf::decode_datagram(datagram),
+                Message::decode_datagram(datagram),
                 refused,
                 "{kind} in {version}"
             );
@@ -220,7 +220,7 @@ fn invalid_datagrams_are_refused_for_the_reason_given() {
     for (vector, (name, error)) in vectors.invalid.iter().zip(expected) {
         assert_eq!(vector.name, name);
         assert_eq!(
-            dcf::decode_datagram(unhex(&vector.datagram_hex)),
+            Message::decode_datagram(unhex(&vector.datagram_hex)),
             Err(error),
             "{name}"
         );
@@ -230,7 +230,7 @@ fn invalid_datagrams_are_refused_for_the_reason_given() {
 #[test]
 fn trailing_bytes_are_ignored_in_a_datagram_and_kept_on_a_stream() {
     let datagram = unhex(&vectors().trailing.datagram_hex);
-    let message = dcf::decode_datagram(datagram.clone()).unwrap();
+    let message = Message::decode_datagram(datagram.clone()).unwrap();
     assert_eq!(message.payload, "hello");
     assert_eq!(message.encoded_len() + 2, datagram.len());
 

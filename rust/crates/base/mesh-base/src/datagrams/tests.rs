@@ -18,7 +18,7 @@ fn to(bytes: &[u8], to: SocketAddr) -> Datagram<'_> {
     Datagram {
         bytes,
         to: Some(to),
-        ..Datagram::EMPTY
+        ..Datagram::default()
     }
 }
 
@@ -120,7 +120,7 @@ fn a_connected_socket_sends_to_its_peer() {
     a.connect(address(&b)).expect("connected");
     let datagram = Datagram {
         bytes: b"hello",
-        ..Datagram::EMPTY
+        ..Datagram::default()
     };
     assert_eq!(send(a.as_fd(), [datagram]).expect("sent"), 1);
     assert_eq!(receive(&b, 100, 1)[0].1, b"hello");
@@ -156,7 +156,7 @@ fn a_run_is_cut_into_its_datagrams_or_arrives_as_a_run() {
 
 #[test]
 fn destinations_are_told_and_chosen_as_senders() {
-    let server = crate::listen::udp(crate::listen::anywhere(0), |_| Ok(())).expect("bound");
+    let server = crate::listen::udp(crate::listen::anywhere(0), None).expect("bound");
     let port = address(&server).port();
     tell_destinations(server.as_fd(), address(&server).is_ipv6()).expect("set");
     for (client, asked) in [("127.0.0.1:0", "127.0.0.9"), ("[::1]:0", "::1")] {

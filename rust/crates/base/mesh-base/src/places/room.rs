@@ -2,11 +2,12 @@
 
 use std::future::Future;
 use std::hash::Hash;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use tokio::sync::oneshot;
 
 use super::Places;
+use crate::sync::lock;
 
 /// [`Places`] for work that ends when its place is given up.
 #[derive(Debug)]
@@ -25,7 +26,7 @@ impl<K: Clone + Eq + Hash> Room<K> {
     /// Runs `work` as long as it has its place.
     pub async fn hold<T>(&self, source: K, work: impl Future<Output = T>) -> Result<T, GivenUp> {
         let (place, given_up) = oneshot::channel();
-        let (id, other) = self.places().enter(source, place);
+        let (id, other) = lock(&self.0).enter(source, place);
         // Ends the other's wait.
         drop(other);
         let _leaves = Leaves { room: self, id };
@@ -38,10 +39,6 @@ impl<K: Clone + Eq + Hash> Room<K> {
     /// True if both are clones of the same room.
     pub fn is(&self, other: &Self) -> bool {
         Arc::ptr_eq(&self.0, &other.0)
-    }
-
-    fn places(&self) -> MutexGuard<'_, Places<K, oneshot::Sender<()>>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -58,7 +55,7 @@ struct Leaves<'a, K: Clone + Eq + Hash> {
 
 impl<K: Clone + Eq + Hash> Drop for Leaves<'_, K> {
     fn drop(&mut self) {
-        self.room.places().leave(self.id);
+        lock(&self.room.0).leave(self.id);
     }
 }
 
@@ -82,6 +79,6 @@ mod tests {
         second.abort();
         third.abort();
         let _ = (second.await, third.await);
-        assert!(room.places().is_empty());
+        assert!(lock(&room.0).is_empty());
     }
 }

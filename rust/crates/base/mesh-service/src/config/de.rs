@@ -1,5 +1,6 @@
 //! From the tree to the typed configuration, keeping track of the key and its origin for errors.
 
+use std::collections::{BTreeMap, btree_map};
 use std::fmt;
 
 use serde::de::value::MapAccessDeserializer;
@@ -10,7 +11,7 @@ use serde::forward_to_deserialize_any;
 
 use super::ConfigError;
 use super::error::nearest_key;
-use super::tree::{NodeValue, Tree, TreeNode, ValueOrigin, parse_inline};
+use super::tree::{NodeValue, Tree, TreeNode, ValueOrigin, join, parse_inline};
 
 pub(super) fn from_tree<T: DeserializeOwned>(tree: &Tree) -> Result<T, Error> {
     T::deserialize(NodeDeserializer {
@@ -48,7 +49,12 @@ impl Error {
 
     fn below(mut self, key: &str, origin: &ValueOrigin) -> Self {
         self.path.push(key.to_owned());
-        self.origin.get_or_insert_with(|| origin.clone());
+        self.or_at(origin.clone())
+    }
+
+    /// The origin, where none is known yet.
+    fn or_at(mut self, origin: ValueOrigin) -> Self {
+        self.origin.get_or_insert(origin);
         self
     }
 
@@ -65,10 +71,8 @@ impl Error {
             },
             Reason::UnknownField(fields) => {
                 let parent = &self.path[..self.path.len().saturating_sub(1)].join(".");
-                let valid: Vec<String> = fields
-                    .iter()
-                    .map(|field| super::tree::join(parent, field))
-                    .collect();
+                let valid = fields.iter().map(|field| join(parent, field));
+                let valid: Vec<String> = valid.collect();
                 let nearest = nearest_key(&key, &valid, known);
                 ConfigError::UnknownKey {
                     key,
@@ -115,14 +119,13 @@ impl NodeDeserializer {
         P: std::str::FromStr,
         V: Visitor<'de>,
     {
-        let origin = self.node.origin.clone();
         match &self.node.kind {
             NodeValue::Text(text) => match text.trim().replace('_', "").parse() {
                 Ok(value) => visit(visitor, value),
-                Err(_) => Err(Error::message(
-                    format!("expected {expected}, got `{text}`"),
-                    &origin,
-                )),
+                Err(_) => {
+                    let text = format!("expected {expected}, got `{text}`");
+                    Err(Error::message(text, &self.node.origin))
+                }
             },
             _ => de::Deserializer::deserialize_any(self, visitor),
         }
@@ -140,21 +143,14 @@ impl NodeDeserializer {
                 parse_inline(text, origin).map_err(|reason| Error::message(reason, origin))?;
             return Ok(Self { node });
         }
-        let item = |item: &str| TreeNode {
+        let node = |kind| TreeNode {
             origin: origin.clone(),
-            kind: NodeValue::Text(item.trim().to_owned()),
+            kind,
         };
-        let items = if text.is_empty() {
-            Vec::new()
-        } else {
-            text.split(',').map(item).collect()
-        };
-        Ok(Self {
-            node: TreeNode {
-                origin: origin.clone(),
-                kind: NodeValue::Array(items),
-            },
-        })
+        let items = text.split(',').filter(|_| !text.is_empty());
+        let items = items.map(|item| node(NodeValue::Text(item.trim().to_owned())));
+        let node = node(NodeValue::Array(items.collect()));
+        Ok(Self { node })
     }
 }
 
@@ -171,27 +167,16 @@ impl<'de> de::Deserializer<'de> for NodeDeserializer {
 
     fn deserialize_any<V: Visitor<'de>>(self, visitor: V) -> Result<V::Value, Error> {
         let origin = self.node.origin;
-        let located = |mut error: Error| {
-            error.origin.get_or_insert_with(|| origin.clone());
-            error
-        };
-        match self.node.kind {
-            NodeValue::Text(text) => visitor.visit_string(text).map_err(located),
+        let visited = match self.node.kind {
+            NodeValue::Text(text) => visitor.visit_string(text),
             NodeValue::Scalar(value) => de::Deserializer::deserialize_any(value, visitor)
                 .map_err(|error: toml::de::Error| Error::message(error.message(), &origin)),
-            NodeValue::Array(items) => visitor
-                .visit_seq(Items {
-                    items: items.into_iter(),
-                    index: 0,
-                })
-                .map_err(located),
-            NodeValue::Table(table) => visitor
-                .visit_map(Entries {
-                    entries: table.into_iter(),
-                    value: None,
-                })
-                .map_err(located),
-        }
+            NodeValue::Array(items) => visitor.visit_seq(Items {
+                items: items.into_iter().enumerate(),
+            }),
+            NodeValue::Table(table) => visitor.visit_map(Entries::of(table)),
+        };
+        visited.map_err(|error| error.or_at(origin))
     }
 
     deserialize_parsed! {
@@ -243,10 +228,8 @@ impl<'de> de::Deserializer<'de> for NodeDeserializer {
     ) -> Result<V::Value, Error> {
         let this = self.expanded()?;
         if let NodeValue::Table(table) = &this.node.kind {
-            let unknown = table
-                .iter()
-                .find(|(key, _)| !fields.contains(&key.as_str()));
-            if let Some((key, node)) = unknown {
+            let mut entries = table.iter();
+            if let Some((key, node)) = entries.find(|(key, _)| !fields.contains(&key.as_str())) {
                 let origin = &node.origin;
                 return Err(Error::new(Reason::UnknownField(fields), origin).below(key, origin));
             }
@@ -263,11 +246,7 @@ impl<'de> de::Deserializer<'de> for NodeDeserializer {
         let origin = self.node.origin;
         let variant = match self.node.kind {
             NodeValue::Table(table) => {
-                let entries = Entries {
-                    entries: table.into_iter(),
-                    value: None,
-                };
-                visitor.visit_enum(MapAccessDeserializer::new(entries))
+                visitor.visit_enum(MapAccessDeserializer::new(Entries::of(table)))
             }
             NodeValue::Text(name) | NodeValue::Scalar(toml::Value::String(name)) => {
                 visitor.visit_enum(name.into_deserializer())
@@ -276,10 +255,7 @@ impl<'de> de::Deserializer<'de> for NodeDeserializer {
                 Err(Error::message("expected a name", &origin))
             }
         };
-        variant.map_err(|mut error: Error| {
-            error.origin.get_or_insert(origin);
-            error
-        })
+        variant.map_err(|error: Error| error.or_at(origin))
     }
 
     forward_to_deserialize_any! {
@@ -288,8 +264,7 @@ impl<'de> de::Deserializer<'de> for NodeDeserializer {
 }
 
 struct Items {
-    items: std::vec::IntoIter<TreeNode>,
-    index: usize,
+    items: std::iter::Enumerate<std::vec::IntoIter<TreeNode>>,
 }
 
 impl<'de> SeqAccess<'de> for Items {
@@ -299,11 +274,9 @@ impl<'de> SeqAccess<'de> for Items {
         &mut self,
         seed: S,
     ) -> Result<Option<S::Value>, Error> {
-        let Some(node) = self.items.next() else {
+        let Some((index, node)) = self.items.next() else {
             return Ok(None);
         };
-        let index = self.index;
-        self.index += 1;
         let origin = node.origin.clone();
         seed.deserialize(NodeDeserializer { node })
             .map(Some)
@@ -316,8 +289,17 @@ impl<'de> SeqAccess<'de> for Items {
 }
 
 struct Entries {
-    entries: std::collections::btree_map::IntoIter<String, TreeNode>,
+    entries: btree_map::IntoIter<String, TreeNode>,
     value: Option<(String, TreeNode)>,
+}
+
+impl Entries {
+    fn of(table: BTreeMap<String, TreeNode>) -> Self {
+        Self {
+            entries: table.into_iter(),
+            value: None,
+        }
+    }
 }
 
 impl<'de> MapAccess<'de> for Entries {
@@ -332,18 +314,13 @@ impl<'de> MapAccess<'de> for Entries {
         };
         let origin = node.origin.clone();
         let result = seed.deserialize(key.as_str().into_deserializer());
-        let result = result
-            .map(Some)
-            .map_err(|error: Error| error.below(&key, &origin));
+        let result = result.map_err(|error: Error| error.below(&key, &origin));
         self.value = Some((key, node));
-        result
+        result.map(Some)
     }
 
     fn next_value_seed<S: DeserializeSeed<'de>>(&mut self, seed: S) -> Result<S::Value, Error> {
-        let (key, node) = self
-            .value
-            .take()
-            .ok_or_else(|| de::Error::custom("value asked for before its key"))?;
+        let (key, node) = self.value.take().expect("serde asks for the key first");
         let origin = node.origin.clone();
         seed.deserialize(NodeDeserializer { node })
             .map_err(|error| error.below(&key, &origin))

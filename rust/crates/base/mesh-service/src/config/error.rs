@@ -49,23 +49,14 @@ pub enum ConfigError {
         reason: String,
     },
     /// An argument of `--set` without `=`.
-    #[error("--set takes KEY=VALUE, got `{assignment}`")]
-    Assignment {
-        /// Text of the argument.
-        assignment: String,
-    },
+    #[error("--set takes KEY=VALUE, got `{0}`")]
+    Assignment(String),
     /// An environment variable that is not UTF-8.
-    #[error("environment variable {variable} is not UTF-8")]
-    NotUtf8 {
-        /// Name of the variable.
-        variable: String,
-    },
+    #[error("environment variable {0} is not UTF-8")]
+    NotUtf8(String),
     /// A configuration that TOML cannot express (a bug in the configuration type).
-    #[error("the configuration cannot be written as TOML: {reason}")]
-    Unprintable {
-        /// Error from the TOML writer.
-        reason: String,
-    },
+    #[error("the configuration cannot be written as TOML: {0}")]
+    Unprintable(#[from] toml::ser::Error),
 }
 
 fn hint(nearest: Option<&str>, valid: &[String]) -> String {
@@ -84,17 +75,12 @@ pub(super) fn nearest_key(key: &str, siblings: &[String], known: &[String]) -> O
     if let Some(best) = sibling.filter(|best| osa_distance(key, best) <= close_enough) {
         return Some(best.clone());
     }
-    known
-        .iter()
-        .map(|candidate| {
-            (
-                osa_distance(last_segment(key), last_segment(candidate)),
-                candidate,
-            )
-        })
-        .filter(|(distance, _)| *distance <= 1)
-        .min_by_key(|(distance, candidate)| (*distance, candidate.len()))
-        .map(|(_, candidate)| candidate.clone())
+    let distance_of_names =
+        |candidate: &&String| osa_distance(last_segment(key), last_segment(candidate));
+    let similar = known.iter().filter(|known| distance_of_names(known) <= 1);
+    similar
+        .min_by_key(|known| (distance_of_names(known), known.len()))
+        .cloned()
 }
 
 fn last_segment(key: &str) -> &str {

@@ -64,9 +64,8 @@ impl Layers<'_> {
                 (None, Some((_, key))) => (*key).to_owned(),
                 (None, None) => continue,
             };
-            let value = value.into_string().map_err(|_| ConfigError::NotUtf8 {
-                variable: variable.to_owned(),
-            })?;
+            let not_utf8 = |_| ConfigError::NotUtf8(variable.to_owned());
+            let value = value.into_string().map_err(not_utf8)?;
             // An empty variable is how unit files and compose files spell "not set".
             if !value.is_empty() {
                 // Tables before keys in them, and old names before new ones, so that the latter win.

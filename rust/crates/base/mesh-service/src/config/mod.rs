@@ -87,7 +87,7 @@ pub struct CommonArgs {
 }
 
 /// Builds a `T` from its layers.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Loader<T> {
     service: String,
     file: Option<PathBuf>,
@@ -106,15 +106,8 @@ impl<T: Default + Serialize + DeserializeOwned> Loader<T> {
     pub fn new(service: &str) -> Self {
         Self {
             service: service.to_owned(),
-            file: None,
             default_file: Path::new(DEFAULT_DIRECTORY).join(format!("{service}.toml")),
-            named: Vec::new(),
-            renamed: Vec::new(),
-            environment: None,
-            flags: Vec::new(),
-            warnings: Vec::new(),
-            malformed: None,
-            config: PhantomData,
+            ..Self::default()
         }
     }
 
@@ -139,10 +132,7 @@ impl<T: Default + Serialize + DeserializeOwned> Loader<T> {
         self.file = args.config.clone().or(self.file);
         for assignment in &args.set {
             match assignment.split_once('=') {
-                Some((key, value)) => {
-                    self.flags
-                        .push(("--set".into(), key.trim().into(), value.trim().into()))
-                }
+                Some((key, value)) => self = self.flag("--set", key.trim(), Some(value.trim())),
                 None => self.malformed = Some(assignment.clone()),
             }
         }
@@ -155,8 +145,8 @@ impl<T: Default + Serialize + DeserializeOwned> Loader<T> {
     #[must_use]
     pub fn flag(mut self, flag: &str, key: &str, value: Option<impl Display>) -> Self {
         if let Some(value) = value {
-            self.flags
-                .push((flag.to_owned(), key.to_owned(), value.to_string()));
+            let flag = (flag.to_owned(), key.to_owned(), value.to_string());
+            self.flags.push(flag);
         }
         self
     }
@@ -171,8 +161,8 @@ impl<T: Default + Serialize + DeserializeOwned> Loader<T> {
         value: Option<impl Display>,
     ) -> Self {
         if value.is_some() {
-            let warning = format!("{old} is an old name: use {new}");
-            self.warnings.push(warning);
+            self.warnings
+                .push(format!("{old} is an old name: use {new}"));
         }
         self.flag(old, key, value)
     }
@@ -190,19 +180,15 @@ impl<T: Default + Serialize + DeserializeOwned> Loader<T> {
         mut self,
         variables: impl IntoIterator<Item = (K, V)>,
     ) -> Self {
-        self.environment = Some(
-            variables
-                .into_iter()
-                .map(|(k, v)| (k.into(), v.into()))
-                .collect(),
-        );
+        let variables = variables.into_iter();
+        self.environment = Some(variables.map(|(k, v)| (k.into(), v.into())).collect());
         self
     }
 
     /// Merges the layers and checks them against `T`.
     pub fn load(self) -> Result<Loaded<T>, ConfigError> {
         if let Some(assignment) = self.malformed {
-            return Err(ConfigError::Assignment { assignment });
+            return Err(ConfigError::Assignment(assignment));
         }
         let file = match self.file {
             Some(path) => Some(path),
@@ -218,9 +204,8 @@ impl<T: Default + Serialize + DeserializeOwned> Loader<T> {
         if let Some(path) = &file {
             layers.file(path)?;
         }
-        let variables = self
-            .environment
-            .unwrap_or_else(|| std::env::vars_os().collect());
+        let own = || std::env::vars_os().collect();
+        let variables = self.environment.unwrap_or_else(own);
         layers.environment(&self.service, &self.named, variables)?;
         for (flag, key, value) in self.flags {
             layers.set(&key, value, ValueOrigin::Flag(flag))?;
@@ -249,15 +234,15 @@ pub struct Loaded<T> {
 impl<T: Serialize> Loaded<T> {
     /// The configuration as TOML that can be put in a file, secrets replaced.
     pub fn to_toml(&self) -> Result<String, ConfigError> {
-        let mut table =
-            toml::Table::try_from(&self.value).map_err(|error| ConfigError::Unprintable {
-                reason: error.to_string(),
-            })?;
+        let mut table = table(&self.value)?;
         redact(&mut table);
-        toml::to_string_pretty(&table).map_err(|error| ConfigError::Unprintable {
-            reason: error.to_string(),
-        })
+        Ok(toml::to_string_pretty(&table)?)
     }
+}
+
+/// A configuration as TOML.
+pub(crate) fn table(config: &impl Serialize) -> Result<toml::Table, ConfigError> {
+    Ok(toml::Table::try_from(config)?)
 }
 
 /// Every dotted path of the default configuration, to suggest from.

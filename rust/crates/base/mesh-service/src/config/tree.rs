@@ -83,21 +83,18 @@ impl Tree {
             reason: error.to_string(),
         })?;
         let path = Arc::new(path.to_owned());
-        let origin = |at: usize| ValueOrigin::File {
-            path: path.clone(),
-            line: 1 + text
-                .as_bytes()
-                .iter()
-                .take(at)
-                .filter(|&&byte| byte == b'\n')
-                .count(),
+        let origin = |at: usize| {
+            let before = text.bytes().take(at);
+            ValueOrigin::File {
+                path: path.clone(),
+                line: 1 + before.filter(|byte| *byte == b'\n').count(),
+            }
         };
-        Ok(Self {
-            root: TreeNode {
-                origin: origin(0),
-                kind: table_node(table.get_ref(), &origin),
-            },
-        })
+        let root = TreeNode {
+            origin: origin(0),
+            kind: table_node(table.get_ref(), &origin),
+        };
+        Ok(Self { root })
     }
 
     /// Sets a dotted key and replaces its earlier value.
@@ -197,10 +194,8 @@ impl TreeNode {
         match (&mut self.kind, other.kind) {
             (NodeValue::Table(table), NodeValue::Table(others)) => {
                 for (name, node) in others {
-                    let entry = table.entry(name);
-                    entry
-                        .or_insert_with(|| Self::empty(&node.origin))
-                        .fill(node);
+                    let empty = Self::empty(&node.origin);
+                    table.entry(name).or_insert(empty).fill(node);
                 }
             }
             (NodeValue::Table(table), kind) if table.is_empty() => {

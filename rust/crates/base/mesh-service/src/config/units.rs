@@ -52,39 +52,24 @@ pub mod bytes {
     }
 }
 
-/// The same units for keys that may be absent.
-macro_rules! optional {
-    ($(#[$doc:meta])* $name:ident, $unit:literal, $type:ty) => {
-        $(#[$doc])*
-        pub mod $name {
-            use serde::de::{Deserialize, Deserializer};
-            use serde::ser::{Serialize, Serializer};
+/// [`bytes`] for keys that may be absent.
+pub mod optional_bytes {
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-            #[derive(serde::Deserialize, serde::Serialize)]
-            #[serde(transparent)]
-            struct Present(#[serde(with = $unit)] $type);
+    #[derive(Deserialize, Serialize)]
+    struct Present(#[serde(with = "super::bytes")] u64);
 
-            /// For `#[serde(with)]`.
-            pub fn serialize<S: Serializer>(value: &Option<$type>, serializer: S) -> Result<S::Ok, S::Error> {
-                value.map(Present).serialize(serializer)
-            }
+    /// For `#[serde(with)]`.
+    pub fn serialize<S: Serializer>(value: &Option<u64>, serializer: S) -> Result<S::Ok, S::Error> {
+        value.map(Present).serialize(serializer)
+    }
 
-            /// For `#[serde(with)]`.
-            pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<$type>, D::Error> {
-                Ok(Option::<Present>::deserialize(deserializer)?.map(|present| present.0))
-            }
-        }
-    };
-}
-
-optional! {
-    /// For keys that may be absent: `#[serde(with = "…::units::optional_duration")]`.
-    optional_duration, "super::duration", std::time::Duration
-}
-
-optional! {
-    /// For keys that may be absent: `#[serde(with = "…::units::optional_bytes")]`.
-    optional_bytes, "super::bytes", u64
+    /// For `#[serde(with)]`.
+    pub fn deserialize<'de, D: Deserializer<'de>>(
+        deserializer: D,
+    ) -> Result<Option<u64>, D::Error> {
+        Ok(Option::deserialize(deserializer)?.map(|Present(bytes)| bytes))
+    }
 }
 
 /// Takes a bare number as `Ok`, text as `Err`.

@@ -6,7 +6,6 @@
 //! needs no permission. Programs other than browsers send none of them, or our own.
 
 use std::collections::HashSet;
-use std::fmt;
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -15,12 +14,12 @@ use axum::extract::{Request, State};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
-use serde_json::json;
 
+use super::error_body;
 use super::origin::Origin;
 
 /// The rules by which a service accepts requests.
-#[derive(Debug, Clone, Default)]
+#[derive(Clone, Default)]
 pub struct Guard {
     /// Names in `Host` besides addresses and `localhost`; `None` lets all through.
     hosts: Option<HashSet<String>>,
@@ -28,23 +27,8 @@ pub struct Guard {
     origins: HashSet<String>,
     /// Pages of all origins may send requests.
     any_origin: bool,
-    /// Decides if names count at the moment.
-    names_count: NamesCount,
-}
-
-#[derive(Clone)]
-struct NamesCount(Arc<dyn Fn() -> bool + Send + Sync>);
-
-impl Default for NamesCount {
-    fn default() -> Self {
-        Self(Arc::new(|| true))
-    }
-}
-
-impl fmt::Debug for NamesCount {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}", (self.0)())
-    }
+    /// Decides if names count at the moment; without it they do.
+    names_count: Option<Arc<dyn Fn() -> bool + Send + Sync>>,
 }
 
 /// Reasons why a request is refused.
@@ -101,7 +85,7 @@ impl Guard {
     /// Checks names only while `names_count` returns true. It is called for every request.
     #[must_use]
     pub fn only_while(mut self, names_count: impl Fn() -> bool + Send + Sync + 'static) -> Self {
-        self.names_count = NamesCount(Arc::new(names_count));
+        self.names_count = Some(Arc::new(names_count));
         self
     }
 
@@ -114,8 +98,8 @@ impl Guard {
     #[must_use]
     pub fn with_origins(mut self, origins: &[Origin]) -> Self {
         self.any_origin |= origins.iter().any(|origin| origin.as_str() == "*");
-        self.origins
-            .extend(origins.iter().map(|origin| origin.as_str().to_owned()));
+        let names = origins.iter().map(ToString::to_string);
+        self.origins.extend(names);
         self
     }
 
@@ -145,13 +129,18 @@ impl Guard {
     }
 
     fn check_host(&self, uri: &Uri, headers: &HeaderMap) -> Result<(), Rejection> {
-        let Some(known) = self.hosts.as_ref().filter(|_| (self.names_count.0)()) else {
+        let Some(known) = &self.hosts else {
             return Ok(());
         };
+        if self
+            .names_count
+            .as_ref()
+            .is_some_and(|they_count| !they_count())
+        {
+            return Ok(());
+        }
         let in_headers = headers.get_all(header::HOST).iter().map(text);
-        let in_uri = uri
-            .authority()
-            .map(|authority| authority.as_str().to_owned());
+        let in_uri = uri.authority().map(ToString::to_string);
         for host in in_headers.chain(in_uri) {
             let name = plain_name(&host);
             let is_local = name == "localhost" || name.ends_with(".localhost");
@@ -181,10 +170,8 @@ impl Rejection {
                 (StatusCode::UNSUPPORTED_MEDIA_TYPE, "unsupported_media_type")
             }
         };
-        let error = json!({
-            "message": self.to_string(), "type": "invalid_request_error", "param": null, "code": code,
-        });
-        (status, axum::Json(json!({ "error": error }))).into_response()
+        let body = error_body(&self.to_string(), "invalid_request_error", code);
+        (status, body).into_response()
     }
 }
 
@@ -203,10 +190,8 @@ async fn guard(State(guard): State<Arc<Guard>>, request: Request, next: Next) ->
     let headers = response.headers_mut();
     if let Some(permission) = permission {
         headers.insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, permission);
-        headers.insert(
-            header::ACCESS_CONTROL_EXPOSE_HEADERS,
-            HeaderValue::from_static(EXPOSED),
-        );
+        let exposed = HeaderValue::from_static(EXPOSED);
+        headers.insert(header::ACCESS_CONTROL_EXPOSE_HEADERS, exposed);
     }
     if guard.any_origin || !guard.origins.is_empty() {
         headers.append(header::VARY, HeaderValue::from_static("origin"));
@@ -226,21 +211,15 @@ fn preflight(request: &Request) -> Response {
     // Some clients take nothing but 200.
     let mut response = StatusCode::OK.into_response();
     let headers = response.headers_mut();
-    let mut set = |name: HeaderName, value: HeaderValue| headers.insert(name, value);
-    set(
-        header::ACCESS_CONTROL_ALLOW_METHODS,
-        HeaderValue::from_static("GET, POST"),
-    );
-    set(
-        header::ACCESS_CONTROL_MAX_AGE,
-        HeaderValue::from_static(MAX_AGE),
-    );
+    let mut set = |name: HeaderName, value| headers.insert(name, HeaderValue::from_static(value));
+    set(header::ACCESS_CONTROL_ALLOW_METHODS, "GET, POST");
+    set(header::ACCESS_CONTROL_MAX_AGE, MAX_AGE);
     let asked = request.headers();
-    if let Some(wanted) = asked.get(header::ACCESS_CONTROL_REQUEST_HEADERS) {
-        set(header::ACCESS_CONTROL_ALLOW_HEADERS, wanted.clone());
-    }
     if asked.contains_key(REQUEST_PRIVATE_NETWORK) {
-        set(ALLOW_PRIVATE_NETWORK, HeaderValue::from_static("true"));
+        set(ALLOW_PRIVATE_NETWORK, "true");
+    }
+    if let Some(wanted) = asked.get(header::ACCESS_CONTROL_REQUEST_HEADERS) {
+        headers.insert(header::ACCESS_CONTROL_ALLOW_HEADERS, wanted.clone());
     }
     response
 }
@@ -252,42 +231,32 @@ fn check_body(headers: &HeaderMap) -> Result<(), Rejection> {
         return Err(Rejection::Encoding(encoding));
     }
     let Some(kind) = headers.get(header::CONTENT_TYPE).map(text) else {
-        let by_browser = [header::ORIGIN, header::REFERER]
-            .iter()
-            .any(|name| headers.contains_key(name))
-            || headers
-                .keys()
-                .any(|name| name.as_str().starts_with("sec-fetch-"));
-        let empty = headers
-            .get(header::CONTENT_LENGTH)
-            .is_some_and(|length| length == "0");
+        let by_browser = headers.keys().any(|name| {
+            [header::ORIGIN, header::REFERER].contains(name)
+                || name.as_str().starts_with("sec-fetch-")
+        });
+        let length = headers.get(header::CONTENT_LENGTH);
+        let empty = length.is_some_and(|length| length == "0");
         return match by_browser && !empty {
             true => Err(Rejection::NoContentType),
             false => Ok(()),
         };
     };
-    let essence = kind
-        .split(';')
-        .next()
-        .unwrap_or_default()
-        .trim()
-        .to_ascii_lowercase();
+    let (essence, _) = kind.split_once(';').unwrap_or((&kind, ""));
+    let essence = essence.trim().to_ascii_lowercase();
     let is_json = essence == "application/json"
         || (essence.starts_with("application/") && essence.ends_with("+json"));
-    if is_json {
-        Ok(())
-    } else {
-        Err(Rejection::ContentType(kind))
+    match is_json {
+        true => Ok(()),
+        false => Err(Rejection::ContentType(kind)),
     }
 }
 
 /// True if the page came from this service, directly or through a proxy that has a name of its own.
 fn is_same_origin(origin: &str, uri: &Uri, headers: &HeaderMap) -> bool {
     // A browser sets this itself, and knows better than names that a proxy has changed.
-    if headers
-        .get("sec-fetch-site")
-        .is_some_and(|site| site == "same-origin")
-    {
+    let site = headers.get("sec-fetch-site");
+    if site.is_some_and(|site| site == "same-origin") {
         return true;
     }
     let Some((scheme, authority)) = origin.split_once("://") else {
@@ -299,19 +268,16 @@ fn is_same_origin(origin: &str, uri: &Uri, headers: &HeaderMap) -> bool {
         _ => return false,
     };
     let full = |authority: &str| {
-        authority
-            .strip_suffix(default_port)
-            .unwrap_or(authority)
-            .to_ascii_lowercase()
+        let name = authority.strip_suffix(default_port);
+        name.unwrap_or(authority).to_ascii_lowercase()
     };
     let theirs = full(authority);
     let host = headers.get(header::HOST).map(text);
     let host = host.or_else(|| uri.authority().map(ToString::to_string));
     // A page needs permission to send this one, and gets none.
     let forwarded = headers.get("x-forwarded-host").map(text);
-    host.into_iter()
-        .chain(forwarded)
-        .any(|ours| full(&ours) == theirs)
+    let mut ours = host.into_iter().chain(forwarded);
+    ours.any(|ours| full(&ours) == theirs)
 }
 
 /// A name without port, brackets and final dot, in lower case.
@@ -333,11 +299,8 @@ fn own_name() -> String {
 
 fn is_address(name: &str) -> bool {
     // A zone is a matter of the client's.
-    name.split('%')
-        .next()
-        .unwrap_or_default()
-        .parse::<IpAddr>()
-        .is_ok()
+    let (address, _) = name.split_once('%').unwrap_or((name, ""));
+    address.parse::<IpAddr>().is_ok()
 }
 
 fn text(value: &HeaderValue) -> String {

@@ -2,9 +2,10 @@
 
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Instant;
 
+use mesh_base::sync::lock;
 use tokio_util::sync::CancellationToken;
 
 use super::budget::Budget;
@@ -35,7 +36,7 @@ impl OpenConnections {
     }
 
     pub(super) fn lock(&self) -> MutexGuard<'_, Inner> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.0)
     }
 
     pub(super) fn admit(&self, address: SocketAddr) -> (Admitted, CancellationToken) {
@@ -43,9 +44,7 @@ impl OpenConnections {
         let admitted = inner.table.open(address.ip(), Instant::now());
         let end = CancellationToken::new();
         inner.ends.insert(admitted.id, end.clone());
-        if let Some(evicted) = admitted.evicted.and_then(|id| inner.ends.remove(&id)) {
-            evicted.cancel();
-        }
+        inner.end(admitted.evicted);
         (admitted, end)
     }
 
@@ -53,9 +52,7 @@ impl OpenConnections {
     pub(super) fn exhausted(&self) {
         let mut inner = self.lock();
         let evicted = inner.table.exhausted();
-        if let Some(evicted) = evicted.and_then(|id| inner.ends.remove(&id)) {
-            evicted.cancel();
-        }
+        inner.end(evicted);
     }
 
     pub(super) fn closed(&self, id: Id) {
@@ -67,23 +64,13 @@ impl OpenConnections {
 
     /// Records that bytes arrived.
     pub(super) fn heard(&self, id: Id, bytes: u64) {
-        let mut inner = self.lock();
-        let inner = &mut *inner;
+        let inner = &mut *self.lock();
         inner.table.heard(id, Instant::now());
-        let Some(source) = inner.table.head_from(id) else {
+        let (Some(source), Some(end)) = (inner.table.head_from(id), inner.ends.get(&id)) else {
             return;
         };
-        let place = match inner.heads.get(&id) {
-            Some(&place) => place,
-            None => {
-                let Some(end) = inner.ends.get(&id) else {
-                    return;
-                };
-                let place = inner.unfinished.enter(source, end.clone());
-                inner.heads.insert(id, place);
-                place
-            }
-        };
+        let enter = || inner.unfinished.enter(source, end.clone());
+        let place = *inner.heads.entry(id).or_insert_with(enter);
         for end in inner.unfinished.grow(place, bytes) {
             end.cancel();
         }
@@ -115,6 +102,13 @@ impl OpenConnections {
 }
 
 impl Inner {
+    /// Ends a connection that was evicted.
+    fn end(&mut self, evicted: Option<Id>) {
+        if let Some(end) = evicted.and_then(|id| self.ends.remove(&id)) {
+            end.cancel();
+        }
+    }
+
     fn head_is_over(&mut self, id: Id) {
         if let Some(place) = self.heads.remove(&id) {
             self.unfinished.leave(place);

@@ -15,16 +15,15 @@ use axum::response::{IntoResponse, Response};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
 use mesh_base::addresses::source;
-use serde_json::json;
 use tokio::net::{TcpListener, TcpStream};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tower::ServiceExt as _;
 
-use super::Connections;
 use super::open::OpenConnections;
 use super::stream::{ClientStream, RequestBody, ResponseBody, ResponseGuard, Streams};
 use super::table::{Admitted, Id};
+use super::{Connections, error_body};
 
 /// The connections of one listener.
 #[derive(Clone)]
@@ -90,7 +89,7 @@ impl Server {
         end: CancellationToken,
     ) {
         let id = admitted.id;
-        let due = (self.open.lock().table).due(id, &self.connections.timeouts());
+        let due = (self.open.lock().table).due(id, &self.connections);
         let silence = due.unwrap_or_else(Instant::now);
         tokio::select! {
             _ = stream.readable() => {
@@ -138,17 +137,16 @@ impl Server {
                     .answer(request.map(Body::new), address, id, admitted.restricted)
             });
         let mut connection = pin!(builder.serve_connection(io, service));
-        let timeouts = self.connections.timeouts();
         let mut drained = false;
         loop {
             let now = Instant::now();
-            let due = self.open.lock().table.due(id, &timeouts);
+            let due = self.open.lock().table.due(id, &self.connections);
             if due.is_some_and(|due| due <= now) {
                 tracing::debug!(%address, "connection closed: nothing came or was taken in time");
                 break;
             }
             // The due time may change meanwhile, but never to anything sooner than this.
-            let soonest = now + timeouts.least();
+            let soonest = now + self.connections.soonest();
             let look = due.map_or(soonest, |due| due.min(soonest));
             tokio::select! {
                 ended = connection.as_mut() => {
@@ -208,15 +206,12 @@ impl Server {
 
 /// The answer to clients that come while all permitted connections are in use.
 fn no_room() -> Response {
-    let error = json!({
-        "message": "all connections of this service are in use; try again later",
-        "type": "server_error", "param": null, "code": "overloaded",
-    });
+    let text = "all connections of this service are in use; try again later";
     let headers = [
         (header::RETRY_AFTER, HeaderValue::from_static("1")),
         (header::CONNECTION, HeaderValue::from_static("close")),
     ];
-    let body = axum::Json(json!({ "error": error }));
+    let body = error_body(text, "server_error", "overloaded");
     (StatusCode::SERVICE_UNAVAILABLE, headers, body).into_response()
 }
 

@@ -4,7 +4,6 @@
 //! On HTTP/1 the connection ends, on HTTP/2 the stream.
 
 use std::error::Error;
-use std::fmt;
 use std::future::poll_fn;
 use std::io;
 use std::net::IpAddr;
@@ -18,7 +17,7 @@ use http_body::Frame;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::runtime::Handle;
 use tokio::sync::watch;
-use tokio::time::Sleep;
+use tokio::time::{Sleep, sleep};
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 
 use super::open::OpenConnections;
@@ -55,9 +54,7 @@ impl<S> ClientStream<S> {
             return written;
         }
         let limit = self.limit;
-        let stalled = self
-            .stalled
-            .get_or_insert_with(|| Box::pin(tokio::time::sleep(limit)));
+        let stalled = self.stalled.get_or_insert_with(|| Box::pin(sleep(limit)));
         ready!(stalled.as_mut().poll(cx));
         Poll::Ready(Err(io::ErrorKind::TimedOut.into()))
     }
@@ -116,59 +113,24 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for ClientStream<S> {
 }
 
 /// Error of a body that did not arrive in time.
-#[derive(Debug)]
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "the body did not arrive in time: nothing came for {} s, or less than {LEAST_RATE} bytes a second \
+     (http.connections.body_timeout)",
+    .0.as_secs_f64()
+)]
 pub struct TooSlow(Duration);
 
-impl fmt::Display for TooSlow {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let seconds = self.0.as_secs_f64();
-        write!(
-            f,
-            "the body did not arrive in time: nothing came for {seconds} s, or less than {LEAST_RATE} bytes a second \
-             (http.connections.body_timeout)"
-        )
-    }
-}
-
-impl Error for TooSlow {}
-
-impl TooSlow {
-    /// This failure among the causes of another.
-    pub fn cause_of<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a Self> {
-        cause_of(error)
-    }
-}
-
 /// Error of a body that was given up because unfinished requests held too much memory.
-#[derive(Debug)]
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "too many requests are on their way to this service at once; try again later (http.connections.unfinished)"
+)]
 pub struct NoRoom;
 
-impl fmt::Display for NoRoom {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(
-            "too many requests are on their way to this service at once; try again later (http.connections.unfinished)",
-        )
-    }
-}
-
-impl Error for NoRoom {}
-
-impl NoRoom {
-    /// This failure among the causes of another.
-    pub fn cause_of<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a Self> {
-        cause_of(error)
-    }
-}
-
-fn cause_of<'a, E: Error + 'static>(error: &'a (dyn Error + 'static)) -> Option<&'a E> {
-    let mut cause = Some(error);
-    while let Some(error) = cause {
-        if let Some(found) = error.downcast_ref() {
-            return Some(found);
-        }
-        cause = error.source();
-    }
-    None
+/// An error of this type among the causes of another, or that one itself.
+pub fn cause_of<'a, E: Error + 'static>(error: &'a (dyn Error + 'static)) -> Option<&'a E> {
+    std::iter::successors(Some(error), |&error| error.source()).find_map(<dyn Error>::downcast_ref)
 }
 
 /// The body of a request, for which is not waited longer than it deserves.
@@ -209,7 +171,7 @@ impl RequestBody {
             limit,
             began: tokio::time::Instant::now(),
             received: 0,
-            timer: Box::pin(tokio::time::sleep(limit)),
+            timer: Box::pin(sleep(limit)),
         }
     }
 

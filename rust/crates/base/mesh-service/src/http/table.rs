@@ -7,9 +7,11 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use mesh_base::addresses::source;
+
+use super::Connections;
 
 /// Number of a connection; never reused.
 pub(super) type Id = u64;
@@ -23,24 +25,6 @@ pub(super) struct Bounds {
     pub per_source: usize,
     /// Connections above `total`, which may only ask for health.
     pub reserve: usize,
-}
-
-/// Time limits for clients.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Timeouts {
-    /// Time to send the head of a request.
-    pub header: Duration,
-    /// Time between two requests.
-    pub idle: Duration,
-    /// Time to take a piece of an answer.
-    pub write: Duration,
-}
-
-impl Timeouts {
-    /// The shortest limit; nothing new is due sooner.
-    pub(super) fn least(&self) -> Duration {
-        self.header.min(self.idle).min(self.write)
-    }
 }
 
 /// Outcome of admitting a connection.
@@ -231,23 +215,22 @@ impl Table {
 
     /// True if no answer is under way on the connection.
     pub(super) fn waits(&self, id: Id) -> bool {
-        self.entries
-            .get(&id)
-            .is_none_or(|entry| entry.answering == 0)
+        let entry = self.entries.get(&id);
+        entry.is_none_or(|entry| entry.answering == 0)
     }
 
     /// Time at which a connection must be closed unless there is progress.
-    pub(super) fn due(&self, id: Id, timeouts: &Timeouts) -> Option<Instant> {
+    pub(super) fn due(&self, id: Id, limits: &Connections) -> Option<Instant> {
         let entry = self.entries.get(&id)?;
         if let Some(&oldest) = entry.offers.iter().min() {
-            return Some(oldest + timeouts.write);
+            return Some(oldest + limits.write_timeout);
         }
         if entry.answering > 0 {
             return None;
         }
         let limit = match entry.wait {
-            Wait::Head => timeouts.header,
-            Wait::Next | Wait::Streams => timeouts.idle,
+            Wait::Head => limits.header_timeout,
+            Wait::Next | Wait::Streams => limits.idle_timeout,
         };
         Some(entry.since + limit)
     }
@@ -281,13 +264,18 @@ impl Connection {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
 
-    const PATIENCE: Timeouts = Timeouts {
-        header: Duration::from_secs(10),
-        idle: Duration::from_secs(75),
-        write: Duration::from_secs(60),
-    };
+    fn patience() -> Connections {
+        Connections {
+            header_timeout: Duration::from_secs(10),
+            idle_timeout: Duration::from_secs(75),
+            write_timeout: Duration::from_secs(60),
+            ..Connections::default()
+        }
+    }
 
     fn table(total: usize, per_source: usize) -> Table {
         Table::new(Bounds {
@@ -363,28 +351,28 @@ mod tests {
         let at = |seconds| start + Duration::from_secs(seconds);
         let mut table = table(10, 10);
         let id = table.open(ip("10.0.0.1"), at(0)).id;
-        assert_eq!(table.due(id, &PATIENCE), Some(at(10)));
+        assert_eq!(table.due(id, &patience()), Some(at(10)));
         table.heard(id, at(3));
         assert_eq!(
-            table.due(id, &PATIENCE),
+            table.due(id, &patience()),
             Some(at(10)),
             "every byte buys no time"
         );
         table.asked(id, true, false, at(4));
         table.read(id);
         table.heard(id, at(5));
-        assert_eq!((table.due(id, &PATIENCE), table.waits(id)), (None, false));
+        assert_eq!((table.due(id, &patience()), table.waits(id)), (None, false));
         table.answered(id, at(20));
-        assert_eq!(table.due(id, &PATIENCE), Some(at(95)));
+        assert_eq!(table.due(id, &patience()), Some(at(95)));
         table.heard(id, at(30));
-        assert_eq!(table.due(id, &PATIENCE), Some(at(40)));
+        assert_eq!(table.due(id, &patience()), Some(at(40)));
         let streams = table.open(ip("10.0.0.1"), at(0)).id;
         table.asked(streams, false, true, at(1));
         table.answered(streams, at(2));
         table.heard(streams, at(3));
-        assert_eq!(table.due(streams, &PATIENCE), Some(at(77)));
+        assert_eq!(table.due(streams, &patience()), Some(at(77)));
         table.closed(streams);
-        assert_eq!(table.due(streams, &PATIENCE), None);
+        assert_eq!(table.due(streams, &patience()), None);
     }
 
     #[test]
@@ -396,7 +384,10 @@ mod tests {
         table.answered(id, now);
         table.heard(id, now);
         assert_eq!(table.head_from(id), None);
-        assert_eq!(table.due(id, &PATIENCE), Some(now + PATIENCE.idle));
+        assert_eq!(
+            table.due(id, &patience()),
+            Some(now + patience().idle_timeout)
+        );
         table.read(id);
         table.heard(id, now);
         assert_eq!(table.head_from(id), Some(ip("10.0.0.1")));
@@ -413,20 +404,24 @@ mod tests {
         let id = table.open(ip("10.0.0.1"), at(0)).id;
         table.asked(id, false, true, at(1));
         table.asked(id, false, true, at(1));
-        assert_eq!(table.due(id, &PATIENCE), None, "the service is at work");
+        assert_eq!(table.due(id, &patience()), None, "the service is at work");
         table.offered(id, at(5));
         table.offered(id, at(7));
         table.heard(id, at(20));
-        assert_eq!(table.due(id, &PATIENCE), Some(at(65)), "bytes buy no time");
+        assert_eq!(
+            table.due(id, &patience()),
+            Some(at(65)),
+            "bytes buy no time"
+        );
         table.taken(id, at(5));
-        assert_eq!(table.due(id, &PATIENCE), Some(at(67)));
+        assert_eq!(table.due(id, &patience()), Some(at(67)));
         table.offered(id, at(30));
         table.taken(id, at(7));
-        assert_eq!(table.due(id, &PATIENCE), Some(at(90)));
+        assert_eq!(table.due(id, &patience()), Some(at(90)));
         table.taken(id, at(30));
-        assert_eq!((table.due(id, &PATIENCE), table.waits(id)), (None, false));
+        assert_eq!((table.due(id, &patience()), table.waits(id)), (None, false));
         table.answered(id, at(40));
         table.answered(id, at(41));
-        assert_eq!(table.due(id, &PATIENCE), Some(at(116)));
+        assert_eq!(table.due(id, &patience()), Some(at(116)));
     }
 }

@@ -23,6 +23,7 @@ async fn an_open_request_finishes_during_the_drain_and_new_connections_are_refus
     let draining = CancellationToken::new();
     let router = Router::new().route("/", get(slow));
     let server = tokio::spawn(serve(
+        Connections::default(),
         listener,
         router,
         draining.clone(),
@@ -50,6 +51,7 @@ async fn a_request_beyond_the_limit_is_cut() {
     let draining = CancellationToken::new();
     let router = Router::new().route("/", get(std::future::pending::<String>));
     let server = tokio::spawn(serve(
+        Connections::default(),
         listener,
         router,
         draining.clone(),
@@ -103,7 +105,7 @@ async fn impatient(change: impl FnOnce(&mut Connections)) -> (SocketAddr, Cancel
         )
         .layer(axum::extract::DefaultBodyLimit::disable());
     let limit = Duration::from_secs(1);
-    tokio::spawn(serve_with(
+    tokio::spawn(serve(
         connections,
         listener,
         router,

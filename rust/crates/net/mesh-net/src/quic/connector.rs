@@ -8,12 +8,12 @@ use dcf::{ErrorCode, MsgType};
 use mesh_base::addresses::race;
 use mesh_base::listen;
 use quinn::crypto::rustls::QuicClientConfig;
-use quinn::{ClientConfig, Connection, VarInt};
+use quinn::{ClientConfig, Connection};
 
 use super::config::LinkConfig;
 use super::endpoint::LinkEndpoint;
 use super::error::{Closed, ConnectError};
-use super::link::{Link, peer_certificate};
+use super::link::{Link, close, peer_certificate};
 use super::stream::RecvHalf;
 use super::tls::{self, LINK_PROTOCOL};
 use crate::trust::{EXPELLED, Member, NodeIdentity, Role, TrustError};
@@ -33,10 +33,8 @@ impl Connector {
         identity: NodeIdentity,
         config: LinkConfig,
     ) -> Result<Self, ConnectError> {
-        let carrier = LinkEndpoint::bind(address, None)
-            .map_err(|source| ConnectError::Socket { address, source })?;
         Ok(Self {
-            carrier,
+            carrier: LinkEndpoint::bind(address, None)?,
             identity,
             config,
         })
@@ -78,7 +76,7 @@ impl Connector {
             let peer = peer_member(&connection, address, role)?;
             if let Some(refusal) = self.identity.deny_list().refusal(&peer.node_id) {
                 let text = refusal.to_string();
-                connection.close(u32::from(EXPELLED.0).into(), text.as_bytes());
+                close(&connection, EXPELLED, &text);
                 return Err(ConnectError::Expelled { address, text });
             }
             let link = Link::new(connection.clone(), peer, self.config.max_message);
@@ -96,10 +94,7 @@ impl Connector {
 
     /// Closes all links and waits until the peers know.
     pub async fn shutdown(&self, code: ErrorCode, text: &str) {
-        self.carrier
-            .endpoint
-            .close(VarInt::from(u32::from(code.0)), text.as_bytes());
-        self.carrier.endpoint.wait_idle().await;
+        self.carrier.shutdown(code, text).await;
     }
 }
 
@@ -152,10 +147,8 @@ pub(super) fn peer_member(
         .ok_or_else(|| TrustError::Mismatch("the peer showed no certificate".to_owned()))?;
     let peer = Member::from_certificate(&certificate)?;
     if peer.role != role {
-        connection.close(
-            u32::from(ErrorCode::UNAUTHORIZED.0).into(),
-            b"you are not whom I called",
-        );
+        let text = "you are not whom I called";
+        close(connection, ErrorCode::UNAUTHORIZED, text);
         return Err(ConnectError::WrongRole {
             address,
             expected: role,
@@ -171,18 +164,16 @@ async fn wait_for_admission(
     address: SocketAddr,
     config: &LinkConfig,
 ) -> Result<u64, ConnectError> {
-    let stream = connection
-        .accept_uni()
-        .await
-        .map_err(|error| ConnectError::new(address, error))?;
+    let stream = connection.accept_uni().await;
+    let stream = stream.map_err(|error| ConnectError::new(address, error))?;
     match RecvHalf::new(stream, config.max_message).recv().await {
         Ok(Some(message)) if message.kind == MsgType::ACK => Ok(message.timestamp_us),
-        _ => {
-            let reason = match connection.close_reason() {
-                Some(error) => return Err(ConnectError::new(address, error)),
-                None => Closed::Failed("the peer did not say that it admits this node".to_owned()),
-            };
-            Err(ConnectError::Failed { address, reason })
-        }
+        _ => Err(match connection.close_reason() {
+            Some(error) => ConnectError::new(address, error),
+            None => ConnectError::Failed {
+                address,
+                reason: Closed::Failed("the peer did not say that it admits this node".to_owned()),
+            },
+        }),
     }
 }

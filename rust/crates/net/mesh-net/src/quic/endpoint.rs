@@ -3,21 +3,23 @@
 //! quinn's socket does not ask for ICMP errors and its driver would stop at one. This wrapper asks for them, keeps them
 //! from quinn, and lets the links to the address in question find out whether their peer is still there.
 
-use std::fmt;
 use std::io::{self, IoSliceMut};
 use std::net::{SocketAddr, UdpSocket};
 use std::os::fd::{AsFd, OwnedFd};
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll};
 
+use dcf::ErrorCode;
 use mesh_base::datagrams;
+use mesh_base::sync::lock;
 use quinn::udp::{RecvMeta, Transmit};
 use quinn::{
     AsyncUdpSocket, Endpoint, EndpointConfig, Runtime, ServerConfig, TokioRuntime, UdpPoller,
 };
 use tokio::task::AbortHandle;
 
+use super::error::ConnectError;
 use super::link::{Link, WeakLink, canonical};
 
 /// A QUIC endpoint whose links end when their peer's process is gone.
@@ -28,8 +30,15 @@ pub(super) struct LinkEndpoint {
 }
 
 impl LinkEndpoint {
-    pub(super) fn bind(address: SocketAddr, server: Option<ServerConfig>) -> io::Result<Self> {
-        let socket = mesh_base::listen::udp(address, |_| Ok(()))?;
+    pub(super) fn bind(
+        address: SocketAddr,
+        server: Option<ServerConfig>,
+    ) -> Result<Self, ConnectError> {
+        Self::open(address, server).map_err(|source| ConnectError::Socket { address, source })
+    }
+
+    fn open(address: SocketAddr, server: Option<ServerConfig>) -> io::Result<Self> {
+        let socket = mesh_base::listen::udp(address, None)?;
         let links = Arc::new(Links::default());
         let errors = listen_to_icmp(&socket, links.clone())
             .inspect_err(|error| tracing::debug!(%error, "no ICMP errors here; lost peers are noticed by their silence"))
@@ -44,11 +53,7 @@ impl LinkEndpoint {
 
     /// Number of links that this node has here.
     pub(super) fn links_of(&self, node_id: &str) -> usize {
-        let links = self
-            .links
-            .all
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        let links = lock(&self.links.0);
         let open = links.iter().filter_map(WeakLink::upgrade);
         open.filter(|link| link.node_id() == node_id && link.close_reason().is_none())
             .count()
@@ -56,39 +61,32 @@ impl LinkEndpoint {
 
     /// Has the link end soon after its peer's port is closed.
     pub(super) fn watch(&self, link: &Link) {
-        let mut links = self
-            .links
-            .all
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        links.retain(|link| {
-            link.upgrade()
-                .is_some_and(|link| link.close_reason().is_none())
-        });
+        let is_open = |link: Link| link.close_reason().is_none();
+        let mut links = lock(&self.links.0);
+        links.retain(|link| link.upgrade().is_some_and(is_open));
         links.push(link.downgrade());
+    }
+
+    /// Closes all links and waits until the peers know.
+    pub(super) async fn shutdown(&self, code: ErrorCode, text: &str) {
+        self.endpoint
+            .close(u32::from(code.0).into(), text.as_bytes());
+        self.endpoint.wait_idle().await;
     }
 }
 
-#[derive(Default)]
-struct Links {
-    all: Mutex<Vec<WeakLink>>,
-}
+#[derive(Debug, Default)]
+struct Links(Mutex<Vec<WeakLink>>);
 
 impl Links {
     fn unreachable(&self, address: SocketAddr) {
-        let links = self.all.lock().unwrap_or_else(PoisonError::into_inner);
+        let links = lock(&self.0);
         for link in links.iter().filter_map(WeakLink::upgrade) {
             if link.remote_addr() == canonical(address) && link.close_reason().is_none() {
                 tracing::debug!(?link, "port unreachable");
                 link.reported_closed();
             }
         }
-    }
-}
-
-impl fmt::Debug for Links {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Links")
     }
 }
 

@@ -139,11 +139,10 @@ impl ConnectError {
                 text: "it judges our certificate by its own clock, which is wrong, or the certificate has ended".to_owned(),
             },
             ConnectionError::ConnectionClosed(close) if is_tls_alert(close.error_code) => {
-                let text = format!("it does not accept our certificate ({close})");
                 Self::Refused {
                     address,
                     code: ErrorCode::UNAUTHORIZED,
-                    text,
+                    text: format!("it does not accept our certificate ({close})"),
                 }
             }
             error => match Closed::from(error) {
@@ -178,17 +177,8 @@ pub enum JoinError {
         /// SHA-256 of the root at the address, if it showed one.
         presented: Option<[u8; 32]>,
     },
-    /// The head does not know the token.
-    #[error("{0}")]
-    TokenUnknown(String),
-    /// The token was used before.
-    #[error("{0}")]
-    TokenUsed(String),
-    /// The token has expired.
-    #[error("{0}")]
-    TokenExpired(String),
-    /// The head refused for another reason.
-    #[error("the head refused: {text}")]
+    /// The head refused; the codes [`TOKEN_UNKNOWN`], [`TOKEN_USED`] and [`TOKEN_EXPIRED`] are about the token.
+    #[error("{}{text}", if is_about_token(*code) { "" } else { "the head refused: " })]
     Refused {
         /// Code of the refusal.
         code: ErrorCode,
@@ -215,26 +205,15 @@ pub enum JoinError {
 }
 
 impl JoinError {
-    pub(super) fn refused(code: ErrorCode, text: String) -> Self {
-        match code {
-            TOKEN_UNKNOWN => Self::TokenUnknown(text),
-            TOKEN_USED => Self::TokenUsed(text),
-            TOKEN_EXPIRED => Self::TokenExpired(text),
-            code => Self::Refused { code, text },
-        }
-    }
-
     /// True if trying again later, with the same token, can help.
     pub fn is_transient(&self) -> bool {
         match self {
             Self::Connect(error) => error.is_transient(),
             Self::Broken(_) => true,
-            Self::Refused { code, .. } => [
-                ErrorCode::INTERNAL,
-                ErrorCode::DRAINING,
-                ErrorCode::RATE_LIMITED,
-            ]
-            .contains(code),
+            Self::Refused { code, .. } => matches!(
+                *code,
+                ErrorCode::INTERNAL | ErrorCode::DRAINING | ErrorCode::RATE_LIMITED
+            ),
             Self::Unusable { source, .. } => source.is_transient(),
             _ => false,
         }
@@ -243,12 +222,17 @@ impl JoinError {
     /// True if the head reports that this node was expelled.
     pub fn is_expulsion(&self) -> bool {
         match self {
-            Self::Refused { code, .. } => *code == EXPELLED,
-            Self::Connect(ConnectError::Refused { code, .. }) => *code == EXPELLED,
+            Self::Refused { code, .. } | Self::Connect(ConnectError::Refused { code, .. }) => {
+                *code == EXPELLED
+            }
             Self::Unusable { source, .. } => source.is_expulsion(),
             _ => false,
         }
     }
+}
+
+fn is_about_token(code: ErrorCode) -> bool {
+    [TOKEN_UNKNOWN, TOKEN_USED, TOKEN_EXPIRED].contains(&code)
 }
 
 /// Causes of the end of a link.
@@ -345,15 +329,10 @@ impl From<StreamError> for StreamFailure {
         let StreamError::Io(io) = error else {
             return Self::Codec(error);
         };
-        let inner = io.get_ref();
-        if let Some(error) = inner.and_then(|inner| inner.downcast_ref::<quinn::WriteError>()) {
-            error.clone().into()
-        } else if let Some(error) = inner.and_then(|inner| inner.downcast_ref::<quinn::ReadError>())
-        {
-            error.clone().into()
-        } else {
-            Self::Codec(StreamError::Io(io))
-        }
+        let written = io.downcast::<quinn::WriteError>().map(Self::from);
+        written
+            .or_else(|io| io.downcast::<quinn::ReadError>().map(Self::from))
+            .unwrap_or_else(|io| Self::Codec(StreamError::Io(io)))
     }
 }
 
@@ -365,10 +344,8 @@ pub(super) fn error_code(code: VarInt) -> ErrorCode {
 /// True if the peer's TLS reports that our certificate has expired or is not valid yet: rustls sends
 /// certificate_expired (RFC 8446, section 6.2) for both.
 pub(super) fn is_date_alert(error: &ConnectionError) -> bool {
-    let ConnectionError::ConnectionClosed(close) = error else {
-        return false;
-    };
-    u64::from(close.error_code) == TLS_ALERTS + CERTIFICATE_EXPIRED
+    matches!(error, ConnectionError::ConnectionClosed(close)
+        if u64::from(close.error_code) == TLS_ALERTS + CERTIFICATE_EXPIRED)
 }
 
 /// RFC 9001, section 4.8: TLS alerts are the codes 0x100 to 0x1ff.

@@ -19,6 +19,7 @@ use super::config::LinkConfig;
 use super::connector::{dial, peer_member, within};
 use super::endpoint::LinkEndpoint;
 use super::error::{Closed, ConnectError, JoinError, StreamFailure};
+use super::link::close;
 use super::stream::MsgStream;
 use super::tls::{self, JOIN_PROTOCOL, PinVerifier};
 use crate::files;
@@ -47,13 +48,10 @@ pub async fn join(
         node_name: node_name.to_owned(),
     };
     let verifier = Arc::new(PinVerifier::new(*token.root_sha256()));
-    let ask = AdmissionRequest {
-        head,
-        kind: MsgType::JOIN_REQUEST,
-        body: request.encode_to_vec(),
-    };
     let tls = || tls::anonymous(verifier.clone(), JOIN_PROTOCOL);
-    let (chain, said_at) = ask.send(tls).await.map_err(|error| match error {
+    let request = (MsgType::JOIN_REQUEST, request.encode_to_vec());
+    let asked = ask_admission(head, request, tls).await;
+    let (chain, said_at) = asked.map_err(|error| match error {
         JoinError::Connect(ConnectError::PeerNotTrusted { address, .. }) if !verifier.matched() => {
             JoinError::ForeignMesh {
                 address,
@@ -63,13 +61,10 @@ pub async fn join(
         }
         error => error,
     })?;
-    if chain
-        .get(1)
-        .is_none_or(|root| sha256(root) != *token.root_sha256())
-    {
-        return Err(JoinError::Answer(
-            "the root in it is not the token's".to_owned(),
-        ));
+    let root = chain.get(1).map(|root| sha256(root));
+    if root.as_ref() != Some(token.root_sha256()) {
+        let reason = "the root in it is not the token's";
+        return Err(JoinError::Answer(reason.to_owned()));
     }
     let identity = NodeIdentity::store(state_dir, key, chain, deny_list)?;
     identity.clock().heard(said_at);
@@ -90,21 +85,18 @@ pub async fn load_or_join(
     node_name: &str,
 ) -> Result<NodeIdentity, JoinError> {
     let loaded = NodeIdentity::load(state_dir);
-    match (loaded, token) {
-        (Ok(identity), None) => Ok(identity),
-        (Ok(identity), Some(token)) if identity.root_sha256() == *token.root_sha256() => {
-            Ok(identity)
-        }
-        (Ok(_) | Err(TrustError::NoIdentity { .. }), Some(token)) => {
-            join(head, token, state_dir, node_name).await
-        }
-        (Err(identity), Some(token)) => join_again(head, token, state_dir, node_name)
+    let Some(token) = token else {
+        return Ok(loaded?);
+    };
+    match loaded {
+        Ok(identity) if identity.root_sha256() == *token.root_sha256() => Ok(identity),
+        Ok(_) | Err(TrustError::NoIdentity { .. }) => join(head, token, state_dir, node_name).await,
+        Err(identity) => join_again(head, token, state_dir, node_name)
             .await
             .map_err(|source| JoinError::Unusable {
                 identity,
                 source: Box::new(source),
             }),
-        (Err(error), None) => Err(error.into()),
     }
 }
 
@@ -163,16 +155,10 @@ pub fn settle(state_dir: &Path) -> Result<(), TrustError> {
 
 /// Exchanges the node's certificate for a fresh one, and takes it into use.
 pub async fn renew(head: &[SocketAddr], identity: &NodeIdentity) -> Result<(), JoinError> {
-    let body = RenewRequest {
-        csr: identity.request()?,
-    }
-    .encode_to_vec();
-    let ask = AdmissionRequest {
-        head,
-        kind: MsgType::RENEW_REQUEST,
-        body,
-    };
-    let (chain, said_at) = ask.send(|| tls::client(identity, JOIN_PROTOCOL)).await?;
+    let csr = identity.request()?;
+    let request = (MsgType::RENEW_REQUEST, RenewRequest { csr }.encode_to_vec());
+    let tls = || tls::client(identity, JOIN_PROTOCOL);
+    let (chain, said_at) = ask_admission(head, request, tls).await?;
     identity.clock().heard(said_at);
     Ok(identity.install(chain)?)
 }
@@ -202,59 +188,43 @@ pub async fn keep_renewed(head: SocketAddr, identity: NodeIdentity) -> std::conv
     }
 }
 
-/// One request to a head's admission.
-struct AdmissionRequest<'a> {
-    head: &'a [SocketAddr],
-    kind: MsgType,
-    body: Vec<u8>,
-}
-
-impl AdmissionRequest<'_> {
-    /// Returns the certificates in the answer, and when it was given by the head's clock.
-    async fn send(
-        self,
-        tls: impl Fn() -> Result<QuicClientConfig, TrustError>,
-    ) -> Result<(Vec<CertificateDer<'static>>, u64), JoinError> {
-        let config = LinkConfig {
-            max_message: MAX_EXCHANGE,
-            ..LinkConfig::default()
-        };
-        // Only the handshake is raced: the request may be made once.
-        let (tls, config) = (&tls, &config);
-        let attempt = |address| async move {
-            let local = listen::toward(address);
-            let carrier =
-                LinkEndpoint::bind(local, None).map_err(|source| ConnectError::Socket {
-                    address: local,
-                    source,
-                })?;
-            let dialled = dial(&carrier, tls()?, address, config);
-            let connection = within(config.handshake_timeout, address, dialled).await?;
-            peer_member(&connection, address, Role::Head)?;
-            Ok::<_, ConnectError>((carrier, connection))
-        };
-        let (address, (carrier, connection)) = race(self.head, attempt)
-            .await
-            .map_err(ConnectError::of_all)?;
-        let answer = within(ANSWER_TIMEOUT, address, async {
-            let answer = exchange(&connection, self.kind, self.body).await;
-            connection.close(0u32.into(), b"");
-            answer
-        })
-        .await;
-        // The head waits for the close; a moment is enough, and an unreachable head must not hold us.
-        let _ =
-            tokio::time::timeout(Duration::from_millis(500), carrier.endpoint.wait_idle()).await;
-        let (response, said_at) = answer?;
-        let certificates = response.certificates.into_iter();
-        Ok((certificates.map(CertificateDer::from).collect(), said_at))
-    }
+/// Sends one request to a head's admission. Returns the certificates in the answer, and when it was given by the head's clock.
+async fn ask_admission(
+    head: &[SocketAddr],
+    request: (MsgType, Vec<u8>),
+    tls: impl Fn() -> Result<QuicClientConfig, TrustError>,
+) -> Result<(Vec<CertificateDer<'static>>, u64), JoinError> {
+    let config = LinkConfig {
+        max_message: MAX_EXCHANGE,
+        ..LinkConfig::default()
+    };
+    // Only the handshake is raced: the request may be made once.
+    let (tls, config) = (&tls, &config);
+    let attempt = |address| async move {
+        let carrier = LinkEndpoint::bind(listen::toward(address), None)?;
+        let dialled = dial(&carrier, tls()?, address, config);
+        let connection = within(config.handshake_timeout, address, dialled).await?;
+        peer_member(&connection, address, Role::Head)?;
+        Ok::<_, ConnectError>((carrier, connection))
+    };
+    let raced = race(head, attempt).await;
+    let (address, (carrier, connection)) = raced.map_err(ConnectError::of_all)?;
+    let answer = within(ANSWER_TIMEOUT, address, async {
+        let answer = exchange(&connection, request).await;
+        connection.close(0u32.into(), b"");
+        answer
+    })
+    .await;
+    // The head waits for the close; a moment is enough, and an unreachable head must not hold us.
+    let _ = tokio::time::timeout(Duration::from_millis(500), carrier.endpoint.wait_idle()).await;
+    let (response, said_at) = answer?;
+    let certificates = response.certificates.into_iter();
+    Ok((certificates.map(CertificateDer::from).collect(), said_at))
 }
 
 async fn exchange(
     connection: &Connection,
-    kind: MsgType,
-    body: Vec<u8>,
+    (kind, body): (MsgType, Vec<u8>),
 ) -> Result<(JoinResponse, u64), JoinError> {
     let halves = connection.open_bi().await.map_err(StreamFailure::from)?;
     let mut stream = MsgStream::new(halves, MAX_EXCHANGE);
@@ -267,7 +237,7 @@ async fn exchange(
         Ok(None) => return Err(JoinError::Answer("there is none".to_owned())),
         // The head closes the connection when it does not want to talk at all.
         Err(StreamFailure::Link(Closed::ByPeer { code, text })) => {
-            return Err(JoinError::refused(code, text));
+            return Err(JoinError::Refused { code, text });
         }
         Err(failure) => return Err(failure.into()),
     };
@@ -276,7 +246,8 @@ async fn exchange(
             .map(|response| (response, answer.timestamp_us))
             .map_err(|error| JoinError::Answer(error.to_string())),
         (MsgType::ERROR, Some(error)) => {
-            Err(JoinError::refused(error.code, error.text.into_owned()))
+            let (code, text) = (error.code, error.text.into_owned());
+            Err(JoinError::Refused { code, text })
         }
         (kind, _) => Err(JoinError::Answer(format!("it is a {kind}"))),
     }
@@ -286,10 +257,8 @@ async fn exchange(
 /// arrives. The error is for the log.
 pub(super) async fn request(connection: &Connection) -> Result<(MsgStream, Message), String> {
     let received = async {
-        let halves = connection
-            .accept_bi()
-            .await
-            .map_err(|error| error.to_string())?;
+        let halves = connection.accept_bi().await;
+        let halves = halves.map_err(|error| error.to_string())?;
         let mut stream = MsgStream::new(halves, MAX_EXCHANGE);
         let received = stream.recv().await.map_err(|error| error.to_string())?;
         Ok((stream, received.ok_or("no request")?))
@@ -298,7 +267,7 @@ pub(super) async fn request(connection: &Connection) -> Result<(MsgStream, Messa
         Ok(received) => received,
         Err(_) => {
             let text = "no request in time";
-            connection.close(u32::from(ErrorCode::TIMEOUT.0).into(), text.as_bytes());
+            close(connection, ErrorCode::TIMEOUT, text);
             Err(text.to_owned())
         }
     }
@@ -332,22 +301,15 @@ async fn decide_and_send(
         .unwrap_or_else(|error| Err(Refusal::Internal(error.to_string())));
     let (answer, result) = match decided {
         Ok(certificates) => {
-            let certificates = certificates
-                .iter()
-                .map(|certificate| certificate.to_vec())
-                .collect();
+            let certificates = certificates.iter().map(|one| one.to_vec()).collect();
             let body = JoinResponse { certificates, mesh }.encode_to_vec();
-            (
-                Message::new(MsgType::JOIN_RESPONSE, sequence, timestamp_us(), body),
-                Ok(()),
-            )
+            let answer = Message::new(MsgType::JOIN_RESPONSE, sequence, timestamp_us(), body);
+            (answer, Ok(()))
         }
         Err(refusal) => {
             let text = refusal.to_string();
-            (
-                Message::error(sequence, timestamp_us(), refusal.code(), &text),
-                Err(text),
-            )
+            let answer = Message::error(sequence, timestamp_us(), refusal.code(), &text);
+            (answer, Err(text))
         }
     };
     // A peer that takes nothing is not waited for.
@@ -380,11 +342,8 @@ fn decide(
         }
         MsgType::RENEW_REQUEST => {
             let body = RenewRequest::decode(request.payload).map_err(unreadable)?;
-            let member = member.ok_or_else(|| {
-                Refusal::NotAdmitted(
-                    "a renewal needs the certificate that is to be renewed".to_owned(),
-                )
-            })?;
+            let without = "a renewal needs the certificate that is to be renewed";
+            let member = member.ok_or_else(|| Refusal::NotAdmitted(without.to_owned()))?;
             admission.renew(&member, &body.csr, now)
         }
         kind => Err(Refusal::Invalid(format!("{kind} is no request to join"))),

@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use dcf::ErrorCode;
-use quinn::Connection;
 use quinn::crypto::rustls::HandshakeData;
+use quinn::{Connection, ConnectionError, RecvStream, SendStream};
 use rustls::NamedGroup;
 use rustls::pki_types::CertificateDer;
 
@@ -77,8 +77,7 @@ impl Link {
 
     /// Our own address on the path to the peer, if the system reports it.
     pub fn local_ip(&self) -> Option<IpAddr> {
-        let ip = self.inner.connection.local_ip()?;
-        Some(ip.to_canonical())
+        Some(self.inner.connection.local_ip()?.to_canonical())
     }
 
     /// Estimated round-trip time.
@@ -100,7 +99,7 @@ impl Link {
         let before = self.packets_received();
         let deadline = tokio::time::Instant::now() + limit;
         while connection.close_reason().is_none() && tokio::time::Instant::now() < deadline {
-            let _ = connection.send_datagram(Bytes::from_static(&[0]));
+            self.ask();
             tokio::time::sleep(SIGN_OF_LIFE).await;
             if self.packets_received() > before {
                 return true;
@@ -121,24 +120,12 @@ impl Link {
 
     /// Opens a stream; waits while the peer has as many as it allows. The peer sees it with the first message.
     pub async fn open(&self) -> Result<MsgStream, StreamFailure> {
-        let halves = self
-            .inner
-            .connection
-            .open_bi()
-            .await
-            .map_err(|error| self.failure(error))?;
-        Ok(MsgStream::new(halves, self.inner.max_message))
+        self.stream(self.inner.connection.open_bi().await)
     }
 
     /// The next stream that the peer opens.
     pub async fn accept(&self) -> Result<MsgStream, StreamFailure> {
-        let halves = self
-            .inner
-            .connection
-            .accept_bi()
-            .await
-            .map_err(|error| self.failure(error))?;
-        Ok(MsgStream::new(halves, self.inner.max_message))
+        self.stream(self.inner.connection.accept_bi().await)
     }
 
     /// Waits for the end of the link and returns its cause.
@@ -149,15 +136,13 @@ impl Link {
 
     /// Cause of the link's end; `None` while it is open.
     pub fn close_reason(&self) -> Option<Closed> {
-        self.inner
-            .connection
-            .close_reason()
-            .map(|error| self.reason(error))
+        let error = self.inner.connection.close_reason()?;
+        Some(self.reason(error))
     }
 
     /// Closes the link at once, its streams with it. The peer sees [`Closed::ByPeer`] with this code and text.
     pub fn close(&self, code: ErrorCode, text: &str) {
-        self.inner.close(code, text);
+        close(&self.inner.connection, code, text);
     }
 
     /// Has the link end as soon as its peer is on the list.
@@ -195,16 +180,16 @@ impl Link {
 
     async fn suspect(&self) {
         let connection = &self.inner.connection;
-        let received = || connection.stats().udp_rx.datagrams;
         let reports = || self.inner.reports.load(Ordering::Relaxed);
-        let (before, known) = (received(), reports());
+        let (before, known) = (self.packets_received(), reports());
+        let has_ended = || self.packets_received() != before || connection.close_reason().is_some();
         let rtt = self.rtt();
         let soon = (rtt * 3).max(SIGN_OF_LIFE);
         let limit = (rtt * 3).max(SUSPICION);
         let mut silent = Duration::ZERO;
         while silent < limit {
             // A live peer acknowledges it. If it cannot be sent, silence is the only evidence.
-            let _ = connection.send_datagram(Bytes::from_static(&[0]));
+            self.ask();
             let asked = Instant::now();
             tokio::time::sleep(soon).await;
             // A process that sleeps longer than it wanted to had no processor, and an answer may be waiting
@@ -214,14 +199,14 @@ impl Link {
             } else {
                 tokio::time::sleep(soon).await;
             }
-            if received() != before || connection.close_reason().is_some() {
+            if has_ended() {
                 return;
             }
             if silent >= soon && reports() != known {
                 break;
             }
         }
-        if received() == before && connection.close_reason().is_none() {
+        if !has_ended() {
             self.inner.gone.store(true, Ordering::Relaxed);
             self.close(ErrorCode::TIMEOUT, "your port is closed");
         }
@@ -231,28 +216,25 @@ impl Link {
     /// link ends soon.
     pub fn ask(&self) {
         // If it cannot be sent, the next keep-alive asks.
-        let _ = self
-            .inner
-            .connection
-            .send_datagram(Bytes::from_static(&[0]));
+        let probe = Bytes::from_static(&[0]);
+        let _ = self.inner.connection.send_datagram(probe);
     }
 
-    fn reason(&self, error: quinn::ConnectionError) -> Closed {
+    fn reason(&self, error: ConnectionError) -> Closed {
         match Closed::from(error) {
             Closed::ByUs if self.inner.gone.load(Ordering::Relaxed) => Closed::Gone,
             reason => reason,
         }
     }
 
-    fn failure(&self, error: quinn::ConnectionError) -> StreamFailure {
-        StreamFailure::Link(self.reason(error))
-    }
-}
-
-impl Inner {
-    fn close(&self, code: ErrorCode, text: &str) {
-        self.connection
-            .close(u32::from(code.0).into(), text.as_bytes());
+    fn stream(
+        &self,
+        halves: Result<(SendStream, RecvStream), ConnectionError>,
+    ) -> Result<MsgStream, StreamFailure> {
+        match halves {
+            Ok(halves) => Ok(MsgStream::new(halves, self.inner.max_message)),
+            Err(error) => Err(StreamFailure::Link(self.reason(error))),
+        }
     }
 }
 
@@ -268,7 +250,7 @@ impl Expellable for Inner {
     fn expel(&self, refusal: &Refusal) {
         let (peer, node) = (&self.peer.name, &self.peer.node_id);
         tracing::info!(peer, node, "link closed: the node is expelled");
-        self.close(EXPELLED, &refusal.to_string());
+        close(&self.connection, EXPELLED, &refusal.to_string());
     }
 }
 
@@ -283,6 +265,7 @@ impl fmt::Debug for Link {
 }
 
 /// A handle that does not keep the link open.
+#[derive(Debug)]
 pub(super) struct WeakLink(Weak<Inner>);
 
 impl WeakLink {
@@ -291,20 +274,20 @@ impl WeakLink {
     }
 }
 
+/// The peer sees [`Closed::ByPeer`] with this code and text.
+pub(super) fn close(connection: &Connection, code: ErrorCode, text: &str) {
+    connection.close(u32::from(code.0).into(), text.as_bytes());
+}
+
 pub(super) fn handshake_data(connection: &Connection) -> Option<HandshakeData> {
-    connection
-        .handshake_data()?
-        .downcast()
-        .ok()
-        .map(|data| *data)
+    let data = connection.handshake_data()?.downcast().ok()?;
+    Some(*data)
 }
 
 /// The peer's own certificate, which rustls has checked against the root.
 pub(super) fn peer_certificate(connection: &Connection) -> Option<CertificateDer<'static>> {
-    let chain = connection
-        .peer_identity()?
-        .downcast::<Vec<CertificateDer<'static>>>()
-        .ok()?;
+    let chain = connection.peer_identity()?;
+    let chain: Box<Vec<CertificateDer<'static>>> = chain.downcast().ok()?;
     chain.into_iter().next()
 }
 

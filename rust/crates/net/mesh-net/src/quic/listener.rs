@@ -2,7 +2,7 @@
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
-use std::sync::{Arc, PoisonError};
+use std::sync::Arc;
 #[cfg(test)]
 use std::time::SystemTime;
 use std::time::{Duration, Instant};
@@ -11,20 +11,20 @@ use dcf::{ErrorCode, Message, MsgType};
 use mesh_base::addresses;
 use mesh_base::clock::{self, timestamp_us};
 use mesh_base::places::GivenUp;
-use quinn::{Connection, Incoming, ServerConfig, VarInt};
+use mesh_base::sync::lock;
+use mesh_base::token_bucket::TokenBucket;
+use quinn::{Connection, Incoming, ServerConfig};
 use tokio::sync::{Mutex, mpsc};
 
 use super::config::LinkConfig;
 use super::endpoint::LinkEndpoint;
 use super::error::{ConnectError, StreamFailure, is_date_alert};
 use super::join;
-use super::link::{Link, canonical, handshake_data, peer_certificate};
+use super::link::{Link, canonical, close, handshake_data, peer_certificate};
 use super::rooms::Rooms;
 use super::stream::SendHalf;
 use super::tls::{self, JOIN_PROTOCOL, LINK_PROTOCOL};
-use crate::trust::{
-    Admission, CERTIFICATE_DATES, Member, MeshClock, NodeIdentity, Refusal, TrustError,
-};
+use crate::trust::{Admission, CERTIFICATE_DATES, Member, MeshClock, NodeIdentity, TrustError};
 
 /// Accepts links, and lets new nodes join when it has an [`Admission`].
 #[derive(Debug)]
@@ -50,8 +50,7 @@ impl Listener {
             .max_incoming(MAX_INCOMING)
             .incoming_buffer_size(INCOMING_BUFFER)
             .incoming_buffer_size_total(INCOMING_BUFFERS);
-        let carrier = LinkEndpoint::bind(address, Some(server))
-            .map_err(|source| ConnectError::Socket { address, source })?;
+        let carrier = LinkEndpoint::bind(address, Some(server))?;
         let (sender, links) = mpsc::channel(BACKLOG);
         let gate = Acceptor {
             carrier: carrier.clone(),
@@ -61,7 +60,7 @@ impl Listener {
             clock: identity.clock().clone(),
             own: identity.clone(),
             rooms: Rooms::new(),
-            news: Arc::default(),
+            news: Arc::new(TokenBucket::full(NEWS, Instant::now()).into()),
         };
         tokio::spawn(gate.clone().run());
         if let Some(admission) = gate.admission {
@@ -85,10 +84,7 @@ impl Listener {
 
     /// Closes all links and waits until the peers know.
     pub async fn shutdown(&self, code: ErrorCode, text: &str) {
-        self.carrier
-            .endpoint
-            .close(VarInt::from(u32::from(code.0)), text.as_bytes());
-        self.carrier.endpoint.wait_idle().await;
+        self.carrier.shutdown(code, text).await;
     }
 }
 
@@ -109,7 +105,8 @@ struct Acceptor {
     clock: MeshClock,
     own: NodeIdentity,
     rooms: Rooms,
-    news: Arc<LogLimiter>,
+    /// Keeps a flood of strangers from filling the log.
+    news: Arc<std::sync::Mutex<TokenBucket>>,
 }
 
 impl Acceptor {
@@ -136,10 +133,10 @@ impl Acceptor {
             tokio::spawn(async move {
                 let address = canonical(incoming.remote_address());
                 if let Err(reason) = gate.enter(incoming, source).await {
-                    if gate.news.is_due(Instant::now()) {
-                        tracing::info!(%address, reason, "connection not admitted");
-                    } else {
-                        tracing::debug!(%address, reason, "connection not admitted");
+                    let is_news = lock(&gate.news).take(NEWS, NEWS, Instant::now());
+                    match is_news {
+                        true => tracing::info!(%address, reason, "connection not admitted"),
+                        false => tracing::debug!(%address, reason, "connection not admitted"),
                     }
                 }
             });
@@ -164,33 +161,36 @@ impl Acceptor {
         let member = peer_certificate(&connection)
             .map(|certificate| Member::from_certificate(&certificate))
             .transpose()
-            .map_err(|error| refuse(&connection, &error.to_string()))?;
-        match (protocol.as_slice(), &self.admission, member) {
+            .map_err(|error| unauthorized(&connection, error.to_string()))?;
+        let crowded = |GivenUp| {
+            let text = "others need the room: too many connections wait here; try again";
+            refuse(&connection, ErrorCode::RATE_LIMITED, text)
+        };
+        let refusal = match (protocol.as_slice(), &self.admission, member) {
             (LINK_PROTOCOL, _, Some(member)) => {
                 let node = member.node_id.clone();
                 let admitted = tokio::time::timeout(limit, self.admit(&connection, member));
                 let held = self.rooms.entering.hold(node, admitted).await;
                 let link = held
-                    .map_err(|GivenUp| crowded(&connection))?
-                    .map_err(|_| refuse(&connection, "admission took too long"))??;
+                    .map_err(crowded)?
+                    .map_err(|_| unauthorized(&connection, "admission took too long"))??;
                 self.rooms.came_in(source, Instant::now());
-                self.links
-                    .send(link)
-                    .await
-                    .map_err(|_| refuse(&connection, "shutting down"))
+                match self.links.send(link).await {
+                    Ok(()) => return Ok(()),
+                    Err(_) => "shutting down",
+                }
             }
-            (LINK_PROTOCOL, _, None) => Err(refuse(
-                &connection,
-                "a node needs a certificate of this mesh; join with a token first",
-            )),
+            (LINK_PROTOCOL, _, None) => {
+                "a node needs a certificate of this mesh; join with a token first"
+            }
             (JOIN_PROTOCOL, Some(admission), None) => {
                 let request = join::request(&connection);
                 let held = self.rooms.joining.hold(source, request).await;
-                let request = held.map_err(|GivenUp| crowded(&connection))??;
+                let request = held.map_err(crowded)??;
                 // What it asks for happens once: those that have asked are not in the way of those that have not.
                 let answer = join::answer(&connection, request, admission.clone(), None);
                 let held = self.rooms.answering.hold(source, answer).await;
-                held.map_err(|GivenUp| crowded(&connection))?
+                return held.map_err(crowded)?;
             }
             (JOIN_PROTOCOL, Some(admission), Some(member)) => {
                 let (node, admission) = (member.node_id.clone(), admission.clone());
@@ -199,15 +199,13 @@ impl Acceptor {
                     join::answer(&connection, request, admission, Some(member)).await
                 };
                 let held = self.rooms.renewing.hold(node, exchange).await;
-                held.map_err(|GivenUp| crowded(&connection))?
+                return held.map_err(crowded)?;
             }
-            (JOIN_PROTOCOL, None, _) => Err(refuse(
-                &connection,
-                "this node admits nobody; join at the head",
-            )),
+            (JOIN_PROTOCOL, None, _) => "this node admits nobody; join at the head",
             // rustls has no other protocol to agree on.
-            _ => Err(refuse(&connection, "unknown protocol")),
-        }
+            _ => "unknown protocol",
+        };
+        Err(unauthorized(&connection, refusal))
     }
 
     /// A peer of an older version judges our certificate by its own clock, and says so by an alert.
@@ -225,7 +223,7 @@ impl Acceptor {
     async fn admit(&self, connection: &Connection, member: Member) -> Result<Link, String> {
         let now = self.clock.now();
         if let Some(refusal) = self.own.deny_list().refusal(&member.node_id) {
-            return Err(refuse_with(connection, &refusal));
+            return Err(refuse(connection, refusal.code(), refusal.to_string()));
         }
         if !member.is_valid_at(now) {
             let text = format!(
@@ -234,24 +232,28 @@ impl Acceptor {
                 member.dates(),
                 clock::utc(now)
             );
-            connection.close(u32::from(CERTIFICATE_DATES.0).into(), text.as_bytes());
-            return Err(text);
+            return Err(refuse(connection, CERTIFICATE_DATES, text));
         }
         if let Some(admission) = self.admission.clone() {
             let asked = member.clone();
             let verdict = tokio::task::spawn_blocking(move || admission.connect(&asked, now)).await;
             match verdict {
                 Ok(Ok(())) => {}
-                Ok(Err(refusal)) => return Err(refuse_with(connection, &refusal)),
+                Ok(Err(refusal)) => {
+                    return Err(refuse(connection, refusal.code(), refusal.to_string()));
+                }
                 Err(error) => {
-                    return Err(refuse(connection, &format!("admission failed: {error}")));
+                    return Err(unauthorized(
+                        connection,
+                        format!("admission failed: {error}"),
+                    ));
                 }
             }
         }
         let link = Link::new(connection.clone(), member, self.config.max_message);
         if self.carrier.links_of(link.node_id()) >= MAX_LINKS {
             let text = format!("{MAX_LINKS} links of this node are open here; close some first");
-            return Err(busy(connection, &text));
+            return Err(refuse(connection, ErrorCode::RATE_LIMITED, text));
         }
         self.config.open_windows(connection);
         self.welcome(connection)
@@ -271,48 +273,15 @@ impl Acceptor {
     }
 }
 
-fn refuse(connection: &Connection, text: &str) -> String {
-    connection.close(u32::from(ErrorCode::UNAUTHORIZED.0).into(), text.as_bytes());
-    text.to_owned()
-}
-
-fn refuse_with(connection: &Connection, refusal: &Refusal) -> String {
-    let text = refusal.to_string();
-    connection.close(u32::from(refusal.code().0).into(), text.as_bytes());
+/// Closes the connection; returns the text, for our log.
+fn refuse(connection: &Connection, code: ErrorCode, text: impl Into<String>) -> String {
+    let text = text.into();
+    close(connection, code, &text);
     text
 }
 
-/// Keeps a flood of strangers from filling the log.
-#[derive(Default)]
-struct LogLimiter(std::sync::Mutex<Option<(Instant, u32)>>);
-
-impl LogLimiter {
-    /// True for the first [`NEWS`] of each second.
-    fn is_due(&self, now: Instant) -> bool {
-        let mut told = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        match &mut *told {
-            Some((since, count)) if now.duration_since(*since) < Duration::from_secs(1) => {
-                *count += 1;
-                *count <= NEWS
-            }
-            told => {
-                *told = Some((now, 1));
-                true
-            }
-        }
-    }
-}
-
-fn busy(connection: &Connection, text: &str) -> String {
-    connection.close(u32::from(ErrorCode::RATE_LIMITED.0).into(), text.as_bytes());
-    text.to_owned()
-}
-
-fn crowded(connection: &Connection) -> String {
-    busy(
-        connection,
-        "others need the room: too many connections wait here; try again",
-    )
+fn unauthorized(connection: &Connection, text: impl Into<String>) -> String {
+    refuse(connection, ErrorCode::UNAUTHORIZED, text)
 }
 
 /// Keeps the certificate of the listening node itself fresh; it has the admission at hand.
@@ -357,8 +326,8 @@ const BACKLOG: usize = 64;
 /// [`LinkConfig::idle_timeout`].
 const MAX_LINKS: usize = 64;
 
-/// Lines of log about connections that were not admitted, in each second.
-const NEWS: u32 = 5;
+/// Lines of log about connections that were not admitted, for each second.
+const NEWS: f64 = 5.0;
 
 /// Connections whose first packet waits to be looked at, and bytes that may come for one and for all of them meanwhile.
 const MAX_INCOMING: usize = 1024;

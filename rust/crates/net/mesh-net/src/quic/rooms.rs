@@ -5,10 +5,11 @@
 
 use std::collections::HashMap;
 use std::net::IpAddr;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
 use mesh_base::places::Room;
+use mesh_base::sync::lock;
 use mesh_base::token_bucket::TokenBucket;
 
 /// The rooms of one listener.
@@ -26,7 +27,8 @@ pub(super) struct Rooms {
     pub(super) renewing: Room<String>,
     /// Nodes with a certificate, by their id, on their way to becoming a link.
     pub(super) entering: Room<String>,
-    addresses: Arc<Mutex<KnownSources>>,
+    /// Sources of links, the latest [`MOST_KNOWN`] of them.
+    addresses: Arc<Mutex<HashMap<IpAddr, Instant>>>,
     limiter: Arc<Mutex<HandshakeLimiter>>,
 }
 
@@ -62,27 +64,17 @@ impl Rooms {
     }
 
     fn is_known(&self, source: IpAddr) -> bool {
-        lock(&self.addresses).0.contains_key(&source)
+        lock(&self.addresses).contains_key(&source)
     }
 
     /// Records a link from this source.
     pub(super) fn came_in(&self, source: IpAddr, now: Instant) {
-        lock(&self.addresses).note(source, now);
-    }
-}
-
-/// Sources of links, the latest [`MOST_KNOWN`] of them.
-#[derive(Default)]
-struct KnownSources(HashMap<IpAddr, Instant>);
-
-impl KnownSources {
-    fn note(&mut self, source: IpAddr, now: Instant) {
-        self.0.insert(source, now);
-        if self.0.len() > MOST_KNOWN {
-            let oldest = self.0.iter().min_by_key(|&(_, &at)| at);
-            if let Some(oldest) = oldest.map(|(&source, _)| source) {
-                self.0.remove(&oldest);
-            }
+        let mut known = lock(&self.addresses);
+        known.insert(source, now);
+        if known.len() > MOST_KNOWN {
+            let oldest = known.iter().min_by_key(|&(_, &at)| at);
+            let (&oldest, _) = oldest.expect("there are some");
+            known.remove(&oldest);
         }
     }
 }
@@ -107,10 +99,6 @@ impl HandshakeLimiter {
         let bucket = self.0.entry(source).or_insert_with(full);
         bucket.take(per_second, burst, now)
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 const MOST_KNOWN: usize = 1024;
@@ -157,6 +145,6 @@ mod tests {
             assert!(is_known(n));
         }
         assert!(!is_known(0) && is_known(1999));
-        assert_eq!(lock(&rooms.addresses).0.len(), MOST_KNOWN);
+        assert_eq!(lock(&rooms.addresses).len(), MOST_KNOWN);
     }
 }

@@ -88,10 +88,8 @@ impl SendHalf {
     /// Ends the half; messages already sent still arrive.
     pub fn finish(&mut self) -> Result<(), StreamFailure> {
         self.ended = true;
-        self.framed
-            .get_mut()
-            .finish()
-            .map_err(|_| StreamFailure::Finished)
+        let finished = self.framed.get_mut().finish();
+        finished.map_err(|_| StreamFailure::Finished)
     }
 
     /// Cancels the half: messages that have not arrived yet may be lost.

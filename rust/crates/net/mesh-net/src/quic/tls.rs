@@ -1,7 +1,9 @@
 //! TLS 1.3 as the mesh uses it: certificates are checked against the mesh's root, never against names.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 
+use mesh_base::sync::lock;
 use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
 use rustls::client::Resumption;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
@@ -21,14 +23,9 @@ use crate::trust::{NodeIdentity, TrustError, algorithms, sha256, verify_issued_b
 /// The server side of both protocols. Whether a certificate is needed depends on the protocol and is checked after the
 /// handshake; one that is shown must be of the mesh.
 pub(super) fn server(identity: &NodeIdentity) -> Result<QuicServerConfig, TrustError> {
-    let verifier = MeshVerifier {
-        root: identity.root().clone(),
-        algorithms: algorithms(),
-    };
     let mut config = ServerConfig::builder_with_provider(provider())
-        .with_protocol_versions(&[&rustls::version::TLS13])
-        .map_err(crypto)?
-        .with_client_cert_verifier(Arc::new(verifier))
+        .with_protocol_versions(&[&rustls::version::TLS13])?
+        .with_client_cert_verifier(Arc::new(MeshVerifier::new(identity)))
         .with_cert_resolver(Arc::new(identity.clone()));
     config.alpn_protocols = vec![LINK_PROTOCOL.to_vec(), JOIN_PROTOCOL.to_vec()];
     // A link lives for days: resuming sessions would save nothing and outlive certificates.
@@ -42,12 +39,8 @@ pub(super) fn client(
     identity: &NodeIdentity,
     protocol: &[u8],
 ) -> Result<QuicClientConfig, TrustError> {
-    let verifier = MeshVerifier {
-        root: identity.root().clone(),
-        algorithms: algorithms(),
-    };
-    let config =
-        client_builder(Arc::new(verifier))?.with_client_cert_resolver(Arc::new(identity.clone()));
+    let builder = client_builder(Arc::new(MeshVerifier::new(identity)))?;
+    let config = builder.with_client_cert_resolver(Arc::new(identity.clone()));
     finish_client(config, protocol)
 }
 
@@ -63,8 +56,7 @@ fn client_builder(
     verifier: Arc<dyn ServerCertVerifier>,
 ) -> Result<rustls::ConfigBuilder<ClientConfig, rustls::client::WantsClientCert>, TrustError> {
     Ok(ClientConfig::builder_with_provider(provider())
-        .with_protocol_versions(&[&rustls::version::TLS13])
-        .map_err(crypto)?
+        .with_protocol_versions(&[&rustls::version::TLS13])?
         .dangerous()
         .with_custom_certificate_verifier(verifier))
 }
@@ -77,10 +69,6 @@ fn finish_client(
     config.resumption = Resumption::disabled();
     config.enable_sni = false;
     QuicClientConfig::try_from(config).map_err(|error| TrustError::Crypto(error.to_string()))
-}
-
-fn crypto(error: Error) -> TrustError {
-    TrustError::Crypto(error.to_string())
 }
 
 /// ALPN of links.
@@ -133,6 +121,15 @@ struct MeshVerifier {
     algorithms: WebPkiSupportedAlgorithms,
 }
 
+impl MeshVerifier {
+    fn new(identity: &NodeIdentity) -> Self {
+        Self {
+            root: identity.root().clone(),
+            algorithms: algorithms(),
+        }
+    }
+}
+
 impl ServerCertVerifier for MeshVerifier {
     fn verify_server_cert(
         &self,
@@ -180,7 +177,7 @@ pub(super) struct PinVerifier {
     algorithms: WebPkiSupportedAlgorithms,
     /// Hash of another root that was shown, for the error message.
     foreign: Mutex<Option<[u8; 32]>>,
-    matched: Mutex<bool>,
+    matched: AtomicBool,
 }
 
 impl PinVerifier {
@@ -189,18 +186,18 @@ impl PinVerifier {
             pin,
             algorithms: algorithms(),
             foreign: Mutex::default(),
-            matched: Mutex::default(),
+            matched: AtomicBool::new(false),
         }
     }
 
     /// True if the peer showed the pinned root.
     pub(super) fn matched(&self) -> bool {
-        *self.matched.lock().unwrap_or_else(PoisonError::into_inner)
+        self.matched.load(Ordering::Relaxed)
     }
 
     /// The root that the peer showed instead.
     pub(super) fn foreign(&self) -> Option<[u8; 32]> {
-        *self.foreign.lock().unwrap_or_else(PoisonError::into_inner)
+        *lock(&self.foreign)
     }
 }
 
@@ -214,11 +211,10 @@ impl ServerCertVerifier for PinVerifier {
         _: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
         let Some(root) = others.iter().find(|other| sha256(other) == self.pin) else {
-            *self.foreign.lock().unwrap_or_else(PoisonError::into_inner) =
-                others.last().map(|root| sha256(root));
+            *lock(&self.foreign) = others.last().map(|root| sha256(root));
             return Err(Error::InvalidCertificate(CertificateError::UnknownIssuer));
         };
-        *self.matched.lock().unwrap_or_else(PoisonError::into_inner) = true;
+        self.matched.store(true, Ordering::Relaxed);
         verify_issued_by(certificate, root, &self.algorithms)?;
         Ok(ServerCertVerified::assertion())
     }

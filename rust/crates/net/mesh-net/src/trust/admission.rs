@@ -2,10 +2,11 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::Mutex;
 use std::time::{Duration, Instant, SystemTime};
 
 use mesh_base::clock;
+use mesh_base::sync::lock;
 use rustls::pki_types::CertificateDer;
 
 use super::certificate::{Member, Role, requested_node_id};
@@ -68,6 +69,7 @@ pub struct JoinAsk<'a> {
 #[derive(Debug)]
 pub struct Authority {
     root: MeshRoot,
+    /// Changes only after its file has changed, in one assignment.
     tokens: Mutex<TokenStore>,
     /// Locked before the tokens.
     roster: Mutex<Roster>,
@@ -118,40 +120,26 @@ impl Authority {
         }
         match NodeIdentity::load_with(dir, self.deny_list.clone()) {
             Ok(identity) if identity.root() != self.root.certificate() => {
-                Err(TrustError::MixedUp {
+                return Err(TrustError::MixedUp {
                     path: dir.join(names::NODE_CERTIFICATE),
                     reason: "it is of another root than root.key".to_owned(),
-                })
+                });
             }
-            Ok(identity) if !identity.is_renewal_due(now) => Ok(identity),
-            Ok(old) => {
-                if !old.member().is_valid_at(now) {
-                    tracing::warn!(
-                        certificate = old.member().dates(),
-                        clock = clock::utc(now),
-                        "this head's certificate does not hold now, so a new one is issued; if the date is wrong, set the clock"
-                    );
-                }
-                self.issue_own(dir, name, now)
-            }
-            Err(TrustError::NoIdentity { .. }) => self.issue_own(dir, name, now),
+            Ok(identity) if !identity.is_renewal_due(now) => return Ok(identity),
+            Ok(old) if !old.member().is_valid_at(now) => tracing::warn!(
+                certificate = old.member().dates(),
+                clock = clock::utc(now),
+                "this head's certificate does not hold now, so a new one is issued; if the date is wrong, set the clock"
+            ),
+            Ok(_) | Err(TrustError::NoIdentity { .. }) => {}
             // The root is here, so a certificate for the same key is as good as the lost one.
             Err(error @ (TrustError::Missing { .. } | TrustError::Damaged { .. }))
                 if error.is_about(names::NODE_CERTIFICATE) =>
             {
                 tracing::warn!(%error, "this head's own certificate is issued anew");
-                self.issue_own(dir, name, now)
             }
-            Err(error) => Err(error),
+            Err(error) => return Err(error),
         }
-    }
-
-    fn issue_own(
-        &self,
-        dir: &Path,
-        name: &str,
-        now: SystemTime,
-    ) -> Result<NodeIdentity, TrustError> {
         let key = NodeKey::load_or_create(dir)?;
         let request = key.request()?;
         let life = self.validity.life;
@@ -166,7 +154,7 @@ impl Authority {
 
     /// The nodes that have joined and are not expelled, by node id. Waits for changes of the roster, which block on the disk.
     pub fn members(&self) -> BTreeMap<String, KnownMember> {
-        let mut members = self.roster().members().clone();
+        let mut members = lock(&self.roster).members().clone();
         members.retain(|node_id, _| !self.deny_list.contains(node_id));
         members
     }
@@ -185,7 +173,7 @@ impl Authority {
     ) -> Result<(), TrustError> {
         let expelled = self.deny_list.expel(node_id, name, reason, now);
         if expelled.is_ok() {
-            self.roster().expelled();
+            lock(&self.roster).expelled();
         }
         expelled
     }
@@ -196,7 +184,7 @@ impl Authority {
     /// # Errors
     /// If another node has its name now; or as [`DenyList::readmit`].
     pub fn readmit(&self, node_id: &str) -> Result<Option<Expulsion>, TrustError> {
-        let mut roster = self.roster();
+        let mut roster = lock(&self.roster);
         let known = roster.members().get(node_id);
         let name = known.map(|member| member.name.clone());
         let name = name.or_else(|| self.deny_list.list().remove(node_id).map(|node| node.name));
@@ -223,7 +211,7 @@ impl Authority {
         note: &str,
         now: SystemTime,
     ) -> Result<JoinToken, TrustError> {
-        self.tokens().create(lifetime, note, now)
+        lock(&self.tokens).create(lifetime, note, now)
     }
 
     /// Withdraws an open token.
@@ -231,17 +219,17 @@ impl Authority {
     /// # Errors
     /// As [`TokenStore::revoke`].
     pub fn revoke_token(&self, id: &str, now: SystemTime) -> Result<(), Revocation> {
-        self.tokens().revoke(id, now)
+        lock(&self.tokens).revoke(id, now)
     }
 
     /// The tokens that are remembered. Waits for changes of them, which block on the disk.
     pub fn token_records(&self) -> Vec<TokenRecord> {
-        self.tokens().records().to_vec()
+        lock(&self.tokens).records().to_vec()
     }
 
     /// Records that this node is a member now.
     fn note_seen(&self, node_id: &str) {
-        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut seen = lock(&self.seen);
         if seen.len() >= MOST_SEEN {
             seen.retain(|_, at| at.elapsed() < self.validity.renewal_grace);
         }
@@ -251,22 +239,13 @@ impl Authority {
     }
 
     fn was_seen_lately(&self, node_id: &str) -> bool {
-        let seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        let seen = lock(&self.seen);
         let last = seen.get(node_id);
         last.is_some_and(|at| at.elapsed() <= self.validity.life + self.validity.renewal_grace)
     }
 
     fn refuse_expelled(&self, node_id: &str) -> Result<(), Refusal> {
         self.deny_list.refusal(node_id).map_or(Ok(()), Err)
-    }
-
-    fn roster(&self) -> MutexGuard<'_, Roster> {
-        self.roster.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn tokens(&self) -> MutexGuard<'_, TokenStore> {
-        // The store changes only after the file did, in one assignment.
-        self.tokens.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -278,15 +257,14 @@ impl Admission for Authority {
     ) -> Result<Vec<CertificateDer<'static>>, Refusal> {
         let node_id = requested_node_id(ask.request)?;
         self.refuse_expelled(&node_id)?;
-        let mut roster = self.roster();
+        let mut roster = lock(&self.roster);
         let name = roster.assign(&node_id, ask.node_name, &self.deny_list);
         // The certificate is made before the token is used up, so that a bad request costs no token; it goes out after.
         let life = self.validity.life;
         let chain = self
             .root
             .issue(ask.request, &name, Role::Worker, life, now)?;
-        self.tokens()
-            .redeem(ask.token_id, ask.token_secret, &node_id, &name, now)?;
+        lock(&self.tokens).redeem(ask.token_id, ask.token_secret, &node_id, &name, now)?;
         roster.note(&Member::from_certificate(&chain[0])?, now);
         drop(roster);
         self.note_seen(&node_id);
@@ -325,8 +303,7 @@ impl Admission for Authority {
             .root
             .issue(request, &member.name, member.role, self.validity.life, now)?;
         if member.role == Role::Worker {
-            self.roster()
-                .note(&Member::from_certificate(&chain[0])?, now);
+            lock(&self.roster).note(&Member::from_certificate(&chain[0])?, now);
         }
         self.note_seen(&member.node_id);
         Ok(chain)
@@ -336,7 +313,7 @@ impl Admission for Authority {
         self.refuse_expelled(&member.node_id)?;
         // Nodes that joined before there was a roster.
         if member.role == Role::Worker {
-            self.roster().note(member, now);
+            lock(&self.roster).note(member, now);
         }
         self.note_seen(&member.node_id);
         Ok(())

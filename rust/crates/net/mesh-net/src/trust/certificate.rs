@@ -1,11 +1,13 @@
 //! Node certificates: their contents, their text form, and the check that a root issued one.
 
+use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use data_encoding::HEXLOWER;
 use mesh_base::clock;
 use rustls::client::verify_server_cert_signed_by_trust_anchor;
 use rustls::crypto::{WebPkiSupportedAlgorithms, aws_lc_rs};
+use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, UnixTime};
 use rustls::server::ParsedCertificate;
 use rustls::{CertificateError, Error, RootCertStore};
@@ -32,7 +34,7 @@ impl Role {
         }
     }
 
-    fn parse(text: &str) -> Option<Self> {
+    pub(crate) fn parse(text: &str) -> Option<Self> {
         [Self::Head, Self::Worker]
             .into_iter()
             .find(|role| role.as_str() == text)
@@ -101,10 +103,8 @@ pub(super) fn attribute<'a>(
     mut values: impl Iterator<Item = &'a x509_parser::x509::AttributeTypeAndValue<'a>>,
 ) -> Result<String, String> {
     let value = values.next().ok_or("a part of the subject is missing")?;
-    value
-        .as_str()
-        .map(str::to_owned)
-        .map_err(|error| error.to_string())
+    let text = value.as_str().map_err(|error| error.to_string())?;
+    Ok(text.to_owned())
 }
 
 /// The id that a node with the key of this request (DER) has.
@@ -152,18 +152,17 @@ pub(crate) fn verify_issued_by(
 /// RFC 7468 text of a certificate.
 pub(super) fn pem(certificate: &CertificateDer<'_>) -> String {
     use base64::Engine as _;
-    let body = base64::engine::general_purpose::STANDARD.encode(certificate);
-    let lines = body
-        .as_bytes()
-        .chunks(64)
-        .map(|line| std::str::from_utf8(line).expect("base64 is ASCII"));
-    let mut text = String::from("-----BEGIN CERTIFICATE-----\n");
-    for line in lines {
-        text.push_str(line);
-        text.push('\n');
+    let mut body = base64::engine::general_purpose::STANDARD.encode(certificate);
+    for line_end in (64..body.len()).step_by(64).rev() {
+        body.insert(line_end, '\n');
     }
-    text.push_str("-----END CERTIFICATE-----\n");
-    text
+    format!("-----BEGIN CERTIFICATE-----\n{body}\n-----END CERTIFICATE-----\n")
+}
+
+/// The first certificate in the text of a file.
+pub(super) fn from_pem(path: &Path, text: &str) -> Result<CertificateDer<'static>, TrustError> {
+    CertificateDer::from_pem_slice(text.as_bytes())
+        .map_err(|error| TrustError::damaged(path, error))
 }
 
 /// Maximum length of a name.

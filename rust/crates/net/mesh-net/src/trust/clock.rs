@@ -1,7 +1,9 @@
 //! The mesh's time: the head's clock, which issues certificates and is the only one that judges their dates.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use mesh_base::sync::lock;
 
 /// A node's estimate of the head's clock, from the timestamps of the head's messages and this machine's
 /// monotonic clock since then. Before the first message, and at the head, it is the system's clock. Clones
@@ -12,7 +14,7 @@ pub struct MeshClock(Arc<Mutex<Option<(SystemTime, Instant)>>>);
 impl MeshClock {
     /// The mesh's time now.
     pub fn now(&self) -> SystemTime {
-        match *self.lock() {
+        match *lock(&self.0) {
             Some((time, since)) => time + since.elapsed(),
             None => SystemTime::now(),
         }
@@ -21,13 +23,13 @@ impl MeshClock {
     /// Records the timestamp of an authenticated message of the head, in microseconds since the Unix epoch.
     pub fn heard(&self, timestamp_us: u64) {
         let time = UNIX_EPOCH + Duration::from_micros(timestamp_us);
-        *self.lock() = Some((time, Instant::now()));
+        *lock(&self.0) = Some((time, Instant::now()));
     }
 
     /// Takes over what another one knows.
     pub(crate) fn adopt(&self, other: &Self) {
-        let known = *other.lock();
-        *self.lock() = known;
+        let known = *lock(&other.0);
+        *lock(&self.0) = known;
     }
 
     /// The lead of this machine's own clock over the mesh's, in seconds; 0 while that is unknown.
@@ -37,10 +39,6 @@ impl MeshClock {
             Ok(ahead) => ahead.as_secs_f64(),
             Err(behind) => -behind.duration().as_secs_f64(),
         }
-    }
-
-    fn lock(&self) -> std::sync::MutexGuard<'_, Option<(SystemTime, Instant)>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -3,10 +3,11 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, Weak};
 use std::time::SystemTime;
 
 use mesh_base::clock::{self, unix_seconds};
+use mesh_base::sync::lock;
 use serde::{Deserialize, Serialize};
 
 use super::error::TrustError;
@@ -62,17 +63,10 @@ impl DenyList {
     /// If the file cannot be read. It is not replaced: that would readmit all expelled nodes.
     pub fn open(dir: &Path) -> Result<Self, TrustError> {
         let path = dir.join(names::EXPELLED);
-        let nodes = match files::read(&path)? {
-            Some(text) => {
-                let kept: ExpelledFile = serde_json::from_str(&text)
-                    .map_err(|error| TrustError::damaged(&path, error))?;
-                kept.expelled
-            }
-            None => BTreeMap::new(),
-        };
+        let kept: Option<ExpelledFile> = files::read_json(&path)?;
         Ok(Self(Arc::new(Inner {
             path,
-            nodes: Mutex::new(nodes),
+            nodes: Mutex::new(kept.unwrap_or_default().expelled),
             saving: Mutex::default(),
             links: Mutex::default(),
         })))
@@ -90,7 +84,7 @@ impl DenyList {
         reason: &str,
         now: SystemTime,
     ) -> Result<(), TrustError> {
-        let mut nodes = self.nodes();
+        let mut nodes = lock(&self.0.nodes);
         if nodes.len() >= MOST_EXPELLED && !nodes.contains_key(node_id) {
             return Err(TrustError::ListFull {
                 path: self.0.path.clone(),
@@ -113,11 +107,11 @@ impl DenyList {
     /// # Errors
     /// If the list cannot be written: then the node stays expelled.
     pub fn readmit(&self, node_id: &str) -> Result<Option<Expulsion>, TrustError> {
-        let Some(expulsion) = self.nodes().remove(node_id) else {
+        let Some(expulsion) = lock(&self.0.nodes).remove(node_id) else {
             return Ok(None);
         };
         if let Err(error) = self.save() {
-            self.nodes().insert(node_id.to_owned(), expulsion);
+            lock(&self.0.nodes).insert(node_id.to_owned(), expulsion);
             return Err(error);
         }
         Ok(Some(expulsion))
@@ -127,7 +121,7 @@ impl DenyList {
     /// one than before.
     pub fn replace(&self, nodes: impl IntoIterator<Item = (String, Expulsion)>) -> bool {
         let fresh = nodes.into_iter().take(MOST_EXPELLED).collect();
-        let mut nodes = self.nodes();
+        let mut nodes = lock(&self.0.nodes);
         if *nodes == fresh {
             return false;
         }
@@ -143,18 +137,16 @@ impl DenyList {
     /// If it cannot be written; the file before is still there then.
     pub fn save(&self) -> Result<(), TrustError> {
         // The later list must not be overtaken by the earlier one.
-        let _alone = self.0.saving.lock().unwrap_or_else(PoisonError::into_inner);
+        let _alone = lock(&self.0.saving);
         let kept = ExpelledFile {
-            expelled: self.nodes().clone(),
+            expelled: lock(&self.0.nodes).clone(),
         };
-        let text = serde_json::to_vec_pretty(&kept)
-            .map_err(|error| TrustError::damaged(&self.0.path, error))?;
-        files::replace(&self.0.path, &text, files::PRIVATE)
+        files::write_json(&self.0.path, &kept)
     }
 
     /// The refusal to send to this node; `None` if it is not expelled.
     pub fn refusal(&self, node_id: &str) -> Option<Refusal> {
-        let nodes = self.nodes();
+        let nodes = lock(&self.0.nodes);
         let expulsion = nodes.get(node_id)?;
         let reason = match expulsion.reason.as_str() {
             "" => String::new(),
@@ -172,17 +164,17 @@ impl DenyList {
 
     /// True if this node is expelled.
     pub fn contains(&self, node_id: &str) -> bool {
-        self.nodes().contains_key(node_id)
+        lock(&self.0.nodes).contains_key(node_id)
     }
 
     /// The list, by node id.
     pub fn list(&self) -> BTreeMap<String, Expulsion> {
-        self.nodes().clone()
+        lock(&self.0.nodes).clone()
     }
 
     /// Has this link end as soon as its peer is expelled.
     pub(crate) fn guard(&self, link: &Arc<dyn Expellable>) {
-        let mut links = self.links();
+        let mut links = lock(&self.0.links);
         links.retain(|link| link.upgrade().is_some_and(|link| link.is_open()));
         links.push(Arc::downgrade(link));
         drop(links);
@@ -191,7 +183,10 @@ impl DenyList {
     }
 
     fn end_links(&self) {
-        let links: Vec<_> = self.links().iter().filter_map(Weak::upgrade).collect();
+        let links: Vec<_> = lock(&self.0.links)
+            .iter()
+            .filter_map(Weak::upgrade)
+            .collect();
         links.iter().for_each(|link| self.end_link(&**link));
     }
 
@@ -202,19 +197,11 @@ impl DenyList {
             link.expel(&refusal);
         }
     }
-
-    fn nodes(&self) -> MutexGuard<'_, BTreeMap<String, Expulsion>> {
-        self.0.nodes.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn links(&self) -> MutexGuard<'_, Vec<Weak<dyn Expellable>>> {
-        self.0.links.lock().unwrap_or_else(PoisonError::into_inner)
-    }
 }
 
 impl fmt::Debug for DenyList {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_map().entries(self.nodes().iter()).finish()
+        f.debug_map().entries(lock(&self.0.nodes).iter()).finish()
     }
 }
 

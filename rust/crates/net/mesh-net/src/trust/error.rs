@@ -108,6 +108,13 @@ impl TrustError {
         }
     }
 
+    pub(super) fn missing(path: &Path, beside: &Path) -> Self {
+        Self::Missing {
+            path: path.to_owned(),
+            beside: beside.to_owned(),
+        }
+    }
+
     pub(crate) fn damaged(path: &Path, reason: impl ToString) -> Self {
         Self::Damaged {
             path: path.to_owned(),
@@ -146,6 +153,12 @@ fn remedy(path: &Path) -> &'static str {
             "restore it from a backup, or remove it: members are noted again when they connect"
         }
         _ => "restore it from a backup",
+    }
+}
+
+impl From<rustls::Error> for TrustError {
+    fn from(error: rustls::Error) -> Self {
+        Self::Crypto(error.to_string())
     }
 }
 

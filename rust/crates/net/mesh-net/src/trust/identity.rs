@@ -2,18 +2,18 @@
 
 use std::fmt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, Mutex};
 use std::time::SystemTime;
 
+use mesh_base::sync::lock;
 use rcgen::{CertificateParams, KeyPair, PKCS_ECDSA_P256_SHA256};
 use rustls::SignatureScheme;
 use rustls::client::ResolvesClientCert;
-use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::server::{ClientHello, ResolvesServerCert};
 use rustls::sign::CertifiedKey;
 
-use super::certificate::{Member, algorithms, pem, verify_issued_by};
+use super::certificate::{Member, algorithms, from_pem, pem, verify_issued_by};
 use super::clock::MeshClock;
 use super::deny::DenyList;
 use super::digest::sha256;
@@ -34,7 +34,7 @@ struct Inner {
     root: CertificateDer<'static>,
     clock: MeshClock,
     deny_list: DenyList,
-    current: RwLock<Current>,
+    current: Mutex<Current>,
 }
 
 #[derive(Clone)]
@@ -57,17 +57,13 @@ impl NodeIdentity {
         let root_path = dir.join(names::ROOT_CERTIFICATE);
         let chain_path = dir.join(names::NODE_CERTIFICATE);
         let key_path = dir.join(names::NODE_KEY);
-        let missing = |path: &Path, beside: &Path| TrustError::Missing {
-            path: path.to_owned(),
-            beside: beside.to_owned(),
-        };
         let (root, certificate) = (files::read(&root_path)?, files::read(&chain_path)?);
         let key = NodeKey::load(dir)?;
         let (root, certificate, key) = match (root, certificate, key) {
             (Some(root), Some(certificate), Some(key)) => (root, certificate, key),
-            (_, Some(_), None) => return Err(missing(&key_path, &chain_path)),
-            (None, Some(_), Some(_)) => return Err(missing(&root_path, &chain_path)),
-            (Some(_), None, Some(_)) => return Err(missing(&chain_path, &key_path)),
+            (_, Some(_), None) => return Err(TrustError::missing(&key_path, &chain_path)),
+            (None, Some(_), Some(_)) => return Err(TrustError::missing(&root_path, &chain_path)),
+            (Some(_), None, Some(_)) => return Err(TrustError::missing(&chain_path, &key_path)),
             // A key alone is that of a join which broke off.
             (_, None, _) => {
                 return Err(TrustError::NoIdentity {
@@ -75,12 +71,8 @@ impl NodeIdentity {
                 });
             }
         };
-        let parse = |path: &Path, pem: &str| {
-            CertificateDer::from_pem_slice(pem.as_bytes())
-                .map_err(|error| TrustError::damaged(path, error))
-        };
-        let root = parse(&root_path, &root)?;
-        let certificate = parse(&chain_path, &certificate)?;
+        let root = from_pem(&root_path, &root)?;
+        let certificate = from_pem(&chain_path, &certificate)?;
         Member::from_certificate(&certificate)
             .map_err(|error| TrustError::damaged(&chain_path, error))?;
         Self::assemble(dir, key, certificate, root, deny_list).map_err(|error| match error {
@@ -107,11 +99,8 @@ impl NodeIdentity {
         })?;
         let identity = Self::assemble(dir, key, certificate, root, deny_list)?;
         // The node's certificate comes last: while it is missing, the node has not joined.
-        files::replace(
-            &dir.join(names::ROOT_CERTIFICATE),
-            pem(&identity.inner.root).as_bytes(),
-            files::PUBLIC,
-        )?;
+        let root_path = dir.join(names::ROOT_CERTIFICATE);
+        files::replace(&root_path, pem(identity.root()), files::PUBLIC)?;
         identity.persist(&identity.current().certified.cert[0])?;
         Ok(identity)
     }
@@ -123,7 +112,7 @@ impl NodeIdentity {
         root: CertificateDer<'static>,
         deny_list: DenyList,
     ) -> Result<Self, TrustError> {
-        let current = RwLock::new(Current::new(&key, certificate, &root)?);
+        let current = Mutex::new(Current::new(&key, certificate, &root)?);
         Ok(Self {
             inner: Arc::new(Inner {
                 dir: dir.to_owned(),
@@ -159,11 +148,8 @@ impl NodeIdentity {
     /// Time at which to renew the certificate: two thirds of its life.
     pub fn renew_at(&self) -> SystemTime {
         let member = self.member();
-        let life = member
-            .not_after
-            .duration_since(member.not_before)
-            .unwrap_or_default();
-        member.not_before + life * 2 / 3
+        let life = member.not_after.duration_since(member.not_before);
+        member.not_before + life.unwrap_or_default() * 2 / 3
     }
 
     /// True if the certificate should be renewed: most of its life is over, or it begins after `now`, because
@@ -190,10 +176,8 @@ impl NodeIdentity {
     /// Takes a renewed certificate into use and into the state directory. It must be for this node's key, of the same
     /// mesh and role.
     pub fn install(&self, chain: Vec<CertificateDer<'static>>) -> Result<(), TrustError> {
-        let certificate = chain
-            .into_iter()
-            .next()
-            .ok_or_else(|| TrustError::Mismatch("no certificate was issued".to_owned()))?;
+        let none = || TrustError::Mismatch("no certificate was issued".to_owned());
+        let certificate = chain.into_iter().next().ok_or_else(none)?;
         let renewed = Current::new(&self.inner.key, certificate, &self.inner.root)?;
         let (old, new) = (self.member(), &renewed.member);
         if (&old.mesh, old.role) != (&new.mesh, new.role) {
@@ -204,11 +188,7 @@ impl NodeIdentity {
             return Err(TrustError::Mismatch(reason));
         }
         self.persist(&renewed.certified.cert[0])?;
-        *self
-            .inner
-            .current
-            .write()
-            .unwrap_or_else(PoisonError::into_inner) = renewed;
+        *lock(&self.inner.current) = renewed;
         Ok(())
     }
 
@@ -220,42 +200,25 @@ impl NodeIdentity {
         if old.certified.cert[0] == new.certified.cert[0] {
             return Ok(false);
         }
-        let same = |of: &Self, member: &Member| {
-            (
-                of.root_sha256(),
-                member.node_id.clone(),
-                member.mesh.clone(),
-                member.role,
-            )
-        };
-        if same(self, &old.member) != same(&stored, &new.member) {
+        let is_same_node =
+            |a: &Member, b: &Member| (&a.node_id, &a.mesh, a.role) == (&b.node_id, &b.mesh, b.role);
+        if self.root() != stored.root() || !is_same_node(&old.member, &new.member) {
             return Err(TrustError::Mismatch(
                 "the identity in the state directory is another node's; restart to use it"
                     .to_owned(),
             ));
         }
-        *self
-            .inner
-            .current
-            .write()
-            .unwrap_or_else(PoisonError::into_inner) = new;
+        *lock(&self.inner.current) = new;
         Ok(true)
     }
 
     fn persist(&self, certificate: &CertificateDer<'_>) -> Result<(), TrustError> {
-        files::replace(
-            &self.inner.dir.join(names::NODE_CERTIFICATE),
-            pem(certificate).as_bytes(),
-            files::PUBLIC,
-        )
+        let path = self.inner.dir.join(names::NODE_CERTIFICATE);
+        files::replace(&path, pem(certificate), files::PUBLIC)
     }
 
     fn current(&self) -> Current {
-        self.inner
-            .current
-            .read()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
+        lock(&self.inner.current).clone()
     }
 }
 
@@ -293,8 +256,7 @@ impl Current {
         verify_issued_by(&certificate, root, &algorithms())
             .map_err(|error| TrustError::Mismatch(error.to_string()))?;
         let private = PrivateKeyDer::Pkcs8(key.pair.serialize_der().into());
-        let signer = rustls::crypto::aws_lc_rs::sign::any_supported_type(&private)
-            .map_err(|error| TrustError::Crypto(error.to_string()))?;
+        let signer = rustls::crypto::aws_lc_rs::sign::any_supported_type(&private)?;
         // The root travels along: a joining node checks it against its token.
         let certified = CertifiedKey::new(vec![certificate, root.clone()], signer);
         certified
@@ -357,11 +319,8 @@ impl NodeKey {
         }
         files::create_private_dir(dir)?;
         let pair = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
-        files::replace(
-            &dir.join(names::NODE_KEY),
-            pair.serialize_pem().as_bytes(),
-            files::PRIVATE,
-        )?;
+        let path = dir.join(names::NODE_KEY);
+        files::replace(&path, pair.serialize_pem(), files::PRIVATE)?;
         Ok(Self { pair })
     }
 
@@ -377,10 +336,8 @@ impl NodeKey {
     /// A request (PKCS#10, DER) for a certificate for this key.
     pub(crate) fn request(&self) -> Result<Vec<u8>, TrustError> {
         // The root ignores everything but the key.
-        Ok(CertificateParams::default()
-            .serialize_request(&self.pair)?
-            .der()
-            .to_vec())
+        let request = CertificateParams::default().serialize_request(&self.pair)?;
+        Ok(request.der().to_vec())
     }
 }
 

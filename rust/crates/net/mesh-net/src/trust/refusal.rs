@@ -33,9 +33,6 @@ pub enum Refusal {
         /// Date by the head's clock.
         now: String,
     },
-    /// A certificate whose dates the head's clock does not agree with.
-    #[error("{0}")]
-    Dates(String),
     /// The request itself is wrong.
     #[error("{0}")]
     Invalid(String),
@@ -57,7 +54,6 @@ impl Refusal {
             Self::TokenUnknown => TOKEN_UNKNOWN,
             Self::TokenUsed { .. } => TOKEN_USED,
             Self::TokenExpired { .. } => TOKEN_EXPIRED,
-            Self::Dates(_) => CERTIFICATE_DATES,
             Self::Invalid(_) => ErrorCode::INVALID_PAYLOAD,
             Self::NotAdmitted(_) => ErrorCode::UNAUTHORIZED,
             Self::Expelled(_) => EXPELLED,

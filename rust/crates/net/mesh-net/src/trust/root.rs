@@ -11,11 +11,10 @@ use rcgen::{
     DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose,
     PKCS_ECDSA_P256_SHA256, SerialNumber, date_time_ymd,
 };
-use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, CertificateSigningRequestDer};
 use x509_parser::prelude::{FromDer, X509Certificate, X509Name};
 
-use super::certificate::{Role, attribute, check_name, pem};
+use super::certificate::{Role, attribute, check_name, from_pem, pem};
 use super::digest::sha256;
 use super::error::TrustError;
 use super::names;
@@ -40,19 +39,11 @@ impl Default for Validity {
 }
 
 /// The certificate authority of one mesh. Lives in the head's state directory.
+#[derive(Debug)]
 pub struct MeshRoot {
     certificate: CertificateDer<'static>,
     mesh: String,
     issuer: Issuer<'static, KeyPair>,
-}
-
-impl std::fmt::Debug for MeshRoot {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("MeshRoot")
-            .field("mesh", &self.mesh)
-            .field("sha256", &HEXLOWER.encode(&self.sha256()))
-            .finish_non_exhaustive()
-    }
 }
 
 impl MeshRoot {
@@ -65,27 +56,18 @@ impl MeshRoot {
     pub fn load_or_create(dir: &Path, mesh: &str) -> Result<Self, TrustError> {
         let key_path = dir.join(names::ROOT_KEY);
         let certificate_path = dir.join(names::ROOT_CERTIFICATE);
-        let missing = |path: &Path, beside: &Path| TrustError::Missing {
-            path: path.to_owned(),
-            beside: beside.to_owned(),
-        };
         match (files::read(&key_path)?, files::read(&certificate_path)?) {
             (Some(key), Some(certificate)) => {
-                let certificate = CertificateDer::from_pem_slice(certificate.as_bytes())
-                    .map_err(|error| TrustError::damaged(&certificate_path, error))?;
+                let certificate = from_pem(&certificate_path, &certificate)?;
                 Self::read(&key_path, &key, certificate, &certificate_path)
             }
             // The certificate cannot be made anew: it would be another one than that which tokens and workers pin. Keys of
             // this version have a copy of it.
             (Some(key), None) => {
-                let certificate = CertificateDer::from_pem_slice(key.as_bytes())
-                    .map_err(|_| missing(&certificate_path, &key_path))?;
+                let certificate = from_pem(&key_path, &key)
+                    .map_err(|_| TrustError::missing(&certificate_path, &key_path))?;
                 let root = Self::read(&key_path, &key, certificate, &key_path)?;
-                files::replace(
-                    &certificate_path,
-                    pem(&root.certificate).as_bytes(),
-                    files::PUBLIC,
-                )?;
+                files::replace(&certificate_path, pem(&root.certificate), files::PUBLIC)?;
                 tracing::warn!(
                     path = %certificate_path.display(),
                     root = HEXLOWER.encode(&root.sha256()),
@@ -93,7 +75,7 @@ impl MeshRoot {
                 );
                 Ok(root)
             }
-            (None, Some(_)) => Err(missing(&key_path, &certificate_path)),
+            (None, Some(_)) => Err(TrustError::missing(&key_path, &certificate_path)),
             (None, None) => {
                 let others = [
                     names::NODE_KEY,
@@ -104,7 +86,7 @@ impl MeshRoot {
                 ];
                 let mut others = others.iter().map(|name| dir.join(name));
                 match others.find(|path| path.exists()) {
-                    Some(other) => Err(missing(&key_path, &other)),
+                    Some(other) => Err(TrustError::missing(&key_path, &other)),
                     None => Self::create(dir, mesh),
                 }
             }
@@ -139,16 +121,10 @@ impl MeshRoot {
         let certificate = params.self_signed(&key)?;
         // The copy behind the key is for the day on which the certificate is lost, and for a first start that is cut off
         // here. Readers take the first block, which is the key.
-        files::replace(
-            &dir.join(names::ROOT_KEY),
-            format!("{}{}", key.serialize_pem(), certificate.pem()).as_bytes(),
-            files::PRIVATE,
-        )?;
-        files::replace(
-            &dir.join(names::ROOT_CERTIFICATE),
-            certificate.pem().as_bytes(),
-            files::PUBLIC,
-        )?;
+        let key_and_copy = key.serialize_pem() + &certificate.pem();
+        files::replace(&dir.join(names::ROOT_KEY), key_and_copy, files::PRIVATE)?;
+        let certificate_path = dir.join(names::ROOT_CERTIFICATE);
+        files::replace(&certificate_path, certificate.pem(), files::PUBLIC)?;
         tracing::info!(
             mesh,
             root = HEXLOWER.encode(&sha256(certificate.der())),
@@ -202,7 +178,9 @@ impl MeshRoot {
         now: SystemTime,
     ) -> Result<Vec<CertificateDer<'static>>, TrustError> {
         check_name(name)?;
-        let mut request = parse_request(request)?;
+        let request = CertificateSigningRequestDer::from(request);
+        let mut request = CertificateSigningRequestParams::from_der(&request)
+            .map_err(|error| TrustError::Request(error.to_string()))?;
         let mut params = CertificateParams::default();
         params.distinguished_name = distinguished_name(name, role.as_str(), &self.mesh);
         params.serial_number = Some(serial_number());
@@ -221,11 +199,6 @@ impl MeshRoot {
         let certificate = request.signed_by(&self.issuer)?;
         Ok(vec![certificate.der().clone(), self.certificate.clone()])
     }
-}
-
-fn parse_request(request: &[u8]) -> Result<CertificateSigningRequestParams, TrustError> {
-    CertificateSigningRequestParams::from_der(&CertificateSigningRequestDer::from(request))
-        .map_err(|error| TrustError::Request(error.to_string()))
 }
 
 fn distinguished_name(common: &str, unit: &str, organization: &str) -> DistinguishedName {

@@ -20,9 +20,7 @@ use crate::files;
 #[derive(Debug)]
 pub(super) struct Roster {
     path: PathBuf,
-    members: BTreeMap<String, KnownMember>,
-    /// There is a list of expelled nodes: if its file is gone, it was lost.
-    has_deny_list: bool,
+    kept: MembersFile,
 }
 
 /// The head's record of a member. Times are seconds since the Unix epoch.
@@ -36,9 +34,10 @@ pub struct KnownMember {
     pub until: u64,
 }
 
-#[derive(Default, Serialize, Deserialize)]
+#[derive(Debug, Serialize, Deserialize)]
 struct MembersFile {
     members: BTreeMap<String, KnownMember>,
+    /// There is a list of expelled nodes: if its file is gone, it was lost.
     #[serde(default)]
     has_deny_list: bool,
 }
@@ -52,27 +51,15 @@ impl Roster {
         life: Duration,
     ) -> Result<Self, TrustError> {
         let path = dir.join(names::MEMBERS);
-        let kept = match files::read(&path)? {
-            Some(text) => {
-                serde_json::from_str(&text).map_err(|error| TrustError::damaged(&path, error))?
-            }
-            None => MembersFile {
-                members: joined_with(used, life),
-                has_deny_list: false,
-            },
-        };
+        let kept = files::read_json(&path)?.unwrap_or_else(|| MembersFile {
+            members: joined_with(used, life),
+            has_deny_list: false,
+        });
         let deny_list = dir.join(names::EXPELLED);
         if kept.has_deny_list && !deny_list.exists() {
-            return Err(TrustError::Missing {
-                path: deny_list,
-                beside: path,
-            });
+            return Err(TrustError::missing(&deny_list, &path));
         }
-        Ok(Self {
-            path,
-            members: kept.members,
-            has_deny_list: kept.has_deny_list,
-        })
+        Ok(Self { path, kept })
     }
 
     /// The name that a joining node gets: the one that it asks for, with a number if another node has that. Names of nodes
@@ -99,7 +86,7 @@ impl Roster {
         node_id: &str,
         expelled: &DenyList,
     ) -> Option<&String> {
-        let mut members = self.members.iter();
+        let mut members = self.members().iter();
         let other = members.find(|(id, member)| {
             *id != node_id && member.name.eq_ignore_ascii_case(name) && !expelled.contains(id)
         });
@@ -110,7 +97,7 @@ impl Roster {
     /// is logged: the mesh works without it.
     pub(super) fn note(&mut self, member: &Member, now: SystemTime) {
         let until = unix_seconds(member.not_after);
-        let known = self.members.get(&member.node_id);
+        let known = self.members().get(&member.node_id);
         if known.is_some_and(|known| known.name == member.name && known.until == until) {
             return;
         }
@@ -124,21 +111,20 @@ impl Roster {
     }
 
     fn insert(&mut self, node_id: String, entry: KnownMember) {
-        self.members.insert(node_id, entry);
-        while self.members.len() > MOST_MEMBERS {
-            let oldest = self.members.iter().min_by_key(|(_, known)| known.until);
-            let Some(oldest) = oldest.map(|(id, _)| id.clone()) else {
-                break;
-            };
-            self.members.remove(&oldest);
+        let members = &mut self.kept.members;
+        members.insert(node_id, entry);
+        while members.len() > MOST_MEMBERS {
+            let oldest = members.iter().min_by_key(|(_, known)| known.until);
+            let oldest = oldest.expect("there are some").0.clone();
+            members.remove(&oldest);
         }
         self.save();
     }
 
     /// A node is on the list of expelled nodes: from now on that list is missed when it is gone.
     pub(super) fn expelled(&mut self) {
-        if !self.has_deny_list {
-            self.has_deny_list = true;
+        if !self.kept.has_deny_list {
+            self.kept.has_deny_list = true;
             self.save();
         }
     }
@@ -146,7 +132,7 @@ impl Roster {
     /// A node is on the list no more, and has its name again. `life` is that of certificates.
     pub(super) fn readmitted(&mut self, node_id: &str, expulsion: &Expulsion, life: Duration) {
         // Earlier versions forgot who was expelled.
-        if !self.members.contains_key(node_id) && !expulsion.name.is_empty() {
+        if !self.members().contains_key(node_id) && !expulsion.name.is_empty() {
             let entry = KnownMember {
                 name: expulsion.name.clone(),
                 since: expulsion.since,
@@ -158,18 +144,11 @@ impl Roster {
 
     /// All members by node id, those that are expelled among them.
     pub(super) fn members(&self) -> &BTreeMap<String, KnownMember> {
-        &self.members
+        &self.kept.members
     }
 
     fn save(&self) {
-        let kept = MembersFile {
-            members: self.members.clone(),
-            has_deny_list: self.has_deny_list,
-        };
-        let written = serde_json::to_vec_pretty(&kept)
-            .map_err(|error| TrustError::damaged(&self.path, error))
-            .and_then(|text| files::replace(&self.path, &text, files::PRIVATE));
-        if let Err(error) = written {
+        if let Err(error) = files::write_json(&self.path, &self.kept) {
             tracing::warn!(%error, "the members of the mesh are not written down");
         }
     }
@@ -254,7 +233,7 @@ mod tests {
                 since: 0,
                 until: 10 + number,
             };
-            roster.members.insert(format!("{number:064x}"), known);
+            roster.kept.members.insert(format!("{number:064x}"), known);
         }
         roster.note(&member("aa", "attic", 99_999), UNIX_EPOCH);
         assert_eq!(roster.members().len(), MOST_MEMBERS);

@@ -89,16 +89,10 @@ impl TokenStore {
     /// If the file cannot be read; it is not replaced.
     pub fn open(dir: &Path, root_sha256: [u8; 32]) -> Result<Self, TrustError> {
         let path = dir.join(names::TOKENS);
-        let records = match files::read(&path)? {
-            Some(text) => {
-                serde_json::from_str(&text).map_err(|error| TrustError::damaged(&path, error))?
-            }
-            None => Vec::new(),
-        };
         Ok(Self {
+            records: files::read_json(&path)?.unwrap_or_default(),
             path,
             root_sha256,
-            records,
         })
     }
 
@@ -143,28 +137,16 @@ impl TokenStore {
         now: SystemTime,
     ) -> Result<(), Refusal> {
         let date = clock::utc(now);
-        self.correct_dates(now)
-            .map_err(|error| Refusal::Internal(error.to_string()))?;
+        self.correct_dates(now)?;
         let now = unix_seconds(now);
         let hash = HEXLOWER.encode(&sha256(secret));
         // Compares with every record, so that the duration does not reveal which ids exist.
-        let position = self
-            .records
-            .iter()
-            .enumerate()
-            .fold(None, |found, (index, record)| {
-                let matches = record.id.as_bytes().ct_eq(id.as_bytes())
-                    & record.secret_sha256.as_bytes().ct_eq(hash.as_bytes());
-                if bool::from(matches) {
-                    Some(index)
-                } else {
-                    found
-                }
-            });
-        let Some(index) = position else {
-            return Err(Refusal::TokenUnknown);
-        };
-        let record = &self.records[index];
+        let record = self.records.iter().fold(None, |found, record| {
+            let matches = record.id.as_bytes().ct_eq(id.as_bytes())
+                & record.secret_sha256.as_bytes().ct_eq(hash.as_bytes());
+            if matches.into() { Some(record) } else { found }
+        });
+        let record = record.ok_or(Refusal::TokenUnknown)?;
         if let Some(used) = &record.used {
             let same_node = used.node_id == node_id;
             if same_node && now.saturating_sub(used.at) <= RETRY_WINDOW.as_secs() {
@@ -189,8 +171,7 @@ impl TokenStore {
         let mut records = self.remembered(now);
         let record = records.iter_mut().find(|record| record.id == id);
         record.expect("it is open").used = Some(used);
-        self.persist(records)
-            .map_err(|error| Refusal::Internal(error.to_string()))
+        Ok(self.persist(records)?)
     }
 
     /// Tokens that were made while the clock was wrong, in the future or before any release of this program, count from now:
@@ -261,9 +242,7 @@ impl TokenStore {
     }
 
     fn persist(&mut self, records: Vec<TokenRecord>) -> Result<(), TrustError> {
-        let json = serde_json::to_vec_pretty(&records)
-            .map_err(|error| TrustError::damaged(&self.path, error))?;
-        files::replace(&self.path, &json, files::PRIVATE)?;
+        files::write_json(&self.path, &records)?;
         self.records = records;
         Ok(())
     }

@@ -94,11 +94,8 @@ impl FromStr for JoinToken {
                 position: PREFIX.len() + at + 1,
             });
         }
-        let bytes = Zeroizing::new(
-            URL_SAFE_NO_PAD
-                .decode(body)
-                .map_err(|_| ParseTokenError::Length(body.len() / 4 * 3))?,
-        );
+        let bytes = URL_SAFE_NO_PAD.decode(body).map(Zeroizing::new);
+        let bytes = bytes.map_err(|_| ParseTokenError::Length(body.len() / 4 * 3))?;
         if bytes.len() != LEN {
             return Err(ParseTokenError::Length(bytes.len()));
         }

@@ -6,13 +6,15 @@
 
 use std::io;
 use std::net::SocketAddr;
-use std::ops::Range;
+use std::ops::{Range, RangeInclusive};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 
 use mesh_base::datagrams::{self, Received};
+use mesh_base::listen;
 use mesh_base::routes::Routes;
+use mesh_base::sync::lock;
 use tokio::io::Interest;
 use tokio::net::UdpSocket;
 
@@ -32,20 +34,10 @@ pub struct BatchSocket {
 impl BatchSocket {
     /// Binds to an address; port 0 takes a free one. Must be called on a tokio runtime. The error names the address.
     pub fn bind(address: SocketAddr) -> io::Result<Self> {
-        let bind = || {
-            let socket = mesh_base::listen::udp(address, |socket| {
-                // More is better, less still works.
-                let _ = socket.set_recv_buffer_size(SOCKET_BUFFER);
-                let _ = socket.set_send_buffer_size(SOCKET_BUFFER);
-                Ok(())
-            })?;
-            Self::from_std(socket)
-        };
-        bind().map_err(|error| {
-            io::Error::new(
-                error.kind(),
-                format!("cannot listen on {address}/udp: {error}"),
-            )
+        let socket = listen::udp(address, Some(SOCKET_BUFFER));
+        socket.and_then(Self::from_std).map_err(|error| {
+            let text = format!("cannot listen on {address}/udp: {error}");
+            io::Error::new(error.kind(), text)
         })
     }
 
@@ -80,14 +72,8 @@ impl BatchSocket {
 
     /// Waits for datagrams and fills `batch` with them. Returns their number, at least one. Cancel-safe.
     pub async fn recv(&self, batch: &mut RecvBatch) -> io::Result<usize> {
-        self.io
-            .async_io(Interest::READABLE, || self.fill(batch))
-            .await
-    }
-
-    /// Fills `batch` with the datagrams that have arrived; fails with `WouldBlock` if there are none.
-    pub fn try_recv(&self, batch: &mut RecvBatch) -> io::Result<usize> {
-        self.io.try_io(Interest::READABLE, || self.fill(batch))
+        let fill = || self.fill(batch);
+        self.io.async_io(Interest::READABLE, fill).await
     }
 
     fn fill(&self, batch: &mut RecvBatch) -> io::Result<usize> {
@@ -96,11 +82,10 @@ impl BatchSocket {
             let buffers = batch.storage.chunks_exact_mut(BUFFER);
             match datagrams::recv(self.io.as_fd(), buffers, &mut batch.received) {
                 // An earlier datagram met a closed port; that says nothing about this call.
-                Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => continue,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                result => result?,
+                Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {}
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                result => break result?,
             }
-            break;
         }
         if let Some(mut routes) = self.routes() {
             for received in &batch.received {
@@ -118,10 +103,8 @@ impl BatchSocket {
     pub async fn send(&self, batch: &mut SendBatch) -> io::Result<usize> {
         let mut sent = 0;
         while !batch.is_empty() {
-            sent += self
-                .io
-                .async_io(Interest::WRITABLE, || self.drain(batch))
-                .await?;
+            let drain = || self.drain(batch);
+            sent += self.io.async_io(Interest::WRITABLE, drain).await?;
         }
         Ok(sent)
     }
@@ -167,23 +150,15 @@ impl BatchSocket {
     fn send_some(&self, batch: &mut SendBatch) -> io::Result<usize> {
         let gso = self.gso.load(Ordering::Relaxed);
         let routes = self.routes();
-        let sent = send(
-            self.io.as_fd(),
-            batch.pending(),
-            &batch.bytes,
-            gso,
-            routes.as_deref(),
-        );
+        let SendBatch { datagrams, bytes } = batch;
+        let taken = send(self.io.as_fd(), datagrams, bytes, gso, routes.as_deref())?;
         drop(routes);
-        let taken = sent?;
         batch.advance(taken);
-        batch.recycle();
         Ok(taken)
     }
 
     fn routes(&self) -> Option<MutexGuard<'_, Routes>> {
-        let routes = self.routes.as_ref()?;
-        Some(routes.lock().unwrap_or_else(PoisonError::into_inner))
+        self.routes.as_ref().map(lock)
     }
 
     /// Lets the routing table say again where answers to this peer leave from. True if it did not before.
@@ -198,21 +173,20 @@ impl BatchSocket {
             return;
         }
         // The address that it was to leave from may be gone.
-        if self.forget(batch.pending()[0].destination) {
+        if self.forget(batch.datagrams[0].destination) {
             return;
         }
-        let gso_refused = error
-            .raw_os_error()
-            .is_some_and(|errno| [libc::EIO, libc::EINVAL].contains(&errno));
-        if gso_refused && run_length(batch.pending()) > 1 && self.gso.swap(false, Ordering::Relaxed)
+        let gso_refused = matches!(error.raw_os_error(), Some(libc::EIO | libc::EINVAL));
+        if gso_refused
+            && run_length(&batch.datagrams) > 1
+            && self.gso.swap(false, Ordering::Relaxed)
         {
             tracing::debug!(%error, "no UDP GSO here");
             return;
         }
-        let refused = &batch.pending()[0];
+        let refused = &batch.datagrams[0];
         tracing::debug!(destination = %refused.destination, bytes = refused.range.len(), %error, "datagram refused");
         batch.advance(1);
-        batch.recycle();
     }
 }
 
@@ -264,20 +238,14 @@ impl RecvBatch {
             if buffer.truncated {
                 continue;
             }
-            let segment = if buffer.segment == 0 {
-                buffer.len.max(1)
-            } else {
-                buffer.segment
+            let segment = match buffer.segment {
+                0 => buffer.len.max(1),
+                segment => segment,
             };
-            let mut at = 0;
             // An empty datagram is one, too.
-            loop {
+            for at in (0..buffer.len.max(1)).step_by(segment) {
                 let end = (at + segment).min(buffer.len);
                 self.datagrams.push((buffer.from, start + at..start + end));
-                at = end;
-                if at >= buffer.len {
-                    break;
-                }
             }
         }
     }
@@ -302,9 +270,8 @@ pub struct Datagram<'a> {
 #[derive(Debug, Default)]
 pub struct SendBatch {
     bytes: Vec<u8>,
+    /// Those that have not been sent yet.
     datagrams: Vec<QueuedDatagram>,
-    /// Index of the first datagram that has not been sent yet.
-    next: usize,
 }
 
 impl SendBatch {
@@ -332,34 +299,24 @@ impl SendBatch {
 
     /// Number of datagrams that have not been sent yet.
     pub fn len(&self) -> usize {
-        self.datagrams.len() - self.next
+        self.datagrams.len()
     }
 
     /// True if all datagrams have been sent.
     pub fn is_empty(&self) -> bool {
-        self.len() == 0
+        self.datagrams.is_empty()
     }
 
     /// Drops all datagrams that have not been sent.
     pub fn clear(&mut self) {
-        self.next = self.datagrams.len();
-        self.recycle();
+        self.advance(self.len());
     }
 
-    fn pending(&self) -> &[QueuedDatagram] {
-        &self.datagrams[self.next..]
-    }
-
+    /// Removes datagrams from the front.
     fn advance(&mut self, count: usize) {
-        self.next += count;
-    }
-
-    /// Clears the buffers once everything is sent.
-    fn recycle(&mut self) {
+        self.datagrams.drain(..count);
         if self.is_empty() {
             self.bytes.clear();
-            self.datagrams.clear();
-            self.next = 0;
         }
     }
 }
@@ -414,24 +371,16 @@ fn run_length(outgoing: &[QueuedDatagram]) -> usize {
     if segment == 0 || segment > MAX_RUN_SEGMENT {
         return 1;
     }
-    let most = MAX_RUN.min(MAX_RUN_BYTES / segment);
-    let mut length = 1;
-    while length < most {
-        let Some(next) = outgoing.get(length) else {
-            break;
-        };
-        if next.destination != first.destination
-            || next.range.is_empty()
-            || next.range.len() > segment
-        {
-            break;
-        }
-        length += 1;
-        if next.range.len() < segment {
-            break;
-        }
-    }
-    length
+    let most = MAX_RUN.min(MAX_RUN_BYTES / segment).min(outgoing.len());
+    let is_alike = |next: &&QueuedDatagram, lengths: RangeInclusive<usize>| {
+        next.destination == first.destination && lengths.contains(&next.range.len())
+    };
+    let whole = outgoing[..most]
+        .iter()
+        .take_while(|next| is_alike(next, segment..=segment));
+    let length = whole.count();
+    let last = outgoing[..most].get(length);
+    length + usize::from(last.is_some_and(|last| is_alike(&last, 1..=segment)))
 }
 
 /// Buffers to ask the kernel for, bytes. It caps them at `net.core.rmem_max` and `net.core.wmem_max`.

@@ -61,7 +61,7 @@ impl WorkerBus {
         if header.kind() != MsgType::SEALED_HEARTBEAT {
             return self.legacy.take(datagram, version, header.kind());
         }
-        match dcf::decode_datagram(Bytes::copy_from_slice(datagram.data)) {
+        match Message::decode_datagram(Bytes::copy_from_slice(datagram.data)) {
             Ok(message) => self.sealed_heartbeat(&message),
             Err(_) => &self.counters.malformed,
         }

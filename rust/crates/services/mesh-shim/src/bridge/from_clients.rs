@@ -42,15 +42,11 @@ impl Bridge {
         };
         if let RateDecision::Limited { tell } = self.limiter.check(client.ip(), now) {
             stats.drops.rate_limited.count();
-            return if tell && (self.config.knows(client.ip()) || self.is_verified(client, now)) {
-                reply.error(
-                    &frame,
-                    ErrorCode::RATE_LIMITED,
-                    "too many datagrams from your address; slow down",
-                )
-            } else {
-                FromClient::Drop
-            };
+            if tell && (self.config.knows(client.ip()) || self.is_verified(client, now)) {
+                let text = "too many datagrams from your address; slow down";
+                return reply.error(&frame, ErrorCode::RATE_LIMITED, text);
+            }
+            return FromClient::Drop;
         }
         if !self.config.knows(client.ip())
             && let Some(outcome) = self.admit(now, client, &frame, datagram, reply)
@@ -117,11 +113,9 @@ impl Bridge {
     }
 
     fn is_verified(&mut self, client: SocketAddr, now: Instant) -> bool {
-        (self.config.admit == Admit::Verified || self.config.trusts(client.ip()))
-            && self
-                .verified
-                .get(&client, now)
-                .is_some_and(|since| now < *since + VERIFIED_FOR)
+        let verified = self.verified.get(&client, now);
+        verified.is_some_and(|since| now < *since + VERIFIED_FOR)
+            && (self.config.admit == Admit::Verified || self.config.trusts(client.ip()))
     }
 
     fn on_task(
@@ -133,49 +127,37 @@ impl Bridge {
         reply: &mut Reply,
     ) -> FromClient {
         let drops = &self.stats.drops;
-        let known = self
-            .tasks
-            .find(client, frame.version, frame.header.sequence);
+        let sequence = frame.header.sequence;
+        let known = self.tasks.find(client, frame.version, sequence);
         if known.is_none() && self.drain != Drain::Serving {
             drops.draining.count();
-            return reply.error(
-                frame,
-                ErrorCode::DRAINING,
-                "the shim is shutting down; ask again in a moment",
-            );
+            let text = "the shim is shutting down; ask again in a moment";
+            return reply.error(frame, ErrorCode::DRAINING, text);
         }
         if !self.heads.reachable(now) {
             drops.no_head.count();
             return reply.error(frame, ErrorCode::NO_WORKERS, NO_HEAD);
         }
         let current = self.heads.current();
-        let upstream = self.heads.version_for(current, frame.version, now);
+        let upstream = self.heads.speaks(current, now).version_for(frame.version);
         if frame.payload_len() > upstream.max_payload() {
             drops.untranslated.count();
-            return reply.error(
-                frame,
-                ErrorCode::INVALID_PAYLOAD,
-                "the task is too long for a datagram of DCF v5.1",
-            );
+            let text = "the task is too long for a datagram of DCF v5.1";
+            return reply.error(frame, ErrorCode::INVALID_PAYLOAD, text);
         }
         let Some(id) = known.or_else(|| self.open(now, client, frame, upstream)) else {
             self.stats.drops.table_full.count();
-            return reply.error(
-                frame,
-                ErrorCode::WORKER_BUSY,
-                "the shim has no room for more tasks; ask again in a moment",
-            );
+            let text = "the shim has no room for more tasks; ask again in a moment";
+            return reply.error(frame, ErrorCode::WORKER_BUSY, text);
         };
-        match known {
-            Some(id) if self.tasks.state(id) == TaskState::Answered => self.reopen(now, id),
-            _ => {}
+        if self.tasks.state(id) == TaskState::Answered {
+            self.reopen(now, id);
         }
         if frame.kind() == MsgType::TASK {
             let traffic = &self.stats.traffic;
-            if known.is_some() {
-                traffic.repeats.count()
-            } else {
-                traffic.tasks.count()
+            match known {
+                Some(_) => traffic.repeats.count(),
+                None => traffic.tasks.count(),
             }
         }
         let message = frame.message(datagram);
@@ -189,7 +171,7 @@ impl Bridge {
         if frame.kind() == MsgType::TASK {
             // A head that has the task in one version takes it for another task in the other.
             let same_head = task.head == current;
-            if !same_head || !self.heads.may_speak(current, task.upstream, now) {
+            if !same_head || !self.heads.speaks(current, now).may_include(task.upstream) {
                 task.upstream = upstream;
             }
             (task.head, task.epoch) = (current, self.heads.epoch(current));
@@ -233,12 +215,12 @@ impl Bridge {
 
     /// The client asks for an answer again that was given already.
     fn reopen(&mut self, now: Instant, id: TaskId) {
-        self.tasks
-            .set_state(id, TaskState::Open, now + self.patience());
+        let deadline = now + self.patience();
+        self.tasks.set_state(id, TaskState::Open, deadline);
         let head = self.heads.current();
         let task = self.tasks.get_mut(id);
         if task.head != head {
-            task.upstream = self.heads.version_for(head, task.version, now);
+            task.upstream = self.heads.speaks(head, now).version_for(task.version);
         }
         (task.head, task.epoch) = (head, self.heads.epoch(head));
         (task.complete, task.chunked_answer, task.asked) = (true, false, false);

@@ -7,7 +7,7 @@ use dcf::{ErrorCode, MsgType};
 use super::{
     Bridge, Destination, Drain, Echo, FromHead, Resend, Transmit,
     heads::HeadState,
-    tasks::{Task, TaskId, TaskState},
+    tasks::{TaskId, TaskState},
     versions::{Address, Translation, answer_type},
     wire::{Frame, is_last_chunk, set_payload_len, set_sequence, write_error, write_message},
 };
@@ -62,10 +62,10 @@ impl Bridge {
             cookie,
         });
         // A probe was challenged, if no task was.
-        let task = self.tasks.find_upstream(sequence);
-        if let Some(id) = task.filter(|&id| {
-            self.tasks.state(id) == TaskState::Open && self.tasks.get(id).head == head
-        }) {
+        if let Some(id) = self.tasks.find_upstream(sequence)
+            && self.tasks.state(id) == TaskState::Open
+            && self.tasks.get(id).head == head
+        {
             self.tasks.get_mut(id).epoch = self.heads.epoch(head).wrapping_sub(1);
             self.restart_resend();
         }
@@ -153,11 +153,9 @@ impl Bridge {
     /// Gives the head of an open task more time.
     fn wait_on(&mut self, now: Instant, id: TaskId) {
         // The list of open tasks is in the order of their deadlines, and this one moves to its end.
-        if self.resend.is_some_and(|resend| resend.task == id) {
-            self.resend = self.tasks.next(id).map(|task| Resend { task, offset: 0 });
-        }
-        self.tasks
-            .set_state(id, TaskState::Open, now + self.patience());
+        self.skip_resend(id);
+        let deadline = now + self.patience();
+        self.tasks.set_state(id, TaskState::Open, deadline);
     }
 
     /// Brings a datagram of a head into the form of a client of the other version. `None` if only its frame
@@ -179,10 +177,8 @@ impl Bridge {
         };
         let message = (frame.kind(), frame.payload(datagram));
         let chunked = task.chunked_answer;
-        match self
-            .translator
-            .translate(to, upstream, message, chunked, now)
-        {
+        let translator = &mut self.translator;
+        match translator.translate(to, upstream, message, chunked, now) {
             Translation::Reframed => return None,
             Translation::Incomplete => {}
             Translation::Queued => self.answered(now, id),
@@ -195,8 +191,8 @@ impl Bridge {
 
     fn answered(&mut self, now: Instant, id: TaskId) {
         self.leave_open(id);
-        self.tasks
-            .set_state(id, TaskState::Answered, now + self.config.answer_linger);
+        let deadline = now + self.config.answer_linger;
+        self.tasks.set_state(id, TaskState::Answered, deadline);
         self.stats.traffic.answers.count();
     }
 
@@ -221,10 +217,7 @@ impl Bridge {
     }
 
     fn restart_resend(&mut self) {
-        self.resend = self
-            .tasks
-            .first(TaskState::Open)
-            .map(|task| Resend { task, offset: 0 });
+        self.resend = self.tasks.first(TaskState::Open).map(Resend::of);
     }
 
     /// Sends the tasks of heads that were lost to the current one.
@@ -244,7 +237,7 @@ impl Bridge {
                 let due = self.resend_at.map_or(task.paced, |at| at.min(task.paced));
                 self.resend_at = Some(due);
             } else if is_stale && task.complete {
-                let upstream = self.heads.version_for(head, task.version, now);
+                let upstream = self.heads.speaks(head, now).version_for(task.version);
                 let (prefix, message) = buffer.split_at_mut(upstream.prefix().len());
                 if let Some(len) = self.arena.datagram(&task.retained, offset, message) {
                     prefix.copy_from_slice(upstream.prefix());
@@ -253,16 +246,14 @@ impl Bridge {
                         offset: offset + len,
                     });
                     let len = prefix.len() + len;
-                    self.tasks.get_mut(id).paced = now + CHALLENGE_PACE;
-                    self.tasks.get_mut(id).upstream = upstream;
-                    self.tasks.get_mut(id).head = head;
+                    let task = self.tasks.get_mut(id);
+                    (task.paced, task.upstream) = (now + CHALLENGE_PACE, upstream);
+                    task.head = head;
                     // The old epoch must not agree with that of another head by chance before all is sent.
-                    self.tasks.get_mut(id).epoch = self.heads.epoch(head).wrapping_sub(1);
+                    task.epoch = self.heads.epoch(head).wrapping_sub(1);
                     self.stats.traffic.resent.count();
-                    return Some(Transmit {
-                        to: Destination::Head(head),
-                        len,
-                    });
+                    let to = Destination::Head(head);
+                    return Some(Transmit { to, len });
                 }
                 self.mark_sent(id, head);
             } else if is_stale && task.head == head {
@@ -272,9 +263,16 @@ impl Bridge {
                 let text = "the head that had your task was lost; send it again";
                 return Some(self.fail(id, ErrorCode::NO_WORKERS, text, buffer));
             }
-            self.resend = self.tasks.next(id).map(|task| Resend { task, offset: 0 });
+            self.skip_resend(id);
         }
         None
+    }
+
+    /// Goes on with the next task if this one is looked at for being sent again.
+    fn skip_resend(&mut self, id: TaskId) {
+        if self.resend.is_some_and(|resend| resend.task == id) {
+            self.resend = self.tasks.next(id).map(Resend::of);
+        }
     }
 
     fn mark_sent(&mut self, id: TaskId, head: usize) {
@@ -301,46 +299,31 @@ impl Bridge {
             self.wait_on(now, oldest);
             let sequence = self.tasks.upstream_sequence(oldest);
             let kind = (version, MsgType::HEALTH);
-            let len = write_message(buffer, kind, sequence, 0, ASK_AFTER_TASK);
-            return Some(Transmit {
-                to: Destination::Head(head),
-                len,
-            });
+            let len = write_message(buffer, kind, (sequence, 0), &[ASK_AFTER_TASK]);
+            let to = Destination::Head(head);
+            return Some(Transmit { to, len });
         }
         self.stats.drops.timed_out.count();
-        Some(self.fail(
-            oldest,
-            ErrorCode::TIMEOUT,
-            "the head said nothing of this task for too long",
-            buffer,
-        ))
+        let text = "the head said nothing of this task for too long";
+        Some(self.fail(oldest, ErrorCode::TIMEOUT, text, buffer))
     }
 
     /// Ends an open task with an Error for its client.
     fn fail(&mut self, id: TaskId, code: ErrorCode, text: &str, buffer: &mut [u8]) -> Transmit {
-        let Task {
-            client,
-            version,
-            sequence,
-            timestamp_us,
-            ..
-        } = *self.tasks.get(id);
+        let task = self.tasks.get(id);
+        let names = (task.sequence, task.timestamp_us);
+        let len = write_error(buffer, task.version, names, code, text);
+        let to = Destination::Client(task.client);
         self.leave_open(id);
         self.tasks.close(id);
-        let len = write_error(buffer, version, (sequence, timestamp_us), code, text);
         self.stats.traffic.replies.count();
         self.stats.client_bytes_out.add(len as u64);
-        Transmit {
-            to: Destination::Client(client),
-            len,
-        }
+        Transmit { to, len }
     }
 
     /// Cleans up when a task stops being open.
     fn leave_open(&mut self, id: TaskId) {
-        if self.resend.is_some_and(|resend| resend.task == id) {
-            self.resend = self.tasks.next(id).map(|task| Resend { task, offset: 0 });
-        }
+        self.skip_resend(id);
         self.translator.forget(self.tasks.upstream_sequence(id));
         self.arena.release(&mut self.tasks.get_mut(id).retained);
     }

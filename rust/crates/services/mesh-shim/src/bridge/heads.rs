@@ -74,22 +74,16 @@ impl Heads {
         self.current
     }
 
-    pub(super) fn len(&self) -> usize {
-        self.heads.len()
-    }
-
     pub(super) fn state(&self, head: usize, now: Instant) -> HeadState {
-        let HeadRecord {
-            last_heard,
-            refused,
-            draining_until,
-            ..
-        } = self.heads[head];
-        if refused {
+        let head = &self.heads[head];
+        if head.refused {
             HeadState::Refused
-        } else if draining_until.is_some_and(|until| now < until) {
+        } else if head.draining_until.is_some_and(|until| now < until) {
             HeadState::Draining
-        } else if last_heard.is_some_and(|heard| now < heard + self.timing.timeout) {
+        } else if head
+            .last_heard
+            .is_some_and(|heard| now < heard + self.timing.timeout)
+        {
             HeadState::Live
         } else {
             HeadState::Silent
@@ -145,8 +139,14 @@ impl Heads {
 
     /// Returns true if another head than `head` is live.
     pub(super) fn has_alternative(&self, head: usize, now: Instant) -> bool {
-        (0..self.heads.len())
-            .any(|other| other != head && self.state(other, now) == HeadState::Live)
+        let is_live = |head| self.state(head, now) == HeadState::Live;
+        (0..self.heads.len()).any(|other| other != head && is_live(other))
+    }
+
+    /// Number of heads that are live.
+    pub(super) fn live(&self, now: Instant) -> usize {
+        let is_live = |&head: &usize| self.state(head, now) == HeadState::Live;
+        (0..self.heads.len()).filter(is_live).count()
     }
 
     /// Chooses the current head; true if it changed.
@@ -165,13 +165,8 @@ impl Heads {
             }
             _ => None,
         };
-        match live.or_else(silent) {
-            Some(next) if next != self.current => {
-                self.current = next;
-                true
-            }
-            _ => false,
-        }
+        let next = live.or_else(silent).unwrap_or(self.current);
+        std::mem::replace(&mut self.current, next) != next
     }
 
     /// Returns true unless the current head refuses, so that a task has somewhere to go.
@@ -179,17 +174,8 @@ impl Heads {
         self.state(self.current, now) != HeadState::Refused
     }
 
-    /// The version in which `head` is spoken to for a client of version `wanted`.
-    pub(super) fn version_for(&self, head: usize, wanted: Version, now: Instant) -> Version {
-        self.speaks(head, now).version_for(wanted)
-    }
-
-    /// True if `head` understands this version, as far as is known.
-    pub(super) fn may_speak(&self, head: usize, version: Version, now: Instant) -> bool {
-        self.speaks(head, now).may_include(version)
-    }
-
-    fn speaks(&self, head: usize, now: Instant) -> Speaks {
+    /// The versions that `head` speaks.
+    pub(super) fn speaks(&self, head: usize, now: Instant) -> Speaks {
         self.heads[head].spoken.at(now, self.timing.probe_interval)
     }
 
@@ -348,30 +334,31 @@ mod tests {
         let (mut heads, at) = heads(2);
         let (old, new) = (Version::V5_0, Version::V5_1);
         assert_eq!(
-            heads.version_for(0, new, at(0)),
+            heads.speaks(0, at(0)).version_for(new),
             old,
             "it may be one that answers no probe"
         );
         heads.heard(0, new, at(0));
         assert_eq!(
-            [old, new].map(|client| heads.version_for(0, client, at(1))),
+            [old, new].map(|client| heads.speaks(0, at(1)).version_for(client)),
             [new, new]
         );
-        assert!(!heads.may_speak(0, old, at(1)) && heads.may_speak(0, new, at(1)));
+        let speaks = heads.speaks(0, at(1));
+        assert!(!speaks.may_include(old) && speaks.may_include(new));
         heads.heard(0, old, at(100));
         assert_eq!(
-            [old, new].map(|client| heads.version_for(0, client, at(101))),
+            [old, new].map(|client| heads.speaks(0, at(101)).version_for(client)),
             [old, new]
         );
-        assert!(heads.may_speak(0, old, at(101)));
+        assert!(heads.speaks(0, at(101)).may_include(old));
         assert_eq!(
-            heads.version_for(0, new, at(60_050)),
+            heads.speaks(0, at(60_050)).version_for(new),
             old,
             "what it spoke long ago"
         );
         // Another program may come back there.
         assert!(heads.find_lost(at(70_000)));
         heads.heard(0, new, at(70_001));
-        assert_eq!(heads.version_for(0, old, at(70_002)), new);
+        assert_eq!(heads.speaks(0, at(70_002)).version_for(old), new);
     }
 }

@@ -56,9 +56,8 @@ impl RateLimiter {
         if bucket.tokens.take(self.per_second, self.burst, now) {
             return RateDecision::Pass;
         }
-        let tell = bucket
-            .told
-            .is_none_or(|told| now.saturating_duration_since(told) >= TELL_INTERVAL);
+        let is_old = |told| now.saturating_duration_since(told) >= TELL_INTERVAL;
+        let tell = bucket.told.is_none_or(is_old);
         if tell {
             bucket.told = Some(now);
         }

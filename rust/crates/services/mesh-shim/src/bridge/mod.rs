@@ -154,6 +154,12 @@ struct Resend {
     offset: usize,
 }
 
+impl Resend {
+    fn of(task: TaskId) -> Self {
+        Self { task, offset: 0 }
+    }
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Drain {
     Serving,
@@ -168,10 +174,9 @@ impl Bridge {
             probe_interval: config.probe_interval,
             timeout: config.head_timeout,
         };
-        let verified = if config.admit == Admit::Verified {
-            VERIFIED_SOURCES
-        } else {
-            1
+        let verified = match config.admit {
+            Admit::Verified => VERIFIED_SOURCES,
+            Admit::Trusted => 1,
         };
         Self {
             tasks: TaskTable::new(config.max_tasks, secrets.first_generation, now),
@@ -243,25 +248,16 @@ impl Bridge {
             let kind = (version, MsgType::HEALTH);
             // A head that does not know this address yet answers with a cookie, and never with more bytes
             // than came.
-            let len = write_message(buffer, kind, self.probes_sent, 0, &[]);
-            let padded = len.max(PROBE_LEN).min(buffer.len());
-            buffer[len..padded].fill(0);
-            let len = padded;
-            return Some(Transmit {
-                to: Destination::Head(head),
-                len,
-            });
-        }
-        if let Some(Echo {
-            head,
-            version,
-            sequence,
-            cookie,
-        }) = self.echo.take()
-        {
-            let kind = (version, MsgType::CHALLENGE_REPLY);
-            let len = write_message(buffer, kind, sequence, 0, &cookie);
+            let message = write_message(buffer, kind, (self.probes_sent, 0), &[]);
+            let len = message.max(PROBE_LEN).min(buffer.len());
+            buffer[message..len].fill(0);
             let to = Destination::Head(head);
+            return Some(Transmit { to, len });
+        }
+        if let Some(echo) = self.echo.take() {
+            let kind = (echo.version, MsgType::CHALLENGE_REPLY);
+            let len = write_message(buffer, kind, (echo.sequence, 0), &[&echo.cookie]);
+            let to = Destination::Head(echo.head);
             return Some(Transmit { to, len });
         }
         self.forget_answered(now);
@@ -279,11 +275,9 @@ impl Bridge {
     /// Time at which [`Bridge::poll_transmit`] next has something to do, if no datagram comes before.
     #[must_use]
     pub fn next_wakeup(&self) -> Instant {
-        let oldest = self
-            .tasks
-            .first(TaskState::Open)
-            .map(|id| self.tasks.get(id).deadline);
-        let due = [oldest, self.resend_at].into_iter().flatten();
+        let oldest = self.tasks.first(TaskState::Open);
+        let deadline = oldest.map(|id| self.tasks.get(id).deadline);
+        let due = [deadline, self.resend_at].into_iter().flatten();
         due.fold(self.heads.next_wakeup(), Instant::min)
     }
 
@@ -338,10 +332,7 @@ impl Bridge {
 
     /// Brings the gauges among the counters up to date.
     pub fn publish_gauges(&self, now: Instant) {
-        let live = (0..self.heads.len())
-            .filter(|&head| self.heads.state(head, now) == HeadState::Live)
-            .count();
-        self.stats.live_heads.set(live as u64);
+        self.stats.live_heads.set(self.heads.live(now) as u64);
         self.stats.current_head.set(self.heads.current() as u64);
         self.stats.open_tasks.set(self.open_tasks() as u64);
     }
@@ -364,15 +355,13 @@ impl Reply {
     }
 
     fn answer(&mut self, to: &Frame, kind: MsgType, payload: &[u8]) -> FromClient {
-        let (sequence, timestamp_us) = (to.header.sequence, to.header.timestamp_us);
         let kind = (to.version, kind);
-        self.len = write_message(&mut self.bytes, kind, sequence, timestamp_us, payload);
+        self.len = write_message(&mut self.bytes, kind, to.names(), &[payload]);
         FromClient::Reply
     }
 
     fn error(&mut self, to: &Frame, code: ErrorCode, text: &str) -> FromClient {
-        let names = (to.header.sequence, to.header.timestamp_us);
-        self.len = write_error(&mut self.bytes, to.version, names, code, text);
+        self.len = write_error(&mut self.bytes, to.version, to.names(), code, text);
         FromClient::Reply
     }
 }

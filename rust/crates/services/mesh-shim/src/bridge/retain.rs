@@ -36,26 +36,17 @@ impl Chain {
 impl Arena {
     pub(super) fn new(bytes: usize) -> Self {
         let blocks = (bytes / BLOCK).min(NONE as usize);
-        let next = (1..=blocks as u32)
-            .map(|next| if next as usize == blocks { NONE } else { next })
-            .collect();
-        let free = if blocks == 0 { NONE } else { 0 };
         Self {
             bytes: vec![0; blocks * BLOCK].into(),
-            next,
-            free,
+            next: (1..blocks as u32).chain([NONE]).collect(),
+            free: if blocks == 0 { NONE } else { 0 },
             free_blocks: blocks,
         }
     }
 
     /// Appends `datagram` to `chain`; false, and nothing changed, if there is no room.
     pub(super) fn append(&mut self, chain: &mut Chain, mut datagram: &[u8]) -> bool {
-        let used_of_last = chain.len() % BLOCK;
-        let room_in_last = if used_of_last == 0 {
-            0
-        } else {
-            BLOCK - used_of_last
-        };
+        let room_in_last = chain.len().next_multiple_of(BLOCK) - chain.len();
         let blocks = datagram.len().saturating_sub(room_in_last).div_ceil(BLOCK);
         if chain.len() + datagram.len() > MAX_CHAIN || blocks > self.free_blocks {
             return false;

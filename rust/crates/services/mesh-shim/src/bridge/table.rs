@@ -34,41 +34,27 @@ impl<K: Copy + Eq + Hash, V: Copy> FixedTable<K, V> {
 
     /// The value of `key`, if it is still here.
     pub(super) fn get(&mut self, key: &K, now: Instant) -> Option<&mut V> {
-        let entry = self
-            .set(key)
-            .iter_mut()
-            .flatten()
-            .find(|entry| entry.key == *key)?;
+        let mut entries = self.set(key).iter_mut().flatten();
+        let entry = entries.find(|entry| entry.key == *key)?;
         entry.used = now;
         Some(&mut entry.value)
     }
 
     /// The value of `key`; `new` if it is not here.
     pub(super) fn get_or_insert(&mut self, key: K, new: V, now: Instant) -> &mut V {
-        let set = self.set(&key);
-        let place = match set
-            .iter()
-            .position(|entry| entry.as_ref().is_some_and(|entry| entry.key == key))
-        {
-            Some(place) => place,
-            None => {
-                // None sorts before every time, so empty places go first.
-                let (place, _) = set
-                    .iter()
-                    .enumerate()
-                    .min_by_key(|(_, entry)| entry.as_ref().map(|entry| entry.used))
-                    .expect("a set is not empty");
-                set[place] = Some(Entry {
-                    key,
-                    value: new,
-                    used: now,
-                });
-                place
-            }
-        };
-        let entry = set[place].as_mut().expect("the place was found or filled");
-        entry.used = now;
-        &mut entry.value
+        let is_it = |entry: &Entry<K, V>| entry.key == key;
+        // The key's own place, else an empty one, as None sorts before every time, else that used longest ago.
+        let places = self.set(&key).iter_mut();
+        let place = places.min_by_key(|entry| {
+            (
+                !entry.as_ref().is_some_and(is_it),
+                entry.map(|entry| entry.used),
+            )
+        });
+        let place = place.expect("a set is not empty");
+        let value = place.filter(is_it).map_or(new, |known| known.value);
+        let used = now;
+        &mut place.insert(Entry { key, value, used }).value
     }
 
     fn set(&mut self, key: &K) -> &mut [Option<Entry<K, V>>] {

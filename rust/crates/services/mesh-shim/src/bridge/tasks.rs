@@ -62,6 +62,12 @@ pub(super) struct Task {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct TaskId(u32);
 
+impl TaskId {
+    fn at(index: u32) -> Option<Self> {
+        (index != NONE).then_some(Self(index))
+    }
+}
+
 /// The list that a slot is in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum TaskState {
@@ -139,16 +145,12 @@ impl TaskTable {
         version: Version,
         sequence: u32,
     ) -> Option<TaskId> {
-        let mut index = self.buckets[self.bucket(client, version, sequence)];
-        while index != NONE {
-            let slot = &self.slots[index as usize];
-            let asked = (slot.task.client, slot.task.version, slot.task.sequence);
-            if asked == (client, version, sequence) {
-                return Some(TaskId(index));
-            }
-            index = slot.bucket_next;
-        }
-        None
+        let first = TaskId::at(self.buckets[self.bucket(client, version, sequence)]);
+        let behind = |id: &TaskId| TaskId::at(self.slots[id.0 as usize].bucket_next);
+        std::iter::successors(first, behind).find(|id| {
+            let task = self.get(*id);
+            (task.client, task.version, task.sequence) == (client, version, sequence)
+        })
     }
 
     /// The slot that an answer of the head with `sequence` is for.
@@ -195,23 +197,18 @@ impl TaskTable {
 
     /// Frees the slot. What it retained must have been released before.
     pub(super) fn close(&mut self, id: TaskId) {
-        let slot = &self.slots[id.0 as usize];
-        debug_assert_eq!(
-            slot.task.retained.len(),
-            0,
-            "a closed task still holds memory"
-        );
-        let after = slot.bucket_next;
-        let bucket = self.bucket(slot.task.client, slot.task.version, slot.task.sequence);
-        if self.buckets[bucket] == id.0 {
-            self.buckets[bucket] = after;
-        } else {
-            let mut index = self.buckets[bucket];
-            while self.slots[index as usize].bucket_next != id.0 {
-                index = self.slots[index as usize].bucket_next;
-            }
-            self.slots[index as usize].bucket_next = after;
+        let Slot {
+            task, bucket_next, ..
+        } = &self.slots[id.0 as usize];
+        debug_assert_eq!(task.retained.len(), 0, "a closed task still holds memory");
+        let after = *bucket_next;
+        let bucket = self.bucket(task.client, task.version, task.sequence);
+        let mut link = &mut self.buckets[bucket];
+        while *link != id.0 {
+            let before = *link as usize;
+            link = &mut self.slots[before].bucket_next;
         }
+        *link = after;
         self.unlink(id.0);
         self.link(id.0, TaskState::Free);
     }
@@ -230,14 +227,12 @@ impl TaskTable {
 
     /// The slot longest in `state`.
     pub(super) fn first(&self, state: TaskState) -> Option<TaskId> {
-        let first = self.lists[state as usize].first;
-        (first != NONE).then_some(TaskId(first))
+        TaskId::at(self.lists[state as usize].first)
     }
 
     /// The slot that came to its list after `id`.
     pub(super) fn next(&self, id: TaskId) -> Option<TaskId> {
-        let next = self.slots[id.0 as usize].next;
-        (next != NONE).then_some(TaskId(next))
+        TaskId::at(self.slots[id.0 as usize].next)
     }
 
     /// Number of slots in `state`.

@@ -44,10 +44,8 @@ impl Spoken {
     /// The versions that the head speaks, if it is probed every `probe_interval`.
     pub(super) fn at(&self, now: Instant, probe_interval: Duration) -> Speaks {
         let memory = VERSION_MEMORY.max(probe_interval * 3 * SELDOM);
-        Speaks(
-            self.0
-                .map(|spoke| spoke.is_some_and(|at| now < at + memory)),
-        )
+        let is_recent = |at| now < at + memory;
+        Speaks(self.0.map(|spoke| spoke.is_some_and(is_recent)))
     }
 }
 
@@ -264,13 +262,9 @@ impl Translator {
                 self.outgoing.pop_front();
                 continue;
             };
-            let len = write_message(
-                buffer,
-                (first.version, message.kind),
-                message.sequence,
-                message.timestamp_us,
-                &message.payload,
-            );
+            let kind = (first.version, message.kind);
+            let names = (message.sequence, message.timestamp_us);
+            let len = write_message(buffer, kind, names, &[&message.payload]);
             return Some((first.client, len));
         }
         None

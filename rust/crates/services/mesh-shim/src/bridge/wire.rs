@@ -19,6 +19,11 @@ impl Frame {
         Ok(Self { version, header })
     }
 
+    /// Sequence and timestamp, which an answer repeats.
+    pub(super) fn names(&self) -> (u32, u64) {
+        (self.header.sequence, self.header.timestamp_us)
+    }
+
     pub(super) fn kind(&self) -> MsgType {
         self.header.kind()
     }
@@ -64,49 +69,37 @@ pub(super) fn set_payload_len(message: &mut [u8], len: usize) {
     message[13..HEADER_LEN].copy_from_slice(&(len as u32).to_be_bytes());
 }
 
+/// Writes a datagram; returns its length.
 pub(super) fn write_message(
     buffer: &mut [u8],
     (version, kind): (Version, MsgType),
-    sequence: u32,
-    timestamp_us: u64,
-    payload: &[u8],
+    (sequence, timestamp_us): (u32, u64),
+    payload: &[&[u8]],
 ) -> usize {
+    let payload_len = payload.iter().map(|part| part.len() as u32).sum();
     let header = Header {
         msg_type: kind.0,
         sequence,
         timestamp_us,
-        payload_len: payload.len() as u32,
+        payload_len,
     };
-    let start = version.header_len();
-    let len = start + payload.len();
-    write_header(buffer, version, header);
-    buffer[start..len].copy_from_slice(payload);
+    let header = header.encode();
+    let mut len = 0;
+    for part in [version.prefix(), &header].iter().chain(payload) {
+        buffer[len..][..part.len()].copy_from_slice(part);
+        len += part.len();
+    }
     len
 }
 
 pub(super) fn write_error(
     buffer: &mut [u8],
     version: Version,
-    (sequence, timestamp_us): (u32, u64),
+    names: (u32, u64),
     code: ErrorCode,
     text: &str,
 ) -> usize {
-    let header = Header {
-        msg_type: MsgType::ERROR.0,
-        sequence,
-        timestamp_us,
-        payload_len: 1 + text.len() as u32,
-    };
-    let start = version.header_len();
-    let len = start + 1 + text.len();
-    write_header(buffer, version, header);
-    buffer[start] = code.0;
-    buffer[start + 1..len].copy_from_slice(text.as_bytes());
-    len
-}
-
-fn write_header(buffer: &mut [u8], version: Version, header: Header) {
-    let (prefix, message) = buffer.split_at_mut(version.prefix().len());
-    prefix.copy_from_slice(version.prefix());
-    message[..HEADER_LEN].copy_from_slice(&header.encode());
+    let payload = [&[code.0], text.as_bytes()];
+    let kind = (version, MsgType::ERROR);
+    write_message(buffer, kind, names, &payload)
 }

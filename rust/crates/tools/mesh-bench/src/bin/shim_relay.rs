@@ -100,18 +100,20 @@ fn bare_relay(ingress: UdpSocket, head: SocketAddr, stop: &AtomicBool) {
     while !stop.load(Ordering::Relaxed) {
         let [from_client, from_head] = readable_of(&ingress, &upstream);
         if from_client {
-            let count = received.recv(&ingress).unwrap_or(0);
+            let count = received.recv(&ingress, None).unwrap_or(0);
             client = (count > 0).then(|| received.get(count - 1).1).or(client);
             batch::send(
                 &upstream,
                 (0..count).map(|index| (received.get(index).0, None)),
+                None,
             );
         }
         if from_head {
-            let count = received.recv(&upstream).unwrap_or(0);
+            let count = received.recv(&upstream, None).unwrap_or(0);
             batch::send(
                 &ingress,
                 (0..count).map(|index| (received.get(index).0, client)),
+                None,
             );
         }
     }

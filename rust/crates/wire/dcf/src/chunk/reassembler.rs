@@ -50,17 +50,12 @@ pub struct Reassembler<K> {
     limits: Limits,
     /// Bytes that may be held now; [`Limits::max_bytes`] or less.
     room: usize,
-    sources: Option<Sources<K>>,
+    share: Share,
+    /// The source of each payload.
+    of: fn(&K) -> IpAddr,
     pending: HashMap<K, PartialMessage>,
     bytes: usize,
     evicted: u64,
-}
-
-/// The source of each payload, and the bounds for one source.
-#[derive(Debug)]
-struct Sources<K> {
-    of: fn(&K) -> IpAddr,
-    share: Share,
 }
 
 /// Bounds on the unfinished payloads of one source in a [`Reassembler`].
@@ -84,24 +79,25 @@ impl Limits {
 }
 
 impl<K: Hash + Eq + Clone> Reassembler<K> {
-    /// An empty one that knows no sources.
+    /// An empty one that takes all payloads as those of one source.
     #[must_use]
     pub fn new(limits: Limits) -> Self {
-        Self::with_sources(limits, None)
+        let all = Share {
+            messages: limits.max_messages,
+            bytes: limits.max_bytes,
+        };
+        Self::by_source(limits, all, |_| Ipv6Addr::UNSPECIFIED.into())
     }
 
     /// An empty reassembler in which each source has at most `share`; `of` returns the source of a key's
     /// payload. Addresses of one IPv6 /64 are one source.
     #[must_use]
     pub fn by_source(limits: Limits, share: Share, of: fn(&K) -> IpAddr) -> Self {
-        Self::with_sources(limits, Some(Sources { of, share }))
-    }
-
-    fn with_sources(limits: Limits, sources: Option<Sources<K>>) -> Self {
         Self {
             limits,
             room: limits.max_bytes,
-            sources,
+            share,
+            of,
             pending: HashMap::new(),
             bytes: 0,
             evicted: 0,
@@ -112,12 +108,7 @@ impl<K: Hash + Eq + Clone> Reassembler<K> {
     /// dropped as when a limit is reached.
     pub fn set_room(&mut self, bytes: usize) {
         self.room = bytes.min(self.limits.max_bytes);
-        while self.bytes > self.room {
-            let largest = self.largest_source(None);
-            if !self.evict(None, largest) {
-                return;
-            }
-        }
+        while self.bytes > self.room && self.evict(None, self.largest_source(None)) {}
     }
 
     /// Takes one Chunk; returns the whole payload if it was the last one missing.
@@ -144,46 +135,29 @@ impl<K: Hash + Eq + Clone> Reassembler<K> {
             }
         }
 
-        let payload_len = self
-            .pending
-            .get(&key)
-            .map_or(0, |pending| pending.payload_len)
-            + chunk.data.len();
+        let pending = self.pending.get(&key);
+        let len = pending.map_or(0, |pending| pending.payload_len) + chunk.data.len();
         let cost = PIECE_OVERHEAD + chunk.data.len();
-        let own_bytes = self.pending.get(&key).map_or(0, PartialMessage::bytes) + cost;
-        let share = self.sources.as_ref().map(|sources| sources.share);
-        let max_bytes = share.map_or(self.limits.max_bytes, |share| {
-            share.bytes.min(self.limits.max_bytes)
-        });
-        let limit = self.limits.max_payload.min(max_bytes);
-        if payload_len > self.limits.max_payload
+        let own_bytes = pending.map_or(0, PartialMessage::bytes) + cost;
+        let max_bytes = self.share.bytes.min(self.limits.max_bytes);
+        if len > self.limits.max_payload
             || own_bytes > max_bytes
-            || self.limits.max_messages == 0
-            || share.is_some_and(|share| share.messages == 0)
+            || self.limits.max_messages.min(self.share.messages) == 0
         {
             self.forget(&key);
-            return Err(ChunkError::TooLarge {
-                len: payload_len,
-                limit,
-            });
+            let limit = self.limits.max_payload.min(max_bytes);
+            return Err(ChunkError::TooLarge { len, limit });
         }
-        if own_bytes > self.room {
-            self.forget(&key);
-            return Err(ChunkError::NoRoom);
-        }
-        if !self.make_room(&key, cost) {
+        if own_bytes > self.room || !self.make_room(&key, cost) {
             self.forget(&key);
             return Err(ChunkError::NoRoom);
         }
 
-        let timeout = self.limits.timeout;
-        let pending = self
-            .pending
-            .entry(key.clone())
-            .or_insert_with(|| PartialMessage::new(chunk, now, timeout));
-        pending
-            .pieces
-            .insert(chunk.index, chunk.data.as_ref().into());
+        let deadline = now + self.limits.timeout;
+        let pending = self.pending.entry(key.clone());
+        let pending = pending.or_insert_with(|| PartialMessage::new(chunk, now, deadline));
+        let data = chunk.data.as_ref().into();
+        pending.pieces.insert(chunk.index, data);
         pending.payload_len += chunk.data.len();
         pending.touched = now;
         self.bytes += cost;
@@ -243,39 +217,29 @@ impl<K: Hash + Eq + Clone> Reassembler<K> {
     /// False if others would have to give way that hold less.
     fn make_room(&mut self, key: &K, cost: usize) -> bool {
         let is_new = !self.pending.contains_key(key);
-        if let Some((share, source)) = self.share_of(key) {
-            loop {
-                let held = self.held_by(source);
-                let full = is_new && held.messages >= share.messages;
-                if (held.bytes + cost <= share.bytes && !full)
-                    || !self.evict(Some(key), Some(source))
-                {
-                    break;
-                }
-            }
-        }
+        let source = self.source_of(key);
+        let is_over_share = |this: &Self| {
+            let (messages, bytes) = this.held_by(source);
+            bytes + cost > this.share.bytes || (is_new && messages >= this.share.messages)
+        };
+        while is_over_share(self) && self.evict(Some(key), Some(source)) {}
         while self.bytes + cost > self.room
             || (is_new && self.pending.len() >= self.limits.max_messages)
         {
-            let largest = self.largest_source(Some((key, cost)));
-            if !self.evict(Some(key), largest) {
+            if !self.evict(Some(key), self.largest_source(Some((key, cost)))) {
                 return false;
             }
         }
         true
     }
 
-    /// Drops the stalest payload but that of `key`, among those of one source if it is given; false if no
-    /// payload is left.
+    /// Drops the stalest payload of a source but that of `key`; false if no payload is left.
     fn evict(&mut self, key: Option<&K>, source: Option<IpAddr>) -> bool {
-        let stalest = self
-            .pending
-            .iter()
-            .filter(|(other, _)| Some(*other) != key)
-            .filter(|(other, _)| source.is_none() || self.source_of(other) == source)
-            .min_by_key(|(_, pending)| pending.touched)
-            .map(|(other, _)| other.clone());
-        let Some(stalest) = stalest else {
+        let others = self.pending.iter();
+        let others = others
+            .filter(|(other, _)| Some(*other) != key && Some(self.source_of(other)) == source);
+        let stalest = others.min_by_key(|(_, pending)| pending.touched);
+        let Some(stalest) = stalest.map(|(other, _)| other.clone()) else {
             return false;
         };
         self.forget(&stalest);
@@ -283,14 +247,8 @@ impl<K: Hash + Eq + Clone> Reassembler<K> {
         true
     }
 
-    /// The source of a payload, if this reassembler knows sources.
-    fn source_of(&self, key: &K) -> Option<IpAddr> {
-        let sources = self.sources.as_ref()?;
-        Some(network_of((sources.of)(key)))
-    }
-
-    fn share_of(&self, key: &K) -> Option<(Share, IpAddr)> {
-        Some((self.sources.as_ref()?.share, self.source_of(key)?))
+    fn source_of(&self, key: &K) -> IpAddr {
+        network_of((self.of)(key))
     }
 
     /// The source that holds the most bytes; that of `growing`, a payload with the bytes that it grows by, only if it holds more than
@@ -298,9 +256,9 @@ impl<K: Hash + Eq + Clone> Reassembler<K> {
     fn largest_source(&self, growing: Option<(&K, usize)>) -> Option<IpAddr> {
         let mut held: HashMap<IpAddr, usize> = HashMap::new();
         for (key, pending) in &self.pending {
-            *held.entry(self.source_of(key)?).or_default() += pending.bytes();
+            *held.entry(self.source_of(key)).or_default() += pending.bytes();
         }
-        let own = growing.and_then(|(key, cost)| Some((self.source_of(key)?, cost)));
+        let own = growing.map(|(key, cost)| (self.source_of(key), cost));
         if let Some((own, cost)) = own {
             *held.entry(own).or_default() += cost;
         }
@@ -311,18 +269,13 @@ impl<K: Hash + Eq + Clone> Reassembler<K> {
         largest.map(|(source, _)| source)
     }
 
-    fn held_by(&self, source: IpAddr) -> Share {
-        let mut held = Share {
-            messages: 0,
-            bytes: 0,
-        };
-        for (key, pending) in &self.pending {
-            if self.source_of(key) == Some(source) {
-                held.messages += 1;
-                held.bytes += pending.bytes();
-            }
-        }
-        held
+    /// Number and bytes of a source's payloads.
+    fn held_by(&self, source: IpAddr) -> (usize, usize) {
+        let all = self.pending.iter();
+        let held = all.filter(|(key, _)| self.source_of(key) == source);
+        held.fold((0, 0), |(messages, bytes), (_, pending)| {
+            (messages + 1, bytes + pending.bytes())
+        })
     }
 
     fn forget(&mut self, key: &K) -> Option<PartialMessage> {
@@ -345,14 +298,14 @@ struct PartialMessage {
 }
 
 impl PartialMessage {
-    fn new(first: &Chunk, now: Instant, timeout: Duration) -> Self {
+    fn new(first: &Chunk, now: Instant, deadline: Instant) -> Self {
         Self {
             total: first.total,
             md5: first.md5,
             pieces: BTreeMap::new(),
             payload_len: 0,
             touched: now,
-            deadline: now + timeout,
+            deadline,
         }
     }
 

@@ -6,7 +6,7 @@ use axum::extract::rejection::BytesRejection;
 use axum::http::StatusCode;
 use futures::StreamExt;
 use mesh_api::Code;
-use mesh_service::http::{NoRoom, TooSlow};
+use mesh_service::http::{NoRoom, TooSlow, cause_of};
 
 use super::error::ApiError;
 use super::keys::Client;
@@ -85,10 +85,10 @@ fn too_large(limit: u64) -> ApiError {
 }
 
 fn unreadable(error: &(dyn std::error::Error + 'static)) -> ApiError {
-    if let Some(slow) = TooSlow::cause_of(error) {
+    if let Some(slow) = cause_of::<TooSlow>(error) {
         return ApiError::new(Code::RequestTimeout, slow.to_string());
     }
-    if let Some(full) = NoRoom::cause_of(error) {
+    if let Some(full) = cause_of::<NoRoom>(error) {
         return ApiError::passing(Code::Overloaded, full.to_string());
     }
     let text = format!("the body cannot be read: {error}");

@@ -77,7 +77,7 @@ impl LegacyBus {
             }
             return &self.counters.untrusted;
         }
-        let Ok(message) = dcf::decode_datagram(Bytes::copy_from_slice(datagram.data)) else {
+        let Ok(message) = Message::decode_datagram(Bytes::copy_from_slice(datagram.data)) else {
             return &self.counters.malformed;
         };
         match message.kind {
