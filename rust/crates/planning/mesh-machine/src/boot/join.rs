@@ -224,14 +224,13 @@ impl Settings {
         let mut settings = Self::default();
         for (key, value) in &table {
             let Some(value) = value.as_str() else {
+                let key = shown(key);
                 return Err(wrong(format!(
-                    "`{}` must be text in quotes: {0} = \"…\"",
-                    shown(key)
+                    "`{key}` must be text in quotes: {key} = \"…\""
                 )));
             };
-            settings
-                .set(key, value)
-                .map_err(|error| wrong(error.to_string()))?;
+            let set = settings.set(key, value);
+            set.map_err(|error| wrong(error.to_string()))?;
         }
         Ok(settings)
     }
@@ -244,12 +243,9 @@ pub fn command_line_has(text: &str, word: &str) -> bool {
 
 impl Role {
     fn parse(text: &str) -> Result<Self, String> {
-        match text {
-            "worker" => Ok(Self::Worker),
-            "head" => Ok(Self::Head),
-            "shim" => Ok(Self::Shim),
-            _ => Err("there are worker, head and shim".to_owned()),
-        }
+        let mut all = [Self::Worker, Self::Head, Self::Shim].into_iter();
+        all.find(|role| role.to_string() == text)
+            .ok_or_else(|| "there are worker, head and shim".to_owned())
     }
 }
 
@@ -274,13 +270,14 @@ impl HeadAddress {
         let (host, port) = match text.strip_prefix('[') {
             Some(rest) => {
                 let (host, port) = rest.split_once(']').ok_or_else(wrong)?;
+                let port = match port {
+                    "" => None,
+                    port => Some(port.strip_prefix(':').ok_or_else(wrong)?),
+                };
                 if !host.contains(':') {
                     return Err(wrong());
                 }
-                match port {
-                    "" => (host, None),
-                    _ => (host, Some(port.strip_prefix(':').ok_or_else(wrong)?)),
-                }
+                (host, port)
             }
             None => match text.split_once(':') {
                 Some((_, port)) if port.contains(':') => {
@@ -291,34 +288,20 @@ impl HeadAddress {
             },
         };
         let port = match port {
-            Some(port) => port
-                .parse()
-                .ok()
-                .filter(|&port| port > 0)
-                .ok_or_else(wrong)?,
+            Some(port) => {
+                let port = port.parse().ok().filter(|&port| port > 0);
+                port.ok_or_else(wrong)?
+            }
             None => HEAD_PORT,
         };
-        let allowed =
-            |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_' | ':' | '%');
-        if host.is_empty()
-            || host.len() > 253
-            || host.starts_with('-')
-            || !host.chars().all(allowed)
-        {
-            return Err(wrong());
-        }
-        Ok(Self {
-            host: host.to_owned(),
-            port,
-        })
-    }
-
-    /// The same host with another port.
-    #[must_use]
-    pub fn with_port(&self, port: u16) -> Self {
-        Self {
-            host: self.host.clone(),
-            port,
+        let allowed = |c: char| c.is_ascii_alphanumeric() || ".-_:%".contains(c);
+        let sound = (1..=253).contains(&host.len()) && host.chars().all(allowed);
+        match sound && !host.starts_with('-') {
+            true => Ok(Self {
+                host: host.to_owned(),
+                port,
+            }),
+            false => Err(wrong()),
         }
     }
 }
@@ -460,35 +443,28 @@ fn key_type(bytes: &[u8]) -> Option<&str> {
 
 fn node_name(text: &str) -> Result<String, String> {
     let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_');
-    if text.len() <= 63 && text.chars().all(allowed) {
-        Ok(text.to_owned())
-    } else {
-        Err("a name has at most 63 letters, digits, dots, dashes and underscores".to_owned())
+    match text.len() <= 63 && text.chars().all(allowed) {
+        true => Ok(text.to_owned()),
+        false => {
+            Err("a name has at most 63 letters, digits, dots, dashes and underscores".to_owned())
+        }
     }
 }
 
 /// A name of a keyboard layout: never a path, nor an option of `loadkeys`.
 fn keymap(text: &str) -> Result<String, String> {
-    let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_' | '@' | '+');
-    if text.len() <= 64
-        && text.starts_with(|c: char| c.is_ascii_alphanumeric())
-        && text.chars().all(allowed)
-    {
-        Ok(text.to_owned())
-    } else {
-        Err("write a keyboard layout's name, such as de, fr or us-acentos".to_owned())
+    let plain = |c: char| c.is_ascii_alphanumeric();
+    let sound = text.starts_with(plain) && text.chars().all(|c| plain(c) || ".-_@+".contains(c));
+    match sound && text.len() <= 64 {
+        true => Ok(text.to_owned()),
+        false => Err("write a keyboard layout's name, such as de, fr or us-acentos".to_owned()),
     }
 }
 
 /// A key in a message: printable and short.
 fn shown(text: &str) -> String {
-    text.split('=')
-        .next()
-        .unwrap_or_default()
-        .chars()
-        .filter(|c| !c.is_control())
-        .take(32)
-        .collect()
+    let key = text.split('=').next().unwrap_or_default();
+    key.chars().filter(|c| !c.is_control()).take(32).collect()
 }
 
 const KEYS: [&str; 7] = [

@@ -91,11 +91,8 @@ impl Profiler {
         let mut changed = false;
         if let Some(kept) = kept {
             profile.memory_bandwidth = sane(kept.memory_bandwidth);
-            if let Some(disk) = kept.disk
-                && disk_folder
-                    .as_ref()
-                    .is_none_or(|folder| *folder == disk.folder)
-            {
+            let same = |disk: &SavedDisk| disk_folder.as_ref().is_none_or(|it| *it == disk.folder);
+            if let Some(disk) = kept.disk.filter(same) {
                 profile.disk_read = sane(disk.bytes_per_second);
                 disk_folder = Some(disk.folder);
             }
@@ -138,10 +135,9 @@ impl Profiler {
     ) -> Result<LayerSpeed, MeasureError> {
         let fingerprint = model.fingerprint()?;
         let speeds = &mut self.profile.speeds;
-        let known = speeds
-            .iter()
-            .find(|speed| speed.fingerprint == fingerprint && speed.format == format.name());
-        if let Some(known) = known {
+        let same =
+            |speed: &&LayerSpeed| speed.fingerprint == fingerprint && speed.format == format.name();
+        if let Some(known) = speeds.iter().find(same) {
             return Ok(known.clone());
         }
         let speed = measure_layers(model, format, &self.options)?;
@@ -182,10 +178,9 @@ fn usable(available: u64, limit: Option<u64>) -> u64 {
 
 /// Rounds to whole bytes per second, which JSON returns unchanged; 0 for an implausible speed.
 fn sane(speed: f64) -> f64 {
-    if (1.0..=1e15).contains(&speed) {
-        speed.round()
-    } else {
-        0.0
+    match (1.0..=1e15).contains(&speed) {
+        true => speed.round(),
+        false => 0.0,
     }
 }
 
