@@ -25,7 +25,7 @@ use crate::name::HubName;
 use crate::partial;
 use crate::watch::Watch;
 pub(crate) use files::git_blob_id;
-use files::{FileState, Flusher, complete, copy};
+use files::{FileState, Flusher, Held, complete, copy, partials};
 use known::{find, manifest_of, to_open};
 pub use pulled::Pulled;
 
@@ -116,11 +116,7 @@ async fn small_file(
             what: format!("{} of {}", file.path, repo.id),
         });
     }
-    let subject = Subject {
-        repo: &repo.id,
-        revision: &repo.commit,
-        path: Some(&file.path),
-    };
+    let subject = Subject::file(&repo.id, &repo.commit, file);
     let url = hub.file_url(repo, file);
     Ok(hub.get_all(&url, subject, MAX_INDEX, watch).await?.into())
 }
@@ -156,10 +152,7 @@ impl Pull<'_> {
         }
         let weights = self.chosen.weights.clone();
         let Some((layouts, have)) = self.layouts(&weights).await? else {
-            return self
-                .now_known()
-                .await
-                .and_then(|known| self.holds(known, &layers));
+            return self.holds(self.now_known().await?, &layers);
         };
         let (ranges, total) = partial::wanted_ranges(&layouts, layers.clone())
             .map_err(|reason| self.unfit(reason))?;
@@ -168,11 +161,8 @@ impl Pull<'_> {
             ranges.iter().chain(have.iter()).collect()
         };
         let ranges: Vec<RangeSet> = ranges.into_iter().zip(have).map(kept).collect();
-        let ranges: BTreeMap<&str, &RangeSet> = weights
-            .iter()
-            .map(|file| file.path.as_str())
-            .zip(&ranges)
-            .collect();
+        let paths = weights.iter().map(|file| file.path.as_str());
+        let ranges: BTreeMap<&str, &RangeSet> = paths.zip(&ranges).collect();
         let files: Vec<RepoFile> = self.chosen.files().cloned().collect();
         let wanted_bytes = |file: &RepoFile| {
             let ranges = ranges.get(file.path.as_str());
@@ -180,20 +170,14 @@ impl Pull<'_> {
         };
         let bytes = files.iter().map(bytes).sum();
         let Some(held) = self.begin(&files, wanted_bytes).await? else {
-            return self
-                .now_known()
-                .await
-                .and_then(|known| self.holds(known, &layers));
+            return self.holds(self.now_known().await?, &layers);
         };
         let missing = |file: &RepoFile, partial: &PartialFile| match ranges.get(file.path.as_str())
         {
             None => partial.missing(),
             Some(ranges) => {
-                let have = partial.have();
-                ranges
-                    .iter()
-                    .flat_map(|range| have.missing(range))
-                    .collect()
+                let (ranges, have) = (ranges.iter(), partial.have());
+                ranges.flat_map(|range| have.missing(range)).collect()
             }
         };
         self.fetch(&files, &held, wanted_bytes, missing).await?;
@@ -273,8 +257,8 @@ impl Pull<'_> {
         &self,
         files: &[RepoFile],
         wanted: impl Fn(&RepoFile) -> u64,
-    ) -> Result<Option<BTreeMap<PartialKey, FileState>>, HubError> {
-        let mut held: BTreeMap<PartialKey, FileState> = BTreeMap::new();
+    ) -> Result<Option<Held>, HubError> {
+        let mut held = Held::new();
         // In one order everywhere, so that two processes do not wait for each other.
         let by_key: BTreeMap<PartialKey, &RepoFile> =
             files.iter().map(|file| (self.key(file), file)).collect();
@@ -326,12 +310,7 @@ impl Pull<'_> {
     }
 
     /// Removes files that were begun in vain, and computes the room that is missing for all of them.
-    async fn no_room(
-        &self,
-        held: BTreeMap<PartialKey, FileState>,
-        all: u64,
-        one: StoreError,
-    ) -> HubError {
+    async fn no_room(&self, held: Held, all: u64, one: StoreError) -> HubError {
         let store = self.store.clone();
         let ended = blocking(move || {
             for held in held.into_values() {
@@ -368,7 +347,7 @@ impl Pull<'_> {
                     let (path, name) = (path.clone(), file.path.clone());
                     blocking(move || partial::layout_of(&path, &name))
                         .await?
-                        .map_err(|reason| self.broken(file, reason))?
+                        .map_err(|reason| HubError::header(&self.repo, file, reason))?
                 }
                 FileState::Partial(partial) => {
                     let before = partial.have().bytes();
@@ -385,27 +364,19 @@ impl Pull<'_> {
         Ok(Some((layouts, have)))
     }
 
-    fn broken(&self, file: &RepoFile, reason: String) -> HubError {
-        HubError::Header {
-            repo: self.repo.id.clone(),
-            path: file.path.clone(),
-            reason,
-        }
-    }
-
     /// Fetches the ranges that `missing` returns for every incomplete file, of which `wanted` bytes are
     /// needed.
     async fn fetch(
         &mut self,
         files: &[RepoFile],
-        held: &BTreeMap<PartialKey, FileState>,
+        held: &Held,
         wanted: impl Fn(&RepoFile) -> u64,
         missing: impl Fn(&RepoFile, &PartialFile) -> Vec<Range<u64>>,
     ) -> Result<(), HubError> {
         let flusher = Flusher::start(held);
-        let have = |held: &BTreeMap<PartialKey, FileState>| -> u64 {
-            let partial = held.values().filter_map(FileState::partial);
-            partial.map(|partial| partial.have().bytes()).sum()
+        let have = |held: &Held| -> u64 {
+            let partials = partials(held).into_iter();
+            partials.map(|partial| partial.have().bytes()).sum()
         };
         let before = have(held);
         // Two files with the same bytes are one.
@@ -420,10 +391,8 @@ impl Pull<'_> {
             all += wanted(file);
             if let Some(partial) = held[&key].partial() {
                 let ranges = missing(file, partial);
-                to_come += ranges
-                    .iter()
-                    .map(|range| range.end - range.start)
-                    .sum::<u64>();
+                let lengths = ranges.iter().map(|range| range.end - range.start);
+                to_come += lengths.sum::<u64>();
                 fetches.push(self.fetch_one(file, partial.clone(), ranges));
             }
         }
@@ -431,8 +400,7 @@ impl Pull<'_> {
         let fetched = futures::future::try_join_all(fetches).await;
         // Also after an error: what has arrived is kept.
         let flushed = flusher.end().await;
-        let now = have(held);
-        self.fetched += now - before;
+        self.fetched += have(held) - before;
         fetched?;
         flushed
     }
@@ -451,17 +419,15 @@ impl Pull<'_> {
             let watch = self.watch.clone();
             return blocking(move || copy(&path, &partial, &ranges, &*watch)).await;
         }
-        let watch = self.watch.clone();
-        self.hub
-            .fetch(&self.repo, file, ranges, partial, watch)
-            .await
+        let (hub, watch) = (self.hub, self.watch.clone());
+        hub.fetch(&self.repo, file, ranges, partial, watch).await
     }
 
     /// Checks complete files and makes blobs of them; returns the path of each file of the model.
     async fn finish(
         &self,
         files: &[RepoFile],
-        mut held: BTreeMap<PartialKey, FileState>,
+        mut held: Held,
     ) -> Result<Vec<(PathBuf, PathBuf)>, HubError> {
         let mut blobs: BTreeMap<PartialKey, PathBuf> = BTreeMap::new();
         // Those without a SHA-256 last: until then they are found by where they come from, if this is ended
@@ -479,10 +445,7 @@ impl Pull<'_> {
             };
             blobs.insert(key, path);
         }
-        let path_of = |file: &RepoFile| {
-            let blob = blobs[&self.key(file)].clone();
-            (PathBuf::from(&file.path), blob)
-        };
+        let path_of = |file: &RepoFile| ((&file.path).into(), blobs[&self.key(file)].clone());
         Ok(files.iter().map(path_of).collect())
     }
 
@@ -493,11 +456,8 @@ impl Pull<'_> {
         let bytes = self.chosen.files().map(bytes).sum();
         self.watch.checking(bytes);
         let (store, watch) = (self.store.clone(), self.watch.clone());
-        let (name, label, source) = (
-            self.chosen.name.clone(),
-            self.label.clone(),
-            self.source.clone(),
-        );
+        let (name, label) = (self.chosen.name.clone(), self.label.clone());
+        let source = self.source.clone();
         let (fingerprint, path, layers) = blocking(move || {
             let manifest = manifest_of(&name, &paths, &*watch)?;
             let signed = SignedManifest::unsigned(manifest);
@@ -518,12 +478,8 @@ impl Pull<'_> {
     }
 
     /// Checks the pieces of partial files, where the store knows a manifest with their digests.
-    async fn check_pieces(&self, held: &BTreeMap<PartialKey, FileState>) -> Result<(), HubError> {
-        let partials: Vec<Arc<PartialFile>> = held
-            .values()
-            .filter_map(FileState::partial)
-            .cloned()
-            .collect();
+    async fn check_pieces(&self, held: &Held) -> Result<(), HubError> {
+        let partials = partials(held);
         let (store, repo) = (self.store.clone(), self.repo.id.clone());
         blocking(move || {
             let models = store.models()?;
@@ -553,6 +509,6 @@ fn bytes(file: &RepoFile) -> u64 {
 }
 
 fn is_blob(store: &Store, file: &RepoFile) -> bool {
-    file.sha256
-        .is_some_and(|sha256| store.blob(&sha256).is_some())
+    let blob = file.sha256.and_then(|sha256| store.blob(&sha256));
+    blob.is_some()
 }

@@ -91,43 +91,33 @@ impl Code {
 
     /// Reads a typed code: case, dashes and spaces do not matter.
     pub(crate) fn parse(text: &str) -> Result<Self, PairError> {
-        let typed: Vec<u8> = text
-            .bytes()
-            .filter(|byte| !byte.is_ascii_whitespace() && *byte != b'-')
-            .map(|byte| byte.to_ascii_uppercase())
-            .take(CODE_LENGTH + 1)
-            .collect();
+        let typed = text.bytes().map(|byte| byte.to_ascii_uppercase());
+        let typed = typed.filter(|byte| !byte.is_ascii_whitespace() && *byte != b'-');
+        let typed: Vec<u8> = typed.take(CODE_LENGTH + 1).collect();
         let code: [u8; CODE_LENGTH] = typed.try_into().map_err(|_| PairError::NoCode)?;
-        match code.iter().all(|byte| ALPHABET.contains(byte)) {
-            true => Ok(Self(code)),
-            false => Err(PairError::NoCode),
-        }
+        let is_one = code.iter().all(|byte| ALPHABET.contains(byte));
+        is_one.then_some(Self(code)).ok_or(PairError::NoCode)
     }
 
     /// The key for one TLS session.
     fn key<S: SideData>(&self, session: &ConnectionCommon<S>) -> Result<hmac::Key, PairError> {
         let exporter = session.export_keying_material([0; 32], EXPORTER, None)?;
         let mut key = [0; 32];
-        pbkdf2::derive(
-            pbkdf2::PBKDF2_HMAC_SHA256,
-            ROUNDS,
-            &exporter,
-            &self.0,
-            &mut key,
-        );
+        let algorithm = pbkdf2::PBKDF2_HMAC_SHA256;
+        pbkdf2::derive(algorithm, ROUNDS, &exporter, &self.0, &mut key);
         Ok(hmac::Key::new(hmac::HMAC_SHA256, &key))
     }
 }
 
 impl std::fmt::Display for Code {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        for (index, byte) in self.0.iter().enumerate() {
-            if index == CODE_LENGTH / 2 {
-                f.write_str("-")?;
-            }
-            write!(f, "{}", char::from(*byte))?;
-        }
-        Ok(())
+        let (first, second) = self.0.split_at(CODE_LENGTH / 2);
+        write!(
+            f,
+            "{}-{}",
+            String::from_utf8_lossy(first),
+            String::from_utf8_lossy(second)
+        )
     }
 }
 
@@ -171,44 +161,41 @@ pub(crate) fn offer(
         turn: Mutex::new(()),
     });
     listener.set_nonblocking(true)?;
-    while Instant::now() < offer.end {
-        match *offer.state() {
-            State::Open { .. } => {}
-            State::Taken(taker) => return Ok(taker),
-            State::TooManyMisses => return Err(PairError::TooManyMisses),
-            State::Expired => break,
-        }
+    while Instant::now() < offer.end && offer.state().is_open().is_ok() {
         // Every conversation holds the offer. Those that have sent their proof are few: three wrong ones are the end.
         let conversations = Arc::strong_count(&offer) - 1;
         // An error here concerns one connection, or passes: files may be short for a moment.
         let accepted = (conversations < MOST_CONVERSATIONS).then(|| listener.accept());
-        if let Some(Ok((stream, peer))) = accepted {
-            let peer = peer.ip().to_canonical();
-            // A connection that cannot be closed later, or that gets no thread, is closed.
-            if let Ok(handle) = stream.try_clone() {
-                let (place, silent) = lock(&offer.silent).enter(source(peer), handle);
-                if let Some(silent) = silent {
-                    let _ = silent.shutdown(Shutdown::Both);
-                }
-                let conversation = Arc::clone(&offer);
-                let started = thread::Builder::new()
-                    .name("offer".to_owned())
-                    .spawn(move || {
-                        let _ = hand_over(stream, peer, place, &conversation);
-                        lock(&conversation.silent).leave(place);
-                    });
-                if started.is_err() {
-                    lock(&offer.silent).leave(place);
-                }
-            }
-        } else {
-            thread::sleep(POLL);
+        match accepted {
+            Some(Ok((stream, peer))) => converse(&offer, stream, peer.ip().to_canonical()),
+            _ => thread::sleep(POLL),
         }
     }
     match std::mem::replace(&mut *offer.state(), State::Expired) {
         State::Taken(taker) => Ok(taker),
         State::TooManyMisses => Err(PairError::TooManyMisses),
         State::Open { .. } | State::Expired => Err(PairError::Expired),
+    }
+}
+
+/// Starts a conversation. A connection that cannot be closed later, or that gets no thread, is closed.
+fn converse(offer: &Arc<Offer>, stream: TcpStream, peer: IpAddr) {
+    let Ok(handle) = stream.try_clone() else {
+        return;
+    };
+    let (place, silent) = lock(&offer.silent).enter(source(peer), handle);
+    if let Some(silent) = silent {
+        let _ = silent.shutdown(Shutdown::Both);
+    }
+    let conversation = Arc::clone(offer);
+    let started = thread::Builder::new()
+        .name("offer".to_owned())
+        .spawn(move || {
+            let _ = hand_over(stream, peer, place, &conversation);
+            lock(&conversation.silent).leave(place);
+        });
+    if started.is_err() {
+        lock(&offer.silent).leave(place);
     }
 }
 
@@ -427,11 +414,10 @@ impl Limited {
     }
 
     fn left(&self) -> io::Result<Duration> {
-        let left = self.end.saturating_duration_since(Instant::now());
-        match left.is_zero() {
-            true => Err(io::ErrorKind::TimedOut.into()),
-            false => Ok(left.min(self.silence)),
-        }
+        let left = self.end.checked_duration_since(Instant::now());
+        let left = left.filter(|left| !left.is_zero());
+        let left = left.ok_or(io::ErrorKind::TimedOut)?;
+        Ok(left.min(self.silence))
     }
 }
 

@@ -36,11 +36,8 @@ pub(super) fn run(
         true => default_dirs(),
         false => named,
     };
-    let mut lines: Vec<Line> = local::list(&dirs)
-        .map_err(failed)?
-        .iter()
-        .map(in_folder)
-        .collect();
+    let found = local::list(&dirs).map_err(failed)?;
+    let mut lines: Vec<Line> = found.iter().map(in_folder).collect();
     let place = store_dir(store.clone());
     let store = match only_named {
         true => None,
@@ -52,10 +49,8 @@ pub(super) fn run(
             lines.push(in_store(&store, model));
         }
         for model in &contents.damaged {
-            eprintln!(
-                "{}",
-                damaged(&model.name(), &model.fingerprint, &model.error)
-            );
+            let failure = damaged(&model.name(), &model.fingerprint, &model.error);
+            eprintln!("{failure}");
             lines.push(unusable(model));
         }
     }
@@ -73,21 +68,22 @@ pub(super) fn run(
         eprintln!("no models in {}{store}", dirs.join(", "));
         return Ok(());
     }
-    const HEADINGS: [&str; 9] = [
-        "MODEL",
-        "SIZE",
-        "PRESENT",
-        "WEIGHTS",
-        "CONTEXT",
-        "ARCHITECTURE",
-        "WHERE",
-        "SIGNED BY",
-        "LAST USED",
-    ];
     let rows: Vec<Vec<String>> = lines.into_iter().map(|line| line.cells).collect();
     print!("{}", table(&HEADINGS, &rows));
     Ok(())
 }
+
+const HEADINGS: [&str; 9] = [
+    "MODEL",
+    "SIZE",
+    "PRESENT",
+    "WEIGHTS",
+    "CONTEXT",
+    "ARCHITECTURE",
+    "WHERE",
+    "SIGNED BY",
+    "LAST USED",
+];
 
 fn in_folder(model: &local::LocalModel) -> Line {
     let mut object = json!({
@@ -112,11 +108,7 @@ fn in_folder(model: &local::LocalModel) -> Line {
 fn in_store(store: &Store, model: &StoredModel) -> Line {
     let manifest = &model.signed.manifest;
     let keys = signers(&model.signed);
-    let names: Vec<&str> = model
-        .names
-        .iter()
-        .map(|named| named.name.as_str())
-        .collect();
+    let names: Vec<&String> = model.names.iter().map(|named| &named.name).collect();
     let total = manifest.bytes();
     let mut object = json!({
         "name": manifest.name,
@@ -137,12 +129,10 @@ fn in_store(store: &Store, model: &StoredModel) -> Line {
         }
         None => Default::default(),
     };
+    let percent = 100.0 * model.present as f64 / total.max(1) as f64;
     let present = match model.present == total {
         true => "all".to_owned(),
-        false => format!(
-            "{:.0} %",
-            100.0 * model.present as f64 / total.max(1) as f64
-        ),
+        false => format!("{percent:.0} %"),
     };
     let mut cells = vec![manifest.name.clone(), bytes(total), present];
     cells.extend(columns);
@@ -165,18 +155,8 @@ fn in_store(store: &Store, model: &StoredModel) -> Line {
 /// A model whose content cannot be determined.
 fn unusable(model: &DamagedModel) -> Line {
     let reason = model.error.to_string();
-    let unknown = || "?".to_owned();
-    let cells = vec![
-        model.name(),
-        unknown(),
-        unknown(),
-        String::new(),
-        String::new(),
-        "damaged; `hydramesh models verify` says what".to_owned(),
-        "store".to_owned(),
-        unknown(),
-        "-".to_owned(),
-    ];
+    let damage = "damaged; `hydramesh models verify` says what";
+    let cells = [&*model.name(), "?", "?", "", "", damage, "store", "?", "-"];
     Line {
         json: json!({
             "name": model.name(),
@@ -188,7 +168,7 @@ fn unusable(model: &DamagedModel) -> Line {
             "damaged": true,
             "error": reason,
         }),
-        cells,
+        cells: cells.map(str::to_owned).to_vec(),
     }
 }
 
@@ -212,12 +192,9 @@ fn look(path: &std::path::Path, object: &mut Value) -> [String; 3] {
             columns
         }
         Err(reason) => {
-            object["error"] = reason.clone().into();
-            [
-                String::new(),
-                String::new(),
-                format!("cannot be served: {reason}"),
-            ]
+            let shown = format!("cannot be served: {reason}");
+            object["error"] = reason.into();
+            [String::new(), String::new(), shown]
         }
     }
 }

@@ -18,7 +18,7 @@ use mesh_store::{
 };
 
 use crate::args::{HeadArgs, ModelsCommand, PinsCommand, PlacesArgs};
-use crate::failure::{Exit, Failure};
+use crate::failure::Failure;
 
 pub(crate) async fn run(head: &HeadArgs, command: ModelsCommand) -> Result<(), Failure> {
     match command {
@@ -29,21 +29,7 @@ pub(crate) async fn run(head: &HeadArgs, command: ModelsCommand) -> Result<(), F
             places,
             json,
         } => show::run(&model, &places, json),
-        ModelsCommand::Verify {
-            model,
-            places,
-            sha256,
-            trusted_keys,
-            require_signature,
-            json,
-        } => {
-            let wanted = verify::Wanted {
-                sha256,
-                trusted_keys,
-                require_signature,
-            };
-            verify::run(&model, &places, &wanted, json)
-        }
+        ModelsCommand::Verify(args) => verify::run(&args),
         ModelsCommand::Rm { model, store, json } => rm::run(&model, store, json),
         ModelsCommand::Gc {
             limit,
@@ -139,13 +125,17 @@ fn resolve(
     })
 }
 
+/// The store, if there is one, and the model that `name` refers to in it or in the folders of `places`.
+fn find(name: &str, places: &PlacesArgs) -> Result<(Option<Store>, Resolved), Failure> {
+    let store = open_if_there(places.store.clone())?;
+    let resolved = resolve(name, &dirs(places), store.as_ref(), places.store.as_deref())?;
+    Ok((store, resolved))
+}
+
 /// The failure for a model that is not on this machine.
 fn not_here(name: &str, id: &str) -> Failure {
-    Failure::new(
-        Exit::Failed,
-        format!("{name} ({id}) is not on this machine"),
-    )
-    .hint(format!("`hydramesh models pull {id}` fetches it."))
+    Failure::failed(format!("{name} ({id}) is not on this machine"))
+        .hint(format!("`hydramesh models pull {id}` fetches it."))
 }
 
 fn failed(error: impl std::error::Error) -> Failure {
