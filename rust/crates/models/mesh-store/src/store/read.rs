@@ -77,7 +77,6 @@ impl Store {
         Ok(folder)
     }
 
-    /// Has `link` lead to `target`.
     fn link(&self, target: Option<&Path>, link: &Path) -> io::Result<()> {
         let Some(target) = target else {
             return files::remove(link);

@@ -45,12 +45,6 @@ impl Default for Limits {
     }
 }
 
-/// Held while the store's folders change.
-#[derive(Debug)]
-pub(crate) struct StoreLock {
-    _file: File,
-}
-
 impl Store {
     /// Opens the store in the folder `root`, which is created if it is not there, with default [`Limits`].
     ///
@@ -141,14 +135,12 @@ impl Store {
         Some(self.blob_path(digest)).filter(is_own_file)
     }
 
-    /// Waits for its turn.
-    pub(crate) fn lock(&self) -> Result<StoreLock, StoreError> {
+    /// Waits for its turn to change the store's folders, which lasts as long as the file is open.
+    pub(crate) fn lock(&self) -> Result<File, StoreError> {
         let path = self.root().join("lock");
         let opened = files::open_own(&path, self.owners());
         let locked = opened.and_then(|file| file.lock().map(|()| file));
-        Ok(StoreLock {
-            _file: locked.map_err(StoreError::io("lock", &path))?,
-        })
+        locked.map_err(StoreError::io("lock", &path))
     }
 
     /// Paths in one of the store's folders.
