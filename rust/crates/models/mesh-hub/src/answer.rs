@@ -80,14 +80,21 @@ fn with_clock(reason: String, now: SystemTime) -> String {
     )
 }
 
-/// The URL that a redirect leads to.
 pub(crate) fn redirected(from: &Url, location: &str) -> Result<Url, HubError> {
-    let bad = |reason: &str| HubError::answer(from, reason);
+    let bad = |reason: &str| invalid(from, reason);
     let to = from.join(location);
     let to = to.map_err(|_| bad("it redirects to something that is no address"))?;
     match (from.scheme(), to.scheme()) {
         ("https", "https") | ("http", "http" | "https") => Ok(to),
         _ => Err(bad("it redirects away from HTTPS")),
+    }
+}
+
+/// The error for an invalid answer.
+pub(crate) fn invalid(url: &Url, reason: impl Into<String>) -> HubError {
+    HubError::Answer {
+        url: shown(url),
+        reason: reason.into(),
     }
 }
 
@@ -99,7 +106,6 @@ pub(crate) fn shown(url: &Url) -> String {
     url.into()
 }
 
-/// A header's value.
 pub(crate) fn text(headers: &HeaderMap, name: &HeaderName) -> Option<String> {
     let value: &HeaderValue = headers.get(name)?;
     Some(value.to_str().ok()?.trim().to_owned())

@@ -142,7 +142,7 @@ impl Hub {
             path: None,
         };
         let json = self.get_all(&url, subject, MAX_LISTING, watch).await?;
-        Repo::parse(&json, id).map_err(|reason| HubError::answer(&url, reason))
+        Repo::parse(&json, id).map_err(|reason| answer::invalid(&url, reason))
     }
 
     /// URL of a repository's page at its commit, which the store records as a model's source.
@@ -173,7 +173,7 @@ impl Hub {
         let mut file = file.clone();
         file.bytes = file.bytes.or(answer.size);
         if file.bytes.is_none() {
-            return Err(HubError::answer(&url, "it does not tell the file's length"));
+            return Err(answer::invalid(&url, "it does not tell the file's length"));
         }
         if file.etag().is_none() {
             file.sha256 = etag.parse().ok();
@@ -196,7 +196,7 @@ impl Hub {
                 (body, false) => Ok(body),
                 (_, true) => {
                     let reason = format!("it is longer than {limit} bytes");
-                    Err(HubError::answer(url, reason).into())
+                    Err(answer::invalid(url, reason).into())
                 }
             }
         })
@@ -309,7 +309,7 @@ impl Hub {
             });
         }
         let reason = format!("it redirects more than {MAX_REDIRECTS} times");
-        Err(HubError::answer(url, reason).into())
+        Err(answer::invalid(url, reason).into())
     }
 
     /// Converts an unsuccessful answer to an error.
@@ -415,7 +415,6 @@ impl Hub {
         }
     }
 
-    /// URL of `file` of `repo`.
     pub(crate) fn file_url(&self, repo: &Repo, file: &RepoFile) -> Url {
         let mut url = self.url(repo.id.split('/'));
         push(&mut url, ["resolve", &repo.commit]);

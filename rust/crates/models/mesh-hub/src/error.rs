@@ -4,10 +4,6 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use mesh_store::StoreError;
-use reqwest::Url;
-
-use crate::answer::shown;
-use crate::listing::{Repo, RepoFile};
 
 /// Errors of fetching from the hub. No message contains a token.
 #[derive(Debug, thiserror::Error)]
@@ -201,19 +197,11 @@ pub enum HubError {
 }
 
 impl HubError {
-    /// The error for an invalid answer from `url`.
-    pub(crate) fn answer(url: &Url, reason: impl Into<String>) -> Self {
-        HubError::Answer {
-            url: shown(url),
-            reason: reason.into(),
-        }
-    }
-
     /// The error for a model file with an invalid header.
-    pub(crate) fn header(repo: &Repo, file: &RepoFile, reason: String) -> Self {
+    pub(crate) fn header(repo: &str, path: &str, reason: String) -> Self {
         HubError::Header {
-            repo: repo.id.clone(),
-            path: file.path.clone(),
+            repo: repo.to_owned(),
+            path: path.to_owned(),
             reason,
         }
     }
@@ -238,7 +226,6 @@ fn wait(retry_after: Option<Duration>) -> String {
     }
 }
 
-/// An error with its causes.
 pub(crate) fn causes(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();

@@ -10,7 +10,7 @@ use mesh_store::PartialFile;
 use reqwest::header::{self, HeaderMap};
 use reqwest::{Method, StatusCode, Url};
 
-use crate::answer::{AttemptError, text};
+use crate::answer::{AttemptError, invalid, text};
 use crate::blocking::blocking;
 use crate::client::{Hub, Subject};
 use crate::error::HubError;
@@ -201,7 +201,7 @@ impl FileFetch {
         headers: &HeaderMap,
         wanted: &Range<u64>,
     ) -> Result<u64, AttemptError> {
-        let odd = |reason: String| HubError::answer(&self.url, reason).into();
+        let odd = |reason: String| invalid(&self.url, reason).into();
         if status != StatusCode::PARTIAL_CONTENT {
             if wanted.start > SPAN {
                 return Err(odd(format!(

@@ -61,7 +61,7 @@ pub(crate) async fn header(
     watch: &Arc<dyn Watch>,
 ) -> Result<Layout, HubError> {
     let bytes = partial.bytes();
-    let broken = |reason| HubError::header(repo, file, reason);
+    let broken = |reason| HubError::header(&repo.id, &file.path, reason);
     let mut length = FIRST.min(bytes);
     loop {
         let missing = partial.have().missing(0..length);

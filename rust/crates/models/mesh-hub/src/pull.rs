@@ -74,6 +74,7 @@ pub async fn pull(
         label: name.to_string(),
         repo,
         chosen,
+        ranges: BTreeMap::new(),
         watch,
         fetched: 0,
     };
@@ -130,6 +131,8 @@ struct Pull<'a> {
     label: String,
     repo: Repo,
     chosen: Chosen,
+    /// The ranges that are wanted of files, by their paths; of all others, everything is.
+    ranges: BTreeMap<String, RangeSet>,
     watch: Arc<dyn Watch>,
     fetched: u64,
 }
@@ -137,11 +140,10 @@ struct Pull<'a> {
 impl Pull<'_> {
     async fn whole(&mut self) -> Result<Pulled, HubError> {
         let files: Vec<RepoFile> = self.chosen.files().cloned().collect();
-        let Some(held) = self.begin(&files, bytes).await? else {
+        let Some(held) = self.begin(&files).await? else {
             return self.now_known().await;
         };
-        let missing = |_: &RepoFile, partial: &PartialFile| partial.missing();
-        self.fetch(&files, &held, bytes, missing).await?;
+        self.fetch(&files, &held).await?;
         let paths = self.finish(&files, held).await?;
         self.register(paths).await
     }
@@ -160,33 +162,21 @@ impl Pull<'_> {
         let kept = |(ranges, have): (RangeSet, RangeSet)| -> RangeSet {
             ranges.iter().chain(have.iter()).collect()
         };
-        let ranges: Vec<RangeSet> = ranges.into_iter().zip(have).map(kept).collect();
-        let paths = weights.iter().map(|file| file.path.as_str());
-        let ranges: BTreeMap<&str, &RangeSet> = paths.zip(&ranges).collect();
+        let ranges = ranges.into_iter().zip(have).map(kept);
+        let paths = weights.iter().map(|file| file.path.clone());
+        self.ranges = paths.zip(ranges).collect();
         let files: Vec<RepoFile> = self.chosen.files().cloned().collect();
-        let wanted_bytes = |file: &RepoFile| {
-            let ranges = ranges.get(file.path.as_str());
-            ranges.map_or_else(|| bytes(file), |ranges| ranges.bytes())
-        };
         let bytes = files.iter().map(bytes).sum();
-        let Some(held) = self.begin(&files, wanted_bytes).await? else {
+        let Some(held) = self.begin(&files).await? else {
             return self.holds(self.now_known().await?, &layers);
         };
-        let missing = |file: &RepoFile, partial: &PartialFile| match ranges.get(file.path.as_str())
-        {
-            None => partial.missing(),
-            Some(ranges) => {
-                let (ranges, have) = (ranges.iter(), partial.have());
-                ranges.flat_map(|range| have.missing(range)).collect()
-            }
-        };
-        self.fetch(&files, &held, wanted_bytes, missing).await?;
+        self.fetch(&files, &held).await?;
         self.check_pieces(&held).await?;
         let mut here: BTreeMap<PartialKey, u64> = BTreeMap::new();
         for file in &files {
             let key = self.key(file);
             let partial = held[&key].partial();
-            let bytes = partial.map_or(wanted_bytes(file), |partial| partial.have().bytes());
+            let bytes = partial.map_or(self.wanted(file), |partial| partial.have().bytes());
             here.insert(key, bytes);
         }
         Ok(Pulled {
@@ -195,6 +185,22 @@ impl Pull<'_> {
             layers: total,
             ..self.pulled()
         })
+    }
+
+    fn wanted(&self, file: &RepoFile) -> u64 {
+        let ranges = self.ranges.get(&file.path);
+        ranges.map_or_else(|| bytes(file), RangeSet::bytes)
+    }
+
+    fn missing(&self, file: &RepoFile, partial: &PartialFile) -> Vec<Range<u64>> {
+        let Some(ranges) = self.ranges.get(&file.path) else {
+            return partial.missing();
+        };
+        let have = partial.have();
+        ranges
+            .iter()
+            .flat_map(|range| have.missing(range))
+            .collect()
     }
 
     /// The model that another process has brought.
@@ -253,18 +259,14 @@ impl Pull<'_> {
 
     /// Opens all files in the store, each for this process alone, and reserves room for them; waits where
     /// other processes write to them. `None` if the model was completed by another process.
-    async fn begin(
-        &self,
-        files: &[RepoFile],
-        wanted: impl Fn(&RepoFile) -> u64,
-    ) -> Result<Option<Held>, HubError> {
+    async fn begin(&self, files: &[RepoFile]) -> Result<Option<Held>, HubError> {
         let mut held = Held::new();
         // In one order everywhere, so that two processes do not wait for each other.
         let by_key: BTreeMap<PartialKey, &RepoFile> =
             files.iter().map(|file| (self.key(file), file)).collect();
         let mut waited = true;
         for (&key, file) in &by_key {
-            let (bytes, share) = (bytes(file), wanted(file));
+            let (bytes, share) = (bytes(file), self.wanted(file));
             if matches!(key, PartialKey::Source(_)) && bytes > MAX_SMALL {
                 return Err(self.unfit(format!(
                     "the hub tells no SHA-256 of {}, which has {bytes} bytes",
@@ -293,7 +295,7 @@ impl Pull<'_> {
                         };
                         let missing = by_key
                             .iter()
-                            .map(|(key, file)| wanted(file).saturating_sub(here(key, file)));
+                            .map(|(key, file)| self.wanted(file).saturating_sub(here(key, file)));
                         let all = missing.sum();
                         return Err(self.no_room(held, all, StoreError::NoRoom(one)).await);
                     }
@@ -333,8 +335,10 @@ impl Pull<'_> {
         weights: &[RepoFile],
     ) -> Result<Option<(Vec<Layout>, Vec<RangeSet>)>, HubError> {
         // A header's length is not known before it is there; a few megabytes are what most have.
-        let guess = |file: &RepoFile| bytes(file).min(8 << 20);
-        let Some(held) = self.begin(weights, guess).await? else {
+        let guess = |file: &RepoFile| RangeSet::whole(bytes(file).min(8 << 20));
+        let guesses = weights.iter().map(|file| (file.path.clone(), guess(file)));
+        self.ranges = guesses.collect();
+        let Some(held) = self.begin(weights).await? else {
             return Ok(None);
         };
         let mut layouts = Vec::with_capacity(weights.len());
@@ -347,7 +351,7 @@ impl Pull<'_> {
                     let (path, name) = (path.clone(), file.path.clone());
                     blocking(move || partial::layout_of(&path, &name))
                         .await?
-                        .map_err(|reason| HubError::header(&self.repo, file, reason))?
+                        .map_err(|reason| HubError::header(&self.repo.id, &file.path, reason))?
                 }
                 FileState::Partial(partial) => {
                     let before = partial.have().bytes();
@@ -364,15 +368,8 @@ impl Pull<'_> {
         Ok(Some((layouts, have)))
     }
 
-    /// Fetches the ranges that `missing` returns for every incomplete file, of which `wanted` bytes are
-    /// needed.
-    async fn fetch(
-        &mut self,
-        files: &[RepoFile],
-        held: &Held,
-        wanted: impl Fn(&RepoFile) -> u64,
-        missing: impl Fn(&RepoFile, &PartialFile) -> Vec<Range<u64>>,
-    ) -> Result<(), HubError> {
+    /// Fetches what is missing of these files.
+    async fn fetch(&mut self, files: &[RepoFile], held: &Held) -> Result<(), HubError> {
         let flusher = Flusher::start(held);
         let have = |held: &Held| -> u64 {
             let partials = partials(held).into_iter();
@@ -388,9 +385,9 @@ impl Pull<'_> {
             if !begun.insert(key) {
                 continue;
             }
-            all += wanted(file);
+            all += self.wanted(file);
             if let Some(partial) = held[&key].partial() {
-                let ranges = missing(file, partial);
+                let ranges = self.missing(file, partial);
                 let lengths = ranges.iter().map(|range| range.end - range.start);
                 to_come += lengths.sum::<u64>();
                 fetches.push(self.fetch_one(file, partial.clone(), ranges));

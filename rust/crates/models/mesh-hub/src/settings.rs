@@ -98,33 +98,26 @@ impl Settings {
             }),
         };
 
-        let mut token = None;
-        if let Some(value) = lookup("HF_TOKEN") {
+        let mut files = ["HF_TOKEN_FILE", "HF_TOKEN_PATH"].into_iter();
+        let token = if let Some(value) = lookup("HF_TOKEN") {
             // Whatever it is, it was meant to be secret.
             let no_text = |_| bad("HF_TOKEN", "…", "no text");
-            token = Some((value.into_string().map_err(no_text)?, "HF_TOKEN".to_owned()));
-        }
-        for name in ["HF_TOKEN_FILE", "HF_TOKEN_PATH"] {
-            if token.is_none()
-                && let Some(path) = folder(name)
-            {
-                let text = read_token(&path).map_err(|source| HubError::TokenFile {
-                    setting: name,
-                    path: path.clone(),
-                    source,
-                })?;
-                token = Some((text, format!("{} ({name})", path.display())));
-            }
-        }
-        if token.is_none()
-            && !flag("HF_HUB_DISABLE_IMPLICIT_TOKEN")?
-            && let Some(login) = login
-        {
-            let path = login.token_path();
+            Some((value.into_string().map_err(no_text)?, "HF_TOKEN".to_owned()))
+        } else if let Some((setting, path)) = files.find_map(|name| Some((name, folder(name)?))) {
+            let origin = format!("{} ({setting})", path.display());
+            let text = read_token(&path).map_err(|source| HubError::TokenFile {
+                setting,
+                path,
+                source,
+            })?;
+            Some((text, origin))
+        } else if flag("HF_HUB_DISABLE_IMPLICIT_TOKEN")? {
+            None
+        } else {
             // The default token file: it may be missing.
-            let text = read_token(&path).ok();
-            token = text.map(|text| (text, path.display().to_string()));
-        }
+            let path = login.map(|login| login.token_path());
+            path.and_then(|path| Some((read_token(&path).ok()?, path.display().to_string())))
+        };
         let token = token
             .map(|(text, origin)| (text.trim().to_owned(), origin))
             .filter(|(text, _)| !text.is_empty());
