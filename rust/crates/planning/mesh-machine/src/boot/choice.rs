@@ -182,7 +182,6 @@ fn by_hardware(nvidia: Found<'_>, amd: Found<'_>, gpus: &[Gpu]) -> (Backend, Str
     }
 }
 
-/// Judgement of one card.
 enum CardUse {
     Use {
         with: Backend,
@@ -211,8 +210,12 @@ fn judge(gpu: &Gpu, hardware: &Hardware, wish: Wish) -> CardUse {
     }
 }
 
+/// By the image's driver: branch 595 with the open kernel modules, or with `legacy` branch 580.
+///
+/// The open modules need Turing or newer: the list of supported cards in the README of NVIDIA/open-gpu-kernel-modules begins
+/// with device 1E02. Maxwell, Pascal and Volta need branch 580, whose kernel module cannot be loaded beside this one: an entry of
+/// the boot menu starts the system with it.
 fn judge_nvidia(gpu: &Gpu, hardware: &Hardware, legacy: bool) -> CardUse {
-    let generation = gpu.generation.unwrap_or(Generation::Unknown);
     let driver = match &hardware.nvidia_driver {
         Some(version) => format!("NVIDIA's driver {version} is loaded"),
         None => "NVIDIA's driver is not loaded yet, and the worker falls back to the processor should it not come".to_owned(),
@@ -222,47 +225,26 @@ fn judge_nvidia(gpu: &Gpu, hardware: &Hardware, legacy: bool) -> CardUse {
         sure,
         note,
     };
-    match support(generation, legacy) {
-        Support::Yes => usable(true, driver),
-        Support::Try if generation == Generation::Unknown => {
+    match gpu.generation.unwrap_or(Generation::Unknown) {
+        Generation::TuringOrNewer => usable(true, driver),
+        // Trying does no harm, since a worker falls back to the processor.
+        Generation::Unknown => {
             let note = format!("this program does not know the card, so it is tried; {driver}");
             usable(false, note)
         }
-        Support::Try => {
+        // Whether CUDA's libraries still have kernels for it shows when a model is loaded.
+        Generation::MaxwellOrPascal | Generation::Volta if legacy => {
             let note = format!("the legacy driver drives the card, and CUDA is tried on it; {driver}");
             usable(false, note)
         }
-        Support::No if generation == Generation::Older => CardUse::LeaveOut(
+        Generation::Older => CardUse::LeaveOut(
             "it is too old: no driver that is still maintained supports it".to_owned(),
         ),
-        Support::No => CardUse::LeaveOut(
+        Generation::MaxwellOrPascal | Generation::Volta => CardUse::LeaveOut(
             "this driver (branch 595) needs Turing or newer; this card needs branch 580: choose \"older NVIDIA\" in the \
              boot menu"
                 .to_owned(),
         ),
-    }
-}
-
-/// Support of a card by the image's driver.
-enum Support {
-    Yes,
-    /// Unknown; trying does no harm, since a worker falls back to the CPU.
-    Try,
-    No,
-}
-
-/// Support by the image's driver: branch 595 with the open kernel modules, or with `legacy` branch 580.
-///
-/// The open modules need Turing or newer: the list of supported cards in the README of NVIDIA/open-gpu-kernel-modules begins
-/// with device 1E02. Maxwell, Pascal and Volta need branch 580, whose kernel module cannot be loaded beside this one: an entry of
-/// the boot menu starts the system with it.
-fn support(generation: Generation, legacy: bool) -> Support {
-    match generation {
-        Generation::TuringOrNewer => Support::Yes,
-        Generation::Unknown => Support::Try,
-        // The driver drives them; whether CUDA's libraries still have kernels for them shows when a model is loaded.
-        Generation::MaxwellOrPascal | Generation::Volta if legacy => Support::Try,
-        Generation::Older | Generation::MaxwellOrPascal | Generation::Volta => Support::No,
     }
 }
 

@@ -1,7 +1,6 @@
 //! Measures a machine once, and keeps slow measurements in a file.
 
-use std::fs::File;
-use std::io::{self, Read};
+use std::io;
 use std::path::{Path, PathBuf};
 
 use arcanum_profiler::profile::{Key, LayerSpeed, Profile};
@@ -9,6 +8,7 @@ use mesh_base::files;
 use mesh_engine_ort::WeightFormat;
 use mesh_kernels::Isa;
 use mesh_model::Model;
+use mesh_model::file::read_limited;
 use serde::{Deserialize, Serialize};
 
 use super::layers::{MeasureError, measure_layers};
@@ -189,13 +189,9 @@ fn folder(model: &Path) -> Option<PathBuf> {
 }
 
 fn read(file: &Path) -> io::Result<Option<SavedProfile>> {
-    let opened = match File::open(file) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        opened => opened?,
-    };
-    let mut text = Vec::new();
-    opened.take(MOST_FILE).read_to_end(&mut text)?;
-    Ok(Some(serde_json::from_slice(&text)?))
+    let text = read_limited(file, MOST_FILE)?;
+    let saved = text.map(|text| serde_json::from_slice(&text)).transpose();
+    Ok(saved?)
 }
 
 /// Replaces the file by renaming a complete one, so that no reader sees half of it.
@@ -207,7 +203,6 @@ fn write(file: &Path, kept: &SavedProfile) -> io::Result<()> {
 
 /// No file of ours is larger.
 const MOST_FILE: u64 = 1 << 20;
-/// GPUs that are reported.
 const MOST_GPUS: usize = 32;
 /// Models times formats whose speeds are kept.
 const MOST_SPEEDS: usize = 256;
