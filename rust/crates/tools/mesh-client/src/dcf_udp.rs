@@ -272,33 +272,26 @@ async fn first_to_answer(
     let refused = |result: io::Result<usize>| {
         result.is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)
     };
-    let mut asked = 0;
+    let mut buffer = [0; 64];
+    let mut looks = 0;
     // One alone is used as it is: its task finds out.
     while sockets.len() > 1 && tokio::time::Instant::now() < deadline {
-        let mut answered = None;
-        let mut buffer = [0; 64];
-        let ask_again = asked % PROBES_BETWEEN == 0;
-        let question = &questions[(asked / PROBES_BETWEEN) as usize % questions.len()];
-        asked += 1;
-        let mut index = 0;
-        while index < sockets.len() && answered.is_none() {
-            let socket = &sockets[index].1;
+        let ask_again = looks % PROBES_BETWEEN == 0;
+        let question = &questions[looks / PROBES_BETWEEN % questions.len()];
+        looks += 1;
+        for (address, socket) in std::mem::take(&mut sockets) {
             let lost = ask_again && refused(socket.send(question).await);
             let received = socket.try_recv(&mut buffer);
             if received.is_ok() {
-                answered = Some(index);
-            } else if lost || refused(received) {
-                drop(sockets.remove(index));
-            } else {
-                index += 1;
+                return Some((address, socket));
             }
-        }
-        if let Some(index) = answered {
-            return Some(sockets.swap_remove(index));
+            if !lost && !refused(received) {
+                sockets.push((address, socket));
+            }
         }
         tokio::time::sleep(PROBE_PAUSE).await;
     }
-    (!sockets.is_empty()).then(|| sockets.swap_remove(0))
+    sockets.into_iter().next()
 }
 
 /// Errors of a task over DCF/UDP.
@@ -561,7 +554,7 @@ const RECV_BUFFER: usize = 4 << 20;
 const PROBE_TIME: Duration = Duration::from_millis(500);
 const PROBE_PAUSE: Duration = Duration::from_millis(5);
 /// Looks between two questions.
-const PROBES_BETWEEN: u32 = 20;
+const PROBES_BETWEEN: usize = 20;
 
 #[cfg(test)]
 mod tests;

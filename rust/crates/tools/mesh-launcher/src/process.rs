@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Error, Result, anyhow, bail};
+use anyhow::{Context, Error, Result, anyhow, ensure};
 use mesh_client::http::HttpClient;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -73,12 +73,12 @@ impl Launcher {
             .parent()
             .with_context(|| format!("{} has no folder", program.display()))?;
         for name in ["mesh-head", "mesh-worker", "mesh-shim"] {
-            if !bin_dir.join(name).is_file() {
-                bail!(
-                    "{name} is not beside {}; `make build` builds all of them",
-                    program.display()
-                );
-            }
+            let is_there = bin_dir.join(name).is_file();
+            let program = program.display();
+            ensure!(
+                is_there,
+                "{name} is not beside {program}; `make build` builds all of them"
+            );
         }
         Self::new(bin_dir, ort_library, true)
     }
@@ -284,9 +284,8 @@ impl Service {
 
     /// True if the process runs.
     pub fn is_running(&mut self) -> bool {
-        self.child
-            .as_mut()
-            .is_some_and(|child| matches!(child.try_wait(), Ok(None)))
+        let child = self.child.as_mut();
+        child.is_some_and(|child| matches!(child.try_wait(), Ok(None)))
     }
 
     /// Starts it again after [`Service::crash`] or [`Service::terminate`], with the same state and, `config` being `None`,
@@ -295,9 +294,7 @@ impl Service {
     /// # Errors
     /// As [`Launcher::start`].
     pub async fn restart(&mut self, config: Option<&toml::Table>) -> Result<()> {
-        if self.is_running() {
-            bail!("{} runs still", self.name);
-        }
+        ensure!(!self.is_running(), "{} runs still", self.name);
         if let Some(config) = config {
             self.configure(config)?;
         }
@@ -382,9 +379,7 @@ impl Service {
     }
 
     fn fail_if_ended(&mut self) -> Result<()> {
-        if self.child.is_none() {
-            bail!("{} was stopped", self.name);
-        }
+        ensure!(self.child.is_some(), "{} was stopped", self.name);
         self.fail_if_ended_by_itself()
     }
 

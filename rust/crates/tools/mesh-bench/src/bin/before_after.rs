@@ -36,7 +36,6 @@ struct Args {
     at_least: Option<f64>,
 }
 
-/// The services of one build.
 struct Build {
     mesh: Mesh,
     shim: Service,
