@@ -99,7 +99,10 @@ async fn ask(
             outcome => return outcome,
         }
     }
-    match ask_http(head, args, body, &mut print, &mut wait).await {
+    let client = http_client(head)?;
+    let asking = ask_http(&client, body, &mut print, &mut wait);
+    let outcome = within(args.timeout, asking).await;
+    match outcome.map_err(|limit| too_late(client.base(), limit))? {
         Err(failure) if failure.exit == Exit::Unreachable => Err(no_shim.unwrap_or(failure)),
         outcome => outcome,
     }
@@ -122,19 +125,6 @@ async fn over_datagrams(
         text: answer.text,
         more: vec![("repeats", answer.repeats.into())],
     })
-}
-
-async fn ask_http(
-    head: &HeadArgs,
-    args: &AskArgs,
-    body: &ChatCompletionRequest,
-    print: &mut dyn FnMut(&str),
-    wait: &mut dyn FnMut(&str),
-) -> Result<Outcome, Failure> {
-    let client = http_client(head)?;
-    let asking = over_http(&client, body, print, wait);
-    let outcome = within(args.timeout, asking).await;
-    outcome.map_err(|limit| too_late(client.base(), limit))?
 }
 
 /// Waits until the limit has passed, if there is one: then the error is the limit.
@@ -163,7 +153,7 @@ pub(crate) fn datagram_stats(answer: &Answer) -> Stats {
     }
 }
 
-async fn over_http(
+async fn ask_http(
     client: &HttpClient,
     body: &ChatCompletionRequest,
     print: &mut dyn FnMut(&str),

@@ -99,7 +99,6 @@ fn texts(words: &[String]) -> Result<Vec<String>, Failure> {
     Ok(texts)
 }
 
-/// Texts of one request.
 const MOST_TEXTS: usize = 1024;
 
 #[cfg(test)]

@@ -89,7 +89,6 @@ impl WaitLine {
         }
     }
 
-    /// Takes the line away.
     pub(crate) fn clear(&mut self) {
         if std::mem::take(&mut self.shown) {
             eprint!("\r\x1b[K");

@@ -47,34 +47,25 @@ pub(crate) struct Gift {
 /// Reasons why a token was not handed over.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum PairError {
-    /// The other side did not prove that it has the code.
     #[error("the code is wrong, or somebody else answers in the head's place")]
     WrongCode,
-    /// Too many wrong codes.
     #[error("{MOST_MISSES} wrong codes were tried, so the offer is over; make another")]
     TooManyMisses,
-    /// No machine took the offer in time.
     #[error("nobody took the offer in time; make another")]
     Expired,
-    /// No offer, or none that answers.
     #[error(
         "no offer is found on this network: is `hydramesh token offer` (key p on a live image) waiting on the head, with TCP port 7782 \
              and UDP port 5353 open there?"
     )]
     NotFound,
-    /// The code is not one.
     #[error("a code has {CODE_LENGTH} letters and digits, such as K7QXM-4TR9H")]
     NoCode,
-    /// The message is not a valid gift.
     #[error("the offer makes no sense: {0}")]
     Malformed(String),
-    /// A network error.
     #[error("{0}")]
     Io(#[from] io::Error),
-    /// A TLS error.
     #[error("TLS: {0}")]
     Tls(#[from] rustls::Error),
-    /// An error of multicast DNS.
     #[error("multicast DNS: {0}")]
     Mdns(#[from] mdns_sd::Error),
 }
@@ -99,7 +90,6 @@ impl Code {
         is_one.then_some(Self(code)).ok_or(PairError::NoCode)
     }
 
-    /// The key for one TLS session.
     fn key<S: SideData>(&self, session: &ConnectionCommon<S>) -> Result<hmac::Key, PairError> {
         let exporter = session.export_keying_material([0; 32], EXPORTER, None)?;
         let mut key = [0; 32];
@@ -111,13 +101,9 @@ impl Code {
 
 impl std::fmt::Display for Code {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let (first, second) = self.0.split_at(CODE_LENGTH / 2);
-        write!(
-            f,
-            "{}-{}",
-            String::from_utf8_lossy(first),
-            String::from_utf8_lossy(second)
-        )
+        let text = String::from_utf8_lossy(&self.0);
+        let (first, second) = text.split_at(CODE_LENGTH / 2);
+        write!(f, "{first}-{second}")
     }
 }
 
@@ -348,10 +334,8 @@ pub(crate) fn find(patience: Duration) -> Result<Vec<Vec<SocketAddr>>, PairError
         match events.recv_timeout(left) {
             Ok(ServiceEvent::ServiceResolved(service)) => {
                 let addresses = service.addresses.iter();
-                found.add(
-                    &service.fullname,
-                    addresses.map(|ip| SocketAddr::new(ip.to_ip_addr(), service.port)),
-                );
+                let addresses = addresses.map(|ip| SocketAddr::new(ip.to_ip_addr(), service.port));
+                found.add(&service.fullname, addresses);
                 if !found.0.is_empty() {
                     end = end.min(Instant::now() + GATHER);
                 }

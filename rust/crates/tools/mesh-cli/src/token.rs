@@ -133,13 +133,10 @@ async fn offer(
 
 fn fetch(code: Option<String>, at: Option<SocketAddr>) -> Result<(), PairError> {
     let code = match code {
-        Some(code) => Code::parse(&code)?,
-        None => {
-            let mut typed = String::new();
-            std::io::stdin().take(64).read_to_string(&mut typed)?;
-            Code::parse(&typed)?
-        }
+        Some(code) => code,
+        None => std::io::read_to_string(std::io::stdin().take(64))?,
     };
+    let code = Code::parse(&code)?;
     let offers = match at {
         Some(address) => vec![vec![address]],
         None => pair::find(LONGEST_SEARCH)?,

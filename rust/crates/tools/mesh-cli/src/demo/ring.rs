@@ -50,7 +50,6 @@ pub(super) async fn member(mesh: &Mesh) -> Result<usize, Failure> {
         })
 }
 
-/// A line for each stage.
 pub(super) fn stages(registry: &mesh_api::Mesh) -> Vec<String> {
     let line = |stage: &RingStage| {
         let [first, end] = stage.layers;
@@ -80,7 +79,6 @@ pub(super) fn recovery(registry: &mesh_api::Mesh) -> String {
     }
 }
 
-/// The stages of the first ring.
 fn stages_of(registry: &mesh_api::Mesh) -> &[RingStage] {
     registry.rings.first().map_or(&[], |ring| &ring.stages)
 }

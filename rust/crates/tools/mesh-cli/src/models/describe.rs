@@ -70,7 +70,6 @@ fn embedding_facts(model: &EncoderModel) -> Vec<(&'static str, Value)> {
     ]
 }
 
-/// One of the facts.
 pub(super) fn fact(facts: &[(&str, Value)], key: &str) -> Option<Value> {
     let fact = facts.iter().find(|(known, _)| *known == key)?;
     Some(fact.1.clone())

@@ -1,6 +1,6 @@
 //! `hydramesh models list`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 use mesh_base::clock::unix_seconds;
@@ -10,13 +10,10 @@ use serde_json::{Value, json};
 use super::describe::{fact, facts, signers, to_open};
 use super::{damaged, default_dirs, failed, open_if_there, store_dir};
 use crate::failure::Failure;
-use crate::output::{bytes, table};
+use crate::output::{bytes, cell, table};
 
-/// A line of the list.
-struct Line {
-    json: Value,
-    cells: Vec<String>,
-}
+/// A line of the list: for `--json`, and as cells.
+type Line = (Value, Vec<String>);
 
 pub(super) fn run(
     named: Vec<PathBuf>,
@@ -55,7 +52,7 @@ pub(super) fn run(
         }
     }
     if as_json {
-        let list: Vec<Value> = lines.into_iter().map(|line| line.json).collect();
+        let list: Vec<Value> = lines.into_iter().map(|(json, _)| json).collect();
         println!("{}", Value::from(list));
         return Ok(());
     }
@@ -68,7 +65,7 @@ pub(super) fn run(
         eprintln!("no models in {}{store}", dirs.join(", "));
         return Ok(());
     }
-    let rows: Vec<Vec<String>> = lines.into_iter().map(|line| line.cells).collect();
+    let rows: Vec<Vec<String>> = lines.into_iter().map(|(_, cells)| cells).collect();
     print!("{}", table(&HEADINGS, &rows));
     Ok(())
 }
@@ -99,10 +96,7 @@ fn in_folder(model: &local::LocalModel) -> Line {
     let mut cells = vec![model.name.clone(), bytes(model.bytes), "all".to_owned()];
     cells.extend(columns);
     cells.extend([folder.display().to_string(), "-".to_owned(), "-".to_owned()]);
-    Line {
-        json: object,
-        cells,
-    }
+    (object, cells)
 }
 
 fn in_store(store: &Store, model: &StoredModel) -> Line {
@@ -134,46 +128,36 @@ fn in_store(store: &Store, model: &StoredModel) -> Line {
         true => "all".to_owned(),
         false => format!("{percent:.0} %"),
     };
-    let mut cells = vec![manifest.name.clone(), bytes(total), present];
-    cells.extend(columns);
     let signed: Vec<&str> = keys.iter().filter_map(|key| key.get(..12)).collect();
-    cells.push("store".to_owned());
-    cells.push(match signed.is_empty() {
-        true => "-".to_owned(),
-        false => signed.join(", "),
-    });
-    cells.push(match model.pinned {
+    let signed = cell((!signed.is_empty()).then(|| signed.join(", ")));
+    let used = match model.pinned {
         true => "loaded".to_owned(),
         false => ago(model.last_used),
-    });
-    Line {
-        json: object,
-        cells,
-    }
+    };
+    let mut cells = vec![manifest.name.clone(), bytes(total), present];
+    cells.extend(columns);
+    cells.extend(["store".to_owned(), signed, used]);
+    (object, cells)
 }
 
-/// A model whose content cannot be determined.
 fn unusable(model: &DamagedModel) -> Line {
-    let reason = model.error.to_string();
+    let object = json!({
+        "name": model.name(),
+        "names": model.names,
+        "fingerprint": model.fingerprint,
+        "bytes": null,
+        "present_bytes": null,
+        "where": "store",
+        "damaged": true,
+        "error": model.error.to_string(),
+    });
     let damage = "damaged; `hydramesh models verify` says what";
     let cells = [&*model.name(), "?", "?", "", "", damage, "store", "?", "-"];
-    Line {
-        json: json!({
-            "name": model.name(),
-            "names": model.names,
-            "fingerprint": model.fingerprint,
-            "bytes": null,
-            "present_bytes": null,
-            "where": "store",
-            "damaged": true,
-            "error": reason,
-        }),
-        cells: cells.map(str::to_owned).to_vec(),
-    }
+    (object, cells.map(str::to_owned).to_vec())
 }
 
 /// Weights, context and architecture. A file that cannot be opened is listed with the error.
-fn look(path: &std::path::Path, object: &mut Value) -> [String; 3] {
+fn look(path: &Path, object: &mut Value) -> [String; 3] {
     match facts(path) {
         Ok(facts) => {
             let text = |key| match fact(&facts, key) {

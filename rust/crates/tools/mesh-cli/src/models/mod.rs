@@ -55,7 +55,6 @@ fn default_dirs() -> Vec<PathBuf> {
     vec![".cache/models".into(), "local-models".into()]
 }
 
-/// The folders of `places`.
 fn dirs(places: &PlacesArgs) -> Vec<PathBuf> {
     match places.dirs.is_empty() {
         true => default_dirs(),
@@ -63,7 +62,6 @@ fn dirs(places: &PlacesArgs) -> Vec<PathBuf> {
     }
 }
 
-/// The named folder of the store, or the default.
 fn store_dir(named: Option<PathBuf>) -> PathBuf {
     named.unwrap_or_else(default_store)
 }
@@ -83,7 +81,6 @@ fn open(named: Option<PathBuf>) -> Result<Store, Failure> {
     })
 }
 
-/// The manifest of a model of the store.
 fn manifest(store: &Store, name: &str, fingerprint: &Digest) -> Result<SignedManifest, Failure> {
     match store.manifest(fingerprint) {
         Ok(Some(signed)) => Ok(signed),
