@@ -70,10 +70,13 @@ pub(crate) fn manifest_of(name: &str, bytes: &[u8]) -> Manifest {
 
 /// Stores a file, whole.
 pub(crate) fn put(store: &Store, bytes: &[u8]) -> Digest {
-    let file = &manifest_of("m", bytes).files[0];
-    let partial = begin(store, file);
-    partial.write_at(0, bytes).unwrap();
-    partial.complete().unwrap()
+    let (digest, len) = (Digest::of(bytes), bytes.len() as u64);
+    let begun = store.begin(PartialKey::Blob(digest), len, len).unwrap();
+    if let Begun::Partial(partial) = begun {
+        partial.write_at(0, bytes).unwrap();
+        partial.complete().unwrap();
+    }
+    digest
 }
 
 /// Begins a file that is not there yet.
