@@ -80,18 +80,21 @@ fn with_clock(reason: String, now: SystemTime) -> String {
     )
 }
 
-/// The URL that a redirect leads to.
 pub(crate) fn redirected(from: &Url, location: &str) -> Result<Url, HubError> {
-    let bad = |reason: &str| HubError::Answer {
-        url: shown(from),
-        reason: reason.to_owned(),
-    };
-    let to = from
-        .join(location)
-        .map_err(|_| bad("it redirects to something that is no address"))?;
+    let bad = |reason: &str| invalid(from, reason);
+    let to = from.join(location);
+    let to = to.map_err(|_| bad("it redirects to something that is no address"))?;
     match (from.scheme(), to.scheme()) {
         ("https", "https") | ("http", "http" | "https") => Ok(to),
         _ => Err(bad("it redirects away from HTTPS")),
+    }
+}
+
+/// The error for an invalid answer.
+pub(crate) fn invalid(url: &Url, reason: impl Into<String>) -> HubError {
+    HubError::Answer {
+        url: shown(url),
+        reason: reason.into(),
     }
 }
 
@@ -103,7 +106,6 @@ pub(crate) fn shown(url: &Url) -> String {
     url.into()
 }
 
-/// A header's value.
 pub(crate) fn text(headers: &HeaderMap, name: &HeaderName) -> Option<String> {
     let value: &HeaderValue = headers.get(name)?;
     Some(value.to_str().ok()?.trim().to_owned())
@@ -126,13 +128,11 @@ pub(crate) fn retry_after(headers: &HeaderMap, now: OffsetDateTime) -> Option<Du
         }
     }
     let limit = text(headers, &RATE_LIMIT)?;
-    let mut fields = limit.split(';').map(str::trim);
-    if !fields.any(|field| field == "r=0") {
+    let fields = || limit.split(';').map(str::trim);
+    if !fields().any(|field| field == "r=0") {
         return None;
     }
-    let seconds = limit
-        .split(';')
-        .find_map(|field| field.trim().strip_prefix("t="))?;
+    let seconds = fields().find_map(|field| field.strip_prefix("t="))?;
     Some(Duration::from_secs(seconds.parse().ok()?))
 }
 
@@ -156,11 +156,8 @@ pub(crate) async fn read_limited(
 pub(crate) fn readable(message: &str) -> String {
     let words: Vec<&str> = message.split_whitespace().collect();
     let line = words.join(" ");
-    let line: String = line
-        .chars()
-        .filter(|c| !c.is_control())
-        .take(MAX_MESSAGE)
-        .collect();
+    let line = line.chars().filter(|c| !c.is_control());
+    let line: String = line.take(MAX_MESSAGE).collect();
     match line.is_empty() {
         true => "no reason given".to_owned(),
         false => line,

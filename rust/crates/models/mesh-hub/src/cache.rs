@@ -29,8 +29,8 @@ pub(crate) fn open(settings: &Settings, id: &str, revision: &str) -> Result<Repo
             let refs = folder.pointer_path("x");
             let refs = refs.ancestors().nth(2).map(|repo| repo.join("refs"));
             let commit = refs.and_then(|refs| fs::read_to_string(refs.join(revision)).ok());
-            let commit = commit.map(|commit| commit.trim().to_owned());
-            commit
+            let commit = commit.unwrap_or_default().trim().to_owned();
+            Some(commit)
                 .filter(|commit| is_hash(commit))
                 .ok_or_else(nothing)?
         }
@@ -59,14 +59,10 @@ pub(crate) fn file(settings: &Settings, repo: &Repo, file: &RepoFile) -> Option<
 
 fn cached(settings: &Settings, id: &str, revision: &str) -> Option<CacheRepo> {
     let cache = settings.cache.as_ref()?;
+    let (id, commit) = (id.to_owned(), revision.to_owned());
+    let repo = hf_hub::Repo::with_revision(id, RepoType::Model, commit);
     // It becomes a path.
-    is_sound(revision).then(|| {
-        cache.repo(hf_hub::Repo::with_revision(
-            id.to_owned(),
-            RepoType::Model,
-            revision.to_owned(),
-        ))
-    })
+    is_sound(revision).then(|| cache.repo(repo))
 }
 
 fn walk(folder: &Path, prefix: &str, depth: usize, files: &mut Vec<RepoFile>) {

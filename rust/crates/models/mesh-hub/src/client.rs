@@ -5,7 +5,6 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use mesh_base::random;
-use mesh_store::Manifest;
 use reqwest::header;
 use reqwest::{Method, Response, StatusCode, Url};
 use time::OffsetDateTime;
@@ -44,6 +43,16 @@ pub(crate) struct Subject<'a> {
     pub(crate) revision: &'a str,
     /// A file of it, or the listing.
     pub(crate) path: Option<&'a str>,
+}
+
+impl<'a> Subject<'a> {
+    pub(crate) fn file(repo: &'a str, revision: &'a str, file: &'a RepoFile) -> Self {
+        Subject {
+            repo,
+            revision,
+            path: Some(&file.path),
+        }
+    }
 }
 
 /// A successful answer, with the hub's own headers before redirects.
@@ -133,10 +142,7 @@ impl Hub {
             path: None,
         };
         let json = self.get_all(&url, subject, MAX_LISTING, watch).await?;
-        Repo::parse(&json, id).map_err(|reason| HubError::Answer {
-            url: shown(&url),
-            reason,
-        })
+        Repo::parse(&json, id).map_err(|reason| answer::invalid(&url, reason))
     }
 
     /// URL of a repository's page at its commit, which the store records as a model's source.
@@ -144,35 +150,6 @@ impl Hub {
         let mut url = self.url(repo.id.split('/'));
         push(&mut url, ["tree", &repo.commit]);
         url.into()
-    }
-
-    /// The repository and the commit that [`Hub::source`] gave `source` for, if it was this hub.
-    pub fn of_source(&self, source: &str) -> Option<(String, String)> {
-        let endpoint = self.settings().endpoint.as_str().trim_end_matches('/');
-        let rest = source.strip_prefix(endpoint)?.strip_prefix('/')?;
-        let (id, commit) = rest.split_once("/tree/")?;
-        let is_id = id
-            .parse::<crate::HubName>()
-            .is_ok_and(|name| name.repo == id);
-        (is_id && is_hash(commit)).then(|| (id.to_owned(), commit.to_owned()))
-    }
-
-    /// The repository that a model of the store is from, if its `source` (see [`Hub::source`]) is this hub,
-    /// with the files that its manifest tells of: enough to fetch ranges of them, without asking the hub for
-    /// a listing.
-    pub fn repo_of(&self, source: &str, manifest: &Manifest) -> Option<Repo> {
-        let (id, commit) = self.of_source(source)?;
-        let files = manifest.files.iter().map(|file| RepoFile {
-            path: file.path.clone(),
-            bytes: Some(file.bytes),
-            sha256: Some(file.sha256),
-            blob_id: None,
-        });
-        Some(Repo {
-            id,
-            commit,
-            files: files.collect(),
-        })
     }
 
     /// `file` with its length and digest, which hubs of other makes do not list.
@@ -189,24 +166,14 @@ impl Hub {
             return Ok(file.clone());
         }
         let url = self.file_url(repo, file);
-        let subject = Subject {
-            repo: &repo.id,
-            revision: &repo.commit,
-            path: Some(&file.path),
-        };
-        let answer = self
-            .patiently(&url, watch, async || {
-                self.exchange(&url, Method::HEAD, None, subject).await
-            })
-            .await?;
+        let subject = Subject::file(&repo.id, &repo.commit, file);
+        let ask = async || self.exchange(&url, Method::HEAD, None, subject).await;
+        let answer = self.patiently(&url, watch, ask).await?;
         let etag = answer.etag.unwrap_or_default();
         let mut file = file.clone();
         file.bytes = file.bytes.or(answer.size);
         if file.bytes.is_none() {
-            return Err(HubError::Answer {
-                url: shown(&url),
-                reason: "it does not tell the file's length".to_owned(),
-            });
+            return Err(answer::invalid(&url, "it does not tell the file's length"));
         }
         if file.etag().is_none() {
             file.sha256 = etag.parse().ok();
@@ -227,10 +194,10 @@ impl Hub {
             let answer = self.exchange(url, Method::GET, None, subject).await?;
             match read_limited(answer.response, limit).await? {
                 (body, false) => Ok(body),
-                (_, true) => Err(AttemptError::Final(HubError::Answer {
-                    url: shown(url),
-                    reason: format!("it is longer than {limit} bytes"),
-                })),
+                (_, true) => {
+                    let reason = format!("it is longer than {limit} bytes");
+                    Err(answer::invalid(url, reason).into())
+                }
             }
         })
         .await
@@ -317,30 +284,23 @@ impl Hub {
                 commit = commit.or_else(|| text(headers, &answer::REPO_COMMIT));
             }
             let status = response.status();
-            if method == Method::HEAD && etag.is_some() && size.is_some() {
-                // The hub has said all, and where it redirects to, HEAD is often not allowed.
-                return Ok(HubResponse {
-                    response,
-                    etag: etag.map(|etag| bare(&etag)),
-                    size,
-                    commit,
-                });
-            }
-            if status.is_redirection()
+            // Where the hub redirects to, HEAD is often not allowed; nor needed, if the hub has said all.
+            let is_told = method == Method::HEAD && etag.is_some() && size.is_some();
+            if !is_told
+                && status.is_redirection()
                 && let Some(location) = text(headers, &header::LOCATION)
             {
                 at = redirected(&at, &location)?;
                 continue;
             }
-            if !status.is_success() {
+            if !is_told && !status.is_success() {
                 return Err(self.refused(response, &at, is_hub, subject).await);
             }
             // A small file comes from the hub itself, without a link.
             etag = etag.or_else(|| text(headers, &header::ETAG).filter(|_| is_hub));
-            size = size.or_else(|| {
-                (status == StatusCode::OK)
-                    .then(|| text(headers, &header::CONTENT_LENGTH)?.parse().ok())?
-            });
+            if size.is_none() && status == StatusCode::OK {
+                size = text(headers, &header::CONTENT_LENGTH).and_then(|size| size.parse().ok());
+            }
             return Ok(HubResponse {
                 response,
                 etag: etag.map(|etag| bare(&etag)),
@@ -348,10 +308,8 @@ impl Hub {
                 commit,
             });
         }
-        Err(AttemptError::Final(HubError::Answer {
-            url: shown(url),
-            reason: format!("it redirects more than {MAX_REDIRECTS} times"),
-        }))
+        let reason = format!("it redirects more than {MAX_REDIRECTS} times");
+        Err(answer::invalid(url, reason).into())
     }
 
     /// Converts an unsuccessful answer to an error.
@@ -366,15 +324,14 @@ impl Hub {
         let headers = response.headers();
         let code = text(headers, &answer::ERROR_CODE).unwrap_or_default();
         let retry_after = answer::retry_after(headers, OffsetDateTime::now_utc());
-        let told = text(headers, &answer::ERROR_MESSAGE);
-        let message = match told {
-            Some(message) => message,
-            None => match read_limited(response, answer::MAX_MESSAGE).await {
-                Ok((body, _)) => String::from_utf8_lossy(&body).into_owned(),
-                Err(_) => String::new(),
-            },
+        let message = match text(headers, &answer::ERROR_MESSAGE) {
+            Some(message) => readable(&message),
+            None => {
+                let body = read_limited(response, answer::MAX_MESSAGE).await;
+                let (body, _) = body.unwrap_or_default();
+                readable(&String::from_utf8_lossy(&body))
+            }
         };
-        let message = readable(&message);
         let transient = match status {
             408 | 425 | 429 | 500 | 502 | 503 | 504 => true,
             // A signed address has expired: the hub gives a new one.
@@ -458,7 +415,6 @@ impl Hub {
         }
     }
 
-    /// URL of `file` of `repo`.
     pub(crate) fn file_url(&self, repo: &Repo, file: &RepoFile) -> Url {
         let mut url = self.url(repo.id.split('/'));
         push(&mut url, ["resolve", &repo.commit]);

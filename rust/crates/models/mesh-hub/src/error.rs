@@ -15,11 +15,7 @@ pub enum HubError {
         "{name:?} does not name a model of the hub: {reason}; write ORGANISATION/MODEL, behind it @REVISION and :QUANTISATION where \
          they are wanted, such as Qwen/Qwen3-0.6B-GGUF:Q8_0"
     )]
-    Name {
-        /// Text that was given.
-        name: String,
-        reason: &'static str,
-    },
+    Name { name: String, reason: &'static str },
     /// A setting has an invalid value.
     #[error("{name} is {value:?}, which is {reason}")]
     Setting {
@@ -30,7 +26,6 @@ pub enum HubError {
     /// The file with the token cannot be read.
     #[error("cannot read the hub's token from {}: {source}; correct {setting}, or take it away to go without a token", path.display())]
     TokenFile {
-        /// Environment variable that names the file.
         setting: &'static str,
         path: PathBuf,
         source: std::io::Error,
@@ -39,10 +34,7 @@ pub enum HubError {
     #[error(
         "{what} is not on this machine, and HF_HUB_OFFLINE forbids to fetch it; unset that to allow it"
     )]
-    Offline {
-        /// Model or file that was wanted.
-        what: String,
-    },
+    Offline { what: String },
     /// The repository does not exist, or is not visible without a token.
     #[error(
         "the hub shows no model {repo} to somebody without a token; check the name at {url}. If it is private, set HF_TOKEN (or \
@@ -96,7 +88,6 @@ pub enum HubError {
         "the hub refuses {what} to the token from {token} (403): {message}; see what the token may do at {tokens_url}"
     )]
     Forbidden {
-        /// Model or file that was requested.
         what: String,
         token: String,
         message: String,
@@ -109,7 +100,6 @@ pub enum HubError {
     NoRevision {
         repo: String,
         revision: String,
-        /// URL of the list of revisions.
         url: String,
     },
     /// The repository has no such file.
@@ -118,7 +108,6 @@ pub enum HubError {
         repo: String,
         revision: String,
         path: String,
-        /// URL of the list of files.
         url: String,
     },
     /// The hub limits the rate of requests for longer than we wait.
@@ -136,7 +125,6 @@ pub enum HubError {
     )]
     Unreachable {
         url: String,
-        /// Error of the last attempt.
         reason: String,
         attempts: u32,
     },
@@ -159,7 +147,6 @@ pub enum HubError {
     Changed {
         repo: String,
         path: String,
-        /// Property that differs.
         reason: String,
     },
     /// The bytes do not have the digest that the hub lists.
@@ -169,11 +156,8 @@ pub enum HubError {
     Damaged {
         repo: String,
         path: String,
-        /// Kind of the digest.
         kind: &'static str,
-        /// The digest of what arrived.
         found: String,
-        /// Digest that the hub lists.
         wanted: String,
     },
     /// No files of the repository fit the request.
@@ -193,7 +177,6 @@ pub enum HubError {
     /// The fetched bytes cannot be written.
     #[error("cannot write {what}: {source}")]
     Write {
-        /// Path or name of the file.
         what: String,
         source: std::io::Error,
     },
@@ -210,13 +193,19 @@ pub enum HubError {
     #[error(
         "cannot set up HTTPS: {reason}; are root certificates installed (package ca-certificates, or SSL_CERT_FILE)?"
     )]
-    Tls {
-        /// Error from the TLS library.
-        reason: String,
-    },
+    Tls { reason: String },
 }
 
 impl HubError {
+    /// The error for a model file with an invalid header.
+    pub(crate) fn header(repo: &str, path: &str, reason: String) -> Self {
+        HubError::Header {
+            repo: repo.to_owned(),
+            path: path.to_owned(),
+            reason,
+        }
+    }
+
     /// True if a key or a licence is missing.
     pub fn is_refusal(&self) -> bool {
         matches!(
@@ -237,7 +226,6 @@ fn wait(retry_after: Option<Duration>) -> String {
     }
 }
 
-/// An error with its causes.
 pub(crate) fn causes(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();

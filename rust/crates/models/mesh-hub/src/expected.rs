@@ -56,10 +56,8 @@ impl Expected {
     /// The first difference, as a message.
     pub fn check(&self, manifest: &Manifest) -> Result<Vec<Unchecked>, String> {
         if manifest.name != self.name {
-            return Err(format!(
-                "it is called {:?}, and the hub's {:?}",
-                manifest.name, self.name
-            ));
+            let (found, wanted) = (&manifest.name, &self.name);
+            return Err(format!("it is called {found:?}, and the hub's {wanted:?}"));
         }
         let known = |path: &str| self.files.iter().find(|file| file.path == path);
         let mut unchecked = Vec::new();
@@ -81,31 +79,28 @@ fn compare(
     file: &ManifestFile,
     listed: &RepoFile,
 ) -> Result<Option<Unchecked>, String> {
-    if listed.bytes != Some(file.bytes) {
+    let ManifestFile { path, bytes, .. } = file;
+    if listed.bytes != Some(*bytes) {
+        let wanted = listed.bytes.map(|bytes| bytes.to_string());
+        let wanted = wanted.unwrap_or_else(|| "unknown".to_owned());
         return Err(format!(
-            "its {:?} has {} bytes, and the hub's {}",
-            file.path,
-            file.bytes,
-            listed
-                .bytes
-                .map_or("unknown".to_owned(), |bytes| bytes.to_string())
+            "its {path:?} has {bytes} bytes, and the hub's {wanted}"
         ));
     }
     match (&listed.sha256, &listed.blob_id) {
         (Some(sha256), _) if *sha256 == file.sha256 => Ok(None),
-        (Some(sha256), _) => Err(format!(
-            "SHA-256 of its {:?} is {}, and of the hub's {}",
-            file.path,
-            file.sha256.short(),
-            sha256.short()
-        )),
+        (Some(sha256), _) => {
+            let (found, wanted) = (file.sha256.short(), sha256.short());
+            Err(format!(
+                "SHA-256 of its {path:?} is {found}, and of the hub's {wanted}"
+            ))
+        }
         (None, Some(id)) if id.len() == SHA1_DIGITS => Ok(Some(Unchecked {
             file: index,
             blob_id: id.clone(),
         })),
         (None, _) => Err(format!(
-            "the hub tells no digest of {:?} that can be compared",
-            file.path
+            "the hub tells no digest of {path:?} that can be compared"
         )),
     }
 }

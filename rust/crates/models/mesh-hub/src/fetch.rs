@@ -10,7 +10,7 @@ use mesh_store::PartialFile;
 use reqwest::header::{self, HeaderMap};
 use reqwest::{Method, StatusCode, Url};
 
-use crate::answer::{AttemptError, shown};
+use crate::answer::{AttemptError, invalid, text};
 use crate::blocking::blocking;
 use crate::client::{Hub, Subject};
 use crate::error::HubError;
@@ -92,10 +92,8 @@ impl Hub {
 
 /// Ranges in order, those that nearly touch as one, none longer than [`SPAN`].
 fn spans(ranges: impl IntoIterator<Item = Range<u64>>) -> Vec<Range<u64>> {
-    let mut ranges: Vec<_> = ranges
-        .into_iter()
-        .filter(|range| !range.is_empty())
-        .collect();
+    let ranges = ranges.into_iter().filter(|range| !range.is_empty());
+    let mut ranges: Vec<_> = ranges.collect();
     ranges.sort_by_key(|range| range.start);
     let mut joined: Vec<Range<u64>> = Vec::new();
     for range in ranges {
@@ -136,10 +134,8 @@ impl FileFetch {
                 Ok(()) => AttemptError::transient("the connection was closed early"),
                 Err(failure) => failure,
             };
-            let watch = &*self.watch;
-            self.hub
-                .pause(&mut retry, failure, &self.url, watch)
-                .await?;
+            let (hub, watch) = (&self.hub, &*self.watch);
+            hub.pause(&mut retry, failure, &self.url, watch).await?;
         }
         Ok(())
     }
@@ -147,14 +143,9 @@ impl FileFetch {
     /// Makes one request; `at` advances with the bytes written.
     async fn stream(&self, at: &mut u64, end: u64) -> Result<(), AttemptError> {
         let wanted = *at..end;
-        let subject = Subject {
-            repo: &self.repo,
-            revision: &self.commit,
-            path: Some(&self.file.path),
-        };
-        let request = self
-            .hub
-            .exchange(&self.url, Method::GET, Some(&wanted), subject);
+        let subject = Subject::file(&self.repo, &self.commit, &self.file);
+        let hub = &self.hub;
+        let request = hub.exchange(&self.url, Method::GET, Some(&wanted), subject);
         let answer = match request.await {
             Err(AttemptError::Final(HubError::Status { status: 416, .. })) => {
                 return Err(self.changed(format!("it ends before byte {end}")));
@@ -210,12 +201,7 @@ impl FileFetch {
         headers: &HeaderMap,
         wanted: &Range<u64>,
     ) -> Result<u64, AttemptError> {
-        let odd = |reason: String| {
-            AttemptError::Final(HubError::Answer {
-                url: shown(&self.url),
-                reason,
-            })
-        };
+        let odd = |reason: String| invalid(&self.url, reason).into();
         if status != StatusCode::PARTIAL_CONTENT {
             if wanted.start > SPAN {
                 return Err(odd(format!(
@@ -226,11 +212,8 @@ impl FileFetch {
             }
             return Ok(0);
         }
-        let value = headers.get(header::CONTENT_RANGE);
-        let value = value
-            .and_then(|value| value.to_str().ok())
-            .unwrap_or_default();
-        let Some((start, total)) = content_range(value) else {
+        let value = text(headers, &header::CONTENT_RANGE).unwrap_or_default();
+        let Some((start, total)) = content_range(&value) else {
             return Err(odd(format!("its Content-Range is {value:?}")));
         };
         if start != wanted.start {

@@ -49,59 +49,43 @@ impl FromStr for HubName {
         let rest = rest.trim_end_matches('/');
 
         let plain = |model: &str| !model.contains(['@', ':']);
+        let owned = |text: Option<&str>| text.map(str::to_owned);
+        let named = |repo: String, revision, which| HubName {
+            repo,
+            revision: owned(revision),
+            which: owned(which),
+        };
         let mut name = match rest.splitn(4, '/').collect::<Vec<_>>()[..] {
-            [org, model] => HubName {
-                repo: format!("{org}/{model}"),
-                revision: None,
-                which: None,
-            },
+            [org, model] => named(format!("{org}/{model}"), None, None),
             // A revision with slashes cannot be told from a path in an address; everywhere else it can.
-            [org, model, "tree", revision] if on_hub && plain(model) => HubName {
-                repo: format!("{org}/{model}"),
-                revision: Some(revision.to_owned()),
-                which: None,
-            },
+            [org, model, "tree", revision] if on_hub && plain(model) => {
+                named(format!("{org}/{model}"), Some(revision), None)
+            }
             [org, model, "blob" | "resolve", page] if on_hub && plain(model) => {
                 let (revision, path) = page
                     .split_once('/')
                     .ok_or_else(|| failed("the address of a file lacks its path"))?;
-                let path = path.split(['?', '#']).next().unwrap_or(path);
-                HubName {
-                    repo: format!("{org}/{model}"),
-                    revision: Some(revision.to_owned()),
-                    which: Some(path.to_owned()),
-                }
+                let path = path.split(['?', '#']).next();
+                named(format!("{org}/{model}"), Some(revision), path)
             }
             [org, model, ..] => {
                 let behind = &rest[org.len() + 1..];
                 // Slashes may stand in a revision or in a file's path, behind the model.
                 match behind.split_once('/') {
-                    Some((_, file)) if plain(model) && !file.contains(['@', ':']) => HubName {
-                        repo: format!("{org}/{model}"),
-                        revision: None,
-                        which: Some(file.to_owned()),
-                    },
-                    _ => HubName {
-                        repo: format!("{org}/{behind}"),
-                        revision: None,
-                        which: None,
-                    },
+                    Some((_, file)) if plain(model) && plain(file) => {
+                        named(format!("{org}/{model}"), None, Some(file))
+                    }
+                    _ => named(format!("{org}/{behind}"), None, None),
                 }
             }
             _ => return Err(failed("it has no organisation")),
         };
-        let whole = std::mem::take(&mut name.repo);
-        let (repo, which) = match whole.split_once(':') {
-            Some((repo, which)) => (repo.to_owned(), Some(which.to_owned())),
-            None => (whole, None),
-        };
-        let (repo, revision) = match repo.split_once('@') {
-            Some((repo, revision)) => (repo.to_owned(), Some(revision.to_owned())),
-            None => (repo, None),
-        };
-        name.repo = repo;
-        name.revision = revision.or(name.revision);
-        name.which = which.or(name.which);
+        for (mark, part) in [(':', &mut name.which), ('@', &mut name.revision)] {
+            if let Some((before, behind)) = name.repo.split_once(mark) {
+                *part = Some(behind.to_owned());
+                name.repo = before.to_owned();
+            }
+        }
 
         let part = |part: &str| {
             let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte);
@@ -124,18 +108,12 @@ impl FromStr for HubName {
         let clean = |text: &str, limit| {
             !text.is_empty() && text.len() <= limit && !text.chars().any(char::is_control)
         };
-        if !name
-            .revision
-            .as_deref()
-            .is_none_or(|revision| clean(revision, MAX_REVISION))
-        {
+        let is_bad =
+            |part: &Option<String>, limit| part.as_ref().is_some_and(|part| !clean(part, limit));
+        if is_bad(&name.revision, MAX_REVISION) {
             return Err(failed("the revision behind '@' is empty or too long"));
         }
-        if !name
-            .which
-            .as_deref()
-            .is_none_or(|which| clean(which, MAX_PATH))
-        {
+        if is_bad(&name.which, MAX_PATH) {
             return Err(failed("what stands behind ':' is empty or too long"));
         }
         Ok(name)

@@ -36,11 +36,9 @@ pub fn wanted_ranges(
     };
     check_layers(&layers, total)?;
     let selection = Selection::new(layers, total, names());
-    let ranges = layouts
-        .iter()
-        .map(|layout| layout.ranges_for(&selection))
-        .collect();
-    Ok((ranges, total))
+    let layouts = layouts.iter();
+    let ranges = layouts.map(|layout| layout.ranges_for(&selection));
+    Ok((ranges.collect(), total))
 }
 
 /// Checks that a model of `total` layers has `layers`; the error is a message.
@@ -63,16 +61,7 @@ pub(crate) async fn header(
     watch: &Arc<dyn Watch>,
 ) -> Result<Layout, HubError> {
     let bytes = partial.bytes();
-    let broken = |reason: String| HubError::Header {
-        repo: repo.id.clone(),
-        path: file.path.clone(),
-        reason,
-    };
-    let too_long = || {
-        broken(format!(
-            "its header has more than {MAX_HEADER} bytes: this is no model"
-        ))
-    };
+    let broken = |reason| HubError::header(&repo.id, &file.path, reason);
     let mut length = FIRST.min(bytes);
     loop {
         let missing = partial.have().missing(0..length);
@@ -81,14 +70,15 @@ pub(crate) async fn header(
         let (partial, path) = (partial.clone(), file.path.clone());
         match blocking(move || read(&partial, &path, length)).await? {
             HeaderRead::Whole(layout) => return Ok(layout),
-            HeaderRead::Longer(longer) if longer > MAX_HEADER.min(bytes) => {
-                return Err(if longer > bytes {
-                    broken(format!(
-                        "its header tells of more than the file's {bytes} bytes: it is cut short"
-                    ))
-                } else {
-                    too_long()
-                });
+            HeaderRead::Longer(longer) if longer > bytes => {
+                return Err(broken(format!(
+                    "its header tells of more than the file's {bytes} bytes: it is cut short"
+                )));
+            }
+            HeaderRead::Longer(longer) if longer > MAX_HEADER => {
+                return Err(broken(format!(
+                    "its header has more than {MAX_HEADER} bytes: this is no model"
+                )));
             }
             HeaderRead::Longer(longer) => length = longer,
             HeaderRead::Broken(reason) => return Err(broken(reason)),

@@ -25,7 +25,7 @@ use crate::name::HubName;
 use crate::partial;
 use crate::watch::Watch;
 pub(crate) use files::git_blob_id;
-use files::{FileState, Flusher, complete, copy};
+use files::{FileState, Flusher, Held, complete, copy, partials};
 use known::{find, manifest_of};
 pub use pulled::Pulled;
 
@@ -74,6 +74,7 @@ pub async fn pull(
         label: name.to_string(),
         repo,
         chosen,
+        ranges: BTreeMap::new(),
         watch,
         fetched: 0,
     };
@@ -116,11 +117,7 @@ async fn small_file(
             what: format!("{} of {}", file.path, repo.id),
         });
     }
-    let subject = Subject {
-        repo: &repo.id,
-        revision: &repo.commit,
-        path: Some(&file.path),
-    };
+    let subject = Subject::file(&repo.id, &repo.commit, file);
     let url = hub.file_url(repo, file);
     Ok(hub.get_all(&url, subject, MAX_INDEX, watch).await?.into())
 }
@@ -134,6 +131,8 @@ struct Pull<'a> {
     label: String,
     repo: Repo,
     chosen: Chosen,
+    /// The ranges that are wanted of files, by their paths; of all others, everything is.
+    ranges: BTreeMap<String, RangeSet>,
     watch: Arc<dyn Watch>,
     fetched: u64,
 }
@@ -141,11 +140,10 @@ struct Pull<'a> {
 impl Pull<'_> {
     async fn whole(&mut self) -> Result<Pulled, HubError> {
         let files: Vec<RepoFile> = self.chosen.files().cloned().collect();
-        let Some(held) = self.begin(&files, bytes).await? else {
+        let Some(held) = self.begin(&files).await? else {
             return self.now_known().await;
         };
-        let missing = |_: &RepoFile, partial: &PartialFile| partial.missing();
-        self.fetch(&files, &held, bytes, missing).await?;
+        self.fetch(&files, &held).await?;
         let paths = self.finish(&files, held).await?;
         self.register(paths).await
     }
@@ -156,10 +154,7 @@ impl Pull<'_> {
         }
         let weights = self.chosen.weights.clone();
         let Some((layouts, have)) = self.layouts(&weights).await? else {
-            return self
-                .now_known()
-                .await
-                .and_then(|known| self.holds(known, &layers));
+            return self.holds(self.now_known().await?, &layers);
         };
         let (ranges, total) = partial::wanted_ranges(&layouts, layers.clone())
             .map_err(|reason| self.unfit(reason))?;
@@ -167,42 +162,21 @@ impl Pull<'_> {
         let kept = |(ranges, have): (RangeSet, RangeSet)| -> RangeSet {
             ranges.iter().chain(have.iter()).collect()
         };
-        let ranges: Vec<RangeSet> = ranges.into_iter().zip(have).map(kept).collect();
-        let ranges: BTreeMap<&str, &RangeSet> = weights
-            .iter()
-            .map(|file| file.path.as_str())
-            .zip(&ranges)
-            .collect();
+        let ranges = ranges.into_iter().zip(have).map(kept);
+        let paths = weights.iter().map(|file| file.path.clone());
+        self.ranges = paths.zip(ranges).collect();
         let files: Vec<RepoFile> = self.chosen.files().cloned().collect();
-        let wanted_bytes = |file: &RepoFile| {
-            let ranges = ranges.get(file.path.as_str());
-            ranges.map_or_else(|| bytes(file), |ranges| ranges.bytes())
-        };
         let bytes = files.iter().map(bytes).sum();
-        let Some(held) = self.begin(&files, wanted_bytes).await? else {
-            return self
-                .now_known()
-                .await
-                .and_then(|known| self.holds(known, &layers));
+        let Some(held) = self.begin(&files).await? else {
+            return self.holds(self.now_known().await?, &layers);
         };
-        let missing = |file: &RepoFile, partial: &PartialFile| match ranges.get(file.path.as_str())
-        {
-            None => partial.missing(),
-            Some(ranges) => {
-                let have = partial.have();
-                ranges
-                    .iter()
-                    .flat_map(|range| have.missing(range))
-                    .collect()
-            }
-        };
-        self.fetch(&files, &held, wanted_bytes, missing).await?;
+        self.fetch(&files, &held).await?;
         self.check_pieces(&held).await?;
         let mut here: BTreeMap<PartialKey, u64> = BTreeMap::new();
         for file in &files {
             let key = self.key(file);
             let partial = held[&key].partial();
-            let bytes = partial.map_or(wanted_bytes(file), |partial| partial.have().bytes());
+            let bytes = partial.map_or(self.wanted(file), |partial| partial.have().bytes());
             here.insert(key, bytes);
         }
         Ok(Pulled {
@@ -211,6 +185,22 @@ impl Pull<'_> {
             layers: total,
             ..self.pulled()
         })
+    }
+
+    fn wanted(&self, file: &RepoFile) -> u64 {
+        let ranges = self.ranges.get(&file.path);
+        ranges.map_or_else(|| bytes(file), RangeSet::bytes)
+    }
+
+    fn missing(&self, file: &RepoFile, partial: &PartialFile) -> Vec<Range<u64>> {
+        let Some(ranges) = self.ranges.get(&file.path) else {
+            return partial.missing();
+        };
+        let have = partial.have();
+        ranges
+            .iter()
+            .flat_map(|range| have.missing(range))
+            .collect()
     }
 
     /// The model that another process has brought.
@@ -269,18 +259,14 @@ impl Pull<'_> {
 
     /// Opens all files in the store, each for this process alone, and reserves room for them; waits where
     /// other processes write to them. `None` if the model was completed by another process.
-    async fn begin(
-        &self,
-        files: &[RepoFile],
-        wanted: impl Fn(&RepoFile) -> u64,
-    ) -> Result<Option<BTreeMap<PartialKey, FileState>>, HubError> {
-        let mut held: BTreeMap<PartialKey, FileState> = BTreeMap::new();
+    async fn begin(&self, files: &[RepoFile]) -> Result<Option<Held>, HubError> {
+        let mut held = Held::new();
         // In one order everywhere, so that two processes do not wait for each other.
         let by_key: BTreeMap<PartialKey, &RepoFile> =
             files.iter().map(|file| (self.key(file), file)).collect();
         let mut waited = true;
         for (&key, file) in &by_key {
-            let (bytes, share) = (bytes(file), wanted(file));
+            let (bytes, share) = (bytes(file), self.wanted(file));
             if matches!(key, PartialKey::Source(_)) && bytes > MAX_SMALL {
                 return Err(self.unfit(format!(
                     "the hub tells no SHA-256 of {}, which has {bytes} bytes",
@@ -309,7 +295,7 @@ impl Pull<'_> {
                         };
                         let missing = by_key
                             .iter()
-                            .map(|(key, file)| wanted(file).saturating_sub(here(key, file)));
+                            .map(|(key, file)| self.wanted(file).saturating_sub(here(key, file)));
                         let all = missing.sum();
                         return Err(self.no_room(held, all, StoreError::NoRoom(one)).await);
                     }
@@ -326,12 +312,7 @@ impl Pull<'_> {
     }
 
     /// Removes files that were begun in vain, and computes the room that is missing for all of them.
-    async fn no_room(
-        &self,
-        held: BTreeMap<PartialKey, FileState>,
-        all: u64,
-        one: StoreError,
-    ) -> HubError {
+    async fn no_room(&self, held: Held, all: u64, one: StoreError) -> HubError {
         let store = self.store.clone();
         let ended = blocking(move || {
             for held in held.into_values() {
@@ -354,8 +335,10 @@ impl Pull<'_> {
         weights: &[RepoFile],
     ) -> Result<Option<(Vec<Layout>, Vec<RangeSet>)>, HubError> {
         // A header's length is not known before it is there; a few megabytes are what most have.
-        let guess = |file: &RepoFile| bytes(file).min(8 << 20);
-        let Some(held) = self.begin(weights, guess).await? else {
+        let guess = |file: &RepoFile| RangeSet::whole(bytes(file).min(8 << 20));
+        let guesses = weights.iter().map(|file| (file.path.clone(), guess(file)));
+        self.ranges = guesses.collect();
+        let Some(held) = self.begin(weights).await? else {
             return Ok(None);
         };
         let mut layouts = Vec::with_capacity(weights.len());
@@ -368,7 +351,7 @@ impl Pull<'_> {
                     let (path, name) = (path.clone(), file.path.clone());
                     blocking(move || partial::layout_of(&path, &name))
                         .await?
-                        .map_err(|reason| self.broken(file, reason))?
+                        .map_err(|reason| HubError::header(&self.repo.id, &file.path, reason))?
                 }
                 FileState::Partial(partial) => {
                     let before = partial.have().bytes();
@@ -385,27 +368,12 @@ impl Pull<'_> {
         Ok(Some((layouts, have)))
     }
 
-    fn broken(&self, file: &RepoFile, reason: String) -> HubError {
-        HubError::Header {
-            repo: self.repo.id.clone(),
-            path: file.path.clone(),
-            reason,
-        }
-    }
-
-    /// Fetches the ranges that `missing` returns for every incomplete file, of which `wanted` bytes are
-    /// needed.
-    async fn fetch(
-        &mut self,
-        files: &[RepoFile],
-        held: &BTreeMap<PartialKey, FileState>,
-        wanted: impl Fn(&RepoFile) -> u64,
-        missing: impl Fn(&RepoFile, &PartialFile) -> Vec<Range<u64>>,
-    ) -> Result<(), HubError> {
+    /// Fetches what is missing of these files.
+    async fn fetch(&mut self, files: &[RepoFile], held: &Held) -> Result<(), HubError> {
         let flusher = Flusher::start(held);
-        let have = |held: &BTreeMap<PartialKey, FileState>| -> u64 {
-            let partial = held.values().filter_map(FileState::partial);
-            partial.map(|partial| partial.have().bytes()).sum()
+        let have = |held: &Held| -> u64 {
+            let partials = partials(held).into_iter();
+            partials.map(|partial| partial.have().bytes()).sum()
         };
         let before = have(held);
         // Two files with the same bytes are one.
@@ -417,13 +385,11 @@ impl Pull<'_> {
             if !begun.insert(key) {
                 continue;
             }
-            all += wanted(file);
+            all += self.wanted(file);
             if let Some(partial) = held[&key].partial() {
-                let ranges = missing(file, partial);
-                to_come += ranges
-                    .iter()
-                    .map(|range| range.end - range.start)
-                    .sum::<u64>();
+                let ranges = self.missing(file, partial);
+                let lengths = ranges.iter().map(|range| range.end - range.start);
+                to_come += lengths.sum::<u64>();
                 fetches.push(self.fetch_one(file, partial.clone(), ranges));
             }
         }
@@ -431,8 +397,7 @@ impl Pull<'_> {
         let fetched = futures::future::try_join_all(fetches).await;
         // Also after an error: what has arrived is kept.
         let flushed = flusher.end().await;
-        let now = have(held);
-        self.fetched += now - before;
+        self.fetched += have(held) - before;
         fetched?;
         flushed
     }
@@ -451,17 +416,15 @@ impl Pull<'_> {
             let watch = self.watch.clone();
             return blocking(move || copy(&path, &partial, &ranges, &*watch)).await;
         }
-        let watch = self.watch.clone();
-        self.hub
-            .fetch(&self.repo, file, ranges, partial, watch)
-            .await
+        let (hub, watch) = (self.hub, self.watch.clone());
+        hub.fetch(&self.repo, file, ranges, partial, watch).await
     }
 
     /// Checks complete files and makes blobs of them; returns the path of each file of the model.
     async fn finish(
         &self,
         files: &[RepoFile],
-        mut held: BTreeMap<PartialKey, FileState>,
+        mut held: Held,
     ) -> Result<Vec<(PathBuf, PathBuf)>, HubError> {
         let mut blobs: BTreeMap<PartialKey, PathBuf> = BTreeMap::new();
         // Those without a SHA-256 last: until then they are found by where they come from, if this is ended
@@ -479,10 +442,7 @@ impl Pull<'_> {
             };
             blobs.insert(key, path);
         }
-        let path_of = |file: &RepoFile| {
-            let blob = blobs[&self.key(file)].clone();
-            (PathBuf::from(&file.path), blob)
-        };
+        let path_of = |file: &RepoFile| ((&file.path).into(), blobs[&self.key(file)].clone());
         Ok(files.iter().map(path_of).collect())
     }
 
@@ -493,11 +453,8 @@ impl Pull<'_> {
         let bytes = self.chosen.files().map(bytes).sum();
         self.watch.checking(bytes);
         let (store, watch) = (self.store.clone(), self.watch.clone());
-        let (name, label, source) = (
-            self.chosen.name.clone(),
-            self.label.clone(),
-            self.source.clone(),
-        );
+        let (name, label) = (self.chosen.name.clone(), self.label.clone());
+        let source = self.source.clone();
         let (fingerprint, path, layers) = blocking(move || {
             let manifest = manifest_of(&name, &paths, &*watch)?;
             let signed = SignedManifest::unsigned(manifest);
@@ -518,12 +475,8 @@ impl Pull<'_> {
     }
 
     /// Checks the pieces of partial files, where the store knows a manifest with their digests.
-    async fn check_pieces(&self, held: &BTreeMap<PartialKey, FileState>) -> Result<(), HubError> {
-        let partials: Vec<Arc<PartialFile>> = held
-            .values()
-            .filter_map(FileState::partial)
-            .cloned()
-            .collect();
+    async fn check_pieces(&self, held: &Held) -> Result<(), HubError> {
+        let partials = partials(held);
         let (store, repo) = (self.store.clone(), self.repo.id.clone());
         blocking(move || {
             let models = store.models()?;
@@ -553,6 +506,6 @@ fn bytes(file: &RepoFile) -> u64 {
 }
 
 fn is_blob(store: &Store, file: &RepoFile) -> bool {
-    file.sha256
-        .is_some_and(|sha256| store.blob(&sha256).is_some())
+    let blob = file.sha256.and_then(|sha256| store.blob(&sha256));
+    blob.is_some()
 }

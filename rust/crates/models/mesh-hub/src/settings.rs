@@ -92,56 +92,41 @@ impl Settings {
         let login = hf_home.map(|home| Cache::new(home.join("hub")));
         let flag = |name: &'static str| match lookup(name) {
             None => Ok(false),
-            Some(value) => truth(&value).ok_or_else(|| HubError::Setting {
-                name,
-                value: value.to_string_lossy().into_owned(),
-                reason: "neither 1 (or true, yes, on) nor 0 (or false, no, off)",
+            Some(value) => truth(&value).ok_or_else(|| {
+                let reason = "neither 1 (or true, yes, on) nor 0 (or false, no, off)";
+                bad(name, value.to_string_lossy(), reason)
             }),
         };
 
-        let mut token = None;
-        if let Some(value) = lookup("HF_TOKEN") {
-            let value = value.into_string().map_err(|_| HubError::Setting {
-                name: "HF_TOKEN",
-                // Whatever it is, it was meant to be secret.
-                value: "…".to_owned(),
-                reason: "no text",
+        let mut files = ["HF_TOKEN_FILE", "HF_TOKEN_PATH"].into_iter();
+        let token = if let Some(value) = lookup("HF_TOKEN") {
+            // Whatever it is, it was meant to be secret.
+            let no_text = |_| bad("HF_TOKEN", "…", "no text");
+            Some((value.into_string().map_err(no_text)?, "HF_TOKEN".to_owned()))
+        } else if let Some((setting, path)) = files.find_map(|name| Some((name, folder(name)?))) {
+            let origin = format!("{} ({setting})", path.display());
+            let text = read_token(&path).map_err(|source| HubError::TokenFile {
+                setting,
+                path,
+                source,
             })?;
-            token = Some((value, "HF_TOKEN".to_owned()));
-        }
-        for name in ["HF_TOKEN_FILE", "HF_TOKEN_PATH"] {
-            if token.is_none()
-                && let Some(path) = folder(name)
-            {
-                let text = read_token(&path).map_err(|source| HubError::TokenFile {
-                    setting: name,
-                    path: path.clone(),
-                    source,
-                })?;
-                token = Some((text, format!("{} ({name})", path.display())));
-            }
-        }
-        if token.is_none()
-            && !flag("HF_HUB_DISABLE_IMPLICIT_TOKEN")?
-            && let Some(login) = login
-        {
-            let path = login.token_path();
+            Some((text, origin))
+        } else if flag("HF_HUB_DISABLE_IMPLICIT_TOKEN")? {
+            None
+        } else {
             // The default token file: it may be missing.
-            token = read_token(&path)
-                .ok()
-                .map(|text| (text, path.display().to_string()));
-        }
+            let path = login.map(|login| login.token_path());
+            path.and_then(|path| Some((read_token(&path).ok()?, path.display().to_string())))
+        };
         let token = token
             .map(|(text, origin)| (text.trim().to_owned(), origin))
             .filter(|(text, _)| !text.is_empty());
         if let Some((text, origin)) = &token
             && !text.bytes().all(|byte| byte.is_ascii_graphic())
         {
-            return Err(HubError::Setting {
-                name: "the token",
-                value: format!("the contents of {origin}"),
-                reason: "no token: those consist of letters, digits and underscores",
-            });
+            let value = format!("the contents of {origin}");
+            let reason = "no token: those consist of letters, digits and underscores";
+            return Err(bad("the token", value, reason));
         }
         Ok(Settings {
             endpoint: endpoint(lookup("HF_ENDPOINT"))?,
@@ -159,10 +144,8 @@ impl Settings {
     /// # Errors
     /// If `endpoint` is not a URL.
     pub fn at(endpoint: &str) -> Result<Self, HubError> {
-        Self::from_lookup(
-            |name| (name == "HF_ENDPOINT").then(|| endpoint.into()),
-            None,
-        )
+        let lookup = |name: &str| (name == "HF_ENDPOINT").then(|| endpoint.into());
+        Self::from_lookup(lookup, None)
     }
 }
 
@@ -171,27 +154,30 @@ fn endpoint(value: Option<OsString>) -> Result<Url, HubError> {
         Some(value) => value.to_string_lossy(),
         None => ENDPOINT.into(),
     };
-    let failed = |reason| HubError::Setting {
-        name: "HF_ENDPOINT",
-        value: text.chars().take(200).collect(),
-        reason,
-    };
+    let shown = || text.chars().take(200).collect::<String>();
+    let failed = |reason| bad("HF_ENDPOINT", shown(), reason);
     let url = Url::parse(&text)
         .map_err(|_| failed("no URL; write one such as https://huggingface.co"))?;
     if !matches!(url.scheme(), "https" | "http") || url.host_str().is_none() {
         return Err(failed("no https:// or http:// address"));
     }
     if !url.username().is_empty() || url.password().is_some() {
-        return Err(HubError::Setting {
-            name: "HF_ENDPOINT",
-            value: "…".to_owned(),
-            reason: "a URL with a password; give the token by HF_TOKEN",
-        });
+        let reason = "a URL with a password; give the token by HF_TOKEN";
+        return Err(bad("HF_ENDPOINT", "…", reason));
     }
     if url.query().is_some() || url.fragment().is_some() {
         return Err(failed("a URL with ? or #, which an endpoint has not"));
     }
     Ok(url)
+}
+
+fn bad(name: &'static str, value: impl Into<String>, reason: &'static str) -> HubError {
+    let value = value.into();
+    HubError::Setting {
+        name,
+        value,
+        reason,
+    }
 }
 
 fn truth(value: &OsString) -> Option<bool> {

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use common::{ID, Memory, Notes, client, client_with_token, noise};
-use mesh_hub::{Hub, HubError, Repo};
+use mesh_hub::{Hub, HubError, Repo, RepoFile};
 use mesh_testkit::hub::{Access, Fault, Site, TestHub};
 
 const LEN: usize = 300_000;
@@ -128,7 +128,16 @@ async fn what_a_manifest_tells_is_enough_to_fetch_from_its_source() {
     let paths: [std::path::PathBuf; 2] = [FILE.into(), "README.md".into()];
     // No tensors are looked for in what does not begin like a GGUF file.
     let manifest = mesh_store::Manifest::of_files("tiny", dir.path(), &paths, &|_| ()).unwrap();
-    let known = client.repo_of(&client.source(&repo), &manifest).unwrap();
+    let files = manifest.files.iter().map(|file| RepoFile {
+        path: file.path.clone(),
+        bytes: Some(file.bytes),
+        sha256: Some(file.sha256),
+        blob_id: None,
+    });
+    let known = Repo {
+        files: files.collect(),
+        ..repo
+    };
     hub.reset_counts();
     for (path, content) in [(FILE, &*content), ("README.md", &b"a model"[..])] {
         let sink = Memory::of(content.len());

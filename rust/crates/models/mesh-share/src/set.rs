@@ -16,29 +16,17 @@ pub struct PieceSet {
 /// Errors of decoding a set of pieces.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
+#[allow(missing_docs, reason = "the messages name the fields")]
 pub enum BadPieceSet {
     /// More pieces than any model has.
     #[error("a model of {pieces} pieces; at most {MOST_PIECES} are possible")]
-    TooMany {
-        /// Number of pieces.
-        pieces: u32,
-    },
+    TooMany { pieces: u32 },
     /// The encoded set is longer than the pieces need.
     #[error("{bytes} bytes for a set of {pieces} pieces, which needs at most {}", pieces.div_ceil(8))]
-    TooLong {
-        /// Length of the encoded set.
-        bytes: usize,
-        /// Number of pieces of the model.
-        pieces: u32,
-    },
+    TooLong { bytes: usize, pieces: u32 },
     /// The set contains a piece that the model does not have.
     #[error("piece {piece} of a model with {pieces}")]
-    Beyond {
-        /// Index of the piece.
-        piece: u32,
-        /// Number of pieces of the model.
-        pieces: u32,
-    },
+    Beyond { piece: u32, pieces: u32 },
 }
 
 /// Maximum number of pieces of a model: 4 TiB in pieces of 4 MiB.
@@ -55,10 +43,8 @@ impl PieceSet {
 
     /// The set of all pieces.
     pub fn all(pieces: u32) -> Self {
-        let mut set = PieceSet {
-            pieces,
-            words: vec![u64::MAX; pieces.div_ceil(64) as usize],
-        };
+        let mut set = PieceSet::none(pieces);
+        set.words.fill(u64::MAX);
         set.clear_beyond();
         set
     }
@@ -145,11 +131,8 @@ impl PieceSet {
 
     /// One bit for each piece, the lowest bit of the first byte for piece 0, without the zeros at the end.
     pub fn to_bytes(&self) -> Vec<u8> {
-        let mut bytes: Vec<u8> = self
-            .words
-            .iter()
-            .flat_map(|word| word.to_le_bytes())
-            .collect();
+        let words = self.words.iter();
+        let mut bytes: Vec<u8> = words.flat_map(|word| word.to_le_bytes()).collect();
         let used = bytes.iter().rposition(|&byte| byte != 0);
         bytes.truncate(used.map_or(0, |last| last + 1));
         bytes
@@ -165,10 +148,8 @@ impl PieceSet {
             return Err(BadPieceSet::TooMany { pieces });
         }
         if bytes.len() > pieces.div_ceil(8) as usize {
-            return Err(BadPieceSet::TooLong {
-                bytes: bytes.len(),
-                pieces,
-            });
+            let bytes = bytes.len();
+            return Err(BadPieceSet::TooLong { bytes, pieces });
         }
         let mut set = PieceSet::none(pieces);
         for (index, &byte) in bytes.iter().enumerate() {
@@ -197,10 +178,9 @@ impl PieceSet {
     /// As [`PieceSet::from_bytes`].
     pub fn from_proto(pieces: &Pieces) -> Result<Self, BadPieceSet> {
         let set = PieceSet::from_bytes(pieces.of, &pieces.bits)?;
-        Ok(if pieces.all {
-            PieceSet::all(pieces.of)
-        } else {
-            set
+        Ok(match pieces.all {
+            true => PieceSet::all(pieces.of),
+            false => set,
         })
     }
 

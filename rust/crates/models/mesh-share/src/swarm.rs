@@ -250,44 +250,28 @@ impl<S: Ord + Clone> Swarm<S> {
             }
             self.bytes_total += u64::from(wanted.bytes);
             self.open.insert(wanted.piece);
-            self.pieces.insert(
-                wanted.piece,
-                PieceState {
-                    wanted,
-                    asked: Vec::new(),
-                },
-            );
+            let asked = Vec::new();
+            let piece = wanted.piece;
+            self.pieces.insert(piece, PieceState { wanted, asked });
         }
     }
 
     /// Adds a source, or updates its pieces. A dropped source is not accepted again before its pause ends.
     pub fn source(&mut self, source: S, kind: Kind, has: PieceSet, now: Instant) {
-        if self.banned.contains(&source) {
+        if !self.admits(&source, now) {
             return;
         }
-        if let Some(until) = self.paused.get(&source) {
-            if now < *until {
-                return;
-            }
-            self.paused.remove(&source);
-        }
-        match self.sources.get_mut(&source) {
-            Some(known) => known.has = has,
-            None => {
-                self.sources.insert(
-                    source,
-                    SourceState {
-                        kind,
-                        has,
-                        requests: BTreeMap::new(),
-                        window: FIRST_WINDOW.min(self.settings.window),
-                        pace: None,
-                        heard: now,
-                        arrived: None,
-                    },
-                );
-            }
-        }
+        self.paused.remove(&source);
+        let new = || SourceState {
+            kind,
+            has: PieceSet::none(0),
+            requests: BTreeMap::new(),
+            window: FIRST_WINDOW.min(self.settings.window),
+            pace: None,
+            heard: now,
+            arrived: None,
+        };
+        self.sources.entry(source).or_insert_with(new).has = has;
     }
 
     /// True if a source would be accepted now.
@@ -380,24 +364,11 @@ impl<S: Ord + Clone> Swarm<S> {
         silent.chain(late).min()
     }
 
-    /// True if all wanted pieces are here.
-    pub fn is_done(&self) -> bool {
-        self.open.is_empty()
-    }
-
-    /// True if at least one missing piece is held by no source.
-    pub fn is_starved(&self) -> bool {
-        let had = |piece: &u32| self.sources.values().any(|s| s.has.contains(*piece));
-        !self.open.iter().all(had)
-    }
-
     /// A piece that is wanted and not here.
     pub fn wanted(&self, piece: u32) -> Option<&Wanted> {
-        let open = self.open.contains(&piece);
-        self.pieces
-            .get(&piece)
-            .filter(|_| open)
-            .map(|piece| &piece.wanted)
+        let known = self.pieces.get(&piece);
+        let open = known.filter(|_| self.open.contains(&piece));
+        open.map(|piece| &piece.wanted)
     }
 
     /// The pieces that are wanted and not here, ascending.
@@ -494,10 +465,8 @@ impl<S: Ord + Clone> Swarm<S> {
                 return None;
             }
             let turn = (piece % total + total - begin) % total;
-            Some((
-                (!entry.wanted.urgent, entry.asked.len(), peers, turn),
-                piece,
-            ))
+            let rank = (!entry.wanted.urgent, entry.asked.len(), peers, turn);
+            Some((rank, piece))
         });
         ranked.min().map(|(_, piece)| piece)
     }
@@ -508,10 +477,8 @@ impl<S: Ord + Clone> Swarm<S> {
             return false;
         };
         let late = |source: &S| {
-            let ask = self
-                .sources
-                .get(source)
-                .and_then(|s| s.requests.get(&piece));
+            let source = self.sources.get(source);
+            let ask = source.and_then(|source| source.requests.get(&piece));
             ask.is_none_or(|ask| ask.late)
         };
         entry.asked.len() < self.settings.repeats && entry.asked.iter().all(late)
@@ -531,23 +498,22 @@ impl<S: Ord + Clone> Swarm<S> {
         let expected = source.pace.map(|pace| owed as f64 / pace.max(1.0));
         // Whose pace is unknown gets twice the patience: making the first link takes its time, too.
         let limit = match expected {
-            Some(seconds) => Duration::from_secs_f64(
-                (seconds * f64::from(self.settings.slack)).min(LONGEST.as_secs_f64()),
-            )
-            .max(self.settings.patience),
+            Some(seconds) => {
+                let seconds = seconds * f64::from(self.settings.slack);
+                let limit = Duration::from_secs_f64(seconds.min(LONGEST.as_secs_f64()));
+                limit.max(self.settings.patience)
+            }
             None => self.settings.patience * 2,
         };
         if source.requests.is_empty() {
             source.heard = now;
         }
-        source.requests.insert(
-            piece,
-            Request {
-                at: now,
-                due: now + limit,
-                late: false,
-            },
-        );
+        let ask = Request {
+            at: now,
+            due: now + limit,
+            late: false,
+        };
+        source.requests.insert(piece, ask);
         if let Some(entry) = self.pieces.get_mut(&piece) {
             entry.asked.push(name.clone());
         }

@@ -27,13 +27,7 @@ pub enum StoreError {
     Busy { key: String },
     /// Bytes that do not lie in their file.
     #[error("bytes {offset} to {end} do not lie in a file of {bytes} bytes")]
-    Outside {
-        /// Position of the first byte.
-        offset: u64,
-        /// Position one past the last byte.
-        end: u64,
-        bytes: u64,
-    },
+    Outside { offset: u64, end: u64, bytes: u64 },
     /// A file that is not whole yet.
     #[error("{missing} bytes of {key} are still missing")]
     Incomplete { key: String, missing: u64 },
@@ -50,11 +44,7 @@ pub enum StoreError {
     #[error(
         "the disk does not give back what was written to {key}: {pieces} pieces differ and are fetched again; see to the disk (dmesg, smartctl) if it goes on"
     )]
-    Spoiled {
-        key: String,
-        /// Number of pieces that differ.
-        pieces: usize,
-    },
+    Spoiled { key: String, pieces: usize },
     /// The store has no such model.
     #[error(
         "the store has no model {fingerprint}; `hydramesh models list` shows those that it has"
@@ -71,11 +61,7 @@ pub enum StoreError {
     Foreign { path: PathBuf },
     /// A manifest or signatures in the store are no longer as written.
     #[error("{} is damaged: {reason}", path.display())]
-    Damaged {
-        path: PathBuf,
-        /// Description of the damage.
-        reason: String,
-    },
+    Damaged { path: PathBuf, reason: String },
     /// The bytes are not a valid manifest.
     #[error(transparent)]
     Manifest(#[from] ManifestError),

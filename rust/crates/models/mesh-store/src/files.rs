@@ -15,6 +15,7 @@ pub(crate) use mesh_base::files::{create_private_dir, sync_parent};
 pub(crate) use mesh_model::file::{read_all, read_limited};
 use nix::fcntl::OFlag;
 use nix::unistd::geteuid;
+use serde::de::DeserializeOwned;
 
 /// Replaces the file at `path` by one with these bytes; `tmp` is a folder on the same file system. After a
 /// crash or a power loss it is the old or the new one. When this returns, the new one is on disk.
@@ -22,6 +23,12 @@ pub(crate) fn replace(path: &Path, tmp: &Path, bytes: &[u8]) -> io::Result<()> {
     files::replace_with(path, Some(tmp), files::PRIVATE, |file| {
         file.write_all(bytes)
     })
+}
+
+/// The JSON of a file of at most `limit` bytes; `None` where there is none, or it is not readable.
+pub(crate) fn read_json<T: DeserializeOwned>(path: &Path, limit: u64) -> Option<T> {
+    let json = read_limited(path, limit).ok()??;
+    serde_json::from_slice(&json).ok()
 }
 
 /// Users whose files in a store count besides this process's user and root.

@@ -85,19 +85,13 @@ impl Layout {
         let bytes = file.metadata().map_err(failed)?.len();
         let mut magic = Vec::new();
         file.take(4).read_to_end(&mut magic).map_err(failed)?;
-        let mut layout = if magic == b"GGUF" {
-            Self::of_gguf(path)?
+        if magic == b"GGUF" {
+            Self::of_gguf(path)
         } else if has_extension(path, "safetensors") {
-            Self::of_safetensors(path)?
+            Self::of_safetensors(path)
         } else {
-            Layout {
-                bytes,
-                header: bytes,
-                tensors: Vec::new(),
-            }
-        };
-        layout.tensors.sort_by_key(|tensor| tensor.offset);
-        Ok(layout)
+            Ok(Self::new(bytes, []))
+        }
     }
 
     fn of_gguf(path: &Path) -> Result<Layout, LayoutError> {
@@ -106,21 +100,9 @@ impl Layout {
             path: path.into(),
             source,
         })?;
-        let tensors: Vec<TensorPlace> = gguf
-            .tensors()
-            .iter()
-            .map(|tensor| TensorPlace {
-                name: tensor.name.to_owned(),
-                offset: tensor.data.offset(),
-                bytes: tensor.data.len() as u64,
-            })
-            .collect();
-        let first = tensors.iter().map(|tensor| tensor.offset).min();
-        Ok(Layout {
-            bytes: gguf.tensors().file_len(),
-            header: first.unwrap_or(gguf.tensors().file_len()),
-            tensors,
-        })
+        let tensors = gguf.tensors().iter();
+        let tensors = tensors.map(|tensor| (tensor.name, tensor.data.offset(), tensor.data.len()));
+        Ok(Self::new(gguf.tensors().file_len(), tensors))
     }
 
     fn of_safetensors(path: &Path) -> Result<Layout, LayoutError> {
@@ -128,18 +110,26 @@ impl Layout {
             path: path.into(),
             source,
         })?;
-        let tensors = file.tensors().map(|tensor| TensorPlace {
-            name: tensor.name.to_owned(),
-            offset: tensor.offset,
-            bytes: tensor.data.len() as u64,
+        let tensors = file.tensors();
+        let tensors = tensors.map(|tensor| (tensor.name, tensor.offset, tensor.data.len()));
+        Ok(Self::new(file.file_len(), tensors))
+    }
+
+    /// The layout of a file of `bytes` bytes with these tensors: name, position and length.
+    fn new<'a>(bytes: u64, tensors: impl IntoIterator<Item = (&'a str, u64, usize)>) -> Layout {
+        let tensors = tensors.into_iter().map(|(name, offset, len)| TensorPlace {
+            name: name.to_owned(),
+            offset,
+            bytes: len as u64,
         });
-        let tensors: Vec<TensorPlace> = tensors.collect();
-        let first = tensors.iter().map(|tensor| tensor.offset).min();
-        Ok(Layout {
-            bytes: file.file_len(),
-            header: first.unwrap_or(file.file_len()),
+        let mut tensors: Vec<TensorPlace> = tensors.collect();
+        tensors.sort_by_key(|tensor| tensor.offset);
+        let header = tensors.first().map_or(bytes, |tensor| tensor.offset);
+        Layout {
+            bytes,
+            header,
             tensors,
-        })
+        }
     }
 
     /// The bytes that `selection` needs of this file.
@@ -211,10 +201,7 @@ pub fn role(name: &str) -> Role {
 /// `model.layers.3.mlp.up_proj.weight` or, in encoders, `encoder.layer.3.output.dense.weight` in others.
 pub fn layer(name: &str) -> Option<u32> {
     let hf = hf_name(name);
-    let encoder = ["bert.", "roberta."]
-        .into_iter()
-        .find_map(|prefix| name.strip_prefix(prefix))
-        .unwrap_or(name);
+    let encoder = without_prefix(name, ["bert.", "roberta."]);
     let rest = name
         .strip_prefix("blk.")
         .or_else(|| hf.strip_prefix("layers.").filter(|_| hf != name))
@@ -227,10 +214,16 @@ pub fn layer(name: &str) -> Option<u32> {
 
 /// A tensor's name within the language model, for names as `transformers` gives them; others as they are.
 fn hf_name(name: &str) -> &str {
-    ["model.language_model.", "language_model.model.", "model."]
-        .into_iter()
-        .find_map(|prefix| name.strip_prefix(prefix))
-        .unwrap_or(name)
+    without_prefix(
+        name,
+        ["model.language_model.", "language_model.model.", "model."],
+    )
+}
+
+fn without_prefix<'a, const N: usize>(name: &'a str, prefixes: [&str; N]) -> &'a str {
+    let mut prefixes = prefixes.into_iter();
+    let rest = prefixes.find_map(|prefix| name.strip_prefix(prefix));
+    rest.unwrap_or(name)
 }
 
 /// The matrix of the logits, where it is not the embedding.

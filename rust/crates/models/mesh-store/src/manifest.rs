@@ -4,7 +4,7 @@ mod build;
 mod check;
 mod verify;
 
-use std::collections::HashSet;
+use std::collections::BTreeSet;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::digest::Digest;
 use crate::layout::{self, Selection};
+use crate::ranges::RangeSet;
 
 pub use build::{BuildError, Progress, model_files};
 pub use check::ManifestError;
@@ -152,11 +153,8 @@ impl Manifest {
 
     /// All pieces, in the order of the files.
     pub fn pieces(&self) -> impl Iterator<Item = PieceId> + '_ {
-        self.files.iter().enumerate().flat_map(|(file, held)| {
-            (0..held.pieces.len()).map(move |piece| PieceId {
-                file: file as u32,
-                piece: piece as u32,
-            })
+        (0..).zip(&self.files).flat_map(|(file, held)| {
+            (0..held.pieces.len() as u32).map(move |piece| PieceId { file, piece })
         })
     }
 
@@ -169,9 +167,8 @@ impl Manifest {
         let names = tensors.map(|tensor| tensor.name.as_str());
         let selection = Selection::new(layers, total, names);
         let mut ids = Vec::new();
-        for (index, file) in self.files.iter().enumerate() {
-            let mut wanted = HashSet::new();
-            wanted.extend(file.pieces_of(0..file.header()));
+        for (index, file) in (0..).zip(&self.files) {
+            let mut wanted: BTreeSet<u32> = file.pieces_of(0..file.header()).collect();
             for tensor in &file.tensors {
                 let role = match tensor.layer {
                     Some(layer) => layout::Role::Layer(layer),
@@ -181,12 +178,8 @@ impl Manifest {
                     wanted.extend(file.pieces_of(tensor.range()));
                 }
             }
-            let mut wanted: Vec<u32> = wanted.into_iter().collect();
-            wanted.sort_unstable();
-            ids.extend(wanted.into_iter().map(|piece| PieceId {
-                file: index as u32,
-                piece,
-            }));
+            let file = index;
+            ids.extend(wanted.into_iter().map(|piece| PieceId { file, piece }));
         }
         ids
     }
@@ -208,9 +201,8 @@ impl ManifestFile {
     /// Bytes before the first tensor; for a file without tensors its length.
     pub fn header(&self) -> u64 {
         // Ascending by offset.
-        self.tensors
-            .first()
-            .map_or(self.bytes, |tensor| tensor.offset)
+        let first = self.tensors.first();
+        first.map_or(self.bytes, |tensor| tensor.offset)
     }
 
     /// The pieces with bytes in `range`.
@@ -218,13 +210,17 @@ impl ManifestFile {
         if range.is_empty() {
             return 0..0;
         }
-        let first = self
-            .pieces
-            .partition_point(|piece| piece.range().end <= range.start);
-        let end = self
-            .pieces
-            .partition_point(|piece| piece.offset < range.end);
+        let pieces = &self.pieces;
+        let first = pieces.partition_point(|piece| piece.range().end <= range.start);
+        let end = pieces.partition_point(|piece| piece.offset < range.end);
         first as u32..end as u32
+    }
+
+    /// The pieces of which all bytes are in `have`, by their indices.
+    pub fn pieces_in(&self, have: &RangeSet) -> Vec<u32> {
+        let pieces = (0..).zip(&self.pieces);
+        let here = pieces.filter(|(_, piece)| have.contains(&piece.range()));
+        here.map(|(index, _)| index).collect()
     }
 
     /// Path of the file relative to the model's folder.

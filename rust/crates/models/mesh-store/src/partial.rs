@@ -8,7 +8,7 @@
 mod have_map;
 mod key;
 
-use std::fs::File;
+use std::fs::{File, TryLockError};
 use std::io::{self, Seek, SeekFrom};
 use std::ops::Range;
 use std::os::unix::fs::{FileExt, MetadataExt, PermissionsExt};
@@ -61,19 +61,15 @@ impl PartialFile {
         let file = files::open_to_write(&path, store.owners()).map_err(io("open"))?;
         match file.try_lock() {
             Ok(()) => {}
-            Err(std::fs::TryLockError::WouldBlock) => {
-                return Err(StoreError::Busy {
-                    key: key.to_string(),
-                });
+            Err(TryLockError::WouldBlock) => {
+                let key = key.to_string();
+                return Err(StoreError::Busy { key });
             }
-            Err(std::fs::TryLockError::Error(error)) => return Err(io("lock")(error)),
+            Err(TryLockError::Error(error)) => return Err(io("lock")(error)),
         }
         let length = file.metadata().map_err(io("look at"))?.len();
         // A map of an earlier file with that name does not apply to this one.
-        let have = match length == bytes {
-            true => HaveMap::read(&map).filter(|map| map.bytes == bytes),
-            false => None,
-        };
+        let have = HaveMap::read(&map).filter(|map| map.bytes == bytes && length == bytes);
         let have = have.map(|map| map.ranges()).unwrap_or_default();
         if length != bytes || have.is_empty() {
             files::remove(&map).map_err(StoreError::io("remove", &map))?;
@@ -134,12 +130,11 @@ impl PartialFile {
         self.file
             .write_all_at(data, offset)
             .map_err(StoreError::io("write", &self.path()))?;
-        let due = {
-            let mut written = self.written();
-            written.have.insert(range);
-            written.unflushed += data.len() as u64;
-            written.unflushed >= FLUSH_EVERY
-        };
+        let mut written = self.written();
+        written.have.insert(range);
+        written.unflushed += data.len() as u64;
+        let due = written.unflushed >= FLUSH_EVERY;
+        drop(written);
         match due {
             true => self.flush(),
             false => Ok(()),
@@ -151,11 +146,12 @@ impl PartialFile {
     /// # Errors
     /// If it does not lie in the file, or the disk fails.
     pub fn read_at(&self, range: Range<u64>) -> Result<Option<Vec<u8>>, StoreError> {
-        self.within(range.start, range.end.saturating_sub(range.start))?;
+        let len = range.end.saturating_sub(range.start);
+        self.within(range.start, len)?;
         if !self.written().have.contains(&range) {
             return Ok(None);
         }
-        let mut bytes = vec![0; range.end.saturating_sub(range.start) as usize];
+        let mut bytes = vec![0; len as usize];
         self.file
             .read_exact_at(&mut bytes, range.start)
             .map_err(StoreError::io("read", &self.path()))?;
@@ -176,19 +172,13 @@ impl PartialFile {
     /// # Errors
     /// If the file has another length, or the disk fails.
     pub fn repair(&self, file: &ManifestFile) -> Result<Vec<u32>, StoreError> {
-        let have = self.have();
-        let present: Vec<u32> = (0..)
-            .zip(&file.pieces)
-            .filter(|(_, piece)| have.contains(&piece.range()))
-            .map(|(index, _)| index)
-            .collect();
+        let present = file.pieces_in(&self.have());
         let bad = file.bad_pieces(&self.path(), &present, &|_| ())?;
+        for &index in &bad {
+            let range = file.pieces[index as usize].range();
+            self.written().have.remove(range);
+        }
         if !bad.is_empty() {
-            let mut written = self.written();
-            for &index in &bad {
-                written.have.remove(file.pieces[index as usize].range());
-            }
-            drop(written);
             self.flush()?;
         }
         Ok(bad)
@@ -206,9 +196,8 @@ impl PartialFile {
         };
         let path = self.path();
         if unflushed > 0 {
-            self.file
-                .sync_data()
-                .map_err(StoreError::io("write", &path))?;
+            let synced = self.file.sync_data();
+            synced.map_err(StoreError::io("write", &path))?;
         }
         let map = HaveMap::new(self.bytes, self.wanted, &have);
         let path = have_path(&path);
@@ -219,14 +208,14 @@ impl PartialFile {
         Ok(())
     }
 
-    /// Makes it a blob if it is complete and has the digest of its key, or else `wanted`. The digest is
-    /// computed from the disk, at a good second per gigabyte. A file with another digest is discarded; if its
-    /// manifest is known, [`PartialFile::repair`] keeps the good pieces.
+    /// Makes it a blob if it is complete and has the digest of its key. The digest is computed from the disk,
+    /// at a good second per gigabyte. A file with another digest is discarded; if its manifest is known,
+    /// [`PartialFile::repair`] keeps the good pieces.
     ///
     /// # Errors
     /// If it is not whole or is another file, or the disk fails.
-    pub fn complete(self, wanted: Option<Digest>) -> Result<Digest, StoreError> {
-        self.complete_checked(wanted, None)
+    pub fn complete(self) -> Result<Digest, StoreError> {
+        self.complete_checked(None)
     }
 
     /// The same for a file of which every piece was compared with `file` before it was written.
@@ -236,7 +225,7 @@ impl PartialFile {
     /// # Errors
     /// As [`PartialFile::complete`].
     pub fn complete_as(self, file: &ManifestFile) -> Result<Digest, StoreError> {
-        self.complete_checked(Some(file.sha256), Some(file))
+        self.complete_checked(Some(file))
     }
 
     fn digest_on_disk(&self) -> Result<Digest, StoreError> {
@@ -265,11 +254,7 @@ impl PartialFile {
         }
     }
 
-    fn complete_checked(
-        self,
-        wanted: Option<Digest>,
-        file: Option<&ManifestFile>,
-    ) -> Result<Digest, StoreError> {
+    fn complete_checked(self, file: Option<&ManifestFile>) -> Result<Digest, StoreError> {
         let path = self.path();
         let missing = self.bytes - self.written().have.bytes();
         if missing > 0 {
@@ -279,12 +264,11 @@ impl PartialFile {
                 missing,
             });
         }
-        self.file
-            .sync_all()
-            .map_err(StoreError::io("write", &path))?;
+        let synced = self.file.sync_all();
+        synced.map_err(StoreError::io("write", &path))?;
         let wanted = match self.key {
             PartialKey::Blob(digest) => Some(digest),
-            PartialKey::Source(_) => wanted,
+            PartialKey::Source(_) => file.map(|file| file.sha256),
         };
         let found = match (file, wanted) {
             (Some(file), Some(wanted)) => self.digest_of_pieces(file, wanted)?,

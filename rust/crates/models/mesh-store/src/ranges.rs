@@ -54,9 +54,8 @@ impl RangeSet {
             return true;
         }
         let at = self.ranges.partition_point(|held| held.end <= range.start);
-        self.ranges
-            .get(at)
-            .is_some_and(|held| held.start <= range.start && range.end <= held.end)
+        let held = self.ranges.get(at);
+        held.is_some_and(|held| held.start <= range.start && range.end <= held.end)
     }
 
     /// The parts of `range` that are not in the set, ascending.
@@ -81,10 +80,8 @@ impl RangeSet {
 
     /// Number of bytes in the set.
     pub fn bytes(&self) -> u64 {
-        self.ranges
-            .iter()
-            .map(|range| range.end - range.start)
-            .sum()
+        let lengths = self.ranges.iter().map(|range| range.end - range.start);
+        lengths.sum()
     }
 
     /// True if the set is empty.

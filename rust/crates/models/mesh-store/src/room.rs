@@ -1,6 +1,7 @@
 //! Admission of new files, eviction of models, and removal of leftovers.
 
 use std::collections::{HashMap, HashSet};
+use std::fs::TryLockError;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
@@ -50,25 +51,27 @@ const LEFTOVER_AGE: Duration = Duration::from_secs(24 * 3600);
 const PARTIAL_AGE: Duration = Duration::from_secs(7 * 24 * 3600);
 
 /// Something that may go. The store's lock is held from the survey to the removal.
-#[derive(Debug)]
-enum Victim {
-    Leftover { path: PathBuf, what: &'static str },
-    Model { fingerprint: Digest },
+enum Victim<'a> {
+    Leftover(&'a Path, &'static str),
+    Model(&'a Digest, &'a Manifest),
 }
 
 /// The store's files and their uses.
+#[derive(Default)]
 struct Survey {
     /// Models by fingerprint, the least recently used first.
     models: Vec<(Digest, Manifest)>,
     /// Models that must stay.
     kept: HashSet<Digest>,
-    /// Number of models that have a file with this digest.
-    uses: HashMap<Digest, usize>,
+    uses: Uses,
     /// Files that no model needs.
     leftovers: Vec<(PathBuf, &'static str)>,
     /// Models whose manifest cannot be read, so that the files they need are unknown.
     damaged: HashSet<Digest>,
 }
+
+/// Number of models that have a file with this digest.
+type Uses = HashMap<Digest, usize>;
 
 impl Store {
     /// Makes room for `bytes` more, by evicting models that were not used for the longest time. Pinned ones
@@ -103,7 +106,7 @@ impl Store {
     /// If a process has it loaded or fetches it, the store does not have it, or the disk fails.
     pub fn remove(&self, fingerprint: &Digest) -> Result<u64, StoreError> {
         let _lock = self.lock()?;
-        let survey = self.survey(SystemTime::now())?;
+        let mut survey = self.survey(SystemTime::now())?;
         if survey.damaged.contains(fingerprint) {
             // Its files are left over from then on.
             return match self.is_pinned(fingerprint)? {
@@ -122,7 +125,10 @@ impl Store {
                 name: manifest.name.clone(),
             });
         }
-        self.remove_model(fingerprint, manifest, &survey.uses)
+        let files = release(manifest, &mut survey.uses);
+        let freed = files.iter().map(|digest| self.weight(digest)).sum();
+        self.remove_model(fingerprint, &files)?;
+        Ok(freed)
     }
 
     /// Removes leftovers of crashes, then models until the store has at most `limit` bytes (by default its
@@ -132,31 +138,18 @@ impl Store {
     /// If the store cannot be listed, or the disk fails.
     pub fn gc(&self, limit: Option<u64>, dry_run: bool) -> Result<GcReport, StoreError> {
         let _lock = self.lock()?;
-        let mut survey = self.survey(SystemTime::now())?;
+        let survey = self.survey(SystemTime::now())?;
+        let mut uses = survey.uses.clone();
         let mut report = GcReport {
             used: self.used()?,
             ..GcReport::default()
         };
-        let leftovers = std::mem::take(&mut survey.leftovers);
-        for (path, what) in leftovers {
-            self.evict(
-                Victim::Leftover { path, what },
-                &mut survey,
-                &mut report,
-                dry_run,
-            )?;
-        }
         let limit = limit.or(self.limits().bytes).unwrap_or(u64::MAX);
-        for fingerprint in self.evictable(&survey) {
-            if report.used <= limit {
+        for victim in self.victims(&survey) {
+            if matches!(victim, Victim::Model(..)) && report.used <= limit {
                 break;
             }
-            self.evict(
-                Victim::Model { fingerprint },
-                &mut survey,
-                &mut report,
-                dry_run,
-            )?;
+            self.evict(&victim, &mut uses, &mut report, dry_run)?;
         }
         Ok(report)
     }
@@ -172,19 +165,15 @@ impl Store {
         if needed <= available {
             return Ok(());
         }
-        let mut survey = self.survey(SystemTime::now())?;
-        let leftovers = std::mem::take(&mut survey.leftovers).into_iter();
-        let leftovers = leftovers.map(|(path, what)| Victim::Leftover { path, what });
-        let models = self.evictable(&survey).into_iter();
-        let models = models.map(|fingerprint| Victim::Model { fingerprint });
-        let victims: Vec<Victim> = leftovers.chain(models).collect();
+        let survey = self.survey(SystemTime::now())?;
+        let victims = self.victims(&survey);
 
         // Plan first, so that no model is evicted in vain.
         let mut uses = survey.uses.clone();
         let mut freed = 0;
         let mut going = 0;
         while available + freed < needed && going < victims.len() {
-            freed += self.weigh(&victims[going], &survey.models, &mut uses);
+            freed += self.release(&victims[going], &mut uses).0;
             going += 1;
         }
         if available + freed < needed {
@@ -197,16 +186,12 @@ impl Store {
                 limit: self.limits().bytes.filter(|_| available < by_disk),
             }));
         }
-        let mut report = GcReport::default();
-        for victim in victims.into_iter().take(going) {
-            self.evict(victim, &mut survey, &mut report, false)?;
+        let (mut uses, mut report) = (survey.uses.clone(), GcReport::default());
+        for victim in &victims[..going] {
+            self.evict(victim, &mut uses, &mut report, false)?;
         }
-        for removed in &report.removed {
-            tracing::info!(
-                what = removed.what,
-                bytes = removed.bytes,
-                "evicted to make room"
-            );
+        for Removed { what, bytes, .. } in &report.removed {
+            tracing::info!(what, bytes, "evicted to make room");
         }
         Ok(())
     }
@@ -246,13 +231,7 @@ impl Store {
     }
 
     fn survey(&self, now: SystemTime) -> Result<Survey, StoreError> {
-        let mut survey = Survey {
-            models: Vec::new(),
-            kept: HashSet::new(),
-            uses: HashMap::new(),
-            leftovers: Vec::new(),
-            damaged: HashSet::new(),
-        };
+        let mut survey = Survey::default();
         for fingerprint in self.fingerprints()? {
             match self.manifest(&fingerprint) {
                 Ok(Some(signed)) => survey.models.push((fingerprint, signed.manifest)),
@@ -313,10 +292,7 @@ impl Store {
             }
         }
         for path in self.list("partial")? {
-            if path
-                .extension()
-                .is_some_and(|extension| extension == "have")
-            {
+            if path.extension().is_some_and(|end| end == "have") {
                 if !path.with_extension("").exists() {
                     leftovers.push((path, "the map of a partial file that is gone"));
                 }
@@ -334,27 +310,26 @@ impl Store {
         let models: HashSet<Digest> = survey.models.iter().map(|(known, _)| *known).collect();
         let of_no_model = |path: &Path| {
             let stem = path.file_stem().unwrap_or_default().to_string_lossy();
-            stem.parse()
-                .is_ok_and(|digest: Digest| !models.contains(&digest))
+            let digest: Result<Digest, _> = stem.parse();
+            digest.is_ok_and(|digest| !models.contains(&digest))
         };
-        for (folder, what) in [
-            ("models", "the folder of a model that is gone"),
-            ("pins", "the lock of a model that is gone"),
-        ] {
-            let gone = self.list(folder)?.into_iter();
-            let gone = gone.filter(|path| of_no_model(path));
-            leftovers.extend(gone.map(|path| (path, what)));
-        }
-        let signatures = self.list("manifests")?.into_iter();
-        let signatures = signatures.filter(|path| path.extension().is_some_and(|e| e == "sig"));
-        let signatures = signatures.filter(|path| of_no_model(path) && is_old(path, LEFTOVER_AGE));
-        leftovers.extend(signatures.map(|path| (path, "the signatures of a model that is gone")));
+        let mut gone = |folder, what, counts: &dyn Fn(&Path) -> bool| {
+            let mut paths = self.list(folder)?;
+            paths.retain(|path| of_no_model(path) && counts(path));
+            leftovers.extend(paths.into_iter().map(|path| (path, what)));
+            Ok::<_, StoreError>(())
+        };
+        gone("models", "the folder of a model that is gone", &|_| true)?;
+        gone("pins", "the lock of a model that is gone", &|_| true)?;
+        gone(
+            "manifests",
+            "the signatures of a model that is gone",
+            &|path| path.extension().is_some_and(|end| end == "sig") && is_old(path, LEFTOVER_AGE),
+        )?;
         for named in self.names()? {
             if !models.contains(&named.fingerprint) {
-                leftovers.push((
-                    self.name_path(&named.name),
-                    "the name of a model that is gone",
-                ));
+                let path = self.name_path(&named.name);
+                leftovers.push((path, "the name of a model that is gone"));
             }
         }
         Ok(leftovers)
@@ -368,14 +343,16 @@ impl Store {
         Ok(begun.min())
     }
 
-    /// Models that may go and have something to free, the least recently used first.
-    fn evictable(&self, survey: &Survey) -> Vec<Digest> {
-        let models = survey.models.iter();
-        let free = models.filter(|(fingerprint, manifest)| {
+    /// Leftovers, then models that may go and have something to free, the least recently used first.
+    fn victims<'a>(&self, survey: &'a Survey) -> Vec<Victim<'a>> {
+        let leftovers = survey.leftovers.iter();
+        let leftovers = leftovers.map(|(path, what)| Victim::Leftover(path, what));
+        let models = survey.models.iter().filter(|(fingerprint, manifest)| {
             let mut files = manifest.files.iter();
             !survey.kept.contains(fingerprint) && files.any(|file| self.weight(&file.sha256) > 0)
         });
-        free.map(|(fingerprint, _)| *fingerprint).collect()
+        let models = models.map(|(fingerprint, manifest)| Victim::Model(fingerprint, manifest));
+        leftovers.chain(models).collect()
     }
 
     /// Bytes that a file takes, whole or in part.
@@ -384,20 +361,14 @@ impl Store {
             + files::allocated(&self.partial_path(&PartialKey::Blob(*digest)))
     }
 
-    /// Bytes that would be freed; `uses` is as it would be then.
-    fn weigh(
-        &self,
-        victim: &Victim,
-        models: &[(Digest, Manifest)],
-        uses: &mut HashMap<Digest, usize>,
-    ) -> u64 {
+    /// Bytes that would be freed, and the files of a model that would go; `uses` is then as it would be.
+    fn release(&self, victim: &Victim<'_>, uses: &mut Uses) -> (u64, Vec<Digest>) {
         match victim {
-            Victim::Leftover { path, .. } => files::allocated(path),
-            Victim::Model { fingerprint } => {
-                let model = models.iter().find(|(known, _)| known == fingerprint);
-                let freed = model.map(|(_, manifest)| release(manifest, uses));
-                let freed = freed.unwrap_or_default();
-                freed.iter().map(|digest| self.weight(digest)).sum()
+            Victim::Leftover(path, _) => (files::allocated(path), Vec::new()),
+            Victim::Model(_, manifest) => {
+                let files = release(manifest, uses);
+                let bytes = files.iter().map(|digest| self.weight(digest)).sum();
+                (bytes, files)
             }
         }
     }
@@ -405,62 +376,40 @@ impl Store {
     /// Removes the victim, or only reports it.
     fn evict(
         &self,
-        victim: Victim,
-        survey: &mut Survey,
+        victim: &Victim<'_>,
+        uses: &mut Uses,
         report: &mut GcReport,
         dry_run: bool,
     ) -> Result<(), StoreError> {
-        let mut uses = survey.uses.clone();
-        let bytes = self.weigh(&victim, &survey.models, &mut uses);
-        let (what, model) = match &victim {
-            Victim::Leftover { path, what } => (format!("{what} ({})", file_name(path)), None),
-            Victim::Model { fingerprint } => {
-                let model = survey.models.iter().find(|(known, _)| known == fingerprint);
-                let name = model.map_or("", |(_, manifest)| &manifest.name);
-                (
-                    format!("model {name} ({})", fingerprint.short()),
-                    Some(*fingerprint),
-                )
+        let (bytes, files) = self.release(victim, uses);
+        let (what, model) = match *victim {
+            Victim::Leftover(path, what) => (format!("{what} ({})", file_name(path)), None),
+            Victim::Model(fingerprint, manifest) => {
+                let what = format!("model {} ({})", manifest.name, fingerprint.short());
+                (what, Some(*fingerprint))
             }
         };
-        if !dry_run {
-            match victim {
-                Victim::Leftover { path, .. } => remove_any(&path)?,
-                Victim::Model { fingerprint } => {
-                    let model = survey
-                        .models
-                        .iter()
-                        .find(|(known, _)| *known == fingerprint);
-                    if let Some((_, manifest)) = model {
-                        self.remove_model(&fingerprint, manifest, &survey.uses)?;
-                    }
-                }
-            }
+        match *victim {
+            _ if dry_run => {}
+            Victim::Leftover(path, _) => remove_any(path)?,
+            Victim::Model(fingerprint, _) => self.remove_model(fingerprint, &files)?,
         }
-        survey.uses = uses;
         report.used = report.used.saturating_sub(bytes);
         report.removed.push(Removed { what, model, bytes });
         Ok(())
     }
 
-    /// The manifest is removed first: if this is interrupted, the rest belongs to no model and is removed by
-    /// the next `gc`.
-    fn remove_model(
-        &self,
-        fingerprint: &Digest,
-        manifest: &Manifest,
-        uses: &HashMap<Digest, usize>,
-    ) -> Result<u64, StoreError> {
+    /// Removes a model with these files. The manifest is removed first: if this is interrupted, the rest
+    /// belongs to no model and is removed by the next `gc`.
+    fn remove_model(&self, fingerprint: &Digest, files: &[Digest]) -> Result<(), StoreError> {
         self.remove_records(fingerprint)?;
-        let mut freed = 0;
-        for digest in release(manifest, &mut uses.clone()) {
-            freed += self.weight(&digest);
-            let partial = self.partial_path(&PartialKey::Blob(digest));
-            for path in [have_path(&partial), partial, self.blob_path(&digest)] {
+        for digest in files {
+            let partial = self.partial_path(&PartialKey::Blob(*digest));
+            for path in [have_path(&partial), partial, self.blob_path(digest)] {
                 remove_any(&path)?;
             }
         }
-        Ok(freed)
+        Ok(())
     }
 
     /// Removes all of a model but its files.
@@ -478,7 +427,7 @@ impl Store {
 }
 
 /// Removes a model from `uses`; returns the files that no other model has.
-fn release(manifest: &Manifest, uses: &mut HashMap<Digest, usize>) -> Vec<Digest> {
+fn release(manifest: &Manifest, uses: &mut Uses) -> Vec<Digest> {
     let digests: HashSet<Digest> = manifest.files.iter().map(|file| file.sha256).collect();
     let mut free = Vec::new();
     for digest in digests {
@@ -497,10 +446,7 @@ fn is_written(path: &Path) -> bool {
     let Ok(file) = open_regular(path) else {
         return false;
     };
-    matches!(
-        file.try_lock_shared(),
-        Err(std::fs::TryLockError::WouldBlock)
-    )
+    matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock))
 }
 
 fn partial_key(path: &Path) -> Option<PartialKey> {
@@ -508,10 +454,8 @@ fn partial_key(path: &Path) -> Option<PartialKey> {
 }
 
 fn file_name(path: &Path) -> String {
-    path.file_name()
-        .unwrap_or_default()
-        .to_string_lossy()
-        .into_owned()
+    let name = path.file_name().unwrap_or_default();
+    name.to_string_lossy().into_owned()
 }
 
 /// Removes a file, or a folder of links, that may be absent.

@@ -153,11 +153,7 @@ impl SigningKey {
         }
         ml_dsa::SigningKey::from_pkcs8_pem(&pem)
             .map(SigningKey)
-            .map_err(|error| SignatureError::NotAKey {
-                path: path.into(),
-                kind: "private",
-                reason: error.to_string(),
-            })
+            .map_err(|error| not_a_key(path, "private", error))
     }
 
     /// Writes the key to a new file that only its owner can read.
@@ -165,10 +161,8 @@ impl SigningKey {
     /// # Errors
     /// If the file exists or cannot be written.
     pub fn write_new(&self, path: &Path) -> Result<(), SignatureError> {
-        let pem = self
-            .0
-            .to_pkcs8_pem(LineEnding::LF)
-            .expect("a seed of 32 bytes can be encoded");
+        let pem = self.0.to_pkcs8_pem(LineEnding::LF);
+        let pem = pem.expect("a seed of 32 bytes can be encoded");
         write_new(path, pem.as_bytes(), 0o600)
     }
 
@@ -179,11 +173,9 @@ impl SigningKey {
 
     /// Signs a manifest's fingerprint.
     pub fn sign(&self, manifest: &Manifest) -> Signature {
-        let signature = self
-            .0
-            .expanded_key()
-            .sign_deterministic(manifest.fingerprint().as_bytes(), CONTEXT)
-            .expect("the context is short");
+        let (key, signed) = (self.0.expanded_key(), manifest.fingerprint());
+        let signature = key.sign_deterministic(signed.as_bytes(), CONTEXT);
+        let signature = signature.expect("the context is short");
         Signature {
             key: self.public().id,
             bytes: signature.encode().to_vec(),
@@ -211,11 +203,7 @@ impl PublicKey {
         let pem = read_key(path)?;
         ml_dsa::VerifyingKey::from_public_key_pem(&pem)
             .map(PublicKey::new)
-            .map_err(|error| SignatureError::NotAKey {
-                path: path.into(),
-                kind: "public",
-                reason: error.to_string(),
-            })
+            .map_err(|error| not_a_key(path, "public", error))
     }
 
     /// Writes the key to a new file that everyone can read.
@@ -223,10 +211,8 @@ impl PublicKey {
     /// # Errors
     /// If the file exists or cannot be written.
     pub fn write_new(&self, path: &Path) -> Result<(), SignatureError> {
-        let pem = self
-            .key
-            .to_public_key_pem(LineEnding::LF)
-            .expect("a key of fixed length can be encoded");
+        let pem = self.key.to_public_key_pem(LineEnding::LF);
+        let pem = pem.expect("a key of fixed length can be encoded");
         write_new(path, pem.as_bytes(), 0o644)
     }
 
@@ -237,14 +223,10 @@ impl PublicKey {
 
     /// True if `signature` was made with this key for the model with this fingerprint.
     pub fn verifies(&self, fingerprint: &Digest, signature: &Signature) -> bool {
-        if signature.key != self.id {
-            return false;
-        }
+        let signed = fingerprint.as_bytes();
         let decoded = ml_dsa::Signature::<MlDsa65>::try_from(&signature.bytes[..]);
-        decoded.is_ok_and(|decoded| {
-            self.key
-                .verify_with_context(fingerprint.as_bytes(), CONTEXT, &decoded)
-        })
+        signature.key == self.id
+            && decoded.is_ok_and(|decoded| self.key.verify_with_context(signed, CONTEXT, &decoded))
     }
 }
 
@@ -321,9 +303,8 @@ fn parse_json<'de, T: Deserialize<'de>>(bytes: &'de [u8]) -> Result<T, Signature
 
 fn check_signatures(signatures: &[Signature]) -> Result<(), SignatureError> {
     let failed = |reason: &str| {
-        Err(SignatureError::Malformed {
-            reason: reason.into(),
-        })
+        let reason = reason.into();
+        Err(SignatureError::Malformed { reason })
     };
     if signatures.len() > MAX_SIGNATURES {
         return failed("there are more than 16");
@@ -332,10 +313,8 @@ fn check_signatures(signatures: &[Signature]) -> Result<(), SignatureError> {
         if signature.bytes.len() != SIGNATURE_BYTES {
             return failed("one has another length than ML-DSA-65 gives");
         }
-        if signatures[..i]
-            .iter()
-            .any(|other| other.key == signature.key)
-        {
+        let mut others = signatures[..i].iter();
+        if others.any(|other| other.key == signature.key) {
             return failed("two are of the same key");
         }
     }
@@ -422,20 +401,22 @@ fn read_key(path: &Path) -> Result<String, SignatureError> {
     let bytes = std::fs::File::open(path)
         .and_then(|file| files::read_all(file, MAX_KEY_FILE))
         .map_err(key_file("read", path))?;
-    String::from_utf8(bytes).map_err(|_| SignatureError::NotAKey {
+    String::from_utf8(bytes).map_err(|_| not_a_key(path, "private or public", "it is no text"))
+}
+
+fn not_a_key(path: &Path, kind: &'static str, reason: impl ToString) -> SignatureError {
+    SignatureError::NotAKey {
         path: path.into(),
-        kind: "private or public",
-        reason: "it is no text".into(),
-    })
+        kind,
+        reason: reason.to_string(),
+    }
 }
 
 fn write_new(path: &Path, contents: &[u8], mode: u32) -> Result<(), SignatureError> {
     let write = || {
-        let mut file = OpenOptions::new()
-            .write(true)
-            .create_new(true)
-            .mode(mode)
-            .open(path)?;
+        let mut options = OpenOptions::new();
+        options.write(true).create_new(true).mode(mode);
+        let mut file = options.open(path)?;
         // The mode at creation is subject to the umask.
         file.set_permissions(Permissions::from_mode(mode))?;
         file.write_all(contents)?;

@@ -70,7 +70,7 @@ fn writer() {
                         }
                     }
                 }
-                partial.complete(None).unwrap();
+                partial.complete().unwrap();
             }
             Err(error) => panic!("{error}"),
         }
@@ -145,7 +145,7 @@ fn twenty_kills_leave_the_store_consistent() {
             let data = &bytes[gap.start as usize..gap.end as usize];
             partial.write_at(gap.start, data).unwrap();
         }
-        partial.complete(None).unwrap();
+        partial.complete().unwrap();
     }
     assert_eq!(
         std::fs::read(store.blob(&file.sha256).unwrap()).unwrap(),

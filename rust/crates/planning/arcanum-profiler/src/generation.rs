@@ -25,10 +25,9 @@ pub enum Generation {
 impl Generation {
     /// The generation that a PCI device id belongs to.
     pub fn of(device_id: u16) -> Self {
-        RANGES
-            .iter()
-            .find(|(first, last, _)| (*first..=*last).contains(&device_id))
-            .map_or(Self::Unknown, |&(_, _, generation)| generation)
+        let mut ranges = RANGES.iter();
+        let range = ranges.find(|(first, last, _)| (*first..=*last).contains(&device_id));
+        range.map_or(Self::Unknown, |&(_, _, generation)| generation)
     }
 }
 

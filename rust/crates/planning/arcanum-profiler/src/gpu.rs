@@ -88,9 +88,9 @@ impl Gpu {
             0x8086 => Vendor::Intel,
             _ => Vendor::Other,
         };
-        let kind = match VIRTUAL_VENDORS.iter().any(|(id, _)| *id == vendor_id) {
-            true => GpuKind::Virtual,
-            false => GpuKind::Real,
+        let kind = match virtual_card(vendor_id) {
+            Some(_) => GpuKind::Virtual,
+            None => GpuKind::Real,
         };
         Self {
             address,
@@ -113,16 +113,10 @@ impl fmt::Display for Gpu {
             Vendor::Nvidia => "NVIDIA card",
             Vendor::Amd => "AMD card",
             Vendor::Intel => "Intel graphics",
-            Vendor::Other => VIRTUAL_VENDORS
-                .iter()
-                .find(|(id, _)| *id == self.vendor_id)
-                .map_or("card", |(_, name)| name),
+            Vendor::Other => virtual_card(self.vendor_id).unwrap_or("card"),
         };
-        write!(
-            f,
-            "{made_by} {:04x}:{:04x} at {}",
-            self.vendor_id, self.device_id, self.address
-        )?;
+        let (vendor, device) = (self.vendor_id, self.device_id);
+        write!(f, "{made_by} {vendor:04x}:{device:04x} at {}", self.address)?;
         match (self.generation, self.gfx) {
             (Some(generation), _) => write!(f, " ({generation})"),
             (None, Some(gfx)) => write!(f, " ({gfx})"),
@@ -153,6 +147,11 @@ impl From<Gfx> for String {
     fn from(gfx: Gfx) -> Self {
         gfx.to_string()
     }
+}
+
+fn virtual_card(vendor_id: u16) -> Option<&'static str> {
+    let known = VIRTUAL_VENDORS.iter().find(|(id, _)| *id == vendor_id);
+    known.map(|(_, name)| *name)
 }
 
 /// Makers of cards that exist in virtual machines only (pci.ids).

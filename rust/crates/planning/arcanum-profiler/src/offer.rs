@@ -2,8 +2,6 @@
 //! unknown, or are an error where nothing can be planned without them; lists and names are cut to sane
 //! lengths.
 
-use std::collections::BTreeMap;
-
 use mesh_proto::{LayerOffer, NodeProfile};
 
 use crate::place::{Candidate, ModelSpec, PathSpec, PlanError, check_model, known};
@@ -12,42 +10,26 @@ impl Candidate {
     /// The node `id`, displayed as `name`, with its offer for one model. `memory` is all that it may use; a
     /// caller subtracts the bytes of other rings there.
     pub fn from_offer(id: &str, name: &str, profile: &NodeProfile, offer: &LayerOffer) -> Self {
-        let paths: BTreeMap<String, PathSpec> = profile
-            .paths
-            .iter()
-            .filter(|path| path.node_id.len() <= MOST_ID)
-            .take(MOST_PATHS)
-            .map(|path| {
-                let bandwidth = positive(path.bandwidth);
-                let rtt_us = path.rtt_us.into();
-                (path.node_id.clone(), PathSpec { rtt_us, bandwidth })
-            })
-            .collect();
-        let load = profile.load;
+        let paths = profile.paths.iter();
+        let paths = paths.filter(|path| path.node_id.len() <= MOST_ID);
+        let paths = paths.take(MOST_PATHS).map(|path| {
+            let bandwidth = positive(path.bandwidth);
+            let rtt_us = path.rtt_us.into();
+            (path.node_id.clone(), PathSpec { rtt_us, bandwidth })
+        });
+        let shown = name.chars().filter(|c| !c.is_control());
+        let purposes = profile.reserved_for.iter();
+        let purposes = purposes.filter(|purpose| purpose.len() <= MOST_NAME);
         Candidate {
             id: id.to_owned(),
-            name: name
-                .chars()
-                .filter(|c| !c.is_control())
-                .take(MOST_NAME)
-                .collect(),
+            name: shown.take(MOST_NAME).collect(),
             memory: profile.memory_available.min(profile.memory_total.max(1)),
             decode_us: time(offer.decode_us),
             prefill_us: time(offer.prefill_us),
             logits_us: time(offer.logits_us),
-            load: if load.is_finite() && load > 0.0 {
-                load
-            } else {
-                0.0
-            },
-            reserved_for: profile
-                .reserved_for
-                .iter()
-                .filter(|purpose| purpose.len() <= MOST_NAME)
-                .take(MOST_PURPOSES)
-                .cloned()
-                .collect(),
-            paths,
+            load: positive(profile.load.into()) as f32,
+            reserved_for: purposes.take(MOST_PURPOSES).cloned().collect(),
+            paths: paths.collect(),
         }
     }
 }
@@ -116,10 +98,9 @@ fn time(us: f32) -> f64 {
 }
 
 fn positive(value: f64) -> f64 {
-    if value.is_finite() && value > 0.0 {
-        value
-    } else {
-        0.0
+    match value.is_finite() && value > 0.0 {
+        true => value,
+        false => 0.0,
     }
 }
 

@@ -95,12 +95,10 @@ impl Key {
             ("instruction set", &self.isa, &now.isa),
             ("version of the program", &self.program, &now.program),
         ];
-        let changes: Vec<String> = fields
-            .iter()
-            .filter(|(_, then, now)| then != now)
-            .map(|(what, then, now)| format!("the {what} was {then:?} and is {now:?}"))
-            .collect();
-        changes.join(", ")
+        let changed = fields.iter().filter(|(_, then, now)| then != now);
+        let changes =
+            changed.map(|(what, then, now)| format!("the {what} was {then:?} and is {now:?}"));
+        changes.collect::<Vec<_>>().join(", ")
     }
 }
 

@@ -1,8 +1,9 @@
 //! Reading small files that anyone may have written.
 
-use std::fs::File;
-use std::io::Read;
+use std::io::{self, Read};
 use std::path::Path;
+
+use mesh_model::file::open_regular;
 
 /// Largest file that is read, in bytes.
 pub const LIMIT: u64 = 64 * 1024;
@@ -50,22 +51,13 @@ pub(crate) fn kernel_text(path: &Path) -> Option<String> {
 }
 
 fn read_bytes(path: &Path, limit: u64) -> Result<Vec<u8>, ReadError> {
-    let metadata = std::fs::metadata(path).map_err(read_error)?;
-    // A pipe or device could make the reader wait for ever.
-    if !metadata.is_file() {
-        return Err(ReadError::Io("it is not a regular file".to_owned()));
-    }
     let mut bytes = Vec::new();
-    File::open(path)
-        .and_then(|file| file.take(limit).read_to_end(&mut bytes))
-        .map_err(read_error)?;
-    Ok(bytes)
-}
-
-fn read_error(error: std::io::Error) -> ReadError {
-    match error.kind() {
-        std::io::ErrorKind::NotFound => ReadError::Absent,
-        _ => ReadError::Io(error.to_string()),
+    // A pipe or device could make the reader wait for ever.
+    let opened = open_regular(path);
+    match opened.and_then(|file| file.take(limit).read_to_end(&mut bytes)) {
+        Ok(_) => Ok(bytes),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Err(ReadError::Absent),
+        Err(error) => Err(ReadError::Io(error.to_string())),
     }
 }
 

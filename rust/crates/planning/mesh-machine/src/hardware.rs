@@ -1,6 +1,7 @@
 //! Reads a machine's hardware from sysfs and procfs.
 
 use std::collections::BTreeSet;
+use std::fs::DirEntry;
 use std::path::Path;
 
 use arcanum_profiler::gpu::{Gfx, Gpu, Reported, Vendor};
@@ -37,6 +38,7 @@ pub struct Cpu {
 
 /// Reads the hardware below `root`, which is `/` except in tests.
 pub fn probe(root: &Path) -> Hardware {
+    let text = |path: &str| kernel_text(&root.join(path));
     let mut gpus = pci_gpus(&root.join("sys/bus/pci/devices"));
     let nodes = kfd_nodes(&root.join("sys/class/kfd/kfd/topology/nodes"));
     for gpu in gpus.iter_mut().filter(|gpu| gpu.vendor == Vendor::Amd) {
@@ -44,12 +46,9 @@ pub fn probe(root: &Path) -> Hardware {
     }
     Hardware {
         gpus,
-        nvidia_driver: kernel_text(&root.join("proc/driver/nvidia/version"))
-            .and_then(|text| nvidia_version(&text)),
+        nvidia_driver: text("proc/driver/nvidia/version").and_then(|text| nvidia_version(&text)),
         kfd: root.join("dev/kfd").exists(),
-        cpu: kernel_text(&root.join("proc/cpuinfo"))
-            .map(|text| cpu(&text))
-            .unwrap_or_default(),
+        cpu: cpu(&text("proc/cpuinfo").unwrap_or_default()),
         memory_bytes: Memory::read(root).installed,
     }
 }
@@ -135,10 +134,9 @@ fn kfd_nodes(nodes: &Path) -> Vec<KfdNode> {
     let Ok(entries) = std::fs::read_dir(nodes) else {
         return Vec::new();
     };
-    entries
-        .flatten()
-        .filter_map(|entry| kfd_node(&kernel_text(&entry.path().join("properties"))?))
-        .collect()
+    let properties = |entry: DirEntry| kernel_text(&entry.path().join("properties"));
+    let nodes = entries.flatten().filter_map(properties);
+    nodes.filter_map(|text| kfd_node(&text)).collect()
 }
 
 /// A processor's node has the version 0.
@@ -163,18 +161,11 @@ fn kfd_node(properties: &str) -> Option<KfdNode> {
 
 /// The first word that looks like `595.71.05`.
 fn nvidia_version(text: &str) -> Option<String> {
-    let is_version = |word: &&str| {
-        word.len() <= 32
-            && word.contains('.')
-            && word
-                .split('.')
-                .all(|part| !part.is_empty() && part.bytes().all(|b| b.is_ascii_digit()))
-    };
-    text.lines()
-        .next()?
-        .split_whitespace()
-        .find(is_version)
-        .map(str::to_owned)
+    let is_number = |part: &str| !part.is_empty() && part.bytes().all(|b| b.is_ascii_digit());
+    let is_version =
+        |word: &&str| word.len() <= 32 && word.contains('.') && word.split('.').all(is_number);
+    let mut words = text.lines().next()?.split_whitespace();
+    words.find(is_version).map(str::to_owned)
 }
 
 fn cpu(text: &str) -> Cpu {
@@ -204,11 +195,8 @@ fn cpu(text: &str) -> Cpu {
     // ARM has no name there.
     let numbers = || Some(shown(&format!("ARM {}:{}", implementer?, part?)));
     cpu.model = cpu.model.or_else(numbers);
-    cpu.vectors = VECTORS
-        .iter()
-        .filter(|(flag, _)| flags.contains(flag))
-        .map(|&(_, name)| name)
-        .collect();
+    let vectors = VECTORS.iter().filter(|(flag, _)| flags.contains(flag));
+    cpu.vectors = vectors.map(|&(_, name)| name).collect();
     cpu
 }
 

@@ -64,9 +64,8 @@ fn group_limits(root: &Path) -> Vec<(u64, u64)> {
             _ => return None,
         };
         let path = Path::new(fields.next()?.strip_prefix('/')?);
-        let plain = path
-            .components()
-            .all(|part| matches!(part, Component::Normal(_)));
+        let mut parts = path.components();
+        let plain = parts.all(|part| matches!(part, Component::Normal(_)));
         plain.then_some((version, path))
     });
     own.flat_map(|(version, path)| path.ancestors().take(32).map(move |group| (version, group)))
@@ -81,12 +80,10 @@ impl Version {
         let number = |file| kernel_text(&folder.join(file))?.trim().parse::<u64>().ok();
         let limit = self.limits.iter().copied().filter_map(number).min()?;
         let stat = kernel_text(&folder.join("memory.stat")).unwrap_or_default();
-        let reclaimable = stat
-            .lines()
-            .filter_map(|line| line.split_once(' '))
-            .filter(|(name, _)| self.reclaimable.contains(name))
-            .filter_map(|(_, bytes)| bytes.trim().parse::<u64>().ok())
-            .fold(0, u64::saturating_add);
+        let entries = stat.lines().filter_map(|line| line.split_once(' '));
+        let reclaimable = entries.filter(|(name, _)| self.reclaimable.contains(name));
+        let reclaimable = reclaimable.filter_map(|(_, bytes)| bytes.trim().parse().ok());
+        let reclaimable = reclaimable.fold(0, u64::saturating_add);
         let used = number(self.usage)?.saturating_sub(reclaimable);
         Some((limit, limit.saturating_sub(used)))
     }

@@ -30,9 +30,8 @@ fn list_len(list: &str) -> usize {
         }
         None => part.trim().parse::<usize>().ok().map(|_| 1),
     };
-    list.split(',')
-        .filter_map(part)
-        .fold(0, usize::saturating_add)
+    let parts = list.split(',').filter_map(part);
+    parts.fold(0, usize::saturating_add)
 }
 
 /// Processes ready to run per core beside this one's own, over about a minute. This process's time so far is taken as used within

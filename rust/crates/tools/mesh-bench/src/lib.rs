@@ -10,7 +10,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
+use mesh_api::GenerationOptions;
 use mesh_engine::{LogitRows, Segment, Stage, StageInput, StageOutput};
 use mesh_engine_ort::{OrtOptions, OrtStage};
 use mesh_launcher::paths;
@@ -27,6 +28,37 @@ pub fn median(values: &[f64]) -> f64 {
     match sorted.len() % 2 {
         0 => (sorted[middle - 1] + sorted[middle]) / 2.0,
         _ => sorted[middle],
+    }
+}
+
+/// Ratios of a benchmark's rounds; at least one.
+#[derive(Debug, Clone, Default)]
+pub struct Ratios(pub Vec<f64>);
+
+impl Ratios {
+    /// The middle one.
+    pub fn median(&self) -> f64 {
+        median(&self.0)
+    }
+
+    /// The smallest one.
+    pub fn least(&self) -> f64 {
+        self.0.iter().copied().fold(f64::MAX, f64::min)
+    }
+
+    /// The largest one.
+    pub fn most(&self) -> f64 {
+        self.0.iter().copied().fold(f64::MIN, f64::max)
+    }
+}
+
+/// Options for `tokens` tokens of an answer, always the likeliest.
+pub fn greedy(tokens: u32) -> GenerationOptions {
+    GenerationOptions {
+        max_tokens: Some(tokens.into()),
+        temperature: Some(0.0),
+        ignore_eos: Some(true),
+        ..GenerationOptions::default()
     }
 }
 
@@ -158,31 +190,23 @@ impl Ours {
         };
         let mut sum = 0.0;
         for (row, &next) in logits.chunks_exact(vocab).zip(&window[first + 1..]) {
-            let peak = f64::from(row.iter().copied().fold(f32::MIN, f32::max));
-            let total: f64 = row
-                .iter()
-                .map(|&logit| (f64::from(logit) - peak).exp())
-                .sum();
+            let logits = row.iter().map(|&logit| f64::from(logit));
+            let peak = logits.clone().fold(f64::MIN, f64::max);
+            let total: f64 = logits.map(|logit| (logit - peak).exp()).sum();
             sum -= f64::from(row[next as usize]) - peak - total.ln();
         }
         Ok((sum, tail.len()))
     }
 
     fn token(&mut self) -> u32 {
-        self.turn = self
-            .turn
-            .wrapping_mul(1_664_525)
-            .wrapping_add(1_013_904_223);
+        let turn = self.turn.wrapping_mul(1_664_525);
+        self.turn = turn.wrapping_add(1_013_904_223);
         (self.turn >> 8) % self.stage.info().shape.vocab as u32
     }
 }
 
 /// llama.cpp with a model loaded (anchor/llama_anchor.c documents its commands).
-pub struct Anchor {
-    child: Child,
-    commands: ChildStdin,
-    answers: BufReader<ChildStdout>,
-}
+pub struct Anchor(Talker);
 
 impl Anchor {
     /// Starts llama.cpp on a model file, with the CPU build `cpu` or else the one that it chooses.
@@ -197,8 +221,8 @@ impl Anchor {
         flash_attention: bool,
         cpu: Option<&str>,
     ) -> Result<Anchor> {
-        let program = program("llama_anchor")?;
-        let mut child = Command::new(program)
+        let mut command = Command::new(program("llama_anchor")?);
+        command
             .envs(cpu.map(|cpu| ("LLAMA_ANCHOR_CPU", cpu)))
             .arg(std::path::absolute(model)?)
             .args([
@@ -206,22 +230,8 @@ impl Anchor {
                 context.to_string(),
                 sequences.to_string(),
             ])
-            .arg(u8::from(flash_attention).to_string())
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .context("starting llama.cpp")?;
-        let commands = child.stdin.take().context("llama.cpp's input")?;
-        let answers = BufReader::new(child.stdout.take().context("llama.cpp's output")?);
-        let mut anchor = Anchor {
-            child,
-            commands,
-            answers,
-        };
-        match anchor.answer()?.as_str() {
-            "ready" => Ok(anchor),
-            other => bail!("llama.cpp said {other:?} instead of ready"),
-        }
+            .arg(u8::from(flash_attention).to_string());
+        Talker::start(command, "llama.cpp").map(Anchor)
     }
 
     /// Gives a command and waits for its answer.
@@ -229,8 +239,7 @@ impl Anchor {
     /// # Errors
     /// If llama.cpp is gone.
     pub fn ask(&mut self, command: &str) -> Result<String> {
-        writeln!(self.commands, "{command}").context("telling llama.cpp")?;
-        self.answer()
+        self.0.ask(command)
     }
 
     /// Time that an exercise takes.
@@ -248,17 +257,58 @@ impl Anchor {
             .with_context(|| format!("llama.cpp said {answer:?}"))?;
         Ok(Duration::from_secs_f64(microseconds / 1e6))
     }
+}
+
+/// A program that answers each line of its input with a line, after the line `ready`. Killed when dropped.
+pub struct Talker {
+    name: &'static str,
+    child: Child,
+    input: ChildStdin,
+    answers: BufReader<ChildStdout>,
+}
+
+impl Talker {
+    /// Starts the program, `name` in messages, and waits until it is ready.
+    ///
+    /// # Errors
+    /// If it does not start or says something else.
+    pub fn start(mut command: Command, name: &'static str) -> Result<Talker> {
+        command.stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut child = command
+            .spawn()
+            .with_context(|| format!("starting {name}"))?;
+        let input = child.stdin.take().context("a pipe to it")?;
+        let answers = BufReader::new(child.stdout.take().context("a pipe from it")?);
+        let mut talker = Talker {
+            name,
+            child,
+            input,
+            answers,
+        };
+        let first = talker.answer()?;
+        ensure!(first == "ready", "{name} said {first:?} instead of ready");
+        Ok(talker)
+    }
+
+    /// Gives it a line and waits for its answer.
+    ///
+    /// # Errors
+    /// If it has ended.
+    pub fn ask(&mut self, line: &str) -> Result<String> {
+        writeln!(self.input, "{line}").with_context(|| format!("telling {}", self.name))?;
+        self.answer()
+    }
 
     fn answer(&mut self) -> Result<String> {
         let mut line = String::new();
         if self.answers.read_line(&mut line)? == 0 {
-            bail!("llama.cpp ended: {}", self.child.wait()?);
+            bail!("{} ended: {}", self.name, self.child.wait()?);
         }
         Ok(line.trim().to_owned())
     }
 }
 
-impl Drop for Anchor {
+impl Drop for Talker {
     fn drop(&mut self) {
         // It may have ended by itself.
         let _ = self.child.kill();
@@ -272,25 +322,10 @@ impl Drop for Anchor {
 /// If it is not there.
 pub fn program(name: &str) -> Result<PathBuf> {
     let path = paths::cache_dir().join("llama.cpp/bin").join(name);
-    if !path.is_file() {
-        bail!(
-            "{} is missing: run scripts/fetch_llama_cpp.sh",
-            path.display()
-        );
-    }
+    let name = path.display();
+    ensure!(
+        path.is_file(),
+        "{name} is missing: run scripts/fetch_llama_cpp.sh"
+    );
     Ok(path)
-}
-
-/// Resident memory of this process in bytes.
-///
-/// # Errors
-/// If the system does not report it.
-pub fn resident_bytes() -> Result<u64> {
-    let status = std::fs::read_to_string("/proc/self/status")?;
-    let line = status
-        .lines()
-        .find_map(|line| line.strip_prefix("VmRSS:"))
-        .context("VmRSS")?;
-    let kib: u64 = line.trim().trim_end_matches(" kB").parse()?;
-    Ok(kib * 1024)
 }

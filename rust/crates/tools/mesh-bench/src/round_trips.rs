@@ -36,13 +36,9 @@ pub fn round_trips_per_second(
             task[1..5].copy_from_slice(&sequence.to_be_bytes());
             sequence += 1;
         }
-        under_way += batch::send(
-            &socket,
-            tasks[..count].iter().map(|task| (&task[..], None)),
-            None,
-        )
-        .sent;
-        if !readable(&socket, Duration::from_millis(100)) {
+        let tasks = tasks[..count].iter().map(|task| (&task[..], None));
+        under_way += batch::send(&socket, tasks, None).sent;
+        if readable([&socket], 100) == [false] {
             // Lost datagrams never arrive.
             under_way = 0;
             continue;
@@ -59,7 +55,7 @@ pub fn round_trips_per_second(
 pub fn echo_head(socket: UdpSocket, stop: &AtomicBool) {
     let mut received = RecvBatch::new();
     while !stop.load(Ordering::Relaxed) {
-        if !readable(&socket, Duration::from_millis(50)) {
+        if readable([&socket], 50) == [false] {
             continue;
         }
         let count = received.recv(&socket, None).unwrap_or(0);
@@ -69,12 +65,8 @@ pub fn echo_head(socket: UdpSocket, stop: &AtomicBool) {
                 bytes[0] = MsgType::RESULT.0;
             }
         }
-        batch::send(
-            &socket,
-            (0..count)
-                .map(|index| received.get(index))
-                .map(|(bytes, from)| (bytes, Some(from))),
-        );
+        let answers = (0..count).map(|index| received.get(index));
+        batch::send(&socket, answers.map(|(bytes, from)| (bytes, Some(from))));
     }
 }
 
@@ -120,13 +112,11 @@ impl Drop for SocketThread {
     }
 }
 
-fn readable(socket: &UdpSocket, timeout: Duration) -> bool {
-    let mut fds = [PollFd::new(socket.as_fd(), PollFlags::POLLIN)];
-    poll(&mut fds, timeout_of(timeout)).is_ok_and(|ready| ready > 0)
-}
-
-fn timeout_of(timeout: Duration) -> PollTimeout {
-    PollTimeout::from(u16::try_from(timeout.as_millis()).unwrap_or(u16::MAX))
+/// Waits for datagrams, at most so many milliseconds. True for each socket that has one.
+pub fn readable<const N: usize>(sockets: [&UdpSocket; N], milliseconds: u16) -> [bool; N] {
+    let mut fds = sockets.map(|socket| PollFd::new(socket.as_fd(), PollFlags::POLLIN));
+    let _ = poll(&mut fds, PollTimeout::from(milliseconds));
+    fds.map(|fd| fd.any().unwrap_or(false))
 }
 
 /// A free port of the loopback address.

@@ -11,7 +11,21 @@ use crate::args::HeadArgs;
 use crate::failure::{Exit, Failure};
 use crate::input;
 
-/// An answer in its type. With `--json` the answer itself is printed, with fields of any version.
+/// Prints an answer: with `--json` itself, with fields of any version, else what `show` makes of it.
+pub(crate) fn print<T: DeserializeOwned>(
+    answer: &Value,
+    as_json: bool,
+    show: impl FnOnce(T) -> String,
+) -> Result<(), Failure> {
+    if as_json {
+        println!("{answer}");
+    } else {
+        print!("{}", show(read(answer)?));
+    }
+    Ok(())
+}
+
+/// An answer in its type.
 pub(crate) fn read<T: DeserializeOwned>(answer: &Value) -> Result<T, Failure> {
     let broken =
         |error| Failure::failed(format!("the head's answer {answer} is not valid: {error}"));
@@ -40,10 +54,8 @@ impl Admin {
     }
 
     pub(crate) async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, Failure> {
-        self.client
-            .get(path)
-            .await
-            .map_err(|error| self.explain(error))
+        let answer = self.client.get(path).await;
+        answer.map_err(|error| self.explain(error))
     }
 
     pub(crate) async fn post<T: DeserializeOwned>(
@@ -56,27 +68,21 @@ impl Admin {
     }
 
     fn explain(&self, error: HttpError) -> Failure {
-        match error {
-            HttpError::Api {
-                status: 401 | 403,
-                message,
-                ..
-            } => Failure::new(Exit::Refused, message).hint(format!(
+        let HttpError::Api {
+            status, message, ..
+        } = &error
+        else {
+            return error.into();
+        };
+        // Messages of the admin API name the remedy themselves.
+        match status {
+            401 | 403 => Failure::new(Exit::Refused, message).hint(format!(
                 "The key in {} is not this head's admin key.",
                 self.key.display()
             )),
-            // Messages of the admin API name the remedy themselves.
-            HttpError::Api {
-                status: 409,
-                message,
-                ..
-            } => Failure::failed(message),
-            HttpError::Api {
-                status: 404 | 503,
-                message,
-                ..
-            } => Failure::new(Exit::NoWorker, message),
-            other => other.into(),
+            409 => Failure::failed(message),
+            404 | 503 => Failure::new(Exit::NoWorker, message),
+            _ => error.into(),
         }
     }
 }

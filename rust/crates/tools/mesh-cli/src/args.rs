@@ -12,8 +12,8 @@ use clap_complete::Shell;
 use mesh_base::units;
 use mesh_machine::boot::choice::{Backend, Wish};
 
-pub use models::{ModelsArgs, ModelsCommand, PinsCommand, PlacesArgs};
-pub use pull::PullArgs;
+pub(crate) use models::{ModelsCommand, PinsCommand, PlacesArgs, VerifyArgs};
+pub(crate) use pull::PullArgs;
 
 const EXIT_CODES: &str = "\
 Exit codes:
@@ -40,11 +40,11 @@ pub struct Args {
     #[arg(long, global = true, value_enum, default_value_t, value_name = "WHEN")]
     pub color: Color,
 
-    /// The head.
+    /// Address and keys of the head.
     #[command(flatten)]
     pub head: HeadArgs,
 
-    /// What to do.
+    /// The command to run.
     #[command(subcommand)]
     pub command: Command,
 }
@@ -83,11 +83,14 @@ pub enum Command {
     /// Replace rings by better ones, where the mesh has changed
     Rebalance(RebalanceArgs),
     /// Models on this machine: what there is, whether it is whole and signed, what may go
-    Models(ModelsArgs),
+    #[command(subcommand)]
+    Models(ModelsCommand),
     /// Show the mesh's nodes, throw one out, let it in again
-    Nodes(NodesArgs),
+    #[command(subcommand)]
+    Nodes(NodesCommand),
     /// Make, show and withdraw join tokens for new workers
-    Token(TokenArgs),
+    #[command(subcommand)]
+    Token(TokenCommand),
     /// Measure: a model file on this machine, or a running mesh
     Bench(BenchArgs),
     /// Look at this machine's hardware, and say which backend fits it and why
@@ -100,10 +103,12 @@ pub enum Command {
     #[command(
         after_help = "Example:\n  hydramesh completions bash > ~/.local/share/bash-completion/completions/hydramesh"
     )]
-    Completions(CompletionsArgs),
+    Completions {
+        /// The shell
+        shell: Shell,
+    },
 }
 
-/// `hydramesh demo`
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 A head, a shim and six workers start as processes of their own on loopback, on free ports. Three workers hold a part of the \
@@ -156,13 +161,10 @@ impl HeadArgs {
 
     /// The head's admin key.
     pub fn admin_key(&self) -> PathBuf {
-        let in_state_dir = || {
-            let folder = self.state_dir.as_deref();
-            folder
-                .unwrap_or(Path::new("/var/lib/hydramesh/head"))
-                .join("admin.key")
-        };
-        self.admin_key_file.clone().unwrap_or_else(in_state_dir)
+        let folder = self.state_dir.as_deref();
+        let folder = folder.unwrap_or(Path::new("/var/lib/hydramesh/head"));
+        let named = self.admin_key_file.clone();
+        named.unwrap_or_else(|| folder.join("admin.key"))
     }
 }
 
@@ -190,7 +192,6 @@ pub struct SamplingArgs {
     pub seed: Option<u64>,
 }
 
-/// `hydramesh ask`
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 The question goes as one datagram to a shim (or a head); the answer is printed while it grows. With --http or --url, and \
@@ -235,12 +236,10 @@ pub struct AskArgs {
     #[arg(long)]
     pub json: bool,
 
-    /// How to answer.
     #[command(flatten)]
     pub sampling: SamplingArgs,
 }
 
-/// `hydramesh chat`
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Within the conversation: /help, /reset, /system TEXT, /stats, /quit. Ctrl-C stops an answer, Ctrl-D ends the program. With \
@@ -258,12 +257,10 @@ pub struct ChatArgs {
     #[arg(long)]
     pub stats: bool,
 
-    /// How to answer.
     #[command(flatten)]
     pub sampling: SamplingArgs,
 }
 
-/// `hydramesh status`
 #[derive(Debug, clap::Args)]
 #[command(
     after_help = "Examples:\n  hydramesh status\n  hydramesh status --json | jq '.workers[].state'\n  hydramesh status --watch 2s"
@@ -278,7 +275,6 @@ pub struct StatusArgs {
     pub watch: Option<Duration>,
 }
 
-/// `hydramesh embed`
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Prints one line per text, in their order: the numbers of its vector.
@@ -313,7 +309,6 @@ pub struct EmbedArgs {
     pub json: bool,
 }
 
-/// `hydramesh plan`
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 The plan is that of a ring formed now, with the memory of the model's present ring counted as free; nothing is changed.
@@ -331,7 +326,6 @@ pub struct PlanArgs {
     pub json: bool,
 }
 
-/// `hydramesh drain`
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Running requests finish on the worker. Each of its stages goes to a standby that has caught up. If no worker has room for a \
@@ -359,7 +353,6 @@ pub struct DrainArgs {
     pub json: bool,
 }
 
-/// `hydramesh undrain`
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Example:\n  hydramesh undrain attic")]
 pub struct UndrainArgs {
@@ -372,7 +365,6 @@ pub struct UndrainArgs {
     pub json: bool,
 }
 
-/// `hydramesh rebalance`
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 The head does this by itself when a worker joins or leaves, at most once a minute; this asks it to do it now. A ring is replaced \
@@ -393,14 +385,6 @@ pub struct RebalanceArgs {
     /// Print the head's own JSON
     #[arg(long)]
     pub json: bool,
-}
-
-/// `hydramesh nodes`
-#[derive(Debug, clap::Args)]
-pub struct NodesArgs {
-    /// What to do.
-    #[command(subcommand)]
-    pub command: NodesCommand,
 }
 
 /// What to do with nodes.
@@ -452,14 +436,6 @@ Example:
         #[arg(long)]
         json: bool,
     },
-}
-
-/// `hydramesh token`
-#[derive(Debug, clap::Args)]
-pub struct TokenArgs {
-    /// What to do.
-    #[command(subcommand)]
-    pub command: TokenCommand,
 }
 
 /// What to do with join tokens.
@@ -545,8 +521,7 @@ Example:
     },
 }
 
-/// `hydramesh bench`
-#[derive(Debug, clap::Args)]
+#[derive(Debug, Clone, clap::Args)]
 #[command(after_help = "\
 Without --mesh, the model is loaded into this process and measured without a network. With it, a running mesh is asked over HTTP.
 
@@ -591,7 +566,6 @@ pub struct BenchArgs {
     pub json: bool,
 }
 
-/// `hydramesh probe`
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Reads sysfs and procfs alone: no driver is loaded, nothing is changed, no rights are needed.
@@ -613,7 +587,6 @@ pub struct ProbeArgs {
     pub root: PathBuf,
 }
 
-/// `hydramesh profile`
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 This is what a worker tells its head, which decides by it who holds which layers of a model. Without a model it takes half a \
@@ -645,7 +618,6 @@ pub struct ProfileArgs {
     pub json: bool,
 }
 
-/// `hydramesh boot-config`
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 The keys are head, token, role, backend, ssh_key, name and keymap: hydramesh.head=… on the kernel command line, head = \"…\" in \
@@ -678,13 +650,6 @@ pub struct BootConfigArgs {
     /// Where sys, proc and dev lie
     #[arg(long, value_name = "DIR", default_value = "/", value_hint = ValueHint::DirPath)]
     pub root: PathBuf,
-}
-
-/// `hydramesh completions`
-#[derive(Debug, clap::Args)]
-pub struct CompletionsArgs {
-    /// The shell
-    pub shell: Shell,
 }
 
 /// `auto`, `cpu`, `nvidia`, `rocm`.
@@ -768,10 +733,7 @@ mod tests {
         for (size, expected) in [("20 GiB", 20 << 30), ("50GB", 50_000_000_000)] {
             let words = ["hydramesh", "models", "gc", "--limit", size];
             let args = Args::try_parse_from(words).expect(size);
-            let Command::Models(ModelsArgs {
-                command: ModelsCommand::Gc { limit, .. },
-            }) = args.command
-            else {
+            let Command::Models(ModelsCommand::Gc { limit, .. }) = args.command else {
                 panic!("another command");
             };
             assert_eq!(limit, Some(expected));

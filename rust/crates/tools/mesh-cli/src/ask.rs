@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use crate::args::{AskArgs, HeadArgs, SamplingArgs};
 use crate::failure::{Exit, Failure};
 use crate::input;
-use crate::output::{Stats, Terminal, WaitLine, print_now};
+use crate::output::{Stats, Terminal, Timer, WaitLine, print_now};
 
 pub(crate) async fn run(head: &HeadArgs, args: AskArgs, terminal: Terminal) -> Result<(), Failure> {
     let question = input::prompt(&args.question)?;
@@ -22,7 +22,7 @@ pub(crate) async fn run(head: &HeadArgs, args: AskArgs, terminal: Terminal) -> R
         answer = ask(head, &args, over_http, &body) => answer?,
         _ = tokio::signal::ctrl_c() => {
             print_now("\n");
-            return Err(Failure::new(Exit::Interrupted, "interrupted"));
+            return Err(Failure::interrupted());
         }
     };
     if args.json {
@@ -67,8 +67,7 @@ fn goes_over_http(
         return Ok(true);
     }
     if url && to {
-        return Err(Failure::new(
-            Exit::Usage,
+        return Err(Failure::usage(
             "--to names a shim and --url a head: the question can go to one of them only",
         )
         .hint("Leave one of them out, or add --http to ask the head."));
@@ -100,7 +99,10 @@ async fn ask(
             outcome => return outcome,
         }
     }
-    match ask_http(head, args, body, &mut print, &mut wait).await {
+    let client = http_client(head)?;
+    let asking = ask_http(&client, body, &mut print, &mut wait);
+    let outcome = within(args.timeout, asking).await;
+    match outcome.map_err(|limit| too_late(client.base(), limit))? {
         Err(failure) if failure.exit == Exit::Unreachable => Err(no_shim.unwrap_or(failure)),
         outcome => outcome,
     }
@@ -116,13 +118,8 @@ async fn over_datagrams(
     let mut client = DcfClient::connect(to).await?;
     let mut wait = |what: &str| wait(&format!("waiting {what}"));
     let asking = client.ask_and_watch(body, SILENCE, print, &mut wait);
-    let answer = match args.timeout {
-        Some(limit) => match tokio::time::timeout(limit, asking).await {
-            Ok(answer) => answer?,
-            Err(_) => return Err(too_late(to, limit)),
-        },
-        None => asking.await?,
-    };
+    let answer = within(args.timeout, asking).await;
+    let answer = answer.map_err(|limit| too_late(to, limit))??;
     Ok(Outcome {
         stats: datagram_stats(&answer),
         text: answer.text,
@@ -130,21 +127,14 @@ async fn over_datagrams(
     })
 }
 
-async fn ask_http(
-    head: &HeadArgs,
-    args: &AskArgs,
-    body: &ChatCompletionRequest,
-    print: &mut dyn FnMut(&str),
-    wait: &mut dyn FnMut(&str),
-) -> Result<Outcome, Failure> {
-    let client = http_client(head)?;
-    let asking = over_http(&client, body, print, wait);
-    match args.timeout {
-        Some(limit) => match tokio::time::timeout(limit, asking).await {
-            Ok(outcome) => outcome,
-            Err(_) => Err(too_late(client.base(), limit)),
-        },
-        None => asking.await,
+/// Waits until the limit has passed, if there is one: then the error is the limit.
+pub(crate) async fn within<T>(
+    limit: Option<Duration>,
+    asking: impl Future<Output = T>,
+) -> Result<T, Duration> {
+    match limit {
+        Some(limit) => tokio::time::timeout(limit, asking).await.map_err(|_| limit),
+        None => Ok(asking.await),
     }
 }
 
@@ -163,19 +153,17 @@ pub(crate) fn datagram_stats(answer: &Answer) -> Stats {
     }
 }
 
-async fn over_http(
+async fn ask_http(
     client: &HttpClient,
     body: &ChatCompletionRequest,
     print: &mut dyn FnMut(&str),
     wait: &mut dyn FnMut(&str),
 ) -> Result<Outcome, Failure> {
-    let started = Instant::now();
+    let mut timer = Timer::since(Instant::now());
     let mut body = body.clone();
     name_the_model(client, &mut body.options).await?;
     let mut stream = client.stream(body).await?;
     let mut text = String::new();
-    let mut first_text = None;
-    let mut tokens = None;
     let mut more = Vec::new();
     while let Some(heard) = stream.next_or_wait().await? {
         let piece = match heard {
@@ -185,13 +173,12 @@ async fn over_http(
                 continue;
             }
         };
+        timer.note(&piece);
         if !piece.text.is_empty() {
-            first_text.get_or_insert_with(|| started.elapsed());
             text += &piece.text;
             print(&piece.text);
         }
         if let Some(usage) = piece.usage {
-            tokens = Some(u64::from(usage.completion_tokens));
             more.push(("usage", json!(usage)));
         }
         if let Some(reason) = piece.finish_reason {
@@ -201,14 +188,9 @@ async fn over_http(
             more.push(("timings", json!(timings)));
         }
     }
-    let total = started.elapsed();
     Ok(Outcome {
         text,
-        stats: Stats {
-            first_text: first_text.unwrap_or(total),
-            total,
-            tokens,
-        },
+        stats: timer.stats(),
         more,
     })
 }
@@ -230,10 +212,8 @@ pub(crate) async fn name_the_model(
 }
 
 pub(crate) fn http_client(head: &HeadArgs) -> Result<HttpClient, Failure> {
-    let key = match &head.api_key_file {
-        Some(path) => Some(input::key_file(path)?),
-        None => None,
-    };
+    let key_file = head.api_key_file.as_deref();
+    let key = key_file.map(input::key_file).transpose()?;
     Ok(HttpClient::new(head.url(), key)?)
 }
 
@@ -270,7 +250,7 @@ const SHIM_PORT: u16 = 9999;
 /// Longest silence over UDP. A mesh that works on a task says so every few seconds.
 const SILENCE: Duration = Duration::from_secs(60);
 
-fn millis(duration: std::time::Duration) -> f64 {
+fn millis(duration: Duration) -> f64 {
     (duration.as_secs_f64() * 1e5).round() / 100.0
 }
 

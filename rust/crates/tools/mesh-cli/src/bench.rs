@@ -13,38 +13,28 @@ use serde_json::json;
 use crate::args::{BenchArgs, HeadArgs};
 use crate::ask::{http_client, name_the_model};
 use crate::failure::Failure;
-use crate::output::duration;
+use crate::output::{Stats, Timer, duration};
 
 pub(crate) async fn run(head: &HeadArgs, args: BenchArgs) -> Result<(), Failure> {
-    let measured = match &args.file {
+    let measured = match args.file.clone() {
         Some(file) => {
-            let file = file.clone();
-            let shape = Shape::new(&args);
-            let options = OrtOptions {
-                library: args.runtime.clone(),
-                threads: args.threads.unwrap_or(0),
-                slots: shape.streams,
-                ..OrtOptions::default()
-            };
-            tokio::task::spawn_blocking(move || engine(&file, options, shape))
-                .await
-                .map_err(|error| Failure::failed(error.to_string()))??
+            let args = args.clone();
+            let work = tokio::task::spawn_blocking(move || engine(&file, &args));
+            work.await.map_err(failed)??
         }
         None => mesh(head, &args).await?,
     };
     if args.json {
-        println!(
-            "{}",
-            json!({
-                "what": measured.what,
-                "prompt_tokens": args.prompt_tokens,
-                "tokens": args.tokens,
-                "concurrency": args.concurrency,
-                "prefill_tokens_per_second": measured.prefill,
-                "decode_tokens_per_second": measured.decode,
-                "first_token_ms": measured.first_token.as_secs_f64() * 1e3,
-            })
-        );
+        let object = json!({
+            "what": measured.what,
+            "prompt_tokens": args.prompt_tokens,
+            "tokens": args.tokens,
+            "concurrency": args.concurrency,
+            "prefill_tokens_per_second": measured.prefill,
+            "decode_tokens_per_second": measured.decode,
+            "first_token_ms": measured.first_token.as_secs_f64() * 1e3,
+        });
+        println!("{object}");
     } else {
         println!("{}", measured.what);
         println!(
@@ -60,6 +50,10 @@ pub(crate) async fn run(head: &HeadArgs, args: BenchArgs) -> Result<(), Failure>
     Ok(())
 }
 
+fn failed(error: impl std::error::Error) -> Failure {
+    Failure::failed(error.to_string())
+}
+
 struct Measured {
     what: String,
     /// Prefill speed over all answers, tokens per second.
@@ -70,66 +64,44 @@ struct Measured {
     first_token: Duration,
 }
 
-#[derive(Clone, Copy)]
-struct Shape {
-    prompt: u32,
-    tokens: u32,
-    streams: u32,
-    rounds: u32,
-}
-
-impl Shape {
-    fn new(args: &BenchArgs) -> Self {
-        Self {
-            prompt: args.prompt_tokens,
-            tokens: args.tokens,
-            streams: args.concurrency,
-            rounds: args.rounds,
-        }
-    }
-}
-
-fn engine(file: &Path, options: OrtOptions, shape: Shape) -> Result<Measured, Failure> {
-    let model = Model::open(file).map_err(|error| Failure::failed(error.to_string()))?;
+fn engine(file: &Path, args: &BenchArgs) -> Result<Measured, Failure> {
+    let model = Model::open(file).map_err(failed)?;
     let config = model.config();
-    if u64::from(shape.prompt) + u64::from(shape.tokens) > u64::from(config.context) {
+    if u64::from(args.prompt_tokens) + u64::from(args.tokens) > u64::from(config.context) {
         return Err(Failure::usage(format!(
             "{} tokens of prompt and {} of answer do not fit the model's context of {}",
-            shape.prompt, shape.tokens, config.context
+            args.prompt_tokens, args.tokens, config.context
         )));
     }
+    let options = OrtOptions {
+        library: args.runtime.clone(),
+        threads: args.threads.unwrap_or(0),
+        slots: args.concurrency,
+        ..OrtOptions::default()
+    };
     let started = Instant::now();
     let mut stage = OrtStage::load(&model, 0..config.layers, options).map_err(|error| {
-        Failure::failed(error.to_string())
-            .hint("`make fetch` brings ONNX Runtime; set ORT_DYLIB_PATH to it.")
+        failed(error).hint("`make fetch` brings ONNX Runtime; set ORT_DYLIB_PATH to it.")
     })?;
-    let loaded = started.elapsed();
+    let loaded = duration(started.elapsed());
     // The same for every run, spread over the vocabulary, no special tokens.
     let vocab = config.vocab as u64;
-    let prompt: Vec<u32> = (0..u64::from(shape.prompt))
+    let prompt: Vec<u32> = (0..u64::from(args.prompt_tokens))
         .map(|i| (i * 7_919 % (vocab / 2) + vocab / 4) as u32)
         .collect();
-    let mut best: Option<(Duration, Duration)> = None;
-    for _ in 0..shape.rounds {
-        let round = one_round(&mut stage, &prompt, shape)
-            .map_err(|error| Failure::failed(error.to_string()))?;
-        best = Some(match best {
-            Some((prefill, decode)) => (prefill.min(round.0), decode.min(round.1)),
-            None => round,
-        });
+    let (mut prefill, mut decode) = (Duration::MAX, Duration::MAX);
+    for _ in 0..args.rounds {
+        let round = one_round(&mut stage, &prompt, args).map_err(failed)?;
+        prefill = prefill.min(round.0);
+        decode = decode.min(round.1);
     }
-    let (prefill, decode) = best.expect("there is at least one round");
     let per_second = |tokens: u32, time: Duration| {
-        f64::from(tokens) * f64::from(shape.streams) / time.as_secs_f64()
+        f64::from(tokens) * f64::from(args.concurrency) / time.as_secs_f64()
     };
     Ok(Measured {
-        what: format!(
-            "{} in this process, loaded in {}",
-            model.name(),
-            duration(loaded)
-        ),
-        prefill: Some(per_second(shape.prompt, prefill)),
-        decode: per_second(shape.tokens - 1, decode),
+        what: format!("{} in this process, loaded in {loaded}", model.name()),
+        prefill: Some(per_second(args.prompt_tokens, prefill)),
+        decode: per_second(args.tokens - 1, decode),
         first_token: prefill,
     })
 }
@@ -138,22 +110,21 @@ fn engine(file: &Path, options: OrtOptions, shape: Shape) -> Result<Measured, Fa
 fn one_round(
     stage: &mut OrtStage,
     prompt: &[u32],
-    shape: Shape,
+    args: &BenchArgs,
 ) -> Result<(Duration, Duration), StageError> {
     let max_rows = stage.info().max_rows as usize;
     let vocab = stage.info().shape.vocab;
     let mut last = Vec::new();
     let started = Instant::now();
-    for slot in 0..shape.streams {
+    for slot in 0..args.concurrency {
         stage.truncate(slot, 0);
         let mut position = 0;
         for chunk in prompt.chunks(max_rows) {
             let rows = chunk.len() as u32;
-            let ends = position + rows == shape.prompt;
-            let logits = if ends {
-                LogitRows::Last
-            } else {
-                LogitRows::None
+            let ends = position + rows == args.prompt_tokens;
+            let logits = match ends {
+                true => LogitRows::Last,
+                false => LogitRows::None,
             };
             let segment = Segment {
                 slot,
@@ -171,11 +142,11 @@ fn one_round(
     let prefill = started.elapsed();
 
     let started = Instant::now();
-    for step in 0..shape.tokens - 1 {
-        let segments: Vec<Segment> = (0..shape.streams)
+    for step in 0..args.tokens - 1 {
+        let segments: Vec<Segment> = (0..args.concurrency)
             .map(|slot| Segment {
                 slot,
-                position: shape.prompt + step,
+                position: args.prompt_tokens + step,
                 rows: 1,
                 logits: LogitRows::Last,
             })
@@ -213,7 +184,7 @@ async fn mesh(head: &HeadArgs, args: &BenchArgs) -> Result<Measured, Failure> {
         ..GenerationOptions::default()
     };
     name_the_model(&client, &mut options).await?;
-    let mut best: Option<(f64, Duration)> = None;
+    let (mut decode, mut first_token) = (0.0_f64, Duration::MAX);
     for round in 0..args.rounds {
         let started = Instant::now();
         let streams: Vec<_> = (0..args.concurrency)
@@ -224,29 +195,19 @@ async fn mesh(head: &HeadArgs, args: &BenchArgs) -> Result<Measured, Failure> {
                 tokio::spawn(one_stream(client.clone(), request, started))
             })
             .collect();
-        let mut tokens = 0;
-        let mut first_token = Duration::ZERO;
-        let mut first_end: Option<Duration> = None;
-        let mut last_end = Duration::ZERO;
+        let mut ended: Vec<Stats> = Vec::new();
         for stream in streams {
-            let stream = stream
-                .await
-                .map_err(|error| Failure::failed(error.to_string()))??;
-            tokens += stream.tokens;
-            first_token = first_token.max(stream.first_token);
-            first_end =
-                Some(first_end.map_or(stream.first_token, |end| end.min(stream.first_token)));
-            last_end = last_end.max(stream.end);
+            ended.push(stream.await.map_err(failed)??);
         }
-        let decoding = last_end.saturating_sub(first_end.unwrap_or_default());
-        let decode =
-            tokens.saturating_sub(u64::from(args.concurrency)) as f64 / decoding.as_secs_f64();
-        best = Some(match best {
-            Some((rate, first)) => (rate.max(decode), first.min(first_token)),
-            None => (decode, first_token),
-        });
+        let firsts = || ended.iter().map(|stats| stats.first_text);
+        let last_end = ended.iter().map(|stats| stats.total).max();
+        let decoding = last_end.zip(firsts().min());
+        let decoding = decoding.map_or(Duration::ZERO, |(end, first)| end.saturating_sub(first));
+        let tokens: u64 = ended.iter().filter_map(|stats| stats.tokens).sum();
+        let later = tokens.saturating_sub(u64::from(args.concurrency));
+        decode = decode.max(later as f64 / decoding.as_secs_f64());
+        first_token = first_token.min(firsts().max().unwrap_or_default());
     }
-    let (decode, first_token) = best.expect("there is at least one round");
     let model = options.model.unwrap_or_default();
     Ok(Measured {
         what: format!("{model} in the mesh at {}", client.base()),
@@ -256,34 +217,17 @@ async fn mesh(head: &HeadArgs, args: &BenchArgs) -> Result<Measured, Failure> {
     })
 }
 
-struct StreamTimes {
-    tokens: u64,
-    first_token: Duration,
-    end: Duration,
-}
-
 async fn one_stream(
     client: HttpClient,
     request: CompletionRequest,
     started: Instant,
-) -> Result<StreamTimes, Failure> {
+) -> Result<Stats, Failure> {
+    let mut timer = Timer::since(started);
     let mut stream = client.stream(request).await?;
-    let mut first_token = None;
-    let mut tokens = 0;
     while let Some(piece) = stream.next().await? {
-        if !piece.text.is_empty() {
-            first_token.get_or_insert_with(|| started.elapsed());
-        }
-        if let Some(usage) = piece.usage {
-            tokens = u64::from(usage.completion_tokens);
-        }
+        timer.note(&piece);
     }
-    let end = started.elapsed();
-    Ok(StreamTimes {
-        tokens,
-        first_token: first_token.unwrap_or(end),
-        end,
-    })
+    Ok(timer.stats())
 }
 
 /// About `tokens` tokens of plain words.

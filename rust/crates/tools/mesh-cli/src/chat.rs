@@ -10,8 +10,8 @@ use rustyline::error::ReadlineError;
 
 use crate::args::{ChatArgs, HeadArgs};
 use crate::ask::{http_client, name_the_model, sampling};
-use crate::failure::{Exit, Failure};
-use crate::output::{Stats, Terminal, WaitLine, print_now};
+use crate::failure::Failure;
+use crate::output::{Stats, Terminal, Timer, WaitLine, print_now};
 
 const HELP: &str = "\
 /help          this list
@@ -49,29 +49,21 @@ pub(crate) async fn run(
         let read = tokio::select! {
             line = lines.next() => line?,
             // With a terminal, the line editor sees Ctrl-C itself.
-            _ = tokio::signal::ctrl_c() => return Err(Failure::new(Exit::Interrupted, "interrupted")),
+            _ = tokio::signal::ctrl_c() => return Err(Failure::interrupted()),
         };
         let Some(line) = read else { break };
         let line = line.trim();
         if line.is_empty() {
             continue;
         }
-        match line.strip_prefix('/') {
-            Some(command) => {
-                if talk.command(command) == Next::End {
-                    break;
-                }
-            }
+        let command = line.strip_prefix('/');
+        match command.map(|command| command.split_once(' ').unwrap_or((command, ""))) {
+            Some(("quit" | "exit" | "q", _)) => break,
+            Some((name, rest)) => talk.command(name, rest),
             None => talk.turn(line, person).await?,
         }
     }
     Ok(())
-}
-
-#[derive(Debug, PartialEq, Eq)]
-enum Next {
-    Continue,
-    End,
 }
 
 struct Talk {
@@ -83,10 +75,8 @@ struct Talk {
 }
 
 impl Talk {
-    fn command(&mut self, command: &str) -> Next {
-        let (name, rest) = command.split_once(' ').unwrap_or((command, ""));
+    fn command(&mut self, name: &str, rest: &str) {
         match name {
-            "quit" | "exit" | "q" => return Next::End,
             "help" | "?" => println!("{HELP}"),
             "reset" => {
                 self.conversation.reset();
@@ -104,7 +94,6 @@ impl Talk {
             }
             _ => println!("there is no /{name}; /help lists what there is"),
         }
-        Next::Continue
     }
 
     /// One question and its answer. A person sees the error and goes on; a script ends.
@@ -113,22 +102,17 @@ impl Talk {
         let result = self.answer().await;
         print_now("\n");
         match result {
-            Ok(stats) => {
-                if self.stats {
-                    eprintln!("{}", self.terminal.dim(&stats.line()));
-                }
-                Ok(())
-            }
+            Ok(stats) if self.stats => eprintln!("{}", self.terminal.dim(&stats.line())),
+            Ok(_) => {}
             Err(failure) => {
                 self.conversation.take_back();
-                if person {
-                    eprintln!("{failure}");
-                    Ok(())
-                } else {
-                    Err(failure)
+                if !person {
+                    return Err(failure);
                 }
+                eprintln!("{failure}");
             }
         }
+        Ok(())
     }
 
     async fn answer(&mut self) -> Result<Stats, Failure> {
@@ -137,11 +121,9 @@ impl Talk {
             options: self.options.clone(),
             ..ChatCompletionRequest::default()
         };
-        let started = Instant::now();
+        let mut timer = Timer::since(Instant::now());
         let mut stream = self.client.stream(request).await?;
         let mut text = String::new();
-        let mut first_text = None;
-        let mut tokens = None;
         let mut line = WaitLine::new();
         loop {
             let heard = tokio::select! {
@@ -157,23 +139,15 @@ impl Talk {
                 }
                 None => break,
             };
+            timer.note(&piece);
             if !piece.text.is_empty() {
                 line.clear();
-                first_text.get_or_insert_with(|| started.elapsed());
                 text += &piece.text;
                 print_now(&piece.text);
             }
-            if let Some(usage) = piece.usage {
-                tokens = Some(u64::from(usage.completion_tokens));
-            }
         }
         self.conversation.answered(text);
-        let total = started.elapsed();
-        Ok(Stats {
-            first_text: first_text.unwrap_or(total),
-            total,
-            tokens,
-        })
+        Ok(timer.stats())
     }
 }
 
@@ -214,8 +188,8 @@ impl Conversation {
     fn messages(&self) -> Vec<Message> {
         let system = self.system.iter().map(|text| ("system", text));
         let turns = self.turns.iter().map(|(role, text)| (*role, text));
-        system
-            .chain(turns)
+        let messages = system.chain(turns);
+        messages
             .map(|(role, text)| Message::new(role, text))
             .collect()
     }
@@ -229,15 +203,10 @@ struct Lines {
 
 impl Lines {
     fn new(person: bool, terminal: Terminal) -> Result<Self, Failure> {
-        let editor = if person {
-            let editor = rustyline::DefaultEditor::new()
-                .map_err(|error| Failure::failed(format!("the terminal: {error}")))?;
-            Some(Arc::new(Mutex::new(editor)))
-        } else {
-            None
-        };
+        let editor = person.then(rustyline::DefaultEditor::new).transpose();
+        let editor = editor.map_err(|error| Failure::failed(format!("the terminal: {error}")))?;
         Ok(Self {
-            editor,
+            editor: editor.map(|editor| Arc::new(Mutex::new(editor))),
             prompt: format!("{} ", terminal.cyan("you>")),
         })
     }

@@ -4,7 +4,7 @@
 mod answer;
 mod ring;
 
-use std::net::{TcpListener, UdpSocket};
+use std::net::{SocketAddr, TcpListener, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::process::ExitStatus;
 use std::time::{Duration, Instant};
@@ -19,7 +19,7 @@ use crate::args::DemoArgs;
 use crate::ask::datagram_stats;
 use crate::failure::{Exit, Failure};
 use crate::output::{Terminal, duration};
-use answer::{AnswerPrinter, Streamed};
+use answer::AnswerPrinter;
 
 const FIRST_QUESTION: &str = "Why is the sky blue? Answer in two sentences.";
 const SECOND_QUESTION: &str = "Tell me a short story about a lighthouse keeper and a whale.";
@@ -37,21 +37,9 @@ const STAGES: usize = 3;
 const WORKERS: usize = 2 * STAGES;
 
 pub(crate) async fn run(args: DemoArgs, terminal: Terminal) -> Result<(), Failure> {
-    let model = args
-        .model
-        .clone()
-        .unwrap_or_else(|| args.cache.join(paths::SMOLLM2));
-    let runtime = args.cache.join(paths::ORT_LIBRARY);
-    for path in [&model, &runtime] {
-        if !path.is_file() {
-            return Err(
-                Failure::failed(format!("{} is not there", path.display())).hint(
-                    "`make fetch` brings the model and ONNX Runtime; --cache names their folder.",
-                ),
-            );
-        }
-    }
-    let (model, runtime) = (absolute(&model), absolute(&runtime));
+    let in_cache = || args.cache.join(paths::SMOLLM2);
+    let model = there(args.model.clone().unwrap_or_else(in_cache))?;
+    let runtime = there(args.cache.join(paths::ORT_LIBRARY))?;
     let demo = Demo { terminal };
     let mut stop = Stop::new()?;
 
@@ -62,13 +50,13 @@ pub(crate) async fn run(args: DemoArgs, terminal: Terminal) -> Result<(), Failur
     let started = Instant::now();
     let mut mesh = tokio::select! {
         mesh = demo.start(&model, &runtime, args.keep) => mesh?,
-        () = stop.requested() => return Err(interrupted()),
+        () = stop.requested() => return Err(Failure::interrupted()),
     };
     demo.note(&format!("joined after {}", duration(started.elapsed())));
 
     let shown = tokio::select! {
         shown = demo.show(&mut mesh) => shown,
-        () = stop.requested() => Err(interrupted()),
+        () = stop.requested() => Err(Failure::interrupted()),
     };
     if shown.is_ok() && args.keep {
         demo.keep(&mut mesh, &mut stop).await?;
@@ -93,11 +81,9 @@ impl Demo {
     async fn start(&self, model: &Path, runtime: &Path, keep: bool) -> Result<Mesh, Failure> {
         let mut mesh = builder(model, runtime, keep)?.start().await?;
         let shim = mesh.shim.as_ref().expect("the demo has a shim");
-        self.part(
-            &mesh.head,
-            &format!("OpenAI API at http://{}/v1", mesh.head.address("http")?),
-        );
-        self.part(shim, &format!("DCF/UDP at {}", shim.address(SHIM_INGRESS)?));
+        let http = mesh.head.address("http")?;
+        self.part(&mesh.head, &format!("OpenAI API at http://{http}/v1"));
+        self.part(shim, &format!("DCF/UDP at {}", ingress(&mesh)?));
         // One by one: they would measure how much they disturb each other, and the layers would be spread by that.
         for _ in 0..WORKERS {
             let worker = mesh.start_worker("").await?;
@@ -112,19 +98,13 @@ impl Demo {
         let started = Instant::now();
         let registry = ring::wait_for_standbys(mesh).await?;
         self.ring(&registry);
-        self.note(&format!(
-            "formed and loaded in {}",
-            duration(started.elapsed())
-        ));
+        let took = duration(started.elapsed());
+        self.note(&format!("formed and loaded in {took}"));
         Ok(())
     }
 
     async fn over_datagrams(&self, mesh: &Mesh) -> Result<(), Failure> {
-        let shim = mesh
-            .shim
-            .as_ref()
-            .expect("the demo has a shim")
-            .address(SHIM_INGRESS)?;
+        let shim = ingress(mesh)?;
         self.heading("A question over DCF/UDP, through the shim");
         self.question(FIRST_QUESTION);
         let mut client = DcfClient::connect(&shim.to_string()).await?;
@@ -197,9 +177,12 @@ impl Demo {
                 disturbed.text, undisturbed.text
             ),
         )?;
+        // As the client saw it: its longest wait for text.
+        let pause = disturbed.longest_wait(Some(died)).as_millis();
+        let usual = undisturbed.longest_wait(None).as_millis();
         self.good(&format!(
-            "{victim} died in mid-sentence with its layers. {}; the text is the same as without the death",
-            pause(&disturbed, died, &undisturbed)
+            "{victim} died in mid-sentence with its layers. The answer paused for {pause} ms (its longest wait without a \
+             death: {usual} ms); the text is the same as without the death"
         ));
         Ok(())
     }
@@ -208,16 +191,10 @@ impl Demo {
         // A new worker replaces the killed one: its stage gets a standby again.
         mesh.start_worker("").await?;
         let http = mesh.head.address("http")?;
-        let shim = mesh
-            .shim
-            .as_ref()
-            .expect("the demo has a shim")
-            .address(SHIM_INGRESS)?;
-        let program = std::env::current_exe()
-            .ok()
-            .map_or_else(|| "hydramesh".to_owned(), |path| path.display().to_string());
+        let shim = ingress(mesh)?;
+        let program = std::env::current_exe().unwrap_or_else(|_| "hydramesh".into());
         let key = mesh.head.state_dir().join("admin.key");
-        let key = key.display();
+        let (program, key) = (program.display(), key.display());
         self.heading("The mesh stays up. Talk to it:");
         println!(
             "  {program} chat --url http://{http}\n  \
@@ -283,8 +260,11 @@ impl Demo {
     }
 }
 
-/// Name of the shim's client port in its `addresses.json`.
-const SHIM_INGRESS: &str = "ingress";
+/// The shim's address for clients.
+fn ingress(mesh: &Mesh) -> Result<SocketAddr, Failure> {
+    let shim = mesh.shim.as_ref().expect("the demo has a shim");
+    Ok(shim.address("ingress")?)
+}
 
 fn builder(model: &Path, runtime: &Path, keep: bool) -> Result<MeshBuilder, Failure> {
     let models = toml::Value::from(vec![model.display().to_string()]);
@@ -321,31 +301,14 @@ async fn wait_until_joined(mesh: &mut Mesh, worker: usize) -> Result<(), Failure
         }
         let has_ended = !worker.is_running();
         if has_ended || Instant::now() >= until {
-            let how = if has_ended {
-                "has ended"
-            } else {
-                "does not join"
+            let how = match has_ended {
+                true => "has ended",
+                false => "does not join",
             };
-            return Err(Failure::failed(format!(
-                "{} {how}; its log ends:\n{}",
-                worker.name(),
-                worker.log_end()
-            )));
+            return Err(worker.error(how).into());
         }
         tokio::time::sleep(LOOK).await;
     }
-}
-
-/// Description of the failure as the client saw it: the longest wait for text after it, beside the longest
-/// one of an undisturbed answer.
-fn pause(disturbed: &Streamed, died: Instant, undisturbed: &Streamed) -> String {
-    let pause = disturbed.longest_wait(Some(died));
-    let usual = undisturbed.longest_wait(None);
-    format!(
-        "The answer paused for {} ms (its longest wait without a death: {} ms)",
-        pause.as_millis(),
-        usual.as_millis()
-    )
 }
 
 async fn end(service: &mut Service) -> Result<(), Failure> {
@@ -354,59 +317,51 @@ async fn end(service: &mut Service) -> Result<(), Failure> {
 }
 
 fn expect_success(status: ExitStatus, service: &Service) -> Result<(), Failure> {
-    expect(
-        status.success(),
-        &format!(
-            "{} ended with {status}:\n{}",
-            service.name(),
-            service.log_end()
-        ),
-    )
+    let (name, log) = (service.name(), service.log_end());
+    let ended = format!("{name} ended with {status}:\n{log}");
+    expect(status.success(), &ended)
 }
 
-/// The signals that stop the demo: Ctrl-C, Ctrl-\\, a closed terminal, SIGTERM.
-struct Stop {
-    interrupt: tokio::signal::unix::Signal,
-    terminate: tokio::signal::unix::Signal,
-    hangup: tokio::signal::unix::Signal,
-    quit: tokio::signal::unix::Signal,
-}
+/// The signals that stop the demo: Ctrl-C, SIGTERM, a closed terminal, Ctrl-\\.
+struct Stop([tokio::signal::unix::Signal; 4]);
 
 impl Stop {
     fn new() -> Result<Self, Failure> {
         let handler = |kind| {
             signal(kind).map_err(|error| Failure::failed(format!("a signal handler: {error}")))
         };
-        Ok(Self {
-            interrupt: handler(SignalKind::interrupt())?,
-            terminate: handler(SignalKind::terminate())?,
-            hangup: handler(SignalKind::hangup())?,
-            quit: handler(SignalKind::quit())?,
-        })
+        Ok(Self([
+            handler(SignalKind::interrupt())?,
+            handler(SignalKind::terminate())?,
+            handler(SignalKind::hangup())?,
+            handler(SignalKind::quit())?,
+        ]))
     }
 
     async fn requested(&mut self) {
+        let [interrupt, terminate, hangup, quit] = &mut self.0;
         tokio::select! {
-            _ = self.interrupt.recv() => {}
-            _ = self.terminate.recv() => {}
-            _ = self.hangup.recv() => {}
-            _ = self.quit.recv() => {}
+            _ = interrupt.recv() => {}
+            _ = terminate.recv() => {}
+            _ = hangup.recv() => {}
+            _ = quit.recv() => {}
         }
     }
 }
 
-fn interrupted() -> Failure {
-    Failure::new(Exit::Interrupted, "interrupted")
-}
-
 fn expect(holds: bool, otherwise: &str) -> Result<(), Failure> {
-    if holds {
-        Ok(())
-    } else {
-        Err(Failure::failed(otherwise))
+    match holds {
+        true => Ok(()),
+        false => Err(Failure::failed(otherwise)),
     }
 }
 
-fn absolute(path: &Path) -> PathBuf {
-    std::path::absolute(path).unwrap_or_else(|_| path.to_owned())
+/// The absolute path of a file that must be there.
+fn there(path: PathBuf) -> Result<PathBuf, Failure> {
+    if !path.is_file() {
+        let missing = Failure::failed(format!("{} is not there", path.display()));
+        return Err(missing
+            .hint("`make fetch` brings the model and ONNX Runtime; --cache names their folder."));
+    }
+    Ok(std::path::absolute(&path).unwrap_or(path))
 }

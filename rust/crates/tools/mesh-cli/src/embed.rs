@@ -1,51 +1,31 @@
 //! `hydramesh embed`: texts to vectors.
 
-use std::io::{self, BufRead, IsTerminal};
-use std::time::Duration;
-
 use mesh_api::{CreateEmbeddingRequest, CreateEmbeddingResponse, TextInput, Vector, paths};
-use mesh_client::http::HttpClient;
 use serde::Serialize;
 
 use crate::args::{EmbedArgs, HeadArgs};
-use crate::ask::http_client;
+use crate::ask::{http_client, within};
 use crate::failure::{Exit, Failure};
+use crate::input::standard_input;
 use crate::output::print_now;
 
 pub(crate) async fn run(head: &HeadArgs, args: EmbedArgs) -> Result<(), Failure> {
     let texts = texts(&args.text)?;
     let client = http_client(head)?;
     for texts in texts.chunks(MOST_TEXTS) {
-        let answer = tokio::select! {
-            answer = ask(&client, &args, texts) => answer?,
-            limit = passed(args.timeout) => {
-                let text = format!("no vectors from {} within {limit:?}", client.base());
-                return Err(Failure::new(Exit::Timeout, text).hint("--timeout gives it longer."));
-            }
-            _ = tokio::signal::ctrl_c() => return Err(Failure::new(Exit::Interrupted, "interrupted")),
+        let request = request(&args, texts);
+        let asking = within(args.timeout, client.post(paths::EMBEDDINGS, &request));
+        let asked = tokio::select! {
+            asked = asking => asked,
+            _ = tokio::signal::ctrl_c() => return Err(Failure::interrupted()),
         };
+        let answer = asked.map_err(|limit| {
+            let text = format!("no vectors from {} within {limit:?}", client.base());
+            Failure::new(Exit::Timeout, text).hint("--timeout gives it longer.")
+        })??;
         print_now(&lines(&answer, texts, args.json)?);
     }
     Ok(())
-}
-
-/// Resolves when the limit has passed, if there is one.
-async fn passed(limit: Option<Duration>) -> Duration {
-    let Some(limit) = limit else {
-        return std::future::pending().await;
-    };
-    tokio::time::sleep(limit).await;
-    limit
-}
-
-async fn ask(
-    client: &HttpClient,
-    args: &EmbedArgs,
-    texts: &[String],
-) -> Result<CreateEmbeddingResponse<'static>, Failure> {
-    Ok(client
-        .post(paths::EMBEDDINGS, &request(args, texts))
-        .await?)
 }
 
 fn request(args: &EmbedArgs, texts: &[String]) -> CreateEmbeddingRequest {
@@ -73,12 +53,9 @@ fn lines(
     as_json: bool,
 ) -> Result<String, Failure> {
     let vectors = &answer.data;
-    if vectors.len() != texts.len() {
-        let text = format!(
-            "the head sent {} vectors for {} texts",
-            vectors.len(),
-            texts.len()
-        );
+    let (sent, wanted) = (vectors.len(), texts.len());
+    if sent != wanted {
+        let text = format!("the head sent {sent} vectors for {wanted} texts");
         return Err(Failure::failed(text));
     }
     let mut out = String::new();
@@ -107,15 +84,14 @@ fn to_json(value: &impl Serialize) -> Result<String, Failure> {
 
 /// The texts of the command line, or the lines of standard input if there are no words or only `-`.
 fn texts(words: &[String]) -> Result<Vec<String>, Failure> {
-    let texts: Vec<String> = if !words.is_empty() && words != ["-"] {
-        words.to_vec()
-    } else if words.is_empty() && io::stdin().is_terminal() {
-        return Err(Failure::usage("nothing to embed")
-            .hint("hydramesh embed \"a text\" \"another\", or pipe one text per line in."));
-    } else {
-        let lines: io::Result<Vec<String>> = io::stdin().lock().lines().collect();
-        let lines = lines.map_err(|error| Failure::usage(format!("standard input: {error}")))?;
-        lines.into_iter().filter(|line| !line.is_empty()).collect()
+    let nothing = Failure::usage("nothing to embed")
+        .hint("hydramesh embed \"a text\" \"another\", or pipe one text per line in.");
+    let texts: Vec<String> = match standard_input(words, nothing)? {
+        Some(text) => {
+            let lines = text.lines().filter(|line| !line.is_empty());
+            lines.map(str::to_owned).collect()
+        }
+        None => words.to_vec(),
     };
     if texts.is_empty() || texts.iter().any(String::is_empty) {
         return Err(Failure::usage("a text to embed is empty"));
@@ -123,7 +99,6 @@ fn texts(words: &[String]) -> Result<Vec<String>, Failure> {
     Ok(texts)
 }
 
-/// Texts of one request.
 const MOST_TEXTS: usize = 1024;
 
 #[cfg(test)]

@@ -8,35 +8,28 @@ use mesh_client::http::HttpError;
 
 /// Exit codes of the command. 0 is success; 2 is also the argument parser's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
 pub enum Exit {
     /// A failure without an exit code of its own.
-    Failed,
+    Failed = 1,
     /// The arguments make no sense.
-    Usage,
+    Usage = 2,
     /// The mesh cannot be reached.
-    Unreachable,
+    Unreachable = 3,
     /// No worker is present, all are busy, or none has the model.
-    NoWorker,
+    NoWorker = 4,
     /// No answer in time.
-    Timeout,
+    Timeout = 5,
     /// A key is missing or insufficient.
-    Refused,
+    Refused = 6,
     /// Interrupted by Ctrl-C.
-    Interrupted,
+    Interrupted = 130,
 }
 
 impl Exit {
     /// The process's exit code.
     pub fn code(self) -> u8 {
-        match self {
-            Exit::Failed => 1,
-            Exit::Usage => 2,
-            Exit::Unreachable => 3,
-            Exit::NoWorker => 4,
-            Exit::Timeout => 5,
-            Exit::Refused => 6,
-            Exit::Interrupted => 130,
-        }
+        self as u8
     }
 }
 
@@ -69,6 +62,11 @@ impl Failure {
     /// A failure with [`Exit::Usage`].
     pub fn usage(message: impl Into<String>) -> Self {
         Self::new(Exit::Usage, message)
+    }
+
+    /// The failure of a command that Ctrl-C ended.
+    pub fn interrupted() -> Self {
+        Self::new(Exit::Interrupted, "interrupted")
     }
 
     /// Adds advice on a remedy.
@@ -108,12 +106,10 @@ impl From<DcfError> for Failure {
                     .hint("`hydramesh status` shows the models that are served."),
                 ErrorCode::TIMEOUT => Self::new(Exit::Timeout, message),
                 ErrorCode::UNAUTHORIZED => Self::new(Exit::Refused, message),
-                ErrorCode::INVALID_PAYLOAD | ErrorCode::CONTEXT_TOO_LONG => {
-                    Self::new(Exit::Usage, message)
-                }
+                ErrorCode::INVALID_PAYLOAD | ErrorCode::CONTEXT_TOO_LONG => Self::usage(message),
                 _ => Self::failed(message),
             },
-            DcfError::TaskTooLong { .. } => Self::new(Exit::Usage, message),
+            DcfError::TaskTooLong { .. } => Self::usage(message),
             _ => Self::failed(message),
         }
     }
@@ -130,7 +126,7 @@ impl From<HttpError> for Failure {
                     .hint("Give the key with --api-key-file or HYDRAMESH_API_KEY_FILE."),
                 404 | 429 | 503 => Self::new(Exit::NoWorker, message)
                     .hint("`hydramesh status` shows the workers and their models."),
-                400 | 413 | 422 => Self::new(Exit::Usage, message),
+                400 | 413 | 422 => Self::usage(message),
                 408 | 504 => Self::new(Exit::Timeout, message),
                 _ => Self::failed(message),
             },
@@ -149,11 +145,8 @@ impl From<anyhow::Error> for Failure {
 pub fn end_quietly_on_broken_pipe() {
     let default = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |panic| {
-        let broken_pipe = panic
-            .payload()
-            .downcast_ref::<String>()
-            .is_some_and(|text| text.contains("Broken pipe"));
-        if broken_pipe {
+        let text = panic.payload().downcast_ref::<String>();
+        if text.is_some_and(|text| text.contains("Broken pipe")) {
             std::process::exit(0);
         }
         default(panic);

@@ -1,31 +1,42 @@
 //! Input from files and from standard input.
 
-use std::io::{self, IsTerminal, Read};
+use std::io::{self, IsTerminal};
 use std::path::Path;
 
 use mesh_base::files::{Readers, exposure};
 
 use crate::failure::Failure;
 
-/// The prompt: the words of the command line, or standard input if there are no words or only `-`.
-pub(crate) fn prompt(words: &[String]) -> Result<String, Failure> {
-    let from_input = words.is_empty() || words == ["-"];
-    let text = if !from_input {
-        words.join(" ")
-    } else if words.is_empty() && io::stdin().is_terminal() {
-        return Err(Failure::usage("nothing was asked")
-            .hint("hydramesh ask \"Why is the sky blue?\", or pipe the question in."));
-    } else {
-        let mut text = String::new();
-        io::stdin()
-            .read_to_string(&mut text)
-            .map_err(|error| Failure::usage(format!("standard input: {error}")))?;
-        text.trim_end().to_owned()
-    };
-    if text.trim().is_empty() {
-        return Err(Failure::usage("the question is empty"));
+/// Standard input if there are no words or only `-`; `None` if the words are meant. `nothing` is the failure
+/// for no words at a terminal.
+pub(crate) fn standard_input(
+    words: &[String],
+    nothing: Failure,
+) -> Result<Option<String>, Failure> {
+    if !words.is_empty() && words != ["-"] {
+        return Ok(None);
     }
-    Ok(text)
+    if words.is_empty() && io::stdin().is_terminal() {
+        return Err(nothing);
+    }
+    match io::read_to_string(io::stdin()) {
+        Ok(text) => Ok(Some(text)),
+        Err(error) => Err(Failure::usage(format!("standard input: {error}"))),
+    }
+}
+
+/// The prompt: the words of the command line, or standard input.
+pub(crate) fn prompt(words: &[String]) -> Result<String, Failure> {
+    let nothing = Failure::usage("nothing was asked")
+        .hint("hydramesh ask \"Why is the sky blue?\", or pipe the question in.");
+    let text = match standard_input(words, nothing)? {
+        Some(text) => text.trim_end().to_owned(),
+        None => words.join(" "),
+    };
+    match text.trim().is_empty() {
+        true => Err(Failure::usage("the question is empty")),
+        false => Ok(text),
+    }
 }
 
 /// The one line of a key file.
@@ -37,9 +48,9 @@ pub(crate) fn key_file(path: &Path) -> Result<String, Failure> {
     }
     let key = text.trim();
     if key.is_empty() || key.contains(char::is_whitespace) {
+        let path = path.display();
         return Err(Failure::usage(format!(
-            "key file {} does not hold one key",
-            path.display()
+            "key file {path} does not hold one key"
         )));
     }
     Ok(key.to_owned())

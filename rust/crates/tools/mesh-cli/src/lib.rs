@@ -1,13 +1,13 @@
 //! The hydramesh command line.
 //!
-//! [`args`] is the command line, each command has a module, [`failure`] defines the exit codes.
+//! [`Args`] is the command line, each command has a module, [`failure`] defines the exit codes.
 
 #![forbid(unsafe_code)]
 
-pub mod args;
 pub mod failure;
 
 mod admin;
+mod args;
 mod ask;
 mod bench;
 mod chat;
@@ -26,7 +26,8 @@ mod token;
 
 use clap::CommandFactory;
 
-use args::{Args, Command};
+pub use args::Args;
+use args::Command;
 use failure::Failure;
 use output::Terminal;
 
@@ -37,30 +38,25 @@ use output::Terminal;
 pub fn run(args: Args) -> Result<(), Failure> {
     let terminal = Terminal::new(args.color);
     let head = &args.head;
-    if let Command::Completions(args) = args.command {
-        let mut command = Args::command();
-        clap_complete::generate(
-            args.shell,
-            &mut command,
-            "hydramesh",
-            &mut std::io::stdout(),
-        );
-        return Ok(());
-    }
     // Nothing of a mesh is needed; and at boot there is neither a network nor time to lose.
-    match args.command {
+    let command = match args.command {
+        Command::Completions { shell } => {
+            let mut out = std::io::stdout();
+            clap_complete::generate(shell, &mut Args::command(), "hydramesh", &mut out);
+            return Ok(());
+        }
         Command::Profile(args) => return profile::run(args, terminal),
         Command::Probe(args) => return probe::run(args, terminal),
         Command::BootConfig(args) => return probe::boot_config(args),
-        _ => {}
-    }
+        command => command,
+    };
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
         .build()
         .map_err(|error| Failure::failed(format!("starting the async runtime: {error}")))?;
     let result = runtime.block_on(async {
-        match args.command {
+        match command {
             Command::Demo(args) => demo::run(args, terminal).await,
             Command::Ask(args) => ask::run(head, args, terminal).await,
             Command::Embed(args) => embed::run(head, args).await,
@@ -70,16 +66,11 @@ pub fn run(args: Args) -> Result<(), Failure> {
             Command::Drain(args) => rings::drain(head, args).await,
             Command::Undrain(args) => rings::undrain(head, args).await,
             Command::Rebalance(args) => rings::rebalance(head, args).await,
-            Command::Models(args) => models::run(head, args.command).await,
-            Command::Nodes(args) => nodes::run(head, args.command).await,
-            Command::Token(args) => token::run(head, args.command).await,
+            Command::Models(command) => models::run(head, command).await,
+            Command::Nodes(command) => nodes::run(head, command).await,
+            Command::Token(command) => token::run(head, command).await,
             Command::Bench(args) => bench::run(head, args).await,
-            Command::Probe(_)
-            | Command::Profile(_)
-            | Command::BootConfig(_)
-            | Command::Completions(_) => {
-                unreachable!("done above")
-            }
+            _ => unreachable!("done above"),
         }
     });
     // A thread that waits for the keyboard would hold the program up.

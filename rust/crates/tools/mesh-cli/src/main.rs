@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::Parser;
-use mesh_cli::args::Args;
+use mesh_cli::Args;
 
 fn main() -> ExitCode {
     // `hydramesh … | head` ends quietly instead of with a panic in println!.

@@ -3,44 +3,36 @@
 use mesh_api::{ExpelRequest, Node, NodeChange, NodeList, NodeRequest, paths};
 use mesh_base::clock;
 
-use crate::admin::{Admin, read};
+use crate::admin::{Admin, print};
 use crate::args::{HeadArgs, NodesCommand};
 use crate::failure::Failure;
-use crate::output::{plain, table};
+use crate::output::{cell, plain, table};
 
 pub(crate) async fn run(head: &HeadArgs, command: NodesCommand) -> Result<(), Failure> {
     let admin = Admin::new(head)?;
-    let (answer, as_json, shown) = match command {
+    match command {
         NodesCommand::List { json } => {
             let answer = admin.get(paths::NODES).await?;
-            let list: NodeList = read(&answer)?;
-            (answer, json, show(&list.nodes))
+            print(&answer, json, |list: NodeList| show(&list.nodes))
         }
         NodesCommand::Expel { node, reason, json } => {
-            let answer = admin
-                .post(paths::EXPEL, &ExpelRequest { node, reason })
-                .await?;
-            let node: NodeChange = read(&answer)?;
-            let links = match node.was_connected {
-                Some(true) => " Its links are closed.",
-                _ => " It was not connected.",
-            };
-            let name = name(&node.name, &node.node_id);
-            (answer, json, format!("{name} is expelled.{links}\n"))
+            let request = ExpelRequest { node, reason };
+            let answer = admin.post(paths::EXPEL, &request).await?;
+            print(&answer, json, |node: NodeChange| {
+                let links = match node.was_connected {
+                    Some(true) => "Its links are closed.",
+                    _ => "It was not connected.",
+                };
+                format!("{} is expelled. {links}\n", name(&node.name, &node.node_id))
+            })
         }
         NodesCommand::Readmit { node, json } => {
             let answer = admin.post(paths::READMIT, &NodeRequest { node }).await?;
-            let node: NodeChange = read(&answer)?;
-            let name = name(&node.name, &node.node_id);
-            (answer, json, format!("{name} may connect again.\n"))
+            print(&answer, json, |node: NodeChange| {
+                format!("{} may connect again.\n", name(&node.name, &node.node_id))
+            })
         }
-    };
-    if as_json {
-        println!("{answer}");
-    } else {
-        print!("{shown}");
     }
-    Ok(())
 }
 
 fn show(nodes: &[Node]) -> String {
@@ -55,23 +47,17 @@ fn show(nodes: &[Node]) -> String {
             plain(&node.state),
             date(node.member_since),
             plain(node.address.as_deref().unwrap_or("-")),
-            match node.expelled_at {
-                Some(_) => format!(
-                    "{} {}",
-                    date(node.expelled_at),
-                    plain(node.reason.as_deref().unwrap_or_default())
-                )
-                .trim_end()
-                .to_owned(),
-                None => "-".to_owned(),
+            match &node.reason {
+                Some(reason) if node.expelled_at.is_some() => {
+                    format!("{} {}", date(node.expelled_at), plain(reason))
+                }
+                _ => date(node.expelled_at),
             },
         ]
     });
     let rows: Vec<Vec<String>> = rows.collect();
-    table(
-        &["NODE", "ID", "STATE", "SINCE", "ADDRESS", "EXPELLED"],
-        &rows,
-    )
+    let headings = ["NODE", "ID", "STATE", "SINCE", "ADDRESS", "EXPELLED"];
+    table(&headings, &rows)
 }
 
 /// The name, or the known part of the id.
@@ -80,7 +66,7 @@ fn name(name: &str, node_id: &str) -> String {
 }
 
 pub(crate) fn date(seconds: Option<u64>) -> String {
-    seconds.map_or_else(|| "-".to_owned(), clock::utc_of)
+    cell(seconds.map(clock::utc_of))
 }
 
 /// First digits of an id, enough for `nodes expel`.
@@ -91,6 +77,7 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+    use crate::admin::read;
 
     #[test]
     fn nodes_are_shown_with_what_they_are_and_control_nothing() {

@@ -1,7 +1,10 @@
 //! Colour where a person looks, plain text where a program does; tables; durations and rates.
 
+use std::fmt::Display;
 use std::io::{self, IsTerminal, Write};
-use std::time::Duration;
+use std::time::{Duration, Instant};
+
+use mesh_client::http::AnswerPiece;
 
 use crate::args::Color;
 
@@ -86,7 +89,6 @@ impl WaitLine {
         }
     }
 
-    /// Takes the line away.
     pub(crate) fn clear(&mut self) {
         if std::mem::take(&mut self.shown) {
             eprint!("\r\x1b[K");
@@ -108,26 +110,47 @@ pub(crate) fn plain(text: &str) -> String {
 /// Rows under headings, as wide as their widest cell.
 pub(crate) fn table(headings: &[&str], rows: &[Vec<String>]) -> String {
     let width = |column: usize| {
-        rows.iter()
-            .filter_map(|row| row.get(column))
-            .map(|cell| cell.chars().count())
-            .chain([headings[column].len()])
-            .max()
-            .unwrap_or(0)
+        let cells = rows.iter().filter_map(|row| row.get(column));
+        let widths = cells.map(|cell| cell.chars().count());
+        widths.max().unwrap_or(0).max(headings[column].len())
     };
     let widths: Vec<usize> = (0..headings.len()).map(width).collect();
     let line = |cells: &mut dyn Iterator<Item = &str>| {
-        let padded: Vec<String> = cells
+        let padded = cells
             .zip(&widths)
-            .map(|(cell, &width)| format!("{cell:<width$}"))
-            .collect();
-        padded.join("  ").trim_end().to_owned() + "\n"
+            .map(|(cell, &width)| format!("{cell:<width$}"));
+        let line = padded.collect::<Vec<_>>().join("  ");
+        line.trim_end().to_owned() + "\n"
     };
     let mut text = line(&mut headings.iter().copied());
     for row in rows {
         text += &line(&mut row.iter().map(String::as_str));
     }
     text
+}
+
+/// A cell; `-` where there is nothing to show.
+pub(crate) fn cell(text: Option<String>) -> String {
+    text.unwrap_or_else(|| "-".to_owned())
+}
+
+/// Lines of a key and its value, the keys as wide as `processor`.
+pub(crate) struct Facts {
+    terminal: Terminal,
+    pub(crate) text: String,
+}
+
+impl Facts {
+    pub(crate) fn new(terminal: Terminal) -> Self {
+        let text = String::new();
+        Self { terminal, text }
+    }
+
+    pub(crate) fn line(&mut self, key: &str, value: impl Display) {
+        let blanks = 11_usize.saturating_sub(key.len());
+        let key = self.terminal.dim(key);
+        self.text += &format!("{key}{:blanks$}{value}\n", "");
+    }
 }
 
 /// `340 ms`, `1.25 s`.
@@ -177,6 +200,44 @@ impl Stats {
             }
             (Some(tokens), None) => format!("{first}, {tokens} tokens"),
             _ => format!("{first}, {} in all", duration(self.total)),
+        }
+    }
+}
+
+/// Measures an answer while it streams.
+pub(crate) struct Timer {
+    started: Instant,
+    first_text: Option<Duration>,
+    tokens: Option<u64>,
+}
+
+impl Timer {
+    pub(crate) fn since(started: Instant) -> Self {
+        Self {
+            started,
+            first_text: None,
+            tokens: None,
+        }
+    }
+
+    /// Notes a piece that has just come.
+    pub(crate) fn note(&mut self, piece: &AnswerPiece) {
+        if !piece.text.is_empty() {
+            self.first_text
+                .get_or_insert_with(|| self.started.elapsed());
+        }
+        if let Some(usage) = &piece.usage {
+            self.tokens = Some(usage.completion_tokens.into());
+        }
+    }
+
+    /// The answer's numbers, if it ends now.
+    pub(crate) fn stats(&self) -> Stats {
+        let total = self.started.elapsed();
+        Stats {
+            first_text: self.first_text.unwrap_or(total),
+            total,
+            tokens: self.tokens,
         }
     }
 }

@@ -47,34 +47,25 @@ pub(crate) struct Gift {
 /// Reasons why a token was not handed over.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum PairError {
-    /// The other side did not prove that it has the code.
     #[error("the code is wrong, or somebody else answers in the head's place")]
     WrongCode,
-    /// Too many wrong codes.
     #[error("{MOST_MISSES} wrong codes were tried, so the offer is over; make another")]
     TooManyMisses,
-    /// No machine took the offer in time.
     #[error("nobody took the offer in time; make another")]
     Expired,
-    /// No offer, or none that answers.
     #[error(
         "no offer is found on this network: is `hydramesh token offer` (key p on a live image) waiting on the head, with TCP port 7782 \
              and UDP port 5353 open there?"
     )]
     NotFound,
-    /// The code is not one.
     #[error("a code has {CODE_LENGTH} letters and digits, such as K7QXM-4TR9H")]
     NoCode,
-    /// The message is not a valid gift.
     #[error("the offer makes no sense: {0}")]
     Malformed(String),
-    /// A network error.
     #[error("{0}")]
     Io(#[from] io::Error),
-    /// A TLS error.
     #[error("TLS: {0}")]
     Tls(#[from] rustls::Error),
-    /// An error of multicast DNS.
     #[error("multicast DNS: {0}")]
     Mdns(#[from] mdns_sd::Error),
 }
@@ -91,43 +82,28 @@ impl Code {
 
     /// Reads a typed code: case, dashes and spaces do not matter.
     pub(crate) fn parse(text: &str) -> Result<Self, PairError> {
-        let typed: Vec<u8> = text
-            .bytes()
-            .filter(|byte| !byte.is_ascii_whitespace() && *byte != b'-')
-            .map(|byte| byte.to_ascii_uppercase())
-            .take(CODE_LENGTH + 1)
-            .collect();
+        let typed = text.bytes().map(|byte| byte.to_ascii_uppercase());
+        let typed = typed.filter(|byte| !byte.is_ascii_whitespace() && *byte != b'-');
+        let typed: Vec<u8> = typed.take(CODE_LENGTH + 1).collect();
         let code: [u8; CODE_LENGTH] = typed.try_into().map_err(|_| PairError::NoCode)?;
-        match code.iter().all(|byte| ALPHABET.contains(byte)) {
-            true => Ok(Self(code)),
-            false => Err(PairError::NoCode),
-        }
+        let is_one = code.iter().all(|byte| ALPHABET.contains(byte));
+        is_one.then_some(Self(code)).ok_or(PairError::NoCode)
     }
 
-    /// The key for one TLS session.
     fn key<S: SideData>(&self, session: &ConnectionCommon<S>) -> Result<hmac::Key, PairError> {
         let exporter = session.export_keying_material([0; 32], EXPORTER, None)?;
         let mut key = [0; 32];
-        pbkdf2::derive(
-            pbkdf2::PBKDF2_HMAC_SHA256,
-            ROUNDS,
-            &exporter,
-            &self.0,
-            &mut key,
-        );
+        let algorithm = pbkdf2::PBKDF2_HMAC_SHA256;
+        pbkdf2::derive(algorithm, ROUNDS, &exporter, &self.0, &mut key);
         Ok(hmac::Key::new(hmac::HMAC_SHA256, &key))
     }
 }
 
 impl std::fmt::Display for Code {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        for (index, byte) in self.0.iter().enumerate() {
-            if index == CODE_LENGTH / 2 {
-                f.write_str("-")?;
-            }
-            write!(f, "{}", char::from(*byte))?;
-        }
-        Ok(())
+        let text = String::from_utf8_lossy(&self.0);
+        let (first, second) = text.split_at(CODE_LENGTH / 2);
+        write!(f, "{first}-{second}")
     }
 }
 
@@ -171,44 +147,41 @@ pub(crate) fn offer(
         turn: Mutex::new(()),
     });
     listener.set_nonblocking(true)?;
-    while Instant::now() < offer.end {
-        match *offer.state() {
-            State::Open { .. } => {}
-            State::Taken(taker) => return Ok(taker),
-            State::TooManyMisses => return Err(PairError::TooManyMisses),
-            State::Expired => break,
-        }
+    while Instant::now() < offer.end && offer.state().is_open().is_ok() {
         // Every conversation holds the offer. Those that have sent their proof are few: three wrong ones are the end.
         let conversations = Arc::strong_count(&offer) - 1;
         // An error here concerns one connection, or passes: files may be short for a moment.
         let accepted = (conversations < MOST_CONVERSATIONS).then(|| listener.accept());
-        if let Some(Ok((stream, peer))) = accepted {
-            let peer = peer.ip().to_canonical();
-            // A connection that cannot be closed later, or that gets no thread, is closed.
-            if let Ok(handle) = stream.try_clone() {
-                let (place, silent) = lock(&offer.silent).enter(source(peer), handle);
-                if let Some(silent) = silent {
-                    let _ = silent.shutdown(Shutdown::Both);
-                }
-                let conversation = Arc::clone(&offer);
-                let started = thread::Builder::new()
-                    .name("offer".to_owned())
-                    .spawn(move || {
-                        let _ = hand_over(stream, peer, place, &conversation);
-                        lock(&conversation.silent).leave(place);
-                    });
-                if started.is_err() {
-                    lock(&offer.silent).leave(place);
-                }
-            }
-        } else {
-            thread::sleep(POLL);
+        match accepted {
+            Some(Ok((stream, peer))) => converse(&offer, stream, peer.ip().to_canonical()),
+            _ => thread::sleep(POLL),
         }
     }
     match std::mem::replace(&mut *offer.state(), State::Expired) {
         State::Taken(taker) => Ok(taker),
         State::TooManyMisses => Err(PairError::TooManyMisses),
         State::Open { .. } | State::Expired => Err(PairError::Expired),
+    }
+}
+
+/// Starts a conversation. A connection that cannot be closed later, or that gets no thread, is closed.
+fn converse(offer: &Arc<Offer>, stream: TcpStream, peer: IpAddr) {
+    let Ok(handle) = stream.try_clone() else {
+        return;
+    };
+    let (place, silent) = lock(&offer.silent).enter(source(peer), handle);
+    if let Some(silent) = silent {
+        let _ = silent.shutdown(Shutdown::Both);
+    }
+    let conversation = Arc::clone(offer);
+    let started = thread::Builder::new()
+        .name("offer".to_owned())
+        .spawn(move || {
+            let _ = hand_over(stream, peer, place, &conversation);
+            lock(&conversation.silent).leave(place);
+        });
+    if started.is_err() {
+        lock(&offer.silent).leave(place);
     }
 }
 
@@ -361,10 +334,8 @@ pub(crate) fn find(patience: Duration) -> Result<Vec<Vec<SocketAddr>>, PairError
         match events.recv_timeout(left) {
             Ok(ServiceEvent::ServiceResolved(service)) => {
                 let addresses = service.addresses.iter();
-                found.add(
-                    &service.fullname,
-                    addresses.map(|ip| SocketAddr::new(ip.to_ip_addr(), service.port)),
-                );
+                let addresses = addresses.map(|ip| SocketAddr::new(ip.to_ip_addr(), service.port));
+                found.add(&service.fullname, addresses);
                 if !found.0.is_empty() {
                     end = end.min(Instant::now() + GATHER);
                 }
@@ -427,11 +398,10 @@ impl Limited {
     }
 
     fn left(&self) -> io::Result<Duration> {
-        let left = self.end.saturating_duration_since(Instant::now());
-        match left.is_zero() {
-            true => Err(io::ErrorKind::TimedOut.into()),
-            false => Ok(left.min(self.silence)),
-        }
+        let left = self.end.checked_duration_since(Instant::now());
+        let left = left.filter(|left| !left.is_zero());
+        let left = left.ok_or(io::ErrorKind::TimedOut)?;
+        Ok(left.min(self.silence))
     }
 }
 

@@ -10,7 +10,7 @@ use serde_json::json;
 
 use crate::args::{BootConfigArgs, ProbeArgs};
 use crate::failure::Failure;
-use crate::output::{Terminal, bytes};
+use crate::output::{Facts, Terminal, bytes};
 
 pub(crate) fn run(args: ProbeArgs, terminal: Terminal) -> Result<(), Failure> {
     let hardware = probe(&args.root);
@@ -46,37 +46,25 @@ pub(crate) fn boot_config(args: BootConfigArgs) -> Result<(), Failure> {
 
 fn show(hardware: &Hardware, choice: &Choice, terminal: Terminal) -> String {
     let cpu = &hardware.cpu;
-    let mut text = format!(
-        "{}  {}, {} threads{}\n",
-        terminal.dim("processor"),
-        cpu.model.as_deref().unwrap_or("of unknown name"),
-        cpu.threads,
-        match cpu.vectors.as_slice() {
-            [] => String::new(),
-            vectors => format!(", {}", vectors.join(", ")),
-        }
+    let mut text = Facts::new(terminal);
+    let name = cpu.model.as_deref().unwrap_or("of unknown name");
+    let vectors: String = cpu.vectors.iter().map(|name| format!(", {name}")).collect();
+    text.line(
+        "processor",
+        format!("{name}, {} threads{vectors}", cpu.threads),
     );
     if let Some(memory) = hardware.memory_bytes {
-        text += &format!("{}     {}\n", terminal.dim("memory"), bytes(memory));
+        text.line("memory", bytes(memory));
     }
     for gpu in &hardware.gpus {
-        text += &format!("{}   {gpu}\n", terminal.dim("graphics"));
+        text.line("graphics", gpu);
     }
-    text += &format!(
-        "{}    {}, since {}\n",
-        terminal.dim("backend"),
-        terminal.bold(&choice.backend.to_string()),
-        choice.reason
-    );
+    let backend = terminal.bold(&choice.backend.to_string());
+    text.line("backend", format!("{backend}, since {}", choice.reason));
     for left_out in &choice.left_out {
-        text += &format!(
-            "{}   {}: {}\n",
-            terminal.dim("not used"),
-            left_out.gpu,
-            left_out.why
-        );
+        text.line("not used", format!("{}: {}", left_out.gpu, left_out.why));
     }
-    text
+    text.text
 }
 
 #[cfg(test)]

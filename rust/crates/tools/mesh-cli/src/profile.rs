@@ -3,28 +3,23 @@
 use arcanum_profiler::{LayerSpeed, Profile};
 use mesh_engine_ort::WeightFormat;
 use mesh_machine::measure::FormatChoice;
-use mesh_machine::{MeasureError, ProfileOptions, Profiler, choose_format};
+use mesh_machine::{ProfileOptions, Profiler, choose_format};
 use mesh_model::Model;
 use serde_json::json;
 
 use crate::args::ProfileArgs;
 use crate::failure::Failure;
-use crate::output::{Terminal, bytes, table};
+use crate::output::{Facts, Terminal, bytes, table};
 
 pub(crate) fn run(args: ProfileArgs, terminal: Terminal) -> Result<(), Failure> {
-    let failed = |error: &dyn std::error::Error| Failure::failed(error.to_string());
     if let Some(dir) = &args.state_dir
         && !dir.is_dir()
     {
         let hint = "Create it, or leave --state-dir out to measure without keeping anything.";
         return Err(Failure::failed(format!("{} is not a folder", dir.display())).hint(hint));
     }
-    let model = args
-        .file
-        .as_ref()
-        .map(Model::open)
-        .transpose()
-        .map_err(|error| failed(&error))?;
+    let model = args.file.as_ref().map(Model::open).transpose();
+    let model = model.map_err(|error| Failure::failed(error.to_string()))?;
     let options = ProfileOptions {
         state_dir: args.state_dir,
         model: args.file,
@@ -36,24 +31,19 @@ pub(crate) fn run(args: ProfileArgs, terminal: Terminal) -> Result<(), Failure> 
     if let Some(why) = &profiler.profile.remeasured {
         eprintln!("measured again, since {why}");
     }
-    let measured = model
-        .map(|model| {
-            let speeds = FORMATS
-                .iter()
-                .map(|&format| profiler.layers(&model, format))
-                .collect::<Result<Vec<_>, _>>()?;
-            Ok((model.name(), speeds))
-        })
-        .transpose()
-        .map_err(|error: MeasureError| failed(&error))?;
+    let mut speeds = Vec::new();
+    if let Some(model) = &model {
+        for format in FORMATS {
+            let speed = profiler.layers(model, format);
+            speeds.push(speed.map_err(|error| Failure::failed(error.to_string()))?);
+        }
+    }
     let profile = &profiler.profile;
-    let choice = measured
-        .as_ref()
-        .and_then(|(_, speeds)| choose_format(speeds));
+    let choice = choose_format(&speeds);
     if args.json {
         let mut object = json!(profile);
         // The profile may keep other models' speeds, too.
-        object["speeds"] = json!(measured.as_ref().map_or(&[][..], |(_, speeds)| speeds));
+        object["speeds"] = json!(speeds);
         if let Some(choice) = &choice {
             object["format"] = choice.format.name().into();
             object["reason"] = choice.reason.as_str().into();
@@ -62,8 +52,8 @@ pub(crate) fn run(args: ProfileArgs, terminal: Terminal) -> Result<(), Failure> 
         return Ok(());
     }
     print!("{}", machine(profile, terminal));
-    if let (Some((name, speeds)), Some(choice)) = (&measured, &choice) {
-        print!("\n{}", layers(name, speeds, choice, terminal));
+    if let (Some(model), Some(choice)) = (&model, &choice) {
+        print!("\n{}", layers(&model.name(), &speeds, choice, terminal));
     }
     Ok(())
 }
@@ -74,42 +64,33 @@ fn machine(profile: &Profile, terminal: Terminal) -> String {
         value if value > 0.0 => format!("{}/s", bytes(value as u64)),
         _ => "unknown".to_owned(),
     };
-    let mut text = format!(
-        "{}  {}, {} threads, {} kernels\n",
-        terminal.dim("processor"),
-        key.cpu,
-        key.threads,
-        key.isa
+    let mut text = Facts::new(terminal);
+    text.line(
+        "processor",
+        format!("{}, {} threads, {} kernels", key.cpu, key.threads, key.isa),
     );
-    text += &format!(
-        "{}     {}, {} of it for models, read at {}\n",
-        terminal.dim("memory"),
-        bytes(profile.memory_total),
-        bytes(profile.memory_available),
-        rate(profile.memory_bandwidth)
+    text.line(
+        "memory",
+        format!(
+            "{}, {} of it for models, read at {}",
+            bytes(profile.memory_total),
+            bytes(profile.memory_available),
+            rate(profile.memory_bandwidth)
+        ),
     );
     if profile.disk_read > 0.0 {
-        text += &format!(
-            "{}       read at {}\n",
-            terminal.dim("disk"),
-            rate(profile.disk_read)
-        );
+        text.line("disk", format!("read at {}", rate(profile.disk_read)));
     }
     for gpu in profile.gpus.iter().filter_map(|gpu| gpu.reported.as_ref()) {
-        text += &format!(
-            "{}   {}, {}, {} free\n",
-            terminal.dim("graphics"),
-            gpu.name,
-            bytes(gpu.vram_total),
-            bytes(gpu.vram_free)
-        );
+        let (total, free) = (bytes(gpu.vram_total), bytes(gpu.vram_free));
+        text.line("graphics", format!("{}, {total}, {free} free", gpu.name));
     }
-    text += &format!(
-        "{}       {:.2} other processes ready to run per core\n",
-        terminal.dim("load"),
-        profile.load
+    let load = profile.load;
+    text.line(
+        "load",
+        format!("{load:.2} other processes ready to run per core"),
     );
-    text
+    text.text
 }
 
 fn layers(name: &str, speeds: &[LayerSpeed], choice: &FormatChoice, terminal: Terminal) -> String {
@@ -128,23 +109,24 @@ fn layers(name: &str, speeds: &[LayerSpeed], choice: &FormatChoice, terminal: Te
         })
         .collect();
     let count = speeds.first().map_or(0, |speed| speed.layers);
-    let headings = [
-        "WEIGHTS",
-        "A LAYER",
-        "DECODE ROW",
-        "PREFILL ROW",
-        "LOGITS",
-        "WHOLE MODEL",
-    ];
     format!(
         "{}, {count} layers; times are those of one layer\n{}{} {}, since {}\n",
         terminal.bold(name),
-        table(&headings, &rows),
+        table(&HEADINGS, &rows),
         terminal.dim("format"),
         terminal.bold(choice.format.name()),
         choice.reason
     )
 }
+
+const HEADINGS: [&str; 6] = [
+    "WEIGHTS",
+    "A LAYER",
+    "DECODE ROW",
+    "PREFILL ROW",
+    "LOGITS",
+    "WHOLE MODEL",
+];
 
 /// The formats that differ for a file of any kind: 4-bit files are most common, and their own format is `Int4` then.
 const FORMATS: [WeightFormat; 2] = [WeightFormat::File, WeightFormat::Int8];

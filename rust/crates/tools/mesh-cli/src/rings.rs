@@ -8,21 +8,15 @@ use mesh_api::{
 };
 use serde_json::json;
 
-use crate::admin::{Admin, read};
+use crate::admin::{Admin, print, read};
 use crate::args::{DrainArgs, HeadArgs, PlanArgs, RebalanceArgs, UndrainArgs};
 use crate::failure::{Exit, Failure};
-use crate::output::{Terminal, plain, table};
+use crate::output::{Terminal, cell, plain, table};
 
 pub(crate) async fn plan(head: &HeadArgs, args: PlanArgs) -> Result<(), Failure> {
     let admin = Admin::new(head)?;
     let path = format!("{}?model={}", paths::PLAN, escape(&args.model));
-    let answer = admin.get(&path).await?;
-    if args.json {
-        println!("{answer}");
-    } else {
-        print!("{}", show_plan(&read(&answer)?));
-    }
-    Ok(())
+    print(&admin.get(&path).await?, args.json, show_plan)
 }
 
 pub(crate) async fn drain(head: &HeadArgs, args: DrainArgs) -> Result<(), Failure> {
@@ -42,11 +36,9 @@ pub(crate) async fn drain(head: &HeadArgs, args: DrainArgs) -> Result<(), Failur
                 told = waits;
             }
             if Instant::now() >= until {
-                return Err(Failure::new(
-                    Exit::Timeout,
-                    format!("{} is not empty yet", args.node),
-                )
-                .hint("It stays drained; --timeout gives it longer, `hydramesh status` shows what it holds."));
+                let text = format!("{} is not empty yet", args.node);
+                return Err(Failure::new(Exit::Timeout, text)
+                    .hint("It stays drained; --timeout gives it longer, `hydramesh status` shows what it holds."));
             }
             tokio::select! {
                 () = tokio::time::sleep(LOOK) => {}
@@ -64,12 +56,7 @@ pub(crate) async fn drain(head: &HeadArgs, args: DrainArgs) -> Result<(), Failur
             answer = json!(drain);
         }
     }
-    if args.json {
-        println!("{answer}");
-    } else {
-        print!("{}", show_drain(&drain));
-    }
-    Ok(())
+    print(&answer, args.json, |drain| show_drain(&drain))
 }
 
 pub(crate) async fn undrain(head: &HeadArgs, args: UndrainArgs) -> Result<(), Failure> {
@@ -78,19 +65,18 @@ pub(crate) async fn undrain(head: &HeadArgs, args: UndrainArgs) -> Result<(), Fa
         worker: args.node.clone(),
     };
     let answer = admin.post(paths::UNDRAIN, &body).await?;
-    if args.json {
-        println!("{answer}");
-        return Ok(());
-    }
-    let worker: DrainProgress = read(&answer)?;
-    match &worker.worker {
-        Some(name) if worker.draining => {
-            println!("{} drains by itself: it is about to stop.", plain(name));
+    print(&answer, args.json, |worker: DrainProgress| {
+        match worker.worker {
+            Some(name) if worker.draining => {
+                format!("{} drains by itself: it is about to stop.\n", plain(&name))
+            }
+            Some(name) => format!("{} is in service.\n", plain(&name)),
+            None => format!(
+                "{} is not connected. It is used when it comes.\n",
+                args.node
+            ),
         }
-        Some(name) => println!("{} is in service.", plain(name)),
-        None => println!("{} is not connected. It is used when it comes.", args.node),
-    }
-    Ok(())
+    })
 }
 
 pub(crate) async fn rebalance(head: &HeadArgs, args: RebalanceArgs) -> Result<(), Failure> {
@@ -100,12 +86,7 @@ pub(crate) async fn rebalance(head: &HeadArgs, args: RebalanceArgs) -> Result<()
         dry_run: args.dry_run,
     };
     let answer = admin.post(paths::REBALANCE, &body).await?;
-    if args.json {
-        println!("{answer}");
-    } else {
-        print!("{}", show_comparisons(&read(&answer)?));
-    }
-    Ok(())
+    print(&answer, args.json, show_comparisons)
 }
 
 /// Rings, and models without one, under the workers of `hydramesh status`.
@@ -125,18 +106,10 @@ pub(crate) fn show(mesh: &Mesh, terminal: Terminal) -> String {
             shown += &format!("  {}\n", plain(&ring.reason));
         }
         let rows: Vec<Vec<String>> = ring.stages.iter().enumerate().map(stage).collect();
-        shown += &table(
-            &[
-                "STAGE", "LAYERS", "WORKER", "STATE", "STEP", "STANDBY", "STATE", "BEHIND",
-            ],
-            &rows,
-        );
+        shown += &table(&STAGE_HEADINGS, &rows);
         for left in &ring.left_out {
-            shown += &format!(
-                "left out: {}, {}\n",
-                plain(&left.worker),
-                plain(&left.reason)
-            );
+            let (worker, reason) = (plain(&left.worker), plain(&left.reason));
+            shown += &format!("left out: {worker}, {reason}\n");
         }
     }
     for unformed in &mesh.unformed {
@@ -159,6 +132,10 @@ pub(crate) fn show(mesh: &Mesh, terminal: Terminal) -> String {
     shown
 }
 
+const STAGE_HEADINGS: [&str; 8] = [
+    "STAGE", "LAYERS", "WORKER", "STATE", "STEP", "STANDBY", "STATE", "BEHIND",
+];
+
 fn stage((index, stage): (usize, &RingStage)) -> Vec<String> {
     let (member, standby) = (&stage.member, stage.standby.as_ref());
     let [first, end] = stage.layers;
@@ -167,17 +144,14 @@ fn stage((index, stage): (usize, &RingStage)) -> Vec<String> {
         format!("{first}-{}", end.saturating_sub(1)),
         plain(&member.worker),
         plain(&member.phase),
-        match member.step_ms > 0.0 {
-            true => format!("{:.2} ms", member.step_ms),
-            false => "-".to_owned(),
-        },
+        cell((member.step_ms > 0.0).then(|| format!("{:.2} ms", member.step_ms))),
         name(standby.map(|standby| &*standby.worker)),
         name(standby.map(|standby| &*standby.phase)),
-        standby.map_or_else(|| "-".to_owned(), |_| format!("{} rows", stage.lag_rows)),
+        cell(standby.map(|_| format!("{} rows", stage.lag_rows))),
     ]
 }
 
-fn show_plan(answer: &PlanResponse) -> String {
+fn show_plan(answer: PlanResponse) -> String {
     format!(
         "{} with a context of {} tokens:\n\n{}",
         plain(&answer.model),
@@ -206,39 +180,31 @@ fn show_drain(drain: &DrainProgress) -> String {
     shown
 }
 
-fn show_comparisons(answer: &RebalanceResponse) -> String {
+fn show_comparisons(answer: RebalanceResponse) -> String {
     if answer.rings.is_empty() {
         return "No ring serves at the moment.\n".to_owned();
     }
-    let mut shown = String::new();
-    for RingComparison {
-        model,
-        old,
-        new,
-        gain,
-        verdict,
-    } in &answer.rings
-    {
-        shown += &format!(
+    let done = match answer.dry_run {
+        true => "would be done",
+        false => "done",
+    };
+    let ring = |ring: &RingComparison| {
+        let (old, new) = (&ring.old, &ring.new);
+        format!(
             "{}\nnow: {}\n     {:.2} ms a token, up to {:.1} tokens a second\nfresh plan: {:.2} ms a token, up to {:.1} tokens a \
-             second, a gain of {:.0} %\n\n{}\n{}: {}\n",
-            plain(model),
+             second, a gain of {:.0} %\n\n{}\n{done}: {}\n",
+            plain(&ring.model),
             plain(&old.layout),
             old.token_ms,
             old.tokens_per_second,
             new.token_ms,
             new.tokens_per_second,
-            gain * 100.0,
+            ring.gain * 100.0,
             new.text,
-            if answer.dry_run {
-                "would be done"
-            } else {
-                "done"
-            },
-            plain(verdict)
-        );
-    }
-    shown
+            plain(&ring.verdict)
+        )
+    };
+    answer.rings.iter().map(ring).collect()
 }
 
 /// True if a drained worker holds and runs nothing.
@@ -264,7 +230,7 @@ fn of_worker(mesh: &Mesh, drain: &DrainProgress) -> Option<DrainProgress> {
 
 /// Names and reasons come from other machines: nothing of them may steer a terminal.
 fn name(name: Option<&str>) -> String {
-    name.map_or_else(|| "-".to_owned(), plain)
+    cell(name.map(plain))
 }
 
 /// Escapes a query value: everything but letters, digits and a few marks as `%XX`.
@@ -354,7 +320,7 @@ Last recovery, 3 s ago: big, a gap of 412 ms, 9 rows again, 1 requests ran
             "old": {"layout": "0..15 barn, 15..30 pi", "token_ms": 20.0, "tokens_per_second": 80.0},
             "new": {"token_ms": 11.6, "tokens_per_second": 120.0, "text": "STAGE  LAYERS\n"},
         }]});
-        let shown = show_comparisons(&read(&answer).unwrap());
+        let shown = show_comparisons(read(&answer).unwrap());
         for part in [
             "0..15 barn, 15..30 pi",
             "20.00 ms",
@@ -366,7 +332,7 @@ Last recovery, 3 s ago: big, a gap of 412 ms, 9 rows again, 1 requests ran
             assert!(shown.contains(part), "{part} is not in\n{shown}");
         }
         assert_eq!(
-            show_comparisons(&RebalanceResponse::default()),
+            show_comparisons(RebalanceResponse::default()),
             "No ring serves at the moment.\n"
         );
     }

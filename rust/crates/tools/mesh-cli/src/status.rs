@@ -2,11 +2,11 @@
 
 use mesh_api::{Mesh, ModelHolder, ModelSeeker, ServedModel, SharedModel, Worker, paths};
 
-use crate::admin::read;
+use crate::admin::print;
 use crate::args::{HeadArgs, StatusArgs};
 use crate::ask::http_client;
 use crate::failure::Failure;
-use crate::output::{Terminal, bytes, table};
+use crate::output::{Terminal, bytes, cell, table};
 use crate::rings;
 
 pub(crate) async fn run(
@@ -17,15 +17,11 @@ pub(crate) async fn run(
     let client = http_client(head)?;
     loop {
         let answer = client.get(paths::MESH).await?;
-        if args.json {
-            println!("{answer}");
-        } else {
-            if args.watch.is_some() {
-                // Home and clear, so that the table stands still.
-                print!("\x1b[H\x1b[2J");
-            }
-            print!("{}", show(&read(&answer)?, terminal));
+        if args.watch.is_some() && !args.json {
+            // Home and clear, so that the table stands still.
+            print!("\x1b[H\x1b[2J");
         }
+        print(&answer, args.json, |mesh| show(&mesh, terminal))?;
         let Some(interval) = args.watch else {
             return Ok(());
         };
@@ -59,18 +55,17 @@ fn show(mesh: &Mesh, terminal: Terminal) -> String {
     }
     let rows: Vec<Vec<String>> = mesh.workers.iter().flat_map(rows).collect();
     text += "\n";
-    text += &table(
-        &[
-            "WORKER", "STATE", "MODEL", "RUNNING", "DECODE", "PREFILL", "MEMORY", "LINK",
-        ],
-        &rows,
-    );
+    text += &table(&WORKER_HEADINGS, &rows);
     text += &unused(mesh);
     text += &absent(mesh);
     text += &rings::show(mesh, terminal);
     text += &models(&mesh.models);
     text
 }
+
+const WORKER_HEADINGS: [&str; 8] = [
+    "WORKER", "STATE", "MODEL", "RUNNING", "DECODE", "PREFILL", "MEMORY", "LINK",
+];
 
 /// Workers that are connected and get no requests, and why. Warnings name those in quarantine.
 fn unused(mesh: &Mesh) -> String {
@@ -101,17 +96,14 @@ fn models(models: &[SharedModel]) -> String {
     if models.is_empty() {
         return String::new();
     }
-    let list = |texts: Vec<String>| match texts.is_empty() {
-        true => "-".to_owned(),
-        false => texts.join(", "),
-    };
+    let list = |texts: Vec<String>| cell((!texts.is_empty()).then(|| texts.join(", ")));
     let rows = models.iter().map(|model| {
         vec![
             model.name.clone(),
             size(model.bytes),
             list(model.holders.iter().map(holder).collect()),
             list(model.seekers.iter().map(seeker).collect()),
-            model.origin.clone().unwrap_or_else(|| "-".to_owned()),
+            cell(model.origin.clone()),
         ]
     });
     let rows: Vec<Vec<String>> = rows.collect();
@@ -121,10 +113,7 @@ fn models(models: &[SharedModel]) -> String {
 
 /// Bytes in words, if they are known.
 fn size(size: u64) -> String {
-    match size {
-        0 => "-".to_owned(),
-        size => bytes(size),
-    }
+    cell((size > 0).then(|| bytes(size)))
 }
 
 fn holder(holder: &ModelHolder) -> String {
@@ -157,13 +146,8 @@ fn seeker(seeker: &ModelSeeker) -> String {
 
 /// One row per model; a worker without models has one, too.
 fn rows(worker: &Worker) -> Vec<Vec<String>> {
-    let rate = |rate: f64| match rate > 0.0 {
-        true => format!("{rate:.0} tok/s"),
-        false => "-".to_owned(),
-    };
-    let mut link = worker
-        .round_trip_ms
-        .map_or("-".to_owned(), |rtt| format!("{rtt:.1} ms"));
+    let rate = |rate: f64| cell((rate > 0.0).then(|| format!("{rate:.0} tok/s")));
+    let mut link = cell(worker.round_trip_ms.map(|rtt| format!("{rtt:.1} ms")));
     let to_head = worker.paths.iter().find(|path| path.worker.is_none());
     if let Some(rate) = to_head.and_then(|path| path.bytes_per_second) {
         link += &format!(", {}/s", bytes(rate as u64));
@@ -174,16 +158,13 @@ fn rows(worker: &Worker) -> Vec<Vec<String>> {
         purposes => format!("{}, for {}", worker.state, purposes.join(" and ")),
     };
     let row = |model: Option<&ServedModel>| {
-        let of = |show: &dyn Fn(&ServedModel) -> String| model.map_or("-".to_owned(), show);
+        let of = |show: &dyn Fn(&ServedModel) -> String| cell(model.map(show));
+        let slots = of(&|model| model.slots.to_string());
         vec![
             worker.name.clone(),
             state.clone(),
             of(&|model| model.name.clone()),
-            format!(
-                "{} of {}",
-                worker.running,
-                of(&|model| model.slots.to_string())
-            ),
+            format!("{} of {slots}", worker.running),
             of(&|model| rate(model.decode_tokens_per_second)),
             of(&|model| rate(model.prefill_tokens_per_second)),
             size(worker.resident_bytes),
@@ -199,6 +180,7 @@ fn rows(worker: &Worker) -> Vec<Vec<String>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::admin::read;
     use crate::args::Color;
     use serde_json::json;
 

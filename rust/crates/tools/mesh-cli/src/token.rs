@@ -8,7 +8,7 @@ use mesh_api::{CreateTokenRequest, Token, TokenCreated, TokenList, TokenRequest,
 use mesh_machine::boot::join::HeadAddress;
 use serde_json::Value;
 
-use crate::admin::{Admin, read};
+use crate::admin::{Admin, print, read};
 use crate::args::{HeadArgs, TokenCommand};
 use crate::failure::{Exit, Failure};
 use crate::nodes::date;
@@ -17,33 +17,18 @@ use crate::pair::{self, Announced, Code, Gift, PairError};
 
 pub(crate) async fn run(head: &HeadArgs, command: TokenCommand) -> Result<(), Failure> {
     match command {
-        TokenCommand::Create { ttl, json: as_json } => {
+        TokenCommand::Create { ttl, json } => {
             let answer = create(head, ttl, "").await?;
-            if as_json {
-                println!("{answer}");
-            } else {
-                println!("{}", read::<TokenCreated>(&answer)?.token);
-            }
-            Ok(())
+            print(&answer, json, |created: TokenCreated| created.token + "\n")
         }
-        TokenCommand::List { all, json: as_json } => {
+        TokenCommand::List { all, json } => {
             let answer = Admin::new(head)?.get(paths::TOKENS).await?;
-            if as_json {
-                println!("{answer}");
-            } else {
-                let list: TokenList = read(&answer)?;
-                print!("{}", listed(&list.tokens, all));
-            }
-            Ok(())
+            print(&answer, json, |list: TokenList| listed(&list.tokens, all))
         }
-        TokenCommand::Revoke { id, json: as_json } => {
+        TokenCommand::Revoke { id, json } => {
             let answer = revoke(head, id.clone()).await?;
-            if as_json {
-                println!("{answer}");
-            } else {
-                println!("The token {} is withdrawn.", plain(&id));
-            }
-            Ok(())
+            let shown = |_: Value| format!("The token {} is withdrawn.\n", plain(&id));
+            print(&answer, json, shown)
         }
         TokenCommand::Offer {
             patience,
@@ -148,13 +133,10 @@ async fn offer(
 
 fn fetch(code: Option<String>, at: Option<SocketAddr>) -> Result<(), PairError> {
     let code = match code {
-        Some(code) => Code::parse(&code)?,
-        None => {
-            let mut typed = String::new();
-            std::io::stdin().take(64).read_to_string(&mut typed)?;
-            Code::parse(&typed)?
-        }
+        Some(code) => code,
+        None => std::io::read_to_string(std::io::stdin().take(64))?,
     };
+    let code = Code::parse(&code)?;
     let offers = match at {
         Some(address) => vec![vec![address]],
         None => pair::find(LONGEST_SEARCH)?,

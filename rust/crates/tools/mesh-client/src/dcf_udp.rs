@@ -9,6 +9,7 @@
 //! finds out by Health whether its peer speaks v5.1 only, and goes on in that version.
 
 use std::collections::BTreeMap;
+use std::io;
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
@@ -54,24 +55,19 @@ impl DcfClient {
     /// # Errors
     /// If the name does not resolve or no socket can be opened.
     pub async fn connect(target: &str) -> Result<Self, DcfError> {
-        let unreachable = |reason: String| DcfError::Unreachable {
-            address: target.to_owned(),
-            reason,
-        };
-        let found = addresses::resolve(target)
-            .await
-            .map_err(|error| unreachable(error.to_string()))?;
+        let unreachable = |error: io::Error| DcfError::unreachable(target, error);
+        let found = addresses::resolve(target).await.map_err(unreachable)?;
         let mut failed = None;
         let mut sockets = Vec::new();
         for address in found {
             match connected(address).await {
                 Ok(socket) => sockets.push((address, socket)),
                 // A machine without IPv6 has no way to such an address.
-                Err(error) => failed = Some(unreachable(error.to_string())),
+                Err(error) => failed = Some(unreachable(error)),
             }
         }
         let Some((address, socket)) = first_to_answer(sockets).await else {
-            let nobody = || unreachable("nothing listens on that UDP port".to_owned());
+            let nobody = || DcfError::unreachable(target, NO_LISTENER);
             return Err(failed.unwrap_or_else(nobody));
         };
         // A long answer comes faster than a busy program reads. The system may grant less.
@@ -121,8 +117,8 @@ impl DcfClient {
         silence: Duration,
         on_text: &mut dyn FnMut(&str),
     ) -> Result<Answer, DcfError> {
-        self.ask_and_watch(task, silence, on_text, &mut |_| {})
-            .await
+        let on_wait = &mut |_: &str| {};
+        self.ask_and_watch(task, silence, on_text, on_wait).await
     }
 
     /// As [`DcfClient::ask`]; `on_wait` receives the reason why the task waits, in the head's words.
@@ -187,16 +183,7 @@ impl DcfClient {
             else {
                 continue;
             };
-            let len = match received {
-                Ok(len) => len,
-                Err(error) if error.kind() == std::io::ErrorKind::ConnectionRefused => {
-                    return Err(DcfError::Unreachable {
-                        address: self.target.to_string(),
-                        reason: "nothing listens on that UDP port".to_owned(),
-                    });
-                }
-                Err(error) => return Err(error.into()),
-            };
+            let len = received.map_err(|error| self.failure(error))?;
             let received = Message::decode_versioned(Bytes::copy_from_slice(&buffer[..len]));
             let Ok((spoken, message)) = received else {
                 continue;
@@ -249,24 +236,25 @@ impl DcfClient {
         // A peer that first verifies our address replies with at most as many bytes as it received. Bytes
         // behind the payload are ignored.
         datagram.resize(datagram.len().max(LEAST_DATAGRAM), 0);
-        match self.socket.send(&datagram).await {
-            Ok(_) => Ok(()),
-            Err(error) if error.kind() == std::io::ErrorKind::ConnectionRefused => {
-                Err(DcfError::Unreachable {
-                    address: self.target.to_string(),
-                    reason: "nothing listens on that UDP port".to_owned(),
-                })
-            }
-            Err(error) => Err(error.into()),
+        let sent = self.socket.send(&datagram).await;
+        sent.map(drop).map_err(|error| self.failure(error))
+    }
+
+    fn failure(&self, error: io::Error) -> DcfError {
+        match error.kind() {
+            io::ErrorKind::ConnectionRefused => DcfError::unreachable(self.target, NO_LISTENER),
+            _ => error.into(),
         }
     }
 }
+
+const NO_LISTENER: &str = "nothing listens on that UDP port";
 
 /// Bytes of the shortest datagram that is sent: those of a Challenge.
 const LEAST_DATAGRAM: usize = 64;
 
 /// Connected, so that the system reports a port without listener, and drops datagrams from other senders.
-async fn connected(address: SocketAddr) -> std::io::Result<UdpSocket> {
+async fn connected(address: SocketAddr) -> io::Result<UdpSocket> {
     let socket = UdpSocket::bind(listen::toward(address)).await?;
     socket.connect(address).await?;
     Ok(socket)
@@ -281,54 +269,42 @@ async fn first_to_answer(
     // It is not known yet which version the peer speaks.
     let questions = [Version::V5_0, Version::V5_1].map(|version| question.encode_as(version));
     let deadline = tokio::time::Instant::now() + PROBE_TIME;
-    let refused = |result: std::io::Result<usize>| {
-        result.is_err_and(|error| error.kind() == std::io::ErrorKind::ConnectionRefused)
+    let refused = |result: io::Result<usize>| {
+        result.is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused)
     };
-    let mut asked = 0;
+    let mut buffer = [0; 64];
+    let mut looks = 0;
     // One alone is used as it is: its task finds out.
     while sockets.len() > 1 && tokio::time::Instant::now() < deadline {
-        let mut answered = None;
-        let mut buffer = [0; 64];
-        let ask_again = asked % PROBES_BETWEEN == 0;
-        let question = &questions[(asked / PROBES_BETWEEN) as usize % questions.len()];
-        asked += 1;
-        let mut index = 0;
-        while index < sockets.len() && answered.is_none() {
-            let socket = &sockets[index].1;
+        let ask_again = looks % PROBES_BETWEEN == 0;
+        let question = &questions[looks / PROBES_BETWEEN % questions.len()];
+        looks += 1;
+        for (address, socket) in std::mem::take(&mut sockets) {
             let lost = ask_again && refused(socket.send(question).await);
             let received = socket.try_recv(&mut buffer);
             if received.is_ok() {
-                answered = Some(index);
-            } else if lost || refused(received) {
-                drop(sockets.remove(index));
-            } else {
-                index += 1;
+                return Some((address, socket));
             }
-        }
-        if let Some(index) = answered {
-            return Some(sockets.swap_remove(index));
+            if !lost && !refused(received) {
+                sockets.push((address, socket));
+            }
         }
         tokio::time::sleep(PROBE_PAUSE).await;
     }
-    (!sockets.is_empty()).then(|| sockets.swap_remove(0))
+    sockets.into_iter().next()
 }
 
 /// Errors of a task over DCF/UDP.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
+#[allow(missing_docs, reason = "the messages name the fields")]
 pub enum DcfError {
     /// The name does not resolve, or the peer refuses datagrams.
     #[error("cannot reach {address} over UDP: {reason}")]
-    Unreachable {
-        /// Address or name of the peer.
-        address: String,
-        /// The operating system's error message.
-        reason: String,
-    },
+    Unreachable { address: String, reason: String },
     /// No answer in time.
     #[error("nothing came from {address} for {waited:?} ({received} bytes of text had come)")]
     Timeout {
-        /// Address of the peer.
         address: SocketAddr,
         /// Silence before the client gave up.
         waited: Duration,
@@ -337,21 +313,13 @@ pub enum DcfError {
     },
     /// The mesh answered with an Error.
     #[error("{code}: {text}")]
-    Refused {
-        /// Code of the Error message.
-        code: ErrorCode,
-        /// Text of the Error message.
-        text: String,
-    },
+    Refused { code: ErrorCode, text: String },
     /// More than a datagram holds.
     #[error(
         "the task has {len} bytes, a datagram holds {limit}; use the HTTP API for it",
         limit = dcf::MAX_DATAGRAM_PAYLOAD
     )]
-    TaskTooLong {
-        /// Bytes of the task.
-        len: usize,
-    },
+    TaskTooLong { len: usize },
     /// The task is not a JSON object.
     #[error("the task cannot be written as a JSON object: {0}")]
     Task(String),
@@ -360,7 +328,16 @@ pub enum DcfError {
     Broken(String),
     /// An I/O error of the socket.
     #[error("UDP socket: {0}")]
-    Io(#[from] std::io::Error),
+    Io(#[from] io::Error),
+}
+
+impl DcfError {
+    fn unreachable(address: impl ToString, reason: impl ToString) -> Self {
+        Self::Unreachable {
+            address: address.to_string(),
+            reason: reason.to_string(),
+        }
+    }
 }
 
 /// Timer for repeats of a Task; no socket, no clock.
@@ -375,10 +352,8 @@ impl Patience {
     }
 
     fn of(wait: Duration, now: Instant) -> Self {
-        Self {
-            wait,
-            ends: now + wait,
-        }
+        let ends = now + wait;
+        Self { wait, ends }
     }
 
     fn is_over(&self, now: Instant) -> bool {
@@ -464,8 +439,8 @@ impl Incoming {
                 };
                 self.partials += 1;
                 if self.early.len() < Self::MAX_EARLY {
-                    self.early
-                        .insert(partial.offset as usize, partial.text.to_owned());
+                    let offset = partial.offset as usize;
+                    self.early.insert(offset, partial.text.to_owned());
                 }
                 self.advance(now, on_text);
                 Ok(Step::Progress)
@@ -489,9 +464,8 @@ impl Incoming {
                 Err(error) => Err(DcfError::Broken(error.to_string())),
             },
             MsgType::ERROR => {
-                let body = message
-                    .error_body()
-                    .ok_or_else(|| DcfError::Broken("an Error without a code".to_owned()))?;
+                let broken = || DcfError::Broken("an Error without a code".to_owned());
+                let body = message.error_body().ok_or_else(broken)?;
                 Err(DcfError::Refused {
                     code: body.code,
                     text: body.text.into_owned(),
@@ -580,7 +554,7 @@ const RECV_BUFFER: usize = 4 << 20;
 const PROBE_TIME: Duration = Duration::from_millis(500);
 const PROBE_PAUSE: Duration = Duration::from_millis(5);
 /// Looks between two questions.
-const PROBES_BETWEEN: u32 = 20;
+const PROBES_BETWEEN: usize = 20;
 
 #[cfg(test)]
 mod tests;

@@ -34,10 +34,7 @@ impl HttpClient {
             Some(("http", _)) => base.to_owned(),
             Some(_) => return Err(HttpError::BadAddress(base.to_owned())),
         };
-        let base = base
-            .trim_end_matches('/')
-            .trim_end_matches("/v1")
-            .to_owned();
+        let base = base.trim_end_matches('/').trim_end_matches("/v1");
         let http = reqwest::Client::builder()
             .no_proxy()
             // Heads speak plain HTTP: no time for this machine's certificates, and no need for any.
@@ -47,7 +44,11 @@ impl HttpClient {
             .read_timeout(SILENCE)
             .build()
             .map_err(|error| HttpError::Broken(error.to_string()))?;
-        Ok(Self { http, base, key })
+        Ok(Self {
+            http,
+            base: base.to_owned(),
+            key,
+        })
     }
 
     /// The address of the head, without `/v1`.
@@ -60,8 +61,8 @@ impl HttpClient {
     /// # Errors
     /// If the head cannot be reached, says no, or answers with something else.
     pub async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, HttpError> {
-        let request = self.http.get(format!("{}{path}", self.base));
-        self.send(request).await?.json().await.map_err(broken)
+        let answer = self.send(self.http.get(self.url(path))).await?;
+        answer.json().await.map_err(broken)
     }
 
     /// Sends `GET path`; returns the response as text.
@@ -69,8 +70,8 @@ impl HttpClient {
     /// # Errors
     /// As [`HttpClient::get`].
     pub async fn get_text(&self, path: &str) -> Result<String, HttpError> {
-        let request = self.http.get(format!("{}{path}", self.base));
-        self.send(request).await?.text().await.map_err(broken)
+        let answer = self.send(self.http.get(self.url(path))).await?;
+        answer.text().await.map_err(broken)
     }
 
     /// Sends `POST path` with a JSON body; the response is a JSON document.
@@ -82,7 +83,7 @@ impl HttpClient {
         path: &str,
         body: &impl Serialize,
     ) -> Result<T, HttpError> {
-        let request = self.http.post(format!("{}{path}", self.base)).json(body);
+        let request = self.http.post(self.url(path)).json(body);
         let answer = self.send(request).await?.bytes().await.map_err(broken)?;
         // A failure that came after the head had sent its status, to show that it is alive.
         if has_error(&answer) {
@@ -120,8 +121,7 @@ impl HttpClient {
             include_usage: Some(true),
             ..StreamOptions::default()
         });
-        let url = format!("{}{}", self.base, R::PATH);
-        let request = self.http.post(url).json(&request);
+        let request = self.http.post(self.url(R::PATH)).json(&request);
         let response = self.send(request).await?;
         Ok(AnswerStream {
             response,
@@ -138,6 +138,10 @@ impl HttpClient {
     /// As [`HttpClient::get`].
     pub async fn complete<R: Generation>(&self, request: &R) -> Result<R::Whole, HttpError> {
         self.post(R::PATH, request).await
+    }
+
+    fn url(&self, path: &str) -> String {
+        format!("{}{path}", self.base)
     }
 
     async fn send(&self, mut request: reqwest::RequestBuilder) -> Result<Response, HttpError> {
@@ -262,13 +266,12 @@ impl AnswerStream {
     /// # Errors
     /// An error the head sent in the stream, or a stream that broke off.
     pub async fn next(&mut self) -> Result<Option<AnswerPiece>, HttpError> {
-        loop {
-            match self.next_or_wait().await? {
-                Some(Heard::Piece(piece)) => return Ok(Some(*piece)),
-                Some(Heard::Waits(_)) => {}
-                None => return Ok(None),
+        while let Some(heard) = self.next_or_wait().await? {
+            if let Heard::Piece(piece) = heard {
+                return Ok(Some(*piece));
             }
         }
+        Ok(None)
     }
 
     /// The next piece, or the reason why the answer waits; `None` at the end.
@@ -288,14 +291,12 @@ impl AnswerStream {
                 return Ok(None);
             }
             let Some(bytes) = self.response.chunk().await.map_err(broken)? else {
-                return Err(HttpError::Broken(
-                    "the stream ended before its [DONE]".to_owned(),
-                ));
+                let broken = "the stream ended before its [DONE]";
+                return Err(HttpError::Broken(broken.to_owned()));
             };
             let mut events = Vec::new();
-            self.parser
-                .push(&bytes, &mut events)
-                .map_err(|error| HttpError::Broken(error.to_string()))?;
+            let pushed = self.parser.push(&bytes, &mut events);
+            pushed.map_err(|error| HttpError::Broken(error.to_string()))?;
             self.ready.extend(events);
             if self.ready.is_empty()
                 && let Some(comment) = self.parser.take_comment()
@@ -314,6 +315,7 @@ impl AnswerStream {
 /// Errors of a request over HTTP.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
+#[allow(missing_docs, reason = "the messages name the fields")]
 pub enum HttpError {
     /// The address cannot be used.
     #[error(
@@ -322,22 +324,15 @@ pub enum HttpError {
     BadAddress(String),
     /// No server answers at the address.
     #[error("nothing answers at {address}: {reason}")]
-    Unreachable {
-        /// Address of the head.
-        address: String,
-        /// The operating system's error message.
-        reason: String,
-    },
+    Unreachable { address: String, reason: String },
     /// The head answered with an error.
     #[error("{message}")]
     Api {
-        /// HTTP status of the response.
         status: u16,
         /// OpenAI's `error.type` field.
         kind: String,
         /// OpenAI's `error.code`, where there is one.
         code: Option<String>,
-        /// The error message of the response.
         message: String,
     },
     /// The connection or the answer's form broke.
@@ -371,23 +366,21 @@ fn has_error(json: &[u8]) -> bool {
 }
 
 fn api_error(status: StatusCode, body: &str) -> HttpError {
-    match serde_json::from_str(body) {
-        Ok(failure) => refusal(status, failure),
-        Err(_) => HttpError::Api {
-            status: status.as_u16(),
-            kind: String::new(),
-            code: None,
-            message: format!("HTTP {status}: {}", body.trim()),
-        },
-    }
-}
-
-fn refusal(status: StatusCode, ErrorResponse { error }: ErrorResponse) -> HttpError {
+    let (kind, code, message) = match serde_json::from_str(body) {
+        Ok(ErrorResponse { error }) => {
+            let code = error.code.map(|code| code.to_string());
+            (error.r#type, code, error.message)
+        }
+        Err(_) => {
+            let message = format!("HTTP {status}: {}", body.trim());
+            (String::new(), None, message)
+        }
+    };
     HttpError::Api {
         status: status.as_u16(),
-        kind: error.r#type,
-        code: error.code.map(|code| code.to_string()),
-        message: error.message,
+        kind,
+        code,
+        message,
     }
 }
 

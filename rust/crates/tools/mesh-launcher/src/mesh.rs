@@ -16,7 +16,7 @@ use crate::process::{Launcher, Service};
 const READY_LIMIT: Duration = Duration::from_secs(90);
 
 /// Builder of a mesh: number of workers, shim, model and configuration.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct MeshBuilder {
     launcher: Option<Launcher>,
     model: Option<PathBuf>,
@@ -148,15 +148,7 @@ pub struct Mesh {
 impl Mesh {
     /// A builder for a mesh without workers or shim.
     pub fn builder() -> MeshBuilder {
-        MeshBuilder {
-            launcher: None,
-            model: None,
-            workers: 0,
-            shim: false,
-            head_config: Table::new(),
-            worker_config: Table::new(),
-            shim_config: Table::new(),
-        }
+        MeshBuilder::default()
     }
 
     /// Kills the head if it still runs, and restarts it after `pause` on the same ports.
@@ -210,10 +202,8 @@ impl Mesh {
     /// If the head refuses.
     pub async fn join_token(&self) -> Result<String> {
         let request = CreateTokenRequest::default();
-        let created: TokenCreated = self
-            .admin()?
-            .post(mesh_api::paths::TOKENS, &request)
-            .await?;
+        let admin = self.admin()?;
+        let created: TokenCreated = admin.post(mesh_api::paths::TOKENS, &request).await?;
         Ok(created.token)
     }
 
@@ -300,12 +290,11 @@ impl Mesh {
             listen = "127.0.0.1:0"
             "#,
         );
+        let head = self.head.address("quic")?.to_string();
+        let token_file = token_file.display().to_string();
         config.insert("node_name".into(), name.into());
-        config.insert("head".into(), self.head.address("quic")?.to_string().into());
-        config.insert(
-            "join_token_file".into(),
-            token_file.display().to_string().into(),
-        );
+        config.insert("head".into(), head.into());
+        config.insert("join_token_file".into(), token_file.into());
         config.insert("models".into(), vec![model.display().to_string()].into());
         overlay(&mut config, self.worker_config.clone());
         overlay(&mut config, parse(toml));
@@ -357,22 +346,14 @@ impl Mesh {
     /// # Errors
     /// If one does not end, or not with 0.
     pub async fn shutdown(mut self) -> Result<()> {
-        let services = self
-            .shim
-            .iter_mut()
-            .chain(&mut self.workers)
-            .chain(std::iter::once(&mut self.head));
-        for service in services {
+        let services = self.shim.iter_mut().chain(&mut self.workers);
+        for service in services.chain([&mut self.head]) {
             if !service.is_running() {
                 continue;
             }
             let status = service.terminate(Duration::from_secs(30)).await?;
             if !status.success() {
-                bail!(
-                    "{} ended with {status}; its log ends:\n{}",
-                    service.name(),
-                    service.log_end()
-                );
+                return Err(service.error(format!("ended with {status}")));
             }
         }
         Ok(())

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow, ensure};
 
 /// ONNX Runtime's shared library below the cache folder.
 pub const ORT_LIBRARY: &str = "onnxruntime/libonnxruntime.so.1.24.4";
@@ -56,9 +56,8 @@ pub fn minilm() -> Result<PathBuf> {
 /// If it is not there.
 pub fn fetched(relative: &str) -> Result<PathBuf> {
     let path = cache_dir().join(relative);
-    if !path.is_file() {
-        bail!("{} is missing: run `make fetch`", path.display());
-    }
+    let name = path.display();
+    ensure!(path.is_file(), "{name} is missing: run `make fetch`");
     Ok(path)
 }
 
@@ -81,15 +80,15 @@ fn find_or_build() -> Result<PathBuf> {
     }
     let program = std::env::current_exe().context("where is this program?")?;
     // target/<profile>/deps/<test>-<hash> or target/<profile>/<program>
-    let dir = program
-        .ancestors()
-        .skip(1)
-        .find(|dir| dir.file_name().is_some_and(|name| name != "deps"))
+    let mut dirs = program.ancestors().skip(1);
+    let dir = dirs.find(|dir| dir.file_name().is_some_and(|name| name != "deps"));
+    let name = dir.and_then(|dir| dir.file_name()?.to_str());
+    let (dir, name) = dir
+        .zip(name)
         .with_context(|| format!("{} is in no build folder", program.display()))?;
-    let profile = match dir.file_name().and_then(|name| name.to_str()) {
-        Some("debug") => "dev",
-        Some(name) => name,
-        None => bail!("{} is in no build folder", program.display()),
+    let profile = match name {
+        "debug" => "dev",
+        name => name,
     };
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let workspace = Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -103,8 +102,10 @@ fn find_or_build() -> Result<PathBuf> {
         .args(["-p", "mesh-shim", "-p", "mesh-cli"])
         .status()
         .context("starting cargo")?;
-    if !status.success() {
-        bail!("the services cannot be built (cargo's words are above)");
-    }
+    let built = status.success();
+    ensure!(
+        built,
+        "the services cannot be built (cargo's words are above)"
+    );
     Ok(dir.to_owned())
 }

@@ -1,5 +1,7 @@
 //! One service as a real process: started from a configuration, watched, signalled, cleaned up.
 
+use std::ffi::OsStr;
+use std::fmt::Display;
 use std::fs::{self, File};
 use std::net::SocketAddr;
 use std::os::unix::process::CommandExt;
@@ -7,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Error, Result, anyhow, ensure};
 use mesh_client::http::HttpClient;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -44,10 +46,17 @@ impl Launcher {
     /// # Errors
     /// If ONNX Runtime was not fetched.
     pub fn from_folder(bin_dir: &Path) -> Result<Self> {
+        Self::new(bin_dir, &paths::ort_library()?, false)
+    }
+
+    fn new(bin_dir: &Path, ort_library: &Path, own_group: bool) -> Result<Self> {
+        let library = ort_library
+            .to_str()
+            .with_context(|| format!("{} is not UTF-8", ort_library.display()))?;
         Ok(Self {
             bin_dir: bin_dir.to_owned(),
-            environment: vec![("ORT_DYLIB_PATH".to_owned(), text(&paths::ort_library()?)?)],
-            own_group: false,
+            environment: vec![("ORT_DYLIB_PATH".to_owned(), library.to_owned())],
+            own_group,
             wrapper: Vec::new(),
             state: Vec::new(),
         })
@@ -62,23 +71,16 @@ impl Launcher {
         let program = std::env::current_exe().context("where is this program?")?;
         let bin_dir = program
             .parent()
-            .ok_or_else(|| anyhow!("{} has no folder", program.display()))?
-            .to_owned();
+            .with_context(|| format!("{} has no folder", program.display()))?;
         for name in ["mesh-head", "mesh-worker", "mesh-shim"] {
-            if !bin_dir.join(name).is_file() {
-                bail!(
-                    "{name} is not beside {}; `make build` builds all of them",
-                    program.display()
-                );
-            }
+            let is_there = bin_dir.join(name).is_file();
+            let program = program.display();
+            ensure!(
+                is_there,
+                "{name} is not beside {program}; `make build` builds all of them"
+            );
         }
-        Ok(Self {
-            bin_dir,
-            environment: vec![("ORT_DYLIB_PATH".to_owned(), text(ort_library)?)],
-            own_group: true,
-            wrapper: Vec::new(),
-            state: Vec::new(),
-        })
+        Self::new(bin_dir, ort_library, true)
     }
 
     /// The same services, started by `wrapper` (`ip netns exec NAME`), which must become the service, not start it.
@@ -93,12 +95,9 @@ impl Launcher {
     /// The same services, with `key` in their environment.
     #[must_use]
     pub fn with_environment(&self, key: &str, value: &str) -> Self {
-        let mut environment = self.environment.clone();
-        environment.push((key.to_owned(), value.to_owned()));
-        Self {
-            environment,
-            ..self.clone()
-        }
+        let mut other = self.clone();
+        other.environment.push((key.to_owned(), value.to_owned()));
+        other
     }
 
     /// The same services, beginning with copies of these files in their state folders: measurements of
@@ -126,16 +125,6 @@ impl Launcher {
             .prefix(&format!("hydramesh-{name}-"))
             .tempdir()
             .context("a temporary folder")?;
-        self.start_in(program, name, config, dir).await
-    }
-
-    async fn start_in(
-        &self,
-        program: &str,
-        name: &str,
-        config: &toml::Table,
-        dir: TempDir,
-    ) -> Result<Service> {
         let mut service = Service {
             launcher: self.clone(),
             program: program.to_owned(),
@@ -193,16 +182,14 @@ impl Service {
     /// # Errors
     /// If it has none.
     pub fn address(&self, key: &str) -> Result<SocketAddr> {
-        self.addresses[key]
-            .as_str()
-            .and_then(|address| address.parse().ok())
-            .ok_or_else(|| {
-                anyhow!(
-                    "{} has no address {key:?} among {}",
-                    self.name,
-                    self.addresses
-                )
-            })
+        let address = self.addresses[key].as_str();
+        let address = address.and_then(|address| address.parse().ok());
+        address.with_context(|| {
+            format!(
+                "{} has no address {key:?} among {}",
+                self.name, self.addresses
+            )
+        })
     }
 
     /// A client of its HTTP endpoints.
@@ -215,9 +202,8 @@ impl Service {
 
     /// The service's log so far, over all restarts.
     pub fn log(&self) -> String {
-        fs::read(self.log_path())
-            .map(|bytes| String::from_utf8_lossy(&bytes).into_owned())
-            .unwrap_or_default()
+        let bytes = fs::read(self.log_path()).unwrap_or_default();
+        String::from_utf8_lossy(&bytes).into_owned()
     }
 
     /// Path of the service's log file.
@@ -238,11 +224,9 @@ impl Service {
             match answer {
                 Ok(Ok(_)) => return Ok(()),
                 _ if started.elapsed() > START_LIMIT => {
-                    bail!(
-                        "{} did not answer {path} within {START_LIMIT:?} (last: {answer:?}); its log ends:\n{}",
-                        self.name,
-                        self.log_end()
-                    );
+                    return Err(self.error(format!(
+                        "did not answer {path} within {START_LIMIT:?} (last: {answer:?})"
+                    )));
                 }
                 _ => tokio::time::sleep(POLL).await,
             }
@@ -292,11 +276,7 @@ impl Service {
                 return Ok(status);
             }
             if started.elapsed() > limit {
-                bail!(
-                    "{} still runs {limit:?} later; its log ends:\n{}",
-                    self.name,
-                    self.log_end()
-                );
+                return Err(self.error(format!("still runs {limit:?} later")));
             }
             tokio::time::sleep(POLL).await;
         }
@@ -304,9 +284,8 @@ impl Service {
 
     /// True if the process runs.
     pub fn is_running(&mut self) -> bool {
-        self.child
-            .as_mut()
-            .is_some_and(|child| matches!(child.try_wait(), Ok(None)))
+        let child = self.child.as_mut();
+        child.is_some_and(|child| matches!(child.try_wait(), Ok(None)))
     }
 
     /// Starts it again after [`Service::crash`] or [`Service::terminate`], with the same state and, `config` being `None`,
@@ -315,9 +294,7 @@ impl Service {
     /// # Errors
     /// As [`Launcher::start`].
     pub async fn restart(&mut self, config: Option<&toml::Table>) -> Result<()> {
-        if self.is_running() {
-            bail!("{} runs still", self.name);
-        }
+        ensure!(!self.is_running(), "{} runs still", self.name);
         if let Some(config) = config {
             self.configure(config)?;
         }
@@ -329,14 +306,12 @@ impl Service {
     /// # Errors
     /// If the process is gone.
     pub fn resident_bytes(&self) -> Result<u64> {
-        let path = format!("/proc/{}/status", self.pid());
-        let status = fs::read_to_string(&path).with_context(|| path.clone())?;
-        let line = status
-            .lines()
-            .find_map(|line| line.strip_prefix("VmRSS:"))
-            .with_context(|| format!("VmRSS in {path}"))?;
-        let kilobytes: u64 = line.trim().trim_end_matches(" kB").parse()?;
-        Ok(kilobytes * 1024)
+        resident_bytes(self.pid())
+    }
+
+    /// An error about this service, with the end of its log.
+    pub fn error(&self, what: impl Display) -> Error {
+        anyhow!("{} {what}; its log ends:\n{}", self.name, self.log_end())
     }
 
     /// The last 40 lines of its log.
@@ -365,15 +340,11 @@ impl Service {
             .open(self.log_path())
             .context("the log file")?;
         let binary = self.launcher.binary(&self.program);
-        let mut command = match self.launcher.wrapper.split_first() {
-            None => Command::new(&binary),
-            Some((wrapper, arguments)) => {
-                let mut command = Command::new(wrapper);
-                command.args(arguments).arg(&binary);
-                command
-            }
-        };
+        let wrapper = self.launcher.wrapper.iter().map(OsStr::new);
+        let mut words = wrapper.chain([binary.as_os_str()]);
+        let mut command = Command::new(words.next().expect("a program at least"));
         command
+            .args(words)
             .arg("--config")
             .arg(self.config_path())
             .arg("--state-dir")
@@ -401,20 +372,14 @@ impl Service {
             }
             self.fail_if_ended()?;
             if started.elapsed() > START_LIMIT {
-                bail!(
-                    "{} wrote no addresses within {START_LIMIT:?}; its log ends:\n{}",
-                    self.name,
-                    self.log_end()
-                );
+                return Err(self.error(format!("wrote no addresses within {START_LIMIT:?}")));
             }
             tokio::time::sleep(POLL).await;
         }
     }
 
     fn fail_if_ended(&mut self) -> Result<()> {
-        if self.child.is_none() {
-            bail!("{} was stopped", self.name);
-        }
+        ensure!(self.child.is_some(), "{} was stopped", self.name);
         self.fail_if_ended_by_itself()
     }
 
@@ -423,11 +388,7 @@ impl Service {
             && let Some(status) = child.try_wait()?
         {
             self.child = None;
-            bail!(
-                "{} ended with {status}; its log ends:\n{}",
-                self.name,
-                self.log_end()
-            );
+            return Err(self.error(format!("ended with {status}")));
         }
         Ok(())
     }
@@ -446,8 +407,17 @@ impl Drop for Service {
     }
 }
 
-fn text(path: &Path) -> Result<String> {
-    path.to_str()
-        .map(str::to_owned)
-        .with_context(|| format!("{} is not UTF-8", path.display()))
+/// Resident memory of a process, bytes.
+///
+/// # Errors
+/// If the system does not report it.
+pub fn resident_bytes(pid: u32) -> Result<u64> {
+    let path = format!("/proc/{pid}/status");
+    let status = fs::read_to_string(&path).with_context(|| path.clone())?;
+    let mut lines = status.lines();
+    let line = lines
+        .find_map(|line| line.strip_prefix("VmRSS:"))
+        .with_context(|| format!("VmRSS in {path}"))?;
+    let kilobytes: u64 = line.trim().trim_end_matches(" kB").parse()?;
+    Ok(kilobytes * 1024)
 }

@@ -23,6 +23,15 @@ pub(super) enum FileState {
     Partial(Arc<PartialFile>),
 }
 
+/// Files of a model by their identities.
+pub(super) type Held = BTreeMap<PartialKey, FileState>;
+
+/// The files that are not complete.
+pub(super) fn partials(held: &Held) -> Vec<Arc<PartialFile>> {
+    let partials = held.values().filter_map(FileState::partial);
+    partials.cloned().collect()
+}
+
 impl FileState {
     pub(super) fn partial(&self) -> Option<&Arc<PartialFile>> {
         match self {
@@ -43,15 +52,10 @@ pub(super) struct Flusher {
 }
 
 impl Flusher {
-    pub(super) fn start(held: &BTreeMap<PartialKey, FileState>) -> Self {
-        let partials: Vec<Arc<PartialFile>> = held
-            .values()
-            .filter_map(FileState::partial)
-            .cloned()
-            .collect();
+    pub(super) fn start(held: &Held) -> Self {
+        let partials = Arc::new(partials(held));
         let (stop, mut stopped) = oneshot::channel();
         let task = tokio::spawn(async move {
-            let partials = Arc::new(partials);
             let mut pause = FLUSH_AFTER;
             let mut last = false;
             while !last {
@@ -111,30 +115,25 @@ pub(super) fn complete(
 ) -> Result<PathBuf, HubError> {
     let partial = Arc::try_unwrap(partial)
         .unwrap_or_else(|_| unreachable!("fetches and the flusher have ended"));
+    let damaged = |kind, found: String, wanted: String| HubError::Damaged {
+        repo: repo.to_owned(),
+        path: file.path.clone(),
+        kind,
+        found,
+        wanted,
+    };
     if let (None, Some(wanted)) = (&file.sha256, &file.blob_id) {
         let content = partial.read_at(0..partial.bytes())?.unwrap_or_default();
         let found = git_blob_id(&content);
         // Ids of repositories that hash with SHA-256 are longer, and are not made here.
         if wanted.len() == found.len() && !found.eq_ignore_ascii_case(wanted) {
             partial.forget(0..partial.bytes())?;
-            return Err(HubError::Damaged {
-                repo: repo.to_owned(),
-                path: file.path.clone(),
-                kind: "git blob id",
-                found,
-                wanted: wanted.clone(),
-            });
+            return Err(damaged("git blob id", found, wanted.clone()));
         }
     }
-    let digest = match partial.complete(None) {
+    let digest = match partial.complete() {
         Err(StoreError::Mismatch { found, wanted, .. }) => {
-            return Err(HubError::Damaged {
-                repo: repo.to_owned(),
-                path: file.path.clone(),
-                kind: "SHA-256",
-                found: found.to_string(),
-                wanted: wanted.to_string(),
-            });
+            return Err(damaged("SHA-256", found.to_string(), wanted.to_string()));
         }
         digest => digest?,
     };

@@ -148,7 +148,7 @@ pub(super) fn run(
         let in_flight = owed.values().map(|queue| 4 * queue.len() as u64).sum();
         outcome.most_in_flight = outcome.most_in_flight.max(in_flight);
         outcome.took = now;
-        outcome.done = swarm.is_done();
+        outcome.done = swarm.missing().next().is_none();
         outcome.bytes_twice = swarm.progress().bytes_twice;
         if outcome.done || now >= limit {
             return outcome;

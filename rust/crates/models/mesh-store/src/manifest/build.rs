@@ -68,21 +68,19 @@ impl Manifest {
             let mut done = Vec::new();
             while let Some(i) = next() {
                 let file = read_file(root, &paths[i], progress);
-                let failed = file.is_err();
-                done.push((i, file));
-                if failed {
+                if file.is_err() {
                     queue.lock().expect("nobody panics with it").clear();
                 }
+                done.push((i, file));
             }
             done
         };
-        let mut files: Vec<(usize, Result<ManifestFile, BuildError>)> =
-            std::thread::scope(|scope| {
-                let workers: Vec<_> = (0..at_once).map(|_| scope.spawn(worker)).collect();
-                let done = workers.into_iter();
-                done.flat_map(|worker| worker.join().expect("reading does not panic"))
-                    .collect()
-            });
+        let mut files: Vec<(usize, Result<_, BuildError>)> = std::thread::scope(|scope| {
+            let workers: Vec<_> = (0..at_once).map(|_| scope.spawn(worker)).collect();
+            let done = workers.into_iter();
+            done.flat_map(|worker| worker.join().expect("reading does not panic"))
+                .collect()
+        });
         files.sort_by_key(|(i, _)| *i);
         let files: Result<Vec<_>, _> = files.into_iter().map(|(_, file)| file).collect();
         let manifest = Manifest {
@@ -139,8 +137,8 @@ fn check_parts(root: &Path, paths: &[PathBuf]) -> Result<(), LayoutError> {
 /// If the folder cannot be listed or has no weights.
 pub fn model_files(root: &Path) -> Result<Vec<PathBuf>, BuildError> {
     let mut files = Vec::new();
-    let mut folders = vec![(PathBuf::new(), 0)];
-    while let Some((folder, depth)) = folders.pop() {
+    let mut folders = vec![PathBuf::new()];
+    while let Some(folder) = folders.pop() {
         let path = root.join(&folder);
         let failed = |source| BuildError::Read {
             path: path.clone(),
@@ -156,8 +154,8 @@ pub fn model_files(root: &Path) -> Result<Vec<PathBuf>, BuildError> {
             let Ok(metadata) = std::fs::metadata(item.path()) else {
                 continue;
             };
-            if metadata.is_dir() && depth == 0 {
-                folders.push((folder.join(name), depth + 1));
+            if metadata.is_dir() && folder.as_os_str().is_empty() {
+                folders.push(name);
             } else if metadata.is_file() && belongs(&name) {
                 files.push(folder.join(name));
             }

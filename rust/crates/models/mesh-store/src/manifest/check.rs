@@ -12,10 +12,7 @@ use crate::digest::Digest;
 pub enum ManifestError {
     /// More bytes than a manifest may have.
     #[error("the manifest has {bytes} bytes, more than the limit of {MAX_MANIFEST}")]
-    TooLong {
-        /// Length of the manifest in bytes.
-        bytes: usize,
-    },
+    TooLong { bytes: usize },
     /// The bytes are not the expected JSON.
     #[error("the manifest is malformed: {reason}")]
     Malformed { reason: String },
@@ -50,7 +47,6 @@ pub enum ManifestError {
     Piece {
         path: String,
         piece: usize,
-        /// Rule that the piece breaks.
         reason: &'static str,
     },
     /// A tensor that is outside its file, or overlaps another one.
@@ -58,17 +54,18 @@ pub enum ManifestError {
     Tensor {
         path: String,
         tensor: String,
-        /// Rule that the tensor breaks.
         reason: &'static str,
     },
     /// Not the manifest that was asked for.
     #[error("the manifest has the fingerprint {found}, but {wanted} was expected: it was altered")]
-    Fingerprint {
-        /// Its fingerprint.
-        found: Digest,
-        /// The one that was expected.
-        wanted: Digest,
-    },
+    Fingerprint { found: Digest, wanted: Digest },
+}
+
+impl ManifestError {
+    fn malformed(reason: impl ToString) -> Self {
+        let reason = reason.to_string();
+        Self::Malformed { reason }
+    }
 }
 
 // Limits far above known models: the largest have some hundred files and about a hundred thousand tensors.
@@ -89,10 +86,7 @@ impl Manifest {
         if bytes.len() > MAX_MANIFEST {
             return Err(ManifestError::TooLong { bytes: bytes.len() });
         }
-        let manifest: Manifest =
-            serde_json::from_slice(bytes).map_err(|error| ManifestError::Malformed {
-                reason: error.to_string(),
-            })?;
+        let manifest: Manifest = serde_json::from_slice(bytes).map_err(ManifestError::malformed)?;
         manifest.check()?;
         if manifest.to_bytes() != bytes {
             return Err(ManifestError::NotCanonical);
@@ -110,10 +104,8 @@ impl Manifest {
         }
         let found = Digest::of(bytes);
         if found != *wanted {
-            return Err(ManifestError::Fingerprint {
-                found,
-                wanted: *wanted,
-            });
+            let wanted = *wanted;
+            return Err(ManifestError::Fingerprint { found, wanted });
         }
         Self::parse(bytes)
     }
@@ -124,18 +116,15 @@ impl Manifest {
     /// If something is not as [`Manifest`] says.
     pub fn check(&self) -> Result<(), ManifestError> {
         if self.version != VERSION {
-            return Err(ManifestError::Version {
-                version: self.version,
-            });
+            let version = self.version;
+            return Err(ManifestError::Version { version });
         }
         check_text("name", &self.name, MAX_NAME)?;
         limit("files", self.files.len(), MAX_FILES)?;
         let tensors = self.files.iter().map(|file| file.tensors.len()).sum();
         limit("tensors", tensors, MAX_TENSORS)?;
         if self.files.is_empty() {
-            return Err(ManifestError::Malformed {
-                reason: "it has no files".into(),
-            });
+            return Err(ManifestError::malformed("it has no files"));
         }
         let mut total = 0u64;
         let mut paths: HashSet<&str> = HashSet::new();
@@ -143,23 +132,18 @@ impl Manifest {
         let mut folded: HashSet<String> = HashSet::new();
         for file in &self.files {
             check_path(&file.path)?;
-            total = total
-                .checked_add(file.bytes)
-                .ok_or_else(|| ManifestError::Malformed {
-                    reason: "the lengths of its files overflow".into(),
-                })?;
+            let overflow = || ManifestError::malformed("the lengths of its files overflow");
+            total = total.checked_add(file.bytes).ok_or_else(overflow)?;
             if !paths.insert(&file.path) || !folded.insert(file.path.to_lowercase()) {
-                return Err(ManifestError::SamePath {
-                    path: file.path.clone(),
-                });
+                let path = file.path.clone();
+                return Err(ManifestError::SamePath { path });
             }
         }
         for file in &self.files {
             let mut parents = file.path.match_indices('/').map(|(at, _)| &file.path[..at]);
             if let Some(parent) = parents.find(|parent| paths.contains(parent)) {
-                return Err(ManifestError::SamePath {
-                    path: parent.into(),
-                });
+                let path = parent.into();
+                return Err(ManifestError::SamePath { path });
             }
             file.check_pieces()?;
             file.check_tensors()?;

@@ -27,7 +27,7 @@ fn a_file_is_taken_up_where_it_was_left() {
     let partial = begin(&store, file);
     assert_eq!(partial.missing(), [0..1 << 20, 2 << 20..3 << 20]);
     assert!(matches!(
-        partial.complete(None),
+        partial.complete(),
         Err(StoreError::Incomplete { missing, .. }) if missing == 2 << 20
     ));
     let partial = begin(&store, file);
@@ -36,7 +36,7 @@ fn a_file_is_taken_up_where_it_was_left() {
             .write_at(gap.start, &bytes[gap.start as usize..gap.end as usize])
             .unwrap();
     }
-    assert_eq!(partial.complete(None).unwrap(), file.sha256);
+    assert_eq!(partial.complete().unwrap(), file.sha256);
     let blob = store.blob(&file.sha256).unwrap();
     assert_eq!(std::fs::read(&blob).unwrap(), bytes);
     assert!(matches!(
@@ -53,7 +53,7 @@ fn a_file_that_is_another_one_is_refused_and_fetched_again() {
     let file = &manifest_of("m", &bytes).files[0];
     let partial = begin(&store, file);
     partial.write_at(0, &noise(2, 1000)).unwrap();
-    let error = partial.complete(None).unwrap_err();
+    let error = partial.complete().unwrap_err();
     assert!(
         matches!(error, StoreError::Mismatch { wanted, .. } if wanted == file.sha256),
         "{error}"
@@ -121,14 +121,13 @@ fn a_file_without_a_known_digest_gets_one() {
     // Dropped without flush: it counts for nothing, and does no harm.
     assert_eq!(partial.missing(), [0..500]);
     partial.write_at(0, &bytes).unwrap();
-    let wanted = Some(Digest::of("other"));
-    assert!(matches!(
-        partial.complete(wanted),
-        Err(StoreError::Mismatch { .. })
-    ));
+    let mut other = manifest_of("m", &bytes).files[0].clone();
+    other.sha256 = Digest::of("other");
+    let error = partial.complete_as(&other).unwrap_err();
+    assert!(matches!(error, StoreError::Mismatch { .. }), "{error}");
     let partial = open();
     partial.write_at(0, &bytes).unwrap();
-    let digest = partial.complete(None).unwrap();
+    let digest = partial.complete().unwrap();
     assert_eq!(digest, Digest::of(&bytes));
     assert_eq!(std::fs::read(store.blob(&digest).unwrap()).unwrap(), bytes);
 }
@@ -233,6 +232,6 @@ proptest! {
         for gap in partial.missing() {
             partial.write_at(gap.start, &bytes[gap.start as usize..gap.end as usize]).unwrap();
         }
-        prop_assert_eq!(partial.complete(None).unwrap(), file.sha256);
+        prop_assert_eq!(partial.complete().unwrap(), file.sha256);
     }
 }

@@ -81,9 +81,8 @@ impl Store {
         let mut contents = Contents::default();
         let _lock = self.lock()?;
         for fingerprint in self.fingerprints()? {
-            let names = names
-                .iter()
-                .filter(|named| named.fingerprint == fingerprint);
+            let names = names.iter();
+            let names = names.filter(|named| named.fingerprint == fingerprint);
             let signed = match self.manifest(&fingerprint) {
                 Ok(Some(signed)) => signed,
                 Ok(None) => continue,
@@ -116,9 +115,8 @@ impl Store {
 
     /// Adds names from the index of models outside the store and from the damaged manifest itself.
     fn with_other_names(&self, mut names: Vec<String>, fingerprint: &Digest) -> Vec<String> {
-        let json = files::read_limited(&self.manifest_path(fingerprint), MAX_MANIFEST as u64);
-        let json = json.ok().flatten();
-        let said = json.and_then(|json| serde_json::from_slice::<DamagedManifest>(&json).ok());
+        let said: Option<DamagedManifest> =
+            files::read_json(&self.manifest_path(fingerprint), MAX_MANIFEST as u64);
         let said = said.map(|said| said.name).filter(|name| {
             !name.is_empty() && name.len() <= MAX_NAME && !name.chars().any(char::is_control)
         });

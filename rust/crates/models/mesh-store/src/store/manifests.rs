@@ -30,11 +30,9 @@ impl Store {
             }
             read => read?,
         };
-        known
-            .into_iter()
-            .for_each(|signature| merged.add(signature));
-        let new = signed.signatures.iter().cloned();
-        new.for_each(|signature| merged.add(signature));
+        for signature in known.iter().chain(&signed.signatures) {
+            merged.add(signature.clone());
+        }
         // The oldest go where there are too many.
         let excess = merged.signatures.len().saturating_sub(MAX_SIGNATURES);
         merged.signatures.drain(..excess);
@@ -43,10 +41,8 @@ impl Store {
             files::replace(&path, &self.tmp(), bytes).map_err(StoreError::io("write", &path))
         };
         if !merged.signatures.is_empty() {
-            write(
-                self.signatures_path(&fingerprint),
-                &merged.signatures_to_bytes(),
-            )?;
+            let path = self.signatures_path(&fingerprint);
+            write(path, &merged.signatures_to_bytes())?;
         }
         // The manifest, which makes it a model, is written last. This also repairs a damaged one.
         let path = self.manifest_path(&fingerprint);
@@ -80,12 +76,8 @@ impl Store {
     pub(crate) fn fingerprints(&self) -> Result<Vec<Digest>, StoreError> {
         let manifests = self.list("manifests")?.into_iter();
         let names = manifests.filter_map(|path| {
-            let name = path
-                .file_name()?
-                .to_str()?
-                .strip_suffix(".json")?
-                .to_owned();
-            name.parse().ok()
+            let name = path.file_name()?.to_str()?;
+            name.strip_suffix(".json")?.parse().ok()
         });
         Ok(names.collect())
     }
@@ -94,12 +86,10 @@ impl Store {
         let path = self.signatures_path(fingerprint);
         let bytes = files::read_limited(&path, MAX_SIGNATURE_FILE)
             .map_err(StoreError::io("read", &path))?;
-        match bytes {
-            Some(bytes) => {
-                SignedManifest::parse_signatures(&bytes).map_err(StoreError::damaged(&path))
-            }
-            None => Ok(Vec::new()),
-        }
+        let parsed = bytes.map_or(Ok(Vec::new()), |bytes| {
+            SignedManifest::parse_signatures(&bytes)
+        });
+        parsed.map_err(StoreError::damaged(&path))
     }
 }
 

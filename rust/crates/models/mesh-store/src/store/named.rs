@@ -90,14 +90,11 @@ impl Store {
     pub fn names(&self) -> Result<Vec<Named>, StoreError> {
         let mut names: Vec<Named> = Vec::new();
         for path in self.list("names")? {
-            let json = files::read_limited(&path, MAX_NAME_FILE).ok().flatten();
-            let named = json.and_then(|json| serde_json::from_slice(&json).ok());
-            match named {
-                Some(named) => names.push(named),
-                None => {
-                    tracing::warn!(path = %path.display(), "the store's name is unreadable and left out")
-                }
+            let named = files::read_json(&path, MAX_NAME_FILE);
+            if named.is_none() {
+                tracing::warn!(path = %path.display(), "the store's name is unreadable and left out");
             }
+            names.extend(named);
         }
         names.sort_by(|a, b| a.name.cmp(&b.name));
         Ok(names)

@@ -1,6 +1,6 @@
 //! Pins: models in use, which are not evicted.
 
-use std::fs::File;
+use std::fs::{File, TryLockError};
 use std::io;
 use std::path::PathBuf;
 use std::time::SystemTime;
@@ -70,8 +70,8 @@ impl Store {
         let file = opened.map_err(StoreError::io("open", &path))?;
         match file.try_lock() {
             Ok(()) => Ok(false),
-            Err(std::fs::TryLockError::WouldBlock) => Ok(true),
-            Err(std::fs::TryLockError::Error(error)) => Err(StoreError::io("lock", &path)(error)),
+            Err(TryLockError::WouldBlock) => Ok(true),
+            Err(TryLockError::Error(error)) => Err(StoreError::io("lock", &path)(error)),
         }
     }
 }

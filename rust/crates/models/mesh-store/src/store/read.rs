@@ -1,6 +1,5 @@
 //! Reading a model's files, wherever they are.
 
-use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -9,7 +8,7 @@ use crate::digest::Digest;
 use crate::error::StoreError;
 use crate::files;
 use crate::local::LocalIndex;
-use crate::manifest::{Manifest, ManifestFile, PieceId};
+use crate::manifest::ManifestFile;
 use crate::partial::{HaveMap, PartialKey, have_path};
 use crate::ranges::RangeSet;
 
@@ -43,46 +42,11 @@ impl Store {
         }
         let partial = self.partial_path(&PartialKey::Blob(file.sha256));
         let map = HaveMap::read(&have_path(&partial)).filter(|map| map.bytes == file.bytes);
-        match map.filter(|_| is_own(&partial)) {
-            Some(map) => Presence {
-                path: Some(partial),
-                have: map.ranges(),
-            },
-            None => Presence {
-                path: None,
-                have: RangeSet::default(),
-            },
+        let map = map.filter(|_| is_own(&partial));
+        Presence {
+            have: map.as_ref().map_or_else(RangeSet::default, HaveMap::ranges),
+            path: map.map(|_| partial),
         }
-    }
-
-    /// The bytes of a piece of the model `fingerprint`, checked; none if it is not here.
-    ///
-    /// # Errors
-    /// If it is here, and damaged.
-    pub fn read_piece(
-        &self,
-        fingerprint: &Digest,
-        manifest: &Manifest,
-        id: PieceId,
-    ) -> Result<Option<Vec<u8>>, StoreError> {
-        use std::os::unix::fs::FileExt;
-
-        let Some((file, piece)) = manifest.piece(id) else {
-            return Ok(None);
-        };
-        let presence = self.presence(fingerprint, file);
-        let Some(path) = presence
-            .path
-            .filter(|_| presence.have.contains(&piece.range()))
-        else {
-            return Ok(None);
-        };
-        let mut bytes = vec![0; piece.bytes as usize];
-        File::open(&path)
-            .and_then(|open| open.read_exact_at(&mut bytes, piece.offset))
-            .map_err(StoreError::io("read", &path))?;
-        file.check_piece(id.piece, &bytes)?;
-        Ok(Some(bytes))
     }
 
     /// The model's folder, to load it from, with links to the files that are present. A partial file has its
@@ -104,16 +68,15 @@ impl Store {
             let relative = file.relative_path();
             let link = folder.join(&relative);
             let parent = relative.parent().unwrap_or(Path::new(""));
-            files::create_within(&folder, parent, self.owners())
-                .map_err(StoreError::io("create", &link))?;
+            let made = files::create_within(&folder, parent, self.owners());
+            made.map_err(StoreError::io("create", &link))?;
             let target = self.presence(fingerprint, file).path;
-            self.link(target.as_deref(), &link)
-                .map_err(StoreError::io("link", &link))?;
+            let linked = self.link(target.as_deref(), &link);
+            linked.map_err(StoreError::io("link", &link))?;
         }
         Ok(folder)
     }
 
-    /// Has `link` lead to `target`.
     fn link(&self, target: Option<&Path>, link: &Path) -> io::Result<()> {
         let Some(target) = target else {
             return files::remove(link);

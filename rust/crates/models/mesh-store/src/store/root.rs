@@ -1,5 +1,6 @@
 //! The store's folder: its paths, its lock, its owners and its limits.
 
+use std::fmt::Display;
 use std::fs::{File, Permissions};
 use std::io;
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
@@ -44,12 +45,6 @@ impl Default for Limits {
     }
 }
 
-/// Held while the store's folders change.
-#[derive(Debug)]
-pub(crate) struct StoreLock {
-    _file: File,
-}
-
 impl Store {
     /// Opens the store in the folder `root`, which is created if it is not there, with default [`Limits`].
     ///
@@ -87,13 +82,10 @@ impl Store {
                 "the store's models were put there by another user, who is trusted with them, as the folder is not open to everybody"
             );
         }
-        for path in FOLDERS
-            .iter()
-            .map(|folder| root.join(folder))
-            .chain([root.clone()])
-        {
-            close_to_others(&path);
+        for folder in FOLDERS {
+            close_to_others(&root.join(folder));
         }
+        close_to_others(&root);
         Ok(Store {
             inner: Arc::new(Inner {
                 root,
@@ -139,22 +131,16 @@ impl Store {
 
     /// Path of the complete file with this digest, if the store has it.
     pub fn blob(&self, digest: &Digest) -> Option<PathBuf> {
-        Some(self.blob_path(digest)).filter(|path| self.is_own_file(path))
+        let is_own_file = |path: &PathBuf| files::is_own(path, self.owners()) && path.is_file();
+        Some(self.blob_path(digest)).filter(is_own_file)
     }
 
-    /// True if there is a file at `path` that belongs to a trusted owner.
-    pub(crate) fn is_own_file(&self, path: &Path) -> bool {
-        files::is_own(path, self.owners()) && path.is_file()
-    }
-
-    /// Waits for its turn.
-    pub(crate) fn lock(&self) -> Result<StoreLock, StoreError> {
+    /// Waits for its turn to change the store's folders, which lasts as long as the file is open.
+    pub(crate) fn lock(&self) -> Result<File, StoreError> {
         let path = self.root().join("lock");
         let opened = files::open_own(&path, self.owners());
         let locked = opened.and_then(|file| file.lock().map(|()| file));
-        Ok(StoreLock {
-            _file: locked.map_err(StoreError::io("lock", &path))?,
-        })
+        locked.map_err(StoreError::io("lock", &path))
     }
 
     /// Paths in one of the store's folders.
@@ -166,33 +152,31 @@ impl Store {
     }
 
     pub(crate) fn blob_path(&self, digest: &Digest) -> PathBuf {
-        self.root().join("blobs").join(digest.to_string())
+        self.path("blobs", digest)
     }
 
     pub(crate) fn partial_path(&self, key: &PartialKey) -> PathBuf {
-        self.root().join("partial").join(key.file_name())
+        self.path("partial", key.file_name())
     }
 
     pub(crate) fn manifest_path(&self, fingerprint: &Digest) -> PathBuf {
-        self.root()
-            .join("manifests")
-            .join(format!("{fingerprint}.json"))
+        self.path("manifests", format_args!("{fingerprint}.json"))
     }
 
     pub(crate) fn signatures_path(&self, fingerprint: &Digest) -> PathBuf {
-        self.root()
-            .join("manifests")
-            .join(format!("{fingerprint}.sig"))
+        self.path("manifests", format_args!("{fingerprint}.sig"))
     }
 
     pub(crate) fn pin_path(&self, fingerprint: &Digest) -> PathBuf {
-        self.root().join("pins").join(fingerprint.to_string())
+        self.path("pins", fingerprint)
     }
 
     pub(crate) fn name_path(&self, name: &str) -> PathBuf {
-        self.root()
-            .join("names")
-            .join(format!("{}.json", Digest::of(name)))
+        self.path("names", format_args!("{}.json", Digest::of(name)))
+    }
+
+    fn path(&self, folder: &str, name: impl Display) -> PathBuf {
+        self.root().join(folder).join(name.to_string())
     }
 
     pub(crate) fn tmp(&self) -> PathBuf {

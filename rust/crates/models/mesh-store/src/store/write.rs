@@ -4,9 +4,7 @@ use std::io;
 use std::path::PathBuf;
 
 use super::root::{Store, WORK};
-use crate::digest::Digest;
 use crate::error::StoreError;
-use crate::files;
 use crate::partial::{HaveMap, PartialFile, PartialKey, have_path};
 
 /// Outcome of [`Store::begin`].
@@ -58,20 +56,5 @@ impl Store {
         let have = have.map_or(0, |map| map.ranges().bytes());
         self.make_room(wanted.saturating_sub(have), Some(key))?;
         PartialFile::open(self, key, bytes, wanted).map(Begun::Partial)
-    }
-
-    /// Stores a small file and returns its digest.
-    ///
-    /// # Errors
-    /// If there is no room, or the disk fails.
-    pub fn put(&self, bytes: &[u8]) -> Result<Digest, StoreError> {
-        let digest = Digest::of(bytes);
-        let _lock = self.lock()?;
-        let path = self.blob_path(&digest);
-        if !self.is_own_file(&path) {
-            self.make_room(bytes.len() as u64, None)?;
-            files::replace(&path, &self.tmp(), bytes).map_err(StoreError::io("write", &path))?;
-        }
-        Ok(digest)
     }
 }

@@ -101,53 +101,34 @@ pub struct LeftOut {
 /// Chooses the backend: an NVIDIA card that the image's driver supports, else an AMD card that ROCm can use, else the
 /// processor. A wish is followed where the hardware allows it.
 pub fn choose(hardware: &Hardware, wish: Wish) -> Choice {
-    let judged: Vec<(&Gpu, CardUse)> = hardware
-        .gpus
-        .iter()
-        .map(|gpu| (gpu, judge(gpu, hardware, wish)))
-        .collect();
+    let judge = |gpu| (gpu, judge(gpu, hardware, wish));
+    let judged: Vec<(&Gpu, CardUse)> = hardware.gpus.iter().map(judge).collect();
     let best = |backend| {
-        let usable = judged
-            .iter()
-            .filter_map(move |(gpu, verdict)| match verdict {
-                CardUse::Use { with, sure, note } if *with == backend => Some((*gpu, *sure, note)),
-                _ => None,
-            });
+        let cards = judged.iter();
+        let usable = cards.filter_map(move |(gpu, verdict)| match verdict {
+            CardUse::Use { with, sure, note } if *with == backend => Some((*gpu, *sure, note)),
+            _ => None,
+        });
         // A card that is known to work goes before one that is tried.
         usable.max_by_key(|(gpu, sure, _)| (*sure, std::cmp::Reverse(&gpu.address)))
     };
-    let (backend, reason) = match wish {
-        Wish {
-            nomodeset: true, ..
-        } => (
-            Backend::Cpu,
-            "safe graphics (nomodeset) keeps the graphics drivers out, so the processor computes"
-                .to_owned(),
+    let on_cpu = |why: &str| (Backend::Cpu, why.to_owned());
+    let (backend, reason) = match wish.backend {
+        _ if wish.nomodeset => on_cpu(
+            "safe graphics (nomodeset) keeps the graphics drivers out, so the processor computes",
         ),
-        Wish {
-            backend: Some(Backend::Cpu),
-            ..
-        } => (Backend::Cpu, "CPU only was asked for at boot".to_owned()),
-        Wish {
-            backend: Some(backend),
-            ..
-        } => match best(backend) {
-            Some((gpu, _, note)) => (
-                backend,
-                format!("{backend} was asked for at boot, and there is an {gpu}; {note}"),
-            ),
-            None => (
-                Backend::Cpu,
-                format!(
-                    "{backend} was asked for at boot, but no card here can be used with it, so the processor computes"
-                ),
-            ),
+        Some(Backend::Cpu) => on_cpu("CPU only was asked for at boot"),
+        Some(backend) => match best(backend) {
+            Some((gpu, _, note)) => {
+                let reason =
+                    format!("{backend} was asked for at boot, and there is an {gpu}; {note}");
+                (backend, reason)
+            }
+            None => on_cpu(&format!(
+                "{backend} was asked for at boot, but no card here can be used with it, so the processor computes"
+            )),
         },
-        Wish { backend: None, .. } => by_hardware(
-            best(Backend::Nvidia),
-            best(Backend::Rocm),
-            hardware.gpus.as_slice(),
-        ),
+        None => by_hardware(best(Backend::Nvidia), best(Backend::Rocm), &hardware.gpus),
     };
     let left_out = judged
         .iter()
@@ -162,10 +143,8 @@ pub fn choose(hardware: &Hardware, wish: Wish) -> Choice {
                 }
                 CardUse::LeaveOut(why) => why.clone(),
             };
-            Some(LeftOut {
-                gpu: gpu.to_string(),
-                why,
-            })
+            let gpu = gpu.to_string();
+            Some(LeftOut { gpu, why })
         })
         .collect();
     Choice {
@@ -203,7 +182,6 @@ fn by_hardware(nvidia: Found<'_>, amd: Found<'_>, gpus: &[Gpu]) -> (Backend, Str
     }
 }
 
-/// Judgement of one card.
 enum CardUse {
     Use {
         with: Backend,
@@ -232,61 +210,41 @@ fn judge(gpu: &Gpu, hardware: &Hardware, wish: Wish) -> CardUse {
     }
 }
 
-fn judge_nvidia(gpu: &Gpu, hardware: &Hardware, legacy: bool) -> CardUse {
-    let generation = gpu.generation.unwrap_or(Generation::Unknown);
-    let driver = match &hardware.nvidia_driver {
-        Some(version) => format!("NVIDIA's driver {version} is loaded"),
-        None => "NVIDIA's driver is not loaded yet, and the worker falls back to the processor should it not come".to_owned(),
-    };
-    match support(generation, legacy) {
-        Support::Yes => CardUse::Use {
-            with: Backend::Nvidia,
-            sure: true,
-            note: driver,
-        },
-        Support::Try => CardUse::Use {
-            with: Backend::Nvidia,
-            sure: false,
-            note: match generation {
-                Generation::Unknown => {
-                    format!("this program does not know the card, so it is tried; {driver}")
-                }
-                _ => format!(
-                    "the legacy driver drives the card, and CUDA is tried on it; {driver}"
-                ),
-            },
-        },
-        Support::No if generation == Generation::Older => CardUse::LeaveOut(
-            "it is too old: no driver that is still maintained supports it".to_owned(),
-        ),
-        Support::No => CardUse::LeaveOut(
-            "this driver (branch 595) needs Turing or newer; this card needs branch 580: choose \"older NVIDIA\" in the \
-             boot menu"
-                .to_owned(),
-        ),
-    }
-}
-
-/// Support of a card by the image's driver.
-enum Support {
-    Yes,
-    /// Unknown; trying does no harm, since a worker falls back to the CPU.
-    Try,
-    No,
-}
-
-/// Support by the image's driver: branch 595 with the open kernel modules, or with `legacy` branch 580.
+/// By the image's driver: branch 595 with the open kernel modules, or with `legacy` branch 580.
 ///
 /// The open modules need Turing or newer: the list of supported cards in the README of NVIDIA/open-gpu-kernel-modules begins
 /// with device 1E02. Maxwell, Pascal and Volta need branch 580, whose kernel module cannot be loaded beside this one: an entry of
 /// the boot menu starts the system with it.
-fn support(generation: Generation, legacy: bool) -> Support {
-    match generation {
-        Generation::TuringOrNewer => Support::Yes,
-        Generation::Unknown => Support::Try,
-        // The driver drives them; whether CUDA's libraries still have kernels for them shows when a model is loaded.
-        Generation::MaxwellOrPascal | Generation::Volta if legacy => Support::Try,
-        Generation::Older | Generation::MaxwellOrPascal | Generation::Volta => Support::No,
+fn judge_nvidia(gpu: &Gpu, hardware: &Hardware, legacy: bool) -> CardUse {
+    let driver = match &hardware.nvidia_driver {
+        Some(version) => format!("NVIDIA's driver {version} is loaded"),
+        None => "NVIDIA's driver is not loaded yet, and the worker falls back to the processor should it not come".to_owned(),
+    };
+    let usable = |sure, note| CardUse::Use {
+        with: Backend::Nvidia,
+        sure,
+        note,
+    };
+    match gpu.generation.unwrap_or(Generation::Unknown) {
+        Generation::TuringOrNewer => usable(true, driver),
+        // Trying does no harm, since a worker falls back to the processor.
+        Generation::Unknown => {
+            let note = format!("this program does not know the card, so it is tried; {driver}");
+            usable(false, note)
+        }
+        // Whether CUDA's libraries still have kernels for it shows when a model is loaded.
+        Generation::MaxwellOrPascal | Generation::Volta if legacy => {
+            let note = format!("the legacy driver drives the card, and CUDA is tried on it; {driver}");
+            usable(false, note)
+        }
+        Generation::Older => CardUse::LeaveOut(
+            "it is too old: no driver that is still maintained supports it".to_owned(),
+        ),
+        Generation::MaxwellOrPascal | Generation::Volta => CardUse::LeaveOut(
+            "this driver (branch 595) needs Turing or newer; this card needs branch 580: choose \"older NVIDIA\" in the \
+             boot menu"
+                .to_owned(),
+        ),
     }
 }
 
@@ -297,22 +255,20 @@ fn judge_amd(gpu: &Gpu, hardware: &Hardware) -> CardUse {
                 .to_owned(),
         );
     }
-    match gpu.gfx {
-        Some(gfx) if gfx < OLDEST_GFX => CardUse::LeaveOut(format!(
-            "it is {gfx}; ROCm needs {OLDEST_GFX} (Vega) or newer"
-        )),
-        Some(gfx) => CardUse::Use {
-            with: Backend::Rocm,
-            sure: true,
-            note: format!("AMD's compute driver knows it as {gfx}"),
-        },
-        None => CardUse::Use {
-            with: Backend::Rocm,
-            sure: false,
-            note: "AMD's compute driver is there but does not name the card's type, so it is tried, and the worker falls back to \
-                   the processor"
-                .to_owned(),
-        },
+    if let Some(gfx) = gpu.gfx.filter(|gfx| *gfx < OLDEST_GFX) {
+        let why = format!("it is {gfx}; ROCm needs {OLDEST_GFX} (Vega) or newer");
+        return CardUse::LeaveOut(why);
+    }
+    let note = match gpu.gfx {
+        Some(gfx) => format!("AMD's compute driver knows it as {gfx}"),
+        None => "AMD's compute driver is there but does not name the card's type, so it is tried, and the worker falls back to \
+                 the processor"
+            .to_owned(),
+    };
+    CardUse::Use {
+        with: Backend::Rocm,
+        sure: gpu.gfx.is_some(),
+        note,
     }
 }
 

@@ -114,30 +114,25 @@ impl Settings {
     /// # Errors
     /// [`JoinError`] if the key is unknown, was set to another value before, or the value is invalid.
     pub fn set(&mut self, key: &str, value: &str) -> Result<(), JoinError> {
-        let invalid = |reason: String| JoinError::Value {
-            key: key.to_owned(),
-            reason,
-        };
         let value = value.trim();
         if value.is_empty() && KEYS.contains(&key) {
             return Err(JoinError::NoValue(key.to_owned()));
         }
         let fits = match key {
-            "head" => put(&mut self.head, HeadAddress::parse(value).map_err(invalid)?),
-            "token" => put(&mut self.token, Token::parse(value).map_err(invalid)?),
-            "role" => put(&mut self.role, Role::parse(value).map_err(invalid)?),
-            "backend" => put(
-                &mut self.backend,
-                Wish::parse_backend(value).map_err(invalid)?,
-            ),
-            "ssh_key" => put(&mut self.ssh_key, ssh_key(value).map_err(invalid)?),
-            "name" => put(&mut self.name, node_name(value).map_err(invalid)?),
-            "keymap" => put(&mut self.keymap, keymap(value).map_err(invalid)?),
+            "head" => put(&mut self.head, HeadAddress::parse(value)),
+            "token" => put(&mut self.token, Token::parse(value)),
+            "role" => put(&mut self.role, Role::parse(value)),
+            "backend" => put(&mut self.backend, Wish::parse_backend(value)),
+            "ssh_key" => put(&mut self.ssh_key, ssh_key(value)),
+            "name" => put(&mut self.name, node_name(value)),
+            "keymap" => put(&mut self.keymap, keymap(value)),
             _ => return Err(JoinError::UnknownKey(shown(key))),
         };
+        let key = key.to_owned();
         match fits {
-            true => Ok(()),
-            false => Err(JoinError::Twice(key.to_owned())),
+            Ok(true) => Ok(()),
+            Ok(false) => Err(JoinError::Twice(key)),
+            Err(reason) => Err(JoinError::Value { key, reason }),
         }
     }
 
@@ -224,14 +219,13 @@ impl Settings {
         let mut settings = Self::default();
         for (key, value) in &table {
             let Some(value) = value.as_str() else {
+                let key = shown(key);
                 return Err(wrong(format!(
-                    "`{}` must be text in quotes: {0} = \"…\"",
-                    shown(key)
+                    "`{key}` must be text in quotes: {key} = \"…\""
                 )));
             };
-            settings
-                .set(key, value)
-                .map_err(|error| wrong(error.to_string()))?;
+            let set = settings.set(key, value);
+            set.map_err(|error| wrong(error.to_string()))?;
         }
         Ok(settings)
     }
@@ -244,12 +238,9 @@ pub fn command_line_has(text: &str, word: &str) -> bool {
 
 impl Role {
     fn parse(text: &str) -> Result<Self, String> {
-        match text {
-            "worker" => Ok(Self::Worker),
-            "head" => Ok(Self::Head),
-            "shim" => Ok(Self::Shim),
-            _ => Err("there are worker, head and shim".to_owned()),
-        }
+        let mut all = [Self::Worker, Self::Head, Self::Shim].into_iter();
+        all.find(|role| role.to_string() == text)
+            .ok_or_else(|| "there are worker, head and shim".to_owned())
     }
 }
 
@@ -271,54 +262,30 @@ impl HeadAddress {
     pub fn parse(text: &str) -> Result<Self, String> {
         let wrong =
             || "write the head's address as HOST:7780, such as 192.168.1.10:7780".to_owned();
-        let (host, port) = match text.strip_prefix('[') {
-            Some(rest) => {
-                let (host, port) = rest.split_once(']').ok_or_else(wrong)?;
-                if !host.contains(':') {
-                    return Err(wrong());
-                }
-                match port {
-                    "" => (host, None),
-                    _ => (host, Some(port.strip_prefix(':').ok_or_else(wrong)?)),
-                }
-            }
-            None => match text.split_once(':') {
-                Some((_, port)) if port.contains(':') => {
-                    return Err("write an IPv6 address in brackets: [2001:db8::1]:7780".to_owned());
-                }
-                Some((host, port)) => (host, Some(port)),
-                None => (text, None),
-            },
+        let bracketed = text.strip_prefix('[');
+        if bracketed.is_none() && text.matches(':').count() > 1 {
+            return Err("write an IPv6 address in brackets: [2001:db8::1]:7780".to_owned());
+        }
+        let (host, port) = match bracketed.map(|rest| rest.split_once(']')) {
+            Some(Some((host, port))) if host.contains(':') => (host, port),
+            Some(_) => return Err(wrong()),
+            None => text.split_at(text.find(':').unwrap_or(text.len())),
         };
         let port = match port {
-            Some(port) => port
-                .parse()
-                .ok()
-                .filter(|&port| port > 0)
-                .ok_or_else(wrong)?,
-            None => HEAD_PORT,
+            "" => HEAD_PORT,
+            port => {
+                let port = port.strip_prefix(':').and_then(|port| port.parse().ok());
+                port.filter(|&port| port > 0).ok_or_else(wrong)?
+            }
         };
-        let allowed =
-            |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_' | ':' | '%');
-        if host.is_empty()
-            || host.len() > 253
-            || host.starts_with('-')
-            || !host.chars().all(allowed)
-        {
-            return Err(wrong());
-        }
-        Ok(Self {
-            host: host.to_owned(),
-            port,
-        })
-    }
-
-    /// The same host with another port.
-    #[must_use]
-    pub fn with_port(&self, port: u16) -> Self {
-        Self {
-            host: self.host.clone(),
-            port,
+        let allowed = |c: char| c.is_ascii_alphanumeric() || ".-_:%".contains(c);
+        let sound = (1..=253).contains(&host.len()) && host.chars().all(allowed);
+        match sound && !host.starts_with('-') {
+            true => Ok(Self {
+                host: host.to_owned(),
+                port,
+            }),
+            false => Err(wrong()),
         }
     }
 }
@@ -414,14 +381,13 @@ fn file(dir: &Path, name: &'static str) -> Result<Option<String>, JoinError> {
 }
 
 /// Fills an empty place. False if the place holds another value.
-fn put<T: PartialEq>(place: &mut Option<T>, value: T) -> bool {
-    match place {
-        Some(there) => *there == value,
-        None => {
-            *place = Some(value);
-            true
-        }
+fn put<T: PartialEq>(place: &mut Option<T>, value: Result<T, String>) -> Result<bool, String> {
+    let value = Some(value?);
+    if place.is_none() {
+        *place = value;
+        return Ok(true);
     }
+    Ok(*place == value)
 }
 
 /// A line of an authorized_keys file, or a form of it that needs no quotes on a command line: the key's
@@ -460,35 +426,28 @@ fn key_type(bytes: &[u8]) -> Option<&str> {
 
 fn node_name(text: &str) -> Result<String, String> {
     let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_');
-    if text.len() <= 63 && text.chars().all(allowed) {
-        Ok(text.to_owned())
-    } else {
-        Err("a name has at most 63 letters, digits, dots, dashes and underscores".to_owned())
+    match text.len() <= 63 && text.chars().all(allowed) {
+        true => Ok(text.to_owned()),
+        false => {
+            Err("a name has at most 63 letters, digits, dots, dashes and underscores".to_owned())
+        }
     }
 }
 
 /// A name of a keyboard layout: never a path, nor an option of `loadkeys`.
 fn keymap(text: &str) -> Result<String, String> {
-    let allowed = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-' | '_' | '@' | '+');
-    if text.len() <= 64
-        && text.starts_with(|c: char| c.is_ascii_alphanumeric())
-        && text.chars().all(allowed)
-    {
-        Ok(text.to_owned())
-    } else {
-        Err("write a keyboard layout's name, such as de, fr or us-acentos".to_owned())
+    let plain = |c: char| c.is_ascii_alphanumeric();
+    let sound = text.starts_with(plain) && text.chars().all(|c| plain(c) || ".-_@+".contains(c));
+    match sound && text.len() <= 64 {
+        true => Ok(text.to_owned()),
+        false => Err("write a keyboard layout's name, such as de, fr or us-acentos".to_owned()),
     }
 }
 
 /// A key in a message: printable and short.
 fn shown(text: &str) -> String {
-    text.split('=')
-        .next()
-        .unwrap_or_default()
-        .chars()
-        .filter(|c| !c.is_control())
-        .take(32)
-        .collect()
+    let key = text.split('=').next().unwrap_or_default();
+    key.chars().filter(|c| !c.is_control()).take(32).collect()
 }
 
 const KEYS: [&str; 7] = [

@@ -75,30 +75,21 @@ impl Plan {
         };
         let typed = told.typed.as_deref().unwrap_or_default();
         // The first that says something wins.
+        let command_line = Settings::from_command_line(&told.command_line);
+        let partition = told.partition.as_deref();
+        let on_partition =
+            partition.map_or_else(|| Ok(Settings::default()), Settings::from_partition);
         let sources = [
             read(SettingSource::Console, Settings::from_lines(typed)),
-            read(
-                SettingSource::CommandLine,
-                Settings::from_command_line(&told.command_line),
-            ),
-            read(
-                SettingSource::Partition,
-                told.partition
-                    .as_deref()
-                    .map_or_else(|| Ok(Settings::default()), Settings::from_partition),
-            ),
+            read(SettingSource::CommandLine, command_line),
+            read(SettingSource::Partition, on_partition),
         ];
-        let folder = |name| {
-            let partition = told.partition.as_deref();
-            partition.map_or_else(Vec::new, |partition| models(&partition.join(name)))
-        };
+        let folder =
+            |name| partition.map_or_else(Vec::new, |partition| models(&partition.join(name)));
         let mut ring_models = [folder(RING), folder(OLD_RING)].concat();
         ring_models.truncate(MOST_MODELS);
-        let without = |backend| {
-            told.backends
-                .as_ref()
-                .is_some_and(|backends| !backends.contains(&backend))
-        };
+        let backends = told.backends.as_ref();
+        let without = |backend| backends.is_some_and(|backends| !backends.contains(&backend));
         let wish = Wish {
             backend: first(&sources, |settings| settings.backend).and_then(|(backend, _)| backend),
             nomodeset: command_line_has(&told.command_line, "nomodeset"),
@@ -106,10 +97,10 @@ impl Plan {
             without_nvidia: without(Backend::Nvidia),
             without_rocm: without(Backend::Rocm),
         };
+        let state = told.state.as_deref();
+        let role = first(&sources, |settings| settings.role);
         Self {
-            role: first(&sources, |settings| settings.role)
-                .map(|(role, _)| role)
-                .unwrap_or_default(),
+            role: role.map(|(role, _)| role).unwrap_or_default(),
             choice: choose(hardware, wish),
             head: first(&sources, |settings| settings.head.clone()),
             token: first(&sources, |settings| settings.token.clone()),
@@ -118,33 +109,28 @@ impl Plan {
             keymap: first(&sources, |settings| settings.keymap.clone()).map(|(keymap, _)| keymap),
             models: folder(MODELS),
             ring_models,
-            joined: told
-                .state
-                .as_deref()
-                .is_some_and(|state| state.join(CERTIFICATE).is_file()),
+            joined: state.is_some_and(|state| state.join(CERTIFICATE).is_file()),
             mistakes,
         }
     }
 
     /// The missing settings without which the role cannot start.
     pub fn missing(&self) -> Vec<Missing> {
-        let wanted: &[(Missing, bool)] = match self.role {
-            Role::Head => &[],
-            Role::Shim => &[(Missing::Head, self.head.is_none())],
-            Role::Worker => &[
-                (Missing::Head, self.head.is_none()),
-                (Missing::Token, self.token.is_none() && !self.joined),
-                (
-                    Missing::Model,
-                    self.models.is_empty() && self.ring_models.is_empty(),
-                ),
-            ],
-        };
-        wanted
-            .iter()
-            .filter(|(_, missing)| *missing)
-            .map(|&(what, _)| what)
-            .collect()
+        let worker = self.role == Role::Worker;
+        let no_model = self.models.is_empty() && self.ring_models.is_empty();
+        let wanted = [
+            (
+                Missing::Head,
+                self.role != Role::Head && self.head.is_none(),
+            ),
+            (
+                Missing::Token,
+                worker && self.token.is_none() && !self.joined,
+            ),
+            (Missing::Model, worker && no_model),
+        ];
+        let missing = wanted.into_iter().filter(|(_, missing)| *missing);
+        missing.map(|(what, _)| what).collect()
     }
 
     /// Environment variables that configure the role's service: names and values.
@@ -176,8 +162,9 @@ impl Plan {
                 }
             }
             Role::Shim => {
-                if let Some((head, _)) = &self.head {
-                    let clients = head.with_port(CLIENT_PORT).to_string();
+                if let Some((head, _)) = self.head.clone() {
+                    let (host, port) = (head.host, CLIENT_PORT);
+                    let clients = HeadAddress { host, port }.to_string();
                     set("HYDRAMESH_SHIM__HEADS", list([clients].into_iter()));
                 }
             }
@@ -213,11 +200,8 @@ impl fmt::Display for Plan {
                 ("Models", &self.models),
                 ("Models held in parts", &self.ring_models),
             ] {
-                let names: Vec<_> = files
-                    .iter()
-                    .filter_map(|path| path.file_name())
-                    .map(|name| name.to_string_lossy())
-                    .collect();
+                let names = files.iter().filter_map(|path| path.file_name());
+                let names: Vec<_> = names.map(|name| name.to_string_lossy()).collect();
                 if !names.is_empty() {
                     writeln!(f, "{what}: {}", names.join(", "))?;
                 }

@@ -27,19 +27,20 @@ pub struct WriteError {
     source: io::Error,
 }
 
+impl WriteError {
+    fn at(path: &Path) -> impl FnOnce(io::Error) -> Self {
+        let path = path.to_owned();
+        move |source| Self { path, source }
+    }
+}
+
 /// Writes `plan` into `dir`, which is created if missing. Files of an earlier plan are removed.
 ///
 /// # Errors
 /// The file that could not be removed or written.
 pub fn write(plan: &Plan, dir: &Path) -> Result<(), WriteError> {
-    DirBuilder::new()
-        .recursive(true)
-        .mode(0o755)
-        .create(dir)
-        .map_err(|source| WriteError {
-            path: dir.to_owned(),
-            source,
-        })?;
+    let made = DirBuilder::new().recursive(true).mode(0o755).create(dir);
+    made.map_err(WriteError::at(dir))?;
     for name in names() {
         remove(&dir.join(name))?;
     }
@@ -47,12 +48,9 @@ pub fn write(plan: &Plan, dir: &Path) -> Result<(), WriteError> {
     if let Some(key) = &plan.ssh_key {
         file(KEYS, 0o644, &format!("{key}\n"))?;
     }
-    let environment: String = plan
-        .environment()
-        .iter()
-        // Single quotes: systemd takes the text between them literally. No value contains one.
-        .map(|(name, value)| format!("{name}='{value}'\n"))
-        .collect();
+    // Single quotes: systemd takes the text between them literally. No value contains one.
+    let quoted = |(name, value): &(String, String)| format!("{name}='{value}'\n");
+    let environment: String = plan.environment().iter().map(quoted).collect();
     file(ENVIRONMENT, 0o644, &environment)?;
     if let Some(keymap) = &plan.keymap {
         file(KEYMAP, 0o644, &format!("{keymap}\n"))?;
@@ -78,42 +76,26 @@ pub fn marker(plan: &Plan) -> String {
 
 /// Everything that a plan can leave.
 fn names() -> impl Iterator<Item = String> {
-    let fixed = [
-        "role-head",
-        "role-shim",
-        ENVIRONMENT,
-        TOKEN,
-        KEYS,
-        KEYMAP,
-        READY,
-        SUMMARY,
-    ];
-    let workers = Backend::ALL.into_iter().map(Backend::worker_marker);
-    fixed.into_iter().map(str::to_owned).chain(workers)
+    let roles = ["role-head", "role-shim"];
+    let fixed = [ENVIRONMENT, TOKEN, KEYS, KEYMAP, READY, SUMMARY];
+    let fixed = roles.into_iter().chain(fixed).map(str::to_owned);
+    fixed.chain(Backend::ALL.into_iter().map(Backend::worker_marker))
 }
 
 fn remove(path: &Path) -> Result<(), WriteError> {
     match std::fs::remove_file(path) {
-        Err(source) if source.kind() != io::ErrorKind::NotFound => Err(WriteError {
-            path: path.to_owned(),
-            source,
-        }),
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(WriteError::at(path)(error)),
         _ => Ok(()),
     }
 }
 
 /// Creates a new file; fails if the path exists, also as a link.
 fn create(path: &Path, mode: u32, content: &str) -> Result<(), WriteError> {
-    OpenOptions::new()
-        .write(true)
-        .create_new(true)
-        .mode(mode)
-        .open(path)
+    let mut options = OpenOptions::new();
+    let opened = options.write(true).create_new(true).mode(mode).open(path);
+    opened
         .and_then(|mut file| file.write_all(content.as_bytes()))
-        .map_err(|source| WriteError {
-            path: path.to_owned(),
-            source,
-        })
+        .map_err(WriteError::at(path))
 }
 
 const ENVIRONMENT: &str = "service.env";

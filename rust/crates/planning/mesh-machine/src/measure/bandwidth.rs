@@ -34,10 +34,10 @@ pub(crate) fn bandwidth(threads: usize, bytes: u64) -> f64 {
     std::thread::scope(|scope| {
         let others: Vec<_> = (1..threads).map(|_| scope.spawn(one)).collect();
         let own = one();
-        own + others
+        let others = others
             .into_iter()
-            .map(|thread| thread.join().unwrap_or(0.0))
-            .sum::<f64>()
+            .map(|thread| thread.join().unwrap_or(0.0));
+        own + others.sum::<f64>()
     })
 }
 

@@ -7,6 +7,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
+use nix::libc::{O_DIRECT, O_NONBLOCK};
 
 /// Bytes per second, read from the middle of `file`; 0 if it cannot be read. Takes a quarter of a second at most, and one request.
 pub(crate) fn read_speed(file: &Path) -> f64 {
@@ -18,20 +19,17 @@ pub(crate) fn read_speed(file: &Path) -> f64 {
 }
 
 fn direct(file: &Path) -> Option<f64> {
-    let file = OpenOptions::new()
-        .read(true)
-        .custom_flags(nix::libc::O_DIRECT | nix::libc::O_NONBLOCK)
-        .open(file)
-        .ok()?;
-    timed(file)
+    timed(open(file, O_DIRECT)?)
+}
+
+fn open(file: &Path, flags: i32) -> Option<File> {
+    let mut options = OpenOptions::new();
+    options.read(true).custom_flags(flags | O_NONBLOCK);
+    options.open(file).ok()
 }
 
 fn dropped(file: &Path) -> Option<f64> {
-    let file = OpenOptions::new()
-        .read(true)
-        .custom_flags(nix::libc::O_NONBLOCK)
-        .open(file)
-        .ok()?;
+    let file = open(file, 0)?;
     // Pages that a model in use has mapped stay; then the cache is measured, which loading would use, too.
     let _ = posix_fadvise(&file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED);
     timed(file)
@@ -43,10 +41,8 @@ fn timed(mut file: File) -> Option<f64> {
         return None;
     }
     let middle = metadata.len().saturating_sub(MOST_BYTES) / 2;
-    file.seek(SeekFrom::Start(
-        middle / ALIGNMENT as u64 * ALIGNMENT as u64,
-    ))
-    .ok()?;
+    let aligned = middle - middle % ALIGNMENT as u64;
+    file.seek(SeekFrom::Start(aligned)).ok()?;
     let mut memory = vec![0u8; REQUEST + ALIGNMENT];
     let from = memory.as_ptr().align_offset(ALIGNMENT).min(ALIGNMENT);
     let buffer = &mut memory[from..from + REQUEST];

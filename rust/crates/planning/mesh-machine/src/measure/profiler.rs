@@ -1,7 +1,6 @@
 //! Measures a machine once, and keeps slow measurements in a file.
 
-use std::fs::File;
-use std::io::{self, Read};
+use std::io;
 use std::path::{Path, PathBuf};
 
 use arcanum_profiler::profile::{Key, LayerSpeed, Profile};
@@ -9,6 +8,7 @@ use mesh_base::files;
 use mesh_engine_ort::WeightFormat;
 use mesh_kernels::Isa;
 use mesh_model::Model;
+use mesh_model::file::read_limited;
 use serde::{Deserialize, Serialize};
 
 use super::layers::{MeasureError, measure_layers};
@@ -91,11 +91,8 @@ impl Profiler {
         let mut changed = false;
         if let Some(kept) = kept {
             profile.memory_bandwidth = sane(kept.memory_bandwidth);
-            if let Some(disk) = kept.disk
-                && disk_folder
-                    .as_ref()
-                    .is_none_or(|folder| *folder == disk.folder)
-            {
+            let same = |disk: &SavedDisk| disk_folder.as_ref().is_none_or(|it| *it == disk.folder);
+            if let Some(disk) = kept.disk.filter(same) {
                 profile.disk_read = sane(disk.bytes_per_second);
                 disk_folder = Some(disk.folder);
             }
@@ -138,10 +135,9 @@ impl Profiler {
     ) -> Result<LayerSpeed, MeasureError> {
         let fingerprint = model.fingerprint()?;
         let speeds = &mut self.profile.speeds;
-        let known = speeds
-            .iter()
-            .find(|speed| speed.fingerprint == fingerprint && speed.format == format.name());
-        if let Some(known) = known {
+        let same =
+            |speed: &&LayerSpeed| speed.fingerprint == fingerprint && speed.format == format.name();
+        if let Some(known) = speeds.iter().find(same) {
             return Ok(known.clone());
         }
         let speed = measure_layers(model, format, &self.options)?;
@@ -182,10 +178,9 @@ fn usable(available: u64, limit: Option<u64>) -> u64 {
 
 /// Rounds to whole bytes per second, which JSON returns unchanged; 0 for an implausible speed.
 fn sane(speed: f64) -> f64 {
-    if (1.0..=1e15).contains(&speed) {
-        speed.round()
-    } else {
-        0.0
+    match (1.0..=1e15).contains(&speed) {
+        true => speed.round(),
+        false => 0.0,
     }
 }
 
@@ -194,13 +189,9 @@ fn folder(model: &Path) -> Option<PathBuf> {
 }
 
 fn read(file: &Path) -> io::Result<Option<SavedProfile>> {
-    let opened = match File::open(file) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        opened => opened?,
-    };
-    let mut text = Vec::new();
-    opened.take(MOST_FILE).read_to_end(&mut text)?;
-    Ok(Some(serde_json::from_slice(&text)?))
+    let text = read_limited(file, MOST_FILE)?;
+    let saved = text.map(|text| serde_json::from_slice(&text)).transpose();
+    Ok(saved?)
 }
 
 /// Replaces the file by renaming a complete one, so that no reader sees half of it.
@@ -212,7 +203,6 @@ fn write(file: &Path, kept: &SavedProfile) -> io::Result<()> {
 
 /// No file of ours is larger.
 const MOST_FILE: u64 = 1 << 20;
-/// GPUs that are reported.
 const MOST_GPUS: usize = 32;
 /// Models times formats whose speeds are kept.
 const MOST_SPEEDS: usize = 256;

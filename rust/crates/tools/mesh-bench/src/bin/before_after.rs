@@ -8,9 +8,9 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use clap::Parser;
-use mesh_api::{ChatCompletionRequest, GenerationOptions};
-use mesh_bench::median;
+use mesh_api::ChatCompletionRequest;
 use mesh_bench::round_trips::{SocketThread, echo_head, round_trips_per_second};
+use mesh_bench::{Ratios, greedy, median};
 use mesh_launcher::{Launcher, Mesh, Service, paths, until_signal};
 
 /// Compares decode speed and the shim's throughput of two builds of the services
@@ -36,7 +36,6 @@ struct Args {
     at_least: Option<f64>,
 }
 
-/// The services of one build.
 struct Build {
     mesh: Mesh,
     shim: Service,
@@ -70,7 +69,7 @@ async fn compare(args: Args) -> Result<()> {
         for build in &mut builds {
             build.measure(measure, &args).await?;
         }
-        let (mut ratios, mut speeds) = (Vec::new(), [Vec::new(), Vec::new()]);
+        let (mut ratios, mut speeds) = (Ratios::default(), [Vec::new(), Vec::new()]);
         for round in 0..args.rounds.max(1) {
             let mut found = [0.0; 2];
             // The build that goes first alternates, in case the order matters.
@@ -79,12 +78,10 @@ async fn compare(args: Args) -> Result<()> {
                 found[which] = builds[which].measure(measure, &args).await?;
                 speeds[which].push(found[which]);
             }
-            ratios.push(found[1] / found[0]);
+            ratios.0.push(found[1] / found[0]);
         }
-        let ratio = median(&ratios);
+        let (ratio, least, most) = (ratios.median(), ratios.least(), ratios.most());
         worst = worst.min(ratio);
-        let least = ratios.iter().copied().fold(f64::MAX, f64::min);
-        let most = ratios.iter().copied().fold(0.0, f64::max);
         println!(
             "{name:30} before {:9.1}  after {:9.1}  after / before {ratio:.3} ({least:.3}-{most:.3})",
             median(&speeds[0]),
@@ -181,15 +178,5 @@ impl Build {
             http.complete(&request).await?;
         }
         Ok(f64::from(REQUESTS) / begun.elapsed().as_secs_f64())
-    }
-}
-
-/// Asks for the likeliest tokens, exactly so many.
-fn greedy(tokens: u32) -> GenerationOptions {
-    GenerationOptions {
-        max_tokens: Some(tokens.into()),
-        temperature: Some(0.0),
-        ignore_eos: Some(true),
-        ..GenerationOptions::default()
     }
 }

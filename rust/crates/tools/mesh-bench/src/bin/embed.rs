@@ -3,16 +3,15 @@
 //! Both begin with texts and end with vectors. The anchor is `scripts/embed_anchor.py` under the Python that
 //! `scripts/fetch_sentence_transformers.py` installs; it sorts its texts by length, as it does by itself.
 
-use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdout, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use clap::Parser;
-use mesh_bench::median;
+use mesh_bench::{Ratios, Talker, median};
 use mesh_engine::Encoder;
 use mesh_engine_ort::{OrtEncoder, OrtOptions};
 use mesh_launcher::paths;
@@ -36,10 +35,7 @@ const BATCH: usize = 32;
 
 fn main() -> Result<()> {
     let args = Args::parse();
-    let folder = match &args.model {
-        Some(folder) => folder.clone(),
-        None => paths::minilm()?,
-    };
+    let folder = args.model.map_or_else(paths::minilm, Ok)?;
     let model = EncoderModel::open(&folder)?;
     let options = OrtOptions {
         threads: args.threads,
@@ -51,36 +47,29 @@ fn main() -> Result<()> {
     for (name, texts) in workloads()? {
         let file = scratch.path().join("texts.json");
         std::fs::write(&file, serde_json::to_vec(&texts)?)?;
-        let least = least_cosine(
-            &folder,
-            &file,
-            &embed(&model, &mut ours, &texts, args.threads)?,
-        )?;
-        let mut anchor = Anchor::start(&folder, &file)?;
-        let (mut ratios, mut speeds) = (Vec::new(), [Vec::new(), Vec::new()]);
+        let vectors = embed(&model, &mut ours, &texts, args.threads)?;
+        let least = least_cosine(&folder, &file, &vectors)?;
+        let mut anchor = Talker::start(anchor(&folder, "speed", &file)?, "the anchor")?;
+        let (mut ratios, mut speeds) = (Ratios::default(), [Vec::new(), Vec::new()]);
         for round in 0..=args.rounds {
             let started = Instant::now();
             embed(&model, &mut ours, &texts, args.threads)?;
             let mine = started.elapsed().as_secs_f64();
-            let theirs = anchor.time(args.threads)?;
+            let theirs: f64 = anchor.ask(&args.threads.to_string())?.parse()?;
             // The first round warms both up.
             if round > 0 {
-                ratios.push(theirs / mine);
+                ratios.0.push(theirs / mine);
                 speeds[0].push(texts.len() as f64 / mine);
                 speeds[1].push(texts.len() as f64 / theirs);
             }
         }
-        let range = |values: &[f64]| {
-            let least = values.iter().copied().fold(f64::INFINITY, f64::min);
-            let most = values.iter().copied().fold(0.0, f64::max);
-            format!("{least:.2}–{most:.2}")
-        };
         println!(
-            "{name}: {:.0} texts/s, sentence-transformers {:.0}: ratio {:.2} ({}) (wanted: at least 1.2); least cosine {least:.7} (wanted: at least 0.9999)",
+            "{name}: {:.0} texts/s, sentence-transformers {:.0}: ratio {:.2} ({:.2}–{:.2}) (wanted: at least 1.2); least cosine {least:.7} (wanted: at least 0.9999)",
             median(&speeds[0]),
             median(&speeds[1]),
-            median(&ratios),
-            range(&ratios),
+            ratios.median(),
+            ratios.least(),
+            ratios.most(),
         );
     }
     Ok(())
@@ -108,14 +97,12 @@ fn workloads() -> Result<Vec<(&'static str, Vec<String>)>> {
         .map(|words| words.join(" "))
         .collect();
     let languages = include_str!("../../../../engine/mesh-engine-ort/tests/data/texts.json");
+    let languages = serde_json::from_str(languages)?;
     Ok(vec![
         ("sentences of a book", sentences),
         ("its paragraphs", paragraphs),
         ("90 words each", equal),
-        (
-            "200 texts of many lengths and languages",
-            serde_json::from_str(languages)?,
-        ),
+        ("200 texts of many lengths and languages", languages),
     ])
 }
 
@@ -131,18 +118,14 @@ fn embed(
         let parts: Vec<_> = texts
             .chunks(share)
             .map(|texts| {
-                scope.spawn(|| {
-                    let texts = texts.iter();
-                    texts
-                        .map(|text| Ok(model.tokenise(text, None)?.tokens))
-                        .collect::<Result<Vec<_>>>()
-                })
+                let tokens = |text: &String| Ok(model.tokenise(text, None)?.tokens);
+                scope.spawn(move || texts.iter().map(tokens).collect::<Result<Vec<_>>>())
             })
             .collect();
         let parts = parts.into_iter().map(|part| part.join().expect("no panic"));
-        let parts: Result<Vec<Vec<Vec<u32>>>> = parts.collect();
-        parts.map(|parts| parts.into_iter().flatten().collect())
-    })?;
+        parts.collect::<Result<Vec<_>>>()
+    })?
+    .concat();
     let dimensions = encoder.info().dimensions;
     let mut vectors = Vec::with_capacity(texts.len());
     for batch in tokens.chunks(BATCH) {
@@ -173,11 +156,8 @@ fn least_cosine(folder: &Path, texts: &Path, ours: &[Vec<f32>]) -> Result<f64> {
     let mut count = 0;
     for (line, ours) in text.lines().zip(ours) {
         let bytes = STANDARD.decode(line)?;
-        let theirs = bytes
-            .as_chunks::<4>()
-            .0
-            .iter()
-            .map(|b| f64::from(f32::from_le_bytes(*b)));
+        let (theirs, _) = bytes.as_chunks::<4>();
+        let theirs = theirs.iter().map(|b| f64::from(f32::from_le_bytes(*b)));
         let (mut dot, mut a, mut b) = (0.0, 0.0, 0.0);
         for (x, y) in ours.iter().map(|&x| f64::from(x)).zip(theirs) {
             dot += x * y;
@@ -187,51 +167,10 @@ fn least_cosine(folder: &Path, texts: &Path, ours: &[Vec<f32>]) -> Result<f64> {
         least = least.min(dot / (a * b).sqrt());
         count += 1;
     }
+    let wanted = ours.len();
     ensure!(
-        count == ours.len(),
-        "the anchor gave {count} vectors of {}",
-        ours.len()
+        count == wanted,
+        "the anchor gave {count} vectors of {wanted}"
     );
     Ok(least)
-}
-
-/// The running process of the anchor.
-struct Anchor {
-    child: Child,
-    words: BufReader<ChildStdout>,
-}
-
-impl Anchor {
-    fn start(folder: &Path, texts: &Path) -> Result<Anchor> {
-        let mut child = anchor(folder, "speed", texts)?
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()?;
-        let words = BufReader::new(child.stdout.take().context("a pipe")?);
-        let mut anchor = Anchor { child, words };
-        let ready = anchor.line()?;
-        ensure!(ready == "ready", "the anchor said {ready:?}");
-        Ok(anchor)
-    }
-
-    /// Seconds that it takes with `threads` threads.
-    fn time(&mut self, threads: usize) -> Result<f64> {
-        let input = self.child.stdin.as_mut().context("a pipe")?;
-        writeln!(input, "{threads}")?;
-        input.flush()?;
-        Ok(self.line()?.parse()?)
-    }
-
-    fn line(&mut self) -> Result<String> {
-        let mut line = String::new();
-        ensure!(self.words.read_line(&mut line)? > 0, "the anchor ended");
-        Ok(line.trim().to_owned())
-    }
-}
-
-impl Drop for Anchor {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
 }

@@ -9,10 +9,11 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use clap::Parser;
 use futures::StreamExt;
-use mesh_bench::{Exercise, Ours, median, resident_bytes};
+use mesh_bench::{Exercise, Ours, median};
 use mesh_engine::{Engine, EngineHandle, Event, Request, SchedulerConfig, Stage};
 use mesh_engine_ort::OrtOptions;
 use mesh_launcher::paths;
+use mesh_launcher::process::resident_bytes;
 use mesh_model::Model;
 
 /// Measures the engine without any service around it
@@ -33,10 +34,7 @@ struct Args {
 
 fn main() -> Result<()> {
     let args = Args::parse();
-    let path = match &args.model {
-        Some(path) => path.clone(),
-        None => paths::smollm2()?,
-    };
+    let path = args.model.clone().map_or_else(paths::smollm2, Ok)?;
     if args.child {
         return child(&path, args.threads);
     }
@@ -63,10 +61,8 @@ fn streams(path: &Path, args: &Args) -> Result<()> {
         let mut speed = |exercise: Exercise| -> Result<f64> {
             Ok(f64::from(exercise.tokens()) / ours.time(exercise)?.as_secs_f64())
         };
-        let (one, eight) = (
-            speed(Exercise::Decode(64))?,
-            speed(Exercise::Parallel(8, 64))?,
-        );
+        let one = speed(Exercise::Decode(64))?;
+        let eight = speed(Exercise::Parallel(8, 64))?;
         if round > 0 {
             speeds[0].push(one);
             speeds[1].push(eight);
@@ -88,12 +84,8 @@ fn second_turn(path: &Path, args: &Args) -> Result<()> {
     for _ in 0..args.rounds {
         // A new engine each time: nothing of the conversation may be cached in the first turn.
         let ours = Ours::load(&model, options(args.threads, 2))?;
-        let engine = Engine::start(
-            "bench",
-            Box::new(ours.stage),
-            Arc::new(model.clone()),
-            SchedulerConfig::default(),
-        )?;
+        let (stage, config) = (Box::new(ours.stage), SchedulerConfig::default());
+        let engine = Engine::start("bench", stage, Arc::new(model.clone()), config)?;
         let handle = engine.handle();
         let mut chat: Vec<u32> = (0..1000).map(|i| 200 + (i * 7919) % 40_000).collect();
         let (first, answer) = turn(&handle, &chat)?;
@@ -140,11 +132,8 @@ fn start(path: &Path, args: &Args) -> Result<()> {
             .output()?;
         seconds.push(start.elapsed().as_secs_f64());
         let text = String::from_utf8(output.stdout)?;
-        ratios.push(
-            text.trim()
-                .parse()
-                .with_context(|| format!("the child said {text:?}"))?,
-        );
+        let ratio = text.trim().parse();
+        ratios.push(ratio.with_context(|| format!("the child said {text:?}"))?);
     }
     println!(
         "start to first token: {:.2} s (wanted: at most 2)",
@@ -164,7 +153,7 @@ fn child(path: &Path, threads: usize) -> Result<()> {
     ours.time(Exercise::Prefill(512))?;
     ours.time(Exercise::Decode(1))?;
     let kv = 512 * ours.stage.info().kv_bytes_per_token;
-    let resident = resident_bytes()?.saturating_sub(kv);
+    let resident = resident_bytes(std::process::id())?.saturating_sub(kv);
     println!("{:.3}", resident as f64 / model.tensors().file_len() as f64);
     Ok(())
 }

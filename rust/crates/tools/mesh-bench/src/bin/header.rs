@@ -34,19 +34,13 @@ fn main() -> anyhow::Result<()> {
     // Other load only ever adds time, so the best round is the closest to the truth.
     let (copy, encode, decode) = (best(copy), best(encode), best(decode));
     println!("copy of {HEADER_LEN} bytes  {copy:6.2} ns");
-    println!(
-        "encode            {encode:6.2} ns  {:5.2} x copy",
-        encode / copy
-    );
-    println!(
-        "decode            {decode:6.2} ns  {:5.2} x copy",
-        decode / copy
-    );
+    for (name, time) in [("encode", encode), ("decode", decode)] {
+        let ratio = time / copy;
+        println!("{name}            {time:6.2} ns  {ratio:5.2} x copy");
+    }
     if let Some(limit) = args.limit_ns {
-        anyhow::ensure!(
-            encode <= limit && decode <= limit,
-            "over the limit of {limit} ns"
-        );
+        let within = encode <= limit && decode <= limit;
+        anyhow::ensure!(within, "over the limit of {limit} ns");
     }
     Ok(())
 }

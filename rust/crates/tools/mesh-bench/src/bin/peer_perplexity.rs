@@ -29,19 +29,13 @@ struct Args {
 
 fn main() -> Result<()> {
     let args = Args::parse();
-    let path = match args.model {
-        Some(path) => path,
-        None => paths::smollm2()?,
-    };
+    let path = args.model.map_or_else(paths::smollm2, Ok)?;
     let model = Model::open(&path)?;
     let tokens = model.tokenizer().encode(TEXT, EncodeOptions::default())?;
     let length = args.window as usize;
     let mut windows: Vec<Vec<u32>> = tokens.chunks_exact(length).map(<[u32]>::to_vec).collect();
-    if let Some(begin) = model
-        .tokenizer()
-        .bos()
-        .filter(|_| model.tokenizer().adds_bos())
-    {
+    let tokenizer = model.tokenizer();
+    if let Some(begin) = tokenizer.bos().filter(|_| tokenizer.adds_bos()) {
         windows.iter_mut().for_each(|window| window[0] = begin);
     }
     println!(
@@ -71,10 +65,9 @@ fn main() -> Result<()> {
         };
         let mut ours = Ours::load(&model, options)?;
         let found = perplexity(&windows, |window| ours.perplexity(window))?;
-        let name = if compact {
-            "ours, compact"
-        } else {
-            "ours, exact"
+        let name = match compact {
+            true => "ours, compact",
+            false => "ours, exact",
         };
         println!("{name:16} {found:.4}   ratio {:.4}", found / theirs);
     }

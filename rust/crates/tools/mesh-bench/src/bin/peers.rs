@@ -4,12 +4,13 @@
 //! what disturbs the machine disturbs both. llama.cpp runs with the better of its two attention modes for each exercise.
 //! `--sets` compares every instruction set of this CPU with llama.cpp's builds for the same set.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use clap::Parser;
-use mesh_bench::{Anchor, Exercise, Ours, median};
+use mesh_bench::{Anchor, Exercise, Ours, Ratios, median};
 use mesh_engine_ort::OrtOptions;
 use mesh_kernels::Isa;
 use mesh_model::Model;
@@ -82,54 +83,40 @@ fn main() -> Result<()> {
         return each_set();
     }
     let anchor_model = args.anchor_model.as_ref().unwrap_or(&args.model);
-    let name = |path: &PathBuf| {
-        path.file_name()
-            .map(|name| name.to_string_lossy().into_owned())
-    };
+    let name = |path: &Path| path.file_name().unwrap_or_default().display().to_string();
     println!(
         "ours: {}{}; llama.cpp: {}; {} threads",
-        name(&args.model).unwrap_or_default(),
+        name(&args.model),
         if args.exact { "" } else { ", compact" },
-        name(anchor_model).unwrap_or_default(),
+        name(anchor_model),
         args.threads
     );
-    let exercises = match args.short {
-        true => vec![
-            Exercise::Decode(32),
-            Exercise::Prefill(128),
-            Exercise::Prefill(512),
-        ],
-        false => vec![
-            Exercise::Decode(128),
-            Exercise::Prefill(128),
-            Exercise::Prefill(512),
-            Exercise::Parallel(8, 64),
-        ],
-    };
+    let decode = Exercise::Decode(if args.short { 32 } else { 128 });
+    let mut exercises = vec![decode, Exercise::Prefill(128), Exercise::Prefill(512)];
+    if !args.short {
+        exercises.push(Exercise::Parallel(8, 64));
+    }
     let (context, sequences) = (1024, if args.short { 1 } else { 8 });
     let model = Model::open(&args.model)?;
-    let mut ours = Ours::load(
-        &model,
-        OrtOptions {
-            threads: args.threads,
-            slots: sequences,
-            context,
-            compact: !args.exact,
-            max_rows: args.rows,
-            ..OrtOptions::default()
-        },
-    )?;
+    let options = OrtOptions {
+        threads: args.threads,
+        slots: sequences,
+        context,
+        compact: !args.exact,
+        max_rows: args.rows,
+        ..OrtOptions::default()
+    };
+    let mut ours = Ours::load(&model, options)?;
     let mut anchors = [false, true].map(|flash| {
         let cpu = args.anchor_cpu.as_deref();
         Anchor::start(anchor_model, args.threads, context, sequences, flash, cpu)
     });
     for exercise in exercises {
         let mut rows = [Vec::new(), Vec::new()];
-        let mut ratios = Vec::new();
+        let mut ratios = Ratios::default();
         // The first round warms all of them up.
         for round in 0..=args.rounds {
-            let speed =
-                |time: std::time::Duration| f64::from(exercise.tokens()) / time.as_secs_f64();
+            let speed = |time: Duration| f64::from(exercise.tokens()) / time.as_secs_f64();
             let our = speed(ours.time(exercise)?);
             let mut best = f64::MIN;
             for anchor in &mut anchors {
@@ -141,7 +128,7 @@ fn main() -> Result<()> {
             if round > 0 {
                 rows[0].push(our);
                 rows[1].push(best);
-                ratios.push(our / best);
+                ratios.0.push(our / best);
             }
         }
         println!(
@@ -149,9 +136,9 @@ fn main() -> Result<()> {
             exercise.to_string(),
             median(&rows[0]),
             median(&rows[1]),
-            median(&ratios),
-            ratios.iter().copied().fold(f64::MAX, f64::min),
-            ratios.iter().copied().fold(f64::MIN, f64::max),
+            ratios.median(),
+            ratios.least(),
+            ratios.most(),
         );
     }
     Ok(())

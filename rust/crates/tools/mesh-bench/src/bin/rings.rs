@@ -11,10 +11,10 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use clap::Parser;
-use mesh_api::{CompletionRequest, GenerationOptions, RingStage, TextInput};
-use mesh_bench::{median, program};
+use mesh_api::{CompletionRequest, RingStage, TextInput};
+use mesh_bench::{Ratios, greedy, median, program};
 use mesh_client::http::HttpClient;
 use mesh_launcher::{Mesh, paths, until_signal};
 
@@ -87,62 +87,34 @@ async fn compare(args: Args) -> Result<()> {
         }
     }
     let [whole_speeds, ring_speeds, mirrored_speeds] = &speeds;
-    let speed = |speeds: &[Speed], of: fn(&Speed) -> f64| {
-        median(&speeds.iter().map(of).collect::<Vec<_>>())
-    };
+    show("one process, whole model:   ", whole_speeds);
+    show("three processes:            ", ring_speeds);
+    show("three and three standbys:   ", mirrored_speeds);
     let decode = |s: &Speed| s.decode;
     let prefill = |s: &Speed| s.prefill;
-    println!(
-        "one process, whole model:    decode {:.1} tok/s, prefill {:.0} tok/s",
-        speed(whole_speeds, decode),
-        speed(whole_speeds, prefill)
-    );
-    println!(
-        "three processes:             decode {:.1} tok/s, prefill {:.0} tok/s",
-        speed(ring_speeds, decode),
-        speed(ring_speeds, prefill)
-    );
-    println!(
-        "three and three standbys:    decode {:.1} tok/s, prefill {:.0} tok/s",
-        speed(mirrored_speeds, decode),
-        speed(mirrored_speeds, prefill)
-    );
+    let what = "split: three processes / one,";
     ratio(
-        "split: three processes / one, decode",
+        &format!("{what} decode"),
         "0.95",
         ring_speeds,
         whole_speeds,
         decode,
     );
     ratio(
-        "split: three processes / one, prefill",
+        &format!("{what} prefill"),
         "-",
         ring_speeds,
         whole_speeds,
         prefill,
     );
-    ratio(
-        "mirroring: with standbys / without, decode",
-        "0.95",
-        mirrored_speeds,
-        ring_speeds,
-        decode,
-    );
+    let what = "mirroring: with standbys / without, decode";
+    ratio(what, "0.95", mirrored_speeds, ring_speeds, decode);
     if rpc.is_some() {
-        println!(
-            "llama.cpp, three rpc-servers: decode {:.1} tok/s, prefill {:.0} tok/s",
-            speed(&anchor, decode),
-            speed(&anchor, prefill)
-        );
+        show("llama.cpp, three rpc-servers:", &anchor);
+        let what = "three processes / llama.cpp RPC,";
+        ratio(&format!("{what} decode"), "2", ring_speeds, &anchor, decode);
         ratio(
-            "three processes / llama.cpp RPC, decode",
-            "2",
-            ring_speeds,
-            &anchor,
-            decode,
-        );
-        ratio(
-            "three processes / llama.cpp RPC, prefill",
+            &format!("{what} prefill"),
             "2",
             ring_speeds,
             &anchor,
@@ -155,20 +127,19 @@ async fn compare(args: Args) -> Result<()> {
     Ok(())
 }
 
+/// Prints the medians of an arrangement's speeds.
+fn show(what: &str, speeds: &[Speed]) {
+    let of = |of: fn(&Speed) -> f64| median(&speeds.iter().map(of).collect::<Vec<_>>());
+    let (decode, prefill) = (of(|s| s.decode), of(|s| s.prefill));
+    println!("{what} decode {decode:.1} tok/s, prefill {prefill:.0} tok/s");
+}
+
 /// Prints the median of the rounds' ratios and their range.
 fn ratio(what: &str, wanted: &str, ours: &[Speed], anchor: &[Speed], of: fn(&Speed) -> f64) {
-    let ratios: Vec<f64> = ours
-        .iter()
-        .zip(anchor)
-        .map(|(o, a)| of(o) / of(a))
-        .collect();
-    let (least, most) = ratios
-        .iter()
-        .fold((f64::MAX, 0.0f64), |(l, m), &r| (l.min(r), m.max(r)));
-    println!(
-        "{what}: {:.3} ({least:.3} to {most:.3}; wanted: at least {wanted})",
-        median(&ratios)
-    );
+    let rounds = ours.iter().zip(anchor);
+    let ratios = Ratios(rounds.map(|(ours, anchor)| of(ours) / of(anchor)).collect());
+    let (ratio, least, most) = (ratios.median(), ratios.least(), ratios.most());
+    println!("{what}: {ratio:.3} ({least:.3} to {most:.3}; wanted: at least {wanted})");
 }
 
 /// A mesh with the whole model on one worker, or with a third on each of three, perhaps with standbys.
@@ -233,19 +204,13 @@ async fn measure(client: &HttpClient, args: &Args, round: usize) -> Result<Speed
     let prompt: Vec<u32> = (0..args.prompt)
         .map(|i| (i * 7_919 + round as u32 * 104_729) % 40_000 + 100)
         .collect();
-    let options = |tokens: u32| GenerationOptions {
-        max_tokens: Some(tokens.into()),
-        temperature: Some(0.0),
-        ignore_eos: Some(true),
-        ..GenerationOptions::default()
-    };
     let begin = TextInput::Tokens(prompt[..8].to_vec());
-    let request = CompletionRequest::new(TextInput::Tokens(prompt), options(1));
+    let request = CompletionRequest::new(TextInput::Tokens(prompt), greedy(1));
     let started = Instant::now();
     client.complete(&request).await?;
     let prefill = f64::from(args.prompt) / started.elapsed().as_secs_f64();
 
-    let request = CompletionRequest::new(begin, options(args.tokens));
+    let request = CompletionRequest::new(begin, greedy(args.tokens));
     let mut stream = client.stream(request).await?;
     let (mut first, mut last, mut pieces) = (None, Instant::now(), 0u32);
     while let Some(piece) = stream.next().await? {
@@ -274,10 +239,9 @@ impl RpcServers {
         let mut endpoints = Vec::new();
         let mut servers = Vec::new();
         for _ in 0..3 {
-            let port = std::net::TcpListener::bind("127.0.0.1:0")?
-                .local_addr()?
-                .port();
-            let endpoint = format!("127.0.0.1:{port}");
+            let free = std::net::TcpListener::bind("127.0.0.1:0")?;
+            let endpoint = free.local_addr()?.to_string();
+            drop(free);
             let child = Command::new(&server)
                 .args([&endpoint, "1"])
                 .stdin(Stdio::null())
@@ -309,24 +273,10 @@ impl RpcServers {
         let output = tokio::process::Command::new(program("llama-bench")?)
             .kill_on_drop(true)
             .args(["-m", &model.display().to_string()])
-            .args([
-                "--rpc",
-                &self.endpoints,
-                "-ngl",
-                "99",
-                "-t",
-                "1",
-                "-r",
-                "1",
-                "-o",
-                "jsonl",
-            ])
-            .args([
-                "-p",
-                &args.prompt.to_string(),
-                "-n",
-                &args.tokens.to_string(),
-            ])
+            .args(["--rpc", &self.endpoints, "-ngl", "99"])
+            .args(["-t", "1", "-r", "1", "-o", "jsonl"])
+            .args(["-p", &args.prompt.to_string()])
+            .args(["-n", &args.tokens.to_string()])
             .output()
             .await
             .context("running llama-bench")?;
@@ -343,12 +293,9 @@ impl RpcServers {
                 _ => speed.decode = per_second,
             }
         }
-        if speed.decode == 0.0 || speed.prefill == 0.0 {
-            bail!(
-                "llama-bench says: {text}{}",
-                String::from_utf8_lossy(&output.stderr)
-            );
-        }
+        let found = speed.decode != 0.0 && speed.prefill != 0.0;
+        let errors = String::from_utf8_lossy(&output.stderr);
+        ensure!(found, "llama-bench says: {text}{errors}");
         Ok(speed)
     }
 }

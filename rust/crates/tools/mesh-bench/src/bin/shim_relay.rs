@@ -5,17 +5,17 @@
 //! medians and their ratio are printed.
 
 use std::net::{SocketAddr, UdpSocket};
-use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use clap::Parser;
 use mesh_bench::median;
-use mesh_bench::round_trips::{LOOPBACK, SocketThread, echo_head, round_trips_per_second};
+use mesh_bench::round_trips::{
+    LOOPBACK, SocketThread, echo_head, readable, round_trips_per_second,
+};
 use mesh_shim::batch::{self, RecvBatch};
 use mesh_shim::config::RateLimit;
 use mesh_shim::{Config, Shim};
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 /// Measures the throughput of a shim against a bare recvmmsg/sendmmsg relay on loopback
 #[derive(Parser)]
@@ -59,24 +59,14 @@ fn main() -> anyhow::Result<()> {
     })?;
 
     let time = Duration::from_secs_f64(args.seconds.clamp(0.05, 60.0));
+    let measure = |target| round_trips_per_second(target, args.window, args.payload, time);
     let (mut of_relay, mut of_shim) = (Vec::new(), Vec::new());
     for round in 0..args.rounds.clamp(1, 1_000) {
         // The first in turn alternates, in case the order matters.
         for turn in 0..2 {
-            if (round + turn) % 2 == 0 {
-                of_relay.push(round_trips_per_second(
-                    relay.address,
-                    args.window,
-                    args.payload,
-                    time,
-                )?);
-            } else {
-                of_shim.push(round_trips_per_second(
-                    shim.addr(),
-                    args.window,
-                    args.payload,
-                    time,
-                )?);
+            match (round + turn) % 2 {
+                0 => of_relay.push(measure(relay.address)?),
+                _ => of_shim.push(measure(shim.addr())?),
             }
         }
     }
@@ -98,36 +88,17 @@ fn bare_relay(ingress: UdpSocket, head: SocketAddr, stop: &AtomicBool) {
     let mut received = RecvBatch::new();
     let mut client = None;
     while !stop.load(Ordering::Relaxed) {
-        let [from_client, from_head] = readable_of(&ingress, &upstream);
+        let [from_client, from_head] = readable([&ingress, &upstream], 50);
         if from_client {
             let count = received.recv(&ingress, None).unwrap_or(0);
             client = (count > 0).then(|| received.get(count - 1).1).or(client);
-            batch::send(
-                &upstream,
-                (0..count).map(|index| (received.get(index).0, None)),
-                None,
-            );
+            let tasks = (0..count).map(|index| (received.get(index).0, None));
+            batch::send(&upstream, tasks, None);
         }
         if from_head {
             let count = received.recv(&upstream, None).unwrap_or(0);
-            batch::send(
-                &ingress,
-                (0..count).map(|index| (received.get(index).0, client)),
-                None,
-            );
+            let results = (0..count).map(|index| (received.get(index).0, client));
+            batch::send(&ingress, results, None);
         }
     }
-}
-
-fn readable_of(a: &UdpSocket, b: &UdpSocket) -> [bool; 2] {
-    let mut fds = [
-        PollFd::new(a.as_fd(), PollFlags::POLLIN),
-        PollFd::new(b.as_fd(), PollFlags::POLLIN),
-    ];
-    let _ = poll(&mut fds, timeout_of(Duration::from_millis(50)));
-    fds.map(|fd| fd.any().unwrap_or(false))
-}
-
-fn timeout_of(timeout: Duration) -> PollTimeout {
-    PollTimeout::from(u16::try_from(timeout.as_millis()).unwrap_or(u16::MAX))
 }

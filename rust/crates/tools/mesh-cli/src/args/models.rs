@@ -8,14 +8,6 @@ use mesh_base::units;
 
 use super::PullArgs;
 
-/// `hydramesh models`
-#[derive(Debug, clap::Args)]
-pub struct ModelsArgs {
-    /// What to do.
-    #[command(subcommand)]
-    pub command: ModelsCommand,
-}
-
 /// Where models are looked for.
 #[derive(Debug, Clone, Default, clap::Args)]
 pub struct PlacesArgs {
@@ -66,7 +58,6 @@ Examples:
         /// What to show
         #[arg(value_name = "MODEL", value_hint = ValueHint::FilePath)]
         model: String,
-        /// Where to look.
         #[command(flatten)]
         places: PlacesArgs,
         /// Print JSON
@@ -82,26 +73,7 @@ Examples:
   hydramesh models verify qwen3-8b
   hydramesh models verify model.gguf --sha256 b179c95…
   hydramesh models verify qwen3-8b --trusted-key operator.pem.pub --require-signature")]
-    Verify {
-        /// What to check
-        #[arg(value_name = "MODEL", value_hint = ValueHint::FilePath)]
-        model: String,
-        /// Where to look.
-        #[command(flatten)]
-        places: PlacesArgs,
-        /// The SHA-256 that the file should have, in hex
-        #[arg(long, value_name = "HEX")]
-        sha256: Option<String>,
-        /// File with a public key whose signatures count (may be repeated)
-        #[arg(long = "trusted-key", value_name = "FILE", value_hint = ValueHint::FilePath)]
-        trusted_keys: Vec<PathBuf>,
-        /// Fail if no trusted key signed it
-        #[arg(long, requires = "trusted_keys")]
-        require_signature: bool,
-        /// Print JSON
-        #[arg(long)]
-        json: bool,
-    },
+    Verify(VerifyArgs),
     /// Remove a model from the store; files that another model has, too, stay
     #[command(after_help = "\
 A model that a process has loaded is not removed. Files outside the store are yours; remove them yourself.
@@ -155,7 +127,6 @@ Examples:
         /// File with the private key, as `hydramesh models key` makes it
         #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
         key: PathBuf,
-        /// Where to look.
         #[command(flatten)]
         places: PlacesArgs,
         /// Print JSON
@@ -195,7 +166,27 @@ Examples:
     },
 }
 
-/// `hydramesh models pins`
+#[derive(Debug, clap::Args)]
+pub struct VerifyArgs {
+    /// What to check
+    #[arg(value_name = "MODEL", value_hint = ValueHint::FilePath)]
+    pub model: String,
+    #[command(flatten)]
+    pub places: PlacesArgs,
+    /// The SHA-256 that the file should have, in hex
+    #[arg(long, value_name = "HEX")]
+    pub sha256: Option<String>,
+    /// File with a public key whose signatures count (may be repeated)
+    #[arg(long = "trusted-key", value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub trusted_keys: Vec<PathBuf>,
+    /// Fail if no trusted key signed it
+    #[arg(long, requires = "trusted_keys")]
+    pub require_signature: bool,
+    /// Print JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
 #[derive(Debug, Subcommand)]
 pub enum PinsCommand {
     /// List the names that are pinned, and those that several models claim

@@ -5,7 +5,6 @@ use std::path::PathBuf;
 
 use clap::ValueHint;
 
-/// `hydramesh models pull`
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
 Without a quantisation or file, safetensors are taken where the repository has a whole model of them, else the usual GGUF file. What was \

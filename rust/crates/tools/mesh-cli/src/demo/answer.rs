@@ -6,7 +6,7 @@ use mesh_api::ChatCompletionRequest;
 use mesh_client::http::HttpClient;
 
 use crate::failure::Failure;
-use crate::output::{Stats, Terminal, print_now};
+use crate::output::{Stats, Terminal, Timer, print_now};
 
 const INDENT: &str = "    ";
 const WIDTH: usize = 88;
@@ -22,9 +22,9 @@ pub(super) struct Streamed {
 impl Streamed {
     /// The longest time between two pieces of text, of which the second came after `since`, where that is given.
     pub(super) fn longest_wait(&self, since: Option<Instant>) -> Duration {
-        self.arrivals
-            .windows(2)
-            .filter(|pair| since.is_none_or(|since| pair[1] > since))
+        let counts = |pair: &&[Instant]| since.is_none_or(|since| pair[1] > since);
+        let waits = self.arrivals.windows(2).filter(counts);
+        waits
             .map(|pair| pair[1] - pair[0])
             .max()
             .unwrap_or_default()
@@ -37,29 +37,21 @@ pub(super) async fn stream(
     request: &ChatCompletionRequest,
     mut on_text: impl AsyncFnMut(&str) -> Result<(), Failure>,
 ) -> Result<Streamed, Failure> {
-    let started = Instant::now();
+    let mut timer = Timer::since(Instant::now());
     let mut stream = client.stream(request.clone()).await?;
     let mut text = String::new();
     let mut arrivals = Vec::new();
-    let mut tokens = None;
     while let Some(piece) = stream.next().await? {
+        timer.note(&piece);
         if !piece.text.is_empty() {
             arrivals.push(Instant::now());
             text += &piece.text;
             on_text(&piece.text).await?;
         }
-        if let Some(usage) = piece.usage {
-            tokens = Some(u64::from(usage.completion_tokens));
-        }
     }
-    let total = started.elapsed();
     Ok(Streamed {
         text,
-        stats: Stats {
-            first_text: arrivals.first().map_or(total, |&first| first - started),
-            total,
-            tokens,
-        },
+        stats: timer.stats(),
         arrivals,
     })
 }
@@ -84,12 +76,9 @@ impl AnswerPrinter {
 
     /// Words that are not the answer's, within it.
     pub(super) fn remark(&mut self, text: &str) {
-        let shown = self.wrap.end_word()
-            + &self
-                .wrap
-                .word(text)
-                .replace(text, &self.terminal.yellow(text));
-        print_now(&shown);
+        let word = self.wrap.end_word();
+        let remark = self.wrap.word(text);
+        print_now(&(word + &remark.replace(text, &self.terminal.yellow(text))));
     }
 
     pub(super) fn finish(&mut self) {
@@ -126,10 +115,9 @@ impl Wrap {
 
     fn end_word(&mut self) -> String {
         let word = std::mem::take(&mut self.word);
-        if word.is_empty() {
-            word
-        } else {
-            self.word(&word)
+        match word.is_empty() {
+            true => word,
+            false => self.word(&word),
         }
     }
 

@@ -15,31 +15,21 @@ const RECOVERY_LIMIT: Duration = Duration::from_secs(10);
 
 /// Waits until a ring serves and each of its stages has a standby that has loaded. Returns `/v1/mesh`.
 pub(super) async fn wait_for_standbys(mesh: &mut Mesh) -> Result<mesh_api::Mesh, Failure> {
-    wait(
-        mesh,
-        FORM_LIMIT,
-        "no ring with standbys serves",
-        |registry| {
-            let stages = stages_of(registry);
-            let covered = |stage: &RingStage| {
-                let standby = stage.standby.as_ref();
-                standby.is_some_and(|standby| standby.phase == "ready")
-            };
-            serves(registry) && !stages.is_empty() && stages.iter().all(covered)
-        },
-    )
-    .await
+    let covered = |stage: &RingStage| {
+        let standby = stage.standby.as_ref();
+        standby.is_some_and(|standby| standby.phase == "ready")
+    };
+    let holds = |registry: &mesh_api::Mesh| {
+        let stages = stages_of(registry);
+        serves(registry) && !stages.is_empty() && stages.iter().all(covered)
+    };
+    wait(mesh, FORM_LIMIT, "no ring with standbys serves", holds).await
 }
 
 /// Waits until the ring serves again after a loss and says how it went. Returns `/v1/mesh`.
 pub(super) async fn wait_for_recovery(mesh: &mut Mesh) -> Result<mesh_api::Mesh, Failure> {
-    wait(
-        mesh,
-        RECOVERY_LIMIT,
-        "the ring did not recover",
-        |registry| serves(registry) && !registry.recoveries.is_empty(),
-    )
-    .await
+    let holds = |registry: &mesh_api::Mesh| serves(registry) && !registry.recoveries.is_empty();
+    wait(mesh, RECOVERY_LIMIT, "the ring did not recover", holds).await
 }
 
 /// The worker of a stage in the middle, as an index of `mesh.workers`.
@@ -50,8 +40,8 @@ pub(super) async fn member(mesh: &Mesh) -> Result<usize, Failure> {
         .get(stages.len() / 2)
         .ok_or_else(|| Failure::failed(format!("no ring has stages: {registry:?}")))?;
     let member = &stage.member.worker;
-    mesh.workers
-        .iter()
+    let mut workers = mesh.workers.iter();
+    workers
         .position(|worker| worker.name() == member)
         .ok_or_else(|| {
             Failure::failed(format!(
@@ -60,15 +50,13 @@ pub(super) async fn member(mesh: &Mesh) -> Result<usize, Failure> {
         })
 }
 
-/// A line for each stage.
 pub(super) fn stages(registry: &mesh_api::Mesh) -> Vec<String> {
     let line = |stage: &RingStage| {
         let [first, end] = stage.layers;
         let last = end.saturating_sub(1);
-        let range = if first == last {
-            first.to_string()
-        } else {
-            format!("{first}-{last}")
+        let range = match first == last {
+            true => first.to_string(),
+            false => format!("{first}-{last}"),
         };
         let standby = match &stage.standby {
             Some(standby) => format!("{} stands by", standby.worker),
@@ -91,7 +79,6 @@ pub(super) fn recovery(registry: &mesh_api::Mesh) -> String {
     }
 }
 
-/// The stages of the first ring.
 fn stages_of(registry: &mesh_api::Mesh) -> &[RingStage] {
     registry.rings.first().map_or(&[], |ring| &ring.stages)
 }
@@ -115,10 +102,9 @@ async fn wait(
             return Ok(registry);
         }
         if Instant::now() >= until {
+            let (seconds, why) = (limit.as_secs(), why_not(&registry));
             return Err(Failure::failed(format!(
-                "{otherwise} after {} s: {}",
-                limit.as_secs(),
-                why_not(&registry)
+                "{otherwise} after {seconds} s: {why}"
             )));
         }
         tokio::time::sleep(LOOK).await;

@@ -22,12 +22,15 @@ pub(super) fn facts(path: &Path) -> Result<Vec<(&'static str, Value)>, String> {
     }
     let model = Model::open(path).map_err(|error| error.kind.to_string())?;
     let config = model.config();
+    let tensors = model.tensors().iter();
+    let weights = tensors.map(|tensor| (tensor.ty, tensor.data.len()));
     Ok(vec![
         ("title", json!(config.name)),
         ("purpose", json!("chat")),
         ("architecture", json!(config.architecture.name())),
         ("parameters", json!(config.parameters())),
-        ("weights", json!(weight_format(&model))),
+        // The format that most weight bytes have.
+        ("weights", json!(most_bytes(weights))),
         ("context", json!(config.context)),
         ("layers", json!(config.layers)),
         ("hidden", json!(config.hidden)),
@@ -64,18 +67,9 @@ fn embedding_facts(model: &EncoderModel) -> Vec<(&'static str, Value)> {
     ]
 }
 
-/// One of the facts.
 pub(super) fn fact(facts: &[(&str, Value)], key: &str) -> Option<Value> {
-    facts
-        .iter()
-        .find(|(known, _)| *known == key)
-        .map(|(_, value)| value.clone())
-}
-
-/// The format that most weight bytes have.
-fn weight_format(model: &Model) -> String {
-    let tensors = model.tensors().iter();
-    most_bytes(tensors.map(|tensor| (tensor.ty, tensor.data.len())))
+    let fact = facts.iter().find(|(known, _)| *known == key)?;
+    Some(fact.1.clone())
 }
 
 /// The type that has most bytes, of tensors with their lengths.
@@ -87,10 +81,8 @@ fn most_bytes<T: PartialEq + Debug>(tensors: impl Iterator<Item = (T, usize)>) -
             None => types.push((ty, bytes)),
         }
     }
-    types
-        .into_iter()
-        .max_by_key(|(_, total)| *total)
-        .map_or_else(String::new, |(ty, _)| format!("{ty:?}"))
+    let most = types.into_iter().max_by_key(|(_, total)| *total);
+    most.map_or_else(String::new, |(ty, _)| format!("{ty:?}"))
 }
 
 /// Ids of the keys that signed, unchecked.
@@ -136,15 +128,12 @@ pub(super) fn whole_layers(
             _ => ranges.push((layer, layer)),
         }
     }
-    let ranges: Vec<String> = ranges
-        .into_iter()
-        .map(|(start, end)| match start == end {
-            true => start.to_string(),
-            false => format!("{start}-{end}"),
-        })
-        .collect();
-    Some(match ranges.is_empty() {
-        true => "none".to_owned(),
-        false => ranges.join(", "),
-    })
+    if ranges.is_empty() {
+        return Some("none".to_owned());
+    }
+    let ranges = ranges.into_iter().map(|(start, end)| match start == end {
+        true => start.to_string(),
+        false => format!("{start}-{end}"),
+    });
+    Some(ranges.collect::<Vec<_>>().join(", "))
 }

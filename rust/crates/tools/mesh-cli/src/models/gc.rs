@@ -20,15 +20,13 @@ pub(super) fn run(
         let removed = report.removed.iter().map(|removed| {
             json!({"what": removed.what, "fingerprint": removed.model, "bytes": removed.bytes})
         });
-        println!(
-            "{}",
-            json!({
-                "dry_run": dry_run,
-                "removed": removed.collect::<Vec<Value>>(),
-                "freed_bytes": report.freed(),
-                "used_bytes": report.used,
-            })
-        );
+        let object = json!({
+            "dry_run": dry_run,
+            "removed": removed.collect::<Vec<Value>>(),
+            "freed_bytes": report.freed(),
+            "used_bytes": report.used,
+        });
+        println!("{object}");
         return Ok(());
     }
     for removed in &report.removed {

@@ -1,6 +1,6 @@
 //! `hydramesh models list`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 use mesh_base::clock::unix_seconds;
@@ -10,13 +10,10 @@ use serde_json::{Value, json};
 use super::describe::{fact, facts, signers, to_open};
 use super::{damaged, default_dirs, failed, open_if_there, store_dir};
 use crate::failure::Failure;
-use crate::output::{bytes, table};
+use crate::output::{bytes, cell, table};
 
-/// A line of the list.
-struct Line {
-    json: Value,
-    cells: Vec<String>,
-}
+/// A line of the list: for `--json`, and as cells.
+type Line = (Value, Vec<String>);
 
 pub(super) fn run(
     named: Vec<PathBuf>,
@@ -36,11 +33,8 @@ pub(super) fn run(
         true => default_dirs(),
         false => named,
     };
-    let mut lines: Vec<Line> = local::list(&dirs)
-        .map_err(failed)?
-        .iter()
-        .map(in_folder)
-        .collect();
+    let found = local::list(&dirs).map_err(failed)?;
+    let mut lines: Vec<Line> = found.iter().map(in_folder).collect();
     let place = store_dir(store.clone());
     let store = match only_named {
         true => None,
@@ -52,15 +46,13 @@ pub(super) fn run(
             lines.push(in_store(&store, model));
         }
         for model in &contents.damaged {
-            eprintln!(
-                "{}",
-                damaged(&model.name(), &model.fingerprint, &model.error)
-            );
+            let failure = damaged(&model.name(), &model.fingerprint, &model.error);
+            eprintln!("{failure}");
             lines.push(unusable(model));
         }
     }
     if as_json {
-        let list: Vec<Value> = lines.into_iter().map(|line| line.json).collect();
+        let list: Vec<Value> = lines.into_iter().map(|(json, _)| json).collect();
         println!("{}", Value::from(list));
         return Ok(());
     }
@@ -73,21 +65,22 @@ pub(super) fn run(
         eprintln!("no models in {}{store}", dirs.join(", "));
         return Ok(());
     }
-    const HEADINGS: [&str; 9] = [
-        "MODEL",
-        "SIZE",
-        "PRESENT",
-        "WEIGHTS",
-        "CONTEXT",
-        "ARCHITECTURE",
-        "WHERE",
-        "SIGNED BY",
-        "LAST USED",
-    ];
-    let rows: Vec<Vec<String>> = lines.into_iter().map(|line| line.cells).collect();
+    let rows: Vec<Vec<String>> = lines.into_iter().map(|(_, cells)| cells).collect();
     print!("{}", table(&HEADINGS, &rows));
     Ok(())
 }
+
+const HEADINGS: [&str; 9] = [
+    "MODEL",
+    "SIZE",
+    "PRESENT",
+    "WEIGHTS",
+    "CONTEXT",
+    "ARCHITECTURE",
+    "WHERE",
+    "SIGNED BY",
+    "LAST USED",
+];
 
 fn in_folder(model: &local::LocalModel) -> Line {
     let mut object = json!({
@@ -103,20 +96,13 @@ fn in_folder(model: &local::LocalModel) -> Line {
     let mut cells = vec![model.name.clone(), bytes(model.bytes), "all".to_owned()];
     cells.extend(columns);
     cells.extend([folder.display().to_string(), "-".to_owned(), "-".to_owned()]);
-    Line {
-        json: object,
-        cells,
-    }
+    (object, cells)
 }
 
 fn in_store(store: &Store, model: &StoredModel) -> Line {
     let manifest = &model.signed.manifest;
     let keys = signers(&model.signed);
-    let names: Vec<&str> = model
-        .names
-        .iter()
-        .map(|named| named.name.as_str())
-        .collect();
+    let names: Vec<&String> = model.names.iter().map(|named| &named.name).collect();
     let total = manifest.bytes();
     let mut object = json!({
         "name": manifest.name,
@@ -137,63 +123,41 @@ fn in_store(store: &Store, model: &StoredModel) -> Line {
         }
         None => Default::default(),
     };
+    let percent = 100.0 * model.present as f64 / total.max(1) as f64;
     let present = match model.present == total {
         true => "all".to_owned(),
-        false => format!(
-            "{:.0} %",
-            100.0 * model.present as f64 / total.max(1) as f64
-        ),
+        false => format!("{percent:.0} %"),
+    };
+    let signed: Vec<&str> = keys.iter().filter_map(|key| key.get(..12)).collect();
+    let signed = cell((!signed.is_empty()).then(|| signed.join(", ")));
+    let used = match model.pinned {
+        true => "loaded".to_owned(),
+        false => ago(model.last_used),
     };
     let mut cells = vec![manifest.name.clone(), bytes(total), present];
     cells.extend(columns);
-    let signed: Vec<&str> = keys.iter().filter_map(|key| key.get(..12)).collect();
-    cells.push("store".to_owned());
-    cells.push(match signed.is_empty() {
-        true => "-".to_owned(),
-        false => signed.join(", "),
-    });
-    cells.push(match model.pinned {
-        true => "loaded".to_owned(),
-        false => ago(model.last_used),
-    });
-    Line {
-        json: object,
-        cells,
-    }
+    cells.extend(["store".to_owned(), signed, used]);
+    (object, cells)
 }
 
-/// A model whose content cannot be determined.
 fn unusable(model: &DamagedModel) -> Line {
-    let reason = model.error.to_string();
-    let unknown = || "?".to_owned();
-    let cells = vec![
-        model.name(),
-        unknown(),
-        unknown(),
-        String::new(),
-        String::new(),
-        "damaged; `hydramesh models verify` says what".to_owned(),
-        "store".to_owned(),
-        unknown(),
-        "-".to_owned(),
-    ];
-    Line {
-        json: json!({
-            "name": model.name(),
-            "names": model.names,
-            "fingerprint": model.fingerprint,
-            "bytes": null,
-            "present_bytes": null,
-            "where": "store",
-            "damaged": true,
-            "error": reason,
-        }),
-        cells,
-    }
+    let object = json!({
+        "name": model.name(),
+        "names": model.names,
+        "fingerprint": model.fingerprint,
+        "bytes": null,
+        "present_bytes": null,
+        "where": "store",
+        "damaged": true,
+        "error": model.error.to_string(),
+    });
+    let damage = "damaged; `hydramesh models verify` says what";
+    let cells = [&*model.name(), "?", "?", "", "", damage, "store", "?", "-"];
+    (object, cells.map(str::to_owned).to_vec())
 }
 
 /// Weights, context and architecture. A file that cannot be opened is listed with the error.
-fn look(path: &std::path::Path, object: &mut Value) -> [String; 3] {
+fn look(path: &Path, object: &mut Value) -> [String; 3] {
     match facts(path) {
         Ok(facts) => {
             let text = |key| match fact(&facts, key) {
@@ -212,12 +176,9 @@ fn look(path: &std::path::Path, object: &mut Value) -> [String; 3] {
             columns
         }
         Err(reason) => {
-            object["error"] = reason.clone().into();
-            [
-                String::new(),
-                String::new(),
-                format!("cannot be served: {reason}"),
-            ]
+            let shown = format!("cannot be served: {reason}");
+            object["error"] = reason.into();
+            [String::new(), String::new(), shown]
         }
     }
 }

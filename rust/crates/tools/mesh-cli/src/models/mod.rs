@@ -18,7 +18,7 @@ use mesh_store::{
 };
 
 use crate::args::{HeadArgs, ModelsCommand, PinsCommand, PlacesArgs};
-use crate::failure::{Exit, Failure};
+use crate::failure::Failure;
 
 pub(crate) async fn run(head: &HeadArgs, command: ModelsCommand) -> Result<(), Failure> {
     match command {
@@ -29,21 +29,7 @@ pub(crate) async fn run(head: &HeadArgs, command: ModelsCommand) -> Result<(), F
             places,
             json,
         } => show::run(&model, &places, json),
-        ModelsCommand::Verify {
-            model,
-            places,
-            sha256,
-            trusted_keys,
-            require_signature,
-            json,
-        } => {
-            let wanted = verify::Wanted {
-                sha256,
-                trusted_keys,
-                require_signature,
-            };
-            verify::run(&model, &places, &wanted, json)
-        }
+        ModelsCommand::Verify(args) => verify::run(&args),
         ModelsCommand::Rm { model, store, json } => rm::run(&model, store, json),
         ModelsCommand::Gc {
             limit,
@@ -69,7 +55,6 @@ fn default_dirs() -> Vec<PathBuf> {
     vec![".cache/models".into(), "local-models".into()]
 }
 
-/// The folders of `places`.
 fn dirs(places: &PlacesArgs) -> Vec<PathBuf> {
     match places.dirs.is_empty() {
         true => default_dirs(),
@@ -77,7 +62,6 @@ fn dirs(places: &PlacesArgs) -> Vec<PathBuf> {
     }
 }
 
-/// The named folder of the store, or the default.
 fn store_dir(named: Option<PathBuf>) -> PathBuf {
     named.unwrap_or_else(default_store)
 }
@@ -97,7 +81,6 @@ fn open(named: Option<PathBuf>) -> Result<Store, Failure> {
     })
 }
 
-/// The manifest of a model of the store.
 fn manifest(store: &Store, name: &str, fingerprint: &Digest) -> Result<SignedManifest, Failure> {
     match store.manifest(fingerprint) {
         Ok(Some(signed)) => Ok(signed),
@@ -139,13 +122,17 @@ fn resolve(
     })
 }
 
+/// The store, if there is one, and the model that `name` refers to in it or in the folders of `places`.
+fn find(name: &str, places: &PlacesArgs) -> Result<(Option<Store>, Resolved), Failure> {
+    let store = open_if_there(places.store.clone())?;
+    let resolved = resolve(name, &dirs(places), store.as_ref(), places.store.as_deref())?;
+    Ok((store, resolved))
+}
+
 /// The failure for a model that is not on this machine.
 fn not_here(name: &str, id: &str) -> Failure {
-    Failure::new(
-        Exit::Failed,
-        format!("{name} ({id}) is not on this machine"),
-    )
-    .hint(format!("`hydramesh models pull {id}` fetches it."))
+    Failure::failed(format!("{name} ({id}) is not on this machine"))
+        .hint(format!("`hydramesh models pull {id}` fetches it."))
 }
 
 fn failed(error: impl std::error::Error) -> Failure {

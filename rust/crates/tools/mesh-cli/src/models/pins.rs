@@ -4,7 +4,7 @@
 use mesh_api::{PinDecision, PinList, paths};
 use serde_json::Value;
 
-use crate::admin::{Admin, read};
+use crate::admin::{Admin, print};
 use crate::args::{HeadArgs, PinsCommand};
 use crate::failure::Failure;
 use crate::output::table;
@@ -20,28 +20,24 @@ pub(super) async fn run(
         let decision = PinDecision { name, fingerprint };
         admin.post(paths::PINS, &decision).await
     };
-    let (answer, shown) = match command {
+    match command {
         PinsCommand::List => {
             let answer = admin.get(paths::PINS).await?;
-            let shown = show(&read(&answer)?);
-            (answer, shown)
+            print(&answer, as_json, |list| show(&list))
         }
         PinsCommand::Set { name, fingerprint } => {
             let answer = decide(&name, Some(fingerprint.to_lowercase())).await?;
-            let shown = format!("{name} means {fingerprint} in this mesh, whoever claims it.\n");
-            (answer, shown)
+            print(&answer, as_json, |_: Value| {
+                format!("{name} means {fingerprint} in this mesh, whoever claims it.\n")
+            })
         }
         PinsCommand::Release { name } => {
             let answer = decide(&name, None).await?;
-            let shown = format!("{name} will mean what is got under it next.\n");
-            (answer, shown)
+            print(&answer, as_json, |_: Value| {
+                format!("{name} will mean what is got under it next.\n")
+            })
         }
-    };
-    match as_json {
-        true => println!("{answer}"),
-        false => print!("{shown}"),
     }
-    Ok(())
 }
 
 fn show(list: &PinList) -> String {
@@ -80,6 +76,7 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+    use crate::admin::read;
 
     #[test]
     fn pins_and_conflicts_are_shown_without_control_characters() {

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use mesh_hub::{Hub, HubError, HubName, PullOptions, Pulled, Watch, pull};
-use mesh_store::{Places, Resolved, Store, Target};
+use mesh_store::{Places, Store, Target};
 use serde_json::json;
 
 use super::store_dir;
@@ -18,17 +18,13 @@ use crate::output::{bytes, duration};
 pub(super) async fn run(args: PullArgs) -> Result<(), Failure> {
     let mut name = hub_name(&args.name)?;
     if let Some(revision) = &args.revision {
-        if name
-            .revision
-            .as_ref()
-            .is_some_and(|named| named != revision)
-        {
+        let named = name.revision.replace(revision.clone());
+        if named.is_some_and(|named| named != *revision) {
             return Err(Failure::usage(format!(
                 "{} names a revision, and --revision another one; give one of them",
                 args.name
             )));
         }
-        name.revision = Some(revision.clone());
     }
     let hub = Hub::from_env()?;
     let store = Store::open(store_dir(args.store.clone())).map_err(HubError::from)?;
@@ -41,7 +37,7 @@ pub(super) async fn run(args: PullArgs) -> Result<(), Failure> {
         pulled = pull(&hub, &store, &name, &options, progress.clone()) => pulled,
         _ = tokio::signal::ctrl_c() => {
             progress.end();
-            return Err(Failure::new(Exit::Interrupted, "interrupted")
+            return Err(Failure::interrupted()
                 .hint("What has arrived is kept; the same command goes on from there."));
         }
     };
@@ -56,14 +52,11 @@ fn hub_name(text: &str) -> Result<HubName, HubError> {
         folders: &[],
         store: None,
     };
-    text.parse()
-        .or_else(|error| match on_the_hub.resolve(text) {
-            Ok(Resolved {
-                target: Target::Hub { id },
-                ..
-            }) => id.parse(),
-            _ => Err(error),
-        })
+    let short = || on_the_hub.resolve(text).map(|resolved| resolved.target);
+    text.parse().or_else(|error| match short() {
+        Ok(Target::Hub { id }) => id.parse(),
+        _ => Err(error),
+    })
 }
 
 fn report(pulled: &Pulled, took: Duration, as_json: bool, layers: Option<&Range<u32>>) {
@@ -87,27 +80,14 @@ fn report(pulled: &Pulled, took: Duration, as_json: bool, layers: Option<&Range<
         0 => "it was here already".to_owned(),
         fetched => format!("{} fetched in {}", bytes(fetched), duration(took)),
     };
-    match (&pulled.path, layers) {
-        (Some(path), _) => {
-            println!("{}", path.display());
-            eprintln!(
-                "{} is here, {}; {fetched}",
-                pulled.name,
-                bytes(pulled.bytes)
-            );
-        }
-        (None, layers) => {
-            let layers = layers.cloned().unwrap_or_default();
-            eprintln!(
-                "layers {}..{} of {} of {} are here, {} of {}; {fetched}",
-                layers.start,
-                layers.end,
-                pulled.layers,
-                pulled.name,
-                bytes(pulled.present),
-                bytes(pulled.bytes)
-            );
-        }
+    let (name, all) = (&pulled.name, bytes(pulled.bytes));
+    if let Some(path) = &pulled.path {
+        println!("{}", path.display());
+        eprintln!("{name} is here, {all}; {fetched}");
+    } else {
+        let (layers, present) = (layers.cloned().unwrap_or_default(), bytes(pulled.present));
+        let of = pulled.layers;
+        eprintln!("layers {layers:?} of {of} of {name} are here, {present} of {all}; {fetched}");
     }
 }
 
@@ -160,23 +140,17 @@ impl Progress {
 
     fn begin(&self, phase: &'static str, present: u64, total: u64) {
         let now = Instant::now();
-        {
-            let mut state = self.state.lock().expect("nobody panics with it");
-            state.phase = phase;
-            (state.total, state.present, state.done) = (total, present, present);
-            (state.started, state.line_due) = (now, now + LINE_EVERY);
-        }
-        let line = match present {
-            0 => format!("{phase} {}: {}", self.name, bytes(total)),
-            present => format!(
-                "{phase} {}: {}, of which {} are here",
-                self.name,
-                bytes(total),
-                bytes(present)
-            ),
+        let mut state = self.state.lock().expect("nobody panics with it");
+        state.phase = phase;
+        (state.total, state.present, state.done) = (total, present, present);
+        (state.started, state.line_due) = (now, now + LINE_EVERY);
+        drop(state);
+        let here = match present {
+            0 => String::new(),
+            present => format!(", of which {} are here", bytes(present)),
         };
         match &self.bar {
-            None if total > present => eprintln!("{line}"),
+            None if total > present => eprintln!("{phase} {}: {}{here}", self.name, bytes(total)),
             None => {}
             Some(bar) => {
                 bar.set_style(ProgressStyle::with_template(BAR).expect("a fixed template"));
@@ -236,15 +210,14 @@ impl Watch for Progress {
     }
 
     fn waiting(&self, reason: &str, pause: Duration) {
-        {
-            let mut state = self.state.lock().expect("nobody panics with it");
-            // Several connections hit the same error at once, and a wait for another process repeats its
-            // reason often.
-            if state.last_note == reason {
-                return;
-            }
-            reason.clone_into(&mut state.last_note);
+        let mut state = self.state.lock().expect("nobody panics with it");
+        // Several connections hit the same error at once, and a wait for another process repeats its reason
+        // often.
+        if state.last_note == reason {
+            return;
         }
+        reason.clone_into(&mut state.last_note);
+        drop(state);
         let line = format!("{reason}; again in {}", duration(pause));
         match &self.bar {
             Some(bar) => bar.println(line),

@@ -24,16 +24,11 @@ pub(super) fn run(name: &str, store: Option<PathBuf>, as_json: bool) -> Result<(
     };
     let freed = store.remove(&fingerprint).map_err(failed)?;
     if as_json {
-        println!(
-            "{}",
-            json!({"name": known, "fingerprint": fingerprint, "freed_bytes": freed})
-        );
+        let object = json!({"name": known, "fingerprint": fingerprint, "freed_bytes": freed});
+        println!("{object}");
     } else {
-        println!(
-            "removed {known} ({}), {} freed",
-            fingerprint.short(),
-            bytes(freed)
-        );
+        let (short, freed) = (fingerprint.short(), bytes(freed));
+        println!("removed {known} ({short}), {freed} freed");
     }
     Ok(())
 }

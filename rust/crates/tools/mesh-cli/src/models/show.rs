@@ -4,14 +4,13 @@ use mesh_store::{Digest, Resolved, Store, Target};
 use serde_json::{Map, Value, json};
 
 use super::describe::{facts, signers, to_open, whole_layers};
-use super::{dirs, failed, manifest, open_if_there, place, resolve};
+use super::{failed, find, manifest, place};
 use crate::args::PlacesArgs;
 use crate::failure::Failure;
 use crate::output::bytes;
 
 pub(super) fn run(name: &str, places: &PlacesArgs, as_json: bool) -> Result<(), Failure> {
-    let store = open_if_there(places.store.clone())?;
-    let resolved = resolve(name, &dirs(places), store.as_ref(), places.store.as_deref())?;
+    let (store, resolved) = find(name, places)?;
     let lines = match (&resolved.target, &store) {
         (Target::Local(model), _) => {
             let mut lines = vec![
@@ -26,13 +25,10 @@ pub(super) fn run(name: &str, places: &PlacesArgs, as_json: bool) -> Result<(), 
         }
         (Target::Stored { name, fingerprint }, Some(store)) => stored(store, name, fingerprint)?,
         (Target::Stored { .. }, None) => unreachable!("it was found in a store"),
-        (Target::Hub { id }, _) => vec![
-            ("name", json!(id)),
-            (
-                "present",
-                json!(format!("nothing; `hydramesh models pull {id}` fetches it")),
-            ),
-        ],
+        (Target::Hub { id }, _) => {
+            let present = format!("nothing; `hydramesh models pull {id}` fetches it");
+            vec![("name", json!(id)), ("present", json!(present))]
+        }
     };
     print(&resolved, lines, as_json);
     Ok(())
@@ -58,14 +54,11 @@ fn stored(
     let mut pieces = (0, 0);
     for file in &manifest.files {
         let have = store.presence(fingerprint, file).have;
-        let here = file
-            .pieces
-            .iter()
-            .filter(|piece| have.contains(&piece.range()));
-        pieces.0 += here.count();
+        pieces.0 += file.pieces_in(&have).len();
         pieces.1 += file.pieces.len();
     }
     let path = to_open(store, &model);
+    let whole_layers = whole_layers(store, fingerprint, manifest);
     let mut lines = vec![
         ("name", json!(manifest.name)),
         ("names", json!(sources.collect::<Vec<_>>())),
@@ -75,10 +68,7 @@ fn stored(
         ("present_bytes", json!(model.present)),
         ("pieces", json!(format!("{} of {}", pieces.0, pieces.1))),
         ("files", json!(manifest.files.len())),
-        (
-            "whole_layers",
-            json!(whole_layers(store, fingerprint, manifest)),
-        ),
+        ("whole_layers", json!(whole_layers)),
         ("signed_by", json!(signers(&model.signed))),
         ("loaded", json!(model.pinned)),
     ];
@@ -94,21 +84,17 @@ fn stored(
 }
 
 fn print(resolved: &Resolved, lines: Vec<(&'static str, Value)>, as_json: bool) {
-    if as_json {
-        let mut object: Map<String, Value> = lines
-            .into_iter()
-            .map(|(key, value)| (key.to_owned(), value))
-            .collect();
-        object.insert("why".to_owned(), json!(resolved.why));
-        object.insert("where".to_owned(), json!(place(&resolved.target)));
-        println!("{}", Value::from(object));
-        return;
-    }
     let first = [
         ("where", json!(place(&resolved.target))),
         ("why", json!(resolved.why)),
     ];
-    for (key, value) in first.into_iter().chain(lines) {
+    let lines = first.into_iter().chain(lines);
+    if as_json {
+        let object: Map<String, Value> = lines.map(|(key, value)| (key.into(), value)).collect();
+        println!("{}", Value::from(object));
+        return;
+    }
+    for (key, value) in lines {
         let text = match (&value, key) {
             (Value::Null, _) => continue,
             (Value::Array(list), _) if list.is_empty() => continue,

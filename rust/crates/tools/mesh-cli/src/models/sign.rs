@@ -34,15 +34,13 @@ pub(super) fn run(
     let fingerprint = store.put_manifest(&signed).map_err(failed)?;
     let id = key.public().id();
     if as_json {
-        println!(
-            "{}",
-            json!({
-                "name": signed.manifest.name,
-                "fingerprint": fingerprint,
-                "key": id,
-                "signatures": signed.signatures.len(),
-            })
-        );
+        let object = json!({
+            "name": signed.manifest.name,
+            "fingerprint": fingerprint,
+            "key": id,
+            "signatures": signed.signatures.len(),
+        });
+        println!("{object}");
     } else {
         println!("{fingerprint}  {}", signed.manifest.name);
         eprintln!("signed by {id}; kept in {}", store.root().display());

@@ -1,53 +1,36 @@
 //! `hydramesh models verify`.
 
-use std::path::PathBuf;
-
 use mesh_model::Model;
-use mesh_store::local::LocalKind;
-use mesh_store::{Digest, Manifest, Policy, SignedManifest, Store, Target};
+use mesh_store::local::{LocalKind, LocalModel};
+use mesh_store::{Digest, DigestError, Manifest, Policy, SignedManifest, Store, Target};
 use serde_json::json;
 
 use super::describe::verdict;
 use super::progress::bar;
-use super::{damaged, dirs, failed, manifest, not_here, open_if_there, resolve};
-use crate::args::PlacesArgs;
+use super::{damaged, failed, find, manifest, not_here};
+use crate::args::VerifyArgs;
 use crate::failure::Failure;
 
-/// Requirements for the model.
-pub(super) struct Wanted {
-    pub(super) sha256: Option<String>,
-    pub(super) trusted_keys: Vec<PathBuf>,
-    pub(super) require_signature: bool,
-}
-
-pub(super) fn run(
-    name: &str,
-    places: &PlacesArgs,
-    wanted: &Wanted,
-    as_json: bool,
-) -> Result<(), Failure> {
-    let policy =
-        Policy::from_files(&wanted.trusted_keys, wanted.require_signature).map_err(failed)?;
-    let store = open_if_there(places.store.clone())?;
-    let resolved = resolve(name, &dirs(places), store.as_ref(), places.store.as_deref())?;
+pub(super) fn run(args: &VerifyArgs) -> Result<(), Failure> {
+    let policy = Policy::from_files(&args.trusted_keys, args.require_signature).map_err(failed)?;
+    let (store, resolved) = find(&args.model, &args.places)?;
     match (&resolved.target, &store) {
-        (Target::Local(model), _) => local(model, store.as_ref(), &policy, wanted, as_json),
+        (Target::Local(model), _) => local(model, store.as_ref(), &policy, args),
         (Target::Stored { name, fingerprint }, Some(store)) => {
             // That it has its fingerprint is checked here.
             let signed = manifest(store, name, fingerprint)?;
-            stored(store, fingerprint, &signed, &policy, wanted, as_json)
+            stored(store, fingerprint, &signed, &policy, args)
         }
         (Target::Stored { .. }, None) => unreachable!("it was found in a store"),
-        (Target::Hub { id }, _) => Err(not_here(name, id)),
+        (Target::Hub { id }, _) => Err(not_here(&args.model, id)),
     }
 }
 
 fn local(
-    model: &mesh_store::local::LocalModel,
+    model: &LocalModel,
     store: Option<&Store>,
     policy: &Policy,
-    wanted: &Wanted,
-    as_json: bool,
+    args: &VerifyArgs,
 ) -> Result<(), Failure> {
     // As a worker would; of safetensors only what says where the tensors are, which making the manifest does.
     if matches!(model.kind, LocalKind::Gguf | LocalKind::SplitGguf) {
@@ -57,32 +40,28 @@ fn local(
     let manifest = Manifest::of_path(&model.name, &model.path, &|bytes| bar.inc(bytes));
     bar.finish_and_clear();
     let manifest = manifest.map_err(failed)?;
-    check_sha256(&manifest, wanted)?;
+    check_sha256(&manifest, args)?;
     let fingerprint = manifest.fingerprint();
-    let known = store.map(|store| store.manifest(&fingerprint)).transpose();
-    let known = known
-        .map_err(|error| damaged(&model.name, &fingerprint, &error))?
-        .flatten();
+    let known = store.map_or(Ok(None), |store| store.manifest(&fingerprint));
+    let known = known.map_err(|error| damaged(&model.name, &fingerprint, &error))?;
     let signed = known.unwrap_or_else(|| SignedManifest::unsigned(manifest.clone()));
     let found = policy.check(&signed).map_err(failed)?;
-    let sha256 = match &manifest.files[..] {
+    let only = match &manifest.files[..] {
         [only] => Some(only.sha256),
         _ => None,
     };
-    if as_json {
-        println!(
-            "{}",
-            json!({
-                "name": model.name,
-                "path": model.path,
-                "sha256": sha256,
-                "fingerprint": fingerprint,
-                "signature": verdict(found),
-            })
-        );
+    if args.json {
+        let object = json!({
+            "name": model.name,
+            "path": model.path,
+            "sha256": only,
+            "fingerprint": fingerprint,
+            "signature": verdict(found),
+        });
+        println!("{object}");
         return Ok(());
     }
-    match sha256 {
+    match only {
         Some(sha256) => println!("{sha256}  {}", model.path.display()),
         None => {
             for file in &manifest.files {
@@ -103,11 +82,10 @@ fn stored(
     fingerprint: &Digest,
     signed: &SignedManifest,
     policy: &Policy,
-    wanted: &Wanted,
-    as_json: bool,
+    args: &VerifyArgs,
 ) -> Result<(), Failure> {
     let manifest = &signed.manifest;
-    check_sha256(manifest, wanted)?;
+    check_sha256(manifest, args)?;
     let found = policy.check(signed).map_err(failed)?;
     let mut bad: Vec<String> = Vec::new();
     let (mut checked, mut present) = (0, 0);
@@ -117,36 +95,29 @@ fn stored(
         let Some(path) = presence.path else {
             continue;
         };
-        let here: Vec<u32> = (0..)
-            .zip(&file.pieces)
-            .filter(|(_, piece)| presence.have.contains(&piece.range()))
-            .map(|(index, _)| index)
-            .collect();
+        let here = file.pieces_in(&presence.have);
         let broken = file
             .bad_pieces(&path, &here, &|bytes| bar.inc(bytes))
             .map_err(failed)?;
         checked += here.len();
         present += presence.have.bytes();
-        for index in broken {
-            if let Err(error) = file.check_piece(index, &[]) {
-                bad.push(error.to_string());
-            }
-        }
+        let errors = broken
+            .into_iter()
+            .map(|index| file.bad_piece(index).to_string());
+        bad.extend(errors);
     }
     bar.finish_and_clear();
-    if as_json {
-        println!(
-            "{}",
-            json!({
-                "name": manifest.name,
-                "fingerprint": fingerprint,
-                "bytes": manifest.bytes(),
-                "present_bytes": present,
-                "checked_pieces": checked,
-                "bad": bad,
-                "signature": verdict(found),
-            })
-        );
+    if args.json {
+        let object = json!({
+            "name": manifest.name,
+            "fingerprint": fingerprint,
+            "bytes": manifest.bytes(),
+            "present_bytes": present,
+            "checked_pieces": checked,
+            "bad": bad,
+            "signature": verdict(found),
+        });
+        println!("{object}");
     } else {
         for line in &bad {
             eprintln!("{line}");
@@ -159,28 +130,24 @@ fn stored(
             verdict(found)
         );
     }
-    match bad.is_empty() {
-        true => Ok(()),
-        false => Err(Failure::failed(format!(
-            "{} pieces of {} are damaged",
-            bad.len(),
-            manifest.name
-        ))
-        .hint(format!(
-            "`hydramesh models rm {}`, and fetch it again.",
-            fingerprint.short()
-        ))),
+    if bad.is_empty() {
+        return Ok(());
     }
+    let (count, name, short) = (bad.len(), &manifest.name, fingerprint.short());
+    Err(
+        Failure::failed(format!("{count} pieces of {name} are damaged")).hint(format!(
+            "`hydramesh models rm {short}`, and fetch it again."
+        )),
+    )
 }
 
-fn check_sha256(manifest: &Manifest, wanted: &Wanted) -> Result<(), Failure> {
-    let Some(text) = &wanted.sha256 else {
+fn check_sha256(manifest: &Manifest, args: &VerifyArgs) -> Result<(), Failure> {
+    let Some(text) = &args.sha256 else {
         return Ok(());
     };
-    let wanted: Digest = text.parse().map_err(|error| {
-        let error: mesh_store::DigestError = error;
-        Failure::usage(error.to_string())
-    })?;
+    let wanted: Digest = text
+        .parse()
+        .map_err(|error: DigestError| Failure::usage(error.to_string()))?;
     let [only] = &manifest.files[..] else {
         return Err(Failure::usage(format!(
             "{} has {} files; --sha256 is for models of one",
