@@ -5,7 +5,6 @@ mod dequant;
 mod error;
 mod parse;
 mod tensors;
-mod types;
 mod value;
 pub mod writer;
 
@@ -13,9 +12,9 @@ use std::path::Path;
 
 pub use dequant::dequantize;
 pub use error::GgufError;
+pub use mesh_quant::GgmlType;
 pub(crate) use tensors::TensorEntry;
 pub use tensors::{Tensor, Tensors};
-pub use types::GgmlType;
 pub use value::{Array, Value, ValueType};
 pub use writer::Writer;
 
