@@ -20,7 +20,7 @@ pub(crate) fn requantise(
     inputs: usize,
     pool: &Pool,
 ) -> Result<Option<(GgmlType, Vec<u8>)>, FileError> {
-    let Some(ty) = changed_to(format, in_layer, tensor, inputs) else {
+    let Some(ty) = changed_to(format, in_layer, tensor.ty, inputs) else {
         return Ok(None);
     };
     let bytes = |ty: GgmlType| ty.bytes_for(inputs as u64).map(|bytes| bytes as usize);
@@ -68,17 +68,18 @@ pub(crate) fn requantise(
     }
 }
 
-/// The type that the matrix gets, if it gets another.
-fn changed_to(
+/// The type that a matrix of type `now` gets, if it gets another.
+pub(crate) fn changed_to(
     format: WeightFormat,
     in_layer: bool,
-    tensor: &Tensor<'_>,
+    now: GgmlType,
     inputs: usize,
 ) -> Option<GgmlType> {
-    let four_bits = matches!(tensor.ty, GgmlType::Q4_0 | GgmlType::Q4_1 | GgmlType::Q4_K);
-    let floats = tensor.ty.block_size() == 1;
+    // Q4_1 has 5 bits a weight, the scales among them.
+    let four_bits = 8 * now.type_size() <= 5 * now.block_size();
+    let floats = now.block_size() == 1;
     let ty = match format {
-        WeightFormat::Int8 if tensor.ty != GgmlType::Q8_0 => GgmlType::Q8_0,
+        WeightFormat::Int8 if now != GgmlType::Q8_0 => GgmlType::Q8_0,
         WeightFormat::Int4 if in_layer && !four_bits => GgmlType::Q4_1,
         WeightFormat::Int4 if !in_layer && floats => GgmlType::Q8_0,
         _ => return None,

@@ -7,7 +7,7 @@ use std::time::Duration;
 use mesh_engine::{
     ModelShape, Segment, SlotId, Stage, StageError, StageInfo, StageInput, StageOutput,
 };
-use mesh_kernels::{KernelError, KvShape, PackOptions, Pool, Reclaim, in_background};
+use mesh_kernels::{KernelError, KvShape, Pool, Reclaim, in_background};
 use mesh_model::Model;
 use ort::session::Session;
 use ort::value::{DynValue, TensorRef};
@@ -19,6 +19,7 @@ use crate::node::{INPUT, OUTPUT};
 use crate::options::{LoadError, OrtOptions, suited_kv};
 use crate::runtime;
 use crate::shared::{StageContext, StageStep};
+use crate::size::pack_options;
 use crate::weights::StageWeights;
 
 const BACKEND: &str = "ONNX Runtime";
@@ -48,10 +49,7 @@ impl OrtStage {
         let environment = runtime::environment(options.library.as_deref())?;
 
         let threads = options.thread_count();
-        let packing = PackOptions {
-            coded_scales: options.compact,
-            ..PackOptions::default()
-        };
+        let packing = pack_options(options.compact);
         // Other stages may be at work.
         let weights = in_background(threads, |pool| {
             let (layers, cache) = (layers.clone(), options.cache.as_ref());

@@ -6,9 +6,9 @@
 use std::cell::RefCell;
 use std::ops::Range;
 
-use mesh_kernels::{KernelError, PackOptions, Pool, QMatrix, WeightType};
+use mesh_kernels::{KernelError, PackOptions, Pool, QMatrix};
 use mesh_model::file::{Data, FileError};
-use mesh_model::{GgmlType, Gguf, Model, ModelConfig, Tensors};
+use mesh_model::{Gguf, Model, ModelConfig, Tensors};
 
 use crate::cache::{CacheEntry, QuantisedMatrix, WeightCache};
 use crate::options::{LoadError, WeightFormat, has_floats};
@@ -251,7 +251,7 @@ impl Loader<'_> {
         };
         let (outputs, inputs) = (outputs as usize, inputs as usize);
         let read = |ty, data: Data<'_>| -> Result<QMatrix, PackError> {
-            let (pool, ty, options) = (self.pool, weight_type(ty), self.options);
+            let (pool, options) = (self.pool, self.options);
             QMatrix::pack_reading(pool, ty, outputs, inputs, options, |at, rows| {
                 Ok(data.read_at(at, rows)?)
             })
@@ -279,7 +279,7 @@ impl Loader<'_> {
             });
         };
         let (pool, options) = (self.pool, self.options);
-        let packed = QMatrix::pack_with(pool, weight_type(ty), outputs, inputs, &data, options)
+        let packed = QMatrix::pack_with(pool, ty, outputs, inputs, &data, options)
             .map_err(|error| failed(error.to_string()))?;
         if self.entry.is_some() {
             group.fresh.push(QuantisedMatrix {
@@ -325,27 +325,10 @@ enum PackError {
     Kernel(#[from] KernelError),
 }
 
-/// The kernels' name of a type.
-pub(crate) fn weight_type(ty: GgmlType) -> WeightType {
-    match ty {
-        GgmlType::F32 => WeightType::F32,
-        GgmlType::F16 => WeightType::F16,
-        GgmlType::BF16 => WeightType::BF16,
-        GgmlType::Q4_0 => WeightType::Q4_0,
-        GgmlType::Q4_1 => WeightType::Q4_1,
-        GgmlType::Q5_0 => WeightType::Q5_0,
-        GgmlType::Q5_1 => WeightType::Q5_1,
-        GgmlType::Q8_0 => WeightType::Q8_0,
-        GgmlType::Q4_K => WeightType::Q4_K,
-        GgmlType::Q5_K => WeightType::Q5_K,
-        GgmlType::Q6_K => WeightType::Q6_K,
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use mesh_model::Architecture;
     use mesh_model::synth::{Shape, Tokens, random_model};
+    use mesh_model::{Architecture, GgmlType};
 
     use super::*;
 

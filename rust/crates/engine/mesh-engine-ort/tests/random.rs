@@ -7,7 +7,7 @@ use common::{
     assert_same_bits, cosine, last, logits, options, pipeline, quiet, some_tokens, tiny, whole,
 };
 use mesh_engine::{LogitRows, Segment, Stage, StageError, StageInput};
-use mesh_engine_ort::{LoadError, OrtOptions, OrtStage};
+use mesh_engine_ort::{LoadError, OrtOptions, OrtStage, WeightFormat, memory_bytes};
 use mesh_model::synth::{Shape, Tokens, Window, random_model};
 use mesh_model::{Architecture, GgmlType, Model};
 
@@ -28,21 +28,41 @@ fn every_architecture_agrees_with_a_plain_forward_pass() {
         ] {
             let model = tiny(architecture, ty);
             let mut stage = whole(&model, options(1, 64));
-            let all = Segment {
-                logits: LogitRows::All,
-                ..last(0, 0, tokens.len())
-            };
-            let ours = logits(&mut stage, &[all], &tokens);
-            let plain = reference::forward(&model, &tokens);
-            let vocab = model.config().vocab;
-            for (i, (ours, plain)) in ours.chunks(vocab).zip(plain.chunks(vocab)).enumerate() {
-                let found = cosine(ours, plain);
-                assert!(
-                    found > least,
-                    "{architecture:?} {ty:?} row {i}: cosine {found}"
-                );
-            }
+            assert_agrees(&model, &mut stage, &tokens, least);
         }
+    }
+}
+
+#[test]
+fn every_type_agrees_with_a_plain_forward_pass_and_takes_the_memory_foretold() {
+    let tokens = some_tokens(20);
+    for ty in GgmlType::ALL {
+        let model = tiny(Architecture::Llama, ty);
+        let mut stage = whole(&model, options(1, 64));
+        assert_agrees(&model, &mut stage, &tokens, 0.999);
+        let foretold = memory_bytes(&model, WeightFormat::File);
+        assert_eq!(stage.info().weight_bytes, foretold, "{ty}");
+    }
+}
+
+/// Compares the logits of all rows.
+fn assert_agrees(model: &Model, stage: &mut OrtStage, tokens: &[u32], least: f64) {
+    let all = Segment {
+        logits: LogitRows::All,
+        ..last(0, 0, tokens.len())
+    };
+    let ours = logits(stage, &[all], tokens);
+    let plain = reference::forward(model, tokens);
+    let vocab = model.config().vocab;
+    for (i, (ours, plain)) in ours.chunks(vocab).zip(plain.chunks(vocab)).enumerate() {
+        let found = cosine(ours, plain);
+        let tensor = model.tensors().get("blk.0.ffn_up.weight");
+        assert!(
+            found > least,
+            "{:?} {:?} row {i}: cosine {found}",
+            model.config().architecture,
+            tensor.map(|tensor| tensor.ty)
+        );
     }
 }
 

@@ -91,7 +91,7 @@ fn main() {
             ),
             (WeightType::Q4_K, WeightType::Q6_K, PackOptions::default()),
         ] {
-            if shape.hidden % ty.block_len() != 0 {
+            if shape.hidden % ty.block_size() != 0 {
                 continue;
             }
             model(&pool, shape, ty, head, options);

@@ -11,19 +11,28 @@
 //! | scales, [`Scales::BlockMin`] | 64 | f16 d × 16, f16 m × 16 |
 //! | scales, [`Scales::Coded`] | 32 | u8 scale code × 16, i8 minimum code × 16 |
 //! | scales, [`Scales::Halves`] | 32 | i8 scale code × 16 for inputs 0..16, the same for 16..32 |
+//! | scales, [`Scales::Nibbles`] | 32 | the same with a scale code in the low nibble, a minimum code in the high |
+//! | scales, [`Scales::Exponent`] | 16 | the power of two × 16, as the exponent of an E8M0 number |
+//! | low bits (2, 3 bits) | 128 | bit pair g of vector j: inputs 16j+4g.. |
+//! | bit 2 (3 bits) | 64 | byte of column c, i: bit g is that of input 4g+i |
 //! | low bits (4, 5, 6 bits) | 256 | vector j: low nibbles inputs 4j.., high nibbles inputs 16+4j.. |
 //! | bit 4 (5 bits) | 64 | byte of column c, i: bit g is that of input 4g+i |
 //! | bits 4, 5 (6 bits) | 128 | as above, two bits per group: vector 0 groups 0..4, vector 1 groups 4..8 |
 //! | codes (8 bits) | 512 | vector g: inputs 4g.. |
 //!
-//! `Coded` and `Halves` panels have 64 bytes in front of every 8 blocks: f16 D × 16 and f16 M × 16, which
-//! multiply the codes. Floats are stored as `[k][16]` per panel.
+//! Panels with scale codes have 64 bytes in front of every 8 blocks, which multiply the codes: f32 D × 16 for
+//! `Halves`, else f16 D × 16 and f16 M × 16. Floats are stored as `[k][16]` per panel.
+//!
+//! Codes of a layout with a [`Codebook`] are indices into it. The types of 1 to 3 bits whose groups of weights
+//! come from a grid have few different numbers, so that codes of 3 or 4 bits hold them exactly.
+
+use mesh_quant::Codebook;
 
 /// Outputs (columns of the product) per panel.
 pub(crate) const PANEL: usize = 16;
 /// Inputs per block, the unit of scaling.
 pub(crate) const BLOCK: usize = 32;
-/// Blocks per group of [`Scales::Coded`] and [`Scales::Halves`].
+/// Blocks per group of layouts with scale codes.
 pub(crate) const GROUP: usize = 8;
 /// Bytes in front of a group.
 pub(crate) const GROUP_HEAD: usize = 64;
@@ -49,6 +58,16 @@ pub(crate) enum Layout {
     Q6Halves,
     /// Q8_0.
     Q8,
+    /// Q2_K, and TQ1_0 and TQ2_0 with a minimum.
+    Q2Nibbles,
+    /// Q3_K, and the IQ1 and IQ2 types.
+    Book3Halves(Codebook),
+    /// IQ4_NL.
+    Book4(Codebook),
+    /// MXFP4.
+    Book4Exponent(Codebook),
+    /// IQ4_XS, IQ3_XXS and IQ3_S.
+    Book4Halves(Codebook),
     /// F16.
     F16,
     /// BF16.
@@ -66,22 +85,27 @@ pub(crate) enum Scales {
     BlockMin,
     /// 8-bit codes per block and column, with f16 factors per group.
     Coded,
-    /// An 8-bit code per 16 inputs and column, with an f16 factor per group.
+    /// An 8-bit code per 16 inputs and column, with an f32 factor per group.
     Halves,
+    /// 4-bit codes of scale and minimum per 16 inputs and column, with f16 factors per group.
+    Nibbles,
+    /// A power of two per block and column.
+    Exponent,
 }
 
 impl Scales {
     /// Bytes per panel block.
     pub(crate) const fn bytes(self) -> usize {
         match self {
-            Scales::Block | Scales::Coded | Scales::Halves => 32,
+            Scales::Block | Scales::Coded | Scales::Halves | Scales::Nibbles => 32,
             Scales::BlockMin => 64,
+            Scales::Exponent => 16,
         }
     }
 
     /// True if each group of 8 blocks starts with factors for its scale codes.
     pub(crate) const fn grouped(self) -> bool {
-        matches!(self, Scales::Coded | Scales::Halves)
+        matches!(self, Scales::Coded | Scales::Halves | Scales::Nibbles)
     }
 }
 
@@ -98,17 +122,35 @@ impl Layout {
             Layout::Q6 => Some((6, Scales::Block)),
             Layout::Q6Halves => Some((6, Scales::Halves)),
             Layout::Q8 => Some((8, Scales::Block)),
+            Layout::Q2Nibbles => Some((2, Scales::Nibbles)),
+            Layout::Book3Halves(_) => Some((3, Scales::Halves)),
+            Layout::Book4(_) => Some((4, Scales::Block)),
+            Layout::Book4Exponent(_) => Some((4, Scales::Exponent)),
+            Layout::Book4Halves(_) => Some((4, Scales::Halves)),
             Layout::F16 | Layout::Bf16 | Layout::F32 => None,
         }
     }
 
-    /// Number subtracted from a code before it is scaled, for layouts without a minimum.
+    /// The numbers that the codes stand for, if they are not the numbers themselves.
+    pub(crate) const fn codebook(self) -> Option<Codebook> {
+        match self {
+            Layout::Book3Halves(book)
+            | Layout::Book4(book)
+            | Layout::Book4Exponent(book)
+            | Layout::Book4Halves(book) => Some(book),
+            _ => None,
+        }
+    }
+
+    /// Number that is subtracted before scaling from a code of a layout without a minimum, or that the
+    /// products have been added to a codebook's numbers: those of the narrower ones stay below 128 then.
     pub(crate) const fn bias(self) -> i32 {
         match self {
             Layout::Q4 => 8,
             Layout::Q5 => 16,
             Layout::Q6 | Layout::Q6Halves => 32,
-            Layout::Q8 => 128,
+            Layout::Book3Halves(_) | Layout::Book4Exponent(_) => 64,
+            Layout::Q8 | Layout::Book4(_) | Layout::Book4Halves(_) => 128,
             _ => 0,
         }
     }
@@ -156,6 +198,8 @@ impl Layout {
 /// Bytes of the codes of a panel's block.
 pub(crate) const fn code_bytes(bits: u32) -> usize {
     match bits {
+        2 => 128,
+        3 => 192,
         4 => 256,
         5 => 320,
         6 => 384,

@@ -37,7 +37,6 @@ mod mem;
 mod norm;
 mod pack;
 mod pool;
-mod quant;
 mod rope;
 mod simd;
 
@@ -47,10 +46,10 @@ pub use error::KernelError;
 pub use gemm::acts::RmsNorm;
 pub use isa::Isa;
 pub use linear::{Activation, FeedForward, Gate, Linear, Residual, feed_forward, gate_up, linear};
-pub use matrix::{EightBit, PackOptions, QMatrix, dequantize};
+pub use matrix::{EightBit, PackOptions, QMatrix};
 pub use mem::Reclaim;
+/// Storage type of a matrix's weights in the file.
+pub use mesh_quant::GgmlType as WeightType;
 pub use norm::{add_rms_norm, rms_norm};
 pub use pool::{Pool, PoolOptions, in_background};
-pub use quant::WeightType;
-pub use quant::blocks::{Stretch, stretch};
 pub use rope::{Rope, RopeOptions, RopeStyle};

@@ -5,6 +5,8 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 
+use mesh_quant::Codebook;
+
 use crate::layout::{Layout, PANEL};
 use crate::mem::{Buffer, TaskPointer};
 use crate::{KernelError, Pool, WeightType, pack};
@@ -164,6 +166,14 @@ impl QMatrix {
         self.k
     }
 
+    /// Bytes that `n` rows of `k` weights of this type take when packed, which is known without the weights.
+    /// `None` if there can be no such matrix.
+    pub fn packed_bytes(ty: WeightType, n: usize, k: usize, options: PackOptions) -> Option<u64> {
+        matrix_bytes(ty, n, k).ok()?;
+        let panel = layout_for(ty, options).panel_bytes(k) as u64;
+        panel.checked_mul(n.div_ceil(PANEL) as u64)
+    }
+
     /// Bytes of packed weights in memory, all of which one pass reads.
     pub fn bytes(&self) -> usize {
         self.parts.iter().map(|part| part.data.len()).sum()
@@ -212,11 +222,24 @@ fn matrix_bytes(ty: WeightType, n: usize, k: usize) -> Result<usize, KernelError
             });
         }
     }
-    let bytes = n.checked_mul(ty.row_bytes(k)?);
+    let bytes = n.checked_mul(row_bytes(ty, k)?);
     bytes.ok_or(KernelError::Dimension {
         what: "matrix size",
         value: n,
         need: "it must fit the address space",
+    })
+}
+
+/// Bytes of a row of `k` weights in a file.
+fn row_bytes(ty: WeightType, k: usize) -> Result<usize, KernelError> {
+    let block = ty.block_size();
+    if k == 0 || !k.is_multiple_of(block) {
+        return Err(KernelError::Block { ty, k, block });
+    }
+    ty.row_bytes(k).ok_or(KernelError::Dimension {
+        what: "row length",
+        value: k,
+        need: "a row must fit the address space",
     })
 }
 
@@ -234,7 +257,7 @@ where
     E: From<KernelError> + Send,
 {
     let len = matrix_bytes(ty, n, k)?;
-    let row_bytes = ty.row_bytes(k)?;
+    let row_bytes = row_bytes(ty, k)?;
     let layout = layout_for(ty, options);
     let panel_bytes = layout.panel_bytes(k);
     let panels = n.div_ceil(PANEL);
@@ -303,19 +326,19 @@ fn layout_for(ty: WeightType, options: PackOptions) -> Layout {
             EightBit::Six => Layout::Q6,
             EightBit::Five => Layout::Q5,
         },
+        WeightType::Q2_K | WeightType::TQ1_0 | WeightType::TQ2_0 => Layout::Q2Nibbles,
+        WeightType::Q3_K => Layout::Book3Halves(Codebook::Q3),
+        WeightType::IQ1_S | WeightType::IQ1_M => Layout::Book3Halves(Codebook::Iq1),
+        WeightType::IQ2_XXS | WeightType::IQ2_XS | WeightType::IQ2_S => {
+            Layout::Book3Halves(Codebook::Iq2)
+        }
+        WeightType::IQ3_XXS => Layout::Book4Halves(Codebook::Iq3Xxs),
+        WeightType::IQ3_S => Layout::Book4Halves(Codebook::Iq3S),
+        WeightType::IQ4_NL => Layout::Book4(Codebook::Iq4),
+        WeightType::IQ4_XS => Layout::Book4Halves(Codebook::Iq4),
+        WeightType::MXFP4 => Layout::Book4Exponent(Codebook::Mxfp4),
         WeightType::Q4_K => Layout::Q4Coded,
         WeightType::Q5_K => Layout::Q5Coded,
         WeightType::Q6_K => Layout::Q6Halves,
     }
-}
-
-/// The weights of one file row by the definition of its type, without packing.
-///
-/// # Errors
-/// When `row` is not `out.len()` weights of that type.
-pub fn dequantize(ty: WeightType, row: &[u8], out: &mut [f32]) -> Result<(), KernelError> {
-    let need = ty.row_bytes(out.len())?;
-    crate::error::expect_len("the weight row (in bytes)", row.len(), need)?;
-    pack::dequantize_file_row(ty, row, out);
-    Ok(())
 }

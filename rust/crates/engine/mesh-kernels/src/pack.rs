@@ -4,10 +4,10 @@
 #![allow(clippy::needless_range_loop)]
 
 use half::f16;
+use mesh_quant::{Stretch, stretch};
 
+use crate::WeightType;
 use crate::layout::{BLOCK, GROUP, GROUP_HEAD, Layout, PANEL, Scales};
-use crate::quant::WeightType;
-use crate::quant::blocks::{Stretch, float, stretch, word};
 
 /// Packs the 16 rows of a panel (fewer in the last one: the rest stays zero) into `panel`, which is zeroed.
 pub(crate) fn panel(
@@ -46,9 +46,9 @@ fn quantised(
     for index in 0..k / BLOCK {
         let at = layout.block_offset(index);
         let codes_at = at + scales.bytes();
-        // The three common types keep their bytes: whole words are moved.
+        // The common types keep their bytes: whole words are moved.
         match ty {
-            WeightType::Q4_0 => {
+            WeightType::Q4_0 | WeightType::IQ4_NL => {
                 let b = &row[index * 18..][..18];
                 put(panel, at + 2 * column, &b[..2]);
                 words(panel, codes_at + 4 * column, &b[2..], 0);
@@ -70,28 +70,50 @@ fn quantised(
             _ => {}
         }
         let s = stretch(ty, row, index);
-        if scales.grouped() {
-            let head = at - GROUP_HEAD;
-            if index % GROUP == 0 {
-                put(panel, head + 2 * column, &s.d.to_le_bytes());
-                // K types take their minimum away.
-                put(panel, head + 32 + 2 * column, &(s.m ^ 0x8000).to_le_bytes());
-            }
+        put_scales(layout, ty, scales, index, column, &s, panel);
+        put_codes(bits, &mut panel[codes_at..], column, &s.q);
+    }
+}
+
+/// Stores the scales of a stretch, the first of a group also what multiplies the group's codes.
+fn put_scales(
+    layout: Layout,
+    ty: WeightType,
+    scales: Scales,
+    index: usize,
+    column: usize,
+    s: &Stretch,
+    panel: &mut [u8],
+) {
+    let at = layout.block_offset(index);
+    if scales.grouped() && index % GROUP == 0 {
+        let head = at - GROUP_HEAD;
+        if scales == Scales::Halves {
+            put(panel, head + 4 * column, &s.scale(ty).to_le_bytes());
+        } else {
+            put(panel, head + 2 * column, &s.d.to_le_bytes());
+            // K types take their minimum away.
+            put(panel, head + 32 + 2 * column, &(s.m ^ 0x8000).to_le_bytes());
+        }
+    }
+    match scales {
+        Scales::Coded | Scales::Halves | Scales::Nibbles => {
             panel[at + column] = s.codes[0].cast_unsigned();
             panel[at + 16 + column] = s.codes[1].cast_unsigned();
-        } else {
-            put(panel, at + 2 * column, &s.d.to_le_bytes());
-            if scales == Scales::BlockMin {
-                put(panel, at + 32 + 2 * column, &s.m.to_le_bytes());
-            }
         }
-        put_codes(bits, &mut panel[codes_at..], column, &s.q);
+        Scales::Block => put(panel, at + 2 * column, &s.d.to_le_bytes()),
+        Scales::BlockMin => {
+            put(panel, at + 2 * column, &s.d.to_le_bytes());
+            put(panel, at + 32 + 2 * column, &s.m.to_le_bytes());
+        }
+        // Exponent 1 stands for zero: the two scales below the normal numbers are dropped.
+        Scales::Exponent => panel[at + column] = (s.d as u8).max(1),
     }
 }
 
 fn floats(layout: Layout, ty: WeightType, k: usize, row: &[u8], column: usize, panel: &mut [u8]) {
     let bytes = layout.float_bytes();
-    debug_assert_eq!(bytes, ty.block_bytes());
+    debug_assert_eq!(bytes, ty.type_size());
     for i in 0..k {
         put(
             panel,
@@ -217,12 +239,13 @@ fn words(panel: &mut [u8], at: usize, bytes: &[u8], flip: u32) {
 fn put_codes(bits: u32, codes: &mut [u8], column: usize, q: &[u8; 32]) {
     for (i, &q) in q.iter().enumerate() {
         let (group, lane) = (i / 4, 4 * column + i % 4);
-        if bits == 8 {
-            codes[64 * group + lane] = q;
-            continue;
-        }
-        codes[64 * (group % 4) + lane] |= (q & 15) << (group / 4 * 4);
         match bits {
+            2 | 3 => codes[64 * (group / 4) + lane] |= (q & 3) << (2 * (group % 4)),
+            8 => codes[64 * group + lane] = q,
+            _ => codes[64 * (group % 4) + lane] |= (q & 15) << (group / 4 * 4),
+        }
+        match bits {
+            3 => codes[128 + lane] |= (q >> 2) << group,
             5 => codes[256 + lane] |= (q >> 4) << group,
             6 => codes[256 + 64 * (group / 4) + lane] |= (q >> 4) << (2 * (group % 4)),
             _ => {}
@@ -232,11 +255,13 @@ fn put_codes(bits: u32, codes: &mut [u8], column: usize, q: &[u8; 32]) {
 
 fn get_code(bits: u32, codes: &[u8], column: usize, i: usize) -> u8 {
     let (group, lane) = (i / 4, 4 * column + i % 4);
-    if bits == 8 {
-        return codes[64 * group + lane];
-    }
-    let low = (codes[64 * (group % 4) + lane] >> (group / 4 * 4)) & 15;
+    let low = match bits {
+        2 | 3 => (codes[64 * (group / 4) + lane] >> (2 * (group % 4))) & 3,
+        8 => codes[64 * group + lane],
+        _ => (codes[64 * (group % 4) + lane] >> (group / 4 * 4)) & 15,
+    };
     match bits {
+        3 => low | (((codes[128 + lane] >> group) & 1) << 2),
         5 => low | (((codes[256 + lane] >> group) & 1) << 4),
         6 => low | (((codes[256 + 64 * (group / 4) + lane] >> (2 * (group % 4))) & 3) << 4),
         _ => low,
@@ -257,57 +282,67 @@ pub(crate) fn unpack_column(layout: Layout, panel: &[u8], column: usize, out: &m
         return;
     };
     let number = |at: usize| f16::from_bits(word(panel, at)).to_f32();
+    let code = |at: usize| f32::from(panel[at].cast_signed());
+    let values = layout.codebook().map(|book| book.values());
     for (index, out) in out.chunks_exact_mut(BLOCK).enumerate() {
         let at = layout.block_offset(index);
         let head = layout.block_offset(index / GROUP * GROUP);
         let codes = &panel[at + scales.bytes()..];
-        let code = |at: usize| f32::from(panel[at].cast_signed());
+        // Scale and minimum of each half.
         let (d, m) = match scales {
-            Scales::Block => ([number(at + 2 * column); 2], 0.0),
-            Scales::BlockMin => ([number(at + 2 * column); 2], number(at + 32 + 2 * column)),
+            Scales::Block => ([number(at + 2 * column); 2], [0.0; 2]),
+            Scales::BlockMin => (
+                [number(at + 2 * column); 2],
+                [number(at + 32 + 2 * column); 2],
+            ),
             Scales::Coded => (
                 [f32::from(panel[at + column]) * number(head - GROUP_HEAD + 2 * column); 2],
-                code(at + 16 + column) * number(head - 32 + 2 * column),
+                [code(at + 16 + column) * number(head - 32 + 2 * column); 2],
             ),
             Scales::Halves => {
-                let d = number(head - GROUP_HEAD + 2 * column);
-                ([code(at + column) * d, code(at + 16 + column) * d], 0.0)
+                let d = float(WeightType::F32, &panel[head - GROUP_HEAD..], column);
+                (
+                    [code(at + column) * d, code(at + 16 + column) * d],
+                    [0.0; 2],
+                )
             }
+            Scales::Nibbles => {
+                let d = number(head - GROUP_HEAD + 2 * column);
+                let m = number(head - 32 + 2 * column);
+                let pair = [panel[at + column], panel[at + 16 + column]];
+                (
+                    pair.map(|pair| f32::from(pair & 15) * d),
+                    pair.map(|pair| f32::from(pair >> 4) * m),
+                )
+            }
+            Scales::Exponent => (
+                [f32::from_bits(u32::from(panel[at + column]).saturating_sub(1) << 23); 2],
+                [0.0; 2],
+            ),
         };
         for (i, out) in out.iter_mut().enumerate() {
-            let q = i32::from(get_code(bits, codes, column, i)) - layout.bias();
-            *out = d[i / 16] * q as f32 + m;
+            let q = get_code(bits, codes, column, i);
+            let q = match values {
+                Some(values) => values[usize::from(q)].into(),
+                None => i32::from(q) - layout.bias(),
+            };
+            *out = d[i / 16] * q as f32 + m[i / 16];
         }
     }
 }
 
-/// The weights of a row in file format, by the definition of its type: the reference for tests of packing.
-pub(crate) fn dequantize_file_row(ty: WeightType, row: &[u8], out: &mut [f32]) {
-    if ty.block_len() == 1 {
-        for (i, out) in out.iter_mut().enumerate() {
-            *out = float(ty, row, i);
+/// Weight `index` of a row of floats.
+fn float(ty: WeightType, row: &[u8], index: usize) -> f32 {
+    match ty {
+        WeightType::F32 => {
+            let b = &row[4 * index..][..4];
+            f32::from_le_bytes([b[0], b[1], b[2], b[3]])
         }
-        return;
+        WeightType::BF16 => half::bf16::from_bits(word(row, 2 * index)).to_f32(),
+        _ => f16::from_bits(word(row, 2 * index)).to_f32(),
     }
-    let bias = match ty {
-        WeightType::Q4_0 => 8,
-        WeightType::Q5_0 => 16,
-        WeightType::Q6_K => 32,
-        WeightType::Q8_0 => 128,
-        _ => 0,
-    };
-    for (index, out) in out.chunks_exact_mut(BLOCK).enumerate() {
-        let Stretch { q, d, m, codes } = stretch(ty, row, index);
-        let (d, m) = (f16::from_bits(d).to_f32(), f16::from_bits(m).to_f32());
-        for (i, out) in out.iter_mut().enumerate() {
-            let q = (i32::from(q[i]) - bias) as f32;
-            *out = match ty {
-                WeightType::Q4_K | WeightType::Q5_K => {
-                    d * f32::from(codes[0]) * q - m * f32::from(codes[1])
-                }
-                WeightType::Q6_K => d * f32::from(codes[i / 16]) * q,
-                _ => d * q + m,
-            };
-        }
-    }
+}
+
+fn word(bytes: &[u8], at: usize) -> u16 {
+    u16::from_le_bytes([bytes[at], bytes[at + 1]])
 }

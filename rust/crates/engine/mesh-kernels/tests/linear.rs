@@ -46,6 +46,57 @@ fn packing_keeps_every_weight() {
 }
 
 #[test]
+fn any_bytes_are_weights() {
+    let mut rng = Rng(9);
+    let (n, k) = (17, 256);
+    let x = rng.floats(2 * k);
+    for ty in WeightType::ALL {
+        let bytes = n * ty.row_bytes(k).expect("whole blocks");
+        let random: Vec<u8> = (0..bytes).map(|_| rng.next() as u8).collect();
+        for rows in [random, vec![0; bytes], vec![0xff; bytes]] {
+            let matrix = QMatrix::pack(ty, n, k, &rows).expect("packs");
+            for isa in Isa::available() {
+                plain(&pool(1, isa), &matrix, &x);
+            }
+            let mut row = vec![0.0; k];
+            (0..n).for_each(|i| matrix.dequantize_row(i, &mut row).expect("row exists"));
+        }
+    }
+}
+
+#[test]
+fn packed_sizes_are_known_beforehand_and_near_the_file_s() {
+    let mut rng = Rng(8);
+    let most = |ty| match ty {
+        WeightType::IQ1_S => 2.4,
+        WeightType::IQ1_M => 2.1,
+        WeightType::IQ2_XXS => 1.8,
+        WeightType::IQ2_XS | WeightType::TQ1_0 => 1.6,
+        WeightType::IQ2_S => 1.5,
+        WeightType::IQ3_XXS => 1.52,
+        WeightType::IQ3_S => 1.35,
+        WeightType::TQ2_0 => 1.3,
+        _ => 1.1,
+    };
+    let (n, k) = (48, 512);
+    for ty in WeightType::ALL {
+        let rows = random_rows(ty, n, k, &mut rng);
+        let matrix = QMatrix::pack(ty, n, k, &rows).expect("packs");
+        let foretold = QMatrix::packed_bytes(ty, n, k, PackOptions::default());
+        assert_eq!(foretold, Some(matrix.bytes() as u64), "{ty}");
+        let ratio = matrix.bytes() as f64 / rows.len() as f64;
+        assert!(ratio <= most(ty), "{ty}: {ratio}");
+    }
+    for (n, k) in [(0, 256), (16, 0), (16, 255), (usize::MAX, 256)] {
+        let ty = WeightType::Q2_K;
+        assert_eq!(
+            QMatrix::packed_bytes(ty, n, k, PackOptions::default()),
+            None
+        );
+    }
+}
+
+#[test]
 fn products_agree_with_the_definition() {
     let mut rng = Rng(2);
     for ty in WeightType::ALL {
@@ -54,7 +105,7 @@ fn products_agree_with_the_definition() {
             let w = dequantized(ty, n, k, &rows);
             let matrix = QMatrix::pack(ty, n, k, &rows).expect("packs");
             let x = rng.floats(11 * k);
-            let want = if ty.block_len() == 1 {
+            let want = if ty.block_size() == 1 {
                 product(&w, &x, k)
             } else {
                 product(&w, &rounded(&x), k)

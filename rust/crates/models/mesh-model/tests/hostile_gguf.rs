@@ -225,9 +225,9 @@ fn types_that_do_not_exist_are_named() {
             .contains("\"some.words\" is an array of arrays")
     );
     // Behind a tensor's name: the number of dimensions, the dimensions, the type, the offset.
-    let error = error_of(patched("first", 4 + 16, &16u32.to_le_bytes()));
+    let error = error_of(patched("first", 4 + 16, &15u32.to_le_bytes()));
     assert!(
-        error.starts_with("tensor \"first\" has type IQ2_XXS (16), which is not supported"),
+        error.starts_with("tensor \"first\" has type Q8_K (15), which is not supported"),
         "{error}"
     );
     let error = error_of(patched("first", 4 + 16, &4u32.to_le_bytes()));

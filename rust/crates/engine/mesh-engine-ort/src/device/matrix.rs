@@ -13,16 +13,17 @@
 //! | Q5_1, Q5_K | 8 | 32 | q + 112 | m + 16d |
 //! | Q6_K | 8 | 16 | q + 96 | |
 //! | Q8_0 | 8 | 32 | q + 128 | |
+//! | Q2_K, TQ1_0, TQ2_0 | 4 | 16 | q | m + 8d |
+//! | IQ4_NL, MXFP4 | 8 | 32 | value of q in the codebook + 128 | |
+//! | Q3_K, IQ4_XS, other IQ types | 8 | 16 | value of q in the codebook + 128 | |
 //!
 //! Matrices of floats stay matrices of floats.
 
 use std::borrow::Cow;
 
 use half::f16;
-use mesh_kernels::{Stretch, WeightType, stretch};
 use mesh_model::{GgmlType, dequantize};
-
-use crate::weights::weight_type;
+use mesh_quant::{Stretch, stretch};
 
 /// Representation of a GGUF type as constants of the graph.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -50,7 +51,18 @@ impl MatrixForm {
             GgmlType::Q4_1 | GgmlType::Q4_K => blocks(4, 32, true),
             GgmlType::Q5_0 | GgmlType::Q8_0 => blocks(8, 32, false),
             GgmlType::Q5_1 | GgmlType::Q5_K => blocks(8, 32, true),
-            GgmlType::Q6_K => blocks(8, 16, false),
+            GgmlType::Q2_K | GgmlType::TQ1_0 | GgmlType::TQ2_0 => blocks(4, 16, true),
+            GgmlType::IQ4_NL | GgmlType::MXFP4 => blocks(8, 32, false),
+            GgmlType::Q6_K
+            | GgmlType::Q3_K
+            | GgmlType::IQ1_S
+            | GgmlType::IQ1_M
+            | GgmlType::IQ2_XXS
+            | GgmlType::IQ2_XS
+            | GgmlType::IQ2_S
+            | GgmlType::IQ3_XXS
+            | GgmlType::IQ3_S
+            | GgmlType::IQ4_XS => blocks(8, 16, false),
         }
     }
 }
@@ -142,7 +154,7 @@ fn read_rows(
     (codes, scales, minima): (&mut [u8], &mut [f32], &mut [f32]),
     threads: usize,
 ) {
-    let ty = weight_type(matrix.ty);
+    let ty = matrix.ty;
     let row_bytes = matrix.data.len() / matrix.outputs.max(1);
     let (row_codes, row_blocks) = (matrix.inputs * bits / 8, matrix.inputs / block);
     let share = matrix.outputs.div_ceil(threads.max(1)).max(1);
@@ -170,23 +182,22 @@ fn read_rows(
 }
 
 fn read_row(
-    ty: WeightType,
+    ty: GgmlType,
     row: &[u8],
     bits: usize,
     codes: &mut [u8],
     scales: &mut [f32],
     mut minima: Option<&mut [f32]>,
 ) {
+    let values = ty.codebook().map(|book| book.values());
+    // Of one stretch: two where blocks have 16 weights.
+    let count = scales.len() * 4 * bits / codes.len().max(1);
     for (index, codes) in codes.chunks_exact_mut(4 * bits).enumerate() {
         let weights = stretch(ty, row, index);
         let Scale { scale, minimum } = Scale::of(ty, &weights);
-        if ty == WeightType::Q6_K {
-            scales[2 * index..][..2].copy_from_slice(&scale);
-        } else {
-            scales[index] = scale[0];
-        }
+        scales[count * index..][..count].copy_from_slice(&scale[..count]);
         if let Some(minima) = &mut minima {
-            minima[index] = minimum;
+            minima[count * index..][..count].copy_from_slice(&minimum[..count]);
         }
         if bits == 4 {
             for (code, pair) in codes.iter_mut().zip(weights.q.as_chunks::<2>().0) {
@@ -194,17 +205,20 @@ fn read_row(
             }
         } else {
             for (code, q) in codes.iter_mut().zip(weights.q) {
-                *code = q + offset(ty);
+                *code = match values {
+                    Some(values) => values[usize::from(q)].cast_unsigned() ^ 0x80,
+                    None => q + offset(ty),
+                };
             }
         }
     }
 }
 
 /// Number added to the file's code so that 128 stands for 0, or for the middle where the type has a minimum.
-fn offset(ty: WeightType) -> u8 {
+fn offset(ty: GgmlType) -> u8 {
     match ty {
-        WeightType::Q5_0 | WeightType::Q5_1 | WeightType::Q5_K => 112,
-        WeightType::Q6_K => 96,
+        GgmlType::Q5_0 | GgmlType::Q5_1 | GgmlType::Q5_K => 112,
+        GgmlType::Q6_K => 96,
         _ => 0,
     }
 }
@@ -212,32 +226,41 @@ fn offset(ty: WeightType) -> u8 {
 struct Scale {
     /// Scales of both halves of the stretch.
     scale: [f32; 2],
-    /// m′.
-    minimum: f32,
+    /// m′ of both halves.
+    minimum: [f32; 2],
 }
 
 impl Scale {
-    fn of(ty: WeightType, weights: &Stretch) -> Scale {
-        let d = f16::from_bits(weights.d).to_f32();
+    fn of(ty: GgmlType, weights: &Stretch) -> Scale {
+        let d = weights.scale(ty);
         let m = f16::from_bits(weights.m).to_f32();
         let [first, second] = weights.codes.map(f32::from);
         // The code that the graph takes for 0.
         let middle = match ty {
-            WeightType::Q5_1 | WeightType::Q5_K => 16.0,
+            GgmlType::Q5_1 | GgmlType::Q5_K => 16.0,
             _ => 8.0,
         };
         match ty {
-            WeightType::Q4_K | WeightType::Q5_K => Scale {
+            GgmlType::Q4_K | GgmlType::Q5_K => Scale {
                 scale: [d * first; 2],
-                minimum: middle * d * first - m * second,
+                minimum: [middle * d * first - m * second; 2],
             },
-            WeightType::Q6_K => Scale {
+            GgmlType::Q2_K | GgmlType::TQ1_0 | GgmlType::TQ2_0 => {
+                let codes = weights.codes.map(i8::cast_unsigned);
+                let scale = codes.map(|code| d * f32::from(code & 15));
+                let less = codes.map(|code| m * f32::from(code >> 4));
+                Scale {
+                    scale,
+                    minimum: [0, 1].map(|half| middle * scale[half] - less[half]),
+                }
+            }
+            _ if ty == GgmlType::Q6_K || ty.codebook().is_some() => Scale {
                 scale: [d * first, d * second],
-                minimum: 0.0,
+                minimum: [0.0; 2],
             },
             _ => Scale {
                 scale: [d; 2],
-                minimum: middle * d + m,
+                minimum: [middle * d + m; 2],
             },
         }
     }

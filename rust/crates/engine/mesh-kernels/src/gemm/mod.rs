@@ -15,7 +15,7 @@ use crate::mem::TaskPointer;
 use crate::simd::{self, Kernel, Simd};
 use crate::{Activation, Isa, Pool};
 use acts::{ROW_BLOCK, tiles};
-use tile::{Float, TileFormat};
+use tile::{Float, Table, TileFormat};
 
 /// The rows of a product, in both forms; the one that a layout does not read may be empty.
 #[derive(Debug, Clone, Copy)]
@@ -235,6 +235,11 @@ fn dispatch(isa: Isa, job: ProductTask<'_>) {
         Layout::Q6 => simd::run(isa, Quantised::<tile::Q6>::new(isa, job)),
         Layout::Q6Halves => simd::run(isa, Quantised::<tile::Q6Halves>::new(isa, job)),
         Layout::Q8 => simd::run(isa, Quantised::<tile::Q8>::new(isa, job)),
+        Layout::Q2Nibbles => simd::run(isa, Quantised::<tile::Q2Nibbles>::new(isa, job)),
+        Layout::Book3Halves(_) => simd::run(isa, Quantised::<tile::Book3Halves>::new(isa, job)),
+        Layout::Book4(_) => simd::run(isa, Quantised::<tile::Book4>::new(isa, job)),
+        Layout::Book4Exponent(_) => simd::run(isa, Quantised::<tile::Book4Exponent>::new(isa, job)),
+        Layout::Book4Halves(_) => simd::run(isa, Quantised::<tile::Book4Halves>::new(isa, job)),
         Layout::F16 => simd::run(isa, Floats::<tile::F16>::new(job)),
         Layout::Bf16 => simd::run(isa, Floats::<tile::Bf16>::new(job)),
         Layout::F32 => simd::run(isa, Floats::<tile::F32>::new(job)),
@@ -243,6 +248,7 @@ fn dispatch(isa: Isa, job: ProductTask<'_>) {
 
 struct Quantised<'a, T> {
     job: ProductTask<'a>,
+    table: Table,
     largest: usize,
     format: std::marker::PhantomData<T>,
 }
@@ -250,6 +256,7 @@ struct Quantised<'a, T> {
 impl<'a, T> Quantised<'a, T> {
     fn new(isa: Isa, job: ProductTask<'a>) -> Self {
         Quantised {
+            table: Table::of(job.part.layout),
             job,
             largest: isa.tile_rows(),
             format: std::marker::PhantomData,
@@ -260,22 +267,22 @@ impl<'a, T> Quantised<'a, T> {
 impl<T: TileFormat> Kernel for Quantised<'_, T> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let job = &self.job;
+        let (job, table) = (&self.job, &self.table);
         for panel in job.panels.clone() {
             for (row, count) in tiles(job.rows.clone(), self.largest) {
                 // Constant conditions keep tiles that an instruction set does not use from being compiled.
                 if S::SINGLE {
-                    quantised_tile::<S, T, 1>(s, job, panel, row);
+                    quantised_tile::<S, T, 1>(s, job, table, panel, row);
                     continue;
                 }
                 if S::WIDE && count == 8 {
-                    quantised_tile::<S, T, 8>(s, job, panel, row);
+                    quantised_tile::<S, T, 8>(s, job, table, panel, row);
                     continue;
                 }
                 match count {
-                    1 => quantised_tile::<S, T, 1>(s, job, panel, row),
-                    2 => quantised_tile::<S, T, 2>(s, job, panel, row),
-                    _ => quantised_tile::<S, T, 4>(s, job, panel, row),
+                    1 => quantised_tile::<S, T, 1>(s, job, table, panel, row),
+                    2 => quantised_tile::<S, T, 2>(s, job, table, panel, row),
+                    _ => quantised_tile::<S, T, 4>(s, job, table, panel, row),
                 }
             }
         }
@@ -286,6 +293,7 @@ impl<T: TileFormat> Kernel for Quantised<'_, T> {
 fn quantised_tile<S: Simd, T: TileFormat, const R: usize>(
     s: S,
     job: &ProductTask<'_>,
+    table: &Table,
     panel: usize,
     row: usize,
 ) {
@@ -300,7 +308,7 @@ fn quantised_tile<S: Simd, T: TileFormat, const R: usize>(
         };
         let panel = part.panel(panel).as_ptr();
         // SAFETY: a whole panel of the part, and a whole tile of activations.
-        let acc = unsafe { tile::quantised::<S, T, R>(s, panel, blocks, acts.as_ptr()) };
+        let acc = unsafe { tile::quantised::<S, T, R>(s, panel, blocks, table, acts.as_ptr()) };
         gate = combine(s, activation, gate, acc);
     }
     for (r, &acc) in gate.iter().enumerate() {

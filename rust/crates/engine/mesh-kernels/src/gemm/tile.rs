@@ -2,11 +2,13 @@
 //!
 //! Every output value is `Σ over blocks, in order, of d·da·(integer dot product)`, plus `m·(da·Σa)` right
 //! after each block where the layout has minima: the same operations on the same numbers for any number of
-//! rows.
+//! rows. Where scales differ between the halves of a block, each half is a block in this sense.
 
 // Register tiles are arrays indexed by row and column; iterators over several of them at once hide the
 // arithmetic.
 #![allow(clippy::needless_range_loop)]
+
+use mesh_quant::Codebook;
 
 use crate::layout::{BLOCK, GROUP, GROUP_HEAD, Layout, Scales, code_bytes};
 use crate::simd::Simd;
@@ -16,20 +18,24 @@ pub(super) trait TileFormat {
     const LAYOUT: Layout;
     const BITS: u32;
     const SCALES: Scales;
+    /// Codes are indices into a codebook.
+    const BOOK: bool = Self::LAYOUT.codebook().is_some();
+    /// Weights, with the bias added, take all 8 bits.
+    const FULL: bool = Self::LAYOUT.bias() == 128;
     const BLOCK_BYTES: usize = Self::SCALES.bytes() + code_bytes(Self::BITS);
 }
 
 macro_rules! formats {
-    ($($name:ident)*) => {
+    ($($name:ident $(($book:ident))?)*) => {
         $(
             pub(super) struct $name;
             impl TileFormat for $name {
-                const LAYOUT: Layout = Layout::$name;
-                const BITS: u32 = match Layout::$name.quantised() {
+                const LAYOUT: Layout = Layout::$name $((Codebook::$book))?;
+                const BITS: u32 = match Self::LAYOUT.quantised() {
                     Some((bits, _)) => bits,
                     None => 0,
                 };
-                const SCALES: Scales = match Layout::$name.quantised() {
+                const SCALES: Scales = match Self::LAYOUT.quantised() {
                     Some((_, scales)) => scales,
                     None => Scales::Block,
                 };
@@ -38,20 +44,44 @@ macro_rules! formats {
     };
 }
 
-formats! { Q4 Q4Min Q4Coded Q5 Q5Min Q5Coded Q6 Q6Halves Q8 }
+// The codebook is an argument of the products; the ones here only stand for the layout.
+formats! {
+    Q4 Q4Min Q4Coded Q5 Q5Min Q5Coded Q6 Q6Halves Q8
+    Q2Nibbles Book3Halves(Iq2) Book4(Iq4) Book4Exponent(Mxfp4) Book4Halves(Iq4)
+}
+
+/// A codebook's numbers with the layout's bias added, 16 of them four times over: all zero without a codebook.
+#[derive(Clone, Copy)]
+pub(super) struct Table([u8; 64]);
+
+impl Table {
+    pub(super) fn of(layout: Layout) -> Table {
+        let mut table = [0; 64];
+        if let Some(book) = layout.codebook() {
+            let values = book.values();
+            for (i, number) in table.iter_mut().enumerate() {
+                *number = (i32::from(values[i % 16]) + layout.bias()) as u8;
+            }
+        }
+        Table(table)
+    }
+}
 
 /// The products of `R` rows with one panel.
 ///
 /// # Safety
-/// `panel` points to a whole panel of `blocks` blocks of layout `T`, `acts` to a tile of `R` quantised rows
-/// as long.
+/// `panel` points to a whole panel of `blocks` blocks of layout `T`, whose codebook is `table`, `acts` to a
+/// tile of `R` quantised rows as long.
 #[inline(always)]
 pub(super) unsafe fn quantised<S: Simd, T: TileFormat, const R: usize>(
     s: S,
     panel: *const u8,
     blocks: usize,
+    table: &Table,
     acts: *const u8,
 ) -> [S::F; R] {
+    // SAFETY: 64 bytes.
+    let table = unsafe { s.load_b(table.0.as_ptr()) };
     let mut acc = [s.splat(0.0); R];
     let mut w = panel;
     let mut a = acts;
@@ -60,10 +90,14 @@ pub(super) unsafe fn quantised<S: Simd, T: TileFormat, const R: usize>(
         // SAFETY: within the panel and the tile, by their layouts.
         unsafe {
             if T::SCALES.grouped() && index % GROUP == 0 {
-                head = (s.load_f16(w.cast()), s.load_f16(w.add(32).cast()));
+                head = if matches!(T::SCALES, Scales::Halves) {
+                    (s.load(w.cast()), s.splat(0.0))
+                } else {
+                    (s.load_f16(w.cast()), s.load_f16(w.add(32).cast()))
+                };
                 w = w.add(GROUP_HEAD);
             }
-            block::<S, T, R>(s, w, a, head, &mut acc);
+            block::<S, T, R>(s, w, table, a, head, &mut acc);
             w = w.add(T::BLOCK_BYTES);
             a = a.add(super::acts::ROW_BLOCK * R);
         }
@@ -75,6 +109,7 @@ pub(super) unsafe fn quantised<S: Simd, T: TileFormat, const R: usize>(
 unsafe fn block<S: Simd, T: TileFormat, const R: usize>(
     s: S,
     w: *const u8,
+    table: S::B,
     a: *const u8,
     head: (S::F, S::F),
     acc: &mut [S::F; R],
@@ -85,19 +120,22 @@ unsafe fn block<S: Simd, T: TileFormat, const R: usize>(
         let q = a.cast::<i8>();
         let tail = a.add(BLOCK * R).cast::<f32>();
         match T::SCALES {
-            Scales::Block | Scales::BlockMin | Scales::Coded => {
+            Scales::Block | Scales::BlockMin | Scales::Coded | Scales::Exponent => {
                 let mut sum = biased::<S, T, R>(s, tail.add(2 * R).cast());
-                pair::<S, T, R, 0, 4>(s, codes, q, &mut sum);
-                pair::<S, T, R, 1, 5>(s, codes, q, &mut sum);
-                pair::<S, T, R, 2, 6>(s, codes, q, &mut sum);
-                pair::<S, T, R, 3, 7>(s, codes, q, &mut sum);
-                let d = if matches!(T::SCALES, Scales::Coded) {
-                    s.mul(s.to_f(s.load_u8(w)), head.0)
-                } else {
-                    s.load_f16(w.cast())
+                pair::<S, T, R, 0, 4>(s, codes, table, q, &mut sum);
+                pair::<S, T, R, 1, 5>(s, codes, table, q, &mut sum);
+                pair::<S, T, R, 2, 6>(s, codes, table, q, &mut sum);
+                pair::<S, T, R, 3, 7>(s, codes, table, q, &mut sum);
+                let d = match T::SCALES {
+                    Scales::Coded => s.mul(s.to_f(s.load_u8(w)), head.0),
+                    Scales::Exponent => {
+                        let exponent = s.isub(s.load_u8(w), s.isplat(1));
+                        s.scale2(s.splat(0.0), exponent)
+                    }
+                    _ => s.load_f16(w.cast()),
                 };
                 scale(s, &sum, d, tail, acc);
-                if !matches!(T::SCALES, Scales::Block) {
+                if matches!(T::SCALES, Scales::BlockMin | Scales::Coded) {
                     let m = if matches!(T::SCALES, Scales::Coded) {
                         s.mul(s.to_f(s.load_i8(w.add(16).cast())), head.1)
                     } else {
@@ -108,25 +146,63 @@ unsafe fn block<S: Simd, T: TileFormat, const R: usize>(
                     }
                 }
             }
-            Scales::Halves => {
-                let first = tail.add(3 * R).cast::<i32>();
-                let mut sum = biased::<S, T, R>(s, first);
-                pair::<S, T, R, 0, 1>(s, codes, q, &mut sum);
-                pair::<S, T, R, 2, 3>(s, codes, q, &mut sum);
-                let d = s.mul(s.to_f(s.load_i8(w.cast())), head.0);
+            Scales::Halves | Scales::Nibbles => {
+                let minus_first = tail.add(3 * R).cast::<i32>();
+                let minus_all = tail.add(2 * R).cast::<i32>();
+                let mut sum = biased::<S, T, R>(s, minus_first);
+                pair::<S, T, R, 0, 1>(s, codes, table, q, &mut sum);
+                pair::<S, T, R, 2, 3>(s, codes, table, q, &mut sum);
+                let (d, m) = half_scales::<S, T>(s, w, head);
                 scale(s, &sum, d, tail, acc);
-                let all = biased::<S, T, R>(s, tail.add(2 * R).cast());
-                let half = biased::<S, T, R>(s, first);
+                if matches!(T::SCALES, Scales::Nibbles) {
+                    for r in 0..R {
+                        let sum = minus_first.add(r).read_unaligned().wrapping_neg();
+                        minimum(s, m, sum, *tail.add(r), &mut acc[r]);
+                    }
+                }
+                let all = biased::<S, T, R>(s, minus_all);
+                let half = biased::<S, T, R>(s, minus_first);
                 for r in 0..R {
                     sum[r] = s.isub(all[r], half[r]);
                 }
-                pair::<S, T, R, 4, 5>(s, codes, q, &mut sum);
-                pair::<S, T, R, 6, 7>(s, codes, q, &mut sum);
-                let d = s.mul(s.to_f(s.load_i8(w.add(16).cast())), head.0);
+                pair::<S, T, R, 4, 5>(s, codes, table, q, &mut sum);
+                pair::<S, T, R, 6, 7>(s, codes, table, q, &mut sum);
+                let (d, m) = half_scales::<S, T>(s, w.add(16), head);
                 scale(s, &sum, d, tail, acc);
+                if matches!(T::SCALES, Scales::Nibbles) {
+                    for r in 0..R {
+                        let first = minus_first.add(r).read_unaligned();
+                        let sum = first.wrapping_sub(minus_all.add(r).read_unaligned());
+                        minimum(s, m, sum, *tail.add(r), &mut acc[r]);
+                    }
+                }
             }
         }
     }
+}
+
+/// Scale and minimum of half a block, from the 16 codes at `w`.
+#[inline(always)]
+unsafe fn half_scales<S: Simd, T: TileFormat>(
+    s: S,
+    w: *const u8,
+    head: (S::F, S::F),
+) -> (S::F, S::F) {
+    // SAFETY: the caller's block holds 16 codes.
+    unsafe {
+        if matches!(T::SCALES, Scales::Nibbles) {
+            let (scale, minimum) = s.load_nibbles(w);
+            (s.mul(s.to_f(scale), head.0), s.mul(s.to_f(minimum), head.1))
+        } else {
+            (s.mul(s.to_f(s.load_i8(w.cast())), head.0), s.splat(0.0))
+        }
+    }
+}
+
+/// Adds `m` times the sum of activations.
+#[inline(always)]
+fn minimum<S: Simd>(s: S, m: S::F, sum: i32, scale: f32, acc: &mut S::F) {
+    *acc = s.fma(m, s.splat(scale * sum as f32), *acc);
 }
 
 /// The sums' start: minus the bias times the sum of the activations.
@@ -143,6 +219,7 @@ unsafe fn biased<S: Simd, T: TileFormat, const R: usize>(
             8 => s.ishl::<3>(minus),
             16 => s.ishl::<4>(minus),
             32 => s.ishl::<5>(minus),
+            64 => s.ishl::<6>(minus),
             128 if !S::SIGNED_WIDE => s.ishl::<7>(minus),
             _ => *sum,
         };
@@ -155,16 +232,17 @@ unsafe fn biased<S: Simd, T: TileFormat, const R: usize>(
 unsafe fn pair<S: Simd, T: TileFormat, const R: usize, const G: usize, const H: usize>(
     s: S,
     codes: *const u8,
+    table: S::B,
     q: *const i8,
     sum: &mut [S::I; R],
 ) {
     // SAFETY: the caller's block and tile hold what their layouts say.
     unsafe {
-        let g = weights::<S, T, G>(s, codes);
+        let g = weights::<S, T, G>(s, codes, table);
         for (r, sum) in sum.iter_mut().enumerate() {
             *sum = dot::<S, T>(s, *sum, g, q.add((G * R + r) * 4));
         }
-        let h = weights::<S, T, H>(s, codes);
+        let h = weights::<S, T, H>(s, codes, table);
         for (r, sum) in sum.iter_mut().enumerate() {
             *sum = dot::<S, T>(s, *sum, h, q.add((H * R + r) * 4));
         }
@@ -175,7 +253,7 @@ unsafe fn pair<S: Simd, T: TileFormat, const R: usize, const G: usize, const H: 
 unsafe fn dot<S: Simd, T: TileFormat>(s: S, sum: S::I, w: S::B, q: *const i8) -> S::I {
     // SAFETY: four activations are at `q`.
     unsafe {
-        if T::BITS == 8 {
+        if T::FULL {
             s.dot_wide(sum, w, q)
         } else {
             s.dot(sum, w, q)
@@ -183,13 +261,32 @@ unsafe fn dot<S: Simd, T: TileFormat>(s: S, sum: S::I, w: S::B, q: *const i8) ->
     }
 }
 
+/// The weights of input group `G`, the bias added to them.
+#[inline(always)]
+unsafe fn weights<S: Simd, T: TileFormat, const G: usize>(
+    s: S,
+    codes: *const u8,
+    table: S::B,
+) -> S::B {
+    // SAFETY: the caller's block holds what its layout says.
+    let codes = unsafe { group_codes::<S, T, G>(s, codes) };
+    if T::BOOK {
+        s.lookup(table, codes)
+    } else {
+        codes
+    }
+}
+
 /// The codes of input group `G`.
 #[inline(always)]
-unsafe fn weights<S: Simd, T: TileFormat, const G: usize>(s: S, codes: *const u8) -> S::B {
+unsafe fn group_codes<S: Simd, T: TileFormat, const G: usize>(s: S, codes: *const u8) -> S::B {
     // SAFETY: the caller's block holds what its layout says.
     unsafe {
         if T::BITS == 8 {
             return s.load_b(codes.add(64 * G));
+        }
+        if T::BITS < 4 {
+            return few_bits::<S, T, G>(s, codes);
         }
         let raw = s.load_b(codes.add(64 * (G % 4)));
         let low = s.band(if G < 4 { raw } else { s.bshr::<4>(raw) }, 15);
@@ -220,6 +317,37 @@ unsafe fn weights<S: Simd, T: TileFormat, const G: usize>(s: S, codes: *const u8
             }
             _ => low,
         }
+    }
+}
+
+/// The codes of input group `G`, of 2 or 3 bits.
+#[inline(always)]
+unsafe fn few_bits<S: Simd, T: TileFormat, const G: usize>(s: S, codes: *const u8) -> S::B {
+    // SAFETY: the caller's block holds what its layout says.
+    unsafe {
+        let raw = s.load_b(codes.add(64 * (G / 4)));
+        let raw = match G % 4 {
+            0 => raw,
+            1 => s.bshr::<2>(raw),
+            2 => s.bshr::<4>(raw),
+            _ => s.bshr::<6>(raw),
+        };
+        let low = s.band(raw, 3);
+        if T::BITS == 2 {
+            return low;
+        }
+        let h = s.load_b(codes.add(128));
+        let h = match G {
+            0 => s.bshl::<2>(h),
+            1 => s.bshl::<1>(h),
+            2 => h,
+            3 => s.bshr::<1>(h),
+            4 => s.bshr::<2>(h),
+            5 => s.bshr::<3>(h),
+            6 => s.bshr::<4>(h),
+            _ => s.bshr::<5>(h),
+        };
+        s.bor(low, s.band(h, 4))
     }
 }
 

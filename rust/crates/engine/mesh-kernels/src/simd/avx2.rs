@@ -129,6 +129,9 @@ impl Simd for Avx2 {
             [_mm256_and_si256(a[0], mask), _mm256_and_si256(a[1], mask)]
         }
         fn bor(a: I, b: I) -> I { [_mm256_or_si256(a[0], b[0]), _mm256_or_si256(a[1], b[1])] }
+        fn lookup(table: I, codes: I) -> I {
+            [_mm256_shuffle_epi8(table[0], codes[0]), _mm256_shuffle_epi8(table[0], codes[1])]
+        }
         fn bshl<const N: u32>(a: I) -> I { shift!(_mm256_slli_epi16, a, N) }
         fn bshr<const N: u32>(a: I) -> I { shift!(_mm256_srli_epi16, a, N) }
     }

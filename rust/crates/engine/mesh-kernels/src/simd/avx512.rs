@@ -94,6 +94,7 @@ impl Simd for Avx512 {
         fn round(a: __m512) -> __m512i { _mm512_cvtps_epi32(a) }
         fn band(a: __m512i, mask: u8) -> __m512i { _mm512_and_si512(a, _mm512_set1_epi8(mask.cast_signed())) }
         fn bor(a: __m512i, b: __m512i) -> __m512i { _mm512_or_si512(a, b) }
+        fn lookup(table: __m512i, codes: __m512i) -> __m512i { _mm512_shuffle_epi8(table, codes) }
         fn bshl<const N: u32>(a: __m512i) -> __m512i { _mm512_slli_epi16::<N>(a) }
         fn bshr<const N: u32>(a: __m512i) -> __m512i { _mm512_srli_epi16::<N>(a) }
     }

@@ -18,6 +18,8 @@ pub(crate) mod avx512;
 #[cfg(target_arch = "aarch64")]
 pub(crate) mod neon;
 
+use std::mem::transmute_copy;
+
 use crate::Isa;
 
 /// Lanes of a vector.
@@ -107,6 +109,31 @@ pub(crate) trait Simd: Copy {
     unsafe fn store_i8(self, p: *mut i8, v: Self::I);
 
     unsafe fn load_b(self, p: *const u8) -> Self::B;
+    /// The low and the high nibbles of 16 bytes.
+    #[inline(always)]
+    unsafe fn load_nibbles(self, p: *const u8) -> (Self::I, Self::I) {
+        // SAFETY: the caller's 16 bytes.
+        let bytes = unsafe { p.cast::<u128>().read_unaligned() };
+        const LOW: u128 = u128::from_ne_bytes([15; 16]);
+        let (low, high) = (
+            (bytes & LOW).to_ne_bytes(),
+            (bytes >> 4 & LOW).to_ne_bytes(),
+        );
+        // SAFETY: 16 bytes each.
+        unsafe { (self.load_u8(low.as_ptr()), self.load_u8(high.as_ptr())) }
+    }
+    /// Byte `c` of `table` for every code `c` below 16; the table's 16 bytes are there four times over.
+    #[inline(always)]
+    fn lookup(self, table: Self::B, codes: Self::B) -> Self::B {
+        const { assert!(size_of::<Self::B>() == 64) };
+        // SAFETY: B is 64 bytes without padding, of which every pattern is a value.
+        unsafe {
+            let (table, codes): ([u8; 64], [u8; 64]) =
+                (transmute_copy(&table), transmute_copy(&codes));
+            let found: [u8; 64] = std::array::from_fn(|i| table[usize::from(codes[i] & 15)]);
+            transmute_copy(&found)
+        }
+    }
     /// Every byte `& mask`.
     fn band(self, a: Self::B, mask: u8) -> Self::B;
     fn bor(self, a: Self::B, b: Self::B) -> Self::B;

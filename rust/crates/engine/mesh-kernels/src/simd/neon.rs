@@ -130,6 +130,7 @@ impl Simd for Neon {
         fn round(a: F) -> I { each!(i => vcvtnq_s32_f32(a[i])) }
         fn band(a: B, mask: u8) -> B { each!(i => vandq_u8(a[i], vdupq_n_u8(mask))) }
         fn bor(a: B, b: B) -> B { each!(i => vorrq_u8(a[i], b[i])) }
+        fn lookup(table: B, codes: B) -> B { each!(i => vqtbl1q_u8(table[i], codes[i])) }
     }
 
     #[inline(always)]

@@ -2,7 +2,8 @@
 #![allow(dead_code)]
 
 use half::f16;
-use mesh_kernels::{WeightType, dequantize};
+use mesh_kernels::WeightType;
+use mesh_quant::{dequantize, scale_block};
 
 /// A small generator: the tests need the same numbers every time.
 pub(crate) struct Rng(pub(crate) u64);
@@ -28,10 +29,10 @@ impl Rng {
 
 /// `n` rows of `k` random weights of about ±1/8.
 pub(crate) fn random_rows(ty: WeightType, n: usize, k: usize, rng: &mut Rng) -> Vec<u8> {
-    let blocks = n * k / ty.block_len();
-    let mut out = Vec::with_capacity(blocks * ty.block_bytes());
+    let blocks = n * k / ty.block_size();
+    let mut out = Vec::with_capacity(blocks * ty.type_size());
     for _ in 0..blocks {
-        let mut block: Vec<u8> = (0..ty.block_bytes()).map(|_| rng.next() as u8).collect();
+        let mut block: Vec<u8> = (0..ty.type_size()).map(|_| rng.next() as u8).collect();
         let d = 0.002 + 0.004 * (rng.unit() + 1.0);
         let mut put = |at: usize, v: f32| {
             block[at..at + 2].copy_from_slice(&f16::from_f32(v).to_le_bytes());
@@ -54,6 +55,7 @@ pub(crate) fn random_rows(ty: WeightType, n: usize, k: usize, rng: &mut Rng) -> 
                 put(2, d / 8.0);
             }
             WeightType::Q6_K => put(208, d / 200.0),
+            _ => scale_block(ty, 8.0 * d, &mut block),
         }
         out.extend(block);
     }

@@ -85,8 +85,8 @@ pub enum GgufError {
     },
     /// A tensor of a type that this crate cannot read.
     #[error(
-        "tensor {tensor:?} has type {name} ({ty}), which is not supported: requantise the model to one of F32, F16, \
-         BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K"
+        "tensor {tensor:?} has type {name} ({ty}), which is not supported: convert the model to F16, or \
+         quantise it to another type (Q4_K, Q6_K, IQ4_XS, MXFP4 and all others of ggml for weights are)"
     )]
     TensorType {
         tensor: String,
@@ -123,15 +123,8 @@ pub enum GgufError {
     #[error("tensor {tensor:?} is missing: the file is incomplete or for another architecture")]
     MissingTensor { tensor: String },
     /// Input and output of a dequantisation do not fit each other.
-    #[error("{bytes} bytes of {ty} are {blocks} blocks, which do not fill {elements} elements")]
-    Dequantize {
-        ty: super::GgmlType,
-        bytes: usize,
-        /// Whole blocks they make.
-        blocks: usize,
-        /// Number of elements requested.
-        elements: usize,
-    },
+    #[error(transparent)]
+    Dequantize(#[from] mesh_quant::WrongLength),
     /// Far more bytes than the tensors take.
     #[error(
         "the file has {bytes} bytes, but its tensors end at byte {end}: it is damaged or not whole, fetch it again"

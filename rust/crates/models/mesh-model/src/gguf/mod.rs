@@ -10,7 +10,6 @@ mod head;
 mod parse;
 pub mod split;
 mod tensors;
-mod types;
 mod value;
 pub mod writer;
 
@@ -18,9 +17,9 @@ use std::path::Path;
 
 pub use dequant::dequantize;
 pub use error::{GgufError, SplitError};
+pub use mesh_quant::GgmlType;
 pub(crate) use tensors::TensorEntry;
 pub use tensors::{Tensor, Tensors};
-pub use types::GgmlType;
 pub use value::{Array, Value, ValueType};
 pub use writer::Writer;
 

@@ -4,10 +4,11 @@
 
 use std::collections::HashMap;
 
+use mesh_quant::{GgmlType, foreign_type_name};
+
 use super::cursor::Cursor;
 use super::error::GgufError;
 use super::tensors::TensorEntry;
-use super::types::{GgmlType, foreign_type_name};
 use super::value::{Value, ValueType};
 
 /// Alignment of the data section where the file names none.

@@ -2,9 +2,10 @@
 
 use std::collections::HashMap;
 
+use mesh_quant::GgmlType;
+
 use super::dequant::dequantize;
 use super::error::GgufError;
-use super::types::GgmlType;
 use crate::file::{Data, ModelFile};
 
 /// A tensor and its bytes.

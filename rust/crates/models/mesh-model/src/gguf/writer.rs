@@ -2,8 +2,9 @@
 
 use std::io::{self, Seek, Write};
 
+use mesh_quant::GgmlType;
+
 use super::parse::DEFAULT_ALIGNMENT;
-use super::types::GgmlType;
 use super::value::{Array, Value, ValueType};
 use crate::file::write_tensor;
 

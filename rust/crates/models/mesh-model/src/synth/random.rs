@@ -1,8 +1,7 @@
 //! Random numbers and random blocks of every tensor type.
 
 use half::{bf16, f16};
-
-use crate::gguf::GgmlType;
+use mesh_quant::{GgmlType, scale_block};
 
 /// SplitMix64 (<https://prng.di.unimi.it/splitmix64.c>): fast, and the same everywhere.
 pub(super) struct Random(u64);
@@ -34,11 +33,8 @@ impl Random {
             GgmlType::BF16 => self.fill_floats(out, |v| bf16::from_f32(v).to_le_bytes(), deviation),
             _ => {
                 self.fill_bits(out);
-                let scales = block_scales(ty, deviation);
                 for block in out.chunks_exact_mut(ty.type_size()) {
-                    for &(at, scale) in &scales {
-                        block[at..at + 2].copy_from_slice(&scale.to_le_bytes());
-                    }
+                    scale_block(ty, deviation, block);
                 }
             }
         }
@@ -63,43 +59,4 @@ impl Random {
         let last = self.next().to_le_bytes();
         rest.copy_from_slice(&last[..rest.len()]);
     }
-}
-
-/// Positions and values of a block's f16 scales, so that random bits elsewhere give elements around 0.
-///
-/// A uniform n-bit number has deviation 2ⁿ/√12 and mean (2ⁿ − 1)/2; where a scale is itself random bits, its
-/// root mean square stands in.
-fn block_scales(ty: GgmlType, deviation: f32) -> Vec<(usize, f16)> {
-    let uniform = |bits: i32| 2f32.powi(bits) / 12f32.sqrt();
-    let scales: &[(usize, f32)] = match ty {
-        GgmlType::Q4_0 | GgmlType::Q5_0 => {
-            let bits = if ty == GgmlType::Q4_0 { 4 } else { 5 };
-            &[(0, deviation / uniform(bits))]
-        }
-        GgmlType::Q4_1 | GgmlType::Q5_1 => {
-            let (bits, mean) = if ty == GgmlType::Q4_1 {
-                (4, 7.5)
-            } else {
-                (5, 15.5)
-            };
-            let d = deviation / uniform(bits);
-            &[(0, d), (2, -mean * d)]
-        }
-        GgmlType::Q8_0 => &[(0, deviation / uniform(8))],
-        GgmlType::Q4_K | GgmlType::Q5_K => {
-            // Scale and minimum are independent 6-bit numbers: both add to the spread.
-            let mean = if ty == GgmlType::Q4_K { 7.5 } else { 15.5 };
-            let bits = if ty == GgmlType::Q4_K { 4 } else { 5 };
-            let rms = (31.5f32.powi(2) + uniform(6).powi(2)).sqrt();
-            let spread = ((rms * uniform(bits)).powi(2) + 2.0 * (mean * uniform(6)).powi(2)).sqrt();
-            let d = deviation / spread;
-            &[(0, d), (2, mean * d)]
-        }
-        GgmlType::Q6_K => &[(208, deviation / (uniform(8) * uniform(6)))],
-        GgmlType::F32 | GgmlType::F16 | GgmlType::BF16 => &[],
-    };
-    scales
-        .iter()
-        .map(|&(at, scale)| (at, f16::from_f32(scale)))
-        .collect()
 }

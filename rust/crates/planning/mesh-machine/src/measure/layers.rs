@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use arcanum_profiler::profile::LayerSpeed;
 use mesh_engine::{LogitRows, Segment, Stage, StageError, StageInput};
-use mesh_engine_ort::{LoadError, OrtOptions, OrtStage, WeightFormat};
+use mesh_engine_ort::{LoadError, OrtOptions, OrtStage, WeightFormat, matrix_bytes};
 use mesh_model::{Model, ModelError};
 
 use super::options::ProfileOptions;
@@ -217,24 +217,10 @@ impl<'a> Sizes<'a> {
     }
 
     fn tensors(&self, wanted: impl Fn(&str) -> bool) -> u64 {
-        let bytes = |tensor: mesh_model::Tensor<'_>| {
-            let stored = tensor.data.len() as u64;
-            match self.format {
-                _ if tensor.dims.len() < 2 => 0,
-                WeightFormat::File => stored,
-                WeightFormat::Int8 => tensor.elements() / 32 * 34,
-                WeightFormat::Int4 if tensor.name.starts_with("blk.") => {
-                    stored.min(tensor.elements() / 32 * 20)
-                }
-                // Floats outside of the layers become Q8_0.
-                WeightFormat::Int4 if tensor.ty.block_size() == 1 => tensor.elements() / 32 * 34,
-                WeightFormat::Int4 => stored,
-            }
-        };
         let tensors = self.model.tensors().iter();
         tensors
             .filter(|tensor| wanted(tensor.name))
-            .map(bytes)
+            .map(|tensor| matrix_bytes(&tensor, self.format))
             .fold(0, u64::saturating_add)
     }
 }

@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use anyhow::{Context, Result};
 use clap::Parser;
 use mesh_bench::{Anchor, Ours};
-use mesh_engine_ort::OrtOptions;
+use mesh_engine_ort::{OrtOptions, WeightFormat};
 use mesh_launcher::paths;
 use mesh_model::{EncodeOptions, Model};
 
@@ -25,6 +25,9 @@ struct Args {
     /// Tokens in a window
     #[arg(long, default_value_t = 512, value_parser = clap::value_parser!(u32).range(4..=2048))]
     window: u32,
+    /// Windows to score at most; default all of the text
+    #[arg(long)]
+    windows: Option<usize>,
 }
 
 fn main() -> Result<()> {
@@ -34,15 +37,17 @@ fn main() -> Result<()> {
     let tokens = model.tokenizer().encode(TEXT, EncodeOptions::default())?;
     let length = args.window as usize;
     let mut windows: Vec<Vec<u32>> = tokens.chunks_exact(length).map(<[u32]>::to_vec).collect();
+    windows.truncate(args.windows.unwrap_or(usize::MAX));
     let tokenizer = model.tokenizer();
     if let Some(begin) = tokenizer.bos().filter(|_| tokenizer.adds_bos()) {
         windows.iter_mut().for_each(|window| window[0] = begin);
     }
     println!(
-        "{}: {} windows of {length} tokens of {} bytes of text",
+        "{}: {} windows of {length} tokens; {} MiB in the file, {} MiB in memory",
         model.name(),
         windows.len(),
-        TEXT.len()
+        model.tensors().file_len() >> 20,
+        mesh_engine_ort::memory_bytes(&model, WeightFormat::File) >> 20,
     );
 
     let mut anchor = Anchor::start(&path, args.threads, args.window, 1, true, None)?;

@@ -3,6 +3,7 @@
 use std::fmt::Debug;
 use std::path::{Path, PathBuf};
 
+use mesh_engine_ort::WeightFormat;
 use mesh_model::encoder::Pooling;
 use mesh_model::{EncoderModel, Model, encoder};
 use mesh_store::{Manifest, SignedManifest, Store, StoredModel, Verdict};
@@ -31,6 +32,7 @@ pub(super) fn facts(path: &Path) -> Result<Vec<(&'static str, Value)>, String> {
         ("parameters", json!(config.parameters())),
         // The format that most weight bytes have.
         ("weights", json!(most_bytes(weights))),
+        ("memory_bytes", json!(in_memory(&model))),
         ("context", json!(config.context)),
         ("layers", json!(config.layers)),
         ("hidden", json!(config.hidden)),
@@ -70,6 +72,11 @@ fn embedding_facts(model: &EncoderModel) -> Vec<(&'static str, Value)> {
 pub(super) fn fact(facts: &[(&str, Value)], key: &str) -> Option<Value> {
     let fact = facts.iter().find(|(known, _)| *known == key)?;
     Some(fact.1.clone())
+}
+
+/// Bytes that the weights take once they are loaded, without those of conversations.
+fn in_memory(model: &Model) -> u64 {
+    mesh_engine_ort::memory_bytes(model, WeightFormat::suited(model))
 }
 
 /// The type that has most bytes, of tensors with their lengths.

@@ -102,7 +102,9 @@ fn print(resolved: &Resolved, lines: Vec<(&'static str, Value)>, as_json: bool) 
                 let texts = list.iter().map(|item| item.as_str().unwrap_or_default());
                 texts.collect::<Vec<_>>().join(", ")
             }
-            (_, "bytes" | "present_bytes") => bytes(value.as_u64().unwrap_or_default()),
+            (_, "bytes" | "present_bytes" | "memory_bytes") => {
+                bytes(value.as_u64().unwrap_or_default())
+            }
             (Value::Bool(false), "chat_template") => {
                 "none in the file; a plain one is used".to_owned()
             }
