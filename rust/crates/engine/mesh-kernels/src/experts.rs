@@ -43,11 +43,11 @@ pub struct Experts {
 }
 
 impl Experts {
-    /// The experts of a layer.
+    /// The experts of a layer. Their matrices are moved next to each other in memory.
     ///
     /// # Errors
-    /// If there are none, or their shapes differ or do not chain.
-    pub fn new(experts: Vec<Expert>) -> Result<Experts, KernelError> {
+    /// If there are none, or their shapes differ or do not chain, or memory is short.
+    pub fn new(mut experts: Vec<Expert>) -> Result<Experts, KernelError> {
         let Some(one) = experts.first() else {
             return Err(KernelError::Dimension {
                 what: "number of experts",
@@ -75,6 +75,11 @@ impl Experts {
                 }
             }
         }
+        // One after the other: that takes memory for one more matrix of each expert, not for three.
+        let what = "experts' weights";
+        Buffer::join(what, experts.iter_mut().flat_map(|e| e.gate.buffers()))?;
+        Buffer::join(what, experts.iter_mut().flat_map(|e| e.up.buffers()))?;
+        Buffer::join(what, experts.iter_mut().flat_map(|e| e.down.buffers()))?;
         let layout = |matrix: &QMatrix| matrix.parts()[0].layout;
         let together = |expert: &Expert| layout(&expert.gate) == layout(&expert.up);
         Ok(Experts {
@@ -231,7 +236,7 @@ impl Scratch {
         linear(pool, router, &self.normed, rows, &mut self.scores, &options)?;
         self.choice.choose(pool, layer, &self.scores);
 
-        let total = rows * layer.used;
+        let total = self.choice.from.len();
         self.middle.reserve("the rows between", total * wide * 4)?;
         self.outputs
             .reserve("the experts' outputs", total * width * 4)?;
@@ -372,11 +377,12 @@ impl Choice {
                 weights: &mut self.weights,
             },
         );
-        self.group(count, used);
+        self.group(count, used, pool.isa().tile_rows());
     }
 
-    /// Gathers rows by expert, those of an expert in their order.
-    fn group(&mut self, count: usize, used: usize) {
+    /// Gathers rows by expert, those of an expert in their order. Where a tile more is slower than rows more, the
+    /// last row is repeated: its results are left alone.
+    fn group(&mut self, count: usize, used: usize, tile: usize) {
         let mut ends = vec![0_u32; count];
         for &expert in &self.experts {
             ends[expert as usize] += 1;
@@ -384,7 +390,7 @@ impl Choice {
         self.groups.clear();
         let mut start = 0;
         for (expert, end) in ends.iter_mut().enumerate() {
-            let rows = start..start + *end as usize;
+            let rows = start..start + padded(*end as usize, tile);
             // From here on: where the expert's next row goes.
             *end = start as u32;
             start = rows.end;
@@ -392,13 +398,18 @@ impl Choice {
                 self.groups.push(ExpertRows { expert, rows });
             }
         }
-        self.from.resize(self.experts.len(), 0);
+        self.from.resize(start, 0);
         self.places.resize(self.experts.len(), 0);
         for (i, &expert) in self.experts.iter().enumerate() {
             let next = &mut ends[expert as usize];
             self.from[*next as usize] = (i / used) as u32;
             self.places[i] = *next;
             *next += 1;
+        }
+        for group in &self.groups {
+            let end = ends[group.expert] as usize;
+            let last = self.from[end - 1];
+            self.from[end..group.rows.end].fill(last);
         }
     }
 
@@ -425,6 +436,15 @@ impl Choice {
                 simd::run(pool.isa(), sum);
             }
         });
+    }
+}
+
+/// Rows with which `rows` rows make the fewest tiles: 11 rows are tiles of 8, 2 and 1, 12 are tiles of 8 and 4.
+fn padded(rows: usize, tile: usize) -> usize {
+    let whole = rows / tile * tile;
+    match rows - whole {
+        0 => whole,
+        rest => whole + rest.next_power_of_two(),
     }
 }
 
@@ -549,5 +569,52 @@ impl Kernel for WeightedSum<'_> {
                 .map(|(&place, weight)| weight * outputs(place)[at])
                 .sum::<f32>();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_are_gathered_by_expert_and_padded_to_whole_tiles() {
+        let mut choice = Choice {
+            // Two experts of each of seven rows.
+            experts: vec![3, 0, 0, 2, 0, 3, 0, 2, 0, 3, 2, 0, 0, 2],
+            ..Choice::default()
+        };
+        choice.group(4, 2, 8);
+        let groups: Vec<_> = choice
+            .groups
+            .iter()
+            .map(|g| (g.expert, g.rows.clone()))
+            .collect();
+        assert_eq!(groups, [(0, 0..8), (2, 8..12), (3, 12..16)]);
+        assert_eq!(
+            choice.from,
+            [0, 1, 2, 3, 4, 5, 6, 6, 1, 3, 5, 6, 0, 2, 4, 4]
+        );
+        for (i, &place) in choice.places.iter().enumerate() {
+            assert_eq!(choice.from[place as usize], i as u32 / 2);
+        }
+        assert_eq!(
+            [1, 2, 3, 5, 8, 11, 13].map(|rows| padded(rows, 8)),
+            [1, 2, 4, 8, 8, 12, 16]
+        );
+        assert_eq!([1, 3, 7].map(|rows| padded(rows, 1)), [1, 3, 7]);
+    }
+
+    #[test]
+    fn the_highest_scores_come_first_and_equal_ones_in_order() {
+        let scores = [1.0, f32::NAN, 3.0, 1.0, f32::NEG_INFINITY, 3.0, 2.0];
+        let (mut experts, mut best) = ([9; 5], [0.0; 5]);
+        highest(&scores, &mut experts, &mut best);
+        assert_eq!(
+            (experts, best),
+            ([2, 5, 6, 0, 3], [3.0, 3.0, 2.0, 1.0, 1.0])
+        );
+        let (mut experts, mut best) = ([9; 7], [0.0; 7]);
+        highest(&scores, &mut experts, &mut best);
+        assert_eq!(experts, [2, 5, 6, 0, 3, 1, 4]);
     }
 }
