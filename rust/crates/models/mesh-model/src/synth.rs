@@ -47,6 +47,21 @@ pub struct Shape {
     pub tied_embeddings: bool,
     /// Layers that see only a window, if there are any.
     pub window: Option<Window>,
+    /// The mixture of experts in place of dense feed-forward layers, if there is one.
+    pub mixture: Option<Experts>,
+}
+
+/// A mixture of experts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Experts {
+    /// Experts of a layer.
+    pub count: u32,
+    /// Experts that compute a row.
+    pub used: u32,
+    /// Width of one expert.
+    pub ffn: u32,
+    /// So many layers at the beginning are dense.
+    pub leading_dense: u32,
 }
 
 /// The sliding window of some layers.
@@ -74,6 +89,7 @@ impl Shape {
             rope_base: 1_000_000.0,
             tied_embeddings: true,
             window: None,
+            mixture: None,
         }
     }
 
@@ -92,11 +108,37 @@ impl Shape {
             rope_base: 100_000.0,
             tied_embeddings: true,
             window: None,
+            mixture: None,
+        }
+    }
+
+    /// Qwen3-30B-A3B with `layers` of its 48 layers.
+    pub fn qwen3_30b_a3b(layers: u32) -> Self {
+        Shape {
+            architecture: Architecture::Qwen3Moe,
+            layers,
+            hidden: 2048,
+            heads: 32,
+            kv_heads: 4,
+            head_dim: 128,
+            ffn: 6144,
+            vocab: 151_936,
+            context: 40_960,
+            rope_base: 1_000_000.0,
+            tied_embeddings: false,
+            window: None,
+            mixture: Some(Experts {
+                count: 128,
+                used: 8,
+                ffn: 768,
+                leading_dense: 0,
+            }),
         }
     }
 
     /// A network of `architecture` of a few hundred thousand weights, for tests. All widths are multiples of
-    /// 256, so that every type fits. Gemma's first layer sees 12 positions, its second all.
+    /// 256, so that every type fits. Gemma's first layer sees 12 positions, its second all. A mixture chooses 3
+    /// of 8 experts.
     pub fn tiny(architecture: Architecture) -> Self {
         Shape {
             architecture,
@@ -114,6 +156,16 @@ impl Shape {
                 size: 12,
                 period: 2,
             }),
+            mixture: architecture.is_mixture().then_some(TINY_EXPERTS),
+        }
+    }
+
+    /// As [`Shape::tiny`], a Mixtral: a llama with experts.
+    pub fn tiny_mixtral() -> Self {
+        Shape {
+            ffn: TINY_EXPERTS.ffn,
+            mixture: Some(TINY_EXPERTS),
+            ..Shape::tiny(Architecture::Llama)
         }
     }
 
@@ -142,20 +194,38 @@ impl Shape {
             add("attn_v.weight", &[hidden, kv]);
             add("attn_output.weight", &[q, hidden]);
             add("ffn_norm.weight", &[hidden]);
-            add("ffn_gate.weight", &[hidden, ffn]);
-            add("ffn_up.weight", &[hidden, ffn]);
-            add("ffn_down.weight", &[ffn, hidden]);
+            match self
+                .mixture
+                .filter(|mixture| layer >= mixture.leading_dense)
+            {
+                None => {
+                    add("ffn_gate.weight", &[hidden, ffn]);
+                    add("ffn_up.weight", &[hidden, ffn]);
+                    add("ffn_down.weight", &[ffn, hidden]);
+                }
+                Some(mixture) => {
+                    let (count, ffn) = (mixture.count.into(), mixture.ffn.into());
+                    add(ROUTER, &[hidden, count]);
+                    add("ffn_gate_exps.weight", &[hidden, ffn, count]);
+                    add("ffn_up_exps.weight", &[hidden, ffn, count]);
+                    add("ffn_down_exps.weight", &[ffn, hidden, count]);
+                }
+            }
             if self.architecture == Architecture::Qwen2 {
                 add("attn_q.bias", &[q]);
                 add("attn_k.bias", &[kv]);
                 add("attn_v.bias", &[kv]);
             }
-            if matches!(
-                self.architecture,
-                Architecture::Qwen3 | Architecture::Gemma3
-            ) {
-                add("attn_q_norm.weight", &[head_dim]);
-                add("attn_k_norm.weight", &[head_dim]);
+            match self.architecture {
+                Architecture::Qwen3 | Architecture::Qwen3Moe | Architecture::Gemma3 => {
+                    add("attn_q_norm.weight", &[head_dim]);
+                    add("attn_k_norm.weight", &[head_dim]);
+                }
+                Architecture::Olmoe => {
+                    add("attn_q_norm.weight", &[q]);
+                    add("attn_k_norm.weight", &[kv]);
+                }
+                _ => {}
             }
             if self.architecture == Architecture::Gemma3 {
                 add("post_attention_norm.weight", &[hidden]);
@@ -165,6 +235,24 @@ impl Shape {
         tensors
     }
 }
+
+/// The router's tensor, after `blk.N.`. It is F32 in all files.
+const ROUTER: &str = "ffn_gate_inp.weight";
+
+const TINY_EXPERTS: Experts = Experts {
+    count: 8,
+    used: 3,
+    ffn: 256,
+    leading_dense: 0,
+};
+
+/// Granite's factors on embedding, residual stream, scores and logits.
+const GRANITE: [(&str, f32); 4] = [
+    ("embedding_scale", 12.0),
+    ("residual_scale", 0.25),
+    ("attention.scale", 0.0156),
+    ("logit_scale", 6.0),
+];
 
 /// Source of the tokenizer for a synthetic model.
 #[derive(Debug, Clone, Copy)]
@@ -224,7 +312,8 @@ pub fn plan(shape: &Shape, ty: GgmlType, tokens: Tokens<'_>) -> Writer {
         Tokens::CopyOf(source) => put_copied_tokens(&mut writer, source, shape.vocab as usize),
     }
     for (name, dims) in shape.tensors() {
-        let ty = if dims.len() == 1 { GgmlType::F32 } else { ty };
+        let is_float = dims.len() == 1 || name.ends_with(ROUTER);
+        let ty = if is_float { GgmlType::F32 } else { ty };
         writer.tensor(&name, ty, &dims);
     }
     writer
@@ -261,6 +350,22 @@ fn put_shape(writer: &mut Writer, shape: &Shape) {
             ("attention.sliding_window_pattern", window.period),
         ] {
             writer.key(&format!("{architecture}.{key}"), OwnedValue::U32(count));
+        }
+    }
+    if let Some(mixture) = shape.mixture {
+        let counts = [
+            ("expert_count", mixture.count),
+            ("expert_used_count", mixture.used),
+            ("expert_feed_forward_length", mixture.ffn),
+            ("leading_dense_block_count", mixture.leading_dense),
+        ];
+        for (key, count) in counts.into_iter().filter(|(_, count)| *count > 0) {
+            writer.key(&format!("{architecture}.{key}"), OwnedValue::U32(count));
+        }
+    }
+    if shape.architecture == Architecture::GraniteMoe {
+        for (key, factor) in GRANITE {
+            writer.key(&format!("{architecture}.{key}"), OwnedValue::F32(factor));
         }
     }
     writer.key(
@@ -408,8 +513,13 @@ mod tests {
                 let config = ModelConfig::read(&gguf).unwrap();
                 assert_eq!(config.architecture, architecture);
                 assert_eq!(config.qkv_bias, architecture == Architecture::Qwen2);
-                let qk_norm = [Architecture::Qwen3, Architecture::Gemma3].contains(&architecture);
-                assert_eq!(config.qk_norm, qk_norm);
+                let without = [
+                    Architecture::Llama,
+                    Architecture::Qwen2,
+                    Architecture::GraniteMoe,
+                ];
+                assert_eq!(config.qk_norm, !without.contains(&architecture));
+                assert_eq!(config.mixture.is_some(), architecture.is_mixture());
                 assert_eq!(config.post_norms, architecture == Architecture::Gemma3);
                 let window = shape.window.map(|window| window.size);
                 assert_eq!([0, 1].map(|layer| config.window_of(layer)), [window, None]);

@@ -3,6 +3,7 @@
 mod cursor;
 mod dequant;
 mod error;
+mod experts;
 mod parse;
 mod tensors;
 mod types;
@@ -13,6 +14,7 @@ use std::path::Path;
 
 pub use dequant::dequantize;
 pub use error::GgufError;
+pub use experts::{expert_name, is_of_experts, stack_name};
 pub(crate) use tensors::TensorEntry;
 pub use tensors::{Tensor, Tensors};
 pub use types::GgmlType;
