@@ -14,6 +14,7 @@ mod error;
 mod folder;
 mod keys;
 mod names;
+mod naming;
 mod special;
 
 use std::path::Path;
@@ -22,16 +23,19 @@ pub use crate::checkpoint::SpecialTokens;
 pub use error::HfError;
 pub use folder::{Folder, INDEX, files_of_index, is_hugging_face};
 #[cfg(any(test, feature = "synth"))]
-pub(crate) use names::{ExpertNaming, their_name};
+pub(crate) use names::their_name;
+#[cfg(any(test, feature = "synth"))]
+pub(crate) use naming::ExpertNaming;
 
 use crate::checkpoint::{Checkpoint, RopeStyle, TokenizerJson};
 use crate::config::MAX_EXPERTS;
 use crate::file::ModelFile;
 use crate::gguf::{GgmlType, TensorEntry, Tensors, Value};
 use crate::safetensors::{Dtype, Safetensors, TensorView};
-use config::{Configuration, TensorNaming};
+use config::Configuration;
 use keys::GgufKeys;
 use names::FusedExperts;
+use naming::TensorNaming;
 
 /// A model in a folder, opened and checked but for the shapes of its tensors.
 #[derive(Debug)]

@@ -12,7 +12,7 @@ use serde_json::{Map, Value};
 
 use super::HfError;
 use super::keys::GgufKeys;
-use super::names::ExpertNaming;
+use super::naming::TensorNaming;
 use crate::config::{MAX_CONTEXT, MAX_LAYERS, MAX_VOCAB, MAX_WIDTH};
 use class::Class;
 use object::{FILE, Object, bad};
@@ -24,19 +24,6 @@ pub(super) struct Configuration {
     /// Divisors of the frequencies, where the rotary embedding is stretched in llama 3's way. GGUF files have
     /// them as the tensor `rope_freqs.weight`.
     pub(super) freq_factors: Option<Vec<f32>>,
-}
-
-/// Properties of the network that determine the names of its tensors.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct TensorNaming {
-    /// The embedding is also the output matrix, even if the files hold another.
-    pub(super) tied: bool,
-    /// Layers also have norms behind attention and feed-forward.
-    pub(super) post_norms: bool,
-    /// The model has a vision part, which is left out.
-    pub(super) sees: bool,
-    /// Names of the tensors of a mixture of experts.
-    pub(super) experts: ExpertNaming,
 }
 
 /// Reads `config.json` of the model called `name`.

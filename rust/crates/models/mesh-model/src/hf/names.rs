@@ -1,6 +1,6 @@
 //! Hugging Face's names of tensors as GGUF's, and back.
 
-use super::config::TensorNaming;
+use super::naming::{ExpertNaming, TensorNaming};
 use crate::gguf::expert_name;
 
 /// The tensors of a layer: the name after `model.layers.N.`, and the one after `blk.N.`.
@@ -23,17 +23,6 @@ const LAYER: [(&str, &str); 16] = [
     // What this one is depends on whether a layer has four norms: see `layer`.
     (POST_ATTENTION, "ffn_norm.weight"),
 ];
-
-/// The names that a class of `transformers` has for the tensors of a mixture of experts.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum ExpertNaming {
-    /// Qwen 3 and OLMoE: `mlp.experts.0.gate_proj`.
-    Qwen,
-    /// Mixtral: `block_sparse_moe.experts.0.w1`.
-    Mixtral,
-    /// Granite: all experts in one tensor, gate and up in another (see `entries` in hf.rs).
-    Granite,
-}
 
 const ROUTER: &str = "ffn_gate_inp.weight";
 

@@ -4,7 +4,7 @@ use serde_json::Value;
 
 use super::object::Object;
 use crate::hf::HfError;
-use crate::hf::names::ExpertNaming;
+use crate::hf::naming::ExpertNaming;
 
 /// A class of networks, text part only.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
