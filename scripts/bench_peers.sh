@@ -22,6 +22,8 @@ smollm2_q4_0=$cache/bench/SmolLM2-135M-Instruct.Q4_0.gguf
     "$cache/llama.cpp/bin/llama-quantize" --allow-requantize "$smollm2" "$smollm2_q4_0" Q4_0 >/dev/null 2>&1
 qwen2=$cache/bench/qwen2-1.5b.Q4_0.gguf
 [ -f "$qwen2" ] || "$bin/examples/random_model" qwen2-1.5b Q4_0 "$cache/ggml-vocabs/ggml-vocab-qwen2.gguf" "$qwen2"
+mixture=$cache/bench/qwen3-30b-a3b-4-layers.Q4_0.gguf
+[ -f "$mixture" ] || "$bin/examples/random_model" qwen3-30b-a3b:4 Q4_0 "$cache/ggml-vocabs/ggml-vocab-qwen2.gguf" "$mixture"
 
 uptime
 printf '\n== perplexity\n'
@@ -43,6 +45,8 @@ printf '\n== every instruction set of this CPU against the build of llama.cpp fo
 "$bin/peers" --threads "$threads" --short --rounds 5 --sets "$smollm2"
 printf '\n== the same: 1.5 B Qwen2 shape\n'
 "$bin/peers" --threads "$threads" --short --rounds 3 --sets "$qwen2"
+printf '\n== 4 layers of the Qwen3-30B-A3B shape, random weights\n'
+"$bin/peers" --threads "$threads" --short --rounds 5 "$mixture"
 printf '\n== all-MiniLM-L6-v2, against sentence-transformers\n'
 "$bin/embed" --threads "$threads"
 printf '\n== SmolLM2-135M over three processes, against three rpc-servers\n'

@@ -14,7 +14,8 @@ use std::sync::PoisonError;
 use std::time::Instant;
 
 use mesh_kernels::{
-    Attention, FeedForward, Gate, KernelError, Linear, attention, feed_forward, linear,
+    Attention, FeedForward, Gate, KernelError, Linear, MixtureLayer, attention, feed_forward,
+    linear, mixture, rms_norm_columns,
 };
 use ort::operator::ComputeContext;
 use ort::value::TensorElementType;
@@ -22,6 +23,7 @@ use ort::value::TensorElementType;
 use crate::node::{Node, NodeKind};
 use crate::shared::{StageContext, StageStep};
 use crate::tensors;
+use crate::weights::{FeedForwardWeights, LayerWeights};
 
 /// The kinds of nodes in a stage.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -177,15 +179,19 @@ impl Node<StageNode> {
             &options,
         )
         .map_err(kernel)?;
+        if shared.qk_norm_over_heads {
+            self.norm_over_heads(&mut step.qkv)?;
+        }
         step.lap("query, key, value", clock);
         let attending = shared.attending(self.layer);
+        let by_head = !shared.qk_norm_over_heads;
         let spec = Attention {
             heads: shared.heads,
             scale: Some(attending.score_scale),
             window: attending.window,
             rope: Some(&attending.rope),
-            q_norm: layer.query_norm.as_deref(),
-            k_norm: layer.key_norm.as_deref(),
+            q_norm: layer.query_norm.as_deref().filter(|_| by_head),
+            k_norm: layer.key_norm.as_deref().filter(|_| by_head),
             eps: shared.norm_eps,
         };
         step.attended
@@ -204,6 +210,20 @@ impl Node<StageNode> {
         Ok(())
     }
 
+    /// Norms query and key of each row of `qkv` over all their heads.
+    fn norm_over_heads(&self, qkv: &mut [f32]) -> ort::Result<()> {
+        let shared = &*self.shared;
+        let layer = &shared.weights.layers[self.layer];
+        let (stride, mut start) = (layer.qkv.n(), 0);
+        for weight in [&layer.query_norm, &layer.key_norm].into_iter().flatten() {
+            let columns = start..start + weight.len();
+            start = columns.end;
+            let (pool, eps) = (&shared.pool, shared.norm_eps);
+            rms_norm_columns(pool, qkv, stride, columns, weight, eps).map_err(kernel)?;
+        }
+        Ok(())
+    }
+
     fn feed_forward(&self, context: &ComputeContext, step: &mut StageStep) -> ort::Result<()> {
         let mut clock = step.clock();
         let width = self.shared.shape.hidden;
@@ -218,23 +238,52 @@ impl Node<StageNode> {
         in_place(from, out);
         if rows > 0 {
             let layer = &self.shared.weights.layers[self.layer];
-            let matrices = FeedForward {
-                norm: self.shared.norm(&layer.ffn_norm),
-                gate: Gate {
-                    gate: &layer.gate,
-                    up: &layer.up,
-                    activation: self.shared.activation,
-                },
-                down: &layer.down,
-                post_norm: layer
-                    .ffn_post_norm
-                    .as_deref()
-                    .map(|weight| self.shared.norm(weight)),
-            };
-            feed_forward(&self.shared.pool, &matrices, out, rows).map_err(kernel)?;
+            self.compute_feed_forward(layer, out, rows)?;
         }
         step.lap("feed-forward", &mut clock);
         Ok(())
+    }
+
+    /// Computes a feed-forward half layer in place over `x`.
+    fn compute_feed_forward(
+        &self,
+        layer: &LayerWeights,
+        x: &mut [f32],
+        rows: usize,
+    ) -> ort::Result<()> {
+        let shared = &*self.shared;
+        let norm = shared.norm(&layer.ffn_norm);
+        let activation = shared.activation;
+        match &layer.ffn {
+            FeedForwardWeights::Dense { gate, up, down } => {
+                let post_norm = layer.ffn_post_norm.as_deref();
+                let matrices = FeedForward {
+                    norm,
+                    gate: Gate {
+                        gate,
+                        up,
+                        activation,
+                    },
+                    down,
+                    post_norm: post_norm.map(|weight| shared.norm(weight)),
+                };
+                feed_forward(&shared.pool, &matrices, x, rows).map_err(kernel)
+            }
+            FeedForwardWeights::Mixture { router, experts } => {
+                let config = shared.mixture.as_ref();
+                let config = config.ok_or_else(|| internal("no mixture"))?;
+                let matrices = MixtureLayer {
+                    norm,
+                    router,
+                    experts,
+                    activation,
+                    used: config.used,
+                    normalised: config.normalised,
+                    scale: config.scale * shared.residual_scale,
+                };
+                mixture(&shared.pool, &matrices, x, rows).map_err(kernel)
+            }
+        }
     }
 
     fn head(&self, context: &ComputeContext, step: &mut StageStep) -> ort::Result<()> {
@@ -257,6 +306,10 @@ impl Node<StageNode> {
                 ..Linear::default()
             };
             linear(&self.shared.pool, &head.output, x, rows, out, &options).map_err(kernel)?;
+            let divisor = self.shared.logit_divisor;
+            if divisor != 1.0 {
+                out.iter_mut().for_each(|logit| *logit /= divisor);
+            }
         }
         step.lap("head", &mut clock);
         Ok(())

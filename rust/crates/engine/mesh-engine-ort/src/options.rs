@@ -127,7 +127,9 @@ pub(crate) fn has_floats(model: &Model) -> bool {
 
 /// Type of the layers' matrices in the file.
 fn matrices(model: &Model) -> Option<GgmlType> {
-    let tensor = model.tensors().get("blk.0.ffn_up.weight");
+    let tensors = model.tensors();
+    let tensor = tensors.get("blk.0.ffn_up.weight");
+    let tensor = tensor.or_else(|| tensors.expert("blk.0.ffn_up", 0));
     tensor.map(|tensor| tensor.ty)
 }
 

@@ -9,7 +9,7 @@ use mesh_kernels::{
     Activation, KernelError, KvSegment, Linear, Pool, QMatrix, Residual, RmsNorm, Rope,
     RopeOptions, RopeStyle, add_rms_norm, linear,
 };
-use mesh_model::{ModelConfig, RopeScaling};
+use mesh_model::{Mixture, ModelConfig, RopeScaling};
 
 use crate::kv::Kv;
 use crate::operators::kernel;
@@ -26,6 +26,11 @@ pub(crate) struct StageContext {
     /// Parameters of layers with a sliding window, and for each layer of the stage whether it has one.
     local: Option<(Attending, Vec<bool>)>,
     pub(crate) embedding_scale: f32,
+    pub(crate) residual_scale: f32,
+    pub(crate) logit_divisor: f32,
+    /// The norms of query and key go over all heads of a row at once.
+    pub(crate) qk_norm_over_heads: bool,
+    pub(crate) mixture: Option<Mixture>,
     pub(crate) activation: Activation,
     pub(crate) weights: StageWeights,
     pub(crate) pool: Pool,
@@ -85,6 +90,10 @@ impl StageContext {
             global: Attending::new(config, &config.rope, None, context)?,
             local,
             embedding_scale: config.embedding_scale,
+            residual_scale: config.residual_scale,
+            logit_divisor: config.logit_divisor,
+            qk_norm_over_heads: config.qk_norm_over_heads,
+            mixture: config.mixture.clone(),
             activation: match config.activation {
                 mesh_model::Activation::Silu => Activation::Silu,
                 mesh_model::Activation::GeluTanh => Activation::GeluTanh,
@@ -115,8 +124,8 @@ impl StageContext {
         }
     }
 
-    /// `out += x · matrixᵀ`, the product normed before where there is a weight for it; `scratch` is then room
-    /// for it.
+    /// `out += x · matrixᵀ`, the product normed before where there is a weight for it, and scaled where the
+    /// network scales residuals; `scratch` is then room for it.
     pub(crate) fn project(
         &self,
         matrix: &QMatrix,
@@ -129,17 +138,26 @@ impl StageContext {
         if rows == 0 {
             return Ok(());
         }
-        let Some(weight) = post_norm else {
+        if post_norm.is_none() && self.residual_scale == 1.0 {
             let options = Linear {
                 residual: Residual::InPlace,
                 ..Linear::default()
             };
             return linear(&self.pool, matrix, x, rows, out, &options).map_err(kernel);
-        };
+        }
         scratch.resize(out.len(), 0.0);
-        linear(&self.pool, matrix, x, rows, scratch, &Linear::default())
-            .and_then(|()| add_rms_norm(&self.pool, scratch, weight, self.norm_eps, out))
-            .map_err(kernel)
+        linear(&self.pool, matrix, x, rows, scratch, &Linear::default()).map_err(kernel)?;
+        let scale = self.residual_scale;
+        if scale != 1.0 {
+            scratch.iter_mut().for_each(|x| *x *= scale);
+        }
+        match post_norm {
+            Some(weight) => {
+                add_rms_norm(&self.pool, scratch, weight, self.norm_eps, out).map_err(kernel)?;
+            }
+            None => out.iter_mut().zip(scratch).for_each(|(out, x)| *out += *x),
+        }
+        Ok(())
     }
 }
 

@@ -6,9 +6,10 @@
 use std::cell::RefCell;
 use std::ops::Range;
 
-use mesh_kernels::{KernelError, PackOptions, Pool, QMatrix};
+use mesh_kernels::{Expert, Experts, KernelError, PackOptions, Pool, QMatrix, WeightType};
 use mesh_model::file::{Data, FileError};
-use mesh_model::{Gguf, Model, ModelConfig, Tensors};
+use mesh_model::gguf::expert_name;
+use mesh_model::{GgmlType, Gguf, Model, ModelConfig, Tensor, Tensors};
 
 use crate::cache::{CacheEntry, QuantisedMatrix, WeightCache};
 use crate::options::{LoadError, WeightFormat, has_floats};
@@ -35,11 +36,34 @@ pub(crate) struct LayerWeights {
     /// Norm of the attention output, before the residual is added.
     pub(crate) attention_post_norm: Option<Vec<f32>>,
     pub(crate) ffn_norm: Vec<f32>,
-    pub(crate) gate: QMatrix,
-    pub(crate) up: QMatrix,
-    pub(crate) down: QMatrix,
+    pub(crate) ffn: FeedForwardWeights,
     /// Norm of the feed-forward output, before the residual is added.
     pub(crate) ffn_post_norm: Option<Vec<f32>>,
+}
+
+/// Matrices of the feed-forward half of a layer.
+pub(crate) enum FeedForwardWeights {
+    Dense {
+        gate: QMatrix,
+        up: QMatrix,
+        down: QMatrix,
+    },
+    Mixture {
+        router: QMatrix,
+        experts: Experts,
+    },
+}
+
+impl FeedForwardWeights {
+    /// Bytes of packed matrices.
+    fn bytes(&self) -> usize {
+        match self {
+            FeedForwardWeights::Dense { gate, up, down } => {
+                gate.bytes() + up.bytes() + down.bytes()
+            }
+            FeedForwardWeights::Mixture { router, experts } => router.bytes() + experts.bytes(),
+        }
+    }
 }
 
 /// The final norm and the output matrix.
@@ -106,20 +130,16 @@ impl StageWeights {
 
     /// Bytes of packed matrices.
     pub(crate) fn bytes(&self) -> u64 {
-        let layers = self.layers.iter().flat_map(|layer| {
-            [
-                &layer.qkv,
-                &layer.attention_output,
-                &layer.gate,
-                &layer.up,
-                &layer.down,
-            ]
-        });
+        let layers = self
+            .layers
+            .iter()
+            .map(|layer| layer.qkv.bytes() + layer.attention_output.bytes() + layer.ffn.bytes());
         let ends = self
             .embedding
             .iter()
             .chain(self.head.iter().map(|head| &head.output));
-        layers.chain(ends).map(|matrix| matrix.bytes() as u64).sum()
+        let all = layers.chain(ends.map(QMatrix::bytes));
+        all.map(|bytes| bytes as u64).sum()
     }
 }
 
@@ -213,9 +233,17 @@ impl Loader<'_> {
             attention_output: matrix("attn_output.weight")?,
             attention_post_norm: optional(post_norms, "post_attention_norm.weight")?,
             ffn_norm: norm("ffn_norm.weight")?,
-            gate: matrix("ffn_gate.weight")?,
-            up: matrix("ffn_up.weight")?,
-            down: matrix("ffn_down.weight")?,
+            ffn: match self.config.mixture_of(layer) {
+                None => FeedForwardWeights::Dense {
+                    gate: matrix("ffn_gate.weight")?,
+                    up: matrix("ffn_up.weight")?,
+                    down: matrix("ffn_down.weight")?,
+                },
+                Some(mixture) => FeedForwardWeights::Mixture {
+                    router: self.router(&name("ffn_gate_inp.weight"))?,
+                    experts: self.experts(layer, mixture.experts)?,
+                },
+            },
             ffn_post_norm: optional(post_norms, "post_ffw_norm.weight")?,
         })
     }
@@ -232,12 +260,59 @@ impl Loader<'_> {
         })
     }
 
+    fn experts(&self, layer: u32, count: usize) -> Result<Experts, LoadError> {
+        let matrix = |which: &str, expert| {
+            let matrix = format!("blk.{layer}.{which}");
+            let name = expert_name(&matrix, expert);
+            match self.tensors.expert(&matrix, expert) {
+                Some(tensor) => self.packed(&name, tensor),
+                None => Err(LoadError::MissingTensor(name)),
+            }
+        };
+        let experts = (0..count).map(|expert| {
+            Ok(Expert {
+                gate: matrix("ffn_gate", expert)?,
+                up: matrix("ffn_up", expert)?,
+                down: matrix("ffn_down", expert)?,
+            })
+        });
+        let experts = experts.collect::<Result<_, LoadError>>()?;
+        Experts::new(experts).map_err(|error| LoadError::Tensor {
+            name: format!("blk.{layer}.ffn_{{gate,up,down}}_exps.weight"),
+            ty: "several".into(),
+            message: error.to_string(),
+        })
+    }
+
+    /// The matrix that scores experts, as floats: a small error in a score can choose another expert.
+    fn router(&self, name: &str) -> Result<QMatrix, LoadError> {
+        let tensor = self.tensors.get(name);
+        let tensor = tensor.ok_or_else(|| LoadError::MissingTensor(name.into()))?;
+        let (&[inputs, outputs], floats) = (tensor.dims, self.vector(name)?) else {
+            return Err(LoadError::MissingTensor(name.into()));
+        };
+        let bytes: Vec<u8> = floats.iter().flat_map(|x| x.to_le_bytes()).collect();
+        let (outputs, inputs) = (outputs as usize, inputs as usize);
+        let (pool, options) = (self.pool, self.options);
+        QMatrix::pack_with(pool, WeightType::F32, outputs, inputs, &bytes, options).map_err(
+            |error| LoadError::Tensor {
+                name: name.into(),
+                ty: format!("{:?}", tensor.ty),
+                message: error.to_string(),
+            },
+        )
+    }
+
     /// A matrix in packed form. The model's configuration has checked its dimensions.
     fn matrix(&self, name: &str) -> Result<QMatrix, LoadError> {
-        let tensor = self
-            .tensors
-            .get(name)
-            .ok_or_else(|| LoadError::MissingTensor(name.into()))?;
+        match self.tensors.get(name) {
+            Some(tensor) => self.packed(name, tensor),
+            None => Err(LoadError::MissingTensor(name.into())),
+        }
+    }
+
+    /// The matrix in `tensor`, which has this name in the cache.
+    fn packed(&self, name: &str, tensor: Tensor<'_>) -> Result<QMatrix, LoadError> {
         let failed = |message: String| LoadError::Tensor {
             name: name.into(),
             ty: format!("{:?}", tensor.ty),

@@ -3,6 +3,8 @@
 //! - [`QMatrix`] holds weights of any GGUF type, repacked so that 16 outputs lie side by side (layout.rs);
 //!   [`linear`], [`gate_up`] and [`feed_forward`] multiply with it, with norm, bias, residual and activation
 //!   fused in.
+//! - [`mixture`] is a feed-forward layer of [`Experts`]: it chooses a few of them for each row, and reads only
+//!   those.
 //! - [`attention`] rotates, stores and attends over a [`KvCache`] of f16 or f32 rows, one contiguous region
 //!   per slot.
 //! - [`encode_attention`] and [`layer_norm`] are for encoders: sequences of any lengths side by side, each
@@ -28,6 +30,7 @@
 mod attention;
 mod encoder;
 mod error;
+mod experts;
 mod gemm;
 mod isa;
 mod layout;
@@ -43,6 +46,7 @@ mod simd;
 pub use attention::{Attention, KvCache, KvFormat, KvSegment, KvShape, attention};
 pub use encoder::{encode_attention, layer_norm};
 pub use error::KernelError;
+pub use experts::{Expert, Experts, MixtureLayer, mixture};
 pub use gemm::acts::RmsNorm;
 pub use isa::Isa;
 pub use linear::{Activation, FeedForward, Gate, Linear, Residual, feed_forward, gate_up, linear};
@@ -50,6 +54,6 @@ pub use matrix::{EightBit, PackOptions, QMatrix};
 pub use mem::Reclaim;
 /// Storage type of a matrix's weights in the file.
 pub use mesh_quant::GgmlType as WeightType;
-pub use norm::{add_rms_norm, rms_norm};
+pub use norm::{add_rms_norm, rms_norm, rms_norm_columns};
 pub use pool::{Pool, PoolOptions, in_background};
 pub use rope::{Rope, RopeOptions, RopeStyle};

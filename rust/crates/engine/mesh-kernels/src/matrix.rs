@@ -205,6 +205,11 @@ impl QMatrix {
         &self.parts
     }
 
+    /// The buffers of all parts.
+    pub(crate) fn buffers(&mut self) -> impl Iterator<Item = &mut Buffer> {
+        self.parts.iter_mut().map(|part| &mut part.data)
+    }
+
     /// Panels of all parts.
     pub(crate) fn panels(&self) -> usize {
         self.parts.iter().map(PackedPart::panels).sum()

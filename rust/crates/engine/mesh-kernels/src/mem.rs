@@ -4,6 +4,7 @@
 
 use std::alloc::{Layout, alloc, dealloc};
 use std::ptr::NonNull;
+use std::sync::Arc;
 
 use crate::KernelError;
 
@@ -16,6 +17,8 @@ const HUGE: usize = 2 << 20;
 pub(crate) struct Buffer {
     start: NonNull<u8>,
     len: usize,
+    /// The buffer that has the memory, if this one is a part of it. No other part overlaps with this one.
+    whole: Option<Arc<Buffer>>,
 }
 
 // SAFETY: the buffer owns its memory; shared references only read it.
@@ -36,7 +39,11 @@ impl Buffer {
         advise_huge(start, layout);
         // SAFETY: `len` bytes were just allocated.
         unsafe { start.as_ptr().write_bytes(0, len) };
-        Ok(Buffer { start, len })
+        Ok(Buffer {
+            start,
+            len,
+            whole: None,
+        })
     }
 
     /// Makes the buffer at least `len` bytes long; the contents are lost when it grows.
@@ -44,6 +51,44 @@ impl Buffer {
         if self.len < len {
             *self = Buffer::default();
             *self = Buffer::zeroed(what, len.next_multiple_of(4096))?;
+        }
+        Ok(())
+    }
+
+    /// Moves the contents of `buffers` next to each other, each on a cache line, where together they fill huge
+    /// pages: with small pages a core reads a quarter fewer bytes in a second.
+    ///
+    /// # Errors
+    /// If the system gives no memory; all buffers are then as before.
+    pub(crate) fn join<'a>(
+        what: &'static str,
+        buffers: impl IntoIterator<Item = &'a mut Buffer>,
+    ) -> Result<(), KernelError> {
+        let buffers: Vec<&mut Buffer> = buffers.into_iter().collect();
+        let place = |buffer: &Buffer| buffer.len.next_multiple_of(ALIGN);
+        let total = buffers.iter().map(|buffer| place(buffer)).sum();
+        if total < HUGE {
+            return Ok(());
+        }
+        let whole = Arc::new(Buffer::zeroed(what, total)?);
+        let mut at = 0;
+        for buffer in buffers {
+            // SAFETY: the places of the buffers follow each other within the new one, which nothing else uses
+            // yet.
+            let start = unsafe { whole.start.add(at) };
+            let len = buffer.len;
+            // SAFETY: as above; the buffer has `len` bytes elsewhere.
+            unsafe {
+                start
+                    .as_ptr()
+                    .copy_from_nonoverlapping(buffer.start.as_ptr(), len)
+            };
+            at += place(buffer);
+            *buffer = Buffer {
+                start,
+                len,
+                whole: Some(Arc::clone(&whole)),
+            };
         }
         Ok(())
     }
@@ -73,6 +118,7 @@ impl Default for Buffer {
         Buffer {
             start: NonNull::<Line>::dangling().cast(),
             len: 0,
+            whole: None,
         }
     }
 }
@@ -80,6 +126,7 @@ impl Default for Buffer {
 impl Drop for Buffer {
     fn drop(&mut self) {
         if self.len > 0
+            && self.whole.is_none()
             && let Some(layout) = layout(self.len)
         {
             // SAFETY: allocated in `zeroed` with this very layout.

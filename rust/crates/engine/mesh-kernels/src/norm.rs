@@ -33,6 +33,46 @@ pub fn add_rms_norm(
     all_rows(pool, x, weight, eps, out, true)
 }
 
+/// Normalises the columns `columns` of each row of `x`, in place; rows have `stride` elements.
+///
+/// # Errors
+/// When the weight is not as wide as the columns, or `x` is not a whole number of rows that have them.
+pub fn rms_norm_columns(
+    pool: &Pool,
+    x: &mut [f32],
+    stride: usize,
+    columns: std::ops::Range<usize>,
+    weight: &[f32],
+    eps: f32,
+) -> Result<(), KernelError> {
+    expect_len("the norm's weight", weight.len(), columns.len())?;
+    if columns.end > stride || columns.is_empty() || !x.len().is_multiple_of(stride) {
+        return Err(KernelError::Length {
+            what: "the rows to normalise",
+            got: x.len(),
+            need: stride,
+        });
+    }
+    let mut normed = vec![0.0; weight.len()];
+    for row in x.chunks_exact_mut(stride) {
+        let part = &mut row[columns.clone()];
+        let (x, out) = (&*part, normed.as_mut_slice());
+        let add = false;
+        simd::run(
+            pool.isa(),
+            Rows {
+                x,
+                weight,
+                eps,
+                out,
+                add,
+            },
+        );
+        part.copy_from_slice(&normed);
+    }
+    Ok(())
+}
+
 fn all_rows(
     pool: &Pool,
     x: &[f32],

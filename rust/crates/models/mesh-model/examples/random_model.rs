@@ -10,14 +10,17 @@ fn main() -> Result<(), Box<dyn Error>> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let [shape, ty, tokenizer, out] = &arguments[..] else {
         return Err(
-            "usage: random_model qwen2-1.5b|smollm2-135m TYPE TOKENIZER.gguf OUT.gguf".into(),
+            "usage: random_model qwen2-1.5b|smollm2-135m|qwen3-30b-a3b:LAYERS TYPE TOKENIZER.gguf OUT.gguf".into(),
         );
     };
-    let shape = match shape.as_str() {
-        "qwen2-1.5b" => Shape::qwen2_1_5b(),
-        "smollm2-135m" => Shape::smollm2_135m(),
-        other => {
-            return Err(format!("unknown shape {other:?}: give qwen2-1.5b or smollm2-135m").into());
+    let shape = match shape.split_once(':').unwrap_or((shape, "")) {
+        ("qwen2-1.5b", "") => Shape::qwen2_1_5b(),
+        ("smollm2-135m", "") => Shape::smollm2_135m(),
+        ("qwen3-30b-a3b", "") => Shape::qwen3_30b_a3b(48),
+        ("qwen3-30b-a3b", layers) => Shape::qwen3_30b_a3b(layers.parse()?),
+        _ => {
+            let known = "qwen2-1.5b, smollm2-135m, qwen3-30b-a3b or qwen3-30b-a3b:LAYERS";
+            return Err(format!("unknown shape {shape:?}: give {known}").into());
         }
     };
     let ty = GgmlType::ALL

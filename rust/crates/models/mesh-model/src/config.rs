@@ -3,6 +3,7 @@
 mod architecture;
 mod error;
 mod keys;
+mod mixture;
 mod network;
 mod read;
 mod rope;
@@ -13,6 +14,8 @@ pub use crate::checkpoint::RopeStyle;
 pub use architecture::Architecture;
 pub use error::ConfigError;
 pub(crate) use keys::{MAX_CONTEXT, MAX_LAYERS, MAX_VOCAB, MAX_WIDTH};
+pub(crate) use mixture::MAX_EXPERTS;
+pub use mixture::Mixture;
 pub use network::{Activation, ModelConfig};
 pub use rope::{Rope, RopeScaling};
 pub use window::SlidingWindow;

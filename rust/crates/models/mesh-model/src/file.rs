@@ -372,6 +372,19 @@ impl<'a> Data<'a> {
         }
     }
 
+    /// A part of the range; `None` if it does not lie within.
+    pub fn part(&self, at: usize, len: usize) -> Option<Data<'a>> {
+        let end = at.checked_add(len).filter(|end| *end <= self.len())?;
+        Some(Data(match self.0 {
+            DataSource::Memory(bytes) => DataSource::Memory(&bytes[at..end]),
+            DataSource::File { file, at: from, .. } => DataSource::File {
+                file,
+                at: from + at as u64,
+                len,
+            },
+        }))
+    }
+
     /// Passes the bytes to `visit` in order, a piece at a time.
     ///
     /// # Errors

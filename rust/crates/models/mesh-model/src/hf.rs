@@ -14,6 +14,7 @@ mod error;
 mod folder;
 mod keys;
 mod names;
+mod naming;
 mod special;
 
 use std::path::Path;
@@ -21,20 +22,27 @@ use std::path::Path;
 pub use crate::checkpoint::SpecialTokens;
 pub use error::HfError;
 pub use folder::{Folder, INDEX, files_of_index, is_hugging_face};
+#[cfg(any(test, feature = "synth"))]
 pub(crate) use names::their_name;
+#[cfg(any(test, feature = "synth"))]
+pub(crate) use naming::ExpertNaming;
 
 use crate::checkpoint::{Checkpoint, RopeStyle, TokenizerJson};
+use crate::config::MAX_EXPERTS;
 use crate::file::ModelFile;
 use crate::gguf::{GgmlType, TensorEntry, Tensors, Value};
 use crate::safetensors::{Dtype, Safetensors, TensorView};
-use config::{Configuration, TensorNaming};
+use config::Configuration;
 use keys::GgufKeys;
+use names::FusedExperts;
+use naming::TensorNaming;
 
 /// A model in a folder, opened and checked but for the shapes of its tensors.
 #[derive(Debug)]
 pub struct HfCheckpoint {
     keys: GgufKeys,
     tensors: Tensors,
+    naming: TensorNaming,
     /// Absent where only `config.json` was read.
     tokenizer: Option<TokenizerJson>,
 }
@@ -56,7 +64,7 @@ impl HfCheckpoint {
             })?;
             for tensor in shard.tensors() {
                 folder.check_place(tensor.name, &path)?;
-                entries.extend(entry(&tensor, files.len(), &configuration.network)?);
+                entries.extend(entries_of(&tensor, files.len(), &configuration.network)?);
             }
             files.push(shard.into_file());
         }
@@ -92,6 +100,7 @@ impl HfCheckpoint {
         Ok(HfCheckpoint {
             keys: configuration.keys,
             tensors: Tensors::new(files, entries)?,
+            naming: configuration.network,
             tokenizer: None,
         })
     }
@@ -124,19 +133,25 @@ impl Checkpoint for HfCheckpoint {
     }
 
     fn stored_name(&self, tensor: &str) -> String {
-        their_name(tensor).unwrap_or_else(|| tensor.to_owned())
+        names::their_name(tensor, self.naming.experts).unwrap_or_else(|| tensor.to_owned())
     }
 }
 
-/// Entry of a tensor of the shard at index `file`; `None` for a tensor that is not needed.
-fn entry(
+/// Entries of a tensor of the shard at index `file`: none for a tensor that is not needed, one for most, and
+/// one for each matrix of a tensor that holds those of all experts.
+fn entries_of(
     tensor: &TensorView<'_>,
     file: usize,
     network: &TensorNaming,
-) -> Result<Option<TensorEntry>, HfError> {
-    let Some(name) = names::gguf_name(tensor.name, network) else {
-        return Ok(None);
+) -> Result<Vec<TensorEntry>, HfError> {
+    let fused = FusedExperts::of(tensor.name, network);
+    let name = match &fused {
+        Some(_) => None,
+        None => names::gguf_name(tensor.name, network),
     };
+    if fused.is_none() && name.is_none() {
+        return Ok(Vec::new());
+    }
     let ty = match tensor.dtype {
         Dtype::F32 => GgmlType::F32,
         Dtype::F16 => GgmlType::F16,
@@ -153,14 +168,50 @@ fn entry(
             tensor: tensor.name.into(),
         });
     }
-    Ok(Some(TensorEntry {
-        name: name.into(),
+    let entry = TensorEntry {
+        name: name.unwrap_or_default().into(),
         ty,
         dims: tensor.shape.iter().rev().copied().collect(),
         file,
         at: tensor.offset as usize,
         len: tensor.data.len(),
-    }))
+    };
+    match fused {
+        None => Ok(vec![entry]),
+        Some(fused) => split(tensor.name, &entry, &fused),
+    }
+}
+
+/// The matrices of all experts in a tensor `[experts, matrices * outputs, inputs]`.
+fn split(
+    tensor: &str,
+    whole: &TensorEntry,
+    fused: &FusedExperts,
+) -> Result<Vec<TensorEntry>, HfError> {
+    let matrices = fused.matrices();
+    let &[inputs, rows, experts] = &whole.dims[..] else {
+        return Err(HfError::Experts {
+            tensor: tensor.into(),
+            shape: whole.dims.iter().rev().copied().collect(),
+        });
+    };
+    if experts > MAX_EXPERTS || !rows.is_multiple_of(matrices as u64) {
+        return Err(HfError::Experts {
+            tensor: tensor.into(),
+            shape: vec![experts, rows, inputs],
+        });
+    }
+    // Floats: every matrix has the same number of whole elements.
+    let len = whole.len / experts as usize / matrices;
+    let entry = |index: usize| TensorEntry {
+        name: fused.name(index / matrices, index % matrices).into(),
+        ty: whole.ty,
+        dims: vec![inputs, rows / matrices as u64],
+        file: whole.file,
+        at: whole.at + index * len,
+        len,
+    };
+    Ok((0..experts as usize * matrices).map(entry).collect())
 }
 
 /// The values of `config.json`, as a checkpoint without the model's tensors. For tests and fuzzing;

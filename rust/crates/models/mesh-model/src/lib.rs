@@ -24,7 +24,8 @@ pub mod tokenizer;
 pub use chat::{ChatError, ChatTemplate, Message, RenderRequest, Rendered};
 pub use checkpoint::Checkpoint;
 pub use config::{
-    Activation, Architecture, ConfigError, ModelConfig, Rope, RopeScaling, RopeStyle, SlidingWindow,
+    Activation, Architecture, ConfigError, Mixture, ModelConfig, Rope, RopeScaling, RopeStyle,
+    SlidingWindow,
 };
 pub use encoder::{EncoderError, EncoderModel};
 pub use gguf::{GgmlType, Gguf, GgufError, SplitError, Tensor, Tensors, dequantize};

@@ -6,6 +6,7 @@
 mod folder;
 mod llama2c;
 mod random;
+mod shape;
 mod split;
 
 use std::io::{self, BufWriter, Write};
@@ -20,153 +21,17 @@ use crate::gguf::{GgmlType, Gguf, Value};
 pub use folder::{tokenizer_json, write_folder};
 pub use llama2c::write_llama2c;
 use random::Random;
+use shape::ROUTER;
+pub use shape::{Experts, Shape, Window};
 pub use split::{Split, split_bytes, write_split};
 
-/// The shape of a network to make.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Shape {
-    /// Family of the network.
-    pub architecture: Architecture,
-    /// Number of transformer layers.
-    pub layers: u32,
-    /// Width of a hidden row.
-    pub hidden: u32,
-    /// Query heads per layer.
-    pub heads: u32,
-    /// Key/value heads per layer.
-    pub kv_heads: u32,
-    /// Width of one head.
-    pub head_dim: u32,
-    /// Width of the feed-forward layer.
-    pub ffn: u32,
-    /// Rows of the embedding, and tokens in the list.
-    pub vocab: u32,
-    /// Maximum context in tokens.
-    pub context: u32,
-    /// Base of the rotary embedding.
-    pub rope_base: f32,
-    /// True if the embedding is also the output matrix.
-    pub tied_embeddings: bool,
-    /// Layers that see only a window, if there are any.
-    pub window: Option<Window>,
-}
-
-/// The sliding window of some layers.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Window {
-    /// Positions that a row sees, its own among them.
-    pub size: u32,
-    /// All layers have the window except every `period`th; 0 means all.
-    pub period: u32,
-}
-
-impl Shape {
-    /// Qwen2 and Qwen2.5 1.5B.
-    pub fn qwen2_1_5b() -> Self {
-        Shape {
-            architecture: Architecture::Qwen2,
-            layers: 28,
-            hidden: 1536,
-            heads: 12,
-            kv_heads: 2,
-            head_dim: 128,
-            ffn: 8960,
-            vocab: 151_936,
-            context: 32_768,
-            rope_base: 1_000_000.0,
-            tied_embeddings: true,
-            window: None,
-        }
-    }
-
-    /// SmolLM2-135M.
-    pub fn smollm2_135m() -> Self {
-        Shape {
-            architecture: Architecture::Llama,
-            layers: 30,
-            hidden: 576,
-            heads: 9,
-            kv_heads: 3,
-            head_dim: 64,
-            ffn: 1536,
-            vocab: 49_152,
-            context: 8192,
-            rope_base: 100_000.0,
-            tied_embeddings: true,
-            window: None,
-        }
-    }
-
-    /// A network of `architecture` of a few hundred thousand weights, for tests. All widths are multiples of
-    /// 256, so that every type fits. Gemma's first layer sees 12 positions, its second all.
-    pub fn tiny(architecture: Architecture) -> Self {
-        Shape {
-            architecture,
-            layers: 2,
-            hidden: 256,
-            heads: 4,
-            kv_heads: 2,
-            head_dim: 64,
-            ffn: 512,
-            vocab: 300,
-            context: 512,
-            rope_base: 10_000.0,
-            tied_embeddings: architecture != Architecture::Llama,
-            window: (architecture == Architecture::Gemma3).then_some(Window {
-                size: 12,
-                period: 2,
-            }),
-        }
-    }
-
-    /// Names and dimensions of all tensors, inputs first.
-    pub fn tensors(&self) -> Vec<(String, Vec<u64>)> {
-        let [hidden, ffn, vocab, head_dim] =
-            [self.hidden, self.ffn, self.vocab, self.head_dim].map(u64::from);
-        let (q, kv) = (
-            u64::from(self.heads) * head_dim,
-            u64::from(self.kv_heads) * head_dim,
-        );
-        let mut tensors = vec![
-            ("token_embd.weight".to_owned(), vec![hidden, vocab]),
-            ("output_norm.weight".to_owned(), vec![hidden]),
-        ];
-        if !self.tied_embeddings {
-            tensors.push(("output.weight".to_owned(), vec![hidden, vocab]));
-        }
-        for layer in 0..self.layers {
-            let mut add = |name: &str, dims: &[u64]| {
-                tensors.push((format!("blk.{layer}.{name}"), dims.to_vec()))
-            };
-            add("attn_norm.weight", &[hidden]);
-            add("attn_q.weight", &[hidden, q]);
-            add("attn_k.weight", &[hidden, kv]);
-            add("attn_v.weight", &[hidden, kv]);
-            add("attn_output.weight", &[q, hidden]);
-            add("ffn_norm.weight", &[hidden]);
-            add("ffn_gate.weight", &[hidden, ffn]);
-            add("ffn_up.weight", &[hidden, ffn]);
-            add("ffn_down.weight", &[ffn, hidden]);
-            if self.architecture == Architecture::Qwen2 {
-                add("attn_q.bias", &[q]);
-                add("attn_k.bias", &[kv]);
-                add("attn_v.bias", &[kv]);
-            }
-            if matches!(
-                self.architecture,
-                Architecture::Qwen3 | Architecture::Gemma3
-            ) {
-                add("attn_q_norm.weight", &[head_dim]);
-                add("attn_k_norm.weight", &[head_dim]);
-            }
-            if self.architecture == Architecture::Gemma3 {
-                add("post_attention_norm.weight", &[hidden]);
-                add("post_ffw_norm.weight", &[hidden]);
-            }
-        }
-        tensors
-    }
-}
+/// Granite's factors on embedding, residual stream, scores and logits.
+const GRANITE: [(&str, f32); 4] = [
+    ("embedding_scale", 12.0),
+    ("residual_scale", 0.25),
+    ("attention.scale", 0.0156),
+    ("logit_scale", 6.0),
+];
 
 /// Source of the tokenizer for a synthetic model.
 #[derive(Debug, Clone, Copy)]
@@ -226,7 +91,8 @@ pub fn plan(shape: &Shape, ty: GgmlType, tokens: Tokens<'_>) -> Writer {
         Tokens::CopyOf(source) => put_copied_tokens(&mut writer, source, shape.vocab as usize),
     }
     for (name, dims) in shape.tensors() {
-        let ty = if dims.len() == 1 { GgmlType::F32 } else { ty };
+        let is_float = dims.len() == 1 || name.ends_with(ROUTER);
+        let ty = if is_float { GgmlType::F32 } else { ty };
         writer.tensor(&name, ty, &dims);
     }
     writer
@@ -263,6 +129,22 @@ fn put_shape(writer: &mut Writer, shape: &Shape) {
             ("attention.sliding_window_pattern", window.period),
         ] {
             writer.key(&format!("{architecture}.{key}"), OwnedValue::U32(count));
+        }
+    }
+    if let Some(mixture) = shape.mixture {
+        let counts = [
+            ("expert_count", mixture.count),
+            ("expert_used_count", mixture.used),
+            ("expert_feed_forward_length", mixture.ffn),
+            ("leading_dense_block_count", mixture.leading_dense),
+        ];
+        for (key, count) in counts.into_iter().filter(|(_, count)| *count > 0) {
+            writer.key(&format!("{architecture}.{key}"), OwnedValue::U32(count));
+        }
+    }
+    if shape.architecture == Architecture::GraniteMoe {
+        for (key, factor) in GRANITE {
+            writer.key(&format!("{architecture}.{key}"), OwnedValue::F32(factor));
         }
     }
     writer.key(
@@ -410,8 +292,13 @@ mod tests {
                 let config = ModelConfig::read(&gguf).unwrap();
                 assert_eq!(config.architecture, architecture);
                 assert_eq!(config.qkv_bias, architecture == Architecture::Qwen2);
-                let qk_norm = [Architecture::Qwen3, Architecture::Gemma3].contains(&architecture);
-                assert_eq!(config.qk_norm, qk_norm);
+                let without = [
+                    Architecture::Llama,
+                    Architecture::Qwen2,
+                    Architecture::GraniteMoe,
+                ];
+                assert_eq!(config.qk_norm, !without.contains(&architecture));
+                assert_eq!(config.mixture.is_some(), architecture.is_mixture());
                 assert_eq!(config.post_norms, architecture == Architecture::Gemma3);
                 let window = shape.window.map(|window| window.size);
                 assert_eq!([0, 1].map(|layer| config.window_of(layer)), [window, None]);

@@ -69,7 +69,8 @@ pub struct LayerSpeed {
     pub layers: u32,
     /// Width of a hidden row.
     pub hidden: u32,
-    /// Bytes of one layer in memory, the mean over all.
+    /// Bytes of one layer in memory, the mean over all. Of a mixture of experts all experts count, though a
+    /// token reads only some: the times below are those of the experts that are used.
     pub layer_bytes: u64,
     /// Bytes that the first stage needs besides.
     pub first_bytes: u64,

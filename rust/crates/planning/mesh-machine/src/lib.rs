@@ -16,5 +16,7 @@ mod memory;
 mod nvml;
 mod processor;
 
-pub use measure::{MeasureError, ProfileOptions, Profiler, choose_format, measure_layers};
+pub use measure::{
+    Estimate, MeasureError, ProfileOptions, Profiler, choose_format, estimate, measure_layers,
+};
 pub use memory::Memory;

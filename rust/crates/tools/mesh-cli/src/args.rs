@@ -311,19 +311,38 @@ pub struct EmbedArgs {
 
 #[derive(Debug, clap::Args)]
 #[command(after_help = "\
-The plan is that of a ring formed now, with the memory of the model's present ring counted as free; nothing is changed.
+The plan is that of a ring formed now, with the memory of the model's present ring counted as free; nothing is changed. With \
+--machines no head is asked: the plan is for that many equal machines, by the header of the model at a path, and its speed an \
+estimate from the bytes that a token reads.
 
 Examples:
   hydramesh plan SmolLM2-135M-Instruct
+  hydramesh plan --machines 3 --memory 8GiB Qwen3-30B-A3B-Q4_K_M.gguf
   hydramesh plan --json big-model | jq '.plan.stages[].layers'")]
 pub struct PlanArgs {
-    /// Name of a model of which workers offer layers (`ring.models` in their configuration)
+    /// Name of a model of which workers offer layers (`ring.models` in their configuration); with --machines the path of a model
     #[arg(value_name = "MODEL")]
     pub model: String,
 
     /// Print the head's own JSON
     #[arg(long)]
     pub json: bool,
+
+    /// Plan for so many equal machines instead of asking the head
+    #[arg(long, value_name = "N", requires = "memory", value_parser = clap::value_parser!(u16).range(1..=64))]
+    pub machines: Option<u16>,
+
+    /// Memory of each machine; 1 GiB of it is left to the system
+    #[arg(long, value_name = "SIZE", requires = "machines", value_parser = units::parse_bytes)]
+    pub memory: Option<u64>,
+
+    /// Bytes of memory that each machine reads in a second
+    #[arg(long, value_name = "SIZE", requires = "machines", default_value = "15GB", value_parser = units::parse_bytes)]
+    pub bandwidth: u64,
+
+    /// Tokens of one request
+    #[arg(long, value_name = "TOKENS", requires = "machines", default_value_t = 4096, value_parser = clap::value_parser!(u32).range(1..))]
+    pub context: u32,
 }
 
 #[derive(Debug, clap::Args)]

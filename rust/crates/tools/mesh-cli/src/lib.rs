@@ -23,6 +23,7 @@ mod profile;
 mod rings;
 mod status;
 mod token;
+mod what_if;
 
 use clap::CommandFactory;
 
@@ -62,6 +63,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
             Command::Embed(args) => embed::run(head, args).await,
             Command::Chat(args) => chat::run(head, args, terminal).await,
             Command::Status(args) => status::run(head, args, terminal).await,
+            Command::Plan(args) if args.machines.is_some() => what_if::plan(&args),
             Command::Plan(args) => rings::plan(head, args).await,
             Command::Drain(args) => rings::drain(head, args).await,
             Command::Undrain(args) => rings::undrain(head, args).await,

@@ -72,6 +72,11 @@ impl LoweringPlan<'_> {
     /// Fails if the operators cannot express the model.
     pub(super) fn check(&self) -> Result<(), LoadError> {
         let config = self.config;
+        if config.mixture.is_some() {
+            return Err(LoadError::Unsupported {
+                feature: "a mixture of experts".into(),
+            });
+        }
         for (what, width) in [
             ("heads", config.head_dim),
             ("rotated parts", config.rope.dim),

@@ -1,6 +1,6 @@
 //! A plain forward pass in f32 over dequantised weights, straight from the papers, to compare the stage with.
 
-use mesh_model::{Activation, Model, Rope, RopeStyle, Tensor, dequantize};
+use mesh_model::{Activation, Mixture, Model, ModelConfig, Rope, RopeStyle, Tensor, dequantize};
 
 /// Logits of every row for `tokens` from an empty context.
 #[allow(dead_code, reason = "each test file uses a part")]
@@ -43,7 +43,9 @@ fn rows_from(model: &Model, tokens: &[u32], first: usize) -> Vec<f32> {
             if c.post_norms {
                 y = rms_norm(&y, &n(post_norm), c.norm_eps);
             }
-            row.iter_mut().zip(y).for_each(|(x, y)| *x += y);
+            row.iter_mut()
+                .zip(y)
+                .for_each(|(x, y)| *x += c.residual_scale * y);
         };
         let norm = n("attn_norm.weight");
         let normed: Vec<_> = x
@@ -65,8 +67,12 @@ fn rows_from(model: &Model, tokens: &[u32], first: usize) -> Vec<f32> {
                             .for_each(|(out, bias)| *out += bias);
                     }
                     if norm_name.is_some() {
+                        if let Some(norm) = head_norm.as_ref().filter(|_| c.qk_norm_over_heads) {
+                            out = rms_norm(&out, norm, c.norm_eps);
+                        }
                         for head in out.chunks_mut(c.head_dim) {
-                            if let Some(norm) = &head_norm {
+                            if let Some(norm) = head_norm.as_ref().filter(|_| !c.qk_norm_over_heads)
+                            {
                                 head.copy_from_slice(&rms_norm(head, norm, c.norm_eps));
                             }
                             rotate(c.rope_of(layer), head, position);
@@ -100,19 +106,14 @@ fn rows_from(model: &Model, tokens: &[u32], first: usize) -> Vec<f32> {
             add(row, times(&output, &gathered), "post_attention_norm.weight");
         }
         let norm = n("ffn_norm.weight");
-        let (gate, up, down) = (
-            t("ffn_gate.weight"),
-            t("ffn_up.weight"),
-            t("ffn_down.weight"),
-        );
+        let feed_forward = FeedForward::read(model, layer);
         for row in &mut x {
             let normed = rms_norm(row, &norm, c.norm_eps);
-            let middle: Vec<f32> = times(&gate, &normed)
-                .into_iter()
-                .zip(times(&up, &normed))
-                .map(|(gate, up)| activate(c.activation, gate) * up)
-                .collect();
-            add(row, times(&down, &middle), "post_ffw_norm.weight");
+            add(
+                row,
+                feed_forward.compute(c, &normed),
+                "post_ffw_norm.weight",
+            );
         }
     }
     let norm = norm_weight("output_norm.weight");
@@ -135,7 +136,70 @@ fn rows_from(model: &Model, tokens: &[u32], first: usize) -> Vec<f32> {
             logits.extend(times(&piece, row));
         }
     }
-    logits.concat()
+    let mut logits = logits.concat();
+    logits.iter_mut().for_each(|x| *x /= c.logit_divisor);
+    logits
+}
+
+/// The matrices of a feed-forward half layer: those of one network, or a router with those of all experts.
+struct FeedForward<'a> {
+    router: Option<(Vec<f32>, &'a Mixture)>,
+    networks: Vec<[Vec<f32>; 3]>,
+}
+
+impl<'a> FeedForward<'a> {
+    fn read(model: &'a Model, layer: u32) -> Self {
+        let matrices = ["ffn_gate", "ffn_up", "ffn_down"].map(|m| format!("blk.{layer}.{m}"));
+        let tensor = |name: String| model.tensors().get(&name).unwrap().to_f32().unwrap();
+        let Some(mixture) = model.config().mixture_of(layer) else {
+            return FeedForward {
+                router: None,
+                networks: vec![matrices.map(|matrix| tensor(format!("{matrix}.weight")))],
+            };
+        };
+        let expert = |expert| {
+            let read = |matrix: &String| {
+                let tensor = model.tensors().expert(matrix, expert).unwrap();
+                tensor.to_f32().unwrap()
+            };
+            matrices.each_ref().map(read)
+        };
+        FeedForward {
+            router: Some((tensor(format!("blk.{layer}.ffn_gate_inp.weight")), mixture)),
+            networks: (0..mixture.experts).map(expert).collect(),
+        }
+    }
+
+    fn compute(&self, config: &ModelConfig, x: &[f32]) -> Vec<f32> {
+        let network = |[gate, up, down]: &[Vec<f32>; 3]| {
+            let pairs = times(gate, x).into_iter().zip(times(up, x));
+            let middle: Vec<f32> = pairs
+                .map(|(gate, up)| activate(config.activation, gate) * up)
+                .collect();
+            times(down, &middle)
+        };
+        let Some((router, mixture)) = &self.router else {
+            return network(&self.networks[0]);
+        };
+        let scores = times(router, x);
+        let mut order: Vec<usize> = (0..scores.len()).collect();
+        order.sort_by(|a, b| scores[*b].total_cmp(&scores[*a]));
+        let chosen = &order[..mixture.used];
+        let exp = |expert: &usize| (scores[*expert] - scores[order[0]]).exp();
+        let total: f32 = match mixture.normalised {
+            true => chosen.iter().map(exp).sum(),
+            false => order.iter().map(exp).sum(),
+        };
+        let mut out = vec![0.0; x.len()];
+        for expert in chosen {
+            let weight = mixture.scale * exp(expert) / total;
+            let output = network(&self.networks[*expert]);
+            out.iter_mut()
+                .zip(output)
+                .for_each(|(out, y)| *out += weight * y);
+        }
+        out
+    }
 }
 
 /// The bytes of some rows of a matrix.

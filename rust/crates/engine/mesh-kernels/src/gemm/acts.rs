@@ -4,6 +4,7 @@
 //! lie the bytes of all its rows interleaved by four (`[8][rows][4]`), then per row the scale, scale × sum,
 //! −sum, and −sum of the first half. How rows are grouped changes addresses, never values.
 
+use super::experts::ExpertRows;
 use crate::layout::BLOCK;
 use crate::mem::{Buffer, TaskPointer};
 use crate::norm::normalise;
@@ -117,6 +118,75 @@ impl Kernel for Quantise<'_> {
                 for (b, x) in x.chunks_exact(BLOCK).enumerate() {
                     // SAFETY: the buffer holds ROW_BLOCK bytes per row and block; a tile's rows are
                     // contiguous in it, and this task alone writes this tile.
+                    unsafe {
+                        let at = self.out.add((first * blocks + b * count) * ROW_BLOCK);
+                        block(s, x, at, count, r);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Quantises gathered rows of `x`: row `i` of the result is row `from[i]`, or row `i` without `from`. Tiles
+/// begin anew with each group, which together are all rows.
+pub(crate) fn quantise_groups(
+    pool: &Pool,
+    x: &[f32],
+    from: Option<&[u32]>,
+    groups: &[ExpertRows],
+    k: usize,
+    out: &mut Buffer,
+) -> Result<(), KernelError> {
+    let rows = groups.last().map_or(0, |group| group.rows.end);
+    out.reserve("quantised activations", rows * (k / BLOCK) * ROW_BLOCK)?;
+    let out = TaskPointer(out.as_mut_ptr());
+    let largest = pool.isa().tile_rows();
+    let quantise = |groups: &[ExpertRows]| {
+        let job = QuantiseGroups {
+            x,
+            from,
+            groups,
+            largest,
+            k,
+            out: out.get(),
+        };
+        simd::run(pool.isa(), job);
+    };
+    // A few rows take less time than waking a thread.
+    if rows * k < 16 * 1024 {
+        quantise(groups);
+        return Ok(());
+    }
+    let chunk = groups.len().div_ceil(4 * pool.threads());
+    pool.run(groups.len().div_ceil(chunk), &|task| {
+        quantise(&groups[task * chunk..][..chunk.min(groups.len() - task * chunk)]);
+    });
+    Ok(())
+}
+
+/// Quantises the rows of some groups.
+struct QuantiseGroups<'a> {
+    x: &'a [f32],
+    from: Option<&'a [u32]>,
+    groups: &'a [ExpertRows],
+    largest: usize,
+    k: usize,
+    out: *mut u8,
+}
+
+impl Kernel for QuantiseGroups<'_> {
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let blocks = self.k / BLOCK;
+        let all = self.groups.iter().map(|group| group.rows.clone());
+        for (first, count) in all.flat_map(|rows| tiles(rows, self.largest)) {
+            for r in 0..count {
+                let row = self.from.map_or(first + r, |from| from[first + r] as usize);
+                let x = &self.x[row * self.k..][..self.k];
+                for (b, x) in x.chunks_exact(BLOCK).enumerate() {
+                    // SAFETY: as in `Quantise`; the tiles of a group are contiguous, and one task alone
+                    // writes them.
                     unsafe {
                         let at = self.out.add((first * blocks + b * count) * ROW_BLOCK);
                         block(s, x, at, count, r);

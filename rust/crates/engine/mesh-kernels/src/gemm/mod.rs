@@ -5,6 +5,7 @@
 #![allow(clippy::needless_range_loop)]
 
 pub(crate) mod acts;
+pub(crate) mod experts;
 pub(crate) mod tile;
 
 use std::ops::Range;

@@ -3,7 +3,7 @@
 /// A family of networks that the engines can run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Architecture {
-    /// Llama 1 to 3, SmolLM2, TinyLlama, Mistral.
+    /// Llama 1 to 3, SmolLM2, TinyLlama, Mistral; and Mixtral, which is a llama with experts.
     Llama,
     /// Qwen2 and Qwen2.5: biases on query, key and value.
     Qwen2,
@@ -11,6 +11,12 @@ pub enum Architecture {
     Qwen3,
     /// Gemma 3, text only: most layers see a window only, norms before and after each half layer.
     Gemma3,
+    /// Qwen3 with a mixture of experts.
+    Qwen3Moe,
+    /// OLMoE: a mixture of experts, and norms over all heads of query and key at once.
+    Olmoe,
+    /// Granite 3 with a mixture of experts: factors on embedding, residual stream, scores and logits.
+    GraniteMoe,
 }
 
 impl Architecture {
@@ -21,16 +27,46 @@ impl Architecture {
             Architecture::Qwen2 => "qwen2",
             Architecture::Qwen3 => "qwen3",
             Architecture::Gemma3 => "gemma3",
+            Architecture::Qwen3Moe => "qwen3moe",
+            Architecture::Olmoe => "olmoe",
+            Architecture::GraniteMoe => "granitemoe",
         }
     }
 
     /// All families that the engines can run.
-    pub const ALL: [Architecture; 4] = [
+    pub const ALL: [Architecture; 7] = [
         Architecture::Llama,
         Architecture::Qwen2,
         Architecture::Qwen3,
         Architecture::Gemma3,
+        Architecture::Qwen3Moe,
+        Architecture::Olmoe,
+        Architecture::GraniteMoe,
     ];
+
+    /// True if every network of the family is a mixture of experts.
+    pub fn is_mixture(self) -> bool {
+        matches!(
+            self,
+            Architecture::Qwen3Moe | Architecture::Olmoe | Architecture::GraniteMoe
+        )
+    }
+
+    /// True if a network of the family can be a mixture of experts.
+    pub(super) fn may_be_mixture(self) -> bool {
+        self == Architecture::Llama || self.is_mixture()
+    }
+
+    /// True if query and key heads are normed.
+    pub(super) fn has_qk_norm(self) -> bool {
+        matches!(
+            self,
+            Architecture::Qwen3
+                | Architecture::Gemma3
+                | Architecture::Qwen3Moe
+                | Architecture::Olmoe
+        )
+    }
 
     pub(super) fn from_name(name: &str) -> Option<Self> {
         Architecture::ALL

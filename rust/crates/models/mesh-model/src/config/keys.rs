@@ -135,23 +135,18 @@ impl ArchitectureKeys<'_> {
         }
     }
 
-    pub(super) fn refuse_experts(&self) -> Result<(), ConfigError> {
-        match self.checkpoint.unsigned(&self.full("expert_count"))? {
-            Some(experts) if experts > 0 => Err(ConfigError::Unsupported {
-                feature: format!("a mixture of {experts} experts"),
-            }),
-            _ => Ok(()),
-        }
-    }
-
-    /// Gemma 2's way of bounding scores and logits.
-    pub(super) fn refuse_softcapping(&self) -> Result<(), ConfigError> {
-        for key in ["attn_logit_softcapping", "final_logit_softcapping"] {
+    /// Bounds on scores, logits (Gemma 2) and projections (OLMo).
+    pub(super) fn refuse_bounds(&self) -> Result<(), ConfigError> {
+        for (key, what) in [
+            ("attn_logit_softcapping", "soft capping"),
+            ("final_logit_softcapping", "soft capping"),
+            ("attention.clamp_kqv", "clamped queries, keys and values"),
+        ] {
             if let Some(most) = self.float(key)?
                 && most != 0.0
             {
                 return Err(ConfigError::Unsupported {
-                    feature: format!("soft capping ({} = {most})", self.full(key)),
+                    feature: format!("{what} ({} = {most})", self.full(key)),
                 });
             }
         }

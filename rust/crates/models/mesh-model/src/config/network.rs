@@ -1,6 +1,7 @@
 //! The shape of a network.
 
 use super::architecture::Architecture;
+use super::mixture::Mixture;
 use super::rope::Rope;
 use super::window::SlidingWindow;
 
@@ -30,8 +31,11 @@ pub struct ModelConfig {
     pub kv_heads: usize,
     /// Width of one head.
     pub head_dim: usize,
-    /// Width of the feed-forward layer.
+    /// Width of dense feed-forward layers.
     pub ffn: usize,
+    /// The mixture of experts that takes the place of dense feed-forward layers, see
+    /// [`ModelConfig::mixture_of`].
+    pub mixture: Option<Mixture>,
     /// Number of rows of the embedding.
     pub vocab: usize,
     /// Maximum context that the model was trained for, in tokens.
@@ -48,6 +52,11 @@ pub struct ModelConfig {
     /// Factor on the rows of the embedding at the input. It does not apply to the output matrix, even if that
     /// is the same tensor.
     pub embedding_scale: f32,
+    /// Factor on the outputs of attention and feed-forward before they are added to the hidden row (Granite's
+    /// `residual_multiplier`).
+    pub residual_scale: f32,
+    /// Logits are divided by this (Granite's `logits_scaling`).
+    pub logit_divisor: f32,
     /// Added to every norm weight of the tensors: 0, or 1 where they are stored as the distance from 1
     /// (Gemma's safetensors; its GGUF files have the sum).
     pub norm_offset: f32,
@@ -60,6 +69,8 @@ pub struct ModelConfig {
     pub qkv_bias: bool,
     /// Query and key heads are normed (`blk.N.attn_q_norm.weight` …).
     pub qk_norm: bool,
+    /// These norms go over all heads of a row at once rather than over each head (OLMoE).
+    pub qk_norm_over_heads: bool,
     /// The output matrix is the token embedding; there is no `output.weight`.
     pub tied_embeddings: bool,
 }
@@ -79,6 +90,20 @@ impl ModelConfig {
         }
     }
 
+    /// The mixture of experts of `layer`; `None` if the layer is dense.
+    pub fn mixture_of(&self, layer: u32) -> Option<&Mixture> {
+        let mixture = self.mixture.as_ref();
+        mixture.filter(|mixture| layer >= mixture.leading_dense)
+    }
+
+    /// Widths of the norms of query and key.
+    pub fn qk_norm_widths(&self) -> [usize; 2] {
+        match self.qk_norm_over_heads {
+            true => [self.heads, self.kv_heads].map(|heads| heads * self.head_dim),
+            false => [self.head_dim; 2],
+        }
+    }
+
     /// The square root of the width, in the precision that Gemma was trained with: bfloat16.
     pub fn gemma_embedding_scale(hidden: usize) -> f32 {
         half::bf16::from_f64((hidden as f64).sqrt()).to_f32()
@@ -86,18 +111,38 @@ impl ModelConfig {
 
     /// Elements of all weights, by shape.
     pub fn parameters(&self) -> u64 {
-        let (hidden, ffn) = (self.hidden as u64, self.ffn as u64);
+        self.count(|mixture| mixture.experts)
+    }
+
+    /// Elements of the weights that compute one token: of a mixture only the experts that are used. The same
+    /// as [`ModelConfig::parameters`] for a dense network.
+    pub fn active_parameters(&self) -> u64 {
+        self.count(|mixture| mixture.used)
+    }
+
+    fn count(&self, experts: impl Fn(&Mixture) -> usize) -> u64 {
+        let hidden = self.hidden as u64;
         let q = (self.heads * self.head_dim) as u64;
         let kv = (self.kv_heads * self.head_dim) as u64;
         let norms = if self.post_norms { 4 } else { 2 };
-        let mut layer = hidden * (2 * q + 2 * kv) + 3 * hidden * ffn + norms * hidden;
+        let mut layer = hidden * (2 * q + 2 * kv) + norms * hidden;
         if self.qkv_bias {
             layer += q + 2 * kv;
         }
         if self.qk_norm {
-            layer += 2 * self.head_dim as u64;
+            let widths = self.qk_norm_widths();
+            layer += widths.iter().sum::<usize>() as u64;
         }
+        let feed_forward = |layer| match self.mixture_of(layer) {
+            None => 3 * hidden * self.ffn as u64,
+            Some(mixture) => {
+                let router = hidden * mixture.experts as u64;
+                router + 3 * hidden * mixture.ffn as u64 * experts(mixture) as u64
+            }
+        };
+        let feed_forward: u64 = (0..self.layers).map(feed_forward).sum();
         let embeddings = if self.tied_embeddings { 1 } else { 2 };
-        u64::from(self.layers) * layer + embeddings * self.vocab as u64 * hidden + hidden
+        let ends = embeddings * self.vocab as u64 * hidden + hidden;
+        u64::from(self.layers) * layer + feed_forward + ends
     }
 }

@@ -3,6 +3,7 @@
 use super::architecture::Architecture;
 use super::error::ConfigError;
 use super::keys::{ArchitectureKeys, MAX_CONTEXT, MAX_LAYERS, MAX_WIDTH};
+use super::mixture::Mixture;
 use super::network::{Activation, ModelConfig};
 use super::rope::Rope;
 use super::shapes;
@@ -22,8 +23,7 @@ impl ModelConfig {
             checkpoint,
             architecture,
         };
-        keys.refuse_experts()?;
-        keys.refuse_softcapping()?;
+        keys.refuse_bounds()?;
 
         let layers = keys.count("block_count", MAX_LAYERS)?;
         let hidden = keys.count("embedding_length", MAX_WIDTH)? as usize;
@@ -41,7 +41,12 @@ impl ModelConfig {
         let head_dim = keys.head_dim(hidden, heads)?;
         let embedding = checkpoint.require_tensor("token_embd.weight")?;
         let rope = Rope::from_keys(&keys, head_dim)?;
+        let mixture = Mixture::from_keys(&keys)?;
         let gemma = architecture == Architecture::Gemma3;
+        let granite = |key: &str| match architecture {
+            Architecture::GraniteMoe => Ok(keys.positive(key)?.unwrap_or(1.0)),
+            _ => Ok::<_, ConfigError>(1.0),
+        };
         let tensors = checkpoint.tensors();
         let config = ModelConfig {
             architecture,
@@ -51,7 +56,8 @@ impl ModelConfig {
             heads,
             kv_heads,
             head_dim,
-            ffn: keys.count("feed_forward_length", MAX_WIDTH)? as usize,
+            ffn: dense_width(&keys, mixture.as_ref())?,
+            mixture,
             vocab: keys.vocab(embedding.dims.get(1).copied().unwrap_or(0))?,
             context: keys.count("context_length", MAX_CONTEXT)? as u32,
             norm_eps: keys.norm_eps()?,
@@ -60,8 +66,10 @@ impl ModelConfig {
             query_scalar: keys.query_scalar(layers, hidden, heads, head_dim)?,
             embedding_scale: match gemma {
                 true => ModelConfig::gemma_embedding_scale(hidden),
-                false => 1.0,
+                false => granite("embedding_scale")?,
             },
+            residual_scale: granite("residual_scale")?,
+            logit_divisor: granite("logit_scale")?,
             norm_offset: match gemma {
                 true => checkpoint.norm_offset(),
                 false => 0.0,
@@ -73,9 +81,26 @@ impl ModelConfig {
             },
             qkv_bias: tensors.get("blk.0.attn_q.bias").is_some(),
             qk_norm: tensors.get("blk.0.attn_q_norm.weight").is_some(),
+            qk_norm_over_heads: architecture == Architecture::Olmoe,
             tied_embeddings: tensors.get("output.weight").is_none(),
         };
         shapes::check(&config, checkpoint)?;
         Ok(config)
     }
+}
+
+/// Width of dense feed-forward layers; of a mixture without them, that of its experts.
+fn dense_width(
+    keys: &ArchitectureKeys<'_>,
+    mixture: Option<&Mixture>,
+) -> Result<usize, ConfigError> {
+    const KEY: &str = "feed_forward_length";
+    let width = match mixture {
+        Some(mixture) if mixture.leading_dense == 0 => {
+            let width = keys.optional_count(KEY, MAX_WIDTH)?;
+            width.unwrap_or(mixture.ffn as u64)
+        }
+        _ => keys.count(KEY, MAX_WIDTH)?,
+    };
+    Ok(width as usize)
 }

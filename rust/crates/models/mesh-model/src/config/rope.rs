@@ -157,10 +157,12 @@ impl Rope {
             base,
             dim,
             style: match keys.architecture {
-                Architecture::Llama => keys.checkpoint.row_order(),
-                Architecture::Qwen2 | Architecture::Qwen3 | Architecture::Gemma3 => {
-                    RopeStyle::Halves
-                }
+                Architecture::Llama | Architecture::GraniteMoe => keys.checkpoint.row_order(),
+                Architecture::Qwen2
+                | Architecture::Qwen3
+                | Architecture::Gemma3
+                | Architecture::Qwen3Moe
+                | Architecture::Olmoe => RopeStyle::Halves,
             },
             scaling: scaling(keys)?,
             freq_factors: freq_factors(keys, dim / 2)?,

@@ -2,8 +2,10 @@
 
 use super::architecture::Architecture;
 use super::error::ConfigError;
+use super::mixture::Mixture;
 use super::network::ModelConfig;
 use crate::checkpoint::Checkpoint;
+use crate::gguf::{expert_name, stack_name};
 
 /// Checks that all tensors that the engines need exist with the right dimensions, and that no other would be
 /// ignored.
@@ -13,12 +15,19 @@ pub(super) fn check(config: &ModelConfig, checkpoint: &dyn Checkpoint) -> Result
         check_one(checkpoint, name, dims)?;
     }
     for layer in 0..config.layers {
-        for (suffix, dims) in &expected.per_layer {
+        let of_kind = match config.mixture_of(layer) {
+            None => &expected.dense,
+            Some(_) => &expected.mixture,
+        };
+        for (suffix, dims) in expected.per_layer.iter().chain(of_kind) {
             check_one(checkpoint, &format!("blk.{layer}.{suffix}"), dims)?;
+        }
+        if let Some(mixture) = config.mixture_of(layer) {
+            check_experts(config, mixture, checkpoint, layer)?;
         }
     }
     for tensor in checkpoint.tensors().iter() {
-        if !is_known(tensor.name, config, &expected) {
+        if !is_known(tensor.name, config, &expected, checkpoint) {
             return Err(ConfigError::UnexpectedTensor {
                 tensor: tensor.name.into(),
                 architecture: config.architecture.name(),
@@ -30,7 +39,12 @@ pub(super) fn check(config: &ModelConfig, checkpoint: &dyn Checkpoint) -> Result
 
 struct ExpectedTensors {
     globals: Vec<(&'static str, Vec<u64>)>,
+    /// Tensors that all layers have.
     per_layer: Vec<(&'static str, Vec<u64>)>,
+    /// Tensors of dense layers besides.
+    dense: Vec<(&'static str, Vec<u64>)>,
+    /// Tensors of layers with a mixture besides, without their experts' matrices.
+    mixture: Vec<(&'static str, Vec<u64>)>,
 }
 
 /// Dimensions in GGUF order: inputs first.
@@ -55,10 +69,14 @@ fn expected(config: &ModelConfig) -> ExpectedTensors {
         ("attn_v.weight", vec![hidden, kv]),
         ("attn_output.weight", vec![q, hidden]),
         ("ffn_norm.weight", vec![hidden]),
+    ];
+    let dense = vec![
         ("ffn_gate.weight", vec![hidden, ffn]),
         ("ffn_up.weight", vec![hidden, ffn]),
         ("ffn_down.weight", vec![ffn, hidden]),
     ];
+    let experts = config.mixture.as_ref().map(|mixture| mixture.experts);
+    let mixture = experts.map(|experts| (ROUTER, vec![hidden, experts as u64]));
     if config.qkv_bias || config.architecture == Architecture::Qwen2 {
         per_layer.extend([
             ("attn_q.bias", vec![q]),
@@ -66,15 +84,11 @@ fn expected(config: &ModelConfig) -> ExpectedTensors {
             ("attn_v.bias", vec![kv]),
         ]);
     }
-    if config.qk_norm
-        || matches!(
-            config.architecture,
-            Architecture::Qwen3 | Architecture::Gemma3
-        )
-    {
+    if config.qk_norm || config.architecture.has_qk_norm() {
+        let [q, k] = config.qk_norm_widths().map(|width| width as u64);
         per_layer.extend([
-            ("attn_q_norm.weight", vec![head_dim]),
-            ("attn_k_norm.weight", vec![head_dim]),
+            ("attn_q_norm.weight", vec![q]),
+            ("attn_k_norm.weight", vec![k]),
         ]);
     }
     if config.post_norms {
@@ -83,7 +97,41 @@ fn expected(config: &ModelConfig) -> ExpectedTensors {
             ("post_ffw_norm.weight", vec![hidden]),
         ]);
     }
-    ExpectedTensors { globals, per_layer }
+    ExpectedTensors {
+        globals,
+        per_layer,
+        dense,
+        mixture: mixture.into_iter().collect(),
+    }
+}
+
+const ROUTER: &str = "ffn_gate_inp.weight";
+
+/// The experts' matrices: in one stack, or each in a tensor of its own.
+fn check_experts(
+    config: &ModelConfig,
+    mixture: &Mixture,
+    checkpoint: &dyn Checkpoint,
+    layer: u32,
+) -> Result<(), ConfigError> {
+    let (hidden, ffn) = (config.hidden as u64, mixture.ffn as u64);
+    for (suffix, inputs, outputs) in [
+        ("ffn_gate", hidden, ffn),
+        ("ffn_up", hidden, ffn),
+        ("ffn_down", ffn, hidden),
+    ] {
+        let matrix = format!("blk.{layer}.{suffix}");
+        let single = |expert| expert_name(&matrix, expert);
+        if checkpoint.tensors().get(&single(0)).is_none() {
+            let dims = [inputs, outputs, mixture.experts as u64];
+            check_one(checkpoint, &stack_name(&matrix), &dims)?;
+            continue;
+        }
+        for expert in 0..mixture.experts {
+            check_one(checkpoint, &single(expert), &[inputs, outputs])?;
+        }
+    }
+    Ok(())
 }
 
 fn check_one(checkpoint: &dyn Checkpoint, name: &str, dims: &[u64]) -> Result<(), ConfigError> {
@@ -98,19 +146,47 @@ fn check_one(checkpoint: &dyn Checkpoint, name: &str, dims: &[u64]) -> Result<()
     Ok(())
 }
 
-fn is_known(name: &str, config: &ModelConfig, expected: &ExpectedTensors) -> bool {
+fn is_known(
+    name: &str,
+    config: &ModelConfig,
+    expected: &ExpectedTensors,
+    checkpoint: &dyn Checkpoint,
+) -> bool {
     // Frequencies that follow from the metadata; some converters wrote them out.
     if name == "rope_freqs.weight" || name.ends_with(".attn_rot_embd.weight") {
         return true;
     }
-    match name
+    let Some((number, suffix)) = name
         .strip_prefix("blk.")
         .and_then(|rest| rest.split_once('.'))
-    {
-        Some((layer, suffix)) => {
-            layer.parse().is_ok_and(|layer: u32| layer < config.layers)
-                && expected.per_layer.iter().any(|(known, _)| *known == suffix)
-        }
-        None => expected.globals.iter().any(|(known, _)| *known == name),
+    else {
+        return expected.globals.iter().any(|(known, _)| *known == name);
+    };
+    let Some(layer) = number.parse().ok().filter(|layer| *layer < config.layers) else {
+        return false;
+    };
+    let among = |tensors: &[(&str, _)]| tensors.iter().any(|(known, _)| *known == suffix);
+    match config.mixture_of(layer) {
+        _ if among(&expected.per_layer) => true,
+        None => among(&expected.dense),
+        Some(mixture) => among(&expected.mixture) || is_expert(number, suffix, mixture, checkpoint),
     }
+}
+
+/// True for the matrices that [`check_experts`] has found: those of the experts, or their stack.
+fn is_expert(number: &str, suffix: &str, mixture: &Mixture, checkpoint: &dyn Checkpoint) -> bool {
+    let Some(rest) = suffix.strip_suffix(".weight") else {
+        return false;
+    };
+    let known = |matrix: &str| matches!(matrix, "ffn_gate" | "ffn_up" | "ffn_down");
+    if let Some((matrix, expert)) = rest.split_once('.') {
+        // One way of writing a number only: the others are ignored.
+        let is_read = |n: usize| n < mixture.experts && n.to_string() == expert;
+        return known(matrix) && expert.parse().is_ok_and(is_read);
+    }
+    // Beside tensors of single experts a stack would be ignored.
+    rest.strip_suffix("_exps").is_some_and(|matrix| {
+        let first = expert_name(&format!("blk.{number}.{matrix}"), 0);
+        known(matrix) && checkpoint.tensors().get(&first).is_none()
+    })
 }

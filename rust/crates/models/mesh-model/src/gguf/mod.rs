@@ -6,6 +6,7 @@ mod assemble;
 mod cursor;
 mod dequant;
 mod error;
+mod experts;
 mod head;
 mod parse;
 pub mod split;
@@ -17,6 +18,7 @@ use std::path::Path;
 
 pub use dequant::dequantize;
 pub use error::{GgufError, SplitError};
+pub use experts::{expert_name, is_of_experts, stack_name};
 pub use mesh_quant::GgmlType;
 pub(crate) use tensors::TensorEntry;
 pub use tensors::{Tensor, Tensors};

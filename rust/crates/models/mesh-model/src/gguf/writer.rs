@@ -1,5 +1,6 @@
 //! Writing GGUF files, version 3.
 
+use std::fs::File;
 use std::io::{self, Seek, Write};
 
 use mesh_quant::GgmlType;
@@ -110,6 +111,21 @@ impl Writer {
             at += tensor.bytes;
         }
         out.flush()
+    }
+
+    /// Writes the header to `file`, which gets the length that it has with data: the tensors are holes, which
+    /// read as zeros.
+    ///
+    /// # Errors
+    /// If writing fails.
+    pub fn write_header(&self, file: &mut File) -> io::Result<()> {
+        let head = self.head();
+        file.write_all(&head)?;
+        let mut len = (head.len() as u64).next_multiple_of(DEFAULT_ALIGNMENT);
+        for tensor in &self.tensors {
+            len = len.next_multiple_of(DEFAULT_ALIGNMENT) + tensor.bytes;
+        }
+        file.set_len(len)
     }
 
     /// The whole file in memory, each tensor filled by `data`.

@@ -4,6 +4,7 @@
 //! key says the same in GGUF).
 
 mod class;
+mod mixture;
 mod object;
 mod rope;
 
@@ -11,6 +12,7 @@ use serde_json::{Map, Value};
 
 use super::HfError;
 use super::keys::GgufKeys;
+use super::naming::TensorNaming;
 use crate::config::{MAX_CONTEXT, MAX_LAYERS, MAX_VOCAB, MAX_WIDTH};
 use class::Class;
 use object::{FILE, Object, bad};
@@ -22,17 +24,6 @@ pub(super) struct Configuration {
     /// Divisors of the frequencies, where the rotary embedding is stretched in llama 3's way. GGUF files have
     /// them as the tensor `rope_freqs.weight`.
     pub(super) freq_factors: Option<Vec<f32>>,
-}
-
-/// Properties of the network that determine the names of its tensors.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct TensorNaming {
-    /// The embedding is also the output matrix, even if the files hold another.
-    pub(super) tied: bool,
-    /// Layers also have norms behind attention and feed-forward.
-    pub(super) post_norms: bool,
-    /// The model has a vision part, which is left out.
-    pub(super) sees: bool,
 }
 
 /// Reads `config.json` of the model called `name`.
@@ -54,6 +45,7 @@ pub(super) fn read(json: &[u8], name: &str) -> Result<Configuration, HfError> {
         tied: tied(&text)?.or(tied(&root)?).unwrap_or(gemma),
         post_norms: gemma,
         sees,
+        experts: class.expert_naming(),
     };
     // The default is that of the class in `transformers`.
     let count =
@@ -72,9 +64,12 @@ pub(super) fn read(json: &[u8], name: &str) -> Result<Configuration, HfError> {
         "feed_forward_length",
         count("intermediate_size", MAX_WIDTH, None)?,
     );
+    mixture::mixture(&text, class, layers, &mut keys)?;
     let (heads, kv_heads, head_dim, vocab, context) = match class {
         Class::Gemma3 => (Some(8), Some(4), Some(256), Some(262_208), Some(131_072)),
         Class::Qwen3 => (None, None, Some(128), None, None),
+        Class::Mixtral => (None, Some(8), None, None, None),
+        Class::Qwen3Moe => (None, Some(4), None, None, None),
         _ => (None, None, None, None, None),
     };
     let heads = count("num_attention_heads", MAX_WIDTH, heads)?;
@@ -154,9 +149,14 @@ fn window(
         _ => text.count("sliding_window", MAX_CONTEXT)?,
     };
     let flags: Vec<bool> = match class {
-        Class::Llama => return Ok(()),
+        Class::Llama | Class::Olmoe | Class::GraniteMoe => return Ok(()),
         _ if text.map.contains_key("layer_types") => text.layer_types(layers)?,
-        Class::Mistral => vec![true; layers as usize],
+        Class::Mistral | Class::Mixtral => vec![true; layers as usize],
+        // A switch for all layers.
+        Class::Qwen3Moe => {
+            let has = text.boolean("use_sliding_window")?.unwrap_or(false);
+            vec![has; layers as usize]
+        }
         Class::Qwen2 | Class::Qwen3 => {
             if !text.boolean("use_sliding_window")?.unwrap_or(false) {
                 return Ok(());

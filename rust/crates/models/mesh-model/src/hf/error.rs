@@ -59,7 +59,8 @@ pub enum HfError {
     /// A network of another family.
     #[error(
         "architecture {found:?} is not supported: use a model of LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, \
-         Qwen3ForCausalLM or Gemma3ForCausalLM"
+         Qwen3ForCausalLM, Gemma3ForCausalLM, MixtralForCausalLM, Qwen3MoeForCausalLM, OlmoeForCausalLM or \
+         GraniteMoeForCausalLM"
     )]
     Architecture { found: String },
     /// A feature that the engines do not have.
@@ -78,6 +79,11 @@ pub enum HfError {
     /// A tensor without elements.
     #[error("tensor {tensor:?} has no elements: the file is damaged")]
     Empty { tensor: String },
+    /// The experts of a layer in one tensor of a shape that they cannot have.
+    #[error(
+        "tensor {tensor:?} has shape {shape:?}: it must hold the matrices of 1 to 1024 experts; convert the model again"
+    )]
+    Experts { tensor: String, shape: Vec<u64> },
     /// The index and the files contradict each other.
     #[error(
         "model.safetensors.index.json says that tensor {tensor:?} is in {expected:?}, but it is {found}: fetch the model again"

@@ -17,6 +17,7 @@ enum KeyValue {
     Count(u64),
     Float(f64),
     Text(String),
+    Flag(bool),
     /// Booleans, one byte each.
     Flags(Vec<u8>),
 }
@@ -35,6 +36,7 @@ impl GgufKeys {
         Some(match self.values.get(key)? {
             KeyValue::Count(count) => Value::Unsigned(*count),
             KeyValue::Float(float) => Value::Float(*float),
+            KeyValue::Flag(flag) => Value::Bool(*flag),
             KeyValue::Text(text) => Value::String(text.as_bytes()),
             KeyValue::Flags(flags) => Value::Array(Array::of_flags(flags)),
         })
@@ -56,6 +58,10 @@ impl GgufKeys {
 
     pub(super) fn text(&mut self, key: &str, text: &str) {
         self.put(key, KeyValue::Text(text.to_owned()));
+    }
+
+    pub(super) fn flag(&mut self, key: &str, flag: bool) {
+        self.put(key, KeyValue::Flag(flag));
     }
 
     pub(super) fn flags(&mut self, key: &str, flags: &[bool]) {

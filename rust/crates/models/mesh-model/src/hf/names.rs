@@ -1,6 +1,7 @@
 //! Hugging Face's names of tensors as GGUF's, and back.
 
-use super::config::TensorNaming;
+use super::naming::{ExpertNaming, TensorNaming};
+use crate::gguf::expert_name;
 
 /// The tensors of a layer: the name after `model.layers.N.`, and the one after `blk.N.`.
 const LAYER: [(&str, &str); 16] = [
@@ -22,6 +23,118 @@ const LAYER: [(&str, &str); 16] = [
     // What this one is depends on whether a layer has four norms: see `layer`.
     (POST_ATTENTION, "ffn_norm.weight"),
 ];
+
+const ROUTER: &str = "ffn_gate_inp.weight";
+
+impl ExpertNaming {
+    /// Name of the router's tensor, after `model.layers.N.`.
+    fn router(self) -> &'static str {
+        match self {
+            ExpertNaming::Qwen => "mlp.gate.weight",
+            ExpertNaming::Mixtral => "block_sparse_moe.gate.weight",
+            ExpertNaming::Granite => "block_sparse_moe.router.layer.weight",
+        }
+    }
+
+    /// What stands before an expert's number.
+    fn prefix(self) -> &'static str {
+        match self {
+            ExpertNaming::Qwen => "mlp.experts.",
+            ExpertNaming::Mixtral | ExpertNaming::Granite => "block_sparse_moe.experts.",
+        }
+    }
+
+    /// The names of an expert's matrices, with GGUF's.
+    fn matrices(self) -> [(&'static str, &'static str); 3] {
+        let theirs = match self {
+            ExpertNaming::Qwen => ["gate_proj", "up_proj", "down_proj"],
+            ExpertNaming::Mixtral | ExpertNaming::Granite => ["w1", "w3", "w2"],
+        };
+        let ours = ["ffn_gate", "ffn_up", "ffn_down"];
+        std::array::from_fn(|i| (theirs[i], ours[i]))
+    }
+
+    /// GGUF's name, after `blk.N.`, of the tensor `suffix`.
+    fn gguf_name(self, suffix: &str) -> Option<String> {
+        if suffix == self.router() {
+            return Some(ROUTER.into());
+        }
+        let rest = suffix.strip_prefix(self.prefix())?;
+        let (expert, matrix) = rest.strip_suffix(".weight")?.split_once('.')?;
+        let ours = self
+            .matrices()
+            .iter()
+            .find(|(theirs, _)| *theirs == matrix)?
+            .1;
+        is_number(expert).then(|| format!("{ours}.{expert}.weight"))
+    }
+
+    /// The folder's name of the tensor that GGUF calls `suffix` after `blk.N.`; of a stack its first expert's.
+    fn their_name(self, suffix: &str) -> Option<String> {
+        if suffix == ROUTER {
+            return Some(self.router().into());
+        }
+        let name = suffix.strip_suffix(".weight")?;
+        let (ours, expert) = match name.strip_suffix("_exps") {
+            Some(ours) => (ours, "0"),
+            None => name.split_once('.')?,
+        };
+        let theirs = self.matrices().iter().find(|(_, known)| *known == ours)?.0;
+        Some(match (self, theirs) {
+            (ExpertNaming::Granite, "w2") => GRANITE_DOWN.to_owned(),
+            (ExpertNaming::Granite, _) => GRANITE_GATE_UP.to_owned(),
+            _ => format!("{}{expert}.{theirs}.weight", self.prefix()),
+        })
+    }
+}
+
+const GRANITE_GATE_UP: &str = "block_sparse_moe.input_linear.weight";
+const GRANITE_DOWN: &str = "block_sparse_moe.output_linear.weight";
+
+/// A tensor that holds one or several matrices of each expert.
+pub(super) struct FusedExperts {
+    /// `blk.N`.
+    layer: String,
+    /// GGUF's names of an expert's matrices, in the order of its rows.
+    matrices: &'static [&'static str],
+}
+
+impl FusedExperts {
+    /// What the tensor `name` holds; `None` if it is no such tensor.
+    pub(super) fn of(name: &str, network: &TensorNaming) -> Option<Self> {
+        if network.experts != ExpertNaming::Granite {
+            return None;
+        }
+        let rest = PREFIXES
+            .iter()
+            .find_map(|prefix| name.strip_prefix(prefix)?.strip_prefix("layers."))?;
+        let (number, suffix) = rest.split_once('.')?;
+        let matrices: &[&str] = match suffix {
+            GRANITE_GATE_UP => &["ffn_gate", "ffn_up"],
+            GRANITE_DOWN => &["ffn_down"],
+            _ => return None,
+        };
+        let layer = format!("blk.{number}");
+        is_number(number).then_some(FusedExperts { layer, matrices })
+    }
+
+    /// Matrices of one expert.
+    pub(super) fn matrices(&self) -> usize {
+        self.matrices.len()
+    }
+
+    /// GGUF's name of an expert's matrix.
+    pub(super) fn name(&self, expert: usize, matrix: usize) -> String {
+        expert_name(&format!("{}.{}", self.layer, self.matrices[matrix]), expert)
+    }
+}
+
+/// True for a number without leading zeros: with one way of writing it only, two tensors cannot have one name
+/// by it.
+fn is_number(text: &str) -> bool {
+    let plain = !text.starts_with('0') || text == "0";
+    plain && !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit())
+}
 
 const POST_ATTENTION: &str = "post_attention_layernorm.weight";
 
@@ -73,9 +186,11 @@ pub(super) fn gguf_name(name: &str, network: &TensorNaming) -> Option<String> {
 
 fn layer(rest: &str, network: &TensorNaming) -> Option<String> {
     let (number, suffix) = rest.split_once('.')?;
-    // One way of writing a number only, so that two tensors cannot have one name by it.
-    if number.starts_with('0') && number != "0" || !number.bytes().all(|b| b.is_ascii_digit()) {
+    if !is_number(number) {
         return None;
+    }
+    if let Some(ours) = network.experts.gguf_name(suffix) {
+        return Some(format!("blk.{number}.{ours}"));
     }
     let ours = match suffix {
         POST_ATTENTION if network.post_norms => "post_attention_norm.weight",
@@ -85,7 +200,7 @@ fn layer(rest: &str, network: &TensorNaming) -> Option<String> {
 }
 
 /// The folder's name for a tensor of GGUF's name; `None` if it has no such tensor.
-pub(crate) fn their_name(name: &str) -> Option<String> {
+pub(crate) fn their_name(name: &str, experts: ExpertNaming) -> Option<String> {
     if name == "output.weight" {
         return Some("lm_head.weight".into());
     }
@@ -93,6 +208,9 @@ pub(crate) fn their_name(name: &str) -> Option<String> {
         return Some(format!("model.{theirs}"));
     }
     let (layer, suffix) = name.strip_prefix("blk.")?.split_once('.')?;
+    if let Some(theirs) = experts.their_name(suffix) {
+        return Some(format!("model.layers.{layer}.{theirs}"));
+    }
     let theirs = match suffix {
         "post_attention_norm.weight" => POST_ATTENTION,
         // Of llama's two names the last, which all families except Gemma use.

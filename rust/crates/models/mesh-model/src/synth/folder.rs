@@ -9,9 +9,9 @@ use half::{bf16, f16};
 use serde_json::{Value, json};
 
 use crate::checkpoint::Checkpoint;
-use crate::config::{Architecture, ModelConfig, Rope, RopeScaling, RopeStyle};
-use crate::gguf::{Gguf, Tensor, Tensors};
-use crate::hf;
+use crate::config::{Architecture, Mixture, ModelConfig, Rope, RopeScaling, RopeStyle};
+use crate::gguf::{Gguf, Tensor, Tensors, expert_name};
+use crate::hf::{self, ExpertNaming};
 use crate::model::Model;
 use crate::safetensors::{self, Dtype, Planned};
 
@@ -58,6 +58,12 @@ fn unknown(what: impl Into<String>) -> io::Error {
 
 fn config_json(config: &ModelConfig) -> io::Result<Value> {
     let (class, kind, activation) = match config.architecture {
+        Architecture::Qwen3Moe => ("Qwen3MoeForCausalLM", "qwen3_moe", "hidden_act"),
+        Architecture::Olmoe => ("OlmoeForCausalLM", "olmoe", "hidden_act"),
+        Architecture::GraniteMoe => ("GraniteMoeForCausalLM", "granitemoe", "hidden_act"),
+        Architecture::Llama if config.mixture.is_some() => {
+            ("MixtralForCausalLM", "mixtral", "hidden_act")
+        }
         Architecture::Llama => ("LlamaForCausalLM", "llama", "hidden_act"),
         Architecture::Qwen2 => ("Qwen2ForCausalLM", "qwen2", "hidden_act"),
         Architecture::Qwen3 => ("Qwen3ForCausalLM", "qwen3", "hidden_act"),
@@ -65,7 +71,7 @@ fn config_json(config: &ModelConfig) -> io::Result<Value> {
     };
     // A llama with a window is a Mistral.
     let class = match (config.architecture, &config.window) {
-        (Architecture::Llama, Some(_)) => "MistralForCausalLM",
+        (Architecture::Llama, Some(_)) if config.mixture.is_none() => "MistralForCausalLM",
         _ => class,
     };
     let mut json = json!({
@@ -91,6 +97,9 @@ fn config_json(config: &ModelConfig) -> io::Result<Value> {
     if config.architecture == Architecture::Gemma3 {
         json["query_pre_attn_scalar"] = config.query_scalar.into();
     }
+    if let Some(mixture) = &config.mixture {
+        put_mixture(&mut json, config, mixture);
+    }
     if let Some(window) = &config.window {
         let kind = |&has: &bool| {
             if has {
@@ -104,6 +113,30 @@ fn config_json(config: &ModelConfig) -> io::Result<Value> {
         json["rope_local_base_freq"] = window.rope.base.into();
     }
     Ok(json)
+}
+
+fn put_mixture(json: &mut Value, config: &ModelConfig, mixture: &Mixture) {
+    let experts = match config.architecture {
+        Architecture::Qwen3Moe | Architecture::Olmoe => "num_experts",
+        _ => "num_local_experts",
+    };
+    json[experts] = mixture.experts.into();
+    json["num_experts_per_tok"] = mixture.used.into();
+    json["norm_topk_prob"] = mixture.normalised.into();
+    match config.architecture {
+        Architecture::Qwen3Moe => {
+            json["moe_intermediate_size"] = mixture.ffn.into();
+            json["mlp_only_layers"] = (0..mixture.leading_dense).collect();
+        }
+        Architecture::GraniteMoe => {
+            json["embedding_multiplier"] = config.embedding_scale.into();
+            json["residual_multiplier"] = config.residual_scale.into();
+            json["attention_multiplier"] = (1.0 / config.query_scalar.sqrt()).into();
+            json["logits_scaling"] = config.logit_divisor.into();
+            json["intermediate_size"] = mixture.ffn.into();
+        }
+        _ => json["intermediate_size"] = mixture.ffn.into(),
+    }
 }
 
 fn scaling_json(rope: &Rope) -> io::Result<Value> {
@@ -282,9 +315,14 @@ fn write_weights(
     shards: usize,
     dir: &Path,
 ) -> io::Result<()> {
-    let mut planned: Vec<(Planned, Tensor<'_>)> = Vec::new();
+    let naming = naming(config);
+    let mut planned: Vec<(Planned, Vec<Tensor<'_>>)> = Vec::new();
     for tensor in tensors.iter() {
-        let name = hf::their_name(tensor.name)
+        if let Some(matrix) = tensor.name.strip_suffix("_exps.weight") {
+            plan_experts(tensors, config, naming, matrix, dtype, &mut planned)?;
+            continue;
+        }
+        let name = hf::their_name(tensor.name, naming)
             .filter(|_| tensor.name != "rope_freqs.weight")
             .ok_or_else(|| unknown(format!("tensor {}", tensor.name)))?;
         let name = match (
@@ -303,7 +341,7 @@ fn write_weights(
             },
             shape: tensor.dims.iter().rev().copied().collect(),
         };
-        planned.push((plan, tensor));
+        planned.push((plan, vec![tensor]));
     }
     let mut weight_map = BTreeMap::new();
     let per_shard = planned.len().div_ceil(shards);
@@ -320,8 +358,8 @@ fn write_weights(
         let mut out = BufWriter::with_capacity(1 << 20, File::create(dir.join(name))?);
         safetensors::write(&mut out, &plans, |plan, out| {
             let tensor = shard.iter().find(|(other, _)| other.name == plan.name);
-            let (_, tensor) = tensor.expect("one of those planned");
-            put(&values(config, tensor)?, plan.dtype, out)
+            let (_, parts) = tensor.expect("one of those planned");
+            (parts.iter()).try_for_each(|part| put(&values(config, part)?, plan.dtype, out))
         })?;
     }
     if files > 1 {
@@ -329,6 +367,60 @@ fn write_weights(
         let index = serde_json::to_vec_pretty(&index)?;
         std::fs::write(dir.join("model.safetensors.index.json"), index)?;
     }
+    Ok(())
+}
+
+fn naming(config: &ModelConfig) -> ExpertNaming {
+    match config.architecture {
+        Architecture::Llama => ExpertNaming::Mixtral,
+        Architecture::GraniteMoe => ExpertNaming::Granite,
+        _ => ExpertNaming::Qwen,
+    }
+}
+
+/// Plans the tensors of the experts' `matrix`. Each consists of the given parts, one after the other.
+fn plan_experts<'a>(
+    tensors: &'a Tensors,
+    config: &ModelConfig,
+    naming: ExpertNaming,
+    matrix: &str,
+    dtype: Dtype,
+    planned: &mut Vec<(Planned, Vec<Tensor<'a>>)>,
+) -> io::Result<()> {
+    let count = config.mixture.as_ref().map_or(0, |mixture| mixture.experts);
+    let part = |matrix: &str, expert| {
+        let part = tensors.expert(matrix, expert);
+        part.ok_or_else(|| unknown(format!("expert {expert} of {matrix}")))
+    };
+    let their_name = |expert| {
+        let name = hf::their_name(&expert_name(matrix, expert), naming);
+        name.ok_or_else(|| unknown(format!("experts {matrix}")))
+    };
+    if naming != ExpertNaming::Granite {
+        for expert in 0..count {
+            let part = part(matrix, expert)?;
+            let shape = part.dims.iter().rev().copied().collect();
+            let name = their_name(expert)?;
+            planned.push((Planned { name, dtype, shape }, vec![part]));
+        }
+        return Ok(());
+    }
+    // All experts in one tensor, gate before up.
+    let matrices = match matrix.strip_suffix("ffn_gate") {
+        Some(layer) => vec![matrix.to_owned(), format!("{layer}ffn_up")],
+        None if matrix.ends_with("ffn_up") => return Ok(()),
+        None => vec![matrix.to_owned()],
+    };
+    let mut parts = Vec::new();
+    for expert in 0..count {
+        for matrix in &matrices {
+            parts.push(part(matrix, expert)?);
+        }
+    }
+    let [inputs, outputs] = [0, 1].map(|at| parts.first().map_or(0, |part| part.dims[at]));
+    let shape = vec![count as u64, matrices.len() as u64 * outputs, inputs];
+    let name = their_name(0)?;
+    planned.push((Planned { name, dtype, shape }, parts));
     Ok(())
 }
 

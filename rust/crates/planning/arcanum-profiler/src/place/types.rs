@@ -12,7 +12,7 @@ pub struct ModelSpec {
     pub layers: u32,
     /// Width of a hidden row.
     pub hidden: u32,
-    /// Bytes of one layer's weights.
+    /// Bytes of one layer's weights, with all experts of a mixture.
     pub layer_bytes: u64,
     /// Bytes that the first stage holds besides.
     pub first_bytes: u64,
@@ -31,7 +31,8 @@ pub struct Candidate {
     pub name: String,
     /// Bytes that it may use for this ring's weights and KV cache; without the memory of other rings.
     pub memory: u64,
-    /// Microseconds of one layer for one decode row; not positive is unknown.
+    /// Microseconds of one layer for one decode row, which reads only the experts that it uses; not positive
+    /// is unknown.
     pub decode_us: f64,
     /// Microseconds of one layer per row of a prefill chunk. Decoding decides the placement: it takes most of
     /// an answer's time, and the nodes' order is the same in both.

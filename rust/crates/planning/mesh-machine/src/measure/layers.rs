@@ -6,6 +6,10 @@
 //! decode faster there than the same layers do in a stage of thirty. Of the times of equal steps the lower
 //! quartile counts: placement stretches it by the machine's load, so it must be the time on an idle machine,
 //! without being the luckiest one.
+//!
+//! A token reads only some experts of a mixture: those bytes count for the caches and for the time, all bytes for
+//! memory. Weights that are not there yet (holes) choose the same experts for every row. A row decodes as fast
+//! with them as with others, while the time of a prefill chunk is then lower than with the real weights.
 
 use std::ops::Range;
 use std::time::{Duration, Instant};
@@ -13,6 +17,7 @@ use std::time::{Duration, Instant};
 use arcanum_profiler::profile::LayerSpeed;
 use mesh_engine::{LogitRows, Segment, Stage, StageError, StageInput};
 use mesh_engine_ort::{LoadError, OrtOptions, OrtStage, WeightFormat, matrix_bytes};
+use mesh_model::gguf::is_of_experts;
 use mesh_model::{Model, ModelError};
 
 use super::options::ProfileOptions;
@@ -72,7 +77,12 @@ pub fn measure_layers(
     }
     let cache = last_level_cache(&options.root, options.threads());
     let weights = (2 * cache).min(MOST_WEIGHTS).min(available / 4);
-    let filling = |bytes: u64| u32::try_from(bytes / sizes.layer.max(1) + 1).unwrap_or(u32::MAX);
+    let count = |bytes: u64, layer: u64| u32::try_from(bytes / layer.max(1)).unwrap_or(u32::MAX);
+    // Of a mixture more is loaded than is read.
+    let most = count(available.max(MOST_WEIGHTS) / 4, sizes.layer)
+        .saturating_add(1)
+        .max(2);
+    let filling = |bytes: u64| count(bytes, sizes.active).saturating_add(1).min(most);
     let middle = match layers {
         // The first and last layers are slower by their additional work; a model without a middle has to be
         // measured with one.
@@ -171,25 +181,31 @@ pub fn choose_format(speeds: &[LayerSpeed]) -> Option<FormatChoice> {
 }
 
 /// Bytes in a format, estimated from the file.
-struct Sizes<'a> {
+pub(super) struct Sizes<'a> {
     model: &'a Model,
     format: WeightFormat,
-    layer: u64,
-    first: u64,
-    last: u64,
+    /// The mean over all layers.
+    pub(super) layer: u64,
+    /// Bytes of a layer that a token reads.
+    pub(super) active: u64,
+    pub(super) first: u64,
+    pub(super) last: u64,
 }
 
 impl<'a> Sizes<'a> {
-    fn new(model: &'a Model, format: WeightFormat) -> Self {
+    pub(super) fn new(model: &'a Model, format: WeightFormat) -> Self {
         let mut sizes = Sizes {
             model,
             format,
             layer: 0,
+            active: 0,
             first: 0,
             last: 0,
         };
         let layers = model.config().layers;
         sizes.layer = sizes.of(&(0..layers)) / u64::from(layers.max(1));
+        let idle = sizes.idle() / u64::from(layers.max(1));
+        sizes.active = sizes.layer.saturating_sub(idle);
         sizes.first = sizes.tensors(|name| name == "token_embd.weight");
         sizes.last = match model.config().tied_embeddings {
             true => sizes.first,
@@ -198,10 +214,22 @@ impl<'a> Sizes<'a> {
         sizes
     }
 
-    /// The part of a layer's bytes that its feed-forward half has.
+    /// Bytes of the experts that a token does not use, in all layers.
+    fn idle(&self) -> u64 {
+        let Some(mixture) = &self.model.config().mixture else {
+            return 0;
+        };
+        let experts = self.tensors(is_of_experts) as f64;
+        let idle = mixture.experts.saturating_sub(mixture.used) as f64;
+        (experts * idle / mixture.experts as f64) as u64
+    }
+
+    /// The part of the bytes of a layer that a token reads which its feed-forward half has.
     fn feed_forward_share(&self) -> f64 {
-        let bytes = self.tensors(|name| name.starts_with("blk.") && name.contains(".ffn_"));
-        bytes as f64 / self.of(&(0..self.model.config().layers)).max(1) as f64
+        let idle = self.idle();
+        let half = self.tensors(|name| name.starts_with("blk.") && name.contains(".ffn_"));
+        let all = self.of(&(0..self.model.config().layers));
+        half.saturating_sub(idle) as f64 / all.saturating_sub(idle).max(1) as f64
     }
 
     /// The matrices of some layers.
@@ -386,6 +414,9 @@ const MOST_WEIGHTS: u64 = 256 << 20;
 
 #[cfg(test)]
 mod tests {
+    use mesh_model::synth::{Shape, Tokens, random_model};
+    use mesh_model::{Architecture, GgmlType};
+
     use super::*;
 
     fn speed(format: WeightFormat, decode_us: f64, layer_bytes: u64) -> LayerSpeed {
@@ -425,6 +456,23 @@ mod tests {
         assert_eq!(choice.format, Int4);
         assert_eq!(choose_format(&[speed(File, f64::NAN, 1)]), None);
         assert_eq!(choose_format(&[]), None);
+    }
+
+    #[test]
+    fn a_token_reads_only_the_experts_that_it_uses() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("mixture.gguf");
+        let shape = Shape::tiny(Architecture::Qwen3Moe);
+        random_model(&shape, GgmlType::Q8_0, Tokens::Bytes, &path).unwrap();
+        let model = Model::open(&path).unwrap();
+        let sizes = Sizes::new(&model, WeightFormat::File);
+        // 3 of 8 experts of three matrices of 256 by 256.
+        let expert = 3 * 256 * 256 / 32 * 34;
+        assert_eq!(sizes.layer - sizes.active, 5 * expert);
+        let attention = 2 * (256 * 256 + 256 * 128) / 32 * 34;
+        assert_eq!(sizes.layer, attention + 8 * 256 * 4 + 8 * expert);
+        let half = (3 * expert + 8 * 256 * 4) as f64;
+        assert!((sizes.feed_forward_share() - half / sizes.active as f64).abs() < 1e-6);
     }
 
     #[test]

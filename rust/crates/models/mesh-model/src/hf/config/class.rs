@@ -4,6 +4,7 @@ use serde_json::Value;
 
 use super::object::Object;
 use crate::hf::HfError;
+use crate::hf::naming::ExpertNaming;
 
 /// A class of networks, text part only.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -13,6 +14,10 @@ pub(super) enum Class {
     Qwen2,
     Qwen3,
     Gemma3,
+    Mixtral,
+    Qwen3Moe,
+    Olmoe,
+    GraniteMoe,
 }
 
 impl Class {
@@ -31,6 +36,10 @@ impl Class {
             "MistralForCausalLM" | "mistral" => (Class::Mistral, false),
             "Qwen2ForCausalLM" | "qwen2" => (Class::Qwen2, false),
             "Qwen3ForCausalLM" | "qwen3" => (Class::Qwen3, false),
+            "MixtralForCausalLM" | "mixtral" => (Class::Mixtral, false),
+            "Qwen3MoeForCausalLM" | "qwen3_moe" => (Class::Qwen3Moe, false),
+            "OlmoeForCausalLM" | "olmoe" => (Class::Olmoe, false),
+            "GraniteMoeForCausalLM" | "granitemoe" => (Class::GraniteMoe, false),
             "Gemma3ForCausalLM" | "gemma3_text" => (Class::Gemma3, false),
             "Gemma3ForConditionalGeneration" | "gemma3" => (Class::Gemma3, true),
             other => {
@@ -41,13 +50,25 @@ impl Class {
         })
     }
 
-    /// GGUF's name. Mistral is a llama there.
+    /// GGUF's name. Mistral and Mixtral are llamas there.
     pub(super) fn name(self) -> &'static str {
         match self {
-            Class::Llama | Class::Mistral => "llama",
+            Class::Llama | Class::Mistral | Class::Mixtral => "llama",
             Class::Qwen2 => "qwen2",
             Class::Qwen3 => "qwen3",
             Class::Gemma3 => "gemma3",
+            Class::Qwen3Moe => "qwen3moe",
+            Class::Olmoe => "olmoe",
+            Class::GraniteMoe => "granitemoe",
+        }
+    }
+
+    /// The names that the class has for the tensors of its mixture of experts.
+    pub(super) fn expert_naming(self) -> ExpertNaming {
+        match self {
+            Class::Mixtral => ExpertNaming::Mixtral,
+            Class::GraniteMoe => ExpertNaming::Granite,
+            _ => ExpertNaming::Qwen,
         }
     }
 }

@@ -72,6 +72,18 @@ impl<'a> Object<'a> {
         })
     }
 
+    /// Different numbers below `limit`, in ascending order; none if the key is absent.
+    pub(super) fn numbers(&self, key: &str, limit: u64) -> Result<Vec<u64>, HfError> {
+        let wanted = format!("a list of different numbers below {limit} in order");
+        let numbers = self.typed(key, &wanted, |value| {
+            let list = value.as_array()?;
+            let numbers: Vec<u64> = list.iter().map(Value::as_u64).collect::<Option<_>>()?;
+            let ascending = numbers.is_sorted_by(|a, b| a < b);
+            (ascending && numbers.last().is_none_or(|last| *last < limit)).then_some(numbers)
+        })?;
+        Ok(numbers.unwrap_or_default())
+    }
+
     /// One flag per layer: true if it has the window.
     pub(super) fn layer_types(&self, layers: u64) -> Result<Vec<bool>, HfError> {
         const KEY: &str = "layer_types";

@@ -33,7 +33,10 @@ pub(super) fn rope(
     };
     let empty = Map::new();
     let scaling = full.unwrap_or(Object { map: &empty });
-    let default = if class == Class::Gemma3 { 1e6 } else { 1e4 };
+    let default = match class {
+        Class::Gemma3 | Class::Mixtral => 1e6,
+        _ => 1e4,
+    };
     let base = match text.positive("rope_theta")? {
         Some(base) => Some(base),
         None => scaling.positive("rope_theta")?,

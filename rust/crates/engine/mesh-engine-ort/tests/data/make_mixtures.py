@@ -1,0 +1,78 @@
+"""Writes mixtures.json: tiny mixtures of experts of every family, and the logits that `transformers` gives for them.
+
+Run with the Python of scripts/fetch_sentence_transformers.py: `python make_mixtures.py`.
+
+The weights are not in the file: they follow from the names of the tensors by `weights`, which tests/mixtures.rs repeats.
+"""
+
+import json
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from safetensors.numpy import load_file, save_file
+
+COMMON = dict(
+    vocab_size=272, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+    max_position_embeddings=64, rope_theta=10000.0, rms_norm_eps=1e-5, pad_token_id=None, bos_token_id=None, eos_token_id=None,
+)
+FAMILIES = {
+    "qwen3moe": (transformers.Qwen3MoeConfig, dict(
+        COMMON, head_dim=32, intermediate_size=96, moe_intermediate_size=32, num_experts=8, num_experts_per_tok=3, norm_topk_prob=True,
+    )),
+    "qwen3moe, first layer dense, not normalised": (transformers.Qwen3MoeConfig, dict(
+        COMMON, head_dim=16, intermediate_size=96, moe_intermediate_size=32, num_experts=6, num_experts_per_tok=2, mlp_only_layers=[0],
+    )),
+    "mixtral": (transformers.MixtralConfig, dict(COMMON, intermediate_size=64, num_local_experts=4, num_experts_per_tok=2)),
+    "olmoe": (transformers.OlmoeConfig, dict(COMMON, intermediate_size=32, num_experts=8, num_experts_per_tok=4)),
+    "granitemoe": (transformers.GraniteMoeConfig, dict(
+        COMMON, intermediate_size=32, num_local_experts=8, num_experts_per_tok=3, embedding_multiplier=12.0, residual_multiplier=0.25,
+        attention_multiplier=0.0625, logits_scaling=3.0, tie_word_embeddings=True,
+    )),
+}
+TOKENS = [11, 48, 85, 122, 159, 196, 233, 14, 51, 88, 125, 3, 3, 260]
+ROWS = [0, 6, 13]
+
+
+def weights(name, count):
+    """`count` numbers from -1 to 1 that the name determines, the same bits everywhere."""
+    state = np.uint32(2166136261)
+    with np.errstate(over="ignore"):
+        for byte in name.encode():
+            state = (state ^ np.uint32(byte)) * np.uint32(16777619)
+        i = np.arange(count, dtype=np.uint32)
+        state = (i + np.uint32(1)) * np.uint32(2654435761) + state
+        state = (state ^ (state >> np.uint32(15))) * np.uint32(2246822519)
+        state = (state ^ (state >> np.uint32(13))) * np.uint32(3266489917)
+        state = state ^ (state >> np.uint32(16))
+    return (state >> np.uint32(8)).astype(np.float32) * np.float32(2.0**-23) - np.float32(1.0)
+
+
+def tensor(name, shape):
+    values = weights(name, int(np.prod(shape))).reshape(shape)
+    return np.float32(1.0) + values * np.float32(0.25) if len(shape) == 1 else values * np.float32(0.25)
+
+
+def case(name, config_class, settings):
+    config = config_class(**settings)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        file = Path(folder) / "model.safetensors"
+        shapes = {key: list(value.shape) for key, value in sorted(load_file(file).items())}
+        save_file({key: tensor(key, shape) for key, shape in shapes.items()}, file, metadata={"format": "pt"})
+        stored = json.loads((Path(folder) / "config.json").read_text())
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    with torch.no_grad():
+        logits = model(torch.tensor([TOKENS])).logits[0]
+    numbers = [float(f"{x:.7g}") for row in ROWS for x in logits[row].tolist()]
+    return {"name": name, "config": stored, "tensors": shapes, "logits": numbers}
+
+
+cases = [case(name, *family) for name, family in FAMILIES.items()]
+versions = {"transformers": transformers.__version__, "torch": torch.__version__}
+lines = ",\n".join(json.dumps(one, sort_keys=True) for one in cases)
+head = json.dumps({"versions": versions, "tokens": TOKENS, "rows": ROWS})
+Path(__file__).with_name("mixtures.json").write_text(head[:-1] + ', "cases": [\n' + lines + "\n]}\n")

@@ -1,0 +1,255 @@
+//! Mixtures of experts: every family against the logits of `transformers`, rows against each other, and stages
+//! against the whole.
+
+mod common;
+mod reference;
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::BufWriter;
+use std::path::Path;
+
+use common::{
+    assert_same_bits, cosine, last, logits, options, pipeline, quiet, some_tokens, whole,
+};
+use mesh_engine::{LogitRows, Segment, Stage};
+use mesh_engine_ort::{Device, DeviceStage, OrtOptions, OrtStage, Provider, WeightFormat};
+use mesh_model::safetensors::{Dtype, Planned};
+use mesh_model::synth::{
+    Shape, Tokens, random_model, random_model_bytes, tokenizer_json, write_folder,
+};
+use mesh_model::{Architecture, GgmlType, Gguf, Model, safetensors};
+use serde_json::Value;
+
+const GOLDEN: &str = include_str!("data/mixtures.json");
+
+/// The numbers of tests/data/make_mixtures.py.
+fn weights(name: &str, count: usize) -> impl Iterator<Item = f32> {
+    let seed = name.bytes().fold(2_166_136_261_u32, |state, byte| {
+        (state ^ u32::from(byte)).wrapping_mul(16_777_619)
+    });
+    (0..count as u32).map(move |i| {
+        let mut state = (i + 1).wrapping_mul(2_654_435_761).wrapping_add(seed);
+        state = (state ^ (state >> 15)).wrapping_mul(2_246_822_519);
+        state = (state ^ (state >> 13)).wrapping_mul(3_266_489_917);
+        state ^= state >> 16;
+        (state >> 8) as f32 * 2f32.powi(-23) - 1.0
+    })
+}
+
+/// Writes the model of a case as `transformers` saves it.
+fn write_case(case: &Value, dir: &Path) {
+    std::fs::write(dir.join("config.json"), case["config"].to_string()).unwrap();
+    let bytes = random_model_bytes(
+        &Shape::tiny(Architecture::Llama),
+        GgmlType::F16,
+        Tokens::Bytes,
+    );
+    // Its tokens beyond the case's vocabulary are padding.
+    let mut tokenizer = tokenizer_json(&Gguf::from_bytes(bytes).unwrap()).unwrap();
+    let vocab = case["config"]["vocab_size"].as_u64().unwrap();
+    let tokens = tokenizer["model"]["vocab"].as_object_mut().unwrap();
+    tokens.retain(|_, id| id.as_u64().unwrap() < vocab);
+    std::fs::write(dir.join("tokenizer.json"), tokenizer.to_string()).unwrap();
+    let shapes: BTreeMap<String, Vec<u64>> =
+        serde_json::from_value(case["tensors"].clone()).unwrap();
+    let planned = shapes.into_iter().map(|(name, shape)| Planned {
+        name,
+        dtype: Dtype::F32,
+        shape,
+    });
+    let mut out = BufWriter::new(File::create(dir.join("model.safetensors")).unwrap());
+    safetensors::write(&mut out, &planned.collect::<Vec<_>>(), |tensor, out| {
+        let count = tensor.shape.iter().product::<u64>() as usize;
+        let base = if tensor.shape.len() == 1 { 1.0 } else { 0.0 };
+        weights(&tensor.name, count)
+            .try_for_each(|x| out.write_all(&(base + 0.25 * x).to_le_bytes()))
+    })
+    .unwrap();
+}
+
+#[test]
+fn logits_are_those_of_transformers() {
+    let golden: Value = serde_json::from_str(GOLDEN).unwrap();
+    let numbers = |value: &Value| -> Vec<f64> { serde_json::from_value(value.clone()).unwrap() };
+    let tokens: Vec<u32> = serde_json::from_value(golden["tokens"].clone()).unwrap();
+    let rows: Vec<usize> = serde_json::from_value(golden["rows"].clone()).unwrap();
+    for case in golden["cases"].as_array().unwrap() {
+        let dir = tempfile::tempdir().unwrap();
+        write_case(case, dir.path());
+        let model = Model::open(dir.path()).unwrap();
+        let mut stage = whole(&model, options(1, 64));
+        let all = Segment {
+            logits: LogitRows::All,
+            ..last(0, 0, tokens.len())
+        };
+        let ours = logits(&mut stage, &[all], &tokens);
+        let vocab = model.config().vocab;
+        let ours = rows.iter().flat_map(|row| &ours[row * vocab..][..vocab]);
+        let pairs = ours.zip(numbers(&case["logits"]));
+        let most = pairs.map(|(ours, theirs)| (f64::from(*ours) - theirs).abs());
+        let most = most.fold(0.0, f64::max);
+        assert!(
+            most < 1e-3,
+            "{}: logits differ by up to {most}",
+            case["name"]
+        );
+    }
+}
+
+/// The tiny mixtures of all families.
+fn shapes() -> Vec<Shape> {
+    let families = Architecture::ALL.into_iter();
+    let mut shapes: Vec<Shape> = families
+        .filter(|family| family.is_mixture())
+        .map(Shape::tiny)
+        .collect();
+    shapes.push(Shape::tiny_mixtral());
+    shapes
+}
+
+fn made(shape: &Shape, ty: GgmlType) -> Model {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("mixture.gguf");
+    random_model(shape, ty, Tokens::Bytes, &path).unwrap();
+    Model::open(&path).unwrap()
+}
+
+#[test]
+fn rows_do_not_depend_on_their_batch_and_kv_rows_move() {
+    let tokens = some_tokens(90);
+    for shape in shapes() {
+        for ty in [GgmlType::Q4_K, GgmlType::F16] {
+            let model = made(&shape, ty);
+            let expected = logits(
+                &mut whole(&model, options(1, 128)),
+                &[last(0, 0, 90)],
+                &tokens,
+            );
+            // One by one at the end, in pieces before, beside other sequences.
+            let mut pieces = whole(&model, options(3, 128));
+            logits(&mut pieces, &[quiet(1, 0, 41)], &tokens[..41]);
+            let both = [quiet(2, 0, 30), quiet(1, 41, 47)];
+            let rows = [&tokens[20..50], &tokens[41..88]].concat();
+            logits(&mut pieces, &both, &rows);
+            logits(&mut pieces, &[quiet(1, 88, 1)], &tokens[88..89]);
+            let kv = pieces.kv_export(1, 0..89).unwrap();
+            let step = [quiet(2, 30, 1), last(1, 89, 1)];
+            let found = logits(&mut pieces, &step, &[7, tokens[89]]);
+            assert_same_bits(&found, &expected);
+            // KV rows continue elsewhere.
+            let mut other = whole(&model, options(1, 128));
+            other.kv_import(0, 0, &kv).unwrap();
+            let found = logits(&mut other, &[last(0, 89, 1)], &tokens[89..]);
+            assert_same_bits(&found, &expected);
+            // Threads make no difference either.
+            let threads = OrtOptions {
+                threads: 1,
+                ..options(1, 128)
+            };
+            let found = logits(&mut whole(&model, threads), &[last(0, 0, 90)], &tokens);
+            assert_same_bits(&found, &expected);
+        }
+    }
+}
+
+#[test]
+fn layers_compose_at_every_cut_even_behind_a_dense_layer() {
+    let tokens = some_tokens(20);
+    let mut shape = Shape {
+        layers: 3,
+        ..Shape::tiny(Architecture::Qwen3Moe)
+    };
+    if let Some(mixture) = &mut shape.mixture {
+        mixture.leading_dense = 1;
+    }
+    let model = made(&shape, GgmlType::Q8_0);
+    let step = [last(0, 0, 20)];
+    let expected = logits(&mut whole(&model, options(1, 32)), &step, &tokens);
+    let plain = reference::last_row(&model, &tokens);
+    assert!(cosine(&expected, &plain) > 0.95);
+    for cuts in [vec![0..1, 1..3], vec![0..2, 2..3], vec![0..1, 1..2, 2..3]] {
+        let stages = cuts.into_iter();
+        let mut stages: Vec<OrtStage> = stages
+            .map(|cut| OrtStage::load(&model, cut, options(1, 32)).unwrap())
+            .collect();
+        assert_same_bits(&pipeline(&mut stages, &step, &tokens), &expected);
+    }
+}
+
+#[test]
+fn experts_of_different_types_and_a_mixtral_agree_with_a_plain_forward_pass() {
+    let tokens = some_tokens(24);
+    for (ty, least) in [
+        (GgmlType::F32, 0.999_999),
+        // Rounding chooses another expert where two scores are almost equal.
+        (GgmlType::Q5_K, 0.95),
+        (GgmlType::Q4_0, 0.95),
+    ] {
+        let model = made(&Shape::tiny_mixtral(), ty);
+        let found = logits(
+            &mut whole(&model, options(1, 32)),
+            &[last(0, 0, 24)],
+            &tokens,
+        );
+        let plain = reference::last_row(&model, &tokens);
+        assert!(cosine(&found, &plain) > least, "{ty:?}");
+    }
+    // A folder has floats, which are quantised at the load.
+    let dir = tempfile::tempdir().unwrap();
+    let original = made_in(
+        dir.path(),
+        &Shape::tiny(Architecture::GraniteMoe),
+        GgmlType::F32,
+    );
+    let folder = dir.path().join("Folder");
+    write_folder(&original, Dtype::F32, 2, &folder).unwrap();
+    let model = Model::open(&folder).unwrap();
+    let plain = reference::last_row(&original, &tokens);
+    for (weights, least) in [
+        (WeightFormat::File, 0.999_999),
+        (WeightFormat::Int8, 0.95),
+        (WeightFormat::Int4, 0.9),
+    ] {
+        let options = OrtOptions {
+            weights,
+            ..options(1, 32)
+        };
+        let found = logits(&mut whole(&model, options), &[last(0, 0, 24)], &tokens);
+        let found = cosine(&found, &plain);
+        assert!(found > least, "{weights:?}: {found}");
+    }
+}
+
+fn made_in(dir: &Path, shape: &Shape, ty: GgmlType) -> Model {
+    let path = dir.join("mixture.gguf");
+    random_model(shape, ty, Tokens::Bytes, &path).unwrap();
+    Model::open(&path).unwrap()
+}
+
+#[test]
+fn execution_providers_refuse_mixtures_by_name() {
+    let model = made(&Shape::tiny(Architecture::Qwen3Moe), GgmlType::Q4_0);
+    let device = Device::new(Provider::Cpu);
+    let error = DeviceStage::load(&model, 0..2, options(1, 32), device)
+        .err()
+        .unwrap();
+    let error = error.to_string();
+    assert!(
+        error.contains("a mixture of experts") && error.contains("\"cpu\""),
+        "{error}"
+    );
+}
+
+#[test]
+fn all_experts_count_as_bytes_of_the_stage() {
+    let model = made(&Shape::tiny(Architecture::Olmoe), GgmlType::Q8_0);
+    let stage = whole(&model, options(1, 32));
+    let matrices = model
+        .tensors()
+        .iter()
+        .filter(|tensor| tensor.dims.len() > 1);
+    let in_file: u64 = matrices.map(|tensor| tensor.data.len() as u64).sum();
+    let ratio = stage.info().weight_bytes as f64 / in_file as f64;
+    assert!((1.0..1.02).contains(&ratio), "{ratio}");
+}

@@ -1,0 +1,348 @@
+//! Feed-forward layers that are mixtures of experts.
+//!
+//! A router scores the experts for each row. Rows are gathered by expert, so that an expert's matrices are read
+//! once for all rows that use them, and the products of all used experts are one loop: an expert alone is too
+//! small for all cores. Then each row adds up its experts' outputs in the order of their rank.
+//!
+//! A row's scores, its choice of experts and the order of its sum depend on the row alone, so rows stay
+//! independent bit for bit.
+
+mod routing;
+
+use std::cell::Cell;
+
+use crate::error::expect_len;
+use crate::gemm::Input;
+use crate::gemm::acts::{self, RmsNorm};
+use crate::gemm::experts::{ExpertProduct, multiply_experts};
+use crate::matrix::QMatrix;
+use crate::mem::{Buffer, TaskPointer};
+use crate::{Activation, KernelError, Linear, Pool, linear, rms_norm};
+use routing::Choice;
+
+/// One expert: a gated feed-forward network.
+#[derive(Debug)]
+pub struct Expert {
+    /// The matrix before the activation.
+    pub gate: QMatrix,
+    /// The one that its result is multiplied by.
+    pub up: QMatrix,
+    /// The second half: its inputs are the first half's outputs.
+    pub down: QMatrix,
+}
+
+/// The experts of a layer, all of one shape.
+#[derive(Debug)]
+pub struct Experts {
+    experts: Vec<Expert>,
+    /// Gate and up of each expert have one layout, so that one pass computes both.
+    together: bool,
+    /// The forms of rows that gate and up read.
+    first: Forms,
+    /// The forms of rows that down reads.
+    second: Forms,
+}
+
+impl Experts {
+    /// The experts of a layer. Their matrices are moved next to each other in memory.
+    ///
+    /// # Errors
+    /// If there are none, or their shapes differ or do not chain, or memory is short.
+    pub fn new(mut experts: Vec<Expert>) -> Result<Experts, KernelError> {
+        let Some(one) = experts.first() else {
+            return Err(KernelError::Dimension {
+                what: "number of experts",
+                value: 0,
+                need: "at least one is needed",
+            });
+        };
+        let (wide, narrow) = (one.gate.n(), one.gate.k());
+        for expert in &experts {
+            for (what, left, right) in [
+                ("outputs of experts' gates", wide, expert.gate.n()),
+                ("inputs of experts' gates", narrow, expert.gate.k()),
+                ("outputs of gate and up", wide, expert.up.n()),
+                ("inputs of gate and up", narrow, expert.up.k()),
+                ("outputs of gate and inputs of down", wide, expert.down.k()),
+                (
+                    "inputs of gate and outputs of down",
+                    narrow,
+                    expert.down.n(),
+                ),
+                ("parts of an expert's matrices", 3, expert.parts()),
+            ] {
+                if left != right {
+                    return Err(KernelError::Mismatch { what, left, right });
+                }
+            }
+        }
+        // One after the other: that takes memory for one more matrix of each expert, not for three.
+        let what = "experts' weights";
+        Buffer::join(what, experts.iter_mut().flat_map(|e| e.gate.buffers()))?;
+        Buffer::join(what, experts.iter_mut().flat_map(|e| e.up.buffers()))?;
+        Buffer::join(what, experts.iter_mut().flat_map(|e| e.down.buffers()))?;
+        let layout = |matrix: &QMatrix| matrix.parts()[0].layout;
+        let together = |expert: &Expert| layout(&expert.gate) == layout(&expert.up);
+        Ok(Experts {
+            together: experts.iter().all(together),
+            first: Forms::of(experts.iter().flat_map(|e| [&e.gate, &e.up])),
+            second: Forms::of(experts.iter().map(|e| &e.down)),
+            experts,
+        })
+    }
+
+    /// Number of experts.
+    pub fn count(&self) -> usize {
+        self.experts.len()
+    }
+
+    /// Bytes of all matrices.
+    pub fn bytes(&self) -> usize {
+        let of = |e: &Expert| e.gate.bytes() + e.up.bytes() + e.down.bytes();
+        self.experts.iter().map(of).sum()
+    }
+
+    /// Width of the rows between an expert's halves, and of those around it.
+    fn widths(&self) -> (usize, usize) {
+        (self.experts[0].gate.n(), self.experts[0].gate.k())
+    }
+}
+
+/// The forms of rows that products with some matrices read.
+#[derive(Debug, Clone, Copy, Default)]
+struct Forms {
+    quantised: bool,
+    floats: bool,
+}
+
+impl Forms {
+    fn of<'a>(matrices: impl Iterator<Item = &'a QMatrix>) -> Forms {
+        let mut forms = Forms::default();
+        for part in matrices.flat_map(QMatrix::parts) {
+            match part.layout.quantised() {
+                Some(_) => forms.quantised = true,
+                None => forms.floats = true,
+            }
+        }
+        forms
+    }
+}
+
+impl Expert {
+    fn parts(&self) -> usize {
+        let matrices = [&self.gate, &self.up, &self.down];
+        matrices.iter().map(|matrix| matrix.parts().len()).sum()
+    }
+}
+
+/// A feed-forward layer with a mixture of experts.
+#[derive(Debug, Clone, Copy)]
+pub struct MixtureLayer<'a> {
+    /// Norm of the input rows, before router and experts.
+    pub norm: RmsNorm<'a>,
+    /// Scores the experts: one output for each.
+    pub router: &'a QMatrix,
+    /// The experts.
+    pub experts: &'a Experts,
+    /// The activation applied to the product with an expert's gate.
+    pub activation: Activation,
+    /// Experts that compute a row.
+    pub used: usize,
+    /// The weights of a row's experts add up to 1 (a softmax over their scores); otherwise they are those of a
+    /// softmax over the scores of all experts.
+    pub normalised: bool,
+    /// Factor on the weights.
+    pub scale: f32,
+}
+
+/// Computes the layer in place over `x`: adds the outputs of the `used` experts with the highest scores, each
+/// times its weight. Of experts with equal scores the one with the lowest index comes first; a score that is
+/// no number comes last.
+///
+/// # Errors
+/// When the router does not fit the experts, or a buffer does not fit them.
+pub fn mixture(
+    pool: &Pool,
+    layer: &MixtureLayer<'_>,
+    x: &mut [f32],
+    rows: usize,
+) -> Result<(), KernelError> {
+    let (_, width) = layer.experts.widths();
+    for (what, left, right) in [
+        (
+            "outputs of the router and experts",
+            layer.router.n(),
+            layer.experts.count(),
+        ),
+        ("inputs of router and experts", layer.router.k(), width),
+    ] {
+        if left != right {
+            return Err(KernelError::Mismatch { what, left, right });
+        }
+    }
+    if layer.used == 0 || layer.used > layer.experts.count() {
+        return Err(KernelError::OutOfRange {
+            what: "number of used experts",
+            index: layer.used,
+            count: layer.experts.count(),
+        });
+    }
+    expect_len("the norm's weight", layer.norm.weight.len(), width)?;
+    expect_len("the rows", x.len(), rows.saturating_mul(width))?;
+    let mut scratch = SCRATCH.take();
+    let done = x
+        .chunks_mut((BLOCK * width).max(1))
+        .try_for_each(|x| scratch.compute(pool, layer, x));
+    SCRATCH.set(scratch);
+    done
+}
+
+/// Rows that are computed at once. More rows use an expert's matrices more often once they are read; fewer need
+/// less memory between the steps, which is that of `used` rows for each.
+const BLOCK: usize = 512;
+
+thread_local! {
+    static SCRATCH: Cell<Scratch> = Cell::default();
+}
+
+/// Memory between the steps of a layer, kept between calls.
+#[derive(Debug, Default)]
+struct Scratch {
+    normed: Vec<f32>,
+    /// `[rows, experts]`.
+    scores: Vec<f32>,
+    choice: Choice,
+    /// Rows gathered by expert, as floats and as quantised tiles.
+    gathered: Vec<f32>,
+    acts: Buffer,
+    /// Rows between the halves, those of up alone where they are computed apart, and the experts' outputs.
+    middle: Buffer,
+    ups: Buffer,
+    outputs: Buffer,
+}
+
+impl Scratch {
+    fn compute(
+        &mut self,
+        pool: &Pool,
+        layer: &MixtureLayer<'_>,
+        x: &mut [f32],
+    ) -> Result<(), KernelError> {
+        let experts = layer.experts;
+        let (wide, width) = experts.widths();
+        let rows = x.len() / width;
+        self.normed.resize(rows * width, 0.0);
+        rms_norm(pool, x, layer.norm.weight, layer.norm.eps, &mut self.normed)?;
+        self.scores.resize(rows * experts.count(), 0.0);
+        let (router, options) = (layer.router, Linear::default());
+        linear(pool, router, &self.normed, rows, &mut self.scores, &options)?;
+        self.choice.choose(pool, layer, &self.scores);
+
+        let total = self.choice.from.len();
+        self.middle.reserve("the rows between", total * wide * 4)?;
+        self.outputs
+            .reserve("the experts' outputs", total * width * 4)?;
+        let from = std::mem::take(&mut self.choice.from);
+        self.gather(pool, experts.first, Source::Normed(&from), width)?;
+        self.choice.from = from;
+        self.first_half(pool, layer, total, width, wide)?;
+        self.gather(pool, experts.second, Source::Middle(total), wide)?;
+        let middle = &self.middle.floats_mut()[..total * wide];
+        let down = ExpertProduct {
+            experts: &experts.experts,
+            matrix: |expert| &expert.down,
+            up: None,
+            activation: None,
+            input: Input {
+                acts: self.acts.bytes(),
+                x: middle,
+                rows: total,
+            },
+            out: TaskPointer(self.outputs.as_mut_ptr().cast()),
+        };
+        multiply_experts(pool, &self.choice.groups, wide, &down);
+        let outputs = &self.outputs.floats_mut()[..total * width];
+        self.choice.add_up(pool, layer.used, outputs, width, x);
+        Ok(())
+    }
+
+    /// Brings rows into the forms that a product reads, gathered by expert.
+    fn gather(
+        &mut self,
+        pool: &Pool,
+        forms: Forms,
+        source: Source<'_>,
+        k: usize,
+    ) -> Result<(), KernelError> {
+        let groups = &self.choice.groups;
+        let (x, from): (&[f32], _) = match source {
+            Source::Normed(from) => (&self.normed, Some(from)),
+            Source::Middle(rows) => (&self.middle.floats_mut()[..rows * k], None),
+        };
+        if forms.quantised {
+            acts::quantise_groups(pool, x, from, groups, k, &mut self.acts)?;
+        }
+        if let Some(from) = from.filter(|_| forms.floats) {
+            self.gathered.clear();
+            for &row in from {
+                self.gathered.extend_from_slice(&x[row as usize * k..][..k]);
+            }
+        }
+        Ok(())
+    }
+
+    /// Fills `middle` with `activation(h · Wgᵀ) * (h · Wuᵀ)` of every gathered row.
+    fn first_half(
+        &mut self,
+        pool: &Pool,
+        layer: &MixtureLayer<'_>,
+        total: usize,
+        width: usize,
+        wide: usize,
+    ) -> Result<(), KernelError> {
+        let experts = &layer.experts.experts;
+        let groups = &self.choice.groups;
+        let input = Input {
+            acts: self.acts.bytes(),
+            x: &self.gathered,
+            rows: total,
+        };
+        let mut product = ExpertProduct {
+            experts,
+            matrix: |expert| &expert.gate,
+            up: Some((|expert| &expert.up, layer.activation)),
+            activation: None,
+            input,
+            out: TaskPointer(self.middle.as_mut_ptr().cast()),
+        };
+        if layer.experts.together {
+            multiply_experts(pool, groups, width, &product);
+            return Ok(());
+        }
+        product.up = None;
+        product.activation = Some(layer.activation);
+        multiply_experts(pool, groups, width, &product);
+        self.ups.reserve("the rows of up", total * wide * 4)?;
+        let ups = ExpertProduct {
+            experts,
+            matrix: |expert| &expert.up,
+            up: None,
+            activation: None,
+            input,
+            out: TaskPointer(self.ups.as_mut_ptr().cast()),
+        };
+        multiply_experts(pool, groups, width, &ups);
+        let ups = &self.ups.floats_mut()[..total * wide];
+        let middle = self.middle.floats_mut().iter_mut();
+        middle.zip(ups).for_each(|(gate, up)| *gate *= *up);
+        Ok(())
+    }
+}
+
+/// The rows that are gathered.
+enum Source<'a> {
+    /// Normed rows, each as often as experts compute it.
+    Normed(&'a [u32]),
+    /// So many rows between the halves, which lie by expert already.
+    Middle(usize),
+}

@@ -1,0 +1,25 @@
+//! What determines the names of a folder's tensors.
+
+/// Properties of the network that determine the names of its tensors.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct TensorNaming {
+    /// The embedding is also the output matrix, even if the files hold another.
+    pub(super) tied: bool,
+    /// Layers also have norms behind attention and feed-forward.
+    pub(super) post_norms: bool,
+    /// The model has a vision part, which is left out.
+    pub(super) sees: bool,
+    /// Names of the tensors of a mixture of experts.
+    pub(super) experts: ExpertNaming,
+}
+
+/// The names that a class of `transformers` has for the tensors of a mixture of experts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum ExpertNaming {
+    /// Qwen 3 and OLMoE: `mlp.experts.0.gate_proj`.
+    Qwen,
+    /// Mixtral: `block_sparse_moe.experts.0.w1`.
+    Mixtral,
+    /// Granite: all experts in one tensor, gate and up in another (see `split` in hf.rs).
+    Granite,
+}
