@@ -58,7 +58,7 @@ fn main() {
             continue;
         }
         for (ty, head, options) in FORMATS {
-            if shape.hidden % ty.block_len() == 0 {
+            if shape.hidden.is_multiple_of(ty.block_len()) {
                 model(&pool, shape, ty, head, options);
             }
         }

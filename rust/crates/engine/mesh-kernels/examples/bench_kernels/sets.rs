@@ -31,7 +31,7 @@ pub(crate) fn compare(threads: usize) {
     );
     for (ty, head, options) in FORMATS {
         // Blocks of 256 do not fit SmolLM2.
-        let shape = &SHAPES[usize::from(SHAPES[0].hidden % ty.block_len() != 0)];
+        let shape = &SHAPES[usize::from(!SHAPES[0].hidden.is_multiple_of(ty.block_len()))];
         let shape = &Shape {
             held: HELD,
             ..*shape

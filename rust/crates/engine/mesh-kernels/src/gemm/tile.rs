@@ -8,14 +8,22 @@
 // arithmetic.
 #![allow(clippy::needless_range_loop)]
 
+use std::marker::PhantomData;
+
 use crate::layout::{BLOCK, GROUP, GROUP_HEAD, Layout, Scales, code_bytes};
-use crate::simd::Simd;
+use crate::simd::{Simd, chain};
 
 /// A quantised layout known at compile time.
 pub(super) trait TileFormat {
     const LAYOUT: Layout;
     const BITS: u32;
     const SCALES: Scales;
+    /// Products that are added before they are closed.
+    const CHAIN: usize = if Self::BITS == 8 {
+        1
+    } else {
+        chain(Self::BITS)
+    };
     const BLOCK_BYTES: usize = Self::SCALES.bytes() + code_bytes(Self::BITS);
 }
 
@@ -87,10 +95,13 @@ unsafe fn block<S: Simd, T: TileFormat, const R: usize>(
         match T::SCALES {
             Scales::Block | Scales::BlockMin | Scales::Coded => {
                 let mut sum = biased::<S, T, R>(s, tail.add(2 * R).cast());
-                pair::<S, T, R, 0, 4>(s, codes, q, &mut sum);
-                pair::<S, T, R, 1, 5>(s, codes, q, &mut sum);
-                pair::<S, T, R, 2, 6>(s, codes, q, &mut sum);
-                pair::<S, T, R, 3, 7>(s, codes, q, &mut sum);
+                for part in 0..S::PARTS {
+                    let mut dots = Dots::<S, T, R>::open(s, &sum, part, codes, q);
+                    dots.pair::<0, 4>(s, &mut sum, 6);
+                    dots.pair::<1, 5>(s, &mut sum, 4);
+                    dots.pair::<2, 6>(s, &mut sum, 2);
+                    dots.pair::<3, 7>(s, &mut sum, 0);
+                }
                 let d = if matches!(T::SCALES, Scales::Coded) {
                     s.mul(s.to_f(s.load_u8(w)), head.0)
                 } else {
@@ -111,8 +122,11 @@ unsafe fn block<S: Simd, T: TileFormat, const R: usize>(
             Scales::Halves => {
                 let first = tail.add(3 * R).cast::<i32>();
                 let mut sum = biased::<S, T, R>(s, first);
-                pair::<S, T, R, 0, 1>(s, codes, q, &mut sum);
-                pair::<S, T, R, 2, 3>(s, codes, q, &mut sum);
+                for part in 0..S::PARTS {
+                    let mut dots = Dots::<S, T, R>::open(s, &sum, part, codes, q);
+                    dots.pair::<0, 1>(s, &mut sum, 2);
+                    dots.pair::<2, 3>(s, &mut sum, 0);
+                }
                 let d = s.mul(s.to_f(s.load_i8(w.cast())), head.0);
                 scale(s, &sum, d, tail, acc);
                 let all = biased::<S, T, R>(s, tail.add(2 * R).cast());
@@ -120,8 +134,11 @@ unsafe fn block<S: Simd, T: TileFormat, const R: usize>(
                 for r in 0..R {
                     sum[r] = s.isub(all[r], half[r]);
                 }
-                pair::<S, T, R, 4, 5>(s, codes, q, &mut sum);
-                pair::<S, T, R, 6, 7>(s, codes, q, &mut sum);
+                for part in 0..S::PARTS {
+                    let mut dots = Dots::<S, T, R>::open(s, &sum, part, codes, q);
+                    dots.pair::<4, 5>(s, &mut sum, 2);
+                    dots.pair::<6, 7>(s, &mut sum, 0);
+                }
                 let d = s.mul(s.to_f(s.load_i8(w.add(16).cast())), head.0);
                 scale(s, &sum, d, tail, acc);
             }
@@ -150,35 +167,66 @@ unsafe fn biased<S: Simd, T: TileFormat, const R: usize>(
     sum
 }
 
-/// Adds the products of input groups `G` and `H`.
-#[inline(always)]
-unsafe fn pair<S: Simd, T: TileFormat, const R: usize, const G: usize, const H: usize>(
-    s: S,
+/// Dot products of one part of the columns, on their way into the sums.
+struct Dots<S: Simd, T, const R: usize> {
+    part: usize,
+    /// The part's codes.
     codes: *const u8,
+    /// The rows' activations.
     q: *const i8,
-    sum: &mut [S::I; R],
-) {
-    // SAFETY: the caller's block and tile hold what their layouts say.
-    unsafe {
-        let g = weights::<S, T, G>(s, codes);
-        for (r, sum) in sum.iter_mut().enumerate() {
-            *sum = dot::<S, T>(s, *sum, g, q.add((G * R + r) * 4));
-        }
-        let h = weights::<S, T, H>(s, codes);
-        for (r, sum) in sum.iter_mut().enumerate() {
-            *sum = dot::<S, T>(s, *sum, h, q.add((H * R + r) * 4));
-        }
-    }
+    sums: [S::P; R],
+    format: PhantomData<T>,
 }
 
-#[inline(always)]
-unsafe fn dot<S: Simd, T: TileFormat>(s: S, sum: S::I, w: S::B, q: *const i8) -> S::I {
-    // SAFETY: four activations are at `q`.
-    unsafe {
-        if T::BITS == 8 {
-            s.dot_wide(sum, w, q)
-        } else {
-            s.dot(sum, w, q)
+impl<S: Simd, T: TileFormat, const R: usize> Dots<S, T, R> {
+    #[inline(always)]
+    unsafe fn open(s: S, sum: &[S::I; R], part: usize, codes: *const u8, q: *const i8) -> Self {
+        let mut sums = [s.open(&sum[0], part); R];
+        for r in 1..R {
+            sums[r] = s.open(&sum[r], part);
+        }
+        Dots {
+            part,
+            // SAFETY: a part of the caller's codes.
+            codes: unsafe { codes.add(part * (64 / S::PARTS)) },
+            q,
+            sums,
+            format: PhantomData,
+        }
+    }
+
+    /// Adds the products of input groups `G` and `H`, `left` groups before the last.
+    #[inline(always)]
+    unsafe fn pair<const G: usize, const H: usize>(
+        &mut self,
+        s: S,
+        sum: &mut [S::I; R],
+        left: usize,
+    ) {
+        // SAFETY: the caller's block and tile hold what their layouts say.
+        unsafe {
+            self.group::<G>(s, sum, left + 1);
+            self.group::<H>(s, sum, left);
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn group<const G: usize>(&mut self, s: S, sum: &mut [S::I; R], left: usize) {
+        // SAFETY: the caller's block and tile hold what their layouts say.
+        unsafe {
+            let w = weights::<S, T, G>(s, self.codes);
+            for r in 0..R {
+                let q = self.q.add((G * R + r) * 4);
+                self.sums[r] = if T::BITS == 8 {
+                    s.dot_wide(self.sums[r], w, q)
+                } else {
+                    s.dot(self.sums[r], w, q)
+                };
+                if left.is_multiple_of(T::CHAIN) {
+                    s.close(&mut sum[r], self.part, self.sums[r]);
+                    self.sums[r] = s.open(&sum[r], self.part);
+                }
+            }
         }
     }
 }
