@@ -15,7 +15,7 @@ CACHE := $(if $(HYDRAMESH_CACHE),$(HYDRAMESH_CACHE),$(CURDIR)/.cache)
 export ORT_DYLIB_PATH ?= $(CACHE)/onnxruntime/libonnxruntime.so.1.24.4
 
 .DEFAULT_GOAL := help
-.PHONY: help demo build test test-nix test-vm test-images test-gpu test-arm test-foreign flood soak attack bench bench-peers fuzz fetch fetch-deny fmt clean
+.PHONY: help demo build test test-nix test-vm test-images test-gpu test-arm test-isa test-foreign flood soak attack bench bench-peers fuzz fetch fetch-deny fmt clean
 # Exit code 3 of a test script: this machine cannot run it, and why was said.
 WHERE_POSSIBLE := || [ $$? = 3 ]
 
@@ -50,6 +50,7 @@ test: fetch ## Formatting, clippy with warnings denied, layers and dependencies 
 	$(IN_RUST) $(CARGO) test --workspace --locked --no-run
 	HYDRAMESH_BIN=$(CURDIR)/rust/target/debug scripts/test_vm.sh nspawn $(WHERE_POSSIBLE)
 	HYDRAMESH_BIN_DIR=$(CURDIR)/rust/target/debug $(PYTHON) scripts/test_foreign.py promtool $(WHERE_POSSIBLE)
+	scripts/test_isa.sh --workspace $(WHERE_POSSIBLE)
 	$(IN_RUST) HYDRAMESH_BIN_DIR=$(CURDIR)/rust/target/debug $(CARGO) test --workspace --locked --no-fail-fast
 
 test-nix: ## All that is Nix, by evaluation: it parses, is formatted, its tests pass, its units score well; ShellCheck over every script
@@ -72,6 +73,9 @@ test-gpu: fetch ## The graph for GPUs on this machine's GPU (GPU=cuda or migraph
 
 test-arm: ## The kernels' tests for aarch64, emulated
 	scripts/test_arm.sh
+
+test-isa: ## The kernels' tests on older x86-64 CPUs, emulated
+	scripts/test_isa.sh
 
 test-foreign: fetch ## The server tests of llama.cpp and vLLM, client libraries, schemathesis and promtool against a mesh
 	$(IN_RUST) $(CARGO) build --locked --bins $(SERVICES)

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
+use mesh_kernels::Isa;
 use ort::environment::Environment;
 
 use crate::options::LoadError;
@@ -43,5 +44,10 @@ pub(crate) fn environment(path: Option<&Path>) -> Result<Environment, LoadError>
         .with_telemetry(false)
         .build()?;
     tracing::debug!(library = %path.display(), build = ort::info(), "ONNX Runtime loaded");
+    let kernels = Isa::current().name();
+    match Isa::requested() {
+        Ok(_) => tracing::debug!(kernels, "instruction set chosen"),
+        Err(error) => tracing::warn!(kernels, "{error}; taking the fastest"),
+    }
     Ok(environment.insert(loaded).clone())
 }

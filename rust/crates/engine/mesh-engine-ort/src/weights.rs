@@ -9,7 +9,7 @@ use std::ops::Range;
 use mesh_kernels::{Expert, Experts, KernelError, PackOptions, Pool, QMatrix, WeightType};
 use mesh_model::file::{Data, FileError};
 use mesh_model::gguf::expert_name;
-use mesh_model::{GgmlType, Gguf, Model, ModelConfig, Tensor, Tensors};
+use mesh_model::{Gguf, Model, ModelConfig, Tensor, Tensors};
 
 use crate::cache::{CacheEntry, QuantisedMatrix, WeightCache};
 use crate::options::{LoadError, WeightFormat, has_floats};

@@ -223,7 +223,7 @@ thread_local! {
     static WORK: Cell<Buffer> = Cell::default();
 }
 
-/// Most queries at a time.
+/// Most queries at a time, on any instruction set.
 const TALL: usize = 8;
 
 /// Elements below which a loop is not worth cutting.
@@ -271,8 +271,7 @@ impl Kernel for EncoderHead<'_> {
             }
         }
         let scale = std::f32::consts::LOG2_E / (dim as f32).sqrt();
-        let largest = if S::WIDE { TALL } else { 4 };
-        for (row, count) in tiles(0..length, if S::SINGLE { 1 } else { largest }) {
+        for (row, count) in tiles(0..length, S::FLOAT_ROWS) {
             for r in 0..count {
                 let query = &self.qkv[at(row + r, 0)..][..dim];
                 for (to, from) in queries[r * dim..][..dim].iter_mut().zip(query) {
@@ -290,9 +289,9 @@ impl Kernel for EncoderHead<'_> {
                 width: self.width,
             };
             match count {
-                8 if S::WIDE => task.attend::<S, 8>(s, scores),
-                4 if !S::SINGLE => task.attend::<S, 4>(s, scores),
-                2 if !S::SINGLE => task.attend::<S, 2>(s, scores),
+                8 if S::FLOAT_ROWS >= 8 => task.attend::<S, 8>(s, scores),
+                4 if S::FLOAT_ROWS >= 4 => task.attend::<S, 4>(s, scores),
+                2 if S::FLOAT_ROWS >= 2 => task.attend::<S, 2>(s, scores),
                 _ => task.attend::<S, 1>(s, scores),
             }
         }

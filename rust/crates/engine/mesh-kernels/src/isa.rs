@@ -1,41 +1,93 @@
 //! The instruction sets that the kernels can use.
+//!
+//! **Two groups give the same bits.** [`Isa::Scalar`], [`Isa::Sse41`] and [`Isa::Avx`] round a product before
+//! they add it; the others fuse both, with one rounding. Within a group all results are equal; the groups
+//! differ in the last bits of floats. Integer products are exact everywhere.
+//!
+//! The choice depends on the CPU's features alone: the last of [`Isa::ALL`] that it has. Each set does the
+//! work of the one before it in fewer instructions of the same kinds, so a measurement at the start could
+//! only add noise, and two runs on one machine could differ in the last bits.
 
 use std::sync::OnceLock;
 
 /// An instruction set that the kernels were written for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Isa {
-    /// Portable Rust without fused multiply-add: every CPU. The only one whose results differ in the last
-    /// bits.
+    /// Portable Rust: every CPU.
     Scalar,
-    /// AVX2 with FMA and F16C.
+    /// SSE4.1 and SSSE3: x86-64 since 2008.
+    Sse41,
+    /// AVX, and F16C where the CPU has it: Sandy Bridge, Ivy Bridge, Bulldozer, Piledriver.
+    Avx,
+    /// AVX2 with FMA and F16C: Haswell, Excavator, Zen and later.
     Avx2,
-    /// AVX-512 F, BW, DQ, VL with VNNI.
+    /// AVX2 with FMA, F16C and AVX-VNNI: Alder Lake, Zen 5 and later.
+    AvxVnni,
+    /// AVX-512 F, BW, DQ, VL: Skylake-X.
+    Avx512Bw,
+    /// The same with VNNI: Cascade Lake, Ice Lake, Zen 4 and later.
     Avx512,
     /// aarch64 NEON with the dot product instructions.
     Neon,
 }
 
+/// `HYDRAMESH_ISA` names no instruction set that this CPU runs.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("HYDRAMESH_ISA={name:?} names no instruction set of this CPU; it has {available}")]
+pub struct UnknownIsa {
+    name: String,
+    available: String,
+}
+
 impl Isa {
     /// Every instruction set, slowest first.
-    pub const ALL: [Isa; 4] = [Isa::Scalar, Isa::Avx2, Isa::Avx512, Isa::Neon];
+    pub const ALL: [Isa; 8] = [
+        Isa::Scalar,
+        Isa::Sse41,
+        Isa::Avx,
+        Isa::Avx2,
+        Isa::AvxVnni,
+        Isa::Avx512Bw,
+        Isa::Avx512,
+        Isa::Neon,
+    ];
 
     /// The fastest instruction set of this CPU.
     pub fn detect() -> Isa {
         Isa::available().last().copied().unwrap_or(Isa::Scalar)
     }
 
-    /// [`Isa::detect`], unless the environment variable `HYDRAMESH_ISA` names one that this CPU runs
-    /// (`scalar`, `avx2`, `avx512`, `neon`). Read once.
+    /// [`Isa::requested`], or [`Isa::detect`] where nothing usable was requested. Read once.
     pub fn current() -> Isa {
         static CURRENT: OnceLock<Isa> = OnceLock::new();
         *CURRENT.get_or_init(|| {
-            std::env::var("HYDRAMESH_ISA")
-                .ok()
-                .and_then(|name| Isa::from_name(&name))
-                .filter(|isa| isa.is_available())
-                .unwrap_or_else(Isa::detect)
+            let requested = Isa::requested().ok().flatten();
+            requested.unwrap_or_else(Isa::detect)
         })
+    }
+
+    /// The instruction set that the environment variable `HYDRAMESH_ISA` names; `None` without the variable.
+    ///
+    /// # Errors
+    /// When this CPU runs none of that name. The error lists those that it runs.
+    pub fn requested() -> Result<Option<Isa>, UnknownIsa> {
+        match std::env::var_os("HYDRAMESH_ISA") {
+            Some(name) if !name.is_empty() => Isa::usable(&name.to_string_lossy()).map(Some),
+            _ => Ok(None),
+        }
+    }
+
+    fn usable(name: &str) -> Result<Isa, UnknownIsa> {
+        Isa::from_name(name)
+            .filter(|isa| isa.is_available())
+            .ok_or_else(|| UnknownIsa {
+                name: name.chars().take(32).collect(),
+                available: Isa::available()
+                    .iter()
+                    .map(|isa| isa.name())
+                    .collect::<Vec<_>>()
+                    .join(", "),
+            })
     }
 
     /// The instruction sets of this CPU, slowest first.
@@ -51,20 +103,27 @@ impl Isa {
         match self {
             Isa::Scalar => true,
             #[cfg(target_arch = "x86_64")]
+            Isa::Sse41 => is_x86_feature_detected!("sse4.1") && is_x86_feature_detected!("ssse3"),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx => is_x86_feature_detected!("avx"),
+            #[cfg(target_arch = "x86_64")]
+            Isa::AvxVnni => Isa::Avx2.is_available() && has_avx_vnni(),
+            #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => {
                 is_x86_feature_detected!("avx2")
                     && is_x86_feature_detected!("fma")
                     && is_x86_feature_detected!("f16c")
             }
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => {
+            Isa::Avx512Bw => {
                 Isa::Avx2.is_available()
                     && is_x86_feature_detected!("avx512f")
                     && is_x86_feature_detected!("avx512bw")
                     && is_x86_feature_detected!("avx512dq")
                     && is_x86_feature_detected!("avx512vl")
-                    && is_x86_feature_detected!("avx512vnni")
             }
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => Isa::Avx512Bw.is_available() && is_x86_feature_detected!("avx512vnni"),
             #[cfg(target_arch = "aarch64")]
             Isa::Neon => std::arch::is_aarch64_feature_detected!("dotprod"),
             #[allow(unreachable_patterns)]
@@ -76,7 +135,11 @@ impl Isa {
     pub fn name(self) -> &'static str {
         match self {
             Isa::Scalar => "scalar",
+            Isa::Sse41 => "sse41",
+            Isa::Avx => "avx",
             Isa::Avx2 => "avx2",
+            Isa::AvxVnni => "avxvnni",
+            Isa::Avx512Bw => "avx512bw",
             Isa::Avx512 => "avx512",
             Isa::Neon => "neon",
         }
@@ -88,14 +151,30 @@ impl Isa {
             .find(|isa| isa.name().eq_ignore_ascii_case(name.trim()))
     }
 
+    /// True if products are rounded before they are added: the group of sets without fused operations.
+    pub fn rounds_products(self) -> bool {
+        matches!(self, Isa::Scalar | Isa::Sse41 | Isa::Avx)
+    }
+
     /// Most rows that one register tile takes.
     pub(crate) fn tile_rows(self) -> usize {
         match self {
-            Isa::Avx512 => 8,
-            Isa::Avx2 | Isa::Neon => 4,
+            Isa::Avx512Bw | Isa::Avx512 => 8,
+            Isa::Sse41 | Isa::Avx | Isa::Avx2 | Isa::AvxVnni | Isa::Neon => 4,
             Isa::Scalar => 1,
         }
     }
+}
+
+#[cfg(all(target_arch = "x86_64", not(test)))]
+fn has_avx_vnni() -> bool {
+    is_x86_feature_detected!("avxvnni")
+}
+
+/// In unit tests the kernels use AVX-512's encoding of the same instruction.
+#[cfg(all(target_arch = "x86_64", test))]
+fn has_avx_vnni() -> bool {
+    is_x86_feature_detected!("avx512vl") && is_x86_feature_detected!("avx512vnni")
 }
 
 #[cfg(test)]
@@ -109,6 +188,21 @@ mod tests {
             assert_eq!(Isa::from_name(&isa.name().to_uppercase()), Some(isa));
         }
         assert_eq!(Isa::from_name("sse9"), None);
+    }
+
+    #[test]
+    fn a_name_that_cannot_be_used_is_an_error_that_lists_the_others() {
+        assert_eq!(Isa::usable("Scalar"), Ok(Isa::Scalar));
+        let foreign = if cfg!(target_arch = "aarch64") {
+            "avx2"
+        } else {
+            "neon"
+        };
+        for name in [foreign, "sse9"] {
+            let error = Isa::usable(name).expect_err("not of this CPU").to_string();
+            assert!(error.contains(&format!("{name:?}")), "{error}");
+            assert!(error.contains("it has scalar"), "{error}");
+        }
     }
 
     #[test]

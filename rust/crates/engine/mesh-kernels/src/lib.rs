@@ -20,8 +20,9 @@
 //!   chunk does not matter;
 //! - norms: one fixed tree per row.
 //!
-//! The same holds across AVX-512, AVX2 and NEON; only the portable path rounds differently (it does not
-//! fuse).
+//! The same holds across the instruction sets of a group (isa.rs): those that fuse multiplication and
+//! addition (AVX2, AVX-VNNI, AVX-512, NEON) and those that do not (portable, SSE4.1, AVX). The groups differ in
+//! rounding.
 //!
 //! Unsafe code: SIMD loads and stores through pointers whose ranges the safe callers have checked
 //! (simd/mod.rs states the rules), output buffers written by the tasks of one loop in disjoint parts, and the
@@ -32,6 +33,8 @@ mod encoder;
 mod error;
 mod experts;
 mod gemm;
+#[cfg(test)]
+mod golden;
 mod isa;
 mod layout;
 mod linear;
@@ -42,13 +45,19 @@ mod pack;
 mod pool;
 mod rope;
 mod simd;
+#[cfg(test)]
+#[path = "../tests/support/mod.rs"]
+mod support;
+
+#[cfg(test)]
+extern crate self as mesh_kernels;
 
 pub use attention::{Attention, KvCache, KvFormat, KvSegment, KvShape, attention};
 pub use encoder::{encode_attention, layer_norm};
 pub use error::KernelError;
 pub use experts::{Expert, Experts, MixtureLayer, mixture};
 pub use gemm::acts::RmsNorm;
-pub use isa::Isa;
+pub use isa::{Isa, UnknownIsa};
 pub use linear::{Activation, FeedForward, Gate, Linear, Residual, feed_forward, gate_up, linear};
 pub use matrix::{EightBit, PackOptions, QMatrix};
 pub use mem::Reclaim;

@@ -66,7 +66,11 @@ pub fn echo_head(socket: UdpSocket, stop: &AtomicBool) {
             }
         }
         let answers = (0..count).map(|index| received.get(index));
-        batch::send(&socket, answers.map(|(bytes, from)| (bytes, Some(from))));
+        batch::send(
+            &socket,
+            answers.map(|(bytes, from)| (bytes, Some(from))),
+            None,
+        );
     }
 }
 

@@ -2,6 +2,7 @@
 
 use arcanum_profiler::{LayerSpeed, Profile};
 use mesh_engine_ort::WeightFormat;
+use mesh_kernels::Isa;
 use mesh_machine::measure::FormatChoice;
 use mesh_machine::{ProfileOptions, Profiler, choose_format};
 use mesh_model::Model;
@@ -27,6 +28,9 @@ pub(crate) fn run(args: ProfileArgs, terminal: Terminal) -> Result<(), Failure> 
         library: args.runtime,
         ..ProfileOptions::default()
     };
+    if let Err(error) = Isa::requested() {
+        eprintln!("{error}; taking the fastest");
+    }
     let mut profiler = Profiler::take(options);
     if let Some(why) = &profiler.profile.remeasured {
         eprintln!("measured again, since {why}");
@@ -40,8 +44,10 @@ pub(crate) fn run(args: ProfileArgs, terminal: Terminal) -> Result<(), Failure> 
     }
     let profile = &profiler.profile;
     let choice = choose_format(&speeds);
+    let available: Vec<&str> = Isa::available().iter().map(|isa| isa.name()).collect();
     if args.json {
         let mut object = json!(profile);
+        object["available_isas"] = json!(available);
         // The profile may keep other models' speeds, too.
         object["speeds"] = json!(speeds);
         if let Some(choice) = &choice {
@@ -51,23 +57,25 @@ pub(crate) fn run(args: ProfileArgs, terminal: Terminal) -> Result<(), Failure> 
         println!("{object}");
         return Ok(());
     }
-    print!("{}", machine(profile, terminal));
+    print!("{}", machine(profile, &available, terminal));
     if let (Some(model), Some(choice)) = (&model, &choice) {
         print!("\n{}", layers(&model.name(), &speeds, choice, terminal));
     }
     Ok(())
 }
 
-fn machine(profile: &Profile, terminal: Terminal) -> String {
+/// `available` are the instruction sets that this machine's kernels could use.
+fn machine(profile: &Profile, available: &[&str], terminal: Terminal) -> String {
     let key = &profile.key;
     let rate = |value: f64| match value {
         value if value > 0.0 => format!("{}/s", bytes(value as u64)),
         _ => "unknown".to_owned(),
     };
     let mut text = Facts::new(terminal);
+    text.line("processor", format!("{}, {} threads", key.cpu, key.threads));
     text.line(
-        "processor",
-        format!("{}, {} threads, {} kernels", key.cpu, key.threads, key.isa),
+        "kernels",
+        format!("{}, out of {}", key.isa, available.join(", ")),
     );
     text.line(
         "memory",
@@ -176,8 +184,9 @@ format file, since a row takes 100 µs a layer with file weights, int8 takes 150
         profile.key.cpu = "Some CPU".into();
         profile.key.isa = "avx2".into();
         assert_eq!(
-            machine(&profile, Terminal::new(Color::Never)),
-            "processor  Some CPU, 1 threads, avx2 kernels\n\
+            machine(&profile, &["scalar", "avx2"], Terminal::new(Color::Never)),
+            "processor  Some CPU, 1 threads\n\
+             kernels    avx2, out of scalar, avx2\n\
              memory     8.00 GB, 7.00 GB of it for models, read at 22.00 GB/s\n\
              load       0.50 other processes ready to run per core\n"
         );

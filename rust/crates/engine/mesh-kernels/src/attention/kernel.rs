@@ -11,7 +11,7 @@ use crate::simd::{LANES, Simd};
 
 /// Positions per chunk. Chunks start at absolute multiples of it.
 pub(super) const CHUNK: usize = 128;
-/// Most queries at a time.
+/// Most queries at a time, on any instruction set.
 pub(super) const QUERIES: usize = 6;
 /// Largest head dimension.
 pub(crate) const MAX_DIM: usize = 256;
@@ -107,7 +107,7 @@ pub(super) trait Results {
     fn take<S: Simd>(&mut self, s: S, i: usize, partial: Partial, values: &[f32]);
 }
 
-/// Attends with `queries` (at most [`QUERIES`], each with a limit of 1 to [`CHUNK`] and a start before it)
+/// Attends with `queries` (at most [`Simd::QUERIES`], each with a limit of 1 to [`CHUNK`] and a start before it)
 /// and hands each one's result on.
 ///
 /// # Safety
@@ -123,13 +123,14 @@ pub(super) unsafe fn attend<S: Simd, E: Element>(
 ) {
     // SAFETY: passed on; the lengths are those of the arrays.
     unsafe {
+        // Constant conditions keep numbers that an instruction set does not use from being compiled.
         match queries.len() {
-            1 => attend_n::<S, E, 1>(s, chunk, queries, work, results),
-            2 => attend_n::<S, E, 2>(s, chunk, queries, work, results),
-            3 => attend_n::<S, E, 3>(s, chunk, queries, work, results),
-            4 => attend_n::<S, E, 4>(s, chunk, queries, work, results),
-            5 => attend_n::<S, E, 5>(s, chunk, queries, work, results),
-            _ => attend_n::<S, E, 6>(s, chunk, queries, work, results),
+            2 if S::QUERIES >= 2 => attend_n::<S, E, 2>(s, chunk, queries, work, results),
+            3 if S::QUERIES >= 3 => attend_n::<S, E, 3>(s, chunk, queries, work, results),
+            4 if S::QUERIES >= 4 => attend_n::<S, E, 4>(s, chunk, queries, work, results),
+            5 if S::QUERIES >= 5 => attend_n::<S, E, 5>(s, chunk, queries, work, results),
+            6 if S::QUERIES >= 6 => attend_n::<S, E, 6>(s, chunk, queries, work, results),
+            _ => attend_n::<S, E, 1>(s, chunk, queries, work, results),
         }
     }
 }
@@ -161,12 +162,13 @@ unsafe fn attend_n<S: Simd, E: Element, const N: usize>(
     // SAFETY: tiles up to the largest limit are readable, and the vectors hold `dim` elements.
     unsafe {
         let mut tile = first / TILE;
-        while tile + 2 <= tiles {
+        while S::WIDE && tile + 2 <= tiles {
             score::<S, E, N, 2>(s, chunk, &queries, tile, scores);
             tile += 2;
         }
-        if tile < tiles {
+        while tile < tiles {
             score::<S, E, N, 1>(s, chunk, &queries, tile, scores);
+            tile += 1;
         }
     }
     let mut partials = [Partial {

@@ -497,8 +497,8 @@ impl<E: Element> Kernel for Attend<'_, E> {
             let end = (0..task.rows)
                 .rfind(|&row| seen_from(run.spec.window, position(row)) < start + CHUNK)
                 .map_or(0, |row| (row + 1) * run.group);
-            for at in (first..end).step_by(QUERIES) {
-                let n = QUERIES.min(end - at);
+            for at in (first..end).step_by(S::QUERIES) {
+                let n = S::QUERIES.min(end - at);
                 let mut queries = [Query {
                     vector: std::ptr::null(),
                     start: 0,

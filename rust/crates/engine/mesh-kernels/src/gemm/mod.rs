@@ -201,6 +201,14 @@ struct ProductTask<'a> {
     sink: Destination<'a>,
 }
 
+impl<'a> ProductTask<'a> {
+    /// The part, and the second one of a gate.
+    #[inline(always)]
+    fn parts(&self) -> [Option<&'a PackedPart>; 2] {
+        [Some(self.part), self.up.map(|(up, _)| up)]
+    }
+}
+
 #[allow(clippy::too_many_arguments)]
 fn part_panels(
     isa: Isa,
@@ -300,38 +308,25 @@ fn quantised_tile<S: Simd, T: TileFormat, const R: usize>(
 ) {
     let blocks = job.k / BLOCK;
     let acts = &job.input.acts[row * blocks * ROW_BLOCK..][..R * blocks * ROW_BLOCK];
-    let mut gate = [s.splat(0.0); R];
-    for second in [false, true] {
-        let (part, activation) = match (second, job.up) {
-            (false, _) => (job.part, None),
-            (true, Some((up, activation))) => (up, Some(activation)),
-            (true, None) => break,
-        };
+    let mut products = [[[0.0; PANEL]; R]; 2];
+    for (part, products) in job.parts().iter().zip(&mut products) {
+        let Some(part) = part else { break };
         let panel = part.panel(panel).as_ptr();
         // SAFETY: a whole panel of the part, and a whole tile of activations.
         let acc = unsafe { tile::quantised::<S, T, R>(s, panel, blocks, table, acts.as_ptr()) };
-        gate = combine(s, activation, gate, acc);
-    }
-    for (r, &acc) in gate.iter().enumerate() {
-        finish(s, job, panel, row + r, acc);
-    }
-}
-
-/// The products of the first part, or `activation(gate) * up` when they are those of the second.
-#[inline(always)]
-fn combine<S: Simd, const R: usize>(
-    s: S,
-    activation: Option<Activation>,
-    gate: [S::F; R],
-    acc: [S::F; R],
-) -> [S::F; R] {
-    let mut out = acc;
-    if let Some(activation) = activation {
         for r in 0..R {
-            out[r] = s.mul(activation.apply(s, gate[r]), acc[r]);
+            // SAFETY: 16 elements.
+            unsafe { s.store(products[r].as_mut_ptr(), acc[r]) };
         }
     }
-    out
+    let [first, second] = &products;
+    s.apart(Finish {
+        job,
+        panel,
+        row,
+        first,
+        second,
+    });
 }
 
 /// A matrix of floats.
@@ -357,7 +352,8 @@ impl<T: Float> Kernel for Floats<'_, T> {
         while panel < job.panels.end {
             // Two panels at once use each broadcast twice, where there are registers for it.
             let pair = S::WIDE && job.up.is_none() && panel + 2 <= job.panels.end;
-            for (row, count) in tiles(job.rows.clone(), if pair { 8 } else { 4 }) {
+            let largest = S::FLOAT_ROWS.min(if pair { 8 } else { 4 });
+            for (row, count) in tiles(job.rows.clone(), largest) {
                 if S::WIDE && pair {
                     match count {
                         8 => float_tile::<S, T, 8, 2>(s, job, panel, row),
@@ -368,8 +364,8 @@ impl<T: Float> Kernel for Floats<'_, T> {
                     continue;
                 }
                 match count {
-                    4 => float_tile::<S, T, 4, 1>(s, job, panel, row),
-                    2 => float_tile::<S, T, 2, 1>(s, job, panel, row),
+                    4 if S::FLOAT_ROWS >= 4 => float_tile::<S, T, 4, 1>(s, job, panel, row),
+                    2 if S::FLOAT_ROWS >= 2 => float_tile::<S, T, 2, 1>(s, job, panel, row),
                     _ => float_tile::<S, T, 1, 1>(s, job, panel, row),
                 }
             }
@@ -386,13 +382,9 @@ fn float_tile<S: Simd, T: Float, const R: usize, const P: usize>(
     row: usize,
 ) {
     let x = &job.input.x[row * job.k..][..R * job.k];
-    let mut gate = [[s.splat(0.0); R]; P];
-    for second in [false, true] {
-        let (part, activation) = match (second, job.up) {
-            (false, _) => (job.part, None),
-            (true, Some((up, activation))) => (up, Some(activation)),
-            (true, None) => break,
-        };
+    let mut products = [[[[0.0; PANEL]; R]; P]; 2];
+    for (part, products) in job.parts().iter().zip(&mut products) {
+        let Some(part) = part else { break };
         let panels = &part.data.bytes()[panel * part.panel_bytes..][..P * part.panel_bytes];
         // SAFETY: P whole panels of the part, and R whole rows.
         let acc = unsafe {
@@ -406,25 +398,60 @@ fn float_tile<S: Simd, T: Float, const R: usize, const P: usize>(
             )
         };
         for p in 0..P {
-            gate[p] = combine(s, activation, gate[p], acc[p]);
+            for r in 0..R {
+                // SAFETY: 16 elements.
+                unsafe { s.store(products[p][r].as_mut_ptr(), acc[p][r]) };
+            }
         }
     }
-    for (p, gate) in gate.iter().enumerate() {
-        for (r, &acc) in gate.iter().enumerate() {
-            finish(s, job, panel + p, row + r, acc);
+    for p in 0..P {
+        s.apart(Finish {
+            job,
+            panel: panel + p,
+            row,
+            first: &products[0][p],
+            second: &products[1][p],
+        });
+    }
+}
+
+/// The end of a tile: activation, bias and residual. It is the same for all formats, so it is compiled apart.
+struct Finish<'a> {
+    job: &'a ProductTask<'a>,
+    panel: usize,
+    /// First row of the tile.
+    row: usize,
+    /// Each row's products with the panel of the first part.
+    first: &'a [[f32; PANEL]],
+    /// With that of the second, if there is one.
+    second: &'a [[f32; PANEL]],
+}
+
+impl Kernel for Finish<'_> {
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        for (r, (first, second)) in self.first.iter().zip(self.second).enumerate() {
+            // SAFETY: 16 elements.
+            let mut v = unsafe { s.load(first.as_ptr()) };
+            if let Some((_, activation)) = self.job.up {
+                // SAFETY: 16 elements.
+                let up = unsafe { s.load(second.as_ptr()) };
+                v = s.mul(activation.apply(s, v), up);
+            }
+            finish(s, self.job, self.panel, self.row + r, v);
         }
     }
 }
 
 /// Adds bias and residual to the 16 products of a row, with the activation between, and stores them.
 #[inline(always)]
-fn finish<S: Simd>(s: S, job: &ProductTask<'_>, panel: usize, row: usize, acc: S::F) {
+fn finish<S: Simd>(s: S, job: &ProductTask<'_>, panel: usize, row: usize, products: S::F) {
     let sink = &job.sink;
     let column = panel * PANEL;
     let valid = PANEL.min(job.part.n - column);
     let column = job.first_column + column;
     let at = row * sink.stride + column;
-    let mut v = acc;
+    let mut v = products;
     if let Some(bias) = sink.bias {
         v = s.add(v, partial(s, &bias[column..][..valid]));
     }

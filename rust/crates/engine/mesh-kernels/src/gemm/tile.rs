@@ -8,10 +8,12 @@
 // arithmetic.
 #![allow(clippy::needless_range_loop)]
 
+use std::marker::PhantomData;
+
 use mesh_quant::Codebook;
 
 use crate::layout::{BLOCK, GROUP, GROUP_HEAD, Layout, Scales, code_bytes};
-use crate::simd::Simd;
+use crate::simd::{Simd, chain};
 
 /// A quantised layout known at compile time.
 pub(super) trait TileFormat {
@@ -22,6 +24,15 @@ pub(super) trait TileFormat {
     const BOOK: bool = Self::LAYOUT.codebook().is_some();
     /// Weights, with the bias added, take all 8 bits.
     const FULL: bool = Self::LAYOUT.bias() == 128;
+    /// Products that are added before they are closed.
+    const CHAIN: usize = if Self::FULL {
+        1
+    } else if Self::BOOK {
+        // A codebook's numbers are below twice the bias.
+        chain(Self::LAYOUT.bias().ilog2() + 1)
+    } else {
+        chain(Self::BITS)
+    };
     const BLOCK_BYTES: usize = Self::SCALES.bytes() + code_bytes(Self::BITS);
 }
 
@@ -122,10 +133,13 @@ unsafe fn block<S: Simd, T: TileFormat, const R: usize>(
         match T::SCALES {
             Scales::Block | Scales::BlockMin | Scales::Coded | Scales::Exponent => {
                 let mut sum = biased::<S, T, R>(s, tail.add(2 * R).cast());
-                pair::<S, T, R, 0, 4>(s, codes, table, q, &mut sum);
-                pair::<S, T, R, 1, 5>(s, codes, table, q, &mut sum);
-                pair::<S, T, R, 2, 6>(s, codes, table, q, &mut sum);
-                pair::<S, T, R, 3, 7>(s, codes, table, q, &mut sum);
+                for part in 0..S::PARTS {
+                    let mut dots = Dots::<S, T, R>::open(s, &sum, part, codes, table, q);
+                    dots.pair::<0, 4>(s, &mut sum, 6);
+                    dots.pair::<1, 5>(s, &mut sum, 4);
+                    dots.pair::<2, 6>(s, &mut sum, 2);
+                    dots.pair::<3, 7>(s, &mut sum, 0);
+                }
                 let d = match T::SCALES {
                     Scales::Coded => s.mul(s.to_f(s.load_u8(w)), head.0),
                     Scales::Exponent => {
@@ -150,8 +164,11 @@ unsafe fn block<S: Simd, T: TileFormat, const R: usize>(
                 let minus_first = tail.add(3 * R).cast::<i32>();
                 let minus_all = tail.add(2 * R).cast::<i32>();
                 let mut sum = biased::<S, T, R>(s, minus_first);
-                pair::<S, T, R, 0, 1>(s, codes, table, q, &mut sum);
-                pair::<S, T, R, 2, 3>(s, codes, table, q, &mut sum);
+                for part in 0..S::PARTS {
+                    let mut dots = Dots::<S, T, R>::open(s, &sum, part, codes, table, q);
+                    dots.pair::<0, 1>(s, &mut sum, 2);
+                    dots.pair::<2, 3>(s, &mut sum, 0);
+                }
                 let (d, m) = half_scales::<S, T>(s, w, head);
                 scale(s, &sum, d, tail, acc);
                 if matches!(T::SCALES, Scales::Nibbles) {
@@ -165,8 +182,11 @@ unsafe fn block<S: Simd, T: TileFormat, const R: usize>(
                 for r in 0..R {
                     sum[r] = s.isub(all[r], half[r]);
                 }
-                pair::<S, T, R, 4, 5>(s, codes, table, q, &mut sum);
-                pair::<S, T, R, 6, 7>(s, codes, table, q, &mut sum);
+                for part in 0..S::PARTS {
+                    let mut dots = Dots::<S, T, R>::open(s, &sum, part, codes, table, q);
+                    dots.pair::<4, 5>(s, &mut sum, 2);
+                    dots.pair::<6, 7>(s, &mut sum, 0);
+                }
                 let (d, m) = half_scales::<S, T>(s, w.add(16), head);
                 scale(s, &sum, d, tail, acc);
                 if matches!(T::SCALES, Scales::Nibbles) {
@@ -227,36 +247,75 @@ unsafe fn biased<S: Simd, T: TileFormat, const R: usize>(
     sum
 }
 
-/// Adds the products of input groups `G` and `H`.
-#[inline(always)]
-unsafe fn pair<S: Simd, T: TileFormat, const R: usize, const G: usize, const H: usize>(
-    s: S,
+/// Dot products of one part of the columns, on their way into the sums.
+struct Dots<S: Simd, T, const R: usize> {
+    part: usize,
+    /// The part's codes.
     codes: *const u8,
     table: S::B,
+    /// The rows' activations.
     q: *const i8,
-    sum: &mut [S::I; R],
-) {
-    // SAFETY: the caller's block and tile hold what their layouts say.
-    unsafe {
-        let g = weights::<S, T, G>(s, codes, table);
-        for (r, sum) in sum.iter_mut().enumerate() {
-            *sum = dot::<S, T>(s, *sum, g, q.add((G * R + r) * 4));
-        }
-        let h = weights::<S, T, H>(s, codes, table);
-        for (r, sum) in sum.iter_mut().enumerate() {
-            *sum = dot::<S, T>(s, *sum, h, q.add((H * R + r) * 4));
-        }
-    }
+    sums: [S::P; R],
+    format: PhantomData<T>,
 }
 
-#[inline(always)]
-unsafe fn dot<S: Simd, T: TileFormat>(s: S, sum: S::I, w: S::B, q: *const i8) -> S::I {
-    // SAFETY: four activations are at `q`.
-    unsafe {
-        if T::FULL {
-            s.dot_wide(sum, w, q)
-        } else {
-            s.dot(sum, w, q)
+impl<S: Simd, T: TileFormat, const R: usize> Dots<S, T, R> {
+    #[inline(always)]
+    unsafe fn open(
+        s: S,
+        sum: &[S::I; R],
+        part: usize,
+        codes: *const u8,
+        table: S::B,
+        q: *const i8,
+    ) -> Self {
+        let mut sums = [s.open(&sum[0], part); R];
+        for r in 1..R {
+            sums[r] = s.open(&sum[r], part);
+        }
+        Dots {
+            part,
+            // SAFETY: a part of the caller's codes.
+            codes: unsafe { codes.add(part * (64 / S::PARTS)) },
+            table,
+            q,
+            sums,
+            format: PhantomData,
+        }
+    }
+
+    /// Adds the products of input groups `G` and `H`, `left` groups before the last.
+    #[inline(always)]
+    unsafe fn pair<const G: usize, const H: usize>(
+        &mut self,
+        s: S,
+        sum: &mut [S::I; R],
+        left: usize,
+    ) {
+        // SAFETY: the caller's block and tile hold what their layouts say.
+        unsafe {
+            self.group::<G>(s, sum, left + 1);
+            self.group::<H>(s, sum, left);
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn group<const G: usize>(&mut self, s: S, sum: &mut [S::I; R], left: usize) {
+        // SAFETY: the caller's block and tile hold what their layouts say.
+        unsafe {
+            let w = weights::<S, T, G>(s, self.codes, self.table);
+            for r in 0..R {
+                let q = self.q.add((G * R + r) * 4);
+                self.sums[r] = if T::FULL {
+                    s.dot_wide(self.sums[r], w, q)
+                } else {
+                    s.dot(self.sums[r], w, q)
+                };
+                if left.is_multiple_of(T::CHAIN) {
+                    s.close(&mut sum[r], self.part, self.sums[r]);
+                    self.sums[r] = s.open(&sum[r], self.part);
+                }
+            }
         }
     }
 }

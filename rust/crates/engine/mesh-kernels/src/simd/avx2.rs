@@ -1,17 +1,20 @@
-//! Two 256-bit registers per vector.
+//! Two 256-bit registers per vector; AVX-VNNI for the integer products where the CPU has it.
 
 use std::arch::x86_64::*;
 
+use super::methods::{methods, pointer_methods, shift, two};
 use super::{Kernel, Simd};
+use crate::Isa;
 
-/// Proof that the CPU has AVX2, FMA and F16C.
+/// Proof that the CPU has AVX2, FMA and F16C, and AVX-VNNI if `VNNI` is true.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Avx2(());
+pub(crate) struct Avx2<const VNNI: bool>(());
 
-impl Avx2 {
+impl<const VNNI: bool> Avx2<VNNI> {
     /// The token, where the CPU has the features.
-    pub(crate) fn detect() -> Option<Avx2> {
-        crate::Isa::Avx2.is_available().then_some(Avx2(()))
+    pub(crate) fn detect() -> Option<Self> {
+        let isa = if VNNI { Isa::AvxVnni } else { Isa::Avx2 };
+        isa.is_available().then_some(Avx2(()))
     }
 }
 
@@ -19,9 +22,49 @@ impl Avx2 {
 ///
 /// # Safety
 /// The CPU must have them, which the token proves.
+#[inline(always)]
+pub(crate) unsafe fn enter<K: Kernel, const VNNI: bool>(s: Avx2<VNNI>, kernel: K) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        if VNNI {
+            with_vnni(s, kernel);
+        } else {
+            without_vnni(s, kernel);
+        }
+    }
+}
+
+#[inline(never)]
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(crate) unsafe fn enter<K: Kernel>(s: Avx2, kernel: K) {
+unsafe fn without_vnni<K: Kernel, const VNNI: bool>(s: Avx2<VNNI>, kernel: K) {
     kernel.run(s);
+}
+
+#[cfg(not(test))]
+#[inline(never)]
+#[target_feature(enable = "avx2,fma,f16c,avxvnni")]
+unsafe fn with_vnni<K: Kernel, const VNNI: bool>(s: Avx2<VNNI>, kernel: K) {
+    kernel.run(s);
+}
+
+/// The same kernels with AVX-512's encoding of VPDPBUSD: the unit tests run them on CPUs that have only that.
+#[cfg(test)]
+#[inline(never)]
+#[target_feature(enable = "avx2,fma,f16c,avx512vl,avx512vnni")]
+unsafe fn with_vnni<K: Kernel, const VNNI: bool>(s: Avx2<VNNI>, kernel: K) {
+    kernel.run(s);
+}
+
+/// `acc[c] += Σ w[4c+i] * a[4c+i]`, unsigned times signed bytes.
+#[inline(always)]
+unsafe fn dpbusd(acc: __m256i, w: __m256i, a: __m256i) -> __m256i {
+    // SAFETY: the callers' token proves VNNI in the encoding that `with_vnni` names.
+    unsafe {
+        #[cfg(not(test))]
+        return _mm256_dpbusd_avx_epi32(acc, w, a);
+        #[cfg(test)]
+        return _mm256_dpbusd_epi32(acc, w, a);
+    }
 }
 
 /// Two registers: lanes 0..8 and 8..16.
@@ -29,53 +72,24 @@ type F = [__m256; 2];
 /// As [`F`].
 type I = [__m256i; 2];
 
-macro_rules! methods {
-    ($(fn $name:ident $(<const $n:ident: u32>)? ($($arg:ident: $ty:ty),*) $(-> $out:ty)? $body:block)*) => {
-        $(
-            #[inline(always)]
-            fn $name $(<const $n: u32>)? (self, $($arg: $ty),*) $(-> $out)? {
-                // SAFETY: the token proves that the CPU has the features.
-                unsafe { $body }
-            }
-        )*
-    };
-}
-macro_rules! pointer_methods {
-    ($(fn $name:ident ($($arg:ident: $ty:ty),*) $(-> $out:ty)? $body:block)*) => {
-        $(
-            #[inline(always)]
-            unsafe fn $name (self, $($arg: $ty),*) $(-> $out)? {
-                // SAFETY: the token proves the features; the caller vouches for the pointer.
-                unsafe { $body }
-            }
-        )*
-    };
-}
-
-/// Shift counts are `i32` in these intrinsics and `u32` in the trait, and const generics do not convert.
-macro_rules! shift {
-    ($op:ident, $a:expr, $n:expr) => {
-        match $n {
-            0 => $a,
-            1 => [$op::<1>($a[0]), $op::<1>($a[1])],
-            2 => [$op::<2>($a[0]), $op::<2>($a[1])],
-            3 => [$op::<3>($a[0]), $op::<3>($a[1])],
-            4 => [$op::<4>($a[0]), $op::<4>($a[1])],
-            5 => [$op::<5>($a[0]), $op::<5>($a[1])],
-            6 => [$op::<6>($a[0]), $op::<6>($a[1])],
-            _ => [$op::<7>($a[0]), $op::<7>($a[1])],
-        }
-    };
-}
-
-impl Simd for Avx2 {
+impl<const VNNI: bool> Simd for Avx2<VNNI> {
     type F = F;
     type I = I;
     type B = I;
+    type P = I;
 
-    const SIGNED_WIDE: bool = true;
+    const PARTS: usize = 1;
+    const SIGNED_WIDE: bool = !VNNI;
     const WIDE: bool = false;
     const SINGLE: bool = false;
+    const FLOAT_ROWS: usize = 4;
+    const QUERIES: usize = 6;
+
+    #[inline(always)]
+    fn apart<K: Kernel>(self, kernel: K) {
+        // SAFETY: the token proves that the CPU has the features.
+        unsafe { enter(self, kernel) }
+    }
 
     methods! {
         fn splat(v: f32) -> F { [_mm256_set1_ps(v); 2] }
@@ -121,7 +135,7 @@ impl Simd for Avx2 {
         }
         fn isplat(v: i32) -> I { [_mm256_set1_epi32(v); 2] }
         fn isub(a: I, b: I) -> I { [_mm256_sub_epi32(a[0], b[0]), _mm256_sub_epi32(a[1], b[1])] }
-        fn ishl<const N: u32>(a: I) -> I { shift!(_mm256_slli_epi32, a, N) }
+        fn ishl<const N: u32>(a: I) -> I { two!(i => shift!(_mm256_slli_epi32, a[i], N)) }
         fn to_f(a: I) -> F { [_mm256_cvtepi32_ps(a[0]), _mm256_cvtepi32_ps(a[1])] }
         fn round(a: F) -> I { [_mm256_cvtps_epi32(a[0]), _mm256_cvtps_epi32(a[1])] }
         fn band(a: I, mask: u8) -> I {
@@ -129,11 +143,18 @@ impl Simd for Avx2 {
             [_mm256_and_si256(a[0], mask), _mm256_and_si256(a[1], mask)]
         }
         fn bor(a: I, b: I) -> I { [_mm256_or_si256(a[0], b[0]), _mm256_or_si256(a[1], b[1])] }
-        fn lookup(table: I, codes: I) -> I {
-            [_mm256_shuffle_epi8(table[0], codes[0]), _mm256_shuffle_epi8(table[0], codes[1])]
+        fn lookup(table: I, codes: I) -> I { two!(i => _mm256_shuffle_epi8(table[0], codes[i])) }
+        fn bshl<const N: u32>(a: I) -> I { two!(i => shift!(_mm256_slli_epi16, a[i], N)) }
+        fn bshr<const N: u32>(a: I) -> I { two!(i => shift!(_mm256_srli_epi16, a[i], N)) }
+        fn open(acc: &I, _part: usize) -> I { if VNNI { *acc } else { [_mm256_setzero_si256(); 2] } }
+        fn close(acc: &mut I, _part: usize, p: I) {
+            if VNNI {
+                *acc = p;
+                return;
+            }
+            let ones = _mm256_set1_epi16(1);
+            *acc = two!(i => _mm256_add_epi32(acc[i], _mm256_madd_epi16(p[i], ones)));
         }
-        fn bshl<const N: u32>(a: I) -> I { shift!(_mm256_slli_epi16, a, N) }
-        fn bshr<const N: u32>(a: I) -> I { shift!(_mm256_srli_epi16, a, N) }
     }
 
     pointer_methods! {
@@ -181,26 +202,24 @@ impl Simd for Avx2 {
         fn load_b(p: *const u8) -> I {
             [_mm256_loadu_si256(p.cast()), _mm256_loadu_si256(p.add(32).cast())]
         }
-        fn dot(acc: I, w: I, a: *const i8) -> I {
-            // Products of a weight below 128 and a byte, added in pairs, stay below 2^15: no saturation.
+        fn dot(p: I, w: I, a: *const i8) -> I {
             let a = _mm256_set1_epi32(a.cast::<i32>().read_unaligned());
-            let ones = _mm256_set1_epi16(1);
-            let low = _mm256_madd_epi16(_mm256_maddubs_epi16(w[0], a), ones);
-            let high = _mm256_madd_epi16(_mm256_maddubs_epi16(w[1], a), ones);
-            [_mm256_add_epi32(acc[0], low), _mm256_add_epi32(acc[1], high)]
-        }
-        fn dot_wide(acc: I, w: I, a: *const i8) -> I {
-            // |w| <= 128 times ±a with |a| <= 127: a pair is at most 32512 in magnitude.
-            let a = _mm256_set1_epi32(a.cast::<i32>().read_unaligned());
-            let ones = _mm256_set1_epi16(1);
-            let flip = _mm256_set1_epi8(-128);
-            let mut out = acc;
-            for half in 0..2 {
-                let w = _mm256_xor_si256(w[half], flip);
-                let pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(a, w));
-                out[half] = _mm256_add_epi32(acc[half], _mm256_madd_epi16(pairs, ones));
+            if VNNI {
+                return two!(i => dpbusd(p[i], w[i], a));
             }
-            out
+            two!(i => _mm256_add_epi16(p[i], _mm256_maddubs_epi16(w[i], a)))
+        }
+        fn dot_wide(p: I, w: I, a: *const i8) -> I {
+            let a = _mm256_set1_epi32(a.cast::<i32>().read_unaligned());
+            if VNNI {
+                return two!(i => dpbusd(p[i], w[i], a));
+            }
+            let flip = _mm256_set1_epi8(-128);
+            two!(i => {
+                let w = _mm256_xor_si256(w[i], flip);
+                let pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(a, w));
+                _mm256_add_epi16(p[i], pairs)
+            })
         }
     }
 }

@@ -1,17 +1,20 @@
-//! One 512-bit register per vector; VNNI for the integer products.
+//! One 512-bit register per vector; VNNI for the integer products where the CPU has it.
 
 use std::arch::x86_64::*;
 
+use super::methods::{methods, pointer_methods};
 use super::{Kernel, Simd};
+use crate::Isa;
 
-/// Proof that the CPU has AVX-512 F, BW, DQ, VL and VNNI.
+/// Proof that the CPU has AVX-512 F, BW, DQ and VL, and VNNI if `VNNI` is true.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Avx512(());
+pub(crate) struct Avx512<const VNNI: bool>(());
 
-impl Avx512 {
+impl<const VNNI: bool> Avx512<VNNI> {
     /// The token, where the CPU has the features.
-    pub(crate) fn detect() -> Option<Avx512> {
-        crate::Isa::Avx512.is_available().then_some(Avx512(()))
+    pub(crate) fn detect() -> Option<Self> {
+        let isa = if VNNI { Isa::Avx512 } else { Isa::Avx512Bw };
+        isa.is_available().then_some(Avx512(()))
     }
 }
 
@@ -19,44 +22,48 @@ impl Avx512 {
 ///
 /// # Safety
 /// The CPU must have them, which the token proves.
-#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
-pub(crate) unsafe fn enter<K: Kernel>(s: Avx512, kernel: K) {
+#[inline(always)]
+pub(crate) unsafe fn enter<K: Kernel, const VNNI: bool>(s: Avx512<VNNI>, kernel: K) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        if VNNI {
+            with_vnni(s, kernel);
+        } else {
+            without_vnni(s, kernel);
+        }
+    }
+}
+
+#[inline(never)]
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")]
+unsafe fn without_vnni<K: Kernel, const VNNI: bool>(s: Avx512<VNNI>, kernel: K) {
     kernel.run(s);
 }
 
-/// Methods over register values and over pointers. One comment stands for all: the token proves the features,
-/// and a caller of an unsafe method gives a valid pointer.
-macro_rules! methods {
-    ($(fn $name:ident $(<const $n:ident: u32>)? ($($arg:ident: $ty:ty),*) $(-> $out:ty)? $body:block)*) => {
-        $(
-            #[inline(always)]
-            fn $name $(<const $n: u32>)? (self, $($arg: $ty),*) $(-> $out)? {
-                // SAFETY: the token proves that the CPU has the features.
-                unsafe { $body }
-            }
-        )*
-    };
-}
-macro_rules! pointer_methods {
-    ($(fn $name:ident ($($arg:ident: $ty:ty),*) $(-> $out:ty)? $body:block)*) => {
-        $(
-            #[inline(always)]
-            unsafe fn $name (self, $($arg: $ty),*) $(-> $out)? {
-                // SAFETY: the token proves the features; the caller vouches for the pointer.
-                unsafe { $body }
-            }
-        )*
-    };
+#[inline(never)]
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")]
+unsafe fn with_vnni<K: Kernel, const VNNI: bool>(s: Avx512<VNNI>, kernel: K) {
+    kernel.run(s);
 }
 
-impl Simd for Avx512 {
+impl<const VNNI: bool> Simd for Avx512<VNNI> {
     type F = __m512;
     type I = __m512i;
     type B = __m512i;
+    type P = __m512i;
 
-    const SIGNED_WIDE: bool = false;
+    const PARTS: usize = 1;
+    const SIGNED_WIDE: bool = !VNNI;
     const WIDE: bool = true;
     const SINGLE: bool = false;
+    const FLOAT_ROWS: usize = 8;
+    const QUERIES: usize = 6;
+
+    #[inline(always)]
+    fn apart<K: Kernel>(self, kernel: K) {
+        // SAFETY: the token proves that the CPU has the features.
+        unsafe { enter(self, kernel) }
+    }
 
     methods! {
         fn splat(v: f32) -> __m512 { _mm512_set1_ps(v) }
@@ -97,6 +104,14 @@ impl Simd for Avx512 {
         fn lookup(table: __m512i, codes: __m512i) -> __m512i { _mm512_shuffle_epi8(table, codes) }
         fn bshl<const N: u32>(a: __m512i) -> __m512i { _mm512_slli_epi16::<N>(a) }
         fn bshr<const N: u32>(a: __m512i) -> __m512i { _mm512_srli_epi16::<N>(a) }
+        fn open(acc: &__m512i, _part: usize) -> __m512i { if VNNI { *acc } else { _mm512_setzero_si512() } }
+        fn close(acc: &mut __m512i, _part: usize, p: __m512i) {
+            *acc = if VNNI {
+                p
+            } else {
+                _mm512_add_epi32(*acc, _mm512_madd_epi16(p, _mm512_set1_epi16(1)))
+            };
+        }
     }
 
     pointer_methods! {
@@ -114,11 +129,24 @@ impl Simd for Avx512 {
         fn load_i8(p: *const i8) -> __m512i { _mm512_cvtepi8_epi32(_mm_loadu_si128(p.cast())) }
         fn store_i8(p: *mut i8, v: __m512i) { _mm_storeu_si128(p.cast(), _mm512_cvtepi32_epi8(v)) }
         fn load_b(p: *const u8) -> __m512i { _mm512_loadu_si512(p.cast()) }
-        fn dot(acc: __m512i, w: __m512i, a: *const i8) -> __m512i {
-            _mm512_dpbusd_epi32(acc, w, _mm512_set1_epi32(a.cast::<i32>().read_unaligned()))
+        fn dot(p: __m512i, w: __m512i, a: *const i8) -> __m512i {
+            let a = _mm512_set1_epi32(a.cast::<i32>().read_unaligned());
+            if VNNI {
+                _mm512_dpbusd_epi32(p, w, a)
+            } else {
+                _mm512_add_epi16(p, _mm512_maddubs_epi16(w, a))
+            }
         }
-        fn dot_wide(acc: __m512i, w: __m512i, a: *const i8) -> __m512i {
-            _mm512_dpbusd_epi32(acc, w, _mm512_set1_epi32(a.cast::<i32>().read_unaligned()))
+        fn dot_wide(p: __m512i, w: __m512i, a: *const i8) -> __m512i {
+            let a = _mm512_set1_epi32(a.cast::<i32>().read_unaligned());
+            if VNNI {
+                return _mm512_dpbusd_epi32(p, w, a);
+            }
+            // As on AVX2: |w| times a with the sign of w.
+            let w = _mm512_xor_si512(w, _mm512_set1_epi8(-128));
+            let negative = _mm512_movepi8_mask(w);
+            let a = _mm512_mask_sub_epi8(a, negative, _mm512_setzero_si512(), a);
+            _mm512_add_epi16(p, _mm512_maddubs_epi16(_mm512_abs_epi8(w), a))
         }
     }
 }

@@ -1,10 +1,11 @@
 //! Vectors of sixteen lanes on every CPU.
 //!
 //! Every kernel is written once over [`Simd`], a token whose existence proves that the CPU has the
-//! instructions. A vector is always 16 lanes (one AVX-512 register, two AVX2, four NEON ones), every
-//! reduction is the same tree, and every multiplication that is followed by an addition is fused; so AVX-512,
-//! AVX2 and NEON give the same bits. [`Scalar`] does not fuse (on the CPUs that need it a fused operation is
-//! a library call), so it agrees only to rounding.
+//! instructions. A vector is always 16 lanes (one AVX-512 register, two AVX2, four NEON or SSE ones), and
+//! every reduction is the same tree. [`Simd::fma`] is fused on AVX2, AVX-VNNI, AVX-512 and NEON, which give the
+//! same bits. On [`Scalar`](scalar::Scalar), SSE4.1 and AVX, whose CPUs have no such instruction, it is a
+//! multiplication and an addition; these give the same bits among each other, and agree with the former to
+//! rounding.
 //!
 //! A kernel is a struct that implements [`Kernel`]; [`run`] calls it inside a function that has the target
 //! features, and everything below is `#[inline(always)]`, so that it is compiled with them.
@@ -12,11 +13,19 @@
 pub(crate) mod scalar;
 
 #[cfg(target_arch = "x86_64")]
+pub(crate) mod avx;
+#[cfg(target_arch = "x86_64")]
 pub(crate) mod avx2;
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx512;
+#[cfg(target_arch = "x86_64")]
+mod halves;
+#[cfg(target_arch = "x86_64")]
+mod methods;
 #[cfg(target_arch = "aarch64")]
 pub(crate) mod neon;
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod sse41;
 
 use std::mem::transmute_copy;
 
@@ -24,6 +33,12 @@ use crate::Isa;
 
 /// Lanes of a vector.
 pub(crate) const LANES: usize = 16;
+
+/// Products of [`Simd::dot`] whose sum is within 16 bits, for weights of `bits` bits.
+pub(crate) const fn chain(bits: u32) -> usize {
+    let largest_pair = 2 * 127 * ((1 << bits) - 1);
+    i16::MAX as usize / largest_pair
+}
 
 /// A unit of work that is compiled once per instruction set.
 pub(crate) trait Kernel {
@@ -35,15 +50,39 @@ pub(crate) trait Kernel {
 pub(crate) fn run<K: Kernel>(isa: Isa, kernel: K) {
     match isa {
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 => match avx512::Avx512::detect() {
+        Isa::Avx512 => match avx512::Avx512::<true>::detect() {
             // SAFETY: the token exists, so the CPU has the features.
             Some(s) => unsafe { avx512::enter(s, kernel) },
             None => kernel.run(scalar::Scalar),
         },
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx2 => match avx2::Avx2::detect() {
+        Isa::Avx512Bw => match avx512::Avx512::<false>::detect() {
+            // SAFETY: the token exists, so the CPU has the features.
+            Some(s) => unsafe { avx512::enter(s, kernel) },
+            None => kernel.run(scalar::Scalar),
+        },
+        #[cfg(target_arch = "x86_64")]
+        Isa::AvxVnni => match avx2::Avx2::<true>::detect() {
             // SAFETY: the token exists, so the CPU has the features.
             Some(s) => unsafe { avx2::enter(s, kernel) },
+            None => kernel.run(scalar::Scalar),
+        },
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx2 => match avx2::Avx2::<false>::detect() {
+            // SAFETY: the token exists, so the CPU has the features.
+            Some(s) => unsafe { avx2::enter(s, kernel) },
+            None => kernel.run(scalar::Scalar),
+        },
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx => match avx::Avx::detect() {
+            // SAFETY: the token exists, so the CPU has the features.
+            Some(s) => unsafe { avx::enter(s, kernel) },
+            None => kernel.run(scalar::Scalar),
+        },
+        #[cfg(target_arch = "x86_64")]
+        Isa::Sse41 => match sse41::Sse41::detect() {
+            // SAFETY: the token exists, so the CPU has the features.
+            Some(s) => unsafe { sse41::enter(s, kernel) },
             None => kernel.run(scalar::Scalar),
         },
         #[cfg(target_arch = "aarch64")]
@@ -58,22 +97,34 @@ pub(crate) fn run<K: Kernel>(isa: Isa, kernel: K) {
 
 /// Vectors of 16 lanes. The token is proof that the CPU has the instructions.
 ///
-/// Methods that take pointers are unsafe: the pointer must be valid for the 16 elements (64 bytes for
-/// [`Simd::load_b`]); no alignment is needed.
+/// Methods that take pointers are unsafe: the pointer must be valid for the 16 elements (`64 / PARTS`
+/// bytes for [`Simd::load_b`]); no alignment is needed.
 pub(crate) trait Simd: Copy {
     /// 16 × f32.
     type F: Copy;
     /// 16 × i32.
     type I: Copy;
-    /// 64 bytes: 16 columns of 4 consecutive weights.
+    /// `64 / PARTS` bytes: as many columns of 4 consecutive weights.
     type B: Copy;
+    /// Partial sums of the dot products of a [`Simd::B`].
+    type P: Copy;
 
+    /// Parts of 16 columns of weights that are multiplied one after the other: more than one where registers
+    /// are short and few.
+    const PARTS: usize;
     /// True if [`Simd::dot_wide`] takes signed weights and no bias.
     const SIGNED_WIDE: bool;
     /// True if there are registers for 24 accumulators.
     const WIDE: bool;
     /// True if tiles of more than one row do not pay for their code.
     const SINGLE: bool;
+    /// Most rows of floats that are multiplied at a time: 1, 2, 4 or 8.
+    const FLOAT_ROWS: usize;
+    /// Most queries of a head that attend at a time, at most 6.
+    const QUERIES: usize;
+
+    /// Runs `kernel` in a function of its own: for what many kernels end with, to be compiled once.
+    fn apart<K: Kernel>(self, kernel: K);
 
     fn splat(self, v: f32) -> Self::F;
     unsafe fn load(self, p: *const f32) -> Self::F;
@@ -141,11 +192,17 @@ pub(crate) trait Simd: Copy {
     fn bshl<const N: u32>(self, a: Self::B) -> Self::B;
     /// Shifts pairs of bytes: mask the result before use.
     fn bshr<const N: u32>(self, a: Self::B) -> Self::B;
-    /// `acc[c] += Σ w[4c+i] * a[i]` over four weights below 128 and the four signed bytes at `a`.
-    unsafe fn dot(self, acc: Self::I, w: Self::B, a: *const i8) -> Self::I;
+    /// Partial sums for the columns of a part, to be added to `acc` by [`Simd::close`].
+    fn open(self, acc: &Self::I, part: usize) -> Self::P;
+    /// Adds `p` to the columns of a part. `acc` must be what it was at [`Simd::open`].
+    fn close(self, acc: &mut Self::I, part: usize, p: Self::P);
+    /// `p[c] += Σ w[4c+i] * a[i]` over four weights below 128 and the four signed bytes at `a`. Sums may be
+    /// kept in 16 bits, two for each column: at most [`chain`] products may be added before
+    /// [`Simd::close`]. No `a` may be -128.
+    unsafe fn dot(self, p: Self::P, w: Self::B, a: *const i8) -> Self::P;
     /// The same for weights stored as `w + 128`, with `w` in `-128..128`: the result is the sum for `w +
-    /// 128`, or for `w` if [`Simd::SIGNED_WIDE`] is true. No `a` may be -128.
-    unsafe fn dot_wide(self, acc: Self::I, w: Self::B, a: *const i8) -> Self::I;
+    /// 128`, or for `w` if [`Simd::SIGNED_WIDE`] is true. One product, then [`Simd::close`].
+    unsafe fn dot_wide(self, p: Self::P, w: Self::B, a: *const i8) -> Self::P;
 
     /// `2^x` for `x <= 0`, to about one unit in the last place times two; below -126 it is about `2^-126`.
     #[inline(always)]

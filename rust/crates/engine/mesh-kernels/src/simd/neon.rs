@@ -20,6 +20,7 @@ impl Neon {
 ///
 /// # Safety
 /// The CPU must have them, which the token proves.
+#[inline(never)]
 #[target_feature(enable = "neon,dotprod")]
 pub(crate) unsafe fn enter<K: Kernel>(s: Neon, kernel: K) {
     kernel.run(s);
@@ -83,10 +84,20 @@ impl Simd for Neon {
     type F = F;
     type I = I;
     type B = B;
+    type P = I;
 
+    const PARTS: usize = 1;
     const SIGNED_WIDE: bool = true;
     const WIDE: bool = false;
     const SINGLE: bool = false;
+    const FLOAT_ROWS: usize = 4;
+    const QUERIES: usize = 6;
+
+    #[inline(always)]
+    fn apart<K: Kernel>(self, kernel: K) {
+        // SAFETY: the token proves that the CPU has the features.
+        unsafe { enter(self, kernel) }
+    }
 
     methods! {
         fn splat(v: f32) -> F { [vdupq_n_f32(v); 4] }
@@ -131,6 +142,15 @@ impl Simd for Neon {
         fn band(a: B, mask: u8) -> B { each!(i => vandq_u8(a[i], vdupq_n_u8(mask))) }
         fn bor(a: B, b: B) -> B { each!(i => vorrq_u8(a[i], b[i])) }
         fn lookup(table: B, codes: B) -> B { each!(i => vqtbl1q_u8(table[i], codes[i])) }
+    }
+
+    #[inline(always)]
+    fn open(self, acc: &I, _part: usize) -> I {
+        *acc
+    }
+    #[inline(always)]
+    fn close(self, acc: &mut I, _part: usize, p: I) {
+        *acc = p;
     }
 
     #[inline(always)]
@@ -193,15 +213,15 @@ impl Simd for Neon {
             vst1q_s8(p, vcombine_s8(vmovn_s16(low), vmovn_s16(high)));
         }
         fn load_b(p: *const u8) -> B { each!(i => vld1q_u8(p.add(16 * i))) }
-        fn dot(acc: I, w: B, a: *const i8) -> I {
+        fn dot(p: I, w: B, a: *const i8) -> I {
             let a = vreinterpretq_s8_s32(vdupq_n_s32(a.cast::<i32>().read_unaligned()));
             // Weights below 128 are the same signed.
-            each!(i => sdot(acc[i], vreinterpretq_s8_u8(w[i]), a))
+            each!(i => sdot(p[i], vreinterpretq_s8_u8(w[i]), a))
         }
-        fn dot_wide(acc: I, w: B, a: *const i8) -> I {
+        fn dot_wide(p: I, w: B, a: *const i8) -> I {
             let a = vreinterpretq_s8_s32(vdupq_n_s32(a.cast::<i32>().read_unaligned()));
             let flip = vdupq_n_u8(0x80);
-            each!(i => sdot(acc[i], vreinterpretq_s8_u8(veorq_u8(w[i], flip)), a))
+            each!(i => sdot(p[i], vreinterpretq_s8_u8(veorq_u8(w[i], flip)), a))
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use half::{bf16, f16};
 
-use super::{LANES, Simd};
+use super::{Kernel, LANES, Simd};
 
 /// Arrays and loops; multiplication and addition round separately.
 #[derive(Debug, Clone, Copy)]
@@ -10,6 +10,11 @@ pub(crate) struct Scalar;
 
 type F = [f32; LANES];
 type I = [i32; LANES];
+
+#[inline(never)]
+fn run_apart<K: Kernel>(kernel: K) {
+    kernel.run(Scalar);
+}
 
 #[inline(always)]
 fn zip(a: F, b: F, f: impl Fn(f32, f32) -> f32) -> F {
@@ -22,11 +27,19 @@ impl Simd for Scalar {
     type F = F;
     type I = I;
     type B = [u8; 64];
+    type P = I;
 
+    const PARTS: usize = 1;
     const SIGNED_WIDE: bool = true;
     const WIDE: bool = false;
     const SINGLE: bool = true;
+    const FLOAT_ROWS: usize = 4;
+    const QUERIES: usize = 3;
 
+    #[inline(always)]
+    fn apart<K: Kernel>(self, kernel: K) {
+        run_apart(kernel);
+    }
     #[inline(always)]
     fn splat(self, v: f32) -> F {
         [v; LANES]
@@ -105,9 +118,10 @@ impl Simd for Scalar {
     }
     #[inline(always)]
     fn largest(self, a: F) -> f32 {
-        a.iter()
-            .copied()
-            .fold(a[0], |m, v| if v > m { v } else { m })
+        let max = |a: f32, b: f32| if a > b { a } else { b };
+        let b: [f32; 8] = std::array::from_fn(|i| max(a[i], a[i + 8]));
+        let c: [f32; 4] = std::array::from_fn(|i| max(b[i], b[i + 4]));
+        max(max(c[0], c[2]), max(c[1], c[3]))
     }
     #[inline(always)]
     fn isplat(self, v: i32) -> I {
@@ -172,21 +186,29 @@ impl Simd for Scalar {
         a.map(|v| v >> N)
     }
     #[inline(always)]
-    unsafe fn dot(self, acc: I, w: [u8; 64], a: *const i8) -> I {
+    fn open(self, acc: &I, _part: usize) -> I {
+        *acc
+    }
+    #[inline(always)]
+    fn close(self, acc: &mut I, _part: usize, p: I) {
+        *acc = p;
+    }
+    #[inline(always)]
+    unsafe fn dot(self, p: I, w: [u8; 64], a: *const i8) -> I {
         // SAFETY: see the head of this impl.
         let a = unsafe { a.cast::<[i8; 4]>().read_unaligned() };
         std::array::from_fn(|c| {
-            (0..4).fold(acc[c], |sum, i| {
+            (0..4).fold(p[c], |sum, i| {
                 sum + i32::from(w[4 * c + i]) * i32::from(a[i])
             })
         })
     }
     #[inline(always)]
-    unsafe fn dot_wide(self, acc: I, w: [u8; 64], a: *const i8) -> I {
+    unsafe fn dot_wide(self, p: I, w: [u8; 64], a: *const i8) -> I {
         // SAFETY: see the head of this impl.
         let a = unsafe { a.cast::<[i8; 4]>().read_unaligned() };
         std::array::from_fn(|c| {
-            (0..4).fold(acc[c], |sum, i| {
+            (0..4).fold(p[c], |sum, i| {
                 sum + i32::from((w[4 * c + i] ^ 0x80).cast_signed()) * i32::from(a[i])
             })
         })

@@ -2,7 +2,7 @@
 #![allow(dead_code)]
 
 use half::f16;
-use mesh_kernels::WeightType;
+use mesh_kernels::{Isa, WeightType};
 use mesh_quant::{dequantize, scale_block};
 
 /// A small generator: the tests need the same numbers every time.
@@ -114,4 +114,12 @@ pub(crate) fn error(got: &[f32], want: &[f64]) -> f64 {
 
 pub(crate) fn bits(v: &[f32]) -> Vec<u32> {
     v.iter().map(|v| v.to_bits()).collect()
+}
+
+/// The instruction sets of this CPU by group: all of a group give the same bits.
+pub(crate) fn groups() -> [Vec<Isa>; 2] {
+    let (rounding, fused) = Isa::available()
+        .into_iter()
+        .partition(|isa| isa.rounds_products());
+    [rounding, fused]
 }

@@ -1,0 +1,166 @@
+//! Conversion of f16 in integer arithmetic, for x86 CPUs without F16C: exact, and to nearest even, as F16C.
+
+use std::arch::x86_64::*;
+
+/// Eight halves as floats.
+///
+/// # Safety
+/// The CPU has SSE4.1.
+#[inline(always)]
+pub(super) unsafe fn widen(h: __m128i) -> [__m128; 2] {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let zero = _mm_setzero_si128();
+        // Infinities and NaNs have all bits of the exponent set, in an f32 too: three bits more.
+        let exponent = _mm_set1_epi16(0x7c00);
+        let beyond = _mm_cmpeq_epi16(_mm_and_si128(h, exponent), exponent);
+        let beyond = _mm_and_si128(beyond, _mm_set1_epi16(0x7000));
+        [
+            widen_four(
+                _mm_unpacklo_epi16(zero, h),
+                _mm_unpacklo_epi16(zero, beyond),
+            ),
+            widen_four(
+                _mm_unpackhi_epi16(zero, h),
+                _mm_unpackhi_epi16(zero, beyond),
+            ),
+        ]
+    }
+}
+
+/// Four halves in the upper halves of the lanes, and the bits that their exponents lack.
+#[inline(always)]
+unsafe fn widen_four(h: __m128i, beyond: __m128i) -> __m128 {
+    // SAFETY: the caller's promise.
+    unsafe {
+        // The exponent's bias grows by 112. A product does that for subnormal numbers too.
+        let bias = _mm_castsi128_ps(_mm_set1_epi32((127 + 112) << 23));
+        let bits = _mm_and_si128(_mm_srai_epi32::<3>(h), _mm_set1_epi32(!0x7000_0000));
+        _mm_mul_ps(_mm_castsi128_ps(_mm_or_si128(bits, beyond)), bias)
+    }
+}
+
+/// Eight floats as halves.
+///
+/// # Safety
+/// The CPU has SSE4.1.
+#[inline(always)]
+pub(super) unsafe fn narrow(v: [__m128; 2]) -> __m128i {
+    // SAFETY: the caller's promise.
+    unsafe { _mm_packus_epi32(narrow_four(v[0]), narrow_four(v[1])) }
+}
+
+/// Four floats as halves in 32-bit lanes.
+#[inline(always)]
+unsafe fn narrow_four(v: __m128) -> __m128i {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let bits = _mm_castps_si128(v);
+        let size = _mm_and_si128(bits, _mm_set1_epi32(0x7fff_ffff));
+        let sign = _mm_srli_epi32::<16>(_mm_xor_si128(bits, size));
+        // Normal: the bias shrinks by 112; half of the last place less one is added, and one for odd numbers.
+        let odd = _mm_and_si128(_mm_srli_epi32::<13>(size), _mm_set1_epi32(1));
+        let offset = _mm_set1_epi32(0xfff - (112 << 23));
+        let normal = _mm_srli_epi32::<13>(_mm_add_epi32(_mm_add_epi32(size, offset), odd));
+        // Subnormal: the last place of 0.5 is that of the smallest halves, so adding it rounds.
+        let half = _mm_set1_ps(0.5);
+        let small = _mm_add_ps(_mm_castsi128_ps(size), half);
+        let small = _mm_sub_epi32(_mm_castps_si128(small), _mm_castps_si128(half));
+        let is_small = _mm_cmplt_epi32(size, _mm_set1_epi32(113 << 23));
+        let finite = _mm_blendv_epi8(normal, small, is_small);
+        // From 65536 on: infinity, or a quiet NaN with the upper bits of the old one.
+        let payload = _mm_and_si128(_mm_srli_epi32::<13>(size), _mm_set1_epi32(0x3ff));
+        let payload = _mm_or_si128(payload, _mm_set1_epi32(0x200));
+        let is_nan = _mm_cmpgt_epi32(size, _mm_set1_epi32(0x7f80_0000));
+        let beyond = _mm_or_si128(_mm_and_si128(payload, is_nan), _mm_set1_epi32(0x7c00));
+        let is_beyond = _mm_cmpgt_epi32(size, _mm_set1_epi32((143 << 23) - 1));
+        _mm_or_si128(_mm_blendv_epi8(finite, beyond, is_beyond), sign)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use half::f16;
+
+    #[target_feature(enable = "sse4.1,ssse3")]
+    fn widened(h: [u16; 8]) -> [u32; 8] {
+        let mut out = [0; 8];
+        // SAFETY: arrays of 8; the function has the feature.
+        unsafe {
+            let [low, high] = widen(_mm_loadu_si128(h.as_ptr().cast()));
+            _mm_storeu_ps(out.as_mut_ptr().cast(), low);
+            _mm_storeu_ps(out.as_mut_ptr().add(4).cast(), high);
+        }
+        out
+    }
+
+    #[target_feature(enable = "sse4.1,ssse3")]
+    fn narrowed(v: [f32; 8]) -> [u16; 8] {
+        let mut out = [0; 8];
+        // SAFETY: arrays of 8; the function has the feature.
+        unsafe {
+            let v = [_mm_loadu_ps(v.as_ptr()), _mm_loadu_ps(v.as_ptr().add(4))];
+            _mm_storeu_si128(out.as_mut_ptr().cast(), narrow(v));
+        }
+        out
+    }
+
+    fn check_narrow(v: [f32; 8]) {
+        // SAFETY: the test asked for the feature.
+        let got = unsafe { narrowed(v) };
+        let want = v.map(|v| f16::from_f32_const(v).to_bits());
+        assert_eq!(got, want, "{v:?}");
+    }
+
+    #[test]
+    fn every_half_is_widened_exactly() {
+        if !is_x86_feature_detected!("sse4.1") {
+            return;
+        }
+        for first in (0..=u16::MAX).step_by(8) {
+            let h: [u16; 8] = std::array::from_fn(|i| first + i as u16);
+            // SAFETY: asked for above.
+            let got = unsafe { widened(h) };
+            let want = h.map(|h| f16::from_bits(h).to_f32_const().to_bits());
+            assert_eq!(got, want, "{first:#x}");
+        }
+    }
+
+    #[test]
+    fn floats_are_narrowed_to_the_nearest_half() {
+        if !is_x86_feature_detected!("sse4.1") {
+            return;
+        }
+        // Every half, the floats halfway to the next, and their neighbours.
+        for h in 0..0x7c00_u16 {
+            let v = f16::from_bits(h).to_f32_const();
+            let next = if h == 0x7bff {
+                65536.0
+            } else {
+                f16::from_bits(h + 1).to_f32_const()
+            };
+            let middle = f32::midpoint(v, next);
+            let near = [v, middle.next_down(), middle, middle.next_up()];
+            check_narrow(std::array::from_fn(|i| {
+                if i < 4 { near[i] } else { -near[i - 4] }
+            }));
+        }
+        for bits in (0..u32::MAX - 0x0123_4567).step_by(0x0001_2345) {
+            check_narrow(std::array::from_fn(|i| {
+                f32::from_bits(bits + 0x0123 * i as u32)
+            }));
+        }
+        let odd = [
+            f32::NAN,
+            -f32::NAN,
+            f32::INFINITY,
+            f32::NEG_INFINITY,
+            f32::MAX,
+            f32::MIN,
+        ];
+        check_narrow(std::array::from_fn(|i| {
+            odd.get(i).copied().unwrap_or(1e-45)
+        }));
+    }
+}
