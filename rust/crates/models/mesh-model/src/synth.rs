@@ -29,7 +29,7 @@ pub use split::{Split, split_bytes, write_split};
 const GRANITE: [(&str, f32); 4] = [
     ("embedding_scale", 12.0),
     ("residual_scale", 0.25),
-    ("attention.scale", 0.0156),
+    ("attention.scale", 1.0 / 64.0),
     ("logit_scale", 6.0),
 ];
 

@@ -77,7 +77,7 @@ fn every_family_says_how_it_weighs_experts() {
         (12.0, 0.25)
     );
     assert_eq!(granite.logit_divisor, 6.0);
-    assert!((1.0 / granite.query_scalar.sqrt() - 0.0156).abs() < 1e-6);
+    assert!((1.0 / granite.query_scalar.sqrt() - 1.0 / 64.0).abs() < 1e-6);
     assert!(of(&Shape::tiny(Architecture::Olmoe)).qk_norm_over_heads);
 }
 

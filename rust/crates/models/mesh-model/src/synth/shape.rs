@@ -129,7 +129,11 @@ impl Shape {
             heads: 4,
             kv_heads: 2,
             head_dim: 64,
-            ffn: 512,
+            ffn: match architecture {
+                // All their layers have experts, of which this is the width.
+                Architecture::Olmoe | Architecture::GraniteMoe => TINY_EXPERTS.ffn,
+                _ => 512,
+            },
             vocab: 300,
             context: 512,
             rope_base: 10_000.0,
