@@ -5,7 +5,6 @@ use std::path::{Path, PathBuf};
 use mesh_model::synth::{self, Shape, Tokens};
 use mesh_model::{Architecture, GgmlType};
 
-use crate::digest::Digest;
 use crate::manifest::{Manifest, ManifestFile};
 use crate::partial::{PartialFile, PartialKey};
 use crate::room::Limits;
@@ -66,17 +65,6 @@ pub(crate) fn manifest_of(name: &str, bytes: &[u8]) -> Manifest {
     let dir = tempfile::tempdir().unwrap();
     std::fs::write(dir.path().join("weights.bin"), bytes).unwrap();
     Manifest::of_files(name, dir.path(), &["weights.bin".into()], &|_| ()).unwrap()
-}
-
-/// Stores a file, whole.
-pub(crate) fn put(store: &Store, bytes: &[u8]) -> Digest {
-    let (digest, len) = (Digest::of(bytes), bytes.len() as u64);
-    let begun = store.begin(PartialKey::Blob(digest), len, len).unwrap();
-    if let Begun::Partial(partial) = begun {
-        partial.write_at(0, bytes).unwrap();
-        partial.complete().unwrap();
-    }
-    digest
 }
 
 /// Begins a file that is not there yet.

@@ -4,7 +4,7 @@ use std::os::unix::fs::FileExt;
 use super::*;
 use crate::signature::SignedManifest;
 use crate::store::Begun;
-use crate::testing::{begin, manifest_of, noise, put, store, store_of};
+use crate::testing::{begin, manifest_of, noise, store, store_of};
 
 const KIB: u64 = 1 << 10;
 
@@ -12,7 +12,7 @@ const KIB: u64 = 1 << 10;
 fn add(store: &Store, name: &str, kib: u64, age: u64) -> Digest {
     let bytes = noise(kib * 1000 + name.len() as u64, (kib * KIB) as usize);
     let manifest = manifest_of(name, &bytes);
-    put(store, &bytes);
+    store.put(&bytes).unwrap();
     let fingerprint = store
         .put_manifest(&SignedManifest::unsigned(manifest))
         .unwrap();
@@ -129,7 +129,7 @@ fn the_disk_is_a_limit_too() {
         keep_free: u64::MAX / 2,
     };
     let store = Store::open_with(dir.path(), limits).unwrap();
-    let error = store.begin(PartialKey::source("abc"), 3, 3).unwrap_err();
+    let error = store.put(b"abc").unwrap_err();
     assert!(
         error.to_string().contains("bytes of the disk may be used"),
         "{error}"
@@ -141,8 +141,8 @@ fn gc_removes_what_nobody_needs_and_tells_before() {
     let (_dir, store) = store();
     let old = Duration::from_secs(8 * 24 * 3600);
     let kept = add(&store, "kept", 16, 0);
-    let orphan = store.blob_path(&put(&store, b"orphan"));
-    let fresh = put(&store, b"fresh");
+    let orphan = store.blob_path(&store.put(b"orphan").unwrap());
+    let fresh = store.put(b"fresh").unwrap();
     set_age(&orphan, old);
     let abandoned = begin(&store, &manifest_of("x", b"abandoned").files[0]).path();
     set_age(&abandoned, old);
@@ -212,11 +212,11 @@ fn a_hole_takes_no_room() {
 #[test]
 fn a_clock_that_jumps_takes_nothing_from_who_is_at_work() {
     let (_dir, store) = store();
-    let leftover = put(&store, b"of nobody, long since");
+    let leftover = store.put(b"of nobody, long since").unwrap();
     set_age(&store.blob_path(&leftover), 60 * DAY);
     let work = store.work().unwrap();
     let working: Vec<PathBuf> = store.list("tmp").unwrap();
-    let mine = put(&store, b"of a model that is being fetched");
+    let mine = store.put(b"of a model that is being fetched").unwrap();
     let temporary = tempfile::NamedTempFile::new_in(store.tmp()).unwrap();
     temporary.as_file().lock().unwrap();
     // The clock said 1970 when the work began, and is right now.

@@ -9,12 +9,12 @@ use crate::error::StoreError;
 use crate::manifest::Manifest;
 use crate::partial::PartialKey;
 use crate::signature::{SignedManifest, SigningKey};
-use crate::testing::{begin, manifest_of, noise, put, store};
+use crate::testing::{begin, manifest_of, noise, store};
 
 /// Stores a model of one file, whole.
 fn add(store: &Store, name: &str, bytes: &[u8]) -> Digest {
     let manifest = manifest_of(name, bytes);
-    put(store, bytes);
+    store.put(bytes).unwrap();
     store
         .put_manifest(&SignedManifest::unsigned(manifest))
         .unwrap()
@@ -70,7 +70,7 @@ fn the_folder_of_a_model_leads_to_its_files_whole_or_not() {
     let fingerprint = store
         .put_manifest(&SignedManifest::unsigned(manifest.clone()))
         .unwrap();
-    put(&store, &a);
+    store.put(&a).unwrap();
     let partial = begin(&store, &manifest.files[2]);
     partial.write_at(0, &b[..10]).unwrap();
     partial.flush().unwrap();

@@ -4,7 +4,9 @@ use std::io;
 use std::path::PathBuf;
 
 use super::root::{Store, WORK};
+use crate::digest::Digest;
 use crate::error::StoreError;
+use crate::files;
 use crate::partial::{HaveMap, PartialFile, PartialKey, have_path};
 
 /// Outcome of [`Store::begin`].
@@ -56,5 +58,20 @@ impl Store {
         let have = have.map_or(0, |map| map.ranges().bytes());
         self.make_room(wanted.saturating_sub(have), Some(key))?;
         PartialFile::open(self, key, bytes, wanted).map(Begun::Partial)
+    }
+
+    /// Stores a small file and returns its digest.
+    ///
+    /// # Errors
+    /// If there is no room, or the disk fails.
+    pub fn put(&self, bytes: &[u8]) -> Result<Digest, StoreError> {
+        let digest = Digest::of(bytes);
+        let _lock = self.lock()?;
+        if self.blob(&digest).is_none() {
+            let path = self.blob_path(&digest);
+            self.make_room(bytes.len() as u64, None)?;
+            files::replace(&path, &self.tmp(), bytes).map_err(StoreError::io("write", &path))?;
+        }
+        Ok(digest)
     }
 }
