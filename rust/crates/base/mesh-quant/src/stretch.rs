@@ -244,7 +244,7 @@ fn trit(block: &[u8], index: usize) -> u8 {
     };
     let (digit, byte) = ((index - start) / bytes, (index - start) % bytes);
     let fraction = block[first + byte].wrapping_mul(POWERS[digit]);
-    (u16::from(fraction) * 3 >> 8) as u8
+    ((u16::from(fraction) * 3) >> 8) as u8
 }
 
 /// The 6-bit scale and minimum of sub-block `j` (`get_scale_min_k4`).

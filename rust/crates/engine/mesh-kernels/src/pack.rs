@@ -86,7 +86,7 @@ fn put_scales(
     panel: &mut [u8],
 ) {
     let at = layout.block_offset(index);
-    if scales.grouped() && index % GROUP == 0 {
+    if scales.grouped() && index.is_multiple_of(GROUP) {
         let head = at - GROUP_HEAD;
         if scales == Scales::Halves {
             put(panel, head + 4 * column, &s.scale(ty).to_le_bytes());
