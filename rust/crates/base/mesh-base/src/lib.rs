@@ -10,7 +10,7 @@
 //! - [`places`]: a bounded number of places, shared among sources;
 //! - [`random`]: random numbers;
 //! - [`routes`]: the local address to answer a UDP peer from;
-//! - [`sync`]: locks;
+//! - [`sync`]: locks that outlive a panic;
 //! - [`token_bucket`]: a limit on a rate;
 //! - [`tokens`]: a lower bound on the number of tokens of a text;
 //! - [`units`]: durations and sizes as text.
