@@ -28,6 +28,8 @@ find_qemu() {
 
 [ "$(uname -m)" = x86_64 ] || fail 3 "not run: this machine is no x86-64"
 qemu=$(find_qemu) || fail 3 "not run: qemu-x86_64 is missing (Debian: apt-get install qemu-user-static)"
+version=$("$qemu" --version | sed -n '1s/.*version \([0-9]*\.[0-9]*\).*/\1/p')
+[ "$(printf '7.2\n%s\n' "$version" | sort -V | head -n 1)" = 7.2 ] || fail 3 "not run: QEMU $version has no AVX, 7.2 has"
 
 cd "$root/rust"
 # With --workspace as in make test, which has built them so: the crate alone would be compiled once more.

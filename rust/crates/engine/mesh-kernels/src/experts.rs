@@ -167,7 +167,7 @@ pub fn mixture(
     x: &mut [f32],
     rows: usize,
 ) -> Result<(), KernelError> {
-    let (_, width) = layer.experts.widths();
+    let (wide, width) = layer.experts.widths();
     for (what, left, right) in [
         (
             "outputs of the router and experts",
@@ -190,8 +190,9 @@ pub fn mixture(
     expect_len("the norm's weight", layer.norm.weight.len(), width)?;
     expect_len("the rows", x.len(), rows.saturating_mul(width))?;
     let mut scratch = SCRATCH.take();
+    let block = (GATHERED / layer.used.saturating_mul(width.max(wide))).clamp(1, BLOCK);
     let done = x
-        .chunks_mut((BLOCK * width).max(1))
+        .chunks_mut((block * width).max(1))
         .try_for_each(|x| scratch.compute(pool, layer, x));
     SCRATCH.set(scratch);
     done
@@ -200,6 +201,8 @@ pub fn mixture(
 /// Rows that are computed at once. More rows use an expert's matrices more often once they are read; fewer need
 /// less memory between the steps, which is that of `used` rows for each.
 const BLOCK: usize = 512;
+/// Most numbers of gathered rows, whatever the file says about widths and experts.
+const GATHERED: usize = 1 << 24;
 
 thread_local! {
     static SCRATCH: Cell<Scratch> = Cell::default();

@@ -1,5 +1,7 @@
 //! Selection of the files of a repository that a model needs.
 
+use std::collections::HashMap;
+
 use mesh_model::file::has_extension;
 use mesh_model::gguf::split::PartName;
 use mesh_model::hf::{INDEX, files_of_index};
@@ -125,35 +127,38 @@ struct GgufModel<'a> {
     stem: String,
     /// The file, or the parts by number.
     files: Vec<&'a RepoFile>,
-    /// Paths of parts that the repository lacks.
-    missing: Vec<String>,
 }
 
 impl<'a> GgufModel<'a> {
     /// The model that `file` is, or is a part of.
     fn of(repo: &'a Repo, file: &'a RepoFile) -> Self {
         let Some(part) = PartName::parse(&file.path) else {
-            return GgufModel {
-                path: &file.path,
-                stem: file.path[..file.path.len() - ".gguf".len()].to_owned(),
-                files: vec![file],
-                missing: Vec::new(),
-            };
+            return GgufModel::beginning_with(file);
         };
-        let mut files = Vec::new();
-        let mut missing = Vec::new();
-        for path in part.all() {
-            match repo.file(&path) {
-                Some(file) => files.push(file),
-                None => missing.push(path),
-            }
-        }
+        let files: Vec<_> = part.all().filter_map(|path| repo.file(&path)).collect();
+        let first = files.first().copied().unwrap_or(file);
         GgufModel {
-            path: files.first().map_or(&file.path, |first| &first.path),
-            stem: part.stem,
             files,
-            missing,
+            ..GgufModel::beginning_with(first)
         }
+    }
+
+    /// The model whose first file is this one; others may follow.
+    fn beginning_with(file: &'a RepoFile) -> Self {
+        let whole = || file.path[..file.path.len() - ".gguf".len()].to_owned();
+        GgufModel {
+            path: &file.path,
+            stem: PartName::parse(&file.path).map_or_else(whole, |part| part.stem),
+            files: vec![file],
+        }
+    }
+
+    /// Paths of parts that the repository lacks.
+    fn missing(&self) -> Vec<String> {
+        let is_here = |path: &String| self.files.iter().any(|file| file.path == *path);
+        let parts = PartName::parse(self.path)
+            .map(|part| part.all().filter(|path| !is_here(path)).collect());
+        parts.unwrap_or_default()
     }
 
     /// True if `name` is the path of all parts without their numbers.
@@ -169,28 +174,30 @@ impl<'a> GgufModel<'a> {
 
 /// The models in GGUF files, by path.
 fn ggufs(repo: &Repo) -> Vec<GgufModel<'_>> {
-    let files = repo.files.iter().filter(|file| is_model_gguf(file));
     let mut models: Vec<GgufModel<'_>> = Vec::new();
-    for file in files {
-        // Files are sorted, so the first part that is there comes first.
-        let of_known = PartName::parse(&file.path).is_some_and(|part| {
-            let mut names = part.all().take_while(|name| *name != file.path);
-            names.any(|name| repo.file(&name).is_some())
-        });
-        if !of_known {
-            models.push(GgufModel::of(repo, file));
+    // Positions of the split models, by the name of the first part, which may be missing.
+    let mut split: HashMap<String, usize> = HashMap::new();
+    // Files are sorted, so parts come by number.
+    for file in repo.files.iter().filter(|file| is_model_gguf(file)) {
+        let first = PartName::parse(&file.path).and_then(|part| part.all().next());
+        let new = models.len();
+        let at = first.map_or(new, |first| *split.entry(first).or_insert(new));
+        match models.get_mut(at) {
+            Some(model) => model.files.push(file),
+            None => models.push(GgufModel::beginning_with(file)),
         }
     }
     models
 }
 
 fn gguf(model: &GgufModel<'_>) -> Result<Chosen, String> {
-    if let [first, ..] = &model.missing[..] {
+    let missing = model.missing();
+    if let [first, ..] = &missing[..] {
         return Err(format!(
             "{} is one of {} parts of a split GGUF file, of which it lacks {}: {first}; take another quantisation or revision",
             model.path,
-            model.files.len() + model.missing.len(),
-            model.missing.len()
+            model.files.len() + missing.len(),
+            missing.len()
         ));
     }
     let name = model.stem.rsplit('/').next().unwrap_or(&model.stem);

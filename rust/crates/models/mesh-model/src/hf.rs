@@ -37,6 +37,9 @@ use keys::GgufKeys;
 use names::FusedExperts;
 use naming::TensorNaming;
 
+/// Most tensors of a model, with every expert's matrices: several times those of the largest known models.
+const MAX_MATRICES: usize = 1 << 18;
+
 /// A model in a folder, opened and checked but for the shapes of its tensors.
 #[derive(Debug)]
 pub struct HfCheckpoint {
@@ -65,6 +68,11 @@ impl HfCheckpoint {
             for tensor in shard.tensors() {
                 folder.check_place(tensor.name, &path)?;
                 entries.extend(entries_of(&tensor, files.len(), &configuration.network)?);
+                if entries.len() > MAX_MATRICES {
+                    return Err(HfError::TooManyTensors {
+                        limit: MAX_MATRICES,
+                    });
+                }
             }
             files.push(shard.into_file());
         }

@@ -179,14 +179,16 @@ fn is_expert(number: &str, suffix: &str, mixture: &Mixture, checkpoint: &dyn Che
         return false;
     };
     let known = |matrix: &str| matches!(matrix, "ffn_gate" | "ffn_up" | "ffn_down");
+    // Where there is a tensor of the first expert, tensors of single experts are read, and otherwise the stack.
+    let single = |matrix: &str| {
+        let first = expert_name(&format!("blk.{number}.{matrix}"), 0);
+        checkpoint.tensors().get(&first).is_some()
+    };
     if let Some((matrix, expert)) = rest.split_once('.') {
         // One way of writing a number only: the others are ignored.
         let is_read = |n: usize| n < mixture.experts && n.to_string() == expert;
-        return known(matrix) && expert.parse().is_ok_and(is_read);
+        return known(matrix) && single(matrix) && expert.parse().is_ok_and(is_read);
     }
-    // Beside tensors of single experts a stack would be ignored.
-    rest.strip_suffix("_exps").is_some_and(|matrix| {
-        let first = expert_name(&format!("blk.{number}.{matrix}"), 0);
-        known(matrix) && checkpoint.tensors().get(&first).is_none()
-    })
+    let stack = rest.strip_suffix("_exps");
+    stack.is_some_and(|matrix| known(matrix) && !single(matrix))
 }

@@ -86,7 +86,7 @@ pub enum GgufError {
     /// A tensor of a type that this crate cannot read.
     #[error(
         "tensor {tensor:?} has type {name} ({ty}), which is not supported: convert the model to F16, or \
-         quantise it to another type (Q4_K, Q6_K, IQ4_XS, MXFP4 and all others of ggml for weights are)"
+         quantise it to another type, such as Q4_K, Q6_K, IQ4_XS or MXFP4"
     )]
     TensorType {
         tensor: String,

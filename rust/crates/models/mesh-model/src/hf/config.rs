@@ -93,7 +93,10 @@ pub(super) fn read(json: &[u8], name: &str) -> Result<Configuration, HfError> {
     keys.count("attention.value_length", head_dim);
     keys.count("vocab_size", count("vocab_size", MAX_VOCAB, vocab)?);
     let context = count("max_position_embeddings", MAX_CONTEXT, context)?;
-    let eps = text.positive("rms_norm_eps")?.unwrap_or(1e-6);
+    let eps = text.positive("rms_norm_eps")?.unwrap_or(match class {
+        Class::Mixtral | Class::Olmoe => 1e-5,
+        _ => 1e-6,
+    });
     keys.float("attention.layer_norm_rms_epsilon", eps);
     if gemma {
         let scalar = text.positive("query_pre_attn_scalar")?.unwrap_or(256.0);

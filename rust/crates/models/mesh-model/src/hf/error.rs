@@ -84,6 +84,11 @@ pub enum HfError {
         "tensor {tensor:?} has shape {shape:?}: it must hold the matrices of 1 to 1024 experts; convert the model again"
     )]
     Experts { tensor: String, shape: Vec<u64> },
+    /// More tensors than any model has.
+    #[error(
+        "the model has more than {limit} tensors: the folder is damaged; fetch the model again"
+    )]
+    TooManyTensors { limit: usize },
     /// The index and the files contradict each other.
     #[error(
         "model.safetensors.index.json says that tensor {tensor:?} is in {expected:?}, but it is {found}: fetch the model again"

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::Result;
 use clap::Parser;
 use mesh_bench::{Anchor, Exercise, Ours, Ratios, median};
 use mesh_engine_ort::OrtOptions;
@@ -47,13 +47,14 @@ struct Args {
 }
 
 /// llama.cpp's CPU builds (`libggml-cpu-*.so`) that use what each of our instruction sets uses.
-const BUILDS: [(&str, &[&str]); 6] = [
+const BUILDS: [(&str, &[&str]); 7] = [
     ("scalar", &["x64"]),
     ("sse41", &["sse42"]),
     ("avx", &["sandybridge", "ivybridge"]),
     ("avx2", &["haswell"]),
     ("avxvnni", &["alderlake"]),
-    ("avx512", &["skylakex", "icelake", "zen4"]),
+    ("avx512bw", &["skylakex"]),
+    ("avx512", &["icelake", "zen4"]),
 ];
 
 /// Runs this program once per set and build. The set of a process is chosen once.
@@ -71,7 +72,10 @@ fn each_set() -> Result<()> {
                 .args(["--anchor-cpu", build])
                 .env("HYDRAMESH_ISA", isa)
                 .status()?;
-            ensure!(status.success(), "the run with {isa} ended with {status}");
+            // The CPU may lack what this build needs beyond the set.
+            if !status.success() {
+                println!("-- not compared: the run with {isa} and {build} ended with {status}");
+            }
         }
     }
     Ok(())
