@@ -272,6 +272,11 @@ fn write_tensor(
     for start in (0..blocks).step_by(4096) {
         chunk.resize((blocks - start).min(4096) as usize * ty.type_size(), 0);
         random.fill_blocks(ty, deviation, &mut chunk);
+        if name.ends_with(ROUTER) {
+            // The same numbers in bf16 and f16, as folders store them: a rounded score may choose another expert.
+            let (numbers, _) = chunk.as_chunks_mut::<4>();
+            numbers.iter_mut().for_each(|number| number[..2].fill(0));
+        }
         out.write_all(&chunk)?;
     }
     Ok(())
