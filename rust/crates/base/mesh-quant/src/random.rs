@@ -12,7 +12,7 @@ use crate::GgmlType;
 pub fn scale_block(ty: GgmlType, deviation: f32, block: &mut [u8]) {
     assert_eq!(block.len(), ty.type_size(), "one block of {ty}");
     if ty == GgmlType::TQ2_0 {
-        // Of the codes of a bit pair, 3 stands for 2, which is no ternary digit.
+        // Two bits also hold the code 3, whose weight, 2, is not ternary.
         block[..64]
             .iter_mut()
             .for_each(|pairs| *pairs &= !(*pairs << 1 & 0xaa));

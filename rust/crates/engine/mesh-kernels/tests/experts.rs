@@ -79,7 +79,7 @@ impl Layer {
         out
     }
 
-    /// What the layer adds to one row, by its definition.
+    /// The sum that the layer adds to one row, by its definition.
     fn plain(&self, x: &[f32], used: usize, normalised: bool) -> Vec<f64> {
         let times = |w: &[f32], x: &[f64]| -> Vec<f64> {
             let dot = |w: &[f32]| w.iter().zip(x).map(|(w, x)| f64::from(*w) * x).sum();

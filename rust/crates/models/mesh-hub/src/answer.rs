@@ -83,7 +83,7 @@ fn with_clock(reason: String, now: SystemTime) -> String {
 pub(crate) fn redirected(from: &Url, location: &str) -> Result<Url, HubError> {
     let bad = |reason: &str| invalid(from, reason);
     let to = from.join(location);
-    let to = to.map_err(|_| bad("it redirects to something that is no address"))?;
+    let to = to.map_err(|_| bad("it redirects to an invalid address"))?;
     match (from.scheme(), to.scheme()) {
         ("https", "https") | ("http", "http" | "https") => Ok(to),
         _ => Err(bad("it redirects away from HTTPS")),

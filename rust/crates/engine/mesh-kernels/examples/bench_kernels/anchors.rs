@@ -1,4 +1,4 @@
-//! What a machine can do at most, measured in turn with the kernels; and the clock.
+//! The limits of the machine, measured in turn with the kernels; and the clock.
 
 use std::hint::black_box;
 use std::sync::OnceLock;

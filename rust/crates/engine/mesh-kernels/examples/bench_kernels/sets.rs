@@ -75,7 +75,7 @@ fn floats(pools: &[Pool]) {
     }
 }
 
-/// What encoders need beside products.
+/// The operators of encoders other than products.
 fn encoder(pools: &[Pool]) {
     let (heads, dim, lengths) = (12, 32, [128, 60]);
     let (rows, width) = (188, heads * dim);

@@ -5,7 +5,7 @@ use std::arch::asm;
 use std::arch::x86_64::*;
 
 use super::halves::{narrow, widen};
-use super::methods::{four, methods, pointer_methods, shift, two};
+use super::methods::{four, methods, pointer_methods, quarter_methods, shift, two};
 use super::{Kernel, Simd};
 
 /// Proof that the CPU has AVX.
@@ -77,6 +77,8 @@ impl Simd for Avx {
         unsafe { enter(self, kernel) }
     }
 
+    quarter_methods! {}
+
     methods! {
         fn splat(v: f32) -> F { [_mm256_set1_ps(v); 2] }
         fn add(a: F, b: F) -> F { two!(i => _mm256_add_ps(a[i], b[i])) }
@@ -116,22 +118,10 @@ impl Simd for Avx {
             let d = _mm_max_ps(c, _mm_movehl_ps(c, c));
             _mm_cvtss_f32(_mm_max_ss(d, _mm_movehdup_ps(d)))
         }
-        fn isplat(v: i32) -> I { [_mm_set1_epi32(v); 4] }
-        fn isub(a: I, b: I) -> I { four!(i => _mm_sub_epi32(a[i], b[i])) }
-        fn ishl<const N: u32>(a: I) -> I { four!(i => shift!(_mm_slli_epi32, a[i], N)) }
         fn to_f(a: I) -> F { two!(i => _mm256_cvtepi32_ps(joined!(a, i))) }
         fn round(a: F) -> I {
             let rounded = two!(i => _mm256_cvtps_epi32(a[i]));
             split!(rounded)
-        }
-        fn band(a: __m128i, mask: u8) -> __m128i { _mm_and_si128(a, _mm_set1_epi8(mask.cast_signed())) }
-        fn lookup(table: __m128i, codes: __m128i) -> __m128i { _mm_shuffle_epi8(table, codes) }
-        fn bor(a: __m128i, b: __m128i) -> __m128i { _mm_or_si128(a, b) }
-        fn bshl<const N: u32>(a: __m128i) -> __m128i { shift!(_mm_slli_epi16, a, N) }
-        fn bshr<const N: u32>(a: __m128i) -> __m128i { shift!(_mm_srli_epi16, a, N) }
-        fn open(_acc: &I, _part: usize) -> __m128i { _mm_setzero_si128() }
-        fn close(acc: &mut I, part: usize, p: __m128i) {
-            acc[part] = _mm_add_epi32(acc[part], _mm_madd_epi16(p, _mm_set1_epi16(1)));
         }
     }
 
@@ -168,26 +158,6 @@ impl Simd for Avx {
                 let halves = [_mm256_castps256_ps128(v[i]), _mm256_extractf128_ps::<1>(v[i])];
                 _mm_storeu_si128(p.add(8 * i).cast(), narrow(halves))
             });
-        }
-        fn load_u8(p: *const u8) -> I {
-            four!(i => _mm_cvtepu8_epi32(_mm_loadu_si32(p.add(4 * i))))
-        }
-        fn load_i8(p: *const i8) -> I {
-            four!(i => _mm_cvtepi8_epi32(_mm_loadu_si32(p.cast::<u8>().add(4 * i))))
-        }
-        fn store_i8(p: *mut i8, v: I) {
-            let words = two!(i => _mm_packs_epi32(v[2 * i], v[2 * i + 1]));
-            _mm_storeu_si128(p.cast(), _mm_packs_epi16(words[0], words[1]));
-        }
-        fn load_b(p: *const u8) -> __m128i { _mm_loadu_si128(p.cast()) }
-        fn dot(p: __m128i, w: __m128i, a: *const i8) -> __m128i {
-            let a = _mm_set1_epi32(a.cast::<i32>().read_unaligned());
-            _mm_add_epi16(p, _mm_maddubs_epi16(w, a))
-        }
-        fn dot_wide(p: __m128i, w: __m128i, a: *const i8) -> __m128i {
-            let a = _mm_set1_epi32(a.cast::<i32>().read_unaligned());
-            let w = _mm_xor_si128(w, _mm_set1_epi8(-128));
-            _mm_add_epi16(p, _mm_maddubs_epi16(_mm_abs_epi8(w), _mm_sign_epi8(a, w)))
         }
     }
 }

@@ -20,7 +20,7 @@ pub(crate) mod avx2;
 pub(crate) mod avx512;
 #[cfg(target_arch = "x86_64")]
 mod halves;
-#[cfg(target_arch = "x86_64")]
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 mod methods;
 #[cfg(target_arch = "aarch64")]
 pub(crate) mod neon;

@@ -3,6 +3,7 @@
 use std::arch::aarch64::*;
 use std::arch::asm;
 
+use super::methods::{four, methods, pointer_methods};
 use super::{Kernel, Simd};
 
 /// Proof that the CPU has NEON with the dot product instructions.
@@ -33,53 +34,6 @@ type I = [int32x4_t; 4];
 /// 16 columns of 4 bytes.
 type B = [uint8x16_t; 4];
 
-macro_rules! methods {
-    ($(fn $name:ident ($($arg:ident: $ty:ty),*) $(-> $out:ty)? $body:block)*) => {
-        $(
-            #[inline(always)]
-            fn $name (self, $($arg: $ty),*) $(-> $out)? {
-                // SAFETY: the token proves that the CPU has the features.
-                unsafe { $body }
-            }
-        )*
-    };
-}
-macro_rules! pointer_methods {
-    ($(fn $name:ident ($($arg:ident: $ty:ty),*) $(-> $out:ty)? $body:block)*) => {
-        $(
-            #[inline(always)]
-            unsafe fn $name (self, $($arg: $ty),*) $(-> $out)? {
-                // SAFETY: the token proves the features; the caller vouches for the pointer.
-                unsafe { $body }
-            }
-        )*
-    };
-}
-
-/// One register's worth at a time.
-macro_rules! each {
-    ($i:ident => $value:expr) => {
-        [
-            {
-                let $i = 0;
-                $value
-            },
-            {
-                let $i = 1;
-                $value
-            },
-            {
-                let $i = 2;
-                $value
-            },
-            {
-                let $i = 3;
-                $value
-            },
-        ]
-    };
-}
-
 impl Simd for Neon {
     type F = F;
     type I = I;
@@ -101,27 +55,27 @@ impl Simd for Neon {
 
     methods! {
         fn splat(v: f32) -> F { [vdupq_n_f32(v); 4] }
-        fn add(a: F, b: F) -> F { each!(i => vaddq_f32(a[i], b[i])) }
-        fn sub(a: F, b: F) -> F { each!(i => vsubq_f32(a[i], b[i])) }
-        fn mul(a: F, b: F) -> F { each!(i => vmulq_f32(a[i], b[i])) }
-        fn div(a: F, b: F) -> F { each!(i => vdivq_f32(a[i], b[i])) }
-        fn fma(a: F, b: F, c: F) -> F { each!(i => vfmaq_f32(c[i], a[i], b[i])) }
+        fn add(a: F, b: F) -> F { four!(i => vaddq_f32(a[i], b[i])) }
+        fn sub(a: F, b: F) -> F { four!(i => vsubq_f32(a[i], b[i])) }
+        fn mul(a: F, b: F) -> F { four!(i => vmulq_f32(a[i], b[i])) }
+        fn div(a: F, b: F) -> F { four!(i => vdivq_f32(a[i], b[i])) }
+        fn fma(a: F, b: F, c: F) -> F { four!(i => vfmaq_f32(c[i], a[i], b[i])) }
         fn max(a: F, b: F) -> F {
             // As on x86: the second where the first is not greater.
-            each!(i => vbslq_f32(vcgtq_f32(a[i], b[i]), a[i], b[i]))
+            four!(i => vbslq_f32(vcgtq_f32(a[i], b[i]), a[i], b[i]))
         }
-        fn abs(a: F) -> F { each!(i => vabsq_f32(a[i])) }
+        fn abs(a: F) -> F { four!(i => vabsq_f32(a[i])) }
         fn keep_first(a: F, n: usize, fill: f32) -> F {
             let (n, fill) = (vdupq_n_u32(n.min(16) as u32), vdupq_n_f32(fill));
             let first = [0_u32, 1, 2, 3];
             let first = vld1q_u32(first.as_ptr());
-            each!(i => {
+            four!(i => {
                 let index = vaddq_u32(first, vdupq_n_u32(4 * i));
                 vbslq_f32(vcltq_u32(index, n), a[i as usize], fill)
             })
         }
         fn scale2(a: F, n: I) -> F {
-            each!(i => {
+            four!(i => {
                 let shifted = vshlq_n_s32::<23>(n[i]);
                 vreinterpretq_f32_s32(vaddq_s32(vreinterpretq_s32_f32(a[i]), shifted))
             })
@@ -136,12 +90,12 @@ impl Simd for Neon {
             vmaxvq_f32(c)
         }
         fn isplat(v: i32) -> I { [vdupq_n_s32(v); 4] }
-        fn isub(a: I, b: I) -> I { each!(i => vsubq_s32(a[i], b[i])) }
-        fn to_f(a: I) -> F { each!(i => vcvtq_f32_s32(a[i])) }
-        fn round(a: F) -> I { each!(i => vcvtnq_s32_f32(a[i])) }
-        fn band(a: B, mask: u8) -> B { each!(i => vandq_u8(a[i], vdupq_n_u8(mask))) }
-        fn bor(a: B, b: B) -> B { each!(i => vorrq_u8(a[i], b[i])) }
-        fn lookup(table: B, codes: B) -> B { each!(i => vqtbl1q_u8(table[i], codes[i])) }
+        fn isub(a: I, b: I) -> I { four!(i => vsubq_s32(a[i], b[i])) }
+        fn to_f(a: I) -> F { four!(i => vcvtq_f32_s32(a[i])) }
+        fn round(a: F) -> I { four!(i => vcvtnq_s32_f32(a[i])) }
+        fn band(a: B, mask: u8) -> B { four!(i => vandq_u8(a[i], vdupq_n_u8(mask))) }
+        fn bor(a: B, b: B) -> B { four!(i => vorrq_u8(a[i], b[i])) }
+        fn lookup(table: B, codes: B) -> B { four!(i => vqtbl1q_u8(table[i], codes[i])) }
     }
 
     #[inline(always)]
@@ -156,30 +110,30 @@ impl Simd for Neon {
     #[inline(always)]
     fn ishl<const N: u32>(self, a: I) -> I {
         // SAFETY: the token proves that the CPU has the features.
-        unsafe { each!(i => vshlq_s32(a[i], vdupq_n_s32(N as i32))) }
+        unsafe { four!(i => vshlq_s32(a[i], vdupq_n_s32(N as i32))) }
     }
     #[inline(always)]
     fn bshl<const N: u32>(self, a: B) -> B {
         // SAFETY: the token proves that the CPU has the features.
-        unsafe { each!(i => vshlq_u8(a[i], vdupq_n_s8(N as i8))) }
+        unsafe { four!(i => vshlq_u8(a[i], vdupq_n_s8(N as i8))) }
     }
     #[inline(always)]
     fn bshr<const N: u32>(self, a: B) -> B {
         // SAFETY: the token proves that the CPU has the features.
-        unsafe { each!(i => vshlq_u8(a[i], vdupq_n_s8(-(N as i8)))) }
+        unsafe { four!(i => vshlq_u8(a[i], vdupq_n_s8(-(N as i8)))) }
     }
 
     pointer_methods! {
-        fn load(p: *const f32) -> F { each!(i => vld1q_f32(p.add(4 * i))) }
+        fn load(p: *const f32) -> F { four!(i => vld1q_f32(p.add(4 * i))) }
         fn store(p: *mut f32, v: F) {
             vst1q_f32(p, v[0]);
             vst1q_f32(p.add(4), v[1]);
             vst1q_f32(p.add(8), v[2]);
             vst1q_f32(p.add(12), v[3]);
         }
-        fn load_f16(p: *const u16) -> F { each!(i => widen(vld1_u16(p.add(4 * i)))) }
+        fn load_f16(p: *const u16) -> F { four!(i => widen(vld1_u16(p.add(4 * i)))) }
         fn load_bf16(p: *const u16) -> F {
-            each!(i => vreinterpretq_f32_u32(vshll_n_u16::<16>(vld1_u16(p.add(4 * i)))))
+            four!(i => vreinterpretq_f32_u32(vshll_n_u16::<16>(vld1_u16(p.add(4 * i)))))
         }
         fn store_f16(p: *mut u16, v: F) {
             vst1_u16(p, narrow(v[0]));
@@ -212,16 +166,16 @@ impl Simd for Neon {
             let high = vcombine_s16(vmovn_s32(v[2]), vmovn_s32(v[3]));
             vst1q_s8(p, vcombine_s8(vmovn_s16(low), vmovn_s16(high)));
         }
-        fn load_b(p: *const u8) -> B { each!(i => vld1q_u8(p.add(16 * i))) }
+        fn load_b(p: *const u8) -> B { four!(i => vld1q_u8(p.add(16 * i))) }
         fn dot(p: I, w: B, a: *const i8) -> I {
             let a = vreinterpretq_s8_s32(vdupq_n_s32(a.cast::<i32>().read_unaligned()));
             // Weights below 128 are the same signed.
-            each!(i => sdot(p[i], vreinterpretq_s8_u8(w[i]), a))
+            four!(i => sdot(p[i], vreinterpretq_s8_u8(w[i]), a))
         }
         fn dot_wide(p: I, w: B, a: *const i8) -> I {
             let a = vreinterpretq_s8_s32(vdupq_n_s32(a.cast::<i32>().read_unaligned()));
             let flip = vdupq_n_u8(0x80);
-            each!(i => sdot(p[i], vreinterpretq_s8_u8(veorq_u8(w[i], flip)), a))
+            four!(i => sdot(p[i], vreinterpretq_s8_u8(veorq_u8(w[i], flip)), a))
         }
     }
 }
