@@ -39,6 +39,24 @@ pub async fn registry_until(
     }
 }
 
+/// A worker's reasons for not being ready, once they contain `wanted`.
+///
+/// # Errors
+/// After a minute and a half, with its reasons and the end of its log.
+pub async fn unready_until(worker: &Service, wanted: &str) -> Result<String> {
+    let begun = Instant::now();
+    loop {
+        let url = format!("http://{}/ready", worker.address("http")?);
+        let text = reqwest::get(url).await?.text().await?;
+        if text.contains(wanted) {
+            return Ok(text);
+        }
+        let limit = LIMIT * 3 / 2;
+        ensure!(begun.elapsed() < limit, "{text}\n{}", worker.log_end());
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
 /// Number of workers in a registry.
 pub fn worker_count(registry: &mesh_api::Mesh) -> usize {
     registry.workers.len()

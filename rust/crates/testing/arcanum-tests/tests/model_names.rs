@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use arcanum_tests::alone;
 use arcanum_tests::liar::{FalseOffer, Liar};
+use arcanum_tests::mesh_state::unready_until;
 use mesh_api::{NameConflict, PinDecision, paths};
 use mesh_model::synth::{Shape, Tokens, random_model_bytes, write_folder};
 use mesh_model::{Architecture, GgmlType, Model};
@@ -51,20 +52,6 @@ fn worker(name: &str, hub: bool) -> String {
     format!(
         "models = [{name:?}]\nthreads = 1\n[ring]\nlisten = \"127.0.0.1:0\"\n[store]\npeers = true\nhub = {hub}\n"
     )
-}
-
-/// Waits for the worker to say why it is not ready.
-async fn reason(worker: &Service, wanted: &str) -> Result<String> {
-    let begun = Instant::now();
-    loop {
-        let url = format!("http://{}/ready", worker.address("http")?);
-        let text = reqwest::get(url).await?.text().await?;
-        if text.contains(wanted) {
-            return Ok(text);
-        }
-        ensure!(begun.elapsed() < LIMIT, "{text}\n{}", worker.log_end());
-        tokio::time::sleep(Duration::from_millis(50)).await;
-    }
 }
 
 /// Digests of the blobs that a worker has.
@@ -124,7 +111,7 @@ async fn an_altered_file_that_a_peer_offers_under_a_hub_name_is_refused_and_the_
 
     // A worker that cannot ask the hub takes neither, and gives the reason.
     let second = mesh.start_worker(&worker(HUB, false)).await?;
-    let text = reason(&mesh.workers[second], "nobody vouches").await?;
+    let text = unready_until(&mesh.workers[second], "nobody vouches").await?;
     for part in [
         "store.hub",
         "not signed",

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use arcanum_tests::liar::Liar;
+use arcanum_tests::mesh_state::unready_until;
 use arcanum_tests::{RingView, alone};
 use mesh_api::{
     ChatCompletionRequest, CreateEmbeddingRequest, CreateEmbeddingResponse, Embedding,
@@ -256,7 +257,7 @@ async fn a_worker_serves_what_a_short_name_stands_for_and_says_which_one_was_mea
     // Another worker might have a model called so.
     let mistyped = worker("models = [\"smolm2-135m\"]");
     let second = mesh.start_worker(&mistyped).await?;
-    let reason = wait_for_reason(&mesh.workers[second], "no worker has it yet").await?;
+    let reason = unready_until(&mesh.workers[second], "no worker has it yet").await?;
     ensure!(reason.contains("smolm2-135m"), "{reason}");
     ensure!(
         reason.contains("names like it are smollm2:135m"),
@@ -354,12 +355,12 @@ async fn who_requires_signatures_takes_a_model_when_the_operator_has_signed_it()
         trusted.display().to_string()
     );
     mesh.start_worker(&strict).await?;
-    let refusal = wait_for_reason(&mesh.workers[1], "store.require_signature").await?;
+    let refusal = unready_until(&mesh.workers[1], "store.require_signature").await?;
     println!("without a signature: {refusal}");
 
     // Signed by a stranger, then by the operator.
     sign(&mut mesh.workers[0], &stranger).await?;
-    let refusal = wait_for_reason(&mesh.workers[1], "no signature of a trusted key").await?;
+    let refusal = unready_until(&mesh.workers[1], "no signature of a trusted key").await?;
     println!("with a stranger's: {refusal}");
     ensure!(refusal.contains(NAME), "{refusal}");
     sign(&mut mesh.workers[0], &operator).await?;
@@ -381,23 +382,6 @@ async fn sign(worker: &mut Service, key: &mesh_store::SigningKey) -> Result<()> 
     signed.add(signature);
     store.put_manifest(&signed)?;
     worker.restart(None).await
-}
-
-async fn wait_for_reason(worker: &Service, wanted: &str) -> Result<String> {
-    let begun = Instant::now();
-    loop {
-        let url = format!("http://{}/ready", worker.address("http")?);
-        let text = reqwest_text(&url).await?;
-        if text.contains(wanted) {
-            return Ok(text);
-        }
-        ensure!(begun.elapsed() < LIMIT, "{text}\n{}", worker.log_end());
-        tokio::time::sleep(Duration::from_millis(50)).await;
-    }
-}
-
-async fn reqwest_text(url: &str) -> Result<String> {
-    Ok(reqwest::get(url).await?.text().await?)
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

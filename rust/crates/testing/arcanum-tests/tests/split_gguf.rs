@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use arcanum_tests::clients::assert_same_tokens;
+use arcanum_tests::mesh_state::unready_until;
 use arcanum_tests::{ChatQuestion, Cluster, RingView, StreamedAnswer, alone};
 use mesh_model::synth::{Shape, Split, Tokens, random_model, write_split};
 use mesh_model::{Architecture, GgmlType, Gguf};
@@ -115,20 +116,6 @@ fn logs(mesh: &Mesh) -> String {
         .collect()
 }
 
-/// Waits until `/ready` of the worker contains this text.
-async fn reason(worker: &Service, wanted: &str) -> Result<String> {
-    let begun = Instant::now();
-    loop {
-        let url = format!("http://{}/ready", worker.address("http")?);
-        let text = reqwest::get(url).await?.text().await?;
-        if text.contains(wanted) {
-            return Ok(text);
-        }
-        ensure!(begun.elapsed() < LIMIT, "{text}\n{}", worker.log_end());
-        tokio::time::sleep(Duration::from_millis(50)).await;
-    }
-}
-
 /// Waits until the head serves these models and no others.
 async fn served(mesh: &Mesh, wanted: &[&str]) -> Result<()> {
     let begun = Instant::now();
@@ -231,7 +218,7 @@ async fn parts_come_from_the_hub_once_and_then_from_other_workers() -> Result<()
     let names = ["x-00001-of-00002.gguf", "x-00002-of-00002.gguf"];
     hub.publish_files("acme/half", &[(names[1], &models.parts[1])])?;
     let half = mesh.start_worker(&worker("\"acme/half\"", "")).await?;
-    let text = reason(&mesh.workers[half], names[0]).await?;
+    let text = unready_until(&mesh.workers[half], names[0]).await?;
     ensure!(text.contains("one of 2 parts"), "{text}");
     mesh.shutdown().await
 }
