@@ -11,7 +11,15 @@ pub struct RequestMemory {
     /// Bytes for all requests; 0 is without limit.
     limit: u64,
     used: u64,
-    by: HashMap<Origin, u64>,
+    by: HashMap<Origin, Held>,
+}
+
+/// Bytes that one client's requests hold.
+#[derive(Debug, Clone, Copy, Default)]
+struct Held {
+    all: u64,
+    /// Those of requests that are not small.
+    large: u64,
 }
 
 /// A request that needs more memory than is free.
@@ -55,44 +63,68 @@ impl RequestMemory {
         self.limit / 3 * 2
     }
 
+    /// True if a request of `bytes` may use what is kept for small ones.
+    fn is_small(&self, bytes: u64) -> bool {
+        bytes <= self.limit / SMALL
+    }
+
     /// Takes `bytes` more for a request of `origin` that has `own` already. A request of an origin that holds
-    /// nothing else counts as no more than the share, so that it is not refused on every attempt; returns the
-    /// bytes taken.
+    /// no other large one counts as no more than the share, so that it is not refused on every attempt;
+    /// returns the bytes taken.
     ///
     /// # Errors
     /// [`TooMuch`] says whose they are; then nothing is taken.
     pub fn take(&mut self, origin: Origin, own: u64, mut bytes: u64) -> Result<u64, TooMuch> {
-        let yours = self.by.get(&origin).copied().unwrap_or(0);
+        let mut yours = self.by.get(&origin).copied().unwrap_or_default();
+        if !self.is_small(own) {
+            yours.large = yours.large.saturating_sub(own);
+        }
         if self.limit > 0 {
-            let (used, limit) = (self.used, self.limit);
-            if yours <= own {
+            if yours.large == 0 {
                 bytes = bytes.min(self.share().saturating_sub(own));
             }
-            // A twelfth is for small requests: an upload does not keep them out.
-            let reserve = match own.saturating_add(bytes) <= limit / SMALL {
-                true => 0,
-                false => limit / 12,
-            };
-            let share = self.share() + limit / 12 - reserve;
-            if yours.saturating_add(bytes) > share {
-                let used = yours;
-                return Err(TooMuch::Yours { used, limit: share });
-            }
-            if used.saturating_add(bytes) > limit - reserve {
-                return Err(TooMuch::All { used, limit });
-            }
+            self.check(yours, own, bytes)?;
         }
+        let whole = own.saturating_add(bytes);
+        if !self.is_small(whole) {
+            yours.large = yours.large.saturating_add(whole);
+        }
+        yours.all = yours.all.saturating_add(bytes);
         self.used = self.used.saturating_add(bytes);
-        self.by.insert(origin, yours.saturating_add(bytes));
+        self.by.insert(origin, yours);
         Ok(bytes)
     }
 
-    /// Returns `bytes` of a request of `origin` to the account.
+    /// Whether a client that holds `yours`, without a request's `own` among the large ones, may have `bytes`
+    /// more for it. A twelfth of the memory is for small requests: an upload does not keep them out, and they
+    /// do not end an upload of the same client.
+    fn check(&self, yours: Held, own: u64, bytes: u64) -> Result<(), TooMuch> {
+        let (used, limit, twelfth) = (self.used, self.limit, self.limit / 12);
+        let small = self.is_small(own.saturating_add(bytes));
+        let (held, share, room) = match small {
+            true => (yours.all, self.share() + twelfth, limit),
+            false => (yours.large + own, self.share(), limit - twelfth),
+        };
+        if held.saturating_add(bytes) > share {
+            let (used, limit) = (held, share);
+            return Err(TooMuch::Yours { used, limit });
+        }
+        if used.saturating_add(bytes) > room {
+            return Err(TooMuch::All { used, limit });
+        }
+        Ok(())
+    }
+
+    /// Returns all `bytes` of a request of `origin` to the account.
     pub fn give(&mut self, origin: Origin, bytes: u64) {
         self.used = self.used.saturating_sub(bytes);
+        let large = !self.is_small(bytes);
         if let Some(yours) = self.by.get_mut(&origin) {
-            *yours = yours.saturating_sub(bytes);
-            if *yours == 0 {
+            yours.all = yours.all.saturating_sub(bytes);
+            if large {
+                yours.large = yours.large.saturating_sub(bytes);
+            }
+            if yours.all == 0 {
                 self.by.remove(&origin);
             }
         }
@@ -173,6 +205,28 @@ mod tests {
         }
         let large = memory.take(Origin::Unknown, 0, 128 << 10);
         assert!(matches!(large, Err(TooMuch::All { .. })));
+    }
+
+    #[test]
+    fn small_requests_of_a_client_do_not_end_its_longest() {
+        let mut memory = RequestMemory::new(24 << 20);
+        let a = Origin::Key(1);
+        assert_eq!(memory.take(a, 0, 4 << 10), Ok(4 << 10));
+        let mut own = 0;
+        for _ in 0..16 {
+            own += memory.take(a, own, 1 << 20).unwrap();
+            assert_eq!(memory.take(a, 0, 4 << 10), Ok(4 << 10));
+        }
+        assert_eq!(own, 16 << 20);
+        assert!(matches!(
+            memory.take(a, 0, 1 << 20),
+            Err(TooMuch::Yours { used, .. }) if used == own
+        ));
+        memory.give(a, own);
+        for _ in 0..17 {
+            memory.give(a, 4 << 10);
+        }
+        assert_eq!((memory.used, memory.by.len()), (0, 0));
     }
 
     #[test]

@@ -62,7 +62,7 @@ async fn prompts_of_8_mib_are_refused_at_once_and_cost_no_worker_anything() -> R
         }
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
-    let mut too_long = 0;
+    let (mut too_long, mut refused) = (0, Vec::new());
     for request in poison {
         match request.await? {
             Err(HttpError::Api {
@@ -79,12 +79,14 @@ async fn prompts_of_8_mib_are_refused_at_once_and_cost_no_worker_anything() -> R
             }
             // No more of them at once than the memory for requests holds.
             Err(HttpError::Api {
-                status: 429 | 503, ..
-            }) => {}
+                status: 429 | 503,
+                message,
+                ..
+            }) => refused.push(message),
             other => anyhow::bail!("{other:?}"),
         }
     }
-    ensure!(too_long >= 1, "none was read");
+    ensure!(too_long >= 1, "none was read: {refused:#?}");
     ensure!(
         begun.elapsed() < Duration::from_secs(30),
         "{:?}",

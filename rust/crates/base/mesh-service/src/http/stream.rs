@@ -17,7 +17,7 @@ use http_body::Frame;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::runtime::Handle;
 use tokio::sync::watch;
-use tokio::time::{Sleep, sleep};
+use tokio::time::{Sleep, sleep, timeout};
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 
 use super::open::OpenConnections;
@@ -264,11 +264,17 @@ impl Drop for RequestBody {
     }
 }
 
-/// Reads and discards the rest of a body that was refused.
+/// Reads and discards the rest of a body that was refused, as long as it keeps coming.
 async fn linger(mut body: Body) {
-    let rest =
-        async { while let Some(Ok(_)) = poll_fn(|cx| Pin::new(&mut body).poll_frame(cx)).await {} };
-    let _ = tokio::time::timeout(LINGER, rest).await;
+    let rest = async {
+        loop {
+            let next = poll_fn(|cx| Pin::new(&mut body).poll_frame(cx));
+            let Ok(Some(Ok(_))) = timeout(SILENCE, next).await else {
+                break;
+            };
+        }
+    };
+    let _ = timeout(LINGER, rest).await;
 }
 
 /// An answer on its way, in pieces of at most [`PIECE`] bytes.
@@ -440,5 +446,7 @@ const MOST_READ: usize = 8 << 10;
 const LEAST_RATE: u64 = 1024;
 /// Bytes of an answer that a client takes at once: few enough that a slow one takes them in time.
 const PIECE: usize = 16 << 10;
-/// Time limit for reading the rest of a refused body.
-const LINGER: Duration = Duration::from_secs(5);
+/// Time limit for reading the rest of a refused body: 8 MiB at 1.1 Mbit/s.
+const LINGER: Duration = Duration::from_secs(60);
+/// Longest wait for the next piece of it.
+const SILENCE: Duration = Duration::from_secs(5);

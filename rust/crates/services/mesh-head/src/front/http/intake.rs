@@ -14,7 +14,8 @@ use super::state::Api;
 use crate::api::parse;
 use crate::mesh::{Lease, Mesh};
 
-/// Reads a body. Its memory is taken as it comes.
+/// Reads a body. Its memory is taken as it comes. The rest of one that is refused is read by the server, so that
+/// the client reads why.
 pub(super) async fn body(
     api: &Api,
     client: Client,
@@ -22,10 +23,7 @@ pub(super) async fn body(
 ) -> Result<(Bytes, Lease), ApiError> {
     let limit = api.mesh.config.http.body_limit;
     let mut parts = body.into_data_stream();
-    let mut taken = api
-        .mesh
-        .lease(client.origin(), LEAST)
-        .map_err(ApiError::from);
+    let mut lease = api.mesh.lease(client.origin(), LEAST)?;
     let mut read: Vec<u8> = Vec::new();
     let (mut bytes, mut leased) = (0, LEAST);
     while let Some(part) = parts.next().await {
@@ -34,24 +32,13 @@ pub(super) async fn body(
         if bytes > limit {
             return Err(too_large(limit));
         }
-        let Ok(lease) = &mut taken else {
-            // The rest is not kept; a client that still writes would not read why.
-            continue;
-        };
         // The parsed request follows the body and has as many bytes.
         if 2 * bytes > leased {
             let exact = 2 * bytes - leased;
             let ample = exact.max(leased);
             // Seldom, if there is room for that; else no more than it needs.
             let added = lease.add(ample).map(|()| ample);
-            match added.or_else(|_| lease.add(exact).map(|()| exact)) {
-                Ok(more) => leased += more,
-                Err(error) => {
-                    taken = Err(error.into());
-                    read = Vec::new();
-                    continue;
-                }
-            }
+            leased += added.or_else(|_| lease.add(exact).map(|()| exact))?;
         }
         // Not by doubling, and never beyond what was leased for it.
         if read.capacity() - read.len() < part.len() {
@@ -63,7 +50,6 @@ pub(super) async fn body(
         }
         read.extend_from_slice(&part);
     }
-    let mut lease = taken?;
     lease.set((2 * bytes).max(LEAST))?;
     Ok((read.into(), lease))
 }
