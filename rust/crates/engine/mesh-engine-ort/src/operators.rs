@@ -193,6 +193,7 @@ impl Node<StageNode> {
             q_norm: layer.query_norm.as_deref().filter(|_| by_head),
             k_norm: layer.key_norm.as_deref().filter(|_| by_head),
             eps: shared.norm_eps,
+            sinks: None,
         };
         step.attended
             .resize(step.rows * shared.heads * shared.shape.head_dim, 0.0);
@@ -275,6 +276,7 @@ impl Node<StageNode> {
                 let matrices = MixtureLayer {
                     norm,
                     router,
+                    router_bias: None,
                     experts,
                     activation,
                     used: config.used,

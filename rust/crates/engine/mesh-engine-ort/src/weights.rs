@@ -271,9 +271,9 @@ impl Loader<'_> {
         };
         let experts = (0..count).map(|expert| {
             Ok(Expert {
-                gate: matrix("ffn_gate", expert)?,
-                up: matrix("ffn_up", expert)?,
-                down: matrix("ffn_down", expert)?,
+                gate: matrix("ffn_gate", expert)?.into(),
+                up: matrix("ffn_up", expert)?.into(),
+                down: matrix("ffn_down", expert)?.into(),
             })
         });
         let experts = experts.collect::<Result<_, LoadError>>()?;

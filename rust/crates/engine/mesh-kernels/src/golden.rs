@@ -240,6 +240,7 @@ fn attentions(pool: &Pool) -> Results {
         q_norm: Some(&norm),
         k_norm: None,
         eps: 1e-6,
+        sinks: None,
     };
     let width = (heads + 2 * kv_heads) * dim;
     let (prompt, next) = (rng.floats(rows * width), rng.floats(width));
