@@ -12,6 +12,8 @@ use std::time::SystemTime;
 
 use sha2::{Digest, Sha256};
 
+use crate::gather::Gather;
+
 /// Reasons why a file could not be read.
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs, reason = "the messages name the fields")]
@@ -189,6 +191,13 @@ enum DataSource<'a> {
         len: usize,
     },
     Memory(&'a [u8]),
+    /// Bytes `at..at + len` of a matrix that lies scattered.
+    Gathered {
+        gather: &'a Gather,
+        files: &'a [ModelFile],
+        at: usize,
+        len: usize,
+    },
 }
 
 impl ModelFile {
@@ -310,10 +319,33 @@ impl Stamp {
 }
 
 impl<'a> Data<'a> {
+    pub(crate) fn gathered(gather: &'a Gather, files: &'a [ModelFile], len: usize) -> Self {
+        Data(DataSource::Gathered {
+            gather,
+            files,
+            at: 0,
+            len,
+        })
+    }
+
+    /// The bytes of a range of which every piece lies all over the file, for a caller that would read it piece
+    /// by piece. `None` for all others.
+    ///
+    /// # Errors
+    /// If the file cannot be read.
+    pub fn gather(&self) -> Result<Option<Vec<u8>>, FileError> {
+        match self.0 {
+            DataSource::Gathered { gather, .. } if gather.crosses_rows() => {
+                self.read().map(|bytes| Some(bytes.into_owned()))
+            }
+            _ => Ok(None),
+        }
+    }
+
     /// Length of the range in bytes.
     pub fn len(&self) -> usize {
         match self.0 {
-            DataSource::File { len, .. } => len,
+            DataSource::File { len, .. } | DataSource::Gathered { len, .. } => len,
             DataSource::Memory(bytes) => bytes.len(),
         }
     }
@@ -323,11 +355,12 @@ impl<'a> Data<'a> {
         self.len() == 0
     }
 
-    /// Offset of the first byte in the file.
+    /// Offset of the first byte in the file; of a matrix that lies scattered, of its first element.
     pub fn offset(&self) -> u64 {
         match self.0 {
             DataSource::File { at, .. } => at,
             DataSource::Memory(_) => 0,
+            DataSource::Gathered { gather, .. } => gather.offset(),
         }
     }
 
@@ -338,7 +371,7 @@ impl<'a> Data<'a> {
     pub fn read(&self) -> Result<Cow<'a, [u8]>, FileError> {
         match self.0 {
             DataSource::Memory(bytes) => Ok(Cow::Borrowed(bytes)),
-            DataSource::File { len, .. } => {
+            DataSource::File { len, .. } | DataSource::Gathered { len, .. } => {
                 let mut out = vec![0; len];
                 self.read_at(0, &mut out)?;
                 Ok(Cow::Owned(out))
@@ -369,6 +402,12 @@ impl<'a> Data<'a> {
                 out.copy_from_slice(&bytes[at..at + out.len()]);
                 Ok(())
             }
+            DataSource::Gathered {
+                gather,
+                files,
+                at: from,
+                ..
+            } => gather.read_at(files, from + at, out),
         }
     }
 
@@ -382,6 +421,17 @@ impl<'a> Data<'a> {
                 at: from + at as u64,
                 len,
             },
+            DataSource::Gathered {
+                gather,
+                files,
+                at: from,
+                ..
+            } => DataSource::Gathered {
+                gather,
+                files,
+                at: from + at,
+                len,
+            },
         }))
     }
 
@@ -392,6 +442,10 @@ impl<'a> Data<'a> {
     pub fn each(&self, mut visit: impl FnMut(&[u8])) -> Result<(), FileError> {
         if let DataSource::Memory(bytes) = self.0 {
             visit(bytes);
+            return Ok(());
+        }
+        if let Some(bytes) = self.gather()? {
+            visit(&bytes);
             return Ok(());
         }
         let mut buffer = vec![0; PIECE.min(self.len())];

@@ -12,6 +12,7 @@ pub mod checkpoint;
 pub mod config;
 pub mod encoder;
 pub mod file;
+mod gather;
 pub mod gguf;
 pub mod hf;
 pub mod model;

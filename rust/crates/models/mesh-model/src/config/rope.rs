@@ -162,7 +162,8 @@ impl Rope {
                 | Architecture::Qwen3
                 | Architecture::Gemma3
                 | Architecture::Qwen3Moe
-                | Architecture::Olmoe => RopeStyle::Halves,
+                | Architecture::Olmoe
+                | Architecture::GptOss => RopeStyle::Halves,
             },
             scaling: scaling(keys)?,
             freq_factors: freq_factors(keys, dim / 2)?,
