@@ -155,6 +155,7 @@ fn scaling_json(rope: &Rope) -> io::Result<Value> {
             beta_fast,
             beta_slow,
             attention_factor,
+            truncate,
         } => json!({
             "rope_type": "yarn",
             "factor": factor,
@@ -162,6 +163,7 @@ fn scaling_json(rope: &Rope) -> io::Result<Value> {
             "beta_fast": beta_fast,
             "beta_slow": beta_slow,
             "attention_factor": attention_factor,
+            "truncate": truncate,
         }),
         RopeScaling::Llama3 {
             factor,

@@ -87,12 +87,9 @@ pub(super) fn rope(
         }
         Some("yarn") => {
             let (factor, original) = (factor()?, original.unwrap_or(context));
-            if scaling.boolean("truncate")? == Some(false) {
-                return Err(HfError::Unsupported {
-                    feature: "YaRN without truncation (rope_scaling.truncate)".into(),
-                });
-            }
             keys.text("rope.scaling.type", "yarn");
+            let truncate = scaling.boolean("truncate")?.unwrap_or(true);
+            keys.flag("rope.scaling.yarn_truncate", truncate);
             keys.float("rope.scaling.factor", factor);
             keys.count("rope.scaling.original_context_length", original);
             for (theirs, ours) in [
@@ -107,9 +104,12 @@ pub(super) fn rope(
             let of = |scale: f64| 1.0 + 0.1 * scale * factor.ln();
             let attention = match scaling.positive("attention_factor")? {
                 Some(attention) => attention,
+                // A weight of 0 counts as absent.
                 None => match (
-                    scaling.positive("mscale")?,
-                    scaling.positive("mscale_all_dim")?,
+                    scaling.from_zero("mscale")?.filter(|weight| *weight > 0.0),
+                    scaling
+                        .from_zero("mscale_all_dim")?
+                        .filter(|weight| *weight > 0.0),
                 ) {
                     (Some(one), Some(all)) => of(one) / of(all),
                     _ => of(1.0),
