@@ -61,7 +61,7 @@ fn assert_agrees(model: &Model, stage: &mut OrtStage, tokens: &[u32], least: f64
     let vocab = model.config().vocab;
     for (i, (ours, plain)) in ours.chunks(vocab).zip(plain.chunks(vocab)).enumerate() {
         let found = cosine(ours, plain);
-        let tensor = model.tensors().get("blk.0.ffn_up.weight");
+        let tensor = model.tensors().get("blk.0.attn_output.weight");
         assert!(
             found > least,
             "{:?} {:?} row {i}: cosine {found}",

@@ -247,11 +247,11 @@ fn yarn(keys: &ArchitectureKeys<'_>, factor: f32) -> Result<RopeScaling, ConfigE
             .unwrap_or(32.0),
         beta_slow: keys.positive("rope.scaling.yarn_beta_slow")?.unwrap_or(1.0),
         attention_factor: own * RopeScaling::yarn_attention_factor(factor) / divisor,
-        // GGUF has no key for it; this one comes from config.json.
+        // GGUF has no key for it; this one comes from config.json. gpt-oss was trained without it.
         truncate: keys
             .checkpoint
             .bool(&keys.full("rope.scaling.yarn_truncate"))?
-            .unwrap_or(true),
+            .unwrap_or(keys.architecture != Architecture::GptOss),
     })
 }
 

@@ -97,8 +97,13 @@ fn config_json(config: &ModelConfig) -> io::Result<Value> {
         Architecture::Gemma3 => "gelu_pytorch_tanh".into(),
         _ => "silu".into(),
     };
-    if config.architecture == Architecture::Gemma3 {
-        json["query_pre_attn_scalar"] = config.query_scalar.into();
+    match config.architecture {
+        Architecture::Gemma3 => json["query_pre_attn_scalar"] = config.query_scalar.into(),
+        // Without a scaling the class assumes its own.
+        Architecture::GptOss if config.rope.scaling == RopeScaling::None => {
+            json["rope_scaling"] = json!({"rope_type": "default"});
+        }
+        _ => {}
     }
     if let Some(mixture) = &config.mixture {
         put_mixture(&mut json, config, mixture);

@@ -2,13 +2,25 @@
 
 use std::f64::consts::TAU;
 
-use serde_json::Map;
+use serde_json::{Map, Value, json};
 
 use super::class::Class;
 use super::object::{Object, bad, missing};
 use crate::config::MAX_CONTEXT;
 use crate::hf::HfError;
 use crate::hf::keys::GgufKeys;
+
+fn gpt_oss_default() -> Map<String, Value> {
+    let yarn = [
+        ("rope_type", json!("yarn")),
+        ("factor", json!(32.0)),
+        ("original_max_position_embeddings", json!(4096)),
+        ("truncate", json!(false)),
+    ];
+    yarn.into_iter()
+        .map(|(key, value)| (key.to_owned(), value))
+        .collect()
+}
 
 /// The rotary embedding. Gives the context length, which YaRN stretches, and llama 3's divisors of the
 /// frequencies.
@@ -31,10 +43,15 @@ pub(super) fn rope(
         Some(parameters) => parameters.object("sliding_attention")?,
         None => None,
     };
-    let empty = Map::new();
-    let scaling = full.unwrap_or(Object { map: &empty });
+    // What the class assumes.
+    let absent = match class {
+        Class::GptOss => gpt_oss_default(),
+        _ => Map::new(),
+    };
+    let scaling = full.unwrap_or(Object { map: &absent });
     let default = match class {
         Class::Gemma3 | Class::Mixtral => 1e6,
+        Class::GptOss => 150_000.0,
         _ => 1e4,
     };
     let base = match text.positive("rope_theta")? {
