@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 use mesh_engine::{LogitRows, ModelShape, Segment};
 use mesh_kernels::{
-    Activation, KernelError, KvSegment, Linear, Pool, Residual, RmsNorm, Rope,
-    RopeOptions, RopeStyle, add_rms_norm, linear,
+    Activation, KernelError, KvSegment, Linear, Pool, Residual, RmsNorm, Rope, RopeOptions,
+    RopeStyle, add_rms_norm, linear,
 };
 use mesh_model::{Mixture, ModelConfig, RopeScaling};
 

@@ -9,7 +9,8 @@ use std::ops::Range;
 use mesh_kernels::{
     Expert, ExpertMatrix, Experts, KernelError, PackOptions, Pool, QMatrix, WeightType,
 };
-use mesh_model::file::{Data, FileError};
+use mesh_model::data::Data;
+use mesh_model::file::FileError;
 use mesh_model::gguf::expert_name;
 use mesh_model::{Gguf, Mixture, Model, ModelConfig, Tensor, Tensors};
 

@@ -15,8 +15,8 @@ use crate::error::expect_len;
 use crate::gemm::Input;
 use crate::gemm::acts::{self, RmsNorm};
 use crate::gemm::experts::{ExpertProduct, multiply_experts};
-use crate::matrix::QMatrix;
 use crate::linear::Activate;
+use crate::matrix::QMatrix;
 use crate::mem::{Buffer, TaskPointer};
 use crate::{Activation, KernelError, Linear, Pool, linear, rms_norm, simd};
 use routing::Choice;
@@ -113,9 +113,18 @@ impl Experts {
         }
         // One after the other: that takes memory for one more matrix of each expert, not for three.
         let what = "experts' weights";
-        Buffer::join(what, experts.iter_mut().flat_map(|e| e.gate.weights.buffers()))?;
-        Buffer::join(what, experts.iter_mut().flat_map(|e| e.up.weights.buffers()))?;
-        Buffer::join(what, experts.iter_mut().flat_map(|e| e.down.weights.buffers()))?;
+        Buffer::join(
+            what,
+            experts.iter_mut().flat_map(|e| e.gate.weights.buffers()),
+        )?;
+        Buffer::join(
+            what,
+            experts.iter_mut().flat_map(|e| e.up.weights.buffers()),
+        )?;
+        Buffer::join(
+            what,
+            experts.iter_mut().flat_map(|e| e.down.weights.buffers()),
+        )?;
         let layout = |matrix: &ExpertMatrix| matrix.weights.parts()[0].layout;
         let together = |expert: &Expert| layout(&expert.gate) == layout(&expert.up);
         Ok(Experts {

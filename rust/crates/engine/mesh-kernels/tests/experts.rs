@@ -220,10 +220,7 @@ fn a_row_depends_on_no_other_row_and_on_no_thread() {
         ([WeightType::Q4_K; 3], false),
         ([WeightType::F16; 3], false),
         ([WeightType::MXFP4; 3], true),
-        (
-            [WeightType::Q4_0, WeightType::Q5_0, WeightType::Q8_0],
-            true,
-        ),
+        ([WeightType::Q4_0, WeightType::Q5_0, WeightType::Q8_0], true),
     ] {
         let layer = Layer::made(types, biased, &mut rng);
         // More rows than are computed at once.

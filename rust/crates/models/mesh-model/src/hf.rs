@@ -31,9 +31,9 @@ pub(crate) use naming::ExpertNaming;
 use crate::checkpoint::{Checkpoint, RopeStyle, TokenizerJson};
 use crate::file::ModelFile;
 use crate::gguf::{GgmlType, TensorEntry, Tensors, Value};
-use crate::safetensors::{Dtype, Safetensors, TensorView};
+use crate::safetensors::{Safetensors, TensorView};
 use config::Configuration;
-use experts::FusedTensors;
+use experts::{FusedTensors, float_type};
 use keys::GgufKeys;
 use names::FusedExperts;
 use naming::TensorNaming;
@@ -170,24 +170,6 @@ fn entry_of(
         len: tensor.data.len(),
         gather: None,
     }))
-}
-
-/// The type of a tensor with elements, which must be floats.
-fn float_type(tensor: &TensorView<'_>) -> Result<GgmlType, HfError> {
-    if tensor.shape.is_empty() || tensor.shape.contains(&0) {
-        return Err(HfError::Empty {
-            tensor: tensor.name.into(),
-        });
-    }
-    match tensor.dtype {
-        Dtype::F32 => Ok(GgmlType::F32),
-        Dtype::F16 => Ok(GgmlType::F16),
-        Dtype::BF16 => Ok(GgmlType::BF16),
-        dtype => Err(HfError::TensorType {
-            tensor: tensor.name.into(),
-            dtype,
-        }),
-    }
 }
 
 /// The values of `config.json`, as a checkpoint without the model's tensors. For tests and fuzzing;

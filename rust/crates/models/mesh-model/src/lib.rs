@@ -10,6 +10,7 @@
 pub mod chat;
 pub mod checkpoint;
 pub mod config;
+pub mod data;
 pub mod encoder;
 pub mod file;
 mod gather;

@@ -6,6 +6,7 @@
 mod folder;
 mod gpt_oss;
 mod llama2c;
+mod output;
 mod random;
 mod shape;
 mod split;

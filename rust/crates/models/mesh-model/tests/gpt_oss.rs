@@ -258,11 +258,7 @@ fn halves_of_mxfp4_that_do_not_fit_are_errors() {
         (format!("{DOWN}_blocks"), vec![8, 256, 16, 8], Dtype::U8),
         (format!("{DOWN}_blocks"), vec![8, 256, 128], Dtype::U8),
         (format!("{GATE_UP}_blocks"), vec![8, 512, 8, 8], Dtype::U16),
-        (
-            format!("{GATE_UP}_blocks"),
-            vec![4096, 1, 8, 16],
-            Dtype::U8,
-        ),
+        (format!("{GATE_UP}_blocks"), vec![4096, 1, 8, 16], Dtype::U8),
         (format!("{GATE_UP}_scales"), vec![0, 512, 8], Dtype::U8),
     ] {
         let error = opened(&folder, |tensors| {
@@ -346,11 +342,7 @@ fn configurations_that_the_kernels_do_not_have_are_named() {
             "weights quantised by gptq",
         ),
         ("hidden_act", json!("gelu"), "the activation \"gelu\""),
-        (
-            "num_local_experts",
-            json!(0),
-            "\"num_local_experts\" is 0",
-        ),
+        ("num_local_experts", json!(0), "\"num_local_experts\" is 0"),
     ] {
         let mut changed = original.clone();
         changed[key] = value;

@@ -456,10 +456,7 @@ impl Kernel for Finish<'_> {
                         *product = s.add(*product, partial(s, &bias[column..][..valid]));
                     }
                 }
-                v = s.mul(
-                    gated.activation.apply(s, v),
-                    gated.activation.factor(s, up),
-                );
+                v = s.mul(gated.activation.apply(s, v), gated.activation.factor(s, up));
             }
             finish(s, self.job, self.panel, self.row + r, v);
         }

@@ -6,7 +6,8 @@ use mesh_quant::GgmlType;
 
 use super::dequant::dequantize;
 use super::error::GgufError;
-use crate::file::{Data, ModelFile};
+use crate::data::Data;
+use crate::file::ModelFile;
 use crate::gather::Gather;
 
 /// A tensor and its bytes.

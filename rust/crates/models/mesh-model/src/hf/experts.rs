@@ -2,8 +2,8 @@
 
 use std::collections::BTreeMap;
 
+use super::error::HfError;
 use super::names::{FusedExperts, FusedForm};
-use super::{HfError, float_type};
 use crate::config::MAX_EXPERTS;
 use crate::gather::{Gather, Place};
 use crate::gguf::{GgmlType, TensorEntry};
@@ -60,6 +60,24 @@ impl FusedTensors {
             None => Ok(()),
             Some(half) => Err(half.alone()),
         }
+    }
+}
+
+/// The type of a tensor with elements, which must be floats.
+pub(super) fn float_type(tensor: &TensorView<'_>) -> Result<GgmlType, HfError> {
+    if tensor.shape.is_empty() || tensor.shape.contains(&0) {
+        return Err(HfError::Empty {
+            tensor: tensor.name.into(),
+        });
+    }
+    match tensor.dtype {
+        Dtype::F32 => Ok(GgmlType::F32),
+        Dtype::F16 => Ok(GgmlType::F16),
+        Dtype::BF16 => Ok(GgmlType::BF16),
+        dtype => Err(HfError::TensorType {
+            tensor: tensor.name.into(),
+            dtype,
+        }),
     }
 }
 

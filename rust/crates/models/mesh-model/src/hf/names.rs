@@ -158,7 +158,10 @@ impl FusedExperts {
                 GPT_OSS_GATE_UP_BIAS => (GATE_UP, FusedForm::Biases),
                 _ => match suffix.strip_prefix(GPT_OSS_GATE_UP) {
                     Some(rest) => (GATE_UP, FusedForm::of_ending(rest)?),
-                    None => (DOWN, FusedForm::of_ending(suffix.strip_prefix(GPT_OSS_DOWN)?)?),
+                    None => (
+                        DOWN,
+                        FusedForm::of_ending(suffix.strip_prefix(GPT_OSS_DOWN)?)?,
+                    ),
                 },
             },
             _ => return None,

@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 use super::*;
 use crate::config::{Architecture, ModelConfig, RopeScaling, RopeStyle};
 use crate::model::Model;
+use crate::safetensors::Dtype;
 use crate::synth::{Shape, Tokens, random_model, write_folder};
 use crate::tokenizer::EncodeOptions;
 

@@ -2,10 +2,9 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
-use std::io::{self, BufWriter, Write};
+use std::io::{self, BufWriter};
 use std::path::Path;
 
-use half::{bf16, f16};
 use serde_json::{Value, json};
 
 use crate::checkpoint::Checkpoint;
@@ -16,6 +15,7 @@ use crate::model::Model;
 use crate::safetensors::{self, Dtype, Planned};
 
 use super::gpt_oss::{self, Fused};
+use super::output::{put, unknown};
 
 /// Writes `model`, which lies in a GGUF file, to the folder `dir`: `config.json`, `tokenizer.json` and what
 /// belongs to it, and the weights in `shards` files. Matrices have type `dtype` (F32, F16 or BF16), vectors
@@ -52,10 +52,6 @@ pub fn write_folder(model: &Model, dtype: Dtype, shards: usize, dir: &Path) -> i
         json!({"eos_token_id": tokenizer.eos_ids()}),
     )?;
     write_weights(gguf.tensors(), config, dtype, shards.max(1), dir)
-}
-
-pub(super) fn unknown(what: impl Into<String>) -> io::Error {
-    io::Error::new(io::ErrorKind::Unsupported, what.into())
 }
 
 fn config_json(config: &ModelConfig) -> io::Result<Value> {
@@ -374,8 +370,9 @@ fn write_weights(
         safetensors::write(&mut out, &plans, |plan, out| {
             let tensor = shard.iter().find(|(other, _)| other.name == plan.name);
             match &tensor.expect("one of those planned").1 {
-                Contents::Parts(parts) => (parts.iter())
-                    .try_for_each(|part| put(&values(config, part)?, plan.dtype, out)),
+                Contents::Parts(parts) => {
+                    (parts.iter()).try_for_each(|part| put(&values(config, part)?, plan.dtype, out))
+                }
                 Contents::Turns(fused) => fused.write(plan.dtype, out),
             }
         })?;
@@ -433,10 +430,7 @@ fn plan_experts<'a>(
             let part = part(matrix, expert)?;
             let shape = part.dims.iter().rev().copied().collect();
             let name = their_name(expert)?;
-            planned.push((
-                Planned { name, dtype, shape },
-                Contents::Parts(vec![part]),
-            ));
+            planned.push((Planned { name, dtype, shape }, Contents::Parts(vec![part])));
         }
         return Ok(());
     }
@@ -489,17 +483,4 @@ fn values(config: &ModelConfig, tensor: &Tensor<'_>) -> io::Result<Vec<f32>> {
             .collect()
     };
     Ok(heads.flat_map(turned).collect())
-}
-
-pub(super) fn put(values: &[f32], dtype: Dtype, out: &mut dyn Write) -> io::Result<()> {
-    let mut bytes = Vec::with_capacity(values.len() * dtype.size() as usize);
-    for &value in values {
-        match dtype {
-            Dtype::F32 => bytes.extend(value.to_le_bytes()),
-            Dtype::F16 => bytes.extend(f16::from_f32(value).to_le_bytes()),
-            Dtype::BF16 => bytes.extend(bf16::from_f32(value).to_le_bytes()),
-            other => return Err(unknown(format!("weights of type {other}"))),
-        }
-    }
-    out.write_all(&bytes)
 }

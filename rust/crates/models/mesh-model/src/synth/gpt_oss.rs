@@ -2,7 +2,7 @@
 
 use std::io::{self, Write};
 
-use super::folder::{put, unknown};
+use super::output::{put, unknown};
 use crate::gguf::{GgmlType, Tensor, Tensors, expert_name};
 use crate::hf::{self, ExpertNaming};
 use crate::safetensors::{Dtype, Planned};
@@ -126,7 +126,9 @@ fn write_floats(
 
 fn write_blocks(matrices: &[Tensor<'_>], form: Form, out: &mut dyn Write) -> io::Result<()> {
     let data = matrices.iter().map(|matrix| matrix.data.read());
-    let data = data.collect::<Result<Vec<_>, _>>().map_err(io::Error::other)?;
+    let data = data
+        .collect::<Result<Vec<_>, _>>()
+        .map_err(io::Error::other)?;
     let size = GgmlType::MXFP4.type_size();
     let row = matrices[0].dims[0] as usize / 32 * size;
     for at in (0..data[0].len()).step_by(row) {
