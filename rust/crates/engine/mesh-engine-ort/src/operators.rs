@@ -118,10 +118,6 @@ impl Node<StageNode> {
         let mut clock = step.clock();
         self.attend(step, x, &mut clock)?;
         let layer = &self.shared.weights.layers[self.layer];
-        let (matrix, post_norm) = (
-            &layer.attention_output,
-            layer.attention_post_norm.as_deref(),
-        );
         // After the last layer only the rows that become logits matter.
         let keep = self.shared.is_last() && self.layer + 1 == self.shared.weights.layers.len();
         if keep && step.kept.len() < step.rows {
@@ -139,8 +135,7 @@ impl Node<StageNode> {
             let out = unsafe { tensors::output(context, rows, width)? };
             out.copy_from_slice(&step.gathered);
             let (x, scratch) = (&step.attended, &mut step.projected);
-            self.shared
-                .project(matrix, post_norm, x, rows, scratch, out)?;
+            self.shared.project(layer, x, rows, scratch, out)?;
         } else {
             let rows = step.rows;
             let from = x.as_ptr();
@@ -148,8 +143,7 @@ impl Node<StageNode> {
             let out = unsafe { tensors::output(context, rows, width)? };
             in_place(from, out);
             let (x, scratch) = (&step.attended, &mut step.projected);
-            self.shared
-                .project(matrix, post_norm, x, rows, scratch, out)?;
+            self.shared.project(layer, x, rows, scratch, out)?;
         }
         step.lap("attention output", &mut clock);
         Ok(())
@@ -193,6 +187,7 @@ impl Node<StageNode> {
             q_norm: layer.query_norm.as_deref().filter(|_| by_head),
             k_norm: layer.key_norm.as_deref().filter(|_| by_head),
             eps: shared.norm_eps,
+            sinks: layer.sinks.as_deref(),
         };
         step.attended
             .resize(step.rows * shared.heads * shared.shape.head_dim, 0.0);
@@ -269,12 +264,17 @@ impl Node<StageNode> {
                 };
                 feed_forward(&shared.pool, &matrices, x, rows).map_err(kernel)
             }
-            FeedForwardWeights::Mixture { router, experts } => {
+            FeedForwardWeights::Mixture {
+                router,
+                router_bias,
+                experts,
+            } => {
                 let config = shared.mixture.as_ref();
                 let config = config.ok_or_else(|| internal("no mixture"))?;
                 let matrices = MixtureLayer {
                     norm,
                     router,
+                    router_bias: router_bias.as_deref(),
                     experts,
                     activation,
                     used: config.used,

@@ -6,14 +6,14 @@ use std::time::{Duration, Instant};
 
 use mesh_engine::{LogitRows, ModelShape, Segment};
 use mesh_kernels::{
-    Activation, KernelError, KvSegment, Linear, Pool, QMatrix, Residual, RmsNorm, Rope,
-    RopeOptions, RopeStyle, add_rms_norm, linear,
+    Activation, KernelError, KvSegment, Linear, Pool, Residual, RmsNorm, Rope, RopeOptions,
+    RopeStyle, add_rms_norm, linear,
 };
 use mesh_model::{Mixture, ModelConfig, RopeScaling};
 
 use crate::kv::Kv;
 use crate::operators::kernel;
-use crate::weights::StageWeights;
+use crate::weights::{LayerWeights, StageWeights};
 
 /// Everything the operators need besides their tensors.
 pub(crate) struct StageContext {
@@ -97,6 +97,7 @@ impl StageContext {
             activation: match config.activation {
                 mesh_model::Activation::Silu => Activation::Silu,
                 mesh_model::Activation::GeluTanh => Activation::GeluTanh,
+                mesh_model::Activation::ClampedSwiglu => Activation::ClampedSwiglu,
             },
             weights,
             pool,
@@ -124,12 +125,11 @@ impl StageContext {
         }
     }
 
-    /// `out += x · matrixᵀ`, the product normed before where there is a weight for it, and scaled where the
-    /// network scales residuals; `scratch` is then room for it.
+    /// `out += x · Wᵀ + bias` with the layer's output matrix, the product normed before where there is a weight
+    /// for it, and scaled where the network scales residuals; `scratch` is then room for it.
     pub(crate) fn project(
         &self,
-        matrix: &QMatrix,
-        post_norm: Option<&[f32]>,
+        layer: &LayerWeights,
         x: &[f32],
         rows: usize,
         scratch: &mut Vec<f32>,
@@ -138,15 +138,18 @@ impl StageContext {
         if rows == 0 {
             return Ok(());
         }
+        let matrix = &layer.attention_output;
+        let post_norm = layer.attention_post_norm.as_deref();
+        let mut options = Linear {
+            bias: layer.attention_output_bias.as_deref(),
+            ..Linear::default()
+        };
         if post_norm.is_none() && self.residual_scale == 1.0 {
-            let options = Linear {
-                residual: Residual::InPlace,
-                ..Linear::default()
-            };
+            options.residual = Residual::InPlace;
             return linear(&self.pool, matrix, x, rows, out, &options).map_err(kernel);
         }
         scratch.resize(out.len(), 0.0);
-        linear(&self.pool, matrix, x, rows, scratch, &Linear::default()).map_err(kernel)?;
+        linear(&self.pool, matrix, x, rows, scratch, &options).map_err(kernel)?;
         let scale = self.residual_scale;
         if scale != 1.0 {
             scratch.iter_mut().for_each(|x| *x *= scale);

@@ -6,10 +6,13 @@
 use std::cell::RefCell;
 use std::ops::Range;
 
-use mesh_kernels::{Expert, Experts, KernelError, PackOptions, Pool, QMatrix, WeightType};
-use mesh_model::file::{Data, FileError};
+use mesh_kernels::{
+    Expert, ExpertMatrix, Experts, KernelError, PackOptions, Pool, QMatrix, WeightType,
+};
+use mesh_model::data::Data;
+use mesh_model::file::FileError;
 use mesh_model::gguf::expert_name;
-use mesh_model::{Gguf, Model, ModelConfig, Tensor, Tensors};
+use mesh_model::{Gguf, Mixture, Model, ModelConfig, Tensor, Tensors};
 
 use crate::cache::{CacheEntry, QuantisedMatrix, WeightCache};
 use crate::options::{LoadError, WeightFormat, has_floats};
@@ -32,7 +35,10 @@ pub(crate) struct LayerWeights {
     pub(crate) qkv_bias: Option<Vec<f32>>,
     pub(crate) query_norm: Option<Vec<f32>>,
     pub(crate) key_norm: Option<Vec<f32>>,
+    /// Of each query head a score of no position.
+    pub(crate) sinks: Option<Vec<f32>>,
     pub(crate) attention_output: QMatrix,
+    pub(crate) attention_output_bias: Option<Vec<f32>>,
     /// Norm of the attention output, before the residual is added.
     pub(crate) attention_post_norm: Option<Vec<f32>>,
     pub(crate) ffn_norm: Vec<f32>,
@@ -50,6 +56,7 @@ pub(crate) enum FeedForwardWeights {
     },
     Mixture {
         router: QMatrix,
+        router_bias: Option<Vec<f32>>,
         experts: Experts,
     },
 }
@@ -61,7 +68,9 @@ impl FeedForwardWeights {
             FeedForwardWeights::Dense { gate, up, down } => {
                 gate.bytes() + up.bytes() + down.bytes()
             }
-            FeedForwardWeights::Mixture { router, experts } => router.bytes() + experts.bytes(),
+            FeedForwardWeights::Mixture {
+                router, experts, ..
+            } => router.bytes() + experts.bytes(),
         }
     }
 }
@@ -230,9 +239,17 @@ impl Loader<'_> {
             qkv_bias,
             query_norm: optional(qk_norm, "attn_q_norm.weight")?,
             key_norm: optional(qk_norm, "attn_k_norm.weight")?,
+            sinks: match self.config.attention_sinks {
+                true => Some(self.sinks(&name("attn_sinks.weight"))?),
+                false => None,
+            },
             attention_output: matrix("attn_output.weight")?,
+            attention_output_bias: match self.config.output_bias {
+                true => Some(vector("attn_output.bias")?),
+                false => None,
+            },
             attention_post_norm: optional(post_norms, "post_attention_norm.weight")?,
-            ffn_norm: norm("ffn_norm.weight")?,
+            ffn_norm: norm(self.config.ffn_norm())?,
             ffn: match self.config.mixture_of(layer) {
                 None => FeedForwardWeights::Dense {
                     gate: matrix("ffn_gate.weight")?,
@@ -241,7 +258,11 @@ impl Loader<'_> {
                 },
                 Some(mixture) => FeedForwardWeights::Mixture {
                     router: self.router(&name("ffn_gate_inp.weight"))?,
-                    experts: self.experts(layer, mixture.experts)?,
+                    router_bias: match mixture.biases {
+                        true => Some(vector("ffn_gate_inp.bias")?),
+                        false => None,
+                    },
+                    experts: self.experts(layer, mixture)?,
                 },
             },
             ffn_post_norm: optional(post_norms, "post_ffw_norm.weight")?,
@@ -260,20 +281,29 @@ impl Loader<'_> {
         })
     }
 
-    fn experts(&self, layer: u32, count: usize) -> Result<Experts, LoadError> {
-        let matrix = |which: &str, expert| {
-            let matrix = format!("blk.{layer}.{which}");
-            let name = expert_name(&matrix, expert);
-            match self.tensors.expert(&matrix, expert) {
-                Some(tensor) => self.packed(&name, tensor),
-                None => Err(LoadError::MissingTensor(name)),
-            }
+    fn experts(&self, layer: u32, mixture: &Mixture) -> Result<Experts, LoadError> {
+        let name = |which: &str| format!("blk.{layer}.{which}");
+        let biases = |which: &str| -> Result<_, LoadError> {
+            let stack = || self.vector(&format!("{}_exps.bias", name(which)));
+            mixture.biases.then(stack).transpose()
         };
-        let experts = (0..count).map(|expert| {
+        let [gates, ups, downs] = ["ffn_gate", "ffn_up", "ffn_down"].map(biases);
+        let (gates, ups, downs) = (gates?, ups?, downs?);
+        let matrix = |which: &str, expert, biases: &Option<Vec<f32>>| {
+            let name = expert_name(&name(which), expert);
+            let Some(tensor) = self.tensors.expert(&format!("blk.{layer}.{which}"), expert) else {
+                return Err(LoadError::MissingTensor(name));
+            };
+            let weights = self.packed(&name, tensor)?;
+            let rows = |biases: &Vec<f32>| biases[expert * weights.n()..][..weights.n()].to_vec();
+            let bias = biases.as_ref().map(rows);
+            Ok(ExpertMatrix { weights, bias })
+        };
+        let experts = (0..mixture.experts).map(|expert| {
             Ok(Expert {
-                gate: matrix("ffn_gate", expert)?,
-                up: matrix("ffn_up", expert)?,
-                down: matrix("ffn_down", expert)?,
+                gate: matrix("ffn_gate", expert, &gates)?,
+                up: matrix("ffn_up", expert, &ups)?,
+                down: matrix("ffn_down", expert, &downs)?,
             })
         });
         let experts = experts.collect::<Result<_, LoadError>>()?;
@@ -282,6 +312,19 @@ impl Loader<'_> {
             ty: "several".into(),
             message: error.to_string(),
         })
+    }
+
+    /// Sinks, which must be scores that a sum can hold.
+    fn sinks(&self, name: &str) -> Result<Vec<f32>, LoadError> {
+        let sinks = self.vector(name)?;
+        match sinks.iter().find(|sink| !sink.is_finite()) {
+            None => Ok(sinks),
+            Some(sink) => Err(LoadError::Tensor {
+                name: name.into(),
+                ty: "floats".into(),
+                message: format!("a sink is {sink}: the file is damaged; fetch the model again"),
+            }),
+        }
     }
 
     /// The matrix that scores experts, as floats: a small error in a score can choose another expert.
@@ -313,6 +356,12 @@ impl Loader<'_> {
 
     /// The matrix in `tensor`, which has this name in the cache.
     fn packed(&self, name: &str, tensor: Tensor<'_>) -> Result<QMatrix, LoadError> {
+        // Once, not for each panel.
+        let gathered = tensor.data.gather()?;
+        let tensor = Tensor {
+            data: gathered.as_deref().map_or(tensor.data, Data::from),
+            ..tensor
+        };
         let failed = |message: String| LoadError::Tensor {
             name: name.into(),
             ty: format!("{:?}", tensor.ty),

@@ -10,8 +10,10 @@
 pub mod chat;
 pub mod checkpoint;
 pub mod config;
+pub mod data;
 pub mod encoder;
 pub mod file;
+mod gather;
 pub mod gguf;
 pub mod hf;
 pub mod model;

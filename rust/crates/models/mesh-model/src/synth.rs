@@ -4,7 +4,9 @@
 //! The files are whole: llama.cpp loads them too.
 
 mod folder;
+mod gpt_oss;
 mod llama2c;
+mod output;
 mod random;
 mod shape;
 mod split;
@@ -91,7 +93,7 @@ pub fn plan(shape: &Shape, ty: GgmlType, tokens: Tokens<'_>) -> Writer {
         Tokens::CopyOf(source) => put_copied_tokens(&mut writer, source, shape.vocab as usize),
     }
     for (name, dims) in shape.tensors() {
-        let is_float = dims.len() == 1 || name.ends_with(ROUTER);
+        let is_float = dims.len() == 1 || name.ends_with(ROUTER) || name.ends_with(".bias");
         let ty = if is_float { GgmlType::F32 } else { ty };
         writer.tensor(&name, ty, &dims);
     }
@@ -296,11 +298,15 @@ mod tests {
                 let gguf = Gguf::from_bytes(random_model_bytes(&shape, ty, Tokens::Bytes)).unwrap();
                 let config = ModelConfig::read(&gguf).unwrap();
                 assert_eq!(config.architecture, architecture);
-                assert_eq!(config.qkv_bias, architecture == Architecture::Qwen2);
+                let gpt_oss = architecture == Architecture::GptOss;
+                let qkv_bias = gpt_oss || architecture == Architecture::Qwen2;
+                assert_eq!(config.qkv_bias, qkv_bias);
+                assert_eq!([config.output_bias, config.attention_sinks], [gpt_oss; 2]);
                 let without = [
                     Architecture::Llama,
                     Architecture::Qwen2,
                     Architecture::GraniteMoe,
+                    Architecture::GptOss,
                 ];
                 assert_eq!(config.qk_norm, !without.contains(&architecture));
                 assert_eq!(config.mixture.is_some(), architecture.is_mixture());

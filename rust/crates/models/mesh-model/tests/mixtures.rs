@@ -56,6 +56,7 @@ fn every_family_says_how_it_weighs_experts() {
         normalised: true,
         scale: 1.0,
         leading_dense: 0,
+        biases: false,
     };
     for (architecture, normalised) in [
         (Architecture::Qwen3Moe, true),

@@ -77,6 +77,11 @@ impl LoweringPlan<'_> {
                 feature: "a mixture of experts".into(),
             });
         }
+        if config.output_bias {
+            return Err(LoadError::Unsupported {
+                feature: "a bias on the output of attention".into(),
+            });
+        }
         for (what, width) in [
             ("heads", config.head_dim),
             ("rotated parts", config.rope.dim),
@@ -263,6 +268,11 @@ impl Lowering<'_> {
             ),
             // Its tanh form.
             Activation::GeluTanh => self.graph.op("FastGelu", MICROSOFT, &[&gate]),
+            Activation::ClampedSwiglu => {
+                return Err(LoadError::Unsupported {
+                    feature: "a clamped SwiGLU".into(),
+                });
+            }
         };
         let product = self.graph.op("Mul", "", &[&gate, &up]);
         let down = self.project(&product, &[&file("ffn_down")])?;

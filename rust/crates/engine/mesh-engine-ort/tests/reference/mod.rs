@@ -86,6 +86,8 @@ fn rows_from(model: &Model, tokens: &[u32], first: usize) -> Vec<f32> {
         let k = project("k", Some("attn_k_norm.weight"));
         let v = project("v", None);
         let output = t("attn_output.weight");
+        let output_bias = c.output_bias.then(|| t("attn_output.bias"));
+        let sinks = c.attention_sinks.then(|| t("attn_sinks.weight"));
         let scale = c.rope_of(layer).magnitude().powi(2) / c.query_scalar.sqrt();
         for (i, row) in x.iter_mut().enumerate() {
             let seen_from = c
@@ -100,12 +102,14 @@ fn rows_from(model: &Model, tokens: &[u32], first: usize) -> Vec<f32> {
                         |j| &v[j][shared * c.head_dim..][..c.head_dim],
                         seen_from..i + 1,
                         scale,
+                        sinks.as_ref().map(|sinks| sinks[head]),
                     )
                 })
                 .collect();
-            add(row, times(&output, &gathered), "post_attention_norm.weight");
+            let attended = plus(times(&output, &gathered), output_bias.as_deref());
+            add(row, attended, "post_attention_norm.weight");
         }
-        let norm = n("ffn_norm.weight");
+        let norm = n(c.ffn_norm());
         let feed_forward = FeedForward::read(model, layer);
         for row in &mut x {
             let normed = rms_norm(row, &norm, c.norm_eps);
@@ -145,6 +149,9 @@ fn rows_from(model: &Model, tokens: &[u32], first: usize) -> Vec<f32> {
 struct FeedForward<'a> {
     router: Option<(Vec<f32>, &'a Mixture)>,
     networks: Vec<[Vec<f32>; 3]>,
+    router_bias: Option<Vec<f32>>,
+    /// Of each of the three matrices those of all networks, one after the other.
+    biases: Option<[Vec<f32>; 3]>,
 }
 
 impl<'a> FeedForward<'a> {
@@ -154,6 +161,8 @@ impl<'a> FeedForward<'a> {
         let Some(mixture) = model.config().mixture_of(layer) else {
             return FeedForward {
                 router: None,
+                router_bias: None,
+                biases: None,
                 networks: vec![matrices.map(|matrix| tensor(format!("{matrix}.weight")))],
             };
         };
@@ -165,23 +174,38 @@ impl<'a> FeedForward<'a> {
             matrices.each_ref().map(read)
         };
         FeedForward {
+            router_bias: mixture
+                .biases
+                .then(|| tensor(format!("blk.{layer}.ffn_gate_inp.bias"))),
+            biases: mixture.biases.then(|| {
+                let stack = |matrix: &String| tensor(format!("{matrix}_exps.bias"));
+                matrices.each_ref().map(stack)
+            }),
             router: Some((tensor(format!("blk.{layer}.ffn_gate_inp.weight")), mixture)),
             networks: (0..mixture.experts).map(expert).collect(),
         }
     }
 
     fn compute(&self, config: &ModelConfig, x: &[f32]) -> Vec<f32> {
-        let network = |[gate, up, down]: &[Vec<f32>; 3]| {
-            let pairs = times(gate, x).into_iter().zip(times(up, x));
+        let network = |number: usize| {
+            let [gate, up, down] = &self.networks[number];
+            let product = |which: usize, matrix: &[f32], x: &[f32]| {
+                let product = times(matrix, x);
+                let start = number * product.len();
+                let bias = self.biases.as_ref();
+                let bias = bias.map(|biases| &biases[which][start..start + product.len()]);
+                plus(product, bias)
+            };
+            let pairs = product(0, gate, x).into_iter().zip(product(1, up, x));
             let middle: Vec<f32> = pairs
-                .map(|(gate, up)| activate(config.activation, gate) * up)
+                .map(|(gate, up)| gated(config.activation, gate, up))
                 .collect();
-            times(down, &middle)
+            product(2, down, &middle)
         };
         let Some((router, mixture)) = &self.router else {
-            return network(&self.networks[0]);
+            return network(0);
         };
-        let scores = times(router, x);
+        let scores = plus(times(router, x), self.router_bias.as_deref());
         let mut order: Vec<usize> = (0..scores.len()).collect();
         order.sort_by(|a, b| scores[*b].total_cmp(&scores[*a]));
         let chosen = &order[..mixture.used];
@@ -193,7 +217,7 @@ impl<'a> FeedForward<'a> {
         let mut out = vec![0.0; x.len()];
         for expert in chosen {
             let weight = mixture.scale * exp(expert) / total;
-            let output = network(&self.networks[*expert]);
+            let output = network(*expert);
             out.iter_mut()
                 .zip(output)
                 .for_each(|(out, y)| *out += weight * y);
@@ -227,12 +251,23 @@ fn times(matrix: &[f32], x: &[f32]) -> Vec<f32> {
         .collect()
 }
 
-fn activate(activation: Activation, x: f32) -> f32 {
+fn plus(mut x: Vec<f32>, bias: Option<&[f32]>) -> Vec<f32> {
+    let bias = bias.into_iter().flatten();
+    x.iter_mut().zip(bias).for_each(|(x, bias)| *x += bias);
+    x
+}
+
+/// The activated gate times what it is multiplied by.
+fn gated(activation: Activation, x: f32, up: f32) -> f32 {
     match activation {
-        Activation::Silu => x / (1.0 + (-x).exp()),
+        Activation::Silu => x / (1.0 + (-x).exp()) * up,
         Activation::GeluTanh => {
             let u = (2.0 / std::f32::consts::PI).sqrt() * (x + 0.044_715 * x.powi(3));
-            x / 2.0 * (1.0 + u.tanh())
+            x / 2.0 * (1.0 + u.tanh()) * up
+        }
+        Activation::ClampedSwiglu => {
+            let x = x.min(7.0);
+            x / (1.0 + (-1.702 * x).exp()) * (up.clamp(-7.0, 7.0) + 1.0)
         }
     }
 }
@@ -257,6 +292,7 @@ fn attend<'a>(
     value: impl Fn(usize) -> &'a [f32],
     seen: std::ops::Range<usize>,
     scale: f32,
+    sink: Option<f32>,
 ) -> Vec<f32> {
     let scores: Vec<f32> = seen
         .clone()
@@ -264,7 +300,8 @@ fn attend<'a>(
         .collect();
     let peak = scores.iter().copied().fold(f32::MIN, f32::max);
     let weights: Vec<f32> = scores.iter().map(|score| (score - peak).exp()).collect();
-    let total: f32 = weights.iter().sum();
+    let sink = sink.map_or(0.0, |sink| (sink - peak).exp());
+    let total = weights.iter().sum::<f32>() + sink;
     let mut out = vec![0.0; q.len()];
     for (j, weight) in seen.zip(&weights) {
         out.iter_mut()

@@ -178,6 +178,7 @@ impl<'a> Bench<'a> {
             q_norm: None,
             k_norm: None,
             eps: 1e-5,
+            sinks: None,
         };
         let normed = Linear {
             norm: Some(norm),

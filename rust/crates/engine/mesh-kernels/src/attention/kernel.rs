@@ -7,7 +7,7 @@
 use std::ops::Range;
 
 use super::cache::TILE;
-use crate::simd::{LANES, Simd};
+use crate::simd::{Kernel, LANES, Simd};
 
 /// Positions per chunk. Chunks start at absolute multiples of it.
 pub(super) const CHUNK: usize = 128;
@@ -366,16 +366,35 @@ pub(super) fn merge<S: Simd>(
     *state = Partial { peak, sum: both[0] };
 }
 
-/// Divides by the sum of the weights.
-#[inline(always)]
-pub(super) fn finish<S: Simd>(s: S, state: Partial, out: &mut [f32]) {
-    let factor = s.splat(1.0 / state.sum);
-    let dim = out.len() / LANES * LANES;
-    for d in (0..dim).step_by(LANES) {
-        // SAFETY: d + 16 elements.
-        unsafe {
-            let v = s.mul(s.load(out.as_ptr().add(d)), factor);
-            s.store(out.as_mut_ptr().add(d), v);
+/// Divides by the sum of the weights, a sink's among them. It is the same for all numbers of queries, so it is
+/// compiled apart.
+pub(super) struct Finish<'a> {
+    pub(super) state: Partial,
+    /// The sink's score, an exponent of 2 as the others.
+    pub(super) sink: Option<f32>,
+    pub(super) out: &'a mut [f32],
+}
+
+impl Kernel for Finish<'_> {
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let Finish { state, sink, out } = self;
+        let factor = match sink {
+            None => s.splat(1.0 / state.sum),
+            Some(sink) => {
+                let peak = if sink > state.peak { sink } else { state.peak };
+                let kept = s.exp2(s.splat(state.peak - peak));
+                let lost = s.exp2(s.splat(sink - peak));
+                s.div(kept, s.fma(s.splat(state.sum), kept, lost))
+            }
+        };
+        let dim = out.len() / LANES * LANES;
+        for d in (0..dim).step_by(LANES) {
+            // SAFETY: d + 16 elements.
+            unsafe {
+                let v = s.mul(s.load(out.as_ptr().add(d)), factor);
+                s.store(out.as_mut_ptr().add(d), v);
+            }
         }
     }
 }

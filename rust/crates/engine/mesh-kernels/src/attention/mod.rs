@@ -10,6 +10,8 @@
 //!
 //! With a sliding window a row sees no position that is further back. Chunks without any such position are
 //! left out, and of the first one those before the window weigh nothing; the cache keeps all.
+//!
+//! A sink is one more score in a query's sum of weights. It is added behind the last chunk, as it has no value.
 
 mod cache;
 mod kernel;
@@ -27,7 +29,7 @@ use crate::simd::{self, Kernel, LANES, Simd};
 use crate::{KernelError, Pool, Rope};
 use cache::TILE;
 pub use cache::{KvCache, KvFormat, KvShape};
-use kernel::{CHUNK, Chunk, Element, MAX_DIM, Partial, QUERIES, Query};
+use kernel::{CHUNK, Chunk, Element, Finish, MAX_DIM, Partial, QUERIES, Query};
 use plan::{AttentionTask, Cut, Split, TASK_ROWS, seen_from};
 
 /// The attention of a layer, apart from its weights.
@@ -47,6 +49,8 @@ pub struct Attention<'a> {
     pub k_norm: Option<&'a [f32]>,
     /// Epsilon of both norms.
     pub eps: f32,
+    /// Of each query head a score of no position, which takes its part of the weights (gpt-oss).
+    pub sinks: Option<&'a [f32]>,
 }
 
 /// Consecutive rows of one sequence.
@@ -137,6 +141,9 @@ fn check(
     }
     for norm in [spec.q_norm, spec.k_norm].into_iter().flatten() {
         expect_len("the head norm's weight", norm.len(), shape.head_dim)?;
+    }
+    if let Some(sinks) = spec.sinks {
+        expect_len("the sinks", sinks.len(), spec.heads)?;
     }
     if let Some(rope) = spec.rope {
         if rope.dim() > shape.head_dim {
@@ -313,6 +320,17 @@ impl<'a> Run<'a> {
     fn first_row(&self, segment: usize) -> usize {
         self.segments[..segment].iter().map(|s| s.rows).sum()
     }
+
+    /// The end of a query: all its chunks are merged into `state` and `out`.
+    #[inline(always)]
+    fn finish<'o>(&self, query: usize, state: Partial, out: &'o mut [f32]) -> Finish<'o> {
+        let sinks = self.spec.sinks;
+        Finish {
+            state,
+            sink: sinks.map(|sinks| sinks[query % self.spec.heads] * std::f32::consts::LOG2_E),
+            out,
+        }
+    }
 }
 
 /// Norm, rotation and scaling of queries; norm, rotation and storing of keys; storing of values.
@@ -463,7 +481,7 @@ impl<E: Element> kernel::Results for ChunkResults<'_, '_, E> {
             kernel::merge(s, state, out, next, values);
         }
         if seen.end <= (self.index + 1) * CHUNK {
-            kernel::finish(s, *state, out);
+            s.apart(run.finish(query, *state, out));
         }
     }
 }
@@ -559,7 +577,7 @@ impl Kernel for Merge<'_> {
                 let (next, values) = result(chunk);
                 kernel::merge(s, &mut state, out, next, values);
             }
-            kernel::finish(s, state, out);
+            s.apart(run.finish(query, state, out));
         }
     }
 }

@@ -17,6 +17,8 @@ pub enum Architecture {
     Olmoe,
     /// Granite 3 with a mixture of experts: factors on embedding, residual stream, scores and logits.
     GraniteMoe,
+    /// gpt-oss: a mixture of experts with biases, attention sinks, and a window in every second layer.
+    GptOss,
 }
 
 impl Architecture {
@@ -30,11 +32,12 @@ impl Architecture {
             Architecture::Qwen3Moe => "qwen3moe",
             Architecture::Olmoe => "olmoe",
             Architecture::GraniteMoe => "granitemoe",
+            Architecture::GptOss => "gpt-oss",
         }
     }
 
     /// All families that the engines can run.
-    pub const ALL: [Architecture; 7] = [
+    pub const ALL: [Architecture; 8] = [
         Architecture::Llama,
         Architecture::Qwen2,
         Architecture::Qwen3,
@@ -42,13 +45,17 @@ impl Architecture {
         Architecture::Qwen3Moe,
         Architecture::Olmoe,
         Architecture::GraniteMoe,
+        Architecture::GptOss,
     ];
 
     /// True if every network of the family is a mixture of experts.
     pub fn is_mixture(self) -> bool {
         matches!(
             self,
-            Architecture::Qwen3Moe | Architecture::Olmoe | Architecture::GraniteMoe
+            Architecture::Qwen3Moe
+                | Architecture::Olmoe
+                | Architecture::GraniteMoe
+                | Architecture::GptOss
         )
     }
 

@@ -76,6 +76,18 @@ impl ArchitectureKeys<'_> {
         }
     }
 
+    /// The weight of the logarithm by which YaRN's factor on queries and keys is divided, where the file has
+    /// one over 0: `mscale_all_dim` of `config.json`.
+    pub(super) fn yarn_weight(&self) -> Result<Option<f32>, ConfigError> {
+        const KEY: &str = "rope.scaling.yarn_log_multiplier";
+        match self.float(KEY)? {
+            Some(weight) if !(weight.is_finite() && weight >= 0.0) => {
+                Err(self.bad(KEY, weight, "it must be a number from 0 on".into()))
+            }
+            other => Ok(other.filter(|weight| *weight > 0.0)),
+        }
+    }
+
     pub(super) fn head_dim(&self, hidden: usize, heads: usize) -> Result<usize, ConfigError> {
         let head_dim = match self.optional_count("attention.key_length", MAX_WIDTH)? {
             Some(length) => length as usize,

@@ -26,6 +26,8 @@ pub struct Mixture {
     pub scale: f32,
     /// So many layers at the beginning are dense.
     pub leading_dense: u32,
+    /// The router and the experts' matrices have biases (`blk.N.ffn_gate_inp.bias`, `blk.N.ffn_up_exps.bias` …).
+    pub biases: bool,
 }
 
 impl Mixture {
@@ -67,6 +69,7 @@ impl Mixture {
                 .unwrap_or(family != Architecture::Olmoe),
             scale: keys.positive("expert_weights_scale")?.unwrap_or(1.0),
             leading_dense: leading_dense(keys)?,
+            biases: family == Architecture::GptOss,
         }))
     }
 }

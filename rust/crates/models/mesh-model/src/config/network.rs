@@ -12,6 +12,8 @@ pub enum Activation {
     Silu,
     /// GELU in its tanh form: `x/2 · (1 + tanh(√(2/π) · (x + 0.044715 x³)))`.
     GeluTanh,
+    /// gpt-oss's, of gate and up: `(u + 1) · g / (1 + e^(-1.702 g))`, g the gate up to 7, u the up from -7 to 7.
+    ClampedSwiglu,
 }
 
 /// The shape of a network.
@@ -67,6 +69,10 @@ pub struct ModelConfig {
     pub activation: Activation,
     /// Query, key and value have biases (`blk.N.attn_q.bias` …).
     pub qkv_bias: bool,
+    /// The output of attention has a bias (`blk.N.attn_output.bias`).
+    pub output_bias: bool,
+    /// Each query head has a score of no position in the sum of its weights (`blk.N.attn_sinks.weight`).
+    pub attention_sinks: bool,
     /// Query and key heads are normed (`blk.N.attn_q_norm.weight` …).
     pub qk_norm: bool,
     /// These norms go over all heads of a row at once rather than over each head (OLMoE).
@@ -94,6 +100,15 @@ impl ModelConfig {
     pub fn mixture_of(&self, layer: u32) -> Option<&Mixture> {
         let mixture = self.mixture.as_ref();
         mixture.filter(|mixture| layer >= mixture.leading_dense)
+    }
+
+    /// Name of the norm before the feed-forward half of a layer, after `blk.N.`.
+    pub fn ffn_norm(&self) -> &'static str {
+        match self.architecture {
+            // What the folders call it; here, too, it comes before the feed-forward half.
+            Architecture::GptOss => "post_attention_norm.weight",
+            _ => "ffn_norm.weight",
+        }
     }
 
     /// Widths of the norms of query and key.
@@ -129,6 +144,12 @@ impl ModelConfig {
         if self.qkv_bias {
             layer += q + 2 * kv;
         }
+        if self.output_bias {
+            layer += hidden;
+        }
+        if self.attention_sinks {
+            layer += self.heads as u64;
+        }
         if self.qk_norm {
             let widths = self.qk_norm_widths();
             layer += widths.iter().sum::<usize>() as u64;
@@ -136,8 +157,13 @@ impl ModelConfig {
         let feed_forward = |layer| match self.mixture_of(layer) {
             None => 3 * hidden * self.ffn as u64,
             Some(mixture) => {
-                let router = hidden * mixture.experts as u64;
-                router + 3 * hidden * mixture.ffn as u64 * experts(mixture) as u64
+                let (ffn, used) = (mixture.ffn as u64, experts(mixture) as u64);
+                let (mut router, mut expert) = (hidden, 3 * hidden * ffn);
+                if mixture.biases {
+                    router += 1;
+                    expert += hidden + 2 * ffn;
+                }
+                router * mixture.experts as u64 + expert * used
             }
         };
         let feed_forward: u64 = (0..self.layers).map(feed_forward).sum();

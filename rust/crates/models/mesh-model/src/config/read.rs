@@ -75,11 +75,14 @@ impl ModelConfig {
                 false => 0.0,
             },
             post_norms: gemma,
-            activation: match gemma {
-                true => Activation::GeluTanh,
-                false => Activation::Silu,
+            activation: match architecture {
+                Architecture::Gemma3 => Activation::GeluTanh,
+                Architecture::GptOss => Activation::ClampedSwiglu,
+                _ => Activation::Silu,
             },
             qkv_bias: tensors.get("blk.0.attn_q.bias").is_some(),
+            output_bias: tensors.get("blk.0.attn_output.bias").is_some(),
+            attention_sinks: architecture == Architecture::GptOss,
             qk_norm: tensors.get("blk.0.attn_q_norm.weight").is_some(),
             qk_norm_over_heads: architecture == Architecture::Olmoe,
             tied_embeddings: tensors.get("output.weight").is_none(),

@@ -68,21 +68,26 @@ fn expected(config: &ModelConfig) -> ExpectedTensors {
         ("attn_k.weight", vec![hidden, kv]),
         ("attn_v.weight", vec![hidden, kv]),
         ("attn_output.weight", vec![q, hidden]),
-        ("ffn_norm.weight", vec![hidden]),
+        (config.ffn_norm(), vec![hidden]),
     ];
     let dense = vec![
         ("ffn_gate.weight", vec![hidden, ffn]),
         ("ffn_up.weight", vec![hidden, ffn]),
         ("ffn_down.weight", vec![ffn, hidden]),
     ];
-    let experts = config.mixture.as_ref().map(|mixture| mixture.experts);
-    let mixture = experts.map(|experts| (ROUTER, vec![hidden, experts as u64]));
-    if config.qkv_bias || config.architecture == Architecture::Qwen2 {
+    let biased = [Architecture::Qwen2, Architecture::GptOss];
+    if config.qkv_bias || biased.contains(&config.architecture) {
         per_layer.extend([
             ("attn_q.bias", vec![q]),
             ("attn_k.bias", vec![kv]),
             ("attn_v.bias", vec![kv]),
         ]);
+    }
+    if config.output_bias || config.architecture == Architecture::GptOss {
+        per_layer.push(("attn_output.bias", vec![hidden]));
+    }
+    if config.attention_sinks {
+        per_layer.push(("attn_sinks.weight", vec![config.heads as u64]));
     }
     if config.qk_norm || config.architecture.has_qk_norm() {
         let [q, k] = config.qk_norm_widths().map(|width| width as u64);
@@ -101,8 +106,26 @@ fn expected(config: &ModelConfig) -> ExpectedTensors {
         globals,
         per_layer,
         dense,
-        mixture: mixture.into_iter().collect(),
+        mixture: match &config.mixture {
+            Some(mixture) => around_experts(hidden, mixture),
+            None => Vec::new(),
+        },
     }
+}
+
+/// The tensors of a layer's mixture without its experts' matrices.
+fn around_experts(hidden: u64, mixture: &Mixture) -> Vec<(&'static str, Vec<u64>)> {
+    let (experts, ffn) = (mixture.experts as u64, mixture.ffn as u64);
+    let mut tensors = vec![(ROUTER, vec![hidden, experts])];
+    if mixture.biases {
+        tensors.extend([
+            ("ffn_gate_inp.bias", vec![experts]),
+            ("ffn_gate_exps.bias", vec![ffn, experts]),
+            ("ffn_up_exps.bias", vec![ffn, experts]),
+            ("ffn_down_exps.bias", vec![hidden, experts]),
+        ]);
+    }
+    tensors
 }
 
 const ROUTER: &str = "ffn_gate_inp.weight";

@@ -43,7 +43,7 @@ pub(super) fn read(json: &[u8], name: &str) -> Result<Configuration, HfError> {
     let tied = |object: &Object<'_>| object.boolean("tie_word_embeddings");
     let network = TensorNaming {
         tied: tied(&text)?.or(tied(&root)?).unwrap_or(gemma),
-        post_norms: gemma,
+        post_attention_norms: gemma || class == Class::GptOss,
         sees,
         experts: class.expert_naming(),
     };
@@ -70,6 +70,7 @@ pub(super) fn read(json: &[u8], name: &str) -> Result<Configuration, HfError> {
         Class::Qwen3 => (None, None, Some(128), None, None),
         Class::Mixtral => (None, Some(8), None, None, None),
         Class::Qwen3Moe => (None, Some(4), None, None, None),
+        Class::GptOss => (Some(64), Some(8), Some(64), Some(201_088), Some(131_072)),
         _ => (None, None, None, None, None),
     };
     let heads = count("num_attention_heads", MAX_WIDTH, heads)?;
@@ -94,7 +95,7 @@ pub(super) fn read(json: &[u8], name: &str) -> Result<Configuration, HfError> {
     keys.count("vocab_size", count("vocab_size", MAX_VOCAB, vocab)?);
     let context = count("max_position_embeddings", MAX_CONTEXT, context)?;
     let eps = text.positive("rms_norm_eps")?.unwrap_or(match class {
-        Class::Mixtral | Class::Olmoe => 1e-5,
+        Class::Mixtral | Class::Olmoe | Class::GptOss => 1e-5,
         _ => 1e-6,
     });
     keys.float("attention.layer_norm_rms_epsilon", eps);
@@ -123,9 +124,11 @@ fn refuse_foreign(text: &Object<'_>, class: Class) -> Result<(), HfError> {
         let method = quantised
             .string("quant_method")?
             .unwrap_or("an unknown method");
-        return Err(HfError::Unsupported {
-            feature: format!("weights quantised by {method} (quantization_config)"),
-        });
+        if (class, method) != (Class::GptOss, "mxfp4") {
+            return Err(HfError::Unsupported {
+                feature: format!("weights quantised by {method} (quantization_config)"),
+            });
+        }
     }
     let (key, known): (_, &[&str]) = match class {
         Class::Gemma3 => ("hidden_activation", &["gelu_pytorch_tanh"]),
@@ -149,12 +152,14 @@ fn window(
     let size = match (class, text.map.get("sliding_window")) {
         // What the classes assume.
         (Class::Mistral | Class::Gemma3, None) => Some(4096),
+        (Class::GptOss, None) => Some(128),
         _ => text.count("sliding_window", MAX_CONTEXT)?,
     };
     let flags: Vec<bool> = match class {
         Class::Llama | Class::Olmoe | Class::GraniteMoe => return Ok(()),
         _ if text.map.contains_key("layer_types") => text.layer_types(layers)?,
         Class::Mistral | Class::Mixtral => vec![true; layers as usize],
+        Class::GptOss => (0..layers).map(|layer| layer % 2 == 0).collect(),
         // A switch for all layers.
         Class::Qwen3Moe => {
             let has = text.boolean("use_sliding_window")?.unwrap_or(false);

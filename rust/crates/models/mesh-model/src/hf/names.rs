@@ -4,7 +4,7 @@ use super::naming::{ExpertNaming, TensorNaming};
 use crate::gguf::expert_name;
 
 /// The tensors of a layer: the name after `model.layers.N.`, and the one after `blk.N.`.
-const LAYER: [(&str, &str); 16] = [
+const LAYER: [(&str, &str); 18] = [
     ("input_layernorm.weight", "attn_norm.weight"),
     ("self_attn.q_proj.weight", "attn_q.weight"),
     ("self_attn.k_proj.weight", "attn_k.weight"),
@@ -13,6 +13,8 @@ const LAYER: [(&str, &str); 16] = [
     ("self_attn.q_proj.bias", "attn_q.bias"),
     ("self_attn.k_proj.bias", "attn_k.bias"),
     ("self_attn.v_proj.bias", "attn_v.bias"),
+    ("self_attn.o_proj.bias", "attn_output.bias"),
+    ("self_attn.sinks", "attn_sinks.weight"),
     ("self_attn.q_norm.weight", "attn_q_norm.weight"),
     ("self_attn.k_norm.weight", "attn_k_norm.weight"),
     ("mlp.gate_proj.weight", "ffn_gate.weight"),
@@ -33,13 +35,14 @@ impl ExpertNaming {
             ExpertNaming::Qwen => "mlp.gate.weight",
             ExpertNaming::Mixtral => "block_sparse_moe.gate.weight",
             ExpertNaming::Granite => "block_sparse_moe.router.layer.weight",
+            ExpertNaming::GptOss => "mlp.router.weight",
         }
     }
 
     /// What stands before an expert's number.
     fn prefix(self) -> &'static str {
         match self {
-            ExpertNaming::Qwen => "mlp.experts.",
+            ExpertNaming::Qwen | ExpertNaming::GptOss => "mlp.experts.",
             ExpertNaming::Mixtral | ExpertNaming::Granite => "block_sparse_moe.experts.",
         }
     }
@@ -47,7 +50,7 @@ impl ExpertNaming {
     /// The names of an expert's matrices, with GGUF's.
     fn matrices(self) -> [(&'static str, &'static str); 3] {
         let theirs = match self {
-            ExpertNaming::Qwen => ["gate_proj", "up_proj", "down_proj"],
+            ExpertNaming::Qwen | ExpertNaming::GptOss => ["gate_proj", "up_proj", "down_proj"],
             ExpertNaming::Mixtral | ExpertNaming::Granite => ["w1", "w3", "w2"],
         };
         let ours = ["ffn_gate", "ffn_up", "ffn_down"];
@@ -58,6 +61,10 @@ impl ExpertNaming {
     fn gguf_name(self, suffix: &str) -> Option<String> {
         if suffix == self.router() {
             return Some(ROUTER.into());
+        }
+        if self == ExpertNaming::GptOss {
+            let bias = GPT_OSS_BIASES.iter().find(|(theirs, _)| *theirs == suffix);
+            return bias.map(|(_, ours)| (*ours).to_owned());
         }
         let rest = suffix.strip_prefix(self.prefix())?;
         let (expert, matrix) = rest.strip_suffix(".weight")?.split_once('.')?;
@@ -74,6 +81,15 @@ impl ExpertNaming {
         if suffix == ROUTER {
             return Some(self.router().into());
         }
+        if self == ExpertNaming::GptOss {
+            let biases = GPT_OSS_BIASES.iter().chain(&[
+                (GPT_OSS_GATE_UP_BIAS, "ffn_gate_exps.bias"),
+                (GPT_OSS_GATE_UP_BIAS, "ffn_up_exps.bias"),
+            ]);
+            if let Some((theirs, _)) = biases.into_iter().find(|(_, ours)| *ours == suffix) {
+                return Some((*theirs).to_owned());
+            }
+        }
         let name = suffix.strip_suffix(".weight")?;
         let (ours, expert) = match name.strip_suffix("_exps") {
             Some(ours) => (ours, "0"),
@@ -83,6 +99,8 @@ impl ExpertNaming {
         Some(match (self, theirs) {
             (ExpertNaming::Granite, "w2") => GRANITE_DOWN.to_owned(),
             (ExpertNaming::Granite, _) => GRANITE_GATE_UP.to_owned(),
+            (ExpertNaming::GptOss, "down_proj") => GPT_OSS_DOWN.to_owned(),
+            (ExpertNaming::GptOss, _) => GPT_OSS_GATE_UP.to_owned(),
             _ => format!("{}{expert}.{theirs}.weight", self.prefix()),
         })
     }
@@ -90,32 +108,75 @@ impl ExpertNaming {
 
 const GRANITE_GATE_UP: &str = "block_sparse_moe.input_linear.weight";
 const GRANITE_DOWN: &str = "block_sparse_moe.output_linear.weight";
+const GPT_OSS_GATE_UP: &str = "mlp.experts.gate_up_proj";
+const GPT_OSS_DOWN: &str = "mlp.experts.down_proj";
+const GPT_OSS_GATE_UP_BIAS: &str = "mlp.experts.gate_up_proj_bias";
+/// Biases that are stored as GGUF files have them.
+const GPT_OSS_BIASES: [(&str, &str); 2] = [
+    ("mlp.router.bias", "ffn_gate_inp.bias"),
+    ("mlp.experts.down_proj_bias", "ffn_down_exps.bias"),
+];
 
-/// A tensor that holds one or several matrices of each expert.
+/// A tensor that holds one or several matrices of each expert, or a part of them.
 pub(super) struct FusedExperts {
     /// `blk.N`.
     layer: String,
     /// GGUF's names of an expert's matrices, in the order of its rows.
     matrices: &'static [&'static str],
+    pub(super) form: FusedForm,
+}
+
+/// The order of the elements of fused experts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum FusedForm {
+    /// `[experts, matrices * outputs, inputs]`, matrix by matrix.
+    Rows,
+    /// `[experts, inputs, outputs * matrices]`: inputs and outputs exchanged, the matrices in turns.
+    Columns,
+    /// Biases `[experts, outputs * matrices]`, the matrices in turns.
+    Biases,
+    /// MXFP4 codes `[experts, outputs * matrices, blocks, 16]`, the matrices in turns.
+    Codes,
+    /// The scales of those codes, `[experts, outputs * matrices, blocks]`.
+    Scales,
 }
 
 impl FusedExperts {
     /// What the tensor `name` holds; `None` if it is no such tensor.
     pub(super) fn of(name: &str, network: &TensorNaming) -> Option<Self> {
-        if network.experts != ExpertNaming::Granite {
-            return None;
-        }
         let rest = PREFIXES
             .iter()
             .find_map(|prefix| name.strip_prefix(prefix)?.strip_prefix("layers."))?;
         let (number, suffix) = rest.split_once('.')?;
-        let matrices: &[&str] = match suffix {
-            GRANITE_GATE_UP => &["ffn_gate", "ffn_up"],
-            GRANITE_DOWN => &["ffn_down"],
+        let (matrices, form) = match network.experts {
+            ExpertNaming::Granite => match suffix {
+                GRANITE_GATE_UP => (GATE_UP, FusedForm::Rows),
+                GRANITE_DOWN => (DOWN, FusedForm::Rows),
+                _ => return None,
+            },
+            ExpertNaming::GptOss => match suffix {
+                GPT_OSS_GATE_UP_BIAS => (GATE_UP, FusedForm::Biases),
+                _ => match suffix.strip_prefix(GPT_OSS_GATE_UP) {
+                    Some(rest) => (GATE_UP, FusedForm::of_ending(rest)?),
+                    None => (
+                        DOWN,
+                        FusedForm::of_ending(suffix.strip_prefix(GPT_OSS_DOWN)?)?,
+                    ),
+                },
+            },
             _ => return None,
         };
         let layer = format!("blk.{number}");
-        is_number(number).then_some(FusedExperts { layer, matrices })
+        is_number(number).then_some(FusedExperts {
+            layer,
+            matrices,
+            form,
+        })
+    }
+
+    /// GGUF's name of the stack of biases of a matrix.
+    pub(super) fn bias_name(&self, matrix: usize) -> String {
+        format!("{}.{}_exps.bias", self.layer, self.matrices[matrix])
     }
 
     /// Matrices of one expert.
@@ -126,6 +187,21 @@ impl FusedExperts {
     /// GGUF's name of an expert's matrix.
     pub(super) fn name(&self, expert: usize, matrix: usize) -> String {
         expert_name(&format!("{}.{}", self.layer, self.matrices[matrix]), expert)
+    }
+}
+
+const GATE_UP: &[&str] = &["ffn_gate", "ffn_up"];
+const DOWN: &[&str] = &["ffn_down"];
+
+impl FusedForm {
+    /// The form of gpt-oss's matrices by the end of the tensor's name.
+    fn of_ending(rest: &str) -> Option<Self> {
+        match rest {
+            "" => Some(FusedForm::Columns),
+            "_blocks" => Some(FusedForm::Codes),
+            "_scales" => Some(FusedForm::Scales),
+            _ => None,
+        }
     }
 }
 
@@ -193,7 +269,7 @@ fn layer(rest: &str, network: &TensorNaming) -> Option<String> {
         return Some(format!("blk.{number}.{ours}"));
     }
     let ours = match suffix {
-        POST_ATTENTION if network.post_norms => "post_attention_norm.weight",
+        POST_ATTENTION if network.post_attention_norms => "post_attention_norm.weight",
         _ => LAYER.iter().find(|(known, _)| *known == suffix)?.1,
     };
     Some(format!("blk.{number}.{ours}"))

@@ -5,8 +5,9 @@
 pub(super) struct TensorNaming {
     /// The embedding is also the output matrix, even if the files hold another.
     pub(super) tied: bool,
-    /// Layers also have norms behind attention and feed-forward.
-    pub(super) post_norms: bool,
+    /// GGUF's name of `post_attention_layernorm` is its own, too: it is a norm behind attention (Gemma), or
+    /// GGUF has its name all the same (gpt-oss). For other networks it is that of the norm before feed-forward.
+    pub(super) post_attention_norms: bool,
     /// The model has a vision part, which is left out.
     pub(super) sees: bool,
     /// Names of the tensors of a mixture of experts.
@@ -20,6 +21,8 @@ pub(crate) enum ExpertNaming {
     Qwen,
     /// Mixtral: `block_sparse_moe.experts.0.w1`.
     Mixtral,
-    /// Granite: all experts in one tensor, gate and up in another (see `split` in hf.rs).
+    /// Granite: all experts in one tensor, gate and up in another (see experts.rs).
     Granite,
+    /// gpt-oss: all experts in one tensor, gate and up in turns in another, with biases.
+    GptOss,
 }

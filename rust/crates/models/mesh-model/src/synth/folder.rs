@@ -2,10 +2,9 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
-use std::io::{self, BufWriter, Write};
+use std::io::{self, BufWriter};
 use std::path::Path;
 
-use half::{bf16, f16};
 use serde_json::{Value, json};
 
 use crate::checkpoint::Checkpoint;
@@ -15,9 +14,12 @@ use crate::hf::{self, ExpertNaming};
 use crate::model::Model;
 use crate::safetensors::{self, Dtype, Planned};
 
+use super::gpt_oss::{self, Fused};
+use super::output::{put, unknown};
+
 /// Writes `model`, which lies in a GGUF file, to the folder `dir`: `config.json`, `tokenizer.json` and what
 /// belongs to it, and the weights in `shards` files. Matrices have type `dtype` (F32, F16 or BF16), vectors
-/// are F32.
+/// are F32; gpt-oss's experts in MXFP4 stay so.
 ///
 /// # Errors
 /// If a file cannot be written, or the model has what this function does not know: frequency factors, or a
@@ -52,14 +54,11 @@ pub fn write_folder(model: &Model, dtype: Dtype, shards: usize, dir: &Path) -> i
     write_weights(gguf.tensors(), config, dtype, shards.max(1), dir)
 }
 
-fn unknown(what: impl Into<String>) -> io::Error {
-    io::Error::new(io::ErrorKind::Unsupported, what.into())
-}
-
 fn config_json(config: &ModelConfig) -> io::Result<Value> {
     let (class, kind, activation) = match config.architecture {
         Architecture::Qwen3Moe => ("Qwen3MoeForCausalLM", "qwen3_moe", "hidden_act"),
         Architecture::Olmoe => ("OlmoeForCausalLM", "olmoe", "hidden_act"),
+        Architecture::GptOss => ("GptOssForCausalLM", "gpt_oss", "hidden_act"),
         Architecture::GraniteMoe => ("GraniteMoeForCausalLM", "granitemoe", "hidden_act"),
         Architecture::Llama if config.mixture.is_some() => {
             ("MixtralForCausalLM", "mixtral", "hidden_act")
@@ -94,8 +93,13 @@ fn config_json(config: &ModelConfig) -> io::Result<Value> {
         Architecture::Gemma3 => "gelu_pytorch_tanh".into(),
         _ => "silu".into(),
     };
-    if config.architecture == Architecture::Gemma3 {
-        json["query_pre_attn_scalar"] = config.query_scalar.into();
+    match config.architecture {
+        Architecture::Gemma3 => json["query_pre_attn_scalar"] = config.query_scalar.into(),
+        // Without a scaling the class assumes its own.
+        Architecture::GptOss if config.rope.scaling == RopeScaling::None => {
+            json["rope_scaling"] = json!({"rope_type": "default"});
+        }
+        _ => {}
     }
     if let Some(mixture) = &config.mixture {
         put_mixture(&mut json, config, mixture);
@@ -152,6 +156,7 @@ fn scaling_json(rope: &Rope) -> io::Result<Value> {
             beta_fast,
             beta_slow,
             attention_factor,
+            truncate,
         } => json!({
             "rope_type": "yarn",
             "factor": factor,
@@ -159,6 +164,7 @@ fn scaling_json(rope: &Rope) -> io::Result<Value> {
             "beta_fast": beta_fast,
             "beta_slow": beta_slow,
             "attention_factor": attention_factor,
+            "truncate": truncate,
         }),
         RopeScaling::Llama3 {
             factor,
@@ -316,8 +322,14 @@ fn write_weights(
     dir: &Path,
 ) -> io::Result<()> {
     let naming = naming(config);
-    let mut planned: Vec<(Planned, Vec<Tensor<'_>>)> = Vec::new();
+    let mut planned: Vec<(Planned, Contents<'_>)> = Vec::new();
     for tensor in tensors.iter() {
+        let biases = tensor.name.strip_suffix("_exps.bias");
+        if let Some(matrix) = biases.filter(|matrix| !matrix.ends_with("ffn_down")) {
+            let biases = gpt_oss::plan_biases(tensors, matrix)?;
+            planned.extend(biases.map(|(plan, fused)| (plan, Contents::Turns(fused))));
+            continue;
+        }
         if let Some(matrix) = tensor.name.strip_suffix("_exps.weight") {
             plan_experts(tensors, config, naming, matrix, dtype, &mut planned)?;
             continue;
@@ -334,14 +346,13 @@ fn write_weights(
         };
         let plan = Planned {
             name,
-            dtype: if tensor.dims.len() == 1 {
-                Dtype::F32
-            } else {
-                dtype
+            dtype: match tensor.dims.len() == 1 || tensor.name.ends_with(".bias") {
+                true => Dtype::F32,
+                false => dtype,
             },
             shape: tensor.dims.iter().rev().copied().collect(),
         };
-        planned.push((plan, vec![tensor]));
+        planned.push((plan, Contents::Parts(vec![tensor])));
     }
     let mut weight_map = BTreeMap::new();
     let per_shard = planned.len().div_ceil(shards);
@@ -358,8 +369,12 @@ fn write_weights(
         let mut out = BufWriter::with_capacity(1 << 20, File::create(dir.join(name))?);
         safetensors::write(&mut out, &plans, |plan, out| {
             let tensor = shard.iter().find(|(other, _)| other.name == plan.name);
-            let (_, parts) = tensor.expect("one of those planned");
-            (parts.iter()).try_for_each(|part| put(&values(config, part)?, plan.dtype, out))
+            match &tensor.expect("one of those planned").1 {
+                Contents::Parts(parts) => {
+                    (parts.iter()).try_for_each(|part| put(&values(config, part)?, plan.dtype, out))
+                }
+                Contents::Turns(fused) => fused.write(plan.dtype, out),
+            }
         })?;
     }
     if files > 1 {
@@ -370,10 +385,19 @@ fn write_weights(
     Ok(())
 }
 
+/// Contents of a tensor of the folder.
+enum Contents<'a> {
+    /// These tensors, one after the other.
+    Parts(Vec<Tensor<'a>>),
+    /// The elements of several in turns.
+    Turns(Fused<'a>),
+}
+
 fn naming(config: &ModelConfig) -> ExpertNaming {
     match config.architecture {
         Architecture::Llama => ExpertNaming::Mixtral,
         Architecture::GraniteMoe => ExpertNaming::Granite,
+        Architecture::GptOss => ExpertNaming::GptOss,
         _ => ExpertNaming::Qwen,
     }
 }
@@ -385,9 +409,14 @@ fn plan_experts<'a>(
     naming: ExpertNaming,
     matrix: &str,
     dtype: Dtype,
-    planned: &mut Vec<(Planned, Vec<Tensor<'a>>)>,
+    planned: &mut Vec<(Planned, Contents<'a>)>,
 ) -> io::Result<()> {
     let count = config.mixture.as_ref().map_or(0, |mixture| mixture.experts);
+    if naming == ExpertNaming::GptOss {
+        let fused = gpt_oss::plan(tensors, count, matrix, dtype)?.into_iter();
+        planned.extend(fused.map(|(plan, fused)| (plan, Contents::Turns(fused))));
+        return Ok(());
+    }
     let part = |matrix: &str, expert| {
         let part = tensors.expert(matrix, expert);
         part.ok_or_else(|| unknown(format!("expert {expert} of {matrix}")))
@@ -401,7 +430,7 @@ fn plan_experts<'a>(
             let part = part(matrix, expert)?;
             let shape = part.dims.iter().rev().copied().collect();
             let name = their_name(expert)?;
-            planned.push((Planned { name, dtype, shape }, vec![part]));
+            planned.push((Planned { name, dtype, shape }, Contents::Parts(vec![part])));
         }
         return Ok(());
     }
@@ -420,7 +449,7 @@ fn plan_experts<'a>(
     let [inputs, outputs] = [0, 1].map(|at| parts.first().map_or(0, |part| part.dims[at]));
     let shape = vec![count as u64, matrices.len() as u64 * outputs, inputs];
     let name = their_name(0)?;
-    planned.push((Planned { name, dtype, shape }, parts));
+    planned.push((Planned { name, dtype, shape }, Contents::Parts(parts)));
     Ok(())
 }
 
@@ -454,17 +483,4 @@ fn values(config: &ModelConfig, tensor: &Tensor<'_>) -> io::Result<Vec<f32>> {
             .collect()
     };
     Ok(heads.flat_map(turned).collect())
-}
-
-fn put(values: &[f32], dtype: Dtype, out: &mut dyn Write) -> io::Result<()> {
-    let mut bytes = Vec::with_capacity(values.len() * dtype.size() as usize);
-    for &value in values {
-        match dtype {
-            Dtype::F32 => bytes.extend(value.to_le_bytes()),
-            Dtype::F16 => bytes.extend(f16::from_f32(value).to_le_bytes()),
-            Dtype::BF16 => bytes.extend(bf16::from_f32(value).to_le_bytes()),
-            other => return Err(unknown(format!("weights of type {other}"))),
-        }
-    }
-    out.write_all(&bytes)
 }

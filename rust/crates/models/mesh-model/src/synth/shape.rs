@@ -118,9 +118,36 @@ impl Shape {
         }
     }
 
+    /// gpt-oss-20b with `layers` of its 24 layers.
+    pub fn gpt_oss_20b(layers: u32) -> Self {
+        Shape {
+            architecture: Architecture::GptOss,
+            layers,
+            hidden: 2880,
+            heads: 64,
+            kv_heads: 8,
+            head_dim: 64,
+            ffn: 2880,
+            vocab: 201_088,
+            context: 131_072,
+            rope_base: 150_000.0,
+            tied_embeddings: false,
+            window: Some(Window {
+                size: 128,
+                period: 2,
+            }),
+            mixture: Some(Experts {
+                count: 32,
+                used: 4,
+                ffn: 2880,
+                leading_dense: 0,
+            }),
+        }
+    }
+
     /// A network of `architecture` of a few hundred thousand weights, for tests. All widths are multiples of
-    /// 256, so that every type fits. Gemma's first layer sees 12 positions, its second all. A mixture chooses 3
-    /// of 8 experts.
+    /// 256, so that every type fits. The first layer of Gemma and gpt-oss sees 12 positions, the second all. A
+    /// mixture chooses 3 of 8 experts.
     pub fn tiny(architecture: Architecture) -> Self {
         Shape {
             architecture,
@@ -131,17 +158,21 @@ impl Shape {
             head_dim: 64,
             ffn: match architecture {
                 // All their layers have experts, of which this is the width.
-                Architecture::Olmoe | Architecture::GraniteMoe => TINY_EXPERTS.ffn,
+                Architecture::Olmoe | Architecture::GraniteMoe | Architecture::GptOss => {
+                    TINY_EXPERTS.ffn
+                }
                 _ => 512,
             },
             vocab: 300,
             context: 512,
             rope_base: 10_000.0,
-            tied_embeddings: architecture != Architecture::Llama,
-            window: (architecture == Architecture::Gemma3).then_some(Window {
-                size: 12,
-                period: 2,
-            }),
+            tied_embeddings: ![Architecture::Llama, Architecture::GptOss].contains(&architecture),
+            window: [Architecture::Gemma3, Architecture::GptOss]
+                .contains(&architecture)
+                .then_some(Window {
+                    size: 12,
+                    period: 2,
+                }),
             mixture: architecture.is_mixture().then_some(TINY_EXPERTS),
         }
     }
@@ -179,7 +210,14 @@ impl Shape {
             add("attn_k.weight", &[hidden, kv]);
             add("attn_v.weight", &[hidden, kv]);
             add("attn_output.weight", &[q, hidden]);
-            add("ffn_norm.weight", &[hidden]);
+            let gpt_oss = self.architecture == Architecture::GptOss;
+            add(
+                match gpt_oss {
+                    true => "post_attention_norm.weight",
+                    false => "ffn_norm.weight",
+                },
+                &[hidden],
+            );
             match self
                 .mixture
                 .filter(|mixture| layer >= mixture.leading_dense)
@@ -195,9 +233,19 @@ impl Shape {
                     add("ffn_gate_exps.weight", &[hidden, ffn, count]);
                     add("ffn_up_exps.weight", &[hidden, ffn, count]);
                     add("ffn_down_exps.weight", &[ffn, hidden, count]);
+                    if gpt_oss {
+                        add("ffn_gate_inp.bias", &[count]);
+                        add("ffn_gate_exps.bias", &[ffn, count]);
+                        add("ffn_up_exps.bias", &[ffn, count]);
+                        add("ffn_down_exps.bias", &[hidden, count]);
+                    }
                 }
             }
-            if self.architecture == Architecture::Qwen2 {
+            if gpt_oss {
+                add("attn_output.bias", &[hidden]);
+                add("attn_sinks.weight", &[self.heads.into()]);
+            }
+            if gpt_oss || self.architecture == Architecture::Qwen2 {
                 add("attn_q.bias", &[q]);
                 add("attn_k.bias", &[kv]);
                 add("attn_v.bias", &[kv]);

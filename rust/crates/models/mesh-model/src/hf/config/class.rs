@@ -18,6 +18,7 @@ pub(super) enum Class {
     Qwen3Moe,
     Olmoe,
     GraniteMoe,
+    GptOss,
 }
 
 impl Class {
@@ -40,6 +41,7 @@ impl Class {
             "Qwen3MoeForCausalLM" | "qwen3_moe" => (Class::Qwen3Moe, false),
             "OlmoeForCausalLM" | "olmoe" => (Class::Olmoe, false),
             "GraniteMoeForCausalLM" | "granitemoe" => (Class::GraniteMoe, false),
+            "GptOssForCausalLM" | "gpt_oss" => (Class::GptOss, false),
             "Gemma3ForCausalLM" | "gemma3_text" => (Class::Gemma3, false),
             "Gemma3ForConditionalGeneration" | "gemma3" => (Class::Gemma3, true),
             other => {
@@ -60,6 +62,7 @@ impl Class {
             Class::Qwen3Moe => "qwen3moe",
             Class::Olmoe => "olmoe",
             Class::GraniteMoe => "granitemoe",
+            Class::GptOss => "gpt-oss",
         }
     }
 
@@ -68,6 +71,7 @@ impl Class {
         match self {
             Class::Mixtral => ExpertNaming::Mixtral,
             Class::GraniteMoe => ExpertNaming::Granite,
+            Class::GptOss => ExpertNaming::GptOss,
             _ => ExpertNaming::Qwen,
         }
     }

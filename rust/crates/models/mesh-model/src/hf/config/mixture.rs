@@ -18,6 +18,7 @@ pub(super) fn mixture(
         Class::Mixtral | Class::GraniteMoe => (("num_local_experts", 8), 2),
         Class::Qwen3Moe => (("num_experts", 128), 8),
         Class::Olmoe => (("num_experts", 64), 8),
+        Class::GptOss => (("num_local_experts", 128), 4),
         _ => return Ok(()),
     };
     let (key, default) = experts;
@@ -39,6 +40,7 @@ pub(super) fn mixture(
             keys.count("leading_dense_block_count", dense);
         }
         Class::GraniteMoe => granite(text, keys)?,
+        Class::GptOss => gpt_oss(text)?,
         Class::Olmoe => {
             if let Some(most) = text.positive("clip_qkv")? {
                 keys.float("attention.clamp_kqv", most);
@@ -74,6 +76,20 @@ fn leading_dense(text: &Object<'_>, layers: u64) -> Result<u64, HfError> {
             "only the first layers can be dense".into(),
         )),
     }
+}
+
+/// The activation's numbers are those of the published models in all of them.
+fn gpt_oss(text: &Object<'_>) -> Result<(), HfError> {
+    for (key, known) in [("swiglu_alpha", 1.702), ("swiglu_limit", 7.0)] {
+        if let Some(value) = text.positive(key)?
+            && value != known
+        {
+            return Err(HfError::Unsupported {
+                feature: format!("{key} = {value} instead of {known}"),
+            });
+        }
+    }
+    Ok(())
 }
 
 /// Factors on the embedding, on what is added to hidden rows, on scores, and below logits.
