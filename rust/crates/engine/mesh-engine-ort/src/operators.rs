@@ -280,6 +280,7 @@ impl Node<StageNode> {
                     used: config.used,
                     normalised: config.normalised,
                     scale: config.scale * shared.residual_scale,
+                    shared: None,
                 };
                 mixture(&shared.pool, &matrices, x, rows).map_err(kernel)
             }

@@ -69,6 +69,7 @@ impl Layer {
             used,
             normalised,
             scale: 0.5,
+            shared: None,
         }
     }
 
