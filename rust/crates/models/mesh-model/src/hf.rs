@@ -176,10 +176,12 @@ fn entries_of(
             tensor: tensor.name.into(),
         });
     }
+    let name = name.unwrap_or_default();
+    let dims = names::dims(&name, tensor.shape);
     let entry = TensorEntry {
-        name: name.unwrap_or_default().into(),
+        name: name.into(),
         ty,
-        dims: tensor.shape.iter().rev().copied().collect(),
+        dims,
         file,
         at: tensor.offset as usize,
         len: tensor.data.len(),
@@ -190,18 +192,23 @@ fn entries_of(
     }
 }
 
-/// The matrices of all experts in a tensor `[experts, matrices * outputs, inputs]`.
+/// The matrices of all experts in a tensor `[experts, matrices * outputs, inputs]`; those of a shared expert lack
+/// the first dimension.
 fn split(
     tensor: &str,
     whole: &TensorEntry,
     fused: &FusedExperts,
 ) -> Result<Vec<TensorEntry>, HfError> {
     let matrices = fused.matrices();
-    let &[inputs, rows, experts] = &whole.dims[..] else {
-        return Err(HfError::Experts {
-            tensor: tensor.into(),
-            shape: whole.dims.iter().rev().copied().collect(),
-        });
+    let (inputs, rows, experts) = match (&whole.dims[..], fused.is_shared()) {
+        (&[inputs, rows], true) => (inputs, rows, 1),
+        (&[inputs, rows, experts], false) => (inputs, rows, experts),
+        _ => {
+            return Err(HfError::Experts {
+                tensor: tensor.into(),
+                shape: whole.dims.iter().rev().copied().collect(),
+            });
+        }
     };
     if experts > MAX_EXPERTS || !rows.is_multiple_of(matrices as u64) {
         return Err(HfError::Experts {

@@ -4,7 +4,7 @@ use super::naming::{ExpertNaming, TensorNaming};
 use crate::gguf::expert_name;
 
 /// The tensors of a layer: the name after `model.layers.N.`, and the one after `blk.N.`.
-const LAYER: [(&str, &str); 16] = [
+const LAYER: [(&str, &str); 22] = [
     ("input_layernorm.weight", "attn_norm.weight"),
     ("self_attn.q_proj.weight", "attn_q.weight"),
     ("self_attn.k_proj.weight", "attn_k.weight"),
@@ -15,6 +15,15 @@ const LAYER: [(&str, &str); 16] = [
     ("self_attn.v_proj.bias", "attn_v.bias"),
     ("self_attn.q_norm.weight", "attn_q_norm.weight"),
     ("self_attn.k_norm.weight", "attn_k_norm.weight"),
+    ("self_attn.q_a_proj.weight", "attn_q_a.weight"),
+    ("self_attn.q_a_layernorm.weight", "attn_q_a_norm.weight"),
+    ("self_attn.q_b_proj.weight", "attn_q_b.weight"),
+    (
+        "self_attn.kv_a_proj_with_mqa.weight",
+        "attn_kv_a_mqa.weight",
+    ),
+    ("self_attn.kv_a_layernorm.weight", "attn_kv_a_norm.weight"),
+    ("self_attn.kv_b_proj.weight", "attn_kv_b.weight"),
     ("mlp.gate_proj.weight", "ffn_gate.weight"),
     ("mlp.up_proj.weight", "ffn_up.weight"),
     ("mlp.down_proj.weight", "ffn_down.weight"),
@@ -30,7 +39,7 @@ impl ExpertNaming {
     /// Name of the router's tensor, after `model.layers.N.`.
     fn router(self) -> &'static str {
         match self {
-            ExpertNaming::Qwen => "mlp.gate.weight",
+            ExpertNaming::Qwen | ExpertNaming::Deepseek => "mlp.gate.weight",
             ExpertNaming::Mixtral => "block_sparse_moe.gate.weight",
             ExpertNaming::Granite => "block_sparse_moe.router.layer.weight",
         }
@@ -39,7 +48,7 @@ impl ExpertNaming {
     /// What stands before an expert's number.
     fn prefix(self) -> &'static str {
         match self {
-            ExpertNaming::Qwen => "mlp.experts.",
+            ExpertNaming::Qwen | ExpertNaming::Deepseek => "mlp.experts.",
             ExpertNaming::Mixtral | ExpertNaming::Granite => "block_sparse_moe.experts.",
         }
     }
@@ -47,17 +56,55 @@ impl ExpertNaming {
     /// The names of an expert's matrices, with GGUF's.
     fn matrices(self) -> [(&'static str, &'static str); 3] {
         let theirs = match self {
-            ExpertNaming::Qwen => ["gate_proj", "up_proj", "down_proj"],
+            ExpertNaming::Qwen | ExpertNaming::Deepseek => ["gate_proj", "up_proj", "down_proj"],
             ExpertNaming::Mixtral | ExpertNaming::Granite => ["w1", "w3", "w2"],
         };
         let ours = ["ffn_gate", "ffn_up", "ffn_down"];
         std::array::from_fn(|i| (theirs[i], ours[i]))
     }
 
+    /// The names of the shared expert's tensors, with GGUF's. Granite's gate and up are one tensor.
+    fn shared(self) -> &'static [(&'static str, &'static str)] {
+        match self {
+            ExpertNaming::Qwen => &[
+                (
+                    "mlp.shared_expert.gate_proj.weight",
+                    "ffn_gate_shexp.weight",
+                ),
+                ("mlp.shared_expert.up_proj.weight", "ffn_up_shexp.weight"),
+                (
+                    "mlp.shared_expert.down_proj.weight",
+                    "ffn_down_shexp.weight",
+                ),
+                ("mlp.shared_expert_gate.weight", SHARED_GATE),
+            ],
+            ExpertNaming::Deepseek => &[
+                (
+                    "mlp.shared_experts.gate_proj.weight",
+                    "ffn_gate_shexp.weight",
+                ),
+                ("mlp.shared_experts.up_proj.weight", "ffn_up_shexp.weight"),
+                (
+                    "mlp.shared_experts.down_proj.weight",
+                    "ffn_down_shexp.weight",
+                ),
+            ],
+            ExpertNaming::Granite => &[
+                (GRANITE_SHARED, "ffn_gate_shexp.weight"),
+                (GRANITE_SHARED, "ffn_up_shexp.weight"),
+                ("shared_mlp.output_linear.weight", "ffn_down_shexp.weight"),
+            ],
+            ExpertNaming::Mixtral => &[],
+        }
+    }
+
     /// GGUF's name, after `blk.N.`, of the tensor `suffix`.
     fn gguf_name(self, suffix: &str) -> Option<String> {
         if suffix == self.router() {
             return Some(ROUTER.into());
+        }
+        if let Some((_, ours)) = self.shared().iter().find(|(theirs, _)| *theirs == suffix) {
+            return Some((*ours).into());
         }
         let rest = suffix.strip_prefix(self.prefix())?;
         let (expert, matrix) = rest.strip_suffix(".weight")?.split_once('.')?;
@@ -73,6 +120,9 @@ impl ExpertNaming {
     fn their_name(self, suffix: &str) -> Option<String> {
         if suffix == ROUTER {
             return Some(self.router().into());
+        }
+        if let Some((theirs, _)) = self.shared().iter().find(|(_, ours)| *ours == suffix) {
+            return Some((*theirs).into());
         }
         let name = suffix.strip_suffix(".weight")?;
         let (ours, expert) = match name.strip_suffix("_exps") {
@@ -90,8 +140,19 @@ impl ExpertNaming {
 
 const GRANITE_GATE_UP: &str = "block_sparse_moe.input_linear.weight";
 const GRANITE_DOWN: &str = "block_sparse_moe.output_linear.weight";
+const GRANITE_SHARED: &str = "shared_mlp.input_linear.weight";
+const SHARED_GATE: &str = "ffn_gate_inp_shexp.weight";
 
-/// A tensor that holds one or several matrices of each expert.
+/// The dimensions of the tensor with GGUF's name `name`: the vector of a shared expert's gate is a matrix of one
+/// row in a folder.
+pub(super) fn dims(name: &str, shape: &[u64]) -> Vec<u64> {
+    match shape {
+        [1, width] if name.ends_with(SHARED_GATE) => vec![*width],
+        _ => shape.iter().rev().copied().collect(),
+    }
+}
+
+/// A tensor that holds one or several matrices of each expert, or of the shared one.
 pub(super) struct FusedExperts {
     /// `blk.N`.
     layer: String,
@@ -112,10 +173,16 @@ impl FusedExperts {
         let matrices: &[&str] = match suffix {
             GRANITE_GATE_UP => &["ffn_gate", "ffn_up"],
             GRANITE_DOWN => &["ffn_down"],
+            GRANITE_SHARED => &["ffn_gate_shexp", "ffn_up_shexp"],
             _ => return None,
         };
         let layer = format!("blk.{number}");
         is_number(number).then_some(FusedExperts { layer, matrices })
+    }
+
+    /// True if the tensor has no dimension for experts: there is one.
+    pub(super) fn is_shared(&self) -> bool {
+        self.matrices[0].ends_with("_shexp")
     }
 
     /// Matrices of one expert.
@@ -125,7 +192,11 @@ impl FusedExperts {
 
     /// GGUF's name of an expert's matrix.
     pub(super) fn name(&self, expert: usize, matrix: usize) -> String {
-        expert_name(&format!("{}.{}", self.layer, self.matrices[matrix]), expert)
+        let name = format!("{}.{}", self.layer, self.matrices[matrix]);
+        match self.is_shared() {
+            true => format!("{name}.weight"),
+            false => expert_name(&name, expert),
+        }
     }
 }
 
