@@ -14,8 +14,8 @@ use std::sync::PoisonError;
 use std::time::Instant;
 
 use mesh_kernels::{
-    Attention, FeedForward, Gate, KernelError, Linear, MixtureLayer, attention, feed_forward,
-    linear, mixture, rms_norm_columns,
+    Attention, FeedForward, Gate, KernelError, Linear, MixtureLayer, SharedExpert, attention,
+    feed_forward, linear, mixture, rms_norm_columns,
 };
 use ort::operator::ComputeContext;
 use ort::value::TensorElementType;
@@ -179,6 +179,11 @@ impl Node<StageNode> {
             &options,
         )
         .map_err(kernel)?;
+        if let (Some(shape), Some(weights)) = (&shared.latent, &layer.latent) {
+            let (pool, eps) = (&shared.pool, shared.norm_eps);
+            let expanded = shape.expand(pool, weights, eps, &mut step.qkv, &mut step.latent);
+            expanded.map_err(kernel)?;
+        }
         if shared.qk_norm_over_heads {
             self.norm_over_heads(&mut step.qkv)?;
         }
@@ -195,7 +200,7 @@ impl Node<StageNode> {
             eps: shared.norm_eps,
         };
         step.attended
-            .resize(step.rows * shared.heads * shared.shape.head_dim, 0.0);
+            .resize(step.rows * shared.heads * shared.value_dim, 0.0);
         attention(
             &shared.pool,
             &spec,
@@ -269,7 +274,11 @@ impl Node<StageNode> {
                 };
                 feed_forward(&shared.pool, &matrices, x, rows).map_err(kernel)
             }
-            FeedForwardWeights::Mixture { router, experts } => {
+            FeedForwardWeights::Mixture {
+                router,
+                experts,
+                shared: beside,
+            } => {
                 let config = shared.mixture.as_ref();
                 let config = config.ok_or_else(|| internal("no mixture"))?;
                 let matrices = MixtureLayer {
@@ -280,7 +289,16 @@ impl Node<StageNode> {
                     used: config.used,
                     normalised: config.normalised,
                     scale: config.scale * shared.residual_scale,
-                    shared: None,
+                    shared: beside.as_ref().map(|expert| SharedExpert {
+                        gate: Gate {
+                            gate: &expert.gate,
+                            up: &expert.up,
+                            activation,
+                        },
+                        down: &expert.down,
+                        score: expert.score.as_ref(),
+                        scale: shared.residual_scale,
+                    }),
                 };
                 mixture(&shared.pool, &matrices, x, rows).map_err(kernel)
             }
