@@ -14,8 +14,8 @@ use std::sync::PoisonError;
 use std::time::Instant;
 
 use mesh_kernels::{
-    Attention, FeedForward, Gate, KernelError, Linear, MixtureLayer, attention, feed_forward,
-    linear, mixture, rms_norm_columns,
+    Attention, FeedForward, Gate, KernelError, Linear, MixtureLayer, SharedExpert, attention,
+    feed_forward, linear, mixture, rms_norm_columns,
 };
 use ort::operator::ComputeContext;
 use ort::value::TensorElementType;
@@ -173,6 +173,11 @@ impl Node<StageNode> {
             &options,
         )
         .map_err(kernel)?;
+        if let (Some(shape), Some(weights)) = (&shared.latent, &layer.latent) {
+            let (pool, eps) = (&shared.pool, shared.norm_eps);
+            let expanded = shape.expand(pool, weights, eps, &mut step.qkv, &mut step.latent);
+            expanded.map_err(kernel)?;
+        }
         if shared.qk_norm_over_heads {
             self.norm_over_heads(&mut step.qkv)?;
         }
@@ -190,7 +195,7 @@ impl Node<StageNode> {
             sinks: layer.sinks.as_deref(),
         };
         step.attended
-            .resize(step.rows * shared.heads * shared.shape.head_dim, 0.0);
+            .resize(step.rows * shared.heads * shared.value_dim, 0.0);
         attention(
             &shared.pool,
             &spec,
@@ -268,6 +273,7 @@ impl Node<StageNode> {
                 router,
                 router_bias,
                 experts,
+                shared: beside,
             } => {
                 let config = shared.mixture.as_ref();
                 let config = config.ok_or_else(|| internal("no mixture"))?;
@@ -280,6 +286,16 @@ impl Node<StageNode> {
                     used: config.used,
                     normalised: config.normalised,
                     scale: config.scale * shared.residual_scale,
+                    shared: beside.as_ref().map(|expert| SharedExpert {
+                        gate: Gate {
+                            gate: &expert.gate,
+                            up: &expert.up,
+                            activation,
+                        },
+                        down: &expert.down,
+                        score: expert.score.as_ref(),
+                        scale: shared.residual_scale,
+                    }),
                 };
                 mixture(&shared.pool, &matrices, x, rows).map_err(kernel)
             }

@@ -12,6 +12,7 @@ use mesh_kernels::{
 use mesh_model::{Mixture, ModelConfig, RopeScaling};
 
 use crate::kv::Kv;
+use crate::latent::{LatentScratch, LatentShape};
 use crate::operators::kernel;
 use crate::weights::{LayerWeights, StageWeights};
 
@@ -20,6 +21,10 @@ pub(crate) struct StageContext {
     pub(crate) shape: ModelShape,
     pub(crate) layers: Range<u32>,
     pub(crate) heads: usize,
+    /// Width of a head's value.
+    pub(crate) value_dim: usize,
+    /// Widths of latent attention, where the network has it.
+    pub(crate) latent: Option<LatentShape>,
     pub(crate) norm_eps: f32,
     /// Parameters of layers that see all positions.
     global: Attending,
@@ -53,8 +58,12 @@ impl Attending {
         window: Option<usize>,
         context: u32,
     ) -> Result<Attending, KernelError> {
-        // The magnitude belongs to queries and keys alike, so the scores take it squared.
-        let magnitude = rotation.magnitude();
+        // The magnitude belongs to queries and keys alike, so the scores take it squared. In latent attention it
+        // belongs to their rotated parts only, and keys take it (latent.rs).
+        let magnitude = match config.latent {
+            Some(_) => 1.0,
+            None => rotation.magnitude(),
+        };
         Ok(Attending {
             rope: rope(rotation, context)?,
             score_scale: magnitude * magnitude / config.query_scalar.sqrt(),
@@ -86,6 +95,8 @@ impl StageContext {
             shape,
             layers,
             heads: config.heads,
+            value_dim: config.value_dim,
+            latent: LatentShape::of(config),
             norm_eps: config.norm_eps,
             global: Attending::new(config, &config.rope, None, context)?,
             local,
@@ -177,6 +188,8 @@ pub(crate) struct StageStep {
     pub(crate) kept: Vec<usize>,
     /// Queries, keys and values of the running layer.
     pub(crate) qkv: Vec<f32>,
+    /// What lies between the running layer's first projection and these.
+    pub(crate) latent: LatentScratch,
     /// Output of the running layer's attention heads.
     pub(crate) attended: Vec<f32>,
     /// Residual rows that become logits.
@@ -195,6 +208,7 @@ impl StageStep {
             rows: 0,
             kept: Vec::new(),
             qkv: Vec::new(),
+            latent: LatentScratch::default(),
             attended: Vec::new(),
             gathered: Vec::new(),
             projected: Vec::new(),

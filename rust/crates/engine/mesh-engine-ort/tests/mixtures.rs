@@ -21,8 +21,11 @@ use mesh_model::synth::{
 use mesh_model::{Architecture, GgmlType, Gguf, Model, safetensors};
 use serde_json::Value;
 
-const GOLDEN: &str = include_str!("data/mixtures.json");
-const GPT_OSS: &str = include_str!("data/gpt_oss.json");
+const GOLDEN: [&str; 3] = [
+    include_str!("data/mixtures.json"),
+    include_str!("data/shared_experts.json"),
+    include_str!("data/gpt_oss.json"),
+];
 
 /// The numbers of tests/data/make_mixtures.py.
 fn weights(name: &str, count: usize) -> impl Iterator<Item = f32> {
@@ -109,7 +112,7 @@ fn assert_close(ours: &[f32], case: &Value) {
 
 #[test]
 fn logits_are_those_of_transformers() {
-    for (tokens, rows, cases) in [golden(GOLDEN), golden(GPT_OSS)] {
+    for (tokens, rows, cases) in GOLDEN.map(golden) {
         for case in cases {
             let dir = tempfile::tempdir().unwrap();
             write_case(&case, dir.path());
@@ -146,6 +149,7 @@ fn shapes() -> Vec<Shape> {
         .map(Shape::tiny)
         .collect();
     shapes.push(Shape::tiny_mixtral());
+    shapes.push(Shape::tiny_granite_shared());
     shapes
 }
 
@@ -249,16 +253,37 @@ fn experts_of_different_types_and_a_mixtral_agree_with_a_plain_forward_pass() {
         assert!(cosine(&found, &plain) > least, "{ty:?}");
     }
     // A folder has floats, which are quantised at the load.
+    for shape in [
+        Shape::tiny(Architecture::GraniteMoe),
+        Shape::tiny_granite_shared(),
+        Shape::tiny(Architecture::Qwen2Moe),
+        Shape::tiny(Architecture::Deepseek2),
+    ] {
+        a_folder_agrees_with_a_plain_forward_pass(&shape);
+    }
+}
+
+fn a_folder_agrees_with_a_plain_forward_pass(shape: &Shape) {
+    let tokens = some_tokens(24);
     let dir = tempfile::tempdir().unwrap();
-    let original = made_in(
-        dir.path(),
-        &Shape::tiny(Architecture::GraniteMoe),
-        GgmlType::F32,
-    );
+    let original = made_in(dir.path(), shape, GgmlType::F32);
     let folder = dir.path().join("Folder");
     write_folder(&original, Dtype::F32, 2, &folder).unwrap();
     let model = Model::open(&folder).unwrap();
     let plain = reference::last_row(&original, &tokens);
+    // The file itself, whose weights are the same.
+    let of_file = logits(
+        &mut whole(&original, options(1, 32)),
+        &[last(0, 0, 24)],
+        &tokens,
+    );
+    let of_folder = logits(
+        &mut whole(&model, options(1, 32)),
+        &[last(0, 0, 24)],
+        &tokens,
+    );
+    let off = of_file.iter().zip(&of_folder).map(|(a, b)| (a - b).abs());
+    assert!(off.fold(0.0, f32::max) < 1e-3);
     for (weights, least) in [
         (WeightFormat::File, 0.999_999),
         (WeightFormat::Int8, 0.95),

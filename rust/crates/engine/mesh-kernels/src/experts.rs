@@ -8,6 +8,7 @@
 //! independent bit for bit.
 
 mod routing;
+mod shared;
 
 use std::cell::Cell;
 
@@ -20,6 +21,8 @@ use crate::matrix::QMatrix;
 use crate::mem::{Buffer, TaskPointer};
 use crate::{Activation, KernelError, Linear, Pool, linear, rms_norm, simd};
 use routing::Choice;
+pub use shared::SharedExpert;
+use shared::SharedScratch;
 
 /// One expert: a gated feed-forward network.
 #[derive(Debug)]
@@ -203,11 +206,13 @@ pub struct MixtureLayer<'a> {
     pub normalised: bool,
     /// Factor on the weights.
     pub scale: f32,
+    /// The expert that computes every row, if there is one.
+    pub shared: Option<SharedExpert<'a>>,
 }
 
 /// Computes the layer in place over `x`: adds the outputs of the `used` experts with the highest scores, each
-/// times its weight. Of experts with equal scores the one with the lowest index comes first; a score that is
-/// no number comes last.
+/// times its weight, and that of the shared expert. Of experts with equal scores the one with the lowest index
+/// comes first; a score that is no number comes last.
 ///
 /// # Errors
 /// When the router does not fit the experts, or a buffer does not fit them.
@@ -236,6 +241,9 @@ pub fn mixture(
             index: layer.used,
             count: layer.experts.count(),
         });
+    }
+    if let Some(shared) = &layer.shared {
+        shared.check(width)?;
     }
     expect_len("the norm's weight", layer.norm.weight.len(), width)?;
     expect_len("the rows", x.len(), rows.saturating_mul(width))?;
@@ -272,6 +280,7 @@ struct Scratch {
     middle: Buffer,
     ups: Buffer,
     outputs: Buffer,
+    shared: SharedScratch,
 }
 
 impl Scratch {
@@ -294,6 +303,9 @@ impl Scratch {
         let router = layer.router;
         linear(pool, router, &self.normed, rows, &mut self.scores, &options)?;
         self.choice.choose(pool, layer, &self.scores);
+        if let Some(shared) = &layer.shared {
+            self.shared.compute(pool, shared, &self.normed, rows)?;
+        }
 
         let total = self.choice.from.len();
         self.middle.reserve("the rows between", total * wide * 4)?;
@@ -319,6 +331,9 @@ impl Scratch {
         multiply_experts(pool, &self.choice.groups, wide, &down);
         let outputs = &self.outputs.floats_mut()[..total * width];
         self.choice.add_up(pool, layer.used, outputs, width, x);
+        if layer.shared.is_some() {
+            self.shared.add(x, width);
+        }
         Ok(())
     }
 

@@ -273,6 +273,7 @@ fn attentions(pool: &Pool) -> Results {
             context: rows + 1,
             kv_heads,
             head_dim: dim,
+            value_dim: dim,
             format,
         })
         .expect("sane dimensions");

@@ -42,6 +42,7 @@ fn cache_of(format: KvFormat, dimensions: [usize; 5]) -> KvCache {
         context,
         kv_heads,
         head_dim,
+        value_dim: head_dim,
         format,
     })
     .expect("sane dimensions")
@@ -454,16 +455,19 @@ fn impossible_calls_are_errors() {
     let mut odd = spec;
     odd.heads = 3;
     assert!(run(&odd, 0, &[segment(0, 0, 2)], &mut out).is_err());
-    for head_dim in [0, 8, 24, 272] {
-        let shape = KvShape {
-            layers: 1,
-            slots: 1,
-            context: 16,
-            kv_heads: 1,
-            head_dim,
-            format: KvFormat::F16,
-        };
-        assert!(KvCache::new(shape).is_err());
+    for width in [0, 8, 24, 272] {
+        for (head_dim, value_dim) in [(width, 16), (16, width)] {
+            let shape = KvShape {
+                layers: 1,
+                slots: 1,
+                context: 16,
+                kv_heads: 1,
+                head_dim,
+                value_dim,
+                format: KvFormat::F16,
+            };
+            assert!(KvCache::new(shape).is_err());
+        }
     }
 }
 

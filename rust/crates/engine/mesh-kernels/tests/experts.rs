@@ -101,6 +101,7 @@ impl Layer {
             used,
             normalised,
             scale: 0.5,
+            shared: None,
         }
     }
 

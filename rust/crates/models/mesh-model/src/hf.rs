@@ -161,10 +161,11 @@ fn entry_of(
     let Some(name) = names::gguf_name(tensor.name, network) else {
         return Ok(None);
     };
+    let dims = names::dims(&name, tensor.shape);
     Ok(Some(TensorEntry {
         name: name.into(),
         ty: float_type(tensor)?,
-        dims: tensor.shape.iter().rev().copied().collect(),
+        dims,
         file,
         at: tensor.offset as usize,
         len: tensor.data.len(),

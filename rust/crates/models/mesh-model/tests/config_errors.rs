@@ -118,8 +118,8 @@ fn other_architectures_are_refused_by_name() {
     let error = error_with_key("general.architecture", OwnedValue::String("mamba".into()));
     assert_eq!(
         error,
-        "architecture \"mamba\" is not supported: use a model of llama, qwen2, qwen3, gemma3, qwen3moe, olmoe, \
-         granitemoe or gpt-oss"
+        "architecture \"mamba\" is not supported: use a model of llama, qwen2, qwen3, gemma3, qwen3moe, qwen2moe, \
+         olmoe, granitemoe, deepseek2 or gpt-oss"
     );
     let error = error_with_key(
         "llama.rope.scaling.type",

@@ -72,6 +72,11 @@ impl LoweringPlan<'_> {
     /// Fails if the operators cannot express the model.
     pub(super) fn check(&self) -> Result<(), LoadError> {
         let config = self.config;
+        if config.latent.is_some() {
+            return Err(LoadError::Unsupported {
+                feature: "multi-head latent attention".into(),
+            });
+        }
         if config.mixture.is_some() {
             return Err(LoadError::Unsupported {
                 feature: "a mixture of experts".into(),

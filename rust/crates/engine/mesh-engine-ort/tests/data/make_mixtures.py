@@ -1,7 +1,7 @@
-"""Writes mixtures.json and gpt_oss.json: tiny mixtures of experts of every family, and the logits that `transformers`
-gives for them.
+"""Writes mixtures.json, shared_experts.json and gpt_oss.json: tiny mixtures of experts of every family, and the logits
+that `transformers` gives for them.
 
-Run with the Python of scripts/fetch_sentence_transformers.py: `python make_mixtures.py [FILE]`.
+Run with the Python of scripts/fetch_sentence_transformers.py: `python make_mixtures.py`, or with the names of the files to write.
 
 The weights are not in the file: they follow from the names of the tensors by `weights`, which tests/mixtures.rs repeats.
 """
@@ -35,12 +35,39 @@ FAMILIES = {
         attention_multiplier=0.0625, logits_scaling=3.0, tie_word_embeddings=True,
     )),
 }
-YARN = dict(
-    rope_type="yarn", rope_theta=150000.0, factor=4.0, beta_fast=32.0, beta_slow=1.0, truncate=False, original_max_position_embeddings=1024,
+DEEPSEEK = dict(
+    {key: value for key, value in COMMON.items() if key not in ("num_key_value_heads", "rope_theta")}, rms_norm_eps=1e-6,
+    intermediate_size=96, moe_intermediate_size=32, n_routed_experts=8, num_experts_per_tok=3, n_shared_experts=2,
+    first_k_dense_replace=1, kv_lora_rank=32, q_lora_rank=None, qk_nope_head_dim=32, qk_rope_head_dim=16, v_head_dim=32,
 )
+DEEPSEEK_YARN = dict(
+    rope_type="yarn", rope_theta=10000.0, factor=8.0, original_max_position_embeddings=16, beta_fast=4, beta_slow=1,
+    mscale=0.707, mscale_all_dim=0.707,
+)
+SHARED = {
+    "qwen2moe": (transformers.Qwen2MoeConfig, dict(
+        COMMON, intermediate_size=96, moe_intermediate_size=32, shared_expert_intermediate_size=64, num_experts=8,
+        num_experts_per_tok=3,
+    )),
+    "qwen2moe, first layer dense, normalised": (transformers.Qwen2MoeConfig, dict(
+        COMMON, intermediate_size=96, moe_intermediate_size=32, shared_expert_intermediate_size=32, num_experts=6,
+        num_experts_per_tok=2, mlp_only_layers=[0], norm_topk_prob=True,
+    )),
+    "granitemoeshared": (transformers.GraniteMoeSharedConfig, dict(
+        FAMILIES["granitemoe"][1], shared_intermediate_size=96,
+    )),
+    "deepseek2": (transformers.DeepseekV2Config, DEEPSEEK),
+    "deepseek2, query through a narrow row, YaRN, scaled": (transformers.DeepseekV2Config, dict(
+        DEEPSEEK, q_lora_rank=48, first_k_dense_replace=0, n_shared_experts=1, routed_scaling_factor=2.5, rope_parameters=DEEPSEEK_YARN,
+    )),
+    "deepseek2, YaRN with two weights": (transformers.DeepseekV2Config, dict(DEEPSEEK, rope_parameters=dict(DEEPSEEK_YARN, mscale=1.5))),
+}
 OSS = {key: value for key, value in COMMON.items() if key != "rope_theta"} | dict(
     num_hidden_layers=3, head_dim=16, intermediate_size=32, num_local_experts=8, num_experts_per_tok=3, sliding_window=4,
-    rope_parameters=YARN, max_position_embeddings=4096,
+    max_position_embeddings=4096, rope_parameters=dict(
+        rope_type="yarn", rope_theta=150000.0, factor=4.0, beta_fast=32.0, beta_slow=1.0, truncate=False,
+        original_max_position_embeddings=1024,
+    ),
 )
 GPT_OSS = {
     "gpt-oss": (transformers.GptOssConfig, OSS),
@@ -119,11 +146,14 @@ def case(name, config_class, settings):
     return {"name": name, "config": stored, "tensors": shapes, "logits": numbers}
 
 
-versions = {"transformers": transformers.__version__, "torch": torch.__version__}
-for file, families in {"mixtures.json": FAMILIES, "gpt_oss.json": GPT_OSS}.items():
-    if file not in (sys.argv[1:] or [file]):
-        continue
+def write(file, families):
     cases = [case(name, *family) for name, family in families.items()]
+    versions = {"transformers": transformers.__version__, "torch": torch.__version__}
     lines = ",\n".join(json.dumps(one, sort_keys=True) for one in cases)
     head = json.dumps({"versions": versions, "tokens": TOKENS, "rows": ROWS})
     Path(__file__).with_name(file).write_text(head[:-1] + ', "cases": [\n' + lines + "\n]}\n")
+
+
+FILES = {"mixtures.json": FAMILIES, "shared_experts.json": SHARED, "gpt_oss.json": GPT_OSS}
+for file in sys.argv[1:] or FILES:
+    write(file, FILES[file])

@@ -1,6 +1,8 @@
 //! A plain forward pass in f32 over dequantised weights, straight from the papers, to compare the stage with.
 
-use mesh_model::{Activation, Mixture, Model, ModelConfig, Rope, RopeStyle, Tensor, dequantize};
+use mesh_model::{
+    Activation, LatentAttention, Mixture, Model, ModelConfig, Rope, RopeStyle, Tensor, dequantize,
+};
 
 /// Logits of every row for `tokens` from an empty context.
 #[allow(dead_code, reason = "each test file uses a part")]
@@ -82,13 +84,28 @@ fn rows_from(model: &Model, tokens: &[u32], first: usize) -> Vec<f32> {
                 })
                 .collect()
         };
-        let q = project("q", Some("attn_q_norm.weight"));
-        let k = project("k", Some("attn_k_norm.weight"));
-        let v = project("v", None);
+        let [q, k, v] = match c.latent {
+            Some(latent) => {
+                let rows = normed.iter().enumerate();
+                let heads = rows.map(|(position, row)| latent_heads(c, latent, t, row, position));
+                let heads: Vec<[Vec<f32>; 3]> = heads.collect();
+                std::array::from_fn(|which| heads.iter().map(|row| row[which].clone()).collect())
+            }
+            None => [
+                project("q", Some("attn_q_norm.weight")),
+                project("k", Some("attn_k_norm.weight")),
+                project("v", None),
+            ],
+        };
         let output = t("attn_output.weight");
         let output_bias = c.output_bias.then(|| t("attn_output.bias"));
         let sinks = c.attention_sinks.then(|| t("attn_sinks.weight"));
-        let scale = c.rope_of(layer).magnitude().powi(2) / c.query_scalar.sqrt();
+        let magnitude = match c.latent {
+            // Queries and keys have it already.
+            Some(_) => 1.0,
+            None => c.rope_of(layer).magnitude().powi(2),
+        };
+        let scale = magnitude / c.query_scalar.sqrt();
         for (i, row) in x.iter_mut().enumerate() {
             let seen_from = c
                 .window_of(layer)
@@ -99,7 +116,7 @@ fn rows_from(model: &Model, tokens: &[u32], first: usize) -> Vec<f32> {
                     attend(
                         &q[i][head * c.head_dim..][..c.head_dim],
                         |j| &k[j][shared * c.head_dim..][..c.head_dim],
-                        |j| &v[j][shared * c.head_dim..][..c.head_dim],
+                        |j| &v[j][shared * c.value_dim..][..c.value_dim],
                         seen_from..i + 1,
                         scale,
                         sinks.as_ref().map(|sinks| sinks[head]),
@@ -145,6 +162,44 @@ fn rows_from(model: &Model, tokens: &[u32], first: usize) -> Vec<f32> {
     logits
 }
 
+/// Queries, keys and values of latent attention for one normed row; `tensor` reads a tensor of the layer.
+fn latent_heads(
+    c: &ModelConfig,
+    latent: LatentAttention,
+    tensor: impl Fn(&str) -> Vec<f32>,
+    row: &[f32],
+    position: usize,
+) -> [Vec<f32>; 3] {
+    let norm = |x: &[f32], name: &str| rms_norm(x, &tensor(name), c.norm_eps);
+    let plain = c.head_dim - c.rope.dim;
+    let mut q = match latent.query_rank {
+        None => times(&tensor("attn_q.weight"), row),
+        Some(_) => {
+            let narrow = times(&tensor("attn_q_a.weight"), row);
+            let narrow = norm(&narrow, "attn_q_a_norm.weight");
+            times(&tensor("attn_q_b.weight"), &narrow)
+        }
+    };
+    let turn = |part: &mut [f32]| {
+        rotate(&c.rope, part, position);
+        part.iter_mut().for_each(|x| *x *= c.rope.magnitude());
+    };
+    q.chunks_mut(c.head_dim)
+        .for_each(|head| turn(&mut head[plain..]));
+    let down = times(&tensor("attn_kv_a_mqa.weight"), row);
+    let (narrow, shared) = down.split_at(latent.rank);
+    let mut shared = shared.to_vec();
+    turn(&mut shared);
+    let narrow = norm(narrow, "attn_kv_a_norm.weight");
+    let expanded = times(&tensor("attn_kv_b.weight"), &narrow);
+    let (mut k, mut v) = (Vec::new(), Vec::new());
+    for head in expanded.chunks(plain + c.value_dim) {
+        k.extend([&head[..plain], &shared].concat());
+        v.extend(&head[plain..]);
+    }
+    [q, k, v]
+}
+
 /// The matrices of a feed-forward half layer: those of one network, or a router with those of all experts.
 struct FeedForward<'a> {
     router: Option<(Vec<f32>, &'a Mixture)>,
@@ -152,6 +207,8 @@ struct FeedForward<'a> {
     router_bias: Option<Vec<f32>>,
     /// Of each of the three matrices those of all networks, one after the other.
     biases: Option<[Vec<f32>; 3]>,
+    /// The shared expert, and the vector that scores rows for it.
+    shared: Option<([Vec<f32>; 3], Option<Vec<f32>>)>,
 }
 
 impl<'a> FeedForward<'a> {
@@ -163,6 +220,7 @@ impl<'a> FeedForward<'a> {
                 router: None,
                 router_bias: None,
                 biases: None,
+                shared: None,
                 networks: vec![matrices.map(|matrix| tensor(format!("{matrix}.weight")))],
             };
         };
@@ -173,7 +231,13 @@ impl<'a> FeedForward<'a> {
             };
             matrices.each_ref().map(read)
         };
+        let shared = mixture.shared.map(|shared| {
+            let network = (matrices.each_ref()).map(|m| tensor(format!("{m}_shexp.weight")));
+            let score = format!("blk.{layer}.ffn_gate_inp_shexp.weight");
+            (network, shared.gated.then(|| tensor(score)))
+        });
         FeedForward {
+            shared,
             router_bias: mixture
                 .biases
                 .then(|| tensor(format!("blk.{layer}.ffn_gate_inp.bias"))),
@@ -187,23 +251,26 @@ impl<'a> FeedForward<'a> {
     }
 
     fn compute(&self, config: &ModelConfig, x: &[f32]) -> Vec<f32> {
-        let network = |number: usize| {
-            let [gate, up, down] = &self.networks[number];
-            let product = |which: usize, matrix: &[f32], x: &[f32]| {
-                let product = times(matrix, x);
-                let start = number * product.len();
-                let bias = self.biases.as_ref();
-                let bias = bias.map(|biases| &biases[which][start..start + product.len()]);
-                plus(product, bias)
-            };
-            let pairs = product(0, gate, x).into_iter().zip(product(1, up, x));
-            let middle: Vec<f32> = pairs
+        let network = |[gate, up, down]: &[Vec<f32>; 3], biases: Option<[&[f32]; 3]>| {
+            let bias = |which: usize| biases.map(|biases| biases[which]);
+            let gates = plus(times(gate, x), bias(0)).into_iter();
+            let middle: Vec<f32> = gates
+                .zip(plus(times(up, x), bias(1)))
                 .map(|(gate, up)| gated(config.activation, gate, up))
                 .collect();
-            product(2, down, &middle)
+            plus(times(down, &middle), bias(2))
+        };
+        let expert = |number: usize| {
+            let biases = self.biases.as_ref().map(|stacks| {
+                stacks.each_ref().map(|stack| {
+                    let width = stack.len() / self.networks.len();
+                    &stack[number * width..][..width]
+                })
+            });
+            network(&self.networks[number], biases)
         };
         let Some((router, mixture)) = &self.router else {
-            return network(0);
+            return expert(0);
         };
         let scores = plus(times(router, x), self.router_bias.as_deref());
         let mut order: Vec<usize> = (0..scores.len()).collect();
@@ -215,12 +282,21 @@ impl<'a> FeedForward<'a> {
             false => order.iter().map(exp).sum(),
         };
         let mut out = vec![0.0; x.len()];
-        for expert in chosen {
-            let weight = mixture.scale * exp(expert) / total;
-            let output = network(*expert);
+        for number in chosen {
+            let weight = mixture.scale * exp(number) / total;
+            let output = expert(*number);
             out.iter_mut()
                 .zip(output)
                 .for_each(|(out, y)| *out += weight * y);
+        }
+        if let Some((shared, score)) = &self.shared {
+            let factor = score.as_ref().map_or(1.0, |score| {
+                let score = times(score, x)[0];
+                1.0 / (1.0 + (-score).exp())
+            });
+            out.iter_mut()
+                .zip(network(shared, None))
+                .for_each(|(out, y)| *out += factor * y);
         }
         out
     }
@@ -302,7 +378,7 @@ fn attend<'a>(
     let weights: Vec<f32> = scores.iter().map(|score| (score - peak).exp()).collect();
     let sink = sink.map_or(0.0, |sink| (sink - peak).exp());
     let total = weights.iter().sum::<f32>() + sink;
-    let mut out = vec![0.0; q.len()];
+    let mut out = vec![0.0; value(seen.start).len()];
     for (j, weight) in seen.zip(&weights) {
         out.iter_mut()
             .zip(value(j))

@@ -120,6 +120,7 @@ impl<'a> Bench<'a> {
                 context,
                 kv_heads: shape.kv_heads,
                 head_dim: shape.head_dim,
+                value_dim: shape.head_dim,
                 format: KvFormat::F16,
             })
             .expect("sane dimensions"),

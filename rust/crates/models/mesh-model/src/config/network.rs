@@ -1,6 +1,7 @@
 //! The shape of a network.
 
 use super::architecture::Architecture;
+use super::latent::LatentAttention;
 use super::mixture::Mixture;
 use super::rope::Rope;
 use super::window::SlidingWindow;
@@ -31,8 +32,12 @@ pub struct ModelConfig {
     pub heads: usize,
     /// Key/value heads per layer; divides `heads`.
     pub kv_heads: usize,
-    /// Width of one head.
+    /// Width of a head's query and key.
     pub head_dim: usize,
+    /// Width of a head's value: that of its key, except with latent attention.
+    pub value_dim: usize,
+    /// Keys and values are products of one narrow row.
+    pub latent: Option<LatentAttention>,
     /// Width of dense feed-forward layers.
     pub ffn: usize,
     /// The mixture of experts that takes the place of dense feed-forward layers, see
@@ -119,6 +124,12 @@ impl ModelConfig {
         }
     }
 
+    /// Elements of a layer's KV cache for one token: the keys and values of all heads. With latent attention,
+    /// too, they are stored as attention reads them.
+    pub fn kv_elements(&self) -> usize {
+        self.kv_heads * (self.head_dim + self.value_dim)
+    }
+
     /// The square root of the width, in the precision that Gemma was trained with: bfloat16.
     pub fn gemma_embedding_scale(hidden: usize) -> f32 {
         half::bf16::from_f64((hidden as f64).sqrt()).to_f32()
@@ -140,7 +151,7 @@ impl ModelConfig {
         let q = (self.heads * self.head_dim) as u64;
         let kv = (self.kv_heads * self.head_dim) as u64;
         let norms = if self.post_norms { 4 } else { 2 };
-        let mut layer = hidden * (2 * q + 2 * kv) + norms * hidden;
+        let mut layer = self.attention_parameters() + norms * hidden;
         if self.qkv_bias {
             layer += q + 2 * kv;
         }
@@ -163,12 +174,38 @@ impl ModelConfig {
                     router += 1;
                     expert += hidden + 2 * ffn;
                 }
-                router * mixture.experts as u64 + expert * used
+                let shared = mixture.shared.map_or(0, |shared| {
+                    3 * hidden * shared.ffn as u64 + if shared.gated { hidden } else { 0 }
+                });
+                router * mixture.experts as u64 + expert * used + shared
             }
         };
         let feed_forward: u64 = (0..self.layers).map(feed_forward).sum();
         let embeddings = if self.tied_embeddings { 1 } else { 2 };
         let ends = embeddings * self.vocab as u64 * hidden + hidden;
         u64::from(self.layers) * layer + feed_forward + ends
+    }
+
+    /// Elements of a layer's matrices for attention, and of the norms between them.
+    fn attention_parameters(&self) -> u64 {
+        let [hidden, heads, key, value, rotated] = [
+            self.hidden,
+            self.heads,
+            self.head_dim,
+            self.value_dim,
+            self.rope.dim,
+        ]
+        .map(|n| n as u64);
+        let output = heads * value * hidden;
+        let Some(latent) = self.latent else {
+            return hidden * (heads * key + self.kv_elements() as u64) + output;
+        };
+        let queries = match latent.query_rank.map(|rank| rank as u64) {
+            None => hidden * heads * key,
+            Some(rank) => hidden * rank + rank + rank * heads * key,
+        };
+        let rank = latent.rank as u64;
+        let down = hidden * (rank + rotated) + rank;
+        queries + down + rank * heads * (key - rotated + value) + output
     }
 }

@@ -62,7 +62,7 @@ impl RopeScaling {
 pub struct Rope {
     /// Base of the geometric sequence of frequencies.
     pub base: f32,
-    /// Elements of each head that turn, from its first on; even.
+    /// Elements of each head that turn, from its first on; even. With latent attention they are its last.
     pub dim: usize,
     /// Arrangement of pairs within a head.
     pub style: RopeStyle,
@@ -175,8 +175,11 @@ impl Rope {
                 | Architecture::Qwen3
                 | Architecture::Gemma3
                 | Architecture::Qwen3Moe
+                | Architecture::Qwen2Moe
                 | Architecture::Olmoe
                 | Architecture::GptOss => RopeStyle::Halves,
+                // Pairs are neighbours in folders, too.
+                Architecture::Deepseek2 => RopeStyle::Interleaved,
             },
             scaling: scaling(keys)?,
             freq_factors: freq_factors(keys, dim / 2)?,
@@ -229,10 +232,12 @@ fn scaling(keys: &ArchitectureKeys<'_>) -> Result<RopeScaling, ConfigError> {
 fn yarn(keys: &ArchitectureKeys<'_>, factor: f32) -> Result<RopeScaling, ConfigError> {
     // The file's factor is one on what follows from the formula.
     let own = keys.positive("rope.scaling.attn_factor")?.unwrap_or(1.0);
-    // A multiplier divides what the formula gives by the formula with the multiplier as weight.
-    let divisor = match keys.yarn_weight()? {
-        Some(weight) => RopeScaling::yarn_mscale(factor, weight),
-        None => 1.0,
+    let plain = RopeScaling::yarn_attention_factor(factor);
+    let formula = match keys.yarn_weight()? {
+        None => plain,
+        // DeepSeek's weights of both logarithms are the same.
+        Some(_) if keys.architecture == Architecture::Deepseek2 => 1.0,
+        Some(weight) => plain / RopeScaling::yarn_mscale(factor, weight),
     };
     Ok(RopeScaling::Yarn {
         factor,
@@ -246,7 +251,7 @@ fn yarn(keys: &ArchitectureKeys<'_>, factor: f32) -> Result<RopeScaling, ConfigE
             .positive("rope.scaling.yarn_beta_fast")?
             .unwrap_or(32.0),
         beta_slow: keys.positive("rope.scaling.yarn_beta_slow")?.unwrap_or(1.0),
-        attention_factor: own * RopeScaling::yarn_attention_factor(factor) / divisor,
+        attention_factor: own * formula,
         // GGUF has no key for it; this one comes from config.json. gpt-oss was trained without it.
         truncate: keys
             .checkpoint

@@ -81,7 +81,8 @@ pub(super) fn float_type(tensor: &TensorView<'_>) -> Result<GgmlType, HfError> {
     }
 }
 
-/// The matrices of all experts in a tensor `[experts, matrices * outputs, inputs]`: each is one range of it.
+/// The matrices of all experts in a tensor `[experts, matrices * outputs, inputs]`, or of the shared one in a
+/// tensor without the first dimension: each is one range of it.
 fn rows(
     tensor: &TensorView<'_>,
     place: Place,
@@ -165,17 +166,21 @@ fn biases(
     Ok((0..matrices).map(entry).collect())
 }
 
-/// The tensor's shape, whose first dimension is a number of experts, and of which `split` gives the dimension
-/// that the matrices share.
+/// The tensor's shape, whose first dimension is a number of experts (1 where the tensor lacks it), and of which
+/// `split` gives the dimension that the matrices share.
 fn shape_of<const N: usize>(
     tensor: &TensorView<'_>,
     fused: &FusedExperts,
     split: impl Fn(&[u64; N]) -> u64,
 ) -> Result<[u64; N], HfError> {
-    let shape = <[u64; N]>::try_from(tensor.shape).ok();
-    let shared = |shape: &[u64; N]| split(shape).is_multiple_of(fused.matrices() as u64);
+    let experts: &[u64] = match fused.is_shared() {
+        true => &[1],
+        false => &[],
+    };
+    let shape = <[u64; N]>::try_from([experts, tensor.shape].concat()).ok();
+    let whole = |shape: &[u64; N]| split(shape).is_multiple_of(fused.matrices() as u64);
     shape
-        .filter(|shape| shape[0] <= MAX_EXPERTS && shared(shape))
+        .filter(|shape| shape[0] <= MAX_EXPERTS && whole(shape))
         .ok_or_else(|| HfError::Experts {
             tensor: tensor.name.into(),
             shape: tensor.shape.into(),

@@ -4,7 +4,7 @@ use super::naming::{ExpertNaming, TensorNaming};
 use crate::gguf::expert_name;
 
 /// The tensors of a layer: the name after `model.layers.N.`, and the one after `blk.N.`.
-const LAYER: [(&str, &str); 18] = [
+const LAYER: [(&str, &str); 24] = [
     ("input_layernorm.weight", "attn_norm.weight"),
     ("self_attn.q_proj.weight", "attn_q.weight"),
     ("self_attn.k_proj.weight", "attn_k.weight"),
@@ -17,6 +17,15 @@ const LAYER: [(&str, &str); 18] = [
     ("self_attn.sinks", "attn_sinks.weight"),
     ("self_attn.q_norm.weight", "attn_q_norm.weight"),
     ("self_attn.k_norm.weight", "attn_k_norm.weight"),
+    ("self_attn.q_a_proj.weight", "attn_q_a.weight"),
+    ("self_attn.q_a_layernorm.weight", "attn_q_a_norm.weight"),
+    ("self_attn.q_b_proj.weight", "attn_q_b.weight"),
+    (
+        "self_attn.kv_a_proj_with_mqa.weight",
+        "attn_kv_a_mqa.weight",
+    ),
+    ("self_attn.kv_a_layernorm.weight", "attn_kv_a_norm.weight"),
+    ("self_attn.kv_b_proj.weight", "attn_kv_b.weight"),
     ("mlp.gate_proj.weight", "ffn_gate.weight"),
     ("mlp.up_proj.weight", "ffn_up.weight"),
     ("mlp.down_proj.weight", "ffn_down.weight"),
@@ -32,7 +41,7 @@ impl ExpertNaming {
     /// Name of the router's tensor, after `model.layers.N.`.
     fn router(self) -> &'static str {
         match self {
-            ExpertNaming::Qwen => "mlp.gate.weight",
+            ExpertNaming::Qwen | ExpertNaming::Deepseek => "mlp.gate.weight",
             ExpertNaming::Mixtral => "block_sparse_moe.gate.weight",
             ExpertNaming::Granite => "block_sparse_moe.router.layer.weight",
             ExpertNaming::GptOss => "mlp.router.weight",
@@ -42,7 +51,7 @@ impl ExpertNaming {
     /// What stands before an expert's number.
     fn prefix(self) -> &'static str {
         match self {
-            ExpertNaming::Qwen | ExpertNaming::GptOss => "mlp.experts.",
+            ExpertNaming::Qwen | ExpertNaming::Deepseek | ExpertNaming::GptOss => "mlp.experts.",
             ExpertNaming::Mixtral | ExpertNaming::Granite => "block_sparse_moe.experts.",
         }
     }
@@ -50,11 +59,54 @@ impl ExpertNaming {
     /// The names of an expert's matrices, with GGUF's.
     fn matrices(self) -> [(&'static str, &'static str); 3] {
         let theirs = match self {
-            ExpertNaming::Qwen | ExpertNaming::GptOss => ["gate_proj", "up_proj", "down_proj"],
+            ExpertNaming::Qwen | ExpertNaming::Deepseek | ExpertNaming::GptOss => {
+                ["gate_proj", "up_proj", "down_proj"]
+            }
             ExpertNaming::Mixtral | ExpertNaming::Granite => ["w1", "w3", "w2"],
         };
         let ours = ["ffn_gate", "ffn_up", "ffn_down"];
         std::array::from_fn(|i| (theirs[i], ours[i]))
+    }
+
+    /// The names of the shared expert's tensors and of biases, with GGUF's. Gate and up can be one tensor.
+    fn others(self) -> &'static [(&'static str, &'static str)] {
+        match self {
+            ExpertNaming::Qwen => &[
+                (
+                    "mlp.shared_expert.gate_proj.weight",
+                    "ffn_gate_shexp.weight",
+                ),
+                ("mlp.shared_expert.up_proj.weight", "ffn_up_shexp.weight"),
+                (
+                    "mlp.shared_expert.down_proj.weight",
+                    "ffn_down_shexp.weight",
+                ),
+                ("mlp.shared_expert_gate.weight", SHARED_GATE),
+            ],
+            ExpertNaming::Deepseek => &[
+                (
+                    "mlp.shared_experts.gate_proj.weight",
+                    "ffn_gate_shexp.weight",
+                ),
+                ("mlp.shared_experts.up_proj.weight", "ffn_up_shexp.weight"),
+                (
+                    "mlp.shared_experts.down_proj.weight",
+                    "ffn_down_shexp.weight",
+                ),
+            ],
+            ExpertNaming::Granite => &[
+                (GRANITE_SHARED, "ffn_gate_shexp.weight"),
+                (GRANITE_SHARED, "ffn_up_shexp.weight"),
+                ("shared_mlp.output_linear.weight", "ffn_down_shexp.weight"),
+            ],
+            ExpertNaming::GptOss => &[
+                ("mlp.router.bias", "ffn_gate_inp.bias"),
+                (GPT_OSS_GATE_UP_BIAS, "ffn_gate_exps.bias"),
+                (GPT_OSS_GATE_UP_BIAS, "ffn_up_exps.bias"),
+                ("mlp.experts.down_proj_bias", "ffn_down_exps.bias"),
+            ],
+            ExpertNaming::Mixtral => &[],
+        }
     }
 
     /// GGUF's name, after `blk.N.`, of the tensor `suffix`.
@@ -62,9 +114,12 @@ impl ExpertNaming {
         if suffix == self.router() {
             return Some(ROUTER.into());
         }
+        if let Some((_, ours)) = self.others().iter().find(|(theirs, _)| *theirs == suffix) {
+            return Some((*ours).into());
+        }
         if self == ExpertNaming::GptOss {
-            let bias = GPT_OSS_BIASES.iter().find(|(theirs, _)| *theirs == suffix);
-            return bias.map(|(_, ours)| (*ours).to_owned());
+            // It has no tensors of single experts.
+            return None;
         }
         let rest = suffix.strip_prefix(self.prefix())?;
         let (expert, matrix) = rest.strip_suffix(".weight")?.split_once('.')?;
@@ -81,14 +136,8 @@ impl ExpertNaming {
         if suffix == ROUTER {
             return Some(self.router().into());
         }
-        if self == ExpertNaming::GptOss {
-            let biases = GPT_OSS_BIASES.iter().chain(&[
-                (GPT_OSS_GATE_UP_BIAS, "ffn_gate_exps.bias"),
-                (GPT_OSS_GATE_UP_BIAS, "ffn_up_exps.bias"),
-            ]);
-            if let Some((theirs, _)) = biases.into_iter().find(|(_, ours)| *ours == suffix) {
-                return Some((*theirs).to_owned());
-            }
+        if let Some((theirs, _)) = self.others().iter().find(|(_, ours)| *ours == suffix) {
+            return Some((*theirs).into());
         }
         let name = suffix.strip_suffix(".weight")?;
         let (ours, expert) = match name.strip_suffix("_exps") {
@@ -108,16 +157,22 @@ impl ExpertNaming {
 
 const GRANITE_GATE_UP: &str = "block_sparse_moe.input_linear.weight";
 const GRANITE_DOWN: &str = "block_sparse_moe.output_linear.weight";
+const GRANITE_SHARED: &str = "shared_mlp.input_linear.weight";
 const GPT_OSS_GATE_UP: &str = "mlp.experts.gate_up_proj";
 const GPT_OSS_DOWN: &str = "mlp.experts.down_proj";
 const GPT_OSS_GATE_UP_BIAS: &str = "mlp.experts.gate_up_proj_bias";
-/// Biases that are stored as GGUF files have them.
-const GPT_OSS_BIASES: [(&str, &str); 2] = [
-    ("mlp.router.bias", "ffn_gate_inp.bias"),
-    ("mlp.experts.down_proj_bias", "ffn_down_exps.bias"),
-];
+const SHARED_GATE: &str = "ffn_gate_inp_shexp.weight";
 
-/// A tensor that holds one or several matrices of each expert, or a part of them.
+/// The dimensions of the tensor with GGUF's name `name`: the vector of a shared expert's gate is a matrix of one
+/// row in a folder.
+pub(super) fn dims(name: &str, shape: &[u64]) -> Vec<u64> {
+    match shape {
+        [1, width] if name.ends_with(SHARED_GATE) => vec![*width],
+        _ => shape.iter().rev().copied().collect(),
+    }
+}
+
+/// A tensor that holds one or several matrices of each expert or of the shared one, or a part of them.
 pub(super) struct FusedExperts {
     /// `blk.N`.
     layer: String,
@@ -152,6 +207,7 @@ impl FusedExperts {
             ExpertNaming::Granite => match suffix {
                 GRANITE_GATE_UP => (GATE_UP, FusedForm::Rows),
                 GRANITE_DOWN => (DOWN, FusedForm::Rows),
+                GRANITE_SHARED => (SHARED_GATE_UP, FusedForm::Rows),
                 _ => return None,
             },
             ExpertNaming::GptOss => match suffix {
@@ -179,6 +235,11 @@ impl FusedExperts {
         format!("{}.{}_exps.bias", self.layer, self.matrices[matrix])
     }
 
+    /// True if the tensor has no dimension for experts: there is one.
+    pub(super) fn is_shared(&self) -> bool {
+        self.matrices[0].ends_with("_shexp")
+    }
+
     /// Matrices of one expert.
     pub(super) fn matrices(&self) -> usize {
         self.matrices.len()
@@ -186,12 +247,17 @@ impl FusedExperts {
 
     /// GGUF's name of an expert's matrix.
     pub(super) fn name(&self, expert: usize, matrix: usize) -> String {
-        expert_name(&format!("{}.{}", self.layer, self.matrices[matrix]), expert)
+        let name = format!("{}.{}", self.layer, self.matrices[matrix]);
+        match self.is_shared() {
+            true => format!("{name}.weight"),
+            false => expert_name(&name, expert),
+        }
     }
 }
 
 const GATE_UP: &[&str] = &["ffn_gate", "ffn_up"];
 const DOWN: &[&str] = &["ffn_down"];
+const SHARED_GATE_UP: &[&str] = &["ffn_gate_shexp", "ffn_up_shexp"];
 
 impl FusedForm {
     /// The form of gpt-oss's matrices by the end of the tensor's name.

@@ -17,10 +17,12 @@ pub(super) struct TensorNaming {
 /// The names that a class of `transformers` has for the tensors of a mixture of experts.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum ExpertNaming {
-    /// Qwen 3 and OLMoE: `mlp.experts.0.gate_proj`.
+    /// Qwen and OLMoE: `mlp.experts.0.gate_proj`, and `mlp.shared_expert.gate_proj`.
     Qwen,
     /// Mixtral: `block_sparse_moe.experts.0.w1`.
     Mixtral,
+    /// DeepSeek-V2: as Qwen, but for the shared experts: `mlp.shared_experts.gate_proj`.
+    Deepseek,
     /// Granite: all experts in one tensor, gate and up in another (see experts.rs).
     Granite,
     /// gpt-oss: all experts in one tensor, gate and up in turns in another, with biases.

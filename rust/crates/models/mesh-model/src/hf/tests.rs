@@ -100,7 +100,7 @@ fn assert_same_experts(folder: &Model, file: &Model) {
     let Some(mixture) = &file.config().mixture else {
         return;
     };
-    for layer in 0..file.config().layers {
+    for layer in mixture.leading_dense..file.config().layers {
         for matrix in ["ffn_gate", "ffn_up", "ffn_down"] {
             let matrix = format!("blk.{layer}.{matrix}");
             for expert in 0..mixture.experts {

@@ -60,6 +60,8 @@ fn config_json(config: &ModelConfig) -> io::Result<Value> {
         Architecture::Olmoe => ("OlmoeForCausalLM", "olmoe", "hidden_act"),
         Architecture::GptOss => ("GptOssForCausalLM", "gpt_oss", "hidden_act"),
         Architecture::GraniteMoe => ("GraniteMoeForCausalLM", "granitemoe", "hidden_act"),
+        Architecture::Qwen2Moe => ("Qwen2MoeForCausalLM", "qwen2_moe", "hidden_act"),
+        Architecture::Deepseek2 => ("DeepseekV2ForCausalLM", "deepseek_v2", "hidden_act"),
         Architecture::Llama if config.mixture.is_some() => {
             ("MixtralForCausalLM", "mixtral", "hidden_act")
         }
@@ -101,6 +103,13 @@ fn config_json(config: &ModelConfig) -> io::Result<Value> {
         }
         _ => {}
     }
+    if let Some(latent) = config.latent {
+        json["kv_lora_rank"] = latent.rank.into();
+        json["q_lora_rank"] = latent.query_rank.into();
+        json["qk_nope_head_dim"] = (config.head_dim - config.rope.dim).into();
+        json["qk_rope_head_dim"] = config.rope.dim.into();
+        json["v_head_dim"] = config.value_dim.into();
+    }
     if let Some(mixture) = &config.mixture {
         put_mixture(&mut json, config, mixture);
     }
@@ -121,16 +130,27 @@ fn config_json(config: &ModelConfig) -> io::Result<Value> {
 
 fn put_mixture(json: &mut Value, config: &ModelConfig, mixture: &Mixture) {
     let experts = match config.architecture {
-        Architecture::Qwen3Moe | Architecture::Olmoe => "num_experts",
+        Architecture::Qwen3Moe | Architecture::Qwen2Moe | Architecture::Olmoe => "num_experts",
+        Architecture::Deepseek2 => "n_routed_experts",
         _ => "num_local_experts",
     };
     json[experts] = mixture.experts.into();
     json["num_experts_per_tok"] = mixture.used.into();
     json["norm_topk_prob"] = mixture.normalised.into();
+    let shared = mixture.shared.map_or(0, |shared| shared.ffn);
     match config.architecture {
-        Architecture::Qwen3Moe => {
+        Architecture::Qwen3Moe | Architecture::Qwen2Moe => {
             json["moe_intermediate_size"] = mixture.ffn.into();
             json["mlp_only_layers"] = (0..mixture.leading_dense).collect();
+            if shared > 0 {
+                json["shared_expert_intermediate_size"] = shared.into();
+            }
+        }
+        Architecture::Deepseek2 => {
+            json["moe_intermediate_size"] = mixture.ffn.into();
+            json["first_k_dense_replace"] = mixture.leading_dense.into();
+            json["n_shared_experts"] = (shared / mixture.ffn).into();
+            json["routed_scaling_factor"] = mixture.scale.into();
         }
         Architecture::GraniteMoe => {
             json["embedding_multiplier"] = config.embedding_scale.into();
@@ -138,6 +158,9 @@ fn put_mixture(json: &mut Value, config: &ModelConfig, mixture: &Mixture) {
             json["attention_multiplier"] = (1.0 / config.query_scalar.sqrt()).into();
             json["logits_scaling"] = config.logit_divisor.into();
             json["intermediate_size"] = mixture.ffn.into();
+            if shared > 0 {
+                json["shared_intermediate_size"] = shared.into();
+            }
         }
         _ => json["intermediate_size"] = mixture.ffn.into(),
     }
@@ -334,6 +357,14 @@ fn write_weights(
             plan_experts(tensors, config, naming, matrix, dtype, &mut planned)?;
             continue;
         }
+        let layer = tensor.name.strip_suffix(".ffn_gate_shexp.weight");
+        let is_up = tensor.name.ends_with(".ffn_up_shexp.weight");
+        if naming == ExpertNaming::Granite && is_up {
+            // In one tensor with gate.
+            continue;
+        }
+        let up = layer.filter(|_| naming == ExpertNaming::Granite);
+        let up = up.and_then(|layer| tensors.get(&format!("{layer}.ffn_up_shexp.weight")));
         let name = hf::their_name(tensor.name, naming)
             .filter(|_| tensor.name != "rope_freqs.weight")
             .ok_or_else(|| unknown(format!("tensor {}", tensor.name)))?;
@@ -350,9 +381,16 @@ fn write_weights(
                 true => Dtype::F32,
                 false => dtype,
             },
-            shape: tensor.dims.iter().rev().copied().collect(),
+            shape: match (tensor.dims, &up) {
+                (&[width], _) if tensor.name.ends_with("ffn_gate_inp_shexp.weight") => {
+                    vec![1, width]
+                }
+                (&[inputs, outputs], Some(_)) => vec![2 * outputs, inputs],
+                (dims, _) => dims.iter().rev().copied().collect(),
+            },
         };
-        planned.push((plan, Contents::Parts(vec![tensor])));
+        let parts = [tensor].into_iter().chain(up).collect();
+        planned.push((plan, Contents::Parts(parts)));
     }
     let mut weight_map = BTreeMap::new();
     let per_shard = planned.len().div_ceil(shards);
@@ -397,6 +435,7 @@ fn naming(config: &ModelConfig) -> ExpertNaming {
     match config.architecture {
         Architecture::Llama => ExpertNaming::Mixtral,
         Architecture::GraniteMoe => ExpertNaming::Granite,
+        Architecture::Deepseek2 => ExpertNaming::Deepseek,
         Architecture::GptOss => ExpertNaming::GptOss,
         _ => ExpertNaming::Qwen,
     }
@@ -464,7 +503,8 @@ fn values(config: &ModelConfig, tensor: &Tensor<'_>) -> io::Result<Vec<f32>> {
         || tensor.name.ends_with("attn_k.weight")
         || tensor.name.ends_with("attn_q.bias")
         || tensor.name.ends_with("attn_k.bias");
-    if !turns || config.rope.style != RopeStyle::Interleaved {
+    // DeepSeek's folders have pairs as its files have them.
+    if !turns || config.rope.style != RopeStyle::Interleaved || config.latent.is_some() {
         return Ok(values);
     }
     // Rows 2i and 2i + 1 of a head turn together in the file; in the folder they are half a head apart.

@@ -60,6 +60,14 @@ impl<'a> Object<'a> {
         })
     }
 
+    /// A whole number from 0 to `limit`.
+    pub(super) fn count_from_zero(&self, key: &str, limit: u64) -> Result<Option<u64>, HfError> {
+        match self.get(key).and_then(Value::as_u64) {
+            Some(0) => Ok(Some(0)),
+            _ => self.count(key, limit),
+        }
+    }
+
     pub(super) fn required(&self, key: &str, limit: u64) -> Result<u64, HfError> {
         self.count(key, limit)?.ok_or_else(|| missing(key))
     }

@@ -119,20 +119,25 @@ pub(super) fn rope(
             }
             // GGUF's is a factor on what follows from the formula.
             let of = |scale: f64| 1.0 + 0.1 * scale * factor.ln();
+            // A weight of 0 counts as absent.
+            let weight = |key: &str| Ok::<_, HfError>(scaling.from_zero(key)?.filter(|x| *x > 0.0));
+            let all = weight("mscale_all_dim")?;
             let attention = match scaling.positive("attention_factor")? {
                 Some(attention) => attention,
-                // A weight of 0 counts as absent.
-                None => match (
-                    scaling.from_zero("mscale")?.filter(|weight| *weight > 0.0),
-                    scaling
-                        .from_zero("mscale_all_dim")?
-                        .filter(|weight| *weight > 0.0),
-                ) {
+                None => match (weight("mscale")?, all) {
                     (Some(one), Some(all)) => of(one) / of(all),
                     _ => of(1.0),
                 },
             };
-            keys.float("rope.scaling.attn_factor", attention / of(1.0));
+            let formula = match all.filter(|_| class == Class::DeepseekV2) {
+                // What the scores take besides. The formula is then 1 by itself.
+                Some(all) => {
+                    keys.float("rope.scaling.yarn_log_multiplier", 0.1 * all);
+                    1.0
+                }
+                None => of(1.0),
+            };
+            keys.float("rope.scaling.attn_factor", attention / formula);
             let stretched = (original as f64 * factor).min(MAX_CONTEXT as f64) as u64;
             Ok((context.max(stretched), None))
         }
