@@ -3,19 +3,17 @@
 //! Packs layer by layer, each matrix on all threads: besides the packed weights, memory holds one matrix in
 //! its new form, or the matrices of one layer if they are cached on disk.
 
+mod experts;
 mod latent;
 mod shared_expert;
 
 use std::cell::RefCell;
 use std::ops::Range;
 
-use mesh_kernels::{
-    Expert, ExpertMatrix, Experts, KernelError, PackOptions, Pool, QMatrix, WeightType,
-};
+use mesh_kernels::{Experts, KernelError, PackOptions, Pool, QMatrix, WeightType};
 use mesh_model::data::Data;
 use mesh_model::file::FileError;
-use mesh_model::gguf::expert_name;
-use mesh_model::{Gguf, Mixture, Model, ModelConfig, Tensor, Tensors};
+use mesh_model::{Gguf, Model, ModelConfig, Tensor, Tensors};
 
 use crate::cache::{CacheEntry, QuantisedMatrix, WeightCache};
 use crate::latent::LatentWeights;
@@ -317,39 +315,6 @@ impl Loader<'_> {
         })
     }
 
-    fn experts(&self, layer: u32, mixture: &Mixture) -> Result<Experts, LoadError> {
-        let name = |which: &str| format!("blk.{layer}.{which}");
-        let biases = |which: &str| -> Result<_, LoadError> {
-            let stack = || self.vector(&format!("{}_exps.bias", name(which)));
-            mixture.biases.then(stack).transpose()
-        };
-        let [gates, ups, downs] = ["ffn_gate", "ffn_up", "ffn_down"].map(biases);
-        let (gates, ups, downs) = (gates?, ups?, downs?);
-        let matrix = |which: &str, expert, biases: &Option<Vec<f32>>| {
-            let name = expert_name(&name(which), expert);
-            let Some(tensor) = self.tensors.expert(&format!("blk.{layer}.{which}"), expert) else {
-                return Err(LoadError::MissingTensor(name));
-            };
-            let weights = self.packed(&name, tensor)?;
-            let rows = |biases: &Vec<f32>| biases[expert * weights.n()..][..weights.n()].to_vec();
-            let bias = biases.as_ref().map(rows);
-            Ok(ExpertMatrix { weights, bias })
-        };
-        let experts = (0..mixture.experts).map(|expert| {
-            Ok(Expert {
-                gate: matrix("ffn_gate", expert, &gates)?,
-                up: matrix("ffn_up", expert, &ups)?,
-                down: matrix("ffn_down", expert, &downs)?,
-            })
-        });
-        let experts = experts.collect::<Result<_, LoadError>>()?;
-        Experts::new(experts).map_err(|error| LoadError::Tensor {
-            name: format!("blk.{layer}.ffn_{{gate,up,down}}_exps.weight"),
-            ty: "several".into(),
-            message: error.to_string(),
-        })
-    }
-
     /// Sinks, which must be scores that a sum can hold.
     fn sinks(&self, name: &str) -> Result<Vec<f32>, LoadError> {
         let sinks = self.vector(name)?;
@@ -361,20 +326,6 @@ impl Loader<'_> {
                 message: format!("a sink is {sink}: the file is damaged; fetch the model again"),
             }),
         }
-    }
-
-    /// The matrix that scores experts, or the vector that scores the shared one, as floats: a small error in a
-    /// score can choose another expert.
-    fn router(&self, name: &str) -> Result<QMatrix, LoadError> {
-        let (inputs, outputs) = match *self.tensor(name)?.dims {
-            [inputs] => (inputs, 1),
-            [inputs, outputs] => (inputs, outputs),
-            _ => return Err(LoadError::MissingTensor(name.into())),
-        };
-        let floats = self.vector(name)?;
-        let bytes: Vec<u8> = floats.iter().flat_map(|x| x.to_le_bytes()).collect();
-        let shape = (outputs as usize, inputs as usize);
-        self.packed_bytes(name, WeightType::F32, shape, &bytes)
     }
 
     /// The matrix of `outputs` rows and `inputs` columns in `bytes`.

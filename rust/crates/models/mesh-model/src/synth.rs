@@ -3,6 +3,7 @@
 //!
 //! The files are whole: llama.cpp loads them too.
 
+mod config_json;
 mod folder;
 mod gpt_oss;
 mod llama2c;

@@ -60,7 +60,8 @@ pub enum HfError {
     #[error(
         "architecture {found:?} is not supported: use a model of LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, \
          Qwen3ForCausalLM, Gemma3ForCausalLM, MixtralForCausalLM, Qwen3MoeForCausalLM, Qwen2MoeForCausalLM, \
-         OlmoeForCausalLM, GraniteMoeForCausalLM, GraniteMoeSharedForCausalLM, DeepseekV2ForCausalLM or GptOssForCausalLM"
+         OlmoeForCausalLM, GraniteMoeForCausalLM, GraniteMoeSharedForCausalLM, DeepseekV2ForCausalLM or \
+         GptOssForCausalLM"
     )]
     Architecture { found: String },
     /// A feature that the engines do not have.
