@@ -17,12 +17,12 @@ pub fn memory_bytes(model: &Model, format: WeightFormat) -> u64 {
         .fold(0, u64::saturating_add)
 }
 
-/// The same of one tensor; vectors count as nothing.
+/// The same of one tensor; vectors and stacks of biases count as nothing.
 pub fn matrix_bytes(tensor: &Tensor<'_>, format: WeightFormat) -> u64 {
     let [inputs, outputs @ ..] = tensor.dims else {
         return 0;
     };
-    if outputs.is_empty() {
+    if outputs.is_empty() || tensor.name.ends_with(".bias") {
         return 0;
     }
     let in_layer = tensor.name.starts_with("blk.");

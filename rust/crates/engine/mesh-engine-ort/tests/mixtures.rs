@@ -13,7 +13,9 @@ use common::{
     assert_same_bits, cosine, last, logits, options, pipeline, quiet, some_tokens, whole,
 };
 use mesh_engine::{LogitRows, Segment, Stage};
-use mesh_engine_ort::{Device, DeviceStage, OrtOptions, OrtStage, Provider, WeightFormat};
+use mesh_engine_ort::{
+    Device, DeviceStage, OrtOptions, OrtStage, Provider, WeightFormat, memory_bytes,
+};
 use mesh_model::safetensors::{Dtype, Planned};
 use mesh_model::synth::{
     Shape, Tokens, random_model, random_model_bytes, tokenizer_json, write_folder,
@@ -321,13 +323,20 @@ fn execution_providers_refuse_mixtures_by_name() {
 
 #[test]
 fn all_experts_count_as_bytes_of_the_stage() {
-    let model = made(&Shape::tiny(Architecture::Olmoe), GgmlType::Q8_0);
-    let stage = whole(&model, options(1, 32));
-    let matrices = model
-        .tensors()
-        .iter()
-        .filter(|tensor| tensor.dims.len() > 1);
-    let in_file: u64 = matrices.map(|tensor| tensor.data.len() as u64).sum();
-    let ratio = stage.info().weight_bytes as f64 / in_file as f64;
-    assert!((1.0..1.02).contains(&ratio), "{ratio}");
+    for (architecture, ty) in [
+        (Architecture::Olmoe, GgmlType::Q8_0),
+        (Architecture::GptOss, GgmlType::MXFP4),
+    ] {
+        let model = made(&Shape::tiny(architecture), ty);
+        let stage = whole(&model, options(1, 32));
+        let matrices = model
+            .tensors()
+            .iter()
+            .filter(|tensor| tensor.dims.len() > 1 && !tensor.name.ends_with(".bias"));
+        let in_file: u64 = matrices.map(|tensor| tensor.data.len() as u64).sum();
+        let bytes = stage.info().weight_bytes;
+        let ratio = bytes as f64 / in_file as f64;
+        assert!((1.0..1.02).contains(&ratio), "{architecture:?}: {ratio}");
+        assert_eq!(bytes, memory_bytes(&model, WeightFormat::File));
+    }
 }
