@@ -164,11 +164,20 @@ fn rows_do_not_depend_on_their_batch_and_kv_rows_move() {
 
 #[test]
 fn layers_compose_at_every_cut_even_behind_a_dense_layer() {
+    for family in [
+        Architecture::Qwen3Moe,
+        Architecture::Qwen2Moe,
+        Architecture::Deepseek2,
+    ] {
+        layers_compose(Shape {
+            layers: 3,
+            ..Shape::tiny(family)
+        });
+    }
+}
+
+fn layers_compose(mut shape: Shape) {
     let tokens = some_tokens(20);
-    let mut shape = Shape {
-        layers: 3,
-        ..Shape::tiny(Architecture::Qwen3Moe)
-    };
     if let Some(mixture) = &mut shape.mixture {
         mixture.leading_dense = 1;
     }
