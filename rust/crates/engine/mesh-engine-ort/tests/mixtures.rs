@@ -206,33 +206,40 @@ fn rows_do_not_depend_on_their_batch_and_kv_rows_move() {
 
 #[test]
 fn layers_compose_at_every_cut_even_behind_a_dense_layer() {
-    let tokens = some_tokens(40);
-    let mut dense = Shape {
+    let families = [
+        Architecture::Qwen3Moe,
+        Architecture::Qwen2Moe,
+        Architecture::Deepseek2,
+    ];
+    let of_three = |family| Shape {
         layers: 3,
-        ..Shape::tiny(Architecture::Qwen3Moe)
+        ..Shape::tiny(family)
     };
-    if let Some(mixture) = &mut dense.mixture {
-        mixture.leading_dense = 1;
-    }
-    // More tokens than the windows of its layers, which alternate.
-    let windows = Shape {
-        layers: 3,
-        ..Shape::tiny(Architecture::GptOss)
-    };
-    for (shape, ty) in [(dense, GgmlType::Q8_0), (windows, GgmlType::MXFP4)] {
-        let model = made(&shape, ty);
-        let step = [last(0, 0, 40)];
-        let expected = logits(&mut whole(&model, options(1, 64)), &step, &tokens);
-        let plain = reference::last_row(&model, &tokens);
-        let cosine = cosine(&expected, &plain);
-        assert!(cosine > 0.95, "{shape:?}: {cosine}");
-        for cuts in [vec![0..1, 1..3], vec![0..2, 2..3], vec![0..1, 1..2, 2..3]] {
-            let stages = cuts.into_iter();
-            let mut stages: Vec<OrtStage> = stages
-                .map(|cut| OrtStage::load(&model, cut, options(1, 64)).unwrap())
-                .collect();
-            assert_same_bits(&pipeline(&mut stages, &step, &tokens), &expected);
+    for family in families {
+        let mut shape = of_three(family);
+        if let Some(mixture) = &mut shape.mixture {
+            mixture.leading_dense = 1;
         }
+        layers_compose(&shape, GgmlType::Q8_0);
+    }
+    // There are more tokens than the windows of its layers, which alternate.
+    layers_compose(&of_three(Architecture::GptOss), GgmlType::MXFP4);
+}
+
+fn layers_compose(shape: &Shape, ty: GgmlType) {
+    let tokens = some_tokens(40);
+    let model = made(shape, ty);
+    let step = [last(0, 0, 40)];
+    let expected = logits(&mut whole(&model, options(1, 64)), &step, &tokens);
+    let plain = reference::last_row(&model, &tokens);
+    let cosine = cosine(&expected, &plain);
+    assert!(cosine > 0.95, "{shape:?}: {cosine}");
+    for cuts in [vec![0..1, 1..3], vec![0..2, 2..3], vec![0..1, 1..2, 2..3]] {
+        let stages = cuts.into_iter();
+        let mut stages: Vec<OrtStage> = stages
+            .map(|cut| OrtStage::load(&model, cut, options(1, 64)).unwrap())
+            .collect();
+        assert_same_bits(&pipeline(&mut stages, &step, &tokens), &expected);
     }
 }
 

@@ -207,8 +207,14 @@ struct FeedForward<'a> {
     router_bias: Option<Vec<f32>>,
     /// Of each of the three matrices those of all networks, one after the other.
     biases: Option<[Vec<f32>; 3]>,
-    /// The shared expert, and the vector that scores rows for it.
-    shared: Option<([Vec<f32>; 3], Option<Vec<f32>>)>,
+    shared: Option<Shared>,
+}
+
+/// A shared expert.
+struct Shared {
+    network: [Vec<f32>; 3],
+    /// Scores rows for it.
+    score: Option<Vec<f32>>,
 }
 
 impl<'a> FeedForward<'a> {
@@ -234,7 +240,8 @@ impl<'a> FeedForward<'a> {
         let shared = mixture.shared.map(|shared| {
             let network = (matrices.each_ref()).map(|m| tensor(format!("{m}_shexp.weight")));
             let score = format!("blk.{layer}.ffn_gate_inp_shexp.weight");
-            (network, shared.gated.then(|| tensor(score)))
+            let score = shared.gated.then(|| tensor(score));
+            Shared { network, score }
         });
         FeedForward {
             shared,
@@ -289,13 +296,13 @@ impl<'a> FeedForward<'a> {
                 .zip(output)
                 .for_each(|(out, y)| *out += weight * y);
         }
-        if let Some((shared, score)) = &self.shared {
-            let factor = score.as_ref().map_or(1.0, |score| {
+        if let Some(expert) = &self.shared {
+            let factor = expert.score.as_ref().map_or(1.0, |score| {
                 let score = times(score, x)[0];
                 1.0 / (1.0 + (-score).exp())
             });
             out.iter_mut()
-                .zip(network(shared, None))
+                .zip(network(&expert.network, None))
                 .for_each(|(out, y)| *out += factor * y);
         }
         out

@@ -81,7 +81,7 @@ impl<'a> Object<'a> {
     }
 
     /// A finite number from 0 on, also as a 32-bit float.
-    pub(super) fn from_zero(&self, key: &str) -> Result<Option<f64>, HfError> {
+    pub(super) fn nonnegative(&self, key: &str) -> Result<Option<f64>, HfError> {
         self.typed(key, "a number from 0 on", |value| {
             let float = |x: &f64| (*x as f32).is_finite() && *x >= 0.0;
             value.as_f64().filter(float)

@@ -120,7 +120,8 @@ pub(super) fn rope(
             // GGUF's is a factor on what follows from the formula.
             let of = |scale: f64| 1.0 + 0.1 * scale * factor.ln();
             // A weight of 0 counts as absent.
-            let weight = |key: &str| Ok::<_, HfError>(scaling.from_zero(key)?.filter(|x| *x > 0.0));
+            let weight =
+                |key: &str| Ok::<_, HfError>(scaling.nonnegative(key)?.filter(|x| *x > 0.0));
             let all = weight("mscale_all_dim")?;
             let attention = match scaling.positive("attention_factor")? {
                 Some(attention) => attention,
