@@ -21,7 +21,8 @@ use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 use mesh_base::files;
-use mesh_model::file::{Data, FileError};
+use mesh_model::data::Data;
+use mesh_model::file::FileError;
 use mesh_model::gguf::Writer;
 use mesh_model::gguf::writer::OwnedValue;
 use mesh_model::{Checkpoint, GgmlType, Gguf};

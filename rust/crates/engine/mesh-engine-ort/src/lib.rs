@@ -56,6 +56,7 @@ mod device;
 mod encoder;
 mod graph;
 mod kv;
+mod latent;
 mod node;
 mod onnx;
 mod operators;

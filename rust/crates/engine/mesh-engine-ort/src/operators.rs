@@ -14,8 +14,8 @@ use std::sync::PoisonError;
 use std::time::Instant;
 
 use mesh_kernels::{
-    Attention, FeedForward, Gate, KernelError, Linear, MixtureLayer, attention, feed_forward,
-    linear, mixture, rms_norm_columns,
+    Attention, FeedForward, Gate, KernelError, Linear, MixtureLayer, SharedExpert, attention,
+    feed_forward, linear, mixture, rms_norm_columns,
 };
 use ort::operator::ComputeContext;
 use ort::value::TensorElementType;
@@ -118,10 +118,6 @@ impl Node<StageNode> {
         let mut clock = step.clock();
         self.attend(step, x, &mut clock)?;
         let layer = &self.shared.weights.layers[self.layer];
-        let (matrix, post_norm) = (
-            &layer.attention_output,
-            layer.attention_post_norm.as_deref(),
-        );
         // After the last layer only the rows that become logits matter.
         let keep = self.shared.is_last() && self.layer + 1 == self.shared.weights.layers.len();
         if keep && step.kept.len() < step.rows {
@@ -139,8 +135,7 @@ impl Node<StageNode> {
             let out = unsafe { tensors::output(context, rows, width)? };
             out.copy_from_slice(&step.gathered);
             let (x, scratch) = (&step.attended, &mut step.projected);
-            self.shared
-                .project(matrix, post_norm, x, rows, scratch, out)?;
+            self.shared.project(layer, x, rows, scratch, out)?;
         } else {
             let rows = step.rows;
             let from = x.as_ptr();
@@ -148,8 +143,7 @@ impl Node<StageNode> {
             let out = unsafe { tensors::output(context, rows, width)? };
             in_place(from, out);
             let (x, scratch) = (&step.attended, &mut step.projected);
-            self.shared
-                .project(matrix, post_norm, x, rows, scratch, out)?;
+            self.shared.project(layer, x, rows, scratch, out)?;
         }
         step.lap("attention output", &mut clock);
         Ok(())
@@ -179,6 +173,11 @@ impl Node<StageNode> {
             &options,
         )
         .map_err(kernel)?;
+        if let (Some(shape), Some(weights)) = (&shared.latent, &layer.latent) {
+            let (pool, eps) = (&shared.pool, shared.norm_eps);
+            let expanded = shape.expand(pool, weights, eps, &mut step.qkv, &mut step.latent);
+            expanded.map_err(kernel)?;
+        }
         if shared.qk_norm_over_heads {
             self.norm_over_heads(&mut step.qkv)?;
         }
@@ -193,9 +192,10 @@ impl Node<StageNode> {
             q_norm: layer.query_norm.as_deref().filter(|_| by_head),
             k_norm: layer.key_norm.as_deref().filter(|_| by_head),
             eps: shared.norm_eps,
+            sinks: layer.sinks.as_deref(),
         };
         step.attended
-            .resize(step.rows * shared.heads * shared.shape.head_dim, 0.0);
+            .resize(step.rows * shared.heads * shared.value_dim, 0.0);
         attention(
             &shared.pool,
             &spec,
@@ -269,17 +269,33 @@ impl Node<StageNode> {
                 };
                 feed_forward(&shared.pool, &matrices, x, rows).map_err(kernel)
             }
-            FeedForwardWeights::Mixture { router, experts } => {
+            FeedForwardWeights::Mixture {
+                router,
+                router_bias,
+                experts,
+                shared: beside,
+            } => {
                 let config = shared.mixture.as_ref();
                 let config = config.ok_or_else(|| internal("no mixture"))?;
                 let matrices = MixtureLayer {
                     norm,
                     router,
+                    router_bias: router_bias.as_deref(),
                     experts,
                     activation,
                     used: config.used,
                     normalised: config.normalised,
                     scale: config.scale * shared.residual_scale,
+                    shared: beside.as_ref().map(|expert| SharedExpert {
+                        gate: Gate {
+                            gate: &expert.gate,
+                            up: &expert.up,
+                            activation,
+                        },
+                        down: &expert.down,
+                        score: expert.score.as_ref(),
+                        scale: shared.residual_scale,
+                    }),
                 };
                 mixture(&shared.pool, &matrices, x, rows).map_err(kernel)
             }

@@ -6,20 +6,25 @@ use std::time::{Duration, Instant};
 
 use mesh_engine::{LogitRows, ModelShape, Segment};
 use mesh_kernels::{
-    Activation, KernelError, KvSegment, Linear, Pool, QMatrix, Residual, RmsNorm, Rope,
-    RopeOptions, RopeStyle, add_rms_norm, linear,
+    Activation, KernelError, KvSegment, Linear, Pool, Residual, RmsNorm, Rope, RopeOptions,
+    RopeStyle, add_rms_norm, linear,
 };
 use mesh_model::{Mixture, ModelConfig, RopeScaling};
 
 use crate::kv::Kv;
+use crate::latent::{LatentScratch, LatentShape};
 use crate::operators::kernel;
-use crate::weights::StageWeights;
+use crate::weights::{LayerWeights, StageWeights};
 
 /// Everything the operators need besides their tensors.
 pub(crate) struct StageContext {
     pub(crate) shape: ModelShape,
     pub(crate) layers: Range<u32>,
     pub(crate) heads: usize,
+    /// Width of a head's value.
+    pub(crate) value_dim: usize,
+    /// Widths of latent attention, where the network has it.
+    pub(crate) latent: Option<LatentShape>,
     pub(crate) norm_eps: f32,
     /// Parameters of layers that see all positions.
     global: Attending,
@@ -53,8 +58,12 @@ impl Attending {
         window: Option<usize>,
         context: u32,
     ) -> Result<Attending, KernelError> {
-        // The magnitude belongs to queries and keys alike, so the scores take it squared.
-        let magnitude = rotation.magnitude();
+        // The magnitude belongs to queries and keys alike, so the scores take it squared. In latent attention it
+        // belongs to their rotated parts only, and keys take it (latent.rs).
+        let magnitude = match config.latent {
+            Some(_) => 1.0,
+            None => rotation.magnitude(),
+        };
         Ok(Attending {
             rope: rope(rotation, context)?,
             score_scale: magnitude * magnitude / config.query_scalar.sqrt(),
@@ -86,6 +95,8 @@ impl StageContext {
             shape,
             layers,
             heads: config.heads,
+            value_dim: config.value_dim,
+            latent: LatentShape::of(config),
             norm_eps: config.norm_eps,
             global: Attending::new(config, &config.rope, None, context)?,
             local,
@@ -97,6 +108,7 @@ impl StageContext {
             activation: match config.activation {
                 mesh_model::Activation::Silu => Activation::Silu,
                 mesh_model::Activation::GeluTanh => Activation::GeluTanh,
+                mesh_model::Activation::ClampedSwiglu => Activation::ClampedSwiglu,
             },
             weights,
             pool,
@@ -124,12 +136,11 @@ impl StageContext {
         }
     }
 
-    /// `out += x · matrixᵀ`, the product normed before where there is a weight for it, and scaled where the
-    /// network scales residuals; `scratch` is then room for it.
+    /// `out += x · Wᵀ + bias` with the layer's output matrix, the product normed before where there is a weight
+    /// for it, and scaled where the network scales residuals; `scratch` is then room for it.
     pub(crate) fn project(
         &self,
-        matrix: &QMatrix,
-        post_norm: Option<&[f32]>,
+        layer: &LayerWeights,
         x: &[f32],
         rows: usize,
         scratch: &mut Vec<f32>,
@@ -138,15 +149,18 @@ impl StageContext {
         if rows == 0 {
             return Ok(());
         }
+        let matrix = &layer.attention_output;
+        let post_norm = layer.attention_post_norm.as_deref();
+        let mut options = Linear {
+            bias: layer.attention_output_bias.as_deref(),
+            ..Linear::default()
+        };
         if post_norm.is_none() && self.residual_scale == 1.0 {
-            let options = Linear {
-                residual: Residual::InPlace,
-                ..Linear::default()
-            };
+            options.residual = Residual::InPlace;
             return linear(&self.pool, matrix, x, rows, out, &options).map_err(kernel);
         }
         scratch.resize(out.len(), 0.0);
-        linear(&self.pool, matrix, x, rows, scratch, &Linear::default()).map_err(kernel)?;
+        linear(&self.pool, matrix, x, rows, scratch, &options).map_err(kernel)?;
         let scale = self.residual_scale;
         if scale != 1.0 {
             scratch.iter_mut().for_each(|x| *x *= scale);
@@ -174,6 +188,8 @@ pub(crate) struct StageStep {
     pub(crate) kept: Vec<usize>,
     /// Queries, keys and values of the running layer.
     pub(crate) qkv: Vec<f32>,
+    /// What lies between the running layer's first projection and these.
+    pub(crate) latent: LatentScratch,
     /// Output of the running layer's attention heads.
     pub(crate) attended: Vec<f32>,
     /// Residual rows that become logits.
@@ -192,6 +208,7 @@ impl StageStep {
             rows: 0,
             kept: Vec::new(),
             qkv: Vec::new(),
+            latent: LatentScratch::default(),
             attended: Vec::new(),
             gathered: Vec::new(),
             projected: Vec::new(),

@@ -62,6 +62,7 @@ impl OrtStage {
             context: context as usize,
             kv_heads: config.kv_heads,
             head_dim: config.head_dim,
+            value_dim: config.value_dim,
             format: options
                 .kv
                 .unwrap_or_else(|| suited_kv(model, options.weights)),

@@ -3,17 +3,24 @@
 //! Packs layer by layer, each matrix on all threads: besides the packed weights, memory holds one matrix in
 //! its new form, or the matrices of one layer if they are cached on disk.
 
+mod experts;
+mod latent;
+mod shared_expert;
+
 use std::cell::RefCell;
 use std::ops::Range;
 
-use mesh_kernels::{Expert, Experts, KernelError, PackOptions, Pool, QMatrix, WeightType};
-use mesh_model::file::{Data, FileError};
-use mesh_model::gguf::expert_name;
+use mesh_kernels::{Experts, KernelError, PackOptions, Pool, QMatrix, WeightType};
+use mesh_model::data::Data;
+use mesh_model::file::FileError;
 use mesh_model::{Gguf, Model, ModelConfig, Tensor, Tensors};
 
 use crate::cache::{CacheEntry, QuantisedMatrix, WeightCache};
+use crate::latent::LatentWeights;
 use crate::options::{LoadError, WeightFormat, has_floats};
 use crate::requantise::requantise;
+pub(crate) use latent::transposed_type;
+use shared_expert::SharedExpertWeights;
 
 /// The weights of a range of layers, and of embedding and head where the range has them.
 pub(crate) struct StageWeights {
@@ -27,12 +34,17 @@ pub(crate) struct StageWeights {
 /// Weights of one transformer layer.
 pub(crate) struct LayerWeights {
     pub(crate) attention_norm: Vec<f32>,
-    /// Query, key and value under each other.
+    /// Query, key and value under each other; with latent attention the first projection: query or the row that
+    /// it is made of, the row that keys and values are made of, and the rotated part of keys.
     pub(crate) qkv: QMatrix,
+    pub(crate) latent: Option<LatentWeights>,
     pub(crate) qkv_bias: Option<Vec<f32>>,
     pub(crate) query_norm: Option<Vec<f32>>,
     pub(crate) key_norm: Option<Vec<f32>>,
+    /// Of each query head a score of no position.
+    pub(crate) sinks: Option<Vec<f32>>,
     pub(crate) attention_output: QMatrix,
+    pub(crate) attention_output_bias: Option<Vec<f32>>,
     /// Norm of the attention output, before the residual is added.
     pub(crate) attention_post_norm: Option<Vec<f32>>,
     pub(crate) ffn_norm: Vec<f32>,
@@ -50,7 +62,10 @@ pub(crate) enum FeedForwardWeights {
     },
     Mixture {
         router: QMatrix,
+        router_bias: Option<Vec<f32>>,
         experts: Experts,
+        /// The expert that computes every row, if there is one.
+        shared: Option<SharedExpertWeights>,
     },
 }
 
@@ -61,7 +76,15 @@ impl FeedForwardWeights {
             FeedForwardWeights::Dense { gate, up, down } => {
                 gate.bytes() + up.bytes() + down.bytes()
             }
-            FeedForwardWeights::Mixture { router, experts } => router.bytes() + experts.bytes(),
+            FeedForwardWeights::Mixture {
+                router,
+                experts,
+                shared,
+                ..
+            } => {
+                let shared = shared.as_ref().map_or(0, SharedExpertWeights::bytes);
+                router.bytes() + experts.bytes() + shared
+            }
         }
     }
 }
@@ -130,10 +153,10 @@ impl StageWeights {
 
     /// Bytes of packed matrices.
     pub(crate) fn bytes(&self) -> u64 {
-        let layers = self
-            .layers
-            .iter()
-            .map(|layer| layer.qkv.bytes() + layer.attention_output.bytes() + layer.ffn.bytes());
+        let layers = self.layers.iter().map(|layer| {
+            let latent = layer.latent.as_ref().map_or(0, LatentWeights::bytes);
+            layer.qkv.bytes() + latent + layer.attention_output.bytes() + layer.ffn.bytes()
+        });
         let ends = self
             .embedding
             .iter()
@@ -201,16 +224,15 @@ impl Loader<'_> {
         let name = |suffix: &str| format!("blk.{layer}.{suffix}");
         let matrix = |suffix: &str| self.matrix(&name(suffix));
         let vector = |suffix: &str| self.vector(&name(suffix));
-        let qkv = QMatrix::concat([
-            matrix("attn_q.weight")?,
-            matrix("attn_k.weight")?,
-            matrix("attn_v.weight")?,
-        ])
-        .map_err(|error| LoadError::Tensor {
-            name: name("attn_{q,k,v}.weight"),
-            ty: "several".into(),
-            message: error.to_string(),
-        })?;
+        let first: &[&str] = match self.config.latent {
+            None => &["attn_q.weight", "attn_k.weight", "attn_v.weight"],
+            Some(latent) if latent.query_rank.is_none() => {
+                &["attn_q.weight", "attn_kv_a_mqa.weight"]
+            }
+            Some(_) => &["attn_q_a.weight", "attn_kv_a_mqa.weight"],
+        };
+        let parts = first.iter().map(|suffix| matrix(suffix));
+        let qkv = self.under_each_other(parts, || name(&first.join(", ")))?;
         let qkv_bias = if self.config.qkv_bias {
             let parts = ["attn_q.bias", "attn_k.bias", "attn_v.bias"].map(vector);
             let mut bias = Vec::new();
@@ -227,12 +249,23 @@ impl Loader<'_> {
         Ok(LayerWeights {
             attention_norm: norm("attn_norm.weight")?,
             qkv,
+            latent: (self.config.latent.is_some())
+                .then(|| self.latent(layer))
+                .transpose()?,
             qkv_bias,
             query_norm: optional(qk_norm, "attn_q_norm.weight")?,
             key_norm: optional(qk_norm, "attn_k_norm.weight")?,
+            sinks: match self.config.attention_sinks {
+                true => Some(self.sinks(&name("attn_sinks.weight"))?),
+                false => None,
+            },
             attention_output: matrix("attn_output.weight")?,
+            attention_output_bias: match self.config.output_bias {
+                true => Some(vector("attn_output.bias")?),
+                false => None,
+            },
             attention_post_norm: optional(post_norms, "post_attention_norm.weight")?,
-            ffn_norm: norm("ffn_norm.weight")?,
+            ffn_norm: norm(self.config.ffn_norm())?,
             ffn: match self.config.mixture_of(layer) {
                 None => FeedForwardWeights::Dense {
                     gate: matrix("ffn_gate.weight")?,
@@ -241,7 +274,15 @@ impl Loader<'_> {
                 },
                 Some(mixture) => FeedForwardWeights::Mixture {
                     router: self.router(&name("ffn_gate_inp.weight"))?,
-                    experts: self.experts(layer, mixture.experts)?,
+                    router_bias: match mixture.biases {
+                        true => Some(vector("ffn_gate_inp.bias")?),
+                        false => None,
+                    },
+                    experts: self.experts(layer, mixture)?,
+                    shared: match mixture.shared {
+                        Some(shared) => Some(self.shared_expert(layer, shared.gated)?),
+                        None => None,
+                    },
                 },
             },
             ffn_post_norm: optional(post_norms, "post_ffw_norm.weight")?,
@@ -260,59 +301,69 @@ impl Loader<'_> {
         })
     }
 
-    fn experts(&self, layer: u32, count: usize) -> Result<Experts, LoadError> {
-        let matrix = |which: &str, expert| {
-            let matrix = format!("blk.{layer}.{which}");
-            let name = expert_name(&matrix, expert);
-            match self.tensors.expert(&matrix, expert) {
-                Some(tensor) => self.packed(&name, tensor),
-                None => Err(LoadError::MissingTensor(name)),
-            }
-        };
-        let experts = (0..count).map(|expert| {
-            Ok(Expert {
-                gate: matrix("ffn_gate", expert)?,
-                up: matrix("ffn_up", expert)?,
-                down: matrix("ffn_down", expert)?,
-            })
-        });
-        let experts = experts.collect::<Result<_, LoadError>>()?;
-        Experts::new(experts).map_err(|error| LoadError::Tensor {
-            name: format!("blk.{layer}.ffn_{{gate,up,down}}_exps.weight"),
+    /// Matrices that read the same rows as one; `name` names them in errors.
+    fn under_each_other(
+        &self,
+        matrices: impl Iterator<Item = Result<QMatrix, LoadError>>,
+        name: impl FnOnce() -> String,
+    ) -> Result<QMatrix, LoadError> {
+        let matrices = matrices.collect::<Result<Vec<_>, _>>()?;
+        QMatrix::concat(matrices).map_err(|error| LoadError::Tensor {
+            name: name(),
             ty: "several".into(),
             message: error.to_string(),
         })
     }
 
-    /// The matrix that scores experts, as floats: a small error in a score can choose another expert.
-    fn router(&self, name: &str) -> Result<QMatrix, LoadError> {
-        let tensor = self.tensors.get(name);
-        let tensor = tensor.ok_or_else(|| LoadError::MissingTensor(name.into()))?;
-        let (&[inputs, outputs], floats) = (tensor.dims, self.vector(name)?) else {
-            return Err(LoadError::MissingTensor(name.into()));
-        };
-        let bytes: Vec<u8> = floats.iter().flat_map(|x| x.to_le_bytes()).collect();
-        let (outputs, inputs) = (outputs as usize, inputs as usize);
-        let (pool, options) = (self.pool, self.options);
-        QMatrix::pack_with(pool, WeightType::F32, outputs, inputs, &bytes, options).map_err(
-            |error| LoadError::Tensor {
+    /// Sinks, which must be scores that a sum can hold.
+    fn sinks(&self, name: &str) -> Result<Vec<f32>, LoadError> {
+        let sinks = self.vector(name)?;
+        match sinks.iter().find(|sink| !sink.is_finite()) {
+            None => Ok(sinks),
+            Some(sink) => Err(LoadError::Tensor {
                 name: name.into(),
-                ty: format!("{:?}", tensor.ty),
+                ty: "floats".into(),
+                message: format!("a sink is {sink}: the file is damaged; fetch the model again"),
+            }),
+        }
+    }
+
+    /// The matrix of `outputs` rows and `inputs` columns in `bytes`.
+    fn packed_bytes(
+        &self,
+        name: &str,
+        ty: WeightType,
+        (outputs, inputs): (usize, usize),
+        bytes: &[u8],
+    ) -> Result<QMatrix, LoadError> {
+        let (pool, options) = (self.pool, self.options);
+        QMatrix::pack_with(pool, ty, outputs, inputs, bytes, options).map_err(|error| {
+            LoadError::Tensor {
+                name: name.into(),
+                ty: format!("{ty:?}"),
                 message: error.to_string(),
-            },
-        )
+            }
+        })
     }
 
     /// A matrix in packed form. The model's configuration has checked its dimensions.
     fn matrix(&self, name: &str) -> Result<QMatrix, LoadError> {
-        match self.tensors.get(name) {
-            Some(tensor) => self.packed(name, tensor),
-            None => Err(LoadError::MissingTensor(name.into())),
-        }
+        self.packed(name, self.tensor(name)?)
+    }
+
+    fn tensor(&self, name: &str) -> Result<Tensor<'_>, LoadError> {
+        let tensor = self.tensors.get(name);
+        tensor.ok_or_else(|| LoadError::MissingTensor(name.into()))
     }
 
     /// The matrix in `tensor`, which has this name in the cache.
     fn packed(&self, name: &str, tensor: Tensor<'_>) -> Result<QMatrix, LoadError> {
+        // Once, not for each panel.
+        let gathered = tensor.data.gather()?;
+        let tensor = Tensor {
+            data: gathered.as_deref().map_or(tensor.data, Data::from),
+            ..tensor
+        };
         let failed = |message: String| LoadError::Tensor {
             name: name.into(),
             ty: format!("{:?}", tensor.ty),
@@ -379,10 +430,7 @@ impl Loader<'_> {
 
     /// A vector as f32.
     fn vector(&self, name: &str) -> Result<Vec<f32>, LoadError> {
-        let tensor = self
-            .tensors
-            .get(name)
-            .ok_or_else(|| LoadError::MissingTensor(name.into()))?;
+        let tensor = self.tensor(name)?;
         tensor.to_f32().map_err(|error| LoadError::Tensor {
             name: name.into(),
             ty: format!("{:?}", tensor.ty),

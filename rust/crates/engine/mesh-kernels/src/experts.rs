@@ -8,6 +8,7 @@
 //! independent bit for bit.
 
 mod routing;
+mod shared;
 
 use std::cell::Cell;
 
@@ -15,20 +16,52 @@ use crate::error::expect_len;
 use crate::gemm::Input;
 use crate::gemm::acts::{self, RmsNorm};
 use crate::gemm::experts::{ExpertProduct, multiply_experts};
+use crate::linear::Activate;
 use crate::matrix::QMatrix;
 use crate::mem::{Buffer, TaskPointer};
-use crate::{Activation, KernelError, Linear, Pool, linear, rms_norm};
+use crate::{Activation, KernelError, Linear, Pool, linear, rms_norm, simd};
 use routing::Choice;
+pub use shared::SharedExpert;
+use shared::SharedScratch;
 
 /// One expert: a gated feed-forward network.
 #[derive(Debug)]
 pub struct Expert {
     /// The matrix before the activation.
-    pub gate: QMatrix,
+    pub gate: ExpertMatrix,
     /// The one that its result is multiplied by.
-    pub up: QMatrix,
+    pub up: ExpertMatrix,
     /// The second half: its inputs are the first half's outputs.
-    pub down: QMatrix,
+    pub down: ExpertMatrix,
+}
+
+/// A matrix of an expert.
+#[derive(Debug)]
+pub struct ExpertMatrix {
+    /// The weights.
+    pub weights: QMatrix,
+    /// Added to every product: one number per output.
+    pub bias: Option<Vec<f32>>,
+}
+
+impl From<QMatrix> for ExpertMatrix {
+    /// A matrix without bias.
+    fn from(weights: QMatrix) -> Self {
+        ExpertMatrix {
+            weights,
+            bias: None,
+        }
+    }
+}
+
+impl ExpertMatrix {
+    fn n(&self) -> usize {
+        self.weights.n()
+    }
+
+    fn k(&self) -> usize {
+        self.weights.k()
+    }
 }
 
 /// The experts of a layer, all of one shape.
@@ -75,13 +108,27 @@ impl Experts {
                     return Err(KernelError::Mismatch { what, left, right });
                 }
             }
+            for matrix in expert.matrices() {
+                if let Some(bias) = &matrix.bias {
+                    expect_len("the bias of an expert", bias.len(), matrix.n())?;
+                }
+            }
         }
         // One after the other: that takes memory for one more matrix of each expert, not for three.
         let what = "experts' weights";
-        Buffer::join(what, experts.iter_mut().flat_map(|e| e.gate.buffers()))?;
-        Buffer::join(what, experts.iter_mut().flat_map(|e| e.up.buffers()))?;
-        Buffer::join(what, experts.iter_mut().flat_map(|e| e.down.buffers()))?;
-        let layout = |matrix: &QMatrix| matrix.parts()[0].layout;
+        Buffer::join(
+            what,
+            experts.iter_mut().flat_map(|e| e.gate.weights.buffers()),
+        )?;
+        Buffer::join(
+            what,
+            experts.iter_mut().flat_map(|e| e.up.weights.buffers()),
+        )?;
+        Buffer::join(
+            what,
+            experts.iter_mut().flat_map(|e| e.down.weights.buffers()),
+        )?;
+        let layout = |matrix: &ExpertMatrix| matrix.weights.parts()[0].layout;
         let together = |expert: &Expert| layout(&expert.gate) == layout(&expert.up);
         Ok(Experts {
             together: experts.iter().all(together),
@@ -98,8 +145,8 @@ impl Experts {
 
     /// Bytes of all matrices.
     pub fn bytes(&self) -> usize {
-        let of = |e: &Expert| e.gate.bytes() + e.up.bytes() + e.down.bytes();
-        self.experts.iter().map(of).sum()
+        let matrices = self.experts.iter().flat_map(Expert::matrices);
+        matrices.map(|matrix| matrix.weights.bytes()).sum()
     }
 
     /// Width of the rows between an expert's halves, and of those around it.
@@ -116,9 +163,9 @@ struct Forms {
 }
 
 impl Forms {
-    fn of<'a>(matrices: impl Iterator<Item = &'a QMatrix>) -> Forms {
+    fn of<'a>(matrices: impl Iterator<Item = &'a ExpertMatrix>) -> Forms {
         let mut forms = Forms::default();
-        for part in matrices.flat_map(QMatrix::parts) {
+        for part in matrices.flat_map(|matrix| matrix.weights.parts()) {
             match part.layout.quantised() {
                 Some(_) => forms.quantised = true,
                 None => forms.floats = true,
@@ -130,8 +177,12 @@ impl Forms {
 
 impl Expert {
     fn parts(&self) -> usize {
-        let matrices = [&self.gate, &self.up, &self.down];
-        matrices.iter().map(|matrix| matrix.parts().len()).sum()
+        let parts = |matrix: &ExpertMatrix| matrix.weights.parts().len();
+        self.matrices().map(parts).into_iter().sum()
+    }
+
+    fn matrices(&self) -> [&ExpertMatrix; 3] {
+        [&self.gate, &self.up, &self.down]
     }
 }
 
@@ -142,6 +193,8 @@ pub struct MixtureLayer<'a> {
     pub norm: RmsNorm<'a>,
     /// Scores the experts: one output for each.
     pub router: &'a QMatrix,
+    /// Added to the scores.
+    pub router_bias: Option<&'a [f32]>,
     /// The experts.
     pub experts: &'a Experts,
     /// The activation applied to the product with an expert's gate.
@@ -153,11 +206,13 @@ pub struct MixtureLayer<'a> {
     pub normalised: bool,
     /// Factor on the weights.
     pub scale: f32,
+    /// The expert that computes every row, if there is one.
+    pub shared: Option<SharedExpert<'a>>,
 }
 
 /// Computes the layer in place over `x`: adds the outputs of the `used` experts with the highest scores, each
-/// times its weight. Of experts with equal scores the one with the lowest index comes first; a score that is
-/// no number comes last.
+/// times its weight, and that of the shared expert. Of experts with equal scores the one with the lowest index
+/// comes first; a score that is no number comes last.
 ///
 /// # Errors
 /// When the router does not fit the experts, or a buffer does not fit them.
@@ -186,6 +241,9 @@ pub fn mixture(
             index: layer.used,
             count: layer.experts.count(),
         });
+    }
+    if let Some(shared) = &layer.shared {
+        shared.check(width)?;
     }
     expect_len("the norm's weight", layer.norm.weight.len(), width)?;
     expect_len("the rows", x.len(), rows.saturating_mul(width))?;
@@ -222,6 +280,7 @@ struct Scratch {
     middle: Buffer,
     ups: Buffer,
     outputs: Buffer,
+    shared: SharedScratch,
 }
 
 impl Scratch {
@@ -237,9 +296,16 @@ impl Scratch {
         self.normed.resize(rows * width, 0.0);
         rms_norm(pool, x, layer.norm.weight, layer.norm.eps, &mut self.normed)?;
         self.scores.resize(rows * experts.count(), 0.0);
-        let (router, options) = (layer.router, Linear::default());
+        let options = Linear {
+            bias: layer.router_bias,
+            ..Linear::default()
+        };
+        let router = layer.router;
         linear(pool, router, &self.normed, rows, &mut self.scores, &options)?;
         self.choice.choose(pool, layer, &self.scores);
+        if let Some(shared) = &layer.shared {
+            self.shared.compute(pool, shared, &self.normed, rows)?;
+        }
 
         let total = self.choice.from.len();
         self.middle.reserve("the rows between", total * wide * 4)?;
@@ -255,7 +321,6 @@ impl Scratch {
             experts: &experts.experts,
             matrix: |expert| &expert.down,
             up: None,
-            activation: None,
             input: Input {
                 acts: self.acts.bytes(),
                 x: middle,
@@ -266,6 +331,9 @@ impl Scratch {
         multiply_experts(pool, &self.choice.groups, wide, &down);
         let outputs = &self.outputs.floats_mut()[..total * width];
         self.choice.add_up(pool, layer.used, outputs, width, x);
+        if layer.shared.is_some() {
+            self.shared.add(x, width);
+        }
         Ok(())
     }
 
@@ -314,7 +382,6 @@ impl Scratch {
             experts,
             matrix: |expert| &expert.gate,
             up: Some((|expert| &expert.up, layer.activation)),
-            activation: None,
             input,
             out: TaskPointer(self.middle.as_mut_ptr().cast()),
         };
@@ -323,21 +390,22 @@ impl Scratch {
             return Ok(());
         }
         product.up = None;
-        product.activation = Some(layer.activation);
         multiply_experts(pool, groups, width, &product);
         self.ups.reserve("the rows of up", total * wide * 4)?;
         let ups = ExpertProduct {
             experts,
             matrix: |expert| &expert.up,
             up: None,
-            activation: None,
             input,
             out: TaskPointer(self.ups.as_mut_ptr().cast()),
         };
         multiply_experts(pool, groups, width, &ups);
-        let ups = &self.ups.floats_mut()[..total * wide];
-        let middle = self.middle.floats_mut().iter_mut();
-        middle.zip(ups).for_each(|(gate, up)| *gate *= *up);
+        let activate = Activate {
+            activation: layer.activation,
+            gate: &mut self.middle.floats_mut()[..total * wide],
+            up: &self.ups.floats_mut()[..total * wide],
+        };
+        simd::run(pool.isa(), activate);
         Ok(())
     }
 }

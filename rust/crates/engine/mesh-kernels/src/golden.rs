@@ -14,7 +14,7 @@ use crate::{
 /// Name, hash where products are rounded, hash where they are fused with the addition.
 type Golden = (&'static str, u64, u64);
 
-const GOLDEN: [Golden; 23] = [
+const GOLDEN: [Golden; 25] = [
     ("F32", 0xc992_b237_9c65_05d3, 0xa07b_8626_f510_34b0),
     ("F16", 0xcf17_9905_7a60_7f2e, 0xb213_ffeb_6546_e79e),
     ("BF16", 0x2681_7d46_a1a2_7935, 0xa36b_9403_8d45_70bc),
@@ -41,6 +41,11 @@ const GOLDEN: [Golden; 23] = [
     ("GELU of tanh", 0xfc1e_03c0_16e3_a27d, 0x1291_06f7_d1b7_e70e),
     ("GELU", 0x810c_b877_7f3e_3959, 0x981b_4584_5935_e354),
     ("ReLU", 0x32b1_dc74_aab2_34aa, 0x207b_fd1e_4fec_de88),
+    (
+        "clamped SwiGLU",
+        0x2436_8267_e601_6ae2,
+        0xee9a_c63f_0a88_4546,
+    ),
     ("RMS norm", 0x1cb6_0388_a181_cd54, 0xa496_ff91_d931_5f2c),
     ("layer norm", 0xbe28_0a0d_2998_04e5, 0xef54_9f22_864e_70aa),
     (
@@ -52,6 +57,11 @@ const GOLDEN: [Golden; 23] = [
         "attention, f32",
         0xa9a5_a65a_3d15_e210,
         0xb4e4_d735_ee68_d3ee,
+    ),
+    (
+        "attention with sinks",
+        0xba9e_d678_08ba_d69c,
+        0x8a20_6807_bd99_341b,
     ),
     (
         "attention of encoders",
@@ -178,6 +188,7 @@ fn fused(pool: &Pool) -> Results {
         ("GELU of tanh", Activation::GeluTanh),
         ("GELU", Activation::Gelu),
         ("ReLU", Activation::Relu),
+        ("clamped SwiGLU", Activation::ClampedSwiglu),
     ]
     .into_iter()
     .map(|(name, activation)| {
@@ -232,7 +243,7 @@ fn attentions(pool: &Pool) -> Results {
     })
     .expect("an even dimension");
     let norm = rng.floats(dim);
-    let spec = Attention {
+    let plain = Attention {
         heads,
         scale: None,
         window: Some(90),
@@ -240,21 +251,29 @@ fn attentions(pool: &Pool) -> Results {
         q_norm: Some(&norm),
         k_norm: None,
         eps: 1e-6,
+        sinks: None,
     };
     let width = (heads + 2 * kv_heads) * dim;
     let (prompt, next) = (rng.floats(rows * width), rng.floats(width));
+    let sinks = [-1.0, 0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 100.0];
+    let with_sinks = Attention {
+        sinks: Some(&sinks),
+        ..plain
+    };
     let mut results: Results = [
-        ("attention, f16", KvFormat::F16),
-        ("attention, f32", KvFormat::F32),
+        ("attention, f16", KvFormat::F16, plain),
+        ("attention, f32", KvFormat::F32, plain),
+        ("attention with sinks", KvFormat::F32, with_sinks),
     ]
     .into_iter()
-    .map(|(name, format)| {
+    .map(|(name, format, spec)| {
         let mut cache = KvCache::new(KvShape {
             layers: 1,
             slots: 1,
             context: rows + 1,
             kv_heads,
             head_dim: dim,
+            value_dim: dim,
             format,
         })
         .expect("sane dimensions");

@@ -55,7 +55,7 @@ extern crate self as mesh_kernels;
 pub use attention::{Attention, KvCache, KvFormat, KvSegment, KvShape, attention};
 pub use encoder::{encode_attention, layer_norm};
 pub use error::KernelError;
-pub use experts::{Expert, Experts, MixtureLayer, mixture};
+pub use experts::{Expert, ExpertMatrix, Experts, MixtureLayer, SharedExpert, mixture};
 pub use gemm::acts::RmsNorm;
 pub use isa::{Isa, UnknownIsa};
 pub use linear::{Activation, FeedForward, Gate, Linear, Residual, feed_forward, gate_up, linear};

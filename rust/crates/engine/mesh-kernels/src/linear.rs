@@ -22,6 +22,8 @@ pub enum Activation {
     Gelu,
     /// ReLU: `max(x, 0)`.
     Relu,
+    /// gpt-oss's: `x σ(1.702 x)` for x up to 7, and what it is multiplied by is bounded to ±7 and moved up by 1.
+    ClampedSwiglu,
 }
 
 impl Activation {
@@ -32,8 +34,33 @@ impl Activation {
             Activation::GeluTanh => s.gelu_tanh(x),
             Activation::Gelu => s.gelu(x),
             Activation::Relu => s.max(x, s.splat(0.0)),
+            Activation::ClampedSwiglu => {
+                let x = at_most(s, x, CLAMP);
+                s.sigmoid_times(s.mul(x, s.splat(1.702)), x)
+            }
         }
     }
+
+    /// What the activated gate is multiplied by, from the product with the other matrix.
+    #[inline(always)]
+    pub(crate) fn factor<S: Simd>(self, s: S, up: S::F) -> S::F {
+        match self {
+            Activation::ClampedSwiglu => {
+                let up = s.max(at_most(s, up, CLAMP), s.splat(-CLAMP));
+                s.add(up, s.splat(1.0))
+            }
+            _ => up,
+        }
+    }
+}
+
+/// Bound of [`Activation::ClampedSwiglu`].
+const CLAMP: f32 = 7.0;
+
+#[inline(always)]
+fn at_most<S: Simd>(s: S, x: S::F, most: f32) -> S::F {
+    let zero = s.splat(0.0);
+    s.sub(zero, s.max(s.sub(zero, x), s.splat(-most)))
 }
 
 /// The first half of a gated feed-forward layer.
@@ -319,10 +346,10 @@ fn check(what: &'static str, got: usize, rows: usize, width: usize) -> Result<()
 }
 
 /// `gate = activation(gate) * up`.
-struct Activate<'a> {
-    activation: Activation,
-    gate: &'a mut [f32],
-    up: &'a [f32],
+pub(crate) struct Activate<'a> {
+    pub(crate) activation: Activation,
+    pub(crate) gate: &'a mut [f32],
+    pub(crate) up: &'a [f32],
 }
 
 impl Kernel for Activate<'_> {
@@ -336,7 +363,8 @@ impl Kernel for Activate<'_> {
             unsafe {
                 let x = s.load(g.as_ptr());
                 let x = self.activation.apply(s, x);
-                let v = s.mul(x, s.load(u.as_ptr()));
+                let up = self.activation.factor(s, s.load(u.as_ptr()));
+                let v = s.mul(x, up);
                 s.store(g.as_mut_ptr(), v);
             }
             let len = gate.len();

@@ -42,6 +42,7 @@ fn cache_of(format: KvFormat, dimensions: [usize; 5]) -> KvCache {
         context,
         kv_heads,
         head_dim,
+        value_dim: head_dim,
         format,
     })
     .expect("sane dimensions")
@@ -58,6 +59,7 @@ fn plain(heads: usize, rope: &Rope) -> Attention<'_> {
         q_norm: None,
         k_norm: None,
         eps: 1e-6,
+        sinks: None,
     }
 }
 
@@ -113,7 +115,8 @@ fn reference(
                 .collect();
             let peak = scores.iter().copied().fold(f64::MIN, f64::max);
             let weights: Vec<f64> = scores.iter().map(|s| (s - peak).exp()).collect();
-            let sum: f64 = weights.iter().sum();
+            let sink = spec.sinks.map(|sinks| f64::from(sinks[head]));
+            let sum = weights.iter().sum::<f64>() + sink.map_or(0.0, |sink| (sink - peak).exp());
             for d in 0..dim {
                 let value =
                     |p: usize| rounded(&qkv[p * width + (spec.heads + kv_heads + kv) * dim + d]);
@@ -216,6 +219,38 @@ fn a_row_with_a_window_sees_nothing_before_it() {
                 off < 1e-2,
                 "{heads}/{kv_heads}x{dim}, window {window} on {isa:?}: {off}"
             );
+        }
+    }
+}
+
+#[test]
+fn a_sink_takes_its_part_of_the_weights() {
+    let mut rng = Rng(13);
+    let (heads, kv_heads, dim, rows) = (6, 2, 64, 300);
+    let rope = rope(RopeStyle::Halves, dim, rows);
+    let qkv = rng.floats(rows * (heads + 2 * kv_heads) * dim);
+    // Far below the scores, among them, and far above.
+    let sinks = [-200.0, -1.0, 0.0, 0.5, 7.0, 200.0];
+    for (window, format) in [(None, KvFormat::F32), (Some(20), KvFormat::F16)] {
+        let mut spec = plain(heads, &rope);
+        spec.window = window;
+        spec.sinks = Some(&sinks);
+        let want = reference(format, &spec, kv_heads, dim, &qkv, rows);
+        for isa in Isa::available() {
+            let mut cache = cache_of(format, [1, 1, rows, kv_heads, dim]);
+            let mut out = vec![f32::NAN; rows * heads * dim];
+            let segment = KvSegment {
+                slot: 0,
+                position: 0,
+                rows,
+            };
+            let pool = pool(2, isa);
+            attention(&pool, &spec, &mut cache, 0, &[segment], &qkv, &mut out).expect("fits");
+            let off = error(&out, &want);
+            assert!(off < 2e-3, "{window:?} {format:?} on {isa:?}: {off}");
+            // The last head's sink is all that it sees.
+            let last = out.chunks_exact(dim).skip(heads - 1).step_by(heads);
+            assert!(last.flatten().all(|x| x.abs() < 1e-30), "{isa:?}");
         }
     }
 }
@@ -414,19 +449,25 @@ fn impossible_calls_are_errors() {
     let mut blind = spec;
     blind.window = Some(0);
     assert!(run(&blind, 0, &[segment(0, 0, 2)], &mut out).is_err());
+    let mut few = spec;
+    few.sinks = Some(&[0.0]);
+    assert!(run(&few, 0, &[segment(0, 0, 2)], &mut out).is_err());
     let mut odd = spec;
     odd.heads = 3;
     assert!(run(&odd, 0, &[segment(0, 0, 2)], &mut out).is_err());
-    for head_dim in [0, 8, 24, 272] {
-        let shape = KvShape {
-            layers: 1,
-            slots: 1,
-            context: 16,
-            kv_heads: 1,
-            head_dim,
-            format: KvFormat::F16,
-        };
-        assert!(KvCache::new(shape).is_err());
+    for width in [0, 8, 24, 272] {
+        for (head_dim, value_dim) in [(width, 16), (16, width)] {
+            let shape = KvShape {
+                layers: 1,
+                slots: 1,
+                context: 16,
+                kv_heads: 1,
+                head_dim,
+                value_dim,
+                format: KvFormat::F16,
+            };
+            assert!(KvCache::new(shape).is_err());
+        }
     }
 }
 
@@ -441,6 +482,7 @@ proptest! {
         group in 1_usize..8,
         window in prop_oneof![Just(None), (1_usize..280).prop_map(Some)],
         format in prop::sample::select(&FORMATS[..]),
+        sinks in any::<bool>(),
         seed in any::<u64>(),
     ) {
         let (kv_heads, dim) = (2, 32);
@@ -448,7 +490,8 @@ proptest! {
         let width = (heads + 2 * kv_heads) * dim;
         let mut rng = Rng(seed);
         let rope = rope(RopeStyle::Interleaved, dim, 320);
-        let spec = Attention { window, ..plain(heads, &rope) };
+        let scores = rng.floats(heads);
+        let spec = Attention { window, sinks: sinks.then_some(&scores), ..plain(heads, &rope) };
         let (a, b) = (rng.floats(rows * width), rng.floats(rows * width));
         for isa in Isa::available() {
             let whole = |x: &[f32]| {

@@ -150,6 +150,7 @@ fn activations_agree_with_their_definitions() {
             Activation::Gelu,
             Activation::GeluTanh,
             Activation::Relu,
+            Activation::ClampedSwiglu,
         ] {
             let options = Linear {
                 activation: Some(activation),
@@ -167,6 +168,7 @@ fn activations_agree_with_their_definitions() {
                     }
                     Activation::Relu => x.max(0.0),
                     Activation::Silu => x / (1.0 + (-x).exp()),
+                    Activation::ClampedSwiglu => x.min(7.0) / (1.0 + (-1.702 * x.min(7.0)).exp()),
                 };
                 assert!(
                     (f64::from(got) - want).abs() < 2e-6,

@@ -3,8 +3,8 @@
 mod support;
 
 use mesh_kernels::{
-    Activation, Expert, Experts, Isa, KernelError, MixtureLayer, Pool, PoolOptions, QMatrix,
-    RmsNorm, WeightType, mixture, rms_norm, rms_norm_columns,
+    Activation, Expert, ExpertMatrix, Experts, Isa, KernelError, MixtureLayer, Pool, PoolOptions,
+    QMatrix, RmsNorm, WeightType, mixture, rms_norm, rms_norm_columns,
 };
 use support::{Rng, bits, dequantized, error, random_rows};
 
@@ -27,16 +27,34 @@ struct Layer {
     experts: Experts,
     scores: Vec<f32>,
     floats: Vec<[Vec<f32>; 3]>,
+    activation: Activation,
+    router_bias: Option<Vec<f32>>,
+    /// Of each expert those of gate, up and down.
+    biases: Vec<[Vec<f32>; 3]>,
 }
 
 impl Layer {
     /// Experts with gate, up and down of these types.
     fn new(types: [WeightType; 3], rng: &mut Rng) -> Layer {
+        Layer::made(types, false, rng)
+    }
+
+    /// As [`Layer::new`], with biases and gpt-oss's activation.
+    fn biased(types: [WeightType; 3], rng: &mut Rng) -> Layer {
+        let router_bias = rng.floats(COUNT);
+        Layer {
+            activation: Activation::ClampedSwiglu,
+            router_bias: Some(router_bias),
+            ..Layer::made(types, true, rng)
+        }
+    }
+
+    fn made(types: [WeightType; 3], biased: bool, rng: &mut Rng) -> Layer {
         let scores: Vec<f32> = rng.floats(COUNT * WIDTH).iter().map(|x| x / 4.0).collect();
         let bytes: Vec<u8> = scores.iter().flat_map(|x| x.to_le_bytes()).collect();
         let router = QMatrix::pack(WeightType::F32, COUNT, WIDTH, &bytes).expect("packs");
         let shapes = [(WIDE, WIDTH), (WIDE, WIDTH), (WIDTH, WIDE)];
-        let (mut experts, mut floats) = (Vec::new(), Vec::new());
+        let (mut experts, mut floats, mut biases) = (Vec::new(), Vec::new(), Vec::new());
         for _ in 0..COUNT {
             let made = [0, 1, 2].map(|i| {
                 let (ty, (n, k)) = (types[i], shapes[i]);
@@ -45,6 +63,16 @@ impl Layer {
                 (matrix, dequantized(ty, n, k, &rows))
             });
             let [(gate, g), (up, u), (down, d)] = made;
+            let mut matrices = [gate, up, down].map(ExpertMatrix::from);
+            if biased {
+                // Large enough that gates and ups go over their bounds.
+                let bias = shapes.map(|(n, _)| rng.floats(n).iter().map(|x| 9.0 * x).collect());
+                for (matrix, bias) in matrices.iter_mut().zip(&bias) {
+                    matrix.bias = Some(Vec::clone(bias));
+                }
+                biases.push(bias);
+            }
+            let [gate, up, down] = matrices;
             experts.push(Expert { gate, up, down });
             floats.push([g, u, d]);
         }
@@ -54,6 +82,9 @@ impl Layer {
             experts: Experts::new(experts).expect("one shape"),
             scores,
             floats,
+            activation: Activation::Silu,
+            router_bias: None,
+            biases,
         }
     }
 
@@ -64,11 +95,13 @@ impl Layer {
                 eps: 1e-5,
             },
             router: &self.router,
+            router_bias: self.router_bias.as_deref(),
             experts: &self.experts,
-            activation: Activation::Silu,
+            activation: self.activation,
             used,
             normalised,
             scale: 0.5,
+            shared: None,
         }
     }
 
@@ -91,7 +124,14 @@ impl Layer {
         let normed: Vec<f64> = normed
             .map(|(x, w)| f64::from(*x) * factor * f64::from(*w))
             .collect();
-        let scores = times(&self.scores, &normed);
+        let plus = |mut sums: Vec<f64>, bias: Option<&Vec<f32>>| {
+            let bias = bias.into_iter().flatten();
+            sums.iter_mut()
+                .zip(bias)
+                .for_each(|(sum, bias)| *sum += f64::from(*bias));
+            sums
+        };
+        let scores = plus(times(&self.scores, &normed), self.router_bias.as_ref());
         let mut order: Vec<usize> = (0..COUNT).collect();
         order.sort_by(|a, b| scores[*b].total_cmp(&scores[*a]));
         let among = if normalised {
@@ -103,11 +143,20 @@ impl Layer {
         let mut out = vec![0.0; WIDTH];
         for expert in &order[..used] {
             let [gate, up, down] = &self.floats[*expert];
-            let silu = |x: f64| x / (1.0 + (-x).exp());
-            let pairs = times(gate, &normed).into_iter().zip(times(up, &normed));
-            let middle: Vec<f64> = pairs.map(|(gate, up)| silu(gate) * up).collect();
+            let bias = |matrix: usize| self.biases.get(*expert).map(|biases| &biases[matrix]);
+            let sigmoid = |x: f64| 1.0 / (1.0 + (-x).exp());
+            let gates = plus(times(gate, &normed), bias(0));
+            let pairs = gates.into_iter().zip(plus(times(up, &normed), bias(1)));
+            let gated = |(gate, up): (f64, f64)| match self.activation {
+                Activation::ClampedSwiglu => {
+                    let gate = gate.min(7.0);
+                    gate * sigmoid(1.702 * gate) * (up.clamp(-7.0, 7.0) + 1.0)
+                }
+                _ => gate * sigmoid(gate) * up,
+            };
+            let middle: Vec<f64> = pairs.map(gated).collect();
             let weight = 0.5 * scores[*expert].exp() / total;
-            let down = times(down, &middle);
+            let down = plus(times(down, &middle), bias(2));
             out.iter_mut()
                 .zip(down)
                 .for_each(|(out, y)| *out += weight * y);
@@ -145,14 +194,36 @@ fn a_mixture_agrees_with_its_definition() {
 }
 
 #[test]
+fn biases_and_the_clamped_activation_agree_with_their_definition() {
+    let mut rng = Rng(15);
+    for (types, most) in [
+        ([WeightType::F32; 3], 1e-4),
+        ([WeightType::MXFP4; 3], 0.1),
+        ([WeightType::F16, WeightType::Q8_0, WeightType::F32], 0.1),
+    ] {
+        let layer = Layer::biased(types, &mut rng);
+        let x = rng.floats(9 * WIDTH);
+        for isa in Isa::available() {
+            let found = layer.run(&pool(2, isa), &x, 4, true);
+            let added: Vec<f32> = found.iter().zip(&x).map(|(out, x)| out - x).collect();
+            let rows = x.chunks_exact(WIDTH);
+            let want: Vec<f64> = rows.flat_map(|x| layer.plain(x, 4, true)).collect();
+            let off = error(&added, &want);
+            assert!(off < most, "{types:?} on {isa:?}: {off}");
+        }
+    }
+}
+
+#[test]
 fn a_row_depends_on_no_other_row_and_on_no_thread() {
     let mut rng = Rng(6);
-    for types in [
-        [WeightType::Q4_K; 3],
-        [WeightType::F16; 3],
-        [WeightType::Q4_0, WeightType::Q5_0, WeightType::Q8_0],
+    for (types, biased) in [
+        ([WeightType::Q4_K; 3], false),
+        ([WeightType::F16; 3], false),
+        ([WeightType::MXFP4; 3], true),
+        ([WeightType::Q4_0, WeightType::Q5_0, WeightType::Q8_0], true),
     ] {
-        let layer = Layer::new(types, &mut rng);
+        let layer = Layer::made(types, biased, &mut rng);
         // More rows than are computed at once.
         let x = rng.floats(530 * WIDTH);
         for isa in Isa::available() {
@@ -235,11 +306,15 @@ fn shapes_that_do_not_fit_are_named() {
         QMatrix::pack(WeightType::F32, n, k, &rows).expect("packs")
     };
     let odd = |up, down| Expert {
-        gate: matrix(32, 16),
-        up: matrix(up, 16),
-        down: matrix(16, down),
+        gate: matrix(32, 16).into(),
+        up: matrix(up, 16).into(),
+        down: matrix(16, down).into(),
     };
     assert!(Experts::new(vec![odd(32, 32)]).is_ok());
+    let mut biased = odd(32, 32);
+    biased.down.bias = Some(vec![0.0; 32]);
+    let error = Experts::new(vec![biased]);
+    assert!(matches!(error, Err(KernelError::Length { .. })));
     for (up, down) in [(16, 32), (32, 16)] {
         let error = Experts::new(vec![odd(32, 32), odd(up, down)]);
         assert!(matches!(error, Err(KernelError::Mismatch { .. })));

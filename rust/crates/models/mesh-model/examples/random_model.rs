@@ -10,7 +10,9 @@ fn main() -> Result<(), Box<dyn Error>> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let [shape, ty, tokenizer, out] = &arguments[..] else {
         return Err(
-            "usage: random_model qwen2-1.5b|smollm2-135m|qwen3-30b-a3b:LAYERS TYPE TOKENIZER.gguf OUT.gguf".into(),
+            "usage: random_model qwen2-1.5b|smollm2-135m|qwen3-30b-a3b:LAYERS|deepseek-v2-lite:LAYERS|\
+             gpt-oss-20b:LAYERS TYPE TOKENIZER.gguf OUT.gguf"
+                .into(),
         );
     };
     let shape = match shape.split_once(':').unwrap_or((shape, "")) {
@@ -18,8 +20,13 @@ fn main() -> Result<(), Box<dyn Error>> {
         ("smollm2-135m", "") => Shape::smollm2_135m(),
         ("qwen3-30b-a3b", "") => Shape::qwen3_30b_a3b(48),
         ("qwen3-30b-a3b", layers) => Shape::qwen3_30b_a3b(layers.parse()?),
+        ("deepseek-v2-lite", "") => Shape::deepseek_v2_lite(27),
+        ("deepseek-v2-lite", layers) => Shape::deepseek_v2_lite(layers.parse()?),
+        ("gpt-oss-20b", "") => Shape::gpt_oss_20b(24),
+        ("gpt-oss-20b", layers) => Shape::gpt_oss_20b(layers.parse()?),
         _ => {
-            let known = "qwen2-1.5b, smollm2-135m, qwen3-30b-a3b or qwen3-30b-a3b:LAYERS";
+            let known = "qwen2-1.5b, smollm2-135m, qwen3-30b-a3b[:LAYERS], deepseek-v2-lite[:LAYERS] or \
+                         gpt-oss-20b[:LAYERS]";
             return Err(format!("unknown shape {shape:?}: give {known}").into());
         }
     };

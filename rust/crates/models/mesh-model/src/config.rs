@@ -3,6 +3,7 @@
 mod architecture;
 mod error;
 mod keys;
+mod latent;
 mod mixture;
 mod network;
 mod read;
@@ -14,8 +15,9 @@ pub use crate::checkpoint::RopeStyle;
 pub use architecture::Architecture;
 pub use error::ConfigError;
 pub(crate) use keys::{MAX_CONTEXT, MAX_LAYERS, MAX_VOCAB, MAX_WIDTH};
+pub use latent::LatentAttention;
 pub(crate) use mixture::MAX_EXPERTS;
-pub use mixture::Mixture;
+pub use mixture::{Mixture, SharedExpert};
 pub use network::{Activation, ModelConfig};
 pub use rope::{Rope, RopeScaling};
 pub use window::SlidingWindow;

@@ -11,6 +11,7 @@
 
 mod config;
 mod error;
+mod experts;
 mod folder;
 mod keys;
 mod names;
@@ -28,11 +29,11 @@ pub(crate) use names::their_name;
 pub(crate) use naming::ExpertNaming;
 
 use crate::checkpoint::{Checkpoint, RopeStyle, TokenizerJson};
-use crate::config::MAX_EXPERTS;
 use crate::file::ModelFile;
 use crate::gguf::{GgmlType, TensorEntry, Tensors, Value};
-use crate::safetensors::{Dtype, Safetensors, TensorView};
+use crate::safetensors::{Safetensors, TensorView};
 use config::Configuration;
+use experts::{FusedTensors, float_type};
 use keys::GgufKeys;
 use names::FusedExperts;
 use naming::TensorNaming;
@@ -58,8 +59,8 @@ impl HfCheckpoint {
     pub fn open(path: &Path) -> Result<Self, HfError> {
         let folder = Folder::open(path)?;
         let configuration = config::read(&folder.config()?, &folder.name())?;
-        let mut files = Vec::new();
-        let mut entries = Vec::new();
+        let (mut files, mut entries) = (Vec::new(), Vec::new());
+        let mut fused = FusedTensors::default();
         for path in folder.shards()? {
             let shard = Safetensors::open(&path).map_err(|source| HfError::Weights {
                 path: path.clone(),
@@ -67,7 +68,11 @@ impl HfCheckpoint {
             })?;
             for tensor in shard.tensors() {
                 folder.check_place(tensor.name, &path)?;
-                entries.extend(entries_of(&tensor, files.len(), &configuration.network)?);
+                let network = &configuration.network;
+                match FusedExperts::of(tensor.name, network) {
+                    Some(experts) => fused.add(experts, &tensor, files.len(), &mut entries)?,
+                    None => entries.extend(entry_of(&tensor, files.len(), network)?),
+                }
                 if entries.len() > MAX_MATRICES {
                     return Err(HfError::TooManyTensors {
                         limit: MAX_MATRICES,
@@ -76,6 +81,7 @@ impl HfCheckpoint {
             }
             files.push(shard.into_file());
         }
+        fused.check_whole()?;
         let mut checkpoint = Self::new(configuration, files, entries)?;
         let (special, template) = special::read(&folder)?;
         if let Some(template) = template {
@@ -102,6 +108,7 @@ impl HfCheckpoint {
                 file: files.len(),
                 at: 0,
                 len: bytes.len(),
+                gather: None,
             });
             files.push(ModelFile::from_bytes(bytes));
         }
@@ -145,81 +152,25 @@ impl Checkpoint for HfCheckpoint {
     }
 }
 
-/// Entries of a tensor of the shard at index `file`: none for a tensor that is not needed, one for most, and
-/// one for each matrix of a tensor that holds those of all experts.
-fn entries_of(
+/// The entry of a tensor of the shard at index `file`; none for a tensor that is not needed.
+fn entry_of(
     tensor: &TensorView<'_>,
     file: usize,
     network: &TensorNaming,
-) -> Result<Vec<TensorEntry>, HfError> {
-    let fused = FusedExperts::of(tensor.name, network);
-    let name = match &fused {
-        Some(_) => None,
-        None => names::gguf_name(tensor.name, network),
+) -> Result<Option<TensorEntry>, HfError> {
+    let Some(name) = names::gguf_name(tensor.name, network) else {
+        return Ok(None);
     };
-    if fused.is_none() && name.is_none() {
-        return Ok(Vec::new());
-    }
-    let ty = match tensor.dtype {
-        Dtype::F32 => GgmlType::F32,
-        Dtype::F16 => GgmlType::F16,
-        Dtype::BF16 => GgmlType::BF16,
-        dtype => {
-            return Err(HfError::TensorType {
-                tensor: tensor.name.into(),
-                dtype,
-            });
-        }
-    };
-    if tensor.shape.is_empty() || tensor.shape.contains(&0) {
-        return Err(HfError::Empty {
-            tensor: tensor.name.into(),
-        });
-    }
-    let entry = TensorEntry {
-        name: name.unwrap_or_default().into(),
-        ty,
-        dims: tensor.shape.iter().rev().copied().collect(),
+    let dims = names::dims(&name, tensor.shape);
+    Ok(Some(TensorEntry {
+        name: name.into(),
+        ty: float_type(tensor)?,
+        dims,
         file,
         at: tensor.offset as usize,
         len: tensor.data.len(),
-    };
-    match fused {
-        None => Ok(vec![entry]),
-        Some(fused) => split(tensor.name, &entry, &fused),
-    }
-}
-
-/// The matrices of all experts in a tensor `[experts, matrices * outputs, inputs]`.
-fn split(
-    tensor: &str,
-    whole: &TensorEntry,
-    fused: &FusedExperts,
-) -> Result<Vec<TensorEntry>, HfError> {
-    let matrices = fused.matrices();
-    let &[inputs, rows, experts] = &whole.dims[..] else {
-        return Err(HfError::Experts {
-            tensor: tensor.into(),
-            shape: whole.dims.iter().rev().copied().collect(),
-        });
-    };
-    if experts > MAX_EXPERTS || !rows.is_multiple_of(matrices as u64) {
-        return Err(HfError::Experts {
-            tensor: tensor.into(),
-            shape: vec![experts, rows, inputs],
-        });
-    }
-    // Floats: every matrix has the same number of whole elements.
-    let len = whole.len / experts as usize / matrices;
-    let entry = |index: usize| TensorEntry {
-        name: fused.name(index / matrices, index % matrices).into(),
-        ty: whole.ty,
-        dims: vec![inputs, rows / matrices as u64],
-        file: whole.file,
-        at: whole.at + index * len,
-        len,
-    };
-    Ok((0..experts as usize * matrices).map(entry).collect())
+        gather: None,
+    }))
 }
 
 /// The values of `config.json`, as a checkpoint without the model's tensors. For tests and fuzzing;

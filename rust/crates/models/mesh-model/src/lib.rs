@@ -10,8 +10,10 @@
 pub mod chat;
 pub mod checkpoint;
 pub mod config;
+pub mod data;
 pub mod encoder;
 pub mod file;
+mod gather;
 pub mod gguf;
 pub mod hf;
 pub mod model;
@@ -24,8 +26,8 @@ pub mod tokenizer;
 pub use chat::{ChatError, ChatTemplate, Message, RenderRequest, Rendered};
 pub use checkpoint::Checkpoint;
 pub use config::{
-    Activation, Architecture, ConfigError, Mixture, ModelConfig, Rope, RopeScaling, RopeStyle,
-    SlidingWindow,
+    Activation, Architecture, ConfigError, LatentAttention, Mixture, ModelConfig, Rope,
+    RopeScaling, RopeStyle, SharedExpert, SlidingWindow,
 };
 pub use encoder::{EncoderError, EncoderModel};
 pub use gguf::{GgmlType, Gguf, GgufError, SplitError, Tensor, Tensors, dequantize};

@@ -19,7 +19,8 @@ pub use dtype::Dtype;
 pub use error::SafetensorsError;
 pub use write::{Planned, write};
 
-use crate::file::{Data, ModelFile};
+use crate::data::Data;
+use crate::file::ModelFile;
 use header::HeaderEntry;
 
 /// An open safetensors file.

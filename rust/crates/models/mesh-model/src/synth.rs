@@ -3,8 +3,11 @@
 //!
 //! The files are whole: llama.cpp loads them too.
 
+mod config_json;
 mod folder;
+mod gpt_oss;
 mod llama2c;
+mod output;
 mod random;
 mod shape;
 mod split;
@@ -22,7 +25,7 @@ pub use folder::{tokenizer_json, write_folder};
 pub use llama2c::write_llama2c;
 use random::Random;
 use shape::ROUTER;
-pub use shape::{Experts, Shape, Window};
+pub use shape::{Experts, Latent, Shape, Window};
 pub use split::{Split, split_bytes, write_split};
 
 /// Granite's factors on embedding, residual stream, scores and logits.
@@ -91,7 +94,7 @@ pub fn plan(shape: &Shape, ty: GgmlType, tokens: Tokens<'_>) -> Writer {
         Tokens::CopyOf(source) => put_copied_tokens(&mut writer, source, shape.vocab as usize),
     }
     for (name, dims) in shape.tensors() {
-        let is_float = dims.len() == 1 || name.ends_with(ROUTER);
+        let is_float = dims.len() == 1 || name.ends_with(ROUTER) || name.ends_with(".bias");
         let ty = if is_float { GgmlType::F32 } else { ty };
         writer.tensor(&name, ty, &dims);
     }
@@ -114,13 +117,9 @@ fn put_shape(writer: &mut Writer, shape: &Shape) {
         ("embedding_length", shape.hidden),
         ("feed_forward_length", shape.ffn),
         ("attention.head_count", shape.heads),
-        ("attention.head_count_kv", shape.kv_heads),
-        ("attention.key_length", shape.head_dim),
-        ("attention.value_length", shape.head_dim),
-        ("rope.dimension_count", shape.head_dim),
-        ("vocab_size", shape.vocab),
     ];
-    for (key, count) in counts {
+    let vocab = [("vocab_size", shape.vocab)];
+    for (key, count) in counts.into_iter().chain(head_counts(shape)).chain(vocab) {
         writer.key(&format!("{architecture}.{key}"), OwnedValue::U32(count));
     }
     if let Some(window) = shape.window {
@@ -137,6 +136,10 @@ fn put_shape(writer: &mut Writer, shape: &Shape) {
             ("expert_used_count", mixture.used),
             ("expert_feed_forward_length", mixture.ffn),
             ("leading_dense_block_count", mixture.leading_dense),
+            match shape.architecture {
+                Architecture::Deepseek2 => ("expert_shared_count", mixture.shared / mixture.ffn),
+                _ => ("expert_shared_feed_forward_length", mixture.shared),
+            },
         ];
         for (key, count) in counts.into_iter().filter(|(_, count)| *count > 0) {
             writer.key(&format!("{architecture}.{key}"), OwnedValue::U32(count));
@@ -155,6 +158,43 @@ fn put_shape(writer: &mut Writer, shape: &Shape) {
         &format!("{architecture}.attention.layer_norm_rms_epsilon"),
         OwnedValue::F32(1e-6),
     );
+}
+
+/// Keys of attention's heads.
+fn head_counts(shape: &Shape) -> Vec<(&'static str, u32)> {
+    let Some(latent) = shape.latent else {
+        return vec![
+            ("attention.head_count_kv", shape.kv_heads),
+            ("attention.key_length", shape.head_dim),
+            ("attention.value_length", shape.head_dim),
+            ("rope.dimension_count", shape.head_dim),
+        ];
+    };
+    let mut counts = vec![
+        ("attention.kv_lora_rank", latent.rank),
+        ("rope.dimension_count", latent.rotated),
+    ];
+    counts.extend(
+        latent
+            .query_rank
+            .map(|rank| ("attention.q_lora_rank", rank)),
+    );
+    match latent.split {
+        false => counts.extend([
+            ("attention.head_count_kv", shape.kv_heads),
+            ("attention.key_length", shape.head_dim),
+            ("attention.value_length", latent.value),
+        ]),
+        // Widths of what the absorbed form caches, and of heads.
+        true => counts.extend([
+            ("attention.head_count_kv", 1),
+            ("attention.key_length", latent.rank + latent.rotated),
+            ("attention.value_length", latent.rank),
+            ("attention.key_length_mla", shape.head_dim),
+            ("attention.value_length_mla", latent.value),
+        ]),
+    }
+    counts
 }
 
 const NORMAL: i32 = 1;
@@ -296,11 +336,17 @@ mod tests {
                 let gguf = Gguf::from_bytes(random_model_bytes(&shape, ty, Tokens::Bytes)).unwrap();
                 let config = ModelConfig::read(&gguf).unwrap();
                 assert_eq!(config.architecture, architecture);
-                assert_eq!(config.qkv_bias, architecture == Architecture::Qwen2);
+                let gpt_oss = architecture == Architecture::GptOss;
+                let biased = [Architecture::Qwen2, Architecture::Qwen2Moe];
+                assert_eq!(config.qkv_bias, gpt_oss || biased.contains(&architecture));
+                assert_eq!([config.output_bias, config.attention_sinks], [gpt_oss; 2]);
                 let without = [
                     Architecture::Llama,
                     Architecture::Qwen2,
                     Architecture::GraniteMoe,
+                    Architecture::Qwen2Moe,
+                    Architecture::Deepseek2,
+                    Architecture::GptOss,
                 ];
                 assert_eq!(config.qk_norm, !without.contains(&architecture));
                 assert_eq!(config.mixture.is_some(), architecture.is_mixture());

@@ -19,6 +19,8 @@ fn source() -> Gguf {
 struct Change<'a> {
     without_key: &'a str,
     key: Option<(&'a str, OwnedValue)>,
+    /// More keys, which the model does not have.
+    news: Vec<(&'a str, OwnedValue)>,
     without_tensor: &'a str,
     tensor: Option<(&'a str, &'a [u64], f32)>,
 }
@@ -33,6 +35,9 @@ fn changed(change: Change<'_>) -> Gguf {
         }
     }
     if let Some((name, value)) = change.key {
+        writer.key(name, value);
+    }
+    for (name, value) in change.news {
         writer.key(name, value);
     }
     let added = change.tensor.map_or("", |(name, _, _)| name);
@@ -113,8 +118,8 @@ fn other_architectures_are_refused_by_name() {
     let error = error_with_key("general.architecture", OwnedValue::String("mamba".into()));
     assert_eq!(
         error,
-        "architecture \"mamba\" is not supported: use a model of llama, qwen2, qwen3, gemma3, qwen3moe, olmoe or \
-         granitemoe"
+        "architecture \"mamba\" is not supported: use a model of llama, qwen2, qwen3, gemma3, qwen3moe, qwen2moe, \
+         olmoe, granitemoe, deepseek2 or gpt-oss"
     );
     let error = error_with_key(
         "llama.rope.scaling.type",
@@ -255,9 +260,27 @@ fn rope_scaling_and_frequency_factors_are_read() {
         config.rope.scaling,
         RopeScaling::Yarn {
             original_context: 512,
+            truncate: true,
             ..
         }
     ));
+    const MULTIPLIER: &str = "llama.rope.scaling.yarn_log_multiplier";
+    let with_multiplier = |multiplier: f32| {
+        changed(Change {
+            news: vec![
+                ("llama.rope.scaling.type", OwnedValue::String("yarn".into())),
+                ("llama.rope.scaling.factor", OwnedValue::F32(40.0)),
+                (MULTIPLIER, OwnedValue::F32(multiplier)),
+            ],
+            ..Change::default()
+        })
+    };
+    for (multiplier, magnitude) in [(1.0, 1.0), (0.707, 1.085_726_4), (0.0, 1.368_888)] {
+        let config = ModelConfig::read(&with_multiplier(multiplier)).unwrap();
+        assert!((config.rope.magnitude() - magnitude).abs() < 1e-6);
+    }
+    let error = ModelConfig::read(&with_multiplier(f32::INFINITY)).unwrap_err();
+    assert!(error.to_string().contains(MULTIPLIER), "{error}");
 
     let gguf = changed(Change {
         tensor: Some(("rope_freqs.weight", &[32], 8.0)),

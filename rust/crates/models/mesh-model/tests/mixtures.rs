@@ -3,7 +3,7 @@
 use mesh_model::gguf::expert_name;
 use mesh_model::gguf::writer::OwnedValue;
 use mesh_model::synth::{Shape, Tokens, random_model_bytes};
-use mesh_model::{Architecture, ConfigError, GgmlType, Gguf, Mixture, ModelConfig};
+use mesh_model::{Architecture, ConfigError, GgmlType, Gguf, Mixture, ModelConfig, SharedExpert};
 
 fn source(shape: &Shape) -> Gguf {
     Gguf::from_bytes(random_model_bytes(shape, GgmlType::F16, Tokens::Bytes)).unwrap()
@@ -56,6 +56,8 @@ fn every_family_says_how_it_weighs_experts() {
         normalised: true,
         scale: 1.0,
         leading_dense: 0,
+        biases: false,
+        shared: None,
     };
     for (architecture, normalised) in [
         (Architecture::Qwen3Moe, true),
@@ -71,6 +73,18 @@ fn every_family_says_how_it_weighs_experts() {
     }
     assert_eq!(of(&Shape::tiny_mixtral()).mixture, Some(tiny));
     assert_eq!(of(&Shape::tiny(Architecture::Llama)).mixture, None);
+    let shared = |shape: &Shape| {
+        let mixture = of(shape).mixture.unwrap();
+        (mixture.normalised, mixture.shared)
+    };
+    let expert = |gated| Some(SharedExpert { ffn: 512, gated });
+    for (shape, normalised, gated) in [
+        (Shape::tiny_granite_shared(), true, false),
+        (Shape::tiny(Architecture::Qwen2Moe), false, true),
+        (Shape::tiny(Architecture::Deepseek2), false, false),
+    ] {
+        assert_eq!(shared(&shape), (normalised, expert(gated)));
+    }
     let granite = of(&Shape::tiny(Architecture::GraniteMoe));
     assert_eq!(
         (granite.embedding_scale, granite.residual_scale),
@@ -93,6 +107,20 @@ fn of_all_weights_only_those_of_used_experts_are_active() {
     let expert = 3 * 256 * 768;
     let idle = config.parameters() - config.active_parameters();
     assert_eq!(idle, (128 - 8) * expert);
+    // A shared expert is active always.
+    for shape in [
+        Shape::tiny_granite_shared(),
+        Shape::tiny(Architecture::Deepseek2),
+    ] {
+        let file = source(&shape);
+        let config = ModelConfig::read(&file).unwrap();
+        let elements = file.tensors().iter().map(|tensor| tensor.elements());
+        assert_eq!(config.parameters(), elements.sum::<u64>());
+        let mixtures =
+            u64::from(shape.layers) - shape.mixture.map_or(0, |m| m.leading_dense.into());
+        let idle = config.parameters() - config.active_parameters();
+        assert_eq!(idle, mixtures * (8 - 3) * 3 * 256 * 256);
+    }
     let dense = source(&Shape::tiny(Architecture::Qwen3));
     let dense = ModelConfig::read(&dense).unwrap();
     assert_eq!(dense.parameters(), dense.active_parameters());

@@ -78,7 +78,7 @@ async fn start_memory_and_round_trip_of_a_worker(args: &Args) -> Result<()> {
     let file = model.tensors().file_len() as f64;
     let config = model.config();
     // A key and a value of f16 for each head that has them, in each layer.
-    let kv_bytes_per_token = 2 * 2 * config.layers as usize * config.kv_heads * config.head_dim;
+    let kv_bytes_per_token = 2 * config.layers as usize * config.kv_elements();
     let mut mesh = Mesh::builder().shim().start().await?;
     let mut starts = Vec::new();
     // With the usual slots, and with one: idle slots keep rows of earlier conversations, which are KV cache but not of this

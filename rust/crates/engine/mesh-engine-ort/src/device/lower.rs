@@ -72,9 +72,19 @@ impl LoweringPlan<'_> {
     /// Fails if the operators cannot express the model.
     pub(super) fn check(&self) -> Result<(), LoadError> {
         let config = self.config;
+        if config.latent.is_some() {
+            return Err(LoadError::Unsupported {
+                feature: "multi-head latent attention".into(),
+            });
+        }
         if config.mixture.is_some() {
             return Err(LoadError::Unsupported {
                 feature: "a mixture of experts".into(),
+            });
+        }
+        if config.output_bias {
+            return Err(LoadError::Unsupported {
+                feature: "a bias on the output of attention".into(),
             });
         }
         for (what, width) in [
@@ -263,6 +273,11 @@ impl Lowering<'_> {
             ),
             // Its tanh form.
             Activation::GeluTanh => self.graph.op("FastGelu", MICROSOFT, &[&gate]),
+            Activation::ClampedSwiglu => {
+                return Err(LoadError::Unsupported {
+                    feature: "a clamped SwiGLU".into(),
+                });
+            }
         };
         let product = self.graph.op("Mul", "", &[&gate, &up]);
         let down = self.project(&product, &[&file("ffn_down")])?;

@@ -1,6 +1,8 @@
 //! A plain forward pass in f32 over dequantised weights, straight from the papers, to compare the stage with.
 
-use mesh_model::{Activation, Mixture, Model, ModelConfig, Rope, RopeStyle, Tensor, dequantize};
+use mesh_model::{
+    Activation, LatentAttention, Mixture, Model, ModelConfig, Rope, RopeStyle, Tensor, dequantize,
+};
 
 /// Logits of every row for `tokens` from an empty context.
 #[allow(dead_code, reason = "each test file uses a part")]
@@ -82,11 +84,28 @@ fn rows_from(model: &Model, tokens: &[u32], first: usize) -> Vec<f32> {
                 })
                 .collect()
         };
-        let q = project("q", Some("attn_q_norm.weight"));
-        let k = project("k", Some("attn_k_norm.weight"));
-        let v = project("v", None);
+        let [q, k, v] = match c.latent {
+            Some(latent) => {
+                let rows = normed.iter().enumerate();
+                let heads = rows.map(|(position, row)| latent_heads(c, latent, t, row, position));
+                let heads: Vec<[Vec<f32>; 3]> = heads.collect();
+                std::array::from_fn(|which| heads.iter().map(|row| row[which].clone()).collect())
+            }
+            None => [
+                project("q", Some("attn_q_norm.weight")),
+                project("k", Some("attn_k_norm.weight")),
+                project("v", None),
+            ],
+        };
         let output = t("attn_output.weight");
-        let scale = c.rope_of(layer).magnitude().powi(2) / c.query_scalar.sqrt();
+        let output_bias = c.output_bias.then(|| t("attn_output.bias"));
+        let sinks = c.attention_sinks.then(|| t("attn_sinks.weight"));
+        let magnitude = match c.latent {
+            // Queries and keys have it already.
+            Some(_) => 1.0,
+            None => c.rope_of(layer).magnitude().powi(2),
+        };
+        let scale = magnitude / c.query_scalar.sqrt();
         for (i, row) in x.iter_mut().enumerate() {
             let seen_from = c
                 .window_of(layer)
@@ -97,15 +116,17 @@ fn rows_from(model: &Model, tokens: &[u32], first: usize) -> Vec<f32> {
                     attend(
                         &q[i][head * c.head_dim..][..c.head_dim],
                         |j| &k[j][shared * c.head_dim..][..c.head_dim],
-                        |j| &v[j][shared * c.head_dim..][..c.head_dim],
+                        |j| &v[j][shared * c.value_dim..][..c.value_dim],
                         seen_from..i + 1,
                         scale,
+                        sinks.as_ref().map(|sinks| sinks[head]),
                     )
                 })
                 .collect();
-            add(row, times(&output, &gathered), "post_attention_norm.weight");
+            let attended = plus(times(&output, &gathered), output_bias.as_deref());
+            add(row, attended, "post_attention_norm.weight");
         }
-        let norm = n("ffn_norm.weight");
+        let norm = n(c.ffn_norm());
         let feed_forward = FeedForward::read(model, layer);
         for row in &mut x {
             let normed = rms_norm(row, &norm, c.norm_eps);
@@ -141,10 +162,59 @@ fn rows_from(model: &Model, tokens: &[u32], first: usize) -> Vec<f32> {
     logits
 }
 
+/// Queries, keys and values of latent attention for one normed row; `tensor` reads a tensor of the layer.
+fn latent_heads(
+    c: &ModelConfig,
+    latent: LatentAttention,
+    tensor: impl Fn(&str) -> Vec<f32>,
+    row: &[f32],
+    position: usize,
+) -> [Vec<f32>; 3] {
+    let norm = |x: &[f32], name: &str| rms_norm(x, &tensor(name), c.norm_eps);
+    let plain = c.head_dim - c.rope.dim;
+    let mut q = match latent.query_rank {
+        None => times(&tensor("attn_q.weight"), row),
+        Some(_) => {
+            let narrow = times(&tensor("attn_q_a.weight"), row);
+            let narrow = norm(&narrow, "attn_q_a_norm.weight");
+            times(&tensor("attn_q_b.weight"), &narrow)
+        }
+    };
+    let turn = |part: &mut [f32]| {
+        rotate(&c.rope, part, position);
+        part.iter_mut().for_each(|x| *x *= c.rope.magnitude());
+    };
+    q.chunks_mut(c.head_dim)
+        .for_each(|head| turn(&mut head[plain..]));
+    let down = times(&tensor("attn_kv_a_mqa.weight"), row);
+    let (narrow, shared) = down.split_at(latent.rank);
+    let mut shared = shared.to_vec();
+    turn(&mut shared);
+    let narrow = norm(narrow, "attn_kv_a_norm.weight");
+    let expanded = times(&tensor("attn_kv_b.weight"), &narrow);
+    let (mut k, mut v) = (Vec::new(), Vec::new());
+    for head in expanded.chunks(plain + c.value_dim) {
+        k.extend([&head[..plain], &shared].concat());
+        v.extend(&head[plain..]);
+    }
+    [q, k, v]
+}
+
 /// The matrices of a feed-forward half layer: those of one network, or a router with those of all experts.
 struct FeedForward<'a> {
     router: Option<(Vec<f32>, &'a Mixture)>,
     networks: Vec<[Vec<f32>; 3]>,
+    router_bias: Option<Vec<f32>>,
+    /// Of each of the three matrices those of all networks, one after the other.
+    biases: Option<[Vec<f32>; 3]>,
+    shared: Option<Shared>,
+}
+
+/// A shared expert.
+struct Shared {
+    network: [Vec<f32>; 3],
+    /// Scores rows for it.
+    score: Option<Vec<f32>>,
 }
 
 impl<'a> FeedForward<'a> {
@@ -154,6 +224,9 @@ impl<'a> FeedForward<'a> {
         let Some(mixture) = model.config().mixture_of(layer) else {
             return FeedForward {
                 router: None,
+                router_bias: None,
+                biases: None,
+                shared: None,
                 networks: vec![matrices.map(|matrix| tensor(format!("{matrix}.weight")))],
             };
         };
@@ -164,24 +237,49 @@ impl<'a> FeedForward<'a> {
             };
             matrices.each_ref().map(read)
         };
+        let shared = mixture.shared.map(|shared| {
+            let network = (matrices.each_ref()).map(|m| tensor(format!("{m}_shexp.weight")));
+            let score = format!("blk.{layer}.ffn_gate_inp_shexp.weight");
+            let score = shared.gated.then(|| tensor(score));
+            Shared { network, score }
+        });
         FeedForward {
+            shared,
+            router_bias: mixture
+                .biases
+                .then(|| tensor(format!("blk.{layer}.ffn_gate_inp.bias"))),
+            biases: mixture.biases.then(|| {
+                let stack = |matrix: &String| tensor(format!("{matrix}_exps.bias"));
+                matrices.each_ref().map(stack)
+            }),
             router: Some((tensor(format!("blk.{layer}.ffn_gate_inp.weight")), mixture)),
             networks: (0..mixture.experts).map(expert).collect(),
         }
     }
 
     fn compute(&self, config: &ModelConfig, x: &[f32]) -> Vec<f32> {
-        let network = |[gate, up, down]: &[Vec<f32>; 3]| {
-            let pairs = times(gate, x).into_iter().zip(times(up, x));
-            let middle: Vec<f32> = pairs
-                .map(|(gate, up)| activate(config.activation, gate) * up)
+        let network = |[gate, up, down]: &[Vec<f32>; 3], biases: Option<[&[f32]; 3]>| {
+            let bias = |which: usize| biases.map(|biases| biases[which]);
+            let gates = plus(times(gate, x), bias(0)).into_iter();
+            let middle: Vec<f32> = gates
+                .zip(plus(times(up, x), bias(1)))
+                .map(|(gate, up)| gated(config.activation, gate, up))
                 .collect();
-            times(down, &middle)
+            plus(times(down, &middle), bias(2))
+        };
+        let expert = |number: usize| {
+            let biases = self.biases.as_ref().map(|stacks| {
+                stacks.each_ref().map(|stack| {
+                    let width = stack.len() / self.networks.len();
+                    &stack[number * width..][..width]
+                })
+            });
+            network(&self.networks[number], biases)
         };
         let Some((router, mixture)) = &self.router else {
-            return network(&self.networks[0]);
+            return expert(0);
         };
-        let scores = times(router, x);
+        let scores = plus(times(router, x), self.router_bias.as_deref());
         let mut order: Vec<usize> = (0..scores.len()).collect();
         order.sort_by(|a, b| scores[*b].total_cmp(&scores[*a]));
         let chosen = &order[..mixture.used];
@@ -191,12 +289,21 @@ impl<'a> FeedForward<'a> {
             false => order.iter().map(exp).sum(),
         };
         let mut out = vec![0.0; x.len()];
-        for expert in chosen {
-            let weight = mixture.scale * exp(expert) / total;
-            let output = network(&self.networks[*expert]);
+        for number in chosen {
+            let weight = mixture.scale * exp(number) / total;
+            let output = expert(*number);
             out.iter_mut()
                 .zip(output)
                 .for_each(|(out, y)| *out += weight * y);
+        }
+        if let Some(expert) = &self.shared {
+            let factor = expert.score.as_ref().map_or(1.0, |score| {
+                let score = times(score, x)[0];
+                1.0 / (1.0 + (-score).exp())
+            });
+            out.iter_mut()
+                .zip(network(&expert.network, None))
+                .for_each(|(out, y)| *out += factor * y);
         }
         out
     }
@@ -227,12 +334,23 @@ fn times(matrix: &[f32], x: &[f32]) -> Vec<f32> {
         .collect()
 }
 
-fn activate(activation: Activation, x: f32) -> f32 {
+fn plus(mut x: Vec<f32>, bias: Option<&[f32]>) -> Vec<f32> {
+    let bias = bias.into_iter().flatten();
+    x.iter_mut().zip(bias).for_each(|(x, bias)| *x += bias);
+    x
+}
+
+/// The activated gate times what it is multiplied by.
+fn gated(activation: Activation, x: f32, up: f32) -> f32 {
     match activation {
-        Activation::Silu => x / (1.0 + (-x).exp()),
+        Activation::Silu => x / (1.0 + (-x).exp()) * up,
         Activation::GeluTanh => {
             let u = (2.0 / std::f32::consts::PI).sqrt() * (x + 0.044_715 * x.powi(3));
-            x / 2.0 * (1.0 + u.tanh())
+            x / 2.0 * (1.0 + u.tanh()) * up
+        }
+        Activation::ClampedSwiglu => {
+            let x = x.min(7.0);
+            x / (1.0 + (-1.702 * x).exp()) * (up.clamp(-7.0, 7.0) + 1.0)
         }
     }
 }
@@ -257,6 +375,7 @@ fn attend<'a>(
     value: impl Fn(usize) -> &'a [f32],
     seen: std::ops::Range<usize>,
     scale: f32,
+    sink: Option<f32>,
 ) -> Vec<f32> {
     let scores: Vec<f32> = seen
         .clone()
@@ -264,8 +383,9 @@ fn attend<'a>(
         .collect();
     let peak = scores.iter().copied().fold(f32::MIN, f32::max);
     let weights: Vec<f32> = scores.iter().map(|score| (score - peak).exp()).collect();
-    let total: f32 = weights.iter().sum();
-    let mut out = vec![0.0; q.len()];
+    let sink = sink.map_or(0.0, |sink| (sink - peak).exp());
+    let total = weights.iter().sum::<f32>() + sink;
+    let mut out = vec![0.0; value(seen.start).len()];
     for (j, weight) in seen.zip(&weights) {
         out.iter_mut()
             .zip(value(j))

@@ -120,6 +120,7 @@ impl<'a> Bench<'a> {
                 context,
                 kv_heads: shape.kv_heads,
                 head_dim: shape.head_dim,
+                value_dim: shape.head_dim,
                 format: KvFormat::F16,
             })
             .expect("sane dimensions"),
@@ -178,6 +179,7 @@ impl<'a> Bench<'a> {
             q_norm: None,
             k_norm: None,
             eps: 1e-5,
+            sinks: None,
         };
         let normed = Linear {
             norm: Some(norm),

@@ -2,7 +2,7 @@
 //!
 //! A slot is one contiguous region `[layer][keys of head 0, 1, …, values of head 0, 1, …]`. Keys lie in tiles
 //! of 16 positions, transposed (`[position / 16][head_dim][16]`), so that 16 scores are made side by side;
-//! values lie as rows (`[position][head_dim]`). Memory is reserved at once and taken from the system as
+//! values lie as rows (`[position][value_dim]`). Memory is reserved at once and taken from the system as
 //! positions are written.
 //!
 //! Unsafe code: the mapping, and element addresses within it.
@@ -46,8 +46,10 @@ pub struct KvShape {
     pub context: usize,
     /// Key/value heads per layer.
     pub kv_heads: usize,
-    /// Elements per head: a multiple of 16, at most 256.
+    /// Elements of a head's key: a multiple of 16, at most 256.
     pub head_dim: usize,
+    /// Elements of a head's value, within the same limits.
+    pub value_dim: usize,
     /// Format of the elements.
     pub format: KvFormat,
 }
@@ -57,8 +59,10 @@ pub struct KvShape {
 #[derive(Debug)]
 pub struct KvCache {
     shape: KvShape,
-    /// Elements of one head's keys, and of its values.
-    head: usize,
+    /// Elements of one head's keys.
+    keys: usize,
+    /// Elements of one head's values.
+    values: usize,
     /// Elements of one slot.
     slot: usize,
     memory: Region,
@@ -84,10 +88,12 @@ impl KvCache {
                 });
             }
         }
-        super::check_head_dim(shape.head_dim)?;
-        let head = shape.context.next_multiple_of(TILE) * shape.head_dim;
-        let size = head
-            .checked_mul(2 * shape.kv_heads)
+        super::check_head_dim("head_dim", shape.head_dim)?;
+        super::check_head_dim("value_dim", shape.value_dim)?;
+        let positions = shape.context.next_multiple_of(TILE);
+        let (keys, values) = (positions * shape.head_dim, positions * shape.value_dim);
+        let size = (keys + values)
+            .checked_mul(shape.kv_heads)
             .and_then(|layer| layer.checked_mul(shape.layers))
             .and_then(|slot| slot.checked_next_multiple_of(32 * 1024))
             .and_then(|slot| Some((slot, slot.checked_mul(shape.format.bytes() * shape.slots)?)));
@@ -99,7 +105,8 @@ impl KvCache {
         };
         Ok(KvCache {
             shape,
-            head,
+            keys,
+            values,
             slot,
             memory: Region::reserve("the KV cache", bytes)?,
         })
@@ -112,7 +119,14 @@ impl KvCache {
 
     /// Bytes that one position of one slot takes over all layers; also the size of an exported row.
     pub fn bytes_per_position(&self) -> usize {
-        2 * self.shape.layers * self.shape.kv_heads * self.shape.head_dim * self.width()
+        let KvShape {
+            layers,
+            kv_heads,
+            head_dim,
+            value_dim,
+            ..
+        } = self.shape;
+        layers * kv_heads * (head_dim + value_dim) * self.width()
     }
 
     /// Gives the memory of a slot back to the system.
@@ -136,7 +150,8 @@ impl KvCache {
         if from == to {
             return Ok(());
         }
-        let dim = self.shape.head_dim * self.width();
+        let [key, value] =
+            [self.shape.head_dim, self.shape.value_dim].map(|dim| dim * self.width());
         for layer in 0..self.shape.layers {
             for head in 0..self.shape.kv_heads {
                 // SAFETY: both are whole heads of different slots; tiles and rows up to `len` are within
@@ -145,12 +160,12 @@ impl KvCache {
                     std::ptr::copy_nonoverlapping(
                         self.keys::<u8>(from, layer, head),
                         self.keys::<u8>(to, layer, head),
-                        len.next_multiple_of(TILE) * dim,
+                        len.next_multiple_of(TILE) * key,
                     );
                     std::ptr::copy_nonoverlapping(
                         self.values::<u8>(from, layer, head),
                         self.values::<u8>(to, layer, head),
-                        len * dim,
+                        len * value,
                     );
                 }
             }
@@ -232,7 +247,7 @@ impl KvCache {
     /// Calls `f` with every element of each layer and head at `position`, a head's key before its value; `E`
     /// is the cache's.
     fn for_each_element<E>(&self, slot: usize, position: usize, mut f: impl FnMut(*mut E)) {
-        let dim = self.shape.head_dim;
+        let (dim, value_dim) = (self.shape.head_dim, self.shape.value_dim);
         for layer in 0..self.shape.layers {
             for head in 0..self.shape.kv_heads {
                 // SAFETY: the position is within the context, and element d of a key lies in its tile.
@@ -240,8 +255,9 @@ impl KvCache {
                     let key = self.keys::<E>(slot, layer, head);
                     let key = key.add(position / TILE * TILE * dim + position % TILE);
                     (0..dim).for_each(|d| f(key.add(d * TILE)));
-                    let value = self.values::<E>(slot, layer, head).add(position * dim);
-                    (0..dim).for_each(|d| f(value.add(d)));
+                    let value = self.values::<E>(slot, layer, head);
+                    let value = value.add(position * value_dim);
+                    (0..value_dim).for_each(|d| f(value.add(d)));
                 }
             }
         }
@@ -254,13 +270,15 @@ impl KvCache {
 
     /// The keys of a head. Writing through the pointer needs exclusive access to the cache.
     pub(super) fn keys<E>(&self, slot: usize, layer: usize, head: usize) -> *mut E {
-        self.element(slot, (layer * 2 * self.shape.kv_heads + head) * self.head)
+        let layers = layer * self.shape.kv_heads * (self.keys + self.values);
+        self.element(slot, layers + head * self.keys)
     }
 
     /// The values of a head; as [`KvCache::keys`].
     pub(super) fn values<E>(&self, slot: usize, layer: usize, head: usize) -> *mut E {
-        let head = head + self.shape.kv_heads;
-        self.element(slot, (layer * 2 * self.shape.kv_heads + head) * self.head)
+        let heads = self.shape.kv_heads;
+        let layers = layer * heads * (self.keys + self.values);
+        self.element(slot, layers + heads * self.keys + head * self.values)
     }
 
     fn element<E>(&self, slot: usize, within: usize) -> *mut E {

@@ -7,7 +7,7 @@
 use std::ops::Range;
 
 use super::cache::TILE;
-use crate::simd::{LANES, Simd};
+use crate::simd::{Kernel, LANES, Simd};
 
 /// Positions per chunk. Chunks start at absolute multiples of it.
 pub(super) const CHUNK: usize = 128;
@@ -74,7 +74,10 @@ pub(super) struct Chunk<E> {
     pub(super) keys: *const E,
     /// The chunk's first row of values.
     pub(super) values: *const E,
+    /// Elements of a key.
     pub(super) dim: usize,
+    /// Elements of a value.
+    pub(super) value_dim: usize,
 }
 
 /// A query: its vector (scaled, so that scores are exponents of 2), and which positions of the chunk it sees:
@@ -178,20 +181,20 @@ unsafe fn attend_n<S: Simd, E: Element, const N: usize>(
     for i in 0..N {
         partials[i] = weigh(s, &mut scores[i], queries[i].start, queries[i].limit);
     }
-    // SAFETY: rows up to each query's limit are readable and hold `dim` elements, a multiple of 16.
+    // SAFETY: rows up to each query's limit are readable and hold `value_dim` elements, a multiple of 16.
     unsafe {
         let mut d = 0;
-        while S::WIDE && d + 4 * LANES <= chunk.dim {
+        while S::WIDE && d + 4 * LANES <= chunk.value_dim {
             gather::<S, E, N, 4>(s, chunk, d, &common, &queries, scores, out);
             d += 4 * LANES;
         }
-        while d < chunk.dim {
+        while d < chunk.value_dim {
             gather::<S, E, N, 1>(s, chunk, d, &common, &queries, scores, out);
             d += LANES;
         }
     }
     for i in 0..N {
-        results.take(s, i, partials[i], &out[i][..chunk.dim]);
+        results.take(s, i, partials[i], &out[i][..chunk.value_dim]);
     }
 }
 
@@ -294,14 +297,14 @@ unsafe fn gather<S: Simd, E: Element, const N: usize, const W: usize>(
     out: &mut [[f32; MAX_DIM]; QUERIES],
 ) {
     let mut acc = [[s.splat(0.0); W]; N];
-    // SAFETY: the caller vouches for the rows; `d + 16 W <= dim <= MAX_DIM`.
+    // SAFETY: the caller vouches for the rows; `d + 16 W <= value_dim <= MAX_DIM`.
     unsafe {
         let values = chunk.values.add(d);
         for i in 0..N {
             for j in queries[i].start..common.start.min(queries[i].limit) {
                 let p = s.splat(weights[i][j]);
                 for w in 0..W {
-                    let v = E::load(s, values.add(j * chunk.dim + w * LANES));
+                    let v = E::load(s, values.add(j * chunk.value_dim + w * LANES));
                     acc[i][w] = s.fma(p, v, acc[i][w]);
                 }
             }
@@ -309,7 +312,7 @@ unsafe fn gather<S: Simd, E: Element, const N: usize, const W: usize>(
         for j in common.clone() {
             let mut v = [s.splat(0.0); W];
             for (w, v) in v.iter_mut().enumerate() {
-                *v = E::load(s, values.add(j * chunk.dim + w * LANES));
+                *v = E::load(s, values.add(j * chunk.value_dim + w * LANES));
             }
             for i in 0..N {
                 let p = s.splat(weights[i][j]);
@@ -323,7 +326,7 @@ unsafe fn gather<S: Simd, E: Element, const N: usize, const W: usize>(
             for j in common.end..queries[i].limit {
                 let p = s.splat(weights[i][j]);
                 for (w, mine) in mine.iter_mut().enumerate() {
-                    let v = E::load(s, values.add(j * chunk.dim + w * LANES));
+                    let v = E::load(s, values.add(j * chunk.value_dim + w * LANES));
                     *mine = s.fma(p, v, *mine);
                 }
             }
@@ -366,16 +369,35 @@ pub(super) fn merge<S: Simd>(
     *state = Partial { peak, sum: both[0] };
 }
 
-/// Divides by the sum of the weights.
-#[inline(always)]
-pub(super) fn finish<S: Simd>(s: S, state: Partial, out: &mut [f32]) {
-    let factor = s.splat(1.0 / state.sum);
-    let dim = out.len() / LANES * LANES;
-    for d in (0..dim).step_by(LANES) {
-        // SAFETY: d + 16 elements.
-        unsafe {
-            let v = s.mul(s.load(out.as_ptr().add(d)), factor);
-            s.store(out.as_mut_ptr().add(d), v);
+/// Divides by the sum of the weights, a sink's among them. It is the same for all numbers of queries, so it is
+/// compiled apart.
+pub(super) struct Finish<'a> {
+    pub(super) state: Partial,
+    /// The sink's score, an exponent of 2 as the others.
+    pub(super) sink: Option<f32>,
+    pub(super) out: &'a mut [f32],
+}
+
+impl Kernel for Finish<'_> {
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let Finish { state, sink, out } = self;
+        let factor = match sink {
+            None => s.splat(1.0 / state.sum),
+            Some(sink) => {
+                let peak = if sink > state.peak { sink } else { state.peak };
+                let kept = s.exp2(s.splat(state.peak - peak));
+                let lost = s.exp2(s.splat(sink - peak));
+                s.div(kept, s.fma(s.splat(state.sum), kept, lost))
+            }
+        };
+        let dim = out.len() / LANES * LANES;
+        for d in (0..dim).step_by(LANES) {
+            // SAFETY: d + 16 elements.
+            unsafe {
+                let v = s.mul(s.load(out.as_ptr().add(d)), factor);
+                s.store(out.as_mut_ptr().add(d), v);
+            }
         }
     }
 }

@@ -10,6 +10,8 @@
 //!
 //! With a sliding window a row sees no position that is further back. Chunks without any such position are
 //! left out, and of the first one those before the window weigh nothing; the cache keeps all.
+//!
+//! A sink is one more score in a query's sum of weights. It is added behind the last chunk, as it has no value.
 
 mod cache;
 mod kernel;
@@ -27,7 +29,7 @@ use crate::simd::{self, Kernel, LANES, Simd};
 use crate::{KernelError, Pool, Rope};
 use cache::TILE;
 pub use cache::{KvCache, KvFormat, KvShape};
-use kernel::{CHUNK, Chunk, Element, MAX_DIM, Partial, QUERIES, Query};
+use kernel::{CHUNK, Chunk, Element, Finish, MAX_DIM, Partial, QUERIES, Query};
 use plan::{AttentionTask, Cut, Split, TASK_ROWS, seen_from};
 
 /// The attention of a layer, apart from its weights.
@@ -47,6 +49,8 @@ pub struct Attention<'a> {
     pub k_norm: Option<&'a [f32]>,
     /// Epsilon of both norms.
     pub eps: f32,
+    /// Of each query head a score of no position, which takes its part of the weights (gpt-oss).
+    pub sinks: Option<&'a [f32]>,
 }
 
 /// Consecutive rows of one sequence.
@@ -62,8 +66,8 @@ pub struct KvSegment {
 
 /// Attends with all rows of `segments`.
 ///
-/// `qkv` is `[rows, (heads + 2 kv_heads) * head_dim]`: queries, keys, values side by side; rows of all
-/// segments back to back. `out` is `[rows, heads * head_dim]`. Keys and values of the rows are written to
+/// `qkv` is `[rows, (heads + kv_heads) * head_dim + kv_heads * value_dim]`: queries, keys, values side by side;
+/// rows of all segments back to back. `out` is `[rows, heads * value_dim]`. Keys and values of the rows are written to
 /// `layer` of the cache first.
 ///
 /// # Errors
@@ -93,10 +97,10 @@ pub fn attention(
     result
 }
 
-pub(crate) fn check_head_dim(head_dim: usize) -> Result<(), KernelError> {
+pub(crate) fn check_head_dim(what: &'static str, head_dim: usize) -> Result<(), KernelError> {
     if head_dim == 0 || !head_dim.is_multiple_of(LANES) || head_dim > MAX_DIM {
         return Err(KernelError::Dimension {
-            what: "head_dim",
+            what,
             value: head_dim,
             need: "it must be a multiple of 16 and at most 256",
         });
@@ -138,6 +142,9 @@ fn check(
     for norm in [spec.q_norm, spec.k_norm].into_iter().flatten() {
         expect_len("the head norm's weight", norm.len(), shape.head_dim)?;
     }
+    if let Some(sinks) = spec.sinks {
+        expect_len("the sinks", sinks.len(), spec.heads)?;
+    }
     if let Some(rope) = spec.rope {
         if rope.dim() > shape.head_dim {
             return Err(KernelError::Mismatch {
@@ -167,15 +174,21 @@ fn check(
         }
         rows = rows.saturating_add(segment.rows);
     }
-    let width = (spec.heads + 2 * shape.kv_heads) * shape.head_dim;
+    let width = row_width(spec, shape);
     expect_len("the QKV rows", qkv.len(), rows.saturating_mul(width))?;
-    let width = spec.heads * shape.head_dim;
+    let width = spec.heads * shape.value_dim;
     expect_len(
         "the attention output",
         out.len(),
         rows.saturating_mul(width),
     )?;
     Ok(rows)
+}
+
+/// Elements of a row of queries, keys and values.
+#[inline(always)]
+fn row_width(spec: &Attention<'_>, shape: KvShape) -> usize {
+    (spec.heads + shape.kv_heads) * shape.head_dim + shape.kv_heads * shape.value_dim
 }
 
 /// Buffers reused from call to call.
@@ -203,7 +216,7 @@ struct Run<'a> {
     group: usize,
     queries: TaskPointer<f32>,
     states: TaskPointer<Partial>,
-    /// `[results][Partial, head_dim values]`.
+    /// `[results][Partial, value_dim values]`.
     results: TaskPointer<f32>,
 }
 
@@ -230,7 +243,7 @@ impl<'a> Run<'a> {
         let results = cut.plan(segments, &mut scratch.tasks, &mut scratch.splits);
         let queries = rows * spec.heads * shape.head_dim;
         let states = rows * spec.heads * 2;
-        let floats = queries + states + results * (shape.head_dim + 2);
+        let floats = queries + states + results * (shape.value_dim + 2);
         scratch.floats.reserve("attention scratch", floats * 4)?;
         let start = scratch.floats.floats_mut().as_mut_ptr();
         Ok(Run {
@@ -313,6 +326,17 @@ impl<'a> Run<'a> {
     fn first_row(&self, segment: usize) -> usize {
         self.segments[..segment].iter().map(|s| s.rows).sum()
     }
+
+    /// The end of a query: all its chunks are merged into `state` and `out`.
+    #[inline(always)]
+    fn finish<'o>(&self, query: usize, state: Partial, out: &'o mut [f32]) -> Finish<'o> {
+        let sinks = self.spec.sinks;
+        Finish {
+            state,
+            sink: sinks.map(|sinks| sinks[query % self.spec.heads] * std::f32::consts::LOG2_E),
+            out,
+        }
+    }
 }
 
 /// Norm, rotation and scaling of queries; norm, rotation and storing of keys; storing of values.
@@ -328,10 +352,10 @@ impl<E: Element> Kernel for Prepare<'_, E> {
     fn run<S: Simd>(self, s: S) {
         let (run, spec) = (self.run, self.run.spec);
         let shape = run.cache.shape();
-        let dim = shape.head_dim;
+        let (dim, value_dim) = (shape.head_dim, shape.value_dim);
         let scale = spec.scale.unwrap_or(1.0 / (dim as f32).sqrt());
         let scale = s.splat(scale * std::f32::consts::LOG2_E);
-        let width = (spec.heads + 2 * shape.kv_heads) * dim;
+        let width = row_width(spec, shape);
         let mut head = [0.0_f32; MAX_DIM];
         let head = &mut head[..dim];
         for row in self.rows {
@@ -350,7 +374,11 @@ impl<E: Element> Kernel for Prepare<'_, E> {
                     }
                 }
             }
-            for (h, (k, v)) in k.chunks_exact(dim).zip(v.chunks_exact(dim)).enumerate() {
+            for (h, (k, v)) in k
+                .chunks_exact(dim)
+                .zip(v.chunks_exact(value_dim))
+                .enumerate()
+            {
                 turned(s, spec, k, spec.k_norm, position, head);
                 // SAFETY: slot, layer, head and position exist (checked); this task alone writes this
                 // position of them.
@@ -368,8 +396,8 @@ impl<E: Element> Kernel for Prepare<'_, E> {
                     let value = run
                         .cache
                         .values::<E>(segment.slot, run.layer, h)
-                        .add(position * dim);
-                    for d in (0..dim).step_by(LANES) {
+                        .add(position * value_dim);
+                    for d in (0..value_dim).step_by(LANES) {
                         E::store(s, value.add(d), s.load(v.as_ptr().add(d)));
                     }
                 }
@@ -463,7 +491,7 @@ impl<E: Element> kernel::Results for ChunkResults<'_, '_, E> {
             kernel::merge(s, state, out, next, values);
         }
         if seen.end <= (self.index + 1) * CHUNK {
-            kernel::finish(s, *state, out);
+            s.apart(run.finish(query, *state, out));
         }
     }
 }
@@ -473,7 +501,11 @@ impl<E: Element> Kernel for Attend<'_, E> {
     fn run<S: Simd>(self, s: S) {
         let (run, task) = (self.run, self.task);
         let segment = run.segments[task.segment];
-        let dim = run.cache.shape().head_dim;
+        let KvShape {
+            head_dim: dim,
+            value_dim,
+            ..
+        } = run.cache.shape();
         let keys = run.cache.keys::<E>(segment.slot, run.layer, task.kv_head);
         let values = run.cache.values::<E>(segment.slot, run.layer, task.kv_head);
         let count = task.rows * run.group;
@@ -484,8 +516,9 @@ impl<E: Element> Kernel for Attend<'_, E> {
             let chunk = unsafe {
                 Chunk {
                     keys: keys.add(start * dim),
-                    values: values.add(start * dim),
+                    values: values.add(start * value_dim),
                     dim,
+                    value_dim,
                 }
             };
             // Rows whose last position is before the chunk are done with; those whose window begins behind it
@@ -535,7 +568,7 @@ impl Kernel for Merge<'_> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         let (run, split) = (self.run, self.split);
-        let dim = run.cache.shape().head_dim;
+        let dim = run.cache.shape().value_dim;
         let row = run.first_row(split.segment);
         for q in 0..run.group {
             let query = row * run.spec.heads + split.kv_head * run.group + q;
@@ -559,7 +592,7 @@ impl Kernel for Merge<'_> {
                 let (next, values) = result(chunk);
                 kernel::merge(s, &mut state, out, next, values);
             }
-            kernel::finish(s, state, out);
+            s.apart(run.finish(query, state, out));
         }
     }
 }

@@ -2,9 +2,11 @@
 
 use std::ops::Range;
 
-use super::{Add, Destination, Input, ProductTask, ROWS_BYTES, TASK_BYTES, dispatch, row_bytes};
-use crate::experts::Expert;
-use crate::matrix::{PackedPart, QMatrix};
+use super::{
+    Add, Destination, GatedPart, Input, ProductTask, ROWS_BYTES, TASK_BYTES, dispatch, row_bytes,
+};
+use crate::experts::{Expert, ExpertMatrix};
+use crate::matrix::PackedPart;
 use crate::mem::TaskPointer;
 use crate::{Activation, Pool};
 
@@ -16,7 +18,7 @@ pub(crate) struct ExpertRows {
 }
 
 /// Chooses a matrix of an expert.
-pub(crate) type Which = fn(&Expert) -> &QMatrix;
+pub(crate) type Which = fn(&Expert) -> &ExpertMatrix;
 
 /// One product of a layer's experts.
 pub(crate) struct ExpertProduct<'a> {
@@ -26,8 +28,6 @@ pub(crate) struct ExpertProduct<'a> {
     /// The matrix whose product is multiplied by the activation of the first one's. It has the same layout and
     /// shape.
     pub(crate) up: Option<(Which, Activation)>,
-    /// Applied to the product.
-    pub(crate) activation: Option<Activation>,
     /// Tiles of the quantised rows begin where the rows of an expert do.
     pub(crate) input: Input<'a>,
     /// As many rows as the input's.
@@ -36,7 +36,8 @@ pub(crate) struct ExpertProduct<'a> {
 
 struct Task<'a> {
     part: &'a PackedPart,
-    up: Option<(&'a PackedPart, Activation)>,
+    up: Option<GatedPart<'a>>,
+    bias: Option<&'a [f32]>,
     rows: Range<usize>,
     panels: Range<usize>,
 }
@@ -67,8 +68,8 @@ pub(crate) fn multiply_experts(
             sink: Destination {
                 out: product.out,
                 stride: task.part.n,
-                bias: None,
-                activation: product.activation,
+                bias: task.bias,
+                activation: None,
                 add: Add::Nothing,
             },
         };
@@ -82,8 +83,8 @@ const TASKS_PER_THREAD: usize = 8;
 /// Bytes of weights that a group's product reads, each as often as tiles of rows pass by it.
 fn work(pool: &Pool, group: &ExpertRows, product: &ExpertProduct<'_>) -> usize {
     let expert = &product.experts[group.expert];
-    let up = product.up.map_or(0, |(up, _)| up(expert).bytes());
-    let bytes = (product.matrix)(expert).bytes() + up;
+    let up = product.up.map_or(0, |(up, _)| up(expert).weights.bytes());
+    let bytes = (product.matrix)(expert).weights.bytes() + up;
     bytes * group.rows.len().div_ceil(pool.isa().tile_rows())
 }
 
@@ -96,13 +97,22 @@ fn add_tasks<'a>(
     tasks: &mut Vec<Task<'a>>,
 ) {
     let expert = &product.experts[group.expert];
-    let first = &(product.matrix)(expert).parts()[0];
-    let up = product.up;
-    let up = up.map(|(up, activation)| (&up(expert).parts()[0], activation));
+    let matrix = (product.matrix)(expert);
+    let (first, bias) = (&matrix.weights.parts()[0], matrix.bias.as_deref());
+    let up = product.up.map(|(up, activation)| {
+        let up = up(expert);
+        GatedPart {
+            part: &up.weights.parts()[0],
+            activation,
+            biases: [bias, up.bias.as_deref()],
+        }
+    });
+    // That of a gate is added before the activation.
+    let bias = bias.filter(|_| up.is_none());
     let tile = pool.isa().tile_rows();
     let width = row_bytes(k, first.layout.quantised().is_none());
     let rows_per_task = (ROWS_BYTES / width).max(4 * tile) / tile * tile;
-    let panel_bytes = first.panel_bytes + up.map_or(0, |(up, _)| up.panel_bytes);
+    let panel_bytes = first.panel_bytes + up.map_or(0, |up| up.part.panel_bytes);
     for rows in group.rows.clone().step_by(rows_per_task) {
         let rows = rows..(rows + rows_per_task).min(group.rows.end);
         let passes = rows.len().div_ceil(tile);
@@ -111,6 +121,7 @@ fn add_tasks<'a>(
             tasks.push(Task {
                 part: first,
                 up,
+                bias,
                 rows: rows.clone(),
                 panels: panels..(panels + panels_per_task).min(first.panels()),
             });

@@ -105,7 +105,11 @@ pub(crate) fn multiply_gate_up(
         let (rows, panels) = plan.task(task);
         let job = ProductTask {
             part: gate,
-            up: Some((up, activation)),
+            up: Some(GatedPart {
+                part: up,
+                activation,
+                biases: [None; 2],
+            }),
             k,
             panels,
             rows,
@@ -191,7 +195,7 @@ impl TaskGrid {
 /// A range of panels of one part (or of a gate and an up part) times a range of rows.
 struct ProductTask<'a> {
     part: &'a PackedPart,
-    up: Option<(&'a PackedPart, Activation)>,
+    up: Option<GatedPart<'a>>,
     k: usize,
     panels: Range<usize>,
     rows: Range<usize>,
@@ -201,11 +205,20 @@ struct ProductTask<'a> {
     sink: Destination<'a>,
 }
 
+/// The part whose product is multiplied by the activated product of a gate's part.
+#[derive(Debug, Clone, Copy)]
+struct GatedPart<'a> {
+    part: &'a PackedPart,
+    activation: Activation,
+    /// Added to the products of the gate, and to those of this part.
+    biases: [Option<&'a [f32]>; 2],
+}
+
 impl<'a> ProductTask<'a> {
     /// The part, and the second one of a gate.
     #[inline(always)]
     fn parts(&self) -> [Option<&'a PackedPart>; 2] {
-        [Some(self.part), self.up.map(|(up, _)| up)]
+        [Some(self.part), self.up.map(|up| up.part)]
     }
 }
 
@@ -433,10 +446,17 @@ impl Kernel for Finish<'_> {
         for (r, (first, second)) in self.first.iter().zip(self.second).enumerate() {
             // SAFETY: 16 elements.
             let mut v = unsafe { s.load(first.as_ptr()) };
-            if let Some((_, activation)) = self.job.up {
+            if let Some(gated) = &self.job.up {
                 // SAFETY: 16 elements.
-                let up = unsafe { s.load(second.as_ptr()) };
-                v = s.mul(activation.apply(s, v), up);
+                let mut up = unsafe { s.load(second.as_ptr()) };
+                let column = self.panel * PANEL;
+                let valid = PANEL.min(self.job.part.n - column);
+                for (bias, product) in gated.biases.iter().zip([&mut v, &mut up]) {
+                    if let Some(bias) = bias {
+                        *product = s.add(*product, partial(s, &bias[column..][..valid]));
+                    }
+                }
+                v = s.mul(gated.activation.apply(s, v), gated.activation.factor(s, up));
             }
             finish(s, self.job, self.panel, self.row + r, v);
         }

@@ -17,6 +17,12 @@ pub enum Architecture {
     Olmoe,
     /// Granite 3 with a mixture of experts: factors on embedding, residual stream, scores and logits.
     GraniteMoe,
+    /// Qwen1.5 and Qwen2 with a mixture of experts, and a shared expert behind a gate.
+    Qwen2Moe,
+    /// DeepSeek-V2-Lite: multi-head latent attention, shared experts.
+    Deepseek2,
+    /// gpt-oss: a mixture of experts with biases, attention sinks, and a window in every second layer.
+    GptOss,
 }
 
 impl Architecture {
@@ -30,11 +36,14 @@ impl Architecture {
             Architecture::Qwen3Moe => "qwen3moe",
             Architecture::Olmoe => "olmoe",
             Architecture::GraniteMoe => "granitemoe",
+            Architecture::Qwen2Moe => "qwen2moe",
+            Architecture::Deepseek2 => "deepseek2",
+            Architecture::GptOss => "gpt-oss",
         }
     }
 
     /// All families that the engines can run.
-    pub const ALL: [Architecture; 7] = [
+    pub const ALL: [Architecture; 10] = [
         Architecture::Llama,
         Architecture::Qwen2,
         Architecture::Qwen3,
@@ -42,19 +51,43 @@ impl Architecture {
         Architecture::Qwen3Moe,
         Architecture::Olmoe,
         Architecture::GraniteMoe,
+        Architecture::Qwen2Moe,
+        Architecture::Deepseek2,
+        Architecture::GptOss,
     ];
 
     /// True if every network of the family is a mixture of experts.
     pub fn is_mixture(self) -> bool {
         matches!(
             self,
-            Architecture::Qwen3Moe | Architecture::Olmoe | Architecture::GraniteMoe
+            Architecture::Qwen3Moe
+                | Architecture::Olmoe
+                | Architecture::GraniteMoe
+                | Architecture::Qwen2Moe
+                | Architecture::Deepseek2
+                | Architecture::GptOss
         )
     }
 
     /// True if a network of the family can be a mixture of experts.
     pub(super) fn may_be_mixture(self) -> bool {
         self == Architecture::Llama || self.is_mixture()
+    }
+
+    /// True if the first layers of a mixture can be dense.
+    pub(super) fn may_lead_dense(self) -> bool {
+        matches!(
+            self,
+            Architecture::Qwen3Moe | Architecture::Qwen2Moe | Architecture::Deepseek2
+        )
+    }
+
+    /// True if queries, keys and values have biases in every network of the family.
+    pub(super) fn has_qkv_bias(self) -> bool {
+        matches!(
+            self,
+            Architecture::Qwen2 | Architecture::Qwen2Moe | Architecture::GptOss
+        )
     }
 
     /// True if query and key heads are normed.

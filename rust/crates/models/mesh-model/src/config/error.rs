@@ -12,8 +12,8 @@ pub enum ConfigError {
     Gguf(#[from] GgufError),
     /// A network of another family.
     #[error(
-        "architecture {found:?} is not supported: use a model of llama, qwen2, qwen3, gemma3, qwen3moe, olmoe or \
-         granitemoe"
+        "architecture {found:?} is not supported: use a model of llama, qwen2, qwen3, gemma3, qwen3moe, qwen2moe, \
+         olmoe, granitemoe, deepseek2 or gpt-oss"
     )]
     Architecture { found: String },
     /// A number that no network has.

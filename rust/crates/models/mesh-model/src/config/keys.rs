@@ -33,6 +33,16 @@ impl ArchitectureKeys<'_> {
         })
     }
 
+    /// A count from 0 to `limit`; 0 if it is absent.
+    pub(super) fn count_from_zero(&self, key: &str, limit: u64) -> Result<u64, ConfigError> {
+        match self.checkpoint.unsigned(&self.full(key))? {
+            Some(count) if count > limit => {
+                Err(self.bad(key, count, format!("it must be at most {limit}")))
+            }
+            count => Ok(count.unwrap_or(0)),
+        }
+    }
+
     /// A count, or one count per layer that are all the same.
     pub(super) fn optional_count(&self, key: &str, limit: u64) -> Result<Option<u64>, ConfigError> {
         let full = self.full(key);
@@ -76,7 +86,35 @@ impl ArchitectureKeys<'_> {
         }
     }
 
-    pub(super) fn head_dim(&self, hidden: usize, heads: usize) -> Result<usize, ConfigError> {
+    /// The weight of the logarithm by which YaRN's factor on queries and keys is divided, where the file has
+    /// one over 0: `mscale_all_dim` of `config.json`. DeepSeek's files have a tenth of it.
+    pub(super) fn yarn_weight(&self) -> Result<Option<f32>, ConfigError> {
+        const KEY: &str = "rope.scaling.yarn_log_multiplier";
+        match self.float(KEY)? {
+            Some(weight) if !(weight.is_finite() && weight >= 0.0) => {
+                Err(self.bad(KEY, weight, "it must be a number from 0 on".into()))
+            }
+            other => {
+                let unit = match self.architecture {
+                    Architecture::Deepseek2 => 0.1,
+                    _ => 1.0,
+                };
+                Ok(other
+                    .filter(|weight| *weight > 0.0)
+                    .map(|weight| weight / unit))
+            }
+        }
+    }
+
+    /// Widths of a head's key and value.
+    pub(super) fn head_widths(
+        &self,
+        hidden: usize,
+        heads: usize,
+    ) -> Result<(usize, usize), ConfigError> {
+        if self.architecture == Architecture::Deepseek2 {
+            return self.latent_widths();
+        }
         let head_dim = match self.optional_count("attention.key_length", MAX_WIDTH)? {
             Some(length) => length as usize,
             None if hidden.is_multiple_of(heads) => hidden / heads,
@@ -91,7 +129,20 @@ impl ArchitectureKeys<'_> {
             let reason = format!("values as wide as keys are needed, and those have {head_dim}");
             return Err(self.bad("attention.value_length", value, reason));
         }
-        Ok(head_dim)
+        Ok((head_dim, head_dim))
+    }
+
+    /// The same where keys and values come from a latent row. Files for the absorbed form have the widths of
+    /// that row under the usual keys, and those of heads under others.
+    fn latent_widths(&self) -> Result<(usize, usize), ConfigError> {
+        let width = |absorbed: &str, plain: &str| match self.optional_count(absorbed, MAX_WIDTH)? {
+            Some(width) => Ok(width as usize),
+            None => self.count(plain, MAX_WIDTH).map(|width| width as usize),
+        };
+        Ok((
+            width("attention.key_length_mla", "attention.key_length")?,
+            width("attention.value_length_mla", "attention.value_length")?,
+        ))
     }
 
     pub(super) fn vocab(&self, embedding_rows: u64) -> Result<usize, ConfigError> {

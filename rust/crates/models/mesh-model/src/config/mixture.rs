@@ -7,6 +7,16 @@ use super::keys::{ArchitectureKeys, MAX_LAYERS, MAX_WIDTH};
 /// Most experts of a layer; the largest known models have 512.
 pub(crate) const MAX_EXPERTS: u64 = 1 << 10;
 
+/// An expert that computes every row: a dense feed-forward network beside the mixture.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SharedExpert {
+    /// Its width. Several shared experts are one of their widths together.
+    pub ffn: usize,
+    /// Its output is multiplied by the sigmoid of a score that a vector gives the row
+    /// (`blk.N.ffn_gate_inp_shexp.weight`).
+    pub gated: bool,
+}
+
 /// The mixture of experts in the feed-forward half of layers.
 ///
 /// A router scores all experts for a row. The `used` best ones compute, and the sum of their outputs, each
@@ -26,6 +36,10 @@ pub struct Mixture {
     pub scale: f32,
     /// So many layers at the beginning are dense.
     pub leading_dense: u32,
+    /// The router and the experts' matrices have biases (`blk.N.ffn_gate_inp.bias`, `blk.N.ffn_up_exps.bias` …).
+    pub biases: bool,
+    /// The expert that computes every row, if there is one.
+    pub shared: Option<SharedExpert>,
 }
 
 impl Mixture {
@@ -53,8 +67,11 @@ impl Mixture {
             return Err(keys.bad(USED, used, reason));
         }
         refuse_variants(keys)?;
-        let ffn = match keys.optional_count("expert_feed_forward_length", MAX_WIDTH)? {
+        const WIDTH: &str = "expert_feed_forward_length";
+        let ffn = match keys.optional_count(WIDTH, MAX_WIDTH)? {
             Some(ffn) => ffn,
+            // Beside dense layers and shared experts, whose width is another.
+            None if family.may_lead_dense() => keys.count(WIDTH, MAX_WIDTH)?,
             None => keys.count("feed_forward_length", MAX_WIDTH)?,
         };
         Ok(Some(Mixture {
@@ -64,10 +81,43 @@ impl Mixture {
             normalised: keys
                 .checkpoint
                 .bool(&keys.full("expert_weights_norm"))?
-                .unwrap_or(family != Architecture::Olmoe),
+                .unwrap_or(!matches!(
+                    family,
+                    Architecture::Olmoe | Architecture::Qwen2Moe | Architecture::Deepseek2
+                )),
             scale: keys.positive("expert_weights_scale")?.unwrap_or(1.0),
             leading_dense: leading_dense(keys)?,
+            biases: family == Architecture::GptOss,
+            shared: SharedExpert::from_keys(keys, ffn)?,
         }))
+    }
+}
+
+impl SharedExpert {
+    /// Reads the width where the family has it; `None` if there is no shared expert. `ffn` is the width of the
+    /// others.
+    fn from_keys(keys: &ArchitectureKeys<'_>, ffn: u64) -> Result<Option<Self>, ConfigError> {
+        const WIDTH: &str = "expert_shared_feed_forward_length";
+        const COUNT: &str = "expert_shared_count";
+        let gated = keys.architecture == Architecture::Qwen2Moe;
+        let ffn = match keys.architecture {
+            Architecture::Qwen2Moe => keys.count(WIDTH, MAX_WIDTH)?,
+            Architecture::GraniteMoe => keys.count_from_zero(WIDTH, MAX_WIDTH)?,
+            Architecture::Deepseek2 => {
+                let count = keys.count_from_zero(COUNT, MAX_EXPERTS)?;
+                let width = count * ffn;
+                if width > MAX_WIDTH {
+                    let reason = format!(
+                        "with experts of width {ffn} that is {width}, and at most {MAX_WIDTH} is possible"
+                    );
+                    return Err(keys.bad(COUNT, count, reason));
+                }
+                width
+            }
+            _ => 0,
+        };
+        let ffn = ffn as usize;
+        Ok((ffn > 0).then_some(SharedExpert { ffn, gated }))
     }
 }
 
@@ -75,11 +125,9 @@ fn leading_dense(keys: &ArchitectureKeys<'_>) -> Result<u32, ConfigError> {
     const KEY: &str = "leading_dense_block_count";
     match keys.checkpoint.unsigned(&keys.full(KEY))? {
         None | Some(0) => Ok(0),
-        Some(count) if keys.architecture != Architecture::Qwen3Moe => {
-            Err(ConfigError::Unsupported {
-                feature: format!("a mixture with {} = {count}", keys.full(KEY)),
-            })
-        }
+        Some(count) if !keys.architecture.may_lead_dense() => Err(ConfigError::Unsupported {
+            feature: format!("a mixture with {} = {count}", keys.full(KEY)),
+        }),
         Some(count) if count <= MAX_LAYERS => Ok(count as u32),
         Some(count) => Err(keys.bad(KEY, count, format!("it must be at most {MAX_LAYERS}"))),
     }
@@ -88,14 +136,22 @@ fn leading_dense(keys: &ArchitectureKeys<'_>) -> Result<u32, ConfigError> {
 /// Rejects ways of choosing experts that the engines do not have.
 fn refuse_variants(keys: &ArchitectureKeys<'_>) -> Result<(), ConfigError> {
     // How scores become weights: 1 is the softmax.
-    let variants = [
-        ("expert_shared_count", 0),
-        ("expert_shared_feed_forward_length", 0),
+    let mut variants = vec![
         ("expert_gating_func", 1),
         ("expert_group_count", 1),
         ("interleave_moe_layer_step", 1),
         ("moe_every_n_layers", 1),
     ];
+    match keys.architecture {
+        Architecture::Deepseek2 => {}
+        Architecture::Qwen2Moe | Architecture::GraniteMoe => {
+            variants.push(("expert_shared_count", 1));
+        }
+        _ => variants.extend([
+            ("expert_shared_count", 0),
+            ("expert_shared_feed_forward_length", 0),
+        ]),
+    }
     for (key, known) in variants {
         if let Some(value) = keys.checkpoint.unsigned(&keys.full(key))?
             && value != known

@@ -3,6 +3,7 @@
 use super::architecture::Architecture;
 use super::error::ConfigError;
 use super::keys::{ArchitectureKeys, MAX_CONTEXT, MAX_LAYERS, MAX_WIDTH};
+use super::latent::LatentAttention;
 use super::mixture::Mixture;
 use super::network::{Activation, ModelConfig};
 use super::rope::Rope;
@@ -28,9 +29,12 @@ impl ModelConfig {
         let layers = keys.count("block_count", MAX_LAYERS)?;
         let hidden = keys.count("embedding_length", MAX_WIDTH)? as usize;
         let heads = keys.count("attention.head_count", MAX_WIDTH)? as usize;
-        let kv_heads = keys
-            .optional_count("attention.head_count_kv", MAX_WIDTH)?
-            .map_or(heads, |n| n as usize);
+        let kv_heads = match architecture {
+            Architecture::Deepseek2 => LatentAttention::check_kv_heads(&keys, heads)?,
+            _ => keys
+                .optional_count("attention.head_count_kv", MAX_WIDTH)?
+                .map_or(heads, |n| n as usize),
+        };
         if !heads.is_multiple_of(kv_heads) {
             return Err(keys.bad(
                 "attention.head_count_kv",
@@ -38,7 +42,7 @@ impl ModelConfig {
                 format!("it must divide the {heads} query heads"),
             ));
         }
-        let head_dim = keys.head_dim(hidden, heads)?;
+        let (head_dim, value_dim) = keys.head_widths(hidden, heads)?;
         let embedding = checkpoint.require_tensor("token_embd.weight")?;
         let rope = Rope::from_keys(&keys, head_dim)?;
         let mixture = Mixture::from_keys(&keys)?;
@@ -56,6 +60,8 @@ impl ModelConfig {
             heads,
             kv_heads,
             head_dim,
+            value_dim,
+            latent: LatentAttention::from_keys(&keys, head_dim, rope.dim)?,
             ffn: dense_width(&keys, mixture.as_ref())?,
             mixture,
             vocab: keys.vocab(embedding.dims.get(1).copied().unwrap_or(0))?,
@@ -63,7 +69,10 @@ impl ModelConfig {
             norm_eps: keys.norm_eps()?,
             window: SlidingWindow::from_keys(&keys, layers as u32, &rope)?,
             rope,
-            query_scalar: keys.query_scalar(layers, hidden, heads, head_dim)?,
+            query_scalar: match architecture {
+                Architecture::Deepseek2 => LatentAttention::query_scalar(&keys, head_dim)?,
+                _ => keys.query_scalar(layers, hidden, heads, head_dim)?,
+            },
             embedding_scale: match gemma {
                 true => ModelConfig::gemma_embedding_scale(hidden),
                 false => granite("embedding_scale")?,
@@ -75,11 +84,14 @@ impl ModelConfig {
                 false => 0.0,
             },
             post_norms: gemma,
-            activation: match gemma {
-                true => Activation::GeluTanh,
-                false => Activation::Silu,
+            activation: match architecture {
+                Architecture::Gemma3 => Activation::GeluTanh,
+                Architecture::GptOss => Activation::ClampedSwiglu,
+                _ => Activation::Silu,
             },
             qkv_bias: tensors.get("blk.0.attn_q.bias").is_some(),
+            output_bias: tensors.get("blk.0.attn_output.bias").is_some(),
+            attention_sinks: architecture == Architecture::GptOss,
             qk_norm: tensors.get("blk.0.attn_q_norm.weight").is_some(),
             qk_norm_over_heads: architecture == Architecture::Olmoe,
             tied_embeddings: tensors.get("output.weight").is_none(),

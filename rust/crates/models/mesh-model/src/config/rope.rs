@@ -27,6 +27,8 @@ pub enum RopeScaling {
         beta_slow: f32,
         /// Factor on queries and keys: [`RopeScaling::yarn_attention_factor`], unless the model has its own.
         attention_factor: f32,
+        /// The blend begins and ends at whole pairs, rounded outwards; gpt-oss rounds nothing.
+        truncate: bool,
     },
     /// Llama 3.1's: pairs with long waves are divided by `factor`, those with short ones stay, those between
     /// are blended. GGUF files have the outcome instead, as [`Rope::freq_factors`].
@@ -46,7 +48,12 @@ impl RopeScaling {
     /// YaRN's default factor on queries and keys: `1 + 0.1 ln(factor)` (equation 22 of
     /// <https://arxiv.org/abs/2309.00071>).
     pub fn yarn_attention_factor(factor: f32) -> f32 {
-        1.0 + 0.1 * factor.max(1.0).ln()
+        RopeScaling::yarn_mscale(factor, 1.0)
+    }
+
+    /// `1 + 0.1 weight ln(factor)`: what Hugging Face's configurations weigh by `mscale` and `mscale_all_dim`.
+    pub fn yarn_mscale(factor: f32, weight: f32) -> f32 {
+        1.0 + 0.1 * weight * factor.max(1.0).ln()
     }
 }
 
@@ -55,7 +62,7 @@ impl RopeScaling {
 pub struct Rope {
     /// Base of the geometric sequence of frequencies.
     pub base: f32,
-    /// Elements of each head that turn, from its first on; even.
+    /// Elements of each head that turn, from its first on; even. With latent attention they are its last.
     pub dim: usize,
     /// Arrangement of pairs within a head.
     pub style: RopeStyle,
@@ -119,6 +126,7 @@ impl Rope {
             original_context,
             beta_fast,
             beta_slow,
+            truncate,
             ..
         } = self.scaling
         {
@@ -127,8 +135,13 @@ impl Rope {
                 let wave = f64::from(original_context) / (f64::from(turns) * std::f64::consts::TAU);
                 self.dim as f64 * wave.ln() / (2.0 * f64::from(self.base).ln())
             };
-            low = pair(beta_fast).floor().max(0.0);
-            high = pair(beta_slow).ceil().min(self.dim as f64 - 1.0);
+            let ends = (pair(beta_fast), pair(beta_slow));
+            let (first, last) = match truncate {
+                true => (ends.0.floor(), ends.1.ceil()),
+                false => ends,
+            };
+            low = first.max(0.0);
+            high = last.min(self.dim as f64 - 1.0);
         }
         move |i| 1.0 - ((i as f64 - low) / (high - low).max(0.001)).clamp(0.0, 1.0)
     }
@@ -162,7 +175,11 @@ impl Rope {
                 | Architecture::Qwen3
                 | Architecture::Gemma3
                 | Architecture::Qwen3Moe
-                | Architecture::Olmoe => RopeStyle::Halves,
+                | Architecture::Qwen2Moe
+                | Architecture::Olmoe
+                | Architecture::GptOss => RopeStyle::Halves,
+                // Pairs are neighbours in folders, too.
+                Architecture::Deepseek2 => RopeStyle::Interleaved,
             },
             scaling: scaling(keys)?,
             freq_factors: freq_factors(keys, dim / 2)?,
@@ -205,26 +222,42 @@ fn scaling(keys: &ArchitectureKeys<'_>) -> Result<RopeScaling, ConfigError> {
         "linear" => Ok(RopeScaling::Linear {
             factor: factor.unwrap_or(1.0),
         }),
-        "yarn" => Ok(RopeScaling::Yarn {
-            factor: factor.unwrap_or(1.0),
-            original_context: match keys
-                .optional_count("rope.scaling.original_context_length", MAX_CONTEXT)?
-            {
-                Some(context) => context as u32,
-                None => keys.count("context_length", MAX_CONTEXT)? as u32,
-            },
-            beta_fast: keys
-                .positive("rope.scaling.yarn_beta_fast")?
-                .unwrap_or(32.0),
-            beta_slow: keys.positive("rope.scaling.yarn_beta_slow")?.unwrap_or(1.0),
-            // The file's is a factor on the formula's.
-            attention_factor: keys.positive("rope.scaling.attn_factor")?.unwrap_or(1.0)
-                * RopeScaling::yarn_attention_factor(factor.unwrap_or(1.0)),
-        }),
+        "yarn" => yarn(keys, factor.unwrap_or(1.0)),
         other => Err(ConfigError::Unsupported {
             feature: format!("rope scaling {other:?} ({key})"),
         }),
     }
+}
+
+fn yarn(keys: &ArchitectureKeys<'_>, factor: f32) -> Result<RopeScaling, ConfigError> {
+    // The file's factor is one on what follows from the formula.
+    let own = keys.positive("rope.scaling.attn_factor")?.unwrap_or(1.0);
+    let plain = RopeScaling::yarn_attention_factor(factor);
+    let formula = match keys.yarn_weight()? {
+        None => plain,
+        // DeepSeek's weights of both logarithms are the same.
+        Some(_) if keys.architecture == Architecture::Deepseek2 => 1.0,
+        Some(weight) => plain / RopeScaling::yarn_mscale(factor, weight),
+    };
+    Ok(RopeScaling::Yarn {
+        factor,
+        original_context: match keys
+            .optional_count("rope.scaling.original_context_length", MAX_CONTEXT)?
+        {
+            Some(context) => context as u32,
+            None => keys.count("context_length", MAX_CONTEXT)? as u32,
+        },
+        beta_fast: keys
+            .positive("rope.scaling.yarn_beta_fast")?
+            .unwrap_or(32.0),
+        beta_slow: keys.positive("rope.scaling.yarn_beta_slow")?.unwrap_or(1.0),
+        attention_factor: own * formula,
+        // GGUF has no key for it; this one comes from config.json. gpt-oss was trained without it.
+        truncate: keys
+            .checkpoint
+            .bool(&keys.full("rope.scaling.yarn_truncate"))?
+            .unwrap_or(keys.architecture != Architecture::GptOss),
+    })
 }
 
 fn freq_factors(
@@ -322,6 +355,7 @@ mod tests {
             beta_fast: 32.0,
             beta_slow: 1.0,
             attention_factor: RopeScaling::yarn_attention_factor(factor),
+            truncate: true,
         };
         // Qwen2.5 with 131,072 tokens; Llama 2 with 65,536.
         let qwen = Rope {
@@ -359,6 +393,54 @@ mod tests {
         );
         assert!(close(llama.magnitude(), 1.277_258_9));
         assert_eq!(rope(RopeScaling::Linear { factor: 4.0 }).magnitude(), 1.0);
+    }
+
+    /// Computed by `ROPE_INIT_FUNCTIONS["yarn"]` of `transformers` 5.24 for the default configuration of gpt-oss
+    /// and for that of DeepSeek-V2-Lite, in single precision.
+    #[test]
+    fn yarn_gives_the_frequencies_of_transformers_with_and_without_rounded_ends() {
+        let yarn = |factor, truncate| RopeScaling::Yarn {
+            factor,
+            original_context: 4096,
+            beta_fast: 32.0,
+            beta_slow: 1.0,
+            attention_factor: RopeScaling::yarn_attention_factor(factor),
+            truncate,
+        };
+        let oss = Rope {
+            base: 150_000.0,
+            ..rope(yarn(32.0, false))
+        };
+        expect(
+            &oss,
+            &[
+                (0, 1.0),
+                (8, 0.050_813_272_6),
+                (9, 0.031_705_696_1),
+                (12, 0.006_794_959_31),
+                (16, 0.000_456_483_918),
+                (17, 0.000_129_318_694),
+                (18, 3.830_881_18e-5),
+                (31, 3.023_511_4e-7),
+            ],
+        );
+        assert!(close(oss.magnitude(), 1.346_573_6));
+        let deepseek = rope(yarn(40.0, true));
+        expect(
+            &deepseek,
+            &[
+                (10, 0.056_234_128_8),
+                (11, 0.039_006_926_1),
+                (16, 0.005_500_000_44),
+                (21, 0.000_414_990_413),
+                (22, 0.000_177_827_94),
+                (23, 3.333_803_4e-5),
+                (31, 3.333_803_53e-6),
+            ],
+        );
+        // With mscale 1 and mscale_all_dim 0.707.
+        let ratio = RopeScaling::yarn_mscale(40.0, 1.0) / RopeScaling::yarn_mscale(40.0, 0.707);
+        assert!(close(ratio, 1.085_726_4));
     }
 
     /// The formula is `apply_scaling` of <https://github.com/meta-llama/llama-models>.

@@ -2,6 +2,7 @@
 
 use super::architecture::Architecture;
 use super::error::ConfigError;
+use super::latent::LatentAttention;
 use super::mixture::Mixture;
 use super::network::ModelConfig;
 use crate::checkpoint::Checkpoint;
@@ -10,7 +11,7 @@ use crate::gguf::{expert_name, stack_name};
 /// Checks that all tensors that the engines need exist with the right dimensions, and that no other would be
 /// ignored.
 pub(super) fn check(config: &ModelConfig, checkpoint: &dyn Checkpoint) -> Result<(), ConfigError> {
-    let expected = expected(config);
+    let expected = expected(config, checkpoint);
     for (name, dims) in &expected.globals {
         check_one(checkpoint, name, dims)?;
     }
@@ -48,13 +49,8 @@ struct ExpectedTensors {
 }
 
 /// Dimensions in GGUF order: inputs first.
-fn expected(config: &ModelConfig) -> ExpectedTensors {
-    let [hidden, ffn, vocab, head_dim] =
-        [config.hidden, config.ffn, config.vocab, config.head_dim].map(|n| n as u64);
-    let (q, kv) = (
-        config.heads as u64 * head_dim,
-        config.kv_heads as u64 * head_dim,
-    );
+fn expected(config: &ModelConfig, checkpoint: &dyn Checkpoint) -> ExpectedTensors {
+    let [hidden, ffn, vocab] = [config.hidden, config.ffn, config.vocab].map(|n| n as u64);
     let mut globals = vec![
         ("token_embd.weight", vec![hidden, vocab]),
         ("output_norm.weight", vec![hidden]),
@@ -62,35 +58,17 @@ fn expected(config: &ModelConfig) -> ExpectedTensors {
     if !config.tied_embeddings {
         globals.push(("output.weight", vec![hidden, vocab]));
     }
-    let mut per_layer = vec![
-        ("attn_norm.weight", vec![hidden]),
-        ("attn_q.weight", vec![hidden, q]),
-        ("attn_k.weight", vec![hidden, kv]),
-        ("attn_v.weight", vec![hidden, kv]),
-        ("attn_output.weight", vec![q, hidden]),
-        ("ffn_norm.weight", vec![hidden]),
-    ];
+    let mut per_layer = vec![("attn_norm.weight", vec![hidden])];
+    per_layer.extend(match config.latent {
+        None => attention(config),
+        Some(latent) => latent_attention(config, latent, checkpoint),
+    });
+    per_layer.push((config.ffn_norm(), vec![hidden]));
     let dense = vec![
         ("ffn_gate.weight", vec![hidden, ffn]),
         ("ffn_up.weight", vec![hidden, ffn]),
         ("ffn_down.weight", vec![ffn, hidden]),
     ];
-    let experts = config.mixture.as_ref().map(|mixture| mixture.experts);
-    let mixture = experts.map(|experts| (ROUTER, vec![hidden, experts as u64]));
-    if config.qkv_bias || config.architecture == Architecture::Qwen2 {
-        per_layer.extend([
-            ("attn_q.bias", vec![q]),
-            ("attn_k.bias", vec![kv]),
-            ("attn_v.bias", vec![kv]),
-        ]);
-    }
-    if config.qk_norm || config.architecture.has_qk_norm() {
-        let [q, k] = config.qk_norm_widths().map(|width| width as u64);
-        per_layer.extend([
-            ("attn_q_norm.weight", vec![q]),
-            ("attn_k_norm.weight", vec![k]),
-        ]);
-    }
     if config.post_norms {
         per_layer.extend([
             ("post_attention_norm.weight", vec![hidden]),
@@ -101,8 +79,111 @@ fn expected(config: &ModelConfig) -> ExpectedTensors {
         globals,
         per_layer,
         dense,
-        mixture: mixture.into_iter().collect(),
+        mixture: match &config.mixture {
+            Some(mixture) => around_experts(hidden, mixture),
+            None => Vec::new(),
+        },
     }
+}
+
+/// Tensors of attention with queries, keys and values of their own.
+fn attention(config: &ModelConfig) -> Vec<(&'static str, Vec<u64>)> {
+    let [hidden, heads, head_dim] =
+        [config.hidden, config.heads, config.head_dim].map(|n| n as u64);
+    let (q, kv) = (heads * head_dim, config.kv_heads as u64 * head_dim);
+    let mut tensors = vec![
+        ("attn_q.weight", vec![hidden, q]),
+        ("attn_k.weight", vec![hidden, kv]),
+        ("attn_v.weight", vec![hidden, kv]),
+        ("attn_output.weight", vec![q, hidden]),
+    ];
+    if config.qkv_bias || config.architecture.has_qkv_bias() {
+        tensors.extend([
+            ("attn_q.bias", vec![q]),
+            ("attn_k.bias", vec![kv]),
+            ("attn_v.bias", vec![kv]),
+        ]);
+    }
+    if config.output_bias || config.architecture == Architecture::GptOss {
+        tensors.push(("attn_output.bias", vec![hidden]));
+    }
+    if config.attention_sinks {
+        tensors.push(("attn_sinks.weight", vec![heads]));
+    }
+    if config.qk_norm || config.architecture.has_qk_norm() {
+        let [q, k] = config.qk_norm_widths().map(|width| width as u64);
+        tensors.extend([
+            ("attn_q_norm.weight", vec![q]),
+            ("attn_k_norm.weight", vec![k]),
+        ]);
+    }
+    tensors
+}
+
+/// Tensors of latent attention. The matrix that makes keys and values of the latent row is whole, or in two
+/// stacks over heads, of which that for keys is transposed.
+fn latent_attention(
+    config: &ModelConfig,
+    latent: LatentAttention,
+    checkpoint: &dyn Checkpoint,
+) -> Vec<(&'static str, Vec<u64>)> {
+    let [hidden, heads, key, value, rotated, rank] = [
+        config.hidden,
+        config.heads,
+        config.head_dim,
+        config.value_dim,
+        config.rope.dim,
+        latent.rank,
+    ]
+    .map(|n| n as u64);
+    let plain = key - rotated;
+    let mut tensors = match latent.query_rank.map(|rank| rank as u64) {
+        None => vec![("attn_q.weight", vec![hidden, heads * key])],
+        Some(rank) => vec![
+            ("attn_q_a.weight", vec![hidden, rank]),
+            ("attn_q_a_norm.weight", vec![rank]),
+            ("attn_q_b.weight", vec![rank, heads * key]),
+        ],
+    };
+    tensors.extend([
+        ("attn_kv_a_mqa.weight", vec![hidden, rank + rotated]),
+        ("attn_kv_a_norm.weight", vec![rank]),
+        ("attn_output.weight", vec![heads * value, hidden]),
+    ]);
+    match checkpoint.tensors().get("blk.0.attn_k_b.weight") {
+        None => tensors.push(("attn_kv_b.weight", vec![rank, heads * (plain + value)])),
+        Some(_) => tensors.extend([
+            ("attn_k_b.weight", vec![plain, rank, heads]),
+            ("attn_v_b.weight", vec![rank, value, heads]),
+        ]),
+    }
+    tensors
+}
+
+/// The tensors of a layer's mixture without its experts' matrices.
+fn around_experts(hidden: u64, mixture: &Mixture) -> Vec<(&'static str, Vec<u64>)> {
+    let (experts, ffn) = (mixture.experts as u64, mixture.ffn as u64);
+    let mut tensors = vec![(ROUTER, vec![hidden, experts])];
+    if mixture.biases {
+        tensors.extend([
+            ("ffn_gate_inp.bias", vec![experts]),
+            ("ffn_gate_exps.bias", vec![ffn, experts]),
+            ("ffn_up_exps.bias", vec![ffn, experts]),
+            ("ffn_down_exps.bias", vec![hidden, experts]),
+        ]);
+    }
+    if let Some(shared) = mixture.shared {
+        let ffn = shared.ffn as u64;
+        tensors.extend([
+            ("ffn_gate_shexp.weight", vec![hidden, ffn]),
+            ("ffn_up_shexp.weight", vec![hidden, ffn]),
+            ("ffn_down_shexp.weight", vec![ffn, hidden]),
+        ]);
+        if shared.gated {
+            tensors.push(("ffn_gate_inp_shexp.weight", vec![hidden]));
+        }
+    }
+    tensors
 }
 
 const ROUTER: &str = "ffn_gate_inp.weight";

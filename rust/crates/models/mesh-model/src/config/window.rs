@@ -31,7 +31,7 @@ impl SlidingWindow {
     }
 
     /// Reads `attention.sliding_window` and its pattern, a period or a flag for each layer. Without a
-    /// pattern, Gemma 3 has its own, and other families have the window in all layers (Mistral).
+    /// pattern, Gemma 3 and gpt-oss have their own, and other families have the window in all layers (Mistral).
     pub(super) fn from_keys(
         keys: &ArchitectureKeys<'_>,
         layers: u32,
@@ -46,7 +46,6 @@ impl SlidingWindow {
                 return Err(keys.bad(SIZE, size, format!("it must be at most {MAX_CONTEXT}")));
             }
         };
-        let gemma = keys.architecture == Architecture::Gemma3;
         let pattern = match keys.checkpoint.metadata(&keys.full(PATTERN)) {
             Some(Value::Array(flags)) => {
                 let wrong = || {
@@ -76,8 +75,11 @@ impl SlidingWindow {
                     ));
                 }
             },
-            None if gemma => SlidingWindow::all_but_every(GEMMA_PERIOD, layers),
-            None => vec![true; layers as usize],
+            None => match keys.architecture {
+                Architecture::Gemma3 => SlidingWindow::all_but_every(GEMMA_PERIOD, layers),
+                Architecture::GptOss => SlidingWindow::all_but_every(GPT_OSS_PERIOD, layers),
+                _ => vec![true; layers as usize],
+            },
         };
         Ok(Some(SlidingWindow {
             size,
@@ -89,3 +91,5 @@ impl SlidingWindow {
 
 /// Five layers with the window, then one without.
 const GEMMA_PERIOD: u32 = 6;
+/// One layer with the window, then one without.
+const GPT_OSS_PERIOD: u32 = 2;

@@ -15,12 +15,13 @@ pub fn expert_name(matrix: &str, expert: usize) -> String {
     format!("{matrix}.{expert}.weight")
 }
 
-/// True for the tensors of a layer that hold matrices of experts, stacked or one by one. A token reads only
+/// True for the tensors of a layer that hold matrices or biases of experts, stacked or one by one. A token reads only
 /// those of the experts that it uses.
 pub fn is_of_experts(name: &str) -> bool {
     let suffix = name
         .strip_prefix("blk.")
-        .and_then(|rest| rest.split_once('.')?.1.strip_suffix(".weight"));
+        .and_then(|rest| rest.split_once('.'))
+        .and_then(|(_, rest)| rest.strip_suffix(".weight").or(rest.strip_suffix(".bias")));
     let is_number = |text: &str| !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
     suffix.is_some_and(|suffix| {
         let single = suffix.split_once('.');

@@ -175,6 +175,7 @@ fn parse_tensor_list(cursor: &mut Cursor<'_>, count: u64) -> Result<Vec<TensorEn
                 file: 0,
                 at: offset as usize,
                 len: len as usize,
+                gather: None,
             }),
             Err(reason) => {
                 return Err(GgufError::TensorShape {

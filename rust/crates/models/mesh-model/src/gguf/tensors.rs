@@ -6,7 +6,9 @@ use mesh_quant::GgmlType;
 
 use super::dequant::dequantize;
 use super::error::GgufError;
-use crate::file::{Data, ModelFile};
+use crate::data::Data;
+use crate::file::ModelFile;
+use crate::gather::Gather;
 
 /// A tensor and its bytes.
 #[derive(Debug, Clone, Copy)]
@@ -44,6 +46,8 @@ pub(crate) struct TensorEntry {
     /// Position in the file.
     pub(crate) at: usize,
     pub(crate) len: usize,
+    /// Where the bytes lie if they are not one range of the file.
+    pub(crate) gather: Option<Gather>,
 }
 
 impl Tensors {
@@ -106,7 +110,10 @@ impl Tensors {
             name: &entry.name,
             ty: entry.ty,
             dims: &entry.dims,
-            data: self.files[entry.file].data(entry.at as u64, entry.len),
+            data: match &entry.gather {
+                None => self.files[entry.file].data(entry.at as u64, entry.len),
+                Some(gather) => Data::gathered(gather, &self.files, entry.len),
+            },
         }
     }
 }

@@ -4,6 +4,7 @@
 //! key says the same in GGUF).
 
 mod class;
+mod heads;
 mod mixture;
 mod object;
 mod rope;
@@ -15,7 +16,7 @@ use super::keys::GgufKeys;
 use super::naming::TensorNaming;
 use crate::config::{MAX_CONTEXT, MAX_LAYERS, MAX_VOCAB, MAX_WIDTH};
 use class::Class;
-use object::{FILE, Object, bad};
+use object::{FILE, Object};
 
 /// The contents of `config.json`.
 pub(super) struct Configuration {
@@ -43,7 +44,7 @@ pub(super) fn read(json: &[u8], name: &str) -> Result<Configuration, HfError> {
     let tied = |object: &Object<'_>| object.boolean("tie_word_embeddings");
     let network = TensorNaming {
         tied: tied(&text)?.or(tied(&root)?).unwrap_or(gemma),
-        post_norms: gemma,
+        post_attention_norms: gemma || class == Class::GptOss,
         sees,
         experts: class.expert_naming(),
     };
@@ -65,36 +66,16 @@ pub(super) fn read(json: &[u8], name: &str) -> Result<Configuration, HfError> {
         count("intermediate_size", MAX_WIDTH, None)?,
     );
     mixture::mixture(&text, class, layers, &mut keys)?;
-    let (heads, kv_heads, head_dim, vocab, context) = match class {
-        Class::Gemma3 => (Some(8), Some(4), Some(256), Some(262_208), Some(131_072)),
-        Class::Qwen3 => (None, None, Some(128), None, None),
-        Class::Mixtral => (None, Some(8), None, None, None),
-        Class::Qwen3Moe => (None, Some(4), None, None, None),
-        _ => (None, None, None, None, None),
+    let rotated = heads::heads(&text, class, hidden, &mut keys)?;
+    let (vocab, context) = match class {
+        Class::Gemma3 => (Some(262_208), Some(131_072)),
+        Class::GptOss => (Some(201_088), Some(131_072)),
+        _ => (None, None),
     };
-    let heads = count("num_attention_heads", MAX_WIDTH, heads)?;
-    keys.count("attention.head_count", heads);
-    let kv_heads = count("num_key_value_heads", MAX_WIDTH, kv_heads.or(Some(heads)))?;
-    if !heads.is_multiple_of(kv_heads) {
-        let reason = format!("it must divide the {heads} query heads");
-        return Err(bad("num_key_value_heads", kv_heads, reason));
-    }
-    keys.count("attention.head_count_kv", kv_heads);
-    let head_dim = match text.count("head_dim", MAX_WIDTH)?.or(head_dim) {
-        Some(head_dim) => head_dim,
-        None if hidden.is_multiple_of(heads) => hidden / heads,
-        None => {
-            let reason =
-                format!("it must divide the hidden size {hidden}, or head_dim must be given");
-            return Err(bad("num_attention_heads", heads, reason));
-        }
-    };
-    keys.count("attention.key_length", head_dim);
-    keys.count("attention.value_length", head_dim);
     keys.count("vocab_size", count("vocab_size", MAX_VOCAB, vocab)?);
     let context = count("max_position_embeddings", MAX_CONTEXT, context)?;
     let eps = text.positive("rms_norm_eps")?.unwrap_or(match class {
-        Class::Mixtral | Class::Olmoe => 1e-5,
+        Class::Mixtral | Class::Olmoe | Class::GptOss => 1e-5,
         _ => 1e-6,
     });
     keys.float("attention.layer_norm_rms_epsilon", eps);
@@ -108,7 +89,7 @@ pub(super) fn read(json: &[u8], name: &str) -> Result<Configuration, HfError> {
         }
     }
     window(&text, class, layers, &mut keys)?;
-    let (context, freq_factors) = rope::rope(&text, class, head_dim, context, &mut keys)?;
+    let (context, freq_factors) = rope::rope(&text, class, rotated, context, &mut keys)?;
     keys.count("context_length", context);
     Ok(Configuration {
         keys,
@@ -123,9 +104,11 @@ fn refuse_foreign(text: &Object<'_>, class: Class) -> Result<(), HfError> {
         let method = quantised
             .string("quant_method")?
             .unwrap_or("an unknown method");
-        return Err(HfError::Unsupported {
-            feature: format!("weights quantised by {method} (quantization_config)"),
-        });
+        if (class, method) != (Class::GptOss, "mxfp4") {
+            return Err(HfError::Unsupported {
+                feature: format!("weights quantised by {method} (quantization_config)"),
+            });
+        }
     }
     let (key, known): (_, &[&str]) = match class {
         Class::Gemma3 => ("hidden_activation", &["gelu_pytorch_tanh"]),
@@ -149,18 +132,22 @@ fn window(
     let size = match (class, text.map.get("sliding_window")) {
         // What the classes assume.
         (Class::Mistral | Class::Gemma3, None) => Some(4096),
+        (Class::GptOss, None) => Some(128),
+        // What the class writes where the switch is off.
+        (Class::Qwen2Moe, Some(size)) if *size == 0 => None,
         _ => text.count("sliding_window", MAX_CONTEXT)?,
     };
     let flags: Vec<bool> = match class {
-        Class::Llama | Class::Olmoe | Class::GraniteMoe => return Ok(()),
+        Class::Llama | Class::Olmoe | Class::GraniteMoe | Class::DeepseekV2 => return Ok(()),
         _ if text.map.contains_key("layer_types") => text.layer_types(layers)?,
         Class::Mistral | Class::Mixtral => vec![true; layers as usize],
+        Class::GptOss => (0..layers).map(|layer| layer % 2 == 0).collect(),
         // A switch for all layers.
         Class::Qwen3Moe => {
             let has = text.boolean("use_sliding_window")?.unwrap_or(false);
             vec![has; layers as usize]
         }
-        Class::Qwen2 | Class::Qwen3 => {
+        Class::Qwen2 | Class::Qwen3 | Class::Qwen2Moe => {
             if !text.boolean("use_sliding_window")?.unwrap_or(false) {
                 return Ok(());
             }

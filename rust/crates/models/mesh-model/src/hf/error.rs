@@ -59,8 +59,9 @@ pub enum HfError {
     /// A network of another family.
     #[error(
         "architecture {found:?} is not supported: use a model of LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, \
-         Qwen3ForCausalLM, Gemma3ForCausalLM, MixtralForCausalLM, Qwen3MoeForCausalLM, OlmoeForCausalLM or \
-         GraniteMoeForCausalLM"
+         Qwen3ForCausalLM, Gemma3ForCausalLM, MixtralForCausalLM, Qwen3MoeForCausalLM, Qwen2MoeForCausalLM, \
+         OlmoeForCausalLM, GraniteMoeForCausalLM, GraniteMoeSharedForCausalLM, DeepseekV2ForCausalLM or \
+         GptOssForCausalLM"
     )]
     Architecture { found: String },
     /// A feature that the engines do not have.
@@ -84,6 +85,19 @@ pub enum HfError {
         "tensor {tensor:?} has shape {shape:?}: it must hold the matrices of 1 to 1024 experts; convert the model again"
     )]
     Experts { tensor: String, shape: Vec<u64> },
+    /// MXFP4 codes or scales of another type or shape.
+    #[error(
+        "tensor {tensor:?} has type {dtype} and shape {shape:?}: MXFP4 weights are U8, codes [experts, rows, blocks, 16] and \
+         scales [experts, rows, blocks]; fetch the model again"
+    )]
+    Mxfp4 {
+        tensor: String,
+        dtype: Dtype,
+        shape: Vec<u64>,
+    },
+    /// MXFP4 codes without scales, or scales without codes.
+    #[error("tensor {tensor:?} is there without {missing:?}: fetch the whole model again")]
+    HalfOfMxfp4 { tensor: String, missing: String },
     /// More tensors than any model has.
     #[error(
         "the model has more than {limit} tensors: the folder is damaged; fetch the model again"

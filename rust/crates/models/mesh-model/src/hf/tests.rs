@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 use super::*;
 use crate::config::{Architecture, ModelConfig, RopeScaling, RopeStyle};
 use crate::model::Model;
+use crate::safetensors::Dtype;
 use crate::synth::{Shape, Tokens, random_model, write_folder};
 use crate::tokenizer::EncodeOptions;
 
@@ -99,7 +100,7 @@ fn assert_same_experts(folder: &Model, file: &Model) {
     let Some(mixture) = &file.config().mixture else {
         return;
     };
-    for layer in 0..file.config().layers {
+    for layer in mixture.leading_dense..file.config().layers {
         for matrix in ["ffn_gate", "ffn_up", "ffn_down"] {
             let matrix = format!("blk.{layer}.{matrix}");
             for expert in 0..mixture.experts {
@@ -203,6 +204,19 @@ fn rope_scalings_are_those_of_the_configuration() {
         json["rope_scaling"] = json!({"rope_type": "yarn", "factor": 4.0, "attention_factor": 1.5});
     });
     assert!((yarn.rope.magnitude() - 1.5).abs() < 1e-6);
+    for (all, magnitude) in [(json!(0.707), 1.085_726_4), (json!(0), 1.368_888)] {
+        let yarn = config_of(|json| {
+            json["rope_parameters"] = json!({
+                "rope_type": "yarn", "factor": 40.0, "mscale": 1.0, "mscale_all_dim": all,
+                "truncate": false, "rope_theta": 10000.0,
+            });
+        });
+        assert!((yarn.rope.magnitude() - magnitude).abs() < 1e-6);
+        let RopeScaling::Yarn { truncate, .. } = yarn.rope.scaling else {
+            panic!("{:?}", yarn.rope.scaling);
+        };
+        assert!(!truncate);
+    }
 
     // The same frequencies as the formula gives where it is in the configuration itself.
     let llama3 = config_of(|json| {

@@ -2,22 +2,25 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
-use std::io::{self, BufWriter, Write};
+use std::io::{self, BufWriter};
 use std::path::Path;
 
-use half::{bf16, f16};
 use serde_json::{Value, json};
 
 use crate::checkpoint::Checkpoint;
-use crate::config::{Architecture, Mixture, ModelConfig, Rope, RopeScaling, RopeStyle};
+use crate::config::{Architecture, ModelConfig, RopeStyle};
 use crate::gguf::{Gguf, Tensor, Tensors, expert_name};
 use crate::hf::{self, ExpertNaming};
 use crate::model::Model;
 use crate::safetensors::{self, Dtype, Planned};
 
+use super::config_json::config_json;
+use super::gpt_oss::{self, Fused};
+use super::output::{put, unknown};
+
 /// Writes `model`, which lies in a GGUF file, to the folder `dir`: `config.json`, `tokenizer.json` and what
 /// belongs to it, and the weights in `shards` files. Matrices have type `dtype` (F32, F16 or BF16), vectors
-/// are F32.
+/// are F32; gpt-oss's experts in MXFP4 stay so.
 ///
 /// # Errors
 /// If a file cannot be written, or the model has what this function does not know: frequency factors, or a
@@ -50,129 +53,6 @@ pub fn write_folder(model: &Model, dtype: Dtype, shards: usize, dir: &Path) -> i
         json!({"eos_token_id": tokenizer.eos_ids()}),
     )?;
     write_weights(gguf.tensors(), config, dtype, shards.max(1), dir)
-}
-
-fn unknown(what: impl Into<String>) -> io::Error {
-    io::Error::new(io::ErrorKind::Unsupported, what.into())
-}
-
-fn config_json(config: &ModelConfig) -> io::Result<Value> {
-    let (class, kind, activation) = match config.architecture {
-        Architecture::Qwen3Moe => ("Qwen3MoeForCausalLM", "qwen3_moe", "hidden_act"),
-        Architecture::Olmoe => ("OlmoeForCausalLM", "olmoe", "hidden_act"),
-        Architecture::GraniteMoe => ("GraniteMoeForCausalLM", "granitemoe", "hidden_act"),
-        Architecture::Llama if config.mixture.is_some() => {
-            ("MixtralForCausalLM", "mixtral", "hidden_act")
-        }
-        Architecture::Llama => ("LlamaForCausalLM", "llama", "hidden_act"),
-        Architecture::Qwen2 => ("Qwen2ForCausalLM", "qwen2", "hidden_act"),
-        Architecture::Qwen3 => ("Qwen3ForCausalLM", "qwen3", "hidden_act"),
-        Architecture::Gemma3 => ("Gemma3ForCausalLM", "gemma3_text", "hidden_activation"),
-    };
-    // A llama with a window is a Mistral.
-    let class = match (config.architecture, &config.window) {
-        (Architecture::Llama, Some(_)) if config.mixture.is_none() => "MistralForCausalLM",
-        _ => class,
-    };
-    let mut json = json!({
-        "architectures": [class],
-        "model_type": kind,
-        "num_hidden_layers": config.layers,
-        "hidden_size": config.hidden,
-        "intermediate_size": config.ffn,
-        "num_attention_heads": config.heads,
-        "num_key_value_heads": config.kv_heads,
-        "head_dim": config.head_dim,
-        "vocab_size": config.vocab,
-        "max_position_embeddings": config.context,
-        "rms_norm_eps": config.norm_eps,
-        "rope_theta": config.rope.base,
-        "rope_scaling": scaling_json(&config.rope)?,
-        "tie_word_embeddings": config.tied_embeddings,
-    });
-    json[activation] = match config.architecture {
-        Architecture::Gemma3 => "gelu_pytorch_tanh".into(),
-        _ => "silu".into(),
-    };
-    if config.architecture == Architecture::Gemma3 {
-        json["query_pre_attn_scalar"] = config.query_scalar.into();
-    }
-    if let Some(mixture) = &config.mixture {
-        put_mixture(&mut json, config, mixture);
-    }
-    if let Some(window) = &config.window {
-        let kind = |&has: &bool| {
-            if has {
-                "sliding_attention"
-            } else {
-                "full_attention"
-            }
-        };
-        json["sliding_window"] = window.size.into();
-        json["layer_types"] = window.layers.iter().map(kind).collect();
-        json["rope_local_base_freq"] = window.rope.base.into();
-    }
-    Ok(json)
-}
-
-fn put_mixture(json: &mut Value, config: &ModelConfig, mixture: &Mixture) {
-    let experts = match config.architecture {
-        Architecture::Qwen3Moe | Architecture::Olmoe => "num_experts",
-        _ => "num_local_experts",
-    };
-    json[experts] = mixture.experts.into();
-    json["num_experts_per_tok"] = mixture.used.into();
-    json["norm_topk_prob"] = mixture.normalised.into();
-    match config.architecture {
-        Architecture::Qwen3Moe => {
-            json["moe_intermediate_size"] = mixture.ffn.into();
-            json["mlp_only_layers"] = (0..mixture.leading_dense).collect();
-        }
-        Architecture::GraniteMoe => {
-            json["embedding_multiplier"] = config.embedding_scale.into();
-            json["residual_multiplier"] = config.residual_scale.into();
-            json["attention_multiplier"] = (1.0 / config.query_scalar.sqrt()).into();
-            json["logits_scaling"] = config.logit_divisor.into();
-            json["intermediate_size"] = mixture.ffn.into();
-        }
-        _ => json["intermediate_size"] = mixture.ffn.into(),
-    }
-}
-
-fn scaling_json(rope: &Rope) -> io::Result<Value> {
-    if rope.freq_factors.is_some() {
-        return Err(unknown("frequency factors have no place in config.json"));
-    }
-    Ok(match rope.scaling {
-        RopeScaling::None => Value::Null,
-        RopeScaling::Linear { factor } => json!({"rope_type": "linear", "factor": factor}),
-        RopeScaling::Yarn {
-            factor,
-            original_context,
-            beta_fast,
-            beta_slow,
-            attention_factor,
-        } => json!({
-            "rope_type": "yarn",
-            "factor": factor,
-            "original_max_position_embeddings": original_context,
-            "beta_fast": beta_fast,
-            "beta_slow": beta_slow,
-            "attention_factor": attention_factor,
-        }),
-        RopeScaling::Llama3 {
-            factor,
-            low_freq_factor,
-            high_freq_factor,
-            original_context,
-        } => json!({
-            "rope_type": "llama3",
-            "factor": factor,
-            "low_freq_factor": low_freq_factor,
-            "high_freq_factor": high_freq_factor,
-            "original_max_position_embeddings": original_context,
-        }),
-    })
 }
 
 /// The token tables as the file has them.
@@ -316,12 +196,26 @@ fn write_weights(
     dir: &Path,
 ) -> io::Result<()> {
     let naming = naming(config);
-    let mut planned: Vec<(Planned, Vec<Tensor<'_>>)> = Vec::new();
+    let mut planned: Vec<(Planned, Contents<'_>)> = Vec::new();
     for tensor in tensors.iter() {
+        let biases = tensor.name.strip_suffix("_exps.bias");
+        if let Some(matrix) = biases.filter(|matrix| !matrix.ends_with("ffn_down")) {
+            let biases = gpt_oss::plan_biases(tensors, matrix)?;
+            planned.extend(biases.map(|(plan, fused)| (plan, Contents::Turns(fused))));
+            continue;
+        }
         if let Some(matrix) = tensor.name.strip_suffix("_exps.weight") {
             plan_experts(tensors, config, naming, matrix, dtype, &mut planned)?;
             continue;
         }
+        let layer = tensor.name.strip_suffix(".ffn_gate_shexp.weight");
+        let is_up = tensor.name.ends_with(".ffn_up_shexp.weight");
+        if naming == ExpertNaming::Granite && is_up {
+            // In one tensor with gate.
+            continue;
+        }
+        let up = layer.filter(|_| naming == ExpertNaming::Granite);
+        let up = up.and_then(|layer| tensors.get(&format!("{layer}.ffn_up_shexp.weight")));
         let name = hf::their_name(tensor.name, naming)
             .filter(|_| tensor.name != "rope_freqs.weight")
             .ok_or_else(|| unknown(format!("tensor {}", tensor.name)))?;
@@ -334,14 +228,20 @@ fn write_weights(
         };
         let plan = Planned {
             name,
-            dtype: if tensor.dims.len() == 1 {
-                Dtype::F32
-            } else {
-                dtype
+            dtype: match tensor.dims.len() == 1 || tensor.name.ends_with(".bias") {
+                true => Dtype::F32,
+                false => dtype,
             },
-            shape: tensor.dims.iter().rev().copied().collect(),
+            shape: match (tensor.dims, &up) {
+                (&[width], _) if tensor.name.ends_with("ffn_gate_inp_shexp.weight") => {
+                    vec![1, width]
+                }
+                (&[inputs, outputs], Some(_)) => vec![2 * outputs, inputs],
+                (dims, _) => dims.iter().rev().copied().collect(),
+            },
         };
-        planned.push((plan, vec![tensor]));
+        let parts = [tensor].into_iter().chain(up).collect();
+        planned.push((plan, Contents::Parts(parts)));
     }
     let mut weight_map = BTreeMap::new();
     let per_shard = planned.len().div_ceil(shards);
@@ -358,8 +258,12 @@ fn write_weights(
         let mut out = BufWriter::with_capacity(1 << 20, File::create(dir.join(name))?);
         safetensors::write(&mut out, &plans, |plan, out| {
             let tensor = shard.iter().find(|(other, _)| other.name == plan.name);
-            let (_, parts) = tensor.expect("one of those planned");
-            (parts.iter()).try_for_each(|part| put(&values(config, part)?, plan.dtype, out))
+            match &tensor.expect("one of those planned").1 {
+                Contents::Parts(parts) => {
+                    (parts.iter()).try_for_each(|part| put(&values(config, part)?, plan.dtype, out))
+                }
+                Contents::Turns(fused) => fused.write(plan.dtype, out),
+            }
         })?;
     }
     if files > 1 {
@@ -370,10 +274,20 @@ fn write_weights(
     Ok(())
 }
 
+/// Contents of a tensor of the folder.
+enum Contents<'a> {
+    /// These tensors, one after the other.
+    Parts(Vec<Tensor<'a>>),
+    /// The elements of several in turns.
+    Turns(Fused<'a>),
+}
+
 fn naming(config: &ModelConfig) -> ExpertNaming {
     match config.architecture {
         Architecture::Llama => ExpertNaming::Mixtral,
         Architecture::GraniteMoe => ExpertNaming::Granite,
+        Architecture::Deepseek2 => ExpertNaming::Deepseek,
+        Architecture::GptOss => ExpertNaming::GptOss,
         _ => ExpertNaming::Qwen,
     }
 }
@@ -385,9 +299,14 @@ fn plan_experts<'a>(
     naming: ExpertNaming,
     matrix: &str,
     dtype: Dtype,
-    planned: &mut Vec<(Planned, Vec<Tensor<'a>>)>,
+    planned: &mut Vec<(Planned, Contents<'a>)>,
 ) -> io::Result<()> {
     let count = config.mixture.as_ref().map_or(0, |mixture| mixture.experts);
+    if naming == ExpertNaming::GptOss {
+        let fused = gpt_oss::plan(tensors, count, matrix, dtype)?.into_iter();
+        planned.extend(fused.map(|(plan, fused)| (plan, Contents::Turns(fused))));
+        return Ok(());
+    }
     let part = |matrix: &str, expert| {
         let part = tensors.expert(matrix, expert);
         part.ok_or_else(|| unknown(format!("expert {expert} of {matrix}")))
@@ -401,7 +320,7 @@ fn plan_experts<'a>(
             let part = part(matrix, expert)?;
             let shape = part.dims.iter().rev().copied().collect();
             let name = their_name(expert)?;
-            planned.push((Planned { name, dtype, shape }, vec![part]));
+            planned.push((Planned { name, dtype, shape }, Contents::Parts(vec![part])));
         }
         return Ok(());
     }
@@ -420,7 +339,7 @@ fn plan_experts<'a>(
     let [inputs, outputs] = [0, 1].map(|at| parts.first().map_or(0, |part| part.dims[at]));
     let shape = vec![count as u64, matrices.len() as u64 * outputs, inputs];
     let name = their_name(0)?;
-    planned.push((Planned { name, dtype, shape }, parts));
+    planned.push((Planned { name, dtype, shape }, Contents::Parts(parts)));
     Ok(())
 }
 
@@ -435,7 +354,8 @@ fn values(config: &ModelConfig, tensor: &Tensor<'_>) -> io::Result<Vec<f32>> {
         || tensor.name.ends_with("attn_k.weight")
         || tensor.name.ends_with("attn_q.bias")
         || tensor.name.ends_with("attn_k.bias");
-    if !turns || config.rope.style != RopeStyle::Interleaved {
+    // DeepSeek's folders have pairs as its files have them.
+    if !turns || config.rope.style != RopeStyle::Interleaved || config.latent.is_some() {
         return Ok(values);
     }
     // Rows 2i and 2i + 1 of a head turn together in the file; in the folder they are half a head apart.
@@ -454,17 +374,4 @@ fn values(config: &ModelConfig, tensor: &Tensor<'_>) -> io::Result<Vec<f32>> {
             .collect()
     };
     Ok(heads.flat_map(turned).collect())
-}
-
-fn put(values: &[f32], dtype: Dtype, out: &mut dyn Write) -> io::Result<()> {
-    let mut bytes = Vec::with_capacity(values.len() * dtype.size() as usize);
-    for &value in values {
-        match dtype {
-            Dtype::F32 => bytes.extend(value.to_le_bytes()),
-            Dtype::F16 => bytes.extend(f16::from_f32(value).to_le_bytes()),
-            Dtype::BF16 => bytes.extend(bf16::from_f32(value).to_le_bytes()),
-            other => return Err(unknown(format!("weights of type {other}"))),
-        }
-    }
-    out.write_all(&bytes)
 }

@@ -32,7 +32,7 @@ pub fn estimate(model: &Model, format: WeightFormat, bandwidth: f64) -> Estimate
             first_bytes: sizes.first,
             last_bytes: sizes.last,
             // Keys and values in f16.
-            kv_bytes: 2 * 2 * (config.kv_heads * config.head_dim) as u64,
+            kv_bytes: 2 * config.kv_elements() as u64,
         },
         decode_us: us(sizes.active),
         logits_us: us(sizes.last),

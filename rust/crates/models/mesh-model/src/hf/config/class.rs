@@ -18,6 +18,9 @@ pub(super) enum Class {
     Qwen3Moe,
     Olmoe,
     GraniteMoe,
+    Qwen2Moe,
+    DeepseekV2,
+    GptOss,
 }
 
 impl Class {
@@ -40,6 +43,11 @@ impl Class {
             "Qwen3MoeForCausalLM" | "qwen3_moe" => (Class::Qwen3Moe, false),
             "OlmoeForCausalLM" | "olmoe" => (Class::Olmoe, false),
             "GraniteMoeForCausalLM" | "granitemoe" => (Class::GraniteMoe, false),
+            // The same with a shared expert, whose width is a key more.
+            "GraniteMoeSharedForCausalLM" | "granitemoeshared" => (Class::GraniteMoe, false),
+            "Qwen2MoeForCausalLM" | "qwen2_moe" => (Class::Qwen2Moe, false),
+            "DeepseekV2ForCausalLM" | "deepseek_v2" => (Class::DeepseekV2, false),
+            "GptOssForCausalLM" | "gpt_oss" => (Class::GptOss, false),
             "Gemma3ForCausalLM" | "gemma3_text" => (Class::Gemma3, false),
             "Gemma3ForConditionalGeneration" | "gemma3" => (Class::Gemma3, true),
             other => {
@@ -60,6 +68,9 @@ impl Class {
             Class::Qwen3Moe => "qwen3moe",
             Class::Olmoe => "olmoe",
             Class::GraniteMoe => "granitemoe",
+            Class::Qwen2Moe => "qwen2moe",
+            Class::DeepseekV2 => "deepseek2",
+            Class::GptOss => "gpt-oss",
         }
     }
 
@@ -68,6 +79,8 @@ impl Class {
         match self {
             Class::Mixtral => ExpertNaming::Mixtral,
             Class::GraniteMoe => ExpertNaming::Granite,
+            Class::DeepseekV2 => ExpertNaming::Deepseek,
+            Class::GptOss => ExpertNaming::GptOss,
             _ => ExpertNaming::Qwen,
         }
     }

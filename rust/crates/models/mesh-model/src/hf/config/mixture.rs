@@ -17,7 +17,10 @@ pub(super) fn mixture(
     let (experts, used) = match class {
         Class::Mixtral | Class::GraniteMoe => (("num_local_experts", 8), 2),
         Class::Qwen3Moe => (("num_experts", 128), 8),
+        Class::Qwen2Moe => (("num_experts", 60), 4),
+        Class::DeepseekV2 => (("n_routed_experts", 64), 6),
         Class::Olmoe => (("num_experts", 64), 8),
+        Class::GptOss => (("num_local_experts", 128), 4),
         _ => return Ok(()),
     };
     let (key, default) = experts;
@@ -32,13 +35,24 @@ pub(super) fn mixture(
         .unwrap_or(used);
     keys.count("expert_used_count", used);
     match class {
-        Class::Qwen3Moe => {
+        Class::Qwen3Moe | Class::Qwen2Moe => {
+            let default = if class == Class::Qwen3Moe { 768 } else { 1408 };
             let width = text.count("moe_intermediate_size", MAX_WIDTH)?;
-            keys.count("expert_feed_forward_length", width.unwrap_or(768));
+            keys.count("expert_feed_forward_length", width.unwrap_or(default));
             let dense = leading_dense(text, layers)?;
             keys.count("leading_dense_block_count", dense);
+            if class == Class::Qwen2Moe {
+                let width = text.count("shared_expert_intermediate_size", MAX_WIDTH)?;
+                keys.count(SHARED_WIDTH, width.unwrap_or(5632));
+            }
         }
-        Class::GraniteMoe => granite(text, keys)?,
+        Class::DeepseekV2 => deepseek(text, layers, keys)?,
+        Class::GraniteMoe => {
+            granite(text, keys)?;
+            let shared = text.count_from_zero("shared_intermediate_size", MAX_WIDTH)?;
+            keys.count(SHARED_WIDTH, shared.unwrap_or(0));
+        }
+        Class::GptOss => gpt_oss(text)?,
         Class::Olmoe => {
             if let Some(most) = text.positive("clip_qkv")? {
                 keys.float("attention.clamp_kqv", most);
@@ -46,10 +60,56 @@ pub(super) fn mixture(
         }
         _ => {}
     }
-    if matches!(class, Class::Qwen3Moe | Class::Olmoe) {
+    if matches!(
+        class,
+        Class::Qwen3Moe | Class::Qwen2Moe | Class::Olmoe | Class::DeepseekV2
+    ) {
         let normalised = text.boolean("norm_topk_prob")?.unwrap_or(false);
         keys.flag("expert_weights_norm", normalised);
     }
+    Ok(())
+}
+
+const SHARED_WIDTH: &str = "expert_shared_feed_forward_length";
+
+/// DeepSeek's shared experts and dense layers; refuses other ways of choosing experts than by the highest scores.
+fn deepseek(text: &Object<'_>, layers: u64, keys: &mut GgufKeys) -> Result<(), HfError> {
+    let groups = text.count("n_group", MAX_EXPERTS)?.unwrap_or(1);
+    let (method, function) = (text.string("topk_method")?, text.string("scoring_func")?);
+    let step = text.count("moe_layer_freq", MAX_LAYERS)?.unwrap_or(1);
+    for (known, setting) in [
+        (groups == 1, format!("n_group = {groups}")),
+        (
+            // With one group that is all of them.
+            matches!(method, None | Some("greedy" | "group_limited_greedy")),
+            format!("topk_method = {:?}", method.unwrap_or_default()),
+        ),
+        (
+            matches!(function, None | Some("softmax")),
+            format!("scoring_func = {:?}", function.unwrap_or_default()),
+        ),
+        (step == 1, format!("moe_layer_freq = {step}")),
+    ] {
+        if !known {
+            return Err(HfError::Unsupported {
+                feature: format!("a mixture of experts with {setting}"),
+            });
+        }
+    }
+    let width = text.count("moe_intermediate_size", MAX_WIDTH)?;
+    keys.count("expert_feed_forward_length", width.unwrap_or(1407));
+    // Null means that there is none, unlike an absent key.
+    let default = if text.map.contains_key("n_shared_experts") {
+        0
+    } else {
+        2
+    };
+    let shared = text.count_from_zero("n_shared_experts", MAX_EXPERTS)?;
+    keys.count("expert_shared_count", shared.unwrap_or(default));
+    let dense = text.count_from_zero("first_k_dense_replace", layers)?;
+    keys.count("leading_dense_block_count", dense.unwrap_or(0));
+    let scale = text.positive("routed_scaling_factor")?;
+    keys.float("expert_weights_scale", scale.unwrap_or(1.0));
     Ok(())
 }
 
@@ -74,6 +134,20 @@ fn leading_dense(text: &Object<'_>, layers: u64) -> Result<u64, HfError> {
             "only the first layers can be dense".into(),
         )),
     }
+}
+
+/// The activation's numbers are those of the published models in all of them.
+fn gpt_oss(text: &Object<'_>) -> Result<(), HfError> {
+    for (key, known) in [("swiglu_alpha", 1.702), ("swiglu_limit", 7.0)] {
+        if let Some(value) = text.positive(key)?
+            && value != known
+        {
+            return Err(HfError::Unsupported {
+                feature: format!("{key} = {value} instead of {known}"),
+            });
+        }
+    }
+    Ok(())
 }
 
 /// Factors on the embedding, on what is added to hidden rows, on scores, and below logits.

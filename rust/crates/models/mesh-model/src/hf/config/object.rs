@@ -60,6 +60,14 @@ impl<'a> Object<'a> {
         })
     }
 
+    /// A whole number from 0 to `limit`.
+    pub(super) fn count_from_zero(&self, key: &str, limit: u64) -> Result<Option<u64>, HfError> {
+        match self.get(key).and_then(Value::as_u64) {
+            Some(0) => Ok(Some(0)),
+            _ => self.count(key, limit),
+        }
+    }
+
     pub(super) fn required(&self, key: &str, limit: u64) -> Result<u64, HfError> {
         self.count(key, limit)?.ok_or_else(|| missing(key))
     }
@@ -68,6 +76,14 @@ impl<'a> Object<'a> {
     pub(super) fn positive(&self, key: &str) -> Result<Option<f64>, HfError> {
         self.typed(key, "a number over 0", |value| {
             let float = |x: &f64| (*x as f32).is_finite() && *x as f32 > 0.0;
+            value.as_f64().filter(float)
+        })
+    }
+
+    /// A finite number from 0 on, also as a 32-bit float.
+    pub(super) fn nonnegative(&self, key: &str) -> Result<Option<f64>, HfError> {
+        self.typed(key, "a number from 0 on", |value| {
+            let float = |x: &f64| (*x as f32).is_finite() && *x >= 0.0;
             value.as_f64().filter(float)
         })
     }

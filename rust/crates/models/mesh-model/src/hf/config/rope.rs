@@ -2,13 +2,25 @@
 
 use std::f64::consts::TAU;
 
-use serde_json::Map;
+use serde_json::{Map, Value, json};
 
 use super::class::Class;
 use super::object::{Object, bad, missing};
 use crate::config::MAX_CONTEXT;
 use crate::hf::HfError;
 use crate::hf::keys::GgufKeys;
+
+fn gpt_oss_default() -> Map<String, Value> {
+    let yarn = [
+        ("rope_type", json!("yarn")),
+        ("factor", json!(32.0)),
+        ("original_max_position_embeddings", json!(4096)),
+        ("truncate", json!(false)),
+    ];
+    yarn.into_iter()
+        .map(|(key, value)| (key.to_owned(), value))
+        .collect()
+}
 
 /// The rotary embedding. Gives the context length, which YaRN stretches, and llama 3's divisors of the
 /// frequencies.
@@ -31,10 +43,15 @@ pub(super) fn rope(
         Some(parameters) => parameters.object("sliding_attention")?,
         None => None,
     };
-    let empty = Map::new();
-    let scaling = full.unwrap_or(Object { map: &empty });
+    // What the class assumes.
+    let absent = match class {
+        Class::GptOss => gpt_oss_default(),
+        _ => Map::new(),
+    };
+    let scaling = full.unwrap_or(Object { map: &absent });
     let default = match class {
         Class::Gemma3 | Class::Mixtral => 1e6,
+        Class::GptOss => 150_000.0,
         _ => 1e4,
     };
     let base = match text.positive("rope_theta")? {
@@ -87,12 +104,9 @@ pub(super) fn rope(
         }
         Some("yarn") => {
             let (factor, original) = (factor()?, original.unwrap_or(context));
-            if scaling.boolean("truncate")? == Some(false) {
-                return Err(HfError::Unsupported {
-                    feature: "YaRN without truncation (rope_scaling.truncate)".into(),
-                });
-            }
             keys.text("rope.scaling.type", "yarn");
+            let truncate = scaling.boolean("truncate")?.unwrap_or(true);
+            keys.flag("rope.scaling.yarn_truncate", truncate);
             keys.float("rope.scaling.factor", factor);
             keys.count("rope.scaling.original_context_length", original);
             for (theirs, ours) in [
@@ -105,17 +119,26 @@ pub(super) fn rope(
             }
             // GGUF's is a factor on what follows from the formula.
             let of = |scale: f64| 1.0 + 0.1 * scale * factor.ln();
+            // A weight of 0 counts as absent.
+            let weight =
+                |key: &str| Ok::<_, HfError>(scaling.nonnegative(key)?.filter(|x| *x > 0.0));
+            let all = weight("mscale_all_dim")?;
             let attention = match scaling.positive("attention_factor")? {
                 Some(attention) => attention,
-                None => match (
-                    scaling.positive("mscale")?,
-                    scaling.positive("mscale_all_dim")?,
-                ) {
+                None => match (weight("mscale")?, all) {
                     (Some(one), Some(all)) => of(one) / of(all),
                     _ => of(1.0),
                 },
             };
-            keys.float("rope.scaling.attn_factor", attention / of(1.0));
+            let formula = match all.filter(|_| class == Class::DeepseekV2) {
+                // What the scores take besides. The formula is then 1 by itself.
+                Some(all) => {
+                    keys.float("rope.scaling.yarn_log_multiplier", 0.1 * all);
+                    1.0
+                }
+                None => of(1.0),
+            };
+            keys.float("rope.scaling.attn_factor", attention / formula);
             let stretched = (original as f64 * factor).min(MAX_CONTEXT as f64) as u64;
             Ok((context.max(stretched), None))
         }
