@@ -27,8 +27,12 @@ pub enum Isa {
     Avx512Bw,
     /// The same with VNNI: Cascade Lake, Ice Lake, Zen 4 and later.
     Avx512,
-    /// aarch64 NEON with the dot product instructions.
+    /// aarch64 NEON as in ARMv8.0: Cortex-A53, A57, A72.
+    NeonV8,
+    /// NEON with the dot product instructions: Cortex-A55, A76, Apple M1 and later.
     Neon,
+    /// The same with the 8-bit integer matrix extension: Cortex-A510, A710, Neoverse V1, Apple M2 and later.
+    NeonI8mm,
 }
 
 /// `HYDRAMESH_ISA` names no instruction set that this CPU runs.
@@ -41,7 +45,7 @@ pub struct UnknownIsa {
 
 impl Isa {
     /// Every instruction set, slowest first.
-    pub const ALL: [Isa; 8] = [
+    pub const ALL: [Isa; 10] = [
         Isa::Scalar,
         Isa::Sse41,
         Isa::Avx,
@@ -49,7 +53,9 @@ impl Isa {
         Isa::AvxVnni,
         Isa::Avx512Bw,
         Isa::Avx512,
+        Isa::NeonV8,
         Isa::Neon,
+        Isa::NeonI8mm,
     ];
 
     /// The fastest instruction set of this CPU.
@@ -125,7 +131,15 @@ impl Isa {
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512 => Isa::Avx512Bw.is_available() && is_x86_feature_detected!("avx512vnni"),
             #[cfg(target_arch = "aarch64")]
-            Isa::Neon => std::arch::is_aarch64_feature_detected!("dotprod"),
+            Isa::NeonV8 => std::arch::is_aarch64_feature_detected!("neon"),
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon => {
+                Isa::NeonV8.is_available() && std::arch::is_aarch64_feature_detected!("dotprod")
+            }
+            #[cfg(target_arch = "aarch64")]
+            Isa::NeonI8mm => {
+                Isa::Neon.is_available() && std::arch::is_aarch64_feature_detected!("i8mm")
+            }
             #[allow(unreachable_patterns)]
             _ => false,
         }
@@ -141,7 +155,9 @@ impl Isa {
             Isa::AvxVnni => "avxvnni",
             Isa::Avx512Bw => "avx512bw",
             Isa::Avx512 => "avx512",
+            Isa::NeonV8 => "neonv8",
             Isa::Neon => "neon",
+            Isa::NeonI8mm => "neoni8mm",
         }
     }
 
@@ -160,7 +176,9 @@ impl Isa {
     pub(crate) fn tile_rows(self) -> usize {
         match self {
             Isa::Avx512Bw | Isa::Avx512 => 8,
-            Isa::Sse41 | Isa::Avx | Isa::Avx2 | Isa::AvxVnni | Isa::Neon => 4,
+            Isa::Sse41 | Isa::Avx | Isa::Avx2 | Isa::AvxVnni => 4,
+            Isa::NeonV8 => 2,
+            Isa::Neon | Isa::NeonI8mm => 4,
             Isa::Scalar => 1,
         }
     }

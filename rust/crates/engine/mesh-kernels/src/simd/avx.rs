@@ -67,7 +67,7 @@ impl Simd for Avx {
     const PARTS: usize = 4;
     const SIGNED_WIDE: bool = true;
     const WIDE: bool = false;
-    const SINGLE: bool = false;
+    const ROWS: usize = 4;
     const FLOAT_ROWS: usize = 4;
     const QUERIES: usize = 4;
 

@@ -17,10 +17,10 @@ macro_rules! methods {
 
 /// Methods over pointers.
 macro_rules! pointer_methods {
-    ($(fn $name:ident ($($arg:ident: $ty:ty),*) $(-> $out:ty)? $body:block)*) => {
+    ($(fn $name:ident $(<$(const $n:ident: usize),*>)? ($($arg:ident: $ty:ty),*) $(-> $out:ty)? $body:block)*) => {
         $(
             #[inline(always)]
-            unsafe fn $name (self, $($arg: $ty),*) $(-> $out)? {
+            unsafe fn $name $(<$(const $n: usize),*>)? (self, $($arg: $ty),*) $(-> $out)? {
                 // SAFETY: the token proves the features; the caller vouches for the pointer.
                 unsafe { $body }
             }
@@ -120,12 +120,12 @@ macro_rules! quarter_methods {
                 _mm_storeu_si128(p.cast(), _mm_packs_epi16(words[0], words[1]));
             }
             fn load_b(p: *const u8) -> __m128i { _mm_loadu_si128(p.cast()) }
-            fn dot(p: __m128i, w: __m128i, a: *const i8) -> __m128i {
-                let a = _mm_set1_epi32(a.cast::<i32>().read_unaligned());
+            fn dot<const R: usize, const ROW: usize>(p: __m128i, w: __m128i, a: *const i8) -> __m128i {
+                let a = _mm_set1_epi32(a.cast::<i32>().add(ROW).read_unaligned());
                 _mm_add_epi16(p, _mm_maddubs_epi16(w, a))
             }
-            fn dot_wide(p: __m128i, w: __m128i, a: *const i8) -> __m128i {
-                let a = _mm_set1_epi32(a.cast::<i32>().read_unaligned());
+            fn dot_wide<const R: usize, const ROW: usize>(p: __m128i, w: __m128i, a: *const i8) -> __m128i {
+                let a = _mm_set1_epi32(a.cast::<i32>().add(ROW).read_unaligned());
                 let w = _mm_xor_si128(w, _mm_set1_epi8(-128));
                 _mm_add_epi16(p, _mm_maddubs_epi16(_mm_abs_epi8(w), _mm_sign_epi8(a, w)))
             }

@@ -41,7 +41,7 @@ impl Simd for Sse41 {
     const PARTS: usize = 4;
     const SIGNED_WIDE: bool = true;
     const WIDE: bool = false;
-    const SINGLE: bool = false;
+    const ROWS: usize = 4;
     const FLOAT_ROWS: usize = 2;
     const QUERIES: usize = 3;
 
