@@ -18,7 +18,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 BLOCKS = (256 // 16) * (1024 // 32)
 SETS = {
     "aarch64": ["scalar", "neonv8", "neon", "neoni8mm"],
-    "x86_64": ["scalar", "sse41", "avx", "avx2"],
+    "x86_64": ["scalar", "sse2", "sse41", "avx", "avx2"],
 }
 TYPES = ["Q4_0", "Q4_K", "Q6_K", "Q8_0"]
 

@@ -16,10 +16,11 @@ version=$("$qemu" --version | sed -n '1s/.*version \([0-9]*\.[0-9]*\).*/\1/p')
 binary=$(build_tests "${1:---package=mesh-kernels}")
 
 # CPU, and the instruction sets that must have been tested on it.
-run Conroe scalar
-run Penryn scalar sse41
-run Nehalem scalar sse41
-run SandyBridge scalar sse41 avx
-run IvyBridge scalar sse41 avx
-run Haswell scalar sse41 avx avx2
-run max scalar sse41 avx avx2
+run phenom scalar sse2
+run Conroe scalar sse2
+run Penryn scalar sse2 sse41
+run Nehalem scalar sse2 sse41
+run SandyBridge scalar sse2 sse41 avx
+run IvyBridge scalar sse2 sse41 avx
+run Haswell scalar sse2 sse41 avx avx2
+run max scalar sse2 sse41 avx avx2

@@ -1,8 +1,8 @@
 //! The instruction sets that the kernels can use.
 //!
-//! **Two groups give the same bits.** [`Isa::Scalar`], [`Isa::Sse41`] and [`Isa::Avx`] round a product before
-//! they add it; the others fuse both, with one rounding. Within a group all results are equal; the groups
-//! differ in the last bits of floats. Integer products are exact everywhere.
+//! **Two groups give the same bits.** [`Isa::Scalar`], [`Isa::Sse2`], [`Isa::Sse41`] and [`Isa::Avx`] round a
+//! product before they add it; the others fuse both, with one rounding. Within a group all results are equal;
+//! the groups differ in the last bits of floats. Integer products are exact everywhere.
 //!
 //! The choice depends on the CPU's features alone: the last of [`Isa::ALL`] that it has. Each set does the
 //! work of the one before it in fewer instructions of the same kinds, so a measurement at the start could
@@ -15,7 +15,9 @@ use std::sync::OnceLock;
 pub enum Isa {
     /// Portable Rust: every CPU.
     Scalar,
-    /// SSE4.1 and SSSE3: x86-64 since 2008.
+    /// SSE2: every x86-64 CPU, such as Athlon 64 and Phenom.
+    Sse2,
+    /// SSE4.1 and SSSE3: Intel since 2008.
     Sse41,
     /// AVX, and F16C where the CPU has it: Sandy Bridge, Ivy Bridge, Bulldozer, Piledriver.
     Avx,
@@ -45,8 +47,9 @@ pub struct UnknownIsa {
 
 impl Isa {
     /// Every instruction set, slowest first.
-    pub const ALL: [Isa; 10] = [
+    pub const ALL: [Isa; 11] = [
         Isa::Scalar,
+        Isa::Sse2,
         Isa::Sse41,
         Isa::Avx,
         Isa::Avx2,
@@ -109,6 +112,8 @@ impl Isa {
         match self {
             Isa::Scalar => true,
             #[cfg(target_arch = "x86_64")]
+            Isa::Sse2 => true,
+            #[cfg(target_arch = "x86_64")]
             Isa::Sse41 => is_x86_feature_detected!("sse4.1") && is_x86_feature_detected!("ssse3"),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx => is_x86_feature_detected!("avx"),
@@ -149,6 +154,7 @@ impl Isa {
     pub fn name(self) -> &'static str {
         match self {
             Isa::Scalar => "scalar",
+            Isa::Sse2 => "sse2",
             Isa::Sse41 => "sse41",
             Isa::Avx => "avx",
             Isa::Avx2 => "avx2",
@@ -169,14 +175,14 @@ impl Isa {
 
     /// True if products are rounded before they are added: the group of sets without fused operations.
     pub fn rounds_products(self) -> bool {
-        matches!(self, Isa::Scalar | Isa::Sse41 | Isa::Avx)
+        matches!(self, Isa::Scalar | Isa::Sse2 | Isa::Sse41 | Isa::Avx)
     }
 
     /// Most rows that one register tile takes.
     pub(crate) fn tile_rows(self) -> usize {
         match self {
             Isa::Avx512Bw | Isa::Avx512 => 8,
-            Isa::Sse41 | Isa::Avx | Isa::Avx2 | Isa::AvxVnni => 4,
+            Isa::Sse2 | Isa::Sse41 | Isa::Avx | Isa::Avx2 | Isa::AvxVnni => 4,
             Isa::NeonV8 => 2,
             Isa::Neon | Isa::NeonI8mm => 4,
             Isa::Scalar => 1,

@@ -5,7 +5,7 @@ use std::arch::asm;
 use std::arch::x86_64::*;
 
 use super::halves::{narrow, widen};
-use super::methods::{four, methods, pointer_methods, quarter_methods, shift, two};
+use super::methods::{byte_methods, four, methods, pointer_methods, quarter_methods, shift, two};
 use super::{Kernel, Simd};
 
 /// Proof that the CPU has AVX.
@@ -78,6 +78,7 @@ impl Simd for Avx {
     }
 
     quarter_methods! {}
+    byte_methods! {}
 
     methods! {
         fn splat(v: f32) -> F { [_mm256_set1_ps(v); 2] }

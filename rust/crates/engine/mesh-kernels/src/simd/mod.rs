@@ -25,7 +25,7 @@ mod methods;
 #[cfg(target_arch = "aarch64")]
 pub(crate) mod neon;
 #[cfg(target_arch = "x86_64")]
-pub(crate) mod sse41;
+pub(crate) mod sse;
 
 use std::mem::transmute_copy;
 
@@ -80,9 +80,15 @@ pub(crate) fn run<K: Kernel>(isa: Isa, kernel: K) {
             None => kernel.run(scalar::Scalar),
         },
         #[cfg(target_arch = "x86_64")]
-        Isa::Sse41 => match sse41::Sse41::detect() {
+        Isa::Sse41 => match sse::Sse41::detect() {
             // SAFETY: the token exists, so the CPU has the features.
-            Some(s) => unsafe { sse41::enter(s, kernel) },
+            Some(s) => unsafe { sse::enter_sse41(s, kernel) },
+            None => kernel.run(scalar::Scalar),
+        },
+        #[cfg(target_arch = "x86_64")]
+        Isa::Sse2 => match sse::Sse2::detect() {
+            // SAFETY: the token exists, so the CPU has the features.
+            Some(s) => unsafe { sse::enter_sse2(s, kernel) },
             None => kernel.run(scalar::Scalar),
         },
         #[cfg(target_arch = "aarch64")]
