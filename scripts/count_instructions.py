@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Instructions of the matrix products on an emulated CPU, counted by QEMU: for CPUs that are not at hand to measure time.
 
-    scripts/count_instructions.py [aarch64|x86_64] [TYPE ...]        (default: aarch64, Q4_0 Q4_K Q6_K Q8_0)
+    scripts/count_instructions.py [aarch64|x86_64] [TYPE ...]        (default: aarch64, Q4_0 Q8_0)
 
 Prints a table: instructions per row and block of 16 outputs times 32 inputs, for each instruction set of QEMU's CPU `max`, with
 1 row (decoding) and with 8 rows (prefill). The figure is the difference between two products and one, so everything else drops
@@ -20,7 +20,7 @@ SETS = {
     "aarch64": ["scalar", "neonv8", "neon", "neoni8mm"],
     "x86_64": ["scalar", "sse2", "sse41", "avx", "avx2"],
 }
-TYPES = ["Q4_0", "Q4_K", "Q6_K", "Q8_0"]
+TYPES = ["Q4_0", "Q8_0"]
 
 
 def build(architecture):

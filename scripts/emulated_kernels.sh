@@ -38,7 +38,7 @@ run() {
     local cpu=$1 output isa
     shift
     # shellcheck disable=SC2154 # set by the script that sources this
-    output=$("$qemu" -cpu "$cpu" "$binary" --nocapture 2>&1) || fail 1 "failed on $cpu:"$'\n'"$output"
+    output=$("$qemu" -cpu "$cpu" "$binary" --nocapture 2>&1 </dev/null) || fail 1 "failed on $cpu:"$'\n'"$output"
     for isa in "$@"; do
         # Other tests report at the same time, perhaps on the same line.
         grep -qE "(^|[^a-z0-9])$isa: as its group\$" <<<"$output" || fail 1 "$isa was not tested on $cpu:"$'\n'"$output"
