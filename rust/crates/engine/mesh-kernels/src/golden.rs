@@ -1,7 +1,8 @@
 //! Every instruction set gives the results of its group, bit for bit: hashes of the results of most operators.
 //!
-//! Under an emulator (`make test-isa`) they tell whether a CPU without the newer sets computes the same. A
-//! change that is meant to change results replaces the hashes by those in the failure's message.
+//! Under an emulator (`make test-isa`, `make test-arm`) they tell whether a CPU without the newer sets, or of
+//! another architecture, computes the same. A change that is meant to change results replaces the hashes by
+//! those in the failure's message.
 
 use crate::support::{Rng, groups, random_rows};
 use crate::{
@@ -101,7 +102,7 @@ fn each_group_gives_its_results() {
             }
         }
         if failures.len() == before {
-            // scripts/test_isa.sh looks for this line.
+            // scripts/emulated_kernels.sh looks for this line.
             println!("{}: as its group", isa.name());
         }
     }

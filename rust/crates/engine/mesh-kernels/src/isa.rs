@@ -1,8 +1,8 @@
 //! The instruction sets that the kernels can use.
 //!
-//! **Two groups give the same bits.** [`Isa::Scalar`], [`Isa::Sse41`] and [`Isa::Avx`] round a product before
-//! they add it; the others fuse both, with one rounding. Within a group all results are equal; the groups
-//! differ in the last bits of floats. Integer products are exact everywhere.
+//! **Two groups give the same bits.** [`Isa::Scalar`], [`Isa::Sse2`], [`Isa::Sse41`] and [`Isa::Avx`] round a
+//! product before they add it; the others fuse both, with one rounding. Within a group all results are equal;
+//! the groups differ in the last bits of floats. Integer products are exact everywhere.
 //!
 //! The choice depends on the CPU's features alone: the last of [`Isa::ALL`] that it has. Each set does the
 //! work of the one before it in fewer instructions of the same kinds, so a measurement at the start could
@@ -15,7 +15,9 @@ use std::sync::OnceLock;
 pub enum Isa {
     /// Portable Rust: every CPU.
     Scalar,
-    /// SSE4.1 and SSSE3: x86-64 since 2008.
+    /// SSE2: every x86-64 CPU, such as Athlon 64 and Phenom.
+    Sse2,
+    /// SSE4.1 and SSSE3: Intel since 2008.
     Sse41,
     /// AVX, and F16C where the CPU has it: Sandy Bridge, Ivy Bridge, Bulldozer, Piledriver.
     Avx,
@@ -27,8 +29,12 @@ pub enum Isa {
     Avx512Bw,
     /// The same with VNNI: Cascade Lake, Ice Lake, Zen 4 and later.
     Avx512,
-    /// aarch64 NEON with the dot product instructions.
+    /// aarch64 NEON as in ARMv8.0: Cortex-A53, A57, A72.
+    NeonV8,
+    /// NEON with the dot product instructions: Cortex-A55, A76, Apple M1 and later.
     Neon,
+    /// The same with the 8-bit integer matrix extension: Cortex-A510, A710, Neoverse V1, Apple M2 and later.
+    NeonI8mm,
 }
 
 /// `HYDRAMESH_ISA` names no instruction set that this CPU runs.
@@ -41,15 +47,18 @@ pub struct UnknownIsa {
 
 impl Isa {
     /// Every instruction set, slowest first.
-    pub const ALL: [Isa; 8] = [
+    pub const ALL: [Isa; 11] = [
         Isa::Scalar,
+        Isa::Sse2,
         Isa::Sse41,
         Isa::Avx,
         Isa::Avx2,
         Isa::AvxVnni,
         Isa::Avx512Bw,
         Isa::Avx512,
+        Isa::NeonV8,
         Isa::Neon,
+        Isa::NeonI8mm,
     ];
 
     /// The fastest instruction set of this CPU.
@@ -103,6 +112,8 @@ impl Isa {
         match self {
             Isa::Scalar => true,
             #[cfg(target_arch = "x86_64")]
+            Isa::Sse2 => true,
+            #[cfg(target_arch = "x86_64")]
             Isa::Sse41 => is_x86_feature_detected!("sse4.1") && is_x86_feature_detected!("ssse3"),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx => is_x86_feature_detected!("avx"),
@@ -125,7 +136,15 @@ impl Isa {
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512 => Isa::Avx512Bw.is_available() && is_x86_feature_detected!("avx512vnni"),
             #[cfg(target_arch = "aarch64")]
-            Isa::Neon => std::arch::is_aarch64_feature_detected!("dotprod"),
+            Isa::NeonV8 => std::arch::is_aarch64_feature_detected!("neon"),
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon => {
+                Isa::NeonV8.is_available() && std::arch::is_aarch64_feature_detected!("dotprod")
+            }
+            #[cfg(target_arch = "aarch64")]
+            Isa::NeonI8mm => {
+                Isa::Neon.is_available() && std::arch::is_aarch64_feature_detected!("i8mm")
+            }
             #[allow(unreachable_patterns)]
             _ => false,
         }
@@ -135,13 +154,16 @@ impl Isa {
     pub fn name(self) -> &'static str {
         match self {
             Isa::Scalar => "scalar",
+            Isa::Sse2 => "sse2",
             Isa::Sse41 => "sse41",
             Isa::Avx => "avx",
             Isa::Avx2 => "avx2",
             Isa::AvxVnni => "avxvnni",
             Isa::Avx512Bw => "avx512bw",
             Isa::Avx512 => "avx512",
+            Isa::NeonV8 => "neonv8",
             Isa::Neon => "neon",
+            Isa::NeonI8mm => "neoni8mm",
         }
     }
 
@@ -153,14 +175,16 @@ impl Isa {
 
     /// True if products are rounded before they are added: the group of sets without fused operations.
     pub fn rounds_products(self) -> bool {
-        matches!(self, Isa::Scalar | Isa::Sse41 | Isa::Avx)
+        matches!(self, Isa::Scalar | Isa::Sse2 | Isa::Sse41 | Isa::Avx)
     }
 
     /// Most rows that one register tile takes.
     pub(crate) fn tile_rows(self) -> usize {
         match self {
             Isa::Avx512Bw | Isa::Avx512 => 8,
-            Isa::Sse41 | Isa::Avx | Isa::Avx2 | Isa::AvxVnni | Isa::Neon => 4,
+            Isa::Sse2 | Isa::Sse41 | Isa::Avx | Isa::Avx2 | Isa::AvxVnni => 4,
+            Isa::NeonV8 => 2,
+            Isa::Neon | Isa::NeonI8mm => 4,
             Isa::Scalar => 1,
         }
     }

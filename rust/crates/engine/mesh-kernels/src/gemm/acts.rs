@@ -1,8 +1,8 @@
 //! Activations as the products read them: signed bytes with one f32 scale per 32.
 //!
-//! Rows are put into tiles of 8, 4, 2 and 1 (4, 2, 1 where registers are few); within a tile, block by block,
-//! lie the bytes of all its rows interleaved by four (`[8][rows][4]`), then per row the scale, scale × sum,
-//! −sum, and −sum of the first half. How rows are grouped changes addresses, never values.
+//! Rows are put into tiles of 8, 4, 2 and 1 (4 or 2 at most where registers are few); within a tile, block by
+//! block, lie the bytes of all its rows interleaved by four (`[8][rows][4]`), then per row the scale, scale ×
+//! sum, −sum, and −sum of the first half. How rows are grouped changes addresses, never values.
 
 use super::experts::ExpertRows;
 use crate::layout::BLOCK;

@@ -5,6 +5,7 @@
 #![allow(clippy::needless_range_loop)]
 
 pub(crate) mod acts;
+mod codes;
 pub(crate) mod experts;
 pub(crate) mod tile;
 
@@ -293,18 +294,11 @@ impl<T: TileFormat> Kernel for Quantised<'_, T> {
         for panel in job.panels.clone() {
             for (row, count) in tiles(job.rows.clone(), self.largest) {
                 // Constant conditions keep tiles that an instruction set does not use from being compiled.
-                if S::SINGLE {
-                    quantised_tile::<S, T, 1>(s, job, table, panel, row);
-                    continue;
-                }
-                if S::WIDE && count == 8 {
-                    quantised_tile::<S, T, 8>(s, job, table, panel, row);
-                    continue;
-                }
                 match count {
-                    1 => quantised_tile::<S, T, 1>(s, job, table, panel, row),
-                    2 => quantised_tile::<S, T, 2>(s, job, table, panel, row),
-                    _ => quantised_tile::<S, T, 4>(s, job, table, panel, row),
+                    8 if S::ROWS >= 8 => quantised_tile::<S, T, 8>(s, job, table, panel, row),
+                    4 if S::ROWS >= 4 => quantised_tile::<S, T, 4>(s, job, table, panel, row),
+                    2 if S::ROWS >= 2 => quantised_tile::<S, T, 2>(s, job, table, panel, row),
+                    _ => quantised_tile::<S, T, 1>(s, job, table, panel, row),
                 }
             }
         }

@@ -12,6 +12,7 @@ use std::marker::PhantomData;
 
 use mesh_quant::Codebook;
 
+use super::codes::weights;
 use crate::layout::{BLOCK, GROUP, GROUP_HEAD, Layout, Scales, code_bytes};
 use crate::simd::{Simd, chain};
 
@@ -116,6 +117,29 @@ pub(super) unsafe fn quantised<S: Simd, T: TileFormat, const R: usize>(
     acc
 }
 
+/// The same for each of [`Simd::PARTS`]. Not a loop: the sums of a part that is not known at compile time are
+/// in memory.
+macro_rules! parts {
+    ($s:ty, $part:ident => $each:expr) => {{
+        {
+            let $part = 0;
+            $each
+        }
+        if <$s>::PARTS > 1 {
+            let $part = 1;
+            $each
+        }
+        if <$s>::PARTS > 2 {
+            {
+                let $part = 2;
+                $each
+            }
+            let $part = 3;
+            $each
+        }
+    }};
+}
+
 #[inline(always)]
 unsafe fn block<S: Simd, T: TileFormat, const R: usize>(
     s: S,
@@ -133,13 +157,13 @@ unsafe fn block<S: Simd, T: TileFormat, const R: usize>(
         match T::SCALES {
             Scales::Block | Scales::BlockMin | Scales::Coded | Scales::Exponent => {
                 let mut sum = biased::<S, T, R>(s, tail.add(2 * R).cast());
-                for part in 0..S::PARTS {
+                parts!(S, part => {
                     let mut dots = Dots::<S, T, R>::open(s, &sum, part, codes, table, q);
                     dots.pair::<0, 4>(s, &mut sum, 6);
                     dots.pair::<1, 5>(s, &mut sum, 4);
                     dots.pair::<2, 6>(s, &mut sum, 2);
                     dots.pair::<3, 7>(s, &mut sum, 0);
-                }
+                });
                 let d = match T::SCALES {
                     Scales::Coded => s.mul(s.to_f(s.load_u8(w)), head.0),
                     Scales::Exponent => {
@@ -164,11 +188,11 @@ unsafe fn block<S: Simd, T: TileFormat, const R: usize>(
                 let minus_first = tail.add(3 * R).cast::<i32>();
                 let minus_all = tail.add(2 * R).cast::<i32>();
                 let mut sum = biased::<S, T, R>(s, minus_first);
-                for part in 0..S::PARTS {
+                parts!(S, part => {
                     let mut dots = Dots::<S, T, R>::open(s, &sum, part, codes, table, q);
                     dots.pair::<0, 1>(s, &mut sum, 2);
                     dots.pair::<2, 3>(s, &mut sum, 0);
-                }
+                });
                 let (d, m) = half_scales::<S, T>(s, w, head);
                 scale(s, &sum, d, tail, acc);
                 if matches!(T::SCALES, Scales::Nibbles) {
@@ -182,11 +206,11 @@ unsafe fn block<S: Simd, T: TileFormat, const R: usize>(
                 for r in 0..R {
                     sum[r] = s.isub(all[r], half[r]);
                 }
-                for part in 0..S::PARTS {
+                parts!(S, part => {
                     let mut dots = Dots::<S, T, R>::open(s, &sum, part, codes, table, q);
                     dots.pair::<4, 5>(s, &mut sum, 2);
                     dots.pair::<6, 7>(s, &mut sum, 0);
-                }
+                });
                 let (d, m) = half_scales::<S, T>(s, w.add(16), head);
                 scale(s, &sum, d, tail, acc);
                 if matches!(T::SCALES, Scales::Nibbles) {
@@ -304,109 +328,47 @@ impl<S: Simd, T: TileFormat, const R: usize> Dots<S, T, R> {
         // SAFETY: the caller's block and tile hold what their layouts say.
         unsafe {
             let w = weights::<S, T, G>(s, self.codes, self.table);
-            for r in 0..R {
-                let q = self.q.add((G * R + r) * 4);
-                self.sums[r] = if T::FULL {
-                    s.dot_wide(self.sums[r], w, q)
-                } else {
-                    s.dot(self.sums[r], w, q)
-                };
-                if left.is_multiple_of(T::CHAIN) {
-                    s.close(&mut sum[r], self.part, self.sums[r]);
-                    self.sums[r] = s.open(&sum[r], self.part);
-                }
+            let q = self.q.add(G * R * 4);
+            // Not a loop: instructions may name the row.
+            self.row::<0>(s, sum, w, q, left);
+            if R > 1 {
+                self.row::<1>(s, sum, w, q, left);
+            }
+            if R > 2 {
+                self.row::<2>(s, sum, w, q, left);
+                self.row::<3>(s, sum, w, q, left);
+            }
+            if R > 4 {
+                self.row::<4>(s, sum, w, q, left);
+                self.row::<5>(s, sum, w, q, left);
+                self.row::<6>(s, sum, w, q, left);
+                self.row::<7>(s, sum, w, q, left);
             }
         }
     }
-}
 
-/// The weights of input group `G`, the bias added to them.
-#[inline(always)]
-unsafe fn weights<S: Simd, T: TileFormat, const G: usize>(
-    s: S,
-    codes: *const u8,
-    table: S::B,
-) -> S::B {
-    // SAFETY: the caller's block holds what its layout says.
-    let codes = unsafe { group_codes::<S, T, G>(s, codes) };
-    if T::BOOK {
-        s.lookup(table, codes)
-    } else {
-        codes
-    }
-}
-
-/// The codes of input group `G`.
-#[inline(always)]
-unsafe fn group_codes<S: Simd, T: TileFormat, const G: usize>(s: S, codes: *const u8) -> S::B {
-    // SAFETY: the caller's block holds what its layout says.
-    unsafe {
-        if T::BITS == 8 {
-            return s.load_b(codes.add(64 * G));
-        }
-        if T::BITS < 4 {
-            return few_bits::<S, T, G>(s, codes);
-        }
-        let raw = s.load_b(codes.add(64 * (G % 4)));
-        let low = s.band(if G < 4 { raw } else { s.bshr::<4>(raw) }, 15);
-        match T::BITS {
-            5 => {
-                let h = s.load_b(codes.add(256));
-                let h = match G {
-                    0 => s.bshl::<4>(h),
-                    1 => s.bshl::<3>(h),
-                    2 => s.bshl::<2>(h),
-                    3 => s.bshl::<1>(h),
-                    4 => h,
-                    5 => s.bshr::<1>(h),
-                    6 => s.bshr::<2>(h),
-                    _ => s.bshr::<3>(h),
-                };
-                s.bor(low, s.band(h, 0x10))
+    /// Adds the products of row `ROW` with an input group whose activations are at `q`.
+    #[inline(always)]
+    unsafe fn row<const ROW: usize>(
+        &mut self,
+        s: S,
+        sum: &mut [S::I; R],
+        w: S::B,
+        q: *const i8,
+        left: usize,
+    ) {
+        // SAFETY: the caller's group has R rows.
+        self.sums[ROW] = unsafe {
+            if T::FULL {
+                s.dot_wide::<R, ROW>(self.sums[ROW], w, q)
+            } else {
+                s.dot::<R, ROW>(self.sums[ROW], w, q)
             }
-            6 => {
-                let h = s.load_b(codes.add(256 + 64 * (G / 4)));
-                let h = match G % 4 {
-                    0 => s.bshl::<4>(h),
-                    1 => s.bshl::<2>(h),
-                    2 => h,
-                    _ => s.bshr::<2>(h),
-                };
-                s.bor(low, s.band(h, 0x30))
-            }
-            _ => low,
-        }
-    }
-}
-
-/// The codes of input group `G`, of 2 or 3 bits.
-#[inline(always)]
-unsafe fn few_bits<S: Simd, T: TileFormat, const G: usize>(s: S, codes: *const u8) -> S::B {
-    // SAFETY: the caller's block holds what its layout says.
-    unsafe {
-        let raw = s.load_b(codes.add(64 * (G / 4)));
-        let raw = match G % 4 {
-            0 => raw,
-            1 => s.bshr::<2>(raw),
-            2 => s.bshr::<4>(raw),
-            _ => s.bshr::<6>(raw),
         };
-        let low = s.band(raw, 3);
-        if T::BITS == 2 {
-            return low;
+        if left.is_multiple_of(T::CHAIN) {
+            s.close(&mut sum[ROW], self.part, self.sums[ROW]);
+            self.sums[ROW] = s.open(&sum[ROW], self.part);
         }
-        let h = s.load_b(codes.add(128));
-        let h = match G {
-            0 => s.bshl::<2>(h),
-            1 => s.bshl::<1>(h),
-            2 => h,
-            3 => s.bshr::<1>(h),
-            4 => s.bshr::<2>(h),
-            5 => s.bshr::<3>(h),
-            6 => s.bshr::<4>(h),
-            _ => s.bshr::<5>(h),
-        };
-        s.bor(low, s.band(h, 4))
     }
 }
 

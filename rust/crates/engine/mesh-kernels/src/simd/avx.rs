@@ -5,7 +5,7 @@ use std::arch::asm;
 use std::arch::x86_64::*;
 
 use super::halves::{narrow, widen};
-use super::methods::{four, methods, pointer_methods, quarter_methods, shift, two};
+use super::methods::{byte_methods, four, methods, pointer_methods, quarter_methods, shift, two};
 use super::{Kernel, Simd};
 
 /// Proof that the CPU has AVX.
@@ -67,7 +67,7 @@ impl Simd for Avx {
     const PARTS: usize = 4;
     const SIGNED_WIDE: bool = true;
     const WIDE: bool = false;
-    const SINGLE: bool = false;
+    const ROWS: usize = 4;
     const FLOAT_ROWS: usize = 4;
     const QUERIES: usize = 4;
 
@@ -78,6 +78,7 @@ impl Simd for Avx {
     }
 
     quarter_methods! {}
+    byte_methods! {}
 
     methods! {
         fn splat(v: f32) -> F { [_mm256_set1_ps(v); 2] }

@@ -81,7 +81,7 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
     const PARTS: usize = 1;
     const SIGNED_WIDE: bool = !VNNI;
     const WIDE: bool = false;
-    const SINGLE: bool = false;
+    const ROWS: usize = 4;
     const FLOAT_ROWS: usize = 4;
     const QUERIES: usize = 6;
 
@@ -202,15 +202,15 @@ impl<const VNNI: bool> Simd for Avx2<VNNI> {
         fn load_b(p: *const u8) -> I {
             [_mm256_loadu_si256(p.cast()), _mm256_loadu_si256(p.add(32).cast())]
         }
-        fn dot(p: I, w: I, a: *const i8) -> I {
-            let a = _mm256_set1_epi32(a.cast::<i32>().read_unaligned());
+        fn dot<const R: usize, const ROW: usize>(p: I, w: I, a: *const i8) -> I {
+            let a = _mm256_set1_epi32(a.cast::<i32>().add(ROW).read_unaligned());
             if VNNI {
                 return two!(i => dpbusd(p[i], w[i], a));
             }
             two!(i => _mm256_add_epi16(p[i], _mm256_maddubs_epi16(w[i], a)))
         }
-        fn dot_wide(p: I, w: I, a: *const i8) -> I {
-            let a = _mm256_set1_epi32(a.cast::<i32>().read_unaligned());
+        fn dot_wide<const R: usize, const ROW: usize>(p: I, w: I, a: *const i8) -> I {
+            let a = _mm256_set1_epi32(a.cast::<i32>().add(ROW).read_unaligned());
             if VNNI {
                 return two!(i => dpbusd(p[i], w[i], a));
             }

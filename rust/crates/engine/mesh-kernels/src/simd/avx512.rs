@@ -55,7 +55,7 @@ impl<const VNNI: bool> Simd for Avx512<VNNI> {
     const PARTS: usize = 1;
     const SIGNED_WIDE: bool = !VNNI;
     const WIDE: bool = true;
-    const SINGLE: bool = false;
+    const ROWS: usize = 8;
     const FLOAT_ROWS: usize = 8;
     const QUERIES: usize = 6;
 
@@ -129,16 +129,16 @@ impl<const VNNI: bool> Simd for Avx512<VNNI> {
         fn load_i8(p: *const i8) -> __m512i { _mm512_cvtepi8_epi32(_mm_loadu_si128(p.cast())) }
         fn store_i8(p: *mut i8, v: __m512i) { _mm_storeu_si128(p.cast(), _mm512_cvtepi32_epi8(v)) }
         fn load_b(p: *const u8) -> __m512i { _mm512_loadu_si512(p.cast()) }
-        fn dot(p: __m512i, w: __m512i, a: *const i8) -> __m512i {
-            let a = _mm512_set1_epi32(a.cast::<i32>().read_unaligned());
+        fn dot<const R: usize, const ROW: usize>(p: __m512i, w: __m512i, a: *const i8) -> __m512i {
+            let a = _mm512_set1_epi32(a.cast::<i32>().add(ROW).read_unaligned());
             if VNNI {
                 _mm512_dpbusd_epi32(p, w, a)
             } else {
                 _mm512_add_epi16(p, _mm512_maddubs_epi16(w, a))
             }
         }
-        fn dot_wide(p: __m512i, w: __m512i, a: *const i8) -> __m512i {
-            let a = _mm512_set1_epi32(a.cast::<i32>().read_unaligned());
+        fn dot_wide<const R: usize, const ROW: usize>(p: __m512i, w: __m512i, a: *const i8) -> __m512i {
+            let a = _mm512_set1_epi32(a.cast::<i32>().add(ROW).read_unaligned());
             if VNNI {
                 return _mm512_dpbusd_epi32(p, w, a);
             }

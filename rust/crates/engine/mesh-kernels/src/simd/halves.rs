@@ -5,7 +5,7 @@ use std::arch::x86_64::*;
 /// Eight halves as floats.
 ///
 /// # Safety
-/// The CPU has SSE4.1.
+/// The CPU has SSE2.
 #[inline(always)]
 pub(super) unsafe fn widen(h: __m128i) -> [__m128; 2] {
     // SAFETY: the caller's promise.
@@ -43,11 +43,27 @@ unsafe fn widen_four(h: __m128i, beyond: __m128i) -> __m128 {
 /// Eight floats as halves.
 ///
 /// # Safety
-/// The CPU has SSE4.1.
+/// The CPU has SSE2.
 #[inline(always)]
 pub(super) unsafe fn narrow(v: [__m128; 2]) -> __m128i {
     // SAFETY: the caller's promise.
-    unsafe { _mm_packus_epi32(narrow_four(v[0]), narrow_four(v[1])) }
+    unsafe {
+        // With the sign of 16 bits, so that packing does not change them.
+        let [low, high] = [narrow_four(v[0]), narrow_four(v[1])];
+        let low = _mm_srai_epi32::<16>(_mm_slli_epi32::<16>(low));
+        let high = _mm_srai_epi32::<16>(_mm_slli_epi32::<16>(high));
+        _mm_packs_epi32(low, high)
+    }
+}
+
+/// `a` where the mask's bits are set, else `b`.
+///
+/// # Safety
+/// The CPU has SSE2.
+#[inline(always)]
+pub(super) unsafe fn select(mask: __m128i, a: __m128i, b: __m128i) -> __m128i {
+    // SAFETY: the caller's promise.
+    unsafe { _mm_or_si128(_mm_and_si128(mask, a), _mm_andnot_si128(mask, b)) }
 }
 
 /// Four floats as halves in 32-bit lanes.
@@ -67,14 +83,14 @@ unsafe fn narrow_four(v: __m128) -> __m128i {
         let small = _mm_add_ps(_mm_castsi128_ps(size), half);
         let small = _mm_sub_epi32(_mm_castps_si128(small), _mm_castps_si128(half));
         let is_small = _mm_cmplt_epi32(size, _mm_set1_epi32(113 << 23));
-        let finite = _mm_blendv_epi8(normal, small, is_small);
+        let finite = select(is_small, small, normal);
         // From 65536 on: infinity, or a quiet NaN with the upper bits of the old one.
         let payload = _mm_and_si128(_mm_srli_epi32::<13>(size), _mm_set1_epi32(0x3ff));
         let payload = _mm_or_si128(payload, _mm_set1_epi32(0x200));
         let is_nan = _mm_cmpgt_epi32(size, _mm_set1_epi32(0x7f80_0000));
         let beyond = _mm_or_si128(_mm_and_si128(payload, is_nan), _mm_set1_epi32(0x7c00));
         let is_beyond = _mm_cmpgt_epi32(size, _mm_set1_epi32((143 << 23) - 1));
-        _mm_or_si128(_mm_blendv_epi8(finite, beyond, is_beyond), sign)
+        _mm_or_si128(select(is_beyond, beyond, finite), sign)
     }
 }
 
@@ -83,7 +99,7 @@ mod tests {
     use super::*;
     use half::f16;
 
-    #[target_feature(enable = "sse4.1,ssse3")]
+    #[target_feature(enable = "sse2")]
     fn widened(h: [u16; 8]) -> [u32; 8] {
         let mut out = [0; 8];
         // SAFETY: arrays of 8; the function has the feature.
@@ -95,7 +111,7 @@ mod tests {
         out
     }
 
-    #[target_feature(enable = "sse4.1,ssse3")]
+    #[target_feature(enable = "sse2")]
     fn narrowed(v: [f32; 8]) -> [u16; 8] {
         let mut out = [0; 8];
         // SAFETY: arrays of 8; the function has the feature.
@@ -107,7 +123,7 @@ mod tests {
     }
 
     fn check_narrow(v: [f32; 8]) {
-        // SAFETY: the test asked for the feature.
+        // SAFETY: every x86-64 CPU has SSE2.
         let got = unsafe { narrowed(v) };
         let want = v.map(|v| f16::from_f32_const(v).to_bits());
         assert_eq!(got, want, "{v:?}");
@@ -115,12 +131,9 @@ mod tests {
 
     #[test]
     fn every_half_is_widened_exactly() {
-        if !is_x86_feature_detected!("sse4.1") {
-            return;
-        }
         for first in (0..=u16::MAX).step_by(8) {
             let h: [u16; 8] = std::array::from_fn(|i| first + i as u16);
-            // SAFETY: asked for above.
+            // SAFETY: every x86-64 CPU has SSE2.
             let got = unsafe { widened(h) };
             let want = h.map(|h| f16::from_bits(h).to_f32_const().to_bits());
             assert_eq!(got, want, "{first:#x}");
@@ -129,9 +142,6 @@ mod tests {
 
     #[test]
     fn floats_are_narrowed_to_the_nearest_half() {
-        if !is_x86_feature_detected!("sse4.1") {
-            return;
-        }
         // Every half, the floats halfway to the next, and their neighbours.
         for h in 0..0x7c00_u16 {
             let v = f16::from_bits(h).to_f32_const();

@@ -17,10 +17,10 @@ macro_rules! methods {
 
 /// Methods over pointers.
 macro_rules! pointer_methods {
-    ($(fn $name:ident ($($arg:ident: $ty:ty),*) $(-> $out:ty)? $body:block)*) => {
+    ($(fn $name:ident $(<$(const $n:ident: usize),*>)? ($($arg:ident: $ty:ty),*) $(-> $out:ty)? $body:block)*) => {
         $(
             #[inline(always)]
-            unsafe fn $name (self, $($arg: $ty),*) $(-> $out)? {
+            unsafe fn $name $(<$(const $n: usize),*>)? (self, $($arg: $ty),*) $(-> $out)? {
                 // SAFETY: the token proves the features; the caller vouches for the pointer.
                 unsafe { $body }
             }
@@ -99,7 +99,6 @@ macro_rules! quarter_methods {
                 _mm_and_si128(a, _mm_set1_epi8(mask.cast_signed()))
             }
             fn bor(a: __m128i, b: __m128i) -> __m128i { _mm_or_si128(a, b) }
-            fn lookup(table: __m128i, codes: __m128i) -> __m128i { _mm_shuffle_epi8(table, codes) }
             fn bshl<const N: u32>(a: __m128i) -> __m128i { shift!(_mm_slli_epi16, a, N) }
             fn bshr<const N: u32>(a: __m128i) -> __m128i { shift!(_mm_srli_epi16, a, N) }
             fn open(_acc: &I, _part: usize) -> __m128i { _mm_setzero_si128() }
@@ -109,23 +108,36 @@ macro_rules! quarter_methods {
         }
 
         pointer_methods! {
+            fn store_i8(p: *mut i8, v: I) {
+                let words = [_mm_packs_epi32(v[0], v[1]), _mm_packs_epi32(v[2], v[3])];
+                _mm_storeu_si128(p.cast(), _mm_packs_epi16(words[0], words[1]));
+            }
+            fn load_b(p: *const u8) -> __m128i { _mm_loadu_si128(p.cast()) }
+        }
+    };
+}
+
+/// What SSSE3 and SSE4.1 add to [`quarter_methods`]: products of bytes, their conversion, and tables of 16.
+#[cfg(target_arch = "x86_64")]
+macro_rules! byte_methods {
+    () => {
+        methods! {
+            fn lookup(table: __m128i, codes: __m128i) -> __m128i { _mm_shuffle_epi8(table, codes) }
+        }
+
+        pointer_methods! {
             fn load_u8(p: *const u8) -> I {
                 four!(i => _mm_cvtepu8_epi32(_mm_loadu_si32(p.add(4 * i))))
             }
             fn load_i8(p: *const i8) -> I {
                 four!(i => _mm_cvtepi8_epi32(_mm_loadu_si32(p.cast::<u8>().add(4 * i))))
             }
-            fn store_i8(p: *mut i8, v: I) {
-                let words = [_mm_packs_epi32(v[0], v[1]), _mm_packs_epi32(v[2], v[3])];
-                _mm_storeu_si128(p.cast(), _mm_packs_epi16(words[0], words[1]));
-            }
-            fn load_b(p: *const u8) -> __m128i { _mm_loadu_si128(p.cast()) }
-            fn dot(p: __m128i, w: __m128i, a: *const i8) -> __m128i {
-                let a = _mm_set1_epi32(a.cast::<i32>().read_unaligned());
+            fn dot<const R: usize, const ROW: usize>(p: __m128i, w: __m128i, a: *const i8) -> __m128i {
+                let a = _mm_set1_epi32(a.cast::<i32>().add(ROW).read_unaligned());
                 _mm_add_epi16(p, _mm_maddubs_epi16(w, a))
             }
-            fn dot_wide(p: __m128i, w: __m128i, a: *const i8) -> __m128i {
-                let a = _mm_set1_epi32(a.cast::<i32>().read_unaligned());
+            fn dot_wide<const R: usize, const ROW: usize>(p: __m128i, w: __m128i, a: *const i8) -> __m128i {
+                let a = _mm_set1_epi32(a.cast::<i32>().add(ROW).read_unaligned());
                 let w = _mm_xor_si128(w, _mm_set1_epi8(-128));
                 _mm_add_epi16(p, _mm_maddubs_epi16(_mm_abs_epi8(w), _mm_sign_epi8(a, w)))
             }
@@ -135,4 +147,4 @@ macro_rules! quarter_methods {
 
 pub(super) use {four, methods, pointer_methods};
 #[cfg(target_arch = "x86_64")]
-pub(super) use {quarter_methods, shift, two};
+pub(super) use {byte_methods, quarter_methods, shift, two};

@@ -25,7 +25,7 @@ mod methods;
 #[cfg(target_arch = "aarch64")]
 pub(crate) mod neon;
 #[cfg(target_arch = "x86_64")]
-pub(crate) mod sse41;
+pub(crate) mod sse;
 
 use std::mem::transmute_copy;
 
@@ -80,15 +80,33 @@ pub(crate) fn run<K: Kernel>(isa: Isa, kernel: K) {
             None => kernel.run(scalar::Scalar),
         },
         #[cfg(target_arch = "x86_64")]
-        Isa::Sse41 => match sse41::Sse41::detect() {
+        Isa::Sse41 => match sse::Sse41::detect() {
             // SAFETY: the token exists, so the CPU has the features.
-            Some(s) => unsafe { sse41::enter(s, kernel) },
+            Some(s) => unsafe { sse::enter_sse41(s, kernel) },
+            None => kernel.run(scalar::Scalar),
+        },
+        #[cfg(target_arch = "x86_64")]
+        Isa::Sse2 => match sse::Sse2::detect() {
+            // SAFETY: the token exists, so the CPU has the features.
+            Some(s) => unsafe { sse::enter_sse2(s, kernel) },
             None => kernel.run(scalar::Scalar),
         },
         #[cfg(target_arch = "aarch64")]
-        Isa::Neon => match neon::Neon::detect() {
+        Isa::NeonI8mm => match neon::dot::Neon::<true>::detect() {
             // SAFETY: the token exists, so the CPU has the features.
-            Some(s) => unsafe { neon::enter(s, kernel) },
+            Some(s) => unsafe { neon::dot::enter(s, kernel) },
+            None => kernel.run(scalar::Scalar),
+        },
+        #[cfg(target_arch = "aarch64")]
+        Isa::Neon => match neon::dot::Neon::<false>::detect() {
+            // SAFETY: the token exists, so the CPU has the features.
+            Some(s) => unsafe { neon::dot::enter(s, kernel) },
+            None => kernel.run(scalar::Scalar),
+        },
+        #[cfg(target_arch = "aarch64")]
+        Isa::NeonV8 => match neon::v8::NeonV8::detect() {
+            // SAFETY: the token exists, so the CPU has the features.
+            Some(s) => unsafe { neon::v8::enter(s, kernel) },
             None => kernel.run(scalar::Scalar),
         },
         _ => kernel.run(scalar::Scalar),
@@ -116,8 +134,8 @@ pub(crate) trait Simd: Copy {
     const SIGNED_WIDE: bool;
     /// True if there are registers for 24 accumulators.
     const WIDE: bool;
-    /// True if tiles of more than one row do not pay for their code.
-    const SINGLE: bool;
+    /// Most quantised rows that are multiplied at a time: 1, 2, 4 or 8.
+    const ROWS: usize;
     /// Most rows of floats that are multiplied at a time: 1, 2, 4 or 8.
     const FLOAT_ROWS: usize;
     /// Most queries of a head that attend at a time, at most 6.
@@ -196,13 +214,23 @@ pub(crate) trait Simd: Copy {
     fn open(self, acc: &Self::I, part: usize) -> Self::P;
     /// Adds `p` to the columns of a part. `acc` must be what it was at [`Simd::open`].
     fn close(self, acc: &mut Self::I, part: usize, p: Self::P);
-    /// `p[c] += Σ w[4c+i] * a[i]` over four weights below 128 and the four signed bytes at `a`. Sums may be
-    /// kept in 16 bits, two for each column: at most [`chain`] products may be added before
-    /// [`Simd::close`]. No `a` may be -128.
-    unsafe fn dot(self, p: Self::P, w: Self::B, a: *const i8) -> Self::P;
+    /// `p[c] += Σ w[4c+i] * a[i]` over four weights below 128 and the four signed bytes of row `ROW`, out of
+    /// `R` rows that have four each at `a`. Sums may be kept in 16 bits, two for each column: at most
+    /// [`chain`] products may be added before [`Simd::close`]. No activation may be -128.
+    unsafe fn dot<const R: usize, const ROW: usize>(
+        self,
+        p: Self::P,
+        w: Self::B,
+        a: *const i8,
+    ) -> Self::P;
     /// The same for weights stored as `w + 128`, with `w` in `-128..128`: the result is the sum for `w +
     /// 128`, or for `w` if [`Simd::SIGNED_WIDE`] is true. One product, then [`Simd::close`].
-    unsafe fn dot_wide(self, p: Self::P, w: Self::B, a: *const i8) -> Self::P;
+    unsafe fn dot_wide<const R: usize, const ROW: usize>(
+        self,
+        p: Self::P,
+        w: Self::B,
+        a: *const i8,
+    ) -> Self::P;
 
     /// `2^x` for `x <= 0`, to about one unit in the last place times two; below -126 it is about `2^-126`.
     #[inline(always)]

@@ -32,7 +32,7 @@ impl Simd for Scalar {
     const PARTS: usize = 1;
     const SIGNED_WIDE: bool = true;
     const WIDE: bool = false;
-    const SINGLE: bool = true;
+    const ROWS: usize = 1;
     const FLOAT_ROWS: usize = 4;
     const QUERIES: usize = 3;
 
@@ -194,9 +194,9 @@ impl Simd for Scalar {
         *acc = p;
     }
     #[inline(always)]
-    unsafe fn dot(self, p: I, w: [u8; 64], a: *const i8) -> I {
+    unsafe fn dot<const R: usize, const ROW: usize>(self, p: I, w: [u8; 64], a: *const i8) -> I {
         // SAFETY: see the head of this impl.
-        let a = unsafe { a.cast::<[i8; 4]>().read_unaligned() };
+        let a = unsafe { a.cast::<[i8; 4]>().add(ROW).read_unaligned() };
         std::array::from_fn(|c| {
             (0..4).fold(p[c], |sum, i| {
                 sum + i32::from(w[4 * c + i]) * i32::from(a[i])
@@ -204,9 +204,14 @@ impl Simd for Scalar {
         })
     }
     #[inline(always)]
-    unsafe fn dot_wide(self, p: I, w: [u8; 64], a: *const i8) -> I {
+    unsafe fn dot_wide<const R: usize, const ROW: usize>(
+        self,
+        p: I,
+        w: [u8; 64],
+        a: *const i8,
+    ) -> I {
         // SAFETY: see the head of this impl.
-        let a = unsafe { a.cast::<[i8; 4]>().read_unaligned() };
+        let a = unsafe { a.cast::<[i8; 4]>().add(ROW).read_unaligned() };
         std::array::from_fn(|c| {
             (0..4).fold(p[c], |sum, i| {
                 sum + i32::from((w[4 * c + i] ^ 0x80).cast_signed()) * i32::from(a[i])

@@ -48,7 +48,7 @@ struct Args {
 
 /// llama.cpp's CPU builds (`libggml-cpu-*.so`) that use what each of our instruction sets uses.
 const BUILDS: [(&str, &[&str]); 7] = [
-    ("scalar", &["x64"]),
+    ("sse2", &["x64"]),
     ("sse41", &["sse42"]),
     ("avx", &["sandybridge", "ivybridge"]),
     ("avx2", &["haswell"]),
