@@ -4,7 +4,8 @@ SHELL := /bin/bash
 CARGO ?= cargo
 PYTHON ?= python3
 # Every cargo call runs in rust/; the lock file decides the versions.
-IN_RUST := cd rust &&
+# It takes every core, whatever make's own -j is.
+IN_RUST := cd rust && MAKEFLAGS=
 SERVICES := -p mesh-head -p mesh-worker -p mesh-shim -p mesh-cli
 # For the whole workspace, so that only what knows these features is compiled once more.
 PROVIDERS := mesh-worker/cuda,mesh-worker/migraphx
@@ -32,19 +33,9 @@ demo: ## Start a mesh on this machine, ask a model that several workers hold, ki
 build: ## Build the services and the command line (release) into rust/target/release
 	$(IN_RUST) $(CARGO) build --release --locked --bins $(SERVICES)
 
-test: fetch ## Formatting, clippy with warnings denied, layers and dependencies of crates, every test
-	scripts/fetch_nix_tools.sh
-	scripts/test_nix.sh $(WHERE_POSSIBLE)
-	scripts/test_shell.sh $(WHERE_POSSIBLE)
-	$(PYTHON) scripts/check_dependencies.py
-	$(PYTHON) scripts/check_security.py
-	$(PYTHON) scripts/test_checks.py
-	$(PYTHON) scripts/check_layers.py
-	$(PYTHON) scripts/check_unused.py
-	$(PYTHON) scripts/check_docs.py
-	$(IN_RUST) $(CARGO) fmt --all --check
-	$(IN_RUST) $(CARGO) clippy --workspace --all-targets --locked -- -D warnings
-	$(IN_RUST) $(CARGO) clippy --workspace --features $(PROVIDERS) --all-targets --locked -- -D warnings
+test: ## Formatting, clippy with warnings denied, layers and dependencies of crates, every test
+# One waits for the network and the other for the cores.
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=recurse prepared linted
 	$(IN_RUST) $(CARGO) test --workspace --features $(PROVIDERS) --locked --test backend
 # With the tests come the services, with the same dependencies: built by themselves they would have those compiled once more.
 	$(IN_RUST) $(CARGO) test --workspace --locked --no-run
@@ -52,6 +43,24 @@ test: fetch ## Formatting, clippy with warnings denied, layers and dependencies 
 	HYDRAMESH_BIN_DIR=$(CURDIR)/rust/target/debug $(PYTHON) scripts/test_foreign.py promtool $(WHERE_POSSIBLE)
 	scripts/test_isa.sh --workspace $(WHERE_POSSIBLE)
 	$(IN_RUST) HYDRAMESH_BIN_DIR=$(CURDIR)/rust/target/debug $(CARGO) test --workspace --locked --no-fail-fast
+
+.PHONY: prepared linted
+prepared: fetch
+	scripts/fetch_nix_tools.sh
+	scripts/test_nix.sh $(WHERE_POSSIBLE)
+	scripts/test_shell.sh $(WHERE_POSSIBLE)
+
+linted:
+	$(PYTHON) scripts/check_dependencies.py
+	$(PYTHON) scripts/check_security.py
+	$(PYTHON) scripts/test_checks.py
+	$(PYTHON) scripts/check_layers.py
+	$(PYTHON) scripts/check_unused.py
+	$(PYTHON) scripts/check_docs.py
+	$(IN_RUST) $(CARGO) fmt --all --check
+	$(IN_RUST) $(CARGO) clippy --workspace --features $(PROVIDERS) --all-targets --locked -- -D warnings
+# What there is without GPUs alone; its tests are compiled below.
+	$(IN_RUST) $(CARGO) clippy --workspace --locked -- -D warnings
 
 test-nix: ## All that is Nix, by evaluation: it parses, is formatted, its tests pass, its units score well; ShellCheck over every script
 	scripts/fetch_nix_tools.sh

@@ -145,6 +145,6 @@ macro_rules! byte_methods {
     };
 }
 
-pub(super) use {four, methods, pointer_methods};
 #[cfg(target_arch = "x86_64")]
 pub(super) use {byte_methods, quarter_methods, shift, two};
+pub(super) use {four, methods, pointer_methods};

@@ -41,7 +41,7 @@ pub enum PlanError {
         field: &'static str,
     },
     /// Every node is left out.
-    #[error("none of the {} nodes that offer the model can be used: {}", .left_out.len(), reasons(.left_out))]
+    #[error("none of the {} nodes can be used: {}", .left_out.len(), reasons(.left_out))]
     Nobody {
         /// The nodes, each with its reason.
         left_out: Vec<LeftOut>,

@@ -420,7 +420,7 @@ fn what_is_missing_is_named() {
     let error = place(&model(10), &[unknown, node("b", 10, 1.0)], &policy()).expect_err("nobody");
     assert_eq!(
         error.to_string(),
-        "none of the 2 nodes that offer the model can be used: 1 of unknown speed, 1 without memory for one layer and one \
+        "none of the 2 nodes can be used: 1 of unknown speed, 1 without memory for one layer and one \
          context"
     );
     let pieces: Vec<Candidate> = (0..8).map(|i| node(&i.to_string(), 215, 1.0)).collect();
