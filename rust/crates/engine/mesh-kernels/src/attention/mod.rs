@@ -66,9 +66,9 @@ pub struct KvSegment {
 
 /// Attends with all rows of `segments`.
 ///
-/// `qkv` is `[rows, (heads + kv_heads) * head_dim + kv_heads * value_dim]`: queries, keys, values side by side;
-/// rows of all segments back to back. `out` is `[rows, heads * value_dim]`. Keys and values of the rows are written to
-/// `layer` of the cache first.
+/// `qkv` is `[rows, (heads + kv_heads) * head_dim + kv_heads * value_dim]`: queries, keys, values side by
+/// side; rows of all segments back to back. `out` is `[rows, heads * value_dim]`. Keys and values of the rows
+/// are written to `layer` of the cache first.
 ///
 /// # Errors
 /// When shapes do not fit, a slot or position does not exist, or a slot is named twice. Nothing is written

@@ -166,8 +166,8 @@ fn biases(
     Ok((0..matrices).map(entry).collect())
 }
 
-/// The tensor's shape, whose first dimension is a number of experts (1 where the tensor lacks it), and of which
-/// `split` gives the dimension that the matrices share.
+/// The tensor's shape, whose first dimension is a number of experts (1 where the tensor lacks it), and of
+/// which `split` gives the dimension that the matrices share.
 fn shape_of<const N: usize>(
     tensor: &TensorView<'_>,
     fused: &FusedExperts,

@@ -163,8 +163,8 @@ const GPT_OSS_DOWN: &str = "mlp.experts.down_proj";
 const GPT_OSS_GATE_UP_BIAS: &str = "mlp.experts.gate_up_proj_bias";
 const SHARED_GATE: &str = "ffn_gate_inp_shexp.weight";
 
-/// The dimensions of the tensor with GGUF's name `name`: the vector of a shared expert's gate is a matrix of one
-/// row in a folder.
+/// The dimensions of the tensor with GGUF's name `name`: the vector of a shared expert's gate is a matrix of
+/// one row in a folder.
 pub(super) fn dims(name: &str, shape: &[u64]) -> Vec<u64> {
     match shape {
         [1, width] if name.ends_with(SHARED_GATE) => vec![*width],
