@@ -36,9 +36,9 @@ build: ## Build the services and the command line (release) into rust/target/rel
 test: ## Formatting, clippy with warnings denied, layers and dependencies of crates, every test
 # One waits for the network and the other for the cores.
 	@$(MAKE) --no-print-directory --jobs=2 --output-sync=recurse prepared linted
-	$(IN_RUST) $(CARGO) test --workspace --features $(PROVIDERS) --locked --test backend
 # With the tests come the services, with the same dependencies: built by themselves they would have those compiled once more.
 	$(IN_RUST) $(CARGO) test --workspace --locked --no-run
+	$(IN_RUST) $(CARGO) test --workspace --features $(PROVIDERS) --locked --test backend
 	HYDRAMESH_BIN=$(CURDIR)/rust/target/debug scripts/test_vm.sh nspawn $(WHERE_POSSIBLE)
 	HYDRAMESH_BIN_DIR=$(CURDIR)/rust/target/debug $(PYTHON) scripts/test_foreign.py promtool $(WHERE_POSSIBLE)
 	scripts/test_isa.sh --workspace $(WHERE_POSSIBLE)
