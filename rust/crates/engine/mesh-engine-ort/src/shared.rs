@@ -188,7 +188,7 @@ pub(crate) struct StageStep {
     pub(crate) kept: Vec<usize>,
     /// Queries, keys and values of the running layer.
     pub(crate) qkv: Vec<f32>,
-    /// What lies between the running layer's first projection and these.
+    /// Scratch memory of latent attention.
     pub(crate) latent: LatentScratch,
     /// Output of the running layer's attention heads.
     pub(crate) attended: Vec<f32>,

@@ -8,27 +8,15 @@ use mesh_engine::Stage;
 use mesh_engine_ort::{Device, DeviceStage, OrtOptions, Provider, memory_bytes};
 use mesh_kernels::KvFormat;
 use mesh_model::gguf::writer::{OwnedValue, Writer};
-use mesh_model::synth::{Latent, Shape, Tokens, random_model_bytes};
-use mesh_model::{Architecture, GgmlType, Gguf, Model};
+use mesh_model::synth::{Shape, Tokens, random_model_bytes};
+use mesh_model::{GgmlType, Gguf, Model};
 
-/// A model with the keys and tensors that `change` puts into it.
+/// The model of a GGUF file with these bytes.
 fn model(bytes: Vec<u8>) -> Model {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("latent.gguf");
     std::fs::write(&path, bytes).unwrap();
     Model::open(&path).unwrap()
-}
-
-fn shape(query_rank: Option<u32>, split: bool) -> Shape {
-    let tiny = Shape::tiny(Architecture::Deepseek2);
-    Shape {
-        latent: tiny.latent.map(|latent| Latent {
-            query_rank,
-            split,
-            ..latent
-        }),
-        ..tiny
-    }
 }
 
 fn made(shape: &Shape, ty: GgmlType) -> Vec<u8> {
@@ -37,7 +25,7 @@ fn made(shape: &Shape, ty: GgmlType) -> Vec<u8> {
 
 /// The model with the stacks of `split` in place of the matrices that they follow from.
 fn joined(split: &Gguf) -> Vec<u8> {
-    let target = shape(None, false);
+    let target = Shape::tiny_deepseek(None, false);
     let plan = mesh_model::synth::plan(&target, GgmlType::F32, Tokens::Bytes);
     plan.to_bytes(|name, _, _| {
         let floats = |name: &str| split.tensors().get(name).unwrap().to_f32().unwrap();
@@ -79,7 +67,7 @@ fn files_for_the_absorbed_form_give_the_same_logits() {
         (GgmlType::BF16, 1e-3),
         (GgmlType::F16, 1e-3),
     ] {
-        let split = made(&shape(None, true), ty);
+        let split = made(&Shape::tiny_deepseek(None, true), ty);
         let whole = joined(&Gguf::from_bytes(split.clone()).unwrap());
         let (found, expected) = (run(&model(split)), run(&model(whole)));
         let off = found.iter().zip(&expected).map(|(a, b)| (a - b).abs());
@@ -91,7 +79,7 @@ fn files_for_the_absorbed_form_give_the_same_logits() {
 #[test]
 fn stacks_of_keys_become_floats_and_count_as_such() {
     // Rows of 64 are whole blocks of Q8_0.
-    let model = model(made(&shape(None, true), GgmlType::Q8_0));
+    let model = model(made(&Shape::tiny_deepseek(None, true), GgmlType::Q8_0));
     let stage = whole(&model, options(1, 64));
     let said = memory_bytes(&model, mesh_engine_ort::WeightFormat::File);
     let taken = stage.info().weight_bytes;
@@ -114,7 +102,11 @@ fn every_form_of_queries_and_stretched_contexts_agree_with_a_plain_forward_pass(
         ("deepseek2.expert_weights_scale".into(), number(2.0)),
     ];
     for (query_rank, keys) in [(None, &yarn[..0]), (Some(256), &yarn), (None, &yarn)] {
-        let source = Gguf::from_bytes(made(&shape(query_rank, false), GgmlType::F32)).unwrap();
+        let source = Gguf::from_bytes(made(
+            &Shape::tiny_deepseek(query_rank, false),
+            GgmlType::F32,
+        ))
+        .unwrap();
         let mut writer = Writer::new();
         for (name, value) in source.metadata_iter() {
             writer.copy_key(name, value);
@@ -143,7 +135,7 @@ fn every_form_of_queries_and_stretched_contexts_agree_with_a_plain_forward_pass(
 
 #[test]
 fn the_cache_has_a_key_and_a_value_for_every_head() {
-    let model = model(made(&shape(None, false), GgmlType::Q4_0));
+    let model = model(made(&Shape::tiny_deepseek(None, false), GgmlType::Q4_0));
     let config = model.config();
     assert_eq!((config.head_dim, config.value_dim), (96, 64));
     let stage = whole(&model, options(1, 64));
@@ -153,7 +145,7 @@ fn the_cache_has_a_key_and_a_value_for_every_head() {
 
 #[test]
 fn execution_providers_refuse_it_by_name() {
-    let model = model(made(&shape(None, false), GgmlType::Q4_0));
+    let model = model(made(&Shape::tiny_deepseek(None, false), GgmlType::Q4_0));
     let device = Device::new(Provider::Cpu);
     let error = DeviceStage::load(&model, 0..2, options(1, 32), device)
         .err()

@@ -212,7 +212,7 @@ pub struct MixtureLayer<'a> {
 
 /// Computes the layer in place over `x`: adds the outputs of the `used` experts with the highest scores, each
 /// times its weight, and that of the shared expert. Of experts with equal scores the one with the lowest index
-/// comes first; a score that is no number comes last.
+/// comes first; NaN ranks last.
 ///
 /// # Errors
 /// When the router does not fit the experts, or a buffer does not fit them.

@@ -41,7 +41,7 @@ impl Activation {
         }
     }
 
-    /// What the activated gate is multiplied by, from the product with the other matrix.
+    /// The factor on the activated gate: `up`, bounded and moved where the activation says so.
     #[inline(always)]
     pub(crate) fn factor<S: Simd>(self, s: S, up: S::F) -> S::F {
         match self {

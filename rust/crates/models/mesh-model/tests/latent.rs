@@ -2,7 +2,7 @@
 
 use mesh_model::gguf::writer::{OwnedValue, Writer};
 use mesh_model::hf::keys_of_config;
-use mesh_model::synth::{Latent, Shape, Tokens, random_model_bytes};
+use mesh_model::synth::{Shape, Tokens, random_model_bytes};
 use mesh_model::{
     Architecture, ConfigError, GgmlType, Gguf, LatentAttention, ModelConfig, RopeStyle,
 };
@@ -10,18 +10,6 @@ use serde_json::{Value, json};
 
 fn source(shape: &Shape) -> Gguf {
     Gguf::from_bytes(random_model_bytes(shape, GgmlType::F16, Tokens::Bytes)).unwrap()
-}
-
-fn latent_shape(query_rank: Option<u32>, split: bool) -> Shape {
-    let tiny = Shape::tiny(Architecture::Deepseek2);
-    Shape {
-        latent: tiny.latent.map(|latent| Latent {
-            query_rank,
-            split,
-            ..latent
-        }),
-        ..tiny
-    }
 }
 
 /// The configuration of `source` with some keys replaced, and without the tensors whose names end in `without`.
@@ -55,7 +43,7 @@ fn read(
 fn both_forms_of_files_describe_one_network() {
     for query_rank in [None, Some(256)] {
         let [plain, split] = [false, true].map(|split| {
-            let file = source(&latent_shape(query_rank, split));
+            let file = source(&Shape::tiny_deepseek(query_rank, split));
             ModelConfig::read(&file).unwrap()
         });
         assert_eq!(plain, split);
@@ -73,7 +61,7 @@ fn both_forms_of_files_describe_one_network() {
         assert_eq!(plain.kv_elements(), 4 * (96 + 64));
         let mixture = plain.mixture.clone().unwrap();
         assert_eq!(mixture.leading_dense, 1);
-        let file = source(&latent_shape(query_rank, false));
+        let file = source(&Shape::tiny_deepseek(query_rank, false));
         let elements = file.tensors().iter().map(|tensor| tensor.elements());
         assert_eq!(plain.parameters(), elements.sum::<u64>());
     }
@@ -104,7 +92,7 @@ fn scores_take_yarns_factor_squared() {
 
 #[test]
 fn lying_widths_and_variants_are_named() {
-    let latent = source(&latent_shape(None, false));
+    let latent = source(&Shape::tiny_deepseek(None, false));
     let number = OwnedValue::U32;
     for (key, value, expected) in [
         ("attention.kv_lora_rank", 0, "it must be from 1 to 1048576"),
@@ -191,7 +179,7 @@ fn lying_widths_and_variants_are_named() {
         let error = read(&latent, &[], without).unwrap_err().to_string();
         assert!(error.contains(expected), "{error}");
     }
-    let split = source(&latent_shape(None, true));
+    let split = source(&Shape::tiny_deepseek(None, true));
     let error = read(&split, &[], "attn_v_b.weight")
         .unwrap_err()
         .to_string();

@@ -9,7 +9,7 @@ use crate::latent::LatentWeights;
 use crate::options::LoadError;
 
 impl Loader<'_> {
-    /// What stands behind the first projection of a layer with latent attention.
+    /// The norms and matrices of a layer's latent attention, except its first projection.
     pub(super) fn latent(&self, layer: u32) -> Result<LatentWeights, LoadError> {
         let name = |suffix: &str| format!("blk.{layer}.{suffix}");
         let has_query = (self.config.latent).is_some_and(|latent| latent.query_rank.is_some());

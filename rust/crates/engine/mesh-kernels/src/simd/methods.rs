@@ -117,7 +117,8 @@ macro_rules! quarter_methods {
     };
 }
 
-/// What SSSE3 and SSE4.1 add to [`quarter_methods`]: products of bytes, their conversion, and tables of 16.
+/// The methods beside [`quarter_methods`] that need SSSE3 and SSE4.1: products of bytes, their conversion, and
+/// tables of 16.
 #[cfg(target_arch = "x86_64")]
 macro_rules! byte_methods {
     () => {

@@ -257,6 +257,18 @@ impl Shape {
         }
     }
 
+    /// As [`Shape::tiny`], a DeepSeek with these fields of [`Latent`].
+    pub fn tiny_deepseek(query_rank: Option<u32>, split: bool) -> Self {
+        Shape {
+            latent: Some(Latent {
+                query_rank,
+                split,
+                ..TINY_LATENT
+            }),
+            ..Shape::tiny(Architecture::Deepseek2)
+        }
+    }
+
     /// As [`Shape::tiny`], a Mixtral: a llama with experts.
     pub fn tiny_mixtral() -> Self {
         Shape {
