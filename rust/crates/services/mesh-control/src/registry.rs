@@ -15,7 +15,7 @@ const NAME_MEMORY: Duration = Duration::from_secs(30);
 mod tests;
 mod worker;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
@@ -26,8 +26,8 @@ use super::spotcheck::{CheckState, SpotChecks};
 
 pub use clock::TokenClock;
 pub use plain::KINDS;
+use served::{RETRY, is_sound, plausible, ring_of_subject, short, speed};
 pub use served::{ServedModel, Service, batch_gain};
-use served::{is_sound, plausible, ring_of_subject, short, speed};
 pub use worker::{Carrier, Worker, WorkerId};
 
 /// All workers, and the models that were served recently.
@@ -203,7 +203,8 @@ impl Registry {
     }
 
     /// The worker serves these models whole, and no others. Models that it served before keep their
-    /// measurements and checks.
+    /// measurements and checks. Where new ones come again within a second they are asked for proofs after it:
+    /// each question costs other workers time, too.
     pub fn serves(&mut self, id: WorkerId, cards: Vec<ModelCard>, now: Instant) {
         self.remember_models(id, now);
         let Some(worker) = self.workers.get_mut(&id) else {
@@ -212,12 +213,18 @@ impl Registry {
         let before = std::mem::take(&mut worker.models);
         let (whole, mut of_rings): (Vec<ServedModel>, Vec<ServedModel>) =
             before.into_iter().partition(|model| model.ring.is_none());
+        let retry_at = worker.new_models_at.map(|last| last + RETRY);
         let served = sound(cards).map(|card| {
             let same = |old: &&ServedModel| {
                 old.card.name == card.name && old.card.fingerprint == card.fingerprint
             };
-            let known = whole.iter().find(same).cloned();
-            known.unwrap_or_else(|| ServedModel::new(card, None, now))
+            whole.iter().find(same).cloned().unwrap_or_else(|| {
+                worker.new_models_at = Some(now);
+                ServedModel {
+                    retry_at,
+                    ..ServedModel::new(card, None, now)
+                }
+            })
         });
         let mut models: Vec<ServedModel> = served.collect();
         of_rings.retain(|ring| !models.iter().any(|m| m.card.name == ring.card.name));
@@ -364,6 +371,7 @@ impl Registry {
             failed: 0,
             task_seconds: 0.0,
             last_turn: 0,
+            new_models_at: None,
             tokens_seen: TokenClock::new(now),
         };
         self.workers.insert(id, worker);
@@ -384,9 +392,11 @@ impl Registry {
     }
 }
 
-/// The cards that are within bounds, as many as a worker may serve.
+/// The cards that are within bounds, one of each name, as many as a worker may serve.
 fn sound(cards: Vec<ModelCard>) -> impl Iterator<Item = ModelCard> {
+    let mut names = BTreeSet::new();
     let sound = cards.into_iter().filter(is_sound);
+    let sound = sound.filter(move |card| names.insert(card.name.clone()));
     sound.take(MODELS_PER_WORKER)
 }
 

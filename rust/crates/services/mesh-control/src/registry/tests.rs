@@ -385,6 +385,7 @@ fn claims_that_no_model_can_have_are_cut_or_left_out() {
     };
     let names = [
         "good".to_owned(),
+        "good".to_owned(),
         String::new(),
         "a\nb".into(),
         "x".repeat(9999),
@@ -400,6 +401,40 @@ fn claims_that_no_model_can_have_are_cut_or_left_out() {
     assert!(card.slots <= MOST_SLOTS && card.context <= MOST_CONTEXT);
     assert!(card.dimensions <= MOST_DIMENSIONS && card.architecture.len() <= NAME_BYTES);
     assert!(!card.architecture.contains(char::is_control));
+}
+
+#[test]
+fn new_models_are_asked_for_a_proof_once_a_second_and_each_name_once() {
+    let start = Instant::now();
+    let mut registry = Registry::new(Duration::from_secs(10));
+    let (id, _) = registry.join("a", address(1), hello("one"), start);
+    registry.prove_all(id, start);
+    let asked = |registry: &mut Registry, ms| {
+        let at = start + Duration::from_millis(ms);
+        let proofs = registry.proofs_due(id, &BTreeSet::new(), 1, at).len();
+        registry.prove_all(id, at);
+        proofs
+    };
+    let list = |weights: u64| {
+        let card = ModelCard {
+            name: "other".into(),
+            fingerprint: weights.to_string(),
+            ..Default::default()
+        };
+        vec![card; 32]
+    };
+    registry.serves(id, list(0), start);
+    assert_eq!(asked(&mut registry, 0), 1);
+    assert_eq!(asked(&mut registry, 1), 0);
+    // Other weights every tenth of a second.
+    for tenth in 1..10 {
+        registry.serves(id, list(tenth), start + Duration::from_millis(100 * tenth));
+        assert_eq!(asked(&mut registry, 100 * tenth), 0);
+    }
+    assert_eq!(asked(&mut registry, 1_800), 1);
+    // What it serves already is not new.
+    registry.serves(id, list(9), start + Duration::from_millis(1_900));
+    assert_eq!(asked(&mut registry, 1_900), 0);
 }
 
 #[test]

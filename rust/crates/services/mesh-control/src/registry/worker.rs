@@ -91,6 +91,8 @@ pub struct Worker {
     pub task_seconds: f64,
     /// Value of the router's counter at the last assignment: the tie break.
     pub last_turn: u64,
+    /// Time at which it last named models that it did not serve before.
+    pub(super) new_models_at: Option<Instant>,
     /// Time of the last token from it.
     pub tokens_seen: TokenClock,
 }
