@@ -271,12 +271,14 @@ async fn live<S: Service>(
         })
     }));
     tokio::select! {
-        ended = &mut running.ended => ended?,
+        // A service without work ends as soon as it drains.
+        biased;
         // The head, too, can order a drain.
         () = shutdown.draining() => {
             notify::status("draining");
             running.ended.await?;
         }
+        ended = &mut running.ended => ended?,
     }
     tracing::info!("{} stopped", name::<S>());
     Ok(())
