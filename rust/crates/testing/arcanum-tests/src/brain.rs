@@ -52,7 +52,6 @@ impl Brain {
         let tokenizer = model.tokenizer();
         let prompt = self.prompt(asked)?;
         ensure!(prompt.len() <= LONGEST, "{} tokens", prompt.len());
-        let vocab = self.stage.info().shape.vocab;
         let max_rows = self.stage.info().max_rows as usize;
         let ignores_end = asked
             .params
@@ -72,7 +71,7 @@ impl Brain {
                     position,
                     rows: chunk.len() as u32,
                     logits: if last {
-                        LogitRows::All
+                        LogitRows::Last
                     } else {
                         LogitRows::None
                     },
@@ -83,7 +82,7 @@ impl Brain {
                     let StageOutput::Logits(logits) = output else {
                         bail!("a whole model gives logits");
                     };
-                    best = logits.chunks_exact(vocab).last().map(arg_max);
+                    best = (!logits.is_empty()).then(|| arg_max(logits));
                 }
             }
             let next = best.context("a prompt has tokens")?;

@@ -1,6 +1,7 @@
 //! Answers without failures: those of one worker that has the whole model.
 
 use std::collections::HashMap;
+use std::sync::{Mutex, PoisonError};
 
 use anyhow::Result;
 
@@ -20,15 +21,19 @@ impl Undisturbed {
         Self::default()
     }
 
-    /// Learns the answers to all of `asks`, from a worker that runs only for this.
+    /// Learns the answers to all of `asks`, from a worker that runs only for this, or that ran in this process before.
     ///
     /// # Errors
     /// If it cannot be started, or does not answer.
     pub async fn learn(&mut self, asks: &[ChatQuestion]) -> Result<()> {
         let mut new: Vec<ChatQuestion> = Vec::new();
         for ask in asks.iter().map(plain) {
-            if !self.known.contains_key(&ask) && !new.contains(&ask) {
-                new.push(ask);
+            if self.known.contains_key(&ask) || new.contains(&ask) {
+                continue;
+            }
+            match learned(|learned| learned.get(&ask).cloned()) {
+                Some(answer) => _ = self.known.insert(ask, answer),
+                None => new.push(ask),
             }
         }
         if new.is_empty() {
@@ -43,6 +48,8 @@ impl Undisturbed {
             let answers = answers.into_iter().map(|answer| answer.transcript);
             self.known.extend(asks.iter().cloned().zip(answers));
         }
+        let known = new.iter().map(|ask| (ask.clone(), self.known[ask].clone()));
+        learned(|learned| learned.extend(known));
         Ok(())
     }
 
@@ -76,6 +83,13 @@ impl Undisturbed {
         }
         Ok(())
     }
+}
+
+/// The answers that this process has learned.
+fn learned<T>(look: impl FnOnce(&mut HashMap<ChatQuestion, Transcript>) -> T) -> T {
+    static LEARNED: Mutex<Option<HashMap<ChatQuestion, Transcript>>> = Mutex::new(None);
+    let mut learned = LEARNED.lock().unwrap_or_else(PoisonError::into_inner);
+    look(learned.get_or_insert_default())
 }
 
 /// The question without the model's name: all names stand for the same model.

@@ -158,7 +158,7 @@ async fn where_there_is_no_room_every_request_is_told_and_other_models_go_on() -
         .whole_model(&another_model(&folder)?)
         .stages(0)
         .standbys(false)
-        .head_config("[ring]\ncontext = 256\nslots = 2\n")
+        .head_config("rejoin_grace = \"2s\"\n[ring]\ncontext = 256\nslots = 2\n")
         .start()
         .await?;
     let ring = cluster.wait_for_whole_ring().await?;

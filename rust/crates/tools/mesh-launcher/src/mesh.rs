@@ -14,6 +14,7 @@ use crate::process::{Launcher, Service};
 
 /// Longest time until every worker of a mesh answers.
 const READY_LIMIT: Duration = Duration::from_secs(90);
+const SHUTDOWN_LIMIT: Duration = Duration::from_secs(30);
 
 /// Builder of a mesh: number of workers, shim, model and configuration.
 #[derive(Debug, Default)]
@@ -341,22 +342,14 @@ impl Mesh {
         }
     }
 
-    /// Ends all services that run with SIGTERM, workers first, and checks that each exits with 0.
+    /// Ends all services that run with SIGTERM, the head last, and checks that each exits with 0.
     ///
     /// # Errors
     /// If one does not end, or not with 0.
     pub async fn shutdown(mut self) -> Result<()> {
-        let services = self.shim.iter_mut().chain(&mut self.workers);
-        for service in services.chain([&mut self.head]) {
-            if !service.is_running() {
-                continue;
-            }
-            let status = service.terminate(Duration::from_secs(30)).await?;
-            if !status.success() {
-                return Err(service.error(format!("ended with {status}")));
-            }
-        }
-        Ok(())
+        let others = self.shim.iter_mut().chain(&mut self.workers);
+        Service::terminate_all(others, SHUTDOWN_LIMIT).await?;
+        Service::terminate_all([&mut self.head], SHUTDOWN_LIMIT).await
     }
 }
 

@@ -263,6 +263,31 @@ impl Service {
         self.wait_for_end(limit).await
     }
 
+    /// Sends SIGTERM to all that run, at once, waits for their ends and checks that each exits with 0.
+    ///
+    /// # Errors
+    /// If one does not end within `limit`, or not with 0.
+    pub async fn terminate_all<'a>(
+        services: impl IntoIterator<Item = &'a mut Service>,
+        limit: Duration,
+    ) -> Result<()> {
+        let running = services.into_iter().filter_map(|service| {
+            let runs = service.is_running();
+            runs.then_some(service)
+        });
+        let running: Vec<_> = running.collect();
+        for service in &running {
+            service.signal(Signal::SIGTERM)?;
+        }
+        for service in running {
+            let status = service.wait_for_end(limit).await?;
+            if !status.success() {
+                return Err(service.error(format!("ended with {status}")));
+            }
+        }
+        Ok(())
+    }
+
     /// Waits until the process ends by itself.
     ///
     /// # Errors

@@ -323,8 +323,8 @@ impl Cluster {
         }
     }
 
-    /// Ends all services that run with SIGTERM and checks that each exits with 0. The head goes first:
-    /// workers that leave a running head hand over their stages, the last one in vain.
+    /// Ends all services that run with SIGTERM and checks that each exits with 0. The head goes first: workers
+    /// that leave a running head hand over their stages, the last one in vain.
     ///
     /// # Errors
     /// If one does not.
@@ -332,21 +332,9 @@ impl Cluster {
         for name in self.slowed.keys().cloned().collect::<Vec<_>>() {
             self.hurry(&name);
         }
-        let services = std::iter::once(&mut self.mesh.head).chain(&mut self.mesh.workers);
-        for service in services.chain(&mut self.mesh.shim) {
-            if !service.is_running() {
-                continue;
-            }
-            let status = service.terminate(SHUTDOWN_LIMIT).await?;
-            if !status.success() {
-                bail!(
-                    "{} ended with {status}; its log ends:\n{}",
-                    service.name(),
-                    service.log_end()
-                );
-            }
-        }
-        Ok(())
+        Service::terminate_all([&mut self.mesh.head], SHUTDOWN_LIMIT).await?;
+        let others = self.mesh.workers.iter_mut().chain(&mut self.mesh.shim);
+        Service::terminate_all(others, SHUTDOWN_LIMIT).await
     }
 
     /// Measurements of this machine by the first worker of this process. All workers are alike; measured one
