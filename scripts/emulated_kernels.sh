@@ -24,11 +24,11 @@ find_qemu() {
     command -v "$cache/qemu-user/qemu-$1-static"
 }
 
-# Builds the unit tests with cargo's arguments and prints the program's path.
+# Builds the tests that run on every CPU with cargo's arguments and prints the program's path.
 build_tests() {
     local binary
-    binary=$(cd "$root/rust" && "${CARGO:-cargo}" test --locked "$@" --lib --no-run --message-format=json |
-        sed -n 's/.*"executable":"\([^"]*\/mesh_kernels-[^"]*\)".*/\1/p' | tail -n 1)
+    binary=$(cd "$root/rust" && "${CARGO:-cargo}" test --locked "$@" --test everywhere --no-run --message-format=json |
+        sed -n 's/.*"executable":"\([^"]*\/everywhere-[^"]*\)".*/\1/p' | tail -n 1)
     [ -x "$binary" ] || fail 1 "the tests were not built"
     echo "$binary"
 }

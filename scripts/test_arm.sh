@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The kernels' tests on emulated aarch64 CPUs: `make test-arm`. About 4 minutes on 2 cores, most of it building.
-# Each set must give the results of its group on x86-64: src/golden.rs compares hashes.
+# Each set must give the results of its group on x86-64: golden.rs compares hashes.
 # For musl, whose target brings all that linking needs: no cross compiler, and QEMU needs no libraries.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)

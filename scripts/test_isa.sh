@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The kernels' tests on emulated x86-64 CPUs without the newer instruction sets: `make test-isa`.
-# Each set must give the results that it gives natively: src/golden.rs compares hashes.
+# Each set must give the results that it gives natively: golden.rs compares hashes.
 # QEMU's user emulation has no AVX-VNNI and no AVX-512. This machine's own CPU runs those that it has.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)

@@ -307,13 +307,13 @@ impl Scratch {
             self.shared.compute(pool, shared, &self.normed, rows)?;
         }
 
-        let total = self.choice.from.len();
+        let total = self.choice.gathered.from.len();
         self.middle.reserve("the rows between", total * wide * 4)?;
         self.outputs
             .reserve("the experts' outputs", total * width * 4)?;
-        let from = std::mem::take(&mut self.choice.from);
+        let from = std::mem::take(&mut self.choice.gathered.from);
         self.gather(pool, experts.first, Source::Normed(&from), width)?;
-        self.choice.from = from;
+        self.choice.gathered.from = from;
         self.first_half(pool, layer, total, width, wide)?;
         self.gather(pool, experts.second, Source::Middle(total), wide)?;
         let middle = &self.middle.floats_mut()[..total * wide];
@@ -328,7 +328,7 @@ impl Scratch {
             },
             out: TaskPointer(self.outputs.as_mut_ptr().cast()),
         };
-        multiply_experts(pool, &self.choice.groups, wide, &down);
+        multiply_experts(pool, &self.choice.gathered.groups, wide, &down);
         let outputs = &self.outputs.floats_mut()[..total * width];
         self.choice.add_up(pool, layer.used, outputs, width, x);
         if layer.shared.is_some() {
@@ -345,7 +345,7 @@ impl Scratch {
         source: Source<'_>,
         k: usize,
     ) -> Result<(), KernelError> {
-        let groups = &self.choice.groups;
+        let groups = &self.choice.gathered.groups;
         let (x, from): (&[f32], _) = match source {
             Source::Normed(from) => (&self.normed, Some(from)),
             Source::Middle(rows) => (&self.middle.floats_mut()[..rows * k], None),
@@ -372,7 +372,7 @@ impl Scratch {
         wide: usize,
     ) -> Result<(), KernelError> {
         let experts = &layer.experts.experts;
-        let groups = &self.choice.groups;
+        let groups = &self.choice.gathered.groups;
         let input = Input {
             acts: self.acts.bytes(),
             x: &self.gathered,

@@ -81,12 +81,16 @@ impl Isa {
     /// When this CPU runs none of that name. The error lists those that it runs.
     pub fn requested() -> Result<Option<Isa>, UnknownIsa> {
         match std::env::var_os("HYDRAMESH_ISA") {
-            Some(name) if !name.is_empty() => Isa::usable(&name.to_string_lossy()).map(Some),
+            Some(name) if !name.is_empty() => Isa::named(&name.to_string_lossy()).map(Some),
             _ => Ok(None),
         }
     }
 
-    fn usable(name: &str) -> Result<Isa, UnknownIsa> {
+    /// The instruction set that `HYDRAMESH_ISA` names with this value; upper and lower case are the same.
+    ///
+    /// # Errors
+    /// As [`Isa::requested`].
+    pub fn named(name: &str) -> Result<Isa, UnknownIsa> {
         Isa::from_name(name)
             .filter(|isa| isa.is_available())
             .ok_or_else(|| UnknownIsa {
@@ -190,49 +194,11 @@ impl Isa {
     }
 }
 
-#[cfg(all(target_arch = "x86_64", not(test)))]
+#[cfg(target_arch = "x86_64")]
 fn has_avx_vnni() -> bool {
-    is_x86_feature_detected!("avxvnni")
-}
-
-/// In unit tests the kernels use AVX-512's encoding of the same instruction.
-#[cfg(all(target_arch = "x86_64", test))]
-fn has_avx_vnni() -> bool {
-    is_x86_feature_detected!("avx512vl") && is_x86_feature_detected!("avx512vnni")
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn names_are_understood_and_others_are_not() {
-        for isa in Isa::ALL {
-            assert_eq!(Isa::from_name(isa.name()), Some(isa));
-            assert_eq!(Isa::from_name(&isa.name().to_uppercase()), Some(isa));
-        }
-        assert_eq!(Isa::from_name("sse9"), None);
-    }
-
-    #[test]
-    fn a_name_that_cannot_be_used_is_an_error_that_lists_the_others() {
-        assert_eq!(Isa::usable("Scalar"), Ok(Isa::Scalar));
-        let foreign = if cfg!(target_arch = "aarch64") {
-            "avx2"
-        } else {
-            "neon"
-        };
-        for name in [foreign, "sse9"] {
-            let error = Isa::usable(name).expect_err("not of this CPU").to_string();
-            assert!(error.contains(&format!("{name:?}")), "{error}");
-            assert!(error.contains("it has scalar"), "{error}");
-        }
-    }
-
-    #[test]
-    fn what_is_detected_can_run() {
-        assert!(Isa::detect().is_available());
-        assert!(Isa::current().is_available());
-        assert!(Isa::available().contains(&Isa::Scalar));
+    if cfg!(feature = "evex-vnni") {
+        is_x86_feature_detected!("avx512vl") && is_x86_feature_detected!("avx512vnni")
+    } else {
+        is_x86_feature_detected!("avxvnni")
     }
 }

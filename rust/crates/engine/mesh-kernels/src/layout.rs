@@ -10,6 +10,7 @@
 //! | scales, [`Scales::Block`] | 32 | f16 d × 16 |
 //! | scales, [`Scales::BlockMin`] | 64 | f16 d × 16, f16 m × 16 |
 //! | scales, [`Scales::Coded`] | 32 | u8 scale code × 16, i8 minimum code × 16 |
+//! | scales, [`Scales::Signed`] | 16 | i8 scale code × 16 |
 //! | scales, [`Scales::Halves`] | 32 | i8 scale code × 16 for inputs 0..16, the same for 16..32 |
 //! | scales, [`Scales::Nibbles`] | 32 | the same with a scale code in the low nibble, a minimum code in the high |
 //! | scales, [`Scales::Exponent`] | 16 | the power of two × 16, as the exponent of an E8M0 number |
@@ -21,7 +22,7 @@
 //! | codes (8 bits) | 512 | vector g: inputs 4g.. |
 //!
 //! Panels with scale codes have 64 bytes in front of every 8 blocks, which multiply the codes: f32 D × 16 for
-//! `Halves`, else f16 D × 16 and f16 M × 16. Floats are stored as `[k][16]` per panel.
+//! `Halves`, else f16 D × 16 and f16 M × 16; for `Signed` 32 bytes, f16 D × 16. Floats are stored as `[k][16]` per panel.
 //!
 //! Codes of a layout with a [`Codebook`] are indices into it. The types of 1 to 3 bits whose groups of weights
 //! come from a grid have few different numbers, so that codes of 3 or 4 bits hold them exactly.
@@ -34,14 +35,14 @@ pub(crate) const PANEL: usize = 16;
 pub(crate) const BLOCK: usize = 32;
 /// Blocks per group of layouts with scale codes.
 pub(crate) const GROUP: usize = 8;
-/// Bytes in front of a group.
-pub(crate) const GROUP_HEAD: usize = 64;
 
 /// The layouts of packed weights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Layout {
     /// Q4_0.
     Q4,
+    /// Q4_0 with coded scales.
+    Q4Signed,
     /// Q4_1.
     Q4Min,
     /// Q4_K, and Q4_1 with coded scales.
@@ -85,6 +86,8 @@ pub(crate) enum Scales {
     BlockMin,
     /// 8-bit codes per block and column, with f16 factors per group.
     Coded,
+    /// A signed 8-bit code per block and column, with an f16 factor per group.
+    Signed,
     /// An 8-bit code per 16 inputs and column, with an f32 factor per group.
     Halves,
     /// 4-bit codes of scale and minimum per 16 inputs and column, with f16 factors per group.
@@ -99,13 +102,17 @@ impl Scales {
         match self {
             Scales::Block | Scales::Coded | Scales::Halves | Scales::Nibbles => 32,
             Scales::BlockMin => 64,
-            Scales::Exponent => 16,
+            Scales::Signed | Scales::Exponent => 16,
         }
     }
 
-    /// True if each group of 8 blocks starts with factors for its scale codes.
-    pub(crate) const fn grouped(self) -> bool {
-        matches!(self, Scales::Coded | Scales::Halves | Scales::Nibbles)
+    /// Bytes in front of each group of 8 blocks: factors for its scale codes, if it has any.
+    pub(crate) const fn head_bytes(self) -> usize {
+        match self {
+            Scales::Block | Scales::BlockMin | Scales::Exponent => 0,
+            Scales::Signed => 32,
+            Scales::Coded | Scales::Halves | Scales::Nibbles => 64,
+        }
     }
 }
 
@@ -114,6 +121,7 @@ impl Layout {
     pub(crate) const fn quantised(self) -> Option<(u32, Scales)> {
         match self {
             Layout::Q4 => Some((4, Scales::Block)),
+            Layout::Q4Signed => Some((4, Scales::Signed)),
             Layout::Q4Min => Some((4, Scales::BlockMin)),
             Layout::Q4Coded => Some((4, Scales::Coded)),
             Layout::Q5 => Some((5, Scales::Block)),
@@ -146,7 +154,7 @@ impl Layout {
     /// products have been added to a codebook's numbers: those of the narrower ones stay below 128 then.
     pub(crate) const fn bias(self) -> i32 {
         match self {
-            Layout::Q4 => 8,
+            Layout::Q4 | Layout::Q4Signed => 8,
             Layout::Q5 => 16,
             Layout::Q6 | Layout::Q6Halves => 32,
             Layout::Book3Halves(_) | Layout::Book4Exponent(_) => 64,
@@ -160,11 +168,7 @@ impl Layout {
         match self.quantised() {
             Some((bits, scales)) => {
                 let blocks = k / BLOCK;
-                let heads = if scales.grouped() {
-                    blocks.div_ceil(GROUP) * GROUP_HEAD
-                } else {
-                    0
-                };
+                let heads = blocks.div_ceil(GROUP) * scales.head_bytes();
                 blocks * (scales.bytes() + code_bytes(bits)) + heads
             }
             None => k * PANEL * self.float_bytes(),
@@ -175,11 +179,7 @@ impl Layout {
     pub(crate) const fn block_offset(self, index: usize) -> usize {
         match self.quantised() {
             Some((bits, scales)) => {
-                let heads = if scales.grouped() {
-                    (index / GROUP + 1) * GROUP_HEAD
-                } else {
-                    0
-                };
+                let heads = (index / GROUP + 1) * scales.head_bytes();
                 index * (scales.bytes() + code_bytes(bits)) + heads
             }
             None => 0,

@@ -33,8 +33,7 @@ mod encoder;
 mod error;
 mod experts;
 mod gemm;
-#[cfg(test)]
-mod golden;
+mod grouping;
 mod isa;
 mod layout;
 mod linear;
@@ -45,12 +44,6 @@ mod pack;
 mod pool;
 mod rope;
 mod simd;
-#[cfg(test)]
-#[path = "../tests/support/mod.rs"]
-mod support;
-
-#[cfg(test)]
-extern crate self as mesh_kernels;
 
 pub use attention::{Attention, KvCache, KvFormat, KvSegment, KvShape, attention};
 pub use encoder::{encode_attention, layer_norm};

@@ -24,9 +24,9 @@ pub struct QMatrix {
 /// Choices at packing time. The default keeps every weight of the file exactly.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct PackOptions {
-    /// Store the scales and minima of Q4_1 as 8-bit codes per 256 weights: 0.578 bytes a weight instead of
-    /// 0.625. The codes of the weights stay; scale and minimum are off by up to 0.2 % of their group's
-    /// largest.
+    /// Store the scales of Q4_0, and the scales and minima of Q4_1, as 8-bit codes per 256 weights: 0.539 bytes
+    /// a weight instead of 0.5625, and 0.578 instead of 0.625. The codes of the weights stay; scale and minimum
+    /// are off by up to 0.4 % of their group's largest.
     pub coded_scales: bool,
     /// Number of bits kept of Q8_0 weights.
     pub q8_0: EightBit,
@@ -321,6 +321,7 @@ fn layout_for(ty: WeightType, options: PackOptions) -> Layout {
         WeightType::F32 => Layout::F32,
         WeightType::F16 => Layout::F16,
         WeightType::BF16 => Layout::Bf16,
+        WeightType::Q4_0 if options.coded_scales => Layout::Q4Signed,
         WeightType::Q4_0 => Layout::Q4,
         WeightType::Q4_1 if options.coded_scales => Layout::Q4Coded,
         WeightType::Q4_1 => Layout::Q4Min,

@@ -143,6 +143,7 @@ fn instruction_sets_of_a_group_give_the_same_bits() {
 fn compact_layouts_lose_little() {
     let mut rng = Rng(4);
     for (ty, q8_0, limit, size) in [
+        (WeightType::Q4_0, EightBit::Keep, 0.02, 0.97),
         (WeightType::Q4_1, EightBit::Keep, 0.02, 0.94),
         (WeightType::Q8_0, EightBit::Six, 0.12, 0.77),
         (WeightType::Q8_0, EightBit::Five, 0.25, 0.65),

@@ -18,5 +18,6 @@ mod processor;
 
 pub use measure::{
     Estimate, MeasureError, ProfileOptions, Profiler, choose_format, estimate, measure_layers,
+    read_bandwidth,
 };
 pub use memory::Memory;

@@ -4,7 +4,7 @@ use std::f32::consts::LOG2_E;
 
 use super::MixtureLayer;
 use crate::Pool;
-use crate::gemm::experts::ExpertRows;
+use crate::grouping::{Gathered, highest};
 use crate::mem::TaskPointer;
 use crate::simd::{self, Kernel, LANES, Simd};
 
@@ -14,12 +14,7 @@ pub(super) struct Choice {
     /// Of each row its experts by rank, and their weights.
     experts: Vec<u32>,
     weights: Vec<f32>,
-    /// Of each row and rank its place among the gathered rows.
-    places: Vec<u32>,
-    /// The row of each gathered row.
-    pub(super) from: Vec<u32>,
-    /// The gathered rows of each expert that has any.
-    pub(super) groups: Vec<ExpertRows>,
+    pub(super) gathered: Gathered,
 }
 
 impl Choice {
@@ -40,40 +35,8 @@ impl Choice {
                 weights: &mut self.weights,
             },
         );
-        self.group(count, used, pool.isa().tile_rows());
-    }
-
-    /// Gathers rows by expert, those of an expert in their order. Where a tile more is slower than rows more, the
-    /// last row is repeated: its results are left alone.
-    fn group(&mut self, count: usize, used: usize, tile: usize) {
-        let mut ends = vec![0_u32; count];
-        for &expert in &self.experts {
-            ends[expert as usize] += 1;
-        }
-        self.groups.clear();
-        let mut start = 0;
-        for (expert, end) in ends.iter_mut().enumerate() {
-            let rows = start..start + padded(*end as usize, tile);
-            // From here on: where the expert's next row goes.
-            *end = start as u32;
-            start = rows.end;
-            if !rows.is_empty() {
-                self.groups.push(ExpertRows { expert, rows });
-            }
-        }
-        self.from.resize(start, 0);
-        self.places.resize(self.experts.len(), 0);
-        for (i, &expert) in self.experts.iter().enumerate() {
-            let next = &mut ends[expert as usize];
-            self.from[*next as usize] = (i / used) as u32;
-            self.places[i] = *next;
-            *next += 1;
-        }
-        for group in &self.groups {
-            let end = ends[group.expert] as usize;
-            let last = self.from[end - 1];
-            self.from[end..group.rows.end].fill(last);
-        }
+        self.gathered
+            .gather(&self.experts, count, used, pool.isa().tile_rows());
     }
 
     /// Adds to each row its experts' outputs times their weights.
@@ -98,7 +61,7 @@ impl Choice {
                 let x =
                     unsafe { std::slice::from_raw_parts_mut(out.get().add(row * width), width) };
                 let sum = WeightedSum {
-                    places: &self.places[row * used..][..used],
+                    places: &self.gathered.places[row * used..][..used],
                     weights: &self.weights[row * used..][..used],
                     outputs,
                     x,
@@ -106,15 +69,6 @@ impl Choice {
                 simd::run(pool.isa(), sum);
             }
         });
-    }
-}
-
-/// Rows with which `rows` rows make the fewest tiles: 11 rows are tiles of 8, 2 and 1, 12 are tiles of 8 and 4.
-fn padded(rows: usize, tile: usize) -> usize {
-    let whole = rows / tile * tile;
-    match rows - whole {
-        0 => whole,
-        rest => whole + rest.next_power_of_two(),
     }
 }
 
@@ -156,29 +110,6 @@ impl Kernel for Route<'_> {
             let factor = self.scale / total;
             weights.iter_mut().for_each(|weight| *weight *= factor);
         }
-    }
-}
-
-/// Writes the indices of the highest scores and those scores, highest first, equal ones in the order of their
-/// indices. No number counts as the lowest score.
-fn highest(scores: &[f32], experts: &mut [u32], best: &mut [f32]) {
-    let mut filled = 0;
-    for (expert, &score) in scores.iter().enumerate() {
-        let score = if score.is_nan() {
-            f32::NEG_INFINITY
-        } else {
-            score
-        };
-        if filled == best.len() && score <= best[filled - 1] {
-            continue;
-        }
-        let at = best[..filled].partition_point(|better| *better >= score);
-        filled = (filled + 1).min(best.len());
-        // The last one falls out if all places are taken.
-        best.copy_within(at..filled - 1, at + 1);
-        experts.copy_within(at..filled - 1, at + 1);
-        best[at] = score;
-        experts[at] = expert as u32;
     }
 }
 
@@ -239,52 +170,5 @@ impl Kernel for WeightedSum<'_> {
                 .map(|(&place, weight)| weight * outputs(place)[at])
                 .sum::<f32>();
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn rows_are_gathered_by_expert_and_padded_to_whole_tiles() {
-        let mut choice = Choice {
-            // Two experts of each of seven rows.
-            experts: vec![3, 0, 0, 2, 0, 3, 0, 2, 0, 3, 2, 0, 0, 2],
-            ..Choice::default()
-        };
-        choice.group(4, 2, 8);
-        let groups: Vec<_> = choice
-            .groups
-            .iter()
-            .map(|g| (g.expert, g.rows.clone()))
-            .collect();
-        assert_eq!(groups, [(0, 0..8), (2, 8..12), (3, 12..16)]);
-        assert_eq!(
-            choice.from,
-            [0, 1, 2, 3, 4, 5, 6, 6, 1, 3, 5, 6, 0, 2, 4, 4]
-        );
-        for (i, &place) in choice.places.iter().enumerate() {
-            assert_eq!(choice.from[place as usize], i as u32 / 2);
-        }
-        assert_eq!(
-            [1, 2, 3, 5, 8, 11, 13].map(|rows| padded(rows, 8)),
-            [1, 2, 4, 8, 8, 12, 16]
-        );
-        assert_eq!([1, 3, 7].map(|rows| padded(rows, 1)), [1, 3, 7]);
-    }
-
-    #[test]
-    fn the_highest_scores_come_first_and_equal_ones_in_order() {
-        let scores = [1.0, f32::NAN, 3.0, 1.0, f32::NEG_INFINITY, 3.0, 2.0];
-        let (mut experts, mut best) = ([9; 5], [0.0; 5]);
-        highest(&scores, &mut experts, &mut best);
-        assert_eq!(
-            (experts, best),
-            ([2, 5, 6, 0, 3], [3.0, 3.0, 2.0, 1.0, 1.0])
-        );
-        let (mut experts, mut best) = ([9; 7], [0.0; 7]);
-        highest(&scores, &mut experts, &mut best);
-        assert_eq!(experts, [2, 5, 6, 0, 3, 1, 4]);
     }
 }

@@ -4,7 +4,7 @@
 //! block, lie the bytes of all its rows interleaved by four (`[8][rows][4]`), then per row the scale, scale ×
 //! sum, −sum, and −sum of the first half. How rows are grouped changes addresses, never values.
 
-use super::experts::ExpertRows;
+use crate::grouping::ExpertRows;
 use crate::layout::BLOCK;
 use crate::mem::{Buffer, TaskPointer};
 use crate::norm::normalise;

@@ -6,16 +6,10 @@ use super::{
     Add, Destination, GatedPart, Input, ProductTask, ROWS_BYTES, TASK_BYTES, dispatch, row_bytes,
 };
 use crate::experts::{Expert, ExpertMatrix};
+use crate::grouping::ExpertRows;
 use crate::matrix::PackedPart;
 use crate::mem::TaskPointer;
 use crate::{Activation, Pool};
-
-/// Rows that one expert computes: a range of the rows that were gathered.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct ExpertRows {
-    pub(crate) expert: usize,
-    pub(crate) rows: Range<usize>,
-}
 
 /// Chooses a matrix of an expert.
 pub(crate) type Which = fn(&Expert) -> &ExpertMatrix;

@@ -250,6 +250,7 @@ fn part_panels(
 fn dispatch(isa: Isa, job: ProductTask<'_>) {
     match job.part.layout {
         Layout::Q4 => simd::run(isa, Quantised::<tile::Q4>::new(isa, job)),
+        Layout::Q4Signed => simd::run(isa, Quantised::<tile::Q4Signed>::new(isa, job)),
         Layout::Q4Min => simd::run(isa, Quantised::<tile::Q4Min>::new(isa, job)),
         Layout::Q4Coded => simd::run(isa, Quantised::<tile::Q4Coded>::new(isa, job)),
         Layout::Q5 => simd::run(isa, Quantised::<tile::Q5>::new(isa, job)),

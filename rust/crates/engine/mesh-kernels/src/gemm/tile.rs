@@ -13,7 +13,7 @@ use std::marker::PhantomData;
 use mesh_quant::Codebook;
 
 use super::codes::weights;
-use crate::layout::{BLOCK, GROUP, GROUP_HEAD, Layout, Scales, code_bytes};
+use crate::layout::{BLOCK, GROUP, Layout, Scales, code_bytes};
 use crate::simd::{Simd, chain};
 
 /// A quantised layout known at compile time.
@@ -58,7 +58,7 @@ macro_rules! formats {
 
 // The codebook is an argument of the products; the ones here only stand for the layout.
 formats! {
-    Q4 Q4Min Q4Coded Q5 Q5Min Q5Coded Q6 Q6Halves Q8
+    Q4 Q4Signed Q4Min Q4Coded Q5 Q5Min Q5Coded Q6 Q6Halves Q8
     Q2Nibbles Book3Halves(Iq2) Book4(Iq4) Book4Exponent(Mxfp4) Book4Halves(Iq4)
 }
 
@@ -101,13 +101,13 @@ pub(super) unsafe fn quantised<S: Simd, T: TileFormat, const R: usize>(
     for index in 0..blocks {
         // SAFETY: within the panel and the tile, by their layouts.
         unsafe {
-            if T::SCALES.grouped() && index % GROUP == 0 {
-                head = if matches!(T::SCALES, Scales::Halves) {
-                    (s.load(w.cast()), s.splat(0.0))
-                } else {
-                    (s.load_f16(w.cast()), s.load_f16(w.add(32).cast()))
+            if T::SCALES.head_bytes() > 0 && index % GROUP == 0 {
+                head = match T::SCALES {
+                    Scales::Halves => (s.load(w.cast()), s.splat(0.0)),
+                    Scales::Signed => (s.load_f16(w.cast()), s.splat(0.0)),
+                    _ => (s.load_f16(w.cast()), s.load_f16(w.add(32).cast())),
                 };
-                w = w.add(GROUP_HEAD);
+                w = w.add(T::SCALES.head_bytes());
             }
             block::<S, T, R>(s, w, table, a, head, &mut acc);
             w = w.add(T::BLOCK_BYTES);
@@ -155,7 +155,11 @@ unsafe fn block<S: Simd, T: TileFormat, const R: usize>(
         let q = a.cast::<i8>();
         let tail = a.add(BLOCK * R).cast::<f32>();
         match T::SCALES {
-            Scales::Block | Scales::BlockMin | Scales::Coded | Scales::Exponent => {
+            Scales::Block
+            | Scales::BlockMin
+            | Scales::Coded
+            | Scales::Signed
+            | Scales::Exponent => {
                 let mut sum = biased::<S, T, R>(s, tail.add(2 * R).cast());
                 parts!(S, part => {
                     let mut dots = Dots::<S, T, R>::open(s, &sum, part, codes, table, q);
@@ -166,6 +170,7 @@ unsafe fn block<S: Simd, T: TileFormat, const R: usize>(
                 });
                 let d = match T::SCALES {
                     Scales::Coded => s.mul(s.to_f(s.load_u8(w)), head.0),
+                    Scales::Signed => s.mul(s.to_f(s.load_i8(w.cast())), head.0),
                     Scales::Exponent => {
                         let exponent = s.isub(s.load_u8(w), s.isplat(1));
                         s.scale2(s.splat(0.0), exponent)

@@ -40,15 +40,15 @@ unsafe fn without_vnni<K: Kernel, const VNNI: bool>(s: Avx2<VNNI>, kernel: K) {
     kernel.run(s);
 }
 
-#[cfg(not(test))]
+#[cfg(not(feature = "evex-vnni"))]
 #[inline(never)]
 #[target_feature(enable = "avx2,fma,f16c,avxvnni")]
 unsafe fn with_vnni<K: Kernel, const VNNI: bool>(s: Avx2<VNNI>, kernel: K) {
     kernel.run(s);
 }
 
-/// The same kernels with AVX-512's encoding of VPDPBUSD: the unit tests run them on CPUs that have only that.
-#[cfg(test)]
+/// The same kernels with AVX-512's encoding of VPDPBUSD: the tests run them on CPUs that have only that.
+#[cfg(feature = "evex-vnni")]
 #[inline(never)]
 #[target_feature(enable = "avx2,fma,f16c,avx512vl,avx512vnni")]
 unsafe fn with_vnni<K: Kernel, const VNNI: bool>(s: Avx2<VNNI>, kernel: K) {
@@ -60,9 +60,9 @@ unsafe fn with_vnni<K: Kernel, const VNNI: bool>(s: Avx2<VNNI>, kernel: K) {
 unsafe fn dpbusd(acc: __m256i, w: __m256i, a: __m256i) -> __m256i {
     // SAFETY: the callers' token proves VNNI in the encoding that `with_vnni` names.
     unsafe {
-        #[cfg(not(test))]
+        #[cfg(not(feature = "evex-vnni"))]
         return _mm256_dpbusd_avx_epi32(acc, w, a);
-        #[cfg(test)]
+        #[cfg(feature = "evex-vnni")]
         return _mm256_dpbusd_epi32(acc, w, a);
     }
 }

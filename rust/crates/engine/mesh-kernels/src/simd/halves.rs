@@ -7,7 +7,7 @@ use std::arch::x86_64::*;
 /// # Safety
 /// The CPU has SSE2.
 #[inline(always)]
-pub(super) unsafe fn widen(h: __m128i) -> [__m128; 2] {
+pub(crate) unsafe fn widen(h: __m128i) -> [__m128; 2] {
     // SAFETY: the caller's promise.
     unsafe {
         let zero = _mm_setzero_si128();
@@ -45,7 +45,7 @@ unsafe fn widen_four(h: __m128i, beyond: __m128i) -> __m128 {
 /// # Safety
 /// The CPU has SSE2.
 #[inline(always)]
-pub(super) unsafe fn narrow(v: [__m128; 2]) -> __m128i {
+pub(crate) unsafe fn narrow(v: [__m128; 2]) -> __m128i {
     // SAFETY: the caller's promise.
     unsafe {
         // With the sign of 16 bits, so that packing does not change them.
@@ -91,86 +91,5 @@ unsafe fn narrow_four(v: __m128) -> __m128i {
         let beyond = _mm_or_si128(_mm_and_si128(payload, is_nan), _mm_set1_epi32(0x7c00));
         let is_beyond = _mm_cmpgt_epi32(size, _mm_set1_epi32((143 << 23) - 1));
         _mm_or_si128(select(is_beyond, beyond, finite), sign)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use half::f16;
-
-    #[target_feature(enable = "sse2")]
-    fn widened(h: [u16; 8]) -> [u32; 8] {
-        let mut out = [0; 8];
-        // SAFETY: arrays of 8; the function has the feature.
-        unsafe {
-            let [low, high] = widen(_mm_loadu_si128(h.as_ptr().cast()));
-            _mm_storeu_ps(out.as_mut_ptr().cast(), low);
-            _mm_storeu_ps(out.as_mut_ptr().add(4).cast(), high);
-        }
-        out
-    }
-
-    #[target_feature(enable = "sse2")]
-    fn narrowed(v: [f32; 8]) -> [u16; 8] {
-        let mut out = [0; 8];
-        // SAFETY: arrays of 8; the function has the feature.
-        unsafe {
-            let v = [_mm_loadu_ps(v.as_ptr()), _mm_loadu_ps(v.as_ptr().add(4))];
-            _mm_storeu_si128(out.as_mut_ptr().cast(), narrow(v));
-        }
-        out
-    }
-
-    fn check_narrow(v: [f32; 8]) {
-        // SAFETY: every x86-64 CPU has SSE2.
-        let got = unsafe { narrowed(v) };
-        let want = v.map(|v| f16::from_f32_const(v).to_bits());
-        assert_eq!(got, want, "{v:?}");
-    }
-
-    #[test]
-    fn every_half_is_widened_exactly() {
-        for first in (0..=u16::MAX).step_by(8) {
-            let h: [u16; 8] = std::array::from_fn(|i| first + i as u16);
-            // SAFETY: every x86-64 CPU has SSE2.
-            let got = unsafe { widened(h) };
-            let want = h.map(|h| f16::from_bits(h).to_f32_const().to_bits());
-            assert_eq!(got, want, "{first:#x}");
-        }
-    }
-
-    #[test]
-    fn floats_are_narrowed_to_the_nearest_half() {
-        // Every half, the floats halfway to the next, and their neighbours.
-        for h in 0..0x7c00_u16 {
-            let v = f16::from_bits(h).to_f32_const();
-            let next = if h == 0x7bff {
-                65536.0
-            } else {
-                f16::from_bits(h + 1).to_f32_const()
-            };
-            let middle = f32::midpoint(v, next);
-            let near = [v, middle.next_down(), middle, middle.next_up()];
-            check_narrow(std::array::from_fn(|i| {
-                if i < 4 { near[i] } else { -near[i - 4] }
-            }));
-        }
-        for bits in (0..u32::MAX - 0x0123_4567).step_by(0x0001_2345) {
-            check_narrow(std::array::from_fn(|i| {
-                f32::from_bits(bits + 0x0123 * i as u32)
-            }));
-        }
-        let odd = [
-            f32::NAN,
-            -f32::NAN,
-            f32::INFINITY,
-            f32::NEG_INFINITY,
-            f32::MAX,
-            f32::MIN,
-        ];
-        check_narrow(std::array::from_fn(|i| {
-            odd.get(i).copied().unwrap_or(1e-45)
-        }));
     }
 }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 /// Bytes per second that `threads` threads read together from `bytes` of memory, which must be much more than
 /// the caches hold. Takes about a quarter of a second; 0 if the memory cannot be allocated.
-pub(crate) fn bandwidth(threads: usize, bytes: u64) -> f64 {
+pub fn read_bandwidth(threads: usize, bytes: u64) -> f64 {
     let threads = threads.clamp(1, 256);
     let words = (bytes / 8) as usize / threads;
     let start = Barrier::new(threads);
@@ -52,9 +52,9 @@ mod tests {
     #[test]
     fn memory_is_read_at_a_believable_speed_and_in_time() {
         let begin = Instant::now();
-        let found = bandwidth(2, 64 << 20);
+        let found = read_bandwidth(2, 64 << 20);
         assert!((1e8..1e13).contains(&found), "{found}");
         assert!(begin.elapsed() < Duration::from_secs(5));
-        assert_eq!(bandwidth(1, 0), 0.0);
+        assert_eq!(read_bandwidth(1, 0), 0.0);
     }
 }

@@ -12,6 +12,7 @@ mod layers;
 mod options;
 mod profiler;
 
+pub use bandwidth::read_bandwidth;
 pub use estimate::{Estimate, estimate};
 pub use layers::{FormatChoice, MeasureError, choose_format, measure_layers};
 pub use options::ProfileOptions;

@@ -11,9 +11,10 @@ use mesh_model::Model;
 use mesh_model::file::read_limited;
 use serde::{Deserialize, Serialize};
 
+use super::bandwidth::read_bandwidth;
+use super::disk;
 use super::layers::{MeasureError, measure_layers};
 use super::options::ProfileOptions;
-use super::{bandwidth, disk};
 use crate::hardware::probe;
 use crate::memory::Memory;
 use crate::nvml;
@@ -104,7 +105,7 @@ impl Profiler {
         if profile.memory_bandwidth == 0.0 {
             let cache = last_level_cache(root, threads);
             let bytes = (4 * cache).clamp(64 << 20, 512 << 20).min(available / 4);
-            profile.memory_bandwidth = sane(bandwidth::bandwidth(threads, bytes));
+            profile.memory_bandwidth = sane(read_bandwidth(threads, bytes));
             changed = true;
         }
         if let Some(model) = options.model.as_deref()

@@ -2,6 +2,7 @@
 //!
 //! Each round asks both; the printed ratio is the median over the rounds of (our tokens per second / llama.cpp's), so that
 //! what disturbs the machine disturbs both. llama.cpp runs with the better of its two attention modes for each exercise.
+//! Each round also measures how fast as many threads can read memory: decoding large models, both are bound by that.
 //! `--sets` compares every instruction set of this CPU with llama.cpp's builds for the same set.
 
 use std::path::{Path, PathBuf};
@@ -13,6 +14,7 @@ use clap::Parser;
 use mesh_bench::{Anchor, Exercise, Ours, Ratios, median};
 use mesh_engine_ort::OrtOptions;
 use mesh_kernels::Isa;
+use mesh_machine::read_bandwidth;
 use mesh_model::Model;
 
 /// Decodes and prefills with our engine and with llama.cpp in turn
@@ -56,6 +58,9 @@ const BUILDS: [(&str, &[&str]); 7] = [
     ("avx512bw", &["skylakex"]),
     ("avx512", &["icelake", "zen4"]),
 ];
+
+/// Memory that is read to measure its bandwidth, much more than caches hold.
+const READ_BYTES: u64 = 512 << 20;
 
 /// Runs this program once per set and build. The set of a process is chosen once.
 fn each_set() -> Result<()> {
@@ -117,6 +122,7 @@ fn main() -> Result<()> {
     });
     for exercise in exercises {
         let mut rows = [Vec::new(), Vec::new()];
+        let mut memory = Vec::new();
         let mut ratios = Ratios::default();
         // The first round warms all of them up.
         for round in 0..=args.rounds {
@@ -133,6 +139,9 @@ fn main() -> Result<()> {
                 rows[0].push(our);
                 rows[1].push(best);
                 ratios.0.push(our / best);
+                if exercise == decode {
+                    memory.push(read_bandwidth(args.threads, READ_BYTES) / 1e9);
+                }
             }
         }
         println!(
@@ -144,6 +153,10 @@ fn main() -> Result<()> {
             ratios.least(),
             ratios.most(),
         );
+        if exercise == decode {
+            let gigabytes = median(&memory);
+            println!("{:24} memory can be read at {gigabytes:.1} GB/s", "");
+        }
     }
     Ok(())
 }

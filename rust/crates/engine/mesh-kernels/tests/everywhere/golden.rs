@@ -4,18 +4,19 @@
 //! another architecture, computes the same. A change that is meant to change results replaces the hashes by
 //! those in the failure's message.
 
-use crate::support::{Rng, groups, random_rows};
-use crate::{
+use mesh_kernels::{
     Activation, Attention, EightBit, FeedForward, Gate, Isa, KvCache, KvFormat, KvSegment, KvShape,
     Linear, PackOptions, Pool, PoolOptions, QMatrix, Residual, RmsNorm, Rope, RopeOptions,
     RopeStyle, WeightType, add_rms_norm, attention, encode_attention, feed_forward, layer_norm,
     linear, rms_norm,
 };
 
+use crate::support::{Rng, groups, random_rows};
+
 /// Name, hash where products are rounded, hash where they are fused with the addition.
 type Golden = (&'static str, u64, u64);
 
-const GOLDEN: [Golden; 25] = [
+const GOLDEN: [Golden; 26] = [
     ("F32", 0xc992_b237_9c65_05d3, 0xa07b_8626_f510_34b0),
     ("F16", 0xcf17_9905_7a60_7f2e, 0xb213_ffeb_6546_e79e),
     ("BF16", 0x2681_7d46_a1a2_7935, 0xa36b_9403_8d45_70bc),
@@ -38,6 +39,7 @@ const GOLDEN: [Golden; 25] = [
         0x23a4_c863_b2dc_7b56,
         0x2a0c_5edb_af03_985f,
     ),
+    ("Q4_0 coded", 0x5ee2_655c_6f29_2427, 0xb400_a5fd_45b8_11ae),
     ("SiLU", 0x56dd_d46a_b967_2316, 0xebb7_2b71_8b2e_8f98),
     ("GELU of tanh", 0xfc1e_03c0_16e3_a27d, 0x1291_06f7_d1b7_e70e),
     ("GELU", 0x810c_b877_7f3e_3959, 0x981b_4584_5935_e354),
@@ -145,6 +147,7 @@ fn products(pool: &Pool) -> Results {
         ("Q4_1 coded", WeightType::Q4_1, compact(EightBit::Keep)),
         ("Q8_0 in 6 bits", WeightType::Q8_0, compact(EightBit::Six)),
         ("Q8_0 in 5 bits", WeightType::Q8_0, compact(EightBit::Five)),
+        ("Q4_0 coded", WeightType::Q4_0, compact(EightBit::Keep)),
     ];
     let (n, k) = (37, 512);
     let mut rng = Rng(1);
