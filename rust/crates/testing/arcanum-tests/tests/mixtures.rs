@@ -1,4 +1,4 @@
-//! A mixture of experts in a ring of three workers.
+//! Mixtures of experts in a ring of three workers.
 
 use anyhow::{Context, Result, ensure};
 use arcanum_tests::clients::assert_same_tokens;
@@ -9,16 +9,11 @@ use mesh_model::{Architecture, GgmlType};
 /// Enough tokens that a worker can die in the middle of an answer.
 const TOKENS: u32 = 300;
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_mixture_gives_one_workers_tokens_in_a_ring_even_when_a_worker_dies() -> Result<()> {
-    let _alone = alone();
+/// A ring of three workers answers as one worker does, undisturbed and when the worker of each of these stages dies in turn.
+async fn answers_like_one_worker(shape: &Shape, ty: GgmlType, deaths: &[usize]) -> Result<()> {
     let dir = tempfile::tempdir()?;
     let path = dir.path().join("mixture.gguf");
-    let shape = Shape {
-        layers: 6,
-        ..Shape::tiny(Architecture::Qwen3Moe)
-    };
-    random_model(&shape, GgmlType::Q4_K, Tokens::Bytes, &path)?;
+    random_model(shape, ty, Tokens::Bytes, &path)?;
     let asks = [
         ChatQuestion::greedy(question(3), TOKENS),
         ChatQuestion::sampled(question(14), TOKENS, 7),
@@ -36,11 +31,11 @@ async fn a_mixture_gives_one_workers_tokens_in_a_ring_even_when_a_worker_dies() 
         .stages(3)
         .start()
         .await?;
-    for stage in [None, Some(0), Some(1)] {
+    for stage in std::iter::once(None).chain(deaths.iter().map(Some)) {
         let ring = cluster.wait_for_whole_ring().await?;
         ensure!(ring.stages.len() == 3, "{ring:?}");
         let running = RunningStreams::start(&cluster.client()?, &asks);
-        let victim = stage.map(|stage: usize| ring.stages[stage].member.worker.clone());
+        let victim = stage.map(|stage| ring.stages[*stage].member.worker.clone());
         if let Some(victim) = &victim {
             running.wait_for_tokens(40).await?;
             cluster.kill(victim)?;
@@ -58,4 +53,24 @@ async fn a_mixture_gives_one_workers_tokens_in_a_ring_even_when_a_worker_dies() 
     }
     cluster.wait_until_idle().await?;
     cluster.shutdown().await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_mixture_gives_one_workers_tokens_in_a_ring_even_when_a_worker_dies() -> Result<()> {
+    let _alone = alone();
+    // Routing alone; sinks, windows and biases; latent attention and a shared expert.
+    for (architecture, ty, deaths) in [
+        (Architecture::Qwen3Moe, GgmlType::Q4_K, [0, 1].as_slice()),
+        (Architecture::GptOss, GgmlType::MXFP4, &[1]),
+        (Architecture::Deepseek2, GgmlType::Q4_0, &[2]),
+    ] {
+        let shape = Shape {
+            layers: 6,
+            ..Shape::tiny(architecture)
+        };
+        answers_like_one_worker(&shape, ty, deaths)
+            .await
+            .with_context(|| format!("{architecture:?}"))?;
+    }
+    Ok(())
 }
