@@ -23,7 +23,9 @@ targets=("$@")
 [ ${#targets[@]} -gt 0 ] || mapfile -t targets < <("$tool" list)
 [ ${#targets[@]} -gt 0 ] || { echo "fuzz: rust/fuzz has no targets" >&2; exit 1; }
 
-"$tool" build
+for target in "${targets[@]}"; do
+    "$tool" build "$target"
+done
 for target in "${targets[@]}"; do
     echo "fuzz: $target for $seconds s"
     mkdir -p "fuzz/corpus/$target"
