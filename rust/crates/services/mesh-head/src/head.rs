@@ -2,6 +2,7 @@
 
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant, SystemTime};
 
 use dcf::ErrorCode;
@@ -177,6 +178,7 @@ impl Head {
         let discovery = announce(&mesh.config, &announced, addresses["quic"].port());
         addresses::write(&state_dir, &addresses)?;
         let parts = Parts {
+            mesh: mesh.clone(),
             shutdown: shutdown.clone(),
             quic,
             answers,
@@ -231,6 +233,7 @@ impl HeadHandle {
 
 /// Parts of a running head that have to end in order.
 struct Parts {
+    mesh: Arc<Mesh>,
     shutdown: Shutdown,
     quic: Arc<Listener>,
     answers: TaskTracker,
@@ -256,6 +259,7 @@ impl Parts {
         if drained == Drained::TimedOut {
             warn!("the drain limit passed: running answers are cut");
         }
+        self.mesh.closing.store(true, Ordering::Relaxed);
         let text = "the head is shutting down";
         let goodbye = self.quic.shutdown(ErrorCode::DRAINING, text);
         // Peers that do not answer are not waited for.

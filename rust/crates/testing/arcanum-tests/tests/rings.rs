@@ -41,7 +41,12 @@ async fn answers_like_one_worker(stages: usize, asks: &[ChatQuestion]) -> Result
         alone.decode_rate()
     );
     cluster.wait_until_idle().await?;
-    cluster.shutdown().await
+    cluster.shutdown().await?;
+    // A head that ends has lost no worker.
+    let log = cluster.mesh.head.log();
+    let (_, end) = log.split_once("signal received").context("a signal")?;
+    ensure!(!end.contains("WARN"), "{end}");
+    Ok(())
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

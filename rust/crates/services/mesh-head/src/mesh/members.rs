@@ -2,6 +2,7 @@
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Instant, SystemTime};
 
 use dcf::{ErrorCode, Message, Version};
@@ -166,8 +167,11 @@ impl Mesh {
         });
     }
 
-    /// A worker's link is closed.
+    /// A worker's link is closed. Where this head itself closes all of them, no worker is lost.
     pub(crate) fn leave(&self, id: WorkerId) {
+        if self.closing.load(Ordering::Relaxed) {
+            return;
+        }
         self.change(|state, now| {
             state.remove(id, "its link is closed", now);
             self.note_mixed(state);

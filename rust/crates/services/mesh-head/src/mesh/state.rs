@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io;
 use std::net::IpAddr;
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 use std::time::{Instant, SystemTime};
 
@@ -43,6 +44,8 @@ pub struct Mesh {
     pub(crate) health: Health,
     /// Begins when the head is told to stop.
     pub(crate) shutdown: Shutdown,
+    /// True once all answers have ended and this head closes its links.
+    pub(crate) closing: AtomicBool,
     pub(crate) sessions: Sessions,
     pub(crate) deny_list: DenyList,
     /// Wall-clock time of the head's start.
@@ -170,6 +173,7 @@ impl Mesh {
             metrics,
             health,
             shutdown,
+            closing: AtomicBool::new(false),
             sessions: Sessions::default(),
             deny_list,
             started: SystemTime::now(),
