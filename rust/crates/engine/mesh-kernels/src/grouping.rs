@@ -21,8 +21,8 @@ pub(crate) struct Gathered {
 }
 
 impl Gathered {
-    /// Gathers rows by expert (`used` of `count` for each), those of an expert in their order. Where a tile more is slower than rows more, the
-    /// last row is repeated: its results are left alone.
+    /// Gathers rows by expert (`used` of `count` for each), those of an expert in their order. Where a tile more
+    /// is slower than rows more, the last row is repeated: its results are left alone.
     pub(crate) fn gather(&mut self, experts: &[u32], count: usize, used: usize, tile: usize) {
         let mut ends = vec![0_u32; count];
         for &expert in experts {

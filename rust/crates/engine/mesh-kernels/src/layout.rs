@@ -22,7 +22,8 @@
 //! | codes (8 bits) | 512 | vector g: inputs 4g.. |
 //!
 //! Panels with scale codes have 64 bytes in front of every 8 blocks, which multiply the codes: f32 D × 16 for
-//! `Halves`, else f16 D × 16 and f16 M × 16; for `Signed` 32 bytes, f16 D × 16. Floats are stored as `[k][16]` per panel.
+//! `Halves`, else f16 D × 16 and f16 M × 16; for `Signed` 32 bytes, bf16 D × 16. Floats are stored as
+//! `[k][16]` per panel.
 //!
 //! Codes of a layout with a [`Codebook`] are indices into it. The types of 1 to 3 bits whose groups of weights
 //! come from a grid have few different numbers, so that codes of 3 or 4 bits hold them exactly.
@@ -86,7 +87,7 @@ pub(crate) enum Scales {
     BlockMin,
     /// 8-bit codes per block and column, with f16 factors per group.
     Coded,
-    /// A signed 8-bit code per block and column, with an f16 factor per group.
+    /// A signed 8-bit code per block and column, with a bf16 factor per group.
     Signed,
     /// An 8-bit code per 16 inputs and column, with an f32 factor per group.
     Halves,

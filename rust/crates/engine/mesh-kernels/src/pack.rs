@@ -127,7 +127,8 @@ fn floats(layout: Layout, ty: WeightType, k: usize, row: &[u8], column: usize, p
 }
 
 /// Q4_0 with its scales as signed 8-bit codes per group of 256 weights: 0.539 bytes a weight where the file
-/// has 0.5625.
+/// has 0.5625. Their factor has the range of an f32, as scales of an f16's size are divided by 127, and is
+/// rounded up, so that the largest code fits.
 fn signed_from_q4_0(k: usize, row: &[u8], column: usize, panel: &mut [u8]) {
     let layout = Layout::Q4Signed;
     let blocks = k / BLOCK;
@@ -136,10 +137,10 @@ fn signed_from_q4_0(k: usize, row: &[u8], column: usize, panel: &mut [u8]) {
     for start in (0..blocks).step_by(GROUP) {
         let group = start..(start + GROUP).min(blocks);
         let largest = group.clone().fold(0.0, |a: f32, i| a.max(scale(i).abs()));
-        let factor = f16::from_f32(largest / 127.0);
+        let factor = ((largest / 127.0).to_bits() + 0xffff) & 0xffff_0000;
         let head = layout.block_offset(start) - Scales::Signed.head_bytes();
-        put(panel, head + 2 * column, &factor.to_bits().to_le_bytes());
-        let factor = factor.to_f32();
+        put(panel, head + 2 * column, &factor.to_le_bytes()[2..]);
+        let factor = f32::from_bits(factor);
         let inverse = if factor == 0.0 { 0.0 } else { 1.0 / factor };
         for index in group {
             let at = layout.block_offset(index);
@@ -326,7 +327,10 @@ pub(crate) fn unpack_column(layout: Layout, panel: &[u8], column: usize, out: &m
                 [f32::from(panel[at + column]) * number(head + 2 * column); 2],
                 [code(at + 16 + column) * number(head + 32 + 2 * column); 2],
             ),
-            Scales::Signed => ([code(at + column) * number(head + 2 * column); 2], [0.0; 2]),
+            Scales::Signed => {
+                let d = float(WeightType::BF16, &panel[head..], column);
+                ([code(at + column) * d; 2], [0.0; 2])
+            }
             Scales::Halves => {
                 let d = float(WeightType::F32, &panel[head..], column);
                 (

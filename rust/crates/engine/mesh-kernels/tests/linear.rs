@@ -172,6 +172,30 @@ fn compact_layouts_lose_little() {
 }
 
 #[test]
+fn the_smallest_scales_of_q4_0_keep_their_size_in_compact_form() {
+    let mut rng = Rng(6);
+    let (n, k) = (16, 512);
+    let options = PackOptions {
+        coded_scales: true,
+        ..PackOptions::default()
+    };
+    for scale in [1e-6, 1e-4, 1e-2, 100.0, 60_000.0] {
+        let mut rows = random_rows(WeightType::Q4_0, n, k, &mut rng);
+        for block in rows.chunks_exact_mut(18) {
+            let d = half::f16::from_f32(scale * rng.unit());
+            block[..2].copy_from_slice(&d.to_le_bytes());
+        }
+        let w = dequantized(WeightType::Q4_0, n, k, &rows);
+        let pool = pool(1, Isa::current());
+        let small = QMatrix::pack_with(&pool, WeightType::Q4_0, n, k, &rows, options);
+        let small = small.expect("packs");
+        let x = rng.floats(k);
+        let off = error(&plain(&pool, &small, &x), &product(&w, &rounded(&x), k));
+        assert!(off < 0.02, "scales up to {scale}: {off}");
+    }
+}
+
+#[test]
 fn norm_bias_and_residual_are_added_in_order() {
     let mut rng = Rng(5);
     let (n, k, rows) = (52, 96, 5);

@@ -104,7 +104,7 @@ pub(super) unsafe fn quantised<S: Simd, T: TileFormat, const R: usize>(
             if T::SCALES.head_bytes() > 0 && index % GROUP == 0 {
                 head = match T::SCALES {
                     Scales::Halves => (s.load(w.cast()), s.splat(0.0)),
-                    Scales::Signed => (s.load_f16(w.cast()), s.splat(0.0)),
+                    Scales::Signed => (s.load_bf16(w.cast()), s.splat(0.0)),
                     _ => (s.load_f16(w.cast()), s.load_f16(w.add(32).cast())),
                 };
                 w = w.add(T::SCALES.head_bytes());

@@ -39,7 +39,7 @@ const GOLDEN: [Golden; 26] = [
         0x23a4_c863_b2dc_7b56,
         0x2a0c_5edb_af03_985f,
     ),
-    ("Q4_0 coded", 0x5ee2_655c_6f29_2427, 0xb400_a5fd_45b8_11ae),
+    ("Q4_0 coded", 0x214b_51ff_417e_09a3, 0xb6af_425a_6628_3dd9),
     ("SiLU", 0x56dd_d46a_b967_2316, 0xebb7_2b71_8b2e_8f98),
     ("GELU of tanh", 0xfc1e_03c0_16e3_a27d, 0x1291_06f7_d1b7_e70e),
     ("GELU", 0x810c_b877_7f3e_3959, 0x981b_4584_5935_e354),
