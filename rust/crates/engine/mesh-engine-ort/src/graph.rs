@@ -19,7 +19,7 @@ use ort::session::Session;
 use ort::session::builder::{GraphOptimizationLevel, SessionBuilder};
 
 use crate::node::{DOMAIN, INPUT, OUTPUT, chain, domain};
-use crate::onnx::{Dim, ElementType, ModelProto, ValueInfo};
+use crate::onnx::{Dim, ElementType, ModelProto, NodeProto, ValueInfo};
 use crate::operators::StageNode;
 use crate::shared::StageContext;
 
@@ -31,6 +31,37 @@ pub(crate) fn session(
 ) -> ort::Result<Session> {
     let domain = domain::<StageNode>(shared)?;
     commit(environment, domain, &model(shared, layers).encode())
+}
+
+/// Makes ONNX Runtime know [`DOMAIN`], by a first session that computes nothing.
+///
+/// The first session with a domain adds it to a table of the process that has no lock, so no other session may
+/// be made at that time: two first ones fail ("the domain is already exist"), and one that only reads the table
+/// may read it half changed. Later sessions find the domain there and only read.
+///
+/// # Errors
+/// If ONNX Runtime refuses the session.
+pub(crate) fn register_domain(environment: &Environment) -> ort::Result<()> {
+    let value = |name: &str| ValueInfo {
+        name: name.to_owned(),
+        element: ElementType::F32,
+        dims: vec![Dim::Named("rows")],
+    };
+    let model = ModelProto {
+        opsets: &[("", 21), (DOMAIN, 1)],
+        nodes: vec![NodeProto {
+            operator: "Identity",
+            domain: "",
+            name: "identity".into(),
+            inputs: vec![INPUT.to_owned()],
+            outputs: vec![OUTPUT.to_owned()],
+            attributes: Vec::new(),
+        }],
+        initializers: Vec::new(),
+        inputs: vec![value(INPUT)],
+        outputs: vec![value(OUTPUT)],
+    };
+    commit(environment, OperatorDomain::new(DOMAIN)?, &model.encode()).map(|_| ())
 }
 
 /// A session of a graph of our operators.

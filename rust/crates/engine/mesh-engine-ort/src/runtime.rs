@@ -6,6 +6,7 @@ use std::sync::{Mutex, PoisonError};
 use mesh_kernels::Isa;
 use ort::environment::Environment;
 
+use crate::graph;
 use crate::options::LoadError;
 
 /// The process's environment. ONNX Runtime allows one; it is kept for as long as the process lives.
@@ -43,6 +44,7 @@ pub(crate) fn environment(path: Option<&Path>) -> Result<Environment, LoadError>
         .with_name("hydramesh")
         .with_telemetry(false)
         .build()?;
+    graph::register_domain(&loaded)?;
     tracing::debug!(library = %path.display(), build = ort::info(), "ONNX Runtime loaded");
     let kernels = Isa::current().name();
     match Isa::requested() {
