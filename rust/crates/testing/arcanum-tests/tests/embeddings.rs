@@ -16,6 +16,10 @@ use serde_json::{Value, json};
 
 const CHAT: &str = "SmolLM2-135M-Instruct.Q4_1";
 const EMBED: &str = "all-MiniLM-L6-v2";
+/// Clients whose requests share a worker.
+const CLIENTS: usize = 3;
+/// Texts in each of their requests: together some seconds of work.
+const TEXTS: usize = 30;
 
 /// Worker configuration for these models.
 fn models(names: &[&str], more: &str) -> Result<String> {
@@ -247,5 +251,44 @@ async fn a_large_request_is_shared_and_outlives_a_worker_killed_in_its_middle() 
     ensure!(disturbed == undisturbed, "the vectors differ");
     let registry = mesh.registry().await?;
     ensure!(registry.requests.reruns > 0, "{registry:?}");
+    mesh.shutdown().await
+}
+
+/// Parts of several requests wait in one worker's queue for several times the limit before the first sign. All
+/// are answered, and nothing counts as a failure.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn parts_that_wait_in_a_busy_worker_are_not_run_again() -> Result<()> {
+    let _alone = alone();
+    let limit = Duration::from_secs(1);
+    let mesh = Mesh::builder()
+        .workers(1)
+        .head_config("first_token_limit = \"1s\"\n")
+        .worker_config(&models(&[EMBED], "threads = 1\n")?)
+        .start()
+        .await?;
+    let began = Instant::now();
+    let mut asked = tokio::task::JoinSet::new();
+    for _ in 0..CLIENTS {
+        let client = mesh.client()?;
+        let text = "The sea is calm and the gulls fly low. ".repeat(22);
+        let request = CreateEmbeddingRequest {
+            input: TextInput::Texts(vec![text; TEXTS]),
+            model: Some(EMBED.to_owned()),
+            ..CreateEmbeddingRequest::default()
+        };
+        asked.spawn(async move {
+            client
+                .post::<CreateEmbeddingResponse>(mesh_api::paths::EMBEDDINGS, &request)
+                .await
+        });
+    }
+    while let Some(answer) = asked.join_next().await {
+        ensure!(answer??.data.len() == TEXTS, "vectors are missing");
+    }
+    let took = began.elapsed();
+    ensure!(took > 2 * limit, "nothing waited: all took {took:?}");
+    let registry = mesh.registry().await?;
+    ensure!(registry.requests.reruns == 0, "{registry:?}");
+    ensure!(registry.workers[0].failed == 0, "{registry:?}");
     mesh.shutdown().await
 }
