@@ -19,7 +19,9 @@ use mesh_model::safetensors::{Dtype, Safetensors, TensorView};
 pub use error::ModelError;
 
 use crate::config::{PipelineConfig, TensorShape, TinyVaeConfig};
-use names::Origin;
+pub(crate) use names::Origin;
+#[cfg(any(test, feature = "synth"))]
+pub(crate) use single::origins as single_origins;
 
 /// A network of a model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -119,12 +121,17 @@ impl Checkpoint {
     /// The weights of a module; `None` if the model has no such module.
     pub fn weights(&self, module: Module) -> Option<&Weights> {
         let mut modules = self.modules.iter();
-        modules.find(|(other, _)| *other == module).map(|(_, weights)| weights)
+        modules
+            .find(|(other, _)| *other == module)
+            .map(|(_, weights)| weights)
     }
 
     /// Bytes of all weights in the files.
     pub fn bytes(&self) -> u64 {
-        self.modules.iter().map(|(_, weights)| weights.bytes()).sum()
+        self.modules
+            .iter()
+            .map(|(_, weights)| weights.bytes())
+            .sum()
     }
 
     /// Fails if a file is no longer the one that was opened.
@@ -132,7 +139,9 @@ impl Checkpoint {
     /// # Errors
     /// If one changed or cannot be looked at.
     pub fn check_unchanged(&self) -> Result<(), ModelError> {
-        self.modules.iter().try_for_each(|(_, weights)| weights.check_unchanged())
+        self.modules
+            .iter()
+            .try_for_each(|(_, weights)| weights.check_unchanged())
     }
 }
 
@@ -158,18 +167,28 @@ impl Weights {
         for shape in wanted {
             let places = origins(&shape.name);
             let place = places.iter().find_map(|origin| {
-                let file = files.iter().position(|file| file.file.tensor(&origin.name).is_some())?;
+                let file = files
+                    .iter()
+                    .position(|file| file.file.tensor(&origin.name).is_some())?;
                 Some((file, origin.clone()))
             });
             let Some((file, origin)) = place else {
                 return Err(ModelError::NoTensor {
                     path: files[0].path.clone(),
-                    tensor: places.into_iter().next().map_or(shape.name, |origin| origin.name),
+                    tensor: places
+                        .into_iter()
+                        .next()
+                        .map_or(shape.name, |origin| origin.name),
                     shape: shape.shape,
                 });
             };
             let name = origin.name.clone();
-            let found = Found { shape, file, name, origin };
+            let found = Found {
+                shape,
+                file,
+                name,
+                origin,
+            };
             found.check(&files[file])?;
             tensors.push(found);
         }
@@ -188,16 +207,23 @@ impl Weights {
 
     /// Number of elements of all tensors.
     pub fn elements(&self) -> u64 {
-        self.iter().map(|weight| weight.shape.iter().product::<u64>()).sum()
+        self.iter()
+            .map(|weight| weight.shape.iter().product::<u64>())
+            .sum()
     }
 
     fn weight<'a>(&'a self, found: &'a Found) -> Weight<'a> {
-        let view = self.files[found.file].file.tensor(&found.name).expect("it was found when the file was opened");
+        let view = self.files[found.file]
+            .file
+            .tensor(&found.name)
+            .expect("it was found when the file was opened");
         let data = match found.origin.part {
             None => view.data,
             Some((part, parts)) => {
                 let len = view.data.len() / parts;
-                view.data.part(part * len, len).expect("the parts are within the whole")
+                view.data
+                    .part(part * len, len)
+                    .expect("the parts are within the whole")
             }
         };
         Weight {
@@ -215,10 +241,12 @@ impl Weights {
     /// The same.
     pub fn check_unchanged(&self) -> Result<(), ModelError> {
         self.files.iter().try_for_each(|file| {
-            file.file.check_unchanged().map_err(|source| ModelError::Safetensors {
-                path: file.path.clone(),
-                source,
-            })
+            file.file
+                .check_unchanged()
+                .map_err(|source| ModelError::Safetensors {
+                    path: file.path.clone(),
+                    source,
+                })
         })
     }
 
@@ -232,8 +260,17 @@ impl Weights {
 impl Found {
     /// Checks that the file's tensor has the elements of the one that is wanted.
     fn check(&self, file: &WeightFile) -> Result<(), ModelError> {
-        let Found { shape, name, origin, .. } = self;
-        let TensorView { dtype, shape: found, .. } = file.file.tensor(name).expect("it was found");
+        let Found {
+            shape,
+            name,
+            origin,
+            ..
+        } = self;
+        let TensorView {
+            dtype,
+            shape: found,
+            ..
+        } = file.file.tensor(name).expect("it was found");
         let expected = origin.shape_in_file(&shape.shape);
         if !expected.iter().any(|expected| expected == found) {
             return Err(ModelError::Shape {
@@ -257,7 +294,10 @@ impl Found {
 impl WeightFile {
     fn open(path: PathBuf) -> Result<Self, ModelError> {
         match Safetensors::open(&path) {
-            Ok(file) => Ok(WeightFile { path, file: file.into() }),
+            Ok(file) => Ok(WeightFile {
+                path,
+                file: file.into(),
+            }),
             Err(source) => Err(ModelError::Safetensors { path, source }),
         }
     }

@@ -143,9 +143,16 @@ impl PipelineConfig {
         }
         if self.vae.latent != self.unet.channels {
             let (vae, unet) = (self.vae.latent, self.unet.channels);
-            return Err(("vae", format!("but its latents have {vae} channels and the UNet wants {unet}")));
+            return Err((
+                "vae",
+                format!("but its latents have {vae} channels and the UNet wants {unet}"),
+            ));
         }
-        let pooled = self.text.last().and_then(|text| text.projection).unwrap_or(0);
+        let pooled = self
+            .text
+            .last()
+            .and_then(|text| text.projection)
+            .unwrap_or(0);
         match self.unet.added.map(|added| added.pooled()) {
             Some(wanted) if wanted != pooled => Err((
                 "text_encoder_2",
@@ -159,7 +166,11 @@ impl PipelineConfig {
 fn read_text(root: &Path, number: usize, two: bool) -> Result<TextConfig, ModelError> {
     let suffix = ["", "_2"][number];
     let object = Object::require(&root.join(format!("text_encoder{suffix}/config.json")))?;
-    let rows = if two { HiddenRows::Penultimate } else { HiddenRows::Last };
+    let rows = if two {
+        HiddenRows::Penultimate
+    } else {
+        HiddenRows::Last
+    };
     let mut config = TextConfig::read(&object, rows)?;
     config.pad = read_pad(root, suffix)?;
     Ok(config)

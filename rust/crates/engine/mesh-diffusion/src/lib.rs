@@ -11,6 +11,8 @@ pub mod config;
 pub mod imaging;
 pub mod prompt;
 pub mod sampler;
+#[cfg(any(test, feature = "synth"))]
+pub mod synth;
 
 pub use imaging::{
     Conditioning, Diffuser, DiffuserInfo, Image, ImageEvent, ImageRequest, InitImage, LatentShape,

@@ -24,11 +24,24 @@ pub(super) fn open(root: &Path) -> Result<Checkpoint, ModelError> {
         Ok((module, Weights::find(files, tensors, origins)?))
     };
     let mut modules = Vec::new();
-    for (module, text) in [Module::TextEncoder, Module::TextEncoder2].into_iter().zip(&config.text) {
+    for (module, text) in [Module::TextEncoder, Module::TextEncoder2]
+        .into_iter()
+        .zip(&config.text)
+    {
         modules.push(load(module, TRANSFORMERS, text.tensors(), Origin::plain)?);
     }
-    modules.push(load(Module::Unet, DIFFUSERS, config.unet.tensors(), Origin::plain)?);
-    modules.push(load(Module::Vae, DIFFUSERS, config.vae.tensors(), vae_origins)?);
+    modules.push(load(
+        Module::Unet,
+        DIFFUSERS,
+        config.unet.tensors(),
+        Origin::plain,
+    )?);
+    modules.push(load(
+        Module::Vae,
+        DIFFUSERS,
+        config.vae.tensors(),
+        vae_origins,
+    )?);
     Ok(Checkpoint { config, modules })
 }
 
@@ -44,7 +57,10 @@ pub(super) fn files(folder: &Path, stem: &str) -> Result<Vec<WeightFile>, ModelE
             format!("{stem}{variant}.safetensors.index.json"),
         ] {
             if let Some(index) = Object::open(&folder.join(name))? {
-                return shards(&index, folder)?.into_iter().map(WeightFile::open).collect();
+                return shards(&index, folder)?
+                    .into_iter()
+                    .map(WeightFile::open)
+                    .collect();
             }
         }
     }
@@ -58,7 +74,8 @@ pub(super) fn files(folder: &Path, stem: &str) -> Result<Vec<WeightFile>, ModelE
 /// Paths of the files that an index names.
 fn shards(index: &Object, folder: &Path) -> Result<Vec<PathBuf>, ModelError> {
     let map = index.get("weight_map").and_then(Value::as_object);
-    let names: Option<BTreeSet<&str>> = map.and_then(|map| map.values().map(Value::as_str).collect());
+    let names: Option<BTreeSet<&str>> =
+        map.and_then(|map| map.values().map(Value::as_str).collect());
     let names = names.filter(|names| (1..=MAX_SHARDS).contains(&names.len()));
     let Some(names) = names else {
         let reason = format!("but must name the file of each tensor, from 1 to {MAX_SHARDS} files");
@@ -67,8 +84,13 @@ fn shards(index: &Object, folder: &Path) -> Result<Vec<PathBuf>, ModelError> {
     // Other systems' separators, too: a folder may travel.
     let plain = |name: &str| {
         let mut components = Path::new(name).components();
-        let single = matches!((components.next(), components.next()), (Some(Component::Normal(_)), None));
-        single && !name.contains(['/', '\\', '\0', ':']) && has_extension(Path::new(name), "safetensors")
+        let single = matches!(
+            (components.next(), components.next()),
+            (Some(Component::Normal(_)), None)
+        );
+        single
+            && !name.contains(['/', '\\', '\0', ':'])
+            && has_extension(Path::new(name), "safetensors")
     };
     match names.iter().find(|name| !plain(name)) {
         None => Ok(names.into_iter().map(|name| folder.join(name)).collect()),

@@ -41,37 +41,72 @@ impl Origin {
             *first *= parts as u64;
         }
         let conv = (stored.len() == 2 && self.part.is_none()).then(|| [&*stored, &[1, 1]].concat());
-        let matrix = stored.strip_suffix(&[1, 1]).filter(|rest| rest.len() == 2).map(<[u64]>::to_vec);
-        [Some(stored.clone()), conv, matrix].into_iter().flatten().collect()
+        let matrix = stored
+            .strip_suffix(&[1, 1])
+            .filter(|rest| rest.len() == 2)
+            .map(<[u64]>::to_vec);
+        [Some(stored.clone()), conv, matrix]
+            .into_iter()
+            .flatten()
+            .collect()
     }
 }
 
 /// Places of a tensor of an autoencoder in a folder. Folders of before 2023 have other names in the middle's attention.
 pub(super) fn vae_origins(name: &str) -> Vec<Origin> {
-    let old = [("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")];
-    let renamed = old.iter().filter(|(new, _)| name.contains(&format!(".{new}.")));
+    let old = [
+        ("to_q", "query"),
+        ("to_k", "key"),
+        ("to_v", "value"),
+        ("to_out.0", "proj_attn"),
+    ];
+    let renamed = old
+        .iter()
+        .filter(|(new, _)| name.contains(&format!(".{new}.")));
     let renamed = renamed.map(|(new, old)| Origin::named(name.replace(new, old)));
-    std::iter::once(Origin::named(name)).chain(renamed).collect()
+    std::iter::once(Origin::named(name))
+        .chain(renamed)
+        .collect()
 }
 
 /// Place of a tensor of the autoencoder in a single file, for `resolutions` resolutions.
 pub(super) fn single_vae(name: &str, resolutions: usize) -> Vec<Origin> {
     let words: Vec<&str> = name.split('.').collect();
     let number = |word: &str| word.parse::<usize>().unwrap_or(0);
-    let rest = |from: usize| words[from..].join(".").replace("conv_shortcut", "nin_shortcut");
+    let rest = |from: usize| {
+        words[from..]
+            .join(".")
+            .replace("conv_shortcut", "nin_shortcut")
+    };
     let place = match *words.as_slice() {
-        [side, "down_blocks", i, "resnets", j, ..] => format!("{side}.down.{i}.block.{j}.{}", rest(5)),
-        [side, "down_blocks", i, "downsamplers", _, ..] => format!("{side}.down.{i}.downsample.{}", rest(5)),
+        [side, "down_blocks", i, "resnets", j, ..] => {
+            format!("{side}.down.{i}.block.{j}.{}", rest(5))
+        }
+        [side, "down_blocks", i, "downsamplers", _, ..] => {
+            format!("{side}.down.{i}.downsample.{}", rest(5))
+        }
         // Numbered from the finest.
         [side, "up_blocks", i, "resnets", j, ..] => {
-            format!("{side}.up.{}.block.{j}.{}", resolutions - 1 - number(i), rest(5))
+            format!(
+                "{side}.up.{}.block.{j}.{}",
+                resolutions - 1 - number(i),
+                rest(5)
+            )
         }
         [side, "up_blocks", i, "upsamplers", _, ..] => {
-            format!("{side}.up.{}.upsample.{}", resolutions - 1 - number(i), rest(5))
+            format!(
+                "{side}.up.{}.upsample.{}",
+                resolutions - 1 - number(i),
+                rest(5)
+            )
         }
-        [side, "mid_block", "resnets", j, ..] => format!("{side}.mid.block_{}.{}", number(j) + 1, rest(4)),
+        [side, "mid_block", "resnets", j, ..] => {
+            format!("{side}.mid.block_{}.{}", number(j) + 1, rest(4))
+        }
         [side, "mid_block", "attentions", _, ..] => {
-            let rest = rest(4).replace("group_norm", "norm").replace("to_out.0", "proj_out");
+            let rest = rest(4)
+                .replace("group_norm", "norm")
+                .replace("to_out.0", "proj_out");
             format!("{side}.mid.attn_1.{}", rest.replace("to_", ""))
         }
         [side, "conv_norm_out", ..] => format!("{side}.norm_out.{}", rest(2)),
@@ -112,7 +147,11 @@ pub(super) fn single_unet(name: &str, config: &UnetConfig) -> Vec<Origin> {
             match part {
                 "resnets" => format!("input_blocks.{at}.0.{}", resnet(4)),
                 "attentions" => format!("input_blocks.{at}.1.{}", rest(4)),
-                _ => format!("input_blocks.{}.0.op.{}", (number(i) + 1) * (layers + 1), rest(5)),
+                _ => format!(
+                    "input_blocks.{}.0.op.{}",
+                    (number(i) + 1) * (layers + 1),
+                    rest(5)
+                ),
             }
         }
         ["mid_block", "resnets", j, ..] => format!("middle_block.{}.{}", 2 * number(j), resnet(3)),
@@ -124,7 +163,11 @@ pub(super) fn single_unet(name: &str, config: &UnetConfig) -> Vec<Origin> {
                 "attentions" => format!("output_blocks.{at}.1.{}", rest(4)),
                 _ => {
                     let block = config.blocks.iter().rev().nth(number(i));
-                    let behind = if block.is_some_and(|block| block.depth > 0) { 2 } else { 1 };
+                    let behind = if block.is_some_and(|block| block.depth > 0) {
+                        2
+                    } else {
+                        1
+                    };
                     let at = number(i) * (layers + 1) + layers;
                     format!("output_blocks.{at}.{behind}.{}", rest(4))
                 }
@@ -158,7 +201,9 @@ pub(super) fn single_open_clip(name: &str, prefix: &str) -> Vec<Origin> {
                 ["self_attn", "out_proj", kind] => format!("attn.out_proj.{kind}"),
                 // The three matrices lie in one, below each other.
                 ["self_attn", matrix, kind] => {
-                    let at = ["q_proj", "k_proj", "v_proj"].iter().position(|name| *name == matrix);
+                    let at = ["q_proj", "k_proj", "v_proj"]
+                        .iter()
+                        .position(|name| *name == matrix);
                     part = at.map(|at| (at, 3));
                     format!("attn.in_proj_{kind}")
                 }

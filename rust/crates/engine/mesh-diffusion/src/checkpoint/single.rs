@@ -7,7 +7,8 @@ use mesh_model::safetensors::Safetensors;
 use super::names::{Origin, single_open_clip, single_unet, single_vae};
 use super::{Checkpoint, ModelError, Module, WeightFile, Weights};
 use crate::config::{
-    Activation, AddedConfig, Family, HiddenRows, PipelineConfig, TextConfig, UnetBlock, UnetConfig, VaeConfig,
+    Activation, AddedConfig, Family, HiddenRows, PipelineConfig, TextConfig, UnetBlock, UnetConfig,
+    VaeConfig,
 };
 use crate::sampler::{Prediction, SamplerConfig};
 
@@ -26,34 +27,48 @@ const HEAD: u64 = 64;
 
 pub(super) fn open(path: &Path) -> Result<Checkpoint, ModelError> {
     let file = WeightFile::open(path.into())?;
-    let shapes = Shapes { path, file: &file.file };
+    let shapes = Shapes {
+        path,
+        file: &file.file,
+    };
     let config = shapes.config()?;
-    config.consistent().map_err(|(part, reason)| shapes.unknown(format!("its {part} is there, {reason}")))?;
+    config
+        .consistent()
+        .map_err(|(part, reason)| shapes.unknown(format!("its {part} is there, {reason}")))?;
 
     let mut modules = Vec::new();
-    let mut find = |module, tensors, origins: &dyn Fn(&str) -> Vec<Origin>| {
-        let files = vec![WeightFile {
+    let mut find = |module, tensors| {
+        let file = WeightFile {
             path: path.into(),
             file: file.file.clone(),
-        }];
-        modules.push((module, Weights::find(files, tensors, origins)?));
-        Ok(())
+        };
+        let weights = Weights::find(vec![file], tensors, |name| origins(&config, module, name))?;
+        modules.push((module, weights));
+        Ok::<_, ModelError>(())
     };
-    let clip = |prefix: &'static str| move |name: &str| Origin::plain(&format!("{prefix}{name}"));
-    let open_clip = |prefix: &'static str| move |name: &str| single_open_clip(name, prefix);
-    let text = &config.text;
-    match config.family {
-        Family::Sd1 => find(Module::TextEncoder, text[0].tensors(), &clip(CLIP_1))?,
-        Family::Sd2 => find(Module::TextEncoder, text[0].tensors(), &open_clip(OPEN_CLIP_2))?,
-        Family::Xl => {
-            find(Module::TextEncoder, text[0].tensors(), &clip(CLIP_XL))?;
-            find(Module::TextEncoder2, text[1].tensors(), &open_clip(OPEN_CLIP_XL))?;
-        }
+    for (text, module) in config
+        .text
+        .iter()
+        .zip([Module::TextEncoder, Module::TextEncoder2])
+    {
+        find(module, text.tensors())?;
     }
-    find(Module::Unet, config.unet.tensors(), &|name| single_unet(name, &config.unet))?;
-    let resolutions = config.vae.blocks.len();
-    find(Module::Vae, config.vae.tensors(), &|name| single_vae(name, resolutions))?;
+    find(Module::Unet, config.unet.tensors())?;
+    find(Module::Vae, config.vae.tensors())?;
     Ok(Checkpoint { config, modules })
+}
+
+/// Places of a module's tensor in a single file.
+pub(crate) fn origins(config: &PipelineConfig, module: Module, name: &str) -> Vec<Origin> {
+    let clip = |prefix: &str| Origin::plain(&format!("{prefix}{name}"));
+    match (module, config.family) {
+        (Module::TextEncoder, Family::Sd1) => clip(CLIP_1),
+        (Module::TextEncoder, Family::Sd2) => single_open_clip(name, OPEN_CLIP_2),
+        (Module::TextEncoder, Family::Xl) => clip(CLIP_XL),
+        (Module::TextEncoder2, _) => single_open_clip(name, OPEN_CLIP_XL),
+        (Module::Unet, _) => single_unet(name, &config.unet),
+        (Module::Vae, _) => single_vae(name, config.vae.blocks.len()),
+    }
 }
 
 /// The shapes of a file's tensors.
@@ -77,7 +92,11 @@ impl Shapes<'_> {
         let Some(view) = self.file.tensor(name) else {
             return Err(self.unknown(format!("it has no tensor {name}")));
         };
-        let dim = view.shape.get(index).copied().filter(|dim| (1..=1 << 20).contains(dim));
+        let dim = view
+            .shape
+            .get(index)
+            .copied()
+            .filter(|dim| (1..=1 << 20).contains(dim));
         let dim = dim.and_then(|dim| u32::try_from(dim).ok());
         dim.ok_or_else(|| self.unknown(format!("tensor {name} has shape {:?}", view.shape)))
     }
@@ -111,7 +130,11 @@ impl Shapes<'_> {
     }
 
     fn family(&self) -> Result<Family, ModelError> {
-        let starts = |prefix: &str| self.file.tensors().any(|tensor| tensor.name.starts_with(prefix));
+        let starts = |prefix: &str| {
+            self.file
+                .tensors()
+                .any(|tensor| tensor.name.starts_with(prefix))
+        };
         if !starts(UNET) {
             let reason = "it has no tensors model.diffusion_model.*; give a whole checkpoint, not a part or an adapter";
             return Err(self.unknown(reason.into()));
@@ -171,7 +194,10 @@ impl Shapes<'_> {
             // Stable Diffusion 2 was trained without the last one.
             layers: if pooled { layers } else { (layers - 1).max(1) },
             heads: self.heads(width)?,
-            inner: self.dim(&format!("{prefix}transformer.resblocks.0.mlp.c_fc.weight"), 0)?,
+            inner: self.dim(
+                &format!("{prefix}transformer.resblocks.0.mlp.c_fc.weight"),
+                0,
+            )?,
             activation: Activation::Gelu,
             eps: 1e-5,
             end: vocab - 1,
@@ -195,14 +221,17 @@ impl Shapes<'_> {
     fn heads(&self, width: u32) -> Result<u32, ModelError> {
         match u64::from(width).is_multiple_of(HEAD) {
             true => Ok(width / HEAD as u32),
-            false => Err(self.unknown(format!("attention over {width} values is not made of heads of {HEAD}"))),
+            false => Err(self.unknown(format!(
+                "attention over {width} values is not made of heads of {HEAD}"
+            ))),
         }
     }
 
     fn unet(&self, family: Family, pooled: u32) -> Result<UnetConfig, ModelError> {
         let input = |at: u32, part: &str| format!("{UNET}input_blocks.{at}.{part}");
         let conv_in = input(0, "0.weight");
-        let depth = |at: u32| self.count(|i| input(at, &format!("1.transformer_blocks.{i}.norm1.weight")));
+        let depth =
+            |at: u32| self.count(|i| input(at, &format!("1.transformer_blocks.{i}.norm1.weight")));
         let mut blocks: Vec<UnetBlock> = Vec::new();
         let mut counts: Vec<u32> = vec![0];
         let mut at = 1;
@@ -215,12 +244,20 @@ impl Shapes<'_> {
                     Family::Sd1 => HEADS_1 as u32,
                     _ => self.heads(channels)?,
                 };
-                let block = UnetBlock { channels, heads, depth: depth(at) };
+                let block = UnetBlock {
+                    channels,
+                    heads,
+                    depth: depth(at),
+                };
                 let count = counts.last_mut().expect("it begins with one");
                 match *count {
                     0 => blocks.push(block),
                     _ if blocks.last() == Some(&block) => {}
-                    _ => return Err(self.unknown(format!("input block {at} of its UNet differs from the one before"))),
+                    _ => {
+                        return Err(self.unknown(format!(
+                            "input block {at} of its UNet differs from the one before"
+                        )));
+                    }
                 }
                 *count += 1;
             } else {
@@ -229,10 +266,19 @@ impl Shapes<'_> {
             at += 1;
         }
         let layers = counts[0];
-        if layers == 0 || layers > 16 || blocks.len() > 8 || counts.iter().any(|count| *count != layers) {
-            return Err(self.unknown(format!("its UNet has {counts:?} residual blocks by resolution")));
+        if layers == 0
+            || layers > 16
+            || blocks.len() > 8
+            || counts.iter().any(|count| *count != layers)
+        {
+            return Err(self.unknown(format!(
+                "its UNet has {counts:?} residual blocks by resolution"
+            )));
         }
-        let context = blocks.iter().position(|block| block.depth > 0).map(|i| 1 + i as u32 * (layers + 1));
+        let context = blocks
+            .iter()
+            .position(|block| block.depth > 0)
+            .map(|i| 1 + i as u32 * (layers + 1));
         let Some(first) = context else {
             return Err(self.unknown("its UNet has no attention".into()));
         };
@@ -243,7 +289,8 @@ impl Shapes<'_> {
             true => {
                 let inputs = self.dim(&label, 1)?;
                 let number = inputs.saturating_sub(pooled) / AddedConfig::NUMBERS;
-                Some(AddedConfig { number, inputs }).filter(|added| added.pooled() == pooled && number > 1)
+                Some(AddedConfig { number, inputs })
+                    .filter(|added| added.pooled() == pooled && number > 1)
             }
         };
         let guidance = format!("{UNET}time_embed.cond_proj.weight");
@@ -255,10 +302,14 @@ impl Shapes<'_> {
                 Family::Sd2 => 96,
                 Family::Xl => 128,
             },
-            mid_depth: self.count(|i| format!("{UNET}middle_block.1.transformer_blocks.{i}.norm1.weight")),
+            mid_depth: self
+                .count(|i| format!("{UNET}middle_block.1.transformer_blocks.{i}.norm1.weight")),
             layers,
             context: self.dim(&input(first, "1.transformer_blocks.0.attn2.to_k.weight"), 1)?,
-            linear_projection: self.file.tensor(&proj_in).is_some_and(|tensor| tensor.shape.len() == 2),
+            linear_projection: self
+                .file
+                .tensor(&proj_in)
+                .is_some_and(|tensor| tensor.shape.len() == 2),
             groups: 32,
             eps: 1e-5,
             freq_shift: 0.0,
@@ -283,11 +334,15 @@ impl Shapes<'_> {
             )));
         }
         let fits = |block: &UnetBlock| {
-            block.channels.is_multiple_of(config.groups) && block.channels.is_multiple_of(block.heads)
+            block.channels.is_multiple_of(config.groups)
+                && block.channels.is_multiple_of(block.heads)
         };
         match config.blocks.iter().find(|block| !fits(block)) {
             None => Ok(config),
-            Some(block) => Err(self.unknown(format!("its UNet has {} channels, not a multiple of 32", block.channels))),
+            Some(block) => Err(self.unknown(format!(
+                "its UNet has {} channels, not a multiple of 32",
+                block.channels
+            ))),
         }
     }
 
@@ -297,10 +352,14 @@ impl Shapes<'_> {
         if resolutions == 0 || resolutions > 8 {
             return Err(self.unknown(format!("its autoencoder has {resolutions} resolutions")));
         }
-        let blocks: Result<Vec<u32>, _> = (0..resolutions).map(|i| self.dim(&block(i, 0), 0)).collect();
+        let blocks: Result<Vec<u32>, _> = (0..resolutions)
+            .map(|i| self.dim(&block(i, 0), 0))
+            .collect();
         let blocks = blocks?;
         if let Some(channels) = blocks.iter().find(|channels| !channels.is_multiple_of(32)) {
-            return Err(self.unknown(format!("its autoencoder has {channels} channels, not a multiple of 32")));
+            return Err(self.unknown(format!(
+                "its autoencoder has {channels} channels, not a multiple of 32"
+            )));
         }
         Ok(VaeConfig {
             latent: self.dim(&format!("{VAE}decoder.conv_in.weight"), 1)?,
@@ -308,7 +367,11 @@ impl Shapes<'_> {
             layers: self.count(|j| block(0, j)),
             groups: 32,
             sample_size: if family == Family::Xl { 1024 } else { 512 },
-            scale: if family == Family::Xl { 0.13025 } else { 0.18215 },
+            scale: if family == Family::Xl {
+                0.13025
+            } else {
+                0.18215
+            },
             shift: 0.0,
             quant: self.has(&format!("{VAE}quant_conv.weight")),
             attention: self.has(&format!("{VAE}encoder.mid.attn_1.q.weight")),

@@ -111,13 +111,18 @@ impl Object {
         let list = self.get(key).and_then(Value::as_array);
         let list = list.filter(|list| lengths.contains(&list.len()));
         let numbers: Option<Vec<u32>> = list.and_then(|list| {
-            let numbers = list.iter().map(|value| whole(value).filter(|value| range.contains(value)));
+            let numbers = list
+                .iter()
+                .map(|value| whole(value).filter(|value| range.contains(value)));
             numbers.collect()
         });
         numbers.ok_or_else(|| {
             let (least, most) = lengths.into_inner();
             let number = expected(&range);
-            self.refuse(key, format!("but must be a list of {least} to {most} numbers; each {number}"))
+            self.refuse(
+                key,
+                format!("but must be a list of {least} to {most} numbers; each {number}"),
+            )
         })
     }
 
@@ -196,7 +201,9 @@ impl Object {
     pub(crate) fn parse<T: serde::de::DeserializeOwned>(&self) -> Result<T, ModelError> {
         // Null counts as absent here too.
         let fields = self.fields.iter().filter(|(_, value)| !value.is_null());
-        let fields: Map<String, Value> = fields.map(|(key, value)| (key.clone(), value.clone())).collect();
+        let fields: Map<String, Value> = fields
+            .map(|(key, value)| (key.clone(), value.clone()))
+            .collect();
         serde_json::from_value(Value::Object(fields)).map_err(|error| ModelError::Json {
             path: self.path.clone(),
             message: error.to_string(),
@@ -209,5 +216,9 @@ fn whole(value: &Value) -> Option<u32> {
 }
 
 fn expected(range: &RangeInclusive<u32>) -> String {
-    format!("but must be a whole number from {} to {}", range.start(), range.end())
+    format!(
+        "but must be a whole number from {} to {}",
+        range.start(),
+        range.end()
+    )
 }

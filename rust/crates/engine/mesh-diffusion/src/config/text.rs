@@ -55,7 +55,10 @@ pub struct TextConfig {
 impl TextConfig {
     /// Reads a `config.json` of transformers' `CLIPTextModel` or `CLIPTextModelWithProjection`.
     pub(super) fn read(object: &Object, rows: HiddenRows) -> Result<Self, ModelError> {
-        let projects = match object.get("architectures").and_then(|list| list[0].as_str()) {
+        let projects = match object
+            .get("architectures")
+            .and_then(|list| list[0].as_str())
+        {
             Some("CLIPTextModelWithProjection") => true,
             Some("CLIPTextModel") | None => false,
             Some(_) => {
@@ -75,7 +78,9 @@ impl TextConfig {
             activation: match object.text("hidden_act")? {
                 Some("quick_gelu") | None => Activation::QuickGelu,
                 Some("gelu") => Activation::Gelu,
-                Some(_) => return Err(object.refuse("hidden_act", "but must be quick_gelu or gelu")),
+                Some(_) => {
+                    return Err(object.refuse("hidden_act", "but must be quick_gelu or gelu"));
+                }
             },
             eps: object.number_or("layer_norm_eps", 1e-5)?,
             end: object.whole_or("eos_token_id", 0..=1 << 20, 49407)?,
@@ -100,8 +105,14 @@ impl TextConfig {
         let (width, inner) = (u64::from(self.width), u64::from(self.inner));
         let mut shapes = Shapes::default();
         let embeddings = "text_model.embeddings";
-        shapes.add(format!("{embeddings}.token_embedding.weight"), &[self.vocab.into(), width]);
-        shapes.add(format!("{embeddings}.position_embedding.weight"), &[self.positions.into(), width]);
+        shapes.add(
+            format!("{embeddings}.token_embedding.weight"),
+            &[self.vocab.into(), width],
+        );
+        shapes.add(
+            format!("{embeddings}.position_embedding.weight"),
+            &[self.positions.into(), width],
+        );
         for layer in 0..self.layers {
             let layer = format!("text_model.encoder.layers.{layer}");
             shapes.norm(&format!("{layer}.layer_norm1"), width);

@@ -84,12 +84,19 @@ impl UnetConfig {
             let attends = names.into_iter().map(|name| match name {
                 name if name == with => Ok(true),
                 name if name == without => Ok(false),
-                _ => Err(object.refuse(key, format!("but only {with} and {without} are supported"))),
+                _ => {
+                    Err(object.refuse(key, format!("but only {with} and {without} are supported")))
+                }
             });
             attends.collect::<Result<Vec<bool>, _>>()
         };
         let missing = "but must name a block for each of block_out_channels";
-        let down = attends("down_block_types", "CrossAttnDownBlock2D", "DownBlock2D", missing)?;
+        let down = attends(
+            "down_block_types",
+            "CrossAttnDownBlock2D",
+            "DownBlock2D",
+            missing,
+        )?;
         let mut up = attends("up_block_types", "CrossAttnUpBlock2D", "UpBlock2D", missing)?;
         up.reverse();
         if up != down {
@@ -108,8 +115,14 @@ impl UnetConfig {
                 depth: if down[i] { depths[i] } else { 0 },
             })
             .collect();
-        if blocks.iter().any(|block| !block.channels.is_multiple_of(block.heads)) {
-            return Err(object.refuse("attention_head_dim", "but each must divide its block_out_channels"));
+        if blocks
+            .iter()
+            .any(|block| !block.channels.is_multiple_of(block.heads))
+        {
+            return Err(object.refuse(
+                "attention_head_dim",
+                "but each must divide its block_out_channels",
+            ));
         }
         let config = UnetConfig {
             channels: object.whole_or("in_channels", 1..=64, 4)?,
@@ -135,9 +148,15 @@ impl UnetConfig {
                 ),
             ));
         }
-        match channels.iter().find(|channels| !channels.is_multiple_of(config.groups)) {
+        match channels
+            .iter()
+            .find(|channels| !channels.is_multiple_of(config.groups))
+        {
             None => Ok(config),
-            Some(channels) => Err(object.refuse("norm_num_groups", format!("but must divide {channels} channels"))),
+            Some(channels) => Err(object.refuse(
+                "norm_num_groups",
+                format!("but must divide {channels} channels"),
+            )),
         }
     }
 
@@ -160,29 +179,73 @@ impl UnetConfig {
         for (i, block) in self.blocks.iter().enumerate() {
             let channels = u64::from(block.channels);
             for j in 0..self.layers {
-                shapes.resnet(&format!("down_blocks.{i}.resnets.{j}"), inputs, channels, Some(time));
-                self.transformer(&mut shapes, &format!("down_blocks.{i}.attentions.{j}"), channels, block.depth);
+                shapes.resnet(
+                    &format!("down_blocks.{i}.resnets.{j}"),
+                    inputs,
+                    channels,
+                    Some(time),
+                );
+                self.transformer(
+                    &mut shapes,
+                    &format!("down_blocks.{i}.attentions.{j}"),
+                    channels,
+                    block.depth,
+                );
                 inputs = channels;
             }
             if i + 1 < self.blocks.len() {
-                shapes.conv(&format!("down_blocks.{i}.downsamplers.0.conv"), channels, channels, 3);
+                shapes.conv(
+                    &format!("down_blocks.{i}.downsamplers.0.conv"),
+                    channels,
+                    channels,
+                    3,
+                );
             }
         }
         shapes.resnet("mid_block.resnets.0", inputs, inputs, Some(time));
-        self.transformer(&mut shapes, "mid_block.attentions.0", inputs, self.mid_depth);
+        self.transformer(
+            &mut shapes,
+            "mid_block.attentions.0",
+            inputs,
+            self.mid_depth,
+        );
         shapes.resnet("mid_block.resnets.1", inputs, inputs, Some(time));
         for (i, block) in self.blocks.iter().rev().enumerate() {
             let channels = u64::from(block.channels);
             // What the last residual block joins comes from the next finer resolution.
-            let finer = self.blocks.iter().rev().nth(i + 1).unwrap_or(&self.blocks[0]);
+            let finer = self
+                .blocks
+                .iter()
+                .rev()
+                .nth(i + 1)
+                .unwrap_or(&self.blocks[0]);
             for j in 0..=self.layers {
-                let skip = if j == self.layers { finer.channels.into() } else { channels };
-                shapes.resnet(&format!("up_blocks.{i}.resnets.{j}"), inputs + skip, channels, Some(time));
-                self.transformer(&mut shapes, &format!("up_blocks.{i}.attentions.{j}"), channels, block.depth);
+                let skip = if j == self.layers {
+                    finer.channels.into()
+                } else {
+                    channels
+                };
+                shapes.resnet(
+                    &format!("up_blocks.{i}.resnets.{j}"),
+                    inputs + skip,
+                    channels,
+                    Some(time),
+                );
+                self.transformer(
+                    &mut shapes,
+                    &format!("up_blocks.{i}.attentions.{j}"),
+                    channels,
+                    block.depth,
+                );
                 inputs = channels;
             }
             if i + 1 < self.blocks.len() {
-                shapes.conv(&format!("up_blocks.{i}.upsamplers.0.conv"), channels, channels, 3);
+                shapes.conv(
+                    &format!("up_blocks.{i}.upsamplers.0.conv"),
+                    channels,
+                    channels,
+                    3,
+                );
             }
         }
         shapes.norm("conv_norm_out", first);
@@ -202,7 +265,10 @@ impl UnetConfig {
         project(shapes, "proj_in");
         for layer in 0..depth {
             let layer = format!("{name}.transformer_blocks.{layer}");
-            for (attention, norm, context) in [("attn1", "norm1", width), ("attn2", "norm2", self.context.into())] {
+            for (attention, norm, context) in [
+                ("attn1", "norm1", width),
+                ("attn2", "norm2", self.context.into()),
+            ] {
                 shapes.norm(&format!("{layer}.{norm}"), width);
                 shapes.matrix(&format!("{layer}.{attention}.to_q"), width, width);
                 shapes.matrix(&format!("{layer}.{attention}.to_k"), context, width);

@@ -52,7 +52,11 @@ impl VaeConfig {
             ("down_block_types", "DownEncoderBlock2D"),
             ("up_block_types", "UpDecoderBlock2D"),
         ] {
-            if object.texts(key, blocks.len())?.iter().any(|found| *found != name) {
+            if object
+                .texts(key, blocks.len())?
+                .iter()
+                .any(|found| *found != name)
+            {
                 return Err(object.refuse(key, format!("but only {name} is supported")));
             }
         }
@@ -61,7 +65,10 @@ impl VaeConfig {
         }
         let quant = object.flag_or("use_quant_conv", true)?;
         if object.flag_or("use_post_quant_conv", true)? != quant {
-            return Err(object.refuse("use_post_quant_conv", "but must be the same as use_quant_conv"));
+            return Err(object.refuse(
+                "use_post_quant_conv",
+                "but must be the same as use_quant_conv",
+            ));
         }
         let config = VaeConfig {
             latent: object.whole_or("latent_channels", 1..=64, 4)?,
@@ -78,9 +85,16 @@ impl VaeConfig {
         if config.scale <= 0.0 {
             return Err(object.refuse("scaling_factor", "but must be over 0"));
         }
-        match config.blocks.iter().find(|channels| !channels.is_multiple_of(config.groups)) {
+        match config
+            .blocks
+            .iter()
+            .find(|channels| !channels.is_multiple_of(config.groups))
+        {
             None => Ok(config),
-            Some(channels) => Err(object.refuse("norm_num_groups", format!("but must divide {channels} channels"))),
+            Some(channels) => Err(object.refuse(
+                "norm_num_groups",
+                format!("but must divide {channels} channels"),
+            )),
         }
     }
 
@@ -88,18 +102,31 @@ impl VaeConfig {
     pub fn tensors(&self) -> Vec<TensorShape> {
         let mut shapes = Shapes::default();
         let latent = u64::from(self.latent);
-        let (first, last) = (u64::from(self.blocks[0]), u64::from(self.blocks[self.blocks.len() - 1]));
+        let (first, last) = (
+            u64::from(self.blocks[0]),
+            u64::from(self.blocks[self.blocks.len() - 1]),
+        );
 
         shapes.conv("encoder.conv_in", PIXEL, first, 3);
         let mut inputs = first;
         for (i, &channels) in self.blocks.iter().enumerate() {
             let channels = u64::from(channels);
             for j in 0..self.layers {
-                shapes.resnet(&format!("encoder.down_blocks.{i}.resnets.{j}"), inputs, channels, None);
+                shapes.resnet(
+                    &format!("encoder.down_blocks.{i}.resnets.{j}"),
+                    inputs,
+                    channels,
+                    None,
+                );
                 inputs = channels;
             }
             if i + 1 < self.blocks.len() {
-                shapes.conv(&format!("encoder.down_blocks.{i}.downsamplers.0.conv"), channels, channels, 3);
+                shapes.conv(
+                    &format!("encoder.down_blocks.{i}.downsamplers.0.conv"),
+                    channels,
+                    channels,
+                    3,
+                );
             }
         }
         self.middle(&mut shapes, "encoder.mid_block", last);
@@ -113,11 +140,21 @@ impl VaeConfig {
         for (i, &channels) in self.blocks.iter().rev().enumerate() {
             let channels = u64::from(channels);
             for j in 0..=self.layers {
-                shapes.resnet(&format!("decoder.up_blocks.{i}.resnets.{j}"), inputs, channels, None);
+                shapes.resnet(
+                    &format!("decoder.up_blocks.{i}.resnets.{j}"),
+                    inputs,
+                    channels,
+                    None,
+                );
                 inputs = channels;
             }
             if i + 1 < self.blocks.len() {
-                shapes.conv(&format!("decoder.up_blocks.{i}.upsamplers.0.conv"), channels, channels, 3);
+                shapes.conv(
+                    &format!("decoder.up_blocks.{i}.upsamplers.0.conv"),
+                    channels,
+                    channels,
+                    3,
+                );
             }
         }
         shapes.norm("decoder.conv_norm_out", first);
@@ -175,7 +212,11 @@ impl TinyVaeConfig {
         }
         let channels = object.wholes("encoder_block_out_channels", 1..=8, 1..=4096)?;
         let resolutions = channels.len();
-        let all: Vec<u32> = [&*channels, &object.wholes("decoder_block_out_channels", 1..=8, 1..=4096)?].concat();
+        let all: Vec<u32> = [
+            &*channels,
+            &object.wholes("decoder_block_out_channels", 1..=8, 1..=4096)?,
+        ]
+        .concat();
         if all.len() != 2 * resolutions || all.iter().any(|other| *other != channels[0]) {
             return Err(object.refuse(
                 "decoder_block_out_channels",
@@ -203,7 +244,12 @@ impl TinyVaeConfig {
             for _ in 0..count {
                 // The layers between are activations.
                 for conv in [0, 2, 4] {
-                    shapes.conv(&format!("{side}.layers.{at}.conv.{conv}"), channels, channels, 3);
+                    shapes.conv(
+                        &format!("{side}.layers.{at}.conv.{conv}"),
+                        channels,
+                        channels,
+                        3,
+                    );
                 }
                 *at += 1;
             }
@@ -228,7 +274,12 @@ impl TinyVaeConfig {
                 shapes.conv(&format!("decoder.layers.{at}"), channels, PIXEL, 3);
             } else {
                 // The layer before it doubles the resolution.
-                shapes.conv_without_bias(&format!("decoder.layers.{}", at + 1), channels, channels, 3);
+                shapes.conv_without_bias(
+                    &format!("decoder.layers.{}", at + 1),
+                    channels,
+                    channels,
+                    3,
+                );
                 at += 2;
             }
         }
