@@ -255,17 +255,20 @@ impl TchDiffuser {
         }
     }
 
+    fn decode_whole(&self, latents: &Tensor) -> Outcome<Tensor> {
+        match &self.vae {
+            Autoencoder::Full(vae) => vae.decode(latents),
+            Autoencoder::Tiny(vae) => vae.decode(latents),
+        }
+    }
+
     /// Pixels `[3, height, width]`, about -1 to 1.
     fn pixels(&self, latents: &Tensor) -> Outcome<Vec<f32>> {
         let tile = self.options.tile();
         let (_, _, height, width) = latents.size4()?;
         let (height, width) = (height as usize, width as usize);
-        let decode = |latents: &Tensor| match &self.vae {
-            Autoencoder::Full(vae) => vae.decode(latents),
-            Autoencoder::Tiny(vae) => vae.decode(latents),
-        };
         if height.max(width) <= tile {
-            return to_f32(&decode(latents)?);
+            return to_f32(&self.decode_whole(latents)?);
         }
         let factor = self.info.pixels_per_latent as usize;
         let mut canvas = Canvas::new(3, factor * height, factor * width);
@@ -277,7 +280,7 @@ impl TchDiffuser {
                     .f_narrow(3, column as i64, columns as i64)?
                     .f_contiguous()?;
                 let range = |start: usize, length: usize| factor * start..factor * (start + length);
-                let pixels = to_f32(&decode(&part)?)?;
+                let pixels = to_f32(&self.decode_whole(&part)?)?;
                 canvas.add(
                     &pixels,
                     range(row, rows),

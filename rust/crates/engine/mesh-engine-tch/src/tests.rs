@@ -268,10 +268,10 @@ fn malformed_calls_are_errors_and_the_model_works_on() {
     let unknown = Prompt { start: 5000, ..prompt() };
     let unknown = model.encode(&unknown, None);
     assert!(matches!(unknown, Err(StageError::NoSuchToken { token: 5000, .. })), "{unknown:?}");
-    // More than any machine's memory.
-    let side = 1 << 15;
+    // More than any address space.
+    let side = 1 << 22;
     let pixels = tch::Tensor::f_zeros([1, 4, 1, 1], (tch::Kind::Float, tch::Device::Cpu)).unwrap();
-    let failed = model.pixels_of(&pixels.f_expand([1, 4, side, side], false).unwrap()).unwrap_err();
+    let failed = model.decode_whole(&pixels.f_expand([1, 4, side, side], false).unwrap()).unwrap_err();
     let message = StageError::from(failed).to_string();
     assert!(message.contains("out of memory") && message.contains("use a smaller picture"), "{message}");
     assert!(model.denoise(&latents(1.0), SHAPE, TIMESTEP, &both, GUIDANCE).is_ok());
