@@ -1,8 +1,21 @@
-//! Lets this crate's tests and examples find libtorch's libraries where they were linked.
+//! Links libtorch into this crate's tests and examples, so that they find its libraries where they were at build time.
+//!
+//! `libtorch.so` stands for the others. Without a reference to it the linker leaves out the library for GPUs, of which only
+//! static constructors are used.
 
 fn main() {
     println!("cargo:rerun-if-env-changed=LIBTORCH");
-    if let Ok(folder) = std::env::var("LIBTORCH") {
-        println!("cargo:rustc-link-arg=-Wl,-rpath,{folder}/lib");
+    println!("cargo:rerun-if-env-changed=LIBTORCH_LIB");
+    let folder = std::env::var("LIBTORCH_LIB").or_else(|_| std::env::var("LIBTORCH"));
+    if let Ok(folder) = folder {
+        for argument in [
+            &format!("-L{folder}/lib"),
+            &format!("-Wl,-rpath,{folder}/lib"),
+            "-Wl,--push-state,--no-as-needed",
+            "-ltorch",
+            "-Wl,--pop-state",
+        ] {
+            println!("cargo:rustc-link-arg={argument}");
+        }
     }
 }
