@@ -113,6 +113,18 @@ impl Checkpoint {
         }
     }
 
+    /// Reads a single file that is in memory, as [`Checkpoint::open`] reads one on disk.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::open`].
+    pub fn from_bytes(bytes: Vec<u8>) -> Result<Self, ModelError> {
+        let path = PathBuf::from("memory");
+        match Safetensors::from_bytes(bytes) {
+            Ok(file) => single::read(WeightFile { path, file: file.into() }),
+            Err(source) => Err(ModelError::Safetensors { path, source }),
+        }
+    }
+
     /// Configuration of the model.
     pub fn config(&self) -> &PipelineConfig {
         &self.config

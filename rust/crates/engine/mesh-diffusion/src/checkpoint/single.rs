@@ -24,9 +24,15 @@ const OPEN_CLIP_XL: &str = "conditioner.embedders.1.model.";
 const HEADS_1: u64 = 8;
 /// Width of a head everywhere else.
 const HEAD: u64 = 64;
+/// Layers of a kind in a row: twice as many as the largest text encoder has.
+const MAX_COUNT: u32 = 64;
 
 pub(super) fn open(path: &Path) -> Result<Checkpoint, ModelError> {
-    let file = WeightFile::open(path.into())?;
+    read(WeightFile::open(path.into())?)
+}
+
+pub(super) fn read(file: WeightFile) -> Result<Checkpoint, ModelError> {
+    let path = &*file.path;
     let shapes = Shapes {
         path,
         file: &file.file,
@@ -103,7 +109,7 @@ impl Shapes<'_> {
 
     /// The count of consecutive numbers for which `name` exists.
     fn count(&self, name: impl Fn(u32) -> String) -> u32 {
-        (0..1 << 10).take_while(|&i| self.has(&name(i))).count() as u32
+        (0..MAX_COUNT).take_while(|&i| self.has(&name(i))).count() as u32
     }
 
     fn config(&self) -> Result<PipelineConfig, ModelError> {
