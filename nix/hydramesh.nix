@@ -37,7 +37,9 @@ let
       LIBTORCH_LIB = "${libtorch.lib}";
     };
   };
-  cargoArtifacts = craneLib.buildDepsOnly commonArgs;
+  # All crates but the one that is linked with libtorch, where the backend has none.
+  everyCrate = "--workspace${lib.optionalString (libtorch == null) " --exclude mesh-engine-tch"}";
+  cargoArtifacts = craneLib.buildDepsOnly (commonArgs // { cargoExtraArgs = "--locked ${everyCrate}"; });
 
   features = lib.optionalString (
     settings.cargoFeatures != [ ]
@@ -114,6 +116,7 @@ in
     craneLib
     commonArgs
     cargoArtifacts
+    everyCrate
     version
     unwrapped
     package

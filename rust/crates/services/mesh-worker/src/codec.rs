@@ -149,10 +149,13 @@ pub(crate) fn code(error: &RequestError) -> ErrorCode {
     match error {
         RequestError::EmptyPrompt
         | RequestError::NoSuchToken { .. }
-        | RequestError::InvalidParameter { .. } => ErrorCode::INVALID_PAYLOAD,
+        | RequestError::InvalidParameter { .. }
+        | RequestError::Invalid { .. } => ErrorCode::INVALID_PAYLOAD,
         RequestError::ContextTooLong { .. } => ErrorCode::CONTEXT_TOO_LONG,
         RequestError::QueueFull { .. } => ErrorCode::WORKER_BUSY,
-        RequestError::DeadlineExceeded { .. } => ErrorCode::TIMEOUT,
+        RequestError::DeadlineExceeded { .. } | RequestError::PictureLate { .. } => {
+            ErrorCode::TIMEOUT
+        }
         RequestError::Draining | RequestError::Moved { .. } => ErrorCode::DRAINING,
         RequestError::RingLost { .. } => ErrorCode::NO_WORKERS,
         _ => ErrorCode::INFERENCE_FAILED,
