@@ -39,7 +39,10 @@ fn numbers_are_those_of_torch() {
         for expected in arrays {
             let found = noise.normal(expected.len());
             for (found, expected) in found.iter().zip(&expected) {
-                assert!(near(*found, *expected), "seed {seed}: {found}, not {expected}");
+                assert!(
+                    near(*found, *expected),
+                    "seed {seed}: {found}, not {expected}"
+                );
             }
         }
     }
@@ -49,7 +52,11 @@ fn numbers_are_those_of_torch() {
         assert!(near(*found, *expected), "{found}, not {expected}");
     }
     let largest = found.iter().fold(0.0, |max: f32, x| max.max(x.abs()));
-    assert!(near(largest, large.largest), "{largest}, not {}", large.largest);
+    assert!(
+        near(largest, large.largest),
+        "{largest}, not {}",
+        large.largest
+    );
 }
 
 #[test]

@@ -111,7 +111,11 @@ fn every_step_is_the_one_of_diffusers() {
         let expected = std::iter::once(&case.start).chain(&case.latents);
         for (step, (found, expected)) in found.iter().zip(expected).enumerate() {
             let distance = distance(found, expected);
-            assert!(distance < 2e-5, "{distance} at step {step} of {}", case.name());
+            assert!(
+                distance < 2e-5,
+                "{distance} at step {step} of {}",
+                case.name()
+            );
             if distance > worst.0 {
                 worst = (distance, case.name());
             }
@@ -167,15 +171,25 @@ fn states_that_are_not_the_plan_s_are_refused() {
 
 #[test]
 fn a_step_with_wrong_arrays_changes_nothing() {
-    let euler = Case::all().into_iter().find(|case| case.sampler == "euler_a").unwrap();
+    let euler = Case::all()
+        .into_iter()
+        .find(|case| case.sampler == "euler_a")
+        .unwrap();
     let mut sampler = Sampler::from_noise(euler.plan(), vec![0.5; COUNT]);
     let before = sampler.clone();
     let good = [0.1; COUNT];
     assert!(sampler.advance(&good[1..], Some(&good)).is_err());
     assert!(sampler.advance(&good, Some(&good[1..])).is_err());
-    assert!(matches!(sampler.advance(&good, None), Err(SamplerError::NoNoise { .. })));
+    assert!(matches!(
+        sampler.advance(&good, None),
+        Err(SamplerError::NoNoise { .. })
+    ));
     assert!(sampler.advance(&[f32::NAN; COUNT], Some(&good)).is_err());
-    assert!(sampler.advance(&[f32::MAX; COUNT], Some(&[f32::MAX; COUNT])).is_err());
+    assert!(
+        sampler
+            .advance(&[f32::MAX; COUNT], Some(&[f32::MAX; COUNT]))
+            .is_err()
+    );
     assert_eq!(sampler, before);
     while sampler.timestep().is_some() {
         sampler.advance(&good, Some(&good)).unwrap();
@@ -228,7 +242,9 @@ fn timesteps_are_those_of_diffusers_for_any_number_of_steps() {
 
 fn weighted(values: &[f32]) -> f64 {
     let values = values.iter().zip(1..);
-    values.map(|(&x, place)| f64::from(x) * f64::from(place)).sum()
+    values
+        .map(|(&x, place)| f64::from(x) * f64::from(place))
+        .sum()
 }
 
 #[test]
@@ -258,22 +274,53 @@ fn plans_that_cannot_work_are_refused_with_the_reason() {
     assert!(refused(&sample, EulerAncestral, false, 5, None).contains("euler_a"));
 
     let hostile = [
-        SamplerConfig { num_train_timesteps: u32::MAX, ..config.clone() },
-        SamplerConfig { num_train_timesteps: 1, ..config.clone() },
-        SamplerConfig { beta_start: f64::NAN, ..config.clone() },
-        SamplerConfig { beta_start: -1.0, ..config.clone() },
-        SamplerConfig { beta_end: 1e300, ..config.clone() },
-        SamplerConfig { beta_start: 0.0, beta_end: 0.0, ..config.clone() },
-        SamplerConfig { trained_betas: Some(vec![0.1; 3]), ..config.clone() },
-        SamplerConfig { trained_betas: Some(vec![0.0; 1000]), ..config.clone() },
+        SamplerConfig {
+            num_train_timesteps: u32::MAX,
+            ..config.clone()
+        },
+        SamplerConfig {
+            num_train_timesteps: 1,
+            ..config.clone()
+        },
+        SamplerConfig {
+            beta_start: f64::NAN,
+            ..config.clone()
+        },
+        SamplerConfig {
+            beta_start: -1.0,
+            ..config.clone()
+        },
+        SamplerConfig {
+            beta_end: 1e300,
+            ..config.clone()
+        },
+        SamplerConfig {
+            beta_start: 0.0,
+            beta_end: 0.0,
+            ..config.clone()
+        },
+        SamplerConfig {
+            trained_betas: Some(vec![0.1; 3]),
+            ..config.clone()
+        },
+        SamplerConfig {
+            trained_betas: Some(vec![0.0; 1000]),
+            ..config.clone()
+        },
     ];
     for config in hostile {
         refused(&config, DpmPlusPlus2M, true, 5, None);
     }
-    let far = SamplerConfig { steps_offset: u32::MAX, ..config.clone() };
+    let far = SamplerConfig {
+        steps_offset: u32::MAX,
+        ..config.clone()
+    };
     assert!(refused(&far, Ddim, false, 5, None).contains("steps_offset"));
     for original in [0, 2000] {
-        let config = SamplerConfig { original_inference_steps: original, ..config.clone() };
+        let config = SamplerConfig {
+            original_inference_steps: original,
+            ..config.clone()
+        };
         assert!(refused(&config, Lcm, false, 1, None).contains("original_inference_steps"));
     }
     let pure = SamplerConfig {

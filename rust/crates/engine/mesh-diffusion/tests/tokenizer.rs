@@ -19,7 +19,8 @@ fn goldens() -> Goldens {
 }
 
 fn files() -> (Vec<u8>, Vec<u8>) {
-    let read = |name: &str| std::fs::read(fetched(&format!("vocabs/clip/{name}")).unwrap()).unwrap();
+    let read =
+        |name: &str| std::fs::read(fetched(&format!("vocabs/clip/{name}")).unwrap()).unwrap();
     (read("vocab.json"), read("merges.txt"))
 }
 
@@ -31,7 +32,10 @@ fn tokenizer() -> ClipTokenizer {
 fn check(tokenizer: &ClipTokenizer) {
     let goldens = goldens();
     assert_eq!(goldens.prompts.len(), 500);
-    assert_eq!((tokenizer.start(), tokenizer.end()), (goldens.start, goldens.end));
+    assert_eq!(
+        (tokenizer.start(), tokenizer.end()),
+        (goldens.start, goldens.end)
+    );
     for (prompt, expected) in goldens.prompts.iter().zip(&goldens.ids) {
         let found = tokenizer.encode(prompt, 1000).unwrap();
         assert_eq!(&found, expected, "{prompt:?}");
@@ -71,7 +75,9 @@ fn a_tokenizer_json_gives_the_same_tokens() {
 fn a_folder_is_opened_by_its_files() {
     let path = fetched("vocabs/clip/vocab.json").unwrap();
     check(&ClipTokenizer::open(path.parent().unwrap()).unwrap());
-    let error = ClipTokenizer::open("/nowhere".as_ref()).unwrap_err().to_string();
+    let error = ClipTokenizer::open("/nowhere".as_ref())
+        .unwrap_err()
+        .to_string();
     assert!(error.contains("/nowhere has neither vocab.json"), "{error}");
 }
 
@@ -89,7 +95,9 @@ fn a_prompt_is_padded_as_each_encoder_wants() {
 #[test]
 fn text_never_becomes_a_control_token() {
     let tokenizer = tokenizer();
-    let tokens = tokenizer.encode("<|endoftext|> a <|STARTOFTEXT|>", 100).unwrap();
+    let tokens = tokenizer
+        .encode("<|endoftext|> a <|STARTOFTEXT|>", 100)
+        .unwrap();
     assert!(tokens.iter().all(|&token| token < tokenizer.start()));
 }
 
@@ -103,11 +111,16 @@ fn long_prompts_become_chunks_up_to_a_limit() {
     let ids = full.ids(0);
     assert_eq!((ids.len(), ids[0][76]), (1, full.end));
     assert!(Prompt::new(&tokenizer, &"cat ".repeat(600)).is_ok());
-    let error = Prompt::new(&tokenizer, &"cat ".repeat(601)).unwrap_err().to_string();
+    let error = Prompt::new(&tokenizer, &"cat ".repeat(601))
+        .unwrap_err()
+        .to_string();
     assert_eq!(error, "it has over 600 tokens; shorten it");
     let weighted = Prompt::new(&tokenizer, "a (red:1.5) cat").unwrap();
     assert_eq!(weighted.chunks[0].weights, [1.0, 1.5, 1.0]);
-    assert_eq!(weighted.chunks[0].tokens, tokenizer.encode("a red cat", 9).unwrap());
+    assert_eq!(
+        weighted.chunks[0].tokens,
+        tokenizer.encode("a red cat", 9).unwrap()
+    );
 }
 
 #[test]
@@ -139,7 +152,11 @@ fn files_that_are_no_tokenizer_are_refused() {
     // Merges of tokens that do not exist are left out; what is left still gives tokens.
     let few = ClipTokenizer::from_vocab(&vocab, b"q\xc5\xbf \xc5\xbf\nc a\n").unwrap();
     assert!(few.encode("cat", 10).unwrap().len() < 4);
-    let json = |text: &str| ClipTokenizer::from_json(text.as_bytes()).unwrap_err().to_string();
+    let json = |text: &str| {
+        ClipTokenizer::from_json(text.as_bytes())
+            .unwrap_err()
+            .to_string()
+    };
     assert!(json("{}").contains("model"));
     assert!(json(r#"{"model": {"type": "WordPiece", "vocab": {}, "merges": []}}"#).contains("BPE"));
     let deep = "[".repeat(100_000);

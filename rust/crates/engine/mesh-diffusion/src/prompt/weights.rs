@@ -213,6 +213,21 @@ mod tests {
         assert!(started.elapsed().as_secs() < 2);
     }
 
+    proptest::proptest! {
+        #[test]
+        fn escaped_text_is_plain_and_any_text_is_read(text in r"[\\()\[\]:.1-3a ü]{0,60}") {
+            let escaped = text.replace('\\', r"\\");
+            let escaped = escaped.replace('(', r"\(").replace(')', r"\)");
+            let escaped = escaped.replace('[', r"\[").replace(']', r"\]");
+            let whole = if text.is_empty() { vec![] } else { vec![(text.clone(), 1.0)] };
+            proptest::prop_assert_eq!(parts(&escaped), whole);
+            if let Ok(segments) = parse(&text) {
+                let bytes: usize = segments.iter().map(|segment| segment.text.len()).sum();
+                proptest::prop_assert!(bytes <= text.len());
+            }
+        }
+    }
+
     #[test]
     fn weights_scale_rows_and_keep_the_mean() {
         let rows = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0];
