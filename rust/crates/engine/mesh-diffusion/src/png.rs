@@ -28,12 +28,10 @@ pub enum PngError {
         bytes: usize,
     },
     /// A larger picture than allowed.
-    #[error("the PNG file has {width}×{height} pixels, over the limit of {limit} in all; scale it down")]
-    TooLarge {
-        width: u32,
-        height: u32,
-        limit: u64,
-    },
+    #[error(
+        "the PNG file has {width}×{height} pixels, over the limit of {limit} in all; scale it down"
+    )]
+    TooLarge { width: u32, height: u32, limit: u64 },
     /// The file is damaged or no PNG file.
     #[error("cannot read the PNG file: {0}")]
     Decode(String),
@@ -147,8 +145,11 @@ mod tests {
         let latin = info.uncompressed_latin1_text.iter();
         let wide = info.utf8_text.iter();
         (
-            latin.map(|chunk| format!("{}={}", chunk.keyword, chunk.text)).collect(),
-            wide.map(|chunk| format!("{}={}", chunk.keyword, chunk.get_text().unwrap())).collect(),
+            latin
+                .map(|chunk| format!("{}={}", chunk.keyword, chunk.text))
+                .collect(),
+            wide.map(|chunk| format!("{}={}", chunk.keyword, chunk.get_text().unwrap()))
+                .collect(),
         )
     }
 
@@ -157,7 +158,10 @@ mod tests {
         let file = encode(&image(), Some("a café\nSteps: 5")).unwrap();
         let decoded = decode(&file, 100).unwrap();
         assert_eq!((decoded.image, decoded.alpha), (image(), None));
-        assert_eq!(read(&file), (vec!["parameters=a café\nSteps: 5".into()], vec![]));
+        assert_eq!(
+            read(&file),
+            (vec!["parameters=a café\nSteps: 5".into()], vec![])
+        );
         let file = encode(&image(), Some("日本\0")).unwrap();
         assert_eq!(read(&file), (vec![], vec!["parameters=日本".into()]));
         assert_eq!(read(&encode(&image(), None).unwrap()), (vec![], vec![]));
@@ -189,7 +193,12 @@ mod tests {
         assert_eq!(deep.0.len(), 6);
         let rgba = file(ColorType::Rgba, eight, None, &[1, 2, 3, 4, 5, 6, 7, 8]);
         assert_eq!(rgba, (vec![1, 2, 3, 5, 6, 7], Some(vec![4, 8])));
-        let bits = file(ColorType::Indexed, BitDepth::One, Some(&[1, 2, 3, 4, 5, 6]), &[0x40]);
+        let bits = file(
+            ColorType::Indexed,
+            BitDepth::One,
+            Some(&[1, 2, 3, 4, 5, 6]),
+            &[0x40],
+        );
         assert_eq!(bits, (vec![1, 2, 3, 4, 5, 6], Some(vec![9, 255])));
     }
 
@@ -197,7 +206,10 @@ mod tests {
     fn hostile_files_are_refused() {
         let file = encode(&image(), None).unwrap();
         let error = decode(&file, 14).unwrap_err().to_string();
-        assert!(error.contains("5×3 pixels, over the limit of 14"), "{error}");
+        assert!(
+            error.contains("5×3 pixels, over the limit of 14"),
+            "{error}"
+        );
         for length in 0..file.len() {
             let _ = decode(&file[..length], 100);
         }

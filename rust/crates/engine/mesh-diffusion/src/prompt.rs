@@ -42,7 +42,9 @@ pub enum PromptError {
     #[error("it has over {limit} tokens; shorten it")]
     TooManyTokens { limit: usize },
     /// Brackets in brackets in brackets.
-    #[error("its brackets are nested over {limit} deep; write the weight as in (word:1.3), or \\( for a plain bracket")]
+    #[error(
+        "its brackets are nested over {limit} deep; write the weight as in (word:1.3), or \\( for a plain bracket"
+    )]
     TooDeep { limit: usize },
     /// A weight that is out of range, with all brackets around it.
     #[error("{text:?} has weight {weight}, but weights are 0 to {MOST_WEIGHT}")]
@@ -93,7 +95,8 @@ impl Prompt {
     /// Adds empty chunks until there are `chunks`, for a prompt and a negative prompt of different lengths.
     pub fn extend_to(&mut self, chunks: usize) {
         if self.chunks.len() < chunks.min(MOST_CHUNKS) {
-            self.chunks.resize(chunks.min(MOST_CHUNKS), Chunk::default());
+            self.chunks
+                .resize(chunks.min(MOST_CHUNKS), Chunk::default());
         }
     }
 

@@ -93,10 +93,13 @@ impl ClipTokenizer {
 
     fn build(vocab: Vocab, merges: Merges) -> Result<Self, TokenizerError> {
         let special = |token: &str| {
-            vocab.get(token).copied().ok_or_else(|| TokenizerError::Malformed {
-                file: "vocabulary",
-                message: format!("token {token} is missing"),
-            })
+            vocab
+                .get(token)
+                .copied()
+                .ok_or_else(|| TokenizerError::Malformed {
+                    file: "vocabulary",
+                    message: format!("token {token} is missing"),
+                })
         };
         let (start, end) = (special(START)?, special(END)?);
         for byte in files::byte_chars() {
@@ -167,6 +170,3 @@ const END_OF_WORD: &str = "</w>";
 /// CLIP's words: English endings, letters, single digits, anything else that is not space.
 const WORDS: &str = r"(?i)'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+";
 const CACHED_WORDS: usize = 2000;
-
-#[cfg(test)]
-mod tests;

@@ -58,9 +58,15 @@ pub(super) fn check(
     let (prompt, negative) = prompts(tokenizer, request)?;
     let fingerprint = Fingerprint::of(&info.sampler, request);
     let resumed = request.resume.as_ref().map(|progress| {
-        let masked = request.init.as_ref().is_some_and(|init| init.mask.is_some());
-        restore(progress, &plan, shape, fingerprint, masked)
-            .map_err(|text| invalid(format!("cannot resume: {text}; send the request without it")))
+        let masked = request
+            .init
+            .as_ref()
+            .is_some_and(|init| init.mask.is_some());
+        restore(progress, &plan, shape, fingerprint, masked).map_err(|text| {
+            invalid(format!(
+                "cannot resume: {text}; send the request without it"
+            ))
+        })
     });
     Ok(Checked {
         shape,

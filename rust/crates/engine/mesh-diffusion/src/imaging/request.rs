@@ -44,7 +44,11 @@ impl ImageRequest {
         if !self.negative_prompt.is_empty() {
             text += &format!("\nNegative prompt: {}", self.negative_prompt);
         }
-        let schedule = if self.karras { ", Schedule type: Karras" } else { "" };
+        let schedule = if self.karras {
+            ", Schedule type: Karras"
+        } else {
+            ""
+        };
         let sampler = match self.sampler {
             SamplerKind::DpmPlusPlus2M => "DPM++ 2M",
             SamplerKind::Euler => "Euler",

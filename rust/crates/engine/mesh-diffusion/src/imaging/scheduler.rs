@@ -31,11 +31,7 @@ pub struct Scheduler {
 
 impl Scheduler {
     /// An empty scheduler for a model with `info`.
-    pub fn new(
-        info: DiffuserInfo,
-        tokenizer: Arc<ClipTokenizer>,
-        options: ImagingOptions,
-    ) -> Self {
+    pub fn new(info: DiffuserInfo, tokenizer: Arc<ClipTokenizer>, options: ImagingOptions) -> Self {
         Scheduler {
             info,
             tokenizer,

@@ -36,7 +36,10 @@ impl Fingerprint {
             add(init.mask.as_deref().unwrap_or_default());
         }
         let digest = hash.finalize();
-        let (first, _) = digest.as_slice().split_first_chunk().expect("SHA-256 has 32 bytes");
+        let (first, _) = digest
+            .as_slice()
+            .split_first_chunk()
+            .expect("SHA-256 has 32 bytes");
         Fingerprint(*first)
     }
 }
@@ -70,7 +73,10 @@ pub(super) fn restore(
 ) -> Result<(Sampler, Option<Vec<f32>>), String> {
     let state = progress.state.as_slice();
     let Some((head, mut rest)) = state.split_first_chunk::<HEAD>() else {
-        return Err(format!("the state has {} bytes, fewer than its head", state.len()));
+        return Err(format!(
+            "the state has {} bytes, fewer than its head",
+            state.len()
+        ));
     };
     let [version, of @ .., has_kept] = head;
     if *version != VERSION {

@@ -155,7 +155,9 @@ mod tests {
 
     fn parts(prompt: &str) -> Vec<(String, f32)> {
         let segments = parse(prompt).unwrap().into_iter();
-        segments.map(|segment| (segment.text, segment.weight)).collect()
+        segments
+            .map(|segment| (segment.text, segment.weight))
+            .collect()
     }
 
     fn check(prompt: &str, expected: &[(&str, f32)]) {
@@ -172,8 +174,14 @@ mod tests {
         check("", &[]);
         check("a cat", &[("a cat", 1.0)]);
         check("a (red) cat", &[("a ", 1.0), ("red", 1.1), (" cat", 1.0)]);
-        check("a [red] cat", &[("a ", 1.0), ("red", 1.0 / 1.1), (" cat", 1.0)]);
-        check("(a (red:1.5) cat)", &[("a ", 1.1), ("red", 1.65), (" cat", 1.1)]);
+        check(
+            "a [red] cat",
+            &[("a ", 1.0), ("red", 1.0 / 1.1), (" cat", 1.0)],
+        );
+        check(
+            "(a (red:1.5) cat)",
+            &[("a ", 1.1), ("red", 1.65), (" cat", 1.1)],
+        );
         check("((a)) ((b:0.5))", &[("a", 1.21), (" ", 1.0), ("b", 0.55)]);
         check("(a: 1.3 )b", &[("a", 1.3), ("b", 1.0)]);
         check("(a:.5)(b:0)", &[("a", 0.5), ("b", 0.0)]);

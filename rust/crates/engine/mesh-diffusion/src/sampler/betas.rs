@@ -46,7 +46,11 @@ fn betas(config: &SamplerConfig) -> Result<Vec<f32>, SamplerError> {
             roots.into_iter().map(|root| root * root).collect()
         }
         BetaSchedule::SquaredCosine => {
-            let bar = |t: f64| ((t + 0.008) / 1.008 * std::f64::consts::FRAC_PI_2).cos().powi(2);
+            let bar = |t: f64| {
+                ((t + 0.008) / 1.008 * std::f64::consts::FRAC_PI_2)
+                    .cos()
+                    .powi(2)
+            };
             let at = |i: usize| bar(i as f64 / count as f64);
             let betas = (0..count).map(|i| (1.0 - at(i + 1) / at(i)).min(0.999) as f32);
             betas.collect()

@@ -61,7 +61,8 @@ impl Plan {
         }
         if kind == SamplerKind::EulerAncestral && config.prediction_type == Prediction::Sample {
             return Err(SamplerError::Config(
-                "euler_a cannot use a model that predicts the picture; choose another sampler".into(),
+                "euler_a cannot use a model that predicts the picture; choose another sampler"
+                    .into(),
             ));
         }
         let alphas = alphas_cumprod(config)?;
@@ -178,7 +179,9 @@ fn ddim(
         TimestepSpacing::Linspace => {
             let mut all = linspace(0.0, (train - 1) as f64, steps as usize);
             all.reverse();
-            all.into_iter().map(|t| t.round_ties_even() as i64).collect()
+            all.into_iter()
+                .map(|t| t.round_ties_even() as i64)
+                .collect()
         }
         TimestepSpacing::Leading => leading(config, train / i64::from(steps), 0..steps),
         TimestepSpacing::Trailing => trailing(train, steps),
@@ -196,7 +199,13 @@ fn ddim(
     let steps = levels.collect::<Result<Vec<_>, SamplerError>>()?;
     check_pure_noise(config, &steps)?;
     let timesteps = timesteps.into_iter().map(|t| t as f32).collect();
-    Ok((timesteps, Levels::Alphas { steps, scaling: 0.0 }))
+    Ok((
+        timesteps,
+        Levels::Alphas {
+            steps,
+            scaling: 0.0,
+        },
+    ))
 }
 
 fn lcm(
@@ -279,7 +288,10 @@ fn with_sigmas(
         // Not quite 0, so that the first sigma is finite.
         *last = 2f32.powi(-24);
     }
-    let all: Vec<f32> = alphas.iter().map(|alpha| ((1.0 - alpha) / alpha).sqrt()).collect();
+    let all: Vec<f32> = alphas
+        .iter()
+        .map(|alpha| ((1.0 - alpha) / alpha).sqrt())
+        .collect();
     if !all.iter().all(|sigma| sigma.is_finite() && *sigma > 0.0)
         || !all.windows(2).all(|pair| pair[0] < pair[1])
     {

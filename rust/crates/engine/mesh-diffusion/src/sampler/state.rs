@@ -66,7 +66,9 @@ impl Sampler {
             return wrong(format!("has step {step} of {}", plan.steps()));
         }
         if count as usize != latents {
-            return wrong(format!("has {count} latents, but the request has {latents}"));
+            return wrong(format!(
+                "has {count} latents, but the request has {latents}"
+            ));
         }
         // Every step but none of DPM-Solver++ leaves its picture; no other sampler does.
         let leaves = plan.kind == SamplerKind::DpmPlusPlus2M && step > 0;

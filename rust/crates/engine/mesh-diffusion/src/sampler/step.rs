@@ -159,11 +159,7 @@ impl Sampler {
         Ok(())
     }
 
-    fn check<'a>(
-        &self,
-        array: &'static str,
-        values: &'a [f32],
-    ) -> Result<&'a [f32], SamplerError> {
+    fn check<'a>(&self, array: &'static str, values: &'a [f32]) -> Result<&'a [f32], SamplerError> {
         check_length(array, values, self.latents.len())
     }
 
@@ -244,9 +240,7 @@ impl Sampler {
         let clip = self.clip();
         let step = |picture: f32, noise: f32| after_root * clip(picture) + after_beta * noise;
         match self.plan.prediction {
-            Prediction::Epsilon => {
-                self.zip(prediction, |x, e| step((x - beta_root * e) / root, e))
-            }
+            Prediction::Epsilon => self.zip(prediction, |x, e| step((x - beta_root * e) / root, e)),
             Prediction::VPrediction => self.zip(prediction, |x, v| {
                 step(root * x - beta_root * v, root * v + beta_root * x)
             }),
@@ -270,9 +264,7 @@ impl Sampler {
         let clip = self.clip();
         let mix = |x: f32, picture: f32| out * clip(picture) + skip * x;
         let mut latents = match self.plan.prediction {
-            Prediction::Epsilon => {
-                self.zip(prediction, |x, e| mix(x, (x - beta_root * e) / root))
-            }
+            Prediction::Epsilon => self.zip(prediction, |x, e| mix(x, (x - beta_root * e) / root)),
             Prediction::VPrediction => {
                 self.zip(prediction, |x, v| mix(x, root * x - beta_root * v))
             }

@@ -140,7 +140,10 @@ fn checked(file: &'static str, tokens: HashMap<String, u32>) -> Result<Vocab, To
             let token: String = token.chars().take(40).collect();
             return Err(malformed(
                 file,
-                format!("token {token:?} has id {id}, but {count} tokens need ids 0 to {}, each once", count - 1),
+                format!(
+                    "token {token:?} has id {id}, but {count} tokens need ids 0 to {}, each once",
+                    count - 1
+                ),
             ));
         }
     }
