@@ -17,9 +17,14 @@ pub enum Device {
 }
 
 impl Device {
+    /// Number of GPUs that libtorch sees.
+    pub fn gpus() -> usize {
+        usize::try_from(tch::Cuda::device_count()).unwrap_or(0)
+    }
+
     /// The device in libtorch; `None` if there is no such device.
     pub(crate) fn find(self) -> Option<tch::Device> {
-        let count = usize::try_from(tch::Cuda::device_count()).unwrap_or(0);
+        let count = Self::gpus();
         match self {
             Device::Cpu => Some(tch::Device::Cpu),
             Device::Auto if count == 0 => Some(tch::Device::Cpu),

@@ -137,9 +137,12 @@ async fn an_image_goes_on_where_a_failing_worker_left_it() {
         assert!(bad.requests() > 0, "{fate:?}");
         assert_eq!(answer["data"][0]["timings"]["worker"], "good", "{fate:?}");
         let last = drawn_by(&good).pop().unwrap();
-        if !matches!(fate, Fate::Endless) {
-            let step = last.resume.map(|step| step.step);
-            assert_eq!(step, resumed, "{fate:?}");
+        let step = last.resume.map(|step| step.step);
+        match fate {
+            // What was on its way is lost with the link.
+            Fate::DiesAfter(_) => assert!(step <= resumed, "{fate:?} {step:?}"),
+            Fate::Endless => {}
+            _ => assert_eq!(step, resumed, "{fate:?}"),
         }
     }
 }

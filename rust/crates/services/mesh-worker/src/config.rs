@@ -415,13 +415,18 @@ impl Config {
         if images.steps > MOST_IMAGE_STEPS {
             return Err(Unsound::ImageSteps(images.steps));
         }
-        if images.guidance.is_some_and(|guidance| !(0.0..=50.0).contains(&guidance)) {
+        if images
+            .guidance
+            .is_some_and(|guidance| !(0.0..=50.0).contains(&guidance))
+        {
             return Err(Unsound::ImageGuidance);
         }
         if self.models.is_empty()
             && images.model.is_none()
             && images.model_path.is_none()
-            && self.ring.models.is_empty() && self.local_models.is_none() {
+            && self.ring.models.is_empty()
+            && self.local_models.is_none()
+        {
             return Err(Unsound::NoModels);
         }
         if !self.has_head() && self.legacy.head.is_none() {
@@ -518,7 +523,9 @@ pub enum Unsound {
     )]
     Purpose(String),
     /// More steps than requests may ask for.
-    #[error("`images.steps` is {0}, but must be at most {MOST_IMAGE_STEPS}; 0 is the model's own number")]
+    #[error(
+        "`images.steps` is {0}, but must be at most {MOST_IMAGE_STEPS}; 0 is the model's own number"
+    )]
     ImageSteps(u32),
     /// A guidance that no request may ask for.
     #[error("`images.guidance` must be between 0 and 50; leave it out for the model's own")]
@@ -595,7 +602,10 @@ mod tests {
             ("SD_GUIDANCE_SCALE", "6.5"),
         ]);
         assert_eq!(config.models, ["org/sd"]);
-        assert_eq!((config.images.steps, config.images.guidance), (30, Some(6.5)));
+        assert_eq!(
+            (config.images.steps, config.images.guidance),
+            (30, Some(6.5))
+        );
         let both = [("LOCAL_MODEL_PATH", "/srv/sd"), ("SD_MODEL_ID", "org/sd")];
         assert_eq!(from(&both).models, ["/srv/sd"]);
         assert_eq!(from(&[]).images.nice, 10);

@@ -13,7 +13,9 @@ use mesh_net::quic::{
 use mesh_net::trust::{
     CERTIFICATE_DATES, DUPLICATE_IDENTITY, EXPELLED, Expulsion, NodeIdentity, Role,
 };
-use mesh_proto::{Expelled, Hello, ModelCard, PROTOCOL_VERSION, Ring, Served, Sources, Welcome, part_cards};
+use mesh_proto::{
+    Expelled, Hello, ModelCard, PROTOCOL_VERSION, Ring, Served, Sources, Welcome, part_cards,
+};
 use mesh_service::health::Health;
 use mesh_service::shutdown::Shutdown;
 use mesh_worker_core::{Lease, Refusal};

@@ -36,6 +36,9 @@ mod tests {
         let templates = Templates::here();
         let loaded = ServedModel::load(folder.path(), None, None, &Config::default(), &templates);
         let error = loaded.err().unwrap().to_string();
-        assert!(error.contains("hydramesh-images") && error.contains("--features images"), "{error}");
+        assert!(
+            error.contains("hydramesh-images") && error.contains("--features images"),
+            "{error}"
+        );
     }
 }

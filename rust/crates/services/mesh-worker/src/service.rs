@@ -129,9 +129,13 @@ impl Service for Worker {
 
     async fn start(config: Config, context: Context) -> Result<Running<Config>> {
         let templates = Templates::apart(std::env::current_exe()?);
-        let worker =
-            Worker::start_with(config.with_image_model(), templates, context.shutdown, context.watchdog)
-                .await?;
+        let worker = Worker::start_with(
+            config.with_image_model(),
+            templates,
+            context.shutdown,
+            context.watchdog,
+        )
+        .await?;
         let live = worker.live().clone();
         Ok(Running::new(
             worker.addresses().clone(),

@@ -121,10 +121,10 @@ pub fn part_cards(cards: Vec<ModelCard>) -> (Vec<ModelCard>, Vec<ModelCard>) {
 pub const IMAGE_PART: usize = 256 << 10;
 
 /// Most bytes of [`ImageStep::state`] for an image of this size: four arrays of the latents of a model with four channels in f32, which
-/// have an eighth of the image's width and height, and what describes them.
+/// have an eighth of the image's width and height, and room for what describes them and for small images of other models.
 pub fn image_state_bytes(width: u32, height: u32) -> usize {
     let pixels = (width as usize).saturating_mul(height as usize);
-    pixels.saturating_add(64 << 10)
+    pixels.saturating_add(256 << 10)
 }
 
 /// Most bytes of the PNG file of an image of this size whose texts have `texts` bytes: three a pixel, a byte a row, and what a file has
@@ -257,7 +257,7 @@ mod tests {
         // 512 by 512: two arrays of latents.
         assert!(image_state_bytes(512, 512) >= 2 * 4 * 64 * 64 * 4);
         assert!(image_file_bytes(512, 512, 0) >= 512 * 512 * 3 + 512);
-        assert_eq!(image_state_bytes(2048, 2048), (4 << 20) + (64 << 10));
+        assert_eq!(image_state_bytes(2048, 2048), (4 << 20) + (256 << 10));
         assert!(image_file_bytes(u32::MAX, u32::MAX, usize::MAX) > 0);
     }
 }

@@ -467,7 +467,10 @@ fn a_step_without_tokens_gets_as_much_time_as_the_first_token() {
     for _ in 0..20 {
         now += Duration::from_secs(60);
         assert_eq!(answer.stepped(attempt, 64, now), Step::Advanced(64));
-        assert_eq!(answer.time_passed(now + Duration::from_secs(59)), Step::Wait);
+        assert_eq!(
+            answer.time_passed(now + Duration::from_secs(59)),
+            Step::Wait
+        );
     }
     assert_eq!(answer.stepped(attempt + 1, 64, now), Step::Wait, "given up");
     let Step::Complete(complete) = answer.done(attempt, Done::default(), now) else {

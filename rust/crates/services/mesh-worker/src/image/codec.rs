@@ -127,13 +127,14 @@ fn sampler(task: &ImageTask) -> Result<SamplerKind, PrepareError> {
 
 /// The file of an image. It takes milliseconds to compress, in which other streams go on.
 async fn png(image: Image, parameters: String) -> Result<Vec<u8>, RequestError> {
-    let failed = |reason: String| RequestError::Stage(mesh_engine::StageError::Backend {
-        backend: "png",
-        message: reason,
-    });
-    let encoding = tokio::task::spawn_blocking(move || {
-        mesh_diffusion::png::encode(&image, Some(&parameters))
-    });
+    let failed = |reason: String| {
+        RequestError::Stage(mesh_engine::StageError::Backend {
+            backend: "png",
+            message: reason,
+        })
+    };
+    let encoding =
+        tokio::task::spawn_blocking(move || mesh_diffusion::png::encode(&image, Some(&parameters)));
     let encoded = encoding.await.map_err(|error| failed(error.to_string()))?;
     encoded.map_err(|error| failed(error.to_string()))
 }
@@ -144,7 +145,11 @@ fn parameters(task: &ImageTask, sampler: SamplerKind) -> String {
         true => String::new(),
         false => format!("\nNegative prompt: {}", task.negative_prompt),
     };
-    let karras = if task.karras { ", Schedule type: Karras" } else { "" };
+    let karras = if task.karras {
+        ", Schedule type: Karras"
+    } else {
+        ""
+    };
     format!(
         "{}{negative}\nSteps: {}, Sampler: {sampler}{karras}, CFG scale: {}, Seed: {}, Size: {}x{}, Model: {}",
         task.prompt, task.steps, task.guidance, task.seed, task.width, task.height, task.model
@@ -182,7 +187,10 @@ mod tests {
             ..task()
         };
         let text = parameters(&more, SamplerKind::Euler);
-        assert!(text.contains("\nNegative prompt: blurry\n") && text.contains("Karras"), "{text}");
+        assert!(
+            text.contains("\nNegative prompt: blurry\n") && text.contains("Karras"),
+            "{text}"
+        );
     }
 
     #[tokio::test]
@@ -200,7 +208,9 @@ mod tests {
             assert_eq!(kind, MsgType::IMAGE_DATA);
             file.extend_from_slice(&ImageData::decode(&body[..]).unwrap().data);
         }
-        assert!(file.starts_with(b"\x89PNG") && file.len() < mesh_proto::image_file_bytes(64, 32, 5));
+        assert!(
+            file.starts_with(b"\x89PNG") && file.len() < mesh_proto::image_file_bytes(64, 32, 5)
+        );
         let progress = Progress {
             step: 2,
             steps: 7,

@@ -127,7 +127,9 @@ fn options(config: &Config, checkpoint: &Checkpoint) -> Result<Options, String> 
         Module::Unet,
         Module::Vae,
     ];
-    let elements = modules.into_iter().filter_map(|module| checkpoint.weights(module));
+    let elements = modules
+        .into_iter()
+        .filter_map(|module| checkpoint.weights(module));
     // In f32, as CPUs compute.
     let weights = elements.map(|weights| weights.elements() * 4).sum::<u64>();
     let mut options = Options {
@@ -136,7 +138,7 @@ fn options(config: &Config, checkpoint: &Checkpoint) -> Result<Options, String> 
         ..Options::default()
     };
     // A GPU has memory of its own.
-    if device != Device::Cpu && tch_has_gpu() {
+    if device != Device::Cpu && Device::gpus() > 0 {
         options.memory_limit = config.images.memory.map(|memory| memory + weights / 2);
         return Ok(options);
     }
@@ -242,10 +244,6 @@ fn warm_up(engine: &EngineHandle<Imaging<Quiet>>, name: &str) -> Result<f32, Wor
     };
     let units = f64::from(side) * f64::from(side) / f64::from(UNIT * UNIT);
     Ok((units / step.as_secs_f64().max(1e-6)) as f32)
-}
-
-fn tch_has_gpu() -> bool {
-    mesh_engine_tch::gpus() > 0
 }
 
 /// A model whose thread has a lower priority than those that make text: it is set where the thread first computes, and libtorch's
