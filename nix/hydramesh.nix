@@ -3,7 +3,7 @@
   lib,
   pkgs,
   crane,
-  # "cpu", "nvidia" or "rocm"
+  # "cpu", "images", "nvidia" or "rocm"
   backend,
 }:
 let
@@ -39,7 +39,9 @@ let
   };
   # All crates but the one that is linked with libtorch, where the backend has none.
   everyCrate = "--workspace${lib.optionalString (libtorch == null) " --exclude mesh-engine-tch"}";
-  cargoArtifacts = craneLib.buildDepsOnly (commonArgs // { cargoExtraArgs = "--locked ${everyCrate}"; });
+  cargoArtifacts = craneLib.buildDepsOnly (
+    commonArgs // { cargoExtraArgs = "--locked ${everyCrate}"; }
+  );
 
   features = lib.optionalString (
     settings.cargoFeatures != [ ]
@@ -77,8 +79,9 @@ let
         inherit version;
         nativeBuildInputs = [ pkgs.makeBinaryWrapper ];
         passthru = {
+          # Of the module's option. The build with images is one for CPUs.
+          backend = if backend == "images" then "cpu" else backend;
           inherit
-            backend
             unwrapped
             onnxruntime
             src
