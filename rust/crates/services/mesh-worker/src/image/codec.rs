@@ -109,6 +109,8 @@ impl Codec for Imaging<Quiet> {
         Load {
             decode_tps: 0.0,
             prefill_tps: 0.0,
+            // In steps, too, and the head knows what it asked for.
+            prefill_backlog: 0,
             ..engine.load()
         }
     }
