@@ -63,7 +63,12 @@ impl Case {
         };
         let mut all = vec![sampler.latents().to_vec()];
         while let Some(timestep) = sampler.timestep() {
-            assert_eq!(timestep, self.timesteps[sampler.step() as usize]);
+            // Those of Karras come from logarithms, which numpy rounds in its own way.
+            let expected = self.timesteps[sampler.step() as usize];
+            assert!(
+                (timestep - expected).abs() < 1e-3,
+                "{timestep}, not {expected}"
+            );
             let prediction = predict(&sampler.scaled(), timestep);
             let fresh = sampler.takes_noise().then(|| noise.normal(COUNT));
             sampler.advance(&prediction, fresh.as_deref()).unwrap();
@@ -111,17 +116,20 @@ fn every_step_is_the_one_of_diffusers() {
         let expected = std::iter::once(&case.start).chain(&case.latents);
         for (step, (found, expected)) in found.iter().zip(expected).enumerate() {
             let distance = distance(found, expected);
+            // From a sigma of 4096 the steps of Euler cancel almost all of the noise, and its last bits grow.
+            let cancels = case.config["rescale_betas_zero_snr"] == true;
+            let limit = if cancels { 1e-4 } else { 1e-5 };
             assert!(
-                distance < 2e-5,
+                distance < limit,
                 "{distance} at step {step} of {}",
                 case.name()
             );
-            if distance > worst.0 {
+            if !cancels && distance > worst.0 {
                 worst = (distance, case.name());
             }
         }
     }
-    println!("largest distance: {worst:?}");
+    println!("largest distance but for those that cancel: {worst:?}");
 }
 
 #[test]
@@ -216,11 +224,11 @@ fn timesteps_are_those_of_diffusers_for_any_number_of_steps() {
         };
         let karras = words.next().is_some();
         for (steps, (count, timesteps, sigmas)) in (1..).zip(sums) {
-            if count != steps as usize {
-                // Rounding gives `numpy.arange` one element too many, and diffusers a timestep of -1.
-                assert!(spacing == TimestepSpacing::Trailing && count == steps as usize + 1);
+            if spacing == TimestepSpacing::Trailing && ONE_TOO_MANY.contains(&steps) {
+                assert!(count == steps as usize + 1 || karras);
                 continue;
             }
+            assert_eq!(count, steps as usize);
             let options = PlanOptions {
                 kind,
                 karras,
@@ -239,6 +247,9 @@ fn timesteps_are_those_of_diffusers_for_any_number_of_steps() {
         }
     }
 }
+
+/// For these numbers of steps rounding gives `numpy.arange` one element too many, and diffusers a timestep of -1.
+const ONE_TOO_MANY: [u32; 4] = [61, 103, 121, 122];
 
 fn weighted(values: &[f32]) -> f64 {
     let values = values.iter().zip(1..);
