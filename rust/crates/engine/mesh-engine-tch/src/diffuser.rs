@@ -493,7 +493,8 @@ fn probe(device: tch::Device, kind: Kind) -> Outcome<()> {
     let x = x
         .f_linear(&ones(&[64, 64])?, None::<&Tensor>)?
         .f_unsqueeze(0)?;
-    Tensor::f_scaled_dot_product_attention(&x, &x, &x, None::<&Tensor>, 0.0, false, None, false)?;
+    let _attended =
+        Tensor::f_scaled_dot_product_attention(&x, &x, &x, None::<&Tensor>, 0.0, false, None, false)?;
     Ok(())
 }
 
@@ -554,3 +555,6 @@ fn info(config: &PipelineConfig, options: &Options, kind: Kind, weight_bytes: u6
             .map(|limit| limit.saturating_sub(weight_bytes)),
     }
 }
+
+#[cfg(test)]
+mod tests;
