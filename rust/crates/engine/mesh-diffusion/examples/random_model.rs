@@ -19,10 +19,18 @@ fn main() -> std::io::Result<()> {
     std::fs::create_dir_all(folder)?;
     match kind.as_str() {
         "tiny" => {
-            for (name, family) in [("sd1", Family::Sd1), ("sd2", Family::Sd2), ("xl", Family::Xl)] {
+            for (name, family) in [
+                ("sd1", Family::Sd1),
+                ("sd2", Family::Sd2),
+                ("xl", Family::Xl),
+            ] {
                 let config = synth::tiny(family);
                 synth::write_folder(&config, &folder.join(name), Dtype::F32)?;
-                synth::write_single(&config, &folder.join(format!("{name}.safetensors")), Dtype::F32)?;
+                synth::write_single(
+                    &config,
+                    &folder.join(format!("{name}.safetensors")),
+                    Dtype::F32,
+                )?;
             }
             synth::write_tiny_vae(&synth::tiny_vae(), &folder.join("taesd"), Dtype::F32)
         }

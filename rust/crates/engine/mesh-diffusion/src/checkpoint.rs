@@ -120,7 +120,10 @@ impl Checkpoint {
     pub fn from_bytes(bytes: Vec<u8>) -> Result<Self, ModelError> {
         let path = PathBuf::from("memory");
         match Safetensors::from_bytes(bytes) {
-            Ok(file) => single::read(WeightFile { path, file: file.into() }),
+            Ok(file) => single::read(WeightFile {
+                path,
+                file: file.into(),
+            }),
             Err(source) => Err(ModelError::Safetensors { path, source }),
         }
     }

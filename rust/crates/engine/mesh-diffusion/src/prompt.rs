@@ -1,7 +1,14 @@
 //! Prompts as the text encoders want them: chunks of 75 tokens, each token with a weight.
+//!
+//! `(word)` multiplies the weight of a word by 1.1, `[word]` divides it by 1.1, `(word:1.3)` multiplies it by 1.3; brackets nest,
+//! and one that is not closed counts up to the end. `\(`, `\)`, `\[`, `\]` and `\\` are the plain characters. That is the
+//! notation of AUTOMATIC1111's web interface.
 
-/// Tokens of a chunk without those that begin and end it.
-pub const CHUNK_TOKENS: usize = 75;
+mod weights;
+
+use crate::tokenizer::{ClipTokenizer, TokenizerError};
+
+pub use weights::{Segment, parse, weigh};
 
 /// A tokenised prompt.
 #[derive(Debug, Clone, PartialEq)]
@@ -23,7 +30,76 @@ pub struct Chunk {
     pub weights: Vec<f32>,
 }
 
+/// Errors in a prompt.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+#[allow(missing_docs, reason = "the messages name the fields")]
+pub enum PromptError {
+    /// Too many bytes.
+    #[error("it has {bytes} bytes, more than the limit of {MOST_BYTES}; shorten it")]
+    TooLong { bytes: usize },
+    /// Too many tokens.
+    #[error("it has over {limit} tokens; shorten it")]
+    TooManyTokens { limit: usize },
+    /// Brackets in brackets in brackets.
+    #[error(
+        "its brackets are nested over {limit} deep; write the weight as in (word:1.3), or \\( for a plain bracket"
+    )]
+    TooDeep { limit: usize },
+    /// A weight that is out of range, with all brackets around it.
+    #[error("{text:?} has weight {weight}, but weights are 0 to {MOST_WEIGHT}")]
+    Weight { text: String, weight: f32 },
+    /// The tokenizer failed.
+    #[error("it cannot be tokenised: {0}")]
+    Tokenizer(String),
+}
+
 impl Prompt {
+    /// The prompt `text`, with weights, cut into chunks.
+    ///
+    /// # Errors
+    /// If it is too long or a weight is out of range.
+    pub fn new(tokenizer: &ClipTokenizer, text: &str) -> Result<Self, PromptError> {
+        let most = MOST_CHUNKS * CHUNK_TOKENS;
+        let mut prompt = Prompt {
+            chunks: vec![Chunk::default()],
+            start: tokenizer.start(),
+            end: tokenizer.end(),
+        };
+        let mut count = 0;
+        for segment in parse(text)? {
+            let tokens = tokenizer.encode(&segment.text, most - count);
+            let tokens = tokens.map_err(|error| match error {
+                TokenizerError::TooManyTokens { .. } => PromptError::TooManyTokens { limit: most },
+                error => PromptError::Tokenizer(error.to_string()),
+            })?;
+            count += tokens.len();
+            for token in tokens {
+                prompt.push(token, segment.weight);
+            }
+        }
+        Ok(prompt)
+    }
+
+    fn push(&mut self, token: u32, weight: f32) {
+        let full = |chunk: &Chunk| chunk.tokens.len() >= CHUNK_TOKENS;
+        if self.chunks.last().is_none_or(full) {
+            self.chunks.push(Chunk::default());
+        }
+        if let Some(chunk) = self.chunks.last_mut() {
+            chunk.tokens.push(token);
+            chunk.weights.push(weight);
+        }
+    }
+
+    /// Adds empty chunks until there are `chunks`, for a prompt and a negative prompt of different lengths.
+    pub fn extend_to(&mut self, chunks: usize) {
+        if self.chunks.len() < chunks.min(MOST_CHUNKS) {
+            self.chunks
+                .resize(chunks.min(MOST_CHUNKS), Chunk::default());
+        }
+    }
+
     /// True if the prompt has no tokens.
     pub fn is_empty(&self) -> bool {
         self.chunks.iter().all(|chunk| chunk.tokens.is_empty())
@@ -63,23 +139,11 @@ impl Prompt {
     }
 }
 
-/// Multiplies each hidden row by the weight of its token, then scales all of them so that their mean is as before: the emphasis of
-/// AUTOMATIC1111's web interface. `hidden` is row-major `[weights, width]`; weights that are all 1 change no bit.
-pub fn weigh(hidden: &mut [f32], weights: &[f32], width: usize) {
-    if width == 0 || weights.iter().all(|&weight| weight == 1.0) {
-        return;
-    }
-    let mean = |hidden: &[f32]| {
-        let sum: f64 = hidden.iter().map(|&x| f64::from(x)).sum();
-        sum / hidden.len().max(1) as f64
-    };
-    let before = mean(hidden);
-    for (row, weight) in hidden.chunks_exact_mut(width).zip(weights) {
-        row.iter_mut().for_each(|x| *x *= weight);
-    }
-    let factor = before / mean(hidden);
-    if factor.is_finite() {
-        let factor = factor as f32;
-        hidden.iter_mut().for_each(|x| *x *= factor);
-    }
-}
+/// Tokens of a chunk without those that begin and end it.
+pub const CHUNK_TOKENS: usize = 75;
+/// Most chunks of a prompt.
+pub const MOST_CHUNKS: usize = 8;
+/// Most bytes of a prompt.
+pub const MOST_BYTES: usize = 16 << 10;
+/// Largest weight.
+pub const MOST_WEIGHT: f32 = 10.0;

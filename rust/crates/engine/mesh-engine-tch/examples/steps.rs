@@ -29,7 +29,9 @@ fn main() -> Result<(), Failed> {
         let words: Vec<&str> = line.split_whitespace().collect();
         match *words.as_slice() {
             ["memory"] => println!("{}", peak_memory()?),
-            [what, side, count] => println!("{}", time(&mut model, what, side.parse()?, count.parse()?)?),
+            [what, side, count] => {
+                println!("{}", time(&mut model, what, side.parse()?, count.parse()?)?)
+            }
             _ => return Err(format!("unknown line {line:?}").into()),
         }
         io::stdout().flush()?;
@@ -73,5 +75,8 @@ fn peak_memory() -> Result<u64, Failed> {
     let status = std::fs::read_to_string("/proc/self/status")?;
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
     let kilobytes = line.and_then(|line| line.split_whitespace().next());
-    Ok(1024 * kilobytes.ok_or("no VmHWM in /proc/self/status")?.parse::<u64>()?)
+    Ok(1024
+        * kilobytes
+            .ok_or("no VmHWM in /proc/self/status")?
+            .parse::<u64>()?)
 }

@@ -493,8 +493,16 @@ fn probe(device: tch::Device, kind: Kind) -> Outcome<()> {
     let x = x
         .f_linear(&ones(&[64, 64])?, None::<&Tensor>)?
         .f_unsqueeze(0)?;
-    let _attended =
-        Tensor::f_scaled_dot_product_attention(&x, &x, &x, None::<&Tensor>, 0.0, false, None, false)?;
+    let _attended = Tensor::f_scaled_dot_product_attention(
+        &x,
+        &x,
+        &x,
+        None::<&Tensor>,
+        0.0,
+        false,
+        None,
+        false,
+    )?;
     Ok(())
 }
 

@@ -34,12 +34,17 @@ fn edit(path: &Path, change: impl FnOnce(&mut Value)) {
 }
 
 fn refusal(path: &Path) -> String {
-    Checkpoint::open(path).expect_err("it should have been refused").to_string()
+    Checkpoint::open(path)
+        .expect_err("it should have been refused")
+        .to_string()
 }
 
 fn assert_mentions(message: &str, words: &[&str]) {
     for word in words {
-        assert!(message.contains(word), "{message:?} does not mention {word:?}");
+        assert!(
+            message.contains(word),
+            "{message:?} does not mention {word:?}"
+        );
     }
 }
 
@@ -75,11 +80,20 @@ fn a_single_file_has_the_configuration_and_the_tensors_of_the_folder() {
     for family in FAMILIES {
         let (_folder_root, folder) = folder(family);
         let (_single_root, single) = single(family);
-        let (folder, single) = (Checkpoint::open(&folder).unwrap(), Checkpoint::open(&single).unwrap());
+        let (folder, single) = (
+            Checkpoint::open(&folder).unwrap(),
+            Checkpoint::open(&single).unwrap(),
+        );
         assert_eq!(single.config(), folder.config());
         let second = (family == Family::Xl).then_some(Module::TextEncoder2);
-        for module in [Module::TextEncoder, Module::Unet, Module::Vae].into_iter().chain(second) {
-            assert!(elements(&folder, module) == elements(&single, module), "{family} {module:?}");
+        for module in [Module::TextEncoder, Module::Unet, Module::Vae]
+            .into_iter()
+            .chain(second)
+        {
+            assert!(
+                elements(&folder, module) == elements(&single, module),
+                "{family} {module:?}"
+            );
         }
     }
 }
@@ -88,7 +102,10 @@ fn a_single_file_has_the_configuration_and_the_tensors_of_the_folder() {
 fn real_shapes_are_those_of_the_published_models() {
     let config = synth::stable_diffusion_1_5();
     let count = |tensors: Vec<crate::config::TensorShape>| -> u64 {
-        tensors.iter().map(|tensor| tensor.shape.iter().product::<u64>()).sum()
+        tensors
+            .iter()
+            .map(|tensor| tensor.shape.iter().product::<u64>())
+            .sum()
     };
     // Parameters of the three modules as diffusers and transformers count them.
     assert_eq!(count(config.unet.tensors()), 859_520_964);
@@ -109,15 +126,35 @@ fn variants_and_shards_are_found() {
     let shard = "diffusion_pytorch_model-00001-of-00001.safetensors";
     fs::rename(&half, unet.join(shard)).unwrap();
     let index = unet.join("diffusion_pytorch_model.safetensors.index.json");
-    fs::write(&index, json!({"weight_map": {"conv_in.weight": shard}}).to_string()).unwrap();
+    fs::write(
+        &index,
+        json!({"weight_map": {"conv_in.weight": shard}}).to_string(),
+    )
+    .unwrap();
     Checkpoint::open(&path).unwrap();
 
-    for name in ["../secret.safetensors", "/etc/passwd", "a/b.safetensors", "model.bin", ".."] {
-        fs::write(&index, json!({"weight_map": {"conv_in.weight": name}}).to_string()).unwrap();
+    for name in [
+        "../secret.safetensors",
+        "/etc/passwd",
+        "a/b.safetensors",
+        "model.bin",
+        "..",
+    ] {
+        fs::write(
+            &index,
+            json!({"weight_map": {"conv_in.weight": name}}).to_string(),
+        )
+        .unwrap();
         assert_mentions(&refusal(&path), &["index.json", "weight_map", name]);
     }
     fs::remove_file(&index).unwrap();
-    assert_mentions(&refusal(&path), &["diffusion_pytorch_model.safetensors is missing", "fetch the whole folder"]);
+    assert_mentions(
+        &refusal(&path),
+        &[
+            "diffusion_pytorch_model.safetensors is missing",
+            "fetch the whole folder",
+        ],
+    );
 }
 
 #[test]
@@ -125,16 +162,30 @@ fn old_names_of_the_autoencoder_are_read() {
     let (_root, path) = folder(Family::Sd1);
     let before = elements(&Checkpoint::open(&path).unwrap(), Module::Vae);
     let rename = |name: &str| {
-        let pairs = [("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")];
-        pairs.iter().fold(name.to_owned(), |name, (new, old)| name.replace(new, old))
+        let pairs = [
+            ("to_q", "query"),
+            ("to_k", "key"),
+            ("to_v", "value"),
+            ("to_out.0", "proj_attn"),
+        ];
+        pairs
+            .iter()
+            .fold(name.to_owned(), |name, (new, old)| name.replace(new, old))
     };
     let planned: Vec<Planned> = before
         .iter()
-        .map(|(name, shape, _)| Planned { name: rename(name), dtype: Dtype::F32, shape: shape.clone() })
+        .map(|(name, shape, _)| Planned {
+            name: rename(name),
+            dtype: Dtype::F32,
+            shape: shape.clone(),
+        })
         .collect();
     let mut out = fs::File::create(path.join("vae/diffusion_pytorch_model.safetensors")).unwrap();
     write(&mut out, &planned, |planned, out| {
-        let (.., bytes) = before.iter().find(|(name, ..)| rename(name) == planned.name).unwrap();
+        let (.., bytes) = before
+            .iter()
+            .find(|(name, ..)| rename(name) == planned.name)
+            .unwrap();
         out.write_all(bytes)
     })
     .unwrap();
@@ -144,8 +195,17 @@ fn old_names_of_the_autoencoder_are_read() {
 #[test]
 fn tensors_of_another_shape_or_type_are_named() {
     let (_root, path) = folder(Family::Sd1);
-    edit(&path.join("unet/config.json"), |config| config["layers_per_block"] = json!(2));
-    assert_mentions(&refusal(&path), &["unet/diffusion_pytorch_model.safetensors", "down_blocks.0.resnets.1", "missing"]);
+    edit(&path.join("unet/config.json"), |config| {
+        config["layers_per_block"] = json!(2)
+    });
+    assert_mentions(
+        &refusal(&path),
+        &[
+            "unet/diffusion_pytorch_model.safetensors",
+            "down_blocks.0.resnets.1",
+            "missing",
+        ],
+    );
 
     edit(&path.join("unet/config.json"), |config| {
         config["layers_per_block"] = json!(1);
@@ -153,40 +213,87 @@ fn tensors_of_another_shape_or_type_are_named() {
     });
     assert_mentions(
         &refusal(&path),
-        &["down_blocks.1.resnets.0.conv1.weight has shape [64, 32, 3, 3]", "[96, 32, 3, 3] was expected"],
+        &[
+            "down_blocks.1.resnets.0.conv1.weight has shape [64, 32, 3, 3]",
+            "[96, 32, 3, 3] was expected",
+        ],
     );
 
     let (_root, path) = folder(Family::Sd1);
     let file = path.join("unet/diffusion_pytorch_model.safetensors");
     let bytes = fs::read(&file).unwrap();
-    let at = bytes.windows(5).position(|window| window == b"\"F32\"").unwrap();
+    let at = bytes
+        .windows(5)
+        .position(|window| window == b"\"F32\"")
+        .unwrap();
     let mut changed = bytes.clone();
     changed[at..at + 5].copy_from_slice(b"\"I32\"");
     fs::write(&file, changed).unwrap();
-    assert_mentions(&refusal(&path), &["elements of type I32", "quantised weights are not supported"]);
+    assert_mentions(
+        &refusal(&path),
+        &[
+            "elements of type I32",
+            "quantised weights are not supported",
+        ],
+    );
 }
 
 #[test]
 fn configurations_are_bounded_and_name_what_they_ask_for() {
     let cases: [(&str, &str, Value, &str); 12] = [
-        ("unet", "block_out_channels", json!([u64::MAX, 64]), "block_out_channels"),
-        ("unet", "block_out_channels", json!([]), "a list of 1 to 8 numbers"),
-        ("unet", "layers_per_block", json!(4_000_000_000u32), "from 1 to 16"),
+        (
+            "unet",
+            "block_out_channels",
+            json!([u64::MAX, 64]),
+            "block_out_channels",
+        ),
+        (
+            "unet",
+            "block_out_channels",
+            json!([]),
+            "a list of 1 to 8 numbers",
+        ),
+        (
+            "unet",
+            "layers_per_block",
+            json!(4_000_000_000u32),
+            "from 1 to 16",
+        ),
         ("unet", "attention_head_dim", json!(7), "must divide"),
         ("unet", "attention_head_dim", json!(0), "from 1 to 256"),
         ("unet", "norm_num_groups", json!(5), "must divide"),
         ("unet", "in_channels", json!(9), "inpainting"),
-        ("unet", "class_embed_type", json!("timestep"), "not supported"),
-        ("unet", "cross_attention_dim", json!(64), "hidden rows are 128 wide"),
+        (
+            "unet",
+            "class_embed_type",
+            json!("timestep"),
+            "not supported",
+        ),
+        (
+            "unet",
+            "cross_attention_dim",
+            json!(64),
+            "hidden rows are 128 wide",
+        ),
         ("vae", "latent_channels", json!(16), "16 channels"),
         ("vae", "scaling_factor", json!(0), "must be over 0"),
-        ("text_encoder", "num_hidden_layers", json!("many"), "whole number"),
+        (
+            "text_encoder",
+            "num_hidden_layers",
+            json!("many"),
+            "whole number",
+        ),
     ];
     for (module, key, value, reason) in cases {
         let (_root, path) = folder(Family::Sd1);
-        edit(&path.join(module).join("config.json"), |config| config[key] = value.clone());
+        edit(&path.join(module).join("config.json"), |config| {
+            config[key] = value.clone()
+        });
         let message = refusal(&path);
-        assert!(message.contains(reason), "{module} {key} {value}: {message}");
+        assert!(
+            message.contains(reason),
+            "{module} {key} {value}: {message}"
+        );
     }
     let (_root, path) = folder(Family::Sd1);
     fs::write(path.join("vae/config.json"), "[1, 2]").unwrap();
@@ -204,15 +311,21 @@ fn cut_and_changed_files_are_errors() {
     let other = path.with_file_name("other.safetensors");
     for len in [0, 7, 8, 100, bytes.len() / 2, bytes.len() - 1] {
         fs::write(&other, &bytes[..len]).unwrap();
-        assert!(Checkpoint::open(&other).is_err(), "{len} of {} bytes", bytes.len());
+        assert!(
+            Checkpoint::open(&other).is_err(),
+            "{len} of {} bytes",
+            bytes.len()
+        );
     }
     let header = u64::from_le_bytes(*bytes.first_chunk::<8>().unwrap()) as usize;
     let mut opened = 0;
     for round in 0..300u64 {
         let mut bytes = bytes.clone();
-        let at = |part: u64| (synth::random("where", 4 * round + part).abs() * header as f32) as usize;
+        let at =
+            |part: u64| (synth::random("where", 4 * round + part).abs() * header as f32) as usize;
         for part in 0..1 + round % 3 {
-            bytes[8 + at(part)] = b"0123456789[],.\"az"[(synth::random("what", 4 * round + part).abs() * 17.0) as usize];
+            bytes[8 + at(part)] = b"0123456789[],.\"az"
+                [(synth::random("what", 4 * round + part).abs() * 17.0) as usize];
         }
         fs::write(&other, bytes).unwrap();
         // No panic and no huge allocation; a change in a name that nothing asks for is no error.
@@ -228,8 +341,14 @@ fn cut_and_changed_files_are_errors() {
 fn parts_and_other_models_are_told_apart() {
     let (_root, path) = folder(Family::Sd1);
     let part = path.join("unet/diffusion_pytorch_model.safetensors");
-    assert_mentions(&refusal(&part), &["model.diffusion_model", "whole checkpoint"]);
-    assert!(matches!(Checkpoint::open(&path.join("model.ckpt")), Err(ModelError::Unknown { .. })));
+    assert_mentions(
+        &refusal(&part),
+        &["model.diffusion_model", "whole checkpoint"],
+    );
+    assert!(matches!(
+        Checkpoint::open(&path.join("model.ckpt")),
+        Err(ModelError::Unknown { .. })
+    ));
 }
 
 #[test]
@@ -237,8 +356,16 @@ fn a_file_that_changes_is_noticed() {
     let (_root, path) = single(Family::Sd1);
     let checkpoint = Checkpoint::open(&path).unwrap();
     checkpoint.check_unchanged().unwrap();
-    fs::OpenOptions::new().append(true).open(&path).unwrap().set_len(10).unwrap();
-    assert_mentions(&checkpoint.check_unchanged().unwrap_err().to_string(), &["model.safetensors", "changed"]);
+    fs::OpenOptions::new()
+        .append(true)
+        .open(&path)
+        .unwrap()
+        .set_len(10)
+        .unwrap();
+    assert_mentions(
+        &checkpoint.check_unchanged().unwrap_err().to_string(),
+        &["model.safetensors", "changed"],
+    );
 }
 
 #[test]
@@ -248,6 +375,11 @@ fn a_tiny_autoencoder_is_read_and_checked() {
     let (config, weights) = open_tiny_vae(root.path()).unwrap();
     assert_eq!(config, synth::tiny_vae());
     assert_eq!(weights.bytes(), 2 * weights.elements());
-    edit(&root.path().join("config.json"), |config| config["num_encoder_blocks"] = json!([1, 3]));
-    assert_mentions(&open_tiny_vae(root.path()).unwrap_err().to_string(), &["encoder.layers"]);
+    edit(&root.path().join("config.json"), |config| {
+        config["num_encoder_blocks"] = json!([1, 3])
+    });
+    assert_mentions(
+        &open_tiny_vae(root.path()).unwrap_err().to_string(),
+        &["encoder.layers"],
+    );
 }

@@ -3,9 +3,16 @@
 //! A [`Diffuser`] is a loaded model. It turns prompts into conditioning, predicts the noise in latents, and turns latents into
 //! pictures. Callers pass plain numbers; no tensor appears in the API.
 
+mod check;
+mod job;
 mod request;
+mod scheduler;
+mod state;
+mod workload;
 
 pub use request::{Image, ImageEvent, ImageRequest, InitImage, Progress};
+pub use scheduler::Scheduler;
+pub use workload::{Imaging, ImagingOptions};
 
 use mesh_engine::StageError;
 
@@ -156,4 +163,37 @@ pub trait Diffuser: Send + 'static {
     /// # Errors
     /// If the engine fails.
     fn encode_image(&mut self, image: &Image, noise: &[f32]) -> Result<Vec<f32>, StageError>;
+}
+
+impl<D: Diffuser + ?Sized> Diffuser for Box<D> {
+    fn info(&self) -> &DiffuserInfo {
+        (**self).info()
+    }
+
+    fn encode(
+        &mut self,
+        prompt: &Prompt,
+        negative: Option<&Prompt>,
+    ) -> Result<Conditioning, StageError> {
+        (**self).encode(prompt, negative)
+    }
+
+    fn denoise(
+        &mut self,
+        latents: &[f32],
+        shape: LatentShape,
+        timestep: f32,
+        conditioning: &Conditioning,
+        guidance: f32,
+    ) -> Result<Vec<f32>, StageError> {
+        (**self).denoise(latents, shape, timestep, conditioning, guidance)
+    }
+
+    fn decode(&mut self, latents: &[f32], shape: LatentShape) -> Result<Image, StageError> {
+        (**self).decode(latents, shape)
+    }
+
+    fn encode_image(&mut self, image: &Image, noise: &[f32]) -> Result<Vec<f32>, StageError> {
+        (**self).encode_image(image, noise)
+    }
 }

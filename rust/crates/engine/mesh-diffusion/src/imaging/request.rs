@@ -37,6 +37,36 @@ pub struct ImageRequest {
     pub deadline: Option<Instant>,
 }
 
+impl ImageRequest {
+    /// The request as text for the file of its picture ([`crate::png`]), in the form of AUTOMATIC1111's web interface.
+    pub fn parameters(&self) -> String {
+        let mut text = self.prompt.clone();
+        if !self.negative_prompt.is_empty() {
+            text += &format!("\nNegative prompt: {}", self.negative_prompt);
+        }
+        let schedule = if self.karras {
+            ", Schedule type: Karras"
+        } else {
+            ""
+        };
+        let sampler = match self.sampler {
+            SamplerKind::DpmPlusPlus2M => "DPM++ 2M",
+            SamplerKind::Euler => "Euler",
+            SamplerKind::EulerAncestral => "Euler a",
+            SamplerKind::Ddim => "DDIM",
+            SamplerKind::Lcm => "LCM",
+        };
+        text += &format!(
+            "\nSteps: {}, Sampler: {sampler}{schedule}, CFG scale: {}, Seed: {}, Size: {}x{}",
+            self.steps, self.guidance, self.seed, self.width, self.height
+        );
+        if let Some(init) = &self.init {
+            text += &format!(", Denoising strength: {}", init.strength);
+        }
+        text
+    }
+}
+
 /// A picture to start from.
 #[derive(Debug, Clone, PartialEq)]
 pub struct InitImage {

@@ -107,6 +107,14 @@ impl Plan {
         &self.timesteps[self.begin..]
     }
 
+    /// Sigmas of the whole schedule and 0, for samplers that compute with them.
+    pub fn sigmas(&self) -> Option<&[f32]> {
+        match &self.levels {
+            Levels::Sigmas(sigmas) => Some(sigmas),
+            Levels::Alphas { .. } => None,
+        }
+    }
+
     /// Deviation of the noise that a run starts from.
     pub fn init_noise_sigma(&self) -> f32 {
         self.init_noise_sigma
