@@ -5,7 +5,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::error::{Outcome, Within};
 use crate::load::Params;
-use crate::nn::{LayerNorm, Linear, attention};
+use crate::nn::{LayerNorm, Linear, attention, number};
 
 /// A loaded text encoder.
 #[derive(Debug)]
@@ -148,7 +148,10 @@ impl Layer {
         let hidden = self.fc1.forward(&self.norm2.forward(&x)?)?;
         let hidden = match config.activation {
             Activation::Gelu => hidden.f_gelu("none")?,
-            Activation::QuickGelu => hidden.f_mul_scalar(1.702)?.f_sigmoid_()?.f_mul_(&hidden)?,
+            Activation::QuickGelu => hidden
+                .f_mul(&number(1.702)?)?
+                .f_sigmoid_()?
+                .f_mul_(&hidden)?,
         };
         Ok(x.f_add_(&self.fc2.forward(&hidden)?)?)
     }

@@ -171,6 +171,14 @@ pub(crate) fn attention(
         .f_reshape([batch, rows, heads * width])?)
 }
 
+/// A number as an operand, which takes the type of the other one.
+///
+/// The forms of operations that take numbers themselves panic when they fail: `tch` 0.24 frees the number while libtorch's
+/// error is still set.
+pub(crate) fn number(value: f64) -> Outcome<Tensor> {
+    Ok(Tensor::f_from_slice(&[value])?.f_squeeze()?)
+}
+
 /// A residual block: two convolutions, between them the timestep where there is one.
 #[derive(Debug)]
 pub(crate) struct Resnet {
