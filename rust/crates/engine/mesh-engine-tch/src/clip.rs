@@ -4,8 +4,12 @@ use mesh_diffusion::config::{Activation, HiddenRows, TextConfig};
 use tch::{Device, Kind, Tensor};
 
 use crate::error::{Outcome, Within};
-use crate::load::Params;
+use crate::load::{Params, Stack};
 use crate::nn::{LayerNorm, Linear, attention, number};
+
+/// Matrices that are computed as one.
+pub(crate) const STACKS: [Stack; 1] =
+    [&["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]];
 
 /// A loaded text encoder.
 #[derive(Debug)]

@@ -4,7 +4,7 @@ use mesh_diffusion::config::UnetConfig;
 use tch::{Device, Kind, Tensor};
 
 use crate::error::{Outcome, Within};
-use crate::load::Params;
+use crate::load::{Params, Stack};
 use crate::nn::{Conv, GroupNorm, LayerNorm, Linear, Resnet, attention, double, number};
 
 /// Added to variances by the transformers' norms.
@@ -12,6 +12,12 @@ const NORM_EPS: f64 = 1e-6;
 const LAYER_EPS: f64 = 1e-5;
 /// The longest wave of a timestep's embedding has this many times the length of the shortest.
 const MAX_PERIOD: f64 = 10000.0;
+
+/// Matrices that are computed as one.
+pub(crate) const STACKS: [Stack; 2] = [
+    &["attn1.to_q", "attn1.to_k", "attn1.to_v"],
+    &["attn2.to_k", "attn2.to_v"],
+];
 
 /// A loaded UNet.
 #[derive(Debug)]

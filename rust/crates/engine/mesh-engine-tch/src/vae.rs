@@ -4,11 +4,14 @@ use mesh_diffusion::config::VaeConfig;
 use tch::Tensor;
 
 use crate::error::{Outcome, Within};
-use crate::load::Params;
+use crate::load::{Params, Stack};
 use crate::nn::{Conv, GroupNorm, Linear, Resnet, attention, double, number};
 
 /// Added to variances by the norms.
 const EPS: f64 = 1e-6;
+
+/// Matrices that are computed as one.
+pub(crate) const STACKS: [Stack; 1] = [&["to_q", "to_k", "to_v"]];
 
 /// A loaded autoencoder.
 #[derive(Debug)]
