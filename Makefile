@@ -14,6 +14,9 @@ FUZZ_SECONDS ?= 60
 CACHE := $(if $(HYDRAMESH_CACHE),$(HYDRAMESH_CACHE),$(CURDIR)/.cache)
 
 export ORT_DYLIB_PATH ?= $(CACHE)/onnxruntime/libonnxruntime.so.1.24.4
+# For mesh-engine-tch alone. Its programs and those of mesh-worker's feature `images` remember where the libraries are.
+export LIBTORCH ?= $(CACHE)/libtorch
+export LIBTORCH_CXX11_ABI ?= 1
 
 .DEFAULT_GOAL := help
 .PHONY: help demo build test test-nix test-vm test-images test-gpu test-arm test-isa test-foreign flood soak attack bench bench-peers fuzz fetch fetch-deny fmt clean
@@ -34,7 +37,8 @@ build: ## Build the services and the command line (release) into rust/target/rel
 	$(IN_RUST) $(CARGO) build --release --locked --bins $(SERVICES)
 
 test: ## Formatting, clippy with warnings denied, layers and dependencies of crates, every test
-# One waits for the network and the other for the cores.
+# clippy compiles against libtorch's headers. Then one waits for the network and the other for the cores.
+	@$(PYTHON) scripts/fetch.py libtorch
 	@$(MAKE) --no-print-directory --jobs=2 --output-sync=recurse prepared linted
 # With the tests come the services, with the same dependencies: built by themselves they would have those compiled once more.
 	$(IN_RUST) $(CARGO) test --workspace --locked --no-run
@@ -117,7 +121,7 @@ bench-peers: ## The same against llama.cpp and sentence-transformers, which it f
 fuzz: ## Every fuzz target for FUZZ_SECONDS (60) seconds
 	FUZZ_SECONDS=$(FUZZ_SECONDS) scripts/fuzz.sh
 
-fetch: ## Fetch what is missing into the cache: ONNX Runtime, the model, test data
+fetch: ## Fetch what is missing into the cache: ONNX Runtime, libtorch, the model, test data
 	@$(PYTHON) scripts/fetch.py
 
 fetch-deny: ## Build cargo-deny into the cache, for make test and for advisories (some minutes, once)

@@ -55,7 +55,7 @@
       };
     in
     {
-      # hydramesh, hydramesh-cuda, hydramesh-rocm, and the images mesh-head, mesh-shim, mesh-worker-{cpu,nvidia,rocm}
+      # hydramesh, hydramesh-{images,cuda,rocm}, and the images mesh-head, mesh-shim, mesh-worker-{cpu,images,nvidia,rocm}
       packages = eachSystem (
         system:
         project.${system}.packages

@@ -3,7 +3,7 @@
 {
   # "head", "shim" or "worker"
   role,
-  # "cpu", "nvidia" or "rocm"; only workers differ
+  # "cpu", "images", "nvidia" or "rocm"; only workers differ
   backend ? "cpu",
   version,
   # Paths inside of the image.
@@ -64,6 +64,7 @@ let
 
   backendEnv = {
     cpu = [ ];
+    images = [ ];
     # The container runtime reads the first two, and mounts the driver's libraries into one of the folders of the third.
     nvidia = [
       "NVIDIA_VISIBLE_DEVICES=all"

@@ -155,6 +155,7 @@ let
     forRole "worker" (
       optional (cfg.models != [ ]) "models"
       ++ optional (cfg.ringModels != [ ]) "ringModels"
+      ++ optional (cfg.imageModels != [ ]) "imageModels"
       ++ optional (cfg.joinTokenFile != null) "joinTokenFile"
       ++ optional (cfg.hfTokenFile != null) "hfTokenFile"
       ++ optional (cfg.hfToken != null) "hfToken"
@@ -213,6 +214,10 @@ in
     (assertion
       "`hardware.graphics.enable` is false, so the driver's libraries are not in /run/opengl-driver and the worker finds no card: leave it true"
       (onNvidia -> config.hardware.graphics.enable)
+    )
+    (assertion
+      "`imageModels` names models, and `images.enable` is false: leave that out, or set it to true"
+      (hasRole "worker" && cfg.imageModels != [ ] -> cfg.images.enable)
     )
     (assertion
       "`package` has ONNX Runtime ${toString onnxruntime}, and the worker needs 1.24 or newer (API 24): take the package of this flake's nixpkgs"
@@ -282,13 +287,13 @@ in
     assertion
       "the model ${toString model} lies in a home directory, which is invisible to the service: move it to ${localModels}"
       (!(inHome model))
-  ) (cfg.models ++ cfg.ringModels)
+  ) (cfg.models ++ cfg.ringModels ++ cfg.imageModels)
   ++ map (
     model:
     assertion
       "the model \"${model}\" is a relative path: write an absolute one, a file's name to look up in ${localModels}, or a name on the hub, \"organisation/model\""
       (hasPrefix "/" model || !(lib.hasInfix "/" model) || isHubName model)
-  ) (filter builtins.isString (cfg.models ++ cfg.ringModels));
+  ) (filter builtins.isString (cfg.models ++ cfg.ringModels ++ cfg.imageModels));
 
   warnings =
     warning (

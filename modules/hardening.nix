@@ -4,6 +4,10 @@
 {
   backend,
   lowPort,
+  # A worker: it loads models and makes images at a lower priority than it answers.
+  isWorker,
+  # It compiles code while it runs.
+  compiles,
   # It lists the machine's interfaces.
   netlink,
   wholeProc,
@@ -19,8 +23,8 @@ in
   DevicePolicy = "closed";
   KeyringMode = "private";
   LockPersonality = true;
-  # CUDA and MIGraphX compile kernels while they run.
-  MemoryDenyWriteExecute = !hasGpu;
+  # CUDA and MIGraphX compile kernels while they run, and so does libtorch on CPUs.
+  MemoryDenyWriteExecute = !(hasGpu || compiles);
   NoNewPrivileges = true;
   PrivateDevices = !hasGpu;
   PrivateMounts = true;
@@ -58,6 +62,7 @@ in
     "~@privileged"
     "~@resources"
   ]
+  ++ optionals isWorker [ "setpriority" ]
   # CUDA and ROCm place memory near the device.
   ++ optionals hasGpu [
     "mbind"

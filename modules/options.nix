@@ -60,7 +60,7 @@ in
     package = mkOption {
       type = types.package;
       default = plan.defaultPackage;
-      defaultText = lib.literalMD "`pkgs.hydramesh`, `pkgs.hydramesh-cuda` or `pkgs.hydramesh-rocm`, depending on `backend`";
+      defaultText = lib.literalMD "one of `pkgs.hydramesh` and `pkgs.hydramesh-{images,cuda,rocm}`, by `backend` and `images.enable`";
       example = literalExpression "pkgs.hydramesh-cuda";
       description = "The HydraMesh package. It contains the programs of all roles.";
     };
@@ -166,6 +166,28 @@ in
       default = [ ];
       internal = true;
       description = "Old name of `ringModels`.";
+    };
+
+    imageModels = mkOption {
+      type = types.listOf (types.either types.nonEmptyStr types.path);
+      default = [ ];
+      example = [ "/srv/models/stable-diffusion-v1-5" ];
+      description = ''
+        Models that the worker makes images with: Stable Diffusion 1, 2 or XL, as a folder in diffusers' form or
+        as one `.safetensors` file, or the name of one in `localModels`. They are served beside `models`.
+      '';
+    };
+
+    images.enable = mkOption {
+      type = types.bool;
+      default = cfg.imageModels != [ ];
+      defaultText = literalExpression "imageModels != [ ]";
+      example = true;
+      description = ''
+        Whether the worker can make images. Without a GPU it determines the package: `pkgs.hydramesh-images`
+        contains libtorch, `pkgs.hydramesh` does not. The packages for GPUs always contain it. Set it for image
+        models that appear in `localModels` later.
+      '';
     };
 
     trustedModelKeys = mkOption {

@@ -37,7 +37,7 @@ let
       "cpu";
   packageName =
     {
-      cpu = "hydramesh";
+      cpu = if cfg.images.enable then "hydramesh-images" else "hydramesh";
       nvidia = "hydramesh-cuda";
       rocm = "hydramesh-rocm";
     }
@@ -158,7 +158,7 @@ in
     worker = mkIf (hasRole "worker") (
       lib.mkMerge [
         {
-          models = mkDefault (map (model: "${model}") cfg.models);
+          models = mkDefault (map (model: "${model}") (cfg.models ++ cfg.imageModels));
           # An older worker of `package` does not know the key. Beside the key's old name it would win over that.
           ring.models = mkIf (cfg.ringModels != [ ] && !(cfg.settings.worker ? shards)) (
             mkDefault (map (model: "${model}") cfg.ringModels)

@@ -124,6 +124,8 @@ let
         hardening {
           backend = gpu role;
           lowPort = lowPort role;
+          isWorker = role == "worker";
+          compiles = role == "worker" && cfg.images.enable;
           # Multicast DNS needs the interfaces; a worker tells others all addresses that it has.
           netlink = role == "worker" || plan.usesMdns role;
           # /proc/meminfo says how large the KV cache may be, /proc/cpuinfo which kernels the processor has.

@@ -86,6 +86,7 @@ let
         "headAddress"
         "hfToken"
         "hfTokenFile"
+        "imageModels"
         "localModels"
         "memoryHigh"
         "memoryMax"
@@ -98,6 +99,12 @@ let
       // {
         ringModels = same "ringModels" // {
           default = if config.shards != null then config.shards else machine.ringModels;
+        };
+        images.enable = mkOption {
+          inherit (options.services.hydramesh.images.enable) type example;
+          default = machine.images.enable || config.imageModels != [ ];
+          defaultText = lib.literalMD "the value of `services.hydramesh.images.enable`, or `imageModels != [ ]`";
+          description = "Like `services.hydramesh.images.enable`, for this worker.";
         };
         shards = mkOption {
           type = lib.types.nullOr options.services.hydramesh.shards.type;

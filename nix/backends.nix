@@ -1,11 +1,12 @@
-# What sets the backends apart. The names are those of the module's option `backend`.
+# What sets the builds apart. Their names are those of the module's option `backend`, and `images`, which is the build for
+# CPUs that makes images, too.
 let
-  # A libtorch engine joins a backend here: `libtorch = pkgs: pkgs.python3Packages.torch;` (torch 2.11 goes with tch 0.24),
-  # and the package gets what torch-sys looks for. That crate's build script has to pass `-Wl,--no-as-needed -ltorch` and the
-  # rpath itself: otherwise the linker drops the library with the GPU kernels, and no GPU is found.
   none = _pkgs: null;
+  # For images. torch 2.11 goes with tch 0.24. The worker's build script passes `--no-as-needed -ltorch` and the rpath: otherwise
+  # the linker drops the library with the GPU kernels, and no GPU is found.
+  torch = pkgs: pkgs.python3Packages.torch;
 in
-{
+rec {
   cpu = {
     # Suffix of the package.
     suffix = "";
@@ -20,6 +21,12 @@ in
     cargoFeatures = [ ];
   };
 
+  images = cpu // {
+    suffix = "-images";
+    libtorch = torch;
+    cargoFeatures = [ "mesh-worker/images" ];
+  };
+
   nvidia = {
     suffix = "-cuda";
     nixpkgsConfig = {
@@ -27,10 +34,13 @@ in
       cudaSupport = true;
     };
     onnxruntime = pkgs: pkgs.onnxruntime.override { cudaSupport = true; };
-    libtorch = none;
+    libtorch = torch;
     # libcuda.so belongs to the kernel module that runs, so NixOS links it there.
     driverLibraries = pkgs: [ "${pkgs.addDriverRunpath.driverLink}/lib" ];
-    cargoFeatures = [ "mesh-worker/cuda" ];
+    cargoFeatures = [
+      "mesh-worker/cuda"
+      "mesh-worker/images"
+    ];
   };
 
   rocm = {
@@ -38,8 +48,11 @@ in
     nixpkgsConfig.rocmSupport = true;
     # AMD's provider in this version is MIGraphX; ROCm's whole userland comes from nixpkgs.
     onnxruntime = pkgs: pkgs.onnxruntime.override { rocmSupport = true; };
-    libtorch = none;
+    libtorch = torch;
     driverLibraries = _pkgs: [ ];
-    cargoFeatures = [ "mesh-worker/migraphx" ];
+    cargoFeatures = [
+      "mesh-worker/migraphx"
+      "mesh-worker/images"
+    ];
   };
 }

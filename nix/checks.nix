@@ -22,6 +22,7 @@ let
     craneLib
     commonArgs
     cargoArtifacts
+    everyCrate
     ;
   cargo = commonArgs // {
     inherit cargoArtifacts;
@@ -31,7 +32,9 @@ let
   wantMore = [
     "arcanum-tests"
     "mesh-bench"
+    "mesh-diffusion"
     "mesh-engine-ort"
+    "mesh-engine-tch"
     "mesh-model"
     "mesh-worker"
   ];
@@ -156,14 +159,14 @@ in
   clippy = craneLib.cargoClippy (
     cargo
     // {
-      cargoClippyExtraArgs = "--workspace --all-targets -- -D warnings";
+      cargoClippyExtraArgs = "${everyCrate} --all-targets -- -D warnings";
     }
   );
 
   tests = craneLib.cargoTest (
     cargo
     // {
-      cargoTestExtraArgs = "--workspace ${
+      cargoTestExtraArgs = "${everyCrate} ${
         lib.concatMapStringsSep " " (crate: "--exclude ${crate}") wantMore
       }";
     }

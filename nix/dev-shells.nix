@@ -15,7 +15,7 @@ let
       settings = backends.${backend};
       here = pkgs.${backend};
       onnxruntime = settings.onnxruntime here;
-      # Only next to a GPU's ONNX Runtime: it is gigabytes, and nothing of the tree is built with it yet.
+      # Only next to a GPU's ONNX Runtime: it is gigabytes. In the shell for CPUs `make test` fetches libtorch.
       torch = if backend == "cpu" then null else here.python3Packages.torch;
       torchSettings = lib.optionalAttrs (torch != null) {
         # torch-sys takes headers and libraries from different folders, and insists on the first of the three.

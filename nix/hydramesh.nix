@@ -3,7 +3,7 @@
   lib,
   pkgs,
   crane,
-  # "cpu", "nvidia" or "rocm"
+  # "cpu", "images", "nvidia" or "rocm"
   backend,
 }:
 let
@@ -37,7 +37,11 @@ let
       LIBTORCH_LIB = "${libtorch.lib}";
     };
   };
-  cargoArtifacts = craneLib.buildDepsOnly commonArgs;
+  # All crates but the one that is linked with libtorch, where the backend has none.
+  everyCrate = "--workspace${lib.optionalString (libtorch == null) " --exclude mesh-engine-tch"}";
+  cargoArtifacts = craneLib.buildDepsOnly (
+    commonArgs // { cargoExtraArgs = "--locked ${everyCrate}"; }
+  );
 
   features = lib.optionalString (
     settings.cargoFeatures != [ ]
@@ -75,8 +79,9 @@ let
         inherit version;
         nativeBuildInputs = [ pkgs.makeBinaryWrapper ];
         passthru = {
+          # Of the module's option. The build with images is one for CPUs.
+          backend = if backend == "images" then "cpu" else backend;
           inherit
-            backend
             unwrapped
             onnxruntime
             src
@@ -114,6 +119,7 @@ in
     craneLib
     commonArgs
     cargoArtifacts
+    everyCrate
     version
     unwrapped
     package

@@ -1,4 +1,4 @@
-# The packages inside of somebody's own nixpkgs: pkgs.hydramesh, pkgs.hydramesh-cuda, pkgs.hydramesh-rocm.
+# The packages inside of somebody's own nixpkgs: pkgs.hydramesh, pkgs.hydramesh-images, pkgs.hydramesh-cuda, pkgs.hydramesh-rocm.
 { crane }:
 final: _prev:
 let
@@ -16,6 +16,7 @@ let
 in
 {
   hydramesh = build "cpu" final;
+  hydramesh-images = build "images" final;
   # nixpkgs' own variants, configured as backends.nix does it. CUDA is unfree: the machine's configuration has to allow it.
   hydramesh-cuda = build "nvidia" final.pkgsCuda;
   hydramesh-rocm = build "rocm" final.pkgsRocm;

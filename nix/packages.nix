@@ -37,9 +37,11 @@ in
   packages = {
     default = builds.cpu.package;
     hydramesh = builds.cpu.package;
+    hydramesh-images = builds.images.package;
     mesh-head = image "head" "cpu";
     mesh-shim = image "shim" "cpu";
     mesh-worker-cpu = image "worker" "cpu";
+    mesh-worker-images = image "worker" "images";
   }
   # CUDA and ROCm as nixpkgs' binary caches have them are for this system.
   // lib.optionalAttrs (system == "x86_64-linux") {

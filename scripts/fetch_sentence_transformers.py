@@ -76,34 +76,35 @@ def without_cuda(venv):
         (lib / name).unlink()
 
 
-def main():
+def environment(name, plain, needs, imports):
+    """A virtual environment in the cache with torch for CPUs and `plain`, packages that must not choose a torch of their own."""
     if platform.machine() not in ("x86_64", "amd64", "aarch64", "arm64"):
         return "fetch: there is no torch package for " + platform.machine()
     CACHE.mkdir(parents=True, exist_ok=True)
-    venv = CACHE / "sentence-transformers"
+    venv = CACHE / name
     stamp = venv / "done-1"
     if stamp.is_file():
         return 0
-    say(f"{PLAIN} with {TORCH} into {venv}")
+    say(f"{', '.join(plain)} with {TORCH} into {venv}")
     shutil.rmtree(venv, ignore_errors=True)
     if subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv]).returncode != 0:
         return "fetch: python3 -m venv failed (Debian, Ubuntu: apt install python3-venv)"
     into = ["--python", str(venv / "bin" / "python"), "install", "--quiet"]
     try:
-        pip(*into, *NEEDS)
+        pip(*into, *needs)
         is_arm = platform.machine() in ("aarch64", "arm64")
-        pip(*into, "--no-deps", TORCH, PLAIN, *([] if is_arm else CUDA))
+        pip(*into, "--no-deps", TORCH, *plain, *([] if is_arm else CUDA))
         if not is_arm:
             without_cuda(venv)
     except Problem as problem:
         return f"fetch: {problem}"
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    works = subprocess.run([venv / "bin" / "python", "-c", "import sentence_transformers"], env=environment)
+    offline = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    works = subprocess.run([venv / "bin" / "python", "-c", imports], env=offline)
     if works.returncode != 0:
-        return "fetch: sentence-transformers does not start (its words are above)"
+        return f"fetch: {name} does not start (its words are above)"
     stamp.touch()
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(environment("sentence-transformers", [PLAIN], NEEDS, "import sentence_transformers"))

@@ -38,6 +38,7 @@ let
 
   pkgs = {
     hydramesh = package "hydramesh" "cpu";
+    hydramesh-images = package "hydramesh-images" "cpu";
     hydramesh-cuda = package "hydramesh-cuda" "nvidia";
     hydramesh-rocm = package "hydramesh-rocm" "rocm";
     stdenv = {

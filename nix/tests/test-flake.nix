@@ -26,6 +26,10 @@ let
   };
   pkgs = {
     onnxruntime = onnxruntime { };
+    python3Packages.torch = {
+      dev = "/nix/store/torch-dev";
+      lib = "/nix/store/torch-lib";
+    };
     runCommand =
       name: settings: script:
       settings // { inherit name script; };
@@ -61,9 +65,11 @@ in
         everywhere = [
           "default"
           "hydramesh"
+          "hydramesh-images"
           "mesh-head"
           "mesh-shim"
           "mesh-worker-cpu"
+          "mesh-worker-images"
         ];
         gpu = [
           "hydramesh-cuda"
@@ -148,11 +154,12 @@ in
     };
   };
 
-  "the overlay brings three packages" = {
+  "the overlay brings a package for each build" = {
     expr = builtins.attrNames (outputs.overlays.default { } { });
     expected = [
       "hydramesh"
       "hydramesh-cuda"
+      "hydramesh-images"
       "hydramesh-rocm"
     ];
   };
@@ -315,6 +322,10 @@ in
         backend = "cpu";
       }
       {
+        pname = "hydramesh-images";
+        backend = "cpu";
+      }
+      {
         pname = "hydramesh-cuda";
         backend = "nvidia";
       }
@@ -357,16 +368,18 @@ in
     ];
   };
 
-  "without a libtorch engine nothing of libtorch is built in" = {
-    expr = map (backend: (build backend).commonArgs ? env) [
+  "only the plain build for CPUs is without libtorch" = {
+    expr = map (backend: (build backend).commonArgs.env.LIBTORCH or null) [
       "cpu"
+      "images"
       "nvidia"
       "rocm"
     ];
     expected = [
-      false
-      false
-      false
+      null
+      "/nix/store/torch-dev"
+      "/nix/store/torch-dev"
+      "/nix/store/torch-dev"
     ];
   };
 
@@ -378,13 +391,15 @@ in
   "the workers of GPU packages try their provider" = {
     expr = map (backend: lib.last (lib.splitString " " (build backend).unwrapped.cargoExtraArgs)) [
       "cpu"
+      "images"
       "nvidia"
       "rocm"
     ];
     expected = [
       "mesh-cli"
-      "mesh-worker/cuda"
-      "mesh-worker/migraphx"
+      "mesh-worker/images"
+      "mesh-worker/cuda,mesh-worker/images"
+      "mesh-worker/migraphx,mesh-worker/images"
     ];
   };
 }

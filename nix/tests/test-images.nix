@@ -208,6 +208,7 @@ in
       (image "head" "cpu")
       (image "shim" "cpu")
       (image "worker" "cpu")
+      (image "worker" "images")
       (image "worker" "nvidia")
       (image "worker" "rocm")
     ];
@@ -215,6 +216,7 @@ in
       "alh477/mesh-head:1.2.3"
       "alh477/mesh-shim:1.2.3"
       "alh477/mesh-worker-cpu:1.2.3"
+      "alh477/mesh-worker-images:1.2.3"
       "alh477/mesh-worker-nvidia:1.2.3"
       "alh477/mesh-worker-rocm:1.2.3"
     ];

@@ -284,6 +284,97 @@ in
         "hydramesh-cuda"
         "hydramesh-rocm"
       ];
+  "image models bring the package with libtorch, which compiles code" =
+    is
+      (map
+        (
+          m:
+          let
+            inherit ((evaluate m).config.services) hydramesh;
+          in
+          {
+            package = hydramesh.package.name;
+            inherit (hydramesh.settings.worker) models;
+            compiles = !(workerUnit m).serviceConfig.MemoryDenyWriteExecute;
+          }
+        )
+        [
+          (worker {
+            models = [ "m" ];
+            imageModels = [ "/srv/sd" ];
+          })
+          (worker {
+            models = [ "m" ];
+            images.enable = true;
+          })
+          (nvidia {
+            models = [ "m" ];
+            imageModels = [ "/srv/sd" ];
+          })
+        ]
+      )
+      [
+        {
+          package = "hydramesh-images";
+          models = [
+            "m"
+            "/srv/sd"
+          ];
+          compiles = true;
+        }
+        {
+          package = "hydramesh-images";
+          models = [ "m" ];
+          compiles = true;
+        }
+        {
+          package = "hydramesh-cuda";
+          models = [
+            "m"
+            "/srv/sd"
+          ];
+          compiles = true;
+        }
+      ];
+  "one worker of several makes images" =
+    is
+      (
+        let
+          inherit
+            ((evaluate (worker {
+              workers.painter = {
+                joinTokenFile = "/run/keys/painter";
+                imageModels = [ "/srv/sd" ];
+              };
+            })).config.services.hydramesh
+            )
+            package
+            workers
+            ;
+        in
+        [
+          package.name
+          workers.painter.package.name
+        ]
+      )
+      [
+        "hydramesh"
+        "hydramesh-images"
+      ];
+  "image models and no images contradict each other" = fails "`images.enable` is false" (worker {
+    imageModels = [ "/srv/sd" ];
+    images.enable = false;
+  });
+  "a worker may lower its priority, and a head need not" =
+    is
+      (map (unit: lib.elem "setpriority" unit.serviceConfig.SystemCallFilter) [
+        (workerUnit (worker { }))
+        (headUnit (head { }))
+      ])
+      [
+        true
+        false
+      ];
   "a head beside a GPU worker gets no device" =
     let
       both = nvidia {

@@ -254,12 +254,18 @@ pub enum RequestError {
         value: String,
         range: &'static str,
     },
+    /// A request that this model cannot serve, in words.
+    #[error("{reason}")]
+    Invalid { reason: String },
     /// The queue is full.
     #[error("{limit} requests already wait for this engine; try again later")]
     QueueFull { limit: usize },
     /// The request's deadline passed before its answer was complete.
     #[error("the deadline passed with {tokens} tokens of the answer done")]
     DeadlineExceeded { tokens: u32 },
+    /// The request's deadline passed before its picture was complete.
+    #[error("the deadline passed with {done} of {steps} steps of the picture done")]
+    PictureLate { done: u32, steps: u32 },
     /// The engine is draining and refuses new requests.
     #[error("the engine is shutting down and takes no new requests")]
     Draining,

@@ -1,5 +1,7 @@
 //! Selection of the files of a repository that a model needs.
 
+mod images;
+
 use std::collections::HashMap;
 
 use mesh_model::file::has_extension;
@@ -14,7 +16,7 @@ use crate::listing::{Repo, RepoFile};
 pub enum Format {
     /// One GGUF file with everything in it, or all parts of a split one.
     Gguf,
-    /// `config.json`, `tokenizer.json` and safetensors files.
+    /// `config.json`, `tokenizer.json` and safetensors files, or a model for images in diffusers' form.
     Safetensors,
 }
 
@@ -70,6 +72,12 @@ pub fn choose(repo: &Repo, which: Option<&str>, index: Option<&[u8]>) -> Result<
         repo: repo.id.clone(),
         reason,
     };
+    let half = which == Some(images::HALF);
+    if (which.is_none() || half)
+        && let Some(chosen) = images::choose(repo, half)
+    {
+        return chosen.map_err(failed);
+    }
     let ggufs = ggufs(repo);
     if let Some(which) = which {
         if let Some(file) = repo.file(which) {
@@ -319,6 +327,47 @@ mod tests {
     fn chosen(paths: &[&str], which: Option<&str>) -> Result<Vec<String>, String> {
         let chosen = choose(&repo(paths), which, None).map_err(|error| error.to_string())?;
         Ok(chosen.files().map(|file| file.path.clone()).collect())
+    }
+
+    #[test]
+    fn a_model_for_images_is_taken_in_one_precision_with_its_descriptions() {
+        let files = [
+            "README.md",
+            "model_index.json",
+            "scheduler/scheduler_config.json",
+            "sd.safetensors",
+            "text_encoder/config.json",
+            "text_encoder/model.fp16.safetensors",
+            "text_encoder/model.safetensors",
+            "text_encoder/pytorch_model.bin",
+            "tokenizer/merges.txt",
+            "tokenizer/vocab.json",
+            "unet/config.json",
+            "unet/diffusion_pytorch_model-00001-of-00002.safetensors",
+            "unet/diffusion_pytorch_model-00002-of-00002.safetensors",
+            "unet/diffusion_pytorch_model.fp16.safetensors",
+            "unet/diffusion_pytorch_model.non_ema.safetensors",
+            "unet/diffusion_pytorch_model.safetensors.index.json",
+            "vae/config.json",
+            "vae/diffusion_pytorch_model.fp16.safetensors",
+        ];
+        let without = |left_out: &[usize]| {
+            let kept = files.iter().enumerate();
+            let kept = kept.filter(|(index, _)| !left_out.contains(index));
+            let mut kept: Vec<&str> = kept.map(|(_, file)| *file).collect();
+            kept.sort_unstable();
+            kept
+        };
+        let sorted = |which| {
+            let mut files = chosen(&files, which).unwrap();
+            files.sort_unstable();
+            files
+        };
+        assert_eq!(sorted(None), without(&[0, 3, 5, 7, 13, 14]));
+        assert_eq!(sorted(Some("fp16")), without(&[0, 3, 6, 7, 11, 12, 14, 15]));
+        let pickled = ["model_index.json", "unet/diffusion_pytorch_model.bin"];
+        let error = chosen(&pickled, None).unwrap_err();
+        assert!(error.contains("unet/diffusion_pytorch_model.safetensors"), "{error}");
     }
 
     const GGUFS: &[&str] = &[

@@ -16,6 +16,7 @@ pub mod file;
 mod gather;
 pub mod gguf;
 pub mod hf;
+pub mod image;
 pub mod model;
 pub mod safetensors;
 #[cfg(any(test, feature = "synth"))]

@@ -10,6 +10,7 @@ use std::time::SystemTime;
 use mesh_model::file::has_extension;
 use mesh_model::gguf::split;
 use mesh_model::hf::is_hugging_face;
+use mesh_model::image::is_image_model;
 use mesh_model::model::model_name;
 use serde::{Deserialize, Serialize};
 
@@ -47,6 +48,8 @@ pub enum LocalKind {
     Safetensors,
     /// A folder as Hugging Face has it: `config.json` and safetensors files.
     Folder,
+    /// A folder with a model for images as diffusers has it: `model_index.json` and folders of safetensors files.
+    Diffusers,
 }
 
 impl LocalKind {
@@ -57,6 +60,7 @@ impl LocalKind {
             LocalKind::SplitGguf => "split GGUF file",
             LocalKind::Safetensors => "safetensors file",
             LocalKind::Folder => "Hugging Face folder",
+            LocalKind::Diffusers => "diffusers folder",
         }
     }
 }
@@ -144,7 +148,11 @@ pub fn look_at(path: PathBuf) -> Option<LocalModel> {
     // Dangling links and files that are gone since the listing have no metadata.
     let metadata = std::fs::metadata(&path).ok()?;
     let (kind, bytes) = if metadata.is_dir() {
-        (LocalKind::Folder, folder_bytes(&path)?)
+        let kind = match is_image_model(&path) {
+            true => LocalKind::Diffusers,
+            false => LocalKind::Folder,
+        };
+        (kind, folder_bytes(&path)?)
     } else if !metadata.is_file() {
         return None;
     } else if has_extension(&path, "gguf") {
@@ -155,7 +163,9 @@ pub fn look_at(path: PathBuf) -> Option<LocalModel> {
         return None;
     };
     let name = match kind {
-        LocalKind::Folder => path.file_name()?.to_string_lossy().into_owned(),
+        LocalKind::Folder | LocalKind::Diffusers => {
+            path.file_name()?.to_string_lossy().into_owned()
+        }
         _ => model_name(&path),
     };
     Some(LocalModel {
@@ -180,9 +190,9 @@ fn split_model(first: PathBuf) -> LocalModel {
     }
 }
 
-/// Length of the files of a folder as Hugging Face has it.
+/// Length of the files of a folder as Hugging Face or diffusers has it.
 fn folder_bytes(path: &Path) -> Option<u64> {
-    if !path.join("config.json").is_file() {
+    if !path.join("config.json").is_file() && !is_image_model(path) {
         return None;
     }
     let files = model_files(path).ok()?;
@@ -204,7 +214,7 @@ pub fn resolve(name: &str, dirs: &[PathBuf]) -> Result<PathBuf, LocalError> {
     if let Some(first) = split::find(path) {
         return Ok(first);
     }
-    if path.is_file() || is_hugging_face(path) {
+    if path.is_file() || is_hugging_face(path) || is_image_model(path) {
         return Ok(path.into());
     }
     let mut models = list(dirs)?;

@@ -1,4 +1,4 @@
-//! The workers among which a request for embeddings is divided.
+//! The workers among which a request for embeddings or images is divided.
 
 use std::collections::BTreeMap;
 use std::time::Instant;
@@ -12,7 +12,7 @@ use super::registry::{Registry, ServedModel, Service, Worker};
 pub struct EmbeddingWorkers {
     /// Output of the model; `None` if no worker serves it now.
     pub kind: Option<ModelKind>,
-    /// Workers with the same weights that may be asked for embeddings.
+    /// Workers with the same weights that may be asked.
     pub workers: usize,
     /// SHA-256 of those weights; `None` while it is open which they will be.
     pub fingerprint: Option<String>,
@@ -33,12 +33,14 @@ impl EmbeddingWorkers {
             Some((worker, models.find(|model| model.card.name == name)?))
         });
         let served: Vec<(&Worker, &ServedModel)> = served.collect();
-        let usable = |worker: &Worker| !worker.draining && worker.is_for(ModelKind::Embed);
+        let usable = |worker: &Worker, model: &ServedModel| {
+            !worker.draining && worker.is_for(model.card.kind())
+        };
         // The best there are: in use, with the name's weights or those that it may stand for next, and with
         // an answer.
         let rank = |worker: &Worker, model: &ServedModel| {
             let weights = registry.has_name(model, now);
-            (!usable(worker), weights, !model.is_cleared())
+            (!usable(worker, model), weights, !model.is_cleared())
         };
         let ranks = served.iter().map(|(worker, model)| rank(worker, model));
         let Some(best) = ranks.min() else {

@@ -23,11 +23,13 @@ pub enum Ingress {
     Dcf,
     /// Parts of requests for embeddings, over either.
     Embeddings,
+    /// Images, over either.
+    Images,
 }
 
 impl Ingress {
     /// All ingresses.
-    pub const ALL: [Self; 3] = [Self::Http, Self::Dcf, Self::Embeddings];
+    pub const ALL: [Self; 4] = [Self::Http, Self::Dcf, Self::Embeddings, Self::Images];
 
     /// Its name in metrics.
     pub fn name(self) -> &'static str {
@@ -35,6 +37,7 @@ impl Ingress {
             Self::Http => "http",
             Self::Dcf => "dcf",
             Self::Embeddings => "embeddings",
+            Self::Images => "images",
         }
     }
 }

@@ -10,6 +10,8 @@
 //! - [`request`]: the life of one answer across worker deaths.
 //! - [`embedding`]: a request for embeddings cut into parts for several workers.
 //! - [`embedding_workers`]: the workers among which a request for embeddings is divided.
+//! - [`image`]: what has come of an image, enough to go on elsewhere.
+//! - [`image_files`]: finished images that clients fetch by a name.
 //! - [`reputation`]: nodes that failed or gave wrong answers, and their pauses and quarantines.
 //! - [`spotcheck`]: asks several workers the same question and compares their answers.
 //! - [`speed`]: speeds as the head measures them.
@@ -28,6 +30,8 @@ pub mod embedding;
 pub mod embedding_workers;
 pub mod fair;
 pub mod held_back;
+pub mod image;
+pub mod image_files;
 pub mod length;
 #[cfg(test)]
 mod logs;

@@ -526,7 +526,7 @@ fn has_share(
     held: usize,
     now: Instant,
 ) -> bool {
-    // Embeddings have slots for parts, which end soon. What has failed elsewhere has waited its turn.
+    // Embeddings have slots for parts, which end soon, and images take turns. What has failed elsewhere has waited its turn.
     if ask.kind != ModelKind::Chat || !ask.avoid.is_empty() {
         return true;
     }

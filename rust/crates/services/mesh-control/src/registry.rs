@@ -113,7 +113,7 @@ impl Registry {
         if let Some(old) = replaced {
             self.leave(old, now);
         }
-        let models = sound(hello.models).map(|card| ServedModel::new(card, None, now));
+        let models = sound(hello.all_models()).map(|card| ServedModel::new(card, None, now));
         let models = models.collect();
         let name = match hello.node_name.as_str() {
             "" => short(node_id).to_owned(),

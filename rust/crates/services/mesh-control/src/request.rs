@@ -35,6 +35,8 @@ pub enum Step {
     Wait,
     /// Give this to the client.
     Emit(Delta),
+    /// The work got on by as much as so many tokens, and there is nothing to give to the client.
+    Advanced(u32),
     /// The attempt is over as [`AttemptEnd`] says; ask for another worker and call [`Lifecycle::placed`].
     Again(AttemptEnd),
     /// The answer is complete: give this to the client, and it was the last.
@@ -407,6 +409,29 @@ impl Lifecycle {
             text: tokens.text,
             logprobs: tokens.logprobs,
         })
+    }
+
+    /// A step of work without tokens is done, which takes as long as so many tokens. The time to the next one says
+    /// less about a death than that between tokens: it is allowed as much as the first one.
+    pub fn stepped(&mut self, attempt: u32, tokens: u32, now: Instant) -> Step {
+        if self.worker_of(attempt).is_none() {
+            return Step::Wait;
+        }
+        self.answered = true;
+        self.heard(now);
+        self.waiting_since = now;
+        self.advanced = now;
+        self.idle = (0, now);
+        self.first_token.get_or_insert(now);
+        if let Phase::Running {
+            allowance,
+            patience,
+            ..
+        } = &mut self.phase
+        {
+            *allowance = (*allowance).max(*patience);
+        }
+        Step::Advanced(tokens)
     }
 
     /// The worker says that the answer is complete.

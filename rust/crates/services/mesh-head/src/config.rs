@@ -102,6 +102,12 @@ pub struct HttpConfig {
     /// never.
     #[serde(with = "units::duration")]
     pub early_headers: Duration,
+    /// Memory for images that clients asked for as URLs. When it is full, the client with the most of it loses its oldest image.
+    #[serde(with = "units::bytes")]
+    pub image_memory: u64,
+    /// Time for which such an image can be fetched.
+    #[serde(with = "units::duration")]
+    pub image_lifetime: Duration,
     /// Refuse requests with unknown fields, instead of naming them in a header.
     pub strict: bool,
     /// Names, besides this machine's own, under which browsers may reach a head without API keys.
@@ -251,6 +257,8 @@ impl Default for HttpConfig {
             choices_limit: 16,
             keep_alive: Duration::from_secs(5),
             early_headers: Duration::from_secs(30),
+            image_memory: 64 << 20,
+            image_lifetime: Duration::from_secs(3600),
             strict: false,
             hosts: Vec::new(),
             cors: Vec::new(),

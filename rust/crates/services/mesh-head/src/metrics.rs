@@ -70,6 +70,9 @@ pub(crate) struct HeadMetrics {
     /// Prompt tokens of complete answers.
     pub prompt_tokens: Counter,
     pub embedded: Counter,
+    pub images: Counter,
+    /// Denoising steps of all images, those of failed attempts included.
+    pub image_steps: Counter,
     /// Prompt tokens of those that a worker found in its cache.
     pub cached_tokens: Counter,
     /// Attempts that failed and were run again.
@@ -112,6 +115,8 @@ impl HeadMetrics {
             tokens: metrics.plain("generated_tokens", "Tokens generated for clients"),
             prompt_tokens: metrics.plain("prompt_tokens", "Prompt tokens of complete answers"),
             embedded: metrics.plain("embedded_texts", "Texts embedded"),
+            images: metrics.plain("images", "Images made for clients"),
+            image_steps: metrics.plain("image_steps", "Denoising steps of images"),
             cached_tokens: metrics.plain(
                 "cached_prompt_tokens",
                 "Prompt tokens found in a KV cache",

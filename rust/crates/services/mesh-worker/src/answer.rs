@@ -16,6 +16,8 @@ use tracing::Instrument;
 use crate::codec::{self, Codec, PrepareError};
 use crate::config::SamplingDefaults;
 use crate::host::Host;
+#[cfg(feature = "images")]
+use crate::image::ImageWork;
 use crate::life::{self, Life};
 use crate::preparations;
 
@@ -30,9 +32,12 @@ pub(crate) async fn serve(mut stream: MsgStream, host: Arc<Host>, defaults: Arc<
     match first.kind {
         Generation::TASK => answer::<Generation>(stream, first, &host, defaults).await,
         Embedding::TASK => answer::<Embedding>(stream, first, &host, defaults).await,
+        #[cfg(feature = "images")]
+        ImageWork::TASK => answer::<ImageWork>(stream, first, &host, defaults).await,
         kind => {
-            let reason =
-                format!("a request stream begins with a Generate or an Embed, not with a {kind}");
+            let reason = format!(
+                "a request stream begins with a Generate, an Embed or an ImageTask that this build serves, not with a {kind}"
+            );
             refuse_unread(stream, first.sequence, &reason).await;
         }
     }
@@ -160,7 +165,9 @@ impl Exchange {
                     let event = event?;
                     let is_last = W::is_last(&event);
                     begun = true;
-                    self.say(message::<W>(reply, event, self.sequence)).await?;
+                    for message in messages::<W>(reply, event, self.sequence).await {
+                        self.say(message).await?;
+                    }
                     if is_last {
                         return Some(());
                     }
@@ -200,12 +207,15 @@ impl Exchange {
     }
 }
 
-fn message<W: Codec>(reply: &W::Reply, event: W::Event, sequence: u32) -> Message {
-    match W::encode(reply, event) {
-        Ok((kind, body)) => Message::new(kind, sequence, timestamp_us(), body),
+async fn messages<W: Codec>(reply: &W::Reply, event: W::Event, sequence: u32) -> Vec<Message> {
+    match W::encode(reply, event).await {
+        Ok(bodies) => {
+            let message = |(kind, body)| Message::new(kind, sequence, timestamp_us(), body);
+            bodies.into_iter().map(message).collect()
+        }
         Err(error) => {
             let (code, text) = (codec::code(&error), error.to_string());
-            Message::error(sequence, timestamp_us(), code, &text)
+            vec![Message::error(sequence, timestamp_us(), code, &text)]
         }
     }
 }

@@ -3,12 +3,12 @@
 //! Everything about a request that is the same for all kinds is written once: `answer` reads it from its
 //! stream, prepares it, follows the engine and answers; `host` keeps the models. A kind is a
 //! [`mesh_engine::Workload`] with a [`Codec`] and a function that loads its models; a new kind needs nothing
-//! else. `generate` and `embed` are the two that exist.
+//! else. `generate`, `embed` and `image` are those that exist.
 
 use std::time::{Duration, Instant};
 
 use dcf::{ErrorCode, Message, MsgType};
-use mesh_engine::{EngineHandle, Generation, RequestError, Workload};
+use mesh_engine::{EngineHandle, Generation, Load, RequestError, Workload};
 use mesh_net::quic::timestamp_us;
 use tokio::task::JoinError;
 
@@ -60,8 +60,16 @@ pub(crate) trait Codec: Workload {
         arrived: Instant,
     ) -> Result<(Self::Request, Self::Reply), PrepareError>;
 
-    /// Type and body of the message for an event, or the error that it reports.
-    fn encode(reply: &Self::Reply, event: Self::Event) -> Result<(MsgType, Vec<u8>), RequestError>;
+    /// Types and bodies of the messages for an event, or the error that it reports.
+    fn encode(
+        reply: &Self::Reply,
+        event: Self::Event,
+    ) -> impl Future<Output = Result<Bodies, RequestError>> + Send;
+
+    /// Work in progress and speeds, in tokens a second, for the head.
+    fn load(engine: &EngineHandle<Self>) -> Load {
+        engine.load()
+    }
 
     /// Most rows of an engine's step.
     fn max_rows(info: &Self::Info) -> usize;
@@ -71,6 +79,9 @@ pub(crate) trait Codec: Workload {
         None
     }
 }
+
+/// Messages of one event in their order, each with its type.
+pub(crate) type Bodies = Vec<(MsgType, Vec<u8>)>;
 
 pub(crate) struct TaskHeader<'a> {
     /// Request id, for logs.
@@ -138,10 +149,13 @@ pub(crate) fn code(error: &RequestError) -> ErrorCode {
     match error {
         RequestError::EmptyPrompt
         | RequestError::NoSuchToken { .. }
-        | RequestError::InvalidParameter { .. } => ErrorCode::INVALID_PAYLOAD,
+        | RequestError::InvalidParameter { .. }
+        | RequestError::Invalid { .. } => ErrorCode::INVALID_PAYLOAD,
         RequestError::ContextTooLong { .. } => ErrorCode::CONTEXT_TOO_LONG,
         RequestError::QueueFull { .. } => ErrorCode::WORKER_BUSY,
-        RequestError::DeadlineExceeded { .. } => ErrorCode::TIMEOUT,
+        RequestError::DeadlineExceeded { .. } | RequestError::PictureLate { .. } => {
+            ErrorCode::TIMEOUT
+        }
         RequestError::Draining | RequestError::Moved { .. } => ErrorCode::DRAINING,
         RequestError::RingLost { .. } => ErrorCode::NO_WORKERS,
         _ => ErrorCode::INFERENCE_FAILED,

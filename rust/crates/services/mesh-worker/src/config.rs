@@ -32,7 +32,7 @@ pub struct Config {
     pub join_token: Option<String>,
     /// Models to serve whole: paths of GGUF files or of folders with safetensors, names looked up in
     /// `model_dirs`, names of models that other workers or the hub have, or short names such as `qwen2.5:7b`;
-    /// for embeddings the folder of an encoder.
+    /// for embeddings the folder of an encoder; for images a folder in diffusers' form or one `.safetensors` file.
     pub models: Vec<String>,
     /// Folders in which models are looked up by name.
     pub model_dirs: Vec<PathBuf>,
@@ -40,6 +40,8 @@ pub struct Config {
     pub reserved_for: Vec<String>,
     /// Settings of embedding models.
     pub embed: EmbedConfig,
+    /// Settings of models that make images.
+    pub images: ImagesConfig,
     /// Folder whose models are served whole as they appear, and withdrawn when they vanish.
     pub local_models: Option<PathBuf>,
     /// Models that come from elsewhere.
@@ -115,6 +117,26 @@ impl Default for EmbedConfig {
             prompts: BTreeMap::new(),
         }
     }
+}
+
+/// Settings of models that make images. They need a build with the feature `images`.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ImagesConfig {
+    /// One more of the `models`, for images: a path or a name.
+    pub model: Option<String>,
+    /// The same as a path, which comes before `model`.
+    pub model_path: Option<String>,
+    /// Steps of requests that set none; 0 is as many as the model was made for.
+    pub steps: u32,
+    /// Guidance of requests that set none; by default that which the model was made for.
+    pub guidance: Option<f32>,
+    /// Most memory that an image takes while it is made, besides the weights; by default three quarters of what is free when
+    /// they are loaded. It decides the largest size.
+    #[serde(with = "units::optional_bytes")]
+    pub memory: Option<u64>,
+    /// Priority of the threads that make images, as a nice value that is added: text comes first.
+    pub nice: i32,
 }
 
 /// Format of models' weights, and the cache of quantised weights.
@@ -267,6 +289,7 @@ impl Default for Config {
             model_dirs: vec!["/var/lib/hydramesh/models".into()],
             reserved_for: Vec::new(),
             embed: EmbedConfig::default(),
+            images: ImagesConfig::default(),
             local_models: None,
             store: StoreConfig::default(),
             ort_library: None,
@@ -296,6 +319,19 @@ impl Default for HttpConfig {
         HttpConfig {
             listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 8081)),
             hosts: Vec::new(),
+        }
+    }
+}
+
+impl Default for ImagesConfig {
+    fn default() -> Self {
+        ImagesConfig {
+            model: None,
+            model_path: None,
+            steps: 0,
+            guidance: None,
+            memory: None,
+            nice: 10,
         }
     }
 }
@@ -364,9 +400,33 @@ impl Config {
         }
     }
 
+    /// The same with the image model of `images` among the `models`.
+    #[must_use]
+    pub fn with_image_model(mut self) -> Self {
+        let (path, name) = (self.images.model_path.take(), self.images.model.take());
+        let new = path.or(name).filter(|model| !self.models.contains(model));
+        self.models.extend(new);
+        self
+    }
+
     /// Checks rules that no single key can express.
     pub fn check(&self) -> Result<(), Unsound> {
-        if self.models.is_empty() && self.ring.models.is_empty() && self.local_models.is_none() {
+        let images = &self.images;
+        if images.steps > MOST_IMAGE_STEPS {
+            return Err(Unsound::ImageSteps(images.steps));
+        }
+        if images
+            .guidance
+            .is_some_and(|guidance| !(0.0..=50.0).contains(&guidance))
+        {
+            return Err(Unsound::ImageGuidance);
+        }
+        if self.models.is_empty()
+            && images.model.is_none()
+            && images.model_path.is_none()
+            && self.ring.models.is_empty()
+            && self.local_models.is_none()
+        {
             return Err(Unsound::NoModels);
         }
         if !self.has_head() && self.legacy.head.is_none() {
@@ -462,10 +522,21 @@ pub enum Unsound {
         "`reserved_for` names {0:?}; a node can be kept for \"chat\", \"embeddings\" or \"images\""
     )]
     Purpose(String),
+    /// More steps than requests may ask for.
+    #[error(
+        "`images.steps` is {0}, but must be at most {MOST_IMAGE_STEPS}; 0 is the model's own number"
+    )]
+    ImageSteps(u32),
+    /// A guidance that no request may ask for.
+    #[error("`images.guidance` must be between 0 and 50; leave it out for the model's own")]
+    ImageGuidance,
     /// A zero where that makes no sense.
     #[error("`{0}` must be greater than 0")]
     Zero(&'static str),
 }
+
+/// Steps that a request may ask for.
+const MOST_IMAGE_STEPS: u32 = 150;
 
 /// Purposes that a node can be reserved for.
 const PURPOSES: [&str; 3] = ["chat", "embeddings", "images"];
@@ -487,8 +558,11 @@ mod backend_name {
 #[cfg(test)]
 mod tests {
     use mesh_service::config::Loader;
+    use mesh_service::service::Service as _;
 
     use super::*;
+    use crate::service::Flags;
+    use crate::worker::Worker;
 
     fn parse(toml: &str) -> Config {
         let file = tempfile::NamedTempFile::new().unwrap();
@@ -513,6 +587,33 @@ mod tests {
             parse("models = [\"m\"]\nlegacy.head = \"h:1\"").check(),
             Ok(())
         );
+    }
+
+    #[test]
+    fn names_of_earlier_deployments_set_the_image_model_and_its_defaults() {
+        let from = |variables: &[(&str, &str)]| {
+            let loader = Worker::layers(Loader::new("worker"), &Flags::default());
+            let loaded = loader.environment(variables.to_vec()).load();
+            loaded.unwrap().value.with_image_model()
+        };
+        let config = from(&[
+            ("SD_MODEL_ID", "org/sd"),
+            ("SD_INFERENCE_STEPS", "30"),
+            ("SD_GUIDANCE_SCALE", "6.5"),
+        ]);
+        assert_eq!(config.models, ["org/sd"]);
+        assert_eq!(
+            (config.images.steps, config.images.guidance),
+            (30, Some(6.5))
+        );
+        let both = [("LOCAL_MODEL_PATH", "/srv/sd"), ("SD_MODEL_ID", "org/sd")];
+        assert_eq!(from(&both).models, ["/srv/sd"]);
+        assert_eq!(from(&[]).images.nice, 10);
+        let error = |toml: &str| parse(toml).check().unwrap_err().to_string();
+        assert!(error("images.steps = 200").contains("`images.steps` is 200"));
+        assert!(error("images.guidance = 99.0").contains("between 0 and 50"));
+        let alone = parse("images.model = \"sd\"\nhead = \"h:1\"");
+        assert_eq!(alone.check(), Ok(()));
     }
 
     #[test]

@@ -14,7 +14,7 @@ use mesh_model::EncoderModel;
 use mesh_proto::{Embed, EmbedText, Embeddings};
 use prost::Message as _;
 
-use crate::codec::{Codec, ModelEngine, PrepareError, TaskHeader, deadline};
+use crate::codec::{Bodies, Codec, ModelEngine, PrepareError, TaskHeader, deadline};
 use crate::config::SamplingDefaults;
 use crate::templates::Templates;
 
@@ -97,7 +97,7 @@ impl Codec for Embedding {
         Ok((request, reply))
     }
 
-    fn encode(reply: &Reply, event: Embedded) -> Result<(MsgType, Vec<u8>), RequestError> {
+    async fn encode(reply: &Reply, event: Embedded) -> Result<Bodies, RequestError> {
         let embedded = event?;
         let dimensions = reply.dimensions;
         let mut vectors = BytesMut::with_capacity(embedded.len() * dimensions * 4);
@@ -111,7 +111,7 @@ impl Codec for Embedding {
             tokens: reply.tokens.clone(),
             total_us: u64::try_from(reply.arrived.elapsed().as_micros()).unwrap_or(u64::MAX),
         };
-        Ok((MsgType::EMBEDDINGS, body.encode_to_vec()))
+        Ok(vec![(MsgType::EMBEDDINGS, body.encode_to_vec())])
     }
 
     fn max_rows(info: &EncoderInfo) -> usize {

@@ -64,6 +64,15 @@ pub enum WorkerError {
     /// An embedding model's folder is damaged or unsupported.
     #[error("embedding model {name}: {source}")]
     Encoder { name: String, source: EncoderError },
+    /// An image model in a build that has no libtorch.
+    #[error(
+        "{} is a model for images, which this build does not serve: install the package variant hydramesh-images (in Nix: hydramesh-images; with cargo: --features images), or drop the model from `models`",
+        path.display()
+    )]
+    NoImages { path: PathBuf },
+    /// An image model's files are damaged or unsupported, or do not fit the memory.
+    #[error("image model {name}: {reason}")]
+    Imaging { name: String, reason: String },
     /// Two models go by one name.
     #[error("two models are called {name:?}; rename one of the files or drop one from `models`")]
     SameName { name: String },

@@ -17,7 +17,7 @@ use mesh_model::{
 use mesh_proto::{FinishReason, Generate, GenerateParams, Prompt};
 use prost::Message as _;
 
-use crate::codec::{Codec, ModelEngine, PrepareError, TaskHeader, deadline};
+use crate::codec::{Bodies, Codec, ModelEngine, PrepareError, TaskHeader, deadline};
 use crate::config::SamplingDefaults;
 use crate::templates::Templates;
 
@@ -134,8 +134,8 @@ impl Codec for Generation {
         Ok((request.into(), model))
     }
 
-    fn encode(model: &Model, event: Event) -> Result<(MsgType, Vec<u8>), RequestError> {
-        Ok(match event {
+    async fn encode(model: &Model, event: Event) -> Result<Bodies, RequestError> {
+        Ok(vec![match event {
             Event::Tokens(tokens) => {
                 let logprobs = tokens.logprobs.iter();
                 let body = mesh_proto::Tokens {
@@ -166,7 +166,7 @@ impl Codec for Generation {
             }
             Event::Failed(error) => return Err(error),
             Event::Scored(_) => unreachable!("tasks ask for text, not for scores"),
-        })
+        }])
     }
 
     fn max_rows(info: &StageInfo) -> usize {

@@ -13,7 +13,9 @@ use mesh_net::quic::{
 use mesh_net::trust::{
     CERTIFICATE_DATES, DUPLICATE_IDENTITY, EXPELLED, Expulsion, NodeIdentity, Role,
 };
-use mesh_proto::{Expelled, Hello, ModelCard, PROTOCOL_VERSION, Ring, Served, Sources, Welcome};
+use mesh_proto::{
+    Expelled, Hello, ModelCard, PROTOCOL_VERSION, Ring, Served, Sources, Welcome, part_cards,
+};
 use mesh_service::health::Health;
 use mesh_service::shutdown::Shutdown;
 use mesh_worker_core::{Lease, Refusal};
@@ -195,6 +197,7 @@ impl HeadLink {
         link: &Link,
         models: Vec<ModelCard>,
     ) -> Result<(MsgStream, Welcome), Ended> {
+        let (models, image_models) = part_cards(models);
         let hello = Hello {
             node_name: self.config.node_name(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -205,6 +208,7 @@ impl HeadLink {
             host: host_name().unwrap_or_default(),
             addresses: own_addresses(),
             request_revision: mesh_proto::REQUEST_REVISION,
+            image_models,
         };
         let exchange = async {
             let mut control = link.open().await?;
@@ -318,7 +322,12 @@ impl HeadLink {
             news.push(message(MsgType::LOAD, &load));
         }
         if tells_cards {
-            news.push(message(MsgType::SERVED, &Served { models: cards }));
+            let (models, image_models) = part_cards(cards);
+            let served = Served {
+                models,
+                image_models,
+            };
+            news.push(message(MsgType::SERVED, &served));
         }
         if let Some(known) = models_due
             && let Some((models, version)) = self.host.stored.report(known)

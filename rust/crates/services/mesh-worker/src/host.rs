@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex};
 use futures::future::join_all;
 use mesh_engine::Load as EngineLoad;
 use mesh_model::encoder;
+use mesh_model::image::is_image_model;
 use mesh_proto::{Load, ModelCard, ModelSpeed};
 use mesh_worker_core::{Failure, Location};
 
@@ -20,7 +21,7 @@ use crate::preparations::Preparations;
 use crate::rings::Rings;
 use crate::served::ServedModel;
 use crate::templates::Templates;
-use crate::{embed, generate};
+use crate::{embed, generate, image};
 
 /// All models of this worker.
 pub(crate) struct Host {
@@ -206,9 +207,14 @@ impl ServedModel {
         config: &Config,
         templates: &Templates,
     ) -> Result<Self, WorkerError> {
-        let load = || match path.is_dir() && encoder::is_encoder(path) {
-            true => embed::load::load(path, name, config),
-            false => generate::load::load(path, name, known, config, templates),
+        let load = || {
+            if is_image_model(path) {
+                return image::load(path, name, known, config);
+            }
+            match path.is_dir() && encoder::is_encoder(path) {
+                true => embed::load::load(path, name, config),
+                false => generate::load::load(path, name, known, config, templates),
+            }
         };
         unpanicked("loading", path, load)
     }

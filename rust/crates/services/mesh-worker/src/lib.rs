@@ -6,7 +6,7 @@
 //! [`Worker::start`] loads the models (`host`), joins the mesh (`join`) and keeps the link to the head up (`head`).
 //! Each request of the head is a stream of its own (`answer`), on which the worker shows that it lives
 //! (`life`). All kinds of work are served in the same way; a kind has its codec (`codec`) and loads its models
-//! (`generate`, `embed`). The number of requests that are prepared for engines at once is bounded
+//! (`generate`, `embed`, `image`). The number of requests that are prepared for engines at once is bounded
 //! (`preparations`). Plain DCF tasks, as v5.0.0 heads send them, come over UDP (`legacy`).
 
 #![forbid(unsafe_code)]
@@ -23,6 +23,7 @@ mod generate;
 mod head;
 mod heartbeats;
 mod host;
+mod image;
 mod join;
 mod lan;
 mod legacy;

@@ -38,7 +38,7 @@ pub(crate) trait AnyEngine: Any + Send + Sync {
 
 impl<W: Codec> AnyEngine for ModelEngine<W> {
     fn load(&self) -> Load {
-        self.engine.load()
+        W::load(&self.engine)
     }
 
     fn max_rows(&self) -> usize {

@@ -76,6 +76,10 @@ impl Service for Worker {
         let list = |names: &[String]| (!names.is_empty()).then(|| names.join(","));
         loader
             .env("TORCH_DEVICE", "backend")
+            .env("SD_MODEL_ID", "images.model")
+            .env("LOCAL_MODEL_PATH", "images.model_path")
+            .env("SD_INFERENCE_STEPS", "images.steps")
+            .env("SD_GUIDANCE_SCALE", "images.guidance")
             .env("DCF_HEALTH_PORT", "http.listen:port")
             .flag("--head", "head", flags.head.as_ref())
             .flag("--join-token-file", "join_token_file", token_file)
@@ -125,8 +129,13 @@ impl Service for Worker {
 
     async fn start(config: Config, context: Context) -> Result<Running<Config>> {
         let templates = Templates::apart(std::env::current_exe()?);
-        let worker =
-            Worker::start_with(config, templates, context.shutdown, context.watchdog).await?;
+        let worker = Worker::start_with(
+            config.with_image_model(),
+            templates,
+            context.shutdown,
+            context.watchdog,
+        )
+        .await?;
         let live = worker.live().clone();
         Ok(Running::new(
             worker.addresses().clone(),

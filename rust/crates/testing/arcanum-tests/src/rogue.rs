@@ -113,6 +113,7 @@ impl ClaimedModel {
         let wanted = match kind {
             ModelKind::Chat => "chat",
             ModelKind::Embed => "embed",
+            ModelKind::Image => "image",
         };
         let mut models = registry.workers.iter().flat_map(|worker| &worker.models);
         let model = models

@@ -70,6 +70,8 @@ pub enum Command {
     Ask(AskArgs),
     /// Turn texts into vectors with an embedding model
     Embed(EmbedArgs),
+    /// Make an image of a text
+    Image(ImageArgs),
     /// Talk: a conversation in the terminal
     Chat(ChatArgs),
     /// Show the mesh: its workers and rings, their models, load and speed
@@ -305,6 +307,70 @@ pub struct EmbedArgs {
     pub timeout: Option<Duration>,
 
     /// Print a JSON object per text
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+The image is written as a PNG file, whose path and seed are printed. A worker that dies meanwhile costs one step at most. Size, \
+steps, guidance and sampler are the model's own where they are not set.
+
+Examples:
+  hydramesh image \"a lighthouse in a storm, oil painting\" -o lighthouse.png
+  hydramesh image --size 768x512 --steps 30 --seed 7 --negative \"blurry\" \"a fox in the snow\"
+  hydramesh image -n 4 -o fox.png \"a fox in the snow\"          # fox-1.png to fox-4.png
+  hydramesh image -o - \"a fox\" | feh -")]
+pub struct ImageArgs {
+    /// Description of the image; `-` or nothing reads it from standard input
+    #[arg(value_name = "TEXT")]
+    pub prompt: Vec<String>,
+
+    /// File to write; `-` is standard output [default: image-SEED.png]
+    #[arg(long, short, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub output: Option<PathBuf>,
+
+    /// Model name [default: the first image model of the mesh]
+    #[arg(long, short, value_name = "NAME")]
+    pub model: Option<String>,
+
+    /// Description of what the image is to be unlike
+    #[arg(long, value_name = "TEXT")]
+    pub negative: Option<String>,
+
+    /// Width and height in pixels, multiples of 8, such as 512x768
+    #[arg(long, value_name = "WxH")]
+    pub size: Option<String>,
+
+    /// Denoising steps: more take longer and show more detail
+    #[arg(long, value_name = "N")]
+    pub steps: Option<u32>,
+
+    /// Weight of the text: more follows it closer
+    #[arg(long, value_name = "G")]
+    pub guidance: Option<f32>,
+
+    /// The same seed gives the same image
+    #[arg(long, value_name = "N")]
+    pub seed: Option<u64>,
+
+    /// Sampler: dpmpp_2m, euler, euler_a, ddim or lcm
+    #[arg(long, value_name = "NAME")]
+    pub sampler: Option<String>,
+
+    /// Noise levels after Karras et al
+    #[arg(long)]
+    pub karras: bool,
+
+    /// Number of images, with the seeds after the first one's
+    #[arg(long, short = 'n', value_name = "N", value_parser = clap::value_parser!(u32).range(1..=10))]
+    pub count: Option<u32>,
+
+    /// How long to wait for all of it, such as 90s or 10m [default: as long as the mesh works on it]
+    #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+    pub timeout: Option<Duration>,
+
+    /// Print a JSON object per image
     #[arg(long)]
     pub json: bool,
 }

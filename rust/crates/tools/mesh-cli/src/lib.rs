@@ -13,6 +13,7 @@ mod bench;
 mod chat;
 mod demo;
 mod embed;
+mod image;
 mod input;
 mod models;
 mod nodes;
@@ -61,6 +62,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
             Command::Demo(args) => demo::run(args, terminal).await,
             Command::Ask(args) => ask::run(head, args, terminal).await,
             Command::Embed(args) => embed::run(head, args).await,
+            Command::Image(args) => image::run(head, args).await,
             Command::Chat(args) => chat::run(head, args, terminal).await,
             Command::Status(args) => status::run(head, args, terminal).await,
             Command::Plan(args) if args.machines.is_some() => what_if::plan(&args),

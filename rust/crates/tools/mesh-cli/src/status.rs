@@ -165,8 +165,14 @@ fn rows(worker: &Worker) -> Vec<Vec<String>> {
             state.clone(),
             of(&|model| model.name.clone()),
             format!("{} of {slots}", worker.running),
-            of(&|model| rate(model.decode_tokens_per_second)),
-            of(&|model| rate(model.prefill_tokens_per_second)),
+            of(&|model| match is_for_images(model) {
+                true => step_time(model.decode_tokens_per_second),
+                false => rate(model.decode_tokens_per_second),
+            }),
+            of(&|model| match is_for_images(model) {
+                true => cell(None),
+                false => rate(model.prefill_tokens_per_second),
+            }),
             size(worker.resident_bytes),
             link.clone(),
         ]
@@ -175,6 +181,15 @@ fn rows(worker: &Worker) -> Vec<Vec<String>> {
         [] => vec![row(None)],
         models => models.iter().map(|model| row(Some(model))).collect(),
     }
+}
+
+fn is_for_images(model: &ServedModel) -> bool {
+    model.kind == "image"
+}
+
+/// Time of a step at 512 by 512 pixels, of which a speed counts squares of 64 by 64.
+fn step_time(speed: f64) -> String {
+    cell((speed > 0.0).then(|| format!("{:.1} s/step", 64.0 / speed)))
 }
 
 #[cfg(test)]
@@ -265,6 +280,14 @@ mod tests {
         );
         assert!(lines[5].starts_with("pi      joining  -"), "{text}");
         assert_eq!(lines.len(), 6);
+    }
+
+    #[test]
+    fn the_speed_of_an_image_model_is_the_time_of_a_step() {
+        let model = json!({"name": "sd", "kind": "image", "decode_tokens_per_second": 32.0, "prefill_tokens_per_second": 32.0});
+        let registry = json!({"workers": [{"name": "gpu", "state": "ready", "models": [model]}]});
+        let text = show(&read(&registry).unwrap(), Terminal::new(Color::Never));
+        assert!(text.contains("2.0 s/step") && !text.contains("tok/s"), "{text}");
     }
 
     #[test]

@@ -38,6 +38,8 @@ pub struct DcfClient {
 pub struct Answer {
     /// Text of the whole answer.
     pub text: String,
+    /// The whole answer where it is no text; then `text` is what came before.
+    pub file: Option<Bytes>,
     /// From the first Task datagram to the first piece of text.
     pub first_text: Duration,
     /// From the first Task datagram to the end.
@@ -46,6 +48,20 @@ pub struct Answer {
     pub partials: u32,
     /// Task datagrams that were sent beyond the first.
     pub repeats: u32,
+}
+
+impl Answer {
+    fn text_only(self) -> Result<Self, DcfError> {
+        match &self.file {
+            None => Ok(self),
+            Some(file) => {
+                let bytes = file.len();
+                Err(DcfError::Broken(format!(
+                    "the Result has {bytes} bytes that are not UTF-8"
+                )))
+            }
+        }
+    }
 }
 
 impl DcfClient {
@@ -101,7 +117,22 @@ impl DcfClient {
     /// See [`DcfError`].
     pub async fn ask_plain(&mut self, prompt: &str, timeout: Duration) -> Result<Answer, DcfError> {
         let payload = Bytes::copy_from_slice(prompt.as_bytes());
-        self.run(payload, timeout, &mut |_| {}, &mut |_| {}).await
+        let answer = self.run(payload, timeout, &mut |_| {}, &mut |_| {}).await?;
+        answer.text_only()
+    }
+
+    /// Sends a JSON task whose answer is a file: an image. `silence` is how long nothing at all may come.
+    ///
+    /// # Errors
+    /// See [`DcfError`].
+    pub async fn ask_file(
+        &mut self,
+        task: &impl Serialize,
+        silence: Duration,
+    ) -> Result<Bytes, DcfError> {
+        let payload = with_acks(task)?;
+        let answer = self.run(payload, silence, &mut |_| {}, &mut |_| {}).await?;
+        Ok(answer.file.unwrap_or_else(|| answer.text.into()))
     }
 
     /// Sends a JSON task (`prompt` or `messages`, and parameters); `on_text` sees the answer's text piece by piece, in
@@ -132,13 +163,9 @@ impl DcfClient {
         on_text: &mut dyn FnMut(&str),
         on_wait: &mut dyn FnMut(&str),
     ) -> Result<Answer, DcfError> {
-        let task = serde_json::to_value(task).map_err(|error| DcfError::Task(error.to_string()))?;
-        let Value::Object(mut task) = task else {
-            return Err(DcfError::Task("it is not an object".to_owned()));
-        };
-        task.insert("ack".to_owned(), true.into());
-        let payload = Bytes::from(Value::Object(task).to_string());
-        self.run(payload, silence, on_text, on_wait).await
+        let payload = with_acks(task)?;
+        let answer = self.run(payload, silence, on_text, on_wait).await?;
+        answer.text_only()
     }
 
     async fn run(
@@ -510,8 +537,11 @@ impl Incoming {
         now: Instant,
         on_text: &mut dyn FnMut(&str),
     ) -> Result<Step, DcfError> {
-        let whole = std::str::from_utf8(payload)
-            .map_err(|error| DcfError::Broken(format!("the Result is not UTF-8: {error}")))?;
+        let Ok(whole) = std::str::from_utf8(payload) else {
+            let mut answer = self.answer(now);
+            answer.file = Some(Bytes::copy_from_slice(payload));
+            return Ok(Step::Done(answer));
+        };
         let Some(rest) = whole.strip_prefix(self.text.as_str()) else {
             return Err(DcfError::Broken(
                 "the Result does not begin with the text of its Partials".to_owned(),
@@ -520,13 +550,18 @@ impl Incoming {
         if !rest.is_empty() {
             self.give(rest, now, on_text);
         }
-        Ok(Step::Done(Answer {
+        Ok(Step::Done(self.answer(now)))
+    }
+
+    fn answer(&mut self, now: Instant) -> Answer {
+        Answer {
             text: std::mem::take(&mut self.text),
+            file: None,
             first_text: self.first_text.unwrap_or(now) - self.started,
             total: now - self.started,
             partials: self.partials,
             repeats: 0,
-        }))
+        }
     }
 
     fn give(&mut self, new: &str, now: Instant, on_text: &mut dyn FnMut(&str)) {
@@ -534,6 +569,16 @@ impl Incoming {
         self.text.push_str(new);
         on_text(new);
     }
+}
+
+/// The payload of a JSON task that asks for Acks.
+fn with_acks(task: &impl Serialize) -> Result<Bytes, DcfError> {
+    let task = serde_json::to_value(task).map_err(|error| DcfError::Task(error.to_string()))?;
+    let Value::Object(mut task) = task else {
+        return Err(DcfError::Task("it is not an object".to_owned()));
+    };
+    task.insert("ack".to_owned(), true.into());
+    Ok(Bytes::from(Value::Object(task).to_string()))
 }
 
 /// Text of another machine that is to be shown: without anything that steers a terminal, and not long.

@@ -2,6 +2,7 @@
 
 use std::borrow::Cow;
 use std::collections::VecDeque;
+use std::marker::PhantomData;
 use std::time::Duration;
 
 use mesh_api::{
@@ -122,13 +123,25 @@ impl HttpClient {
             ..StreamOptions::default()
         });
         let request = self.http.post(self.url(R::PATH)).json(&request);
-        let response = self.send(request).await?;
         Ok(AnswerStream {
-            response,
-            parser: SseParser::default(),
+            frames: Frames::of(self.send(request).await?),
             parse: parse_piece::<R::Chunk>,
-            ready: VecDeque::new(),
-            ended: false,
+        })
+    }
+
+    /// Starts a stream of events of another kind than generated text.
+    ///
+    /// # Errors
+    /// As [`HttpClient::get`].
+    pub async fn events<T: DeserializeOwned>(
+        &self,
+        path: &str,
+        body: &impl Serialize,
+    ) -> Result<EventStream<T>, HttpError> {
+        let request = self.http.post(self.url(path)).json(body);
+        Ok(EventStream {
+            frames: Frames::of(self.send(request).await?),
+            event: PhantomData,
         })
     }
 
@@ -212,11 +225,91 @@ pub enum Heard {
 /// An answer while it arrives.
 #[derive(Debug)]
 pub struct AnswerStream {
+    frames: Frames,
+    parse: fn(&str) -> Result<AnswerPiece, HttpError>,
+}
+
+/// Events while they arrive.
+#[derive(Debug)]
+pub struct EventStream<T> {
+    frames: Frames,
+    event: PhantomData<fn() -> T>,
+}
+
+/// What came on an [`EventStream`].
+#[derive(Debug, Clone, PartialEq)]
+pub enum Arrived<T> {
+    /// An event.
+    Event(T),
+    /// No event yet: the reason why the request waits, in the head's words.
+    Waits(String),
+}
+
+impl<T: DeserializeOwned> EventStream<T> {
+    /// The next event, or the reason why there is none yet; `None` at the end.
+    ///
+    /// # Errors
+    /// An error the head sent in the stream, or a stream that broke off.
+    pub async fn next(&mut self) -> Result<Option<Arrived<T>>, HttpError> {
+        Ok(match self.frames.next().await? {
+            None => None,
+            Some(Frame::Comment(comment)) => Some(Arrived::Waits(comment)),
+            Some(Frame::Data(event)) => Some(Arrived::Event(parse_event(&event)?)),
+        })
+    }
+}
+
+/// The server-sent events of a response.
+#[derive(Debug)]
+struct Frames {
     response: Response,
     parser: SseParser,
-    parse: fn(&str) -> Result<AnswerPiece, HttpError>,
     ready: VecDeque<String>,
     ended: bool,
+}
+
+enum Frame {
+    Data(String),
+    Comment(String),
+}
+
+impl Frames {
+    fn of(response: Response) -> Self {
+        Self {
+            response,
+            parser: SseParser::default(),
+            ready: VecDeque::new(),
+            ended: false,
+        }
+    }
+
+    async fn next(&mut self) -> Result<Option<Frame>, HttpError> {
+        loop {
+            if let Some(event) = self.ready.pop_front() {
+                if event == "[DONE]" {
+                    self.ended = true;
+                    return Ok(None);
+                }
+                return Ok(Some(Frame::Data(event)));
+            }
+            if self.ended {
+                return Ok(None);
+            }
+            let Some(bytes) = self.response.chunk().await.map_err(broken)? else {
+                let broken = "the stream ended before its [DONE]";
+                return Err(HttpError::Broken(broken.to_owned()));
+            };
+            let mut events = Vec::new();
+            let pushed = self.parser.push(&bytes, &mut events);
+            pushed.map_err(|error| HttpError::Broken(error.to_string()))?;
+            self.ready.extend(events);
+            if self.ready.is_empty()
+                && let Some(comment) = self.parser.take_comment()
+            {
+                return Ok(Some(Frame::Comment(comment)));
+            }
+        }
+    }
 }
 
 /// A piece of an answer.
@@ -279,36 +372,21 @@ impl AnswerStream {
     /// # Errors
     /// As [`AnswerStream::next`].
     pub async fn next_or_wait(&mut self) -> Result<Option<Heard>, HttpError> {
-        loop {
-            if let Some(event) = self.ready.pop_front() {
-                if event == "[DONE]" {
-                    self.ended = true;
-                    return Ok(None);
-                }
-                return (self.parse)(&event).map(|piece| Some(Heard::Piece(Box::new(piece))));
-            }
-            if self.ended {
-                return Ok(None);
-            }
-            let Some(bytes) = self.response.chunk().await.map_err(broken)? else {
-                let broken = "the stream ended before its [DONE]";
-                return Err(HttpError::Broken(broken.to_owned()));
-            };
-            let mut events = Vec::new();
-            let pushed = self.parser.push(&bytes, &mut events);
-            pushed.map_err(|error| HttpError::Broken(error.to_string()))?;
-            self.ready.extend(events);
-            if self.ready.is_empty()
-                && let Some(comment) = self.parser.take_comment()
-            {
-                return Ok(Some(Heard::Waits(comment)));
-            }
-        }
+        Ok(match self.frames.next().await? {
+            None => None,
+            Some(Frame::Comment(comment)) => Some(Heard::Waits(comment)),
+            Some(Frame::Data(event)) => Some(Heard::Piece(Box::new((self.parse)(&event)?))),
+        })
     }
 
     /// The `x-request-id` of the answer, by which the services' logs name it.
     pub fn request_id(&self) -> Option<&str> {
-        self.response.headers().get("x-request-id")?.to_str().ok()
+        self.frames
+            .response
+            .headers()
+            .get("x-request-id")?
+            .to_str()
+            .ok()
     }
 }
 
@@ -346,12 +424,18 @@ const SILENCE: Duration = Duration::from_secs(300);
 fn parse_piece<C: DeserializeOwned + Into<AnswerPiece>>(
     event: &str,
 ) -> Result<AnswerPiece, HttpError> {
+    parse_event::<C>(event).map(C::into)
+}
+
+fn parse_event<T: DeserializeOwned>(event: &str) -> Result<T, HttpError> {
     if has_error(event.as_bytes()) {
         return Err(api_error(StatusCode::INTERNAL_SERVER_ERROR, event));
     }
-    let chunk: C = serde_json::from_str(event)
-        .map_err(|error| HttpError::Broken(format!("a chunk is not valid ({error}): {event}")))?;
-    Ok(chunk.into())
+    serde_json::from_str(event).map_err(|error| {
+        // An image is long.
+        let start = &event[..event.floor_char_boundary(1024)];
+        HttpError::Broken(format!("a chunk is not valid ({error}): {start}"))
+    })
 }
 
 /// An object with an error, in the head's form or another. Its other fields would pass for an empty answer.

@@ -1,7 +1,7 @@
 //! Server-sent events as the OpenAI API uses them: bytes in, the `data` of each event out.
 
-/// Most bytes of one event; a server that sends more without an end is broken.
-const MAX_EVENT: usize = 16 << 20;
+/// Most bytes of one event, which an image of 2048 by 2048 pixels in base64 fits; a server that sends more without an end is broken.
+const MAX_EVENT: usize = 24 << 20;
 /// Bytes of a comment that are kept.
 const MAX_COMMENT: usize = 256;
 
@@ -15,7 +15,7 @@ pub struct SseParser {
     comment: Option<String>,
 }
 
-/// An event longer than 16 MiB.
+/// An event longer than 24 MiB.
 #[derive(Debug, thiserror::Error)]
 #[error("the server sent an event of more than {MAX_EVENT} bytes without an end")]
 pub struct EventTooLong;
@@ -24,7 +24,7 @@ impl SseParser {
     /// Takes the next bytes and appends the data of every event they complete to `events`.
     ///
     /// # Errors
-    /// If an event exceeds 16 MiB.
+    /// If an event exceeds 24 MiB.
     pub fn push(&mut self, bytes: &[u8], events: &mut Vec<String>) -> Result<(), EventTooLong> {
         for &byte in bytes {
             match byte {

@@ -74,6 +74,14 @@ pub fn bin_dir() -> Result<PathBuf> {
         .map_err(|error| anyhow!(error))
 }
 
+/// Features of the services that this build's own features want.
+fn features() -> &'static [&'static str] {
+    match cfg!(feature = "images") {
+        true => &["--features", "mesh-worker/images"],
+        false => &[],
+    }
+}
+
 fn find_or_build() -> Result<PathBuf> {
     if let Some(dir) = std::env::var_os("HYDRAMESH_BIN_DIR") {
         return Ok(PathBuf::from(dir));
@@ -100,6 +108,7 @@ fn find_or_build() -> Result<PathBuf> {
         .args(["build", "--quiet", "--bins", "--profile", profile])
         .args(["-p", "mesh-head", "-p", "mesh-worker"])
         .args(["-p", "mesh-shim", "-p", "mesh-cli"])
+        .args(features())
         .status()
         .context("starting cargo")?;
     let built = status.success();

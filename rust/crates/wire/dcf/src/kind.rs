@@ -57,6 +57,12 @@ named_numbers! { MsgType, "type":
     CHALLENGE = 0x28, "Challenge";
     /// The cookie of a Challenge, echoed.
     CHALLENGE_REPLY = 0x29, "ChallengeReply";
+    /// An image to make, head to worker.
+    IMAGE_TASK = 0x2A, "ImageTask";
+    /// A denoising step of an image is done, worker to head.
+    IMAGE_STEP = 0x2B, "ImageStep";
+    /// A part of a finished image, worker to head.
+    IMAGE_DATA = 0x2C, "ImageData";
     /// A node asks to join with a token.
     JOIN_REQUEST = 0x30, "JoinRequest";
     /// Certificates for a node that joined or renewed.

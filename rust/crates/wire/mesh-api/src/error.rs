@@ -86,6 +86,8 @@ codes! {
     DrainNotKept = 500, "drain_not_kept";
     /// 403: the `Host` header is not a name of this head (`http.hosts`).
     HostNotAllowed = 403, "host_not_allowed";
+    /// 404: no such image, or its time is over.
+    ImageNotFound = 404, "image_not_found";
     /// 500: a fault of the head.
     InternalError = 500, "internal_error";
     /// 401: missing or insufficient API key.

@@ -16,6 +16,16 @@ pub const ALIASES: &[(&str, &str)] = &[
     ("sampling_seed", "seed"),
     // sentence-transformers' name.
     ("prompt_name", "input_type"),
+    // Names of stable-diffusion.cpp, AUTOMATIC1111, diffusers, LocalAI and others.
+    ("num_inference_steps", "steps"),
+    ("inference_steps", "steps"),
+    ("sample_steps", "steps"),
+    ("guidance", "guidance_scale"),
+    ("cfg_scale", "guidance_scale"),
+    ("sampler_name", "sampler"),
+    ("sample_method", "sampler"),
+    ("sampling_method", "sampler"),
+    ("schedule", "scheduler"),
 ];
 
 /// The fields of one kind of request that are not acted upon.
@@ -40,6 +50,12 @@ pub const COMPLETIONS: Table = Table {
 pub const EMBEDDINGS: Table = Table {
     harmless: EMBEDDINGS_HARMLESS,
     refused: [EMBEDDINGS_REFUSED, &[]],
+};
+
+/// `/v1/images/generations`.
+pub const IMAGES: Table = Table {
+    harmless: IMAGES_HARMLESS,
+    refused: [IMAGES_REFUSED, &[]],
 };
 
 impl Table {
@@ -196,6 +212,12 @@ const HARMLESS: &[&str] = &[
 const EMBEDDINGS_HARMLESS: &[&str] = &[
     "metadata safety_identifier service_tier store priority request_id cache_salt \
          keep_alive ttl rid",
+];
+
+const IMAGES_HARMLESS: &[&str] = &[
+    "metadata safety_identifier service_tier store priority request_id keep_alive ttl rid moderation \
+         disable_safety_checker save_images send_images do_not_save_samples do_not_save_grid \
+         denoising_strength strength prompt_strength revised_prompt",
 ];
 
 /// Fields that both APIs that generate text refuse.
@@ -407,4 +429,112 @@ const EMBEDDINGS_REFUSED: &[Refused] = &[
         "send texts as 'input'",
     ),
     refuse("pooling", OWN_VECTORS),
+];
+
+const FROM_TEXT: &str = "images are made of a text only";
+const PNG_ONLY: &str = "images are PNG files; leave it out";
+const USE_N: &str = "use n";
+const ONE_PASS: &str = "images are made in one pass; ask for the size that you want";
+
+const IMAGES_REFUSED: &[Refused] = &[
+    refuse(
+        "image images image_url image_urls init_image init_images input_image input_images reference_images mask \
+         mask_image mask_url extra_images",
+        FROM_TEXT,
+    ),
+    refuse(
+        "controlnet control_image controlnets ip_adapter alwayson_scripts script_name script_args",
+        FROM_TEXT,
+    ),
+    refuse("input messages", "send the description as 'prompt'"),
+    unless(
+        "quality",
+        Neutral::Word(&["auto", "standard", "medium"]),
+        "use steps: more of them take longer and show more detail",
+    ),
+    unless(
+        "style",
+        Neutral::Word(&["vivid", "natural"]),
+        "describe the style in the prompt",
+    ),
+    refuse("styles style_preset", "describe the style in the prompt"),
+    unless(
+        "background",
+        Neutral::Word(&["auto", "opaque"]),
+        "images have no transparent parts",
+    ),
+    unless("output_format", Neutral::Word(&["png"]), PNG_ONLY),
+    unless(
+        "output_compression output_quality",
+        Neutral::Number(100.0),
+        PNG_ONLY,
+    ),
+    unless(
+        "partial_images",
+        ZERO,
+        "the image is sent when it is done; 'progress' tells of each step",
+    ),
+    refuse("input_fidelity", FROM_TEXT),
+    unless(
+        "num_images num_outputs num_images_per_prompt batch_size n_iter batch_count",
+        ONE,
+        USE_N,
+    ),
+    refuse(
+        "aspect_ratio resolution image_size",
+        "use size, such as \"512x768\"",
+    ),
+    refuse(
+        "lora loras lora_weights textual_inversions embeddings hypernetwork",
+        "name a model that has it built in",
+    ),
+    refuse(
+        "vae override_settings refiner_checkpoint refiner_model refiner_switch_at",
+        "name another model",
+    ),
+    refuse(
+        "enable_hr hires_fix hr_scale hr_upscaler upscale upscaler",
+        ONE_PASS,
+    ),
+    refuse(
+        "restore_faces tiling seamless firstphase_width firstphase_height",
+        LEAVE_OUT,
+    ),
+    unless("subseed", Neutral::AtMost(-1.0), "use seed"),
+    unless(
+        "subseed_strength seed_resize_from_h seed_resize_from_w",
+        Neutral::AtMost(0.0),
+        "use seed",
+    ),
+    unless(
+        "clip_skip",
+        Neutral::AtMost(1.0),
+        "the last layer of the text encoder counts that the model was made for",
+    ),
+    unless(
+        "eta s_churn s_tmin s_noise s_min_uncond ddim_discretize",
+        ZERO,
+        "use sampler \"euler_a\" for noise after each step",
+    ),
+    unless(
+        "guidance_rescale true_cfg_scale skip_guidance slg_scale img_cfg_scale distilled_guidance",
+        ZERO,
+        "use guidance_scale",
+    ),
+    refuse(
+        "timesteps sigmas custom_sigmas flow_shift",
+        "use steps and scheduler",
+    ),
+    refuse(
+        "latents prompt_embeds negative_prompt_embeds prompt_2 negative_prompt_2",
+        "send texts",
+    ),
+    refuse(
+        "enable_safety_checker safety_checker safety_tolerance",
+        "images are not looked at",
+    ),
+    refuse(
+        "webhook webhook_url sync_mode",
+        "the answer comes on this connection; 'stream' shows how far it is",
+    ),
 ];

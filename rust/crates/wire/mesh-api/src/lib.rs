@@ -23,6 +23,7 @@ mod completion;
 mod embeddings;
 mod error;
 pub mod fields;
+mod images;
 mod mesh;
 mod models;
 mod null;
@@ -50,6 +51,9 @@ pub use embeddings::{
     Vector,
 };
 pub use error::{Code, Error, ErrorResponse};
+pub use images::{
+    CreateImageRequest, Image, ImageFormat, ImageStreamEvent, ImageTimings, ImagesResponse,
+};
 pub use mesh::{
     DuplicateIdentity, Machine, Mesh, ModelHolder, ModelSeeker, NameConflict, Path, Quarantine,
     RequestCounts, ServedModel, SharedModel, TokenCounts, Worker,

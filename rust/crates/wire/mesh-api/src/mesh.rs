@@ -150,8 +150,8 @@ pub struct ServedModel {
     pub quantization: String,
     /// Fingerprint of the file's contents.
     pub fingerprint: String,
-    /// `chat` or `embed`.
-    #[cfg_attr(feature = "schema", schemars(extend("enum" = ["chat", "embed"])))]
+    /// `chat`, `embed` or `image`.
+    #[cfg_attr(feature = "schema", schemars(extend("enum" = ["chat", "embed", "image"])))]
     pub kind: Cow<'static, str>,
     /// Most tokens of a request.
     pub context: u32,
@@ -163,7 +163,7 @@ pub struct ServedModel {
     pub layers: [u32; 2],
     /// Id of the ring that the worker drives for it, hexadecimal.
     pub ring: Option<String>,
-    /// Decode speed of a single stream; 0 is unknown.
+    /// Decode speed of a single stream; 0 is unknown. Of a model for images, squares of 64 by 64 pixels times steps.
     pub decode_tokens_per_second: f64,
     /// Prefill speed; 0 is unknown.
     pub prefill_tokens_per_second: f64,

@@ -35,7 +35,7 @@ pub struct Model {
     pub quantization: String,
     /// Size of its files, in bytes.
     pub file_bytes: u64,
-    /// `chat` or `embed`.
+    /// `chat`, `embed` or `image`.
     pub kind: String,
     /// Numbers of a vector, for models of the kind `embed`.
     pub dimensions: Option<u32>,

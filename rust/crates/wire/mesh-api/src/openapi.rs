@@ -8,11 +8,11 @@ use serde_json::{Map, Value, json};
 use crate::fields::{self, Neutral};
 use crate::{
     ChatCompletion, ChatCompletionChunk, ChatCompletionRequest, Completion, CompletionRequest,
-    CreateEmbeddingRequest, CreateEmbeddingResponse, CreateTokenRequest, DrainProgress,
-    ErrorResponse, ExpelRequest, Health, ListModelsResponse, Mesh, Model, NodeChange, NodeList,
-    NodeRequest, PinDecision, PinList, PlanResponse, Readiness, RebalanceRequest,
-    RebalanceResponse, RevokedToken, TokenCreated, TokenList, TokenRequest, WorkerRequest, paths,
-    schema,
+    CreateEmbeddingRequest, CreateEmbeddingResponse, CreateImageRequest, CreateTokenRequest,
+    DrainProgress, ErrorResponse, ExpelRequest, Health, ImageStreamEvent, ImagesResponse,
+    ListModelsResponse, Mesh, Model, NodeChange, NodeList, NodeRequest, PinDecision, PinList,
+    PlanResponse, Readiness, RebalanceRequest, RebalanceResponse, RevokedToken, TokenCreated,
+    TokenList, TokenRequest, WorkerRequest, paths, schema,
 };
 
 /// Who may call an operation.
@@ -145,6 +145,20 @@ impl Document {
         let answer = json_content(&self.or_error(&whole));
         self.add(embed.errors(OF_REQUESTS), Some(body), answer);
 
+        let draw = post(paths::IMAGES, "createImage", "Makes images of a text.");
+        let body = self.request::<CreateImageRequest>("CreateImageRequest", &fields::IMAGES);
+        let whole = self.response::<ImagesResponse>();
+        let event = self.response::<ImageStreamEvent>();
+        let answer = generated(&self.or_error(&whole), &event);
+        self.add(draw.errors(OF_REQUESTS), Some(body), answer);
+        let summary = "An image that was asked for as a URL, until its time is over.";
+        let file = get(paths::IMAGE_FILE, "getImageFile", summary).access(Access::Open);
+        let png =
+            json!({"image/png": {"schema": {"type": "string", "contentMediaType": "image/png"}}});
+        self.add(file.errors(&[404]), None, png);
+        let name = parameter("name", "path", "Name of the image in its URL.");
+        self.parameter(paths::IMAGE_FILE, name);
+
         let summary = "Lists the models that requests can name.";
         self.show::<ListModelsResponse>(get(paths::MODELS, "listModels", summary));
         let one = get(paths::MODEL, "retrieveModel", "Describes a model.");
@@ -250,6 +264,7 @@ impl Document {
             paths::CHAT_COMPLETIONS,
             paths::COMPLETIONS,
             paths::EMBEDDINGS,
+            paths::IMAGES,
         ];
         let mut headers = json!({"x-request-id": {
             "description": "Id of the request in the logs of all services.", "schema": {"type": "string"},
@@ -421,7 +436,7 @@ fn meaning(status: u16) -> &'static str {
         400 => "A field is wrong or not supported; `param` names it.",
         401 => "Missing or insufficient API key.",
         403 => "The Host or Origin is not allowed.",
-        404 => "No such model, worker, node or token.",
+        404 => "No such model, image, worker, node or token.",
         408 => "The body did not arrive in time.",
         409 => "The state of the mesh does not allow it.",
         413 => "The body exceeds `http.body_limit`.",

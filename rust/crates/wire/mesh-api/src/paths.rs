@@ -6,6 +6,10 @@ pub const CHAT_COMPLETIONS: &str = "/v1/chat/completions";
 pub const COMPLETIONS: &str = "/v1/completions";
 /// Texts to vectors.
 pub const EMBEDDINGS: &str = "/v1/embeddings";
+/// Texts to images.
+pub const IMAGES: &str = "/v1/images/generations";
+/// An image that was made a while ago, by its unguessable name.
+pub const IMAGE_FILE: &str = "/v1/images/files/{name}";
 /// The models that requests can name.
 pub const MODELS: &str = "/v1/models";
 /// One model. Its name may have slashes.

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use mesh_api::OPENAPI;
-use mesh_api::fields::{CHAT, COMPLETIONS, EMBEDDINGS};
+use mesh_api::fields::{CHAT, COMPLETIONS, EMBEDDINGS, IMAGES};
 use serde_json::{Value, json};
 
 #[test]
@@ -69,6 +69,7 @@ fn the_tables_and_the_types_have_no_field_in_common() {
         (CHAT, "ChatCompletionRequest"),
         (COMPLETIONS, "CompletionRequest"),
         (EMBEDDINGS, "CreateEmbeddingRequest"),
+        (IMAGES, "CreateImageRequest"),
     ] {
         let document: Value = serde_json::from_str(OPENAPI).unwrap();
         let properties = &document["components"]["schemas"][request]["properties"];
@@ -111,7 +112,12 @@ fn bodies_are_required_where_fields_are_and_their_failures_are_listed() {
 #[test]
 fn answers_that_may_be_late_may_be_errors() {
     let document: Value = serde_json::from_str(OPENAPI).unwrap();
-    for path in ["/v1/chat/completions", "/v1/completions", "/v1/embeddings"] {
+    for path in [
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/v1/embeddings",
+        "/v1/images/generations",
+    ] {
         let content = &document["paths"][path]["post"]["responses"]["200"]["content"];
         let any = content["application/json"]["schema"]["anyOf"].as_array();
         let error = json!({"$ref": "#/components/schemas/ErrorResponse"});

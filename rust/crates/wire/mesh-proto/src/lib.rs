@@ -16,9 +16,14 @@ macro_rules! messages {
     )*};
 }
 
+mod image;
 mod ring;
 mod share;
 
+pub use image::{
+    IMAGE_PART, ImageCard, ImageData, ImageStep, ImageTask, image_file_bytes, image_state_bytes,
+    part_cards,
+};
 pub use ring::*;
 pub use share::*;
 
@@ -45,6 +50,8 @@ messages! {
         /// The fields of [`Generate`] that the worker acts upon; [`REQUEST_REVISION`] here, 0 in workers before
         /// it was counted.
         request_revision: u32 = [uint32, tag = 20],
+        /// Models that make images: see [`Hello::all_models`].
+        image_models: Vec<ModelCard> = [message, repeated, tag = 21],
     }
 
     /// The nodes that an operator has expelled: all of them, in place of those that were named before. Sent after Welcome and
@@ -97,6 +104,8 @@ messages! {
         byte_spans: Vec<u8> = [bytes = "vec", tag = 24],
         /// The chat template writes all that users say, but for blanks around a message.
         keeps_text: bool = [bool, tag = 25],
+        /// Sizes and defaults of a model that makes images.
+        image: Option<ImageCard> = [message, optional, tag = 26],
     }
 }
 
@@ -108,6 +117,8 @@ pub enum ModelKind {
     Chat = 0,
     /// Embeddings, asked for with [`Embed`].
     Embed = 1,
+    /// Images, asked for with [`ImageTask`].
+    Image = 2,
 }
 
 messages! {
@@ -181,7 +192,8 @@ messages! {
     }
 }
 
-/// A request is alive (DCF 0x26), worker to head, on the stream of a [`Generate`] or an [`Embed`] that asks for it.
+/// A request is alive (DCF 0x26), worker to head, on the stream of a [`Generate`], an [`Embed`] or an
+/// [`ImageTask`] that asks for it.
 #[derive(Clone, Copy, PartialEq, Eq, Message)]
 pub struct Progress {
     /// Cause of the request's wait; a [`RequestPhase`].
@@ -214,7 +226,7 @@ pub enum RequestPhase {
     Queued = 2,
     /// Computing the rows of the prompt.
     Prefilling = 3,
-    /// Computing the next token.
+    /// Computing the next token, or the next step of an image.
     Decoding = 4,
 }
 

@@ -170,6 +170,8 @@ messages! {
     pub struct Served {
         /// Complete list of those models.
         models: Vec<ModelCard> = [message, repeated, tag = 1],
+        /// Those of them that make images: see [`crate::Hello::all_models`].
+        image_models: Vec<ModelCard> = [message, repeated, tag = 2],
     }
 }
 

@@ -163,8 +163,8 @@ impl ServedModel {
         let claimed = self.card.slots.max(1);
         match self.card.kind() {
             ModelKind::Chat => claimed.min(self.streams.saturating_mul(2).max(FIRST_SLOTS)),
-            // An encoder's answers do not stream.
-            ModelKind::Embed => claimed,
+            // An encoder's answers do not stream, and images take turns.
+            ModelKind::Embed | ModelKind::Image => claimed,
         }
     }
 

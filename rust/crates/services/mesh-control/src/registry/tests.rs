@@ -19,7 +19,7 @@ impl Registry {
         for proof in self.proofs_due(id, &BTreeSet::new(), 1, now) {
             let sample = match proof.kind {
                 ModelKind::Chat => Sample::Text(vec![position.clone(); 4]),
-                ModelKind::Embed => Sample::Vector(vec![1.0, 2.0]),
+                ModelKind::Embed | ModelKind::Image => Sample::Vector(vec![1.0, 2.0]),
             };
             self.proved(id, &proof, Some(sample), now, 2, now);
         }

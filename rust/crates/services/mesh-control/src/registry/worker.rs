@@ -127,6 +127,7 @@ impl Worker {
         let purpose = match kind {
             ModelKind::Chat => "chat",
             ModelKind::Embed => "embeddings",
+            ModelKind::Image => "images",
         };
         self.reserved_for.is_empty() || self.reserved_for.iter().any(|kept| kept == purpose)
     }
@@ -166,8 +167,8 @@ impl Worker {
     /// True if more requests for this model than `ahead` wait there, and not just for the next step.
     pub fn queues(&self, model: &str, ahead: u32, now: Instant) -> bool {
         let meant = self.model(model);
-        // Requests at an encoder wait for their turn, not for memory.
-        if meant.is_some_and(|model| model.card.kind() == ModelKind::Embed) {
+        // Requests for vectors and images wait for their turn, not for memory.
+        if meant.is_some_and(|model| model.card.kind() != ModelKind::Chat) {
             return false;
         }
         let own = meant.and_then(|model| {

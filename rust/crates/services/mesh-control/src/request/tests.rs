@@ -222,7 +222,7 @@ fn run(truth: &Truth, scripts: &[Script]) -> Seen {
             }
         };
         match step {
-            Step::Wait | Step::Again(_) => {}
+            Step::Wait | Step::Again(_) | Step::Advanced(_) => {}
             Step::Emit(delta) => {
                 assert_eq!(
                     delta.index as usize,
@@ -455,6 +455,40 @@ fn a_request_that_waits_in_a_queue_that_moves_is_not_given_up() {
     let due = answer.next_timer().unwrap();
     assert!(due <= now + LIMITS.first_token);
     assert_eq!(answer.time_passed(due), Step::Again(AttemptEnd::Failed));
+}
+
+#[test]
+fn a_step_without_tokens_gets_as_much_time_as_the_first_token() {
+    let start = Instant::now();
+    let mut answer = Lifecycle::new(PATIENT, start);
+    let expected = Duration::from_secs(7);
+    let attempt = answer.placed(WorkerId(1), expected, start).attempt;
+    let mut now = start;
+    for _ in 0..20 {
+        now += Duration::from_secs(60);
+        assert_eq!(answer.stepped(attempt, 64, now), Step::Advanced(64));
+        assert_eq!(
+            answer.time_passed(now + Duration::from_secs(59)),
+            Step::Wait
+        );
+    }
+    assert_eq!(answer.stepped(attempt + 1, 64, now), Step::Wait, "given up");
+    let Step::Complete(complete) = answer.done(attempt, Done::default(), now) else {
+        panic!("it goes on");
+    };
+    assert_eq!(complete.first_token, Some(Duration::from_secs(60)));
+}
+
+#[test]
+fn a_death_after_a_step_is_not_a_silent_one() {
+    let now = Instant::now();
+    let mut answer = Lifecycle::new(PATIENT, now);
+    for worker in 1..=3 {
+        let attempt = answer.placed(WorkerId(worker), Duration::ZERO, now).attempt;
+        answer.stepped(attempt, 1, now);
+        let lost = answer.failed(attempt, Failure::Died("link closed".into()));
+        assert!(matches!(lost, Step::Again(AttemptEnd::Failed)), "{lost:?}");
+    }
 }
 
 #[test]

@@ -5,8 +5,10 @@ use serde_json::Value;
 
 use super::embeddings::AskedEmbeddings;
 use super::fields::{Fields, conversation, sampling};
+use super::images::AskedImages;
 use super::invalid::Invalid;
 use super::json;
+use crate::flight::task::ImageRequest;
 
 /// A Task payload of a DCF client.
 #[derive(Debug, Clone)]
@@ -15,6 +17,17 @@ pub enum DcfTask {
     Generate(DcfGenerate),
     /// Texts to embed: `"kind": "embed"`.
     Embed(DcfEmbed),
+    /// An image to make: `"kind": "image"`, or a prompt with `steps` or `guidance`.
+    Image(DcfImage),
+}
+
+/// An image to make, as a DCF client asks for it.
+#[derive(Debug, Clone)]
+pub struct DcfImage {
+    /// The image.
+    pub request: ImageRequest,
+    /// Acknowledge repeats while the task runs.
+    pub ack: bool,
 }
 
 /// Texts to embed, as a DCF client asks for them.
@@ -73,6 +86,7 @@ impl DcfTask {
         match self {
             Self::Generate(task) => task.ack,
             Self::Embed(task) => task.ack,
+            Self::Image(task) => task.ack,
         }
     }
 
@@ -84,9 +98,21 @@ impl DcfTask {
         let object = json::object(text.as_bytes()).map_err(wrong)?;
         let fields = Fields::of(&object);
         // Any other kind is a key that means nothing here.
-        if fields.get("kind").and_then(Value::as_str) == Some("embed") {
+        let kind = fields.get("kind").and_then(Value::as_str);
+        if kind == Some("embed") {
             return Ok(Self::Embed(DcfEmbed {
                 asked: AskedEmbeddings::of_fields(fields)?,
+                ack: fields.flag("ack")?,
+            }));
+        }
+        // DCF v5.1 knows an image task by its keys. Other clients send the same keys with those of text.
+        let has = |name: &&str| fields.get(name).is_some();
+        let of_text = ["messages", "max_tokens", "temperature", "stop", "stream"];
+        let of_v5_1 =
+            has(&"prompt") && ["steps", "guidance"].iter().any(has) && !of_text.iter().any(has);
+        if kind == Some("image") || (kind.is_none() && of_v5_1) {
+            return Ok(Self::Image(DcfImage {
+                request: AskedImages::of_fields(fields)?,
                 ack: fields.flag("ack")?,
             }));
         }
@@ -141,15 +167,36 @@ mod tests {
     fn parse(payload: &[u8]) -> Result<DcfGenerate, Invalid> {
         match DcfTask::parse(payload)? {
             DcfTask::Generate(task) => Ok(task),
-            DcfTask::Embed(task) => panic!("{task:?}"),
+            other => panic!("{other:?}"),
         }
+    }
+
+    #[test]
+    fn an_image_is_asked_for_by_its_kind_or_as_in_v5_1() {
+        let image = |payload: &[u8]| match DcfTask::parse(payload) {
+            Ok(DcfTask::Image(task)) => Ok((task.request.steps, task.request.guidance)),
+            Ok(other) => panic!("{other:?}"),
+            Err(invalid) => Err(invalid.param),
+        };
+        let of_v5_1 = br#"{"prompt":"a fox","steps":20,"guidance":7.5}"#;
+        assert_eq!(image(of_v5_1), Ok((Some(20), Some(7.5))));
+        assert_eq!(
+            image(br#"{"prompt":"a fox","steps":4}"#),
+            Ok((Some(4), None))
+        );
+        assert_eq!(
+            image(br#"{"kind":"image","prompt":"a fox"}"#),
+            Ok((None, None))
+        );
+        assert_eq!(image(br#"{"kind":"image"}"#), Err("prompt".into()));
+        assert_eq!(image(br#"{"prompt":"x","steps":0}"#), Err("steps".into()));
     }
 
     #[test]
     fn a_task_of_kind_embed_has_an_input_and_other_kinds_are_ignored() {
         let embed = |payload: &[u8]| match DcfTask::parse(payload) {
             Ok(DcfTask::Embed(task)) => Ok((task.asked.task.inputs.len(), task.asked.base64)),
-            Ok(DcfTask::Generate(task)) => panic!("{task:?}"),
+            Ok(other) => panic!("{other:?}"),
             Err(invalid) => Err(invalid.param),
         };
         assert_eq!(

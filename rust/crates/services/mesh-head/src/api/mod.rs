@@ -1,6 +1,6 @@
 //! Bodies: read into the tasks of [`crate::flight`], and written from their answers. No I/O.
 //!
-//! - [`generate`] and [`embeddings`]: what bodies of the OpenAI API ask for; [`wire`]: what its answers
+//! - [`generate`], [`embeddings`] and [`images`]: what bodies of the OpenAI API ask for; [`wire`]: what its answers
 //!   consist of;
 //! - [`dcf`]: the payload of a DCF Task;
 //! - [`text_inputs`]: texts and token ids, as both have them;
@@ -10,6 +10,7 @@ pub mod dcf;
 pub mod embeddings;
 pub(crate) mod fields;
 pub(crate) mod generate;
+pub mod images;
 pub(crate) mod invalid;
 pub(crate) mod json;
 pub(crate) mod parse;

@@ -82,7 +82,7 @@ impl<'a, C: Codec> Flight<'a, C> {
             let ended = match end {
                 Step::Complete(_) => AttemptEnd::Complete,
                 Step::Fail(_, ended) | Step::Again(ended) => ended,
-                Step::Wait | Step::Emit(_) => AttemptEnd::Failed,
+                Step::Wait | Step::Emit(_) | Step::Advanced(_) => AttemptEnd::Failed,
             };
             if ended == AttemptEnd::Failed {
                 let fault = self.answer.fault();
@@ -98,7 +98,7 @@ impl<'a, C: Codec> Flight<'a, C> {
                     assignment.end(ended);
                     return Err(error);
                 }
-                Step::Again(_) | Step::Wait | Step::Emit(_) => {
+                Step::Again(_) | Step::Wait | Step::Emit(_) | Step::Advanced(_) => {
                     self.prepare_rerun(&assignment, ended, lost);
                     assignment.end(ended);
                     rerun = true;
@@ -212,6 +212,12 @@ impl<'a, C: Codec> Flight<'a, C> {
                     }
                     self.codec.tell(Event::Delta(delta));
                 }
+                Step::Advanced(tokens) => {
+                    if tokens > 0 {
+                        let first = std::mem::take(&mut prefilling);
+                        self.tokens_came(assignment, tokens as usize, first);
+                    }
+                }
                 Step::Complete(_) => {
                     self.contradict(assignment);
                     if !C::HAS_TOKENS {
@@ -256,6 +262,7 @@ impl<'a, C: Codec> Flight<'a, C> {
                     return self.progressed(assignment, attempt, progress, now);
                 }
                 WorkerReply::Failed(failure) => {
+                    let failure = self.codec.failed(attempt, failure);
                     let request = (&self.ask, &mut self.answer);
                     let suspects = &mut self.suspects;
                     suspects.ask_another(&failure, request, assignment, self.mesh);

@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use mesh_control::placement::Placed;
-use mesh_control::request::{Bounds, Lifecycle, Resume, Step};
+use mesh_control::request::{Bounds, Failure, Lifecycle, Resume, Step};
 
 use super::event::Event;
 use crate::mesh::connection::{FromWorker, WorkerRequest};
@@ -37,6 +37,11 @@ pub(super) trait Codec: Send {
         answer: &mut Lifecycle,
         now: Instant,
     ) -> Option<Step>;
+
+    /// Looks at a worker's failure before the core does. The work so far may be the cause.
+    fn failed(&mut self, _attempt: u32, failure: Failure) -> Failure {
+        failure
+    }
 
     /// Returns true if only the same weights may go on with what has come so far.
     fn has_begun(&self, answer: &Lifecycle) -> bool {

@@ -61,9 +61,13 @@ async fn run(
     };
     let replicas = mesh.replicas(&model);
     match replicas.kind {
-        Some(ModelKind::Chat) => {
+        Some(kind @ (ModelKind::Chat | ModelKind::Image)) => {
+            let makes = match kind {
+                ModelKind::Image => "images",
+                _ => "text",
+            };
             return Err(AnswerError::invalid(format!(
-                "the model {model:?} makes text, not embeddings; GET /v1/models says which makes what"
+                "the model {model:?} makes {makes}, not embeddings; GET /v1/models says which makes what"
             )));
         }
         Some(ModelKind::Embed) if task.dimensions > replicas.dimensions => {

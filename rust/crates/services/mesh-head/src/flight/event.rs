@@ -15,6 +15,11 @@ pub(crate) enum Event {
     /// Its worker reports the cause of its wait.
     Waits(Progress),
     Delta(Delta),
+    /// So many steps of an image are done, of so many.
+    Stepped {
+        step: u32,
+        steps: u32,
+    },
     /// The whole answer to a plain task, as it is.
     Whole(Bytes),
     Complete(Complete),
@@ -24,6 +29,14 @@ pub(crate) enum Event {
 
 /// The cause of a wait while no worker has room, in words that follow "waiting".
 pub(crate) const FOR_ROOM: &str = "for a worker with room";
+
+/// The cause of the wait for an image of which so many steps are done, in words that follow "waiting".
+pub(crate) fn next_step(step: u32, steps: u32) -> String {
+    match step < steps {
+        true => format!("for step {} of {steps}", step + 1),
+        false => format!("for the image, {steps} steps done"),
+    }
+}
 
 /// The cause of a request's wait at its worker, in words that follow "waiting".
 pub(crate) fn words(progress: &Progress) -> String {

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use dcf::MsgType;
+use mesh_api::paths;
 use mesh_control::request::{AnswerError, Bounds, Complete, Lifecycle, Step};
 use mesh_proto::{Done, Generate, ModelKind, Prompt, RequestPhase};
 use tokio::sync::mpsc;
@@ -115,12 +116,14 @@ async fn run<E: FnMut(Event) + Send>(
     if flight.mesh.shutdown.is_draining() {
         return Err(AnswerError::ShuttingDown);
     }
-    if flight.mesh.replicas(model).kind == Some(ModelKind::Embed) {
-        return Err(AnswerError::invalid(format!(
-            "the model {model:?} makes embeddings, not text; POST /v1/embeddings asks for those"
-        )));
-    }
-    flight.run().await
+    let (makes, path) = match flight.mesh.replicas(model).kind {
+        Some(ModelKind::Embed) => ("embeddings", paths::EMBEDDINGS),
+        Some(ModelKind::Image) => ("images", paths::IMAGES),
+        Some(ModelKind::Chat) | None => return flight.run().await,
+    };
+    Err(AnswerError::invalid(format!(
+        "the model {model:?} makes {makes}, not text; POST {path} asks for those"
+    )))
 }
 
 /// The codec: Generate out, Tokens and Done back, or the whole answer to a plain task.

@@ -1,6 +1,7 @@
-//! Tasks, whichever front end they came through: answers to generate, texts to embed.
+//! Tasks, whichever front end they came through: answers to generate, texts to embed, images to make.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use mesh_control::affinity::{estimate_tokens, prefixes};
@@ -107,6 +108,53 @@ pub(crate) struct Embedded {
     pub vectors: Bytes,
     /// Tokens that the model saw, over all texts.
     pub tokens: u64,
+}
+
+/// An image to make, whichever front end it came through. What is absent is as the model says.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct ImageRequest {
+    /// Request id in the logs of all services.
+    pub id: String,
+    /// Model name; the first model for images if absent.
+    pub model: Option<String>,
+    /// Description of the image.
+    pub prompt: String,
+    /// Description of what it is to be unlike.
+    pub negative_prompt: String,
+    /// Width and height in pixels.
+    pub size: Option<(u32, u32)>,
+    /// Denoising steps.
+    pub steps: Option<u32>,
+    /// Weight of the prompt.
+    pub guidance: Option<f32>,
+    /// Seed of the noise; random if absent.
+    pub seed: Option<u64>,
+    /// Name of the sampler.
+    pub sampler: Option<String>,
+    /// Noise levels after Karras et al.
+    pub karras: bool,
+    /// Payload of the plain DCF task that asks for the same, where it came as one.
+    pub plain: Option<Bytes>,
+    /// The client that it comes from.
+    pub origin: Origin,
+}
+
+/// A finished image.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub(crate) struct MadeImage {
+    pub model: String,
+    pub png: Bytes,
+    /// Pixels.
+    pub width: u32,
+    pub height: u32,
+    pub steps: u32,
+    pub seed: u64,
+    /// Name of the worker that finished it.
+    pub worker: String,
+    /// Times that another worker went on with it.
+    pub reruns: u32,
+    /// Time from arrival to the end.
+    pub total: Duration,
 }
 
 /// Tokens that a template puts into any prompt, and around each message, at most.

@@ -47,7 +47,8 @@ impl Mesh {
         let (instance, host) = (hello.instance, plain(&hello.host));
         let others = other_addresses(&hello.addresses, link.remote_addr().ip());
         let mut state = self.lock();
-        let whole = hello.models.iter().map(|card| card.name.clone()).collect();
+        let all = hello.all_models();
+        let whole = all.iter().map(|card| card.name.clone()).collect();
         let registry = &mut state.placement.registry;
         let (id, replaced) = registry.join(link.node_id(), link.remote_addr(), hello, now);
         let drained = state.rings.is_asked_to_drain(link.node_id());

@@ -35,9 +35,10 @@ impl Mesh {
 
     /// A worker serves other models whole than before.
     pub(crate) fn served(&self, id: WorkerId, served: Served) {
-        let whole = served.models.iter().map(|card| card.name.clone()).collect();
+        let cards = served.all_models();
+        let whole = cards.iter().map(|card| card.name.clone()).collect();
         self.change(|state, now| {
-            state.placement.registry.serves(id, served.models, now);
+            state.placement.registry.serves(id, cards, now);
             if let Some(node) = state.placement.registry.node_of(id) {
                 state.rings.serves_whole(node, whole);
             }

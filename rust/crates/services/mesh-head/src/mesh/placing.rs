@@ -9,7 +9,7 @@ use mesh_control::placement::{AttemptEnd, Decision, Placed, ReceivedTokens, Refu
 use mesh_control::registry::{TokenClock, WorkerId};
 use mesh_control::rings::Prospect;
 use mesh_control::router::Requirements;
-use mesh_proto::ModelKind;
+use mesh_proto::{ImageCard, ModelKind};
 use tokio::sync::oneshot;
 
 use super::connection::Connection;
@@ -95,6 +95,17 @@ impl Mesh {
     pub(crate) fn first_encoder(&self) -> Option<String> {
         let registry = &mut self.lock().placement.registry;
         registry.default_model(ModelKind::Embed, Instant::now())
+    }
+
+    /// The model of a request for an image that names none.
+    pub(crate) fn first_imager(&self) -> Option<String> {
+        let registry = &mut self.lock().placement.registry;
+        registry.default_model(ModelKind::Image, Instant::now())
+    }
+
+    /// Sizes and defaults of a model that makes images.
+    pub(crate) fn image_card(&self, name: &str) -> Option<ImageCard> {
+        self.with_registry(|registry| mesh_control::image::card_of(registry, name))
     }
 
     pub(crate) fn replicas(&self, name: &str) -> EmbeddingWorkers {

@@ -111,8 +111,8 @@ async fn serve_link(
     };
     control.send(message(MsgType::WELCOME, 0, &welcome)).await?;
 
-    let models = hello.models.iter().map(|model| model.name.as_str());
-    let models: Vec<&str> = models.collect();
+    let models = hello.models.iter().chain(&hello.image_models);
+    let models: Vec<&str> = models.map(|model| model.name.as_str()).collect();
     info!(worker = link.node_name(), node = link.node_id(), address = %link.remote_addr(), ?models, "worker joined");
     let (sender, orders) = mpsc::channel(ORDERS);
     let id = mesh.join(link, hello, sender);

@@ -8,14 +8,15 @@ use std::time::{Duration, Instant};
 use dcf::{ErrorCode, MsgType};
 use futures::StreamExt;
 use futures::stream::FuturesUnordered;
+use mesh_control::image::ArrivingImage;
 use mesh_control::registry::WorkerId;
 use mesh_control::registry::proofs::Proof;
 use mesh_control::request::{Bounds, Delta, Failure, Lifecycle, Step};
 use mesh_control::spotcheck::{self, Position, Sample};
 use mesh_net::quic::{Link, MsgStream, StreamFailure};
 use mesh_proto::{
-    Chat, ChatMessage, Embed, EmbedInput, EmbedText, Generate, GenerateParams, ModelKind, Progress,
-    Prompt, RequestPhase, Tokens,
+    Chat, ChatMessage, Embed, EmbedInput, EmbedText, Generate, GenerateParams, ImageData,
+    ImageTask, ModelKind, Progress, Prompt, RequestPhase, Tokens,
 };
 use tracing::{debug, info, warn};
 
@@ -67,6 +68,7 @@ async fn prove_model(mesh: &Mesh, id: WorkerId, link: &Link, proof: &Proof) -> b
     let proven = match proof.kind {
         ModelKind::Chat => probe.tokens(link).await,
         ModelKind::Embed => probe.one_vector(link).await,
+        ModelKind::Image => probe.one_image(link).await,
     };
     let sample = match proven {
         Ok(sample) => Some(sample),
@@ -237,7 +239,7 @@ impl Probe<'_> {
                 WorkerReply::Failed(failure) => return Err(failure.into()),
             };
             match step {
-                Step::Wait => {}
+                Step::Wait | Step::Advanced(_) => {}
                 Step::Emit(delta) => positions.extend(positions_of(&delta)),
                 Step::Complete(_) => {
                     let _ = stream.finish();
@@ -293,6 +295,58 @@ impl Probe<'_> {
                     let numbers = embeddings.vectors.as_chunks::<4>().0.iter();
                     let numbers = numbers.map(|bytes| f32::from_le_bytes(*bytes));
                     return Ok(Sample::Vector(numbers.collect()));
+                }
+                WorkerReply::Progress(_) => {}
+                WorkerReply::Work(message) => {
+                    debug!(kind = %message.kind, "unexpected on a request's stream");
+                }
+                WorkerReply::Failed(failure) => return Err(failure.into()),
+            }
+        }
+    }
+
+    /// The same for a model that makes images: a small one in a few steps, by whose pixels workers are compared.
+    async fn one_image(&mut self, link: &Link) -> Result<Sample, Unproven> {
+        let card = self.mesh.image_card(&self.proof.model);
+        let side = card
+            .map_or(0, |card| card.least_side)
+            .clamp(64, LARGEST_PROBE);
+        let prompt = self.proof.question.text.clone();
+        let hashed = |hash: u32, byte| hash.wrapping_mul(31).wrapping_add(u32::from(byte));
+        let seed = u64::from(prompt.bytes().fold(7, hashed));
+        let mut arriving = ArrivingImage::new(side, side, PROBE_STEPS, prompt.len());
+        let task = ImageTask {
+            request_id: ids::fresh("req"),
+            model: self.proof.model.clone(),
+            prompt,
+            width: side,
+            height: side,
+            steps: PROBE_STEPS,
+            guidance: 5.0,
+            seed,
+            sampler: "ddim".to_owned(),
+            progress_ms: progress_ms(self.mesh),
+            ..ImageTask::default()
+        };
+        let request = message(MsgType::IMAGE_TASK, 1, &task);
+        let mut stream = self.while_alive(requests::open(link, request)).await??;
+        stream.limit(arriving.message_bytes());
+        loop {
+            match self.next(&mut stream).await? {
+                WorkerReply::Work(message) if message.kind == MsgType::IMAGE_STEP => {
+                    let taken = arriving.step(1, requests::read(message)?);
+                    taken.map_err(Failure::Nonsense)?;
+                    let now = Instant::now();
+                    (self.alive, self.got_on) = (now, now);
+                }
+                WorkerReply::Work(message) if message.kind == MsgType::IMAGE_DATA => {
+                    let part: ImageData = requests::read(message)?;
+                    let taken = arriving.data(1, &part).map_err(Failure::Nonsense)?;
+                    if let Some(file) = taken {
+                        let _ = stream.finish();
+                        let pixels = pixels(&file).map_err(Failure::Nonsense)?;
+                        return Ok(Sample::Vector(pixels));
+                    }
                 }
                 WorkerReply::Progress(_) => {}
                 WorkerReply::Work(message) => {
@@ -386,6 +440,27 @@ impl Probe<'_> {
     }
 }
 
+/// The colours of a small PNG file whose size is known, as numbers around 0, so that their direction tells images
+/// apart.
+fn pixels(file: &[u8]) -> Result<Vec<f32>, String> {
+    let unread = |error| format!("the worker sent a PNG file that cannot be read: {error}");
+    let limits = png::Limits {
+        bytes: MOST_PROBE_BYTES,
+    };
+    let decoder = png::Decoder::new_with_limits(std::io::Cursor::new(file), limits);
+    let mut reader = decoder.read_info().map_err(unread)?;
+    let size = reader.output_buffer_size().unwrap_or(usize::MAX);
+    if size > MOST_PROBE_BYTES {
+        return Err(format!(
+            "the worker sent a PNG file of {size} bytes of pixels"
+        ));
+    }
+    let mut colours = vec![0; size];
+    let frame = reader.next_frame(&mut colours).map_err(unread)?;
+    let colours = &colours[..frame.buffer_size().min(size)];
+    Ok(colours.iter().map(|&c| f32::from(c) - 127.5).collect())
+}
+
 /// The tokens of a piece of an answer, with the alternatives that came with them.
 fn positions_of(delta: &Delta) -> Vec<Position> {
     let tokens = delta.tokens.iter().enumerate();
@@ -401,6 +476,15 @@ fn positions_of(delta: &Delta) -> Vec<Position> {
     positions.collect()
 }
 
+/// Steps of an image that shows whether a worker makes any.
+const PROBE_STEPS: u32 = 2;
+
+/// Pixels of its side at most, where a model makes none of 64.
+const LARGEST_PROBE: u32 = 256;
+
+/// Bytes of its pixels, and of what is needed to read them.
+const MOST_PROBE_BYTES: usize = 1 << 20;
+
 /// Interval between looks for workers that have to prove themselves.
 const PROOF_PAUSE: Duration = Duration::from_millis(250);
 
@@ -412,3 +496,22 @@ const SIGNS_FOR: u32 = 4;
 
 /// Least tokens of a probe whose time shows a speed.
 const LEAST_MEASURED: u32 = 4;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_pixels_of_a_png_file_are_compared_and_junk_is_not() {
+        let mut file = Vec::new();
+        let mut encoder = png::Encoder::new(&mut file, 2, 1);
+        encoder.set_color(png::ColorType::Rgb);
+        let mut writer = encoder.write_header().unwrap();
+        writer.write_image_data(&[0, 255, 127, 0, 0, 0]).unwrap();
+        writer.finish().unwrap();
+        let read = pixels(&file).unwrap();
+        assert_eq!(read, [-127.5, 127.5, -0.5, -127.5, -127.5, -127.5]);
+        assert!(pixels(&file[..file.len() - 20]).is_err());
+        assert!(pixels(b"GIF89a").is_err());
+    }
+}

@@ -17,9 +17,9 @@ use mesh_net::quic::{self, Connector, Link, LinkConfig, MsgStream};
 use mesh_net::seal::Sealer;
 use mesh_net::trust::{JoinToken, NodeIdentity, Role};
 use mesh_proto::{
-    Done, Embed, EmbedInput, EmbedText, Embeddings, FinishReason, Generate, Hello, Load, ModelCard,
-    ModelKind, ModelSpeed, PROTOCOL_VERSION, Progress, Prompt, REQUEST_REVISION, RequestPhase,
-    TokenLogprob, Tokens, Welcome,
+    Done, Embed, EmbedInput, EmbedText, Embeddings, FinishReason, Generate, Hello, ImageCard,
+    ImageData, ImageStep, ImageTask, Load, ModelCard, ModelKind, ModelSpeed, PROTOCOL_VERSION,
+    Progress, Prompt, REQUEST_REVISION, RequestPhase, TokenLogprob, Tokens, Welcome,
 };
 use prost::Message as _;
 use serde_json::{Value, json};
@@ -29,6 +29,7 @@ use tokio::task::AbortHandle;
 
 pub(crate) const MODEL: &str = "tiny";
 pub(crate) const VECTORS: &str = "tiny-vectors";
+pub(crate) const PICTURES: &str = "tiny-pictures";
 pub(crate) const FINGERPRINT: &str =
     "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef";
 
@@ -175,6 +176,8 @@ pub(crate) struct Script {
     pub(crate) revision: u32,
     /// It embeds as well, after as much time as a prompt takes, in which it says that the texts wait.
     pub(crate) embeds: bool,
+    /// It makes images as well, each step of which takes `pace`.
+    pub(crate) draws: bool,
     /// Other tokens than the model's.
     pub(crate) lies: bool,
 }
@@ -209,6 +212,7 @@ impl Default for Script {
             prefill: Duration::ZERO,
             revision: REQUEST_REVISION,
             embeds: false,
+            draws: false,
             lies: false,
         }
     }
@@ -238,6 +242,7 @@ pub(crate) struct Seen {
     pub(crate) requests: AtomicUsize,
     pub(crate) cancelled: AtomicUsize,
     pub(crate) generates: Mutex<Vec<Generate>>,
+    pub(crate) images: Mutex<Vec<ImageTask>>,
     /// One is held by each request that is worked on.
     slots: OnceLock<tokio::sync::Semaphore>,
     /// Requests that wait for it.
@@ -284,10 +289,28 @@ impl Worker {
                 ..models[0].clone()
             });
         }
+        let mut image_models = Vec::new();
+        if script.draws {
+            image_models.push(ModelCard {
+                name: PICTURES.into(),
+                kind: ModelKind::Image.into(),
+                image: Some(ImageCard {
+                    width: 128,
+                    height: 64,
+                    steps: 6,
+                    guidance: 3.0,
+                    sampler: "euler".into(),
+                    most_pixels: 1 << 20,
+                    ..ImageCard::default()
+                }),
+                ..models[0].clone()
+            });
+        }
         let hello = Hello {
             node_name: name.into(),
             version: "test".into(),
             models,
+            image_models,
             protocol: PROTOCOL_VERSION,
             reserved_for: Vec::new(),
             request_revision: script.revision,
@@ -400,6 +423,9 @@ pub(crate) async fn answer(link: Link, mut stream: MsgStream, script: Script, se
     };
     if message.kind == MsgType::EMBED {
         return embed(stream, message, &script, &seen).await;
+    }
+    if message.kind == MsgType::IMAGE_TASK {
+        return draw(&link, stream, message, &script, &seen).await;
     }
     let generate = Generate::decode(message.payload).unwrap();
     // The head's own questions look like a client's; only here are their words known.
@@ -590,6 +616,119 @@ async fn embed(stream: MsgStream, message: Message, script: &Script, seen: &Seen
     if send.send(message).await.is_ok() {
         finish(send).await;
     }
+}
+
+/// Makes an image of which each step depends on the state after the one before it.
+async fn draw(link: &Link, stream: MsgStream, message: Message, script: &Script, seen: &Seen) {
+    let task = ImageTask::decode(message.payload).unwrap();
+    let is_probe = spotcheck::is_question(&task.prompt);
+    let fate = if is_probe { Fate::Finish } else { script.fate };
+    if !is_probe {
+        seen.requests.fetch_add(1, Ordering::SeqCst);
+        seen.images.lock().unwrap().push(task.clone());
+    }
+    let (mut send, mut recv) = stream.split();
+    let cancelled = async {
+        let _ = recv.recv().await;
+    };
+    let steps = async {
+        let resumed = task.resume.as_ref();
+        let done = resumed.map_or(0, |step| step.step);
+        let mut state = resumed.map_or_else(|| first_state(&task), |step| step.state.to_vec());
+        let last = match fate {
+            Fate::Endless => task.steps + 1,
+            _ => task.steps,
+        };
+        for step in done + 1..=last {
+            match fate {
+                Fate::DiesAfter(limit) if step - done > limit => {
+                    link.close(ErrorCode::INTERNAL, "died");
+                    return;
+                }
+                Fate::SilentAfter(limit) if step - done > limit => {
+                    return std::future::pending().await;
+                }
+                Fate::FailsAfter(limit, code) if step - done > limit => {
+                    let error = Message::error(0, 0, code, "as scripted");
+                    send.send(error).await.unwrap();
+                    return finish(send).await;
+                }
+                _ => {}
+            }
+            if !is_probe {
+                tokio::time::sleep(script.pace).await;
+            }
+            state = next_state(&state, step);
+            let sent = match fate {
+                Fate::Huge => vec![1; 10 << 20],
+                _ => state.clone(),
+            };
+            let body = ImageStep {
+                step,
+                steps: task.steps,
+                state: sent.into(),
+            };
+            let message = Message::new(MsgType::IMAGE_STEP, 0, 0, body.encode_to_vec());
+            if send.send(message).await.is_err() {
+                return;
+            }
+        }
+        let file = png_of(&state, task.width, task.height);
+        for part in ImageData::parts(file.into()) {
+            let message = Message::new(MsgType::IMAGE_DATA, 0, 0, part.encode_to_vec());
+            if send.send(message).await.is_err() {
+                return;
+            }
+        }
+        finish(send).await;
+    };
+    tokio::select! {
+        () = steps => {}
+        () = cancelled => {
+            if !is_probe {
+                seen.cancelled.fetch_add(1, Ordering::SeqCst);
+            }
+        }
+    }
+}
+
+fn first_state(task: &ImageTask) -> Vec<u8> {
+    let text = format!(
+        "{}|{}|{}|{}",
+        task.prompt, task.negative_prompt, task.seed, task.guidance
+    );
+    next_state(text.as_bytes(), task.width)
+}
+
+fn next_state(state: &[u8], step: u32) -> Vec<u8> {
+    let mut hash = 0xCBF2_9CE4_8422_2325 ^ u64::from(step);
+    let bytes = state.iter().cycle().take(state.len().max(256));
+    let next = bytes.enumerate().map(|(index, byte)| {
+        hash = (hash ^ u64::from(*byte) ^ index as u64).wrapping_mul(0x100_0000_01B3);
+        (hash >> 32) as u8
+    });
+    next.take(256).collect()
+}
+
+fn png_of(state: &[u8], width: u32, height: u32) -> Vec<u8> {
+    let mut file = Vec::new();
+    let mut encoder = png::Encoder::new(&mut file, width, height);
+    encoder.set_color(png::ColorType::Rgb);
+    let mut writer = encoder.write_header().unwrap();
+    let colours = state.iter().copied().cycle();
+    let colours: Vec<u8> = colours.take((width * height * 3) as usize).collect();
+    writer.write_image_data(&colours).unwrap();
+    writer.finish().unwrap();
+    file
+}
+
+/// The file that any worker makes of this task without a disturbance.
+pub(crate) fn undisturbed(task: &ImageTask) -> Vec<u8> {
+    let mut state = first_state(task);
+    for step in 1..=task.steps {
+        state = next_state(&state, step);
+    }
+    png_of(&state, task.width, task.height)
 }
 
 /// Counts a request that waits, until it is dropped.

@@ -13,7 +13,8 @@ use crate::error::WorkerError;
 pub(crate) fn path_of(name: &str, config: &Config) -> Result<PathBuf, LocalError> {
     let folders = config.folders();
     let encoder = mesh_model::encoder::find(name, &folders);
-    encoder.map_or_else(|| local::resolve(name, &folders), Ok)
+    let found = encoder.or_else(|| mesh_model::image::find(name, &folders));
+    found.map_or_else(|| local::resolve(name, &folders), Ok)
 }
 
 pub(crate) fn is_at_hand(name: &str, config: &Config) -> bool {

@@ -6,7 +6,7 @@
 
 use std::collections::{HashMap, HashSet};
 
-use mesh_api::fields::{CHAT, COMPLETIONS, EMBEDDINGS, Table};
+use mesh_api::fields::{CHAT, COMPLETIONS, EMBEDDINGS, IMAGES, Table};
 
 use super::reader::Fields;
 use crate::api::invalid::Invalid;
@@ -17,6 +17,7 @@ pub(crate) enum Api {
     Chat,
     Completions,
     Embeddings,
+    Images,
 }
 
 impl Api {
@@ -26,6 +27,7 @@ impl Api {
             Self::Chat => ([GENERATION_READ, CHAT_READ], CHAT),
             Self::Completions => ([GENERATION_READ, COMPLETIONS_READ], COMPLETIONS),
             Self::Embeddings => ([EMBEDDINGS_READ, ""], EMBEDDINGS),
+            Self::Images => ([IMAGES_READ, IMAGES_ALSO_READ], IMAGES),
         }
     }
 }
@@ -73,6 +75,11 @@ const CHAT_READ: &str = "messages max_completion_tokens top_logprobs continue_fi
     chat_template_kwargs enable_thinking reasoning_effort";
 const COMPLETIONS_READ: &str = "prompt echo best_of";
 const EMBEDDINGS_READ: &str = "model input encoding_format dimensions user input_type prompt_name";
+const IMAGES_READ: &str = "model prompt negative_prompt n size width height steps guidance_scale seed sampler scheduler \
+    response_format stream progress user";
+/// The names that other servers give to those.
+const IMAGES_ALSO_READ: &str = "num_inference_steps inference_steps sample_steps guidance cfg_scale random_seed sampling_seed \
+    sampler_name sample_method sampling_method schedule";
 
 #[cfg(test)]
 mod tests;

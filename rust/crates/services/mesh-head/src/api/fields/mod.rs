@@ -10,4 +10,4 @@ mod sampling;
 pub(crate) use known::{Api, check};
 pub(crate) use messages::conversation;
 pub(crate) use reader::{Fields, token_ids, whole_number};
-pub(crate) use sampling::sampling;
+pub(crate) use sampling::{sampling, seed};

@@ -59,7 +59,7 @@ fn stop_token_ids(fields: Fields<'_>) -> Result<Vec<u32>, Invalid> {
     Ok(ids)
 }
 
-fn seed(fields: Fields<'_>, name: &str) -> Result<Option<u64>, Invalid> {
+pub(crate) fn seed(fields: Fields<'_>, name: &str) -> Result<Option<u64>, Invalid> {
     // Negative seeds exist in the wild; two's complement keeps them apart.
     let seed = |value: &Value| {
         let signed = || whole_number(value).map(i64::cast_unsigned);

@@ -17,12 +17,13 @@ use tokio_util::task::TaskTracker;
 use tracing::debug;
 
 use super::chunk_sender::ChunkSender;
-use crate::api::dcf::{DcfEmbed, DcfGenerate, DcfTask};
+use crate::api::dcf::{DcfEmbed, DcfGenerate, DcfImage, DcfTask};
 use crate::api::parse;
 use crate::flight::embed::embed;
-use crate::flight::event::{Event, FOR_ROOM, words};
+use crate::flight::event::{Event, FOR_ROOM, next_step, words};
 use crate::flight::generate::generate;
-use crate::flight::task::GenerateTask;
+use crate::flight::image;
+use crate::flight::task::{GenerateTask, ImageRequest};
 use crate::ids;
 use crate::locks::lock;
 use crate::mesh::{Lease, Mesh, timestamp_us};
@@ -64,6 +65,7 @@ impl Port {
         let result = match self.read(key, payload.clone()).await {
             Ok(DcfTask::Generate(task)) => self.generate(key, run, task, payload).await,
             Ok(DcfTask::Embed(task)) => self.embed(key, task, &mut lease).await,
+            Ok(DcfTask::Image(task)) => self.image(key, task, payload, &mut lease).await,
             Err(failure) => Err(failure),
         };
         let (answer, keep) = match result {
@@ -142,6 +144,33 @@ impl Port {
         Ok(asked.answer(&embedded).into())
     }
 
+    /// The PNG file of an image.
+    async fn image(
+        &self,
+        key: TaskKey,
+        task: DcfImage,
+        payload: Bytes,
+        lease: &mut Lease,
+    ) -> Result<Bytes, AnswerError> {
+        let request = ImageRequest {
+            id: ids::fresh("dcf"),
+            plain: (payload.len() <= MOST_TASK_BYTES).then_some(payload),
+            origin: Origin::of(key.client.ip()),
+            ..task.request
+        };
+        let tell = |event| {
+            let wait = match event {
+                Event::Queued => FOR_ROOM.to_owned(),
+                Event::Waits(progress) => words(&progress),
+                Event::Stepped { step, steps } => next_step(step, steps),
+                _ => return,
+            };
+            lock(&self.waits).insert(key, wait);
+        };
+        let made = image::make(&self.mesh, Front::Dcf, request, lease, tell).await?;
+        Ok(made.png)
+    }
+
     /// The text of an answer; meanwhile Partials go out where they were asked for.
     async fn generate(
         &self,
@@ -188,7 +217,7 @@ impl Port {
                 waits = true;
                 lock(&self.waits).insert(key, words(&progress));
             }
-            Event::Placed(_) => {}
+            Event::Placed(_) | Event::Stepped { .. } => {}
             Event::Delta(delta) => {
                 if std::mem::take(&mut waits) {
                     lock(&self.waits).remove(&key);

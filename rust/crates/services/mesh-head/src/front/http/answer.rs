@@ -223,6 +223,8 @@ impl Answering {
                     };
                     return Some((index, Ok(Event::Delta(delta))));
                 }
+                // Steps are those of images.
+                Event::Stepped { .. } => {}
                 event @ Event::Delta(_) => {
                     "for the next token".clone_into(&mut self.waits);
                     return Some((index, Ok(event)));
@@ -302,6 +304,7 @@ impl Answering {
             | Event::Queued
             | Event::Placed(_)
             | Event::Waits(_)
+            | Event::Stepped { .. }
             | Event::Failed(_) => {}
         }
     }
@@ -441,4 +444,4 @@ fn event_frame(data: &[u8]) -> Bytes {
 
 const TYPICAL_FRAME: usize = 320;
 /// Time for which a streamed request may be refused with an HTTP status of its own.
-const GRACE: Duration = Duration::from_millis(400);
+pub(super) const GRACE: Duration = Duration::from_millis(400);

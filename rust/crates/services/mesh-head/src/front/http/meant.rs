@@ -25,7 +25,10 @@ fn meant(path: &str) -> Option<String> {
     }
     let short = matches!(
         &parts[..],
-        ["chat", "completions"] | ["completions" | "embeddings"] | ["models", ..]
+        ["chat", "completions"]
+            | ["completions" | "embeddings"]
+            | ["models", ..]
+            | ["images", "generations"]
     );
     if short {
         parts.insert(0, "v1");
@@ -46,6 +49,7 @@ mod tests {
             ("/v1/v1/embeddings", "/v1/embeddings"),
             ("/chat/completions", "/v1/chat/completions"),
             ("/models/Qwen/Qwen3-0.6B", "/v1/models/Qwen/Qwen3-0.6B"),
+            ("/images/generations", "/v1/images/generations"),
             ("/health/", "/health"),
         ] {
             assert_eq!(meant(path).as_deref(), Some(expected), "{path}");

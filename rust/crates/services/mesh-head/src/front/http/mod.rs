@@ -9,6 +9,7 @@ mod answer;
 mod error;
 mod hold;
 mod ignored;
+mod images;
 mod intake;
 mod keys;
 mod meant;
@@ -20,7 +21,7 @@ mod state;
 mod tokens;
 
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::SystemTime;
 
 use axum::body::Body;
@@ -42,6 +43,7 @@ use tower::ServiceExt as _;
 pub(crate) use error::ApiError;
 pub(crate) use keys::{Keys, KeysError};
 use mesh_control::fair::{Ingress, Source};
+use mesh_control::image_files::ImageFiles;
 use mesh_control::registry::Registry;
 
 use crate::api::embeddings::AskedEmbeddings;
@@ -78,18 +80,23 @@ pub(crate) fn router(
     let guard = Guard::of_names(&mesh.config.http.hosts)
         .only_while(move || !known_keys.are_needed())
         .with_origins(&mesh.config.http.cors);
+    let image_memory = usize::try_from(mesh.config.http.image_memory).unwrap_or(usize::MAX);
+    let images = ImageFiles::new(image_memory, mesh.config.http.image_lifetime);
     let api = Api {
         mesh,
         keys: Arc::new(keys),
         authority,
         own_id: own_id.into(),
         concurrency,
+        images: Arc::new(Mutex::new(images)),
     };
     let administration =
         of(for_administrators()).route_layer(middleware::from_fn(administrators_only));
     let routes = of(for_clients())
         .merge(administration)
         .route_layer(middleware::from_fn_with_state(api.clone(), authenticate))
+        // Its name is secret, and browsers show it without a key.
+        .route(paths::IMAGE_FILE, get(images::file))
         .with_state(api)
         .route(paths::OPENAPI, get(openapi))
         .merge(health)
@@ -119,6 +126,7 @@ fn for_clients() -> Vec<Route> {
         route(POST, paths::CHAT_COMPLETIONS, chat),
         route(POST, paths::COMPLETIONS, completions),
         route(POST, paths::EMBEDDINGS, embed),
+        route(POST, paths::IMAGES, images::generate),
         route(GET, paths::MESH, admin::show),
     ]
 }
@@ -336,6 +344,7 @@ mod tests {
         let routed = routed.chain(for_administrators().into_iter().map(admin));
         let routed = routed.chain([
             (GET, paths::OPENAPI, open.clone()),
+            (GET, paths::IMAGE_FILE, open.clone()),
             (GET, paths::HEALTH, open),
             // `http.open` says whether these need a key.
             (GET, paths::READY, optional.clone()),

@@ -100,6 +100,7 @@ pub(super) fn kind_name(card: &ModelCard) -> &'static str {
     match card.kind() {
         ModelKind::Chat => "chat",
         ModelKind::Embed => "embed",
+        ModelKind::Image => "image",
     }
 }
 

@@ -1,7 +1,8 @@
 //! State that the handlers share.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
+use mesh_control::image_files::ImageFiles;
 use mesh_net::trust::Authority;
 
 use super::error::ApiError;
@@ -16,6 +17,7 @@ pub(super) struct Api {
     pub(super) authority: Arc<Authority>,
     pub(super) own_id: Arc<str>,
     pub(super) concurrency: Arc<ConcurrencyLimit>,
+    pub(super) images: Arc<Mutex<ImageFiles>>,
 }
 
 impl Api {

@@ -8,7 +8,7 @@ fn unknown(api: Api, body: &Value) -> Result<Vec<String>, Invalid> {
     Ok(names.into_iter().map(str::to_owned).collect())
 }
 
-const ALL: [Api; 3] = [Api::Chat, Api::Completions, Api::Embeddings];
+const ALL: [Api; 4] = [Api::Chat, Api::Completions, Api::Embeddings, Api::Images];
 
 #[test]
 fn every_refused_field_may_be_null_and_its_refusal_names_the_remedy() {
@@ -46,6 +46,11 @@ fn values_that_ask_for_nothing_are_taken() {
         unknown(Api::Embeddings, &json!({"truncate": "END"})),
         Ok(Vec::new())
     );
+    let images = json!({
+        "prompt": "x", "quality": "standard", "style": "vivid", "background": "auto", "output_format": "png", "partial_images": 0,
+        "batch_size": 1, "n_iter": 1, "clip_skip": 1, "eta": 0, "subseed": -1, "lora": [], "restore_faces": false, "moderation": "low",
+    });
+    assert_eq!(unknown(Api::Images, &images), Ok(Vec::new()));
 }
 
 #[test]
@@ -75,6 +80,11 @@ fn what_would_change_the_answer_is_refused() {
         (Api::Embeddings, json!({"truncate": false})),
         (Api::Embeddings, json!({"truncate": "START"})),
         (Api::Embeddings, json!({"embedding_types": ["int8"]})),
+        (Api::Images, json!({"image": "data:image/png;base64,"})),
+        (Api::Images, json!({"partial_images": 2})),
+        (Api::Images, json!({"output_format": "webp"})),
+        (Api::Images, json!({"clip_skip": 2})),
+        (Api::Images, json!({"batch_size": 4})),
     ] {
         let name = body.as_object().unwrap().keys().next().unwrap().clone();
         assert_eq!(unknown(api, &body).unwrap_err().param, name, "{body}");
@@ -88,6 +98,7 @@ fn a_field_stands_in_one_table_and_in_the_openapi_document() {
         (Api::Chat, "ChatCompletionRequest"),
         (Api::Completions, "CompletionRequest"),
         (Api::Embeddings, "CreateEmbeddingRequest"),
+        (Api::Images, "CreateImageRequest"),
     ] {
         let (read, table) = api.fields();
         let mut names: Vec<&str> = names(read).chain(table.harmless()).collect();

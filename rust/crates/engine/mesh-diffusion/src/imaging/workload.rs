@@ -1,0 +1,91 @@
+//! Imaging: the workload of models of images.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use mesh_engine::{RequestError, RequestKey, StepOutcome, Workload};
+
+use super::scheduler::Scheduler;
+use super::{Diffuser, DiffuserInfo, ImageEvent, ImageRequest};
+use crate::tokenizer::ClipTokenizer;
+
+/// Limits on requests.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ImagingOptions {
+    /// Requests that take turns with each other. Each keeps its latents, and its picture takes the longer the more there are.
+    pub slots: usize,
+    /// Requests that may wait besides those.
+    pub queue_limit: usize,
+}
+
+impl Default for ImagingOptions {
+    fn default() -> Self {
+        ImagingOptions {
+            slots: 2,
+            queue_limit: 16,
+        }
+    }
+}
+
+/// A model of images and its scheduler.
+pub struct Imaging<D: Diffuser> {
+    model: D,
+    scheduler: Scheduler,
+    /// The request that takes the turn under way.
+    turn: Option<RequestKey>,
+}
+
+impl<D: Diffuser> Imaging<D> {
+    /// The workload of `model`, whose prompts `tokenizer` reads.
+    pub fn new(model: D, tokenizer: Arc<ClipTokenizer>, options: ImagingOptions) -> Self {
+        Imaging {
+            scheduler: Scheduler::new(model.info().clone(), tokenizer, options),
+            model,
+            turn: None,
+        }
+    }
+}
+
+impl<D: Diffuser> Workload for Imaging<D> {
+    type Request = ImageRequest;
+    type Event = ImageEvent;
+    type Info = DiffuserInfo;
+    type Scheduler = Scheduler;
+
+    const STEPS: &'static str = "steps of pictures";
+    const LONG_STEPS: bool = true;
+
+    fn info(&self) -> &DiffuserInfo {
+        self.model.info()
+    }
+
+    fn scheduler(&mut self) -> &mut Scheduler {
+        &mut self.scheduler
+    }
+
+    fn begin(&mut self, now: Instant) -> bool {
+        if self.turn.is_some() {
+            return false;
+        }
+        self.turn = self.scheduler.plan(now);
+        self.turn.is_some()
+    }
+
+    fn poll(&mut self, _: Instant) -> StepOutcome {
+        let Some(key) = self.turn.take() else {
+            return StepOutcome::Pending;
+        };
+        match self.scheduler.turn(key, &mut self.model) {
+            Ok(()) => StepOutcome::Completed,
+            Err(error) => StepOutcome::Failed { rows: 1, error },
+        }
+    }
+
+    fn is_last(event: &ImageEvent) -> bool {
+        matches!(event, ImageEvent::Done(_))
+    }
+
+    fn failed(error: RequestError) -> ImageEvent {
+        ImageEvent::Done(Err(error))
+    }
+}

@@ -1,0 +1,438 @@
+//! Tiny models with random weights against diffusers' and transformers' results, which `scripts/diffusion_goldens.py` writes.
+
+use std::path::{Path, PathBuf};
+
+use mesh_diffusion::checkpoint::Checkpoint;
+use mesh_diffusion::config::Family;
+use mesh_diffusion::{
+    Chunk, Conditioning, Diffuser, Image, LatentShape, Prompt, TextEmbedding, synth,
+};
+use mesh_engine::StageError;
+use mesh_model::safetensors::{Dtype, Safetensors};
+
+use crate::{Device, LoadError, Options, Precision, TchDiffuser};
+
+const FAMILIES: [(&str, Family); 3] = [
+    ("sd1", Family::Sd1),
+    ("sd2", Family::Sd2),
+    ("xl", Family::Xl),
+];
+const SHAPE: LatentShape = LatentShape {
+    channels: 4,
+    height: 9,
+    width: 12,
+};
+const TIMESTEP: f32 = 481.0;
+const GUIDANCE: f32 = 2.5;
+/// Each how many rows of hidden states are in the file.
+const EVERY: usize = 7;
+
+fn goldens() -> Safetensors {
+    Safetensors::open(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/golden.safetensors"))
+        .unwrap()
+}
+
+fn golden(name: &str) -> Vec<f32> {
+    goldens().tensor(name).unwrap().to_f32().unwrap()
+}
+
+/// A folder with the tiny models.
+struct Models(tempfile::TempDir);
+
+impl Models {
+    fn new() -> Self {
+        Models(tempfile::tempdir().unwrap())
+    }
+
+    fn folder(&self, family: Family) -> PathBuf {
+        let path = self.0.path().join("model");
+        synth::write_folder(&synth::tiny(family), &path, Dtype::F32).unwrap();
+        path
+    }
+
+    fn single(&self, family: Family) -> PathBuf {
+        let path = self.0.path().join("model.safetensors");
+        synth::write_single(&synth::tiny(family), &path, Dtype::F32).unwrap();
+        path
+    }
+
+    fn tiny_vae(&self) -> PathBuf {
+        let path = self.0.path().join("taesd");
+        synth::write_tiny_vae(&synth::tiny_vae(), &path, Dtype::F32).unwrap();
+        path
+    }
+}
+
+fn options() -> Options {
+    Options {
+        device: Device::Cpu,
+        threads: 2,
+        ..Options::default()
+    }
+}
+
+fn load(path: &Path, options: &Options) -> TchDiffuser {
+    TchDiffuser::load(&Checkpoint::open(path).unwrap(), options).unwrap()
+}
+
+fn prompt() -> Prompt {
+    let chunk = |tokens: &[u32]| Chunk {
+        tokens: tokens.into(),
+        weights: vec![1.0; tokens.len()],
+    };
+    Prompt {
+        chunks: vec![chunk(&[5, 77, 340, 995, 12]), chunk(&[800, 3])],
+        start: 998,
+        end: 999,
+    }
+}
+
+fn text(name: &str, width: usize, pooled: usize) -> TextEmbedding {
+    TextEmbedding {
+        hidden: synth::randoms(&format!("input/{name}"), 77 * width),
+        tokens: 77,
+        width,
+        pooled: synth::randoms(&format!("input/{name} pooled"), pooled),
+    }
+}
+
+fn conditioning(model: &TchDiffuser, family: Family) -> Conditioning {
+    let width = model.config.unet.context as usize;
+    let pooled = if family == Family::Xl { 64 } else { 0 };
+    Conditioning {
+        prompt: text("prompt", width, pooled),
+        negative: Some(text("negative", width, pooled)),
+    }
+}
+
+fn latents(scale: f32) -> Vec<f32> {
+    let latents = synth::randoms("input/latents", SHAPE.len());
+    latents.into_iter().map(|x| scale * x).collect()
+}
+
+fn picture() -> Image {
+    let (width, height) = (24, 16);
+    let values = synth::randoms("input/picture", 3 * 24 * 16);
+    Image {
+        width,
+        height,
+        rgb: values
+            .into_iter()
+            .map(|x| ((x + 1.0) * 127.0) as u8)
+            .collect(),
+    }
+}
+
+fn assert_close(what: &str, found: &[f32], expected: &[f32], tolerance: f32) {
+    assert_eq!(found.len(), expected.len(), "{what}");
+    let most = found
+        .iter()
+        .zip(expected)
+        .map(|(a, b)| (a - b).abs())
+        .fold(0.0, f32::max);
+    println!("{what}: largest difference {most:e}");
+    assert!(
+        most <= tolerance,
+        "{what}: largest difference {most}, {tolerance} is allowed"
+    );
+}
+
+#[test]
+fn prompts_are_encoded_as_by_transformers() {
+    for (name, family) in FAMILIES {
+        let models = Models::new();
+        let mut model = load(&models.folder(family), &options());
+        let encoded = model.encode(&prompt(), None).unwrap().prompt;
+        assert_eq!(
+            (encoded.tokens, encoded.width),
+            (2 * 77, model.config.unet.context as usize)
+        );
+        let rows: Vec<f32> = encoded
+            .hidden
+            .chunks(encoded.width)
+            .step_by(EVERY)
+            .flatten()
+            .copied()
+            .collect();
+        assert_close(
+            &format!("{name} hidden rows"),
+            &rows,
+            &golden(&format!("{name}.hidden")),
+            1e-4,
+        );
+        if family == Family::Xl {
+            assert_close("xl pooled row", &encoded.pooled, &golden("xl.pooled"), 1e-4);
+        }
+    }
+}
+
+#[test]
+fn noise_is_predicted_as_by_diffusers() {
+    for (name, family) in FAMILIES {
+        let models = Models::new();
+        let path = models.folder(family);
+        for guidance_in_turn in [false, true] {
+            let mut model = load(
+                &path,
+                &Options {
+                    guidance_in_turn,
+                    ..options()
+                },
+            );
+            let both = conditioning(&model, family);
+            let alone = Conditioning {
+                negative: None,
+                ..both.clone()
+            };
+            let mut predict = |conditioning| {
+                model
+                    .denoise(&latents(1.7), SHAPE, TIMESTEP, conditioning, GUIDANCE)
+                    .unwrap()
+            };
+            let what = format!("{name} in turn {guidance_in_turn}");
+            assert_close(
+                &format!("{what} predicted"),
+                &predict(&alone),
+                &golden(&format!("{name}.predicted")),
+                1e-4,
+            );
+            assert_close(
+                &format!("{what} guided"),
+                &predict(&both),
+                &golden(&format!("{name}.guided")),
+                3e-4,
+            );
+        }
+    }
+}
+
+#[test]
+fn pictures_are_decoded_and_encoded_as_by_diffusers() {
+    for (name, family) in FAMILIES {
+        let models = Models::new();
+        let mut model = load(&models.folder(family), &options());
+        let image = model.decode(&latents(0.5), SHAPE).unwrap();
+        assert_eq!((image.width, image.height), (24, 18));
+        let goldens = goldens();
+        let expected = goldens
+            .tensor(&format!("{name}.decoded"))
+            .unwrap()
+            .data
+            .read()
+            .unwrap()
+            .into_owned();
+        let most = image
+            .rgb
+            .iter()
+            .zip(&expected)
+            .map(|(a, b)| a.abs_diff(*b))
+            .max();
+        assert_eq!(image.rgb.len(), expected.len());
+        assert!(most <= Some(1), "{name}: a pixel differs by {most:?}");
+        // A picture of one colour would prove nothing.
+        assert!(expected.iter().max() > expected.iter().min().map(|least| least + 50).as_ref());
+
+        let encoded = model
+            .encode_image(&picture(), &synth::randoms("input/noise", 4 * 8 * 12))
+            .unwrap();
+        assert_close(
+            &format!("{name} encoded"),
+            &encoded,
+            &golden(&format!("{name}.encoded")),
+            1e-4,
+        );
+    }
+}
+
+#[test]
+fn the_tiny_autoencoder_computes_what_diffusers_does() {
+    let models = Models::new();
+    let tiny_vae = Some(models.tiny_vae());
+    let mut model = load(
+        &models.folder(Family::Sd1),
+        &Options {
+            tiny_vae,
+            ..options()
+        },
+    );
+    let shape = [
+        1,
+        SHAPE.channels as i64,
+        SHAPE.height as i64,
+        SHAPE.width as i64,
+    ];
+    let tensor = model
+        .tensor(&latents(2.0), &shape, tch::Kind::Float)
+        .unwrap();
+    assert_close(
+        "decoded",
+        &model.pixels(&tensor).unwrap(),
+        &golden("taesd.pixels"),
+        1e-4,
+    );
+    let encoded = model.encode_image(&picture(), &[0.0; 4 * 8 * 12]).unwrap();
+    assert_close("encoded", &encoded, &golden("taesd.encoded"), 1e-4);
+}
+
+#[test]
+fn a_single_file_computes_the_same_bits_as_the_folder() {
+    for (name, family) in FAMILIES {
+        let models = Models::new();
+        let mut folder = load(&models.folder(family), &options());
+        let mut single = load(&models.single(family), &options());
+        assert_eq!(single.config, folder.config, "{name}");
+        let both = conditioning(&folder, family);
+        let mut results = [&mut folder, &mut single].map(|model| {
+            let encoded = model.encode(&prompt(), Some(&prompt())).unwrap();
+            let predicted = model
+                .denoise(&latents(1.7), SHAPE, TIMESTEP, &both, GUIDANCE)
+                .unwrap();
+            (
+                encoded,
+                predicted,
+                model.decode(&latents(0.5), SHAPE).unwrap(),
+            )
+        });
+        let [first, second] = &mut results;
+        assert!(first == second, "{name}");
+    }
+}
+
+#[test]
+fn large_pictures_are_made_of_tiles() {
+    let models = Models::new();
+    let path = models.folder(Family::Sd1);
+    let shape = LatentShape {
+        channels: 4,
+        height: 40,
+        width: 56,
+    };
+    let latents = synth::randoms("input/large", shape.len());
+    let decode = |tile| {
+        load(&path, &Options { tile, ..options() })
+            .decode(&latents, shape)
+            .unwrap()
+    };
+    let (whole, tiled) = (decode(128), decode(32));
+    assert_eq!(
+        (whole.width, whole.height, whole.rgb.len()),
+        (tiled.width, tiled.height, tiled.rgb.len())
+    );
+    // Norms over a tile differ from those over the picture, here by little.
+    let differences: u64 = whole
+        .rgb
+        .iter()
+        .zip(&tiled.rgb)
+        .map(|(a, b)| u64::from(a.abs_diff(*b)))
+        .sum();
+    let mean = differences as f64 / whole.rgb.len() as f64;
+    assert!(mean > 0.0 && mean < 8.0, "mean difference {mean}");
+}
+
+#[test]
+fn an_empty_negative_prompt_of_xl_is_all_zeros() {
+    let models = Models::new();
+    let mut model = load(&models.folder(Family::Xl), &options());
+    let empty = Prompt {
+        chunks: vec![Chunk::default(); 2],
+        ..prompt()
+    };
+    let negative = model
+        .encode(&prompt(), Some(&empty))
+        .unwrap()
+        .negative
+        .unwrap();
+    assert!(
+        negative
+            .hidden
+            .iter()
+            .chain(&negative.pooled)
+            .all(|&x| x == 0.0)
+    );
+    assert_eq!(negative.tokens, 2 * 77);
+}
+
+#[test]
+fn bf16_is_close_to_f32() {
+    let models = Models::new();
+    let precision = Precision::Bf16;
+    let mut model = match TchDiffuser::load(
+        &Checkpoint::open(&models.folder(Family::Sd1)).unwrap(),
+        &Options {
+            precision,
+            ..options()
+        },
+    ) {
+        Ok(model) => model,
+        // An old CPU.
+        Err(LoadError::Precision { .. }) => return,
+        Err(error) => panic!("{error}"),
+    };
+    let alone = Conditioning {
+        negative: None,
+        ..conditioning(&model, Family::Sd1)
+    };
+    let predicted = model
+        .denoise(&latents(1.7), SHAPE, TIMESTEP, &alone, 1.0)
+        .unwrap();
+    assert_close("bf16", &predicted, &golden("sd1.predicted"), 0.1);
+}
+
+#[test]
+fn malformed_calls_are_errors_and_the_model_works_on() {
+    let models = Models::new();
+    let mut model = load(&models.folder(Family::Sd1), &options());
+    let both = conditioning(&model, Family::Sd1);
+    let short = model.denoise(&[0.0; 5], SHAPE, TIMESTEP, &both, GUIDANCE);
+    assert!(matches!(short, Err(StageError::Malformed(_))), "{short:?}");
+    let narrow = Conditioning {
+        prompt: text("prompt", 64, 0),
+        negative: None,
+    };
+    let narrow = model.denoise(&latents(1.0), SHAPE, TIMESTEP, &narrow, GUIDANCE);
+    assert!(
+        matches!(narrow, Err(StageError::Malformed(_))),
+        "{narrow:?}"
+    );
+    let unknown = Prompt {
+        start: 5000,
+        ..prompt()
+    };
+    let unknown = model.encode(&unknown, None);
+    assert!(
+        matches!(unknown, Err(StageError::NoSuchToken { token: 5000, .. })),
+        "{unknown:?}"
+    );
+    // More than any address space.
+    let side = 1 << 22;
+    let pixels = tch::Tensor::f_zeros([1, 4, 1, 1], (tch::Kind::Float, tch::Device::Cpu)).unwrap();
+    let failed = model
+        .decode_whole(&pixels.f_expand([1, 4, side, side], false).unwrap())
+        .unwrap_err();
+    let message = StageError::from(failed).to_string();
+    assert!(
+        message.contains("out of memory") && message.contains("use a smaller picture"),
+        "{message}"
+    );
+    assert!(
+        model
+            .denoise(&latents(1.0), SHAPE, TIMESTEP, &both, GUIDANCE)
+            .is_ok()
+    );
+}
+
+#[test]
+fn a_device_that_does_not_exist_is_named() {
+    let models = Models::new();
+    let checkpoint = Checkpoint::open(&models.folder(Family::Sd1)).unwrap();
+    let device = Device::Gpu(63);
+    let error = TchDiffuser::load(
+        &checkpoint,
+        &Options {
+            device,
+            ..options()
+        },
+    )
+    .unwrap_err();
+    assert!(error.to_string().contains("no device cuda:63"), "{error}");
+}

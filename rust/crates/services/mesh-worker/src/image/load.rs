@@ -1,0 +1,307 @@
+//! Loads models for images.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use futures::StreamExt;
+use mesh_diffusion::checkpoint::{Checkpoint, Module};
+use mesh_diffusion::imaging::{
+    Conditioning, Diffuser, DiffuserInfo, Image, ImageEvent, ImageRequest, Imaging, ImagingOptions,
+    LatentShape,
+};
+use mesh_diffusion::prompt::Prompt;
+use mesh_diffusion::tokenizer::ClipTokenizer;
+use mesh_engine::{Engine, EngineHandle, StageError};
+use mesh_engine_ort::Backend;
+use mesh_engine_tch::{Device, Options, TchDiffuser};
+use mesh_machine::Memory;
+use mesh_model::model::model_name;
+use mesh_proto::{ImageCard, ModelCard, ModelKind};
+use mesh_store::Hasher;
+use mesh_store::manifest::model_files;
+
+use crate::config::Config;
+use crate::error::WorkerError;
+use crate::served::ServedModel;
+
+/// Loads the model at `path`, starts its engine and lets it make a small image, which also measures its speed. It is called as
+/// its file or folder is unless there is a `name`.
+pub(crate) fn load(
+    path: &Path,
+    name: Option<&str>,
+    _: Option<&str>,
+    config: &Config,
+) -> Result<ServedModel, WorkerError> {
+    let started = Instant::now();
+    let name = name.map_or_else(|| model_name(path), str::to_owned);
+    let failed = |reason: String| WorkerError::Imaging {
+        name: name.clone(),
+        reason,
+    };
+    let checkpoint = Checkpoint::open(path).map_err(|error| failed(error.to_string()))?;
+    let tokenizer = tokenizer(path).map_err(failed)?;
+    let options = options(config, &checkpoint).map_err(failed)?;
+    let model = TchDiffuser::load(&checkpoint, &options);
+    let model = model.map_err(|error| failed(error.to_string()))?;
+    let fingerprint = fingerprint(path, config);
+    let fingerprint = fingerprint.map_err(|error| WorkerError::fingerprint(path, &error))?;
+    let file_bytes = checkpoint.bytes();
+    drop(checkpoint);
+    let model = Quiet {
+        model,
+        nice: config.images.nice,
+    };
+    let turns = ImagingOptions {
+        queue_limit: config.queue_limit,
+        ..ImagingOptions::default()
+    };
+    let start = |_| Ok(Imaging::new(model, Arc::new(tokenizer), turns));
+    let engine = Engine::start_with(&name, start).map_err(|source| WorkerError::Start {
+        name: name.clone(),
+        source,
+    })?;
+    let handle = engine.handle();
+    let speed = warm_up(&handle, &name)?;
+    let info = handle.info();
+    let card = ModelCard {
+        architecture: info.family.clone(),
+        fingerprint,
+        // One image at a time is as fast as several in turns, and the head's queue is the fair one.
+        slots: 1,
+        decode_tps: speed,
+        prefill_tps: speed,
+        file_bytes,
+        kind: ModelKind::Image.into(),
+        image: Some(image_card(info, config)),
+        name,
+        ..ModelCard::default()
+    };
+    tracing::info!(
+        model = card.name,
+        family = info.family,
+        seconds = started.elapsed().as_secs_f64(),
+        weight_mib = info.weight_bytes >> 20,
+        units_per_second = speed,
+        "image model loaded"
+    );
+    let backend = match options.device {
+        Device::Gpu(_) => "cuda",
+        _ => "cpu",
+    };
+    Ok(ServedModel::new(path, (), engine, card, backend))
+}
+
+fn image_card(info: &DiffuserInfo, config: &Config) -> ImageCard {
+    let own = &config.images;
+    let pixels = |limit: u64| {
+        let room = limit.saturating_sub(info.memory_base);
+        room / info.memory_per_pixel.max(1)
+    };
+    ImageCard {
+        width: info.default_size,
+        height: info.default_size,
+        steps: match own.steps {
+            0 => info.default_steps,
+            steps => steps,
+        },
+        // 0 would be unset; both are without guidance.
+        guidance: own.guidance.unwrap_or(info.default_guidance).max(1.0),
+        sampler: info.default_sampler.name().to_owned(),
+        most_pixels: info.memory_limit.map_or(0, pixels),
+        least_side: info.min_size,
+    }
+}
+
+/// The device, and the memory for weights and images. A model whose weights alone do not fit is refused before they are read.
+fn options(config: &Config, checkpoint: &Checkpoint) -> Result<Options, String> {
+    let device = match config.backend {
+        Backend::Auto => Device::Auto,
+        Backend::Cpu => Device::Cpu,
+        // ROCm's devices have CUDA's names in libtorch.
+        Backend::Cuda | Backend::MiGraphX => Device::Gpu(0),
+    };
+    let modules = [
+        Module::TextEncoder,
+        Module::TextEncoder2,
+        Module::Unet,
+        Module::Vae,
+    ];
+    let elements = modules
+        .into_iter()
+        .filter_map(|module| checkpoint.weights(module));
+    // In f32, as CPUs compute.
+    let weights = elements.map(|weights| weights.elements() * 4).sum::<u64>();
+    let mut options = Options {
+        device,
+        threads: config.threads,
+        ..Options::default()
+    };
+    // A GPU has memory of its own.
+    if device != Device::Cpu && Device::gpus() > 0 {
+        options.memory_limit = config.images.memory.map(|memory| memory + weights / 2);
+        return Ok(options);
+    }
+    options.device = match device {
+        Device::Auto => Device::Cpu,
+        named => named,
+    };
+    let free = Memory::read(Path::new("/")).available;
+    if let Some(free) = free.filter(|free| *free < weights) {
+        return Err(format!(
+            "its weights take {} MiB and {} MiB of memory are free; free some, or serve a smaller model",
+            weights >> 20,
+            free >> 20
+        ));
+    }
+    let left = free.map(|free| (free - weights) / 4 * 3);
+    let images = config.images.memory.or(left);
+    options.memory_limit = images.map(|images| images.saturating_add(weights));
+    Ok(options)
+}
+
+/// The tokenizer of a model: in a folder of its own, or beside the one file.
+fn tokenizer(path: &Path) -> Result<ClipTokenizer, String> {
+    let folder = match path.is_dir() {
+        true => path.join("tokenizer"),
+        false => {
+            let beside = path.parent().unwrap_or(Path::new(".")).to_owned();
+            let own = beside.join("tokenizer");
+            if own.is_dir() { own } else { beside }
+        }
+    };
+    ClipTokenizer::open(&folder).map_err(|error| match path.is_dir() {
+        true => error.to_string(),
+        false => format!(
+            "{error}; one file has no tokenizer: put vocab.json and merges.txt of CLIP (openai/clip-vit-large-patch14) beside it"
+        ),
+    })
+}
+
+/// SHA-256 over all that decides about an image, so that two workers with the same one make the same images.
+fn fingerprint(path: &Path, config: &Config) -> std::io::Result<String> {
+    let cache = config.fingerprints();
+    if !path.is_dir() {
+        return cache.fingerprint(path);
+    }
+    let all = model_files(path).map_err(std::io::Error::other)?;
+    let decides = |file: &&PathBuf| {
+        let folder = file.parent().map(|folder| folder.to_string_lossy());
+        let folder = folder.unwrap_or_default();
+        let modules = ["unet", "vae", "text_encoder", "tokenizer", "scheduler"];
+        modules.iter().any(|module| folder.starts_with(module))
+    };
+    let mut files: Vec<&PathBuf> = all.iter().filter(decides).collect();
+    files.sort();
+    let mut hasher = Hasher::new();
+    for file in files {
+        let digest = cache.fingerprint(&path.join(file))?;
+        hasher.update(format!("{digest}  {}\n", file.display()).as_bytes());
+    }
+    Ok(hasher.finish().to_string())
+}
+
+/// Proof that an image comes out, and the first measurement of the speed, in units as the head counts them.
+fn warm_up(engine: &EngineHandle<Imaging<Quiet>>, name: &str) -> Result<f32, WorkerError> {
+    let info = engine.info();
+    let multiple = info.size_multiple.max(1);
+    let side = (info.default_size / 2).max(info.min_size) / multiple * multiple;
+    let side = side.max(info.min_size);
+    let request = ImageRequest {
+        id: "warm-up".to_owned(),
+        prompt: "warm-up".to_owned(),
+        negative_prompt: String::new(),
+        width: side,
+        height: side,
+        steps: WARM_UP_STEPS,
+        guidance: info.default_guidance,
+        seed: 0,
+        sampler: info.default_sampler,
+        karras: false,
+        init: None,
+        resume: None,
+        deadline: None,
+    };
+    let making = async {
+        let mut events = engine.submit(request);
+        let mut times = Vec::new();
+        while let Some(event) = events.next().await {
+            match event {
+                ImageEvent::Step(_) => times.push(Instant::now()),
+                ImageEvent::Done(Ok(_)) => return Ok(times),
+                ImageEvent::Done(Err(error)) => return Err(error.to_string()),
+            }
+        }
+        Err("its engine ended".to_owned())
+    };
+    let times = futures::executor::block_on(making).map_err(|reason| WorkerError::Imaging {
+        name: name.to_owned(),
+        reason: format!("it makes no image: {reason}"),
+    })?;
+    let step = match times[..] {
+        [.., before, last] => last - before,
+        _ => Duration::from_secs(1),
+    };
+    let units = f64::from(side) * f64::from(side) / f64::from(UNIT * UNIT);
+    Ok((units / step.as_secs_f64().max(1e-6)) as f32)
+}
+
+/// A model whose thread has a lower priority than those that make text: it is set where the thread first computes, and libtorch's
+/// own threads inherit it from there.
+pub(crate) struct Quiet {
+    model: TchDiffuser,
+    /// Nice value to add; 0 when that is done.
+    nice: i32,
+}
+
+impl Quiet {
+    fn quiet(&mut self) -> &mut TchDiffuser {
+        let nice = std::mem::take(&mut self.nice);
+        if nice > 0
+            && let Err(error) = rustix::process::nice(nice)
+        {
+            tracing::debug!(%error, "images are made at the priority of text");
+        }
+        &mut self.model
+    }
+}
+
+impl Diffuser for Quiet {
+    fn info(&self) -> &DiffuserInfo {
+        self.model.info()
+    }
+
+    fn encode(
+        &mut self,
+        prompt: &Prompt,
+        negative: Option<&Prompt>,
+    ) -> Result<Conditioning, StageError> {
+        self.quiet().encode(prompt, negative)
+    }
+
+    fn denoise(
+        &mut self,
+        latents: &[f32],
+        shape: LatentShape,
+        timestep: f32,
+        conditioning: &Conditioning,
+        guidance: f32,
+    ) -> Result<Vec<f32>, StageError> {
+        let model = self.quiet();
+        model.denoise(latents, shape, timestep, conditioning, guidance)
+    }
+
+    fn decode(&mut self, latents: &[f32], shape: LatentShape) -> Result<Image, StageError> {
+        self.quiet().decode(latents, shape)
+    }
+
+    fn encode_image(&mut self, image: &Image, noise: &[f32]) -> Result<Vec<f32>, StageError> {
+        self.quiet().encode_image(image, noise)
+    }
+}
+
+/// The second one shows the speed; the first pays for memory that it finds.
+const WARM_UP_STEPS: u32 = 3;
+
+/// Side of the square of pixels that is one unit of work in a step.
+const UNIT: u32 = 64;
