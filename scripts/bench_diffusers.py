@@ -101,7 +101,12 @@ def compare(arguments):
         mine, other = (statistics.median(column) for column in zip(*times))
         spread = f"{min(ratios):.2f}–{max(ratios):.2f}"
         what = " ".join(line.split()[:2])
-        print(f"{what}: {statistics.median(ratios):.2f} ({spread}); ours {mine:.2f} s, diffusers {other:.2f} s", flush=True)
+        best = [min(column) for column in zip(*times)]
+        print(
+            f"{what}: {statistics.median(ratios):.2f} ({spread}), of the best times {best[1] / best[0]:.2f}; "
+            f"medians: ours {mine:.2f} s, diffusers {other:.2f} s",
+            flush=True,
+        )
         memory = [engine.ask("memory") / 1e9 for engine in (ours, theirs)]
         print(f"{what}: memory {memory[0] / memory[1]:.2f}; ours {memory[0]:.2f} GB, diffusers {memory[1]:.2f} GB", flush=True)
     ours.end()
