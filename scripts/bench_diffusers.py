@@ -84,7 +84,7 @@ class Engine:
 
 def compare(arguments):
     folder, threads = arguments.folder, arguments.threads
-    ours = Engine("ours", [TARGET / "release/examples/steps", folder, threads])
+    ours = Engine("ours", [arguments.ours or TARGET / "release/examples/steps", folder, threads])
     theirs = Engine("diffusers", [sys.executable, __file__, folder, "--anchor", "--threads", threads])
     print(f"load: ours {ours.load:.1f} s, diffusers {theirs.load:.1f} s")
     work = [(f"step {size} {arguments.steps}", arguments.steps) for size in arguments.sizes]
@@ -116,6 +116,7 @@ def main():
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--sizes", type=lambda text: [int(size) for size in text.split(",")], default=[256, 512])
     parser.add_argument("--decode", action="store_true")
+    parser.add_argument("--ours", help="the example, if not that of the release build")
     parser.add_argument("--anchor", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.anchor:

@@ -10,10 +10,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from fetch_sentence_transformers import environment  # noqa: E402
 
-PLAIN = ["diffusers==0.35.2"]
+# accelerate loads weights without a second copy of them.
+PLAIN = ["diffusers==0.35.2", "accelerate"]
 NEEDS = [
     "transformers==4.57.3", "tokenizers==0.22.1", "huggingface-hub==0.36.0", "numpy==2.4.6", "safetensors", "Pillow", "importlib_metadata",
-    "regex", "requests", "filelock", "sympy", "networkx", "jinja2", "setuptools",
+    "regex", "requests", "filelock", "sympy", "networkx", "jinja2", "setuptools", "psutil", "pyyaml",
 ]  # fmt: skip
 IMPORTS = "from diffusers import UNet2DConditionModel; from transformers import CLIPTextModel"
 

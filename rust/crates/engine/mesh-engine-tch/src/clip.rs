@@ -4,8 +4,12 @@ use mesh_diffusion::config::{Activation, HiddenRows, TextConfig};
 use tch::{Device, Kind, Tensor};
 
 use crate::error::{Outcome, Within};
-use crate::load::Params;
-use crate::nn::{LayerNorm, Linear, attention};
+use crate::load::{Params, Stack};
+use crate::nn::{LayerNorm, Linear, attention, number};
+
+/// Matrices that are computed as one.
+pub(crate) const STACKS: [Stack; 1] =
+    [&["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]];
 
 /// A loaded text encoder.
 #[derive(Debug)]
@@ -148,7 +152,10 @@ impl Layer {
         let hidden = self.fc1.forward(&self.norm2.forward(&x)?)?;
         let hidden = match config.activation {
             Activation::Gelu => hidden.f_gelu("none")?,
-            Activation::QuickGelu => hidden.f_mul_scalar(1.702)?.f_sigmoid_()?.f_mul_(&hidden)?,
+            Activation::QuickGelu => hidden
+                .f_mul(&number(1.702)?)?
+                .f_sigmoid_()?
+                .f_mul_(&hidden)?,
         };
         Ok(x.f_add_(&self.fc2.forward(&hidden)?)?)
     }

@@ -9,14 +9,14 @@ use mesh_diffusion::{
 use mesh_engine::StageError;
 use tch::{Kind, Tensor};
 
-use crate::clip::{TextEncoder, to_f32};
+use crate::clip::{self, TextEncoder, to_f32};
 use crate::error::{Failure, LoadError, Outcome, Within};
-use crate::load::{Params, load};
+use crate::load::{Params, Stack, load};
 use crate::options::Options;
 use crate::tiles::{Canvas, starts};
 use crate::tiny::TinyVae;
-use crate::unet::{Condition, Unet};
-use crate::vae::Vae;
+use crate::unet::{self, Condition, Unet};
+use crate::vae::{self, Vae};
 
 /// Smallest and largest side of a picture, in pixels.
 const SIDES: (u32, u32) = (64, 4096);
@@ -76,7 +76,12 @@ impl TchDiffuser {
             .into_iter()
             .zip(&config.text)
         {
-            let params = read(checkpoint.weights(module), module, device, kind, &mut bytes)?;
+            let params = read(
+                checkpoint.weights(module),
+                module,
+                (device, kind),
+                &mut bytes,
+            )?;
             text.push(build(module, params, |params| {
                 TextEncoder::new(config, params, device)
             })?);
@@ -84,8 +89,7 @@ impl TchDiffuser {
         let params = read(
             checkpoint.weights(Module::Unet),
             Module::Unet,
-            device,
-            kind,
+            (device, kind),
             &mut bytes,
         )?;
         let unet = build(Module::Unet, params, |params| {
@@ -96,8 +100,7 @@ impl TchDiffuser {
                 let params = read(
                     checkpoint.weights(Module::Vae),
                     Module::Vae,
-                    device,
-                    vae_kind,
+                    (device, vae_kind),
                     &mut bytes,
                 )?;
                 Autoencoder::Full(build(Module::Vae, params, |params| {
@@ -113,7 +116,7 @@ impl TchDiffuser {
                         model: config.vae.latent,
                     });
                 }
-                let params = read(Some(&weights), Module::Vae, device, vae_kind, &mut bytes)?;
+                let params = read(Some(&weights), Module::Vae, (device, vae_kind), &mut bytes)?;
                 Autoencoder::Tiny(build(Module::Vae, params, |params| {
                     TinyVae::new(&tiny, params)
                 })?)
@@ -452,15 +455,19 @@ impl Diffuser for TchDiffuser {
 fn read(
     weights: Option<&Weights>,
     module: Module,
-    device: tch::Device,
-    kind: Kind,
+    (device, kind): (tch::Device, Kind),
     bytes: &mut u64,
 ) -> Result<Params, LoadError> {
+    let stacks: &[Stack] = match module {
+        Module::TextEncoder | Module::TextEncoder2 => &clip::STACKS,
+        Module::Unet => &unet::STACKS,
+        Module::Vae => &vae::STACKS,
+    };
     let weights = weights.ok_or_else(|| LoadError::Torch {
         module: module.name(),
         message: "the model has no such module".into(),
     })?;
-    let params = load(weights, module.name(), device, kind)?;
+    let params = load(weights, stacks, module.name(), device, kind)?;
     *bytes += params.bytes;
     Ok(params)
 }
@@ -493,7 +500,16 @@ fn probe(device: tch::Device, kind: Kind) -> Outcome<()> {
     let x = x
         .f_linear(&ones(&[64, 64])?, None::<&Tensor>)?
         .f_unsqueeze(0)?;
-    Tensor::f_scaled_dot_product_attention(&x, &x, &x, None::<&Tensor>, 0.0, false, None, false)?;
+    let _attended = Tensor::f_scaled_dot_product_attention(
+        &x,
+        &x,
+        &x,
+        None::<&Tensor>,
+        0.0,
+        false,
+        None,
+        false,
+    )?;
     Ok(())
 }
 
@@ -554,3 +570,6 @@ fn info(config: &PipelineConfig, options: &Options, kind: Kind, weight_bytes: u6
             .map(|limit| limit.saturating_sub(weight_bytes)),
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -27,6 +27,3 @@ mod vae;
 pub use diffuser::TchDiffuser;
 pub use error::LoadError;
 pub use options::{Device, Options, Precision};
-
-#[cfg(test)]
-mod tests;

@@ -1,6 +1,7 @@
 //! Weights from files into tensors.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 
 use mesh_diffusion::checkpoint::{Weight, Weights};
 use mesh_model::safetensors::Dtype;
@@ -18,9 +19,18 @@ pub(crate) struct Params {
     pub(crate) bytes: u64,
 }
 
-/// Reads all weights of a module.
+/// Matrices over the same input that are computed as one: the ends of their names.
+pub(crate) type Stack = &'static [&'static str];
+
+/// Name of a stack, from the whole names of its parts.
+pub(crate) fn stack_name(names: &[String]) -> String {
+    names.join("+")
+}
+
+/// Reads all weights of a module. Those of a stack lie below each other in one tensor.
 pub(crate) fn load(
     weights: &Weights,
+    stacks: &[Stack],
     module: &'static str,
     device: Device,
     kind: Kind,
@@ -31,21 +41,68 @@ pub(crate) fn load(
     };
     let mut buffer = Vec::new();
     for weight in weights.iter() {
-        let tensor = read(&weight, module, device, kind, &mut buffer)?;
-        params.bytes += (tensor.numel() * kind.elt_size_in_bytes()) as u64;
-        params.tensors.insert(weight.name.into(), tensor);
+        let torch = |error: tch::TchError| LoadError::Torch {
+            module,
+            message: format!("tensor {}: {}", weight.name, Failure::from(error).message()),
+        };
+        let shape: Vec<i64> = weight.shape.iter().map(|&dim| dim as i64).collect();
+        let (name, part, parts) = place(weight.name, stacks);
+        let tensor = match params.tensors.entry(name) {
+            Entry::Occupied(entry) => entry.into_mut(),
+            Entry::Vacant(entry) => {
+                let mut whole = shape.clone();
+                if let Some(rows) = whole.first_mut() {
+                    *rows *= parts;
+                }
+                let tensor = empty(&whole, kind, device).map_err(torch)?;
+                params.bytes += (tensor.numel() * kind.elt_size_in_bytes()) as u64;
+                entry.insert(tensor)
+            }
+        };
+        let rows = shape.first().copied().unwrap_or(1);
+        let target = match parts {
+            1 => tensor.shallow_clone(),
+            _ => tensor.f_narrow(0, part * rows, rows).map_err(torch)?,
+        };
+        if target.size() != shape {
+            return Err(LoadError::Torch {
+                module,
+                message: format!(
+                    "tensor {} has shape {shape:?}, unlike those beside it",
+                    weight.name
+                ),
+            });
+        }
+        read(&weight, &target, module, &mut buffer)?;
     }
     weights.check_unchanged()?;
     Ok(params)
 }
 
+/// Name of the tensor that holds a weight, which part of it the weight is, and of how many.
+fn place(weight: &str, stacks: &[Stack]) -> (String, i64, i64) {
+    if let Some((name, kind)) = weight.rsplit_once('.') {
+        for stack in stacks {
+            for (part, end) in stack.iter().enumerate() {
+                let Some(prefix) = name.strip_suffix(end) else {
+                    continue;
+                };
+                let names: Vec<String> = stack.iter().map(|end| format!("{prefix}{end}")).collect();
+                let whole = format!("{}.{kind}", stack_name(&names));
+                return (whole, part as i64, stack.len() as i64);
+            }
+        }
+    }
+    (weight.into(), 0, 1)
+}
+
+/// Reads a weight into `tensor`, which has its shape.
 fn read(
     weight: &Weight<'_>,
+    tensor: &Tensor,
     module: &'static str,
-    device: Device,
-    kind: Kind,
     buffer: &mut Vec<u8>,
-) -> Result<Tensor, LoadError> {
+) -> Result<(), LoadError> {
     let torch = |error: tch::TchError| LoadError::Torch {
         module,
         message: format!("tensor {}: {}", weight.name, Failure::from(error).message()),
@@ -56,8 +113,6 @@ fn read(
         Dtype::F64 => Kind::Double,
         _ => Kind::Float,
     };
-    let shape: Vec<i64> = weight.shape.iter().map(|&dim| dim as i64).collect();
-    let tensor = empty(&shape, kind, device).map_err(torch)?;
     // A view in the order of the file.
     let target = match weight.transposed {
         true => tensor.f_transpose(0, 1).map_err(torch)?,
@@ -66,7 +121,7 @@ fn read(
     let order = target.size();
     let rows = order.first().map_or(1, |&rows| rows as usize);
     if rows == 0 || weight.data.is_empty() {
-        return Ok(tensor);
+        return Ok(());
     }
     let row = weight.data.len() / rows;
     let step = (PIECE / row.max(1)).max(1);
@@ -87,7 +142,7 @@ fn read(
         let mut place = target.f_narrow(0, at as i64, count as i64).map_err(torch)?;
         place.f_copy_(&piece).map_err(torch)?;
     }
-    Ok(tensor)
+    Ok(())
 }
 
 /// A tensor without values; kernels of convolutions have their channels innermost.

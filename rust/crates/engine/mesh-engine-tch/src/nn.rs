@@ -3,7 +3,7 @@
 use tch::Tensor;
 
 use crate::error::Outcome;
-use crate::load::Params;
+use crate::load::{Params, stack_name};
 
 /// `x · weightᵀ + bias`.
 #[derive(Debug)]
@@ -23,22 +23,9 @@ impl Linear {
         Ok(Linear { weight, bias })
     }
 
-    /// Several matrices over the same input as one.
+    /// Several matrices over the same input as one, whose names end as one of the module's stacks.
     pub(crate) fn stacked(params: &mut Params, names: &[String]) -> Outcome<Self> {
-        let mut weights = Vec::new();
-        let mut biases = Vec::new();
-        for name in names {
-            let Linear { weight, bias } = Linear::new(params, name)?;
-            weights.push(weight);
-            biases.extend(bias);
-        }
-        let bias = if biases.is_empty() {
-            None
-        } else {
-            Some(Tensor::f_cat(&biases, 0)?)
-        };
-        let weight = Tensor::f_cat(&weights, 0)?;
-        Ok(Linear { weight, bias })
+        Linear::new(params, &stack_name(names))
     }
 
     pub(crate) fn forward(&self, x: &Tensor) -> Outcome<Tensor> {
@@ -169,6 +156,14 @@ pub(crate) fn attention(
     Ok(out
         .f_transpose(1, 2)?
         .f_reshape([batch, rows, heads * width])?)
+}
+
+/// A number as an operand, which takes the type of the other one.
+///
+/// The forms of operations that take numbers themselves panic when they fail: `tch` 0.24 frees the number while libtorch's
+/// error is still set.
+pub(crate) fn number(value: f64) -> Outcome<Tensor> {
+    Ok(Tensor::f_from_slice(&[value])?.f_squeeze()?)
 }
 
 /// A residual block: two convolutions, between them the timestep where there is one.

@@ -5,7 +5,7 @@ use tch::Tensor;
 
 use crate::error::{Outcome, Within};
 use crate::load::Params;
-use crate::nn::{Conv, double};
+use crate::nn::{Conv, double, number};
 
 /// A loaded tiny autoencoder.
 #[derive(Debug)]
@@ -60,19 +60,19 @@ impl TinyVae {
     pub(crate) fn decode(&self, latents: &Tensor) -> Outcome<Tensor> {
         // Limits the latents softly to ±3.
         let x = latents
-            .f_mul_scalar(1.0 / self.config.scale)?
-            .f_div_scalar(3.0)?
+            .f_div(&number(self.config.scale)?)?
+            .f_div(&number(3.0)?)?
             .f_tanh()?
-            .f_mul_scalar(3.0)?;
+            .f_mul(&number(3.0)?)?;
         let x = run(&self.decoder, x).within("decoder")?;
-        Ok(x.f_mul_scalar(2.0)?.f_sub_scalar(1.0)?)
+        Ok(x.f_mul(&number(2.0)?)?.f_sub(&number(1.0)?)?)
     }
 
     /// The sampler's latents of pictures `[batch, 3, height, width]` from -1 to 1.
     pub(crate) fn encode(&self, pictures: &Tensor) -> Outcome<Tensor> {
-        let x = pictures.f_add_scalar(1.0)?.f_div_scalar(2.0)?;
+        let x = pictures.f_add(&number(1.0)?)?.f_div(&number(2.0)?)?;
         let x = run(&self.encoder, x).within("encoder")?;
-        Ok(x.f_mul_scalar(self.config.scale)?)
+        Ok(x.f_mul(&number(self.config.scale)?)?)
     }
 }
 

@@ -4,14 +4,20 @@ use mesh_diffusion::config::UnetConfig;
 use tch::{Device, Kind, Tensor};
 
 use crate::error::{Outcome, Within};
-use crate::load::Params;
-use crate::nn::{Conv, GroupNorm, LayerNorm, Linear, Resnet, attention, double};
+use crate::load::{Params, Stack};
+use crate::nn::{Conv, GroupNorm, LayerNorm, Linear, Resnet, attention, double, number};
 
 /// Added to variances by the transformers' norms.
 const NORM_EPS: f64 = 1e-6;
 const LAYER_EPS: f64 = 1e-5;
 /// The longest wave of a timestep's embedding has this many times the length of the shortest.
 const MAX_PERIOD: f64 = 10000.0;
+
+/// Matrices that are computed as one.
+pub(crate) const STACKS: [Stack; 2] = [
+    &["attn1.to_q", "attn1.to_k", "attn1.to_v"],
+    &["attn2.to_k", "attn2.to_v"],
+];
 
 /// A loaded UNet.
 #[derive(Debug)]
@@ -241,9 +247,10 @@ fn forward(
 /// Cosines and sines of numbers, `[numbers, width]`: the embedding of timesteps in f32.
 fn waves(numbers: &[f64], width: i64, shift: f64) -> Outcome<Tensor> {
     let half = width / 2;
-    let exponents = Tensor::f_arange(half, (Kind::Float, Device::Cpu))?;
+    let exponents: Vec<f32> = (0..half).map(|i| i as f32).collect();
+    let exponents = Tensor::f_from_slice(&exponents)?;
     let factor = -MAX_PERIOD.ln() / (half as f64 - shift);
-    let frequencies = exponents.f_mul_scalar(factor)?.f_exp()?;
+    let frequencies = exponents.f_mul(&number(factor)?)?.f_exp()?;
     let numbers: Vec<f32> = numbers.iter().map(|&number| number as f32).collect();
     let angles = Tensor::f_from_slice(&numbers)?
         .f_unsqueeze(1)?

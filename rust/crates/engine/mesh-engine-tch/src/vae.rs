@@ -4,11 +4,14 @@ use mesh_diffusion::config::VaeConfig;
 use tch::Tensor;
 
 use crate::error::{Outcome, Within};
-use crate::load::Params;
-use crate::nn::{Conv, GroupNorm, Linear, Resnet, attention, double};
+use crate::load::{Params, Stack};
+use crate::nn::{Conv, GroupNorm, Linear, Resnet, attention, double, number};
 
 /// Added to variances by the norms.
 const EPS: f64 = 1e-6;
+
+/// Matrices that are computed as one.
+pub(crate) const STACKS: [Stack; 1] = [&["to_q", "to_k", "to_v"]];
 
 /// A loaded autoencoder.
 #[derive(Debug)]
@@ -118,7 +121,7 @@ impl Vae {
     /// Pictures `[batch, 3, height, width]`, about -1 to 1, of the sampler's latents.
     pub(crate) fn decode(&self, latents: &Tensor) -> Outcome<Tensor> {
         let VaeConfig { scale, shift, .. } = self.config;
-        let mut x = latents.f_mul_scalar(1.0 / scale)?.f_add_scalar(shift)?;
+        let mut x = latents.f_div(&number(scale)?)?.f_add(&number(shift)?)?;
         if let Some((_, post)) = &self.quant {
             x = post.forward(&x).within("post_quant_conv")?;
         }
@@ -132,10 +135,13 @@ impl Vae {
             x = quant.forward(&x).within("quant_conv")?;
         }
         let parts = x.f_chunk(2, 1)?;
-        let deviation = parts[1].f_clamp(-30.0, 20.0)?.f_mul_scalar(0.5)?.f_exp()?;
+        let deviation = parts[1]
+            .f_maximum(&number(-30.0)?)?
+            .f_minimum(&number(20.0)?)?;
+        let deviation = deviation.f_mul(&number(0.5)?)?.f_exp()?;
         let sample = parts[0].f_add(&deviation.f_mul(noise)?)?;
         let VaeConfig { scale, shift, .. } = self.config;
-        Ok(sample.f_sub_scalar(shift)?.f_mul_scalar(scale)?)
+        Ok(sample.f_sub(&number(shift)?)?.f_mul(&number(scale)?)?)
     }
 }
 
