@@ -39,7 +39,7 @@ impl Noise {
         }
     }
 
-    /// The generator with a `state`. It draws as many numbers as that one had, 300 million in a second, so bound
+    /// The generator with a `state`. It skips the numbers that one had drawn, some 600 million in a second, so bound
     /// [`NoiseState::drawn`] first if the state came from elsewhere.
     pub fn resume(state: NoiseState) -> Self {
         let mut noise = Noise::new(state.seed);

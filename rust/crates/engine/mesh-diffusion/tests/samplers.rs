@@ -17,6 +17,8 @@ struct Case {
     strength: Option<f32>,
     #[serde(default)]
     mask: bool,
+    /// torch's: the first array, then those of steps.
+    noise: Vec<Vec<f32>>,
     start: Vec<f32>,
     latents: Vec<Vec<f32>>,
     timesteps: Vec<f32>,
@@ -55,20 +57,27 @@ impl Case {
 
     /// The latents at the start and after each step.
     fn run(&self, mut between: impl FnMut(Sampler) -> Sampler) -> Vec<Vec<f32>> {
-        let mut noise = Noise::new(self.seed);
-        let first = noise.normal(COUNT);
+        let mut noise = self.noise.iter();
+        let first = noise.next().unwrap();
         let mut sampler = match self.strength {
             None => Sampler::from_noise(self.plan(), first.clone()),
-            Some(_) => Sampler::from_image(self.plan(), &image(), &first).unwrap(),
+            Some(_) => Sampler::from_image(self.plan(), &image(), first).unwrap(),
         };
         let mut all = vec![sampler.latents().to_vec()];
         while let Some(timestep) = sampler.timestep() {
-            assert_eq!(timestep, self.timesteps[sampler.step() as usize]);
+            // Those of Karras come from logarithms, which numpy rounds in its own way.
+            let expected = self.timesteps[sampler.step() as usize];
+            assert!(
+                (timestep - expected).abs() < 1e-3,
+                "{timestep}, not {expected}"
+            );
             let prediction = predict(&sampler.scaled(), timestep);
-            let fresh = sampler.takes_noise().then(|| noise.normal(COUNT));
-            sampler.advance(&prediction, fresh.as_deref()).unwrap();
+            let fresh = sampler.takes_noise().then(|| noise.next().unwrap());
+            sampler
+                .advance(&prediction, fresh.map(Vec::as_slice))
+                .unwrap();
             if self.mask {
-                sampler.keep(&image(), &first, |at| at % 3 == 0).unwrap();
+                sampler.keep(&image(), first, |at| at % 3 == 0).unwrap();
             }
             sampler = between(sampler);
             all.push(sampler.latents().to_vec());
@@ -109,19 +118,37 @@ fn every_step_is_the_one_of_diffusers() {
         let found = case.run(|sampler| sampler);
         assert_eq!(found.len(), case.latents.len() + 1, "{}", case.name());
         let expected = std::iter::once(&case.start).chain(&case.latents);
+        // The last bit of large latents stays with the small ones after them: where the terminal signal is rescaled to zero,
+        // Euler's begin at a deviation of 4096.
+        let mut bit = 0.0f32;
+        // With a squared cosine the first alphas are so small that dividing by them shows the last bits as well.
+        let cosine = case.config["beta_schedule"] == "squaredcos_cap_v2";
+        let limit = if cosine { 1e-4 } else { 1e-5 };
         for (step, (found, expected)) in found.iter().zip(expected).enumerate() {
             let distance = distance(found, expected);
             assert!(
-                distance < 2e-5,
+                distance < limit + bit,
                 "{distance} at step {step} of {}",
                 case.name()
             );
-            if distance > worst.0 {
+            if !cosine && bit < 1e-5 && distance > worst.0 {
                 worst = (distance, case.name());
             }
+            let largest = expected.iter().fold(0.0, |max: f32, x| max.max(x.abs()));
+            bit = bit.max(f32::EPSILON * largest);
         }
     }
-    println!("largest distance: {worst:?}");
+    println!("largest distance but for steps from a large sigma: {worst:?}");
+}
+
+#[test]
+fn the_noise_of_steps_follows_that_of_the_start() {
+    for case in Case::all() {
+        let mut noise = Noise::new(case.seed);
+        for expected in &case.noise {
+            assert!(distance(&noise.normal(COUNT), expected) <= 1e-6);
+        }
+    }
 }
 
 #[test]
@@ -216,11 +243,11 @@ fn timesteps_are_those_of_diffusers_for_any_number_of_steps() {
         };
         let karras = words.next().is_some();
         for (steps, (count, timesteps, sigmas)) in (1..).zip(sums) {
-            if count != steps as usize {
-                // Rounding gives `numpy.arange` one element too many, and diffusers a timestep of -1.
-                assert!(spacing == TimestepSpacing::Trailing && count == steps as usize + 1);
+            if spacing == TimestepSpacing::Trailing && ONE_TOO_MANY.contains(&steps) {
+                assert!(count == steps as usize + 1 || karras);
                 continue;
             }
+            assert_eq!(count, steps as usize);
             let options = PlanOptions {
                 kind,
                 karras,
@@ -239,6 +266,9 @@ fn timesteps_are_those_of_diffusers_for_any_number_of_steps() {
         }
     }
 }
+
+/// For these numbers of steps rounding gives `numpy.arange` one element too many, and diffusers a timestep of -1.
+const ONE_TOO_MANY: [u32; 4] = [61, 103, 121, 122];
 
 fn weighted(values: &[f32]) -> f64 {
     let values = values.iter().zip(1..);

@@ -136,7 +136,7 @@ fn checked(file: &'static str, tokens: HashMap<String, u32>) -> Result<Vocab, To
     let mut seen = vec![false; count];
     for (token, &id) in &tokens {
         let place = seen.get_mut(id as usize);
-        if !place.is_some_and(|place| !std::mem::replace(place, true)) {
+        if place.is_none_or(|place| std::mem::replace(place, true)) {
             let token: String = token.chars().take(40).collect();
             return Err(malformed(
                 file,

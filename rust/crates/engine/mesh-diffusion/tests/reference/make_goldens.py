@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 import diffusers
+import numpy
 import torch
 import transformers
 from diffusers import (
@@ -71,7 +72,12 @@ def run(case):
     keep = None
     if mask:
         keep = (torch.arange(latents.numel()) % 3 == 0).reshape(SHAPE)
-    out = {"start": latents.flatten().tolist(), "latents": []}
+    # The same numbers once more, in the order in which the scheduler draws its own.
+    again = torch.Generator("cpu").manual_seed(case["seed"])
+    draws = 1 + {"euler_a": len(timesteps), "lcm": len(timesteps) - 1}.get(case["sampler"], 0)
+    noises = [numpy.float32(torch.randn(SHAPE, generator=again).flatten().numpy()) for _ in range(draws)]
+    out = {"noise": [[float(str(x)) for x in noise] for noise in noises]}
+    out |= {"start": latents.flatten().tolist(), "latents": []}
     for i, t in enumerate(timesteps):
         scaled = s.scale_model_input(latents, t)
         extra = {"generator": generator} if case["sampler"] in ("euler_a", "lcm") else {}

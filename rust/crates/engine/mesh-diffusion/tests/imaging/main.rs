@@ -1,7 +1,7 @@
 //! The workload of images on a model in closed form: what it predicts depends on all that a real model's does.
 
-use std::collections::HashMap;
-use std::sync::Arc;
+mod formula;
+
 use std::time::{Duration, Instant};
 
 use futures::StreamExt;
@@ -10,203 +10,14 @@ use mesh_diffusion::imaging::Scheduler;
 use mesh_diffusion::noise::Noise;
 use mesh_diffusion::sampler::{Plan, PlanOptions, Sampler};
 use mesh_diffusion::{
-    ClipTokenizer, Conditioning, Diffuser, DiffuserInfo, Image, ImageEvent, ImageRequest, Imaging,
-    ImagingOptions, InitImage, LatentShape, Progress, Prompt, SamplerConfig, SamplerKind,
-    TextEmbedding,
+    Diffuser, Image, ImageEvent, ImageRequest, Imaging, ImagingOptions, InitImage, Progress,
+    Prompt, SamplerKind,
 };
-use mesh_engine::{
-    Engine, RequestError, RequestStatus, Schedule, StageError, StepOutcome, Workload,
+use mesh_engine::{RequestError, RequestStatus, Schedule, StepOutcome, Workload};
+
+use self::formula::{
+    FAIL, Formula, INFINITE, engine, engine_of, from_picture, imaging, request, tokenizer,
 };
-
-/// A model by formula.
-struct Formula {
-    info: DiffuserInfo,
-}
-
-/// A prompt with this word makes the model fail.
-const FAIL: &str = "fail";
-/// A prompt with this word makes its predictions infinite.
-const INFINITE: &str = "infinite";
-
-impl Formula {
-    fn new() -> Self {
-        Formula {
-            info: DiffuserInfo {
-                family: "formula".to_owned(),
-                default_size: 64,
-                size_multiple: 8,
-                min_size: 32,
-                max_size: 256,
-                latent_channels: 4,
-                pixels_per_latent: 8,
-                sampler: SamplerConfig::stable_diffusion(Default::default()),
-                default_sampler: SamplerKind::DpmPlusPlus2M,
-                default_steps: 5,
-                default_guidance: 7.5,
-                weight_bytes: 0,
-                memory_base: 1 << 20,
-                memory_per_pixel: 1 << 10,
-                memory_limit: Some(40 << 20),
-            },
-        }
-    }
-}
-
-/// One row per token: its id and its weight.
-fn embed(prompt: &Prompt) -> TextEmbedding {
-    let rows = prompt.ids(prompt.end).into_iter().zip(prompt.weights());
-    let hidden: Vec<f32> = rows
-        .flat_map(|(ids, weights)| ids.into_iter().zip(weights))
-        .flat_map(|(id, weight)| [id as f32, weight])
-        .collect();
-    TextEmbedding {
-        tokens: hidden.len() / 2,
-        width: 2,
-        hidden,
-        pooled: Vec::new(),
-    }
-}
-
-fn mean(text: &TextEmbedding) -> f32 {
-    let rows = text.hidden.chunks_exact(2).map(|row| row[0] * row[1]);
-    rows.sum::<f32>() / text.tokens as f32
-}
-
-impl Diffuser for Formula {
-    fn info(&self) -> &DiffuserInfo {
-        &self.info
-    }
-
-    fn encode(
-        &mut self,
-        prompt: &Prompt,
-        negative: Option<&Prompt>,
-    ) -> Result<Conditioning, StageError> {
-        assert!(negative.is_none_or(|negative| negative.chunks.len() == prompt.chunks.len()));
-        let prompt = embed(prompt);
-        let bytes: Vec<u8> = prompt.hidden.chunks(2).map(|row| row[0] as u8).collect();
-        let says = |word: &str| bytes.windows(4).any(|part| part == &ids(word)[..4]);
-        if says(FAIL) {
-            return Err(StageError::Malformed("spilt ink".to_owned()));
-        }
-        let mut conditioning = Conditioning {
-            prompt,
-            negative: negative.map(embed),
-        };
-        if says(INFINITE) {
-            conditioning.prompt.hidden[0] = f32::INFINITY;
-        }
-        Ok(conditioning)
-    }
-
-    fn denoise(
-        &mut self,
-        latents: &[f32],
-        shape: LatentShape,
-        timestep: f32,
-        conditioning: &Conditioning,
-        guidance: f32,
-    ) -> Result<Vec<f32>, StageError> {
-        assert_eq!(latents.len(), shape.len());
-        let mut angle = mean(&conditioning.prompt);
-        if let Some(negative) = &conditioning.negative {
-            angle = mean(negative) + guidance * (angle - mean(negative));
-        }
-        let value = |(place, x): (usize, &f32)| {
-            let wave = (0.01 * angle + 0.001 * timestep + place as f32).cos();
-            0.5 * x / (1.0 + 0.1 * x.abs()) + 0.3 * wave
-        };
-        Ok(latents.iter().enumerate().map(value).collect())
-    }
-
-    fn decode(&mut self, latents: &[f32], shape: LatentShape) -> Result<Image, StageError> {
-        let (width, height) = (shape.width * 8, shape.height * 8);
-        let pixel = |at: usize| {
-            let (row, column) = (at / width / 8, at % width / 8);
-            let value = |c: usize| latents[(c * shape.height + row) * shape.width + column];
-            [0, 1, 2].map(|c| (128.0 + 60.0 * value(c)) as u8)
-        };
-        Ok(Image {
-            width: width as u32,
-            height: height as u32,
-            rgb: (0..width * height).flat_map(pixel).collect(),
-        })
-    }
-
-    fn encode_image(&mut self, image: &Image, noise: &[f32]) -> Result<Vec<f32>, StageError> {
-        let mean = |at: usize| f32::from(image.rgb[at * 7 % image.rgb.len()]) / 127.5 - 1.0;
-        let sample = |(at, noise): (usize, &f32)| mean(at) + 0.1 * noise;
-        Ok(noise.iter().enumerate().map(sample).collect())
-    }
-}
-
-/// Tokens of an ASCII word as bytes, without its last letter, whose token has the mark of a word's end.
-fn ids(word: &str) -> Vec<u8> {
-    let printable = word.bytes().map(|byte| byte - b'!');
-    printable.collect()
-}
-
-/// A vocabulary of single bytes: printable ASCII comes first, so the token of a letter is its distance from `!`.
-fn tokenizer() -> Arc<ClipTokenizer> {
-    let printable = |byte: u8| matches!(byte, b'!'..=b'~' | 0xA1..=0xAC | 0xAE..=0xFF);
-    let plain = (0..=255u8).filter(|&byte| printable(byte)).map(char::from);
-    let others = (0..68).filter_map(|i| char::from_u32(0x100 + i));
-    let bytes: Vec<char> = plain.chain(others).collect();
-    let mut vocab: HashMap<String, usize> = HashMap::new();
-    for (id, byte) in bytes.iter().enumerate() {
-        vocab.insert(byte.to_string(), id);
-        vocab.insert(format!("{byte}</w>"), 256 + id);
-    }
-    vocab.insert("<|startoftext|>".to_owned(), 512);
-    vocab.insert("<|endoftext|>".to_owned(), 513);
-    let vocab = serde_json::to_vec(&vocab).unwrap();
-    Arc::new(ClipTokenizer::from_vocab(&vocab, b"#version: 0.2\n").unwrap())
-}
-
-fn request(prompt: &str) -> ImageRequest {
-    ImageRequest {
-        id: prompt.to_owned(),
-        prompt: prompt.to_owned(),
-        negative_prompt: "blurry".to_owned(),
-        width: 64,
-        height: 48,
-        steps: 5,
-        guidance: 4.0,
-        seed: 9,
-        sampler: SamplerKind::EulerAncestral,
-        karras: false,
-        init: None,
-        resume: None,
-        deadline: None,
-    }
-}
-
-/// A request that starts from a picture.
-fn from_picture(strength: f32, mask: bool) -> ImageRequest {
-    let rgb = (0..64 * 48 * 3).map(|i| (i * 31 % 256) as u8).collect();
-    let (width, height) = (64, 48);
-    let mask = mask.then(|| {
-        (0..64 * 48)
-            .map(|i| if i % 64 < 20 { 0 } else { 255 })
-            .collect()
-    });
-    ImageRequest {
-        init: Some(InitImage {
-            image: Image { width, height, rgb },
-            strength,
-            mask,
-        }),
-        ..request("a cat")
-    }
-}
-
-fn imaging() -> Imaging<Formula> {
-    Imaging::new(Formula::new(), tokenizer(), ImagingOptions::default())
-}
-
-fn engine() -> Engine<Imaging<Formula>> {
-    Engine::start_with("images", |_| Ok(imaging())).unwrap()
-}
 
 fn run(request: ImageRequest) -> (Vec<Progress>, Result<Image, RequestError>) {
     let engine = engine();
@@ -427,7 +238,11 @@ fn a_cancelled_request_ends_with_its_step() {
     assert_eq!(work.scheduler().next_event(), None);
     assert_eq!(work.scheduler().load().totals.cancelled, 2);
 
-    let engine = engine();
+    let slow = Formula {
+        pause: Duration::from_millis(5),
+        ..Formula::new()
+    };
+    let engine = engine_of(slow);
     let handle = engine.handle();
     let mut stream = handle.submit(ImageRequest {
         steps: 150,
@@ -443,21 +258,21 @@ fn a_cancelled_request_ends_with_its_step() {
 
 #[test]
 fn deadlines_and_full_queues_end_requests() {
-    let mut scheduler_of = imaging();
+    let mut work = imaging();
     let now = Instant::now();
     let late = now + Duration::from_secs(5);
     let with_deadline = ImageRequest {
         deadline: Some(late),
         ..request("a cat")
     };
-    scheduler_of.scheduler().submit(1, with_deadline, now);
+    work.scheduler().submit(1, with_deadline, now);
     for _ in 0..3 {
-        assert!(scheduler_of.begin(now));
-        scheduler_of.poll(now);
+        assert!(work.begin(now));
+        work.poll(now);
     }
-    assert!(!scheduler_of.begin(late));
+    assert!(!work.begin(late));
     let mut last = None;
-    while let Some((_, event)) = scheduler_of.scheduler().next_event() {
+    while let Some((_, event)) = work.scheduler().next_event() {
         last = Some(event);
     }
     let error = RequestError::PictureLate { done: 2, steps: 5 };
@@ -624,8 +439,7 @@ fn states_of_other_requests_and_damaged_ones_are_refused() {
         },
     );
 
-    let scheduler = || Scheduler::new(Formula::new().info, tokenizer(), ImagingOptions::default());
-    let mut scheduler = scheduler();
+    let mut scheduler = Scheduler::new(Formula::new().info, tokenizer(), ImagingOptions::default());
     let mut submit = |state: Vec<u8>| {
         let resume = Some(Progress {
             state,
