@@ -66,6 +66,14 @@ impl FingerprintCache {
         fingerprint.map_err(io::Error::other)
     }
 
+    /// SHA-256 of one file in hexadecimal, whatever lies around it.
+    ///
+    /// # Errors
+    /// If it cannot be read.
+    pub fn file(&self, path: &Path) -> io::Result<String> {
+        self.digest(path, &AtomicBool::new(false))
+    }
+
     /// SHA-256 of one file in hexadecimal.
     fn digest(&self, path: &Path, stop: &AtomicBool) -> io::Result<String> {
         let stamp = Stamp::of(path)?;

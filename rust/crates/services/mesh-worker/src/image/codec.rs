@@ -121,10 +121,8 @@ impl Codec for Imaging<Quiet> {
 }
 
 fn sampler(task: &ImageTask) -> Result<SamplerKind, PrepareError> {
-    let known = task.sampler.parse();
-    known.map_err(|error: mesh_diffusion::sampler::UnknownSampler| {
-        PrepareError::Invalid(error.to_string())
-    })
+    let known = task.sampler.parse::<SamplerKind>();
+    known.map_err(|error| PrepareError::Invalid(error.to_string()))
 }
 
 /// The file of an image. It takes milliseconds to compress, in which other streams go on.

@@ -182,7 +182,7 @@ fn tokenizer(path: &Path) -> Result<ClipTokenizer, String> {
 fn fingerprint(path: &Path, config: &Config) -> std::io::Result<String> {
     let cache = config.fingerprints();
     if !path.is_dir() {
-        return cache.fingerprint(path);
+        return cache.file(path);
     }
     let all = model_files(path).map_err(std::io::Error::other)?;
     let decides = |file: &&PathBuf| {
@@ -195,7 +195,7 @@ fn fingerprint(path: &Path, config: &Config) -> std::io::Result<String> {
     files.sort();
     let mut hasher = Hasher::new();
     for file in files {
-        let digest = cache.fingerprint(&path.join(file))?;
+        let digest = cache.file(&path.join(file))?;
         hasher.update(format!("{digest}  {}\n", file.display()).as_bytes());
     }
     Ok(hasher.finish().to_string())
