@@ -9,6 +9,8 @@ IN_RUST := cd rust && MAKEFLAGS=
 SERVICES := -p mesh-head -p mesh-worker -p mesh-shim -p mesh-cli
 # For the whole workspace, so that only what knows these features is compiled once more.
 PROVIDERS := mesh-worker/cuda,mesh-worker/migraphx
+# Workers with libtorch, and their tests.
+IMAGES := mesh-worker/images,arcanum-tests/images
 GPU ?= cuda
 FUZZ_SECONDS ?= 60
 CACHE := $(if $(HYDRAMESH_CACHE),$(HYDRAMESH_CACHE),$(CURDIR)/.cache)
@@ -19,7 +21,7 @@ export LIBTORCH ?= $(CACHE)/libtorch
 export LIBTORCH_CXX11_ABI ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo build test test-nix test-vm test-images test-gpu test-arm test-isa test-foreign flood soak attack bench bench-peers fuzz fetch fetch-deny fmt clean
+.PHONY: help demo demo-image build test test-nix test-vm test-images test-gpu test-arm test-isa test-foreign flood soak attack bench bench-peers fuzz fetch fetch-deny fmt clean
 # Exit code 3 of a test script: this machine cannot run it, and why was said.
 WHERE_POSSIBLE := || [ $$? = 3 ]
 
@@ -32,6 +34,15 @@ demo: ## Start a mesh on this machine, ask a model that several workers hold, ki
 	@$(PYTHON) scripts/fetch.py runtime model
 	@$(IN_RUST) $(CARGO) build --release --locked --bins $(SERVICES)
 	@exec rust/target/release/hydramesh demo --cache "$(CACHE)" $(if $(filter-out 0,$(KEEP)),--keep)
+
+demo-image: ## Start a mesh that makes an image, kill its worker in the middle, see the image finished (MODEL names a Stable Diffusion; weights are random without)
+	@$(PYTHON) scripts/fetch.py runtime libtorch clip
+	@$(IN_RUST) $(CARGO) build --release --locked --bins --example random_diffusion $(SERVICES) -p mesh-diffusion --features mesh-worker/images,mesh-diffusion/synth
+ifndef MODEL
+	@rust/target/release/examples/random_diffusion demo "$(CACHE)/models/random-stable-diffusion"
+	@install -D -m 644 -t "$(CACHE)/models/random-stable-diffusion/tokenizer" "$(CACHE)"/vocabs/clip/*
+endif
+	@exec rust/target/release/hydramesh demo --image --cache "$(CACHE)" $(if $(MODEL),--model "$(MODEL)")
 
 build: ## Build the services and the command line (release) into rust/target/release
 	$(IN_RUST) $(CARGO) build --release --locked --bins $(SERVICES)
@@ -47,6 +58,8 @@ test: ## Formatting, clippy with warnings denied, layers and dependencies of cra
 	HYDRAMESH_BIN_DIR=$(CURDIR)/rust/target/debug $(PYTHON) scripts/test_foreign.py promtool $(WHERE_POSSIBLE)
 	scripts/test_isa.sh --workspace $(WHERE_POSSIBLE)
 	$(IN_RUST) HYDRAMESH_BIN_DIR=$(CURDIR)/rust/target/debug $(CARGO) test --workspace --locked --no-fail-fast
+# A worker with libtorch takes the other's place only here: containers and emulated CPUs above have no libtorch.
+	$(IN_RUST) HYDRAMESH_BIN_DIR=$(CURDIR)/rust/target/debug $(CARGO) test --workspace --features $(IMAGES) --locked --no-fail-fast --lib --test images --test worker image
 
 .PHONY: prepared linted
 prepared: fetch
@@ -62,7 +75,7 @@ linted:
 	$(PYTHON) scripts/check_unused.py
 	$(PYTHON) scripts/check_docs.py
 	$(IN_RUST) $(CARGO) fmt --all --check
-	$(IN_RUST) $(CARGO) clippy --workspace --features $(PROVIDERS) --all-targets --locked -- -D warnings
+	$(IN_RUST) $(CARGO) clippy --workspace --features $(PROVIDERS),$(IMAGES) --all-targets --locked -- -D warnings
 # What there is without GPUs alone; its tests are compiled below.
 	$(IN_RUST) $(CARGO) clippy --workspace --locked -- -D warnings
 

@@ -4,7 +4,7 @@
     scripts/bench_diffusers.py MODEL_FOLDER [--threads 2] [--rounds 3] [--steps 2] [--sizes 256,512] [--decode]
 
 Run it with a Python that has torch 2.11.0, diffusers 0.35.2 and transformers 4.57.3 (scripts/fetch_diffusers.py makes one). The
-folder is that of `random_model sd15 FOLDER`; the example `steps` must be built for release. Prints for every size the ratio of
+folder is that of `random_diffusion sd15 FOLDER`; the example `steps` must be built for release. Prints for every size the ratio of
 diffusers' time to ours (over 1: we are faster), and the ratio of our largest resident memory to that of diffusers.
 """
 

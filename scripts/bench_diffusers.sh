@@ -10,10 +10,10 @@ bin=${CARGO_TARGET_DIR:-$root/rust/target}/release/examples
 python3 "$root/scripts/fetch.py" libtorch
 python3 "$root/scripts/fetch_diffusers.py"
 cd "$root/rust"
-cargo build --release --locked -p mesh-diffusion --features synth --example random_model
+cargo build --release --locked -p mesh-diffusion --features synth --example random_diffusion
 cargo build --release --locked -p mesh-engine-tch --example steps
 model=$cache/bench/stable-diffusion-1.5-random
-[ -f "$model/done" ] || { "$bin/random_model" sd15 "$model" && touch "$model/done"; }
+[ -f "$model/done" ] || { "$bin/random_diffusion" sd15 "$model" && touch "$model/done"; }
 uptime
 "$cache/diffusers/bin/python" "$root/scripts/bench_diffusers.py" "$model" --threads "${BENCH_THREADS:-2}" --decode "$@"
 uptime

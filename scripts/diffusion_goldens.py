@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Writes what diffusers and transformers compute with the tests' tiny models, for the tests of mesh-engine-tch.
 
-    cargo run -p mesh-diffusion --features synth --example random_model -- tiny FOLDER        (in rust/)
+    cargo run -p mesh-diffusion --features synth --example random_diffusion -- tiny FOLDER        (in rust/)
     scripts/diffusion_goldens.py FOLDER [--check]
 
 Needs torch, diffusers 0.35.2, transformers 4.57.3, numpy and safetensors. Inputs are made by the same function of name and index

@@ -119,11 +119,16 @@ answer arrives, a worker that holds layers is killed; the answer goes on, and is
 
 Examples:
   hydramesh demo
-  hydramesh demo --keep          # leave it running, and print how to talk to it")]
+  hydramesh demo --keep          # leave it running, and print how to talk to it
+  hydramesh demo --image --model /srv/models/stable-diffusion-v1-5")]
 pub struct DemoArgs {
     /// Leave the mesh running until Ctrl-C
     #[arg(long)]
     pub keep: bool,
+
+    /// Show an image instead: its worker is killed in the middle, and another one finishes it (wants workers with libtorch)
+    #[arg(long, conflicts_with = "keep")]
+    pub image: bool,
 
     /// Folder with the model and ONNX Runtime, as `make fetch` fills it
     #[arg(long, value_name = "DIR", env = "HYDRAMESH_CACHE", default_value = ".cache", value_hint = ValueHint::DirPath)]

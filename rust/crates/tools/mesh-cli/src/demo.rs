@@ -2,6 +2,7 @@
 //! mid-answer.
 
 mod answer;
+mod image;
 mod ring;
 
 use std::net::{SocketAddr, TcpListener, UdpSocket};
@@ -37,6 +38,9 @@ const STAGES: usize = 3;
 const WORKERS: usize = 2 * STAGES;
 
 pub(crate) async fn run(args: DemoArgs, terminal: Terminal) -> Result<(), Failure> {
+    if args.image {
+        return image::run(args, terminal).await;
+    }
     let in_cache = || args.cache.join(paths::SMOLLM2);
     let model = there(args.model.clone().unwrap_or_else(in_cache))?;
     let runtime = there(args.cache.join(paths::ORT_LIBRARY))?;

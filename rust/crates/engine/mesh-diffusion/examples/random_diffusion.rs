@@ -1,5 +1,6 @@
-//! Writes a model with random weights: `random_model tiny FOLDER` for the tests' models, or `random_model sd15 FOLDER`
-//! for one with the shape of Stable Diffusion 1.5 and f16 weights.
+//! Writes a model with random weights: `random_diffusion tiny FOLDER` for the tests' models, `random_diffusion demo FOLDER` for
+//! that of `make demo-image` (without its tokenizer), or `random_diffusion sd15 FOLDER` for one with the shape of Stable
+//! Diffusion 1.5 and f16 weights.
 //!
 //! `scripts/diffusion_goldens.py` and `scripts/bench_diffusers.py` have diffusers read what this writes.
 
@@ -12,7 +13,7 @@ use mesh_model::safetensors::Dtype;
 fn main() -> std::io::Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let [kind, folder] = arguments.as_slice() else {
-        eprintln!("usage: random_model tiny|sd15 FOLDER");
+        eprintln!("usage: random_diffusion tiny|demo|sd15 FOLDER");
         std::process::exit(2);
     };
     let folder = Path::new(folder);
@@ -34,9 +35,17 @@ fn main() -> std::io::Result<()> {
             }
             synth::write_tiny_vae(&synth::tiny_vae(), &folder.join("taesd"), Dtype::F32)
         }
+        "demo" => {
+            // With CLIP's whole vocabulary, so that any prompt has tokens.
+            let mut config = synth::tiny(Family::Sd1);
+            for encoder in &mut config.text {
+                (encoder.vocab, encoder.end) = (49_408, 49_407);
+            }
+            synth::write_folder(&config, folder, Dtype::F32)
+        }
         "sd15" => synth::write_folder(&synth::stable_diffusion_1_5(), folder, Dtype::F16),
         _ => {
-            eprintln!("unknown model {kind:?}: use tiny or sd15");
+            eprintln!("unknown model {kind:?}: use tiny, demo or sd15");
             std::process::exit(2);
         }
     }
