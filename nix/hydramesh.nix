@@ -39,7 +39,9 @@ let
   };
   # All crates but the one that is linked with libtorch, where the backend has none.
   everyCrate = "--workspace${lib.optionalString (libtorch == null) " --exclude mesh-engine-tch"}";
-  cargoArtifacts = craneLib.buildDepsOnly (commonArgs // { cargoExtraArgs = "--locked ${everyCrate}"; });
+  cargoArtifacts = craneLib.buildDepsOnly (
+    commonArgs // { cargoExtraArgs = "--locked ${everyCrate}"; }
+  );
 
   features = lib.optionalString (
     settings.cargoFeatures != [ ]
