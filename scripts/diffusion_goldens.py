@@ -14,7 +14,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.loaders import single_file_utils as single
 from safetensors.numpy import save_file
 from safetensors.torch import load_file
@@ -44,19 +53,19 @@ def randoms(name, shape):
     return torch.from_numpy(values.reshape(shape))
 
 
-def ids(pad):
-    rows = [[START, *chunk, END] for chunk in CHUNKS]
+def ids(pad, chunks):
+    rows = [[START, *chunk, END] for chunk in chunks]
     return torch.tensor([row + [pad] * (77 - len(row)) for row in rows])
 
 
-def encode(folder, family):
+def encode(folder, family, chunks=CHUNKS):
     """Hidden rows of all chunks and the pooled row of the first."""
     one = CLIPTextModel.from_pretrained(folder / "text_encoder").eval()
     if family != "xl":
-        return one(ids(0 if family == "sd2" else END))[0], None
+        return one(ids(0 if family == "sd2" else END, chunks))[0], None
     two = CLIPTextModelWithProjection.from_pretrained(folder / "text_encoder_2").eval()
-    first = one(ids(END), output_hidden_states=True)
-    second = two(ids(0), output_hidden_states=True)
+    first = one(ids(END, chunks), output_hidden_states=True)
+    second = two(ids(0, chunks), output_hidden_states=True)
     return torch.cat([first.hidden_states[-2], second.hidden_states[-2]], -1), second[0][:1]
 
 
@@ -85,6 +94,34 @@ def picture():
     return torch.from_numpy(values.astype("float32") / 255 * 2 - 1).permute(2, 0, 1)[None]
 
 
+def painted(root, family):
+    """A whole picture, with the noise of a seed."""
+    kind = {"sd1": DPMSolverMultistepScheduler, "sd2": DDIMScheduler, "xl": EulerDiscreteScheduler}[family]
+    scheduler = kind.from_config(DDIMScheduler.load_config(root / "scheduler"))
+    parts = {
+        "vae": AutoencoderKL.from_pretrained(root / "vae"),
+        "unet": UNet2DConditionModel.from_pretrained(root / "unet"),
+        "scheduler": scheduler,
+        "tokenizer": None,
+        "text_encoder": None,
+    }
+    texts = {}
+    for name, tokens in (("prompt", CHUNKS[0]), ("negative_prompt", [7])):
+        hidden, pooled = encode(root, family, [tokens])
+        texts[f"{name}_embeds"] = hidden
+        if family == "xl":
+            texts["pooled_prompt_embeds" if name == "prompt" else "negative_pooled_prompt_embeds"] = pooled
+    if family == "xl":
+        pipe = StableDiffusionXLPipeline(**parts, text_encoder_2=None, tokenizer_2=None, add_watermarker=False)
+    else:
+        pipe = StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(9)
+    options = {"height": 32, "width": 48, "num_inference_steps": 5, "guidance_scale": 4.0, "output_type": "np"}
+    picture = pipe(**texts, **options, generator=generator).images[0]
+    return torch.from_numpy((picture * 255).round().astype("uint8"))
+
+
 def goldens(folder):
     out = {}
     for family in FAMILIES:
@@ -99,6 +136,7 @@ def goldens(folder):
         out[f"{family}.decoded"] = torch.from_numpy(bytes_of(vae.decode(latents / vae.config.scaling_factor).sample))
         moments = vae.encode(picture()).latent_dist
         sample = moments.mean + moments.std * randoms("input/noise", (1, 4, 8, 12))
+        out[f"{family}.painted"] = painted(root, family)
         out[f"{family}.encoded"] = sample[0] * vae.config.scaling_factor
     tiny = AutoencoderTiny.from_pretrained(folder / "taesd").eval()
     latents = 2 * randoms("input/latents", (1, *LATENTS))
