@@ -193,7 +193,7 @@ fn fingerprint(path: &Path, config: &Config) -> std::io::Result<String> {
     };
     let mut files: Vec<&PathBuf> = all.iter().filter(decides).collect();
     files.sort();
-    let mut hasher = Hasher::new();
+    let mut hasher = Hasher::default();
     for file in files {
         let digest = cache.file(&path.join(file))?;
         hasher.update(format!("{digest}  {}\n", file.display()).as_bytes());
