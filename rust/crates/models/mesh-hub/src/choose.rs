@@ -1,5 +1,6 @@
 //! Selection of the files of a repository that a model needs.
 
+mod chosen;
 mod images;
 
 use std::collections::HashMap;
@@ -11,35 +12,7 @@ use mesh_model::hf::{INDEX, files_of_index};
 use crate::error::HubError;
 use crate::listing::{Repo, RepoFile};
 
-/// Storage format of a model's weights.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Format {
-    /// One GGUF file with everything in it, or all parts of a split one.
-    Gguf,
-    /// `config.json`, `tokenizer.json` and safetensors files, or a model for images in diffusers' form.
-    Safetensors,
-}
-
-/// The files that a model needs.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Chosen {
-    /// Storage format of the weights.
-    pub format: Format,
-    /// The name the model gets: that of the GGUF file without its ending and the numbers of a part, or the
-    /// repository's without the organisation.
-    pub name: String,
-    /// Files with the weights.
-    pub weights: Vec<RepoFile>,
-    /// All other files; they are small.
-    pub others: Vec<RepoFile>,
-}
-
-impl Chosen {
-    /// All files, weights first.
-    pub fn files(&self) -> impl Iterator<Item = &RepoFile> {
-        self.weights.iter().chain(&self.others)
-    }
-}
+pub use chosen::{Chosen, Format};
 
 /// Files that describe a model of safetensors files; those that exist are taken. Those of
 /// sentence-transformers hold the pooling of embedding models.
@@ -367,7 +340,10 @@ mod tests {
         assert_eq!(sorted(Some("fp16")), without(&[0, 3, 6, 7, 11, 12, 14, 15]));
         let pickled = ["model_index.json", "unet/diffusion_pytorch_model.bin"];
         let error = chosen(&pickled, None).unwrap_err();
-        assert!(error.contains("unet/diffusion_pytorch_model.safetensors"), "{error}");
+        assert!(
+            error.contains("unet/diffusion_pytorch_model.safetensors"),
+            "{error}"
+        );
     }
 
     const GGUFS: &[&str] = &[

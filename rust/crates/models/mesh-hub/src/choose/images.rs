@@ -2,7 +2,7 @@
 
 use mesh_model::image;
 
-use super::{Chosen, Format};
+use super::chosen::{Chosen, Format};
 use crate::listing::{Repo, RepoFile};
 
 /// Folders with weights, each with the beginning of their files' names.
@@ -57,7 +57,9 @@ fn files(repo: &Repo, half: bool) -> Result<Chosen, String> {
         if !repo.files.iter().any(|file| file.path.starts_with(&prefix)) {
             continue;
         }
-        let found = endings.iter().find_map(|ending| module(repo, folder, stem, ending));
+        let found = endings
+            .iter()
+            .find_map(|ending| module(repo, folder, stem, ending));
         let Some((mut of_module, index)) = found else {
             return Err(format!(
                 "it has no {folder}/{stem}.safetensors, and pickled weights can run code and are not read; look for a repository of the \
@@ -91,7 +93,10 @@ fn module(
     ];
     let index = indexes.iter().find_map(|path| repo.file(path))?;
     let shards = repo.files.iter().filter(|file| {
-        let name = file.path.strip_prefix(folder).and_then(|name| name.strip_prefix('/'));
+        let name = file
+            .path
+            .strip_prefix(folder)
+            .and_then(|name| name.strip_prefix('/'));
         name.is_some_and(|name| is_shard(name, stem, ending))
     });
     let shards: Vec<RepoFile> = shards.cloned().collect();
@@ -104,8 +109,11 @@ fn is_shard(name: &str, stem: &str, ending: &str) -> bool {
         .strip_suffix(".safetensors")
         .and_then(|name| name.strip_prefix(stem));
     let numbers = |text: &str| {
-        let of = text.strip_prefix('-').and_then(|text| text.split_once("-of-"));
-        let digits = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
+        let of = text
+            .strip_prefix('-')
+            .and_then(|text| text.split_once("-of-"));
+        let digits =
+            |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
         of.is_some_and(|(number, total)| digits(number) && digits(total))
     };
     middle.is_some_and(|middle| {

@@ -119,7 +119,10 @@ async fn show(
             // As a power cut would.
             mesh.workers[worker].signal(Signal::SIGKILL)?;
             stepped = Instant::now();
-            println!("  step {step:>2}  {} is killed here", mesh.workers[worker].name());
+            println!(
+                "  step {step:>2}  {} is killed here",
+                mesh.workers[worker].name()
+            );
             victim = Some(worker);
             return Ok(());
         }
@@ -130,7 +133,8 @@ async fn show(
         Ok(())
     })
     .await?;
-    let victim = victim.ok_or_else(|| Failure::failed("the image was done before its worker died"))?;
+    let victim =
+        victim.ok_or_else(|| Failure::failed("the image was done before its worker died"))?;
     mesh.workers[victim].wait_for_end(END_LIMIT).await?;
     let victim = mesh.workers[victim].name().to_owned();
     std::fs::write(file, &disturbed.png)
@@ -139,7 +143,8 @@ async fn show(
 
     demo.heading("The same image without a disturbance");
     let undisturbed = make(&client, &request, async |_| Ok(())).await?;
-    let differs = format!("the image during which {victim} was killed differs from an undisturbed one");
+    let differs =
+        format!("the image during which {victim} was killed differs from an undisturbed one");
     expect(disturbed.png == undisturbed.png, &differs)?;
     demo.good(&format!(
         "{victim} died with the image half done. {} went on after its last step; the longest step took {}, and the file \
@@ -163,7 +168,9 @@ async fn make(
     request: &CreateImageRequest,
     mut on_step: impl AsyncFnMut(u32) -> Result<(), Failure>,
 ) -> Result<Made, Failure> {
-    let mut events = client.events::<ImageStreamEvent>(api::IMAGES, request).await?;
+    let mut events = client
+        .events::<ImageStreamEvent>(api::IMAGES, request)
+        .await?;
     let mut made = None;
     while let Some(arrived) = events.next().await? {
         match arrived {
@@ -171,7 +178,9 @@ async fn make(
             Arrived::Event(ImageStreamEvent::Completed { image, .. }) => {
                 let png = STANDARD.decode(image.b64_json.unwrap_or_default());
                 let png = png.map_err(|error| {
-                    Failure::failed(format!("the head sent an image that is not base64: {error}"))
+                    Failure::failed(format!(
+                        "the head sent an image that is not base64: {error}"
+                    ))
                 })?;
                 let worker = image.timings.unwrap_or_default().worker;
                 made = Some(Made { png, worker });
