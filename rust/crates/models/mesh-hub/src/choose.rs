@@ -74,9 +74,15 @@ pub fn choose(repo: &Repo, which: Option<&str>, index: Option<&[u8]>) -> Result<
     };
     let half = which == Some(images::HALF);
     if (which.is_none() || half)
-        && let Some(chosen) = images::choose(repo, half)
+        && let Some(files) = images::files(repo, half)
     {
-        return chosen.map_err(failed);
+        let (weights, others) = files.map_err(failed)?;
+        return Ok(Chosen {
+            format: Format::Safetensors,
+            name: repo.id.rsplit('/').next().unwrap_or(&repo.id).to_owned(),
+            weights,
+            others,
+        });
     }
     let ggufs = ggufs(repo);
     if let Some(which) = which {
@@ -367,7 +373,10 @@ mod tests {
         assert_eq!(sorted(Some("fp16")), without(&[0, 3, 6, 7, 11, 12, 14, 15]));
         let pickled = ["model_index.json", "unet/diffusion_pytorch_model.bin"];
         let error = chosen(&pickled, None).unwrap_err();
-        assert!(error.contains("unet/diffusion_pytorch_model.safetensors"), "{error}");
+        assert!(
+            error.contains("unet/diffusion_pytorch_model.safetensors"),
+            "{error}"
+        );
     }
 
     const GGUFS: &[&str] = &[

@@ -287,7 +287,10 @@ mod tests {
         let model = json!({"name": "sd", "kind": "image", "decode_tokens_per_second": 32.0, "prefill_tokens_per_second": 32.0});
         let registry = json!({"workers": [{"name": "gpu", "state": "ready", "models": [model]}]});
         let text = show(&read(&registry).unwrap(), Terminal::new(Color::Never));
-        assert!(text.contains("2.0 s/step") && !text.contains("tok/s"), "{text}");
+        assert!(
+            text.contains("2.0 s/step") && !text.contains("tok/s"),
+            "{text}"
+        );
     }
 
     #[test]

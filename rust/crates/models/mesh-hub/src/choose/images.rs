@@ -2,7 +2,6 @@
 
 use mesh_model::image;
 
-use super::{Chosen, Format};
 use crate::listing::{Repo, RepoFile};
 
 /// Folders with weights, each with the beginning of their files' names.
@@ -36,13 +35,16 @@ const DESCRIPTIONS: [&str; 16] = [
 /// Name of the variant with weights of 16 bits, which a user may write behind the repository's.
 pub(super) const HALF: &str = "fp16";
 
+/// Files with weights, and those that describe them.
+type Files = (Vec<RepoFile>, Vec<RepoFile>);
+
 /// The files of `repo` if it has a model for images; of the weights those of 16 bits if `half` or if there are no others.
-pub(super) fn choose(repo: &Repo, half: bool) -> Option<Result<Chosen, String>> {
+pub(super) fn files(repo: &Repo, half: bool) -> Option<Result<Files, String>> {
     repo.file(image::INDEX)?;
-    Some(files(repo, half))
+    Some(files_of(repo, half))
 }
 
-fn files(repo: &Repo, half: bool) -> Result<Chosen, String> {
+fn files_of(repo: &Repo, half: bool) -> Result<Files, String> {
     let mut weights = Vec::new();
     let mut others: Vec<RepoFile> = DESCRIPTIONS
         .iter()
@@ -57,7 +59,9 @@ fn files(repo: &Repo, half: bool) -> Result<Chosen, String> {
         if !repo.files.iter().any(|file| file.path.starts_with(&prefix)) {
             continue;
         }
-        let found = endings.iter().find_map(|ending| module(repo, folder, stem, ending));
+        let found = endings
+            .iter()
+            .find_map(|ending| module(repo, folder, stem, ending));
         let Some((mut of_module, index)) = found else {
             return Err(format!(
                 "it has no {folder}/{stem}.safetensors, and pickled weights can run code and are not read; look for a repository of the \
@@ -67,12 +71,7 @@ fn files(repo: &Repo, half: bool) -> Result<Chosen, String> {
         weights.append(&mut of_module);
         others.extend(index);
     }
-    Ok(Chosen {
-        format: Format::Safetensors,
-        name: repo.id.rsplit('/').next().unwrap_or(&repo.id).to_owned(),
-        weights,
-        others,
-    })
+    Ok((weights, others))
 }
 
 /// The one file of a module's weights, or all of several with their index.
@@ -91,7 +90,10 @@ fn module(
     ];
     let index = indexes.iter().find_map(|path| repo.file(path))?;
     let shards = repo.files.iter().filter(|file| {
-        let name = file.path.strip_prefix(folder).and_then(|name| name.strip_prefix('/'));
+        let name = file
+            .path
+            .strip_prefix(folder)
+            .and_then(|name| name.strip_prefix('/'));
         name.is_some_and(|name| is_shard(name, stem, ending))
     });
     let shards: Vec<RepoFile> = shards.cloned().collect();
@@ -104,8 +106,11 @@ fn is_shard(name: &str, stem: &str, ending: &str) -> bool {
         .strip_suffix(".safetensors")
         .and_then(|name| name.strip_prefix(stem));
     let numbers = |text: &str| {
-        let of = text.strip_prefix('-').and_then(|text| text.split_once("-of-"));
-        let digits = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
+        let of = text
+            .strip_prefix('-')
+            .and_then(|text| text.split_once("-of-"));
+        let digits =
+            |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
         of.is_some_and(|(number, total)| digits(number) && digits(total))
     };
     middle.is_some_and(|middle| {
