@@ -437,6 +437,7 @@ async fn report(shared: Arc<RogueState>, mut control: MsgStream) {
 fn chatter(shared: &RogueState) -> Vec<Message> {
     let served = Served {
         models: vec![card(shared); 32],
+        ..Served::default()
     };
     let offer = Offer {
         ring_port: 1,
