@@ -1,6 +1,5 @@
 //! Selection of the files of a repository that a model needs.
 
-mod chosen;
 mod images;
 
 use std::collections::HashMap;
@@ -12,7 +11,35 @@ use mesh_model::hf::{INDEX, files_of_index};
 use crate::error::HubError;
 use crate::listing::{Repo, RepoFile};
 
-pub use chosen::{Chosen, Format};
+/// Storage format of a model's weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Format {
+    /// One GGUF file with everything in it, or all parts of a split one.
+    Gguf,
+    /// `config.json`, `tokenizer.json` and safetensors files, or a model for images in diffusers' form.
+    Safetensors,
+}
+
+/// The files that a model needs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Chosen {
+    /// Storage format of the weights.
+    pub format: Format,
+    /// The name the model gets: that of the GGUF file without its ending and the numbers of a part, or the
+    /// repository's without the organisation.
+    pub name: String,
+    /// Files with the weights.
+    pub weights: Vec<RepoFile>,
+    /// All other files; they are small.
+    pub others: Vec<RepoFile>,
+}
+
+impl Chosen {
+    /// All files, weights first.
+    pub fn files(&self) -> impl Iterator<Item = &RepoFile> {
+        self.weights.iter().chain(&self.others)
+    }
+}
 
 /// Files that describe a model of safetensors files; those that exist are taken. Those of
 /// sentence-transformers hold the pooling of embedding models.
@@ -47,9 +74,15 @@ pub fn choose(repo: &Repo, which: Option<&str>, index: Option<&[u8]>) -> Result<
     };
     let half = which == Some(images::HALF);
     if (which.is_none() || half)
-        && let Some(chosen) = images::choose(repo, half)
+        && let Some(files) = images::files(repo, half)
     {
-        return chosen.map_err(failed);
+        let (weights, others) = files.map_err(failed)?;
+        return Ok(Chosen {
+            format: Format::Safetensors,
+            name: repo.id.rsplit('/').next().unwrap_or(&repo.id).to_owned(),
+            weights,
+            others,
+        });
     }
     let ggufs = ggufs(repo);
     if let Some(which) = which {

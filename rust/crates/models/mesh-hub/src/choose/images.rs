@@ -2,7 +2,6 @@
 
 use mesh_model::image;
 
-use super::chosen::{Chosen, Format};
 use crate::listing::{Repo, RepoFile};
 
 /// Folders with weights, each with the beginning of their files' names.
@@ -36,13 +35,16 @@ const DESCRIPTIONS: [&str; 16] = [
 /// Name of the variant with weights of 16 bits, which a user may write behind the repository's.
 pub(super) const HALF: &str = "fp16";
 
+/// Files with weights, and those that describe them.
+type Files = (Vec<RepoFile>, Vec<RepoFile>);
+
 /// The files of `repo` if it has a model for images; of the weights those of 16 bits if `half` or if there are no others.
-pub(super) fn choose(repo: &Repo, half: bool) -> Option<Result<Chosen, String>> {
+pub(super) fn files(repo: &Repo, half: bool) -> Option<Result<Files, String>> {
     repo.file(image::INDEX)?;
-    Some(files(repo, half))
+    Some(files_of(repo, half))
 }
 
-fn files(repo: &Repo, half: bool) -> Result<Chosen, String> {
+fn files_of(repo: &Repo, half: bool) -> Result<Files, String> {
     let mut weights = Vec::new();
     let mut others: Vec<RepoFile> = DESCRIPTIONS
         .iter()
@@ -69,12 +71,7 @@ fn files(repo: &Repo, half: bool) -> Result<Chosen, String> {
         weights.append(&mut of_module);
         others.extend(index);
     }
-    Ok(Chosen {
-        format: Format::Safetensors,
-        name: repo.id.rsplit('/').next().unwrap_or(&repo.id).to_owned(),
-        weights,
-        others,
-    })
+    Ok((weights, others))
 }
 
 /// The one file of a module's weights, or all of several with their index.
