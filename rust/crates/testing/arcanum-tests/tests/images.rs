@@ -35,6 +35,11 @@ fn model(folder: &Path) -> Result<String> {
             vocab.insert(format!("{letter}{ending}"), id);
         }
     }
+    // A vocabulary has no gaps, and the model's has 1,000 tokens.
+    while vocab.len() < 998 {
+        let id = vocab.len();
+        vocab.insert(format!("filler{id}"), id);
+    }
     vocab.insert("<|startoftext|>".to_owned(), 998);
     vocab.insert("<|endoftext|>".to_owned(), 999);
     let tokenizer = path.join("tokenizer");
