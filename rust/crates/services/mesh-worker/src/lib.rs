@@ -38,6 +38,7 @@ mod served;
 mod service;
 pub mod templates;
 mod token;
+mod vram;
 mod worker;
 
 pub use config::Config;
