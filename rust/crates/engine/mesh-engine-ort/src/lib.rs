@@ -45,7 +45,7 @@
 //! [`truncate`](mesh_engine::Stage::truncate) to 0 gives back.
 //!
 //! A [`DeviceStage`] has its weights twice, on the device and on the host, where the session keeps its
-//! inputs; its slots grow by doubling.
+//! inputs; its slots grow by doubling, and shrink when others need what was planned for all.
 //!
 //! # Unsafe code
 //! Module `tensors` reads the tensors of a running node through ONNX Runtime's C interface; module
