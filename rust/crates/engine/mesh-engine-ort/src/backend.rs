@@ -3,12 +3,16 @@
 use std::fmt;
 use std::ops::Range;
 use std::str::FromStr;
+use std::time::Instant;
 
 use mesh_engine::{LogitRows, Segment, Stage, StageInput, StageOutput};
 use mesh_model::Model;
 
+use crate::device::memory::says_exhausted;
 use crate::device::{Device, DeviceStage};
 use crate::options::{LoadError, OrtOptions};
+use crate::overflow::plan::StepTimes;
+use crate::overflow::{self, Split};
 use crate::provider::Provider;
 use crate::stage::OrtStage;
 
@@ -24,15 +28,19 @@ pub enum Backend {
     Cuda,
     /// An AMD GPU or nothing.
     MiGraphX,
+    /// The graph for GPUs on ONNX Runtime's own CPU kernels: slow, and a way to try the settings for GPUs
+    /// without one.
+    OrtCpu,
 }
 
 impl Backend {
     /// Every backend with its name in configuration files.
-    const NAMES: [(Backend, &'static str); 4] = [
+    const NAMES: [(Backend, &'static str); 5] = [
         (Backend::Auto, "auto"),
         (Backend::Cpu, "cpu"),
         (Backend::Cuda, "cuda"),
         (Backend::MiGraphX, "migraphx"),
+        (Backend::OrtCpu, "ort-cpu"),
     ];
 
     /// The providers to try, best first.
@@ -41,6 +49,7 @@ impl Backend {
             Backend::Cpu => Vec::new(),
             Backend::Cuda => vec![Provider::Cuda],
             Backend::MiGraphX => vec![Provider::MiGraphX],
+            Backend::OrtCpu => vec![Provider::Cpu],
             Backend::Auto => [Provider::Cuda, Provider::MiGraphX]
                 .into_iter()
                 .filter(|provider| provider.is_compiled_in())
@@ -58,7 +67,7 @@ impl fmt::Display for Backend {
 
 /// A string that names no backend.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{0:?} is no backend: it is auto, cpu, cuda or migraphx")]
+#[error("{0:?} is no backend: it is auto, cpu, cuda, migraphx or ort-cpu")]
 pub struct NoSuchBackend(String);
 
 impl FromStr for Backend {
@@ -80,8 +89,10 @@ impl FromStr for Backend {
 pub struct Opened {
     /// The loaded stage.
     pub stage: Box<dyn Stage>,
-    /// The provider that runs the stage; [`Provider::Cpu`] stands for our own kernels.
+    /// The provider that runs the stage or its first layers; [`Provider::Cpu`] stands for our own kernels.
     pub provider: Provider,
+    /// The parts of the stage, if any of it runs on a provider.
+    pub split: Option<Split>,
     /// The providers that were tried and refused, each with the reason.
     pub refused: Vec<(Provider, String)>,
 }
@@ -90,6 +101,7 @@ impl fmt::Debug for Opened {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Opened")
             .field("provider", &self.provider)
+            .field("split", &self.split)
             .field("refused", &self.refused)
             .finish_non_exhaustive()
     }
@@ -97,8 +109,9 @@ impl fmt::Debug for Opened {
 
 /// Loads `layers` of `model` on `backend`.
 ///
-/// A GPU is used only if one layer gives the same result there as on the CPU, and if the whole stage gives
-/// finite numbers that do not depend on how a prompt is cut.
+/// A GPU is used only if one layer gives the same result there as on the CPU, and if all layers there give
+/// finite numbers that do not depend on how a prompt is cut. Layers that do not fit its memory run on the CPU
+/// ([`OrtOptions::device`]); if none fits, all do, which is logged as a warning.
 ///
 /// # Errors
 /// Those of [`OrtStage::load`]; for a backend requested by name also the reason why it cannot be used.
@@ -115,13 +128,18 @@ pub fn open(
     crate::check::options(&options, model.config().context)?;
     let mut refused = Vec::new();
     for provider in backend.providers() {
-        match on_device(model, layers.clone(), &options, provider) {
-            Ok(stage) => {
+        match on_device(model, layers.clone(), &options, provider, backend) {
+            Ok((stage, split)) => {
                 return Ok(Opened {
-                    stage: Box::new(stage),
+                    stage,
                     provider,
+                    split: Some(split),
                     refused,
                 });
+            }
+            Err(error @ LoadError::DeviceMemory { .. }) => {
+                tracing::warn!(%provider, reason = %error, "no layer fits the device: the CPU computes all of them");
+                refused.push((provider, error.to_string()));
             }
             Err(error) if backend == Backend::Auto => {
                 tracing::warn!(%provider, reason = %error, "no GPU computes: the CPU does");
@@ -133,6 +151,7 @@ pub fn open(
     Ok(Opened {
         stage: Box::new(OrtStage::load(model, layers, options)?),
         provider: Provider::Cpu,
+        split: None,
         refused,
     })
 }
@@ -142,23 +161,33 @@ fn on_device(
     layers: Range<u32>,
     options: &OrtOptions,
     provider: Provider,
-) -> Result<DeviceStage, LoadError> {
+    backend: Backend,
+) -> Result<(Box<dyn Stage>, Split), LoadError> {
     let device = Device::new(provider);
-    let refused = |reason| LoadError::Provider { provider, reason };
-    compare_layer(model, &layers, options, device)?;
-    let mut stage = DeviceStage::load(model, layers, options.clone(), device)?;
-    check_whole(&mut stage).map_err(refused)?;
-    Ok(stage)
+    let times = compare_layer(model, &layers, options, device)?;
+    // A backend that is asked for by name is used even if it is slow.
+    let times = (backend == Backend::Auto).then_some(times);
+    let check = |stage: &mut DeviceStage| {
+        check_whole(stage).map_err(|reason| refused(device.provider, reason))
+    };
+    overflow::load(model, layers, options, device, times, check)
 }
 
-/// Compares one layer on the device with the same layer on the CPU. This takes a small part of the loading
-/// time and detects a missing provider early.
+fn refused(provider: Provider, reason: String) -> LoadError {
+    match says_exhausted(&reason) {
+        true => LoadError::DeviceMemory { provider, reason },
+        false => LoadError::Provider { provider, reason },
+    }
+}
+
+/// Compares one layer on the device with the same layer on the CPU, and returns the times of both. This takes a
+/// small part of the loading time and detects a missing provider early.
 fn compare_layer(
     model: &Model,
     layers: &Range<u32>,
     options: &OrtOptions,
     device: Device,
-) -> Result<(), LoadError> {
+) -> Result<StepTimes, LoadError> {
     // Not the last one of the model, whose output matrix is large, if there is another.
     let last = model.config().layers - 1;
     let layer = match layers.start {
@@ -172,10 +201,7 @@ fn compare_layer(
         profile: false,
         ..options.clone()
     };
-    let refused = |reason: String| LoadError::Provider {
-        provider: device.provider,
-        reason,
-    };
+    let refused = |reason: String| refused(device.provider, reason);
     let mut ours = DeviceStage::load(model, layer..layer + 1, options.clone(), device)?;
     let mut cpu = OrtStage::load(model, layer..layer + 1, options)?;
     let rows = ours.info().context;
@@ -192,7 +218,22 @@ fn compare_layer(
         refused(format!(
             "layer {layer} gives other numbers there than on the CPU (cosine {cosine:.4})"
         ))
+    })?;
+    Ok(StepTimes {
+        device_step: step_time(&mut ours, rows).map_err(refused)?,
+        cpu_layer: step_time(&mut cpu, rows).map_err(refused)?,
     })
+}
+
+/// Shortest time of a step of one row, in seconds.
+fn step_time(stage: &mut dyn Stage, rows: u32) -> Result<f64, String> {
+    let mut least = f64::INFINITY;
+    for _ in 0..TIMED_STEPS {
+        let start = Instant::now();
+        run(stage, rows - 1, rows, 1)?;
+        least = least.min(start.elapsed().as_secs_f64());
+    }
+    Ok(least)
 }
 
 /// The same rows in one step and in several.
@@ -285,6 +326,9 @@ fn agree(found: &[f32], expected: &[f32]) -> Result<(), f64> {
 
 /// Rows of the checks.
 const CHECK_ROWS: u32 = 8;
+
+/// Steps of which the shortest counts: others have waited for something else.
+const TIMED_STEPS: u32 = 5;
 
 /// Rounding of 16 bits on the device and of 8-bit activations on the CPU stay far above this; another result
 /// does not.

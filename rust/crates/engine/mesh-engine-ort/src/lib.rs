@@ -29,6 +29,9 @@
 //! number of rows. A stream that is run again on such a stage, or moved between it and a CPU, continues with
 //! the same text up to near ties. Exported KV rows have the format of the CPU's stage.
 //!
+//! A model that is larger than the device's memory is split: the first layers run there, the rest on the CPU
+//! (module [`overflow`]).
+//!
 //! The graph is tested on ONNX Runtime's CPU provider, in f32 and in f16. **It has never run on a GPU**: with
 //! `make test-gpu` and a library that has the provider, the same tests run there.
 //!
@@ -42,7 +45,7 @@
 //! [`truncate`](mesh_engine::Stage::truncate) to 0 gives back.
 //!
 //! A [`DeviceStage`] has its weights twice, on the device and on the host, where the session keeps its
-//! inputs; its slots grow by doubling.
+//! inputs; its slots grow by doubling, and shrink when others need what was planned for all.
 //!
 //! # Unsafe code
 //! Module `tensors` reads the tensors of a running node through ONNX Runtime's C interface; module
@@ -61,6 +64,7 @@ mod node;
 mod onnx;
 mod operators;
 mod options;
+pub mod overflow;
 mod provider;
 mod requantise;
 mod runtime;
@@ -72,10 +76,11 @@ mod weights;
 
 pub use backend::{Backend, NoSuchBackend, Opened, open};
 pub use cache::WeightCache;
-pub use device::{Device, DeviceStage, Precision};
+pub use device::{Device, DeviceMemory, DeviceStage, Precision};
 pub use encoder::OrtEncoder;
 pub use mesh_kernels::Reclaim;
 pub use options::{KvFormat, LoadError, OrtOptions, WeightFormat, suited_kv};
+pub use overflow::{DeviceOptions, Split, SplitStage};
 pub use provider::Provider;
 pub use runtime::load_library;
 pub use size::{matrix_bytes, memory_bytes};

@@ -6,6 +6,7 @@ pub use mesh_kernels::KvFormat;
 use mesh_model::{GgmlType, Model};
 
 use crate::cache::WeightCache;
+use crate::overflow::DeviceOptions;
 
 /// Options for loading a stage.
 #[derive(Debug, Clone)]
@@ -37,6 +38,8 @@ pub struct OrtOptions {
     /// Folder for weights that are quantised during the load, for the next load; `None` disables it. Weights
     /// that are integers in the file are not kept: converting them takes hardly longer than reading them.
     pub cache: Option<WeightCache>,
+    /// Limits of the part on an execution provider's device.
+    pub device: DeviceOptions,
     /// Measure the time spent in each operator, see [`OrtStage::profile`](crate::OrtStage::profile).
     pub profile: bool,
 }
@@ -53,6 +56,7 @@ impl Default for OrtOptions {
             weights: WeightFormat::File,
             kv: None,
             cache: None,
+            device: DeviceOptions::default(),
             profile: false,
         }
     }
@@ -198,6 +202,15 @@ pub enum LoadError {
          and this program's package for such GPUs, or set the backend to \"auto\" or \"cpu\""
     )]
     Provider {
+        provider: crate::Provider,
+        reason: String,
+    },
+    /// The device of an execution provider has too little memory.
+    #[error(
+        "execution provider {provider} has too little memory: {reason}; free some of it, raise the limit, or use fewer slots or a \
+         shorter context"
+    )]
+    DeviceMemory {
         provider: crate::Provider,
         reason: String,
     },

@@ -8,6 +8,7 @@ use ort::session::Session;
 use ort::session::builder::{GraphOptimizationLevel, SessionBuilder};
 use ort::value::DynTensor;
 
+use crate::device::memory::says_exhausted;
 use crate::options::LoadError;
 
 /// The runtime that executes the graph of a [`DeviceStage`](crate::DeviceStage).
@@ -74,6 +75,10 @@ impl Provider {
         builder
             .commit_from_memory(model)
             .map_err(|error| match self {
+                _ if says_exhausted(&error.to_string()) => LoadError::DeviceMemory {
+                    provider: self,
+                    reason: reason(&error),
+                },
                 Provider::Cpu => LoadError::Runtime(error),
                 _ => refused(reason(&error)),
             })

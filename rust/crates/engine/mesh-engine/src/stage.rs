@@ -143,7 +143,7 @@ pub trait Stage: Send {
 }
 
 /// Errors of a stage's calls. The stage remains usable after any of them; the KV of the slots named in the
-/// call is as before it, except after [`StageError::Backend`].
+/// call is as before it, except after [`StageError::Backend`] and [`StageError::OutOfMemory`].
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 #[allow(missing_docs, reason = "the messages name the fields")]
@@ -174,6 +174,13 @@ pub enum StageError {
     /// The engine itself failed.
     #[error("{backend} failed: {message}")]
     Backend {
+        backend: &'static str,
+        message: String,
+    },
+    /// The engine's device has no memory left for the call. Other calls would fail, too: the model must be
+    /// loaded anew with less of it there.
+    #[error("{backend} has no memory left: {message}")]
+    OutOfMemory {
         backend: &'static str,
         message: String,
     },

@@ -22,6 +22,8 @@ pub(crate) struct HashStage {
     output: Vec<f32>,
     /// Fails or panics in this call of `forward`, counted from 0.
     pub(crate) fails_at: Option<usize>,
+    /// The call that finds no memory.
+    pub(crate) exhausted_at: Option<usize>,
     pub(crate) panics_at: Option<usize>,
     pub(crate) calls: usize,
     /// Simulated duration of a step of some rows; `None` means no delay.
@@ -61,6 +63,7 @@ impl HashStage {
             slots: vec![Vec::new(); slots as usize],
             output: Vec::new(),
             fails_at: None,
+            exhausted_at: None,
             panics_at: None,
             calls: 0,
             step_time: None,
@@ -111,6 +114,12 @@ impl Stage for HashStage {
             std::thread::sleep(time);
         }
         assert!(self.panics_at != Some(call), "told to panic");
+        if self.exhausted_at == Some(call) {
+            return Err(StageError::OutOfMemory {
+                backend: "hash",
+                message: "told to find none".to_owned(),
+            });
+        }
         if self.fails_at == Some(call) {
             // After a backend's failure the slot's content is undefined.
             for segment in segments {

@@ -15,9 +15,11 @@ pub mod measure;
 mod memory;
 mod nvml;
 mod processor;
+mod vram;
 
 pub use measure::{
     Estimate, MeasureError, ProfileOptions, Profiler, choose_format, estimate, measure_layers,
     read_bandwidth,
 };
 pub use memory::Memory;
+pub use vram::free_vram;

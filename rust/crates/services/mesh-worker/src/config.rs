@@ -49,9 +49,13 @@ pub struct Config {
     /// ONNX Runtime's library; `ORT_DYLIB_PATH` by default.
     pub ort_library: Option<PathBuf>,
     /// Device that computes: `auto` (a GPU that this build can use and that works, else the CPU), `cpu`,
-    /// `cuda` or `migraphx`.
+    /// `cuda`, `migraphx`, or `ort-cpu` (the graph for GPUs on the CPU, to try it).
     #[serde(with = "backend_name")]
     pub backend: Backend,
+    /// Most memory of the GPU for the weights and KV cache of all models that are served whole; layers that do
+    /// not fit run on the CPU. By default what is free at the load.
+    #[serde(with = "units::optional_bytes")]
+    pub vram_limit: Option<u64>,
     /// Threads that compute, for each model; 0 is one per core.
     pub threads: usize,
     /// Requests that one model runs at once.
@@ -294,6 +298,7 @@ impl Default for Config {
             store: StoreConfig::default(),
             ort_library: None,
             backend: Backend::Auto,
+            vram_limit: None,
             threads: 0,
             slots: 8,
             context: 0,
@@ -622,6 +627,7 @@ mod tests {
         assert_eq!(config.kv_memory, Some(512 << 20));
         assert_eq!(config.decode_stall, Duration::from_millis(50));
         assert_eq!(parse("").kv_memory, None);
+        assert_eq!(parse("vram_limit = \"6GiB\"").vram_limit, Some(6 << 30));
     }
 
     #[test]

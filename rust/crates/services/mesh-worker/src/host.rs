@@ -21,6 +21,7 @@ use crate::preparations::Preparations;
 use crate::rings::Rings;
 use crate::served::ServedModel;
 use crate::templates::Templates;
+use crate::vram::Vram;
 use crate::{embed, generate, image};
 
 /// All models of this worker.
@@ -30,6 +31,7 @@ pub(crate) struct Host {
     pub(crate) rings: Arc<Rings>,
     pub(crate) templates: Templates,
     pub(crate) preparations: Preparations,
+    pub(crate) vram: Vram,
 }
 
 impl Host {
@@ -45,10 +47,12 @@ impl Host {
         templates: Templates,
     ) -> Result<(Self, Vec<Failure>), WorkerError> {
         let found = find(config)?;
+        let vram = Vram::new(config);
         let mut failures = Vec::new();
         let mut loaded = Vec::new();
         for (name, path) in found {
-            let load = |path: PathBuf| ServedModel::load(&path, None, None, config, &templates);
+            let load =
+                |path: PathBuf| ServedModel::load(&path, None, None, config, &templates, &vram);
             match path.and_then(load) {
                 Ok(model) => loaded.push(model),
                 Err(error) => failures.push(Failure {
@@ -67,6 +71,7 @@ impl Host {
             rings,
             templates,
             preparations: Preparations::default(),
+            vram,
         };
         for model in loaded {
             host.add(&mut Some(model))?;
@@ -206,6 +211,7 @@ impl ServedModel {
         known: Option<&str>,
         config: &Config,
         templates: &Templates,
+        vram: &Vram,
     ) -> Result<Self, WorkerError> {
         let load = || {
             if is_image_model(path) {
@@ -213,7 +219,7 @@ impl ServedModel {
             }
             match path.is_dir() && encoder::is_encoder(path) {
                 true => embed::load::load(path, name, config),
-                false => generate::load::load(path, name, known, config, templates),
+                false => generate::load::load(path, name, known, config, templates, vram),
             }
         };
         unpanicked("loading", path, load)

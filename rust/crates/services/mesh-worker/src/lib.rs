@@ -39,6 +39,7 @@ mod served;
 mod service;
 pub mod templates;
 mod token;
+mod vram;
 mod worker;
 
 pub use config::Config;

@@ -218,7 +218,7 @@ impl Loading {
         let host = &self.host;
         let templates = &host.templates;
         let load = |path: &Path, name: Option<&str>, fingerprint: Option<&str>| {
-            ServedModel::load(path, name, fingerprint, &self.config, templates)
+            ServedModel::load(path, name, fingerprint, &self.config, templates, &host.vram)
         };
         let loaded = match (&order.location, fetched) {
             (Location::StorePart(name), Some(fetched)) => {

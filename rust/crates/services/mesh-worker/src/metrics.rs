@@ -4,6 +4,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use mesh_engine::Load;
+use mesh_engine_ort::Split;
 use mesh_service::metrics::prometheus_client::collector::Collector;
 use mesh_service::metrics::prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
 use mesh_service::metrics::prometheus_client::metrics::counter::{ConstCounter, Counter};
@@ -54,6 +55,27 @@ impl Collector for EngineCollector {
             ];
             ConstGauge::new(1.0).encode(family.encode_family(&labels)?)?;
         }
+        for (name, help, value) in PLACES {
+            let kind = ConstGauge::new(0.0).metric_type();
+            let mut family = encoder.encode_descriptor(name, help, None, kind)?;
+            for served in self.0.models() {
+                if let Some(split) = &served.split {
+                    let labels = [("model", served.card.name.as_str())];
+                    let value = value(split, &served.engine.load());
+                    ConstGauge::new(value).encode(family.encode_family(&labels)?)?;
+                }
+            }
+        }
+        let help = "Bytes of hidden rows that went from the layers on the GPU to those on the CPU";
+        let kind = ConstCounter::new(0u64).metric_type();
+        let mut family = encoder.encode_descriptor("model_moved_bytes", help, None, kind)?;
+        for served in self.0.models() {
+            if let Some(split) = &served.split {
+                let labels = [("model", served.card.name.as_str())];
+                let moved = split.moved_bytes();
+                ConstCounter::new(moved).encode(family.encode_family(&labels)?)?;
+            }
+        }
         let help = "1 for a model that is not served because something is wrong with it";
         let mut family = encoder.encode_descriptor("model_failed", help, None, kind)?;
         let core = self.0.stored.core();
@@ -87,6 +109,35 @@ impl fmt::Debug for EngineCollector {
         f.write_str("EngineCollector")
     }
 }
+
+type Place = (&'static str, &'static str, fn(&Split, &Load) -> f64);
+
+/// Figures of a model that runs on a GPU, wholly or in part.
+const PLACES: [Place; 4] = [
+    (
+        "model_device_layers",
+        "Layers of the model on the GPU",
+        |split, _| split.device_layers.len() as f64,
+    ),
+    (
+        "model_spilled_layers",
+        "Layers of the model on the CPU because they do not fit the GPU",
+        |split, _| split.cpu_layers.len() as f64,
+    ),
+    (
+        "model_device_bytes",
+        "Weights and KV cache of the model on the GPU",
+        |split, _| split.memory.used() as f64,
+    ),
+    (
+        "model_spilled_bytes",
+        "Weights and KV cache in use of the layers that do not fit the GPU",
+        |split, load| {
+            let rows = load.kv_tokens_used as f64;
+            split.cpu_weight_bytes as f64 + rows * split.cpu_kv_bytes_per_token as f64
+        },
+    ),
+];
 
 type Figure<T> = (&'static str, &'static str, fn(&Load) -> T);
 

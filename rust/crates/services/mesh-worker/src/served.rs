@@ -5,6 +5,7 @@ use std::path::Path;
 
 use futures::future::{BoxFuture, FutureExt};
 use mesh_engine::{Engine, Load, RequestError};
+use mesh_engine_ort::Split;
 use mesh_proto::ModelCard;
 use mesh_store::Pin;
 use mesh_worker_core::Location;
@@ -15,6 +16,8 @@ pub(crate) struct ServedModel {
     pub(crate) card: ModelCard,
     /// Device that computes it: `cpu`, `cuda` or `migraphx`.
     pub(crate) backend: &'static str,
+    /// Its parts, if any of it is on a GPU.
+    pub(crate) split: Option<Split>,
     pub(crate) engine: Box<dyn AnyEngine>,
     pub(crate) location: Location,
     /// Its [`Engine`], whose thread ends when this is dropped.
@@ -67,6 +70,7 @@ impl ServedModel {
         ServedModel {
             card,
             backend,
+            split: None,
             engine: Box::new(ModelEngine {
                 model,
                 engine: handle,
@@ -75,6 +79,11 @@ impl ServedModel {
             _thread: Box::new(engine),
             _pin: None,
         }
+    }
+
+    /// The parts that it was loaded in.
+    pub(crate) fn placed(self, split: Option<Split>) -> Self {
+        ServedModel { split, ..self }
     }
 
     /// It was loaded from the store, where `pin` keeps its files for as long as it is loaded.

@@ -45,6 +45,10 @@ pub struct Flags {
     #[arg(long, value_name = "N")]
     threads: Option<usize>,
 
+    /// Most memory of the GPU for weights and KV cache, such as 6GiB; the other layers run on the CPU
+    #[arg(long, value_name = "SIZE")]
+    vram_limit: Option<String>,
+
     /// Where to take plain DCF tasks, UDP [default: [::]:7779]
     #[arg(long, value_name = "ADDRESS:PORT")]
     dcf: Option<SocketAddr>,
@@ -94,6 +98,7 @@ impl Service for Worker {
             .flag("--ring-model", "ring.models", list(&flags.ring_models))
             .flag("--ring", "ring.listen", flags.ring)
             .flag("--threads", "threads", flags.threads)
+            .flag("--vram-limit", "vram_limit", flags.vram_limit.as_ref())
             .flag("--dcf", "dcf.listen", flags.dcf)
     }
 
@@ -148,6 +153,28 @@ impl Service for Worker {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_limit_of_gpu_memory_comes_from_a_flag_or_the_environment() {
+        let limit = |flag: Option<&str>, variables: &[(&str, &str)]| {
+            let flags = Flags {
+                vram_limit: flag.map(str::to_owned),
+                ..Flags::default()
+            };
+            let loader = Worker::layers(Loader::new("worker"), &flags);
+            let loaded = loader.environment(variables.to_vec()).load();
+            loaded.map(|loaded| loaded.value.vram_limit)
+        };
+        let variable = [("HYDRAMESH_WORKER__VRAM_LIMIT", "2GiB")];
+        assert_eq!(limit(None, &[]).unwrap(), None);
+        assert_eq!(limit(None, &variable).unwrap(), Some(2 << 30));
+        assert_eq!(limit(Some("512MiB"), &variable).unwrap(), Some(512 << 20));
+        let error = limit(Some("much"), &[]).unwrap_err().to_string();
+        assert!(
+            error.contains("--vram-limit") && error.contains("much"),
+            "{error}"
+        );
+    }
 
     #[test]
     fn models_of_rings_may_be_named_under_old_names() {

@@ -3,6 +3,8 @@
 mod builder;
 mod lower;
 mod matrix;
+pub(crate) mod memory;
+mod size;
 mod slots;
 mod tensors;
 
@@ -21,6 +23,8 @@ use crate::options::{KvFormat, LoadError, OrtOptions, suited_kv};
 use crate::provider::Provider;
 use crate::runtime;
 use lower::{HIDDEN, KEPT, LAST_POSITION, LENGTH, LoweringPlan, OUTPUT};
+pub use memory::DeviceMemory;
+use memory::Reserved;
 use mesh_kernels::Reclaim;
 use slots::{CacheShape, DeviceSlot};
 pub use tensors::Precision;
@@ -49,6 +53,94 @@ impl Device {
             few_shapes: provider == Provider::MiGraphX,
         }
     }
+
+    /// Positions of a slot with this context: rows of padding may follow the last one.
+    fn positions(self, context: u32, max_rows: u32) -> usize {
+        let padding = match self.few_shapes {
+            true => (max_rows as usize).next_power_of_two(),
+            false => 0,
+        };
+        context as usize + padding
+    }
+}
+
+/// Bytes that a range of layers takes on a device, layer by layer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct DeviceSizes {
+    /// Constants of each layer.
+    pub(crate) layers: Vec<u64>,
+    /// Constants that come with the first layer.
+    pub(crate) fixed: u64,
+    /// Constants that come with the last layer, if it ends the model.
+    pub(crate) end: u64,
+    /// Keys and values of one token in one layer.
+    pub(crate) kv_row: u64,
+    /// Rows of a slot in use at first, and at most.
+    pub(crate) cache_rows: (u64, u64),
+    /// Tokens of one slot.
+    pub(crate) context: u32,
+}
+
+impl DeviceSizes {
+    /// The sizes of `layers` of `model`.
+    ///
+    /// # Errors
+    /// If the options do not fit the model.
+    pub(crate) fn of(
+        model: &Model,
+        layers: &Range<u32>,
+        options: &OrtOptions,
+        device: Device,
+    ) -> Result<DeviceSizes, LoadError> {
+        let (config, tensors, precision) = (model.config(), model.tensors(), device.precision);
+        let context = check::options(options, config.context)?;
+        let positions = device.positions(context, options.max_rows);
+        let shape = CacheShape::of(config, 1, positions, device);
+        let sizes = layers.clone();
+        Ok(DeviceSizes {
+            layers: sizes
+                .map(|layer| size::layer(tensors, layer, precision))
+                .collect(),
+            fixed: size::rotations(config, layers.clone(), positions, precision),
+            end: match layers.end == config.layers {
+                true => size::head(tensors, config, precision),
+                false => 0,
+            },
+            kv_row: shape.token_bytes() as u64,
+            cache_rows: (shape.first as u64, shape.limit as u64),
+            context,
+        })
+    }
+
+    /// Bytes of the constants of the first `count` layers.
+    pub(crate) fn weights(&self, count: usize) -> u64 {
+        let end = if count == self.layers.len() {
+            self.end
+        } else {
+            0
+        };
+        let layers = self.layers.iter().take(count);
+        layers.fold(self.fixed.saturating_add(end), |sum, bytes| {
+            sum.saturating_add(*bytes)
+        })
+    }
+}
+
+/// Fails if ONNX Runtime's operators cannot express the model.
+pub(crate) fn check_operators(
+    model: &Model,
+    layers: Range<u32>,
+    device: Device,
+) -> Result<(), LoadError> {
+    let plan = LoweringPlan {
+        tensors: model.tensors(),
+        config: model.config(),
+        layers,
+        precision: device.precision,
+        positions: 0,
+        threads: 1,
+    };
+    plan.check()
 }
 
 /// A range of layers on an execution provider, as a graph of ONNX Runtime's own operators.
@@ -67,6 +159,8 @@ pub struct DeviceStage {
     slots: Vec<DeviceSlot>,
     allocator: Allocator,
     session: Session,
+    _weights: Reserved,
+    memory: DeviceMemory,
     /// On a first stage.
     embedding: Option<Embedding>,
     output: Vec<f32>,
@@ -82,7 +176,8 @@ struct Embedding {
 }
 
 impl DeviceStage {
-    /// Loads `layers` of `model`. Of the options, `threads` counts only on [`Provider::Cpu`], and `compact`
+    /// Loads `layers` of `model`, whatever memory they take on the device within the limit of
+    /// [`OrtOptions::device`]. Of the options, `threads` counts only on [`Provider::Cpu`], and `compact`
     /// and `profile` do not count.
     pub fn load(
         model: &Model,
@@ -95,11 +190,7 @@ impl DeviceStage {
         let context = check::options(&options, config.context)?;
         let environment = runtime::environment(options.library.as_deref())?;
         let threads = options.thread_count();
-        let padding = match device.few_shapes {
-            true => (options.max_rows as usize).next_power_of_two(),
-            false => 0,
-        };
-        let limit = context as usize + padding;
+        let limit = device.positions(context, options.max_rows);
         let plan = LoweringPlan {
             tensors: model.tensors(),
             config,
@@ -109,23 +200,22 @@ impl DeviceStage {
             threads,
         };
         plan.check()?;
-        let lowered = plan.lower()?;
         let provider = device.provider;
+        let memory = options.device.memory.clone();
+        let sizes = DeviceSizes::of(model, &layers, &options, device)?;
+        let exhausted = |full: memory::Full| LoadError::DeviceMemory {
+            provider,
+            reason: full.to_string(),
+        };
+        // Before the weights are read, which takes longest.
+        let reserved = memory.reserve(sizes.weights(layers.len()), "the weights of its layers");
+        let reserved = reserved.map_err(exhausted)?;
+        let lowered = plan.lower()?;
         let session = provider.session(&environment, threads, &lowered.model, lowered.weights)?;
         let embedding = (layers.start == 0)
             .then(|| Embedding::read(model))
             .transpose()?;
-        let shape = CacheShape {
-            layers: layers.len(),
-            kv_heads: config.kv_heads,
-            head_dim: config.head_dim,
-            precision: device.precision,
-            limit,
-            first: match device.few_shapes {
-                true => limit,
-                false => FIRST_ROWS,
-            },
-        };
+        let shape = CacheShape::of(config, layers.len(), limit, device);
         let table = embedding.as_ref().map_or(0, |table| table.data.len());
         let exported = options
             .kv
@@ -148,6 +238,8 @@ impl DeviceStage {
         };
         Ok(DeviceStage {
             allocator: provider.allocator(&session)?,
+            _weights: reserved,
+            memory,
             slots: (0..info.slots).map(|_| DeviceSlot::empty()).collect(),
             info,
             device,
@@ -171,8 +263,10 @@ impl DeviceStage {
         };
         hidden.resize(padded * self.info.shape.hidden, 0.0);
         let length = segment.position as usize + padded;
+        self.make_room(segment.slot, length)?;
         let slot = &mut self.slots[segment.slot as usize];
-        let binding = slot.reserve(&self.session, &self.allocator, &self.shape, length)?;
+        let device = (&self.session, &self.allocator, &self.memory);
+        let binding = slot.reserve(device, &self.shape, length)?;
         bind(
             binding,
             HIDDEN,
@@ -208,6 +302,22 @@ impl DeviceStage {
         Ok(())
     }
 
+    /// Takes memory from slots that do not need it any more, before `slot` grows to `rows` beyond what was
+    /// planned for all of them.
+    fn make_room(&mut self, slot: SlotId, rows: usize) -> ort::Result<()> {
+        let more = self.slots[slot as usize].growth(&self.shape, rows);
+        if more == 0 || !self.memory.exceeds_promise(more) {
+            return Ok(());
+        }
+        let device = (&self.session, &self.allocator, &self.memory);
+        for (id, other) in self.slots.iter_mut().enumerate() {
+            if id != slot as usize {
+                other.shrink(device, &self.shape)?;
+            }
+        }
+        Ok(())
+    }
+
     fn run_all(&mut self, segments: &[Segment], input: &StageInput<'_>) -> ort::Result<()> {
         self.output.clear();
         let mut from = 0;
@@ -225,6 +335,8 @@ impl DeviceStage {
                 }
             };
             self.run(segment, hidden)?;
+            // At once: a slot that grows later in the step may make this one shrink to its rows.
+            self.slots[segment.slot as usize].len = segment.position + segment.rows;
         }
         Ok(())
     }
@@ -287,9 +399,6 @@ impl Stage for DeviceStage {
         }
         self.run_all(segments, &input)
             .map_err(|e| self.failed(&e))?;
-        for segment in segments {
-            self.slots[segment.slot as usize].len = segment.position + segment.rows;
-        }
         Ok(match self.info.is_last() {
             true => StageOutput::Logits(&self.output),
             false => StageOutput::Hidden(&self.output),
@@ -343,17 +452,20 @@ impl DeviceStage {
     /// Writes rows that fit; the slot then ends behind them.
     fn write(&mut self, slot: SlotId, position: u32, rows: &[u8]) -> Result<(), StageError> {
         let end = position + (rows.len() / self.shape.token_bytes()) as u32;
-        let place = &mut self.slots[slot as usize];
         // Later positions are overwritten, or the sequence ends here.
-        place.len = position;
-        let written = place
-            .reserve(
-                &self.session,
-                &self.allocator,
-                &self.shape,
-                end.max(1) as usize,
-            )
-            .map(drop)
+        self.slots[slot as usize].len = position;
+        let made = self.make_room(slot, end.max(1) as usize);
+        let place = &mut self.slots[slot as usize];
+        let written = made
+            .and_then(|()| {
+                place
+                    .reserve(
+                        (&self.session, &self.allocator, &self.memory),
+                        &self.shape,
+                        end.max(1) as usize,
+                    )
+                    .map(drop)
+            })
             .and_then(|()| place.write(&self.shape, position, rows));
         if let Err(error) = written {
             return Err(self.failed(&error));
@@ -363,16 +475,16 @@ impl DeviceStage {
     }
 
     fn failed(&self, error: &ort::Error) -> StageError {
-        StageError::Backend {
-            backend: match self.device.provider {
-                Provider::Cpu => "ONNX Runtime",
-                Provider::Cuda => "ONNX Runtime on CUDA",
-                Provider::MiGraphX => "ONNX Runtime on MIGraphX",
-            },
-            message: error.to_string(),
+        let backend = match self.device.provider {
+            Provider::Cpu => "ONNX Runtime",
+            Provider::Cuda => "ONNX Runtime on CUDA",
+            Provider::MiGraphX => "ONNX Runtime on MIGraphX",
+        };
+        let message = error.to_string();
+        if memory::says_exhausted(&message) {
+            self.memory.set_exhausted(true);
+            return StageError::OutOfMemory { backend, message };
         }
+        StageError::Backend { backend, message }
     }
 }
-
-/// Rows that a slot's memory has at first.
-const FIRST_ROWS: usize = 256;

@@ -7,7 +7,11 @@ use ort::memory::Allocator;
 use ort::session::{IoBinding, Session};
 use ort::value::DynTensor;
 
+use mesh_model::ModelConfig;
+
+use super::Device;
 use super::lower::{OUTPUT, kv_names};
+use super::memory::{DeviceMemory, Reserved};
 use super::tensors::Precision;
 
 /// Shape of the caches, and how they grow.
@@ -23,6 +27,21 @@ pub(super) struct CacheShape {
 }
 
 impl CacheShape {
+    /// The caches of so many layers, for slots of at most `limit` rows.
+    pub(super) fn of(config: &ModelConfig, layers: usize, limit: usize, device: Device) -> Self {
+        CacheShape {
+            layers,
+            kv_heads: config.kv_heads,
+            head_dim: config.head_dim,
+            precision: device.precision,
+            limit,
+            first: match device.few_shapes {
+                true => limit,
+                false => FIRST_ROWS.min(limit),
+            },
+        }
+    }
+
     /// Bytes of one row of one head.
     fn head_bytes(&self) -> usize {
         self.head_dim * self.precision.bytes()
@@ -31,6 +50,15 @@ impl CacheShape {
     /// Bytes of one token over all layers, in the precision of the graph.
     pub(super) fn token_bytes(&self) -> usize {
         2 * self.layers * self.kv_heads * self.head_bytes()
+    }
+
+    /// Rows to make room for where `rows` are needed and `held` are there.
+    fn capacity(&self, rows: usize, held: usize) -> usize {
+        let mut capacity = self.first.max(held);
+        while capacity < rows {
+            capacity *= 2;
+        }
+        capacity.min(self.limit).max(rows)
     }
 
     fn tensor(&self, capacity: usize) -> [usize; 4] {
@@ -50,7 +78,11 @@ struct Allocation {
     /// Keys and values, layer by layer, `[1, kv_heads, capacity, head_dim]`.
     tensors: Vec<DynTensor>,
     binding: IoBinding,
+    _reserved: Reserved,
 }
+
+/// What memory for a slot is taken from.
+pub(super) type SlotDevice<'a> = (&'a Session, &'a Allocator, &'a DeviceMemory);
 
 impl DeviceSlot {
     pub(super) fn empty() -> DeviceSlot {
@@ -68,27 +100,57 @@ impl DeviceSlot {
     /// Makes room for `rows` rows, keeping the valid ones, and returns the binding.
     pub(super) fn reserve(
         &mut self,
-        session: &Session,
-        allocator: &Allocator,
+        device: SlotDevice<'_>,
         shape: &CacheShape,
         rows: usize,
     ) -> ort::Result<&mut IoBinding> {
-        let held = self.room.as_ref().map_or(0, |room| room.capacity);
-        if held < rows || self.room.is_none() {
-            let mut capacity = shape.first.max(held);
-            while capacity < rows {
-                capacity *= 2;
-            }
-            let capacity = capacity.min(shape.limit).max(rows);
-            let kept = self.read(shape, 0..self.len)?;
-            // Before the larger one is allocated: the device may not have room for both.
-            self.room = None;
-            self.room = Some(Allocation::new(session, allocator, shape, capacity, &kept)?);
+        if self.growth(shape, rows) > 0 || self.room.is_none() {
+            let capacity = shape.capacity(rows, self.capacity());
+            self.replace(device, shape, capacity)?;
         }
         self.room
             .as_mut()
             .map(|room| &mut room.binding)
             .ok_or_else(|| ort::Error::new("a slot has no memory"))
+    }
+
+    /// Bytes by which making room for `rows` rows enlarges the slot's memory.
+    pub(super) fn growth(&self, shape: &CacheShape, rows: usize) -> u64 {
+        let held = self.capacity();
+        let capacity = match held >= rows && self.room.is_some() {
+            true => held,
+            false => shape.capacity(rows, held),
+        };
+        ((capacity - held) * shape.token_bytes()) as u64
+    }
+
+    /// Gives back the memory that the valid rows do not need.
+    pub(super) fn shrink(&mut self, device: SlotDevice<'_>, shape: &CacheShape) -> ort::Result<()> {
+        let capacity = shape.capacity(self.len as usize, 0);
+        match self.capacity() > capacity {
+            true => self.replace(device, shape, capacity),
+            false => Ok(()),
+        }
+    }
+
+    fn capacity(&self) -> usize {
+        self.room.as_ref().map_or(0, |room| room.capacity)
+    }
+
+    /// Moves the valid rows to memory for `capacity` rows.
+    fn replace(
+        &mut self,
+        device: SlotDevice<'_>,
+        shape: &CacheShape,
+        capacity: usize,
+    ) -> ort::Result<()> {
+        let kept = self.read(shape, 0..self.len)?;
+        // Before the other one is allocated: the device may not have room for both.
+        self.room = None;
+        let room = Allocation::new(device, shape, capacity, &kept);
+        // Its rows are lost without memory.
+        self.room = Some(room.inspect_err(|_| self.len = 0)?);
+        Ok(())
     }
 
     /// Rows in the order token, layer, head, the key before the value; in the precision of the graph.
@@ -138,12 +200,13 @@ impl Allocation {
     /// Memory for `capacity` rows that begins with `kept`, then zeros: a kernel gives rows beyond the valid
     /// ones no weight, but 0 times a NaN of old memory would not be 0.
     fn new(
-        session: &Session,
-        allocator: &Allocator,
+        (session, allocator, memory): SlotDevice<'_>,
         shape: &CacheShape,
         capacity: usize,
         kept: &[u8],
     ) -> ort::Result<Allocation> {
+        let bytes = (capacity * shape.token_bytes()) as u64;
+        let reserved = memory.reserve(bytes, "the KV cache of a slot")?;
         let mut binding = session.create_binding()?;
         // Outputs come back in the order of binding: the one that is read first.
         binding.bind_output_to_device(OUTPUT, Allocator::default().memory_info())?;
@@ -171,6 +234,7 @@ impl Allocation {
             capacity,
             tensors,
             binding,
+            _reserved: reserved,
         })
     }
 }
@@ -202,3 +266,6 @@ fn places(
         })
     })
 }
+
+/// Rows that a slot's memory has at first.
+const FIRST_ROWS: usize = 256;

@@ -100,6 +100,20 @@ fn dropping_the_stream_cancels_the_request() {
 }
 
 #[test]
+fn an_engine_whose_device_has_no_memory_left_ends_at_once() {
+    let engine = engine(|stage| stage.exhausted_at = Some(3));
+    let handle = engine.handle();
+    let error = failure(handle.submit(request(1, 20)));
+    assert!(matches!(
+        error,
+        RequestError::Stage(StageError::OutOfMemory { .. })
+    ));
+    wait_until(|| handle.death().is_some());
+    let death = failure(handle.submit(request(2, 5))).to_string();
+    assert!(death.contains("no memory left"), "{death}");
+}
+
+#[test]
 fn a_failed_step_fails_its_request_and_the_engine_goes_on() {
     let engine = engine(|stage| stage.fails_at = Some(3));
     let error = failure(engine.handle().submit(request(1, 20)));

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use futures::channel::{mpsc, oneshot};
 
+use crate::StageError;
 use crate::request::RequestError;
 use crate::workload::{Load, RequestKey, RequestStatus, Schedule, StepOutcome, Workload};
 
@@ -271,6 +272,9 @@ impl<W: Workload> Executor<W> {
             StepOutcome::Resumed => {}
             StepOutcome::Failed { rows, error } => {
                 tracing::error!(%error, rows, "a step failed");
+                if let StageError::OutOfMemory { .. } = error {
+                    return Err(dead(&error.to_string()));
+                }
                 self.failures += 1;
                 if self.failures >= FATAL_FAILURES {
                     return Err(dead(&format!(

@@ -5,8 +5,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
-use mesh_engine::{Engine, EngineHandle, Event, Request, SchedulerConfig};
-use mesh_engine_ort::{Opened, OrtOptions, Reclaim, WeightCache, WeightFormat};
+use mesh_engine::{Engine, EngineHandle, Event, Request, SchedulerConfig, StageInfo};
+use mesh_engine_ort::{
+    DeviceOptions, Opened, OrtOptions, Reclaim, Split, WeightCache, WeightFormat,
+};
 use mesh_machine::Memory;
 use mesh_model::{Model, Tokenizer};
 use mesh_proto::ModelCard;
@@ -15,6 +17,7 @@ use crate::config::Config;
 use crate::error::WorkerError;
 use crate::served::ServedModel;
 use crate::templates::{TemplateError, Templates};
+use crate::vram::{Vram, device_options};
 
 /// Loads the model at `path` and lets it answer once. It is called as its file is unless there is a
 /// `name`; its fingerprint is computed unless it is known. Blocks.
@@ -24,6 +27,7 @@ pub(crate) fn load(
     known: Option<&str>,
     config: &Config,
     templates: &Templates,
+    vram: &Vram,
 ) -> Result<ServedModel, WorkerError> {
     let started = Instant::now();
     // Loading takes a multiple of the memory that serving does.
@@ -46,7 +50,7 @@ pub(crate) fn load(
                 .map_err(std::io::Error::other),
             None => cache.fingerprint_until(path, &stop),
         });
-        let stage = load_stage(&model, &name, config);
+        let stage = load_stage(&model, &name, config, vram.options(path, config));
         // No one needs the fingerprint of a model that does not load.
         let stage = stage.inspect_err(|_| stop.store(true, Ordering::Relaxed))?;
         let panicked = |_| Err(std::io::Error::other("it panicked"));
@@ -56,9 +60,16 @@ pub(crate) fn load(
     });
     let (opened, fingerprint) = fingerprint?;
     learn_turn_end(&model, &name, templates);
+    // Before its first step: should memory be short then, the next load knows of it.
+    vram.placed(path, opened.split.as_ref());
     let info = opened.stage.info().clone();
     let scheduler = SchedulerConfig {
-        kv_tokens: Some(kv_tokens(config, info.kv_bytes_per_token, Path::new("/"))),
+        kv_tokens: Some(kv_tokens(
+            config,
+            &info,
+            opened.split.as_ref(),
+            Path::new("/"),
+        )),
         ..config.scheduler()
     };
     let start = |source| WorkerError::Start {
@@ -103,7 +114,8 @@ pub(crate) fn load(
         "model loaded"
     );
     let backend = opened.provider.name();
-    Ok(ServedModel::new(path, model, engine, card, backend))
+    let served = ServedModel::new(path, model, engine, card, backend);
+    Ok(served.placed(opened.split))
 }
 
 /// Logs the faults of a model's chat template once, and finds the token that it puts behind an answer.
@@ -167,14 +179,21 @@ pub(crate) fn options(config: &Config) -> OrtOptions {
             folder: config.state_dir.join("weights"),
             limit: config.weights.cache,
         }),
+        device: device_options(config),
         ..OrtOptions::default()
     }
 }
 
-fn load_stage(model: &Model, name: &str, config: &Config) -> Result<Opened, WorkerError> {
+fn load_stage(
+    model: &Model,
+    name: &str,
+    config: &Config,
+    device: DeviceOptions,
+) -> Result<Opened, WorkerError> {
     let layers = 0..model.config().layers;
     let options = OrtOptions {
         weights: config.weights.format.of(model),
+        device,
         ..options(config)
     };
     if options.weights != WeightFormat::File && model.known_fingerprint().is_none() {
@@ -217,7 +236,18 @@ pub(crate) fn warm_up(
 }
 
 /// KV memory of one model, in tokens. `root` is `/` but in tests.
-fn kv_tokens(config: &Config, bytes_per_token: u64, root: &Path) -> u64 {
+fn kv_tokens(config: &Config, info: &StageInfo, split: Option<&Split>, root: &Path) -> u64 {
+    let on_device = split.and_then(|split| split.kv_tokens);
+    let bytes_per_token = match (split, on_device, config.kv_memory) {
+        // The rows on the device take none of this machine's free memory.
+        (Some(split), Some(_), None) => split.cpu_kv_bytes_per_token,
+        _ => info.kv_bytes_per_token,
+    };
+    let here = kv_tokens_here(config, bytes_per_token, root);
+    here.min(on_device.unwrap_or(u64::MAX))
+}
+
+fn kv_tokens_here(config: &Config, bytes_per_token: u64, root: &Path) -> u64 {
     let models = config.models.len().max(1) as u64;
     let bytes = config
         .kv_memory
@@ -265,10 +295,10 @@ mod tests {
             models: vec!["one".into()],
             ..Config::default()
         };
-        assert_eq!(kv_tokens(&config, 1000, root.path()), 2000);
+        assert_eq!(kv_tokens_here(&config, 1000, root.path()), 2000);
         config.models.push("two".into());
-        assert_eq!(kv_tokens(&config, 1000, root.path()), 1000);
+        assert_eq!(kv_tokens_here(&config, 1000, root.path()), 1000);
         config.kv_memory = Some(1 << 20);
-        assert_eq!(kv_tokens(&config, 1 << 10, root.path()), 1 << 10);
+        assert_eq!(kv_tokens_here(&config, 1 << 10, root.path()), 1 << 10);
     }
 }
