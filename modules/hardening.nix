@@ -19,7 +19,7 @@ in
   DevicePolicy = "closed";
   KeyringMode = "private";
   LockPersonality = true;
-  # CUDA and MIGraphX compile kernels while they run.
+  # CUDA, MIGraphX and Vulkan's drivers compile kernels while they run.
   MemoryDenyWriteExecute = !hasGpu;
   NoNewPrivileges = true;
   PrivateDevices = !hasGpu;
@@ -82,8 +82,5 @@ in
         "char-nvidia-uvm rw"
       ]
     else
-      [
-        "char-drm rw"
-        "char-kfd rw"
-      ];
+      [ "char-drm rw" ] ++ optional (backend == "rocm") "char-kfd rw";
 }

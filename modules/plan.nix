@@ -38,6 +38,8 @@ let
   packageName =
     {
       cpu = "hydramesh";
+      # The plugin is part of the package for CPUs.
+      webgpu = "hydramesh";
       nvidia = "hydramesh-cuda";
       rocm = "hydramesh-rocm";
     }
