@@ -1,8 +1,11 @@
-//! Chooses the engine for a stage: a GPU where one can be used, else the CPU.
+//! Chooses the engine for a stage: a GPU where one can be used and is faster, else the CPU.
+
+mod speed;
 
 use std::fmt;
 use std::ops::Range;
 use std::str::FromStr;
+use std::time::Duration;
 
 use mesh_engine::{LogitRows, Segment, Stage, StageInput, StageOutput};
 use mesh_model::Model;
@@ -11,11 +14,12 @@ use crate::device::{Device, DeviceStage};
 use crate::options::{LoadError, OrtOptions};
 use crate::provider::Provider;
 use crate::stage::OrtStage;
+use crate::webgpu;
 
 /// The requested backend of a stage.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Backend {
-    /// A GPU, if this program has a provider for it and the provider works; else the CPU.
+    /// Whatever is fastest here: the CPU, or a GPU for which this program has a provider that works.
     #[default]
     Auto,
     /// The CPU, with our own kernels.
@@ -24,26 +28,36 @@ pub enum Backend {
     Cuda,
     /// An AMD GPU or nothing.
     MiGraphX,
+    /// A GPU with a Vulkan driver or nothing.
+    WebGpu,
 }
 
 impl Backend {
     /// Every backend with its name in configuration files.
-    const NAMES: [(Backend, &'static str); 4] = [
+    const NAMES: [(Backend, &'static str); 5] = [
         (Backend::Auto, "auto"),
         (Backend::Cpu, "cpu"),
         (Backend::Cuda, "cuda"),
         (Backend::MiGraphX, "migraphx"),
+        (Backend::WebGpu, "webgpu"),
     ];
 
-    /// The providers to try, best first.
-    fn providers(self) -> Vec<Provider> {
+    /// The providers to try. The ones that are most likely the fastest come last: only one is loaded at a time.
+    fn providers(self, options: &OrtOptions) -> Vec<Provider> {
         match self {
             Backend::Cpu => Vec::new(),
             Backend::Cuda => vec![Provider::Cuda],
             Backend::MiGraphX => vec![Provider::MiGraphX],
-            Backend::Auto => [Provider::Cuda, Provider::MiGraphX]
+            Backend::WebGpu => vec![Provider::WebGpu],
+            Backend::Auto => [Provider::WebGpu, Provider::MiGraphX, Provider::Cuda]
                 .into_iter()
-                .filter(|provider| provider.is_compiled_in())
+                .filter(|provider| match provider {
+                    // A plugin that nobody installed is not worth a word.
+                    Provider::WebGpu => {
+                        webgpu::library(options.webgpu_library.as_deref()).is_some()
+                    }
+                    _ => provider.is_compiled_in(),
+                })
                 .collect(),
         }
     }
@@ -58,16 +72,20 @@ impl fmt::Display for Backend {
 
 /// A string that names no backend.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{0:?} is no backend: it is auto, cpu, cuda or migraphx")]
+#[error("{0:?} is no backend: it is auto, cpu, cuda, migraphx or webgpu")]
 pub struct NoSuchBackend(String);
 
 impl FromStr for Backend {
     type Err = NoSuchBackend;
 
-    /// Also reads `TORCH_DEVICE`'s names of devices, such as `cuda:0`: stages use the first one.
+    /// Also reads `TORCH_DEVICE`'s names of devices, such as `cuda:0`: stages use the first one. Torch's `vulkan` is
+    /// WebGPU's way to the same driver.
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         let name = text.trim().to_ascii_lowercase();
-        let name = name.strip_suffix(":0").unwrap_or(&name);
+        let name = match name.strip_suffix(":0").unwrap_or(&name) {
+            "vulkan" => "webgpu",
+            name => name,
+        };
         Backend::NAMES
             .iter()
             .find(|(_, known)| *known == name)
@@ -82,7 +100,7 @@ pub struct Opened {
     pub stage: Box<dyn Stage>,
     /// The provider that runs the stage; [`Provider::Cpu`] stands for our own kernels.
     pub provider: Provider,
-    /// The providers that were tried and refused, each with the reason.
+    /// The providers that were tried and are not used, each with the reason.
     pub refused: Vec<(Provider, String)>,
 }
 
@@ -98,11 +116,12 @@ impl fmt::Debug for Opened {
 /// Loads `layers` of `model` on `backend`.
 ///
 /// A GPU is used only if one layer gives the same result there as on the CPU, and if the whole stage gives
-/// finite numbers that do not depend on how a prompt is cut.
+/// finite numbers that do not depend on how a prompt is cut. [`Backend::Auto`] then measures a few decode steps
+/// and takes the fastest of the GPU's providers and the CPU.
 ///
 /// # Errors
 /// Those of [`OrtStage::load`]; for a backend requested by name also the reason why it cannot be used.
-/// [`Backend::Auto`] logs that reason as a warning and uses the CPU.
+/// [`Backend::Auto`] logs that reason and uses another.
 pub fn open(
     model: &Model,
     layers: Range<u32>,
@@ -113,28 +132,94 @@ pub fn open(
     crate::runtime::environment(options.library.as_deref())?;
     crate::check::layers(&layers, model.config().layers)?;
     crate::check::options(&options, model.config().context)?;
-    let mut refused = Vec::new();
-    for provider in backend.providers() {
-        match on_device(model, layers.clone(), &options, provider) {
-            Ok(stage) => {
-                return Ok(Opened {
-                    stage: Box::new(stage),
-                    provider,
-                    refused,
-                });
-            }
-            Err(error) if backend == Backend::Auto => {
-                tracing::warn!(%provider, reason = %error, "no GPU computes: the CPU does");
-                refused.push((provider, error.to_string()));
-            }
-            Err(error) => return Err(error),
-        }
+    let providers = backend.providers(&options);
+    if let (Some(&provider), false) = (providers.first(), backend == Backend::Auto) {
+        return Ok(Opened {
+            stage: Box::new(on_device(model, layers, &options, provider)?),
+            provider,
+            refused: Vec::new(),
+        });
     }
+    let (fastest, refused) = fastest(model, layers.clone(), &options, providers)?;
+    let (provider, stage): (_, Box<dyn Stage>) = match fastest {
+        Some((provider, stage)) => (provider, Box::new(stage)),
+        None => (
+            Provider::Cpu,
+            Box::new(OrtStage::load(model, layers, options)?),
+        ),
+    };
     Ok(Opened {
-        stage: Box::new(OrtStage::load(model, layers, options)?),
-        provider: Provider::Cpu,
+        stage,
+        provider,
         refused,
     })
+}
+
+/// The providers that are not used, each with the reason.
+type Refused = Vec<(Provider, String)>;
+
+/// The provider that works and is faster than all others and the CPU, with its stage; `None` is the CPU.
+fn fastest(
+    model: &Model,
+    layers: Range<u32>,
+    options: &OrtOptions,
+    providers: Vec<Provider>,
+) -> Result<(Option<(Provider, DeviceStage)>, Refused), LoadError> {
+    let mut refused = Vec::new();
+    let mut best: Option<(Provider, Duration)> = None;
+    let mut loaded = None;
+    for provider in providers {
+        // The device may not have room for two.
+        loaded = None;
+        let measured = on_device(model, layers.clone(), options, provider).and_then(|mut stage| {
+            let step = speed::decode_step(&mut stage);
+            step.map(|step| (stage, step))
+                .map_err(|reason| LoadError::Provider { provider, reason })
+        });
+        let (stage, step) = match measured {
+            Ok(measured) => measured,
+            Err(error) => {
+                tracing::warn!(%provider, reason = %error, "this GPU's provider is not used");
+                refused.push((provider, error.to_string()));
+                continue;
+            }
+        };
+        let (other, least) = match best {
+            Some(best) => best,
+            None => (
+                Provider::Cpu,
+                speed::cpu_step(model, layers.clone(), options)?,
+            ),
+        };
+        let faster = step < least;
+        tracing::info!(
+            "{provider} computes a decode step in {step:.1?}, {other} in {least:.1?}: {} computes",
+            if faster { provider } else { other }
+        );
+        if faster {
+            if other != Provider::Cpu {
+                refused.push((other, slower(other, least, provider, step)));
+            }
+            best = Some((provider, step));
+            loaded = Some(stage);
+        } else {
+            refused.push((provider, slower(provider, step, other, least)));
+            best = Some((other, least));
+        }
+    }
+    let Some((provider, _)) = best.filter(|(provider, _)| *provider != Provider::Cpu) else {
+        return Ok((None, refused));
+    };
+    let stage = match loaded {
+        Some(stage) => stage,
+        // It made room for one that turned out slower.
+        None => DeviceStage::load(model, layers, options.clone(), Device::new(provider))?,
+    };
+    Ok((Some((provider, stage)), refused))
+}
+
+fn slower(provider: Provider, step: Duration, other: Provider, least: Duration) -> String {
+    format!("{provider} takes {step:.1?} for a decode step, {other} {least:.1?}")
 }
 
 fn on_device(

@@ -12,6 +12,7 @@ use mesh_engine::{
     LogitRows, ModelShape, Segment, SlotId, Stage, StageError, StageInfo, StageInput, StageOutput,
 };
 use mesh_model::{GgmlType, Model, dequantize};
+use ort::environment::Environment;
 use ort::memory::Allocator;
 use ort::session::{IoBinding, Session};
 use ort::value::Tensor;
@@ -20,9 +21,10 @@ use crate::check;
 use crate::options::{KvFormat, LoadError, OrtOptions, suited_kv};
 use crate::provider::Provider;
 use crate::runtime;
+use crate::webgpu::{self, InTurn};
 use lower::{HIDDEN, KEPT, LAST_POSITION, LENGTH, LoweringPlan, OUTPUT};
 use mesh_kernels::Reclaim;
-use slots::{CacheShape, DeviceSlot};
+use slots::{CacheShape, DeviceSlot, Transfer};
 pub use tensors::Precision;
 
 /// Provider and settings of a [`DeviceStage`].
@@ -44,10 +46,33 @@ impl Device {
             provider,
             precision: match provider {
                 Provider::Cpu => Precision::F32,
-                Provider::Cuda | Provider::MiGraphX => Precision::F16,
+                Provider::Cuda | Provider::MiGraphX | Provider::WebGpu => Precision::F16,
             },
             few_shapes: provider == Provider::MiGraphX,
         }
+    }
+
+    /// The same at a precision that the device has; loads a provider that is a plugin.
+    fn supported(
+        self,
+        environment: &Environment,
+        options: &OrtOptions,
+    ) -> Result<Device, LoadError> {
+        if self.provider != Provider::WebGpu {
+            return Ok(self);
+        }
+        let adapter = webgpu::load(environment, options.webgpu_library.as_deref());
+        let adapter = adapter.map_err(|reason| LoadError::Provider {
+            provider: self.provider,
+            reason,
+        })?;
+        Ok(match adapter.half {
+            true => self,
+            false => Device {
+                precision: Precision::F32,
+                ..self
+            },
+        })
     }
 }
 
@@ -63,14 +88,19 @@ pub struct DeviceStage {
     shape: CacheShape,
     /// Format of exported KV rows: that of the CPU's stage, so that streams can move between both.
     exported: KvFormat,
-    // Dropped in this order: the memory of the slots is the allocator's, which is the session's.
-    slots: Vec<DeviceSlot>,
-    allocator: Allocator,
-    session: Session,
+    parts: InTurn<Parts>,
     /// On a first stage.
     embedding: Option<Embedding>,
     output: Vec<f32>,
     _reclaim: Reclaim,
+}
+
+/// A stage's objects of ONNX Runtime.
+// Dropped in this order: the memory of the slots is the allocator's, which is the session's.
+struct Parts {
+    slots: Vec<DeviceSlot>,
+    allocator: Allocator,
+    session: Session,
 }
 
 /// The embedding table as in the file.
@@ -94,6 +124,7 @@ impl DeviceStage {
         check::layers(&layers, config.layers)?;
         let context = check::options(&options, config.context)?;
         let environment = runtime::environment(options.library.as_deref())?;
+        let device = device.supported(&environment, &options)?;
         let threads = options.thread_count();
         let padding = match device.few_shapes {
             true => (options.max_rows as usize).next_power_of_two(),
@@ -111,7 +142,16 @@ impl DeviceStage {
         plan.check()?;
         let lowered = plan.lower()?;
         let provider = device.provider;
-        let session = provider.session(&environment, threads, &lowered.model, lowered.weights)?;
+        let parts = {
+            let _turn = webgpu::turn(provider);
+            let session =
+                provider.session(&environment, threads, &lowered.model, lowered.weights)?;
+            Parts {
+                slots: (0..options.slots).map(|_| DeviceSlot::empty()).collect(),
+                allocator: provider.allocator(&session)?,
+                session,
+            }
+        };
         let embedding = (layers.start == 0)
             .then(|| Embedding::read(model))
             .transpose()?;
@@ -120,6 +160,10 @@ impl DeviceStage {
             kv_heads: config.kv_heads,
             head_dim: config.head_dim,
             precision: device.precision,
+            transfer: match provider {
+                Provider::WebGpu => Transfer::Plugin(environment.clone()),
+                _ => Transfer::Session,
+            },
             limit,
             first: match device.few_shapes {
                 true => limit,
@@ -147,11 +191,9 @@ impl DeviceStage {
             weight_bytes: lowered.bytes + table as u64,
         };
         Ok(DeviceStage {
-            allocator: provider.allocator(&session)?,
-            slots: (0..info.slots).map(|_| DeviceSlot::empty()).collect(),
+            parts: InTurn::new(provider, parts),
             info,
             device,
-            session,
             shape,
             exported,
             embedding,
@@ -171,8 +213,9 @@ impl DeviceStage {
         };
         hidden.resize(padded * self.info.shape.hidden, 0.0);
         let length = segment.position as usize + padded;
-        let slot = &mut self.slots[segment.slot as usize];
-        let binding = slot.reserve(&self.session, &self.allocator, &self.shape, length)?;
+        let parts = &mut *self.parts;
+        let slot = &mut parts.slots[segment.slot as usize];
+        let binding = slot.reserve(&parts.session, &parts.allocator, &self.shape, length)?;
         bind(
             binding,
             HIDDEN,
@@ -192,7 +235,7 @@ impl DeviceStage {
         }
         // Bound anew: otherwise the tensor of the last run would be taken, which may have another shape.
         binding.bind_output_to_device(OUTPUT, Allocator::default().memory_info())?;
-        let outputs = self.session.run_binding(binding)?;
+        let outputs = parts.session.run_binding(binding)?;
         let output = outputs
             .get(OUTPUT)
             .ok_or_else(|| ort::Error::new("the session gave no output"))?;
@@ -209,6 +252,7 @@ impl DeviceStage {
     }
 
     fn run_all(&mut self, segments: &[Segment], input: &StageInput<'_>) -> ort::Result<()> {
+        let _turn = webgpu::turn(self.device.provider);
         self.output.clear();
         let mut from = 0;
         for segment in segments {
@@ -282,13 +326,13 @@ impl Stage for DeviceStage {
         check::step(&self.info, segments, &input, |slot| self.kv_len(slot))?;
         // Rows from the position on are overwritten, so they need not be kept when a slot's memory grows.
         for segment in segments {
-            let slot = &mut self.slots[segment.slot as usize];
+            let slot = &mut self.parts.slots[segment.slot as usize];
             slot.len = slot.len.min(segment.position);
         }
         self.run_all(segments, &input)
             .map_err(|e| self.failed(&e))?;
         for segment in segments {
-            self.slots[segment.slot as usize].len = segment.position + segment.rows;
+            self.parts.slots[segment.slot as usize].len = segment.position + segment.rows;
         }
         Ok(match self.info.is_last() {
             true => StageOutput::Logits(&self.output),
@@ -297,11 +341,15 @@ impl Stage for DeviceStage {
     }
 
     fn kv_len(&self, slot: SlotId) -> u32 {
-        self.slots.get(slot as usize).map_or(0, |slot| slot.len)
+        self.parts
+            .slots
+            .get(slot as usize)
+            .map_or(0, |slot| slot.len)
     }
 
     fn truncate(&mut self, slot: SlotId, len: u32) {
-        if let Some(slot) = self.slots.get_mut(slot as usize) {
+        let _turn = webgpu::turn(self.device.provider);
+        if let Some(slot) = self.parts.slots.get_mut(slot as usize) {
             slot.truncate(len);
         }
     }
@@ -336,20 +384,23 @@ impl Stage for DeviceStage {
 impl DeviceStage {
     /// Rows that `slot` holds, in the graph's precision.
     fn read(&self, slot: SlotId, rows: Range<u32>) -> Result<Vec<u8>, StageError> {
-        let read = self.slots[slot as usize].read(&self.shape, rows);
+        let _turn = webgpu::turn(self.device.provider);
+        let read = self.parts.slots[slot as usize].read(&self.shape, rows);
         read.map_err(|error| self.failed(&error))
     }
 
     /// Writes rows that fit; the slot then ends behind them.
     fn write(&mut self, slot: SlotId, position: u32, rows: &[u8]) -> Result<(), StageError> {
         let end = position + (rows.len() / self.shape.token_bytes()) as u32;
-        let place = &mut self.slots[slot as usize];
+        let _turn = webgpu::turn(self.device.provider);
+        let parts = &mut *self.parts;
+        let place = &mut parts.slots[slot as usize];
         // Later positions are overwritten, or the sequence ends here.
         place.len = position;
         let written = place
             .reserve(
-                &self.session,
-                &self.allocator,
+                &parts.session,
+                &parts.allocator,
                 &self.shape,
                 end.max(1) as usize,
             )
@@ -358,7 +409,7 @@ impl DeviceStage {
         if let Err(error) = written {
             return Err(self.failed(&error));
         }
-        self.slots[slot as usize].len = end;
+        self.parts.slots[slot as usize].len = end;
         Ok(())
     }
 
@@ -368,6 +419,7 @@ impl DeviceStage {
                 Provider::Cpu => "ONNX Runtime",
                 Provider::Cuda => "ONNX Runtime on CUDA",
                 Provider::MiGraphX => "ONNX Runtime on MIGraphX",
+                Provider::WebGpu => "ONNX Runtime on WebGPU",
             },
             message: error.to_string(),
         }
