@@ -8,7 +8,7 @@ root=$(cd "$(dirname "$0")/.." && pwd)
 dest=${HYDRAMESH_CACHE:-$root/.cache}/vulkan
 # Bookworm's own Mesa (22.3) lacks what WebGPU needs.
 release=bookworm-backports
-packages=(mesa-vulkan-drivers/$release libvulkan1)
+packages=("mesa-vulkan-drivers/$release" libvulkan1)
 # Part of every system that can run these: never another copy of them beside the system's.
 theirs='^(libc6|libc-bin|libgcc-s1|gcc-[0-9]+-base|libstdc\+\+6|libcrypt1)_'
 
