@@ -179,7 +179,13 @@ fn fastest(
         let (stage, step) = match measured {
             Ok(measured) => measured,
             Err(error) => {
-                tracing::warn!(%provider, reason = %error, "this GPU's provider is not used");
+                match provider {
+                    // Packages bring its plugin to machines without a GPU, too.
+                    Provider::WebGpu => {
+                        tracing::info!(%provider, reason = %error, "no GPU computes through it");
+                    }
+                    _ => tracing::warn!(%provider, reason = %error, "no GPU computes through it"),
+                }
                 refused.push((provider, error.to_string()));
                 continue;
             }

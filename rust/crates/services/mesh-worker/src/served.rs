@@ -13,7 +13,7 @@ use crate::codec::{Codec, ModelEngine};
 
 pub(crate) struct ServedModel {
     pub(crate) card: ModelCard,
-    /// Device that computes it: `cpu`, `cuda` or `migraphx`.
+    /// Device that computes it: `cpu`, `cuda`, `migraphx` or `webgpu`.
     pub(crate) backend: &'static str,
     pub(crate) engine: Box<dyn AnyEngine>,
     pub(crate) location: Location,
