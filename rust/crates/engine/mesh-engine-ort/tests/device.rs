@@ -364,6 +364,37 @@ fn imported_rows_outgrow_a_slots_first_memory() {
     assert_eq!((stage.kv_len(0), stage.kv_len(1)), (0, 270));
 }
 
+/// Bytes of this process in memory.
+fn resident() -> i64 {
+    let statm = std::fs::read_to_string("/proc/self/statm").unwrap();
+    let pages: i64 = statm.split(' ').nth(1).unwrap().parse().unwrap();
+    pages * 4096
+}
+
+/// A driver in software has the device's memory in the process.
+#[test]
+#[ignore = "a process of webgpu_with_a_software_driver"]
+fn a_slot_that_ends_leaves_its_memory_to_others() {
+    const SLOTS: u32 = 96;
+    let model = tiny(Architecture::Llama, GgmlType::Q4_0);
+    let mut stage = load_whole(&model, options(SLOTS, 512));
+    let rows = vec![0; 500 * stage.info().kv_bytes_per_token as usize];
+    let fill = |stage: &mut DeviceStage| {
+        for slot in 0..SLOTS {
+            stage.kv_import(slot, 0, &rows).unwrap();
+        }
+        resident()
+    };
+    let before = resident();
+    let full = fill(&mut stage) - before;
+    let least = i64::from(SLOTS) * rows.len() as i64;
+    assert!(full > least / 2, "{full} bytes for {least}");
+    (0..SLOTS).for_each(|slot| stage.truncate(slot, 0));
+    // The driver keeps small buffers for the next ones.
+    let again = fill(&mut stage) - before;
+    assert!(again < full + full / 4, "{again} bytes, {full} at first");
+}
+
 /// A driver in software needs seconds for each new shader, so these are the tests with few of them.
 #[test]
 fn webgpu_with_a_software_driver() {
@@ -371,6 +402,7 @@ fn webgpu_with_a_software_driver() {
         "bad_steps_are_named_and_change_nothing",
         "exported_rows_continue_elsewhere_and_prefixes_in_other_slots",
         "imported_rows_outgrow_a_slots_first_memory",
+        "a_slot_that_ends_leaves_its_memory_to_others",
         "layers_can_be_cut_anywhere_and_slots_share_steps",
         "other_sequences_in_a_step_change_no_greedy_token",
     ]);
