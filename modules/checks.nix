@@ -120,6 +120,8 @@ let
     && builtins.match "[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*([@:].*)?" model != null;
 
   onNvidia = hasRole "worker" && plan.backend == "nvidia";
+  onWebGpu = hasRole "worker" && plan.backend == "webgpu";
+  packageBackend = if plan.backend == "webgpu" then "cpu" else plan.backend;
   onnxruntime = cfg.package.passthru.onnxruntime.version or cfg.package.onnxruntime.version or null;
   secretVariables = filter (variable: cfg.environmentVariables ? ${variable}) [
     "HF_TOKEN"
@@ -213,8 +215,11 @@ in
     )
     (assertion
       "`hardware.graphics.enable` is false, so the driver's libraries are not in /run/opengl-driver and the worker finds no card: leave it true"
-      (onNvidia -> config.hardware.graphics.enable)
+      (onNvidia || onWebGpu -> config.hardware.graphics.enable)
     )
+    (assertion "`gpus` names cards, and the WebGPU plugin chooses one itself: leave `gpus` out" (
+      onWebGpu -> cfg.gpus == [ ]
+    ))
     (assertion
       "`imageModels` names models, and `images.enable` is false: leave that out, or set it to true"
       (hasRole "worker" && cfg.imageModels != [ ] -> cfg.images.enable)
@@ -317,7 +322,7 @@ in
       warning
         (
           hasRole "worker"
-          && cfg.package.passthru.backend or cfg.package.backend or plan.backend != plan.backend
+          && cfg.package.passthru.backend or cfg.package.backend or packageBackend != packageBackend
         )
         "`backend` is \"${plan.backend}\", and `package` was built for \"${
           cfg.package.passthru.backend or cfg.package.backend or ""

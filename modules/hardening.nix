@@ -23,7 +23,7 @@ in
   DevicePolicy = "closed";
   KeyringMode = "private";
   LockPersonality = true;
-  # CUDA and MIGraphX compile kernels while they run, and so does libtorch on CPUs.
+  # CUDA, MIGraphX and Vulkan's drivers compile kernels while they run, and so does libtorch on CPUs.
   MemoryDenyWriteExecute = !(hasGpu || compiles);
   NoNewPrivileges = true;
   PrivateDevices = !hasGpu;
@@ -87,8 +87,5 @@ in
         "char-nvidia-uvm rw"
       ]
     else
-      [
-        "char-drm rw"
-        "char-kfd rw"
-      ];
+      [ "char-drm rw" ] ++ optional (backend == "rocm") "char-kfd rw";
 }

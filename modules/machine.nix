@@ -22,7 +22,15 @@ let
       // instance
     )
   ) instances.all;
-  onNvidia = builtins.any (plan: plan.hasRole "worker" && plan.backend == "nvidia") plans;
+  # ROCm's userland comes with the package.
+  needsDriver = builtins.any (
+    plan:
+    plan.hasRole "worker"
+    && builtins.elem plan.backend [
+      "nvidia"
+      "webgpu"
+    ]
+  ) plans;
 in
 {
   config = mkIf cfg.enable {
@@ -38,7 +46,7 @@ in
     };
 
     # The driver's libraries are found through /run/opengl-driver, which this makes, with or without a desktop.
-    hardware.graphics.enable = mkIf onNvidia (lib.mkDefault true);
+    hardware.graphics.enable = mkIf needsDriver (lib.mkDefault true);
 
     # Any other user is the admin's own.
     users = mkIf (cfg.user != null) {

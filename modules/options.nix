@@ -85,6 +85,7 @@ in
         "cpu"
         "nvidia"
         "rocm"
+        "webgpu"
       ];
       default = "auto";
       example = "nvidia";
@@ -92,10 +93,11 @@ in
         Compute backend of the worker. `auto` derives it from this configuration: `nvidia` with an NVIDIA
         driver (`hardware.nvidia.enabled`, desktop or data centre); `rocm` if
         `services.xserver.videoDrivers` contains "amdgpu", or with `hardware.amdgpu.opencl.enable` or
-        `hardware.amdgpu.initrd.enable`; otherwise `cpu`. The backend determines the package and the devices
+        `hardware.amdgpu.initrd.enable`; otherwise `cpu`. `webgpu` is for any GPU with a Vulkan driver, such as
+        an older AMD card or one that is part of the processor. The backend determines the package and the devices
         that the unit may use. A worker with a GPU package tries the GPU when it starts. If that fails, it
-        computes on the CPU and logs the reason. `settings.worker.backend` is a separate key: "cuda" or
-        "migraphx" turn such a failure into an error, "cpu" tries no GPU.
+        computes on the CPU and logs the reason, and also if the CPU is faster. `settings.worker.backend` is a
+        separate key: "cuda", "migraphx" or "webgpu" turn such a failure into an error, "cpu" tries no GPU.
       '';
     };
 
@@ -325,7 +327,8 @@ in
       example = [ 0 ];
       description = ''
         GPUs that the worker may use, by number in PCI order or by UUID: CUDA_VISIBLE_DEVICES for NVIDIA,
-        ROCR_VISIBLE_DEVICES for AMD. An empty list means all. For a second GPU, see `workers`.
+        ROCR_VISIBLE_DEVICES for AMD. An empty list means all. For a second GPU, see `workers`. Not for `webgpu`,
+        whose plugin chooses the GPU itself.
       '';
     };
 

@@ -35,9 +35,12 @@ let
       "rocm"
     else
       "cpu";
+  cpuPackage = if cfg.images.enable then "hydramesh-images" else "hydramesh";
   packageName =
     {
-      cpu = if cfg.images.enable then "hydramesh-images" else "hydramesh";
+      cpu = cpuPackage;
+      # The plugin is part of the packages for CPUs.
+      webgpu = cpuPackage;
       nvidia = "hydramesh-cuda";
       rocm = "hydramesh-rocm";
     }

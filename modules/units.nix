@@ -186,7 +186,11 @@ in
         after = optional plan.headIsHere "hydramesh-head.service";
         # Libraries for GPUs keep compiled kernels in the home folder, and a dynamic user has none.
         environment =
-          lib.optionalAttrs (plan.backend != "cpu") { HOME = "%S/hydramesh/worker${suffix}"; }
+          lib.optionalAttrs (plan.backend == "cpu") {
+            # It sees no device, so the package's plugin would only look for one at every load.
+            ORT_WEBGPU_EP = "";
+          }
+          // lib.optionalAttrs (plan.backend != "cpu") { HOME = "%S/hydramesh/worker${suffix}"; }
           // lib.optionalAttrs (cfg.rocmOverrideGfx != null) {
             HSA_OVERRIDE_GFX_VERSION = cfg.rocmOverrideGfx;
           }

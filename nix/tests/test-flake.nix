@@ -36,6 +36,23 @@ let
     makeBinaryWrapper = "makeBinaryWrapper";
     installShellFiles = "installShellFiles";
     addDriverRunpath.driverLink = "/run/opengl-driver";
+    callPackage =
+      file: _:
+      import file {
+        inherit lib;
+        stdenv = {
+          mkDerivation = settings: settings // { outPath = "/nix/store/${settings.pname}"; };
+          hostPlatform = {
+            system = "aarch64-linux";
+            parsed.cpu.name = "aarch64";
+          };
+          cc.cc.lib = "libstdc++";
+        };
+        fetchPypi = settings: settings;
+        autoPatchelfHook = "autoPatchelfHook";
+        unzip = "unzip";
+        vulkan-loader = "/nix/store/vulkan-loader";
+      };
     stdenv = {
       buildPlatform.canExecute = _platform: true;
       hostPlatform = "this";
@@ -353,6 +370,40 @@ in
     expr = lib.hasInfix "--set-default ORT_DYLIB_PATH /nix/store/onnxruntime/lib" (build "cpu")
     .package.script;
     expected = true;
+  };
+
+  "the package for CPUs brings the WebGPU plugin, unless somebody names another" = {
+    expr =
+      map
+        (
+          backend:
+          lib.hasInfix "--set-default ORT_WEBGPU_EP /nix/store/onnxruntime-ep-webgpu/lib/libonnxruntime_providers_webgpu.so" (build backend)
+          .package.script
+        )
+        [
+          "cpu"
+          "nvidia"
+        ];
+    expected = [
+      true
+      false
+    ];
+  };
+
+  "the plugin is the wheel of its machine, with the Vulkan loader beside it" = {
+    expr =
+      let
+        plugin = pkgs.callPackage ../webgpu-plugin.nix { };
+      in
+      {
+        inherit (plugin.src) platform version;
+        loader = lib.hasInfix "/nix/store/vulkan-loader/lib/libvulkan.so.1 $out/lib/" plugin.installPhase;
+      };
+    expected = {
+      platform = "manylinux_2_28_aarch64";
+      version = "0.4.0";
+      loader = true;
+    };
   };
 
   "only NVIDIA's driver libraries come from the machine" = {

@@ -266,6 +266,44 @@ in
     "char-drm rw"
     "char-kfd rw"
   ];
+  "webgpu opens the devices of graphics cards, in the package for CPUs" =
+    let
+      m = worker { backend = "webgpu"; };
+      unit = workerUnit m;
+    in
+    is
+      {
+        inherit (unit.serviceConfig) DeviceAllow SupplementaryGroups PrivateDevices;
+        inherit ((evaluate m).config.hardware) graphics;
+        package = (evaluate m).config.services.hydramesh.package.name;
+        plugin = unit.environment ? ORT_WEBGPU_EP;
+      }
+      {
+        DeviceAllow = [ "char-drm rw" ];
+        SupplementaryGroups = [
+          "render"
+          "video"
+        ];
+        PrivateDevices = false;
+        graphics.enable = true;
+        package = "hydramesh";
+        plugin = false;
+      };
+  "webgpu warns of nothing" =
+    is
+      (evaluate (worker {
+        backend = "webgpu";
+      })).config.warnings
+      (evaluate (worker { })).config.warnings;
+  "a worker without devices looks for none" =
+    is (workerUnit (worker { })).environment.ORT_WEBGPU_EP
+      "";
+  "the WebGPU plugin chooses the card itself" =
+    fails "`gpus` names cards, and the WebGPU plugin"
+      (worker {
+        backend = "webgpu";
+        gpus = [ 0 ];
+      });
   "a named backend wins over the drivers" = is (
     (workerUnit (nvidia {
       backend = "cpu";
@@ -456,6 +494,7 @@ in
         hydramesh-worker = {
           RUST_LOG = "debug";
           HYDRAMESH_WORKER__JOIN_TOKEN_FILE = "%d/join-token";
+          ORT_WEBGPU_EP = "";
         };
       };
   "keys of the configuration among them are checked with it" =
@@ -1084,6 +1123,7 @@ in
           environment = {
             HF_TOKEN_FILE = "%d/hf-token";
             HYDRAMESH_WORKER__JOIN_TOKEN_FILE = "%d/join-token";
+            ORT_WEBGPU_EP = "";
           };
         };
       };

@@ -1,9 +1,11 @@
-//! Chooses the engine for a stage: a GPU where one can be used, else the CPU.
+//! Chooses the engine for a stage: a GPU where one can be used and is faster, else the CPU.
+
+mod speed;
 
 use std::fmt;
 use std::ops::Range;
 use std::str::FromStr;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use mesh_engine::{LogitRows, Segment, Stage, StageInput, StageOutput};
 use mesh_model::Model;
@@ -15,11 +17,12 @@ use crate::overflow::plan::StepTimes;
 use crate::overflow::{self, Split};
 use crate::provider::Provider;
 use crate::stage::OrtStage;
+use crate::webgpu;
 
 /// The requested backend of a stage.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Backend {
-    /// A GPU, if this program has a provider for it and the provider works; else the CPU.
+    /// Whatever is fastest here: the CPU, or a GPU for which this program has a provider that works.
     #[default]
     Auto,
     /// The CPU, with our own kernels.
@@ -31,28 +34,38 @@ pub enum Backend {
     /// The graph for GPUs on ONNX Runtime's own CPU kernels: slow, and a way to try the settings for GPUs
     /// without one.
     OrtCpu,
+    /// A GPU with a Vulkan driver or nothing.
+    WebGpu,
 }
 
 impl Backend {
     /// Every backend with its name in configuration files.
-    const NAMES: [(Backend, &'static str); 5] = [
+    const NAMES: [(Backend, &'static str); 6] = [
         (Backend::Auto, "auto"),
         (Backend::Cpu, "cpu"),
         (Backend::Cuda, "cuda"),
         (Backend::MiGraphX, "migraphx"),
         (Backend::OrtCpu, "ort-cpu"),
+        (Backend::WebGpu, "webgpu"),
     ];
 
-    /// The providers to try, best first.
-    fn providers(self) -> Vec<Provider> {
+    /// The providers to try. The ones that are most likely the fastest come last: only one is loaded at a time.
+    fn providers(self, options: &OrtOptions) -> Vec<Provider> {
         match self {
             Backend::Cpu => Vec::new(),
             Backend::Cuda => vec![Provider::Cuda],
             Backend::MiGraphX => vec![Provider::MiGraphX],
+            Backend::WebGpu => vec![Provider::WebGpu],
             Backend::OrtCpu => vec![Provider::Cpu],
-            Backend::Auto => [Provider::Cuda, Provider::MiGraphX]
+            Backend::Auto => [Provider::WebGpu, Provider::MiGraphX, Provider::Cuda]
                 .into_iter()
-                .filter(|provider| provider.is_compiled_in())
+                .filter(|provider| match provider {
+                    // A plugin that nobody installed is not worth a word.
+                    Provider::WebGpu => {
+                        webgpu::library(options.webgpu_library.as_deref()).is_some()
+                    }
+                    _ => provider.is_compiled_in(),
+                })
                 .collect(),
         }
     }
@@ -67,16 +80,20 @@ impl fmt::Display for Backend {
 
 /// A string that names no backend.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{0:?} is no backend: it is auto, cpu, cuda, migraphx or ort-cpu")]
+#[error("{0:?} is no backend: it is auto, cpu, cuda, migraphx, webgpu or ort-cpu")]
 pub struct NoSuchBackend(String);
 
 impl FromStr for Backend {
     type Err = NoSuchBackend;
 
-    /// Also reads `TORCH_DEVICE`'s names of devices, such as `cuda:0`: stages use the first one.
+    /// Also reads `TORCH_DEVICE`'s names of devices, such as `cuda:0`: stages use the first one. Torch's `vulkan` is
+    /// WebGPU's way to the same driver.
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         let name = text.trim().to_ascii_lowercase();
-        let name = name.strip_suffix(":0").unwrap_or(&name);
+        let name = match name.strip_suffix(":0").unwrap_or(&name) {
+            "vulkan" => "webgpu",
+            name => name,
+        };
         Backend::NAMES
             .iter()
             .find(|(_, known)| *known == name)
@@ -93,7 +110,7 @@ pub struct Opened {
     pub provider: Provider,
     /// The parts of the stage, if any of it runs on a provider.
     pub split: Option<Split>,
-    /// The providers that were tried and refused, each with the reason.
+    /// The providers that were tried and are not used, each with the reason.
     pub refused: Vec<(Provider, String)>,
 }
 
@@ -111,11 +128,12 @@ impl fmt::Debug for Opened {
 ///
 /// A GPU is used only if one layer gives the same result there as on the CPU, and if all layers there give
 /// finite numbers that do not depend on how a prompt is cut. Layers that do not fit its memory run on the CPU
-/// ([`OrtOptions::device`]); if none fits, all do, which is logged as a warning.
+/// ([`OrtOptions::device`]); if none fits, all do, which is logged as a warning. [`Backend::Auto`] measures a few
+/// decode steps and takes the fastest of the GPU's providers and the CPU.
 ///
 /// # Errors
 /// Those of [`OrtStage::load`]; for a backend requested by name also the reason why it cannot be used.
-/// [`Backend::Auto`] logs that reason as a warning and uses the CPU.
+/// [`Backend::Auto`] logs that reason and uses another.
 pub fn open(
     model: &Model,
     layers: Range<u32>,
@@ -126,47 +144,140 @@ pub fn open(
     crate::runtime::environment(options.library.as_deref())?;
     crate::check::layers(&layers, model.config().layers)?;
     crate::check::options(&options, model.config().context)?;
-    let mut refused = Vec::new();
-    for provider in backend.providers() {
-        match on_device(model, layers.clone(), &options, provider, backend) {
-            Ok((stage, split)) => {
-                return Ok(Opened {
-                    stage,
-                    provider,
-                    split: Some(split),
-                    refused,
-                });
-            }
-            Err(error @ LoadError::DeviceMemory { .. }) => {
-                tracing::warn!(%provider, reason = %error, "no layer fits the device: the CPU computes all of them");
-                refused.push((provider, error.to_string()));
-            }
-            Err(error) if backend == Backend::Auto => {
-                tracing::warn!(%provider, reason = %error, "no GPU computes: the CPU does");
-                refused.push((provider, error.to_string()));
-            }
-            Err(error) => return Err(error),
-        }
-    }
+    let providers = backend.providers(&options);
+    let (chosen, refused) = match (backend, providers.first()) {
+        (Backend::Auto, _) | (_, None) => fastest(model, layers.clone(), &options, providers)?,
+        (_, Some(&provider)) => named(model, layers.clone(), &options, provider)?,
+    };
+    let Some((provider, (stage, split))) = chosen else {
+        // What was promised to a provider that is not used is free for other models.
+        options.device.memory.promise(0);
+        return Ok(Opened {
+            stage: Box::new(OrtStage::load(model, layers, options)?),
+            provider: Provider::Cpu,
+            split: None,
+            refused,
+        });
+    };
     Ok(Opened {
-        stage: Box::new(OrtStage::load(model, layers, options)?),
-        provider: Provider::Cpu,
-        split: None,
+        stage,
+        provider,
+        split: Some(split),
         refused,
     })
 }
 
+/// A stage of which at least some layers are on a device.
+type OnDevice = (Box<dyn Stage>, Split);
+
+/// The provider that computes, with its stage; `None` is the CPU.
+type Chosen = Option<(Provider, OnDevice)>;
+
+/// The providers that are not used, each with the reason.
+type Refused = Vec<(Provider, String)>;
+
+/// The provider that was asked for by name, however slow it is; the CPU if no layer fits its device.
+fn named(
+    model: &Model,
+    layers: Range<u32>,
+    options: &OrtOptions,
+    provider: Provider,
+) -> Result<(Chosen, Refused), LoadError> {
+    match on_device(model, layers, options, provider, false) {
+        Ok(loaded) => Ok((Some((provider, loaded)), Vec::new())),
+        Err(error @ LoadError::DeviceMemory { .. }) => {
+            tracing::warn!(%provider, reason = %error, "no layer fits the device: the CPU computes all of them");
+            Ok((None, vec![(provider, error.to_string())]))
+        }
+        Err(error) => Err(error),
+    }
+}
+
+/// The provider that works and is faster than all others and the CPU.
+fn fastest(
+    model: &Model,
+    layers: Range<u32>,
+    options: &OrtOptions,
+    providers: Vec<Provider>,
+) -> Result<(Chosen, Refused), LoadError> {
+    let mut refused = Vec::new();
+    let mut best: Option<(Provider, Duration)> = None;
+    let mut loaded = None;
+    for provider in providers {
+        // The device may not have room for two.
+        loaded = None;
+        let measured = on_device(model, layers.clone(), options, provider, true).and_then(
+            |(mut stage, split)| {
+                let step = speed::decode_step(&mut *stage);
+                step.map(|step| ((stage, split), step))
+                    .map_err(|reason| LoadError::Provider { provider, reason })
+            },
+        );
+        let (on_device, step) = match measured {
+            Ok(measured) => measured,
+            Err(error) => {
+                match provider {
+                    // Packages bring its plugin to machines without a GPU, too.
+                    Provider::WebGpu => {
+                        tracing::info!(%provider, reason = %error, "no GPU computes through it");
+                    }
+                    _ => tracing::warn!(%provider, reason = %error, "no GPU computes through it"),
+                }
+                refused.push((provider, error.to_string()));
+                continue;
+            }
+        };
+        let (other, least) = match best {
+            Some(best) => best,
+            None => (
+                Provider::Cpu,
+                speed::cpu_step(model, layers.clone(), options)?,
+            ),
+        };
+        let faster = step < least;
+        tracing::info!(
+            "{provider} computes a decode step in {step:.1?}, {other} in {least:.1?}: {} computes",
+            if faster { provider } else { other }
+        );
+        if faster {
+            if other != Provider::Cpu {
+                refused.push((other, slower(other, least, provider, step)));
+            }
+            best = Some((provider, step));
+            loaded = Some(on_device);
+        } else {
+            refused.push((provider, slower(provider, step, other, least)));
+            best = Some((other, least));
+        }
+    }
+    let Some((provider, _)) = best.filter(|(provider, _)| *provider != Provider::Cpu) else {
+        return Ok((None, refused));
+    };
+    let stage = match loaded {
+        Some(stage) => stage,
+        // It made room for one that turned out slower.
+        None => on_device(model, layers, options, provider, true)?,
+    };
+    Ok((Some((provider, stage)), refused))
+}
+
+fn slower(provider: Provider, step: Duration, other: Provider, least: Duration) -> String {
+    format!("{provider} takes {step:.1?} for a decode step, {other} {least:.1?}")
+}
+
+/// Loads on the device what fits it, after a comparison of one layer. With `by_speed` a device on which a layer
+/// takes longer than all of them on the CPU is refused before the rest is loaded.
 fn on_device(
     model: &Model,
     layers: Range<u32>,
     options: &OrtOptions,
     provider: Provider,
-    backend: Backend,
-) -> Result<(Box<dyn Stage>, Split), LoadError> {
-    let device = Device::new(provider);
+    by_speed: bool,
+) -> Result<OnDevice, LoadError> {
+    let environment = crate::runtime::environment(options.library.as_deref())?;
+    let device = Device::new(provider).supported(&environment, options)?;
     let times = compare_layer(model, &layers, options, device)?;
-    // A backend that is asked for by name is used even if it is slow.
-    let times = (backend == Backend::Auto).then_some(times);
+    let times = by_speed.then_some(times);
     let check = |stage: &mut DeviceStage| {
         check_whole(stage).map_err(|reason| refused(device.provider, reason))
     };

@@ -32,8 +32,13 @@
 //! A model that is larger than the device's memory is split: the first layers run there, the rest on the CPU
 //! (module [`overflow`]).
 //!
-//! The graph is tested on ONNX Runtime's CPU provider, in f32 and in f16. **It has never run on a GPU**: with
-//! `make test-gpu` and a library that has the provider, the same tests run there.
+//! Any GPU with a Vulkan driver is used through ONNX Runtime's WebGPU plugin (module `webgpu`), a library that is
+//! loaded at run time. The plugin chooses the device itself, so module `vulkan` looks at the devices before: a
+//! software renderer is refused. [`open`] measures a few decode steps and takes what is fastest.
+//!
+//! The graph is tested on ONNX Runtime's CPU provider, in f32 and in f16, and on WebGPU with a software renderer.
+//! **It has never run on a GPU**: with `make test-gpu` and a library that has the provider, the same tests run
+//! there.
 //!
 //! # Encoders
 //! [`OrtEncoder`] runs embedding models of the BERT family the same way: two nodes per layer over
@@ -50,7 +55,8 @@
 //! # Unsafe code
 //! Module `tensors` reads the tensors of a running node through ONNX Runtime's C interface; module
 //! `operators` says for each access why type and length are right, and keeps inputs apart from the outputs
-//! that may lie on the same memory.
+//! that may lie on the same memory. Module `vulkan` calls Vulkan's functions to list devices, and `device::slots`
+//! the function that copies tensors to and from a plugin's device.
 
 mod backend;
 mod cache;
@@ -72,6 +78,8 @@ mod shared;
 mod size;
 mod stage;
 mod tensors;
+mod vulkan;
+mod webgpu;
 mod weights;
 
 pub use backend::{Backend, NoSuchBackend, Opened, open};
@@ -85,3 +93,4 @@ pub use provider::Provider;
 pub use runtime::load_library;
 pub use size::{matrix_bytes, memory_bytes};
 pub use stage::OrtStage;
+pub use vulkan::{Adapter, AdapterKind, VulkanError, adapters};

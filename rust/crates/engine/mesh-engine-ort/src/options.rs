@@ -14,6 +14,10 @@ pub struct OrtOptions {
     /// ONNX Runtime's shared library; `None` means the environment variable `ORT_DYLIB_PATH`. The first stage
     /// of a process decides: later ones use the library that is already loaded.
     pub library: Option<PathBuf>,
+    /// The plugin library for [`Provider::WebGpu`](crate::Provider::WebGpu); `None` means the environment
+    /// variable `ORT_WEBGPU_EP`, or else the file `libonnxruntime_providers_webgpu.so` beside ONNX Runtime's
+    /// library. The first use in a process decides.
+    pub webgpu_library: Option<PathBuf>,
     /// Threads that compute, the caller's among them; `0` means one per available core.
     pub threads: usize,
     /// Number of KV slots.
@@ -48,6 +52,7 @@ impl Default for OrtOptions {
     fn default() -> Self {
         OrtOptions {
             library: None,
+            webgpu_library: None,
             threads: 0,
             slots: 8,
             context: 0,
@@ -198,8 +203,8 @@ pub enum LoadError {
     },
     /// An execution provider that is not there, or does not take the graph, or computes something else.
     #[error(
-        "execution provider {provider} cannot be used: {reason}; it needs its GPU with the driver, an ONNX Runtime built with it \
-         and this program's package for such GPUs, or set the backend to \"auto\" or \"cpu\""
+        "execution provider {provider} cannot be used: {reason}; it needs {}, or set the backend to \"auto\" or \"cpu\"",
+        .provider.needs()
     )]
     Provider {
         provider: crate::Provider,

@@ -10,6 +10,7 @@ use ort::value::DynTensor;
 
 use crate::device::memory::says_exhausted;
 use crate::options::LoadError;
+use crate::webgpu;
 
 /// The runtime that executes the graph of a [`DeviceStage`](crate::DeviceStage).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -21,24 +22,37 @@ pub enum Provider {
     Cuda,
     /// AMD GPUs, through MIGraphX.
     MiGraphX,
+    /// Any GPU with a Vulkan driver, through ONNX Runtime's WebGPU plugin.
+    WebGpu,
 }
 
 impl Provider {
-    /// Name in configuration and logs: `cpu`, `cuda` or `migraphx`.
+    /// Name in configuration and logs: `cpu`, `cuda`, `migraphx` or `webgpu`.
     pub fn name(self) -> &'static str {
         match self {
             Provider::Cpu => "cpu",
             Provider::Cuda => "cuda",
             Provider::MiGraphX => "migraphx",
+            Provider::WebGpu => "webgpu",
         }
     }
 
-    /// True if this build supports the provider.
+    /// True if this build supports the provider. WebGPU is a plugin, which every build can load.
     pub fn is_compiled_in(self) -> bool {
         match self {
-            Provider::Cpu => true,
+            Provider::Cpu | Provider::WebGpu => true,
             Provider::Cuda => cfg!(feature = "cuda"),
             Provider::MiGraphX => cfg!(feature = "migraphx"),
+        }
+    }
+
+    /// The requirements of the provider, for messages.
+    pub(crate) fn needs(self) -> &'static str {
+        match self {
+            Provider::WebGpu => "a GPU with a Vulkan driver and ONNX Runtime's WebGPU plugin",
+            _ => {
+                "its GPU with the driver, an ONNX Runtime built with it and this program's package for such GPUs"
+            }
         }
     }
 
@@ -58,7 +72,7 @@ impl Provider {
             reason,
         };
         let builder = SessionBuilder::new(environment)?;
-        let builder = self.register(builder).map_err(refused)?;
+        let builder = self.register(builder, environment).map_err(refused)?;
         // The graph is written as it should run. Shapes change with every step: no plans of memory.
         let builder = builder
             .with_intra_threads(threads)
@@ -90,6 +104,7 @@ impl Provider {
             Provider::Cpu => return Ok(Allocator::default()),
             Provider::Cuda => AllocationDevice::CUDA,
             Provider::MiGraphX => AllocationDevice::HIP,
+            Provider::WebGpu => AllocationDevice::WEBGPU_BUFFER,
         };
         let info = MemoryInfo::new(device, 0, AllocatorType::Device, MemoryType::Default)?;
         Allocator::new(session, info)
@@ -98,9 +113,21 @@ impl Provider {
     /// Adds the provider to a session, or says why it is not there.
     // `ort`'s builder returns itself in its errors.
     #[allow(clippy::result_large_err)]
-    fn register(self, builder: SessionBuilder) -> Result<SessionBuilder, String> {
+    fn register(
+        self,
+        builder: SessionBuilder,
+        environment: &Environment,
+    ) -> Result<SessionBuilder, String> {
         let provider: Option<ort::ep::ExecutionProviderDispatch> = match self {
             Provider::Cpu => return Ok(builder),
+            Provider::WebGpu => {
+                // An empty list would be taken silently.
+                let device = webgpu::device(environment).ok_or("its plugin is not loaded")?;
+                return builder
+                    .with_devices([device], None)
+                    .and_then(|builder| builder.with_disable_cpu_fallback())
+                    .map_err(|error| reason(&error));
+            }
             #[cfg(feature = "cuda")]
             Provider::Cuda => Some(
                 ort::ep::CUDA::default()
@@ -137,7 +164,7 @@ impl Provider {
         #[allow(unused_imports, reason = "depends on the features")]
         use ort::ep::ExecutionProvider;
         match self {
-            Provider::Cpu => true,
+            Provider::Cpu | Provider::WebGpu => true,
             #[cfg(feature = "cuda")]
             Provider::Cuda => ort::ep::CUDA::is_available().unwrap_or(false),
             #[cfg(feature = "migraphx")]

@@ -9,8 +9,9 @@ use ort::environment::Environment;
 use crate::graph;
 use crate::options::LoadError;
 
-/// The process's environment. ONNX Runtime allows one; it is kept for as long as the process lives.
-static ENVIRONMENT: Mutex<Option<Environment>> = Mutex::new(None);
+/// The process's environment and the library's path. ONNX Runtime allows one; it is kept for as long as the
+/// process lives.
+static ENVIRONMENT: Mutex<Option<(Environment, PathBuf)>> = Mutex::new(None);
 
 /// Loads ONNX Runtime's library as the first stage of a process would: from `path`, or from where
 /// `ORT_DYLIB_PATH` says. So that a missing one is found before gigabytes are read.
@@ -24,7 +25,7 @@ pub fn load_library(path: Option<&Path>) -> Result<(), LoadError> {
 /// Loads the library at `path`, or the one that `ORT_DYLIB_PATH` names, unless one is loaded already.
 pub(crate) fn environment(path: Option<&Path>) -> Result<Environment, LoadError> {
     let mut environment = ENVIRONMENT.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some(environment) = &*environment {
+    if let Some((environment, _)) = &*environment {
         return Ok(environment.clone());
     }
     let path = match path {
@@ -51,5 +52,12 @@ pub(crate) fn environment(path: Option<&Path>) -> Result<Environment, LoadError>
         Ok(_) => tracing::debug!(kernels, "instruction set chosen"),
         Err(error) => tracing::warn!(kernels, "{error}; taking the fastest"),
     }
-    Ok(environment.insert(loaded).clone())
+    Ok(environment.insert((loaded, path)).0.clone())
+}
+
+/// The folder of the library that is loaded.
+pub(crate) fn folder() -> Option<PathBuf> {
+    let environment = ENVIRONMENT.lock().unwrap_or_else(PoisonError::into_inner);
+    let (_, path) = environment.as_ref()?;
+    path.parent().map(Path::to_path_buf)
 }

@@ -1,4 +1,5 @@
-//! The graph of ONNX Runtime's own operators, on its CPU provider, or on a GPU with `HYDRAMESH_TEST_GPU=1`.
+//! The graph of ONNX Runtime's own operators, on its CPU provider, or on the GPU's that `HYDRAMESH_TEST_GPU` names;
+//! a part of the tests also on WebGPU with a software driver.
 
 mod common;
 mod reference;
@@ -10,6 +11,7 @@ use mesh_model::gguf::Writer;
 use mesh_model::gguf::writer::OwnedValue;
 use mesh_model::synth::{Shape, Tokens, random_model, random_model_bytes};
 use mesh_model::{Architecture, GgmlType, Gguf, Model};
+use mesh_testkit::lavapipe;
 
 /// The families that execution providers run.
 fn dense() -> impl Iterator<Item = Architecture> {
@@ -311,6 +313,99 @@ fn streams_move_between_the_cpus_stage_and_a_device() {
         let found = logits(&mut cpu, &[last(0, 11, 1)], &tokens[11..]);
         assert_close(&found, &expected, 300, roughly(), "and back");
     }
+}
+
+#[test]
+fn other_sequences_in_a_step_change_no_greedy_token() {
+    let model = tiny(Architecture::Llama, GgmlType::Q4_0);
+    let vocab = model.config().vocab;
+    let prompt = some_tokens(7);
+    let greedy = |stage: &mut DeviceStage, beside: bool| {
+        let noise = some_tokens(16);
+        let mut row = logits(stage, &[last(0, 0, 7)], &prompt);
+        let mut found = Vec::new();
+        for step in 0..8u32 {
+            let token = common::arg_max(&row[..vocab]);
+            found.push(token);
+            let mine = last(0, 7 + step, 1);
+            row = match beside {
+                false => logits(stage, &[mine], &[token]),
+                // One row of another sequence, then three of a third one.
+                true => logits(
+                    stage,
+                    &[mine, quiet(1, step, 1), quiet(2, 0, 3)],
+                    &[&[token], &noise[step as usize..][..1], &noise[..3]].concat(),
+                ),
+            };
+        }
+        found
+    };
+    let alone = greedy(&mut load_whole(&model, options(1, 32)), false);
+    let beside = greedy(&mut load_whole(&model, options(3, 32)), true);
+    assert_eq!(alone, beside);
+}
+
+#[test]
+fn imported_rows_outgrow_a_slots_first_memory() {
+    let model = tiny(Architecture::Llama, GgmlType::Q4_0);
+    let mut stage = load_whole(&model, options(2, 400));
+    let token = stage.info().kv_bytes_per_token as usize;
+    // Ordinary numbers of 16 bits.
+    let rows: Vec<u8> = (0..310 * token / 2)
+        .flat_map(|i| half::f16::from_f32((i % 251) as f32 / 64.0).to_le_bytes())
+        .collect();
+    let (head, tail) = rows.split_at(250 * token);
+    stage.kv_import(0, 0, head).unwrap();
+    stage.kv_import(0, 250, tail).unwrap();
+    assert_eq!(stage.kv_export(0, 0..310).unwrap(), rows);
+    stage.copy_prefix(0, 1, 270).unwrap();
+    stage.truncate(0, 0);
+    assert_eq!(stage.kv_export(1, 0..270).unwrap(), rows[..270 * token]);
+    assert_eq!((stage.kv_len(0), stage.kv_len(1)), (0, 270));
+}
+
+/// Bytes of this process in memory.
+fn resident() -> i64 {
+    let statm = std::fs::read_to_string("/proc/self/statm").unwrap();
+    let pages: i64 = statm.split(' ').nth(1).unwrap().parse().unwrap();
+    pages * 4096
+}
+
+/// A driver in software has the device's memory in the process.
+#[test]
+#[ignore = "a process of webgpu_with_a_software_driver"]
+fn a_slot_that_ends_leaves_its_memory_to_others() {
+    const SLOTS: u32 = 96;
+    let model = tiny(Architecture::Llama, GgmlType::Q4_0);
+    let mut stage = load_whole(&model, options(SLOTS, 512));
+    let rows = vec![0; 500 * stage.info().kv_bytes_per_token as usize];
+    let fill = |stage: &mut DeviceStage| {
+        for slot in 0..SLOTS {
+            stage.kv_import(slot, 0, &rows).unwrap();
+        }
+        resident()
+    };
+    let before = resident();
+    let full = fill(&mut stage) - before;
+    let least = i64::from(SLOTS) * rows.len() as i64;
+    assert!(full > least / 2, "{full} bytes for {least}");
+    (0..SLOTS).for_each(|slot| stage.truncate(slot, 0));
+    // The driver keeps small buffers for the next ones.
+    let again = fill(&mut stage) - before;
+    assert!(again < full + full / 4, "{again} bytes, {full} at first");
+}
+
+/// A driver in software needs seconds for each new shader, so these are the tests with few of them.
+#[test]
+fn webgpu_with_a_software_driver() {
+    lavapipe::run(&[
+        "bad_steps_are_named_and_change_nothing",
+        "exported_rows_continue_elsewhere_and_prefixes_in_other_slots",
+        "imported_rows_outgrow_a_slots_first_memory",
+        "a_slot_that_ends_leaves_its_memory_to_others",
+        "layers_can_be_cut_anywhere_and_slots_share_steps",
+        "other_sequences_in_a_step_change_no_greedy_token",
+    ]);
 }
 
 #[test]

@@ -48,8 +48,10 @@ pub struct Config {
     pub store: StoreConfig,
     /// ONNX Runtime's library; `ORT_DYLIB_PATH` by default.
     pub ort_library: Option<PathBuf>,
-    /// Device that computes: `auto` (a GPU that this build can use and that works, else the CPU), `cpu`,
-    /// `cuda`, `migraphx`, or `ort-cpu` (the graph for GPUs on the CPU, to try it).
+    /// ONNX Runtime's WebGPU plugin; `ORT_WEBGPU_EP` by default, or the one beside ONNX Runtime's library.
+    pub webgpu_library: Option<PathBuf>,
+    /// Device that computes: `auto` (the fastest of the CPU and the GPUs that this build can use and that work),
+    /// `cpu`, `cuda`, `migraphx`, `webgpu`, or `ort-cpu` (the graph for GPUs on the CPU, to try it).
     #[serde(with = "backend_name")]
     pub backend: Backend,
     /// Most memory of the GPU for the weights and KV cache of all models that are served whole; layers that do
@@ -297,6 +299,7 @@ impl Default for Config {
             local_models: None,
             store: StoreConfig::default(),
             ort_library: None,
+            webgpu_library: None,
             backend: Backend::Auto,
             vram_limit: None,
             threads: 0,
@@ -634,6 +637,7 @@ mod tests {
     fn the_backend_goes_by_its_name_or_by_torchs() {
         assert_eq!(parse("").backend, Backend::Auto);
         assert_eq!(parse("backend = \"migraphx\"").backend, Backend::MiGraphX);
+        assert_eq!(parse("backend = \"webgpu\"").backend, Backend::WebGpu);
         let from = |variables: &[(&str, &str)]| {
             let file = tempfile::NamedTempFile::new().unwrap();
             Loader::<Config>::new("worker")
@@ -644,6 +648,8 @@ mod tests {
         };
         let torch = ("TORCH_DEVICE", "cuda:0");
         assert_eq!(from(&[torch]).unwrap().value.backend, Backend::Cuda);
+        let vulkan = ("TORCH_DEVICE", "vulkan");
+        assert_eq!(from(&[vulkan]).unwrap().value.backend, Backend::WebGpu);
         let own = ("HYDRAMESH_WORKER__BACKEND", "cpu");
         assert_eq!(from(&[torch, own]).unwrap().value.backend, Backend::Cpu);
         let error = from(&[("TORCH_DEVICE", "mps")]).unwrap_err().to_string();

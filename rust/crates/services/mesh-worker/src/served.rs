@@ -14,7 +14,7 @@ use crate::codec::{Codec, ModelEngine};
 
 pub(crate) struct ServedModel {
     pub(crate) card: ModelCard,
-    /// Device that computes it: `cpu`, `cuda` or `migraphx`.
+    /// Device that computes it: `cpu`, `cuda`, `migraphx` or `webgpu`.
     pub(crate) backend: &'static str,
     /// Its parts, if any of it is on a GPU.
     pub(crate) split: Option<Split>,

@@ -1,7 +1,7 @@
 //! `hydramesh profile`: how fast this machine is, as a worker would tell its head.
 
 use arcanum_profiler::{LayerSpeed, Profile};
-use mesh_engine_ort::WeightFormat;
+use mesh_engine_ort::{AdapterKind, WeightFormat};
 use mesh_kernels::Isa;
 use mesh_machine::measure::FormatChoice;
 use mesh_machine::{ProfileOptions, Profiler, choose_format};
@@ -45,9 +45,11 @@ pub(crate) fn run(args: ProfileArgs, terminal: Terminal) -> Result<(), Failure> 
     let profile = &profiler.profile;
     let choice = choose_format(&speeds);
     let available: Vec<&str> = Isa::available().iter().map(|isa| isa.name()).collect();
+    let vulkan = vulkan();
     if args.json {
         let mut object = json!(profile);
         object["available_isas"] = json!(available);
+        object["vulkan"] = json!(vulkan);
         // The profile may keep other models' speeds, too.
         object["speeds"] = json!(speeds);
         if let Some(choice) = &choice {
@@ -57,15 +59,29 @@ pub(crate) fn run(args: ProfileArgs, terminal: Terminal) -> Result<(), Failure> 
         println!("{object}");
         return Ok(());
     }
-    print!("{}", machine(profile, &available, terminal));
+    print!("{}", machine(profile, &available, &vulkan, terminal));
     if let (Some(model), Some(choice)) = (&model, &choice) {
         print!("\n{}", layers(&model.name(), &speeds, choice, terminal));
     }
     Ok(())
 }
 
-/// `available` are the instruction sets that this machine's kernels could use.
-fn machine(profile: &Profile, available: &[&str], terminal: Terminal) -> String {
+/// The Vulkan devices of this machine, each with its use for a worker with the WebGPU plugin.
+fn vulkan() -> Vec<String> {
+    let adapters = mesh_engine_ort::adapters(None);
+    // Most machines without a GPU have no loader, and need none.
+    let adapters = adapters.unwrap_or_default().into_iter();
+    adapters
+        .map(|adapter| match adapter.kind {
+            AdapterKind::Software => format!("{adapter}, not used"),
+            _ if adapter.half => format!("{adapter}, for WebGPU in f16"),
+            _ => format!("{adapter}, for WebGPU in f32"),
+        })
+        .collect()
+}
+
+/// `available` are the instruction sets that this machine's kernels could use, `vulkan` the lines of [`vulkan`].
+fn machine(profile: &Profile, available: &[&str], vulkan: &[String], terminal: Terminal) -> String {
     let key = &profile.key;
     let rate = |value: f64| match value {
         value if value > 0.0 => format!("{}/s", bytes(value as u64)),
@@ -92,6 +108,9 @@ fn machine(profile: &Profile, available: &[&str], terminal: Terminal) -> String 
     for gpu in profile.gpus.iter().filter_map(|gpu| gpu.reported.as_ref()) {
         let (total, free) = (bytes(gpu.vram_total), bytes(gpu.vram_free));
         text.line("graphics", format!("{}, {total}, {free} free", gpu.name));
+    }
+    for adapter in vulkan {
+        text.line("vulkan", adapter);
     }
     let load = profile.load;
     text.line(
@@ -184,10 +203,16 @@ format file, since a row takes 100 µs a layer with file weights, int8 takes 150
         profile.key.cpu = "Some CPU".into();
         profile.key.isa = "avx2".into();
         assert_eq!(
-            machine(&profile, &["scalar", "avx2"], Terminal::new(Color::Never)),
+            machine(
+                &profile,
+                &["scalar", "avx2"],
+                &["Some Radeon, for WebGPU in f16".into()],
+                Terminal::new(Color::Never)
+            ),
             "processor  Some CPU, 1 threads\n\
              kernels    avx2, out of scalar, avx2\n\
              memory     8.00 GB, 7.00 GB of it for models, read at 22.00 GB/s\n\
+             vulkan     Some Radeon, for WebGPU in f16\n\
              load       0.50 other processes ready to run per core\n"
         );
     }

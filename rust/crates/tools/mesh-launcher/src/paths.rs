@@ -29,6 +29,17 @@ pub fn ort_library() -> Result<PathBuf> {
     fetched(ORT_LIBRARY)
 }
 
+/// ONNX Runtime's WebGPU plugin.
+pub fn webgpu_plugin() -> Result<PathBuf> {
+    fetched("onnxruntime/webgpu/libonnxruntime_providers_webgpu.so")
+}
+
+/// The description of Mesa's software Vulkan driver, for `VK_DRIVER_FILES`. Its libraries lie beside it in
+/// `lib`.
+pub fn vulkan_driver() -> Result<PathBuf> {
+    fetched("vulkan/lvp.json")
+}
+
 /// The SmolLM2-135M-Instruct Q4_1 GGUF file.
 pub fn smollm2() -> Result<PathBuf> {
     fetched(SMOLLM2)

@@ -14,6 +14,7 @@ use mesh_engine::{
     LogitRows, ModelShape, Segment, SlotId, Stage, StageError, StageInfo, StageInput, StageOutput,
 };
 use mesh_model::{GgmlType, Model, dequantize};
+use ort::environment::Environment;
 use ort::memory::Allocator;
 use ort::session::{IoBinding, Session};
 use ort::value::Tensor;
@@ -22,11 +23,12 @@ use crate::check;
 use crate::options::{KvFormat, LoadError, OrtOptions, suited_kv};
 use crate::provider::Provider;
 use crate::runtime;
+use crate::webgpu::{self, InTurn};
 use lower::{HIDDEN, KEPT, LAST_POSITION, LENGTH, LoweringPlan, OUTPUT};
 pub use memory::DeviceMemory;
 use memory::Reserved;
 use mesh_kernels::Reclaim;
-use slots::{CacheShape, DeviceSlot};
+use slots::{CacheShape, DeviceSlot, Transfer};
 pub use tensors::Precision;
 
 /// Provider and settings of a [`DeviceStage`].
@@ -48,10 +50,33 @@ impl Device {
             provider,
             precision: match provider {
                 Provider::Cpu => Precision::F32,
-                Provider::Cuda | Provider::MiGraphX => Precision::F16,
+                Provider::Cuda | Provider::MiGraphX | Provider::WebGpu => Precision::F16,
             },
             few_shapes: provider == Provider::MiGraphX,
         }
+    }
+
+    /// The same at a precision that the device has; loads a provider that is a plugin.
+    pub(crate) fn supported(
+        self,
+        environment: &Environment,
+        options: &OrtOptions,
+    ) -> Result<Device, LoadError> {
+        if self.provider != Provider::WebGpu {
+            return Ok(self);
+        }
+        let adapter = webgpu::load(environment, options.webgpu_library.as_deref());
+        let adapter = adapter.map_err(|reason| LoadError::Provider {
+            provider: self.provider,
+            reason,
+        })?;
+        Ok(match adapter.half {
+            true => self,
+            false => Device {
+                precision: Precision::F32,
+                ..self
+            },
+        })
     }
 
     /// Positions of a slot with this context: rows of padding may follow the last one.
@@ -155,16 +180,21 @@ pub struct DeviceStage {
     shape: CacheShape,
     /// Format of exported KV rows: that of the CPU's stage, so that streams can move between both.
     exported: KvFormat,
-    // Dropped in this order: the memory of the slots is the allocator's, which is the session's.
-    slots: Vec<DeviceSlot>,
-    allocator: Allocator,
-    session: Session,
+    parts: InTurn<Parts>,
     _weights: Reserved,
     memory: DeviceMemory,
     /// On a first stage.
     embedding: Option<Embedding>,
     output: Vec<f32>,
     _reclaim: Reclaim,
+}
+
+/// A stage's objects of ONNX Runtime.
+// Dropped in this order: the memory of the slots is the allocator's, which is the session's.
+struct Parts {
+    slots: Vec<DeviceSlot>,
+    allocator: Allocator,
+    session: Session,
 }
 
 /// The embedding table as in the file.
@@ -189,6 +219,7 @@ impl DeviceStage {
         check::layers(&layers, config.layers)?;
         let context = check::options(&options, config.context)?;
         let environment = runtime::environment(options.library.as_deref())?;
+        let device = device.supported(&environment, &options)?;
         let threads = options.thread_count();
         let limit = device.positions(context, options.max_rows);
         let plan = LoweringPlan {
@@ -211,11 +242,26 @@ impl DeviceStage {
         let reserved = memory.reserve(sizes.weights(layers.len()), "the weights of its layers");
         let reserved = reserved.map_err(exhausted)?;
         let lowered = plan.lower()?;
-        let session = provider.session(&environment, threads, &lowered.model, lowered.weights)?;
+        let parts = {
+            let _turn = webgpu::turn(provider);
+            let session =
+                provider.session(&environment, threads, &lowered.model, lowered.weights)?;
+            Parts {
+                slots: (0..options.slots).map(|_| DeviceSlot::empty()).collect(),
+                allocator: provider.allocator(&session)?,
+                session,
+            }
+        };
         let embedding = (layers.start == 0)
             .then(|| Embedding::read(model))
             .transpose()?;
-        let shape = CacheShape::of(config, layers.len(), limit, device);
+        let shape = CacheShape {
+            transfer: match provider {
+                Provider::WebGpu => Transfer::Plugin(environment.clone()),
+                _ => Transfer::Session,
+            },
+            ..CacheShape::of(config, layers.len(), limit, device)
+        };
         let table = embedding.as_ref().map_or(0, |table| table.data.len());
         let exported = options
             .kv
@@ -237,13 +283,11 @@ impl DeviceStage {
             weight_bytes: lowered.bytes + table as u64,
         };
         Ok(DeviceStage {
-            allocator: provider.allocator(&session)?,
+            parts: InTurn::new(provider, parts),
             _weights: reserved,
             memory,
-            slots: (0..info.slots).map(|_| DeviceSlot::empty()).collect(),
             info,
             device,
-            session,
             shape,
             exported,
             embedding,
@@ -264,8 +308,9 @@ impl DeviceStage {
         hidden.resize(padded * self.info.shape.hidden, 0.0);
         let length = segment.position as usize + padded;
         self.make_room(segment.slot, length)?;
-        let slot = &mut self.slots[segment.slot as usize];
-        let device = (&self.session, &self.allocator, &self.memory);
+        let parts = &mut *self.parts;
+        let slot = &mut parts.slots[segment.slot as usize];
+        let device = (&parts.session, &parts.allocator, &self.memory);
         let binding = slot.reserve(device, &self.shape, length)?;
         bind(
             binding,
@@ -286,7 +331,7 @@ impl DeviceStage {
         }
         // Bound anew: otherwise the tensor of the last run would be taken, which may have another shape.
         binding.bind_output_to_device(OUTPUT, Allocator::default().memory_info())?;
-        let outputs = self.session.run_binding(binding)?;
+        let outputs = parts.session.run_binding(binding)?;
         let output = outputs
             .get(OUTPUT)
             .ok_or_else(|| ort::Error::new("the session gave no output"))?;
@@ -305,12 +350,13 @@ impl DeviceStage {
     /// Takes memory from slots that do not need it any more, before `slot` grows to `rows` beyond what was
     /// planned for all of them.
     fn make_room(&mut self, slot: SlotId, rows: usize) -> ort::Result<()> {
-        let more = self.slots[slot as usize].growth(&self.shape, rows);
+        let parts = &mut *self.parts;
+        let more = parts.slots[slot as usize].growth(&self.shape, rows);
         if more == 0 || !self.memory.exceeds_promise(more) {
             return Ok(());
         }
-        let device = (&self.session, &self.allocator, &self.memory);
-        for (id, other) in self.slots.iter_mut().enumerate() {
+        let device = (&parts.session, &parts.allocator, &self.memory);
+        for (id, other) in parts.slots.iter_mut().enumerate() {
             if id != slot as usize {
                 other.shrink(device, &self.shape)?;
             }
@@ -319,6 +365,7 @@ impl DeviceStage {
     }
 
     fn run_all(&mut self, segments: &[Segment], input: &StageInput<'_>) -> ort::Result<()> {
+        let _turn = webgpu::turn(self.device.provider);
         self.output.clear();
         let mut from = 0;
         for segment in segments {
@@ -336,7 +383,7 @@ impl DeviceStage {
             };
             self.run(segment, hidden)?;
             // At once: a slot that grows later in the step may make this one shrink to its rows.
-            self.slots[segment.slot as usize].len = segment.position + segment.rows;
+            self.parts.slots[segment.slot as usize].len = segment.position + segment.rows;
         }
         Ok(())
     }
@@ -394,7 +441,7 @@ impl Stage for DeviceStage {
         check::step(&self.info, segments, &input, |slot| self.kv_len(slot))?;
         // Rows from the position on are overwritten, so they need not be kept when a slot's memory grows.
         for segment in segments {
-            let slot = &mut self.slots[segment.slot as usize];
+            let slot = &mut self.parts.slots[segment.slot as usize];
             slot.len = slot.len.min(segment.position);
         }
         self.run_all(segments, &input)
@@ -406,11 +453,15 @@ impl Stage for DeviceStage {
     }
 
     fn kv_len(&self, slot: SlotId) -> u32 {
-        self.slots.get(slot as usize).map_or(0, |slot| slot.len)
+        self.parts
+            .slots
+            .get(slot as usize)
+            .map_or(0, |slot| slot.len)
     }
 
     fn truncate(&mut self, slot: SlotId, len: u32) {
-        if let Some(slot) = self.slots.get_mut(slot as usize) {
+        let _turn = webgpu::turn(self.device.provider);
+        if let Some(slot) = self.parts.slots.get_mut(slot as usize) {
             slot.truncate(len);
         }
     }
@@ -445,32 +496,29 @@ impl Stage for DeviceStage {
 impl DeviceStage {
     /// Rows that `slot` holds, in the graph's precision.
     fn read(&self, slot: SlotId, rows: Range<u32>) -> Result<Vec<u8>, StageError> {
-        let read = self.slots[slot as usize].read(&self.shape, rows);
+        let _turn = webgpu::turn(self.device.provider);
+        let read = self.parts.slots[slot as usize].read(&self.shape, rows);
         read.map_err(|error| self.failed(&error))
     }
 
     /// Writes rows that fit; the slot then ends behind them.
     fn write(&mut self, slot: SlotId, position: u32, rows: &[u8]) -> Result<(), StageError> {
         let end = position + (rows.len() / self.shape.token_bytes()) as u32;
+        let _turn = webgpu::turn(self.device.provider);
         // Later positions are overwritten, or the sequence ends here.
-        self.slots[slot as usize].len = position;
-        let made = self.make_room(slot, end.max(1) as usize);
-        let place = &mut self.slots[slot as usize];
+        self.parts.slots[slot as usize].len = position;
+        let rows_to_hold = end.max(1) as usize;
+        let made = self.make_room(slot, rows_to_hold);
+        let parts = &mut *self.parts;
+        let place = &mut parts.slots[slot as usize];
+        let device = (&parts.session, &parts.allocator, &self.memory);
         let written = made
-            .and_then(|()| {
-                place
-                    .reserve(
-                        (&self.session, &self.allocator, &self.memory),
-                        &self.shape,
-                        end.max(1) as usize,
-                    )
-                    .map(drop)
-            })
+            .and_then(|()| place.reserve(device, &self.shape, rows_to_hold).map(drop))
             .and_then(|()| place.write(&self.shape, position, rows));
         if let Err(error) = written {
             return Err(self.failed(&error));
         }
-        self.slots[slot as usize].len = end;
+        self.parts.slots[slot as usize].len = end;
         Ok(())
     }
 
@@ -479,6 +527,7 @@ impl DeviceStage {
             Provider::Cpu => "ONNX Runtime",
             Provider::Cuda => "ONNX Runtime on CUDA",
             Provider::MiGraphX => "ONNX Runtime on MIGraphX",
+            Provider::WebGpu => "ONNX Runtime on WebGPU",
         };
         let message = error.to_string();
         if memory::says_exhausted(&message) {

@@ -3,6 +3,8 @@
 
 use std::ops::Range;
 
+use ort::AsPointer;
+use ort::environment::Environment;
 use ort::memory::Allocator;
 use ort::session::{IoBinding, Session};
 use ort::value::DynTensor;
@@ -20,6 +22,7 @@ pub(super) struct CacheShape {
     pub(super) kv_heads: usize,
     pub(super) head_dim: usize,
     pub(super) precision: Precision,
+    pub(super) transfer: Transfer,
     /// Most rows a slot is ever given room for.
     pub(super) limit: usize,
     /// Rows that a slot gets room for at first; the room doubles from there.
@@ -27,13 +30,14 @@ pub(super) struct CacheShape {
 }
 
 impl CacheShape {
-    /// The caches of so many layers, for slots of at most `limit` rows.
+    /// The caches of so many layers, for slots of at most `limit` rows, for devices that a session copies to.
     pub(super) fn of(config: &ModelConfig, layers: usize, limit: usize, device: Device) -> Self {
         CacheShape {
             layers,
             kv_heads: config.kv_heads,
             head_dim: config.head_dim,
             precision: device.precision,
+            transfer: Transfer::Session,
             limit,
             first: match device.few_shapes {
                 true => limit,
@@ -187,10 +191,10 @@ impl DeviceSlot {
                 bytes[at..][..shape.head_bytes()]
                     .copy_from_slice(&rows[from..][..shape.head_bytes()]);
             }
-            shape
+            let from = shape
                 .precision
-                .read_bytes(&shape.tensor(room.capacity), &bytes)?
-                .copy_into(tensor)?;
+                .read_bytes(&shape.tensor(room.capacity), &bytes)?;
+            shape.transfer.copy(&from, tensor)?;
         }
         Ok(())
     }
@@ -221,10 +225,8 @@ impl Allocation {
                     .copy_from_slice(&kept[from..][..shape.head_bytes()]);
             }
             let mut tensor = DynTensor::new(allocator, shape.precision.tensor_type(), dims)?;
-            shape
-                .precision
-                .read_bytes(&dims, &bytes)?
-                .copy_into(&mut tensor)?;
+            let from = shape.precision.read_bytes(&dims, &bytes)?;
+            shape.transfer.copy(&from, &mut tensor)?;
             // The same memory as past and as present: the operator then appends in place.
             binding.bind_input(past, &tensor)?;
             binding.bind_output(present, &mut tensor)?;
@@ -239,11 +241,41 @@ impl Allocation {
     }
 }
 
+/// The way in which tensors are copied between the host and the device.
+pub(super) enum Transfer {
+    /// By a session whose graph does nothing, which `ort` makes.
+    Session,
+    /// By the provider of a plugin, whose devices such a session does not know.
+    Plugin(Environment),
+}
+
+impl Transfer {
+    /// Copies to a tensor of the same type and shape.
+    fn copy(&self, from: &DynTensor, to: &mut DynTensor) -> ort::Result<()> {
+        let Transfer::Plugin(environment) = self else {
+            return from.copy_into(to);
+        };
+        let (from, mut to) = ([from.ptr().cast()], [to.ptr().cast()]);
+        // SAFETY: the environment and both tensors are alive, the lists have one entry each, and without a stream
+        // the copy has ended when the call returns.
+        unsafe {
+            let status = (ort::api().CopyTensors)(
+                environment.ptr().cast_mut(),
+                from.as_ptr(),
+                to.as_mut_ptr(),
+                std::ptr::null_mut(),
+                from.len(),
+            );
+            ort::Error::result_from_status(status)
+        }
+    }
+}
+
 /// A copy on the host.
 fn to_host(tensor: &DynTensor, shape: &CacheShape) -> ort::Result<DynTensor> {
     let dims = tensor.shape().clone();
     let mut host = DynTensor::new(&Allocator::default(), shape.precision.tensor_type(), dims)?;
-    tensor.copy_into(&mut host)?;
+    shape.transfer.copy(tensor, &mut host)?;
     Ok(host)
 }
 

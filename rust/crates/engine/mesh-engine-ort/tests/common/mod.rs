@@ -166,13 +166,16 @@ pub(crate) fn cosine(a: &[f32], b: &[f32]) -> f64 {
     dot(a, b) / (dot(a, a) * dot(b, b)).sqrt()
 }
 
-/// The provider under test: the CPU's, or with `HYDRAMESH_TEST_GPU=1` the GPU's that this build has.
+/// The provider under test: the CPU's, or the one that `HYDRAMESH_TEST_GPU` names.
 pub(crate) fn provider() -> Provider {
-    if std::env::var("HYDRAMESH_TEST_GPU").is_ok_and(|value| value == "1") {
-        return [Provider::Cuda, Provider::MiGraphX]
-            .into_iter()
-            .find(|provider| provider.is_compiled_in())
-            .expect("HYDRAMESH_TEST_GPU=1 needs --features cuda or --features migraphx");
+    let name = std::env::var("HYDRAMESH_TEST_GPU").unwrap_or_default();
+    if name.is_empty() {
+        return Provider::Cpu;
     }
-    Provider::Cpu
+    [Provider::Cuda, Provider::MiGraphX, Provider::WebGpu]
+        .into_iter()
+        .find(|provider| provider.name() == name && provider.is_compiled_in())
+        .expect(
+            "HYDRAMESH_TEST_GPU is cuda, migraphx (each with the feature of that name) or webgpu",
+        )
 }

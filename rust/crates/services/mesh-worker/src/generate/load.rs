@@ -171,6 +171,7 @@ pub(crate) fn card(name: &str, model: &Model, fingerprint: &str) -> ModelCard {
 pub(crate) fn options(config: &Config) -> OrtOptions {
     OrtOptions {
         library: config.ort_library.clone(),
+        webgpu_library: config.webgpu_library.clone(),
         threads: config.threads,
         slots: config.slots,
         context: config.context,

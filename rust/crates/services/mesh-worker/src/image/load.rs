@@ -117,7 +117,8 @@ fn image_card(info: &DiffuserInfo, config: &Config) -> ImageCard {
 fn options(config: &Config, checkpoint: &Checkpoint) -> Result<Options, String> {
     let device = match config.backend {
         Backend::Auto => Device::Auto,
-        Backend::Cpu => Device::Cpu,
+        // libtorch has no WebGPU.
+        Backend::Cpu | Backend::OrtCpu | Backend::WebGpu => Device::Cpu,
         // ROCm's devices have CUDA's names in libtorch.
         Backend::Cuda | Backend::MiGraphX => Device::Gpu(0),
     };
