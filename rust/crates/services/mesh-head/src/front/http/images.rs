@@ -265,12 +265,9 @@ impl Making {
     async fn stream(mut self, keep_alive: Duration) -> Result<Response, ApiError> {
         let mut frames = VecDeque::new();
         let patience = Instant::now() + GRACE;
-        match timeout_at(patience, self.next()).await {
-            Ok(Some(progressed)) => {
-                let progressed = progressed?;
-                self.frame_of(&progressed, &mut frames)?;
-            }
-            Ok(None) | Err(_) => {}
+        if let Ok(Some(progressed)) = timeout_at(patience, self.next()).await {
+            let progressed = progressed?;
+            self.frame_of(&progressed, &mut frames)?;
         }
         if frames.is_empty() {
             frames.push_back(self.comment());
