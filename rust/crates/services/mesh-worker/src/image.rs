@@ -28,13 +28,21 @@ mod tests {
     use crate::config::Config;
     use crate::served::ServedModel;
     use crate::templates::Templates;
+    use crate::vram::Vram;
 
     #[test]
     fn an_image_model_in_a_build_without_libtorch_names_the_package_that_has_it() {
         let folder = tempfile::tempdir().unwrap();
         std::fs::write(folder.path().join(mesh_model::image::INDEX), "{}").unwrap();
-        let templates = Templates::here();
-        let loaded = ServedModel::load(folder.path(), None, None, &Config::default(), &templates);
+        let (config, templates) = (Config::default(), Templates::here());
+        let loaded = ServedModel::load(
+            folder.path(),
+            None,
+            None,
+            &config,
+            &templates,
+            &Vram::new(&config),
+        );
         let error = loaded.err().unwrap().to_string();
         assert!(
             error.contains("hydramesh-images") && error.contains("--features images"),
