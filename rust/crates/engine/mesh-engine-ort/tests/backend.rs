@@ -204,10 +204,10 @@ fn the_slower_of_two_that_work_does_not_compute() {
     assert_eq!(opened.provider, Provider::Cpu);
     let (provider, reason) = opened.refused.last().unwrap();
     assert_eq!(*provider, Provider::WebGpu);
-    assert!(
-        reason.starts_with("webgpu takes") && reason.contains("for a decode step, cpu"),
-        "{reason}"
-    );
+    // By the first layer alone, or by a step of all.
+    let by_layer = reason.contains("a step of one layer takes longer there");
+    let by_step = reason.starts_with("webgpu takes") && reason.contains("for a decode step, cpu");
+    assert!(by_layer || by_step, "{reason}");
 }
 
 #[test]
