@@ -59,7 +59,7 @@ test: ## Formatting, clippy with warnings denied, layers and dependencies of cra
 	scripts/test_isa.sh --workspace $(WHERE_POSSIBLE)
 	$(IN_RUST) HYDRAMESH_BIN_DIR=$(CURDIR)/rust/target/debug $(CARGO) test --workspace --locked --no-fail-fast
 # A worker with libtorch takes the other's place only here: containers and emulated CPUs above have no libtorch.
-	$(IN_RUST) HYDRAMESH_BIN_DIR=$(CURDIR)/rust/target/debug $(CARGO) test --workspace --features $(IMAGES) --locked --no-fail-fast --lib --test images --test worker image
+	$(IN_RUST) HYDRAMESH_BIN_DIR=$(CURDIR)/rust/target/debug $(CARGO) test --workspace --features $(IMAGES) --locked --no-fail-fast --test images --test worker image
 
 .PHONY: prepared linted
 prepared: fetch
