@@ -149,7 +149,7 @@ impl Checkpoint {
             .sum()
     }
 
-    /// Fails if a file is no longer the one that was opened.
+    /// Checks that every file is still the one that was opened.
     ///
     /// # Errors
     /// If one changed or cannot be looked at.

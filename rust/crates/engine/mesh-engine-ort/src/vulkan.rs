@@ -18,7 +18,7 @@ pub struct Adapter {
     pub name: String,
     /// PCI vendor id, or an id of the Khronos group for software.
     pub vendor: u32,
-    /// What the driver says that it is.
+    /// The kind reported by the driver.
     pub kind: AdapterKind,
     /// Shaders compute with f16 and read it from buffers.
     pub half: bool,

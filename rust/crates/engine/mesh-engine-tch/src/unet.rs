@@ -48,7 +48,7 @@ struct Block {
 #[derive(Debug)]
 struct TwoLinears(Linear, Linear);
 
-/// What the prediction is conditioned on.
+/// Conditions of the prediction.
 pub(crate) struct Condition<'a> {
     pub(crate) timestep: f64,
     /// Hidden rows of the prompts `[batch, rows, width]`.

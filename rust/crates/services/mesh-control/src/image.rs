@@ -1,4 +1,4 @@
-//! What has come of an image: the last step that another worker can go on after, and the file.
+//! The state of an image in progress: the last step that another worker can continue from, and the file.
 //!
 //! Its life across worker deaths is that of an answer ([`super::request::Lifecycle`]); a step takes the place
 //! of a token there. Workers are not trusted: whatever they send stays within the size of the image.

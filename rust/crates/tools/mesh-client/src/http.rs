@@ -236,7 +236,7 @@ pub struct EventStream<T> {
     event: PhantomData<fn() -> T>,
 }
 
-/// What came on an [`EventStream`].
+/// An item of an [`EventStream`].
 #[derive(Debug, Clone, PartialEq)]
 pub enum Arrived<T> {
     /// An event.

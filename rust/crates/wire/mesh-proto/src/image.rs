@@ -6,7 +6,7 @@ use prost::bytes::Bytes;
 use crate::ModelCard;
 
 messages! {
-    /// What a card says of a model that makes images.
+    /// The part of a card about a model that makes images.
     pub struct ImageCard {
         /// Width of an image whose request sets no size, in pixels.
         width: u32 = [uint32, tag = 1],
@@ -63,7 +63,7 @@ messages! {
         step: u32 = [uint32, tag = 1],
         /// Steps in all.
         steps: u32 = [uint32, tag = 2],
-        /// What another worker needs to go on: latents, memory of the sampler, place in the noise. Opaque to the head; at most
+        /// State from which another worker continues: latents, memory of the sampler, place in the noise. Opaque to the head; at most
         /// [`image_state_bytes`] bytes.
         state: Bytes = [bytes = "bytes", tag = 3],
     }

@@ -10,7 +10,7 @@ use crate::config::UnetConfig;
 pub(crate) struct Origin {
     /// Name in the file.
     pub(crate) name: String,
-    /// Which of how many equal parts of the file's tensor it is, along the first dimension.
+    /// Its number among the equal parts of the file's tensor along the first dimension, and their number.
     pub(crate) part: Option<(usize, usize)>,
     /// True if a matrix lies in the file with both dimensions exchanged.
     pub(crate) transposed: bool,

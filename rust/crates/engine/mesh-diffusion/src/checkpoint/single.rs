@@ -329,7 +329,7 @@ impl Shapes<'_> {
         .and_then(|config: UnetConfig| self.check_unet(config, &conv_in))
     }
 
-    /// What would not compute, though all tensors are there.
+    /// Refuses shapes that cannot be computed although every tensor is present.
     fn check_unet(&self, config: UnetConfig, conv_in: &str) -> Result<UnetConfig, ModelError> {
         let channels = self.dim(conv_in, 1)?;
         if channels != config.channels {

@@ -328,7 +328,7 @@ fn cut_and_changed_files_are_errors() {
                 [(synth::random("what", 4 * round + part).abs() * 17.0) as usize];
         }
         fs::write(&other, bytes).unwrap();
-        // No panic and no huge allocation; a change in a name that nothing asks for is no error.
+        // Neither a panic nor a huge allocation. A change in an unused name is not an error.
         if let Ok(checkpoint) = Checkpoint::open(&other) {
             opened += 1;
             assert!(checkpoint.bytes() <= header as u64 + (64 << 20));

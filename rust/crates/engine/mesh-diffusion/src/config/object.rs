@@ -22,7 +22,7 @@ pub(crate) struct Object {
 }
 
 impl Object {
-    /// The object in the file at `path`; `None` if there is no such file.
+    /// The object in the file at `path`, or `None` if the file does not exist.
     pub(crate) fn open(path: &Path) -> Result<Option<Self>, ModelError> {
         let bytes = read_limited(path, MAX_CONFIG).map_err(|source| ModelError::Read {
             path: path.into(),

@@ -9,7 +9,7 @@ use crate::prompt::{Prompt, PromptError};
 use crate::sampler::{Plan, PlanOptions, Sampler};
 use crate::tokenizer::ClipTokenizer;
 
-/// What follows from a sound request.
+/// Values derived from a valid request.
 pub(super) struct Checked {
     pub(super) shape: LatentShape,
     pub(super) plan: Plan,

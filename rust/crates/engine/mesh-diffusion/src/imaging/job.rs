@@ -35,7 +35,7 @@ struct Run {
     mask: Option<Mask>,
 }
 
-/// What a mask keeps of the picture that a request starts from.
+/// The part of the initial picture that a mask keeps.
 struct Mask {
     /// One per latent of a channel.
     kept: Vec<bool>,

@@ -85,7 +85,7 @@ struct Allocation {
     _reserved: Reserved,
 }
 
-/// What memory for a slot is taken from.
+/// The session, allocator and account from which a slot takes memory.
 pub(super) type SlotDevice<'a> = (&'a Session, &'a Allocator, &'a DeviceMemory);
 
 impl DeviceSlot {
