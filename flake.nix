@@ -81,7 +81,7 @@
         hydramesh = module;
       };
 
-      # The live images: for the CPU alone, with NVIDIA's driver and CUDA, and with ROCm beside them.
+      # The live images: for the CPU and any GPU with a Vulkan driver, with NVIDIA's driver and CUDA, and with ROCm beside them.
       nixosConfigurations =
         lib.mapAttrs
           (
@@ -98,13 +98,18 @@
             }
           )
           {
-            iso = [ "cpu" ];
+            iso = [
+              "cpu"
+              "webgpu"
+            ];
             iso-nvidia = [
               "cpu"
+              "webgpu"
               "nvidia"
             ];
             iso-all = [
               "cpu"
+              "webgpu"
               "nvidia"
               "rocm"
             ];

@@ -1,7 +1,7 @@
 # hydramesh-boot: looks at the hardware and at what this machine was told, and writes /run/hydramesh.
 #
 # It runs at boot, and again when somebody types at the console or attaches a partition. pkgs.writeShellApplication adds the first
-# line, `set -euo pipefail`, the PATH, HYDRAMESH_BACKENDS and HYDRAMESH_UNITS.
+# line, `set -euo pipefail`, the PATH, HYDRAMESH_BACKENDS, HYDRAMESH_IMAGES and HYDRAMESH_UNITS.
 
 label=/dev/disk/by-label/HYDRAMESH
 partition=/run/hydramesh-partition
@@ -48,6 +48,7 @@ fi
 hydramesh probe
 hydramesh boot-config \
   --backends "$HYDRAMESH_BACKENDS" \
+  ${HYDRAMESH_IMAGES:+--images} \
   --partition "$partition" \
   --state-dir "$state" \
   --typed /run/hydramesh-typed \

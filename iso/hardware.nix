@@ -2,7 +2,8 @@
 { config, lib, ... }:
 let
   inherit (lib) mkForce mkIf;
-  hasNvidia = builtins.elem "nvidia" config.hydramesh.live.backends;
+  inherit (config.hydramesh.live) backends;
+  hasNvidia = builtins.elem "nvidia" backends;
 in
 {
   # amdgpu and Wi-Fi cards load by themselves, and want their firmware.
@@ -14,7 +15,8 @@ in
   # NVIDIA's driver, and CUDA in pkgs.hydramesh-cuda.
   nixpkgs.config = mkIf hasNvidia { allowUnfree = true; };
   services.xserver.videoDrivers = mkIf hasNvidia [ "nvidia" ];
-  hardware.graphics.enable = mkIf hasNvidia true;
+  # Mesa's Vulkan drivers, too.
+  hardware.graphics.enable = mkIf (hasNvidia || builtins.elem "webgpu" backends) true;
   hardware.nvidia = mkIf hasNvidia {
     # For Turing and newer. mesh-machine leaves older cards out and names the entry below.
     open = true;

@@ -2,9 +2,10 @@
 {
   lib,
   pkgs,
-  # the project's source, and the backends of the image
+  # the project's source, the backends of the image, and whether its workers make images
   source,
   backends,
+  images ? false,
 }:
 let
   # hydramesh-console and hydramesh-apply start and stop these, hydramesh-boot looks whether one runs; a unit that the image does not have is passed over.
@@ -37,6 +38,7 @@ in
     ];
     runtimeEnv = {
       HYDRAMESH_BACKENDS = lib.concatStringsSep "," backends;
+      HYDRAMESH_IMAGES = lib.optionalString images "yes";
       HYDRAMESH_UNITS = lib.concatStringsSep " " units;
     };
     text = builtins.readFile ./boot.sh;

@@ -8,7 +8,7 @@
 }:
 let
   inherit (lib) getExe mkForce mkMerge;
-  inherit (config.hydramesh.live) backends;
+  inherit (config.hydramesh.live) backends images;
 
   runDir = "/run/hydramesh";
 
@@ -43,6 +43,7 @@ let
             enable = true;
             role = "worker";
             inherit backend package;
+            images.enable = images;
             # The token may be absent: a worker that has joined needs none.
             joinTokenFile = "${runDir}/join-token";
             # The configuration is checked when the image is built, and needs both. service.env has the real ones.
@@ -61,8 +62,11 @@ let
       { description = mkForce "HydraMesh worker (${backend}): answers requests"; }
     ];
 
+  forCpu = if images then pkgs.hydramesh-images else pkgs.hydramesh;
   packages = {
-    cpu = pkgs.hydramesh;
+    cpu = forCpu;
+    # ONNX Runtime's plugin for Vulkan comes with every build for CPUs.
+    webgpu = forCpu;
     nvidia = pkgs.hydramesh-cuda;
     rocm = pkgs.hydramesh-rocm;
   };

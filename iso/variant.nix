@@ -1,5 +1,5 @@
-# Which image this is: the backends that it has programs and drivers for. `iso` has the CPU alone, `iso-nvidia` NVIDIA's, too, and
-# `iso-all` also AMD's.
+# Which image this is: the backends that it has programs and drivers for. `iso` has the CPU and, through Vulkan, any GPU;
+# `iso-nvidia` adds NVIDIA's libraries, and `iso-all` also AMD's.
 {
   config,
   lib,
@@ -18,10 +18,21 @@ in
           "cpu"
           "nvidia"
           "rocm"
+          "webgpu"
         ]
       );
-      default = [ "cpu" ];
+      default = [
+        "cpu"
+        "webgpu"
+      ];
       description = "Backends whose programs and drivers the image carries.";
+    };
+    # Beside CUDA or ROCm, libtorch for the processor hardly counts.
+    images = mkOption {
+      type = types.bool;
+      default = lib.intersectLists [ "nvidia" "rocm" ] config.hydramesh.live.backends != [ ];
+      internal = true;
+      description = "Whether the image's workers can make images.";
     };
     # For the test that boots the units without building the image.
     workerSettings = mkOption {
@@ -34,7 +45,7 @@ in
 
   config._module.args.scripts = import ./scripts.nix {
     inherit lib pkgs;
-    inherit (config.hydramesh.live) backends;
+    inherit (config.hydramesh.live) backends images;
     source = self;
   };
 }

@@ -34,7 +34,19 @@ let
         here.cargo-fuzz
         here.gnumake
         # scripts/fetch.py fetches with pip.
-        (here.python3.withPackages (python: [ python.pip ]))
+        (here.python3.withPackages (
+          python:
+          [ python.pip ]
+          # What others run models with, on the same GPU: for comparing, and for converting checkpoints.
+          ++ lib.optionals (backend != "cpu") [
+            python.accelerate
+            python.bitsandbytes
+            python.diffusers
+            python.safetensors
+            python.torch
+            python.transformers
+          ]
+        ))
         # What `nix fmt` runs on Nix files, for editors.
         here.nixfmt
         here.deadnix

@@ -1,7 +1,10 @@
 # The live image's module, evaluated with a stand-in for NixOS and its installer.
 {
   lib,
-  backends ? [ "cpu" ],
+  backends ? [
+    "cpu"
+    "webgpu"
+  ],
   # The path of a package, by its name.
   place ? name: "/${name}",
   etc ? "/etc/hydramesh",
@@ -30,6 +33,7 @@ let
     (import ./nixos.nix { inherit lib etc; }).pkgs
     // {
       hydramesh = mesh "hydramesh" "cpu";
+      hydramesh-images = mesh "hydramesh-images" "cpu";
       hydramesh-cuda = mesh "hydramesh-cuda" "nvidia";
       hydramesh-rocm = mesh "hydramesh-rocm" "rocm";
       stdenv = {
@@ -66,8 +70,7 @@ let
     nixosModules.hydramesh = ../../modules;
   };
 in
-{
-  inherit pkgs;
+let
   inherit
     (lib.evalModules {
       specialArgs = {
@@ -81,6 +84,9 @@ in
     })
     config
     ;
+in
+{
+  inherit pkgs config;
   scripts = import ../../iso/scripts.nix {
     inherit
       lib
@@ -88,5 +94,6 @@ in
       source
       backends
       ;
+    inherit (config.hydramesh.live) images;
   };
 }

@@ -2,8 +2,7 @@
 let
   named = builtins.getEnv "NIXPKGS_LIB";
   lib = import (if named == "" then ./lib else /. + named);
-  backends = builtins.attrNames (import ../backends.nix);
-  iso = import ./iso.nix { inherit lib backends; };
+  iso = import ./iso.nix { inherit lib; };
   inherit (iso) pkgs;
   demo = import ../demo.nix {
     build = {

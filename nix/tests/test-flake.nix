@@ -191,13 +191,18 @@ in
       _: machine: (lib.last machine.modules).hydramesh.live.backends
     ) outputs.nixosConfigurations;
     expected = {
-      iso = [ "cpu" ];
+      iso = [
+        "cpu"
+        "webgpu"
+      ];
       iso-nvidia = [
         "cpu"
+        "webgpu"
         "nvidia"
       ];
       iso-all = [
         "cpu"
+        "webgpu"
         "nvidia"
         "rocm"
       ];
@@ -225,7 +230,7 @@ in
     expected = true;
   };
 
-  "the shell for the CPU brings no libtorch" =
+  "the shell for the CPU brings no libtorch, those for GPUs Python's libraries with it" =
     let
       shells = import ../dev-shells.nix {
         inherit lib;
@@ -255,7 +260,19 @@ in
                   full = "nvtop";
                   amd = "nvtop";
                 };
-                python3.withPackages = _: "python3";
+                python3.withPackages = select: {
+                  python = select (
+                    lib.genAttrs [
+                      "accelerate"
+                      "bitsandbytes"
+                      "diffusers"
+                      "pip"
+                      "safetensors"
+                      "torch"
+                      "transformers"
+                    ] (name: name)
+                  );
+                };
                 python3Packages.torch =
                   if backend == "cpu" then
                     throw "libtorch is in the shell"
@@ -273,18 +290,38 @@ in
       };
     in
     {
-      expr = map (shell: shells.${shell}.env.LIBTORCH or null) [
-        "default"
-        "cpu"
-        "cuda"
-        "rocm"
-      ];
-      expected = [
-        null
-        null
-        "/nix/store/torch-dev"
-        "/nix/store/torch-dev"
-      ];
+      expr =
+        map
+          (shell: {
+            torch = shells.${shell}.env.LIBTORCH or null;
+            # The one package of the shell that is no name here.
+            diffusers = builtins.any (
+              package: builtins.elem "diffusers" (package.python or [ ])
+            ) shells.${shell}.packages;
+          })
+          [
+            "default"
+            "cpu"
+            "cuda"
+            "rocm"
+          ];
+      expected =
+        let
+          small = {
+            torch = null;
+            diffusers = false;
+          };
+          large = {
+            torch = "/nix/store/torch-dev";
+            diffusers = true;
+          };
+        in
+        [
+          small
+          small
+          large
+          large
+        ];
     };
 
   "an ONNX Runtime that is too old is refused by name" = {

@@ -9,22 +9,28 @@ let
   inherit
     (evaluate [
       "cpu"
+      "webgpu"
       "nvidia"
       "rocm"
     ])
     config
     ;
-  cpu = (evaluate [ "cpu" ]).config;
-  withNvidia =
-    (evaluate [
-      "cpu"
-      "nvidia"
-    ]).config;
+  small = [
+    "cpu"
+    "webgpu"
+  ];
+  cpu = (evaluate small).config;
+  withNvidia = (evaluate (small ++ [ "nvidia" ])).config;
+  kinds = [
+    "cpu"
+    "nvidia"
+    "rocm"
+    "webgpu"
+  ];
   inherit (config.systemd) services;
   hasLine = line: text: builtins.elem line (lib.splitString "\n" text);
   worker = backend: services."hydramesh-worker-${backend}";
-  eachWorker =
-    attribute: lib.genAttrs [ "cpu" "nvidia" "rocm" ] (backend: attribute (worker backend));
+  eachWorker = attribute: lib.genAttrs kinds (backend: attribute (worker backend));
   script =
     name: (lib.findFirst (package: package.name == name) null config.environment.systemPackages).script;
 in
@@ -117,10 +123,14 @@ in
           withNvidia
         ];
     expected = [
-      [ "hydramesh-worker-cpu" ]
+      [
+        "hydramesh-worker-cpu"
+        "hydramesh-worker-webgpu"
+      ]
       [
         "hydramesh-worker-cpu"
         "hydramesh-worker-nvidia"
+        "hydramesh-worker-webgpu"
       ]
     ];
   };
@@ -323,6 +333,7 @@ in
             hydramesh-worker-cpu
             hydramesh-worker-nvidia
             hydramesh-worker-rocm
+            hydramesh-worker-webgpu
             ;
         };
     expected =
@@ -338,10 +349,11 @@ in
           hydramesh-worker-cpu = "role-worker-cpu";
           hydramesh-worker-nvidia = "role-worker-nvidia";
           hydramesh-worker-rocm = "role-worker-rocm";
+          hydramesh-worker-webgpu = "role-worker-webgpu";
         };
   };
 
-  "there is no worker but those three" = {
+  "there is no worker but those four" = {
     expr = services ? hydramesh-worker;
     expected = false;
   };
@@ -349,10 +361,58 @@ in
   "each worker is the program built for its backend" = {
     expr = eachWorker (unit: builtins.head (lib.splitString " " unit.serviceConfig.ExecStart));
     expected = {
-      cpu = "/hydramesh/bin/mesh-worker";
+      cpu = "/hydramesh-images/bin/mesh-worker";
       nvidia = "/hydramesh-cuda/bin/mesh-worker";
       rocm = "/hydramesh-rocm/bin/mesh-worker";
+      webgpu = "/hydramesh-images/bin/mesh-worker";
     };
+  };
+
+  "the small image has no libtorch, and its workers make no images" = {
+    expr =
+      map
+        (c: {
+          program = builtins.head (
+            lib.splitString " " c.systemd.services.hydramesh-worker-webgpu.serviceConfig.ExecStart
+          );
+          inherit (c.hydramesh.live) images;
+        })
+        [
+          cpu
+          withNvidia
+        ];
+    expected = [
+      {
+        program = "/hydramesh/bin/mesh-worker";
+        images = false;
+      }
+      {
+        program = "/hydramesh-images/bin/mesh-worker";
+        images = true;
+      }
+    ];
+  };
+
+  "hydramesh-boot knows whether workers make images" = {
+    expr = map (backends: hasLine "HYDRAMESH_IMAGES=yes" (evaluate backends).scripts.boot.script) [
+      small
+      (small ++ [ "nvidia" ])
+    ];
+    expected = [
+      false
+      true
+    ];
+  };
+
+  "Mesa's Vulkan drivers are on every image" = {
+    expr = map (c: c.hardware.graphics.enable) [
+      cpu
+      withNvidia
+    ];
+    expected = [
+      true
+      true
+    ];
   };
 
   "each worker gets the token as a credential, if there is one" = {
@@ -364,7 +424,7 @@ in
       link = builtins.filter (hasInfix "/run/hydramesh/join-token") config.systemd.tmpfiles.rules;
     };
     expected = {
-      workers = lib.genAttrs [ "cpu" "nvidia" "rocm" ] (_: {
+      workers = lib.genAttrs kinds (_: {
         LoadCredential = [ "join-token:hydramesh-join-token" ];
         file = "%d/join-token";
       });
@@ -378,6 +438,7 @@ in
       cpu = true;
       nvidia = false;
       rocm = false;
+      webgpu = false;
     };
   };
 
@@ -385,7 +446,7 @@ in
     expr = eachWorker (unit: {
       inherit (unit.serviceConfig) Type DynamicUser OOMScoreAdjust;
     });
-    expected = lib.genAttrs [ "cpu" "nvidia" "rocm" ] (_: {
+    expected = lib.genAttrs kinds (_: {
       Type = "notify";
       DynamicUser = true;
       OOMScoreAdjust = -500;

@@ -27,6 +27,9 @@ pub struct Gpu {
     /// AMD: its instruction set, where the compute driver names it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub gfx: Option<Gfx>,
+    /// Its node below /dev/dri, where a loaded driver lets programs compute on it, such as `renderD128`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub render_node: Option<String>,
     /// Name and memory, where its driver reports them.
     #[serde(flatten)]
     pub reported: Option<Reported>,
@@ -101,6 +104,7 @@ impl Gpu {
             kind,
             generation: (vendor == Vendor::Nvidia).then(|| Generation::of(device_id)),
             gfx: None,
+            render_node: None,
             reported: None,
         }
     }
@@ -112,7 +116,7 @@ impl fmt::Display for Gpu {
         let made_by = match self.vendor {
             Vendor::Nvidia => "NVIDIA card",
             Vendor::Amd => "AMD card",
-            Vendor::Intel => "Intel graphics",
+            Vendor::Intel => "Intel GPU",
             Vendor::Other => virtual_card(self.vendor_id).unwrap_or("card"),
         };
         let (vendor, device) = (self.vendor_id, self.device_id);

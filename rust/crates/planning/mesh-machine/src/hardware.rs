@@ -73,6 +73,7 @@ fn pci_gpus(devices: &Path) -> Vec<Gpu> {
             };
             let address = entry.file_name().to_string_lossy().into_owned();
             let mut gpu = counts.then(|| Gpu::new(address, vendor_id, device_id, class))?;
+            gpu.render_node = render_node(&folder.join("drm"));
             if gpu.vendor == Vendor::Amd {
                 gpu.reported = amdgpu_report(&folder, device_id);
             }
@@ -81,6 +82,16 @@ fn pci_gpus(devices: &Path) -> Vec<Gpu> {
         .collect();
     gpus.sort_by(|a, b| a.address.cmp(&b.address));
     gpus
+}
+
+/// The node through which programs without a screen compute on the card, where its driver made one.
+fn render_node(drm: &Path) -> Option<String> {
+    let names = std::fs::read_dir(drm).ok()?.flatten();
+    let mut names = names.filter_map(|entry| entry.file_name().into_string().ok());
+    names.find(|name| {
+        let number = name.strip_prefix("renderD");
+        number.is_some_and(|number| number.parse::<u8>().is_ok())
+    })
 }
 
 /// Name and memory of an AMD card, as its driver (amdgpu) adds them to the card's folder.

@@ -45,6 +45,13 @@ impl Machine {
             .pci(&address.replace(".0", ".1"), 0x10de, 0x0fbb, 0x04_03_00)
     }
 
+    /// The driver of the card at `address` has made a render node.
+    fn rendering(self, address: &str) -> Self {
+        let dir = format!("sys/bus/pci/devices/{address}/drm");
+        self.file(&format!("{dir}/card0/dev"), "226:0\n")
+            .file(&format!("{dir}/renderD128/dev"), "226:128\n")
+    }
+
     /// A card with AMD's compute driver.
     fn amd(self, address: &str, device: u16, location: u32, version: u32) -> Self {
         self.pci(address, 0x1002, device, 0x03_80_00)
@@ -100,7 +107,7 @@ fn an_nvidia_card_is_taken() {
         "there is an NVIDIA card 10de:1f82 at 0000:01:00.0 (Turing or newer); NVIDIA's driver 595.71.05 is loaded"
     );
     assert_eq!(choice.left_out.len(), 1);
-    assert!(choice.left_out[0].gpu.starts_with("Intel graphics"));
+    assert!(choice.left_out[0].gpu.starts_with("Intel GPU"));
 }
 
 #[test]
@@ -235,6 +242,66 @@ fn an_image_leaves_out_the_cards_that_it_has_no_programs_for() {
     let nvidia = on(&[Backend::Cpu, Backend::Nvidia], "");
     assert_eq!(nvidia.backend, Backend::Nvidia);
     assert_eq!(on(&Backend::ALL, "").backend, Backend::Nvidia);
+}
+
+#[test]
+fn a_card_with_a_render_node_is_tried_through_vulkan() {
+    const AT: &str = "0000:00:02.0";
+    let laptop = Machine::new()
+        .pci(AT, 0x8086, 0x3e9b, 0x03_00_00)
+        .rendering(AT);
+    assert_eq!(
+        laptop.probe().gpus[0].render_node.as_deref(),
+        Some("renderD128")
+    );
+    let choice = laptop.choose();
+    assert_eq!(choice.backend, Backend::WebGpu);
+    assert_eq!(
+        choice.reason,
+        "there is an Intel GPU 8086:3e9b at 0000:00:02.0; Vulkan alone reaches such a GPU; it is tried through \
+         Vulkan, and the processor computes where it is faster"
+    );
+    assert_eq!(choice.left_out, []);
+    let plan = plan(&laptop, "hydramesh.backend=cpu", None, None);
+    assert_eq!(plan.choice.backend, Backend::Cpu);
+    let why = &plan.choice.left_out[0].why;
+    assert!(why.contains("hydramesh.backend=webgpu"), "{why}");
+    // What ROCm has left behind.
+    let polaris = Machine::new()
+        .amd("0000:03:00.0", 0x67df, 0x300, 80_003)
+        .rendering("0000:03:00.0")
+        .choose();
+    assert_eq!(polaris.backend, Backend::WebGpu);
+    assert!(polaris.reason.contains("ROCm needs gfx900"), "{polaris:?}");
+    // An image without the card's own programs says where they are.
+    let gaming = Machine::new()
+        .nvidia("0000:01:00.0", 0x2684)
+        .rendering("0000:01:00.0");
+    let on = |backends: &[Backend]| {
+        let told = BootInputs {
+            backends: Some(backends.to_vec()),
+            ..BootInputs::default()
+        };
+        Plan::new(&gaming.probe(), &told).choice
+    };
+    let small = on(&[Backend::Cpu, Backend::WebGpu]);
+    assert_eq!(small.backend, Backend::WebGpu);
+    assert!(small.reason.contains("iso-nvidia"), "{small:?}");
+    assert_eq!(on(&[Backend::Cpu]).backend, Backend::Cpu);
+    // Its maker's libraries go first, and a wish before them.
+    assert_eq!(on(&Backend::ALL).backend, Backend::Nvidia);
+    let wish = Wish {
+        backend: Some(Backend::WebGpu),
+        ..Wish::default()
+    };
+    let asked = choose(&gaming.probe(), wish);
+    assert_eq!(asked.backend, Backend::WebGpu);
+    assert_eq!(asked.left_out, []);
+    // A virtual machine's display has a render node, too.
+    let virtual_card = Machine::new()
+        .pci("0000:00:01.0", 0x1af4, 0x1050, 0x03_00_00)
+        .rendering("0000:00:01.0");
+    assert_eq!(virtual_card.choose().backend, Backend::Cpu);
 }
 
 #[test]
@@ -467,6 +534,35 @@ fn the_parts_of_a_split_file_are_one_model() {
     let worker = plan(&Machine::new(), "", Some(partition.path()), None);
     let names = ["big-00001-of-00020.gguf", "small.gguf"];
     assert_eq!(worker.ring_models, names.map(|name| ring.join(name)));
+}
+
+#[test]
+fn models_for_images_are_served_where_the_workers_make_images() {
+    let partition = tempfile::tempdir().expect("a folder");
+    let images = partition.path().join("images");
+    fs::create_dir_all(images.join("sd15")).expect("a folder");
+    fs::write(images.join("sd15/model_index.json"), "{}").expect("written");
+    fs::write(images.join("text.gguf"), "").expect("written");
+    let on = |makes_images| {
+        let told = BootInputs {
+            command_line: "hydramesh.head=attic".to_owned(),
+            partition: Some(partition.path().to_owned()),
+            makes_images,
+            ..BootInputs::default()
+        };
+        Plan::new(&Machine::new().probe(), &told)
+    };
+    let worker = on(true);
+    assert_eq!(worker.missing(), [Missing::Token]);
+    assert!(worker.to_string().contains("Models for images: sd15\n"));
+    let (_, models) = worker.environment().pop().expect("models");
+    assert_eq!(models, format!("[\"{}/sd15\"]", images.display()));
+    let small = on(false);
+    assert_eq!(small.missing(), [Missing::Token, Missing::Model]);
+    assert!(
+        small.to_string().contains("iso-all have them): sd15\n"),
+        "{small}"
+    );
 }
 
 #[test]

@@ -729,9 +729,13 @@ pub struct BootConfigArgs {
     #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
     pub state_dir: Option<PathBuf>,
 
-    /// Backends that this machine has programs for, parted by commas: cpu, nvidia, rocm (default: all)
+    /// Backends that this machine has programs for, parted by commas: cpu, nvidia, rocm, webgpu (default: all)
     #[arg(long, value_name = "BACKENDS", value_delimiter = ',')]
     pub backends: Option<Vec<Backend>>,
+
+    /// Its workers have libtorch: models in the partition's folder images are served
+    #[arg(long)]
+    pub images: bool,
 
     /// File with key=value lines that were typed at the console; it may be absent
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
@@ -742,7 +746,7 @@ pub struct BootConfigArgs {
     pub root: PathBuf,
 }
 
-/// `auto`, `cpu`, `nvidia`, `rocm`.
+/// `auto`, `cpu`, `nvidia`, `rocm`, `webgpu`.
 fn parse_wish(text: &str) -> Result<Wish, String> {
     Ok(Wish {
         backend: Wish::parse_backend(text)?,

@@ -37,6 +37,7 @@ pub(crate) fn boot_config(args: BootConfigArgs) -> Result<(), Failure> {
         partition: args.partition,
         state: args.state_dir,
         backends: args.backends,
+        makes_images: args.images,
     };
     let plan = Plan::new(&probe(&args.root), &told);
     run_dir::write(&plan, &args.run_dir).map_err(|error| Failure::failed(error.to_string()))?;
@@ -106,6 +107,7 @@ mod tests {
             partition: None,
             state_dir: None,
             backends: None,
+            images: false,
             typed: Some(root.path().join(typed)),
             root: root.path().to_owned(),
         };

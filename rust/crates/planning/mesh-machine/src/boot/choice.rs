@@ -11,7 +11,7 @@ use crate::hardware::Hardware;
 
 /// A backend of the live image.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "kebab-case")]
+#[serde(rename_all = "lowercase")]
 pub enum Backend {
     /// The processor, without a GPU.
     Cpu,
@@ -19,11 +19,13 @@ pub enum Backend {
     Nvidia,
     /// AMD GPUs, through ROCm.
     Rocm,
+    /// Any GPU with a Vulkan driver, through WebGPU.
+    WebGpu,
 }
 
 impl Backend {
     /// All backends.
-    pub const ALL: [Self; 3] = [Self::Cpu, Self::Nvidia, Self::Rocm];
+    pub const ALL: [Self; 4] = [Self::Cpu, Self::Nvidia, Self::Rocm, Self::WebGpu];
 }
 
 impl fmt::Display for Backend {
@@ -32,6 +34,7 @@ impl fmt::Display for Backend {
             Self::Cpu => "cpu",
             Self::Nvidia => "nvidia",
             Self::Rocm => "rocm",
+            Self::WebGpu => "webgpu",
         })
     }
 }
@@ -49,13 +52,15 @@ pub struct Wish {
     pub without_nvidia: bool,
     /// The image has no programs for AMD cards.
     pub without_rocm: bool,
+    /// The image has no programs that compute through Vulkan.
+    pub without_webgpu: bool,
 }
 
 /// The value of `backend` that lets the hardware decide.
 pub const AUTO: &str = "auto";
 
 impl Wish {
-    /// Reads `auto`, `cpu`, `nvidia` or `rocm`.
+    /// Reads `auto`, `cpu`, `nvidia`, `rocm` or `webgpu`.
     ///
     /// # Errors
     /// A message that lists the valid words.
@@ -74,7 +79,7 @@ impl FromStr for Backend {
         Self::ALL
             .into_iter()
             .find(|backend| backend.to_string() == text)
-            .ok_or_else(|| "there are auto, cpu, nvidia and rocm".to_owned())
+            .ok_or_else(|| "there are auto, cpu, nvidia, rocm and webgpu".to_owned())
     }
 }
 
@@ -98,16 +103,16 @@ pub struct LeftOut {
     pub why: String,
 }
 
-/// Chooses the backend: an NVIDIA card that the image's driver supports, else an AMD card that ROCm can use, else the
-/// processor. A wish is followed where the hardware allows it.
+/// Chooses the backend: an NVIDIA card that the image's driver supports, else an AMD card that ROCm can use, else a card
+/// with a Vulkan driver, else the processor. A wish is followed where the hardware allows it.
 pub fn choose(hardware: &Hardware, wish: Wish) -> Choice {
     let judge = |gpu| (gpu, judge(gpu, hardware, wish));
-    let judged: Vec<(&Gpu, CardUse)> = hardware.gpus.iter().map(judge).collect();
+    let judged: Vec<(&Gpu, Verdict)> = hardware.gpus.iter().map(judge).collect();
     let best = |backend| {
         let cards = judged.iter();
-        let usable = cards.filter_map(move |(gpu, verdict)| match verdict {
-            CardUse::Use { with, sure, note } if *with == backend => Some((*gpu, *sure, note)),
-            _ => None,
+        let usable = cards.filter_map(move |(gpu, verdict)| {
+            let (sure, note) = verdict.with(backend)?;
+            Some((*gpu, sure, note))
         });
         // A card that is known to work goes before one that is tried.
         usable.max_by_key(|(gpu, sure, _)| (*sure, std::cmp::Reverse(&gpu.address)))
@@ -128,20 +133,23 @@ pub fn choose(hardware: &Hardware, wish: Wish) -> Choice {
                 "{backend} was asked for at boot, but no card here can be used with it, so the processor computes"
             )),
         },
-        None => by_hardware(best(Backend::Nvidia), best(Backend::Rocm), &hardware.gpus),
+        None => {
+            let vendors = by_vendor(best(Backend::Nvidia), best(Backend::Rocm));
+            vendors.unwrap_or_else(|| any_card(best(Backend::WebGpu), &hardware.gpus))
+        }
     };
     let left_out = judged
         .iter()
         .filter_map(|(gpu, verdict)| {
-            let why = match verdict {
-                CardUse::Use { with, .. } if *with == backend => return None,
-                CardUse::Use { with, .. } if backend == Backend::Cpu => {
+            let why = match verdict.uses.first() {
+                _ if verdict.with(backend).is_some() => return None,
+                Some(CardUse { with, .. }) if backend == Backend::Cpu => {
                     format!("it could be used with hydramesh.backend={with}")
                 }
-                CardUse::Use { with, .. } => {
+                Some(CardUse { with, .. }) => {
                     format!("one worker uses one backend; hydramesh.backend={with} takes this card instead")
                 }
-                CardUse::LeaveOut(why) => why.clone(),
+                None => verdict.why_not.clone(),
             };
             let gpu = gpu.to_string();
             Some(LeftOut { gpu, why })
@@ -154,9 +162,10 @@ pub fn choose(hardware: &Hardware, wish: Wish) -> Choice {
     }
 }
 
-type Found<'a> = Option<(&'a Gpu, bool, &'a String)>;
+type Found<'a> = Option<(&'a Gpu, bool, &'a str)>;
 
-fn by_hardware(nvidia: Found<'_>, amd: Found<'_>, gpus: &[Gpu]) -> (Backend, String) {
+/// The card that its maker's own libraries compute on.
+fn by_vendor(nvidia: Found<'_>, amd: Found<'_>) -> Option<(Backend, String)> {
     let sure = |found: Found<'_>| found.is_some_and(|(_, sure, _)| sure);
     // A guess about an NVIDIA card does not push aside an AMD card that is known to work.
     let nvidia_first = sure(nvidia) || !sure(amd);
@@ -166,33 +175,77 @@ fn by_hardware(nvidia: Found<'_>, amd: Found<'_>, gpus: &[Gpu]) -> (Backend, Str
                 Some(_) => "; of an NVIDIA and an AMD card the NVIDIA card is taken",
                 None => "",
             };
-            (Backend::Nvidia, format!("there is an {gpu}; {note}{aside}"))
+            Some((Backend::Nvidia, format!("there is an {gpu}; {note}{aside}")))
         }
-        (_, Some((gpu, _, note))) => (Backend::Rocm, format!("there is an {gpu}; {note}")),
-        _ => {
-            let why = if gpus.is_empty() {
-                "there is no graphics card"
-            } else if gpus.iter().all(|gpu| gpu.kind == GpuKind::Virtual) {
-                "the only graphics here are a virtual machine's, which cannot compute"
-            } else {
-                "no graphics card here can be used for computing"
-            };
-            (Backend::Cpu, format!("{why}, so the processor computes"))
-        }
+        (_, Some((gpu, _, note))) => Some((Backend::Rocm, format!("there is an {gpu}; {note}"))),
+        _ => None,
     }
 }
 
-enum CardUse {
-    Use {
-        with: Backend,
-        sure: bool,
-        note: String,
-    },
-    LeaveOut(String),
+/// A card with a Vulkan driver, else the processor.
+fn any_card(vulkan: Found<'_>, gpus: &[Gpu]) -> (Backend, String) {
+    if let Some((gpu, _, note)) = vulkan {
+        let article = match gpu.vendor {
+            Vendor::Other => "a",
+            Vendor::Nvidia | Vendor::Amd | Vendor::Intel => "an",
+        };
+        return (Backend::WebGpu, format!("there is {article} {gpu}; {note}"));
+    }
+    let why = if gpus.is_empty() {
+        "there is no graphics card"
+    } else if gpus.iter().all(|gpu| gpu.kind == GpuKind::Virtual) {
+        "the only graphics here are a virtual machine's, which cannot compute"
+    } else {
+        "no graphics card here can be used for computing"
+    };
+    (Backend::Cpu, format!("{why}, so the processor computes"))
 }
 
-fn judge(gpu: &Gpu, hardware: &Hardware, wish: Wish) -> CardUse {
-    let leave_out = |why: &str| CardUse::LeaveOut(why.to_owned());
+/// The backends that can use a card, the preferred one first.
+struct Verdict {
+    uses: Vec<CardUse>,
+    /// Reason why its maker's libraries do not use it; empty if they do.
+    why_not: String,
+}
+
+/// A backend that can use a card.
+struct CardUse {
+    with: Backend,
+    /// The card is known to work with it.
+    sure: bool,
+    note: String,
+}
+
+impl Verdict {
+    fn with(&self, backend: Backend) -> Option<(bool, &str)> {
+        let found = self.uses.iter().find(|card| card.with == backend)?;
+        Some((found.sure, &found.note))
+    }
+}
+
+fn judge(gpu: &Gpu, hardware: &Hardware, wish: Wish) -> Verdict {
+    let (mut uses, why_not) = match by_its_maker(gpu, hardware, wish) {
+        Ok(card) => (vec![card], String::new()),
+        Err(why) => (Vec::new(), why),
+    };
+    // A driver with a render node has a Vulkan driver beside it on the image; whether that suffices, and is faster than
+    // the processor, is measured when a model is loaded.
+    let reachable = gpu.render_node.is_some() && gpu.kind == GpuKind::Real;
+    if reachable && !wish.without_webgpu {
+        let tried = "it is tried through Vulkan, and the processor computes where it is faster";
+        let note = match why_not.is_empty() {
+            true => tried.to_owned(),
+            false => format!("{why_not}; {tried}"),
+        };
+        let (with, sure) = (Backend::WebGpu, false);
+        uses.push(CardUse { with, sure, note });
+    }
+    Verdict { uses, why_not }
+}
+
+/// The use by the libraries of the card's maker, or the reason against it.
+fn by_its_maker(gpu: &Gpu, hardware: &Hardware, wish: Wish) -> Result<CardUse, String> {
+    let leave_out = |why: &str| Err(why.to_owned());
     match (gpu.kind, gpu.vendor) {
         (GpuKind::Virtual, _) => leave_out("it is a virtual machine's display and cannot compute"),
         (GpuKind::Real, Vendor::Nvidia) if wish.without_nvidia => leave_out(
@@ -203,10 +256,9 @@ fn judge(gpu: &Gpu, hardware: &Hardware, wish: Wish) -> CardUse {
         }
         (GpuKind::Real, Vendor::Nvidia) => judge_nvidia(gpu, hardware, wish.nvidia_legacy),
         (GpuKind::Real, Vendor::Amd) => judge_amd(gpu, hardware),
-        (GpuKind::Real, Vendor::Intel) => {
-            leave_out("Intel graphics show pictures; no worker computes on them")
+        (GpuKind::Real, Vendor::Intel | Vendor::Other) => {
+            leave_out("Vulkan alone reaches such a GPU")
         }
-        (GpuKind::Real, Vendor::Other) => leave_out("no worker knows how to compute on it"),
     }
 }
 
@@ -215,15 +267,14 @@ fn judge(gpu: &Gpu, hardware: &Hardware, wish: Wish) -> CardUse {
 /// The open modules need Turing or newer: the list of supported cards in the README of NVIDIA/open-gpu-kernel-modules begins
 /// with device 1E02. Maxwell, Pascal and Volta need branch 580, whose kernel module cannot be loaded beside this one: an entry of
 /// the boot menu starts the system with it.
-fn judge_nvidia(gpu: &Gpu, hardware: &Hardware, legacy: bool) -> CardUse {
+fn judge_nvidia(gpu: &Gpu, hardware: &Hardware, legacy: bool) -> Result<CardUse, String> {
     let driver = match &hardware.nvidia_driver {
         Some(version) => format!("NVIDIA's driver {version} is loaded"),
         None => "NVIDIA's driver is not loaded yet, and the worker falls back to the processor should it not come".to_owned(),
     };
-    let usable = |sure, note| CardUse::Use {
-        with: Backend::Nvidia,
-        sure,
-        note,
+    let usable = |sure, note| {
+        let with = Backend::Nvidia;
+        Ok(CardUse { with, sure, note })
     };
     match gpu.generation.unwrap_or(Generation::Unknown) {
         Generation::TuringOrNewer => usable(true, driver),
@@ -237,10 +288,10 @@ fn judge_nvidia(gpu: &Gpu, hardware: &Hardware, legacy: bool) -> CardUse {
             let note = format!("the legacy driver drives the card, and CUDA is tried on it; {driver}");
             usable(false, note)
         }
-        Generation::Older => CardUse::LeaveOut(
+        Generation::Older => Err(
             "it is too old: no driver that is still maintained supports it".to_owned(),
         ),
-        Generation::MaxwellOrPascal | Generation::Volta => CardUse::LeaveOut(
+        Generation::MaxwellOrPascal | Generation::Volta => Err(
             "this driver (branch 595) needs Turing or newer; this card needs branch 580: choose \"older NVIDIA\" in the \
              boot menu"
                 .to_owned(),
@@ -248,16 +299,17 @@ fn judge_nvidia(gpu: &Gpu, hardware: &Hardware, legacy: bool) -> CardUse {
     }
 }
 
-fn judge_amd(gpu: &Gpu, hardware: &Hardware) -> CardUse {
+fn judge_amd(gpu: &Gpu, hardware: &Hardware) -> Result<CardUse, String> {
     if !hardware.kfd {
-        return CardUse::LeaveOut(
+        return Err(
             "the amdgpu driver offers no computing on it (/dev/kfd is missing): the card is too old, or the driver did not start"
                 .to_owned(),
         );
     }
     if let Some(gfx) = gpu.gfx.filter(|gfx| *gfx < OLDEST_GFX) {
-        let why = format!("it is {gfx}; ROCm needs {OLDEST_GFX} (Vega) or newer");
-        return CardUse::LeaveOut(why);
+        return Err(format!(
+            "it is {gfx}; ROCm needs {OLDEST_GFX} (Vega) or newer"
+        ));
     }
     let note = match gpu.gfx {
         Some(gfx) => format!("AMD's compute driver knows it as {gfx}"),
@@ -265,11 +317,11 @@ fn judge_amd(gpu: &Gpu, hardware: &Hardware) -> CardUse {
                  the processor"
             .to_owned(),
     };
-    CardUse::Use {
+    Ok(CardUse {
         with: Backend::Rocm,
         sure: gpu.gfx.is_some(),
         note,
-    }
+    })
 }
 
 /// Polaris (gfx803) and before left ROCm with its version 5 and 6.

@@ -524,7 +524,7 @@ mod tests {
         assert!(error("hydramesh.head=").contains("has no value"));
         assert!(error("hydramesh.backend=cpu hydramesh.backend=rocm").contains("twice"));
         assert!(error("hydramesh.role=boss").contains("worker, head and shim"));
-        assert!(error("hydramesh.backend=amd").contains("auto, cpu, nvidia and rocm"));
+        assert!(error("hydramesh.backend=amd").contains("auto, cpu, nvidia, rocm and webgpu"));
         assert!(error("hydramesh.name=a/b").contains("63 letters"));
         for keymap in ["-C", "../x", "/etc/shadow", ".", "de;reboot", "d e"] {
             let error = error(&format!("\"hydramesh.keymap={keymap}\""));

@@ -4,6 +4,7 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 
 use mesh_model::gguf::split;
+use mesh_model::image::is_image_model;
 
 use super::choice::{Backend, Choice, Wish, choose};
 use super::join::{HeadAddress, JoinError, Role, SettingSource, Settings, Token, command_line_has};
@@ -22,6 +23,8 @@ pub struct BootInputs {
     pub state: Option<PathBuf>,
     /// Backends that the machine has programs for; `None` is all.
     pub backends: Option<Vec<Backend>>,
+    /// Its workers have libtorch, and so make images.
+    pub makes_images: bool,
 }
 
 /// Role and settings of a booting machine.
@@ -45,6 +48,10 @@ pub struct Plan {
     pub models: Vec<PathBuf>,
     /// Model files of the partition, to hold layers of together with other workers.
     pub ring_models: Vec<PathBuf>,
+    /// Models of the partition to make images with.
+    pub image_models: Vec<PathBuf>,
+    /// The same, where no worker of this machine makes images.
+    pub unused_image_models: Vec<PathBuf>,
     /// True if the worker has a certificate from an earlier boot, and so needs no token.
     pub joined: bool,
     /// Mistakes in ignored sources.
@@ -84,8 +91,17 @@ impl Plan {
             read(SettingSource::CommandLine, command_line),
             read(SettingSource::Partition, on_partition),
         ];
-        let folder =
-            |name| partition.map_or_else(Vec::new, |partition| models(&partition.join(name)));
+        let files = |name, is_model: fn(&Path) -> bool| {
+            partition.map_or_else(Vec::new, |partition| {
+                models(&partition.join(name), is_model)
+            })
+        };
+        let folder = |name| files(name, is_gguf);
+        let of_images = files(IMAGES, is_image_model);
+        let (image_models, unused_image_models) = match told.makes_images {
+            true => (of_images, Vec::new()),
+            false => (Vec::new(), of_images),
+        };
         let mut ring_models = [folder(RING), folder(OLD_RING)].concat();
         ring_models.truncate(MOST_MODELS);
         let backends = told.backends.as_ref();
@@ -96,6 +112,7 @@ impl Plan {
             nvidia_legacy: command_line_has(&told.command_line, "hydramesh.nvidia_legacy"),
             without_nvidia: without(Backend::Nvidia),
             without_rocm: without(Backend::Rocm),
+            without_webgpu: without(Backend::WebGpu),
         };
         let state = told.state.as_deref();
         let role = first(&sources, |settings| settings.role);
@@ -109,6 +126,8 @@ impl Plan {
             keymap: first(&sources, |settings| settings.keymap.clone()).map(|(keymap, _)| keymap),
             models: folder(MODELS),
             ring_models,
+            image_models,
+            unused_image_models,
             joined: state.is_some_and(|state| state.join(CERTIFICATE).is_file()),
             mistakes,
         }
@@ -117,7 +136,8 @@ impl Plan {
     /// The missing settings without which the role cannot start.
     pub fn missing(&self) -> Vec<Missing> {
         let worker = self.role == Role::Worker;
-        let no_model = self.models.is_empty() && self.ring_models.is_empty();
+        let no_model =
+            self.models.is_empty() && self.ring_models.is_empty() && self.image_models.is_empty();
         let wanted = [
             (
                 Missing::Head,
@@ -147,10 +167,11 @@ impl Plan {
                 }
                 let paths =
                     |files: &[PathBuf]| list(files.iter().map(|path| path.display().to_string()));
+                let whole = [&self.models[..], &self.image_models].concat();
                 // With models of rings alone the list of models is set to empty, which the image's own configuration
                 // cannot know.
-                if !self.models.is_empty() || !self.ring_models.is_empty() {
-                    set("HYDRAMESH_WORKER__MODELS", paths(&self.models));
+                if !whole.is_empty() || !self.ring_models.is_empty() {
+                    set("HYDRAMESH_WORKER__MODELS", paths(&whole));
                 }
                 if !self.ring_models.is_empty() {
                     set("HYDRAMESH_WORKER__RING__MODELS", paths(&self.ring_models));
@@ -199,6 +220,11 @@ impl fmt::Display for Plan {
             for (what, files) in [
                 ("Models", &self.models),
                 ("Models held in parts", &self.ring_models),
+                ("Models for images", &self.image_models),
+                (
+                    "Not used, since this image has no programs that make images (iso-nvidia and iso-all have them)",
+                    &self.unused_image_models,
+                ),
             ] {
                 let names = files.iter().filter_map(|path| path.file_name());
                 let names: Vec<_> = names.map(|name| name.to_string_lossy()).collect();
@@ -231,7 +257,7 @@ impl fmt::Display for Missing {
             }
             Self::Model => {
                 "a model. Put a .gguf file into the folder models on a partition labelled HYDRAMESH (into ring, to hold a part of it \
-                 together with other workers), attach it, and look again."
+                 together with other workers; a model for images into images), attach it, and look again."
             }
         })
     }
@@ -246,9 +272,9 @@ fn first<T>(
         .find_map(|(source, settings)| Some((field(settings)?, *source)))
 }
 
-/// GGUF files, by name, the first part for all of a split one; those whose names would need quoting are not
-/// taken.
-fn models(dir: &Path) -> Vec<PathBuf> {
+/// Models in a folder, by name, the first part for all of a split file; those whose names would need quoting are
+/// not taken.
+fn models(dir: &Path, is_model: fn(&Path) -> bool) -> Vec<PathBuf> {
     let plain = |c: char| c.is_ascii_alphanumeric() || " ._-+()".contains(c);
     let Ok(entries) = std::fs::read_dir(dir) else {
         return Vec::new();
@@ -259,10 +285,7 @@ fn models(dir: &Path) -> Vec<PathBuf> {
             let name = entry.file_name();
             let name = name.to_string_lossy();
             // macOS leaves files named ._x beside each x on foreign disks.
-            name.to_ascii_lowercase().ends_with(".gguf")
-                && !name.starts_with('.')
-                && name.chars().all(plain)
-                && entry.path().is_file()
+            !name.starts_with('.') && name.chars().all(plain) && is_model(&entry.path())
         })
         .map(|entry| entry.path())
         .filter(|path| split::find(path).is_none_or(|first| first == *path))
@@ -270,6 +293,11 @@ fn models(dir: &Path) -> Vec<PathBuf> {
     paths.sort();
     paths.truncate(MOST_MODELS);
     paths
+}
+
+fn is_gguf(path: &Path) -> bool {
+    let extension = path.extension().and_then(|extension| extension.to_str());
+    extension.is_some_and(|extension| extension.eq_ignore_ascii_case("gguf")) && path.is_file()
 }
 
 /// A TOML array of strings that need no escapes.
@@ -293,6 +321,8 @@ const MODELS: &str = "models";
 const RING: &str = "ring";
 /// Its old name.
 const OLD_RING: &str = "shards";
+/// Folder of the partition with models to make images with.
+const IMAGES: &str = "images";
 const MOST_MODELS: usize = 16;
 /// The head's port for DCF clients and shims.
 const CLIENT_PORT: u16 = 7777;
