@@ -63,6 +63,13 @@ let
         done
         installShellCompletion --cmd hydramesh --bash hydramesh.bash --fish hydramesh.fish --zsh hydramesh.zsh
       '';
+      # Linkers leave out libraries that nothing refers to, and then libtorch finds no GPU.
+      postFixup = lib.optionalString (libtorch != null) ''
+        if ! patchelf --print-needed $out/bin/mesh-worker | grep --quiet --line-regexp libtorch.so; then
+          echo "mesh-worker is not linked against libtorch.so: see build.rs of mesh-worker" >&2
+          exit 1
+        fi
+      '';
       meta = {
         description = "One inference mesh out of the machines you have";
         license = lib.licenses.bsd3;
