@@ -63,6 +63,7 @@ mod cache;
 mod check;
 mod device;
 mod encoder;
+mod feed_forward;
 mod graph;
 mod kv;
 mod latent;
@@ -84,7 +85,7 @@ mod weights;
 
 pub use backend::{Backend, NoSuchBackend, Opened, open};
 pub use cache::WeightCache;
-pub use device::{Device, DeviceMemory, DeviceStage, Precision};
+pub use device::{Device, DeviceMemory, DeviceStage, Precision, bandwidth};
 pub use encoder::OrtEncoder;
 pub use mesh_kernels::Reclaim;
 pub use options::{KvFormat, LoadError, OrtOptions, WeightFormat, suited_kv};

@@ -1,24 +1,21 @@
-//! Every engine of this crate against the contracts of `mesh_testkit::conformance`: the CPU's stage and its encoder,
-//! the graph for devices on ONNX Runtime's CPU provider or on the GPU that `HYDRAMESH_TEST_GPU` names, models that
+//! Every engine of this crate against the contracts of `mesh_testkit::conformance`: the CPU's stage, the
+//! graph for devices on ONNX Runtime's CPU provider or on the GPU that `HYDRAMESH_TEST_GPU` names, models that
 //! are split between a device and the CPU, and all of that on WebGPU with a software driver.
 
-mod bert;
 mod common;
 
 use std::ops::Range;
 
-use bert::Tiny;
 use common::options;
 use mesh_engine::Stage;
 use mesh_engine_ort::{
-    Backend, Device, DeviceMemory, DeviceOptions, DeviceStage, OrtEncoder, OrtOptions, OrtStage,
-    Precision, Provider, open,
+    Backend, Device, DeviceMemory, DeviceOptions, DeviceStage, OrtOptions, OrtStage, Precision,
+    Provider, open,
 };
 use mesh_model::synth::{Shape, Tokens, random_model};
-use mesh_model::{Architecture, EncoderModel, GgmlType, Model};
-use mesh_testkit::conformance::encoder;
+use mesh_model::{Architecture, GgmlType, Model};
 use mesh_testkit::conformance::stage::{Limits, Rows, Subject};
-use mesh_testkit::{lavapipe, paths};
+use mesh_testkit::lavapipe;
 
 fn made(shape: &Shape, ty: GgmlType) -> Model {
     let dir = tempfile::tempdir().unwrap();
@@ -91,7 +88,10 @@ fn the_cpus_stage_keeps_the_contract_with_every_family() {
         let mut shape = of_three(architecture);
         // Also families whose models are mixtures in every layer by default begin with a dense one.
         if let Some(mixture) = &mut shape.mixture
-            && matches!(architecture, Architecture::Qwen3Moe | Architecture::Qwen2Moe)
+            && matches!(
+                architecture,
+                Architecture::Qwen3Moe | Architecture::Qwen2Moe
+            )
         {
             mixture.leading_dense = 1;
         }
@@ -174,7 +174,11 @@ fn split_keeps_the_contract(shape: &Shape, ty: GgmlType, most: u32, cuts: Option
         opened.stage
     };
     Subject {
-        name: format!("{:?} {ty}, {most} layers on {}", shape.architecture, device().provider),
+        name: format!(
+            "{:?} {ty}, {most} layers on {}",
+            shape.architecture,
+            device().provider
+        ),
         model: &model,
         open: &split,
         other: Some(&|limits| on_cpu(&model, 0..shape.layers, limited(limits))),
@@ -187,7 +191,12 @@ fn split_keeps_the_contract(shape: &Shape, ty: GgmlType, most: u32, cuts: Option
 
 #[test]
 fn models_split_after_the_first_layer_keep_the_contract() {
-    split_keeps_the_contract(&of_three(Architecture::Llama), GgmlType::Q4_0, 1, Some(vec![]));
+    split_keeps_the_contract(
+        &of_three(Architecture::Llama),
+        GgmlType::Q4_0,
+        1,
+        Some(vec![]),
+    );
 }
 
 #[test]
@@ -197,29 +206,19 @@ fn models_split_anywhere_keep_the_contract() {
     }
 }
 
-fn encoder_keeps_the_contract(name: &str, model: &EncoderModel) {
-    encoder::Subject {
-        name: name.to_owned(),
-        open: &|threads| {
-            let options = OrtOptions {
-                library: Some(paths::ort_library().unwrap()),
-                threads,
-                max_rows: encoder::MAX_ROWS,
-                ..OrtOptions::default()
-            };
-            Box::new(OrtEncoder::load(model, &options).unwrap())
-        },
-    }
-    .check();
-}
-
+/// The experts of all layers are on the CPU, the rest of the first `most` on the device.
 #[test]
-fn encoders_keep_the_contract() {
-    let folder = tempfile::tempdir().unwrap();
-    Tiny::default().write(folder.path());
-    encoder_keeps_the_contract("a tiny BERT", &EncoderModel::open(folder.path()).unwrap());
-    let model = EncoderModel::open(paths::minilm().unwrap()).unwrap();
-    encoder_keeps_the_contract("MiniLM", &model);
+fn mixtures_with_their_experts_on_the_cpu_keep_the_contract() {
+    for (architecture, leading_dense, ty, most) in [
+        (Architecture::Qwen3Moe, 1, GgmlType::F16, 2),
+        (Architecture::Qwen2Moe, 0, GgmlType::F32, 3),
+    ] {
+        let mut shape = of_three(architecture);
+        if let Some(mixture) = &mut shape.mixture {
+            mixture.leading_dense = leading_dense;
+        }
+        split_keeps_the_contract(&shape, ty, most, None);
+    }
 }
 
 /// A driver in software needs seconds for each new shader, so these are the tests with few of them.

@@ -64,7 +64,12 @@ impl Subject<'_> {
                         ..request.clone()
                     },
                 );
-                same(&self.name, "steps after a resumption", &later[..], &steps[done + 1..]);
+                same(
+                    &self.name,
+                    "steps after a resumption",
+                    &later[..],
+                    &steps[done + 1..],
+                );
                 self.same_picture("a resumed picture", &found, image);
             }
         }
@@ -73,7 +78,9 @@ impl Subject<'_> {
     /// Several at once are what each is alone.
     fn together(&self, work: &Work, known: &[(ImageRequest, Vec<Progress>, Image)]) {
         let handle = work.handle();
-        let streams = known.iter().map(|(request, ..)| handle.submit(request.clone()));
+        let streams = known
+            .iter()
+            .map(|(request, ..)| handle.submit(request.clone()));
         let ends = block_on(join_all(streams.map(RequestStream::last_event)));
         for (end, (.., image)) in ends.iter().zip(known) {
             match end {
@@ -90,7 +97,11 @@ impl Subject<'_> {
             .map(|_| handle.submit(self.request("a dog", 50)))
             .collect();
         let first = block_on(long[0].next());
-        assert!(matches!(first, Some(ImageEvent::Step(_))), "{}: {first:?}", self.name);
+        assert!(
+            matches!(first, Some(ImageEvent::Step(_))),
+            "{}: {first:?}",
+            self.name
+        );
         drop(long);
         let (_, found) = self.run(work, known.0.clone());
         self.same_picture("after cancellations", &found, &known.2);
@@ -126,9 +137,18 @@ impl Subject<'_> {
                 self.name
             );
         }
-        same(&self.name, "noise after refusals", denoise(&latents, &conditioning), Ok(expected));
+        same(
+            &self.name,
+            "noise after refusals",
+            denoise(&latents, &conditioning),
+            Ok(expected),
+        );
         let short = model.decode(&latents[1..], shape);
-        assert!(short.is_err(), "{}: a picture of too few latents", self.name);
+        assert!(
+            short.is_err(),
+            "{}: a picture of too few latents",
+            self.name
+        );
     }
 
     fn request(&self, prompt: &str, steps: u32) -> ImageRequest {

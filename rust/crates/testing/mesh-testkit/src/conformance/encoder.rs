@@ -28,7 +28,11 @@ impl Subject<'_> {
         let info = encoder.info().clone();
         let sequences: Vec<Vec<u32>> = [1, 7, 2, 13]
             .into_iter()
-            .map(|len| (0..len).map(|i| (i * 7 + len) % info.vocab as u32).collect())
+            .map(|len| {
+                (0..len)
+                    .map(|i| (i * 7 + len) % info.vocab as u32)
+                    .collect()
+            })
             .collect();
         let together: Vec<&[u32]> = sequences.iter().map(Vec::as_slice).collect();
         let vectors = self.encode(&mut *encoder, &together);
@@ -45,7 +49,12 @@ impl Subject<'_> {
         let found: Vec<&[f32]> = found.chunks(info.dimensions).rev().collect();
         same(&self.name, "vectors in another order", &found, &expected);
         self.refusals(&mut *encoder);
-        same(&self.name, "no vectors", encoder.encode(&[]), Ok(Vec::new()));
+        same(
+            &self.name,
+            "no vectors",
+            encoder.encode(&[]),
+            Ok(Vec::new()),
+        );
         let again = self.encode(&mut *encoder, &together);
         same(&self.name, "vectors after refusals", &again, &vectors);
         self.serving(encoder, &sequences, &vectors);
@@ -69,7 +78,10 @@ impl Subject<'_> {
                 !matches!(error, StageError::Backend { .. }) && error.to_string().contains(part)
             };
             let name = &self.name;
-            assert!(found.as_ref().is_err_and(named), "{name}: {part}: {found:?}");
+            assert!(
+                found.as_ref().is_err_and(named),
+                "{name}: {part}: {found:?}"
+            );
         }
     }
 
@@ -89,7 +101,12 @@ impl Subject<'_> {
         let found = block_on(handle.submit(request(sequences.to_vec())).last_event());
         let expected: Vec<Vec<f32>> = vectors.chunks(width).map(<[f32]>::to_vec).collect();
         let found = found.as_ref().map(Arc::new);
-        same(&self.name, "vectors of an engine", found.map(|found| &**found), Ok(&expected));
+        same(
+            &self.name,
+            "vectors of an engine",
+            found.map(|found| &**found),
+            Ok(&expected),
+        );
         let load = handle.load();
         let left = (load.running, load.queued, load.prefill_backlog);
         same(&self.name, "work in progress", left, (0, 0, 0));

@@ -113,7 +113,10 @@ impl Subject<'_> {
             Rows::Near { tie, .. } => tie,
         };
         let name = &self.name;
-        assert!(gap <= most, "{name}: {check}: token {token} is {gap} below the best");
+        assert!(
+            gap <= most,
+            "{name}: {check}: token {token} is {gap} below the best"
+        );
     }
 }
 
@@ -156,7 +159,12 @@ impl<'a> Known<'a> {
             known.behind.extend(next);
             row = &known.behind[known.behind.len() - 1];
         }
-        same(&subject.name, "rows held", stage.kv_len(0) as usize, PROMPT + ANSWER);
+        same(
+            &subject.name,
+            "rows held",
+            stage.kv_len(0) as usize,
+            PROMPT + ANSWER,
+        );
         // Whatever the slot held before.
         known.answers("the same again", stage, 2, 0);
         known
@@ -216,7 +224,9 @@ impl<'a> Known<'a> {
 
     fn truncation(&self, stage: &mut dyn Stage) {
         let name = &self.subject.name;
-        let others = stage.kv_export(0, 0..stage.kv_len(0)).expect("rows that are held");
+        let others = stage
+            .kv_export(0, 0..stage.kv_len(0))
+            .expect("rows that are held");
         for len in [PROMPT as u32, 9, 9] {
             stage.truncate(1, len);
             same(name, "rows after truncation", stage.kv_len(1), len);
@@ -240,13 +250,23 @@ impl<'a> Known<'a> {
             None => (self.subject.open)(0..layers, LIMITS),
         };
         let width = stage.info().kv_bytes_per_token as usize;
-        same(name, "bytes of a KV row", other.info().kv_bytes_per_token as usize, width);
+        same(
+            name,
+            "bytes of a KV row",
+            other.info().kv_bytes_per_token as usize,
+            width,
+        );
         let held = PROMPT as u32 - 1;
         let export = |rows| stage.kv_export(1, rows).expect("rows that are held");
         let (head, tail) = (export(0..5), export(5..held));
         same(name, "bytes of exported rows", head.len(), 5 * width);
         let whole = [&head[..], &tail].concat();
-        same(name, "exported rows in one piece", export(0..held), whole.clone());
+        same(
+            name,
+            "exported rows in one piece",
+            export(0..held),
+            whole.clone(),
+        );
         same(name, "no exported rows", export(5..5), Vec::new());
         let mut import = |position, rows: &[u8]| {
             let imported = other.kv_import(2, position, rows);
@@ -256,8 +276,18 @@ impl<'a> Known<'a> {
         // Rows at a position replace all from there on.
         import(0, &whole);
         same(name, "rows after an import", import(0, &head), 5);
-        same(name, "rows after an import behind them", import(5, &tail), held);
-        same(name, "imported rows", other.kv_export(2, 0..held), Ok(whole));
+        same(
+            name,
+            "rows after an import behind them",
+            import(5, &tail),
+            held,
+        );
+        same(
+            name,
+            "imported rows",
+            other.kv_export(2, 0..held),
+            Ok(whole),
+        );
         self.answers("after an import", &mut *other, 2, PROMPT - 1);
         let back = other.kv_export(2, 0..held).expect("rows that are held");
         stage.truncate(0, 0);
@@ -282,7 +312,12 @@ impl<'a> Known<'a> {
             let rows = tokens.len();
             let quiet = [segment(1, at, rows, LogitRows::None)];
             let hidden = numbers(first.forward(&quiet, StageInput::Tokens(tokens)));
-            same(&name, "hidden rows", hidden.len(), rows * first.info().shape.hidden);
+            same(
+                &name,
+                "hidden rows",
+                hidden.len(),
+                rows * first.info().shape.hidden,
+            );
             let last = [segment(1, at, rows, LogitRows::Last)];
             numbers(second.forward(&last, StageInput::Hidden(&hidden)))
         };

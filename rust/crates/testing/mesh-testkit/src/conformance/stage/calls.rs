@@ -31,8 +31,18 @@ impl Known<'_> {
         self.malformed("hidden rows for a first stage", found);
         self.bad_rows(stage);
         same(name, "rows after refusals", stage.kv_len(1), 9);
-        same(name, "empty slots after refusals", (stage.kv_len(0), stage.kv_len(2)), (0, 0));
-        same(name, "KV after refusals", stage.kv_export(1, 0..9), Ok(before));
+        same(
+            name,
+            "empty slots after refusals",
+            (stage.kv_len(0), stage.kv_len(2)),
+            (0, 0),
+        );
+        same(
+            name,
+            "KV after refusals",
+            stage.kv_export(1, 0..9),
+            Ok(before),
+        );
         self.answers("after refusals", stage, 1, 9);
     }
 
@@ -98,7 +108,12 @@ impl Known<'_> {
             let found = second.forward(&last, input).err();
             self.malformed("hidden rows of another width", found);
         }
-        same(name, "rows after refusals", (first.kv_len(1), second.kv_len(1)), before);
+        same(
+            name,
+            "rows after refusals",
+            (first.kv_len(1), second.kv_len(1)),
+            before,
+        );
     }
 
     #[track_caller]
@@ -137,7 +152,11 @@ fn bad_steps() -> Vec<(Vec<Segment>, usize, StageError)> {
     let most = LIMITS.max_rows as usize;
     let both = [step(0, 0, most), step(1, 9, 1)].concat();
     vec![
-        (step(slots, 0, 1), 1, StageError::NoSuchSlot { slot: slots, slots }),
+        (
+            step(slots, 0, 1),
+            1,
+            StageError::NoSuchSlot { slot: slots, slots },
+        ),
         (step(1, 10, 1), 1, gap(10)),
         (step(1, u32::MAX, 1), 1, gap(u32::MAX)),
         (
@@ -153,7 +172,11 @@ fn bad_steps() -> Vec<(Vec<Segment>, usize, StageError)> {
             2,
             malformed("slot 1 appears twice"),
         ),
-        (step(1, 9, 0), 0, malformed("the segment of slot 1 has no rows")),
+        (
+            step(1, 9, 0),
+            0,
+            malformed("the segment of slot 1 has no rows"),
+        ),
         (step(1, 9, 2), 1, malformed("1 tokens for 2 rows")),
         (step(1, 9, 1), 2, malformed("2 tokens for 1 rows")),
         (

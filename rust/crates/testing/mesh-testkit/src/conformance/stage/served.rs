@@ -26,7 +26,9 @@ impl Known<'_> {
         };
         // One more than there are slots.
         let all = LIMITS.context as usize - PROMPT;
-        let mut long: Vec<_> = (0..=LIMITS.slots).map(|_| submit("cancelled", all)).collect();
+        let mut long: Vec<_> = (0..=LIMITS.slots)
+            .map(|_| submit("cancelled", all))
+            .collect();
         let first = block_on(long[0].next());
         assert!(matches!(first, Some(Event::Tokens(_))), "{name}: {first:?}");
         drop(long);
@@ -36,11 +38,21 @@ impl Known<'_> {
         }
         let load = handle.load();
         let totals = load.totals;
-        same(name, "requests in progress", (load.running, load.queued), (0, 0));
+        same(
+            name,
+            "requests in progress",
+            (load.running, load.queued),
+            (0, 0),
+        );
         same(name, "KV tokens in use", load.kv_tokens_used, 0);
         same(name, "failed requests", totals.failed, 0);
         let ended = totals.finished + totals.cancelled;
-        same(name, "requests that ended", ended, 2 * u64::from(LIMITS.slots + 1));
+        same(
+            name,
+            "requests that ended",
+            ended,
+            2 * u64::from(LIMITS.slots + 1),
+        );
     }
 
     /// Panics unless the tokens are the greedy ones up to a near tie.

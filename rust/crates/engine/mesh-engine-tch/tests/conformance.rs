@@ -1,0 +1,60 @@
+//! A tiny model of each family against the contract of `mesh_testkit::conformance::diffuser`, on the CPU or on the
+//! GPU if `HYDRAMESH_TEST_GPU` is `cuda`.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use mesh_diffusion::checkpoint::Checkpoint;
+use mesh_diffusion::config::Family;
+use mesh_diffusion::{ClipTokenizer, synth};
+use mesh_engine_tch::{Device, Options, TchDiffuser};
+use mesh_model::safetensors::Dtype;
+use mesh_testkit::conformance::diffuser::Subject;
+
+/// A vocabulary of lower-case letters in words' ends and elsewhere, without merges.
+fn tokenizer() -> Arc<ClipTokenizer> {
+    let mut vocab = BTreeMap::new();
+    for ending in ["", "</w>"] {
+        for letter in 'a'..='z' {
+            let id = vocab.len();
+            vocab.insert(format!("{letter}{ending}"), id);
+        }
+    }
+    // A vocabulary has no gaps, and the model's has 1,000 tokens.
+    while vocab.len() < 998 {
+        let id = vocab.len();
+        vocab.insert(format!("filler{id}"), id);
+    }
+    vocab.insert("<|startoftext|>".to_owned(), 998);
+    vocab.insert("<|endoftext|>".to_owned(), 999);
+    let vocab = serde_json::to_vec(&vocab).unwrap();
+    Arc::new(ClipTokenizer::from_vocab(&vocab, b"#version: 0.2\n").unwrap())
+}
+
+#[test]
+fn models_of_images_keep_the_contract() {
+    let device = match std::env::var("HYDRAMESH_TEST_GPU").as_deref() {
+        Ok("cuda") => Device::Gpu(0),
+        _ => Device::Cpu,
+    };
+    for family in [Family::Sd1, Family::Xl] {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = dir.path().join("model");
+        synth::write_folder(&synth::tiny(family), &folder, Dtype::F32).unwrap();
+        let options = Options {
+            device,
+            threads: 2,
+            ..Options::default()
+        };
+        Subject {
+            name: format!("{family:?} on {device:?}"),
+            open: &|| {
+                let checkpoint = Checkpoint::open(&folder).unwrap();
+                Box::new(TchDiffuser::load(&checkpoint, &options).unwrap())
+            },
+            tokenizer: tokenizer(),
+            size: (64, 64),
+        }
+        .check();
+    }
+}
