@@ -125,7 +125,7 @@ impl Subject<'_> {
                 width: conditioning.prompt.width / 2,
                 ..conditioning.prompt.clone()
             },
-            negative: None,
+            ..conditioning.clone()
         };
         for found in [
             denoise(&latents[1..], &conditioning),
