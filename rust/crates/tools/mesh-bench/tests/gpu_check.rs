@@ -21,7 +21,9 @@ fn gpu_check(arguments: &[&str], cache: &Path, library: &Path) -> Output {
 /// The outcome and the text of a row.
 fn row(output: &Output, label: &str) -> (String, String) {
     let table = String::from_utf8_lossy(&output.stdout);
-    let line = table.lines().find(|line| line.starts_with(&format!("| {label} |")));
+    let line = table
+        .lines()
+        .find(|line| line.starts_with(&format!("| {label} |")));
     let line = line.unwrap_or_else(|| panic!("no {label} in {table}"));
     let cells: Vec<&str> = line.split('|').map(str::trim).collect();
     (cells[2].to_owned(), cells[3].to_owned())
@@ -43,12 +45,19 @@ fn the_table_has_every_figure_of_the_cpu_and_says_what_was_not_run() {
         ("half the memory", "tok/s with "),
     ] {
         let (outcome, text) = row(&output, label);
-        assert!(["ok", "below the aim"].contains(&&*outcome), "{label}: {outcome}");
+        assert!(
+            ["ok", "below the aim"].contains(&&*outcome),
+            "{label}: {outcome}"
+        );
         assert!(text.contains(part), "{label}: {text}");
     }
     let (_, text) = row(&output, "half the memory");
     assert!(text.contains(" tokens equal"), "{text}");
-    for label in ["conformance", "card", "Stable Diffusion 1.5, 512², 25 steps"] {
+    for label in [
+        "conformance",
+        "card",
+        "Stable Diffusion 1.5, 512², 25 steps",
+    ] {
         assert_eq!(row(&output, label).0, "not run");
     }
 }

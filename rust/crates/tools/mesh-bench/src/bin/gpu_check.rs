@@ -107,34 +107,41 @@ fn main() -> Result<()> {
     let bandwidth = copied.as_ref().ok().copied();
     let text = |bytes| ("ok", format!("{:.0} GB/s by a copy", bytes / 1e9));
     print("bandwidth", copied.map(text));
-    match model(&args) {
+    match language_model(&args, &options, bandwidth) {
+        Ok(figures) => figures
+            .into_iter()
+            .for_each(|(name, figure)| print(name, figure)),
         Err(error) => {
             let text = format!("{error:#}");
-            for name in ["decode", "prefill", "batch", "overflow"] {
-                print(name, Err(anyhow::anyhow!("{text}")));
-            }
+            ["decode", "prefill", "batch", "overflow"]
+                .into_iter()
+                .for_each(|name| print(name, Err(anyhow::anyhow!("{text}"))));
         }
-        Ok(model) => match whole(&model, &args, &options) {
-            Err(error) => {
-                let text = format!("{error:#}");
-                for name in ["decode", "prefill", "batch", "overflow"] {
-                    print(name, Err(anyhow::anyhow!("{text}")));
-                }
-            }
-            Ok((mut opened, used)) => {
-                let bytes = read_by_a_step(&model, &*opened.stage);
-                print("decode", decode(&mut opened, &args, bytes, bandwidth));
-                print("prefill", prefill(&mut opened, &args));
-                print("batch", batch(&mut opened, &args));
-                let expected = greedy(&mut *opened.stage, &args);
-                drop(opened);
-                let found = expected
-                    .and_then(|expected| overflow(&model, &args, &options, used, &expected));
-                print("overflow", found);
-            }
-        },
     }
     std::process::exit(failed.into());
+}
+
+/// The figures of the language model, by name; an error if it cannot be loaded.
+fn language_model(
+    args: &Args,
+    options: &OrtOptions,
+    bandwidth: Option<f64>,
+) -> Result<[(&'static str, Result<Figure>); 4]> {
+    let model = model(args)?;
+    let (mut opened, used) = whole(&model, args, options)?;
+    let bytes = read_by_a_step(&model, &*opened.stage);
+    let one = decode(&mut opened, args, bytes, bandwidth);
+    let prompt = prefill(&mut opened, args);
+    let many = batch(&mut opened, args);
+    let answer = greedy(&mut *opened.stage, args);
+    drop(opened);
+    let half = answer.and_then(|answer| overflow(&model, args, options, used, &answer));
+    Ok([
+        ("decode", one),
+        ("prefill", prompt),
+        ("batch", many),
+        ("overflow", half),
+    ])
 }
 
 fn provider(backend: Backend) -> Result<Provider> {
