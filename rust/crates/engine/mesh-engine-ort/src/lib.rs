@@ -30,7 +30,7 @@
 //! the same text up to near ties. Exported KV rows have the format of the CPU's stage.
 //!
 //! A model that is larger than the device's memory is split: the first layers run there, the rest on the CPU
-//! (module [`overflow`]).
+//! (module [`overflow`]). Of a mixture the device has attention and dense layers, and the CPU has the experts.
 //!
 //! Any GPU with a Vulkan driver is used through ONNX Runtime's WebGPU plugin (module `webgpu`), a library that is
 //! loaded at run time. The plugin chooses the device itself, so module `vulkan` looks at the devices before: a

@@ -11,11 +11,11 @@ use mesh_engine_tch::{Device, Options, TchDiffuser};
 use mesh_model::safetensors::Dtype;
 use mesh_testkit::conformance::diffuser::Subject;
 
-/// A vocabulary of lower-case letters in words' ends and elsewhere, without merges.
+/// A vocabulary of single bytes, in words' ends and elsewhere, without merges.
 fn tokenizer() -> Arc<ClipTokenizer> {
     let mut vocab = BTreeMap::new();
     for ending in ["", "</w>"] {
-        for letter in 'a'..='z' {
+        for letter in byte_letters() {
             let id = vocab.len();
             vocab.insert(format!("{letter}{ending}"), id);
         }
@@ -29,6 +29,17 @@ fn tokenizer() -> Arc<ClipTokenizer> {
     vocab.insert("<|endoftext|>".to_owned(), 999);
     let vocab = serde_json::to_vec(&vocab).unwrap();
     Arc::new(ClipTokenizer::from_vocab(&vocab, b"#version: 0.2\n").unwrap())
+}
+
+/// The characters that stand for bytes in GPT-2's vocabularies.
+fn byte_letters() -> impl Iterator<Item = char> {
+    let printable = |byte: u32| matches!(byte, 33..=126 | 161..=172 | 174..=255);
+    let mut others = 256u32..;
+    let letter = move |byte: u32| match printable(byte) {
+        true => char::from_u32(byte),
+        false => others.next().and_then(char::from_u32),
+    };
+    (0..256).filter_map(letter)
 }
 
 #[test]
