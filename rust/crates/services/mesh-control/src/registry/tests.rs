@@ -452,7 +452,7 @@ fn a_model_that_was_loaded_again_has_its_new_division_and_its_old_measurements()
         ..hello("one").models.remove(0)
     };
     registry.serves(id, vec![card], start);
-    let model = &registry.worker(id).expect("it is connected").models[0];
+    let model = &registry.get(id).expect("it is connected").models[0];
     let layers = model.card.split.as_ref().map(|split| split.device_layers);
     assert_eq!((&*model.card.backend, layers), ("cuda", Some(3)));
     assert!(model.proven);
