@@ -456,7 +456,7 @@ mod tests {
     use mesh_testkit::paths;
 
     use super::*;
-    use crate::{DeviceStage, Precision};
+    use crate::Precision;
 
     fn options() -> OrtOptions {
         OrtOptions {
@@ -477,25 +477,26 @@ mod tests {
 
     fn check(model: &Model, layers: Range<u32>) {
         compare_layer(model, &layers, &options(), half()).unwrap();
-        let mut stage = DeviceStage::load(model, layers, options(), half()).unwrap();
-        check_whole(&mut stage).unwrap();
+        let part = DevicePart::load(model, layers, &options(), half()).unwrap();
+        let mut stage = part.stage;
+        check_whole(&mut *stage).unwrap();
         assert_eq!(stage.kv_len(0), 0);
     }
 
     #[test]
     fn a_provider_that_computes_what_it_should_passes_the_checks() {
-        for (architecture, ty) in [
-            (Architecture::Llama, GgmlType::Q4_0),
-            (Architecture::Qwen2, GgmlType::Q4_K),
-            (Architecture::Qwen3, GgmlType::Q6_K),
-            (Architecture::Gemma3, GgmlType::Q5_K),
+        for (shape, ty) in [
+            (Shape::tiny(Architecture::Llama), GgmlType::Q4_0),
+            (Shape::tiny(Architecture::Qwen2), GgmlType::Q4_K),
+            (Shape::tiny(Architecture::Qwen3), GgmlType::Q6_K),
+            (Shape::tiny(Architecture::Gemma3), GgmlType::Q5_K),
+            (Shape::tiny(Architecture::Qwen3Moe), GgmlType::Q4_K),
+            (Shape::tiny(Architecture::Qwen2Moe), GgmlType::Q8_0),
+            (Shape::tiny_mixtral(), GgmlType::Q4_0),
         ] {
             let dir = tempfile::tempdir().unwrap();
             let path = dir.path().join("tiny.gguf");
-            let shape = Shape {
-                layers: 4,
-                ..Shape::tiny(architecture)
-            };
+            let shape = Shape { layers: 4, ..shape };
             random_model(&shape, ty, Tokens::Bytes, &path).unwrap();
             let model = Model::open(&path).unwrap();
             for layers in [0..4, 0..1, 1..3, 3..4] {

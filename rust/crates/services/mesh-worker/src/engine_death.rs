@@ -60,7 +60,7 @@ impl Doomed {
                 }
             }
         }
-        panic!("the device has room for all slots: {:?}", info);
+        panic!("the device has room for all slots: {info:?}");
     }
 }
 

@@ -70,6 +70,7 @@ impl Subject<'_> {
     pub fn check(&self) {
         let layers = self.model.config().layers;
         let held = || self.held.map(|held| held());
+        let at_first = held();
         let mut stage = (self.open)(0..layers, LIMITS);
         let before = held();
         same(&self.name, "layers", stage.info().layers.clone(), 0..layers);
@@ -81,6 +82,7 @@ impl Subject<'_> {
         (0..LIMITS.slots).for_each(|slot| stage.truncate(slot, 0));
         same(&self.name, "bytes held by empty slots", held(), before);
         known.serving(stage);
+        same(&self.name, "bytes held without a stage", held(), at_first);
         let cuts = self.cuts.clone();
         for cut in cuts.unwrap_or_else(|| (1..layers).collect()) {
             known.ranges(cut);
