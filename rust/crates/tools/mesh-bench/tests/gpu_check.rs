@@ -43,6 +43,7 @@ fn the_table_has_every_figure_of_the_cpu_and_says_what_was_not_run() {
         ("prefill", " tok/s"),
         ("int4 decode, batch 32", " tok/s"),
         ("half the memory", "tok/s with "),
+        ("mixture, experts on the CPU", "; the CPU alone "),
     ] {
         let (outcome, text) = row(&output, label);
         assert!(

@@ -53,10 +53,11 @@ impl Size {
         }
     }
 
-    fn name(self) -> &'static str {
+    /// A mixture of experts of about as many bytes.
+    fn mixture(self) -> Shape {
         match self {
-            Size::Qwen2_7b => "qwen2-7b-random",
-            Size::Tiny => "tiny-random",
+            Size::Qwen2_7b => Shape::qwen3_30b_a3b(12),
+            Size::Tiny => Shape::tiny(Architecture::Qwen3Moe),
         }
     }
 
@@ -118,6 +119,7 @@ fn main() -> Result<()> {
                 .for_each(|name| print(name, Err(anyhow::anyhow!("{text}"))));
         }
     }
+    print("experts", experts(&args, &options));
     std::process::exit(failed.into());
 }
 
@@ -127,7 +129,7 @@ fn language_model(
     options: &OrtOptions,
     bandwidth: Option<f64>,
 ) -> Result<[(&'static str, Result<Figure>); 4]> {
-    let model = model(args)?;
+    let model = model(args, &args.shape.shape())?;
     let (mut opened, used) = whole(&model, args, options)?;
     let bytes = read_by_a_step(&model, &*opened.stage);
     let one = decode(&mut opened, args, bytes, bandwidth);
@@ -154,13 +156,14 @@ fn provider(backend: Backend) -> Result<Provider> {
     })
 }
 
-/// The model, which is made unless it is there.
-fn model(args: &Args) -> Result<Model> {
-    let path = args.models.join(format!("{}.gguf", args.shape.name()));
+/// A model of this shape, which is made unless it is there.
+fn model(args: &Args, shape: &Shape) -> Result<Model> {
+    let name = format!("{:?}-{}x{}", shape.architecture, shape.layers, shape.hidden);
+    let path = args.models.join(format!("{name}.gguf"));
     if !path.exists() {
         std::fs::create_dir_all(&args.models)?;
-        let part = args.models.join(format!("{}.part", args.shape.name()));
-        make(&args.shape.shape(), &part).with_context(|| part.display().to_string())?;
+        let part = args.models.join(format!("{name}.part"));
+        make(shape, &part).with_context(|| part.display().to_string())?;
         std::fs::rename(&part, &path)?;
     }
     Model::open(&path).with_context(|| path.display().to_string())
@@ -191,6 +194,17 @@ fn limited(
     memory: DeviceMemory,
     slots: u32,
 ) -> Result<Opened> {
+    on(args.provider, model, args, options, memory, slots)
+}
+
+fn on(
+    backend: Backend,
+    model: &Model,
+    args: &Args,
+    options: &OrtOptions,
+    memory: DeviceMemory,
+    slots: u32,
+) -> Result<Opened> {
     let (_, _, context) = args.shape.rows();
     let options = OrtOptions {
         slots,
@@ -202,7 +216,7 @@ fn limited(
         ..options.clone()
     };
     let layers = 0..model.config().layers;
-    Ok(open(model, layers, options, args.provider)?)
+    Ok(open(model, layers, options, backend)?)
 }
 
 /// Bytes of weights that a step of one row reads: all but the table of embeddings, of which it reads one row.
@@ -317,6 +331,26 @@ fn overflow(
     };
     let (device, cpu) = (split.device_layers.len(), split.cpu_layers.len());
     let text = format!("{rate:.1} tok/s with {device} layers there and {cpu} on the CPU; {tokens}");
+    Ok(("ok", text))
+}
+
+/// Attention on the device and experts on the CPU, beside the CPU alone.
+fn experts(args: &Args, options: &OrtOptions) -> Result<Figure> {
+    let model = model(args, &args.shape.mixture())?;
+    let (_, steps, _) = args.shape.rows();
+    let rate = |backend| -> Result<(f64, u32)> {
+        let memory = DeviceMemory::default();
+        let mut opened = on(backend, &model, args, options, memory, 1)?;
+        let layers = opened.split.as_ref().map_or(0, |split| split.expert_layers);
+        let seconds = steps_of(&mut *opened.stage, 1, steps)?;
+        Ok((f64::from(steps) / seconds, layers))
+    };
+    let (split, layers) = rate(args.provider)?;
+    ensure!(layers > 0, "no layer has its attention on the device");
+    let (cpu, _) = rate(Backend::Cpu)?;
+    let text = format!(
+        "{split:.1} tok/s with the attention of {layers} layers there; the CPU alone {cpu:.1} tok/s"
+    );
     Ok(("ok", text))
 }
 
