@@ -222,7 +222,7 @@ impl Registry {
                 // It may have been loaded again, with another part of it on a GPU.
                 Some(old) => {
                     let mut same = old.clone();
-                    let card = served::plausible(card);
+                    let card = plausible(card);
                     (same.card.backend, same.card.split) = (card.backend, card.split);
                     same
                 }
