@@ -95,7 +95,7 @@ test-images: build fetch ## The images' configurations under podman (needs root)
 	scripts/test_images.sh
 
 test-gpu: fetch ## The graph for GPUs on this machine's GPU (GPU=cuda, migraphx or webgpu; ORT_DYLIB_PATH names an ONNX Runtime for it, ORT_WEBGPU_EP the plugin)
-	$(IN_RUST) ORT_WEBGPU_EP="$${ORT_WEBGPU_EP:-$(CACHE)/onnxruntime/webgpu/libonnxruntime_providers_webgpu.so}" HYDRAMESH_TEST_GPU=$(GPU) $(CARGO) test -p mesh-engine-ort $(if $(filter-out webgpu,$(GPU)),--features $(GPU)) --locked --no-fail-fast --test device --test backend --test smollm2_device
+	$(IN_RUST) ORT_WEBGPU_EP="$${ORT_WEBGPU_EP:-$(CACHE)/onnxruntime/webgpu/libonnxruntime_providers_webgpu.so}" HYDRAMESH_TEST_GPU=$(GPU) $(CARGO) test -p mesh-engine-ort $(if $(filter-out webgpu,$(GPU)),--features $(GPU)) --locked --no-fail-fast --test conformance --test device --test backend --test smollm2_device
 
 test-arm: ## The kernels' tests for aarch64, emulated
 	scripts/test_arm.sh

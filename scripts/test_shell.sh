@@ -44,7 +44,7 @@ if [ "$declared" != "$wrapped" ]; then
 fi
 
 # The files in iso/ have no first line of their own and were checked above.
-mapfile -t files < <(find . -name '*.sh' -not -path './iso/*' -not -path './rust/target/*' -not -path './.cache/*' -not -path './.git/*' | sort)
+mapfile -t files < <(find . \( -name '*.sh' -o -path ./scripts/gpu-check \) -not -path './iso/*' -not -path './rust/target/*' -not -path './.cache/*' -not -path './.git/*' | sort)
 shellcheck "${files[@]}" || failed=1
 
 # The files that it lays out can be changed and run: the store's files are read-only, and some are programs.
@@ -63,6 +63,14 @@ if [ ! -x "$temporary/laid-out/script.sh" ] || [ ! -f "$temporary/laid-out/rust/
     failed=1
 fi
 chmod -R u+w "$store"
+
+# Without a card it runs to its end, and no row is missing.
+HYDRAMESH_CACHE=$temporary/cache scripts/gpu-check --provider none >"$temporary/table" || failed=1
+if [ "$(grep -c '| not run | no GPU was found |$' "$temporary/table")" -lt 8 ] || [ "$(wc -l <"$temporary/table")" != 14 ]; then
+    echo "test_shell: gpu-check without a card prints another table:" >&2
+    cat "$temporary/table" >&2
+    failed=1
+fi
 
 [ "$failed" = 0 ] || {
     echo "test_shell: ShellCheck has findings, see above" >&2

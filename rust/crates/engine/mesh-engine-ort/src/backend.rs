@@ -10,11 +10,11 @@ use std::time::{Duration, Instant};
 use mesh_engine::{LogitRows, Segment, Stage, StageInput, StageOutput};
 use mesh_model::Model;
 
+use crate::device::Device;
 use crate::device::memory::says_exhausted;
-use crate::device::{Device, DeviceStage};
 use crate::options::{LoadError, OrtOptions};
 use crate::overflow::plan::StepTimes;
-use crate::overflow::{self, Split};
+use crate::overflow::{self, DevicePart, Split};
 use crate::provider::Provider;
 use crate::stage::OrtStage;
 use crate::webgpu;
@@ -278,7 +278,7 @@ fn on_device(
     let device = Device::new(provider).supported(&environment, options)?;
     let times = compare_layer(model, &layers, options, device)?;
     let times = by_speed.then_some(times);
-    let check = |stage: &mut DeviceStage| {
+    let check = |stage: &mut dyn Stage| {
         check_whole(stage).map_err(|reason| refused(device.provider, reason))
     };
     overflow::load(model, layers, options, device, times, check)
@@ -299,24 +299,28 @@ fn compare_layer(
     options: &OrtOptions,
     device: Device,
 ) -> Result<StepTimes, LoadError> {
-    // Not the last one of the model, whose output matrix is large, if there is another.
-    let last = model.config().layers - 1;
-    let layer = match layers.start {
+    let config = model.config();
+    let last = config.layers - 1;
+    // Not the last one of the model, whose output matrix is large, if there is another. A dense layer at the
+    // beginning says nothing of those with experts.
+    let first = match layers.start {
         0 if layers.contains(&1) && last > 1 => 1,
         start => start,
     };
+    let mut mixtures = (first..layers.end).filter(|&layer| config.mixture_of(layer).is_some());
+    let layer = mixtures.next().unwrap_or(first);
     let options = OrtOptions {
         slots: 1,
-        context: CHECK_ROWS.min(model.config().context),
+        context: CHECK_ROWS.min(config.context),
         max_rows: CHECK_ROWS,
         profile: false,
         ..options.clone()
     };
     let refused = |reason: String| refused(device.provider, reason);
-    let mut ours = DeviceStage::load(model, layer..layer + 1, options.clone(), device)?;
+    let mut ours = DevicePart::load(model, layer..layer + 1, &options, device)?.stage;
     let mut cpu = OrtStage::load(model, layer..layer + 1, options)?;
     let rows = ours.info().context;
-    let mut found = run(&mut ours, 0, rows, rows).map_err(&refused)?;
+    let mut found = run(&mut *ours, 0, rows, rows).map_err(&refused)?;
     let mut expected = run(&mut cpu, 0, rows, rows).map_err(&refused)?;
     if layer > 0 && layer < last {
         // Compare the layers' contribution: the input rows alone would agree even if the layers were wrong.
@@ -331,7 +335,7 @@ fn compare_layer(
         ))
     })?;
     Ok(StepTimes {
-        device_step: step_time(&mut ours, rows).map_err(refused)?,
+        device_step: step_time(&mut *ours, rows).map_err(refused)?,
         cpu_layer: step_time(&mut cpu, rows).map_err(refused)?,
     })
 }
@@ -348,7 +352,7 @@ fn step_time(stage: &mut dyn Stage, rows: u32) -> Result<f64, String> {
 }
 
 /// The same rows in one step and in several.
-fn check_whole(stage: &mut DeviceStage) -> Result<(), String> {
+fn check_whole(stage: &mut dyn Stage) -> Result<(), String> {
     let rows = CHECK_ROWS
         .min(stage.info().context)
         .min(stage.info().max_rows);
@@ -473,25 +477,26 @@ mod tests {
 
     fn check(model: &Model, layers: Range<u32>) {
         compare_layer(model, &layers, &options(), half()).unwrap();
-        let mut stage = DeviceStage::load(model, layers, options(), half()).unwrap();
-        check_whole(&mut stage).unwrap();
+        let part = DevicePart::load(model, layers, &options(), half()).unwrap();
+        let mut stage = part.stage;
+        check_whole(&mut *stage).unwrap();
         assert_eq!(stage.kv_len(0), 0);
     }
 
     #[test]
     fn a_provider_that_computes_what_it_should_passes_the_checks() {
-        for (architecture, ty) in [
-            (Architecture::Llama, GgmlType::Q4_0),
-            (Architecture::Qwen2, GgmlType::Q4_K),
-            (Architecture::Qwen3, GgmlType::Q6_K),
-            (Architecture::Gemma3, GgmlType::Q5_K),
+        for (shape, ty) in [
+            (Shape::tiny(Architecture::Llama), GgmlType::Q4_0),
+            (Shape::tiny(Architecture::Qwen2), GgmlType::Q4_K),
+            (Shape::tiny(Architecture::Qwen3), GgmlType::Q6_K),
+            (Shape::tiny(Architecture::Gemma3), GgmlType::Q5_K),
+            (Shape::tiny(Architecture::Qwen3Moe), GgmlType::Q4_K),
+            (Shape::tiny(Architecture::Qwen2Moe), GgmlType::Q8_0),
+            (Shape::tiny_mixtral(), GgmlType::Q4_0),
         ] {
             let dir = tempfile::tempdir().unwrap();
             let path = dir.path().join("tiny.gguf");
-            let shape = Shape {
-                layers: 4,
-                ..Shape::tiny(architecture)
-            };
+            let shape = Shape { layers: 4, ..shape };
             random_model(&shape, ty, Tokens::Bytes, &path).unwrap();
             let model = Model::open(&path).unwrap();
             for layers in [0..4, 0..1, 1..3, 3..4] {

@@ -124,6 +124,15 @@ pub(crate) fn step(
     Ok(rows)
 }
 
+/// Puts the step's segments into `out`, asking for no logits.
+pub(crate) fn without_logits(segments: &[Segment], out: &mut Vec<Segment>) {
+    out.clear();
+    out.extend(segments.iter().map(|segment| Segment {
+        logits: LogitRows::None,
+        ..*segment
+    }));
+}
+
 /// A range that a model with `total` layers has.
 pub(crate) fn layers(layers: &Range<u32>, total: u32) -> Result<(), LoadError> {
     if layers.start < layers.end && layers.end <= total {

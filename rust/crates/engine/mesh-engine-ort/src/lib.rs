@@ -30,7 +30,7 @@
 //! the same text up to near ties. Exported KV rows have the format of the CPU's stage.
 //!
 //! A model that is larger than the device's memory is split: the first layers run there, the rest on the CPU
-//! (module [`overflow`]).
+//! (module [`overflow`]). Of a mixture the device has attention and dense layers, and the CPU has the experts.
 //!
 //! Any GPU with a Vulkan driver is used through ONNX Runtime's WebGPU plugin (module `webgpu`), a library that is
 //! loaded at run time. The plugin chooses the device itself, so module `vulkan` looks at the devices before: a
@@ -63,6 +63,7 @@ mod cache;
 mod check;
 mod device;
 mod encoder;
+mod feed_forward;
 mod graph;
 mod kv;
 mod latent;
@@ -84,7 +85,7 @@ mod weights;
 
 pub use backend::{Backend, NoSuchBackend, Opened, open};
 pub use cache::WeightCache;
-pub use device::{Device, DeviceMemory, DeviceStage, Precision};
+pub use device::{Device, DeviceMemory, DeviceStage, Precision, bandwidth};
 pub use encoder::OrtEncoder;
 pub use mesh_kernels::Reclaim;
 pub use options::{KvFormat, LoadError, OrtOptions, WeightFormat, suited_kv};

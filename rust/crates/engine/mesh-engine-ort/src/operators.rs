@@ -13,17 +13,13 @@
 use std::sync::PoisonError;
 use std::time::Instant;
 
-use mesh_kernels::{
-    Attention, FeedForward, Gate, KernelError, Linear, MixtureLayer, SharedExpert, attention,
-    feed_forward, linear, mixture, rms_norm_columns,
-};
+use mesh_kernels::{Attention, KernelError, Linear, attention, linear, rms_norm_columns};
 use ort::operator::ComputeContext;
 use ort::value::TensorElementType;
 
 use crate::node::{Node, NodeKind};
 use crate::shared::{StageContext, StageStep};
 use crate::tensors;
-use crate::weights::{FeedForwardWeights, LayerWeights};
 
 /// The kinds of nodes in a stage.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -159,7 +155,7 @@ impl Node<StageNode> {
         let shared = &*self.shared;
         let layer = &shared.weights.layers[self.layer];
         let options = Linear {
-            norm: Some(shared.norm(&layer.attention_norm)),
+            norm: Some(shared.feed_forward.norm(&layer.attention_norm)),
             bias: layer.qkv_bias.as_deref(),
             ..Linear::default()
         };
@@ -174,7 +170,7 @@ impl Node<StageNode> {
         )
         .map_err(kernel)?;
         if let (Some(shape), Some(weights)) = (&shared.latent, &layer.latent) {
-            let (pool, eps) = (&shared.pool, shared.norm_eps);
+            let (pool, eps) = (&shared.pool, shared.feed_forward.norm_eps);
             let expanded = shape.expand(pool, weights, eps, &mut step.qkv, &mut step.latent);
             expanded.map_err(kernel)?;
         }
@@ -191,7 +187,7 @@ impl Node<StageNode> {
             rope: Some(&attending.rope),
             q_norm: layer.query_norm.as_deref().filter(|_| by_head),
             k_norm: layer.key_norm.as_deref().filter(|_| by_head),
-            eps: shared.norm_eps,
+            eps: shared.feed_forward.norm_eps,
             sinks: layer.sinks.as_deref(),
         };
         step.attended
@@ -218,7 +214,7 @@ impl Node<StageNode> {
         for weight in [&layer.query_norm, &layer.key_norm].into_iter().flatten() {
             let columns = start..start + weight.len();
             start = columns.end;
-            let (pool, eps) = (&shared.pool, shared.norm_eps);
+            let (pool, eps) = (&shared.pool, shared.feed_forward.norm_eps);
             rms_norm_columns(pool, qkv, stride, columns, weight, eps).map_err(kernel)?;
         }
         Ok(())
@@ -237,69 +233,15 @@ impl Node<StageNode> {
         let out = unsafe { tensors::output(context, rows, width)? };
         in_place(from, out);
         if rows > 0 {
-            let layer = &self.shared.weights.layers[self.layer];
-            self.compute_feed_forward(layer, out, rows)?;
+            let shared = &*self.shared;
+            let half = &shared.weights.layers[self.layer].feed_forward;
+            let params = &shared.feed_forward;
+            params
+                .compute(&shared.pool, half, out, rows)
+                .map_err(kernel)?;
         }
         step.lap("feed-forward", &mut clock);
         Ok(())
-    }
-
-    /// Computes a feed-forward half layer in place over `x`.
-    fn compute_feed_forward(
-        &self,
-        layer: &LayerWeights,
-        x: &mut [f32],
-        rows: usize,
-    ) -> ort::Result<()> {
-        let shared = &*self.shared;
-        let norm = shared.norm(&layer.ffn_norm);
-        let activation = shared.activation;
-        match &layer.ffn {
-            FeedForwardWeights::Dense { gate, up, down } => {
-                let post_norm = layer.ffn_post_norm.as_deref();
-                let matrices = FeedForward {
-                    norm,
-                    gate: Gate {
-                        gate,
-                        up,
-                        activation,
-                    },
-                    down,
-                    post_norm: post_norm.map(|weight| shared.norm(weight)),
-                };
-                feed_forward(&shared.pool, &matrices, x, rows).map_err(kernel)
-            }
-            FeedForwardWeights::Mixture {
-                router,
-                router_bias,
-                experts,
-                shared: beside,
-            } => {
-                let config = shared.mixture.as_ref();
-                let config = config.ok_or_else(|| internal("no mixture"))?;
-                let matrices = MixtureLayer {
-                    norm,
-                    router,
-                    router_bias: router_bias.as_deref(),
-                    experts,
-                    activation,
-                    used: config.used,
-                    normalised: config.normalised,
-                    scale: config.scale * shared.residual_scale,
-                    shared: beside.as_ref().map(|expert| SharedExpert {
-                        gate: Gate {
-                            gate: &expert.gate,
-                            up: &expert.up,
-                            activation,
-                        },
-                        down: &expert.down,
-                        score: expert.score.as_ref(),
-                        scale: shared.residual_scale,
-                    }),
-                };
-                mixture(&shared.pool, &matrices, x, rows).map_err(kernel)
-            }
-        }
     }
 
     fn head(&self, context: &ComputeContext, step: &mut StageStep) -> ort::Result<()> {
@@ -317,15 +259,8 @@ impl Node<StageNode> {
                 .head
                 .as_ref()
                 .ok_or_else(|| internal("no head"))?;
-            let options = Linear {
-                norm: Some(self.shared.norm(&head.norm)),
-                ..Linear::default()
-            };
-            linear(&self.shared.pool, &head.output, x, rows, out, &options).map_err(kernel)?;
-            let divisor = self.shared.logit_divisor;
-            if divisor != 1.0 {
-                out.iter_mut().for_each(|logit| *logit /= divisor);
-            }
+            let (params, pool) = (&self.shared.feed_forward, &self.shared.pool);
+            params.logits(pool, head, x, rows, out).map_err(kernel)?;
         }
         step.lap("head", &mut clock);
         Ok(())

@@ -6,11 +6,12 @@ use std::time::{Duration, Instant};
 
 use mesh_engine::{LogitRows, ModelShape, Segment};
 use mesh_kernels::{
-    Activation, KernelError, KvSegment, Linear, Pool, Residual, RmsNorm, Rope, RopeOptions,
-    RopeStyle, add_rms_norm, linear,
+    KernelError, KvSegment, Linear, Pool, Residual, Rope, RopeOptions, RopeStyle, add_rms_norm,
+    linear,
 };
-use mesh_model::{Mixture, ModelConfig, RopeScaling};
+use mesh_model::{ModelConfig, RopeScaling};
 
+use crate::feed_forward::FeedForwardParams;
 use crate::kv::Kv;
 use crate::latent::{LatentScratch, LatentShape};
 use crate::operators::kernel;
@@ -25,18 +26,14 @@ pub(crate) struct StageContext {
     pub(crate) value_dim: usize,
     /// Widths of latent attention, where the network has it.
     pub(crate) latent: Option<LatentShape>,
-    pub(crate) norm_eps: f32,
+    pub(crate) feed_forward: FeedForwardParams,
     /// Parameters of layers that see all positions.
     global: Attending,
     /// Parameters of layers with a sliding window, and for each layer of the stage whether it has one.
     local: Option<(Attending, Vec<bool>)>,
     pub(crate) embedding_scale: f32,
-    pub(crate) residual_scale: f32,
-    pub(crate) logit_divisor: f32,
     /// The norms of query and key go over all heads of a row at once.
     pub(crate) qk_norm_over_heads: bool,
-    pub(crate) mixture: Option<Mixture>,
-    pub(crate) activation: Activation,
     pub(crate) weights: StageWeights,
     pub(crate) pool: Pool,
     pub(crate) step: Mutex<StageStep>,
@@ -97,19 +94,11 @@ impl StageContext {
             heads: config.heads,
             value_dim: config.value_dim,
             latent: LatentShape::of(config),
-            norm_eps: config.norm_eps,
+            feed_forward: FeedForwardParams::of(config),
             global: Attending::new(config, &config.rope, None, context)?,
             local,
             embedding_scale: config.embedding_scale,
-            residual_scale: config.residual_scale,
-            logit_divisor: config.logit_divisor,
             qk_norm_over_heads: config.qk_norm_over_heads,
-            mixture: config.mixture.clone(),
-            activation: match config.activation {
-                mesh_model::Activation::Silu => Activation::Silu,
-                mesh_model::Activation::GeluTanh => Activation::GeluTanh,
-                mesh_model::Activation::ClampedSwiglu => Activation::ClampedSwiglu,
-            },
             weights,
             pool,
             step: Mutex::new(step),
@@ -126,13 +115,6 @@ impl StageContext {
         match &self.local {
             Some((attending, which)) if which[layer] => attending,
             _ => &self.global,
-        }
-    }
-
-    pub(crate) fn norm<'a>(&self, weight: &'a [f32]) -> RmsNorm<'a> {
-        RmsNorm {
-            weight,
-            eps: self.norm_eps,
         }
     }
 
@@ -155,19 +137,20 @@ impl StageContext {
             bias: layer.attention_output_bias.as_deref(),
             ..Linear::default()
         };
-        if post_norm.is_none() && self.residual_scale == 1.0 {
+        let scale = self.feed_forward.residual_scale;
+        if post_norm.is_none() && scale == 1.0 {
             options.residual = Residual::InPlace;
             return linear(&self.pool, matrix, x, rows, out, &options).map_err(kernel);
         }
         scratch.resize(out.len(), 0.0);
         linear(&self.pool, matrix, x, rows, scratch, &options).map_err(kernel)?;
-        let scale = self.residual_scale;
         if scale != 1.0 {
             scratch.iter_mut().for_each(|x| *x *= scale);
         }
         match post_norm {
             Some(weight) => {
-                add_rms_norm(&self.pool, scratch, weight, self.norm_eps, out).map_err(kernel)?;
+                let eps = self.feed_forward.norm_eps;
+                add_rms_norm(&self.pool, scratch, weight, eps, out).map_err(kernel)?;
             }
             None => out.iter_mut().zip(scratch).for_each(|(out, x)| *out += *x),
         }

@@ -10,17 +10,18 @@ mod shared_expert;
 use std::cell::RefCell;
 use std::ops::Range;
 
-use mesh_kernels::{Experts, KernelError, PackOptions, Pool, QMatrix, WeightType};
+use mesh_kernels::{KernelError, PackOptions, Pool, QMatrix, WeightType};
 use mesh_model::data::Data;
 use mesh_model::file::FileError;
 use mesh_model::{Gguf, Model, ModelConfig, Tensor, Tensors};
 
 use crate::cache::{CacheEntry, QuantisedMatrix, WeightCache};
+use crate::feed_forward::{FeedForwardHalf, FeedForwardWeights, HeadWeights};
 use crate::latent::LatentWeights;
 use crate::options::{LoadError, WeightFormat, has_floats};
 use crate::requantise::requantise;
 pub(crate) use latent::transposed_type;
-use shared_expert::SharedExpertWeights;
+pub(crate) use shared_expert::SharedExpertWeights;
 
 /// The weights of a range of layers, and of embedding and head where the range has them.
 pub(crate) struct StageWeights {
@@ -47,52 +48,15 @@ pub(crate) struct LayerWeights {
     pub(crate) attention_output_bias: Option<Vec<f32>>,
     /// Norm of the attention output, before the residual is added.
     pub(crate) attention_post_norm: Option<Vec<f32>>,
-    pub(crate) ffn_norm: Vec<f32>,
-    pub(crate) ffn: FeedForwardWeights,
-    /// Norm of the feed-forward output, before the residual is added.
-    pub(crate) ffn_post_norm: Option<Vec<f32>>,
+    pub(crate) feed_forward: FeedForwardHalf,
 }
 
-/// Matrices of the feed-forward half of a layer.
-pub(crate) enum FeedForwardWeights {
-    Dense {
-        gate: QMatrix,
-        up: QMatrix,
-        down: QMatrix,
-    },
-    Mixture {
-        router: QMatrix,
-        router_bias: Option<Vec<f32>>,
-        experts: Experts,
-        /// The expert that computes every row, if there is one.
-        shared: Option<SharedExpertWeights>,
-    },
-}
-
-impl FeedForwardWeights {
-    /// Bytes of packed matrices.
-    fn bytes(&self) -> usize {
-        match self {
-            FeedForwardWeights::Dense { gate, up, down } => {
-                gate.bytes() + up.bytes() + down.bytes()
-            }
-            FeedForwardWeights::Mixture {
-                router,
-                experts,
-                shared,
-                ..
-            } => {
-                let shared = shared.as_ref().map_or(0, SharedExpertWeights::bytes);
-                router.bytes() + experts.bytes() + shared
-            }
-        }
-    }
-}
-
-/// The final norm and the output matrix.
-pub(crate) struct HeadWeights {
-    pub(crate) norm: Vec<f32>,
-    pub(crate) output: QMatrix,
+/// Weights of the CPU's part of layers whose attention is on a device.
+pub(crate) struct HostWeights {
+    /// Of each layer its feed-forward half, if that is a mixture of experts.
+    pub(crate) halves: Vec<Option<FeedForwardHalf>>,
+    /// Present where the layers end the model.
+    pub(crate) head: Option<HeadWeights>,
 }
 
 impl StageWeights {
@@ -105,33 +69,15 @@ impl StageWeights {
         format: WeightFormat,
         cache: Option<&WeightCache>,
     ) -> Result<StageWeights, LoadError> {
-        let entry = match cache {
-            Some(cache) if format != WeightFormat::File && has_floats(model) => {
-                let fingerprint = model.fingerprint();
-                let fingerprint =
-                    fingerprint.map_err(|error| LoadError::Model(error.to_string()))?;
-                Some(CacheEntry::new(cache, fingerprint, format))
-            }
-            _ => None,
-        };
-        let loader = Loader {
-            tensors: model.tensors(),
-            config: model.config(),
-            pool,
-            options,
-            format,
-            entry,
-            group: RefCell::default(),
-        };
+        let loader = Loader::new(model, pool, options, format, cache)?;
         let first = layers.start == 0;
         let last = layers.end == loader.config.layers;
         let packed = layers
             .map(|layer| loader.group(&format!("blk.{layer}"), || loader.layer(layer)))
             .collect::<Result<_, _>>()?;
         let tied = loader.config.tied_embeddings;
-        let output = if tied { EMBEDDING } else { "output" };
         let head = last
-            .then(|| loader.group(output, || loader.head()))
+            .then(|| loader.group(loader.output(), || loader.head()))
             .transpose()?;
         let embedding = (first && !(last && tied))
             .then(|| loader.group(EMBEDDING, || loader.matrix("token_embd.weight")))
@@ -155,7 +101,7 @@ impl StageWeights {
     pub(crate) fn bytes(&self) -> u64 {
         let layers = self.layers.iter().map(|layer| {
             let latent = layer.latent.as_ref().map_or(0, LatentWeights::bytes);
-            layer.qkv.bytes() + latent + layer.attention_output.bytes() + layer.ffn.bytes()
+            layer.qkv.bytes() + latent + layer.attention_output.bytes() + layer.feed_forward.bytes()
         });
         let ends = self
             .embedding
@@ -168,6 +114,33 @@ impl StageWeights {
 
 /// The group of the embedding's matrix, which may be the output's, too.
 const EMBEDDING: &str = "token_embd";
+
+impl HostWeights {
+    /// Reads and packs the mixtures of `layers`, and the output matrix if they end the model.
+    pub(crate) fn load(
+        model: &Model,
+        layers: Range<u32>,
+        pool: &Pool,
+        options: PackOptions,
+        format: WeightFormat,
+        cache: Option<&WeightCache>,
+    ) -> Result<HostWeights, LoadError> {
+        let loader = Loader::new(model, pool, options, format, cache)?;
+        let config = loader.config;
+        let last = layers.end == config.layers;
+        let half = |layer| {
+            // Not the file of the whole layer: it would lack attention.
+            let group = format!("blk.{layer}.experts");
+            let load = || loader.group(&group, || loader.feed_forward(layer));
+            config.mixture_of(layer).map(|_| load()).transpose()
+        };
+        let halves = layers.map(half).collect::<Result<_, _>>()?;
+        let head = last.then(|| loader.group(loader.output(), || loader.head()));
+        let head = head.transpose()?;
+        loader.check_unchanged()?;
+        Ok(HostWeights { halves, head })
+    }
+}
 
 struct Loader<'a> {
     tensors: &'a Tensors,
@@ -187,6 +160,35 @@ struct WeightGroup {
     kept: Option<Gguf>,
     /// Newly quantised matrices, to be written to the cache.
     fresh: Vec<QuantisedMatrix>,
+}
+
+impl<'a> Loader<'a> {
+    fn new(
+        model: &'a Model,
+        pool: &'a Pool,
+        options: PackOptions,
+        format: WeightFormat,
+        cache: Option<&WeightCache>,
+    ) -> Result<Loader<'a>, LoadError> {
+        let entry = match cache {
+            Some(cache) if format != WeightFormat::File && has_floats(model) => {
+                let fingerprint = model.fingerprint();
+                let fingerprint =
+                    fingerprint.map_err(|error| LoadError::Model(error.to_string()))?;
+                Some(CacheEntry::new(cache, fingerprint, format))
+            }
+            _ => None,
+        };
+        Ok(Loader {
+            tensors: model.tensors(),
+            config: model.config(),
+            pool,
+            options,
+            format,
+            entry,
+            group: RefCell::default(),
+        })
+    }
 }
 
 impl Loader<'_> {
@@ -265,8 +267,18 @@ impl Loader<'_> {
                 false => None,
             },
             attention_post_norm: optional(post_norms, "post_attention_norm.weight")?,
-            ffn_norm: norm(self.config.ffn_norm())?,
-            ffn: match self.config.mixture_of(layer) {
+            feed_forward: self.feed_forward(layer)?,
+        })
+    }
+
+    fn feed_forward(&self, layer: u32) -> Result<FeedForwardHalf, LoadError> {
+        let name = |suffix: &str| format!("blk.{layer}.{suffix}");
+        let matrix = |suffix: &str| self.matrix(&name(suffix));
+        let vector = |suffix: &str| self.vector(&name(suffix));
+        let norm = |suffix: &str| self.norm(&name(suffix));
+        Ok(FeedForwardHalf {
+            norm: norm(self.config.ffn_norm())?,
+            matrices: match self.config.mixture_of(layer) {
                 None => FeedForwardWeights::Dense {
                     gate: matrix("ffn_gate.weight")?,
                     up: matrix("ffn_up.weight")?,
@@ -285,8 +297,19 @@ impl Loader<'_> {
                     },
                 },
             },
-            ffn_post_norm: optional(post_norms, "post_ffw_norm.weight")?,
+            post_norm: match self.config.post_norms {
+                true => Some(norm("post_ffw_norm.weight")?),
+                false => None,
+            },
         })
+    }
+
+    /// The group of the output matrix.
+    fn output(&self) -> &'static str {
+        match self.config.tied_embeddings {
+            true => EMBEDDING,
+            false => "output",
+        }
     }
 
     fn head(&self) -> Result<HeadWeights, LoadError> {

@@ -8,10 +8,10 @@ use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use bert::Tiny;
 use common::cosine;
-use mesh_engine::{Encoder, StageError};
+use mesh_engine::Encoder;
 use mesh_engine_ort::{LoadError, OrtEncoder, OrtOptions};
 use mesh_model::EncoderModel;
-use mesh_testkit::paths;
+use mesh_testkit::{conformance, paths};
 
 fn options() -> OrtOptions {
     OrtOptions {
@@ -88,48 +88,28 @@ fn minilm_is_that_of_sentence_transformers() {
     assert!(worst.0 >= 0.999_99, "it was better once: {}", worst.0);
 }
 
-#[test]
-fn a_vector_is_the_same_alone_and_in_any_company() {
-    let (model, mut encoder) = minilm();
-    let texts = [
-        "a",
-        "The sea is calm tonight.",
-        "猫は屋根の上で昼寝をしている。",
-        "x y z",
-    ];
-    let tokens = texts.map(|text| model.tokenise(text, None).unwrap().tokens);
-    let together = encoder
-        .encode(&tokens.each_ref().map(Vec::as_slice))
-        .unwrap();
-    let single = OrtOptions {
-        threads: 1,
-        ..options()
-    };
-    let mut other = OrtEncoder::load(&model, &single).unwrap();
-    for (i, tokens) in tokens.iter().enumerate() {
-        let alone = other.encode(&[tokens]).unwrap();
-        assert_eq!(alone, together[i * 384..][..384], "{:?}", texts[i]);
+fn encoder_keeps_the_contract(name: &str, model: &EncoderModel) {
+    conformance::encoder::Subject {
+        name: name.to_owned(),
+        open: &|threads| {
+            let options = OrtOptions {
+                threads,
+                max_rows: conformance::encoder::MAX_ROWS,
+                ..options()
+            };
+            Box::new(OrtEncoder::load(model, &options).unwrap())
+        },
     }
+    .check();
 }
 
 #[test]
-fn sequences_that_do_not_fit_are_refused_and_the_next_is_not() {
-    let (_, mut encoder) = minilm();
-    let long = vec![5; 257];
-    let full = vec![5; 256];
-    let cases: [(&[&[u32]], &str); 4] = [
-        (&[&[5], &[]], "empty"),
-        (&[&long], "257 tokens"),
-        (&[&[30_522]], "30522"),
-        (&[full.as_slice(); 5], "1280 tokens"),
-    ];
-    for (sequences, named) in cases {
-        let error = encoder.encode(sequences).unwrap_err();
-        assert!(error.to_string().contains(named), "{error}");
-        assert!(!matches!(error, StageError::Backend { .. }));
-    }
-    assert!(encoder.encode(&[]).unwrap().is_empty());
-    assert_eq!(encoder.encode(&[&full, &[5]]).unwrap().len(), 2 * 384);
+fn encoders_keep_the_contract() {
+    let folder = tempfile::tempdir().unwrap();
+    Tiny::default().write(folder.path());
+    encoder_keeps_the_contract("a tiny BERT", &EncoderModel::open(folder.path()).unwrap());
+    let model = EncoderModel::open(paths::minilm().unwrap()).unwrap();
+    encoder_keeps_the_contract("MiniLM", &model);
 }
 
 #[test]

@@ -3,10 +3,8 @@
 mod common;
 mod reference;
 
-use common::{
-    assert_same_bits, cosine, last, logits, options, pipeline, quiet, some_tokens, tiny, whole,
-};
-use mesh_engine::{LogitRows, Segment, Stage, StageError, StageInput};
+use common::{assert_same_bits, cosine, last, logits, options, quiet, some_tokens, tiny, whole};
+use mesh_engine::{LogitRows, Segment, Stage};
 use mesh_engine_ort::{KvFormat, LoadError, OrtOptions, OrtStage, WeightFormat, memory_bytes};
 use mesh_model::synth::{Shape, Tokens, Window, random_model};
 use mesh_model::{Architecture, GgmlType, Model};
@@ -76,19 +74,6 @@ fn assert_agrees(model: &Model, stage: &mut OrtStage, tokens: &[u32], least: f64
             model.config().architecture,
             tensor.map(|tensor| tensor.ty)
         );
-    }
-}
-
-#[test]
-fn every_architecture_can_be_cut_anywhere() {
-    let tokens = some_tokens(30);
-    for architecture in Architecture::ALL {
-        let model = tiny(architecture, GgmlType::Q4_K);
-        let step = [last(0, 0, 30)];
-        let expected = logits(&mut whole(&model, options(1, 32)), &step, &tokens);
-        let mut stages =
-            [0..1, 1..2].map(|cut| OrtStage::load(&model, cut, options(1, 32)).unwrap());
-        assert_same_bits(&pipeline(&mut stages, &step, &tokens), &expected);
     }
 }
 
@@ -195,140 +180,6 @@ fn a_step_without_logits_and_one_with_all_of_them() {
     assert_same_bits(&rows[2 * vocab..3 * vocab], &rows[3 * vocab..]);
     // Slot 0 was rewound to 3 rows.
     assert_eq!(stage.kv_len(0), 3);
-}
-
-#[test]
-fn bad_steps_are_named_and_change_nothing() {
-    let model = tiny(Architecture::Qwen2, GgmlType::Q4_0);
-    let mut stage = whole(
-        &model,
-        OrtOptions {
-            max_rows: 8,
-            ..options(2, 16)
-        },
-    );
-    let tokens = some_tokens(32);
-    logits(&mut stage, &[last(0, 0, 4)], &tokens[..4]);
-    let before = stage.kv_export(0, 0..4).unwrap();
-    let mut refused = |segments: &[Segment], tokens: &[u32]| {
-        stage
-            .forward(segments, StageInput::Tokens(tokens))
-            .err()
-            .map(|error| error.to_string())
-    };
-    for (segments, count, expected) in [
-        (
-            vec![last(2, 0, 1)],
-            1,
-            "KV slot 2 does not exist: this stage has 2",
-        ),
-        (
-            vec![last(0, 5, 1)],
-            1,
-            "slot 0 holds 4 KV rows, but the step starts at position 5",
-        ),
-        (
-            vec![last(0, 4, 13)],
-            13,
-            "17 tokens do not fit the context of 16",
-        ),
-        (
-            vec![last(0, u32::MAX, 1)],
-            1,
-            "slot 0 holds 4 KV rows, but the step starts at position 4294967295",
-        ),
-        (
-            vec![last(0, 4, 1), last(0, 4, 1)],
-            2,
-            "malformed step: slot 0 appears twice",
-        ),
-        (
-            vec![last(0, 4, 0)],
-            0,
-            "malformed step: the segment of slot 0 has no rows",
-        ),
-        (
-            vec![last(0, 4, 2)],
-            1,
-            "malformed step: 1 tokens for 2 rows",
-        ),
-        (
-            vec![last(0, 0, 9)],
-            9,
-            "malformed step: 9 rows in one step, at most 8",
-        ),
-        (
-            vec![],
-            0,
-            "malformed step: a step needs at least one segment",
-        ),
-    ] {
-        let found = refused(&segments, &tokens[..count]);
-        assert_eq!(found.as_deref(), Some(expected), "{segments:?}");
-    }
-    let found = refused(&[last(0, 4, 1)], &[300]);
-    assert_eq!(
-        found.as_deref(),
-        Some("token id 300 is outside the vocabulary of 300")
-    );
-    let hidden = vec![0.0; 256];
-    assert!(matches!(
-        stage.forward(&[last(0, 4, 1)], StageInput::Hidden(&hidden)),
-        Err(StageError::Malformed(_))
-    ));
-    assert_eq!(stage.kv_len(0), 4);
-    assert_eq!(stage.kv_export(0, 0..4).unwrap(), before);
-}
-
-#[test]
-fn stages_in_the_middle_refuse_tokens_and_logits() {
-    let model = tiny(Architecture::Llama, GgmlType::Q4_0);
-    let mut first = OrtStage::load(&model, 0..1, options(1, 16)).unwrap();
-    assert!(matches!(
-        first.forward(&[last(0, 0, 1)], StageInput::Tokens(&[1])),
-        Err(StageError::Malformed(text)) if text.contains("do not end the model")
-    ));
-    let mut second = OrtStage::load(&model, 1..2, options(1, 16)).unwrap();
-    let kv = second.info().kv_bytes_per_token as usize;
-    assert!(matches!(
-        second.forward(&[last(0, 0, 1)], StageInput::Tokens(&[1])),
-        Err(StageError::Malformed(_))
-    ));
-    assert!(matches!(
-        second.forward(&[last(0, 0, 1)], StageInput::Hidden(&[0.0; 255])),
-        Err(StageError::Malformed(_))
-    ));
-    assert!(matches!(
-        second.kv_import(0, 1, &vec![0; kv]),
-        Err(StageError::Gap { .. })
-    ));
-    assert!(matches!(
-        second.kv_import(0, 0, &vec![0; kv - 1]),
-        Err(StageError::Malformed(_))
-    ));
-    assert!(matches!(
-        second.kv_import(0, 0, &vec![0; 17 * kv]),
-        Err(StageError::ContextExceeded {
-            needed: 17,
-            context: 16
-        })
-    ));
-    assert!(matches!(
-        second.kv_import(1, 0, &[]),
-        Err(StageError::NoSuchSlot { .. })
-    ));
-    assert!(matches!(
-        second.kv_export(0, 0..1),
-        Err(StageError::Gap { .. })
-    ));
-    assert!(matches!(
-        second.copy_prefix(0, 0, 1),
-        Err(StageError::Gap { .. })
-    ));
-    assert!(matches!(
-        second.copy_prefix(0, 1, 0),
-        Err(StageError::NoSuchSlot { .. })
-    ));
 }
 
 #[test]

@@ -2,11 +2,9 @@
 
 mod common;
 
-use common::{
-    arg_max, assert_same_bits, encode, last, logits, options, pipeline, quiet, smollm2, whole,
-};
+use common::{arg_max, encode, last, logits, options, smollm2, whole};
 use mesh_engine::{LogitRows, Segment, Stage};
-use mesh_engine_ort::{OrtOptions, OrtStage};
+use mesh_engine_ort::OrtOptions;
 
 /// Largest distance of llama.cpp's choice below the largest logit. Both engines round activations to 8 bits,
 /// in different groups, so logits differ by a few tenths and near ties fall differently.
@@ -57,111 +55,6 @@ fn llama_cpps_greedy_answers_are_ours_up_to_ties() {
             answer.len()
         );
     }
-}
-
-#[test]
-fn a_row_does_not_depend_on_what_shares_its_step() {
-    let model = smollm2();
-    let mut alone = whole(&model, options(1, 256));
-    let text = "The mesh answers as long as one machine is left, and nobody who asked it something \
-                needs to know which machine that was, or how many there were when it began.";
-    let tokens = encode(&model, text);
-    let prompt = logits(&mut alone, &[last(0, 0, tokens.len())], &tokens);
-    let next = logits(&mut alone, &[last(0, tokens.len() as u32, 1)], &[28]);
-
-    // The same rows: another slot, other threads, the prompt in uneven pieces, each beside rows of other
-    // sequences.
-    let mut busy = whole(
-        &model,
-        mesh_engine_ort::OrtOptions {
-            threads: 1,
-            ..options(4, 256)
-        },
-    );
-    let noise: Vec<u32> = (1000..1040).collect();
-    let cut = [1, 6, tokens.len()];
-    let mut from = 0;
-    let mut row = Vec::new();
-    for (turn, to) in cut.into_iter().enumerate() {
-        let piece = &tokens[from..to];
-        let beside = &noise[..7 * turn + 1];
-        let segments = [
-            last(0, busy.kv_len(0), beside.len()),
-            last(2, from as u32, piece.len()),
-            quiet(3, busy.kv_len(3), beside.len()),
-        ];
-        let step = [beside, piece, beside].concat();
-        let vocab = model.config().vocab;
-        row = logits(&mut busy, &segments, &step)[vocab..].to_vec();
-        from = to;
-    }
-    assert_same_bits(&row, &prompt);
-    let at = busy.kv_len(0);
-    let both = logits(
-        &mut busy,
-        &[last(0, at, 1), last(2, tokens.len() as u32, 1)],
-        &[5, 28],
-    );
-    assert_same_bits(&both[model.config().vocab..], &next);
-}
-
-#[test]
-fn stages_in_a_row_give_the_whole_models_bits() {
-    let model = smollm2();
-    let tokens = encode(
-        &model,
-        "A ring of five machines computes what one machine would.",
-    );
-    let mut one = whole(&model, options(2, 64));
-    let all = Segment {
-        logits: LogitRows::All,
-        ..last(1, 0, tokens.len())
-    };
-    let expected = logits(&mut one, &[all], &tokens);
-    assert_eq!(expected.len(), tokens.len() * model.config().vocab);
-    let expected_next = logits(&mut one, &[last(1, tokens.len() as u32, 1)], &[42]);
-    for cuts in [&[0, 13, 30][..], &[0, 1, 2, 10, 29, 30]] {
-        let mut stages: Vec<OrtStage> = cuts
-            .windows(2)
-            .map(|cut| OrtStage::load(&model, cut[0]..cut[1], options(2, 64)).unwrap())
-            .collect();
-        assert_same_bits(&pipeline(&mut stages, &[all], &tokens), &expected);
-        let next = pipeline(&mut stages, &[last(1, tokens.len() as u32, 1)], &[42]);
-        assert_same_bits(&next, &expected_next);
-    }
-}
-
-#[test]
-fn exported_kv_rows_continue_elsewhere_bit_for_bit() {
-    let model = smollm2();
-    let tokens = encode(
-        &model,
-        "The key/value rows of one stage are mirrored to its standby.",
-    );
-    let rows = tokens.len() as u32;
-    let mut a = whole(&model, options(2, 128));
-    logits(&mut a, &[quiet(0, 0, tokens.len())], &tokens);
-    let per_token = a.info().kv_bytes_per_token as usize;
-    let head = a.kv_export(0, 0..5).unwrap();
-    let tail = a.kv_export(0, 5..rows).unwrap();
-    assert_eq!(tail.len(), (tokens.len() - 5) * per_token);
-
-    let mut b = whole(&model, options(2, 128));
-    b.kv_import(1, 0, &head).unwrap();
-    b.kv_import(1, 5, &tail).unwrap();
-    assert_eq!(b.kv_len(1), rows);
-    assert_eq!(b.kv_export(1, 0..rows).unwrap(), [head, tail].concat());
-    let expected = logits(&mut a, &[last(0, rows, 1)], &[7]);
-    assert_same_bits(&logits(&mut b, &[last(1, rows, 1)], &[7]), &expected);
-
-    // A prefix of one conversation begins another.
-    a.copy_prefix(0, 1, 5).unwrap();
-    assert_eq!((a.kv_len(0), a.kv_len(1)), (rows + 1, 5));
-    let fork = logits(&mut a, &[last(1, 5, tokens.len() - 5)], &tokens[5..]);
-    a.truncate(0, rows);
-    a.truncate(0, 5);
-    let again = logits(&mut a, &[last(0, 5, tokens.len() - 5)], &tokens[5..]);
-    assert_same_bits(&fork, &again);
 }
 
 #[test]

@@ -17,7 +17,7 @@ fn main() -> Result<(), Failed> {
         return Err("usage: steps FOLDER THREADS".into());
     };
     let options = Options {
-        device: Device::Cpu,
+        device: std::env::var("TORCH_DEVICE").map_or(Ok(Device::Cpu), |name| name.parse())?,
         threads: threads.parse()?,
         ..Options::default()
     };

@@ -218,13 +218,22 @@ impl Registry {
             let same = |old: &&ServedModel| {
                 old.card.name == card.name && old.card.fingerprint == card.fingerprint
             };
-            whole.iter().find(same).cloned().unwrap_or_else(|| {
-                worker.new_models_at = Some(now);
-                ServedModel {
-                    retry_at,
-                    ..ServedModel::new(card, None, now)
+            match whole.iter().find(same) {
+                // It may have been loaded again, with another part of it on a GPU.
+                Some(old) => {
+                    let mut same = old.clone();
+                    let card = plausible(card);
+                    (same.card.backend, same.card.split) = (card.backend, card.split);
+                    same
                 }
-            })
+                None => {
+                    worker.new_models_at = Some(now);
+                    ServedModel {
+                        retry_at,
+                        ..ServedModel::new(card, None, now)
+                    }
+                }
+            }
         });
         let mut models: Vec<ServedModel> = served.collect();
         of_rings.retain(|ring| !models.iter().any(|m| m.card.name == ring.card.name));

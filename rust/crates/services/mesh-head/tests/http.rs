@@ -458,7 +458,13 @@ async fn metrics_and_registry_tell_what_happened() {
     })
     .await;
     let (_, mesh) = head.get("/v1/mesh").await;
-    assert_eq!(mesh["workers"][0]["models"][0]["name"], MODEL);
+    let model = &mesh["workers"][0]["models"][0];
+    assert_eq!(
+        (&model["name"], &model["backend"]),
+        (&json!(MODEL), &json!("cuda"))
+    );
+    let layers = ["device_layers", "cpu_layers"].map(|name| model["split"][name].clone());
+    assert_eq!(layers, [json!(20), json!(8)]);
     assert_eq!(mesh["workers"][0]["completed"], 1);
 }
 

@@ -1,13 +1,17 @@
-//! A test of the whole worker: the engine of one of two models dies.
+//! Tests of the whole worker: the engine of one of two models dies, and the memory of a device runs out.
 
 use std::ops::Range;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use dcf::MsgType;
-use mesh_engine::{Segment, SlotId, Stage, StageError, StageInfo, StageInput, StageOutput};
+use mesh_engine::{
+    LogitRows, Segment, SlotId, Stage, StageError, StageInfo, StageInput, StageOutput,
+};
+use mesh_model::synth::{Shape, Tokens as Vocabulary, random_model};
+use mesh_model::{Architecture, GgmlType};
 use mesh_net::quic::{Link, MsgStream};
-use mesh_proto::{Done, Generate, GenerateParams, ModelCard, Prompt, Served};
+use mesh_proto::{Done, Generate, GenerateParams, ModelCard, Prompt, Served, Tokens};
 use mesh_testkit::paths;
 use prost::Message as _;
 use tokio::time::timeout;
@@ -22,6 +26,7 @@ mod common;
 
 const DOOMED: &str = "doomed";
 const STEADY: &str = "steady";
+const CROWDED: &str = "crowded";
 
 /// The doomed model's engine panics at its next step.
 static NOW: AtomicBool = AtomicBool::new(false);
@@ -29,12 +34,38 @@ static NOW: AtomicBool = AtomicBool::new(false);
 /// The stage of a model by this name, for [`crate::generate::load`].
 pub(crate) fn stage_of(name: &str, stage: Box<dyn Stage>) -> Box<dyn Stage> {
     match name {
-        DOOMED => Box::new(Doomed(stage)),
+        DOOMED | CROWDED => Box::new(Doomed(stage)),
         _ => stage,
     }
 }
 
 struct Doomed(Box<dyn Stage>);
+
+impl Doomed {
+    /// Fills all slots, whatever the plan was, until the device has no memory left.
+    fn fill(&mut self) -> StageError {
+        let info = self.0.info().clone();
+        let tokens = vec![1; info.max_rows as usize];
+        for slot in 0..info.slots {
+            for position in (0..info.context).step_by(info.max_rows as usize) {
+                let segment = Segment {
+                    slot,
+                    position,
+                    rows: info.max_rows.min(info.context - position),
+                    logits: LogitRows::None,
+                };
+                let tokens = &tokens[..segment.rows as usize];
+                if let Err(error) = self.0.forward(&[segment], StageInput::Tokens(tokens)) {
+                    return error;
+                }
+            }
+        }
+        panic!("the device has room for all slots: {info:?}");
+    }
+}
+
+/// The crowded model's device is filled at this step from now on, counted down; 0 is never.
+static FILL_IN: AtomicU32 = AtomicU32::new(0);
 
 impl Stage for Doomed {
     fn info(&self) -> &StageInfo {
@@ -47,6 +78,10 @@ impl Stage for Doomed {
         input: StageInput<'_>,
     ) -> Result<StageOutput<'_>, StageError> {
         assert!(!NOW.swap(false, Ordering::SeqCst), "as the test wants it");
+        let countdown = |left: u32| left.checked_sub(1);
+        if FILL_IN.fetch_update(Ordering::SeqCst, Ordering::SeqCst, countdown) == Ok(1) {
+            return Err(self.fill());
+        }
         self.0.forward(segments, input)
     }
 
@@ -93,11 +128,15 @@ fn names(models: Vec<ModelCard>) -> Vec<String> {
 
 /// The names in the next word of what is served.
 async fn served(control: &mut MsgStream) -> Vec<String> {
+    names(cards(control).await)
+}
+
+async fn cards(control: &mut MsgStream) -> Vec<ModelCard> {
     loop {
         let message = timeout(PATIENCE, control.recv()).await.unwrap();
         let message = message.unwrap().expect("the control stream goes on");
         if message.kind == MsgType::SERVED {
-            return names(Served::decode(message.payload).unwrap().models);
+            return Served::decode(message.payload).unwrap().models;
         }
     }
 }
@@ -162,5 +201,99 @@ async fn the_death_of_an_engine_withdraws_its_own_model_until_it_is_loaded_again
     assert_eq!(again, [DOOMED, STEADY]);
     assert!(ask(&link, DOOMED).await.is_ok());
     assert!(link.close_reason().is_none(), "it is the same link");
+    worker.shutdown().await.unwrap();
+}
+
+/// The greedy answer behind `generated`, as far as it comes, and the error that ends it.
+async fn answer(link: &Link, generated: &[u32]) -> (Vec<u32>, Option<String>) {
+    let generate = Generate {
+        request_id: "stream".to_owned(),
+        model: CROWDED.to_owned(),
+        prompt: Some(Prompt::Text("Once upon a time".to_owned())),
+        params: Some(GenerateParams {
+            max_tokens: Some(ANSWER),
+            temperature: Some(0.0),
+            ignore_eos: true,
+            ..GenerateParams::default()
+        }),
+        generated: generated.to_vec(),
+        ..Generate::default()
+    };
+    let mut stream = link.open().await.unwrap();
+    let asked = stream.send(message(MsgType::GENERATE, &generate)).await;
+    asked.unwrap();
+    let mut tokens = Vec::new();
+    loop {
+        let message = timeout(PATIENCE, stream.recv()).await.unwrap();
+        let Some(message) = message.unwrap() else {
+            return (tokens, Some("the stream ended".to_owned()));
+        };
+        match message.kind {
+            MsgType::TOKENS => tokens.extend(Tokens::decode(message.payload).unwrap().tokens),
+            MsgType::DONE => return (tokens, None),
+            MsgType::ERROR => {
+                let text = message.error_body().unwrap().text.into_owned();
+                return (tokens, Some(text));
+            }
+            _ => {}
+        }
+    }
+}
+
+const ANSWER: u32 = 30;
+
+/// The head does as much as this test: it asks again with the tokens so far.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stream_goes_on_after_a_device_ran_out_of_memory_with_fewer_layers_there() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join(format!("{CROWDED}.gguf"));
+    let shape = Shape {
+        layers: 8,
+        context: 1024,
+        ..Shape::tiny(Architecture::Llama)
+    };
+    // Floats, with which a layer computes the same on the device and on the CPU, but for the last digits.
+    random_model(&shape, GgmlType::F32, Vocabulary::Bytes, &path).unwrap();
+    let head = Head::start().await;
+    let state = tempfile::tempdir().unwrap();
+    let config = Config {
+        backend: "ort-cpu".parse().unwrap(),
+        vram_limit: Some(24 << 20),
+        slots: 4,
+        context: 1024,
+        ..config(state.path(), vec![path.display().to_string()], &head)
+    };
+    let starting = timeout(PATIENCE, Worker::start(config));
+    let (worker, (link, mut control, hello)) = tokio::join!(starting, head.accept());
+    let worker = worker.unwrap().unwrap();
+    let before = hello.models[0].split.clone().expect("a part on the device");
+    assert!(
+        before.device_layers > 1 && before.cpu_layers > 0,
+        "{before:?}"
+    );
+    let (whole, error) = answer(&link, &[]).await;
+    assert_eq!((whole.len() as u32, error), (ANSWER, None));
+
+    FILL_IN.store(10, Ordering::SeqCst);
+    let (first, error) = answer(&link, &[]).await;
+    let error = error.expect("no memory is left");
+    assert!(
+        first.len() > 2 && whole.starts_with(&first),
+        "{first:?}: {error}"
+    );
+    let mut served = cards(&mut control).await;
+    assert!(served.is_empty(), "{served:?} after {error:?}");
+    while served.is_empty() {
+        served = cards(&mut control).await;
+    }
+    let after = served[0].split.clone().expect("a part on the device");
+    assert!(
+        after.device_layers < before.device_layers,
+        "{before:?}, {after:?}"
+    );
+    assert_eq!(after.device_layers + after.cpu_layers, 8);
+    let (rest, error) = answer(&link, &first).await;
+    assert_eq!(error, None);
+    assert_eq!([first, rest].concat(), whole);
     worker.shutdown().await.unwrap();
 }

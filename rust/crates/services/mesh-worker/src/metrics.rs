@@ -113,11 +113,16 @@ impl fmt::Debug for EngineCollector {
 type Place = (&'static str, &'static str, fn(&Split, &Load) -> f64);
 
 /// Figures of a model that runs on a GPU, wholly or in part.
-const PLACES: [Place; 4] = [
+const PLACES: [Place; 5] = [
     (
         "model_device_layers",
         "Layers of the model on the GPU",
         |split, _| split.device_layers.len() as f64,
+    ),
+    (
+        "model_expert_layers",
+        "Layers of the model on the GPU whose experts the CPU computes",
+        |split, _| split.expert_layers.into(),
     ),
     (
         "model_spilled_layers",
@@ -131,7 +136,7 @@ const PLACES: [Place; 4] = [
     ),
     (
         "model_spilled_bytes",
-        "Weights and KV cache in use of the layers that do not fit the GPU",
+        "Weights and KV cache in use of layers and experts that do not fit the GPU",
         |split, load| {
             let rows = load.kv_tokens_used as f64;
             split.cpu_weight_bytes as f64 + rows * split.cpu_kv_bytes_per_token as f64

@@ -6,7 +6,7 @@ use std::path::Path;
 use futures::future::{BoxFuture, FutureExt};
 use mesh_engine::{Engine, Load, RequestError};
 use mesh_engine_ort::Split;
-use mesh_proto::ModelCard;
+use mesh_proto::{DeviceSplit, ModelCard};
 use mesh_store::Pin;
 use mesh_worker_core::Location;
 
@@ -68,7 +68,10 @@ impl ServedModel {
     ) -> Self {
         let handle = engine.handle();
         ServedModel {
-            card,
+            card: ModelCard {
+                backend: backend.to_owned(),
+                ..card
+            },
             backend,
             split: None,
             engine: Box::new(ModelEngine {
@@ -82,8 +85,16 @@ impl ServedModel {
     }
 
     /// The parts that it was loaded in.
-    pub(crate) fn placed(self, split: Option<Split>) -> Self {
-        ServedModel { split, ..self }
+    pub(crate) fn placed(mut self, split: Option<Split>) -> Self {
+        self.card.split = split.as_ref().map(|split| DeviceSplit {
+            device_layers: split.device_layers.len() as u32,
+            expert_layers: split.expert_layers,
+            cpu_layers: split.cpu_layers.len() as u32,
+            device_bytes: split.memory.used(),
+            cpu_bytes: split.cpu_weight_bytes,
+        });
+        self.split = split;
+        self
     }
 
     /// It was loaded from the store, where `pin` keeps its files for as long as it is loaded.

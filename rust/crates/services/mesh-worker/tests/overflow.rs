@@ -86,6 +86,7 @@ async fn a_model_larger_than_the_limit_is_served_from_both_memories() {
     let worker = worker.unwrap().unwrap();
     assert_eq!(hello.models.len(), 1);
     assert_eq!(hello.models[0].layer_end, 30, "a whole model to the head");
+    let split = hello.models[0].split.clone().expect("its parts");
     let whole = answer(&link, Vec::new()).await;
     assert_eq!(whole.len(), 12);
     // A request that was interrupted elsewhere continues here.
@@ -110,6 +111,9 @@ async fn a_model_larger_than_the_limit_is_served_from_both_memories() {
     let (layers, spilled) = (figure("device_layers"), figure("spilled_layers"));
     assert!(layers >= 1.0 && spilled >= 1.0, "{figures:?}");
     assert_eq!(layers + spilled, 30.0);
+    let said = [split.device_layers, split.cpu_layers, split.expert_layers];
+    assert_eq!(said.map(f64::from), [layers, spilled, 0.0]);
+    assert!(split.device_bytes <= LIMIT && split.cpu_bytes > 1 << 20);
     let bytes = figure("device_bytes");
     assert!(bytes > 0.0 && bytes <= LIMIT as f64, "{figures:?}");
     assert!(figure("spilled_bytes") > 1e6, "{figures:?}");

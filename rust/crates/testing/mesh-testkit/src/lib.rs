@@ -13,12 +13,14 @@
 //!
 //! - [`Mesh`] and [`Service`] are `mesh-launcher`'s;
 //! - [`Namespaces`] gives each service a network of its own, whose cable can be pulled;
+//! - [`conformance`] has the contracts of engines as checks;
 //! - [`hub`] is a Hugging Face hub with repositories made in the test, and with everything that goes wrong;
 //! - [`lavapipe`] runs tests on WebGPU without a GPU;
 //! - [`v5`] holds a v5.0.0 client, worker and head written from the wire format alone, without the `dcf` crate.
 
 #![forbid(unsafe_code)]
 
+pub mod conformance;
 pub mod hub;
 pub mod lavapipe;
 pub mod namespaces;

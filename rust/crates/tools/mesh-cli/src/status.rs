@@ -56,6 +56,7 @@ fn show(mesh: &Mesh, terminal: Terminal) -> String {
     let rows: Vec<Vec<String>> = mesh.workers.iter().flat_map(rows).collect();
     text += "\n";
     text += &table(&WORKER_HEADINGS, &rows);
+    text += &splits(mesh);
     text += &unused(mesh);
     text += &absent(mesh);
     text += &rings::show(mesh, terminal);
@@ -66,6 +67,35 @@ fn show(mesh: &Mesh, terminal: Terminal) -> String {
 const WORKER_HEADINGS: [&str; 8] = [
     "WORKER", "STATE", "MODEL", "RUNNING", "DECODE", "PREFILL", "MEMORY", "LINK",
 ];
+
+/// Models of which a GPU has some layers and the CPU the rest.
+fn splits(mesh: &Mesh) -> String {
+    let served = mesh
+        .workers
+        .iter()
+        .flat_map(|worker| worker.models.iter().map(move |model| (worker, model)));
+    let lines = served.filter_map(|(worker, model)| {
+        let split = model.split.as_ref()?;
+        if split.cpu_layers == 0 && split.expert_layers == 0 {
+            return None;
+        }
+        let experts = match split.expert_layers {
+            0 => String::new(),
+            count => format!(" and the experts of {count} others"),
+        };
+        Some(format!(
+            "{} on {}: {} layers on {} ({}), {}{experts} on the CPU ({})\n",
+            model.name,
+            worker.name,
+            split.device_layers,
+            model.backend.as_deref().unwrap_or("a GPU"),
+            bytes(split.device_bytes),
+            split.cpu_layers,
+            bytes(split.cpu_bytes),
+        ))
+    });
+    lines.collect()
+}
 
 /// Workers that are connected and get no requests, and why. Warnings name those in quarantine.
 fn unused(mesh: &Mesh) -> String {
@@ -291,6 +321,30 @@ mod tests {
             text.contains("2.0 s/step") && !text.contains("tok/s"),
             "{text}"
         );
+    }
+
+    #[test]
+    fn the_split_of_a_model_is_shown_where_it_has_one() {
+        let model = |name: &str, cpu: u32, experts: u32| {
+            json!({"name": name, "backend": "cuda", "split": {
+                "device_layers": 20, "cpu_layers": cpu, "expert_layers": experts,
+                "device_bytes": 3u64 << 30, "cpu_bytes": 1u64 << 30,
+            }})
+        };
+        let models = [
+            model("whole", 0, 0),
+            model("split", 8, 0),
+            model("moe", 0, 20),
+        ];
+        let registry = json!({"workers": [{"name": "pc", "models": models}]});
+        let text = show(&read(&registry).unwrap(), Terminal::new(Color::Never));
+        assert!(text.contains("split on pc: 20 layers on cuda ("), "{text}");
+        assert!(text.contains("), 8 on the CPU ("), "{text}");
+        assert!(
+            text.contains(", 0 and the experts of 20 others on the CPU"),
+            "{text}"
+        );
+        assert!(!text.contains("whole on pc"), "{text}");
     }
 
     #[test]

@@ -55,8 +55,8 @@ pub use images::{
     CreateImageRequest, Image, ImageFormat, ImageStreamEvent, ImageTimings, ImagesResponse,
 };
 pub use mesh::{
-    DuplicateIdentity, Machine, Mesh, ModelHolder, ModelSeeker, NameConflict, Path, Quarantine,
-    RequestCounts, ServedModel, SharedModel, TokenCounts, Worker,
+    DeviceSplit, DuplicateIdentity, Machine, Mesh, ModelHolder, ModelSeeker, NameConflict, Path,
+    Quarantine, RequestCounts, ServedModel, SharedModel, TokenCounts, Worker,
 };
 pub use models::{Health, ListModelsResponse, Model, Readiness};
 pub use requests::{

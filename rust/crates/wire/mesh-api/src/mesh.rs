@@ -169,6 +169,29 @@ pub struct ServedModel {
     pub prefill_tokens_per_second: f64,
     /// Reason why the worker gets no requests for it.
     pub not_used: Option<String>,
+    /// Device that computes it: `cpu`, `cuda`, `migraphx` or `webgpu`; unknown of older workers and of rings.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub backend: Option<String>,
+    /// Division of its layers between a GPU and the CPU; absent if none is on a GPU.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub split: Option<DeviceSplit>,
+}
+
+/// The layers of a model on a GPU and on the CPU beside it.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(default)]
+pub struct DeviceSplit {
+    /// Layers on the GPU, the first ones.
+    pub device_layers: u32,
+    /// Layers among those whose experts the CPU computes.
+    pub expert_layers: u32,
+    /// Layers on the CPU.
+    pub cpu_layers: u32,
+    /// Bytes of weights and KV cache on the GPU when the model was loaded.
+    pub device_bytes: u64,
+    /// Bytes of weights on the CPU.
+    pub cpu_bytes: u64,
 }
 
 /// A path that a worker measured.

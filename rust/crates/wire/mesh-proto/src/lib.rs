@@ -106,6 +106,24 @@ messages! {
         keeps_text: bool = [bool, tag = 25],
         /// Sizes and defaults of a model that makes images.
         image: Option<ImageCard> = [message, optional, tag = 26],
+        /// Device that computes it (`cpu`, `cuda`, `migraphx`, `webgpu`); empty in messages of older workers.
+        backend: String = [string, tag = 28],
+        /// Division of its layers between a GPU and the CPU, if any of them is on a GPU.
+        split: Option<DeviceSplit> = [message, optional, tag = 29],
+    }
+
+    /// The layers of a model on a GPU and on the CPU beside it.
+    pub struct DeviceSplit {
+        /// Layers on the GPU, the first ones.
+        device_layers: u32 = [uint32, tag = 1],
+        /// Layers among those whose experts the CPU computes.
+        expert_layers: u32 = [uint32, tag = 2],
+        /// Layers on the CPU.
+        cpu_layers: u32 = [uint32, tag = 3],
+        /// Bytes of weights and KV cache on the GPU when the model was loaded.
+        device_bytes: u64 = [uint64, tag = 4],
+        /// Bytes of weights on the CPU.
+        cpu_bytes: u64 = [uint64, tag = 5],
     }
 }
 

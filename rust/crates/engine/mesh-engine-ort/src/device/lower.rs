@@ -56,6 +56,26 @@ pub(super) struct Lowered {
     pub(super) bytes: u64,
 }
 
+/// The parts of layers that a device computes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Parts {
+    /// All of them, and the output matrix where they end the model.
+    Whole,
+    /// All but mixtures of experts and the output matrix, which the CPU computes. The graph is of one layer: between
+    /// two of them rows go to the CPU and back.
+    WithoutExperts,
+}
+
+impl Parts {
+    /// Those of `layers` that a graph computes if the CPU computes the rest.
+    pub(crate) fn of(config: &ModelConfig, mut layers: Range<u32>) -> Parts {
+        match layers.any(|layer| config.mixture_of(layer).is_some()) {
+            true => Parts::WithoutExperts,
+            false => Parts::Whole,
+        }
+    }
+}
+
 /// Inputs for building a graph.
 pub(super) struct LoweringPlan<'a> {
     pub(super) tensors: &'a Tensors,
@@ -66,6 +86,8 @@ pub(super) struct LoweringPlan<'a> {
     pub(super) positions: usize,
     /// Threads that read the weights.
     pub(super) threads: usize,
+    /// The parts of the layers that the graph has.
+    pub(super) parts: Parts,
 }
 
 impl LoweringPlan<'_> {
@@ -77,15 +99,22 @@ impl LoweringPlan<'_> {
                 feature: "multi-head latent attention".into(),
             });
         }
-        if config.mixture.is_some() {
-            return Err(LoadError::Unsupported {
-                feature: "a mixture of experts".into(),
-            });
-        }
-        if config.output_bias {
-            return Err(LoadError::Unsupported {
-                feature: "a bias on the output of attention".into(),
-            });
+        let mixture = Parts::of(config, self.layers.clone()) == Parts::WithoutExperts;
+        for (found, feature) in [
+            (
+                mixture && self.parts == Parts::Whole,
+                "a mixture of experts",
+            ),
+            (config.output_bias, "a bias on the output of attention"),
+            (config.attention_sinks, "attention sinks"),
+            (config.qk_norm_over_heads, "norms over all heads of a row"),
+            (config.residual_scale != 1.0, "a factor on residual rows"),
+        ] {
+            if found {
+                return Err(LoadError::Unsupported {
+                    feature: feature.into(),
+                });
+            }
         }
         for (what, width) in [
             ("heads", config.head_dim),
@@ -111,7 +140,10 @@ impl LoweringPlan<'_> {
         let mut x = HIDDEN.to_owned();
         for layer in 0..self.layers.len() {
             x = lowering.attention(layer, x)?;
-            x = lowering.feed_forward(layer, x)?;
+            let number = self.layers.start + layer as u32;
+            if self.parts == Parts::Whole || self.config.mixture_of(number).is_none() {
+                x = lowering.feed_forward(layer, x)?;
+            }
         }
         match self.is_last() {
             true => lowering.head(x)?,
@@ -125,8 +157,9 @@ impl LoweringPlan<'_> {
         Ok(lowering.finish())
     }
 
-    fn is_last(&self) -> bool {
-        self.layers.end == self.config.layers
+    /// True if the graph gives logits.
+    pub(super) fn is_last(&self) -> bool {
+        self.layers.end == self.config.layers && self.parts == Parts::Whole
     }
 }
 

@@ -1,5 +1,6 @@
 //! Stages for execution providers: the second lowering, to ONNX Runtime's own operators.
 
+mod bandwidth;
 mod builder;
 mod lower;
 mod matrix;
@@ -24,6 +25,8 @@ use crate::options::{KvFormat, LoadError, OrtOptions, suited_kv};
 use crate::provider::Provider;
 use crate::runtime;
 use crate::webgpu::{self, InTurn};
+pub use bandwidth::bandwidth;
+pub(crate) use lower::Parts;
 use lower::{HIDDEN, KEPT, LAST_POSITION, LENGTH, LoweringPlan, OUTPUT};
 pub use memory::DeviceMemory;
 use memory::Reserved;
@@ -107,7 +110,7 @@ pub(crate) struct DeviceSizes {
 }
 
 impl DeviceSizes {
-    /// The sizes of `layers` of `model`.
+    /// The sizes of these parts of `layers` of `model`.
     ///
     /// # Errors
     /// If the options do not fit the model.
@@ -116,18 +119,27 @@ impl DeviceSizes {
         layers: &Range<u32>,
         options: &OrtOptions,
         device: Device,
+        parts: Parts,
     ) -> Result<DeviceSizes, LoadError> {
         let (config, tensors, precision) = (model.config(), model.tensors(), device.precision);
         let context = check::options(options, config.context)?;
         let positions = device.positions(context, options.max_rows);
         let shape = CacheShape::of(config, 1, positions, device);
         let sizes = layers.clone();
+        let rotations = |layers| size::rotations(config, layers, positions, precision);
+        let layer = |layer| size::layer(tensors, config, layer, precision);
         Ok(DeviceSizes {
-            layers: sizes
-                .map(|layer| size::layer(tensors, layer, precision))
-                .collect(),
-            fixed: size::rotations(config, layers.clone(), positions, precision),
-            end: match layers.end == config.layers {
+            layers: match parts {
+                Parts::Whole => sizes.map(layer).collect(),
+                Parts::WithoutExperts => sizes
+                    .map(|number| layer(number).saturating_add(rotations(number..number + 1)))
+                    .collect(),
+            },
+            fixed: match parts {
+                Parts::Whole => rotations(layers.clone()),
+                Parts::WithoutExperts => 0,
+            },
+            end: match layers.end == config.layers && parts == Parts::Whole {
                 true => size::head(tensors, config, precision),
                 false => 0,
             },
@@ -160,10 +172,11 @@ pub(crate) fn check_operators(
     let plan = LoweringPlan {
         tensors: model.tensors(),
         config: model.config(),
-        layers,
+        layers: layers.clone(),
         precision: device.precision,
         positions: 0,
         threads: 1,
+        parts: Parts::of(model.config(), layers),
     };
     plan.check()
 }
@@ -180,9 +193,11 @@ pub struct DeviceStage {
     shape: CacheShape,
     /// Format of exported KV rows: that of the CPU's stage, so that streams can move between both.
     exported: KvFormat,
-    parts: InTurn<Parts>,
+    parts: InTurn<Objects>,
     _weights: Reserved,
     memory: DeviceMemory,
+    /// The graph ends the model, and gives logits.
+    is_last: bool,
     /// On a first stage.
     embedding: Option<Embedding>,
     output: Vec<f32>,
@@ -191,7 +206,7 @@ pub struct DeviceStage {
 
 /// A stage's objects of ONNX Runtime.
 // Dropped in this order: the memory of the slots is the allocator's, which is the session's.
-struct Parts {
+struct Objects {
     slots: Vec<DeviceSlot>,
     allocator: Allocator,
     session: Session,
@@ -215,6 +230,18 @@ impl DeviceStage {
         options: OrtOptions,
         device: Device,
     ) -> Result<DeviceStage, LoadError> {
+        DeviceStage::load_parts(model, layers, options, device, Parts::Whole)
+    }
+
+    /// [`load`](Self::load) of some parts. Without experts the stage is of one layer, and gives hidden rows even if
+    /// the layer ends the model.
+    pub(crate) fn load_parts(
+        model: &Model,
+        layers: Range<u32>,
+        options: OrtOptions,
+        device: Device,
+        parts: Parts,
+    ) -> Result<DeviceStage, LoadError> {
         let config = model.config();
         check::layers(&layers, config.layers)?;
         let context = check::options(&options, config.context)?;
@@ -229,11 +256,12 @@ impl DeviceStage {
             precision: device.precision,
             positions: limit,
             threads,
+            parts,
         };
         plan.check()?;
         let provider = device.provider;
         let memory = options.device.memory.clone();
-        let sizes = DeviceSizes::of(model, &layers, &options, device)?;
+        let sizes = DeviceSizes::of(model, &layers, &options, device, parts)?;
         let exhausted = |full: memory::Full| LoadError::DeviceMemory {
             provider,
             reason: full.to_string(),
@@ -242,11 +270,12 @@ impl DeviceStage {
         let reserved = memory.reserve(sizes.weights(layers.len()), "the weights of its layers");
         let reserved = reserved.map_err(exhausted)?;
         let lowered = plan.lower()?;
+        let is_last = plan.is_last();
         let parts = {
             let _turn = webgpu::turn(provider);
             let session =
                 provider.session(&environment, threads, &lowered.model, lowered.weights)?;
-            Parts {
+            Objects {
                 slots: (0..options.slots).map(|_| DeviceSlot::empty()).collect(),
                 allocator: provider.allocator(&session)?,
                 session,
@@ -290,6 +319,7 @@ impl DeviceStage {
             device,
             shape,
             exported,
+            is_last,
             embedding,
             output: Vec::new(),
             _reclaim: Reclaim,
@@ -321,7 +351,7 @@ impl DeviceStage {
         bind(binding, LAST_POSITION, &[1], vec![length as i32 - 1])?;
         bind(binding, LENGTH, &[1], vec![length as i32])?;
         let last = rows as i64 - 1;
-        if self.info.is_last() {
+        if self.is_last {
             // Not every provider can multiply with zero rows: without logits, one unused row is computed.
             let kept: Vec<i64> = match segment.logits {
                 LogitRows::All => (0..rows as i64).collect(),
@@ -336,7 +366,7 @@ impl DeviceStage {
             .get(OUTPUT)
             .ok_or_else(|| ort::Error::new("the session gave no output"))?;
         let (_, numbers) = output.try_extract_tensor::<f32>()?;
-        let count = match self.info.is_last() {
+        let count = match self.is_last {
             true => segment.logits.count(segment.rows) as usize * self.info.shape.vocab,
             false => rows * self.info.shape.hidden,
         };
@@ -446,7 +476,7 @@ impl Stage for DeviceStage {
         }
         self.run_all(segments, &input)
             .map_err(|e| self.failed(&e))?;
-        Ok(match self.info.is_last() {
+        Ok(match self.is_last {
             true => StageOutput::Logits(&self.output),
             false => StageOutput::Hidden(&self.output),
         })

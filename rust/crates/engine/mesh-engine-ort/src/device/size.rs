@@ -9,12 +9,22 @@ use mesh_model::{ModelConfig, Tensors};
 use super::matrix::MatrixForm;
 use super::tensors::Precision;
 
-/// Bytes of the constants of layer `number`.
-pub(super) fn layer(tensors: &Tensors, number: u32, precision: Precision) -> u64 {
+/// Bytes of the constants of layer `number`, without a mixture of experts if it has one.
+pub(super) fn layer(
+    tensors: &Tensors,
+    config: &ModelConfig,
+    number: u32,
+    precision: Precision,
+) -> u64 {
     let prefix = format!("blk.{number}.");
-    let own = tensors
-        .iter()
-        .filter(|tensor| tensor.name.starts_with(&prefix));
+    let mixture = config.mixture_of(number).is_some();
+    let own = tensors.iter().filter(|tensor| {
+        let name = tensor.name.strip_prefix(&prefix);
+        name.is_some_and(|name| {
+            let in_mixture = name.starts_with("ffn_") || name == config.ffn_norm();
+            !(mixture && in_mixture)
+        })
+    });
     own.map(|tensor| constant(&tensor, precision))
         .fold(0, u64::saturating_add)
 }

@@ -4,10 +4,10 @@
 //! both parts. [`load`] plans and loads them, and takes fewer layers when the device turns out to have less
 //! memory than it seemed.
 //!
-//! Layers are the unit. The experts of a mixture cannot go to the CPU alone: rows would have to cross twice in
-//! every layer, within what is one graph on the device and one stage here; and the device's graph has no
-//! operator for a mixture, so mixtures run on the CPU as a whole.
+//! Layers are the unit, except for mixtures of experts: their experts go to the CPU first, all of them, and the
+//! device has the rest of as many layers as fit (module `experts`).
 
+mod experts;
 pub mod plan;
 mod split;
 
@@ -18,7 +18,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use mesh_engine::Stage;
 use mesh_model::Model;
 
-use crate::device::{Device, DeviceMemory, DeviceSizes, DeviceStage, check_operators};
+use crate::device::{Device, DeviceMemory, DeviceSizes, DeviceStage, Parts, check_operators};
 use crate::options::{LoadError, OrtOptions};
 use crate::provider::Provider;
 use crate::stage::OrtStage;
@@ -44,11 +44,13 @@ pub struct DeviceOptions {
 pub struct Split {
     /// Layers on the device, the first ones.
     pub device_layers: Range<u32>,
+    /// Layers among those whose mixture of experts the CPU computes.
+    pub expert_layers: u32,
     /// Layers on the CPU.
     pub cpu_layers: Range<u32>,
     /// KV tokens over all slots that fit the device; `None` if its memory is unknown and has no limit.
     pub kv_tokens: Option<u64>,
-    /// Bytes of packed weights of the part on the CPU.
+    /// Bytes of packed weights on the CPU, those of experts among them.
     pub cpu_weight_bytes: u64,
     /// Bytes of KV cache that one token takes on the CPU.
     pub cpu_kv_bytes_per_token: u64,
@@ -65,7 +67,7 @@ impl Split {
 }
 
 /// Loads `layers` of `model`, as many of them on `device` as fit, the rest on the CPU. `check` tests each part
-/// that was loaded on the device.
+/// that was loaded on the device, with the experts of its layers.
 ///
 /// # Errors
 /// [`LoadError::DeviceMemory`] if no layer fits. [`LoadError::Provider`] if by `times` the device is of no use,
@@ -76,7 +78,7 @@ pub(crate) fn load(
     options: &OrtOptions,
     device: Device,
     times: Option<StepTimes>,
-    check: impl Fn(&mut DeviceStage) -> Result<(), LoadError>,
+    check: impl Fn(&mut dyn Stage) -> Result<(), LoadError>,
 ) -> Result<(Box<dyn Stage>, Split), LoadError> {
     let limits = &options.device;
     let budget = || {
@@ -97,11 +99,13 @@ fn load_within(
     device: Device,
     times: Option<StepTimes>,
     budget: impl Fn() -> Option<u64>,
-    check: impl Fn(&mut DeviceStage) -> Result<(), LoadError>,
+    check: impl Fn(&mut dyn Stage) -> Result<(), LoadError>,
 ) -> Result<(Box<dyn Stage>, Split), LoadError> {
     check_operators(model, layers.clone(), device)?;
-    let sizes = DeviceSizes::of(model, &layers, options, device)?;
+    let parts = Parts::of(model.config(), layers.clone());
+    let sizes = DeviceSizes::of(model, &layers, options, device, parts)?;
     let mut request = request(sizes, options, times);
+    request.by_layer = parts == Parts::WithoutExperts;
     let mut failures = 0;
     let (part, plan) = loop {
         request.budget = budget();
@@ -136,15 +140,19 @@ fn load_part(
     plan: SplitPlan,
     options: &OrtOptions,
     device: Device,
-    check: &impl Fn(&mut DeviceStage) -> Result<(), LoadError>,
-) -> Result<DeviceStage, LoadError> {
+    check: &impl Fn(&mut dyn Stage) -> Result<(), LoadError>,
+) -> Result<DevicePart, LoadError> {
     let provider = device.provider;
     if plan.too_slow {
         return Err(LoadError::Provider {
             provider,
-            reason:
-                "a step of one layer takes longer there than all layers that fit take on the CPU"
-                    .into(),
+            reason: match request.by_layer {
+                true => "a layer with its experts on the CPU takes longer than on the CPU as a whole",
+                false => {
+                    "a step of one layer takes longer there than all layers that fit take on the CPU"
+                }
+            }
+            .into(),
         });
     }
     if request.most_layers == 0 {
@@ -161,9 +169,44 @@ fn load_part(
         return Err(LoadError::DeviceMemory { provider, reason });
     }
     let part = layers.start..layers.start + plan.device_layers;
-    let mut stage = DeviceStage::load(model, part, options.clone(), device)?;
-    check(&mut stage)?;
-    Ok(stage)
+    let mut part = DevicePart::load(model, part, options, device)?;
+    check(&mut *part.stage)?;
+    Ok(part)
+}
+
+/// Layers on a device, with their experts on the CPU.
+pub(crate) struct DevicePart {
+    pub(crate) stage: Box<dyn Stage>,
+    /// Bytes of experts.
+    host_bytes: u64,
+    moved: Arc<AtomicU64>,
+}
+
+impl DevicePart {
+    /// Loads `layers` of `model`, whatever memory they take on the device within the limit of the options.
+    ///
+    /// # Errors
+    /// Those of [`DeviceStage::load`] and [`OrtStage::load`].
+    pub(crate) fn load(
+        model: &Model,
+        layers: Range<u32>,
+        options: &OrtOptions,
+        device: Device,
+    ) -> Result<DevicePart, LoadError> {
+        let moved = Arc::default();
+        let (stage, host_bytes) = match Parts::of(model.config(), layers.clone()) {
+            Parts::WithoutExperts => experts::load(model, layers, options, device, &moved)?,
+            Parts::Whole => {
+                let stage = DeviceStage::load(model, layers, options.clone(), device)?;
+                (Box::new(stage) as Box<dyn Stage>, 0)
+            }
+        };
+        Ok(DevicePart {
+            stage,
+            host_bytes,
+            moved,
+        })
+    }
 }
 
 /// Loads the rest of `layers` and joins it with the part on the device.
@@ -172,7 +215,7 @@ fn join(
     layers: Range<u32>,
     options: &OrtOptions,
     device: Device,
-    (part, plan): (DeviceStage, SplitPlan),
+    (part, plan): (DevicePart, SplitPlan),
     request: &SplitRequest,
 ) -> Result<(Box<dyn Stage>, Split), LoadError> {
     let cut = layers.start + plan.device_layers;
@@ -181,20 +224,34 @@ fn join(
     if request.budget.is_some() {
         options.device.memory.promise(plan.device_bytes);
     }
+    let config = model.config();
+    let on_device = layers.start..cut;
+    let with_experts = on_device
+        .clone()
+        .filter(|&layer| config.mixture_of(layer).is_some());
     let mut split = Split {
-        device_layers: layers.start..cut,
+        expert_layers: with_experts.count() as u32,
+        device_layers: on_device,
         cpu_layers: cut..layers.end,
         kv_tokens: request.budget.map(|_| plan.kv_tokens),
-        cpu_weight_bytes: 0,
+        cpu_weight_bytes: part.host_bytes,
         cpu_kv_bytes_per_token: 0,
         memory: options.device.memory.clone(),
-        moved: Arc::default(),
+        moved: part.moved,
     };
+    if split.expert_layers > 0 {
+        tracing::info!(
+            provider = %device.provider,
+            layers = split.expert_layers,
+            mib = part.host_bytes >> 20,
+            "the CPU computes the experts of the layers on the device"
+        );
+    }
     if cut == layers.end {
-        return Ok((Box::new(part), split));
+        return Ok((part.stage, split));
     }
     let rest = OrtStage::load(model, cut..layers.end, options.clone())?;
-    split.cpu_weight_bytes = rest.info().weight_bytes;
+    split.cpu_weight_bytes += rest.info().weight_bytes;
     split.cpu_kv_bytes_per_token = rest.info().kv_bytes_per_token;
     tracing::info!(
         provider = %device.provider,
@@ -205,9 +262,12 @@ fn join(
         kv_tokens = plan.kv_tokens,
         "the model is larger than the device's memory: the CPU computes the last layers"
     );
-    let moved = Arc::clone(&split.moved);
-    let stage = SplitStage::new(Box::new(part), Box::new(rest), moved)
-        .map_err(|error| LoadError::Model(error.to_string()))?;
+    let joined = SplitStage::chain(vec![part.stage, Box::new(rest)]);
+    let mut stage = joined.map_err(|error| LoadError::Model(error.to_string()))?;
+    // Rows of layers with experts came to the CPU before, and were counted there.
+    if split.expert_layers == 0 {
+        stage = stage.counting(&split.moved);
+    }
     Ok((Box::new(stage), split))
 }
 
@@ -237,6 +297,7 @@ fn request(sizes: DeviceSizes, options: &OrtOptions, speeds: Option<StepTimes>) 
         budget: None,
         most_layers: options.device.most_layers.unwrap_or(u32::MAX),
         speeds,
+        by_layer: false,
         layers: sizes.layers,
     }
 }

@@ -28,6 +28,8 @@ pub struct SplitRequest {
     pub most_layers: u32,
     /// Measured times; without them the device counts as faster.
     pub speeds: Option<StepTimes>,
+    /// Rows come back from the device after each layer: a step there costs as much for each of them, not once.
+    pub by_layer: bool,
 }
 
 /// Rows for which slots have memory.
@@ -95,7 +97,8 @@ impl SplitRequest {
                 count = candidate;
             }
         }
-        let too_slow = count > 0 && self.speeds.is_some_and(|speeds| !speeds.pays(count));
+        let against = if self.by_layer { 1 } else { count };
+        let too_slow = count > 0 && self.speeds.is_some_and(|speeds| !speeds.pays(against));
         if too_slow {
             count = 0;
         }
@@ -184,6 +187,7 @@ mod tests {
             budget,
             most_layers: 32,
             speeds: None,
+            by_layer: false,
         }
     }
 
@@ -247,20 +251,24 @@ mod tests {
 
     #[test]
     fn a_device_that_is_slower_than_the_layers_it_would_take_gets_none() {
-        let speeds = |device_step, cpu_layer| {
+        let speeds = |device_step, cpu_layer, by_layer| {
             let speeds = Some(StepTimes {
                 device_step,
                 cpu_layer,
             });
             let plan = SplitRequest {
                 speeds,
+                by_layer,
                 ..request(Some(10 * LAYER + MIB))
             }
             .plan();
             (plan.device_layers, plan.too_slow)
         };
-        assert_eq!(speeds(0.009, 0.001), (10, false));
-        assert_eq!(speeds(0.011, 0.001), (0, true));
+        assert_eq!(speeds(0.009, 0.001, false), (10, false));
+        assert_eq!(speeds(0.011, 0.001, false), (0, true));
+        // Where every layer crosses, each must be faster.
+        assert_eq!(speeds(0.009, 0.001, true), (0, true));
+        assert_eq!(speeds(0.0009, 0.001, true), (10, false));
     }
 
     #[test]

@@ -43,7 +43,8 @@ fn model() -> Model {
 }
 
 fn sizes(model: &Model, options: &OrtOptions) -> DeviceSizes {
-    DeviceSizes::of(model, &(0..LAYERS), options, device()).unwrap()
+    let parts = Parts::of(model.config(), 0..LAYERS);
+    DeviceSizes::of(model, &(0..LAYERS), options, device(), parts).unwrap()
 }
 
 /// Loads with `budget` as what the plan believes.
@@ -110,7 +111,8 @@ fn sizes_are_those_of_the_loaded_graph() {
             let options = options(&memory, 1, 64);
             // Without the embedding table, which is the host's.
             for layers in [1..3, 3..LAYERS] {
-                let sizes = DeviceSizes::of(&model, &layers, &options, device()).unwrap();
+                let parts = Parts::Whole;
+                let sizes = DeviceSizes::of(&model, &layers, &options, device(), parts).unwrap();
                 let stage =
                     DeviceStage::load(&model, layers.clone(), options.clone(), device()).unwrap();
                 let found = stage.info().weight_bytes;
@@ -121,6 +123,15 @@ fn sizes_are_those_of_the_loaded_graph() {
             assert_eq!(memory.used(), 0);
         }
     }
+    let (model, memory) = (mixture(), DeviceMemory::default());
+    let options = options(&memory, 1, 64);
+    for layer in 1..LAYERS {
+        let parts = Parts::WithoutExperts;
+        let layers = layer..layer + 1;
+        let expected = DeviceSizes::of(&model, &layers, &options, device(), parts).unwrap();
+        let stage = DeviceStage::load_parts(&model, layers, options.clone(), device(), parts);
+        assert_eq!(expected.weights(1), stage.unwrap().info().weight_bytes);
+    }
 }
 
 #[test]
@@ -130,7 +141,7 @@ fn a_model_of_twice_the_limit_is_split_and_answers_as_one_stage() {
     let cache = whole.kv_row * u64::from(LAYERS) * 2 * whole.cache_rows.1;
     let memory = DeviceMemory::new(Some((whole.weights(LAYERS as usize) + cache) / 2));
     let options = options(&memory, 2, 64);
-    let check = |_: &mut DeviceStage| Ok(());
+    let check = |_: &mut dyn Stage| Ok(());
     let (mut split, parts) = load(&model, 0..LAYERS, &options, device(), None, check).unwrap();
     let Split {
         device_layers,
@@ -160,36 +171,87 @@ fn a_model_of_twice_the_limit_is_split_and_answers_as_one_stage() {
     let more = whole.layers[0] + whole.kv_row * 64 * (u64::from(device_layers.end) + 2);
     assert!(memory.left().is_some_and(|left| left < more), "{memory:?}");
 
-    // Rows go from the CPU's stage to the split one, and from slot to slot, as if it were one stage.
-    let rows = cpu.kv_export(0, 0..30).unwrap();
-    split.kv_import(1, 0, &rows).unwrap();
-    assert_eq!(split.kv_len(1), 30);
-    let found = logits(&mut *split, segment(1, 30, 10), &text[30..]);
-    assert!(cosine(&found, &expected) > 0.999);
-    let own = split.kv_export(1, 10..40).unwrap();
-    assert_eq!(own.len() as u64, 30 * info.kv_bytes_per_token);
-    cpu.truncate(0, 10);
-    cpu.kv_import(0, 10, &own).unwrap();
-    cpu.truncate(0, 39);
-    let found = logits(&mut cpu, segment(0, 39, 1), &text[39..]);
-    assert!(cosine(&found, &expected) > 0.999);
-    split.copy_prefix(1, 0, 39).unwrap();
-    let found = logits(&mut *split, segment(0, 39, 1), &text[39..]);
-    assert!(cosine(&found, &expected) > 0.999);
-
-    for refused in [
-        split.kv_import(0, 41, &rows).unwrap_err(),
-        split.kv_import(0, 0, &rows[1..]).unwrap_err(),
-        split.kv_export(0, 0..41).unwrap_err(),
-        split.copy_prefix(0, 1, 41).unwrap_err(),
-    ] {
-        assert!(!matches!(refused, StageError::Backend { .. }), "{refused}");
-    }
-    assert_eq!((split.kv_len(0), split.kv_len(1)), (40, 40));
-    split.truncate(0, 0);
-    split.truncate(1, 0);
     drop(split);
     assert_eq!(memory.used(), 0);
+}
+
+/// A model whose first layer is dense and whose others are mixtures.
+fn mixture() -> Model {
+    let mut shape = Shape {
+        layers: LAYERS,
+        ..Shape::tiny(Architecture::Qwen3Moe)
+    };
+    if let Some(mixture) = &mut shape.mixture {
+        mixture.leading_dense = 1;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("mixture.gguf");
+    // Floats: where rows are rounded to 8 bits, a row may choose another expert.
+    random_model(&shape, GgmlType::F16, Tokens::Bytes, &path).unwrap();
+    Model::open(&path).unwrap()
+}
+
+#[test]
+fn the_cpu_computes_experts_before_it_computes_whole_layers() {
+    let model = mixture();
+    let plain = options(&DeviceMemory::default(), 1, 64);
+    let whole = sizes(&model, &plain);
+    let in_file = model.tensors().file_len();
+    assert!(whole.weights(LAYERS as usize) < in_file / 2, "{whole:?}");
+    let mut cpu = OrtStage::load(&model, 0..LAYERS, plain.clone()).unwrap();
+    let text = tokens(20);
+    let expected = logits(&mut cpu, segment(0, 0, 20), &text);
+    let next = logits(&mut cpu, segment(0, 20, 1), &[7]);
+    let cache = |layers: u64| whole.kv_row * layers * whole.cache_rows.1;
+    for on_device in [LAYERS, 3, 1] {
+        let room = whole.weights(on_device as usize) + cache(on_device.into());
+        let memory = DeviceMemory::new(Some(room));
+        let options = options(&memory, 1, 64);
+        let check = |_: &mut dyn Stage| Ok(());
+        let loaded = load(&model, 0..LAYERS, &options, device(), None, check);
+        let (mut stage, parts) = loaded.unwrap();
+        assert_eq!(parts.device_layers, 0..on_device);
+        assert_eq!(parts.cpu_layers, on_device..LAYERS);
+        assert_eq!(parts.expert_layers, on_device - 1);
+        assert_eq!(memory.used(), whole.weights(on_device as usize));
+        let found = logits(&mut *stage, segment(0, 0, 20), &text);
+        assert!(cosine(&found, &expected) > 0.9999, "{on_device}");
+        let found = logits(&mut *stage, segment(0, 20, 1), &[7]);
+        assert!(cosine(&found, &next) > 0.9999, "{on_device}");
+        let crossings = match on_device {
+            LAYERS => LAYERS - 1,
+            // A dense layer before one on the CPU.
+            1 => 1,
+            on_device => on_device - 1,
+        };
+        let row = 4 * stage.info().shape.hidden as u64;
+        assert_eq!(parts.moved_bytes(), u64::from(crossings) * 21 * row);
+        assert_eq!(memory.used(), room, "all rows of the slot have room");
+        drop(stage);
+        assert_eq!(memory.used(), 0);
+    }
+    // Every byte of the weights is in one of the places, and in one only.
+    let memory = DeviceMemory::default();
+    let (stage, parts) = loaded(&model, &options(&memory, 1, 64), None).unwrap();
+    let table = model.tensors().get("token_embd.weight").unwrap();
+    let table = table.data.len() as u64;
+    let all = memory.used() + parts.cpu_weight_bytes + table;
+    assert_eq!(stage.info().weight_bytes, all);
+}
+
+#[test]
+fn mixtures_that_the_operators_cannot_attend_are_refused_by_name() {
+    for (architecture, feature) in [
+        (Architecture::Deepseek2, "multi-head latent attention"),
+        (Architecture::GptOss, "a bias on the output of attention"),
+        (Architecture::Olmoe, "norms over all heads of a row"),
+        (Architecture::GraniteMoe, "a factor on residual rows"),
+    ] {
+        let model = model_of(architecture, GgmlType::Q8_0);
+        let options = options(&DeviceMemory::default(), 1, 64);
+        let error = loaded(&model, &options, None).err().unwrap().to_string();
+        assert!(error.contains(feature), "{error}");
+    }
 }
 
 #[test]
@@ -331,10 +393,10 @@ fn greedy_tokens_are_those_of_one_engine_up_to_a_near_tie() {
         out
     };
     let plain = options(&DeviceMemory::default(), 1, 128);
-    let whole = DeviceSizes::of(&model, &layers, &plain, device()).unwrap();
+    let whole = DeviceSizes::of(&model, &layers, &plain, device(), Parts::Whole).unwrap();
     let memory = DeviceMemory::new(Some(whole.weights(layers.len()) / 2));
     let limited = options(&memory, 1, 128);
-    let check = |_: &mut DeviceStage| Ok(());
+    let check = |_: &mut dyn Stage| Ok(());
     let (mut split, parts) = load(&model, layers.clone(), &limited, device(), None, check).unwrap();
     assert!((5..=25).contains(&parts.device_layers.end), "{parts:?}");
     let mut cpu = OrtStage::load(&model, layers, plain).unwrap();

@@ -16,7 +16,7 @@ pub(crate) struct SharedExpertWeights {
 
 impl SharedExpertWeights {
     /// Bytes of packed matrices.
-    pub(super) fn bytes(&self) -> usize {
+    pub(crate) fn bytes(&self) -> usize {
         let score = self.score.as_ref().map_or(0, QMatrix::bytes);
         self.gate.bytes() + self.up.bytes() + self.down.bytes() + score
     }

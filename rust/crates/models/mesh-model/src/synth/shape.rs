@@ -95,6 +95,19 @@ impl Shape {
         }
     }
 
+    /// Qwen2 and Qwen2.5 7B.
+    pub fn qwen2_7b() -> Self {
+        Shape {
+            hidden: 3584,
+            heads: 28,
+            kv_heads: 4,
+            ffn: 18_944,
+            vocab: 152_064,
+            tied_embeddings: false,
+            ..Shape::qwen2_1_5b()
+        }
+    }
+
     /// SmolLM2-135M.
     pub fn smollm2_135m() -> Self {
         Shape {

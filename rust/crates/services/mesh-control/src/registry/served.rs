@@ -241,7 +241,11 @@ pub(super) fn plausible(mut card: ModelCard) -> ModelCard {
     card.slots = card.slots.clamp(1, MOST_SLOTS);
     card.context = card.context.min(MOST_CONTEXT);
     card.dimensions = card.dimensions.min(MOST_DIMENSIONS);
-    for text in [&mut card.architecture, &mut card.quantization] {
+    for text in [
+        &mut card.architecture,
+        &mut card.quantization,
+        &mut card.backend,
+    ] {
         text.retain(|c| !c.is_control());
         text.truncate(text.floor_char_boundary(NAME_BYTES));
     }

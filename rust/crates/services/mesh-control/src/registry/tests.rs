@@ -438,6 +438,27 @@ fn new_models_are_asked_for_a_proof_once_a_second_and_each_name_once() {
 }
 
 #[test]
+fn a_model_that_was_loaded_again_has_its_new_division_and_its_old_measurements() {
+    let start = Instant::now();
+    let mut registry = Registry::new(Duration::from_secs(10));
+    let (id, _) = registry.join("a", address(1), hello("one"), start);
+    registry.prove_all(id, start);
+    let card = ModelCard {
+        backend: "cuda\u{1b}".into(),
+        split: Some(mesh_proto::DeviceSplit {
+            device_layers: 3,
+            ..Default::default()
+        }),
+        ..hello("one").models.remove(0)
+    };
+    registry.serves(id, vec![card], start);
+    let model = &registry.get(id).expect("it is connected").models[0];
+    let layers = model.card.split.as_ref().map(|split| split.device_layers);
+    assert_eq!((&*model.card.backend, layers), ("cuda", Some(3)));
+    assert!(model.proven);
+}
+
+#[test]
 fn forged_heartbeats_do_not_grow_the_registry_without_bound() {
     let start = Instant::now();
     let mut registry = Registry::new(Duration::from_secs(10));

@@ -278,6 +278,12 @@ impl Worker {
             slots: script.slots,
             decode_tps: script.decode_tps,
             prefill_tps: 1000.0,
+            backend: "cuda".into(),
+            split: Some(mesh_proto::DeviceSplit {
+                device_layers: 20,
+                cpu_layers: 8,
+                ..Default::default()
+            }),
             ..Default::default()
         };
         let mut models = vec![card];

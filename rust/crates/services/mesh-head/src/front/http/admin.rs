@@ -6,8 +6,8 @@ use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
 use mesh_api::{
-    Code, DuplicateIdentity, Machine, Mesh, PinDecision, PinList, RequestCounts, ServedModel,
-    TokenCounts,
+    Code, DeviceSplit, DuplicateIdentity, Machine, Mesh, PinDecision, PinList, RequestCounts,
+    ServedModel, TokenCounts,
 };
 use mesh_control::duplicates::{self, Duplicate};
 use mesh_control::registry::{self, Registry, Service, Worker};
@@ -138,6 +138,14 @@ fn describe(worker: &Worker, rings: &Rings, registry: &Registry, now: Instant) -
         decode_tokens_per_second: model.decode_tps,
         prefill_tokens_per_second: model.prefill_tps,
         not_used: registry.why_not(worker, model, now),
+        backend: Some(model.card.backend.clone()).filter(|backend| !backend.is_empty()),
+        split: model.card.split.as_ref().map(|split| DeviceSplit {
+            device_layers: split.device_layers,
+            expert_layers: split.expert_layers,
+            cpu_layers: split.cpu_layers,
+            device_bytes: split.device_bytes,
+            cpu_bytes: split.cpu_bytes,
+        }),
     };
     let models: Vec<ServedModel> = worker.models.iter().map(model).collect();
     let out = registry.why_out(node, now);
