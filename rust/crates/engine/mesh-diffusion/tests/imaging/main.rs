@@ -163,17 +163,53 @@ fn a_mask_keeps_what_it_covers() {
     let mut model = Formula::new();
     let shape = model.info.latent_shape(64, 48);
     let noise = Noise::new(9).normal(shape.len());
-    let latents = model
-        .encode_image(&wanted.init.unwrap().image, &noise)
-        .unwrap();
+    let init = wanted.init.unwrap();
+    let latents = model.encode_image(&init.image, &noise).unwrap();
     let kept = model.decode(&latents, shape).unwrap();
-    // The mask keeps columns below 20, and a latent is kept by its left column: those below 24.
-    for (at, (found, of)) in image.rgb.chunks(3).zip(kept.rgb.chunks(3)).enumerate() {
-        if at % 64 < 24 {
-            assert_eq!(found, of, "pixel {at}");
+    // The mask keeps columns below 20. Their pixels are the picture's own; a latent is kept by its left column: those below 24.
+    let found = image.rgb.chunks(3).zip(kept.rgb.chunks(3));
+    for (at, ((found, of), own)) in found.zip(init.image.rgb.chunks(3)).enumerate() {
+        match at % 64 {
+            0..20 => assert_eq!(found, own, "pixel {at}"),
+            20..24 => assert_eq!(found, of, "pixel {at}"),
+            _ => {}
         }
     }
     assert!(image != kept);
+}
+
+#[test]
+fn previews_come_near_the_picture_and_change_nothing() {
+    for sampler in SamplerKind::ALL {
+        let plain = ImageRequest {
+            sampler,
+            steps: 20,
+            ..request("a cat")
+        };
+        let (without, image) = run(plain.clone());
+        assert!(without.iter().all(|progress| progress.preview.is_none()));
+        let wanted = ImageRequest {
+            previews: true,
+            ..plain
+        };
+        let (steps, again) = run(wanted.clone());
+        assert!(again.unwrap() == image.unwrap(), "{sampler}");
+        let previews: Vec<&Image> = steps.iter().flat_map(|step| &step.preview).collect();
+        assert_eq!(previews.len(), 20, "{sampler}");
+        let last = previews[19];
+        assert_eq!((last.width, last.height, last.rgb.len()), (8, 6, 144));
+        let distance = |preview: &Image| {
+            let pairs = preview.rgb.iter().zip(&last.rgb);
+            pairs.map(|(a, b)| u32::from(a.abs_diff(*b))).sum::<u32>()
+        };
+        assert!(distance(previews[17]) < distance(previews[2]), "{sampler}");
+        // Another worker's is the same.
+        let resumed = ImageRequest {
+            resume: Some(steps[7].clone()),
+            ..wanted
+        };
+        assert!(run(resumed).0 == steps[8..], "{sampler}");
+    }
 }
 
 #[test]
