@@ -4,7 +4,8 @@ use mesh_diffusion::checkpoint::{Checkpoint, Module, Weights, open_tiny_vae};
 use mesh_diffusion::config::{Family, PipelineConfig};
 use mesh_diffusion::prompt::weigh;
 use mesh_diffusion::{
-    Conditioning, Diffuser, DiffuserInfo, Image, LatentColours, LatentShape, Prompt, SamplerKind, TextEmbedding,
+    Conditioning, Diffuser, DiffuserInfo, Image, LatentColours, LatentShape, Prompt, SamplerKind,
+    TextEmbedding,
 };
 use mesh_engine::StageError;
 use tch::{Kind, Tensor};

@@ -237,10 +237,7 @@ pub enum ImageStreamEvent {
         output_format: String,
     },
     /// An image is done.
-    #[serde(
-        rename = "image_generation.completed",
-        alias = "image_edit.completed"
-    )]
+    #[serde(rename = "image_generation.completed", alias = "image_edit.completed")]
     Completed {
         /// Index of the image.
         #[serde(default)]

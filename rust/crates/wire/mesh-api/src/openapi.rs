@@ -9,10 +9,10 @@ use crate::fields::{self, Neutral};
 use crate::{
     ChatCompletion, ChatCompletionChunk, ChatCompletionRequest, Completion, CompletionRequest,
     CreateEmbeddingRequest, CreateEmbeddingResponse, CreateImageRequest, CreateTokenRequest,
-    DrainProgress, EditImageRequest, ErrorResponse, ExpelRequest, Health, ImageStreamEvent, ImagesResponse,
-    ListModelsResponse, Mesh, Model, NodeChange, NodeList, NodeRequest, PinDecision, PinList,
-    PlanResponse, Readiness, RebalanceRequest, RebalanceResponse, RevokedToken, TokenCreated,
-    TokenList, TokenRequest, WorkerRequest, paths, schema,
+    DrainProgress, EditImageRequest, ErrorResponse, ExpelRequest, Health, ImageStreamEvent,
+    ImagesResponse, ListModelsResponse, Mesh, Model, NodeChange, NodeList, NodeRequest,
+    PinDecision, PinList, PlanResponse, Readiness, RebalanceRequest, RebalanceResponse,
+    RevokedToken, TokenCreated, TokenList, TokenRequest, WorkerRequest, paths, schema,
 };
 
 /// Who may call an operation.
@@ -151,7 +151,11 @@ impl Document {
         let event = self.response::<ImageStreamEvent>();
         let answer = generated(&self.or_error(&whole), &event);
         self.add(draw.errors(OF_REQUESTS), Some(body), answer);
-        let edit = post(paths::IMAGE_EDITS, "createImageEdit", "Changes an image as a text says.");
+        let edit = post(
+            paths::IMAGE_EDITS,
+            "createImageEdit",
+            "Changes an image as a text says.",
+        );
         let body = self.request::<EditImageRequest>("EditImageRequest", &fields::IMAGE_EDITS);
         let event = self.edit_events(&event);
         let answer = generated(&self.or_error(&whole), &event);

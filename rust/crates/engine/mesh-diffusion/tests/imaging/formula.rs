@@ -7,7 +7,8 @@ use std::time::Duration;
 use mesh_diffusion::config::Family;
 use mesh_diffusion::{
     ClipTokenizer, Conditioning, Diffuser, DiffuserInfo, Image, ImageRequest, Imaging,
-    ImagingOptions, InitImage, LatentColours, LatentShape, Prompt, SamplerConfig, SamplerKind, TextEmbedding,
+    ImagingOptions, InitImage, LatentColours, LatentShape, Prompt, SamplerConfig, SamplerKind,
+    TextEmbedding,
 };
 use mesh_engine::{Engine, StageError};
 

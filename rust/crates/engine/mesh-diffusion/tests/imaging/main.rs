@@ -2,6 +2,7 @@
 
 mod formula;
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use futures::StreamExt;
@@ -290,6 +291,34 @@ fn a_cancelled_request_ends_with_its_step() {
     assert_eq!(handle.load().totals.cancelled, 1);
     let after = block_on(handle.submit(request("a cat")).last_event());
     assert_eq!(after, ImageEvent::Done(Err(RequestError::Draining)));
+}
+
+#[test]
+fn a_turn_waits_for_others_as_long_as_it_has_patience() {
+    static OTHERS: AtomicBool = AtomicBool::new(true);
+    let run = || OTHERS.load(Ordering::Relaxed);
+    let mut work = imaging().giving_way(run, Duration::from_secs(5));
+    let begun = Instant::now();
+    work.scheduler().submit(1, request("a cat"), begun);
+    let poll = |work: &mut Imaging<Formula>, after: u64| {
+        let now = begun + Duration::from_secs(after);
+        assert!(work.begin(now));
+        work.poll(now)
+    };
+    for after in [0, 1, 4] {
+        assert!(matches!(poll(&mut work, after), StepOutcome::Resumed));
+    }
+    assert!(matches!(poll(&mut work, 5), StepOutcome::Completed));
+    assert!(matches!(poll(&mut work, 5), StepOutcome::Resumed), "anew");
+    OTHERS.store(false, Ordering::Relaxed);
+    for _ in 0..3 {
+        assert!(matches!(poll(&mut work, 6), StepOutcome::Completed));
+    }
+    // Meanwhile a request can be cancelled.
+    OTHERS.store(true, Ordering::Relaxed);
+    assert!(matches!(poll(&mut work, 7), StepOutcome::Resumed));
+    work.scheduler().cancel(1);
+    assert!(!work.begin(begun));
 }
 
 #[test]
