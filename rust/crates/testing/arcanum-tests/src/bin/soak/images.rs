@@ -8,8 +8,9 @@ use anyhow::{Context, Result, ensure};
 use arcanum_tests::ChatQuestion;
 use arcanum_tests::images::{busy_worker, half_model, streamed, tiny_model};
 use arcanum_tests::report::Report;
-use mesh_api::CreateImageRequest;
 use mesh_api::paths::IMAGES;
+use mesh_api::{CreateImageRequest, ImageStreamEvent};
+use mesh_testkit::client::http::Arrived;
 use mesh_testkit::{Mesh, paths};
 
 use crate::Args;
@@ -46,14 +47,14 @@ pub(crate) async fn kills(args: &Args, report: &mut Report) -> Result<()> {
     let mut tally = Tally::default();
     for seed in 0..args.images as u64 {
         // Large enough that a step takes longer than a kill.
-        let request = request("256x256", STEPS, seed);
+        let request = request("128x128", STEPS, seed);
         let client = mesh.client()?;
         let whole = streamed(&client, IMAGES, &request, async |_| Ok(())).await?;
         for after in 1..=STEPS {
-            let context = || format!("image {seed}, killed after step {after}");
+            let run = format!("image {seed}, its worker killed after step {after}");
             match one_kill(&mut mesh, &request, &whole.file, after, &mut tally).await {
-                Ok(()) => {}
-                Err(error) => report.failure(format!("{}: {error:#}", context())),
+                Ok(time) => println!("{run}: {:.1} s", time.as_secs_f64()),
+                Err(error) => report.failure(format!("{run}: {error:#}")),
             }
         }
     }
@@ -99,7 +100,8 @@ async fn one_kill(
     expected: &[u8],
     after: u32,
     tally: &mut Tally,
-) -> Result<()> {
+) -> Result<Duration> {
+    let begun = Instant::now();
     let client = mesh.client()?;
     let reruns = mesh.registry().await?.requests.reruns;
     let mut victim = None;
@@ -132,7 +134,7 @@ async fn one_kill(
         image.steps
     );
     tally.identical += 1;
-    Ok(())
+    Ok(begun.elapsed())
 }
 
 /// Text with and without an image beside it on the same worker, in turn.
@@ -205,11 +207,13 @@ async fn text(mesh: &Mesh, beside: bool, number: usize) -> Result<(f64, usize)> 
         tokio::spawn(async move {
             // Longer than the answer; it is broken off.
             let request = request("256x256", 150, number as u64);
-            streamed(&client, IMAGES, &request, async |_| {
-                steps.fetch_add(1, Ordering::Relaxed);
-                Ok(())
-            })
-            .await
+            let mut events = client.events::<ImageStreamEvent>(IMAGES, &request).await?;
+            while let Some(arrived) = events.next().await? {
+                if let Arrived::Event(ImageStreamEvent::Progress { .. }) = arrived {
+                    steps.fetch_add(1, Ordering::Relaxed);
+                }
+            }
+            anyhow::Ok(())
         })
     });
     let begun = Instant::now();
