@@ -21,7 +21,7 @@ export LIBTORCH ?= $(CACHE)/libtorch
 export LIBTORCH_CXX11_ABI ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-image build test test-nix test-vm test-images test-gpu test-arm test-isa test-foreign flood soak attack bench bench-peers fuzz fetch fetch-deny fmt clean
+.PHONY: help demo demo-image build test test-nix test-vm test-images test-gpu test-arm test-isa test-foreign flood soak soak-images attack bench bench-peers fuzz fetch fetch-deny fmt clean
 # Exit code 3 of a test script: this machine cannot run it, and why was said.
 WHERE_POSSIBLE := || [ $$? = 3 ]
 
@@ -114,6 +114,11 @@ flood: fetch ## 10 million random and mutated datagrams at each UDP port, memory
 soak: fetch ## Rings: workers lost by the hundred, a storm of faults, how long clients wait (SOAK='--kills 20 --storm 60' shortens it)
 	$(IN_RUST) $(CARGO) build --release --locked --bins $(SERVICES) -p arcanum-tests
 	$(IN_RUST) target/release/arcanum-soak $(SOAK)
+
+soak-images: fetch ## Images: workers killed after every step, and the cost of an image beside text (SOAK='--images 1 --beside 3' shortens it)
+	@$(PYTHON) scripts/fetch.py libtorch
+	$(IN_RUST) $(CARGO) build --release --locked --bins $(SERVICES) -p arcanum-tests --features $(IMAGES)
+	$(IN_RUST) target/release/arcanum-soak --kills 0 --silences 0 --storm 0 --load 0 --pauses 0 --pairs 0 $(SOAK)
 
 attack: fetch ## All attacks at once for 5 minutes beside 8 honest clients (ATTACK='--each 40' shows which one it is)
 	$(IN_RUST) $(CARGO) build --release --locked --bins $(SERVICES) -p arcanum-tests

@@ -14,6 +14,7 @@ pub mod config;
 pub mod imaging;
 pub mod noise;
 pub mod png;
+pub mod preview;
 pub mod prompt;
 pub mod sampler;
 #[cfg(any(test, feature = "synth"))]
@@ -24,6 +25,7 @@ pub use imaging::{
     Conditioning, Diffuser, DiffuserInfo, Image, ImageEvent, ImageRequest, Imaging, ImagingOptions,
     InitImage, LatentShape, Progress, TextEmbedding,
 };
+pub use preview::LatentColours;
 pub use prompt::{Chunk, Prompt};
 pub use sampler::{Prediction, SamplerConfig, SamplerKind, TimestepSpacing};
 pub use tokenizer::ClipTokenizer;

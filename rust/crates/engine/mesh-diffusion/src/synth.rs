@@ -184,6 +184,22 @@ pub fn stable_diffusion_1_5() -> PipelineConfig {
     config
 }
 
+/// The structure of Stable Diffusion 1.5 with half its channels in the UNet and the autoencoder, so a quarter of the weights, and a
+/// tiny text encoder.
+pub fn half_of_stable_diffusion_1_5() -> PipelineConfig {
+    let mut config = stable_diffusion_1_5();
+    let tiny = tiny(Family::Sd1);
+    for block in &mut config.unet.blocks {
+        block.channels /= 2;
+    }
+    for channels in &mut config.vae.blocks {
+        *channels /= 2;
+    }
+    config.unet.context = tiny.unet.context;
+    config.text = tiny.text;
+    config
+}
+
 /// A tiny autoencoder's tiny version, with a factor of 2.
 pub fn tiny_vae() -> TinyVaeConfig {
     TinyVaeConfig {

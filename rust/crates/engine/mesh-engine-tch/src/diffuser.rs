@@ -4,7 +4,8 @@ use mesh_diffusion::checkpoint::{Checkpoint, Module, Weights, open_tiny_vae};
 use mesh_diffusion::config::{Family, PipelineConfig};
 use mesh_diffusion::prompt::weigh;
 use mesh_diffusion::{
-    Conditioning, Diffuser, DiffuserInfo, Image, LatentShape, Prompt, SamplerKind, TextEmbedding,
+    Conditioning, Diffuser, DiffuserInfo, Image, LatentColours, LatentShape, Prompt, SamplerKind,
+    TextEmbedding,
 };
 use mesh_engine::StageError;
 use tch::{Kind, Tensor};
@@ -550,6 +551,7 @@ fn info(config: &PipelineConfig, options: &Options, kind: Kind, weight_bytes: u6
         max_size: SIDES.1,
         latent_channels: config.unet.channels as usize,
         pixels_per_latent: factor,
+        colours: (config.vae.latent == 4).then(|| LatentColours::of(config.family)),
         sampler: config.sampler.clone(),
         default_sampler: if distilled {
             SamplerKind::Lcm

@@ -4,7 +4,10 @@
 //! of a token there. Workers are not trusted: whatever they send stays within the size of the image.
 
 use bytes::{Bytes, BytesMut};
-use mesh_proto::{ImageCard, ImageData, ImageStep, ModelKind, image_file_bytes, image_state_bytes};
+use mesh_proto::{
+    ImageCard, ImageData, ImageStep, ImageTask, ModelKind, image_file_bytes, image_state_bytes,
+    preview_bytes, preview_is_due,
+};
 
 use crate::registry::Registry;
 
@@ -13,8 +16,11 @@ use crate::registry::Registry;
 pub struct ArrivingImage {
     width: u32,
     height: u32,
-    steps: u32,
+    steps: Steps,
     most_bytes: usize,
+    previews: u32,
+    /// Step of the last preview that was passed on.
+    previewed: u32,
     /// The attempt that messages belong to, and its last step.
     attempt: (u32, u32),
     last: Option<ImageStep>,
@@ -22,16 +28,30 @@ pub struct ArrivingImage {
 }
 
 impl ArrivingImage {
-    /// An image of this size in pixels that takes so many steps, of prompts with `texts` bytes.
-    pub fn new(width: u32, height: u32, steps: u32, texts: usize) -> Self {
+    /// An image of this task.
+    pub fn new(task: &ImageTask) -> Self {
+        let (width, height) = (task.width, task.height);
+        let texts = task.prompt.len() + task.negative_prompt.len();
         Self {
             width,
             height,
-            steps,
+            steps: match task.init {
+                None => Steps::Exactly(task.steps),
+                Some(_) => Steps::AtMost(task.steps),
+            },
             most_bytes: image_file_bytes(width, height, texts),
+            previews: task.previews,
+            previewed: 0,
             attempt: (0, 0),
             last: None,
             file: BytesMut::new(),
+        }
+    }
+
+    /// Steps in all; as many as were asked for while no worker has left any out.
+    pub fn steps(&self) -> u32 {
+        match self.steps {
+            Steps::Exactly(steps) | Steps::AtMost(steps) => steps,
         }
     }
 
@@ -40,26 +60,40 @@ impl ArrivingImage {
         self.last.as_ref()
     }
 
-    /// Most bytes that the latents and the file of such an image take.
-    pub fn memory(width: u32, height: u32, texts: usize) -> u64 {
+    /// Most bytes that the latents and the file of an image take, and its previews with their text in base64.
+    pub fn memory(task: &ImageTask) -> u64 {
+        let (width, height) = (task.width, task.height);
+        let texts = task.prompt.len() + task.negative_prompt.len();
         let state = image_state_bytes(width, height);
-        state.saturating_add(image_file_bytes(width, height, texts)) as u64
+        let previews = match task.previews {
+            0 => 0,
+            _ => image_file_bytes(width, height, 0).saturating_mul(4),
+        };
+        let file = image_file_bytes(width, height, texts);
+        state.saturating_add(file).saturating_add(previews) as u64
     }
 
     /// Most payload bytes of one message of a worker.
     pub fn message_bytes(&self) -> usize {
         let part = mesh_proto::IMAGE_PART;
-        image_state_bytes(self.width, self.height).max(part) + 1024
+        let step = image_state_bytes(self.width, self.height) + self.most_preview();
+        step.max(part) + 1024
     }
 
-    /// Takes in a step of this attempt. A worker that cannot use the state of the worker before it begins anew,
-    /// so steps count from the beginning of the attempt.
+    /// Takes in a step of this attempt; its preview if that is the next one to show. A worker that cannot use the state
+    /// of the worker before it begins anew, so steps count from the beginning of the attempt; a preview of a step that
+    /// was passed already is not shown again.
     ///
     /// # Errors
     /// What is wrong with it.
-    pub fn step(&mut self, attempt: u32, step: ImageStep) -> Result<(), String> {
+    pub fn step(&mut self, attempt: u32, mut step: ImageStep) -> Result<Option<Bytes>, String> {
         self.begin(attempt);
-        let (before, wanted) = (self.attempt.1, self.steps);
+        let before = self.attempt.1;
+        let wanted = match self.steps {
+            Steps::Exactly(steps) => steps,
+            // Its worker knows how many are left out.
+            Steps::AtMost(most) => step.steps.clamp(1, most.max(1)),
+        };
         if step.steps != wanted || step.step <= before || step.step > wanted {
             return Err(format!(
                 "the worker sent step {} of {} after step {before} of {wanted}",
@@ -76,9 +110,30 @@ impl ArrivingImage {
         if !self.file.is_empty() {
             return Err("the worker sent a step after the image".to_owned());
         }
+        let preview = std::mem::take(&mut step.preview);
+        let most = self.most_preview();
+        if !preview.is_empty() && preview.len() != most {
+            let sent = preview.len();
+            return Err(format!(
+                "the worker sent a preview of {sent} bytes where {most} were asked for"
+            ));
+        }
+        let due = preview_is_due(step.step, wanted, self.previews);
+        let fresh = due && !preview.is_empty() && step.step > self.previewed;
+        if fresh {
+            self.previewed = step.step;
+        }
+        self.steps = Steps::Exactly(wanted);
         self.attempt.1 = step.step;
         self.last = Some(step);
-        Ok(())
+        Ok(fresh.then_some(preview))
+    }
+
+    fn most_preview(&self) -> usize {
+        match self.previews {
+            0 => 0,
+            _ => preview_bytes(self.width, self.height),
+        }
     }
 
     /// Takes in a part of the file; the file when this was the last part.
@@ -129,6 +184,14 @@ impl ArrivingImage {
             self.file.clear();
         }
     }
+}
+
+/// Number of an image's steps.
+#[derive(Debug, Clone, Copy)]
+enum Steps {
+    Exactly(u32),
+    /// Fewer where an image to start from replaces the first ones.
+    AtMost(u32),
 }
 
 /// Sizes and defaults of a model, for requests that leave them open: those of a worker that has the weights that the
@@ -215,11 +278,22 @@ mod tests {
             step,
             steps: 4,
             state: vec![step as u8; bytes].into(),
+            preview: Bytes::new(),
+        }
+    }
+
+    fn task() -> ImageTask {
+        ImageTask {
+            prompt: "0123456789".into(),
+            width: 64,
+            height: 64,
+            steps: 4,
+            ..ImageTask::default()
         }
     }
 
     fn image() -> ArrivingImage {
-        ArrivingImage::new(64, 64, 4, 10)
+        ArrivingImage::new(&task())
     }
 
     #[test]
@@ -227,10 +301,10 @@ mod tests {
         let mut image = image();
         assert_eq!(image.last(), None);
         for number in 1..=3 {
-            assert_eq!(image.step(1, step(number, 100)), Ok(()));
+            assert_eq!(image.step(1, step(number, 100)), Ok(None));
         }
         assert_eq!(image.last().map(|step| step.step), Some(3));
-        assert_eq!(image.step(2, step(4, 100)), Ok(()));
+        assert_eq!(image.step(2, step(4, 100)), Ok(None));
         let file = png(64, 64, 5000);
         let mut parts = ImageData::parts(file.clone());
         assert_eq!(image.data(2, &parts.next().unwrap()), Ok(Some(file)));
@@ -240,7 +314,7 @@ mod tests {
     fn a_worker_that_cannot_use_the_state_begins_anew() {
         let mut image = image();
         image.step(1, step(3, 10)).unwrap();
-        assert_eq!(image.step(2, step(1, 10)), Ok(()));
+        assert_eq!(image.step(2, step(1, 10)), Ok(None));
         assert_eq!(image.last().map(|step| step.step), Some(1));
     }
 
@@ -251,7 +325,7 @@ mod tests {
         image.step(1, step(3, 10)).unwrap();
         assert!(!image.forget_before(1), "it is its own");
         assert!(image.forget_before(2) && image.last().is_none());
-        assert_eq!(image.step(2, step(1, 10)), Ok(()));
+        assert_eq!(image.step(2, step(1, 10)), Ok(None));
     }
 
     #[test]
@@ -283,6 +357,10 @@ mod tests {
                 steps: 3,
                 ..step(1, 1)
             },
+            ImageStep {
+                preview: vec![1].into(),
+                ..step(1, 1)
+            },
         ] {
             assert!(image().step(1, wrong.clone()).is_err(), "{wrong:?}");
         }
@@ -309,6 +387,55 @@ mod tests {
     }
 
     #[test]
+    fn a_preview_is_passed_on_once_whatever_workers_die() {
+        let mut image = ArrivingImage::new(&ImageTask {
+            previews: 3,
+            ..task()
+        });
+        let with = |number: u32| ImageStep {
+            preview: vec![number as u8; 8 * 8 * 3].into(),
+            ..step(number, 10)
+        };
+        assert_eq!(image.step(1, with(1)), Ok(Some(with(1).preview)));
+        assert_eq!(image.step(1, with(2)), Ok(Some(with(2).preview)));
+        // Another worker begins anew.
+        assert_eq!(image.step(2, with(1)), Ok(None));
+        assert_eq!(image.step(2, with(2)), Ok(None));
+        assert_eq!(image.step(2, with(3)), Ok(Some(with(3).preview)));
+        assert_eq!(image.step(3, with(3)), Ok(None));
+        assert_eq!(image.step(3, with(4)), Ok(None), "the image itself follows");
+        assert!(image.last().is_some_and(|step| step.preview.is_empty()));
+        let wrong = ImageStep {
+            preview: vec![1; 5].into(),
+            ..step(1, 1)
+        };
+        let error = image.step(4, wrong).unwrap_err();
+        assert!(error.contains("192 were asked for"), "{error}");
+    }
+
+    #[test]
+    fn an_image_to_start_from_takes_fewer_steps_and_always_as_many() {
+        let image = || {
+            ArrivingImage::new(&ImageTask {
+                init: Some(mesh_proto::InitialImage::default()),
+                ..task()
+            })
+        };
+        let of = |number: u32, steps: u32| ImageStep {
+            steps,
+            ..step(number, 1)
+        };
+        let mut one = image();
+        assert_eq!(one.step(1, of(1, 3)), Ok(None));
+        assert!(one.step(1, of(2, 4)).is_err());
+        assert!(one.step(2, of(2, 2)).is_err());
+        assert_eq!(one.step(2, of(2, 3)), Ok(None));
+        for wrong in [of(1, 0), of(1, 5), of(4, 3)] {
+            assert!(image().step(1, wrong.clone()).is_err(), "{wrong:?}");
+        }
+    }
+
+    #[test]
     fn work_is_counted_in_squares_of_64_pixels() {
         assert_eq!(step_units(512, 512), 64);
         assert_eq!(step_units(1, 1), 1);
@@ -328,14 +455,15 @@ mod tests {
             for (attempt, is_step, step, total, bytes) in messages {
                 if is_step {
                     let state = vec![1; bytes].into();
-                    let _ = image.step(attempt, ImageStep { step, steps: 4, state });
+                    let preview = vec![1; total as usize % 200].into();
+                    let _ = image.step(attempt, ImageStep { step, steps: 4, state, preview });
                 } else {
                     let (offset, data) = (image.file.len() as u32, vec![2; bytes].into());
                     let _ = image.data(attempt, &ImageData { offset, total, data });
                 }
                 let last = image.last().map_or(0, |step| step.state.len());
                 let held = (image.file.len() + last) as u64;
-                prop_assert!(held <= ArrivingImage::memory(64, 64, 10));
+                prop_assert!(held <= ArrivingImage::memory(&task()));
             }
         }
     }

@@ -32,6 +32,7 @@ pub mod fair;
 pub mod held_back;
 pub mod image;
 pub mod image_files;
+pub mod image_upload;
 pub mod length;
 #[cfg(test)]
 mod logs;

@@ -189,6 +189,69 @@ async fn a_stream_tells_of_each_step_and_ends_with_the_image() {
     );
 }
 
+/// The events of a streamed answer.
+async fn events(head: &TestHead, path: &str, body: Value) -> Vec<Value> {
+    let response = head.http.post(head.url(path)).body(body.to_string());
+    let text = response.send().await.unwrap().text().await.unwrap();
+    let data = text.split("\n\n").filter_map(|frame| {
+        let (name, data) = frame.split_once("\ndata: ")?;
+        let value: Value = serde_json::from_str(data).unwrap();
+        assert_eq!(name, format!("event: {}", value["type"].as_str().unwrap()));
+        Some(value)
+    });
+    data.collect()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn partial_images_come_once_each_across_the_death_of_a_worker() {
+    for fate in [Fate::Finish, Fate::DiesAfter(2), Fate::DiesAfter(4)] {
+        let head = TestHead::start(|_| {}).await;
+        let first = Script {
+            decode_tps: 500.0,
+            ..draws(fate)
+        };
+        let _first = head.worker("first", first).await;
+        let _other = head.worker("other", draws(Fate::Finish)).await;
+        let body = json!({"prompt": "a fox", "seed": 5, "stream": true, "partial_images": 2});
+        let events = events(&head, PATH, body).await;
+        let types: Vec<&Value> = events.iter().map(|event| &event["type"]).collect();
+        let partial = "image_generation.partial_image";
+        assert_eq!(
+            types,
+            [partial, partial, "image_generation.completed"],
+            "{fate:?}"
+        );
+        for (index, event) in events[..2].iter().enumerate() {
+            assert_eq!(event["partial_image_index"], index);
+            for (field, value) in [
+                ("size", "128x64"),
+                ("quality", "auto"),
+                ("background", "opaque"),
+                ("output_format", "png"),
+            ] {
+                assert_eq!(event[field], value);
+            }
+            assert!(event["created_at"].as_u64() > Some(0));
+            let png = STANDARD
+                .decode(event["b64_json"].as_str().unwrap())
+                .unwrap();
+            let mut reader = png::Decoder::new(std::io::Cursor::new(png))
+                .read_info()
+                .unwrap();
+            let mut pixels = vec![0; reader.output_buffer_size().unwrap()];
+            let frame = reader.next_frame(&mut pixels).unwrap();
+            assert_eq!((frame.width, frame.height), (128, 64));
+            // The scripted worker's previews after steps 2 and 4.
+            assert_eq!(pixels[0], 2 * (index as u8 + 1), "{fate:?}");
+        }
+        let usage = &events[2]["usage"];
+        assert_eq!(usage["output_tokens"], 2 * 6, "two squares, six steps");
+        assert!(usage["input_tokens"].as_u64() > Some(0), "{usage}");
+        let image = STANDARD.decode(events[2]["b64_json"].as_str().unwrap());
+        assert_eq!(image.unwrap(), undisturbed(&task("a fox", 5)), "{fate:?}");
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_url_gives_the_image_without_a_key_until_its_time_is_over() {
     let head = TestHead::start(|config| config.http.image_lifetime = Duration::from_secs(2)).await;

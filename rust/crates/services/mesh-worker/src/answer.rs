@@ -6,10 +6,12 @@ use std::pin::pin;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-use dcf::{ErrorCode, Message};
+use bytes::Bytes;
+use dcf::{ErrorCode, Message, MsgType};
 use futures::StreamExt;
 use mesh_engine::{Embedding, Generation, RequestStream};
 use mesh_net::quic::{MsgStream, RecvHalf, SendHalf, StreamFailure, timestamp_us};
+use mesh_proto::ImageData;
 use prost::Message as _;
 use tracing::Instrument;
 
@@ -19,6 +21,7 @@ use crate::host::Host;
 #[cfg(feature = "images")]
 use crate::image::ImageWork;
 use crate::life::{self, Life};
+use crate::precedence::Precedence;
 use crate::preparations;
 
 /// Reads the request from `stream` and answers it. Ends early when the head breaks the stream off, which
@@ -69,13 +72,18 @@ async fn answer<W: Codec>(
             may_cancel: true,
             life,
         };
+        let upload = match exchange.upload(W::upload_bytes(&task)).await {
+            Some(Ok(upload)) => upload,
+            Some(Err(reason)) => return exchange.refuse_upload(&reason).await,
+            None => return,
+        };
         let tokenising = OnceLock::new();
-        let starting = start::<W>(host, task, defaults, &tokenising);
+        let starting = start::<W>(host, task, upload, defaults, &tokenising);
         let Some(started) = exchange.prepare(starting, &tokenising).await else {
             return;
         };
         match started {
-            Ok((events, reply)) => {
+            Ok((events, reply, _precedence)) => {
                 if exchange.forward(events, &reply).await.is_some() {
                     finish(exchange.send).await;
                 }
@@ -90,14 +98,15 @@ async fn answer<W: Codec>(
     answering.instrument(span).await;
 }
 
-/// Prepares a task and hands it to its model's engine. `tokenising` is set when only the tokenizer is left
+/// Prepares a task and hands it to its model's engine; what comes last has to be kept until its last event. `tokenising` is set when only the tokenizer is left
 /// to wait for: other requests and the chat template do not count as silence, and have limits of their own.
 pub(crate) async fn start<W: Codec>(
     host: &Host,
     task: W::Task,
+    upload: Bytes,
     defaults: Arc<SamplingDefaults>,
     tokenising: &OnceLock<Instant>,
-) -> Result<(RequestStream<W>, W::Reply), PrepareError> {
+) -> Result<(RequestStream<W>, W::Reply, Option<Precedence>), PrepareError> {
     let arrived = Instant::now();
     let name = W::header(&task).model;
     let model = host
@@ -108,13 +117,15 @@ pub(crate) async fn start<W: Codec>(
         })?;
     W::check(&model, &task)?;
     let permit = host.preparations.enter(W::bytes(&task)).await?;
-    let written = W::write(&model, &host.templates, task).await?;
+    let mut written = W::write(&model, &host.templates, task).await?;
+    W::with_upload(&mut written, upload);
     let _ = tokenising.set(Instant::now());
     let engine = model.engine.clone();
     // Other streams go on meanwhile.
     let prepare = move || W::request(&model, &defaults, written, arrived);
     let (request, reply) = preparations::prepare(permit, prepare).await??;
-    Ok((engine.submit(request), reply))
+    let precedence = W::PRECEDES.then(Precedence::take);
+    Ok((engine.submit(request), reply, precedence))
 }
 
 /// One request's stream, from the time that the request was read.
@@ -128,6 +139,48 @@ struct Exchange {
 }
 
 impl Exchange {
+    /// Receives so many bytes in parts, and says meanwhile that the request lives. An error is a fault of the head's
+    /// messages; `None` when the head is gone or breaks off.
+    async fn upload(&mut self, total: usize) -> Option<Result<Bytes, String>> {
+        if total > MOST_UPLOAD {
+            let text = format!("{total} bytes of pixels are more than the limit of {MOST_UPLOAD}");
+            return Some(Err(text));
+        }
+        let mut bytes = Vec::new();
+        let mut heard = Instant::now();
+        while bytes.len() < total {
+            let silent = tokio::time::sleep_until((heard + REQUEST_TIMEOUT).into());
+            tokio::select! {
+                biased;
+                received = self.recv.recv() => {
+                    let message = match received {
+                        Ok(Some(message)) => message,
+                        Ok(None) => return Some(Err("the pixels are cut short".to_owned())),
+                        Err(failure) => {
+                            tracing::debug!(%failure, "cancelled");
+                            return None;
+                        }
+                    };
+                    if let Err(reason) = add_part(&mut bytes, total, message) {
+                        return Some(Err(reason));
+                    }
+                    heard = Instant::now();
+                }
+                () = silent => return Some(Err("the pixels did not arrive in time".to_owned())),
+                () = self.life.due() => {
+                    let progress = life::preparing(Some(heard));
+                    self.say(life::message(self.sequence, progress)).await?;
+                }
+            }
+        }
+        Some(Ok(bytes.into()))
+    }
+
+    async fn refuse_upload(self, reason: &str) {
+        tracing::warn!(reason, "the head sent pixels that cannot be used");
+        refuse(self.send, self.sequence, ErrorCode::INVALID_PAYLOAD, reason).await;
+    }
+
     /// Waits for the preparation of a request, and says meanwhile that it lives. `None` when the head is gone
     /// or breaks off.
     async fn prepare<T>(
@@ -207,6 +260,25 @@ impl Exchange {
     }
 }
 
+/// Adds a part of an upload, which must be the next one.
+fn add_part(bytes: &mut Vec<u8>, total: usize, message: Message) -> Result<(), String> {
+    if message.kind != MsgType::IMAGE_DATA {
+        return Err(format!("a {} came instead of pixels", message.kind));
+    }
+    let part = ImageData::decode(message.payload);
+    let part = part.map_err(|error| format!("the pixels cannot be read: {error}"))?;
+    let (have, came) = (bytes.len(), part.data.len());
+    let fits = part.offset as usize == have && part.total as usize == total;
+    if !fits || came == 0 || have + came > total {
+        return Err(format!(
+            "{came} bytes of pixels at {} of {} came where byte {have} of {total} was next",
+            part.offset, part.total
+        ));
+    }
+    bytes.extend_from_slice(&part.data);
+    Ok(())
+}
+
 async fn messages<W: Codec>(reply: &W::Reply, event: W::Event, sequence: u32) -> Vec<Message> {
     match W::encode(reply, event).await {
         Ok(bodies) => {
@@ -239,12 +311,57 @@ async fn finish(mut send: SendHalf) {
     send.stopped().await;
 }
 
-/// Time for which a stream may stay empty.
+/// Most bytes of an upload: the pixels of the largest image, and its mask.
+const MOST_UPLOAD: usize = 2048 * 2048 * 3 + 2048 * 2048 / 8;
+
+/// Time for which a stream may stay empty, and between two parts of an upload.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(10);
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn pixels_come_in_order_and_no_more_than_were_announced() {
+        let message =
+            |part: &ImageData| Message::new(MsgType::IMAGE_DATA, 1, 0, part.encode_to_vec());
+        let pixels = Bytes::from(vec![7; 600_000]);
+        let parts: Vec<ImageData> = ImageData::parts(pixels.clone()).collect();
+        let mut bytes = Vec::new();
+        for part in &parts {
+            add_part(&mut bytes, 600_000, message(part)).unwrap();
+        }
+        assert_eq!(bytes, pixels);
+        let mut few = Vec::new();
+        let wrong = [
+            message(&parts[1]),
+            message(&ImageData {
+                total: 9,
+                ..parts[0].clone()
+            }),
+            message(&ImageData {
+                data: Bytes::new(),
+                ..parts[0].clone()
+            }),
+            Message::new(MsgType::IMAGE_DATA, 1, 0, vec![0xFF; 9]),
+            Message::new(MsgType::DONE, 1, 0, Vec::new()),
+        ];
+        for message in wrong {
+            assert!(
+                add_part(&mut few, 600_000, message.clone()).is_err(),
+                "{message:?}"
+            );
+        }
+        let error = add_part(
+            &mut few,
+            100,
+            message(&ImageData {
+                total: 100,
+                ..parts[0].clone()
+            }),
+        );
+        assert!(error.is_err() && few.is_empty());
+    }
 
     #[test]
     fn a_request_that_waits_for_a_permit_is_not_silent() {

@@ -7,6 +7,7 @@
 
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
 use dcf::{ErrorCode, Message, MsgType};
 use mesh_engine::{EngineHandle, Generation, Load, RequestError, Workload};
 use mesh_net::quic::timestamp_us;
@@ -24,6 +25,8 @@ use crate::templates::{TemplateError, Templates};
 pub(crate) trait Codec: Workload {
     /// Type of the message that begins a request.
     const TASK: MsgType;
+    /// The work goes before that of images.
+    const PRECEDES: bool = true;
     /// A model of this kind, with its article, for errors.
     const MODEL: &'static str;
 
@@ -43,6 +46,14 @@ pub(crate) trait Codec: Workload {
 
     /// Bytes of a task's prompt, which bound the memory that preparing it takes.
     fn bytes(task: &Self::Task) -> usize;
+
+    /// Bytes that follow the task in parts.
+    fn upload_bytes(_: &Self::Task) -> usize {
+        0
+    }
+
+    /// Adds them to a task whose prompt is written.
+    fn with_upload(_: &mut Self::Written, _: Bytes) {}
 
     /// Writes the prompt as the model's template says, if the kind has templates.
     fn write(

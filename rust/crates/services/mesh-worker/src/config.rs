@@ -143,6 +143,9 @@ pub struct ImagesConfig {
     pub memory: Option<u64>,
     /// Priority of the threads that make images, as a nice value that is added: text comes first.
     pub nice: i32,
+    /// Longest wait of an image's step for text that this worker computes; zero waits for none.
+    #[serde(with = "units::duration")]
+    pub patience: Duration,
 }
 
 /// Format of models' weights, and the cache of quantised weights.
@@ -339,7 +342,8 @@ impl Default for ImagesConfig {
             steps: 0,
             guidance: None,
             memory: None,
-            nice: 10,
+            nice: 19,
+            patience: Duration::from_secs(20),
         }
     }
 }
@@ -422,6 +426,9 @@ impl Config {
         let images = &self.images;
         if images.steps > MOST_IMAGE_STEPS {
             return Err(Unsound::ImageSteps(images.steps));
+        }
+        if images.patience > MOST_PATIENCE {
+            return Err(Unsound::ImagePatience(images.patience));
         }
         if images
             .guidance
@@ -536,6 +543,9 @@ pub enum Unsound {
     )]
     ImageSteps(u32),
     /// A guidance that no request may ask for.
+    /// A step that waits so long passes for one that hangs.
+    #[error("`images.patience` is {0:?}, but must be at most {MOST_PATIENCE:?}")]
+    ImagePatience(Duration),
     #[error("`images.guidance` must be between 0 and 50; leave it out for the model's own")]
     ImageGuidance,
     /// A zero where that makes no sense.
@@ -547,6 +557,8 @@ pub enum Unsound {
 const MOST_IMAGE_STEPS: u32 = 150;
 
 /// Purposes that a node can be reserved for.
+/// Longest wait of an image's step for text.
+const MOST_PATIENCE: Duration = Duration::from_secs(120);
 const PURPOSES: [&str; 3] = ["chat", "embeddings", "images"];
 
 /// A backend by its name.
@@ -616,9 +628,10 @@ mod tests {
         );
         let both = [("LOCAL_MODEL_PATH", "/srv/sd"), ("SD_MODEL_ID", "org/sd")];
         assert_eq!(from(&both).models, ["/srv/sd"]);
-        assert_eq!(from(&[]).images.nice, 10);
+        assert_eq!(from(&[]).images.nice, 19);
         let error = |toml: &str| parse(toml).check().unwrap_err().to_string();
         assert!(error("images.steps = 200").contains("`images.steps` is 200"));
+        assert!(error("images.patience = \"5m\"").contains("`images.patience` is 300s"));
         assert!(error("images.guidance = 99.0").contains("between 0 and 50"));
         let alone = parse("images.model = \"sd\"\nhead = \"h:1\"");
         assert_eq!(alone.check(), Ok(()));

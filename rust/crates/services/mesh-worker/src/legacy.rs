@@ -240,8 +240,10 @@ async fn run(
 ) -> Result<Vec<Message>, (ErrorCode, String)> {
     let generate = parse(task).map_err(|reason| (ErrorCode::INVALID_PAYLOAD, reason))?;
     let tokenising = OnceLock::new();
-    let started = answer::start::<Generation>(host, generate, defaults, &tokenising).await;
-    let (mut events, _) = started.map_err(|refusal| (refusal.code(), refusal.to_string()))?;
+    let started =
+        answer::start::<Generation>(host, generate, Bytes::new(), defaults, &tokenising).await;
+    let (mut events, _, _precedence) =
+        started.map_err(|refusal| (refusal.code(), refusal.to_string()))?;
     let mut text = String::new();
     while let Some(event) = events.next().await {
         match event {

@@ -33,6 +33,7 @@ mod lock;
 mod metrics;
 mod models;
 mod peers;
+mod precedence;
 mod preparations;
 mod rings;
 mod served;

@@ -8,6 +8,7 @@
 //! - [`alone`] keeps these tests apart: each wants the whole machine;
 //! - [`rescore`] checks a stream against the model itself;
 //! - [`flood`] makes malformed and malicious datagrams;
+//! - `images` (feature `images`) writes models with random weights and follows images on their way;
 //! - [`load`] keeps streams open beside threads that burn processor time;
 //! - [`mesh_state`] waits for states of a mesh and checks that nothing died;
 //! - [`liar`] is a member that gives away other models than it claims;
@@ -22,6 +23,8 @@ pub mod clients;
 pub mod cluster;
 pub mod flood;
 pub mod gaps;
+#[cfg(feature = "images")]
+pub mod images;
 pub mod liar;
 pub mod load;
 pub mod mesh_state;

@@ -2,62 +2,20 @@
 //!
 //! Run with `cargo test -p arcanum-tests --features images --test images`.
 
-use std::collections::BTreeMap;
-use std::path::Path;
+use std::io::Cursor;
 use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use arcanum_tests::alone;
-use base64::Engine as _;
-use base64::engine::general_purpose::STANDARD;
-use mesh_api::paths::{CHAT_COMPLETIONS, IMAGES};
-use mesh_api::{CreateImageRequest, ImageStreamEvent, ImagesResponse};
-use mesh_diffusion::config::Family;
-use mesh_diffusion::synth;
-use mesh_model::safetensors::Dtype;
+use arcanum_tests::images::{TINY, busy_worker, png_file, streamed, tiny_model};
+use image::{DynamicImage, ImageFormat, Rgb, RgbImage, Rgba, RgbaImage};
+use mesh_api::paths::{CHAT_COMPLETIONS, IMAGE_EDITS, IMAGES};
+use mesh_api::{CreateImageRequest, EditImageRequest, ImagesResponse};
 use mesh_testkit::client::dcf_udp::DcfClient;
-use mesh_testkit::client::http::{Arrived, HttpClient};
+use mesh_testkit::client::http::HttpClient;
 use mesh_testkit::{Mesh, paths};
 use serde_json::{Value, json};
-
-const MODEL: &str = "tiny-sd";
-
-/// A model of a few megabytes in `folder`, with a tokenizer that knows single letters.
-fn model(folder: &Path) -> Result<String> {
-    let path = folder.join(MODEL);
-    std::fs::create_dir_all(path.join("tokenizer"))?;
-    synth::write_folder(&synth::tiny(Family::Sd1), &path, Dtype::F32)?;
-    let mut vocab = BTreeMap::new();
-    for ending in ["", "</w>"] {
-        for letter in byte_letters() {
-            let id = vocab.len();
-            vocab.insert(format!("{letter}{ending}"), id);
-        }
-    }
-    // A vocabulary has no gaps, and the model's has 1,000 tokens.
-    while vocab.len() < 998 {
-        let id = vocab.len();
-        vocab.insert(format!("filler{id}"), id);
-    }
-    vocab.insert("<|startoftext|>".to_owned(), 998);
-    vocab.insert("<|endoftext|>".to_owned(), 999);
-    let tokenizer = path.join("tokenizer");
-    std::fs::write(tokenizer.join("vocab.json"), serde_json::to_vec(&vocab)?)?;
-    std::fs::write(tokenizer.join("merges.txt"), "#version: 0.2\n")?;
-    Ok(path.display().to_string())
-}
-
-/// The characters that stand for bytes in GPT-2's vocabularies.
-fn byte_letters() -> Vec<char> {
-    let printable = |byte: u32| matches!(byte, 33..=126 | 161..=172 | 174..=255);
-    let mut others = 256u32..;
-    let letter = |byte: u32| match printable(byte) {
-        true => char::from_u32(byte),
-        false => others.next().and_then(char::from_u32),
-    };
-    (0..256).filter_map(letter).collect()
-}
 
 fn request(steps: u32) -> CreateImageRequest {
     CreateImageRequest {
@@ -70,60 +28,18 @@ fn request(steps: u32) -> CreateImageRequest {
     }
 }
 
-fn file(encoded: Option<String>) -> Result<Vec<u8>> {
-    let file = STANDARD.decode(encoded.context("base64")?)?;
-    ensure!(file.starts_with(b"\x89PNG"), "no PNG file");
-    Ok(file)
-}
-
 async fn made(client: &HttpClient, request: &CreateImageRequest) -> Result<(Vec<u8>, u32)> {
     let answer: ImagesResponse = client.post(IMAGES, request).await?;
     let image = answer.data.into_iter().next().context("an image")?;
     let reruns = image.timings.map_or(0, |timings| timings.reruns);
-    Ok((file(image.b64_json)?, reruns))
+    Ok((png_file(image.b64_json)?, reruns))
 }
 
-/// The image of a stream, in the middle of which `disturb` is called with each step.
-async fn streamed(
-    client: &HttpClient,
-    request: &CreateImageRequest,
-    mut disturb: impl AsyncFnMut(u32) -> Result<()>,
-) -> Result<(Vec<u8>, Vec<u32>)> {
-    let request = CreateImageRequest {
+fn streamed_request(steps: u32) -> CreateImageRequest {
+    CreateImageRequest {
         stream: Some(true),
         progress: Some(true),
-        ..request.clone()
-    };
-    let mut events = client.events::<ImageStreamEvent>(IMAGES, &request).await?;
-    let mut steps = Vec::new();
-    let mut image = None;
-    while let Some(arrived) = events.next().await? {
-        match arrived {
-            Arrived::Event(ImageStreamEvent::Progress { step, .. }) => {
-                steps.push(step);
-                disturb(step).await?;
-            }
-            Arrived::Event(ImageStreamEvent::Completed { image: done, .. }) => {
-                image = Some(file(done.b64_json)?);
-            }
-            Arrived::Waits(_) => {}
-        }
-    }
-    Ok((image.context("an image")?, steps))
-}
-
-/// The worker that has a request, by its place in the mesh.
-async fn busy(mesh: &Mesh) -> Result<usize> {
-    let started = Instant::now();
-    loop {
-        let registry = mesh.registry().await?;
-        let mut workers = registry.workers.iter();
-        if let Some(worker) = workers.find(|worker| worker.assigned > 0) {
-            let number = worker.name.rsplit('-').next().context("a number")?;
-            return Ok(number.parse::<usize>()? - 1);
-        }
-        ensure!(started.elapsed() < Duration::from_secs(20), "{registry:?}");
-        tokio::time::sleep(Duration::from_millis(5)).await;
+        ..request(steps)
     }
 }
 
@@ -131,7 +47,7 @@ async fn busy(mesh: &Mesh) -> Result<usize> {
 async fn an_image_survives_its_worker_killed_at_several_steps_to_the_last_byte() -> Result<()> {
     let _alone = alone();
     let folder = tempfile::tempdir()?;
-    let config = format!("models = [{:?}]\nthreads = 1\n", model(folder.path())?);
+    let config = format!("models = [{:?}]\nthreads = 1\n", tiny_model(folder.path())?);
     let mut mesh = Mesh::builder().start().await?;
     for _ in 0..4 {
         mesh.start_worker(&config).await?;
@@ -141,18 +57,22 @@ async fn an_image_survives_its_worker_killed_at_several_steps_to_the_last_byte()
     const STEPS: u32 = 20;
     let (undisturbed, reruns) = made(&client, &request(STEPS)).await?;
     ensure!(reruns == 0);
-    let (again, steps) = streamed(&client, &request(STEPS), async |_| Ok(())).await?;
-    ensure!(again == undisturbed, "the same request gave another image");
-    ensure!(steps == (1..=STEPS).collect::<Vec<_>>(), "{steps:?}");
+    let again = streamed(&client, IMAGES, &streamed_request(STEPS), async |_| Ok(())).await?;
+    ensure!(
+        again.file == undisturbed,
+        "the same request gave another image"
+    );
+    let all: Vec<u32> = (1..=STEPS).collect();
+    ensure!(again.steps == all, "{:?}", again.steps);
 
     // Killed after the first step, in the middle, and near the end: once each, and all in one image.
     for kills in [vec![1], vec![10], vec![STEPS - 2]] {
         let mut left = kills.clone();
         let mut killed = Vec::new();
-        let (disturbed, steps) = streamed(&client, &request(STEPS), async |step| {
+        let disturbed = streamed(&client, IMAGES, &streamed_request(STEPS), async |step| {
             if left.first() == Some(&step) {
                 left.remove(0);
-                let victim = busy(&mesh).await?;
+                let victim = busy_worker(&mesh).await?;
                 mesh.workers[victim].crash()?;
                 killed.push(victim);
             }
@@ -160,10 +80,13 @@ async fn an_image_survives_its_worker_killed_at_several_steps_to_the_last_byte()
         })
         .await?;
         ensure!(killed.len() == kills.len(), "{killed:?} for {kills:?}");
-        ensure!(disturbed == undisturbed, "another image after {kills:?}");
+        ensure!(
+            disturbed.file == undisturbed,
+            "another image after {kills:?}"
+        );
         // A step that was on its way when the worker died is done again, and no other.
-        let again = steps.len() - STEPS as usize;
-        ensure!(again <= kills.len(), "{steps:?}");
+        let again = disturbed.steps.len() - STEPS as usize;
+        ensure!(again <= kills.len(), "{:?}", disturbed.steps);
     }
     let registry = mesh.registry().await?;
     ensure!(registry.requests.reruns >= 3, "{registry:?}");
@@ -175,7 +98,7 @@ async fn one_mesh_makes_images_over_http_udp_and_on_the_command_line_and_talks()
     let _alone = alone();
     let folder = tempfile::tempdir()?;
     let chat = paths::smollm2()?.display().to_string();
-    let models = [chat, model(folder.path())?];
+    let models = [chat, tiny_model(folder.path())?];
     let mut mesh = Mesh::builder().shim().start().await?;
     mesh.start_worker(&format!("models = {models:?}\ncontext = 512\n"))
         .await?;
@@ -214,7 +137,7 @@ async fn one_mesh_makes_images_over_http_udp_and_on_the_command_line_and_talks()
         String::from_utf8_lossy(&ran.stderr)
     );
     let told: Value = serde_json::from_slice(&ran.stdout)?;
-    ensure!(told["seed"] == 7 && told["model"] == MODEL, "{told}");
+    ensure!(told["seed"] == 7 && told["model"] == TINY, "{told}");
     ensure!(
         std::fs::read(&output)? == whole,
         "another file from the command line"
@@ -244,5 +167,140 @@ async fn one_mesh_makes_images_over_http_udp_and_on_the_command_line_and_talks()
         answer["choices"][0]["message"]["content"].is_string(),
         "{answer}"
     );
+    mesh.shutdown().await
+}
+
+/// A picture with a pattern, so that it is recognised.
+fn picture(width: u32, height: u32) -> RgbImage {
+    RgbImage::from_fn(width, height, |x, y| {
+        Rgb([
+            (x * 5) as u8,
+            (y * 3) as u8,
+            ((x / 8 + y / 8) % 2 * 200) as u8,
+        ])
+    })
+}
+
+fn encoded(image: impl Into<DynamicImage>, format: ImageFormat) -> Result<Vec<u8>> {
+    let mut file = Cursor::new(Vec::new());
+    image.into().write_to(&mut file, format)?;
+    Ok(file.into_inner())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_edit_keeps_what_its_mask_keeps_and_goes_on_elsewhere() -> Result<()> {
+    let _alone = alone();
+    let folder = tempfile::tempdir()?;
+    let config = format!("models = [{:?}]\nthreads = 1\n", tiny_model(folder.path())?);
+    let mut mesh = Mesh::builder().start().await?;
+    for _ in 0..2 {
+        mesh.start_worker(&config).await?;
+    }
+    mesh.wait_for_workers(2).await?;
+    let client = mesh.client()?;
+    let base64 = |file: Vec<u8>| {
+        use base64::Engine as _;
+        base64::engine::general_purpose::STANDARD.encode(file)
+    };
+    let (width, height) = (96, 64);
+    // The left half is open.
+    let mask = RgbaImage::from_fn(width, height, |x, _| {
+        Rgba([0, 0, 0, if x < width / 2 { 0 } else { 255 }])
+    });
+    const STEPS: u32 = 12;
+    let edit = EditImageRequest {
+        image: base64(encoded(picture(width, height), ImageFormat::Png)?),
+        mask: Some(base64(encoded(mask, ImageFormat::Png)?)),
+        options: CreateImageRequest {
+            partial_images: Some(3),
+            ..streamed_request(STEPS)
+        },
+        ..EditImageRequest::default()
+    };
+    let whole = streamed(&client, IMAGE_EDITS, &edit, async |_| Ok(())).await?;
+    let made = image::load_from_memory(&whole.file)?.into_rgb8();
+    ensure!(
+        made.dimensions() == (width, height),
+        "{:?}",
+        made.dimensions()
+    );
+    let own = picture(width, height);
+    let mut changed = 0;
+    for (x, y, pixel) in made.enumerate_pixels() {
+        let same = pixel == own.get_pixel(x, y);
+        ensure!(
+            same || x < width / 2,
+            "pixel {x}, {y} outside the mask changed"
+        );
+        changed += u32::from(!same);
+    }
+    ensure!(
+        changed > width / 2 * height * 9 / 10,
+        "{changed} pixels changed"
+    );
+    let numbers: Vec<u32> = whole.partial.iter().map(|(number, _)| *number).collect();
+    ensure!(numbers == [0, 1, 2], "{numbers:?}");
+    for (_, file) in &whole.partial {
+        let partial = image::load_from_memory(file)?;
+        ensure!((partial.width(), partial.height()) == (width, height));
+    }
+
+    // The same across the death of its worker, with each partial image once.
+    let mut killed = false;
+    let disturbed = streamed(&client, IMAGE_EDITS, &edit, async |step| {
+        if step == STEPS / 2 && !killed {
+            killed = true;
+            let victim = busy_worker(&mesh).await?;
+            mesh.workers[victim].crash()?;
+        }
+        Ok(())
+    })
+    .await?;
+    ensure!(killed, "{:?}", disturbed.steps);
+    ensure!(
+        (&disturbed.file, &disturbed.partial) == (&whole.file, &whole.partial),
+        "another image after the death of its worker: {:?}",
+        disturbed.steps
+    );
+
+    // A JPEG file as a form, in its own size, with fewer steps.
+    let jpeg = encoded(picture(100, 70), ImageFormat::Jpeg)?;
+    let mut form = Vec::new();
+    for (name, value) in [
+        ("prompt", "a fox".as_bytes()),
+        ("strength", b"0.5"),
+        ("steps", b"6"),
+        ("seed", b"3"),
+        ("image\"; filename=\"fox.jpg", &jpeg),
+    ] {
+        let head = format!("--B\r\nContent-Disposition: form-data; name=\"{name}\"\r\n\r\n");
+        form.extend([head.as_bytes(), value, b"\r\n"].concat());
+    }
+    form.extend(b"--B--\r\n");
+    let url = format!("{}{IMAGE_EDITS}", client.base());
+    let request = reqwest::Client::new().post(url).body(form);
+    let kind = "multipart/form-data; boundary=B";
+    let answer = request.header("content-type", kind).send().await?;
+    let answer: ImagesResponse = answer.error_for_status()?.json().await?;
+    let image = answer.data.into_iter().next().context("an image")?;
+    ensure!(answer.size == "96x64", "{}", answer.size);
+    let timings = image.timings.context("timings")?;
+    ensure!(timings.steps == 3, "{timings:?}");
+    png_file(image.b64_json)?;
+
+    // The command line does the same.
+    let (init, output) = (folder.path().join("fox.jpg"), folder.path().join("out.png"));
+    std::fs::write(&init, &jpeg)?;
+    let mut command = Command::new(paths::bin_dir()?.join("hydramesh"));
+    command.args(["image", "a fox", "--strength", "0.5", "--steps", "6"]);
+    command.args(["--seed", "3", "--url", client.base(), "--init"]);
+    command.arg(&init).arg("-o").arg(&output);
+    command.env_remove("HYDRAMESH_API_KEY_FILE");
+    let ran = tokio::task::spawn_blocking(move || command.output()).await??;
+    let said = String::from_utf8_lossy(&ran.stderr).into_owned();
+    ensure!(ran.status.success(), "{said}");
+    ensure!(!ran.stdout.contains(&0x1B), "escapes where no terminal is");
+    let file = std::fs::read(&output)?;
+    ensure!(image::load_from_memory(&file)?.width() == 96);
     mesh.shutdown().await
 }

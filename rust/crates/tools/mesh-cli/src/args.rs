@@ -325,6 +325,8 @@ Examples:
   hydramesh image \"a lighthouse in a storm, oil painting\" -o lighthouse.png
   hydramesh image --size 768x512 --steps 30 --seed 7 --negative \"blurry\" \"a fox in the snow\"
   hydramesh image -n 4 -o fox.png \"a fox in the snow\"          # fox-1.png to fox-4.png
+  hydramesh image --init fox.jpg --strength 0.6 \"a fox, watercolour\"
+  hydramesh image --init fox.png --mask sky.png \"a starry sky\"   # sky.png is transparent where the sky is
   hydramesh image -o - \"a fox\" | feh -")]
 pub struct ImageArgs {
     /// Description of the image; `-` or nothing reads it from standard input
@@ -367,6 +369,18 @@ pub struct ImageArgs {
     #[arg(long)]
     pub karras: bool,
 
+    /// Image to start from: a PNG, JPEG or WebP file
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub init: Option<PathBuf>,
+
+    /// PNG file of the same size that is transparent where the image is to be changed
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, requires = "init")]
+    pub mask: Option<PathBuf>,
+
+    /// How much of the image to start from is lost, over 0 up to 1 [default: 0.8, with a mask 1]
+    #[arg(long, value_name = "S", requires = "init")]
+    pub strength: Option<f32>,
+
     /// Number of images, with the seeds after the first one's
     #[arg(long, short = 'n', value_name = "N", value_parser = clap::value_parser!(u32).range(1..=10))]
     pub count: Option<u32>,
@@ -374,6 +388,10 @@ pub struct ImageArgs {
     /// How long to wait for all of it, such as 90s or 10m [default: as long as the mesh works on it]
     #[arg(long, value_name = "TIME", value_parser = parse_duration)]
     pub timeout: Option<Duration>,
+
+    /// Show no pictures in the terminal. Terminals of kitty's or iTerm2's kind show how the image comes about
+    #[arg(long)]
+    pub no_preview: bool,
 
     /// Print a JSON object per image
     #[arg(long)]

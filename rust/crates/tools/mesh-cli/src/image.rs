@@ -1,4 +1,6 @@
-//! `hydramesh image`: a text to an image.
+//! `hydramesh image`: a text to an image, or to another form of an image.
+
+mod preview;
 
 use std::io::{IsTerminal, Write};
 use std::path::{Path, PathBuf};
@@ -7,10 +9,11 @@ use std::time::Duration;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use mesh_api::{CreateImageRequest, ImageStreamEvent, paths};
-use mesh_client::http::{Arrived, HttpClient};
+use mesh_api::{CreateImageRequest, EditImageRequest, ImageStreamEvent, paths};
+use mesh_client::http::{Arrived, EventStream, HttpClient};
 use serde::Serialize;
 
+use self::preview::Screen;
 use crate::args::{HeadArgs, ImageArgs};
 use crate::ask::{http_client, within};
 use crate::failure::{Exit, Failure};
@@ -35,9 +38,10 @@ pub(crate) async fn run(head: &HeadArgs, args: ImageArgs) -> Result<(), Failure>
             Failure::usage(text).hint("Name a file with -o; a number is put before its ending.")
         );
     }
+    let screen = screen(&args);
     let client = http_client(head)?;
-    let request = request(&args, prompt);
-    let making = within(args.timeout, make(&client, &request, &args, count));
+    let asked = Asked::new(&args, prompt, screen.is_some())?;
+    let making = within(args.timeout, make(&client, &asked, &args, count, screen));
     let made = tokio::select! {
         made = making => made,
         _ = tokio::signal::ctrl_c() => return Err(Failure::interrupted()),
@@ -48,6 +52,53 @@ pub(crate) async fn run(head: &HeadArgs, args: ImageArgs) -> Result<(), Failure>
             .hint("--timeout gives it longer, --steps asks for less work.")
     })?
 }
+
+/// The terminal, if pictures are to be shown in it.
+fn screen(args: &ImageArgs) -> Option<Screen> {
+    let wanted = !args.no_preview && !args.json && !to_standard_output(args);
+    let wanted = wanted && std::io::stdout().is_terminal();
+    wanted.then(|| Screen::of(|name| std::env::var(name).ok()))?
+}
+
+/// A request to the head.
+enum Asked {
+    Generation(CreateImageRequest),
+    Edit(Box<EditImageRequest>),
+}
+
+impl Asked {
+    fn new(args: &ImageArgs, prompt: String, previews: bool) -> Result<Self, Failure> {
+        let options = CreateImageRequest {
+            partial_images: previews.then_some(PREVIEWS),
+            ..request(args, prompt)
+        };
+        let Some(init) = &args.init else {
+            return Ok(Self::Generation(options));
+        };
+        let file = |path: &Path| {
+            let file = std::fs::read(path).map_err(|error| {
+                Failure::usage(format!("cannot read {}: {error}", path.display()))
+            })?;
+            Ok::<_, Failure>(STANDARD.encode(file))
+        };
+        Ok(Self::Edit(Box::new(EditImageRequest {
+            image: file(init)?,
+            mask: args.mask.as_deref().map(file).transpose()?,
+            strength: args.strength,
+            options,
+        })))
+    }
+
+    async fn send(&self, client: &HttpClient) -> Result<EventStream<ImageStreamEvent>, Failure> {
+        Ok(match self {
+            Self::Generation(request) => client.events(paths::IMAGES, request).await?,
+            Self::Edit(request) => client.events(paths::IMAGE_EDITS, &**request).await?,
+        })
+    }
+}
+
+/// States of an image that are shown before it is done.
+const PREVIEWS: u32 = 3;
 
 fn request(args: &ImageArgs, prompt: String) -> CreateImageRequest {
     CreateImageRequest {
@@ -80,11 +131,12 @@ struct Written<'a> {
 
 async fn make(
     client: &HttpClient,
-    request: &CreateImageRequest,
+    asked: &Asked,
     args: &ImageArgs,
     count: u32,
+    mut screen: Option<Screen>,
 ) -> Result<(), Failure> {
-    let mut events = client.events(paths::IMAGES, request).await?;
+    let mut events = asked.send(client).await?;
     let bar = Bar::new(count);
     let mut left = count;
     while let Some(arrived) = events.next().await? {
@@ -97,6 +149,11 @@ async fn make(
         };
         match event {
             ImageStreamEvent::Progress { step, steps, .. } => bar.stepped(step, steps),
+            ImageStreamEvent::PartialImage { b64_json, .. } => {
+                if let Some(screen) = &mut screen {
+                    bar.hidden(|| print_now(&screen.draw(&b64_json)));
+                }
+            }
             ImageStreamEvent::Completed {
                 index,
                 size,
@@ -105,6 +162,10 @@ async fn make(
                 ..
             } => {
                 let encoded = image.b64_json.unwrap_or_default();
+                if let Some(screen) = &mut screen {
+                    bar.hidden(|| print_now(&screen.draw(&encoded)));
+                    screen.keep();
+                }
                 let png = STANDARD.decode(encoded);
                 let png = png.map_err(|error| {
                     Failure::failed(format!(
@@ -297,6 +358,33 @@ mod tests {
             "negative_prompt": "blurry", "sampler": "euler", "scheduler": "karras", "n": 2, "model": "sd",
         });
         assert_eq!(all, expected);
+    }
+
+    #[test]
+    fn an_image_to_start_from_is_an_edit() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let file = |name: &str| {
+            let path = folder.path().join(name);
+            std::fs::write(&path, name).expect("a file");
+            path.display().to_string()
+        };
+        let (init, mask) = (file("init"), file("mask"));
+        let args = parse(&["--init", &init, "--mask", &mask, "--strength", "0.5", "x"]);
+        let Ok(Asked::Edit(edit)) = Asked::new(&args, "x".into(), true) else {
+            panic!("an edit");
+        };
+        let body = serde_json::to_value(edit).expect("JSON");
+        let expected = json!({
+            "image": "aW5pdA==", "mask": "bWFzaw==", "strength": 0.5, "prompt": "x", "stream": true, "progress": true,
+            "partial_images": 3,
+        });
+        assert_eq!(body, expected);
+        let missing = parse(&["--init", "/no/such/file", "x"]);
+        assert!(Asked::new(&missing, "x".into(), false).is_err());
+        for words in [["--mask", "m"], ["--strength", "0.5"]] {
+            let words = ["hydramesh", "image", words[0], words[1], "x"];
+            assert!(Args::try_parse_from(words).is_err(), "{words:?}");
+        }
     }
 
     #[test]

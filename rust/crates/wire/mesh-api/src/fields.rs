@@ -26,6 +26,8 @@ pub const ALIASES: &[(&str, &str)] = &[
     ("sample_method", "sampler"),
     ("sampling_method", "sampler"),
     ("schedule", "scheduler"),
+    ("denoising_strength", "strength"),
+    ("prompt_strength", "strength"),
 ];
 
 /// The fields of one kind of request that are not acted upon.
@@ -54,8 +56,14 @@ pub const EMBEDDINGS: Table = Table {
 
 /// `/v1/images/generations`.
 pub const IMAGES: Table = Table {
-    harmless: IMAGES_HARMLESS,
-    refused: [IMAGES_REFUSED, &[]],
+    harmless: &[IMAGES_HARMLESS, GENERATIONS_HARMLESS],
+    refused: [GENERATIONS_REFUSED, IMAGES_REFUSED],
+};
+
+/// `/v1/images/edits`.
+pub const IMAGE_EDITS: Table = Table {
+    harmless: &[IMAGES_HARMLESS],
+    refused: [EDITS_REFUSED, IMAGES_REFUSED],
 };
 
 impl Table {
@@ -214,11 +222,10 @@ const EMBEDDINGS_HARMLESS: &[&str] = &[
          keep_alive ttl rid",
 ];
 
-const IMAGES_HARMLESS: &[&str] = &[
-    "metadata safety_identifier service_tier store priority request_id keep_alive ttl rid moderation \
-         disable_safety_checker save_images send_images do_not_save_samples do_not_save_grid \
-         denoising_strength strength prompt_strength revised_prompt",
-];
+const IMAGES_HARMLESS: &str = "metadata safety_identifier service_tier store priority request_id keep_alive ttl rid moderation \
+    disable_safety_checker save_images send_images do_not_save_samples do_not_save_grid revised_prompt";
+/// They say how an image that is not there would be used.
+const GENERATIONS_HARMLESS: &str = "denoising_strength strength prompt_strength";
 
 /// Fields that both APIs that generate text refuse.
 const REFUSED: &[Refused] = &[
@@ -431,17 +438,37 @@ const EMBEDDINGS_REFUSED: &[Refused] = &[
     refuse("pooling", OWN_VECTORS),
 ];
 
-const FROM_TEXT: &str = "images are made of a text only";
+const FROM_TEXT: &str = "images are made of a text, and at /v1/images/edits of an image";
+const TO_EDITS: &str = "POST /v1/images/edits takes images";
+const AS_IMAGE: &str = "send one image as 'image', and its mask as 'mask'";
 const PNG_ONLY: &str = "images are PNG files; leave it out";
 const USE_N: &str = "use n";
 const ONE_PASS: &str = "images are made in one pass; ask for the size that you want";
 
-const IMAGES_REFUSED: &[Refused] = &[
+const GENERATIONS_REFUSED: &[Refused] = &[
+    refuse("image mask", TO_EDITS),
     refuse(
-        "image images image_url image_urls init_image init_images input_image input_images reference_images mask \
-         mask_image mask_url extra_images",
-        FROM_TEXT,
+        "images image_url image_urls init_image init_images input_image input_images reference_images mask_image mask_url \
+         extra_images input_fidelity",
+        TO_EDITS,
     ),
+];
+const EDITS_REFUSED: &[Refused] = &[
+    refuse(
+        "images image_url image_urls init_image init_images input_image input_images reference_images mask_image mask_url \
+         extra_images",
+        AS_IMAGE,
+    ),
+    refuse(
+        "input_fidelity",
+        "use strength: less of it keeps more of the image",
+    ),
+    refuse(
+        "mask_blur inpainting_fill inpaint_full_res inpaint_full_res_padding inpainting_mask_invert resize_mode",
+        "the mask counts as it is, and the image is scaled to fill 'size'",
+    ),
+];
+const IMAGES_REFUSED: &[Refused] = &[
     refuse(
         "controlnet control_image controlnets ip_adapter alwayson_scripts script_name script_args",
         FROM_TEXT,
@@ -469,12 +496,6 @@ const IMAGES_REFUSED: &[Refused] = &[
         Neutral::Number(100.0),
         PNG_ONLY,
     ),
-    unless(
-        "partial_images",
-        ZERO,
-        "the image is sent when it is done; 'progress' tells of each step",
-    ),
-    refuse("input_fidelity", FROM_TEXT),
     unless(
         "num_images num_outputs num_images_per_prompt batch_size n_iter batch_count",
         ONE,

@@ -58,9 +58,35 @@ pub struct CreateImageRequest {
     /// In a stream, send an event after each step, too.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub progress: Option<bool>,
+    /// In a stream, send the image as it is on its way so many times, too. Fewer come where there are as few steps, or where the
+    /// worker is of an older version.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schemars(range(max = 3)))]
+    pub partial_images: Option<u32>,
     /// The client's own user. Has no effect.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub user: Option<String>,
+}
+
+/// An image to change as a text says. A form (`multipart/form-data`) has `image` and `mask` as files; JSON has them in base64 or as
+/// `data:` URLs.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+pub struct EditImageRequest {
+    /// The image: a PNG, JPEG or WebP file of at most 16,777,216 pixels. It is cut to the form of `size` and scaled. Where `size` is
+    /// absent or `auto`, the image keeps its own size in multiples of 8, scaled down if that is more than four times the model's.
+    pub image: String,
+    /// A PNG or WebP file of the image's size: what is transparent is changed, all else stays as it is. Without it the transparent
+    /// parts of the image are changed, or all of it if there are none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mask: Option<String>,
+    /// Share of the steps that are run, and so of the image that is lost: 1 keeps nothing. 0.8 if absent, and 1 with a mask.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schemars(range(min = 0, max = 1)))]
+    pub strength: Option<f32>,
+    /// What to make of it, and how.
+    #[serde(flatten)]
+    pub options: CreateImageRequest,
 }
 
 /// Form of images.
@@ -130,13 +156,49 @@ pub struct ImageTimings {
     pub worker: String,
 }
 
-/// An event of a stream of images.
+/// The work of an image, in the form of OpenAI's count of tokens.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(default)]
+pub struct ImageUsage {
+    /// Tokens of the prompts, estimated from their lengths.
+    pub input_tokens: u64,
+    /// Work of the steps: squares of 64 by 64 pixels, times steps.
+    pub output_tokens: u64,
+    /// Both.
+    pub total_tokens: u64,
+    /// Parts of `input_tokens`.
+    pub input_tokens_details: ImageInputTokens,
+}
+
+/// Parts of the input of an image.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(default)]
+pub struct ImageInputTokens {
+    /// Tokens of the prompts.
+    pub text_tokens: u64,
+    /// Squares of 64 by 64 pixels of the image to change.
+    pub image_tokens: u64,
+}
+
+/// What makes images.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum ImageMaking {
+    /// A text.
+    #[default]
+    Generation,
+    /// A text and an image.
+    Edit,
+}
+
+/// An event of a stream of images. Those of edits have types that begin with `image_edit` instead.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(tag = "type")]
 pub enum ImageStreamEvent {
     /// A step is done.
-    #[serde(rename = "image_generation.progress")]
+    #[serde(rename = "image_generation.progress", alias = "image_edit.progress")]
     Progress {
         /// Index of the image.
         index: usize,
@@ -145,8 +207,37 @@ pub enum ImageStreamEvent {
         /// Steps in all.
         steps: u32,
     },
+    /// An image on its way.
+    #[serde(
+        rename = "image_generation.partial_image",
+        alias = "image_edit.partial_image"
+    )]
+    PartialImage {
+        /// Index of the image.
+        #[serde(default)]
+        index: usize,
+        /// Number of this state of the image, from 0.
+        partial_image_index: u32,
+        /// Base64 of a PNG file of the image's size, without its details.
+        b64_json: String,
+        /// Time of the request, in seconds since 1970.
+        #[serde(default)]
+        created_at: u64,
+        /// Width and height in pixels, such as `512x512`.
+        #[serde(default)]
+        size: String,
+        /// Always `auto`.
+        #[serde(default)]
+        quality: String,
+        /// Always `opaque`.
+        #[serde(default)]
+        background: String,
+        /// Always `png`.
+        #[serde(default)]
+        output_format: String,
+    },
     /// An image is done.
-    #[serde(rename = "image_generation.completed")]
+    #[serde(rename = "image_generation.completed", alias = "image_edit.completed")]
     Completed {
         /// Index of the image.
         #[serde(default)]
@@ -157,12 +248,21 @@ pub enum ImageStreamEvent {
         /// Width and height in pixels, such as `512x512`.
         #[serde(default)]
         size: String,
+        /// Always `auto`.
+        #[serde(default)]
+        quality: String,
+        /// Always `opaque`.
+        #[serde(default)]
+        background: String,
         /// Always `png`.
         #[serde(default)]
         output_format: String,
         /// Name of the model.
         #[serde(default)]
         model: String,
+        /// Its work.
+        #[serde(default)]
+        usage: ImageUsage,
         /// The image.
         #[serde(flatten)]
         image: Image,
@@ -171,17 +271,30 @@ pub enum ImageStreamEvent {
 
 impl ImageStreamEvent {
     /// Its type, as it is sent.
-    pub fn name(&self) -> &'static str {
-        match self {
-            Self::Progress { .. } => "image_generation.progress",
-            Self::Completed { .. } => "image_generation.completed",
+    pub fn name(&self, making: ImageMaking) -> &'static str {
+        match (self, making) {
+            (Self::Progress { .. }, ImageMaking::Generation) => "image_generation.progress",
+            (Self::Progress { .. }, ImageMaking::Edit) => "image_edit.progress",
+            (Self::PartialImage { .. }, ImageMaking::Generation) => {
+                "image_generation.partial_image"
+            }
+            (Self::PartialImage { .. }, ImageMaking::Edit) => "image_edit.partial_image",
+            (Self::Completed { .. }, ImageMaking::Generation) => "image_generation.completed",
+            (Self::Completed { .. }, ImageMaking::Edit) => "image_edit.completed",
         }
+    }
+
+    /// Its JSON, as it is sent.
+    pub fn json(&self, making: ImageMaking) -> Vec<u8> {
+        let mut value = serde_json::to_value(self).expect("our own types are JSON");
+        value["type"] = self.name(making).into();
+        value.to_string().into_bytes()
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
+    use serde_json::{Value, json};
 
     use super::*;
 
@@ -203,17 +316,27 @@ mod tests {
             index: 1,
             created_at: 5,
             size: "64x64".into(),
+            quality: "auto".into(),
+            background: "opaque".into(),
             output_format: "png".into(),
             model: "m".into(),
+            usage: ImageUsage::default(),
             image,
         };
-        let sent = serde_json::to_value(&event).unwrap();
-        assert_eq!(sent["type"], event.name());
-        assert_eq!(sent["b64_json"], "aGk=");
-        assert_eq!(
-            serde_json::from_value::<ImageStreamEvent>(sent).unwrap(),
-            event
-        );
+        for (making, name) in [
+            (ImageMaking::Generation, "image_generation.completed"),
+            (ImageMaking::Edit, "image_edit.completed"),
+        ] {
+            let sent: Value = serde_json::from_slice(&event.json(making)).unwrap();
+            assert_eq!(sent["type"], name);
+            assert_eq!(sent["b64_json"], "aGk=");
+            let read = serde_json::from_value::<ImageStreamEvent>(sent);
+            assert_eq!(read.unwrap(), event);
+        }
+        let partial = json!({"type": "image_edit.partial_image", "b64_json": "aGk=", "partial_image_index": 2});
+        let partial = serde_json::from_value::<ImageStreamEvent>(partial);
+        let name = partial.unwrap().name(ImageMaking::Generation);
+        assert_eq!(name, "image_generation.partial_image");
         let least = json!({"type": "image_generation.completed", "b64_json": "aGk="});
         assert!(serde_json::from_value::<ImageStreamEvent>(least).is_ok());
     }

@@ -52,7 +52,8 @@ pub use embeddings::{
 };
 pub use error::{Code, Error, ErrorResponse};
 pub use images::{
-    CreateImageRequest, Image, ImageFormat, ImageStreamEvent, ImageTimings, ImagesResponse,
+    CreateImageRequest, EditImageRequest, Image, ImageFormat, ImageInputTokens, ImageMaking,
+    ImageStreamEvent, ImageTimings, ImageUsage, ImagesResponse,
 };
 pub use mesh::{
     DeviceSplit, DuplicateIdentity, Machine, Mesh, ModelHolder, ModelSeeker, NameConflict, Path,

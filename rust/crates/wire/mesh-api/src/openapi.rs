@@ -9,10 +9,10 @@ use crate::fields::{self, Neutral};
 use crate::{
     ChatCompletion, ChatCompletionChunk, ChatCompletionRequest, Completion, CompletionRequest,
     CreateEmbeddingRequest, CreateEmbeddingResponse, CreateImageRequest, CreateTokenRequest,
-    DrainProgress, ErrorResponse, ExpelRequest, Health, ImageStreamEvent, ImagesResponse,
-    ListModelsResponse, Mesh, Model, NodeChange, NodeList, NodeRequest, PinDecision, PinList,
-    PlanResponse, Readiness, RebalanceRequest, RebalanceResponse, RevokedToken, TokenCreated,
-    TokenList, TokenRequest, WorkerRequest, paths, schema,
+    DrainProgress, EditImageRequest, ErrorResponse, ExpelRequest, Health, ImageStreamEvent,
+    ImagesResponse, ListModelsResponse, Mesh, Model, NodeChange, NodeList, NodeRequest,
+    PinDecision, PinList, PlanResponse, Readiness, RebalanceRequest, RebalanceResponse,
+    RevokedToken, TokenCreated, TokenList, TokenRequest, WorkerRequest, paths, schema,
 };
 
 /// Who may call an operation.
@@ -151,6 +151,25 @@ impl Document {
         let event = self.response::<ImageStreamEvent>();
         let answer = generated(&self.or_error(&whole), &event);
         self.add(draw.errors(OF_REQUESTS), Some(body), answer);
+        let edit = post(
+            paths::IMAGE_EDITS,
+            "createImageEdit",
+            "Changes an image as a text says.",
+        );
+        let body = self.request::<EditImageRequest>("EditImageRequest", &fields::IMAGE_EDITS);
+        let event = self.edit_events(&event);
+        let answer = generated(&self.or_error(&whole), &event);
+        self.add(edit.errors(OF_REQUESTS), Some(body.clone()), answer);
+        let form = json!({
+            "schema": body,
+            "encoding": {
+                "image": {"contentType": "image/png, image/jpeg, image/webp"},
+                "mask": {"contentType": "image/png, image/webp"},
+            },
+        });
+        let content = &mut self.paths[paths::IMAGE_EDITS]["post"]["requestBody"]["content"];
+        content["multipart/form-data"] = form;
+
         let summary = "An image that was asked for as a URL, until its time is over.";
         let file = get(paths::IMAGE_FILE, "getImageFile", summary).access(Access::Open);
         let png =
@@ -265,6 +284,7 @@ impl Document {
             paths::COMPLETIONS,
             paths::EMBEDDINGS,
             paths::IMAGES,
+            paths::IMAGE_EDITS,
         ];
         let mut headers = json!({"x-request-id": {
             "description": "Id of the request in the logs of all services.", "schema": {"type": "string"},
@@ -331,6 +351,18 @@ impl Document {
             "description": "The answer. A failure after `http.early_headers` comes as an ErrorResponse, with the status 200.",
             "anyOf": [whole, self.response::<ErrorResponse>()],
         })
+    }
+
+    /// The events of edits, which have other types than those of generations.
+    fn edit_events(&mut self, generation: &Value) -> Value {
+        let name = generation["$ref"].as_str().unwrap_or_default();
+        let name = name.rsplit('/').next().unwrap_or_default();
+        let events = self.responses.definitions().get(name);
+        let events = events.map_or_else(String::new, Value::to_string);
+        let events = events.replace("image_generation.", "image_edit.");
+        let events = serde_json::from_str(&events).expect("a name in JSON was replaced");
+        self.named.insert("ImageEditEvent".to_owned(), events);
+        json!({"$ref": "#/components/schemas/ImageEditEvent"})
     }
 
     /// A component with a name of its own.
@@ -440,7 +472,7 @@ fn meaning(status: u16) -> &'static str {
         408 => "The body did not arrive in time.",
         409 => "The state of the mesh does not allow it.",
         413 => "The body exceeds `http.body_limit`.",
-        415 => "The body is not JSON.",
+        415 => "The body is not JSON, nor a form where one is taken.",
         429 => {
             "Too many requests of this client are running; `Retry-After` says when to try again."
         }

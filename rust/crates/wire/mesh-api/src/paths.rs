@@ -8,6 +8,8 @@ pub const COMPLETIONS: &str = "/v1/completions";
 pub const EMBEDDINGS: &str = "/v1/embeddings";
 /// Texts to images.
 pub const IMAGES: &str = "/v1/images/generations";
+/// Images to other images.
+pub const IMAGE_EDITS: &str = "/v1/images/edits";
 /// An image that was made a while ago, by its unguessable name.
 pub const IMAGE_FILE: &str = "/v1/images/files/{name}";
 /// The models that requests can name.

@@ -55,6 +55,19 @@ messages! {
         deadline_ms: u64 = [uint64, tag = 13],
         /// Interval of progress reports, as in [`crate::Generate::progress_ms`].
         progress_ms: u32 = [uint32, tag = 14],
+        /// The image to start from; absent starts from noise. Its pixels follow the task as [`ImageData`]s.
+        init: Option<InitialImage> = [message, optional, tag = 15],
+        /// Previews to send with the steps, as [`preview_is_due`] spreads them; 0 is without.
+        previews: u32 = [uint32, tag = 16],
+    }
+
+    /// An image to start from. Its pixels have [`initial_image_bytes`] bytes: three a pixel, row by row; then, where there is a
+    /// mask, a bit a pixel, the first one highest, that is set where the image is to be changed. A row begins with no new byte.
+    pub struct InitialImage {
+        /// Share of the steps that are run, over 0 up to 1; 1 keeps nothing of the image but for what a mask keeps.
+        strength: f32 = [float, tag = 1],
+        /// A mask follows the pixels.
+        masked: bool = [bool, tag = 2],
     }
 
     /// A denoising step is done (DCF 0x2B), worker to head.
@@ -66,9 +79,13 @@ messages! {
         /// State from which another worker continues: latents, memory of the sampler, place in the noise. Opaque to the head; at most
         /// [`image_state_bytes`] bytes.
         state: Bytes = [bytes = "bytes", tag = 3],
+        /// The image as the model sees it after this step, where one was asked for: three bytes a pixel, an eighth of the image's
+        /// width and height. Empty where there is none.
+        preview: Bytes = [bytes = "bytes", tag = 4],
     }
 
-    /// A part of the finished PNG file (DCF 0x2C), worker to head. Parts come in order; the last one ends at `total`.
+    /// A part of the finished PNG file, worker to head, or of the pixels to start from, head to worker (DCF 0x2C). Parts come in
+    /// order; the last one ends at `total`.
     pub struct ImageData {
         /// Place of the first byte in the file.
         offset: u32 = [uint32, tag = 1],
@@ -80,7 +97,7 @@ messages! {
 }
 
 impl ImageData {
-    /// A PNG file in parts. A file of 4 GiB or more has none.
+    /// A file or pixels in parts. 4 GiB or more have none.
     pub fn parts(file: Bytes) -> impl Iterator<Item = ImageData> {
         let total = u32::try_from(file.len()).unwrap_or(0);
         let offsets = (0..total).step_by(IMAGE_PART);
@@ -117,6 +134,40 @@ pub fn part_cards(cards: Vec<ModelCard>) -> (Vec<ModelCard>, Vec<ModelCard>) {
     cards.into_iter().partition(|card| !makes_images(card))
 }
 
+impl ImageTask {
+    /// Lowest [`crate::Hello::request_revision`] of a worker that acts upon all of it. Previews may be left out.
+    pub fn revision(&self) -> u32 {
+        if self.init.is_some() { 2 } else { 0 }
+    }
+
+    /// Bytes of pixels that follow the task.
+    pub fn upload_bytes(&self) -> usize {
+        let of = |init: &InitialImage| initial_image_bytes(self.width, self.height, init.masked);
+        self.init.as_ref().map_or(0, of)
+    }
+}
+
+/// Bytes of the pixels of an [`InitialImage`] of this size.
+pub fn initial_image_bytes(width: u32, height: u32, masked: bool) -> usize {
+    let pixels = (width as usize).saturating_mul(height as usize);
+    let mask = if masked { pixels.div_ceil(8) } else { 0 };
+    pixels.saturating_mul(3).saturating_add(mask)
+}
+
+/// Bytes of a preview of an image of this size.
+pub fn preview_bytes(width: u32, height: u32) -> usize {
+    (width as usize / PREVIEW_SHARE) * (height as usize / PREVIEW_SHARE) * 3
+}
+
+/// Whether one of `previews` belongs to this step. They part the steps evenly, and none is as late as the image itself.
+pub fn preview_is_due(step: u32, steps: u32, previews: u32) -> bool {
+    let until = |step: u32| u64::from(step) * (u64::from(previews) + 1) / u64::from(steps.max(1));
+    (1..steps).contains(&step) && until(step) > until(step - 1)
+}
+
+/// Pixels of an image's side for one of its preview's.
+pub const PREVIEW_SHARE: usize = 8;
+
 /// Bytes of a PNG file in one [`ImageData`] at most: short enough that the other streams of a link are not held up.
 pub const IMAGE_PART: usize = 256 << 10;
 
@@ -146,11 +197,14 @@ mod tests {
     use crate::{Hello, ModelKind, Served};
 
     fn step() -> impl Strategy<Value = ImageStep> {
-        let state = prop::collection::vec(any::<u8>(), 0..300);
-        (any::<u32>(), any::<u32>(), state).prop_map(|(step, steps, state)| ImageStep {
-            step,
-            steps,
-            state: state.into(),
+        let bytes = || prop::collection::vec(any::<u8>(), 0..300);
+        (any::<u32>(), any::<u32>(), bytes(), bytes()).prop_map(|(step, steps, state, preview)| {
+            ImageStep {
+                step,
+                steps,
+                state: state.into(),
+                preview: preview.into(),
+            }
         })
     }
 
@@ -185,6 +239,11 @@ mod tests {
                     resume,
                     deadline_ms: seed / 2,
                     progress_ms: width,
+                    init: karras.then_some(InitialImage {
+                        strength: guidance,
+                        masked: seed % 2 == 0,
+                    }),
+                    previews: height,
                 }
             },
         )
@@ -250,6 +309,41 @@ mod tests {
         for all in [hello.all_models(), served.all_models()] {
             assert_eq!(names(&all), ["text", "vector", "picture"]);
         }
+    }
+
+    #[test]
+    fn previews_part_the_steps_and_leave_out_the_last() {
+        let due = |steps, previews| {
+            let steps_of = (0..=steps + 1).filter(|step| preview_is_due(*step, steps, previews));
+            steps_of.collect::<Vec<_>>()
+        };
+        assert_eq!(due(20, 3), [5, 10, 15]);
+        assert_eq!(due(20, 1), [10]);
+        assert_eq!(due(5, 2), [2, 4]);
+        assert_eq!(due(2, 3), [1]);
+        for none in [due(20, 0), due(1, 3), due(0, 3)] {
+            assert!(none.is_empty(), "{none:?}");
+        }
+        assert!(!preview_is_due(u32::MAX, u32::MAX, u32::MAX));
+    }
+
+    #[test]
+    fn the_pixels_to_start_from_have_the_size_of_the_image() {
+        let task = |masked| ImageTask {
+            width: 72,
+            height: 64,
+            init: Some(InitialImage {
+                strength: 0.5,
+                masked,
+            }),
+            ..ImageTask::default()
+        };
+        assert_eq!(task(false).upload_bytes(), 72 * 64 * 3);
+        assert_eq!(task(true).upload_bytes(), 72 * 64 * 3 + 9 * 64);
+        assert_eq!((task(true).revision(), task(false).revision()), (2, 2));
+        let plain = ImageTask::default();
+        assert_eq!((plain.upload_bytes(), plain.revision()), (0, 0));
+        assert_eq!(preview_bytes(72, 64), 9 * 8 * 3);
     }
 
     #[test]

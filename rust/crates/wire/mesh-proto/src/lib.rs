@@ -21,8 +21,9 @@ mod ring;
 mod share;
 
 pub use image::{
-    IMAGE_PART, ImageCard, ImageData, ImageStep, ImageTask, image_file_bytes, image_state_bytes,
-    part_cards,
+    IMAGE_PART, ImageCard, ImageData, ImageStep, ImageTask, InitialImage, PREVIEW_SHARE,
+    image_file_bytes, image_state_bytes, initial_image_bytes, part_cards, preview_bytes,
+    preview_is_due,
 };
 pub use ring::*;
 pub use share::*;
@@ -513,9 +514,10 @@ messages! {
 /// Version of the internal messages.
 pub const PROTOCOL_VERSION: u32 = 1;
 
-/// Counts additions to [`Generate`] that change an answer: a worker that ignores them would give another one. 1 added the options of
-/// [`Chat`], [`GenerateParams::stop_token_ids`] and [`GenerateParams::min_tokens`].
-pub const REQUEST_REVISION: u32 = 1;
+/// Counts additions to requests that change an answer: a worker that ignores them would give another one. 1 added the options of
+/// [`Chat`], [`GenerateParams::stop_token_ids`] and [`GenerateParams::min_tokens`], 2 added [`ImageTask::init`].
+pub const REQUEST_REVISION: u32 = 2;
 
-/// The fields of revision 1, as clients call them.
-pub const REVISED_FIELDS: &str = "chat_template_kwargs, continue_final_message, add_generation_prompt, min_tokens and stop_token_ids";
+/// The fields of these revisions, as clients call them.
+pub const REVISED_FIELDS: &str = "chat_template_kwargs, continue_final_message, add_generation_prompt, min_tokens and stop_token_ids, \
+    or the image to edit";

@@ -27,6 +27,8 @@ pub struct Guard {
     origins: HashSet<String>,
     /// Pages of all origins may send requests.
     any_origin: bool,
+    /// Ends of paths that take forms as well as JSON.
+    forms: Vec<&'static str>,
     /// Decides if names count at the moment; without it they do.
     names_count: Option<Arc<dyn Fn() -> bool + Send + Sync>>,
 }
@@ -103,6 +105,13 @@ impl Guard {
         self
     }
 
+    /// Also takes forms with files (`multipart/form-data`) at paths that end so.
+    #[must_use]
+    pub fn with_forms_at(mut self, end: &'static str) -> Self {
+        self.forms.push(end);
+        self
+    }
+
     /// Wraps `router` with this guard.
     pub fn before(self, router: Router) -> Router {
         Router::new()
@@ -123,7 +132,9 @@ impl Guard {
             }
         }
         if *method == Method::POST {
-            check_body(headers)?;
+            let path = uri.path().trim_end_matches('/');
+            let forms = self.forms.iter().any(|end| path.ends_with(end));
+            check_body(headers, forms)?;
         }
         Ok(())
     }
@@ -224,17 +235,17 @@ fn preflight(request: &Request) -> Response {
     response
 }
 
-/// A page can make a browser send text and forms without asking; JSON it cannot.
-fn check_body(headers: &HeaderMap) -> Result<(), Rejection> {
+/// A page can make a browser send text and forms without asking; JSON it cannot. Where forms are taken, those of a
+/// browser need an `Origin`, which was checked.
+fn check_body(headers: &HeaderMap, forms: bool) -> Result<(), Rejection> {
     let encoding = headers.get(header::CONTENT_ENCODING).map(text);
     if let Some(encoding) = encoding.filter(|encoding| !encoding.eq_ignore_ascii_case("identity")) {
         return Err(Rejection::Encoding(encoding));
     }
+    let by_browser = headers.keys().any(|name| {
+        [header::ORIGIN, header::REFERER].contains(name) || name.as_str().starts_with("sec-fetch-")
+    });
     let Some(kind) = headers.get(header::CONTENT_TYPE).map(text) else {
-        let by_browser = headers.keys().any(|name| {
-            [header::ORIGIN, header::REFERER].contains(name)
-                || name.as_str().starts_with("sec-fetch-")
-        });
         let length = headers.get(header::CONTENT_LENGTH);
         let empty = length.is_some_and(|length| length == "0");
         return match by_browser && !empty {
@@ -246,7 +257,10 @@ fn check_body(headers: &HeaderMap) -> Result<(), Rejection> {
     let essence = essence.trim().to_ascii_lowercase();
     let is_json = essence == "application/json"
         || (essence.starts_with("application/") && essence.ends_with("+json"));
-    match is_json {
+    let is_form = forms
+        && essence == "multipart/form-data"
+        && (!by_browser || headers.contains_key(header::ORIGIN));
+    match is_json || is_form {
         true => Ok(()),
         false => Err(Rejection::ContentType(kind)),
     }
@@ -472,6 +486,29 @@ mod tests {
             let answer = ask(&guard, "POST", "/ask", headers).await;
             assert_eq!(answer.status(), status, "{headers:?}");
         }
+    }
+
+    #[tokio::test]
+    async fn forms_are_taken_where_they_are_named() {
+        let form = ("content-type", "multipart/form-data; boundary=x");
+        let guard = Guard::of_names(&[]).with_forms_at("/ask");
+        let own = [form, ("host", "localhost")];
+        assert_eq!(ask(&guard, "POST", "/ask", &own).await.status(), 200);
+        let elsewhere = Guard::of_names(&[]).with_forms_at("/other");
+        assert_eq!(ask(&elsewhere, "POST", "/ask", &own).await.status(), 415);
+        for (more, status) in [
+            (("origin", "http://localhost"), 200),
+            (("origin", "https://evil.example"), 403),
+            (("origin", "null"), 403),
+            (("referer", "https://evil.example/"), 415),
+            (("sec-fetch-site", "cross-site"), 415),
+        ] {
+            let headers = [own[0], own[1], more];
+            let answer = ask(&guard, "POST", "/ask", &headers).await;
+            assert_eq!(answer.status(), status, "{more:?}");
+        }
+        let plain = [("content-type", "text/plain")];
+        assert_eq!(ask(&guard, "POST", "/ask", &plain).await.status(), 415);
     }
 
     #[tokio::test]

@@ -21,6 +21,7 @@ pub(super) struct Job {
     seed: u64,
     init: Option<InitImage>,
     fingerprint: Fingerprint,
+    previews: bool,
     resumed: Option<(Sampler, Option<Vec<f32>>)>,
     run: Option<Run>,
     pub(super) deadline: Option<Instant>,
@@ -86,6 +87,7 @@ impl Job {
             seed: request.seed,
             init: request.init,
             fingerprint,
+            previews: request.previews,
             resumed,
             run: None,
             deadline: request.deadline,
@@ -112,7 +114,11 @@ impl Job {
         };
         let Some(timestep) = run.sampler.timestep() else {
             let image = model.decode(run.sampler.latents(), self.shape)?;
-            return Ok(Turn::Done(self.checked(model, image)?));
+            let mut image = self.checked(model, image)?;
+            if let Some(init) = &self.init {
+                restore_kept(&mut image, init);
+            }
+            return Ok(Turn::Done(image));
         };
         let scaled = run.sampler.scaled();
         let prediction = model.denoise(
@@ -122,9 +128,18 @@ impl Job {
             &run.conditioning,
             self.guidance,
         )?;
+        let colours = model.info().colours.filter(|_| self.previews);
+        let preview = colours.and_then(|colours| {
+            let latents = run.predicted(&prediction);
+            colours.picture(&latents, self.shape)
+        });
         run.advance(&prediction, self.shape)?;
         let kept = run.mask.as_ref().map(|mask| mask.image.as_slice());
-        Ok(Turn::Step(save(self.fingerprint, &run.sampler, kept)))
+        let progress = save(self.fingerprint, &run.sampler, kept);
+        Ok(Turn::Step(Progress {
+            preview,
+            ..progress
+        }))
     }
 
     fn prepare(&mut self, model: &mut impl Diffuser) -> Result<(), Failure> {
@@ -136,7 +151,8 @@ impl Job {
             run.conditioning = model.encode(&self.prompt, self.negative.as_ref())?;
         }
         self.run = Some(run);
-        self.init = None;
+        // A mask's picture is needed again in the end.
+        self.init.take_if(|init| init.mask.is_none());
         Ok(())
     }
 
@@ -219,6 +235,20 @@ impl Run {
         }
     }
 
+    /// Latents of the finished picture that this prediction implies.
+    fn predicted(&self, prediction: &[f32]) -> Vec<f32> {
+        let mut latents = self.sampler.predicted(prediction);
+        if let Some(mask) = &self.mask {
+            let plane = mask.kept.len().max(1);
+            for (at, (latent, of)) in latents.iter_mut().zip(&mask.image).enumerate() {
+                if mask.kept.get(at % plane).copied().unwrap_or(false) {
+                    *latent = *of;
+                }
+            }
+        }
+        latents
+    }
+
     fn advance(&mut self, prediction: &[f32], shape: LatentShape) -> Result<(), Failure> {
         let fresh = self.sampler.takes_noise();
         let fresh = fresh.then(|| self.noise.normal(shape.len()));
@@ -234,9 +264,21 @@ impl Run {
     }
 }
 
+/// Gives pixels that the mask keeps their colours: latents are coarser than pixels, and the autoencoder changes all colours a
+/// little.
+fn restore_kept(image: &mut Image, init: &InitImage) {
+    let Some(mask) = &init.mask else { return };
+    let (pixels, _) = image.rgb.as_chunks_mut::<3>();
+    let (of, _) = init.image.rgb.as_chunks::<3>();
+    for ((pixel, of), mask) in pixels.iter_mut().zip(of).zip(mask) {
+        if *mask < PAINTED {
+            *pixel = *of;
+        }
+    }
+}
+
 /// For each latent of a channel, whether the pixel at its corner is kept.
 fn kept(mask: &[u8], init: &InitImage, shape: LatentShape) -> Vec<bool> {
-    const PAINTED: u8 = 128;
     let (width, height) = (init.image.width as usize, init.image.height as usize);
     let rows = (0..shape.height).map(|row| row * height / shape.height);
     let of_row = |row: usize| {
@@ -245,3 +287,6 @@ fn kept(mask: &[u8], init: &InitImage, shape: LatentShape) -> Vec<bool> {
     };
     rows.flat_map(of_row).collect()
 }
+
+/// Least value of a mask where the picture is painted anew.
+const PAINTED: u8 = 128;

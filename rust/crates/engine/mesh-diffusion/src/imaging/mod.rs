@@ -16,6 +16,7 @@ pub use workload::{Imaging, ImagingOptions};
 
 use mesh_engine::StageError;
 
+use crate::preview::LatentColours;
 use crate::prompt::Prompt;
 use crate::sampler::{SamplerConfig, SamplerKind};
 
@@ -59,6 +60,8 @@ pub struct DiffuserInfo {
     pub latent_channels: usize,
     /// Pixels per latent value, in each direction.
     pub pixels_per_latent: u32,
+    /// The colours of latents, for previews; `None` if they are not known.
+    pub colours: Option<LatentColours>,
     /// The noise schedule.
     pub sampler: SamplerConfig,
     /// Sampler of requests that name none.

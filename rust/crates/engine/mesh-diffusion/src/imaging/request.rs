@@ -33,6 +33,8 @@ pub struct ImageRequest {
     pub init: Option<InitImage>,
     /// Progress of this very request elsewhere, to go on after.
     pub resume: Option<Progress>,
+    /// Add a preview to each step's progress, if the model's latents have known colours.
+    pub previews: bool,
     /// Time after which the picture is useless; `None` means no limit.
     pub deadline: Option<Instant>,
 }
@@ -74,7 +76,8 @@ pub struct InitImage {
     pub image: Image,
     /// Share of the steps that are run, over 0 up to 1; 1 keeps nothing of the picture.
     pub strength: f32,
-    /// One byte per pixel, row by row: 128 and more is painted anew, less is kept. `None` paints everything.
+    /// One byte per pixel, row by row: 128 and more is painted anew, less is kept: it has the colours of `image` in the end. `None`
+    /// paints everything.
     pub mask: Option<Vec<u8>>,
 }
 
@@ -104,11 +107,16 @@ pub struct Progress {
     pub steps: u32,
     /// Latents, the sampler's history and the position in the noise; opaque to all but this crate.
     pub state: Vec<u8>,
+    /// The finished picture as the model predicted it in this step, a pixel for each place of the latents; `None` where none was
+    /// asked for. It is not needed to go on.
+    pub preview: Option<Image>,
 }
 
 impl std::fmt::Debug for Progress {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Progress { step, steps, state } = self;
+        let Progress {
+            step, steps, state, ..
+        } = self;
         write!(f, "Progress({step} of {steps}, {} bytes)", state.len())
     }
 }

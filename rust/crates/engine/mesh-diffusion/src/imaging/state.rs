@@ -60,6 +60,7 @@ pub(super) fn save(fingerprint: Fingerprint, sampler: &Sampler, kept: Option<&[f
         step: sampler.step(),
         steps: sampler.plan().steps(),
         state,
+        preview: None,
     }
 }
 

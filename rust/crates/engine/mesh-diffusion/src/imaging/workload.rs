@@ -1,7 +1,7 @@
 //! Imaging: the workload of models of images.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use mesh_engine::{RequestError, RequestKey, StepOutcome, Workload};
 
@@ -33,6 +33,16 @@ pub struct Imaging<D: Diffuser> {
     scheduler: Scheduler,
     /// The request that takes the turn under way.
     turn: Option<RequestKey>,
+    /// Other work that goes first.
+    others: Option<Others>,
+}
+
+/// Work of others on the same machine that goes first.
+struct Others {
+    run: fn() -> bool,
+    patience: Duration,
+    /// The turn under way waits since then.
+    waiting: Option<Instant>,
 }
 
 impl<D: Diffuser> Imaging<D> {
@@ -42,9 +52,40 @@ impl<D: Diffuser> Imaging<D> {
             scheduler: Scheduler::new(model.info().clone(), tokenizer, options),
             model,
             turn: None,
+            others: None,
         }
     }
+
+    /// The same, but no turn begins while `others_run`, unless it has waited for `patience`.
+    #[must_use]
+    pub fn giving_way(mut self, others_run: fn() -> bool, patience: Duration) -> Self {
+        self.others = Some(Others {
+            run: others_run,
+            patience,
+            waiting: None,
+        });
+        self
+    }
 }
+
+impl Others {
+    fn go_first(&mut self, now: Instant) -> bool {
+        if !(self.run)() {
+            self.waiting = None;
+            return false;
+        }
+        let since = *self.waiting.get_or_insert(now);
+        let wait = now.saturating_duration_since(since) < self.patience;
+        if !wait {
+            // This turn is taken, and the next one waits anew.
+            self.waiting = None;
+        }
+        wait
+    }
+}
+
+/// Interval at which a turn that waits for others looks again.
+const LOOK: Duration = Duration::from_millis(10);
 
 impl<D: Diffuser> Workload for Imaging<D> {
     type Request = ImageRequest;
@@ -71,10 +112,17 @@ impl<D: Diffuser> Workload for Imaging<D> {
         self.turn.is_some()
     }
 
-    fn poll(&mut self, _: Instant) -> StepOutcome {
+    fn poll(&mut self, now: Instant) -> StepOutcome {
         let Some(key) = self.turn.take() else {
             return StepOutcome::Pending;
         };
+        if let Some(others) = &mut self.others
+            && others.go_first(now)
+        {
+            // The turn is planned again: in the meantime its request may be cancelled or too late.
+            std::thread::sleep(LOOK);
+            return StepOutcome::Resumed;
+        }
         match self.scheduler.turn(key, &mut self.model) {
             Ok(()) => StepOutcome::Completed,
             Err(error) => StepOutcome::Failed { rows: 1, error },

@@ -80,6 +80,25 @@ impl Sampler {
         }
     }
 
+    /// The picture's latents that a prediction for [`Sampler::scaled`] implies: as many values as `prediction` has, those of the
+    /// run if all steps are done.
+    pub fn predicted(&self, prediction: &[f32]) -> Vec<f32> {
+        let at = self.plan.begin + self.step as usize;
+        if self.step >= self.plan.steps() {
+            return self.latents.clone();
+        }
+        match &self.plan.levels {
+            Levels::Sigmas(sigmas) if self.plan.kind == SamplerKind::DpmPlusPlus2M => {
+                self.mixed_picture(alpha_sigma(sigmas[at]), prediction)
+            }
+            Levels::Sigmas(sigmas) => self.picture(sigmas[at], prediction),
+            Levels::Alphas { steps, .. } => {
+                let (alpha, _) = steps[at];
+                self.mixed_picture((alpha.sqrt(), (1.0 - alpha).sqrt()), prediction)
+            }
+        }
+    }
+
     /// Takes the model's prediction for [`Sampler::scaled`] at [`Sampler::timestep`], and normal numbers if
     /// [`Sampler::takes_noise`].
     ///
@@ -167,11 +186,7 @@ impl Sampler {
     fn dpm(&self, sigmas: &[f32], at: usize, prediction: &[f32]) -> (Vec<f32>, Vec<f32>) {
         let (alpha_s, sigma_s) = alpha_sigma(sigmas[at]);
         let (alpha_t, sigma_t) = alpha_sigma(sigmas[at + 1]);
-        let picture: Vec<f32> = match self.plan.prediction {
-            Prediction::Epsilon => self.zip(prediction, |x, e| (x - sigma_s * e) / alpha_s),
-            Prediction::VPrediction => self.zip(prediction, |x, v| alpha_s * x - sigma_s * v),
-            Prediction::Sample => prediction.to_vec(),
-        };
+        let picture = self.mixed_picture((alpha_s, sigma_s), prediction);
         let lambda = |(alpha, sigma): (f32, f32)| alpha.ln() - sigma.ln();
         let lambda_s = lambda((alpha_s, sigma_s));
         // Infinite at the end, where sigma is 0: its exponential is then 0, and the picture is the result.
@@ -194,6 +209,15 @@ impl Sampler {
             _ => self.zip(&picture, |x, now| ratio * x - factor * now),
         };
         (latents, picture)
+    }
+
+    /// The picture that a prediction implies where latents are `alpha` of it and `sigma` of noise.
+    fn mixed_picture(&self, (alpha, sigma): (f32, f32), prediction: &[f32]) -> Vec<f32> {
+        match self.plan.prediction {
+            Prediction::Epsilon => self.zip(prediction, |x, e| (x - sigma * e) / alpha),
+            Prediction::VPrediction => self.zip(prediction, |x, v| alpha * x - sigma * v),
+            Prediction::Sample => prediction.to_vec(),
+        }
     }
 
     /// The picture that a prediction of Euler's samplers implies.

@@ -4,9 +4,11 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use mesh_diffusion::config::Family;
 use mesh_diffusion::{
     ClipTokenizer, Conditioning, Diffuser, DiffuserInfo, Image, ImageRequest, Imaging,
-    ImagingOptions, InitImage, LatentShape, Prompt, SamplerConfig, SamplerKind, TextEmbedding,
+    ImagingOptions, InitImage, LatentColours, LatentShape, Prompt, SamplerConfig, SamplerKind,
+    TextEmbedding,
 };
 use mesh_engine::{Engine, StageError};
 
@@ -34,6 +36,7 @@ impl Formula {
                 max_size: 256,
                 latent_channels: 4,
                 pixels_per_latent: 8,
+                colours: Some(LatentColours::of(Family::Sd1)),
                 sampler: SamplerConfig::stable_diffusion(Default::default()),
                 default_sampler: SamplerKind::DpmPlusPlus2M,
                 default_steps: 5,
@@ -172,6 +175,7 @@ pub(crate) fn request(prompt: &str) -> ImageRequest {
         sampler: SamplerKind::EulerAncestral,
         karras: false,
         init: None,
+        previews: false,
         resume: None,
         deadline: None,
     }

@@ -2,6 +2,7 @@
 
 mod formula;
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use futures::StreamExt;
@@ -163,17 +164,53 @@ fn a_mask_keeps_what_it_covers() {
     let mut model = Formula::new();
     let shape = model.info.latent_shape(64, 48);
     let noise = Noise::new(9).normal(shape.len());
-    let latents = model
-        .encode_image(&wanted.init.unwrap().image, &noise)
-        .unwrap();
+    let init = wanted.init.unwrap();
+    let latents = model.encode_image(&init.image, &noise).unwrap();
     let kept = model.decode(&latents, shape).unwrap();
-    // The mask keeps columns below 20, and a latent is kept by its left column: those below 24.
-    for (at, (found, of)) in image.rgb.chunks(3).zip(kept.rgb.chunks(3)).enumerate() {
-        if at % 64 < 24 {
-            assert_eq!(found, of, "pixel {at}");
+    // The mask keeps columns below 20. Their pixels are the picture's own; a latent is kept by its left column: those below 24.
+    let found = image.rgb.chunks(3).zip(kept.rgb.chunks(3));
+    for (at, ((found, of), own)) in found.zip(init.image.rgb.chunks(3)).enumerate() {
+        match at % 64 {
+            0..20 => assert_eq!(found, own, "pixel {at}"),
+            20..24 => assert_eq!(found, of, "pixel {at}"),
+            _ => {}
         }
     }
     assert!(image != kept);
+}
+
+#[test]
+fn previews_come_near_the_picture_and_change_nothing() {
+    for sampler in SamplerKind::ALL {
+        let plain = ImageRequest {
+            sampler,
+            steps: 20,
+            ..request("a cat")
+        };
+        let (without, image) = run(plain.clone());
+        assert!(without.iter().all(|progress| progress.preview.is_none()));
+        let wanted = ImageRequest {
+            previews: true,
+            ..plain
+        };
+        let (steps, again) = run(wanted.clone());
+        assert!(again.unwrap() == image.unwrap(), "{sampler}");
+        let previews: Vec<&Image> = steps.iter().flat_map(|step| &step.preview).collect();
+        assert_eq!(previews.len(), 20, "{sampler}");
+        let last = previews[19];
+        assert_eq!((last.width, last.height, last.rgb.len()), (8, 6, 144));
+        let distance = |preview: &Image| {
+            let pairs = preview.rgb.iter().zip(&last.rgb);
+            pairs.map(|(a, b)| u32::from(a.abs_diff(*b))).sum::<u32>()
+        };
+        assert!(distance(previews[17]) < distance(previews[2]), "{sampler}");
+        // Another worker's is the same.
+        let resumed = ImageRequest {
+            resume: Some(steps[7].clone()),
+            ..wanted
+        };
+        assert!(run(resumed).0 == steps[8..], "{sampler}");
+    }
 }
 
 #[test]
@@ -254,6 +291,34 @@ fn a_cancelled_request_ends_with_its_step() {
     assert_eq!(handle.load().totals.cancelled, 1);
     let after = block_on(handle.submit(request("a cat")).last_event());
     assert_eq!(after, ImageEvent::Done(Err(RequestError::Draining)));
+}
+
+#[test]
+fn a_turn_waits_for_others_as_long_as_it_has_patience() {
+    static OTHERS: AtomicBool = AtomicBool::new(true);
+    let run = || OTHERS.load(Ordering::Relaxed);
+    let mut work = imaging().giving_way(run, Duration::from_secs(5));
+    let begun = Instant::now();
+    work.scheduler().submit(1, request("a cat"), begun);
+    let poll = |work: &mut Imaging<Formula>, after: u64| {
+        let now = begun + Duration::from_secs(after);
+        assert!(work.begin(now));
+        work.poll(now)
+    };
+    for after in [0, 1, 4] {
+        assert!(matches!(poll(&mut work, after), StepOutcome::Resumed));
+    }
+    assert!(matches!(poll(&mut work, 5), StepOutcome::Completed));
+    assert!(matches!(poll(&mut work, 5), StepOutcome::Resumed), "anew");
+    OTHERS.store(false, Ordering::Relaxed);
+    for _ in 0..3 {
+        assert!(matches!(poll(&mut work, 6), StepOutcome::Completed));
+    }
+    // Meanwhile a request can be cancelled.
+    OTHERS.store(true, Ordering::Relaxed);
+    assert!(matches!(poll(&mut work, 7), StepOutcome::Resumed));
+    work.scheduler().cancel(1);
+    assert!(!work.begin(begun));
 }
 
 #[test]

@@ -33,8 +33,15 @@ impl AskedImages {
     /// [`Invalid`] names the field that is wrong or not supported.
     pub fn parse(body: &[u8]) -> Result<Self, Invalid> {
         let object = json::object(body)?;
-        let fields = Fields::of(&object);
-        let ignored = check(Api::Images, fields)?;
+        Self::of(Api::Images, Fields::of(&object))
+    }
+
+    /// Reads the fields of a body, of a kind of request for images.
+    ///
+    /// # Errors
+    /// As [`AskedImages::parse`].
+    pub(crate) fn of(api: Api, fields: Fields<'_>) -> Result<Self, Invalid> {
+        let ignored = check(api, fields)?;
         let ignored = ignored.into_iter().map(str::to_owned).collect();
         let format = match fields.text("response_format")? {
             None | Some("b64_json") => ImageFormat::B64Json,
@@ -47,11 +54,21 @@ impl AskedImages {
         };
         // It only names the client's own user.
         fields.text("user")?;
+        let stream = fields.flag("stream")?;
+        let previews = fields.whole("partial_images", 0..=MOST_PREVIEWS)?;
+        if previews > Some(0) && !stream {
+            let text =
+                "'partial_images' needs 'stream': true, since a whole answer has only whole images";
+            return Err(Invalid::new("partial_images", text));
+        }
         Ok(Self {
-            request: Self::of_fields(fields)?,
+            request: ImageRequest {
+                previews: previews.unwrap_or(0),
+                ..Self::of_fields(fields)?
+            },
             count: fields.whole("n", 1..=MOST_IMAGES)?.unwrap_or(1),
             format,
-            stream: fields.flag("stream")?,
+            stream,
             progress: fields.flag("progress")?,
             ignored,
         })
@@ -218,7 +235,8 @@ fn simple(name: &str) -> String {
     kept.map(|c| c.to_ascii_lowercase()).collect()
 }
 
-fn first_of<T>(
+/// The value of the first of several names of a field that is there.
+pub(crate) fn first_of<T>(
     names: &[&str],
     read: impl Fn(&str) -> Result<Option<T>, Invalid>,
 ) -> Result<Option<T>, Invalid> {
@@ -264,6 +282,8 @@ const SCHEDULER: &[&str] = &["scheduler", "schedule"];
 
 /// As many as the OpenAI API makes.
 const MOST_IMAGES: u32 = 10;
+/// As many as the OpenAI API sends.
+const MOST_PREVIEWS: u32 = 3;
 /// No sampler gains by more.
 const MOST_STEPS: u32 = 150;
 const MOST_GUIDANCE: f64 = 50.0;
@@ -387,6 +407,12 @@ mod tests {
             (json!({"scheduler": "exponential"}), "scheduler"),
             (json!({"response_format": "jpeg"}), "response_format"),
             (json!({"stream": 1}), "stream"),
+            (
+                json!({"stream": true, "partial_images": 4}),
+                "partial_images",
+            ),
+            (json!({"partial_images": 1}), "partial_images"),
+            (json!({"image": "AAAA"}), "image"),
             (json!({"model": 5}), "model"),
         ] {
             let invalid = parse(body.clone()).expect_err(&body.to_string());

@@ -16,8 +16,19 @@ pub(crate) async fn parsed<T: Send + 'static>(
     if body.len() <= SMALL {
         return Ok(parse(&body));
     }
+    in_turn(turns, move || parse(&body)).await
+}
+
+/// Returns the result of `work`, done on another thread in its turn.
+///
+/// # Errors
+/// If `work` panics.
+pub(crate) async fn in_turn<T: Send + 'static>(
+    turns: &Semaphore,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, JoinError> {
     let _turn = turns.acquire().await;
-    tokio::task::spawn_blocking(move || parse(&body)).await
+    tokio::task::spawn_blocking(work).await
 }
 
 /// Bodies up to this length are parsed in less time than it takes to hand them over.

@@ -191,6 +191,7 @@ impl Codec for EmbedCodec<'_> {
         };
         WorkerRequest {
             message: message(MsgType::EMBED, start.resume.attempt, &embed),
+            upload: bytes::Bytes::new(),
             plain: None,
         }
     }

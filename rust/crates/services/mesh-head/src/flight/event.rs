@@ -5,6 +5,8 @@ use mesh_control::placement::Placed;
 use mesh_control::request::{AnswerError, Complete, Delta};
 use mesh_proto::{Progress, RequestPhase};
 
+use crate::api::preview::Preview;
+
 /// An event of a task for its front end. [`Event::Complete`] and [`Event::Failed`] are last.
 #[derive(Debug)]
 pub(crate) enum Event {
@@ -19,6 +21,8 @@ pub(crate) enum Event {
     Stepped {
         step: u32,
         steps: u32,
+        /// The image as it is, where that is due.
+        preview: Option<Preview>,
     },
     /// The whole answer to a plain task, as it is.
     Whole(Bytes),

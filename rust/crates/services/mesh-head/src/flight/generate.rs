@@ -156,6 +156,7 @@ impl<E: FnMut(Event) + Send> Codec for GenerateCodec<E> {
         };
         WorkerRequest {
             message: message(MsgType::GENERATE, start.resume.attempt, &generate),
+            upload: bytes::Bytes::new(),
             plain: self.task.plain.clone(),
         }
     }

@@ -11,7 +11,7 @@ use mesh_control::image::{ArrivingImage, step_units};
 use mesh_control::placement::Refusal;
 use mesh_control::request::{AnswerError, Bounds, Failure, Lifecycle, Step};
 use mesh_control::router::Requirements;
-use mesh_proto::{Done, ImageCard, ImageData, ImageStep, ImageTask, ModelKind};
+use mesh_proto::{Done, ImageCard, ImageData, ImageStep, ImageTask, InitialImage, ModelKind};
 use tracing::{debug, info};
 
 use super::attempts::Flight;
@@ -19,6 +19,7 @@ use super::codec::{AttemptTerms, Codec};
 use super::event::Event;
 use super::outcome::Account;
 use super::task::{ImageRequest, MadeImage};
+use crate::api::preview::Preview;
 use crate::ids;
 use crate::mesh::connection::{FromWorker, WorkerRequest};
 use crate::mesh::{Lease, Mesh, message};
@@ -68,8 +69,8 @@ async fn run(
             task.width, task.height
         )));
     }
-    let texts = task.prompt.len() + task.negative_prompt.len();
-    lease.add(ArrivingImage::memory(task.width, task.height, texts))?;
+    lease.add(ArrivingImage::memory(&task))?;
+    let upload = request.init.map_or_else(Bytes::new, |init| init.pixels);
     let units = step_units(task.width, task.height);
     let ask = Requirements {
         model: model.clone(),
@@ -77,6 +78,7 @@ async fn run(
         prompt_tokens: units,
         answer_tokens: units.saturating_mul(task.steps),
         plain: request.plain.is_some(),
+        revision: task.revision(),
         source: Source {
             ingress: Ingress::Images,
             origin: request.origin,
@@ -85,8 +87,9 @@ async fn run(
     };
     let codec = ImageCodec {
         mesh,
-        arriving: ArrivingImage::new(task.width, task.height, task.steps, texts),
+        arriving: ArrivingImage::new(&task),
         task,
+        upload,
         plain: request.plain,
         units,
         file: None,
@@ -109,7 +112,7 @@ async fn run(
         png: codec.file.expect("an image is complete when it is here"),
         width: task.width,
         height: task.height,
-        steps: task.steps,
+        steps: codec.arriving.steps(),
         seed: task.seed,
         worker: codec.worker,
         reruns: complete.reruns,
@@ -155,6 +158,11 @@ fn task(request: ImageRequest, model: &str, card: &ImageCard) -> ImageTask {
         seed: request.seed.unwrap_or_else(|| ids::unique() >> 32),
         sampler: request.sampler.unwrap_or_else(own),
         karras: request.karras,
+        init: request.init.map(|init| InitialImage {
+            strength: init.strength,
+            masked: init.masked,
+        }),
+        previews: request.previews,
         ..ImageTask::default()
     }
 }
@@ -164,6 +172,8 @@ fn task(request: ImageRequest, model: &str, card: &ImageCard) -> ImageTask {
 struct ImageCodec<'a, T> {
     mesh: &'a Mesh,
     task: ImageTask,
+    /// Pixels that every attempt begins with.
+    upload: Bytes,
     plain: Option<Bytes>,
     /// Units of work of one step.
     units: u32,
@@ -178,11 +188,17 @@ impl<T: FnMut(Event) + Send> ImageCodec<'_, T> {
     fn stepped(&mut self, attempt: u32, step: ImageStep) -> Result<u32, Failure> {
         let (number, steps) = (step.step, step.steps);
         let taken = self.arriving.step(attempt, step);
-        taken.map_err(Failure::Nonsense)?;
+        let preview = taken.map_err(Failure::Nonsense)?;
+        let preview = preview.map(|rgb| Preview {
+            width: self.task.width,
+            height: self.task.height,
+            rgb,
+        });
         self.mesh.metrics.image_steps.inc();
         (self.tell)(Event::Stepped {
             step: number,
             steps,
+            preview,
         });
         Ok(self.units)
     }
@@ -206,6 +222,7 @@ impl<T: FnMut(Event) + Send> Codec for ImageCodec<'_, T> {
         };
         WorkerRequest {
             message: message(MsgType::IMAGE_TASK, start.resume.attempt, &task),
+            upload: self.upload.clone(),
             plain: self.plain.clone(),
         }
     }

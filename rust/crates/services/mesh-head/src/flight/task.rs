@@ -133,10 +133,25 @@ pub struct ImageRequest {
     pub sampler: Option<String>,
     /// Noise levels after Karras et al.
     pub karras: bool,
+    /// The image to start from, in the pixels of `size`.
+    pub init: Option<InitialPixels>,
+    /// Previews to send meanwhile.
+    pub previews: u32,
     /// Payload of the plain DCF task that asks for the same, where it came as one.
     pub plain: Option<Bytes>,
     /// The client that it comes from.
     pub origin: Origin,
+}
+
+/// An image to start from.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct InitialPixels {
+    /// Share of the steps that are run.
+    pub strength: f32,
+    /// A mask keeps some of it.
+    pub masked: bool,
+    /// As they travel: [`mesh_proto::InitialImage`].
+    pub pixels: Bytes,
 }
 
 /// A finished image.

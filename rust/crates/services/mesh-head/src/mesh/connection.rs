@@ -37,6 +37,8 @@ pub(crate) trait Connection: fmt::Debug + Send + Sync {
 pub(crate) struct WorkerRequest {
     /// For a worker of the mesh.
     pub message: Message,
+    /// Pixels that follow it in parts.
+    pub upload: Bytes,
     /// Payload of the plain DCF task that asks for the same, if one can.
     pub plain: Option<Bytes>,
 }

@@ -57,6 +57,8 @@ pub struct Mesh {
     /// Turns for large requests, which are read one at a time: while they are parsed, they take a multiple of
     /// their bytes.
     pub(crate) reading: Semaphore,
+    /// Turns for images that clients send, which are decoded one at a time for the same reason.
+    pub(crate) decoding: Semaphore,
     /// Told whenever a ring's members or driver changed.
     pub(super) ring_changes: watch::Sender<()>,
     /// Held while the list of drained workers is written.
@@ -168,6 +170,7 @@ impl Mesh {
         Ok(Arc::new(Self {
             memory: Mutex::new(RequestMemory::new(config.memory_of_requests())),
             reading: Semaphore::new(1),
+            decoding: Semaphore::new(1),
             live: RwLock::new(config.clone()),
             config,
             metrics,

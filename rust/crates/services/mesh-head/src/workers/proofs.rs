@@ -314,7 +314,6 @@ impl Probe<'_> {
         let prompt = self.proof.question.text.clone();
         let hashed = |hash: u32, byte| hash.wrapping_mul(31).wrapping_add(u32::from(byte));
         let seed = u64::from(prompt.bytes().fold(7, hashed));
-        let mut arriving = ArrivingImage::new(side, side, PROBE_STEPS, prompt.len());
         let task = ImageTask {
             request_id: ids::fresh("req"),
             model: self.proof.model.clone(),
@@ -328,6 +327,7 @@ impl Probe<'_> {
             progress_ms: progress_ms(self.mesh),
             ..ImageTask::default()
         };
+        let mut arriving = ArrivingImage::new(&task);
         let request = message(MsgType::IMAGE_TASK, 1, &task);
         let mut stream = self.while_alive(requests::open(link, request)).await??;
         stream.limit(arriving.message_bytes());

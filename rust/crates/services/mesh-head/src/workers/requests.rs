@@ -2,15 +2,17 @@
 
 use std::time::Duration;
 
+use bytes::Bytes;
 use dcf::{ErrorCode, Message, MsgType};
+use futures::FutureExt as _;
 use futures::future::BoxFuture;
 use mesh_control::embedding::check;
 use mesh_control::request::Failure;
-use mesh_net::quic::{Closed, Link, MsgStream, StreamFailure};
-use mesh_proto::{Embeddings, Progress};
+use mesh_net::quic::{Closed, Link, MsgStream, RecvHalf, SendHalf, StreamFailure};
+use mesh_proto::{Embeddings, ImageData, Progress};
 
-use crate::mesh::Mesh;
 use crate::mesh::connection::{AttemptStream, Connection, FromWorker, WorkerRequest};
+use crate::mesh::{Mesh, message};
 
 impl Connection for Link {
     fn open(
@@ -18,8 +20,18 @@ impl Connection for Link {
         request: WorkerRequest,
     ) -> BoxFuture<'_, Result<Box<dyn AttemptStream>, Failure>> {
         Box::pin(async move {
+            let sequence = request.message.sequence;
             let stream = open(self, request.message).await.map_err(lost)?;
-            Ok(Box::new(stream) as Box<dyn AttemptStream>)
+            if request.upload.is_empty() {
+                return Ok(Box::new(stream) as Box<dyn AttemptStream>);
+            }
+            let (send, recv) = stream.split();
+            let sending = Some(upload(send, sequence, request.upload).boxed());
+            Ok(Box::new(Uploading {
+                sending,
+                send: None,
+                recv,
+            }) as Box<dyn AttemptStream>)
         })
     }
 
@@ -48,6 +60,64 @@ impl AttemptStream for MsgStream {
         // The worker has sent its last message; only the confirmation of its receipt is left to send.
         let _ = self.finish();
     }
+}
+
+/// A request whose pixels are on their way, while the worker may already say something.
+struct Uploading {
+    /// Gives the sending half back when all is sent.
+    sending: Option<BoxFuture<'static, Result<SendHalf, StreamFailure>>>,
+    send: Option<SendHalf>,
+    recv: RecvHalf,
+}
+
+impl AttemptStream for Uploading {
+    fn limit(&mut self, bytes: usize) {
+        self.recv.limit(bytes);
+    }
+
+    fn receive(&mut self) -> BoxFuture<'_, Result<FromWorker, Failure>> {
+        Box::pin(async move {
+            loop {
+                let sending = async {
+                    match &mut self.sending {
+                        Some(sending) => sending.await,
+                        None => std::future::pending().await,
+                    }
+                };
+                tokio::select! {
+                    biased;
+                    message = self.recv.recv() => {
+                        let message = message.map_err(lost)?;
+                        return Ok(message.map_or(FromWorker::End, FromWorker::Message));
+                    }
+                    sent = sending => {
+                        self.sending = None;
+                        // A worker that reads no more says why, or its link is gone.
+                        self.send = sent.ok();
+                    }
+                }
+            }
+        })
+    }
+
+    fn finish(&mut self) {
+        if let Some(send) = &mut self.send {
+            let _ = send.finish();
+        }
+    }
+}
+
+/// Sends pixels in parts.
+async fn upload(
+    mut send: SendHalf,
+    sequence: u32,
+    pixels: Bytes,
+) -> Result<SendHalf, StreamFailure> {
+    for part in ImageData::parts(pixels) {
+        send.send(message(MsgType::IMAGE_DATA, sequence, &part))
+            .await?;
+    }
+    Ok(send)
 }
 
 /// Opens the stream of a request. Dropped early it is reset, which cancels the request there.

@@ -243,6 +243,8 @@ pub(crate) struct Seen {
     pub(crate) cancelled: AtomicUsize,
     pub(crate) generates: Mutex<Vec<Generate>>,
     pub(crate) images: Mutex<Vec<ImageTask>>,
+    /// Pixels that came with images.
+    pub(crate) pixels: Mutex<Vec<Vec<u8>>>,
     /// One is held by each request that is worked on.
     slots: OnceLock<tokio::sync::Semaphore>,
     /// Requests that wait for it.
@@ -634,6 +636,19 @@ async fn draw(link: &Link, stream: MsgStream, message: Message, script: &Script,
         seen.images.lock().unwrap().push(task.clone());
     }
     let (mut send, mut recv) = stream.split();
+    let mut pixels = Vec::new();
+    while pixels.len() < task.upload_bytes() {
+        let Ok(Some(message)) = recv.recv().await else {
+            return;
+        };
+        let part = ImageData::decode(message.payload).unwrap();
+        assert_eq!(part.offset as usize, pixels.len());
+        assert!(part.data.len() <= mesh_proto::IMAGE_PART);
+        pixels.extend_from_slice(&part.data);
+    }
+    if !is_probe {
+        seen.pixels.lock().unwrap().push(pixels);
+    }
     let cancelled = async {
         let _ = recv.recv().await;
     };
@@ -673,6 +688,12 @@ async fn draw(link: &Link, stream: MsgStream, message: Message, script: &Script,
                 step,
                 steps: task.steps,
                 state: sent.into(),
+                preview: match mesh_proto::preview_is_due(step, task.steps, task.previews) {
+                    true => {
+                        vec![step as u8; mesh_proto::preview_bytes(task.width, task.height)].into()
+                    }
+                    false => Default::default(),
+                },
             };
             let message = Message::new(MsgType::IMAGE_STEP, 0, 0, body.encode_to_vec());
             if send.send(message).await.is_err() {

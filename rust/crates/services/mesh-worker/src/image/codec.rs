@@ -2,11 +2,15 @@
 
 use std::time::Instant;
 
+use bytes::Bytes;
 use dcf::MsgType;
-use mesh_diffusion::imaging::{Image, ImageEvent, ImageRequest, Imaging, Progress};
+use mesh_diffusion::imaging::{Image, ImageEvent, ImageRequest, Imaging, InitImage, Progress};
 use mesh_diffusion::{DiffuserInfo, SamplerKind};
 use mesh_engine::{EngineHandle, Load, RequestError};
-use mesh_proto::{ImageData, ImageStep, ImageTask};
+use mesh_proto::{
+    ImageData, ImageStep, ImageTask, InitialImage, PREVIEW_SHARE, initial_image_bytes,
+    preview_is_due,
+};
 use prost::Message as _;
 
 use super::load::Quiet;
@@ -16,13 +20,14 @@ use crate::templates::Templates;
 
 impl Codec for Imaging<Quiet> {
     const TASK: MsgType = MsgType::IMAGE_TASK;
+    const PRECEDES: bool = false;
     const MODEL: &'static str = "an image model";
 
     type Task = ImageTask;
     type Model = ();
-    type Written = ImageTask;
-    /// Text of the PNG file that says how the image was made.
-    type Reply = String;
+    /// With the pixels to start from.
+    type Written = (ImageTask, Bytes);
+    type Reply = Reply;
 
     fn header(task: &ImageTask) -> TaskHeader<'_> {
         TaskHeader {
@@ -42,6 +47,14 @@ impl Codec for Imaging<Quiet> {
         sampler(task).map(|_| ())
     }
 
+    fn upload_bytes(task: &ImageTask) -> usize {
+        task.upload_bytes()
+    }
+
+    fn with_upload((_, pixels): &mut (ImageTask, Bytes), upload: Bytes) {
+        *pixels = upload;
+    }
+
     /// The latents are not prepared, and do not count.
     fn bytes(task: &ImageTask) -> usize {
         task.prompt.len() + task.negative_prompt.len()
@@ -51,22 +64,32 @@ impl Codec for Imaging<Quiet> {
         _: &ModelEngine<Self>,
         _: &Templates,
         task: ImageTask,
-    ) -> Result<ImageTask, PrepareError> {
-        Ok(task)
+    ) -> Result<(ImageTask, Bytes), PrepareError> {
+        Ok((task, Bytes::new()))
     }
 
     fn request(
         _: &ModelEngine<Self>,
         _: &SamplingDefaults,
-        task: ImageTask,
+        (task, pixels): (ImageTask, Bytes),
         arrived: Instant,
-    ) -> Result<(ImageRequest, String), PrepareError> {
+    ) -> Result<(ImageRequest, Reply), PrepareError> {
         let sampler = sampler(&task)?;
-        let parameters = parameters(&task, sampler);
+        let reply = Reply {
+            parameters: parameters(&task, sampler),
+            previews: task.previews,
+            width: task.width,
+            height: task.height,
+        };
+        let init = task.init.as_ref();
+        let init = init
+            .map(|init| initial_image(&task, init, &pixels))
+            .transpose()?;
         let resume = task.resume.map(|step| Progress {
             step: step.step,
             steps: step.steps,
             state: step.state.into(),
+            preview: None,
         });
         let request = ImageRequest {
             id: task.request_id,
@@ -79,26 +102,29 @@ impl Codec for Imaging<Quiet> {
             seed: task.seed,
             sampler,
             karras: task.karras,
-            init: None,
+            init,
             resume,
+            previews: task.previews > 0,
             deadline: deadline(arrived, task.deadline_ms),
         };
-        Ok((request, parameters))
+        Ok((request, reply))
     }
 
-    async fn encode(parameters: &String, event: ImageEvent) -> Result<Bodies, RequestError> {
+    async fn encode(reply: &Reply, event: ImageEvent) -> Result<Bodies, RequestError> {
         let image = match event {
             ImageEvent::Step(progress) => {
+                let preview = reply.preview(&progress);
                 let step = ImageStep {
                     step: progress.step,
                     steps: progress.steps,
                     state: progress.state.into(),
+                    preview,
                 };
                 return Ok(vec![(MsgType::IMAGE_STEP, step.encode_to_vec())]);
             }
             ImageEvent::Done(image) => image?,
         };
-        let file = png(image, parameters.clone()).await?;
+        let file = png(image, reply.parameters.clone()).await?;
         let parts = ImageData::parts(file.into());
         let body = |part: ImageData| (MsgType::IMAGE_DATA, part.encode_to_vec());
         Ok(parts.map(body).collect())
@@ -118,6 +144,71 @@ impl Codec for Imaging<Quiet> {
     fn max_rows(_: &DiffuserInfo) -> usize {
         1
     }
+}
+
+/// Needed to encode the events of one image.
+pub(crate) struct Reply {
+    /// Text of the PNG file that says how the image was made.
+    parameters: String,
+    /// Previews that the head wants.
+    previews: u32,
+    /// Pixels of the image.
+    width: u32,
+    height: u32,
+}
+
+impl Reply {
+    /// The preview of a step that is to have one, in an eighth of the image's size.
+    fn preview(&self, progress: &Progress) -> Bytes {
+        let due = preview_is_due(progress.step, progress.steps, self.previews);
+        let Some(preview) = progress.preview.as_ref().filter(|_| due) else {
+            return Bytes::new();
+        };
+        let share = PREVIEW_SHARE as u32;
+        let (width, height) = (self.width / share, self.height / share);
+        // Latents of other models may be finer or coarser.
+        let (pixels, _) = preview.rgb.as_chunks::<3>();
+        let pixel = |row: u32, column: u32| {
+            let row = row * preview.height / height;
+            let column = column * preview.width / width;
+            let at = (row * preview.width + column) as usize;
+            pixels.get(at).copied().unwrap_or_default()
+        };
+        let rows = (0..height).flat_map(|row| (0..width).map(move |column| (row, column)));
+        rows.flat_map(|(row, column)| pixel(row, column)).collect()
+    }
+}
+
+/// The pixels to start from and the mask, of bytes that came with a task.
+fn initial_image(
+    task: &ImageTask,
+    init: &InitialImage,
+    bytes: &Bytes,
+) -> Result<InitImage, PrepareError> {
+    let (wanted, came) = (task.upload_bytes(), bytes.len());
+    if wanted != came {
+        let text = format!("{came} bytes of pixels came instead of {wanted}");
+        return Err(PrepareError::Invalid(text));
+    }
+    let (rgb, mask) = bytes.split_at(initial_image_bytes(task.width, task.height, false));
+    let bit = |byte: u8, at: usize| if byte >> (7 - at) & 1 == 1 { 255 } else { 0 };
+    let mask = init.masked.then(|| {
+        let bits = mask
+            .iter()
+            .flat_map(|&byte| (0..8).map(move |at| bit(byte, at)));
+        bits.take(rgb.len() / 3).collect()
+    });
+    let image = Image {
+        width: task.width,
+        height: task.height,
+        rgb: rgb.to_vec(),
+    };
+    let strength = init.strength;
+    Ok(InitImage {
+        image,
+        strength,
+        mask,
+    })
 }
 
 fn sampler(task: &ImageTask) -> Result<SamplerKind, PrepareError> {
@@ -150,8 +241,11 @@ fn parameters(task: &ImageTask, sampler: SamplerKind) -> String {
     } else {
         ""
     };
+    let strength = task.init.as_ref().map_or_else(String::new, |init| {
+        format!(", Denoising strength: {}", init.strength)
+    });
     format!(
-        "{}{negative}\nSteps: {}, Sampler: {sampler}{karras}, CFG scale: {}, Seed: {}, Size: {}x{}, Model: {}",
+        "{}{negative}\nSteps: {}, Sampler: {sampler}{karras}, CFG scale: {}, Seed: {}, Size: {}x{}, Model: {}{strength}",
         task.prompt, task.steps, task.guidance, task.seed, task.width, task.height, task.model
     )
 }
@@ -200,8 +294,8 @@ mod tests {
             height: 32,
             rgb: vec![7; 64 * 32 * 3],
         };
-        let parameters = parameters(&task(), SamplerKind::Euler);
-        let bodies = Imaging::<Quiet>::encode(&parameters, ImageEvent::Done(Ok(image))).await;
+        let reply = reply(1);
+        let bodies = Imaging::<Quiet>::encode(&reply, ImageEvent::Done(Ok(image))).await;
         let bodies = bodies.unwrap();
         let mut file = Vec::new();
         for (kind, body) in bodies {
@@ -215,11 +309,69 @@ mod tests {
             step: 2,
             steps: 7,
             state: vec![1, 2],
+            preview: None,
         };
-        let bodies = Imaging::<Quiet>::encode(&parameters, ImageEvent::Step(progress)).await;
+        let bodies = Imaging::<Quiet>::encode(&reply, ImageEvent::Step(progress)).await;
         let (kind, body) = bodies.unwrap().remove(0);
         assert_eq!(kind, MsgType::IMAGE_STEP);
         assert_eq!(ImageStep::decode(&body[..]).unwrap().step, 2);
+    }
+
+    fn reply(previews: u32) -> Reply {
+        Reply {
+            parameters: parameters(&task(), SamplerKind::Euler),
+            previews,
+            width: 64,
+            height: 32,
+        }
+    }
+
+    #[test]
+    fn the_steps_that_are_due_have_a_preview_of_an_eighth() {
+        let of = |step: u32, width: u32, height: u32| Progress {
+            step,
+            steps: 7,
+            state: Vec::new(),
+            preview: Some(Image {
+                width,
+                height,
+                rgb: (0..width * height * 3).map(|at| at as u8).collect(),
+            }),
+        };
+        let preview = reply(1).preview(&of(4, 8, 4));
+        assert_eq!(preview, (0..96).collect::<Vec<u8>>());
+        assert!(reply(1).preview(&of(3, 8, 4)).is_empty());
+        assert!(reply(0).preview(&of(4, 8, 4)).is_empty());
+        // Finer latents, and coarser ones.
+        for (width, height) in [(16, 8), (4, 2)] {
+            let preview = reply(1).preview(&of(4, width, height));
+            assert_eq!(preview.len(), mesh_proto::preview_bytes(64, 32));
+            assert_eq!(preview[..3], [0, 1, 2]);
+        }
+    }
+
+    #[test]
+    fn pixels_and_mask_are_taken_apart() {
+        let with = |masked: bool| ImageTask {
+            init: Some(InitialImage {
+                strength: 0.5,
+                masked,
+            }),
+            ..task()
+        };
+        let mut bytes: Vec<u8> = vec![9; 64 * 32 * 3];
+        let plain = with(false);
+        let init = plain.init.as_ref().unwrap();
+        let image = initial_image(&plain, init, &bytes.clone().into()).unwrap();
+        assert_eq!((image.strength, image.mask), (0.5, None));
+        bytes.extend([0b1010_0000; 64 * 32 / 8]);
+        let masked = with(true);
+        let init = masked.init.as_ref().unwrap();
+        let image = initial_image(&masked, init, &bytes.clone().into()).unwrap();
+        let mask = image.mask.unwrap();
+        assert_eq!((mask.len(), &mask[..4]), (64 * 32, &[255, 0, 255, 0][..]));
+        bytes.pop();
+        assert!(initial_image(&masked, init, &bytes.into()).is_err());
     }
 
     #[test]

@@ -23,6 +23,7 @@ use mesh_store::manifest::model_files;
 
 use crate::config::Config;
 use crate::error::WorkerError;
+use crate::precedence;
 use crate::served::ServedModel;
 
 /// Loads the model at `path`, starts its engine and lets it make a small image, which also measures its speed. It is called as
@@ -56,7 +57,11 @@ pub(crate) fn load(
         queue_limit: config.queue_limit,
         ..ImagingOptions::default()
     };
-    let start = |_| Ok(Imaging::new(model, Arc::new(tokenizer), turns));
+    let patience = config.images.patience;
+    let start = |_| {
+        let imaging = Imaging::new(model, Arc::new(tokenizer), turns);
+        Ok(imaging.giving_way(precedence::is_taken, patience))
+    };
     let engine = Engine::start_with(&name, start).map_err(|source| WorkerError::Start {
         name: name.clone(),
         source,
@@ -221,6 +226,7 @@ fn warm_up(engine: &EngineHandle<Imaging<Quiet>>, name: &str) -> Result<f32, Wor
         karras: false,
         init: None,
         resume: None,
+        previews: false,
         deadline: None,
     };
     let making = async {

@@ -175,6 +175,7 @@ async fn make(
     while let Some(arrived) = events.next().await? {
         match arrived {
             Arrived::Event(ImageStreamEvent::Progress { step, .. }) => on_step(step).await?,
+            Arrived::Event(ImageStreamEvent::PartialImage { .. }) => {}
             Arrived::Event(ImageStreamEvent::Completed { image, .. }) => {
                 let png = STANDARD.decode(image.b64_json.unwrap_or_default());
                 let png = png.map_err(|error| {

@@ -6,7 +6,7 @@
 
 use std::collections::{HashMap, HashSet};
 
-use mesh_api::fields::{CHAT, COMPLETIONS, EMBEDDINGS, IMAGES, Table};
+use mesh_api::fields::{CHAT, COMPLETIONS, EMBEDDINGS, IMAGE_EDITS, IMAGES, Table};
 
 use super::reader::Fields;
 use crate::api::invalid::Invalid;
@@ -18,16 +18,18 @@ pub(crate) enum Api {
     Completions,
     Embeddings,
     Images,
+    ImageEdits,
 }
 
 impl Api {
     /// Names of the fields that are read, with blanks between them, and the table of the others.
-    fn fields(self) -> ([&'static str; 2], Table) {
+    fn fields(self) -> ([&'static str; 3], Table) {
         match self {
-            Self::Chat => ([GENERATION_READ, CHAT_READ], CHAT),
-            Self::Completions => ([GENERATION_READ, COMPLETIONS_READ], COMPLETIONS),
-            Self::Embeddings => ([EMBEDDINGS_READ, ""], EMBEDDINGS),
-            Self::Images => ([IMAGES_READ, IMAGES_ALSO_READ], IMAGES),
+            Self::Chat => ([GENERATION_READ, CHAT_READ, ""], CHAT),
+            Self::Completions => ([GENERATION_READ, COMPLETIONS_READ, ""], COMPLETIONS),
+            Self::Embeddings => ([EMBEDDINGS_READ, "", ""], EMBEDDINGS),
+            Self::Images => ([IMAGES_READ, IMAGES_ALSO_READ, ""], IMAGES),
+            Self::ImageEdits => ([IMAGES_READ, IMAGES_ALSO_READ, EDITS_READ], IMAGE_EDITS),
         }
     }
 }
@@ -63,7 +65,7 @@ pub(crate) fn check<'a>(api: Api, fields: Fields<'a>) -> Result<Vec<&'a str>, In
     Ok(unknown)
 }
 
-fn names(lists: [&'static str; 2]) -> impl Iterator<Item = &'static str> {
+fn names(lists: [&'static str; 3]) -> impl Iterator<Item = &'static str> {
     lists.into_iter().flat_map(str::split_ascii_whitespace)
 }
 
@@ -76,10 +78,11 @@ const CHAT_READ: &str = "messages max_completion_tokens top_logprobs continue_fi
 const COMPLETIONS_READ: &str = "prompt echo best_of";
 const EMBEDDINGS_READ: &str = "model input encoding_format dimensions user input_type prompt_name";
 const IMAGES_READ: &str = "model prompt negative_prompt n size width height steps guidance_scale seed sampler scheduler \
-    response_format stream progress user";
+    response_format stream progress partial_images user";
 /// The names that other servers give to those.
 const IMAGES_ALSO_READ: &str = "num_inference_steps inference_steps sample_steps guidance cfg_scale random_seed sampling_seed \
     sampler_name sample_method sampling_method schedule";
+const EDITS_READ: &str = "image mask strength denoising_strength prompt_strength";
 
 #[cfg(test)]
 mod tests;

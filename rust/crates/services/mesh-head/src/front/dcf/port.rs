@@ -162,7 +162,7 @@ impl Port {
             let wait = match event {
                 Event::Queued => FOR_ROOM.to_owned(),
                 Event::Waits(progress) => words(&progress),
-                Event::Stepped { step, steps } => next_step(step, steps),
+                Event::Stepped { step, steps, .. } => next_step(step, steps),
                 _ => return,
             };
             lock(&self.waits).insert(key, wait);

@@ -11,13 +11,20 @@ use axum::body::{Body, Bytes};
 use axum::extract::{Path, State};
 use axum::http::{HeaderMap, HeaderValue, header};
 use axum::response::{IntoResponse, Response};
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
 use futures::stream::{self, Stream};
-use mesh_api::{Code, ImageFormat, ImageStreamEvent, ImagesResponse, paths};
+use mesh_api::{
+    Code, ImageFormat, ImageInputTokens, ImageMaking, ImageStreamEvent, ImageUsage, ImagesResponse,
+    paths,
+};
 use mesh_base::clock::unix_seconds;
+use mesh_control::affinity::estimate_tokens;
 use mesh_control::fair::Origin;
+use mesh_control::image::{default_card, step_units};
 use mesh_control::request::AnswerError;
 use tokio::sync::{Semaphore, mpsc};
-use tokio::task::JoinSet;
+use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::{Instant, timeout_at};
 
 use super::answer::GRACE;
@@ -28,7 +35,10 @@ use super::intake;
 use super::keys::{Client, Pass};
 use super::models;
 use super::state::{Api, RequestId};
+use crate::api::image_edits::AskedEdit;
 use crate::api::images::{AskedImages, image};
+use crate::api::parse;
+use crate::api::preview::{RenderedPreview, render};
 use crate::flight::event::{Event, FOR_ROOM, next_step, words};
 use crate::flight::image as flight;
 use crate::flight::task::{ImageRequest, MadeImage};
@@ -46,17 +56,82 @@ pub(super) async fn generate(
     body: Body,
 ) -> Result<Response, ApiError> {
     let (body, lease) = intake::body(&api, client, body).await?;
-    let mut asked = intake::parsed(&api.mesh, body, AskedImages::parse).await??;
+    let asked = intake::parsed(&api.mesh, body, AskedImages::parse).await??;
     let pass = api.enter(client, asked.count as usize)?.holding(lease);
+    answer(
+        api,
+        client,
+        id,
+        &headers,
+        (asked, ImageMaking::Generation),
+        pass,
+    )
+    .await
+}
+
+/// `POST /v1/images/edits`.
+pub(super) async fn edit(
+    State(api): State<Api>,
+    Extension(client): Extension<Client>,
+    Extension(id): Extension<RequestId>,
+    headers: HeaderMap,
+    body: Body,
+) -> Result<Response, ApiError> {
+    let (body, mut lease) = intake::body(&api, client, body).await?;
+    // The text of JSON, its fields and the files in them; a form has no more.
+    lease.set(3 * body.len() as u64)?;
+    let kind = headers.get(header::CONTENT_TYPE);
+    let kind = kind
+        .and_then(|kind| kind.to_str().ok())
+        .unwrap_or_default()
+        .to_owned();
+    let parse = move |body: &[u8]| AskedEdit::parse(&kind, &Bytes::copy_from_slice(body));
+    let asked = intake::parsed(&api.mesh, body, parse).await??;
+    let pass = api.enter(client, asked.images.count as usize)?;
+    let named = asked.images.request.model.clone();
+    let named = named.map(|name| models::served_as(&api.mesh, name));
+    let model = named
+        .or_else(|| api.mesh.first_imager())
+        .unwrap_or_default();
+    let card = api.mesh.image_card(&model).unwrap_or_else(default_card);
+    let read = parse::in_turn(&api.mesh.decoding, move || asked.read_files(&card)).await;
+    let unread = |_| ApiError::new(Code::InternalError, "the image could not be read");
+    let asked = read.map_err(unread)??;
+    let pixels = asked
+        .request
+        .init
+        .as_ref()
+        .map_or(0, |init| init.pixels.len());
+    lease.set(pixels as u64)?;
+    answer(
+        api,
+        client,
+        id,
+        &headers,
+        (asked, ImageMaking::Edit),
+        pass.holding(lease),
+    )
+    .await
+}
+
+/// Makes the images and answers with them.
+async fn answer(
+    api: Api,
+    client: Client,
+    id: RequestId,
+    headers: &HeaderMap,
+    (mut asked, making): (AskedImages, ImageMaking),
+    pass: Pass,
+) -> Result<Response, ApiError> {
     let ignored = Ignored::new(&api, &asked.ignored)?;
     let named = asked.request.model.take();
     asked.request.model = named.map(|name| models::served_as(&api.mesh, name));
     asked.request.origin = client.origin();
     asked.request.id = id.0;
-    let base = base_url(&headers);
+    let base = base_url(headers);
     let (stream, keep_alive) = (asked.stream, api.mesh.config.http.keep_alive);
     let hold = api.hold();
-    let making = Making::begin(api, asked, base, pass)?;
+    let making = Making::begin(api, asked, making, base, pass)?;
     let answer = match stream {
         true => making.stream(keep_alive).await,
         false => hold::whole(making.gather(), hold).await,
@@ -107,6 +182,9 @@ fn base_url(headers: &HeaderMap) -> String {
 struct Making {
     api: Api,
     created: u64,
+    making: ImageMaking,
+    /// Tokens of the prompts, about.
+    prompt_tokens: u32,
     format: ImageFormat,
     progress: bool,
     base: String,
@@ -115,6 +193,10 @@ struct Making {
     running: JoinSet<()>,
     events: mpsc::UnboundedReceiver<(usize, News)>,
     made: Vec<Option<(MadeImage, Lease)>>,
+    /// Previews that were sent, of each image.
+    previews: Vec<u32>,
+    /// A preview that becomes a file, and the index of its image.
+    rendering: Option<(usize, JoinHandle<Option<RenderedPreview>>)>,
     left: usize,
     waits: String,
     sent: Instant,
@@ -130,13 +212,20 @@ enum News {
 }
 
 impl Making {
-    fn begin(api: Api, asked: AskedImages, base: String, pass: Pass) -> Result<Self, ApiError> {
+    fn begin(
+        api: Api,
+        asked: AskedImages,
+        making: ImageMaking,
+        base: String,
+        pass: Pass,
+    ) -> Result<Self, ApiError> {
         // Unbounded, yet bounded by the steps.
         let (sender, events) = mpsc::unbounded_channel();
         let mut running = JoinSet::new();
         let count = asked.count as usize;
         let seed = asked.request.seed.unwrap_or_else(|| ids::unique() >> 32);
         let origin = asked.request.origin;
+        let texts = asked.request.prompt.len() + asked.request.negative_prompt.len();
         // As many at a time as keep the workers busy: each takes memory.
         let turns = Arc::new(Semaphore::new(at_once(&api, &asked.request)));
         for index in 0..count {
@@ -167,6 +256,8 @@ impl Making {
         Ok(Self {
             api,
             created: unix_seconds(SystemTime::now()),
+            making,
+            prompt_tokens: estimate_tokens(texts),
             format: asked.format,
             progress: asked.progress,
             base,
@@ -174,6 +265,8 @@ impl Making {
             running,
             events,
             made: (0..count).map(|_| None).collect(),
+            previews: vec![0; count],
+            rendering: None,
             left: count,
             waits: FOR_ROOM.to_owned(),
             sent: Instant::now(),
@@ -188,6 +281,14 @@ impl Making {
     /// The first failure of any of them. The others are of no use without it.
     async fn next(&mut self) -> Option<Result<Progressed, ApiError>> {
         while self.left > 0 {
+            if let Some((index, rendering)) = &mut self.rendering {
+                let (index, rendered) = (*index, rendering.await);
+                self.rendering = None;
+                // An image goes on without a preview that failed.
+                if let Ok(Some(file)) = rendered {
+                    return Some(Ok(Progressed::Preview { index, file }));
+                }
+            }
             let Some((index, news)) = self.events.recv().await else {
                 let text = "a task of this request ended without an answer";
                 self.left = 0;
@@ -196,8 +297,16 @@ impl Making {
             match news {
                 News::Event(Event::Queued) => FOR_ROOM.clone_into(&mut self.waits),
                 News::Event(Event::Waits(progress)) => self.waits = words(&progress),
-                News::Event(Event::Stepped { step, steps }) => {
+                News::Event(Event::Stepped {
+                    step,
+                    steps,
+                    preview,
+                }) => {
                     self.waits = next_step(step, steps);
+                    if let Some(preview) = preview {
+                        let render = move || render(&preview);
+                        self.rendering = Some((index, tokio::task::spawn_blocking(render)));
+                    }
                     return Some(Ok(Progressed::Step { index, step, steps }));
                 }
                 News::Event(_) => {}
@@ -218,6 +327,26 @@ impl Making {
         None
     }
 
+    /// The work of an image.
+    fn usage(&self, made: &MadeImage) -> ImageUsage {
+        let squares = u64::from(step_units(made.width, made.height));
+        let image_tokens = match self.making {
+            ImageMaking::Generation => 0,
+            ImageMaking::Edit => squares,
+        };
+        let text_tokens = u64::from(self.prompt_tokens);
+        let (input, output) = (text_tokens + image_tokens, squares * u64::from(made.steps));
+        ImageUsage {
+            input_tokens: input,
+            output_tokens: output,
+            total_tokens: input + output,
+            input_tokens_details: ImageInputTokens {
+                text_tokens,
+                image_tokens,
+            },
+        }
+    }
+
     /// All images in one body.
     async fn gather(mut self) -> Result<Bytes, ApiError> {
         while let Some(progressed) = self.next().await {
@@ -225,7 +354,7 @@ impl Making {
         }
         let mut answer = ImagesResponse {
             created: self.created,
-            output_format: "png".to_owned(),
+            output_format: FORMAT.to_owned(),
             ..ImagesResponse::default()
         };
         let mut leases = Vec::new();
@@ -333,6 +462,21 @@ impl Making {
                 }
                 ImageStreamEvent::Progress { index, step, steps }
             }
+            Progressed::Preview { index, ref file } => {
+                let number = self.previews[index];
+                self.previews[index] += 1;
+                let (width, height) = file.size;
+                ImageStreamEvent::PartialImage {
+                    index,
+                    partial_image_index: number,
+                    b64_json: STANDARD.encode(&file.png),
+                    created_at: self.created,
+                    size: format!("{width}x{height}"),
+                    quality: QUALITY.to_owned(),
+                    background: BACKGROUND.to_owned(),
+                    output_format: FORMAT.to_owned(),
+                }
+            }
             Progressed::Done(index) => {
                 let Some((made, _lease)) = self.made[index].take() else {
                     return Ok(());
@@ -341,14 +485,17 @@ impl Making {
                     index,
                     created_at: self.created,
                     size: size_of(&made),
-                    output_format: "png".to_owned(),
+                    quality: QUALITY.to_owned(),
+                    background: BACKGROUND.to_owned(),
+                    output_format: FORMAT.to_owned(),
                     model: made.model.clone(),
+                    usage: self.usage(&made),
                     image: self.form(made)?,
                 }
             }
         };
-        let data = serde_json::to_vec(&event).expect("our own types are JSON");
-        frames.push_back(frame(event.name(), &data));
+        let data = event.json(self.making);
+        frames.push_back(frame(event.name(self.making), &data));
         Ok(())
     }
 
@@ -365,8 +512,14 @@ fn at_once(api: &Api, request: &ImageRequest) -> usize {
     (2 * workers).clamp(1, 64)
 }
 
+/// OpenAI's words for images as they are made here.
+const QUALITY: &str = "auto";
+const BACKGROUND: &str = "opaque";
+const FORMAT: &str = "png";
+
 enum Progressed {
     Step { index: usize, step: u32, steps: u32 },
+    Preview { index: usize, file: RenderedPreview },
     Done(usize),
 }
 

@@ -28,7 +28,7 @@ fn meant(path: &str) -> Option<String> {
         ["chat", "completions"]
             | ["completions" | "embeddings"]
             | ["models", ..]
-            | ["images", "generations"]
+            | ["images", "generations" | "edits"]
     );
     if short {
         parts.insert(0, "v1");
@@ -50,6 +50,7 @@ mod tests {
             ("/chat/completions", "/v1/chat/completions"),
             ("/models/Qwen/Qwen3-0.6B", "/v1/models/Qwen/Qwen3-0.6B"),
             ("/images/generations", "/v1/images/generations"),
+            ("/images/edits/", "/v1/images/edits"),
             ("/health/", "/health"),
         ] {
             assert_eq!(meant(path).as_deref(), Some(expected), "{path}");

@@ -79,7 +79,8 @@ pub(crate) fn router(
     let known_keys = keys.clone();
     let guard = Guard::of_names(&mesh.config.http.hosts)
         .only_while(move || !known_keys.are_needed())
-        .with_origins(&mesh.config.http.cors);
+        .with_origins(&mesh.config.http.cors)
+        .with_forms_at("/images/edits");
     let image_memory = usize::try_from(mesh.config.http.image_memory).unwrap_or(usize::MAX);
     let images = ImageFiles::new(image_memory, mesh.config.http.image_lifetime);
     let api = Api {
@@ -127,6 +128,7 @@ fn for_clients() -> Vec<Route> {
         route(POST, paths::COMPLETIONS, completions),
         route(POST, paths::EMBEDDINGS, embed),
         route(POST, paths::IMAGES, images::generate),
+        route(POST, paths::IMAGE_EDITS, images::edit),
         route(GET, paths::MESH, admin::show),
     ]
 }

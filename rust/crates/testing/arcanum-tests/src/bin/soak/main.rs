@@ -1,5 +1,8 @@
 //! The long tests of rings: hundreds of losses, a storm of faults under load, and how long clients wait. `make soak` runs it.
+//! With the feature `images` also those of images, which `make soak-images` runs alone.
 
+#[cfg(feature = "images")]
+mod images;
 mod load;
 mod losses;
 mod speed;
@@ -40,6 +43,14 @@ pub(crate) struct Args {
     /// Pairs of answers by which the cost of mirroring is measured
     #[arg(long, default_value_t = 10)]
     pairs: usize,
+    /// Images for each of 20 steps after which their worker is killed
+    #[cfg(feature = "images")]
+    #[arg(long, default_value_t = 5)]
+    images: usize,
+    /// Pairs of answers by which the cost of an image beside them is measured
+    #[cfg(feature = "images")]
+    #[arg(long, default_value_t = 7)]
+    beside: usize,
     /// Decides every random choice
     #[arg(long, default_value_t = 20_261_123)]
     seed: u64,
@@ -65,6 +76,11 @@ async fn soak(args: Args) -> Result<ExitCode> {
     load::load(&args, &mut report).await?;
     speed::pauses(&args, &mut report).await?;
     speed::mirror_cost(&args, &mut report).await?;
+    #[cfg(feature = "images")]
+    {
+        images::kills(&args, &mut report).await?;
+        images::beside_text(&args, &mut report).await?;
+    }
     report.row(
         "the whole took",
         format!("{:.0} s", started.elapsed().as_secs_f64()),

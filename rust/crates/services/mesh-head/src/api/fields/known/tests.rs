@@ -8,7 +8,13 @@ fn unknown(api: Api, body: &Value) -> Result<Vec<String>, Invalid> {
     Ok(names.into_iter().map(str::to_owned).collect())
 }
 
-const ALL: [Api; 4] = [Api::Chat, Api::Completions, Api::Embeddings, Api::Images];
+const ALL: [Api; 5] = [
+    Api::Chat,
+    Api::Completions,
+    Api::Embeddings,
+    Api::Images,
+    Api::ImageEdits,
+];
 
 #[test]
 fn every_refused_field_may_be_null_and_its_refusal_names_the_remedy() {
@@ -81,7 +87,9 @@ fn what_would_change_the_answer_is_refused() {
         (Api::Embeddings, json!({"truncate": "START"})),
         (Api::Embeddings, json!({"embedding_types": ["int8"]})),
         (Api::Images, json!({"image": "data:image/png;base64,"})),
-        (Api::Images, json!({"partial_images": 2})),
+        (Api::Images, json!({"mask": "data:image/png;base64,"})),
+        (Api::ImageEdits, json!({"images": [{"image_url": "x"}]})),
+        (Api::ImageEdits, json!({"input_fidelity": "high"})),
         (Api::Images, json!({"output_format": "webp"})),
         (Api::Images, json!({"clip_skip": 2})),
         (Api::Images, json!({"batch_size": 4})),
@@ -99,6 +107,7 @@ fn a_field_stands_in_one_table_and_in_the_openapi_document() {
         (Api::Completions, "CompletionRequest"),
         (Api::Embeddings, "CreateEmbeddingRequest"),
         (Api::Images, "CreateImageRequest"),
+        (Api::ImageEdits, "EditImageRequest"),
     ] {
         let (read, table) = api.fields();
         let mut names: Vec<&str> = names(read).chain(table.harmless()).collect();
