@@ -1,6 +1,8 @@
 //! A loaded model as the scheduler of images uses it.
 
-use mesh_diffusion::checkpoint::{Checkpoint, Module, Weights, open_tiny_vae};
+use std::sync::Arc;
+
+use mesh_diffusion::checkpoint::{Checkpoint, Module};
 use mesh_diffusion::config::{Family, PipelineConfig};
 use mesh_diffusion::prompt::weigh;
 use mesh_diffusion::{
@@ -9,14 +11,13 @@ use mesh_diffusion::{
 use mesh_engine::StageError;
 use tch::{Kind, Tensor};
 
-use crate::clip::{self, TextEncoder, to_f32};
+use crate::clip::to_f32;
 use crate::error::{Failure, LoadError, Outcome, Within};
-use crate::load::{Params, Stack, load};
 use crate::options::Options;
+use crate::parts::{Autoencoder, Part, Parts};
 use crate::tiles::{Canvas, starts};
-use crate::tiny::TinyVae;
-use crate::unet::{self, Condition, Unet};
-use crate::vae::{self, Vae};
+use crate::unet::Condition;
+use crate::weight::{Place, Workspace};
 
 /// Smallest and largest side of a picture, in pixels.
 const SIDES: (u32, u32) = (64, 4096);
@@ -31,23 +32,15 @@ pub struct TchDiffuser {
     kind: Kind,
     /// Type of the autoencoder.
     vae_kind: Kind,
-    text: Vec<TextEncoder>,
-    unet: Unet,
-    vae: Autoencoder,
-}
-
-#[derive(Debug)]
-enum Autoencoder {
-    Full(Box<Vae>),
-    Tiny(TinyVae),
+    parts: Parts,
 }
 
 impl TchDiffuser {
-    /// Loads the model onto its device. The files are not needed afterwards.
+    /// Loads the model onto its device. The files are needed afterwards only with [`Options::offload`].
     ///
     /// # Errors
     /// If a file cannot be read or was changed, or the device is missing, too small or cannot compute with the type.
-    pub fn load(checkpoint: &Checkpoint, options: &Options) -> Result<Self, LoadError> {
+    pub fn load(checkpoint: &Arc<Checkpoint>, options: &Options) -> Result<Self, LoadError> {
         let _guard = tch::no_grad_guard();
         let device = options.device.find().ok_or(LoadError::NoDevice {
             device: options.device,
@@ -59,70 +52,27 @@ impl TchDiffuser {
         {
             tch::set_num_threads(threads);
         }
-        let kind = options.kind(device);
+        let config = checkpoint.config().clone();
+        let (kind, vae_kind) = options.kinds(&config, device);
         probe(device, kind).map_err(|failure| LoadError::Precision {
             device: options.device,
             precision: options.precision,
             message: failure.message(),
         })?;
-        let config = checkpoint.config().clone();
-        let vae_kind = match kind {
-            Kind::Half if config.vae.force_f32 && options.tiny_vae.is_none() => Kind::Float,
-            kind => kind,
+        let place = Place {
+            device,
+            kind,
+            workspace: Workspace::default(),
         };
-        let mut bytes = 0;
-        let mut text = Vec::new();
-        for (module, config) in [Module::TextEncoder, Module::TextEncoder2]
-            .into_iter()
-            .zip(&config.text)
-        {
-            let params = read(
-                checkpoint.weights(module),
-                module,
-                (device, kind),
-                &mut bytes,
-            )?;
-            text.push(build(module, params, |params| {
-                TextEncoder::new(config, params, device)
-            })?);
-        }
-        let params = read(
-            checkpoint.weights(Module::Unet),
-            Module::Unet,
-            (device, kind),
-            &mut bytes,
-        )?;
-        let unet = build(Module::Unet, params, |params| {
-            Unet::new(&config.unet, params, device, kind)
-        })?;
-        let vae = match &options.tiny_vae {
-            None => {
-                let params = read(
-                    checkpoint.weights(Module::Vae),
-                    Module::Vae,
-                    (device, vae_kind),
-                    &mut bytes,
-                )?;
-                let vae = build(Module::Vae, params, |params| Vae::new(&config.vae, params))?;
-                Autoencoder::Full(Box::new(vae))
-            }
-            Some(path) => {
-                let (tiny, weights) = open_tiny_vae(path)?;
-                if (tiny.latent, tiny.factor()) != (config.vae.latent, config.vae.factor()) {
-                    return Err(LoadError::TinyVae {
-                        path: path.clone(),
-                        tiny: tiny.latent,
-                        model: config.vae.latent,
-                    });
-                }
-                let params = read(Some(&weights), Module::Vae, (device, vae_kind), &mut bytes)?;
-                Autoencoder::Tiny(build(Module::Vae, params, |params| {
-                    TinyVae::new(&tiny, params)
-                })?)
-            }
-        };
+        let (parts, bytes) = Parts::load(checkpoint, options, place, vae_kind)?;
         tracing::info!(
-            family = %config.family, ?device, ?kind, megabytes = bytes / 1_000_000, "loaded a model of images"
+            family = %config.family,
+            ?device,
+            ?kind,
+            weights = ?options.weights,
+            offload = ?options.offload,
+            megabytes = bytes / 1_000_000,
+            "loaded a model of images"
         );
         Ok(TchDiffuser {
             info: info(&config, options, kind, bytes),
@@ -131,9 +81,7 @@ impl TchDiffuser {
             device,
             kind,
             vae_kind,
-            text,
-            unet,
-            vae,
+            parts,
         })
     }
 
@@ -147,7 +95,7 @@ impl TchDiffuser {
         let mut widths = Vec::new();
         let mut pooled = Vec::new();
         let weights = prompt.weights();
-        for (i, encoder) in self.text.iter().enumerate() {
+        for (i, encoder) in self.parts.text()?.iter().enumerate() {
             let config = encoder.config();
             let ids = prompt.ids(config.pad.unwrap_or(prompt.end));
             check_tokens(&ids, config.vocab)?;
@@ -202,7 +150,7 @@ impl TchDiffuser {
         let hidden: Vec<&[f32]> = texts.iter().map(|text| &*text.hidden).collect();
         let context = self.tensor(&hidden.concat(), &[batch, tokens, width], self.kind)?;
         let pooled: Vec<&[f32]> = texts.iter().map(|text| &*text.pooled).collect();
-        let pooled = match self.unet.config().added {
+        let pooled = match self.config.unet.added {
             Some(added) => {
                 Some(self.tensor(&pooled.concat(), &[batch, added.pooled().into()], self.kind)?)
             }
@@ -212,10 +160,10 @@ impl TchDiffuser {
             timestep: timestep.into(),
             context: &context,
             added: pooled.as_ref().map(|pooled| (pooled, size)),
-            guidance: self.unet.config().guidance.map(|_| guidance.into()),
+            guidance: self.config.unet.guidance.map(|_| guidance.into()),
         };
         let latents = latents.f_expand([batch, -1, -1, -1], false)?;
-        let out = to_f32(&self.unet.forward(&latents, &condition)?)?;
+        let out = to_f32(&self.parts.unet()?.forward(&latents, &condition)?)?;
         let one = out.len() / texts.len();
         Ok(out.chunks(one.max(1)).map(<[f32]>::to_vec).collect())
     }
@@ -235,7 +183,7 @@ impl TchDiffuser {
     }
 
     fn check_text(&self, text: &TextEmbedding, like: &TextEmbedding) -> Result<(), StageError> {
-        let unet = self.unet.config();
+        let unet = &self.config.unet;
         let pooled = unet
             .added
             .map_or(text.pooled.len(), |added| added.pooled() as usize);
@@ -258,10 +206,7 @@ impl TchDiffuser {
     }
 
     fn decode_whole(&self, latents: &Tensor) -> Outcome<Tensor> {
-        match &self.vae {
-            Autoencoder::Full(vae) => vae.decode(latents),
-            Autoencoder::Tiny(vae) => vae.decode(latents),
-        }
+        self.parts.vae()?.decode(latents)
     }
 
     /// Pixels `[3, height, width]`, about -1 to 1.
@@ -306,6 +251,7 @@ impl Diffuser for TchDiffuser {
         negative: Option<&Prompt>,
     ) -> Result<Conditioning, StageError> {
         let _guard = tch::no_grad_guard();
+        self.parts.bring(Part::Text)?;
         let positive = self.embed(prompt)?;
         let negative = match negative {
             Some(negative) if negative.is_empty() && self.config.zero_empty_negative => {
@@ -318,6 +264,7 @@ impl Diffuser for TchDiffuser {
             Some(negative) => Some(self.embed(negative)?),
             None => None,
         };
+        self.parts.check_unchanged()?;
         Ok(Conditioning {
             prompt: positive,
             negative,
@@ -334,6 +281,7 @@ impl Diffuser for TchDiffuser {
     ) -> Result<Vec<f32>, StageError> {
         let _guard = tch::no_grad_guard();
         self.check(latents, shape)?;
+        self.parts.bring(Part::Unet)?;
         let positive = &conditioning.prompt;
         // A model that was distilled with its guidance takes it as a number.
         let negative = conditioning
@@ -358,7 +306,9 @@ impl Diffuser for TchDiffuser {
         };
         let nothing = || StageError::from(Failure::new("unet: no prediction"));
         let Some(negative) = negative else {
-            return predict(&[positive])?.next().ok_or_else(nothing);
+            let out = predict(&[positive])?.next().ok_or_else(nothing)?;
+            self.parts.check_unchanged()?;
+            return Ok(out);
         };
         self.check_text(negative, positive)?;
         let (unguided, guided) = match self.options.guidance_in_turn {
@@ -369,6 +319,7 @@ impl Diffuser for TchDiffuser {
             }
         };
         let (mut out, guided) = unguided.zip(guided).ok_or_else(nothing)?;
+        self.parts.check_unchanged()?;
         for (out, guided) in out.iter_mut().zip(guided) {
             *out += guidance * (guided - *out);
         }
@@ -378,6 +329,7 @@ impl Diffuser for TchDiffuser {
     fn decode(&mut self, latents: &[f32], shape: LatentShape) -> Result<Image, StageError> {
         let _guard = tch::no_grad_guard();
         self.check(latents, shape)?;
+        self.parts.bring(Part::Vae)?;
         let dims = [
             1,
             shape.channels as i64,
@@ -388,6 +340,7 @@ impl Diffuser for TchDiffuser {
             .tensor(latents, &dims, self.vae_kind)
             .and_then(|latents| self.pixels(&latents))
             .within("vae")?;
+        self.parts.check_unchanged()?;
         let factor = self.info.pixels_per_latent as usize;
         let (height, width) = (factor * shape.height, factor * shape.width);
         let plane = height * width;
@@ -435,10 +388,11 @@ impl Diffuser for TchDiffuser {
             shape.height as i64,
             shape.width as i64,
         ];
+        self.parts.bring(Part::Vae)?;
         let encode = || {
             let picture =
                 self.tensor(&pixels, &[1, 3, height as i64, width as i64], self.vae_kind)?;
-            match &self.vae {
+            match self.parts.vae()? {
                 Autoencoder::Full(vae) => {
                     vae.encode(&picture, &self.tensor(noise, &dims, self.vae_kind)?)
                 }
@@ -447,39 +401,10 @@ impl Diffuser for TchDiffuser {
             }
             .and_then(|latents| to_f32(&latents))
         };
-        Ok(encode().within("vae")?)
+        let latents = encode().within("vae")?;
+        self.parts.check_unchanged()?;
+        Ok(latents)
     }
-}
-
-fn read(
-    weights: Option<&Weights>,
-    module: Module,
-    (device, kind): (tch::Device, Kind),
-    bytes: &mut u64,
-) -> Result<Params, LoadError> {
-    let stacks: &[Stack] = match module {
-        Module::TextEncoder | Module::TextEncoder2 => &clip::STACKS,
-        Module::Unet => &unet::STACKS,
-        Module::Vae => &vae::STACKS,
-    };
-    let weights = weights.ok_or_else(|| LoadError::Torch {
-        module: module.name(),
-        message: "the model has no such module".into(),
-    })?;
-    let params = load(weights, stacks, module.name(), device, kind)?;
-    *bytes += params.bytes;
-    Ok(params)
-}
-
-fn build<T>(
-    module: Module,
-    mut params: Params,
-    new: impl FnOnce(&mut Params) -> Outcome<T>,
-) -> Result<T, LoadError> {
-    new(&mut params).map_err(|failure| LoadError::Torch {
-        module: module.name(),
-        message: failure.message(),
-    })
 }
 
 /// Checks that the device computes with the type, with one small layer of each kind.

@@ -19,11 +19,13 @@ mod error;
 mod load;
 mod nn;
 mod options;
+mod parts;
 mod tiles;
 mod tiny;
 mod unet;
 mod vae;
+mod weight;
 
 pub use diffuser::TchDiffuser;
 pub use error::LoadError;
-pub use options::{Device, Options, Precision};
+pub use options::{Device, Offload, Options, Precision, WeightForm};

@@ -49,7 +49,7 @@ pub(super) fn read(file: WeightFile) -> Result<Checkpoint, ModelError> {
             file: file.file.clone(),
         };
         let weights = Weights::find(vec![file], tensors, |name| origins(&config, module, name))?;
-        modules.push((module, weights));
+        modules.push((module, weights.into()));
         Ok::<_, ModelError>(())
     };
     for (text, module) in config

@@ -74,7 +74,7 @@ fn options() -> Options {
 }
 
 fn load(path: &Path, options: &Options) -> TchDiffuser {
-    TchDiffuser::load(&Checkpoint::open(path).unwrap(), options).unwrap()
+    TchDiffuser::load(&Checkpoint::open(path).unwrap().into(), options).unwrap()
 }
 
 fn chunk(tokens: &[u32]) -> Chunk {
@@ -404,7 +404,9 @@ fn bf16_is_close_to_f32() {
     let models = Models::new();
     let precision = Precision::Bf16;
     let mut model = match TchDiffuser::load(
-        &Checkpoint::open(&models.folder(Family::Sd1)).unwrap(),
+        &Checkpoint::open(&models.folder(Family::Sd1))
+            .unwrap()
+            .into(),
         &Options {
             precision,
             ..options()
@@ -471,7 +473,9 @@ fn malformed_calls_are_errors_and_the_model_works_on() {
 #[test]
 fn a_device_that_does_not_exist_is_named() {
     let models = Models::new();
-    let checkpoint = Checkpoint::open(&models.folder(Family::Sd1)).unwrap();
+    let checkpoint = Checkpoint::open(&models.folder(Family::Sd1))
+        .unwrap()
+        .into();
     let device = Device::Gpu(63);
     let error = TchDiffuser::load(
         &checkpoint,
