@@ -80,6 +80,7 @@ fn conditioning(model: &TchDiffuser, width: usize) -> Conditioning {
     Conditioning {
         prompt: text("prompt"),
         negative: Some(text("negative")),
+        beside: Vec::new(),
     }
 }
 

@@ -22,6 +22,9 @@ use crate::weight::{Place, Workspace};
 /// Smallest and largest side of a picture, in pixels.
 const SIDES: (u32, u32) = (64, 4096);
 
+/// Masks have at least this where a picture is painted.
+const PAINTED: u8 = 128;
+
 /// A model of images on libtorch.
 #[derive(Debug)]
 pub struct TchDiffuser {
@@ -268,6 +271,7 @@ impl Diffuser for TchDiffuser {
         Ok(Conditioning {
             prompt: positive,
             negative,
+            beside: Vec::new(),
         })
     }
 
@@ -289,15 +293,20 @@ impl Diffuser for TchDiffuser {
             .as_ref()
             .filter(|_| self.config.unet.guidance.is_none());
         self.check_text(positive, positive)?;
-        let dims = [
-            1,
-            shape.channels as i64,
-            shape.height as i64,
-            shape.width as i64,
-        ];
+        let channels = self.config.unet.inputs as usize;
+        let beside = &conditioning.beside;
+        if latents.len() + beside.len() != channels * shape.height * shape.width {
+            return Err(StageError::Malformed(format!(
+                "{} values beside {} latents: this model takes {channels} channels",
+                beside.len(),
+                latents.len()
+            )));
+        }
+        let dims = [1, channels as i64, shape.height as i64, shape.width as i64];
         let factor = i64::from(self.info.pixels_per_latent);
         let size = [factor * dims[2], factor * dims[3]];
-        let latents = self.tensor(latents, &dims, self.kind).within("unet")?;
+        let inputs = [latents, beside].concat();
+        let latents = self.tensor(&inputs, &dims, self.kind).within("unet")?;
         let predict = |texts: &[&TextEmbedding]| {
             let predictions = self
                 .predict(&latents, timestep, texts, size, guidance)
@@ -358,7 +367,12 @@ impl Diffuser for TchDiffuser {
         })
     }
 
-    fn encode_image(&mut self, image: &Image, noise: &[f32]) -> Result<Vec<f32>, StageError> {
+    fn encode_image(
+        &mut self,
+        image: &Image,
+        mask: Option<&[u8]>,
+        noise: &[f32],
+    ) -> Result<Vec<f32>, StageError> {
         let _guard = tch::no_grad_guard();
         let multiple = self.info.size_multiple;
         let (width, height) = (image.width as usize, image.height as usize);
@@ -368,6 +382,7 @@ impl Diffuser for TchDiffuser {
             || shape.is_empty()
             || image.rgb.len() != 3 * width * height
             || noise.len() != shape.len()
+            || mask.is_some_and(|mask| mask.len() != width * height)
         {
             return Err(StageError::Malformed(format!(
                 "picture of {width}×{height} pixels in {} bytes with {} noise values: sides must be multiples of {multiple}",
@@ -376,8 +391,15 @@ impl Diffuser for TchDiffuser {
             )));
         }
         let plane = width * height;
+        let painted = |at: usize| {
+            mask.and_then(|mask| mask.get(at))
+                .is_some_and(|&x| x >= PAINTED)
+        };
         let mut pixels = vec![0.0; 3 * plane];
         for (at, pixel) in image.rgb.chunks_exact(3).enumerate() {
+            if painted(at) {
+                continue;
+            }
             for (channel, &byte) in pixel.iter().enumerate() {
                 pixels[channel * plane + at] = f32::from(byte) / 255.0 * 2.0 - 1.0;
             }
@@ -475,6 +497,7 @@ fn info(config: &PipelineConfig, options: &Options, kind: Kind, weight_bytes: u6
         max_size: SIDES.1,
         latent_channels: config.unet.channels as usize,
         pixels_per_latent: factor,
+        inpaints: config.unet.inpaints(),
         sampler: config.sampler.clone(),
         default_sampler: if distilled {
             SamplerKind::Lcm

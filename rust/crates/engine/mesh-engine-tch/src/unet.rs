@@ -144,10 +144,6 @@ impl Unet {
         })
     }
 
-    pub(crate) fn config(&self) -> &UnetConfig {
-        &self.config
-    }
-
     /// The prediction for `latents`, `[batch, channels, height, width]`.
     pub(crate) fn forward(&self, latents: &Tensor, condition: &Condition<'_>) -> Outcome<Tensor> {
         let time = self.embed(condition).within("time_embedding")?;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures::StreamExt;
-use mesh_diffusion::checkpoint::{Checkpoint, Module};
+use mesh_diffusion::checkpoint::Checkpoint;
 use mesh_diffusion::imaging::{
     Conditioning, Diffuser, DiffuserInfo, Image, ImageEvent, ImageRequest, Imaging, ImagingOptions,
     LatentShape,
@@ -14,14 +14,14 @@ use mesh_diffusion::prompt::Prompt;
 use mesh_diffusion::tokenizer::ClipTokenizer;
 use mesh_engine::{Engine, EngineHandle, StageError};
 use mesh_engine_ort::Backend;
-use mesh_engine_tch::{Device, Options, TchDiffuser};
+use mesh_engine_tch::{Device, Offload, Options, TchDiffuser, WeightForm};
 use mesh_machine::Memory;
 use mesh_model::model::model_name;
 use mesh_proto::{ImageCard, ModelCard, ModelKind};
 use mesh_store::Hasher;
 use mesh_store::manifest::model_files;
 
-use crate::config::Config;
+use crate::config::{Config, ImageOffload, ImageWeights, ImagesConfig};
 use crate::error::WorkerError;
 use crate::served::ServedModel;
 
@@ -40,6 +40,7 @@ pub(crate) fn load(
         reason,
     };
     let checkpoint = Checkpoint::open(path).map_err(|error| failed(error.to_string()))?;
+    let checkpoint = Arc::new(checkpoint);
     let tokenizer = tokenizer(path).map_err(failed)?;
     let options = options(config, &checkpoint).map_err(failed)?;
     let model = TchDiffuser::load(&checkpoint, &options);
@@ -122,25 +123,13 @@ fn options(config: &Config, checkpoint: &Checkpoint) -> Result<Options, String> 
         // ROCm's devices have CUDA's names in libtorch.
         Backend::Cuda | Backend::MiGraphX => Device::Gpu(0),
     };
-    let modules = [
-        Module::TextEncoder,
-        Module::TextEncoder2,
-        Module::Unet,
-        Module::Vae,
-    ];
-    let elements = modules
-        .into_iter()
-        .filter_map(|module| checkpoint.weights(module));
-    // In f32, as CPUs compute.
-    let weights = elements.map(|weights| weights.elements() * 4).sum::<u64>();
-    let mut options = Options {
-        device,
-        threads: config.threads,
-        ..Options::default()
-    };
+    let mut options = form(&config.images);
+    options.device = device;
+    options.threads = config.threads;
     // A GPU has memory of its own.
     if device != Device::Cpu && Device::gpus() > 0 {
-        options.memory_limit = config.images.memory.map(|memory| memory + weights / 2);
+        let weights = options.weight_bytes(checkpoint);
+        options.memory_limit = config.images.memory.map(|memory| memory + weights);
         return Ok(options);
     }
     options.device = match device {
@@ -148,9 +137,14 @@ fn options(config: &Config, checkpoint: &Checkpoint) -> Result<Options, String> 
         named => named,
     };
     let free = Memory::read(Path::new("/")).available;
+    if let (Some(free), ImageOffload::Auto) = (free, config.images.offload) {
+        options = options.within(checkpoint, free.saturating_sub(ROOM));
+    }
+    let weights = options.weight_bytes(checkpoint);
     if let Some(free) = free.filter(|free| *free < weights) {
         return Err(format!(
-            "its weights take {} MiB and {} MiB of memory are free; free some, or serve a smaller model",
+            "its weights take {} MiB and {} MiB of memory are free; free some, serve a smaller model, or let parts of it be read \
+             for their use with `images.offload`",
             weights >> 20,
             free >> 20
         ));
@@ -159,6 +153,24 @@ fn options(config: &Config, checkpoint: &Checkpoint) -> Result<Options, String> 
     let images = config.images.memory.or(left);
     options.memory_limit = images.map(|images| images.saturating_add(weights));
     Ok(options)
+}
+
+/// Form of the weights as configured.
+fn form(images: &ImagesConfig) -> Options {
+    Options {
+        weights: match images.weights {
+            ImageWeights::Auto => WeightForm::Auto,
+            ImageWeights::Full => WeightForm::Full,
+            ImageWeights::File => WeightForm::File,
+            ImageWeights::Int8 => WeightForm::Int8,
+        },
+        offload: match images.offload {
+            ImageOffload::Auto | ImageOffload::None => Offload::None,
+            ImageOffload::Modules => Offload::Modules,
+            ImageOffload::Sequential => Offload::Sequential,
+        },
+        ..Options::default()
+    }
 }
 
 /// The tokenizer of a model: in a folder of its own, or beside the one file.
@@ -182,8 +194,16 @@ fn tokenizer(path: &Path) -> Result<ClipTokenizer, String> {
 /// SHA-256 over all that decides about an image, so that two workers with the same one make the same images.
 fn fingerprint(path: &Path, config: &Config) -> std::io::Result<String> {
     let cache = config.fingerprints();
+    // All other forms of weights give the same images.
+    let rounded = config.images.weights == ImageWeights::Int8;
     if !path.is_dir() {
-        return cache.file(path);
+        let digest = cache.file(path)?;
+        if !rounded {
+            return Ok(digest);
+        }
+        let mut hasher = Hasher::default();
+        hasher.update(format!("{digest}  {INT8}").as_bytes());
+        return Ok(hasher.finish().to_string());
     }
     let all = model_files(path).map_err(std::io::Error::other)?;
     let decides = |file: &&PathBuf| {
@@ -198,6 +218,9 @@ fn fingerprint(path: &Path, config: &Config) -> std::io::Result<String> {
     for file in files {
         let digest = cache.file(&path.join(file))?;
         hasher.update(format!("{digest}  {}\n", file.display()).as_bytes());
+    }
+    if rounded {
+        hasher.update(INT8.as_bytes());
     }
     Ok(hasher.finish().to_string())
 }
@@ -296,10 +319,21 @@ impl Diffuser for Quiet {
         self.quiet().decode(latents, shape)
     }
 
-    fn encode_image(&mut self, image: &Image, noise: &[f32]) -> Result<Vec<f32>, StageError> {
-        self.quiet().encode_image(image, noise)
+    fn encode_image(
+        &mut self,
+        image: &Image,
+        mask: Option<&[u8]>,
+        noise: &[f32],
+    ) -> Result<Vec<f32>, StageError> {
+        self.quiet().encode_image(image, mask, noise)
     }
 }
+
+/// Mark of models whose weights are rounded to 8 bits.
+const INT8: &str = "int8\n";
+
+/// Memory that is left for an image when a model's weights are chosen by the memory that is free.
+const ROOM: u64 = 1 << 30;
 
 /// The second one shows the speed; the first pays for memory that it finds.
 const WARM_UP_STEPS: u32 = 3;
