@@ -16,6 +16,13 @@ use mesh_engine_tch::{Device, Offload, Options, TchDiffuser, WeightForm};
 type Failed = Box<dyn std::error::Error>;
 
 fn main() -> Result<(), Failed> {
+    mesh_engine_tch::share_memory();
+    // Models compute in a thread of their own, as in a worker.
+    let work = std::thread::spawn(|| work().map_err(|error| error.to_string()));
+    Ok(work.join().map_err(|_| "the thread of the model ended")??)
+}
+
+fn work() -> Result<(), Failed> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let [folder, threads, more @ ..] = arguments.as_slice() else {
         return Err(

@@ -13,6 +13,7 @@ use tch::{Kind, Tensor};
 
 use crate::clip::to_f32;
 use crate::error::{Failure, LoadError, Outcome, Within};
+use crate::memory;
 use crate::options::Options;
 use crate::parts::{Autoencoder, Part, Parts};
 use crate::tiles::{Canvas, starts};
@@ -350,6 +351,9 @@ impl Diffuser for TchDiffuser {
             .and_then(|latents| self.pixels(&latents))
             .within("vae")?;
         self.parts.check_unchanged()?;
+        if self.parts.on_cpu() {
+            memory::give_back();
+        }
         let factor = self.info.pixels_per_latent as usize;
         let (height, width) = (factor * shape.height, factor * shape.width);
         let plane = height * width;

@@ -10,13 +10,16 @@
 //!
 //! Every call into libtorch goes through the form that returns an error. An error names the block of the network and becomes a
 //! [`StageError`](mesh_engine::StageError); the model can be used on.
+//!
+//! `unsafe` is in `memory` alone, for settings of the C library.
 
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
 mod clip;
 mod diffuser;
 mod error;
 mod load;
+mod memory;
 mod nn;
 mod options;
 mod parts;
@@ -28,4 +31,5 @@ mod weight;
 
 pub use diffuser::TchDiffuser;
 pub use error::LoadError;
+pub use memory::share_memory;
 pub use options::{Device, Offload, Options, Precision, WeightForm};

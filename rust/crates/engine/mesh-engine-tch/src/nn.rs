@@ -2,12 +2,9 @@
 
 use tch::Tensor;
 
-use crate::error::{Failure, Outcome};
+use crate::error::Outcome;
 use crate::load::{Params, stack_name};
 use crate::weight::{Weight, unlisted};
-
-/// Most positions of a picture, in all of a batch, for which a convolution on a CPU is a product of matrices.
-const MATRIX_ROWS: i64 = 1024;
 
 /// `x · weightᵀ + bias`.
 #[derive(Debug)]
@@ -73,46 +70,9 @@ impl Conv {
     }
 
     pub(crate) fn forward(&self, x: &Tensor) -> Outcome<Tensor> {
-        let (batch, _, height, width) = x.size4()?;
-        if self.weight.on_cpu() && batch * height * width <= MATRIX_ROWS {
-            return self.as_matrix(x);
-        }
         let (stride, padding) = ([self.stride; 2], [self.padding; 2]);
         let weight = self.weight.get()?;
         Ok(x.f_conv2d(&weight, self.bias.as_ref(), stride, padding, [1, 1], 1)?)
-    }
-
-    /// The convolution as a product of matrices: a row for each position, with all inputs of its kernel.
-    ///
-    /// On CPUs libtorch rearranges the kernel before each convolution. Where there are few positions that costs more than the
-    /// convolution: the kernel is larger than both pictures.
-    fn as_matrix(&self, x: &Tensor) -> Outcome<Tensor> {
-        let &[outputs, inputs, kernel, _] = self.weight.shape() else {
-            return Err(Failure::new("the kernel of a convolution has 4 dimensions"));
-        };
-        let (batch, _, height, width) = x.size4()?;
-        let padding = self.padding;
-        let mut rows = x.f_permute([0, 2, 3, 1])?;
-        if padding > 0 {
-            rows = rows.f_constant_pad_nd([0, 0, padding, padding, padding, padding])?;
-        }
-        let rows = rows.f_contiguous()?;
-        let (padded_height, padded_width) = (height + 2 * padding, width + 2 * padding);
-        let along = |side: i64| (side - kernel) / self.stride + 1;
-        let (height, width) = (along(padded_height), along(padded_width));
-        // Neighbours in a row lie one behind the other.
-        let line = padded_width * inputs;
-        let step = self.stride;
-        let rows = rows.f_as_strided(
-            [batch, height, width, kernel, kernel * inputs],
-            [padded_height * line, step * line, step * inputs, line, 1],
-            0,
-        )?;
-        let rows = rows.f_reshape([batch * height * width, kernel * kernel * inputs])?;
-        let out = rows.f_linear(&self.weight.matrix()?, self.bias.as_ref())?;
-        Ok(out
-            .f_view([batch, height, width, outputs])?
-            .f_permute([0, 3, 1, 2])?)
     }
 }
 

@@ -5,11 +5,12 @@ use std::sync::Arc;
 use mesh_diffusion::checkpoint::{Checkpoint, Module, Weights, open_tiny_vae};
 use mesh_diffusion::config::TinyVaeConfig;
 use mesh_engine::StageError;
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use crate::clip::{self, TextEncoder};
 use crate::error::{Failure, LoadError, Outcome};
 use crate::load::{self, Keep, Params, Stack};
+use crate::memory;
 use crate::options::{Offload, Options, WeightForm};
 use crate::tiny::TinyVae;
 use crate::unet::{self, Unet};
@@ -94,6 +95,9 @@ impl Parts {
         if options.offload == Offload::None {
             parts.source.checkpoint = None;
         }
+        if parts.on_cpu() {
+            memory::keep_freed();
+        }
         Ok((parts, bytes))
     }
 
@@ -109,6 +113,7 @@ impl Parts {
         }
         if self.offload == Offload::Modules {
             (self.text, self.unet, self.vae) = (None, None, None);
+            memory::give_back();
         }
         match part {
             Part::Text => self.text = Some(self.source.text()?),
@@ -116,6 +121,10 @@ impl Parts {
             Part::Vae => self.vae = Some(self.source.vae()?),
         }
         Ok(())
+    }
+
+    pub(crate) fn on_cpu(&self) -> bool {
+        self.source.place.device == Device::Cpu
     }
 
     pub(crate) fn text(&self) -> Outcome<&[TextEncoder]> {
