@@ -2,6 +2,7 @@
 """mesh-engine-tch against diffusers: the same weights, the same libtorch, the same threads, in turn.
 
     scripts/bench_diffusers.py MODEL_FOLDER [--threads 2] [--rounds 3] [--steps 2] [--sizes 256,512] [--decode]
+        [--slicing] [--form FORM OFFLOAD]
 
 Run it with a Python that has torch 2.11.0, diffusers 0.35.2 and transformers 4.57.3 (scripts/fetch_diffusers.py makes one). The
 folder is that of `random_diffusion sd15 FOLDER`; the example `steps` must be built for release. Prints for every size the ratio of
@@ -20,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TARGET = Path(os.environ.get("CARGO_TARGET_DIR") or ROOT / "rust/target")
 
 
-def anchor(folder, threads):
+def anchor(folder, threads, slicing):
     """Answers the lines that the example `steps` answers, with diffusers."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     started = time.perf_counter()
@@ -36,6 +37,9 @@ def anchor(folder, threads):
     unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=torch.float32).eval()
     vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32).eval()
     assert text is not None
+    if slicing:
+        unet.set_attention_slice("auto")
+        vae.enable_slicing()
     print(f"ready {time.perf_counter() - started}", flush=True)
     for line in sys.stdin:
         match line.split():
@@ -84,8 +88,8 @@ class Engine:
 
 def compare(arguments):
     folder, threads = arguments.folder, arguments.threads
-    ours = Engine("ours", [arguments.ours or TARGET / "release/examples/steps", folder, threads])
-    theirs = Engine("diffusers", [sys.executable, __file__, folder, "--anchor", "--threads", threads])
+    ours = Engine("ours", [arguments.ours or TARGET / "release/examples/steps", folder, threads, *arguments.form])
+    theirs = Engine("diffusers", [sys.executable, __file__, folder, "--anchor", "--threads", threads, *["--slicing"] * arguments.slicing])
     print(f"load: ours {ours.load:.1f} s, diffusers {theirs.load:.1f} s")
     work = [(f"step {size} {arguments.steps}", arguments.steps) for size in arguments.sizes]
     if arguments.decode:
@@ -121,11 +125,13 @@ def main():
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--sizes", type=lambda text: [int(size) for size in text.split(",")], default=[256, 512])
     parser.add_argument("--decode", action="store_true")
+    parser.add_argument("--slicing", action="store_true", help="diffusers computes attention and pictures in slices")
+    parser.add_argument("--form", nargs="*", default=[], help="ours: form of the weights and what is offloaded, as for steps")
     parser.add_argument("--ours", help="the example, if not that of the release build")
     parser.add_argument("--anchor", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.anchor:
-        anchor(arguments.folder, arguments.threads)
+        anchor(arguments.folder, arguments.threads, arguments.slicing)
     else:
         compare(arguments)
 

@@ -164,16 +164,8 @@ impl UnetConfig {
         if let Some(reason) = config.refusal() {
             return Err(object.refuse("in_channels", format!("but {reason}")));
         }
-        match channels
-            .iter()
-            .find(|channels| !channels.is_multiple_of(config.groups))
-        {
-            None => Ok(config),
-            Some(channels) => Err(object.refuse(
-                "norm_num_groups",
-                format!("but must divide {channels} channels"),
-            )),
-        }
+        object.check_groups(config.groups, &channels)?;
+        Ok(config)
     }
 
     /// Names and shapes of all tensors, as diffusers names them.
