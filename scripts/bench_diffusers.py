@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """mesh-engine-tch against diffusers: the same weights, the same libtorch, the same threads, in turn.
 
-    scripts/bench_diffusers.py MODEL_FOLDER [--threads 2] [--rounds 3] [--steps 2] [--sizes 256,512] [--decode] [--device cuda]
+    scripts/bench_diffusers.py MODEL_FOLDER [--threads 2] [--rounds 3] [--steps 2] [--sizes 256,512] [--decode]
+        [--device cuda] [--slicing] [--form FORM OFFLOAD]
 
 Run it with a Python that has torch 2.11.0, diffusers 0.35.2 and transformers 4.57.3 (scripts/fetch_diffusers.py makes one). The
 folder is that of `random_diffusion sd15 FOLDER`; the example `steps` must be built for release, with --device cuda against a libtorch
@@ -21,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TARGET = Path(os.environ.get("CARGO_TARGET_DIR") or ROOT / "rust/target")
 
 
-def anchor(folder, threads, device):
+def anchor(folder, threads, device, slicing):
     """Answers the lines that the example `steps` answers, with diffusers."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     started = time.perf_counter()
@@ -39,6 +40,9 @@ def anchor(folder, threads, device):
     unet = UNet2DConditionModel.from_pretrained(folder / "unet", torch_dtype=dtype).to(device).eval()
     vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=dtype).to(device).eval()
     assert text is not None
+    if slicing:
+        unet.set_attention_slice("auto")
+        vae.enable_slicing()
     print(f"ready {time.perf_counter() - started}", flush=True)
     for line in sys.stdin:
         match line.split():
@@ -89,8 +93,9 @@ class Engine:
 def compare(arguments):
     folder, threads, device = arguments.folder, arguments.threads, arguments.device
     os.environ["TORCH_DEVICE"] = device
-    ours = Engine("ours", [arguments.ours or TARGET / "release/examples/steps", folder, threads])
-    theirs = Engine("diffusers", [sys.executable, __file__, folder, "--anchor", "--threads", threads, "--device", device])
+    ours = Engine("ours", [arguments.ours or TARGET / "release/examples/steps", folder, threads, *arguments.form])
+    anchored = ["--threads", threads, "--device", device, *["--slicing"] * arguments.slicing]
+    theirs = Engine("diffusers", [sys.executable, __file__, folder, "--anchor", *anchored])
     print(f"load: ours {ours.load:.1f} s, diffusers {theirs.load:.1f} s")
     work = [(f"step {size} {arguments.steps}", arguments.steps) for size in arguments.sizes]
     if arguments.decode:
@@ -127,11 +132,13 @@ def main():
     parser.add_argument("--sizes", type=lambda text: [int(size) for size in text.split(",")], default=[256, 512])
     parser.add_argument("--decode", action="store_true")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--slicing", action="store_true", help="diffusers computes attention and pictures in slices")
+    parser.add_argument("--form", nargs="*", default=[], help="ours: form of the weights and what is offloaded, as for steps")
     parser.add_argument("--ours", help="the example, if not that of the release build")
     parser.add_argument("--anchor", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.anchor:
-        anchor(arguments.folder, arguments.threads, arguments.device)
+        anchor(arguments.folder, arguments.threads, arguments.device, arguments.slicing)
     else:
         compare(arguments)
 

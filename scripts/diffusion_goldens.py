@@ -20,11 +20,13 @@ from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
+    StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from diffusers.loaders import single_file_utils as single
+from PIL import Image
 from safetensors.numpy import save_file
 from safetensors.torch import load_file
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
@@ -94,7 +96,7 @@ def picture():
     return torch.from_numpy(values.astype("float32") / 255 * 2 - 1).permute(2, 0, 1)[None]
 
 
-def painted(root, family):
+def painted(root, family, **inpainting):
     """A whole picture, with the noise of a seed."""
     kind = {"sd1": DPMSolverMultistepScheduler, "sd2": DDIMScheduler, "xl": EulerDiscreteScheduler}[family]
     scheduler = kind.from_config(DDIMScheduler.load_config(root / "scheduler"))
@@ -114,12 +116,21 @@ def painted(root, family):
     if family == "xl":
         pipe = StableDiffusionXLPipeline(**parts, text_encoder_2=None, tokenizer_2=None, add_watermarker=False)
     else:
-        pipe = StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+        kind = StableDiffusionInpaintPipeline if inpainting else StableDiffusionPipeline
+        pipe = kind(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(9)
     options = {"height": 32, "width": 48, "num_inference_steps": 5, "guidance_scale": 4.0, "output_type": "np"}
-    picture = pipe(**texts, **options, generator=generator).images[0]
+    picture = pipe(**texts, **options, **inpainting, generator=generator).images[0]
     return torch.from_numpy((picture * 255).round().astype("uint8"))
+
+
+def inpainted(root, family, strength):
+    """A picture painted over a mask by a model for inpainting: from column 20 on."""
+    values = ((randoms("input/inpainting", (32, 48, 3)).numpy() + 1) * 127).astype("uint8")
+    mask = np.zeros((32, 48), dtype="uint8")
+    mask[:, 20:] = 255
+    return painted(root, family, image=Image.fromarray(values), mask_image=Image.fromarray(mask), strength=strength)
 
 
 def goldens(folder):
@@ -138,6 +149,8 @@ def goldens(folder):
         sample = moments.mean + moments.std * randoms("input/noise", (1, 4, 8, 12))
         out[f"{family}.painted"] = painted(root, family)
         out[f"{family}.encoded"] = sample[0] * vae.config.scaling_factor
+    for family, strength in (("sd1", 1.0), ("sd2", 0.6)):
+        out[f"{family}.inpainted"] = inpainted(folder / f"{family}-inpainting", family, strength)
     tiny = AutoencoderTiny.from_pretrained(folder / "taesd").eval()
     latents = 2 * randoms("input/latents", (1, *LATENTS))
     out["taesd.pixels"] = tiny.decode(latents).sample[0]

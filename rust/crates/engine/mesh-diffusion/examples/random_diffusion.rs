@@ -26,6 +26,11 @@ fn main() -> std::io::Result<()> {
                 ("xl", Family::Xl),
             ] {
                 let config = synth::tiny(family);
+                synth::write_folder(
+                    &synth::inpainting(config.clone()),
+                    &folder.join(format!("{name}-inpainting")),
+                    Dtype::F32,
+                )?;
                 synth::write_folder(&config, &folder.join(name), Dtype::F32)?;
                 synth::write_single(
                     &config,

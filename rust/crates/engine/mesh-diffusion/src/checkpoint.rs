@@ -11,6 +11,7 @@ mod names;
 mod single;
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use mesh_model::data::Data;
 use mesh_model::file::has_extension;
@@ -52,7 +53,7 @@ impl Module {
 #[derive(Debug)]
 pub struct Checkpoint {
     config: PipelineConfig,
-    modules: Vec<(Module, Weights)>,
+    modules: Vec<(Module, Arc<Weights>)>,
 }
 
 /// The weights of a module: its tensors, all there and of the right shape.
@@ -65,7 +66,7 @@ pub struct Weights {
 #[derive(Debug)]
 pub(crate) struct WeightFile {
     path: PathBuf,
-    file: std::sync::Arc<Safetensors>,
+    file: Arc<Safetensors>,
 }
 
 #[derive(Debug)]
@@ -133,8 +134,8 @@ impl Checkpoint {
         &self.config
     }
 
-    /// The weights of a module; `None` if the model has no such module.
-    pub fn weights(&self, module: Module) -> Option<&Weights> {
+    /// The weights of a module, which may be kept to be read again; `None` if the model has no such module.
+    pub fn weights(&self, module: Module) -> Option<&Arc<Weights>> {
         let mut modules = self.modules.iter();
         modules
             .find(|(other, _)| *other == module)
@@ -213,6 +214,11 @@ impl Weights {
     /// All tensors, in the order in which the network uses them.
     pub fn iter(&self) -> impl ExactSizeIterator<Item = Weight<'_>> {
         self.tensors.iter().map(|found| self.weight(found))
+    }
+
+    /// The tensor at a position of [`Weights::iter`].
+    pub fn get(&self, position: usize) -> Option<Weight<'_>> {
+        self.tensors.get(position).map(|found| self.weight(found))
     }
 
     /// Bytes of all tensors in the files.

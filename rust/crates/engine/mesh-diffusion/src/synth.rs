@@ -117,6 +117,7 @@ pub fn tiny(family: Family) -> PipelineConfig {
         family,
         unet: UnetConfig {
             channels: 4,
+            inputs: 4,
             sample_size: [64, 96, 128][family as usize],
             blocks,
             mid_depth,
@@ -149,6 +150,12 @@ pub fn tiny(family: Family) -> PipelineConfig {
         sampler: SamplerConfig::stable_diffusion(prediction),
         zero_empty_negative: family == Family::Xl,
     }
+}
+
+/// The same model for inpainting.
+pub fn inpainting(mut config: PipelineConfig) -> PipelineConfig {
+    config.unet.inputs = 2 * config.unet.channels + 1;
+    config
 }
 
 /// The shape of Stable Diffusion 1.5.
@@ -218,7 +225,12 @@ pub fn tiny_vae() -> TinyVaeConfig {
 pub fn write_folder(config: &PipelineConfig, folder: &Path, dtype: Dtype) -> io::Result<()> {
     let two = config.text.len() > 1;
     let mut index = json!({
-        "_class_name": if two { "StableDiffusionXLPipeline" } else { "StableDiffusionPipeline" },
+        "_class_name": match (two, config.unet.inpaints()) {
+            (false, false) => "StableDiffusionPipeline",
+            (false, true) => "StableDiffusionInpaintPipeline",
+            (true, false) => "StableDiffusionXLPipeline",
+            (true, true) => "StableDiffusionXLInpaintPipeline",
+        },
         "_diffusers_version": "0.35.2",
         "scheduler": ["diffusers", "DDIMScheduler"],
         "text_encoder": ["transformers", "CLIPTextModel"],
@@ -502,7 +514,7 @@ fn unet_json(config: &UnetConfig) -> Value {
         "up_block_types": up.collect::<Vec<_>>(),
         "flip_sin_to_cos": true,
         "freq_shift": config.freq_shift,
-        "in_channels": config.channels,
+        "in_channels": config.inputs,
         "out_channels": config.channels,
         "layers_per_block": config.layers,
         "norm_eps": config.eps,

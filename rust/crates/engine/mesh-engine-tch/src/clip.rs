@@ -6,6 +6,7 @@ use tch::{Device, Kind, Tensor};
 use crate::error::{Outcome, Within};
 use crate::load::{Params, Stack};
 use crate::nn::{LayerNorm, Linear, attention, number};
+use crate::weight::Weight;
 
 /// Matrices that are computed as one.
 pub(crate) const STACKS: [Stack; 1] =
@@ -15,9 +16,8 @@ pub(crate) const STACKS: [Stack; 1] =
 #[derive(Debug)]
 pub(crate) struct TextEncoder {
     config: TextConfig,
-    device: Device,
-    tokens: Tensor,
-    positions: Tensor,
+    tokens: Weight,
+    positions: Weight,
     layers: Vec<Layer>,
     norm: LayerNorm,
     projection: Option<Linear>,
@@ -42,7 +42,7 @@ pub(crate) struct Encoded {
 }
 
 impl TextEncoder {
-    pub(crate) fn new(config: &TextConfig, params: &mut Params, device: Device) -> Outcome<Self> {
+    pub(crate) fn new(config: &TextConfig, params: &mut Params) -> Outcome<Self> {
         let embeddings = "text_model.embeddings";
         let layers = (0..config.layers).map(|i| {
             Layer::new(
@@ -53,10 +53,9 @@ impl TextEncoder {
         });
         Ok(TextEncoder {
             config: config.clone(),
-            device,
             layers: layers.collect::<Outcome<_>>()?,
-            tokens: params.take(&format!("{embeddings}.token_embedding.weight"))?,
-            positions: params.take(&format!("{embeddings}.position_embedding.weight"))?,
+            tokens: params.weight(&format!("{embeddings}.token_embedding.weight"))?,
+            positions: params.weight(&format!("{embeddings}.position_embedding.weight"))?,
             norm: LayerNorm::new(params, "text_model.final_layer_norm", config.eps)?,
             projection: match config.projection {
                 Some(_) => Some(Linear::new(params, "text_projection")?),
@@ -72,12 +71,15 @@ impl TextEncoder {
     /// Encodes sequences of 77 tokens, which must be of the vocabulary.
     pub(crate) fn forward(&self, sequences: &[[u32; 77]]) -> Outcome<Encoded> {
         let ids: Vec<i64> = sequences.iter().flatten().map(|&id| id.into()).collect();
-        let ids = Tensor::f_from_slice(&ids)?
-            .f_view([sequences.len() as i64, 77])?
-            .f_to_device(self.device)?;
-        let mut x =
-            Tensor::f_embedding(&self.tokens, &ids, -1, false, false).within("embeddings")?;
-        x = x.f_add_(&self.positions).within("embeddings")?;
+        let width = self.config.width.into();
+        let embed = || -> Outcome<Tensor> {
+            let mut tokens = self
+                .tokens
+                .rows(&ids)?
+                .f_view([sequences.len() as i64, 77, width])?;
+            Ok(tokens.f_add_(&self.positions.get()?)?)
+        };
+        let mut x = embed().within("embeddings")?;
         let penultimate = self.config.rows == HiddenRows::Penultimate;
         let mut hidden = None;
         for (i, layer) in self.layers.iter().enumerate() {

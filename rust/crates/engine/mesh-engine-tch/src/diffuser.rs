@@ -1,6 +1,8 @@
 //! A loaded model as the scheduler of images uses it.
 
-use mesh_diffusion::checkpoint::{Checkpoint, Module, Weights, open_tiny_vae};
+use std::sync::Arc;
+
+use mesh_diffusion::checkpoint::{Checkpoint, Module};
 use mesh_diffusion::config::{Family, PipelineConfig};
 use mesh_diffusion::prompt::weigh;
 use mesh_diffusion::{
@@ -10,17 +12,20 @@ use mesh_diffusion::{
 use mesh_engine::StageError;
 use tch::{Kind, Tensor};
 
-use crate::clip::{self, TextEncoder, to_f32};
+use crate::clip::to_f32;
 use crate::error::{Failure, LoadError, Outcome, Within};
-use crate::load::{Params, Stack, load};
+use crate::memory;
 use crate::options::Options;
+use crate::parts::{Autoencoder, Part, Parts};
 use crate::tiles::{Canvas, starts};
-use crate::tiny::TinyVae;
-use crate::unet::{self, Condition, Unet};
-use crate::vae::{self, Vae};
+use crate::unet::Condition;
+use crate::weight::{Place, Workspace};
 
 /// Smallest and largest side of a picture, in pixels.
 const SIDES: (u32, u32) = (64, 4096);
+
+/// Masks have at least this where a picture is painted.
+const PAINTED: u8 = 128;
 
 /// A model of images on libtorch.
 #[derive(Debug)]
@@ -32,23 +37,15 @@ pub struct TchDiffuser {
     kind: Kind,
     /// Type of the autoencoder.
     vae_kind: Kind,
-    text: Vec<TextEncoder>,
-    unet: Unet,
-    vae: Autoencoder,
-}
-
-#[derive(Debug)]
-enum Autoencoder {
-    Full(Box<Vae>),
-    Tiny(TinyVae),
+    parts: Parts,
 }
 
 impl TchDiffuser {
-    /// Loads the model onto its device. The files are not needed afterwards.
+    /// Loads the model onto its device. The files are needed afterwards only with [`Options::offload`].
     ///
     /// # Errors
     /// If a file cannot be read or was changed, or the device is missing, too small or cannot compute with the type.
-    pub fn load(checkpoint: &Checkpoint, options: &Options) -> Result<Self, LoadError> {
+    pub fn load(checkpoint: &Arc<Checkpoint>, options: &Options) -> Result<Self, LoadError> {
         let _guard = tch::no_grad_guard();
         let device = options.device.find().ok_or(LoadError::NoDevice {
             device: options.device,
@@ -60,70 +57,27 @@ impl TchDiffuser {
         {
             tch::set_num_threads(threads);
         }
-        let kind = options.kind(device);
+        let config = checkpoint.config().clone();
+        let (kind, vae_kind) = options.kinds(&config, device);
         probe(device, kind).map_err(|failure| LoadError::Precision {
             device: options.device,
             precision: options.precision,
             message: failure.message(),
         })?;
-        let config = checkpoint.config().clone();
-        let vae_kind = match kind {
-            Kind::Half if config.vae.force_f32 && options.tiny_vae.is_none() => Kind::Float,
-            kind => kind,
+        let place = Place {
+            device,
+            kind,
+            workspace: Workspace::default(),
         };
-        let mut bytes = 0;
-        let mut text = Vec::new();
-        for (module, config) in [Module::TextEncoder, Module::TextEncoder2]
-            .into_iter()
-            .zip(&config.text)
-        {
-            let params = read(
-                checkpoint.weights(module),
-                module,
-                (device, kind),
-                &mut bytes,
-            )?;
-            text.push(build(module, params, |params| {
-                TextEncoder::new(config, params, device)
-            })?);
-        }
-        let params = read(
-            checkpoint.weights(Module::Unet),
-            Module::Unet,
-            (device, kind),
-            &mut bytes,
-        )?;
-        let unet = build(Module::Unet, params, |params| {
-            Unet::new(&config.unet, params, device, kind)
-        })?;
-        let vae = match &options.tiny_vae {
-            None => {
-                let params = read(
-                    checkpoint.weights(Module::Vae),
-                    Module::Vae,
-                    (device, vae_kind),
-                    &mut bytes,
-                )?;
-                let vae = build(Module::Vae, params, |params| Vae::new(&config.vae, params))?;
-                Autoencoder::Full(Box::new(vae))
-            }
-            Some(path) => {
-                let (tiny, weights) = open_tiny_vae(path)?;
-                if (tiny.latent, tiny.factor()) != (config.vae.latent, config.vae.factor()) {
-                    return Err(LoadError::TinyVae {
-                        path: path.clone(),
-                        tiny: tiny.latent,
-                        model: config.vae.latent,
-                    });
-                }
-                let params = read(Some(&weights), Module::Vae, (device, vae_kind), &mut bytes)?;
-                Autoencoder::Tiny(build(Module::Vae, params, |params| {
-                    TinyVae::new(&tiny, params)
-                })?)
-            }
-        };
+        let (parts, bytes) = Parts::load(checkpoint, options, place, vae_kind)?;
         tracing::info!(
-            family = %config.family, ?device, ?kind, megabytes = bytes / 1_000_000, "loaded a model of images"
+            family = %config.family,
+            ?device,
+            ?kind,
+            weights = ?options.weights,
+            offload = ?options.offload,
+            megabytes = bytes / 1_000_000,
+            "loaded a model of images"
         );
         Ok(TchDiffuser {
             info: info(&config, options, kind, bytes),
@@ -132,9 +86,7 @@ impl TchDiffuser {
             device,
             kind,
             vae_kind,
-            text,
-            unet,
-            vae,
+            parts,
         })
     }
 
@@ -148,7 +100,7 @@ impl TchDiffuser {
         let mut widths = Vec::new();
         let mut pooled = Vec::new();
         let weights = prompt.weights();
-        for (i, encoder) in self.text.iter().enumerate() {
+        for (i, encoder) in self.parts.text()?.iter().enumerate() {
             let config = encoder.config();
             let ids = prompt.ids(config.pad.unwrap_or(prompt.end));
             check_tokens(&ids, config.vocab)?;
@@ -203,7 +155,7 @@ impl TchDiffuser {
         let hidden: Vec<&[f32]> = texts.iter().map(|text| &*text.hidden).collect();
         let context = self.tensor(&hidden.concat(), &[batch, tokens, width], self.kind)?;
         let pooled: Vec<&[f32]> = texts.iter().map(|text| &*text.pooled).collect();
-        let pooled = match self.unet.config().added {
+        let pooled = match self.config.unet.added {
             Some(added) => {
                 Some(self.tensor(&pooled.concat(), &[batch, added.pooled().into()], self.kind)?)
             }
@@ -213,10 +165,10 @@ impl TchDiffuser {
             timestep: timestep.into(),
             context: &context,
             added: pooled.as_ref().map(|pooled| (pooled, size)),
-            guidance: self.unet.config().guidance.map(|_| guidance.into()),
+            guidance: self.config.unet.guidance.map(|_| guidance.into()),
         };
         let latents = latents.f_expand([batch, -1, -1, -1], false)?;
-        let out = to_f32(&self.unet.forward(&latents, &condition)?)?;
+        let out = to_f32(&self.parts.unet()?.forward(&latents, &condition)?)?;
         let one = out.len() / texts.len();
         Ok(out.chunks(one.max(1)).map(<[f32]>::to_vec).collect())
     }
@@ -236,7 +188,7 @@ impl TchDiffuser {
     }
 
     fn check_text(&self, text: &TextEmbedding, like: &TextEmbedding) -> Result<(), StageError> {
-        let unet = self.unet.config();
+        let unet = &self.config.unet;
         let pooled = unet
             .added
             .map_or(text.pooled.len(), |added| added.pooled() as usize);
@@ -259,10 +211,7 @@ impl TchDiffuser {
     }
 
     fn decode_whole(&self, latents: &Tensor) -> Outcome<Tensor> {
-        match &self.vae {
-            Autoencoder::Full(vae) => vae.decode(latents),
-            Autoencoder::Tiny(vae) => vae.decode(latents),
-        }
+        self.parts.vae()?.decode(latents)
     }
 
     /// Pixels `[3, height, width]`, about -1 to 1.
@@ -307,6 +256,7 @@ impl Diffuser for TchDiffuser {
         negative: Option<&Prompt>,
     ) -> Result<Conditioning, StageError> {
         let _guard = tch::no_grad_guard();
+        self.parts.bring(Part::Text)?;
         let positive = self.embed(prompt)?;
         let negative = match negative {
             Some(negative) if negative.is_empty() && self.config.zero_empty_negative => {
@@ -319,9 +269,11 @@ impl Diffuser for TchDiffuser {
             Some(negative) => Some(self.embed(negative)?),
             None => None,
         };
+        self.parts.check_unchanged()?;
         Ok(Conditioning {
             prompt: positive,
             negative,
+            beside: Vec::new(),
         })
     }
 
@@ -335,6 +287,7 @@ impl Diffuser for TchDiffuser {
     ) -> Result<Vec<f32>, StageError> {
         let _guard = tch::no_grad_guard();
         self.check(latents, shape)?;
+        self.parts.bring(Part::Unet)?;
         let positive = &conditioning.prompt;
         // A model that was distilled with its guidance takes it as a number.
         let negative = conditioning
@@ -342,15 +295,20 @@ impl Diffuser for TchDiffuser {
             .as_ref()
             .filter(|_| self.config.unet.guidance.is_none());
         self.check_text(positive, positive)?;
-        let dims = [
-            1,
-            shape.channels as i64,
-            shape.height as i64,
-            shape.width as i64,
-        ];
+        let channels = self.config.unet.inputs as usize;
+        let beside = &conditioning.beside;
+        if latents.len() + beside.len() != channels * shape.height * shape.width {
+            return Err(StageError::Malformed(format!(
+                "{} values beside {} latents: this model takes {channels} channels",
+                beside.len(),
+                latents.len()
+            )));
+        }
+        let dims = [1, channels as i64, shape.height as i64, shape.width as i64];
         let factor = i64::from(self.info.pixels_per_latent);
         let size = [factor * dims[2], factor * dims[3]];
-        let latents = self.tensor(latents, &dims, self.kind).within("unet")?;
+        let inputs = [latents, beside].concat();
+        let latents = self.tensor(&inputs, &dims, self.kind).within("unet")?;
         let predict = |texts: &[&TextEmbedding]| {
             let predictions = self
                 .predict(&latents, timestep, texts, size, guidance)
@@ -359,7 +317,9 @@ impl Diffuser for TchDiffuser {
         };
         let nothing = || StageError::from(Failure::new("unet: no prediction"));
         let Some(negative) = negative else {
-            return predict(&[positive])?.next().ok_or_else(nothing);
+            let out = predict(&[positive])?.next().ok_or_else(nothing)?;
+            self.parts.check_unchanged()?;
+            return Ok(out);
         };
         self.check_text(negative, positive)?;
         let (unguided, guided) = match self.options.guidance_in_turn {
@@ -370,6 +330,7 @@ impl Diffuser for TchDiffuser {
             }
         };
         let (mut out, guided) = unguided.zip(guided).ok_or_else(nothing)?;
+        self.parts.check_unchanged()?;
         for (out, guided) in out.iter_mut().zip(guided) {
             *out += guidance * (guided - *out);
         }
@@ -379,6 +340,7 @@ impl Diffuser for TchDiffuser {
     fn decode(&mut self, latents: &[f32], shape: LatentShape) -> Result<Image, StageError> {
         let _guard = tch::no_grad_guard();
         self.check(latents, shape)?;
+        self.parts.bring(Part::Vae)?;
         let dims = [
             1,
             shape.channels as i64,
@@ -389,6 +351,10 @@ impl Diffuser for TchDiffuser {
             .tensor(latents, &dims, self.vae_kind)
             .and_then(|latents| self.pixels(&latents))
             .within("vae")?;
+        self.parts.check_unchanged()?;
+        if self.parts.on_cpu() {
+            memory::give_back();
+        }
         let factor = self.info.pixels_per_latent as usize;
         let (height, width) = (factor * shape.height, factor * shape.width);
         let plane = height * width;
@@ -406,7 +372,12 @@ impl Diffuser for TchDiffuser {
         })
     }
 
-    fn encode_image(&mut self, image: &Image, noise: &[f32]) -> Result<Vec<f32>, StageError> {
+    fn encode_image(
+        &mut self,
+        image: &Image,
+        mask: Option<&[u8]>,
+        noise: &[f32],
+    ) -> Result<Vec<f32>, StageError> {
         let _guard = tch::no_grad_guard();
         let multiple = self.info.size_multiple;
         let (width, height) = (image.width as usize, image.height as usize);
@@ -416,6 +387,7 @@ impl Diffuser for TchDiffuser {
             || shape.is_empty()
             || image.rgb.len() != 3 * width * height
             || noise.len() != shape.len()
+            || mask.is_some_and(|mask| mask.len() != width * height)
         {
             return Err(StageError::Malformed(format!(
                 "picture of {width}×{height} pixels in {} bytes with {} noise values: sides must be multiples of {multiple}",
@@ -424,8 +396,15 @@ impl Diffuser for TchDiffuser {
             )));
         }
         let plane = width * height;
+        let painted = |at: usize| {
+            mask.and_then(|mask| mask.get(at))
+                .is_some_and(|&x| x >= PAINTED)
+        };
         let mut pixels = vec![0.0; 3 * plane];
         for (at, pixel) in image.rgb.chunks_exact(3).enumerate() {
+            if painted(at) {
+                continue;
+            }
             for (channel, &byte) in pixel.iter().enumerate() {
                 pixels[channel * plane + at] = f32::from(byte) / 255.0 * 2.0 - 1.0;
             }
@@ -436,10 +415,11 @@ impl Diffuser for TchDiffuser {
             shape.height as i64,
             shape.width as i64,
         ];
+        self.parts.bring(Part::Vae)?;
         let encode = || {
             let picture =
                 self.tensor(&pixels, &[1, 3, height as i64, width as i64], self.vae_kind)?;
-            match &self.vae {
+            match self.parts.vae()? {
                 Autoencoder::Full(vae) => {
                     vae.encode(&picture, &self.tensor(noise, &dims, self.vae_kind)?)
                 }
@@ -448,39 +428,10 @@ impl Diffuser for TchDiffuser {
             }
             .and_then(|latents| to_f32(&latents))
         };
-        Ok(encode().within("vae")?)
+        let latents = encode().within("vae")?;
+        self.parts.check_unchanged()?;
+        Ok(latents)
     }
-}
-
-fn read(
-    weights: Option<&Weights>,
-    module: Module,
-    (device, kind): (tch::Device, Kind),
-    bytes: &mut u64,
-) -> Result<Params, LoadError> {
-    let stacks: &[Stack] = match module {
-        Module::TextEncoder | Module::TextEncoder2 => &clip::STACKS,
-        Module::Unet => &unet::STACKS,
-        Module::Vae => &vae::STACKS,
-    };
-    let weights = weights.ok_or_else(|| LoadError::Torch {
-        module: module.name(),
-        message: "the model has no such module".into(),
-    })?;
-    let params = load(weights, stacks, module.name(), device, kind)?;
-    *bytes += params.bytes;
-    Ok(params)
-}
-
-fn build<T>(
-    module: Module,
-    mut params: Params,
-    new: impl FnOnce(&mut Params) -> Outcome<T>,
-) -> Result<T, LoadError> {
-    new(&mut params).map_err(|failure| LoadError::Torch {
-        module: module.name(),
-        message: failure.message(),
-    })
 }
 
 /// Checks that the device computes with the type, with one small layer of each kind.
@@ -552,6 +503,7 @@ fn info(config: &PipelineConfig, options: &Options, kind: Kind, weight_bytes: u6
         latent_channels: config.unet.channels as usize,
         pixels_per_latent: factor,
         colours: (config.vae.latent == 4).then(|| LatentColours::of(config.family)),
+        inpaints: config.unet.inpaints(),
         sampler: config.sampler.clone(),
         default_sampler: if distilled {
             SamplerKind::Lcm

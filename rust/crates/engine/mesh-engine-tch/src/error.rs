@@ -4,7 +4,6 @@ use std::path::PathBuf;
 
 use mesh_diffusion::checkpoint::ModelError;
 use mesh_engine::StageError;
-use mesh_model::file::FileError;
 use tch::TchError;
 
 use crate::options::{Device, Precision};
@@ -17,13 +16,6 @@ pub enum LoadError {
     /// The files are not those of a model.
     #[error(transparent)]
     Model(#[from] ModelError),
-    /// The weights cannot be read.
-    #[error("tensor {tensor} of the {module}: {source}")]
-    Read {
-        module: &'static str,
-        tensor: String,
-        source: FileError,
-    },
     /// The device does not exist.
     #[error(
         "libtorch has no device {device}: it sees {count} GPUs; install a libtorch with CUDA or ROCm, or use cpu"
@@ -119,6 +111,15 @@ impl From<Failure> for StageError {
         StageError::Backend {
             backend: "libtorch",
             message: failure.message(),
+        }
+    }
+}
+
+impl From<LoadError> for StageError {
+    fn from(error: LoadError) -> Self {
+        StageError::Backend {
+            backend: "libtorch",
+            message: error.to_string(),
         }
     }
 }

@@ -10,20 +10,26 @@
 //!
 //! Every call into libtorch goes through the form that returns an error. An error names the block of the network and becomes a
 //! [`StageError`](mesh_engine::StageError); the model can be used on.
+//!
+//! `unsafe` is in `memory` alone, for settings of the C library.
 
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
 mod clip;
 mod diffuser;
 mod error;
 mod load;
+mod memory;
 mod nn;
 mod options;
+mod parts;
 mod tiles;
 mod tiny;
 mod unet;
 mod vae;
+mod weight;
 
 pub use diffuser::TchDiffuser;
 pub use error::LoadError;
-pub use options::{Device, Options, Precision};
+pub use memory::share_memory;
+pub use options::{Device, Offload, Options, Precision, WeightForm};

@@ -4,21 +4,19 @@ use tch::Tensor;
 
 use crate::error::Outcome;
 use crate::load::{Params, stack_name};
+use crate::weight::{Weight, unlisted};
 
 /// `x · weightᵀ + bias`.
 #[derive(Debug)]
 pub(crate) struct Linear {
-    weight: Tensor,
+    weight: Weight,
     bias: Option<Tensor>,
 }
 
 impl Linear {
     pub(crate) fn new(params: &mut Params, name: &str) -> Outcome<Self> {
-        let mut weight = params.take(&format!("{name}.weight"))?;
         // A convolution of kernel 1 is a matrix.
-        if let [outputs, inputs, 1, 1] = *weight.size() {
-            weight = weight.f_view([outputs, inputs])?;
-        }
+        let weight = params.weight(&format!("{name}.weight"))?;
         let bias = params.maybe(&format!("{name}.bias"));
         Ok(Linear { weight, bias })
     }
@@ -28,15 +26,20 @@ impl Linear {
         Linear::new(params, &stack_name(names))
     }
 
+    /// True if it computes on a CPU.
+    pub(crate) fn on_cpu(&self) -> bool {
+        self.weight.on_cpu()
+    }
+
     pub(crate) fn forward(&self, x: &Tensor) -> Outcome<Tensor> {
-        Ok(x.f_linear(&self.weight, self.bias.as_ref())?)
+        Ok(x.f_linear(&self.weight.matrix()?, self.bias.as_ref())?)
     }
 }
 
 /// A convolution with a square kernel.
 #[derive(Debug)]
 pub(crate) struct Conv {
-    weight: Tensor,
+    weight: Weight,
     bias: Option<Tensor>,
     stride: i64,
     padding: i64,
@@ -45,13 +48,15 @@ pub(crate) struct Conv {
 impl Conv {
     /// A convolution that keeps the size.
     pub(crate) fn new(params: &mut Params, name: &str) -> Outcome<Self> {
-        let weight = params.take(&format!("{name}.weight"))?;
-        let padding = weight.size()[3] / 2;
+        let weight = params.weight(&format!("{name}.weight"))?;
+        let &[.., kernel] = weight.shape() else {
+            return Err(unlisted(name));
+        };
         Ok(Conv {
+            padding: kernel / 2,
             weight,
             bias: params.maybe(&format!("{name}.bias")),
             stride: 1,
-            padding,
         })
     }
 
@@ -66,7 +71,8 @@ impl Conv {
 
     pub(crate) fn forward(&self, x: &Tensor) -> Outcome<Tensor> {
         let (stride, padding) = ([self.stride; 2], [self.padding; 2]);
-        Ok(x.f_conv2d(&self.weight, self.bias.as_ref(), stride, padding, [1, 1], 1)?)
+        let weight = self.weight.get()?;
+        Ok(x.f_conv2d(&weight, self.bias.as_ref(), stride, padding, [1, 1], 1)?)
     }
 }
 

@@ -4,6 +4,11 @@ use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
+use mesh_diffusion::checkpoint::Checkpoint;
+use mesh_diffusion::config::PipelineConfig;
+
+use crate::parts::weight_bytes;
+
 /// The device that computes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub enum Device {
@@ -85,6 +90,34 @@ pub enum Precision {
     Bf16,
 }
 
+/// Form in which matrices and kernels are kept in memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum WeightForm {
+    /// The UNet's as they compute, which is the fastest; those of the text encoders and the autoencoder, which compute once a
+    /// picture, as in the file where that takes less memory.
+    #[default]
+    Auto,
+    /// All as they compute.
+    Full,
+    /// All as in the file where that takes less memory. Each is converted for its use; pictures are the same.
+    File,
+    /// Integers of 8 bits with a scale for each output; the autoencoder's as in the file. Pictures differ a little.
+    Int8,
+}
+
+/// Parts of a model that are not in memory while they do not compute. They are read from the model's files, which the system
+/// keeps in memory as far as there is room. Pictures are the same.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub enum Offload {
+    /// All is in memory.
+    #[default]
+    None,
+    /// Text encoders, UNet and autoencoder, of which one is in memory.
+    Modules,
+    /// Every matrix and kernel: one is in memory.
+    Sequential,
+}
+
 /// Options of a loaded model.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Options {
@@ -92,6 +125,10 @@ pub struct Options {
     pub device: Device,
     /// Type of weights and activations.
     pub precision: Precision,
+    /// Form of the weights in memory.
+    pub weights: WeightForm,
+    /// Parts of the model that are not in memory while they do not compute.
+    pub offload: Offload,
     /// Threads of the CPU; 0 takes libtorch's choice. libtorch has one number for the whole process.
     pub threads: usize,
     /// Folder of a tiny autoencoder (TAESD) that takes the place of the model's own.
@@ -107,7 +144,55 @@ pub struct Options {
 }
 
 impl Options {
-    pub(crate) fn kind(&self, device: tch::Device) -> tch::Kind {
+    /// Bytes of the weights of `checkpoint` that these options keep in memory.
+    pub fn weight_bytes(&self, checkpoint: &Checkpoint) -> u64 {
+        // A device that does not exist is an error of the load.
+        let device = self.device.find().unwrap_or(tch::Device::Cpu);
+        let (kind, vae_kind) = self.kinds(checkpoint.config(), device);
+        weight_bytes(checkpoint, self, kind, vae_kind)
+    }
+
+    /// The fastest of the forms of weights and of offloading whose weights take at most `memory` bytes and that make the same
+    /// pictures; the one that takes the least memory if none does. Only what is `Auto` or `None` changes.
+    #[must_use]
+    pub fn within(&self, checkpoint: &Checkpoint, memory: u64) -> Self {
+        let forms = [
+            (self.weights, self.offload),
+            (WeightForm::File, Offload::None),
+            (WeightForm::File, Offload::Modules),
+            (WeightForm::File, Offload::Sequential),
+        ];
+        let options = forms.map(|(weights, offload)| Options {
+            weights: match self.weights {
+                WeightForm::Auto => weights,
+                set => set,
+            },
+            offload: match self.offload {
+                Offload::None => offload,
+                set => set,
+            },
+            ..self.clone()
+        });
+        let fits = |options: &&Options| options.weight_bytes(checkpoint) <= memory;
+        let found = options.iter().find(fits);
+        found.unwrap_or(&options[options.len() - 1]).clone()
+    }
+
+    /// Types of the networks and of the autoencoder.
+    pub(crate) fn kinds(
+        &self,
+        config: &PipelineConfig,
+        device: tch::Device,
+    ) -> (tch::Kind, tch::Kind) {
+        match self.kind(device) {
+            tch::Kind::Half if config.vae.force_f32 && self.tiny_vae.is_none() => {
+                (tch::Kind::Half, tch::Kind::Float)
+            }
+            kind => (kind, kind),
+        }
+    }
+
+    fn kind(&self, device: tch::Device) -> tch::Kind {
         match (self.precision, device) {
             (Precision::F32, _) | (Precision::Auto, tch::Device::Cpu) => tch::Kind::Float,
             (Precision::F16 | Precision::Auto, _) => tch::Kind::Half,

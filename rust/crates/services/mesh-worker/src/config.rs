@@ -141,11 +141,45 @@ pub struct ImagesConfig {
     /// they are loaded. It decides the largest size.
     #[serde(with = "units::optional_bytes")]
     pub memory: Option<u64>,
+    /// Form of an image model's weights in memory.
+    pub weights: ImageWeights,
+    /// Parts of an image model that are not in memory while they do not compute.
+    pub offload: ImageOffload,
     /// Priority of the threads that make images, as a nice value that is added: text comes first.
     pub nice: i32,
     /// Longest wait of an image's step for text that this worker computes; zero waits for none.
     #[serde(with = "units::duration")]
     pub patience: Duration,
+}
+
+/// Form of an image model's weights in memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ImageWeights {
+    /// The fastest one for which there is memory; images are those of `full`.
+    #[default]
+    Auto,
+    /// As the device computes.
+    Full,
+    /// As in the file where that takes less memory; images are those of `full`.
+    File,
+    /// Integers of 8 bits, with a scale for each output of a layer; images differ a little.
+    Int8,
+}
+
+/// Parts of an image model that are not in memory while they do not compute. They are read from its files for their use.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ImageOffload {
+    /// The fewest for which there is memory; none on GPUs.
+    #[default]
+    Auto,
+    /// None.
+    None,
+    /// Text encoders, UNet and autoencoder, of which one is in memory.
+    Modules,
+    /// Every layer: one is in memory.
+    Sequential,
 }
 
 /// Format of models' weights, and the cache of quantised weights.
@@ -342,6 +376,8 @@ impl Default for ImagesConfig {
             steps: 0,
             guidance: None,
             memory: None,
+            weights: ImageWeights::Auto,
+            offload: ImageOffload::Auto,
             nice: 19,
             patience: Duration::from_secs(20),
         }
@@ -629,6 +665,11 @@ mod tests {
         let both = [("LOCAL_MODEL_PATH", "/srv/sd"), ("SD_MODEL_ID", "org/sd")];
         assert_eq!(from(&both).models, ["/srv/sd"]);
         assert_eq!(from(&[]).images.nice, 19);
+        let small = parse("images.weights = \"int8\"\nimages.offload = \"modules\"").images;
+        assert_eq!(
+            (small.weights, small.offload),
+            (ImageWeights::Int8, ImageOffload::Modules)
+        );
         let error = |toml: &str| parse(toml).check().unwrap_err().to_string();
         assert!(error("images.steps = 200").contains("`images.steps` is 200"));
         assert!(error("images.patience = \"5m\"").contains("`images.patience` is 300s"));

@@ -49,5 +49,8 @@ pub use worker::{Live, Worker, WorkerHandle};
 
 /// The service's `main`, compiled with the service: a generic call from the binary would compile all of it twice.
 pub fn main() -> std::process::ExitCode {
+    // Before there are threads.
+    #[cfg(feature = "images")]
+    mesh_engine_tch::share_memory();
     mesh_service::run::<Worker>()
 }

@@ -21,7 +21,7 @@ pub(super) fn open(root: &Path) -> Result<Checkpoint, ModelError> {
     let config = PipelineConfig::read(root)?;
     let load = |module: Module, stem, tensors, origins: fn(&str) -> Vec<Origin>| {
         let files = files(&root.join(module.name()), stem)?;
-        Ok((module, Weights::find(files, tensors, origins)?))
+        Ok((module, Weights::find(files, tensors, origins)?.into()))
     };
     let mut modules = Vec::new();
     for (module, text) in [Module::TextEncoder, Module::TextEncoder2]

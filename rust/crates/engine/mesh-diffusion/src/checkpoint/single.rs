@@ -49,7 +49,7 @@ pub(super) fn read(file: WeightFile) -> Result<Checkpoint, ModelError> {
             file: file.file.clone(),
         };
         let weights = Weights::find(vec![file], tensors, |name| origins(&config, module, name))?;
-        modules.push((module, weights));
+        modules.push((module, weights.into()));
         Ok::<_, ModelError>(())
     };
     for (text, module) in config
@@ -302,6 +302,7 @@ impl Shapes<'_> {
         let guidance = format!("{UNET}time_embed.cond_proj.weight");
         Ok(UnetConfig {
             channels: self.dim(&format!("{UNET}out.2.weight"), 0)?,
+            inputs: self.dim(&conv_in, 1)?,
             sample_size: match family {
                 Family::Sd1 => 64,
                 Family::Sd2 if self.prediction(family) == Prediction::Epsilon => 64,
@@ -326,18 +327,13 @@ impl Shapes<'_> {
             },
             blocks,
         })
-        .and_then(|config: UnetConfig| self.check_unet(config, &conv_in))
+        .and_then(|config: UnetConfig| self.check_unet(config))
     }
 
     /// Refuses shapes that cannot be computed although every tensor is present.
-    fn check_unet(&self, config: UnetConfig, conv_in: &str) -> Result<UnetConfig, ModelError> {
-        let channels = self.dim(conv_in, 1)?;
-        if channels != config.channels {
-            return Err(self.unknown(format!(
-                "its UNet takes {channels} channels and gives {}: models for inpainting with channels of their own are \
-                 not supported, any other model paints over a mask",
-                config.channels
-            )));
+    fn check_unet(&self, config: UnetConfig) -> Result<UnetConfig, ModelError> {
+        if let Some(reason) = config.refusal() {
+            return Err(self.unknown(reason));
         }
         let fits = |block: &UnetBlock| {
             block.channels.is_multiple_of(config.groups)

@@ -262,7 +262,7 @@ fn configurations_are_bounded_and_name_what_they_ask_for() {
         ("unet", "attention_head_dim", json!(7), "must divide"),
         ("unet", "attention_head_dim", json!(0), "from 1 to 256"),
         ("unet", "norm_num_groups", json!(5), "must divide"),
-        ("unet", "in_channels", json!(9), "inpainting"),
+        ("unet", "in_channels", json!(8), "takes 8 channels"),
         (
             "unet",
             "class_embed_type",

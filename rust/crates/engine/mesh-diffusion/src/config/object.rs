@@ -70,6 +70,20 @@ impl Object {
         }
     }
 
+    /// Checks that the number of groups of the norms divides the channels of every block.
+    pub(super) fn check_groups(&self, groups: u32, channels: &[u32]) -> Result<(), ModelError> {
+        match channels
+            .iter()
+            .find(|channels| !channels.is_multiple_of(groups))
+        {
+            None => Ok(()),
+            Some(channels) => Err(self.refuse(
+                "norm_num_groups",
+                format!("but must divide {channels} channels"),
+            )),
+        }
+    }
+
     /// A whole number within `range`.
     pub(crate) fn whole(&self, key: &str, range: RangeInclusive<u32>) -> Result<u32, ModelError> {
         self.optional_whole(key, range.clone())?

@@ -39,8 +39,11 @@ pub struct UnetBlock {
 /// Configuration of a UNet.
 #[derive(Debug, Clone, PartialEq)]
 pub struct UnetConfig {
-    /// Channels of the latents, in and out.
+    /// Channels of the latents.
     pub channels: u32,
+    /// Channels that the network takes: those of the latents, or in models for inpainting also a mask and the latents of the
+    /// masked picture.
+    pub inputs: u32,
     /// Side of the latents that the model was trained on.
     pub sample_size: u32,
     /// Resolutions on the way down, the finest first; the way up has the same.
@@ -66,6 +69,25 @@ pub struct UnetConfig {
 }
 
 impl UnetConfig {
+    /// True if the network takes a mask and the latents of the masked picture beside the latents.
+    pub fn inpaints(&self) -> bool {
+        self.inputs == 2 * self.channels + 1
+    }
+
+    /// Why the network's inputs are not supported, if so.
+    pub(crate) fn refusal(&self) -> Option<String> {
+        let UnetConfig {
+            channels, inputs, ..
+        } = *self;
+        (inputs != channels && !self.inpaints()).then(|| {
+            format!(
+                "its UNet takes {inputs} channels and gives {channels}: {channels} are supported, and {} with a mask and a masked \
+                 picture",
+                2 * channels + 1
+            )
+        })
+    }
+
     /// Width of the timestep's embedding behind its two matrices.
     pub fn time_width(&self) -> u32 {
         4 * self.blocks.first().map_or(0, |block| block.channels)
@@ -125,7 +147,8 @@ impl UnetConfig {
             ));
         }
         let config = UnetConfig {
-            channels: object.whole_or("in_channels", 1..=64, 4)?,
+            channels: object.whole_or("out_channels", 1..=64, 4)?,
+            inputs: object.whole_or("in_channels", 1..=256, 4)?,
             sample_size: object.whole_or("sample_size", 1..=1024, 64)?,
             mid_depth: depths[count - 1],
             blocks,
@@ -138,26 +161,11 @@ impl UnetConfig {
             added: read_added(object)?,
             guidance: object.optional_whole("time_cond_proj_dim", 2..=4096)?,
         };
-        if object.whole_or("out_channels", 1..=64, 4)? != config.channels {
-            return Err(object.refuse(
-                "out_channels",
-                format!(
-                    "but in_channels is {}: models for inpainting with channels of their own are not supported, any other \
-                     model paints over a mask",
-                    config.channels
-                ),
-            ));
+        if let Some(reason) = config.refusal() {
+            return Err(object.refuse("in_channels", format!("but {reason}")));
         }
-        match channels
-            .iter()
-            .find(|channels| !channels.is_multiple_of(config.groups))
-        {
-            None => Ok(config),
-            Some(channels) => Err(object.refuse(
-                "norm_num_groups",
-                format!("but must divide {channels} channels"),
-            )),
-        }
+        object.check_groups(config.groups, &channels)?;
+        Ok(config)
     }
 
     /// Names and shapes of all tensors, as diffusers names them.
@@ -165,7 +173,7 @@ impl UnetConfig {
         let mut shapes = Shapes::default();
         let time = u64::from(self.time_width());
         let first = u64::from(self.blocks[0].channels);
-        shapes.conv("conv_in", self.channels.into(), first, 3);
+        shapes.conv("conv_in", self.inputs.into(), first, 3);
         shapes.linear("time_embedding.linear_1", first, time);
         shapes.linear("time_embedding.linear_2", time, time);
         if let Some(guidance) = self.guidance {

@@ -85,17 +85,8 @@ impl VaeConfig {
         if config.scale <= 0.0 {
             return Err(object.refuse("scaling_factor", "but must be over 0"));
         }
-        match config
-            .blocks
-            .iter()
-            .find(|channels| !channels.is_multiple_of(config.groups))
-        {
-            None => Ok(config),
-            Some(channels) => Err(object.refuse(
-                "norm_num_groups",
-                format!("but must divide {channels} channels"),
-            )),
-        }
+        object.check_groups(config.groups, &config.blocks)?;
+        Ok(config)
     }
 
     /// Names and shapes of all tensors, as diffusers names them.

@@ -56,12 +56,10 @@ pub(super) fn check(
     };
     let plan = Plan::new(&info.sampler, options).map_err(|error| invalid(error.to_string()))?;
     let (prompt, negative) = prompts(tokenizer, request)?;
-    let fingerprint = Fingerprint::of(&info.sampler, request);
+    let fingerprint = Fingerprint::of(info, request);
     let resumed = request.resume.as_ref().map(|progress| {
-        let masked = request
-            .init
-            .as_ref()
-            .is_some_and(|init| init.mask.is_some());
+        let mask = request.init.as_ref().and_then(|init| init.mask.as_ref());
+        let masked = info.inpaints || mask.is_some();
         restore(progress, &plan, shape, fingerprint, masked).map_err(|text| {
             invalid(format!(
                 "cannot resume: {text}; send the request without it"

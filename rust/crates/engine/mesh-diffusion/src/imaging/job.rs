@@ -34,6 +34,8 @@ struct Run {
     /// Empty if no step is left.
     conditioning: Conditioning,
     mask: Option<Mask>,
+    /// Latents of the masked picture, in models for inpainting.
+    masked: Option<Vec<f32>>,
 }
 
 /// The part of the initial picture that a mask keeps.
@@ -134,7 +136,8 @@ impl Job {
             colours.picture(&latents, self.shape)
         });
         run.advance(&prediction, self.shape)?;
-        let kept = run.mask.as_ref().map(|mask| mask.image.as_slice());
+        let kept = run.mask.as_ref().map(|mask| &mask.image);
+        let kept = kept.or(run.masked.as_ref()).map(Vec::as_slice);
         let progress = save(self.fingerprint, &run.sampler, kept);
         Ok(Turn::Step(Progress {
             preview,
@@ -144,11 +147,13 @@ impl Job {
 
     fn prepare(&mut self, model: &mut impl Diffuser) -> Result<(), Failure> {
         let mut run = match self.resumed.take() {
-            Some((sampler, image)) => self.resume(sampler, image),
+            Some((sampler, image)) => self.resume(sampler, image, model.info().inpaints),
+            None if model.info().inpaints => self.start_inpainting(model)?,
             None => self.start(model)?,
         };
         if run.sampler.timestep().is_some() {
             run.conditioning = model.encode(&self.prompt, self.negative.as_ref())?;
+            run.conditioning.beside = self.beside(run.masked.as_deref());
         }
         self.run = Some(run);
         // A mask's picture is needed again in the end.
@@ -166,7 +171,7 @@ impl Job {
             let sampler = Sampler::from_noise(plan, noise.normal(count));
             return Ok(Run::new(sampler, noise, None));
         };
-        let image = model.encode_image(&init.image, &noise.normal(count))?;
+        let image = model.encode_image(&init.image, None, &noise.normal(count))?;
         let first = noise.normal(count);
         let sampler = match &init.mask {
             Some(_) if init.strength >= 1.0 => Ok(Sampler::from_noise(plan, first.clone())),
@@ -185,11 +190,74 @@ impl Job {
         Ok(Run::new(sampler, noise, mask))
     }
 
-    fn resume(&self, sampler: Sampler, image: Option<Vec<f32>>) -> Run {
+    /// As [`Job::start`] of a model for inpainting, which draws a sample of the picture only where that is a part of the start.
+    fn start_inpainting(&self, model: &mut impl Diffuser) -> Result<Run, Failure> {
+        let count = self.shape.len();
+        let mut noise = Noise::new(self.seed);
+        let plan = self.plan.clone();
+        let sampler = match &self.init {
+            Some(init) if init.strength < 1.0 => {
+                let image = model.encode_image(&init.image, None, &noise.normal(count))?;
+                Sampler::from_image(plan, &image, &noise.normal(count))
+                    .map_err(|error| StageError::Malformed(error.to_string()))?
+            }
+            _ => Sampler::from_noise(plan, noise.normal(count)),
+        };
+        let fresh = noise.normal(count);
+        let masked = match &self.init {
+            Some(InitImage {
+                image,
+                mask: Some(mask),
+                ..
+            }) => model.encode_image(image, Some(mask), &fresh)?,
+            // All is painted.
+            _ => {
+                let pixels = model.info().pixels_per_latent as usize;
+                let (width, height) = (self.shape.width * pixels, self.shape.height * pixels);
+                let image = Image {
+                    width: width as u32,
+                    height: height as u32,
+                    rgb: vec![0; 3 * width * height],
+                };
+                model.encode_image(&image, Some(&vec![u8::MAX; width * height]), &fresh)?
+            }
+        };
+        let run = Run::new(sampler, noise, None);
+        Ok(Run {
+            masked: Some(masked),
+            ..run
+        })
+    }
+
+    /// Channels beside the latents: the mask and the latents of the masked picture.
+    fn beside(&self, masked: Option<&[f32]>) -> Vec<f32> {
+        let Some(masked) = masked else {
+            return Vec::new();
+        };
+        let init = self.init.as_ref();
+        let mask = init.and_then(|init| Some((init.mask.as_ref()?, init)));
+        let mut beside: Vec<f32> = match mask {
+            Some((mask, init)) => kept(mask, init, self.shape)
+                .into_iter()
+                .map(|kept| if kept { 0.0 } else { 1.0 })
+                .collect(),
+            None => vec![1.0; self.shape.height * self.shape.width],
+        };
+        beside.extend(masked);
+        beside
+    }
+
+    fn resume(&self, sampler: Sampler, image: Option<Vec<f32>>, inpaints: bool) -> Run {
         let count = self.shape.len();
         let mut noise = Noise::new(self.seed);
         let mut mask = None;
-        if let Some(init) = &self.init {
+        let mut masked = None;
+        if inpaints {
+            let from_image = self.init.as_ref().is_some_and(|init| init.strength < 1.0);
+            let samples = if from_image { 3 } else { 2 };
+            noise.skip(samples * Noise::draws(count));
+            masked = image;
+        } else if let Some(init) = &self.init {
             noise.skip(Noise::draws(count));
             let first = noise.normal(count);
             if let (Some(of), Some(image)) = (&init.mask, image) {
@@ -205,7 +273,8 @@ impl Job {
         }
         let with_noise = (0..sampler.step()).filter(|&step| self.plan.takes_noise(step));
         noise.skip(with_noise.count() as u64 * Noise::draws(count));
-        Run::new(sampler, noise, mask)
+        let run = Run::new(sampler, noise, mask);
+        Run { masked, ..run }
     }
 
     /// The picture, if it is one of the request's size.
@@ -232,6 +301,7 @@ impl Run {
             noise,
             conditioning: Conditioning::default(),
             mask,
+            masked: None,
         }
     }
 

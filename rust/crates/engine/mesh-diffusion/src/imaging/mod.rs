@@ -62,6 +62,8 @@ pub struct DiffuserInfo {
     pub pixels_per_latent: u32,
     /// The colours of latents, for previews; `None` if they are not known.
     pub colours: Option<LatentColours>,
+    /// True if the model was made for inpainting: it takes [`Conditioning::beside`].
+    pub inpaints: bool,
     /// The noise schedule.
     pub sampler: SamplerConfig,
     /// Sampler of requests that name none.
@@ -119,6 +121,9 @@ pub struct Conditioning {
     pub prompt: TextEmbedding,
     /// The negative prompt's, of the same shape; `None` without classifier-free guidance.
     pub negative: Option<TextEmbedding>,
+    /// Channels that the model takes beside the latents, row-major `[channels, height, width]`: in models for inpainting a mask,
+    /// 1 where the picture is painted, and the latents of the masked picture. Empty in all others.
+    pub beside: Vec<f32>,
 }
 
 /// A loaded model of images.
@@ -161,11 +166,17 @@ pub trait Diffuser: Send + 'static {
     fn decode(&mut self, latents: &[f32], shape: LatentShape) -> Result<Image, StageError>;
 
     /// The latents of a picture whose sides fit [`DiffuserInfo::size_multiple`], scaled as the sampler wants them. `noise`, one
-    /// normal number per latent, draws a sample of the encoder's distribution: `mean + deviation · noise`.
+    /// normal number per latent, draws a sample of the encoder's distribution: `mean + deviation · noise`. With a `mask`, one byte
+    /// per pixel, the picture is grey where that is 128 or more.
     ///
     /// # Errors
     /// If the engine fails.
-    fn encode_image(&mut self, image: &Image, noise: &[f32]) -> Result<Vec<f32>, StageError>;
+    fn encode_image(
+        &mut self,
+        image: &Image,
+        mask: Option<&[u8]>,
+        noise: &[f32],
+    ) -> Result<Vec<f32>, StageError>;
 }
 
 impl<D: Diffuser + ?Sized> Diffuser for Box<D> {
@@ -196,7 +207,12 @@ impl<D: Diffuser + ?Sized> Diffuser for Box<D> {
         (**self).decode(latents, shape)
     }
 
-    fn encode_image(&mut self, image: &Image, noise: &[f32]) -> Result<Vec<f32>, StageError> {
-        (**self).encode_image(image, noise)
+    fn encode_image(
+        &mut self,
+        image: &Image,
+        mask: Option<&[u8]>,
+        noise: &[f32],
+    ) -> Result<Vec<f32>, StageError> {
+        (**self).encode_image(image, mask, noise)
     }
 }

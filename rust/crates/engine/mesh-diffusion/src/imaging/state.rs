@@ -5,22 +5,22 @@
 
 use sha2::{Digest as _, Sha256};
 
-use super::{ImageRequest, LatentShape, Progress};
-use crate::sampler::{Plan, Sampler, SamplerConfig};
+use super::{DiffuserInfo, ImageRequest, LatentShape, Progress};
+use crate::sampler::{Plan, Sampler};
 
 /// Identifies a request, all that its picture depends on: a state of another one is refused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Fingerprint([u8; 16]);
 
 impl Fingerprint {
-    pub(super) fn of(config: &SamplerConfig, request: &ImageRequest) -> Self {
+    pub(super) fn of(info: &DiffuserInfo, request: &ImageRequest) -> Self {
         let mut hash = Sha256::new();
         // Each with its length, so that no two requests give the same bytes.
         let mut add = |bytes: &[u8]| {
             hash.update((bytes.len() as u64).to_le_bytes());
             hash.update(bytes);
         };
-        add(format!("{config:?}").as_bytes());
+        add(format!("{:?}", info.sampler).as_bytes());
         add(request.prompt.as_bytes());
         add(request.negative_prompt.as_bytes());
         for number in [request.width, request.height, request.steps] {
@@ -35,6 +35,9 @@ impl Fingerprint {
             add(&init.image.rgb);
             add(init.mask.as_deref().unwrap_or_default());
         }
+        if info.inpaints {
+            add(b"inpaints");
+        }
         let digest = hash.finalize();
         let (first, _) = digest
             .as_slice()
@@ -44,7 +47,7 @@ impl Fingerprint {
     }
 }
 
-/// Progress of a run. `kept` are the latents of the picture that a mask keeps.
+/// Progress of a run. `kept` are the latents of the picture that a mask keeps, or of the masked picture.
 pub(super) fn save(fingerprint: Fingerprint, sampler: &Sampler, kept: Option<&[f32]>) -> Progress {
     let of_sampler = sampler.save();
     let values = kept.map_or(0, <[f32]>::len);

@@ -37,6 +37,7 @@ impl Formula {
                 latent_channels: 4,
                 pixels_per_latent: 8,
                 colours: Some(LatentColours::of(Family::Sd1)),
+                inpaints: false,
                 sampler: SamplerConfig::stable_diffusion(Default::default()),
                 default_sampler: SamplerKind::DpmPlusPlus2M,
                 default_steps: 5,
@@ -90,6 +91,7 @@ impl Diffuser for Formula {
         let mut conditioning = Conditioning {
             prompt,
             negative: negative.map(embed),
+            beside: Vec::new(),
         };
         if says(INFINITE) {
             conditioning.prompt.hidden[0] = f32::INFINITY;
@@ -106,6 +108,12 @@ impl Diffuser for Formula {
         guidance: f32,
     ) -> Result<Vec<f32>, StageError> {
         assert_eq!(latents.len(), shape.len());
+        let beside = if self.info.inpaints {
+            shape.len() + shape.len() / 4
+        } else {
+            0
+        };
+        assert_eq!(conditioning.beside.len(), beside);
         std::thread::sleep(self.pause);
         let mut angle = mean(&conditioning.prompt);
         if let Some(negative) = &conditioning.negative {
@@ -113,7 +121,8 @@ impl Diffuser for Formula {
         }
         let value = |(place, x): (usize, &f32)| {
             let wave = (0.01 * angle + 0.001 * timestep + place as f32).cos();
-            0.5 * x / (1.0 + 0.1 * x.abs()) + 0.3 * wave
+            let beside = conditioning.beside.get(place).unwrap_or(&0.0);
+            0.5 * x / (1.0 + 0.1 * x.abs()) + 0.3 * wave + 0.2 * beside
         };
         Ok(latents.iter().enumerate().map(value).collect())
     }
@@ -132,8 +141,19 @@ impl Diffuser for Formula {
         })
     }
 
-    fn encode_image(&mut self, image: &Image, noise: &[f32]) -> Result<Vec<f32>, StageError> {
-        let mean = |at: usize| f32::from(image.rgb[at * 7 % image.rgb.len()]) / 127.5 - 1.0;
+    fn encode_image(
+        &mut self,
+        image: &Image,
+        mask: Option<&[u8]>,
+        noise: &[f32],
+    ) -> Result<Vec<f32>, StageError> {
+        let mean = |at: usize| {
+            let at = at * 7 % image.rgb.len();
+            match mask.is_some_and(|mask| mask[at / 3] >= 128) {
+                true => 0.0,
+                false => f32::from(image.rgb[at]) / 127.5 - 1.0,
+            }
+        };
         let sample = |(at, noise): (usize, &f32)| mean(at) + 0.1 * noise;
         Ok(noise.iter().enumerate().map(sample).collect())
     }

@@ -14,14 +14,27 @@ use mesh_diffusion::{
     Diffuser, Image, ImageEvent, ImageRequest, Imaging, ImagingOptions, InitImage, Progress,
     Prompt, SamplerKind,
 };
-use mesh_engine::{RequestError, RequestStatus, Schedule, StepOutcome, Workload};
+use mesh_engine::{Engine, RequestError, RequestStatus, Schedule, StepOutcome, Workload};
 
 use self::formula::{
     FAIL, Formula, INFINITE, engine, engine_of, from_picture, imaging, request, tokenizer,
 };
 
 fn run(request: ImageRequest) -> (Vec<Progress>, Result<Image, RequestError>) {
-    let engine = engine();
+    run_on(&engine(), request)
+}
+
+/// An engine whose model takes a mask and a masked picture.
+fn inpainting() -> Engine<Imaging<Formula>> {
+    let mut model = Formula::new();
+    model.info.inpaints = true;
+    engine_of(model)
+}
+
+fn run_on(
+    engine: &Engine<Imaging<Formula>>,
+    request: ImageRequest,
+) -> (Vec<Progress>, Result<Image, RequestError>) {
     let events: Vec<ImageEvent> = block_on(engine.handle().submit(request).collect());
     let mut steps = Vec::new();
     let mut end = None;
@@ -97,18 +110,69 @@ fn a_request_goes_on_elsewhere_bit_for_bit_after_any_step() {
     for (strength, mask) in [(0.6, false), (0.6, true), (1.0, true)] {
         requests.push(from_picture(strength, mask));
     }
-    for request in requests {
-        let (steps, image) = run(request.clone());
+    let engines = [engine(), inpainting()];
+    for (request, engine) in requests
+        .iter()
+        .flat_map(|request| engines.iter().map(move |engine| (request, engine)))
+    {
+        let (steps, image) = run_on(engine, request.clone());
         let image = image.unwrap();
         for (done, progress) in steps.iter().enumerate() {
             let resumed = ImageRequest {
                 resume: Some(progress.clone()),
                 ..request.clone()
             };
-            let (later, again) = run(resumed);
+            let (later, again) = run_on(engine, resumed);
             assert!(later == steps[done + 1..], "{request:?} after {progress:?}");
             assert!(again.unwrap() == image, "{request:?} after {progress:?}");
         }
+    }
+}
+
+#[test]
+fn a_model_for_inpainting_draws_as_diffusers_does_and_gets_the_mask() {
+    for strength in [1.0, 0.6] {
+        let wanted = from_picture(strength, true);
+        let (_, image) = run_on(&inpainting(), wanted.clone());
+        let mut model = Formula::new();
+        model.info.inpaints = true;
+        let tokenizer = tokenizer();
+        let prompt = Prompt::new(&tokenizer, &wanted.prompt).unwrap();
+        let negative = Prompt::new(&tokenizer, &wanted.negative_prompt).unwrap();
+        let mut conditioning = model.encode(&prompt, Some(&negative)).unwrap();
+        let plan = PlanOptions {
+            kind: wanted.sampler,
+            karras: wanted.karras,
+            steps: wanted.steps,
+            strength: Some(strength),
+        };
+        let plan = Plan::new(&model.info.sampler, plan).unwrap();
+        let shape = model.info.latent_shape(64, 48);
+        let mut noise = Noise::new(wanted.seed);
+        let mut fresh = || noise.normal(shape.len());
+        let init = wanted.init.unwrap();
+        let mut sampler = match strength < 1.0 {
+            true => {
+                let latents = model.encode_image(&init.image, None, &fresh()).unwrap();
+                Sampler::from_image(plan, &latents, &fresh()).unwrap()
+            }
+            false => Sampler::from_noise(plan, fresh()),
+        };
+        let mask = init.mask.as_deref();
+        let masked = model.encode_image(&init.image, mask, &fresh()).unwrap();
+        // The mask keeps columns below 20, and a latent is kept by its left column.
+        let painted = (0..48).map(|at| if at % 8 < 3 { 0.0 } else { 1.0 });
+        conditioning.beside = painted.chain(masked).collect();
+        while let Some(timestep) = sampler.timestep() {
+            let scaled = sampler.scaled();
+            let predicted = model
+                .denoise(&scaled, shape, timestep, &conditioning, wanted.guidance)
+                .unwrap();
+            let noise = sampler.takes_noise().then(&mut fresh);
+            sampler.advance(&predicted, noise.as_deref()).unwrap();
+        }
+        let expected = model.decode(sampler.latents(), shape).unwrap();
+        assert!(image.unwrap() == expected, "strength {strength}");
     }
 }
 
@@ -165,7 +229,7 @@ fn a_mask_keeps_what_it_covers() {
     let shape = model.info.latent_shape(64, 48);
     let noise = Noise::new(9).normal(shape.len());
     let init = wanted.init.unwrap();
-    let latents = model.encode_image(&init.image, &noise).unwrap();
+    let latents = model.encode_image(&init.image, None, &noise).unwrap();
     let kept = model.decode(&latents, shape).unwrap();
     // The mask keeps columns below 20. Their pixels are the picture's own; a latent is kept by its left column: those below 24.
     let found = image.rgb.chunks(3).zip(kept.rgb.chunks(3));

@@ -12,7 +12,7 @@ use mesh_diffusion::{
 use mesh_engine::StageError;
 use mesh_model::safetensors::{Dtype, Safetensors};
 
-use crate::{Device, LoadError, Options, Precision, TchDiffuser};
+use crate::{Device, LoadError, Offload, Options, Precision, TchDiffuser, WeightForm};
 
 const FAMILIES: [(&str, Family); 3] = [
     ("sd1", Family::Sd1),
@@ -74,7 +74,7 @@ fn options() -> Options {
 }
 
 fn load(path: &Path, options: &Options) -> TchDiffuser {
-    TchDiffuser::load(&Checkpoint::open(path).unwrap(), options).unwrap()
+    TchDiffuser::load(&Checkpoint::open(path).unwrap().into(), options).unwrap()
 }
 
 fn chunk(tokens: &[u32]) -> Chunk {
@@ -107,6 +107,7 @@ fn conditioning(model: &TchDiffuser, family: Family) -> Conditioning {
     Conditioning {
         prompt: text("prompt", width, pooled),
         negative: Some(text("negative", width, pooled)),
+        beside: Vec::new(),
     }
 }
 
@@ -243,7 +244,7 @@ fn pictures_are_decoded_and_encoded_as_by_diffusers() {
         assert_bytes(name, &image.rgb, &format!("{name}.decoded"));
 
         let encoded = model
-            .encode_image(&picture(), &synth::randoms("input/noise", 4 * 8 * 12))
+            .encode_image(&picture(), None, &synth::randoms("input/noise", 4 * 8 * 12))
             .unwrap();
         assert_close(
             &format!("{name} encoded"),
@@ -292,6 +293,210 @@ fn a_seed_gives_the_picture_that_it_gives_in_diffusers() {
 }
 
 #[test]
+fn models_for_inpainting_paint_over_a_mask_as_diffusers_does() {
+    let cases = [
+        ("sd1", Family::Sd1, SamplerKind::DpmPlusPlus2M, 1.0),
+        ("sd2", Family::Sd2, SamplerKind::Ddim, 0.6),
+    ];
+    let (width, height) = (48, 32);
+    let values = synth::randoms("input/inpainting", 3 * 48 * 32);
+    let picture = Image {
+        width,
+        height,
+        rgb: values
+            .into_iter()
+            .map(|x| ((x + 1.0) * 127.0) as u8)
+            .collect(),
+    };
+    let painted = |column: u32| column >= 20;
+    let mask: Vec<u8> = (0..width * height)
+        .map(|at| if painted(at % width) { 255 } else { 0 })
+        .collect();
+    for (name, family, kind, strength) in cases {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("model");
+        let config = synth::inpainting(synth::tiny(family));
+        synth::write_folder(&config, &path, Dtype::F32).unwrap();
+        let mut model = load(&path, &options());
+        assert!(model.info().inpaints);
+        let one = |tokens: &[u32]| Prompt {
+            chunks: vec![chunk(tokens)],
+            ..prompt()
+        };
+        let mut conditioning = model
+            .encode(&one(&[5, 77, 340, 995, 12]), Some(&one(&[7])))
+            .unwrap();
+        let plan = PlanOptions {
+            kind,
+            karras: false,
+            steps: 5,
+            strength: Some(strength),
+        };
+        let plan = Plan::new(&model.info().sampler, plan).unwrap();
+        let shape = model.info().latent_shape(width, height);
+        let mut noise = Noise::new(9);
+        let mut fresh = || noise.normal(shape.len());
+        let mut sampler = match strength < 1.0 {
+            true => {
+                let latents = model.encode_image(&picture, None, &fresh()).unwrap();
+                Sampler::from_image(plan, &latents, &fresh()).unwrap()
+            }
+            false => Sampler::from_noise(plan, fresh()),
+        };
+        let masked = model.encode_image(&picture, Some(&mask), &fresh()).unwrap();
+        // A mask's latent is that of its first pixel, and a latent has two pixels in each direction.
+        let places = 0..shape.height * shape.width;
+        let plane = places.map(|at| f32::from(painted(2 * (at % shape.width) as u32)));
+        let without = model.denoise(&sampler.scaled(), shape, TIMESTEP, &conditioning, GUIDANCE);
+        assert!(
+            matches!(&without, Err(StageError::Malformed(text)) if text.contains("takes 9 channels")),
+            "{without:?}"
+        );
+        conditioning.beside = plane.chain(masked).collect();
+        while let Some(timestep) = sampler.timestep() {
+            let predicted = model
+                .denoise(&sampler.scaled(), shape, timestep, &conditioning, 4.0)
+                .unwrap();
+            sampler.advance(&predicted, None).unwrap();
+        }
+        let image = model.decode(sampler.latents(), shape).unwrap();
+        assert_bytes(name, &image.rgb, &format!("{name}.inpainted"));
+    }
+}
+
+/// What a model computes: conditioning, a guided prediction, a picture and latents.
+fn all_of(model: &mut TchDiffuser, family: Family) -> (Conditioning, Vec<f32>, Image, Vec<f32>) {
+    let both = conditioning(model, family);
+    let encoded = model.encode(&prompt(), Some(&prompt())).unwrap();
+    let predicted = model
+        .denoise(&latents(1.7), SHAPE, TIMESTEP, &both, GUIDANCE)
+        .unwrap();
+    let image = model.decode(&latents(0.5), SHAPE).unwrap();
+    let noise = synth::randoms("input/noise", 4 * 8 * 12);
+    let back = model.encode_image(&picture(), None, &noise).unwrap();
+    (encoded, predicted, image, back)
+}
+
+#[test]
+fn weights_as_in_the_file_and_offloaded_ones_compute_the_same_bits() {
+    for (name, family) in FAMILIES {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("model");
+        synth::write_folder(&synth::tiny(family), &path, Dtype::F16).unwrap();
+        let single = folder.path().join("model.safetensors");
+        synth::write_single(&synth::tiny(family), &single, Dtype::F16).unwrap();
+        let mut sizes = Vec::new();
+        let mut expected = None;
+        for (weights, offload) in [
+            (WeightForm::Full, Offload::None),
+            (WeightForm::Auto, Offload::None),
+            (WeightForm::File, Offload::None),
+            (WeightForm::File, Offload::Modules),
+            (WeightForm::File, Offload::Sequential),
+        ] {
+            let options = Options {
+                weights,
+                offload,
+                ..options()
+            };
+            for path in [&path, &single] {
+                let mut model = load(path, &options);
+                let all = all_of(&mut model, family);
+                // Parts come back.
+                assert!(all == all_of(&mut model, family), "{name} {options:?}");
+                let expected = expected.get_or_insert_with(|| all.clone());
+                assert!(all == *expected, "{name} {options:?}");
+            }
+            let checkpoint = Checkpoint::open(&path).unwrap();
+            sizes.push(options.weight_bytes(&checkpoint));
+        }
+        assert!(sizes.is_sorted_by(|a, b| a > b), "{name}: {sizes:?}");
+
+        let checkpoint = Checkpoint::open(&path).unwrap();
+        let within = |memory| {
+            let found = options().within(&checkpoint, memory);
+            (found.weights, found.offload)
+        };
+        let expected = [
+            (WeightForm::Auto, Offload::None),
+            (WeightForm::File, Offload::None),
+            (WeightForm::File, Offload::Modules),
+            (WeightForm::File, Offload::Sequential),
+        ];
+        let found: Vec<_> = sizes[1..].iter().map(|&size| within(size)).collect();
+        assert_eq!(found, expected, "{name}");
+        assert_eq!(within(0), (WeightForm::File, Offload::Sequential));
+    }
+}
+
+#[test]
+fn a_file_that_changes_under_an_offloaded_model_is_an_error() {
+    let models = Models::new();
+    let path = models.folder(Family::Sd1);
+    let offload = Offload::Sequential;
+    let mut model = load(
+        &path,
+        &Options {
+            offload,
+            ..options()
+        },
+    );
+    model.decode(&latents(0.5), SHAPE).unwrap();
+    let file = path.join("vae/diffusion_pytorch_model.safetensors");
+    let file = std::fs::OpenOptions::new().write(true).open(file).unwrap();
+    file.set_len(20_000).unwrap();
+    let message = model.decode(&latents(0.5), SHAPE).unwrap_err().to_string();
+    assert!(
+        message.contains("vae") && message.contains("diffusion_pytorch_model.safetensors"),
+        "{message}"
+    );
+}
+
+#[test]
+fn weights_of_8_bits_are_close_to_f32() {
+    for (name, family) in FAMILIES {
+        let models = Models::new();
+        let weights = WeightForm::Int8;
+        let path = models.folder(family);
+        let mut model = load(
+            &path,
+            &Options {
+                weights,
+                ..options()
+            },
+        );
+        let (encoded, _, image, _) = all_of(&mut model, family);
+        let rows: Vec<f32> = encoded
+            .prompt
+            .hidden
+            .chunks(encoded.prompt.width)
+            .step_by(EVERY)
+            .flatten()
+            .copied()
+            .collect();
+        let alone = Conditioning {
+            negative: None,
+            ..conditioning(&model, family)
+        };
+        let predicted = model
+            .denoise(&latents(1.7), SHAPE, TIMESTEP, &alone, 1.0)
+            .unwrap();
+        for (what, found) in [("hidden", &rows), ("predicted", &predicted)] {
+            let expected = golden(&format!("{name}.{what}"));
+            let energy = |values: &mut dyn Iterator<Item = f32>| values.map(|x| x * x).sum::<f32>();
+            let error = energy(&mut found.iter().zip(&expected).map(|(a, b)| a - b));
+            let relative = (error / energy(&mut expected.iter().copied())).sqrt();
+            println!("{name} {what}: relative error {relative:e}");
+            assert!(
+                0.0 < relative && relative < 0.03,
+                "{name} {what}: {relative}"
+            );
+        }
+        assert_bytes(name, &image.rgb, &format!("{name}.decoded"));
+    }
+}
+
+#[test]
 fn the_tiny_autoencoder_computes_what_diffusers_does() {
     let models = Models::new();
     let tiny_vae = Some(models.tiny_vae());
@@ -317,7 +522,9 @@ fn the_tiny_autoencoder_computes_what_diffusers_does() {
         &golden("taesd.pixels"),
         1e-4,
     );
-    let encoded = model.encode_image(&picture(), &[0.0; 4 * 8 * 12]).unwrap();
+    let encoded = model
+        .encode_image(&picture(), None, &[0.0; 4 * 8 * 12])
+        .unwrap();
     assert_close("encoded", &encoded, &golden("taesd.encoded"), 1e-4);
 }
 
@@ -404,7 +611,9 @@ fn bf16_is_close_to_f32() {
     let models = Models::new();
     let precision = Precision::Bf16;
     let mut model = match TchDiffuser::load(
-        &Checkpoint::open(&models.folder(Family::Sd1)).unwrap(),
+        &Checkpoint::open(&models.folder(Family::Sd1))
+            .unwrap()
+            .into(),
         &Options {
             precision,
             ..options()
@@ -435,6 +644,7 @@ fn malformed_calls_are_errors_and_the_model_works_on() {
     let narrow = Conditioning {
         prompt: text("prompt", 64, 0),
         negative: None,
+        beside: Vec::new(),
     };
     let narrow = model.denoise(&latents(1.0), SHAPE, TIMESTEP, &narrow, GUIDANCE);
     assert!(
@@ -471,7 +681,9 @@ fn malformed_calls_are_errors_and_the_model_works_on() {
 #[test]
 fn a_device_that_does_not_exist_is_named() {
     let models = Models::new();
-    let checkpoint = Checkpoint::open(&models.folder(Family::Sd1)).unwrap();
+    let checkpoint = Checkpoint::open(&models.folder(Family::Sd1))
+        .unwrap()
+        .into();
     let device = Device::Gpu(63);
     let error = TchDiffuser::load(
         &checkpoint,

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures::StreamExt;
-use mesh_diffusion::checkpoint::{Checkpoint, Module};
+use mesh_diffusion::checkpoint::Checkpoint;
 use mesh_diffusion::imaging::{
     Conditioning, Diffuser, DiffuserInfo, Image, ImageEvent, ImageRequest, Imaging, ImagingOptions,
     LatentShape,
@@ -14,14 +14,14 @@ use mesh_diffusion::prompt::Prompt;
 use mesh_diffusion::tokenizer::ClipTokenizer;
 use mesh_engine::{Engine, EngineHandle, StageError};
 use mesh_engine_ort::Backend;
-use mesh_engine_tch::{Device, Options, TchDiffuser};
+use mesh_engine_tch::{Device, Offload, Options, TchDiffuser, WeightForm};
 use mesh_machine::Memory;
 use mesh_model::model::model_name;
 use mesh_proto::{ImageCard, ModelCard, ModelKind};
 use mesh_store::Hasher;
 use mesh_store::manifest::model_files;
 
-use crate::config::Config;
+use crate::config::{Config, ImageOffload, ImageWeights, ImagesConfig};
 use crate::error::WorkerError;
 use crate::precedence;
 use crate::served::ServedModel;
@@ -41,7 +41,9 @@ pub(crate) fn load(
         reason,
     };
     let checkpoint = Checkpoint::open(path).map_err(|error| failed(error.to_string()))?;
-    let tokenizer = tokenizer(path).map_err(failed)?;
+    let checkpoint = Arc::new(checkpoint);
+    let end = checkpoint.config().text.first().map_or(0, |text| text.end);
+    let tokenizer = tokenizer(path, end, config).map_err(failed)?;
     let options = options(config, &checkpoint).map_err(failed)?;
     let model = TchDiffuser::load(&checkpoint, &options);
     let model = model.map_err(|error| failed(error.to_string()))?;
@@ -127,25 +129,13 @@ fn options(config: &Config, checkpoint: &Checkpoint) -> Result<Options, String> 
         // ROCm's devices have CUDA's names in libtorch.
         Backend::Cuda | Backend::MiGraphX => Device::Gpu(0),
     };
-    let modules = [
-        Module::TextEncoder,
-        Module::TextEncoder2,
-        Module::Unet,
-        Module::Vae,
-    ];
-    let elements = modules
-        .into_iter()
-        .filter_map(|module| checkpoint.weights(module));
-    // In f32, as CPUs compute.
-    let weights = elements.map(|weights| weights.elements() * 4).sum::<u64>();
-    let mut options = Options {
-        device,
-        threads: config.threads,
-        ..Options::default()
-    };
+    let mut options = form(&config.images);
+    options.device = device;
+    options.threads = config.threads;
     // A GPU has memory of its own.
     if device != Device::Cpu && Device::gpus() > 0 {
-        options.memory_limit = config.images.memory.map(|memory| memory + weights / 2);
+        let weights = options.weight_bytes(checkpoint);
+        options.memory_limit = config.images.memory.map(|memory| memory + weights);
         return Ok(options);
     }
     options.device = match device {
@@ -153,9 +143,14 @@ fn options(config: &Config, checkpoint: &Checkpoint) -> Result<Options, String> 
         named => named,
     };
     let free = Memory::read(Path::new("/")).available;
+    if let (Some(free), ImageOffload::Auto) = (free, config.images.offload) {
+        options = options.within(checkpoint, free.saturating_sub(ROOM));
+    }
+    let weights = options.weight_bytes(checkpoint);
     if let Some(free) = free.filter(|free| *free < weights) {
         return Err(format!(
-            "its weights take {} MiB and {} MiB of memory are free; free some, or serve a smaller model",
+            "its weights take {} MiB and {} MiB of memory are free; free some, serve a smaller model, or let parts of it be read \
+             for their use with `images.offload`",
             weights >> 20,
             free >> 20
         ));
@@ -166,29 +161,89 @@ fn options(config: &Config, checkpoint: &Checkpoint) -> Result<Options, String> 
     Ok(options)
 }
 
-/// The tokenizer of a model: in a folder of its own, or beside the one file.
-fn tokenizer(path: &Path) -> Result<ClipTokenizer, String> {
-    let folder = match path.is_dir() {
-        true => path.join("tokenizer"),
-        false => {
-            let beside = path.parent().unwrap_or(Path::new(".")).to_owned();
-            let own = beside.join("tokenizer");
-            if own.is_dir() { own } else { beside }
-        }
+/// Form of the weights as configured.
+fn form(images: &ImagesConfig) -> Options {
+    Options {
+        weights: match images.weights {
+            ImageWeights::Auto => WeightForm::Auto,
+            ImageWeights::Full => WeightForm::Full,
+            ImageWeights::File => WeightForm::File,
+            ImageWeights::Int8 => WeightForm::Int8,
+        },
+        offload: match images.offload {
+            ImageOffload::Auto | ImageOffload::None => Offload::None,
+            ImageOffload::Modules => Offload::Modules,
+            ImageOffload::Sequential => Offload::Sequential,
+        },
+        ..Options::default()
+    }
+}
+
+/// The tokenizer of a model: in a folder of its own, or beside the one file. All models of the three families have CLIP's, so a
+/// file without one takes that of a model beside it or in a folder of models.
+fn tokenizer(path: &Path, end: u32, config: &Config) -> Result<ClipTokenizer, String> {
+    if path.is_dir() {
+        return ClipTokenizer::open(&path.join("tokenizer")).map_err(|error| error.to_string());
+    }
+    let beside = path.parent().unwrap_or(Path::new(".")).to_owned();
+    let has_one = |folder: &Path| {
+        let has = |name: &str| folder.join(name).is_file();
+        (has("vocab.json") && has("merges.txt")) || has("tokenizer.json")
     };
-    ClipTokenizer::open(&folder).map_err(|error| match path.is_dir() {
-        true => error.to_string(),
-        false => format!(
-            "{error}; one file has no tokenizer: put vocab.json and merges.txt of CLIP (openai/clip-vit-large-patch14) beside it"
-        ),
-    })
+    for folder in [beside.join("tokenizer"), beside.clone()] {
+        if has_one(&folder) {
+            return ClipTokenizer::open(&folder).map_err(|error| error.to_string());
+        }
+    }
+    let mut folders = vec![beside.clone()];
+    folders.extend(config.folders());
+    folders.push(config.store_dir().join("models"));
+    for folder in folders.iter().flat_map(|folder| neighbours(folder)) {
+        match ClipTokenizer::open(&folder) {
+            // The vocabulary of this model.
+            Ok(tokenizer) if tokenizer.end() == end => {
+                tracing::info!(from = %folder.display(), model = %path.display(), "the model takes another one's tokenizer");
+                return Ok(tokenizer);
+            }
+            _ => {}
+        }
+    }
+    let looked = folders.iter().map(|folder| folder.display().to_string());
+    Err(format!(
+        "{} is one file, which has no tokenizer, and no model in {} has one with its vocabulary: put vocab.json and merges.txt of \
+         CLIP (openai/clip-vit-large-patch14, or the folder tokenizer of any Stable Diffusion model) into {}",
+        path.display(),
+        looked.collect::<Vec<_>>().join(", "),
+        beside.display()
+    ))
+}
+
+/// Folders `tokenizer` of the models in a folder, in order.
+fn neighbours(folder: &Path) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    let models = entries.take(MOST_NEIGHBOURS).map(|entry| entry.path());
+    let mut found: Vec<PathBuf> = models
+        .filter(|model| model.join(mesh_model::image::INDEX).is_file())
+        .map(|model| model.join("tokenizer"))
+        .filter(|tokenizer| tokenizer.is_dir())
+        .collect();
+    found.sort();
+    found
 }
 
 /// SHA-256 over all that decides about an image, so that two workers with the same one make the same images.
 fn fingerprint(path: &Path, config: &Config) -> std::io::Result<String> {
     let cache = config.fingerprints();
+    // All other forms of weights give the same images.
+    let rounded = config.images.weights == ImageWeights::Int8;
     if !path.is_dir() {
-        return cache.file(path);
+        let digest = cache.file(path)?;
+        if !rounded {
+            return Ok(digest);
+        }
+        let mut hasher = Hasher::default();
+        hasher.update(format!("{digest}  {INT8}").as_bytes());
+        return Ok(hasher.finish().to_string());
     }
     let all = model_files(path).map_err(std::io::Error::other)?;
     let decides = |file: &&PathBuf| {
@@ -203,6 +258,9 @@ fn fingerprint(path: &Path, config: &Config) -> std::io::Result<String> {
     for file in files {
         let digest = cache.file(&path.join(file))?;
         hasher.update(format!("{digest}  {}\n", file.display()).as_bytes());
+    }
+    if rounded {
+        hasher.update(INT8.as_bytes());
     }
     Ok(hasher.finish().to_string())
 }
@@ -302,13 +360,81 @@ impl Diffuser for Quiet {
         self.quiet().decode(latents, shape)
     }
 
-    fn encode_image(&mut self, image: &Image, noise: &[f32]) -> Result<Vec<f32>, StageError> {
-        self.quiet().encode_image(image, noise)
+    fn encode_image(
+        &mut self,
+        image: &Image,
+        mask: Option<&[u8]>,
+        noise: &[f32],
+    ) -> Result<Vec<f32>, StageError> {
+        self.quiet().encode_image(image, mask, noise)
     }
 }
+
+/// Entries of a folder of models that are looked at for a tokenizer.
+const MOST_NEIGHBOURS: usize = 4096;
+
+/// Mark of models whose weights are rounded to 8 bits.
+const INT8: &str = "int8\n";
+
+/// Memory that is left for an image when a model's weights are chosen by the memory that is free.
+const ROOM: u64 = 1 << 30;
 
 /// The second one shows the speed; the first pays for memory that it finds.
 const WARM_UP_STEPS: u32 = 3;
 
 /// Side of the square of pixels that is one unit of work in a step.
 const UNIT: u32 = 64;
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+
+    /// CLIP's vocabulary in small: bytes, and the marks of a text's start and end at `end`.
+    fn write_tokenizer(folder: &Path, end: u32) {
+        fs::create_dir_all(folder).unwrap();
+        let mut vocab = serde_json::Map::new();
+        for (id, letter) in ('a'..='z').enumerate() {
+            vocab.insert(letter.to_string(), id.into());
+            vocab.insert(format!("{letter}</w>"), (26 + id).into());
+        }
+        vocab.insert("<|startoftext|>".into(), (end - 1).into());
+        vocab.insert("<|endoftext|>".into(), end.into());
+        let vocab = serde_json::to_vec(&vocab).unwrap();
+        fs::write(folder.join("vocab.json"), vocab).unwrap();
+        fs::write(folder.join("merges.txt"), "#version: 0.2\n").unwrap();
+    }
+
+    #[test]
+    fn one_file_takes_the_tokenizer_of_a_model_with_its_vocabulary() {
+        let (own, others) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let file = own.path().join("model.safetensors");
+        fs::write(&file, "").unwrap();
+        let config = Config {
+            model_dirs: vec![others.path().into()],
+            ..Config::default()
+        };
+        let error = tokenizer(&file, 53, &config).err().unwrap();
+        for word in ["vocab.json", "merges.txt", "openai/clip-vit-large-patch14"] {
+            assert!(error.contains(word), "{error}");
+        }
+        assert!(
+            error.contains(&others.path().display().to_string()),
+            "{error}"
+        );
+
+        let model = |name: &str, end: u32| {
+            let model = others.path().join(name);
+            write_tokenizer(&model.join("tokenizer"), end);
+            fs::write(model.join(mesh_model::image::INDEX), "{}").unwrap();
+        };
+        model("another-vocabulary", 60);
+        assert!(tokenizer(&file, 53, &config).is_err());
+        model("the-same", 53);
+        assert_eq!(tokenizer(&file, 53, &config).unwrap().end(), 53);
+        // Its own comes first.
+        write_tokenizer(own.path(), 70);
+        assert_eq!(tokenizer(&file, 53, &config).unwrap().end(), 70);
+    }
+}
