@@ -44,6 +44,14 @@ messages! {
         signature: Vec<u8> = [bytes = "vec", tag = 2],
     }
 
+    /// A node's identity document in its state directory.
+    pub struct StoredIdentity {
+        /// A [`SignedIdentity`].
+        identity: Vec<u8> = [bytes = "vec", tag = 1],
+        /// The ML-DSA key that signed it.
+        root: Option<RootIdentity> = [message, optional, tag = 2],
+    }
+
     /// The ML-DSA key of a mesh root.
     pub struct RootIdentity {
         /// Public key. The root's certificate names its SHA-256, or the voucher shows that it is the root's.

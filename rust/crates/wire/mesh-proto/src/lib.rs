@@ -21,7 +21,7 @@ mod image;
 mod ring;
 mod share;
 
-pub use identity::{IdentityDocument, IdentityProof, RootIdentity, SignedIdentity};
+pub use identity::{IdentityDocument, IdentityProof, RootIdentity, SignedIdentity, StoredIdentity};
 pub use image::{
     IMAGE_PART, ImageCard, ImageData, ImageStep, ImageTask, image_file_bytes, image_state_bytes,
     part_cards,

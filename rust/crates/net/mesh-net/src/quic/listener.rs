@@ -24,7 +24,9 @@ use super::link::{Link, canonical, close, handshake_data, peer_certificate};
 use super::rooms::Rooms;
 use super::stream::SendHalf;
 use super::tls::{self, JOIN_PROTOCOL, LINK_PROTOCOL};
-use crate::trust::{Admission, CERTIFICATE_DATES, Member, MeshClock, NodeIdentity, TrustError};
+use crate::trust::{
+    Admission, CERTIFICATE_DATES, Member, MeshClock, NodeIdentity, RenewAsk, TrustError,
+};
 
 /// Accepts links, and lets new nodes join when it has an [`Admission`].
 #[derive(Debug)]
@@ -162,6 +164,7 @@ impl Acceptor {
             .map(|certificate| Member::from_certificate(&certificate))
             .transpose()
             .map_err(|error| unauthorized(&connection, error.to_string()))?;
+        let root = self.own.root_sha256();
         let crowded = |GivenUp| {
             let text = "others need the room: too many connections wait here; try again";
             refuse(&connection, ErrorCode::RATE_LIMITED, text)
@@ -188,7 +191,7 @@ impl Acceptor {
                 let held = self.rooms.joining.hold(source, request).await;
                 let request = held.map_err(crowded)??;
                 // What it asks for happens once: those that have asked are not in the way of those that have not.
-                let answer = join::answer(&connection, request, admission.clone(), None);
+                let answer = join::answer(&connection, request, admission.clone(), None, root);
                 let held = self.rooms.answering.hold(source, answer).await;
                 return held.map_err(crowded)?;
             }
@@ -196,7 +199,7 @@ impl Acceptor {
                 let (node, admission) = (member.node_id.clone(), admission.clone());
                 let exchange = async {
                     let request = join::request(&connection).await?;
-                    join::answer(&connection, request, admission, Some(member)).await
+                    join::answer(&connection, request, admission, Some(member), root).await
                 };
                 let held = self.rooms.renewing.hold(node, exchange).await;
                 return held.map_err(crowded)?;
@@ -222,7 +225,7 @@ impl Acceptor {
     /// Creates a link if the node is admitted, and informs the peer of the decision.
     async fn admit(&self, connection: &Connection, member: Member) -> Result<Link, String> {
         let now = self.clock.now();
-        if let Some(refusal) = self.own.deny_list().refusal(&member.node_id) {
+        if let Some(refusal) = self.own.deny_list().refusal_of(&member) {
             return Err(refuse(connection, refusal.code(), refusal.to_string()));
         }
         if !member.is_valid_at(now) {
@@ -303,11 +306,18 @@ async fn renew_own(
             }
             let (identity, admission) = (identity.clone(), admission.clone());
             let renewed = tokio::task::spawn_blocking(move || {
-                let request = identity.request()?;
-                let chain = admission
-                    .renew(&identity.member(), &request, now)
+                let (member, request) = (identity.member(), identity.request()?);
+                let key = identity.public_key();
+                let ask = RenewAsk {
+                    member: &member,
+                    request: &request,
+                    identity: key.as_ref(),
+                    successor: None,
+                };
+                let issued = admission
+                    .renew(&ask, now)
                     .map_err(|refusal| TrustError::Mismatch(refusal.to_string()))?;
-                identity.install(chain)
+                identity.install(issued)
             });
             match renewed.await {
                 Ok(Ok(())) => tracing::info!("renewed this node's own certificate"),
