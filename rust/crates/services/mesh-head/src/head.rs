@@ -9,7 +9,8 @@ use dcf::ErrorCode;
 use mesh_base::allocator;
 use mesh_net::discovery::{Announcement, Discovery};
 use mesh_net::quic::{ConnectError, LinkConfig, Listener};
-use mesh_net::trust::{Admission, Authority, NodeIdentity, Role, TrustError, Validity};
+use arcanum_attestor::Attestor;
+use mesh_net::trust::{Admission, NodeIdentity, Role, TrustError, Validity};
 use mesh_net::udp::BatchSocket;
 use mesh_service::addresses::{self, Addresses};
 use mesh_service::health::Health;
@@ -129,7 +130,7 @@ impl Head {
         addresses::remove(&state_dir)?;
         let keys = Keys::load(&state_dir, config.http.api_keys_file.as_deref())?;
         let validity = Validity::default();
-        let authority = Authority::open(&state_dir, &config.mesh_name, validity)?;
+        let authority = Attestor::open(&state_dir, &config.mesh_name, validity)?;
         let authority = Arc::new(authority);
         let identity = authority.head_identity(&state_dir, "head", SystemTime::now())?;
         let announced = identity.clone();

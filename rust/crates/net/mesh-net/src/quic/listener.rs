@@ -3,8 +3,6 @@
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
-#[cfg(test)]
-use std::time::SystemTime;
 use std::time::{Duration, Instant};
 
 use dcf::{ErrorCode, Message, MsgType};
@@ -346,81 +344,3 @@ const INCOMING_BUFFERS: u64 = 2 << 20;
 
 /// A clock that was set is noticed after this time.
 const OWN_RENEWAL_CHECK: Duration = Duration::from_secs(10);
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::quic::connector::dial;
-    use crate::quic::error::Closed;
-    use crate::quic::stream::MsgStream;
-    use crate::quic::tls::PinVerifier;
-    use crate::trust::{Authority, Validity};
-    use tempfile::TempDir;
-
-    fn head() -> (TempDir, Arc<Authority>, Listener) {
-        let dir = tempfile::tempdir().expect("temporary directory");
-        let authority =
-            Authority::open(dir.path(), "attic", Validity::default()).expect("authority");
-        let authority = Arc::new(authority);
-        let identity = authority
-            .head_identity(dir.path(), "head", SystemTime::now())
-            .expect("identity");
-        let address = ([127, 0, 0, 1], 0).into();
-        let admission = Some(authority.clone() as Arc<_>);
-        let listener = Listener::bind(address, identity, admission, LinkConfig::default());
-        (dir, authority, listener.expect("listener"))
-    }
-
-    /// A connection to the head by a peer that knows its root and has no certificate.
-    async fn dial_without_certificate(
-        authority: &Authority,
-        listener: &Listener,
-        protocol: &[u8],
-    ) -> Connection {
-        let carrier = LinkEndpoint::bind(([127, 0, 0, 1], 0).into(), None).expect("socket");
-        let verifier = Arc::new(PinVerifier::new(authority.root().sha256()));
-        let tls = tls::anonymous(verifier, protocol).expect("configuration");
-        let address = listener.local_addr().expect("address");
-        dial(&carrier, tls, address, &LinkConfig::default())
-            .await
-            .expect("handshake")
-    }
-
-    #[tokio::test]
-    async fn who_has_no_certificate_gets_no_link() {
-        let (_dir, authority, listener) = head();
-        let connection = dial_without_certificate(&authority, &listener, LINK_PROTOCOL).await;
-        let Closed::ByPeer { code, text } = Closed::from(connection.closed().await) else {
-            panic!("not closed by the head")
-        };
-        assert_eq!(code, ErrorCode::UNAUTHORIZED);
-        assert!(text.contains("join with a token first"), "{text}");
-        let accepted = tokio::time::timeout(Duration::from_millis(100), listener.accept()).await;
-        assert!(accepted.is_err(), "nothing may be accepted");
-    }
-
-    #[tokio::test]
-    async fn who_has_no_certificate_cannot_renew_and_nonsense_is_answered_with_an_error() {
-        let (_dir, authority, listener) = head();
-        for (kind, expected) in [
-            (MsgType::RENEW_REQUEST, ErrorCode::UNAUTHORIZED),
-            (MsgType::JOIN_REQUEST, ErrorCode::INVALID_PAYLOAD),
-            (MsgType::GENERATE, ErrorCode::INVALID_PAYLOAD),
-        ] {
-            let connection = dial_without_certificate(&authority, &listener, JOIN_PROTOCOL).await;
-            let halves = connection.open_bi().await.expect("opens");
-            let mut stream = MsgStream::new(halves, 1000);
-            stream
-                .send(Message::new(kind, 9, 0, Vec::new()))
-                .await
-                .expect("sends");
-            let answer = stream.recv().await.expect("receives").expect("an answer");
-            assert_eq!((answer.kind, answer.sequence), (MsgType::ERROR, 9));
-            assert_eq!(
-                answer.error_body().expect("a body").code,
-                expected,
-                "{kind}"
-            );
-        }
-    }
-}

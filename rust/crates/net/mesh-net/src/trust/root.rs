@@ -343,7 +343,7 @@ fn last_date() -> SystemTime {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::trust::certificate::{Member, requested_node_id};
+    use crate::trust::certificate::{Member, requested_key_id};
 
     fn request(key: &KeyPair) -> Vec<u8> {
         CertificateParams::default()
@@ -418,8 +418,10 @@ mod tests {
         let old = KeyPair::from_pem(&key_text).expect("a key").serialize_pem();
         std::fs::write(&key, &old).expect("written");
         std::fs::write(&certificate, certificate_text).expect("written");
-        let loaded = MeshRoot::load_or_create(dir.path(), "a").expect("as before");
-        assert_eq!(loaded.sha256(), made.sha256());
+        let error = MeshRoot::load_or_create(dir.path(), "a")
+            .expect_err("half of the key is missing")
+            .to_string();
+        assert!(error.contains("root.key is damaged: the ML-DSA key"), "{error}");
         std::fs::remove_file(&certificate).expect("removed");
         let error = MeshRoot::load_or_create(dir.path(), "a")
             .expect_err("refused")
@@ -464,13 +466,24 @@ mod tests {
         let root = MeshRoot::load_or_create(dir.path(), "attic").expect("created");
         let key = KeyPair::generate().expect("key");
         let now = UNIX_EPOCH + Duration::from_secs(1_800_000_000);
-        let chain = root
-            .issue(&request(&key), "laptop-7", Role::Worker, 7 * DAY, now)
-            .expect("issued");
-        assert_eq!(chain[1], *root.certificate());
-        let member = Member::from_certificate(&chain[0]).expect("readable");
+        let identity = IdentityKey::generate();
+        let request = request(&key);
+        let subject = Subject {
+            request: &request,
+            name: "laptop-7",
+            role: Role::Worker,
+            identity: Some(identity.public()),
+        };
+        let issued = root.issue(&subject, &Validity::default(), now).expect("issued");
+        assert_eq!(issued.certificates[1], *root.certificate());
+        let signer = verify_root_identity(root.certificate(), &issued.root).expect("the root's");
+        let document = Document::verify(&issued.document, &signer).expect("signed");
+        assert_eq!(document.key, *identity.public());
+        assert!(document.is_valid_at(unix_seconds(now + 36 * DAY)));
+        let member = Member::from_certificate(&issued.certificates[0]).expect("readable");
         let expected = Member {
-            node_id: requested_node_id(&request(&key)).expect("readable"),
+            node_id: identity.node_id().to_string(),
+            key_id: requested_key_id(&request).expect("readable"),
             name: "laptop-7".into(),
             role: Role::Worker,
             mesh: "attic".into(),
@@ -491,10 +504,19 @@ mod tests {
         let root = MeshRoot::load_or_create(dir.path(), "attic").expect("created");
         let good = request(&KeyPair::generate().expect("key"));
         let now = SystemTime::now();
+        let issue = |request: &[u8], name: &str| {
+            let subject = Subject {
+                request,
+                name,
+                role: Role::Worker,
+                identity: None,
+            };
+            root.issue(&subject, &Validity::default(), now)
+        };
         for name in ["", "a b", "a\n", "ä", &"x".repeat(64)] {
             assert!(
                 matches!(
-                    root.issue(&good, name, Role::Worker, DAY, now),
+                    issue(&good, name),
                     Err(TrustError::Name(_))
                 ),
                 "{name:?}"
@@ -502,8 +524,7 @@ mod tests {
         }
         for cut in 0..good.len() {
             assert!(
-                root.issue(&good[..cut], "n", Role::Worker, DAY, now)
-                    .is_err(),
+                issue(&good[..cut], "n").is_err(),
                 "cut at {cut}"
             );
         }
@@ -511,14 +532,45 @@ mod tests {
             let mut flipped = good.clone();
             flipped[at] ^= 1;
             // The signature covers the request; a flip elsewhere is either refused or changes nothing we use.
-            let _ = root.issue(&flipped, "n", Role::Worker, DAY, now);
+            let _ = issue(&flipped, "n");
         }
         let last = good.len() - 1;
         let mut forged = good;
         forged[last] ^= 1;
         assert!(matches!(
-            root.issue(&forged, "n", Role::Worker, DAY, now),
+            issue(&forged, "n"),
             Err(TrustError::Request(_))
         ));
+    }
+
+    #[test]
+    fn a_root_of_an_earlier_version_gets_an_ml_dsa_key_that_its_certificate_vouches_for() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256).expect("key");
+        let mut params = CertificateParams::default();
+        params.distinguished_name = distinguished_name("root of attic", "root", "attic");
+        params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
+        let certificate = params.self_signed(&key).expect("signed");
+        let key_path = dir.path().join(names::ROOT_KEY);
+        std::fs::write(&key_path, key.serialize_pem()).expect("written");
+        let path = dir.path().join(names::ROOT_CERTIFICATE);
+        std::fs::write(&path, certificate.pem()).expect("written");
+
+        let root = MeshRoot::load_or_create(dir.path(), "attic").expect("loads");
+        assert_eq!(root.sha256(), sha256(certificate.der()), "tokens pin it");
+        let verified = verify_root_identity(root.certificate(), &root.claim);
+        assert_eq!(&verified.expect("vouched for"), root.identity());
+        let again = MeshRoot::load_or_create(dir.path(), "attic").expect("loads");
+        assert_eq!(again.identity(), root.identity());
+        // Earlier versions read the first key of the file.
+        let text = std::fs::read_to_string(&key_path).expect("there");
+        let first = KeyPair::from_pem(&text).expect("a key");
+        assert_eq!(first.serialize_der(), key.serialize_der());
+
+        let mut forged = root.claim.clone();
+        forged.public_key = IdentityKey::generate().public().as_bytes().to_vec();
+        assert!(verify_root_identity(root.certificate(), &forged).is_err());
+        let unsigned = RootIdentity { voucher: Vec::new(), ..root.claim.clone() };
+        assert!(verify_root_identity(root.certificate(), &unsigned).is_err());
     }
 }

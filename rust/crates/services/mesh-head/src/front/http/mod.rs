@@ -34,7 +34,7 @@ use axum::routing::{MethodFilter, MethodRouter, get, on};
 use axum::{Extension, Router};
 use mesh_api::{Code, paths};
 use mesh_base::clock::unix_seconds;
-use mesh_net::trust::Authority;
+use arcanum_attestor::Attestor;
 use mesh_service::health;
 use mesh_service::http::Guard;
 use mesh_service::metrics::Metrics;
@@ -63,7 +63,7 @@ use state::{Api, RequestId};
 pub(crate) fn router(
     mesh: Arc<Mesh>,
     keys: Keys,
-    authority: Arc<Authority>,
+    authority: Arc<Attestor>,
     own_id: String,
     metrics: Arc<Metrics>,
 ) -> Router {
