@@ -35,10 +35,14 @@ pub enum DocumentError {
     #[error("it cannot be read: {0}")]
     Encoding(String),
     /// The signature is not the mesh root's.
-    #[error("its signature is not that of the mesh root {0}: it was altered, or is of another mesh")]
+    #[error(
+        "its signature is not that of the mesh root {0}: it was altered, or is of another mesh"
+    )]
     Signature(NodeId),
     /// The root has signed a document that this version does not understand.
-    #[error("the mesh root has signed a document that this version cannot use: {0}; update this node")]
+    #[error(
+        "the mesh root has signed a document that this version cannot use: {0}; update this node"
+    )]
     Content(String),
 }
 
@@ -81,15 +85,16 @@ impl Document {
             return Err(DocumentError::Signature(root.node_id()));
         }
         let unfit = |reason: String| DocumentError::Content(reason);
-        let body = IdentityDocument::decode(&signed.body[..])
-            .map_err(|error| unfit(error.to_string()))?;
+        let body =
+            IdentityDocument::decode(&signed.body[..]).map_err(|error| unfit(error.to_string()))?;
         if (body.version, body.algorithm) != (VERSION, ALGORITHM) {
             let (version, algorithm) = (body.version, body.algorithm);
             return Err(unfit(format!("version {version}, algorithm {algorithm}")));
         }
         let root = body.root.len();
         Ok(Self {
-            key: PublicKey::from_bytes(&body.public_key).map_err(|error| unfit(error.to_string()))?,
+            key: PublicKey::from_bytes(&body.public_key)
+                .map_err(|error| unfit(error.to_string()))?,
             name: body.name,
             role: body.role,
             mesh: body.mesh,
@@ -151,9 +156,17 @@ mod tests {
     #[test]
     fn a_signed_document_of_a_later_version_is_told_of() {
         let root = IdentityKey::generate();
-        let later = IdentityDocument { version: 2, ..Default::default() }.encode_to_vec();
+        let later = IdentityDocument {
+            version: 2,
+            ..Default::default()
+        }
+        .encode_to_vec();
         let signature = root.sign(CONTEXT, &later);
-        let bytes = SignedIdentity { body: later, signature }.encode_to_vec();
+        let bytes = SignedIdentity {
+            body: later,
+            signature,
+        }
+        .encode_to_vec();
         let error = Document::verify(&bytes, root.public()).unwrap_err();
         assert!(error.to_string().contains("update this node"), "{error}");
     }

@@ -117,7 +117,12 @@ mod tests {
         let path = dir.path().join("identity.key");
         let key = IdentityKey::load_or_create(&path).unwrap();
         let whole = key.to_pem();
-        for damaged in ["", "junk", &whole[..whole.len() / 2], "-----BEGIN PRIVATE KEY-----"] {
+        for damaged in [
+            "",
+            "junk",
+            &whole[..whole.len() / 2],
+            "-----BEGIN PRIVATE KEY-----",
+        ] {
             std::fs::write(&path, damaged).unwrap();
             let error = IdentityKey::load_or_create(&path).unwrap_err().to_string();
             assert!(error.contains("identity.key is damaged"), "{error}");

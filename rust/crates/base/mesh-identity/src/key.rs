@@ -125,8 +125,9 @@ impl PublicKey {
     /// # Errors
     /// If it has another length.
     pub fn from_bytes(bytes: &[u8]) -> Result<Self, KeyError> {
-        let fixed: [u8; PUBLIC_KEY_BYTES] =
-            bytes.try_into().map_err(|_| KeyError::Length(bytes.len()))?;
+        let fixed: [u8; PUBLIC_KEY_BYTES] = bytes
+            .try_into()
+            .map_err(|_| KeyError::Length(bytes.len()))?;
         Ok(Self {
             node_id: NodeId(Sha256::digest(fixed).into()),
             bytes: Box::new(fixed),
@@ -210,7 +211,11 @@ mod tests {
         assert_ne!(signature, key.sign(b"test", b"message"), "hedged");
         let shown = format!("{key:?}");
         assert!(shown.contains(&key.node_id().to_string()) && shown.len() < 120);
-        for junk in ["", "hello", "-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n"] {
+        for junk in [
+            "",
+            "hello",
+            "-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n",
+        ] {
             assert!(IdentityKey::from_pem(junk).is_err(), "{junk:?}");
         }
     }
@@ -219,7 +224,10 @@ mod tests {
     fn a_node_id_is_the_digest_of_the_key() {
         let key = IdentityKey::from_seed(&[7; 32]);
         let id = key.node_id();
-        assert_eq!(id.as_bytes()[..], Sha256::digest(key.public().as_bytes())[..]);
+        assert_eq!(
+            id.as_bytes()[..],
+            Sha256::digest(key.public().as_bytes())[..]
+        );
         assert_eq!(id.to_string().parse(), Ok(id));
         for junk in ["", "00", &"g".repeat(64), &"0".repeat(66)] {
             assert!(junk.parse::<NodeId>().is_err(), "{junk:?}");

@@ -128,26 +128,67 @@ mod tests {
         assert_eq!(transcript().verify(&proof).as_ref(), Ok(key.public()));
         let other = IdentityKey::generate().node_id();
         let others = [
-            Transcript { purpose: Purpose::Renew, ..transcript() },
-            Transcript { session: &ROOT, ..transcript() },
-            Transcript { root: &SESSION, ..transcript() },
-            Transcript { request: b"requests", ..transcript() },
-            Transcript { token: "", ..transcript() },
-            Transcript { name: "barn", ..transcript() },
-            Transcript { token: "8f0c1a7be2d43956a", name: "ttic", ..transcript() },
-            Transcript { successor: Some(other), ..transcript() },
+            Transcript {
+                purpose: Purpose::Renew,
+                ..transcript()
+            },
+            Transcript {
+                session: &ROOT,
+                ..transcript()
+            },
+            Transcript {
+                root: &SESSION,
+                ..transcript()
+            },
+            Transcript {
+                request: b"requests",
+                ..transcript()
+            },
+            Transcript {
+                token: "",
+                ..transcript()
+            },
+            Transcript {
+                name: "barn",
+                ..transcript()
+            },
+            Transcript {
+                token: "8f0c1a7be2d43956a",
+                name: "ttic",
+                ..transcript()
+            },
+            Transcript {
+                successor: Some(other),
+                ..transcript()
+            },
         ];
         for other in others {
             let refused = other.verify(&proof);
-            assert_eq!(refused, Err(ProofError::Signature(key.node_id())), "{other:?}");
+            assert_eq!(
+                refused,
+                Err(ProofError::Signature(key.node_id())),
+                "{other:?}"
+            );
         }
         let mut renamed = proof.clone();
         renamed.public_key = IdentityKey::generate().public().as_bytes().to_vec();
-        assert!(matches!(transcript().verify(&renamed), Err(ProofError::Signature(_))));
-        let later = IdentityProof { algorithm: 2, ..proof.clone() };
+        assert!(matches!(
+            transcript().verify(&renamed),
+            Err(ProofError::Signature(_))
+        ));
+        let later = IdentityProof {
+            algorithm: 2,
+            ..proof.clone()
+        };
         assert_eq!(transcript().verify(&later), Err(ProofError::Algorithm(2)));
-        let short = IdentityProof { public_key: vec![0; 32], ..proof };
-        assert!(matches!(transcript().verify(&short), Err(ProofError::Key(_))));
+        let short = IdentityProof {
+            public_key: vec![0; 32],
+            ..proof
+        };
+        assert!(matches!(
+            transcript().verify(&short),
+            Err(ProofError::Key(_))
+        ));
     }
 
     proptest! {

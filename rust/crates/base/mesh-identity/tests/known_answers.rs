@@ -103,7 +103,8 @@ fn nists_vectors_are_verified_and_refused_as_they_say() {
 }
 
 #[test]
-fn a_second_implementation_makes_the_same_keys_and_accepts_the_signatures_and_the_other_way_round() {
+fn a_second_implementation_makes_the_same_keys_and_accepts_the_signatures_and_the_other_way_round()
+{
     let context: &[u8] = b"hydramesh test";
     for round in 0..8u8 {
         let seed = [round; 32];

@@ -414,7 +414,7 @@ impl Progress {
 const JOIN_FIRST: Duration = Duration::from_secs(5);
 
 /// Files of the state directory that only the worker's user may read.
-const SECRETS: [&str; 1] = ["node.key"];
+const SECRETS: [&str; 2] = ["identity.key", "node.key"];
 
 const HOUSEKEEPING: Duration = Duration::from_millis(500);
 

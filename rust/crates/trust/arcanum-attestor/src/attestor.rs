@@ -55,8 +55,7 @@ impl Attestor {
         let tokens = Tokens::restore(records.unwrap_or_default());
         let members = dir.join(MEMBERS_FILE);
         let roster: Option<Roster> = read_json(&members)?;
-        let roster =
-            roster.unwrap_or_else(|| Roster::of_tokens(tokens.records(), validity.life));
+        let roster = roster.unwrap_or_else(|| Roster::of_tokens(tokens.records(), validity.life));
         let expelled = dir.join(EXPELLED_FILE);
         if roster.has_deny_list() && !expelled.exists() {
             return Err(TrustError::missing(&expelled, &members));
@@ -366,26 +365,27 @@ impl Admission for Attestor {
             token_secret: ask.token_secret,
         };
         mesh_net::trust::check_name(ask.node_name)?;
-        let (issued, name) = self.change(|enrolment| {
-            let is_expelled = |id: &str| self.deny_list.contains(id);
-            let decision = enrolment.join(&candidate, self.approval, is_expelled, now)?;
-            let Decision::Admit { name } = decision else {
-                return Ok(None);
-            };
-            let subject = Subject {
-                request: ask.request,
-                name: &name,
-                role: Role::Worker,
-                identity: ask.identity,
-            };
-            // A request that cannot be granted costs no token.
-            let issued = self.root.issue(&subject, &self.validity, now)?;
-            let member = Member::from_certificate(&issued.certificates[0])?;
-            enrolment.roster.note(&member, now);
-            enrolment.roster.note_token(&node_id, ask.token_id);
-            Ok::<_, Refusal>(Some((issued, name)))
-        })?
-        .ok_or_else(|| awaiting_approval(ask.node_name, &node_id))?;
+        let (issued, name) = self
+            .change(|enrolment| {
+                let is_expelled = |id: &str| self.deny_list.contains(id);
+                let decision = enrolment.join(&candidate, self.approval, is_expelled, now)?;
+                let Decision::Admit { name } = decision else {
+                    return Ok(None);
+                };
+                let subject = Subject {
+                    request: ask.request,
+                    name: &name,
+                    role: Role::Worker,
+                    identity: ask.identity,
+                };
+                // A request that cannot be granted costs no token.
+                let issued = self.root.issue(&subject, &self.validity, now)?;
+                let member = Member::from_certificate(&issued.certificates[0])?;
+                enrolment.roster.note(&member, now);
+                enrolment.roster.note_token(&node_id, ask.token_id);
+                Ok::<_, Refusal>(Some((issued, name)))
+            })?
+            .ok_or_else(|| awaiting_approval(ask.node_name, &node_id))?;
         self.note_seen(&node_id);
         tracing::info!(node = node_id, name, token = ask.token_id, "a node joined");
         Ok(issued)
@@ -667,5 +667,73 @@ mod tests {
         for now in [today() + 3_650 * DAY, today() - 300 * DAY, today()] {
             renew(&head, &own, now).expect("renewed");
         }
+    }
+
+    #[test]
+    fn the_key_of_a_certificate_alone_renews_nothing() {
+        let dirs = [(); 2].map(|()| tempfile::tempdir().expect("dir"));
+        let [at_head, at_node] = dirs.each_ref().map(tempfile::TempDir::path);
+        let head = authority(at_head);
+        let worker = worker(&head, at_node, today());
+        let (member, request) = (worker.member(), worker.request().expect("request"));
+        let other = mesh_identity::IdentityKey::generate();
+        let ask = |identity, successor| {
+            let ask = RenewAsk {
+                member: &member,
+                request: &request,
+                identity,
+                successor,
+            };
+            head.renew(&ask, today())
+        };
+        for (identity, successor) in [
+            (None, None),
+            (Some(other.public()), None),
+            (None, Some(other.public())),
+        ] {
+            let refused = ask(identity, successor).expect_err("refused");
+            assert!(matches!(refused, Refusal::NotAdmitted(_)), "{refused:?}");
+        }
+        assert!(!head.deny_list().contains(&member.node_id));
+        ask(worker.public_key().as_ref(), None).expect("renewed");
+
+        // Another key for the certificate comes with another identity only.
+        let elsewhere = tempfile::tempdir().expect("dir");
+        let foreign = Applicant::open(elsewhere.path()).expect("keys");
+        let request = foreign.request().expect("request");
+        let key = worker.public_key();
+        let ask = RenewAsk {
+            member: &member,
+            request: &request,
+            identity: key.as_ref(),
+            successor: None,
+        };
+        let refused = head.renew(&ask, today()).expect_err("refused");
+        assert!(matches!(refused, Refusal::Invalid(_)), "{refused:?}");
+    }
+
+    #[test]
+    fn files_hold_no_secret_are_private_and_damaged_ones_are_named_and_not_replaced() {
+        use std::os::unix::fs::PermissionsExt;
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let token = authority(dir.path()).create_token(DAY, "", today());
+        let token = token.expect("created");
+        let path = dir.path().join(TOKENS_FILE);
+        let text = std::fs::read_to_string(&path).expect("readable");
+        let hex: String = token
+            .secret()
+            .iter()
+            .map(|byte| format!("{byte:02x}"))
+            .collect();
+        assert!(text.contains(&token.id()) && !text.contains(&hex));
+        let mode = std::fs::metadata(&path)
+            .expect("there")
+            .permissions()
+            .mode();
+        assert_eq!(mode & 0o777, 0o600);
+        std::fs::write(&path, "[{").expect("written");
+        let opened = Attestor::open(dir.path(), "attic", Validity::default());
+        let error = opened.expect_err("damaged").to_string();
+        assert!(error.contains("tokens.json is damaged"), "{error}");
     }
 }

@@ -77,11 +77,12 @@ impl Enrolment {
             ..
         } = *candidate;
         let known = [node_id, candidate.key_id];
-        let known = known.iter().any(|id| self.roster.members().contains_key(*id));
+        let known = known
+            .iter()
+            .any(|id| self.roster.members().contains_key(*id));
         let waiting = self.roster.pending().get(node_id);
         let waiting = waiting.filter(|waiting| {
-            waiting.token == token_id
-                && self.tokens.was_used_by(token_id, token_secret, node_id)
+            waiting.token == token_id && self.tokens.was_used_by(token_id, token_secret, node_id)
         });
         match waiting {
             Some(waiting) if approval == Approval::Manual && !waiting.approved => {

@@ -86,7 +86,12 @@ impl Roster {
 
     /// The name that a joining node gets: the one that it asks for, with a number if another node has that. Names of nodes
     /// that are expelled are free.
-    pub fn assign(&self, node_id: &str, wanted: &str, is_expelled: impl Fn(&str) -> bool) -> String {
+    pub fn assign(
+        &self,
+        node_id: &str,
+        wanted: &str,
+        is_expelled: impl Fn(&str) -> bool,
+    ) -> String {
         let is_taken = |name: &str| self.other_of(name, node_id, &is_expelled).is_some();
         if !is_taken(wanted) {
             return wanted.to_owned();
@@ -282,7 +287,10 @@ mod tests {
         let mut roster = Roster::default();
         roster.note(&member("aa", "attic", 9), UNIX_EPOCH);
         roster.renamed("aa", "bb");
-        roster.note(&member("bb", "attic", 20), UNIX_EPOCH + Duration::from_secs(7));
+        roster.note(
+            &member("bb", "attic", 20),
+            UNIX_EPOCH + Duration::from_secs(7),
+        );
         assert_eq!(roster.members().len(), 1);
         let known = &roster.members()["bb"];
         assert_eq!((known.since, known.until), (0, 20));
@@ -290,7 +298,13 @@ mod tests {
         assert_eq!(known.algorithm, "ml-dsa-65");
         for number in 0..20 {
             let (old, new) = (number, number + 1);
-            let id = |n: i32| if n == 0 { "bb".to_owned() } else { format!("id {n}") };
+            let id = |n: i32| {
+                if n == 0 {
+                    "bb".to_owned()
+                } else {
+                    format!("id {n}")
+                }
+            };
             roster.renamed(&id(old), &id(new));
         }
         assert_eq!(roster.members()["id 20"].former.len(), MOST_FORMER);
@@ -310,7 +324,11 @@ mod tests {
         roster.note(&member("aa", "attic", 99_999), UNIX_EPOCH);
         assert_eq!(roster.members().len(), MOST_MEMBERS);
         assert!(roster.members().contains_key("aa"));
-        assert_eq!(roster.assign("bb", "n0", nobody), "n0", "the oldest is forgotten");
+        assert_eq!(
+            roster.assign("bb", "n0", nobody),
+            "n0",
+            "the oldest is forgotten"
+        );
         assert_eq!(roster.assign("bb", "n1", nobody), "n1-2");
         for number in 0..MOST_PENDING {
             let pending = Pending {
@@ -323,7 +341,12 @@ mod tests {
             roster.wait(&number.to_string(), pending).unwrap();
         }
         let one_more = roster.pending()["0"].clone();
-        assert!(roster.wait("more", one_more).unwrap_err().contains("nodes list"));
+        assert!(
+            roster
+                .wait("more", one_more)
+                .unwrap_err()
+                .contains("nodes list")
+        );
     }
 
     #[test]

@@ -438,8 +438,7 @@ mod tests {
             Err(Refusal::TokenUnknown)
         );
         create(&mut store, "", now()).expect("created");
-        create(&mut store, "", now() + MEMORY + HOUR * 2)
-            .expect("created");
+        create(&mut store, "", now() + MEMORY + HOUR * 2).expect("created");
         assert_eq!(store.records().len(), 1);
     }
 
@@ -484,7 +483,6 @@ mod tests {
         create(&mut store, "", now()).expect("there is room again");
     }
 
-
     #[test]
     fn a_token_for_several_nodes_admits_so_many_and_what_is_left_can_be_withdrawn() {
         let mut store = Tokens::default();
@@ -500,18 +498,32 @@ mod tests {
         redeem(&mut store, "a", RETRY_WINDOW).expect("the same once more");
         redeem(&mut store, "b", RETRY_WINDOW).expect("the second");
         assert_eq!(store.records()[0].uses_left(), 1);
-        assert!(store.records()[0].used.is_none(), "also for earlier versions");
+        assert!(
+            store.records()[0].used.is_none(),
+            "also for earlier versions"
+        );
         let again = redeem(&mut store, "a", RETRY_WINDOW * 3);
-        assert!(matches!(again, Err(Refusal::TokenUsed { nodes: 3, .. })), "{again:?}");
+        assert!(
+            matches!(again, Err(Refusal::TokenUsed { nodes: 3, .. })),
+            "{again:?}"
+        );
         let mut withdrawn = store.clone();
-        withdrawn.revoke(&token.id(), now()).expect("some uses are left");
+        withdrawn
+            .revoke(&token.id(), now())
+            .expect("some uses are left");
         let refused = redeem(&mut withdrawn, "c", RETRY_WINDOW);
-        assert!(matches!(refused, Err(Refusal::TokenUsed { .. })), "{refused:?}");
+        assert!(
+            matches!(refused, Err(Refusal::TokenUsed { .. })),
+            "{refused:?}"
+        );
         let mut store = stored(&store);
         redeem(&mut store, "c", RETRY_WINDOW).expect("the third");
         assert!(store.records()[0].used.is_some());
         let refused = redeem(&mut store, "d", RETRY_WINDOW).expect_err("used up");
-        assert!(refused.to_string().contains("good for 3 nodes"), "{refused}");
+        assert!(
+            refused.to_string().contains("good for 3 nodes"),
+            "{refused}"
+        );
     }
 
     #[test]
@@ -520,7 +532,11 @@ mod tests {
             "used": {"node_id": "n", "node_name": "attic", "at": 1}},
             {"id": "bb", "secret_sha256": "", "note": "x", "created": 1, "expires": 2, "used": null}]"#;
         let tokens = Tokens::restore(serde_json::from_str(text).unwrap());
-        let left: Vec<u32> = tokens.records().iter().map(TokenRecord::uses_left).collect();
+        let left: Vec<u32> = tokens
+            .records()
+            .iter()
+            .map(TokenRecord::uses_left)
+            .collect();
         assert_eq!(left, [0, 1]);
         assert_eq!(tokens.records()[0].uses[0].node_name, "attic");
     }

@@ -8,7 +8,8 @@ use dcf::{ErrorCode, StreamError};
 use quinn::{ConnectionError, VarInt};
 
 use crate::trust::{
-    AWAITING_APPROVAL, CERTIFICATE_DATES, EXPELLED, Role, TOKEN_EXPIRED, TOKEN_UNKNOWN, TOKEN_USED, TrustError,
+    AWAITING_APPROVAL, CERTIFICATE_DATES, EXPELLED, Role, TOKEN_EXPIRED, TOKEN_UNKNOWN, TOKEN_USED,
+    TrustError,
 };
 
 /// Errors of making a link.

@@ -393,11 +393,7 @@ async fn decide_and_send(
 }
 
 /// Blocks: the admission may write to disk.
-fn decide(
-    admission: &dyn Admission,
-    request: Message,
-    asker: &Asker,
-) -> Result<Issued, Refusal> {
+fn decide(admission: &dyn Admission, request: Message, asker: &Asker) -> Result<Issued, Refusal> {
     let now = SystemTime::now();
     let unreadable =
         |error: prost::DecodeError| Refusal::Invalid(format!("unreadable request: {error}"));

@@ -121,14 +121,20 @@ pub(super) fn named_id(
     let Some(names) = names.map_err(|error| error.to_string())? else {
         return Ok(None);
     };
-    let ids = names.value.general_names.iter().filter_map(|name| match name {
-        GeneralName::URI(uri) => uri.strip_prefix(scheme),
-        _ => None,
-    });
+    let ids = names
+        .value
+        .general_names
+        .iter()
+        .filter_map(|name| match name {
+            GeneralName::URI(uri) => uri.strip_prefix(scheme),
+            _ => None,
+        });
     let mut ids = ids.map(|id| id.parse::<NodeId>());
     match (ids.next(), ids.next()) {
         (None, _) => Ok(None),
-        (Some(id), None) => id.map(|id| Some(id.to_string())).map_err(|error| error.to_string()),
+        (Some(id), None) => id
+            .map(|id| Some(id.to_string()))
+            .map_err(|error| error.to_string()),
         (Some(_), Some(_)) => Err(format!("it names several ids as {scheme}")),
     }
 }

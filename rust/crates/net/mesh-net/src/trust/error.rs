@@ -148,6 +148,10 @@ fn remedy(path: &Path) -> &'static str {
             "restore it from a backup. Without it a worker becomes another node with a new token (`hydramesh token create`), and a \
              head gives itself a new identity when node.crt is removed"
         }
+        Some(names::IDENTITY_KEY | names::IDENTITY_CREDENTIAL) => {
+            "restore it from a backup. Without it a worker becomes another node with a new token (`mesh-worker new-identity`), and \
+             a head gives itself a new identity when node.crt is removed"
+        }
         Some(names::NODE_CERTIFICATE) => {
             "restore it from a backup, or give this worker a new token (`hydramesh token create`); a head issues itself another \
              when the file is removed"

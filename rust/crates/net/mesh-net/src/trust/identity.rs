@@ -143,9 +143,9 @@ impl NodeIdentity {
         };
         let root = from_pem(&root_path, &root)?;
         let certificate = from_pem(&chain_path, &certificate)?;
-        Member::from_certificate(&certificate)
+        let member = Member::from_certificate(&certificate)
             .map_err(|error| TrustError::damaged(&chain_path, error))?;
-        let mut identity = IdentityKeys::load_or_create(dir)?;
+        let mut identity = IdentityKeys::of_member(dir, &member)?;
         let current = Current::new(Arc::new(key), certificate.clone(), &root, identity.clone());
         let current = current.or_else(|error| {
             // A renewal for another key may have been cut off behind the certificate.
@@ -182,13 +182,23 @@ impl NodeIdentity {
         })?;
         let mut current = Current::new(key, certificate, &root, identity.clone())?;
         let member = &current.member;
-        check_document(member, identity.wanted(), &root, &issued.document, &issued.root)?;
+        check_document(
+            member,
+            identity.wanted(),
+            &root,
+            &issued.document,
+            &issued.root,
+        )?;
         current.key.write(&dir.join(names::NEXT_NODE_KEY))?;
         // The node's certificate comes last: while it is missing, the node has not joined.
         if !issued.document.is_empty() {
             write_document(dir, &issued.document, &issued.root)?;
         }
-        files::replace(&dir.join(names::ROOT_CERTIFICATE), pem(&root), files::PUBLIC)?;
+        files::replace(
+            &dir.join(names::ROOT_CERTIFICATE),
+            pem(&root),
+            files::PUBLIC,
+        )?;
         let path = dir.join(names::NODE_CERTIFICATE);
         files::replace(&path, pem(&current.certified.cert[0]), files::PUBLIC)?;
         NodeKey::settle(dir)?;
@@ -312,8 +322,7 @@ impl NodeIdentity {
         let none = || TrustError::Mismatch("no certificate was issued".to_owned());
         let certificate = issued.certificates.into_iter().next().ok_or_else(none)?;
         let (root, mut identity) = (&self.inner.root, self.current().identity);
-        let mut renewed =
-            Current::new(renewal.key.clone(), certificate, root, identity.clone())?;
+        let mut renewed = Current::new(renewal.key.clone(), certificate, root, identity.clone())?;
         let (old, new) = (self.member(), &renewed.member);
         let wanted = renewal.successor.as_ref().or(renewal.identity.as_ref());
         check_document(new, wanted, root, &issued.document, &issued.root)?;
@@ -447,10 +456,17 @@ fn check_document(
     if wanted.is_none_or(|key| *key.public() != said.key) {
         return mismatch(format!("the identity document is about {}", said.node_id()));
     }
-    let certified = (&*member.node_id, &*member.name, member.role.as_str(), &*member.mesh);
+    let certified = (
+        &*member.node_id,
+        &*member.name,
+        member.role.as_str(),
+        &*member.mesh,
+    );
     let id = said.node_id().to_string();
     if certified != (&*id, &*said.name, &*said.role, &*said.mesh) || said.root != sha256(root) {
-        return mismatch("the identity document and the certificate name different nodes".to_owned());
+        return mismatch(
+            "the identity document and the certificate name different nodes".to_owned(),
+        );
     }
     Ok(())
 }
@@ -644,7 +660,10 @@ mod tests {
         foreign.root.public_key = other.public().as_bytes().to_vec();
         for papers in [of_other, mixed, without, foreign] {
             let refused = identity.install(papers);
-            assert!(matches!(refused, Err(TrustError::Mismatch(_))), "{refused:?}");
+            assert!(
+                matches!(refused, Err(TrustError::Mismatch(_))),
+                "{refused:?}"
+            );
         }
         assert_eq!(NodeIdentity::load(dir).expect("as before").member(), member);
     }

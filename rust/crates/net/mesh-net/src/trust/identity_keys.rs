@@ -7,7 +7,7 @@ use mesh_identity::{Document, IdentityKey, KeyFileError, NodeId};
 use mesh_proto::{RootIdentity, StoredIdentity};
 use prost::Message as _;
 
-use super::certificate::from_pem;
+use super::certificate::{Member, from_pem};
 use super::error::TrustError;
 use super::names;
 use super::root_identity::verify_root_identity;
@@ -34,7 +34,11 @@ impl IdentityKeys {
         let key = match IdentityKey::load_or_create(&dir.join(names::IDENTITY_KEY)) {
             Ok(key) => Some(Arc::new(key)),
             // A node of an earlier version, whose directory is read-only or full, works as before.
-            Err(error @ KeyFileError::Io { action: "write", .. }) => {
+            Err(
+                error @ KeyFileError::Io {
+                    action: "write", ..
+                },
+            ) => {
                 tracing::warn!(%error, "this node has no ML-DSA identity");
                 None
             }
@@ -45,6 +49,34 @@ impl IdentityKeys {
             key,
             next: next.map(Arc::new),
         })
+    }
+
+    /// The keys of a node with this certificate. A key is made for one of an earlier version only: another identity than
+    /// that of the certificate is of no use.
+    pub(super) fn of_member(dir: &Path, member: &Member) -> Result<Self, TrustError> {
+        let path = credential().unwrap_or_else(|| dir.join(names::IDENTITY_KEY));
+        if !member.has_identity() {
+            return Self::load_or_create(dir);
+        }
+        if !path.exists() {
+            let certificate = dir.join(names::NODE_CERTIFICATE);
+            return Err(TrustError::missing(&path, &certificate));
+        }
+        let keys = Self::load_or_create(dir)?;
+        let all = keys.key.iter().chain(&keys.next);
+        if all
+            .map(|key| key.node_id().to_string())
+            .all(|id| id != member.node_id)
+        {
+            return Err(TrustError::MixedUp {
+                path,
+                reason: format!(
+                    "the certificate is bound to the identity {}",
+                    member.node_id
+                ),
+            });
+        }
+        Ok(keys)
     }
 
     /// The key that the node's next certificate is bound to.
@@ -91,13 +123,19 @@ pub struct IdentityIds {
 /// # Errors
 /// If a key file cannot be read or is damaged.
 pub fn identity_ids(dir: &Path) -> Result<IdentityIds, TrustError> {
-    let id = |name: &str| -> Result<_, TrustError> {
-        let key = IdentityKey::load(&dir.join(name))?;
+    let id = |path: &Path| -> Result<_, TrustError> {
+        let key = IdentityKey::load(path)?;
         Ok(key.map(|key| key.node_id()))
     };
-    Ok(IdentityIds {
-        key: id(names::IDENTITY_KEY)?,
-        next: id(names::NEXT_IDENTITY_KEY)?,
+    Ok(match credential() {
+        Some(credential) => IdentityIds {
+            key: id(&credential)?,
+            next: None,
+        },
+        None => IdentityIds {
+            key: id(&dir.join(names::IDENTITY_KEY))?,
+            next: id(&dir.join(names::NEXT_IDENTITY_KEY))?,
+        },
     })
 }
 

@@ -41,12 +41,14 @@ mod digest;
 mod error;
 mod identity;
 mod identity_keys;
+mod identity_text;
 pub(crate) mod names;
 mod refusal;
 mod root;
 mod root_identity;
 mod token;
 
+pub use crate::files::{read_json, write_json};
 pub use admission::{Admission, JoinAsk, RenewAsk};
 pub use certificate::{LONGEST_NAME, Member, Role, check_name, requested_key_id};
 pub(crate) use certificate::{algorithms, verify_issued_by};
@@ -58,9 +60,9 @@ pub use error::TrustError;
 pub use identity::{Applicant, NodeIdentity, set_aside};
 pub(crate) use identity::{NodeKey, move_identity};
 pub use identity_keys::{IdentityIds, identity_ids, rotate_identity};
-pub use crate::files::{read_json, write_json};
-pub use names::{EXPELLED as EXPELLED_FILE, MEMBERS as MEMBERS_FILE, TOKENS as TOKENS_FILE};
+pub use identity_text::{describe_identity, rotate_and_describe};
 pub use names::NODE_CERTIFICATE as NODE_CERTIFICATE_FILE;
+pub use names::{EXPELLED as EXPELLED_FILE, MEMBERS as MEMBERS_FILE, TOKENS as TOKENS_FILE};
 pub use refusal::{
     AWAITING_APPROVAL, CERTIFICATE_DATES, DUPLICATE_IDENTITY, EXPELLED, Refusal, TOKEN_EXPIRED,
     TOKEN_UNKNOWN, TOKEN_USED,

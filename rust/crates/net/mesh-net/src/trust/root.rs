@@ -421,7 +421,10 @@ mod tests {
         let error = MeshRoot::load_or_create(dir.path(), "a")
             .expect_err("half of the key is missing")
             .to_string();
-        assert!(error.contains("root.key is damaged: the ML-DSA key"), "{error}");
+        assert!(
+            error.contains("root.key is damaged: the ML-DSA key"),
+            "{error}"
+        );
         std::fs::remove_file(&certificate).expect("removed");
         let error = MeshRoot::load_or_create(dir.path(), "a")
             .expect_err("refused")
@@ -474,7 +477,9 @@ mod tests {
             role: Role::Worker,
             identity: Some(identity.public()),
         };
-        let issued = root.issue(&subject, &Validity::default(), now).expect("issued");
+        let issued = root
+            .issue(&subject, &Validity::default(), now)
+            .expect("issued");
         assert_eq!(issued.certificates[1], *root.certificate());
         let signer = verify_root_identity(root.certificate(), &issued.root).expect("the root's");
         let document = Document::verify(&issued.document, &signer).expect("signed");
@@ -515,18 +520,12 @@ mod tests {
         };
         for name in ["", "a b", "a\n", "ä", &"x".repeat(64)] {
             assert!(
-                matches!(
-                    issue(&good, name),
-                    Err(TrustError::Name(_))
-                ),
+                matches!(issue(&good, name), Err(TrustError::Name(_))),
                 "{name:?}"
             );
         }
         for cut in 0..good.len() {
-            assert!(
-                issue(&good[..cut], "n").is_err(),
-                "cut at {cut}"
-            );
+            assert!(issue(&good[..cut], "n").is_err(), "cut at {cut}");
         }
         for at in 0..good.len() {
             let mut flipped = good.clone();
@@ -537,10 +536,7 @@ mod tests {
         let last = good.len() - 1;
         let mut forged = good;
         forged[last] ^= 1;
-        assert!(matches!(
-            issue(&forged, "n"),
-            Err(TrustError::Request(_))
-        ));
+        assert!(matches!(issue(&forged, "n"), Err(TrustError::Request(_))));
     }
 
     #[test]
@@ -570,7 +566,10 @@ mod tests {
         let mut forged = root.claim.clone();
         forged.public_key = IdentityKey::generate().public().as_bytes().to_vec();
         assert!(verify_root_identity(root.certificate(), &forged).is_err());
-        let unsigned = RootIdentity { voucher: Vec::new(), ..root.claim.clone() };
+        let unsigned = RootIdentity {
+            voucher: Vec::new(),
+            ..root.claim.clone()
+        };
         assert!(verify_root_identity(root.certificate(), &unsigned).is_err());
     }
 }

@@ -16,14 +16,16 @@ pub(crate) fn verify_root_identity(
     claimed: &RootIdentity,
 ) -> Result<PublicKey, TrustError> {
     let foreign = |reason: &str| TrustError::Mismatch(format!("the root's ML-DSA key: {reason}"));
-    let key = PublicKey::from_bytes(&claimed.public_key)
-        .map_err(|error| foreign(&error.to_string()))?;
+    let key =
+        PublicKey::from_bytes(&claimed.public_key).map_err(|error| foreign(&error.to_string()))?;
     let (_, parsed) =
         X509Certificate::from_der(certificate).map_err(|error| foreign(&error.to_string()))?;
     let named = named_id(&parsed, ROOT_SCHEME).map_err(|error| foreign(&error))?;
     match named {
         Some(id) if id == key.node_id().to_string() => Ok(key),
-        Some(_) => Err(foreign("it is not the one that the root's certificate names")),
+        Some(_) => Err(foreign(
+            "it is not the one that the root's certificate names",
+        )),
         None => {
             let signer = &parsed.public_key().subject_public_key.data;
             let signer = UnparsedPublicKey::new(&ECDSA_P256_SHA256_ASN1, signer);

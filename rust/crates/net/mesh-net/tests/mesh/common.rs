@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use mesh_net::quic::{Connector, Link, LinkConfig, Listener, join};
 use arcanum_attestor::{Approval, Attestor};
+use mesh_net::quic::{Connector, Link, LinkConfig, Listener, join};
 use mesh_net::trust::{JoinToken, NodeIdentity, Role, Validity};
 use tempfile::TempDir;
 

@@ -302,6 +302,8 @@ async fn a_head_whose_files_are_not_whole_does_not_begin_another_mesh() {
         ("root.crt", Some("junk"), false),
         ("node.key", None, false),
         ("node.key", Some("junk"), false),
+        ("identity.key", None, false),
+        ("identity.key", Some("junk"), false),
         ("tokens.json", Some("junk"), false),
         ("members.json", Some("junk"), false),
         ("expelled.json", Some("junk"), false),

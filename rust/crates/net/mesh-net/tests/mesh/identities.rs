@@ -57,8 +57,7 @@ fn earlier_node(head: &TestHead, name: &str) -> TestWorker {
         .issue(&subject, &Validity::default(), SystemTime::now())
         .expect("issued");
     let deny_list = DenyList::open(dir.path()).expect("empty");
-    let identity =
-        NodeIdentity::store(dir.path(), applicant, issued, deny_list).expect("stored");
+    let identity = NodeIdentity::store(dir.path(), applicant, issued, deny_list).expect("stored");
     TestWorker { dir, identity }
 }
 
@@ -87,7 +86,12 @@ async fn an_expelled_node_of_an_earlier_version_does_not_come_back_with_an_ident
     let worker = earlier_node(&head, "laptop");
     head.link(&worker, LinkConfig::default()).await;
     head.authority
-        .expel(&worker.identity.node_id(), "laptop", "sold", SystemTime::now())
+        .expel(
+            &worker.identity.node_id(),
+            "laptop",
+            "sold",
+            SystemTime::now(),
+        )
         .expect("kept");
     let error = renew(&[head.address], &worker.identity)
         .await
@@ -100,15 +104,25 @@ async fn an_expelled_node_of_an_earlier_version_does_not_come_back_with_an_ident
 }
 
 #[tokio::test]
-async fn the_key_of_a_certificate_alone_renews_nothing() {
+async fn a_lost_identity_key_is_not_replaced_by_another() {
     let head = TestHead::start("attic");
     let worker = head.worker("laptop").await;
-    // A thief who has the certificate and its key, and not the identity's.
-    std::fs::remove_file(worker.dir.path().join("identity.key")).expect("removed");
-    let thief = NodeIdentity::load(worker.dir.path()).expect("loads");
-    let error = renew(&[head.address], &thief).await.expect_err("refused");
-    assert!(error.to_string().contains("does not show that it holds its key"), "{error}");
-    assert!(!error.is_transient());
+    let path = worker.dir.path().join("identity.key");
+    std::fs::remove_file(&path).expect("removed");
+    let error = NodeIdentity::load(worker.dir.path())
+        .expect_err("lost")
+        .to_string();
+    assert!(
+        error.contains("identity.key is missing") && error.contains("new-identity"),
+        "{error}"
+    );
+    assert!(!path.exists());
+    let other = head.worker("tower").await;
+    std::fs::copy(other.dir.path().join("identity.key"), &path).expect("copied");
+    let error = NodeIdentity::load(worker.dir.path())
+        .expect_err("another's")
+        .to_string();
+    assert!(error.contains("bound to the identity"), "{error}");
 }
 
 #[tokio::test]
@@ -133,35 +147,54 @@ async fn a_rotated_identity_takes_the_place_of_the_old_one_everywhere() {
     assert_ne!(member.key_id, worker.identity.member().key_id);
     // Links of the old identity end, and the new one gets its own.
     assert_eq!(far.close_reason(), Some(Closed::ByUs));
-    let closed = tokio::time::timeout(HOUR, near.closed()).await.expect("ends");
+    let closed = tokio::time::timeout(HOUR, near.closed())
+        .await
+        .expect("ends");
     let Closed::ByPeer { code, text } = closed else {
         panic!("{closed:?}");
     };
     assert_eq!(code, EXPELLED);
-    assert!(text.contains(&next.to_string()) && text.contains("rotated"), "{text}");
+    assert!(
+        text.contains(&next.to_string()) && text.contains("rotated"),
+        "{text}"
+    );
     let again = NodeIdentity::load(worker.dir.path()).expect("loads");
     assert_eq!(again.node_id(), next.to_string());
     let (near, _far) = tokio::join!(connect(head.address, &again), head.listener.accept());
     near.expect("connects");
     let members = head.authority.members();
     let known = &members[&next.to_string()];
-    assert_eq!((&*known.name, &known.former), ("laptop", &vec![old.to_string()]));
+    assert_eq!(
+        (&*known.name, &known.former),
+        ("laptop", &vec![old.to_string()])
+    );
     assert_eq!(members.len(), 2);
 
     // The thief is out at the head, and at workers that know the head's list.
     let thief = NodeIdentity::load(stolen.path()).expect("loads");
     let error = connect(head.address, &thief).await.expect_err("out");
-    assert!(matches!(error, ConnectError::Refused { code: EXPELLED, .. }), "{error:?}");
+    assert!(
+        matches!(error, ConnectError::Refused { code: EXPELLED, .. }),
+        "{error:?}"
+    );
     let error = renew(&[head.address], &thief).await.expect_err("out");
     assert!(error.is_expulsion(), "{error:?}");
     let list = other.identity.deny_list();
     list.replace(head.authority.deny_list().list());
-    let listener = Listener::bind(LOOPBACK, other.identity.clone(), None, LinkConfig::default());
+    let listener = Listener::bind(
+        LOOPBACK,
+        other.identity.clone(),
+        None,
+        LinkConfig::default(),
+    );
     let listener = listener.expect("binds");
     let address = listener.local_addr().expect("address");
     let thief = Connector::bind(LOOPBACK, thief, LinkConfig::default()).expect("binds");
     let error = thief.connect(address, Role::Worker).await.expect_err("out");
-    assert!(matches!(error, ConnectError::Refused { code: EXPELLED, .. }), "{error:?}");
+    assert!(
+        matches!(error, ConnectError::Refused { code: EXPELLED, .. }),
+        "{error:?}"
+    );
     let rightful = Connector::bind(LOOPBACK, again, LinkConfig::default()).expect("binds");
     let (near, _far) = tokio::join!(rightful.connect(address, Role::Worker), listener.accept());
     near.expect("connects");
@@ -173,7 +206,13 @@ async fn a_rotation_whose_answer_was_lost_is_repeated() {
     let worker = head.worker("laptop").await;
     let (_, next) = rotate_identity(worker.dir.path()).expect("a new key");
     let before = tempfile::tempdir().expect("temporary directory");
-    for file in ["identity.key", "identity.key.next", "node.key", "node.crt", "root.crt"] {
+    for file in [
+        "identity.key",
+        "identity.key.next",
+        "node.key",
+        "node.crt",
+        "root.crt",
+    ] {
         let from = worker.dir.path().join(file);
         std::fs::copy(from, before.path().join(file)).expect("copied");
     }
@@ -214,14 +253,24 @@ async fn a_token_that_two_nodes_use_at_once_admits_one_of_them() {
             .issue_token(&spec, SystemTime::now())
             .expect("token");
         let address = [head.address];
-        let dirs: Vec<_> = (0..count).map(|_| tempfile::tempdir().expect("dir")).collect();
-        let attempts = dirs.iter().map(|dir| join(&address, &token, dir.path(), "laptop"));
+        let dirs: Vec<_> = (0..count)
+            .map(|_| tempfile::tempdir().expect("dir"))
+            .collect();
+        let attempts = dirs
+            .iter()
+            .map(|dir| join(&address, &token, dir.path(), "laptop"));
         let results = futures::future::join_all(attempts).await;
         let (joined, refused): (Vec<_>, Vec<_>) = results.into_iter().partition(Result::is_ok);
         assert_eq!(joined.len(), nodes as usize);
         for result in refused {
             let error = result.expect_err("refused");
-            let used = matches!(error, JoinError::Refused { code: trust::TOKEN_USED, .. });
+            let used = matches!(
+                error,
+                JoinError::Refused {
+                    code: trust::TOKEN_USED,
+                    ..
+                }
+            );
             assert!(used, "{error:?}");
         }
     }
@@ -236,16 +285,28 @@ async fn with_manual_approval_a_node_waits_and_joins_once_it_is_approved() {
     let try_join = |at: usize| join(&head.address_list, &token, dirs[at].path(), "laptop");
     for _ in 0..2 {
         let error = try_join(0).await.expect_err("waits");
-        let waits = matches!(&error, JoinError::Refused { code: AWAITING_APPROVAL, .. });
+        let waits = matches!(
+            &error,
+            JoinError::Refused {
+                code: AWAITING_APPROVAL,
+                ..
+            }
+        );
         assert!(waits && error.is_transient(), "{error:?}");
-        assert!(error.to_string().contains("hydramesh nodes approve"), "{error}");
+        assert!(
+            error.to_string().contains("hydramesh nodes approve"),
+            "{error}"
+        );
     }
     let error = try_join(1).await.expect_err("the token is taken");
     assert!(!error.is_transient(), "{error:?}");
     let pending = head.authority.pending();
     assert_eq!(pending.len(), 1);
     let (id, waiting) = pending.first_key_value().expect("one");
-    let own = identity_ids(dirs[0].path()).expect("ids").key.expect("a key");
+    let own = identity_ids(dirs[0].path())
+        .expect("ids")
+        .key
+        .expect("a key");
     assert_eq!((id, &*waiting.name), (&own.to_string(), "laptop"));
     assert!(head.authority.members().is_empty());
 
@@ -270,7 +331,12 @@ async fn a_node_that_waits_and_is_revoked_stays_out() {
         .expect_err("waits");
     let id = identity_ids(dir.path()).expect("ids").key.expect("a key");
     head.authority
-        .expel(&id.to_string(), "laptop", "unknown machine", SystemTime::now())
+        .expel(
+            &id.to_string(),
+            "laptop",
+            "unknown machine",
+            SystemTime::now(),
+        )
         .expect("kept");
     assert!(head.authority.pending().is_empty());
     let error = join(&[head.address], &token, dir.path(), "laptop")
@@ -291,7 +357,9 @@ async fn a_node_that_was_suspended_until_its_certificate_ended_renews_with_its_i
     let worker = head.worker("laptop").await;
     tokio::time::sleep(Duration::from_millis(1500)).await;
     let head = TestHead::open(head.stop(), "attic", Validity::default());
-    let error = connect(head.address, &worker.identity).await.expect_err("ended");
+    let error = connect(head.address, &worker.identity)
+        .await
+        .expect_err("ended");
     assert!(error.to_string().contains("has to be renewed"), "{error}");
     let id = worker.identity.node_id();
     renew(&[head.address], &worker.identity)

@@ -252,7 +252,10 @@ async fn who_has_no_certificate_gets_no_link() {
     let quinn::ConnectionError::ApplicationClosed(close) = connection.closed().await else {
         panic!("not closed by the head")
     };
-    assert_eq!(close.error_code, u32::from(ErrorCode::UNAUTHORIZED.0).into());
+    assert_eq!(
+        close.error_code,
+        u32::from(ErrorCode::UNAUTHORIZED.0).into()
+    );
     let text = String::from_utf8_lossy(&close.reason);
     assert!(text.contains("join with a token first"), "{text}");
     let accepted = timeout(Duration::from_millis(100), head.listener.accept()).await;
@@ -270,7 +273,11 @@ async fn who_has_no_certificate_cannot_renew_and_nonsense_is_answered_with_an_er
     ] {
         let answer = ask(&endpoint, head.address, kind, Vec::new()).await;
         assert_eq!((answer.kind, answer.sequence), (MsgType::ERROR, 9));
-        assert_eq!(answer.error_body().expect("a body").code, expected, "{kind}");
+        assert_eq!(
+            answer.error_body().expect("a body").code,
+            expected,
+            "{kind}"
+        );
     }
 }
 
@@ -319,7 +326,11 @@ async fn a_proof_of_another_connection_admits_nobody() {
         let answer = ask(&endpoint, head.address, MsgType::JOIN_REQUEST, body).await;
         let error = answer.error_body().expect("refused");
         assert_eq!(error.code, ErrorCode::INVALID_PAYLOAD);
-        assert!(error.text.contains("does not fit this connection"), "{}", error.text);
+        assert!(
+            error.text.contains("does not fit this connection"),
+            "{}",
+            error.text
+        );
     }
     assert!(head.authority.members().is_empty());
     join(&[head.address], &token, dir.path(), "laptop")

@@ -4,13 +4,13 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
+use arcanum_attestor::Attestor;
 use dcf::{Message, MsgType};
 use futures::StreamExt;
 use mesh_engine::{Event as Answer, Request};
 use mesh_engine_ort::{OrtOptions, OrtStage};
 use mesh_model::Model;
 use mesh_net::quic::{LinkConfig, Listener, join};
-use arcanum_attestor::Attestor;
 use mesh_net::trust::Validity;
 use mesh_proto::{NodeAddr, Offer, PartPhase, Ring, RingStage, RingState};
 use mesh_testkit::paths;

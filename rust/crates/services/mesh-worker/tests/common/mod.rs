@@ -4,9 +4,9 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use arcanum_attestor::Attestor;
 use dcf::{Message, MsgType};
 use mesh_net::quic::{Link, LinkConfig, Listener, MsgStream, timestamp_us};
-use arcanum_attestor::Attestor;
 use mesh_net::trust::Validity;
 use mesh_proto::{Hello, Welcome};
 use prost::Message as _;

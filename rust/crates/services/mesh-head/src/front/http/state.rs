@@ -2,8 +2,8 @@
 
 use std::sync::{Arc, Mutex};
 
-use mesh_control::image_files::ImageFiles;
 use arcanum_attestor::Attestor;
+use mesh_control::image_files::ImageFiles;
 
 use super::error::ApiError;
 use super::hold::Hold;
