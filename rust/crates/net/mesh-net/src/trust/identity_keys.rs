@@ -168,7 +168,7 @@ pub(super) fn write_document(
         root: Some(root.clone()),
     };
     let path = dir.join(names::IDENTITY_DOCUMENT);
-    files::replace(&path, stored.encode_to_vec(), files::PUBLIC)
+    files::replace(&path, stored.encode_to_vec(), files::PRIVATE)
 }
 
 /// The document in a state directory, if it is of the mesh root there.

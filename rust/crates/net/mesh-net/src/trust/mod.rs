@@ -23,7 +23,7 @@
 //! | `root.crt` | the root's certificate | all |
 //! | `identity.key` | the node's ML-DSA key, unless systemd hands it over (credential `identity-key`) | owner |
 //! | `identity.key.next` | the one that takes its place at the next start | owner |
-//! | `identity.doc` | the root's document about the node | all |
+//! | `identity.doc` | the root's document about the node | owner |
 //! | `node.key` | the private key of the node's certificate | owner |
 //! | `node.crt` | the node's certificate | all |
 //! | `tokens.json` | hashes of join tokens (head only) | owner |

@@ -33,15 +33,14 @@ impl Mesh {
 
     /// Tells all workers which nodes are expelled, if that has changed since they were told: a node that rotates its identity
     /// changes it, too.
-    pub(super) fn tell_changes_of_expelled(&self) {
+    pub(crate) fn tell_changes_of_expelled(&self) {
         let version = self.deny_list.version();
         if self.told_expelled.swap(version, Ordering::Relaxed) != version {
             self.tell_expelled();
         }
     }
 
-    /// Tells all workers which nodes are expelled now.
-    pub(crate) fn tell_expelled(&self) {
+    fn tell_expelled(&self) {
         self.change(|state, now| {
             // Read under the lock: of two changes, all workers get the later list last.
             let message = self.expelled_message();

@@ -220,7 +220,11 @@ fn take(mesh: &Mesh, id: WorkerId, message: Message) -> Result<(), DecodeError> 
         MsgType::LOAD => mesh.report(id, Load::decode(body)?),
         MsgType::OFFER => {
             let mut offer = Offer::decode(body)?;
-            mesh.name_nodes(id, offer.paths.iter_mut().map(|path| &mut path.node_id));
+            let paths = offer
+                .profile
+                .iter_mut()
+                .flat_map(|profile| &mut profile.paths);
+            mesh.name_nodes(id, paths.map(|path| &mut path.node_id));
             mesh.offered(id, offer);
         }
         MsgType::RING_STATE => {

@@ -146,7 +146,7 @@ pub(super) async fn expel(
                 let mesh = &api.mesh;
                 mesh.note_admission("node expelled", &id, &name, &asked.reason);
                 mesh.expel(&id, &text.to_string());
-                mesh.tell_expelled();
+                mesh.tell_changes_of_expelled();
             }
             kept
         }
@@ -195,7 +195,7 @@ pub(super) async fn readmit(
     api.mesh
         .note_admission("node readmitted", &node_id, &name, "");
     if readmitted.is_some() {
-        api.mesh.tell_expelled();
+        api.mesh.tell_changes_of_expelled();
     }
     let state = match is_connected(&api, &node_id) {
         true => "connected",
