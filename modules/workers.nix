@@ -150,8 +150,8 @@ in
     description = ''
       Additional workers on this machine, for example one for each of two GPUs. Each is a service
       `hydramesh-worker-<name>` with its own identity, state folder and ports. Options that are not set have
-      the values of `services.hydramesh`, except `joinTokenFile`, `identityKeyFile` and `ports`. With `role = "worker"` these
-      workers run in addition to the one that `services.hydramesh` itself describes.
+      the values of `services.hydramesh`, except `joinTokenFile`, `identityKeyFile` and `ports`. With
+      `role = "worker"` these workers run in addition to the one that `services.hydramesh` itself describes.
     '';
   };
 }
