@@ -60,7 +60,7 @@ impl HeadLink {
         while !self.stop.is_cancelled() {
             let mut refusal = None;
             if identity.is_none() {
-                identity = match identify(&self.config, &self.head).await {
+                identity = match identify(&self.config, &self.head, &self.health).await {
                     Err(error) if error.is_expulsion() => {
                         refusal = Some(Refusal::Expelled);
                         self.health.set_unready(error.to_string());

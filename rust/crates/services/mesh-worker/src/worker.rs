@@ -99,7 +99,7 @@ impl Worker {
         let ((host, failures), identity) = {
             let identity = async {
                 match &head {
-                    Some(head) => match identify(&config, head).await {
+                    Some(head) => match identify(&config, head, &health).await {
                         // It asks again, rarely: a process that is started again and again would ask often.
                         Err(error) if error.is_expulsion() => {
                             tracing::error!(%error, "this worker works for nobody");

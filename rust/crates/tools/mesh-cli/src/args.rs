@@ -496,7 +496,7 @@ Example:
     /// Make a new key, which takes the place of the old one when the node starts again
     #[command(after_help = "\
 For a key that somebody may have copied. The node keeps its name and its membership; the old id is refused everywhere from then on.
-Run it as the node's user.
+Run it as root or as the node's user.
 
 Example:
   hydramesh identity rotate --state-dir /var/lib/hydramesh/worker && systemctl restart hydramesh-worker")]

@@ -8,7 +8,7 @@ use crate::failure::Failure;
 pub(crate) fn run(command: IdentityCommand) -> Result<(), Failure> {
     let failed = |error: TrustError| {
         Failure::failed(error.to_string())
-            .hint("Run this as the user that the node runs as, and name its state folder with --state-dir.")
+            .hint("Run this as root or as the user that the node runs as, and name its state folder with --state-dir.")
     };
     let text = match command {
         IdentityCommand::Show { state_dir } => describe_identity(&state_dir),

@@ -1,5 +1,6 @@
 //! The files of a node's ML-DSA identity: its key, a key that is to take its place, and the mesh root's document about it.
 
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -153,7 +154,13 @@ pub fn rotate_identity(dir: &Path) -> Result<(NodeId, NodeId), TrustError> {
             names::IDENTITY_CREDENTIAL
         ))
     })?;
-    let next = IdentityKey::load_or_create(&dir.join(names::NEXT_IDENTITY_KEY))?;
+    let next_path = dir.join(names::NEXT_IDENTITY_KEY);
+    let next = IdentityKey::load_or_create(&next_path)?;
+    // An administrator may do this for the user that the node runs as.
+    let owner = std::fs::metadata(&path).and_then(|owner| {
+        std::os::unix::fs::chown(&next_path, Some(owner.uid()), Some(owner.gid()))
+    });
+    owner.map_err(|error| TrustError::io("change the owner of", &next_path, error))?;
     Ok((old.node_id(), next.node_id()))
 }
 
