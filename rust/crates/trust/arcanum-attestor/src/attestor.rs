@@ -9,8 +9,9 @@ use mesh_base::clock::{self, unix_seconds};
 use mesh_identity::PublicKey;
 use mesh_net::trust::{
     Admission, Applicant, DenyList, EXPELLED_FILE, Expulsion, Issued, JoinAsk, JoinToken,
-    MEMBERS_FILE, Member, MeshRoot, NODE_CERTIFICATE_FILE, NodeIdentity, Refusal, RenewAsk, Role,
-    Subject, TOKENS_FILE, TrustError, Validity, read_json, requested_key_id, write_json,
+    MEMBERS_FILE, MOST_EXPELLED, Member, MeshRoot, NODE_CERTIFICATE_FILE, NodeIdentity, Refusal,
+    RenewAsk, Role, Subject, TOKENS_FILE, TrustError, Validity, read_json, requested_key_id,
+    write_json,
 };
 
 use crate::enrolment::{Approval, Candidate, Decision, Enrolment};
@@ -314,6 +315,9 @@ impl Attestor {
             replaced_by: Some(successor.to_owned()),
             ..Expulsion::default()
         };
+        let life = self.validity.life + self.validity.renewal_grace;
+        self.deny_list
+            .forget_replaced(unix_seconds(now).saturating_sub(life.as_secs()));
         self.deny_list.add(&member.node_id, expulsion)?;
         self.note(|roster| {
             roster.expelled(&member.node_id);
@@ -327,6 +331,29 @@ impl Attestor {
             "a node has rotated its identity"
         );
         Ok(())
+    }
+
+    /// A rotation is remembered for as long as the old certificate could be used. Their number is limited, so that no member
+    /// fills the list of expelled nodes.
+    fn refuse_frequent_rotation(&self, member: &Member, now: SystemTime) -> Result<(), Refusal> {
+        let rotated: Vec<Expulsion> = self.deny_list.list().into_values().collect();
+        let rotated = rotated.iter().filter(|entry| entry.replaced_by.is_some());
+        if rotated.clone().count() >= MOST_ROTATED {
+            return Err(Refusal::Internal(format!(
+                "{MOST_ROTATED} identities were rotated lately, and no more can be now; `hydramesh nodes list` shows them"
+            )));
+        }
+        let mut own = rotated.filter(|entry| entry.replaced_by.as_ref() == Some(&member.node_id));
+        let age = |entry: &Expulsion| unix_seconds(now).saturating_sub(entry.since);
+        match own.find(|entry| age(entry) < ROTATION_INTERVAL.as_secs()) {
+            Some(entry) => Err(Refusal::NotAdmitted(format!(
+                "the identity of `{}` was rotated {} s ago, and once in {} s is enough: restart it later",
+                member.name,
+                age(entry),
+                ROTATION_INTERVAL.as_secs()
+            ))),
+            None => Ok(()),
+        }
     }
 
     /// Records that this node is a member now.
@@ -436,8 +463,12 @@ impl Admission for Attestor {
             role: member.role,
             identity: ask.successor.or(ask.identity),
         };
+        let rotates = successor.is_some() && member.has_identity() && replaced_by.is_none();
+        if rotates {
+            self.refuse_frequent_rotation(member, now)?;
+        }
         let issued = self.root.issue(&subject, &self.validity, now)?;
-        if successor.is_some() && member.has_identity() && replaced_by.is_none() {
+        if rotates {
             self.replace(member, &node_id, now)?;
         }
         if member.role == Role::Worker {
@@ -487,6 +518,10 @@ fn awaiting_approval(name: &str, node_id: &str) -> Refusal {
     ))
 }
 
+/// A member rotates its identity no more often.
+const ROTATION_INTERVAL: Duration = Duration::from_secs(3600);
+/// Maximum number of rotated identities on the list of expelled nodes.
+const MOST_ROTATED: usize = MOST_EXPELLED / 4;
 /// Maximum number of remembered members; others only lose a leniency after a change of the clock.
 const MOST_SEEN: usize = 65_536;
 

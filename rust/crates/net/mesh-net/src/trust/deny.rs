@@ -212,6 +212,13 @@ impl DenyList {
         lock(&self.0.nodes).get(node_id)?.replaced_by.clone()
     }
 
+    /// Forgets identities that were rotated before `before`, seconds since the Unix epoch: their certificates have ended.
+    /// The next change writes the list.
+    pub fn forget_replaced(&self, before: u64) {
+        let mut nodes = lock(&self.0.nodes);
+        nodes.retain(|_, entry| entry.replaced_by.is_none() || entry.since >= before);
+    }
+
     /// Number of changes of the list in this process.
     pub fn version(&self) -> u64 {
         self.0.version.load(Ordering::Relaxed)

@@ -242,3 +242,53 @@ fn files_hold_no_secret_are_private_and_damaged_ones_are_named_and_not_replaced(
     let error = opened.expect_err("damaged").to_string();
     assert!(error.contains("tokens.json is damaged"), "{error}");
 }
+
+#[test]
+fn a_member_that_rotates_its_identity_again_and_again_does_not_fill_the_list() {
+    let dirs = [(); 2].map(|()| tempfile::tempdir().expect("dir"));
+    let [at_head, at_node] = dirs.each_ref().map(tempfile::TempDir::path);
+    let head = authority(at_head);
+    let first = worker(&head, at_node, today());
+    let (mut member, mut key) = (first.member(), None);
+    let request = first.request().expect("request");
+    let mut rotate = |now: SystemTime| {
+        let present = key.clone().or_else(|| first.public_key());
+        let next = mesh_identity::IdentityKey::generate().public().clone();
+        let ask = RenewAsk {
+            member: &member,
+            request: &request,
+            identity: present.as_ref(),
+            successor: Some(&next),
+        };
+        let issued = head.renew(&ask, now)?;
+        let certificate = &issued.certificates[0];
+        member = Member::from_certificate(certificate)
+            .expect("readable")
+            .into();
+        key = Some(next);
+        Ok::<_, Refusal>(())
+    };
+    let minute = Duration::from_secs(60);
+    rotate(today()).expect("once");
+    let refused = rotate(today() + minute).expect_err("at once again");
+    assert!(
+        refused.to_string().contains("rotated 60 s ago"),
+        "{refused}"
+    );
+    rotate(today() + 60 * minute).expect("an hour later");
+    assert_eq!(head.deny_list().list().len(), 2);
+    // The certificate is renewed meanwhile.
+    rotate(today() + 6 * DAY).expect("later");
+    rotate(today() + 12 * DAY).expect("later");
+    for day in [18, 24, 30, 36, 42] {
+        rotate(today() + day * DAY).expect("later");
+    }
+    let left = head.deny_list().list();
+    assert_eq!(
+        left.len(),
+        7,
+        "those whose certificates have ended are forgotten"
+    );
+    head.expel(&member.node_id, "laptop", "", today())
+        .expect("there is room");
+}
