@@ -39,7 +39,12 @@ let
   warning = condition: text: optional condition "${here}: ${text}";
 
   secretFiles = lib.filterAttrs (_: file: file != null) {
-    inherit (cfg) apiKeysFile hfTokenFile joinTokenFile;
+    inherit (cfg)
+      apiKeysFile
+      hfTokenFile
+      identityKeyFile
+      joinTokenFile
+      ;
   };
   inHome =
     path:

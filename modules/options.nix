@@ -117,6 +117,26 @@ in
       after a restart. The file may be deleted once the worker has joined.
     '';
 
+    identityKeyFile = mkSecretFile "/run/secrets/hydramesh-identity-key" ''
+      File with the node's ML-DSA key (PEM, as `identity.key` in a state directory), for a key that is kept
+      elsewhere than in the state directory. Root reads it and hands it to the worker, or to the head where no
+      worker runs, as the systemd credential `identity-key`. Without it the node creates its key at its first
+      start. Such a key is rotated by replacing the file and joining again.
+    '';
+
+    approval = mkOption {
+      type = types.enum [
+        "automatic"
+        "manual"
+      ];
+      default = "automatic";
+      example = "manual";
+      description = ''
+        How a node with a valid join token becomes a member at this head: `automatic`, or `manual`, when an
+        operator has approved it with `hydramesh nodes approve`.
+      '';
+    };
+
     apiKeysFile = mkSecretFile "/run/secrets/hydramesh-api-keys" ''
       File with the API keys of the head, one per line. Required to listen beyond loopback. It is passed as a
       systemd credential, so the service itself need not be able to read the file.

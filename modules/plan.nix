@@ -113,6 +113,10 @@ let
     ++ optional (hasRole "shim" && shim ? http.listen) (
       listener "shim" "http.listen" "tcp" shim.http.listen
     );
+
+  identityKey = lib.optionalAttrs (cfg.identityKeyFile != null) {
+    identity-key = toString cfg.identityKeyFile;
+  };
 in
 {
   inherit
@@ -136,11 +140,12 @@ in
   # Secrets by the name that systemd knows them by. The join token goes through the credential store: unlike a path, a
   # name that leads nowhere is no failure there, and a worker that has joined needs its token no more.
   credentials = {
-    head = lib.optionalAttrs (cfg.apiKeysFile != null) {
-      api-keys = toString cfg.apiKeysFile;
-    };
+    head =
+      lib.optionalAttrs (cfg.apiKeysFile != null) { api-keys = toString cfg.apiKeysFile; }
+      // lib.optionalAttrs (!hasRole "worker") identityKey;
     worker =
       lib.optionalAttrs (cfg.joinTokenFile != null) { join-token = "hydramesh-join-token${suffix}"; }
+      // identityKey
       // lib.optionalAttrs (cfg.hfTokenFile != null) { hf-token = toString cfg.hfTokenFile; }
       // lib.optionalAttrs (cfg.hfTokenFile == null && cfg.hfToken != null) {
         hf-token = toString (pkgs.writeText "hydramesh-hf-token" cfg.hfToken);
@@ -157,6 +162,8 @@ in
       dcf.workers = mkDefault (join "::" cfg.ports.head.workers);
       quic.listen = mkDefault (join "::" cfg.ports.head.quic);
       dcf.legacy_workers = mkIf cfg.legacyWorkers (mkDefault true);
+      # An older head of `package` does not know the key.
+      trust = mkIf (cfg.approval != "automatic") { approval = mkDefault cfg.approval; };
     };
     worker = mkIf (hasRole "worker") (
       lib.mkMerge [

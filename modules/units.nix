@@ -33,7 +33,7 @@ let
   hardening = import ./hardening.nix { inherit lib; };
   toml = pkgs.formats.toml { };
 
-  # The keys of the configuration that name files of systemd's making.
+  # The keys of the configuration that name files of systemd's making. Services find the identity key by its name.
   credentialVariables = {
     api-keys = "HYDRAMESH_HEAD__HTTP__API_KEYS_FILE";
     join-token = "HYDRAMESH_WORKER__JOIN_TOKEN_FILE";
@@ -43,7 +43,7 @@ let
     role: folder:
     lib.mapAttrs' (
       credential: _: lib.nameValuePair credentialVariables.${credential} "${folder}/${credential}"
-    ) credentials.${role};
+    ) (lib.filterAttrs (credential: _: credentialVariables ? ${credential}) credentials.${role});
 
   # They win over the file, so that they are checked with it.
   ourVariables = lib.filterAttrs (

@@ -56,6 +56,11 @@ let
           default = null;
           description = "Like `services.hydramesh.joinTokenFile`. A token admits one worker, so each worker needs its own file.";
         };
+        identityKeyFile = mkOption {
+          inherit (options.services.hydramesh.identityKeyFile) type example;
+          default = null;
+          description = "Like `services.hydramesh.identityKeyFile`. A key is one worker's, so each worker needs its own file.";
+        };
         ports = {
           http = port name 8081 "TCP port of this worker's health and metrics, on loopback.";
           dcf = port name 7779 "UDP port of this worker for tasks from heads of DCF v5.0.0 and v5.1.";
@@ -145,8 +150,8 @@ in
     description = ''
       Additional workers on this machine, for example one for each of two GPUs. Each is a service
       `hydramesh-worker-<name>` with its own identity, state folder and ports. Options that are not set have
-      the values of `services.hydramesh`, except `joinTokenFile` and `ports`. With `role = "worker"` these
-      workers run in addition to the one that `services.hydramesh` itself describes.
+      the values of `services.hydramesh`, except `joinTokenFile`, `identityKeyFile` and `ports`. With
+      `role = "worker"` these workers run in addition to the one that `services.hydramesh` itself describes.
     '';
   };
 }

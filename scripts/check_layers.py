@@ -29,7 +29,7 @@ import tomllib
 from rust_source import CRATES, ROOT, RUST, end_of_braces, manifests, sources
 
 ORDER = ["wire", "base", "net", "models", "engine", "planning", "trust", "services", "fleet", "tools", "testing"]
-WITHOUT_CYCLES = ["services", "planning", "net", "models"]
+WITHOUT_CYCLES = ["services", "trust", "planning", "net", "models"]
 KNOWN = ROOT / "scripts/known_cycles.toml"
 PURE = ["mesh-proto", "arcanum-profiler", "mesh-pipeline", "mesh-control"]
 # Crate: those that it must not be built with.

@@ -121,6 +121,41 @@ in
   "a configuration that does not enable it has no units" = is (services {
     services.hydramesh.role = "head";
   }) { };
+  "an identity key is handed over as a credential, to one service" =
+    is
+      (
+        let
+          of =
+            role:
+            (services (with' {
+              inherit role;
+              identityKeyFile = "/run/secrets/id";
+            })).${"hydramesh-${builtins.head role}"}.serviceConfig.LoadCredential;
+        in
+        [
+          (of [ "head" ])
+          (of [
+            "head"
+            "worker"
+          ])
+          (builtins.elem "identity-key:/run/secrets/id" (of [
+            "worker"
+            "head"
+          ]))
+        ]
+      )
+      [
+        [ "identity-key:/run/secrets/id" ]
+        [ ]
+        true
+      ];
+  "new nodes may need approval" =
+    is
+      (settings (with' {
+        role = "head";
+        approval = "manual";
+      })).head.trust
+      { approval = "manual"; };
   "each role has a unit of its own" = is (builtins.attrNames (services everything)) [
     "hydramesh-head"
     "hydramesh-shim"

@@ -46,6 +46,26 @@ pub fn replace_with(
     sync_parent(path)
 }
 
+/// Creates the file at `path` with this mode, whole and on disk on return, unless there is one: then it is left alone,
+/// and the result is false.
+///
+/// # Errors
+/// As [`replace`].
+pub fn create_new(path: &Path, contents: &[u8], mode: u32) -> io::Result<bool> {
+    let permissions = Permissions::from_mode(mode);
+    let mut file = tempfile::Builder::new()
+        .permissions(permissions.clone())
+        .tempfile_in(parent(path))?;
+    file.write_all(contents)?;
+    file.as_file().set_permissions(permissions)?;
+    file.as_file().sync_all()?;
+    match file.persist_noclobber(path) {
+        Ok(_) => sync_parent(path).map(|()| true),
+        Err(failed) if failed.error.kind() == io::ErrorKind::AlreadyExists => Ok(false),
+        Err(failed) => Err(failed.error),
+    }
+}
+
 /// Syncs the folder of `path` to disk, with the files that were renamed, created or removed in it.
 ///
 /// # Errors

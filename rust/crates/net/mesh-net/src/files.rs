@@ -48,7 +48,7 @@ pub(crate) fn read(path: &Path) -> Result<Option<String>, TrustError> {
 }
 
 /// Reads what [`write_json`] wrote; `None` if the file does not exist.
-pub(crate) fn read_json<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, TrustError> {
+pub fn read_json<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, TrustError> {
     let text = read(path)?;
     let value = text.map(|text| serde_json::from_str(&text));
     value
@@ -57,7 +57,7 @@ pub(crate) fn read_json<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, T
 }
 
 /// As [`replace`], readable by the owner only.
-pub(crate) fn write_json(path: &Path, value: &impl Serialize) -> Result<(), TrustError> {
+pub fn write_json(path: &Path, value: &impl Serialize) -> Result<(), TrustError> {
     let text =
         serde_json::to_vec_pretty(value).map_err(|error| TrustError::damaged(path, error))?;
     replace(path, text, PRIVATE)

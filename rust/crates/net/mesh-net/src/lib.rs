@@ -1,15 +1,16 @@
 //! The transports: batched UDP, QUIC links with mesh-issued certificates, join tokens.
 //!
 //! - [`udp`]: many datagrams per system call, for heartbeats and DCF clients;
-//! - [`trust`]: the mesh's own root, node certificates, one-time join tokens, and [`trust::Admission`], the seam at which
-//!   a stricter policy replaces today's;
+//! - [`trust`]: the mesh's own root, identities and certificates of nodes, join tokens, and [`trust::Admission`], which
+//!   decides who joins (`arcanum-attestor` implements it);
 //! - [`quic`]: mutually authenticated links that carry DCF messages on streams;
 //! - [`seal`]: AEAD for datagrams between nodes, with keys exported from a link;
 //! - [`discovery`]: finding heads and workers on the LAN.
 //!
 //! Joining: the operator creates a [`trust::JoinToken`] at the head. [`quic::join`] connects with the
-//! token's pin of the mesh root instead of a certificate, hands in the secret with a certificate request for a key that
-//! never leaves the node, and stores the certificate in the state directory as a [`trust::NodeIdentity`]. From then on
+//! token's pin of the mesh root instead of a certificate, hands in the secret with a certificate request and a proof of the
+//! node's identity, whose keys never leave the node, and stores the certificate in the state directory as a
+//! [`trust::NodeIdentity`]. From then on
 //! [`quic::Connector`] and [`quic::Listener`] accept only certificates of that root, on both sides.
 
 #![forbid(unsafe_code)]

@@ -122,6 +122,13 @@ impl Reputation {
         self.nodes.remove(node);
     }
 
+    /// A node has another id from now on, and meets its own past under it.
+    pub fn renamed(&mut self, old: &str, new: &str) {
+        if let Some(record) = self.nodes.remove(old) {
+            self.nodes.entry(new.to_owned()).or_insert(record);
+        }
+    }
+
     /// The quarantine of this node, if it is in one.
     pub fn quarantined(&self, node: &str, now: Instant) -> Option<Quarantine<'_>> {
         let (until, reason) = self.nodes.get(node)?.quarantine.as_ref()?;
@@ -224,6 +231,18 @@ mod tests {
             Some(Duration::ZERO),
             "old faults are forgotten"
         );
+    }
+
+    #[test]
+    fn a_quarantine_follows_a_node_to_its_new_id() {
+        let now = Instant::now();
+        let mut reputation = Reputation::default();
+        reputation.quarantine("a", "attic", "lies", now);
+        reputation.renamed("a", "b");
+        reputation.renamed("c", "d");
+        assert!(reputation.quarantined("a", now).is_none());
+        assert!(reputation.quarantined("b", now).is_some());
+        assert!(reputation.quarantined("d", now).is_none());
     }
 
     #[test]

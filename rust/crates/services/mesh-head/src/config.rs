@@ -11,6 +11,7 @@ use mesh_service::http::{Connections, Origin};
 use mesh_service::network::Network;
 use serde::{Deserialize, Serialize};
 
+use arcanum_attestor::Approval;
 use mesh_control::router::Capacity;
 use mesh_control::{dedup, placement, request, rings};
 
@@ -70,6 +71,8 @@ pub struct Config {
     pub dcf: DcfConfig,
     /// Settings of the links of workers.
     pub quic: QuicConfig,
+    /// Admission of new nodes.
+    pub trust: TrustConfig,
     /// Models that several workers hold together.
     pub ring: RingConfig,
     /// Let workers on the LAN find this head by multicast DNS.
@@ -157,6 +160,25 @@ pub struct DcfConfig {
     pub answers_kept_for: Duration,
 }
 
+/// `[trust]`
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct TrustConfig {
+    /// How a node with a valid join token becomes a member: `automatic`, or `manual`, after an operator has approved it.
+    pub approval: ApprovalRule,
+}
+
+/// Value of `trust.approval`.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ApprovalRule {
+    /// A valid token is enough.
+    #[default]
+    Automatic,
+    /// The node waits until an operator has approved it.
+    Manual,
+}
+
 /// Settings of the links of workers.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -221,6 +243,7 @@ impl Default for Config {
             http: HttpConfig::default(),
             dcf: DcfConfig::default(),
             quic: QuicConfig::default(),
+            trust: TrustConfig::default(),
             ring: RingConfig::default(),
             mdns: false,
             log_level: None,
@@ -288,6 +311,15 @@ impl Default for QuicConfig {
         Self {
             listen: anywhere(7780),
             probe_interval: Duration::from_secs(300),
+        }
+    }
+}
+
+impl From<ApprovalRule> for Approval {
+    fn from(rule: ApprovalRule) -> Self {
+        match rule {
+            ApprovalRule::Automatic => Self::Automatic,
+            ApprovalRule::Manual => Self::Manual,
         }
     }
 }

@@ -5,11 +5,12 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant, SystemTime};
 
+use arcanum_attestor::Attestor;
 use dcf::ErrorCode;
 use mesh_base::allocator;
 use mesh_net::discovery::{Announcement, Discovery};
 use mesh_net::quic::{ConnectError, LinkConfig, Listener};
-use mesh_net::trust::{Admission, Authority, NodeIdentity, Role, TrustError, Validity};
+use mesh_net::trust::{Admission, NodeIdentity, Role, TrustError, Validity};
 use mesh_net::udp::BatchSocket;
 use mesh_service::addresses::{self, Addresses};
 use mesh_service::health::Health;
@@ -129,8 +130,8 @@ impl Head {
         addresses::remove(&state_dir)?;
         let keys = Keys::load(&state_dir, config.http.api_keys_file.as_deref())?;
         let validity = Validity::default();
-        let authority = Authority::open(&state_dir, &config.mesh_name, validity)?;
-        let authority = Arc::new(authority);
+        let authority = Attestor::open(&state_dir, &config.mesh_name, validity)?;
+        let authority = Arc::new(authority.with_approval(config.trust.approval.into()));
         let identity = authority.head_identity(&state_dir, "head", SystemTime::now())?;
         let announced = identity.clone();
 
@@ -318,7 +319,13 @@ async fn tick(mesh: Arc<Mesh>, heart: Heart) {
 }
 
 /// Files of the state directory that only the head's user may read.
-const SECRETS: [&str; 4] = ["root.key", "node.key", "tokens.json", "admin.key"];
+const SECRETS: [&str; 5] = [
+    "root.key",
+    "identity.key",
+    "node.key",
+    "tokens.json",
+    "admin.key",
+];
 const TICK: Duration = Duration::from_millis(50);
 const TICK_LIMIT: Duration = Duration::from_secs(10);
 const TRIM_EVERY: Duration = Duration::from_secs(2);

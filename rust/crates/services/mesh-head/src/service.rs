@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use clap::Subcommand;
+use mesh_net::trust;
 use mesh_service::ask;
 use mesh_service::config::Loader;
 use mesh_service::service::{Context, Running, Service, block_on};
@@ -32,12 +33,28 @@ pub struct Flags {
 /// The head's subcommands.
 #[derive(Debug, Subcommand)]
 pub enum Command {
+    /// This head's ML-DSA identity
+    Identity {
+        /// What to do.
+        #[command(subcommand)]
+        command: IdentityCommand,
+    },
     /// Join tokens, made by the head that runs with this state directory
     Token {
         /// What to do.
         #[command(subcommand)]
         command: TokenCommand,
     },
+}
+
+/// Subcommands about the identity.
+#[derive(Debug, Subcommand)]
+pub enum IdentityCommand {
+    /// Print the node id, and what the mesh root says of it
+    Show,
+    /// Make a new key, which takes the place of the old one at the next start: for a key that somebody may
+    /// have copied
+    Rotate,
 }
 
 /// `mesh-head token`
@@ -84,13 +101,24 @@ impl Service for Head {
     }
 
     fn command(command: Command, config: impl FnOnce() -> Result<Config>) -> Result<()> {
-        let Command::Token {
-            command:
-                TokenCommand::Create {
-                    ttl,
-                    ttl_seconds,
-                    note,
-                },
+        let command = match command {
+            Command::Token { command } => command,
+            Command::Identity { command } => {
+                let state_dir = config()?.state_dir;
+                let text = match command {
+                    IdentityCommand::Show => trust::describe_identity(&state_dir)?,
+                    IdentityCommand::Rotate => {
+                        trust::rotate_and_describe(&state_dir, Self::PROGRAM)?
+                    }
+                };
+                print!("{text}");
+                return Ok(());
+            }
+        };
+        let TokenCommand::Create {
+            ttl,
+            ttl_seconds,
+            note,
         } = command;
         if ttl_seconds.is_some() {
             eprintln!("mesh-head: warning: --ttl-seconds is an old name: use --ttl");

@@ -7,8 +7,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use dcf::{Message, MsgType};
+use mesh_head::config::ApprovalRule;
 use mesh_net::quic::{self, Closed, ConnectError, Connector, Link, LinkConfig, MsgStream};
-use mesh_net::trust::{EXPELLED, JoinToken, NodeIdentity, Role};
+use mesh_net::trust::{EXPELLED, JoinToken, NodeIdentity, Role, rotate_identity};
 use mesh_proto::{Expelled, Hello, PROTOCOL_VERSION};
 use mesh_service::reload::Report;
 use prost::Message as _;
@@ -164,7 +165,10 @@ async fn an_expelled_worker_is_out_at_once_and_its_answers_go_on_elsewhere() {
     assert_eq!(status, 200, "{answer}");
     assert_eq!(answer["was_connected"], true);
     let id = answer["node_id"].as_str().unwrap().to_owned();
-    assert_eq!(witness.told().await, [&*id]);
+    // Workers of earlier versions know it by the key of its certificate.
+    let key = node(&head, answering.0).await["key_id"].clone();
+    let key = key.as_str().unwrap();
+    assert_eq!(witness.told().await, [&*id, key]);
     let (_, mesh) = head.get("/v1/mesh").await;
     assert!(!mesh.to_string().contains(&id), "{mesh}");
     assert!(at.elapsed() < Duration::from_secs(5), "{:?}", at.elapsed());
@@ -201,7 +205,7 @@ async fn an_expelled_worker_is_out_at_once_and_its_answers_go_on_elsewhere() {
 
     let (status, _) = admin(&head, "/v1/mesh/nodes/readmit", Some(json!({ "node": id }))).await;
     assert_eq!(status, 200);
-    assert_eq!(witness.told().await, [&*id], "of the second time");
+    assert_eq!(witness.told().await, [&*id, key], "of the second time");
     assert!(witness.told().await.is_empty());
     let (status, answer) =
         admin(&head, "/v1/mesh/nodes/readmit", Some(json!({ "node": id }))).await;
@@ -358,4 +362,104 @@ async fn a_state_directory_is_private_and_leftovers_of_a_killed_process_go() {
         assert!(is_public || mode(&path) == 0o600, "{}", path.display());
     }
     head.handle.shutdown().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_that_waits_is_listed_and_joins_when_an_operator_approves_it() {
+    let head = TestHead::start(|config| config.trust.approval = ApprovalRule::Manual).await;
+    let token = head.token().await;
+    let (dir, other) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let address = [head.address("quic")];
+    let join = |dir: &TempDir| {
+        let (dir, token) = (dir.path().to_owned(), token.clone());
+        async move { quic::join(&address, &token, &dir, "attic").await }
+    };
+    let error = join(&dir).await.unwrap_err();
+    assert!(error.is_transient(), "{error:?}");
+    let waiting = node(&head, "attic").await;
+    assert_eq!(waiting["state"], "pending");
+    assert_eq!(waiting["token"], token.id());
+    let id = waiting["node_id"].as_str().unwrap().to_owned();
+    for (named, expected) in [("barn", 404), (&id[..8], 200), (&id, 200)] {
+        let body = json!({ "node": named });
+        let (status, answer) = admin(&head, "/v1/mesh/nodes/approve", Some(body)).await;
+        assert_eq!(status, expected, "{answer}");
+    }
+    assert_eq!(node(&head, "attic").await["state"], "approved");
+    join(&other).await.unwrap_err();
+    let identity = join(&dir).await.unwrap();
+    assert_eq!(identity.node_id(), id);
+    let known = node(&head, "attic").await;
+    assert_eq!(known["state"], "absent");
+    assert_eq!(known["algorithm"], "ml-dsa-65");
+    assert_eq!(known["key_id"], *identity.member().key_id);
+    let (status, _) = head
+        .post("/v1/mesh/nodes/approve", json!({ "node": id }))
+        .await;
+    assert_eq!(status, 401, "an administrator's");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_token_for_several_nodes_says_who_used_it_and_how_many_may_still() {
+    let head = TestHead::start(|_| {}).await;
+    for bad in [
+        json!({ "nodes": 0 }),
+        json!({ "nodes": 1025 }),
+        json!({ "role": "head" }),
+    ] {
+        let (status, answer) = admin(&head, "/v1/mesh/tokens", Some(bad)).await;
+        assert_eq!(status, 400, "{answer}");
+    }
+    let body = json!({ "nodes": 2, "role": "worker", "note": "shelf" });
+    let (status, made) = admin(&head, "/v1/mesh/tokens", Some(body)).await;
+    assert_eq!(status, 200, "{made}");
+    let token: JoinToken = made["token"].as_str().unwrap().parse().unwrap();
+    let shown = || async {
+        let (_, list) = admin(&head, "/v1/mesh/tokens", None).await;
+        let tokens = list["tokens"].as_array().unwrap().iter();
+        let mut tokens = tokens.filter(|one| one["id"] == token.id());
+        tokens.next().unwrap().clone()
+    };
+    assert_eq!(shown().await["uses_left"], 2);
+    for (name, left, state) in [("attic", 1, "open"), ("barn", 0, "used")] {
+        let dir = tempfile::tempdir().unwrap();
+        quic::join(&[head.address("quic")], &token, dir.path(), name)
+            .await
+            .unwrap();
+        let token = shown().await;
+        assert_eq!(
+            (&token["uses_left"], &token["state"]),
+            (&json!(left), &json!(state))
+        );
+        assert_eq!(token["used_by"]["name"], name);
+    }
+    assert_eq!(shown().await["uses"][0]["name"], "attic");
+    assert_eq!(shown().await["nodes"], 2);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_rotated_identity_is_refused_by_all_workers_within_five_seconds_and_its_streams_end() {
+    let head = TestHead::start(|_| {}).await;
+    let worker = Raw::join(&head, "attic", "attic").await;
+    let mut witness = Raw::join(&head, "witness", "witness").await;
+    assert!(witness.told().await.is_empty(), "told when it connects");
+    let (old, next) = rotate_identity(worker._dir.path()).unwrap();
+    let fresh = NodeIdentity::load(worker._dir.path()).unwrap();
+    let at = Instant::now();
+    quic::renew(&[head.address("quic")], &fresh).await.unwrap();
+    assert_eq!(witness.told().await, [old.to_string()]);
+    let closed = tokio::time::timeout(Duration::from_secs(5), worker.link.closed()).await;
+    assert!(
+        matches!(closed, Ok(Closed::ByPeer { code, .. }) if code == EXPELLED),
+        "{closed:?}"
+    );
+    assert!(at.elapsed() < Duration::from_secs(5), "{:?}", at.elapsed());
+    let (_, list) = admin(&head, "/v1/mesh/nodes", None).await;
+    let nodes = list["nodes"].as_array().unwrap();
+    let of = |id: String| nodes.iter().find(|node| node["node_id"] == *id).unwrap();
+    assert_eq!(of(old.to_string())["state"], "replaced");
+    assert_eq!(of(old.to_string())["replaced_by"], *next.to_string());
+    let known = of(next.to_string());
+    assert_eq!(known["name"], "attic");
+    assert_eq!(known["former_ids"], json!([old.to_string()]));
 }

@@ -540,3 +540,30 @@ async fn readiness_is_told_for_one_model() {
     let (status, body) = head.get("/ready").await;
     assert_eq!((status, body), (200, json!({"status": "ready"})));
 }
+
+/// Workers of earlier versions compare what the head calls a worker with the key of its certificate, and newer ones with its
+/// identity.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn workers_of_both_versions_serve_a_ring_and_each_knows_the_others_as_it_can() {
+    let head = start(|_| {}).await;
+    let earlier = RingWorker::join_earlier(&head, "old", 7, script(Fate::Finish)).await;
+    let newer = head.ring_worker("new", 7).await;
+    head.until_serving().await;
+    let (text, _) = head.ask("why?").await;
+    assert_eq!(text, truth("why?", TOKENS));
+    let members = |worker: &RingWorker| {
+        let stages = worker.ring().unwrap().stages.into_iter();
+        let mut ids: Vec<String> = stages.map(|stage| stage.member.unwrap().node_id).collect();
+        ids.sort_unstable();
+        ids
+    };
+    let sorted = |mut ids: [String; 2]| {
+        ids.sort_unstable();
+        ids
+    };
+    let by_identity = sorted([earlier.node_id.clone(), newer.node_id.clone()]);
+    let by_key = sorted([earlier.key_id(), newer.key_id()]);
+    assert_ne!(by_identity, by_key);
+    assert_eq!(members(&newer), by_identity);
+    assert_eq!(members(&earlier), by_key);
+}

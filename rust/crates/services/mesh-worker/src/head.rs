@@ -60,7 +60,7 @@ impl HeadLink {
         while !self.stop.is_cancelled() {
             let mut refusal = None;
             if identity.is_none() {
-                identity = match identify(&self.config, &self.head).await {
+                identity = match identify(&self.config, &self.head, &self.health).await {
                     Err(error) if error.is_expulsion() => {
                         refusal = Some(Refusal::Expelled);
                         self.health.set_unready(error.to_string());
@@ -169,6 +169,7 @@ impl HeadLink {
     ) -> Result<(SocketAddr, Connector, Link), Ended> {
         let addresses = self.head.resolve().await?;
         let config = LinkConfig::default();
+        sign_identity(&addresses, identity).await?;
         let connect = || Connector::to_any(&addresses, Role::Head, identity, &config);
         match connect().await {
             // Older heads have one code for all refusals.
@@ -346,8 +347,8 @@ fn take_expelled(identity: &NodeIdentity, list: Expelled) {
         let plain = node.name.chars().filter(|c| !c.is_control());
         let expulsion = Expulsion {
             name: plain.take(64).collect(),
-            reason: String::new(),
             since: node.since,
+            ..Expulsion::default()
         };
         (node.node_id, expulsion)
     });
@@ -367,6 +368,36 @@ fn take_expelled(identity: &NodeIdentity, list: Expelled) {
             }
         }
     });
+}
+
+/// Has the head sign this node's identity, if its certificate is of an earlier version or its key was rotated. Before a link
+/// is made: the node has one id as long as that lasts.
+async fn sign_identity(addresses: &[SocketAddr], identity: &NodeIdentity) -> Result<(), Ended> {
+    if !identity.is_identity_due() {
+        return Ok(());
+    }
+    match quic::renew(addresses, identity).await {
+        Ok(()) if identity.is_identity_due() => {
+            tracing::info!(
+                "the head is of an earlier version: it does not sign this node's identity"
+            );
+        }
+        Ok(()) => {
+            tracing::info!(
+                node = identity.node_id(),
+                "the mesh root has signed this node's identity"
+            );
+        }
+        Err(error) if error.is_expulsion() => {
+            return Err(Ended {
+                reason: error.to_string(),
+                refusal: Some(Refusal::Expelled),
+            });
+        }
+        // The link is made with the present certificate, or fails with its own reason.
+        Err(error) => tracing::warn!(%error, "this node's identity is not signed yet"),
+    }
+    Ok(())
 }
 
 fn refusal_of(code: ErrorCode) -> Option<Refusal> {

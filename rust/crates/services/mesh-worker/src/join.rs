@@ -5,6 +5,7 @@ use std::path::Path;
 
 use mesh_net::quic::{self, JoinError};
 use mesh_net::trust::{NodeIdentity, TrustError};
+use mesh_service::health::Health;
 use mesh_worker_core::Refusal;
 
 use crate::config::Config;
@@ -13,7 +14,7 @@ use crate::lan::HeadPlace;
 use crate::token::{look_at_token_file, read_token, token_advice, unusable};
 
 /// Loads the identity in the state directory, or joins with the token. `None` means that the head does not
-/// answer yet.
+/// answer yet, or that this node waits for approval there; `health` has the reason.
 ///
 /// # Errors
 /// If there is neither; if the identity's files are not whole and the token does not mend that; if the head
@@ -21,6 +22,7 @@ use crate::token::{look_at_token_file, read_token, token_advice, unusable};
 pub(crate) async fn identify(
     config: &Config,
     head: &HeadPlace,
+    health: &Health,
 ) -> Result<Option<NodeIdentity>, WorkerError> {
     let token = read_token(config)?;
     let loaded = NodeIdentity::load(&config.state_dir);
@@ -55,6 +57,7 @@ pub(crate) async fn identify(
         }
         Err(error) if error.is_transient() => {
             tracing::warn!(%error, "cannot join yet, trying again");
+            health.set_unready(format!("this worker has not joined yet: {error}"));
             Ok(None)
         }
         Err(error) => Err(WorkerError::Join {

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use anyhow::Result;
 use clap::Subcommand;
+use mesh_net::trust;
 use mesh_service::config::Loader;
 use mesh_service::service::{Context, Running, Service};
 use tokio::runtime::Builder;
@@ -60,9 +61,25 @@ pub enum Command {
     /// Set this worker's identity aside, so that it joins with a new token as another one: for a machine
     /// whose state directory was copied from another worker's. Stop the worker first
     NewIdentity,
+    /// This worker's ML-DSA identity
+    Identity {
+        /// What to do.
+        #[command(subcommand)]
+        command: IdentityCommand,
+    },
     /// What the worker starts to run chat templates in
     #[command(name = templates::COMMAND, hide = true)]
     RenderTemplates,
+}
+
+/// Subcommands about the identity.
+#[derive(Debug, Subcommand)]
+pub enum IdentityCommand {
+    /// Print the node id, and what the mesh root says of it
+    Show,
+    /// Make a new key, which takes the place of the old one at the next start: for a key that somebody may
+    /// have copied
+    Rotate,
 }
 
 impl Service for Worker {
@@ -111,9 +128,20 @@ impl Service for Worker {
             Command::RenderTemplates => {
                 Ok(templates::serve(io::stdin().lock(), io::stdout().lock())?)
             }
+            Command::Identity { command } => {
+                let state_dir = config()?.state_dir;
+                let text = match command {
+                    IdentityCommand::Show => trust::describe_identity(&state_dir)?,
+                    IdentityCommand::Rotate => {
+                        trust::rotate_and_describe(&state_dir, Self::PROGRAM)?
+                    }
+                };
+                print!("{text}");
+                Ok(())
+            }
             Command::NewIdentity => {
                 let state_dir = config()?.state_dir;
-                match mesh_net::trust::set_aside(&state_dir)? {
+                match trust::set_aside(&state_dir)? {
                     Some(folder) => println!(
                         "The old identity is in {} now. Give this worker a token from `hydramesh token create` and start it.",
                         folder.display()

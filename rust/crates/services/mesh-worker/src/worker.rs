@@ -99,7 +99,7 @@ impl Worker {
         let ((host, failures), identity) = {
             let identity = async {
                 match &head {
-                    Some(head) => match identify(&config, head).await {
+                    Some(head) => match identify(&config, head, &health).await {
                         // It asks again, rarely: a process that is started again and again would ask often.
                         Err(error) if error.is_expulsion() => {
                             tracing::error!(%error, "this worker works for nobody");
@@ -414,7 +414,7 @@ impl Progress {
 const JOIN_FIRST: Duration = Duration::from_secs(5);
 
 /// Files of the state directory that only the worker's user may read.
-const SECRETS: [&str; 1] = ["node.key"];
+const SECRETS: [&str; 2] = ["identity.key", "node.key"];
 
 const HOUSEKEEPING: Duration = Duration::from_millis(500);
 

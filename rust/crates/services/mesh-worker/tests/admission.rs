@@ -150,7 +150,7 @@ async fn an_expelled_worker_says_so_and_asks_rarely() {
     let started = timeout(PATIENCE, Worker::start(config)).await.unwrap();
     let second = started.expect("it stays up and asks rarely");
     let open = head.authority.token_records();
-    assert!(open.iter().any(|record| record.used.is_none()));
+    assert!(open.iter().any(|record| record.uses.is_empty()));
     second.shutdown().await.unwrap();
 
     head.authority.readmit(&identity.node_id()).unwrap();

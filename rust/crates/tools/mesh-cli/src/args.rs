@@ -90,6 +90,9 @@ pub enum Command {
     /// Show the mesh's nodes, throw one out, let it in again
     #[command(subcommand)]
     Nodes(NodesCommand),
+    /// Show or rotate the ML-DSA identity of a node on this machine
+    #[command(subcommand)]
+    Identity(IdentityCommand),
     /// Make, show and withdraw join tokens for new workers
     #[command(subcommand)]
     Token(TokenCommand),
@@ -495,10 +498,37 @@ pub struct RebalanceArgs {
     pub json: bool,
 }
 
+#[derive(Debug, Subcommand)]
+pub enum IdentityCommand {
+    /// Print the node id, and what the mesh root says of it
+    #[command(after_help = "\
+The same as `mesh-worker identity show`, for any state directory.
+
+Example:
+  hydramesh identity show --state-dir /var/lib/hydramesh/worker")]
+    Show {
+        /// State directory of a worker or head
+        #[arg(long, value_name = "DIR", default_value = "/var/lib/hydramesh/worker", value_hint = ValueHint::DirPath)]
+        state_dir: PathBuf,
+    },
+    /// Make a new key, which takes the place of the old one when the node starts again
+    #[command(after_help = "\
+For a key that somebody may have copied. The node keeps its name and its membership; the old id is refused everywhere from then on.
+Run it as root or as the node's user.
+
+Example:
+  hydramesh identity rotate --state-dir /var/lib/hydramesh/worker && systemctl restart hydramesh-worker")]
+    Rotate {
+        /// State directory of a worker or head
+        #[arg(long, value_name = "DIR", default_value = "/var/lib/hydramesh/worker", value_hint = ValueHint::DirPath)]
+        state_dir: PathBuf,
+    },
+}
+
 /// What to do with nodes.
 #[derive(Debug, Subcommand)]
 pub enum NodesCommand {
-    /// Show all nodes that joined: connected, absent, expelled
+    /// Show all nodes: connected, absent, expelled, waiting for approval
     #[command(after_help = "\
 Names and ids are those of the nodes' certificates, which the head issued.
 
@@ -510,6 +540,34 @@ Examples:
         #[arg(long)]
         json: bool,
     },
+    /// Show all that the head knows about one node
+    #[command(after_help = "\
+Examples:
+  hydramesh nodes show attic
+  hydramesh nodes show 3f9ac1d2 --json | jq .former_ids")]
+    Show {
+        /// Name or id of a node, as `hydramesh nodes list` shows them
+        #[arg(value_name = "NODE")]
+        node: String,
+        /// Print the head's own JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Let a node join that has shown a token and waits
+    #[command(after_help = "\
+With `trust.approval = \"manual\"` at the head, a node with a valid token waits. It prints its id in its log; compare that before you \
+approve it. It joins by itself within a minute. `hydramesh nodes revoke` refuses it for good.
+
+Example:
+  hydramesh nodes approve 3f9ac1d2")]
+    Approve {
+        /// Id or name of a node that waits, as `hydramesh nodes list` shows them
+        #[arg(value_name = "NODE")]
+        node: String,
+        /// Print the head's own JSON
+        #[arg(long)]
+        json: bool,
+    },
     /// Throw a node out of the mesh, now and for good
     #[command(after_help = "\
 Its links end, at the head and at other workers; requests that run on it go on elsewhere. Neither its certificate nor a new join \
@@ -517,7 +575,8 @@ token lets it in again before `hydramesh nodes readmit`. It need not be connecte
 
 Examples:
   hydramesh nodes expel attic --reason \"sold\"
-  hydramesh nodes expel 3f9ac1d2")]
+  hydramesh nodes revoke 3f9ac1d2    # the same under another name; also refuses a node that waits")]
+    #[command(visible_alias = "revoke")]
     Expel {
         /// Name or id of a node, as `hydramesh nodes list` shows them
         #[arg(value_name = "NODE")]
@@ -549,18 +608,28 @@ Example:
 /// What to do with join tokens.
 #[derive(Debug, Subcommand)]
 pub enum TokenCommand {
-    /// Make a token with which one worker can join, once
+    /// Make a token with which one worker can join, once, or several workers once each
     #[command(after_help = "\
 The token names this mesh's root certificate, so that the worker cannot join another by mistake. It is a secret until it is \
 used.
 
 Examples:
   hydramesh token create > join-token          # on the head's machine, as its user
+  hydramesh token create --nodes 12 --ttl 2h --note \"second shelf\"
   mesh-worker --set join_token_file=join-token --set head=192.168.1.10:7780")]
     Create {
         /// How long the token is good for, such as 30m, 12h [default: the head's]
         #[arg(long, value_name = "TIME", value_parser = parse_duration)]
         ttl: Option<Duration>,
+        /// Number of workers that can join with it
+        #[arg(long, value_name = "N", default_value_t = 1)]
+        nodes: u32,
+        /// Role of the nodes that join with it: worker is the only one
+        #[arg(long, value_name = "ROLE", default_value = "worker")]
+        role: String,
+        /// A note for the list of tokens
+        #[arg(long, value_name = "TEXT", default_value = "")]
+        note: String,
         /// Print the head's own JSON
         #[arg(long)]
         json: bool,

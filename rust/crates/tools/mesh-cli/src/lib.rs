@@ -13,6 +13,7 @@ mod bench;
 mod chat;
 mod demo;
 mod embed;
+mod identity;
 mod image;
 mod input;
 mod models;
@@ -72,6 +73,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
             Command::Rebalance(args) => rings::rebalance(head, args).await,
             Command::Models(command) => models::run(head, command).await,
             Command::Nodes(command) => nodes::run(head, command).await,
+            Command::Identity(command) => identity::run(command),
             Command::Token(command) => token::run(head, command).await,
             Command::Bench(args) => bench::run(head, args).await,
             _ => unreachable!("done above"),

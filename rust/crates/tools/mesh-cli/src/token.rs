@@ -17,8 +17,20 @@ use crate::pair::{self, Announced, Code, Gift, PairError};
 
 pub(crate) async fn run(head: &HeadArgs, command: TokenCommand) -> Result<(), Failure> {
     match command {
-        TokenCommand::Create { ttl, json } => {
-            let answer = create(head, ttl, "").await?;
+        TokenCommand::Create {
+            ttl,
+            nodes,
+            role,
+            note,
+            json,
+        } => {
+            let request = CreateTokenRequest {
+                // Heads of earlier versions know neither.
+                nodes: (nodes != 1).then_some(nodes),
+                role: (role != "worker").then_some(role),
+                ..wanted(ttl, &note)
+            };
+            let answer: Value = Admin::new(head)?.post(paths::TOKENS, &request).await?;
             print(&answer, json, |created: TokenCreated| created.token + "\n")
         }
         TokenCommand::List { all, json } => {
@@ -40,11 +52,16 @@ pub(crate) async fn run(head: &HeadArgs, command: TokenCommand) -> Result<(), Fa
 }
 
 async fn create(head: &HeadArgs, ttl: Option<Duration>, note: &str) -> Result<Value, Failure> {
-    let request = CreateTokenRequest {
+    let request = wanted(ttl, note);
+    Admin::new(head)?.post(paths::TOKENS, &request).await
+}
+
+fn wanted(ttl: Option<Duration>, note: &str) -> CreateTokenRequest {
+    CreateTokenRequest {
         ttl_seconds: ttl.map(|ttl| ttl.as_secs().max(1)),
         note: note.to_owned(),
-    };
-    Admin::new(head)?.post(paths::TOKENS, &request).await
+        ..CreateTokenRequest::default()
+    }
 }
 
 async fn revoke(head: &HeadArgs, id: String) -> Result<Value, Failure> {
@@ -61,9 +78,10 @@ fn listed(tokens: &[Token], all: bool) -> String {
             let state = plain(&token.state);
             vec![
                 plain(&token.id),
-                match &token.used_by {
-                    Some(used) => format!("{state} by {}", plain(&used.name)),
-                    None => state,
+                match (&token.used_by, token.uses.len()) {
+                    (_, 2..) => format!("{state} by {} nodes", token.uses.len()),
+                    (Some(used), _) => format!("{state} by {}", plain(&used.name)),
+                    (None, _) => state,
                 },
                 span(token.age_seconds),
                 match token.state == "open" {

@@ -21,6 +21,14 @@ pub struct CreateTokenRequest {
     /// Note for the operator, up to 256 bytes.
     #[serde(default)]
     pub note: String,
+    /// Number of nodes that may join with it, up to 1024; one if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schemars(range(min = 1, max = 1024)))]
+    pub nodes: Option<u32>,
+    /// Role of the nodes that join with it; `worker` is the only one, and the default.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[cfg_attr(feature = "schema", schemars(extend("enum" = ["worker"])))]
+    pub role: Option<String>,
 }
 
 /// A new join token.
@@ -68,8 +76,14 @@ pub struct Token {
     pub expires_in_seconds: u64,
     /// Nodes that may still join with it.
     pub uses_left: u32,
-    /// The node that joined with it.
+    /// The node that joined with it, the last one of several.
     pub used_by: Option<TokenUse>,
+    /// Number of nodes that it was made for; 0 from heads of earlier versions.
+    pub nodes: u32,
+    /// Role of the nodes that join with it.
+    pub role: Cow<'static, str>,
+    /// The nodes that joined with it, in order.
+    pub uses: Vec<TokenUse>,
 }
 
 /// The use of a join token.
@@ -123,8 +137,9 @@ pub struct Node {
     pub node_id: String,
     /// Name of the node.
     pub name: String,
-    /// `connected`, `absent` or `expelled`.
-    #[cfg_attr(feature = "schema", schemars(extend("enum" = ["connected", "absent", "expelled"])))]
+    /// `connected`, `absent`, `expelled`, `pending` (it waits for approval), `approved` (it joins when it asks again) or
+    /// `replaced` (its identity was rotated).
+    #[cfg_attr(feature = "schema", schemars(extend("enum" = ["connected", "absent", "expelled", "pending", "approved", "replaced"])))]
     pub state: Cow<'static, str>,
     /// Time at which it joined, in seconds since 1970.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -147,6 +162,24 @@ pub struct Node {
     /// Reason for its expulsion.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
+    /// Signature algorithm of its identity; absent for nodes of earlier versions, which have none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub algorithm: Option<String>,
+    /// SHA-256 of the key of its certificate.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub key_id: Option<String>,
+    /// Id of the token that it joined with.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub token: Option<String>,
+    /// Ids that it had before, the oldest first.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub former_ids: Vec<String>,
+    /// The identity that has taken the place of this one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub replaced_by: Option<String>,
+    /// Time since which it waits for approval, in seconds since 1970.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub waits_since: Option<u64>,
 }
 
 /// A node to expel.
@@ -170,7 +203,7 @@ pub struct NodeRequest {
     pub node: String,
 }
 
-/// A node that was expelled or readmitted.
+/// A node that was approved, expelled or readmitted.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(default)]
@@ -179,8 +212,8 @@ pub struct NodeChange {
     pub node_id: String,
     /// Name of the node; empty if it is not known.
     pub name: String,
-    /// `connected`, `absent` or `expelled`.
-    #[cfg_attr(feature = "schema", schemars(extend("enum" = ["connected", "absent", "expelled"])))]
+    /// `connected`, `absent`, `expelled` or `approved`.
+    #[cfg_attr(feature = "schema", schemars(extend("enum" = ["connected", "absent", "expelled", "approved"])))]
     pub state: Cow<'static, str>,
     /// True if an expulsion closed its links.
     #[serde(skip_serializing_if = "Option::is_none")]

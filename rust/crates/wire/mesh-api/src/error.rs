@@ -111,7 +111,7 @@ codes! {
     NoRoom = 409, "no_room";
     /// 503: no worker serves the model now.
     NoWorker = 503, "no_worker";
-    /// 404: no such node.
+    /// 404: no such node, or none that waits for approval.
     NodeNotFound = 404, "node_not_found";
     /// 500: the expulsion or readmission failed, or is lost when the head restarts.
     NotKept = 500, "not_kept";

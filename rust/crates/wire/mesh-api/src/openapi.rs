@@ -231,6 +231,9 @@ impl Document {
         self.administer::<(), NodeList>(list);
         let expel = post(paths::EXPEL, "expelNode", "Expels a node from the mesh.");
         self.administer::<ExpelRequest, NodeChange>(expel.errors(errors));
+        let summary = "Approves a node that waits to join.";
+        let approve = post(paths::APPROVE, "approveNode", summary).errors(errors);
+        self.administer::<NodeRequest, NodeChange>(approve);
         let summary = "Ends the expulsion or the quarantine of a node.";
         let readmit = post(paths::READMIT, "readmitNode", summary).errors(errors);
         self.administer::<NodeRequest, NodeChange>(readmit);

@@ -26,6 +26,8 @@ pub const REVOKE_TOKEN: &str = "/v1/mesh/tokens/revoke";
 pub const NODES: &str = "/v1/mesh/nodes";
 /// Expels a node.
 pub const EXPEL: &str = "/v1/mesh/nodes/expel";
+/// Approves a node that waits to join.
+pub const APPROVE: &str = "/v1/mesh/nodes/approve";
 /// Readmits a node.
 pub const READMIT: &str = "/v1/mesh/nodes/readmit";
 /// Pins of model names: the list, and a decision.

@@ -16,10 +16,12 @@ macro_rules! messages {
     )*};
 }
 
+mod identity;
 mod image;
 mod ring;
 mod share;
 
+pub use identity::{IdentityDocument, IdentityProof, RootIdentity, SignedIdentity, StoredIdentity};
 pub use image::{
     IMAGE_PART, ImageCard, ImageData, ImageStep, ImageTask, InitialImage, PREVIEW_SHARE,
     image_file_bytes, image_state_bytes, initial_image_bytes, part_cards, preview_bytes,
@@ -494,6 +496,8 @@ messages! {
         csr: Vec<u8> = [bytes = "vec", tag = 3],
         /// Name of the node.
         node_name: String = [string, tag = 4],
+        /// Proof of the node's identity; absent from nodes of earlier versions.
+        identity: Option<IdentityProof> = [message, optional, tag = 5],
     }
 
     /// The answer to [`JoinRequest`] (DCF 0x31).
@@ -502,12 +506,20 @@ messages! {
         certificates: Vec<Vec<u8>> = [bytes = "vec", repeated, tag = 1],
         /// Name of the mesh.
         mesh: String = [string, tag = 2],
+        /// The node's identity document, a [`SignedIdentity`]; empty for a node that proved none.
+        identity: Vec<u8> = [bytes = "vec", tag = 3],
+        /// The ML-DSA key of the mesh root, which signed it.
+        root: Option<RootIdentity> = [message, optional, tag = 4],
     }
 
     /// Asks for a fresh certificate before the old one ends (DCF 0x32), on an authenticated link; answered by 0x31.
     pub struct RenewRequest {
-        /// PKCS#10 request for the same key, DER.
+        /// PKCS#10 request, DER: for the same key, or for another one with a proof of the same identity.
         csr: Vec<u8> = [bytes = "vec", tag = 1],
+        /// Proof of the identity in the certificate, or of the first one that the node has.
+        identity: Option<IdentityProof> = [message, optional, tag = 2],
+        /// Proof of the identity that takes its place, if the node's key is rotated.
+        successor: Option<IdentityProof> = [message, optional, tag = 3],
     }
 }
 

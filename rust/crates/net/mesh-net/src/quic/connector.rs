@@ -74,7 +74,7 @@ impl Connector {
         let make = async {
             let connection = dial(&self.carrier, client, address, &self.config).await?;
             let peer = peer_member(&connection, address, role)?;
-            if let Some(refusal) = self.identity.deny_list().refusal(&peer.node_id) {
+            if let Some(refusal) = self.identity.deny_list().refusal_of(&peer) {
                 let text = refusal.to_string();
                 close(&connection, EXPELLED, &text);
                 return Err(ConnectError::Expelled { address, text });

@@ -8,7 +8,8 @@ use dcf::{ErrorCode, StreamError};
 use quinn::{ConnectionError, VarInt};
 
 use crate::trust::{
-    CERTIFICATE_DATES, EXPELLED, Role, TOKEN_EXPIRED, TOKEN_UNKNOWN, TOKEN_USED, TrustError,
+    AWAITING_APPROVAL, CERTIFICATE_DATES, EXPELLED, Role, TOKEN_EXPIRED, TOKEN_UNKNOWN, TOKEN_USED,
+    TrustError,
 };
 
 /// Errors of making a link.
@@ -212,7 +213,10 @@ impl JoinError {
             Self::Broken(_) => true,
             Self::Refused { code, .. } => matches!(
                 *code,
-                ErrorCode::INTERNAL | ErrorCode::DRAINING | ErrorCode::RATE_LIMITED
+                ErrorCode::INTERNAL
+                    | ErrorCode::DRAINING
+                    | ErrorCode::RATE_LIMITED
+                    | AWAITING_APPROVAL
             ),
             Self::Unusable { source, .. } => source.is_transient(),
             _ => false,

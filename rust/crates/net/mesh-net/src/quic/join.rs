@@ -9,7 +9,8 @@ use dcf::{ErrorCode, Message, MsgType};
 use mesh_base::addresses::race;
 use mesh_base::clock::timestamp_us;
 use mesh_base::listen;
-use mesh_proto::{JoinRequest, JoinResponse, RenewRequest};
+use mesh_identity::{IdentityKey, PublicKey, Purpose, Transcript};
+use mesh_proto::{IdentityProof, JoinRequest, JoinResponse, RenewRequest};
 use prost::Message as _;
 use quinn::Connection;
 use quinn::crypto::rustls::QuicClientConfig;
@@ -24,8 +25,8 @@ use super::stream::MsgStream;
 use super::tls::{self, JOIN_PROTOCOL, PinVerifier};
 use crate::files;
 use crate::trust::{
-    Admission, DenyList, JoinAsk, JoinToken, Member, NodeIdentity, NodeKey, Refusal, Role,
-    TrustError, move_identity, names, set_aside, sha256,
+    Admission, Applicant, DenyList, Issued, JoinAsk, JoinToken, Member, NodeIdentity, NodeKey,
+    Refusal, RenewAsk, Role, TrustError, move_identity, names, set_aside, sha256,
 };
 
 /// Joins the mesh of the token at its head, and stores the identity in the state directory.
@@ -40,18 +41,31 @@ pub async fn join(
 ) -> Result<NodeIdentity, JoinError> {
     // What cannot be read is found out before the token is used.
     let deny_list = DenyList::open(state_dir)?;
-    let key = NodeKey::load_or_create(state_dir)?;
-    let request = JoinRequest {
-        token_id: token.id(),
-        token_secret: token.secret().to_vec(),
-        csr: key.request()?,
-        node_name: node_name.to_owned(),
-    };
+    let applicant = Applicant::open(state_dir)?;
+    let (csr, token_id) = (applicant.request()?, token.id());
     let verifier = Arc::new(PinVerifier::new(*token.root_sha256()));
     let tls = || tls::anonymous(verifier.clone(), JOIN_PROTOCOL);
-    let request = (MsgType::JOIN_REQUEST, request.encode_to_vec());
-    let asked = ask_admission(head, request, tls).await;
-    let (chain, said_at) = asked.map_err(|error| match error {
+    let request = |session: &[u8; 32]| {
+        let transcript = Transcript {
+            purpose: Purpose::Join,
+            session,
+            root: token.root_sha256(),
+            request: &csr,
+            token: &token_id,
+            name: node_name,
+            successor: None,
+        };
+        let request = JoinRequest {
+            token_id: token_id.clone(),
+            token_secret: token.secret().to_vec(),
+            csr: csr.clone(),
+            node_name: node_name.to_owned(),
+            identity: applicant.identity_key().map(|key| transcript.prove(key)),
+        };
+        (MsgType::JOIN_REQUEST, request.encode_to_vec())
+    };
+    let asked = ask_admission(head, token.root_sha256(), request, tls).await;
+    let (issued, said_at) = asked.map_err(|error| match error {
         JoinError::Connect(ConnectError::PeerNotTrusted { address, .. }) if !verifier.matched() => {
             JoinError::ForeignMesh {
                 address,
@@ -61,12 +75,12 @@ pub async fn join(
         }
         error => error,
     })?;
-    let root = chain.get(1).map(|root| sha256(root));
+    let root = issued.certificates.get(1).map(|root| sha256(root));
     if root.as_ref() != Some(token.root_sha256()) {
         let reason = "the root in it is not the token's";
         return Err(JoinError::Answer(reason.to_owned()));
     }
-    let identity = NodeIdentity::store(state_dir, key, chain, deny_list)?;
+    let identity = NodeIdentity::store(state_dir, applicant, issued, deny_list)?;
     identity.clock().heard(said_at);
     Ok(identity)
 }
@@ -153,14 +167,33 @@ pub fn settle(state_dir: &Path) -> Result<(), TrustError> {
     std::fs::remove_dir_all(&joining).map_err(|error| TrustError::io("remove", &joining, error))
 }
 
-/// Exchanges the node's certificate for a fresh one, and takes it into use.
+/// Exchanges the node's certificate for a fresh one, and takes it into use. A node of an earlier version gets its identity
+/// signed by that, and a rotated key takes the place of the old one.
 pub async fn renew(head: &[SocketAddr], identity: &NodeIdentity) -> Result<(), JoinError> {
-    let csr = identity.request()?;
-    let request = (MsgType::RENEW_REQUEST, RenewRequest { csr }.encode_to_vec());
+    let renewal = identity.renewal()?;
+    let (csr, root) = (renewal.request()?, identity.root_sha256());
+    let request = |session: &[u8; 32]| {
+        let transcript = Transcript {
+            purpose: Purpose::Renew,
+            session,
+            root: &root,
+            request: &csr,
+            token: "",
+            name: "",
+            successor: renewal.successor.as_ref().map(|key| key.node_id()),
+        };
+        let prove = |key: &Arc<IdentityKey>| transcript.prove(key);
+        let request = RenewRequest {
+            csr: csr.clone(),
+            identity: renewal.identity.as_ref().map(prove),
+            successor: renewal.successor.as_ref().map(prove),
+        };
+        (MsgType::RENEW_REQUEST, request.encode_to_vec())
+    };
     let tls = || tls::client(identity, JOIN_PROTOCOL);
-    let (chain, said_at) = ask_admission(head, request, tls).await?;
+    let (issued, said_at) = ask_admission(head, &root, request, tls).await?;
     identity.clock().heard(said_at);
-    Ok(identity.install(chain)?)
+    Ok(identity.install_for(renewal, issued)?)
 }
 
 /// Renews the node's certificate whenever two thirds of its life are over. Never returns; run it beside the service.
@@ -188,12 +221,14 @@ pub async fn keep_renewed(head: SocketAddr, identity: NodeIdentity) -> std::conv
     }
 }
 
-/// Sends one request to a head's admission. Returns the certificates in the answer, and when it was given by the head's clock.
+/// Sends one request to a head's admission; it is made for the session's exported key. Returns the papers in the answer, and
+/// when it was given by the head's clock.
 async fn ask_admission(
     head: &[SocketAddr],
-    request: (MsgType, Vec<u8>),
+    root: &[u8; 32],
+    request: impl FnOnce(&[u8; 32]) -> (MsgType, Vec<u8>),
     tls: impl Fn() -> Result<QuicClientConfig, TrustError>,
-) -> Result<(Vec<CertificateDer<'static>>, u64), JoinError> {
+) -> Result<(Issued, u64), JoinError> {
     let config = LinkConfig {
         max_message: MAX_EXCHANGE,
         ..LinkConfig::default()
@@ -210,6 +245,7 @@ async fn ask_admission(
     let raced = race(head, attempt).await;
     let (address, (carrier, connection)) = raced.map_err(ConnectError::of_all)?;
     let answer = within(ANSWER_TIMEOUT, address, async {
+        let request = request(&session_key(&connection, root)?);
         let answer = exchange(&connection, request).await;
         connection.close(0u32.into(), b"");
         answer
@@ -219,7 +255,20 @@ async fn ask_admission(
     let _ = tokio::time::timeout(Duration::from_millis(500), carrier.endpoint.wait_idle()).await;
     let (response, said_at) = answer?;
     let certificates = response.certificates.into_iter();
-    Ok((certificates.map(CertificateDer::from).collect(), said_at))
+    let issued = Issued {
+        certificates: certificates.map(CertificateDer::from).collect(),
+        document: response.identity,
+        root: response.root.unwrap_or_default(),
+    };
+    Ok((issued, said_at))
+}
+
+/// The key that proofs of identities are bound to: only the two ends of this session can compute it.
+fn session_key(connection: &Connection, root: &[u8; 32]) -> Result<[u8; 32], TrustError> {
+    let mut key = [0; 32];
+    let exported = connection.export_keying_material(&mut key, PROOF_LABEL, root);
+    exported.map_err(|error| TrustError::Crypto(format!("the session has no key: {error:?}")))?;
+    Ok(key)
 }
 
 async fn exchange(
@@ -279,30 +328,53 @@ pub(super) async fn answer(
     (stream, request): (MsgStream, Message),
     admission: Arc<dyn Admission>,
     member: Option<Member>,
+    root: [u8; 32],
 ) -> Result<(), String> {
-    let result = decide_and_send(stream, request, admission, member).await;
+    let session = session_key(connection, &root).map_err(|error| error.to_string())?;
+    let asker = Asker {
+        member,
+        root,
+        session,
+    };
+    let result = decide_and_send(stream, request, admission, asker).await;
     // The answer must arrive before the connection goes: the other side closes.
     let _ = tokio::time::timeout(GOODBYE_TIMEOUT, connection.closed()).await;
     connection.close(0u32.into(), b"");
     result
 }
 
+/// The peer of an exchange.
+struct Asker {
+    /// The contents of its certificate, if it showed one.
+    member: Option<Member>,
+    /// SHA-256 of this mesh's root.
+    root: [u8; 32],
+    /// Key that proofs are bound to.
+    session: [u8; 32],
+}
+
 async fn decide_and_send(
     mut stream: MsgStream,
     request: Message,
     admission: Arc<dyn Admission>,
-    member: Option<Member>,
+    asker: Asker,
 ) -> Result<(), String> {
     let sequence = request.sequence;
     let mesh = admission.mesh();
-    let decided = tokio::task::spawn_blocking(move || decide(&*admission, request, member));
+    let decided = tokio::task::spawn_blocking(move || decide(&*admission, request, &asker));
     let decided = decided
         .await
         .unwrap_or_else(|error| Err(Refusal::Internal(error.to_string())));
     let (answer, result) = match decided {
-        Ok(certificates) => {
-            let certificates = certificates.iter().map(|one| one.to_vec()).collect();
-            let body = JoinResponse { certificates, mesh }.encode_to_vec();
+        Ok(issued) => {
+            let certificates = issued.certificates.iter().map(|one| one.to_vec());
+            let body = JoinResponse {
+                certificates: certificates.collect(),
+                mesh,
+                root: (!issued.document.is_empty()).then_some(issued.root),
+                identity: issued.document,
+            };
+            let body = body.encode_to_vec();
             let answer = Message::new(MsgType::JOIN_RESPONSE, sequence, timestamp_us(), body);
             (answer, Ok(()))
         }
@@ -321,37 +393,77 @@ async fn decide_and_send(
 }
 
 /// Blocks: the admission may write to disk.
-fn decide(
-    admission: &dyn Admission,
-    request: Message,
-    member: Option<Member>,
-) -> Result<Vec<CertificateDer<'static>>, Refusal> {
+fn decide(admission: &dyn Admission, request: Message, asker: &Asker) -> Result<Issued, Refusal> {
     let now = SystemTime::now();
     let unreadable =
         |error: prost::DecodeError| Refusal::Invalid(format!("unreadable request: {error}"));
     match request.kind {
         MsgType::JOIN_REQUEST => {
             let body = JoinRequest::decode(request.payload).map_err(unreadable)?;
+            let transcript = Transcript {
+                purpose: Purpose::Join,
+                session: &asker.session,
+                root: &asker.root,
+                request: &body.csr,
+                token: &body.token_id,
+                name: &body.node_name,
+                successor: None,
+            };
+            let identity = proven(&transcript, body.identity.as_ref())?;
             let ask = JoinAsk {
                 token_id: &body.token_id,
                 token_secret: &body.token_secret,
                 request: &body.csr,
                 node_name: &body.node_name,
+                identity: identity.as_ref(),
             };
             admission.join(&ask, now)
         }
         MsgType::RENEW_REQUEST => {
             let body = RenewRequest::decode(request.payload).map_err(unreadable)?;
             let without = "a renewal needs the certificate that is to be renewed";
+            let member = asker.member.as_ref();
             let member = member.ok_or_else(|| Refusal::NotAdmitted(without.to_owned()))?;
-            admission.renew(&member, &body.csr, now)
+            let claimed = body.successor.as_ref();
+            let claimed = claimed.map(|proof| PublicKey::from_bytes(&proof.public_key));
+            let claimed = claimed.transpose();
+            let claimed = claimed.map_err(|error| Refusal::Invalid(error.to_string()))?;
+            let transcript = Transcript {
+                purpose: Purpose::Renew,
+                session: &asker.session,
+                root: &asker.root,
+                request: &body.csr,
+                token: "",
+                name: "",
+                successor: claimed.map(|key| key.node_id()),
+            };
+            let identity = proven(&transcript, body.identity.as_ref())?;
+            let successor = proven(&transcript, body.successor.as_ref())?;
+            let ask = RenewAsk {
+                member,
+                request: &body.csr,
+                identity: identity.as_ref(),
+                successor: successor.as_ref(),
+            };
+            admission.renew(&ask, now)
         }
         kind => Err(Refusal::Invalid(format!("{kind} is no request to join"))),
     }
 }
 
-/// Maximum bytes of a request or answer. Both have a few hundred; certificates of later algorithms take a few
-/// thousand.
+/// The identity whose possession a peer has proven.
+fn proven(
+    transcript: &Transcript<'_>,
+    proof: Option<&IdentityProof>,
+) -> Result<Option<PublicKey>, Refusal> {
+    let verified = proof.map(|proof| transcript.verify(proof)).transpose();
+    verified.map_err(|error| Refusal::Invalid(error.to_string()))
+}
+
+/// Label of the exported key that proofs are bound to; the context is the SHA-256 of the root.
+const PROOF_LABEL: &[u8] = b"hydramesh identity proof";
+
+/// Maximum bytes of a request or answer. Both have up to 11,000.
 const MAX_EXCHANGE: usize = 64 << 10;
 
 /// Time limit for the head's answer.

@@ -50,7 +50,7 @@ impl Link {
         }
     }
 
-    /// The peer's id: SHA-256 of its public key, lower-case hex.
+    /// The peer's id: SHA-256 of its ML-DSA key, lower-case hex.
     pub fn node_id(&self) -> &str {
         &self.inner.peer.node_id
     }
@@ -239,8 +239,8 @@ impl Link {
 }
 
 impl Expellable for Inner {
-    fn node_id(&self) -> &str {
-        &self.peer.node_id
+    fn peer(&self) -> &Member {
+        &self.peer
     }
 
     fn is_open(&self) -> bool {

@@ -3,8 +3,6 @@
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
-#[cfg(test)]
-use std::time::SystemTime;
 use std::time::{Duration, Instant};
 
 use dcf::{ErrorCode, Message, MsgType};
@@ -24,7 +22,9 @@ use super::link::{Link, canonical, close, handshake_data, peer_certificate};
 use super::rooms::Rooms;
 use super::stream::SendHalf;
 use super::tls::{self, JOIN_PROTOCOL, LINK_PROTOCOL};
-use crate::trust::{Admission, CERTIFICATE_DATES, Member, MeshClock, NodeIdentity, TrustError};
+use crate::trust::{
+    Admission, CERTIFICATE_DATES, Member, MeshClock, NodeIdentity, RenewAsk, TrustError,
+};
 
 /// Accepts links, and lets new nodes join when it has an [`Admission`].
 #[derive(Debug)]
@@ -162,6 +162,7 @@ impl Acceptor {
             .map(|certificate| Member::from_certificate(&certificate))
             .transpose()
             .map_err(|error| unauthorized(&connection, error.to_string()))?;
+        let root = self.own.root_sha256();
         let crowded = |GivenUp| {
             let text = "others need the room: too many connections wait here; try again";
             refuse(&connection, ErrorCode::RATE_LIMITED, text)
@@ -188,7 +189,7 @@ impl Acceptor {
                 let held = self.rooms.joining.hold(source, request).await;
                 let request = held.map_err(crowded)??;
                 // What it asks for happens once: those that have asked are not in the way of those that have not.
-                let answer = join::answer(&connection, request, admission.clone(), None);
+                let answer = join::answer(&connection, request, admission.clone(), None, root);
                 let held = self.rooms.answering.hold(source, answer).await;
                 return held.map_err(crowded)?;
             }
@@ -196,7 +197,7 @@ impl Acceptor {
                 let (node, admission) = (member.node_id.clone(), admission.clone());
                 let exchange = async {
                     let request = join::request(&connection).await?;
-                    join::answer(&connection, request, admission, Some(member)).await
+                    join::answer(&connection, request, admission, Some(member), root).await
                 };
                 let held = self.rooms.renewing.hold(node, exchange).await;
                 return held.map_err(crowded)?;
@@ -222,7 +223,7 @@ impl Acceptor {
     /// Creates a link if the node is admitted, and informs the peer of the decision.
     async fn admit(&self, connection: &Connection, member: Member) -> Result<Link, String> {
         let now = self.clock.now();
-        if let Some(refusal) = self.own.deny_list().refusal(&member.node_id) {
+        if let Some(refusal) = self.own.deny_list().refusal_of(&member) {
             return Err(refuse(connection, refusal.code(), refusal.to_string()));
         }
         if !member.is_valid_at(now) {
@@ -303,11 +304,18 @@ async fn renew_own(
             }
             let (identity, admission) = (identity.clone(), admission.clone());
             let renewed = tokio::task::spawn_blocking(move || {
-                let request = identity.request()?;
-                let chain = admission
-                    .renew(&identity.member(), &request, now)
+                let (member, request) = (identity.member(), identity.request()?);
+                let key = identity.public_key();
+                let ask = RenewAsk {
+                    member: &member,
+                    request: &request,
+                    identity: key.as_ref(),
+                    successor: None,
+                };
+                let issued = admission
+                    .renew(&ask, now)
                     .map_err(|refusal| TrustError::Mismatch(refusal.to_string()))?;
-                identity.install(chain)
+                identity.install(issued)
             });
             match renewed.await {
                 Ok(Ok(())) => tracing::info!("renewed this node's own certificate"),
@@ -336,81 +344,3 @@ const INCOMING_BUFFERS: u64 = 2 << 20;
 
 /// A clock that was set is noticed after this time.
 const OWN_RENEWAL_CHECK: Duration = Duration::from_secs(10);
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::quic::connector::dial;
-    use crate::quic::error::Closed;
-    use crate::quic::stream::MsgStream;
-    use crate::quic::tls::PinVerifier;
-    use crate::trust::{Authority, Validity};
-    use tempfile::TempDir;
-
-    fn head() -> (TempDir, Arc<Authority>, Listener) {
-        let dir = tempfile::tempdir().expect("temporary directory");
-        let authority =
-            Authority::open(dir.path(), "attic", Validity::default()).expect("authority");
-        let authority = Arc::new(authority);
-        let identity = authority
-            .head_identity(dir.path(), "head", SystemTime::now())
-            .expect("identity");
-        let address = ([127, 0, 0, 1], 0).into();
-        let admission = Some(authority.clone() as Arc<_>);
-        let listener = Listener::bind(address, identity, admission, LinkConfig::default());
-        (dir, authority, listener.expect("listener"))
-    }
-
-    /// A connection to the head by a peer that knows its root and has no certificate.
-    async fn dial_without_certificate(
-        authority: &Authority,
-        listener: &Listener,
-        protocol: &[u8],
-    ) -> Connection {
-        let carrier = LinkEndpoint::bind(([127, 0, 0, 1], 0).into(), None).expect("socket");
-        let verifier = Arc::new(PinVerifier::new(authority.root().sha256()));
-        let tls = tls::anonymous(verifier, protocol).expect("configuration");
-        let address = listener.local_addr().expect("address");
-        dial(&carrier, tls, address, &LinkConfig::default())
-            .await
-            .expect("handshake")
-    }
-
-    #[tokio::test]
-    async fn who_has_no_certificate_gets_no_link() {
-        let (_dir, authority, listener) = head();
-        let connection = dial_without_certificate(&authority, &listener, LINK_PROTOCOL).await;
-        let Closed::ByPeer { code, text } = Closed::from(connection.closed().await) else {
-            panic!("not closed by the head")
-        };
-        assert_eq!(code, ErrorCode::UNAUTHORIZED);
-        assert!(text.contains("join with a token first"), "{text}");
-        let accepted = tokio::time::timeout(Duration::from_millis(100), listener.accept()).await;
-        assert!(accepted.is_err(), "nothing may be accepted");
-    }
-
-    #[tokio::test]
-    async fn who_has_no_certificate_cannot_renew_and_nonsense_is_answered_with_an_error() {
-        let (_dir, authority, listener) = head();
-        for (kind, expected) in [
-            (MsgType::RENEW_REQUEST, ErrorCode::UNAUTHORIZED),
-            (MsgType::JOIN_REQUEST, ErrorCode::INVALID_PAYLOAD),
-            (MsgType::GENERATE, ErrorCode::INVALID_PAYLOAD),
-        ] {
-            let connection = dial_without_certificate(&authority, &listener, JOIN_PROTOCOL).await;
-            let halves = connection.open_bi().await.expect("opens");
-            let mut stream = MsgStream::new(halves, 1000);
-            stream
-                .send(Message::new(kind, 9, 0, Vec::new()))
-                .await
-                .expect("sends");
-            let answer = stream.recv().await.expect("receives").expect("an answer");
-            assert_eq!((answer.kind, answer.sequence), (MsgType::ERROR, 9));
-            assert_eq!(
-                answer.error_body().expect("a body").code,
-                expected,
-                "{kind}"
-            );
-        }
-    }
-}

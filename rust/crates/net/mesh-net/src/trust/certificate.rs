@@ -5,13 +5,14 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use data_encoding::HEXLOWER;
 use mesh_base::clock;
+use mesh_identity::NodeId;
 use rustls::client::verify_server_cert_signed_by_trust_anchor;
 use rustls::crypto::{WebPkiSupportedAlgorithms, aws_lc_rs};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, UnixTime};
 use rustls::server::ParsedCertificate;
 use rustls::{CertificateError, Error, RootCertStore};
-use x509_parser::prelude::{FromDer, X509Certificate, X509Name};
+use x509_parser::prelude::{FromDer, GeneralName, X509Certificate, X509Name};
 
 use super::digest::sha256;
 use super::error::TrustError;
@@ -50,8 +51,12 @@ impl std::fmt::Display for Role {
 /// Contents of a node's certificate. They say nothing about whether the certificate is genuine.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Member {
-    /// SHA-256 of the node's public key (SubjectPublicKeyInfo, DER), lower-case hex.
+    /// SHA-256 of the node's ML-DSA key, lower-case hex. In certificates of nodes without an identity, as earlier versions
+    /// got them, that of the certificate's key.
     pub node_id: String,
+    /// SHA-256 of the certificate's public key (SubjectPublicKeyInfo, DER), lower-case hex: the node's id for peers of
+    /// earlier versions.
+    pub key_id: String,
     /// Name of the node, for people; not unique.
     pub name: String,
     /// Role of the node.
@@ -76,14 +81,23 @@ impl Member {
         let moment = |time: x509_parser::time::ASN1Time| {
             UNIX_EPOCH + Duration::from_secs(u64::try_from(time.timestamp()).unwrap_or_default())
         };
+        let key_id = HEXLOWER.encode(&sha256(parsed.public_key().raw));
         Ok(Self {
-            node_id: HEXLOWER.encode(&sha256(parsed.public_key().raw)),
+            node_id: named_id(&parsed, NODE_SCHEME)
+                .map_err(foreign)?
+                .unwrap_or_else(|| key_id.clone()),
+            key_id,
             name: attribute(X509Name::iter_common_name(subject)).map_err(foreign)?,
             role: Role::parse(&role).ok_or_else(|| foreign(format!("unknown role `{role}`")))?,
             mesh: attribute(X509Name::iter_organization(subject)).map_err(foreign)?,
             not_before: moment(parsed.validity().not_before),
             not_after: moment(parsed.validity().not_after),
         })
+    }
+
+    /// True if the certificate is bound to an ML-DSA identity.
+    pub fn has_identity(&self) -> bool {
+        self.node_id != self.key_id
     }
 
     /// The dates of the certificate, for messages.
@@ -98,6 +112,38 @@ impl Member {
     }
 }
 
+/// The id that a certificate names by a URI of this scheme, as a further name of its subject (RFC 5280, section 4.2.1.6).
+pub(super) fn named_id(
+    certificate: &X509Certificate<'_>,
+    scheme: &str,
+) -> Result<Option<String>, String> {
+    let names = certificate.subject_alternative_name();
+    let Some(names) = names.map_err(|error| error.to_string())? else {
+        return Ok(None);
+    };
+    let ids = names
+        .value
+        .general_names
+        .iter()
+        .filter_map(|name| match name {
+            GeneralName::URI(uri) => uri.strip_prefix(scheme),
+            _ => None,
+        });
+    let mut ids = ids.map(|id| id.parse::<NodeId>());
+    match (ids.next(), ids.next()) {
+        (None, _) => Ok(None),
+        (Some(id), None) => id
+            .map(|id| Some(id.to_string()))
+            .map_err(|error| error.to_string()),
+        (Some(_), Some(_)) => Err(format!("it names several ids as {scheme}")),
+    }
+}
+
+/// Begin of the URI with the id of a node.
+pub(super) const NODE_SCHEME: &str = "hydramesh:node:";
+/// Begin of the URI with the id of a mesh root.
+pub(super) const ROOT_SCHEME: &str = "hydramesh:root:";
+
 /// The first of these parts of a certificate's subject.
 pub(super) fn attribute<'a>(
     mut values: impl Iterator<Item = &'a x509_parser::x509::AttributeTypeAndValue<'a>>,
@@ -107,8 +153,8 @@ pub(super) fn attribute<'a>(
     Ok(text.to_owned())
 }
 
-/// The id that a node with the key of this request (DER) has.
-pub(super) fn requested_node_id(request: &[u8]) -> Result<String, TrustError> {
+/// SHA-256 of the public key in a request (PKCS#10, DER), lower-case hex: [`Member::key_id`] of a certificate for it.
+pub fn requested_key_id(request: &[u8]) -> Result<String, TrustError> {
     use x509_parser::certification_request::X509CertificationRequest;
     let (_, request) = X509CertificationRequest::from_der(request)
         .map_err(|error| TrustError::Request(error.to_string()))?;
@@ -116,7 +162,7 @@ pub(super) fn requested_node_id(request: &[u8]) -> Result<String, TrustError> {
 }
 
 /// Names go into certificates, logs and metrics: keep them plain.
-pub(super) fn check_name(name: &str) -> Result<(), TrustError> {
+pub fn check_name(name: &str) -> Result<(), TrustError> {
     let plain = name
         .chars()
         .all(|c| c.is_ascii_alphanumeric() || ".-_".contains(c));
@@ -166,4 +212,4 @@ pub(super) fn from_pem(path: &Path, text: &str) -> Result<CertificateDer<'static
 }
 
 /// Maximum length of a name.
-pub(super) const LONGEST_NAME: usize = 63;
+pub const LONGEST_NAME: usize = 63;

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 use std::time::SystemTime;
 
@@ -10,6 +11,7 @@ use mesh_base::clock::{self, unix_seconds};
 use mesh_base::sync::lock;
 use serde::{Deserialize, Serialize};
 
+use super::certificate::Member;
 use super::error::TrustError;
 use super::names;
 use super::refusal::Refusal;
@@ -23,6 +25,7 @@ pub struct DenyList(Arc<Inner>);
 struct Inner {
     path: PathBuf,
     nodes: Mutex<BTreeMap<String, Expulsion>>,
+    version: AtomicU64,
     /// Held while the file is written.
     saving: Mutex<()>,
     /// Links that end when their peer is expelled.
@@ -31,15 +34,14 @@ struct Inner {
 
 /// A link, which ends when its peer is expelled.
 pub(crate) trait Expellable: Send + Sync {
-    /// The peer's id.
-    fn node_id(&self) -> &str;
+    fn peer(&self) -> &Member;
     fn is_open(&self) -> bool;
     /// Ends the link; the peer gets the refusal.
     fn expel(&self, refusal: &Refusal);
 }
 
 /// Name of an expelled node, with time and reason.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Expulsion {
     /// Name of the node.
     #[serde(default)]
@@ -49,6 +51,12 @@ pub struct Expulsion {
     pub reason: String,
     /// Seconds since the Unix epoch.
     pub since: u64,
+    /// The key of its certificate ([`Member::key_id`]), if that is known: peers of earlier versions know the node by it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub key_id: Option<String>,
+    /// The identity that the node has instead, if it rotated its key.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub replaced_by: Option<String>,
 }
 
 #[derive(Default, Serialize, Deserialize)]
@@ -67,6 +75,7 @@ impl DenyList {
         Ok(Self(Arc::new(Inner {
             path,
             nodes: Mutex::new(kept.unwrap_or_default().expelled),
+            version: AtomicU64::new(0),
             saving: Mutex::default(),
             links: Mutex::default(),
         })))
@@ -84,6 +93,20 @@ impl DenyList {
         reason: &str,
         now: SystemTime,
     ) -> Result<(), TrustError> {
+        let expulsion = Expulsion {
+            name: name.to_owned(),
+            reason: reason.to_owned(),
+            since: unix_seconds(now),
+            ..Expulsion::default()
+        };
+        self.add(node_id, expulsion)
+    }
+
+    /// As [`expel`](Self::expel), with all that is to be remembered.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn add(&self, node_id: &str, expulsion: Expulsion) -> Result<(), TrustError> {
         let mut nodes = lock(&self.0.nodes);
         if nodes.len() >= MOST_EXPELLED && !nodes.contains_key(node_id) {
             return Err(TrustError::ListFull {
@@ -91,12 +114,7 @@ impl DenyList {
                 most: MOST_EXPELLED,
             });
         }
-        let expulsion = || Expulsion {
-            name: name.to_owned(),
-            reason: reason.to_owned(),
-            since: unix_seconds(now),
-        };
-        nodes.entry(node_id.to_owned()).or_insert_with(expulsion);
+        nodes.entry(node_id.to_owned()).or_insert(expulsion);
         drop(nodes);
         self.end_links();
         self.save()
@@ -114,6 +132,7 @@ impl DenyList {
             lock(&self.0.nodes).insert(node_id.to_owned(), expulsion);
             return Err(error);
         }
+        self.0.version.fetch_add(1, Ordering::Relaxed);
         Ok(Some(expulsion))
     }
 
@@ -144,10 +163,36 @@ impl DenyList {
         files::write_json(&self.0.path, &kept)
     }
 
+    /// The refusal to send to this member, by its identity and by the key of its certificate; `None` if it is not expelled.
+    pub fn refusal_of(&self, member: &Member) -> Option<Refusal> {
+        self.refusal_of_any(&member.node_id, &member.key_id)
+    }
+
+    /// As [`refusal_of`](Self::refusal_of), for a node that has no certificate yet.
+    pub fn refusal_of_any(&self, node_id: &str, key_id: &str) -> Option<Refusal> {
+        let by_id = self.refusal(node_id).or_else(|| self.refusal(key_id));
+        by_id.or_else(|| {
+            let nodes = lock(&self.0.nodes);
+            let mut keyed = nodes.iter();
+            let (id, _) = keyed.find(|(_, node)| node.key_id.as_deref() == Some(key_id))?;
+            let id = id.clone();
+            drop(nodes);
+            self.refusal(&id)
+        })
+    }
+
     /// The refusal to send to this node; `None` if it is not expelled.
     pub fn refusal(&self, node_id: &str) -> Option<Refusal> {
         let nodes = lock(&self.0.nodes);
         let expulsion = nodes.get(node_id)?;
+        if let Some(successor) = &expulsion.replaced_by {
+            return Some(Refusal::Expelled(format!(
+                "the identity {node_id} of `{}` was rotated on {}, and the node is {successor} since; if you did not do that, expel it (`hydramesh nodes expel {}`)",
+                expulsion.name,
+                clock::utc_of(expulsion.since),
+                expulsion.name
+            )));
+        }
         let reason = match expulsion.reason.as_str() {
             "" => String::new(),
             reason => format!(" ({reason})"),
@@ -160,6 +205,23 @@ impl DenyList {
             "`{name}` was expelled from this mesh on {}{reason}; `hydramesh nodes readmit {name}` at the head lets it in again",
             clock::utc_of(expulsion.since)
         )))
+    }
+
+    /// The identity that has taken the place of this one, if it was rotated.
+    pub fn replaced_by(&self, node_id: &str) -> Option<String> {
+        lock(&self.0.nodes).get(node_id)?.replaced_by.clone()
+    }
+
+    /// Forgets identities that were rotated before `before`, seconds since the Unix epoch: their certificates have ended.
+    /// The next change writes the list.
+    pub fn forget_replaced(&self, before: u64) {
+        let mut nodes = lock(&self.0.nodes);
+        nodes.retain(|_, entry| entry.replaced_by.is_none() || entry.since >= before);
+    }
+
+    /// Number of changes of the list in this process.
+    pub fn version(&self) -> u64 {
+        self.0.version.load(Ordering::Relaxed)
     }
 
     /// True if this node is expelled.
@@ -183,6 +245,7 @@ impl DenyList {
     }
 
     fn end_links(&self) {
+        self.0.version.fetch_add(1, Ordering::Relaxed);
         let links: Vec<_> = lock(&self.0.links)
             .iter()
             .filter_map(Weak::upgrade)
@@ -191,7 +254,7 @@ impl DenyList {
     }
 
     fn end_link(&self, link: &dyn Expellable) {
-        if let Some(refusal) = self.refusal(link.node_id())
+        if let Some(refusal) = self.refusal_of(link.peer())
             && link.is_open()
         {
             link.expel(&refusal);
@@ -258,9 +321,7 @@ mod tests {
         let list = DenyList::open(dir.path()).expect("empty");
         let entry = |number: usize| {
             let expulsion = Expulsion {
-                name: String::new(),
-                reason: String::new(),
-                since: 0,
+                ..Expulsion::default()
             };
             (format!("{number:064x}"), expulsion)
         };

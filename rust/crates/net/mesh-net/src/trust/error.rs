@@ -3,6 +3,8 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use mesh_identity::KeyFileError;
+
 use super::names;
 
 /// Errors of a root, an identity or a token store.
@@ -84,6 +86,12 @@ pub enum TrustError {
     /// A certificate request that cannot be read, or whose signature does not fit its key.
     #[error("the certificate request is not valid: {0}")]
     Request(String),
+    /// The file of an identity key.
+    #[error(transparent)]
+    IdentityKey(#[from] KeyFileError),
+    /// The identity key cannot be rotated by this program.
+    #[error("{0}")]
+    NotRotated(String),
     /// The cryptographic library refused.
     #[error("certificate operation failed: {0}")]
     Crypto(String),
@@ -99,7 +107,7 @@ impl TrustError {
     }
 
     /// True if the file that it names has this name.
-    pub(super) fn is_about(&self, name: &str) -> bool {
+    pub fn is_about(&self, name: &str) -> bool {
         match self {
             Self::Damaged { path, .. }
             | Self::Missing { path, .. }
@@ -108,14 +116,16 @@ impl TrustError {
         }
     }
 
-    pub(super) fn missing(path: &Path, beside: &Path) -> Self {
+    /// A file of `path` is missing while `beside` is there.
+    pub fn missing(path: &Path, beside: &Path) -> Self {
         Self::Missing {
             path: path.to_owned(),
             beside: beside.to_owned(),
         }
     }
 
-    pub(crate) fn damaged(path: &Path, reason: impl ToString) -> Self {
+    /// The contents of `path` are invalid.
+    pub fn damaged(path: &Path, reason: impl ToString) -> Self {
         Self::Damaged {
             path: path.to_owned(),
             reason: reason.to_string(),
@@ -137,6 +147,10 @@ fn remedy(path: &Path) -> &'static str {
         Some(names::NODE_KEY) => {
             "restore it from a backup. Without it a worker becomes another node with a new token (`hydramesh token create`), and a \
              head gives itself a new identity when node.crt is removed"
+        }
+        Some(names::IDENTITY_KEY | names::IDENTITY_CREDENTIAL) => {
+            "restore it from a backup. Without it a worker becomes another node with a new token (`mesh-worker new-identity`), and \
+             a head gives itself a new identity when node.crt is removed"
         }
         Some(names::NODE_CERTIFICATE) => {
             "restore it from a backup, or give this worker a new token (`hydramesh token create`); a head issues itself another \

@@ -6,19 +6,25 @@ use std::sync::{Arc, Mutex};
 use std::time::SystemTime;
 
 use mesh_base::sync::lock;
+use mesh_identity::{Document, IdentityKey, PublicKey};
+use mesh_proto::RootIdentity;
 use rcgen::{CertificateParams, KeyPair, PKCS_ECDSA_P256_SHA256};
 use rustls::SignatureScheme;
 use rustls::client::ResolvesClientCert;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::server::{ClientHello, ResolvesServerCert};
 use rustls::sign::CertifiedKey;
+use zeroize::Zeroizing;
 
 use super::certificate::{Member, algorithms, from_pem, pem, verify_issued_by};
 use super::clock::MeshClock;
 use super::deny::DenyList;
 use super::digest::sha256;
 use super::error::TrustError;
+use super::identity_keys::{IdentityKeys, read_document, write_document};
 use super::names;
+use super::root::Issued;
+use super::root_identity::verify_root_identity;
 use crate::files;
 
 /// A node's key, its certificate and the root of its mesh. Clones share them, so that a renewed certificate is used by
@@ -30,7 +36,6 @@ pub struct NodeIdentity {
 
 struct Inner {
     dir: PathBuf,
-    key: NodeKey,
     root: CertificateDer<'static>,
     clock: MeshClock,
     deny_list: DenyList,
@@ -39,8 +44,73 @@ struct Inner {
 
 #[derive(Clone)]
 struct Current {
+    key: Arc<NodeKey>,
     certified: Arc<CertifiedKey>,
     member: Arc<Member>,
+    identity: IdentityKeys,
+}
+
+/// The keys of a node that is to join, in its state directory.
+pub struct Applicant {
+    key: Arc<NodeKey>,
+    identity: IdentityKeys,
+}
+
+impl Applicant {
+    /// The keys in `dir`; those that are missing are made. A repeated join uses the same ones.
+    ///
+    /// # Errors
+    /// If one is damaged or cannot be written.
+    pub fn open(dir: &Path) -> Result<Self, TrustError> {
+        Ok(Self {
+            key: Arc::new(NodeKey::load_or_create(dir)?),
+            identity: IdentityKeys::load_or_create(dir)?,
+        })
+    }
+
+    /// As [`open`](Self::open), with a fresh key for the certificate. It is written by [`NodeIdentity::store`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn with_new_key(dir: &Path) -> Result<Self, TrustError> {
+        Ok(Self {
+            key: Arc::new(NodeKey::generate()?),
+            ..Self::open(dir)?
+        })
+    }
+
+    /// A request (PKCS#10, DER) for a certificate for this key.
+    ///
+    /// # Errors
+    /// If the cryptographic library fails.
+    pub fn request(&self) -> Result<Vec<u8>, TrustError> {
+        self.key.request()
+    }
+
+    /// The public half of the identity key; `None` where none can be written.
+    pub fn public_key(&self) -> Option<&PublicKey> {
+        Some(self.identity.wanted()?.public())
+    }
+
+    pub(crate) fn identity_key(&self) -> Option<&IdentityKey> {
+        self.identity.wanted().map(|key| &**key)
+    }
+}
+
+/// Keys of a certificate that is asked for.
+pub(crate) struct Renewal {
+    key: Arc<NodeKey>,
+    /// The identity in the present certificate, or the node's first one.
+    pub(crate) identity: Option<Arc<IdentityKey>>,
+    /// The identity that takes its place.
+    pub(crate) successor: Option<Arc<IdentityKey>>,
+}
+
+impl Renewal {
+    /// A request (PKCS#10, DER) for a certificate for this key.
+    pub(crate) fn request(&self) -> Result<Vec<u8>, TrustError> {
+        self.key.request()
+    }
 }
 
 impl NodeIdentity {
@@ -53,7 +123,7 @@ impl NodeIdentity {
     }
 
     /// As [`load`](Self::load), with a list of expelled nodes that is open already.
-    pub(super) fn load_with(dir: &Path, deny_list: DenyList) -> Result<Self, TrustError> {
+    pub fn load_with(dir: &Path, deny_list: DenyList) -> Result<Self, TrustError> {
         let root_path = dir.join(names::ROOT_CERTIFICATE);
         let chain_path = dir.join(names::NODE_CERTIFICATE);
         let key_path = dir.join(names::NODE_KEY);
@@ -73,59 +143,89 @@ impl NodeIdentity {
         };
         let root = from_pem(&root_path, &root)?;
         let certificate = from_pem(&chain_path, &certificate)?;
-        Member::from_certificate(&certificate)
+        let member = Member::from_certificate(&certificate)
             .map_err(|error| TrustError::damaged(&chain_path, error))?;
-        Self::assemble(dir, key, certificate, root, deny_list).map_err(|error| match error {
+        let mut identity = IdentityKeys::of_member(dir, &member)?;
+        let current = Current::new(Arc::new(key), certificate.clone(), &root, identity.clone());
+        let current = current.or_else(|error| {
+            // A renewal for another key may have been cut off behind the certificate.
+            let next = NodeKey::read(&dir.join(names::NEXT_NODE_KEY))?.ok_or(error)?;
+            let current = Current::new(Arc::new(next), certificate, &root, identity.clone())?;
+            NodeKey::settle(dir)?;
+            Ok(current)
+        });
+        let mut current = current.map_err(|error| match error {
             TrustError::Mismatch(reason) => TrustError::MixedUp {
                 path: chain_path,
                 reason,
             },
             error => error,
-        })
+        })?;
+        identity.settle(dir, &current.member.node_id)?;
+        current.identity = identity;
+        Ok(Self::with(dir, root, deny_list, current))
     }
 
-    /// Stores the certificates that the mesh issued for `key`; the key is in `dir` already.
-    pub(crate) fn store(
+    /// Stores the papers that the mesh issued to `applicant`, whose keys are in `dir` already.
+    pub fn store(
         dir: &Path,
-        key: NodeKey,
-        chain: Vec<CertificateDer<'static>>,
+        applicant: Applicant,
+        issued: Issued,
         deny_list: DenyList,
     ) -> Result<Self, TrustError> {
-        let [certificate, root] = <[_; 2]>::try_from(chain).map_err(|chain| {
+        let Applicant { key, mut identity } = applicant;
+        let [certificate, root] = <[_; 2]>::try_from(issued.certificates).map_err(|chain| {
             TrustError::Mismatch(format!(
                 "expected node and root certificate, got {}",
                 chain.len()
             ))
         })?;
-        let identity = Self::assemble(dir, key, certificate, root, deny_list)?;
+        let mut current = Current::new(key, certificate, &root, identity.clone())?;
+        let member = &current.member;
+        check_document(
+            member,
+            identity.wanted(),
+            &root,
+            &issued.document,
+            &issued.root,
+        )?;
+        current.key.write(&dir.join(names::NEXT_NODE_KEY))?;
         // The node's certificate comes last: while it is missing, the node has not joined.
-        let root_path = dir.join(names::ROOT_CERTIFICATE);
-        files::replace(&root_path, pem(identity.root()), files::PUBLIC)?;
-        identity.persist(&identity.current().certified.cert[0])?;
-        Ok(identity)
+        if !issued.document.is_empty() {
+            write_document(dir, &issued.document, &issued.root)?;
+        }
+        files::replace(
+            &dir.join(names::ROOT_CERTIFICATE),
+            pem(&root),
+            files::PUBLIC,
+        )?;
+        let path = dir.join(names::NODE_CERTIFICATE);
+        files::replace(&path, pem(&current.certified.cert[0]), files::PUBLIC)?;
+        NodeKey::settle(dir)?;
+        identity.settle(dir, &current.member.node_id)?;
+        current.identity = identity;
+        Ok(Self::with(dir, root, deny_list, current))
     }
 
-    fn assemble(
+    fn with(
         dir: &Path,
-        key: NodeKey,
-        certificate: CertificateDer<'static>,
         root: CertificateDer<'static>,
         deny_list: DenyList,
-    ) -> Result<Self, TrustError> {
-        let current = Mutex::new(Current::new(&key, certificate, &root)?);
-        Ok(Self {
-            inner: Arc::new(Inner {
-                dir: dir.to_owned(),
-                key,
-                root,
-                clock: MeshClock::default(),
-                deny_list,
-                current,
-            }),
-        })
+        current: Current,
+    ) -> Self {
+        let inner = Inner {
+            dir: dir.to_owned(),
+            root,
+            clock: MeshClock::default(),
+            deny_list,
+            current: Mutex::new(current),
+        };
+        Self {
+            inner: Arc::new(inner),
+        }
     }
 
-    /// The node's id: SHA-256 of its public key, lower-case hex.
+    /// The node's id: SHA-256 of its ML-DSA key, lower-case hex.
     pub fn node_id(&self) -> String {
         self.member().node_id.clone()
     }
@@ -170,16 +270,67 @@ impl NodeIdentity {
 
     /// A request (PKCS#10, DER) for a certificate for the same key.
     pub fn request(&self) -> Result<Vec<u8>, TrustError> {
-        self.inner.key.request()
+        self.current().key.request()
     }
 
-    /// Takes a renewed certificate into use and into the state directory. It must be for this node's key, of the same
-    /// mesh and role.
-    pub fn install(&self, chain: Vec<CertificateDer<'static>>) -> Result<(), TrustError> {
+    /// The public half of the node's identity key; `None` where it has none.
+    pub fn public_key(&self) -> Option<PublicKey> {
+        let current = self.current();
+        Some(current.identity.key.as_ref()?.public().clone())
+    }
+
+    /// True if the certificate is not bound to the identity that the node is to have: it is of an earlier version, or the
+    /// key was rotated. A renewal mends that.
+    pub fn is_identity_due(&self) -> bool {
+        let current = self.current();
+        let wanted = current.identity.wanted();
+        wanted.is_some_and(|key| key.node_id().to_string() != current.member.node_id)
+    }
+
+    /// The mesh root's document about this node, as it was stored; `None` if it has none, or it is not of this root.
+    pub fn document(&self) -> Option<Document> {
+        read_document(&self.inner.dir).filter(|document| document.root == self.root_sha256())
+    }
+
+    /// The keys to ask a certificate for: the present ones, or fresh ones if the identity is rotated.
+    pub(crate) fn renewal(&self) -> Result<Renewal, TrustError> {
+        let Current { key, identity, .. } = self.current();
+        Ok(Renewal {
+            // Whoever has the old key must not be able to pose as the new identity.
+            key: match identity.next {
+                Some(_) => Arc::new(NodeKey::generate()?),
+                None => key,
+            },
+            identity: identity.key,
+            successor: identity.next,
+        })
+    }
+
+    /// Takes renewed papers for the same keys into use and into the state directory. They must be of the same mesh and
+    /// role.
+    pub fn install(&self, issued: Issued) -> Result<(), TrustError> {
+        let renewal = Renewal {
+            successor: None,
+            ..self.renewal()?
+        };
+        let key = self.current().key;
+        self.install_for(Renewal { key, ..renewal }, issued)
+    }
+
+    /// As [`install`](Self::install), for the keys of a renewal.
+    pub(crate) fn install_for(&self, renewal: Renewal, issued: Issued) -> Result<(), TrustError> {
         let none = || TrustError::Mismatch("no certificate was issued".to_owned());
-        let certificate = chain.into_iter().next().ok_or_else(none)?;
-        let renewed = Current::new(&self.inner.key, certificate, &self.inner.root)?;
+        let certificate = issued.certificates.into_iter().next().ok_or_else(none)?;
+        let (root, mut identity) = (&self.inner.root, self.current().identity);
+        let mut renewed = Current::new(renewal.key.clone(), certificate, root, identity.clone())?;
         let (old, new) = (self.member(), &renewed.member);
+        let wanted = renewal.successor.as_ref().or(renewal.identity.as_ref());
+        check_document(new, wanted, root, &issued.document, &issued.root)?;
+        if old.has_identity() && !new.has_identity() {
+            tracing::warn!(
+                "the head is of an earlier version: until it is updated, it knows this node by the key of its certificate"
+            );
+        }
         if (&old.mesh, old.role) != (&new.mesh, new.role) {
             let reason = format!(
                 "renewal turned a {} of {} into a {} of {}",
@@ -187,7 +338,21 @@ impl NodeIdentity {
             );
             return Err(TrustError::Mismatch(reason));
         }
-        self.persist(&renewed.certified.cert[0])?;
+        let dir = &self.inner.dir;
+        if renewal.successor.is_some() {
+            renewal.key.write(&dir.join(names::NEXT_NODE_KEY))?;
+        }
+        if !issued.document.is_empty() {
+            write_document(dir, &issued.document, &issued.root)?;
+        }
+        // Both keys are there, and the certificate decides which of them counts.
+        let path = dir.join(names::NODE_CERTIFICATE);
+        files::replace(&path, pem(&renewed.certified.cert[0]), files::PUBLIC)?;
+        if renewal.successor.is_some() {
+            NodeKey::settle(dir)?;
+        }
+        identity.settle(dir, &renewed.member.node_id)?;
+        renewed.identity = identity;
         *lock(&self.inner.current) = renewed;
         Ok(())
     }
@@ -200,8 +365,11 @@ impl NodeIdentity {
         if old.certified.cert[0] == new.certified.cert[0] {
             return Ok(false);
         }
-        let is_same_node =
-            |a: &Member, b: &Member| (&a.node_id, &a.mesh, a.role) == (&b.node_id, &b.mesh, b.role);
+        // A node of an earlier version gets an identity, and keeps its key.
+        let is_same_node = |a: &Member, b: &Member| {
+            (&a.mesh, a.role) == (&b.mesh, b.role)
+                && (a.node_id == b.node_id || a.key_id == b.key_id)
+        };
         if self.root() != stored.root() || !is_same_node(&old.member, &new.member) {
             return Err(TrustError::Mismatch(
                 "the identity in the state directory is another node's; restart to use it"
@@ -210,11 +378,6 @@ impl NodeIdentity {
         }
         *lock(&self.inner.current) = new;
         Ok(true)
-    }
-
-    fn persist(&self, certificate: &CertificateDer<'_>) -> Result<(), TrustError> {
-        let path = self.inner.dir.join(names::NODE_CERTIFICATE);
-        files::replace(&path, pem(certificate), files::PUBLIC)
     }
 
     fn current(&self) -> Current {
@@ -248,9 +411,10 @@ impl ResolvesClientCert for NodeIdentity {
 
 impl Current {
     fn new(
-        key: &NodeKey,
+        key: Arc<NodeKey>,
         certificate: CertificateDer<'static>,
         root: &CertificateDer<'static>,
+        identity: IdentityKeys,
     ) -> Result<Self, TrustError> {
         let member = Member::from_certificate(&certificate)?;
         verify_issued_by(&certificate, root, &algorithms())
@@ -263,10 +427,48 @@ impl Current {
             .keys_match()
             .map_err(|_| TrustError::Mismatch("it is for another key than node.key".to_owned()))?;
         Ok(Self {
+            key,
             certified: Arc::new(certified),
             member: Arc::new(member),
+            identity,
         })
     }
+}
+
+/// Checks the papers of a node against each other: the document is the root's, and about the identity in the certificate,
+/// which is the one that was asked for. Heads of earlier versions know of neither.
+fn check_document(
+    member: &Member,
+    wanted: Option<&Arc<IdentityKey>>,
+    root: &CertificateDer<'_>,
+    document: &[u8],
+    root_identity: &RootIdentity,
+) -> Result<(), TrustError> {
+    if !member.has_identity() && document.is_empty() {
+        return Ok(());
+    }
+    let mismatch = |reason: String| Err(TrustError::Mismatch(reason));
+    let signer = verify_root_identity(root, root_identity)?;
+    let said = match Document::verify(document, &signer) {
+        Ok(said) => said,
+        Err(error) => return mismatch(format!("the identity document: {error}")),
+    };
+    if wanted.is_none_or(|key| *key.public() != said.key) {
+        return mismatch(format!("the identity document is about {}", said.node_id()));
+    }
+    let certified = (
+        &*member.node_id,
+        &*member.name,
+        member.role.as_str(),
+        &*member.mesh,
+    );
+    let id = said.node_id().to_string();
+    if certified != (&*id, &*said.name, &*said.role, &*said.mesh) || said.root != sha256(root) {
+        return mismatch(
+            "the identity document and the certificate name different nodes".to_owned(),
+        );
+    }
+    Ok(())
 }
 
 /// Sets the identity in a state directory aside, so that the node can join anew with a token, as another one. Returns the
@@ -300,8 +502,12 @@ pub(crate) fn move_identity(from: &Path, to: &Path) -> Result<(), TrustError> {
 }
 
 /// The certificate comes last: while it is missing, the node has not joined.
-const IDENTITY_FILES: [&str; 3] = [
+const IDENTITY_FILES: [&str; 7] = [
+    names::IDENTITY_KEY,
+    names::NEXT_IDENTITY_KEY,
+    names::IDENTITY_DOCUMENT,
     names::NODE_KEY,
+    names::NEXT_NODE_KEY,
     names::ROOT_CERTIFICATE,
     names::NODE_CERTIFICATE,
 ];
@@ -318,18 +524,36 @@ impl NodeKey {
             return Ok(key);
         }
         files::create_private_dir(dir)?;
+        let key = Self::generate()?;
+        key.write(&dir.join(names::NODE_KEY))?;
+        Ok(key)
+    }
+
+    fn generate() -> Result<Self, TrustError> {
         let pair = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
-        let path = dir.join(names::NODE_KEY);
-        files::replace(&path, pair.serialize_pem(), files::PRIVATE)?;
         Ok(Self { pair })
     }
 
+    fn write(&self, path: &Path) -> Result<(), TrustError> {
+        let text = Zeroizing::new(self.pair.serialize_pem());
+        files::replace(path, text.as_bytes(), files::PRIVATE)
+    }
+
+    /// Puts the next key into the place of the present one.
+    fn settle(dir: &Path) -> Result<(), TrustError> {
+        let (from, to) = (dir.join(names::NEXT_NODE_KEY), dir.join(names::NODE_KEY));
+        std::fs::rename(&from, &to).map_err(|error| TrustError::io("move", &from, error))
+    }
+
     pub(crate) fn load(dir: &Path) -> Result<Option<Self>, TrustError> {
-        let path = dir.join(names::NODE_KEY);
-        let Some(pem) = files::read(&path)? else {
+        Self::read(&dir.join(names::NODE_KEY))
+    }
+
+    fn read(path: &Path) -> Result<Option<Self>, TrustError> {
+        let Some(pem) = files::read(path)?.map(Zeroizing::new) else {
             return Ok(None);
         };
-        let pair = KeyPair::from_pem(&pem).map_err(|error| TrustError::damaged(&path, error))?;
+        let pair = KeyPair::from_pem(&pem).map_err(|error| TrustError::damaged(path, error))?;
         Ok(Some(Self { pair }))
     }
 
@@ -342,46 +566,4 @@ impl NodeKey {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::trust::{Admission, Authority, Validity};
-
-    #[test]
-    fn a_certificate_that_was_replaced_on_disk_is_taken_into_use_if_it_is_this_nodes() {
-        let now = SystemTime::now();
-        let dir = tempfile::tempdir().expect("a folder");
-        let authority = Authority::open(dir.path(), "test", Validity::default()).expect("a root");
-        let identity = authority
-            .head_identity(dir.path(), "head", now)
-            .expect("an identity");
-        assert!(!identity.reload().expect("nothing new"));
-
-        // Somebody else renews it: another process, or an operator.
-        let other = NodeIdentity::load(dir.path()).expect("the same identity");
-        let request = other.request().expect("a request");
-        let chain = authority
-            .renew(&other.member(), &request, now)
-            .expect("a certificate");
-        other.install(chain).expect("stored");
-        let in_use = identity.current().certified.cert[0].clone();
-        assert!(identity.reload().expect("the new one"));
-        assert_ne!(identity.current().certified.cert[0], in_use);
-        assert_eq!(identity.member().not_after, other.member().not_after);
-
-        let elsewhere = tempfile::tempdir().expect("a folder");
-        let stranger = Authority::open(elsewhere.path(), "test", Validity::default())
-            .expect("a root")
-            .head_identity(elsewhere.path(), "head", now);
-        stranger.expect("an identity");
-        for file in [
-            names::ROOT_CERTIFICATE,
-            names::NODE_CERTIFICATE,
-            names::NODE_KEY,
-        ] {
-            std::fs::copy(elsewhere.path().join(file), dir.path().join(file)).expect("copied");
-        }
-        let error = identity.reload().expect_err("another node's");
-        assert!(error.to_string().contains("restart"), "{error}");
-        assert_eq!(identity.member().node_id, other.member().node_id);
-    }
-}
+mod tests;

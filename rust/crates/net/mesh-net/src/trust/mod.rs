@@ -1,9 +1,14 @@
 //! Membership in a mesh: its root, its nodes' certificates, and the tokens that admit new nodes.
 //!
-//! The head holds an [`Authority`]: a [`MeshRoot`] made at its first start, and a [`TokenStore`]. A node holds a
-//! [`NodeIdentity`]: its key, its certificate and the root. A node's id is the SHA-256 of its public key. Certificates
-//! live for a week and are renewed at two thirds of that; a node that was switched off for longer may still renew for a
-//! month, and needs a new token after that.
+//! The head holds a [`MeshRoot`] made at its first start, and an [`Admission`] (`arcanum-attestor`), which decides who gets
+//! a certificate of it. A node holds a [`NodeIdentity`]: its keys, its certificate and the root. A node's id is the SHA-256
+//! of its ML-DSA key. When the node joins or renews its certificate, it proves that it holds this key, by a signature that
+//! is bound to the TLS session; the certificate then names the id (subjectAltName, `hydramesh:node:ID`), and the root's
+//! ML-DSA key signs a [`Document`](mesh_identity::Document) about it. Nodes of earlier versions have no such key: their id
+//! is the SHA-256 of the certificate's key ([`Member::key_id`]) until they renew.
+//!
+//! Certificates live for a week and are renewed at two thirds of that; a node that was switched off for longer may still
+//! renew for a month, and needs a new token after that.
 //!
 //! Dates are judged by the head's clock alone: it issued them. A node takes any certificate that the root signed for the
 //! head, learns the head's time from it ([`MeshClock`]), and renews its own by that time. The root's own dates do not
@@ -14,9 +19,12 @@
 //!
 //! | file | holds | readable by |
 //! |---|---|---|
-//! | `root.key` | the root's private key, and a copy of its certificate (head only) | owner |
+//! | `root.key` | the root's private keys, and a copy of its certificate (head only) | owner |
 //! | `root.crt` | the root's certificate | all |
-//! | `node.key` | the node's private key | owner |
+//! | `identity.key` | the node's ML-DSA key, unless systemd hands it over (credential `identity-key`) | owner |
+//! | `identity.key.next` | the one that takes its place at the next start | owner |
+//! | `identity.doc` | the root's document about the node | owner |
+//! | `node.key` | the private key of the node's certificate | owner |
 //! | `node.crt` | the node's certificate | all |
 //! | `tokens.json` | hashes of join tokens (head only) | owner |
 //! | `members.json` | names and certificates' ends of the nodes that joined (head only) | owner |
@@ -32,28 +40,32 @@ mod deny;
 mod digest;
 mod error;
 mod identity;
+mod identity_keys;
+mod identity_text;
 pub(crate) mod names;
 mod refusal;
 mod root;
-mod roster;
-mod store;
+mod root_identity;
 mod token;
 
-pub use admission::{Admission, Authority, JoinAsk};
-pub use certificate::{Member, Role};
+pub use crate::files::{read_json, write_json};
+pub use admission::{Admission, JoinAsk, RenewAsk};
+pub use certificate::{LONGEST_NAME, Member, Role, check_name, requested_key_id};
 pub(crate) use certificate::{algorithms, verify_issued_by};
 pub use clock::MeshClock;
 pub(crate) use deny::Expellable;
 pub use deny::{DenyList, Expulsion, MOST_EXPELLED};
 pub(crate) use digest::sha256;
 pub use error::TrustError;
-pub use identity::{NodeIdentity, set_aside};
+pub use identity::{Applicant, NodeIdentity, set_aside};
 pub(crate) use identity::{NodeKey, move_identity};
+pub use identity_keys::{IdentityIds, identity_ids, rotate_identity};
+pub use identity_text::{describe_identity, rotate_and_describe};
+pub use names::NODE_CERTIFICATE as NODE_CERTIFICATE_FILE;
+pub use names::{EXPELLED as EXPELLED_FILE, MEMBERS as MEMBERS_FILE, TOKENS as TOKENS_FILE};
 pub use refusal::{
-    CERTIFICATE_DATES, DUPLICATE_IDENTITY, EXPELLED, Refusal, TOKEN_EXPIRED, TOKEN_UNKNOWN,
-    TOKEN_USED,
+    AWAITING_APPROVAL, CERTIFICATE_DATES, DUPLICATE_IDENTITY, EXPELLED, Refusal, TOKEN_EXPIRED,
+    TOKEN_UNKNOWN, TOKEN_USED,
 };
-pub use root::{MeshRoot, Validity};
-pub use roster::KnownMember;
-pub use store::{RETRY_WINDOW, Revocation, TokenRecord, TokenStore, TokenUse};
+pub use root::{Issued, MeshRoot, Subject, Validity};
 pub use token::{JoinToken, ParseTokenError};

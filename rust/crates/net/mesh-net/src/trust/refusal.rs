@@ -15,13 +15,16 @@ pub enum Refusal {
     TokenUnknown,
     /// The token was used before.
     #[error(
-        "this token was used by `{node_name}` {seconds_ago} s ago, and a token is good for one node; make another with `hydramesh token create`"
+        "this token was used by `{node_name}` {seconds_ago} s ago, and it is good for {}; make another with `hydramesh token create`",
+        node_count(.nodes)
     )]
     TokenUsed {
         /// Name of the node that used it.
         node_name: String,
         /// Seconds since the use.
         seconds_ago: u64,
+        /// Number of nodes that the token is good for.
+        nodes: u32,
     },
     /// The token has expired.
     #[error(
@@ -42,9 +45,19 @@ pub enum Refusal {
     /// An operator has expelled the node.
     #[error("{0}")]
     Expelled(String),
+    /// An operator has to approve the node first.
+    #[error("{0}")]
+    AwaitingApproval(String),
     /// An internal error of the head.
     #[error("the head could not do it: {0}")]
     Internal(String),
+}
+
+fn node_count(nodes: &u32) -> String {
+    match nodes {
+        1 => "one node".to_owned(),
+        more => format!("{more} nodes"),
+    }
 }
 
 impl Refusal {
@@ -57,6 +70,7 @@ impl Refusal {
             Self::Invalid(_) => ErrorCode::INVALID_PAYLOAD,
             Self::NotAdmitted(_) => ErrorCode::UNAUTHORIZED,
             Self::Expelled(_) => EXPELLED,
+            Self::AwaitingApproval(_) => AWAITING_APPROVAL,
             Self::Internal(_) => ErrorCode::INTERNAL,
         }
     }
@@ -83,3 +97,5 @@ pub const CERTIFICATE_DATES: ErrorCode = ErrorCode(0x53);
 pub const DUPLICATE_IDENTITY: ErrorCode = ErrorCode(0x54);
 /// The node was expelled from the mesh.
 pub const EXPELLED: ErrorCode = ErrorCode(0x55);
+/// An operator has to approve the node; it may ask again.
+pub const AWAITING_APPROVAL: ErrorCode = ErrorCode(0x56);

@@ -4,20 +4,26 @@ use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use data_encoding::HEXLOWER;
-use mesh_base::clock::LAST_SECOND;
+use mesh_base::clock::{LAST_SECOND, unix_seconds};
 use mesh_base::random;
+use mesh_identity::{Document, IdentityKey, KeyError, NodeId, PublicKey};
+use mesh_proto::RootIdentity;
 use rcgen::{
     BasicConstraints, CertificateParams, CertificateSigningRequestParams, DistinguishedName,
     DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose,
-    PKCS_ECDSA_P256_SHA256, SerialNumber, date_time_ymd,
+    PKCS_ECDSA_P256_SHA256, SanType, SerialNumber, SigningKey, date_time_ymd,
 };
 use rustls::pki_types::{CertificateDer, CertificateSigningRequestDer};
 use x509_parser::prelude::{FromDer, X509Certificate, X509Name};
+use zeroize::Zeroizing;
 
-use super::certificate::{Role, attribute, check_name, from_pem, pem};
+use super::certificate::{
+    NODE_SCHEME, ROOT_SCHEME, Role, attribute, check_name, from_pem, named_id, pem,
+};
 use super::digest::sha256;
 use super::error::TrustError;
 use super::names;
+use super::root_identity::{verify_root_identity, voucher_text};
 use crate::files;
 
 /// Validity periods of node certificates.
@@ -44,6 +50,32 @@ pub struct MeshRoot {
     certificate: CertificateDer<'static>,
     mesh: String,
     issuer: Issuer<'static, KeyPair>,
+    identity: IdentityKey,
+    claim: RootIdentity,
+}
+
+/// A node that a certificate is issued to.
+#[derive(Clone, Copy, Debug)]
+pub struct Subject<'a> {
+    /// PKCS#10 request, DER: its key is certified, and its signature proves that the asker holds it.
+    pub request: &'a [u8],
+    /// Name of the node.
+    pub name: &'a str,
+    /// Role of the node.
+    pub role: Role,
+    /// The node's identity, whose possession it has proven; `None` for nodes of earlier versions.
+    pub identity: Option<&'a PublicKey>,
+}
+
+/// A node's papers.
+#[derive(Clone, Debug)]
+pub struct Issued {
+    /// The node's certificate, then the root's.
+    pub certificates: Vec<CertificateDer<'static>>,
+    /// The node's identity document ([`mesh_identity::Document`]), signed; empty for a node without an identity.
+    pub document: Vec<u8>,
+    /// The root's ML-DSA key, which signed the document.
+    pub root: RootIdentity,
 }
 
 impl MeshRoot {
@@ -100,8 +132,30 @@ impl MeshRoot {
         certificate: CertificateDer<'static>,
         origin: &Path,
     ) -> Result<Self, TrustError> {
-        let key = KeyPair::from_pem(key).map_err(|error| TrustError::damaged(key_path, error))?;
-        Self::assemble(certificate, key).map_err(|reason| TrustError::damaged(origin, reason))
+        let pair = KeyPair::from_pem(key).map_err(|error| TrustError::damaged(key_path, error))?;
+        let (identity, is_new) = match identity_in(key) {
+            Some(identity) => (
+                identity.map_err(|error| TrustError::damaged(key_path, error))?,
+                false,
+            ),
+            None if names_identity(&certificate) => {
+                let reason = "the ML-DSA key that the root's certificate names is missing in it";
+                return Err(TrustError::damaged(key_path, reason));
+            }
+            // A root of an earlier version.
+            None => (IdentityKey::generate(), true),
+        };
+        let text = key_file(&pair, &pem(&certificate), &identity);
+        let root = Self::assemble(certificate, pair, identity);
+        let root = root.map_err(|reason| TrustError::damaged(origin, reason))?;
+        if is_new {
+            files::replace(key_path, text.as_bytes(), files::PRIVATE)?;
+            tracing::info!(
+                id = %root.identity.node_id(),
+                "the mesh root has an ML-DSA key now; root.key holds it, too: back it up again"
+            );
+        }
+        Ok(root)
     }
 
     fn create(dir: &Path, mesh: &str) -> Result<Self, TrustError> {
@@ -118,11 +172,12 @@ impl MeshRoot {
             KeyUsagePurpose::KeyCertSign,
             KeyUsagePurpose::DigitalSignature,
         ];
+        // Tokens pin the certificate, and thereby the ML-DSA key.
+        let identity = IdentityKey::generate();
+        params.subject_alt_names = vec![uri(ROOT_SCHEME, &identity.node_id())?];
         let certificate = params.self_signed(&key)?;
-        // The copy behind the key is for the day on which the certificate is lost, and for a first start that is cut off
-        // here. Readers take the first block, which is the key.
-        let key_and_copy = key.serialize_pem() + &certificate.pem();
-        files::replace(&dir.join(names::ROOT_KEY), key_and_copy, files::PRIVATE)?;
+        let text = key_file(&key, &certificate.pem(), &identity);
+        files::replace(&dir.join(names::ROOT_KEY), text.as_bytes(), files::PRIVATE)?;
         let certificate_path = dir.join(names::ROOT_CERTIFICATE);
         files::replace(&certificate_path, certificate.pem(), files::PUBLIC)?;
         tracing::info!(
@@ -130,23 +185,45 @@ impl MeshRoot {
             root = HEXLOWER.encode(&sha256(certificate.der())),
             "made a new mesh root"
         );
-        Self::assemble(certificate.der().clone(), key).map_err(TrustError::Crypto)
+        Self::assemble(certificate.der().clone(), key, identity).map_err(TrustError::Crypto)
     }
 
-    fn assemble(certificate: CertificateDer<'static>, key: KeyPair) -> Result<Self, String> {
+    fn assemble(
+        certificate: CertificateDer<'static>,
+        key: KeyPair,
+        identity: IdentityKey,
+    ) -> Result<Self, String> {
         let (_, parsed) =
             X509Certificate::from_der(&certificate).map_err(|error| error.to_string())?;
         if *parsed.public_key().subject_public_key.data != *rcgen::PublicKeyData::der_bytes(&key) {
             return Err("the root's key and certificate do not belong together".to_owned());
         }
         let mesh = attribute(X509Name::iter_organization(parsed.subject()))?;
+        let voucher = match named_id(&parsed, ROOT_SCHEME)? {
+            Some(_) => Vec::new(),
+            None => key
+                .sign(&voucher_text(identity.public()))
+                .map_err(|error| error.to_string())?,
+        };
+        let claim = RootIdentity {
+            public_key: identity.public().as_bytes().to_vec(),
+            voucher,
+        };
+        verify_root_identity(&certificate, &claim).map_err(|error| error.to_string())?;
         let issuer =
             Issuer::from_ca_cert_der(&certificate, key).map_err(|error| error.to_string())?;
         Ok(Self {
             certificate,
             mesh,
             issuer,
+            identity,
+            claim,
         })
+    }
+
+    /// The public half of the root's ML-DSA key.
+    pub fn identity(&self) -> &PublicKey {
+        self.identity.public()
     }
 
     /// Name of the mesh.
@@ -164,21 +241,20 @@ impl MeshRoot {
         sha256(&self.certificate)
     }
 
-    /// Issues a certificate for the key in a PKCS#10 request (DER) whose signature proves that the asker holds it.
+    /// Issues a certificate for the key in the subject's request, and a document about its identity.
     ///
     /// Only the key is taken from the request; all other contents come from the arguments. The validity
-    /// begins a day before `now`, because reclaimed machines have poor clocks. Returns the certificate, then
-    /// the root's.
+    /// begins a day before `now`, because reclaimed machines have poor clocks. The document is valid for as long as the
+    /// certificate may be renewed.
     pub fn issue(
         &self,
-        request: &[u8],
-        name: &str,
-        role: Role,
-        life: Duration,
+        subject: &Subject<'_>,
+        validity: &Validity,
         now: SystemTime,
-    ) -> Result<Vec<CertificateDer<'static>>, TrustError> {
+    ) -> Result<Issued, TrustError> {
+        let (name, role, life) = (subject.name, subject.role, validity.life);
         check_name(name)?;
-        let request = CertificateSigningRequestDer::from(request);
+        let request = CertificateSigningRequestDer::from(subject.request);
         let mut request = CertificateSigningRequestParams::from_der(&request)
             .map_err(|error| TrustError::Request(error.to_string()))?;
         let mut params = CertificateParams::default();
@@ -195,10 +271,51 @@ impl MeshRoot {
             ExtendedKeyUsagePurpose::ClientAuth,
         ];
         params.use_authority_key_identifier_extension = true;
+        if let Some(key) = subject.identity {
+            params.subject_alt_names = vec![uri(NODE_SCHEME, &key.node_id())?];
+        }
+        let (begin, end) = (now - DAY, now + life + validity.renewal_grace);
         request.params = params;
         let certificate = request.signed_by(&self.issuer)?;
-        Ok(vec![certificate.der().clone(), self.certificate.clone()])
+        let document = subject.identity.map(|key| Document {
+            key: key.clone(),
+            name: name.to_owned(),
+            role: role.as_str().to_owned(),
+            mesh: self.mesh.clone(),
+            root: self.sha256(),
+            not_before: unix_seconds(begin),
+            not_after: unix_seconds(end),
+        });
+        let document = document.map(|document| document.sign(&self.identity));
+        Ok(Issued {
+            certificates: vec![certificate.der().clone(), self.certificate.clone()],
+            document: document.unwrap_or_default(),
+            root: self.claim.clone(),
+        })
     }
+}
+
+/// The text of `root.key`: the certificate's key, a copy of the certificate for the day on which that is lost, and for a
+/// first start that is cut off here, and the ML-DSA key. Earlier versions read the first block only.
+fn key_file(key: &KeyPair, certificate: &str, identity: &IdentityKey) -> Zeroizing<String> {
+    let key = Zeroizing::new(key.serialize_pem());
+    Zeroizing::new([key.as_str(), certificate, identity.to_pem().as_str()].concat())
+}
+
+/// The ML-DSA key in the text of `root.key`; `None` in files of earlier versions.
+fn identity_in(text: &str) -> Option<Result<IdentityKey, KeyError>> {
+    let (at, _) = text.match_indices("-----BEGIN PRIVATE KEY-----").nth(1)?;
+    Some(IdentityKey::from_pem(&text[at..]))
+}
+
+/// True if a root's certificate names the root's ML-DSA key.
+fn names_identity(certificate: &CertificateDer<'_>) -> bool {
+    let parsed = X509Certificate::from_der(certificate);
+    parsed.is_ok_and(|(_, parsed)| matches!(named_id(&parsed, ROOT_SCHEME), Ok(Some(_))))
+}
+
+fn uri(scheme: &str, id: &NodeId) -> Result<SanType, TrustError> {
+    Ok(SanType::URI(format!("{scheme}{id}").try_into()?))
 }
 
 fn distinguished_name(common: &str, unit: &str, organization: &str) -> DistinguishedName {
@@ -226,7 +343,7 @@ fn last_date() -> SystemTime {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::trust::certificate::{Member, requested_node_id};
+    use crate::trust::certificate::{Member, requested_key_id};
 
     fn request(key: &KeyPair) -> Vec<u8> {
         CertificateParams::default()
@@ -301,8 +418,13 @@ mod tests {
         let old = KeyPair::from_pem(&key_text).expect("a key").serialize_pem();
         std::fs::write(&key, &old).expect("written");
         std::fs::write(&certificate, certificate_text).expect("written");
-        let loaded = MeshRoot::load_or_create(dir.path(), "a").expect("as before");
-        assert_eq!(loaded.sha256(), made.sha256());
+        let error = MeshRoot::load_or_create(dir.path(), "a")
+            .expect_err("half of the key is missing")
+            .to_string();
+        assert!(
+            error.contains("root.key is damaged: the ML-DSA key"),
+            "{error}"
+        );
         std::fs::remove_file(&certificate).expect("removed");
         let error = MeshRoot::load_or_create(dir.path(), "a")
             .expect_err("refused")
@@ -347,13 +469,26 @@ mod tests {
         let root = MeshRoot::load_or_create(dir.path(), "attic").expect("created");
         let key = KeyPair::generate().expect("key");
         let now = UNIX_EPOCH + Duration::from_secs(1_800_000_000);
-        let chain = root
-            .issue(&request(&key), "laptop-7", Role::Worker, 7 * DAY, now)
+        let identity = IdentityKey::generate();
+        let request = request(&key);
+        let subject = Subject {
+            request: &request,
+            name: "laptop-7",
+            role: Role::Worker,
+            identity: Some(identity.public()),
+        };
+        let issued = root
+            .issue(&subject, &Validity::default(), now)
             .expect("issued");
-        assert_eq!(chain[1], *root.certificate());
-        let member = Member::from_certificate(&chain[0]).expect("readable");
+        assert_eq!(issued.certificates[1], *root.certificate());
+        let signer = verify_root_identity(root.certificate(), &issued.root).expect("the root's");
+        let document = Document::verify(&issued.document, &signer).expect("signed");
+        assert_eq!(document.key, *identity.public());
+        assert!(document.is_valid_at(unix_seconds(now + 36 * DAY)));
+        let member = Member::from_certificate(&issued.certificates[0]).expect("readable");
         let expected = Member {
-            node_id: requested_node_id(&request(&key)).expect("readable"),
+            node_id: identity.node_id().to_string(),
+            key_id: requested_key_id(&request).expect("readable"),
             name: "laptop-7".into(),
             role: Role::Worker,
             mesh: "attic".into(),
@@ -374,34 +509,67 @@ mod tests {
         let root = MeshRoot::load_or_create(dir.path(), "attic").expect("created");
         let good = request(&KeyPair::generate().expect("key"));
         let now = SystemTime::now();
+        let issue = |request: &[u8], name: &str| {
+            let subject = Subject {
+                request,
+                name,
+                role: Role::Worker,
+                identity: None,
+            };
+            root.issue(&subject, &Validity::default(), now)
+        };
         for name in ["", "a b", "a\n", "ä", &"x".repeat(64)] {
             assert!(
-                matches!(
-                    root.issue(&good, name, Role::Worker, DAY, now),
-                    Err(TrustError::Name(_))
-                ),
+                matches!(issue(&good, name), Err(TrustError::Name(_))),
                 "{name:?}"
             );
         }
         for cut in 0..good.len() {
-            assert!(
-                root.issue(&good[..cut], "n", Role::Worker, DAY, now)
-                    .is_err(),
-                "cut at {cut}"
-            );
+            assert!(issue(&good[..cut], "n").is_err(), "cut at {cut}");
         }
         for at in 0..good.len() {
             let mut flipped = good.clone();
             flipped[at] ^= 1;
             // The signature covers the request; a flip elsewhere is either refused or changes nothing we use.
-            let _ = root.issue(&flipped, "n", Role::Worker, DAY, now);
+            let _ = issue(&flipped, "n");
         }
         let last = good.len() - 1;
         let mut forged = good;
         forged[last] ^= 1;
-        assert!(matches!(
-            root.issue(&forged, "n", Role::Worker, DAY, now),
-            Err(TrustError::Request(_))
-        ));
+        assert!(matches!(issue(&forged, "n"), Err(TrustError::Request(_))));
+    }
+
+    #[test]
+    fn a_root_of_an_earlier_version_gets_an_ml_dsa_key_that_its_certificate_vouches_for() {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256).expect("key");
+        let mut params = CertificateParams::default();
+        params.distinguished_name = distinguished_name("root of attic", "root", "attic");
+        params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
+        let certificate = params.self_signed(&key).expect("signed");
+        let key_path = dir.path().join(names::ROOT_KEY);
+        std::fs::write(&key_path, key.serialize_pem()).expect("written");
+        let path = dir.path().join(names::ROOT_CERTIFICATE);
+        std::fs::write(&path, certificate.pem()).expect("written");
+
+        let root = MeshRoot::load_or_create(dir.path(), "attic").expect("loads");
+        assert_eq!(root.sha256(), sha256(certificate.der()), "tokens pin it");
+        let verified = verify_root_identity(root.certificate(), &root.claim);
+        assert_eq!(&verified.expect("vouched for"), root.identity());
+        let again = MeshRoot::load_or_create(dir.path(), "attic").expect("loads");
+        assert_eq!(again.identity(), root.identity());
+        // Earlier versions read the first key of the file.
+        let text = std::fs::read_to_string(&key_path).expect("there");
+        let first = KeyPair::from_pem(&text).expect("a key");
+        assert_eq!(first.serialize_der(), key.serialize_der());
+
+        let mut forged = root.claim.clone();
+        forged.public_key = IdentityKey::generate().public().as_bytes().to_vec();
+        assert!(verify_root_identity(root.certificate(), &forged).is_err());
+        let unsigned = RootIdentity {
+            voucher: Vec::new(),
+            ..root.claim.clone()
+        };
+        assert!(verify_root_identity(root.certificate(), &unsigned).is_err());
     }
 }

@@ -5,8 +5,9 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use arcanum_attestor::{Approval, Attestor};
 use mesh_net::quic::{Connector, Link, LinkConfig, Listener, join};
-use mesh_net::trust::{Authority, JoinToken, NodeIdentity, Role, Validity};
+use mesh_net::trust::{JoinToken, NodeIdentity, Role, Validity};
 use tempfile::TempDir;
 
 pub(crate) const HOUR: Duration = Duration::from_secs(3600);
@@ -16,9 +17,10 @@ pub(crate) const LOOPBACK: SocketAddr =
 /// A head with its mesh.
 pub(crate) struct TestHead {
     pub(crate) dir: TempDir,
-    pub(crate) authority: Arc<Authority>,
+    pub(crate) authority: Arc<Attestor>,
     pub(crate) listener: Listener,
     pub(crate) address: SocketAddr,
+    pub(crate) address_list: [SocketAddr; 1],
 }
 
 impl TestHead {
@@ -30,8 +32,23 @@ impl TestHead {
         )
     }
 
+    pub(crate) fn start_with(mesh: &str, approval: Approval) -> Self {
+        let dir = tempfile::tempdir().expect("temporary directory");
+        Self::open_with(dir, mesh, Validity::default(), approval)
+    }
+
     pub(crate) fn open(dir: TempDir, mesh: &str, validity: Validity) -> Self {
-        let authority = Arc::new(Authority::open(dir.path(), mesh, validity).expect("authority"));
+        Self::open_with(dir, mesh, validity, Approval::Automatic)
+    }
+
+    pub(crate) fn open_with(
+        dir: TempDir,
+        mesh: &str,
+        validity: Validity,
+        approval: Approval,
+    ) -> Self {
+        let authority = Attestor::open(dir.path(), mesh, validity).expect("authority");
+        let authority = Arc::new(authority.with_approval(approval));
         let identity = authority
             .head_identity(dir.path(), "head", SystemTime::now())
             .expect("identity");
@@ -44,6 +61,7 @@ impl TestHead {
             authority,
             listener,
             address,
+            address_list: [address],
         }
     }
 

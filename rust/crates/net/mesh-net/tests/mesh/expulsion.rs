@@ -90,8 +90,8 @@ async fn workers_that_know_the_list_neither_call_an_expelled_node_nor_answer_it(
 
     let expulsion = Expulsion {
         name: "rogue".to_owned(),
-        reason: String::new(),
         since: 1_795_910_400,
+        ..Expulsion::default()
     };
     let list = worker.identity.deny_list();
     assert!(list.replace([(rogue.identity.node_id(), expulsion)]));
@@ -302,6 +302,8 @@ async fn a_head_whose_files_are_not_whole_does_not_begin_another_mesh() {
         ("root.crt", Some("junk"), false),
         ("node.key", None, false),
         ("node.key", Some("junk"), false),
+        ("identity.key", None, false),
+        ("identity.key", Some("junk"), false),
         ("tokens.json", Some("junk"), false),
         ("members.json", Some("junk"), false),
         ("expelled.json", Some("junk"), false),
@@ -313,7 +315,7 @@ async fn a_head_whose_files_are_not_whole_does_not_begin_another_mesh() {
         let root = head.authority.root().sha256();
         let dir = head.stop();
         break_file(dir.path(), file, damage);
-        let opened = mesh_net::trust::Authority::open(dir.path(), "attic", Default::default())
+        let opened = arcanum_attestor::Attestor::open(dir.path(), "attic", Default::default())
             .and_then(|authority| {
                 authority.head_identity(dir.path(), "head", SystemTime::now())?;
                 Ok(authority.root().sha256())

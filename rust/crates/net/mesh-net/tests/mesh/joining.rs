@@ -43,7 +43,7 @@ async fn the_identity_survives_restarts_of_both_sides_and_needs_no_second_token(
         head.authority
             .token_records()
             .iter()
-            .any(|record| record.id == token.id() && record.used.is_none())
+            .any(|record| record.id == token.id() && record.uses.is_empty())
     );
 }
 

@@ -2,6 +2,7 @@
 
 mod common;
 mod expulsion;
+mod identities;
 mod joining;
 mod links;
 mod strangers;

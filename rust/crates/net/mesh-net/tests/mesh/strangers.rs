@@ -4,7 +4,12 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use dcf::{ErrorCode, Message, MsgType};
+use mesh_identity::{IdentityKey, Purpose, Transcript};
 use mesh_net::quic::join;
+use mesh_net::trust::Applicant;
+use mesh_proto::JoinRequest;
+use prost::Message as _;
 use quinn::crypto::rustls::QuicClientConfig;
 use quinn::{ClientConfig, Connection, Endpoint, TransportConfig};
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
@@ -237,4 +242,98 @@ async fn one_node_has_only_so_many_links() {
     );
     assert!(error.is_transient());
     head.link(&other, LinkConfig::default()).await;
+}
+
+#[tokio::test]
+async fn who_has_no_certificate_gets_no_link() {
+    let head = TestHead::start("attic");
+    let endpoint = stranger(LINK);
+    let connection = connect(&endpoint, head.address).await;
+    let quinn::ConnectionError::ApplicationClosed(close) = connection.closed().await else {
+        panic!("not closed by the head")
+    };
+    assert_eq!(
+        close.error_code,
+        u32::from(ErrorCode::UNAUTHORIZED.0).into()
+    );
+    let text = String::from_utf8_lossy(&close.reason);
+    assert!(text.contains("join with a token first"), "{text}");
+    let accepted = timeout(Duration::from_millis(100), head.listener.accept()).await;
+    assert!(accepted.is_err(), "nothing may be accepted");
+}
+
+#[tokio::test]
+async fn who_has_no_certificate_cannot_renew_and_nonsense_is_answered_with_an_error() {
+    let head = TestHead::start("attic");
+    let endpoint = stranger(JOIN);
+    for (kind, expected) in [
+        (MsgType::RENEW_REQUEST, ErrorCode::UNAUTHORIZED),
+        (MsgType::JOIN_REQUEST, ErrorCode::INVALID_PAYLOAD),
+        (MsgType::GENERATE, ErrorCode::INVALID_PAYLOAD),
+    ] {
+        let answer = ask(&endpoint, head.address, kind, Vec::new()).await;
+        assert_eq!((answer.kind, answer.sequence), (MsgType::ERROR, 9));
+        assert_eq!(
+            answer.error_body().expect("a body").code,
+            expected,
+            "{kind}"
+        );
+    }
+}
+
+/// One request to the head's admission, as anybody can send it, and its answer.
+async fn ask(endpoint: &Endpoint, head: SocketAddr, kind: MsgType, body: Vec<u8>) -> Message {
+    let connection = connect(endpoint, head).await;
+    let (mut send, mut recv) = connection.open_bi().await.expect("a stream");
+    let request = Message::new(kind, 9, 0, body).encode_datagram();
+    send.write_all(&request).await.expect("sent");
+    send.finish().expect("finished");
+    let answer = recv.read_to_end(64 << 10).await.expect("an answer");
+    Message::decode_datagram(answer.into()).expect("a message")
+}
+
+/// A proof of an identity that was made for another connection, as somebody in the middle could pass it on, and one that
+/// was made up, cost the token nothing and admit nobody.
+#[tokio::test]
+async fn a_proof_of_another_connection_admits_nobody() {
+    let head = TestHead::start("attic");
+    let token = head.token();
+    let dir = tempfile::tempdir().expect("temporary directory");
+    let csr = Applicant::open(dir.path()).and_then(|keys| keys.request());
+    let csr = csr.expect("a request");
+    let (id, root) = (token.id(), *token.root_sha256());
+    let key = IdentityKey::generate();
+    let endpoint = stranger(JOIN);
+    for session in [[0; 32], [1; 32]] {
+        let transcript = Transcript {
+            purpose: Purpose::Join,
+            session: &session,
+            root: &root,
+            request: &csr,
+            token: &id,
+            name: "laptop",
+            successor: None,
+        };
+        let proof = transcript.prove(&key);
+        let request = JoinRequest {
+            token_id: id.clone(),
+            token_secret: token.secret().to_vec(),
+            csr: csr.clone(),
+            node_name: "laptop".to_owned(),
+            identity: Some(proof),
+        };
+        let body = request.encode_to_vec();
+        let answer = ask(&endpoint, head.address, MsgType::JOIN_REQUEST, body).await;
+        let error = answer.error_body().expect("refused");
+        assert_eq!(error.code, ErrorCode::INVALID_PAYLOAD);
+        assert!(
+            error.text.contains("does not fit this connection"),
+            "{}",
+            error.text
+        );
+    }
+    assert!(head.authority.members().is_empty());
+    join(&[head.address], &token, dir.path(), "laptop")
+        .await
+        .expect("the token is unused");
 }

@@ -49,6 +49,7 @@ impl Mesh {
         let mut state = self.lock();
         let all = hello.all_models();
         let whole = all.iter().map(|card| card.name.clone()).collect();
+        self.adopt_former(&mut state, link.peer(), now);
         let registry = &mut state.placement.registry;
         let (id, replaced) = registry.join(link.node_id(), link.remote_addr(), hello, now);
         let drained = state.rings.is_asked_to_drain(link.node_id());

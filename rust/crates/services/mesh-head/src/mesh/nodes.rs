@@ -1,8 +1,10 @@
 //! Expulsion of nodes: their links end, their requests go elsewhere, and all workers hear of it.
 
+use std::sync::atomic::Ordering;
+
 use dcf::{Message, MsgType};
 use mesh_control::registry::WorkerId;
-use mesh_net::trust::EXPELLED;
+use mesh_net::trust::{EXPELLED, Expulsion, MOST_EXPELLED};
 use mesh_proto::{Expelled, ExpelledNode};
 use tracing::warn;
 
@@ -29,8 +31,16 @@ impl Mesh {
         })
     }
 
-    /// Tells all workers which nodes are expelled now.
-    pub(crate) fn tell_expelled(&self) {
+    /// Tells all workers which nodes are expelled, if that has changed since they were told: a node that rotates its identity
+    /// changes it, too.
+    pub(crate) fn tell_changes_of_expelled(&self) {
+        let version = self.deny_list.version();
+        if self.told_expelled.swap(version, Ordering::Relaxed) != version {
+            self.tell_expelled();
+        }
+    }
+
+    fn tell_expelled(&self) {
         self.change(|state, now| {
             // Read under the lock: of two changes, all workers get the later list last.
             let message = self.expelled_message();
@@ -43,13 +53,19 @@ impl Mesh {
 
     /// The whole list, also an empty one: a worker may know an older one.
     pub(super) fn expelled_message(&self) -> Message {
-        let nodes = self.deny_list.list().into_iter();
-        let nodes = nodes.map(|(node_id, expulsion)| ExpelledNode {
-            node_id,
-            name: expulsion.name,
+        let list = self.deny_list.list();
+        let entry = |node_id: &str, expulsion: &Expulsion| ExpelledNode {
+            node_id: node_id.to_owned(),
+            name: expulsion.name.clone(),
             since: expulsion.since,
-        });
-        let nodes = nodes.collect();
+        };
+        let mut nodes: Vec<_> = list.iter().map(|(id, node)| entry(id, node)).collect();
+        // Workers of earlier versions know a node by the key of its certificate.
+        let keys = list
+            .values()
+            .filter_map(|node| Some((node.key_id.as_ref()?, node)));
+        nodes.extend(keys.map(|(key_id, node)| entry(key_id, node)));
+        nodes.truncate(MOST_EXPELLED);
         message(MsgType::EXPELLED, 0, &Expelled { nodes })
     }
 

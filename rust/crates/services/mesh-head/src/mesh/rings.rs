@@ -14,6 +14,7 @@ use tokio::sync::watch;
 use tracing::{debug, warn};
 
 use super::drains;
+use super::former::as_recipient_knows;
 use super::state::{Mesh, State, message};
 
 /// State of a worker as the driver of a ring.
@@ -226,6 +227,7 @@ impl Mesh {
 
     /// Sends a worker an order that must not be lost: a worker that does not take its orders is dropped.
     pub(super) fn order(&self, state: &mut State, id: WorkerId, order: Message, now: Instant) {
+        let order = as_recipient_knows(state, id, order);
         let peer = state.peers.get(&id);
         if peer.is_none_or(|peer| peer.orders.try_send(order).is_ok()) {
             return;

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io;
 use std::net::IpAddr;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 use std::time::{Instant, SystemTime};
 
@@ -48,6 +48,8 @@ pub struct Mesh {
     pub(crate) closing: AtomicBool,
     pub(crate) sessions: Sessions,
     pub(crate) deny_list: DenyList,
+    /// Version of the list that the workers were told.
+    pub(super) told_expelled: AtomicU64,
     /// Wall-clock time of the head's start.
     pub(crate) started: SystemTime,
     /// The same by the monotonic clock.
@@ -178,6 +180,7 @@ impl Mesh {
             shutdown,
             closing: AtomicBool::new(false),
             sessions: Sessions::default(),
+            told_expelled: AtomicU64::new(deny_list.version()),
             deny_list,
             started: SystemTime::now(),
             running_since: Instant::now(),

@@ -48,6 +48,7 @@ impl Mesh {
     /// readiness.
     pub(crate) fn tick(&self) {
         self.hear_held_back();
+        self.tell_changes_of_expelled();
         let now = Instant::now();
         let mut state = self.lock();
         state.listen(now);

@@ -218,9 +218,25 @@ fn take(mesh: &Mesh, id: WorkerId, message: Message) -> Result<(), DecodeError> 
     let body = message.payload;
     match message.kind {
         MsgType::LOAD => mesh.report(id, Load::decode(body)?),
-        MsgType::OFFER => mesh.offered(id, Offer::decode(body)?),
-        MsgType::RING_STATE => mesh.ring_state(id, RingState::decode(body)?),
-        MsgType::MODELS => mesh.models_said(id, Models::decode(body)?),
+        MsgType::OFFER => {
+            let mut offer = Offer::decode(body)?;
+            let paths = offer
+                .profile
+                .iter_mut()
+                .flat_map(|profile| &mut profile.paths);
+            mesh.name_nodes(id, paths.map(|path| &mut path.node_id));
+            mesh.offered(id, offer);
+        }
+        MsgType::RING_STATE => {
+            let mut state = RingState::decode(body)?;
+            mesh.name_nodes(id, state.suspects.iter_mut().chain(&mut state.severed));
+            mesh.ring_state(id, state);
+        }
+        MsgType::MODELS => {
+            let mut models = Models::decode(body)?;
+            mesh.name_nodes(id, models.bad.iter_mut().map(|bad| &mut bad.node_id));
+            mesh.models_said(id, models);
+        }
         MsgType::SERVED => mesh.served(id, Served::decode(body)?),
         // A newer worker may say more than this head understands.
         other => debug!(kind = %other, "unexpected on a control stream"),

@@ -5,12 +5,12 @@ use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use dcf::{ErrorCode, Message, MsgType};
 use mesh_net::quic::{self, Connector, Link, LinkConfig, MsgStream};
 use mesh_net::seal::Sealer;
-use mesh_net::trust::{NodeIdentity, Role};
+use mesh_net::trust::{Applicant, DenyList, MeshRoot, NodeIdentity, Role, Subject, Validity};
 use mesh_proto::{
     Generate, Hello, LayerOffer, Load, ModelCard, NodeProfile, Offer, PROTOCOL_VERSION, PartPhase,
     PartState, Recovery, Ring, RingState, Welcome,
@@ -73,6 +73,37 @@ impl RingWorker {
         let offer = offer(layers, decode_us);
         let dir = Arc::new(dir);
         Self::connect(head.address("quic"), identity, dir, name, offer, script).await
+    }
+
+    /// A worker of an earlier version, whose certificate names no identity.
+    pub(crate) async fn join_earlier(
+        head: &TestHead,
+        name: &str,
+        layers: u64,
+        script: Script,
+    ) -> Self {
+        let dir = Arc::new(tempfile::tempdir().unwrap());
+        let root = MeshRoot::load_or_create(head.dir.path(), "hydramesh").unwrap();
+        let applicant = Applicant::open(dir.path()).unwrap();
+        let request = applicant.request().unwrap();
+        let subject = Subject {
+            request: &request,
+            name,
+            role: Role::Worker,
+            identity: None,
+        };
+        let issued = root
+            .issue(&subject, &Validity::default(), SystemTime::now())
+            .unwrap();
+        let deny_list = DenyList::open(dir.path()).unwrap();
+        let identity = NodeIdentity::store(dir.path(), applicant, issued, deny_list).unwrap();
+        let offer = offer(layers, 1000.0);
+        Self::connect(head.address("quic"), identity, dir, name, offer, script).await
+    }
+
+    /// The key of its certificate.
+    pub(crate) fn key_id(&self) -> String {
+        self.identity.member().key_id.clone()
     }
 
     /// The same node again, on a new link.

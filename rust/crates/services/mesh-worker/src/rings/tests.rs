@@ -4,13 +4,14 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
+use arcanum_attestor::Attestor;
 use dcf::{Message, MsgType};
 use futures::StreamExt;
 use mesh_engine::{Event as Answer, Request};
 use mesh_engine_ort::{OrtOptions, OrtStage};
 use mesh_model::Model;
 use mesh_net::quic::{LinkConfig, Listener, join};
-use mesh_net::trust::{Authority, Validity};
+use mesh_net::trust::Validity;
 use mesh_proto::{NodeAddr, Offer, PartPhase, Ring, RingStage, RingState};
 use mesh_testkit::paths;
 use mesh_worker_core::Lease;
@@ -46,7 +47,7 @@ struct Node {
 impl Mesh {
     async fn start(nodes: usize) -> Mesh {
         let dir = tempfile::tempdir().unwrap();
-        let authority = Authority::open(dir.path(), "attic", Validity::default()).unwrap();
+        let authority = Attestor::open(dir.path(), "attic", Validity::default()).unwrap();
         let authority = Arc::new(authority);
         let now = SystemTime::now();
         let identity = authority.head_identity(dir.path(), "head", now).unwrap();

@@ -4,9 +4,10 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use arcanum_attestor::Attestor;
 use dcf::{Message, MsgType};
 use mesh_net::quic::{Link, LinkConfig, Listener, MsgStream, timestamp_us};
-use mesh_net::trust::{Authority, Validity};
+use mesh_net::trust::Validity;
 use mesh_proto::{Hello, Welcome};
 use prost::Message as _;
 use tempfile::TempDir;
@@ -17,7 +18,7 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(90);
 pub(crate) const ANY: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(Ipv4Addr::LOCALHOST), 0);
 
 pub(crate) struct Head {
-    pub(crate) authority: Arc<Authority>,
+    pub(crate) authority: Arc<Attestor>,
     pub(crate) listener: Listener,
     pub(crate) heartbeats: UdpSocket,
     pub(crate) dir: TempDir,
@@ -30,7 +31,7 @@ impl Head {
 
     /// A head whose root lies in `dir`.
     pub(crate) async fn open(dir: TempDir, validity: Validity) -> Self {
-        let authority = Arc::new(Authority::open(dir.path(), "test", validity).unwrap());
+        let authority = Arc::new(Attestor::open(dir.path(), "test", validity).unwrap());
         let now = SystemTime::now();
         let identity = authority.head_identity(dir.path(), "head", now).unwrap();
         let admission = Some(authority.clone() as Arc<_>);

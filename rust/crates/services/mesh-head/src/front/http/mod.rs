@@ -24,6 +24,7 @@ use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 use std::time::SystemTime;
 
+use arcanum_attestor::Attestor;
 use axum::body::Body;
 use axum::extract::{ConnectInfo, DefaultBodyLimit, Request, State};
 use axum::handler::Handler;
@@ -34,7 +35,6 @@ use axum::routing::{MethodFilter, MethodRouter, get, on};
 use axum::{Extension, Router};
 use mesh_api::{Code, paths};
 use mesh_base::clock::unix_seconds;
-use mesh_net::trust::Authority;
 use mesh_service::health;
 use mesh_service::http::Guard;
 use mesh_service::metrics::Metrics;
@@ -63,7 +63,7 @@ use state::{Api, RequestId};
 pub(crate) fn router(
     mesh: Arc<Mesh>,
     keys: Keys,
-    authority: Arc<Authority>,
+    authority: Arc<Attestor>,
     own_id: String,
     metrics: Arc<Metrics>,
 ) -> Router {
@@ -139,6 +139,7 @@ fn for_administrators() -> Vec<Route> {
         route(POST, paths::TOKENS, tokens::create),
         route(POST, paths::REVOKE_TOKEN, tokens::revoke),
         route(GET, paths::NODES, nodes::list),
+        route(POST, paths::APPROVE, nodes::approve),
         route(POST, paths::EXPEL, nodes::expel),
         route(POST, paths::READMIT, nodes::readmit),
         route(GET, paths::PINS, admin::pins),

@@ -3,11 +3,12 @@
 use std::collections::BTreeMap;
 use std::time::{Instant, SystemTime};
 
+use arcanum_attestor::{EnrolmentError, KnownMember, Pending};
 use axum::Json;
 use axum::extract::State;
 use mesh_api::{Code, ExpelRequest, Node, NodeChange, NodeList, NodeRequest};
 use mesh_control::registry::{Registry, Worker};
-use mesh_net::trust::{KnownMember, TrustError};
+use mesh_net::trust::TrustError;
 
 use super::admin::read;
 use super::error::ApiError;
@@ -15,8 +16,8 @@ use super::intake::Received;
 use super::state::Api;
 use super::tokens::blocking;
 
-/// `GET /v1/mesh/nodes`: all nodes that the head knows by their certificates. The state of one is
-/// `connected`, `absent` or `expelled`.
+/// `GET /v1/mesh/nodes`: all nodes that the head knows by their identities: members, expelled ones and those that wait for
+/// approval.
 pub(super) async fn list(State(api): State<Api>) -> Result<Json<NodeList>, ApiError> {
     let now = Instant::now();
     let mut nodes: BTreeMap<String, Node> = BTreeMap::new();
@@ -27,6 +28,10 @@ pub(super) async fn list(State(api): State<Api>) -> Result<Json<NodeList>, ApiEr
             state: "absent".into(),
             member_since: Some(member.since),
             certificate_ends: Some(member.until),
+            algorithm: known(member.algorithm),
+            key_id: known(member.key_id),
+            token: known(member.token),
+            former_ids: member.former,
             ..Node::default()
         };
         nodes.insert(node_id, shown);
@@ -46,19 +51,66 @@ pub(super) async fn list(State(api): State<Api>) -> Result<Json<NodeList>, ApiEr
             shown.last_seen_seconds = Some(ago(worker.last_seen));
         }
     });
+    for (node_id, waiting) in pending(&api).await? {
+        let shown = Node {
+            node_id: node_id.clone(),
+            name: waiting.name,
+            state: if waiting.approved {
+                "approved"
+            } else {
+                "pending"
+            }
+            .into(),
+            token: Some(waiting.token),
+            waits_since: Some(waiting.since),
+            ..Node::default()
+        };
+        nodes.insert(node_id, shown);
+    }
     for (node_id, expulsion) in api.authority.deny_list().list() {
+        let state = match &expulsion.replaced_by {
+            Some(_) => "replaced",
+            None => "expelled",
+        };
         let shown = Node {
             node_id: node_id.clone(),
             name: expulsion.name,
-            state: "expelled".into(),
+            state: state.into(),
             expelled_at: Some(expulsion.since),
             reason: Some(expulsion.reason),
+            key_id: expulsion.key_id,
+            replaced_by: expulsion.replaced_by,
             ..Node::default()
         };
         nodes.insert(node_id, shown);
     }
     let nodes = nodes.into_values().collect();
     Ok(Json(NodeList { nodes }))
+}
+
+/// `POST /v1/mesh/nodes/approve`: the node that waits and that `node` names becomes a member when it asks again.
+pub(super) async fn approve(
+    State(api): State<Api>,
+    body: Received,
+) -> Result<Json<NodeChange>, ApiError> {
+    let asked: NodeRequest = read(&api, body)?;
+    let waiting = pending(&api).await?.into_iter();
+    let waiting = waiting.map(|(id, waiting)| (id, waiting.name)).collect();
+    let (node_id, _) = find(waiting, &asked.node)?;
+    let (authority, id) = (api.authority.clone(), node_id.clone());
+    let approved = blocking(move || authority.approve(&id)).await?;
+    let approved = approved.map_err(|error| match error {
+        EnrolmentError::NotPending(_) => ApiError::new(Code::NodeNotFound, error.to_string()),
+        error => internal(format!("it is not approved: {error}")),
+    })?;
+    api.mesh
+        .note_admission("node approved", &node_id, &approved.name, "");
+    Ok(Json(NodeChange {
+        node_id,
+        name: approved.name,
+        state: "approved".into(),
+        was_connected: None,
+    }))
 }
 
 /// `POST /v1/mesh/nodes/expel`: the node that `node` names (by name or id) is no longer part of the mesh. The
@@ -73,7 +125,10 @@ pub(super) async fn expel(
         return Err(ApiError::new(Code::InvalidValue, text));
     }
     // A name that an expelled node had may be another's by now.
-    let (node_id, name) = find(members(&api).await?, &asked.node)
+    let mut known = members(&api).await?;
+    let waiting = pending(&api).await?.into_iter();
+    known.extend(waiting.map(|(id, waiting)| (id, waiting.name)));
+    let (node_id, name) = find(known, &asked.node)
         .or_else(|error| find(expelled(&api), &asked.node).map_err(|_| error))?;
     if *node_id == *api.own_id {
         let text = format!("{node_id} is this head itself, which cannot be expelled");
@@ -91,7 +146,7 @@ pub(super) async fn expel(
                 let mesh = &api.mesh;
                 mesh.note_admission("node expelled", &id, &name, &asked.reason);
                 mesh.expel(&id, &text.to_string());
-                mesh.tell_expelled();
+                mesh.tell_changes_of_expelled();
             }
             kept
         }
@@ -140,7 +195,7 @@ pub(super) async fn readmit(
     api.mesh
         .note_admission("node readmitted", &node_id, &name, "");
     if readmitted.is_some() {
-        api.mesh.tell_expelled();
+        api.mesh.tell_changes_of_expelled();
     }
     let state = match is_connected(&api, &node_id) {
         true => "connected",
@@ -189,6 +244,16 @@ async fn members(api: &Api) -> Result<BTreeMap<String, String>, ApiError> {
 async fn noted(api: &Api) -> Result<BTreeMap<String, KnownMember>, ApiError> {
     let authority = api.authority.clone();
     blocking(move || authority.members()).await
+}
+
+/// The nodes that wait for approval.
+async fn pending(api: &Api) -> Result<BTreeMap<String, Pending>, ApiError> {
+    let authority = api.authority.clone();
+    blocking(move || authority.pending()).await
+}
+
+fn known(text: String) -> Option<String> {
+    (!text.is_empty()).then_some(text)
 }
 
 /// The one node of this name or id, or whose id begins so. An id that is not known is taken as it is.

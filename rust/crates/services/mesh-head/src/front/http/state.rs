@@ -2,8 +2,8 @@
 
 use std::sync::{Arc, Mutex};
 
+use arcanum_attestor::Attestor;
 use mesh_control::image_files::ImageFiles;
-use mesh_net::trust::Authority;
 
 use super::error::ApiError;
 use super::hold::Hold;
@@ -14,7 +14,7 @@ use crate::mesh::Mesh;
 pub(super) struct Api {
     pub(super) mesh: Arc<Mesh>,
     pub(super) keys: Arc<Keys>,
-    pub(super) authority: Arc<Authority>,
+    pub(super) authority: Arc<Attestor>,
     pub(super) own_id: Arc<str>,
     pub(super) concurrency: Arc<ConcurrencyLimit>,
     pub(super) images: Arc<Mutex<ImageFiles>>,

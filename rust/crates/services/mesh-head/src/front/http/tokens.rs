@@ -2,13 +2,14 @@
 
 use std::time::{Duration, SystemTime};
 
+use arcanum_attestor::{MOST_NODES, Revocation, TokenRecord, TokenSpec};
 use axum::Json;
 use axum::extract::State;
 use mesh_api::{
     Code, CreateTokenRequest, RevokedToken, Token, TokenCreated, TokenList, TokenRequest, TokenUse,
 };
 use mesh_base::clock::unix_seconds;
-use mesh_net::trust::{Revocation, TokenRecord, TrustError};
+use mesh_net::trust::TrustError;
 
 use super::admin::read;
 use super::error::ApiError;
@@ -22,16 +23,28 @@ pub(super) async fn create(
 ) -> Result<Json<TokenCreated>, ApiError> {
     let request: CreateTokenRequest = read(&api, body)?;
     let life = request.ttl_seconds.map_or(TOKEN_LIFE, Duration::from_secs);
-    if life.is_zero() || life > LONGEST_TOKEN_LIFE || request.note.len() > LONGEST_NOTE {
+    let nodes = request.nodes.unwrap_or(1);
+    let is_bad = life.is_zero() || life > LONGEST_TOKEN_LIFE || request.note.len() > LONGEST_NOTE;
+    if is_bad || !(1..=MOST_NODES).contains(&nodes) {
         let text = format!(
-            "'ttl_seconds' must be from 1 to {}, 'note' at most {LONGEST_NOTE} bytes",
+            "'ttl_seconds' must be from 1 to {}, 'nodes' from 1 to {MOST_NODES}, 'note' at most {LONGEST_NOTE} bytes",
             LONGEST_TOKEN_LIFE.as_secs()
         );
         return Err(ApiError::new(Code::InvalidValue, text));
     }
+    // Heads do not join: there is one, and it holds the root.
+    if request.role.as_deref().is_some_and(|role| role != "worker") {
+        let text = "'role' must be \"worker\": no other node joins with a token";
+        return Err(ApiError::new(Code::InvalidValue, text.to_owned()));
+    }
+    let spec = TokenSpec {
+        lifetime: life,
+        nodes,
+        note: request.note,
+    };
     let now = SystemTime::now();
     let authority = api.authority.clone();
-    let created = blocking(move || authority.create_token(life, &request.note, now)).await?;
+    let created = blocking(move || authority.issue_token(&spec, now)).await?;
     let token = created.map_err(|error| match error {
         TrustError::TooManyTokens { .. } => ApiError::new(Code::TooManyTokens, error.to_string()),
         error => failed(format!("no token was made: {error}")),
@@ -40,6 +53,7 @@ pub(super) async fn create(
     tracing::info!(
         token = token.id(),
         life_seconds = life.as_secs(),
+        nodes,
         "join token created"
     );
     Ok(Json(TokenCreated {
@@ -61,10 +75,15 @@ pub(super) async fn list(State(api): State<Api>) -> Result<Json<TokenList>, ApiE
 
 fn shown(record: &TokenRecord, now: u64) -> Token {
     let open = record.is_open(now);
-    let state = match (&record.used, open) {
-        (Some(_), _) => "used",
-        (None, true) => "open",
-        (None, false) => "expired",
+    let state = match (record.uses_left(), open) {
+        (0, _) => "used",
+        (_, true) => "open",
+        (_, false) => "expired",
+    };
+    let shown = |used: &arcanum_attestor::TokenUse| TokenUse {
+        node_id: used.node_id.clone(),
+        name: used.node_name.clone(),
+        at: used.at,
     };
     Token {
         id: record.id.clone(),
@@ -74,12 +93,11 @@ fn shown(record: &TokenRecord, now: u64) -> Token {
         expires_at: record.expires,
         age_seconds: now.saturating_sub(record.created),
         expires_in_seconds: record.expires.saturating_sub(now),
-        uses_left: u32::from(open),
-        used_by: record.used.as_ref().map(|used| TokenUse {
-            node_id: used.node_id.clone(),
-            name: used.node_name.clone(),
-            at: used.at,
-        }),
+        uses_left: if open { record.uses_left() } else { 0 },
+        used_by: record.uses.last().map(shown),
+        nodes: record.nodes,
+        role: record.role.clone().into(),
+        uses: record.uses.iter().map(shown).collect(),
     }
 }
 

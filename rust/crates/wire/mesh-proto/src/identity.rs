@@ -1,0 +1,62 @@
+//! Identities of nodes: proofs of possession and the mesh root's statements.
+
+use prost::Message;
+
+messages! {
+    /// A node's proof that it holds the key of its identity: a signature over a text that names the TLS session, the mesh
+    /// and the request (`mesh_identity::Transcript`).
+    pub struct IdentityProof {
+        /// Signature algorithm; 1 is ML-DSA-65.
+        algorithm: u32 = [uint32, tag = 1],
+        /// Public key; its SHA-256 is the node id.
+        public_key: Vec<u8> = [bytes = "vec", tag = 2],
+        /// Signature.
+        signature: Vec<u8> = [bytes = "vec", tag = 3],
+    }
+
+    /// The mesh root's statement about a node, in the `body` of [`SignedIdentity`].
+    pub struct IdentityDocument {
+        /// Version of the document; 1 here.
+        version: u32 = [uint32, tag = 1],
+        /// Signature algorithm of the node's key; 1 is ML-DSA-65.
+        algorithm: u32 = [uint32, tag = 2],
+        /// The node's public key; its SHA-256 is the node id.
+        public_key: Vec<u8> = [bytes = "vec", tag = 3],
+        /// Name of the node.
+        name: String = [string, tag = 4],
+        /// Role of the node: `head` or `worker`.
+        role: String = [string, tag = 5],
+        /// Name of the mesh.
+        mesh: String = [string, tag = 6],
+        /// SHA-256 of the mesh root's certificate.
+        root: Vec<u8> = [bytes = "vec", tag = 7],
+        /// Start of the validity, seconds since the Unix epoch.
+        not_before: u64 = [uint64, tag = 8],
+        /// End of the validity, seconds since the Unix epoch.
+        not_after: u64 = [uint64, tag = 9],
+    }
+
+    /// An [`IdentityDocument`] with the signature of the mesh root's ML-DSA key.
+    pub struct SignedIdentity {
+        /// The encoded document; the signature is over these bytes.
+        body: Vec<u8> = [bytes = "vec", tag = 1],
+        /// Signature.
+        signature: Vec<u8> = [bytes = "vec", tag = 2],
+    }
+
+    /// A node's identity document in its state directory.
+    pub struct StoredIdentity {
+        /// A [`SignedIdentity`].
+        identity: Vec<u8> = [bytes = "vec", tag = 1],
+        /// The ML-DSA key that signed it.
+        root: Option<RootIdentity> = [message, optional, tag = 2],
+    }
+
+    /// The ML-DSA key of a mesh root.
+    pub struct RootIdentity {
+        /// Public key. The root's certificate names its SHA-256, or the voucher shows that it is the root's.
+        public_key: Vec<u8> = [bytes = "vec", tag = 1],
+        /// Signature of the certificate's key over the public key, for roots whose certificate does not name it.
+        voucher: Vec<u8> = [bytes = "vec", tag = 2],
+    }
+}
