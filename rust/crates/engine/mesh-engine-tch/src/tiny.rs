@@ -19,7 +19,7 @@ pub(crate) struct TinyVae {
 enum Layer {
     Conv(Conv),
     Relu,
-    Block([Conv; 3]),
+    Block(Box<[Conv; 3]>),
     Double,
 }
 
@@ -80,7 +80,7 @@ fn blocks(params: &mut Params, side: &str, layers: &mut Vec<Layer>, count: u32) 
     for _ in 0..count {
         let name = format!("{side}.layers.{}.conv", layers.len());
         let mut conv = |i| Conv::new(params, &format!("{name}.{i}"));
-        layers.push(Layer::Block([conv(0)?, conv(2)?, conv(4)?]));
+        layers.push(Layer::Block(Box::new([conv(0)?, conv(2)?, conv(4)?])));
     }
     Ok(())
 }
@@ -98,7 +98,8 @@ impl Layer {
             Layer::Conv(conv) => conv.forward(x),
             Layer::Relu => Ok(x.f_relu()?),
             Layer::Double => double(x, None),
-            Layer::Block([first, second, third]) => {
+            Layer::Block(block) => {
+                let [first, second, third] = &**block;
                 let hidden = first.forward(x)?.f_relu_()?;
                 let hidden = second.forward(&hidden)?.f_relu_()?;
                 Ok(third.forward(&hidden)?.f_add_(x)?.f_relu_()?)

@@ -62,7 +62,7 @@ fn screen(args: &ImageArgs) -> Option<Screen> {
 
 /// A request to the head.
 enum Asked {
-    Generation(CreateImageRequest),
+    Generation(Box<CreateImageRequest>),
     Edit(Box<EditImageRequest>),
 }
 
@@ -73,7 +73,7 @@ impl Asked {
             ..request(args, prompt)
         };
         let Some(init) = &args.init else {
-            return Ok(Self::Generation(options));
+            return Ok(Self::Generation(Box::new(options)));
         };
         let file = |path: &Path| {
             let file = std::fs::read(path).map_err(|error| {
@@ -91,7 +91,7 @@ impl Asked {
 
     async fn send(&self, client: &HttpClient) -> Result<EventStream<ImageStreamEvent>, Failure> {
         Ok(match self {
-            Self::Generation(request) => client.events(paths::IMAGES, request).await?,
+            Self::Generation(request) => client.events(paths::IMAGES, &**request).await?,
             Self::Edit(request) => client.events(paths::IMAGE_EDITS, &**request).await?,
         })
     }

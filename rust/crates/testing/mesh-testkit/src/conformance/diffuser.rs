@@ -164,6 +164,7 @@ impl Subject<'_> {
             sampler: SamplerKind::EulerAncestral,
             karras: false,
             init: None,
+            previews: false,
             resume: None,
             deadline: None,
         }
