@@ -47,7 +47,7 @@ pub(crate) async fn kills(args: &Args, report: &mut Report) -> Result<()> {
     let mut tally = Tally::default();
     for seed in 0..args.images as u64 {
         // Large enough that a step takes longer than a kill.
-        let request = request("128x128", STEPS, seed);
+        let request = request("64x64", STEPS, seed);
         let client = mesh.client()?;
         let whole = streamed(&client, IMAGES, &request, async |_| Ok(())).await?;
         for after in 1..=STEPS {
