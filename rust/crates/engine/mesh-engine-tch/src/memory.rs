@@ -2,7 +2,7 @@
 //!
 //! glibc fetches each block over 32 MiB from the system page by page, and gives it back when it is freed. Convolutions rearrange
 //! their weights in such blocks: half a million pages for each step of Stable Diffusion 1.5, all of which the system fills with
-//! zeros first. Small pictures take a third less time when freed memory is kept for the next block.
+//! zeros first. Small pictures take about a fifth less time when freed memory is kept for the next block.
 
 /// Has glibc take memory for all threads from one place, which alone can hold blocks of any size; to be called before there are
 /// threads. It does nothing with other C libraries.
