@@ -59,7 +59,7 @@ fn models_of_images_keep_the_contract() {
     Subject {
         name: format!("Stable Diffusion 1 on {device:?}"),
         open: &|| {
-            let checkpoint = Checkpoint::open(&folder).unwrap();
+            let checkpoint = Arc::new(Checkpoint::open(&folder).unwrap());
             Box::new(TchDiffuser::load(&checkpoint, &options).unwrap())
         },
         tokenizer: tokenizer(),
