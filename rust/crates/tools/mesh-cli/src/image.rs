@@ -63,7 +63,7 @@ fn screen(args: &ImageArgs) -> Option<Screen> {
 /// A request to the head.
 enum Asked {
     Generation(CreateImageRequest),
-    Edit(Box<EditImageRequest>),
+    Edit(EditImageRequest),
 }
 
 impl Asked {
@@ -81,18 +81,18 @@ impl Asked {
             })?;
             Ok::<_, Failure>(STANDARD.encode(file))
         };
-        Ok(Self::Edit(Box::new(EditImageRequest {
+        Ok(Self::Edit(EditImageRequest {
             image: file(init)?,
             mask: args.mask.as_deref().map(file).transpose()?,
             strength: args.strength,
             options,
-        })))
+        }))
     }
 
     async fn send(&self, client: &HttpClient) -> Result<EventStream<ImageStreamEvent>, Failure> {
         Ok(match self {
             Self::Generation(request) => client.events(paths::IMAGES, request).await?,
-            Self::Edit(request) => client.events(paths::IMAGE_EDITS, &**request).await?,
+            Self::Edit(request) => client.events(paths::IMAGE_EDITS, request).await?,
         })
     }
 }
