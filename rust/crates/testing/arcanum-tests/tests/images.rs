@@ -47,7 +47,10 @@ fn streamed_request(steps: u32) -> CreateImageRequest {
 async fn an_image_survives_its_worker_killed_at_several_steps_to_the_last_byte() -> Result<()> {
     let _alone = alone();
     let folder = tempfile::tempdir()?;
-    let config = format!("models = [{:?}]\nthreads = 1\n", tiny_model(folder.path())?);
+    let config = format!(
+        "models = [{:?}]\nthreads = 1\nimages.nice = 0\n",
+        tiny_model(folder.path())?
+    );
     let mut mesh = Mesh::builder().start().await?;
     for _ in 0..4 {
         mesh.start_worker(&config).await?;
@@ -191,7 +194,10 @@ fn encoded(image: impl Into<DynamicImage>, format: ImageFormat) -> Result<Vec<u8
 async fn an_edit_keeps_what_its_mask_keeps_and_goes_on_elsewhere() -> Result<()> {
     let _alone = alone();
     let folder = tempfile::tempdir()?;
-    let config = format!("models = [{:?}]\nthreads = 1\n", tiny_model(folder.path())?);
+    let config = format!(
+        "models = [{:?}]\nthreads = 1\nimages.nice = 0\n",
+        tiny_model(folder.path())?
+    );
     let mut mesh = Mesh::builder().start().await?;
     for _ in 0..2 {
         mesh.start_worker(&config).await?;

@@ -62,8 +62,8 @@ fn screen(args: &ImageArgs) -> Option<Screen> {
 
 /// A request to the head.
 enum Asked {
-    Generation(Box<CreateImageRequest>),
-    Edit(Box<EditImageRequest>),
+    Generation(CreateImageRequest),
+    Edit(EditImageRequest),
 }
 
 impl Asked {
@@ -73,7 +73,7 @@ impl Asked {
             ..request(args, prompt)
         };
         let Some(init) = &args.init else {
-            return Ok(Self::Generation(Box::new(options)));
+            return Ok(Self::Generation(options));
         };
         let file = |path: &Path| {
             let file = std::fs::read(path).map_err(|error| {
@@ -81,18 +81,18 @@ impl Asked {
             })?;
             Ok::<_, Failure>(STANDARD.encode(file))
         };
-        Ok(Self::Edit(Box::new(EditImageRequest {
+        Ok(Self::Edit(EditImageRequest {
             image: file(init)?,
             mask: args.mask.as_deref().map(file).transpose()?,
             strength: args.strength,
             options,
-        })))
+        }))
     }
 
     async fn send(&self, client: &HttpClient) -> Result<EventStream<ImageStreamEvent>, Failure> {
         Ok(match self {
-            Self::Generation(request) => client.events(paths::IMAGES, &**request).await?,
-            Self::Edit(request) => client.events(paths::IMAGE_EDITS, &**request).await?,
+            Self::Generation(request) => client.events(paths::IMAGES, request).await?,
+            Self::Edit(request) => client.events(paths::IMAGE_EDITS, request).await?,
         })
     }
 }

@@ -38,7 +38,7 @@ pub(crate) async fn kills(args: &Args, report: &mut Report) -> Result<()> {
     }
     let folder = tempfile::tempdir()?;
     let model = tiny_model(folder.path())?;
-    let config = format!("models = [{model:?}]\nthreads = 1\n");
+    let config = format!("models = [{model:?}]\nthreads = 1\nimages.nice = 0\n");
     let mut mesh = Mesh::builder().start().await?;
     for _ in 0..3 {
         mesh.start_worker(&config).await?;
