@@ -501,12 +501,13 @@ pub(crate) fn move_identity(from: &Path, to: &Path) -> Result<(), TrustError> {
     Ok(())
 }
 
-/// The certificate comes last: while it is missing, the node has not joined.
+/// The node's key comes first: once it has moved, the others are of the same identity. The certificate comes last: while it is
+/// missing, the node has not joined.
 const IDENTITY_FILES: [&str; 7] = [
+    names::NODE_KEY,
     names::IDENTITY_KEY,
     names::NEXT_IDENTITY_KEY,
     names::IDENTITY_DOCUMENT,
-    names::NODE_KEY,
     names::NEXT_NODE_KEY,
     names::ROOT_CERTIFICATE,
     names::NODE_CERTIFICATE,

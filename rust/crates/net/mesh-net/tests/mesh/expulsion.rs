@@ -221,7 +221,7 @@ async fn incomplete_identities_are_refused_by_name_and_a_new_token_mends_them() 
 async fn a_change_of_identity_that_was_cut_off_is_ended_at_the_next_start() {
     let head = TestHead::start("attic");
     // Cut off before each of the files was moved.
-    for moved in 0..=3 {
+    for moved in 0..=4 {
         let worker = head.worker("old").await;
         let dir = worker.dir.path();
         let new = head.worker("new").await;
@@ -230,7 +230,7 @@ async fn a_change_of_identity_that_was_cut_off_is_ended_at_the_next_start() {
         if moved > 0 {
             mesh_net::trust::set_aside(dir).expect("moved");
         }
-        let names = ["node.key", "root.crt", "node.crt"];
+        let names = ["node.key", "identity.key", "root.crt", "node.crt"];
         for (index, name) in names.into_iter().enumerate() {
             let to = match index < moved {
                 true => dir.join(name),
