@@ -226,8 +226,12 @@ impl Archive {
                 {
                     batch.write(&to.join(bundle_path(index, TILE_WIDTH)), &bundle)?;
                 }
-                batch.sync()?;
+                // Not too many open files.
+                if index % 64 == 63 {
+                    batch.sync()?;
+                }
             }
+            batch.sync()?;
         }
         Ok(())
     }

@@ -97,7 +97,7 @@ impl Lock {
             ));
         }
         Ok(Self {
-            keys: Arc::new(load_keys(dir)?),
+            keys: Arc::new(open_keys(dir)?),
             dir: dir.to_owned(),
             _file: file,
         })
@@ -184,7 +184,12 @@ fn origin(mesh: &str, tier: Tier, now: u64) -> String {
     origin
 }
 
-fn load_keys(dir: &Path) -> io::Result<TrailKeys> {
+/// The secret keys in a folder, which are made at the first use.
+///
+/// # Errors
+/// If they cannot be read or written.
+pub fn open_keys(dir: &Path) -> io::Result<TrailKeys> {
+    files::create_private_dir(dir).map_err(|error| named(dir, "create", &error))?;
     let path = dir.join(SIGNING_KEY);
     if let Some(text) = read(&path, 4096)? {
         let text = Zeroizing::new(text);

@@ -123,10 +123,10 @@ mod tests {
         for cut in 0..journal.len() {
             let scanned = scan(&journal[..cut]);
             assert!(scanned.end <= cut && scanned.seal_behind.is_none());
-            assert_eq!(scanned.frames.len(), [18, 37, journal.len()].iter().filter(|end| cut >= **end).count());
+            assert_eq!(scanned.frames.len(), [19, 39, journal.len()].iter().filter(|end| cut >= **end).count());
         }
         let whole = scan(&journal);
-        assert_eq!(whole.frames[1], (18, Frame::Entry(b"one")));
+        assert_eq!(whole.frames[1], (19, Frame::Entry(b"one")));
         assert_eq!((whole.end, whole.seal_behind), (journal.len(), None));
         // Every changed byte is noticed, and one before a seal is told apart from a cut.
         for at in 0..journal.len() {

@@ -282,6 +282,11 @@ pub trait Identity {
     fn sign(&self, context: &'static [u8], message: &[u8]) -> Vec<u8>;
 }
 
+/// Id of the node with this public key: its SHA-256.
+pub fn node_id(public_key: &[u8]) -> [u8; 32] {
+    Sha256::digest(public_key).into()
+}
+
 /// The public keys of a trail, as its file `keys` has them.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

@@ -185,6 +185,8 @@ struct Block {
     file: PathBuf,
     /// From the file of the bundle: offsets and entries.
     disk: Vec<(usize, Vec<u8>)>,
+    /// First and last byte of what lies behind its entries.
+    rest: Option<(u64, u64)>,
     hashes: Option<Vec<Hash>>,
 }
 
@@ -418,6 +420,10 @@ impl Walk<'_> {
             }
         }
         self.tell_wrong(&block, &wrong, entries_right);
+        if block.rest.is_some() || block.disk.len() > block.width {
+            let text = "there is more than its records, or a length was changed";
+            self.report.find(&block.file, block.rest, None, text);
+        }
         if block.hashes.is_none() && block.width > 0 {
             let file = tile_path(0, index, block.width);
             self.report.find(file, None, Some((start, end - 1)), "it is missing, or has another length");
@@ -440,6 +446,7 @@ impl Walk<'_> {
             width,
             file: bundle_path(index, width),
             disk: Vec::new(),
+            rest: None,
             hashes: None,
         };
         debug_assert!(start < end);
@@ -447,7 +454,8 @@ impl Walk<'_> {
             return Ok(block);
         }
         if let Some(bytes) = self.archive.bundle(index, width)? {
-            let (entries, _) = unbundle(&bytes);
+            let (entries, end) = unbundle(&bytes);
+            block.rest = (end < bytes.len()).then(|| (end as u64, bytes.len() as u64 - 1));
             block.disk = entries.into_iter().map(|(at, entry)| (at, entry.to_vec())).collect();
         }
         let tile = self.archive.tile(0, index, width)?;
@@ -455,12 +463,12 @@ impl Walk<'_> {
         Ok(block)
     }
 
-    /// The entry with this number: from its bundle, else from the journal.
+    /// The entry with this number: from its bundle, or from the journal if it is not published.
     fn entry<'b>(&'b self, block: &'b Block, n: u64) -> Option<&'b [u8]> {
         let at = (n - block.start) as usize;
-        match block.disk.get(at) {
-            Some((_, entry)) if at < block.width => Some(entry),
-            _ => self.journal_entry(n).map(|(_, entry)| entry),
+        match at < block.width {
+            true => block.disk.get(at).map(|(_, entry)| &entry[..]),
+            false => self.journal_entry(n).map(|(_, entry)| entry),
         }
     }
 

@@ -57,3 +57,6 @@ pub use root::{MeshRoot, Validity};
 pub use roster::KnownMember;
 pub use store::{RETRY_WINDOW, Revocation, TokenRecord, TokenStore, TokenUse};
 pub use token::{JoinToken, ParseTokenError};
+
+/// A certificate as [`Admission`] gives it.
+pub use rustls::pki_types::CertificateDer;

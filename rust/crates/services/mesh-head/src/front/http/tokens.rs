@@ -30,13 +30,14 @@ pub(super) async fn create(
         return Err(ApiError::new(Code::InvalidValue, text));
     }
     let now = SystemTime::now();
-    let authority = api.authority.clone();
+    let (authority, note) = (api.authority.clone(), request.note.clone());
     let created = blocking(move || authority.create_token(life, &request.note, now)).await?;
     let token = created.map_err(|error| match error {
         TrustError::TooManyTokens { .. } => ApiError::new(Code::TooManyTokens, error.to_string()),
         error => failed(format!("no token was made: {error}")),
     })?;
     let expires = unix_seconds(now).saturating_add(life.as_secs());
+    api.mesh.audit.token(token.id(), "created", Some(&note));
     tracing::info!(
         token = token.id(),
         life_seconds = life.as_secs(),
@@ -99,6 +100,7 @@ pub(super) async fn revoke(
             _ => failed(format!("the token was not withdrawn: {text}")),
         }
     })?;
+    api.mesh.audit.token(&id, "withdrawn", None);
     tracing::warn!(
         event = "token revoked",
         token = id,
