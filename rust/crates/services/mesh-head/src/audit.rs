@@ -88,7 +88,14 @@ impl Recorder {
         }
     }
 
-    pub(crate) fn joined(&self, node: &str, name: &str, how: &str, from: &str, token: Option<&str>) {
+    pub(crate) fn joined(
+        &self,
+        node: &str,
+        name: &str,
+        how: &str,
+        from: &str,
+        token: Option<&str>,
+    ) {
         self.decision(|| Event::Join {
             node: node.into(),
             name: name.into(),
@@ -132,7 +139,13 @@ impl Recorder {
         });
     }
 
-    pub(crate) fn models<'a>(&self, node: &str, name: &str, decision: &str, models: impl Iterator<Item = &'a str>) {
+    pub(crate) fn models<'a>(
+        &self,
+        node: &str,
+        name: &str,
+        decision: &str,
+        models: impl Iterator<Item = &'a str>,
+    ) {
         self.decision(|| Event::Model {
             node: node.into(),
             name: name.into(),
@@ -164,7 +177,10 @@ impl Recorder {
             Origin::Key(number) => {
                 let keys = self.keys.read().unwrap_or_else(PoisonError::into_inner);
                 let id = keys.get(&number).map(Text::from);
-                (Some(id.unwrap_or_else(|| Text::from(format!("removed key {number}")))), None)
+                (
+                    Some(id.unwrap_or_else(|| Text::from(format!("removed key {number}")))),
+                    None,
+                )
             }
             Origin::Address(address) => (None, Some(Text::from(address.to_string()))),
             Origin::Unknown => (None, None),
@@ -188,7 +204,13 @@ impl Recorder {
     }
 
     /// Records the envelope of a message that was accepted.
-    pub(crate) fn message(&self, carrier: &'static str, kind: impl fmt::Display, from: impl fmt::Display, bytes: usize) {
+    pub(crate) fn message(
+        &self,
+        carrier: &'static str,
+        kind: impl fmt::Display,
+        from: impl fmt::Display,
+        bytes: usize,
+    ) {
         if let Some(audit) = &self.audit {
             audit.message(Envelope {
                 carrier,
@@ -225,13 +247,18 @@ impl<A: Admission> Admission for Recorded<A> {
         let joined = self.policy.join(ask, now);
         match &joined {
             Ok(chain) => {
-                let member = chain.first().and_then(|cert| Member::from_certificate(cert).ok());
-                let (node, name) = member.map_or_else(Default::default, |member| (member.node_id, member.name));
-                self.recorder.joined(&node, &name, "joined", "", Some(ask.token_id));
+                let member = chain
+                    .first()
+                    .and_then(|cert| Member::from_certificate(cert).ok());
+                let (node, name) =
+                    member.map_or_else(Default::default, |member| (member.node_id, member.name));
+                self.recorder
+                    .joined(&node, &name, "joined", "", Some(ask.token_id));
                 self.recorder.token(ask.token_id, "used", None);
             }
             Err(refusal) => {
-                self.recorder.refused("", ask.node_name, "", &refusal.to_string());
+                self.recorder
+                    .refused("", ask.node_name, "", &refusal.to_string());
             }
         }
         joined
@@ -245,8 +272,13 @@ impl<A: Admission> Admission for Recorded<A> {
     ) -> Result<Vec<CertificateDer<'static>>, Refusal> {
         let renewed = self.policy.renew(member, request, now);
         match &renewed {
-            Ok(_) => self.recorder.joined(&member.node_id, &member.name, "renewed", "", None),
-            Err(refusal) => self.recorder.refused(&member.node_id, &member.name, "", &refusal.to_string()),
+            Ok(_) => self
+                .recorder
+                .joined(&member.node_id, &member.name, "renewed", "", None),
+            Err(refusal) => {
+                self.recorder
+                    .refused(&member.node_id, &member.name, "", &refusal.to_string())
+            }
         }
         renewed
     }
@@ -254,7 +286,8 @@ impl<A: Admission> Admission for Recorded<A> {
     fn connect(&self, member: &Member, now: SystemTime) -> Result<(), Refusal> {
         let admitted = self.policy.connect(member, now);
         if let Err(refusal) = &admitted {
-            self.recorder.refused(&member.node_id, &member.name, "", &refusal.to_string());
+            self.recorder
+                .refused(&member.node_id, &member.name, "", &refusal.to_string());
         }
         admitted
     }

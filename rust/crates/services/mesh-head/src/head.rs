@@ -145,7 +145,8 @@ impl Head {
         let http_listener = mesh_service::http::bind(config.http.listen).await?;
         let client_socket = Arc::new(BatchSocket::bind(config.dcf.clients)?);
         let worker_socket = Arc::new(BatchSocket::bind(config.dcf.workers)?);
-        let admission: Arc<dyn Admission> = Arc::new(Recorded::new(authority.clone(), audit.clone()));
+        let admission: Arc<dyn Admission> =
+            Arc::new(Recorded::new(authority.clone(), audit.clone()));
         let (listen, links) = (config.quic.listen, LinkConfig::default());
         let quic = Arc::new(Listener::bind(listen, identity, Some(admission), links)?);
         let addresses = Addresses::from([
@@ -159,7 +160,14 @@ impl Head {
         let head_metrics = metrics.register(HeadMetrics::register);
         let health = Health::starting().watched_by(watchdog.clone());
         let deny_list = authority.deny_list().clone();
-        let mesh = Mesh::new(config, head_metrics, health, shutdown.clone(), deny_list, audit)?;
+        let mesh = Mesh::new(
+            config,
+            head_metrics,
+            health,
+            shutdown.clone(),
+            deny_list,
+            audit,
+        )?;
         mesh.tick();
 
         let answers = TaskTracker::new();
@@ -275,7 +283,10 @@ impl Parts {
         self.api.abort();
         self.loops.shutdown().await;
         let audit = self.mesh.audit.clone();
-        if tokio::task::spawn_blocking(move || audit.stop()).await.is_err() {
+        if tokio::task::spawn_blocking(move || audit.stop())
+            .await
+            .is_err()
+        {
             warn!("the end of the audit trail was not written");
         }
         drained

@@ -272,7 +272,8 @@ impl HeadMetrics {
             counter.inc_by(count.load(Ordering::Relaxed).saturating_sub(counter.get()));
         }
         let waiting = counts.waiting.load(Ordering::Relaxed);
-        self.audit_waiting.set(i64::try_from(waiting).unwrap_or(i64::MAX));
+        self.audit_waiting
+            .set(i64::try_from(waiting).unwrap_or(i64::MAX));
     }
 
     pub(crate) fn ring_events(&self, counts: &RingCounts) {

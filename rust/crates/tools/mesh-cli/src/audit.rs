@@ -72,7 +72,9 @@ pub(crate) fn run(head: &HeadArgs, command: AuditCommand) -> Result<(), Failure>
             witness_dir: Some(memory),
             ..
         } => cosign(&one(trails(head, &trail)?)?.1, &name, &memory),
-        AuditCommand::Cosign { trail, keep: file, .. } => {
+        AuditCommand::Cosign {
+            trail, keep: file, ..
+        } => {
             let (_, dir) = one(trails(head, &trail)?)?;
             let text = read_text(&file.unwrap_or_default())?;
             let kept = keep(&open(&dir)?, &text).map_err(failed)?;
@@ -88,7 +90,9 @@ fn failed(error: impl Display) -> Failure {
 
 fn print(text: &str) -> Result<(), Failure> {
     let mut out = std::io::stdout().lock();
-    out.write_all(text.as_bytes()).and_then(|()| out.flush()).map_err(failed)
+    out.write_all(text.as_bytes())
+        .and_then(|()| out.flush())
+        .map_err(failed)
 }
 
 fn open(dir: &Path) -> Result<Archive, Failure> {
@@ -120,7 +124,10 @@ fn trails(head: &HeadArgs, args: &TrailArgs) -> Result<Vec<(String, PathBuf)>, F
         found.retain(|(name, _)| name == tier.as_str());
     }
     if found.is_empty() {
-        let text = format!("{} holds no audit trail that may be read here", dir.display());
+        let text = format!(
+            "{} holds no audit trail that may be read here",
+            dir.display()
+        );
         return Err(Failure::failed(text).hint(
             "--state-dir names a head's state folder (its user or root may read it), --trail an exported trail.",
         ));
@@ -132,7 +139,10 @@ fn one(found: Vec<(String, PathBuf)>) -> Result<(String, PathBuf), Failure> {
     let names: Vec<String> = found.iter().map(|(name, _)| name.clone()).collect();
     match <[_; 1]>::try_from(found) {
         Ok([trail]) => Ok(trail),
-        Err(_) => Err(Failure::usage(format!("there are several trails: name one with --tier ({})", names.join(", ")))),
+        Err(_) => Err(Failure::usage(format!(
+            "there are several trails: name one with --tier ({})",
+            names.join(", ")
+        ))),
     }
 }
 
@@ -146,7 +156,10 @@ fn read_keys(paths: &[PathBuf]) -> Result<Vec<Vkey>, Failure> {
             continue;
         }
         for line in text.lines().map(str::trim).filter(|line| !line.is_empty()) {
-            keys.push(Vkey::parse(line).map_err(|error| failed(format!("{}: {error}", path.display())))?);
+            keys.push(
+                Vkey::parse(line)
+                    .map_err(|error| failed(format!("{}: {error}", path.display())))?,
+            );
         }
     }
     Ok(keys)
@@ -163,7 +176,11 @@ struct Given {
 
 impl Given {
     fn options(&self, dir: &Path, origin: &str) -> Result<Options, Failure> {
-        let chain = self.chain_key.as_ref().map(|path| read_chain_key(path)).transpose()?;
+        let chain = self
+            .chain_key
+            .as_ref()
+            .map(|path| read_chain_key(path))
+            .transpose()?;
         let mut earlier = Vec::new();
         for path in &self.since {
             let note = Note::parse(read_text(path)?.as_bytes());
@@ -203,8 +220,12 @@ fn verify_all(trails: &[(String, PathBuf)], given: &Given, json: bool) -> Result
     }
     match wrong {
         0 => Ok(()),
-        1 => Err(Failure::failed("the audit trail is not as it was signed at 1 place")),
-        wrong => Err(Failure::failed(format!("the audit trail is not as it was signed at {wrong} places"))),
+        1 => Err(Failure::failed(
+            "the audit trail is not as it was signed at 1 place",
+        )),
+        wrong => Err(Failure::failed(format!(
+            "the audit trail is not as it was signed at {wrong} places"
+        ))),
     }
 }
 
@@ -218,7 +239,8 @@ fn verified(dir: &Path, given: &Given) -> Result<Report, Failure> {
         let report = verify(&archive, &options).map_err(failed)?;
         let after = open(dir)?;
         tries += 1;
-        if report.findings.is_empty() || after.published() == archive.published() || tries == TRIES {
+        if report.findings.is_empty() || after.published() == archive.published() || tries == TRIES
+        {
             return Ok(report);
         }
     }
@@ -230,11 +252,18 @@ fn as_text(name: &str, report: &Report, merged: &[(u64, bool)]) -> String {
         text += &format!(", {} of them signed so far", report.signed);
     }
     if report.pruned > 0 {
-        text += &format!(", the first {} deleted to keep within the limit", report.pruned);
+        text += &format!(
+            ", the first {} deleted to keep within the limit",
+            report.pruned
+        );
     }
     text += ")\n";
     if let Some((first, last)) = report.times {
-        text += &format!("  from {} to {}\n", clock::utc_of(first / 1000), clock::utc_of(last / 1000));
+        text += &format!(
+            "  from {} to {}\n",
+            clock::utc_of(first / 1000),
+            clock::utc_of(last / 1000)
+        );
     }
     text += &format!("  {} epochs signed with SLH-DSA\n", report.epochs);
     if report.coded > 0 {
@@ -248,7 +277,11 @@ fn as_text(name: &str, report: &Report, merged: &[(u64, bool)]) -> String {
         text += &format!("  {} records cosigned by {}\n", size, plain(witness));
     }
     for (n, holds) in merged {
-        let verdict = if *holds { "is in the other trail" } else { "is not in the other trail" };
+        let verdict = if *holds {
+            "is in the other trail"
+        } else {
+            "is not in the other trail"
+        };
         text += &format!("  record {n} binds a head that {verdict}\n");
     }
     match report.findings.is_empty() {
@@ -258,7 +291,10 @@ fn as_text(name: &str, report: &Report, merged: &[(u64, bool)]) -> String {
                 text += &format!("  WRONG {}\n", plain(&finding.to_string()));
             }
             if report.findings.len() > MOST_SHOWN {
-                text += &format!("  and {} more; --json shows all\n", report.findings.len() - MOST_SHOWN);
+                text += &format!(
+                    "  and {} more; --json shows all\n",
+                    report.findings.len() - MOST_SHOWN
+                );
             }
         }
     }
@@ -288,7 +324,13 @@ fn as_json(name: &str, report: &Report, merged: &[(u64, bool)]) -> Value {
     })
 }
 
-fn show(dir: &Path, from: u64, last: Option<u32>, kind: Option<&str>, json: bool) -> Result<(), Failure> {
+fn show(
+    dir: &Path,
+    from: u64,
+    last: Option<u32>,
+    kind: Option<&str>,
+    json: bool,
+) -> Result<(), Failure> {
     let archive = open(dir)?;
     let mut lines: VecDeque<String> = VecDeque::new();
     let mut done = Ok(());
@@ -329,14 +371,22 @@ fn shown(n: u64, entry: &[u8], kind: Option<&str>, json: bool) -> Option<String>
     if let Ok(Value::Object(object)) = serde_json::from_slice(text) {
         for (name, value) in object {
             if !["n", "at", "epoch", "kind"].contains(&name.as_str()) {
-                let value = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+                let value = value
+                    .as_str()
+                    .map_or_else(|| value.to_string(), str::to_owned);
                 fields += &format!("  {name}={}", plain(&value));
             }
         }
     }
     let seconds = record.at / 1000;
     let date = clock::date(seconds);
-    let time = format!("{} {:02}:{:02}:{:02}", date.date(), date.hour(), date.minute(), date.second());
+    let time = format!(
+        "{} {:02}:{:02}:{:02}",
+        date.date(),
+        date.hour(),
+        date.minute(),
+        date.second()
+    );
     Some(format!("{n}  {time}  {}{fields}\n", plain(&record.kind)))
 }
 
@@ -357,7 +407,9 @@ fn check_proof(file: &Path, keys: &[PathBuf]) -> Result<(), Failure> {
         // The first key is the one of checkpoints.
         let reason = keys.first().map(|key| proof.verify(key));
         let reason = reason.and_then(Result::err).map(|error| error.to_string());
-        return Err(failed(reason.unwrap_or_else(|| "the file of keys is empty".to_owned())));
+        return Err(failed(
+            reason.unwrap_or_else(|| "the file of keys is empty".to_owned()),
+        ));
     }
     let line = shown(proof.index, &proof.entry, None, false);
     print(&line.unwrap_or_default())
@@ -370,20 +422,31 @@ fn open_for_writing(head: &HeadArgs, args: &TrailArgs) -> Result<(Lock, Opened),
     };
     let dir = folder(head, args);
     if !dir.join(tier.as_str()).is_dir() {
-        let text = format!("{} has no trail of the tier {tier}; the head makes it", dir.display());
+        let text = format!(
+            "{} has no trail of the tier {tier}; the head makes it",
+            dir.display()
+        );
         return Err(Failure::failed(text));
     }
     let lock = Lock::take(&dir).map_err(failed)?;
-    let opened = lock.open(tier, "hydramesh", None, Limits::default(), now()).map_err(failed)?;
+    let opened = lock
+        .open(tier, "hydramesh", None, Limits::default(), now())
+        .map_err(failed)?;
     match opened.set_aside {
         None => Ok((lock, opened)),
-        Some((path, reason)) => Err(failed(format!("the trail was damaged, and is now {}: {reason}", path.display()))),
+        Some((path, reason)) => Err(failed(format!(
+            "the trail was damaged, and is now {}: {reason}",
+            path.display()
+        ))),
     }
 }
 
 fn key(head: &HeadArgs, args: &TrailArgs, file: &Path) -> Result<(), Failure> {
     if file.exists() {
-        return Err(Failure::usage(format!("{} exists: name a new file", file.display())));
+        return Err(Failure::usage(format!(
+            "{} exists: name a new file",
+            file.display()
+        )));
     }
     let (_lock, mut opened) = open_for_writing(head, args)?;
     let store = &mut opened.store;
@@ -394,26 +457,43 @@ fn key(head: &HeadArgs, args: &TrailArgs, file: &Path) -> Result<(), Failure> {
         "key": HEXLOWER.encode(key.bytes()),
     });
     let text = format!("{contents}\n");
-    files::replace(file, text.as_bytes(), files::PRIVATE)
-        .map_err(|error| failed(format!("{}: {error}; the key is lost: run this again", file.display())))?;
+    files::replace(file, text.as_bytes(), files::PRIVATE).map_err(|error| {
+        failed(format!(
+            "{}: {error}; the key is lost: run this again",
+            file.display()
+        ))
+    })?;
     store.publish(now()).map_err(failed)?;
-    print(&format!("{}: the key of epoch {}\n", file.display(), key.epoch()))
+    print(&format!(
+        "{}: the key of epoch {}\n",
+        file.display(),
+        key.epoch()
+    ))
 }
 
 /// Name of a trail, and the key of one of its epochs.
 fn read_chain_key(path: &Path) -> Result<(String, ChainKey), Failure> {
     let contents: Value = serde_json::from_str(&read_text(path)?).unwrap_or_default();
-    let key = contents["key"].as_str().and_then(|key| HEXLOWER.decode(key.as_bytes()).ok());
+    let key = contents["key"]
+        .as_str()
+        .and_then(|key| HEXLOWER.decode(key.as_bytes()).ok());
     let key = key.and_then(|key| <[u8; 32]>::try_from(key).ok());
     match (contents["origin"].as_str(), contents["epoch"].as_u64(), key) {
-        (Some(origin), Some(epoch), Some(key)) => Ok((origin.to_owned(), ChainKey::new(epoch, key))),
-        _ => Err(failed(format!("{} is not a file of `hydramesh audit key`", path.display()))),
+        (Some(origin), Some(epoch), Some(key)) => {
+            Ok((origin.to_owned(), ChainKey::new(epoch, key)))
+        }
+        _ => Err(failed(format!(
+            "{} is not a file of `hydramesh audit key`",
+            path.display()
+        ))),
     }
 }
 
 fn cosign(dir: &Path, name: &str, memory: &Path) -> Result<(), Failure> {
     if !is_key_name(name) {
-        return Err(Failure::usage(format!("{name:?} is not a name of a key: 1 to 255 bytes without spaces and +")));
+        return Err(Failure::usage(format!(
+            "{name:?} is not a name of a key: 1 to 255 bytes without spaces and +"
+        )));
     }
     let keys = home::open_keys(memory).map_err(failed)?;
     let witness = Witness {
@@ -430,19 +510,30 @@ fn merge(head: &HeadArgs, args: &TrailArgs, other: &Path) -> Result<(), Failure>
     let archive = open(other)?;
     let report = verify(&archive, &Options::default()).map_err(failed)?;
     if let Some(finding) = report.findings.first() {
-        return Err(failed(format!("{} is not as it was signed: {finding}", other.display())));
+        return Err(failed(format!(
+            "{} is not as it was signed: {finding}",
+            other.display()
+        )));
     }
     let note = Note::parse(archive.published().unwrap_or_default()).map_err(failed)?;
     let (_lock, mut opened) = open_for_writing(head, args)?;
-    let number = opened.store.append(&merge_of(&note.checkpoint), now()).map_err(failed)?;
+    let number = opened
+        .store
+        .append(&merge_of(&note.checkpoint), now())
+        .map_err(failed)?;
     opened.store.publish(now()).map_err(failed)?;
     let (origin, size) = (&note.checkpoint.origin, note.checkpoint.size);
-    print(&format!("record {number} binds {} with {size} records\n", plain(origin)))
+    print(&format!(
+        "record {number} binds {} with {size} records\n",
+        plain(origin)
+    ))
 }
 
 /// Milliseconds since the Unix epoch.
 fn now() -> u64 {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let since = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
     u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }
 

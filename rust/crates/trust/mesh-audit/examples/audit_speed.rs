@@ -15,10 +15,19 @@ use mesh_audit::record::Event;
 use mesh_audit::store::{Limits, Store};
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let parent = std::env::args().nth(1).map_or_else(std::env::temp_dir, PathBuf::from);
+    let parent = std::env::args()
+        .nth(1)
+        .map_or_else(std::env::temp_dir, PathBuf::from);
     let folder = tempfile::tempdir_in(parent)?;
     let keys = Arc::new(TrailKeys::generate());
-    let open = Store::open(&folder.path().join("trail"), "speed/audit", keys, None, Limits::default(), 0)?;
+    let open = Store::open(
+        &folder.path().join("trail"),
+        "speed/audit",
+        keys,
+        None,
+        Limits::default(),
+        0,
+    )?;
     let mut store = open.0;
     let mut bare = File::create(folder.path().join("bare"))?;
     let mut appends = [Vec::new(), Vec::new()];
@@ -39,16 +48,31 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let count = f64::from(GROUPS * GROUP);
     let [trail_rate, file_rate] = groups.map(|time| count / time.as_secs_f64());
     let all = count / (groups[0] + publications).as_secs_f64();
-    println!("append, median: {trail:.1} us, {:.1} times a bare append of {LINE} bytes ({file:.1} us)", trail / file);
-    println!("synced in groups of {GROUP}: {trail_rate:.0} records/s, {:.2} of a bare file with fsync ({file_rate:.0}/s)", trail_rate / file_rate);
-    println!("with tiles published after each group: {all:.0} records/s, {:.2} of the bare file", all / file_rate);
-    println!("bytes on disk: {:.0} a record", size_of(folder.path().join("trail").as_path())? as f64 / count);
+    println!(
+        "append, median: {trail:.1} us, {:.1} times a bare append of {LINE} bytes ({file:.1} us)",
+        trail / file
+    );
+    println!(
+        "synced in groups of {GROUP}: {trail_rate:.0} records/s, {:.2} of a bare file with fsync ({file_rate:.0}/s)",
+        trail_rate / file_rate
+    );
+    println!(
+        "with tiles published after each group: {all:.0} records/s, {:.2} of the bare file",
+        all / file_rate
+    );
+    println!(
+        "bytes on disk: {:.0} a record",
+        size_of(folder.path().join("trail").as_path())? as f64 / count
+    );
     Ok(())
 }
 
 type Done = Result<(), Box<dyn std::error::Error>>;
 
-fn group(times: &mut Vec<f64>, mut append: impl FnMut(u64) -> Done) -> Result<Duration, Box<dyn std::error::Error>> {
+fn group(
+    times: &mut Vec<f64>,
+    mut append: impl FnMut(u64) -> Done,
+) -> Result<Duration, Box<dyn std::error::Error>> {
     let started = Instant::now();
     for n in 0..u64::from(GROUP) {
         let before = Instant::now();

@@ -98,7 +98,10 @@ impl Archive {
 
     /// Size of the published checkpoint; 0 if there is none that can be read.
     pub fn published_size(&self) -> u64 {
-        let note = self.published.as_ref().and_then(|note| Note::parse(note).ok());
+        let note = self
+            .published
+            .as_ref()
+            .and_then(|note| Note::parse(note).ok());
         note.map_or(0, |note| note.checkpoint.size)
     }
 
@@ -115,7 +118,9 @@ impl Archive {
         };
         for (offset, frame) in scan.frames {
             match frame {
-                Frame::Header(text) if offset == 0 => view.header = serde_json::from_slice(text).ok(),
+                Frame::Header(text) if offset == 0 => {
+                    view.header = serde_json::from_slice(text).ok()
+                }
                 Frame::Entry(entry) => view.entries.push((offset, entry)),
                 Frame::Seal(note) => view.seals.push((offset, view.entries.len(), note)),
                 // Only a damaged journal has two; the entries behind do not fit then.
@@ -144,7 +149,10 @@ impl Archive {
         mut take: impl FnMut(u64, &[u8]) -> bool,
     ) -> Result<(), ArchiveError> {
         let view = self.journal();
-        let base = view.as_ref().and_then(|view| view.header.as_ref()).map(|header| header.base);
+        let base = view
+            .as_ref()
+            .and_then(|view| view.header.as_ref())
+            .map(|header| header.base);
         let published = self.published_size();
         let end = base.unwrap_or(published);
         let width = TILE_WIDTH as u64;
@@ -184,7 +192,10 @@ impl Archive {
         }
         let mut batch = Batch::default();
         let view = self.journal();
-        let base = view.as_ref().and_then(|view| view.header.as_ref()).map(|header| header.base);
+        let base = view
+            .as_ref()
+            .and_then(|view| view.header.as_ref())
+            .map(|header| header.base);
         let seal = view.as_ref().and_then(|view| view.seals.last());
         let (note, tail): (&[u8], &[(usize, &[u8])]) = match (&view, seal) {
             (Some(view), Some((_, count, note))) => (note, &view.entries[..*count]),
@@ -240,10 +251,15 @@ impl Archive {
         for level in 0..crate::merkle::MOST_LEVELS as u8 {
             let index = size.checked_shr(8 * (u32::from(level) + 1)).unwrap_or(0);
             let width = crate::merkle::width(size, level);
-            if width > 0 && let Some(tile) = self.tile(level, index, width)? {
+            if width > 0
+                && let Some(tile) = self.tile(level, index, width)?
+            {
                 batch.write(&to.join(tile_path(level, index, width)), &tile)?;
             }
-            if level == 0 && width > 0 && let Some(bundle) = self.bundle(index, width)? {
+            if level == 0
+                && width > 0
+                && let Some(bundle) = self.bundle(index, width)?
+            {
                 batch.write(&to.join(bundle_path(index, width)), &bundle)?;
             }
         }

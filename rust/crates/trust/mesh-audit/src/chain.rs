@@ -60,7 +60,11 @@ impl ChainKey {
         let mut context = hmac::Context::with_key(&self.key);
         context.update(previous);
         context.update(text);
-        context.sign().as_ref().try_into().expect("a code has 32 bytes")
+        context
+            .sign()
+            .as_ref()
+            .try_into()
+            .expect("a code has 32 bytes")
     }
 }
 

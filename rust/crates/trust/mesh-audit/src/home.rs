@@ -88,12 +88,19 @@ impl Lock {
         files::create_private_dir(dir).map_err(|error| named(dir, "create", &error))?;
         files::remove_leftovers(dir)?;
         let path = dir.join(LOCK);
-        let opened = File::options().create(true).truncate(false).write(true).open(&path);
+        let opened = File::options()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .open(&path);
         let file = opened.map_err(|error| named(&path, "open", &error))?;
         if file.try_lock().is_err() {
             return Err(io::Error::new(
                 io::ErrorKind::WouldBlock,
-                format!("another process writes the audit trail in {}: stop it first", dir.display()),
+                format!(
+                    "another process writes the audit trail in {}: stop it first",
+                    dir.display()
+                ),
             ));
         }
         Ok(Self {
@@ -133,9 +140,8 @@ impl Lock {
     ) -> Result<Opened, StoreError> {
         let dir = self.dir_of(tier);
         let origin = origin(mesh, tier, now);
-        let open = |origin: &str| {
-            Store::open(&dir, origin, self.keys.clone(), identity, limits, now)
-        };
+        let open =
+            |origin: &str| Store::open(&dir, origin, self.keys.clone(), identity, limits, now);
         let (store, recovered) = match open(&origin) {
             Err(StoreError::Damaged { reason, .. }) => {
                 let aside = self.dir.join(format!("{tier}.damaged-{}", now / 1000));
@@ -169,15 +175,27 @@ pub fn trails(dir: &Path) -> Vec<(String, PathBuf)> {
     let known = Tier::ALL.map(|tier| tier.as_str().to_owned());
     let found = known.into_iter().map(|name| (name.clone(), dir.join(name)));
     found
-        .filter(|(_, dir)| dir.join(crate::store::JOURNAL).exists() || dir.join(crate::store::CHECKPOINT).exists())
+        .filter(|(_, dir)| {
+            dir.join(crate::store::JOURNAL).exists() || dir.join(crate::store::CHECKPOINT).exists()
+        })
         .collect()
 }
 
 /// Name of a new trail: mesh, tier, and a random part, for a tree that begins anew is another one.
 fn origin(mesh: &str, tier: Tier, now: u64) -> String {
-    let plain = |c: char| if c.is_ascii_alphanumeric() || "._-".contains(c) { c } else { '-' };
+    let plain = |c: char| {
+        if c.is_ascii_alphanumeric() || "._-".contains(c) {
+            c
+        } else {
+            '-'
+        }
+    };
     let mesh: String = mesh.chars().take(64).map(plain).collect();
-    let mesh = if mesh.is_empty() { "hydramesh".to_owned() } else { mesh };
+    let mesh = if mesh.is_empty() {
+        "hydramesh".to_owned()
+    } else {
+        mesh
+    };
     let unique = HEXLOWER.encode(&random::bytes::<4>());
     let origin = format!("{mesh}/audit/{tier}/{}-{unique}", now / 1000);
     debug_assert!(is_key_name(&origin));

@@ -123,7 +123,13 @@ mod tests {
         for cut in 0..journal.len() {
             let scanned = scan(&journal[..cut]);
             assert!(scanned.end <= cut && scanned.seal_behind.is_none());
-            assert_eq!(scanned.frames.len(), [19, 39, journal.len()].iter().filter(|end| cut >= **end).count());
+            assert_eq!(
+                scanned.frames.len(),
+                [19, 39, journal.len()]
+                    .iter()
+                    .filter(|end| cut >= **end)
+                    .count()
+            );
         }
         let whole = scan(&journal);
         assert_eq!(whole.frames[1], (19, Frame::Entry(b"one")));

@@ -47,7 +47,9 @@ pub struct Vkey {
 
 /// A text that is not a verifier key of a known kind.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{shown:?} is not a verifier key (NAME+ID+KEY) of ML-DSA-44 or SLH-DSA-SHA2-128f: {reason}")]
+#[error(
+    "{shown:?} is not a verifier key (NAME+ID+KEY) of ML-DSA-44 or SLH-DSA-SHA2-128f: {reason}"
+)]
 pub struct VkeyError {
     shown: String,
     reason: &'static str,
@@ -444,7 +446,10 @@ mod tests {
         };
         assert!(PublicKeys::read(&swapped.to_text()).is_err());
         let plain = PublicKeys::new(&keys, "mesh/audit", None);
-        assert_eq!(PublicKeys::read(&plain.to_text()).unwrap().identity_key(), None);
+        assert_eq!(
+            PublicKeys::read(&plain.to_text()).unwrap().identity_key(),
+            None
+        );
         assert!(PublicKeys::read(&text.replace(',', ", ")).is_err());
     }
 }

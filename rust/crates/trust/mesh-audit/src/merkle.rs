@@ -350,7 +350,8 @@ mod tests {
             [] => empty_root(),
             [leaf] => *leaf,
             _ => {
-                let (left, right) = leaves.split_at(largest_power_below(leaves.len() as u64) as usize);
+                let (left, right) =
+                    leaves.split_at(largest_power_below(leaves.len() as u64) as usize);
                 node_hash(&defined(left), &defined(right))
             }
         }
@@ -369,22 +370,44 @@ mod tests {
     }
 
     fn leaves(count: usize) -> Vec<Hash> {
-        (0..count as u64).map(|n| leaf_hash(&n.to_be_bytes())).collect()
+        (0..count as u64)
+            .map(|n| leaf_hash(&n.to_be_bytes()))
+            .collect()
     }
 
     #[test]
     fn roots_are_those_of_certificate_transparency() {
         // The example tree of RFC 6962's reference implementation.
-        let entries = ["", "00", "10", "2021", "3031", "40414243", "5051525354555657"];
+        let entries = [
+            "",
+            "00",
+            "10",
+            "2021",
+            "3031",
+            "40414243",
+            "5051525354555657",
+        ];
         let leaves: Vec<Hash> = entries
             .iter()
             .map(|hex| leaf_hash(&HEXLOWER.decode(hex.as_bytes()).unwrap()))
             .collect();
         for (count, root) in [
-            (1, "6e340b9cffb37a989ca544e6bb780a2c78901d3fb33738768511a30617afa01d"),
-            (2, "fac54203e7cc696cf0dfcb42c92a1d9dbaf70ad9e621f4bd8d98662f00e3c125"),
-            (3, "aeb6bcfe274b70a14fb067a5e5578264db0fa9b51af5e0ba159158f329e06e77"),
-            (7, "ddb89be403809e325750d3d263cd78929c2942b7942a34b77e122c9594a74c8c"),
+            (
+                1,
+                "6e340b9cffb37a989ca544e6bb780a2c78901d3fb33738768511a30617afa01d",
+            ),
+            (
+                2,
+                "fac54203e7cc696cf0dfcb42c92a1d9dbaf70ad9e621f4bd8d98662f00e3c125",
+            ),
+            (
+                3,
+                "aeb6bcfe274b70a14fb067a5e5578264db0fa9b51af5e0ba159158f329e06e77",
+            ),
+            (
+                7,
+                "ddb89be403809e325750d3d263cd78929c2942b7942a34b77e122c9594a74c8c",
+            ),
         ] {
             assert_eq!(HEXLOWER.encode(&root_of(&leaves[..count])), root);
         }
@@ -407,7 +430,10 @@ mod tests {
         assert_eq!(indices, (0..273).collect::<Vec<u64>>());
         // The example of the specification.
         let partial: Vec<Tile> = edge.partial_tiles().collect();
-        let shape: Vec<_> = partial.iter().map(|t| (t.level, t.index, t.hashes.len())).collect();
+        let shape: Vec<_> = partial
+            .iter()
+            .map(|t| (t.level, t.index, t.hashes.len()))
+            .collect();
         assert_eq!(shape, [(0, 273, 112), (1, 1, 17), (2, 0, 1)]);
         let levels = partial.into_iter().map(|tile| tile.hashes).collect();
         let again = Edge::from_partial_tiles(70_000, levels).unwrap();

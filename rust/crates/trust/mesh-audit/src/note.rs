@@ -69,7 +69,9 @@ impl Checkpoint {
         let origin = lines.next().filter(|origin| is_key_name(origin));
         let origin = origin.ok_or(failed("its origin is empty, too long or has spaces"))?;
         let digits = lines.next().unwrap_or_default();
-        let size: u64 = digits.parse().map_err(|_| failed("its size is not a number"))?;
+        let size: u64 = digits
+            .parse()
+            .map_err(|_| failed("its size is not a number"))?;
         let root = lines.next().unwrap_or_default();
         let root = BASE64.decode(root.as_bytes()).ok();
         let root = root.and_then(|root| Hash::try_from(root).ok());
@@ -145,7 +147,10 @@ impl Note {
         let (text, lines) = (&note[..=end], &note[end + 2..]);
         let lines = lines.strip_suffix('\n');
         let lines = lines.ok_or(failed("its last line has no end"))?;
-        let signatures: Vec<Signature> = lines.split('\n').map(Signature::parse).collect::<Result<_, _>>()?;
+        let signatures: Vec<Signature> = lines
+            .split('\n')
+            .map(Signature::parse)
+            .collect::<Result<_, _>>()?;
         if signatures.len() > MOST_SIGNATURES {
             return Err(failed("it has too many signatures"));
         }
@@ -210,7 +215,9 @@ pub struct Verified {
 impl Signature {
     fn parse(line: &str) -> Result<Self, NoteError> {
         let failed = NoteError::Form("a line is not a signature");
-        let parts = line.strip_prefix("\u{2014} ").and_then(|line| line.split_once(' '));
+        let parts = line
+            .strip_prefix("\u{2014} ")
+            .and_then(|line| line.split_once(' '));
         let (name, signature) = parts.ok_or(failed.clone())?;
         let bytes = BASE64.decode(signature.as_bytes()).ok();
         let bytes = bytes.filter(|_| is_key_name(name));
@@ -265,16 +272,29 @@ mod tests {
         assert_eq!(note.checkpoint, checkpoint);
         let own = keys.log_vkey("mesh/audit");
         assert_eq!(note.verify(&own).unwrap().seconds, Some(1_795_910_400));
-        assert_eq!(note.verify(&keys.epoch_vkey("mesh/audit")).unwrap().seconds, None);
+        assert_eq!(
+            note.verify(&keys.epoch_vkey("mesh/audit")).unwrap().seconds,
+            None
+        );
         let witnessed = note.verify(&witness.log_vkey("witness/w1")).unwrap();
         assert_eq!(witnessed.seconds, Some(1_795_910_401));
         // The same key under another name is another signer.
         let renamed = note.verify(&witness.log_vkey("witness/w2"));
         assert_eq!(renamed, Err(NoteError::Unsigned("witness/w2".to_owned())));
-        let other = Checkpoint { size: 7, ..checkpoint };
+        let other = Checkpoint {
+            size: 7,
+            ..checkpoint
+        };
         let forged = Note::parse(other.note(&lines).as_bytes()).unwrap();
-        assert_eq!(forged.verify(&own), Err(NoteError::Signature("mesh/audit".to_owned())));
-        assert!(note.is_only_of(&[&own, &keys.epoch_vkey("mesh/audit"), &witness.log_vkey("witness/w1")]));
+        assert_eq!(
+            forged.verify(&own),
+            Err(NoteError::Signature("mesh/audit".to_owned()))
+        );
+        assert!(note.is_only_of(&[
+            &own,
+            &keys.epoch_vkey("mesh/audit"),
+            &witness.log_vkey("witness/w1")
+        ]));
         assert!(!note.is_only_of(&[&own]));
     }
 

@@ -31,7 +31,9 @@ pub enum ProofError {
     #[error(transparent)]
     Archive(#[from] ArchiveError),
     /// The record is not under the published checkpoint.
-    #[error("record {index} is not published: the checkpoint covers {size} records; a head publishes every few seconds and when it stops")]
+    #[error(
+        "record {index} is not published: the checkpoint covers {size} records; a head publishes every few seconds and when it stops"
+    )]
     Unpublished {
         /// Number of the record.
         index: u64,
@@ -39,7 +41,9 @@ pub enum ProofError {
         size: u64,
     },
     /// The entry was deleted, or is lost.
-    #[error("record {0} is not there: it was deleted to keep within the limit, or the trail is damaged")]
+    #[error(
+        "record {0} is not there: it was deleted to keep within the limit, or the trail is damaged"
+    )]
     Gone(u64),
     /// The file is not a proof.
     #[error("it is not a proof: {0}")]
@@ -85,7 +89,11 @@ impl Proof {
 
     /// The proof as text. Its line `extra` is the entry, which the format leaves to the application.
     pub fn to_text(&self) -> String {
-        let mut text = format!("{TITLE}\nextra {}\nindex {}\n", BASE64.encode(&self.entry), self.index);
+        let mut text = format!(
+            "{TITLE}\nextra {}\nindex {}\n",
+            BASE64.encode(&self.entry),
+            self.index
+        );
         for hash in &self.hashes {
             let _ = writeln!(text, "{}", BASE64.encode(hash));
         }
@@ -101,7 +109,9 @@ impl Proof {
         if text.len() > LONGEST_PROOF {
             return Err(failed("it is too long"));
         }
-        let (head, note_text) = text.split_once("\n\n").ok_or(failed("it has no checkpoint"))?;
+        let (head, note_text) = text
+            .split_once("\n\n")
+            .ok_or(failed("it has no checkpoint"))?;
         let mut lines = head.split('\n');
         if lines.next() != Some(TITLE) {
             return Err(failed("its first line is another one"));

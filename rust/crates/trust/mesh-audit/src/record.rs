@@ -248,7 +248,12 @@ pub enum EntryError {
 
 /// Text of a record, without its code.
 pub fn text(n: u64, at: u64, epoch: u64, event: &Event) -> Vec<u8> {
-    let written = Written { n, at, epoch, event };
+    let written = Written {
+        n,
+        at,
+        epoch,
+        event,
+    };
     serde_json::to_vec(&written).expect("records have nothing that JSON lacks")
 }
 
@@ -321,7 +326,10 @@ mod tests {
         let (text, mac) = split(&entry).unwrap();
         assert_eq!(mac, [0xAB; 32]);
         let record = Record::read(text).unwrap();
-        assert_eq!((record.n, record.at, record.epoch), (3, 1_795_910_400_123, 1));
+        assert_eq!(
+            (record.n, record.at, record.epoch),
+            (3, 1_795_910_400_123, 1)
+        );
         assert_eq!(record.kind, "token");
         assert_eq!(super::event(text), Some(event));
         let later = br#"{"n":0,"at":1,"epoch":0,"kind":"telepathy","with":"pi"}"#;

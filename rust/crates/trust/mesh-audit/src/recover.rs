@@ -73,7 +73,8 @@ pub(crate) fn read(
         _ => None,
     };
     let header = header.ok_or_else(|| damaged("the journal has no beginning".to_owned()))?;
-    let base_last = link(&header).ok_or_else(|| damaged("the journal's beginning is not one".to_owned()))?;
+    let base_last =
+        link(&header).ok_or_else(|| damaged("the journal's beginning is not one".to_owned()))?;
     check_keys(dir, &keys, &header.origin).map_err(damaged)?;
     let edge = edge_at(dir, header.base)
         .map_err(|error| damaged(format!("its tiles cannot be read: {error}")))?;
@@ -84,14 +85,18 @@ pub(crate) fn read(
             Frame::Entry(entry) => {
                 let checked = next(&trail, epoch, entry);
                 let prepared = checked.map_err(|reason| {
-                    damaged(format!("the record at byte {offset} of the journal {reason}"))
+                    damaged(format!(
+                        "the record at byte {offset} of the journal {reason}"
+                    ))
                 })?;
                 entries.push(trail.commit(prepared));
             }
             Frame::Seal(note) => {
                 let text = String::from_utf8_lossy(note).into_owned();
                 let note = Note::parse(note);
-                let note = note.ok().filter(|note| note.checkpoint == trail.checkpoint());
+                let note = note
+                    .ok()
+                    .filter(|note| note.checkpoint == trail.checkpoint());
                 let note = note.ok_or_else(|| {
                     let size = trail.size();
                     damaged(format!("the group at byte {offset} of the journal is not that of the {size} records before"))
@@ -99,7 +104,9 @@ pub(crate) fn read(
                 seal = Some((trail.size(), text, note));
             }
             Frame::Header(_) => {
-                return Err(damaged(format!("the journal begins again at byte {offset}")));
+                return Err(damaged(format!(
+                    "the journal begins again at byte {offset}"
+                )));
             }
         }
     }
@@ -128,7 +135,12 @@ pub(crate) fn read(
 }
 
 fn existing(path: &Path, most: usize) -> io::Result<Vec<u8>> {
-    tiles::read(path, most)?.ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, format!("{} is missing", path.display())))
+    tiles::read(path, most)?.ok_or_else(|| {
+        io::Error::new(
+            io::ErrorKind::NotFound,
+            format!("{} is missing", path.display()),
+        )
+    })
 }
 
 /// Code of the record before a journal.

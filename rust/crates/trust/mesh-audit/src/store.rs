@@ -169,7 +169,13 @@ impl Store {
         };
         if recovered.is_notable() {
             let (unsigned, cut_bytes) = (recovered.unsigned, recovered.cut_bytes);
-            store.append(&Event::Recovered { unsigned, cut_bytes }, now)?;
+            store.append(
+                &Event::Recovered {
+                    unsigned,
+                    cut_bytes,
+                },
+                now,
+            )?;
             store.sync(now)?;
         }
         store.finish_epoch(now)?;
@@ -278,7 +284,12 @@ impl Store {
         Ok(ChainKey::new(self.epoch(), fresh))
     }
 
-    fn end_epoch_with(&mut self, next: ChainKey, fresh_key: bool, now: u64) -> Result<(), StoreError> {
+    fn end_epoch_with(
+        &mut self,
+        next: ChainKey,
+        fresh_key: bool,
+        now: u64,
+    ) -> Result<(), StoreError> {
         let size = self.size() + 1;
         self.append(&Event::EpochEnd { size, fresh_key }, now)?;
         self.sync(now)?;
@@ -292,7 +303,9 @@ impl Store {
             let (text, _) = record::split(entry).ok()?;
             let record = record::Record::read(text).ok()?;
             match record::event(text)? {
-                Event::EpochEnd { fresh_key, .. } if record.epoch == self.epoch() => Some(fresh_key),
+                Event::EpochEnd { fresh_key, .. } if record.epoch == self.epoch() => {
+                    Some(fresh_key)
+                }
                 _ => None,
             }
         });
@@ -381,7 +394,11 @@ impl Store {
         for entry in &self.entries[whole..] {
             journal::push(&Frame::Entry(entry), &mut bytes);
         }
-        if let Some((_, note)) = self.seal.as_ref().filter(|(size, _)| *size == self.trail.size()) {
+        if let Some((_, note)) = self
+            .seal
+            .as_ref()
+            .filter(|(size, _)| *size == self.trail.size())
+        {
             journal::push(&Frame::Seal(note.as_bytes()), &mut bytes);
         }
         let path = self.dir.join(JOURNAL);
@@ -469,7 +486,10 @@ fn header_frame(header: &Header) -> Vec<u8> {
 }
 
 fn open_journal(path: &Path) -> io::Result<File> {
-    let opened = OpenOptions::new().append(true).mode(files::PRIVATE).open(path);
+    let opened = OpenOptions::new()
+        .append(true)
+        .mode(files::PRIVATE)
+        .open(path);
     opened.map_err(|error| named(path, "open", &error))
 }
 

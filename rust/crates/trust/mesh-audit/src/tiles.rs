@@ -80,14 +80,20 @@ pub fn read(path: &Path, most: usize) -> io::Result<Option<Vec<u8>>> {
     let read = file.take(most as u64 + 1).read_to_end(&mut bytes);
     read.map_err(|error| named(path, "read", &error))?;
     match bytes.len() > most {
-        true => Err(io::Error::other(format!("{} is longer than {most} bytes", path.display()))),
+        true => Err(io::Error::other(format!(
+            "{} is longer than {most} bytes",
+            path.display()
+        ))),
         false => Ok(Some(bytes)),
     }
 }
 
 /// An error of the system with the path and the operation.
 pub(crate) fn named(path: &Path, action: &str, error: &io::Error) -> io::Error {
-    io::Error::new(error.kind(), format!("cannot {action} {}: {error}", path.display()))
+    io::Error::new(
+        error.kind(),
+        format!("cannot {action} {}: {error}", path.display()),
+    )
 }
 
 /// Most bytes of a file of a bundle.
@@ -130,7 +136,10 @@ impl Batch {
             return Ok(());
         }
         let missing = folder.ancestors().take_while(|folder| !folder.is_dir());
-        let parents: Vec<PathBuf> = missing.filter_map(Path::parent).map(Path::to_owned).collect();
+        let parents: Vec<PathBuf> = missing
+            .filter_map(Path::parent)
+            .map(Path::to_owned)
+            .collect();
         files::create_private_dir(folder)?;
         parents.iter().for_each(|parent| self.changed(parent));
         Ok(())
@@ -179,7 +188,11 @@ impl TileReader {
     /// # Errors
     /// If neither can be read, or has another length.
     pub fn tile(&mut self, level: u8, index: u64) -> io::Result<&[Hash]> {
-        if self.read.get(&level).is_none_or(|(known, _)| *known != index) {
+        if self
+            .read
+            .get(&level)
+            .is_none_or(|(known, _)| *known != index)
+        {
             let hashes = self.load(level, index)?;
             self.read.insert(level, (index, hashes));
         }
@@ -187,7 +200,10 @@ impl TileReader {
     }
 
     fn load(&self, level: u8, index: u64) -> io::Result<Vec<Hash>> {
-        let complete = self.size.checked_shr(8 * (u32::from(level) + 1)).unwrap_or(0);
+        let complete = self
+            .size
+            .checked_shr(8 * (u32::from(level) + 1))
+            .unwrap_or(0);
         let partial = width(self.size, level);
         let widths: &[usize] = match index < complete {
             true => &[TILE_WIDTH],
@@ -203,11 +219,17 @@ impl TileReader {
             let hashes = hashes(&bytes).filter(|hashes| hashes.len() == *width);
             return hashes.ok_or_else(|| {
                 let (path, found) = (path.display(), bytes.len());
-                io::Error::other(format!("{path} has {found} bytes instead of {}", width * 32))
+                io::Error::other(format!(
+                    "{path} has {found} bytes instead of {}",
+                    width * 32
+                ))
             });
         }
         let path = self.dir.join(tile_path(level, index, TILE_WIDTH));
-        Err(io::Error::new(io::ErrorKind::NotFound, format!("{} is missing", path.display())))
+        Err(io::Error::new(
+            io::ErrorKind::NotFound,
+            format!("{} is missing", path.display()),
+        ))
     }
 }
 
@@ -217,8 +239,9 @@ impl Hashes for TileReader {
     fn hash(&mut self, level: u8, index: u64) -> io::Result<Hash> {
         let tile = self.tile(level, index / TILE_WIDTH as u64)?;
         let hash = tile.get((index % TILE_WIDTH as u64) as usize);
-        hash.copied()
-            .ok_or_else(|| io::Error::other(format!("the tree has no hash {index} at level {level}")))
+        hash.copied().ok_or_else(|| {
+            io::Error::other(format!("the tree has no hash {index} at level {level}"))
+        })
     }
 }
 

@@ -13,8 +13,8 @@ use crate::chain::{ChainKey, Mac, first_link};
 use crate::keys::{PublicKeys, Vkey};
 use crate::merkle::{Edge, Hash, TILE_WIDTH, Tile, leaf_hash, root_of};
 use crate::note::{Checkpoint, Note, NoteError};
-use crate::recover::link;
 use crate::record::{self, Event, Record};
+use crate::recover::link;
 use crate::store::{CHECKPOINT, COSIGNED, EPOCHS, JOURNAL, KEYS};
 use crate::tiles::{bundle_path, hashes, read, tile_path, unbundle};
 
@@ -107,7 +107,12 @@ pub fn verify(archive: &Archive, options: &Options) -> Result<Report, ArchiveErr
     for key in [keys.log(), keys.epochs()] {
         if !options.trusted.is_empty() && !options.trusted.contains(&key) {
             let id = data_encoding::HEXLOWER.encode(&key.id());
-            report.find(KEYS, None, None, format!("the key {id} is not one of those to be trusted"));
+            report.find(
+                KEYS,
+                None,
+                None,
+                format!("the key {id} is not one of those to be trusted"),
+            );
         }
     }
     let mut walk = Walk {
@@ -201,7 +206,10 @@ impl Walk<'_> {
             if checkpoint.origin == self.report.origin {
                 self.head("(an earlier checkpoint)", None, &checkpoint);
             } else {
-                let text = format!("an earlier checkpoint is of another trail, {}", checkpoint.origin);
+                let text = format!(
+                    "an earlier checkpoint is of another trail, {}",
+                    checkpoint.origin
+                );
                 self.report.find(CHECKPOINT, None, None, text);
             }
         }
@@ -214,11 +222,17 @@ impl Walk<'_> {
         for index in 0..size.div_ceil(TILE_WIDTH as u64) {
             self.block(index, size)?;
         }
-        let missing: Vec<u64> = self.heads.keys().copied().filter(|head| *head > size).collect();
+        let missing: Vec<u64> = self
+            .heads
+            .keys()
+            .copied()
+            .filter(|head| *head > size)
+            .collect();
         for head in missing {
             for found in self.heads.remove(&head).unwrap_or_default() {
                 let text = format!("{head} records were signed, and {size} are there");
-                self.report.find(found.file, found.bytes, Some((size, head - 1)), text);
+                self.report
+                    .find(found.file, found.bytes, Some((size, head - 1)), text);
             }
         }
         self.check_epochs();
@@ -256,7 +270,9 @@ impl Walk<'_> {
             }
             match note.checkpoint.origin == own.name() && note.is_only_of(&keys) {
                 true => Ok(note),
-                false => Err(NoteError::Checkpoint("it is of another trail, or has a line of another key")),
+                false => Err(NoteError::Checkpoint(
+                    "it is of another trail, or has a line of another key",
+                )),
             }
         });
         checked
@@ -264,7 +280,12 @@ impl Walk<'_> {
             .ok()
     }
 
-    fn head(&mut self, file: impl Into<PathBuf>, bytes: Option<(u64, u64)>, checkpoint: &Checkpoint) {
+    fn head(
+        &mut self,
+        file: impl Into<PathBuf>,
+        bytes: Option<(u64, u64)>,
+        checkpoint: &Checkpoint,
+    ) {
         let head = Head {
             file: file.into(),
             bytes,
@@ -284,7 +305,8 @@ impl Walk<'_> {
             Some(header) if header.origin == self.report.origin => self.base = header.base,
             _ => {
                 let text = "its beginning is missing, or that of another trail";
-                self.report.find(JOURNAL, Some((0, view.end as u64)), None, text);
+                self.report
+                    .find(JOURNAL, Some((0, view.end as u64)), None, text);
                 self.base = self.published;
             }
         }
@@ -297,7 +319,10 @@ impl Walk<'_> {
             if note.checkpoint.size == size {
                 self.head(JOURNAL, bytes, &note.checkpoint);
             } else {
-                let text = format!("a group of {} records was signed behind record {size}", note.checkpoint.size);
+                let text = format!(
+                    "a group of {} records was signed behind record {size}",
+                    note.checkpoint.size
+                );
                 self.report.find(JOURNAL, bytes, None, text);
             }
         }
@@ -318,7 +343,8 @@ impl Walk<'_> {
         let epochs = self.keys.epochs();
         for epoch in 0.. {
             let file = PathBuf::from(EPOCHS).join(epoch.to_string());
-            let Some(note) = read(&self.archive.dir().join(&file), crate::note::LONGEST_NOTE)? else {
+            let Some(note) = read(&self.archive.dir().join(&file), crate::note::LONGEST_NOTE)?
+            else {
                 break;
             };
             self.report.epochs = epoch + 1;
@@ -391,7 +417,10 @@ impl Walk<'_> {
         let mut full = Vec::new();
         let mut wrong = Vec::new();
         for (at, n) in (start..end).enumerate() {
-            let stored = block.hashes.as_ref().and_then(|hashes| hashes.get(at).copied());
+            let stored = block
+                .hashes
+                .as_ref()
+                .and_then(|hashes| hashes.get(at).copied());
             let leaf = match (of_disk[at], stored) {
                 (Some(leaf), Some(stored)) if leaf != stored => {
                     wrong.push(n);
@@ -426,7 +455,12 @@ impl Walk<'_> {
         }
         if block.hashes.is_none() && block.width > 0 {
             let file = tile_path(0, index, block.width);
-            self.report.find(file, None, Some((start, end - 1)), "it is missing, or has another length");
+            self.report.find(
+                file,
+                None,
+                Some((start, end - 1)),
+                "it is missing, or has another length",
+            );
         }
         for tile in full.iter().filter(|tile| tile.level > 0) {
             let below = start + TILE_WIDTH as u64;
@@ -456,10 +490,15 @@ impl Walk<'_> {
         if let Some(bytes) = self.archive.bundle(index, width)? {
             let (entries, end) = unbundle(&bytes);
             block.rest = (end < bytes.len()).then(|| (end as u64, bytes.len() as u64 - 1));
-            block.disk = entries.into_iter().map(|(at, entry)| (at, entry.to_vec())).collect();
+            block.disk = entries
+                .into_iter()
+                .map(|(at, entry)| (at, entry.to_vec()))
+                .collect();
         }
         let tile = self.archive.tile(0, index, width)?;
-        block.hashes = tile.and_then(|tile| hashes(&tile)).filter(|hashes| hashes.len() == width);
+        block.hashes = tile
+            .and_then(|tile| hashes(&tile))
+            .filter(|hashes| hashes.len() == width);
         Ok(block)
     }
 
@@ -509,7 +548,9 @@ impl Walk<'_> {
 
     /// True if these entries lead to the root of the next signed head.
     fn leads_to_head(&self, block: &Block, entries: &[Hash]) -> bool {
-        let mut heads = self.heads.range(block.start + 1..=block.start + entries.len() as u64);
+        let mut heads = self
+            .heads
+            .range(block.start + 1..=block.start + entries.len() as u64);
         let Some((size, heads)) = heads.next_back() else {
             return false;
         };
@@ -525,20 +566,31 @@ impl Walk<'_> {
     fn tell_wrong(&mut self, block: &Block, wrong: &[u64], entries_right: bool) {
         for run in wrong.chunk_by(|a, b| a + 1 == *b) {
             let (first, last) = (run[0], run[run.len() - 1]);
-            let (from, to) = ((first - block.start) as usize, (last - block.start) as usize);
+            let (from, to) = (
+                (first - block.start) as usize,
+                (last - block.start) as usize,
+            );
             if entries_right && block.hashes.is_some() {
                 let file = tile_path(0, block.start / TILE_WIDTH as u64, block.width);
                 let bytes = Some((from as u64 * 32, to as u64 * 32 + 31));
-                self.report.find(file, bytes, Some((first, last)), "the hash was changed");
+                self.report
+                    .find(file, bytes, Some((first, last)), "the hash was changed");
                 continue;
             }
             let (file, span) = match (block.disk.get(from), self.journal_entry(first)) {
-                (None, Some((at, entry))) if from >= block.width => {
-                    (PathBuf::from(JOURNAL), Some((at as u64, (at + entry.len()) as u64)))
-                }
+                (None, Some((at, entry))) if from >= block.width => (
+                    PathBuf::from(JOURNAL),
+                    Some((at as u64, (at + entry.len()) as u64)),
+                ),
                 (Some((at, _)), _) => {
-                    let end = block.disk.get(to).map_or(*at, |(at, entry)| at + entry.len());
-                    (block.file.clone(), Some((*at as u64, (end.max(at + 1) - 1) as u64)))
+                    let end = block
+                        .disk
+                        .get(to)
+                        .map_or(*at, |(at, entry)| at + entry.len());
+                    (
+                        block.file.clone(),
+                        Some((*at as u64, (end.max(at + 1) - 1) as u64)),
+                    )
                 }
                 (None, _) => (block.file.clone(), None),
             };
@@ -555,7 +607,10 @@ impl Walk<'_> {
 
     /// Checks the text of a record whose bytes are right, and its code.
     fn record(&mut self, block: &Block, n: u64, is_right: bool) {
-        let entry = self.entry(block, n).filter(|_| is_right).map(<[u8]>::to_vec);
+        let entry = self
+            .entry(block, n)
+            .filter(|_| is_right)
+            .map(<[u8]>::to_vec);
         let before = self.last.take();
         let Some(entry) = entry else {
             self.expected = None;
@@ -566,13 +621,23 @@ impl Walk<'_> {
             && copy != entry
         {
             let bytes = Some((at as u64, (at + copy.len()) as u64));
-            self.report.find(JOURNAL, bytes, Some((n, n)), "it differs from the published record");
+            self.report.find(
+                JOURNAL,
+                bytes,
+                Some((n, n)),
+                "it differs from the published record",
+            );
         }
         let place = Some((n, n));
-        let read = record::split(&entry).and_then(|(text, mac)| Ok((Record::read(text)?, text, mac)));
+        let read =
+            record::split(&entry).and_then(|(text, mac)| Ok((Record::read(text)?, text, mac)));
         let (record, text, mac) = match read {
             Ok(read) => read,
-            Err(error) => return self.report.find(&block.file, None, place, error.to_string()),
+            Err(error) => {
+                return self
+                    .report
+                    .find(&block.file, None, place, error.to_string());
+            }
         };
         if record.n != n {
             let text = format!("it says that it is record {}", record.n);
@@ -594,9 +659,12 @@ impl Walk<'_> {
                 }
             }
         }
-        if self.view.as_ref().and_then(|view| view.header.as_ref()).is_some_and(|header| {
-            header.base == n + 1 && link(header) != Some(mac)
-        }) {
+        if self
+            .view
+            .as_ref()
+            .and_then(|view| view.header.as_ref())
+            .is_some_and(|header| header.base == n + 1 && link(header) != Some(mac))
+        {
             let text = "its beginning is not chained to the record before";
             self.report.find(JOURNAL, None, place, text);
         }
@@ -615,7 +683,10 @@ impl Walk<'_> {
     fn follow_chain(&mut self, epoch: u64) {
         if let Some(given) = &self.options.chain
             && given.epoch() == epoch
-            && self.chain.as_ref().is_none_or(|chain| chain.epoch() != epoch)
+            && self
+                .chain
+                .as_ref()
+                .is_none_or(|chain| chain.epoch() != epoch)
         {
             self.chain = Some(ChainKey::new(epoch, *given.bytes()));
         }
@@ -641,7 +712,11 @@ impl Walk<'_> {
     }
 
     fn check_partial_tiles(&mut self) -> io::Result<()> {
-        let tiles: Vec<Tile> = self.edge.partial_tiles().filter(|tile| tile.level > 0).collect();
+        let tiles: Vec<Tile> = self
+            .edge
+            .partial_tiles()
+            .filter(|tile| tile.level > 0)
+            .collect();
         tiles.iter().try_for_each(|tile| self.check_tile(tile))
     }
 
@@ -650,9 +725,12 @@ impl Walk<'_> {
         let width = tile.hashes.len();
         let file = tile_path(tile.level, tile.index, width);
         let bytes = self.archive.tile(tile.level, tile.index, width)?;
-        let found = bytes.and_then(|bytes| hashes(&bytes)).filter(|hashes| hashes.len() == width);
+        let found = bytes
+            .and_then(|bytes| hashes(&bytes))
+            .filter(|hashes| hashes.len() == width);
         let Some(found) = found else {
-            self.report.find(file, None, None, "it is missing, or has another length");
+            self.report
+                .find(file, None, None, "it is missing, or has another length");
             return Ok(());
         };
         let below = 1_u64 << (8 * u32::from(tile.level));
@@ -661,7 +739,8 @@ impl Walk<'_> {
                 let bytes = Some((at as u64 * 32, at as u64 * 32 + 31));
                 let first = (tile.index * TILE_WIDTH as u64 + at as u64) * below;
                 let text = "the hash, or all of these records with their hashes, were changed";
-                self.report.find(&file, bytes, Some((first, first + below - 1)), text);
+                self.report
+                    .find(&file, bytes, Some((first, first + below - 1)), text);
             }
         }
         Ok(())
@@ -674,7 +753,12 @@ impl Walk<'_> {
             let is_last = size == self.report.size && self.options.live;
             if epoch >= known && !is_last {
                 let file = PathBuf::from(EPOCHS).join(epoch.to_string());
-                self.report.find(file, None, Some((size - 1, size - 1)), "the root of this epoch is missing");
+                self.report.find(
+                    file,
+                    None,
+                    Some((size - 1, size - 1)),
+                    "the root of this epoch is missing",
+                );
             }
         }
     }

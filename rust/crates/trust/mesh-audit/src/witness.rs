@@ -26,7 +26,9 @@ pub enum WitnessError {
     #[error("the checkpoint: {0}")]
     Note(#[from] NoteError),
     /// The trail does not continue the one that was cosigned before.
-    #[error("{origin} was cosigned with {seen} records, and now it has {size} that do not continue them")]
+    #[error(
+        "{origin} was cosigned with {seen} records, and now it has {size} that do not continue them"
+    )]
     Inconsistent {
         /// Name of the trail.
         origin: String,
@@ -102,7 +104,8 @@ impl Witness<'_> {
             return Ok(None);
         };
         let seen = serde_json::from_slice(&text);
-        seen.map(Some).map_err(|error| named(path, "read", &error.into()))
+        seen.map(Some)
+            .map_err(|error| named(path, "read", &error.into()))
     }
 }
 
@@ -111,13 +114,20 @@ fn file_name(origin: &str) -> String {
 }
 
 fn is_continued(archive: &Archive, seen: &Seen, head: &Checkpoint) -> io::Result<bool> {
-    let old: Option<Hash> = BASE64.decode(seen.root.as_bytes()).ok().and_then(|root| root.try_into().ok());
+    let old: Option<Hash> = BASE64
+        .decode(seen.root.as_bytes())
+        .ok()
+        .and_then(|root| root.try_into().ok());
     let (Some(old), true) = (old, seen.size <= head.size) else {
         return Ok(false);
     };
     let mut tiles = TileReader::new(archive.dir(), head.size);
     let proof = consistency_proof(&mut tiles, seen.size, head.size)?;
-    Ok(is_consistent((seen.size, &old), (head.size, &head.root), &proof))
+    Ok(is_consistent(
+        (seen.size, &old),
+        (head.size, &head.root),
+        &proof,
+    ))
 }
 
 /// Keeps a cosigned checkpoint beside the trail, where verification finds it.

@@ -166,7 +166,12 @@ impl Audit {
     pub fn stop(&self) {
         let sender = &self.0.sender;
         drop(sender.lock().unwrap_or_else(PoisonError::into_inner).take());
-        let thread = self.0.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let thread = self
+            .0
+            .thread
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
         if thread.is_some_and(|thread| thread.join().is_err()) {
             error!("the writer of the audit trail panicked");
         }
@@ -175,9 +180,15 @@ impl Audit {
 
 impl Drop for Shared {
     fn drop(&mut self) {
-        let sender = self.sender.get_mut().unwrap_or_else(PoisonError::into_inner);
+        let sender = self
+            .sender
+            .get_mut()
+            .unwrap_or_else(PoisonError::into_inner);
         drop(sender.take());
-        let thread = self.thread.get_mut().unwrap_or_else(PoisonError::into_inner);
+        let thread = self
+            .thread
+            .get_mut()
+            .unwrap_or_else(PoisonError::into_inner);
         if let Some(thread) = thread.take() {
             let _ = thread.join();
         }
@@ -219,12 +230,17 @@ impl Writer {
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => break,
             }
-            if counted.elapsed() >= self.settings.message_interval || self.messages.len() > MOST_SENDERS {
+            if counted.elapsed() >= self.settings.message_interval
+                || self.messages.len() > MOST_SENDERS
+            {
                 self.flush_messages();
                 counted = Instant::now();
             }
             reported = self.report_lost(reported);
-            if self.unsynced.is_some_and(|first| first.elapsed() >= self.settings.sync_interval) {
+            if self
+                .unsynced
+                .is_some_and(|first| first.elapsed() >= self.settings.sync_interval)
+            {
                 let synced = self.sync();
                 self.check(synced);
             }
@@ -236,7 +252,9 @@ impl Writer {
         }
         self.flush_messages();
         self.report_lost(reported);
-        let ended = self.append(Tier::Master, &Event::Stop).and_then(|()| self.maintain());
+        let ended = self
+            .append(Tier::Master, &Event::Stop)
+            .and_then(|()| self.maintain());
         self.check(ended);
     }
 
@@ -250,7 +268,10 @@ impl Writer {
             }
             Item::Message(envelope) => {
                 let bytes = envelope.bytes;
-                let like = Envelope { bytes: 0, ..envelope };
+                let like = Envelope {
+                    bytes: 0,
+                    ..envelope
+                };
                 let counted = self.messages.entry(like).or_insert_with(|| (0, 0, now()));
                 counted.0 += 1;
                 counted.1 += bytes;
@@ -273,7 +294,10 @@ impl Writer {
         if self.append(Tier::Master, &Event::Lost { count }).is_err() {
             return reported;
         }
-        warn!(count, "records of the audit trail were lost: they came faster than they can be written");
+        warn!(
+            count,
+            "records of the audit trail were lost: they came faster than they can be written"
+        );
         lost
     }
 
@@ -344,7 +368,9 @@ impl Writer {
             let before = store.synced();
             let after = store.sync(now)?;
             synced += after - before;
-            self.counts.groups.fetch_add(u64::from(after > before), Ordering::Relaxed);
+            self.counts
+                .groups
+                .fetch_add(u64::from(after > before), Ordering::Relaxed);
         }
         self.counts.synced.fetch_add(synced, Ordering::Relaxed);
         self.unsynced = None;
@@ -408,7 +434,10 @@ mod tests {
     fn records_of_each_tier_go_to_its_trail_and_messages_are_counted() {
         let dir = tempfile::tempdir().unwrap();
         let audit = Audit::start(dir.path(), Settings::default(), None).unwrap();
-        assert!(Audit::start(dir.path(), Settings::default(), None).is_err(), "one writer");
+        assert!(
+            Audit::start(dir.path(), Settings::default(), None).is_err(),
+            "one writer"
+        );
         assert!(Lock::is_taken(dir.path()));
         let leave = || Event::Leave {
             node: "a".into(),
@@ -431,7 +460,14 @@ mod tests {
         assert_eq!(master.len(), 4, "{master:?}");
         assert!(matches!(&master[0], Event::Start { .. }));
         assert_eq!(master[1], leave());
-        assert!(matches!(&master[2], Event::Message { count: 3, bytes: 60, .. }));
+        assert!(matches!(
+            &master[2],
+            Event::Message {
+                count: 3,
+                bytes: 60,
+                ..
+            }
+        ));
         assert_eq!(master[3], Event::Stop);
         assert_eq!(kinds(dir.path(), Tier::Goodlife), [leave()]);
         assert_eq!(audit.counts().synced.load(Ordering::Relaxed), 5);
@@ -453,7 +489,16 @@ mod tests {
         let lost = audit.counts().lost.load(Ordering::Relaxed);
         assert!(lost > 0);
         let events = kinds(dir.path(), Tier::Master);
-        let told: u64 = events.iter().map(|event| if let Event::Lost { count } = event { *count } else { 0 }).sum();
+        let told: u64 = events
+            .iter()
+            .map(|event| {
+                if let Event::Lost { count } = event {
+                    *count
+                } else {
+                    0
+                }
+            })
+            .sum();
         assert_eq!(told, lost);
         let kept = events.iter().filter(|event| **event == Event::Stop).count() as u64;
         assert_eq!(kept, 20_000 - lost + 1);

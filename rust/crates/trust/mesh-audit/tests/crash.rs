@@ -60,15 +60,25 @@ fn no_cut_loses_a_record_that_was_called_synced() {
         copy(dir.path(), &target);
         fs::write(target.join("journal"), &whole[..cut]).unwrap();
         let (store, recovered) = reopen(&target).unwrap();
-        let safe = acknowledged.iter().rfind(|(end, _)| *end as usize <= cut).unwrap().1;
-        assert!(recovered.records >= safe, "cut at {cut}: {recovered:?}, {safe} were acknowledged");
+        let safe = acknowledged
+            .iter()
+            .rfind(|(end, _)| *end as usize <= cut)
+            .unwrap()
+            .1;
+        assert!(
+            recovered.records >= safe,
+            "cut at {cut}: {recovered:?}, {safe} were acknowledged"
+        );
         assert_eq!(recovered.unsigned, recovered.records - safe);
         assert!(recovered.cut_bytes < 20_000);
         let kept = entries(&target);
         let count = recovered.records as usize;
         assert_eq!(kept[..count], all[..count], "cut at {cut}");
         // What happened is in the trail.
-        assert_eq!(store.size(), recovered.records + u64::from(recovered.is_notable()));
+        assert_eq!(
+            store.size(),
+            recovered.records + u64::from(recovered.is_notable())
+        );
         if recovered.is_notable() {
             assert!(String::from_utf8_lossy(&kept[count]).contains("\"recovered\""));
         }
@@ -197,7 +207,10 @@ fn a_damaged_trail_is_set_aside_and_a_new_one_says_so() {
     let dir = tempfile::tempdir().unwrap();
     let lock = mesh_audit::home::Lock::take(dir.path()).unwrap();
     let tier = mesh_audit::home::Tier::Master;
-    let open = || lock.open(tier, "attic mesh", None, Limits::default(), START).unwrap();
+    let open = || {
+        lock.open(tier, "attic mesh", None, Limits::default(), START)
+            .unwrap()
+    };
     let mut opened = open();
     assert!(opened.set_aside.is_none());
     let before = opened.store.origin().to_owned();
@@ -214,7 +227,11 @@ fn a_damaged_trail_is_set_aside_and_a_new_one_says_so() {
     let opened = open();
     let (aside, reason) = opened.set_aside.unwrap();
     assert!(aside.join("journal").exists(), "{reason}");
-    assert_ne!(opened.store.origin(), before, "a tree that begins anew has another name");
+    assert_ne!(
+        opened.store.origin(),
+        before,
+        "a tree that begins anew has another name"
+    );
     drop(opened.store);
     let first = &entries(&lock.dir_of(tier))[0];
     assert!(String::from_utf8_lossy(first).contains("set_aside"));

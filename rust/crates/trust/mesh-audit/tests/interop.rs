@@ -23,19 +23,30 @@ fn an_independent_reader_accepts_the_tiles() {
     // More than one tile of level 1, partial ones of all levels.
     append(&mut store, 65_536 + 256 + 17);
     store.publish(START).unwrap();
-    let root = BASE64.encode(&Note::parse(store.checkpoint().unwrap().as_bytes()).unwrap().checkpoint.root);
+    let root = BASE64.encode(
+        &Note::parse(store.checkpoint().unwrap().as_bytes())
+            .unwrap()
+            .checkpoint
+            .root,
+    );
     append(&mut store, 300);
     store.sync(START).unwrap();
     drop(store);
     let exported = tempfile::tempdir().unwrap();
-    let size = Archive::open(dir.path()).unwrap().export(exported.path()).unwrap();
+    let size = Archive::open(dir.path())
+        .unwrap()
+        .export(exported.path())
+        .unwrap();
     assert_eq!(size, 66_109, "an export goes to the last signed group");
     assert_whole(exported.path());
     for secret in ["chain.key", "journal"] {
         assert!(!exported.path().join(secret).exists());
     }
     let again = tempfile::tempdir().unwrap();
-    Archive::open(exported.path()).unwrap().export(again.path()).unwrap();
+    Archive::open(exported.path())
+        .unwrap()
+        .export(again.path())
+        .unwrap();
     assert_whole(again.path());
     let check = |dir: &std::path::Path| {
         let script = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/check_tiles.py");
@@ -46,10 +57,18 @@ fn an_independent_reader_accepts_the_tiles() {
         return;
     };
     let told = String::from_utf8(checked.stdout).unwrap();
-    assert!(checked.status.success(), "{}", String::from_utf8_lossy(&checked.stderr));
+    assert!(
+        checked.status.success(),
+        "{}",
+        String::from_utf8_lossy(&checked.stderr)
+    );
     assert_eq!(told.trim_end(), format!("65809 {root}"));
     let checked = check(again.path()).unwrap();
-    assert!(checked.status.success(), "{}", String::from_utf8_lossy(&checked.stderr));
+    assert!(
+        checked.status.success(),
+        "{}",
+        String::from_utf8_lossy(&checked.stderr)
+    );
     // The reader notices a changed tile.
     let tile = exported.path().join("tile/0/007");
     let mut bytes = std::fs::read(&tile).unwrap();
@@ -110,7 +129,9 @@ fn a_second_implementation_of_slh_dsa_accepts_and_is_accepted() {
     assert!(key.verify(text.as_bytes(), &made, b"hydramesh audit epoch"));
     assert!(!key.verify(text.as_bytes(), &made, b""));
     let (public, secret) = slh_dsa_sha2_128f::try_keygen().unwrap();
-    let theirs = secret.try_sign(text.as_bytes(), b"hydramesh audit epoch", true).unwrap();
+    let theirs = secret
+        .try_sign(text.as_bytes(), b"hydramesh audit epoch", true)
+        .unwrap();
     let vkey = Vkey::new("mesh/audit/test", KeyKind::SlhDsa, &public.into_bytes());
     let line = [&vkey.id()[..], &theirs[..]].concat();
     let line = format!("\u{2014} mesh/audit/test {}\n", BASE64.encode(&line));
@@ -131,7 +152,8 @@ fn a_witness_cosigns_a_trail_that_continues_and_no_other() {
         keys: &secret,
         memory: memory.path(),
     };
-    let cosign = |dir: &std::path::Path| witness.cosign(&Archive::open(dir).unwrap(), 1_795_910_500);
+    let cosign =
+        |dir: &std::path::Path| witness.cosign(&Archive::open(dir).unwrap(), 1_795_910_500);
     let cosigned = cosign(dir.path()).unwrap();
     keep(&Archive::open(dir.path()).unwrap(), &cosigned).unwrap();
     append(&mut store, 700);
@@ -155,12 +177,23 @@ fn a_witness_cosigns_a_trail_that_continues_and_no_other() {
     }
     store.publish(START).unwrap();
     drop(store);
-    assert!(matches!(cosign(forged.path()), Err(WitnessError::Inconsistent { seen: 710, size: 800, .. })));
+    assert!(matches!(
+        cosign(forged.path()),
+        Err(WitnessError::Inconsistent {
+            seen: 710,
+            size: 800,
+            ..
+        })
+    ));
     // A cosignature that was changed.
     let changed = later.replacen("attic/witness AAAA", "attic/witness AAAB", 1);
     let changed = if changed == later {
         let at = later.len() - 100;
-        let letter = if later.as_bytes()[at] == b'A' { "B" } else { "A" };
+        let letter = if later.as_bytes()[at] == b'A' {
+            "B"
+        } else {
+            "A"
+        };
         format!("{}{letter}{}", &later[..at], &later[at + 1..])
     } else {
         changed
@@ -178,14 +211,22 @@ fn after_a_partition_each_trail_binds_the_head_of_the_other() {
     first.publish(START).unwrap();
     let limits = mesh_audit::store::Limits::default();
     let other = mesh_audit::keys::TrailKeys::from_seeds(&[3; 32], &[4; 48]);
-    let opened =
-        mesh_audit::store::Store::open(two.path(), "mesh/audit/other", other.into(), None, limits, START);
+    let opened = mesh_audit::store::Store::open(
+        two.path(),
+        "mesh/audit/other",
+        other.into(),
+        None,
+        limits,
+        START,
+    );
     let mut second = opened.unwrap().0;
     append(&mut second, 30);
     second.publish(START).unwrap();
     let head = |dir: &std::path::Path| {
         let archive = Archive::open(dir).unwrap();
-        Note::parse(archive.published().unwrap()).unwrap().checkpoint
+        Note::parse(archive.published().unwrap())
+            .unwrap()
+            .checkpoint
     };
     let (first_head, second_head) = (head(one.path()), head(two.path()));
     first.append(&merge_of(&second_head), START).unwrap();
@@ -194,7 +235,10 @@ fn after_a_partition_each_trail_binds_the_head_of_the_other() {
     first.publish(START).unwrap();
     second.publish(START).unwrap();
     drop((first, second));
-    let (one, two) = (Archive::open(one.path()).unwrap(), Archive::open(two.path()).unwrap());
+    let (one, two) = (
+        Archive::open(one.path()).unwrap(),
+        Archive::open(two.path()).unwrap(),
+    );
     assert_eq!(merges(&one, &two).unwrap(), [(20, true)]);
     assert_eq!(merges(&two, &one).unwrap(), [(30, true)]);
     assert_whole(one.dir());

@@ -24,7 +24,12 @@ fn records(findings: &[Finding]) -> Vec<u64> {
 }
 
 /// Changes one byte after the other, and calls `check` with its offset and the findings.
-fn change_each(dir: &Path, file: &Path, offsets: impl Iterator<Item = usize>, check: impl Fn(usize, &[Finding])) -> usize {
+fn change_each(
+    dir: &Path,
+    file: &Path,
+    offsets: impl Iterator<Item = usize>,
+    check: impl Fn(usize, &[Finding]),
+) -> usize {
     let path = dir.join(file);
     let whole = fs::read(&path).unwrap();
     let mut changed = whole.clone();
@@ -33,7 +38,11 @@ fn change_each(dir: &Path, file: &Path, offsets: impl Iterator<Item = usize>, ch
         changed[at] ^= 1 << (at % 8);
         fs::write(&path, &changed).unwrap();
         let found = report(dir, &Options::default()).findings;
-        assert!(!found.is_empty(), "byte {at} of {} was changed unnoticed", file.display());
+        assert!(
+            !found.is_empty(),
+            "byte {at} of {} was changed unnoticed",
+            file.display()
+        );
         check(at, &found);
         changed[at] = whole[at];
         count += 1;
@@ -59,7 +68,10 @@ fn every_changed_byte_of_a_small_trail_is_detected_and_located() {
     let tile = tile_path(0, 0, 9);
     count += change_each(dir.path(), &tile, 0..100_000, |at, found| {
         assert_eq!(found[0].file, tile);
-        assert_eq!(found[0].bytes, Some((at as u64 / 32 * 32, at as u64 / 32 * 32 + 31)));
+        assert_eq!(
+            found[0].bytes,
+            Some((at as u64 / 32 * 32, at as u64 / 32 * 32 + 31))
+        );
         assert_eq!(records(found), [at as u64 / 32]);
     });
     let file = bundle_path(0, 9);
@@ -67,7 +79,10 @@ fn every_changed_byte_of_a_small_trail_is_detected_and_located() {
     let starts: Vec<usize> = unbundle(&bytes).0.into_iter().map(|(at, _)| at).collect();
     count += change_each(dir.path(), &file, 0..100_000, |at, found| {
         let n = starts.partition_point(|start| start - 2 <= at) as u64 - 1;
-        assert!(found.iter().any(|found| found.file == file), "{at}: {found:?}");
+        assert!(
+            found.iter().any(|found| found.file == file),
+            "{at}: {found:?}"
+        );
         let told = records(found);
         assert_eq!(told[0], n, "{at}: {found:?}");
         // A changed length moves all records behind it.
@@ -76,7 +91,9 @@ fn every_changed_byte_of_a_small_trail_is_detected_and_located() {
     let journal = Path::new("journal");
     let entries = fs::metadata(dir.path().join(journal)).unwrap().len() as usize - 3300;
     count += change_each(dir.path(), journal, sparse(entries), |at, found| {
-        let told = found.iter().find(|found| found.file == journal && found.bytes.is_some());
+        let told = found
+            .iter()
+            .find(|found| found.file == journal && found.bytes.is_some());
         let (first, last) = told.expect("the journal is named").bytes.unwrap();
         assert!((first..=last).contains(&(at as u64)), "{at}: {found:?}");
     });
@@ -95,9 +112,14 @@ fn changes_to_the_end_of_an_epoch_are_detected() {
     drop(store);
     assert_eq!(assert_whole(dir.path()).epochs, 1);
     let epoch = Path::new("epoch/0");
-    let count = change_each(dir.path(), epoch, (0..90).chain((90..100_000).step_by(97)), |_, found| {
-        assert!(found.iter().all(|found| found.file == epoch), "{found:?}");
-    });
+    let count = change_each(
+        dir.path(),
+        epoch,
+        (0..90).chain((90..100_000).step_by(97)),
+        |_, found| {
+            assert!(found.iter().all(|found| found.file == epoch), "{found:?}");
+        },
+    );
     assert!(count > 300, "{count}");
     fs::remove_file(dir.path().join(epoch)).unwrap();
     let found = report(dir.path(), &Options::default()).findings;
@@ -120,7 +142,11 @@ fn changed_removed_and_swapped_records_among_100_000_are_located() {
         let (index, at) = (n / 256, (n % 256) as usize);
         let path = dir.path().join(bundle_path(index, 256));
         let whole = fs::read(&path).unwrap();
-        let mut entries: Vec<Vec<u8>> = unbundle(&whole).0.into_iter().map(|(_, entry)| entry.to_vec()).collect();
+        let mut entries: Vec<Vec<u8>> = unbundle(&whole)
+            .0
+            .into_iter()
+            .map(|(_, entry)| entry.to_vec())
+            .collect();
         let mut wanted = vec![n];
         match kind {
             "changed" => {
@@ -146,18 +172,37 @@ fn changed_removed_and_swapped_records_among_100_000_are_located() {
         }
         fs::write(&path, bundle(&entries)).unwrap();
         let report = report(dir.path(), &Options::default());
-        assert_eq!(records(&report.findings), wanted, "{kind}: {:?}", report.findings);
-        assert!(report.findings.iter().all(|found| found.file == bundle_path(index, 256)));
+        assert_eq!(
+            records(&report.findings),
+            wanted,
+            "{kind}: {:?}",
+            report.findings
+        );
+        assert!(
+            report
+                .findings
+                .iter()
+                .all(|found| found.file == bundle_path(index, 256))
+        );
         if kind == "swapped" {
-            assert!(report.findings[0].text.contains("stands here"), "{:?}", report.findings);
+            assert!(
+                report.findings[0].text.contains("stands here"),
+                "{:?}",
+                report.findings
+            );
         }
         fs::write(&path, whole).unwrap();
     };
-    for kind in ["changed", "swapped", "removed", "inserted", "changed", "swapped"] {
+    for kind in [
+        "changed", "swapped", "removed", "inserted", "changed", "swapped",
+    ] {
         tamper(kind);
     }
     // Two bundles that change places.
-    let (one, two) = (dir.path().join(bundle_path(3, 256)), dir.path().join(bundle_path(17, 256)));
+    let (one, two) = (
+        dir.path().join(bundle_path(3, 256)),
+        dir.path().join(bundle_path(17, 256)),
+    );
     let (first, second) = (fs::read(&one).unwrap(), fs::read(&two).unwrap());
     fs::write(&one, &second).unwrap();
     fs::write(&two, &first).unwrap();
@@ -167,7 +212,10 @@ fn changed_removed_and_swapped_records_among_100_000_are_located() {
     fs::write(&one, &first).unwrap();
     fs::write(&two, &second).unwrap();
     // Hashes of both levels.
-    for (file, at, wanted) in [(tile_path(0, 5, 256), 33, 1281..1282), (tile_path(1, 0, 256), 65, 512..768)] {
+    for (file, at, wanted) in [
+        (tile_path(0, 5, 256), 33, 1281..1282),
+        (tile_path(1, 0, 256), 65, 512..768),
+    ] {
         let path = dir.path().join(&file);
         let whole = fs::read(&path).unwrap();
         let mut changed = whole.clone();
@@ -189,14 +237,31 @@ fn records_whose_hashes_were_changed_with_them_do_not_pass() {
     drop(store);
     let path = dir.path().join(bundle_path(1, 256));
     let bytes = fs::read(&path).unwrap();
-    let mut entries: Vec<Vec<u8>> = unbundle(&bytes).0.into_iter().map(|(_, entry)| entry.to_vec()).collect();
+    let mut entries: Vec<Vec<u8>> = unbundle(&bytes)
+        .0
+        .into_iter()
+        .map(|(_, entry)| entry.to_vec())
+        .collect();
     entries[10][20] ^= 1;
     fs::write(&path, bundle(&entries)).unwrap();
-    let tile: Vec<u8> = entries.iter().flat_map(|entry| mesh_audit::merkle::leaf_hash(entry)).collect();
+    let tile: Vec<u8> = entries
+        .iter()
+        .flat_map(|entry| mesh_audit::merkle::leaf_hash(entry))
+        .collect();
     fs::write(dir.path().join(tile_path(0, 1, 256)), tile).unwrap();
     let found = report(dir.path(), &Options::default()).findings;
-    assert!(found.iter().any(|found| found.file == tile_path(1, 0, 2) && found.records == Some((256, 511))), "{found:?}");
-    assert!(found.iter().any(|found| found.file == Path::new("checkpoint")), "{found:?}");
+    assert!(
+        found
+            .iter()
+            .any(|found| found.file == tile_path(1, 0, 2) && found.records == Some((256, 511))),
+        "{found:?}"
+    );
+    assert!(
+        found
+            .iter()
+            .any(|found| found.file == Path::new("checkpoint")),
+        "{found:?}"
+    );
 }
 
 #[test]
@@ -232,7 +297,10 @@ fn a_trail_that_was_cut_or_written_anew_does_not_continue_an_earlier_checkpoint(
         trusted: vec![mesh_audit::keys::TrailKeys::generate().log_vkey("mesh/audit/test")],
         ..Options::default()
     };
-    assert!(!report(dir.path(), &trusted).findings.is_empty(), "signed with a key that is not trusted");
+    assert!(
+        !report(dir.path(), &trusted).findings.is_empty(),
+        "signed with a key that is not trusted"
+    );
 }
 
 #[test]
@@ -283,9 +351,8 @@ fn a_proof_holds_for_its_record_and_no_changed_one_does() {
     let mut bytes = text.clone().into_bytes();
     for at in (0..bytes.len()).filter(|at| *at < 1200 || at % 23 == 0) {
         bytes[at] ^= 1;
-        let accepted = std::str::from_utf8(&bytes).is_ok_and(|text| {
-            Proof::parse(text).is_ok_and(|proof| proof.verify(&key).is_ok())
-        });
+        let accepted = std::str::from_utf8(&bytes)
+            .is_ok_and(|text| Proof::parse(text).is_ok_and(|proof| proof.verify(&key).is_ok()));
         assert!(!accepted, "byte {at}");
         bytes[at] ^= 1;
     }
@@ -300,14 +367,19 @@ fn deleted_bundles_are_told_from_missing_ones() {
         bytes: 200_000,
     };
     let (mut store, _) =
-        mesh_audit::store::Store::open(dir.path(), "mesh/audit/test", keys(), None, limits, START).unwrap();
+        mesh_audit::store::Store::open(dir.path(), "mesh/audit/test", keys(), None, limits, START)
+            .unwrap();
     for _ in 0..20 {
         append(&mut store, 256);
         store.maintain(START).unwrap();
     }
     drop(store);
     let whole = assert_whole(dir.path());
-    assert!(whole.pruned > 1000 && whole.pruned < 5000, "{}", whole.pruned);
+    assert!(
+        whole.pruned > 1000 && whole.pruned < 5000,
+        "{}",
+        whole.pruned
+    );
     assert!(!dir.path().join(bundle_path(0, 256)).exists());
     // Proofs of later records hold.
     let archive = Archive::open(dir.path()).unwrap();
@@ -317,7 +389,10 @@ fn deleted_bundles_are_told_from_missing_ones() {
     let first = whole.pruned / 256;
     fs::remove_file(dir.path().join(bundle_path(first, 256))).unwrap();
     let found = report(dir.path(), &Options::default()).findings;
-    assert_eq!(records(&found), (first * 256..first * 256 + 256).collect::<Vec<u64>>());
+    assert_eq!(
+        records(&found),
+        (first * 256..first * 256 + 256).collect::<Vec<u64>>()
+    );
 }
 
 #[test]
@@ -335,5 +410,10 @@ fn a_checkpoint_of_another_trail_is_refused() {
     let note = other.note(&[other.cosign("mesh/audit/other", &keys(), 1)]);
     fs::write(dir.path().join("checkpoint"), note).unwrap();
     let found = report(dir.path(), &Options::default()).findings;
-    assert!(found.iter().any(|found| found.file == Path::new("checkpoint")), "{found:?}");
+    assert!(
+        found
+            .iter()
+            .any(|found| found.file == Path::new("checkpoint")),
+        "{found:?}"
+    );
 }

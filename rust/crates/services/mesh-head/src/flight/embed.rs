@@ -36,7 +36,13 @@ pub(crate) async fn embed(
     lease: &mut Lease,
 ) -> Result<Embedded, AnswerError> {
     let id = task.id.clone();
-    let mut account = Account::new(mesh, front, ("embed", &id), task.origin, task.model.as_ref());
+    let mut account = Account::new(
+        mesh,
+        front,
+        ("embed", &id),
+        task.origin,
+        task.model.as_ref(),
+    );
     let texts = task.inputs.len();
     let result = run(mesh, task, lease).await;
     if let Ok(embedded) = &result {

@@ -49,7 +49,13 @@ pub(crate) async fn generate(
     gone: impl Future<Output = ()> + Send,
 ) {
     let id = task.id.clone();
-    let mut account = Account::new(mesh, front, ("generate", &id), task.source.origin, task.model.as_ref());
+    let mut account = Account::new(
+        mesh,
+        front,
+        ("generate", &id),
+        task.source.origin,
+        task.model.as_ref(),
+    );
     let mut flight = flight(mesh, task, emit);
     account.model.clone_from(&flight.ask.model);
     let gone = pin!(gone);

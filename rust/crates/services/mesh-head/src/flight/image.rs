@@ -38,7 +38,13 @@ pub(crate) async fn make(
     tell: impl FnMut(Event) + Send,
 ) -> Result<MadeImage, AnswerError> {
     let id = request.id.clone();
-    let mut account = Account::new(mesh, front, ("image", &id), request.origin, request.model.as_ref());
+    let mut account = Account::new(
+        mesh,
+        front,
+        ("image", &id),
+        request.origin,
+        request.model.as_ref(),
+    );
     let result = run(mesh, request, lease, tell).await;
     if result.is_ok() {
         mesh.metrics.images.inc();

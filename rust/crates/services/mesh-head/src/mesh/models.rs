@@ -74,7 +74,12 @@ impl Mesh {
             None => state.tracker.unpin(name),
         })?;
         let decision = fingerprint.map_or("unpinned", |_| "pinned");
-        self.audit.models("", "", decision, [name, fingerprint.unwrap_or_default()].into_iter());
+        self.audit.models(
+            "",
+            "",
+            decision,
+            [name, fingerprint.unwrap_or_default()].into_iter(),
+        );
         info!(
             name,
             fingerprint, "an operator decided what a model's name means"

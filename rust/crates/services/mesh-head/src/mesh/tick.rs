@@ -81,7 +81,8 @@ impl Mesh {
         }
         for worker in pruned {
             let node = worker.node_id().unwrap_or_default();
-            self.audit.left(node, &worker.name, "it was silent for too long");
+            self.audit
+                .left(node, &worker.name, "it was silent for too long");
             tracing::warn!(
                 worker = worker.name,
                 timeout_seconds = self.config.worker_timeout.as_secs_f64(),

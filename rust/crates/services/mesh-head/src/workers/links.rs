@@ -120,8 +120,14 @@ async fn serve_link(
     let models: Vec<&str> = models.map(|model| model.name.as_str()).collect();
     info!(worker = link.node_name(), node = link.node_id(), address = %link.remote_addr(), ?models, "worker joined");
     let from = link.remote_addr().to_string();
-    mesh.audit.joined(link.node_id(), link.node_name(), "connected", &from, None);
-    mesh.audit.models(link.node_id(), link.node_name(), "serves", models.into_iter());
+    mesh.audit
+        .joined(link.node_id(), link.node_name(), "connected", &from, None);
+    mesh.audit.models(
+        link.node_id(),
+        link.node_name(),
+        "serves",
+        models.into_iter(),
+    );
     let (sender, orders) = mpsc::channel(ORDERS);
     let id = mesh.join(link, hello, sender);
     mesh.clock_heard(id, said_at);

@@ -93,7 +93,11 @@ Examples:
         #[command(flatten)]
         trail: TrailArgs,
         /// Number of the record
-        #[arg(value_name = "N", required_unless_present = "check", conflicts_with = "check")]
+        #[arg(
+            value_name = "N",
+            required_unless_present = "check",
+            conflicts_with = "check"
+        )]
         record: Option<u64>,
         /// A proof to check
         #[arg(long, value_name = "FILE", requires = "key", value_hint = ValueHint::FilePath)]
@@ -127,7 +131,12 @@ Examples:
         #[command(flatten)]
         trail: TrailArgs,
         /// Name of the witness, such as barn/witness
-        #[arg(long, value_name = "NAME", required_unless_present = "keep", conflicts_with = "keep")]
+        #[arg(
+            long,
+            value_name = "NAME",
+            required_unless_present = "keep",
+            conflicts_with = "keep"
+        )]
         name: Option<String>,
         /// Folder with the witness's keys and its memory; made if it does not exist
         #[arg(long, value_name = "DIR", required_unless_present = "keep", conflicts_with = "keep", value_hint = ValueHint::DirPath)]

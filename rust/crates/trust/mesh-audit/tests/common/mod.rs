@@ -47,7 +47,9 @@ pub(crate) fn request(n: u64) -> Event {
 pub(crate) fn append(store: &mut Store, count: u64) {
     for _ in 0..count {
         let n = store.size();
-        store.append(&request(n), START + 10 * n).expect("it is written");
+        store
+            .append(&request(n), START + 10 * n)
+            .expect("it is written");
     }
 }
 

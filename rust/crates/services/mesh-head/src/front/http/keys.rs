@@ -111,7 +111,11 @@ impl Keys {
     pub(crate) fn ids(&self) -> HashMap<usize, String> {
         let known = self.known();
         let id = |hash: &KeyHash| HEXLOWER.encode(&hash[..8]);
-        known.api.iter().map(|(hash, number)| (number + 1, id(hash))).collect()
+        known
+            .api
+            .iter()
+            .map(|(hash, number)| (number + 1, id(hash)))
+            .collect()
     }
 
     pub(crate) fn are_needed(&self) -> bool {
