@@ -80,7 +80,9 @@ fn a_trail_is_verified_shown_exported_and_proven() {
     assert_eq!(told.matches("as it was signed").count(), 2, "{told}");
     let shown = home.output(&["show", "--tier", "master", "--kind", "leave", "--last", "1"]);
     assert!(
-        shown.starts_with("2  20") && shown.contains("name=barn  reason=it was sold"),
+        shown.starts_with("2  20")
+            && shown.contains("name=barn")
+            && shown.contains("reason=it was sold"),
         "{shown}"
     );
     let json: Value = serde_json::from_str(&home.output(&[

@@ -147,6 +147,8 @@ impl Batch {
 
     /// Notes that names in this folder changed.
     fn changed(&mut self, folder: &Path) {
+        let is_here = folder.as_os_str().is_empty();
+        let folder = if is_here { Path::new(".") } else { folder };
         if !self.folders.iter().any(|known| known == folder) {
             self.folders.push(folder.to_owned());
         }

@@ -37,7 +37,7 @@ pub(super) async fn create(
         error => failed(format!("no token was made: {error}")),
     })?;
     let expires = unix_seconds(now).saturating_add(life.as_secs());
-    api.mesh.audit.token(token.id(), "created", Some(&note));
+    api.mesh.audit.token(&token.id(), "created", Some(&note));
     tracing::info!(
         token = token.id(),
         life_seconds = life.as_secs(),
