@@ -15,7 +15,8 @@ use mesh_net::trust::{Admission, CertificateDer, JoinAsk, Member, Refusal};
 use crate::config::Config;
 use crate::metrics::{Front, Outcome};
 
-/// Writes records, unless the configuration turns the trail off. Nothing here waits. Clones write to the same trail.
+/// Writes records, unless the configuration turns the trail off. Nothing here waits. Clones write to the same
+/// trail.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Recorder {
     audit: Option<Audit>,

@@ -12,9 +12,7 @@ fn the_worker_is_linked_against_all_of_libtorch() {
         .unwrap();
     let text = String::from_utf8(listed.stdout).unwrap();
     let found = |name: &str| {
-        let libraries = text
-            .lines()
-            .filter_map(|line| line.trim().split_once(" => "));
+        let libraries = text.lines().filter_map(|line| line.trim().split_once(" => "));
         libraries
             .filter(|(library, path)| *library == name && path.starts_with('/'))
             .count()

@@ -1,8 +1,9 @@
 //! How fast records are appended and synced, beside a bare append of as many bytes to a file and its fsync:
 //! `cargo run --release -p mesh-audit --example audit_speed [-- FOLDER]`.
 //!
-//! Both are measured in turn in the same folder. The ratios are what can be compared between machines; the times tell whether
-//! this one reaches 20 µs for an unsynced append (median) and 10,000 records a second in synced groups.
+//! Both are measured in turn in the same folder. The ratios are what can be compared between machines; the
+//! times tell whether this one reaches 20 µs for an unsynced append (median) and 10,000 records a second in
+//! synced groups.
 
 use std::fs::{self, File};
 use std::io::{self, Write};

@@ -139,7 +139,8 @@ impl Archive {
         read(&self.dir.join(tile_path(level, index, width)), TILE_BYTES)
     }
 
-    /// Calls `take` with the number and the bytes of every entry from `first` on that is there, until it returns false.
+    /// Calls `take` with the number and the bytes of every entry from `first` on that is there, until it
+    /// returns false.
     ///
     /// # Errors
     /// If a file cannot be read.
@@ -177,8 +178,8 @@ impl Archive {
         Ok(())
     }
 
-    /// Writes the trail to a new folder, up to the last signed group: public keys, checkpoint, tiles, epochs and cosigned
-    /// checkpoints, without any secret. Returns its size.
+    /// Writes the trail to a new folder, up to the last signed group: public keys, checkpoint, tiles, epochs
+    /// and cosigned checkpoints, without any secret. Returns its size.
     ///
     /// # Errors
     /// If the folder is not empty; if something cannot be read or written.

@@ -1,8 +1,9 @@
 //! The chain of message authentication codes, under a key that moves forward every epoch.
 //!
-//! The code of a record is HMAC-SHA256 under its epoch's key over the code before it and the record's text. The first
-//! record's predecessor is the SHA-256 of the trail's origin. At the end of an epoch the key is replaced by a one-way
-//! function of itself, so whoever steals the present key can compute no code of an earlier epoch.
+//! The code of a record is HMAC-SHA256 under its epoch's key over the code before it and the record's text.
+//! The first record's predecessor is the SHA-256 of the trail's origin. At the end of an epoch the key is
+//! replaced by a one-way function of itself, so whoever steals the present key can compute no code of an
+//! earlier epoch.
 
 use aws_lc_rs::hmac::{self, HMAC_SHA256};
 use sha2::{Digest, Sha256};

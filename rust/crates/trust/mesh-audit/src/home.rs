@@ -18,7 +18,8 @@ use crate::recover::Recovered;
 use crate::store::{Limits, Store, StoreError};
 use crate::tiles::{named, read};
 
-/// Levels of rights. Each has a trail of its own, so that the records of one can be shown without those of the others.
+/// Levels of rights. Each has a trail of its own, so that the records of one can be shown without those of
+/// the others.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Tier {
@@ -126,7 +127,8 @@ impl Lock {
         self.dir.join(tier.as_str())
     }
 
-    /// Opens the trail of a tier. One that is damaged is set aside, and the first record of the new one says so.
+    /// Opens the trail of a tier. One that is damaged is set aside, and the first record of the new one says
+    /// so.
     ///
     /// # Errors
     /// If files cannot be read or written.

@@ -1,8 +1,9 @@
-//! The journal: the entries behind the last full bundle, in the order in which they were written, with the signed
-//! checkpoints of the groups that were synced.
+//! The journal: the entries behind the last full bundle, in the order in which they were written, with the
+//! signed checkpoints of the groups that were synced.
 //!
-//! A frame is `HMA1`, the length of its body (32 bits, little-endian), the body, and the first 8 bytes of the SHA-256 over
-//! all before. The body is one byte for its kind, and the contents. The first frame is the header.
+//! A frame is `HMA1`, the length of its body (32 bits, little-endian), the body, and the first 8 bytes of the
+//! SHA-256 over all before. The body is one byte for its kind, and the contents. The first frame is the
+//! header.
 
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -91,10 +92,10 @@ pub(crate) fn scan(bytes: &[u8]) -> Scan<'_> {
         frames.push((end, frame));
         end += length;
     }
-    let behind = (end + 1..bytes.len()).filter(|at| bytes[*at..].starts_with(MAGIC));
-    let seal_behind = behind
-        .filter(|at| matches!(first(&bytes[*at..]), Some((Frame::Seal(_), _))))
-        .last();
+    let is_seal = |at: &usize| matches!(first(&bytes[*at..]), Some((Frame::Seal(_), _)));
+    let seal_behind = (end + 1..bytes.len())
+        .filter(|at| bytes[*at..].starts_with(MAGIC))
+        .rfind(is_seal);
     Scan {
         frames,
         end,

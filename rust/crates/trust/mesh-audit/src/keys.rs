@@ -15,8 +15,8 @@ use zeroize::{Zeroize, Zeroizing};
 pub enum KeyKind {
     /// ML-DSA-44 cosignatures of C2SP's tlog-cosignature, signature type 0x06.
     MlDsa44,
-    /// SLH-DSA-SHA2-128f over the text of a note, with the context `hydramesh audit epoch`. C2SP assigns no type, so it is
-    /// 0xff with a name.
+    /// SLH-DSA-SHA2-128f over the text of a note, with the context `hydramesh audit epoch`. C2SP assigns no
+    /// type, so it is 0xff with a name.
     SlhDsa,
 }
 
@@ -122,7 +122,8 @@ impl Vkey {
         Ok(found)
     }
 
-    /// True if `signature`, as it stands in a note behind the key's id, was made with this key over the message.
+    /// True if `signature`, as it stands in a note behind the key's id, was made with this key over the
+    /// message.
     pub(crate) fn verifies(&self, message: &[u8], signature: &[u8]) -> bool {
         match self.kind {
             KeyKind::MlDsa44 => verify_ml_dsa(&self.key, message, signature),

@@ -85,8 +85,8 @@ pub struct Edge {
 }
 
 impl Edge {
-    /// The edge of a tree of `size` leaves, by the hashes of its partial tiles from level 0 up. `None` if their numbers
-    /// are not those of such a tree.
+    /// The edge of a tree of `size` leaves, by the hashes of its partial tiles from level 0 up. `None` if
+    /// their numbers are not those of such a tree.
     pub fn from_partial_tiles(size: u64, levels: Vec<Vec<Hash>>) -> Option<Self> {
         let fits = |(level, hashes): (usize, &Vec<Hash>)| hashes.len() == width(size, level as u8);
         let known = levels.len() <= MOST_LEVELS && levels.iter().enumerate().all(fits);
@@ -198,7 +198,8 @@ pub fn root<H: Hashes>(hashes: &mut H, size: u64) -> Result<Hash, H::Error> {
     range_hash(hashes, 0, size)
 }
 
-/// Inclusion proof of leaf `index` in the tree of `size` leaves, from the leaf's sibling up (RFC 6962, section 2.1.1).
+/// Inclusion proof of leaf `index` in the tree of `size` leaves, from the leaf's sibling up (RFC 6962,
+/// section 2.1.1).
 ///
 /// # Errors
 /// If a hash cannot be read.
@@ -262,8 +263,8 @@ pub fn consistency_proof<H: Hashes>(
     Ok(proof)
 }
 
-/// Root that an inclusion proof leads to; `None` if the proof has another length than such a leaf's (RFC 9162,
-/// section 2.1.3.2).
+/// Root that an inclusion proof leads to; `None` if the proof has another length than such a leaf's (RFC
+/// 9162, section 2.1.3.2).
 pub fn root_by_inclusion(leaf: &Hash, index: u64, size: u64, proof: &[Hash]) -> Option<Hash> {
     if index >= size {
         return None;
@@ -288,7 +289,8 @@ pub fn root_by_inclusion(leaf: &Hash, index: u64, size: u64, proof: &[Hash]) -> 
     (last == 0).then_some(root)
 }
 
-/// True if the proof shows that the tree with `new_root` continues the one with `old_root` (RFC 9162, section 2.1.4.2).
+/// True if the proof shows that the tree with `new_root` continues the one with `old_root` (RFC 9162, section
+/// 2.1.4.2).
 pub fn is_consistent(
     (old, old_root): (u64, &Hash),
     (new, new_root): (u64, &Hash),

@@ -103,8 +103,8 @@ impl Checkpoint {
         message
     }
 
-    /// The signature line of an ML-DSA-44 key under this name, made at this time in seconds since the Unix epoch. Under
-    /// the origin's name it is the trail's own signature, under another one a cosignature.
+    /// The signature line of an ML-DSA-44 key under this name, made at this time in seconds since the Unix
+    /// epoch. Under the origin's name it is the trail's own signature, under another one a cosignature.
     pub fn cosign(&self, name: &str, keys: &TrailKeys, seconds: u64) -> String {
         let seconds = seconds.min(i64::MAX as u64);
         let message = self.cosigned_message(name, seconds);

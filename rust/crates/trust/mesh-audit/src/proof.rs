@@ -1,4 +1,5 @@
-//! Proofs that a record is in a trail: files in the format of C2SP's tlog-proof, which hold without the trail.
+//! Proofs that a record is in a trail: files in the format of C2SP's tlog-proof, which hold without the
+//! trail.
 
 use std::fmt::Write as _;
 

@@ -1,7 +1,7 @@
 //! Records: what the trail says, and their form as entries of a log.
 //!
-//! An entry is text: a JSON object on one line, then the code of the chain as 64 hexadecimal digits on a second line
-//! without an end. So any reader of C2SP tiles shows what happened.
+//! An entry is text: a JSON object on one line, then the code of the chain as 64 hexadecimal digits on a
+//! second line without an end. So any reader of C2SP tiles shows what happened.
 
 use std::fmt;
 

@@ -47,7 +47,8 @@ impl Recovered {
     }
 }
 
-/// Reads the trail in `dir`. Entries of the present epoch are checked by their codes, those before by the last signature.
+/// Reads the trail in `dir`. Entries of the present epoch are checked by their codes, those before by the
+/// last signature.
 pub(crate) fn read(
     dir: &Path,
     keys: Arc<TrailKeys>,

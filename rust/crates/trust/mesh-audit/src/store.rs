@@ -68,7 +68,8 @@ pub enum StoreError {
     },
 }
 
-/// A trail that is open for appending. One process at a time may have it open; [`Lock`](crate::home::Lock) sees to it.
+/// A trail that is open for appending. One process at a time may have it open; [`Lock`](crate::home::Lock)
+/// sees to it.
 #[derive(Debug)]
 pub struct Store {
     dir: PathBuf,
@@ -119,7 +120,8 @@ pub(crate) struct EpochStart {
 }
 
 impl Store {
-    /// Opens the trail in `dir`; creates one of this origin if there is none. Returns what was found after a crash.
+    /// Opens the trail in `dir`; creates one of this origin if there is none. Returns what was found after a
+    /// crash.
     ///
     /// # Errors
     /// If a file cannot be read or written; if the trail is damaged.
@@ -207,8 +209,9 @@ impl Store {
         self.seal.as_ref().map(|(_, note)| note.as_str())
     }
 
-    /// Appends a record, at this time in milliseconds since the Unix epoch, and returns its number. It is handed to the
-    /// system: it survives the death of the process, and after [`sync`](Self::sync) that of the machine.
+    /// Appends a record, at this time in milliseconds since the Unix epoch, and returns its number. It is
+    /// handed to the system: it survives the death of the process, and after [`sync`](Self::sync) that of the
+    /// machine.
     ///
     /// # Errors
     /// If it cannot be written. The trail is as before then.
@@ -232,7 +235,8 @@ impl Store {
         Ok(written.map_err(|error| named(&self.dir.join(JOURNAL), "append to", &error))?)
     }
 
-    /// Signs all records so far together, and waits until they are on disk. Returns the number of records that are safe.
+    /// Signs all records so far together, and waits until they are on disk. Returns the number of records
+    /// that are safe.
     ///
     /// # Errors
     /// If it cannot be written.
@@ -273,8 +277,8 @@ impl Store {
         self.end_epoch_with(next, false, now)
     }
 
-    /// Ends the epoch and begins the next one with a fresh key, which is returned: whoever keeps it elsewhere can check the
-    /// codes of all records from here on.
+    /// Ends the epoch and begins the next one with a fresh key, which is returned: whoever keeps it elsewhere
+    /// can check the codes of all records from here on.
     ///
     /// # Errors
     /// If a file cannot be written.

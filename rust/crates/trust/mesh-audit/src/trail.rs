@@ -1,4 +1,5 @@
-//! The trail as a state machine: records in, entries, tiles and checkpoints out. Nothing here reads a clock or a file.
+//! The trail as a state machine: records in, entries, tiles and checkpoints out. Nothing here reads a clock
+//! or a file.
 
 use std::sync::Arc;
 
@@ -93,8 +94,8 @@ impl Trail {
         &self.edge
     }
 
-    /// Makes the entry of the next record, at this time in milliseconds since the Unix epoch. It is part of the trail once
-    /// it is [committed](Self::commit); until then the trail has not changed.
+    /// Makes the entry of the next record, at this time in milliseconds since the Unix epoch. It is part of
+    /// the trail once it is [committed](Self::commit); until then the trail has not changed.
     pub fn prepare(&self, event: &Event, at: u64) -> Prepared {
         let text = record::text(self.size(), at, self.epoch(), event);
         let mac = self.chain.mac(&self.last, &text);
@@ -108,7 +109,8 @@ impl Trail {
         prepared.entry
     }
 
-    /// The tiles that were completed since this trail was made, or since they were [forgotten](Self::forget_full_tiles).
+    /// The tiles that were completed since this trail was made, or since they were
+    /// [forgotten](Self::forget_full_tiles).
     pub fn full_tiles(&self) -> &[Tile] {
         &self.full
     }
@@ -127,8 +129,8 @@ impl Trail {
         }
     }
 
-    /// The checkpoint of all records so far, signed at this time in seconds since the Unix epoch: one ML-DSA-44 signature over
-    /// a root that contains every entry.
+    /// The checkpoint of all records so far, signed at this time in seconds since the Unix epoch: one
+    /// ML-DSA-44 signature over a root that contains every entry.
     pub fn signed_checkpoint(&self, seconds: u64) -> String {
         let checkpoint = self.checkpoint();
         let line = checkpoint.cosign(&self.origin, &self.keys, seconds);

@@ -1,7 +1,7 @@
 //! Verification: every byte of a trail, and where it differs from what was signed.
 //!
-//! Records and hashes vouch for each other, and a tile's hashes for those of the tile below. Where two differ, the next
-//! higher hash, or the signed root, tells which of the two was changed.
+//! Records and hashes vouch for each other, and a tile's hashes for those of the tile below. Where two
+//! differ, the next higher hash, or the signed root, tells which of the two was changed.
 
 use std::collections::BTreeMap;
 use std::fmt;

@@ -65,8 +65,8 @@ pub struct Witness<'a> {
 }
 
 impl Witness<'_> {
-    /// Cosigns the published checkpoint of a trail, at this time in seconds since the Unix epoch: the checkpoint with the new
-    /// line.
+    /// Cosigns the published checkpoint of a trail, at this time in seconds since the Unix epoch: the
+    /// checkpoint with the new line.
     ///
     /// # Errors
     /// If the checkpoint is not signed by the trail's key, or does not continue what was cosigned before.

@@ -1,4 +1,5 @@
-//! The writer: a thread that takes records from a bounded queue. Whoever records something never waits for it.
+//! The writer: a thread that takes records from a bounded queue. Whoever records something never waits for
+//! it.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -22,7 +23,8 @@ pub struct Settings {
     pub mesh: String,
     /// Version of the program.
     pub version: String,
-    /// Longest time between a record and the signature and sync of its group: a loss of power costs at most these records.
+    /// Longest time between a record and the signature and sync of its group: a loss of power costs at most
+    /// these records.
     pub sync_interval: Duration,
     /// Pause between publications of tiles.
     pub publish_interval: Duration,
@@ -133,7 +135,8 @@ impl Audit {
         })))
     }
 
-    /// Records an event. It never waits: if the queue is full, the record is lost, and the trail says how many were.
+    /// Records an event. It never waits: if the queue is full, the record is lost, and the trail says how
+    /// many were.
     pub fn record(&self, tier: Tier, event: Event) {
         self.send(Item::Event(tier, Box::new(event)));
     }
@@ -162,7 +165,8 @@ impl Audit {
         &self.0.counts
     }
 
-    /// Writes what waits, signs, syncs and publishes it, and ends the thread. Blocks for the time that this takes.
+    /// Writes what waits, signs, syncs and publishes it, and ends the thread. Blocks for the time that this
+    /// takes.
     pub fn stop(&self) {
         let sender = &self.0.sender;
         drop(sender.lock().unwrap_or_else(PoisonError::into_inner).take());

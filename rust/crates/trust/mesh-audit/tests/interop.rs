@@ -1,4 +1,5 @@
-//! The trail by other eyes: a reader of C2SP tiles that has only hashlib, and other implementations of the signatures.
+//! The trail by other eyes: a reader of C2SP tiles that has only hashlib, and other implementations of the
+//! signatures.
 
 #[allow(dead_code, reason = "each test uses some of it")]
 mod common;
