@@ -2,14 +2,14 @@
 //! unnoticed.
 //!
 //! - [`trail::Trail`] is the core without I/O and clock: records in; entries, tiles and signed checkpoints
-//! out. Entries are chained by HMAC-SHA256 under a key that moves forward every epoch ([`chain`]), and
-//! are the leaves of a Merkle tree ([`merkle`]).
+//!   out. Entries are chained by HMAC-SHA256 under a key that moves forward every epoch ([`chain`]), and
+//!   are the leaves of a Merkle tree ([`merkle`]).
 //! - [`store::Store`] keeps it in a folder, in the format of C2SP tlog-tiles: synced in groups, recovered
-//! after a crash. [`home::Lock`] is the folder of a node's trails, one for each tier; [`writer::Audit`]
-//! writes them on a thread of its own, so that nobody waits for a disk.
+//!   after a crash. [`home::Lock`] is the folder of a node's trails, one for each tier; [`writer::Audit`]
+//!   writes them on a thread of its own, so that nobody waits for a disk.
 //! - [`archive::Archive`] reads a trail, [`verify::verify`] checks every byte of it and tells where it was
-//! changed, [`proof::Proof`] proves one record to somebody who has only the trail's public key.
-//! [`witness`] cosigns checkpoints, and binds the trails of two heads after a partition.
+//!   changed, [`proof::Proof`] proves one record to somebody who has only the trail's public key.
+//!   [`witness`] cosigns checkpoints, and binds the trails of two heads after a partition.
 //!
 //! A group of records is signed at once: one ML-DSA-44 signature over the root of the tree that has all of
 //! them as leaves. So every record has a signature, by its inclusion, from the moment at which it is called
