@@ -75,6 +75,8 @@ pub struct Config {
     pub trust: TrustConfig,
     /// Models that several workers hold together.
     pub ring: RingConfig,
+    /// The audit trail.
+    pub audit: AuditConfig,
     /// Let workers on the LAN find this head by multicast DNS.
     pub mdns: bool,
     /// Log level or filter, used if neither `--log-level` nor RUST_LOG is set.
@@ -220,6 +222,38 @@ pub struct RingConfig {
     pub always: bool,
 }
 
+/// The audit trail: a signed log of what the head accepted and decided.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct AuditConfig {
+    /// Write it.
+    pub enabled: bool,
+    /// Longest time between a record and the signature and sync of its group.
+    #[serde(with = "units::duration")]
+    pub sync_interval: Duration,
+    /// Length of an epoch.
+    #[serde(with = "units::duration")]
+    pub epoch: Duration,
+    /// Time over which like messages of one sender are counted into one record; 0 records each.
+    #[serde(with = "units::duration")]
+    pub message_interval: Duration,
+    /// Most bytes of records that each tier keeps, besides their hashes; 0 is without limit.
+    #[serde(with = "units::bytes")]
+    pub limit: u64,
+}
+
+impl Default for AuditConfig {
+    fn default() -> Self {
+        Self {
+            enabled: true,
+            sync_interval: Duration::from_secs(1),
+            epoch: Duration::from_secs(3600),
+            message_interval: Duration::from_secs(60),
+            limit: 512 << 20,
+        }
+    }
+}
+
 impl Default for Config {
     fn default() -> Self {
         Self {
@@ -245,6 +279,7 @@ impl Default for Config {
             quic: QuicConfig::default(),
             trust: TrustConfig::default(),
             ring: RingConfig::default(),
+            audit: AuditConfig::default(),
             mdns: false,
             log_level: None,
         }
@@ -345,6 +380,7 @@ impl Config {
             ("silence_limit", self.silence_limit),
             ("first_token_limit", self.first_token_limit),
             ("quic.probe_interval", self.quic.probe_interval),
+            ("audit.epoch", self.audit.epoch),
         ];
         if let Some((key, _)) = positive.into_iter().find(|(_, value)| value.is_zero()) {
             return Err(Unsound::Zero(key));

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use arcanum_attestor::Attestor;
 use dcf::ErrorCode;
+use mesh_audit::store::StoreError;
 use mesh_base::allocator;
 use mesh_net::discovery::{Announcement, Discovery};
 use mesh_net::quic::{ConnectError, LinkConfig, Listener};
@@ -22,6 +23,7 @@ use tokio::task::{JoinError, JoinHandle, JoinSet};
 use tokio_util::task::TaskTracker;
 use tracing::warn;
 
+use crate::audit::{Recorded, Recorder};
 use crate::config::{Config, Unsound};
 use crate::front::dcf::serve as serve_dcf_clients;
 use crate::front::http::{self, Keys, KeysError};
@@ -78,6 +80,7 @@ impl Live {
             ));
         } else {
             report.step("API keys", self.keys.reload(state_dir, file));
+            self.mesh.audit.name_keys(self.keys.ids());
         }
         report.step("certificate", self.identity.reload());
         self.mesh.reconfigure(fresh.clone());
@@ -103,6 +106,9 @@ pub enum StartError {
     /// The API keys cannot be read.
     #[error(transparent)]
     Keys(#[from] KeysError),
+    /// The audit trail cannot be written.
+    #[error(transparent)]
+    Audit(#[from] StoreError),
 }
 
 impl Head {
@@ -129,6 +135,8 @@ impl Head {
         mesh_service::files::open_state_dir(&state_dir, &SECRETS)?;
         addresses::remove(&state_dir)?;
         let keys = Keys::load(&state_dir, config.http.api_keys_file.as_deref())?;
+        let audit = Recorder::start(&config)?;
+        audit.name_keys(keys.ids());
         let validity = Validity::default();
         let authority = Attestor::open(&state_dir, &config.mesh_name, validity)?;
         let authority = Arc::new(authority.with_approval(config.trust.approval.into()));
@@ -138,7 +146,8 @@ impl Head {
         let http_listener = mesh_service::http::bind(config.http.listen).await?;
         let client_socket = Arc::new(BatchSocket::bind(config.dcf.clients)?);
         let worker_socket = Arc::new(BatchSocket::bind(config.dcf.workers)?);
-        let admission: Arc<dyn Admission> = authority.clone();
+        let admission: Arc<dyn Admission> =
+            Arc::new(Recorded::new(authority.clone(), audit.clone()));
         let (listen, links) = (config.quic.listen, LinkConfig::default());
         let quic = Arc::new(Listener::bind(listen, identity, Some(admission), links)?);
         let addresses = Addresses::from([
@@ -152,7 +161,14 @@ impl Head {
         let head_metrics = metrics.register(HeadMetrics::register);
         let health = Health::starting().watched_by(watchdog.clone());
         let deny_list = authority.deny_list().clone();
-        let mesh = Mesh::new(config, head_metrics, health, shutdown.clone(), deny_list)?;
+        let mesh = Mesh::new(
+            config,
+            head_metrics,
+            health,
+            shutdown.clone(),
+            deny_list,
+            audit,
+        )?;
         mesh.tick();
 
         let answers = TaskTracker::new();
@@ -267,6 +283,13 @@ impl Parts {
         let _ = tokio::time::timeout(GOODBYE, goodbye).await;
         self.api.abort();
         self.loops.shutdown().await;
+        let audit = self.mesh.audit.clone();
+        if tokio::task::spawn_blocking(move || audit.stop())
+            .await
+            .is_err()
+        {
+            warn!("the end of the audit trail was not written");
+        }
         drained
     }
 }

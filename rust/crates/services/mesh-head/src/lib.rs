@@ -3,6 +3,7 @@
 //! The decisions are in [`mesh_control`]; this crate carries them out. Modules use only modules above them in
 //! this list:
 //!
+//! - `audit`: the words of the audit trail;
 //! - `mesh`: the state that all share, behind one lock;
 //! - `workers`: connections to workers over QUIC, to old ones over UDP, and the UDP port for heartbeats;
 //! - `flight`: one task per request, which carries an answer from its worker to its client, and from one
@@ -15,6 +16,7 @@
 #![forbid(unsafe_code)]
 
 pub mod api;
+mod audit;
 pub mod config;
 mod flight;
 mod front;

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::hash::Hash;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -15,6 +16,7 @@ use mesh_service::metrics::prometheus_client::metrics::gauge::Gauge;
 use mesh_service::metrics::prometheus_client::metrics::histogram::Histogram;
 use mesh_service::metrics::prometheus_client::registry::{Metric, Registry, Unit};
 
+use mesh_audit::writer::Counts;
 use mesh_control::fair::Ingress;
 use mesh_control::rings::RingCounts;
 use mesh_control::tracker::TrackerCounts;
@@ -98,6 +100,8 @@ pub(crate) struct HeadMetrics {
     faults: Family<Label, Counter>,
     quarantines: Family<Label, Counter>,
     clocks: ClockGauges,
+    audit: Family<Label<&'static str>, Counter>,
+    audit_waiting: Gauge,
 }
 
 impl HeadMetrics {
@@ -183,6 +187,14 @@ impl HeadMetrics {
                 "Quarantines of workers whose answers differ from those of others, by worker",
             ),
             clocks: metrics.collector(),
+            audit: metrics.plain(
+                "audit_records",
+                "Records of the audit trail: written, synced (signed and on disk), lost; and groups that were signed, writes that failed",
+            ),
+            audit_waiting: metrics.plain(
+                "audit_queue",
+                "Records that wait to be written to the audit trail",
+            ),
         }
     }
 
@@ -245,6 +257,23 @@ impl HeadMetrics {
             fresh.get_or_create(&[("worker", worker)]).set(offset);
         }
         *lock(&self.clocks.0) = fresh;
+    }
+
+    /// Brings the numbers of the audit trail up to date.
+    pub(crate) fn audited(&self, counts: &Counts) {
+        for (state, count) in [
+            ("written", &counts.written),
+            ("synced", &counts.synced),
+            ("lost", &counts.lost),
+            ("groups", &counts.groups),
+            ("failures", &counts.failures),
+        ] {
+            let counter = self.audit.get_or_create(&[("state", state)]);
+            counter.inc_by(count.load(Ordering::Relaxed).saturating_sub(counter.get()));
+        }
+        let waiting = counts.waiting.load(Ordering::Relaxed);
+        self.audit_waiting
+            .set(i64::try_from(waiting).unwrap_or(i64::MAX));
     }
 
     pub(crate) fn ring_events(&self, counts: &RingCounts) {

@@ -359,7 +359,8 @@ async fn a_state_directory_is_private_and_leftovers_of_a_killed_process_go() {
         let path = entry.unwrap().path();
         let public = ["root.crt", "node.crt", "addresses.json"];
         let is_public = public.iter().any(|name| path.ends_with(name));
-        assert!(is_public || mode(&path) == 0o600, "{}", path.display());
+        let private = if path.is_dir() { 0o700 } else { 0o600 };
+        assert!(is_public || mode(&path) == private, "{}", path.display());
     }
     head.handle.shutdown().await.unwrap();
 }

@@ -1,5 +1,6 @@
 //! The command line: options, arguments and subcommands.
 
+mod audit;
 mod models;
 mod pull;
 
@@ -12,6 +13,7 @@ use clap_complete::Shell;
 use mesh_base::units;
 use mesh_machine::boot::choice::{Backend, Wish};
 
+pub(crate) use audit::{AuditCommand, TrailArgs};
 pub(crate) use models::{ModelsCommand, PinsCommand, PlacesArgs, VerifyArgs};
 pub(crate) use pull::PullArgs;
 
@@ -96,6 +98,9 @@ pub enum Command {
     /// Make, show and withdraw join tokens for new workers
     #[command(subcommand)]
     Token(TokenCommand),
+    /// The audit trail: verify it, show records, export it, prove a record
+    #[command(subcommand)]
+    Audit(AuditCommand),
     /// Measure: a model file on this machine, or a running mesh
     Bench(BenchArgs),
     /// Look at this machine's hardware, and say which backend fits it and why
@@ -169,12 +174,16 @@ impl HeadArgs {
         self.url.as_deref().unwrap_or("http://127.0.0.1:8080")
     }
 
+    /// The head's state folder.
+    pub fn state_dir(&self) -> &Path {
+        let folder = self.state_dir.as_deref();
+        folder.unwrap_or(Path::new("/var/lib/hydramesh/head"))
+    }
+
     /// The head's admin key.
     pub fn admin_key(&self) -> PathBuf {
-        let folder = self.state_dir.as_deref();
-        let folder = folder.unwrap_or(Path::new("/var/lib/hydramesh/head"));
         let named = self.admin_key_file.clone();
-        named.unwrap_or_else(|| folder.join("admin.key"))
+        named.unwrap_or_else(|| self.state_dir().join("admin.key"))
     }
 }
 

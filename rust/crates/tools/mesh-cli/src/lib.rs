@@ -9,6 +9,7 @@ pub mod failure;
 mod admin;
 mod args;
 mod ask;
+mod audit;
 mod bench;
 mod chat;
 mod demo;
@@ -51,6 +52,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
         Command::Profile(args) => return profile::run(args, terminal),
         Command::Probe(args) => return probe::run(args, terminal),
         Command::BootConfig(args) => return probe::boot_config(args),
+        Command::Audit(command) => return audit::run(head, command),
         command => command,
     };
     let runtime = tokio::runtime::Builder::new_multi_thread()

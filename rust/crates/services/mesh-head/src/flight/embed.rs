@@ -35,8 +35,14 @@ pub(crate) async fn embed(
     task: EmbedTask,
     lease: &mut Lease,
 ) -> Result<Embedded, AnswerError> {
-    let mut account = Account::new(mesh, front);
     let id = task.id.clone();
+    let mut account = Account::new(
+        mesh,
+        front,
+        ("embed", &id),
+        task.origin,
+        task.model.as_ref(),
+    );
     let texts = task.inputs.len();
     let result = run(mesh, task, lease).await;
     if let Ok(embedded) = &result {

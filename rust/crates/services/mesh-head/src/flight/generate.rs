@@ -48,9 +48,16 @@ pub(crate) async fn generate(
     emit: impl FnMut(Event) + Send,
     gone: impl Future<Output = ()> + Send,
 ) {
-    let mut account = Account::new(mesh, front);
     let id = task.id.clone();
+    let mut account = Account::new(
+        mesh,
+        front,
+        ("generate", &id),
+        task.source.origin,
+        task.model.as_ref(),
+    );
     let mut flight = flight(mesh, task, emit);
+    account.model.clone_from(&flight.ask.model);
     let gone = pin!(gone);
     let result = tokio::select! {
         biased;

@@ -38,8 +38,14 @@ pub(crate) async fn make(
     lease: &mut Lease,
     tell: impl FnMut(Event) + Send,
 ) -> Result<MadeImage, AnswerError> {
-    let mut account = Account::new(mesh, front);
     let id = request.id.clone();
+    let mut account = Account::new(
+        mesh,
+        front,
+        ("image", &id),
+        request.origin,
+        request.model.as_ref(),
+    );
     let result = run(mesh, request, lease, tell).await;
     if result.is_ok() {
         mesh.metrics.images.inc();

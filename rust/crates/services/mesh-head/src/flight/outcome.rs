@@ -2,10 +2,12 @@
 
 use std::time::Instant;
 
+use mesh_control::fair::Origin;
 use mesh_control::placement::Refusal;
 use mesh_control::request::{AnswerError, Lifecycle};
 use tracing::warn;
 
+use crate::audit::EndedRequest;
 use crate::mesh::Mesh;
 use crate::metrics::{Front, Outcome};
 
@@ -13,15 +15,31 @@ use crate::metrics::{Front, Outcome};
 pub(super) struct Account<'a> {
     mesh: &'a Mesh,
     front: Front,
+    id: String,
+    task: &'static str,
+    origin: Origin,
+    /// Name of the model, as far as it is known.
+    pub(super) model: String,
     pub(super) started: Instant,
     pub(super) outcome: Outcome,
 }
 
 impl<'a> Account<'a> {
-    pub(super) fn new(mesh: &'a Mesh, front: Front) -> Self {
+    /// An account of the request with this id for a `task`, which came from `origin`.
+    pub(super) fn new(
+        mesh: &'a Mesh,
+        front: Front,
+        (task, id): (&'static str, &str),
+        origin: Origin,
+        model: Option<&String>,
+    ) -> Self {
         Self {
             mesh,
             front,
+            id: id.to_owned(),
+            task,
+            origin,
+            model: model.cloned().unwrap_or_default(),
             started: Instant::now(),
             outcome: Outcome::Cancelled,
         }
@@ -41,9 +59,18 @@ impl<'a> Account<'a> {
 
 impl Drop for Account<'_> {
     fn drop(&mut self) {
-        let seconds = self.started.elapsed().as_secs_f64();
+        let took = self.started.elapsed();
         let metrics = &self.mesh.metrics;
-        metrics.request_ended(self.front, self.outcome, seconds);
+        metrics.request_ended(self.front, self.outcome, took.as_secs_f64());
+        self.mesh.audit.request(&EndedRequest {
+            id: &self.id,
+            front: self.front,
+            task: self.task,
+            model: &self.model,
+            origin: self.origin,
+            outcome: self.outcome,
+            took,
+        });
     }
 }
 

@@ -38,12 +38,21 @@ impl Mesh {
         let cards = served.all_models();
         let whole = cards.iter().map(|card| card.name.clone()).collect();
         self.change(|state, now| {
+            self.note_models(state, id, cards.iter().map(|card| card.name.as_str()));
             state.placement.registry.serves(id, cards, now);
             if let Some(node) = state.placement.registry.node_of(id) {
                 state.rings.serves_whole(node, whole);
             }
             self.note_mixed(state);
         });
+    }
+
+    /// Records the models that a worker serves whole.
+    fn note_models<'a>(&self, state: &State, id: WorkerId, models: impl Iterator<Item = &'a str>) {
+        if let Some(worker) = state.placement.registry.get(id) {
+            let node = worker.node_id().unwrap_or_default();
+            self.audit.models(node, &worker.name, "serves", models);
+        }
     }
 
     pub(crate) fn tracked_models(&self) -> Vec<SharedModel> {
@@ -64,6 +73,13 @@ impl Mesh {
             Some(fingerprint) => state.tracker.pin(name, fingerprint),
             None => state.tracker.unpin(name),
         })?;
+        let decision = fingerprint.map_or("unpinned", |_| "pinned");
+        self.audit.models(
+            "",
+            "",
+            decision,
+            [name, fingerprint.unwrap_or_default()].into_iter(),
+        );
         info!(
             name,
             fingerprint, "an operator decided what a model's name means"

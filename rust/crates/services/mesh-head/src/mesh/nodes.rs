@@ -71,6 +71,8 @@ impl Mesh {
 
     /// The audit line of an expulsion or a readmission.
     pub(crate) fn note_admission(&self, event: &'static str, node: &str, name: &str, reason: &str) {
+        let decision = event.strip_prefix("node ").unwrap_or(event);
+        self.audit.revoked(node, name, decision, reason);
         warn!(event, node, name, reason, "{event} by an operator");
     }
 }

@@ -149,7 +149,11 @@ impl Mesh {
                 self.carry_out(state, action, now);
             }
         }
-        self.metrics.ring_events(&state.rings.take_counts());
+        let counts = state.rings.take_counts();
+        for (model, times) in &counts.failovers {
+            self.audit.failover(model, *times);
+        }
+        self.metrics.ring_events(&counts);
         self.turn_models(state, now);
         state.placement.set_prospects(state.rings.prospects());
         if changed {

@@ -26,6 +26,7 @@ use super::connection::Connection;
 use super::drains;
 use super::pins::PinsFile;
 use super::sessions::Sessions;
+use crate::audit::Recorder;
 use crate::config::Config;
 use crate::ids;
 use crate::locks::lock;
@@ -42,6 +43,7 @@ pub struct Mesh {
     pub(super) live: RwLock<Config>,
     pub(crate) metrics: HeadMetrics,
     pub(crate) health: Health,
+    pub(crate) audit: Recorder,
     /// Begins when the head is told to stop.
     pub(crate) shutdown: Shutdown,
     /// True once all answers have ended and this head closes its links.
@@ -146,6 +148,7 @@ impl Mesh {
         health: Health,
         shutdown: Shutdown,
         deny_list: DenyList,
+        audit: Recorder,
     ) -> io::Result<Arc<Self>> {
         let registry = Registry::new(config.worker_timeout)
             .with_proofs(config.first_token_limit, config.quic.probe_interval);
@@ -177,6 +180,7 @@ impl Mesh {
             config,
             metrics,
             health,
+            audit,
             shutdown,
             closing: AtomicBool::new(false),
             sessions: Sessions::default(),

@@ -77,7 +77,13 @@ impl Mesh {
         set(&self.metrics.name_conflicts, conflicts);
         drop(state);
 
+        if let Some(counts) = self.audit.counts() {
+            self.metrics.audited(counts);
+        }
         for worker in pruned {
+            let node = worker.node_id().unwrap_or_default();
+            self.audit
+                .left(node, &worker.name, "it was silent for too long");
             tracing::warn!(
                 worker = worker.name,
                 timeout_seconds = self.config.worker_timeout.as_secs_f64(),

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use dcf::{DecodeError, Message, MsgType};
+use mesh_control::registry::Registry;
 use mesh_net::udp::{BatchSocket, Datagram, RecvBatch};
 use mesh_proto::Load;
 use mesh_service::metrics::prometheus_client::metrics::counter::Counter;
@@ -75,6 +76,11 @@ impl WorkerBus {
             Ok(load) => {
                 self.mesh.clock_heard(worker, message.timestamp_us);
                 self.mesh.report(worker, load);
+                let node = |registry: &Registry| registry.node_of(worker).map(str::to_owned);
+                if let Some(node) = self.mesh.with_registry(node) {
+                    let bytes = message.payload.len();
+                    self.mesh.audit.message("bus", message.kind, node, bytes);
+                }
                 &self.counters.accepted
             }
             Err(_) => &self.counters.malformed,

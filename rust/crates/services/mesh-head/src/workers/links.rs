@@ -27,8 +27,13 @@ pub(crate) async fn serve(mesh: Arc<Mesh>, listener: Arc<Listener>, heartbeat_po
         tokio::spawn(async move {
             let (name, address) = (link.node_name().to_owned(), link.remote_addr());
             match serve_link(&mesh, &link, heartbeat_port).await {
-                Ok(reason) => info!(worker = name, %address, reason, "worker left"),
+                Ok(reason) => {
+                    mesh.audit.left(link.node_id(), &name, &reason);
+                    info!(worker = name, %address, reason, "worker left");
+                }
                 Err(error) => {
+                    let (from, reason) = (address.to_string(), error.to_string());
+                    mesh.audit.refused(link.node_id(), &name, &from, &reason);
                     warn!(worker = name, %address, %error, "worker not taken in");
                     link.close(error.code(), &error.to_string());
                 }
@@ -114,13 +119,22 @@ async fn serve_link(
     let models = hello.models.iter().chain(&hello.image_models);
     let models: Vec<&str> = models.map(|model| model.name.as_str()).collect();
     info!(worker = link.node_name(), node = link.node_id(), address = %link.remote_addr(), ?models, "worker joined");
+    let from = link.remote_addr().to_string();
+    mesh.audit
+        .joined(link.node_id(), link.node_name(), "connected", &from, None);
+    mesh.audit.models(
+        link.node_id(),
+        link.node_name(),
+        "serves",
+        models.into_iter(),
+    );
     let (sender, orders) = mpsc::channel(ORDERS);
     let id = mesh.join(link, hello, sender);
     mesh.clock_heard(id, said_at);
     mesh.sessions.open(session, id, Opener::new(&key, session));
     let prober = tokio::spawn(prove(mesh.clone(), id, link.clone()));
     let probed = tokio::spawn(answer_probes(link.clone()));
-    let reason = match follow_control(mesh, id, control, orders).await {
+    let reason = match follow_control(mesh, (id, link.node_id()), control, orders).await {
         Ok(()) => "the control stream ended".to_owned(),
         Err(error) => error.to_string(),
     };
@@ -162,7 +176,7 @@ async fn receive_hello(link: &Link) -> Result<(MsgStream, Hello, u64), LinkError
 
 async fn follow_control(
     mesh: &Mesh,
-    id: WorkerId,
+    (id, node): (WorkerId, &str),
     control: MsgStream,
     mut orders: mpsc::Receiver<Message>,
 ) -> Result<(), StreamFailure> {
@@ -185,9 +199,10 @@ async fn follow_control(
                     debug!(kind = %message.kind, "dropped: it has more parts than such a message can have");
                     continue;
                 }
-                let kind = message.kind;
-                if let Err(error) = take(mesh, id, message) {
-                    debug!(%kind, %error, "a message on a control stream cannot be read");
+                let (kind, bytes) = (message.kind, message.payload.len());
+                match take(mesh, id, message) {
+                    Ok(()) => mesh.audit.message("link", kind, node, bytes),
+                    Err(error) => debug!(%kind, %error, "a message on a control stream cannot be read"),
                 }
             }
             // Its timestamp tells the worker this head's time, by which its certificate is renewed.

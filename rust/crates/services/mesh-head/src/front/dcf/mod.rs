@@ -155,6 +155,10 @@ impl Intake {
         match header.kind() {
             MsgType::TASK => {
                 self.counters.accepted.inc();
+                self.port
+                    .mesh
+                    .audit
+                    .message("dcf", header.kind(), client.ip(), payload.len());
                 self.task(key, payload);
             }
             MsgType::CHUNK => self.chunk(key, payload),

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
 
 use axum::http::{HeaderMap, header};
+use data_encoding::HEXLOWER;
 use mesh_base::random;
 use mesh_control::fair::Origin;
 use mesh_service::files::Readers;
@@ -104,6 +105,17 @@ impl Keys {
 
     fn known(&self) -> RwLockReadGuard<'_, Known> {
         self.known.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Ids of the API keys for records, by their numbers from 1: the first digits of their hashes.
+    pub(crate) fn ids(&self) -> HashMap<usize, String> {
+        let known = self.known();
+        let id = |hash: &KeyHash| HEXLOWER.encode(&hash[..8]);
+        known
+            .api
+            .iter()
+            .map(|(hash, number)| (number + 1, id(hash)))
+            .collect()
     }
 
     pub(crate) fn are_needed(&self) -> bool {

@@ -74,6 +74,9 @@ pub(super) async fn drain(
         Ok((Some(id), node))
     });
     let (id, node) = drained?;
+    api.mesh
+        .audit
+        .drained(node.as_deref().unwrap_or_default(), &name, "drained");
     tracing::info!(worker = name, "worker drained by an operator");
     keep_drains(&api).await?;
     Ok(Json(progress(&api, id, node.as_deref())))
@@ -100,6 +103,9 @@ pub(super) async fn undrain(
         Ok((id, node))
     });
     let (id, node) = undrained?;
+    api.mesh
+        .audit
+        .drained(node.as_deref().unwrap_or_default(), &name, "undrained");
     tracing::info!(worker = name, "worker undrained by an operator");
     keep_drains(&api).await?;
     Ok(Json(progress(&api, id, node.as_deref())))

@@ -37,10 +37,11 @@ pub(super) async fn create(
         let text = "'role' must be \"worker\": no other node joins with a token";
         return Err(ApiError::new(Code::InvalidValue, text.to_owned()));
     }
+    let note = request.note;
     let spec = TokenSpec {
         lifetime: life,
         nodes,
-        note: request.note,
+        note: note.clone(),
     };
     let now = SystemTime::now();
     let authority = api.authority.clone();
@@ -50,6 +51,7 @@ pub(super) async fn create(
         error => failed(format!("no token was made: {error}")),
     })?;
     let expires = unix_seconds(now).saturating_add(life.as_secs());
+    api.mesh.audit.token(&token.id(), "created", Some(&note));
     tracing::info!(
         token = token.id(),
         life_seconds = life.as_secs(),
@@ -117,6 +119,7 @@ pub(super) async fn revoke(
             _ => failed(format!("the token was not withdrawn: {text}")),
         }
     })?;
+    api.mesh.audit.token(&id, "withdrawn", None);
     tracing::warn!(
         event = "token revoked",
         token = id,

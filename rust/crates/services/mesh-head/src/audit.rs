@@ -1,0 +1,297 @@
+//! The audit trail of the head: the words of its records, and the policy of admission with records.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::{Duration, SystemTime};
+
+use mesh_audit::home::Tier;
+use mesh_audit::record::{Event, Text};
+use mesh_audit::store::{Limits, StoreError};
+use mesh_audit::writer::{Audit, Counts, Envelope, Settings};
+use mesh_control::fair::Origin;
+use mesh_net::trust::{Admission, Issued, JoinAsk, Member, Refusal, RenewAsk};
+
+use crate::config::Config;
+use crate::metrics::{Front, Outcome};
+
+/// Writes records, unless the configuration turns the trail off. Nothing here waits. Clones write to the same
+/// trail.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Recorder {
+    audit: Option<Audit>,
+    /// Ids of the API keys by their numbers.
+    keys: Arc<RwLock<HashMap<usize, String>>>,
+}
+
+/// A request that ended, for its record.
+#[derive(Debug, Clone)]
+pub(crate) struct EndedRequest<'a> {
+    pub id: &'a str,
+    pub front: Front,
+    pub task: &'static str,
+    pub model: &'a str,
+    pub origin: Origin,
+    pub outcome: Outcome,
+    pub took: Duration,
+}
+
+impl Recorder {
+    /// Opens the trail below the state directory, and begins to write.
+    ///
+    /// # Errors
+    /// If another process writes it, or files cannot be read or written.
+    pub(crate) fn start(config: &Config) -> Result<Self, StoreError> {
+        let audit = &config.audit;
+        if !audit.enabled {
+            return Ok(Self::default());
+        }
+        let settings = Settings {
+            mesh: config.mesh_name.clone(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            sync_interval: audit.sync_interval,
+            message_interval: audit.message_interval,
+            limits: Limits {
+                epoch_time: u64::try_from(audit.epoch.as_millis()).unwrap_or(u64::MAX),
+                bytes: audit.limit,
+                ..Limits::default()
+            },
+            ..Settings::default()
+        };
+        let audit = Audit::start(&config.state_dir.join(FOLDER), settings, None)?;
+        Ok(Self {
+            audit: Some(audit),
+            keys: Arc::default(),
+        })
+    }
+
+    /// Takes the ids under which API keys are recorded, by their numbers from 1.
+    pub(crate) fn name_keys(&self, ids: HashMap<usize, String>) {
+        *self.keys.write().unwrap_or_else(PoisonError::into_inner) = ids;
+    }
+
+    /// Numbers for the metrics; `None` without a trail.
+    pub(crate) fn counts(&self) -> Option<&Counts> {
+        self.audit.as_ref().map(Audit::counts)
+    }
+
+    /// Writes what waits, and ends. Blocks.
+    pub(crate) fn stop(&self) {
+        if let Some(audit) = &self.audit {
+            audit.stop();
+        }
+    }
+
+    /// Records a decision about the mesh.
+    fn decision(&self, event: impl FnOnce() -> Event) {
+        if let Some(audit) = &self.audit {
+            audit.record(Tier::Master, event());
+        }
+    }
+
+    pub(crate) fn joined(
+        &self,
+        node: &str,
+        name: &str,
+        how: &str,
+        from: &str,
+        token: Option<&str>,
+    ) {
+        self.decision(|| Event::Join {
+            node: node.into(),
+            name: name.into(),
+            from: from.into(),
+            how: how.into(),
+            token: token.map(Text::from),
+        });
+    }
+
+    pub(crate) fn left(&self, node: &str, name: &str, reason: &str) {
+        self.decision(|| Event::Leave {
+            node: node.into(),
+            name: name.into(),
+            reason: reason.into(),
+        });
+    }
+
+    pub(crate) fn refused(&self, node: &str, name: &str, from: &str, reason: &str) {
+        self.decision(|| Event::Refuse {
+            node: node.into(),
+            name: name.into(),
+            from: from.into(),
+            reason: reason.into(),
+        });
+    }
+
+    pub(crate) fn revoked(&self, node: &str, name: &str, decision: &str, reason: &str) {
+        self.decision(|| Event::Revoke {
+            node: node.into(),
+            name: name.into(),
+            decision: decision.into(),
+            reason: reason.into(),
+        });
+    }
+
+    pub(crate) fn token(&self, token: &str, decision: &str, note: Option<&str>) {
+        self.decision(|| Event::Token {
+            token: token.into(),
+            decision: decision.into(),
+            note: note.filter(|note| !note.is_empty()).map(Text::from),
+        });
+    }
+
+    pub(crate) fn models<'a>(
+        &self,
+        node: &str,
+        name: &str,
+        decision: &str,
+        models: impl Iterator<Item = &'a str>,
+    ) {
+        self.decision(|| Event::Model {
+            node: node.into(),
+            name: name.into(),
+            decision: decision.into(),
+            models: models.take(MOST_MODELS).map(Text::from).collect(),
+        });
+    }
+
+    pub(crate) fn failover(&self, model: &str, times: u64) {
+        self.decision(|| Event::Failover {
+            model: model.into(),
+            times,
+        });
+    }
+
+    pub(crate) fn drained(&self, node: &str, name: &str, decision: &str) {
+        self.decision(|| Event::Drain {
+            node: node.into(),
+            name: name.into(),
+            decision: decision.into(),
+        });
+    }
+
+    /// Records a request of any kind, however it ended.
+    pub(crate) fn request(&self, ended: &EndedRequest<'_>) {
+        let Some(audit) = &self.audit else { return };
+        let (key, from) = match ended.origin {
+            Origin::Admin => (Some(Text::from("admin")), None),
+            Origin::Key(number) => {
+                let keys = self.keys.read().unwrap_or_else(PoisonError::into_inner);
+                let id = keys.get(&number).map(Text::from);
+                (
+                    Some(id.unwrap_or_else(|| Text::from(format!("removed key {number}")))),
+                    None,
+                )
+            }
+            Origin::Address(address) => (None, Some(Text::from(address.to_string()))),
+            Origin::Unknown => (None, None),
+        };
+        // The admin key stands for all rights; other keys carry no tier.
+        let tier = match ended.origin {
+            Origin::Admin => Tier::Master,
+            _ => Tier::GrimoirePublic,
+        };
+        let event = Event::Request {
+            request: ended.id.into(),
+            front: lower(ended.front).into(),
+            task: ended.task.into(),
+            model: ended.model.into(),
+            key,
+            from,
+            outcome: lower(ended.outcome).into(),
+            milliseconds: u64::try_from(ended.took.as_millis()).unwrap_or(u64::MAX),
+        };
+        audit.record(tier, event);
+    }
+
+    /// Records the envelope of a message that was accepted.
+    pub(crate) fn message(
+        &self,
+        carrier: &'static str,
+        kind: impl fmt::Display,
+        from: impl fmt::Display,
+        bytes: usize,
+    ) {
+        if let Some(audit) = &self.audit {
+            audit.message(Envelope {
+                carrier,
+                message: kind.to_string(),
+                from: from.to_string(),
+                bytes: bytes as u64,
+            });
+        }
+    }
+}
+
+fn lower(word: impl fmt::Debug) -> String {
+    format!("{word:?}").to_lowercase()
+}
+
+/// A policy of admission that records its decisions.
+pub(crate) struct Recorded<A> {
+    policy: Arc<A>,
+    recorder: Recorder,
+}
+
+impl<A: Admission> Recorded<A> {
+    pub(crate) fn new(policy: Arc<A>, recorder: Recorder) -> Self {
+        Self { policy, recorder }
+    }
+}
+
+impl<A: Admission> Admission for Recorded<A> {
+    fn join(&self, ask: &JoinAsk<'_>, now: SystemTime) -> Result<Issued, Refusal> {
+        let joined = self.policy.join(ask, now);
+        match &joined {
+            Ok(issued) => {
+                let certificate = issued.certificates.first();
+                let member = certificate.and_then(|cert| Member::from_certificate(cert).ok());
+                let (node, name) =
+                    member.map_or_else(Default::default, |member| (member.node_id, member.name));
+                self.recorder
+                    .joined(&node, &name, "joined", "", Some(ask.token_id));
+                self.recorder.token(ask.token_id, "used", None);
+            }
+            // It asks again and again; the approval is recorded when an operator gives it.
+            Err(Refusal::AwaitingApproval(_)) => {}
+            Err(refusal) => {
+                self.recorder
+                    .refused("", ask.node_name, "", &refusal.to_string());
+            }
+        }
+        joined
+    }
+
+    fn renew(&self, ask: &RenewAsk<'_>, now: SystemTime) -> Result<Issued, Refusal> {
+        let member = ask.member;
+        let renewed = self.policy.renew(ask, now);
+        match &renewed {
+            Ok(_) => self
+                .recorder
+                .joined(&member.node_id, &member.name, "renewed", "", None),
+            Err(refusal) => {
+                self.recorder
+                    .refused(&member.node_id, &member.name, "", &refusal.to_string())
+            }
+        }
+        renewed
+    }
+
+    fn connect(&self, member: &Member, now: SystemTime) -> Result<(), Refusal> {
+        let admitted = self.policy.connect(member, now);
+        if let Err(refusal) = &admitted {
+            self.recorder
+                .refused(&member.node_id, &member.name, "", &refusal.to_string());
+        }
+        admitted
+    }
+
+    fn mesh(&self) -> String {
+        self.policy.mesh()
+    }
+}
+
+/// In the state directory.
+const FOLDER: &str = "audit";
+/// Names of models in one record; they fit its longest length.
+const MOST_MODELS: usize = 16;

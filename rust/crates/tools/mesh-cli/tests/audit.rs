@@ -1,0 +1,190 @@
+//! `hydramesh audit` on a trail on this machine, as a process.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+
+use mesh_audit::home::Tier;
+use mesh_audit::record::Event;
+use mesh_audit::writer::{Audit, Settings};
+use serde_json::Value;
+use tempfile::TempDir;
+
+/// A head's state folder with a trail, and room for files.
+struct Home(TempDir);
+
+impl Home {
+    fn new(names: &[&str]) -> Self {
+        let home = Self(tempfile::tempdir().unwrap());
+        let audit = Audit::start(&home.path("state/audit"), Settings::default(), None).unwrap();
+        for name in names {
+            let event = Event::Leave {
+                node: "ab12".into(),
+                name: name.into(),
+                reason: "it was sold".into(),
+            };
+            audit.record(Tier::Master, event.clone());
+            audit.record(Tier::GrimoirePublic, event);
+        }
+        audit.stop();
+        home
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    fn run(&self, arguments: &[&str]) -> Output {
+        Command::new(env!("CARGO_BIN_EXE_hydramesh"))
+            .arg("audit")
+            .args(arguments)
+            .arg("--state-dir")
+            .arg(self.path("state"))
+            .current_dir(self.0.path())
+            .env_clear()
+            .stdin(Stdio::null())
+            .output()
+            .unwrap()
+    }
+
+    fn output(&self, arguments: &[&str]) -> String {
+        let output = self.run(arguments);
+        assert!(output.status.success(), "{arguments:?}: {output:?}");
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    fn failure(&self, arguments: &[&str], code: i32) -> String {
+        let output = self.run(arguments);
+        assert_eq!(
+            output.status.code(),
+            Some(code),
+            "{arguments:?}: {output:?}"
+        );
+        String::from_utf8(output.stderr).unwrap() + &String::from_utf8(output.stdout).unwrap()
+    }
+}
+
+fn change(path: &Path, at: usize) {
+    let mut bytes = std::fs::read(path).unwrap();
+    bytes[at] ^= 1;
+    std::fs::write(path, bytes).unwrap();
+}
+
+#[test]
+fn a_trail_is_verified_shown_exported_and_proven() {
+    let home = Home::new(&["attic", "barn"]);
+    let told = home.output(&["verify"]);
+    assert!(
+        told.contains("master: hydramesh/audit/master/") && told.contains("4 records"),
+        "{told}"
+    );
+    assert_eq!(told.matches("as it was signed").count(), 2, "{told}");
+    let shown = home.output(&["show", "--tier", "master", "--kind", "leave", "--last", "1"]);
+    assert!(
+        shown.starts_with("2  20")
+            && shown.contains("name=barn")
+            && shown.contains("reason=it was sold"),
+        "{shown}"
+    );
+    let json: Value = serde_json::from_str(&home.output(&[
+        "show",
+        "--tier",
+        "grimoire-public",
+        "--last",
+        "1",
+        "--json",
+    ]))
+    .unwrap();
+    assert_eq!(
+        (&json["n"], &json["name"]),
+        (&Value::from(1), &Value::from("barn"))
+    );
+
+    home.output(&["export", "out"]);
+    let verified = [
+        "verify",
+        "--trail",
+        "out",
+        "--key",
+        "out/master/keys",
+        "--key",
+        "out/grimoire-public/keys",
+        "--since",
+        "out/master/checkpoint",
+        "--tier",
+        "master",
+    ];
+    home.output(&verified);
+    home.failure(&["export", "out"], 1);
+    let proof = home.output(&["prove", "1", "--tier", "master"]);
+    std::fs::write(home.path("proof"), &proof).unwrap();
+    let check = ["prove", "--check", "proof", "--key", "out/master/keys"];
+    assert!(home.output(&check).contains("name=attic"));
+    std::fs::write(home.path("proof"), proof.replacen("index 1", "index 2", 1)).unwrap();
+    home.failure(&check, 1);
+    home.failure(&["prove", "1"], 2);
+    home.failure(&["prove", "99", "--tier", "master"], 1);
+
+    change(&home.path("out/master/tile/entries/000.p/4"), 40);
+    let told = home.failure(&["verify", "--trail", "out"], 1);
+    assert!(
+        told.contains("tile/entries/000.p/4")
+            && told.contains("record 0")
+            && told.contains("1 place"),
+        "{told}"
+    );
+    let json = home.run(&["verify", "--trail", "out", "--json"]);
+    let json: Value = serde_json::from_slice(&json.stdout).unwrap();
+    assert_eq!(json[1]["findings"][0]["records"], serde_json::json!([0, 0]));
+    let nothing = home.failure(&["verify", "--trail", "nowhere"], 1);
+    assert!(nothing.contains("holds no audit trail"), "{nothing}");
+}
+
+#[test]
+fn keys_of_the_chain_witnesses_and_merges_are_checked() {
+    let home = Home::new(&["attic"]);
+    home.output(&["key", "chain", "--tier", "master"]);
+    home.failure(&["key", "chain", "--tier", "master"], 2);
+    let told = home.output(&["verify", "--chain-key", "chain"]);
+    assert!(told.contains("1 epochs signed"), "{told}");
+    let told = home.output(&[
+        "cosign",
+        "--tier",
+        "master",
+        "--name",
+        "barn/witness",
+        "--witness-dir",
+        "witness",
+    ]);
+    std::fs::write(home.path("cosigned"), &told).unwrap();
+    home.output(&["cosign", "--tier", "master", "--keep", "cosigned"]);
+    let again = home.run(&[
+        "cosign",
+        "--tier",
+        "master",
+        "--name",
+        "barn/witness",
+        "--witness-dir",
+        "witness",
+    ]);
+    let key = String::from_utf8(again.stderr).unwrap();
+    let key = key.trim().rsplit(' ').next().unwrap();
+    std::fs::write(home.path("witness.key"), key).unwrap();
+    let told = home.output(&["verify", "--witness", "witness.key"]);
+    assert!(told.contains("records cosigned by barn/witness"), "{told}");
+
+    let other = Home::new(&["cellar", "roof"]);
+    other.output(&["export", "out"]);
+    let other_trail = other.path("out/master");
+    let other_trail = other_trail.to_str().unwrap();
+    home.output(&["merge", other_trail, "--tier", "master"]);
+    let told = home.output(&["verify", "--tier", "master", "--merged", other_trail]);
+    assert!(
+        told.contains("binds a head that is in the other trail"),
+        "{told}"
+    );
+    let running = Audit::start(&home.path("state/audit"), Settings::default(), None).unwrap();
+    let told = home.failure(&["key", "another", "--tier", "master"], 1);
+    assert!(told.contains("another process writes"), "{told}");
+    home.output(&["verify"]);
+    running.stop();
+}
