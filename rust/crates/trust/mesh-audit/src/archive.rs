@@ -3,12 +3,12 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use crate::folder::{CHECKPOINT, COSIGNED, EPOCHS, JOURNAL, KEYS};
 use crate::journal::{self, Frame, Header};
 use crate::keys::PublicKeys;
 use crate::merkle::{Edge, TILE_WIDTH, Tile, leaf_hash};
 use crate::note::{LONGEST_NOTE, Note};
 use crate::recover::{LONGEST_JOURNAL, edge_at};
-use crate::store::{CHECKPOINT, COSIGNED, EPOCHS, JOURNAL, KEYS};
 use crate::tiles::{
     Batch, LONGEST_BUNDLE, TILE_BYTES, bundle, bundle_path, read, tile_path, unbundle,
 };

@@ -178,7 +178,8 @@ pub fn trails(dir: &Path) -> Vec<(String, PathBuf)> {
     let found = known.into_iter().map(|name| (name.clone(), dir.join(name)));
     found
         .filter(|(_, dir)| {
-            dir.join(crate::store::JOURNAL).exists() || dir.join(crate::store::CHECKPOINT).exists()
+            dir.join(crate::folder::JOURNAL).exists()
+                || dir.join(crate::folder::CHECKPOINT).exists()
         })
         .collect()
 }

@@ -7,12 +7,12 @@ use std::sync::Arc;
 use data_encoding::HEXLOWER;
 
 use crate::chain::{ChainKey, Mac};
+use crate::folder::{EpochStart, JOURNAL, KEYS, StoreError};
 use crate::journal::{self, Frame, Header};
 use crate::keys::{PublicKeys, TrailKeys};
 use crate::merkle::{Edge, MOST_LEVELS, root_of, width};
 use crate::note::{LONGEST_NOTE, Note};
 use crate::record;
-use crate::store::{EpochStart, JOURNAL, KEYS, StoreError};
 use crate::tiles;
 use crate::tiles::TileReader;
 use crate::trail::{Prepared, Trail};

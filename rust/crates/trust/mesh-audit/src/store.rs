@@ -21,6 +21,7 @@ use serde::{Deserialize, Serialize};
 use zeroize::{Zeroize, Zeroizing};
 
 use crate::chain::{ChainKey, Mac, first_link};
+use crate::folder::{CHAIN_KEY, CHECKPOINT, EPOCHS, EpochStart, JOURNAL, KEYS};
 use crate::journal::{self, Frame, Header};
 use crate::keys::{Identity, PublicKeys, TrailKeys};
 use crate::merkle::{TILE_WIDTH, Tile};
@@ -29,6 +30,8 @@ use crate::record::{self, Event};
 use crate::recover::{self, Recovered, Stored};
 use crate::tiles::{Batch, bundle, bundle_path, named, read, tile_path};
 use crate::trail::Trail;
+
+pub use crate::folder::StoreError;
 
 /// Limits of a trail.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -49,23 +52,6 @@ impl Default for Limits {
             bytes: 1 << 30,
         }
     }
-}
-
-/// Errors of stores.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum StoreError {
-    /// A file operation failed.
-    #[error(transparent)]
-    Io(#[from] io::Error),
-    /// Something that was signed and on disk is not there as it was.
-    #[error("the audit trail {} is damaged: {reason}; `hydramesh audit verify` shows where", dir.display())]
-    Damaged {
-        /// Folder of the trail.
-        dir: PathBuf,
-        /// The damage.
-        reason: String,
-    },
 }
 
 /// A trail that is open for appending. One process at a time may have it open; [`Lock`](crate::home::Lock)
@@ -108,15 +94,6 @@ impl Drop for ChainFile {
     fn drop(&mut self) {
         self.key.zeroize();
     }
-}
-
-/// Beginning of the present epoch.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct EpochStart {
-    /// Its first record.
-    pub first: u64,
-    /// Its time in milliseconds since the Unix epoch.
-    pub since: u64,
 }
 
 impl Store {
@@ -582,10 +559,3 @@ fn remove_partial(dir: &Path, before: u64, now: u64) {
         }
     }
 }
-
-pub(crate) const JOURNAL: &str = "journal";
-pub(crate) const CHECKPOINT: &str = "checkpoint";
-pub(crate) const KEYS: &str = "keys";
-pub(crate) const EPOCHS: &str = "epoch";
-pub(crate) const COSIGNED: &str = "cosigned";
-pub(crate) const CHAIN_KEY: &str = "chain.key";

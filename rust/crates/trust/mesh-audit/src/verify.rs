@@ -10,12 +10,12 @@ use std::path::PathBuf;
 
 use crate::archive::{Archive, ArchiveError, JournalView};
 use crate::chain::{ChainKey, Mac, first_link};
+use crate::folder::{CHECKPOINT, COSIGNED, EPOCHS, JOURNAL, KEYS};
 use crate::keys::{PublicKeys, Vkey};
 use crate::merkle::{Edge, Hash, TILE_WIDTH, Tile, leaf_hash, root_of};
 use crate::note::{Checkpoint, Note, NoteError};
 use crate::record::{self, Event, Record};
 use crate::recover::link;
-use crate::store::{CHECKPOINT, COSIGNED, EPOCHS, JOURNAL, KEYS};
 use crate::tiles::{bundle_path, hashes, read, tile_path, unbundle};
 
 /// Knowledge to verify with, beyond what lies in the trail's folder.

@@ -8,11 +8,11 @@ use mesh_base::files;
 use serde::{Deserialize, Serialize};
 
 use crate::archive::{Archive, ArchiveError};
+use crate::folder::COSIGNED;
 use crate::keys::TrailKeys;
 use crate::merkle::{Hash, consistency_proof, is_consistent, root};
 use crate::note::{Checkpoint, Note, NoteError};
 use crate::record::{self, Event};
-use crate::store::COSIGNED;
 use crate::tiles::{TileReader, named, read};
 
 /// Reasons for which a checkpoint gets no cosignature.
