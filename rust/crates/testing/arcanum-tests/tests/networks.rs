@@ -158,7 +158,14 @@ async fn of_two_machines_with_one_identity_the_first_stays_and_both_hear_of_it()
     let id = registry.workers[0].id;
 
     let state = mesh.workers[0].state_dir();
-    let identity = ["node.key", "node.crt", "root.crt"].map(|name| state.join(name));
+    let names = [
+        "identity.key",
+        "identity.doc",
+        "node.key",
+        "node.crt",
+        "root.crt",
+    ];
+    let identity = names.map(|name| state.join(name));
     let copied = mesh.launcher().with_state(&identity);
     mesh.start_worker_by(&copied, &idle_worker(folder.path()))
         .await?;
