@@ -394,13 +394,19 @@ mod tests {
     /// CLIP's vocabulary in small: bytes, and the marks of a text's start and end at `end`.
     fn write_tokenizer(folder: &Path, end: u32) {
         fs::create_dir_all(folder).unwrap();
-        let mut vocab = serde_json::Map::new();
-        for (id, letter) in ('a'..='z').enumerate() {
-            vocab.insert(letter.to_string(), id.into());
-            vocab.insert(format!("{letter}</w>"), (26 + id).into());
-        }
-        vocab.insert("<|startoftext|>".into(), (end - 1).into());
-        vocab.insert("<|endoftext|>".into(), end.into());
+        let printable = |byte: u32| matches!(byte, 33..=126 | 161..=172 | 174..=255);
+        // The characters that stand for bytes: the others follow behind them.
+        let letters = (0..324).filter(|&code| printable(code) || code > 255);
+        let letters = letters.filter_map(char::from_u32).map(String::from);
+        let mut tokens: Vec<String> = letters
+            .flat_map(|letter| [format!("{letter}</w>"), letter])
+            .collect();
+        assert_eq!(tokens.len(), 512);
+        // A vocabulary has no gaps.
+        tokens.extend((512..end - 1).map(|id| format!("filler{id}")));
+        tokens.extend(["<|startoftext|>".to_owned(), "<|endoftext|>".to_owned()]);
+        let ids = tokens.into_iter().zip(0u32..);
+        let vocab: serde_json::Map<_, _> = ids.map(|(token, id)| (token, id.into())).collect();
         let vocab = serde_json::to_vec(&vocab).unwrap();
         fs::write(folder.join("vocab.json"), vocab).unwrap();
         fs::write(folder.join("merges.txt"), "#version: 0.2\n").unwrap();
@@ -415,7 +421,7 @@ mod tests {
             model_dirs: vec![others.path().into()],
             ..Config::default()
         };
-        let error = tokenizer(&file, 53, &config).err().unwrap();
+        let error = tokenizer(&file, 513, &config).err().unwrap();
         for word in ["vocab.json", "merges.txt", "openai/clip-vit-large-patch14"] {
             assert!(error.contains(word), "{error}");
         }
@@ -429,12 +435,12 @@ mod tests {
             write_tokenizer(&model.join("tokenizer"), end);
             fs::write(model.join(mesh_model::image::INDEX), "{}").unwrap();
         };
-        model("another-vocabulary", 60);
-        assert!(tokenizer(&file, 53, &config).is_err());
-        model("the-same", 53);
-        assert_eq!(tokenizer(&file, 53, &config).unwrap().end(), 53);
+        model("another-vocabulary", 560);
+        assert!(tokenizer(&file, 513, &config).is_err());
+        model("the-same", 513);
+        assert_eq!(tokenizer(&file, 513, &config).unwrap().end(), 513);
         // Its own comes first.
-        write_tokenizer(own.path(), 70);
-        assert_eq!(tokenizer(&file, 53, &config).unwrap().end(), 70);
+        write_tokenizer(own.path(), 570);
+        assert_eq!(tokenizer(&file, 513, &config).unwrap().end(), 570);
     }
 }
