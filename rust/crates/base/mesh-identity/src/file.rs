@@ -60,7 +60,7 @@ impl IdentityKey {
         Ok(Some(key))
     }
 
-    /// The key in this file; created with mode 0600 if there is none. Of two processes that create it at once, both get
+    /// The key in this file; a missing one is created with mode 0600. Of two processes that create it at once, both get
     /// the same key.
     ///
     /// # Errors

@@ -16,6 +16,7 @@ use crate::config::{
     TinyVaeConfig, UnetBlock, UnetConfig, VaeConfig,
 };
 use crate::sampler::{Prediction, SamplerConfig};
+use crate::tokenizer::byte_chars;
 
 /// Value `index` of the random numbers called `name`: from -1 up to 1, exact in f32.
 pub fn random(name: &str, index: u64) -> f32 {
@@ -33,6 +34,38 @@ pub fn random(name: &str, index: u64) -> f32 {
 /// `count` random numbers called `name`.
 pub fn randoms(name: &str, count: usize) -> Vec<f32> {
     (0..count as u64).map(|index| random(name, index)).collect()
+}
+
+/// The files `vocab.json` and `merges.txt` of a tokenizer with so many tokens: those of single bytes, fillers, and the
+/// two special ones last. It merges nothing.
+///
+/// # Panics
+/// If `tokens` are too few for all bytes.
+pub fn tokenizer_files(tokens: u32) -> (Vec<u8>, &'static [u8]) {
+    let of_bytes = ["", "</w>"]
+        .into_iter()
+        .flat_map(|ending| byte_chars().map(move |letter| format!("{letter}{ending}")));
+    let mut all: Vec<String> = of_bytes.collect();
+    let fillers = (tokens as usize).checked_sub(all.len() + 2);
+    let fillers = fillers.expect("bytes and two special tokens fit");
+    all.extend((0..fillers).map(|number| format!("filler{number}")));
+    all.extend(["<|startoftext|>".to_owned(), "<|endoftext|>".to_owned()]);
+    let ids: serde_json::Map<_, _> = all.into_iter().zip((0u32..).map(Value::from)).collect();
+    (
+        Value::Object(ids).to_string().into_bytes(),
+        b"#version: 0.2\n",
+    )
+}
+
+/// Writes the files of such a tokenizer into `folder`, which is created if missing.
+///
+/// # Errors
+/// If they cannot be written.
+pub fn write_tokenizer(folder: &Path, tokens: u32) -> io::Result<()> {
+    let (vocab, merges) = tokenizer_files(tokens);
+    fs::create_dir_all(folder)?;
+    fs::write(folder.join("vocab.json"), vocab)?;
+    fs::write(folder.join("merges.txt"), merges)
 }
 
 /// A tiny model of a family, with a picture's factor of 2.

@@ -12,6 +12,7 @@ use tokenizers::Model as _;
 use tokenizers::models::bpe::BPE;
 
 use self::clean::Cleaner;
+pub(crate) use self::files::byte_chars;
 use self::files::{Merges, Vocab};
 
 /// CLIP's tokenizer.
@@ -102,7 +103,7 @@ impl ClipTokenizer {
                 })
         };
         let (start, end) = (special(START)?, special(END)?);
-        for byte in files::byte_chars() {
+        for byte in byte_chars() {
             special(&byte.to_string())?;
             special(&format!("{byte}{END_OF_WORD}"))?;
         }

@@ -1,7 +1,6 @@
 //! A tiny model against the contract of `mesh_testkit::conformance::diffuser`, on the CPU or on the
 //! GPU if `HYDRAMESH_TEST_GPU` is `cuda`.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use mesh_diffusion::checkpoint::Checkpoint;
@@ -13,33 +12,8 @@ use mesh_testkit::conformance::diffuser::Subject;
 
 /// A vocabulary of single bytes, in words' ends and elsewhere, without merges.
 fn tokenizer() -> Arc<ClipTokenizer> {
-    let mut vocab = BTreeMap::new();
-    for ending in ["", "</w>"] {
-        for letter in byte_letters() {
-            let id = vocab.len();
-            vocab.insert(format!("{letter}{ending}"), id);
-        }
-    }
-    // A vocabulary has no gaps, and the model's has 1,000 tokens.
-    while vocab.len() < 998 {
-        let id = vocab.len();
-        vocab.insert(format!("filler{id}"), id);
-    }
-    vocab.insert("<|startoftext|>".to_owned(), 998);
-    vocab.insert("<|endoftext|>".to_owned(), 999);
-    let vocab = serde_json::to_vec(&vocab).unwrap();
-    Arc::new(ClipTokenizer::from_vocab(&vocab, b"#version: 0.2\n").unwrap())
-}
-
-/// The characters that stand for bytes in GPT-2's vocabularies.
-fn byte_letters() -> impl Iterator<Item = char> {
-    let printable = |byte: u32| matches!(byte, 33..=126 | 161..=172 | 174..=255);
-    let mut others = 256u32..;
-    let letter = move |byte: u32| match printable(byte) {
-        true => char::from_u32(byte),
-        false => others.next().and_then(char::from_u32),
-    };
-    (0..256).filter_map(letter)
+    let (vocab, merges) = synth::tokenizer_files(1000);
+    Arc::new(ClipTokenizer::from_vocab(&vocab, merges).unwrap())
 }
 
 #[test]

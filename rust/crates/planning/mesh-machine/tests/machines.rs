@@ -87,7 +87,7 @@ fn without_a_gpu_the_processor_computes() {
     assert_eq!(choice.backend, Backend::Cpu);
     assert_eq!(
         choice.reason,
-        "there is no graphics card, so the processor computes"
+        "no graphics card was found, so the processor computes"
     );
 }
 

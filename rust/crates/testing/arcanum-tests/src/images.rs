@@ -1,6 +1,5 @@
 //! Images: models with random weights, and images on their way.
 
-use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -38,37 +37,10 @@ pub fn half_model(folder: &Path) -> Result<String> {
 /// A model called `name`, with a tokenizer that knows single letters.
 fn model(config: &PipelineConfig, folder: &Path, name: &str) -> Result<String> {
     let path = folder.join(name);
-    let tokenizer = path.join("tokenizer");
-    std::fs::create_dir_all(&tokenizer)?;
+    std::fs::create_dir_all(&path)?;
     synth::write_folder(config, &path, Dtype::F32)?;
-    let mut vocab = BTreeMap::new();
-    for ending in ["", "</w>"] {
-        for letter in byte_letters() {
-            let id = vocab.len();
-            vocab.insert(format!("{letter}{ending}"), id);
-        }
-    }
-    // A vocabulary has no gaps, and the model's has 1,000 tokens.
-    while vocab.len() < 998 {
-        let id = vocab.len();
-        vocab.insert(format!("filler{id}"), id);
-    }
-    vocab.insert("<|startoftext|>".to_owned(), 998);
-    vocab.insert("<|endoftext|>".to_owned(), 999);
-    std::fs::write(tokenizer.join("vocab.json"), serde_json::to_vec(&vocab)?)?;
-    std::fs::write(tokenizer.join("merges.txt"), "#version: 0.2\n")?;
+    synth::write_tokenizer(&path.join("tokenizer"), config.text[0].vocab)?;
     Ok(path.display().to_string())
-}
-
-/// The characters that stand for bytes in GPT-2's vocabularies.
-fn byte_letters() -> Vec<char> {
-    let printable = |byte: u32| matches!(byte, 33..=126 | 161..=172 | 174..=255);
-    let mut others = 256u32..;
-    let letter = |byte: u32| match printable(byte) {
-        true => char::from_u32(byte),
-        false => others.next().and_then(char::from_u32),
-    };
-    (0..256).filter_map(letter).collect()
 }
 
 /// An image that came as a stream.

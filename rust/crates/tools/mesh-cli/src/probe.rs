@@ -94,7 +94,7 @@ mod tests {
         assert_eq!(
             show(&hardware, &choice, Terminal::new(Color::Never)),
             "processor  Some CPU, 1 threads, AVX2\nmemory     4.10 GB\n\
-             backend    cpu, since there is no graphics card, so the processor computes\n"
+             backend    cpu, since no graphics card was found, so the processor computes\n"
         );
     }
 

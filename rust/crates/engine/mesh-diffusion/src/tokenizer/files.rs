@@ -177,7 +177,7 @@ fn shifted(by: u32) -> char {
 }
 
 /// The characters of all bytes.
-pub(super) fn byte_chars() -> impl Iterator<Item = char> {
+pub(crate) fn byte_chars() -> impl Iterator<Item = char> {
     (0..=u8::MAX).map(byte_char)
 }
 

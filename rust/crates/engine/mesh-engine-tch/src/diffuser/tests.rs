@@ -364,7 +364,7 @@ fn models_for_inpainting_paint_over_a_mask_as_diffusers_does() {
     }
 }
 
-/// What a model computes: conditioning, a guided prediction, a picture and latents.
+/// Results of a model: conditioning, a guided prediction, a picture and latents.
 fn all_of(model: &mut TchDiffuser, family: Family) -> (Conditioning, Vec<f32>, Image, Vec<f32>) {
     let both = conditioning(model, family);
     let encoded = model.encode(&prompt(), Some(&prompt())).unwrap();

@@ -149,7 +149,7 @@ pub fn rotate_identity(dir: &Path) -> Result<(NodeId, NodeId), TrustError> {
     let path = dir.join(names::IDENTITY_KEY);
     let old = IdentityKey::load(&path)?.ok_or_else(|| {
         TrustError::NotRotated(format!(
-            "there is no identity key {}: a node makes one at its first start; if systemd hands it over as a credential (`{}`), replace that file and give the node a new token",
+            "missing identity key {}: a node makes one at its first start; if systemd hands it over as a credential (`{}`), replace that file and give the node a new token",
             path.display(),
             names::IDENTITY_CREDENTIAL
         ))

@@ -192,7 +192,7 @@ fn any_card(vulkan: Found<'_>, gpus: &[Gpu]) -> (Backend, String) {
         return (Backend::WebGpu, format!("there is {article} {gpu}; {note}"));
     }
     let why = if gpus.is_empty() {
-        "there is no graphics card"
+        "no graphics card was found"
     } else if gpus.iter().all(|gpu| gpu.kind == GpuKind::Virtual) {
         "the only graphics here are a virtual machine's, which cannot compute"
     } else {

@@ -2,7 +2,7 @@
 //!
 //! | file | content |
 //! |---|---|
-//! | `role-head`, `role-shim`, `role-worker-cpu`, `role-worker-nvidia`, `role-worker-rocm`, `role-worker-webgpu` | empty; one is there when its unit shall start |
+//! | `role-head`, `role-shim`, `role-worker-cpu`, `role-worker-nvidia`, `role-worker-rocm`, `role-worker-webgpu` | empty; the one of the unit that starts |
 //! | `service.env` | the environment by which the service is configured |
 //! | `join-token` | the token, mode 0600 |
 //! | `authorized_keys` | the key that was given at boot; sshd runs only if it is there |

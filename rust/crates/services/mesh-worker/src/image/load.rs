@@ -393,23 +393,7 @@ mod tests {
 
     /// CLIP's vocabulary in small: bytes, and the marks of a text's start and end at `end`.
     fn write_tokenizer(folder: &Path, end: u32) {
-        fs::create_dir_all(folder).unwrap();
-        let printable = |byte: u32| matches!(byte, 33..=126 | 161..=172 | 174..=255);
-        // The characters that stand for bytes: the others follow behind them.
-        let letters = (0..324).filter(|&code| printable(code) || code > 255);
-        let letters = letters.filter_map(char::from_u32).map(String::from);
-        let mut tokens: Vec<String> = letters
-            .flat_map(|letter| [format!("{letter}</w>"), letter])
-            .collect();
-        assert_eq!(tokens.len(), 512);
-        // A vocabulary has no gaps.
-        tokens.extend((512..end - 1).map(|id| format!("filler{id}")));
-        tokens.extend(["<|startoftext|>".to_owned(), "<|endoftext|>".to_owned()]);
-        let ids = tokens.into_iter().zip(0u32..);
-        let vocab: serde_json::Map<_, _> = ids.map(|(token, id)| (token, id.into())).collect();
-        let vocab = serde_json::to_vec(&vocab).unwrap();
-        fs::write(folder.join("vocab.json"), vocab).unwrap();
-        fs::write(folder.join("merges.txt"), "#version: 0.2\n").unwrap();
+        mesh_diffusion::synth::write_tokenizer(folder, end + 1).unwrap();
     }
 
     #[test]
