@@ -1,7 +1,9 @@
 //! A head in this process, and workers that speak the real protocol over real links and answer by a script.
 
-#![allow(dead_code)] // Each test file uses its part of it.
+#![allow(dead_code, unused_imports)] // Each test file uses its part of it.
 
+mod dcf_peer;
+mod images;
 pub(crate) mod ring;
 
 use std::future::Future;
@@ -26,6 +28,10 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::net::UdpSocket;
 use tokio::task::AbortHandle;
+
+pub(crate) use self::dcf_peer::{DcfPeer, datagram};
+pub(crate) use self::images::undisturbed;
+use self::images::{first_state, next_state, png_of};
 
 pub(crate) const MODEL: &str = "tiny";
 pub(crate) const VECTORS: &str = "tiny-vectors";
@@ -719,45 +725,6 @@ async fn draw(link: &Link, stream: MsgStream, message: Message, script: &Script,
     }
 }
 
-fn first_state(task: &ImageTask) -> Vec<u8> {
-    let text = format!(
-        "{}|{}|{}|{}",
-        task.prompt, task.negative_prompt, task.seed, task.guidance
-    );
-    next_state(text.as_bytes(), task.width)
-}
-
-fn next_state(state: &[u8], step: u32) -> Vec<u8> {
-    let mut hash = 0xCBF2_9CE4_8422_2325 ^ u64::from(step);
-    let bytes = state.iter().cycle().take(state.len().max(256));
-    let next = bytes.enumerate().map(|(index, byte)| {
-        hash = (hash ^ u64::from(*byte) ^ index as u64).wrapping_mul(0x100_0000_01B3);
-        (hash >> 32) as u8
-    });
-    next.take(256).collect()
-}
-
-fn png_of(state: &[u8], width: u32, height: u32) -> Vec<u8> {
-    let mut file = Vec::new();
-    let mut encoder = png::Encoder::new(&mut file, width, height);
-    encoder.set_color(png::ColorType::Rgb);
-    let mut writer = encoder.write_header().unwrap();
-    let colours = state.iter().copied().cycle();
-    let colours: Vec<u8> = colours.take((width * height * 3) as usize).collect();
-    writer.write_image_data(&colours).unwrap();
-    writer.finish().unwrap();
-    file
-}
-
-/// The file that any worker makes of this task without a disturbance.
-pub(crate) fn undisturbed(task: &ImageTask) -> Vec<u8> {
-    let mut state = first_state(task);
-    for step in 1..=task.steps {
-        state = next_state(&state, step);
-    }
-    png_of(&state, task.width, task.height)
-}
-
 /// Counts a request that waits, until it is dropped.
 struct Waiting<'a>(&'a AtomicUsize);
 
@@ -851,83 +818,6 @@ pub(crate) fn streamed_text(events: &[String]) -> String {
         .iter()
         .filter_map(|chunk| chunk["choices"][0]["delta"]["content"].as_str())
         .collect()
-}
-
-/// A raw DCF peer, written from the protocol alone.
-pub(crate) struct DcfPeer {
-    pub(crate) socket: UdpSocket,
-    head: SocketAddr,
-}
-
-impl DcfPeer {
-    pub(crate) async fn toward(head: SocketAddr) -> Self {
-        Self {
-            socket: UdpSocket::bind("127.0.0.1:0").await.unwrap(),
-            head,
-        }
-    }
-
-    pub(crate) async fn send(&self, kind: u8, sequence: u32, payload: &[u8]) {
-        self.send_raw(&datagram(kind, sequence, payload)).await;
-    }
-
-    pub(crate) async fn send_raw(&self, bytes: &[u8]) {
-        self.socket.send_to(bytes, self.head).await.unwrap();
-    }
-
-    /// Kind, sequence and payload of the next datagram.
-    pub(crate) async fn receive(&self) -> (u8, u32, Vec<u8>) {
-        let received = self.receive_within(Duration::from_secs(10)).await;
-        received.expect("a datagram within 10 s")
-    }
-
-    pub(crate) async fn receive_within(&self, limit: Duration) -> Option<(u8, u32, Vec<u8>)> {
-        let buffer = self.receive_raw(limit).await?;
-        let len = buffer.len();
-        let sequence = u32::from_be_bytes(buffer[1..5].try_into().unwrap());
-        let payload_len = u32::from_be_bytes(buffer[13..17].try_into().unwrap()) as usize;
-        assert_eq!(len, 17 + payload_len);
-        Some((buffer[0], sequence, buffer[17..len].to_vec()))
-    }
-
-    pub(crate) async fn receive_raw(&self, limit: Duration) -> Option<Vec<u8>> {
-        let mut buffer = vec![0; 65_536];
-        let received = tokio::time::timeout(limit, self.socket.recv_from(&mut buffer)).await;
-        let (len, _) = received.ok()?.unwrap();
-        buffer.truncate(len);
-        Some(buffer)
-    }
-
-    /// Kind, sequence and payload of the next datagram, which is of v5.1.
-    pub(crate) async fn receive_new(&self) -> (u8, u32, Vec<u8>) {
-        let received = self.receive_raw(Duration::from_secs(10)).await;
-        let bytes = received.expect("a datagram within 10 s");
-        assert_eq!(bytes[0], 0x51, "{bytes:?}");
-        let sequence = u32::from_be_bytes(bytes[2..6].try_into().unwrap());
-        let payload_len = u32::from_be_bytes(bytes[14..18].try_into().unwrap()) as usize;
-        assert_eq!(bytes.len(), 18 + payload_len);
-        (bytes[1], sequence, bytes[18..].to_vec())
-    }
-
-    /// Sends a v5.1 datagram.
-    pub(crate) async fn send_new(&self, kind: u8, sequence: u32, payload: &[u8]) {
-        let bytes = [&[0x51], &datagram(kind, sequence, payload)[..]].concat();
-        self.send_raw(&bytes).await;
-    }
-
-    pub(crate) async fn nothing_comes(&self) {
-        let received = self.receive_within(Duration::from_millis(300)).await;
-        assert_eq!(received, None);
-    }
-}
-
-pub(crate) fn datagram(kind: u8, sequence: u32, payload: &[u8]) -> Vec<u8> {
-    let mut bytes = vec![kind];
-    bytes.extend(sequence.to_be_bytes());
-    bytes.extend(1_700_000_000_000_000_u64.to_be_bytes());
-    bytes.extend(u32::try_from(payload.len()).unwrap().to_be_bytes());
-    bytes.extend(payload);
-    bytes
 }
 
 pub(crate) async fn eventually<F: Future<Output = bool>>(what: &str, mut check: impl FnMut() -> F) {
