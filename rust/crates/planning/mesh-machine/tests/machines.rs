@@ -416,7 +416,7 @@ fn what_is_typed_wins_over_the_command_line_and_that_over_the_partition() {
     assert_eq!(plan.missing(), [Missing::Model]);
     let text = plan.to_string();
     assert!(
-        text.contains("Role: worker\nBackend: cpu, since there is no"),
+        text.contains("Role: worker\nBackend: cpu, since no graphics card was found"),
         "{text}"
     );
     assert!(
