@@ -19,6 +19,10 @@ Attacks, by name; `others` is all of them but `silent`:
   nodes      the workers' protocol without a certificate
   impostor   the workers' protocol with a certificate of its own making
   churn      connections that are closed as soon as they are made
+  classical  handshakes without ML-KEM, by X25519 alone and by NIST's curves
+
+All but `classical` exchange keys by X25519MLKEM768 (draft-ietf-tls-ecdhe-mlkem), which aioquic lacks: it is added here, with OpenSSL's
+ML-KEM.
 
 What it sends is bounded; --count changes how many connections an attack has. At the end it prints one JSON object for each attack:
 what it counted. Exit code 3: aioquic is not to be had here, and why was said. It is fetched by name into the cache, at the first use.
@@ -27,6 +31,7 @@ what it counted. Exit code 3: aioquic is not to be had here, and why was said. I
 import argparse
 import asyncio
 import datetime
+import enum
 import fcntl
 import json
 import os
@@ -41,6 +46,7 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = Path(os.environ.get("HYDRAMESH_CACHE") or ROOT / ".cache").resolve()
@@ -59,7 +65,8 @@ def fetch():
     def is_there():
         if not (PYTHON.exists() and stamp.is_file() and stamp.read_text() == PACKAGE):
             return False
-        return subprocess.run([PYTHON, "-c", "import aioquic"], stderr=subprocess.DEVNULL).returncode == 0
+        modules = "import aioquic, cryptography.hazmat.primitives.asymmetric.mlkem"
+        return subprocess.run([PYTHON, "-c", modules], stderr=subprocess.DEVNULL).returncode == 0
 
     if is_there():
         return
@@ -80,7 +87,7 @@ def fetch():
         stamp.write_text(PACKAGE)
 
 
-NAMES = ["silent", "half", "streams", "garbage", "lengths", "slow", "tokens", "versions", "alpn", "nodes", "impostor", "churn"]
+NAMES = ["silent", "half", "streams", "garbage", "lengths", "slow", "tokens", "versions", "alpn", "nodes", "impostor", "churn", "classical"]
 
 if __name__ == "__main__":
     if sys.argv[1:] == ["--list"]:
@@ -93,6 +100,7 @@ if __name__ == "__main__":
             sys.exit(0)
         os.execve(PYTHON, [PYTHON, *sys.argv], os.environ | {"STRANGER_VENV": "1"})
 
+from aioquic import tls  # noqa: E402
 from aioquic.quic.configuration import QuicConfiguration  # noqa: E402
 from aioquic.quic.connection import QuicConnection  # noqa: E402
 from aioquic.quic.events import (  # noqa: E402
@@ -101,18 +109,69 @@ from aioquic.quic.events import (  # noqa: E402
     StreamDataReceived,
     StreamReset,
 )
+from cryptography.hazmat.primitives.asymmetric.mlkem import MLKEM768PrivateKey  # noqa: E402
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey  # noqa: E402
+
+
+class HybridPublic:
+    """A share of X25519MLKEM768: of a client the key for encapsulation (1,184 bytes), of a server the ciphertext (1,088), then
+    the key for X25519 (32)."""
+
+    def __init__(self, share):
+        self.share = share
+
+    @classmethod
+    def from_public_bytes(cls, share):
+        return cls(share)
+
+    def public_bytes(self, _encoding, _format):
+        return self.share
+
+
+class HybridPrivate:
+    def __init__(self):
+        self.lattice, self.curve = MLKEM768PrivateKey.generate(), X25519PrivateKey.generate()
+
+    @classmethod
+    def generate(cls):
+        return cls()
+
+    def public_key(self):
+        return HybridPublic(self.lattice.public_key().public_bytes_raw() + self.curve.public_key().public_bytes_raw())
+
+    def exchange(self, server):
+        ciphertext, point = server.share[:1088], server.share[1088:]
+        return self.lattice.decapsulate(ciphertext) + self.curve.exchange(X25519PublicKey.from_public_bytes(point))
+
+
+# The hybrid takes X448's place, which no mesh speaks.
+HYBRID = 0x11EC
+tls.Group = enum.IntEnum("Group", {group.name: group.value for group in tls.Group} | {"X448": HYBRID})
+tls.x448 = SimpleNamespace(X448PrivateKey=HybridPrivate, X448PublicKey=HybridPublic)
+
+
+class Connection(QuicConnection):
+    """A connection that offers these groups for the key exchange."""
+
+    def __init__(self, groups, **arguments):
+        super().__init__(**arguments)
+        self.groups = groups
+
+    def _initialize(self, peer_cid):
+        super()._initialize(peer_cid)
+        self.tls._supported_groups = self.groups
 
 
 class Peer(asyncio.DatagramProtocol):
     """One connection on a socket of its own. `dumb` stops it from sending anything."""
 
-    def __init__(self, target, alpn, bind, certificate=None):
+    def __init__(self, target, alpn, bind, certificate=None, groups=(HYBRID,)):
         configuration = QuicConfiguration(
             is_client=True, alpn_protocols=[alpn], verify_mode=ssl.CERT_NONE, idle_timeout=60.0, server_name="hydramesh"
         )
         if certificate:
             configuration.load_cert_chain(*certificate)
-        self.quic = QuicConnection(configuration=configuration)
+        self.quic = Connection(groups, configuration=configuration)
         self.target, self.bind = target, bind
         self.connected, self.ended = asyncio.Event(), asyncio.Event()
         self.reason, self.streams_reset = None, 0
@@ -212,8 +271,8 @@ class Stranger:
     def left(self):
         return max(0.0, self.until - time.monotonic())
 
-    async def peer(self, alpn=JOIN, certificate=None):
-        return await Peer(self.target, alpn, self.bind, certificate).open()
+    async def peer(self, alpn=JOIN, certificate=None, groups=(HYBRID,)):
+        return await Peer(self.target, alpn, self.bind, certificate, groups).open()
 
     async def many(self, usual, one, counts):
         """`one` again and again on so many connections, each mistake counted and none of them the end."""
@@ -406,6 +465,18 @@ class Stranger:
         async def one(_):
             peer = await self.peer()
             counts["in" if await peer.is_in(2.0) else "not in"] += 1
+            peer.close()
+
+        await self.many(4, one, counts)
+
+    async def classical(self, counts):
+        async def one(number):
+            groups = [tls.Group.X25519] if number % 2 else [tls.Group.SECP256R1, tls.Group.SECP384R1]
+            peer = await self.peer(groups=groups)
+            if await peer.is_in():
+                counts["IN"] += 1
+            else:
+                counts["refused" if peer.ended.is_set() else "not answered"] += 1
             peer.close()
 
         await self.many(4, one, counts)

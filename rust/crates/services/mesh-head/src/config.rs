@@ -190,6 +190,9 @@ pub struct QuicConfig {
     /// Interval at which an idle worker is asked for one token, as proof that it answers.
     #[serde(with = "units::duration")]
     pub probe_interval: Duration,
+    /// Also accept nodes that can only exchange keys by X25519, without ML-KEM: whoever records their traffic can read
+    /// it once there are quantum computers.
+    pub classical: bool,
 }
 
 /// Models that several workers hold together: rings.
@@ -346,6 +349,7 @@ impl Default for QuicConfig {
         Self {
             listen: anywhere(7780),
             probe_interval: Duration::from_secs(300),
+            classical: false,
         }
     }
 }

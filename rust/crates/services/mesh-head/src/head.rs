@@ -148,7 +148,11 @@ impl Head {
         let worker_socket = Arc::new(BatchSocket::bind(config.dcf.workers)?);
         let admission: Arc<dyn Admission> =
             Arc::new(Recorded::new(authority.clone(), audit.clone()));
-        let (listen, links) = (config.quic.listen, LinkConfig::default());
+        let listen = config.quic.listen;
+        let links = LinkConfig {
+            classical: config.quic.classical,
+            ..LinkConfig::default()
+        };
         let quic = Arc::new(Listener::bind(listen, identity, Some(admission), links)?);
         let addresses = Addresses::from([
             ("http".to_owned(), http_listener.local_addr()?),

@@ -24,6 +24,8 @@ pub struct LinkConfig {
     pub stream_window: u32,
     /// Bytes over all streams of a link that a peer may send ahead of their readers.
     pub link_window: u32,
+    /// Also accept peers that can only exchange keys by X25519, which a quantum computer would break.
+    pub classical: bool,
 }
 
 impl Default for LinkConfig {
@@ -36,6 +38,7 @@ impl Default for LinkConfig {
             max_streams: 1024,
             stream_window: 4 << 20,
             link_window: 32 << 20,
+            classical: false,
         }
     }
 }

@@ -70,7 +70,7 @@ impl Connector {
 
     /// Connects to a node that must have this role. Returns when both sides have admitted each other.
     pub async fn connect(&self, address: SocketAddr, role: Role) -> Result<Link, ConnectError> {
-        let client = tls::client(&self.identity, LINK_PROTOCOL)?;
+        let client = tls::client(&self.identity, LINK_PROTOCOL, self.config.classical)?;
         let make = async {
             let connection = dial(&self.carrier, client, address, &self.config).await?;
             let peer = peer_member(&connection, address, role)?;

@@ -44,7 +44,7 @@ pub async fn join(
     let applicant = Applicant::open(state_dir)?;
     let (csr, token_id) = (applicant.request()?, token.id());
     let verifier = Arc::new(PinVerifier::new(*token.root_sha256()));
-    let tls = || tls::anonymous(verifier.clone(), JOIN_PROTOCOL);
+    let tls = |classical| tls::anonymous(verifier.clone(), JOIN_PROTOCOL, classical);
     let request = |session: &[u8; 32]| {
         let transcript = Transcript {
             purpose: Purpose::Join,
@@ -190,7 +190,7 @@ pub async fn renew(head: &[SocketAddr], identity: &NodeIdentity) -> Result<(), J
         };
         (MsgType::RENEW_REQUEST, request.encode_to_vec())
     };
-    let tls = || tls::client(identity, JOIN_PROTOCOL);
+    let tls = |classical| tls::client(identity, JOIN_PROTOCOL, classical);
     let (issued, said_at) = ask_admission(head, &root, request, tls).await?;
     identity.clock().heard(said_at);
     Ok(identity.install_for(renewal, issued)?)
@@ -227,7 +227,7 @@ async fn ask_admission(
     head: &[SocketAddr],
     root: &[u8; 32],
     request: impl FnOnce(&[u8; 32]) -> (MsgType, Vec<u8>),
-    tls: impl Fn() -> Result<QuicClientConfig, TrustError>,
+    tls: impl Fn(bool) -> Result<QuicClientConfig, TrustError>,
 ) -> Result<(Issued, u64), JoinError> {
     let config = LinkConfig {
         max_message: MAX_EXCHANGE,
@@ -237,7 +237,7 @@ async fn ask_admission(
     let (tls, config) = (&tls, &config);
     let attempt = |address| async move {
         let carrier = LinkEndpoint::bind(listen::toward(address), None)?;
-        let dialled = dial(&carrier, tls()?, address, config);
+        let dialled = dial(&carrier, tls(config.classical)?, address, config);
         let connection = within(config.handshake_timeout, address, dialled).await?;
         peer_member(&connection, address, Role::Head)?;
         Ok::<_, ConnectError>((carrier, connection))

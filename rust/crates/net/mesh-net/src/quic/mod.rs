@@ -10,8 +10,9 @@
 //!   certificate sends a JoinRequest ([`join`]), a member sends a RenewRequest ([`renew`]); the answer is a JoinResponse
 //!   or an Error. The joiner knows the head by the token's pin of the root.
 //!
-//! TLS is 1.3 only, with X25519MLKEM768 preferred; X25519 alone is there for peers without ML-KEM. New connections
-//! from unverified addresses are answered with a Retry packet, which is smaller than what they sent.
+//! TLS is 1.3 only, with X25519MLKEM768. Peers that offer only X25519 are refused unless [`LinkConfig::classical`]
+//! allows them. New connections from unverified addresses are answered with a Retry packet, which is smaller than
+//! what they sent.
 //!
 //! Connections that are not links yet have little time, a small window, one stream and a bounded
 //! [room](rooms) for each kind. Slow peers lose their place to faster ones.

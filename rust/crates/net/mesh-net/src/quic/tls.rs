@@ -22,8 +22,11 @@ use crate::trust::{NodeIdentity, TrustError, algorithms, sha256, verify_issued_b
 
 /// The server side of both protocols. Whether a certificate is needed depends on the protocol and is checked after the
 /// handshake; one that is shown must be of the mesh.
-pub(super) fn server(identity: &NodeIdentity) -> Result<QuicServerConfig, TrustError> {
-    let mut config = ServerConfig::builder_with_provider(provider())
+pub(super) fn server(
+    identity: &NodeIdentity,
+    classical: bool,
+) -> Result<QuicServerConfig, TrustError> {
+    let mut config = ServerConfig::builder_with_provider(provider(classical))
         .with_protocol_versions(&[&rustls::version::TLS13])?
         .with_client_cert_verifier(Arc::new(MeshVerifier::new(identity)))
         .with_cert_resolver(Arc::new(identity.clone()));
@@ -38,8 +41,9 @@ pub(super) fn server(identity: &NodeIdentity) -> Result<QuicServerConfig, TrustE
 pub(super) fn client(
     identity: &NodeIdentity,
     protocol: &[u8],
+    classical: bool,
 ) -> Result<QuicClientConfig, TrustError> {
-    let builder = client_builder(Arc::new(MeshVerifier::new(identity)))?;
+    let builder = client_builder(Arc::new(MeshVerifier::new(identity)), classical)?;
     let config = builder.with_client_cert_resolver(Arc::new(identity.clone()));
     finish_client(config, protocol)
 }
@@ -48,14 +52,17 @@ pub(super) fn client(
 pub(super) fn anonymous(
     verifier: Arc<PinVerifier>,
     protocol: &[u8],
+    classical: bool,
 ) -> Result<QuicClientConfig, TrustError> {
-    finish_client(client_builder(verifier)?.with_no_client_auth(), protocol)
+    let builder = client_builder(verifier, classical)?;
+    finish_client(builder.with_no_client_auth(), protocol)
 }
 
 fn client_builder(
     verifier: Arc<dyn ServerCertVerifier>,
+    classical: bool,
 ) -> Result<rustls::ConfigBuilder<ClientConfig, rustls::client::WantsClientCert>, TrustError> {
-    Ok(ClientConfig::builder_with_provider(provider())
+    Ok(ClientConfig::builder_with_provider(provider(classical))
         .with_protocol_versions(&[&rustls::version::TLS13])?
         .dangerous()
         .with_custom_certificate_verifier(verifier))
@@ -76,13 +83,15 @@ pub(super) const LINK_PROTOCOL: &[u8] = b"hydramesh/1";
 /// ALPN of joins and renewals.
 pub(super) const JOIN_PROTOCOL: &[u8] = b"hydramesh-join/1";
 
-/// aws-lc with the hybrid group first. A client sends key shares for the first group, which include X25519's.
-fn provider() -> Arc<CryptoProvider> {
+/// aws-lc with the hybrid group alone, or also with X25519 for `classical` peers. A client sends key shares for the first
+/// group, which include X25519's.
+fn provider(classical: bool) -> Arc<CryptoProvider> {
+    let mut kx_groups = vec![aws_lc_rs::kx_group::X25519MLKEM768];
+    if classical {
+        kx_groups.push(aws_lc_rs::kx_group::X25519);
+    }
     Arc::new(CryptoProvider {
-        kx_groups: vec![
-            aws_lc_rs::kx_group::X25519MLKEM768,
-            aws_lc_rs::kx_group::X25519,
-        ],
+        kx_groups,
         ..aws_lc_rs::default_provider()
     })
 }

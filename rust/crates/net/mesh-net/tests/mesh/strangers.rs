@@ -2,7 +2,7 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use dcf::{ErrorCode, Message, MsgType};
 use mesh_identity::{IdentityKey, Purpose, Transcript};
@@ -13,7 +13,7 @@ use prost::Message as _;
 use quinn::crypto::rustls::QuicClientConfig;
 use quinn::{ClientConfig, Connection, Endpoint, TransportConfig};
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
-use rustls::crypto::aws_lc_rs;
+use rustls::crypto::{CryptoProvider, aws_lc_rs};
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::{DigitallySignedStruct, SignatureScheme};
 use tokio::net::UdpSocket;
@@ -21,7 +21,7 @@ use tokio::task::JoinSet;
 use tokio::time::timeout;
 
 use super::common::{LOOPBACK, TestHead};
-use mesh_net::quic::LinkConfig;
+use mesh_net::quic::{LinkConfig, Listener};
 
 const JOIN: &[u8] = b"hydramesh-join/1";
 const LINK: &[u8] = b"hydramesh/1";
@@ -74,7 +74,11 @@ impl ServerCertVerifier for TakesAnything {
 
 /// Somebody who knows nothing of the mesh.
 fn stranger(protocol: &[u8]) -> Endpoint {
-    let provider = Arc::new(aws_lc_rs::default_provider());
+    stranger_with(protocol, aws_lc_rs::default_provider())
+}
+
+fn stranger_with(protocol: &[u8], provider: CryptoProvider) -> Endpoint {
+    let provider = Arc::new(provider);
     let mut tls = rustls::ClientConfig::builder_with_provider(provider)
         .with_protocol_versions(&[&rustls::version::TLS13])
         .expect("TLS 1.3")
@@ -117,6 +121,34 @@ async fn honest_nodes_get_in(head: &TestHead, before: &super::common::TestWorker
     let linked = timeout(SOON, head.link(before, LinkConfig::default()));
     let (near, _far) = linked.await.expect("links in time");
     assert!(near.open().await.is_ok(), "a link has streams");
+}
+
+#[tokio::test]
+async fn who_cannot_exchange_keys_by_ml_kem_is_refused_unless_that_is_allowed() {
+    let classical = CryptoProvider {
+        kx_groups: vec![aws_lc_rs::kx_group::X25519],
+        ..aws_lc_rs::default_provider()
+    };
+    let old = stranger_with(JOIN, classical);
+    let head = TestHead::start("attic");
+    let connecting = old.connect(head.address, "x").expect("an attempt");
+    let refused = timeout(SOON, connecting).await.expect("in time");
+    let error = refused.expect_err("no connection").to_string();
+    assert!(error.contains("handshake failed"), "{error}");
+    connect(&stranger(JOIN), head.address).await;
+
+    let identity = head
+        .authority
+        .head_identity(head.dir.path(), "head", SystemTime::now())
+        .expect("identity");
+    let config = LinkConfig {
+        classical: true,
+        ..LinkConfig::default()
+    };
+    let lenient = Listener::bind(LOOPBACK, identity, None, config).expect("listener");
+    let address = lenient.local_addr().expect("address");
+    connect(&old, address).await;
+    connect(&stranger(JOIN), address).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
