@@ -44,6 +44,7 @@ let
       hfTokenFile
       identityKeyFile
       joinTokenFile
+      tlsKeyFile
       ;
   };
   inHome =
@@ -173,7 +174,11 @@ let
       ++ optional (cfg.gpus != [ ]) "gpus"
       ++ optional (cfg.rocmOverrideGfx != null) "rocmOverrideGfx"
     )
-    ++ forRole "head" (optional (cfg.apiKeysFile != null) "apiKeysFile")
+    ++ forRole "head" (
+      optional (cfg.apiKeysFile != null) "apiKeysFile"
+      ++ optional (cfg.tlsCertificateFile != null) "tlsCertificateFile"
+      ++ optional (cfg.tlsKeyFile != null) "tlsKeyFile"
+    )
     ++
       lib.concatMap
         (
@@ -258,6 +263,9 @@ in
     ))
     (assertion "set `hfTokenFile` or `hfToken`, not both" (
       cfg.hfTokenFile == null || cfg.hfToken == null
+    ))
+    (assertion "HTTPS needs both `tlsCertificateFile` and `tlsKeyFile`" (
+      (cfg.tlsCertificateFile == null) == (cfg.tlsKeyFile == null)
     ))
     (assertion
       "`settings.worker.join_token` would lie in the Nix store for everyone to read: put the token in a file and set `joinTokenFile`"

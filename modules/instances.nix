@@ -18,6 +18,8 @@ let
     // {
       role = [ "worker" ];
       apiKeysFile = null;
+      tlsCertificateFile = null;
+      tlsKeyFile = null;
       ports = machine.ports // {
         worker = worker.ports;
       };

@@ -142,6 +142,20 @@ in
       systemd credential, so the service itself need not be able to read the file.
     '';
 
+    tlsCertificateFile = mkOption {
+      type = types.nullOr types.path;
+      default = null;
+      example = "/var/lib/acme/mesh.example.org/fullchain.pem";
+      description = ''
+        PEM file with the certificate of the head's API, followed by those of its issuers. With it and `tlsKeyFile`
+        the API is HTTPS. Both are passed as systemd credentials.
+      '';
+    };
+
+    tlsKeyFile = mkSecretFile "/var/lib/acme/mesh.example.org/key.pem" ''
+      PEM file with the private key of `tlsCertificateFile`.
+    '';
+
     hfTokenFile = mkSecretFile "/run/secrets/huggingface-token" ''
       File with a Hugging Face token, for gated or private models. The worker gets it as a systemd credential,
       with its path in `HF_TOKEN_FILE`.
@@ -256,8 +270,8 @@ in
       default = "127.0.0.1";
       example = "0.0.0.0";
       description = ''
-        Address on which the head's API listens. Beyond loopback it requires `apiKeysFile`. It is plain HTTP:
-        put a TLS proxy in front of it outside a trusted network.
+        Address on which the head's API listens. Beyond loopback it requires `apiKeysFile`. It is plain HTTP
+        unless `tlsCertificateFile` is set.
       '';
     };
 

@@ -142,6 +142,10 @@ in
   credentials = {
     head =
       lib.optionalAttrs (cfg.apiKeysFile != null) { api-keys = toString cfg.apiKeysFile; }
+      // lib.optionalAttrs (cfg.tlsKeyFile != null) {
+        tls-certificate = toString cfg.tlsCertificateFile;
+        tls-key = toString cfg.tlsKeyFile;
+      }
       // lib.optionalAttrs (!hasRole "worker") identityKey;
     worker =
       lib.optionalAttrs (cfg.joinTokenFile != null) { join-token = "hydramesh-join-token${suffix}"; }

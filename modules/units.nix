@@ -36,6 +36,8 @@ let
   # The keys of the configuration that name files of systemd's making. Services find the identity key by its name.
   credentialVariables = {
     api-keys = "HYDRAMESH_HEAD__HTTP__API_KEYS_FILE";
+    tls-certificate = "HYDRAMESH_HEAD__HTTP__TLS__CERTIFICATE_FILE";
+    tls-key = "HYDRAMESH_HEAD__HTTP__TLS__KEY_FILE";
     join-token = "HYDRAMESH_WORKER__JOIN_TOKEN_FILE";
     hf-token = "HF_TOKEN_FILE";
   };

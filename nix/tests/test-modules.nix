@@ -1134,6 +1134,24 @@ in
         135
       ];
 
+  "a certificate and its key are credentials of the head" =
+    is
+      (lib.getAttrs [ "LoadCredential" ]
+        (services (head {
+          tlsCertificateFile = "/var/lib/acme/mesh/fullchain.pem";
+          tlsKeyFile = "/var/lib/acme/mesh/key.pem";
+        })).hydramesh-head.serviceConfig
+      )
+      {
+        LoadCredential = [
+          "tls-certificate:/var/lib/acme/mesh/fullchain.pem"
+          "tls-key:/var/lib/acme/mesh/key.pem"
+        ];
+      };
+  "a certificate without its key" = fails "needs both `tlsCertificateFile` and `tlsKeyFile`" (head {
+    tlsCertificateFile = "/var/lib/acme/mesh/fullchain.pem";
+  });
+
   # Secrets.
   "secrets are credentials, and the services get their paths" =
     is

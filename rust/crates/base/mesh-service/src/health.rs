@@ -99,6 +99,7 @@ pub fn serve(
     let running = tokio::spawn(http::serve(
         Connections::default(),
         listener,
+        None,
         router,
         stop.clone(),
         GOODBYE,

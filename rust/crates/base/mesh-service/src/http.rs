@@ -11,6 +11,7 @@ mod stream;
 mod table;
 #[cfg(test)]
 mod tests;
+mod tls;
 
 use std::io;
 use std::net::SocketAddr;
@@ -31,6 +32,7 @@ use table::Bounds;
 pub use guard::Guard;
 pub use origin::{NotAnOrigin, Origin};
 pub use stream::{NoRoom, TooSlow, cause_of};
+pub use tls::{ServerTls, TlsConfig, TlsError};
 
 /// Time limits for clients, and the number of connections that they may have.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -120,17 +122,19 @@ pub async fn bind(address: SocketAddr) -> io::Result<TcpListener> {
     })
 }
 
-/// Serves `router` until `draining`; then takes no new connection and gives open requests `limit` to finish.
+/// Serves `router`, over TLS if there is one, until `draining`; then takes no new connection and gives open requests `limit` to finish.
 ///
 /// Handlers find the peer's address as `ConnectInfo<SocketAddr>`.
 pub async fn serve(
     connections: Connections,
     listener: TcpListener,
+    tls: Option<ServerTls>,
     router: Router,
     draining: CancellationToken,
     limit: Duration,
 ) -> io::Result<()> {
-    let server = Server::new(connections, raise_open_files(), router, draining.clone());
+    let files = raise_open_files();
+    let server = Server::new(connections, files, tls, router, draining.clone());
     let running = TaskTracker::new();
     tokio::select! {
         () = draining.cancelled() => {}

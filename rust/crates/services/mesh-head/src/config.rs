@@ -7,7 +7,7 @@ use std::time::Duration;
 use arcanum_profiler::Objective;
 use mesh_base::listen::anywhere;
 use mesh_service::config::units;
-use mesh_service::http::{Connections, Origin};
+use mesh_service::http::{Connections, Origin, TlsConfig};
 use mesh_service::network::Network;
 use serde::{Deserialize, Serialize};
 
@@ -117,6 +117,8 @@ pub struct HttpConfig {
     pub strict: bool,
     /// Names, besides this machine's own, under which browsers may reach a head without API keys.
     pub hosts: Vec<String>,
+    /// Certificate for HTTPS. Without one, HTTP is plain.
+    pub tls: TlsConfig,
     /// Origins of web pages that may use this head: `https://chat.example.org`, or `*` for all.
     pub cors: Vec<Origin>,
     /// Time limits for clients, and the number of connections that they may have.
@@ -322,6 +324,7 @@ impl Default for HttpConfig {
             image_lifetime: Duration::from_secs(3600),
             strict: false,
             hosts: Vec::new(),
+            tls: TlsConfig::default(),
             cors: Vec::new(),
             connections: Connections::default(),
             open: vec![Open::Ready, Open::Metrics],

@@ -15,6 +15,7 @@ use mesh_net::trust::{Admission, NodeIdentity, Role, TrustError, Validity};
 use mesh_net::udp::BatchSocket;
 use mesh_service::addresses::{self, Addresses};
 use mesh_service::health::Health;
+use mesh_service::http::{ServerTls, TlsError};
 use mesh_service::metrics::Metrics;
 use mesh_service::notify::{self, Heart, Watchdog};
 use mesh_service::reload::Report;
@@ -50,6 +51,7 @@ pub struct HeadHandle {
 pub struct Live {
     mesh: Arc<Mesh>,
     keys: Keys,
+    tls: Option<ServerTls>,
     identity: NodeIdentity,
 }
 
@@ -82,6 +84,9 @@ impl Live {
             report.step("API keys", self.keys.reload(state_dir, file));
             self.mesh.audit.name_keys(self.keys.ids());
         }
+        if let Some(tls) = &self.tls {
+            report.step("HTTPS certificate", tls.reload());
+        }
         report.step("certificate", self.identity.reload());
         self.mesh.reconfigure(fresh.clone());
     }
@@ -106,6 +111,9 @@ pub enum StartError {
     /// The API keys cannot be read.
     #[error(transparent)]
     Keys(#[from] KeysError),
+    /// The certificate for HTTPS cannot be used.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
     /// The audit trail cannot be written.
     #[error(transparent)]
     Audit(#[from] StoreError),
@@ -135,6 +143,7 @@ impl Head {
         mesh_service::files::open_state_dir(&state_dir, &SECRETS)?;
         addresses::remove(&state_dir)?;
         let keys = Keys::load(&state_dir, config.http.api_keys_file.as_deref())?;
+        let tls = config.http.tls.open()?;
         let audit = Recorder::start(&config)?;
         audit.name_keys(keys.ids());
         let validity = Validity::default();
@@ -187,13 +196,14 @@ impl Head {
         let live = Live {
             mesh: mesh.clone(),
             keys: keys.clone(),
+            tls: tls.clone(),
             identity: announced.clone(),
         };
         let own_id = announced.node_id();
         let router = http::router(mesh.clone(), keys, authority, own_id, metrics);
         let connections = mesh.config.http.connections.clone();
         let (stop, limit) = (shutdown.token(), shutdown.limit());
-        let api = mesh_service::http::serve(connections, http_listener, router, stop, limit);
+        let api = mesh_service::http::serve(connections, http_listener, tls, router, stop, limit);
         let api = tokio::spawn(api);
 
         let discovery = announce(&mesh.config, &announced, addresses["quic"].port());

@@ -8,6 +8,7 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use crate::args::HeadArgs;
+use crate::ask;
 use crate::failure::{Exit, Failure};
 use crate::input;
 
@@ -48,7 +49,7 @@ impl Admin {
             )
         })?;
         Ok(Self {
-            client: HttpClient::new(head.url(), Some(key))?,
+            client: ask::head_client(head, Some(key))?,
             key: path,
         })
     }

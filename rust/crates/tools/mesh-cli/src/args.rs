@@ -158,6 +158,10 @@ pub struct HeadArgs {
     #[arg(long, global = true, value_name = "URL", env = "HYDRAMESH_URL", value_hint = ValueHint::Url)]
     pub url: Option<String>,
 
+    /// PEM file with the authority of the head's HTTPS certificate [default: those that this machine trusts]
+    #[arg(long, global = true, value_name = "FILE", env = "HYDRAMESH_CA_FILE", value_hint = ValueHint::FilePath)]
+    pub ca_file: Option<PathBuf>,
+
     /// File with an API key, where the head wants one
     #[arg(long, global = true, value_name = "FILE", env = "HYDRAMESH_API_KEY_FILE", value_hint = ValueHint::FilePath)]
     pub api_key_file: Option<PathBuf>,

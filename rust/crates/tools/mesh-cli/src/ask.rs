@@ -1,6 +1,7 @@
 //! `hydramesh ask`: one question, over DCF/UDP or HTTP.
 
 use std::cell::RefCell;
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use mesh_api::{ChatCompletionRequest, GenerationOptions, Message, StopTexts};
@@ -214,7 +215,17 @@ pub(crate) async fn name_the_model(
 pub(crate) fn http_client(head: &HeadArgs) -> Result<HttpClient, Failure> {
     let key_file = head.api_key_file.as_deref();
     let key = key_file.map(input::key_file).transpose()?;
-    Ok(HttpClient::new(head.url(), key)?)
+    head_client(head, key)
+}
+
+/// A client of the head with this key.
+pub(crate) fn head_client(head: &HeadArgs, key: Option<String>) -> Result<HttpClient, Failure> {
+    let read = |path: &PathBuf| {
+        std::fs::read(path).map_err(|error| Failure::failed(format!("{}: {error}", path.display())))
+    };
+    let authorities = head.ca_file.as_ref().map(read).transpose()?;
+    let client = HttpClient::trusting(head.url(), key, authorities.as_deref())?;
+    Ok(client)
 }
 
 /// The sampling parameters that were given, under the names that both carriers know.

@@ -120,6 +120,9 @@ impl From<HttpError> for Failure {
         let message = error.to_string();
         match error {
             HttpError::BadAddress(_) => Self::usage(message),
+            HttpError::BadAuthorities(_) => {
+                Self::usage(message).hint("Name a PEM file with --ca-file (HYDRAMESH_CA_FILE).")
+            }
             HttpError::Unreachable { .. } => Self::new(Exit::Unreachable, message).hint(START_ONE),
             HttpError::Api { status, .. } => match status {
                 401 | 403 => Self::new(Exit::Refused, message)

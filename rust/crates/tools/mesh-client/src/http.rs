@@ -26,20 +26,45 @@ pub struct HttpClient {
 
 impl HttpClient {
     /// A client of the head at `base`, such as `http://127.0.0.1:8080`, a bare `host:port` being taken as `http://`.
+    /// The certificate of an `https://` address is checked by the authorities that this machine trusts.
     ///
     /// # Errors
-    /// If `base` is not an http address.
+    /// If `base` is neither an http nor an https address.
     pub fn new(base: &str, key: Option<String>) -> Result<Self, HttpError> {
-        let base = match base.split_once("://") {
-            None => format!("http://{base}"),
-            Some(("http", _)) => base.to_owned(),
+        Self::trusting(base, key, None)
+    }
+
+    /// As [`new`](Self::new), but the certificate must be of one of these authorities (PEM), if there are any.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new), and if `authorities` are not certificates.
+    pub fn trusting(
+        base: &str,
+        key: Option<String>,
+        authorities: Option<&[u8]>,
+    ) -> Result<Self, HttpError> {
+        let (base, secure) = match base.split_once("://") {
+            None => (format!("http://{base}"), false),
+            Some(("http", _)) => (base.to_owned(), false),
+            Some(("https", _)) => (base.to_owned(), true),
             Some(_) => return Err(HttpError::BadAddress(base.to_owned())),
         };
         let base = base.trim_end_matches('/').trim_end_matches("/v1");
-        let http = reqwest::Client::builder()
+        let mut builder = reqwest::Client::builder();
+        if let Some(pem) = authorities.filter(|_| secure) {
+            let certificates = reqwest::Certificate::from_pem_bundle(pem)
+                .map_err(|error| HttpError::BadAuthorities(error.to_string()))?;
+            if certificates.is_empty() {
+                let text = "it has no block BEGIN CERTIFICATE".to_owned();
+                return Err(HttpError::BadAuthorities(text));
+            }
+            builder = builder.tls_certs_only(certificates);
+        } else if !secure {
+            // No time for this machine's certificates.
+            builder = builder.tls_certs_only([]);
+        }
+        let http = builder
             .no_proxy()
-            // Heads speak plain HTTP: no time for this machine's certificates, and no need for any.
-            .tls_certs_only([])
             .connect_timeout(Duration::from_secs(5))
             // A head that works on a request says so every few seconds, so this is silence and not the whole answer.
             .read_timeout(SILENCE)
@@ -396,10 +421,11 @@ impl AnswerStream {
 #[allow(missing_docs, reason = "the messages name the fields")]
 pub enum HttpError {
     /// The address cannot be used.
-    #[error(
-        "{0} is not an http:// address; a head speaks plain HTTP, TLS is for a proxy before it"
-    )]
+    #[error("{0} is not an address of a head: use http://HOST:PORT or https://HOST:PORT")]
     BadAddress(String),
+    /// A file of certificate authorities cannot be used.
+    #[error("the certificates of authorities cannot be used: {0}")]
+    BadAuthorities(String),
     /// No server answers at the address.
     #[error("nothing answers at {address}: {reason}")]
     Unreachable { address: String, reason: String },
@@ -523,9 +549,14 @@ mod tests {
     }
 
     #[test]
-    fn https_is_refused_with_the_reason() {
-        let error = HttpClient::new("https://mesh.example", None).expect_err("no TLS");
-        assert!(error.to_string().contains("plain HTTP"));
+    fn an_address_is_http_or_https() {
+        let error = HttpClient::new("ftp://mesh.example", None).expect_err("not HTTP");
+        assert!(error.to_string().contains("https://HOST:PORT"), "{error}");
+        let client = HttpClient::new("https://mesh.example/v1", None).expect("an address");
+        assert_eq!(client.base(), "https://mesh.example");
+        let nothing = HttpClient::trusting("https://mesh.example", None, Some(b"key"));
+        let error = nothing.expect_err("no certificate").to_string();
+        assert!(error.contains("BEGIN CERTIFICATE"), "{error}");
         let client = HttpClient::new("127.0.0.1:8080/v1/", None).expect("an address");
         assert_eq!(client.base(), "http://127.0.0.1:8080");
     }

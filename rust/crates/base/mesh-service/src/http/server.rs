@@ -15,7 +15,9 @@ use axum::response::{IntoResponse, Response};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
 use mesh_base::addresses::source;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
+use tokio_rustls::server::TlsStream;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tower::ServiceExt as _;
@@ -23,6 +25,7 @@ use tower::ServiceExt as _;
 use super::open::OpenConnections;
 use super::stream::{ClientStream, RequestBody, ResponseBody, ResponseGuard, Streams};
 use super::table::{Admitted, Id};
+use super::tls::{self, ServerTls};
 use super::{Connections, error_body};
 
 /// The connections of one listener.
@@ -30,21 +33,43 @@ use super::{Connections, error_body};
 pub(super) struct Server {
     open: OpenConnections,
     connections: Arc<Connections>,
+    tls: Option<ServerTls>,
     router: Router,
     draining: CancellationToken,
     cut: CancellationToken,
+}
+
+/// A connection to a listener with TLS, after its first bytes.
+enum Opened {
+    Tls(Box<TlsStream<ClientStream<TcpStream>>>),
+    /// Programs of this machine, such as health checks, may speak plain HTTP on the same port.
+    Plain(ClientStream<TcpStream>),
+    Refused,
+}
+
+/// One connection, as its requests need it.
+#[derive(Clone, Copy)]
+struct Peer {
+    address: SocketAddr,
+    id: Id,
+    /// Beyond the limit of connections: only health is answered.
+    restricted: bool,
+    /// Over TLS.
+    secure: bool,
 }
 
 impl Server {
     pub(super) fn new(
         connections: Connections,
         files: usize,
+        tls: Option<ServerTls>,
         router: Router,
         draining: CancellationToken,
     ) -> Self {
         Self {
             open: OpenConnections::new(connections.bounds(files), connections.unfinished),
             connections: Arc::new(connections),
+            tls,
             router,
             draining,
             cut: CancellationToken::new(),
@@ -93,7 +118,7 @@ impl Server {
         let silence = due.unwrap_or_else(Instant::now);
         tokio::select! {
             _ = stream.readable() => {
-                Box::pin(self.clone().requests(stream, address, admitted, end)).await;
+                Box::pin(self.clone().opened(stream, address, admitted, end)).await;
             }
             () = end.cancelled() => {
                 tracing::debug!(%address, "connection closed: others need the room");
@@ -107,7 +132,8 @@ impl Server {
         self.open.closed(id);
     }
 
-    async fn requests(
+    /// Serves a connection whose first byte has come, after the TLS handshake if there is one.
+    async fn opened(
         self,
         stream: TcpStream,
         address: SocketAddr,
@@ -120,7 +146,53 @@ impl Server {
             tracing::debug!(%error, "TCP_NODELAY refused");
         }
         let limit = self.connections.write_timeout;
-        let io = TokioIo::new(ClientStream::new(stream, self.open.clone(), id, limit));
+        let open = self.open.clone();
+        let peer = |secure| Peer {
+            address,
+            id,
+            restricted: admitted.restricted,
+            secure,
+        };
+        let Some(tls) = self.tls.clone() else {
+            let stream = ClientStream::new(stream, open, id, limit);
+            return self.requests(stream, peer(false), end).await;
+        };
+        let opening = async {
+            let mut first = [0];
+            let is_tls = stream.peek(&mut first).await? == 1 && tls::is_handshake(first[0]);
+            let stream = ClientStream::new(stream, open, id, limit);
+            Ok::<_, io::Error>(if is_tls {
+                Opened::Tls(Box::new(tls.accept(stream).await?))
+            } else if address.ip().to_canonical().is_loopback() {
+                Opened::Plain(stream)
+            } else {
+                tls::refuse_plain(stream).await;
+                Opened::Refused
+            })
+        };
+        let opened = tokio::select! {
+            opened = tokio::time::timeout(self.connections.header_timeout, opening) => opened,
+            () = end.cancelled() => return,
+            () = self.cut.cancelled() => return,
+        };
+        match opened {
+            Ok(Ok(Opened::Tls(stream))) => self.requests(stream, peer(true), end).await,
+            Ok(Ok(Opened::Plain(stream))) => self.requests(stream, peer(false), end).await,
+            Ok(Ok(Opened::Refused)) => {}
+            Ok(Err(error)) => tracing::debug!(%error, %address, "TLS handshake failed"),
+            Err(_) => tracing::debug!(%address, "connection closed: no TLS handshake in time"),
+        }
+    }
+
+    async fn requests(
+        self,
+        stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+        peer: Peer,
+        end: CancellationToken,
+    ) {
+        let Peer { address, id, .. } = peer;
+        let limit = self.connections.write_timeout;
+        let io = TokioIo::new(stream);
         let mut builder = auto::Builder::new(Streams { limit });
         builder.http1().max_buf_size(MOST_BUFFER);
         builder
@@ -133,8 +205,7 @@ impl Server {
         let this = self.clone();
         let service =
             hyper::service::service_fn(move |request: hyper::Request<hyper::body::Incoming>| {
-                this.clone()
-                    .answer(request.map(Body::new), address, id, admitted.restricted)
+                this.clone().answer(request.map(Body::new), peer)
             });
         let mut connection = pin!(builder.serve_connection(io, service));
         let mut drained = false;
@@ -172,13 +243,18 @@ impl Server {
         }
     }
 
-    async fn answer(
-        self,
-        mut request: Request,
-        address: SocketAddr,
-        id: Id,
-        restricted: bool,
-    ) -> Result<Response, Infallible> {
+    async fn answer(self, mut request: Request, peer: Peer) -> Result<Response, Infallible> {
+        let Peer {
+            address,
+            id,
+            restricted,
+            secure,
+        } = peer;
+        if secure {
+            // As a proxy in front would say.
+            let https = HeaderValue::from_static("https");
+            request.headers_mut().insert("x-forwarded-proto", https);
+        }
         let has_body = !request.body().is_end_stream();
         let streams = request.version() == Version::HTTP_2;
         self.open.asked(id, has_body, streams);
@@ -249,7 +325,7 @@ mod tests {
         let address = listener.local_addr().expect("address");
         let stream = TcpStream::connect(address).await.expect("connect");
         let draining = CancellationToken::new();
-        let server = Server::new(Connections::default(), 1024, Router::new(), draining);
+        let server = Server::new(Connections::default(), 1024, None, Router::new(), draining);
         let (admitted, end) = server.open.admit(address);
         let waiting = server.connection(stream, address, admitted, end);
         assert!(size_of_val(&waiting) < 2048, "{}", size_of_val(&waiting));

@@ -25,6 +25,7 @@ async fn an_open_request_finishes_during_the_drain_and_new_connections_are_refus
     let server = tokio::spawn(serve(
         Connections::default(),
         listener,
+        None,
         router,
         draining.clone(),
         Duration::from_secs(5),
@@ -53,6 +54,7 @@ async fn a_request_beyond_the_limit_is_cut() {
     let server = tokio::spawn(serve(
         Connections::default(),
         listener,
+        None,
         router,
         draining.clone(),
         Duration::from_millis(50),
@@ -108,6 +110,7 @@ async fn impatient(change: impl FnOnce(&mut Connections)) -> (SocketAddr, Cancel
     tokio::spawn(serve(
         connections,
         listener,
+        None,
         router,
         draining.clone(),
         limit,

@@ -44,7 +44,8 @@ impl Listener {
         admission: Option<Arc<dyn Admission>>,
         config: LinkConfig,
     ) -> Result<Self, ConnectError> {
-        let mut server = ServerConfig::with_crypto(Arc::new(tls::server(&identity, config.classical)?));
+        let mut server =
+            ServerConfig::with_crypto(Arc::new(tls::server(&identity, config.classical)?));
         server
             .transport_config(config.transport_for_strangers())
             .max_incoming(MAX_INCOMING)
