@@ -146,6 +146,8 @@ impl Store {
             buffer: Vec::new(),
             torn: false,
         };
+        // First: nothing follows the end of an epoch in the same one.
+        store.finish_epoch(now)?;
         if recovered.is_notable() {
             let (unsigned, cut_bytes) = (recovered.unsigned, recovered.cut_bytes);
             store.append(
@@ -157,7 +159,6 @@ impl Store {
             )?;
             store.sync(now)?;
         }
-        store.finish_epoch(now)?;
         Ok((store, recovered))
     }
 
