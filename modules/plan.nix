@@ -142,6 +142,7 @@ in
   credentials = {
     head =
       lib.optionalAttrs (cfg.apiKeysFile != null) { api-keys = toString cfg.apiKeysFile; }
+      // lib.optionalAttrs (cfg.rootKeyFile != null) { root-key = toString cfg.rootKeyFile; }
       // lib.optionalAttrs (!hasRole "worker") identityKey;
     worker =
       lib.optionalAttrs (cfg.joinTokenFile != null) { join-token = "hydramesh-join-token${suffix}"; }
