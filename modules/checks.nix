@@ -44,6 +44,7 @@ let
       hfTokenFile
       identityKeyFile
       joinTokenFile
+      rootKeyFile
       tlsKeyFile
       ;
   };

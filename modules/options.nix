@@ -124,6 +124,12 @@ in
       start. Such a key is rotated by replacing the file and joining again.
     '';
 
+    rootKeyFile = mkSecretFile "/run/secrets/hydramesh-root-key" ''
+      File with the keys of the mesh root (`root.key` of a head that has started before), for keys that are kept
+      elsewhere than in the state directory. Root reads it and hands it to the head as the systemd credential
+      `root-key`. The head does not change it, so the root cannot be rotated meanwhile.
+    '';
+
     approval = mkOption {
       type = types.enum [
         "automatic"

@@ -146,6 +146,7 @@ in
         tls-certificate = toString cfg.tlsCertificateFile;
         tls-key = toString cfg.tlsKeyFile;
       }
+      // lib.optionalAttrs (cfg.rootKeyFile != null) { root-key = toString cfg.rootKeyFile; }
       // lib.optionalAttrs (!hasRole "worker") identityKey;
     worker =
       lib.optionalAttrs (cfg.joinTokenFile != null) { join-token = "hydramesh-join-token${suffix}"; }

@@ -121,6 +121,13 @@ in
   "a configuration that does not enable it has no units" = is (services {
     services.hydramesh.role = "head";
   }) { };
+  "the keys of the mesh root are handed over as a credential, to the head" =
+    is
+      (services (with' {
+        role = [ "head" ];
+        rootKeyFile = "/run/secrets/root";
+      })).hydramesh-head.serviceConfig.LoadCredential
+      [ "root-key:/run/secrets/root" ];
   "an identity key is handed over as a credential, to one service" =
     is
       (

@@ -33,6 +33,7 @@ fuzz_target!(|data: &[u8]| {
         HELLO => Hello,
         WELCOME => Welcome,
         LOAD => Load,
+        ROOT_SUCCESSION => SignedSuccession,
         GENERATE => Generate,
         TOKENS => Tokens,
         DONE => Done,

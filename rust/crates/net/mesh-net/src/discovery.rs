@@ -25,6 +25,8 @@ pub struct Announcement {
     pub name: String,
     /// SHA-256 of the mesh's root.
     pub root: [u8; 32],
+    /// That of the root before it, while it is accepted.
+    pub former_root: Option<[u8; 32]>,
     /// UDP port of its QUIC listener.
     pub port: u16,
 }
@@ -61,6 +63,15 @@ impl Discovery {
     /// # Errors
     /// If this machine does not let it.
     pub fn start(root: &[u8; 32]) -> Result<Self, DiscoveryError> {
+        Self::of_roots(std::slice::from_ref(root))
+    }
+
+    /// As [`start`](Self::start), for a mesh whose root has been rotated: its nodes may announce any of
+    /// these.
+    ///
+    /// # Errors
+    /// If this machine does not let it.
+    pub fn of_roots(roots: &[[u8; 32]]) -> Result<Self, DiscoveryError> {
         let daemon = ServiceDaemon::new()?;
         let news = daemon.monitor()?;
         let events = daemon.browse(SERVICE)?;
@@ -83,7 +94,7 @@ impl Discovery {
             }
         });
         let (sender, found) = watch::channel(Vec::new());
-        let mesh = HEXLOWER.encode(root);
+        let meshes: Vec<String> = roots.iter().map(|root| HEXLOWER.encode(root)).collect();
         let own = Arc::new(OnceLock::new());
         tokio::spawn(warn_while_alone(found.clone(), own.clone()));
         match interfaces() {
@@ -92,7 +103,7 @@ impl Discovery {
             ),
             Ok(interfaces) => tracing::info!(
                 service = SERVICE,
-                mesh = &mesh[..16],
+                mesh = meshes.first().map_or("", |mesh| &mesh[..16]),
                 interfaces = interfaces.join(", "),
                 "looking for nodes of this mesh on the LAN by multicast DNS"
             ),
@@ -107,7 +118,7 @@ impl Discovery {
             while let Ok(event) = events.recv_async().await {
                 match event {
                     ServiceEvent::ServiceResolved(service) => {
-                        let Some(node) = read(&service, &mesh) else {
+                        let Some(node) = read(&service, &meshes) else {
                             continue;
                         };
                         if known.len() < MOST_FOUND || known.contains_key(&service.fullname) {
@@ -126,7 +137,7 @@ impl Discovery {
         Ok(Discovery { daemon, found, own })
     }
 
-    /// Announces this node on the LAN.
+    /// Announces this node on the LAN, or announces it anew.
     ///
     /// # Errors
     /// If that is not possible on this machine.
@@ -134,12 +145,14 @@ impl Discovery {
         let id: String = announcement.node_id.chars().take(LABEL_DIGITS).collect();
         let role = announcement.role.as_str();
         let mesh = HEXLOWER.encode(&announcement.root);
-        let properties = [
+        let former = announcement.former_root.map(|root| HEXLOWER.encode(&root));
+        let mut properties = vec![
             ("role", role),
             ("node", &announcement.node_id),
             ("name", &announcement.name),
             ("mesh", &mesh),
         ];
+        properties.extend(former.as_ref().map(|former| ("former", former.as_str())));
         let service = ServiceInfo::new(
             SERVICE,
             &format!("{role}-{id}"),
@@ -150,7 +163,7 @@ impl Discovery {
         )?
         .enable_addr_auto();
         self.daemon.register(service)?;
-        // A node is announced once.
+        // The node stays the same one.
         let own = (announcement.node_id.clone(), announcement.role);
         let _ = self.own.set(own);
         tracing::info!(
@@ -234,13 +247,14 @@ async fn warn_while_alone(
 }
 
 /// Converts a DNS-SD service to a node; `None` if it is of another mesh or invalid.
-fn read(service: &ResolvedService, mesh: &str) -> Option<Found> {
+fn read(service: &ResolvedService, meshes: &[String]) -> Option<Found> {
     let property = |key: &str| {
         let value = service.txt_properties.get_property_val_str(key)?;
         (value.len() <= MOST_PROPERTY && !value.chars().any(char::is_control))
             .then(|| value.to_owned())
     };
-    if property("mesh")? != mesh || service.port == 0 {
+    let is_ours = |key| property(key).is_some_and(|mesh| meshes.contains(&mesh));
+    if !(is_ours("mesh") || is_ours("former")) || service.port == 0 {
         return None;
     }
     let node_id = property("node")?;
@@ -296,6 +310,7 @@ mod tests {
             node_id: digit.to_string().repeat(64),
             name: format!("node {digit}"),
             root,
+            former_root: None,
             port: 7780,
         }
     }
@@ -310,10 +325,13 @@ mod tests {
         stranger
             .announce(&announcement(Role::Worker, 'b', theirs))
             .expect("announced");
-        let worker = Discovery::start(&ours).expect("multicast DNS");
-        worker
-            .announce(&announcement(Role::Worker, 'c', ours))
-            .expect("announced");
+        // It knows the root before, too, and announces the next one.
+        let worker = Discovery::of_roots(&[[6; 32], ours]).expect("multicast DNS");
+        let rotated = Announcement {
+            former_root: Some(ours),
+            ..announcement(Role::Worker, 'c', [9; 32])
+        };
+        worker.announce(&rotated).expect("announced");
         let mut found = worker.found();
         let both = found.wait_for(|found| found.len() >= 2);
         let both = tokio::time::timeout(Duration::from_secs(10), both).await;

@@ -6,11 +6,13 @@ use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, SystemTime};
 
 use mesh_audit::home::Tier;
+use mesh_audit::keys::Identity;
 use mesh_audit::record::{Event, Text};
 use mesh_audit::store::{Limits, StoreError};
-use mesh_audit::writer::{Audit, Counts, Envelope, Settings};
+use mesh_audit::writer::{Audit, Counts, Envelope, Settings, Tally};
 use mesh_control::fair::Origin;
-use mesh_net::trust::{Admission, Issued, JoinAsk, Member, Refusal, RenewAsk};
+use mesh_identity::IdentityKey;
+use mesh_net::trust::{Admission, Issued, JoinAsk, Member, NodeIdentity, Refusal, RenewAsk};
 
 use crate::config::Config;
 use crate::metrics::{Front, Outcome};
@@ -20,6 +22,8 @@ use crate::metrics::{Front, Outcome};
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Recorder {
     audit: Option<Audit>,
+    /// Each message has a record of its own.
+    each_message: bool,
     /// Ids of the API keys by their numbers.
     keys: Arc<RwLock<HashMap<usize, String>>>,
 }
@@ -37,11 +41,11 @@ pub(crate) struct EndedRequest<'a> {
 }
 
 impl Recorder {
-    /// Opens the trail below the state directory, and begins to write.
+    /// Opens the trail below the state directory, and begins to write. The head's identity endorses its keys.
     ///
     /// # Errors
     /// If another process writes it, or files cannot be read or written.
-    pub(crate) fn start(config: &Config) -> Result<Self, StoreError> {
+    pub(crate) fn start(config: &Config, identity: &NodeIdentity) -> Result<Self, StoreError> {
         let audit = &config.audit;
         if !audit.enabled {
             return Ok(Self::default());
@@ -58,9 +62,16 @@ impl Recorder {
             },
             ..Settings::default()
         };
-        let audit = Audit::start(&config.state_dir.join(FOLDER), settings, None)?;
+        let endorser = identity.identity_key().map(|key| Endorser {
+            key,
+            node: identity.clone(),
+        });
+        let endorser = endorser.map(|endorser| Box::new(endorser) as Box<dyn Identity + Send>);
+        let each_message = settings.message_interval.is_zero();
+        let audit = Audit::start(&config.state_dir.join(FOLDER), settings, endorser)?;
         Ok(Self {
             audit: Some(audit),
+            each_message,
             keys: Arc::default(),
         })
     }
@@ -129,6 +140,14 @@ impl Recorder {
             name: name.into(),
             decision: decision.into(),
             reason: reason.into(),
+        });
+    }
+
+    /// Records a rotation of the mesh root, by the digest of the new one.
+    pub(crate) fn root(&self, root: &str, decision: &str) {
+        self.decision(|| Event::Root {
+            root: root.into(),
+            decision: decision.into(),
         });
     }
 
@@ -213,13 +232,56 @@ impl Recorder {
         bytes: usize,
     ) {
         if let Some(audit) = &self.audit {
-            audit.message(Envelope {
+            let envelope = Envelope {
                 carrier,
                 message: kind.to_string(),
                 from: from.to_string(),
-                bytes: bytes as u64,
-            });
+            };
+            audit.message(envelope, bytes as u64);
         }
+    }
+
+    /// Records messages that were counted already.
+    pub(crate) fn messages(
+        &self,
+        carrier: &'static str,
+        kind: impl fmt::Display,
+        from: impl fmt::Display,
+        tally: Tally,
+    ) {
+        if let Some(audit) = &self.audit {
+            let envelope = Envelope {
+                carrier,
+                message: kind.to_string(),
+                from: from.to_string(),
+            };
+            audit.messages(envelope, tally);
+        }
+    }
+
+    /// True if messages of a kind may be counted before they are recorded.
+    pub(crate) fn counts_messages(&self) -> bool {
+        self.audit.is_some() && !self.each_message
+    }
+}
+
+/// The head's identity, as it endorses the keys of the trail.
+struct Endorser {
+    key: Arc<IdentityKey>,
+    node: NodeIdentity,
+}
+
+impl Identity for Endorser {
+    fn public_key(&self) -> Vec<u8> {
+        self.key.public().as_bytes().to_vec()
+    }
+
+    fn sign(&self, context: &'static [u8], message: &[u8]) -> Vec<u8> {
+        self.key.sign(context, message)
+    }
+
+    fn document(&self) -> Option<Vec<u8>> {
+        self.node.papers()
     }
 }
 
@@ -266,9 +328,15 @@ impl<A: Admission> Admission for Recorded<A> {
         let member = ask.member;
         let renewed = self.policy.renew(ask, now);
         match &renewed {
-            Ok(_) => self
-                .recorder
-                .joined(&member.node_id, &member.name, "renewed", "", None),
+            Ok(_) => {
+                if let Some(successor) = ask.successor {
+                    let reason = format!("by {}", successor.node_id());
+                    self.recorder
+                        .revoked(&member.node_id, &member.name, "replaced", &reason);
+                }
+                self.recorder
+                    .joined(&member.node_id, &member.name, "renewed", "", None);
+            }
             Err(refusal) => {
                 self.recorder
                     .refused(&member.node_id, &member.name, "", &refusal.to_string())

@@ -165,11 +165,23 @@ pub struct DcfConfig {
 }
 
 /// `[trust]`
-#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct TrustConfig {
     /// How a node with a valid join token becomes a member: `automatic`, or `manual`, after an operator has approved it.
     pub approval: ApprovalRule,
+    /// Time for which the former mesh root is accepted after a rotation.
+    #[serde(with = "units::duration")]
+    pub root_overlap: Duration,
+}
+
+impl Default for TrustConfig {
+    fn default() -> Self {
+        Self {
+            approval: ApprovalRule::default(),
+            root_overlap: Duration::from_secs(30 * 24 * 3600),
+        }
+    }
 }
 
 /// Value of `trust.approval`.
@@ -388,6 +400,7 @@ impl Config {
             ("first_token_limit", self.first_token_limit),
             ("quic.probe_interval", self.quic.probe_interval),
             ("audit.epoch", self.audit.epoch),
+            ("trust.root_overlap", self.trust.root_overlap),
         ];
         if let Some((key, _)) = positive.into_iter().find(|(_, value)| value.is_zero()) {
             return Err(Unsound::Zero(key));

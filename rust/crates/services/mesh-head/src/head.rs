@@ -9,9 +9,8 @@ use arcanum_attestor::Attestor;
 use dcf::ErrorCode;
 use mesh_audit::store::StoreError;
 use mesh_base::allocator;
-use mesh_net::discovery::{Announcement, Discovery};
 use mesh_net::quic::{ConnectError, LinkConfig, Listener};
-use mesh_net::trust::{Admission, NodeIdentity, Role, TrustError, Validity};
+use mesh_net::trust::{Admission, NodeIdentity, TrustError, Validity};
 use mesh_net::udp::BatchSocket;
 use mesh_service::addresses::{self, Addresses};
 use mesh_service::health::Health;
@@ -30,6 +29,7 @@ use crate::front::dcf::serve as serve_dcf_clients;
 use crate::front::http::{self, Keys, KeysError};
 use crate::mesh::Mesh;
 use crate::metrics::HeadMetrics;
+use crate::roots::{Announcer, RootWatch};
 use crate::workers::{bus, links};
 
 /// Starts heads.
@@ -144,13 +144,13 @@ impl Head {
         addresses::remove(&state_dir)?;
         let keys = Keys::load(&state_dir, config.http.api_keys_file.as_deref())?;
         let tls = config.http.tls.open()?;
-        let audit = Recorder::start(&config)?;
-        audit.name_keys(keys.ids());
         let validity = Validity::default();
         let authority = Attestor::open(&state_dir, &config.mesh_name, validity)?;
         let authority = Arc::new(authority.with_approval(config.trust.approval.into()));
         let identity = authority.head_identity(&state_dir, "head", SystemTime::now())?;
         let announced = identity.clone();
+        let audit = Recorder::start(&config, &identity)?;
+        audit.name_keys(keys.ids());
 
         let http_listener = mesh_service::http::bind(config.http.listen).await?;
         let client_socket = Arc::new(BatchSocket::bind(config.dcf.clients)?);
@@ -199,14 +199,22 @@ impl Head {
             tls: tls.clone(),
             identity: announced.clone(),
         };
-        let own_id = announced.node_id();
-        let router = http::router(mesh.clone(), keys, authority, own_id, metrics);
+        mesh.tell_succession(authority.root().succession(SystemTime::now()));
+        let port = addresses["quic"].port();
+        let watch = RootWatch {
+            mesh: mesh.clone(),
+            authority: authority.clone(),
+            own: announced.clone(),
+            announcer: Announcer::start(&mesh.config, &announced, port),
+        };
+        loops.spawn(watch.run());
+        let own = announced.clone();
+        let router = http::router(mesh.clone(), keys, authority, own, metrics);
         let connections = mesh.config.http.connections.clone();
         let (stop, limit) = (shutdown.token(), shutdown.limit());
         let api = mesh_service::http::serve(connections, http_listener, tls, router, stop, limit);
         let api = tokio::spawn(api);
 
-        let discovery = announce(&mesh.config, &announced, addresses["quic"].port());
         addresses::write(&state_dir, &addresses)?;
         let parts = Parts {
             mesh: mesh.clone(),
@@ -215,7 +223,6 @@ impl Head {
             answers,
             api,
             loops,
-            _discovery: discovery,
         };
         let running = tokio::spawn(parts.run());
         Ok(HeadHandle {
@@ -270,8 +277,6 @@ struct Parts {
     answers: TaskTracker,
     api: JoinHandle<io::Result<()>>,
     loops: JoinSet<()>,
-    /// Workers find this head as long as it lives.
-    _discovery: Option<Discovery>,
 }
 
 impl Parts {
@@ -306,29 +311,6 @@ impl Parts {
         }
         drained
     }
-}
-
-/// Announces this head on the LAN, if the configuration allows it. A failure does not keep the head from
-/// starting.
-fn announce(config: &Config, identity: &NodeIdentity, port: u16) -> Option<Discovery> {
-    if !config.mdns {
-        return None;
-    }
-    let root = identity.root_sha256();
-    let announcement = Announcement {
-        role: Role::Head,
-        node_id: identity.node_id(),
-        name: config.mesh_name.clone(),
-        root,
-        port,
-    };
-    let announced = Discovery::start(&root).and_then(|discovery| {
-        discovery.announce(&announcement)?;
-        Ok(discovery)
-    });
-    announced
-        .inspect_err(|error| warn!(%error, "workers cannot find this head on the LAN"))
-        .ok()
 }
 
 /// The head's main loop: prunes, looks after the queue, keeps `/ready` and systemd's status true.

@@ -25,7 +25,9 @@ mod ids;
 mod locks;
 mod mesh;
 mod metrics;
+mod roots;
 mod service;
+mod tally;
 mod workers;
 
 pub use config::Config;

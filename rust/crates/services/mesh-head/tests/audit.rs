@@ -145,3 +145,73 @@ async fn a_head_without_a_trail_writes_none() {
     handle.shutdown().await.unwrap();
     assert!(!dir.path().join("audit").exists());
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn envelopes_of_dcf_messages_are_in_the_trail_and_the_heads_identity_endorses_it() {
+    let head = TestHead::start(|config| {
+        config.dcf.legacy_workers = true;
+        config.drain_limit = std::time::Duration::from_millis(300);
+    })
+    .await;
+    let peer = head.dcf().await;
+    // Two Chunks of three, Health in both versions, and what is no message of a client.
+    let chunk = |index: u16| {
+        let place = [3_u16.to_be_bytes(), index.to_be_bytes()].concat();
+        [&place[..], &[7; 16], b"some text"].concat()
+    };
+    peer.send(0x06, 1, &chunk(0)).await;
+    peer.send(0x06, 1, &chunk(1)).await;
+    peer.send(0x02, 2, b"my secret question").await;
+    peer.send_new(0x02, 3, b"my secret question").await;
+    peer.send(0x7E, 4, b"junk").await;
+    peer.send(0x08, 5, b"").await;
+    peer.send_new(0x08, 6, b"").await;
+    let worker = tokio::net::UdpSocket::bind("127.0.0.1:0").await.unwrap();
+    let bus = head.address("dcf.workers");
+    for kind in [0x08, 0x01] {
+        let port = worker.local_addr().unwrap().port().to_string();
+        let message = support::datagram(kind, 0, port.as_bytes());
+        worker.send_to(&message, bus).await.unwrap();
+    }
+    support::eventually("the worker is there", || async {
+        head.get("/v1/mesh").await.1["workers"][0]["kind"] == "v5.0.0"
+    })
+    .await;
+    // All that was sent before has been taken once this is answered.
+    peer.send(0x08, 7, b"").await;
+    while peer
+        .receive_raw(std::time::Duration::from_secs(5))
+        .await
+        .is_some_and(|answer| answer[..5] != [0x08, 0, 0, 0, 7])
+    {}
+    let TestHead { handle, dir, .. } = head;
+    handle.shutdown().await.unwrap();
+
+    let master = records(dir.path(), "master");
+    let counted = |carrier: &str, message: &str| {
+        let all = of(&master, "message").into_iter();
+        let like = all.filter(|one| one["carrier"] == carrier && one["message"] == message);
+        like.map(|one| one["count"].as_u64().unwrap()).sum::<u64>()
+    };
+    let counts = ["Chunk", "Task", "Health"].map(|kind| counted("dcf", kind));
+    assert_eq!(counts, [2, 2, 3], "{:?}", of(&master, "message"));
+    assert_eq!(
+        ["Health", "Heartbeat"].map(|kind| counted("bus", kind)),
+        [1, 1]
+    );
+    let joins = of(&master, "join");
+    assert!(
+        joins.iter().any(|join| join["how"] == "without identity"),
+        "{joins:?}"
+    );
+    assert!(!format!("{master:?}").contains("secret question"));
+
+    let identity = mesh_net::trust::NodeIdentity::load(dir.path()).unwrap();
+    let archive = Archive::open(&dir.path().join("audit/master")).unwrap();
+    let report = verify(&archive, &Options::default()).unwrap();
+    let key = identity.public_key().unwrap();
+    assert_eq!(report.identity.as_deref(), Some(key.as_bytes()));
+    let document = archive.document().unwrap().unwrap();
+    let document = mesh_net::trust::read_papers(&document).unwrap();
+    assert_eq!((document.key, document.root), (key, identity.root_sha256()));
+}

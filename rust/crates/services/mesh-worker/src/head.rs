@@ -14,7 +14,8 @@ use mesh_net::trust::{
     CERTIFICATE_DATES, DUPLICATE_IDENTITY, EXPELLED, Expulsion, NodeIdentity, Role,
 };
 use mesh_proto::{
-    Expelled, Hello, ModelCard, PROTOCOL_VERSION, Ring, Served, Sources, Welcome, part_cards,
+    Expelled, Hello, ModelCard, PROTOCOL_VERSION, Ring, Served, SignedSuccession, Sources, Welcome,
+    part_cards,
 };
 use mesh_service::health::Health;
 use mesh_service::shutdown::Shutdown;
@@ -300,6 +301,9 @@ impl HeadLink {
                 self.core().change(|core| core.sources_told(lease, sources));
             }
             MsgType::EXPELLED => take_expelled(identity, Expelled::decode(message.payload)?),
+            MsgType::ROOT_SUCCESSION => {
+                take_succession(identity, SignedSuccession::decode(message.payload)?);
+            }
             MsgType::ERROR => {
                 let text = message.error_body().map(|error| error.text.into_owned());
                 tracing::error!(text, "the head reports a problem with this worker");
@@ -367,6 +371,16 @@ fn take_expelled(identity: &NodeIdentity, list: Expelled) {
                 tracing::warn!(%error, "expelled nodes are forgotten at the next start, until the head names them again")
             }
         }
+    });
+}
+
+/// The head names the successor of the mesh root. Whoever renews the certificate hears of it.
+fn take_succession(identity: &NodeIdentity, signed: SignedSuccession) {
+    let identity = identity.clone();
+    tokio::task::spawn_blocking(move || match identity.learn(&signed) {
+        Ok(true) => tracing::info!("the mesh has a new root: this node's certificate is renewed"),
+        Ok(false) => {}
+        Err(error) => tracing::warn!(%error, "the head names a mesh root that is not accepted"),
     });
 }
 

@@ -3,7 +3,8 @@
 use std::net::SocketAddr;
 use std::path::Path;
 
-use mesh_net::quic::{self, JoinError};
+use dcf::ErrorCode;
+use mesh_net::quic::{self, ConnectError, JoinError};
 use mesh_net::trust::{NodeIdentity, TrustError};
 use mesh_service::health::Health;
 use mesh_worker_core::Refusal;
@@ -28,7 +29,7 @@ pub(crate) async fn identify(
     let loaded = NodeIdentity::load(&config.state_dir);
     match (loaded, &token) {
         (Ok(identity), None) => return Ok(Some(identity)),
-        (Ok(identity), Some(token)) if identity.root_sha256() == *token.root_sha256() => {
+        (Ok(identity), Some(token)) if identity.roots().is_of_mesh(token.root_sha256()) => {
             return Ok(Some(identity));
         }
         (Ok(_) | Err(TrustError::NoIdentity { .. }), Some(_)) => {}
@@ -103,7 +104,13 @@ pub(crate) async fn join_again(
         });
     }
     // If this machine or the path to the head fails, a token would be used up for nothing.
-    if not_renewed.is_transient() || !matches!(not_renewed, JoinError::Refused { .. }) {
+    // A certificate of a mesh root that was replaced is refused in the handshake already.
+    let is_refused = match &not_renewed {
+        JoinError::Refused { .. } => true,
+        JoinError::Connect(ConnectError::Refused { code, .. }) => *code == ErrorCode::UNAUTHORIZED,
+        _ => false,
+    };
+    if not_renewed.is_transient() || !is_refused {
         return Err(text.into());
     }
     let credentials = std::env::var_os("CREDENTIALS_DIRECTORY");
@@ -113,7 +120,7 @@ pub(crate) async fn join_again(
         Ok(None) => return Err(format!("{text}{advice}").into()),
         Err(error) => return Err(format!("{text}; {error}{advice}").into()),
     };
-    if *token.root_sha256() != identity.root_sha256() {
+    if !identity.roots().is_of_mesh(token.root_sha256()) {
         let foreign = "the join token is for another mesh: restart the worker to join that one";
         return Err(format!("{text}; {foreign}").into());
     }

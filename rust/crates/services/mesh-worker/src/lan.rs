@@ -36,12 +36,16 @@ impl Lan {
         if !config.mdns {
             return Ok(None);
         }
-        let root = match (read_token(config)?, NodeIdentity::load(&config.state_dir)) {
-            (Some(token), _) => *token.root_sha256(),
-            (None, Ok(identity)) => identity.root_sha256(),
+        let identity = NodeIdentity::load(&config.state_dir);
+        let roots = match (read_token(config)?, identity) {
+            (Some(token), Ok(identity)) if identity.roots().is_of_mesh(token.root_sha256()) => {
+                identity.roots().digests()
+            }
+            (Some(token), _) => vec![*token.root_sha256()],
+            (None, Ok(identity)) => identity.roots().digests(),
             (None, Err(error)) => return Err(unusable(error)),
         };
-        match Discovery::start(&root) {
+        match Discovery::of_roots(&roots) {
             Ok(discovery) => Ok(Some(Lan {
                 discovery: Arc::new(discovery),
                 preferred: Preferred::default(),
@@ -61,6 +65,7 @@ impl Lan {
             node_id: identity.node_id(),
             name: identity.member().name.clone(),
             root: identity.root_sha256(),
+            former_root: identity.former_root(),
             port,
         };
         if let Err(error) = self.discovery.announce(&announcement) {

@@ -15,7 +15,7 @@ use mesh_machine::boot::choice::{Backend, Wish};
 
 pub(crate) use audit::{AuditCommand, TrailArgs};
 pub(crate) use members::{
-    DrainArgs, IdentityCommand, NodesCommand, RebalanceArgs, TokenCommand, UndrainArgs,
+    DrainArgs, IdentityCommand, NodesCommand, RebalanceArgs, RootCommand, TokenCommand, UndrainArgs,
 };
 pub(crate) use models::{ModelsCommand, PinsCommand, PlacesArgs, VerifyArgs};
 pub(crate) use pull::PullArgs;
@@ -98,6 +98,9 @@ pub enum Command {
     /// Show or rotate the ML-DSA identity of a node on this machine
     #[command(subcommand)]
     Identity(IdentityCommand),
+    /// Show or rotate the mesh root, which issues all certificates
+    #[command(subcommand)]
+    Root(RootCommand),
     /// Make, show and withdraw join tokens for new workers
     #[command(subcommand)]
     Token(TokenCommand),
@@ -166,7 +169,8 @@ pub struct HeadArgs {
     #[arg(long, global = true, value_name = "FILE", env = "HYDRAMESH_API_KEY_FILE", value_hint = ValueHint::FilePath)]
     pub api_key_file: Option<PathBuf>,
 
-    /// File with the head's admin key, for plan, drain, undrain, rebalance, nodes, token and models pins [default: admin.key in the head's state folder]
+    /// File with the head's admin key, for plan, drain, undrain, rebalance, nodes, root, token and models
+    /// pins [default: admin.key in the head's state folder]
     #[arg(long, global = true, value_name = "FILE", env = "HYDRAMESH_ADMIN_KEY_FILE", value_hint = ValueHint::FilePath)]
     pub admin_key_file: Option<PathBuf>,
 

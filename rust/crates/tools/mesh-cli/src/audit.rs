@@ -1,5 +1,7 @@
 //! `hydramesh audit`: the audit trails of a head, or exported ones.
 
+mod endorsed;
+
 use std::collections::VecDeque;
 use std::fmt::Display;
 use std::fs;
@@ -21,6 +23,7 @@ use mesh_audit::witness::{Witness, keep, merge_of, merges};
 use mesh_base::{clock, files};
 use serde_json::{Value, json};
 
+use self::endorsed::Endorsed;
 use crate::args::{AuditCommand, HeadArgs, TrailArgs};
 use crate::failure::Failure;
 use crate::output::plain;
@@ -34,6 +37,8 @@ pub(crate) fn run(head: &HeadArgs, command: AuditCommand) -> Result<(), Failure>
             witness,
             since,
             merged,
+            document,
+            root,
             json,
         } => {
             let given = Given {
@@ -42,6 +47,8 @@ pub(crate) fn run(head: &HeadArgs, command: AuditCommand) -> Result<(), Failure>
                 witnesses: read_keys(&witness)?,
                 since,
                 merged,
+                document,
+                root,
             };
             verify_all(&trails(head, &trail)?, &given, json)
         }
@@ -172,6 +179,8 @@ struct Given {
     witnesses: Vec<Vkey>,
     since: Vec<PathBuf>,
     merged: Option<PathBuf>,
+    document: Option<PathBuf>,
+    root: Option<PathBuf>,
 }
 
 impl Given {
@@ -202,7 +211,9 @@ fn verify_all(trails: &[(String, PathBuf)], given: &Given, json: bool) -> Result
     let mut shown = Vec::new();
     let mut wrong = 0;
     for (name, dir) in trails {
-        let report = verified(dir, given)?;
+        let mut report = verified(dir, given)?;
+        let document = given.document.as_deref();
+        let endorsed = endorsed::check(&mut report, &open(dir)?, document, given.root.as_ref())?;
         wrong += report.findings.len();
         let merged = match &given.merged {
             Some(other) => merges(&open(dir)?, &open(other)?).map_err(failed)?,
@@ -210,9 +221,9 @@ fn verify_all(trails: &[(String, PathBuf)], given: &Given, json: bool) -> Result
         };
         wrong += merged.iter().filter(|(_, holds)| !holds).count();
         if json {
-            shown.push(as_json(name, &report, &merged));
+            shown.push(as_json(name, &report, &endorsed, &merged));
         } else {
-            print(&as_text(name, &report, &merged))?;
+            print(&as_text(name, &report, &endorsed, &merged))?;
         }
     }
     if json {
@@ -246,7 +257,7 @@ fn verified(dir: &Path, given: &Given) -> Result<Report, Failure> {
     }
 }
 
-fn as_text(name: &str, report: &Report, merged: &[(u64, bool)]) -> String {
+fn as_text(name: &str, report: &Report, endorsed: &Endorsed, merged: &[(u64, bool)]) -> String {
     let mut text = format!("{name}: {} ({} records", plain(&report.origin), report.size);
     if report.signed < report.size {
         text += &format!(", {} of them signed so far", report.signed);
@@ -269,10 +280,7 @@ fn as_text(name: &str, report: &Report, merged: &[(u64, bool)]) -> String {
     if report.coded > 0 {
         text += &format!("  codes of {} records checked\n", report.coded);
     }
-    if let Some(key) = &report.identity {
-        let id = HEXLOWER.encode(&mesh_audit::keys::node_id(key));
-        text += &format!("  keys endorsed by node {id}\n");
-    }
+    text += &endorsed.as_text();
     for (witness, size) in &report.witnessed {
         text += &format!("  {} records cosigned by {}\n", size, plain(witness));
     }
@@ -301,7 +309,7 @@ fn as_text(name: &str, report: &Report, merged: &[(u64, bool)]) -> String {
     text
 }
 
-fn as_json(name: &str, report: &Report, merged: &[(u64, bool)]) -> Value {
+fn as_json(name: &str, report: &Report, endorsed: &Endorsed, merged: &[(u64, bool)]) -> Value {
     let findings = report.findings.iter().map(|finding| {
         json!({
             "file": finding.file,
@@ -318,6 +326,7 @@ fn as_json(name: &str, report: &Report, merged: &[(u64, bool)]) -> Value {
         "pruned": report.pruned,
         "epochs": report.epochs,
         "codes_checked": report.coded,
+        "endorsed": endorsed.as_json(),
         "witnessed": report.witnessed,
         "merged": merged,
         "findings": findings.collect::<Vec<Value>>(),

@@ -24,6 +24,7 @@ mod pair;
 mod probe;
 mod profile;
 mod rings;
+mod root;
 mod status;
 mod token;
 mod what_if;
@@ -76,6 +77,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
             Command::Models(command) => models::run(head, command).await,
             Command::Nodes(command) => nodes::run(head, command).await,
             Command::Identity(command) => identity::run(command),
+            Command::Root(command) => root::run(head, command).await,
             Command::Token(command) => token::run(head, command).await,
             Command::Bench(args) => bench::run(head, args).await,
             _ => unreachable!("done above"),

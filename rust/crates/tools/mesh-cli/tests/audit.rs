@@ -4,8 +4,10 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
 use mesh_audit::home::Tier;
+use mesh_audit::keys::Identity;
 use mesh_audit::record::Event;
 use mesh_audit::writer::{Audit, Settings};
+use mesh_net::trust::{Applicant, DenyList, MeshRoot, NodeIdentity, Role, Subject, Validity};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -187,4 +189,101 @@ fn keys_of_the_chain_witnesses_and_merges_are_checked() {
     assert!(told.contains("another process writes"), "{told}");
     home.output(&["verify"]);
     running.stop();
+}
+
+/// A head of a mesh, whose identity endorses a trail.
+struct Head(NodeIdentity);
+
+impl Head {
+    fn of(root: &MeshRoot, dir: &Path) -> Self {
+        let applicant = Applicant::open(dir).unwrap();
+        let subject = Subject {
+            request: &applicant.request().unwrap(),
+            name: "head",
+            role: Role::Head,
+            identity: applicant.public_key(),
+        };
+        let now = std::time::SystemTime::now();
+        let issued = root.issue(&subject, &Validity::default(), now).unwrap();
+        let deny_list = DenyList::open(dir).unwrap();
+        Self(NodeIdentity::store(dir, applicant, issued, deny_list).unwrap())
+    }
+}
+
+impl Identity for Head {
+    fn public_key(&self) -> Vec<u8> {
+        self.0.public_key().unwrap().as_bytes().to_vec()
+    }
+
+    fn sign(&self, context: &'static [u8], message: &[u8]) -> Vec<u8> {
+        self.0.identity_key().unwrap().sign(context, message)
+    }
+
+    fn document(&self) -> Option<Vec<u8>> {
+        self.0.papers()
+    }
+}
+
+#[test]
+fn verification_tells_which_head_endorses_a_trail_and_which_root_signed_that_heads_document() {
+    let home = Home::new(&["attic"]);
+    let told = home.output(&["verify"]);
+    assert!(told.contains("keys not endorsed by a node"), "{told}");
+    let roots = ["attic", "barn"].map(|mesh| {
+        let root = MeshRoot::load_or_create(&home.path(mesh), mesh).unwrap();
+        let head = Head::of(&root, &home.path(mesh));
+        (root, head)
+    });
+    let [(root, head), _] = roots;
+    let id = head.0.node_id();
+    let audit = home.path("state/audit");
+    let audit = Audit::start(&audit, Settings::default(), Some(Box::new(head))).unwrap();
+    audit.stop();
+
+    let master = ["--tier", "master"];
+    let verify = |more: &[&'static str]| [&["verify"], &master[..], more].concat();
+    let digest: String = root
+        .sha256()
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect();
+    let told = home.output(&verify(&[]));
+    for part in [
+        format!("keys endorsed by node {id}"),
+        "the head head of the mesh attic".to_owned(),
+        format!("signed by the mesh root {digest} (not compared"),
+    ] {
+        assert!(told.contains(&part), "{part} is not in {told}");
+    }
+    let told = home.output(&verify(&["--root", "attic/root.crt"]));
+    assert!(told.contains("the one that was given"), "{told}");
+    let shown = home.output(&verify(&["--json"]));
+    let shown: Value = serde_json::from_str(&shown).unwrap();
+    assert_eq!(shown[0]["endorsed"]["node"], id);
+    assert_eq!(shown[0]["endorsed"]["document"]["root"], digest);
+
+    // Another mesh's root, another head's document, and a changed one.
+    let told = home.failure(&verify(&["--root", "barn/root.crt"]), 1);
+    assert!(told.contains("another mesh root signed it"), "{told}");
+    let told = home.failure(&verify(&["--document", "barn/identity.doc"]), 1);
+    assert!(told.contains("it is about"), "{told}");
+    home.output(&["export", "exported"]);
+    let exported =
+        |more: &[&'static str]| [&["verify", "--trail", "exported/master"], more].concat();
+    home.output(&exported(&["--root", "attic/root.crt"]));
+    let document = home.path("exported/master/identity.doc");
+    change(&document, 3000);
+    let told = home.failure(&exported(&[]), 1);
+    assert!(told.contains("WRONG identity.doc"), "{told}");
+    std::fs::remove_file(document).unwrap();
+    let told = home.output(&exported(&[]));
+    assert!(told.contains("without a document"), "{told}");
+    let told = home.failure(&exported(&["--root", "attic/root.crt"]), 1);
+    assert!(told.contains("there is no document"), "{told}");
+    home.output(&exported(&[
+        "--root",
+        "attic/root.crt",
+        "--document",
+        "attic/identity.doc",
+    ]));
 }

@@ -2,9 +2,10 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant, SystemTime};
 
+use data_encoding::HEXLOWER;
 use mesh_base::clock::{self, unix_seconds};
 use mesh_identity::PublicKey;
 use mesh_net::trust::{
@@ -22,7 +23,8 @@ use crate::tokens::{Revocation, TokenRecord, TokenSpec, Tokens};
 /// remains one until it is expelled. Names of workers are unique.
 #[derive(Debug)]
 pub struct Attestor {
-    root: MeshRoot,
+    /// Changes only after its file has changed.
+    root: RwLock<MeshRoot>,
     dir: PathBuf,
     /// Changes only after its files have changed, in one assignment.
     enrolment: Mutex<Enrolment>,
@@ -62,7 +64,7 @@ impl Attestor {
             return Err(TrustError::missing(&expelled, &members));
         }
         Ok(Self {
-            root,
+            root: RwLock::new(root),
             dir: dir.to_owned(),
             enrolment: Mutex::new(Enrolment { tokens, roster }),
             approval: Approval::default(),
@@ -79,8 +81,43 @@ impl Attestor {
     }
 
     /// Root of the mesh.
-    pub fn root(&self) -> &MeshRoot {
-        &self.root
+    pub fn root(&self) -> MeshRoot {
+        let root = self.root.read();
+        root.unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Makes a root that takes the place of the present one; both are accepted until then. Blocks on the
+    /// disk.
+    ///
+    /// # Errors
+    /// If a rotation is under way, or the root cannot be written.
+    pub fn rotate_root(&self, until: SystemTime, now: SystemTime) -> Result<MeshRoot, TrustError> {
+        let mut root = self.root.write().unwrap_or_else(PoisonError::into_inner);
+        let former = root.sha256();
+        *root = root.rotate(&self.dir, until, now)?;
+        tracing::warn!(
+            event = "root rotated",
+            root = HEXLOWER.encode(&root.sha256()),
+            former = HEXLOWER.encode(&former),
+            until = clock::utc(until),
+            "the mesh has a new root"
+        );
+        Ok(root.clone())
+    }
+
+    /// Drops the former root once its time is over. Returns true if there was one. Blocks on the disk.
+    ///
+    /// # Errors
+    /// If the root cannot be written.
+    pub fn drop_former_root(&self, now: SystemTime) -> Result<bool, TrustError> {
+        let mut root = self.root.write().unwrap_or_else(PoisonError::into_inner);
+        // Its statement relates the files of the head to the new root.
+        root.settle(&self.dir)?;
+        match root.without_former(&self.dir, now)? {
+            Some(alone) => *root = alone,
+            None => return Ok(false),
+        }
+        Ok(true)
     }
 
     /// The head's own identity, kept in `dir`: loaded when it is of this mesh and holds now, else issued. One whose dates lie
@@ -101,9 +138,11 @@ impl Attestor {
                 "this head's clock is wrong; set it, for example with `timedatectl set-ntp true`"
             );
         }
+        let root = self.root();
+        root.settle(dir)?;
         let mut former = None;
         match NodeIdentity::load_with(dir, self.deny_list.clone()) {
-            Ok(identity) if identity.root() != self.root.certificate() => {
+            Ok(identity) if identity.root() != *root.certificate() => {
                 return Err(TrustError::MixedUp {
                     path: dir.join(NODE_CERTIFICATE_FILE),
                     reason: "it is of another root than root.key".to_owned(),
@@ -139,7 +178,7 @@ impl Attestor {
             role: Role::Head,
             identity: key.as_ref(),
         };
-        let issued = self.root.issue(&subject, &self.validity, now)?;
+        let issued = root.issue(&subject, &self.validity, now)?;
         let identity = NodeIdentity::store(dir, applicant, issued, self.deny_list.clone())?;
         if let Some(former) = rotated {
             self.replace(&former, &identity.node_id(), now)?;
@@ -254,7 +293,7 @@ impl Attestor {
     /// # Errors
     /// If there are too many, or the list cannot be written.
     pub fn issue_token(&self, spec: &TokenSpec, now: SystemTime) -> Result<JoinToken, TrustError> {
-        let root = self.root.sha256();
+        let root = self.root().sha256();
         self.change(|enrolment| enrolment.tokens.create(root, spec, now))
     }
 
@@ -406,7 +445,8 @@ impl Admission for Attestor {
                     identity: ask.identity,
                 };
                 // A request that cannot be granted costs no token.
-                let issued = self.root.issue(&subject, &self.validity, now)?;
+                let root = self.root();
+                let issued = root.issue_under(&ask.root, &subject, &self.validity, now)?;
                 let member = Member::from_certificate(&issued.certificates[0])?;
                 enrolment.roster.note(&member, now);
                 enrolment.roster.note_token(&node_id, ask.token_id);
@@ -467,7 +507,8 @@ impl Admission for Attestor {
         if rotates {
             self.refuse_frequent_rotation(member, now)?;
         }
-        let issued = self.root.issue(&subject, &self.validity, now)?;
+        let root = self.root();
+        let issued = root.issue_under(&ask.root, &subject, &self.validity, now)?;
         if rotates {
             self.replace(member, &node_id, now)?;
         }
@@ -503,7 +544,7 @@ impl Admission for Attestor {
     }
 
     fn mesh(&self) -> String {
-        self.root.mesh().to_owned()
+        self.root().mesh().to_owned()
     }
 }
 

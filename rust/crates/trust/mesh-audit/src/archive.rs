@@ -3,7 +3,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-use crate::folder::{CHECKPOINT, COSIGNED, EPOCHS, JOURNAL, KEYS};
+use crate::folder::{CHECKPOINT, COSIGNED, DOCUMENT, EPOCHS, JOURNAL, KEYS};
 use crate::journal::{self, Frame, Header};
 use crate::keys::PublicKeys;
 use crate::merkle::{Edge, TILE_WIDTH, Tile, leaf_hash};
@@ -94,6 +94,14 @@ impl Archive {
         let text = read(&path, LONGEST_NOTE)?.unwrap_or_default();
         let text = String::from_utf8_lossy(&text);
         PublicKeys::read(&text).map_err(|reason| ArchiveError::Damaged { path, reason })
+    }
+
+    /// The mesh root's document about the identity that endorses the keys, if it lies beside the trail.
+    ///
+    /// # Errors
+    /// If it cannot be read.
+    pub fn document(&self) -> io::Result<Option<Vec<u8>>> {
+        read(&self.dir.join(DOCUMENT), LONGEST_NOTE)
     }
 
     /// Size of the published checkpoint; 0 if there is none that can be read.
@@ -216,7 +224,7 @@ impl Archive {
         } else {
             self.write_tail(tail, start, &mut edge, &mut batch, to)?;
         }
-        for name in [KEYS, EPOCHS, COSIGNED] {
+        for name in [KEYS, DOCUMENT, EPOCHS, COSIGNED] {
             copy_all(&self.dir.join(name), &to.join(name), &mut batch)?;
         }
         batch.write(&to.join(CHECKPOINT), note)?;

@@ -33,6 +33,7 @@ pub(crate) struct EpochStart {
 pub(crate) const JOURNAL: &str = "journal";
 pub(crate) const CHECKPOINT: &str = "checkpoint";
 pub(crate) const KEYS: &str = "keys";
+pub(crate) const DOCUMENT: &str = "identity.doc";
 pub(crate) const EPOCHS: &str = "epoch";
 pub(crate) const COSIGNED: &str = "cosigned";
 pub(crate) const CHAIN_KEY: &str = "chain.key";

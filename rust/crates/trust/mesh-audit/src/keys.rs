@@ -283,6 +283,11 @@ pub trait Identity {
     fn public_key(&self) -> Vec<u8>;
     /// Signs a message under a context (FIPS 204, algorithm 2): 3,309 bytes.
     fn sign(&self, context: &'static [u8], message: &[u8]) -> Vec<u8>;
+    /// The mesh root's document about this identity, which is kept beside the keys that it endorses. The
+    /// trail does not look into it.
+    fn document(&self) -> Option<Vec<u8>> {
+        None
+    }
 }
 
 /// Id of the node with this public key: its SHA-256.

@@ -20,6 +20,7 @@
 
 pub mod archive;
 pub mod chain;
+mod endorse;
 mod folder;
 pub mod home;
 mod journal;

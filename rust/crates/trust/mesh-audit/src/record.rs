@@ -58,7 +58,7 @@ pub enum Event {
         name: Text,
         /// Its address.
         from: Text,
-        /// `joined` or `connected`.
+        /// `joined`, `renewed` or `connected`; `without identity` for workers of DCF v5.
         how: Text,
         /// Id of the token.
         #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -90,7 +90,7 @@ pub enum Event {
         node: Text,
         /// Its name.
         name: Text,
-        /// `expelled` or `readmitted`.
+        /// `approved`, `expelled` or `readmitted`; `replaced` where the node has rotated its identity.
         decision: Text,
         /// The operator's reason.
         reason: Text,
@@ -105,6 +105,13 @@ pub enum Event {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         note: Option<Text>,
     },
+    /// The mesh root was rotated.
+    Root {
+        /// Digest of the new root's certificate.
+        root: Text,
+        /// `rotated`, or `alone` when the former one is not accepted any more.
+        decision: Text,
+    },
     /// A worker loaded models or withdrew them, or an operator decided what a name means.
     Model {
         /// Id of the node; empty for an operator's decision.
@@ -116,7 +123,7 @@ pub enum Event {
         /// Names of the models.
         models: Vec<Text>,
     },
-    /// Members of a ring were replaced because some were lost.
+    /// Members of a ring were replaced because some were lost, or a request goes on with another worker.
     Failover {
         /// Name of the model.
         model: Text,

@@ -2,7 +2,8 @@
 //!
 //! | file | contents |
 //! |---|---|
-//! | `keys` | the public keys |
+//! | `keys` | the public keys, with the endorsement of the node's identity |
+//! | `identity.doc` | the mesh root's document about that identity |
 //! | `checkpoint`, `tile/` | the published trail in the format of C2SP tlog-tiles |
 //! | `epoch/N` | the checkpoint at the end of epoch N, with its SLH-DSA signature |
 //! | `cosigned/N` | the checkpoint of size N with cosignatures of others |
@@ -21,6 +22,7 @@ use serde::{Deserialize, Serialize};
 use zeroize::{Zeroize, Zeroizing};
 
 use crate::chain::{ChainKey, Mac, first_link};
+use crate::endorse::endorse;
 use crate::folder::{CHAIN_KEY, CHECKPOINT, EPOCHS, EpochStart, JOURNAL, KEYS};
 use crate::journal::{self, Frame, Header};
 use crate::keys::{Identity, PublicKeys, TrailKeys};
@@ -116,6 +118,7 @@ impl Store {
             create(dir, origin, &keys, identity, now)?;
         }
         let (chain, epoch) = read_chain(dir)?;
+        let public = keys.clone();
         let Stored {
             trail,
             base,
@@ -125,6 +128,9 @@ impl Store {
             journal_bytes,
             recovered,
         } = recover::read(dir, keys, chain, epoch)?;
+        if let Some(identity) = identity {
+            endorse(dir, &public, trail.origin(), identity)?;
+        }
         let path = dir.join(JOURNAL);
         let journal = open_journal(&path)?;
         if journal.metadata()?.len() > journal_bytes {
@@ -146,6 +152,8 @@ impl Store {
             buffer: Vec::new(),
             torn: false,
         };
+        // First: nothing follows the end of an epoch in the same one.
+        store.finish_epoch(now)?;
         if recovered.is_notable() {
             let (unsigned, cut_bytes) = (recovered.unsigned, recovered.cut_bytes);
             store.append(
@@ -157,7 +165,6 @@ impl Store {
             )?;
             store.sync(now)?;
         }
-        store.finish_epoch(now)?;
         Ok((store, recovered))
     }
 

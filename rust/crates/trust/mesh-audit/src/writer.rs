@@ -81,7 +81,7 @@ struct Shared {
 #[derive(Debug)]
 enum Item {
     Event(Tier, Box<Event>),
-    Message(Envelope),
+    Messages(Envelope, Tally),
 }
 
 /// What a message shows of itself without its contents.
@@ -93,8 +93,17 @@ pub struct Envelope {
     pub message: String,
     /// Id of the node, or address of the client.
     pub from: String,
-    /// Bytes of its payload.
+}
+
+/// Messages that differ in nothing but time and length.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Tally {
+    /// Number of messages.
+    pub count: u64,
+    /// Payload bytes of all of them.
     pub bytes: u64,
+    /// Time of the first one, in milliseconds since the Unix epoch.
+    pub since: u64,
 }
 
 impl Audit {
@@ -141,9 +150,19 @@ impl Audit {
         self.send(Item::Event(tier, Box::new(event)));
     }
 
-    /// Records the envelope of an accepted message.
-    pub fn message(&self, envelope: Envelope) {
-        self.send(Item::Message(envelope));
+    /// Records the envelope of an accepted message with so many payload bytes.
+    pub fn message(&self, envelope: Envelope, bytes: u64) {
+        let tally = Tally {
+            count: 1,
+            bytes,
+            since: now(),
+        };
+        self.messages(envelope, tally);
+    }
+
+    /// Records the envelope of messages that were counted already.
+    pub fn messages(&self, envelope: Envelope, tally: Tally) {
+        self.send(Item::Messages(envelope, tally));
     }
 
     fn send(&self, item: Item) {
@@ -203,8 +222,8 @@ struct Writer {
     lock: Lock,
     identity: Option<Box<dyn Identity + Send>>,
     stores: BTreeMap<Tier, Store>,
-    /// Messages that were counted and not recorded yet: number, bytes and time of the first one.
-    messages: BTreeMap<Envelope, (u64, u64, u64)>,
+    /// Messages that were counted and not recorded yet.
+    messages: BTreeMap<Envelope, Tally>,
     counts: Arc<Counts>,
     /// Time of the first record that is not synced.
     unsynced: Option<Instant>,
@@ -266,26 +285,24 @@ impl Writer {
         self.counts.waiting.fetch_sub(1, Ordering::Relaxed);
         match item {
             Item::Event(tier, event) => self.write(tier, &event),
-            Item::Message(envelope) if self.settings.message_interval.is_zero() => {
-                let bytes = envelope.bytes;
-                self.write(Tier::Master, &messages(&envelope, 1, bytes, now()));
+            Item::Messages(envelope, tally) if self.settings.message_interval.is_zero() => {
+                self.write(Tier::Master, &messages(&envelope, tally));
             }
-            Item::Message(envelope) => {
-                let bytes = envelope.bytes;
-                let like = Envelope {
+            Item::Messages(envelope, tally) => {
+                let counted = self.messages.entry(envelope).or_insert(Tally {
+                    count: 0,
                     bytes: 0,
-                    ..envelope
-                };
-                let counted = self.messages.entry(like).or_insert_with(|| (0, 0, now()));
-                counted.0 += 1;
-                counted.1 += bytes;
+                    ..tally
+                });
+                counted.count += tally.count;
+                counted.bytes = counted.bytes.saturating_add(tally.bytes);
             }
         }
     }
 
     fn flush_messages(&mut self) {
-        for (envelope, (count, bytes, since)) in std::mem::take(&mut self.messages) {
-            self.write(Tier::Master, &messages(&envelope, count, bytes, since));
+        for (envelope, tally) in std::mem::take(&mut self.messages) {
+            self.write(Tier::Master, &messages(&envelope, tally));
         }
     }
 
@@ -390,14 +407,14 @@ impl Writer {
     }
 }
 
-fn messages(envelope: &Envelope, count: u64, bytes: u64, since: u64) -> Event {
+fn messages(envelope: &Envelope, tally: Tally) -> Event {
     Event::Message {
         carrier: envelope.carrier.into(),
         message: Text::from(&envelope.message),
         from: Text::from(&envelope.from),
-        count,
-        bytes,
-        since,
+        count: tally.count,
+        bytes: tally.bytes,
+        since: tally.since,
     }
 }
 
@@ -451,12 +468,12 @@ mod tests {
         audit.record(Tier::Master, leave());
         audit.record(Tier::Goodlife, leave());
         for bytes in [10, 20, 30] {
-            audit.message(Envelope {
+            let envelope = Envelope {
                 carrier: "bus",
                 message: "SealedHeartbeat".to_owned(),
                 from: "a".to_owned(),
-                bytes,
-            });
+            };
+            audit.message(envelope, bytes);
         }
         audit.stop();
         audit.record(Tier::Master, leave());

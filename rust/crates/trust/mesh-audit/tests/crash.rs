@@ -182,6 +182,29 @@ fn a_crash_at_the_end_of_an_epoch_ends_it_later() {
 }
 
 #[test]
+fn a_crash_before_the_end_of_an_epoch_is_signed_ends_it_before_the_report() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut store = open(dir.path());
+    append(&mut store, 5);
+    let key = fs::read(dir.path().join("chain.key")).unwrap();
+    store.end_epoch(START).unwrap();
+    drop(store);
+    fs::write(dir.path().join("chain.key"), key).unwrap();
+    fs::remove_file(dir.path().join("epoch/0")).unwrap();
+    // The group with the last record of the epoch was not signed.
+    let journal = dir.path().join("journal");
+    let bytes = fs::read(&journal).unwrap();
+    let seal = bytes.windows(4).rposition(|four| four == b"HMA1").unwrap();
+    fs::write(&journal, &bytes[..seal]).unwrap();
+    let (mut store, recovered) = reopen(dir.path()).unwrap();
+    assert_eq!((recovered.unsigned, store.epoch()), (6, 1));
+    store.publish(START).unwrap();
+    drop(store);
+    let report = assert_whole(dir.path());
+    assert_eq!((report.epochs, report.size), (1, 7));
+}
+
+#[test]
 fn a_live_trail_may_have_an_incomplete_end() {
     let dir = tempfile::tempdir().unwrap();
     let mut store = open(dir.path());

@@ -39,6 +39,8 @@ named_numbers! { MsgType, "type":
     DRAIN = 0x14, "Drain";
     /// The nodes that an operator has expelled, all of them; head to worker.
     EXPELLED = 0x15, "Expelled";
+    /// The mesh root has a successor; head to worker.
+    ROOT_SUCCESSION = 0x17, "RootSuccession";
     /// A request for text, first message of its stream; head to worker.
     GENERATE = 0x20, "Generate";
     /// New tokens of an answer.

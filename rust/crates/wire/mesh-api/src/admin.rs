@@ -119,6 +119,41 @@ pub struct RevokedToken {
     pub revoked: bool,
 }
 
+/// The mesh root.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(default)]
+pub struct Root {
+    /// Name of the mesh.
+    pub mesh: String,
+    /// SHA-256 of the root's certificate, which join tokens pin.
+    pub root: String,
+    /// The root before it, while it is accepted.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub former: Option<FormerRoot>,
+}
+
+/// A mesh root that another one replaces.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(default)]
+pub struct FormerRoot {
+    /// SHA-256 of its certificate.
+    pub root: String,
+    /// End of the time in which it is accepted, in seconds since 1970.
+    pub accepted_until: u64,
+}
+
+/// A rotation of the mesh root.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(default, deny_unknown_fields)]
+pub struct RotateRootRequest {
+    /// Time for which both roots are accepted; by default the head's `trust.root_overlap`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub overlap_seconds: Option<u64>,
+}
+
 /// The nodes that the head knows.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]

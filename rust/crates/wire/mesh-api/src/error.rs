@@ -78,6 +78,8 @@ codes! {
     AmbiguousNode = 400, "ambiguous_node";
     /// 400: several workers have this name; use a node id.
     AmbiguousWorker = 400, "ambiguous_worker";
+    /// 409: the mesh root is being rotated already.
+    RotationUnderWay = 409, "rotation_under_way";
     /// 409: the model has no ring that could be compared.
     CannotRebalance = 409, "cannot_rebalance";
     /// 400: prompt and answer do not fit the context of the model.

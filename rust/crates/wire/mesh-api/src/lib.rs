@@ -36,10 +36,10 @@ mod rings;
 mod schema;
 
 pub use admin::{
-    CreateTokenRequest, DrainProgress, ExpelRequest, Node, NodeChange, NodeList, NodeRequest, Pin,
-    PinDecision, PinList, PlanResponse, RebalanceRequest, RebalanceResponse, RevokedToken,
-    RingComparison, RingLayout, RingPlan, Token, TokenCreated, TokenList, TokenRequest, TokenUse,
-    WorkerRequest,
+    CreateTokenRequest, DrainProgress, ExpelRequest, FormerRoot, Node, NodeChange, NodeList,
+    NodeRequest, Pin, PinDecision, PinList, PlanResponse, RebalanceRequest, RebalanceResponse,
+    RevokedToken, RingComparison, RingLayout, RingPlan, Root, RotateRootRequest, Token,
+    TokenCreated, TokenList, TokenRequest, TokenUse, WorkerRequest,
 };
 pub use completion::{
     Alternatives, ChatChoice, ChatChunkChoice, ChatCompletion, ChatCompletionChunk, ChatDelta,

@@ -12,7 +12,8 @@ use crate::{
     DrainProgress, EditImageRequest, ErrorResponse, ExpelRequest, Health, ImageStreamEvent,
     ImagesResponse, ListModelsResponse, Mesh, Model, NodeChange, NodeList, NodeRequest,
     PinDecision, PinList, PlanResponse, Readiness, RebalanceRequest, RebalanceResponse,
-    RevokedToken, TokenCreated, TokenList, TokenRequest, WorkerRequest, paths, schema,
+    RevokedToken, Root, RotateRootRequest, TokenCreated, TokenList, TokenRequest, WorkerRequest,
+    paths, schema,
 };
 
 /// Who may call an operation.
@@ -225,6 +226,11 @@ impl Document {
         let summary = "Revokes an open join token.";
         let revoke = post(paths::REVOKE_TOKEN, "revokeToken", summary).errors(errors);
         self.administer::<TokenRequest, RevokedToken>(revoke);
+
+        let root = get(paths::ROOT, "getRoot", "Shows the mesh root.");
+        self.administer::<(), Root>(root);
+        let rotate = post(paths::ROTATE_ROOT, "rotateRoot", "Rotates the mesh root.");
+        self.administer::<RotateRootRequest, Root>(rotate.errors(&[409, 500]));
 
         let summary = "Lists all nodes that the head knows.";
         let list = get(paths::NODES, "listNodes", summary).errors(&[500]);

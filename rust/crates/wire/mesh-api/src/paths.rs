@@ -22,6 +22,10 @@ pub const MESH: &str = "/v1/mesh";
 pub const TOKENS: &str = "/v1/mesh/tokens";
 /// Revokes a join token.
 pub const REVOKE_TOKEN: &str = "/v1/mesh/tokens/revoke";
+/// The mesh root.
+pub const ROOT: &str = "/v1/mesh/root";
+/// Rotates the mesh root.
+pub const ROTATE_ROOT: &str = "/v1/mesh/root/rotate";
 /// The nodes that the head knows.
 pub const NODES: &str = "/v1/mesh/nodes";
 /// Expels a node.

@@ -50,6 +50,8 @@ messages! {
         identity: Vec<u8> = [bytes = "vec", tag = 1],
         /// The ML-DSA key that signed it.
         root: Option<RootIdentity> = [message, optional, tag = 2],
+        /// Certificate (DER) of the mesh root with that key; empty in files of earlier versions.
+        certificate: Vec<u8> = [bytes = "vec", tag = 3],
     }
 
     /// The ML-DSA key of a mesh root.
@@ -58,5 +60,40 @@ messages! {
         public_key: Vec<u8> = [bytes = "vec", tag = 1],
         /// Signature of the certificate's key over the public key, for roots whose certificate does not name it.
         voucher: Vec<u8> = [bytes = "vec", tag = 2],
+    }
+
+    /// The statement of two mesh roots that the second takes the place of the first, in the `body` of
+    /// [`SignedSuccession`].
+    pub struct RootSuccession {
+        /// Version of the statement; 1 here.
+        version: u32 = [uint32, tag = 1],
+        /// Name of the mesh.
+        mesh: String = [string, tag = 2],
+        /// Certificate of the root whose place is taken, DER.
+        former: Vec<u8> = [bytes = "vec", tag = 3],
+        /// Its ML-DSA key.
+        former_key: Option<RootIdentity> = [message, optional, tag = 4],
+        /// Certificate of the root that takes its place, DER.
+        next: Vec<u8> = [bytes = "vec", tag = 5],
+        /// Its ML-DSA key.
+        next_key: Option<RootIdentity> = [message, optional, tag = 6],
+        /// End of the time in which both are accepted, seconds since the Unix epoch.
+        until: u64 = [uint64, tag = 7],
+    }
+
+    /// A [`RootSuccession`] with the signatures of both roots' ML-DSA keys (DCF 0x17).
+    pub struct SignedSuccession {
+        /// The encoded statement; both signatures are over these bytes.
+        body: Vec<u8> = [bytes = "vec", tag = 1],
+        /// Signature of the former root.
+        former_signature: Vec<u8> = [bytes = "vec", tag = 2],
+        /// Signature of the next root.
+        next_signature: Vec<u8> = [bytes = "vec", tag = 3],
+    }
+
+    /// The successions that a node knows, in its state directory.
+    pub struct RootHistory {
+        /// Oldest first.
+        successions: Vec<SignedSuccession> = [message, repeated, tag = 1],
     }
 }

@@ -21,7 +21,10 @@ mod image;
 mod ring;
 mod share;
 
-pub use identity::{IdentityDocument, IdentityProof, RootIdentity, SignedIdentity, StoredIdentity};
+pub use identity::{
+    IdentityDocument, IdentityProof, RootHistory, RootIdentity, RootSuccession, SignedIdentity,
+    SignedSuccession, StoredIdentity,
+};
 pub use image::{
     IMAGE_PART, ImageCard, ImageData, ImageStep, ImageTask, InitialImage, PREVIEW_SHARE,
     image_file_bytes, image_state_bytes, initial_image_bytes, part_cards, preview_bytes,
@@ -498,6 +501,8 @@ messages! {
         node_name: String = [string, tag = 4],
         /// Proof of the node's identity; absent from nodes of earlier versions.
         identity: Option<IdentityProof> = [message, optional, tag = 5],
+        /// SHA-256 of the root that the token pins; empty from nodes of earlier versions.
+        root: Vec<u8> = [bytes = "vec", tag = 15],
     }
 
     /// The answer to [`JoinRequest`] (DCF 0x31).
@@ -510,6 +515,11 @@ messages! {
         identity: Vec<u8> = [bytes = "vec", tag = 3],
         /// The ML-DSA key of the mesh root, which signed it.
         root: Option<RootIdentity> = [message, optional, tag = 4],
+        /// While the mesh root is rotated: a certificate of the former root for the same key, DER, for peers
+        /// that know that one only.
+        former: Vec<u8> = [bytes = "vec", tag = 15],
+        /// While the mesh root is rotated: the statement of both.
+        succession: Option<SignedSuccession> = [message, optional, tag = 16],
     }
 
     /// Asks for a fresh certificate before the old one ends (DCF 0x32), on an authenticated link; answered by 0x31.
@@ -520,6 +530,8 @@ messages! {
         identity: Option<IdentityProof> = [message, optional, tag = 2],
         /// Proof of the identity that takes its place, if the node's key is rotated.
         successor: Option<IdentityProof> = [message, optional, tag = 3],
+        /// SHA-256 of the newest root that the node knows; empty from nodes of earlier versions.
+        root: Vec<u8> = [bytes = "vec", tag = 15],
     }
 }
 

@@ -129,10 +129,11 @@ impl ConnectError {
         match error {
             ConnectionError::TimedOut => Self::NoAnswer { address },
             ConnectionError::TransportError(error) if is_tls_alert(error.code) => {
-                Self::PeerNotTrusted {
-                    address,
-                    reason: error.reason,
-                }
+                let reason = match error.reason.contains("UnknownIssuer") {
+                    true => format!("{}; {ROOT_ADVICE}", error.reason),
+                    false => error.reason,
+                };
+                Self::PeerNotTrusted { address, reason }
             }
             ref error if is_date_alert(error) => Self::Refused {
                 address,
@@ -143,7 +144,7 @@ impl ConnectError {
                 Self::Refused {
                     address,
                     code: ErrorCode::UNAUTHORIZED,
-                    text: format!("it does not accept our certificate ({close})"),
+                    text: format!("it does not accept our certificate ({close}); {ROOT_ADVICE}"),
                 }
             }
             error => match Closed::from(error) {
@@ -357,5 +358,8 @@ fn is_tls_alert(code: quinn::TransportErrorCode) -> bool {
     (TLS_ALERTS..TLS_ALERTS + 0x100).contains(&u64::from(code))
 }
 
+/// For peers that have no root in common.
+const ROOT_ADVICE: &str = "if the mesh root was rotated while this node was away, it has to join again with a token \
+    (`hydramesh token create`)";
 const TLS_ALERTS: u64 = 0x100;
 const CERTIFICATE_EXPIRED: u64 = 45;

@@ -5,6 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
+use data_encoding::HEXLOWER;
 use dcf::{ErrorCode, Message, MsgType};
 use mesh_base::addresses::race;
 use mesh_base::clock::timestamp_us;
@@ -61,6 +62,7 @@ pub async fn join(
             csr: csr.clone(),
             node_name: node_name.to_owned(),
             identity: applicant.identity_key().map(|key| transcript.prove(key)),
+            root: token.root_sha256().to_vec(),
         };
         (MsgType::JOIN_REQUEST, request.encode_to_vec())
     };
@@ -103,7 +105,7 @@ pub async fn load_or_join(
         return Ok(loaded?);
     };
     match loaded {
-        Ok(identity) if identity.root_sha256() == *token.root_sha256() => Ok(identity),
+        Ok(identity) if identity.roots().is_of_mesh(token.root_sha256()) => Ok(identity),
         Ok(_) | Err(TrustError::NoIdentity { .. }) => join(head, token, state_dir, node_name).await,
         Err(identity) => join_again(head, token, state_dir, node_name)
             .await
@@ -187,6 +189,7 @@ pub async fn renew(head: &[SocketAddr], identity: &NodeIdentity) -> Result<(), J
             csr: csr.clone(),
             identity: renewal.identity.as_ref().map(prove),
             successor: renewal.successor.as_ref().map(prove),
+            root: root.to_vec(),
         };
         (MsgType::RENEW_REQUEST, request.encode_to_vec())
     };
@@ -201,10 +204,11 @@ pub async fn keep_renewed(head: SocketAddr, identity: NodeIdentity) -> std::conv
     loop {
         // The head's time: this machine's own clock may be wrong, and may be set at any moment.
         let now = identity.clock().now();
+        expire_roots(&identity).await;
         if !identity.is_renewal_due(now) {
             let due = identity.renew_at().duration_since(now).unwrap_or_default();
             // In small steps: the head's clock may be set, too.
-            tokio::time::sleep(due.min(RENEWAL_CHECK)).await;
+            let _ = tokio::time::timeout(due.min(RENEWAL_CHECK), identity.renewal_wanted()).await;
             continue;
         }
         match renew(&[head], &identity).await {
@@ -218,6 +222,21 @@ pub async fn keep_renewed(head: SocketAddr, identity: NodeIdentity) -> std::conv
         if identity.is_renewal_due(identity.clock().now()) {
             tokio::time::sleep(RENEWAL_RETRY).await;
         }
+    }
+}
+
+/// Drops a former root whose time is over.
+pub(super) async fn expire_roots(identity: &NodeIdentity) {
+    let (node, now) = (identity.clone(), identity.clock().now());
+    let expired = tokio::task::spawn_blocking(move || node.expire_roots(now)).await;
+    match expired {
+        Ok(Ok(true)) => tracing::info!(
+            root = HEXLOWER.encode(&identity.root_sha256()),
+            "the former mesh root is not accepted any more"
+        ),
+        Ok(Ok(false)) => {}
+        Ok(Err(error)) => tracing::warn!(%error, "the former root's certificate is not removed"),
+        Err(error) => tracing::warn!(%error, "the former root's certificate is not removed"),
     }
 }
 
@@ -259,6 +278,10 @@ async fn ask_admission(
         certificates: certificates.map(CertificateDer::from).collect(),
         document: response.identity,
         root: response.root.unwrap_or_default(),
+        former: Some(response.former)
+            .filter(|former| !former.is_empty())
+            .map(CertificateDer::from),
+        succession: response.succession,
     };
     Ok((issued, said_at))
 }
@@ -328,12 +351,17 @@ pub(super) async fn answer(
     (stream, request): (MsgStream, Message),
     admission: Arc<dyn Admission>,
     member: Option<Member>,
-    root: [u8; 32],
+    own: &NodeIdentity,
 ) -> Result<(), String> {
-    let session = session_key(connection, &root).map_err(|error| error.to_string())?;
+    let named = named_root(&request);
+    let root = own.roots().named(&named, SystemTime::now());
+    // A root that is unknown here is refused in words.
+    let context = root.or_else(|| named.try_into().ok());
+    let context = context.unwrap_or_else(|| own.root_sha256());
+    let session = session_key(connection, &context).map_err(|error| error.to_string())?;
     let asker = Asker {
         member,
-        root,
+        root: context,
         session,
     };
     let result = decide_and_send(stream, request, admission, asker).await;
@@ -347,7 +375,7 @@ pub(super) async fn answer(
 struct Asker {
     /// The contents of its certificate, if it showed one.
     member: Option<Member>,
-    /// SHA-256 of this mesh's root.
+    /// SHA-256 of the root that the request names.
     root: [u8; 32],
     /// Key that proofs are bound to.
     session: [u8; 32],
@@ -373,6 +401,8 @@ async fn decide_and_send(
                 mesh,
                 root: (!issued.document.is_empty()).then_some(issued.root),
                 identity: issued.document,
+                former: issued.former.map(|one| one.to_vec()).unwrap_or_default(),
+                succession: issued.succession,
             };
             let body = body.encode_to_vec();
             let answer = Message::new(MsgType::JOIN_RESPONSE, sequence, timestamp_us(), body);
@@ -390,6 +420,18 @@ async fn decide_and_send(
         .map_err(|error| error.to_string())?;
     stream.finish().map_err(|error| error.to_string())?;
     result
+}
+
+/// The digest of the root that a request names; empty in those of earlier versions, and where it cannot be
+/// read.
+fn named_root(request: &Message) -> Vec<u8> {
+    let payload = request.payload.clone();
+    match request.kind {
+        MsgType::JOIN_REQUEST => JoinRequest::decode(payload).map(|body| body.root),
+        MsgType::RENEW_REQUEST => RenewRequest::decode(payload).map(|body| body.root),
+        _ => Ok(Vec::new()),
+    }
+    .unwrap_or_default()
 }
 
 /// Blocks: the admission may write to disk.
@@ -416,6 +458,7 @@ fn decide(admission: &dyn Admission, request: Message, asker: &Asker) -> Result<
                 request: &body.csr,
                 node_name: &body.node_name,
                 identity: identity.as_ref(),
+                root: asker.root,
             };
             admission.join(&ask, now)
         }
@@ -444,6 +487,7 @@ fn decide(admission: &dyn Admission, request: Message, asker: &Asker) -> Result<
                 request: &body.csr,
                 identity: identity.as_ref(),
                 successor: successor.as_ref(),
+                root: asker.root,
             };
             admission.renew(&ask, now)
         }
@@ -463,7 +507,8 @@ fn proven(
 /// Label of the exported key that proofs are bound to; the context is the SHA-256 of the root.
 const PROOF_LABEL: &[u8] = b"hydramesh identity proof";
 
-/// Maximum bytes of a request or answer. Both have up to 11,000.
+/// Maximum bytes of a request or answer. Both have up to 11,000; while the root is rotated, an answer has
+/// 24,000.
 const MAX_EXCHANGE: usize = 64 << 10;
 
 /// Time limit for the head's answer.

@@ -3,6 +3,7 @@
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use dcf::{ErrorCode, Message, MsgType};
@@ -22,9 +23,7 @@ use super::link::{Link, canonical, close, handshake_data, peer_certificate};
 use super::rooms::Rooms;
 use super::stream::SendHalf;
 use super::tls::{self, JOIN_PROTOCOL, LINK_PROTOCOL};
-use crate::trust::{
-    Admission, CERTIFICATE_DATES, Member, MeshClock, NodeIdentity, RenewAsk, TrustError,
-};
+use crate::trust::{Admission, CERTIFICATE_DATES, Member, MeshClock, NodeIdentity};
 
 /// Accepts links, and lets new nodes join when it has an [`Admission`].
 #[derive(Debug)]
@@ -51,7 +50,7 @@ impl Listener {
             .max_incoming(MAX_INCOMING)
             .incoming_buffer_size(INCOMING_BUFFER)
             .incoming_buffer_size_total(INCOMING_BUFFERS);
-        let carrier = LinkEndpoint::bind(address, Some(server))?;
+        let carrier = LinkEndpoint::bind(address, Some(server.clone()))?;
         let (sender, links) = mpsc::channel(BACKLOG);
         let gate = Acceptor {
             carrier: carrier.clone(),
@@ -61,6 +60,8 @@ impl Listener {
             clock: identity.clock().clone(),
             own: identity.clone(),
             rooms: Rooms::new(),
+            server,
+            roots: Arc::new(identity.changes_of_roots().into()),
             news: Arc::new(TokenBucket::full(NEWS, Instant::now()).into()),
         };
         tokio::spawn(gate.clone().run());
@@ -106,6 +107,10 @@ struct Acceptor {
     clock: MeshClock,
     own: NodeIdentity,
     rooms: Rooms,
+    /// As it was bound; addresses that were validated under it stay so.
+    server: ServerConfig,
+    /// The roots that handshakes name, by [`NodeIdentity::changes_of_roots`].
+    roots: Arc<AtomicU64>,
     /// Keeps a flood of strangers from filling the log.
     news: Arc<std::sync::Mutex<TokenBucket>>,
 }
@@ -125,6 +130,7 @@ impl Acceptor {
                 }
                 continue;
             }
+            self.follow_roots();
             let source = addresses::source(incoming.remote_address().ip());
             if !self.rooms.may_begin(source, Instant::now()) {
                 incoming.ignore();
@@ -141,6 +147,22 @@ impl Acceptor {
                     }
                 }
             });
+        }
+    }
+
+    /// Names the present roots in the handshakes from here on, if they have changed.
+    fn follow_roots(&self) {
+        let changes = self.own.changes_of_roots();
+        if self.roots.swap(changes, Ordering::Relaxed) == changes {
+            return;
+        }
+        match tls::server(&self.own, self.config.classical) {
+            Ok(crypto) => {
+                let mut server = self.server.clone();
+                server.crypto = Arc::new(crypto);
+                self.carrier.endpoint.set_server_config(Some(server));
+            }
+            Err(error) => tracing::error!(%error, "handshakes name the former roots"),
         }
     }
 
@@ -163,7 +185,6 @@ impl Acceptor {
             .map(|certificate| Member::from_certificate(&certificate))
             .transpose()
             .map_err(|error| unauthorized(&connection, error.to_string()))?;
-        let root = self.own.root_sha256();
         let crowded = |GivenUp| {
             let text = "others need the room: too many connections wait here; try again";
             refuse(&connection, ErrorCode::RATE_LIMITED, text)
@@ -190,7 +211,7 @@ impl Acceptor {
                 let held = self.rooms.joining.hold(source, request).await;
                 let request = held.map_err(crowded)??;
                 // What it asks for happens once: those that have asked are not in the way of those that have not.
-                let answer = join::answer(&connection, request, admission.clone(), None, root);
+                let answer = join::answer(&connection, request, admission.clone(), None, &self.own);
                 let held = self.rooms.answering.hold(source, answer).await;
                 return held.map_err(crowded)?;
             }
@@ -198,7 +219,7 @@ impl Acceptor {
                 let (node, admission) = (member.node_id.clone(), admission.clone());
                 let exchange = async {
                     let request = join::request(&connection).await?;
-                    join::answer(&connection, request, admission, Some(member), root).await
+                    join::answer(&connection, request, admission, Some(member), &self.own).await
                 };
                 let held = self.rooms.renewing.hold(node, exchange).await;
                 return held.map_err(crowded)?;
@@ -295,6 +316,7 @@ async fn renew_own(
     // `wait_idle` does not show the end; the endpoint's address does, once its driver has stopped.
     while endpoint.local_addr().is_ok() {
         let now = identity.clock().now();
+        join::expire_roots(&identity).await;
         if identity.is_renewal_due(now) {
             if !identity.member().is_valid_at(now) {
                 tracing::warn!(
@@ -304,27 +326,14 @@ async fn renew_own(
                 );
             }
             let (identity, admission) = (identity.clone(), admission.clone());
-            let renewed = tokio::task::spawn_blocking(move || {
-                let (member, request) = (identity.member(), identity.request()?);
-                let key = identity.public_key();
-                let ask = RenewAsk {
-                    member: &member,
-                    request: &request,
-                    identity: key.as_ref(),
-                    successor: None,
-                };
-                let issued = admission
-                    .renew(&ask, now)
-                    .map_err(|refusal| TrustError::Mismatch(refusal.to_string()))?;
-                identity.install(issued)
-            });
+            let renewed = tokio::task::spawn_blocking(move || identity.renew_by(&*admission, now));
             match renewed.await {
                 Ok(Ok(())) => tracing::info!("renewed this node's own certificate"),
                 Ok(Err(error)) => tracing::error!(%error, "own certificate not renewed"),
                 Err(error) => tracing::error!(%error, "own certificate not renewed"),
             }
         }
-        tokio::time::sleep(OWN_RENEWAL_CHECK).await;
+        let _ = tokio::time::timeout(OWN_RENEWAL_CHECK, identity.renewal_wanted()).await;
     }
 }
 

@@ -18,7 +18,7 @@ use rustls::{
     SignatureScheme,
 };
 
-use crate::trust::{NodeIdentity, TrustError, algorithms, sha256, verify_issued_by};
+use crate::trust::{NodeIdentity, TrustError, algorithms, root_hint, sha256, verify_issued_by};
 
 /// The server side of both protocols. Whether a certificate is needed depends on the protocol and is checked after the
 /// handshake; one that is shown must be of the mesh.
@@ -123,20 +123,47 @@ macro_rules! signatures_of_tls13 {
     };
 }
 
-/// Accepts certificates of one root, with any names: nodes move between addresses.
+/// Accepts certificates of the node's roots, with any names: nodes move between addresses.
 #[derive(Debug)]
 struct MeshVerifier {
-    root: CertificateDer<'static>,
+    identity: NodeIdentity,
+    /// Names of these roots, for the peer to choose its certificate by.
+    hints: Vec<DistinguishedName>,
     algorithms: WebPkiSupportedAlgorithms,
 }
 
 impl MeshVerifier {
     fn new(identity: &NodeIdentity) -> Self {
+        let roots = identity.roots();
+        let accepted = roots.accepted(identity.clock().now());
         Self {
-            root: identity.root().clone(),
+            hints: accepted.map(|root| hint(&sha256(root))).collect(),
+            identity: identity.clone(),
             algorithms: algorithms(),
         }
     }
+
+    fn verify(&self, certificate: &CertificateDer<'_>) -> Result<(), Error> {
+        let roots = self.identity.roots();
+        let mut verdict = Ok(());
+        for root in roots.accepted(self.identity.clock().now()) {
+            verdict = verify_issued_by(certificate, root, &self.algorithms);
+            if verdict.is_ok() {
+                break;
+            }
+        }
+        // The roots of a mesh have one name, so another one's signature looks like a bad one of this.
+        verdict.map_err(|error| match error {
+            Error::InvalidCertificate(CertificateError::BadSignature) => {
+                Error::InvalidCertificate(CertificateError::UnknownIssuer)
+            }
+            error => error,
+        })
+    }
+}
+
+fn hint(root: &[u8; 32]) -> DistinguishedName {
+    DistinguishedName::from(root_hint(root))
 }
 
 impl ServerCertVerifier for MeshVerifier {
@@ -148,8 +175,12 @@ impl ServerCertVerifier for MeshVerifier {
         _: &[u8],
         _: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
-        verify_issued_by(certificate, &self.root, &self.algorithms)?;
+        self.verify(certificate)?;
         Ok(ServerCertVerified::assertion())
+    }
+
+    fn root_hint_subjects(&self) -> Option<&[DistinguishedName]> {
+        Some(&self.hints)
     }
 
     signatures_of_tls13!();
@@ -161,7 +192,7 @@ impl ClientCertVerifier for MeshVerifier {
     }
 
     fn root_hint_subjects(&self) -> &[DistinguishedName] {
-        &[]
+        &self.hints
     }
 
     /// A certificate whose dates do not fit passes: it may still be renewed. The listener refuses it for links, in words that
@@ -172,7 +203,7 @@ impl ClientCertVerifier for MeshVerifier {
         _: &[CertificateDer<'_>],
         _: UnixTime,
     ) -> Result<ClientCertVerified, Error> {
-        verify_issued_by(certificate, &self.root, &self.algorithms)?;
+        self.verify(certificate)?;
         Ok(ClientCertVerified::assertion())
     }
 
@@ -183,6 +214,7 @@ impl ClientCertVerifier for MeshVerifier {
 #[derive(Debug)]
 pub(super) struct PinVerifier {
     pin: [u8; 32],
+    hints: [DistinguishedName; 1],
     algorithms: WebPkiSupportedAlgorithms,
     /// Hash of another root that was shown, for the error message.
     foreign: Mutex<Option<[u8; 32]>>,
@@ -193,6 +225,7 @@ impl PinVerifier {
     pub(super) fn new(pin: [u8; 32]) -> Self {
         Self {
             pin,
+            hints: [hint(&pin)],
             algorithms: algorithms(),
             foreign: Mutex::default(),
             matched: AtomicBool::new(false),
@@ -226,6 +259,10 @@ impl ServerCertVerifier for PinVerifier {
         self.matched.store(true, Ordering::Relaxed);
         verify_issued_by(certificate, root, &self.algorithms)?;
         Ok(ServerCertVerified::assertion())
+    }
+
+    fn root_hint_subjects(&self) -> Option<&[DistinguishedName]> {
+        Some(&self.hints)
     }
 
     signatures_of_tls13!();

@@ -5,8 +5,8 @@ use std::time::SystemTime;
 use mesh_identity::PublicKey;
 
 use super::certificate::Member;
+use super::issued::Issued;
 use super::refusal::Refusal;
-use super::root::Issued;
 
 /// Decides who becomes a member and who remains one. A [`quic::Listener`](crate::quic::Listener) asks it.
 ///
@@ -42,6 +42,8 @@ pub struct JoinAsk<'a> {
     pub node_name: &'a str,
     /// The node's identity; `None` for nodes of earlier versions.
     pub identity: Option<&'a PublicKey>,
+    /// SHA-256 of the mesh root that the token pins, and that the certificate is to be of.
+    pub root: [u8; 32],
 }
 
 /// A request for a fresh certificate.
@@ -55,4 +57,6 @@ pub struct RenewAsk<'a> {
     pub identity: Option<&'a PublicKey>,
     /// The identity that takes its place, if the node rotates its key.
     pub successor: Option<&'a PublicKey>,
+    /// SHA-256 of the mesh root that the certificate is to be of.
+    pub root: [u8; 32],
 }

@@ -211,5 +211,16 @@ pub(super) fn from_pem(path: &Path, text: &str) -> Result<CertificateDer<'static
         .map_err(|error| TrustError::damaged(path, error))
 }
 
+/// SHA-256 of the certificate in the text of a `root.crt`.
+///
+/// # Errors
+/// If it is not a certificate.
+pub fn root_digest(text: &str) -> Result<[u8; 32], TrustError> {
+    let certificate = CertificateDer::from_pem_slice(text.as_bytes());
+    let certificate = certificate
+        .map_err(|error| TrustError::Mismatch(format!("it is not a root.crt: {error}")))?;
+    Ok(sha256(&certificate))
+}
+
 /// Maximum length of a name.
 pub const LONGEST_NAME: usize = 63;

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use mesh_identity::KeyFileError;
 
 use super::names;
+use super::succession_error::SuccessionError;
 
 /// Errors of a root, an identity or a token store.
 #[derive(Debug, thiserror::Error)]
@@ -89,7 +90,21 @@ pub enum TrustError {
     /// The file of an identity key.
     #[error(transparent)]
     IdentityKey(#[from] KeyFileError),
-    /// The identity key cannot be rotated by this program.
+    /// A certificate is asked for of a root that is not the mesh's, or no longer.
+    #[error(
+        "{}… is no root of this mesh now, which is {}…: if it was rotated while this node was away, join again with a token \
+         (`hydramesh token create`)", &named[..named.len().min(16)], &current[..current.len().min(16)]
+    )]
+    RootReplaced {
+        /// Digest of the root that was asked for.
+        named: String,
+        /// Digest of the root.
+        current: String,
+    },
+    /// A succession of mesh roots that this node does not accept.
+    #[error(transparent)]
+    Succession(#[from] SuccessionError),
+    /// A root or identity key cannot be rotated now, or by this program.
     #[error("{0}")]
     NotRotated(String),
     /// The cryptographic library refused.
@@ -136,7 +151,7 @@ impl TrustError {
 /// Remedy for a file of the state directory that cannot be used.
 fn remedy(path: &Path) -> &'static str {
     match path.file_name().and_then(|name| name.to_str()) {
-        Some(names::ROOT_KEY) => {
+        Some(names::ROOT_KEY | names::ROOT_CREDENTIAL) => {
             "restore it from a backup. Without it this mesh cannot be kept: to found another, move the state directory away and \
              let every worker join again"
         }
@@ -165,6 +180,9 @@ fn remedy(path: &Path) -> &'static str {
         }
         Some(names::MEMBERS) => {
             "restore it from a backup, or remove it: members are noted again when they connect"
+        }
+        Some(names::ROOT_HISTORY) => {
+            "restore it from a backup, or remove it: then a root that is being replaced is not accepted here any more"
         }
         _ => "restore it from a backup",
     }

@@ -2,29 +2,35 @@
 
 use std::fmt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::SystemTime;
 
+use data_encoding::HEXLOWER;
 use mesh_base::sync::lock;
 use mesh_identity::{Document, IdentityKey, PublicKey};
-use mesh_proto::RootIdentity;
-use rcgen::{CertificateParams, KeyPair, PKCS_ECDSA_P256_SHA256};
+use mesh_proto::SignedSuccession;
 use rustls::SignatureScheme;
 use rustls::client::ResolvesClientCert;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::pki_types::CertificateDer;
 use rustls::server::{ClientHello, ResolvesServerCert};
 use rustls::sign::CertifiedKey;
-use zeroize::Zeroizing;
+use tokio::sync::Notify;
 
-use super::certificate::{Member, algorithms, from_pem, pem, verify_issued_by};
+use super::admission::{Admission, RenewAsk};
+use super::certificate::{Member, from_pem, pem};
+use super::certified::{Current, check_document, former_certificate};
 use super::clock::MeshClock;
 use super::deny::DenyList;
 use super::digest::sha256;
 use super::error::TrustError;
-use super::identity_keys::{IdentityKeys, read_document, write_document};
+use super::identity_keys::{IdentityKeys, papers, read_document, write_document};
+use super::issued::Issued;
 use super::names;
-use super::root::Issued;
-use super::root_identity::verify_root_identity;
+use super::node_key::NodeKey;
+use super::root_history;
+use super::roots::{Roots, root_hint};
+use super::succession::Succession;
 use crate::files;
 
 /// A node's key, its certificate and the root of its mesh. Clones share them, so that a renewed certificate is used by
@@ -36,18 +42,14 @@ pub struct NodeIdentity {
 
 struct Inner {
     dir: PathBuf,
-    root: CertificateDer<'static>,
+    roots: Mutex<Roots>,
+    /// Counts changes of `roots`.
+    changes_of_roots: AtomicU64,
+    /// Wakes whoever renews the certificate.
+    renewal_wanted: Notify,
     clock: MeshClock,
     deny_list: DenyList,
     current: Mutex<Current>,
-}
-
-#[derive(Clone)]
-struct Current {
-    key: Arc<NodeKey>,
-    certified: Arc<CertifiedKey>,
-    member: Arc<Member>,
-    identity: IdentityKeys,
 }
 
 /// The keys of a node that is to join, in its state directory.
@@ -142,15 +144,17 @@ impl NodeIdentity {
             }
         };
         let root = from_pem(&root_path, &root)?;
+        let former = former_certificate(&certificate);
         let certificate = from_pem(&chain_path, &certificate)?;
+        let roots = root_history::load(dir, root)?;
         let member = Member::from_certificate(&certificate)
             .map_err(|error| TrustError::damaged(&chain_path, error))?;
         let mut identity = IdentityKeys::of_member(dir, &member)?;
-        let current = Current::new(Arc::new(key), certificate.clone(), &root, identity.clone());
+        let current = Current::new(Arc::new(key), certificate.clone(), &roots, identity.clone());
         let current = current.or_else(|error| {
             // A renewal for another key may have been cut off behind the certificate.
             let next = NodeKey::read(&dir.join(names::NEXT_NODE_KEY))?.ok_or(error)?;
-            let current = Current::new(Arc::new(next), certificate, &root, identity.clone())?;
+            let current = Current::new(Arc::new(next), certificate, &roots, identity.clone())?;
             NodeKey::settle(dir)?;
             Ok(current)
         });
@@ -163,7 +167,8 @@ impl NodeIdentity {
         })?;
         identity.settle(dir, &current.member.node_id)?;
         current.identity = identity;
-        Ok(Self::with(dir, root, deny_list, current))
+        current.add_former(former, &roots);
+        Ok(Self::with(dir, roots, deny_list, current))
     }
 
     /// Stores the papers that the mesh issued to `applicant`, whose keys are in `dir` already.
@@ -180,7 +185,13 @@ impl NodeIdentity {
                 chain.len()
             ))
         })?;
-        let mut current = Current::new(key, certificate, &root, identity.clone())?;
+        let mut roots = root_history::load(dir, root.clone())?;
+        if let Some(signed) = &issued.succession {
+            roots.learn(&Succession::verify(signed)?)?;
+            root_history::append(dir, &roots, signed)?;
+        }
+        let mut current = Current::new(key, certificate, &roots, identity.clone())?;
+        current.add_former(issued.former, &roots);
         let member = &current.member;
         check_document(
             member,
@@ -192,7 +203,7 @@ impl NodeIdentity {
         current.key.write(&dir.join(names::NEXT_NODE_KEY))?;
         // The node's certificate comes last: while it is missing, the node has not joined.
         if !issued.document.is_empty() {
-            write_document(dir, &issued.document, &issued.root)?;
+            write_document(dir, &issued.document, &issued.root, &root)?;
         }
         files::replace(
             &dir.join(names::ROOT_CERTIFICATE),
@@ -200,22 +211,19 @@ impl NodeIdentity {
             files::PUBLIC,
         )?;
         let path = dir.join(names::NODE_CERTIFICATE);
-        files::replace(&path, pem(&current.certified.cert[0]), files::PUBLIC)?;
+        files::replace(&path, current.pem(), files::PUBLIC)?;
         NodeKey::settle(dir)?;
         identity.settle(dir, &current.member.node_id)?;
         current.identity = identity;
-        Ok(Self::with(dir, root, deny_list, current))
+        Ok(Self::with(dir, roots, deny_list, current))
     }
 
-    fn with(
-        dir: &Path,
-        root: CertificateDer<'static>,
-        deny_list: DenyList,
-        current: Current,
-    ) -> Self {
+    fn with(dir: &Path, roots: Roots, deny_list: DenyList, current: Current) -> Self {
         let inner = Inner {
             dir: dir.to_owned(),
-            root,
+            roots: Mutex::new(roots),
+            changes_of_roots: AtomicU64::new(0),
+            renewal_wanted: Notify::new(),
             clock: MeshClock::default(),
             deny_list,
             current: Mutex::new(current),
@@ -235,14 +243,130 @@ impl NodeIdentity {
         self.current().member
     }
 
-    /// The root of the node's mesh.
-    pub fn root(&self) -> &CertificateDer<'static> {
-        &self.inner.root
+    /// The root of the node's mesh: the newest one that it knows.
+    pub fn root(&self) -> CertificateDer<'static> {
+        lock(&self.inner.roots).current().clone()
     }
 
     /// SHA-256 of the root's certificate.
     pub fn root_sha256(&self) -> [u8; 32] {
-        sha256(&self.inner.root)
+        lock(&self.inner.roots).sha256()
+    }
+
+    /// The roots that the node accepts and accepted.
+    pub fn roots(&self) -> Roots {
+        lock(&self.inner.roots).clone()
+    }
+
+    /// SHA-256 of the root before the newest one, while it is accepted.
+    pub fn former_root(&self) -> Option<[u8; 32]> {
+        let roots = self.roots();
+        let former = roots.former(self.inner.clock.now());
+        former.map(|former| sha256(&former.root))
+    }
+
+    /// A number that changes with the roots.
+    pub(crate) fn changes_of_roots(&self) -> u64 {
+        self.inner.changes_of_roots.load(Ordering::Acquire)
+    }
+
+    /// Takes in the statement that the mesh root has a successor, as the head tells it on an authenticated
+    /// link. Both roots are accepted from here on, and a certificate of the new one is asked for. Returns
+    /// true if it was news. Blocks on the disk.
+    ///
+    /// # Errors
+    /// If it is not signed by both roots, does not continue this node's root, or cannot be written.
+    pub fn learn(&self, signed: &SignedSuccession) -> Result<bool, TrustError> {
+        let succession = Succession::verify(signed)?;
+        let member = self.member();
+        if succession.mesh != member.mesh {
+            let reason = format!(
+                "the succession of mesh roots is of the mesh {:?}, and this node is of {:?}",
+                succession.mesh, member.mesh
+            );
+            return Err(TrustError::Mismatch(reason));
+        }
+        let mut roots = lock(&self.inner.roots);
+        let mut fresh = roots.clone();
+        if !fresh.learn(&succession)? {
+            return Ok(false);
+        }
+        root_history::append(&self.inner.dir, &fresh, signed)?;
+        *roots = fresh;
+        drop(roots);
+        self.inner.changes_of_roots.fetch_add(1, Ordering::Release);
+        self.inner.renewal_wanted.notify_one();
+        Ok(true)
+    }
+
+    /// Drops a former root whose time is over, and the certificate of it. Returns true if there was one.
+    ///
+    /// # Errors
+    /// If the file of the certificate cannot be written; the root is dropped all the same.
+    pub fn expire_roots(&self, now: SystemTime) -> Result<bool, TrustError> {
+        if !lock(&self.inner.roots).expire(now) {
+            return Ok(false);
+        }
+        self.inner.changes_of_roots.fetch_add(1, Ordering::Release);
+        let mut current = lock(&self.inner.current);
+        if current.former.take().is_some() {
+            let path = self.inner.dir.join(names::NODE_CERTIFICATE);
+            files::replace(&path, current.pem(), files::PUBLIC)?;
+        }
+        Ok(true)
+    }
+
+    /// True if the certificate is not of the newest root.
+    pub fn is_root_due(&self) -> bool {
+        let root = self.root();
+        self.current().root != root
+    }
+
+    /// Waits until a renewal is wanted at once, because the root has a successor.
+    pub(crate) async fn renewal_wanted(&self) {
+        self.inner.renewal_wanted.notified().await;
+    }
+
+    /// The node's ML-DSA key, if the certificate is bound to it.
+    pub fn identity_key(&self) -> Option<Arc<IdentityKey>> {
+        let current = self.current();
+        let id = &current.member.node_id;
+        let key = current.identity.key;
+        key.filter(|key| key.node_id().to_string() == *id)
+    }
+
+    /// The mesh root's document about this node, with what somebody needs to verify it
+    /// ([`read_papers`](super::read_papers)).
+    pub fn papers(&self) -> Option<Vec<u8>> {
+        papers(&self.inner.dir)
+    }
+
+    /// The certificate to show to a peer that accepts the roots with these hints; a peer of an earlier
+    /// version names none.
+    fn certificate_for(
+        &self,
+        names_none: bool,
+        accepts: impl Fn(&[u8]) -> bool,
+    ) -> Arc<CertifiedKey> {
+        let current = self.current();
+        let roots = self.roots();
+        let former = current.former.filter(|_| {
+            let former = roots.former(self.inner.clock.now());
+            former.is_some_and(|former| former.root != current.root)
+        });
+        match former {
+            Some(former) if names_none => former,
+            Some(former)
+                if !accepts(&root_hint(&sha256(&current.root)))
+                    && former
+                        .cert
+                        .last()
+                        .is_some_and(|root| accepts(&root_hint(&sha256(root)))) =>
+            {
+                former
+            }
+            _ => current.certified,
+        }
     }
 
     /// Time at which to renew the certificate: two thirds of its life.
@@ -255,7 +379,7 @@ impl NodeIdentity {
     /// True if the certificate should be renewed: most of its life is over, or it begins after `now`, because
     /// the issuer's clock was wrong then.
     pub fn is_renewal_due(&self, now: SystemTime) -> bool {
-        now >= self.renew_at() || now < self.member().not_before
+        now >= self.renew_at() || now < self.member().not_before || self.is_root_due()
     }
 
     /// The mesh's time as this node knows it.
@@ -289,7 +413,8 @@ impl NodeIdentity {
 
     /// The mesh root's document about this node, as it was stored; `None` if it has none, or it is not of this root.
     pub fn document(&self) -> Option<Document> {
-        read_document(&self.inner.dir).filter(|document| document.root == self.root_sha256())
+        let roots = self.roots();
+        read_document(&self.inner.dir).filter(|document| roots.is_of_mesh(&document.root))
     }
 
     /// The keys to ask a certificate for: the present ones, or fresh ones if the identity is rotated.
@@ -317,15 +442,37 @@ impl NodeIdentity {
         self.install_for(Renewal { key, ..renewal }, issued)
     }
 
+    /// Renews the certificate of the node that has the admission itself.
+    ///
+    /// # Errors
+    /// If the admission refuses, or the papers cannot be stored.
+    pub fn renew_by(&self, admission: &dyn Admission, now: SystemTime) -> Result<(), TrustError> {
+        let (member, request, key) = (self.member(), self.request()?, self.public_key());
+        let ask = RenewAsk {
+            member: &member,
+            request: &request,
+            identity: key.as_ref(),
+            successor: None,
+            root: self.root_sha256(),
+        };
+        let issued = admission.renew(&ask, now);
+        self.install(issued.map_err(|refusal| TrustError::Mismatch(refusal.to_string()))?)
+    }
+
     /// As [`install`](Self::install), for the keys of a renewal.
     pub(crate) fn install_for(&self, renewal: Renewal, issued: Issued) -> Result<(), TrustError> {
         let none = || TrustError::Mismatch("no certificate was issued".to_owned());
         let certificate = issued.certificates.into_iter().next().ok_or_else(none)?;
-        let (root, mut identity) = (&self.inner.root, self.current().identity);
-        let mut renewed = Current::new(renewal.key.clone(), certificate, root, identity.clone())?;
+        if let Some(signed) = &issued.succession {
+            self.learn(signed)?;
+        }
+        let (roots, mut identity) = (self.roots(), self.current().identity);
+        let mut renewed = Current::new(renewal.key.clone(), certificate, &roots, identity.clone())?;
+        renewed.add_former(issued.former, &roots);
+        let root = renewed.root.clone();
         let (old, new) = (self.member(), &renewed.member);
         let wanted = renewal.successor.as_ref().or(renewal.identity.as_ref());
-        check_document(new, wanted, root, &issued.document, &issued.root)?;
+        check_document(new, wanted, &root, &issued.document, &issued.root)?;
         if old.has_identity() && !new.has_identity() {
             tracing::warn!(
                 "the head is of an earlier version: until it is updated, it knows this node by the key of its certificate"
@@ -343,11 +490,19 @@ impl NodeIdentity {
             renewal.key.write(&dir.join(names::NEXT_NODE_KEY))?;
         }
         if !issued.document.is_empty() {
-            write_document(dir, &issued.document, &issued.root)?;
+            write_document(dir, &issued.document, &issued.root, &root)?;
         }
         // Both keys are there, and the certificate decides which of them counts.
         let path = dir.join(names::NODE_CERTIFICATE);
-        files::replace(&path, pem(&renewed.certified.cert[0]), files::PUBLIC)?;
+        files::replace(&path, renewed.pem(), files::PUBLIC)?;
+        // The history relates both roots, so the old one is as good until then.
+        root_history::follow(dir, &root)?;
+        if self.current().root != root {
+            tracing::info!(
+                root = HEXLOWER.encode(&sha256(&root)),
+                "this node has a certificate of the new mesh root"
+            );
+        }
         if renewal.successor.is_some() {
             NodeKey::settle(dir)?;
         }
@@ -370,7 +525,9 @@ impl NodeIdentity {
             (&a.mesh, a.role) == (&b.mesh, b.role)
                 && (a.node_id == b.node_id || a.key_id == b.key_id)
         };
-        if self.root() != stored.root() || !is_same_node(&old.member, &new.member) {
+        if !self.roots().is_of_mesh(&stored.root_sha256())
+            || !is_same_node(&old.member, &new.member)
+        {
             return Err(TrustError::Mismatch(
                 "the identity in the state directory is another node's; restart to use it"
                     .to_owned(),
@@ -394,81 +551,22 @@ impl fmt::Debug for NodeIdentity {
 }
 
 impl ResolvesServerCert for NodeIdentity {
-    fn resolve(&self, _: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
-        Some(self.current().certified)
+    fn resolve(&self, hello: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+        let roots = hello.certificate_authorities().unwrap_or_default();
+        let accepts = |hint: &[u8]| roots.iter().any(|root| root.as_ref() == hint);
+        Some(self.certificate_for(roots.is_empty(), accepts))
     }
 }
 
 impl ResolvesClientCert for NodeIdentity {
-    fn resolve(&self, _: &[&[u8]], _: &[SignatureScheme]) -> Option<Arc<CertifiedKey>> {
-        Some(self.current().certified)
+    fn resolve(&self, roots: &[&[u8]], _: &[SignatureScheme]) -> Option<Arc<CertifiedKey>> {
+        let accepts = |hint: &[u8]| roots.contains(&hint);
+        Some(self.certificate_for(roots.is_empty(), accepts))
     }
 
     fn has_certs(&self) -> bool {
         true
     }
-}
-
-impl Current {
-    fn new(
-        key: Arc<NodeKey>,
-        certificate: CertificateDer<'static>,
-        root: &CertificateDer<'static>,
-        identity: IdentityKeys,
-    ) -> Result<Self, TrustError> {
-        let member = Member::from_certificate(&certificate)?;
-        verify_issued_by(&certificate, root, &algorithms())
-            .map_err(|error| TrustError::Mismatch(error.to_string()))?;
-        let private = PrivateKeyDer::Pkcs8(key.pair.serialize_der().into());
-        let signer = rustls::crypto::aws_lc_rs::sign::any_supported_type(&private)?;
-        // The root travels along: a joining node checks it against its token.
-        let certified = CertifiedKey::new(vec![certificate, root.clone()], signer);
-        certified
-            .keys_match()
-            .map_err(|_| TrustError::Mismatch("it is for another key than node.key".to_owned()))?;
-        Ok(Self {
-            key,
-            certified: Arc::new(certified),
-            member: Arc::new(member),
-            identity,
-        })
-    }
-}
-
-/// Checks the papers of a node against each other: the document is the root's, and about the identity in the certificate,
-/// which is the one that was asked for. Heads of earlier versions know of neither.
-fn check_document(
-    member: &Member,
-    wanted: Option<&Arc<IdentityKey>>,
-    root: &CertificateDer<'_>,
-    document: &[u8],
-    root_identity: &RootIdentity,
-) -> Result<(), TrustError> {
-    if !member.has_identity() && document.is_empty() {
-        return Ok(());
-    }
-    let mismatch = |reason: String| Err(TrustError::Mismatch(reason));
-    let signer = verify_root_identity(root, root_identity)?;
-    let said = match Document::verify(document, &signer) {
-        Ok(said) => said,
-        Err(error) => return mismatch(format!("the identity document: {error}")),
-    };
-    if wanted.is_none_or(|key| *key.public() != said.key) {
-        return mismatch(format!("the identity document is about {}", said.node_id()));
-    }
-    let certified = (
-        &*member.node_id,
-        &*member.name,
-        member.role.as_str(),
-        &*member.mesh,
-    );
-    let id = said.node_id().to_string();
-    if certified != (&*id, &*said.name, &*said.role, &*said.mesh) || said.root != sha256(root) {
-        return mismatch(
-            "the identity document and the certificate name different nodes".to_owned(),
-        );
-    }
-    Ok(())
 }
 
 /// Sets the identity in a state directory aside, so that the node can join anew with a token, as another one. Returns the
@@ -503,68 +601,16 @@ pub(crate) fn move_identity(from: &Path, to: &Path) -> Result<(), TrustError> {
 
 /// The node's key comes first: once it has moved, the others are of the same identity. The certificate comes last: while it is
 /// missing, the node has not joined.
-const IDENTITY_FILES: [&str; 7] = [
+const IDENTITY_FILES: [&str; 8] = [
     names::NODE_KEY,
     names::IDENTITY_KEY,
     names::NEXT_IDENTITY_KEY,
     names::IDENTITY_DOCUMENT,
     names::NEXT_NODE_KEY,
+    names::ROOT_HISTORY,
     names::ROOT_CERTIFICATE,
     names::NODE_CERTIFICATE,
 ];
-
-/// A node's private key. It never leaves the state directory.
-pub(crate) struct NodeKey {
-    pair: KeyPair,
-}
-
-impl NodeKey {
-    /// The key in `dir`; created if there is none. A repeated join must use the same key.
-    pub(crate) fn load_or_create(dir: &Path) -> Result<Self, TrustError> {
-        if let Some(key) = Self::load(dir)? {
-            return Ok(key);
-        }
-        files::create_private_dir(dir)?;
-        let key = Self::generate()?;
-        key.write(&dir.join(names::NODE_KEY))?;
-        Ok(key)
-    }
-
-    fn generate() -> Result<Self, TrustError> {
-        let pair = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
-        Ok(Self { pair })
-    }
-
-    fn write(&self, path: &Path) -> Result<(), TrustError> {
-        let text = Zeroizing::new(self.pair.serialize_pem());
-        files::replace(path, text.as_bytes(), files::PRIVATE)
-    }
-
-    /// Puts the next key into the place of the present one.
-    fn settle(dir: &Path) -> Result<(), TrustError> {
-        let (from, to) = (dir.join(names::NEXT_NODE_KEY), dir.join(names::NODE_KEY));
-        std::fs::rename(&from, &to).map_err(|error| TrustError::io("move", &from, error))
-    }
-
-    pub(crate) fn load(dir: &Path) -> Result<Option<Self>, TrustError> {
-        Self::read(&dir.join(names::NODE_KEY))
-    }
-
-    fn read(path: &Path) -> Result<Option<Self>, TrustError> {
-        let Some(pem) = files::read(path)?.map(Zeroizing::new) else {
-            return Ok(None);
-        };
-        let pair = KeyPair::from_pem(&pem).map_err(|error| TrustError::damaged(path, error))?;
-        Ok(Some(Self { pair }))
-    }
-
-    /// A request (PKCS#10, DER) for a certificate for this key.
-    pub(crate) fn request(&self) -> Result<Vec<u8>, TrustError> {
-        // The root ignores everything but the key.
-        let request = CertificateParams::default().serialize_request(&self.pair)?;
-        Ok(request.der().to_vec())
-    }
-}
 
 #[cfg(test)]
 mod tests;

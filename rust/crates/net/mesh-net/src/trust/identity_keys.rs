@@ -7,8 +7,10 @@ use std::sync::Arc;
 use mesh_identity::{Document, IdentityKey, KeyFileError, NodeId};
 use mesh_proto::{RootIdentity, StoredIdentity};
 use prost::Message as _;
+use rustls::pki_types::CertificateDer;
 
 use super::certificate::{Member, from_pem};
+use super::digest::sha256;
 use super::error::TrustError;
 use super::names;
 use super::root_identity::verify_root_identity;
@@ -105,9 +107,7 @@ impl IdentityKeys {
 
 /// Path of the identity key that systemd handed to this unit, if it did.
 fn credential() -> Option<PathBuf> {
-    let folder = std::env::var_os("CREDENTIALS_DIRECTORY")?;
-    let path = Path::new(&folder).join(names::IDENTITY_CREDENTIAL);
-    path.exists().then_some(path)
+    names::credential(names::IDENTITY_CREDENTIAL)
 }
 
 /// Ids of the identity in a state directory.
@@ -169,25 +169,68 @@ pub(super) fn write_document(
     dir: &Path,
     identity: &[u8],
     root: &RootIdentity,
+    certificate: &CertificateDer<'_>,
 ) -> Result<(), TrustError> {
     let stored = StoredIdentity {
         identity: identity.to_vec(),
         root: Some(root.clone()),
+        certificate: certificate.to_vec(),
     };
     let path = dir.join(names::IDENTITY_DOCUMENT);
     files::replace(&path, stored.encode_to_vec(), files::PRIVATE)
 }
 
-/// The document in a state directory, if it is of the mesh root there.
+/// The document in a state directory, if it is whole.
 pub(super) fn read_document(dir: &Path) -> Option<Document> {
+    read_papers(&papers(dir)?).ok()
+}
+
+/// The document in a state directory with the root that signed it.
+pub(super) fn papers(dir: &Path) -> Option<Vec<u8>> {
     let path = dir.join(names::IDENTITY_DOCUMENT);
-    let most = 2 * mesh_identity::LONGEST_DOCUMENT as u64;
-    if std::fs::metadata(&path).ok()?.len() > most {
+    if std::fs::metadata(&path).ok()?.len() > LONGEST_PAPERS as u64 {
         return None;
     }
-    let stored = StoredIdentity::decode(&*std::fs::read(&path).ok()?).ok()?;
+    let bytes = std::fs::read(&path).ok()?;
+    let stored = StoredIdentity::decode(&bytes[..]).ok()?;
+    if !stored.certificate.is_empty() {
+        return Some(bytes);
+    }
+    // Files of earlier versions are of the root beside them.
     let path = dir.join(names::ROOT_CERTIFICATE);
     let root = from_pem(&path, &files::read(&path).ok()??).ok()?;
-    let signer = verify_root_identity(&root, &stored.root?).ok()?;
-    Document::verify(&stored.identity, &signer).ok()
+    let whole = StoredIdentity {
+        certificate: root.to_vec(),
+        ..stored
+    };
+    Some(whole.encode_to_vec())
 }
+
+/// Reads a file `identity.doc`: the document about a node, verified against the mesh root in the file. The
+/// document names the digest of that root; whether it is the right one, and the dates, are the caller's to
+/// judge.
+///
+/// # Errors
+/// If it is malformed, names no root, or is not signed by it.
+pub fn read_papers(bytes: &[u8]) -> Result<Document, TrustError> {
+    let unfit = |reason: String| TrustError::Mismatch(format!("the identity document: {reason}"));
+    if bytes.len() > LONGEST_PAPERS {
+        return Err(unfit(format!("it has more than {LONGEST_PAPERS} bytes")));
+    }
+    let stored = StoredIdentity::decode(bytes).map_err(|error| unfit(error.to_string()))?;
+    if stored.certificate.is_empty() {
+        return Err(unfit(
+            "it is of an earlier version and does not hold the mesh root".to_owned(),
+        ));
+    }
+    let root = CertificateDer::from(stored.certificate);
+    let signer = verify_root_identity(&root, &stored.root.unwrap_or_default())?;
+    let document =
+        Document::verify(&stored.identity, &signer).map_err(|error| unfit(error.to_string()))?;
+    match document.root == sha256(&root) {
+        true => Ok(document),
+        false => Err(unfit("it names another mesh root".to_owned())),
+    }
+}
+
+const LONGEST_PAPERS: usize = 2 * mesh_identity::LONGEST_DOCUMENT;

@@ -19,8 +19,9 @@
 //!
 //! | file | holds | readable by |
 //! |---|---|---|
-//! | `root.key` | the root's private keys, and a copy of its certificate (head only) | owner |
+//! | `root.key` | the root's private keys, unless systemd hands them over (credential `root-key`), and a copy of its certificate; while it is rotated, those of the former one, too (head only) | owner |
 //! | `root.crt` | the root's certificate | all |
+//! | `root.history` | the statements by which the root took the place of earlier ones | owner |
 //! | `identity.key` | the node's ML-DSA key, unless systemd hands it over (credential `identity-key`) | owner |
 //! | `identity.key.next` | the one that takes its place at the next start | owner |
 //! | `identity.doc` | the root's document about the node | owner |
@@ -35,6 +36,7 @@
 
 mod admission;
 mod certificate;
+mod certified;
 mod clock;
 mod deny;
 mod digest;
@@ -42,30 +44,43 @@ mod error;
 mod identity;
 mod identity_keys;
 mod identity_text;
+mod issued;
 pub(crate) mod names;
+mod node_key;
 mod refusal;
 mod root;
+mod root_history;
 mod root_identity;
+mod root_keys;
+mod roots;
+mod succession;
+mod succession_error;
 mod token;
 
 pub use crate::files::{read_json, write_json};
 pub use admission::{Admission, JoinAsk, RenewAsk};
-pub use certificate::{LONGEST_NAME, Member, Role, check_name, requested_key_id};
+pub use certificate::{LONGEST_NAME, Member, Role, check_name, requested_key_id, root_digest};
 pub(crate) use certificate::{algorithms, verify_issued_by};
 pub use clock::MeshClock;
 pub(crate) use deny::Expellable;
 pub use deny::{DenyList, Expulsion, MOST_EXPELLED};
 pub(crate) use digest::sha256;
 pub use error::TrustError;
+pub(crate) use identity::move_identity;
 pub use identity::{Applicant, NodeIdentity, set_aside};
-pub(crate) use identity::{NodeKey, move_identity};
-pub use identity_keys::{IdentityIds, identity_ids, rotate_identity};
+pub use identity_keys::{IdentityIds, identity_ids, read_papers, rotate_identity};
 pub use identity_text::{describe_identity, rotate_and_describe};
+pub use issued::{Issued, Subject, Validity};
 pub use names::NODE_CERTIFICATE as NODE_CERTIFICATE_FILE;
 pub use names::{EXPELLED as EXPELLED_FILE, MEMBERS as MEMBERS_FILE, TOKENS as TOKENS_FILE};
+pub(crate) use node_key::NodeKey;
 pub use refusal::{
     AWAITING_APPROVAL, CERTIFICATE_DATES, DUPLICATE_IDENTITY, EXPELLED, Refusal, TOKEN_EXPIRED,
     TOKEN_UNKNOWN, TOKEN_USED,
 };
-pub use root::{Issued, MeshRoot, Subject, Validity};
+pub use root::MeshRoot;
+pub(crate) use roots::root_hint;
+pub use roots::{Former, Roots};
+pub use succession::{LONGEST_SUCCESSION, Succession};
+pub use succession_error::SuccessionError;
 pub use token::{JoinToken, ParseTokenError};

@@ -1,6 +1,10 @@
-//! File names in the state directory.
+//! File names in the state directory, and those that systemd hands over.
+
+use std::path::{Path, PathBuf};
 
 pub(crate) const ROOT_KEY: &str = "root.key";
+/// The same as a systemd credential.
+pub(crate) const ROOT_CREDENTIAL: &str = "root-key";
 pub(crate) const ROOT_CERTIFICATE: &str = "root.crt";
 pub(crate) const NODE_KEY: &str = "node.key";
 /// A node's certificate.
@@ -11,6 +15,8 @@ pub(crate) const IDENTITY_KEY: &str = "identity.key";
 /// The identity that takes the place of the present one when the node starts.
 pub(crate) const NEXT_IDENTITY_KEY: &str = "identity.key.next";
 pub(crate) const IDENTITY_DOCUMENT: &str = "identity.doc";
+/// The successions of mesh roots that the node knows.
+pub(crate) const ROOT_HISTORY: &str = "root.history";
 /// The same key as a systemd credential.
 pub(crate) const IDENTITY_CREDENTIAL: &str = "identity-key";
 /// Join tokens.
@@ -21,3 +27,10 @@ pub const MEMBERS: &str = "members.json";
 pub const EXPELLED: &str = "expelled.json";
 /// A folder: a node whose own files cannot be used joins in it.
 pub(crate) const JOINING: &str = "joining";
+
+/// Path of a credential that systemd handed to this unit, if it did.
+pub(super) fn credential(name: &str) -> Option<PathBuf> {
+    let folder = std::env::var_os("CREDENTIALS_DIRECTORY")?;
+    let path = Path::new(&folder).join(name);
+    path.exists().then_some(path)
+}

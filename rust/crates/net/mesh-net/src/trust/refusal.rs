@@ -80,6 +80,7 @@ impl From<TrustError> for Refusal {
     fn from(error: TrustError) -> Self {
         match error {
             TrustError::Name(_) | TrustError::Request(_) => Self::Invalid(error.to_string()),
+            TrustError::RootReplaced { .. } => Self::NotAdmitted(error.to_string()),
             _ => Self::Internal(error.to_string()),
         }
     }

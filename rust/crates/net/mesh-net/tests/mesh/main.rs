@@ -5,4 +5,5 @@ mod expulsion;
 mod identities;
 mod joining;
 mod links;
+mod roots;
 mod strangers;

@@ -353,6 +353,7 @@ async fn a_proof_of_another_connection_admits_nobody() {
             csr: csr.clone(),
             node_name: "laptop".to_owned(),
             identity: Some(proof),
+            root: root.to_vec(),
         };
         let body = request.encode_to_vec();
         let answer = ask(&endpoint, head.address, MsgType::JOIN_REQUEST, body).await;

@@ -378,6 +378,10 @@ impl<'a, C: Codec> Flight<'a, C> {
         }
         if ended == AttemptEnd::Failed {
             self.mesh.metrics.reruns.inc();
+            // Rings record their own changes.
+            if placed.ring.is_none() {
+                self.mesh.audit.failover(&placed.model, 1);
+            }
             self.codec.log_rerun(&placed.name, &self.answer);
         }
         self.ask.avoid = self.answer.avoided();

@@ -6,7 +6,7 @@
 //! - [`state`]: the state and its lock;
 //! - [`members`], [`models`], [`nodes`], [`rings`]: events of workers, and their effects on the cores;
 //! - [`placing`], [`lease`]: a worker and memory for each request;
-//! - [`former`]: nodes under other ids;
+//! - [`former`]: nodes under other ids; [`roots`]: rotation of the mesh root;
 //! - [`findings`]: faults of workers; [`tick`]: periodic work;
 //! - [`connection`]: a connection to a worker, whatever carries it; [`sessions`]: keys of heartbeats;
 //! - [`drains`], [`pins`]: state that outlasts a restart.
@@ -22,6 +22,7 @@ mod nodes;
 mod pins;
 mod placing;
 mod rings;
+mod roots;
 mod sessions;
 mod state;
 mod tick;

@@ -50,6 +50,8 @@ pub struct Mesh {
     pub(crate) closing: AtomicBool,
     pub(crate) sessions: Sessions,
     pub(crate) deny_list: DenyList,
+    /// What workers hear of the rotation of the mesh root.
+    pub(super) succession: RwLock<Option<Message>>,
     /// Version of the list that the workers were told.
     pub(super) told_expelled: AtomicU64,
     /// Wall-clock time of the head's start.
@@ -186,6 +188,7 @@ impl Mesh {
             sessions: Sessions::default(),
             told_expelled: AtomicU64::new(deny_list.version()),
             deny_list,
+            succession: RwLock::default(),
             started: SystemTime::now(),
             running_since: Instant::now(),
             state: Mutex::new(state),

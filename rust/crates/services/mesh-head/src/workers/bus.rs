@@ -8,11 +8,11 @@ use dcf::{DecodeError, Message, MsgType};
 use mesh_control::registry::Registry;
 use mesh_net::udp::{BatchSocket, Datagram, RecvBatch};
 use mesh_proto::Load;
-use mesh_service::metrics::prometheus_client::metrics::counter::Counter;
 use prost::Message as _;
 use tracing::debug;
 
 use super::legacy::LegacyBus;
+use super::verdict::Verdict;
 use crate::mesh::Mesh;
 use crate::metrics::DatagramCounters;
 
@@ -20,7 +20,7 @@ use crate::metrics::DatagramCounters;
 pub(crate) async fn serve(mesh: Arc<Mesh>, socket: Arc<BatchSocket>) {
     let counters = mesh.metrics.datagrams("workers");
     let mut bus = WorkerBus {
-        legacy: LegacyBus::new(mesh.clone(), socket.clone(), counters.clone()),
+        legacy: LegacyBus::new(mesh.clone(), socket.clone()),
         counters,
         mesh,
     };
@@ -29,7 +29,7 @@ pub(crate) async fn serve(mesh: Arc<Mesh>, socket: Arc<BatchSocket>) {
         match socket.recv(&mut batch).await {
             Ok(_) => {
                 for datagram in batch.datagrams() {
-                    bus.take(&datagram).inc();
+                    bus.take(&datagram).count(&bus.counters);
                 }
                 bus.legacy.reply().await;
             }
@@ -48,7 +48,7 @@ struct WorkerBus {
 }
 
 impl WorkerBus {
-    fn take(&mut self, datagram: &Datagram<'_>) -> &Counter {
+    fn take(&mut self, datagram: &Datagram<'_>) -> Verdict {
         // Looked at before anything is copied: most junk ends here.
         let (version, header) = match dcf::Header::decode_datagram(datagram.data) {
             Ok(framed) => framed,
@@ -56,7 +56,7 @@ impl WorkerBus {
                 if matches!(error, DecodeError::OtherVersion(_)) {
                     debug!(from = %datagram.from, %error, "dropped");
                 }
-                return &self.counters.malformed;
+                return Verdict::Malformed;
             }
         };
         if header.kind() != MsgType::SEALED_HEARTBEAT {
@@ -64,13 +64,13 @@ impl WorkerBus {
         }
         match Message::decode_datagram(Bytes::copy_from_slice(datagram.data)) {
             Ok(message) => self.sealed_heartbeat(&message),
-            Err(_) => &self.counters.malformed,
+            Err(_) => Verdict::Malformed,
         }
     }
 
-    fn sealed_heartbeat(&self, message: &Message) -> &Counter {
+    fn sealed_heartbeat(&self, message: &Message) -> Verdict {
         let Some((worker, plaintext)) = self.mesh.sessions.unseal(message) else {
-            return &self.counters.untrusted;
+            return Verdict::Untrusted;
         };
         match Load::decode(plaintext) {
             Ok(load) => {
@@ -81,9 +81,9 @@ impl WorkerBus {
                     let bytes = message.payload.len();
                     self.mesh.audit.message("bus", message.kind, node, bytes);
                 }
-                &self.counters.accepted
+                Verdict::Accepted
             }
-            Err(_) => &self.counters.malformed,
+            Err(_) => Verdict::Malformed,
         }
     }
 }

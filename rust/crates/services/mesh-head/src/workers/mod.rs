@@ -12,5 +12,6 @@ mod legacy;
 pub(crate) mod links;
 mod proofs;
 pub(crate) mod requests;
+mod verdict;
 
 pub(crate) use legacy::MOST_TASK_BYTES;

@@ -28,6 +28,7 @@ is wrong.
 
 Examples:
   hydramesh audit verify
+  hydramesh audit verify --root /var/lib/hydramesh/head/root.crt
   hydramesh audit verify --trail /mnt/export --key /mnt/usb/master.keys --since /mnt/usb/checkpoint
   hydramesh audit verify --json | jq '.[].findings'")]
     Verify {
@@ -48,6 +49,13 @@ Examples:
         /// The exported trail of another head: records that bind its heads are compared with it
         #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
         merged: Option<PathBuf>,
+        /// The mesh root's document about the head (identity.doc), whose identity has to endorse the trail's
+        /// keys [default: the one beside the trail]
+        #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+        document: Option<PathBuf>,
+        /// The certificate of the mesh root (root.crt) that has to have signed that document
+        #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+        root: Option<PathBuf>,
         /// Print JSON
         #[arg(long)]
         json: bool,

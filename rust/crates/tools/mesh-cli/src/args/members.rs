@@ -1,4 +1,5 @@
-//! Commands about the members of the mesh: `hydramesh drain`, `undrain`, `rebalance`, `identity`, `nodes`, `token`.
+//! Commands about the members of the mesh: `hydramesh drain`, `undrain`, `rebalance`, `identity`, `nodes`,
+//! `root`, `token`.
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -97,6 +98,36 @@ Example:
 }
 
 /// What to do with nodes.
+#[derive(Debug, Subcommand)]
+pub enum RootCommand {
+    /// Print the digest of the mesh root, and that of the former one while it is accepted
+    Show {
+        /// Print the head's own JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Put a new root into the place of the present one; both are accepted for a while
+    #[command(after_help = "\
+Both roots sign the change. Workers that are connected learn of it over their links, get certificates of the new root and go on. Those \
+that are away get them when they connect before the end of the overlap; later ones need a new token. New tokens pin the new root.
+
+Workers of earlier versions know the former root only: update them before its time is over.
+
+Examples:
+  hydramesh root rotate
+  hydramesh root rotate --overlap 7d")]
+    Rotate {
+        /// Time for which the former root is accepted, 1m to 400d [default: the head's `trust.root_overlap`,
+        /// 30 days]
+        #[arg(long, value_name = "TIME", value_parser = parse_duration)]
+        overlap: Option<Duration>,
+
+        /// Print the head's own JSON
+        #[arg(long)]
+        json: bool,
+    },
+}
+
 #[derive(Debug, Subcommand)]
 pub enum NodesCommand {
     /// Show all nodes: connected, absent, expelled, waiting for approval

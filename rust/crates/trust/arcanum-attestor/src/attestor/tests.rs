@@ -24,6 +24,7 @@ fn worker(authority: &Attestor, dir: &Path, then: SystemTime) -> NodeIdentity {
         request: &request,
         node_name: "laptop",
         identity: applicant.public_key(),
+        root: authority.root().sha256(),
     };
     let issued = authority.join(&ask, then).expect("joined");
     let deny_list = DenyList::open(dir).expect("empty");
@@ -79,6 +80,7 @@ fn renew(authority: &Attestor, worker: &NodeIdentity, now: SystemTime) -> Result
         request: &request,
         identity: key.as_ref(),
         successor: None,
+        root: worker.root_sha256(),
     };
     worker
         .install(authority.renew(&ask, now)?)
@@ -189,6 +191,7 @@ fn the_key_of_a_certificate_alone_renews_nothing() {
             request: &request,
             identity,
             successor,
+            root: worker.root_sha256(),
         };
         head.renew(&ask, today())
     };
@@ -213,6 +216,7 @@ fn the_key_of_a_certificate_alone_renews_nothing() {
         request: &request,
         identity: key.as_ref(),
         successor: None,
+        root: worker.root_sha256(),
     };
     let refused = head.renew(&ask, today()).expect_err("refused");
     assert!(matches!(refused, Refusal::Invalid(_)), "{refused:?}");
@@ -259,6 +263,7 @@ fn a_member_that_rotates_its_identity_again_and_again_does_not_fill_the_list() {
             request: &request,
             identity: present.as_ref(),
             successor: Some(&next),
+            root: first.root_sha256(),
         };
         let issued = head.renew(&ask, now)?;
         let certificate = &issued.certificates[0];

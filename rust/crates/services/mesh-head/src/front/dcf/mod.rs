@@ -30,6 +30,7 @@ use self::proof::{ProofReply, Proofs};
 use crate::locks::lock;
 use crate::mesh::{Mesh, timestamp_us};
 use crate::metrics::DatagramCounters;
+use crate::tally::Tallies;
 
 /// Serves the port; never returns. Answers that are being made are in `running`.
 pub(crate) async fn serve(mesh: Arc<Mesh>, socket: Arc<BatchSocket>, running: TaskTracker) {
@@ -38,11 +39,17 @@ pub(crate) async fn serve(mesh: Arc<Mesh>, socket: Arc<BatchSocket>, running: Ta
     // One timer for all turns: other datagrams do not put it off.
     let mut room_check = tokio::time::interval(ROOM_CHECK);
     room_check.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut record = tokio::time::interval(RECORD_INTERVAL);
+    record.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         let received = tokio::select! {
             received = socket.recv(&mut batch) => received,
             _ = room_check.tick(), if !intake.chunks.is_empty() => {
                 intake.look_for_room();
+                continue;
+            }
+            _ = record.tick(), if !intake.tallies.is_empty() => {
+                intake.tallies.flush();
                 continue;
             }
         };
@@ -66,6 +73,8 @@ struct Intake {
     without_room: VecDeque<(Instant, TaskKey)>,
     replies: SendBatch,
     proofs: Proofs,
+    /// Messages that the audit trail gets.
+    tallies: Tallies,
     /// Times of the last warnings: about an untrusted sender, an unknown version, a client without echoes.
     warned: Option<Instant>,
     warned_of_version: Option<Instant>,
@@ -93,6 +102,7 @@ impl Intake {
     fn new(port: Arc<Port>) -> Self {
         Self {
             counters: port.mesh.metrics.datagrams("clients"),
+            tallies: Tallies::new(port.mesh.audit.clone(), "dcf"),
             port,
             chunks: reassembler(),
             without_room: VecDeque::new(),
@@ -154,34 +164,40 @@ impl Intake {
         let payload = Bytes::copy_from_slice(payload);
         match header.kind() {
             MsgType::TASK => {
-                self.counters.accepted.inc();
-                self.port
-                    .mesh
-                    .audit
-                    .message("dcf", header.kind(), client.ip(), payload.len());
+                self.accepted(key, MsgType::TASK, payload.len());
                 self.task(key, payload);
             }
             MsgType::CHUNK => self.chunk(key, payload),
             // A shim asks after a task whose client does not.
             MsgType::HEALTH if payload == ASK_AFTER_TASK => {
-                self.counters.accepted.inc();
+                self.accepted(key, MsgType::HEALTH, payload.len());
                 if lock(&self.port.dedup).is_running(key) {
                     self.send_ack(key);
                 }
             }
             MsgType::HEALTH => {
-                self.counters.accepted.inc();
+                self.accepted(key, MsgType::HEALTH, payload.len());
                 let unready = self.port.mesh.health.unready_reason();
                 let text = unready.unwrap_or_else(|| "ready".into());
                 let text = text[..text.floor_char_boundary(version.max_answer())].to_owned();
                 self.reply(key, MsgType::HEALTH, text);
             }
-            MsgType::CHALLENGE_REPLY => self.reply(key, MsgType::ACK, ""),
+            MsgType::CHALLENGE_REPLY => {
+                self.tallies
+                    .count(MsgType::CHALLENGE_REPLY, client.ip(), payload.len());
+                self.reply(key, MsgType::ACK, "");
+            }
             // Nothing that may itself be an answer is answered: two ends would never stop.
             _ => {
                 self.counters.unexpected.inc();
             }
         }
+    }
+
+    /// Counts a message that was accepted.
+    fn accepted(&mut self, key: TaskKey, kind: MsgType, bytes: usize) {
+        self.counters.accepted.inc();
+        self.tallies.count(kind, key.client.ip(), bytes);
     }
 
     /// Answers a client that has not shown yet that it has the address that it sends from.
@@ -199,7 +215,10 @@ impl Intake {
         }
         match self.proofs.ask(client, message, room, now) {
             ProofReply::Challenge(cookie) => self.reply(key, MsgType::CHALLENGE, cookie.to_vec()),
-            ProofReply::Verified => self.reply(key, MsgType::ACK, ""),
+            ProofReply::Verified => {
+                self.tallies.count(message.0, client.ip(), message.1.len());
+                self.reply(key, MsgType::ACK, "");
+            }
             ProofReply::Health => self.reply(key, MsgType::HEALTH, ""),
             ProofReply::Silence => {
                 self.counters.untrusted.inc();
@@ -235,25 +254,23 @@ impl Intake {
             self.without_room.pop_front();
         }
         // One Error for all of its Chunks; a part of it would only take room.
+        let bytes = payload.len();
         if self.without_room.iter().any(|(_, refused)| *refused == key) {
-            self.counters.accepted.inc();
-            return;
+            return self.accepted(key, MsgType::CHUNK, bytes);
         }
         let pushed = Chunk::parse(&payload).and_then(|chunk| self.chunks.push(key, &chunk, now));
         match pushed {
             Err(failure @ ChunkError::NoRoom) => {
-                self.counters.accepted.inc();
+                self.accepted(key, MsgType::CHUNK, bytes);
                 if self.without_room.len() >= MOST_WITHOUT_ROOM {
                     self.without_room.pop_front();
                 }
                 self.without_room.push_back((now, key));
                 self.refuse(key, ErrorCode::WORKER_BUSY, &failure.to_string());
             }
-            Ok(None) => {
-                self.counters.accepted.inc();
-            }
+            Ok(None) => self.accepted(key, MsgType::CHUNK, bytes),
             Ok(Some(payload)) => {
-                self.counters.accepted.inc();
+                self.accepted(key, MsgType::CHUNK, bytes);
                 self.task(key, payload);
             }
             Err(failure) => {
@@ -341,5 +358,7 @@ const NO_ROOM_FOR: Duration = Duration::from_secs(2);
 const MOST_WITHOUT_ROOM: usize = 64;
 /// Time that Chunks of a Task wait for the others.
 const CHUNKS_KEPT: Duration = Duration::from_secs(60);
+/// How often counted messages go to the audit trail.
+const RECORD_INTERVAL: Duration = Duration::from_secs(1);
 /// How often unfinished payloads make room for requests.
 const ROOM_CHECK: Duration = Duration::from_millis(100);

@@ -17,6 +17,7 @@ mod models;
 mod nodes;
 mod ready;
 mod rings;
+mod root;
 mod state;
 mod tokens;
 
@@ -45,6 +46,7 @@ pub(crate) use keys::{Keys, KeysError};
 use mesh_control::fair::{Ingress, Source};
 use mesh_control::image_files::ImageFiles;
 use mesh_control::registry::Registry;
+use mesh_net::trust::NodeIdentity;
 
 use crate::api::embeddings::AskedEmbeddings;
 use crate::api::generate::{self, Asked};
@@ -64,7 +66,7 @@ pub(crate) fn router(
     mesh: Arc<Mesh>,
     keys: Keys,
     authority: Arc<Attestor>,
-    own_id: String,
+    identity: NodeIdentity,
     metrics: Arc<Metrics>,
 ) -> Router {
     let told = Told {
@@ -87,7 +89,8 @@ pub(crate) fn router(
         mesh,
         keys: Arc::new(keys),
         authority,
-        own_id: own_id.into(),
+        own_id: identity.node_id().into(),
+        identity,
         concurrency,
         images: Arc::new(Mutex::new(images)),
     };
@@ -135,6 +138,8 @@ fn for_clients() -> Vec<Route> {
 
 fn for_administrators() -> Vec<Route> {
     vec![
+        route(GET, paths::ROOT, root::show),
+        route(POST, paths::ROTATE_ROOT, root::rotate),
         route(GET, paths::TOKENS, tokens::list),
         route(POST, paths::TOKENS, tokens::create),
         route(POST, paths::REVOKE_TOKEN, tokens::revoke),

@@ -4,6 +4,7 @@ use std::sync::{Arc, Mutex};
 
 use arcanum_attestor::Attestor;
 use mesh_control::image_files::ImageFiles;
+use mesh_net::trust::NodeIdentity;
 
 use super::error::ApiError;
 use super::hold::Hold;
@@ -16,6 +17,7 @@ pub(super) struct Api {
     pub(super) keys: Arc<Keys>,
     pub(super) authority: Arc<Attestor>,
     pub(super) own_id: Arc<str>,
+    pub(super) identity: NodeIdentity,
     pub(super) concurrency: Arc<ConcurrencyLimit>,
     pub(super) images: Arc<Mutex<ImageFiles>>,
 }

@@ -16,17 +16,15 @@ use bytes::Bytes;
 use dcf::chunk::{self, Chunk, Reassembler};
 use dcf::{Message, MsgType, Version};
 use mesh_net::udp::{BatchSocket, Datagram, SendBatch};
-use mesh_service::metrics::prometheus_client::metrics::counter::Counter;
 use tracing::{debug, info, warn};
 
 use self::tasks::{LegacyConnection, LegacyWorker, Tasks};
 use crate::mesh::{Mesh, timestamp_us};
-use crate::metrics::DatagramCounters;
+use crate::workers::verdict::Verdict;
 
 /// The part of the worker bus that such workers use.
 pub(super) struct LegacyBus {
     mesh: Arc<Mesh>,
-    counters: DatagramCounters,
     socket: Arc<BatchSocket>,
     tasks: Arc<Tasks>,
     chunks: Reassembler<PieceKey>,
@@ -38,18 +36,13 @@ pub(super) struct LegacyBus {
 type PieceKey = (LegacyWorker, u32);
 
 impl LegacyBus {
-    pub(super) fn new(
-        mesh: Arc<Mesh>,
-        socket: Arc<BatchSocket>,
-        counters: DatagramCounters,
-    ) -> Self {
+    pub(super) fn new(mesh: Arc<Mesh>, socket: Arc<BatchSocket>) -> Self {
         let limits = chunk::Limits {
             timeout: CHUNKS_KEPT,
             ..chunk::Limits::default()
         };
         Self {
             mesh,
-            counters,
             socket,
             tasks: Arc::default(),
             chunks: Reassembler::by_source(limits, limits.half(), |(worker, _): &PieceKey| {
@@ -60,13 +53,13 @@ impl LegacyBus {
         }
     }
 
-    /// Takes a datagram with a header of this version and kind. Returns the counter that it belongs to.
+    /// Takes a datagram with a header of this version and kind.
     pub(super) fn take(
         &mut self,
         datagram: &Datagram<'_>,
         version: Version,
         kind: MsgType,
-    ) -> &Counter {
+    ) -> Verdict {
         let from = LegacyWorker {
             address: datagram.from,
             version,
@@ -75,18 +68,23 @@ impl LegacyBus {
             if kind == MsgType::HEARTBEAT {
                 self.refuse(from);
             }
-            return &self.counters.untrusted;
+            return Verdict::Untrusted;
         }
         let Ok(message) = Message::decode_datagram(Bytes::copy_from_slice(datagram.data)) else {
-            return &self.counters.malformed;
+            return Verdict::Malformed;
         };
-        match message.kind {
+        let (kind, bytes) = (message.kind, message.payload.len());
+        let verdict = match message.kind {
             MsgType::HEARTBEAT => self.heartbeat(from, &message),
             MsgType::RESULT | MsgType::ERROR | MsgType::NACK => self.result(from, message),
             MsgType::CHUNK => self.chunk(from, &message),
             MsgType::HEALTH => self.health(from, &message),
-            _ => &self.counters.unexpected,
+            _ => Verdict::Unexpected,
+        };
+        if verdict == Verdict::Accepted {
+            self.mesh.audit.message("bus", kind, from.address, bytes);
         }
+        verdict
     }
 
     /// Sends the answers to the datagrams that were taken.
@@ -112,11 +110,11 @@ impl LegacyBus {
         }
     }
 
-    fn heartbeat(&self, from: LegacyWorker, message: &Message) -> &Counter {
+    fn heartbeat(&self, from: LegacyWorker, message: &Message) -> Verdict {
         let text = std::str::from_utf8(&message.payload).unwrap_or_default();
         let digits = text.trim_end_matches(['\0', '\n', '\r', ' ']);
         let Ok(port @ 1..) = digits.parse::<u16>() else {
-            return &self.counters.malformed;
+            return Verdict::Malformed;
         };
         let worker = LegacyWorker {
             address: SocketAddr::new(from.address.ip(), port),
@@ -130,37 +128,40 @@ impl LegacyBus {
         let (address, version) = (worker.address, worker.version);
         let mesh = &self.mesh;
         if mesh.plain_heartbeat(address, version, Arc::new(connection)) {
+            let (name, from) = (format!("DCF {version}"), address.to_string());
+            mesh.audit
+                .joined("", &name, "without identity", &from, None);
             info!(%address, %version, "worker without an identity joined");
         }
-        &self.counters.accepted
+        Verdict::Accepted
     }
 
     /// A worker asks whether its head is there.
-    fn health(&mut self, from: LegacyWorker, asked: &Message) -> &Counter {
+    fn health(&mut self, from: LegacyWorker, asked: &Message) -> Verdict {
         let answer = Message::new(MsgType::HEALTH, asked.sequence, timestamp_us(), "");
         let header = answer.header().encode();
         self.replies
             .push_parts(from.address, &[from.version.prefix(), &header]);
-        &self.counters.accepted
+        Verdict::Accepted
     }
 
-    fn result(&self, from: LegacyWorker, message: Message) -> &Counter {
+    fn result(&self, from: LegacyWorker, message: Message) -> Verdict {
         match self.tasks.deliver(from, message) {
-            true => &self.counters.accepted,
-            false => &self.counters.unexpected,
+            true => Verdict::Accepted,
+            false => Verdict::Unexpected,
         }
     }
 
-    fn chunk(&mut self, from: LegacyWorker, message: &Message) -> &Counter {
+    fn chunk(&mut self, from: LegacyWorker, message: &Message) -> Verdict {
         let Ok(chunk) = Chunk::parse(&message.payload) else {
-            return &self.counters.malformed;
+            return Verdict::Malformed;
         };
         if !self.tasks.awaits(from, message.sequence) {
-            return &self.counters.unexpected;
+            return Verdict::Unexpected;
         }
         let key = (from, message.sequence);
         match self.chunks.push(key, &chunk, Instant::now()) {
-            Ok(None) => &self.counters.accepted,
+            Ok(None) => Verdict::Accepted,
             Ok(Some(payload)) => {
                 let result = Message {
                     kind: MsgType::RESULT,
@@ -169,7 +170,7 @@ impl LegacyBus {
                 };
                 self.result(from, result)
             }
-            Err(_) => &self.counters.malformed,
+            Err(_) => Verdict::Malformed,
         }
     }
 }
