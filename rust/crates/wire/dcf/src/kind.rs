@@ -39,6 +39,8 @@ named_numbers! { MsgType, "type":
     DRAIN = 0x14, "Drain";
     /// The nodes that an operator has expelled, all of them; head to worker.
     EXPELLED = 0x15, "Expelled";
+    /// A worker's statement about its system and hardware has changed; worker to head.
+    EVIDENCE = 0x18, "Evidence";
     /// A request for text, first message of its stream; head to worker.
     GENERATE = 0x20, "Generate";
     /// New tokens of an answer.

@@ -16,11 +16,13 @@ macro_rules! messages {
     )*};
 }
 
+mod evidence;
 mod identity;
 mod image;
 mod ring;
 mod share;
 
+pub use evidence::{Evidence, NixSystem, ServedFingerprint, SignedEvidence};
 pub use identity::{IdentityDocument, IdentityProof, RootIdentity, SignedIdentity, StoredIdentity};
 pub use image::{
     IMAGE_PART, ImageCard, ImageData, ImageStep, ImageTask, InitialImage, PREVIEW_SHARE,
@@ -55,6 +57,8 @@ messages! {
         request_revision: u32 = [uint32, tag = 20],
         /// Models that make images: see [`Hello::all_models`].
         image_models: Vec<ModelCard> = [message, repeated, tag = 21],
+        /// Evidence of the node; absent from nodes of earlier versions.
+        evidence: Option<SignedEvidence> = [message, optional, tag = 30],
     }
 
     /// The nodes that an operator has expelled: all of them, in place of those that were named before. Sent after Welcome and
@@ -498,6 +502,8 @@ messages! {
         node_name: String = [string, tag = 4],
         /// Proof of the node's identity; absent from nodes of earlier versions.
         identity: Option<IdentityProof> = [message, optional, tag = 5],
+        /// Evidence of the node; absent from nodes of earlier versions.
+        evidence: Option<SignedEvidence> = [message, optional, tag = 10],
     }
 
     /// The answer to [`JoinRequest`] (DCF 0x31).
@@ -520,6 +526,8 @@ messages! {
         identity: Option<IdentityProof> = [message, optional, tag = 2],
         /// Proof of the identity that takes its place, if the node's key is rotated.
         successor: Option<IdentityProof> = [message, optional, tag = 3],
+        /// Evidence of the node; absent from nodes of earlier versions.
+        evidence: Option<SignedEvidence> = [message, optional, tag = 10],
     }
 }
 

@@ -311,6 +311,7 @@ async fn renew_own(
                     request: &request,
                     identity: key.as_ref(),
                     successor: None,
+                    evidence: None,
                 };
                 let issued = admission
                     .renew(&ask, now)

@@ -24,6 +24,7 @@ mod config;
 mod connector;
 mod endpoint;
 mod error;
+mod evidence;
 mod join;
 mod link;
 mod listener;
@@ -34,6 +35,7 @@ mod tls;
 
 pub use config::LinkConfig;
 pub use connector::{Connector, connect};
+pub use evidence::{report_evidence, reported_evidence};
 pub use error::{Closed, ConnectError, JoinError, StreamFailure};
 pub use join::{join, join_again, keep_renewed, load_or_join, renew, settle};
 pub use link::Link;

@@ -42,6 +42,8 @@ pub struct JoinAsk<'a> {
     pub node_name: &'a str,
     /// The node's identity; `None` for nodes of earlier versions.
     pub identity: Option<&'a PublicKey>,
+    /// Evidence that this identity vouches for, encoded; `None` for nodes of earlier versions.
+    pub evidence: Option<&'a [u8]>,
 }
 
 /// A request for a fresh certificate.
@@ -55,4 +57,6 @@ pub struct RenewAsk<'a> {
     pub identity: Option<&'a PublicKey>,
     /// The identity that takes its place, if the node rotates its key.
     pub successor: Option<&'a PublicKey>,
+    /// Evidence that `identity` vouches for, encoded; `None` for nodes of earlier versions.
+    pub evidence: Option<&'a [u8]>,
 }

@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::SystemTime;
 
 use mesh_base::sync::lock;
@@ -21,6 +21,7 @@ use super::clock::MeshClock;
 use super::deny::DenyList;
 use super::digest::sha256;
 use super::error::TrustError;
+use super::evidence::EvidenceSource;
 use super::identity_keys::{IdentityKeys, read_document, write_document};
 use super::names;
 use super::root::Issued;
@@ -40,6 +41,7 @@ struct Inner {
     clock: MeshClock,
     deny_list: DenyList,
     current: Mutex<Current>,
+    evidence: OnceLock<EvidenceSource>,
 }
 
 #[derive(Clone)]
@@ -219,6 +221,7 @@ impl NodeIdentity {
             clock: MeshClock::default(),
             deny_list,
             current: Mutex::new(current),
+            evidence: OnceLock::new(),
         };
         Self {
             inner: Arc::new(inner),
@@ -266,6 +269,20 @@ impl NodeIdentity {
     /// The expelled nodes, to which this node has no links.
     pub fn deny_list(&self) -> &DenyList {
         &self.inner.deny_list
+    }
+
+    /// Has evidence of this source go with renewals from now on. The first source counts.
+    pub fn set_evidence(&self, source: EvidenceSource) {
+        let _ = self.inner.evidence.set(source);
+    }
+
+    pub(crate) fn evidence(&self) -> Option<&EvidenceSource> {
+        self.inner.evidence.get()
+    }
+
+    /// The key that the present certificate is bound to, or is to be.
+    pub(crate) fn identity_key(&self) -> Option<Arc<IdentityKey>> {
+        self.current().identity.key
     }
 
     /// A request (PKCS#10, DER) for a certificate for the same key.

@@ -39,6 +39,7 @@ mod clock;
 mod deny;
 mod digest;
 mod error;
+mod evidence;
 mod identity;
 mod identity_keys;
 mod identity_text;
@@ -57,6 +58,8 @@ pub(crate) use deny::Expellable;
 pub use deny::{DenyList, Expulsion, MOST_EXPELLED};
 pub(crate) use digest::sha256;
 pub use error::TrustError;
+pub use evidence::{EvidenceSource, LONGEST_EVIDENCE, Newcomer};
+pub(crate) use evidence::{vouch, vouched};
 pub use identity::{Applicant, NodeIdentity, set_aside};
 pub(crate) use identity::{NodeKey, move_identity};
 pub use identity_keys::{IdentityIds, identity_ids, rotate_identity};
@@ -64,7 +67,7 @@ pub use identity_text::{describe_identity, rotate_and_describe};
 pub use names::NODE_CERTIFICATE as NODE_CERTIFICATE_FILE;
 pub use names::{EXPELLED as EXPELLED_FILE, MEMBERS as MEMBERS_FILE, TOKENS as TOKENS_FILE};
 pub use refusal::{
-    AWAITING_APPROVAL, CERTIFICATE_DATES, DUPLICATE_IDENTITY, EXPELLED, Refusal, TOKEN_EXPIRED,
+    AWAITING_APPROVAL, CERTIFICATE_DATES, DUPLICATE_IDENTITY, EVIDENCE_REFUSED, EXPELLED, Refusal, TOKEN_EXPIRED,
     TOKEN_UNKNOWN, TOKEN_USED,
 };
 pub use root::{Issued, MeshRoot, Subject, Validity};

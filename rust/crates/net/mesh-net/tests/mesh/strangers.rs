@@ -313,6 +313,7 @@ async fn a_proof_of_another_connection_admits_nobody() {
             token: &id,
             name: "laptop",
             successor: None,
+            evidence: None,
         };
         let proof = transcript.prove(&key);
         let request = JoinRequest {
@@ -321,6 +322,7 @@ async fn a_proof_of_another_connection_admits_nobody() {
             csr: csr.clone(),
             node_name: "laptop".to_owned(),
             identity: Some(proof),
+            evidence: None,
         };
         let body = request.encode_to_vec();
         let answer = ask(&endpoint, head.address, MsgType::JOIN_REQUEST, body).await;
