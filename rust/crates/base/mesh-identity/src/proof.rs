@@ -220,7 +220,10 @@ mod tests {
             ..transcript()
         };
         let proof = vouching(&evidence).prove(&key);
-        assert_eq!(vouching(&evidence).verify(&proof).as_ref(), Ok(key.public()));
+        assert_eq!(
+            vouching(&evidence).verify(&proof).as_ref(),
+            Ok(key.public())
+        );
         for at in 0..evidence.len() {
             let mut changed = evidence.clone();
             changed[at] ^= 1;
@@ -231,7 +234,10 @@ mod tests {
             ..vouching(&evidence)
         };
         assert!(elsewhere.verify(&proof).is_err(), "another session");
-        assert!(transcript().verify(&proof).is_err(), "no proof of possession alone");
+        assert!(
+            transcript().verify(&proof).is_err(),
+            "no proof of possession alone"
+        );
         let successor = Transcript {
             successor: Some(key.node_id()),
             evidence: None,

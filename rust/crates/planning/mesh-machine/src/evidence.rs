@@ -54,7 +54,9 @@ struct OsRelease {
 impl OsRelease {
     fn read(root: &Path) -> Self {
         let files = ["etc/os-release", "usr/lib/os-release"];
-        let text = files.iter().find_map(|file| read_text(&root.join(file)).ok());
+        let text = files
+            .iter()
+            .find_map(|file| read_text(&root.join(file)).ok());
         text.map_or_else(Self::default, |text| Self::parse(&text))
     }
 
@@ -131,7 +133,7 @@ fn base32(digest: &[u8]) -> String {
 /// Form of the evidence that this version writes.
 const FORM: u32 = 1;
 const STORE: &str = "/nix/store/";
-/// The narinfo of the running system, where something writes it there: the NixOS module does.
+/// The narinfo of the running system, where a service writes it (docs/how-to/join-nodes.md).
 const NARINFO: &str = "run/hydramesh/system.narinfo";
 const MOST_GPUS: usize = 8;
 const LONGEST_PATH: usize = 255;
@@ -145,8 +147,7 @@ mod tests {
     use super::*;
     use crate::files::tests::tree;
 
-    const SYSTEM: &str =
-        "/nix/store/1x5yixv9dljwz8bjzmyjxd0dnzi9pxqc-nixos-system-attic-26.05";
+    const SYSTEM: &str = "/nix/store/1x5yixv9dljwz8bjzmyjxd0dnzi9pxqc-nixos-system-attic-26.05";
 
     #[test]
     fn a_made_up_machine_is_described_and_no_control_character_comes_through() {
@@ -154,9 +155,15 @@ mod tests {
         let root = tree(&[
             ("proc/sys/kernel/osrelease", "6.12.30\n"),
             ("proc/sys/kernel/random/boot_id", "0b5f\u{1b}[31m-77\n"),
-            ("proc/cpuinfo", "processor: 0\nmodel name: Old CPU\nprocessor: 1\n"),
+            (
+                "proc/cpuinfo",
+                "processor: 0\nmodel name: Old CPU\nprocessor: 1\n",
+            ),
             ("proc/meminfo", "MemTotal: 8388608 kB\n"),
-            ("etc/os-release", "NAME=NixOS\nID=nixos\nVERSION_ID=\"26.05\"\n"),
+            (
+                "etc/os-release",
+                "NAME=NixOS\nID=nixos\nVERSION_ID=\"26.05\"\n",
+            ),
             (&format!("{gpu}/vendor"), "0x10de\n"),
             (&format!("{gpu}/device"), "0x2684\n"),
             (&format!("{gpu}/class"), "0x030000\n"),
@@ -188,7 +195,10 @@ mod tests {
         let link = root.path().join("run/current-system");
         symlink(SYSTEM, &link).unwrap();
         let system = collect(root.path(), "").system.unwrap();
-        assert_eq!((system.path.as_str(), system.nar_hash.as_str()), (SYSTEM, ""));
+        assert_eq!(
+            (system.path.as_str(), system.nar_hash.as_str()),
+            (SYSTEM, "")
+        );
         assert_eq!(system.narinfo, "StorePath: x\n");
         std::fs::create_dir_all(root.path().join(&SYSTEM[1..])).unwrap();
         let system = collect(root.path(), "").system.unwrap();
@@ -209,7 +219,10 @@ mod tests {
         std::fs::set_permissions(&init, std::fs::Permissions::from_mode(0o755)).unwrap();
         symlink("/nix/store/kernel", system.join("kernel")).unwrap();
         std::fs::create_dir(system.join("etc")).unwrap();
-        assert_eq!(nar_hash(&system).as_deref(), Some("sha256:01jzbbmqi2salffgf3bidy4b48dgw485jmhqhqh4a385cxkpf7lq"));
+        assert_eq!(
+            nar_hash(&system).as_deref(),
+            Some("sha256:01jzbbmqi2salffgf3bidy4b48dgw485jmhqhqh4a385cxkpf7lq")
+        );
         assert_eq!(nar_hash(&root.path().join("missing")), None);
     }
 

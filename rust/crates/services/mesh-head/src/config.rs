@@ -1,5 +1,7 @@
 //! The head's configuration: the keys, their defaults, and the checks before anything starts.
 
+mod evidence;
+
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
@@ -14,6 +16,8 @@ use serde::{Deserialize, Serialize};
 use arcanum_attestor::Approval;
 use mesh_control::router::Capacity;
 use mesh_control::{dedup, placement, request, rings};
+
+pub use evidence::{EvidenceConfig, EvidenceFault};
 
 /// All settings of the head.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -168,6 +172,8 @@ pub struct DcfConfig {
 pub struct TrustConfig {
     /// How a node with a valid join token becomes a member: `automatic`, or `manual`, after an operator has approved it.
     pub approval: ApprovalRule,
+    /// Requirements on the evidence of nodes, and the rule for changes.
+    pub evidence: EvidenceConfig,
 }
 
 /// Value of `trust.approval`.
@@ -404,6 +410,7 @@ impl Config {
         if self.ring.slots == 0 {
             return Err(Unsound::Zero("ring.slots"));
         }
+        self.trust.evidence.policy()?;
         if !(0.0..1.0).contains(&self.ring.margin) {
             return Err(Unsound::Margin(self.ring.margin.to_string()));
         }
@@ -511,6 +518,9 @@ fn is_near(source: IpAddr, networks: &[Network]) -> bool {
 /// Keys that are valid one by one and make no sense together.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Unsound {
+    /// The policy on evidence.
+    #[error(transparent)]
+    Evidence(#[from] EvidenceFault),
     /// Anyone could use the mesh.
     #[error(
         "http.listen = \"{0}\" is reachable from other machines, and there are no API keys: set http.api_keys_file, or \

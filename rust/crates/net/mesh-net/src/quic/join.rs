@@ -25,8 +25,8 @@ use super::stream::MsgStream;
 use super::tls::{self, JOIN_PROTOCOL, PinVerifier};
 use crate::files;
 use crate::trust::{
-    Admission, Applicant, DenyList, Issued, JoinAsk, JoinToken, Member, NodeIdentity, NodeKey,
-    Newcomer, Refusal, RenewAsk, Role, TrustError, move_identity, names, set_aside, sha256, vouch,
+    Admission, Applicant, DenyList, Issued, JoinAsk, JoinToken, Member, Newcomer, NodeIdentity,
+    NodeKey, Refusal, RenewAsk, Role, TrustError, move_identity, names, set_aside, sha256, vouch,
     vouched,
 };
 

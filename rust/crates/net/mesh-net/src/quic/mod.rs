@@ -35,8 +35,8 @@ mod tls;
 
 pub use config::LinkConfig;
 pub use connector::{Connector, connect};
-pub use evidence::{report_evidence, reported_evidence};
 pub use error::{Closed, ConnectError, JoinError, StreamFailure};
+pub use evidence::{report_evidence, reported_evidence};
 pub use join::{join, join_again, keep_renewed, load_or_join, renew, settle};
 pub use link::Link;
 pub use listener::Listener;

@@ -67,8 +67,8 @@ pub use identity_text::{describe_identity, rotate_and_describe};
 pub use names::NODE_CERTIFICATE as NODE_CERTIFICATE_FILE;
 pub use names::{EXPELLED as EXPELLED_FILE, MEMBERS as MEMBERS_FILE, TOKENS as TOKENS_FILE};
 pub use refusal::{
-    AWAITING_APPROVAL, CERTIFICATE_DATES, DUPLICATE_IDENTITY, EVIDENCE_REFUSED, EXPELLED, Refusal, TOKEN_EXPIRED,
-    TOKEN_UNKNOWN, TOKEN_USED,
+    AWAITING_APPROVAL, CERTIFICATE_DATES, DUPLICATE_IDENTITY, EVIDENCE_REFUSED, EXPELLED, Refusal,
+    TOKEN_EXPIRED, TOKEN_UNKNOWN, TOKEN_USED,
 };
 pub use root::{Issued, MeshRoot, Subject, Validity};
 pub use token::{JoinToken, ParseTokenError};
