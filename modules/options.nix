@@ -143,6 +143,92 @@ in
       '';
     };
 
+    evidence = {
+      required = mkOption {
+        type = types.bool;
+        default = false;
+        example = true;
+        description = ''
+          Whether this head refuses nodes that state nothing about their system and hardware. Evidence is the
+          node's own word: root on that machine can make it up.
+        '';
+      };
+      minVersion = mkOption {
+        type = types.nullOr (types.strMatching "[0-9]+[.][0-9]+[.][0-9]+");
+        default = null;
+        example = "0.1.0";
+        description = "Least version of HydraMesh of a node.";
+      };
+      os = mkOption {
+        type = types.listOf types.nonEmptyStr;
+        default = [ ];
+        example = [ "nixos" ];
+        description = "Operating systems that are allowed (`ID` in /etc/os-release). An empty list allows all.";
+      };
+      system = mkOption {
+        type = types.enum [
+          "any"
+          "listed"
+          "signed"
+          "either"
+        ];
+        default = "any";
+        example = "signed";
+        description = ''
+          Requirement on the running NixOS system of a node: none, its store path is in `systems`, its narinfo is
+          signed by one of `trustedKeys`, or one of the two.
+        '';
+      };
+      systems = mkOption {
+        type = types.listOf types.nonEmptyStr;
+        default = [ ];
+        example = [ "/nix/store/1x5yixv9dljwz8bjzmyjxd0dnzi9pxqc-nixos-system-attic-26.05" ];
+        description = "Store paths of NixOS systems that are allowed.";
+      };
+      trustedKeys = mkOption {
+        type = types.listOf types.nonEmptyStr;
+        default = [ ];
+        example = [ "cache.nixos.org-1:6NCHdD59X431o0gWypbMrAURkbJ16ZPMQFGspcDShjY=" ];
+        description = "Public keys of binary caches whose signature allows a system.";
+      };
+      onChange = mkOption {
+        type = types.enum [
+          "accept"
+          "record"
+          "approve"
+          "refuse"
+          "expel"
+        ];
+        default = "record";
+        example = "approve";
+        description = ''
+          Effect of a change between two statements of a node: it is accepted without a record, recorded, waits
+          for `hydramesh nodes approve`, or the node is refused for as long as it lasts, or expelled.
+        '';
+      };
+      watched = mkOption {
+        type = types.listOf (
+          types.enum [
+            "version"
+            "kernel"
+            "os"
+            "architecture"
+            "hardware"
+            "models"
+            "system"
+          ]
+        );
+        default = [
+          "os"
+          "architecture"
+          "hardware"
+          "system"
+        ];
+        example = [ "os" ];
+        description = "Parts whose changes `onChange` is for. Changes of the others are recorded.";
+      };
+    };
+
     apiKeysFile = mkSecretFile "/run/secrets/hydramesh-api-keys" ''
       File with the API keys of the head, one per line. Required to listen beyond loopback. It is passed as a
       systemd credential, so the service itself need not be able to read the file.

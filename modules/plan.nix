@@ -117,6 +117,24 @@ let
   identityKey = lib.optionalAttrs (cfg.identityKeyFile != null) {
     identity-key = toString cfg.identityKeyFile;
   };
+  # The keys of `trust.evidence` that differ from the head's defaults.
+  evidence = lib.filterAttrs (_: value: value != null) {
+    required = if cfg.evidence.required then true else null;
+    min_version = cfg.evidence.minVersion;
+    os = given cfg.evidence.os;
+    system = if cfg.evidence.system == "any" then null else cfg.evidence.system;
+    systems = given cfg.evidence.systems;
+    trusted_keys = given cfg.evidence.trustedKeys;
+    on_change = if cfg.evidence.onChange == "record" then null else cfg.evidence.onChange;
+    watched = if cfg.evidence.watched == watchedByDefault then null else cfg.evidence.watched;
+  };
+  given = list: if list == [ ] then null else list;
+  watchedByDefault = [
+    "os"
+    "architecture"
+    "hardware"
+    "system"
+  ];
 in
 {
   inherit
@@ -168,7 +186,10 @@ in
       quic.listen = mkDefault (join "::" cfg.ports.head.quic);
       dcf.legacy_workers = mkIf cfg.legacyWorkers (mkDefault true);
       # An older head of `package` does not know the key.
-      trust = mkIf (cfg.approval != "automatic") { approval = mkDefault cfg.approval; };
+      trust = lib.mkMerge [
+        (mkIf (cfg.approval != "automatic") { approval = mkDefault cfg.approval; })
+        (mkIf (evidence != { }) { evidence = lib.mapAttrs (_: mkDefault) evidence; })
+      ];
     };
     worker = mkIf (hasRole "worker") (
       lib.mkMerge [

@@ -163,6 +163,38 @@ in
         approval = "manual";
       })).head.trust
       { approval = "manual"; };
+  "the policy on evidence is in the head's configuration, if there is one" =
+    is
+      [
+        (settings (with' {
+          role = "head";
+          evidence = {
+            required = true;
+            minVersion = "0.1.0";
+            os = [ "nixos" ];
+            onChange = "approve";
+            watched = [ "os" ];
+          };
+        })).head.trust
+        (
+          (settings (with' {
+            role = "head";
+          })).head
+            ? trust
+        )
+      ]
+      [
+        {
+          evidence = {
+            required = true;
+            min_version = "0.1.0";
+            os = [ "nixos" ];
+            on_change = "approve";
+            watched = [ "os" ];
+          };
+        }
+        false
+      ];
   "each role has a unit of its own" = is (builtins.attrNames (services everything)) [
     "hydramesh-head"
     "hydramesh-shim"

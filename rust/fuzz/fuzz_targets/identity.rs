@@ -32,6 +32,7 @@ fn transcript() -> Transcript<'static> {
         token: "8f0c1a7be2d43956",
         name: "attic",
         successor: None,
+        evidence: None,
     }
 }
 

@@ -23,6 +23,9 @@ pub struct Transcript<'a> {
     pub name: &'a str,
     /// The identity that is to take the place of this one, if the key is rotated.
     pub successor: Option<NodeId>,
+    /// Evidence that the proof vouches for: the encoded `mesh_proto::Evidence`. Such a proof is one of its own, beside that of
+    /// possession, which older heads expect without evidence.
+    pub evidence: Option<&'a [u8]>,
 }
 
 /// Requests with a proof.
@@ -32,6 +35,8 @@ pub enum Purpose {
     Join,
     /// A member renews its certificate.
     Renew,
+    /// A member reports on a link.
+    Report,
 }
 
 /// Reasons for not accepting a proof.
@@ -85,8 +90,10 @@ impl Transcript<'_> {
         let purpose = match self.purpose {
             Purpose::Join => 1,
             Purpose::Renew => 2,
+            Purpose::Report => 3,
         };
-        let mut message = vec![purpose, u8::from(self.successor.is_some())];
+        let parts = u8::from(self.successor.is_some()) | u8::from(self.evidence.is_some()) << 1;
+        let mut message = vec![purpose, parts];
         message.extend_from_slice(self.session);
         message.extend_from_slice(self.root);
         for part in [self.request, self.token.as_bytes(), self.name.as_bytes()] {
@@ -94,6 +101,9 @@ impl Transcript<'_> {
         }
         message.extend_from_slice(node.as_bytes());
         message.extend_from_slice(self.successor.as_ref().map_or(&[], |id| &id.as_bytes()[..]));
+        if let Some(evidence) = self.evidence {
+            message.extend_from_slice(&Sha256::digest(evidence));
+        }
         message
     }
 }
@@ -118,6 +128,7 @@ mod tests {
             token: "8f0c1a7be2d43956",
             name: "attic",
             successor: None,
+            evidence: None,
         }
     }
 
@@ -161,6 +172,14 @@ mod tests {
                 successor: Some(other),
                 ..transcript()
             },
+            Transcript {
+                evidence: Some(b""),
+                ..transcript()
+            },
+            Transcript {
+                purpose: Purpose::Report,
+                ..transcript()
+            },
         ];
         for other in others {
             let refused = other.verify(&proof);
@@ -189,6 +208,42 @@ mod tests {
             transcript().verify(&short),
             Err(ProofError::Key(_))
         ));
+    }
+
+    #[test]
+    fn evidence_is_vouched_for_by_its_node_in_its_session_and_no_byte_of_it_can_change() {
+        let key = IdentityKey::generate();
+        let evidence = b"kernel 6.12, nixos".to_vec();
+        let vouching = |evidence| Transcript {
+            purpose: Purpose::Report,
+            evidence: Some(evidence),
+            ..transcript()
+        };
+        let proof = vouching(&evidence).prove(&key);
+        assert_eq!(
+            vouching(&evidence).verify(&proof).as_ref(),
+            Ok(key.public())
+        );
+        for at in 0..evidence.len() {
+            let mut changed = evidence.clone();
+            changed[at] ^= 1;
+            assert!(vouching(&changed).verify(&proof).is_err(), "byte {at}");
+        }
+        let elsewhere = Transcript {
+            session: &ROOT,
+            ..vouching(&evidence)
+        };
+        assert!(elsewhere.verify(&proof).is_err(), "another session");
+        assert!(
+            transcript().verify(&proof).is_err(),
+            "no proof of possession alone"
+        );
+        let successor = Transcript {
+            successor: Some(key.node_id()),
+            evidence: None,
+            ..vouching(&evidence)
+        };
+        assert!(successor.verify(&proof).is_err(), "a digest is no id");
     }
 
     proptest! {

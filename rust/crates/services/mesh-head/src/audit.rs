@@ -151,6 +151,15 @@ impl Recorder {
         });
     }
 
+    pub(crate) fn evidence(&self, node: &str, name: &str, decision: &str, texts: &[String]) {
+        self.decision(|| Event::Evidence {
+            node: node.into(),
+            name: name.into(),
+            decision: decision.into(),
+            texts: texts.iter().take(MOST_MODELS).map(Text::from).collect(),
+        });
+    }
+
     pub(crate) fn token(&self, token: &str, decision: &str, note: Option<&str>) {
         self.decision(|| Event::Token {
             token: token.into(),
@@ -316,6 +325,8 @@ impl<A: Admission> Admission for Recorded<A> {
             }
             // It asks again and again; the approval is recorded when an operator gives it.
             Err(Refusal::AwaitingApproval(_)) => {}
+            // It has a record of its own.
+            Err(Refusal::Evidence(_)) => {}
             Err(refusal) => {
                 self.recorder
                     .refused("", ask.node_name, "", &refusal.to_string());
@@ -337,6 +348,7 @@ impl<A: Admission> Admission for Recorded<A> {
                 self.recorder
                     .joined(&member.node_id, &member.name, "renewed", "", None);
             }
+            Err(Refusal::AwaitingApproval(_) | Refusal::Evidence(_)) => {}
             Err(refusal) => {
                 self.recorder
                     .refused(&member.node_id, &member.name, "", &refusal.to_string())
@@ -361,5 +373,5 @@ impl<A: Admission> Admission for Recorded<A> {
 
 /// In the state directory.
 const FOLDER: &str = "audit";
-/// Names of models in one record; they fit its longest length.
+/// Names of models or changes in one record; they fit its longest length.
 const MOST_MODELS: usize = 16;

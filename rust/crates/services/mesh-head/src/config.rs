@@ -1,5 +1,7 @@
 //! The head's configuration: the keys, their defaults, and the checks before anything starts.
 
+mod evidence;
+
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
@@ -14,6 +16,8 @@ use serde::{Deserialize, Serialize};
 use arcanum_attestor::Approval;
 use mesh_control::router::Capacity;
 use mesh_control::{dedup, placement, request, rings};
+
+pub use evidence::{EvidenceConfig, EvidenceFault};
 
 /// All settings of the head.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -173,12 +177,15 @@ pub struct TrustConfig {
     /// Time for which the former mesh root is accepted after a rotation.
     #[serde(with = "units::duration")]
     pub root_overlap: Duration,
+    /// Requirements on the evidence of nodes, and the rule for changes.
+    pub evidence: EvidenceConfig,
 }
 
 impl Default for TrustConfig {
     fn default() -> Self {
         Self {
             approval: ApprovalRule::default(),
+            evidence: EvidenceConfig::default(),
             root_overlap: Duration::from_secs(30 * 24 * 3600),
         }
     }
@@ -424,6 +431,7 @@ impl Config {
         if self.ring.slots == 0 {
             return Err(Unsound::Zero("ring.slots"));
         }
+        self.trust.evidence.policy()?;
         if !(0.0..1.0).contains(&self.ring.margin) {
             return Err(Unsound::Margin(self.ring.margin.to_string()));
         }
@@ -531,6 +539,9 @@ fn is_near(source: IpAddr, networks: &[Network]) -> bool {
 /// Keys that are valid one by one and make no sense together.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Unsound {
+    /// The policy on evidence.
+    #[error(transparent)]
+    Evidence(#[from] EvidenceFault),
     /// Anyone could use the mesh.
     #[error(
         "http.listen = \"{0}\" is reachable from other machines, and there are no API keys: set http.api_keys_file, or \

@@ -146,7 +146,9 @@ impl Head {
         let tls = config.http.tls.open()?;
         let validity = Validity::default();
         let authority = Attestor::open(&state_dir, &config.mesh_name, validity)?;
-        let authority = Arc::new(authority.with_approval(config.trust.approval.into()));
+        let authority = authority.with_approval(config.trust.approval.into());
+        let evidence = config.trust.evidence.policy().map_err(Unsound::from)?;
+        let authority = Arc::new(authority.with_evidence_policy(evidence));
         let identity = authority.head_identity(&state_dir, "head", SystemTime::now())?;
         let announced = identity.clone();
         let audit = Recorder::start(&config, &identity)?;
@@ -187,9 +189,15 @@ impl Head {
         let answers = TaskTracker::new();
         let mut loops = JoinSet::new();
         let heart = watchdog.register("housekeeping", TICK_LIMIT);
-        loops.spawn(tick(mesh.clone(), heart));
+        loops.spawn(tick(mesh.clone(), authority.clone(), heart));
         let heartbeats = worker_socket.local_addr().port();
-        loops.spawn(links::serve(mesh.clone(), quic.clone(), heartbeats));
+        let admitting = authority.clone();
+        loops.spawn(links::serve(
+            mesh.clone(),
+            admitting,
+            quic.clone(),
+            heartbeats,
+        ));
         loops.spawn(bus::serve(mesh.clone(), worker_socket));
         let running = answers.clone();
         loops.spawn(serve_dcf_clients(mesh.clone(), client_socket, running));
@@ -314,7 +322,7 @@ impl Parts {
 }
 
 /// The head's main loop: prunes, looks after the queue, keeps `/ready` and systemd's status true.
-async fn tick(mesh: Arc<Mesh>, heart: Heart) {
+async fn tick(mesh: Arc<Mesh>, authority: Arc<Attestor>, heart: Heart) {
     let mut ticks = tokio::time::interval(TICK);
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     let mut told = String::new();
@@ -323,6 +331,9 @@ async fn tick(mesh: Arc<Mesh>, heart: Heart) {
         ticks.tick().await;
         heart.beat();
         mesh.tick();
+        for news in authority.take_evidence_news() {
+            mesh.note_evidence(&news);
+        }
         if trimmed.elapsed() >= TRIM_EVERY {
             allocator::trim();
             trimmed = Instant::now();

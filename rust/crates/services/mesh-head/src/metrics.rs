@@ -100,6 +100,7 @@ pub(crate) struct HeadMetrics {
     faults: Family<Label, Counter>,
     quarantines: Family<Label, Counter>,
     clocks: ClockGauges,
+    evidence: Family<Label<&'static str>, Counter>,
     audit: Family<Label<&'static str>, Counter>,
     audit_waiting: Gauge,
 }
@@ -187,6 +188,10 @@ impl HeadMetrics {
                 "Quarantines of workers whose answers differ from those of others, by worker",
             ),
             clocks: metrics.collector(),
+            evidence: metrics.plain(
+                "evidence",
+                "Decisions on evidence of nodes: first, changed, held (waits for approval), refused, expelled",
+            ),
             audit: metrics.plain(
                 "audit_records",
                 "Records of the audit trail: written, synced (signed and on disk), lost; and groups that were signed, writes that failed",
@@ -257,6 +262,11 @@ impl HeadMetrics {
             fresh.get_or_create(&[("worker", worker)]).set(offset);
         }
         *lock(&self.clocks.0) = fresh;
+    }
+
+    /// There was a decision on evidence of a node.
+    pub(crate) fn evidence(&self, decision: &'static str) {
+        self.evidence.get_or_create(&[("decision", decision)]).inc();
     }
 
     /// Brings the numbers of the audit trail up to date.

@@ -91,6 +91,8 @@ pub struct Config {
     pub legacy: LegacyConfig,
     /// Defaults for requests that do not set these.
     pub sampling: SamplingDefaults,
+    /// Tell the head about this node's system, hardware and models.
+    pub evidence: bool,
     /// Log level or filter, used if neither `--log-level` nor RUST_LOG is set.
     pub log_level: Option<String>,
 }
@@ -354,6 +356,7 @@ impl Default for Config {
             dcf: DcfConfig::default(),
             legacy: LegacyConfig::default(),
             sampling: SamplingDefaults::default(),
+            evidence: true,
             log_level: None,
         }
     }

@@ -11,7 +11,7 @@ use mesh_net::quic::{
     self, Closed, ConnectError, Connector, Link, LinkConfig, MsgStream, StreamFailure,
 };
 use mesh_net::trust::{
-    CERTIFICATE_DATES, DUPLICATE_IDENTITY, EXPELLED, Expulsion, NodeIdentity, Role,
+    CERTIFICATE_DATES, DUPLICATE_IDENTITY, EXPELLED, EvidenceSource, Expulsion, NodeIdentity, Role,
 };
 use mesh_proto::{
     Expelled, Hello, ModelCard, PROTOCOL_VERSION, Ring, Served, SignedSuccession, Sources, Welcome,
@@ -29,6 +29,7 @@ use crate::codec::message;
 use crate::config::{Config, host_name};
 use crate::core::CoreHandle;
 use crate::error::WorkerError;
+use crate::evidence::NodeEvidence;
 use crate::heartbeats::Heartbeats;
 use crate::host::Host;
 use crate::join::{Ended, identify, join_again};
@@ -51,6 +52,8 @@ pub(crate) struct HeadLink {
     pub(crate) instance: u64,
     /// Ends the link, when nothing is left to say.
     pub(crate) stop: CancellationToken,
+    /// What the node states about itself, if it is to.
+    pub(crate) evidence: Option<Arc<NodeEvidence>>,
     /// The identity for other parts of the worker, once there is one.
     pub(crate) known: Arc<OnceLock<NodeIdentity>>,
 }
@@ -61,7 +64,10 @@ impl HeadLink {
         while !self.stop.is_cancelled() {
             let mut refusal = None;
             if identity.is_none() {
-                identity = match identify(&self.config, &self.head, &self.health).await {
+                let evidence = self.source();
+                let identified =
+                    identify(&self.config, &self.head, &self.health, evidence.as_ref()).await;
+                identity = match identified {
                     Err(error) if error.is_expulsion() => {
                         refusal = Some(Refusal::Expelled);
                         self.health.set_unready(error.to_string());
@@ -72,6 +78,9 @@ impl HeadLink {
             }
             if let Some(identity) = &identity {
                 let _ = self.known.set(identity.clone());
+                if let Some(evidence) = self.source() {
+                    identity.set_evidence(evidence);
+                }
                 if let Some(port) = self.host.rings.listen(identity)?
                     && let Some(lan) = &self.lan
                 {
@@ -107,6 +116,10 @@ impl HeadLink {
         Ok(())
     }
 
+    fn source(&self) -> Option<EvidenceSource> {
+        self.evidence.as_ref().map(NodeEvidence::source)
+    }
+
     fn core(&self) -> &CoreHandle {
         self.host.stored.core()
     }
@@ -133,7 +146,7 @@ impl HeadLink {
         self.head.remember(address);
         compare_clocks(identity);
         let cards = self.host.cards();
-        let (control, welcome) = self.hello(&link, cards.clone()).await?;
+        let (control, welcome) = self.hello(&link, identity, cards.clone()).await?;
         let heartbeats = Heartbeats::new(&link, &welcome)?;
         tracing::info!(
             head = link.node_name(),
@@ -179,7 +192,9 @@ impl HeadLink {
             {
                 tracing::info!(reason = text, "renewing the certificate");
                 if let Err(error) = quic::renew(&addresses, identity).await {
-                    join_again(&self.config, &addresses, identity, &text, error).await?;
+                    let evidence = self.source();
+                    let evidence = evidence.as_ref();
+                    join_again(&self.config, &addresses, identity, &text, error, evidence).await?;
                 }
                 connect().await
             }
@@ -197,8 +212,13 @@ impl HeadLink {
     async fn hello(
         &self,
         link: &Link,
+        identity: &NodeIdentity,
         models: Vec<ModelCard>,
     ) -> Result<(MsgStream, Welcome), Ended> {
+        if let Some(evidence) = &self.evidence {
+            evidence.serves(&models, Instant::now());
+        }
+        let evidence = quic::report_evidence(link, identity).map_err(|error| error.to_string())?;
         let (models, image_models) = part_cards(models);
         let hello = Hello {
             node_name: self.config.node_name(),
@@ -211,6 +231,7 @@ impl HeadLink {
             addresses: own_addresses(),
             request_revision: mesh_proto::REQUEST_REVISION,
             image_models,
+            evidence,
         };
         let exchange = async {
             let mut control = link.open().await?;
@@ -278,6 +299,9 @@ impl HeadLink {
             for message in self.news() {
                 send.send(message).await?;
             }
+            if let Some(message) = self.evidence_news(link, identity) {
+                send.send(message).await?;
+            }
         }
     }
 
@@ -311,6 +335,21 @@ impl HeadLink {
             kind => tracing::debug!(%kind, "message on the control stream"),
         }
         Ok(())
+    }
+
+    /// This node's evidence, if its models are others than the head was told.
+    fn evidence_news(&self, link: &Link, identity: &NodeIdentity) -> Option<Message> {
+        let evidence = self.evidence.as_ref()?;
+        if !evidence.is_due(&self.host.cards(), Instant::now()) {
+            return None;
+        }
+        match quic::report_evidence(link, identity) {
+            Ok(signed) => Some(message(MsgType::EVIDENCE, &signed?)),
+            Err(error) => {
+                tracing::warn!(%error, "the head does not hear of other models");
+                None
+            }
+        }
     }
 
     fn news(&self) -> Vec<Message> {

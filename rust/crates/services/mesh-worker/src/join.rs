@@ -5,7 +5,7 @@ use std::path::Path;
 
 use dcf::ErrorCode;
 use mesh_net::quic::{self, ConnectError, JoinError};
-use mesh_net::trust::{NodeIdentity, TrustError};
+use mesh_net::trust::{EvidenceSource, Newcomer, NodeIdentity, TrustError};
 use mesh_service::health::Health;
 use mesh_worker_core::Refusal;
 
@@ -24,6 +24,7 @@ pub(crate) async fn identify(
     config: &Config,
     head: &HeadPlace,
     health: &Health,
+    evidence: Option<&EvidenceSource>,
 ) -> Result<Option<NodeIdentity>, WorkerError> {
     let token = read_token(config)?;
     let loaded = NodeIdentity::load(&config.state_dir);
@@ -47,7 +48,11 @@ pub(crate) async fn identify(
         }
     };
     let name = config.node_name();
-    match quic::load_or_join(&addresses, token.as_ref(), &config.state_dir, &name).await {
+    let node = Newcomer {
+        name: &name,
+        evidence,
+    };
+    match quic::load_or_join(&addresses, token.as_ref(), &config.state_dir, node).await {
         Ok(identity) => {
             tracing::info!(
                 node = identity.node_id(),
@@ -95,6 +100,7 @@ pub(crate) async fn join_again(
     identity: &NodeIdentity,
     refused: &str,
     not_renewed: JoinError,
+    evidence: Option<&EvidenceSource>,
 ) -> Result<(), Ended> {
     let text = format!("{refused}; certificate not renewed: {not_renewed}");
     if not_renewed.is_expulsion() {
@@ -126,7 +132,11 @@ pub(crate) async fn join_again(
     }
     look_at_token_file(config);
     let (state_dir, name) = (&config.state_dir, config.node_name());
-    let joined = quic::join_again(addresses, &token, state_dir, &name).await;
+    let node = Newcomer {
+        name: &name,
+        evidence,
+    };
+    let joined = quic::join_again(addresses, &token, state_dir, node).await;
     match joined.and_then(|_| Ok(identity.reload()?)) {
         Ok(_) => {
             tracing::info!(

@@ -19,6 +19,7 @@ mod embed;
 #[cfg(test)]
 mod engine_death;
 mod error;
+mod evidence;
 mod generate;
 mod head;
 mod heartbeats;

@@ -22,6 +22,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::config::Config;
 use crate::error::WorkerError;
+use crate::evidence::NodeEvidence;
 use crate::head::HeadLink;
 use crate::host::Host;
 use crate::join::identify;
@@ -96,10 +97,17 @@ impl Worker {
             (None, Some(lan)) => Some(HeadPlace::Lan(lan.clone())),
             (None, None) => None,
         };
+        let evidence = match config.evidence {
+            true => Some(Arc::new(
+                tokio::task::spawn_blocking(NodeEvidence::collect).await?,
+            )),
+            false => None,
+        };
+        let source = evidence.as_ref().map(NodeEvidence::source);
         let ((host, failures), identity) = {
             let identity = async {
                 match &head {
-                    Some(head) => match identify(&config, head, &health).await {
+                    Some(head) => match identify(&config, head, &health, source.as_ref()).await {
                         // It asks again, rarely: a process that is started again and again would ask often.
                         Err(error) if error.is_expulsion() => {
                             tracing::error!(%error, "this worker works for nobody");
@@ -148,6 +156,7 @@ impl Worker {
             health,
             loading,
             counters,
+            evidence,
             shutdown: shutdown.clone(),
             stop,
             serving,
@@ -271,6 +280,7 @@ struct Running {
     health: Health,
     loading: Arc<Loading>,
     counters: Arc<Counters>,
+    evidence: Option<Arc<NodeEvidence>>,
     shutdown: Shutdown,
     answers: TaskTracker,
     /// Ends tasks that outlive the drain.
@@ -378,6 +388,7 @@ impl Running {
             answers: self.answers.clone(),
             instance: random::number().max(1),
             stop: self.stop.clone(),
+            evidence: self.evidence.clone(),
             known: self.live.identity.clone(),
         };
         futures::future::Either::Right(link.run(identity))

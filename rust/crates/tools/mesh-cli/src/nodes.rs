@@ -1,5 +1,7 @@
 //! `hydramesh nodes`: the members of the mesh and the expelled nodes.
 
+mod evidence;
+
 use mesh_api::{ExpelRequest, Node, NodeChange, NodeList, NodeRequest, paths};
 use mesh_base::clock;
 
@@ -142,6 +144,9 @@ fn shown(node: &Node) -> String {
     let rows = rows
         .into_iter()
         .filter_map(|(name, value)| Some((name, value?)));
+    let rows = rows.map(|(name, value)| (name.to_owned(), value));
+    let evidence = node.evidence.as_ref().map(evidence::rows);
+    let rows = rows.chain(evidence.into_iter().flatten());
     rows.map(|(name, value)| format!("{name:<17} {value}\n"))
         .collect()
 }

@@ -1,5 +1,7 @@
 //! The head's admission: decisions of [`Enrolment`] with certificates and files.
 
+mod evidence;
+
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError, RwLock};
@@ -16,6 +18,8 @@ use mesh_net::trust::{
 };
 
 use crate::enrolment::{Approval, Candidate, Decision, Enrolment};
+use crate::news::News;
+use crate::policy::EvidencePolicy;
 use crate::roster::{KnownMember, Pending, Roster};
 use crate::tokens::{Revocation, TokenRecord, TokenSpec, Tokens};
 
@@ -29,6 +33,8 @@ pub struct Attestor {
     /// Changes only after its files have changed, in one assignment.
     enrolment: Mutex<Enrolment>,
     approval: Approval,
+    policy: EvidencePolicy,
+    news: News,
     deny_list: DenyList,
     validity: Validity,
     /// Time at which each node was last seen as a member in this process; a monotonic clock.
@@ -68,6 +74,8 @@ impl Attestor {
             dir: dir.to_owned(),
             enrolment: Mutex::new(Enrolment { tokens, roster }),
             approval: Approval::default(),
+            policy: EvidencePolicy::default(),
+            news: News::default(),
             deny_list: DenyList::open(dir)?,
             validity,
             seen: Mutex::default(),
@@ -78,6 +86,12 @@ impl Attestor {
     #[must_use]
     pub fn with_approval(self, approval: Approval) -> Self {
         Self { approval, ..self }
+    }
+
+    /// The same with another policy on evidence.
+    #[must_use]
+    pub fn with_evidence_policy(self, policy: EvidencePolicy) -> Self {
+        Self { policy, ..self }
     }
 
     /// Root of the mesh.
@@ -208,14 +222,26 @@ impl Attestor {
         self.lock().roster.members().get(node_id).cloned()
     }
 
-    /// Approves a node that waits: it becomes a member when it asks again, within seconds. Blocks on the disk.
+    /// Approves a node that waits: it becomes a member when it asks again, within seconds; or the change of a member's
+    /// evidence. Blocks on the disk.
     ///
     /// # Errors
     /// If it does not wait, or the approval cannot be written.
     pub fn approve(&self, node_id: &str) -> Result<Pending, EnrolmentError> {
         self.change(|enrolment| {
-            let approved = enrolment.roster.approve(node_id).cloned();
-            approved.ok_or_else(|| EnrolmentError::NotPending(node_id.to_owned()))
+            let roster = &mut enrolment.roster;
+            let approved = roster.approve(node_id).cloned();
+            let changed = || {
+                let name = roster.approve_change(node_id)?;
+                Some(Pending {
+                    name,
+                    approved: true,
+                    ..Pending::default()
+                })
+            };
+            approved
+                .or_else(changed)
+                .ok_or_else(|| EnrolmentError::NotPending(node_id.to_owned()))
         })
     }
 
@@ -423,18 +449,22 @@ impl Admission for Attestor {
         let key_id = requested_key_id(ask.request)?;
         let node_id = ask.identity.map_or_else(|| key_id.clone(), id_of);
         self.refuse_expelled(&node_id, &key_id)?;
+        mesh_net::trust::check_name(ask.node_name)?;
+        let evidence = self.read_evidence(&node_id, ask.node_name, ask.evidence)?;
+        self.require(&node_id, ask.node_name, evidence.as_ref())?;
         let candidate = Candidate {
+            evidence: evidence.as_ref(),
             node_id: &node_id,
             key_id: &key_id,
             name: ask.node_name,
             token_id: ask.token_id,
             token_secret: ask.token_secret,
         };
-        mesh_net::trust::check_name(ask.node_name)?;
         let (issued, name) = self
             .change(|enrolment| {
                 let is_expelled = |id: &str| self.deny_list.contains(id);
-                let decision = enrolment.join(&candidate, self.approval, is_expelled, now)?;
+                let decision =
+                    enrolment.join(&candidate, self.approval, &self.policy, is_expelled, now)?;
                 let Decision::Admit { name } = decision else {
                     return Ok(None);
                 };
@@ -450,10 +480,17 @@ impl Admission for Attestor {
                 let member = Member::from_certificate(&issued.certificates[0])?;
                 enrolment.roster.note(&member, now);
                 enrolment.roster.note_token(&node_id, ask.token_id);
+                let seconds = unix_seconds(now);
+                enrolment
+                    .roster
+                    .note_evidence(&node_id, evidence.clone(), seconds);
                 Ok::<_, Refusal>(Some((issued, name)))
             })?
             .ok_or_else(|| awaiting_approval(ask.node_name, &node_id))?;
         self.note_seen(&node_id);
+        if evidence.is_some() {
+            self.note_first(&node_id, &name);
+        }
         tracing::info!(node = node_id, name, token = ask.token_id, "a node joined");
         Ok(issued)
     }
@@ -497,6 +534,10 @@ impl Admission for Attestor {
         let node_id = successor.clone().or(identity);
         let node_id = node_id.unwrap_or_else(|| member.node_id.clone());
         self.refuse_expelled(&node_id, &key_id)?;
+        if member.role == Role::Worker && replaced_by.is_none() {
+            let evidence = self.read_evidence(&member.node_id, &member.name, ask.evidence)?;
+            self.judge(&member.node_id, &member.name, evidence, now)?;
+        }
         let subject = Subject {
             request: ask.request,
             name: &member.name,

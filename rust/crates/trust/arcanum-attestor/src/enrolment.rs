@@ -5,6 +5,8 @@ use std::time::SystemTime;
 use mesh_base::clock::unix_seconds;
 use mesh_net::trust::Refusal;
 
+use crate::evidence::Evidence;
+use crate::policy::EvidencePolicy;
 use crate::roster::{Pending, Roster};
 use crate::tokens::Tokens;
 
@@ -40,6 +42,8 @@ pub struct Candidate<'a> {
     pub token_id: &'a str,
     /// Secret part of its token.
     pub token_secret: &'a [u8],
+    /// Its evidence, which meets the requirements.
+    pub evidence: Option<&'a Evidence>,
 }
 
 /// Decision on a candidate.
@@ -58,7 +62,8 @@ impl Enrolment {
     /// Decides on a candidate, and records the decision. A token is used by the first request with it; while the node waits
     /// for approval it keeps its place, whenever the token expires.
     ///
-    /// A known member that joins again, with a new token, needs no second approval.
+    /// A known member that joins again, with a new token, needs no second approval. An approval is for the evidence that the
+    /// operator could see: if a watched field changes, the node waits again.
     ///
     /// # Errors
     /// [`Refusal`] if the token is not good, or too many nodes wait.
@@ -66,6 +71,7 @@ impl Enrolment {
         &mut self,
         candidate: &Candidate<'_>,
         approval: Approval,
+        policy: &EvidencePolicy,
         is_expelled: impl Fn(&str) -> bool,
         now: SystemTime,
     ) -> Result<Decision, Refusal> {
@@ -84,9 +90,19 @@ impl Enrolment {
         let waiting = waiting.filter(|waiting| {
             waiting.token == token_id && self.tokens.was_used_by(token_id, token_secret, node_id)
         });
-        match waiting {
-            Some(waiting) if approval == Approval::Manual && !waiting.approved => {
-                return Ok(Decision::Wait);
+        match waiting.cloned() {
+            Some(mut waiting) if approval == Approval::Manual => {
+                let shown = waiting.evidence.as_deref();
+                if differs(shown, candidate.evidence, policy) {
+                    waiting.approved = false;
+                    waiting.evidence = candidate.evidence.cloned().map(Box::new);
+                }
+                if !waiting.approved {
+                    self.roster
+                        .wait(node_id, waiting)
+                        .map_err(Refusal::Internal)?;
+                    return Ok(Decision::Wait);
+                }
             }
             Some(_) => {}
             None => {
@@ -98,6 +114,7 @@ impl Enrolment {
                         token: token_id.to_owned(),
                         since: unix_seconds(now),
                         approved: false,
+                        evidence: candidate.evidence.cloned().map(Box::new),
                     };
                     self.roster
                         .wait(node_id, pending)
@@ -113,6 +130,18 @@ impl Enrolment {
         self.tokens
             .note_use(token_id, node_id, &name, unix_seconds(now));
         Ok(Decision::Admit { name })
+    }
+}
+
+/// True if an approval for the first evidence is none for the second.
+fn differs(shown: Option<&Evidence>, asked: Option<&Evidence>, policy: &EvidencePolicy) -> bool {
+    match (shown, asked) {
+        (None, None) => false,
+        (Some(shown), Some(asked)) => {
+            let changes = shown.changes_to(asked);
+            !policy.watched_of(&changes, asked).is_empty()
+        }
+        _ => true,
     }
 }
 
@@ -153,8 +182,10 @@ mod tests {
             name: "laptop",
             token_id: &token.id(),
             token_secret: token.secret(),
+            evidence: None,
         };
-        let decision = enrolment.join(&candidate, approval, |_| false, now)?;
+        let policy = EvidencePolicy::default();
+        let decision = enrolment.join(&candidate, approval, &policy, |_| false, now)?;
         if let Decision::Admit { name } = &decision {
             let member = Member {
                 node_id: node.to_owned(),
@@ -189,10 +220,12 @@ mod tests {
             name: "laptop",
             token_id: &token.id(),
             token_secret: guess.secret(),
+            evidence: None,
         };
+        let policy = EvidencePolicy::default();
         assert!(enrolment.roster.approve("b").is_none());
         enrolment.roster.approve("a").unwrap();
-        let forged = enrolment.join(&candidate, manual, |_| false, now());
+        let forged = enrolment.join(&candidate, manual, &policy, |_| false, now());
         assert_eq!(forged, Err(Refusal::TokenUnknown));
         let later = now() + HOUR * 51;
         let admitted = ask(&mut enrolment, &token, "a", manual, later);

@@ -2,6 +2,8 @@
 //!
 //! - [`Enrolment`] decides, without I/O and clock: join tokens ([`Tokens`]), members and nodes that wait for approval
 //!   ([`Roster`]);
+//! - [`EvidencePolicy`] judges what nodes state about themselves ([`Evidence`]), and [`EvidenceRecord`] keeps it with what
+//!   changed;
 //! - [`Attestor`] is the head's [`mesh_net::trust::Admission`]: it carries the decisions out, with the mesh root, the list
 //!   of expelled nodes and the files of the head's state directory. Every change is on disk before it takes effect.
 //!
@@ -13,10 +15,21 @@
 
 mod attestor;
 mod enrolment;
+mod evidence;
+mod narinfo;
+mod news;
+mod policy;
+mod record;
 mod roster;
+mod text;
 mod tokens;
 
 pub use attestor::{Attestor, EnrolmentError};
 pub use enrolment::{Approval, Candidate, Decision, Enrolment};
+pub use evidence::{Change, Evidence, EvidenceError, Field, System};
+pub use narinfo::{NarinfoError, TrustedKey, TrustedKeyError, is_store_path};
+pub use news::{EvidenceDecision, EvidenceNews};
+pub use policy::{EvidencePolicy, OnChange, Reason, SystemRule, Version, VersionError};
+pub use record::{Assessment, EvidenceRecord, Held, PastChange};
 pub use roster::{KnownMember, Pending, Roster};
 pub use tokens::{MOST_NODES, RETRY_WINDOW, Revocation, TokenRecord, TokenSpec, TokenUse, Tokens};

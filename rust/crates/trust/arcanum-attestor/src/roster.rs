@@ -8,6 +8,9 @@ use mesh_base::clock::unix_seconds;
 use mesh_net::trust::{Expulsion, LONGEST_NAME, Member};
 use serde::{Deserialize, Serialize};
 
+use crate::evidence::Evidence;
+use crate::policy::EvidencePolicy;
+use crate::record::{Assessment, EvidenceRecord};
 use crate::tokens::TokenRecord;
 
 /// The members of a mesh by node id, and the nodes that wait for approval. Expelled members stay here, so that they are
@@ -43,10 +46,13 @@ pub struct KnownMember {
     /// Ids that the node had before, the oldest first.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub former: Vec<String>,
+    /// Its last evidence, and what changed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub evidence: Option<Box<EvidenceRecord>>,
 }
 
 /// A node that has shown a valid token and waits for approval. Times are seconds since the Unix epoch.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Pending {
     /// The name that it asks for.
     pub name: String,
@@ -56,6 +62,9 @@ pub struct Pending {
     pub since: u64,
     /// An operator has approved it; it becomes a member when it asks again.
     pub approved: bool,
+    /// Its evidence, which the approval is for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub evidence: Option<Box<Evidence>>,
 }
 
 impl Roster {
@@ -149,6 +158,34 @@ impl Roster {
         if let Some(member) = self.members.get_mut(node_id) {
             token.clone_into(&mut member.token);
         }
+    }
+
+    /// The member joined with a token, with this evidence.
+    pub fn note_evidence(&mut self, node_id: &str, evidence: Option<Evidence>, now: u64) {
+        if let Some(member) = self.members.get_mut(node_id) {
+            EvidenceRecord::joined(&mut member.evidence, evidence, now);
+        }
+    }
+
+    /// Judges evidence of a member, and keeps it if it is accepted.
+    pub fn assess(
+        &mut self,
+        node_id: &str,
+        evidence: Option<Evidence>,
+        policy: &EvidencePolicy,
+        now: u64,
+    ) -> Assessment {
+        let mut unknown = None;
+        let member = self.members.get_mut(node_id);
+        let record = member.map_or(&mut unknown, |member| &mut member.evidence);
+        EvidenceRecord::assess(record, evidence, policy, now)
+    }
+
+    /// Accepts the change of a member's evidence that waits for approval. Returns its name; `None` if nothing waits.
+    pub fn approve_change(&mut self, node_id: &str) -> Option<String> {
+        let member = self.members.get_mut(node_id)?;
+        let record = member.evidence.as_mut()?;
+        record.approve().then(|| member.name.clone())
     }
 
     /// A member has another id from now on: it got an identity, or rotated its key.
@@ -336,6 +373,7 @@ mod tests {
                 token: "t".to_owned(),
                 since: 0,
                 approved: false,
+                evidence: None,
             };
             roster.wait(&number.to_string(), pending.clone()).unwrap();
             roster.wait(&number.to_string(), pending).unwrap();

@@ -95,6 +95,17 @@ pub enum Event {
         /// The operator's reason.
         reason: Text,
     },
+    /// Evidence of a node was judged.
+    Evidence {
+        /// Id of the node.
+        node: Text,
+        /// Its name.
+        name: Text,
+        /// `first`, `changed`, `held`, `refused` or `expelled`.
+        decision: Text,
+        /// The changes, or the reason.
+        texts: Vec<Text>,
+    },
     /// A token was created, used or withdrawn.
     Token {
         /// Id of the token; never its secret.

@@ -41,6 +41,8 @@ named_numbers! { MsgType, "type":
     EXPELLED = 0x15, "Expelled";
     /// The mesh root has a successor; head to worker.
     ROOT_SUCCESSION = 0x17, "RootSuccession";
+    /// A worker's statement about its system and hardware has changed; worker to head.
+    EVIDENCE = 0x18, "Evidence";
     /// A request for text, first message of its stream; head to worker.
     GENERATE = 0x20, "Generate";
     /// New tokens of an answer.

@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::evidence::NodeEvidence;
 use crate::mesh::NameConflict;
 use crate::rings::Holding;
 
@@ -172,7 +173,7 @@ pub struct Node {
     pub node_id: String,
     /// Name of the node.
     pub name: String,
-    /// `connected`, `absent`, `expelled`, `pending` (it waits for approval), `approved` (it joins when it asks again) or
+    /// `connected`, `absent`, `expelled`, `pending` (it, or a change of its evidence, waits for approval), `approved` (it joins when it asks again) or
     /// `replaced` (its identity was rotated).
     #[cfg_attr(feature = "schema", schemars(extend("enum" = ["connected", "absent", "expelled", "pending", "approved", "replaced"])))]
     pub state: Cow<'static, str>,
@@ -212,9 +213,12 @@ pub struct Node {
     /// The identity that has taken the place of this one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub replaced_by: Option<String>,
-    /// Time since which it waits for approval, in seconds since 1970.
+    /// Time since which it, or a change of its evidence, waits for approval, in seconds since 1970.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub waits_since: Option<u64>,
+    /// What it states about itself; absent for nodes that sent nothing.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub evidence: Option<NodeEvidence>,
 }
 
 /// A node to expel.

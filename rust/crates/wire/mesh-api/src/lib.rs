@@ -22,6 +22,7 @@ mod admin;
 mod completion;
 mod embeddings;
 mod error;
+mod evidence;
 pub mod fields;
 mod images;
 mod mesh;
@@ -51,6 +52,7 @@ pub use embeddings::{
     Vector,
 };
 pub use error::{Code, Error, ErrorResponse};
+pub use evidence::{EvidenceChange, NodeEvidence, NodeModel, NodeSystem};
 pub use images::{
     CreateImageRequest, EditImageRequest, Image, ImageFormat, ImageInputTokens, ImageMaking,
     ImageStreamEvent, ImageTimings, ImageUsage, ImagesResponse,

@@ -16,11 +16,13 @@ macro_rules! messages {
     )*};
 }
 
+mod evidence;
 mod identity;
 mod image;
 mod ring;
 mod share;
 
+pub use evidence::{Evidence, NixSystem, ServedFingerprint, SignedEvidence};
 pub use identity::{
     IdentityDocument, IdentityProof, RootHistory, RootIdentity, RootSuccession, SignedIdentity,
     SignedSuccession, StoredIdentity,
@@ -58,6 +60,8 @@ messages! {
         request_revision: u32 = [uint32, tag = 20],
         /// Models that make images: see [`Hello::all_models`].
         image_models: Vec<ModelCard> = [message, repeated, tag = 21],
+        /// Evidence of the node; absent from nodes of earlier versions.
+        evidence: Option<SignedEvidence> = [message, optional, tag = 30],
     }
 
     /// The nodes that an operator has expelled: all of them, in place of those that were named before. Sent after Welcome and
@@ -503,6 +507,8 @@ messages! {
         identity: Option<IdentityProof> = [message, optional, tag = 5],
         /// SHA-256 of the root that the token pins; empty from nodes of earlier versions.
         root: Vec<u8> = [bytes = "vec", tag = 15],
+        /// Evidence of the node; absent from nodes of earlier versions.
+        evidence: Option<SignedEvidence> = [message, optional, tag = 10],
     }
 
     /// The answer to [`JoinRequest`] (DCF 0x31).
@@ -532,6 +538,8 @@ messages! {
         successor: Option<IdentityProof> = [message, optional, tag = 3],
         /// SHA-256 of the newest root that the node knows; empty from nodes of earlier versions.
         root: Vec<u8> = [bytes = "vec", tag = 15],
+        /// Evidence of the node; absent from nodes of earlier versions.
+        evidence: Option<SignedEvidence> = [message, optional, tag = 10],
     }
 }
 

@@ -26,8 +26,9 @@ use super::stream::MsgStream;
 use super::tls::{self, JOIN_PROTOCOL, PinVerifier};
 use crate::files;
 use crate::trust::{
-    Admission, Applicant, DenyList, Issued, JoinAsk, JoinToken, Member, NodeIdentity, NodeKey,
-    Refusal, RenewAsk, Role, TrustError, move_identity, names, set_aside, sha256,
+    Admission, Applicant, DenyList, Issued, JoinAsk, JoinToken, Member, Newcomer, NodeIdentity,
+    NodeKey, Refusal, RenewAsk, Role, TrustError, move_identity, names, set_aside, sha256, vouch,
+    vouched,
 };
 
 /// Joins the mesh of the token at its head, and stores the identity in the state directory.
@@ -38,8 +39,9 @@ pub async fn join(
     head: &[SocketAddr],
     token: &JoinToken,
     state_dir: &Path,
-    node_name: &str,
+    node: impl Into<Newcomer<'_>>,
 ) -> Result<NodeIdentity, JoinError> {
+    let node = node.into();
     // What cannot be read is found out before the token is used.
     let deny_list = DenyList::open(state_dir)?;
     let applicant = Applicant::open(state_dir)?;
@@ -53,15 +55,19 @@ pub async fn join(
             root: token.root_sha256(),
             request: &csr,
             token: &token_id,
-            name: node_name,
+            name: node.name,
             successor: None,
+            evidence: None,
         };
+        let key = applicant.identity_key();
+        let evidence = key.zip(node.evidence);
         let request = JoinRequest {
             token_id: token_id.clone(),
             token_secret: token.secret().to_vec(),
             csr: csr.clone(),
-            node_name: node_name.to_owned(),
-            identity: applicant.identity_key().map(|key| transcript.prove(key)),
+            node_name: node.name.to_owned(),
+            identity: key.map(|key| transcript.prove(key)),
+            evidence: evidence.map(|(key, source)| vouch(&transcript, key, source.collect())),
             root: token.root_sha256().to_vec(),
         };
         (MsgType::JOIN_REQUEST, request.encode_to_vec())
@@ -98,16 +104,17 @@ pub async fn load_or_join(
     head: &[SocketAddr],
     token: Option<&JoinToken>,
     state_dir: &Path,
-    node_name: &str,
+    node: impl Into<Newcomer<'_>>,
 ) -> Result<NodeIdentity, JoinError> {
+    let node = node.into();
     let loaded = NodeIdentity::load(state_dir);
     let Some(token) = token else {
         return Ok(loaded?);
     };
     match loaded {
         Ok(identity) if identity.roots().is_of_mesh(token.root_sha256()) => Ok(identity),
-        Ok(_) | Err(TrustError::NoIdentity { .. }) => join(head, token, state_dir, node_name).await,
-        Err(identity) => join_again(head, token, state_dir, node_name)
+        Ok(_) | Err(TrustError::NoIdentity { .. }) => join(head, token, state_dir, node).await,
+        Err(identity) => join_again(head, token, state_dir, node)
             .await
             .map_err(|source| JoinError::Unusable {
                 identity,
@@ -122,17 +129,18 @@ pub async fn join_again(
     head: &[SocketAddr],
     token: &JoinToken,
     state_dir: &Path,
-    node_name: &str,
+    node: impl Into<Newcomer<'_>>,
 ) -> Result<NodeIdentity, JoinError> {
+    let node = node.into();
     match NodeKey::load(state_dir) {
-        Ok(Some(_)) => return join(head, token, state_dir, node_name).await,
+        Ok(Some(_)) => return join(head, token, state_dir, node).await,
         Ok(None) | Err(TrustError::Damaged { .. }) => {}
         Err(error) => return Err(error.into()),
     }
     DenyList::open(state_dir)?;
     let joining = state_dir.join(names::JOINING);
     files::create_private_dir(&joining)?;
-    let joined = join(head, token, &joining, node_name).await?;
+    let joined = join(head, token, &joining, node).await?;
     let said_at = joined.clock().clone();
     settle(state_dir)?;
     let identity = NodeIdentity::load(state_dir)?;
@@ -183,13 +191,16 @@ pub async fn renew(head: &[SocketAddr], identity: &NodeIdentity) -> Result<(), J
             token: "",
             name: "",
             successor: renewal.successor.as_ref().map(|key| key.node_id()),
+            evidence: None,
         };
         let prove = |key: &Arc<IdentityKey>| transcript.prove(key);
+        let evidence = renewal.identity.as_ref().zip(identity.evidence());
         let request = RenewRequest {
             csr: csr.clone(),
             identity: renewal.identity.as_ref().map(prove),
             successor: renewal.successor.as_ref().map(prove),
             root: root.to_vec(),
+            evidence: evidence.map(|(key, source)| vouch(&transcript, key, source.collect())),
         };
         (MsgType::RENEW_REQUEST, request.encode_to_vec())
     };
@@ -289,7 +300,7 @@ async fn ask_admission(
 /// The key that proofs of identities are bound to: only the two ends of this session can compute it.
 fn session_key(connection: &Connection, root: &[u8; 32]) -> Result<[u8; 32], TrustError> {
     let mut key = [0; 32];
-    let exported = connection.export_keying_material(&mut key, PROOF_LABEL, root);
+    let exported = connection.export_keying_material(&mut key, PROOF_LABEL.as_bytes(), root);
     exported.map_err(|error| TrustError::Crypto(format!("the session has no key: {error:?}")))?;
     Ok(key)
 }
@@ -450,8 +461,10 @@ fn decide(admission: &dyn Admission, request: Message, asker: &Asker) -> Result<
                 token: &body.token_id,
                 name: &body.node_name,
                 successor: None,
+                evidence: None,
             };
             let identity = proven(&transcript, body.identity.as_ref())?;
+            let evidence = vouched(&transcript, body.evidence.as_ref(), identity.as_ref())?;
             let ask = JoinAsk {
                 token_id: &body.token_id,
                 token_secret: &body.token_secret,
@@ -459,6 +472,7 @@ fn decide(admission: &dyn Admission, request: Message, asker: &Asker) -> Result<
                 node_name: &body.node_name,
                 identity: identity.as_ref(),
                 root: asker.root,
+                evidence,
             };
             admission.join(&ask, now)
         }
@@ -479,15 +493,18 @@ fn decide(admission: &dyn Admission, request: Message, asker: &Asker) -> Result<
                 token: "",
                 name: "",
                 successor: claimed.map(|key| key.node_id()),
+                evidence: None,
             };
             let identity = proven(&transcript, body.identity.as_ref())?;
             let successor = proven(&transcript, body.successor.as_ref())?;
+            let evidence = vouched(&transcript, body.evidence.as_ref(), identity.as_ref())?;
             let ask = RenewAsk {
                 member,
                 request: &body.csr,
                 identity: identity.as_ref(),
                 successor: successor.as_ref(),
                 root: asker.root,
+                evidence,
             };
             admission.renew(&ask, now)
         }
@@ -505,10 +522,10 @@ fn proven(
 }
 
 /// Label of the exported key that proofs are bound to; the context is the SHA-256 of the root.
-const PROOF_LABEL: &[u8] = b"hydramesh identity proof";
+pub(super) const PROOF_LABEL: &str = "hydramesh identity proof";
 
-/// Maximum bytes of a request or answer. Both have up to 11,000; while the root is rotated, an answer has
-/// 24,000.
+/// Maximum bytes of a request or answer. Both have up to 11,000, a request 30,000 more with evidence; while the root is
+/// rotated, an answer has 24,000.
 const MAX_EXCHANGE: usize = 64 << 10;
 
 /// Time limit for the head's answer.

@@ -44,6 +44,8 @@ pub struct JoinAsk<'a> {
     pub identity: Option<&'a PublicKey>,
     /// SHA-256 of the mesh root that the token pins, and that the certificate is to be of.
     pub root: [u8; 32],
+    /// Evidence that this identity vouches for, encoded; `None` for nodes of earlier versions.
+    pub evidence: Option<&'a [u8]>,
 }
 
 /// A request for a fresh certificate.
@@ -59,4 +61,6 @@ pub struct RenewAsk<'a> {
     pub successor: Option<&'a PublicKey>,
     /// SHA-256 of the mesh root that the certificate is to be of.
     pub root: [u8; 32],
+    /// Evidence that `identity` vouches for, encoded; `None` for nodes of earlier versions.
+    pub evidence: Option<&'a [u8]>,
 }

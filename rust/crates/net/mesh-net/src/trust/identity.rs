@@ -3,7 +3,7 @@
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::SystemTime;
 
 use data_encoding::HEXLOWER;
@@ -24,6 +24,7 @@ use super::clock::MeshClock;
 use super::deny::DenyList;
 use super::digest::sha256;
 use super::error::TrustError;
+use super::evidence::EvidenceSource;
 use super::identity_keys::{IdentityKeys, papers, read_document, write_document};
 use super::issued::Issued;
 use super::names;
@@ -50,6 +51,7 @@ struct Inner {
     clock: MeshClock,
     deny_list: DenyList,
     current: Mutex<Current>,
+    evidence: OnceLock<EvidenceSource>,
 }
 
 /// The keys of a node that is to join, in its state directory.
@@ -227,6 +229,7 @@ impl NodeIdentity {
             clock: MeshClock::default(),
             deny_list,
             current: Mutex::new(current),
+            evidence: OnceLock::new(),
         };
         Self {
             inner: Arc::new(inner),
@@ -392,6 +395,15 @@ impl NodeIdentity {
         &self.inner.deny_list
     }
 
+    /// Has evidence of this source go with renewals from now on. The first source counts.
+    pub fn set_evidence(&self, source: EvidenceSource) {
+        let _ = self.inner.evidence.set(source);
+    }
+
+    pub(crate) fn evidence(&self) -> Option<&EvidenceSource> {
+        self.inner.evidence.get()
+    }
+
     /// A request (PKCS#10, DER) for a certificate for the same key.
     pub fn request(&self) -> Result<Vec<u8>, TrustError> {
         self.current().key.request()
@@ -454,6 +466,7 @@ impl NodeIdentity {
             identity: key.as_ref(),
             successor: None,
             root: self.root_sha256(),
+            evidence: None,
         };
         let issued = admission.renew(&ask, now);
         self.install(issued.map_err(|refusal| TrustError::Mismatch(refusal.to_string()))?)

@@ -41,6 +41,7 @@ mod clock;
 mod deny;
 mod digest;
 mod error;
+mod evidence;
 mod identity;
 mod identity_keys;
 mod identity_text;
@@ -67,6 +68,8 @@ pub use deny::{DenyList, Expulsion, MOST_EXPELLED};
 pub(crate) use digest::sha256;
 pub use error::TrustError;
 pub(crate) use identity::move_identity;
+pub use evidence::{EvidenceSource, LONGEST_EVIDENCE, Newcomer};
+pub(crate) use evidence::{vouch, vouched};
 pub use identity::{Applicant, NodeIdentity, set_aside};
 pub use identity_keys::{IdentityIds, identity_ids, read_papers, rotate_identity};
 pub use identity_text::{describe_identity, rotate_and_describe};
@@ -75,8 +78,8 @@ pub use names::NODE_CERTIFICATE as NODE_CERTIFICATE_FILE;
 pub use names::{EXPELLED as EXPELLED_FILE, MEMBERS as MEMBERS_FILE, TOKENS as TOKENS_FILE};
 pub(crate) use node_key::NodeKey;
 pub use refusal::{
-    AWAITING_APPROVAL, CERTIFICATE_DATES, DUPLICATE_IDENTITY, EXPELLED, Refusal, TOKEN_EXPIRED,
-    TOKEN_UNKNOWN, TOKEN_USED,
+    AWAITING_APPROVAL, CERTIFICATE_DATES, DUPLICATE_IDENTITY, EVIDENCE_REFUSED, EXPELLED, Refusal,
+    TOKEN_EXPIRED, TOKEN_UNKNOWN, TOKEN_USED,
 };
 pub use root::MeshRoot;
 pub(crate) use roots::root_hint;

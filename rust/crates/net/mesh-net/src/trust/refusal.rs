@@ -48,6 +48,9 @@ pub enum Refusal {
     /// An operator has to approve the node first.
     #[error("{0}")]
     AwaitingApproval(String),
+    /// The node's evidence does not meet the head's policy.
+    #[error("{0}")]
+    Evidence(String),
     /// An internal error of the head.
     #[error("the head could not do it: {0}")]
     Internal(String),
@@ -71,6 +74,7 @@ impl Refusal {
             Self::NotAdmitted(_) => ErrorCode::UNAUTHORIZED,
             Self::Expelled(_) => EXPELLED,
             Self::AwaitingApproval(_) => AWAITING_APPROVAL,
+            Self::Evidence(_) => EVIDENCE_REFUSED,
             Self::Internal(_) => ErrorCode::INTERNAL,
         }
     }
@@ -100,3 +104,5 @@ pub const DUPLICATE_IDENTITY: ErrorCode = ErrorCode(0x54);
 pub const EXPELLED: ErrorCode = ErrorCode(0x55);
 /// An operator has to approve the node; it may ask again.
 pub const AWAITING_APPROVAL: ErrorCode = ErrorCode(0x56);
+/// The node's evidence does not meet the head's policy.
+pub const EVIDENCE_REFUSED: ErrorCode = ErrorCode(0x58);

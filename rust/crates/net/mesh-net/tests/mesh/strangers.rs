@@ -8,7 +8,7 @@ use dcf::{ErrorCode, Message, MsgType};
 use mesh_identity::{IdentityKey, Purpose, Transcript};
 use mesh_net::quic::join;
 use mesh_net::trust::Applicant;
-use mesh_proto::JoinRequest;
+use mesh_proto::{Evidence, JoinRequest, SignedEvidence};
 use prost::Message as _;
 use quinn::crypto::rustls::QuicClientConfig;
 use quinn::{ClientConfig, Connection, Endpoint, TransportConfig};
@@ -345,6 +345,7 @@ async fn a_proof_of_another_connection_admits_nobody() {
             token: &id,
             name: "laptop",
             successor: None,
+            evidence: None,
         };
         let proof = transcript.prove(&key);
         let request = JoinRequest {
@@ -354,6 +355,7 @@ async fn a_proof_of_another_connection_admits_nobody() {
             node_name: "laptop".to_owned(),
             identity: Some(proof),
             root: root.to_vec(),
+            evidence: None,
         };
         let body = request.encode_to_vec();
         let answer = ask(&endpoint, head.address, MsgType::JOIN_REQUEST, body).await;
@@ -369,4 +371,89 @@ async fn a_proof_of_another_connection_admits_nobody() {
     join(&[head.address], &token, dir.path(), "laptop")
         .await
         .expect("the token is unused");
+}
+
+/// Evidence that is altered, unsigned, another node's or another session's is refused and costs the token nothing.
+#[tokio::test]
+async fn evidence_at_a_join_counts_for_its_node_and_session_alone() {
+    let head = TestHead::start("attic");
+    let token = head.token();
+    let dir = tempfile::tempdir().expect("temporary directory");
+    let csr = Applicant::open(dir.path()).and_then(|keys| keys.request());
+    let csr = csr.expect("a request");
+    let (id, root) = (token.id(), *token.root_sha256());
+    let (key, other) = (IdentityKey::generate(), IdentityKey::generate());
+    let body = Evidence {
+        form: 1,
+        os: "debian".to_owned(),
+        ..Evidence::default()
+    };
+    let body = body.encode_to_vec();
+    let endpoint = stranger(JOIN);
+    let spoilt = ["altered", "unsigned", "foreign", "replayed", "long", "good"];
+    for what in spoilt {
+        let connection = connect(&endpoint, head.address).await;
+        let mut session = [0; 32];
+        connection
+            .export_keying_material(&mut session, b"hydramesh identity proof", &root)
+            .expect("a key");
+        let transcript = Transcript {
+            purpose: Purpose::Join,
+            session: &session,
+            root: &root,
+            request: &csr,
+            token: &id,
+            name: "laptop",
+            successor: None,
+            evidence: None,
+        };
+        let vouching = Transcript {
+            evidence: Some(&body),
+            ..transcript
+        };
+        let proof = match what {
+            "unsigned" => None,
+            "foreign" => Some(vouching.prove(&other)),
+            "replayed" => Some(
+                Transcript {
+                    session: &[1; 32],
+                    ..vouching
+                }
+                .prove(&key),
+            ),
+            _ => Some(vouching.prove(&key)),
+        };
+        let mut said = body.clone();
+        match what {
+            "altered" => *said.last_mut().expect("some") ^= 1,
+            "long" => said.resize(30_000, 0),
+            _ => {}
+        }
+        let request = JoinRequest {
+            token_id: id.clone(),
+            token_secret: token.secret().to_vec(),
+            csr: csr.clone(),
+            node_name: "laptop".to_owned(),
+            identity: Some(transcript.prove(&key)),
+            evidence: Some(SignedEvidence { body: said, proof }),
+            root: Vec::new(),
+        };
+        let (mut send, mut recv) = connection.open_bi().await.expect("a stream");
+        let request = Message::new(MsgType::JOIN_REQUEST, 9, 0, request.encode_to_vec());
+        send.write_all(&request.encode_datagram())
+            .await
+            .expect("sent");
+        send.finish().expect("finished");
+        let answer = recv.read_to_end(64 << 10).await.expect("an answer");
+        let answer = Message::decode_datagram(answer.into()).expect("a message");
+        if what == "good" {
+            assert_eq!(answer.kind, MsgType::JOIN_RESPONSE);
+            let members = head.authority.members();
+            let record = members[&key.node_id().to_string()].evidence.as_ref();
+            assert_eq!(record.expect("kept").evidence.os, "debian");
+        } else {
+            let error = answer.error_body().expect("refused");
+            assert!(error.text.contains("evidence refused"), "{}", error.text);
+        }
+    }
 }

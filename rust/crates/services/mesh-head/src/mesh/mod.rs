@@ -7,12 +7,14 @@
 //! - [`members`], [`models`], [`nodes`], [`rings`]: events of workers, and their effects on the cores;
 //! - [`placing`], [`lease`]: a worker and memory for each request;
 //! - [`former`]: nodes under other ids; [`roots`]: rotation of the mesh root;
+//! - [`former`]: nodes under other ids; [`evidence`]: decisions on evidence of nodes;
 //! - [`findings`]: faults of workers; [`tick`]: periodic work;
 //! - [`connection`]: a connection to a worker, whatever carries it; [`sessions`]: keys of heartbeats;
 //! - [`drains`], [`pins`]: state that outlasts a restart.
 
 pub(crate) mod connection;
 mod drains;
+mod evidence;
 mod findings;
 mod former;
 mod lease;

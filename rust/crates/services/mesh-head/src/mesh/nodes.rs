@@ -2,7 +2,7 @@
 
 use std::sync::atomic::Ordering;
 
-use dcf::{Message, MsgType};
+use dcf::{ErrorCode, Message, MsgType};
 use mesh_control::registry::WorkerId;
 use mesh_net::trust::{EXPELLED, Expulsion, MOST_EXPELLED};
 use mesh_proto::{Expelled, ExpelledNode};
@@ -14,11 +14,16 @@ impl Mesh {
     /// Removes a node at once, as if its link had ended, and closes that: its requests run again elsewhere,
     /// its parts of rings go to standbys. Whether it may come back is for the deny list to say.
     pub(crate) fn expel(&self, node: &str, reason: &str) {
+        self.disconnect(node, EXPELLED, reason);
+    }
+
+    /// The same with another code for the node.
+    pub(crate) fn disconnect(&self, node: &str, code: ErrorCode, reason: &str) {
         self.change(|state, now| {
             let worker = state.placement.registry.of_node(node);
             let id = worker.map(|worker| worker.id);
             if let Some(peer) = id.and_then(|id| state.remove(id, reason, now)) {
-                peer.link.close(EXPELLED, reason);
+                peer.link.close(code, reason);
             }
         });
     }

@@ -4,36 +4,48 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use arcanum_attestor::Attestor;
 use bytes::Bytes;
 use dcf::{ErrorCode, Message, MsgType};
 use mesh_control::registry::WorkerId;
 use mesh_net::quic::{Link, Listener, MsgStream, StreamFailure, probe};
 use mesh_net::seal::Opener;
-use mesh_net::trust::{DUPLICATE_IDENTITY, Role};
-use mesh_proto::{Hello, Load, Models, Offer, PROTOCOL_VERSION, RingState, Served, Welcome};
+use mesh_net::trust::{DUPLICATE_IDENTITY, Refusal, Role};
+use mesh_proto::{
+    Hello, Load, Models, Offer, PROTOCOL_VERSION, RingState, Served, SignedEvidence, Welcome,
+};
 use prost::{DecodeError, Message as _};
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 use tracing::{debug, info, warn};
 
+use super::evidence;
 use super::proofs::prove;
 use crate::ids;
 use crate::mesh::{Mesh, message, timestamp_us};
 
 /// Serves every worker that connects, until the listener is shut down.
-pub(crate) async fn serve(mesh: Arc<Mesh>, listener: Arc<Listener>, heartbeat_port: u16) {
+pub(crate) async fn serve(
+    mesh: Arc<Mesh>,
+    authority: Arc<Attestor>,
+    listener: Arc<Listener>,
+    heartbeat_port: u16,
+) {
     while let Some(link) = listener.accept().await {
-        let mesh = mesh.clone();
+        let (mesh, authority) = (mesh.clone(), authority.clone());
         tokio::spawn(async move {
             let (name, address) = (link.node_name().to_owned(), link.remote_addr());
-            match serve_link(&mesh, &link, heartbeat_port).await {
+            match serve_link(&mesh, &authority, &link, heartbeat_port).await {
                 Ok(reason) => {
                     mesh.audit.left(link.node_id(), &name, &reason);
                     info!(worker = name, %address, reason, "worker left");
                 }
                 Err(error) => {
                     let (from, reason) = (address.to_string(), error.to_string());
-                    mesh.audit.refused(link.node_id(), &name, &from, &reason);
+                    // Decisions on evidence have a record of their own.
+                    if !matches!(error, LinkError::Evidence(_)) {
+                        mesh.audit.refused(link.node_id(), &name, &from, &reason);
+                    }
                     warn!(worker = name, %address, %error, "worker not taken in");
                     link.close(error.code(), &error.to_string());
                 }
@@ -63,6 +75,8 @@ enum LinkError {
     Duplicate(String),
     #[error("the worker's earlier process still finishes its answers")]
     StillDraining,
+    #[error(transparent)]
+    Evidence(#[from] Refusal),
 }
 
 impl LinkError {
@@ -75,6 +89,7 @@ impl LinkError {
             Self::Stream(_) | Self::Key(_) => ErrorCode::INTERNAL,
             Self::Duplicate(_) => DUPLICATE_IDENTITY,
             Self::StillDraining => ErrorCode::DRAINING,
+            Self::Evidence(refusal) => refusal.code(),
         }
     }
 }
@@ -82,19 +97,24 @@ impl LinkError {
 /// Serves one worker for as long as its control stream lasts, and says why that ended.
 async fn serve_link(
     mesh: &Arc<Mesh>,
+    authority: &Arc<Attestor>,
     link: &Link,
     heartbeat_port: u16,
 ) -> Result<String, LinkError> {
     if link.role() != Role::Worker {
         return Err(LinkError::Role(link.role().as_str()));
     }
-    let (mut control, hello, said_at) = timeout(HELLO_TIMEOUT, receive_hello(link))
+    let (mut control, mut hello, said_at) = timeout(HELLO_TIMEOUT, receive_hello(link))
         .await
         .map_err(|_| LinkError::Silent)??;
     if hello.protocol != PROTOCOL_VERSION {
         return Err(LinkError::Version(hello.protocol));
     }
-    if let Err(refusal) = admit_one(mesh, link, &hello).await {
+    let admitted = async {
+        evidence::judge(authority, link, hello.evidence.take()).await?;
+        admit_one(mesh, link, &hello).await
+    };
+    if let Err(refusal) = admitted.await {
         let text = refusal.to_string();
         let message = Message::error(0, timestamp_us(), refusal.code(), &text);
         // The words that a worker of any version shows, before the link goes.
@@ -134,7 +154,7 @@ async fn serve_link(
     mesh.sessions.open(session, id, Opener::new(&key, session));
     let prober = tokio::spawn(prove(mesh.clone(), id, link.clone()));
     let probed = tokio::spawn(answer_probes(link.clone()));
-    let reason = match follow_control(mesh, (id, link.node_id()), control, orders).await {
+    let reason = match follow_control(mesh, authority, (id, link), control, orders).await {
         Ok(()) => "the control stream ended".to_owned(),
         Err(error) => error.to_string(),
     };
@@ -176,12 +196,14 @@ async fn receive_hello(link: &Link) -> Result<(MsgStream, Hello, u64), LinkError
 
 async fn follow_control(
     mesh: &Mesh,
-    (id, node): (WorkerId, &str),
+    authority: &Arc<Attestor>,
+    (id, link): (WorkerId, &Link),
     control: MsgStream,
     mut orders: mpsc::Receiver<Message>,
 ) -> Result<(), StreamFailure> {
     let (mut send, mut recv) = control.split();
     recv.limit(CONTROL_MESSAGE);
+    let mut judged = tokio::time::Instant::now();
     // Messages that a worker may send in a while; more of them wait, and in the end the worker itself.
     let mut credit = CONTROL_BURST;
     let mut refill = tokio::time::interval(CONTROL_WINDOW);
@@ -200,8 +222,23 @@ async fn follow_control(
                     continue;
                 }
                 let (kind, bytes) = (message.kind, message.payload.len());
+                if kind == MsgType::EVIDENCE {
+                    // Each is verified and may be written down.
+                    tokio::time::sleep_until(judged + EVIDENCE_INTERVAL).await;
+                    judged = tokio::time::Instant::now();
+                    let Ok(said) = SignedEvidence::decode(message.payload) else {
+                        debug!("evidence that cannot be read");
+                        continue;
+                    };
+                    if let Err(refusal) = evidence::judge(authority, link, Some(said)).await {
+                        link.close(refusal.code(), &refusal.to_string());
+                        return Ok(());
+                    }
+                    mesh.audit.message("link", kind, link.node_id(), bytes);
+                    continue;
+                }
                 match take(mesh, id, message) {
-                    Ok(()) => mesh.audit.message("link", kind, node, bytes),
+                    Ok(()) => mesh.audit.message("link", kind, link.node_id(), bytes),
                     Err(error) => debug!(%kind, %error, "a message on a control stream cannot be read"),
                 }
             }
@@ -328,6 +365,8 @@ const MOST_FIELDS: usize = 1024;
 /// Messages that are read of a control stream in [`CONTROL_WINDOW`]. A busy worker sends about ten a second.
 const CONTROL_BURST: u32 = 100;
 const CONTROL_WINDOW: Duration = Duration::from_secs(1);
+/// Pause between two evidences of a link; a worker that sends more is read more slowly.
+const EVIDENCE_INTERVAL: Duration = Duration::from_secs(1);
 /// Orders that wait to be sent to a worker. They come with decisions, not with requests.
 const ORDERS: usize = 64;
 const ORDER_TIMEOUT: Duration = Duration::from_secs(10);

@@ -1,6 +1,7 @@
 use std::time::UNIX_EPOCH;
 
 use super::*;
+use crate::news::EvidenceDecision;
 
 const DAY: Duration = Duration::from_secs(86_400);
 
@@ -25,6 +26,7 @@ fn worker(authority: &Attestor, dir: &Path, then: SystemTime) -> NodeIdentity {
         node_name: "laptop",
         identity: applicant.public_key(),
         root: authority.root().sha256(),
+        evidence: None,
     };
     let issued = authority.join(&ask, then).expect("joined");
     let deny_list = DenyList::open(dir).expect("empty");
@@ -81,6 +83,7 @@ fn renew(authority: &Attestor, worker: &NodeIdentity, now: SystemTime) -> Result
         identity: key.as_ref(),
         successor: None,
         root: worker.root_sha256(),
+        evidence: None,
     };
     worker
         .install(authority.renew(&ask, now)?)
@@ -192,6 +195,7 @@ fn the_key_of_a_certificate_alone_renews_nothing() {
             identity,
             successor,
             root: worker.root_sha256(),
+            evidence: None,
         };
         head.renew(&ask, today())
     };
@@ -217,6 +221,7 @@ fn the_key_of_a_certificate_alone_renews_nothing() {
         identity: key.as_ref(),
         successor: None,
         root: worker.root_sha256(),
+        evidence: None,
     };
     let refused = head.renew(&ask, today()).expect_err("refused");
     assert!(matches!(refused, Refusal::Invalid(_)), "{refused:?}");
@@ -264,6 +269,7 @@ fn a_member_that_rotates_its_identity_again_and_again_does_not_fill_the_list() {
             identity: present.as_ref(),
             successor: Some(&next),
             root: first.root_sha256(),
+            evidence: None,
         };
         let issued = head.renew(&ask, now)?;
         let certificate = &issued.certificates[0];
@@ -296,4 +302,131 @@ fn a_member_that_rotates_its_identity_again_and_again_does_not_fill_the_list() {
     );
     head.expel(&member.node_id, "laptop", "", today())
         .expect("there is room");
+}
+
+/// Encoded evidence of a machine with this system.
+fn evidence(os_version: &str) -> Vec<u8> {
+    use prost::Message as _;
+    let said = mesh_proto::Evidence {
+        form: 1,
+        os: "debian".to_owned(),
+        os_version: os_version.to_owned(),
+        ..mesh_proto::Evidence::default()
+    };
+    said.encode_to_vec()
+}
+
+#[test]
+fn evidence_and_what_waits_for_approval_survive_a_restart_and_a_new_certificate() {
+    let (at_head, node) = (
+        tempfile::tempdir().expect("dir"),
+        tempfile::tempdir().expect("dir"),
+    );
+    let open = || {
+        authority(at_head.path()).with_evidence_policy(EvidencePolicy {
+            on_change: crate::OnChange::Approve,
+            watched: vec![crate::Field::Os],
+            ..EvidencePolicy::default()
+        })
+    };
+    let head = open();
+    let worker = worker(&head, node.path(), today());
+    let id = worker.node_id();
+    head.report(&worker.member(), Some(&evidence("12")), today())
+        .expect("the first one");
+    let refused = head.report(&worker.member(), Some(&evidence("13")), today());
+    assert!(
+        matches!(refused, Err(Refusal::AwaitingApproval(_))),
+        "{refused:?}"
+    );
+    let head = open();
+    let held = |head: &Attestor| head.members()[&id].evidence.clone().expect("kept").held;
+    assert_eq!(held(&head).expect("waits").since, unix_seconds(today()));
+    // An earlier version of the node sends none, which is a change.
+    let renewed = renew(&head, &worker, today());
+    assert!(
+        matches!(renewed, Err(Refusal::AwaitingApproval(_))),
+        "{renewed:?}"
+    );
+    head.report(&worker.member(), Some(&evidence("13")), today())
+        .expect_err("waits still");
+    assert_eq!(head.approve(&id).expect("it waits").name, "laptop");
+    assert!(matches!(
+        head.approve(&id),
+        Err(EnrolmentError::NotPending(_))
+    ));
+    let head = open();
+    head.report(&worker.member(), Some(&evidence("13")), today())
+        .expect("approved");
+    let record = head.members()[&id].evidence.clone().expect("kept");
+    assert_eq!(record.evidence.os_version, "13");
+    assert!(record.held.is_none());
+    let news: Vec<EvidenceDecision> = head
+        .take_evidence_news()
+        .into_iter()
+        .map(|news| news.decision)
+        .collect();
+    assert_eq!(news, [], "nothing has changed");
+}
+
+#[test]
+fn unreadable_evidence_is_refused_and_changes_nothing() {
+    let (at_head, node) = (
+        tempfile::tempdir().expect("dir"),
+        tempfile::tempdir().expect("dir"),
+    );
+    let head = authority(at_head.path());
+    let worker = worker(&head, node.path(), today());
+    let good = evidence("12");
+    head.report(&worker.member(), Some(&good), today())
+        .expect("read");
+    let before = head.members();
+    for bytes in [&[0xFF; 9][..], &[], &[8, 2], &good[..good.len() - 1]] {
+        let refused = head.report(&worker.member(), Some(bytes), today());
+        assert!(matches!(refused, Err(Refusal::Evidence(_))), "{refused:?}");
+    }
+    assert_eq!(head.members(), before);
+    let news = head.take_evidence_news();
+    assert_eq!(news[0].decision, EvidenceDecision::First);
+    assert_eq!(news[1].decision, EvidenceDecision::Refused);
+}
+
+#[test]
+fn a_node_that_waits_is_approved_as_it_was_shown() {
+    let (at_head, node) = (
+        tempfile::tempdir().expect("dir"),
+        tempfile::tempdir().expect("dir"),
+    );
+    let head = authority(at_head.path())
+        .with_approval(Approval::Manual)
+        .with_evidence_policy(EvidencePolicy {
+            watched: vec![crate::Field::Os],
+            ..EvidencePolicy::default()
+        });
+    let token = head.create_token(DAY, "", today()).expect("token");
+    let applicant = Applicant::open(node.path()).expect("keys");
+    let request = applicant.request().expect("request");
+    let ask = |os_version: &str| {
+        let evidence = evidence(os_version);
+        let ask = JoinAsk {
+            token_id: &token.id(),
+            token_secret: token.secret(),
+            request: &request,
+            node_name: "laptop",
+            identity: applicant.public_key(),
+            root: head.root().sha256(),
+            evidence: Some(&evidence),
+        };
+        head.join(&ask, today())
+    };
+    ask("12").expect_err("it waits");
+    let id = head.pending().into_keys().next().expect("one waits");
+    head.approve(&id).expect("approved");
+    ask("13").expect_err("that is not what was approved");
+    ask("12").expect_err("it is to be approved again");
+    head.approve(&id).expect("approved");
+    ask("12").expect("admitted");
+    let known = &head.members()[&id];
+    let record = known.evidence.as_ref().expect("kept");
+    assert_eq!(record.evidence.os_version, "12");
 }

@@ -7,6 +7,7 @@
 mod admin;
 mod answer;
 mod error;
+mod evidence;
 mod hold;
 mod ignored;
 mod images;

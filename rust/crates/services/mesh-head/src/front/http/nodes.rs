@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::{Instant, SystemTime};
 
-use arcanum_attestor::{EnrolmentError, KnownMember, Pending};
+use arcanum_attestor::{EnrolmentError, EvidenceRecord, KnownMember, Pending};
 use axum::Json;
 use axum::extract::State;
 use mesh_api::{Code, ExpelRequest, Node, NodeChange, NodeList, NodeRequest};
@@ -12,6 +12,7 @@ use mesh_net::trust::TrustError;
 
 use super::admin::read;
 use super::error::ApiError;
+use super::evidence;
 use super::intake::Received;
 use super::state::Api;
 use super::tokens::blocking;
@@ -32,6 +33,8 @@ pub(super) async fn list(State(api): State<Api>) -> Result<Json<NodeList>, ApiEr
             key_id: known(member.key_id),
             token: known(member.token),
             former_ids: member.former,
+            waits_since: waits_since(&member.evidence),
+            evidence: member.evidence.map(|record| evidence::of_member(*record)),
             ..Node::default()
         };
         nodes.insert(node_id, shown);
@@ -51,8 +54,13 @@ pub(super) async fn list(State(api): State<Api>) -> Result<Json<NodeList>, ApiEr
             shown.last_seen_seconds = Some(ago(worker.last_seen));
         }
     });
+    for node in nodes.values_mut().filter(|node| node.waits_since.is_some()) {
+        node.state = "pending".into();
+    }
     for (node_id, waiting) in pending(&api).await? {
+        let evidence = waiting.evidence;
         let shown = Node {
+            evidence: evidence.map(|said| evidence::of_newcomer(*said, waiting.since)),
             node_id: node_id.clone(),
             name: waiting.name,
             state: if waiting.approved {
@@ -88,14 +96,19 @@ pub(super) async fn list(State(api): State<Api>) -> Result<Json<NodeList>, ApiEr
     Ok(Json(NodeList { nodes }))
 }
 
-/// `POST /v1/mesh/nodes/approve`: the node that waits and that `node` names becomes a member when it asks again.
+/// `POST /v1/mesh/nodes/approve`: the node that waits and that `node` names becomes a member when it asks again, or the
+/// change of its evidence is accepted.
 pub(super) async fn approve(
     State(api): State<Api>,
     body: Received,
 ) -> Result<Json<NodeChange>, ApiError> {
     let asked: NodeRequest = read(&api, body)?;
     let waiting = pending(&api).await?.into_iter();
-    let waiting = waiting.map(|(id, waiting)| (id, waiting.name)).collect();
+    let mut waiting: BTreeMap<String, String> =
+        waiting.map(|(id, waiting)| (id, waiting.name)).collect();
+    let changed = noted(&api).await?.into_iter();
+    let changed = changed.filter(|(_, member)| waits_since(&member.evidence).is_some());
+    waiting.extend(changed.map(|(id, member)| (id, member.name)));
     let (node_id, _) = find(waiting, &asked.node)?;
     let (authority, id) = (api.authority.clone(), node_id.clone());
     let approved = blocking(move || authority.approve(&id)).await?;
@@ -207,6 +220,12 @@ pub(super) async fn readmit(
         state: state.into(),
         was_connected: None,
     }))
+}
+
+/// Time since which a change of a member's evidence waits for approval.
+fn waits_since(record: &Option<Box<EvidenceRecord>>) -> Option<u64> {
+    let held = record.as_ref()?.held.as_ref()?;
+    Some(held.since)
 }
 
 fn is_connected(api: &Api, node: &str) -> bool {
