@@ -16,11 +16,16 @@ macro_rules! messages {
     )*};
 }
 
+mod gossip;
 mod identity;
 mod image;
 mod ring;
 mod share;
 
+pub use gossip::{
+    GossipBody, GossipContent, GossipFrame, GossipIdentities, GossipPulse, GossipRecord,
+    GossipSighting, GossipSwim, GossipSync,
+};
 pub use identity::{IdentityDocument, IdentityProof, RootIdentity, SignedIdentity, StoredIdentity};
 pub use image::{
     IMAGE_PART, ImageCard, ImageData, ImageStep, ImageTask, InitialImage, PREVIEW_SHARE,
