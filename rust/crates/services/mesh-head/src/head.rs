@@ -175,6 +175,7 @@ impl Head {
         let mut loops = JoinSet::new();
         let heart = watchdog.register("housekeeping", TICK_LIMIT);
         loops.spawn(tick(mesh.clone(), heart));
+        loops.spawn(mesh.clone().gossip_on(announced.clone()));
         let heartbeats = worker_socket.local_addr().port();
         loops.spawn(links::serve(mesh.clone(), quic.clone(), heartbeats));
         loops.spawn(bus::serve(mesh.clone(), worker_socket));

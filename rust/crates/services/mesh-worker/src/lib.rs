@@ -20,6 +20,7 @@ mod embed;
 mod engine_death;
 mod error;
 mod generate;
+mod gossip;
 mod head;
 mod heartbeats;
 mod host;

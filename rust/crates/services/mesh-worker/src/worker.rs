@@ -22,6 +22,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::config::Config;
 use crate::error::WorkerError;
+use crate::gossip::{GossipCollector, WorkerGossip};
 use crate::head::HeadLink;
 use crate::host::Host;
 use crate::join::identify;
@@ -76,6 +77,10 @@ impl Worker {
         let metrics = Arc::new(Metrics::new("worker", env!("CARGO_PKG_VERSION")));
         let counters = Arc::new(Counters::default());
         metrics.register(|registry| counters.register(registry));
+        let gossip = WorkerGossip::new(config.gossip.clone(), config.state_dir.clone());
+        let gossip = Arc::new(gossip);
+        let collector = GossipCollector(gossip.clone());
+        metrics.register(|registry| registry.register_collector(Box::new(collector)));
         let stop = CancellationToken::new();
         let bound = sockets.addresses.clone();
         let (http, hosts) = (sockets.http, &config.http.hosts);
@@ -148,6 +153,7 @@ impl Worker {
             health,
             loading,
             counters,
+            gossip,
             shutdown: shutdown.clone(),
             stop,
             serving,
@@ -271,6 +277,7 @@ struct Running {
     health: Health,
     loading: Arc<Loading>,
     counters: Arc<Counters>,
+    gossip: Arc<WorkerGossip>,
     shutdown: Shutdown,
     answers: TaskTracker,
     /// Ends tasks that outlive the drain.
@@ -373,6 +380,7 @@ impl Running {
             host: self.host.clone(),
             health: self.health.clone(),
             loading: self.loading.clone(),
+            gossip: self.gossip.clone(),
             counters: self.counters.clone(),
             shutdown: self.shutdown.clone(),
             answers: self.answers.clone(),

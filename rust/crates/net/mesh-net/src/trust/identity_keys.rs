@@ -4,7 +4,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use mesh_identity::{Document, IdentityKey, KeyFileError, NodeId};
+use mesh_identity::{Document, IdentityKey, KeyFileError, NodeId, PublicKey};
 use mesh_proto::{RootIdentity, StoredIdentity};
 use prost::Message as _;
 
@@ -180,6 +180,11 @@ pub(super) fn write_document(
 
 /// The document in a state directory, if it is of the mesh root there.
 pub(super) fn read_document(dir: &Path) -> Option<Document> {
+    read_signed(dir).map(|(document, ..)| document)
+}
+
+/// The same with its encoding and the root's key.
+pub(super) fn read_signed(dir: &Path) -> Option<(Document, Vec<u8>, PublicKey)> {
     let path = dir.join(names::IDENTITY_DOCUMENT);
     let most = 2 * mesh_identity::LONGEST_DOCUMENT as u64;
     if std::fs::metadata(&path).ok()?.len() > most {
@@ -189,5 +194,6 @@ pub(super) fn read_document(dir: &Path) -> Option<Document> {
     let path = dir.join(names::ROOT_CERTIFICATE);
     let root = from_pem(&path, &files::read(&path).ok()??).ok()?;
     let signer = verify_root_identity(&root, &stored.root?).ok()?;
-    Document::verify(&stored.identity, &signer).ok()
+    let document = Document::verify(&stored.identity, &signer).ok()?;
+    Some((document, stored.identity, signer))
 }

@@ -57,7 +57,7 @@ pub(crate) use deny::Expellable;
 pub use deny::{DenyList, Expulsion, MOST_EXPELLED};
 pub(crate) use digest::sha256;
 pub use error::TrustError;
-pub use identity::{Applicant, NodeIdentity, set_aside};
+pub use identity::{Applicant, NodeIdentity, Signer, set_aside};
 pub(crate) use identity::{NodeKey, move_identity};
 pub use identity_keys::{IdentityIds, identity_ids, rotate_identity};
 pub use identity_text::{describe_identity, rotate_and_describe};

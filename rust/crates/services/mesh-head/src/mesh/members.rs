@@ -82,6 +82,9 @@ impl Mesh {
         state.peers.insert(id, peer);
         let list = self.expelled_message();
         self.order(&mut state, id, list, now);
+        if let Some(invitation) = self.gossip.invitation() {
+            self.order(&mut state, id, invitation, now);
+        }
         self.note_mixed(&mut state);
         self.turn(&mut state, now);
         id

@@ -9,12 +9,15 @@
 //! - [`former`]: nodes under other ids;
 //! - [`findings`]: faults of workers; [`tick`]: periodic work;
 //! - [`connection`]: a connection to a worker, whatever carries it; [`sessions`]: keys of heartbeats;
+//! - [`gossip`], [`gossip_node`]: the head's part in the gossip, and the frames of workers;
 //! - [`drains`], [`pins`]: state that outlasts a restart.
 
 pub(crate) mod connection;
 mod drains;
 mod findings;
 mod former;
+mod gossip;
+mod gossip_node;
 mod lease;
 mod members;
 mod models;
@@ -26,6 +29,7 @@ mod sessions;
 mod state;
 mod tick;
 
+pub(crate) use gossip_node::GossipView;
 pub(crate) use lease::Lease;
 pub(crate) use placing::Assignment;
 pub(crate) use rings::RingRole;
