@@ -161,6 +161,13 @@ impl fmt::Debug for PublicKey {
     }
 }
 
+impl From<[u8; 32]> for NodeId {
+    /// The id with this digest, for example from a message. It may be the id of nobody.
+    fn from(digest: [u8; 32]) -> Self {
+        Self(digest)
+    }
+}
+
 impl NodeId {
     /// The digest.
     pub fn as_bytes(&self) -> &[u8; 32] {

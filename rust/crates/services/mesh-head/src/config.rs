@@ -81,6 +81,8 @@ pub struct Config {
     pub ring: RingConfig,
     /// The audit trail.
     pub audit: AuditConfig,
+    /// Signed gossip with the other nodes.
+    pub gossip: GossipConfig,
     /// Let workers on the LAN find this head by multicast DNS.
     pub mdns: bool,
     /// Log level or filter, used if neither `--log-level` nor RUST_LOG is set.
@@ -246,6 +248,26 @@ pub struct RingConfig {
     pub always: bool,
 }
 
+/// Signed gossip with the other nodes: who is alive, the condition of the machines, sightings of attacks.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct GossipConfig {
+    /// Take part.
+    pub enabled: bool,
+    /// Interval between two frames while nothing happens.
+    #[serde(with = "units::duration")]
+    pub interval: Duration,
+}
+
+impl Default for GossipConfig {
+    fn default() -> Self {
+        Self {
+            enabled: true,
+            interval: Duration::from_secs(1),
+        }
+    }
+}
+
 /// The audit trail: a signed log of what the head accepted and decided.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -304,6 +326,7 @@ impl Default for Config {
             trust: TrustConfig::default(),
             ring: RingConfig::default(),
             audit: AuditConfig::default(),
+            gossip: GossipConfig::default(),
             mdns: false,
             log_level: None,
         }
@@ -408,6 +431,7 @@ impl Config {
             ("quic.probe_interval", self.quic.probe_interval),
             ("audit.epoch", self.audit.epoch),
             ("trust.root_overlap", self.trust.root_overlap),
+            ("gossip.interval", self.gossip.interval),
         ];
         if let Some((key, _)) = positive.into_iter().find(|(_, value)| value.is_zero()) {
             return Err(Unsound::Zero(key));

@@ -190,6 +190,7 @@ impl Head {
         let mut loops = JoinSet::new();
         let heart = watchdog.register("housekeeping", TICK_LIMIT);
         loops.spawn(tick(mesh.clone(), authority.clone(), heart));
+        loops.spawn(mesh.clone().gossip_on(announced.clone()));
         let heartbeats = worker_socket.local_addr().port();
         let admitting = authority.clone();
         loops.spawn(links::serve(

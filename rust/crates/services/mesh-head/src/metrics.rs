@@ -21,6 +21,8 @@ use mesh_control::fair::Ingress;
 use mesh_control::rings::RingCounts;
 use mesh_control::tracker::TrackerCounts;
 
+use mesh_gossip::{Counts as GossipCounts, Member, MemberState, REFUSALS};
+
 use crate::locks::lock;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelValue)]
 pub(crate) enum Front {
@@ -103,6 +105,9 @@ pub(crate) struct HeadMetrics {
     evidence: Family<Label<&'static str>, Counter>,
     audit: Family<Label<&'static str>, Counter>,
     audit_waiting: Gauge,
+    gossip: Family<Label<&'static str>, Counter>,
+    gossip_refused: Family<Label<&'static str>, Counter>,
+    gossip_members: Family<Label<&'static str>, Gauge>,
 }
 
 impl HeadMetrics {
@@ -200,6 +205,15 @@ impl HeadMetrics {
                 "audit_queue",
                 "Records that wait to be written to the audit trail",
             ),
+            gossip: metrics.plain(
+                "gossip_events",
+                "Frames of gossip that were accepted, signed, carried for workers or not carried, and records that were verified",
+            ),
+            gossip_refused: metrics.plain(
+                "gossip_refused",
+                "Frames, documents and records of gossip that were refused",
+            ),
+            gossip_members: metrics.plain("gossip_members", "Peers in the gossip by state"),
         }
     }
 
@@ -284,6 +298,40 @@ impl HeadMetrics {
         let waiting = counts.waiting.load(Ordering::Relaxed);
         self.audit_waiting
             .set(i64::try_from(waiting).unwrap_or(i64::MAX));
+    }
+
+    /// `carried` has the frames that were carried for workers, and those that were not.
+    pub(crate) fn gossiped(&self, counts: GossipCounts, carried: [u64; 2], members: &[Member]) {
+        let raise = |counter: &Counter, to: u64| {
+            counter.inc_by(to.saturating_sub(counter.get()));
+        };
+        for (event, count) in [
+            ("accepted", counts.accepted),
+            ("signed", counts.sent),
+            ("records", counts.records),
+            ("relayed", carried[0]),
+            ("not_relayed", carried[1]),
+        ] {
+            raise(&self.gossip.get_or_create(&[("event", event)]), count);
+        }
+        for ((_, reason), count) in REFUSALS.iter().zip(counts.refused) {
+            raise(
+                &self.gossip_refused.get_or_create(&[("reason", *reason)]),
+                count,
+            );
+        }
+        for (name, state) in [
+            ("alive", MemberState::Alive),
+            ("suspect", MemberState::Suspect),
+            ("down", MemberState::Down),
+            ("unheard", MemberState::Unheard),
+        ] {
+            let same = members.iter().filter(|member| member.state == state);
+            set(
+                &self.gossip_members.get_or_create(&[("state", name)]),
+                same.count(),
+            );
+        }
     }
 
     pub(crate) fn ring_events(&self, counts: &RingCounts) {

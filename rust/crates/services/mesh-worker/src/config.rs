@@ -85,6 +85,8 @@ pub struct Config {
     pub weights: WeightsConfig,
     /// Running models together with other workers.
     pub ring: RingConfig,
+    /// Signed gossip with the other nodes.
+    pub gossip: GossipConfig,
     /// Settings of DCF over UDP.
     pub dcf: DcfConfig,
     /// Serving a head of DCF v5.0.0 or v5.1.
@@ -250,6 +252,26 @@ pub struct RingConfig {
     pub format: Format,
 }
 
+/// Signed gossip with the other nodes: who is alive, the condition of the machines, sightings of attacks.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct GossipConfig {
+    /// Take part.
+    pub enabled: bool,
+    /// Interval between two frames while nothing happens.
+    #[serde(with = "units::duration")]
+    pub interval: Duration,
+}
+
+impl Default for GossipConfig {
+    fn default() -> Self {
+        Self {
+            enabled: true,
+            interval: Duration::from_secs(1),
+        }
+    }
+}
+
 /// Models that come from elsewhere: from other workers, from the hub.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -353,6 +375,7 @@ impl Default for Config {
             http: HttpConfig::default(),
             weights: WeightsConfig::default(),
             ring: RingConfig::default(),
+            gossip: GossipConfig::default(),
             dcf: DcfConfig::default(),
             legacy: LegacyConfig::default(),
             sampling: SamplingDefaults::default(),
@@ -502,6 +525,10 @@ impl Config {
             ("slots", self.slots),
             ("step_rows", self.step_rows),
             ("embed.batch_tokens", self.embed.batch_tokens),
+            (
+                "gossip.interval",
+                u32::from(!self.gossip.interval.is_zero()),
+            ),
         ] {
             if value == 0 {
                 return Err(Unsound::Zero(key));

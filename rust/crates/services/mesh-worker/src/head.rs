@@ -14,8 +14,8 @@ use mesh_net::trust::{
     CERTIFICATE_DATES, DUPLICATE_IDENTITY, EXPELLED, EvidenceSource, Expulsion, NodeIdentity, Role,
 };
 use mesh_proto::{
-    Expelled, Hello, ModelCard, PROTOCOL_VERSION, Ring, Served, SignedSuccession, Sources, Welcome,
-    part_cards,
+    Expelled, GossipFrame, GossipIdentities, Hello, ModelCard, PROTOCOL_VERSION, Ring, Served,
+    SignedSuccession, Sources, Welcome, part_cards,
 };
 use mesh_service::health::Health;
 use mesh_service::shutdown::Shutdown;
@@ -30,6 +30,7 @@ use crate::config::{Config, host_name};
 use crate::core::CoreHandle;
 use crate::error::WorkerError;
 use crate::evidence::NodeEvidence;
+use crate::gossip::WorkerGossip;
 use crate::heartbeats::Heartbeats;
 use crate::host::Host;
 use crate::join::{Ended, identify, join_again};
@@ -46,6 +47,7 @@ pub(crate) struct HeadLink {
     pub(crate) health: Health,
     pub(crate) loading: Arc<Loading>,
     pub(crate) counters: Arc<Counters>,
+    pub(crate) gossip: Arc<WorkerGossip>,
     pub(crate) shutdown: Shutdown,
     pub(crate) answers: TaskTracker,
     /// Names this process among those with the same identity.
@@ -95,6 +97,7 @@ impl HeadLink {
                 self.counters.set_connected(false);
                 self.loading.linked(false);
                 self.host.rings.unlinked();
+                self.gossip.unlinked();
                 if !self.stop.is_cancelled() {
                     let (head, reason) = (&self.head, ended.reason);
                     self.health
@@ -284,6 +287,7 @@ impl HeadLink {
                 () = self.shutdown.draining(), if !now_draining => {}
                 _ = look.tick() => {}
                 Some(message) = ring_messages.recv() => send.send(message).await?,
+                message = self.gossip.next() => send.send(message).await?,
                 () = heartbeats.due() => heartbeats.send(self.host.load_report(now_draining)).await,
                 received = recv.recv() => {
                     let Some(message) = received? else {
@@ -324,7 +328,17 @@ impl HeadLink {
                 let sources = Sources::decode(message.payload)?;
                 self.core().change(|core| core.sources_told(lease, sources));
             }
-            MsgType::EXPELLED => take_expelled(identity, Expelled::decode(message.payload)?),
+            MsgType::EXPELLED => {
+                let list = Expelled::decode(message.payload)?;
+                self.gossip
+                    .dismiss(list.nodes.iter().map(|node| node.node_id.as_str()));
+                take_expelled(identity, list);
+            }
+            MsgType::GOSSIP => self.gossip.receive(&GossipFrame::decode(message.payload)?),
+            MsgType::GOSSIP_IDENTITIES => {
+                let told = GossipIdentities::decode(message.payload)?;
+                self.gossip.introduced(identity, &told);
+            }
             MsgType::ROOT_SUCCESSION => {
                 take_succession(identity, SignedSuccession::decode(message.payload)?);
             }

@@ -21,6 +21,7 @@ mod engine_death;
 mod error;
 mod evidence;
 mod generate;
+mod gossip;
 mod head;
 mod heartbeats;
 mod host;

@@ -23,6 +23,7 @@ use tokio_util::task::TaskTracker;
 use crate::config::Config;
 use crate::error::WorkerError;
 use crate::evidence::NodeEvidence;
+use crate::gossip::{GossipCollector, WorkerGossip};
 use crate::head::HeadLink;
 use crate::host::Host;
 use crate::join::identify;
@@ -77,6 +78,10 @@ impl Worker {
         let metrics = Arc::new(Metrics::new("worker", env!("CARGO_PKG_VERSION")));
         let counters = Arc::new(Counters::default());
         metrics.register(|registry| counters.register(registry));
+        let gossip = WorkerGossip::new(config.gossip.clone(), config.state_dir.clone());
+        let gossip = Arc::new(gossip);
+        let collector = GossipCollector(gossip.clone());
+        metrics.register(|registry| registry.register_collector(Box::new(collector)));
         let stop = CancellationToken::new();
         let bound = sockets.addresses.clone();
         let (http, hosts) = (sockets.http, &config.http.hosts);
@@ -157,6 +162,7 @@ impl Worker {
             loading,
             counters,
             evidence,
+            gossip,
             shutdown: shutdown.clone(),
             stop,
             serving,
@@ -281,6 +287,7 @@ struct Running {
     loading: Arc<Loading>,
     counters: Arc<Counters>,
     evidence: Option<Arc<NodeEvidence>>,
+    gossip: Arc<WorkerGossip>,
     shutdown: Shutdown,
     answers: TaskTracker,
     /// Ends tasks that outlive the drain.
@@ -383,6 +390,7 @@ impl Running {
             host: self.host.clone(),
             health: self.health.clone(),
             loading: self.loading.clone(),
+            gossip: self.gossip.clone(),
             counters: self.counters.clone(),
             shutdown: self.shutdown.clone(),
             answers: self.answers.clone(),

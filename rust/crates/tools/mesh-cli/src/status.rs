@@ -1,6 +1,6 @@
 //! `hydramesh status`: the head's registry and rings as tables.
 
-use mesh_api::{Mesh, ModelHolder, ModelSeeker, ServedModel, SharedModel, Worker, paths};
+use mesh_api::{Gossip, Mesh, ModelHolder, ModelSeeker, ServedModel, SharedModel, Worker, paths};
 
 use crate::admin::print;
 use crate::args::{HeadArgs, StatusArgs};
@@ -48,6 +48,9 @@ fn show(mesh: &Mesh, terminal: Terminal) -> String {
         let plain = warning.replace(char::is_control, " ");
         text += &format!("warning: {plain}\n");
     }
+    if let Some(gossip) = &mesh.gossip {
+        text += &fleet(gossip);
+    }
     if mesh.workers.is_empty() {
         text +=
             "No worker has joined. `hydramesh token create` makes a token with which one can.\n";
@@ -62,6 +65,43 @@ fn show(mesh: &Mesh, terminal: Terminal) -> String {
     text += &rings::show(mesh, terminal);
     text += &models(&mesh.models);
     text
+}
+
+/// The fleet pulse, in one line.
+fn fleet(gossip: &Gossip) -> String {
+    let fleet = &gossip.fleet;
+    let mut parts = vec![match fleet.nodes {
+        1 => "1 machine".to_owned(),
+        nodes => format!("{nodes} machines"),
+    }];
+    if let Some(load) = fleet.load_percent {
+        parts.push(format!(
+            "load {:.0} % (at most {:.0} %)",
+            load.mean, load.most
+        ));
+    }
+    if let Some(temperature) = fleet.temperature_celsius {
+        parts.push(format!("up to {:.0} °C", temperature.most));
+    }
+    if fleet.memory_total > 0 {
+        let (free, all) = (bytes(fleet.memory_available), bytes(fleet.memory_total));
+        parts.push(format!("{free} of {all} memory free"));
+    }
+    if fleet.disk_total > 0 {
+        let (free, all) = (bytes(fleet.disk_available), bytes(fleet.disk_total));
+        parts.push(format!("{free} of {all} disk free"));
+    }
+    if fleet.on_battery > 0 {
+        let lowest = fleet.lowest_battery_percent.unwrap_or_default();
+        parts.push(format!(
+            "{} on battery (lowest {lowest} %)",
+            fleet.on_battery
+        ));
+    }
+    if gossip.threats > 0 {
+        parts.push(format!("{} threats reported", gossip.threats));
+    }
+    format!("fleet: {}\n", parts.join(", "))
 }
 
 const WORKER_HEADINGS: [&str; 8] = [

@@ -117,6 +117,10 @@ named_numbers! { MsgType, "type":
     PIECE_DATA = 0x57, "PieceData";
     /// The models that a worker serves whole; worker to head.
     SERVED = 0x58, "Served";
+    /// A signed frame of gossip.
+    GOSSIP = 0x60, "Gossip";
+    /// Identity documents of nodes that gossip.
+    GOSSIP_IDENTITIES = 0x61, "GossipIdentities";
     /// Something failed: a code, then text; see [`crate::ErrorBody`].
     ERROR = 0xFF, "Error";
 }

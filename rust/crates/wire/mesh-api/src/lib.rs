@@ -58,8 +58,9 @@ pub use images::{
     ImageStreamEvent, ImageTimings, ImageUsage, ImagesResponse,
 };
 pub use mesh::{
-    DeviceSplit, DuplicateIdentity, Machine, Mesh, ModelHolder, ModelSeeker, NameConflict, Path,
-    Quarantine, RequestCounts, ServedModel, SharedModel, TokenCounts, Worker,
+    DeviceSplit, DuplicateIdentity, Fleet, Gossip, Machine, Mesh, ModelHolder, ModelSeeker,
+    NameConflict, Path, Quarantine, RequestCounts, ServedModel, SharedModel, Spread, TokenCounts,
+    Worker,
 };
 pub use models::{Health, ListModelsResponse, Model, Readiness};
 pub use requests::{

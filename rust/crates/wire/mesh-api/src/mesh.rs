@@ -48,6 +48,69 @@ pub struct Mesh {
     pub name_conflicts: Vec<NameConflict>,
     /// Problems that an operator should look at, each as a sentence.
     pub warnings: Vec<String>,
+    /// The nodes that gossip; absent where the head does not.
+    pub gossip: Option<Gossip>,
+}
+
+/// The nodes that gossip, as the head sees them.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(default)]
+pub struct Gossip {
+    /// Peers that answer.
+    pub alive: usize,
+    /// Peers that did not answer a probe.
+    pub suspect: usize,
+    /// Peers that are taken for dead.
+    pub down: usize,
+    /// Sightings of attacks in the last day.
+    pub threats: usize,
+    /// Records that every node keeps, sightings included.
+    pub records: usize,
+    /// Frames, documents and records that the head refused since its start.
+    pub refused: u64,
+    /// Condition of the machines.
+    pub fleet: Fleet,
+}
+
+/// Condition of the machines that gossip, the head's included.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(default)]
+pub struct Fleet {
+    /// Nodes that report theirs.
+    pub nodes: usize,
+    /// Load average of one minute, in percent of a machine's processors.
+    pub load_percent: Option<Spread>,
+    /// Highest temperature of a machine, in degrees Celsius.
+    pub temperature_celsius: Option<Spread>,
+    /// Memory that programs can still get, in bytes.
+    pub memory_available: u64,
+    /// Memory, in bytes.
+    pub memory_total: u64,
+    /// Free space where nodes keep their state, in bytes.
+    pub disk_available: u64,
+    /// Size of these file systems, in bytes.
+    pub disk_total: u64,
+    /// Seconds since the machine that was started last was started.
+    pub shortest_uptime_seconds: Option<u64>,
+    /// Machines that run on their battery.
+    pub on_battery: usize,
+    /// Lowest charge among these, in percent.
+    pub lowest_battery_percent: Option<u32>,
+}
+
+/// A value over several machines.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(default)]
+pub struct Spread {
+    /// Smallest value.
+    pub least: f64,
+    /// Arithmetic mean.
+    pub mean: f64,
+    /// Greatest value.
+    pub most: f64,
 }
 
 /// Requests of the head.

@@ -17,12 +17,17 @@ macro_rules! messages {
 }
 
 mod evidence;
+mod gossip;
 mod identity;
 mod image;
 mod ring;
 mod share;
 
 pub use evidence::{Evidence, NixSystem, ServedFingerprint, SignedEvidence};
+pub use gossip::{
+    GossipBody, GossipContent, GossipFrame, GossipIdentities, GossipPulse, GossipRecord,
+    GossipSighting, GossipSwim, GossipSync,
+};
 pub use identity::{
     IdentityDocument, IdentityProof, RootHistory, RootIdentity, RootSuccession, SignedIdentity,
     SignedSuccession, StoredIdentity,

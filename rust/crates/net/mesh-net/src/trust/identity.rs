@@ -25,7 +25,7 @@ use super::deny::DenyList;
 use super::digest::sha256;
 use super::error::TrustError;
 use super::evidence::EvidenceSource;
-use super::identity_keys::{IdentityKeys, papers, read_document, write_document};
+use super::identity_keys::{IdentityKeys, papers, read_document, read_signed, write_document};
 use super::issued::Issued;
 use super::names;
 use super::node_key::NodeKey;
@@ -115,6 +115,17 @@ impl Renewal {
     pub(crate) fn request(&self) -> Result<Vec<u8>, TrustError> {
         self.key.request()
     }
+}
+
+/// A node's key, and how others know it.
+#[derive(Clone, Debug)]
+pub struct Signer {
+    /// The node's identity key.
+    pub key: Arc<IdentityKey>,
+    /// The mesh root's document about it, signed and encoded.
+    pub document: Vec<u8>,
+    /// The mesh root's ML-DSA key.
+    pub root: PublicKey,
 }
 
 impl NodeIdentity {
@@ -427,6 +438,19 @@ impl NodeIdentity {
     pub fn document(&self) -> Option<Document> {
         let roots = self.roots();
         read_document(&self.inner.dir).filter(|document| roots.is_of_mesh(&document.root))
+    }
+
+    /// The node's key with the root's document about it, to sign and show elsewhere; `None` if it has no document, or one of
+    /// another key or root.
+    pub fn signer(&self) -> Option<Signer> {
+        let (document, encoded, root) = read_signed(&self.inner.dir)?;
+        let key = self.current().identity.key?;
+        let fits = document.root == self.root_sha256() && document.key == *key.public();
+        fits.then_some(Signer {
+            key,
+            document: encoded,
+            root,
+        })
     }
 
     /// The keys to ask a certificate for: the present ones, or fresh ones if the identity is rotated.

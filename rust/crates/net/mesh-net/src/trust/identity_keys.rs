@@ -4,7 +4,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use mesh_identity::{Document, IdentityKey, KeyFileError, NodeId};
+use mesh_identity::{Document, IdentityKey, KeyFileError, NodeId, PublicKey};
 use mesh_proto::{RootIdentity, StoredIdentity};
 use prost::Message as _;
 use rustls::pki_types::CertificateDer;
@@ -182,7 +182,16 @@ pub(super) fn write_document(
 
 /// The document in a state directory, if it is whole.
 pub(super) fn read_document(dir: &Path) -> Option<Document> {
-    read_papers(&papers(dir)?).ok()
+    read_signed(dir).map(|(document, ..)| document)
+}
+
+/// The same with its encoding and the root's key.
+pub(super) fn read_signed(dir: &Path) -> Option<(Document, Vec<u8>, PublicKey)> {
+    let stored = StoredIdentity::decode(&*papers(dir)?).ok()?;
+    let root = CertificateDer::from(stored.certificate);
+    let signer = verify_root_identity(&root, &stored.root?).ok()?;
+    let document = Document::verify(&stored.identity, &signer).ok()?;
+    (document.root == sha256(&root)).then_some((document, stored.identity, signer))
 }
 
 /// The document in a state directory with the root that signed it.

@@ -85,6 +85,9 @@ impl Mesh {
         if let Some(succession) = self.succession_message() {
             self.order(&mut state, id, succession, now);
         }
+        if let Some(invitation) = self.gossip.invitation() {
+            self.order(&mut state, id, invitation, now);
+        }
         self.note_mixed(&mut state);
         self.turn(&mut state, now);
         id

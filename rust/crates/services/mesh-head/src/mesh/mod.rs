@@ -10,6 +10,7 @@
 //! - [`former`]: nodes under other ids; [`evidence`]: decisions on evidence of nodes;
 //! - [`findings`]: faults of workers; [`tick`]: periodic work;
 //! - [`connection`]: a connection to a worker, whatever carries it; [`sessions`]: keys of heartbeats;
+//! - [`gossip`], [`gossip_node`]: the head's part in the gossip, and the frames of workers;
 //! - [`drains`], [`pins`]: state that outlasts a restart.
 
 pub(crate) mod connection;
@@ -17,6 +18,8 @@ mod drains;
 mod evidence;
 mod findings;
 mod former;
+mod gossip;
+mod gossip_node;
 mod lease;
 mod members;
 mod models;
@@ -29,6 +32,7 @@ mod sessions;
 mod state;
 mod tick;
 
+pub(crate) use gossip_node::GossipView;
 pub(crate) use lease::Lease;
 pub(crate) use placing::Assignment;
 pub(crate) use rings::RingRole;

@@ -24,6 +24,7 @@ use tokio::sync::{Semaphore, mpsc, oneshot, watch};
 
 use super::connection::Connection;
 use super::drains;
+use super::gossip_node::HeadGossip;
 use super::pins::PinsFile;
 use super::sessions::Sessions;
 use crate::audit::Recorder;
@@ -70,6 +71,7 @@ pub struct Mesh {
     /// Held while the list of drained workers is written.
     pub(super) saving: tokio::sync::Mutex<()>,
     pub(super) pins_file: PinsFile,
+    pub(crate) gossip: HeadGossip,
 }
 
 #[derive(Debug)]
@@ -195,6 +197,7 @@ impl Mesh {
             ring_changes: watch::Sender::new(()),
             saving: tokio::sync::Mutex::default(),
             pins_file,
+            gossip: HeadGossip::default(),
         }))
     }
 

@@ -12,7 +12,8 @@ use mesh_net::quic::{Link, Listener, MsgStream, StreamFailure, probe};
 use mesh_net::seal::Opener;
 use mesh_net::trust::{DUPLICATE_IDENTITY, Refusal, Role};
 use mesh_proto::{
-    Hello, Load, Models, Offer, PROTOCOL_VERSION, RingState, Served, SignedEvidence, Welcome,
+    GossipFrame, GossipIdentities, Hello, Load, Models, Offer, PROTOCOL_VERSION, RingState, Served,
+    SignedEvidence, Welcome,
 };
 use prost::{DecodeError, Message as _};
 use tokio::sync::mpsc;
@@ -162,6 +163,7 @@ async fn serve_link(
     probed.abort();
     mesh.sessions.close(session);
     mesh.leave(id);
+    mesh.gossip_left(link.node_id());
     // Without its control stream a worker can say nothing any more.
     link.close(ErrorCode::OK, "the control stream ended");
     Ok(reason)
@@ -237,7 +239,7 @@ async fn follow_control(
                     mesh.audit.message("link", kind, link.node_id(), bytes);
                     continue;
                 }
-                match take(mesh, id, message) {
+                match take(mesh, (id, link.node_id()), message) {
                     Ok(()) => mesh.audit.message("link", kind, link.node_id(), bytes),
                     Err(error) => debug!(%kind, %error, "a message on a control stream cannot be read"),
                 }
@@ -266,7 +268,7 @@ async fn follow_control(
 }
 
 /// Takes in a message of a worker.
-fn take(mesh: &Mesh, id: WorkerId, message: Message) -> Result<(), DecodeError> {
+fn take(mesh: &Mesh, (id, node): (WorkerId, &str), message: Message) -> Result<(), DecodeError> {
     let body = message.payload;
     match message.kind {
         MsgType::LOAD => mesh.report(id, Load::decode(body)?),
@@ -290,6 +292,10 @@ fn take(mesh: &Mesh, id: WorkerId, message: Message) -> Result<(), DecodeError> 
             mesh.models_said(id, models);
         }
         MsgType::SERVED => mesh.served(id, Served::decode(body)?),
+        MsgType::GOSSIP => mesh.gossip_frame(node, GossipFrame::decode(body)?),
+        MsgType::GOSSIP_IDENTITIES => {
+            mesh.gossip_identities(node, GossipIdentities::decode(body)?);
+        }
         // A newer worker may say more than this head understands.
         other => debug!(kind = %other, "unexpected on a control stream"),
     }

@@ -6,19 +6,21 @@ use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
 use mesh_api::{
-    Code, DeviceSplit, DuplicateIdentity, Machine, Mesh, PinDecision, PinList, RequestCounts,
-    ServedModel, TokenCounts,
+    Code, DeviceSplit, DuplicateIdentity, Fleet, Gossip, Machine, Mesh, PinDecision, PinList,
+    RequestCounts, ServedModel, Spread, TokenCounts,
 };
 use mesh_control::duplicates::{self, Duplicate};
 use mesh_control::registry::{self, Registry, Service, Worker};
 use mesh_control::rings::Rings;
 use mesh_control::tracker::PinError;
+use mesh_gossip::{MemberState, Range};
 use serde::de::DeserializeOwned;
 
 use super::error::ApiError;
 use super::intake::{self, Received};
 use super::models::kind_name;
 use super::state::Api;
+use crate::mesh::GossipView;
 
 /// `GET /v1/mesh`: the registry, the rings and the shared models.
 pub(super) async fn show(State(api): State<Api>) -> Json<Mesh> {
@@ -64,8 +66,44 @@ pub(super) async fn show(State(api): State<Api>) -> Json<Mesh> {
         duplicates: mesh.duplicates().iter().map(duplicate).collect(),
         name_conflicts: mesh.alarms(),
         warnings: mesh.warnings(),
+        gossip: mesh.gossip.view().map(|view| gossip(&view)),
         ..shown
     })
+}
+
+fn gossip(view: &GossipView) -> Gossip {
+    let count = |state| {
+        view.members
+            .iter()
+            .filter(|member| member.state == state)
+            .count()
+    };
+    let fleet = view.fleet;
+    let spread = |range: Range| Spread {
+        least: range.least,
+        mean: range.mean,
+        most: range.most,
+    };
+    Gossip {
+        alive: count(MemberState::Alive),
+        suspect: count(MemberState::Suspect),
+        down: count(MemberState::Down),
+        threats: view.threats,
+        records: view.records,
+        refused: view.counts.all_refused(),
+        fleet: Fleet {
+            nodes: fleet.nodes,
+            load_percent: fleet.load_percent.map(spread),
+            temperature_celsius: fleet.temperature_celsius.map(spread),
+            memory_available: fleet.memory_available,
+            memory_total: fleet.memory_total,
+            disk_available: fleet.disk_available,
+            disk_total: fleet.disk_total,
+            shortest_uptime_seconds: fleet.shortest_uptime_seconds,
+            on_battery: fleet.on_battery,
+            lowest_battery_percent: fleet.lowest_battery_percent,
+        },
+    }
 }
 
 fn duplicate(duplicate: &Duplicate) -> DuplicateIdentity {

@@ -160,6 +160,7 @@ pub(super) async fn expel(
                 mesh.note_admission("node expelled", &id, &name, &asked.reason);
                 mesh.expel(&id, &text.to_string());
                 mesh.tell_changes_of_expelled();
+                mesh.gossip_expelled(&id, &asked.reason);
             }
             kept
         }
@@ -198,6 +199,7 @@ pub(super) async fn readmit(
         error => internal(format!("it stays expelled: {error}")),
     })?;
     let was_quarantined = api.mesh.readmit(&node_id);
+    api.mesh.gossip_readmitted(&node_id);
     if readmitted.is_none() && !was_quarantined {
         let text = format!(
             "{} is neither expelled nor in quarantine; GET /v1/mesh/nodes lists the nodes",

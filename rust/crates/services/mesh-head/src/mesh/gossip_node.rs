@@ -1,0 +1,182 @@
+//! The head's node in the gossip: the core, the documents of the workers that take part, and the bounds of relaying.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Mutex;
+use std::time::{Duration, Instant, SystemTime};
+
+use dcf::{Message, MsgType};
+use mesh_base::clock;
+use mesh_gossip::{Config, Counts, FleetPulse, Gossip, Member, Now, Pulse};
+use mesh_net::trust::NodeIdentity;
+use mesh_proto::{GossipFrame, GossipIdentities};
+use tokio::sync::Notify;
+use tracing::warn;
+
+use crate::locks::lock;
+
+/// The head's part in the gossip; without an identity or when it is switched off, nothing.
+#[derive(Debug, Default)]
+pub(crate) struct HeadGossip {
+    inner: Mutex<Option<Inner>>,
+    pub(super) changed: Notify,
+}
+
+#[derive(Debug)]
+pub(super) struct Inner {
+    pub(super) core: Gossip,
+    identity: NodeIdentity,
+    state_dir: PathBuf,
+    /// The head's own document.
+    document: Vec<u8>,
+    /// Documents of the connected workers that gossip.
+    pub(super) documents: BTreeMap<String, Vec<u8>>,
+    pub(super) relays: Relays,
+    refreshed: Option<Instant>,
+}
+
+/// What the head shows of the gossip.
+#[derive(Debug)]
+pub(crate) struct GossipView {
+    pub(crate) fleet: FleetPulse,
+    pub(crate) members: Vec<Member>,
+    pub(crate) threats: usize,
+    pub(crate) records: usize,
+    pub(crate) counts: Counts,
+    pub(crate) relayed: u64,
+    pub(crate) not_relayed: u64,
+}
+
+/// Frames that were carried, with a bound for each worker and second.
+#[derive(Debug, Default)]
+pub(super) struct Relays {
+    since: Option<Instant>,
+    carried: BTreeMap<String, usize>,
+    relayed: u64,
+    refused: u64,
+}
+
+impl Relays {
+    /// The number of receivers that a worker's frame may still have.
+    pub(super) fn allow(&mut self, node: &str, receivers: usize, now: Instant) -> usize {
+        let over = |since: Instant| now.saturating_duration_since(since) >= Duration::from_secs(1);
+        if self.since.is_none_or(over) {
+            (self.since, self.carried) = (Some(now), BTreeMap::new());
+        }
+        let carried = self.carried.entry(node.to_owned()).or_default();
+        let allowed = receivers.min(MOST_CARRIED.saturating_sub(*carried));
+        *carried += allowed;
+        self.relayed += allowed as u64;
+        self.refused += (receivers - allowed) as u64;
+        allowed
+    }
+}
+
+fn now() -> Now {
+    Now {
+        instant: Instant::now(),
+        unix: clock::unix_seconds(SystemTime::now()),
+    }
+}
+
+impl HeadGossip {
+    /// Takes part from now on.
+    pub(super) fn start(&self, identity: NodeIdentity, interval: Duration, state_dir: PathBuf) {
+        let Some(signer) = identity.signer() else {
+            warn!("no gossip: this head's identity has no document of its mesh root");
+            return;
+        };
+        let now = now();
+        let epoch = match mesh_gossip::next_epoch(&state_dir, now.unix) {
+            Ok(epoch) => epoch,
+            Err(error) => {
+                warn!(%error, "no gossip: the state directory cannot be written");
+                return;
+            }
+        };
+        let config = Config {
+            interval,
+            most_peers: MOST_PEERS,
+            epoch,
+            seed: mesh_base::random::number(),
+        };
+        let mesh = (identity.root_sha256(), signer.root);
+        *lock(&self.inner) = Some(Inner {
+            core: Gossip::new(config, signer.key, mesh, now),
+            identity,
+            state_dir,
+            document: signer.document,
+            documents: BTreeMap::new(),
+            relays: Relays::default(),
+            refreshed: None,
+        });
+    }
+
+    /// The message that invites a worker to gossip; workers of earlier versions ignore it.
+    pub(super) fn invitation(&self) -> Option<Message> {
+        let inner = lock(&self.inner);
+        let document = inner.as_ref()?.document.clone();
+        Some(identities(vec![document]))
+    }
+
+    pub(crate) fn view(&self) -> Option<GossipView> {
+        let guard = lock(&self.inner);
+        let (inner, now) = (guard.as_ref()?, now());
+        Some(GossipView {
+            fleet: inner.core.fleet(now),
+            members: inner.core.members(now),
+            threats: inner.core.sightings().len(),
+            records: inner.core.records(),
+            counts: inner.core.counts(),
+            relayed: inner.relays.relayed,
+            not_relayed: inner.relays.refused,
+        })
+    }
+
+    pub(super) fn with<T>(&self, work: impl FnOnce(&mut Inner, Now) -> T) -> Option<T> {
+        lock(&self.inner).as_mut().map(|inner| work(inner, now()))
+    }
+
+    /// The same for changes after which a frame may be due.
+    pub(super) fn change<T>(&self, work: impl FnOnce(&mut Inner, Now) -> T) -> Option<T> {
+        let done = self.with(work);
+        self.changed.notify_one();
+        done
+    }
+}
+
+impl Inner {
+    /// Reads this machine's condition, and the document if the certificate was renewed. Returns a changed document.
+    pub(super) fn refresh(&mut self, now: Now) -> Option<Message> {
+        let due = |at: Instant| now.instant.saturating_duration_since(at) >= REFRESH;
+        if !self.refreshed.is_none_or(due) {
+            return None;
+        }
+        self.refreshed = Some(now.instant);
+        self.core
+            .set_pulse(Pulse::read("/".as_ref(), &self.state_dir));
+        let signer = self.identity.signer()?;
+        (signer.document != self.document).then(|| {
+            self.document.clone_from(&signer.document);
+            identities(vec![signer.document])
+        })
+    }
+}
+
+pub(super) fn frame(frame: Vec<u8>) -> Message {
+    let to = Vec::new();
+    message(MsgType::GOSSIP, &GossipFrame { to, frame })
+}
+
+pub(super) fn identities(documents: Vec<Vec<u8>>) -> Message {
+    message(MsgType::GOSSIP_IDENTITIES, &GossipIdentities { documents })
+}
+
+fn message(kind: MsgType, body: &impl prost::Message) -> Message {
+    Message::new(kind, 0, clock::timestamp_us(), body.encode_to_vec())
+}
+
+const MOST_PEERS: usize = 1024;
+/// Frames that the head carries for one worker in a second, one for each receiver. At rest a worker sends about three.
+const MOST_CARRIED: usize = 120;
+const REFRESH: Duration = Duration::from_secs(5);
