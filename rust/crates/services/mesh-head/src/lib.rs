@@ -25,6 +25,7 @@ mod ids;
 mod locks;
 mod mesh;
 mod metrics;
+mod sanctum;
 mod service;
 mod workers;
 

@@ -12,11 +12,13 @@ mod ask;
 mod audit;
 mod bench;
 mod chat;
+mod curtain;
 mod demo;
 mod embed;
 mod identity;
 mod image;
 mod input;
+mod keys;
 mod models;
 mod nodes;
 mod output;
@@ -77,6 +79,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
             Command::Nodes(command) => nodes::run(head, command).await,
             Command::Identity(command) => identity::run(command),
             Command::Token(command) => token::run(head, command).await,
+            Command::Keys(command) => keys::run(head, command).await,
             Command::Bench(args) => bench::run(head, args).await,
             _ => unreachable!("done above"),
         }

@@ -10,6 +10,7 @@ use coset::{AsCborValue as _, CborSerializable as _, CoseKeyBuilder, MlDsaVarian
 use data_encoding::HEXLOWER;
 use mesh_base::random;
 use mesh_identity::{NodeId, PublicKey};
+use serde::{Deserialize, Serialize};
 
 use crate::rights::{Right, Rights, Tier, shown};
 
@@ -41,7 +42,8 @@ pub struct Claims {
 }
 
 /// Id of a token: 128 random bits. Its text is 32 lower-case hexadecimal digits.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(into = "String", try_from = "String")]
 pub struct TokenId([u8; 16]);
 
 /// A text that is not a token's id.
@@ -281,6 +283,20 @@ impl fmt::Display for TokenId {
 impl fmt::Debug for TokenId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{self}")
+    }
+}
+
+impl From<TokenId> for String {
+    fn from(id: TokenId) -> Self {
+        id.to_string()
+    }
+}
+
+impl TryFrom<String> for TokenId {
+    type Error = TokenIdError;
+
+    fn try_from(text: String) -> Result<Self, TokenIdError> {
+        text.parse()
     }
 }
 

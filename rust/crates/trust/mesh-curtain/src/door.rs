@@ -3,7 +3,7 @@
 use mesh_identity::{NodeId, PublicKey};
 
 use crate::claims::{Claims, TokenId};
-use crate::rights::{Need, Rights, Tier};
+use crate::rights::{Rights, Tier};
 use crate::token::{Token, TooWide, check_narrower};
 
 /// A place at which tokens are shown.
@@ -32,18 +32,6 @@ pub struct Grant {
     pub rights: Rights,
     /// End of the validity, seconds since the Unix epoch.
     pub expires: u64,
-}
-
-/// A token does not allow something.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("this needs the right {need}, and the token {id} has {rights}")]
-pub struct MissingRight {
-    /// The right that is missing.
-    pub need: String,
-    /// Id of the token.
-    pub id: TokenId,
-    /// The rights that it has.
-    pub rights: Rights,
 }
 
 /// Reasons for not accepting a token.
@@ -217,20 +205,5 @@ impl Grant {
     /// Id of the token that the issuer made.
     pub fn issued_id(&self) -> TokenId {
         *self.ids.first().expect("a token has a link")
-    }
-
-    /// Admits what these rights allow.
-    ///
-    /// # Errors
-    /// [`MissingRight`] names what is missing.
-    pub fn require(&self, need: Need<'_>) -> Result<(), MissingRight> {
-        if self.rights.serve(need) {
-            return Ok(());
-        }
-        Err(MissingRight {
-            need: need.to_string(),
-            id: self.id(),
-            rights: self.rights.clone(),
-        })
     }
 }

@@ -7,7 +7,8 @@
 //!
 //! - [`Claims`] are the contents of a link, with [`Right`]s and a [`Tier`];
 //! - [`Token::issue`] and [`Token::delegate`] sign, [`Token::parse`] reads;
-//! - [`Door`] accepts a token at a place, or gives a [`Refusal`]; a [`Grant`] is what an accepted token allows.
+//! - [`Door`] accepts a token at a place, or gives a [`Refusal`]; a [`Grant`] is what an accepted token allows;
+//! - [`Ledger`] is the issuer's record of tokens and revocations.
 //!
 //! Issuing, delegating and accepting apply the same rules. Decoding is strict: each token has one encoding, and any other
 //! is refused. Nothing here reads a clock, a file or a socket.
@@ -16,12 +17,14 @@
 
 mod claims;
 mod door;
+mod ledger;
 mod link;
 mod rights;
 mod token;
 
 pub use claims::{Claims, ClaimsError, TokenId, TokenIdError};
-pub use door::{Door, Grant, MissingRight, Refusal};
+pub use door::{Door, Grant, Refusal};
+pub use ledger::{Ledger, LedgerError, Record, Revoked};
 pub use link::LinkError;
 pub use rights::{Need, Right, RightError, Rights, Tier, TierError};
 pub use token::{

@@ -4,6 +4,8 @@ use std::collections::BTreeSet;
 use std::fmt;
 use std::str::FromStr;
 
+use serde::{Deserialize, Serialize};
+
 /// Something that a token allows.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[non_exhaustive]
@@ -41,11 +43,15 @@ pub enum Need<'a> {
 }
 
 /// Rights without repetition, in order.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(into = "String", try_from = "String")]
 pub struct Rights(BTreeSet<Right>);
 
 /// How far a token is trusted; each tier has an audit chain of its own. Administration needs the highest.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize,
+)]
+#[serde(rename_all = "kebab-case")]
 pub enum Tier {
     /// Everybody.
     #[default]
@@ -204,6 +210,28 @@ impl fmt::Display for Rights {
     }
 }
 
+impl FromStr for Rights {
+    type Err = RightError;
+
+    fn from_str(text: &str) -> Result<Self, RightError> {
+        text.split(',').map(str::parse).collect()
+    }
+}
+
+impl From<Rights> for String {
+    fn from(rights: Rights) -> Self {
+        rights.to_string()
+    }
+}
+
+impl TryFrom<String> for Rights {
+    type Error = RightError;
+
+    fn try_from(text: String) -> Result<Self, RightError> {
+        text.parse()
+    }
+}
+
 impl fmt::Display for Need<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
@@ -259,9 +287,7 @@ mod tests {
     use super::*;
 
     fn rights(text: &str) -> Rights {
-        text.split(',')
-            .map(|right| right.parse().unwrap())
-            .collect()
+        text.parse().unwrap()
     }
 
     #[test]

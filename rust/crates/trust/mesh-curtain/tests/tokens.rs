@@ -1,6 +1,7 @@
 //! Tokens that are issued, narrowed, shown, altered.
 
 use std::collections::BTreeSet;
+use std::sync::LazyLock;
 
 use coset::cbor::{self, Value};
 use coset::iana::Algorithm;
@@ -22,9 +23,7 @@ fn holder(number: u8) -> IdentityKey {
 }
 
 fn rights(text: &str) -> Rights {
-    text.split(',')
-        .map(|right| right.parse().unwrap())
-        .collect()
+    text.parse().unwrap()
 }
 
 fn claims(text: &str) -> Claims {
@@ -66,9 +65,9 @@ fn delegable(text: &str, key: &IdentityKey) -> Token {
 }
 
 fn accept_at(token: &Token, now: u64) -> Result<Grant, Refusal> {
-    let key = sanctum();
+    static ISSUER: LazyLock<PublicKey> = LazyLock::new(|| sanctum().public().clone());
     let door = Door {
-        issuer: key.public(),
+        issuer: &ISSUER,
         audience: "home",
         tenant: Some("lab"),
     };
@@ -96,12 +95,7 @@ fn a_token_allows_what_it_names_and_fits_common_headers() {
         ("lab", Tier::Goodlife, 2_000)
     );
     assert_eq!(grant.id(), token.claims().next().unwrap().id);
-    grant.require(Need::Infer("Qwen3-0.6B")).unwrap();
-    let missing = grant.require(Need::Image).unwrap_err().to_string();
-    assert!(
-        missing.contains("the right image") && missing.contains("infer:Qwen*"),
-        "{missing}"
-    );
+    assert!(grant.rights.serve(Need::Infer("Qwen3-0.6B")) && !grant.rights.serve(Need::Image));
     assert!(!format!("{token:?}").contains(&text[40..80]));
 }
 

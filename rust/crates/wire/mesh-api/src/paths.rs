@@ -22,6 +22,10 @@ pub const MESH: &str = "/v1/mesh";
 pub const TOKENS: &str = "/v1/mesh/tokens";
 /// Revokes a join token.
 pub const REVOKE_TOKEN: &str = "/v1/mesh/tokens/revoke";
+/// Curtain tokens and API keys: the list, and a new token.
+pub const KEYS: &str = "/v1/mesh/keys";
+/// Revokes a curtain token.
+pub const REVOKE_KEY: &str = "/v1/mesh/keys/revoke";
 /// The nodes that the head knows.
 pub const NODES: &str = "/v1/mesh/nodes";
 /// Expels a node.

@@ -241,6 +241,20 @@ impl MeshRoot {
         sha256(&self.certificate)
     }
 
+    /// A signed document about a key that belongs to no node: that this mesh has given it this role.
+    pub fn endorse(&self, key: &PublicKey, role: &str, now: SystemTime) -> Vec<u8> {
+        let document = Document {
+            key: key.clone(),
+            name: role.to_owned(),
+            role: role.to_owned(),
+            mesh: self.mesh.clone(),
+            root: self.sha256(),
+            not_before: unix_seconds(now - DAY),
+            not_after: unix_seconds(now + ENDORSED_FOR),
+        };
+        document.sign(&self.identity)
+    }
+
     /// Issues a certificate for the key in the subject's request, and a document about its identity.
     ///
     /// Only the key is taken from the request; all other contents come from the arguments. The validity
@@ -294,6 +308,9 @@ impl MeshRoot {
         })
     }
 }
+
+/// Time for which an endorsement holds; the head makes one at each start.
+const ENDORSED_FOR: Duration = Duration::from_secs(400 * 24 * 3600);
 
 /// The text of `root.key`: the certificate's key, a copy of the certificate for the day on which that is lost, and for a
 /// first start that is cut off here, and the ML-DSA key. Earlier versions read the first block only.
