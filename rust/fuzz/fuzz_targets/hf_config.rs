@@ -9,10 +9,7 @@ fuzz_target!(|data: &[u8]| {
     let Ok(keys) = keys_of_config(data) else {
         return;
     };
-    assert!(
-        keys.string("general.architecture")
-            .is_ok_and(|name| name.is_some())
-    );
+    assert!(keys.string("general.architecture").is_ok_and(|name| name.is_some()));
     // Without tensors it is no model.
     assert!(ModelConfig::read(&keys).is_err());
 });

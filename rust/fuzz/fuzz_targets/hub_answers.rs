@@ -11,10 +11,7 @@ fuzz_target!(|data: &[u8]| {
     let name = String::from_utf8_lossy(name);
     let parsed = name.parse::<HubName>();
     if let Ok(parsed) = &parsed {
-        assert_eq!(
-            parsed.to_string().parse::<HubName>().as_ref().ok(),
-            Some(parsed)
-        );
+        assert_eq!(parsed.to_string().parse::<HubName>().as_ref().ok(), Some(parsed));
     }
     if let Ok(repo) = Repo::parse(listing, "acme/tiny") {
         for file in &repo.files {

@@ -20,10 +20,7 @@ static GENUINE: LazyLock<(Vec<u8>, Vec<u8>)> = LazyLock::new(|| {
         not_before: 1,
         not_after: 2,
     };
-    (
-        document.sign(&ROOT),
-        transcript().prove(&ROOT).encode_to_vec(),
-    )
+    (document.sign(&ROOT), transcript().prove(&ROOT).encode_to_vec())
 });
 
 fn transcript() -> Transcript<'static> {

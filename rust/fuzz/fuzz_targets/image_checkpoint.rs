@@ -14,17 +14,8 @@ fuzz_target!(|data: (&[u8], u16)| {
     let Ok(checkpoint) = Checkpoint::from_bytes(bytes) else {
         return;
     };
-    for module in [
-        Module::TextEncoder,
-        Module::TextEncoder2,
-        Module::Unet,
-        Module::Vae,
-    ] {
-        for weight in checkpoint
-            .weights(module)
-            .into_iter()
-            .flat_map(|weights| weights.iter())
-        {
+    for module in [Module::TextEncoder, Module::TextEncoder2, Module::Unet, Module::Vae] {
+        for weight in checkpoint.weights(module).into_iter().flat_map(|weights| weights.iter()) {
             assert!(weight.data.len() as u64 <= length);
             weight.data.read().unwrap();
         }

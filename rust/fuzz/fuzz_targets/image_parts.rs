@@ -36,11 +36,7 @@ fuzz_target!(|data: (u8, &[u8], &str)| {
         assert!(decoded.alpha.is_none_or(|alpha| alpha.len() == pixels));
     }
     if let Ok(segments) = prompt::parse(text) {
-        assert!(
-            segments
-                .iter()
-                .all(|part| (0.0..=prompt::MOST_WEIGHT).contains(&part.weight))
-        );
+        assert!(segments.iter().all(|part| (0.0..=prompt::MOST_WEIGHT).contains(&part.weight)));
         assert!(segments.iter().map(|part| part.text.len()).sum::<usize>() <= text.len());
     }
     if let Ok(tokenizer) = ClipTokenizer::from_json(bytes)

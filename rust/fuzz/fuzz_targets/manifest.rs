@@ -13,11 +13,7 @@ fuzz_target!(|data: &[u8]| {
     for file in &manifest.files {
         let covered: u64 = file.pieces.iter().map(|piece| u64::from(piece.bytes)).sum();
         assert_eq!(covered, file.bytes);
-        assert!(
-            file.tensors
-                .iter()
-                .all(|tensor| tensor.range().end <= file.bytes)
-        );
+        assert!(file.tensors.iter().all(|tensor| tensor.range().end <= file.bytes));
         assert!(file.relative_path().is_relative());
     }
     let layers = manifest.layers();

@@ -21,9 +21,6 @@ fuzz_target!(|name: &str| {
     };
     assert!(!id.chars().any(char::is_control));
     if !names::short_names().contains_key(name) {
-        assert_eq!(
-            places.resolve(&id).expect("an id").target,
-            Target::Hub { id }
-        );
+        assert_eq!(places.resolve(&id).expect("an id").target, Target::Hub { id });
     }
 });

@@ -28,8 +28,12 @@ pub(crate) fn delegate(args: DelegateArgs) -> Result<(), Failure> {
     let now = unix_seconds(SystemTime::now());
     let parent = parsed(text_of(&args.token)?.trim())?;
     let key = IdentityKey::load(&args.key).map_err(|error| Failure::usage(error.to_string()))?;
-    let key =
-        key.ok_or_else(|| Failure::usage(format!("there is no key file {}", args.key.display())))?;
+    let key = key.ok_or_else(|| {
+        Failure::usage(format!(
+            "the key file {} does not exist",
+            args.key.display()
+        ))
+    })?;
     let last = parent.claims().last().expect("a token has a link").clone();
     let holder = args.holder_key.as_deref().map(public_key).transpose()?;
     let end = args
