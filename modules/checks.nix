@@ -99,6 +99,7 @@ let
 
   reachableHttp = hasRole "head" && !(plan.isLoopback (split headSettings.http.listen).host);
   allowUnauthenticated = headSettings.http.allow_unauthenticated or false;
+  requireKey = headSettings.http.require_key or false;
 
   # "12G" in bytes; null for what cannot be compared.
   bytes =
@@ -217,8 +218,8 @@ in
       hasRole "shim" -> settings.shim.heads or [ ] != [ ]
     ))
     (assertion
-      "the head's API listens on ${headSettings.http.listen or ""}, beyond loopback, and nothing guards it: set `apiKeysFile`, or `settings.head.http.allow_unauthenticated = true` if everyone who can reach it may use the mesh"
-      (reachableHttp -> cfg.apiKeysFile != null || allowUnauthenticated)
+      "the head's API listens on ${headSettings.http.listen or ""}, beyond loopback, and nothing guards it: set `apiKeysFile`, `settings.head.http.require_key = true` if clients have curtain tokens, or `settings.head.http.allow_unauthenticated = true` if everyone who can reach it may use the mesh"
+      (reachableHttp -> cfg.apiKeysFile != null || requireKey || allowUnauthenticated)
     )
     (assertion
       ''`backend = "nvidia"` needs the driver: set `services.xserver.videoDrivers = [ "nvidia" ]` and `hardware.nvidia.open` (X itself need not run), or `hardware.nvidia.datacenter.enable`''
@@ -342,7 +343,7 @@ in
           cfg.package.passthru.backend or cfg.package.backend or ""
         }\": the worker may not find its GPU"
     ++
-      warning (reachableHttp && cfg.apiKeysFile == null && allowUnauthenticated)
+      warning (reachableHttp && cfg.apiKeysFile == null && !requireKey && allowUnauthenticated)
         "everyone who can reach ${headSettings.http.listen or ""} may use the mesh (`allow_unauthenticated`)"
     ++
       warning

@@ -230,8 +230,10 @@ in
     };
 
     apiKeysFile = mkSecretFile "/run/secrets/hydramesh-api-keys" ''
-      File with the API keys of the head, one per line. Required to listen beyond loopback. It is passed as a
-      systemd credential, so the service itself need not be able to read the file.
+      File with the API keys of the head, one per line, each with its `tenant=`, `tier=`, `rights=` and
+      `expires=` behind it where it is to be limited. Required to listen beyond loopback, unless
+      `settings.head.http.require_key = true` and clients have curtain tokens. It is passed as a systemd
+      credential, so the service itself need not be able to read the file.
     '';
 
     tlsCertificateFile = mkOption {

@@ -1592,6 +1592,10 @@ in
     httpAddress = "0.0.0.0";
     settings.head.http.allow_unauthenticated = true;
   });
+  "an API for curtain tokens alone" = silent (head {
+    httpAddress = "0.0.0.0";
+    settings.head.http.require_key = true;
+  });
   "a shim that answers nobody" = warns "answers this machine alone" (shim {
     openFirewall = true;
   });

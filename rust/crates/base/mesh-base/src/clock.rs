@@ -36,6 +36,20 @@ pub fn utc_of(unix_seconds: u64) -> String {
     format!("{day} {hour:02}:{minute:02} UTC")
 }
 
+/// The first second of a day `2027-01-31` in UTC, since the Unix epoch; `None` for other texts and days before it.
+pub fn seconds_of_day(text: &str) -> Option<u64> {
+    let mut parts = text.splitn(3, '-');
+    let mut part = |digits: usize| {
+        let part = parts.next()?;
+        let is_number = part.len() == digits && part.bytes().all(|byte| byte.is_ascii_digit());
+        is_number.then(|| part.parse::<u16>().ok()).flatten()
+    };
+    let (year, month, day) = (part(4)?, part(2)?, part(2)?);
+    let month = time::Month::try_from(u8::try_from(month).ok()?).ok()?;
+    let date = time::Date::from_calendar_date(year.into(), month, u8::try_from(day).ok()?).ok()?;
+    u64::try_from(date.midnight().assume_utc().unix_timestamp()).ok()
+}
+
 /// A clock's error in words: `3 minutes ahead`, `56.9 years behind`.
 pub fn offset(seconds: f64) -> String {
     let size = seconds.abs();
@@ -67,6 +81,23 @@ const EARLIEST: Duration = Duration::from_secs(1_735_689_600);
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn days_are_read_as_they_are_written() {
+        assert_eq!(seconds_of_day("1970-01-01"), Some(0));
+        assert_eq!(seconds_of_day("2000-02-29"), Some(951_782_400));
+        for bad in [
+            "",
+            "1969-12-31",
+            "2001-02-29",
+            "2001-2-3",
+            "2001-13-01",
+            "2001-01-01T00",
+            "+001-01-01",
+        ] {
+            assert_eq!(seconds_of_day(bad), None, "{bad}");
+        }
+    }
 
     #[test]
     fn dates_are_those_of_the_calendar() {

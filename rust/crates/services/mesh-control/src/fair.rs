@@ -52,6 +52,8 @@ pub enum Origin {
     Admin,
     /// The holder of the API key with this number, counted from 1.
     Key(usize),
+    /// The holders of the issued curtain token with this number, or of tokens that follow from it.
+    Token(usize),
     /// An address: a client's, or that of the shim in front of it.
     Address(IpAddr),
 }
@@ -75,6 +77,7 @@ impl fmt::Display for Origin {
             Self::Unknown => f.write_str("this source"),
             Self::Admin => f.write_str("the admin key"),
             Self::Key(number) => write!(f, "API key {number}"),
+            Self::Token(_) => f.write_str("the token"),
             Self::Address(IpAddr::V6(address)) if !address.is_loopback() => {
                 write!(f, "{address}/64")
             }

@@ -1,8 +1,7 @@
 //! The audit trail of the head: the words of its records, and the policy of admission with records.
 
-use std::collections::HashMap;
 use std::fmt;
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use mesh_audit::home::Tier;
@@ -24,8 +23,15 @@ pub(crate) struct Recorder {
     audit: Option<Audit>,
     /// Each message has a record of its own.
     each_message: bool,
-    /// Ids of the API keys by their numbers.
-    keys: Arc<RwLock<HashMap<usize, String>>>,
+}
+
+/// The key or token of a request, as records name it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Holder {
+    /// Its id: nothing can be done with it.
+    pub(crate) id: Arc<str>,
+    /// The trail that the request belongs to.
+    pub(crate) tier: mesh_curtain::Tier,
 }
 
 /// A request that ended, for its record.
@@ -36,6 +42,7 @@ pub(crate) struct EndedRequest<'a> {
     pub task: &'static str,
     pub model: &'a str,
     pub origin: Origin,
+    pub holder: Option<&'a Holder>,
     pub outcome: Outcome,
     pub took: Duration,
 }
@@ -72,13 +79,7 @@ impl Recorder {
         Ok(Self {
             audit: Some(audit),
             each_message,
-            keys: Arc::default(),
         })
-    }
-
-    /// Takes the ids under which API keys are recorded, by their numbers from 1.
-    pub(crate) fn name_keys(&self, ids: HashMap<usize, String>) {
-        *self.keys.write().unwrap_or_else(PoisonError::into_inner) = ids;
     }
 
     /// Numbers for the metrics; `None` without a trail.
@@ -201,23 +202,16 @@ impl Recorder {
     /// Records a request of any kind, however it ended.
     pub(crate) fn request(&self, ended: &EndedRequest<'_>) {
         let Some(audit) = &self.audit else { return };
-        let (key, from) = match ended.origin {
-            Origin::Admin => (Some(Text::from("admin")), None),
-            Origin::Key(number) => {
-                let keys = self.keys.read().unwrap_or_else(PoisonError::into_inner);
-                let id = keys.get(&number).map(Text::from);
-                (
-                    Some(id.unwrap_or_else(|| Text::from(format!("removed key {number}")))),
-                    None,
-                )
-            }
-            Origin::Address(address) => (None, Some(Text::from(address.to_string()))),
-            Origin::Unknown => (None, None),
+        let key = ended.holder.map(|holder| Text::from(&*holder.id));
+        let from = match ended.origin {
+            Origin::Address(address) => Some(Text::from(address.to_string())),
+            _ => None,
         };
-        // The admin key stands for all rights; other keys carry no tier.
-        let tier = match ended.origin {
-            Origin::Admin => Tier::Master,
-            _ => Tier::GrimoirePublic,
+        let tier = ended.holder.map(|holder| holder.tier);
+        let tier = match tier.unwrap_or_default() {
+            mesh_curtain::Tier::GrimoirePublic => Tier::GrimoirePublic,
+            mesh_curtain::Tier::Goodlife => Tier::Goodlife,
+            mesh_curtain::Tier::Master => Tier::Master,
         };
         let event = Event::Request {
             request: ended.id.into(),

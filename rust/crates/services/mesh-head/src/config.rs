@@ -99,6 +99,8 @@ pub struct HttpConfig {
     pub api_keys_file: Option<PathBuf>,
     /// Listen beyond loopback without API keys.
     pub allow_unauthenticated: bool,
+    /// Require an API key or a curtain token even if no API key is listed.
+    pub require_key: bool,
     /// Largest request body, in bytes.
     #[serde(with = "units::bytes")]
     pub body_limit: u64,
@@ -357,6 +359,7 @@ impl Default for HttpConfig {
             listen: (Ipv4Addr::LOCALHOST, 8080).into(),
             api_keys_file: None,
             allow_unauthenticated: false,
+            require_key: false,
             body_limit: 8 << 20,
             concurrent_requests: 0,
             choices_limit: 16,
@@ -418,6 +421,7 @@ impl Config {
         if !http.listen.ip().to_canonical().is_loopback()
             && http.api_keys_file.is_none()
             && !http.allow_unauthenticated
+            && !http.require_key
         {
             return Err(Unsound::OpenToAll(http.listen));
         }
@@ -568,7 +572,8 @@ pub enum Unsound {
     Evidence(#[from] EvidenceFault),
     /// Anyone could use the mesh.
     #[error(
-        "http.listen = \"{0}\" is reachable from other machines, and there are no API keys: set http.api_keys_file, or \
+        "http.listen = \"{0}\" is reachable from other machines, and there are no API keys: set http.api_keys_file, \
+         http.require_key = true if clients are to use curtain tokens (`hydramesh keys create`), or \
          http.allow_unauthenticated = true if everyone who can reach it may use the mesh"
     )]
     OpenToAll(SocketAddr),

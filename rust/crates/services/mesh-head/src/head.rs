@@ -1,6 +1,7 @@
 //! Starting and stopping a head.
 
 use std::io;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant, SystemTime};
@@ -30,6 +31,7 @@ use crate::front::http::{self, Keys, KeysError};
 use crate::mesh::Mesh;
 use crate::metrics::HeadMetrics;
 use crate::roots::{Announcer, RootWatch};
+use crate::sanctum::{self, Sanctum};
 use crate::workers::{bus, links};
 
 /// Starts heads.
@@ -72,8 +74,9 @@ impl Live {
         let file = fresh.http.api_keys_file.as_deref();
         // The listening address was judged together with the keys at the start.
         let running = &self.mesh.config.http;
-        let guarded =
-            running.listen.ip().to_canonical().is_loopback() || running.allow_unauthenticated;
+        let guarded = running.listen.ip().to_canonical().is_loopback()
+            || running.allow_unauthenticated
+            || running.require_key;
         if file.is_none() && !guarded {
             report.applied.retain(|key| key != "http.api_keys_file");
             report.failed.push(format!(
@@ -82,7 +85,6 @@ impl Live {
             ));
         } else {
             report.step("API keys", self.keys.reload(state_dir, file));
-            self.mesh.audit.name_keys(self.keys.ids());
         }
         if let Some(tls) = &self.tls {
             report.step("HTTPS certificate", tls.reload());
@@ -142,17 +144,18 @@ impl Head {
         let state_dir = config.state_dir.clone();
         mesh_service::files::open_state_dir(&state_dir, &SECRETS)?;
         addresses::remove(&state_dir)?;
-        let keys = Keys::load(&state_dir, config.http.api_keys_file.as_deref())?;
         let tls = config.http.tls.open()?;
         let validity = Validity::default();
         let authority = Attestor::open(&state_dir, &config.mesh_name, validity)?;
         let authority = authority.with_approval(config.trust.approval.into());
         let evidence = config.trust.evidence.policy().map_err(Unsound::from)?;
         let authority = Arc::new(authority.with_evidence_policy(evidence));
+        let sanctum = open_sanctum(&state_dir, &authority)?;
+        let keys = Keys::load(&state_dir, config.http.api_keys_file.as_deref(), sanctum)?
+            .required(config.http.require_key);
         let identity = authority.head_identity(&state_dir, "head", SystemTime::now())?;
         let announced = identity.clone();
         let audit = Recorder::start(&config, &identity)?;
-        audit.name_keys(keys.ids());
 
         let http_listener = mesh_service::http::bind(config.http.listen).await?;
         let client_socket = Arc::new(BatchSocket::bind(config.dcf.clients)?);
@@ -322,6 +325,13 @@ impl Parts {
     }
 }
 
+/// The issuer of curtain tokens, endorsed by the mesh root.
+fn open_sanctum(state_dir: &Path, authority: &Attestor) -> Result<Arc<Sanctum>, TrustError> {
+    let root = authority.root();
+    let endorse = |key: &_| root.endorse(key, sanctum::ROLE, SystemTime::now());
+    Sanctum::open(state_dir, root.mesh(), endorse).map(Arc::new)
+}
+
 /// The head's main loop: prunes, looks after the queue, keeps `/ready` and systemd's status true.
 async fn tick(mesh: Arc<Mesh>, authority: Arc<Attestor>, heart: Heart) {
     let mut ticks = tokio::time::interval(TICK);
@@ -350,12 +360,13 @@ async fn tick(mesh: Arc<Mesh>, authority: Arc<Attestor>, heart: Heart) {
 }
 
 /// Files of the state directory that only the head's user may read.
-const SECRETS: [&str; 5] = [
+const SECRETS: [&str; 6] = [
     "root.key",
     "identity.key",
     "node.key",
     "tokens.json",
     "admin.key",
+    sanctum::KEY_FILE,
 ];
 const TICK: Duration = Duration::from_millis(50);
 const TICK_LIMIT: Duration = Duration::from_secs(10);

@@ -26,6 +26,7 @@ mod locks;
 mod mesh;
 mod metrics;
 mod roots;
+mod sanctum;
 mod service;
 mod tally;
 mod workers;

@@ -77,7 +77,9 @@ impl Admin {
         };
         // Messages of the admin API name the remedy themselves.
         match status {
-            401 | 403 => Failure::new(Exit::Refused, message).hint(format!(
+            // It names the right that the token lacks, or the setting that keeps others out.
+            403 => Failure::new(Exit::Refused, message),
+            401 => Failure::new(Exit::Refused, message).hint(format!(
                 "The key in {} is not this head's admin key.",
                 self.key.display()
             )),

@@ -1,6 +1,7 @@
 //! The command line: options, arguments and subcommands.
 
 mod audit;
+mod keys;
 mod members;
 mod models;
 mod pull;
@@ -14,6 +15,7 @@ use mesh_base::units;
 use mesh_machine::boot::choice::{Backend, Wish};
 
 pub(crate) use audit::{AuditCommand, TrailArgs};
+pub(crate) use keys::{DelegateArgs, KeysCommand};
 pub(crate) use members::{
     DrainArgs, IdentityCommand, NodesCommand, RebalanceArgs, RootCommand, TokenCommand, UndrainArgs,
 };
@@ -101,9 +103,12 @@ pub enum Command {
     /// Show or rotate the mesh root, which issues all certificates
     #[command(subcommand)]
     Root(RootCommand),
-    /// Make, show and withdraw join tokens for new workers
+    /// Make, show and withdraw join tokens for new workers; inspect and narrow tokens of any kind
     #[command(subcommand)]
     Token(TokenCommand),
+    /// Issue, show and revoke curtain tokens: rights of clients for a limited time
+    #[command(subcommand)]
+    Keys(KeysCommand),
     /// The audit trail: verify it, show records, export it, prove a record
     #[command(subcommand)]
     Audit(AuditCommand),

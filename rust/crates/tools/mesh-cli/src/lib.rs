@@ -12,11 +12,13 @@ mod ask;
 mod audit;
 mod bench;
 mod chat;
+mod curtain;
 mod demo;
 mod embed;
 mod identity;
 mod image;
 mod input;
+mod keys;
 mod models;
 mod nodes;
 mod output;
@@ -79,6 +81,7 @@ pub fn run(args: Args) -> Result<(), Failure> {
             Command::Identity(command) => identity::run(command),
             Command::Root(command) => root::run(head, command).await,
             Command::Token(command) => token::run(head, command).await,
+            Command::Keys(command) => keys::run(head, command).await,
             Command::Bench(args) => bench::run(head, args).await,
             _ => unreachable!("done above"),
         }

@@ -10,6 +10,7 @@ use serde_json::Value;
 
 use crate::admin::{Admin, print, read};
 use crate::args::{HeadArgs, TokenCommand};
+use crate::curtain;
 use crate::failure::{Exit, Failure};
 use crate::nodes::date;
 use crate::output::{plain, table};
@@ -48,6 +49,9 @@ pub(crate) async fn run(head: &HeadArgs, command: TokenCommand) -> Result<(), Fa
             head_port,
         } => offer(head, patience, listen, head_port).await,
         TokenCommand::Fetch { code, at } => blocking(move || fetch(code, at)).await,
+        TokenCommand::Inspect { token } => curtain::inspect(&token),
+        TokenCommand::Delegate(args) => curtain::delegate(args),
+        TokenCommand::HolderKey { key } => curtain::holder_key(&key),
     }
 }
 

@@ -92,7 +92,7 @@ codes! {
     ImageNotFound = 404, "image_not_found";
     /// 500: a fault of the head.
     InternalError = 500, "internal_error";
-    /// 401: missing or insufficient API key.
+    /// 401: missing, wrong, expired, revoked or insufficient API key or token.
     InvalidApiKey = 401, "invalid_api_key";
     /// 400: the body cannot be read.
     InvalidBody = 400, "invalid_body";
@@ -103,6 +103,8 @@ codes! {
     ListFull = 409, "list_full";
     /// 405: the path has no such method.
     MethodNotAllowed = 405, "method_not_allowed";
+    /// 403: the key or token lacks a right, which the message names.
+    MissingRight = 403, "missing_right";
     /// 404: no such model.
     ModelNotFound = 404, "model_not_found";
     /// 409: another node has the name by now.
@@ -133,11 +135,11 @@ codes! {
     Timeout = 504, "timeout";
     /// 500: the token could not be stored.
     TokenFailed = 500, "token_failed";
-    /// 404: no such join token.
+    /// 404: no such join token or curtain token.
     TokenNotFound = 404, "token_not_found";
     /// 409: the join token was used already.
     TokenUsed = 409, "token_used";
-    /// 409: too many join tokens are open.
+    /// 409: too many join tokens or curtain tokens are open.
     TooManyTokens = 409, "too_many_tokens";
     /// 404: no such path.
     UnknownUrl = 404, "unknown_url";
@@ -147,6 +149,8 @@ codes! {
     UnsupportedParameter = 400, "unsupported_parameter";
     /// 404: no such worker.
     WorkerNotFound = 404, "worker_not_found";
+    /// 403: the key or token is of another tenant than the `OpenAI-Organization` that the request names.
+    WrongTenant = 403, "wrong_tenant";
     /// 502: the request failed on several workers.
     WorkersFailed = 502, "workers_failed";
 }

@@ -3,7 +3,7 @@
 //! The head serialises the responses and reads the bodies of administrators with them; the client, the
 //! command line and the tests use the same types from the other side. The OpenAI API's types have the names of
 //! its reference: [`ChatCompletionRequest`], [`ChatCompletionChunk`], [`CreateEmbeddingResponse`], [`Model`],
-//! [`ErrorResponse`]. Administration has [`Mesh`], [`Node`], [`Token`], [`Ring`] and [`Pin`].
+//! [`ErrorResponse`]. Administration has [`Mesh`], [`Node`], [`Token`], [`Key`], [`Ring`] and [`Pin`].
 //!
 //! Rules for a change:
 //! - a response may gain fields: fields have defaults, which stand for null, too, where servers send that, and
@@ -25,6 +25,7 @@ mod error;
 mod evidence;
 pub mod fields;
 mod images;
+mod keys;
 mod mesh;
 mod models;
 mod null;
@@ -57,6 +58,7 @@ pub use images::{
     CreateImageRequest, EditImageRequest, Image, ImageFormat, ImageInputTokens, ImageMaking,
     ImageStreamEvent, ImageTimings, ImageUsage, ImagesResponse,
 };
+pub use keys::{CreateKeyRequest, Key, KeyCreated, KeyList, KeyRequest, RevokedKey};
 pub use mesh::{
     DeviceSplit, DuplicateIdentity, Fleet, Gossip, Machine, Mesh, ModelHolder, ModelSeeker,
     NameConflict, Path, Quarantine, RequestCounts, ServedModel, SharedModel, Spread, TokenCounts,

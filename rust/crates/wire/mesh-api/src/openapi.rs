@@ -8,12 +8,12 @@ use serde_json::{Map, Value, json};
 use crate::fields::{self, Neutral};
 use crate::{
     ChatCompletion, ChatCompletionChunk, ChatCompletionRequest, Completion, CompletionRequest,
-    CreateEmbeddingRequest, CreateEmbeddingResponse, CreateImageRequest, CreateTokenRequest,
-    DrainProgress, EditImageRequest, ErrorResponse, ExpelRequest, Health, ImageStreamEvent,
-    ImagesResponse, ListModelsResponse, Mesh, Model, NodeChange, NodeList, NodeRequest,
-    PinDecision, PinList, PlanResponse, Readiness, RebalanceRequest, RebalanceResponse,
-    RevokedToken, Root, RotateRootRequest, TokenCreated, TokenList, TokenRequest, WorkerRequest,
-    paths, schema,
+    CreateEmbeddingRequest, CreateEmbeddingResponse, CreateImageRequest, CreateKeyRequest,
+    CreateTokenRequest, DrainProgress, EditImageRequest, ErrorResponse, ExpelRequest, Health,
+    ImageStreamEvent, ImagesResponse, KeyCreated, KeyList, KeyRequest, ListModelsResponse, Mesh,
+    Model, NodeChange, NodeList, NodeRequest, PinDecision, PinList, PlanResponse, Readiness,
+    RebalanceRequest, RebalanceResponse, RevokedKey, RevokedToken, Root, RotateRootRequest,
+    TokenCreated, TokenList, TokenRequest, WorkerRequest, paths, schema,
 };
 
 /// Who may call an operation.
@@ -231,6 +231,13 @@ impl Document {
         self.administer::<(), Root>(root);
         let rotate = post(paths::ROTATE_ROOT, "rotateRoot", "Rotates the mesh root.");
         self.administer::<RotateRootRequest, Root>(rotate.errors(&[409, 500]));
+        let summary = "Lists curtain tokens and API keys, without their texts.";
+        self.administer::<(), KeyList>(get(paths::KEYS, "listKeys", summary));
+        let create = post(paths::KEYS, "createKey", "Issues a curtain token.");
+        self.administer::<CreateKeyRequest, KeyCreated>(create.errors(&[409, 500]));
+        let summary = "Revokes a curtain token, and all that follow from it.";
+        let revoke = post(paths::REVOKE_KEY, "revokeKey", summary).errors(errors);
+        self.administer::<KeyRequest, RevokedKey>(revoke);
 
         let summary = "Lists all nodes that the head knows.";
         let list = get(paths::NODES, "listNodes", summary).errors(&[500]);
@@ -475,8 +482,8 @@ fn documented(path: &str) -> String {
 fn meaning(status: u16) -> &'static str {
     match status {
         400 => "A field is wrong or not supported; `param` names it.",
-        401 => "Missing or insufficient API key.",
-        403 => "The Host or Origin is not allowed.",
+        401 => "Missing, wrong or insufficient API key or token.",
+        403 => "The Host or Origin is not allowed, or the key or token lacks a right.",
         404 => "No such model, image, worker, node or token.",
         408 => "The body did not arrive in time.",
         409 => "The state of the mesh does not allow it.",

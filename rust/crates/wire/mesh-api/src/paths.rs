@@ -26,6 +26,10 @@ pub const REVOKE_TOKEN: &str = "/v1/mesh/tokens/revoke";
 pub const ROOT: &str = "/v1/mesh/root";
 /// Rotates the mesh root.
 pub const ROTATE_ROOT: &str = "/v1/mesh/root/rotate";
+/// Curtain tokens and API keys: the list, and a new token.
+pub const KEYS: &str = "/v1/mesh/keys";
+/// Revokes a curtain token.
+pub const REVOKE_KEY: &str = "/v1/mesh/keys/revoke";
 /// The nodes that the head knows.
 pub const NODES: &str = "/v1/mesh/nodes";
 /// Expels a node.

@@ -309,7 +309,7 @@ fn is_of_one_connection(error: &io::Error) -> bool {
 const MOST_STREAMS: u32 = 100;
 /// Bytes of a connection's buffer, so of a head, and of the headers of one request among many.
 pub(super) const MOST_BUFFER: usize = 64 << 10;
-const MOST_HEADERS: u32 = 32 << 10;
+const MOST_HEADERS: u32 = 48 << 10;
 /// Pause after an error that does not concern one connection.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 const WARNING_PAUSE: Duration = Duration::from_secs(60);

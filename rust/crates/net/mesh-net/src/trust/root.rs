@@ -2,11 +2,11 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use data_encoding::HEXLOWER;
 use mesh_base::clock::{self, unix_seconds};
-use mesh_identity::PublicKey;
+use mesh_identity::{Document, PublicKey};
 use mesh_proto::SignedSuccession;
 use rustls::pki_types::CertificateDer;
 use zeroize::Zeroizing;
@@ -311,6 +311,20 @@ impl MeshRoot {
         sha256(&self.keys.certificate)
     }
 
+    /// A signed document about a key that belongs to no node: that this mesh has given it this role.
+    pub fn endorse(&self, key: &PublicKey, role: &str, now: SystemTime) -> Vec<u8> {
+        let document = Document {
+            key: key.clone(),
+            name: role.to_owned(),
+            role: role.to_owned(),
+            mesh: self.mesh().to_owned(),
+            root: self.sha256(),
+            not_before: unix_seconds(now - DAY),
+            not_after: unix_seconds(now + ENDORSED_FOR),
+        };
+        document.sign(&self.keys.identity)
+    }
+
     /// Issues a certificate for the key in the subject's request, and a document about its identity.
     ///
     /// # Errors
@@ -355,6 +369,11 @@ impl MeshRoot {
         Ok(issued)
     }
 }
+
+/// Time for which an endorsement holds; the head makes one at each start.
+const ENDORSED_FOR: Duration = Duration::from_secs(400 * 24 * 3600);
+
+const DAY: Duration = Duration::from_secs(24 * 3600);
 
 /// The end of the former root's time, and the former root's keys, in the text of `root.key`.
 fn former_part(text: &str) -> Option<(&str, &str)> {

@@ -66,6 +66,7 @@ impl AskedEmbeddings {
                 prompt_name: prompt_name.unwrap_or_default().to_owned(),
                 dimensions: fields.whole("dimensions", 1..=u32::MAX)?.unwrap_or(0),
                 origin: Origin::Unknown,
+                holder: None,
             },
             base64,
             ignored: Vec::new(),

@@ -157,6 +157,7 @@ impl Asked {
                     plain: self.plain.clone().filter(|_| plain),
                     source: Source::default(),
                     salt: 0,
+                    holder: None,
                 });
             }
         }

@@ -40,7 +40,7 @@ pub(crate) async fn embed(
         mesh,
         front,
         ("embed", &id),
-        task.origin,
+        (task.origin, task.holder.clone()),
         task.model.as_ref(),
     );
     let texts = task.inputs.len();

@@ -53,7 +53,7 @@ pub(crate) async fn generate(
         mesh,
         front,
         ("generate", &id),
-        task.source.origin,
+        (task.source.origin, task.holder.clone()),
         task.model.as_ref(),
     );
     let mut flight = flight(mesh, task, emit);

@@ -43,7 +43,7 @@ pub(crate) async fn make(
         mesh,
         front,
         ("image", &id),
-        request.origin,
+        (request.origin, request.holder.clone()),
         request.model.as_ref(),
     );
     let result = run(mesh, request, lease, tell).await;

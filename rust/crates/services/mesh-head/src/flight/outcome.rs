@@ -7,7 +7,7 @@ use mesh_control::placement::Refusal;
 use mesh_control::request::{AnswerError, Lifecycle};
 use tracing::warn;
 
-use crate::audit::EndedRequest;
+use crate::audit::{EndedRequest, Holder};
 use crate::mesh::Mesh;
 use crate::metrics::{Front, Outcome};
 
@@ -18,6 +18,7 @@ pub(super) struct Account<'a> {
     id: String,
     task: &'static str,
     origin: Origin,
+    holder: Option<Holder>,
     /// Name of the model, as far as it is known.
     pub(super) model: String,
     pub(super) started: Instant,
@@ -25,12 +26,12 @@ pub(super) struct Account<'a> {
 }
 
 impl<'a> Account<'a> {
-    /// An account of the request with this id for a `task`, which came from `origin`.
+    /// An account of the request with this id for a `task`, which came from `origin` with a holder's key or token.
     pub(super) fn new(
         mesh: &'a Mesh,
         front: Front,
         (task, id): (&'static str, &str),
-        origin: Origin,
+        (origin, holder): (Origin, Option<Holder>),
         model: Option<&String>,
     ) -> Self {
         Self {
@@ -39,6 +40,7 @@ impl<'a> Account<'a> {
             id: id.to_owned(),
             task,
             origin,
+            holder,
             model: model.cloned().unwrap_or_default(),
             started: Instant::now(),
             outcome: Outcome::Cancelled,
@@ -68,6 +70,7 @@ impl Drop for Account<'_> {
             task: self.task,
             model: &self.model,
             origin: self.origin,
+            holder: self.holder.as_ref(),
             outcome: self.outcome,
             took,
         });

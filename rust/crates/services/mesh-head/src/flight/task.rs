@@ -11,6 +11,8 @@ use mesh_control::request::Bounds;
 use mesh_control::router::Requirements;
 use mesh_proto::{ChatMessage, EmbedInput, GenerateParams, Prompt};
 
+use crate::audit::Holder;
+
 #[derive(Debug, Clone)]
 pub(crate) struct GenerateTask {
     /// Request id in the logs of all services.
@@ -25,6 +27,8 @@ pub(crate) struct GenerateTask {
     /// one.
     pub plain: Option<Bytes>,
     pub source: Source,
+    /// The key or token that it came with.
+    pub holder: Option<Holder>,
     /// Prefixes of prompts are cached for tasks of the same salt only.
     pub salt: u64,
 }
@@ -97,6 +101,8 @@ pub struct EmbedTask {
     pub dimensions: u32,
     /// The client that it comes from.
     pub origin: Origin,
+    /// The key or token that it came with.
+    pub holder: Option<Holder>,
 }
 
 /// All vectors of a request.
@@ -141,6 +147,8 @@ pub struct ImageRequest {
     pub plain: Option<Bytes>,
     /// The client that it comes from.
     pub origin: Origin,
+    /// The key or token that it came with.
+    pub holder: Option<Holder>,
 }
 
 /// An image to start from.

@@ -149,7 +149,9 @@ impl TestHead {
 
     pub(crate) async fn until_ready(&self, name: &str) {
         eventually("the worker is ready", || async {
-            let (_, mesh) = self.get("/v1/mesh").await;
+            let request = self.http.get(self.url("/v1/mesh"));
+            let request = request.bearer_auth(self.admin_key());
+            let mesh: Value = request.send().await.unwrap().json().await.unwrap();
             mesh["workers"]
                 .as_array()
                 .unwrap()

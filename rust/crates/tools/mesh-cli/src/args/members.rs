@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use clap::{Subcommand, ValueHint};
 
+use super::keys::DelegateArgs;
 use super::parse_duration;
 
 #[derive(Debug, clap::Args)]
@@ -207,7 +208,7 @@ Example:
     },
 }
 
-/// What to do with join tokens.
+/// What to do with join tokens, and with curtain tokens where no head is needed.
 #[derive(Debug, Subcommand)]
 pub enum TokenCommand {
     /// Make a token with which one worker can join, once, or several workers once each
@@ -297,5 +298,26 @@ Example:
         /// Where the offer is, where multicast DNS does not find it
         #[arg(long, value_name = "ADDRESS")]
         at: Option<SocketAddr>,
+    },
+    /// Say what a token allows, without a head: join tokens and curtain tokens
+    #[command(after_help = "\
+Reads the token and prints its contents, never its secret. Signatures are not verified: only the mesh's head does that.
+
+Examples:
+  hydramesh token inspect lab.token
+  pass show mesh/token | hydramesh token inspect -")]
+    Inspect {
+        /// File with the token, or - for standard input
+        #[arg(value_name = "FILE", value_hint = ValueHint::FilePath)]
+        token: PathBuf,
+    },
+    /// Narrow a curtain token for somebody else, without a head
+    Delegate(DelegateArgs),
+    /// Make the key of a holder of curtain tokens, where there is none, and print its public half
+    #[command(after_help = "Example:\n  hydramesh token holder-key --key lab.key > lab.pub")]
+    HolderKey {
+        /// The key's file
+        #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+        key: PathBuf,
     },
 }

@@ -192,6 +192,7 @@ impl Port {
             params: task.params,
             // Clients here have no keys.
             salt: 0,
+            holder: None,
             plain: plain.then_some(payload),
             source: Source {
                 ingress: Ingress::Dcf,

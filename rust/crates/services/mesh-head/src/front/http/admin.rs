@@ -2,9 +2,9 @@
 
 use std::time::Instant;
 
-use axum::Json;
 use axum::extract::State;
 use axum::http::StatusCode;
+use axum::{Extension, Json};
 use mesh_api::{
     Code, DeviceSplit, DuplicateIdentity, Fleet, Gossip, Machine, Mesh, PinDecision, PinList,
     RequestCounts, ServedModel, Spread, TokenCounts,
@@ -13,17 +13,23 @@ use mesh_control::duplicates::{self, Duplicate};
 use mesh_control::registry::{self, Registry, Service, Worker};
 use mesh_control::rings::Rings;
 use mesh_control::tracker::PinError;
+use mesh_curtain::Need;
 use mesh_gossip::{MemberState, Range};
 use serde::de::DeserializeOwned;
 
 use super::error::ApiError;
 use super::intake::{self, Received};
+use super::keys::Client;
 use super::models::kind_name;
 use super::state::Api;
 use crate::mesh::GossipView;
 
 /// `GET /v1/mesh`: the registry, the rings and the shared models.
-pub(super) async fn show(State(api): State<Api>) -> Json<Mesh> {
+pub(super) async fn show(
+    State(api): State<Api>,
+    Extension(client): Extension<Client>,
+) -> Result<Json<Mesh>, ApiError> {
+    client.papers.require(Need::Overview)?;
     let mesh = &api.mesh;
     let now = Instant::now();
     let (queued, running) = mesh.in_flight();
@@ -44,7 +50,7 @@ pub(super) async fn show(State(api): State<Api>) -> Json<Mesh> {
         worker.round_trip_ms = link.map(|link| link.rtt().as_secs_f64() * 1e3);
     }
     let unready = mesh.health.unready_reason();
-    Json(Mesh {
+    Ok(Json(Mesh {
         mesh: mesh.config.mesh_name.clone(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
         ready: unready.is_none(),
@@ -68,7 +74,7 @@ pub(super) async fn show(State(api): State<Api>) -> Json<Mesh> {
         warnings: mesh.warnings(),
         gossip: mesh.gossip.view().map(|view| gossip(&view)),
         ..shown
-    })
+    }))
 }
 
 fn gossip(view: &GossipView) -> Gossip {

@@ -23,6 +23,7 @@ use mesh_control::affinity::estimate_tokens;
 use mesh_control::fair::Origin;
 use mesh_control::image::{default_card, step_units};
 use mesh_control::request::AnswerError;
+use mesh_curtain::Need;
 use tokio::sync::{Semaphore, mpsc};
 use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::{Instant, timeout_at};
@@ -55,9 +56,10 @@ pub(super) async fn generate(
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, ApiError> {
-    let (body, lease) = intake::body(&api, client, body).await?;
+    client.papers.require(Need::Image)?;
+    let (body, lease) = intake::body(&api, &client, body).await?;
     let asked = intake::parsed(&api.mesh, body, AskedImages::parse).await??;
-    let pass = api.enter(client, asked.count as usize)?.holding(lease);
+    let pass = api.enter(&client, asked.count as usize)?.holding(lease);
     answer(
         api,
         client,
@@ -77,7 +79,8 @@ pub(super) async fn edit(
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, ApiError> {
-    let (body, mut lease) = intake::body(&api, client, body).await?;
+    client.papers.require(Need::Image)?;
+    let (body, mut lease) = intake::body(&api, &client, body).await?;
     // The text of JSON, its fields and the files in them; a form has no more.
     lease.set(3 * body.len() as u64)?;
     let kind = headers.get(header::CONTENT_TYPE);
@@ -87,7 +90,7 @@ pub(super) async fn edit(
         .to_owned();
     let parse = move |body: &[u8]| AskedEdit::parse(&kind, &Bytes::copy_from_slice(body));
     let asked = intake::parsed(&api.mesh, body, parse).await??;
-    let pass = api.enter(client, asked.images.count as usize)?;
+    let pass = api.enter(&client, asked.images.count as usize)?;
     let named = asked.images.request.model.clone();
     let named = named.map(|name| models::served_as(&api.mesh, name));
     let model = named
@@ -127,6 +130,7 @@ async fn answer(
     let named = asked.request.model.take();
     asked.request.model = named.map(|name| models::served_as(&api.mesh, name));
     asked.request.origin = client.origin();
+    asked.request.holder = client.papers.holder();
     asked.request.id = id.0;
     let base = base_url(headers);
     let (stream, keep_alive) = (asked.stream, api.mesh.config.http.keep_alive);

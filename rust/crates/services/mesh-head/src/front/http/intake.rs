@@ -18,7 +18,7 @@ use crate::mesh::{Lease, Mesh};
 /// the client reads why.
 pub(super) async fn body(
     api: &Api,
-    client: Client,
+    client: &Client,
     body: Body,
 ) -> Result<(Bytes, Lease), ApiError> {
     let limit = api.mesh.config.http.body_limit;

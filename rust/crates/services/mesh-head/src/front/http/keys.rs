@@ -6,24 +6,35 @@ use std::io;
 use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
+use std::time::SystemTime;
 
 use axum::http::{HeaderMap, header};
 use data_encoding::HEXLOWER;
+use mesh_base::clock::unix_seconds;
 use mesh_base::random;
 use mesh_control::fair::Origin;
+use mesh_curtain::{PREFIX, TokenId};
 use mesh_service::files::Readers;
 use sha2::{Digest, Sha256};
 use subtle::ConstantTimeEq;
 
+use super::papers::{Entry, Papers};
 use crate::ids;
 use crate::locks::lock;
 use crate::mesh::Lease;
+use crate::sanctum::{NotAccepted, Sanctum};
 
 /// The keys of one head. Only their hashes are held. Clones share them, so that keys that are read again
 /// count everywhere.
 #[derive(Clone)]
 pub(crate) struct Keys {
     known: Arc<RwLock<Known>>,
+    /// Issues and accepts curtain tokens.
+    sanctum: Arc<Sanctum>,
+    /// A key or token is needed even if no API key is listed.
+    required: bool,
+    /// Numbers of issued tokens that were shown.
+    tokens: Arc<Mutex<HashMap<TokenId, usize>>>,
     /// Only this process has it.
     secret: KeyHash,
 }
@@ -31,8 +42,22 @@ pub(crate) struct Keys {
 #[derive(PartialEq)]
 struct Known {
     admin: KeyHash,
-    /// Each with a number that it keeps for as long as it is known.
-    api: Vec<(KeyHash, usize)>,
+    api: Vec<ApiKey>,
+}
+
+#[derive(PartialEq)]
+struct ApiKey {
+    hash: KeyHash,
+    /// It keeps this for as long as it is known.
+    number: usize,
+    entry: Option<Entry>,
+}
+
+/// An API key, as administrators see it.
+#[derive(Debug, Clone)]
+pub(crate) struct KeyInfo {
+    pub id: String,
+    pub entry: Option<Entry>,
 }
 
 type KeyHash = [u8; 32];
@@ -42,15 +67,36 @@ type KeyHash = [u8; 32];
 pub(crate) enum Caller {
     Admin,
     Key(usize),
+    /// Holds a token that is, or follows from, the issued one with this number.
+    Token(usize),
     /// Holds none, and none is needed.
     Anyone,
 }
 
+/// A caller with its rights.
+#[derive(Debug, Clone)]
+pub(crate) struct Admitted {
+    pub caller: Caller,
+    /// Salt under which its requests share cached prompts; 0 for all requests without a key.
+    pub salt: u64,
+    pub papers: Arc<Papers>,
+}
+
 /// A key that opens nothing.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum Denied {
+    #[error("no API key was sent; send it as `Authorization: Bearer <key>`")]
     Missing,
+    #[error("the API key is not one of this head's; ask its operator for one")]
     Wrong,
+    #[error("the API key {id} expired {seconds} s ago; ask the head's operator for another")]
+    Expired { id: String, seconds: u64 },
+    #[error(transparent)]
+    Token(#[from] NotAccepted),
+    #[error(
+        "the request is for the organization {given:?}, and its key or token is of the tenant {tenant:?}"
+    )]
+    Organization { given: String, tenant: String },
 }
 
 /// Reasons for which the keys cannot be read.
@@ -67,6 +113,16 @@ pub enum KeysError {
     /// A file without keys would lock everyone out, or let everyone in.
     #[error("{0} holds no API key; write one per line, or leave http.api_keys_file out")]
     Empty(PathBuf),
+    /// A line of the file makes no sense.
+    #[error("{path}, line {line}: {reason}")]
+    Entry {
+        /// Path of the file.
+        path: PathBuf,
+        /// Counted from 1.
+        line: usize,
+        /// What is wrong.
+        reason: String,
+    },
     /// The file is not created anew: the holder of the old key would be locked out without a word.
     #[error(
         "{0} is damaged: it holds no key; restore it from a backup, or remove it, and the head makes another at its next start"
@@ -75,17 +131,34 @@ pub enum KeysError {
 }
 
 impl Keys {
-    /// Reads the API keys (one per line; empty lines and lines that begin with # are skipped) and the admin
-    /// key, which is made at the first start.
+    /// Reads the API keys (one per line, with or without an entry; empty lines and lines that begin with # are
+    /// skipped) and the admin key, which is made at the first start.
     ///
     /// # Errors
     /// [`KeysError`] names the file.
-    pub(crate) fn load(state_dir: &Path, api_keys_file: Option<&Path>) -> Result<Self, KeysError> {
+    pub(crate) fn load(
+        state_dir: &Path,
+        api_keys_file: Option<&Path>,
+        sanctum: Arc<Sanctum>,
+    ) -> Result<Self, KeysError> {
         let known = Known::read(state_dir, api_keys_file, &[])?;
         Ok(Self {
             known: Arc::new(RwLock::new(known)),
+            sanctum,
+            required: false,
+            tokens: Arc::default(),
             secret: random::bytes(),
         })
+    }
+
+    /// The same; with `required`, a key or token is needed even if no API key is listed.
+    #[must_use]
+    pub(crate) fn required(self, required: bool) -> Self {
+        Self { required, ..self }
+    }
+
+    pub(crate) fn sanctum(&self) -> &Arc<Sanctum> {
+        &self.sanctum
     }
 
     /// Reads them again; true if they have changed. Requests under way are not touched.
@@ -107,33 +180,18 @@ impl Keys {
         self.known.read().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Ids of the API keys for records, by their numbers from 1: the first digits of their hashes.
-    pub(crate) fn ids(&self) -> HashMap<usize, String> {
+    /// The API keys.
+    pub(crate) fn infos(&self) -> Vec<KeyInfo> {
         let known = self.known();
-        let id = |hash: &KeyHash| HEXLOWER.encode(&hash[..8]);
-        known
-            .api
-            .iter()
-            .map(|(hash, number)| (number + 1, id(hash)))
-            .collect()
+        let info = |key: &ApiKey| KeyInfo {
+            id: key_id(&key.hash),
+            entry: key.entry.clone(),
+        };
+        known.api.iter().map(info).collect()
     }
 
     pub(crate) fn are_needed(&self) -> bool {
-        !self.known().api.is_empty()
-    }
-
-    /// Salt under which requests of `caller` share cached prompts; 0 for all requests without a key.
-    pub(crate) fn salt(&self, caller: Caller) -> u64 {
-        let known = self.known();
-        match caller {
-            Caller::Anyone => 0,
-            Caller::Admin => self.salt_of(&known.admin),
-            Caller::Key(number) => {
-                let found = known.api.iter().find(|(_, known)| *known == number);
-                // A key that was removed in this moment shares with no other.
-                found.map_or_else(ids::unique, |(hash, _)| self.salt_of(hash))
-            }
-        }
+        self.required || !self.known().api.is_empty()
     }
 
     /// The number by which workers tell requests of different keys apart. It reveals nothing about the key, as
@@ -145,35 +203,91 @@ impl Keys {
         first.map_or(1, |bytes| u64::from_le_bytes(*bytes).max(1))
     }
 
-    /// The caller that these headers prove.
+    /// The caller that these headers prove, and its rights at this time.
     ///
     /// # Errors
     /// `Denied` where a key is needed and is missing, and wherever one is sent that is wrong and keys are in
-    /// use.
-    pub(crate) fn caller(&self, headers: &HeaderMap) -> Result<Caller, Denied> {
-        let known = self.known();
-        let Some(key) = bearer(headers) else {
-            return match known.api.is_empty() {
-                true => Ok(Caller::Anyone),
-                false => Err(Denied::Missing),
-            };
+    /// use. A curtain token is never ignored.
+    pub(crate) fn admit(&self, headers: &HeaderMap, now: SystemTime) -> Result<Admitted, Denied> {
+        let now = unix_seconds(now);
+        let admitted = match bearer(headers) {
+            Some(token) if token.starts_with(PREFIX) => self.admit_token(token, now)?,
+            Some(key) => self.admit_key(key, now)?,
+            None if self.are_needed() => return Err(Denied::Missing),
+            None => Admitted::anyone(),
         };
+        // OpenAI's clients name their organization here. Those of plain keys have always been free in it.
+        let given = headers
+            .get(ORGANIZATION)
+            .and_then(|name| name.to_str().ok());
+        match (&admitted.papers.tenant, given.map(str::trim)) {
+            (Some(tenant), Some(given)) if !given.is_empty() && given != tenant => {
+                Err(Denied::Organization {
+                    given: given.chars().take(80).collect(),
+                    tenant: tenant.clone(),
+                })
+            }
+            _ => Ok(admitted),
+        }
+    }
+
+    fn admit_token(&self, token: &str, now: u64) -> Result<Admitted, Denied> {
+        let grant = self.sanctum.accept(token, now)?;
+        let mut numbers = lock(&self.tokens);
+        let next = numbers.len();
+        let number = *numbers.entry(grant.issued_id()).or_insert(next);
+        Ok(Admitted {
+            caller: Caller::Token(number),
+            salt: self.salt_of(&hash(&grant.id().to_string())),
+            papers: Arc::new(Papers::of_token(grant)),
+        })
+    }
+
+    fn admit_key(&self, key: &str, now: u64) -> Result<Admitted, Denied> {
+        let known = self.known();
         let presented = hash(key);
         if bool::from(presented.ct_eq(&known.admin)) {
-            return Ok(Caller::Admin);
+            return Ok(Admitted {
+                caller: Caller::Admin,
+                salt: self.salt_of(&known.admin),
+                papers: Arc::new(Papers::of_admin()),
+            });
         }
         // All of them are compared, so that the time tells nothing about which one matched.
         let mut found = None;
-        for (hash, number) in &known.api {
-            if bool::from(presented.ct_eq(hash)) {
-                found = Some(*number);
+        for key in &known.api {
+            if bool::from(presented.ct_eq(&key.hash)) {
+                found = Some(key);
             }
         }
-        match found {
-            Some(number) => Ok(Caller::Key(number)),
+        let Some(found) = found else {
             // Clients insist on sending some key even where none is needed.
-            None if known.api.is_empty() => Ok(Caller::Anyone),
-            None => Err(Denied::Wrong),
+            return match self.required || !known.api.is_empty() {
+                true => Err(Denied::Wrong),
+                false => Ok(Admitted::anyone()),
+            };
+        };
+        let (id, entry) = (key_id(&found.hash), found.entry.as_ref());
+        if let Some(end) = entry.and_then(|entry| entry.expires)
+            && now >= end
+        {
+            let seconds = now - end;
+            return Err(Denied::Expired { id, seconds });
+        }
+        Ok(Admitted {
+            caller: Caller::Key(found.number),
+            salt: self.salt_of(&found.hash),
+            papers: Arc::new(Papers::of_key(&id, entry)),
+        })
+    }
+}
+
+impl Admitted {
+    fn anyone() -> Self {
+        Self {
+            caller: Caller::Anyone,
+            salt: 0,
+            papers: Arc::new(Papers::nothing()),
         }
     }
 }
@@ -183,22 +297,32 @@ impl Known {
     fn read(
         state_dir: &Path,
         api_keys_file: Option<&Path>,
-        before: &[(KeyHash, usize)],
+        before: &[ApiKey],
     ) -> Result<Self, KeysError> {
         let admin = hash(&load_or_create_admin_key(&state_dir.join(ADMIN_KEY_FILE))?);
         let mut api = Vec::new();
         if let Some(path) = api_keys_file {
             let text = std::fs::read_to_string(path).map_err(|error| file_error(path, error))?;
             mesh_service::files::warn_if_exposed(path, Readers::Group);
-            let lines = text.lines().map(str::trim);
-            let keys = lines.filter(|line| !line.is_empty() && !line.starts_with('#'));
-            let taken = before.iter().map(|(_, number)| number + 1);
+            let lines = text.lines().map(str::trim).enumerate();
+            let lines = lines.filter(|(_, line)| !line.is_empty() && !line.starts_with('#'));
+            let taken = before.iter().map(|key| key.number + 1);
             let mut next = taken.max().unwrap_or(0);
-            for key in keys.map(hash) {
-                let old = before.iter().find(|(known, _)| *known == key);
-                let number = old.map_or(next, |(_, number)| *number);
+            for (at, line) in lines {
+                let (key, entry) = Entry::read(line).map_err(|reason| KeysError::Entry {
+                    path: path.into(),
+                    line: at + 1,
+                    reason,
+                })?;
+                let hash = hash(key);
+                let old = before.iter().find(|known| known.hash == hash);
+                let number = old.map_or(next, |known| known.number);
                 next = next.max(number + 1);
-                api.push((key, number));
+                api.push(ApiKey {
+                    hash,
+                    number,
+                    entry,
+                });
             }
             if api.is_empty() {
                 return Err(KeysError::Empty(path.into()));
@@ -209,13 +333,15 @@ impl Known {
 }
 
 /// The client of a request, as limits count it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub(super) struct Client {
     pub caller: Caller,
     /// Address of the client, which counts where there are no keys.
     pub address: Option<IpAddr>,
-    /// Salt of its cached prompts; see [`Keys::salt`].
+    /// Salt of its cached prompts; see [`Admitted::salt`].
     pub salt: u64,
+    /// What it may do.
+    pub papers: Arc<Papers>,
 }
 
 impl Client {
@@ -224,6 +350,7 @@ impl Client {
         match (self.caller, self.address) {
             (Caller::Admin, _) => Origin::Admin,
             (Caller::Key(number), _) => Origin::Key(number + 1),
+            (Caller::Token(number), _) => Origin::Token(number),
             (Caller::Anyone, Some(address)) => Origin::of(address),
             (Caller::Anyone, None) => Origin::Unknown,
         }
@@ -250,7 +377,7 @@ impl ConcurrencyLimit {
 
     /// Admits a request for `answers` answers, if there is room. One with more answers than the limit is
     /// admitted only alone.
-    pub(super) fn enter(self: &Arc<Self>, client: Client, answers: usize) -> Option<Pass> {
+    pub(super) fn enter(self: &Arc<Self>, client: &Client, answers: usize) -> Option<Pass> {
         if self.limit == 0 {
             return Some(Pass(None, None));
         }
@@ -337,167 +464,13 @@ fn hash(key: &str) -> KeyHash {
     Sha256::digest(key.as_bytes()).into()
 }
 
+/// Id of an API key for people and records.
+fn key_id(hash: &KeyHash) -> String {
+    HEXLOWER.encode(&hash[..8])
+}
+
+const ORGANIZATION: &str = "openai-organization";
 const ADMIN_KEY_FILE: &str = "admin.key";
 
 #[cfg(test)]
-mod tests {
-    use std::os::unix::fs::PermissionsExt;
-
-    use super::*;
-
-    fn headers(value: &str) -> HeaderMap {
-        let mut headers = HeaderMap::new();
-        headers.insert(header::AUTHORIZATION, value.parse().unwrap());
-        headers
-    }
-
-    #[test]
-    fn keys_open_what_they_are_for() {
-        let dir = tempfile::tempdir().unwrap();
-        let file = dir.path().join("keys");
-        std::fs::write(&file, "# ours\n\nsk-one\n  sk-two \n").unwrap();
-        let keys = Keys::load(dir.path(), Some(&file)).unwrap();
-        let admin = std::fs::read_to_string(dir.path().join(ADMIN_KEY_FILE)).unwrap();
-        assert_eq!(keys.caller(&headers("Bearer sk-one")), Ok(Caller::Key(0)));
-        assert_eq!(keys.caller(&headers("bearer sk-two")), Ok(Caller::Key(1)));
-        assert_eq!(
-            keys.caller(&headers(&format!("Bearer {}", admin.trim()))),
-            Ok(Caller::Admin)
-        );
-        assert_eq!(keys.caller(&headers("Bearer sk-three")), Err(Denied::Wrong));
-        assert_eq!(keys.caller(&headers("Basic sk-one")), Err(Denied::Missing));
-        assert_eq!(keys.caller(&HeaderMap::new()), Err(Denied::Missing));
-    }
-
-    #[test]
-    fn keys_that_are_read_again_count_at_once_and_keep_their_numbers() {
-        let dir = tempfile::tempdir().unwrap();
-        let file = dir.path().join("keys");
-        std::fs::write(&file, "sk-one\nsk-two\n").unwrap();
-        let keys = Keys::load(dir.path(), Some(&file)).unwrap();
-        let shared = keys.clone();
-        assert!(!keys.reload(dir.path(), Some(&file)).unwrap());
-        std::fs::write(&file, "sk-three\nsk-two\n").unwrap();
-        assert!(keys.reload(dir.path(), Some(&file)).unwrap());
-        let caller = |key: &str| shared.caller(&headers(&format!("Bearer {key}")));
-        assert_eq!(caller("sk-one"), Err(Denied::Wrong));
-        assert_eq!(caller("sk-two"), Ok(Caller::Key(1)));
-        assert_eq!(caller("sk-three"), Ok(Caller::Key(2)));
-        std::fs::write(&file, "").unwrap();
-        assert!(keys.reload(dir.path(), Some(&file)).is_err());
-        assert_eq!(caller("sk-two"), Ok(Caller::Key(1)), "the old ones stay");
-    }
-
-    #[test]
-    fn every_key_has_a_salt_of_its_own_that_another_head_does_not_have() {
-        let dir = tempfile::tempdir().unwrap();
-        let file = dir.path().join("keys");
-        std::fs::write(&file, "sk-one\nsk-two\n").unwrap();
-        let keys = Keys::load(dir.path(), Some(&file)).unwrap();
-        let callers = [
-            Caller::Key(0),
-            Caller::Key(1),
-            Caller::Admin,
-            Caller::Anyone,
-        ];
-        let salts = callers.map(|caller| keys.salt(caller));
-        for (i, salt) in salts.iter().enumerate() {
-            assert!(!salts[..i].contains(salt), "{salts:?}");
-        }
-        assert_eq!(salts[3], 0);
-        assert_eq!(keys.clone().salt(Caller::Key(1)), salts[1]);
-        // A key that comes in the place of another has another salt.
-        std::fs::write(&file, "sk-one\n").unwrap();
-        assert!(keys.reload(dir.path(), Some(&file)).unwrap());
-        std::fs::write(&file, "sk-one\nsk-three\n").unwrap();
-        assert!(keys.reload(dir.path(), Some(&file)).unwrap());
-        assert_eq!(keys.salt(Caller::Key(0)), salts[0]);
-        assert_ne!(keys.salt(Caller::Key(1)), salts[1]);
-        let other = Keys::load(dir.path(), Some(&file)).unwrap();
-        assert_ne!(other.salt(Caller::Key(0)), salts[0]);
-    }
-
-    #[test]
-    fn answers_count_and_not_requests() {
-        let concurrency = Arc::new(ConcurrencyLimit::new(8));
-        let client = Client {
-            caller: Caller::Key(1),
-            address: None,
-            salt: 0,
-        };
-        let many = concurrency
-            .enter(client, 16)
-            .expect("alone it may have more than the limit");
-        assert!(concurrency.enter(client, 1).is_none());
-        drop(many);
-        let _some = concurrency.enter(client, 5).unwrap();
-        assert!(concurrency.enter(client, 4).is_none());
-        assert!(concurrency.enter(client, 3).is_some());
-    }
-
-    #[test]
-    fn without_api_keys_anyone_may_ask_and_only_the_admin_key_administers() {
-        let dir = tempfile::tempdir().unwrap();
-        let keys = Keys::load(dir.path(), None).unwrap();
-        assert_eq!(keys.caller(&HeaderMap::new()), Ok(Caller::Anyone));
-        assert_eq!(keys.caller(&headers("Bearer whatever")), Ok(Caller::Anyone));
-    }
-
-    #[test]
-    fn the_admin_key_is_private_and_stays_the_same() {
-        let dir = tempfile::tempdir().unwrap();
-        Keys::load(dir.path(), None).unwrap();
-        let path = dir.path().join(ADMIN_KEY_FILE);
-        let key = std::fs::read_to_string(&path).unwrap();
-        assert!(key.len() > 40);
-        assert_eq!(
-            std::fs::metadata(&path).unwrap().permissions().mode() & 0o777,
-            0o600
-        );
-        Keys::load(dir.path(), None).unwrap();
-        assert_eq!(std::fs::read_to_string(&path).unwrap(), key);
-    }
-
-    #[test]
-    fn a_damaged_admin_key_is_not_replaced() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join(ADMIN_KEY_FILE);
-        std::fs::write(&path, "\n").unwrap();
-        let error = Keys::load(dir.path(), None).unwrap_err().to_string();
-        assert!(error.contains("admin.key is damaged"), "{error}");
-        assert_eq!(std::fs::read_to_string(&path).unwrap(), "\n");
-    }
-
-    #[test]
-    fn a_client_has_so_many_requests_running_and_no_more() {
-        let concurrency = Arc::new(ConcurrencyLimit::new(2));
-        let client = |number| Client {
-            caller: Caller::Key(number),
-            address: None,
-            salt: 0,
-        };
-        let one = concurrency.enter(client(1), 1).unwrap();
-        let _two = concurrency.enter(client(1), 1).unwrap();
-        assert!(concurrency.enter(client(1), 1).is_none());
-        assert!(concurrency.enter(client(2), 1).is_some());
-        drop(one);
-        assert!(concurrency.enter(client(1), 1).is_some());
-        assert_eq!(lock(&concurrency.inside).len(), 1);
-        assert!(
-            Arc::new(ConcurrencyLimit::new(0))
-                .enter(client(1), 1)
-                .is_some()
-        );
-    }
-
-    #[test]
-    fn a_file_without_keys_is_refused() {
-        let dir = tempfile::tempdir().unwrap();
-        let file = dir.path().join("keys");
-        std::fs::write(&file, "# none\n").unwrap();
-        assert!(matches!(
-            Keys::load(dir.path(), Some(&file)),
-            Err(KeysError::Empty(_))
-        ));
-    }
-}
+mod tests;

@@ -6,6 +6,7 @@
 
 mod admin;
 mod answer;
+mod curtain;
 mod error;
 mod evidence;
 mod hold;
@@ -16,6 +17,7 @@ mod keys;
 mod meant;
 mod models;
 mod nodes;
+mod papers;
 mod ready;
 mod rings;
 mod root;
@@ -47,6 +49,7 @@ pub(crate) use keys::{Keys, KeysError};
 use mesh_control::fair::{Ingress, Source};
 use mesh_control::image_files::ImageFiles;
 use mesh_control::registry::Registry;
+use mesh_curtain::Need;
 use mesh_net::trust::NodeIdentity;
 
 use crate::api::embeddings::AskedEmbeddings;
@@ -59,7 +62,7 @@ use crate::mesh::Mesh;
 use crate::metrics::Front;
 use answer::Answering;
 use ignored::Ignored;
-use keys::{Caller, Client, ConcurrencyLimit, Denied};
+use keys::{Client, ConcurrencyLimit, Denied};
 use ready::Told;
 use state::{Api, RequestId};
 
@@ -144,6 +147,9 @@ fn for_administrators() -> Vec<Route> {
         route(GET, paths::TOKENS, tokens::list),
         route(POST, paths::TOKENS, tokens::create),
         route(POST, paths::REVOKE_TOKEN, tokens::revoke),
+        route(GET, paths::KEYS, curtain::list),
+        route(POST, paths::KEYS, curtain::create),
+        route(POST, paths::REVOKE_KEY, curtain::revoke),
         route(GET, paths::NODES, nodes::list),
         route(POST, paths::APPROVE, nodes::approve),
         route(POST, paths::EXPEL, nodes::expel),
@@ -187,13 +193,19 @@ async fn answer(
     Extension(id): Extension<RequestId>,
     body: Body,
 ) -> Result<Response, ApiError> {
-    let (body, mut lease) = intake::body(&api, client, body).await?;
+    let (body, mut lease) = intake::body(&api, &client, body).await?;
     let choices_limit = api.mesh.config.http.choices_limit;
     let parse = move |body: &[u8]| Asked::parse(which, body, choices_limit);
     let mut asked = intake::parsed(&api.mesh, body, parse).await??;
     asked.model = asked.model.map(|name| models::served_as(&api.mesh, name));
+    if !client.papers.is_for_all_models() {
+        // The default may change until the request is placed.
+        asked.model = asked.model.or_else(|| api.mesh.default_model());
+        let model = asked.model.as_deref().unwrap_or("*");
+        client.papers.require(Need::Infer(model))?;
+    }
     lease.set(asked.memory(context_of(&api.mesh, asked.model.clone())))?;
-    let pass = api.enter(client, asked.answers())?.holding(lease);
+    let pass = api.enter(&client, asked.answers())?.holding(lease);
     let ignored = Ignored::new(&api, &asked.ignored)?;
     // Workers that take plain tasks cannot stream and know few parameters: where there is another, it answers.
     let plain = api.mesh.with_registry(Registry::takes_only_plain);
@@ -205,6 +217,7 @@ async fn answer(
         let task = GenerateTask {
             source,
             salt: client.salt,
+            holder: client.papers.holder(),
             ..task
         };
         submit(&api.mesh, Front::Http, task)
@@ -227,14 +240,16 @@ async fn embed(
 ) -> Result<Response, ApiError> {
     // Its texts are held for as long as it runs, and once more on their way to workers: as much as the body
     // was counted for.
-    let (body, mut lease) = intake::body(&api, client, body).await?;
+    client.papers.require(Need::Embed)?;
+    let (body, mut lease) = intake::body(&api, &client, body).await?;
     let mut asked = intake::parsed(&api.mesh, body, AskedEmbeddings::parse).await??;
-    let pass = api.enter(client, 1)?;
+    let pass = api.enter(&client, 1)?;
     let ignored = Ignored::new(&api, &asked.ignored)?;
     let mut task = std::mem::take(&mut asked.task);
     task.id = id.0;
     task.model = task.model.map(|name| models::served_as(&api.mesh, name));
     task.origin = client.origin();
+    task.holder = client.papers.holder();
     let hold = api.hold();
     let answer = async move {
         let _pass = pass;
@@ -264,18 +279,20 @@ async fn authenticate(
     mut request: Request,
     next: Next,
 ) -> Result<Response, ApiError> {
-    let caller = api.keys.caller(request.headers()).map_err(|denied| {
-        let text = match denied {
-            Denied::Missing => "no API key was sent; send it as `Authorization: Bearer <key>`",
-            Denied::Wrong => "the API key is not one of this head's; ask its operator for one",
+    let admitted = api.keys.admit(request.headers(), SystemTime::now());
+    let admitted = admitted.map_err(|denied| {
+        let code = match denied {
+            Denied::Organization { .. } => Code::WrongTenant,
+            _ => Code::InvalidApiKey,
         };
-        ApiError::new(Code::InvalidApiKey, text)
+        ApiError::new(code, denied.to_string())
     })?;
     let address = request.extensions().get::<ConnectInfo<SocketAddr>>();
     let client = Client {
-        caller,
+        caller: admitted.caller,
         address: address.map(|info| info.0.ip().to_canonical()),
-        salt: api.keys.salt(caller),
+        salt: admitted.salt,
+        papers: admitted.papers,
     };
     request.extensions_mut().insert(client);
     Ok(next.run(request).await)
@@ -286,11 +303,11 @@ async fn administrators_only(
     request: Request,
     next: Next,
 ) -> Result<Response, ApiError> {
-    if client.caller != Caller::Admin {
-        let text =
-            "this needs the admin key, which stands in admin.key in the head's state directory";
-        return Err(ApiError::new(Code::InvalidApiKey, text));
-    }
+    let need = match request.uri().path() {
+        paths::TOKENS | paths::REVOKE_TOKEN => Need::Join,
+        _ => Need::Admin,
+    };
+    client.papers.require(need)?;
     Ok(next.run(request).await)
 }
 

@@ -2,22 +2,28 @@
 
 use std::collections::BTreeMap;
 
-use axum::Json;
 use axum::extract::rejection::PathRejection;
 use axum::extract::{Path, State};
+use axum::{Extension, Json};
 use mesh_api::{Code, ListModelsResponse, Model};
 use mesh_base::clock::unix_seconds;
 use mesh_control::placement::Refusal;
 use mesh_control::request::AnswerError;
+use mesh_curtain::Need;
 use mesh_proto::{ModelCard, ModelKind};
 
 use super::error::ApiError;
+use super::keys::Client;
 use super::state::Api;
 use crate::mesh::Mesh;
 
 /// `GET /v1/models`.
-pub(super) async fn list(State(api): State<Api>) -> Json<ListModelsResponse> {
-    let models = models(&api);
+pub(super) async fn list(
+    State(api): State<Api>,
+    Extension(client): Extension<Client>,
+) -> Json<ListModelsResponse> {
+    let mut models = models(&api);
+    models.retain(|_, card| client.papers.rights.serve(need_of(card)));
     Json(ListModelsResponse {
         object: "list".to_owned(),
         data: models.values().map(|card| model(&api, card)).collect(),
@@ -27,6 +33,7 @@ pub(super) async fn list(State(api): State<Api>) -> Json<ListModelsResponse> {
 /// `GET /v1/models/NAME`.
 pub(super) async fn show(
     State(api): State<Api>,
+    Extension(client): Extension<Client>,
     name: Result<Path<String>, PathRejection>,
 ) -> Result<Json<Model>, ApiError> {
     let Path(name) = name.map_err(|error| ApiError {
@@ -36,6 +43,7 @@ pub(super) async fn show(
     })?;
     let found = models(&api)
         .get(&served_as(&api.mesh, name.clone()))
+        .filter(|card| client.papers.rights.serve(need_of(card)))
         .map(|card| model(&api, card));
     found.map(Json).ok_or_else(|| {
         let error = AnswerError::from(Refusal::UnknownModel { model: name });
@@ -51,6 +59,15 @@ fn models(api: &Api) -> BTreeMap<String, ModelCard> {
         let named = cards.into_iter().map(|card| (card.name.clone(), card));
         named.collect()
     })
+}
+
+/// The right to use a model.
+fn need_of(card: &ModelCard) -> Need<'_> {
+    match card.kind() {
+        ModelKind::Chat => Need::Infer(&card.name),
+        ModelKind::Embed => Need::Embed,
+        ModelKind::Image => Need::Image,
+    }
 }
 
 fn model(api: &Api, card: &ModelCard) -> Model {

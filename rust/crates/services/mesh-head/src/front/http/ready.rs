@@ -2,6 +2,7 @@
 //! `/metrics`.
 
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use axum::Json;
 use axum::extract::{Query, Request, State};
@@ -9,6 +10,7 @@ use axum::http::StatusCode;
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use mesh_api::{Code, Readiness, paths};
+use mesh_curtain::Need;
 use serde::Deserialize;
 
 use super::error::ApiError;
@@ -33,9 +35,9 @@ impl Told {
             return Ok(());
         }
         let text = "this needs an API key here, as `Authorization: Bearer <key>`; the operator can open it to all (http.open)";
-        let caller = self.keys.caller(request.headers());
+        let admitted = self.keys.admit(request.headers(), SystemTime::now());
         let denied = |_| ApiError::new(Code::InvalidApiKey, text);
-        caller.map(drop).map_err(denied)
+        admitted.map_err(denied)?.papers.require(Need::Overview)
     }
 }
 

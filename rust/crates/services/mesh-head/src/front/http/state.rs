@@ -24,7 +24,7 @@ pub(super) struct Api {
 
 impl Api {
     /// Admits a request for `answers` answers.
-    pub(super) fn enter(&self, client: Client, answers: usize) -> Result<Pass, ApiError> {
+    pub(super) fn enter(&self, client: &Client, answers: usize) -> Result<Pass, ApiError> {
         let pass = self.concurrency.enter(client, answers);
         pass.ok_or_else(|| ApiError::too_many(self.mesh.config.http.concurrent_requests))
     }
