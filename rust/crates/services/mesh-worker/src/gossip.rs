@@ -31,6 +31,8 @@ pub(crate) struct WorkerGossip {
 struct Inner {
     core: Gossip,
     identity: NodeIdentity,
+    /// SHA-256 of the mesh root that frames are bound to.
+    root: [u8; 32],
     /// The document that the head was shown on this link.
     shown: Option<Vec<u8>>,
     outbox: VecDeque<Message>,
@@ -60,7 +62,9 @@ impl WorkerGossip {
             return;
         }
         let mut guard = lock(&self.inner);
-        if guard.is_none() {
+        // Frames are bound to the mesh root: under another one the gossip begins anew.
+        let root = identity.root_sha256();
+        if guard.as_ref().is_none_or(|inner| inner.root != root) {
             *guard = self.begin(identity);
         }
         if let Some(inner) = guard.as_mut() {
@@ -91,9 +95,10 @@ impl WorkerGossip {
             epoch,
             seed: mesh_base::random::number(),
         };
-        let mesh = (identity.root_sha256(), signer.root);
+        let root = identity.root_sha256();
         Some(Inner {
-            core: Gossip::new(config, signer.key, mesh, now),
+            core: Gossip::new(config, signer.key, (root, signer.root), now),
+            root,
             identity: identity.clone(),
             shown: None,
             outbox: VecDeque::new(),
