@@ -214,11 +214,13 @@ mod tests {
     fn evidence_is_vouched_for_by_its_node_in_its_session_and_no_byte_of_it_can_change() {
         let key = IdentityKey::generate();
         let evidence = b"kernel 6.12, nixos".to_vec();
-        let vouching = |evidence| Transcript {
-            purpose: Purpose::Report,
-            evidence: Some(evidence),
-            ..transcript()
-        };
+        fn vouching(evidence: &[u8]) -> Transcript<'_> {
+            Transcript {
+                purpose: Purpose::Report,
+                evidence: Some(evidence),
+                ..transcript()
+            }
+        }
         let proof = vouching(&evidence).prove(&key);
         assert_eq!(
             vouching(&evidence).verify(&proof).as_ref(),
