@@ -123,7 +123,7 @@ fn each_kind_of_failure_has_its_exit_code() -> Result<()> {
     ] {
         expect_exit(&hydramesh(arguments)?, 3)?;
     }
-    expect_exit(&hydramesh(&["status", "--url", "https://example.org"])?, 2)?;
+    expect_exit(&hydramesh(&["status", "--url", "ftp://example.org"])?, 2)?;
     // A head that listens and says nothing.
     let silent = std::net::UdpSocket::bind("127.0.0.1:0")?;
     let address = silent.local_addr()?.to_string();
