@@ -349,7 +349,8 @@ pub(crate) mod tests {
         read(&said()).expect("good");
         let long = "x".repeat(LONGEST_TEXT + 1);
         type Said = mesh_proto::Evidence;
-        let cases: [(&str, &dyn Fn(&mut Said)); 9] = [
+        type Change<'a> = &'a dyn Fn(&mut Said);
+        let cases: [(&str, Change<'_>); 9] = [
             ("kernel", &|said| said.kernel.clone_from(&long)),
             ("os", &|said| said.os = "debian\u{1b}[2J".into()),
             ("version", &|said| said.version = "0.1\n2".into()),
