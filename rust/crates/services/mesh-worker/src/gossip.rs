@@ -62,9 +62,7 @@ impl WorkerGossip {
             return;
         }
         let mut guard = lock(&self.inner);
-        // Frames are bound to the mesh root: under another one the gossip begins anew.
-        let root = identity.root_sha256();
-        if guard.as_ref().is_none_or(|inner| inner.root != root) {
+        if guard.is_none() {
             *guard = self.begin(identity);
         }
         if let Some(inner) = guard.as_mut() {
@@ -74,7 +72,7 @@ impl WorkerGossip {
                     tracing::debug!(%refusal, "an identity document is not taken");
                 }
             }
-            inner.show();
+            inner.show(false);
         }
         drop(guard);
         self.changed.notify_one();
@@ -146,12 +144,9 @@ impl WorkerGossip {
     /// The next message to the head, once one is due. Nothing is lost if the future is dropped.
     pub(crate) async fn next(&self) -> Message {
         loop {
-            let wait = match lock(&self.inner).as_mut() {
-                Some(inner) if inner.shown.is_some() => match inner.step(&self.state_dir) {
-                    Ok(message) => return message,
-                    Err(next) => Some(next),
-                },
-                _ => None,
+            let wait = match self.poll() {
+                Ok(message) => return message,
+                Err(wait) => wait,
             };
             let changed = self.changed.notified();
             match wait {
@@ -162,15 +157,33 @@ impl WorkerGossip {
             }
         }
     }
+
+    /// A message that is due, or the time at which one may be, if there is one.
+    fn poll(&self) -> Result<Message, Option<Instant>> {
+        let mut guard = lock(&self.inner);
+        let outdated = guard.as_ref().filter(|inner| inner.is_outdated());
+        if let Some(begun) = outdated.and_then(|inner| self.begin(&inner.identity)) {
+            guard.insert(begun).show(true);
+        }
+        match guard.as_mut().filter(|inner| inner.shown.is_some()) {
+            Some(inner) => inner.step(&self.state_dir).map_err(Some),
+            None => Err(None),
+        }
+    }
 }
 
 impl Inner {
-    /// Shows the head this worker's document, if it was not shown on this link, or was renewed.
-    fn show(&mut self) {
+    /// True if the mesh root was replaced and the node has papers of the new one. Frames are bound to the root.
+    fn is_outdated(&self) -> bool {
+        self.root != self.identity.root_sha256() && self.identity.signer().is_some()
+    }
+
+    /// Shows the head this worker's document, if it was not shown on this link, or was renewed, or `again`.
+    fn show(&mut self, again: bool) {
         let Some(signer) = self.identity.signer() else {
             return;
         };
-        if self.shown.as_ref() != Some(&signer.document) {
+        if again || self.shown.as_ref() != Some(&signer.document) {
             let documents = vec![signer.document.clone()];
             let shown = GossipIdentities { documents };
             self.outbox
@@ -186,7 +199,10 @@ impl Inner {
         if self.refreshed.is_none_or(due) {
             self.refreshed = Some(now.instant);
             self.core.set_pulse(Pulse::read("/".as_ref(), state_dir));
-            self.show();
+            // The head may follow a rotation of the root later than this worker: until then it takes no document.
+            let mut members = self.core.members(now).into_iter();
+            let headless = !members.any(|member| member.role == "head");
+            self.show(headless);
         }
         if let Some(message) = self.outbox.pop_front() {
             return Ok(message);

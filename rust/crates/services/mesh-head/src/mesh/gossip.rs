@@ -25,6 +25,7 @@ impl Mesh {
         self.gossip.start(identity, settings.interval, state_dir);
         let mut metered = None;
         loop {
+            self.gossip.follow_root(settings.interval);
             let step = self.gossip.with(|inner, now| {
                 let news = inner.refresh(now);
                 let mut frames = Vec::new();
@@ -79,11 +80,10 @@ impl Mesh {
             if introduced.is_ok_and(|id| id.to_string() == node) {
                 inner.documents.insert(node.to_owned(), document.clone());
                 let others = inner.documents.iter().filter(|(other, _)| *other != node);
-                Some(
-                    others
-                        .map(|(id, document)| (id.clone(), document.clone()))
-                        .collect(),
-                )
+                let others: Vec<_> = others
+                    .map(|(id, document)| (id.clone(), document.clone()))
+                    .collect();
+                Some((others, inner.document.clone()))
             } else {
                 debug!(
                     node,
@@ -92,8 +92,12 @@ impl Mesh {
                 None
             }
         });
-        let others: Vec<(String, Vec<u8>)> = others.flatten().unwrap_or_default();
-        let (ids, documents): (Vec<_>, Vec<_>) = others.into_iter().unzip();
+        let Some((others, own)) = others.flatten() else {
+            return;
+        };
+        let (ids, mut documents): (Vec<_>, Vec<_>) = others.into_iter().unzip();
+        // After a rotation of the root the worker does not have it.
+        documents.push(own);
         self.pass(
             ids.iter().map(String::as_str),
             &identities(vec![document.clone()]),

@@ -26,9 +26,11 @@ pub(crate) struct HeadGossip {
 pub(super) struct Inner {
     pub(super) core: Gossip,
     identity: NodeIdentity,
+    /// SHA-256 of the mesh root that frames are bound to.
+    root: [u8; 32],
     state_dir: PathBuf,
     /// The head's own document.
-    document: Vec<u8>,
+    pub(super) document: Vec<u8>,
     /// Documents of the connected workers that gossip.
     pub(super) documents: BTreeMap<String, Vec<u8>>,
     pub(super) relays: Relays,
@@ -100,16 +102,29 @@ impl HeadGossip {
             epoch,
             seed: mesh_base::random::number(),
         };
-        let mesh = (identity.root_sha256(), signer.root);
+        let root = identity.root_sha256();
         *lock(&self.inner) = Some(Inner {
-            core: Gossip::new(config, signer.key, mesh, now),
+            core: Gossip::new(config, signer.key, (root, signer.root), now),
             identity,
+            root,
             state_dir,
             document: signer.document,
             documents: BTreeMap::new(),
             relays: Relays::default(),
             refreshed: None,
         });
+    }
+
+    /// Begins anew if the mesh root was replaced and the head has papers of the new one.
+    pub(super) fn follow_root(&self, interval: Duration) {
+        let outdated = lock(&self.inner).as_ref().and_then(|inner| {
+            let is =
+                inner.root != inner.identity.root_sha256() && inner.identity.signer().is_some();
+            is.then(|| (inner.identity.clone(), inner.state_dir.clone()))
+        });
+        if let Some((identity, state_dir)) = outdated {
+            self.start(identity, interval, state_dir);
+        }
     }
 
     /// The message that invites a worker to gossip; workers of earlier versions ignore it.
