@@ -245,7 +245,10 @@ mod tests {
             evidence: None,
             ..vouching(&evidence)
         };
-        assert!(successor.verify(&proof).is_err(), "a digest is no id");
+        assert!(
+            successor.verify(&proof).is_err(),
+            "a digest does not pass for an id"
+        );
     }
 
     proptest! {

@@ -1,4 +1,4 @@
-//! What a node reads from its machine and keeps in its state directory. The only part of this crate that touches files.
+//! The condition of a machine, and the epoch in its state directory. The only part of this crate that touches files.
 
 use std::fs;
 use std::io;

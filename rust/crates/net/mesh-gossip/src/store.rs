@@ -45,7 +45,7 @@ pub enum StoreError {
     Full,
 }
 
-/// What a record belongs to.
+/// The topic of a record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Topic {
     Threats,
