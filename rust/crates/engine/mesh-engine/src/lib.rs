@@ -15,6 +15,7 @@
 #[cfg(test)]
 extern crate self as mesh_engine;
 
+mod constraint;
 pub mod embed;
 mod engine;
 mod generation;
@@ -29,6 +30,7 @@ pub mod text;
 mod vocabulary;
 mod workload;
 
+pub use constraint::{Allowed, Constraint, ConstraintError, Grammar, SharedGrammar, TokenSet};
 pub use embed::{EmbedRequest, Embedding, Encoder, EncoderInfo};
 pub use engine::{Engine, EngineHandle, RequestStream, StartError, Waker};
 pub use generation::Generation;

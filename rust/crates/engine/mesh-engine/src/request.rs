@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use crate::StageError;
+use crate::{SharedGrammar, StageError};
 
 /// A request of a [`Generation`](crate::Generation).
 #[derive(Debug, Clone, PartialEq)]
@@ -49,6 +49,8 @@ pub struct Request {
     pub ignore_eos: bool,
     /// Cached rows are shared only between requests with the same salt.
     pub cache_salt: u64,
+    /// The grammar that the answer follows.
+    pub grammar: Option<SharedGrammar>,
 }
 
 impl Request {
@@ -66,6 +68,7 @@ impl Request {
             echo: String::new(),
             ignore_eos: false,
             cache_salt: 0,
+            grammar: None,
         }
     }
 }
@@ -253,6 +256,13 @@ pub enum RequestError {
         name: &'static str,
         value: String,
         range: &'static str,
+    },
+    /// The answer cannot go on under its grammar.
+    #[error("the answer cannot go on under its grammar at token {index}: {reason}")]
+    Grammar {
+        /// Index of the token in the answer.
+        index: u32,
+        reason: String,
     },
     /// A request that this model cannot serve, in words.
     #[error("{reason}")]

@@ -161,6 +161,7 @@ pub(crate) fn code(error: &RequestError) -> ErrorCode {
         RequestError::EmptyPrompt
         | RequestError::NoSuchToken { .. }
         | RequestError::InvalidParameter { .. }
+        | RequestError::Grammar { .. }
         | RequestError::Invalid { .. } => ErrorCode::INVALID_PAYLOAD,
         RequestError::ContextTooLong { .. } => ErrorCode::CONTEXT_TOO_LONG,
         RequestError::QueueFull { .. } => ErrorCode::WORKER_BUSY,

@@ -1,6 +1,9 @@
 //! Chat and completions: from a Generate message to an engine's request, and from its events to messages.
 
 pub(crate) mod load;
+mod model;
+
+pub(crate) use self::model::LanguageModel;
 
 use std::time::{Duration, Instant};
 
@@ -34,11 +37,11 @@ impl Codec for Generation {
     const MODEL: &'static str = "a model";
 
     type Task = Generate;
-    type Model = Model;
+    type Model = LanguageModel;
     /// The prompt, and the task without it.
     type Written = (WrittenPrompt, Generate);
     /// For the bytes of tokens.
-    type Reply = Model;
+    type Reply = LanguageModel;
 
     fn header(generate: &Generate) -> TaskHeader<'_> {
         TaskHeader {
@@ -108,7 +111,7 @@ impl Codec for Generation {
         defaults: &SamplingDefaults,
         (prompt, generate): Self::Written,
         arrived: Instant,
-    ) -> Result<(GenerationRequest, Model), PrepareError> {
+    ) -> Result<(GenerationRequest, LanguageModel), PrepareError> {
         let context = model.engine.info().context;
         let model = model.model.clone();
         let params = generate.params.unwrap_or_default();
@@ -129,12 +132,17 @@ impl Codec for Generation {
             echo,
             ignore_eos: params.ignore_eos,
             cache_salt: generate.cache_salt,
+            grammar: params
+                .grammar
+                .as_ref()
+                .map(|grammar| model.grammar(grammar))
+                .transpose()?,
             params: sampling(params, defaults),
         };
         Ok((request.into(), model))
     }
 
-    async fn encode(model: &Model, event: Event) -> Result<Bodies, RequestError> {
+    async fn encode(model: &LanguageModel, event: Event) -> Result<Bodies, RequestError> {
         Ok(vec![match event {
             Event::Tokens(tokens) => {
                 let logprobs = tokens.logprobs.iter();

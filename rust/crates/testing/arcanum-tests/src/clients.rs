@@ -24,6 +24,8 @@ pub struct ChatQuestion {
     pub may_stop: bool,
     /// Name of the model; `None` is the mesh's first model.
     pub model: Option<String>,
+    /// JSON Schema that the answer follows.
+    pub schema: Option<String>,
 }
 
 impl ChatQuestion {
@@ -35,6 +37,7 @@ impl ChatQuestion {
             seed: None,
             may_stop: false,
             model: None,
+            schema: None,
         }
     }
 
@@ -55,6 +58,15 @@ impl ChatQuestion {
         }
     }
 
+    /// The answer follows a JSON Schema, and ends with it.
+    #[must_use]
+    pub fn following(self, schema: &str) -> Self {
+        Self {
+            schema: Some(schema.to_owned()),
+            ..self.until_it_ends()
+        }
+    }
+
     /// Asks `model` instead of the mesh's first one.
     #[must_use]
     pub fn of(self, model: &str) -> Self {
@@ -71,6 +83,7 @@ impl ChatQuestion {
             temperature: Some(if self.seed.is_some() { 0.8 } else { 0.0 }),
             seed: self.seed,
             ignore_eos: Some(!self.may_stop),
+            json_schema: self.schema.clone().map(Into::into),
             ..GenerationOptions::default()
         };
         ChatCompletionRequest {

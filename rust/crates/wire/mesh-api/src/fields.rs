@@ -11,6 +11,11 @@ pub const ALIASES: &[(&str, &str)] = &[
     // llama.cpp's and Ollama's names.
     ("repeat_penalty", "repetition_penalty"),
     ("n_predict", "max_tokens"),
+    // vLLM's and SGLang's names.
+    ("guided_json", "json_schema"),
+    ("guided_regex", "regex"),
+    ("guided_grammar", "grammar"),
+    ("ebnf", "grammar"),
     // Mistral's and SGLang's names.
     ("random_seed", "seed"),
     ("sampling_seed", "seed"),
@@ -117,8 +122,6 @@ pub enum Neutral {
     Word(&'static [&'static str]),
     /// An empty value, one of these words, or an array of such values.
     Format(&'static [&'static str]),
-    /// An empty value, or an object of the type `text`.
-    TextFormat,
     /// An empty value, or an array of `text`.
     TextOnly,
 }
@@ -145,7 +148,6 @@ impl Neutral {
                 Some(list) => list.iter().all(|value| Self::Word(words).allows(value)),
                 None => one_of(words, value),
             },
-            Self::TextFormat => value["type"] == "text",
             Self::TextOnly => {
                 let is_text = |list: &Vec<Value>| list.iter().all(|value| value == "text");
                 value.as_array().is_some_and(is_text)
@@ -178,8 +180,7 @@ const fn unless(names: &'static str, neutral: Neutral, remedy: &'static str) -> 
 
 const TEXT_ONLY: &str = "ask for text only";
 const LEAVE_OUT: &str = "leave it out";
-const UNCONSTRAINED: &str =
-    "answers cannot be held to a grammar or schema yet; describe the form in the prompt";
+const OTHER_FORMS: &str = "use response_format, or a grammar as 'grammar'";
 const OTHER_SAMPLERS: &str = "leave it out, or use temperature, top_k, top_p and min_p";
 const OTHER_PENALTIES: &str =
     "use repetition_penalty, presence_penalty and frequency_penalty, which look at the whole text";
@@ -229,12 +230,9 @@ const GENERATIONS_HARMLESS: &str = "denoising_strength strength prompt_strength"
 
 /// Fields that both APIs that generate text refuse.
 const REFUSED: &[Refused] = &[
-    unless("response_format", Neutral::TextFormat, UNCONSTRAINED),
     refuse(
-        "structured_outputs structural_tag guided_json guided_regex guided_choice \
-         guided_grammar guided_json_object guideline regex ebnf grammar grammar_lazy \
-         grammar_triggers json_schema format grammar_string",
-        UNCONSTRAINED,
+        "structural_tag guideline grammar_lazy grammar_triggers format grammar_string",
+        OTHER_FORMS,
     ),
     refuse("use_beam_search", "answers are sampled; leave it out"),
     unless("length_penalty", ONE, NO_BEAM_SEARCH),

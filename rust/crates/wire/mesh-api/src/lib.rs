@@ -67,7 +67,8 @@ pub use mesh::{
 pub use models::{Health, ListModelsResponse, Model, Readiness};
 pub use requests::{
     ChatCompletionRequest, CompletionRequest, ContentPart, GenerationOptions, Message,
-    MessageContent, SkippedPart, StopTexts, StreamOptions, TextInput, TextPart,
+    MessageContent, NamedSchema, ResponseFormat, ResponseKind, SkippedPart, StopTexts,
+    StreamOptions, StructuredOutputs, TextInput, TextPart,
 };
 pub use rings::{Holding, LeftOut, Recovery, Ring, RingStage, StageWorker, Unformed};
 

@@ -113,9 +113,6 @@ pub(crate) fn values(neutral: Neutral) -> Value {
             let one = or_empty(word(words));
             json!({"anyOf": [one, {"type": "array", "items": one}]})
         }
-        Neutral::TextFormat => or_empty(json!({
-            "type": "object", "required": ["type"], "properties": {"type": {"const": "text"}},
-        })),
         Neutral::TextOnly => or_empty(json!({"type": "array", "items": {"const": "text"}})),
     }
 }

@@ -351,8 +351,39 @@ messages! {
         stop_token_ids: Vec<u32> = [uint32, repeated, tag = 20],
         /// Minimum number of tokens before the answer may end. Revision 1.
         min_tokens: u32 = [uint32, tag = 21],
+        /// The form of the answer. Revision 3.
+        grammar: Option<Grammar> = [message, optional, tag = 22],
+    }
+
+    /// The form that an answer must have.
+    pub struct Grammar {
+        /// A [`GrammarKind`].
+        kind: i32 = [enumeration = "GrammarKind", tag = 1],
+        /// The schema, grammar or regular expression; empty for [`GrammarKind::JsonObject`].
+        text: String = [string, tag = 2],
     }
 }
+
+/// How the text of a [`Grammar`] is to be read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, prost::Enumeration)]
+#[repr(i32)]
+pub enum GrammarKind {
+    /// Unset.
+    Unspecified = 0,
+    /// Any JSON object.
+    JsonObject = 1,
+    /// A JSON Schema.
+    JsonSchema = 2,
+    /// A grammar in Lark's syntax with the rule `start`.
+    Lark = 3,
+    /// A regular expression for the whole answer.
+    Regex = 4,
+    /// A grammar in llama.cpp's GBNF with the rule `root`.
+    Gbnf = 5,
+}
+
+/// Most bytes of a [`Grammar`]'s text.
+pub const MOST_GRAMMAR_BYTES: usize = 256 << 10;
 
 impl Generate {
     /// Lowest [`Hello::request_revision`] of a worker that supports all fields that this request uses.
@@ -366,7 +397,10 @@ impl Generate {
 impl GenerateParams {
     /// Lowest revision that these fields need, as in [`Generate::revision`].
     pub fn revision(&self) -> u32 {
-        u32::from(self.min_tokens > 0 || !self.stop_token_ids.is_empty())
+        match &self.grammar {
+            Some(_) => 3,
+            None => u32::from(self.min_tokens > 0 || !self.stop_token_ids.is_empty()),
+        }
     }
 }
 
@@ -552,9 +586,10 @@ messages! {
 pub const PROTOCOL_VERSION: u32 = 1;
 
 /// Counts additions to requests that change an answer: a worker that ignores them would give another one. 1 added the options of
-/// [`Chat`], [`GenerateParams::stop_token_ids`] and [`GenerateParams::min_tokens`], 2 added [`ImageTask::init`].
-pub const REQUEST_REVISION: u32 = 2;
+/// [`Chat`], [`GenerateParams::stop_token_ids`] and [`GenerateParams::min_tokens`], 2 added [`ImageTask::init`], 3 added
+/// [`GenerateParams::grammar`].
+pub const REQUEST_REVISION: u32 = 3;
 
 /// The fields of these revisions, as clients call them.
 pub const REVISED_FIELDS: &str = "chat_template_kwargs, continue_final_message, add_generation_prompt, min_tokens and stop_token_ids, \
-    or the image to edit";
+    the image to edit, or response_format";

@@ -15,6 +15,7 @@ mod select;
 use std::collections::HashMap;
 
 use self::select::Candidate;
+use crate::TokenSet;
 use crate::request::{Logprob, RequestError, SamplingParams, TokenLogprobs, TokenScore};
 
 /// The sampling state of one answer.
@@ -74,6 +75,17 @@ impl Sampler {
     ///
     /// NaN counts as minus infinity, plus infinity as the largest number.
     pub fn choose(&self, logits: &[f32], index: u32, scratch: &mut Scratch) -> Option<Choice> {
+        self.choose_among(logits, index, None, scratch)
+    }
+
+    /// As [`choose`](Self::choose), among the tokens of a set. Log probabilities are those without the set.
+    pub fn choose_among(
+        &self,
+        logits: &[f32],
+        index: u32,
+        allowed: Option<&TokenSet>,
+        scratch: &mut Scratch,
+    ) -> Option<Choice> {
         let Scratch {
             row,
             sanitized,
@@ -95,10 +107,15 @@ impl Sampler {
         let too_short = index < self.params.min_tokens;
         let forbidden = if too_short { &self.ends[..] } else { &[] };
         let adjusts = !self.params.logit_bias.is_empty() || !self.history.is_empty();
-        let adjusted = if adjusts || !forbidden.is_empty() {
+        let adjusted = if adjusts || !forbidden.is_empty() || allowed.is_some() {
             row.clear();
             row.extend_from_slice(raw);
-            self.adjust(row);
+            if adjusts {
+                self.adjust(row);
+            }
+            if let Some(allowed) = allowed {
+                allowed.mask(row);
+            }
             for &token in forbidden {
                 if let Some(logit) = row.get_mut(token as usize) {
                     *logit = f32::NEG_INFINITY;

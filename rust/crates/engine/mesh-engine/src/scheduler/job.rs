@@ -8,7 +8,7 @@ use crate::request::{Done, Event, Finish, Request, RequestError, TokenScore, Tok
 use crate::sampler::{self, Sampler, Scratch};
 use crate::text::TextPipeline;
 use crate::workload::RequestKey;
-use crate::{LogitRows, Vocabulary};
+use crate::{Allowed, Constraint, ConstraintError, LogitRows, Vocabulary};
 
 #[derive(Debug)]
 pub(super) struct Job {
@@ -48,6 +48,7 @@ struct Completion {
     ignore_eos: bool,
     stop_token_ids: Vec<u32>,
     min_tokens: u32,
+    constraint: Option<Box<dyn Constraint>>,
     finish: Option<Finish>,
     first_token: Option<Instant>,
 }
@@ -89,6 +90,14 @@ impl Job {
                 stopped = stopped || text.push(vocabulary.text(token));
             }
         }
+        let mut constraint = request.grammar.map(|grammar| grammar.0.begin());
+        if let Some(constraint) = &mut constraint {
+            for (index, &token) in (0u32..).zip(&request.generated) {
+                constraint.accept(token).map_err(under_grammar(index))?;
+            }
+            // While the prompt is computed.
+            constraint.prepare();
+        }
         let finish = if stopped {
             Some(Finish::Stop)
         } else {
@@ -97,7 +106,11 @@ impl Job {
         let stop_token_ids = request.params.stop_token_ids.clone();
         let ends = match min_tokens {
             0 => Vec::new(),
-            _ => ends(vocabulary, request.ignore_eos, &stop_token_ids),
+            _ => ends(
+                vocabulary,
+                request.ignore_eos && constraint.is_none(),
+                &stop_token_ids,
+            ),
         };
         let sampler = Sampler::new(request.params, &request.prompt_tokens, &request.generated)
             .not_ending_with(ends);
@@ -126,6 +139,7 @@ impl Job {
                 ignore_eos: request.ignore_eos,
                 stop_token_ids,
                 min_tokens,
+                constraint,
                 finish,
                 first_token: None,
             })),
@@ -288,16 +302,40 @@ impl Completion {
         now: Instant,
     ) -> Result<Option<Tokens>, RequestError> {
         let index = self.generated;
-        let choice = self.sampler.choose(logits, index, scratch);
+        let allowed = match &mut self.constraint {
+            None => None,
+            Some(constraint) => match constraint.allowed().map_err(under_grammar(index))? {
+                Allowed::Tokens(set) => Some(set),
+                Allowed::End => {
+                    self.finish = Some(Finish::Stop);
+                    return Ok(None);
+                }
+            },
+        };
+        let choice = self.sampler.choose_among(logits, index, allowed, scratch);
+        if choice.is_none() && allowed.is_some() && index < self.min_tokens {
+            // The least length keeps tokens from ending the answer, and the grammar all others.
+            self.finish = Some(Finish::Stop);
+            return Ok(None);
+        }
         let choice = choice.ok_or(RequestError::BadLogits { index })?;
         self.first_token.get_or_insert(now);
-        let is_end = !self.ignore_eos && vocabulary.is_end(choice.token);
+        // A grammar has such a token only where the answer may end.
+        let ends = !self.ignore_eos || self.constraint.is_some();
+        let is_end = ends && vocabulary.is_end(choice.token);
         if is_end || self.stop_token_ids.contains(&choice.token) {
             self.finish = Some(Finish::Stop);
             return Ok(None);
         }
         self.generated += 1;
         self.sampler.accept(choice.token);
+        if let Some(constraint) = &mut self.constraint {
+            constraint
+                .accept(choice.token)
+                .map_err(under_grammar(index))?;
+            // While the next step is computed.
+            constraint.prepare();
+        }
         let text = vocabulary.text(choice.token);
         if index < self.min_tokens {
             self.text.push_unfiltered(text);
@@ -313,6 +351,13 @@ impl Completion {
             text: self.text.take(),
             logprobs: choice.logprobs.into_iter().collect(),
         }))
+    }
+}
+
+fn under_grammar(index: u32) -> impl Fn(ConstraintError) -> RequestError {
+    move |error| RequestError::Grammar {
+        index,
+        reason: error.0,
     }
 }
 

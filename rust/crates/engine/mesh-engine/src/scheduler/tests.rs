@@ -10,6 +10,8 @@ use crate::runner::apply;
 use crate::testing::{self, HashStage, Letters};
 use crate::{Stage, StageInput, StageOutput, sampler};
 
+mod constraints;
+
 const CONTEXT: u32 = 200;
 
 /// A scheduler with its stage and a clock that advances by the duration of the steps.

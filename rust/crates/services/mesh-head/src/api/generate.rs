@@ -131,6 +131,8 @@ impl Asked {
             u64::from(tokens) * u64::from(alternatives.saturating_add(1)) * BYTES_A_LOGPROB
         });
         let answer = PER_ANSWER + text + logprobs;
+        let grammar = self.params.grammar.as_ref();
+        let prompts = prompts + grammar.map_or(0, |grammar| grammar.text.len());
         2 * prompts as u64 + self.answers() as u64 * answer
     }
 

@@ -114,7 +114,7 @@ pub(crate) fn load(
         "model loaded"
     );
     let backend = opened.provider.name();
-    let served = ServedModel::new(path, model, engine, card, backend);
+    let served = ServedModel::new(path, model.into(), engine, card, backend);
     Ok(served.placed(opened.split))
 }
 

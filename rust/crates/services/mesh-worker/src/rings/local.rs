@@ -48,7 +48,7 @@ impl Rings {
     pub(crate) fn models_held(&self) -> Vec<(String, Model)> {
         let ring_models = lock(&self.offered);
         let models = ring_models.iter();
-        let models = models.map(|held| (held.card.name.clone(), held.model.clone()));
+        let models = models.map(|held| (held.card.name.clone(), Model::clone(&held.model)));
         models.collect()
     }
 
@@ -73,7 +73,8 @@ impl Rings {
         ring_model: RingModel,
         profile: NodeProfile,
     ) -> Result<(String, Model), WorkerError> {
-        let (name, model) = (ring_model.card.name.clone(), ring_model.model.clone());
+        let name = ring_model.card.name.clone();
+        let model = Model::clone(&ring_model.model);
         let added = self.core().with(|core| {
             let added = core.offers.add(ring_model.offer.clone(), profile);
             if added {

@@ -151,7 +151,7 @@ fn measure_one(
         offer: speed.offer(card.clone()),
         format: choice.format,
         card,
-        model,
+        model: model.into(),
         files: None,
     })
 }

@@ -12,11 +12,11 @@ use mesh_proto::{LayerOffer, ModelCard};
 
 use super::progress::Progress;
 use crate::config::Config;
-use crate::generate::load as chat;
+use crate::generate::{LanguageModel, load as chat};
 use crate::models::{Models, ReplicaFiles};
 
 pub(super) struct RingModel {
-    pub(super) model: Model,
+    pub(super) model: LanguageModel,
     pub(super) card: ModelCard,
     pub(super) format: WeightFormat,
     pub(super) offer: LayerOffer,

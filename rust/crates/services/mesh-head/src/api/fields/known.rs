@@ -72,7 +72,8 @@ fn names(lists: [&'static str; 3]) -> impl Iterator<Item = &'static str> {
 /// Fields that both APIs that generate text act upon.
 const GENERATION_READ: &str = "model temperature top_p top_k min_p repetition_penalty repeat_penalty presence_penalty \
     frequency_penalty seed random_seed sampling_seed stop logit_bias ignore_eos stop_token_ids \
-    min_tokens max_tokens n_predict n stream stream_options logprobs repeat_last_n";
+    min_tokens max_tokens n_predict n stream stream_options logprobs repeat_last_n response_format structured_outputs \
+    guided_json guided_json_object guided_regex guided_choice guided_grammar grammar json_schema regex ebnf";
 const CHAT_READ: &str = "messages max_completion_tokens top_logprobs continue_final_message add_generation_prompt \
     chat_template_kwargs enable_thinking reasoning_effort";
 const COMPLETIONS_READ: &str = "prompt echo best_of";

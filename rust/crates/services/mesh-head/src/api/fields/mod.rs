@@ -6,6 +6,7 @@ mod known;
 mod messages;
 mod reader;
 mod sampling;
+mod structured;
 
 pub(crate) use known::{Api, check};
 pub(crate) use messages::conversation;

@@ -4,6 +4,7 @@ use mesh_proto::{GenerateParams, LogitBias};
 use serde_json::Value;
 
 use super::reader::{Fields, whole_number};
+use super::structured::grammar;
 use crate::api::invalid::Invalid;
 
 /// The sampling parameters that all front ends share; `max_tokens`, `logprobs` and `echo` are the caller's.
@@ -34,6 +35,7 @@ pub(crate) fn sampling(fields: Fields<'_>) -> Result<GenerateParams, Invalid> {
         ignore_eos: fields.flag("ignore_eos")?,
         stop_token_ids: stop_token_ids(fields)?,
         min_tokens: fields.whole("min_tokens", 0..=u32::MAX)?.unwrap_or(0),
+        grammar: grammar(fields)?,
         ..Default::default()
     })
 }

@@ -196,9 +196,9 @@ fn what_is_wrong_or_not_there_is_named() {
             true,
         ),
         (
-            chat(json!({"response_format": {"type": "json_object"}})),
-            "response_format",
-            true,
+            chat(json!({"response_format": {"type": "xml"}})),
+            "response_format.type",
+            false,
         ),
         (chat(json!({"modalities": ["audio"]})), "modalities", true),
         (
