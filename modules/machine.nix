@@ -48,6 +48,11 @@ in
     # The driver's libraries are found through /run/opengl-driver, which this makes, with or without a desktop.
     hardware.graphics.enable = mkIf needsDriver (lib.mkDefault true);
 
+    # The device belongs to the group `tss` then.
+    security.tpm2.enable = mkIf (builtins.any (plan: plan.hasRole "worker") plans && cfg.tpm) (
+      lib.mkDefault true
+    );
+
     # Any other user is the admin's own.
     users = mkIf (cfg.user != null) {
       users = mkIf (cfg.user == "hydramesh") {

@@ -94,6 +94,7 @@ let
       hardware.nvidia.enabled = switch;
       networking.firewall.allowedTCPPorts = listOf types.port;
       networking.firewall.allowedUDPPorts = listOf types.port;
+      security.tpm2.enable = switch;
       services.xserver.videoDrivers = mkOption {
         type = types.listOf types.str;
         default = [

@@ -23,7 +23,7 @@ mod image;
 mod ring;
 mod share;
 
-pub use evidence::{Evidence, NixSystem, ServedFingerprint, SignedEvidence};
+pub use evidence::{Evidence, NixSystem, PcrValue, ServedFingerprint, SignedEvidence, TpmQuote};
 pub use gossip::{
     GossipBody, GossipContent, GossipFrame, GossipIdentities, GossipPulse, GossipRecord,
     GossipSighting, GossipSwim, GossipSync,

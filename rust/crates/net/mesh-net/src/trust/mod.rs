@@ -67,7 +67,7 @@ pub(crate) use deny::Expellable;
 pub use deny::{DenyList, Expulsion, MOST_EXPELLED};
 pub(crate) use digest::sha256;
 pub use error::TrustError;
-pub use evidence::{EvidenceSource, LONGEST_EVIDENCE, Newcomer};
+pub use evidence::{EvidenceSource, LONGEST_EVIDENCE, Newcomer, Vouched};
 pub(crate) use evidence::{vouch, vouched};
 pub(crate) use identity::move_identity;
 pub use identity::{Applicant, NodeIdentity, Signer, set_aside};
