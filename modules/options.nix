@@ -140,6 +140,16 @@ in
       '';
     };
 
+    narinfo = mkOption {
+      type = types.bool;
+      default = false;
+      example = true;
+      description = ''
+        Whether the worker states the narinfo of the running system with its signatures, for a head with
+        `evidence.system = "signed"` or `"either"`. A service writes it from the Nix store whenever a worker starts.
+      '';
+    };
+
     approval = mkOption {
       type = types.enum [
         "automatic"

@@ -369,6 +369,37 @@ in
         ];
         without = false;
       };
+  "the narinfo of the running system is written before each worker starts, if it is wanted" =
+    let
+      m = twoCards { };
+      wanted = {
+        imports = [ m ];
+        services.hydramesh.narinfo = true;
+      };
+      unit = (evaluate wanted).config.systemd.services.hydramesh-narinfo;
+    in
+    is
+      {
+        inherit (unit) before path scriptArgs;
+        late = unit.wantedBy == unit.before;
+        without = (services m) ? hydramesh-narinfo;
+        head =
+          (services (head {
+            narinfo = true;
+          }))
+            ? hydramesh-narinfo;
+      }
+      {
+        before = [
+          "hydramesh-worker.service"
+          "hydramesh-worker-second.service"
+        ];
+        path = [ "nix" ];
+        scriptArgs = "/run/current-system /run/hydramesh/system.narinfo";
+        late = true;
+        without = false;
+        head = false;
+      };
   "auto takes NVIDIA's driver" = is (builtins.head
     (workerUnit (nvidia { })).serviceConfig.DeviceAllow
   ) "char-nvidiactl rw";
