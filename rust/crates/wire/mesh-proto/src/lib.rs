@@ -29,8 +29,9 @@ pub use gossip::{
     GossipSighting, GossipSwim, GossipSync,
 };
 pub use identity::{
-    IdentityDocument, IdentityProof, RootHistory, RootIdentity, RootSuccession, SignedIdentity,
-    SignedSuccession, StoredIdentity,
+    IdentityDocument, IdentityProof, IntermediatePapers, IntermediateRequest,
+    IntermediateStatement, RootHistory, RootIdentity, RootSuccession, SignedIdentity,
+    SignedIntermediate, SignedSuccession, StoredIdentity,
 };
 pub use image::{
     IMAGE_PART, ImageCard, ImageData, ImageStep, ImageTask, InitialImage, PREVIEW_SHARE,

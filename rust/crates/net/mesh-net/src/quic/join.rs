@@ -86,7 +86,12 @@ pub async fn join(
         }
         error => error,
     })?;
-    let root = issued.certificates.get(1).map(|root| sha256(root));
+    let root = issued
+        .certificates
+        .iter()
+        .skip(1)
+        .last()
+        .map(|root| sha256(root));
     if root.as_ref() != Some(token.root_sha256()) {
         let reason = "the root in it is not the token's";
         return Err(JoinError::Answer(reason.to_owned()));
