@@ -25,7 +25,7 @@ use super::digest::sha256;
 use super::error::TrustError;
 use super::names;
 use super::root_identity::verify_root_identity;
-use super::root_keys::{Delegated, RootKeys, identity_in};
+use super::root_keys::{Delegated, RootKeys, former_part, identity_in};
 use crate::files;
 
 /// Makes keys for an intermediate in the head's state directory, and a request for them. Keys that wait for their papers are
@@ -88,6 +88,12 @@ pub fn sign_intermediate(
     if identity_in(&text).is_none() {
         let reason = "it does not hold both keys of a mesh root: take the root.key of a head that has started with this version";
         return Err(TrustError::damaged(root_key, reason));
+    }
+    if former_part(&text).is_some() {
+        return Err(TrustError::Intermediate(format!(
+            "the root in {} is being rotated: sign with its root.key when the overlap is over, since an intermediate knows one root",
+            root_key.display()
+        )));
     }
     let root = RootKeys::read(root_key, &text, from_pem(root_key, &text)?, root_key)?;
     let request: IntermediateRequest = from_text(REQUEST, request)?;
@@ -437,6 +443,11 @@ mod tests {
             files::read(&dir.path().join(names::INTERMEDIATE)).unwrap(),
             before
         );
+        let rotated = MeshRoot::load_or_create(other.path(), "attic").unwrap();
+        rotated.rotate(other.path(), now + DAY, now).unwrap();
+        let theirs = request_intermediate(other.path()).unwrap();
+        let error = sign_intermediate(&foreign, &theirs, DAY, now).unwrap_err();
+        assert!(error.to_string().contains("being rotated"), "{error}");
         install(&good).unwrap();
         let error = install(&good).unwrap_err().to_string();
         assert!(error.contains("root intermediate request"), "{error}");

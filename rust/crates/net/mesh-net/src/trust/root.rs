@@ -18,7 +18,7 @@ use super::intermediate;
 use super::issued::{Issued, Subject, Validity};
 use super::names;
 use super::root_history;
-use super::root_keys::{RootKeys, identity_in};
+use super::root_keys::{FORMER, RootKeys, former_part, identity_in};
 use super::succession::Succession;
 use crate::files;
 
@@ -404,15 +404,6 @@ impl MeshRoot {
 const ENDORSED_FOR: Duration = Duration::from_secs(400 * 24 * 3600);
 
 const DAY: Duration = Duration::from_secs(24 * 3600);
-
-/// The end of the former root's time, and the former root's keys, in the text of `root.key`.
-fn former_part(text: &str) -> Option<(&str, &str)> {
-    let (_, former) = text.split_once(FORMER)?;
-    former.split_once(":\n")
-}
-
-/// Before the end of the former root's time, and its keys.
-const FORMER: &str = "Former root, accepted until ";
 
 #[cfg(test)]
 mod tests;

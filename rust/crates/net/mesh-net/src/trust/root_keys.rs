@@ -321,6 +321,15 @@ pub(super) fn identity_in(text: &str) -> Option<Result<IdentityKey, KeyError>> {
     Some(IdentityKey::from_pem(&text[at..]))
 }
 
+/// The end of the former root's time, and the former root's keys, in the text of `root.key`.
+pub(super) fn former_part(text: &str) -> Option<(&str, &str)> {
+    let (_, former) = text.split_once(FORMER)?;
+    former.split_once(":\n")
+}
+
+/// Before the end of the former root's time, and its keys.
+pub(super) const FORMER: &str = "Former root, accepted until ";
+
 /// True if a root's certificate names the root's ML-DSA key.
 fn names_identity(certificate: &CertificateDer<'_>) -> bool {
     let parsed = X509Certificate::from_der(certificate);
