@@ -35,6 +35,7 @@ let
             "environment"
             "hardware"
             "networking"
+            "security"
             "systemd"
             "users"
             "warnings"
@@ -44,6 +45,8 @@ let
             role = "worker";
             inherit backend package;
             images.enable = images;
+            # Where there is one, it vouches for the machine.
+            tpm = true;
             # The token may be absent: a worker that has joined needs none.
             joinTokenFile = "${runDir}/join-token";
             # The configuration is checked when the image is built, and needs both. service.env has the real ones.
@@ -83,6 +86,8 @@ in
     # A shim's clients are on other machines; each has to show that it has the address it sends from.
     settings.shim.admit = "verified";
   };
+
+  security.tpm2.enable = true;
 
   # Other workers come to one that holds layers of a model together with them; one that does not, does not listen there.
   networking.firewall.allowedUDPPorts = [

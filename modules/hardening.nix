@@ -11,6 +11,8 @@
   # It lists the machine's interfaces.
   netlink,
   wholeProc,
+  # It has the machine's TPM vouch for its evidence.
+  tpm,
 }:
 let
   inherit (lib) optional optionals;
@@ -26,7 +28,7 @@ in
   # CUDA, MIGraphX and Vulkan's drivers compile kernels while they run, and so does libtorch on CPUs.
   MemoryDenyWriteExecute = !(hasGpu || compiles);
   NoNewPrivileges = true;
-  PrivateDevices = !hasGpu;
+  PrivateDevices = !(hasGpu || tpm);
   PrivateMounts = true;
   PrivateTmp = true;
   # In a user namespace the capability would not count for the host's ports.
@@ -70,22 +72,29 @@ in
   ];
   UMask = "0077";
 }
-// lib.optionalAttrs hasGpu {
-  SupplementaryGroups = [
-    "render"
-    "video"
-  ];
-  LimitMEMLOCK = "infinity";
+// lib.optionalAttrs (hasGpu || tpm) {
+  SupplementaryGroups =
+    optionals hasGpu [
+      "render"
+      "video"
+    ]
+    ++ optional tpm "tss";
   DeviceAllow =
-    if backend == "nvidia" then
-      [
-        "char-nvidiactl rw"
-        "char-nvidia-caps rw"
-        # Device files of cards: called so up to branch 550 or thereabouts, and plainly nvidia since. An unknown name is passed over.
-        "char-nvidia-frontend rw"
-        "char-nvidia rw"
-        "char-nvidia-uvm rw"
-      ]
-    else
-      [ "char-drm rw" ] ++ optional (backend == "rocm") "char-kfd rw";
+    optional tpm "/dev/tpmrm0 rw"
+    ++ (
+      if backend == "cpu" then
+        [ ]
+      else if backend == "nvidia" then
+        [
+          "char-nvidiactl rw"
+          "char-nvidia-caps rw"
+          # Device files of cards: called so up to branch 550 or thereabouts, and plainly nvidia since. An unknown name is passed over.
+          "char-nvidia-frontend rw"
+          "char-nvidia rw"
+          "char-nvidia-uvm rw"
+        ]
+      else
+        [ "char-drm rw" ] ++ optional (backend == "rocm") "char-kfd rw"
+    );
 }
+// lib.optionalAttrs hasGpu { LimitMEMLOCK = "infinity"; }

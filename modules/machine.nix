@@ -22,6 +22,9 @@ let
       // instance
     )
   ) instances.all;
+  workers = concatMap (
+    plan: lib.optional (plan.hasRole "worker") "hydramesh-worker${plan.suffix}.service"
+  ) plans;
   # ROCm's userland comes with the package.
   needsDriver = builtins.any (
     plan:
@@ -37,7 +40,31 @@ in
     services.hydramesh.configFiles = mkMerge (map (unit: unit.configFiles) units);
     environment.systemPackages = [ cfg.package ];
 
-    systemd.services = mkMerge (map (unit: unit.services) units);
+    systemd.services = mkMerge (
+      map (unit: unit.services) units
+      ++ [
+        (mkIf (cfg.narinfo && workers != [ ]) {
+          hydramesh-narinfo = {
+            description = "HydraMesh: the narinfo of the running system";
+            wantedBy = workers;
+            before = workers;
+            path = [ config.nix.package ];
+            script = builtins.readFile ./narinfo.sh;
+            scriptArgs = "/run/current-system /run/hydramesh/system.narinfo";
+            serviceConfig = {
+              Type = "oneshot";
+              RuntimeDirectory = "hydramesh";
+              RuntimeDirectoryPreserve = true;
+              # Nix reads its database, and writes a lock beside it.
+              PrivateDevices = true;
+              PrivateNetwork = true;
+              PrivateTmp = true;
+              ProtectHome = true;
+            };
+          };
+        })
+      ]
+    );
     systemd.tmpfiles.rules = lib.unique (concatMap (unit: unit.tmpfiles) units);
 
     networking.firewall = {
@@ -47,6 +74,9 @@ in
 
     # The driver's libraries are found through /run/opengl-driver, which this makes, with or without a desktop.
     hardware.graphics.enable = mkIf needsDriver (lib.mkDefault true);
+
+    # The device belongs to the group `tss` then.
+    security.tpm2.enable = mkIf (workers != [ ] && cfg.tpm) (lib.mkDefault true);
 
     # Any other user is the admin's own.
     users = mkIf (cfg.user != null) {

@@ -130,6 +130,26 @@ in
       `root-key`. The head does not change it, so the root cannot be rotated meanwhile.
     '';
 
+    tpm = mkOption {
+      type = types.bool;
+      default = false;
+      example = true;
+      description = ''
+        Whether the worker may use this machine's TPM 2.0 (/dev/tpmrm0), which then vouches with a quote for what
+        the worker states about the machine. Enables `security.tpm2`.
+      '';
+    };
+
+    narinfo = mkOption {
+      type = types.bool;
+      default = false;
+      example = true;
+      description = ''
+        Whether the worker states the narinfo of the running system with its signatures, for a head with
+        `evidence.system = "signed"` or `"either"`. A service writes it from the Nix store whenever a worker starts.
+      '';
+    };
+
     approval = mkOption {
       type = types.enum [
         "automatic"
@@ -150,7 +170,7 @@ in
         example = true;
         description = ''
           Whether this head refuses nodes that state nothing about their system and hardware. Evidence is the
-          node's own word: root on that machine can make it up.
+          node's own word, but for the quote of a TPM: root on that machine can make it up.
         '';
       };
       minVersion = mkOption {
@@ -191,6 +211,24 @@ in
         example = [ "cache.nixos.org-1:6NCHdD59X431o0gWypbMrAURkbJ16ZPMQFGspcDShjY=" ];
         description = "Public keys of binary caches whose signature allows a system.";
       };
+      tpm = mkOption {
+        type = types.bool;
+        default = false;
+        example = true;
+        description = "Whether this head refuses nodes whose evidence no TPM 2.0 vouches for with a quote.";
+      };
+      pcrs = mkOption {
+        type = types.attrsOf (types.listOf (types.strMatching "[0-9a-fA-F]{64}"));
+        default = { };
+        example = {
+          "7" = [ "65caf8dd1e0ea7a6347b635d2b379c93b9a1351edc2afc3ecda700e2342c9d5e" ];
+        };
+        description = ''
+          Values of the TPM's registers (PCRs 0–7, 11, 12 and 14 of the SHA-256 bank) that are allowed, in
+          hexadecimal, as `hydramesh nodes show` prints them. Registers that are not named may have any value.
+          Implies `tpm`.
+        '';
+      };
       onChange = mkOption {
         type = types.enum [
           "accept"
@@ -216,16 +254,25 @@ in
             "hardware"
             "models"
             "system"
+            "tpm"
+            "pcrs"
           ]
+          // {
+            description = "part of the evidence";
+          }
         );
         default = [
           "os"
           "architecture"
           "hardware"
           "system"
+          "tpm"
         ];
         example = [ "os" ];
-        description = "Parts whose changes `onChange` is for. Changes of the others are recorded.";
+        description = ''
+          Parts whose changes `onChange` is for: `version` of HydraMesh, `kernel`, `os`, `architecture`, `hardware`,
+          `models`, `system`, `tpm` (which TPM it is), `pcrs` (its registers). Changes of the others are recorded.
+        '';
       };
     };
 

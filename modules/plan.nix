@@ -125,6 +125,8 @@ let
     system = if cfg.evidence.system == "any" then null else cfg.evidence.system;
     systems = given cfg.evidence.systems;
     trusted_keys = given cfg.evidence.trustedKeys;
+    tpm = if cfg.evidence.tpm then true else null;
+    pcrs = if cfg.evidence.pcrs == { } then null else cfg.evidence.pcrs;
     on_change = if cfg.evidence.onChange == "record" then null else cfg.evidence.onChange;
     watched = if cfg.evidence.watched == watchedByDefault then null else cfg.evidence.watched;
   };
@@ -134,6 +136,7 @@ let
     "architecture"
     "hardware"
     "system"
+    "tpm"
   ];
 in
 {

@@ -132,6 +132,7 @@ let
           netlink = role == "worker" || plan.usesMdns role;
           # /proc/meminfo says how large the KV cache may be, /proc/cpuinfo which kernels the processor has.
           wholeProc = role == "worker";
+          tpm = role == "worker" && cfg.tpm;
         }
         // {
           Type = "notify";

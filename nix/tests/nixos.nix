@@ -94,6 +94,11 @@ let
       hardware.nvidia.enabled = switch;
       networking.firewall.allowedTCPPorts = listOf types.port;
       networking.firewall.allowedUDPPorts = listOf types.port;
+      nix.package = mkOption {
+        type = types.raw;
+        default = "nix";
+      };
+      security.tpm2.enable = switch;
       services.xserver.videoDrivers = mkOption {
         type = types.listOf types.str;
         default = [

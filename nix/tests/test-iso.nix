@@ -432,14 +432,25 @@ in
     };
   };
 
-  "only workers with a GPU see devices" = {
-    expr = eachWorker (unit: unit.serviceConfig.PrivateDevices);
-    expected = {
-      cpu = true;
-      nvidia = false;
-      rocm = false;
-      webgpu = false;
-    };
+  "workers use the TPM and their cards, and no other device" = {
+    expr = eachWorker (unit: {
+      inherit (unit.serviceConfig) DevicePolicy;
+      first = builtins.head unit.serviceConfig.DeviceAllow;
+      others = builtins.length unit.serviceConfig.DeviceAllow - 1;
+    });
+    expected =
+      lib.mapAttrs
+        (_: others: {
+          DevicePolicy = "closed";
+          first = "/dev/tpmrm0 rw";
+          inherit others;
+        })
+        {
+          cpu = 0;
+          nvidia = 5;
+          rocm = 2;
+          webgpu = 1;
+        };
   };
 
   "what the module sets for a worker stays" = {

@@ -10,6 +10,7 @@ let
     }
     // options;
   };
+  digest = "65caf8dd1e0ea7a6347b635d2b379c93b9a1351edc2afc3ecda700e2342c9d5e";
   head = options: with' ({ role = "head"; } // options);
   worker =
     options:
@@ -172,6 +173,8 @@ in
             required = true;
             minVersion = "0.1.0";
             os = [ "nixos" ];
+            tpm = true;
+            pcrs."7" = [ digest ];
             onChange = "approve";
             watched = [ "os" ];
           };
@@ -189,6 +192,8 @@ in
             required = true;
             min_version = "0.1.0";
             os = [ "nixos" ];
+            tpm = true;
+            pcrs."7" = [ digest ];
             on_change = "approve";
             watched = [ "os" ];
           };
@@ -333,6 +338,68 @@ in
   "auto is the CPU where nothing speaks for a GPU" =
     is (workerUnit (worker { })).serviceConfig.PrivateDevices
       true;
+  "a worker with a TPM opens that device" =
+    let
+      m = worker { tpm = true; };
+    in
+    is
+      {
+        inherit ((workerUnit m).serviceConfig) DeviceAllow SupplementaryGroups PrivateDevices;
+        head =
+          (headUnit (head {
+            tpm = true;
+          })).serviceConfig.PrivateDevices;
+        inherit ((evaluate m).config.security.tpm2) enable;
+        card =
+          lib.take 2
+            (workerUnit (nvidia {
+              tpm = true;
+            })).serviceConfig.DeviceAllow;
+        without = (evaluate (worker { })).config.security.tpm2.enable;
+      }
+      {
+        DeviceAllow = [ "/dev/tpmrm0 rw" ];
+        SupplementaryGroups = [ "tss" ];
+        PrivateDevices = false;
+        head = true;
+        enable = true;
+        card = [
+          "/dev/tpmrm0 rw"
+          "char-nvidiactl rw"
+        ];
+        without = false;
+      };
+  "the narinfo of the running system is written before each worker starts, if it is wanted" =
+    let
+      m = twoCards { };
+      wanted = {
+        imports = [ m ];
+        services.hydramesh.narinfo = true;
+      };
+      unit = (evaluate wanted).config.systemd.services.hydramesh-narinfo;
+    in
+    is
+      {
+        inherit (unit) before path scriptArgs;
+        late = unit.wantedBy == unit.before;
+        without = (services m) ? hydramesh-narinfo;
+        head =
+          (services (head {
+            narinfo = true;
+          }))
+            ? hydramesh-narinfo;
+      }
+      {
+        before = [
+          "hydramesh-worker.service"
+          "hydramesh-worker-second.service"
+        ];
+        path = [ "nix" ];
+        scriptArgs = "/run/current-system /run/hydramesh/system.narinfo";
+        late = true;
+        without = false;
+        head = false;
+      };
   "auto takes NVIDIA's driver" = is (builtins.head
     (workerUnit (nvidia { })).serviceConfig.DeviceAllow
   ) "char-nvidiactl rw";

@@ -49,6 +49,7 @@ in
     networking.firewall.allowedUDPPorts = list;
     networking.networkmanager.enable = switch;
     nixpkgs.config = any;
+    security.tpm2.enable = switch;
     services = {
       getty.autologinUser = mkOption { type = types.nullOr types.str; };
       getty.helpLine = mkOption { type = types.lines; };

@@ -1,8 +1,9 @@
 //! Identity documents: the mesh root's signed statements about its nodes.
 
-use mesh_proto::{IdentityDocument, SignedIdentity};
+use mesh_proto::{IdentityDocument, SignedIdentity, SignedIntermediate};
 use prost::Message as _;
 
+use crate::intermediate::Intermediate;
 use crate::key::{ALGORITHM, IdentityKey, NodeId, PublicKey};
 
 /// The mesh root's statement that a node with this key is a member.
@@ -39,6 +40,14 @@ pub enum DocumentError {
         "its signature is not that of the mesh root {0}: it was altered, or is of another mesh"
     )]
     Signature(NodeId),
+    /// The statement about the intermediate that signed is not the mesh root's.
+    #[error(
+        "the statement about the intermediate that signed it is not that of the mesh root {0}: it was altered, or is of another mesh"
+    )]
+    Intermediate(NodeId),
+    /// The intermediate may not sign this.
+    #[error("the intermediate that signed it may not: {0}")]
+    Exceeds(&'static str),
     /// The root has signed a document that this version does not understand.
     #[error(
         "the mesh root has signed a document that this version cannot use: {0}; update this node"
@@ -54,6 +63,11 @@ impl Document {
 
     /// The document with the signature of the mesh root's ML-DSA key.
     pub fn sign(&self, root: &IdentityKey) -> Vec<u8> {
+        self.sign_by(root, None)
+    }
+
+    /// The document with the signature of an intermediate, which the root's statement is about.
+    pub fn sign_by(&self, key: &IdentityKey, intermediate: Option<SignedIntermediate>) -> Vec<u8> {
         let body = IdentityDocument {
             version: VERSION,
             algorithm: ALGORITHM,
@@ -66,27 +80,57 @@ impl Document {
             not_after: self.not_after,
         };
         let body = body.encode_to_vec();
-        let signature = root.sign(CONTEXT, &body);
-        SignedIdentity { body, signature }.encode_to_vec()
+        SignedIdentity {
+            signature: key.sign(CONTEXT, &body),
+            body,
+            intermediate,
+        }
+        .encode_to_vec()
     }
 
-    /// Reads the output of [`sign`](Self::sign). Nothing behind the signature is parsed before it is verified. The
+    /// Reads the output of [`sign`](Self::sign) and [`sign_by`](Self::sign_by). Nothing behind the signature is parsed before it is verified. The
     /// validity is the caller's to judge.
     ///
     /// # Errors
-    /// [`DocumentError`] if it is malformed in any way, or not signed by `root`.
+    /// [`DocumentError`] if it is malformed in any way, or signed neither by `root` nor by an intermediate of it.
     pub fn verify(bytes: &[u8], root: &PublicKey) -> Result<Self, DocumentError> {
         if bytes.len() > LONGEST_DOCUMENT {
             return Err(DocumentError::Length(bytes.len()));
         }
         let signed = SignedIdentity::decode(bytes)
             .map_err(|error| DocumentError::Encoding(error.to_string()))?;
-        if !root.verifies(CONTEXT, &signed.body, &signed.signature) {
-            return Err(DocumentError::Signature(root.node_id()));
+        let intermediate = signed.intermediate.as_ref();
+        let intermediate = intermediate.map(|signed| Intermediate::verify(signed, root));
+        let intermediate = intermediate.transpose()?;
+        let signer = intermediate.as_ref().map_or(root, |known| &known.key);
+        if !signer.verifies(CONTEXT, &signed.body, &signed.signature) {
+            return Err(DocumentError::Signature(signer.node_id()));
         }
+        let document = Self::read(&signed.body)?;
+        match &intermediate {
+            Some(intermediate) => document.within(intermediate),
+            None => Ok(document),
+        }
+    }
+
+    /// The document, if the intermediate may sign it.
+    fn within(self, intermediate: &Intermediate) -> Result<Self, DocumentError> {
+        if (&self.mesh, self.root) != (&intermediate.mesh, intermediate.root) {
+            return Err(DocumentError::Exceeds("it is of another mesh"));
+        }
+        let valid = intermediate.not_before..=intermediate.not_after;
+        if !valid.contains(&self.not_before) || !valid.contains(&self.not_after) {
+            return Err(DocumentError::Exceeds(
+                "the document is valid outside of its own time",
+            ));
+        }
+        Ok(self)
+    }
+
+    /// Reads the signed part.
+    fn read(body: &[u8]) -> Result<Self, DocumentError> {
         let unfit = |reason: String| DocumentError::Content(reason);
-        let body =
-            IdentityDocument::decode(&signed.body[..]).map_err(|error| unfit(error.to_string()))?;
+        let body = IdentityDocument::decode(body).map_err(|error| unfit(error.to_string()))?;
         if (body.version, body.algorithm) != (VERSION, ALGORITHM) {
             let (version, algorithm) = (body.version, body.algorithm);
             return Err(unfit(format!("version {version}, algorithm {algorithm}")));
@@ -113,7 +157,7 @@ impl Document {
     }
 }
 
-/// Maximum bytes of a signed document; one has some 5,500.
+/// Maximum bytes of a signed document; one has some 5,500, and 5,500 more if an intermediate signed it.
 pub const LONGEST_DOCUMENT: usize = 16 << 10;
 
 const VERSION: u32 = 1;
@@ -165,10 +209,65 @@ mod tests {
         let bytes = SignedIdentity {
             body: later,
             signature,
+            intermediate: None,
         }
         .encode_to_vec();
         let error = Document::verify(&bytes, root.public()).unwrap_err();
         assert!(error.to_string().contains("update this node"), "{error}");
+    }
+
+    #[test]
+    fn an_intermediate_signs_for_its_root_its_mesh_and_its_time_alone() {
+        let (root, key) = (IdentityKey::generate(), IdentityKey::generate());
+        let intermediate = Intermediate {
+            key: key.public().clone(),
+            mesh: "home".to_owned(),
+            root: [4; 32],
+            not_before: 100,
+            not_after: 200,
+        };
+        let statement = intermediate.sign(&root);
+        let known = Intermediate::verify(&statement, root.public());
+        assert_eq!(known.as_ref(), Ok(&intermediate));
+        let signed = |document: &Document, by: &IdentityKey, statement: &SignedIntermediate| {
+            let bytes = document.sign_by(by, Some(statement.clone()));
+            assert!(bytes.len() < LONGEST_DOCUMENT, "{}", bytes.len());
+            Document::verify(&bytes, root.public())
+        };
+        assert_eq!(signed(&document(), &key, &statement), Ok(document()));
+        type Change = fn(&mut Document);
+        let changes: [Change; 4] = [
+            |document| document.mesh = "away".to_owned(),
+            |document| document.root = [5; 32],
+            |document| document.not_before = 99,
+            |document| document.not_after = 201,
+        ];
+        for change in changes {
+            let mut other = document();
+            change(&mut other);
+            let refused = signed(&other, &key, &statement);
+            assert!(
+                matches!(refused, Err(DocumentError::Exceeds(_))),
+                "{refused:?}"
+            );
+        }
+        // Another key than that of the statement, the root's statement altered, and a statement of somebody else.
+        let stranger = IdentityKey::generate();
+        let refused = signed(&document(), &stranger, &statement);
+        assert_eq!(refused, Err(DocumentError::Signature(key.node_id())));
+        let mut altered = statement.clone();
+        altered.body[10] ^= 1;
+        for statement in [altered, intermediate.sign(&stranger)] {
+            let refused = signed(&document(), &key, &statement);
+            assert_eq!(refused, Err(DocumentError::Intermediate(root.node_id())));
+        }
+        // An intermediate makes no other one.
+        let next = Intermediate {
+            key: stranger.public().clone(),
+            ..intermediate
+        };
+        let refused = signed(&document(), &stranger, &next.sign(&key));
+        assert_eq!(refused, Err(DocumentError::Intermediate(root.node_id())));
     }
 
     proptest! {

@@ -85,6 +85,14 @@ impl Transcript<'_> {
         }
     }
 
+    /// Digest of the text that this node's proof signs. A quote of its TPM has it as its qualifying data.
+    pub fn quoted_digest(&self, node: NodeId) -> [u8; 32] {
+        let mut hash = Sha256::new();
+        hash.update(QUOTE_CONTEXT);
+        hash.update(self.message(node));
+        hash.finalize().into()
+    }
+
     /// Parts of variable length are hashed, so that no part can reach into the next.
     fn message(&self, node: NodeId) -> Vec<u8> {
         let purpose = match self.purpose {
@@ -109,6 +117,7 @@ impl Transcript<'_> {
 }
 
 const CONTEXT: &[u8] = b"hydramesh-identity-proof-v1";
+const QUOTE_CONTEXT: &[u8] = b"hydramesh-tpm-quote-v1";
 
 #[cfg(test)]
 mod tests {

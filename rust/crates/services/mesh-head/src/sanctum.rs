@@ -339,17 +339,30 @@ mod tests {
     fn the_mesh_root_endorses_the_issuer() {
         let dir = tempfile::tempdir().unwrap();
         let now = std::time::SystemTime::now();
-        let authority =
-            arcanum_attestor::Attestor::open(dir.path(), "home", Default::default()).unwrap();
-        let root = authority.root();
-        let sanctum =
-            Sanctum::open(dir.path(), "home", |key| root.endorse(key, ROLE, now)).unwrap();
-        let document = BASE64.decode(sanctum.endorsement().as_bytes()).unwrap();
-        let document = Document::verify(&document, root.identity()).unwrap();
-        assert_eq!(
-            (document.node_id(), document.role.as_str()),
-            (sanctum.id(), ROLE)
-        );
-        assert_eq!(document.root, root.sha256());
+        let check = || {
+            let authority =
+                arcanum_attestor::Attestor::open(dir.path(), "home", Default::default()).unwrap();
+            let root = authority.root();
+            let sanctum =
+                Sanctum::open(dir.path(), "home", |key| root.endorse(key, ROLE, now)).unwrap();
+            let document = BASE64.decode(sanctum.endorsement().as_bytes()).unwrap();
+            let document = Document::verify(&document, root.identity()).unwrap();
+            assert_eq!(
+                (document.node_id(), document.role.as_str()),
+                (sanctum.id(), ROLE)
+            );
+            assert_eq!(document.root, root.sha256());
+            (root.intermediate_until(), document.not_after)
+        };
+        assert_eq!(check().0, None);
+        // By an intermediate, until its end.
+        let key = dir.path().join("root.key");
+        let request = mesh_net::trust::request_intermediate(dir.path()).unwrap();
+        let life = std::time::Duration::from_secs(86_400);
+        let signed = mesh_net::trust::sign_intermediate(&key, &request, life, now).unwrap();
+        mesh_net::trust::install_intermediate(dir.path(), &signed, now).unwrap();
+        std::fs::remove_file(key).unwrap();
+        let (until, ends) = check();
+        assert_eq!(until, Some(ends));
     }
 }

@@ -13,7 +13,9 @@ use mesh_net::trust::{
     AWAITING_APPROVAL, EVIDENCE_REFUSED, EXPELLED, EvidenceSource, JoinToken, Newcomer,
     NodeIdentity, Role,
 };
-use mesh_proto::{Evidence, Hello, PROTOCOL_VERSION, SignedEvidence};
+use mesh_proto::{Evidence, Hello, PROTOCOL_VERSION, SignedEvidence, TpmQuote};
+use mesh_testkit::Swtpm;
+use mesh_tpm::Quoter;
 use prost::Message as _;
 use serde_json::{Value, json};
 use support::{TestHead, eventually};
@@ -60,19 +62,69 @@ async fn join(
     says: &Arc<Mutex<Evidence>>,
     dir: &TempDir,
 ) -> Result<NodeIdentity, JoinError> {
-    let evidence = source(says);
+    join_with(head, token, &source(says), dir).await
+}
+
+async fn join_with(
+    head: &TestHead,
+    token: &JoinToken,
+    evidence: &EvidenceSource,
+    dir: &TempDir,
+) -> Result<NodeIdentity, JoinError> {
     let node = Newcomer {
         name: "attic",
-        evidence: Some(&evidence),
+        evidence: Some(evidence),
     };
     quic::join(&[head.address("quic")], token, dir.path(), node).await
+}
+
+/// A TPM that another one can take the place of. It gives the quotes in `replayed` first.
+#[derive(Clone, Default)]
+struct Chip {
+    quoter: Arc<Mutex<Option<Quoter>>>,
+    given: Arc<Mutex<Vec<TpmQuote>>>,
+    replayed: Arc<Mutex<Vec<TpmQuote>>>,
+}
+
+impl Chip {
+    fn insert(&self, tpm: &Swtpm) {
+        *self.quoter.lock().unwrap() = Some(Quoter::open(&tpm.socket()).unwrap());
+    }
+
+    fn remove(&self) {
+        *self.quoter.lock().unwrap() = None;
+    }
+
+    fn source(&self, says: &Arc<Mutex<Evidence>>) -> EvidenceSource {
+        let chip = self.clone();
+        source(says).with_quotes(move |digest| {
+            if let Some(replayed) = chip.replayed.lock().unwrap().pop() {
+                return Some(replayed);
+            }
+            let quoter = chip.quoter.lock().unwrap();
+            let quote = quoter.as_ref()?.quote(digest).unwrap();
+            chip.given.lock().unwrap().push(quote.clone());
+            Some(quote)
+        })
+    }
 }
 
 impl Node {
     async fn join(head: &TestHead, says: Evidence) -> Self {
         let (says, dir) = (Arc::new(Mutex::new(says)), tempfile::tempdir().unwrap());
-        let identity = join(head, &head.token().await, &says, &dir).await.unwrap();
-        identity.set_evidence(source(&says));
+        let evidence = source(&says);
+        Self::join_with(head, says, evidence, dir).await
+    }
+
+    async fn join_with(
+        head: &TestHead,
+        says: Arc<Mutex<Evidence>>,
+        evidence: EvidenceSource,
+        dir: TempDir,
+    ) -> Self {
+        let token = head.token().await;
+        let identity = join_with(head, &token, &evidence, &dir).await.unwrap();
+        identity.set_evidence(evidence);
         Self {
             says,
             identity,
@@ -90,7 +142,7 @@ impl Node {
         let connector = Connector::toward(address, self.identity.clone(), config).unwrap();
         let link = connector.connect(address, Role::Head).await.unwrap();
         let mut control = link.open().await.unwrap();
-        let own = report_evidence(&link, &self.identity).unwrap();
+        let own = report_evidence(&link, &self.identity).await.unwrap();
         let hello = Hello {
             protocol: PROTOCOL_VERSION,
             evidence: other.or(own),
@@ -112,6 +164,7 @@ impl Node {
     /// Reports its evidence on a link that is up.
     async fn report(&self, linked: &mut Linked) -> SignedEvidence {
         let signed = report_evidence(&linked.link, &self.identity)
+            .await
             .unwrap()
             .unwrap();
         linked.send(&signed).await;
@@ -372,4 +425,87 @@ async fn evidence_of_another_node_of_another_session_or_altered_is_refused() {
     let (code, text) = linked.refused().await;
     assert_eq!(code, ErrorCode::INVALID_PAYLOAD, "{text}");
     assert_eq!(shown(&head).await["evidence"]["version"], "0.1.0");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_tpm_is_pinned_at_first_sight_and_its_quotes_count_for_their_session_alone() {
+    let test = "a_tpm_is_pinned_at_first_sight_and_its_quotes_count_for_their_session_alone";
+    let (Some(tpm), Some(other)) = (Swtpm::start(test), Swtpm::start(test)) else {
+        return;
+    };
+    let head = start(|evidence| {
+        evidence.tpm = true;
+        evidence.on_change = OnChange::Approve;
+    })
+    .await;
+    let (chip, dir) = (Chip::default(), tempfile::tempdir().unwrap());
+    let says = Arc::new(Mutex::new(debian("12")));
+    let without = join(&head, &head.token().await, &says, &dir).await;
+    let text = without.unwrap_err().to_string();
+    assert!(text.contains("tpm: no quote"), "{text}");
+    chip.insert(&tpm);
+    let node = Node::join_with(&head, says.clone(), chip.source(&says), dir).await;
+    let known = shown(&head).await["evidence"]["tpm"].clone();
+    assert_eq!(known["manufacturer"], "IBM");
+    assert_eq!(known["pcrs"][4]["index"], 4);
+    let linked = node.connect(&head, None).await.unwrap();
+    quic::renew(&[head.address("quic")], &node.identity)
+        .await
+        .unwrap();
+    drop(linked);
+
+    // Another system was started: it is recorded.
+    chip.remove();
+    tpm.extend(4, [9; 32]);
+    chip.insert(&tpm);
+    let linked = node.connect(&head, None).await.unwrap();
+    let changes = shown(&head).await["evidence"]["changes"].clone();
+    assert_eq!(changes.as_array().unwrap().len(), 1, "{changes}");
+    assert_eq!(changes[0]["field"], "pcrs");
+    assert_eq!(changes[0]["before"], "4=000000000000");
+    drop(linked);
+
+    let old = chip.given.lock().unwrap()[0].clone();
+    chip.replayed.lock().unwrap().push(old);
+    let (code, text) = node.connect(&head, None).await.err().unwrap();
+    assert_eq!(code, EVIDENCE_REFUSED);
+    assert!(text.contains("another request or session"), "{text}");
+
+    // Another TPM, and none.
+    chip.remove();
+    chip.insert(&other);
+    let (code, text) = node.connect(&head, None).await.err().unwrap();
+    assert_eq!(code, AWAITING_APPROVAL, "{text}");
+    assert!(text.contains("tpm: from \"IBM ecdsa-p256 000b"), "{text}");
+    chip.remove();
+    let (code, text) = node.connect(&head, None).await.err().unwrap();
+    assert_eq!(code, EVIDENCE_REFUSED, "{text}");
+    chip.insert(&tpm);
+    node.connect(&head, None).await.expect("the pinned one");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_whose_registers_have_other_values_than_those_allowed_is_refused() {
+    let test = "a_node_whose_registers_have_other_values_than_those_allowed_is_refused";
+    let Some(tpm) = Swtpm::start(test) else {
+        return;
+    };
+    let head = start(|evidence| {
+        let allowed = vec!["0".repeat(64)];
+        evidence.pcrs = [("7".to_owned(), allowed)].into();
+    })
+    .await;
+    let (chip, dir) = (Chip::default(), tempfile::tempdir().unwrap());
+    let says = Arc::new(Mutex::new(debian("12")));
+    chip.insert(&tpm);
+    let node = Node::join_with(&head, says.clone(), chip.source(&says), dir).await;
+    node.connect(&head, None).await.unwrap();
+    chip.remove();
+    tpm.extend(7, [9; 32]);
+    chip.insert(&tpm);
+    let (code, text) = node.connect(&head, None).await.err().unwrap();
+    assert_eq!(code, EVIDENCE_REFUSED);
+    for part in ["register 7 is ", "trust.evidence.pcrs"] {
+        assert!(text.contains(part), "{text}");
+    }
 }

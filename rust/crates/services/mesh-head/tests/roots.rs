@@ -7,7 +7,10 @@ use std::time::{Duration, SystemTime};
 use dcf::{Message, MsgType};
 use mesh_head::Config;
 use mesh_net::quic::{self, Connector, LinkConfig};
-use mesh_net::trust::{NodeIdentity, Role};
+use mesh_net::trust::{
+    MeshRoot, NodeIdentity, Role, install_intermediate, read_papers, request_intermediate,
+    sign_intermediate,
+};
 use mesh_proto::{Hello, PROTOCOL_VERSION, SignedSuccession};
 use prost::Message as _;
 use serde_json::{Value, json};
@@ -111,4 +114,35 @@ async fn hear_of_a_root(head: &TestHead, identity: &NodeIdentity) -> SignedSucce
     let heard = tokio::time::timeout(Duration::from_secs(5), heard).await;
     assert!(link.close_reason().is_none());
     heard.expect("it is told in time")
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_head_with_an_intermediate_alone_starts_admits_and_endorses_its_trail() {
+    let (dir, now) = (tempfile::tempdir().unwrap(), SystemTime::now());
+    let root = MeshRoot::load_or_create(dir.path(), "hydramesh").unwrap();
+    let key = dir.path().join("root.key");
+    let request = request_intermediate(dir.path()).unwrap();
+    let signed = sign_intermediate(&key, &request, Duration::from_secs(86_400), now).unwrap();
+    let until = install_intermediate(dir.path(), &signed, now).unwrap();
+    std::fs::remove_file(&key).unwrap();
+    let head = TestHead::start(|config| config.state_dir = dir.path().to_owned()).await;
+    let admin_key = std::fs::read_to_string(dir.path().join("admin.key")).unwrap();
+    let shown = head.http.get(head.url("/v1/mesh/root"));
+    let shown = shown.bearer_auth(admin_key.trim()).send().await.unwrap();
+    let shown: Value = shown.json().await.unwrap();
+    assert_eq!(shown["intermediate_until"], until);
+    let rotate = head.http.post(head.url("/v1/mesh/root/rotate"));
+    let rotate = rotate.bearer_auth(admin_key.trim()).json(&json!({}));
+    let refused = rotate.send().await.unwrap();
+    assert!(refused.status().is_client_error() || refused.status().is_server_error());
+    let text = refused.text().await.unwrap();
+    assert!(text.contains("root.key"), "{text}");
+    let TestHead { handle, .. } = head;
+    handle.shutdown().await.unwrap();
+    let trail = dir.path().join("audit").join("master");
+    let archive = mesh_audit::archive::Archive::open(&trail).unwrap();
+    let document = archive.document().unwrap().expect("the trail is endorsed");
+    let document = read_papers(&document).unwrap();
+    assert_eq!(document.root, root.sha256());
+    assert_eq!(document.role, "head");
 }

@@ -95,8 +95,43 @@ pub struct Config {
     pub sampling: SamplingDefaults,
     /// Tell the head about this node's system, hardware and models.
     pub evidence: bool,
+    /// The TPM 2.0 that vouches for that: `auto` for /dev/tpmrm0 if it is there, `off`, or the path of another device or socket.
+    pub tpm: TpmChoice,
     /// Log level or filter, used if neither `--log-level` nor RUST_LOG is set.
     pub log_level: Option<String>,
+}
+
+/// The TPM that vouches for the evidence.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(from = "String", into = "String")]
+pub enum TpmChoice {
+    /// The kernel's, if there is one.
+    #[default]
+    Auto,
+    /// None.
+    Off,
+    /// That behind this device file or socket.
+    At(PathBuf),
+}
+
+impl From<String> for TpmChoice {
+    fn from(text: String) -> Self {
+        match &*text {
+            "auto" | "" => Self::Auto,
+            "off" => Self::Off,
+            _ => Self::At(text.into()),
+        }
+    }
+}
+
+impl From<TpmChoice> for String {
+    fn from(choice: TpmChoice) -> Self {
+        match choice {
+            TpmChoice::Auto => "auto".to_owned(),
+            TpmChoice::Off => "off".to_owned(),
+            TpmChoice::At(path) => path.display().to_string(),
+        }
+    }
 }
 
 /// Settings of the HTTP listener for health and metrics.
@@ -380,6 +415,7 @@ impl Default for Config {
             legacy: LegacyConfig::default(),
             sampling: SamplingDefaults::default(),
             evidence: true,
+            tpm: TpmChoice::Auto,
             log_level: None,
         }
     }
@@ -655,6 +691,15 @@ mod tests {
         std::fs::write(file.path(), toml).unwrap();
         let loader = Loader::new("worker").file(file.path());
         loader.environment::<&str, &str>([]).load().unwrap().value
+    }
+
+    #[test]
+    fn a_tpm_is_found_left_out_or_named() {
+        assert_eq!(parse("").tpm, TpmChoice::Auto);
+        assert_eq!(parse("tpm = \"off\"").tpm, TpmChoice::Off);
+        let named = TpmChoice::At("/run/tpm".into());
+        assert_eq!(parse("tpm = \"/run/tpm\"").tpm, named);
+        assert_eq!(String::from(named), "/run/tpm");
     }
 
     #[test]

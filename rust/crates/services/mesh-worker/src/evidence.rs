@@ -7,13 +7,16 @@ use std::time::{Duration, Instant};
 use mesh_machine::evidence::collect;
 use mesh_net::trust::EvidenceSource;
 use mesh_proto::{Evidence, ModelCard, ServedFingerprint};
+use mesh_tpm::{DEVICE, Quoter};
 use prost::Message as _;
 
+use crate::config::TpmChoice;
 use crate::lock::lock;
 
 /// The evidence of this node: that of its machine as it was at the start, and the models that it serves.
 pub(crate) struct NodeEvidence {
     machine: Evidence,
+    tpm: Option<Arc<Quoter>>,
     told: Mutex<Told>,
 }
 
@@ -23,10 +26,11 @@ struct Told {
 }
 
 impl NodeEvidence {
-    /// Reads the machine. Blocks on the disk.
-    pub(crate) fn collect() -> Self {
+    /// Reads the machine, and opens its TPM. Blocks on both.
+    pub(crate) fn collect(tpm: &TpmChoice) -> Self {
         Self {
             machine: collect(Path::new("/"), env!("CARGO_PKG_VERSION")),
+            tpm: open(tpm).map(Arc::new),
             told: Mutex::new(Told {
                 models: Vec::new(),
                 at: Instant::now(),
@@ -37,14 +41,25 @@ impl NodeEvidence {
     /// The source for requests to the head, with the models that it was told of last.
     pub(crate) fn source(self: &Arc<Self>) -> EvidenceSource {
         let own = self.clone();
-        EvidenceSource::new(move || {
+        let source = EvidenceSource::new(move || {
             let models = lock(&own.told).models.clone();
             let evidence = Evidence {
                 models,
                 ..own.machine.clone()
             };
             evidence.encode_to_vec()
-        })
+        });
+        match self.tpm.clone() {
+            Some(tpm) => source.with_quotes(move |digest| {
+                let quoted = tpm.quote(digest);
+                quoted
+                    .inspect_err(|error| {
+                        tracing::warn!(%error, "the evidence goes without a quote of the TPM");
+                    })
+                    .ok()
+            }),
+            None => source,
+        }
     }
 
     /// The head is told of these models now.
@@ -67,6 +82,33 @@ impl NodeEvidence {
             at: now,
         };
         true
+    }
+}
+
+/// The TPM, if there is one that can quote.
+fn open(choice: &TpmChoice) -> Option<Quoter> {
+    let path = match choice {
+        TpmChoice::Off => return None,
+        // Most machines of some age have none.
+        TpmChoice::Auto if !Path::new(DEVICE).exists() => return None,
+        TpmChoice::Auto => Path::new(DEVICE),
+        TpmChoice::At(path) => path,
+    };
+    match Quoter::open(path) {
+        Ok(quoter) => {
+            let key = quoter.description();
+            tracing::info!(tpm = %path.display(), key, "this machine's TPM vouches for its evidence");
+            Some(quoter)
+        }
+        // Only a user in the right group may use the TPM, and nobody asked for it.
+        Err(error) if *choice == TpmChoice::Auto => {
+            tracing::info!(%error, "the evidence goes without quotes of a TPM");
+            None
+        }
+        Err(error) => {
+            tracing::warn!(%error, "the evidence goes without quotes of a TPM");
+            None
+        }
     }
 }
 
@@ -104,7 +146,7 @@ mod tests {
 
     #[test]
     fn other_models_are_reported_after_a_pause_and_the_same_ones_are_not() {
-        let evidence = Arc::new(NodeEvidence::collect());
+        let evidence = Arc::new(NodeEvidence::collect(&TpmChoice::Off));
         let now = Instant::now();
         evidence.serves(&[card("b"), card("a")], now);
         let later = now + INTERVAL;

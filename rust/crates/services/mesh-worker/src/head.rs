@@ -21,6 +21,7 @@ use mesh_service::health::Health;
 use mesh_service::shutdown::Shutdown;
 use mesh_worker_core::{Lease, Refusal};
 use prost::{DecodeError, Message as _};
+use tokio::sync::mpsc::UnboundedSender;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -221,7 +222,8 @@ impl HeadLink {
         if let Some(evidence) = &self.evidence {
             evidence.serves(&models, Instant::now());
         }
-        let evidence = quic::report_evidence(link, identity).map_err(|error| error.to_string())?;
+        let evidence = quic::report_evidence(link, identity).await;
+        let evidence = evidence.map_err(|error| error.to_string())?;
         let (models, image_models) = part_cards(models);
         let hello = Hello {
             node_name: self.config.node_name(),
@@ -274,6 +276,7 @@ impl HeadLink {
         let (mut send, mut recv) = control.split();
         let (ring_outbox, mut ring_messages) = tokio::sync::mpsc::unbounded_channel();
         let lease = self.host.rings.linked(ring_outbox, link.rtt(), cards);
+        let (reports, mut reported) = tokio::sync::mpsc::unbounded_channel();
         let mut look = tokio::time::interval(LOAD_INTERVAL);
         look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
@@ -287,6 +290,7 @@ impl HeadLink {
                 () = self.shutdown.draining(), if !now_draining => {}
                 _ = look.tick() => {}
                 Some(message) = ring_messages.recv() => send.send(message).await?,
+                Some(report) = reported.recv() => send.send(report).await?,
                 message = self.gossip.next() => send.send(message).await?,
                 () = heartbeats.due() => heartbeats.send(self.host.load_report(now_draining)).await,
                 received = recv.recv() => {
@@ -303,9 +307,7 @@ impl HeadLink {
             for message in self.news() {
                 send.send(message).await?;
             }
-            if let Some(message) = self.evidence_news(link, identity) {
-                send.send(message).await?;
-            }
+            self.report_models(link, identity, &reports);
         }
     }
 
@@ -351,19 +353,28 @@ impl HeadLink {
         Ok(())
     }
 
-    /// This node's evidence, if its models are others than the head was told.
-    fn evidence_news(&self, link: &Link, identity: &NodeIdentity) -> Option<Message> {
-        let evidence = self.evidence.as_ref()?;
-        if !evidence.is_due(&self.host.cards(), Instant::now()) {
-            return None;
+    /// Has this node's evidence sent if its models are others than the head was told. A TPM may take a while to quote.
+    fn report_models(
+        &self,
+        link: &Link,
+        identity: &NodeIdentity,
+        reports: &UnboundedSender<Message>,
+    ) {
+        let evidence = self.evidence.as_ref();
+        if !evidence.is_some_and(|known| known.is_due(&self.host.cards(), Instant::now())) {
+            return;
         }
-        match quic::report_evidence(link, identity) {
-            Ok(signed) => Some(message(MsgType::EVIDENCE, &signed?)),
-            Err(error) => {
-                tracing::warn!(%error, "the head does not hear of other models");
-                None
+        let (link, identity, reports) = (link.clone(), identity.clone(), reports.clone());
+        tokio::spawn(async move {
+            match quic::report_evidence(&link, &identity).await {
+                Ok(signed) => {
+                    let message = signed.map(|signed| message(MsgType::EVIDENCE, &signed));
+                    // The link may have ended in the meantime.
+                    let _ = message.map(|message| reports.send(message));
+                }
+                Err(error) => tracing::warn!(%error, "the head does not hear of other models"),
             }
-        }
+        });
     }
 
     fn news(&self) -> Vec<Message> {

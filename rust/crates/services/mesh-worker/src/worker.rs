@@ -103,9 +103,11 @@ impl Worker {
             (None, None) => None,
         };
         let evidence = match config.evidence {
-            true => Some(Arc::new(
-                tokio::task::spawn_blocking(NodeEvidence::collect).await?,
-            )),
+            true => {
+                let tpm = config.tpm.clone();
+                let collected = tokio::task::spawn_blocking(move || NodeEvidence::collect(&tpm));
+                Some(Arc::new(collected.await?))
+            }
             false => None,
         };
         let source = evidence.as_ref().map(NodeEvidence::source);

@@ -16,6 +16,7 @@
 //! - [`conformance`] has the contracts of engines as checks;
 //! - [`hub`] is a Hugging Face hub with repositories made in the test, and with everything that goes wrong;
 //! - [`lavapipe`] runs tests on WebGPU without a GPU;
+//! - [`Swtpm`] is a TPM 2.0 in software;
 //! - [`v5`] holds a v5.0.0 client, worker and head written from the wire format alone, without the `dcf` crate.
 
 #![forbid(unsafe_code)]
@@ -24,8 +25,10 @@ pub mod conformance;
 pub mod hub;
 pub mod lavapipe;
 pub mod namespaces;
+mod swtpm;
 pub mod v5;
 
 pub use mesh_client as client;
 pub use mesh_launcher::{Launcher, Mesh, MeshBuilder, Service, paths, process, until_signal};
 pub use namespaces::Namespaces;
+pub use swtpm::Swtpm;

@@ -17,7 +17,8 @@ use mesh_machine::boot::choice::{Backend, Wish};
 pub(crate) use audit::{AuditCommand, TrailArgs};
 pub(crate) use keys::{DelegateArgs, KeysCommand};
 pub(crate) use members::{
-    DrainArgs, IdentityCommand, NodesCommand, RebalanceArgs, RootCommand, TokenCommand, UndrainArgs,
+    DrainArgs, IdentityCommand, IntermediateCommand, NodesCommand, RebalanceArgs, RootCommand,
+    TokenCommand, UndrainArgs,
 };
 pub(crate) use models::{ModelsCommand, PinsCommand, PlacesArgs, VerifyArgs};
 pub(crate) use pull::PullArgs;

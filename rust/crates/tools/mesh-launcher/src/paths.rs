@@ -40,6 +40,11 @@ pub fn vulkan_driver() -> Result<PathBuf> {
     fetched("vulkan/lvp.json")
 }
 
+/// The program of swtpm, a TPM in software. Its libraries lie beside its folder in `lib`.
+pub fn swtpm() -> Result<PathBuf> {
+    fetched("swtpm/bin/swtpm")
+}
+
 /// The SmolLM2-135M-Instruct Q4_1 GGUF file.
 pub fn smollm2() -> Result<PathBuf> {
     fetched(SMOLLM2)

@@ -153,6 +153,15 @@ impl Attestor {
             );
         }
         let root = self.root();
+        root.check(now)?;
+        if let Some(until) = root.intermediate_until()
+            && until < unix_seconds(now + INTERMEDIATE_WARNING)
+        {
+            tracing::warn!(
+                until = clock::utc_of(until),
+                "the intermediate by which this head issues certificates ends soon: have the root sign a new one (`hydramesh root intermediate`)"
+            );
+        }
         root.settle(dir)?;
         let mut former = None;
         match NodeIdentity::load_with(dir, self.deny_list.clone()) {
@@ -600,6 +609,8 @@ fn awaiting_approval(name: &str, node_id: &str) -> Refusal {
     ))
 }
 
+/// Time before the end of an intermediate at which the head begins to complain.
+const INTERMEDIATE_WARNING: Duration = Duration::from_secs(30 * 24 * 3600);
 /// A member rotates its identity no more often.
 const ROTATION_INTERVAL: Duration = Duration::from_secs(3600);
 /// Maximum number of rotated identities on the list of expelled nodes.

@@ -1,6 +1,8 @@
 //! Evidence as the head keeps it: bounded, checked text, and the differences between two of a node.
 
+use mesh_net::trust::Vouched;
 use mesh_proto::NixSystem;
+use mesh_tpm::{QuoteError, Verified};
 use prost::Message as _;
 use serde::{Deserialize, Serialize};
 
@@ -38,6 +40,23 @@ pub struct Evidence {
     /// The running NixOS system.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub system: Option<System>,
+    /// Its TPM, by a quote that was verified.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tpm: Option<Tpm>,
+}
+
+/// A TPM that signed a quote for this evidence.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Tpm {
+    /// Its manufacturer, by the node's word.
+    pub manufacturer: String,
+    /// Name of the attestation key, in hexadecimal.
+    pub key: String,
+    /// Algorithm of that key.
+    pub algorithm: String,
+    /// Numbers and values, in hexadecimal, of the quoted registers of the SHA-256 bank.
+    pub pcrs: Vec<(u8, String)>,
 }
 
 /// The running NixOS system of a node.
@@ -77,6 +96,9 @@ pub enum EvidenceError {
     /// The narinfo of the running system.
     #[error("the narinfo in its field `system`: {0}")]
     Narinfo(#[from] NarinfoError),
+    /// The quote of the TPM.
+    #[error("the quote of its TPM: {0}")]
+    Quote(#[from] QuoteError),
 }
 
 /// A part of evidence. Its name is that in the configuration.
@@ -99,6 +121,10 @@ pub enum Field {
     Models,
     /// The running NixOS system.
     System,
+    /// The TPM, by its attestation key.
+    Tpm,
+    /// The TPM's registers.
+    Pcrs,
 }
 
 /// A difference between two evidences of a node.
@@ -124,6 +150,8 @@ impl Field {
             Self::Hardware => "hardware",
             Self::Models => "models",
             Self::System => "system",
+            Self::Tpm => "tpm",
+            Self::Pcrs => "pcrs",
         }
     }
 }
@@ -136,6 +164,19 @@ impl std::fmt::Display for Change {
 }
 
 impl Evidence {
+    /// Reads evidence that a node vouches for, and verifies the quote beside it.
+    ///
+    /// # Errors
+    /// [`EvidenceError`] names the field, or says why the quote does not hold.
+    pub fn of(vouched: &Vouched<'_>, keys: &[narinfo::TrustedKey]) -> Result<Self, EvidenceError> {
+        let quote = vouched.quote;
+        let verified = quote.map(|quote| mesh_tpm::verify(quote, &vouched.digest));
+        Ok(Self {
+            tpm: verified.transpose()?.map(Tpm::from),
+            ..Self::read(vouched.body, keys)?
+        })
+    }
+
     /// Reads evidence whose signature was verified. A narinfo counts as signed by those of `keys` whose signature holds.
     ///
     /// # Errors
@@ -172,6 +213,7 @@ impl Evidence {
             boot: text("boot", said.boot)?,
             models,
             system: system.transpose()?,
+            tpm: None,
         })
     }
 
@@ -186,6 +228,8 @@ impl Evidence {
             Field::Hardware,
             Field::Models,
             Field::System,
+            Field::Tpm,
+            Field::Pcrs,
         ];
         let differs = |field: &Field| match field {
             Field::Hardware => !self.has_hardware_of(later),
@@ -198,15 +242,36 @@ impl Evidence {
                 known(self) != known(later)
             }
             Field::Models => self.models != later.models,
+            Field::Tpm => self.tpm_key() != later.tpm_key(),
+            // Those of another TPM, or of none, say nothing more.
+            Field::Pcrs => self.tpm_key() == later.tpm_key() && self.pcrs() != later.pcrs(),
             field => self.value(*field) != later.value(*field),
         };
         let changed = fields.into_iter().filter(differs);
+        let value = |evidence: &Self, other: &Self, field| match field {
+            Field::Pcrs => evidence.pcrs_unlike(other),
+            field => evidence.value(field),
+        };
         let change = |field| Change {
             field,
-            before: cut(&self.value(field)),
-            after: cut(&later.value(field)),
+            before: cut(&value(self, later, field)),
+            after: cut(&value(later, self, field)),
         };
         changed.map(change).collect()
+    }
+
+    fn tpm_key(&self) -> Option<&str> {
+        self.tpm.as_ref().map(|tpm| &*tpm.key)
+    }
+
+    fn pcrs(&self) -> &[(u8, String)] {
+        self.tpm.as_ref().map_or(&[], |tpm| &tpm.pcrs)
+    }
+
+    /// The registers that the other evidence does not have with these values.
+    fn pcrs_unlike(&self, other: &Self) -> String {
+        let unlike = self.pcrs().iter().filter(|pcr| !other.pcrs().contains(pcr));
+        pcr_text(unlike)
     }
 
     fn has_hardware_of(&self, other: &Self) -> bool {
@@ -250,6 +315,30 @@ impl Evidence {
                     .trim()
                     .to_owned()
             }),
+            Field::Tpm => self.tpm.as_ref().map_or_else(String::new, |tpm| {
+                format!("{} {} {}", tpm.manufacturer, tpm.algorithm, tpm.key)
+            }),
+            Field::Pcrs => pcr_text(self.pcrs().iter()),
+        }
+    }
+}
+
+/// Numbers and first digits.
+fn pcr_text<'a>(pcrs: impl Iterator<Item = &'a (u8, String)>) -> String {
+    let texts = pcrs.map(|(index, value)| {
+        let digits: String = value.chars().take(12).collect();
+        format!("{index}={digits}")
+    });
+    texts.collect::<Vec<_>>().join(" ")
+}
+
+impl From<Verified> for Tpm {
+    fn from(verified: Verified) -> Self {
+        Self {
+            manufacturer: verified.manufacturer,
+            key: verified.key,
+            algorithm: verified.algorithm.name().to_owned(),
+            pcrs: verified.pcrs,
         }
     }
 }

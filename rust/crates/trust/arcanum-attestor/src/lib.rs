@@ -26,7 +26,7 @@ mod tokens;
 
 pub use attestor::{Attestor, EnrolmentError};
 pub use enrolment::{Approval, Candidate, Decision, Enrolment};
-pub use evidence::{Change, Evidence, EvidenceError, Field, System};
+pub use evidence::{Change, Evidence, EvidenceError, Field, System, Tpm};
 pub use narinfo::{NarinfoError, TrustedKey, TrustedKeyError, is_store_path};
 pub use news::{EvidenceDecision, EvidenceNews};
 pub use policy::{EvidencePolicy, OnChange, Reason, SystemRule, Version, VersionError};

@@ -1,8 +1,10 @@
 //! The head's policy on evidence, as a pure decision.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 
-use crate::evidence::{Change, Evidence, Field, System};
+use crate::evidence::{Change, Evidence, Field, System, Tpm};
 use crate::narinfo::TrustedKey;
 
 /// Requirements on the evidence of nodes, and the rule for changes. The default requires nothing and records.
@@ -20,6 +22,10 @@ pub struct EvidencePolicy {
     pub systems: Vec<String>,
     /// Keys of binary caches whose signature allows a system.
     pub trusted_keys: Vec<TrustedKey>,
+    /// Refuse nodes whose evidence no TPM vouches for.
+    pub tpm: bool,
+    /// Values of registers that are allowed, in hexadecimal. Registers that are not named may have any.
+    pub pcrs: BTreeMap<u8, Vec<String>>,
     /// Rule for changes of watched fields.
     pub on_change: OnChange,
     /// Fields whose changes the rule is for. Evidence that is withheld after it was sent always is one.
@@ -109,6 +115,21 @@ pub enum Reason {
         /// The requirement.
         rule: SystemRule,
     },
+    /// No TPM vouches for it.
+    #[error(
+        "tpm: no quote, and the head requires one (`trust.evidence.tpm` or `pcrs`): turn the TPM 2.0 on in this machine's firmware, let the worker use /dev/tpmrm0, and leave `tpm = \"auto\"` in its configuration"
+    )]
+    Tpm,
+    /// A register has another value than those that are allowed.
+    #[error(
+        "pcrs: register {index} is {found}, which is not allowed (`trust.evidence.pcrs` at the head): add it there, or start the system that was measured before on this node"
+    )]
+    Pcr {
+        /// The register.
+        index: u8,
+        /// Its value; empty if it is not quoted.
+        found: String,
+    },
     /// The evidence has changed, and the policy refuses that.
     #[error(
         "{}: changed from {:?} to {:?}, and the head refuses changes (`trust.evidence.on_change`): undo the change on this node, or set `record` or `approve` there",
@@ -176,7 +197,8 @@ impl EvidencePolicy {
             let requires = self.required
                 || self.min_version.is_some()
                 || !self.os.is_empty()
-                || self.system != SystemRule::Any;
+                || self.system != SystemRule::Any
+                || self.requires_tpm();
             return requires.then_some(Reason::Missing).into_iter().collect();
         };
         let mut reasons = Vec::new();
@@ -208,7 +230,26 @@ impl EvidencePolicy {
                 rule: self.system,
             });
         }
+        match &evidence.tpm {
+            None if self.requires_tpm() => reasons.push(Reason::Tpm),
+            None => {}
+            Some(tpm) => reasons.extend(self.unmet_pcrs(tpm)),
+        }
         reasons
+    }
+
+    fn requires_tpm(&self) -> bool {
+        self.tpm || !self.pcrs.is_empty()
+    }
+
+    fn unmet_pcrs(&self, tpm: &Tpm) -> impl Iterator<Item = Reason> {
+        let judged = self.pcrs.iter().map(|(index, allowed)| {
+            let value = tpm.pcrs.iter().find(|(known, _)| known == index);
+            let found = value.map_or_else(String::new, |(_, value)| value.clone());
+            let index = *index;
+            (!allowed.contains(&found)).then_some(Reason::Pcr { index, found })
+        });
+        judged.flatten()
     }
 
     /// Those of the changes that the rule for changes is for. A system that is listed or signed needs no other approval.
@@ -218,7 +259,9 @@ impl EvidencePolicy {
         let watched = changes.iter().filter(|change| {
             let is_watched =
                 change.field == Field::Evidence || self.watched.contains(&change.field);
-            is_watched && !(change.field == Field::System && vouched)
+            // The first quote of a node pins its TPM.
+            let pins = change.field == Field::Tpm && change.before.is_empty();
+            is_watched && !pins && !(change.field == Field::System && vouched)
         });
         watched.cloned().collect()
     }
@@ -336,6 +379,53 @@ mod tests {
             let error = error.unwrap_err().to_string();
             assert!(error.contains("narinfo"), "{error}");
         }
+    }
+
+    #[test]
+    fn a_tpm_and_values_of_its_registers_can_be_required_and_the_first_quote_is_no_change() {
+        let with = |key: &str, value: &str| Evidence {
+            tpm: Some(Tpm {
+                manufacturer: "IFX".to_owned(),
+                key: key.to_owned(),
+                algorithm: "ecdsa-p256".to_owned(),
+                pcrs: vec![(7, value.to_owned())],
+            }),
+            ..read(&said()).unwrap()
+        };
+        let (bare, known) = (read(&said()).unwrap(), with("000ba", "01"));
+        let policy = |tpm, pcrs: &[(u8, &str)]| EvidencePolicy {
+            tpm,
+            pcrs: (pcrs
+                .iter()
+                .map(|(index, value)| (*index, vec![(*value).to_owned()])))
+            .collect(),
+            watched: vec![Field::Tpm],
+            ..EvidencePolicy::default()
+        };
+        for (policy, without, within) in [
+            (policy(false, &[]), true, true),
+            (policy(true, &[]), false, true),
+            (policy(false, &[(7, "01")]), false, true),
+            (policy(false, &[(7, "02")]), false, false),
+            (policy(false, &[(7, "01"), (4, "01")]), false, false),
+        ] {
+            assert_eq!(policy.unmet(Some(&bare)).is_empty(), without, "{policy:?}");
+            assert_eq!(policy.unmet(Some(&known)).is_empty(), within, "{policy:?}");
+        }
+        assert_eq!(policy(true, &[]).unmet(None), [Reason::Missing]);
+        let watched = |before: &Evidence, after: &Evidence| {
+            let changes = before.changes_to(after);
+            let watched = policy(false, &[]).watched_of(&changes, after);
+            let names = |changes: &[Change]| changes.iter().map(|one| one.field.name()).collect();
+            let (all, watched): (Vec<&str>, Vec<&str>) = (names(&changes), names(&watched));
+            (all, watched)
+        };
+        assert_eq!(watched(&bare, &known), (vec!["tpm"], vec![]));
+        assert_eq!(watched(&known, &bare), (vec!["tpm"], vec!["tpm"]));
+        let other = with("000bb", "02");
+        assert_eq!(watched(&known, &other), (vec!["tpm"], vec!["tpm"]));
+        let updated = with("000ba", "02");
+        assert_eq!(watched(&known, &updated), (vec!["pcrs"], vec![]));
     }
 
     #[test]

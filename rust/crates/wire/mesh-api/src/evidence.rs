@@ -2,8 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
-/// What a node states about itself, signed by its identity. It is the node's word: nothing measures it. Unknown parts are
-/// empty.
+/// What a node states about itself, signed by its identity. It is the node's word: nothing measures it, but for `tpm`. Unknown
+/// parts are empty.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(default)]
@@ -40,6 +40,9 @@ pub struct NodeEvidence {
     /// The running NixOS system.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub system: Option<NodeSystem>,
+    /// Its TPM, by a quote that the head verified.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tpm: Option<NodeTpm>,
     /// Changes that were accepted, the oldest first.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub changes: Vec<EvidenceChange>,
@@ -73,6 +76,32 @@ pub struct NodeSystem {
     /// Names of the trusted keys that signed its narinfo.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub signed_by: Vec<String>,
+}
+
+/// The TPM of a node.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(default)]
+pub struct NodeTpm {
+    /// Its manufacturer, by the node's word.
+    pub manufacturer: String,
+    /// Name of its attestation key, in hexadecimal.
+    pub key: String,
+    /// Algorithm of that key.
+    pub algorithm: String,
+    /// The quoted registers (PCRs) of the SHA-256 bank.
+    pub pcrs: Vec<NodePcr>,
+}
+
+/// A register of a TPM.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(default)]
+pub struct NodePcr {
+    /// Its number.
+    pub index: u8,
+    /// Its value, in hexadecimal.
+    pub value: String,
 }
 
 /// A change of a node's evidence.

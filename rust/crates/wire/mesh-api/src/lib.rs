@@ -53,7 +53,7 @@ pub use embeddings::{
     Vector,
 };
 pub use error::{Code, Error, ErrorResponse};
-pub use evidence::{EvidenceChange, NodeEvidence, NodeModel, NodeSystem};
+pub use evidence::{EvidenceChange, NodeEvidence, NodeModel, NodePcr, NodeSystem, NodeTpm};
 pub use images::{
     CreateImageRequest, EditImageRequest, Image, ImageFormat, ImageInputTokens, ImageMaking,
     ImageStreamEvent, ImageTimings, ImageUsage, ImagesResponse,

@@ -59,5 +59,29 @@ messages! {
         body: Vec<u8> = [bytes = "vec", tag = 1],
         /// Proof whose text contains the body's digest (`mesh_identity::Transcript`).
         proof: Option<IdentityProof> = [message, optional, tag = 2],
+        /// Quote of the node's TPM for the proof's text, if it has one.
+        quote: Option<TpmQuote> = [message, optional, tag = 3],
+    }
+
+    /// A quote of a TPM 2.0. Names in capitals are those of the TPM 2.0 Library, part 2; integers are big-endian there.
+    pub struct TpmQuote {
+        /// TPMT_PUBLIC of the attestation key.
+        public: Vec<u8> = [bytes = "vec", tag = 1],
+        /// TPMS_ATTEST that the key signed.
+        attest: Vec<u8> = [bytes = "vec", tag = 2],
+        /// TPMT_SIGNATURE of the key.
+        signature: Vec<u8> = [bytes = "vec", tag = 3],
+        /// Registers of the SHA-256 bank that are quoted, by ascending index.
+        pcrs: Vec<PcrValue> = [message, repeated, tag = 4],
+        /// Manufacturer, as the TPM names it (TPM_PT_MANUFACTURER).
+        manufacturer: String = [string, tag = 5],
+    }
+
+    /// A platform configuration register.
+    pub struct PcrValue {
+        /// Its number.
+        index: u32 = [uint32, tag = 1],
+        /// Its SHA-256 value.
+        value: Vec<u8> = [bytes = "vec", tag = 2],
     }
 }

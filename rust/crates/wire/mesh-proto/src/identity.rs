@@ -42,6 +42,60 @@ messages! {
         body: Vec<u8> = [bytes = "vec", tag = 1],
         /// Signature.
         signature: Vec<u8> = [bytes = "vec", tag = 2],
+        /// The root's statement about the intermediate that signed instead of it.
+        intermediate: Option<SignedIntermediate> = [message, optional, tag = 3],
+    }
+
+    /// The mesh root's statement about an intermediate, in the `body` of [`SignedIntermediate`].
+    pub struct IntermediateStatement {
+        /// Version of the statement; 1 here.
+        version: u32 = [uint32, tag = 1],
+        /// Signature algorithm of the intermediate's key; 1 is ML-DSA-65.
+        algorithm: u32 = [uint32, tag = 2],
+        /// The intermediate's public key.
+        public_key: Vec<u8> = [bytes = "vec", tag = 3],
+        /// Name of the mesh.
+        mesh: String = [string, tag = 4],
+        /// SHA-256 of the mesh root's certificate.
+        root: Vec<u8> = [bytes = "vec", tag = 5],
+        /// Start of the validity, seconds since the Unix epoch.
+        not_before: u64 = [uint64, tag = 6],
+        /// End of the validity, seconds since the Unix epoch.
+        not_after: u64 = [uint64, tag = 7],
+    }
+
+    /// An [`IntermediateStatement`] with the signature of the mesh root's ML-DSA key.
+    pub struct SignedIntermediate {
+        /// The encoded statement; the signature is over these bytes.
+        body: Vec<u8> = [bytes = "vec", tag = 1],
+        /// Signature.
+        signature: Vec<u8> = [bytes = "vec", tag = 2],
+    }
+
+    /// A head's request for an intermediate.
+    pub struct IntermediateRequest {
+        /// Version of the request; 1 here.
+        version: u32 = [uint32, tag = 1],
+        /// SHA-256 of the certificate of the mesh root that is to sign.
+        root: Vec<u8> = [bytes = "vec", tag = 2],
+        /// Certificate request (PKCS#10, DER).
+        csr: Vec<u8> = [bytes = "vec", tag = 3],
+        /// ML-DSA-65 public key.
+        public_key: Vec<u8> = [bytes = "vec", tag = 4],
+        /// Signature of that key over the root's digest and the certificate request.
+        signature: Vec<u8> = [bytes = "vec", tag = 5],
+    }
+
+    /// An intermediate as its mesh root has signed it.
+    pub struct IntermediatePapers {
+        /// Certificate (DER) of the intermediate.
+        certificate: Vec<u8> = [bytes = "vec", tag = 1],
+        /// The statement about its ML-DSA key.
+        statement: Option<SignedIntermediate> = [message, optional, tag = 2],
+        /// Certificate (DER) of the mesh root.
+        root: Vec<u8> = [bytes = "vec", tag = 3],
+        /// The ML-DSA key of the mesh root.
+        root_key: Option<RootIdentity> = [message, optional, tag = 4],
     }
 
     /// A node's identity document in its state directory.

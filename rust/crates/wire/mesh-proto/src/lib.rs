@@ -23,14 +23,15 @@ mod image;
 mod ring;
 mod share;
 
-pub use evidence::{Evidence, NixSystem, ServedFingerprint, SignedEvidence};
+pub use evidence::{Evidence, NixSystem, PcrValue, ServedFingerprint, SignedEvidence, TpmQuote};
 pub use gossip::{
     GossipBody, GossipContent, GossipFrame, GossipIdentities, GossipPulse, GossipRecord,
     GossipSighting, GossipSwim, GossipSync,
 };
 pub use identity::{
-    IdentityDocument, IdentityProof, RootHistory, RootIdentity, RootSuccession, SignedIdentity,
-    SignedSuccession, StoredIdentity,
+    IdentityDocument, IdentityProof, IntermediatePapers, IntermediateRequest,
+    IntermediateStatement, RootHistory, RootIdentity, RootSuccession, SignedIdentity,
+    SignedIntermediate, SignedSuccession, StoredIdentity,
 };
 pub use image::{
     IMAGE_PART, ImageCard, ImageData, ImageStep, ImageTask, InitialImage, PREVIEW_SHARE,

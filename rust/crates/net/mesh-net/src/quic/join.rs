@@ -48,10 +48,10 @@ pub async fn join(
     let (csr, token_id) = (applicant.request()?, token.id());
     let verifier = Arc::new(PinVerifier::new(*token.root_sha256()));
     let tls = |classical| tls::anonymous(verifier.clone(), JOIN_PROTOCOL, classical);
-    let request = |session: &[u8; 32]| {
+    let request = async |session: [u8; 32]| {
         let transcript = Transcript {
             purpose: Purpose::Join,
-            session,
+            session: &session,
             root: token.root_sha256(),
             request: &csr,
             token: &token_id,
@@ -60,14 +60,17 @@ pub async fn join(
             evidence: None,
         };
         let key = applicant.identity_key();
-        let evidence = key.zip(node.evidence);
+        let evidence = match key.zip(node.evidence) {
+            Some((key, source)) => Some(vouch(&transcript, key, source).await),
+            None => None,
+        };
         let request = JoinRequest {
             token_id: token_id.clone(),
             token_secret: token.secret().to_vec(),
             csr: csr.clone(),
             node_name: node.name.to_owned(),
             identity: key.map(|key| transcript.prove(key)),
-            evidence: evidence.map(|(key, source)| vouch(&transcript, key, source.collect())),
+            evidence,
             root: token.root_sha256().to_vec(),
         };
         (MsgType::JOIN_REQUEST, request.encode_to_vec())
@@ -83,7 +86,12 @@ pub async fn join(
         }
         error => error,
     })?;
-    let root = issued.certificates.get(1).map(|root| sha256(root));
+    let root = issued
+        .certificates
+        .iter()
+        .skip(1)
+        .last()
+        .map(|root| sha256(root));
     if root.as_ref() != Some(token.root_sha256()) {
         let reason = "the root in it is not the token's";
         return Err(JoinError::Answer(reason.to_owned()));
@@ -182,10 +190,10 @@ pub fn settle(state_dir: &Path) -> Result<(), TrustError> {
 pub async fn renew(head: &[SocketAddr], identity: &NodeIdentity) -> Result<(), JoinError> {
     let renewal = identity.renewal()?;
     let (csr, root) = (renewal.request()?, identity.root_sha256());
-    let request = |session: &[u8; 32]| {
+    let request = async |session: [u8; 32]| {
         let transcript = Transcript {
             purpose: Purpose::Renew,
-            session,
+            session: &session,
             root: &root,
             request: &csr,
             token: "",
@@ -194,13 +202,16 @@ pub async fn renew(head: &[SocketAddr], identity: &NodeIdentity) -> Result<(), J
             evidence: None,
         };
         let prove = |key: &Arc<IdentityKey>| transcript.prove(key);
-        let evidence = renewal.identity.as_ref().zip(identity.evidence());
+        let evidence = match renewal.identity.as_ref().zip(identity.evidence()) {
+            Some((key, source)) => Some(vouch(&transcript, key, source).await),
+            None => None,
+        };
         let request = RenewRequest {
             csr: csr.clone(),
             identity: renewal.identity.as_ref().map(prove),
             successor: renewal.successor.as_ref().map(prove),
             root: root.to_vec(),
-            evidence: evidence.map(|(key, source)| vouch(&transcript, key, source.collect())),
+            evidence,
         };
         (MsgType::RENEW_REQUEST, request.encode_to_vec())
     };
@@ -256,7 +267,7 @@ pub(super) async fn expire_roots(identity: &NodeIdentity) {
 async fn ask_admission(
     head: &[SocketAddr],
     root: &[u8; 32],
-    request: impl FnOnce(&[u8; 32]) -> (MsgType, Vec<u8>),
+    request: impl AsyncFnOnce([u8; 32]) -> (MsgType, Vec<u8>),
     tls: impl Fn(bool) -> Result<QuicClientConfig, TrustError>,
 ) -> Result<(Issued, u64), JoinError> {
     let config = LinkConfig {
@@ -275,7 +286,7 @@ async fn ask_admission(
     let raced = race(head, attempt).await;
     let (address, (carrier, connection)) = raced.map_err(ConnectError::of_all)?;
     let answer = within(ANSWER_TIMEOUT, address, async {
-        let request = request(&session_key(&connection, root)?);
+        let request = request(session_key(&connection, root)?).await;
         let answer = exchange(&connection, request).await;
         connection.close(0u32.into(), b"");
         answer

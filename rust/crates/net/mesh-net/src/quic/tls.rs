@@ -143,11 +143,15 @@ impl MeshVerifier {
         }
     }
 
-    fn verify(&self, certificate: &CertificateDer<'_>) -> Result<(), Error> {
+    fn verify(
+        &self,
+        certificate: &CertificateDer<'_>,
+        others: &[CertificateDer<'_>],
+    ) -> Result<(), Error> {
         let roots = self.identity.roots();
         let mut verdict = Ok(());
         for root in roots.accepted(self.identity.clock().now()) {
-            verdict = verify_issued_by(certificate, root, &self.algorithms);
+            verdict = verify_issued_by(certificate, others, root, &self.algorithms);
             if verdict.is_ok() {
                 break;
             }
@@ -170,12 +174,12 @@ impl ServerCertVerifier for MeshVerifier {
     fn verify_server_cert(
         &self,
         certificate: &CertificateDer<'_>,
-        _: &[CertificateDer<'_>],
+        others: &[CertificateDer<'_>],
         _: &ServerName<'_>,
         _: &[u8],
         _: UnixTime,
     ) -> Result<ServerCertVerified, Error> {
-        self.verify(certificate)?;
+        self.verify(certificate, others)?;
         Ok(ServerCertVerified::assertion())
     }
 
@@ -200,10 +204,10 @@ impl ClientCertVerifier for MeshVerifier {
     fn verify_client_cert(
         &self,
         certificate: &CertificateDer<'_>,
-        _: &[CertificateDer<'_>],
+        others: &[CertificateDer<'_>],
         _: UnixTime,
     ) -> Result<ClientCertVerified, Error> {
-        self.verify(certificate)?;
+        self.verify(certificate, others)?;
         Ok(ClientCertVerified::assertion())
     }
 
@@ -257,7 +261,7 @@ impl ServerCertVerifier for PinVerifier {
             return Err(Error::InvalidCertificate(CertificateError::UnknownIssuer));
         };
         self.matched.store(true, Ordering::Relaxed);
-        verify_issued_by(certificate, root, &self.algorithms)?;
+        verify_issued_by(certificate, others, root, &self.algorithms)?;
         Ok(ServerCertVerified::assertion())
     }
 

@@ -5,6 +5,7 @@ use std::time::SystemTime;
 use mesh_identity::PublicKey;
 
 use super::certificate::Member;
+use super::evidence::Vouched;
 use super::issued::Issued;
 use super::refusal::Refusal;
 
@@ -44,8 +45,8 @@ pub struct JoinAsk<'a> {
     pub identity: Option<&'a PublicKey>,
     /// SHA-256 of the mesh root that the token pins, and that the certificate is to be of.
     pub root: [u8; 32],
-    /// Evidence that this identity vouches for, encoded; `None` for nodes of earlier versions.
-    pub evidence: Option<&'a [u8]>,
+    /// Evidence that this identity vouches for; `None` for nodes of earlier versions.
+    pub evidence: Option<Vouched<'a>>,
 }
 
 /// A request for a fresh certificate.
@@ -61,6 +62,6 @@ pub struct RenewAsk<'a> {
     pub successor: Option<&'a PublicKey>,
     /// SHA-256 of the mesh root that the certificate is to be of.
     pub root: [u8; 32],
-    /// Evidence that `identity` vouches for, encoded; `None` for nodes of earlier versions.
-    pub evidence: Option<&'a [u8]>,
+    /// Evidence that `identity` vouches for; `None` for nodes of earlier versions.
+    pub evidence: Option<Vouched<'a>>,
 }

@@ -78,9 +78,6 @@ impl Member {
             X509Certificate::from_der(certificate).map_err(|error| foreign(error.to_string()))?;
         let subject = parsed.subject();
         let role = attribute(X509Name::iter_organizational_unit(subject)).map_err(foreign)?;
-        let moment = |time: x509_parser::time::ASN1Time| {
-            UNIX_EPOCH + Duration::from_secs(u64::try_from(time.timestamp()).unwrap_or_default())
-        };
         let key_id = HEXLOWER.encode(&sha256(parsed.public_key().raw));
         Ok(Self {
             node_id: named_id(&parsed, NODE_SCHEME)
@@ -141,6 +138,8 @@ pub(super) fn named_id(
 
 /// Begin of the URI with the id of a node.
 pub(super) const NODE_SCHEME: &str = "hydramesh:node:";
+/// Begin of the URI with the id of an intermediate.
+pub(super) const INTERMEDIATE_SCHEME: &str = "hydramesh:intermediate:";
 /// Begin of the URI with the id of a mesh root.
 pub(super) const ROOT_SCHEME: &str = "hydramesh:root:";
 
@@ -177,22 +176,44 @@ pub(crate) fn algorithms() -> WebPkiSupportedAlgorithms {
     aws_lc_rs::default_provider().signature_verification_algorithms
 }
 
-/// Checks that `root` issued `certificate`, whenever that holds. Its dates are for the head to judge
-/// ([`super`]); the root's own say nothing either, since it is known by its hash.
+/// Checks that `root` issued `certificate`, or an intermediate of it among `others` did, whenever that holds. Its dates
+/// are for the head to judge ([`super`]), and lie within those of the intermediate; the root's own say nothing, since it is
+/// known by its hash.
 pub(crate) fn verify_issued_by(
     certificate: &CertificateDer<'_>,
+    others: &[CertificateDer<'_>],
     root: &CertificateDer<'_>,
     algorithms: &WebPkiSupportedAlgorithms,
 ) -> Result<(), Error> {
     let member = Member::from_certificate(certificate)
         .map_err(|_| Error::InvalidCertificate(CertificateError::BadEncoding))?;
+    let mut others = others.iter().take(MOST_OTHERS);
+    let intermediate = others.find(|other| is_intermediate(other));
+    if let Some(intermediate) = intermediate {
+        let (_, parsed) = X509Certificate::from_der(intermediate)
+            .map_err(|_| Error::InvalidCertificate(CertificateError::BadEncoding))?;
+        if member.not_after > moment(parsed.validity().not_after) {
+            return Err(Error::InvalidCertificate(CertificateError::Expired));
+        }
+    }
     // webpki wants a date: one at which it holds.
     let begin = member.not_before.duration_since(UNIX_EPOCH);
     let at = UnixTime::since_unix_epoch(begin.unwrap_or_default());
+    let intermediates: Vec<CertificateDer<'_>> = intermediate.cloned().into_iter().collect();
     let mut roots = RootCertStore::empty();
     roots.add(root.clone().into_owned())?;
     let parsed = ParsedCertificate::try_from(certificate)?;
-    verify_server_cert_signed_by_trust_anchor(&parsed, &roots, &[], at, algorithms.all)
+    verify_server_cert_signed_by_trust_anchor(&parsed, &roots, &intermediates, at, algorithms.all)
+}
+
+/// True if a certificate names itself an intermediate.
+pub(super) fn is_intermediate(certificate: &[u8]) -> bool {
+    let parsed = X509Certificate::from_der(certificate);
+    parsed.is_ok_and(|(_, parsed)| matches!(named_id(&parsed, INTERMEDIATE_SCHEME), Ok(Some(_))))
+}
+
+pub(super) fn moment(time: x509_parser::time::ASN1Time) -> SystemTime {
+    UNIX_EPOCH + Duration::from_secs(u64::try_from(time.timestamp()).unwrap_or_default())
 }
 
 /// RFC 7468 text of a certificate.
@@ -221,6 +242,9 @@ pub fn root_digest(text: &str) -> Result<[u8; 32], TrustError> {
         .map_err(|error| TrustError::Mismatch(format!("it is not a root.crt: {error}")))?;
     Ok(sha256(&certificate))
 }
+
+/// Certificates behind a node's own that are looked at: an intermediate and the root.
+const MOST_OTHERS: usize = 2;
 
 /// Maximum length of a name.
 pub const LONGEST_NAME: usize = 63;

@@ -8,7 +8,7 @@ use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::sign::CertifiedKey;
 
-use super::certificate::{Member, algorithms, pem, verify_issued_by};
+use super::certificate::{Member, algorithms, is_intermediate, pem, verify_issued_by};
 use super::digest::sha256;
 use super::error::TrustError;
 use super::identity_keys::IdentityKeys;
@@ -30,21 +30,27 @@ pub(super) struct Current {
 }
 
 impl Current {
+    /// `chain` is the node's certificate, and that of the intermediate which issued it, if one did; a root behind them does
+    /// not count.
     pub(super) fn new(
         key: Arc<NodeKey>,
-        certificate: CertificateDer<'static>,
+        chain: &[CertificateDer<'static>],
         roots: &Roots,
         identity: IdentityKeys,
     ) -> Result<Self, TrustError> {
-        let member = Member::from_certificate(&certificate)?;
+        let none = || TrustError::Mismatch("no certificate was issued".to_owned());
+        let (certificate, others) = chain.split_first().ok_or_else(none)?;
+        let member = Member::from_certificate(certificate)?;
         let mut verdict = Ok(());
         let root = roots.known().find(|root| {
-            verdict = verify_issued_by(&certificate, root, &algorithms());
+            verdict = verify_issued_by(certificate, others, root, &algorithms());
             verdict.is_ok()
         });
         verdict.map_err(|error| TrustError::Mismatch(error.to_string()))?;
         let root = root.expect("one of them verified it").clone();
-        let certified = certify(&key, certificate, root.clone())?;
+        let mut chain = vec![certificate.clone()];
+        chain.extend(others.iter().find(|other| is_intermediate(other)).cloned());
+        let certified = certify(&key, chain, root.clone())?;
         Ok(Self {
             key,
             certified: Arc::new(certified),
@@ -67,42 +73,55 @@ impl Current {
         let root = roots
             .known()
             .nth(1)
-            .filter(|root| verify_issued_by(&certificate, root, &algorithms()).is_ok());
+            .filter(|root| verify_issued_by(&certificate, &[], root, &algorithms()).is_ok());
         let member = Member::from_certificate(&certificate).ok();
         let is_same = member.is_some_and(|member| {
             (&member.node_id, &member.name) == (&self.member.node_id, &self.member.name)
         });
         if let Some(root) = root.filter(|root| is_same && **root != self.root) {
-            let certified = certify(&self.key, certificate.clone(), root.clone());
+            let certified = certify(&self.key, vec![certificate.clone()], root.clone());
             self.former = certified.ok().map(Arc::new);
         }
     }
 
-    /// The text of `node.crt`: the certificate, and that of the former root. Earlier versions read the first.
+    /// The text of `node.crt`: the certificate, that of its intermediate, and that of the former root. Earlier versions
+    /// read the first.
     pub(super) fn pem(&self) -> String {
         let former = self.former.as_ref().map(|former| pem(&former.cert[0]));
-        pem(&self.certified.cert[0]) + &former.unwrap_or_default()
+        // The root is last, and has a file of its own.
+        let chain = self.certified.cert.iter().rev().skip(1).rev();
+        chain.map(|one| pem(one)).chain(former).collect()
     }
 }
 
 /// A certificate with its key. The root travels along: a joining node checks it against its token.
 fn certify(
     key: &NodeKey,
-    certificate: CertificateDer<'static>,
+    mut chain: Vec<CertificateDer<'static>>,
     root: CertificateDer<'static>,
 ) -> Result<CertifiedKey, TrustError> {
     let private = PrivateKeyDer::Pkcs8(key.pair.serialize_der().into());
     let signer = rustls::crypto::aws_lc_rs::sign::any_supported_type(&private)?;
-    let certified = CertifiedKey::new(vec![certificate, root], signer);
+    chain.push(root);
+    let certified = CertifiedKey::new(chain, signer);
     certified
         .keys_match()
         .map_err(|_| TrustError::Mismatch("it is for another key than node.key".to_owned()))?;
     Ok(certified)
 }
 
-/// The second certificate in the text of `node.crt`.
-pub(super) fn former_certificate(text: &str) -> Option<CertificateDer<'static>> {
-    CertificateDer::pem_slice_iter(text.as_bytes()).nth(1)?.ok()
+/// The certificates in the text of `node.crt`: the intermediate behind the node's own, if there is one, and that of the former
+/// root.
+pub(super) fn further_certificates(
+    text: &str,
+) -> (
+    Option<CertificateDer<'static>>,
+    Option<CertificateDer<'static>>,
+) {
+    let further = CertificateDer::pem_slice_iter(text.as_bytes()).skip(1);
+    let mut further = further.map_while(Result::ok).take(2).peekable();
+    let intermediate = further.next_if(|one| is_intermediate(one));
+    (intermediate, further.next())
 }
 
 /// Checks the papers of a node against each other: the document is the root's, and about the identity in the certificate,

@@ -107,6 +107,17 @@ pub enum TrustError {
     /// A root or identity key cannot be rotated now, or by this program.
     #[error("{0}")]
     NotRotated(String),
+    /// A request for an intermediate, or its papers, cannot be used.
+    #[error("{0}")]
+    Intermediate(String),
+    /// The intermediate has ended.
+    #[error(
+        "the intermediate by which this head issues certificates ended on {until}: make a request for a new one (`hydramesh root intermediate request`), sign it where root.key is, install it, and restart the head"
+    )]
+    IntermediateEnded {
+        /// Its end.
+        until: String,
+    },
     /// The cryptographic library refused.
     #[error("certificate operation failed: {0}")]
     Crypto(String),
@@ -154,6 +165,10 @@ fn remedy(path: &Path) -> &'static str {
         Some(names::ROOT_KEY | names::ROOT_CREDENTIAL) => {
             "restore it from a backup. Without it this mesh cannot be kept: to found another, move the state directory away and \
              let every worker join again"
+        }
+        Some(names::INTERMEDIATE | names::NEXT_INTERMEDIATE) => {
+            "restore it from a backup, or remove it, make a request for a new intermediate (`hydramesh root intermediate request`), \
+             sign it where root.key is, and install it"
         }
         Some(names::ROOT_CERTIFICATE) => {
             "restore it from a backup, or copy root.crt from the state directory of the head or of any worker of this mesh: it is \

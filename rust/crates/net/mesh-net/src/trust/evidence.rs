@@ -2,31 +2,90 @@
 
 use std::fmt;
 use std::sync::Arc;
+use std::time::Duration;
 
 use mesh_identity::{IdentityKey, PublicKey, Transcript};
-use mesh_proto::SignedEvidence;
+use mesh_proto::{SignedEvidence, TpmQuote};
 
 use super::refusal::Refusal;
 
 /// Gives a node's evidence, an encoded `mesh_proto::Evidence`, whenever a request is made.
 #[derive(Clone)]
-pub struct EvidenceSource(Arc<dyn Fn() -> Vec<u8> + Send + Sync>);
+pub struct EvidenceSource {
+    collect: Arc<dyn Fn() -> Vec<u8> + Send + Sync>,
+    quote: Option<Arc<Quote>>,
+}
+
+/// Gives a TPM's quote with this qualifying data; `None` if it cannot.
+type Quote = dyn Fn(&[u8; 32]) -> Option<TpmQuote> + Send + Sync;
 
 impl EvidenceSource {
     /// A source that calls this function. It must not block for long.
     pub fn new(source: impl Fn() -> Vec<u8> + Send + Sync + 'static) -> Self {
-        Self(Arc::new(source))
+        Self {
+            collect: Arc::new(source),
+            quote: None,
+        }
+    }
+
+    /// The same with quotes of a TPM: the function gives one with this qualifying data, or `None` if it cannot. It may block.
+    #[must_use]
+    pub fn with_quotes(
+        self,
+        quote: impl Fn(&[u8; 32]) -> Option<TpmQuote> + Send + Sync + 'static,
+    ) -> Self {
+        Self {
+            quote: Some(Arc::new(quote)),
+            ..self
+        }
     }
 
     /// The evidence as it is now.
     pub fn collect(&self) -> Vec<u8> {
-        (self.0)()
+        (self.collect)()
+    }
+
+    async fn quote(&self, digest: [u8; 32]) -> Option<TpmQuote> {
+        let quote = self.quote.clone()?;
+        let quoted = tokio::task::spawn_blocking(move || quote(&digest));
+        match tokio::time::timeout(QUOTE_TIMEOUT, quoted).await {
+            Ok(quoted) => quoted.ok().flatten(),
+            Err(_) => {
+                tracing::warn!(
+                    "the TPM has not quoted within {} s: the evidence goes without a quote",
+                    QUOTE_TIMEOUT.as_secs()
+                );
+                None
+            }
+        }
     }
 }
 
 impl fmt::Debug for EvidenceSource {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("EvidenceSource")
+    }
+}
+
+/// Evidence whose signature by a node's identity holds. Nothing of it is parsed.
+#[derive(Clone, Copy, Debug)]
+pub struct Vouched<'a> {
+    /// The encoded `mesh_proto::Evidence`.
+    pub body: &'a [u8],
+    /// A quote of a TPM, which is not verified.
+    pub quote: Option<&'a TpmQuote>,
+    /// Qualifying data that such a quote must have.
+    pub digest: [u8; 32],
+}
+
+impl<'a> Vouched<'a> {
+    /// Evidence without a quote.
+    pub fn unquoted(body: &'a [u8]) -> Self {
+        Self {
+            body,
+            quote: None,
+            digest: [0; 32],
+        }
     }
 }
 
@@ -53,17 +112,23 @@ impl<'a> From<&'a String> for Newcomer<'a> {
 }
 
 /// Evidence with a node's signature, for the session and request of this transcript.
-pub(crate) fn vouch(
+pub(crate) async fn vouch(
     transcript: &Transcript<'_>,
     key: &IdentityKey,
-    body: Vec<u8>,
+    source: &EvidenceSource,
 ) -> SignedEvidence {
+    let body = source.collect();
     let transcript = Transcript {
         evidence: Some(&body),
         ..*transcript
     };
+    let (proof, digest) = (
+        transcript.prove(key),
+        transcript.quoted_digest(key.node_id()),
+    );
     SignedEvidence {
-        proof: Some(transcript.prove(key)),
+        proof: Some(proof),
+        quote: source.quote(digest).await,
         body,
     }
 }
@@ -73,7 +138,7 @@ pub(crate) fn vouched<'a>(
     transcript: &Transcript<'_>,
     signed: Option<&'a SignedEvidence>,
     identity: Option<&PublicKey>,
-) -> Result<Option<&'a [u8]>, Refusal> {
+) -> Result<Option<Vouched<'a>>, Refusal> {
     let Some(signed) = signed else {
         return Ok(None);
     };
@@ -101,8 +166,15 @@ pub(crate) fn vouched<'a>(
             signer.node_id()
         )));
     }
-    Ok(Some(body))
+    Ok(Some(Vouched {
+        body,
+        quote: signed.quote.as_ref(),
+        digest: transcript.quoted_digest(signer.node_id()),
+    }))
 }
+
+/// Time limit for a quote. Heads wait for a request for 3 s.
+const QUOTE_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Maximum bytes of evidence; it has some 300, and a few thousand with a narinfo.
 pub const LONGEST_EVIDENCE: usize = 24 << 10;

@@ -19,7 +19,7 @@ use tokio::sync::Notify;
 
 use super::admission::{Admission, RenewAsk};
 use super::certificate::{Member, from_pem, pem};
-use super::certified::{Current, check_document, former_certificate};
+use super::certified::{Current, check_document, further_certificates};
 use super::clock::MeshClock;
 use super::deny::DenyList;
 use super::digest::sha256;
@@ -157,17 +157,18 @@ impl NodeIdentity {
             }
         };
         let root = from_pem(&root_path, &root)?;
-        let former = former_certificate(&certificate);
+        let (intermediate, former) = further_certificates(&certificate);
         let certificate = from_pem(&chain_path, &certificate)?;
         let roots = root_history::load(dir, root)?;
         let member = Member::from_certificate(&certificate)
             .map_err(|error| TrustError::damaged(&chain_path, error))?;
         let mut identity = IdentityKeys::of_member(dir, &member)?;
-        let current = Current::new(Arc::new(key), certificate.clone(), &roots, identity.clone());
+        let chain: Vec<_> = [certificate].into_iter().chain(intermediate).collect();
+        let current = Current::new(Arc::new(key), &chain, &roots, identity.clone());
         let current = current.or_else(|error| {
             // A renewal for another key may have been cut off behind the certificate.
             let next = NodeKey::read(&dir.join(names::NEXT_NODE_KEY))?.ok_or(error)?;
-            let current = Current::new(Arc::new(next), certificate, &roots, identity.clone())?;
+            let current = Current::new(Arc::new(next), &chain, &roots, identity.clone())?;
             NodeKey::settle(dir)?;
             Ok(current)
         });
@@ -192,18 +193,21 @@ impl NodeIdentity {
         deny_list: DenyList,
     ) -> Result<Self, TrustError> {
         let Applicant { key, mut identity } = applicant;
-        let [certificate, root] = <[_; 2]>::try_from(issued.certificates).map_err(|chain| {
-            TrustError::Mismatch(format!(
-                "expected node and root certificate, got {}",
-                chain.len()
-            ))
-        })?;
+        let (chain, root) = match &issued.certificates[..] {
+            [chain @ .., root] if (1..=2).contains(&chain.len()) => (chain, root.clone()),
+            others => {
+                return Err(TrustError::Mismatch(format!(
+                    "expected node and root certificate, perhaps an intermediate between them, got {}",
+                    others.len()
+                )));
+            }
+        };
         let mut roots = root_history::load(dir, root.clone())?;
         if let Some(signed) = &issued.succession {
             roots.learn(&Succession::verify(signed)?)?;
             root_history::append(dir, &roots, signed)?;
         }
-        let mut current = Current::new(key, certificate, &roots, identity.clone())?;
+        let mut current = Current::new(key, chain, &roots, identity.clone())?;
         current.add_former(issued.former, &roots);
         let member = &current.member;
         check_document(
@@ -498,13 +502,12 @@ impl NodeIdentity {
 
     /// As [`install`](Self::install), for the keys of a renewal.
     pub(crate) fn install_for(&self, renewal: Renewal, issued: Issued) -> Result<(), TrustError> {
-        let none = || TrustError::Mismatch("no certificate was issued".to_owned());
-        let certificate = issued.certificates.into_iter().next().ok_or_else(none)?;
+        let chain = issued.certificates;
         if let Some(signed) = &issued.succession {
             self.learn(signed)?;
         }
         let (roots, mut identity) = (self.roots(), self.current().identity);
-        let mut renewed = Current::new(renewal.key.clone(), certificate, &roots, identity.clone())?;
+        let mut renewed = Current::new(renewal.key.clone(), &chain, &roots, identity.clone())?;
         renewed.add_former(issued.former, &roots);
         let root = renewed.root.clone();
         let (old, new) = (self.member(), &renewed.member);

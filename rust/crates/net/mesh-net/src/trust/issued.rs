@@ -42,7 +42,7 @@ pub struct Subject<'a> {
 /// A node's papers.
 #[derive(Clone, Debug)]
 pub struct Issued {
-    /// The node's certificate, then the root's.
+    /// The node's certificate, that of the intermediate which issued it, if one did, then the root's.
     pub certificates: Vec<CertificateDer<'static>>,
     /// The node's identity document ([`mesh_identity::Document`]), signed; empty for a node without an identity.
     pub document: Vec<u8>,

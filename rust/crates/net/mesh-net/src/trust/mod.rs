@@ -20,6 +20,8 @@
 //! | file | holds | readable by |
 //! |---|---|---|
 //! | `root.key` | the root's private keys, unless systemd hands them over (credential `root-key`), and a copy of its certificate; while it is rotated, those of the former one, too (head only) | owner |
+//! | `intermediate.key` | where the root's keys are kept elsewhere: the keys of the intermediate that issues instead, and its papers (head only) | owner |
+//! | `intermediate.key.next` | keys of an intermediate that the root has not signed yet | owner |
 //! | `root.crt` | the root's certificate | all |
 //! | `root.history` | the statements by which the root took the place of earlier ones | owner |
 //! | `identity.key` | the node's ML-DSA key, unless systemd hands it over (credential `identity-key`) | owner |
@@ -45,6 +47,7 @@ mod evidence;
 mod identity;
 mod identity_keys;
 mod identity_text;
+mod intermediate;
 mod issued;
 pub(crate) mod names;
 mod node_key;
@@ -67,12 +70,16 @@ pub(crate) use deny::Expellable;
 pub use deny::{DenyList, Expulsion, MOST_EXPELLED};
 pub(crate) use digest::sha256;
 pub use error::TrustError;
-pub use evidence::{EvidenceSource, LONGEST_EVIDENCE, Newcomer};
+pub use evidence::{EvidenceSource, LONGEST_EVIDENCE, Newcomer, Vouched};
 pub(crate) use evidence::{vouch, vouched};
 pub(crate) use identity::move_identity;
 pub use identity::{Applicant, NodeIdentity, Signer, set_aside};
 pub use identity_keys::{IdentityIds, identity_ids, read_papers, rotate_identity};
 pub use identity_text::{describe_identity, rotate_and_describe};
+pub use intermediate::{
+    INTERMEDIATE_LIFE, install_intermediate, request_intermediate, requested_intermediate,
+    sign_intermediate,
+};
 pub use issued::{Issued, Subject, Validity};
 pub use names::NODE_CERTIFICATE as NODE_CERTIFICATE_FILE;
 pub use names::{EXPELLED as EXPELLED_FILE, MEMBERS as MEMBERS_FILE, TOKENS as TOKENS_FILE};

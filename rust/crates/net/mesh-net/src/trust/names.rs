@@ -6,6 +6,10 @@ pub(crate) const ROOT_KEY: &str = "root.key";
 /// The same as a systemd credential.
 pub(crate) const ROOT_CREDENTIAL: &str = "root-key";
 pub(crate) const ROOT_CERTIFICATE: &str = "root.crt";
+/// The head's intermediate: its keys, and its papers from the root.
+pub(crate) const INTERMEDIATE: &str = "intermediate.key";
+/// Keys of an intermediate that the root has not signed yet.
+pub(crate) const NEXT_INTERMEDIATE: &str = "intermediate.key.next";
 pub(crate) const NODE_KEY: &str = "node.key";
 /// A node's certificate.
 pub const NODE_CERTIFICATE: &str = "node.crt";

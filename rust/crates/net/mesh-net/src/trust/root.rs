@@ -14,10 +14,11 @@ use zeroize::Zeroizing;
 use super::certificate::{check_name, from_pem, pem};
 use super::digest::sha256;
 use super::error::TrustError;
+use super::intermediate;
 use super::issued::{Issued, Subject, Validity};
 use super::names;
 use super::root_history;
-use super::root_keys::{RootKeys, identity_in};
+use super::root_keys::{FORMER, RootKeys, former_part, identity_in};
 use super::succession::Succession;
 use crate::files;
 
@@ -48,10 +49,31 @@ impl MeshRoot {
     /// If its files are not whole. A root is never made anew beside what is left of another one: tokens and certificates
     /// of all workers pin the old one.
     pub fn load_or_create(dir: &Path, mesh: &str) -> Result<Self, TrustError> {
-        match names::credential(names::ROOT_CREDENTIAL) {
-            Some(path) => Self::sealed(dir, &path),
-            None => Self::open(dir, mesh, dir.join(names::ROOT_KEY)),
+        let key_path = dir.join(names::ROOT_KEY);
+        if let Some(path) = names::credential(names::ROOT_CREDENTIAL) {
+            return Self::sealed(dir, &path);
         }
+        // Keys of the root that are here go before those of an intermediate.
+        if !key_path.exists()
+            && let Some(keys) = intermediate::load(dir)?
+        {
+            return Ok(Self::of(keys));
+        }
+        Self::open(dir, mesh, key_path)
+    }
+
+    /// End of the intermediate by which this head issues, seconds since the Unix epoch; `None` where it has the root's keys.
+    pub fn intermediate_until(&self) -> Option<u64> {
+        let delegated = self.keys.delegated.as_ref();
+        delegated.map(|delegated| delegated.said.not_after)
+    }
+
+    /// Refuses to go on with an intermediate that has ended.
+    ///
+    /// # Errors
+    /// [`TrustError::IntermediateEnded`] names the remedy.
+    pub fn check(&self, now: SystemTime) -> Result<(), TrustError> {
+        self.keys.check(now)
     }
 
     /// The root whose keys are in a file that the head can only read.
@@ -221,6 +243,14 @@ impl MeshRoot {
                 clock::utc_of(until)
             )));
         }
+        if let Some(until) = self.intermediate_until() {
+            return Err(TrustError::NotRotated(format!(
+                "the root's keys are not here: the head issues by an intermediate until {}. Put root.key from where it is kept into {}, \
+                 restart the head, rotate the root, and make a new intermediate when the overlap is over",
+                clock::utc_of(until),
+                dir.display()
+            )));
+        }
         if self.sealed {
             return Err(TrustError::NotRotated(format!(
                 "the root's keys are the systemd credential `{}`, which the head cannot change: put root.key from a backup into {}, \
@@ -293,7 +323,7 @@ impl MeshRoot {
 
     /// The public half of the root's ML-DSA key.
     pub fn identity(&self) -> &PublicKey {
-        self.keys.identity.public()
+        self.keys.public()
     }
 
     /// Name of the mesh.
@@ -322,7 +352,7 @@ impl MeshRoot {
             not_before: unix_seconds(now - DAY),
             not_after: unix_seconds(now + ENDORSED_FOR),
         };
-        document.sign(&self.keys.identity)
+        self.keys.sign(document)
     }
 
     /// Issues a certificate for the key in the subject's request, and a document about its identity.
@@ -374,15 +404,6 @@ impl MeshRoot {
 const ENDORSED_FOR: Duration = Duration::from_secs(400 * 24 * 3600);
 
 const DAY: Duration = Duration::from_secs(24 * 3600);
-
-/// The end of the former root's time, and the former root's keys, in the text of `root.key`.
-fn former_part(text: &str) -> Option<(&str, &str)> {
-    let (_, former) = text.split_once(FORMER)?;
-    former.split_once(":\n")
-}
-
-/// Before the end of the former root's time, and its keys.
-const FORMER: &str = "Former root, accepted until ";
 
 #[cfg(test)]
 mod tests;

@@ -4,10 +4,10 @@ use std::fmt;
 use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use mesh_base::clock::{LAST_SECOND, unix_seconds};
+use mesh_base::clock::{self, LAST_SECOND, unix_seconds};
 use mesh_base::random;
-use mesh_identity::{Document, IdentityKey, KeyError, NodeId};
-use mesh_proto::RootIdentity;
+use mesh_identity::{Document, IdentityKey, Intermediate, KeyError, NodeId, PublicKey};
+use mesh_proto::{RootIdentity, SignedIntermediate};
 use rcgen::{
     BasicConstraints, CertificateParams, CertificateSigningRequestParams, DistinguishedName,
     DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair, KeyUsagePurpose,
@@ -17,7 +17,9 @@ use rustls::pki_types::{CertificateDer, CertificateSigningRequestDer};
 use x509_parser::prelude::{FromDer, X509Certificate, X509Name};
 use zeroize::Zeroizing;
 
-use super::certificate::{NODE_SCHEME, ROOT_SCHEME, attribute, check_name, named_id, pem};
+use super::certificate::{
+    INTERMEDIATE_SCHEME, NODE_SCHEME, ROOT_SCHEME, attribute, check_name, named_id, pem,
+};
 use super::digest::sha256;
 use super::error::TrustError;
 use super::issued::{Issued, Subject, Validity};
@@ -32,8 +34,26 @@ pub(super) struct RootKeys {
     issuer: Issuer<'static, KeyPair>,
     pub(super) identity: IdentityKey,
     pub(super) claim: RootIdentity,
-    /// As they are in `root.key`.
+    /// As they are in `root.key`; empty for an intermediate.
     pub(super) text: Zeroizing<String>,
+    /// The keys are those of an intermediate.
+    pub(super) delegated: Option<Delegated>,
+}
+
+/// An intermediate that issues instead of a root.
+pub(super) struct Delegated {
+    pub(super) certificate: CertificateDer<'static>,
+    pub(super) statement: SignedIntermediate,
+    pub(super) said: Intermediate,
+    /// The root's ML-DSA key.
+    pub(super) root: PublicKey,
+}
+
+impl Delegated {
+    fn times(&self) -> (SystemTime, SystemTime) {
+        let at = |seconds: u64| UNIX_EPOCH + Duration::from_secs(seconds.min(LAST_SECOND));
+        (at(self.said.not_before), at(self.said.not_after))
+    }
 }
 
 impl fmt::Debug for RootKeys {
@@ -85,7 +105,8 @@ impl RootKeys {
         params.serial_number = Some(serial_number());
         params.not_before = date_time_ymd(2020, 1, 1);
         params.not_after = date_time_ymd(2120, 1, 1);
-        params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
+        // One intermediate may follow.
+        params.is_ca = IsCa::Ca(BasicConstraints::Constrained(1));
         params.key_usages = vec![
             KeyUsagePurpose::KeyCertSign,
             KeyUsagePurpose::DigitalSignature,
@@ -129,7 +150,79 @@ impl RootKeys {
             identity,
             claim,
             text,
+            delegated: None,
         })
+    }
+
+    /// An intermediate of the root with this certificate and claim.
+    pub(super) fn delegated(
+        root: CertificateDer<'static>,
+        claim: RootIdentity,
+        pair: KeyPair,
+        identity: IdentityKey,
+        delegated: Delegated,
+    ) -> Result<Self, TrustError> {
+        Ok(Self {
+            certificate: root,
+            mesh: delegated.said.mesh.clone(),
+            issuer: Issuer::from_ca_cert_der(&delegated.certificate, pair)?,
+            identity,
+            claim,
+            text: Zeroizing::default(),
+            delegated: Some(delegated),
+        })
+    }
+
+    /// The public half of the root's ML-DSA key.
+    pub(super) fn public(&self) -> &PublicKey {
+        let delegated = self.delegated.as_ref();
+        delegated.map_or(self.identity.public(), |delegated| &delegated.root)
+    }
+
+    /// A document with these keys' signature. It ends no later than the intermediate.
+    pub(super) fn sign(&self, mut document: Document) -> Vec<u8> {
+        let Some(delegated) = &self.delegated else {
+            return document.sign(&self.identity);
+        };
+        let (begin, end) = (delegated.said.not_before, delegated.said.not_after);
+        document.not_before = document.not_before.clamp(begin, end);
+        document.not_after = document.not_after.clamp(begin, end);
+        document.sign_by(&self.identity, Some(delegated.statement.clone()))
+    }
+
+    /// Refuses to go on with an intermediate that has ended.
+    pub(super) fn check(&self, now: SystemTime) -> Result<(), TrustError> {
+        let end = self.delegated.as_ref().map(|known| known.times().1);
+        match end.filter(|end| *end <= now) {
+            Some(end) => Err(TrustError::IntermediateEnded {
+                until: clock::utc(end),
+            }),
+            None => Ok(()),
+        }
+    }
+
+    /// A certificate for the key of an intermediate, by this root.
+    pub(super) fn certify_intermediate(
+        &self,
+        csr: &[u8],
+        said: &Intermediate,
+    ) -> Result<CertificateDer<'static>, TrustError> {
+        let csr = CertificateSigningRequestDer::from(csr);
+        let mut request = CertificateSigningRequestParams::from_der(&csr)
+            .map_err(|error| TrustError::Request(error.to_string()))?;
+        let at = |seconds: u64| UNIX_EPOCH + Duration::from_secs(seconds.min(LAST_SECOND));
+        let mut params = CertificateParams::default();
+        let name = format!("intermediate of {}", self.mesh);
+        params.distinguished_name = distinguished_name(&name, "intermediate", &self.mesh);
+        params.serial_number = Some(serial_number());
+        params.not_before = at(said.not_before).into();
+        params.not_after = at(said.not_after).into();
+        params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
+        params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
+        params.use_authority_key_identifier_extension = true;
+        params.subject_alt_names = vec![uri(INTERMEDIATE_SCHEME, &said.key.node_id())?];
+        request.params = params;
+        Ok(request.signed_by(&self.issuer)?.der().clone())
     }
 
     pub(super) fn signer(&self) -> Signer<'_> {
@@ -151,6 +244,7 @@ impl RootKeys {
     ) -> Result<CertificateDer<'static>, TrustError> {
         let (name, role, life) = (subject.name, subject.role, validity.life);
         check_name(name)?;
+        self.check(now)?;
         let request = CertificateSigningRequestDer::from(subject.request);
         let mut request = CertificateSigningRequestParams::from_der(&request)
             .map_err(|error| TrustError::Request(error.to_string()))?;
@@ -160,6 +254,11 @@ impl RootKeys {
         // X.509 has no dates before 1970 for webpki, and none after 9999 at all (RFC 5280, section 4.1.2.5).
         params.not_before = (now - DAY).clamp(UNIX_EPOCH, last_date() - DAY).into();
         params.not_after = (now + life).clamp(UNIX_EPOCH + DAY, last_date()).into();
+        if let Some(delegated) = &self.delegated {
+            let (begin, end) = delegated.times();
+            params.not_before = params.not_before.max(begin.into());
+            params.not_after = params.not_after.min(end.into());
+        }
         params.is_ca = IsCa::ExplicitNoCa;
         params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
         // Every node both dials and listens.
@@ -195,9 +294,12 @@ impl RootKeys {
             not_before: unix_seconds(begin),
             not_after: unix_seconds(end),
         });
-        let document = document.map(|document| document.sign(&self.identity));
+        let document = document.map(|document| self.sign(document));
+        let intermediate = self.delegated.as_ref();
+        let intermediate = intermediate.map(|delegated| delegated.certificate.clone());
+        let chain = [certificate].into_iter().chain(intermediate);
         Ok(Issued {
-            certificates: vec![certificate, self.certificate.clone()],
+            certificates: chain.chain([self.certificate.clone()]).collect(),
             document: document.unwrap_or_default(),
             root: self.claim.clone(),
             former: None,
@@ -218,6 +320,15 @@ pub(super) fn identity_in(text: &str) -> Option<Result<IdentityKey, KeyError>> {
     let (at, _) = text.match_indices("-----BEGIN PRIVATE KEY-----").nth(1)?;
     Some(IdentityKey::from_pem(&text[at..]))
 }
+
+/// The end of the former root's time, and the former root's keys, in the text of `root.key`.
+pub(super) fn former_part(text: &str) -> Option<(&str, &str)> {
+    let (_, former) = text.split_once(FORMER)?;
+    former.split_once(":\n")
+}
+
+/// Before the end of the former root's time, and its keys.
+pub(super) const FORMER: &str = "Former root, accepted until ";
 
 /// True if a root's certificate names the root's ML-DSA key.
 fn names_identity(certificate: &CertificateDer<'_>) -> bool {

@@ -3,6 +3,7 @@
 mod common;
 mod expulsion;
 mod identities;
+mod intermediates;
 mod joining;
 mod links;
 mod roots;

@@ -435,7 +435,11 @@ async fn evidence_at_a_join_counts_for_its_node_and_session_alone() {
             csr: csr.clone(),
             node_name: "laptop".to_owned(),
             identity: Some(transcript.prove(&key)),
-            evidence: Some(SignedEvidence { body: said, proof }),
+            evidence: Some(SignedEvidence {
+                body: said,
+                proof,
+                quote: None,
+            }),
             root: Vec::new(),
         };
         let (mut send, mut recv) = connection.open_bi().await.expect("a stream");

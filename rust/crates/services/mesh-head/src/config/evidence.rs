@@ -1,8 +1,11 @@
 //! `[trust.evidence]`: requirements on the evidence of nodes.
 
+use std::collections::BTreeMap;
+
 use arcanum_attestor::{
     EvidencePolicy, Field, OnChange, SystemRule, TrustedKeyError, VersionError, is_store_path,
 };
+use mesh_tpm::PCRS;
 use serde::{Deserialize, Serialize};
 
 /// `[trust.evidence]`
@@ -21,6 +24,11 @@ pub struct EvidenceConfig {
     pub systems: Vec<String>,
     /// Public keys of binary caches whose signature allows a system, such as `cache.example.org-1:BASE64`.
     pub trusted_keys: Vec<String>,
+    /// Refuse nodes whose evidence no TPM 2.0 vouches for with a quote.
+    pub tpm: bool,
+    /// Values of the TPM's registers (PCRs, SHA-256 bank) that are allowed: for the number of a register, a list of values in
+    /// hexadecimal. Implies `tpm`.
+    pub pcrs: BTreeMap<String, Vec<String>>,
     /// Effect of a change of a watched field: `accept`, `record`, `approve` (the node waits for an operator), `refuse` or
     /// `expel`.
     pub on_change: OnChange,
@@ -37,12 +45,15 @@ impl Default for EvidenceConfig {
             system: SystemRule::default(),
             systems: Vec::new(),
             trusted_keys: Vec::new(),
+            tpm: false,
+            pcrs: BTreeMap::new(),
             on_change: OnChange::default(),
             watched: vec![
                 Field::Os,
                 Field::Architecture,
                 Field::Hardware,
                 Field::System,
+                Field::Tpm,
             ],
         }
     }
@@ -63,6 +74,11 @@ pub enum EvidenceFault {
         "trust.evidence.systems: {0:?} is no store path of a system: give what `readlink /run/current-system` prints"
     )]
     System(String),
+    /// A register or a value of one.
+    #[error(
+        "trust.evidence.pcrs: {0}: give a number of {PCRS:?} with its values, each of 64 hexadecimal digits, as `hydramesh nodes show` prints them"
+    )]
+    Pcr(String),
     /// A rule that no system could meet.
     #[error(
         "trust.evidence.system = {rule:?} refuses every node while {list} is empty: fill it, or set \"any\""
@@ -84,7 +100,7 @@ impl EvidenceConfig {
         let min_version = self.min_version.as_deref().map(str::parse).transpose();
         let keys = self.trusted_keys.iter().map(|key| key.parse());
         if let Some(path) = self.systems.iter().find(|path| !is_store_path(path)) {
-            return Err(EvidenceFault::System(path.chars().take(255).collect()));
+            return Err(EvidenceFault::System(cut(path)));
         }
         let unmeetable = match self.system {
             SystemRule::Listed if self.systems.is_empty() => Some(("listed", "systems")),
@@ -107,10 +123,39 @@ impl EvidenceConfig {
             trusted_keys: keys
                 .collect::<Result<_, _>>()
                 .map_err(|error: TrustedKeyError| EvidenceFault::Key(error.to_string()))?,
+            tpm: self.tpm,
+            pcrs: self.pcrs()?,
             on_change: self.on_change,
             watched: self.watched.clone(),
         })
     }
+}
+
+impl EvidenceConfig {
+    fn pcrs(&self) -> Result<BTreeMap<u8, Vec<String>>, EvidenceFault> {
+        let fault = |text: &str| EvidenceFault::Pcr(format!("{:?}", cut(text)));
+        let one = |(index, values): (&String, &Vec<String>)| {
+            let number = index.parse::<u8>().ok();
+            let number = number.filter(|number| PCRS.contains(number));
+            let number = number.ok_or_else(|| fault(index))?;
+            let is_digest = |value: &String| {
+                value.len() == 64 && value.bytes().all(|byte| byte.is_ascii_hexdigit())
+            };
+            if values.is_empty() {
+                return Err(fault(index));
+            }
+            if let Some(value) = values.iter().find(|value| !is_digest(value)) {
+                return Err(fault(value));
+            }
+            let values = values.iter().map(|value| value.to_ascii_lowercase());
+            Ok((number, values.collect()))
+        };
+        self.pcrs.iter().map(one).collect()
+    }
+}
+
+fn cut(text: &str) -> String {
+    text.chars().take(255).collect()
 }
 
 #[cfg(test)]
@@ -135,6 +180,9 @@ mod tests {
             ("system = \"listed\"", "systems is empty"),
             ("system = \"signed\"", "trusted_keys is empty"),
             ("system = \"either\"", "refuses every node"),
+            ("pcrs = { \"23\" = [\"00\"] }", "\"23\": give a number"),
+            ("pcrs = { \"7\" = [\"00\"] }", "\"00\": give a number"),
+            ("pcrs = { \"7\" = [] }", "64 hexadecimal digits"),
         ] {
             match check(text) {
                 Err(Unsound::Evidence(fault)) => {

@@ -21,9 +21,8 @@ pub(super) async fn judge(
     // Signatures take a while, and the record is on the disk.
     let judged = tokio::task::spawn_blocking(move || {
         let root = authority.root().sha256();
-        let signed = evidence.as_ref();
-        let body = signed.map(|signed| reported_evidence(&link, &root, signed));
-        authority.report(link.peer(), body.transpose()?, SystemTime::now())
+        let evidence = reported_evidence(&link, &root, evidence.as_ref())?;
+        authority.report(link.peer(), evidence, SystemTime::now())
     });
     let judged = judged.await;
     judged.unwrap_or_else(|error| Err(Refusal::Internal(error.to_string())))

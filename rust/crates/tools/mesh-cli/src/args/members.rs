@@ -98,6 +98,52 @@ Example:
     },
 }
 
+/// Steps to an intermediate.
+#[derive(Debug, Subcommand)]
+pub enum IntermediateCommand {
+    /// At the head: make keys, and print a request for the machine that has root.key
+    #[command(after_help = "\
+Run it as root or as the head's user. The request holds no secret.
+
+Example:
+  hydramesh root intermediate request > request.pem")]
+    Request {
+        /// State directory of the head
+        #[arg(long, value_name = "DIR", default_value = "/var/lib/hydramesh/head", value_hint = ValueHint::DirPath)]
+        state_dir: PathBuf,
+    },
+    /// Where root.key is: sign a request, and print the intermediate
+    #[command(after_help = "\
+It needs no network. What it prints holds no secret.
+
+Example:
+  hydramesh root intermediate sign --root-key /mnt/usb/root.key request.pem > intermediate.pem")]
+    Sign {
+        /// The root's keys
+        #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+        root_key: PathBuf,
+        /// Time for which the intermediate is good, 1d to 3650d
+        #[arg(long, value_name = "TIME", value_parser = parse_duration, default_value = "365d")]
+        life: Duration,
+        /// The request
+        #[arg(value_hint = ValueHint::FilePath)]
+        request: PathBuf,
+    },
+    /// At the head: put the signed intermediate into use when the head starts again
+    #[command(after_help = "\
+Example:
+  hydramesh root intermediate install intermediate.pem
+  rm /var/lib/hydramesh/head/root.key && systemctl restart hydramesh-head     # once root.key is backed up")]
+    Install {
+        /// State directory of the head
+        #[arg(long, value_name = "DIR", default_value = "/var/lib/hydramesh/head", value_hint = ValueHint::DirPath)]
+        state_dir: PathBuf,
+        /// What `sign` printed
+        #[arg(value_hint = ValueHint::FilePath)]
+        signed: PathBuf,
+    },
+}
+
 /// What to do with nodes.
 #[derive(Debug, Subcommand)]
 pub enum RootCommand {
@@ -107,6 +153,9 @@ pub enum RootCommand {
         #[arg(long)]
         json: bool,
     },
+    /// Keep the root's keys on another machine: the head issues by an intermediate that the root has signed there
+    #[command(subcommand)]
+    Intermediate(IntermediateCommand),
     /// Put a new root into the place of the present one; both are accepted for a while
     #[command(after_help = "\
 Both roots sign the change. Workers that are connected learn of it over their links, get certificates of the new root and go on. Those \

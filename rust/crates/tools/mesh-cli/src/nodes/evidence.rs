@@ -54,6 +54,14 @@ pub(super) fn rows(evidence: &NodeEvidence) -> Vec<(String, String)> {
             },
         );
     }
+    if let Some(tpm) = &evidence.tpm {
+        row("tpm", known(&tpm.manufacturer));
+        let key = format!("{} {}", tpm.algorithm, tpm.key);
+        row("tpm key", plain(&key));
+        for pcr in &tpm.pcrs {
+            row("pcr", plain(&format!("{:>2} {}", pcr.index, pcr.value)));
+        }
+    }
     for change in &evidence.changes {
         row("changed", changed(change));
     }
@@ -85,6 +93,7 @@ mod tests {
             "processor": "Old CPU", "threads": 4, "memory_mib": 8000, "gpus": ["Nvidia 10de:2684"],
             "models": [{"name": "qwen\u{7}", "fingerprint": "ab".repeat(32)}],
             "system": {"path": "/nix/store/x", "nar_hash": "sha256:0", "references": 2, "signed_by": []},
+            "tpm": {"manufacturer": "IFX\u{7}", "key": "000bab", "algorithm": "ecdsa-p256", "pcrs": [{"index": 7, "value": "65ca"}]},
             "changes": [{"at": 1_795_910_400, "field": "kernel", "before": "6.1\u{9b}", "after": "6.12"}],
             "waiting": [{"at": 1_795_910_400, "field": "os", "before": "debian 12", "after": "nixos 26.05"}],
         }))
@@ -100,6 +109,9 @@ mod tests {
             "architecture unknown",
             "model qwen abababababababab",
             "signed by no trusted key",
+            "tpm IFX",
+            "tpm key ecdsa-p256 000bab",
+            "pcr  7 65ca",
             "kernel: \"6.1",
             "waits 2026-11-29",
             "\"debian 12\" to \"nixos 26.05\"",

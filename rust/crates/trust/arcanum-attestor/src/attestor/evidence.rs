@@ -3,7 +3,7 @@
 use std::time::SystemTime;
 
 use mesh_base::clock::unix_seconds;
-use mesh_net::trust::{Member, Refusal};
+use mesh_net::trust::{Member, Refusal, Vouched};
 
 use super::Attestor;
 use crate::evidence::{Change, Evidence};
@@ -12,15 +12,14 @@ use crate::policy::Reason;
 use crate::record::Assessment;
 
 impl Attestor {
-    /// Judges the evidence that a member reports on its link: encoded, and verified to be the member's; `None` where it sends
-    /// none. Blocks on the disk.
+    /// Judges the evidence that a member reports on its link; `None` where it sends none. Blocks on the disk.
     ///
     /// # Errors
     /// [`Refusal`] if the link has to end.
     pub fn report(
         &self,
         member: &Member,
-        evidence: Option<&[u8]>,
+        evidence: Option<Vouched<'_>>,
         now: SystemTime,
     ) -> Result<(), Refusal> {
         let (node_id, name) = (&member.node_id, &member.name);
@@ -38,9 +37,9 @@ impl Attestor {
         &self,
         node_id: &str,
         name: &str,
-        evidence: Option<&[u8]>,
+        evidence: Option<Vouched<'_>>,
     ) -> Result<Option<Evidence>, Refusal> {
-        let read = evidence.map(|bytes| Evidence::read(bytes, &self.policy.trusted_keys));
+        let read = evidence.map(|vouched| Evidence::of(&vouched, &self.policy.trusted_keys));
         read.transpose().map_err(|error| {
             let text = format!("evidence refused: {error}");
             self.news.refused(node_id, name, &text);

@@ -1,6 +1,8 @@
 use std::time::UNIX_EPOCH;
 
 use super::*;
+use mesh_net::trust::Vouched;
+
 use crate::news::EvidenceDecision;
 
 const DAY: Duration = Duration::from_secs(86_400);
@@ -332,9 +334,17 @@ fn evidence_and_what_waits_for_approval_survive_a_restart_and_a_new_certificate(
     let head = open();
     let worker = worker(&head, node.path(), today());
     let id = worker.node_id();
-    head.report(&worker.member(), Some(&evidence("12")), today())
-        .expect("the first one");
-    let refused = head.report(&worker.member(), Some(&evidence("13")), today());
+    head.report(
+        &worker.member(),
+        Some(Vouched::unquoted(&evidence("12"))),
+        today(),
+    )
+    .expect("the first one");
+    let refused = head.report(
+        &worker.member(),
+        Some(Vouched::unquoted(&evidence("13"))),
+        today(),
+    );
     assert!(
         matches!(refused, Err(Refusal::AwaitingApproval(_))),
         "{refused:?}"
@@ -348,16 +358,24 @@ fn evidence_and_what_waits_for_approval_survive_a_restart_and_a_new_certificate(
         matches!(renewed, Err(Refusal::AwaitingApproval(_))),
         "{renewed:?}"
     );
-    head.report(&worker.member(), Some(&evidence("13")), today())
-        .expect_err("waits still");
+    head.report(
+        &worker.member(),
+        Some(Vouched::unquoted(&evidence("13"))),
+        today(),
+    )
+    .expect_err("waits still");
     assert_eq!(head.approve(&id).expect("it waits").name, "laptop");
     assert!(matches!(
         head.approve(&id),
         Err(EnrolmentError::NotPending(_))
     ));
     let head = open();
-    head.report(&worker.member(), Some(&evidence("13")), today())
-        .expect("approved");
+    head.report(
+        &worker.member(),
+        Some(Vouched::unquoted(&evidence("13"))),
+        today(),
+    )
+    .expect("approved");
     let record = head.members()[&id].evidence.clone().expect("kept");
     assert_eq!(record.evidence.os_version, "13");
     assert!(record.held.is_none());
@@ -378,11 +396,11 @@ fn unreadable_evidence_is_refused_and_changes_nothing() {
     let head = authority(at_head.path());
     let worker = worker(&head, node.path(), today());
     let good = evidence("12");
-    head.report(&worker.member(), Some(&good), today())
+    head.report(&worker.member(), Some(Vouched::unquoted(&good)), today())
         .expect("read");
     let before = head.members();
     for bytes in [&[0xFF; 9][..], &[], &[8, 2], &good[..good.len() - 1]] {
-        let refused = head.report(&worker.member(), Some(bytes), today());
+        let refused = head.report(&worker.member(), Some(Vouched::unquoted(bytes)), today());
         assert!(matches!(refused, Err(Refusal::Evidence(_))), "{refused:?}");
     }
     assert_eq!(head.members(), before);
@@ -415,7 +433,7 @@ fn a_node_that_waits_is_approved_as_it_was_shown() {
             node_name: "laptop",
             identity: applicant.public_key(),
             root: head.root().sha256(),
-            evidence: Some(&evidence),
+            evidence: Some(Vouched::unquoted(&evidence)),
         };
         head.join(&ask, today())
     };

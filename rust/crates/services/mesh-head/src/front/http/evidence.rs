@@ -1,7 +1,7 @@
 //! Evidence of nodes in the form of the API.
 
 use arcanum_attestor::{Change, Evidence, EvidenceRecord};
-use mesh_api::{EvidenceChange, NodeEvidence, NodeModel, NodeSystem};
+use mesh_api::{EvidenceChange, NodeEvidence, NodeModel, NodePcr, NodeSystem, NodeTpm};
 
 /// The record of a member.
 pub(super) fn of_member(record: EvidenceRecord) -> NodeEvidence {
@@ -41,6 +41,16 @@ pub(super) fn of_newcomer(said: Evidence, since: u64) -> NodeEvidence {
             nar_hash: system.nar_hash,
             references: system.references,
             signed_by: system.signed_by,
+        }),
+        tpm: said.tpm.map(|tpm| NodeTpm {
+            manufacturer: tpm.manufacturer,
+            key: tpm.key,
+            algorithm: tpm.algorithm,
+            pcrs: tpm
+                .pcrs
+                .into_iter()
+                .map(|(index, value)| NodePcr { index, value })
+                .collect(),
         }),
         ..NodeEvidence::default()
     }

@@ -69,6 +69,7 @@ fn shown(root: &MeshRoot) -> Root {
             root: HEXLOWER.encode(&digest),
             accepted_until: until,
         }),
+        intermediate_until: root.intermediate_until(),
     }
 }
 
