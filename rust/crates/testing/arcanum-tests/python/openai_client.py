@@ -1,8 +1,11 @@
 """The public `openai` client against a head: what an application does, and the exceptions it would catch."""
 
+import json
 import sys
+from typing import Literal
 
 import openai
+import pydantic
 
 base, key = sys.argv[1], sys.argv[2]
 client = openai.OpenAI(base_url=base, api_key=key, max_retries=0, timeout=60)
@@ -76,6 +79,36 @@ assert len(logprobs) == 4, logprobs
 for entry in logprobs:
     assert entry.logprob <= 0 and len(entry.top_logprobs) == 2
     assert entry.top_logprobs[0].logprob == entry.logprob, "greedy takes the likeliest"
+
+# Answers in a form: any object, and an instance of a class.
+anything = client.chat.completions.create(
+    model=model, messages=question, max_tokens=200, temperature=0, response_format={"type": "json_object"}
+).choices[0]
+if anything.finish_reason == "stop":
+    assert isinstance(json.loads(anything.message.content), dict), anything
+
+
+class Play(pydantic.BaseModel):
+    title: str = pydantic.Field(max_length=40)
+    acts: int = pydantic.Field(ge=1, le=9)
+    kind: Literal["tragedy", "comedy", "history"]
+
+
+parsed = client.chat.completions.parse(model=model, messages=question, max_tokens=100, temperature=0, response_format=Play)
+assert isinstance(parsed.choices[0].message.parsed, Play), parsed
+with client.chat.completions.stream(
+    model=model, messages=question, max_tokens=100, temperature=0, response_format=Play
+) as stream:
+    assert stream.get_final_completion().choices[0].message.parsed == parsed.choices[0].message.parsed
+raises(
+    openai.BadRequestError,
+    lambda: client.chat.completions.create(
+        model=model,
+        messages=question,
+        response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "array", "uniqueItems": True}}},
+    ),
+    "uniqueItems",
+)
 
 # Completions.
 done = client.completions.create(model=model, prompt="Once upon a time", max_tokens=8, temperature=0)
