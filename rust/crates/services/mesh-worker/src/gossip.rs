@@ -11,13 +11,13 @@ use mesh_base::clock;
 use mesh_gossip::{Config, Counts, Event, Gossip, Now, Pulse, REFUSALS};
 use mesh_net::trust::NodeIdentity;
 use mesh_proto::{GossipFrame, GossipIdentities};
+use mesh_service::config::GossipConfig;
 use mesh_service::metrics::prometheus_client::collector::Collector;
 use mesh_service::metrics::prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
 use mesh_service::metrics::prometheus_client::metrics::counter::ConstCounter;
 use tokio::sync::Notify;
 
 use crate::codec::message;
-use crate::config::GossipConfig;
 use crate::lock::lock;
 
 /// Gossip over whichever link to the head there is.
