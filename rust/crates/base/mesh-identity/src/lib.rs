@@ -19,7 +19,7 @@ mod proof;
 pub use document::{Document, DocumentError, LONGEST_DOCUMENT};
 pub use file::KeyFileError;
 pub use key::{
-    ALGORITHM, ALGORITHM_NAME, IdentityKey, KeyError, NodeId, NodeIdError, PUBLIC_KEY_BYTES,
-    PublicKey, SIGNATURE_BYTES,
+    ALGORITHM, ALGORITHM_NAME, ExpandedKey, IdentityKey, KeyError, NodeId, NodeIdError,
+    PUBLIC_KEY_BYTES, PublicKey, SIGNATURE_BYTES,
 };
 pub use proof::{ProofError, Purpose, Transcript};
