@@ -7,8 +7,9 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use dcf::{Message, MsgType};
+use mesh_audit::kept::{Contradiction, Keeper};
 use mesh_base::clock;
-use mesh_gossip::{Config, Counts, Event, Gossip, Now, Pulse, REFUSALS};
+use mesh_gossip::{Config, Counts, Event, Gossip, MemoryRecord, Now, Pulse, REFUSALS};
 use mesh_net::trust::NodeIdentity;
 use mesh_proto::{GossipFrame, GossipIdentities};
 use mesh_service::config::GossipConfig;
@@ -35,6 +36,8 @@ struct Inner {
     root: [u8; 32],
     /// The document that the head was shown on this link.
     shown: Option<Vec<u8>>,
+    /// Epochs of heads' audit trails.
+    keeper: Keeper,
     outbox: VecDeque<Message>,
     refreshed: Option<Instant>,
 }
@@ -99,6 +102,7 @@ impl WorkerGossip {
             root,
             identity: identity.clone(),
             shown: None,
+            keeper: Keeper::open(&self.state_dir),
             outbox: VecDeque::new(),
             refreshed: None,
         })
@@ -203,6 +207,9 @@ impl Inner {
             let mut members = self.core.members(now).into_iter();
             let headless = !members.any(|member| member.role == "head");
             self.show(headless);
+            if let Some(unsaved) = self.keeper.unsaved() {
+                tokio::task::spawn_blocking(move || unsaved.write());
+            }
         }
         if let Some(message) = self.outbox.pop_front() {
             return Ok(message);
@@ -225,9 +232,13 @@ impl Inner {
     }
 
     fn follow(&mut self, event: Event, now: Now) {
-        let Event::Sighted(sighting) = event else {
-            tracing::debug!(?event, "gossip");
-            return;
+        let sighting = match event {
+            Event::Sighted(sighting) => sighting,
+            Event::Remembered(record) => return self.remember(&record, now),
+            event => {
+                tracing::debug!(?event, "gossip");
+                return;
+            }
         };
         tracing::warn!(
             kind = sighting.kind,
@@ -237,15 +248,29 @@ impl Inner {
             "a node reports a threat"
         );
         // Only the head expels; links end by the list that it sends.
-        let members = self.core.members(now);
-        let from_head = members
-            .iter()
-            .any(|member| member.node == sighting.origin && member.role == "head");
+        let from_head = self.core.role_of(sighting.origin) == Some("head");
         if from_head
             && sighting.kind == "expelled"
             && let Ok(node) = sighting.subject.parse()
         {
             self.core.dismiss(node, now);
+        }
+    }
+
+    /// Compares what a head shows of its audit trail with what it showed before.
+    fn remember(&mut self, record: &MemoryRecord, now: Now) {
+        if self.core.role_of(record.origin) != Some("head") {
+            return;
+        }
+        let head = record.origin.to_string();
+        let about = (&record.name[..], &record.value[..]);
+        for contradiction in self.keeper.take(&head, record.version, about) {
+            tracing::error!(head, %contradiction, "a head shows another past of its audit trail than before");
+            let detail = contradiction.to_string();
+            let told = self.core.sight((Contradiction::KIND, &head, &detail), now);
+            if let Err(error) = told {
+                tracing::debug!(%error, "the sighting is not told by gossip");
+            }
         }
     }
 }
@@ -283,3 +308,6 @@ impl Collector for GossipCollector {
 
 const MOST_PEERS: usize = 1024;
 const REFRESH: Duration = Duration::from_secs(5);
+
+#[cfg(test)]
+mod tests;
