@@ -2,17 +2,17 @@
 //!
 //! Both are put between the same sender and the same head: tasks go in, each comes back as a Result, so every datagram
 //! passes twice. A window of datagrams under way keeps all of them busy without loss. Shim and relay take turns; the
-//! medians and their ratio are printed.
+//! medians and their ratio are printed, and the time that the shim adds to a datagram that comes alone.
 
 use std::net::{SocketAddr, UdpSocket};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use clap::Parser;
-use mesh_bench::median;
 use mesh_bench::round_trips::{
-    LOOPBACK, SocketThread, echo_head, readable, round_trips_per_second,
+    LOOPBACK, SocketThread, echo_head, readable, round_trip_times, round_trips_per_second,
 };
+use mesh_bench::{Ratios, median};
 use mesh_shim::batch::{self, RecvBatch};
 use mesh_shim::config::RateLimit;
 use mesh_shim::{Config, Shim};
@@ -70,15 +70,37 @@ fn main() -> anyhow::Result<()> {
             }
         }
     }
+    let added = latency(&args, relay.address, shim.addr())?;
     let (of_relay, of_shim) = (median(&of_relay), median(&of_shim));
     let ratio = of_shim / of_relay;
     println!("relay  {of_relay:9.0} round trips/s");
     println!("shim   {of_shim:9.0} round trips/s  {ratio:.2} x relay");
+    let (added, least, most) = (added.median(), added.least(), added.most());
+    println!(
+        "a datagram alone: the shim adds {added:.1} µs to the relay's time, p50 ({least:.1} to {most:.1}; wanted: at most 50)"
+    );
     shim.stop();
     if let Some(least) = args.at_least {
         anyhow::ensure!(ratio >= least, "the ratio is below {least}");
     }
     Ok(())
+}
+
+/// Microseconds that the shim adds to a datagram's way through the relay: medians of the rounds, half of a round trip.
+fn latency(args: &Args, relay: SocketAddr, shim: SocketAddr) -> anyhow::Result<Ratios> {
+    const TASKS: u32 = 2_000;
+    let mut added = Ratios::default();
+    for round in 0..args.rounds.clamp(1, 1_000) {
+        let mut medians = [0.0; 2];
+        for turn in 0..2 {
+            let which = (round + turn) % 2;
+            let times = round_trip_times([relay, shim][which], args.payload, TASKS)?;
+            let times = times.iter().map(|time| time.as_secs_f64() * 1e6);
+            medians[which] = median(&times.collect::<Vec<_>>());
+        }
+        added.0.push((medians[1] - medians[0]) / 2.0);
+    }
+    Ok(added)
 }
 
 /// Passes datagrams of one client to `head` and back, and looks at none.
