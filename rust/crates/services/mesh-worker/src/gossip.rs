@@ -1,5 +1,7 @@
 //! The worker's part in the gossip, over its link to the head.
 
+mod lookout;
+
 use std::collections::VecDeque;
 use std::fmt;
 use std::path::PathBuf;
@@ -10,8 +12,9 @@ use dcf::{Message, MsgType};
 use mesh_audit::kept::{Contradiction, Keeper};
 use mesh_base::clock;
 use mesh_gossip::{Config, Counts, Event, Gossip, MemoryRecord, Now, Pulse, REFUSALS};
+use mesh_net::quic::Refused;
 use mesh_net::trust::NodeIdentity;
-use mesh_proto::{GossipFrame, GossipIdentities};
+use mesh_proto::{BadSource, GossipFrame, GossipIdentities};
 use mesh_service::config::GossipConfig;
 use mesh_service::metrics::prometheus_client::collector::Collector;
 use mesh_service::metrics::prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
@@ -20,6 +23,8 @@ use tokio::sync::Notify;
 
 use crate::codec::message;
 use crate::lock::lock;
+
+use self::lookout::Lookout;
 
 /// Gossip over whichever link to the head there is.
 pub(crate) struct WorkerGossip {
@@ -38,6 +43,7 @@ struct Inner {
     shown: Option<Vec<u8>>,
     /// Epochs of heads' audit trails.
     keeper: Keeper,
+    lookout: Lookout,
     outbox: VecDeque<Message>,
     refreshed: Option<Instant>,
 }
@@ -103,6 +109,7 @@ impl WorkerGossip {
             identity: identity.clone(),
             shown: None,
             keeper: Keeper::open(&self.state_dir),
+            lookout: Lookout::default(),
             outbox: VecDeque::new(),
             refreshed: None,
         })
@@ -127,6 +134,24 @@ impl WorkerGossip {
                 inner.core.dismiss(node, now);
             }
         }
+    }
+
+    /// This worker turned peers away, or was sent pieces that are not the manifest's.
+    pub(crate) fn report(&self, refused: &[Refused], accused: &[BadSource]) {
+        if let Some(inner) = lock(&self.inner).as_mut() {
+            let now = now(&inner.identity);
+            let (lookout, at) = (&mut inner.lookout, now.instant);
+            let mut seen: Vec<_> = refused
+                .iter()
+                .filter_map(|refused| lookout.refused(refused, at))
+                .collect();
+            seen.extend(accused.iter().filter_map(|bad| lookout.accused(bad, at)));
+            for (kind, subject, detail) in seen {
+                tracing::warn!(kind, subject, detail, "an attack: all nodes are told");
+                inner.sight(kind, &subject, &detail, now);
+            }
+        }
+        self.changed.notify_one();
     }
 
     /// The link is gone: what waited for it is void.
@@ -266,11 +291,13 @@ impl Inner {
         let about = (&record.name[..], &record.value[..]);
         for contradiction in self.keeper.take(&head, record.version, about) {
             tracing::error!(head, %contradiction, "a head shows another past of its audit trail than before");
-            let detail = contradiction.to_string();
-            let told = self.core.sight((Contradiction::KIND, &head, &detail), now);
-            if let Err(error) = told {
-                tracing::debug!(%error, "the sighting is not told by gossip");
-            }
+            self.sight(Contradiction::KIND, &head, &contradiction.to_string(), now);
+        }
+    }
+
+    fn sight(&mut self, kind: &str, subject: &str, detail: &str, now: Now) {
+        if let Err(error) = self.core.sight((kind, subject, detail), now) {
+            tracing::debug!(%error, "the sighting is not told by gossip");
         }
     }
 }

@@ -160,3 +160,28 @@ async fn a_head_that_shows_another_past_than_a_worker_kept_is_reported_after_a_r
     );
     assert!(detail.contains("master: epoch 3"), "{detail}");
 }
+
+#[tokio::test]
+async fn attacks_that_a_worker_sees_itself_are_told_once() {
+    let mut pair = Pair::new().await;
+    let worker = pair.worker();
+    let refused = [Refused::Expelled {
+        node_id: "aa".to_owned(),
+        name: "rogue".to_owned(),
+    }];
+    let accused = [BadSource {
+        node_id: "bb".to_owned(),
+        fingerprint: "cc".to_owned(),
+        ..BadSource::default()
+    }];
+    let mut told = std::collections::BTreeSet::new();
+    for _ in 0..2 {
+        worker.report(&refused, &accused);
+        let seen = pair.carry(&worker, |_, event| sighted(event)).await;
+        told.extend(seen.map(|(kind, subject, _)| (kind, subject)));
+    }
+    let wanted = [("bad-piece", "bb"), ("expelled-calls", "aa")];
+    let wanted = wanted.map(|(kind, subject)| (kind.to_owned(), subject.to_owned()));
+    assert_eq!(told, wanted.into());
+    assert_eq!(pair.head.sightings().len(), 2);
+}
