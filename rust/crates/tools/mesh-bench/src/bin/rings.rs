@@ -206,7 +206,7 @@ impl Flood {
                         state = state.wrapping_mul(6_364_136_223_846_793_005) + 1;
                         part.copy_from_slice(&state.to_be_bytes()[..part.len()]);
                     }
-                    if due.is_multiple_of(2) {
+                    if count.load(Ordering::Relaxed).is_multiple_of(2) {
                         let payload = bytes.len() - dcf::HEADER_LEN;
                         bytes[0] = dcf::MsgType::SEALED_HEARTBEAT.0;
                         bytes[13..17].copy_from_slice(&(payload as u32).to_be_bytes());

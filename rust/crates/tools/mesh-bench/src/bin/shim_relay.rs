@@ -70,14 +70,20 @@ fn main() -> anyhow::Result<()> {
             }
         }
     }
-    let added = latency(&args, relay.address, shim.addr())?;
+    let times = latency(&args, [to_head, relay.address, shim.addr()])?;
     let (of_relay, of_shim) = (median(&of_relay), median(&of_shim));
     let ratio = of_shim / of_relay;
     println!("relay  {of_relay:9.0} round trips/s");
     println!("shim   {of_shim:9.0} round trips/s  {ratio:.2} x relay");
+    let [direct, by_relay, by_shim] = times.each_ref().map(|times| median(times));
+    println!(
+        "alone, p50: direct {direct:.1} µs, relay {by_relay:.1} µs, shim {by_shim:.1} µs a round trip"
+    );
+    let added = times[0].iter().zip(&times[2]);
+    let added = Ratios(added.map(|(direct, shim)| (shim - direct) / 2.0).collect());
     let (added, least, most) = (added.median(), added.least(), added.most());
     println!(
-        "a datagram alone: the shim adds {added:.1} µs to the relay's time, p50 ({least:.1} to {most:.1}; wanted: at most 50)"
+        "the shim adds {added:.1} µs to a datagram's way ({least:.1} to {most:.1}; wanted: at most 50)"
     );
     shim.stop();
     if let Some(least) = args.at_least {
@@ -86,21 +92,19 @@ fn main() -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Microseconds that the shim adds to a datagram's way through the relay: medians of the rounds, half of a round trip.
-fn latency(args: &Args, relay: SocketAddr, shim: SocketAddr) -> anyhow::Result<Ratios> {
+/// Median times of single tasks to each of these targets, in microseconds, of each round.
+fn latency(args: &Args, targets: [SocketAddr; 3]) -> anyhow::Result<[Vec<f64>; 3]> {
     const TASKS: u32 = 2_000;
-    let mut added = Ratios::default();
+    let mut medians: [Vec<f64>; 3] = Default::default();
     for round in 0..args.rounds.clamp(1, 1_000) {
-        let mut medians = [0.0; 2];
-        for turn in 0..2 {
-            let which = (round + turn) % 2;
-            let times = round_trip_times([relay, shim][which], args.payload, TASKS)?;
+        for turn in 0..3 {
+            let which = (round + turn) % 3;
+            let times = round_trip_times(targets[which], args.payload, TASKS)?;
             let times = times.iter().map(|time| time.as_secs_f64() * 1e6);
-            medians[which] = median(&times.collect::<Vec<_>>());
+            medians[which].push(median(&times.collect::<Vec<_>>()));
         }
-        added.0.push((medians[1] - medians[0]) / 2.0);
     }
-    Ok(added)
+    Ok(medians)
 }
 
 /// Passes datagrams of one client to `head` and back, and looks at none.
