@@ -5,12 +5,11 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use dcf::Message;
-use mesh_audit::kept::Contradiction;
 use mesh_gossip::{Event, sender_of};
 use mesh_identity::NodeId;
 use mesh_net::trust::NodeIdentity;
 use mesh_proto::{GossipFrame, GossipIdentities};
-use tracing::{debug, error, info, warn};
+use tracing::{debug, info, warn};
 
 use super::gossip_node::{frame, identities};
 use super::state::Mesh;
@@ -35,11 +34,10 @@ impl Mesh {
                 }
                 let mut events = Vec::new();
                 while let Some(event) = inner.core.poll_event() {
-                    let found = match &event {
-                        Event::Remembered(record) => inner.remember(record, now),
-                        _ => Vec::new(),
-                    };
-                    events.push((event, found));
+                    if let Event::Remembered(record) = &event {
+                        inner.remember(record, now);
+                    }
+                    events.push(event);
                 }
                 let to: Vec<String> = inner.documents.keys().cloned().collect();
                 (refreshed, to, frames, events, inner.core.next_timeout())
@@ -57,9 +55,7 @@ impl Mesh {
                 let to: Vec<String> = transmit.to.iter().map(NodeId::to_string).collect();
                 self.pass(to.iter().map(String::as_str), &frame(transmit.frame));
             }
-            for (event, found) in events {
-                self.tell(&event, &found);
-            }
+            events.iter().for_each(|event| self.tell(event));
             let due = |at: Instant| at.elapsed() >= METER_INTERVAL;
             if metered.is_none_or(due)
                 && let Some(view) = self.gossip.view()
@@ -165,7 +161,7 @@ impl Mesh {
     }
 
     /// Reports news of the gossip.
-    fn tell(&self, event: &Event, contradictions: &[Contradiction]) {
+    fn tell(&self, event: &Event) {
         match event {
             Event::Sighted(sighting) => {
                 warn!(
@@ -180,9 +176,6 @@ impl Mesh {
             Event::Up(node) => debug!(%node, "a node gossips"),
             Event::Down(node) => info!(%node, "a node does not gossip any more"),
             Event::Remembered(record) => debug!(origin = %record.origin, "a record of a node"),
-        }
-        for contradiction in contradictions {
-            error!(%contradiction, "a head shows another past of its audit trail than before");
         }
     }
 

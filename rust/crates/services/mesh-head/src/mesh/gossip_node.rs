@@ -12,7 +12,7 @@ use mesh_gossip::{Config, Counts, FleetPulse, Gossip, Member, MemoryRecord, Now,
 use mesh_net::trust::NodeIdentity;
 use mesh_proto::{GossipFrame, GossipIdentities};
 use tokio::sync::Notify;
-use tracing::{debug, warn};
+use tracing::{debug, error, warn};
 
 use crate::locks::lock;
 
@@ -209,22 +209,21 @@ impl Inner {
         }
     }
 
-    /// Compares what another head shows of its audit trail with what it showed before. Returns what contradicts it.
-    pub(super) fn remember(&mut self, record: &MemoryRecord, now: Now) -> Vec<Contradiction> {
+    /// Compares what another head shows of its audit trail with what it showed before.
+    pub(super) fn remember(&mut self, record: &MemoryRecord, now: Now) {
         if self.core.role_of(record.origin) != Some("head") {
-            return Vec::new();
+            return;
         }
         let head = record.origin.to_string();
-        let record = (record.version, (&record.name[..], &record.value[..]));
-        let found = self.keeper.take(&head, record.0, record.1);
-        for contradiction in &found {
+        let about = (&record.name[..], &record.value[..]);
+        for contradiction in self.keeper.take(&head, record.version, about) {
+            error!(head, %contradiction, "a head shows another past of its audit trail than before");
             let detail = contradiction.to_string();
             let told = self.core.sight((Contradiction::KIND, &head, &detail), now);
             if let Err(error) = told {
                 debug!(%error, "the sighting is not told by gossip");
             }
         }
-        found
     }
 
     fn renewed_document(&mut self) -> Option<Message> {
