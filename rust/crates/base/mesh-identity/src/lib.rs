@@ -22,7 +22,7 @@ pub use document::{Document, DocumentError, LONGEST_DOCUMENT};
 pub use file::KeyFileError;
 pub use intermediate::Intermediate;
 pub use key::{
-    ALGORITHM, ALGORITHM_NAME, IdentityKey, KeyError, NodeId, NodeIdError, PUBLIC_KEY_BYTES,
-    PublicKey, SIGNATURE_BYTES,
+    ALGORITHM, ALGORITHM_NAME, ExpandedKey, IdentityKey, KeyError, NodeId, NodeIdError,
+    PUBLIC_KEY_BYTES, PublicKey, SIGNATURE_BYTES,
 };
 pub use proof::{ProofError, Purpose, Transcript};

@@ -47,11 +47,11 @@ fn main() {
             (sum.0 + count.sent, sum.1 + count.accepted)
         })
     };
-    let before = sum(&net);
+    let at_rest = sum(&net);
     let began = Instant::now();
     net.run_for(Duration::from_secs(seconds as u64));
     let idle = began.elapsed();
-    let after = sum(&net);
+    let middle = sum(&net);
     let began = Instant::now();
     for second in 0..seconds {
         let now = net.now();
@@ -64,18 +64,21 @@ fn main() {
         net.run_for(Duration::from_secs(1));
     }
     let busy = began.elapsed();
+    let end = sum(&net);
 
     let share = |time: Duration| 100.0 * time.as_secs_f64() / (seconds as f64 * nodes as f64);
     let rate = |count: u64| count as f64 / (seconds as f64 * nodes as f64);
     println!("sign {sign:?}, verify {verify:?}");
-    println!(
-        "{nodes} nodes, interval {interval:?}: {:.2} frames signed and {:.2} verified per node and second",
-        rate(after.0 - before.0),
-        rate(after.1 - before.1)
-    );
-    println!("nothing happens: {:.3} % of a core per node", share(idle));
-    println!(
-        "a sighting per second: {:.3} % of a core per node",
-        share(busy)
-    );
+    println!("{nodes} nodes, interval {interval:?}; frames per node and second");
+    for (name, time, before, after) in [
+        ("nothing happens", idle, at_rest, middle),
+        ("a sighting per second", busy, middle, end),
+    ] {
+        println!(
+            "{name}: {:.3} % of a core per node; {:.2} signed, {:.2} verified",
+            share(time),
+            rate(after.0 - before.0),
+            rate(after.1 - before.1)
+        );
+    }
 }

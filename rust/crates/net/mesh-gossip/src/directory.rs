@@ -1,9 +1,10 @@
 //! The peers of a node: everyone whose identity document the mesh root has signed and this node was shown.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
 use std::time::Instant;
 
-use mesh_identity::{Document, NodeId, PublicKey};
+use mesh_identity::{Document, ExpandedKey, NodeId, PublicKey};
 use sha2::{Digest, Sha256};
 
 use crate::clock::{Budget, Now};
@@ -51,6 +52,8 @@ pub(crate) struct Directory {
     root: PublicKey,
     most: usize,
     peers: BTreeMap<NodeId, Peer>,
+    /// Keys of peers that signed something, prepared for the next time.
+    expanded: HashMap<NodeId, Arc<ExpandedKey>>,
     /// Verifications of the root's signatures.
     documents: Budget,
 }
@@ -62,6 +65,7 @@ impl Directory {
             root,
             most,
             peers: BTreeMap::new(),
+            expanded: HashMap::new(),
             documents: Budget::full(DOCUMENT_BURST, now),
         }
     }
@@ -110,7 +114,7 @@ impl Directory {
                 .iter()
                 .find(|(_, peer)| !peer.is_valid_at(now.unix));
             let gone = *gone.ok_or(Refusal::Full)?.0;
-            self.peers.remove(&gone);
+            self.remove(gone);
         }
         let peer = Peer {
             key: read.key,
@@ -137,7 +141,19 @@ impl Directory {
         self.peers.get_mut(&id)
     }
 
+    /// The key of a peer, prepared for verifications.
+    pub(crate) fn key(&mut self, id: NodeId) -> Option<Arc<ExpandedKey>> {
+        let peer = self.peers.get(&id)?;
+        if self.expanded.len() >= MOST_EXPANDED && !self.expanded.contains_key(&id) {
+            // Those that are still in use come back one by one.
+            self.expanded.clear();
+        }
+        let expand = || Arc::new(peer.key.expand());
+        Some(self.expanded.entry(id).or_insert_with(expand).clone())
+    }
+
     pub(crate) fn remove(&mut self, id: NodeId) -> bool {
+        self.expanded.remove(&id);
         self.peers.remove(&id).is_some()
     }
 
@@ -150,6 +166,8 @@ impl Directory {
     }
 }
 
+/// Prepared keys, of about 40 kB each.
+const MOST_EXPANDED: usize = 128;
 /// Frames of one sender that are verified, per second and at once. A node sends at most ten a second.
 const FRAME_RATE: f32 = 20.0;
 const FRAME_BURST: f32 = 60.0;

@@ -1,6 +1,6 @@
 //! The envelope of a frame: version, mesh, sender, epoch, counter and signature, in front of the content.
 
-use mesh_identity::{IdentityKey, NodeId, PublicKey, SIGNATURE_BYTES};
+use mesh_identity::{ExpandedKey, IdentityKey, NodeId, SIGNATURE_BYTES};
 
 use crate::counts::Refusal;
 
@@ -64,7 +64,7 @@ impl Header {
 }
 
 /// The content of a frame whose header was read, if `key` signed both.
-pub(crate) fn open<'a>(frame: &'a [u8], key: &PublicKey) -> Result<&'a [u8], Refusal> {
+pub(crate) fn open<'a>(frame: &'a [u8], key: &ExpandedKey) -> Result<&'a [u8], Refusal> {
     let (header, rest) = frame.split_at(HEADER_BYTES);
     let (signature, content) = rest.split_at(SIGNATURE_BYTES);
     match key.verifies(CONTEXT, &[header, content].concat(), signature) {
@@ -140,9 +140,10 @@ mod tests {
         let frame = header().seal(&key, b"content");
         assert_eq!(Header::read(&frame), Ok(header()));
         assert_eq!(sender_of(&frame), Some(key.node_id()));
-        assert_eq!(open(&frame, key.public()), Ok(&b"content"[..]));
+        assert_eq!(open(&frame, &key.public().expand()), Ok(&b"content"[..]));
         let other = IdentityKey::from_seed(&[3; 32]);
-        assert_eq!(open(&frame, other.public()), Err(Refusal::Signature));
+        let other = other.public().expand();
+        assert_eq!(open(&frame, &other), Err(Refusal::Signature));
         assert_eq!(
             Header::read(&frame[..ENVELOPE_BYTES - 1]),
             Err(Refusal::Length)
@@ -162,10 +163,11 @@ mod tests {
         #[test]
         fn a_changed_frame_never_opens(at: prop::sample::Index, bit in 0..8u8) {
             let key = IdentityKey::from_seed(&[2; 32]);
+            let public = key.public().expand();
             let mut frame = header().seal(&key, b"some content");
             let at = at.index(frame.len());
             frame[at] ^= 1 << bit;
-            let opened = Header::read(&frame).and_then(|_| open(&frame, key.public()));
+            let opened = Header::read(&frame).and_then(|_| open(&frame, &public));
             prop_assert!(opened.is_err());
         }
     }

@@ -232,7 +232,10 @@ impl Gossip {
         if !peer.may_cost(now.instant) {
             return Err(Refusal::Rate);
         }
-        let content = envelope::open(frame, &peer.key)?;
+        let key = self.directory.key(header.sender).expect("it is a peer");
+        let content = envelope::open(frame, &key)?;
+        let peer = self.directory.get_mut(header.sender);
+        let peer = peer.expect("it is a peer");
         peer.window.note(header.epoch, header.counter);
         peer.heard = Some(now.instant);
         Ok((header.sender, content))
@@ -266,21 +269,29 @@ impl Gossip {
             // Refused ones are counted; the others of the frame may be good.
             let _ = self.take_record(sender, record, now);
         }
-        if body.digests.len() == BUCKETS * 8 {
+        // While a rumour spreads, digests differ by themselves; a comparison now and then is enough.
+        let is_calm = !self.store.has_rumours() || self.random.u8(..4) == 0;
+        if body.digests.len() == BUCKETS * 8 && is_calm {
             let differing = self.store.differing(&body.digests);
             // Not always the same ones first, for one that cannot be made equal.
             let from = self.random.usize(..BUCKETS);
             let (before, after): (Vec<_>, Vec<_>) =
                 differing.into_iter().partition(|bucket| *bucket < from);
-            let chosen = after.into_iter().chain(before).take(MOST_BUCKETS);
-            if let Some(sync) = self.sync_with(sender) {
+            let mut chosen = after
+                .into_iter()
+                .chain(before)
+                .take(MOST_BUCKETS)
+                .peekable();
+            if chosen.peek().is_some()
+                && let Some(sync) = self.sync_with(sender)
+            {
                 sync.buckets.extend(chosen);
             }
         }
         for sync in body.sync.iter().filter(|sync| sync.to == own.as_bytes()) {
             self.reconcile(sender, sync);
         }
-        if self.swim.has_messages() || !self.syncs.is_empty() {
+        if self.swim.has_urgent() || !self.syncs.is_empty() {
             self.hasten(now.instant + self.config.interval / 5);
         }
         result
@@ -292,7 +303,7 @@ impl Gossip {
         record: GossipRecord,
         now: Now,
     ) -> Result<(), Refusal> {
-        if self.store.is_known(&record) {
+        if self.store.hears_again(&record) {
             return Ok(());
         }
         let origin = <[u8; 32]>::try_from(&record.origin[..]);
@@ -301,16 +312,16 @@ impl Gossip {
         if !may.is_some_and(|peer| peer.may_cost_record(now.instant)) {
             return Err(self.refused(Refusal::Rate));
         }
-        let key = match self.directory.get(origin) {
-            Some(peer) => peer.key.clone(),
+        let key = match self.directory.key(origin) {
+            Some(key) => key,
             // One that this process's predecessor published.
-            None if origin == self.own_id() => self.key.public().clone(),
+            None if origin == self.own_id() => Arc::new(self.key.public().expand()),
             None => return Err(self.refused(Refusal::Stranger)),
         };
         let pushes = self.pushes();
         let inserted = self
             .store
-            .insert(&self.mesh, &key, record, pushes, now.unix);
+            .insert(&self.mesh, (origin, &key), record, pushes, now.unix);
         let inserted = inserted.map_err(|refusal| self.refused(refusal))?;
         self.counts.records += 1;
         if let Inserted::New(key) | Inserted::Newer(key) = inserted {
@@ -375,11 +386,18 @@ impl Gossip {
     pub fn poll(&mut self, now: Now) -> Option<Transmit> {
         self.swim.run(now.instant);
         self.gather_changes();
-        if self.swim.has_messages() {
+        if self.swim.has_urgent() {
             self.hasten(now.instant + self.config.interval / 5);
         }
-        let is_tick = now.instant >= self.next_tick;
-        if !is_tick && self.hurry.is_none_or(|due| now.instant < due) {
+        let is_due = self.hurry.is_some_and(|due| now.instant >= due);
+        // A frame that is due shortly before the next tick takes its place: signatures are the greatest cost.
+        let early = if is_due {
+            self.config.interval * 2 / 5
+        } else {
+            Duration::ZERO
+        };
+        let is_tick = now.instant + early >= self.next_tick;
+        if !is_tick && !is_due {
             return None;
         }
         self.hurry = None;
@@ -388,6 +406,9 @@ impl Gossip {
             let jitter = 0.9 + 0.2 * self.random.f32();
             self.next_tick = now.instant + self.config.interval.mul_f32(jitter);
             self.store.expire(now.unix);
+            let limit = now.instant + self.config.interval / 2;
+            self.swim.run_periodic(limit, now.instant);
+            self.gather_changes();
         }
         let transmit = self.frame(is_tick);
         if transmit.is_some() {
@@ -429,7 +450,7 @@ impl Gossip {
             .iter()
             .filter_map(|key| self.store.record(*key))
             .collect();
-        if is_tick {
+        if is_tick && (!self.store.has_rumours() || self.ticks.is_multiple_of(4)) {
             body.digests = self.store.digests();
         }
         self.add_turns(&mut to, fanout, is_tick);
@@ -585,7 +606,7 @@ const LONGEST_INTERVAL: Duration = Duration::from_secs(60);
 /// Shortest time between two frames of a node.
 const FRAME_GAP: Duration = Duration::from_millis(100);
 /// Receivers of a frame with rumours, and of one without.
-const RUMOUR_FANOUT: usize = 4;
+const RUMOUR_FANOUT: usize = 6;
 const TICK_FANOUT: usize = 2;
 /// Parts of a frame that is received; more are not read.
 const MOST_PARTS: usize = 128;

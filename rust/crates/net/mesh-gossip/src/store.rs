@@ -1,9 +1,9 @@
 //! Signed records that every node keeps: the greatest version of a name counts, all have an end, and all numbers are
 //! bounded. Fresh records spread as rumours; digests of buckets find what a node missed.
 
-use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
-use mesh_identity::{IdentityKey, NodeId, PublicKey};
+use mesh_identity::{ExpandedKey, IdentityKey, NodeId};
 use mesh_proto::{GossipContent, GossipRecord};
 use prost::Message as _;
 use sha2::{Digest, Sha256};
@@ -125,21 +125,27 @@ pub(crate) enum Inserted {
 pub(crate) struct Store {
     entries: BTreeMap<Key, Entry>,
     /// Digests of the records in `entries`, for a look before any signature is verified.
-    known: HashSet<[u8; 16]>,
+    known: HashMap<[u8; 16], Key>,
     buckets: [u64; BUCKETS],
 }
 
 impl Store {
-    /// True if this very record is here. Costs one hash.
-    pub(crate) fn is_known(&self, record: &GossipRecord) -> bool {
-        self.known.contains(&digest(record))
+    /// True if this very record is here. Costs one hash. A rumour that others tell as well is told once less from here.
+    pub(crate) fn hears_again(&mut self, record: &GossipRecord) -> bool {
+        let Some(key) = self.known.get(&digest(record)) else {
+            return false;
+        };
+        if let Some(entry) = self.entries.get_mut(key) {
+            entry.pushes = entry.pushes.saturating_sub(1);
+        }
+        true
     }
 
     /// Takes in a record. The signature is verified before the content is parsed.
     pub(crate) fn insert(
         &mut self,
         mesh: &[u8; 32],
-        origin: &PublicKey,
+        (node, origin): (NodeId, &ExpandedKey),
         record: GossipRecord,
         pushes: u8,
         unix: u64,
@@ -161,10 +167,10 @@ impl Store {
         if content.expires <= unix || content.expires > unix + LONGEST_LIFE {
             return Err(Refusal::Expired);
         }
-        let key = Key::new(topic, origin.node_id(), &content.name);
+        let key = Key::new(topic, node, &content.name);
         let entry = Entry {
             topic,
-            origin: origin.node_id(),
+            origin: node,
             name: content.name,
             version: content.version,
             expires: content.expires,
@@ -182,7 +188,7 @@ impl Store {
             return Err(Refusal::Full);
         }
         self.remove(key);
-        self.known.insert(entry.digest);
+        self.known.insert(entry.digest, key);
         self.toggle(key, &entry.digest);
         self.entries.insert(key, entry);
         Ok(match is_new {
@@ -222,7 +228,8 @@ impl Store {
             signature: Vec::new(),
         };
         record.signature = key.sign(CONTEXT, &signed_text(mesh, &record));
-        let inserted = self.insert(mesh, key.public(), record, pushes, unix);
+        let public = key.public().expand();
+        let inserted = self.insert(mesh, (own, &public), record, pushes, unix);
         inserted.map(|_| ()).map_err(|_| StoreError::Full)
     }
 

@@ -166,11 +166,21 @@ impl Swim {
         }
     }
 
-    /// Fires the timers that are due.
+    /// Fires the timers that are due, but not the periodic ones.
     pub(crate) fn run(&mut self, now: Instant) {
+        self.fire(now, now, |key| !key.is_periodic());
+    }
+
+    /// Fires the periodic timers that are due until `limit`: their messages go into the frame that is signed now.
+    pub(crate) fn run_periodic(&mut self, limit: Instant, now: Instant) {
+        self.fire(limit, now, TimerKey::is_periodic);
+    }
+
+    fn fire(&mut self, limit: Instant, now: Instant, which: impl Fn(TimerKey) -> bool) {
         // One that is due again at once would never end.
         for _ in 0..MOST_TIMERS_AT_ONCE {
-            let due = self.timers.iter().filter(|(_, (at, _))| *at <= now);
+            let due = self.timers.iter();
+            let due = due.filter(|(key, (at, _))| *at <= limit && which(**key));
             let due = due.min_by_key(|(_, (at, _))| *at).map(|(key, _)| *key);
             let Some((_, timer)) = due.and_then(|key| self.timers.remove(&key)) else {
                 return;
@@ -180,8 +190,10 @@ impl Swim {
         }
     }
 
+    /// The time of the next timer that is not periodic.
     pub(crate) fn next_timeout(&self) -> Option<Instant> {
-        self.timers.values().map(|(at, _)| *at).min()
+        let timers = self.timers.iter().filter(|(key, _)| !key.is_periodic());
+        timers.map(|(_, (at, _))| *at).min()
     }
 
     /// All members with their states.
@@ -192,11 +204,13 @@ impl Swim {
     }
 
     pub(crate) fn take_messages(&mut self) -> Vec<(NodeId, Vec<u8>)> {
+        self.effects.is_urgent = false;
         std::mem::take(&mut self.effects.messages)
     }
 
-    pub(crate) fn has_messages(&self) -> bool {
-        !self.effects.messages.is_empty()
+    /// True if a message waits that somebody else waits for.
+    pub(crate) fn has_urgent(&self) -> bool {
+        self.effects.is_urgent
     }
 
     pub(crate) fn take_changes(&mut self) -> Vec<Change> {
@@ -240,6 +254,13 @@ enum TimerKey {
 }
 
 impl TimerKey {
+    fn is_periodic(self) -> bool {
+        matches!(
+            self,
+            Self::Probe | Self::Announce | Self::AnnounceDown | Self::Gossip
+        )
+    }
+
     fn of(timer: &Timer<Id>) -> Self {
         match timer {
             Timer::ProbeRandomMember(_) => Self::Probe,
@@ -256,6 +277,7 @@ impl TimerKey {
 #[derive(Debug, Default)]
 struct Effects {
     messages: Vec<(NodeId, Vec<u8>)>,
+    is_urgent: bool,
     timers: Vec<(Timer<Id>, Duration)>,
     changes: Vec<Change>,
 }
@@ -270,6 +292,8 @@ impl foca::Runtime<Id> for Effects {
     }
 
     fn send_to(&mut self, to: Id, data: &[u8]) {
+        // Its periodic gossip waits for the next frame.
+        self.is_urgent |= data.get(KIND_AT) != Some(&GOSSIP);
         if self.messages.len() < MOST_MESSAGES {
             self.messages.push((to.node, data.to_vec()));
         }
@@ -347,7 +371,7 @@ impl Codec<Id> for Wire {
             } => (6, *probe_number, Some(origin)),
             Message::Announce => (7, 0, None),
             Message::Feed => (8, 0, None),
-            Message::Gossip => (9, 0, None),
+            Message::Gossip => (GOSSIP, 0, None),
             Message::Broadcast => (10, 0, None),
             Message::TurnUndead => (11, 0, None),
         };
@@ -393,7 +417,7 @@ impl Codec<Id> for Wire {
             },
             7 => Message::Announce,
             8 => Message::Feed,
-            9 => Message::Gossip,
+            GOSSIP => Message::Gossip,
             10 => Message::Broadcast,
             11 => Message::TurnUndead,
             _ => return Err(WireError),
@@ -479,5 +503,8 @@ fn config(interval: Duration) -> foca::Config {
 }
 
 const ID_BYTES: usize = 40;
+/// Place of the kind in a message, and the number of one kind.
+const KIND_AT: usize = 2 * ID_BYTES + 2;
+const GOSSIP: u8 = 9;
 const MOST_MESSAGES: usize = 256;
 const MOST_TIMERS_AT_ONCE: usize = 4096;

@@ -5,11 +5,13 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use mesh_audit::home::Tier;
+use mesh_audit::kept::ShownEpochs;
 use mesh_audit::keys::Identity;
 use mesh_audit::record::{Event, Text};
 use mesh_audit::store::{Limits, StoreError};
 use mesh_audit::writer::{Audit, Counts, Envelope, Settings, Tally};
 use mesh_control::fair::Origin;
+use mesh_gossip::Sighting;
 use mesh_identity::IdentityKey;
 use mesh_net::trust::{Admission, Issued, JoinAsk, Member, NodeIdentity, Refusal, RenewAsk};
 
@@ -150,6 +152,21 @@ impl Recorder {
             root: root.into(),
             decision: decision.into(),
         });
+    }
+
+    /// Records a node's report of an attack.
+    pub(crate) fn sighting(&self, sighting: &Sighting) {
+        self.decision(|| Event::Sighting {
+            reporter: sighting.origin.to_string().into(),
+            attack: (&sighting.kind).into(),
+            subject: (&sighting.subject).into(),
+            detail: (&sighting.detail).into(),
+        });
+    }
+
+    /// The last epochs that have ended, of each trail.
+    pub(crate) fn epochs(&self) -> Vec<ShownEpochs> {
+        self.audit.as_ref().map(Audit::epochs).unwrap_or_default()
     }
 
     pub(crate) fn evidence(&self, node: &str, name: &str, decision: &str, texts: &[String]) {

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use arcanum_profiler::Objective;
 use mesh_base::listen::anywhere;
-use mesh_service::config::units;
+use mesh_service::config::{GossipConfig, units};
 use mesh_service::http::{Connections, Origin, TlsConfig};
 use mesh_service::network::Network;
 use serde::{Deserialize, Serialize};
@@ -248,26 +248,6 @@ pub struct RingConfig {
     pub suspect_pause: Duration,
     /// Make a ring even for a model that some worker serves whole.
     pub always: bool,
-}
-
-/// Signed gossip with the other nodes: who is alive, the condition of the machines, sightings of attacks.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct GossipConfig {
-    /// Take part.
-    pub enabled: bool,
-    /// Interval between two frames while nothing happens.
-    #[serde(with = "units::duration")]
-    pub interval: Duration,
-}
-
-impl Default for GossipConfig {
-    fn default() -> Self {
-        Self {
-            enabled: true,
-            interval: Duration::from_secs(1),
-        }
-    }
 }
 
 /// The audit trail: a signed log of what the head accepted and decided.

@@ -7,6 +7,11 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime};
 
 use dcf::{Message, MsgType};
+use mesh_audit::archive::Archive;
+use mesh_audit::home::{Lock, Tier};
+use mesh_audit::kept::{SHOWN, ShownEpochs};
+use mesh_audit::record;
+use mesh_audit::store::Limits;
 use mesh_gossip::{Config, Event, Gossip, MemberState, Now, Pulse, Refusal};
 use mesh_identity::NodeId;
 use mesh_net::quic::{self, Connector, LinkConfig};
@@ -199,6 +204,65 @@ async fn workers_gossip_through_the_head_and_hear_of_an_expulsion() {
         let metrics = head.http.get(head.url("/metrics")).send().await.unwrap();
         let metrics = metrics.text().await.unwrap();
         metrics.contains("hydramesh_head_gossip_members{state=\"alive\"} 2")
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn epochs_of_the_audit_trail_reach_the_nodes_and_their_sightings_reach_the_head() {
+    let prepared = tempfile::tempdir().unwrap();
+    let dir = prepared.path().join("audit");
+    let now_ms = 1000 * now().unix;
+    let mut epochs = Vec::new();
+    {
+        let folder = Lock::take(&dir).unwrap();
+        let opened = folder.open(Tier::Master, "mesh", None, Limits::default(), now_ms);
+        let mut store = opened.unwrap().store;
+        for _ in 0..6 {
+            store.append(&record::Event::Stop, now_ms).unwrap();
+            store.end_epoch(now_ms).unwrap();
+        }
+        epochs.extend(store.ended_epochs(SHOWN).unwrap());
+    }
+    let head = TestHead::start(|config| {
+        config.gossip.interval = Duration::from_millis(300);
+        config.state_dir = prepared.path().to_owned();
+    })
+    .await;
+    let key = std::fs::read_to_string(prepared.path().join("admin.key")).unwrap();
+    std::fs::write(head.dir.path().join("admin.key"), key).unwrap();
+    let attic = join(&head, "attic", 1).await;
+    eventually("it is shown the epochs", || async {
+        let memory = attic.core.lock().unwrap().memory();
+        let mut shown = memory
+            .iter()
+            .filter_map(|record| ShownEpochs::read(&record.name, &record.value));
+        shown.any(|shown| shown.tier == Tier::Master && shown.epochs == epochs)
+    })
+    .await;
+
+    let sighting = ("bad-piece", "barn", "piece 3 of a model");
+    attic.core.lock().unwrap().sight(sighting, now()).unwrap();
+    eventually("the head shows the sighting", || async {
+        let (_, mesh) = head.get("/v1/mesh").await;
+        let shown = &mesh["gossip"]["sightings"][0];
+        shown["kind"] == "bad-piece"
+            && shown["subject"] == "barn"
+            && shown["detail"] == "piece 3 of a model"
+            && shown["reporter"] == attic.id.to_string()
+            && shown["reporter_name"] == "attic"
+    })
+    .await;
+    eventually("it is in the audit trail", || async {
+        let archive = Archive::open(&dir.join("master")).unwrap();
+        let mut found = false;
+        let read = archive.entries(0, |_, entry| {
+            let event = record::split(entry).map(|(text, _)| record::event(text));
+            found |= matches!(event, Ok(Some(record::Event::Sighting { .. })));
+            true
+        });
+        read.unwrap();
+        found
     })
     .await;
 }

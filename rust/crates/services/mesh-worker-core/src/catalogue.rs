@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use mesh_hub::Expected;
-use mesh_proto::{ModelSources, Models, NodeAddr, Sources};
+use mesh_proto::{BadSource, ModelSources, Models, NodeAddr, Sources};
 use mesh_share::PieceSet;
 use mesh_store::Digest;
 
@@ -97,6 +97,11 @@ impl Catalogue {
             bad: self.known.report.bad.clone(),
         };
         Some((models, self.known.report.version))
+    }
+
+    /// Workers that sent something else than a manifest says, since the last call.
+    pub fn take_accused(&mut self) -> Vec<BadSource> {
+        self.known.report.take_accused()
     }
 
     /// Description of what is missing still; empty if nothing is.

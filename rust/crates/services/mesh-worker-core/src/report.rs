@@ -10,6 +10,8 @@ use mesh_proto::{BadSource, SoughtModel};
 pub(crate) struct Report {
     pub(crate) sought: BTreeMap<String, SoughtModel>,
     pub(crate) bad: Vec<BadSource>,
+    /// Number of those that were taken by [`take_accused`](Self::take_accused).
+    told: usize,
     /// Counts the changes.
     pub(crate) version: u64,
 }
@@ -43,6 +45,13 @@ impl Report {
             self.bad.push(bad);
             self.version += 1;
         }
+    }
+
+    /// The accusations since the last call.
+    pub(crate) fn take_accused(&mut self) -> Vec<BadSource> {
+        let fresh = self.bad[self.told..].to_vec();
+        self.told = self.bad.len();
+        fresh
     }
 
     /// Description of what is missing still; empty if nothing is.
@@ -91,6 +100,8 @@ mod tests {
                 });
             }
             assert_eq!(report.bad.len(), MOST_BAD, "round {round}");
+            let fresh = if round == 0 { MOST_BAD } else { 0 };
+            assert_eq!(report.take_accused().len(), fresh);
         }
         assert_eq!(report.version, MOST_BAD as u64);
     }

@@ -9,7 +9,7 @@ use mesh_base::addresses::host_and_port;
 use mesh_engine::SchedulerConfig;
 use mesh_engine_ort::{Backend, WeightFormat};
 use mesh_model::Model;
-use mesh_service::config::units;
+use mesh_service::config::{GossipConfig, units};
 use mesh_service::network::Network;
 use mesh_store::FingerprintCache;
 use serde::{Deserialize, Serialize};
@@ -285,26 +285,6 @@ pub struct RingConfig {
     /// Format in memory of the weights; `auto` is as in the file or 8-bit integers, whichever is faster on
     /// this machine by measurement.
     pub format: Format,
-}
-
-/// Signed gossip with the other nodes: who is alive, the condition of the machines, sightings of attacks.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct GossipConfig {
-    /// Take part.
-    pub enabled: bool,
-    /// Interval between two frames while nothing happens.
-    #[serde(with = "units::duration")]
-    pub interval: Duration,
-}
-
-impl Default for GossipConfig {
-    fn default() -> Self {
-        Self {
-            enabled: true,
-            interval: Duration::from_secs(1),
-        }
-    }
 }
 
 /// Models that come from elsewhere: from other workers, from the hub.

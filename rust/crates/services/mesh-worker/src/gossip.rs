@@ -1,5 +1,7 @@
 //! The worker's part in the gossip, over its link to the head.
 
+mod lookout;
+
 use std::collections::VecDeque;
 use std::fmt;
 use std::path::PathBuf;
@@ -7,18 +9,22 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use dcf::{Message, MsgType};
+use mesh_audit::kept::{Contradiction, Keeper};
 use mesh_base::clock;
-use mesh_gossip::{Config, Counts, Event, Gossip, Now, Pulse, REFUSALS};
+use mesh_gossip::{Config, Counts, Event, Gossip, MemoryRecord, Now, Pulse, REFUSALS};
+use mesh_net::quic::Refused;
 use mesh_net::trust::NodeIdentity;
-use mesh_proto::{GossipFrame, GossipIdentities};
+use mesh_proto::{BadSource, GossipFrame, GossipIdentities};
+use mesh_service::config::GossipConfig;
 use mesh_service::metrics::prometheus_client::collector::Collector;
 use mesh_service::metrics::prometheus_client::encoding::{DescriptorEncoder, EncodeMetric};
 use mesh_service::metrics::prometheus_client::metrics::counter::ConstCounter;
 use tokio::sync::Notify;
 
 use crate::codec::message;
-use crate::config::GossipConfig;
 use crate::lock::lock;
+
+use self::lookout::Lookout;
 
 /// Gossip over whichever link to the head there is.
 pub(crate) struct WorkerGossip {
@@ -35,6 +41,9 @@ struct Inner {
     root: [u8; 32],
     /// The document that the head was shown on this link.
     shown: Option<Vec<u8>>,
+    /// Epochs of heads' audit trails.
+    keeper: Keeper,
+    lookout: Lookout,
     outbox: VecDeque<Message>,
     refreshed: Option<Instant>,
 }
@@ -99,6 +108,8 @@ impl WorkerGossip {
             root,
             identity: identity.clone(),
             shown: None,
+            keeper: Keeper::open(&self.state_dir),
+            lookout: Lookout::default(),
             outbox: VecDeque::new(),
             refreshed: None,
         })
@@ -123,6 +134,24 @@ impl WorkerGossip {
                 inner.core.dismiss(node, now);
             }
         }
+    }
+
+    /// This worker turned peers away, or was sent pieces that are not the manifest's.
+    pub(crate) fn report(&self, refused: &[Refused], accused: &[BadSource]) {
+        if let Some(inner) = lock(&self.inner).as_mut() {
+            let now = now(&inner.identity);
+            let (lookout, at) = (&mut inner.lookout, now.instant);
+            let mut seen: Vec<_> = refused
+                .iter()
+                .filter_map(|refused| lookout.refused(refused, at))
+                .collect();
+            seen.extend(accused.iter().filter_map(|bad| lookout.accused(bad, at)));
+            for (kind, subject, detail) in seen {
+                tracing::warn!(kind, subject, detail, "an attack: all nodes are told");
+                inner.sight(kind, &subject, &detail, now);
+            }
+        }
+        self.changed.notify_one();
     }
 
     /// The link is gone: what waited for it is void.
@@ -203,6 +232,9 @@ impl Inner {
             let mut members = self.core.members(now).into_iter();
             let headless = !members.any(|member| member.role == "head");
             self.show(headless);
+            if let Some(unsaved) = self.keeper.unsaved() {
+                tokio::task::spawn_blocking(move || unsaved.write());
+            }
         }
         if let Some(message) = self.outbox.pop_front() {
             return Ok(message);
@@ -225,9 +257,13 @@ impl Inner {
     }
 
     fn follow(&mut self, event: Event, now: Now) {
-        let Event::Sighted(sighting) = event else {
-            tracing::debug!(?event, "gossip");
-            return;
+        let sighting = match event {
+            Event::Sighted(sighting) => sighting,
+            Event::Remembered(record) => return self.remember(&record, now),
+            event => {
+                tracing::debug!(?event, "gossip");
+                return;
+            }
         };
         tracing::warn!(
             kind = sighting.kind,
@@ -237,15 +273,31 @@ impl Inner {
             "a node reports a threat"
         );
         // Only the head expels; links end by the list that it sends.
-        let members = self.core.members(now);
-        let from_head = members
-            .iter()
-            .any(|member| member.node == sighting.origin && member.role == "head");
+        let from_head = self.core.role_of(sighting.origin) == Some("head");
         if from_head
             && sighting.kind == "expelled"
             && let Ok(node) = sighting.subject.parse()
         {
             self.core.dismiss(node, now);
+        }
+    }
+
+    /// Compares what a head shows of its audit trail with what it showed before.
+    fn remember(&mut self, record: &MemoryRecord, now: Now) {
+        if self.core.role_of(record.origin) != Some("head") {
+            return;
+        }
+        let head = record.origin.to_string();
+        let about = (&record.name[..], &record.value[..]);
+        for contradiction in self.keeper.take(&head, record.version, about) {
+            tracing::error!(head, %contradiction, "a head shows another past of its audit trail than before");
+            self.sight(Contradiction::KIND, &head, &contradiction.to_string(), now);
+        }
+    }
+
+    fn sight(&mut self, kind: &str, subject: &str, detail: &str, now: Now) {
+        if let Err(error) = self.core.sight((kind, subject, detail), now) {
+            tracing::debug!(%error, "the sighting is not told by gossip");
         }
     }
 }
@@ -283,3 +335,6 @@ impl Collector for GossipCollector {
 
 const MOST_PEERS: usize = 1024;
 const REFRESH: Duration = Duration::from_secs(5);
+
+#[cfg(test)]
+mod tests;

@@ -377,7 +377,17 @@ impl HeadLink {
         });
     }
 
+    /// Tells all nodes of attacks that this worker sees itself.
+    fn report_attacks(&self) {
+        let refused = self.host.rings.refused();
+        let accused = self.core().with(|core| core.catalogue.take_accused());
+        if !refused.is_empty() || !accused.is_empty() {
+            self.gossip.report(&refused, &accused);
+        }
+    }
+
     fn news(&self) -> Vec<Message> {
+        self.report_attacks();
         let now = Instant::now();
         let load = self.host.load_report(self.shutdown.is_draining());
         let cards = self.host.cards();

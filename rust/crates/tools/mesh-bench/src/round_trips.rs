@@ -51,6 +51,32 @@ pub fn round_trips_per_second(
     Ok(answered as f64 / start.elapsed().as_secs_f64())
 }
 
+/// Times of so many tasks that go to `target` and back one after the other.
+///
+/// # Errors
+/// If an answer does not come.
+pub fn round_trip_times(
+    target: SocketAddr,
+    payload: usize,
+    count: u32,
+) -> anyhow::Result<Vec<Duration>> {
+    let socket = UdpSocket::bind(LOOPBACK)?;
+    socket.connect(target)?;
+    socket.set_read_timeout(Some(Duration::from_secs(1)))?;
+    let task = Message::new(MsgType::TASK, 0, 0, vec![b'q'; payload.min(1_400)]).encode_datagram();
+    let (mut task, mut answer) = (task.to_vec(), [0; 2048]);
+    let mut times = Vec::new();
+    for sequence in 0..count {
+        task[1..5].copy_from_slice(&sequence.to_be_bytes());
+        let start = Instant::now();
+        socket.send(&task)?;
+        let received = socket.recv(&mut answer);
+        received.with_context(|| format!("nothing came back from {target}"))?;
+        times.push(start.elapsed());
+    }
+    Ok(times)
+}
+
 /// Answers every Task with a Result of the same bytes, and ignores other messages.
 pub fn echo_head(socket: UdpSocket, stop: &AtomicBool) {
     let mut received = RecvBatch::new();

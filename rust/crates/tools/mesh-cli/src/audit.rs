@@ -1,6 +1,7 @@
 //! `hydramesh audit`: the audit trails of a head, or exported ones.
 
 mod endorsed;
+mod kept;
 
 use std::collections::VecDeque;
 use std::fmt::Display;
@@ -13,6 +14,7 @@ use data_encoding::HEXLOWER;
 use mesh_audit::archive::Archive;
 use mesh_audit::chain::ChainKey;
 use mesh_audit::home::{self, Lock, Opened};
+use mesh_audit::kept::Kept;
 use mesh_audit::keys::{PublicKeys, Vkey, is_key_name};
 use mesh_audit::note::Note;
 use mesh_audit::proof::Proof;
@@ -36,6 +38,7 @@ pub(crate) fn run(head: &HeadArgs, command: AuditCommand) -> Result<(), Failure>
             chain_key,
             witness,
             since,
+            epochs,
             merged,
             document,
             root,
@@ -46,6 +49,7 @@ pub(crate) fn run(head: &HeadArgs, command: AuditCommand) -> Result<(), Failure>
                 chain_key,
                 witnesses: read_keys(&witness)?,
                 since,
+                kept: kept::read(&epochs)?,
                 merged,
                 document,
                 root,
@@ -178,6 +182,7 @@ struct Given {
     chain_key: Option<PathBuf>,
     witnesses: Vec<Vkey>,
     since: Vec<PathBuf>,
+    kept: Vec<Kept>,
     merged: Option<PathBuf>,
     document: Option<PathBuf>,
     root: Option<PathBuf>,
@@ -202,6 +207,7 @@ impl Given {
             chain,
             witnesses: self.witnesses.clone(),
             earlier,
+            kept: kept::epochs_of(&self.kept, origin),
             live: dir.parent().is_some_and(Lock::is_taken),
         })
     }
@@ -214,6 +220,7 @@ fn verify_all(trails: &[(String, PathBuf)], given: &Given, json: bool) -> Result
         let mut report = verified(dir, given)?;
         let document = given.document.as_deref();
         let endorsed = endorsed::check(&mut report, &open(dir)?, document, given.root.as_ref())?;
+        kept::check(&mut report, name, &given.kept);
         wrong += report.findings.len();
         let merged = match &given.merged {
             Some(other) => merges(&open(dir)?, &open(other)?).map_err(failed)?,
@@ -280,6 +287,9 @@ fn as_text(name: &str, report: &Report, endorsed: &Endorsed, merged: &[(u64, boo
     if report.coded > 0 {
         text += &format!("  codes of {} records checked\n", report.coded);
     }
+    if report.kept > 0 {
+        text += &format!("  compared with {} epochs that nodes kept\n", report.kept);
+    }
     text += &endorsed.as_text();
     for (witness, size) in &report.witnessed {
         text += &format!("  {} records cosigned by {}\n", size, plain(witness));
@@ -326,6 +336,7 @@ fn as_json(name: &str, report: &Report, endorsed: &Endorsed, merged: &[(u64, boo
         "pruned": report.pruned,
         "epochs": report.epochs,
         "codes_checked": report.coded,
+        "kept_epochs": report.kept,
         "endorsed": endorsed.as_json(),
         "witnessed": report.witnessed,
         "merged": merged,

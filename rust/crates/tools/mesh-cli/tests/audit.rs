@@ -3,9 +3,11 @@
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
-use mesh_audit::home::Tier;
+use mesh_audit::home::{Lock, Tier};
+use mesh_audit::kept::{Keeper, SHOWN, ShownEpochs};
 use mesh_audit::keys::Identity;
 use mesh_audit::record::Event;
+use mesh_audit::store::Limits;
 use mesh_audit::writer::{Audit, Settings};
 use mesh_net::trust::{Applicant, DenyList, MeshRoot, NodeIdentity, Role, Subject, Validity};
 use serde_json::Value;
@@ -139,6 +141,37 @@ fn a_trail_is_verified_shown_exported_and_proven() {
     assert_eq!(json[1]["findings"][0]["records"], serde_json::json!([0, 0]));
     let nothing = home.failure(&["verify", "--trail", "nowhere"], 1);
     assert!(nothing.contains("holds no audit trail"), "{nothing}");
+}
+
+#[test]
+fn a_trail_is_compared_with_the_epochs_that_a_worker_kept() {
+    let home = Home::new(&["laptop"]);
+    home.output(&["key", "--tier", "master", "chain.key"]);
+    let folder = Lock::take(&home.path("state/audit")).unwrap();
+    let opened = folder.open(Tier::Master, "mesh", None, Limits::default(), 0);
+    let store = opened.unwrap().store;
+    let shown = ShownEpochs {
+        tier: Tier::Master,
+        trail: store.origin().to_owned(),
+        epochs: store.ended_epochs(SHOWN).unwrap(),
+    };
+    drop((store, folder));
+    std::fs::create_dir(home.path("worker")).unwrap();
+    let mut keeper = Keeper::open(&home.path("worker"));
+    let (name, value) = (shown.record_name(), shown.to_value());
+    assert_eq!(keeper.take("aa", 1, (name.as_bytes(), &value)), []);
+    keeper.unsaved().unwrap().write();
+    let text = home.output(&["verify", "--tier", "master", "--epochs", "worker"]);
+    assert!(
+        text.contains("compared with 1 epochs that nodes kept"),
+        "{text}"
+    );
+
+    let kept = home.path("worker/audit-epochs.json").display().to_string();
+    let other = Home::new(&["laptop"]);
+    let arguments = ["verify", "--tier", "master", "--epochs", &kept];
+    let text = other.failure(&arguments, 1);
+    assert!(text.contains("of head aa, which is another one"), "{text}");
 }
 
 #[test]

@@ -9,7 +9,8 @@
 //!   writes them on a thread of its own, so that nobody waits for a disk.
 //! - [`archive::Archive`] reads a trail, [`verify::verify`] checks every byte of it and tells where it was
 //!   changed, [`proof::Proof`] proves one record to somebody who has only the trail's public key.
-//!   [`witness`] cosigns checkpoints, and binds the trails of two heads after a partition.
+//!   [`witness`] cosigns checkpoints, and binds the trails of two heads after a partition. [`kept`] holds the
+//!   roots of epochs that heads show to other nodes.
 //!
 //! A group of records is signed at once: one ML-DSA-44 signature over the root of the tree that has all of
 //! them as leaves. So every record has a signature, by its inclusion, from the moment at which it is called
@@ -24,6 +25,7 @@ mod endorse;
 mod folder;
 pub mod home;
 mod journal;
+pub mod kept;
 pub mod keys;
 pub mod merkle;
 pub mod note;
@@ -31,6 +33,7 @@ pub mod proof;
 pub mod record;
 pub mod recover;
 pub mod store;
+mod tier;
 pub mod tiles;
 pub mod trail;
 pub mod verify;

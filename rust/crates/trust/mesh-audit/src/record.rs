@@ -116,6 +116,17 @@ pub enum Event {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         note: Option<Text>,
     },
+    /// A node reported an attack.
+    Sighting {
+        /// Id of the node that reports it.
+        reporter: Text,
+        /// Kind of the attack.
+        attack: Text,
+        /// The node or address that it is about.
+        subject: Text,
+        /// Its description.
+        detail: Text,
+    },
     /// The mesh root was rotated.
     Root {
         /// Digest of the new root's certificate.

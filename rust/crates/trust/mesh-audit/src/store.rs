@@ -19,15 +19,17 @@ use std::sync::Arc;
 use data_encoding::HEXLOWER;
 use mesh_base::{files, random};
 use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
 use zeroize::{Zeroize, Zeroizing};
 
 use crate::chain::{ChainKey, Mac, first_link};
 use crate::endorse::endorse;
 use crate::folder::{CHAIN_KEY, CHECKPOINT, EPOCHS, EpochStart, JOURNAL, KEYS};
 use crate::journal::{self, Frame, Header};
+use crate::kept::EpochRoot;
 use crate::keys::{Identity, PublicKeys, TrailKeys};
 use crate::merkle::{TILE_WIDTH, Tile};
-use crate::note::Note;
+use crate::note::{Checkpoint, LONGEST_NOTE, Note};
 use crate::record::{self, Event};
 use crate::recover::{self, Recovered, Stored};
 use crate::tiles::{Batch, bundle, bundle_path, named, read, tile_path};
@@ -181,6 +183,32 @@ impl Store {
     /// The present epoch.
     pub fn epoch(&self) -> u64 {
         self.trail.epoch()
+    }
+
+    /// The last epochs that have ended, as they are signed.
+    ///
+    /// # Errors
+    /// If a file cannot be read.
+    pub fn ended_epochs(&self, most: usize) -> io::Result<Vec<EpochRoot>> {
+        let first = self.epoch().saturating_sub(most as u64);
+        let mut ended = Vec::new();
+        for epoch in first..self.epoch() {
+            let path = self.dir.join(EPOCHS).join(epoch.to_string());
+            let note = read(&path, LONGEST_NOTE)?;
+            if let Some(note) = note
+                && let Ok(Checkpoint { size, root, .. }) =
+                    Note::parse(&note).map(|note| note.checkpoint)
+            {
+                let note = Sha256::digest(&note).into();
+                ended.push(EpochRoot {
+                    epoch,
+                    size,
+                    root,
+                    note,
+                });
+            }
+        }
+        Ok(ended)
     }
 
     /// Number of records that are signed and on disk.

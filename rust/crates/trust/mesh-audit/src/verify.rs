@@ -8,9 +8,12 @@ use std::fmt;
 use std::io;
 use std::path::PathBuf;
 
+use sha2::{Digest, Sha256};
+
 use crate::archive::{Archive, ArchiveError, JournalView};
 use crate::chain::{ChainKey, Mac, first_link};
 use crate::folder::{CHECKPOINT, COSIGNED, EPOCHS, JOURNAL, KEYS};
+use crate::kept::EpochRoot;
 use crate::keys::{PublicKeys, Vkey};
 use crate::merkle::{Edge, Hash, TILE_WIDTH, Tile, leaf_hash, root_of};
 use crate::note::{Checkpoint, Note, NoteError};
@@ -29,6 +32,8 @@ pub struct Options {
     pub witnesses: Vec<Vkey>,
     /// Checkpoints that were seen earlier: the trail has to continue them.
     pub earlier: Vec<Note>,
+    /// Epochs of this trail as other nodes keep them.
+    pub kept: Vec<EpochRoot>,
     /// True if a process writes the trail now: its last record may be incomplete.
     pub live: bool,
 }
@@ -84,6 +89,8 @@ pub struct Report {
     pub witnessed: Vec<(String, u64)>,
     /// Public key of the identity that endorses the trail's keys.
     pub identity: Option<Vec<u8>>,
+    /// Epochs, as other nodes keep them, that it was compared with.
+    pub kept: usize,
     /// Everything that is wrong. Empty means that the trail is as it was signed.
     pub findings: Vec<Finding>,
 }
@@ -212,6 +219,12 @@ impl Walk<'_> {
                 );
                 self.report.find(CHECKPOINT, None, None, text);
             }
+        }
+        self.report.kept = self.options.kept.len();
+        for kept in &self.options.kept {
+            let file = format!("(epoch {}, as a node kept it)", kept.epoch);
+            let checkpoint = kept.checkpoint(&self.report.origin);
+            self.head(file, None, &checkpoint);
         }
         let tail = self.view.as_ref().map_or(0, |view| view.entries.len()) as u64;
         let size = self.published.max(self.base + tail);
@@ -348,6 +361,12 @@ impl Walk<'_> {
                 break;
             };
             self.report.epochs = epoch + 1;
+            let mut kept = self.options.kept.iter();
+            let digest: Hash = Sha256::digest(&note).into();
+            if kept.any(|kept| kept.epoch == epoch && kept.note != digest) {
+                let text = "a node kept another signed checkpoint of this epoch";
+                self.report.find(&file, None, None, text);
+            }
             if let Some(note) = self.own_note(&file, None, &note, std::slice::from_ref(&epochs)) {
                 self.head(&file, None, &note.checkpoint);
             }

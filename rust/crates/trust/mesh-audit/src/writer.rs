@@ -12,6 +12,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use tracing::{error, info, warn};
 
 use crate::home::{Lock, Tier};
+use crate::kept::{SHOWN, ShownEpochs};
 use crate::keys::Identity;
 use crate::record::{Event, Text};
 use crate::store::{Limits, Store, StoreError};
@@ -76,7 +77,11 @@ struct Shared {
     sender: Mutex<Option<SyncSender<Item>>>,
     thread: Mutex<Option<JoinHandle<()>>>,
     counts: Arc<Counts>,
+    epochs: Arc<Mutex<Epochs>>,
 }
+
+/// The last epochs of each trail that is open.
+type Epochs = BTreeMap<Tier, ShownEpochs>;
 
 #[derive(Debug)]
 enum Item {
@@ -117,12 +122,14 @@ impl Audit {
         identity: Option<Box<dyn Identity + Send>>,
     ) -> Result<Self, StoreError> {
         let counts = Arc::new(Counts::default());
+        let epochs = Arc::new(Mutex::new(Epochs::new()));
         let mut writer = Writer {
             lock: Lock::take(dir)?,
             identity,
             stores: BTreeMap::new(),
             messages: BTreeMap::new(),
             counts: counts.clone(),
+            epochs: epochs.clone(),
             unsynced: None,
             told: None,
             settings,
@@ -134,6 +141,7 @@ impl Audit {
         };
         writer.append(Tier::Master, &start)?;
         writer.sync()?;
+        writer.show_epochs();
         let (sender, receiver) = sync_channel(writer.settings.queue);
         let thread = std::thread::Builder::new().name("audit".to_owned());
         let thread = thread.spawn(move || writer.run(&receiver))?;
@@ -141,6 +149,7 @@ impl Audit {
             sender: Mutex::new(Some(sender)),
             thread: Mutex::new(Some(thread)),
             counts,
+            epochs,
         })))
     }
 
@@ -184,6 +193,12 @@ impl Audit {
         &self.0.counts
     }
 
+    /// The last epochs that have ended, of each trail with records since the start.
+    pub fn epochs(&self) -> Vec<ShownEpochs> {
+        let epochs = self.0.epochs.lock().unwrap_or_else(PoisonError::into_inner);
+        epochs.values().cloned().collect()
+    }
+
     /// Writes what waits, signs, syncs and publishes it, and ends the thread. Blocks for the time that this
     /// takes.
     pub fn stop(&self) {
@@ -225,6 +240,7 @@ struct Writer {
     /// Messages that were counted and not recorded yet.
     messages: BTreeMap<Envelope, Tally>,
     counts: Arc<Counts>,
+    epochs: Arc<Mutex<Epochs>>,
     /// Time of the first record that is not synced.
     unsynced: Option<Instant>,
     /// Time of the last complaint.
@@ -403,7 +419,31 @@ impl Writer {
         for store in self.stores.values_mut() {
             store.maintain(now())?;
         }
+        self.show_epochs();
         Ok(())
+    }
+
+    /// Notes the last epochs of trails in which one has ended.
+    fn show_epochs(&self) {
+        let mut shown = self.epochs.lock().unwrap_or_else(PoisonError::into_inner);
+        for (&tier, store) in &self.stores {
+            let last = shown.get(&tier).and_then(|shown| shown.epochs.last());
+            if last.map_or(0, |last| last.epoch + 1) == store.epoch() {
+                continue;
+            }
+            match store.ended_epochs(SHOWN) {
+                Ok(epochs) => {
+                    let trail = store.origin().to_owned();
+                    let epochs = ShownEpochs {
+                        tier,
+                        trail,
+                        epochs,
+                    };
+                    shown.insert(tier, epochs);
+                }
+                Err(error) => warn!(%tier, %error, "the epochs of the audit trail are not shown"),
+            }
+        }
     }
 }
 

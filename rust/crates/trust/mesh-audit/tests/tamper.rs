@@ -9,6 +9,8 @@ use std::path::Path;
 use common::{START, append, assert_whole, copy, keys, open, report};
 use mesh_audit::archive::Archive;
 use mesh_audit::chain::ChainKey;
+use mesh_audit::home::Tier;
+use mesh_audit::kept::{Contradiction, Kept, SHOWN, ShownEpochs};
 use mesh_audit::note::{Checkpoint, Note};
 use mesh_audit::proof::Proof;
 use mesh_audit::tiles::{bundle, bundle_path, tile_path, unbundle};
@@ -303,6 +305,57 @@ fn a_trail_that_was_cut_or_written_anew_does_not_continue_an_earlier_checkpoint(
         !report(dir.path(), &trusted).findings.is_empty(),
         "signed with a key that is not trusted"
     );
+}
+
+#[test]
+fn a_trail_that_was_written_anew_with_the_real_keys_is_not_the_one_that_other_nodes_kept() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut store = open(dir.path());
+    for _ in 0..6 {
+        append(&mut store, 100);
+        store.end_epoch(START).unwrap();
+    }
+    store.publish(START).unwrap();
+    let shown = |store: &mesh_audit::store::Store| ShownEpochs {
+        tier: Tier::Master,
+        trail: store.origin().to_owned(),
+        epochs: store.ended_epochs(SHOWN).unwrap(),
+    };
+    let mut kept = Kept::default();
+    assert_eq!(kept.take("head", 1, &shown(&store)), []);
+    let epochs = kept.epochs_of("mesh/audit/test");
+    assert_eq!(
+        epochs.last().map(|last| (last.epoch, last.size)),
+        Some((5, 606))
+    );
+    drop(store);
+    let options = || Options {
+        kept: epochs.clone(),
+        ..Options::default()
+    };
+    let good = report(dir.path(), &options());
+    assert_eq!((good.findings, good.kept), (Vec::new(), SHOWN));
+
+    // The same keys and the same number of records; one of them says something else.
+    let forged = tempfile::tempdir().unwrap();
+    let mut store = open(forged.path());
+    for epoch in 0..6 {
+        append(&mut store, 99);
+        let other = if epoch == 1 { 1 } else { store.size() };
+        let at = START + 10 * store.size();
+        store.append(&common::request(other), at).unwrap();
+        store.end_epoch(START).unwrap();
+    }
+    store.publish(START).unwrap();
+    let found = kept.take("head", 2, &shown(&store));
+    assert_eq!(found.len(), SHOWN, "{found:?}");
+    assert!(matches!(
+        found[0],
+        Contradiction::Rewritten { epoch: 2, .. }
+    ));
+    drop(store);
+    assert_whole(forged.path());
+    assert!(!report(forged.path(), &options()).findings.is_empty());
 }
 
 #[test]

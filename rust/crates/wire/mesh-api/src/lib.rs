@@ -61,8 +61,8 @@ pub use images::{
 pub use keys::{CreateKeyRequest, Key, KeyCreated, KeyList, KeyRequest, RevokedKey};
 pub use mesh::{
     DeviceSplit, DuplicateIdentity, Fleet, Gossip, Machine, Mesh, ModelHolder, ModelSeeker,
-    NameConflict, Path, Quarantine, RequestCounts, ServedModel, SharedModel, Spread, TokenCounts,
-    Worker,
+    NameConflict, Path, Quarantine, RequestCounts, ServedModel, SharedModel, Sighting, Spread,
+    TokenCounts, Worker,
 };
 pub use models::{Health, ListModelsResponse, Model, Readiness};
 pub use requests::{

@@ -65,12 +65,33 @@ pub struct Gossip {
     pub down: usize,
     /// Sightings of attacks in the last day.
     pub threats: usize,
+    /// The latest of them, at most 32.
+    pub sightings: Vec<Sighting>,
     /// Records that every node keeps, sightings included.
     pub records: usize,
     /// Frames, documents and records that the head refused since its start.
     pub refused: u64,
     /// Condition of the machines.
     pub fleet: Fleet,
+}
+
+/// A node's report of an attack.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
+#[serde(default)]
+pub struct Sighting {
+    /// Id of the node that reports it.
+    pub reporter: String,
+    /// Its name, if the head knows it.
+    pub reporter_name: Option<String>,
+    /// Kind, for example `expelled` or `audit-rewritten`.
+    pub kind: String,
+    /// The node or address that it is about.
+    pub subject: String,
+    /// Text for people.
+    pub detail: String,
+    /// Time of the sighting, in seconds since the Unix epoch.
+    pub seen: u64,
 }
 
 /// Condition of the machines that gossip, the head's included.

@@ -23,6 +23,7 @@
 
 mod de;
 mod error;
+mod gossip;
 mod layers;
 mod tree;
 pub mod units;
@@ -37,6 +38,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 pub use error::ConfigError;
+pub use gossip::GossipConfig;
 use layers::Layers;
 use tree::Tree;
 pub use tree::ValueOrigin;

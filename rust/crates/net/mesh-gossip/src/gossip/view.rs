@@ -76,6 +76,12 @@ impl Gossip {
         self.counts
     }
 
+    /// Role of a peer, from its identity document.
+    pub fn role_of(&self, peer: NodeId) -> Option<&str> {
+        let peer = self.directory.get(peer)?;
+        Some(&peer.role)
+    }
+
     /// Time since a frame of this peer was taken; `None` if none was.
     pub fn silence_of(&self, peer: NodeId, now: Now) -> Option<Duration> {
         let heard = self.directory.get(peer)?.heard?;

@@ -353,6 +353,12 @@ pub(super) fn is_date_alert(error: &ConnectionError) -> bool {
         if u64::from(close.error_code) == TLS_ALERTS + CERTIFICATE_EXPIRED)
 }
 
+/// True if the peer's certificate, or its proof of having the key, was not accepted here (RFC 8446, section 6.2).
+pub(super) fn is_bad_certificate(error: &ConnectionError) -> bool {
+    matches!(error, ConnectionError::TransportError(error)
+        if BAD_CERTIFICATE.contains(&u64::from(error.code).wrapping_sub(TLS_ALERTS)))
+}
+
 /// RFC 9001, section 4.8: TLS alerts are the codes 0x100 to 0x1ff.
 fn is_tls_alert(code: quinn::TransportErrorCode) -> bool {
     (TLS_ALERTS..TLS_ALERTS + 0x100).contains(&u64::from(code))
@@ -363,3 +369,5 @@ const ROOT_ADVICE: &str = "if the mesh root was rotated while this node was away
     (`hydramesh token create`)";
 const TLS_ALERTS: u64 = 0x100;
 const CERTIFICATE_EXPIRED: u64 = 45;
+/// bad_certificate, unsupported_certificate, certificate_unknown, unknown_ca, access_denied, decrypt_error.
+const BAD_CERTIFICATE: [u64; 6] = [42, 43, 46, 48, 49, 51];

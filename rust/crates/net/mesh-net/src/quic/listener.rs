@@ -17,9 +17,10 @@ use tokio::sync::{Mutex, mpsc};
 
 use super::config::LinkConfig;
 use super::endpoint::LinkEndpoint;
-use super::error::{ConnectError, StreamFailure, is_date_alert};
+use super::error::{ConnectError, StreamFailure, is_bad_certificate, is_date_alert};
 use super::join;
 use super::link::{Link, canonical, close, handshake_data, peer_certificate};
+use super::refusals::{Refusals, Refused};
 use super::rooms::Rooms;
 use super::stream::SendHalf;
 use super::tls::{self, JOIN_PROTOCOL, LINK_PROTOCOL};
@@ -30,6 +31,7 @@ use crate::trust::{Admission, CERTIFICATE_DATES, Member, MeshClock, NodeIdentity
 pub struct Listener {
     carrier: LinkEndpoint,
     links: Mutex<mpsc::Receiver<Link>>,
+    refusals: Refusals,
 }
 
 impl Listener {
@@ -52,6 +54,7 @@ impl Listener {
             .incoming_buffer_size_total(INCOMING_BUFFERS);
         let carrier = LinkEndpoint::bind(address, Some(server.clone()))?;
         let (sender, links) = mpsc::channel(BACKLOG);
+        let refusals = Refusals::default();
         let gate = Acceptor {
             carrier: carrier.clone(),
             admission,
@@ -60,6 +63,7 @@ impl Listener {
             clock: identity.clock().clone(),
             own: identity.clone(),
             rooms: Rooms::new(),
+            refusals: refusals.clone(),
             server,
             roots: Arc::new(identity.changes_of_roots().into()),
             news: Arc::new(TokenBucket::full(NEWS, Instant::now()).into()),
@@ -71,12 +75,18 @@ impl Listener {
         Ok(Self {
             carrier,
             links: Mutex::new(links),
+            refusals,
         })
     }
 
     /// The address that the listener is bound to.
     pub fn local_addr(&self) -> io::Result<SocketAddr> {
         self.carrier.endpoint.local_addr()
+    }
+
+    /// Peers that are turned away here.
+    pub fn refusals(&self) -> &Refusals {
+        &self.refusals
     }
 
     /// The next link that was authenticated and admitted; `None` after [`shutdown`](Self::shutdown).
@@ -107,6 +117,7 @@ struct Acceptor {
     clock: MeshClock,
     own: NodeIdentity,
     rooms: Rooms,
+    refusals: Refusals,
     /// As it was bound; addresses that were validated under it stay so.
     server: ServerConfig,
     /// The roots that handshakes name, by [`NodeIdentity::changes_of_roots`].
@@ -134,6 +145,7 @@ impl Acceptor {
             let source = addresses::source(incoming.remote_address().ip());
             if !self.rooms.may_begin(source, Instant::now()) {
                 incoming.ignore();
+                self.refusals.note(Refused::Rate { source });
                 continue;
             }
             let gate = self.clone();
@@ -177,7 +189,7 @@ impl Acceptor {
             .await
             .map_err(|GivenUp| "its handshake took longer than those of others".to_owned())?
             .map_err(|_| "handshake took too long".to_owned())?
-            .map_err(|error| self.handshake_failed(&error))?;
+            .map_err(|error| self.handshake_failed(&error, source))?;
         let protocol = handshake_data(&connection)
             .and_then(|data| data.protocol)
             .unwrap_or_default();
@@ -204,6 +216,7 @@ impl Acceptor {
                 }
             }
             (LINK_PROTOCOL, _, None) => {
+                self.refusals.note(Refused::Certificate { source });
                 "a node needs a certificate of this mesh; join with a token first"
             }
             (JOIN_PROTOCOL, Some(admission), None) => {
@@ -232,7 +245,10 @@ impl Acceptor {
     }
 
     /// A peer of an older version judges our certificate by its own clock, and says so by an alert.
-    fn handshake_failed(&self, error: &quinn::ConnectionError) -> String {
+    fn handshake_failed(&self, error: &quinn::ConnectionError, source: IpAddr) -> String {
+        if is_bad_certificate(error) {
+            self.refusals.note(Refused::Certificate { source });
+        }
         if is_date_alert(error) {
             return format!(
                 "it does not accept the certificate of this node ({}) because of its dates: its clock is wrong; set it, for example with `timedatectl set-ntp true`",
@@ -246,6 +262,8 @@ impl Acceptor {
     async fn admit(&self, connection: &Connection, member: Member) -> Result<Link, String> {
         let now = self.clock.now();
         if let Some(refusal) = self.own.deny_list().refusal_of(&member) {
+            let (node_id, name) = (member.node_id, member.name);
+            self.refusals.note(Refused::Expelled { node_id, name });
             return Err(refuse(connection, refusal.code(), refusal.to_string()));
         }
         if !member.is_valid_at(now) {

@@ -5,7 +5,7 @@ use std::time::{Duration, SystemTime};
 
 use crate::common::{HOUR, LOOPBACK, TestHead, TestWorker};
 use mesh_net::quic::{
-    Closed, ConnectError, Connector, JoinError, Link, LinkConfig, Listener, connect, join,
+    Closed, ConnectError, Connector, JoinError, Link, LinkConfig, Listener, Refused, connect, join,
     load_or_join, renew,
 };
 use mesh_net::trust::{EXPELLED, Expulsion, NodeIdentity, Role, TrustError};
@@ -111,6 +111,11 @@ async fn workers_that_know_the_list_neither_call_an_expelled_node_nor_answer_it(
         matches!(error, ConnectError::Refused { code, .. } if code == EXPELLED),
         "{error:?}"
     );
+    let refused = Refused::Expelled {
+        node_id: rogue.identity.node_id(),
+        name: "rogue".to_owned(),
+    };
+    assert_eq!(ours.refusals().take(), [refused]);
 
     // The list is there after a restart, too.
     list.save().expect("kept");

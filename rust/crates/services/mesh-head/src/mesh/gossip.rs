@@ -27,34 +27,35 @@ impl Mesh {
         loop {
             self.gossip.follow_root(settings.interval);
             let step = self.gossip.with(|inner, now| {
-                let news = inner.refresh(now);
+                let refreshed = inner.refresh(|| self.audit.epochs(), now);
                 let mut frames = Vec::new();
                 while let Some(transmit) = inner.core.poll(now) {
                     frames.push(transmit);
                 }
                 let mut events = Vec::new();
                 while let Some(event) = inner.core.poll_event() {
+                    if let Event::Remembered(record) = &event {
+                        inner.remember(record, now);
+                    }
                     events.push(event);
                 }
                 let to: Vec<String> = inner.documents.keys().cloned().collect();
-                (
-                    news.map(|news| (news, to)),
-                    frames,
-                    events,
-                    inner.core.next_timeout(),
-                )
+                (refreshed, to, frames, events, inner.core.next_timeout())
             });
-            let Some((news, frames, events, next)) = step else {
+            let Some((refreshed, to, frames, events, next)) = step else {
                 return;
             };
-            if let Some((news, to)) = news {
-                self.pass(to.iter().map(String::as_str), &news);
+            if let Some(document) = refreshed.document {
+                self.pass(to.iter().map(String::as_str), &document);
+            }
+            if let Some(unsaved) = refreshed.unsaved {
+                tokio::task::spawn_blocking(move || unsaved.write());
             }
             for transmit in frames {
                 let to: Vec<String> = transmit.to.iter().map(NodeId::to_string).collect();
                 self.pass(to.iter().map(String::as_str), &frame(transmit.frame));
             }
-            events.into_iter().for_each(tell);
+            events.iter().for_each(|event| self.tell(event));
             let due = |at: Instant| at.elapsed() >= METER_INTERVAL;
             if metered.is_none_or(due)
                 && let Some(view) = self.gossip.view()
@@ -159,6 +160,25 @@ impl Mesh {
         });
     }
 
+    /// Reports news of the gossip.
+    fn tell(&self, event: &Event) {
+        match event {
+            Event::Sighted(sighting) => {
+                warn!(
+                    kind = sighting.kind,
+                    subject = sighting.subject,
+                    detail = sighting.detail,
+                    reporter = %sighting.origin,
+                    "a node reports a threat"
+                );
+                self.audit.sighting(sighting);
+            }
+            Event::Up(node) => debug!(%node, "a node gossips"),
+            Event::Down(node) => info!(%node, "a node does not gossip any more"),
+            Event::Remembered(record) => debug!(origin = %record.origin, "a record of a node"),
+        }
+    }
+
     /// Sends a message to workers. One whose queue is half full gets none: gossip may be lost, orders may not.
     fn pass<'a>(&self, nodes: impl Iterator<Item = &'a str>, message: &Message) {
         let state = self.lock();
@@ -171,21 +191,6 @@ impl Mesh {
                 let _ = peer.orders.try_send(message.clone());
             }
         }
-    }
-}
-
-fn tell(event: Event) {
-    match event {
-        Event::Sighted(sighting) => warn!(
-            kind = sighting.kind,
-            subject = sighting.subject,
-            detail = sighting.detail,
-            reporter = %sighting.origin,
-            "a node reports a threat"
-        ),
-        Event::Up(node) => debug!(%node, "a node gossips"),
-        Event::Down(node) => info!(%node, "a node does not gossip any more"),
-        Event::Remembered(record) => debug!(origin = %record.origin, "a record of a node"),
     }
 }
 

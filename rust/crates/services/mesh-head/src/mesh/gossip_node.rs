@@ -6,12 +6,13 @@ use std::sync::Mutex;
 use std::time::{Duration, Instant, SystemTime};
 
 use dcf::{Message, MsgType};
+use mesh_audit::kept::{Contradiction, Keeper, ShownEpochs, Unsaved};
 use mesh_base::clock;
-use mesh_gossip::{Config, Counts, FleetPulse, Gossip, Member, Now, Pulse};
+use mesh_gossip::{Config, Counts, FleetPulse, Gossip, Member, MemoryRecord, Now, Pulse, Sighting};
 use mesh_net::trust::NodeIdentity;
 use mesh_proto::{GossipFrame, GossipIdentities};
 use tokio::sync::Notify;
-use tracing::warn;
+use tracing::{debug, error, warn};
 
 use crate::locks::lock;
 
@@ -34,6 +35,8 @@ pub(super) struct Inner {
     /// Documents of the connected workers that gossip.
     pub(super) documents: BTreeMap<String, Vec<u8>>,
     pub(super) relays: Relays,
+    /// Epochs of other heads' audit trails.
+    keeper: Keeper,
     refreshed: Option<Instant>,
 }
 
@@ -43,6 +46,8 @@ pub(crate) struct GossipView {
     pub(crate) fleet: FleetPulse,
     pub(crate) members: Vec<Member>,
     pub(crate) threats: usize,
+    /// The latest of them.
+    pub(crate) sightings: Vec<Sighting>,
     pub(crate) records: usize,
     pub(crate) counts: Counts,
     pub(crate) relayed: u64,
@@ -107,6 +112,7 @@ impl HeadGossip {
             core: Gossip::new(config, signer.key, (root, signer.root), now),
             identity,
             root,
+            keeper: Keeper::open(&state_dir),
             state_dir,
             document: signer.document,
             documents: BTreeMap::new(),
@@ -137,10 +143,15 @@ impl HeadGossip {
     pub(crate) fn view(&self) -> Option<GossipView> {
         let guard = lock(&self.inner);
         let (inner, now) = (guard.as_ref()?, now());
+        let mut sightings = inner.core.sightings();
+        let threats = sightings.len();
+        sightings.sort_by_key(|sighting| std::cmp::Reverse(sighting.seen));
+        sightings.truncate(MOST_SHOWN);
         Some(GossipView {
             fleet: inner.core.fleet(now),
             members: inner.core.members(now),
-            threats: inner.core.sightings().len(),
+            threats,
+            sightings,
             records: inner.core.records(),
             counts: inner.core.counts(),
             relayed: inner.relays.relayed,
@@ -161,21 +172,76 @@ impl HeadGossip {
 }
 
 impl Inner {
-    /// Reads this machine's condition, and the document if the certificate was renewed. Returns a changed document.
-    pub(super) fn refresh(&mut self, now: Now) -> Option<Message> {
+    /// True once in a while: then the parts of this node's frames are to be made anew.
+    fn is_due(&mut self, now: Now) -> bool {
         let due = |at: Instant| now.instant.saturating_duration_since(at) >= REFRESH;
-        if !self.refreshed.is_none_or(due) {
-            return None;
+        let is_due = self.refreshed.is_none_or(due);
+        if is_due {
+            self.refreshed = Some(now.instant);
         }
-        self.refreshed = Some(now.instant);
+        is_due
+    }
+
+    /// Reads this machine's condition, publishes the last epochs of the audit trail, and reads the document if the
+    /// certificate was renewed.
+    pub(super) fn refresh(
+        &mut self,
+        epochs: impl FnOnce() -> Vec<ShownEpochs>,
+        now: Now,
+    ) -> Refreshed {
+        if !self.is_due(now) {
+            return Refreshed::default();
+        }
         self.core
             .set_pulse(Pulse::read("/".as_ref(), &self.state_dir));
+        for shown in epochs() {
+            let (name, value) = (shown.record_name(), shown.to_value());
+            let remembered = self
+                .core
+                .remember(name.as_bytes(), &value, EPOCHS_LIFE, now);
+            if let Err(error) = remembered {
+                debug!(%error, name, "epochs of the audit trail are not told by gossip");
+            }
+        }
+        Refreshed {
+            document: self.renewed_document(),
+            unsaved: self.keeper.unsaved(),
+        }
+    }
+
+    /// Compares what another head shows of its audit trail with what it showed before.
+    pub(super) fn remember(&mut self, record: &MemoryRecord, now: Now) {
+        if self.core.role_of(record.origin) != Some("head") {
+            return;
+        }
+        let head = record.origin.to_string();
+        let about = (&record.name[..], &record.value[..]);
+        for contradiction in self.keeper.take(&head, record.version, about) {
+            error!(head, %contradiction, "a head shows another past of its audit trail than before");
+            let detail = contradiction.to_string();
+            let told = self.core.sight((Contradiction::KIND, &head, &detail), now);
+            if let Err(error) = told {
+                debug!(%error, "the sighting is not told by gossip");
+            }
+        }
+    }
+
+    fn renewed_document(&mut self) -> Option<Message> {
         let signer = self.identity.signer()?;
         (signer.document != self.document).then(|| {
             self.document.clone_from(&signer.document);
             identities(vec![signer.document])
         })
     }
+}
+
+/// What is to be done after [`Inner::refresh`].
+#[derive(Debug, Default)]
+pub(super) struct Refreshed {
+    /// The head's own document, if it is another one.
+    pub(super) document: Option<Message>,
+    /// Epochs to write.
+    pub(super) unsaved: Option<Unsaved>,
 }
 
 pub(super) fn frame(frame: Vec<u8>) -> Message {
@@ -195,3 +261,7 @@ const MOST_PEERS: usize = 1024;
 /// Frames that the head carries for one worker in a second, one for each receiver. At rest a worker sends about three.
 const MOST_CARRIED: usize = 120;
 const REFRESH: Duration = Duration::from_secs(5);
+/// Life of the records with the epochs of the audit trail.
+const EPOCHS_LIFE: Duration = Duration::from_secs(30 * 24 * 3600);
+/// Sightings that are shown.
+const MOST_SHOWN: usize = 32;

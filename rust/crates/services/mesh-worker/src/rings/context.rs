@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 
 use dcf::{Message, MsgType};
 use mesh_engine::EngineHandle;
+use mesh_net::quic::Refusals;
 use mesh_proto::{ModelCard, RingState};
 use tokio::runtime::Handle;
 use tokio::sync::mpsc;
@@ -36,6 +37,8 @@ pub(super) struct Net {
     pub(super) peers: Peers,
     /// The thread that carries messages between workers.
     pub(super) carrier: Handle,
+    /// Peers that are turned away.
+    pub(super) refusals: Refusals,
 }
 
 /// A model that a ring with its driver here serves.

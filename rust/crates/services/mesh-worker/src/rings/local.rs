@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use dcf::{Message, MsgType};
 use mesh_model::Model;
-use mesh_net::quic::{LinkConfig, Listener};
+use mesh_net::quic::{LinkConfig, Listener, Refused};
 use mesh_net::trust::NodeIdentity;
 use mesh_proto::{ModelCard, NodeProfile, Ring};
 use mesh_worker_core::{Failure, Lease, Offers, Ordered};
@@ -118,10 +118,17 @@ impl Rings {
             address,
             peers: Peers::new(identity.clone()),
             carrier: carrier.clone(),
+            refusals: listener.refusals().clone(),
         });
         // Models do not go through that thread: they would hold steps up.
         carrier.spawn(accept(self.clone(), listener, Handle::current()));
         Ok(Some(address.port()))
+    }
+
+    /// Peers that were turned away since the last call.
+    pub(crate) fn refused(&self) -> Vec<Refused> {
+        let net = self.net.get();
+        net.map(|net| net.refusals.take()).unwrap_or_default()
     }
 
     /// There is a link to the head, which is `rtt` away and has heard that these models are served. It gets the

@@ -6,9 +6,15 @@
 //! each arrangement has exactly one computing thread, so the share of compute is 1 and the ratio is the cost
 //! of the hops. With `--rpc`, llama.cpp runs the same file over three of its rpc-servers, one thread each, in
 //! the same rounds.
+//!
+//! `--trust` measures something else with the ring of three: what gossip, audit trail and evidence cost, with the same
+//! ring without them in the same rounds, and what forged heartbeats cost (`--flood`).
 
+use std::net::{SocketAddr, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -35,6 +41,12 @@ struct Args {
     /// Compare with llama.cpp over three rpc-servers, too
     #[arg(long)]
     rpc: bool,
+    /// Compare the ring with one without gossip, audit trail and evidence instead
+    #[arg(long, conflicts_with_all = ["rpc", "processor"])]
+    trust: bool,
+    /// With --trust: forged and random datagrams a second at the head's port for workers; 0 sends none
+    #[arg(long, default_value_t = 10_000, requires = "trust")]
+    flood: u32,
     /// Keep all workers on this processor (Linux; needs `taskset`)
     #[arg(long, value_name = "NUMBER")]
     processor: Option<u32>,
@@ -60,9 +72,12 @@ async fn compare(args: Args) -> Result<()> {
         Some(model) => std::fs::canonicalize(model).with_context(|| model.display().to_string())?,
         None => paths::smollm2()?,
     };
-    let whole = start(&model, None).await?;
-    let ring = start(&model, Some(false)).await?;
-    let mirrored = start(&model, Some(true)).await?;
+    if args.trust {
+        return trust(&model, &args).await;
+    }
+    let whole = start(&model, None, true).await?;
+    let ring = start(&model, Some(false), true).await?;
+    let mirrored = start(&model, Some(true), true).await?;
     if let Some(processor) = args.processor {
         for mesh in [&whole, &ring, &mirrored] {
             pin(mesh, processor)?;
@@ -127,6 +142,94 @@ async fn compare(args: Args) -> Result<()> {
     Ok(())
 }
 
+/// The ring with and without gossip, audit trail and evidence, and the former under a flood.
+async fn trust(model: &Path, args: &Args) -> Result<()> {
+    let without = start(model, Some(false), false).await?;
+    let with = start(model, Some(false), true).await?;
+    let target = with.head.address("dcf.workers")?;
+    let mut speeds: [Vec<Speed>; 3] = [const { Vec::new() }; 3];
+    let mut sent = 0;
+    for round in 0..=args.rounds {
+        // The order changes, in case it matters.
+        for turn in 0..3 {
+            let which = (round + turn) % 3;
+            let mesh = if which == 0 { &without } else { &with };
+            let flood = (which == 2 && args.flood > 0).then(|| Flood::start(target, args.flood));
+            let flood = flood.transpose()?;
+            let speed = measure(&mesh.client()?, args, round).await?;
+            sent += flood.map_or(0, |flood| flood.stop());
+            // The first round warms up.
+            if round > 0 {
+                speeds[which].push(speed);
+            }
+        }
+    }
+    let [none, all, flooded] = &speeds;
+    show("without gossip, audit, evidence:", none);
+    show("with them:                      ", all);
+    let (decode, prefill) = (|s: &Speed| s.decode, |s: &Speed| s.prefill);
+    ratio("trust: with / without, decode", "0.97", all, none, decode);
+    ratio("trust: with / without, prefill", "-", all, none, prefill);
+    if args.flood > 0 {
+        let rate = args.flood;
+        println!("{sent} forged and random datagrams at {rate} a second");
+        let what = "flood: under it / without, decode";
+        ratio(what, "0.95", flooded, all, decode);
+    }
+    with.shutdown().await?;
+    without.shutdown().await
+}
+
+/// A thread that sends datagrams which look like sealed heartbeats, or like nothing.
+struct Flood {
+    stop: Arc<AtomicBool>,
+    sent: Arc<AtomicU64>,
+    thread: std::thread::JoinHandle<()>,
+}
+
+impl Flood {
+    fn start(target: SocketAddr, per_second: u32) -> Result<Self> {
+        let socket = UdpSocket::bind("127.0.0.1:0")?;
+        socket.connect(target)?;
+        let (stop, sent) = (
+            Arc::new(AtomicBool::new(false)),
+            Arc::new(AtomicU64::new(0)),
+        );
+        let (stopped, count) = (stop.clone(), sent.clone());
+        let thread = std::thread::spawn(move || {
+            let (began, mut state) = (Instant::now(), 1_u64);
+            while !stopped.load(Ordering::Relaxed) {
+                let due = (began.elapsed().as_secs_f64() * f64::from(per_second)) as u64;
+                while count.load(Ordering::Relaxed) < due {
+                    let mut bytes = [0_u8; 200];
+                    for part in bytes.chunks_mut(8) {
+                        state = state.wrapping_mul(6_364_136_223_846_793_005) + 1;
+                        part.copy_from_slice(&state.to_be_bytes()[..part.len()]);
+                    }
+                    if count.load(Ordering::Relaxed).is_multiple_of(2) {
+                        let payload = bytes.len() - dcf::HEADER_LEN;
+                        bytes[0] = dcf::MsgType::SEALED_HEARTBEAT.0;
+                        bytes[13..17].copy_from_slice(&(payload as u32).to_be_bytes());
+                    }
+                    // A full queue drops it.
+                    let _ = socket.send(&bytes);
+                    count.fetch_add(1, Ordering::Relaxed);
+                }
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        });
+        Ok(Self { stop, sent, thread })
+    }
+
+    /// Ends it, and returns the number of datagrams.
+    fn stop(self) -> u64 {
+        self.stop.store(true, Ordering::Relaxed);
+        // It does nothing that panics.
+        let _ = self.thread.join();
+        self.sent.load(Ordering::Relaxed)
+    }
+}
+
 /// Prints the medians of an arrangement's speeds.
 fn show(what: &str, speeds: &[Speed]) {
     let of = |of: fn(&Speed) -> f64| median(&speeds.iter().map(of).collect::<Vec<_>>());
@@ -143,7 +246,7 @@ fn ratio(what: &str, wanted: &str, ours: &[Speed], anchor: &[Speed], of: fn(&Spe
 }
 
 /// A mesh with the whole model on one worker, or with a third on each of three, perhaps with standbys.
-async fn start(model: &Path, ring: Option<bool>) -> Result<Mesh> {
+async fn start(model: &Path, ring: Option<bool>, trust: bool) -> Result<Mesh> {
     let file = model.display().to_string();
     let Some(standbys) = ring else {
         let mut mesh = Mesh::builder().start().await?;
@@ -153,13 +256,15 @@ async fn start(model: &Path, ring: Option<bool>) -> Result<Mesh> {
     };
     let mut mesh = Mesh::builder()
         .head_config(&format!(
-            "[ring]\nstages = 3\nobjective = \"throughput\"\nstandbys = {standbys}"
+            "[ring]\nstages = 3\nobjective = \"throughput\"\nstandbys = {standbys}\n\
+             [gossip]\nenabled = {trust}\n[audit]\nenabled = {trust}"
         ))
         .start()
         .await?;
     for _ in 0..if standbys { 6 } else { 3 } {
         let toml = format!(
-            "models = []\nthreads = 1\n[ring]\nmodels = [{file:?}]\nlisten = \"127.0.0.1:0\"\nformat = \"file\""
+            "models = []\nthreads = 1\nevidence = {trust}\n[gossip]\nenabled = {trust}\n\
+             [ring]\nmodels = [{file:?}]\nlisten = \"127.0.0.1:0\"\nformat = \"file\""
         );
         mesh.start_worker(&toml).await?;
     }

@@ -2,17 +2,17 @@
 //!
 //! Both are put between the same sender and the same head: tasks go in, each comes back as a Result, so every datagram
 //! passes twice. A window of datagrams under way keeps all of them busy without loss. Shim and relay take turns; the
-//! medians and their ratio are printed.
+//! medians and their ratio are printed, and the time that the shim adds to a datagram that comes alone.
 
 use std::net::{SocketAddr, UdpSocket};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use clap::Parser;
-use mesh_bench::median;
 use mesh_bench::round_trips::{
-    LOOPBACK, SocketThread, echo_head, readable, round_trips_per_second,
+    LOOPBACK, SocketThread, echo_head, readable, round_trip_times, round_trips_per_second,
 };
+use mesh_bench::{Ratios, median};
 use mesh_shim::batch::{self, RecvBatch};
 use mesh_shim::config::RateLimit;
 use mesh_shim::{Config, Shim};
@@ -70,15 +70,41 @@ fn main() -> anyhow::Result<()> {
             }
         }
     }
+    let times = latency(&args, [to_head, relay.address, shim.addr()])?;
     let (of_relay, of_shim) = (median(&of_relay), median(&of_shim));
     let ratio = of_shim / of_relay;
     println!("relay  {of_relay:9.0} round trips/s");
     println!("shim   {of_shim:9.0} round trips/s  {ratio:.2} x relay");
+    let [direct, by_relay, by_shim] = times.each_ref().map(|times| median(times));
+    println!(
+        "alone, p50: direct {direct:.1} µs, relay {by_relay:.1} µs, shim {by_shim:.1} µs a round trip"
+    );
+    let added = times[0].iter().zip(&times[2]);
+    let added = Ratios(added.map(|(direct, shim)| (shim - direct) / 2.0).collect());
+    let (added, least, most) = (added.median(), added.least(), added.most());
+    println!(
+        "the shim adds {added:.1} µs to a datagram's way ({least:.1} to {most:.1}; wanted: at most 50)"
+    );
     shim.stop();
     if let Some(least) = args.at_least {
         anyhow::ensure!(ratio >= least, "the ratio is below {least}");
     }
     Ok(())
+}
+
+/// Median times of single tasks to each of these targets, in microseconds, of each round.
+fn latency(args: &Args, targets: [SocketAddr; 3]) -> anyhow::Result<[Vec<f64>; 3]> {
+    const TASKS: u32 = 2_000;
+    let mut medians: [Vec<f64>; 3] = Default::default();
+    for round in 0..args.rounds.clamp(1, 1_000) {
+        for turn in 0..3 {
+            let which = (round + turn) % 3;
+            let times = round_trip_times(targets[which], args.payload, TASKS)?;
+            let times = times.iter().map(|time| time.as_secs_f64() * 1e6);
+            medians[which].push(median(&times.collect::<Vec<_>>()));
+        }
+    }
+    Ok(medians)
 }
 
 /// Passes datagrams of one client to `head` and back, and looks at none.

@@ -23,13 +23,14 @@ pub enum AuditCommand {
     /// Check every byte of the trails, and tell what was changed, removed or swapped
     #[command(after_help = "\
 Without --key the public keys beside the trail are believed, which shows changes by everybody who does not have the head's secret \
-keys. A checkpoint that was seen earlier (--since) shows whether the trail was cut or written anew. Exit code 1 means that something \
-is wrong.
+keys. A checkpoint that was seen earlier (--since), or the epochs that a worker kept (--epochs), show whether the trail was cut or \
+written anew. Exit code 1 means that something is wrong.
 
 Examples:
   hydramesh audit verify
   hydramesh audit verify --root /var/lib/hydramesh/head/root.crt
   hydramesh audit verify --trail /mnt/export --key /mnt/usb/master.keys --since /mnt/usb/checkpoint
+  hydramesh audit verify --epochs /mnt/usb/audit-epochs.json
   hydramesh audit verify --json | jq '.[].findings'")]
     Verify {
         #[command(flatten)]
@@ -46,6 +47,9 @@ Examples:
         /// A checkpoint that was seen earlier: the trail has to continue it (may be repeated)
         #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
         since: Vec<PathBuf>,
+        /// Epochs that another node kept: its state folder, or its file audit-epochs.json (may be repeated)
+        #[arg(long, value_name = "FILE|DIR", value_hint = ValueHint::AnyPath)]
+        epochs: Vec<PathBuf>,
         /// The exported trail of another head: records that bind its heads are compared with it
         #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
         merged: Option<PathBuf>,

@@ -7,7 +7,7 @@ use axum::http::StatusCode;
 use axum::{Extension, Json};
 use mesh_api::{
     Code, DeviceSplit, DuplicateIdentity, Fleet, Gossip, Machine, Mesh, PinDecision, PinList,
-    RequestCounts, ServedModel, Spread, TokenCounts,
+    RequestCounts, ServedModel, Sighting, Spread, TokenCounts,
 };
 use mesh_control::duplicates::{self, Duplicate};
 use mesh_control::registry::{self, Registry, Service, Worker};
@@ -90,11 +90,24 @@ fn gossip(view: &GossipView) -> Gossip {
         mean: range.mean,
         most: range.most,
     };
+    let named = |sighting: &mesh_gossip::Sighting| Sighting {
+        reporter: sighting.origin.to_string(),
+        reporter_name: view
+            .members
+            .iter()
+            .find(|member| member.node == sighting.origin)
+            .map(|member| member.name.clone()),
+        kind: sighting.kind.clone(),
+        subject: sighting.subject.clone(),
+        detail: sighting.detail.clone(),
+        seen: sighting.seen,
+    };
     Gossip {
         alive: count(MemberState::Alive),
         suspect: count(MemberState::Suspect),
         down: count(MemberState::Down),
         threats: view.threats,
+        sightings: view.sightings.iter().map(named).collect(),
         records: view.records,
         refused: view.counts.all_refused(),
         fleet: Fleet {
