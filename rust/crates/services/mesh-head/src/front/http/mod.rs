@@ -45,12 +45,13 @@ use mesh_service::metrics::Metrics;
 use tower::ServiceExt as _;
 
 pub(crate) use error::ApiError;
-pub(crate) use keys::{Keys, KeysError};
+pub(crate) use keys::{Admitted, Client, ConcurrencyLimit, Denied, Keys, KeysError, Pass};
 use mesh_control::fair::{Ingress, Source};
 use mesh_control::image_files::ImageFiles;
 use mesh_control::registry::Registry;
 use mesh_curtain::Need;
 use mesh_net::trust::NodeIdentity;
+pub(crate) use models::served_as;
 
 use crate::api::embeddings::AskedEmbeddings;
 use crate::api::generate::{self, Asked};
@@ -62,7 +63,6 @@ use crate::mesh::Mesh;
 use crate::metrics::Front;
 use answer::Answering;
 use ignored::Ignored;
-use keys::{Client, ConcurrencyLimit, Denied};
 use ready::Told;
 use state::{Api, RequestId};
 
@@ -71,6 +71,7 @@ pub(crate) fn router(
     keys: Keys,
     authority: Arc<Attestor>,
     identity: NodeIdentity,
+    concurrency: Arc<ConcurrencyLimit>,
     metrics: Arc<Metrics>,
 ) -> Router {
     let told = Told {
@@ -80,7 +81,6 @@ pub(crate) fn router(
     let health = health::router(mesh.health.clone(), metrics)
         .route_layer(middleware::from_fn_with_state(told, ready::of_model));
     let body_limit = usize::try_from(mesh.config.http.body_limit).unwrap_or(usize::MAX);
-    let concurrency = Arc::new(ConcurrencyLimit::new(mesh.config.http.concurrent_requests));
     // A reload may bring keys or take them away.
     let known_keys = keys.clone();
     let guard = Guard::of_names(&mesh.config.http.hosts)

@@ -1,8 +1,10 @@
 //! The rights of a caller: those of a curtain token, of an API key's entry, or the usual ones.
 
 use std::sync::Arc;
+use std::time::{Duration, SystemTime};
 
 use mesh_api::Code;
+use mesh_base::clock::unix_seconds;
 use mesh_curtain::{Grant, Need, Right, RightError, Rights, Tier, TierError, TokenId};
 
 use super::error::ApiError;
@@ -120,6 +122,12 @@ impl Papers {
             self.rights
         );
         Err(ApiError::new(Code::MissingRight, text))
+    }
+
+    /// Time until they end; `None` if they do not.
+    pub(crate) fn time_left(&self, now: SystemTime) -> Option<Duration> {
+        let left = self.expires?.saturating_sub(unix_seconds(now));
+        Some(Duration::from_secs(left))
     }
 
     /// True if every model is open to it.
