@@ -233,6 +233,10 @@ impl Intake {
             {
                 self.replies.push_parts(from, &[&sealed]);
             }
+            if self.proofs.knows(from, now) {
+                // It has just proven it. The end of a session is told with the next message.
+                let _ = self.port.sessions.heard(session, from, now);
+            }
             return;
         }
         if self.port.sessions.heard(session, from, now).is_err() {
