@@ -346,6 +346,26 @@ mod tests {
     }
 
     #[test]
+    fn sealed_dcf_needs_the_root_as_a_digest_or_a_file() {
+        let parse = |words: &[&str]| {
+            Args::try_parse_from([&["hydramesh", "ask", "hi", "--sealed", "attic"], words].concat())
+        };
+        let digest = "5d".repeat(32);
+        assert!(parse(&["--root", &digest]).is_ok());
+        assert!(parse(&["--root", &digest, "--http"]).is_err());
+        if std::env::var_os("HYDRAMESH_ROOT").is_none() {
+            assert!(parse(&[]).is_err());
+        }
+        assert_eq!(root_digest(&digest).expect("a digest"), [0x5d; 32]);
+        let failure = root_digest("/nonexistent/root.crt").expect_err("no file");
+        assert!(failure.message.contains("/nonexistent/root.crt"));
+        let file = tempfile::NamedTempFile::new().expect("a file");
+        std::fs::write(&file, "no certificate").expect("written");
+        let named = file.path().to_str().expect("UTF-8");
+        assert!(root_digest(named).is_err());
+    }
+
+    #[test]
     fn a_question_goes_where_it_is_sent() {
         let goes = |words: &str, environment: &[(&str, &str)]| {
             let words = ["hydramesh", "ask", "hi"]

@@ -224,22 +224,23 @@ impl Intake {
         };
         let body = opened.inner.slice(HEADER_LEN..);
         let payload = body.slice(..header.payload_len as usize);
-        // The holder of a token may name another address than its own. Until the address is proven, answers are
-        // no longer than what they answer.
-        if !self.port.mesh.live().knows(from.ip()) && !self.proofs.knows(from, now) {
+        // The holder of a token may name another address than its own, also one that another client has proven.
+        // Until it is proven in this session, answers are no longer than what they answer.
+        if !self.port.mesh.live().knows(from.ip()) && !self.port.sessions.is_at(session, from) {
             let asked = (header.kind(), &payload[..]);
-            if let Some(reply) = self.verify(key, from, asked, body.len())
-                && let Some(sealed) = self.port.sessions.seal_unproven(session, &reply, now)
-            {
+            let Some(reply) = self.verify(key, from, asked, body.len()) else {
+                return;
+            };
+            if let Some(sealed) = self.port.sessions.seal_unproven(session, &reply, now) {
                 self.replies.push_parts(from, &[&sealed]);
             }
-            if self.proofs.knows(from, now) {
-                // It has just proven it. The end of a session is told with the next message.
-                let _ = self.port.sessions.heard(session, from, now);
+            if reply.kind == MsgType::ACK {
+                // It is proven now. If the session is over, that is told with the next message.
+                self.port.sessions.heard(session, from, now);
             }
             return;
         }
-        if self.port.sessions.heard(session, from, now).is_err() {
+        if !self.port.sessions.heard(session, from, now) {
             let end = self.port.sessions.tell_end(session, key.sequence, now);
             if let Some((to, sealed)) = end {
                 self.replies.push_parts(to, &[&sealed]);

@@ -140,23 +140,25 @@ impl Sessions {
         })
     }
 
-    /// Notes an authentic datagram from an address that is its sender's.
-    ///
-    /// # Errors
-    /// The reason for which the session is over.
-    pub(super) fn heard(&self, session: u64, from: SocketAddr, now: Instant) -> Result<(), String> {
+    /// True if answers of a session go to this address, which its client has proven.
+    pub(super) fn is_at(&self, session: u64, from: SocketAddr) -> bool {
+        let known = lock(&self.known);
+        let found = known.sessions.get(&session);
+        found.is_some_and(|found| found.at == Some(from))
+    }
+
+    /// Notes an authentic datagram from an address that its sender has proven. False if the session is over.
+    pub(super) fn heard(&self, session: u64, from: SocketAddr, now: Instant) -> bool {
         let mut known = lock(&self.known);
         let Some(found) = known.sessions.get_mut(&session) else {
-            return Err(String::new());
+            return false;
         };
         found.at = Some(from);
-        match &found.over {
-            Some(text) => Err(text.clone()),
-            None => {
-                found.heard = now;
-                Ok(())
-            }
+        let open = found.over.is_none();
+        if open {
+            found.heard = now;
         }
+        open
     }
 
     /// The client of an open session.
