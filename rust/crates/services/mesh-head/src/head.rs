@@ -371,6 +371,7 @@ async fn tick(mesh: Arc<Mesh>, authority: Arc<Attestor>, heart: Heart) {
             allocator::trim();
             trimmed = Instant::now();
         }
+        mesh.audit.look_after();
         let (queued, running) = mesh.in_flight();
         let workers = mesh.with_registry(|registry| registry.len());
         let status = format!("{workers} workers, {running} requests running, {queued} waiting");

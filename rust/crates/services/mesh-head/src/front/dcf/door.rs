@@ -39,10 +39,14 @@ impl ClientDoor for Door {
         }
         let now = SystemTime::now();
         let admitted = self.keys.admit_shown(ask.credential, ask.tenant, now);
-        let admitted =
-            admitted.map_err(|denied| refused(ErrorCode::UNAUTHORIZED, &denied.to_string()))?;
-        let bytes = ask.credential.len() + ask.tenant.len();
         let from = ask.from.ip();
+        let admitted = admitted.map_err(|denied| {
+            if let Some(refused) = denied.refused("quic") {
+                self.audit.refused_credential(refused, from);
+            }
+            refused(ErrorCode::UNAUTHORIZED, &denied.to_string())
+        })?;
+        let bytes = ask.credential.len() + ask.tenant.len();
         self.audit
             .message("quic", MsgType::CLIENT_HELLO, from, bytes);
         let lifetime = admitted

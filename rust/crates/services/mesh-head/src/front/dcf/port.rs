@@ -139,6 +139,15 @@ impl Port {
         }
     }
 
+    /// Admits what the rights of a client allow.
+    fn require(&self, client: &Client, need: Need<'_>) -> Result<(), ApiError> {
+        client.papers.require(need).inspect_err(|_| {
+            if let (Some(refused), Some(from)) = (client.papers.too_narrow("dcf"), client.address) {
+                self.mesh.audit.refused_credential(refused, from);
+            }
+        })
+    }
+
     /// Makes the payload of the answer.
     async fn run(
         &self,
@@ -161,16 +170,16 @@ impl Port {
                     // The default may change until the request is placed.
                     task.model = task.model.or_else(|| self.mesh.default_model());
                     let model = task.model.as_deref().unwrap_or("*");
-                    client.papers.require(Need::Infer(model))?;
+                    self.require(&client, Need::Infer(model))?;
                 }
                 self.generate(key, run, task, payload, &client).await?
             }
             DcfTask::Embed(task) => {
-                client.papers.require(Need::Embed)?;
+                self.require(&client, Need::Embed)?;
                 self.embed(task, &client, lease).await?
             }
             DcfTask::Image(task) => {
-                client.papers.require(Need::Image)?;
+                self.require(&client, Need::Image)?;
                 self.image(key, task, payload, &client, lease).await?
             }
         };

@@ -13,7 +13,7 @@ use data_encoding::HEXLOWER;
 use mesh_base::clock::unix_seconds;
 use mesh_base::random;
 use mesh_control::fair::Origin;
-use mesh_curtain::{PREFIX, TokenId};
+use mesh_curtain::{PREFIX, Refusal, TokenId};
 use mesh_service::files::Readers;
 use sha2::{Digest, Sha256};
 use subtle::ConstantTimeEq;
@@ -22,6 +22,7 @@ use super::papers::{Entry, Papers};
 use crate::ids;
 use crate::locks::lock;
 use crate::mesh::Lease;
+use crate::refusals::Refused;
 use crate::sanctum::{NotAccepted, Sanctum};
 
 /// The keys of one head. Only their hashes are held. Clones share them, so that keys that are read again
@@ -110,6 +111,32 @@ pub(crate) enum Denied {
         "the request is for the organization {given:?}, and its key or token is of the tenant {tenant:?}"
     )]
     Organization { given: String, tenant: String },
+}
+
+impl Denied {
+    /// The refusal for the audit trail; `None` where nothing was shown.
+    pub(crate) fn refused(&self, door: &'static str) -> Option<Refused> {
+        let known = |id: &TokenId| id.to_string();
+        let (reason, id) = match self {
+            Self::Missing | Self::Unsent => return None,
+            Self::Wrong => ("unknown API key", String::new()),
+            Self::Expired { id, .. } => ("expired API key", id.clone()),
+            Self::Organization { .. } => ("wrong tenant", String::new()),
+            Self::Token(NotAccepted::Unreadable(_)) => ("unreadable token", String::new()),
+            // The signatures of these hold.
+            Self::Token(NotAccepted::Refused(refusal)) => match refusal {
+                Refusal::Expired { id, .. } => ("expired token", known(id)),
+                Refusal::NotYet { id, .. } => ("token that is not valid yet", known(id)),
+                Refusal::Revoked(id) => ("revoked or unknown token", known(id)),
+                Refusal::DelegationOnly(id) => ("token for delegation only", known(id)),
+                Refusal::Audience { .. } => ("token of another mesh", String::new()),
+                Refusal::Issuer { .. } => ("token of another issuer", String::new()),
+                Refusal::Tenant { .. } => ("token of another tenant", String::new()),
+                _ => ("altered token", String::new()),
+            },
+        };
+        Some(Refused { door, reason, id })
+    }
 }
 
 /// Reasons for which the keys cannot be read.

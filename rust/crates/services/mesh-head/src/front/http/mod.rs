@@ -24,7 +24,7 @@ mod root;
 mod state;
 mod tokens;
 
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::{Arc, Mutex};
 use std::time::SystemTime;
 
@@ -61,6 +61,7 @@ use crate::flight::task::GenerateTask;
 use crate::ids;
 use crate::mesh::Mesh;
 use crate::metrics::Front;
+use crate::refusals::Refused;
 use answer::Answering;
 use ignored::Ignored;
 use ready::Told;
@@ -280,22 +281,35 @@ async fn authenticate(
     next: Next,
 ) -> Result<Response, ApiError> {
     let admitted = api.keys.admit(request.headers(), SystemTime::now());
+    let address = request.extensions().get::<ConnectInfo<SocketAddr>>();
+    let address = address.map(|info| info.0.ip().to_canonical());
+    let from = address.unwrap_or(Ipv4Addr::UNSPECIFIED.into());
+    let refused = |refused: Option<Refused>| {
+        if let Some(refused) = refused {
+            api.mesh.audit.refused_credential(refused, from);
+        }
+    };
     let admitted = admitted.map_err(|denied| {
+        refused(denied.refused(DOOR));
         let code = match denied {
             Denied::Organization { .. } => Code::WrongTenant,
             _ => Code::InvalidApiKey,
         };
         ApiError::new(code, denied.to_string())
     })?;
-    let address = request.extensions().get::<ConnectInfo<SocketAddr>>();
     let client = Client {
         caller: admitted.caller,
-        address: address.map(|info| info.0.ip().to_canonical()),
+        address,
         salt: admitted.salt,
         papers: admitted.papers,
     };
+    let papers = client.papers.clone();
     request.extensions_mut().insert(client);
-    Ok(next.run(request).await)
+    let response = next.run(request).await;
+    if response.extensions().get::<Code>() == Some(&Code::MissingRight) {
+        refused(papers.too_narrow(DOOR));
+    }
+    Ok(response)
 }
 
 async fn administrators_only(
@@ -342,6 +356,8 @@ async fn wrong_method(request: Request) -> Response {
 
 const GET: MethodFilter = MethodFilter::GET;
 const POST: MethodFilter = MethodFilter::POST;
+/// The name of this door in the audit trail.
+const DOOR: &str = "http";
 const REQUEST_ID: &str = "x-request-id";
 
 #[cfg(test)]

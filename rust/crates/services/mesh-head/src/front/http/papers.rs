@@ -9,6 +9,7 @@ use mesh_curtain::{Grant, Need, Right, RightError, Rights, Tier, TierError, Toke
 
 use super::error::ApiError;
 use crate::audit::Holder;
+use crate::refusals::Refused;
 use crate::sanctum::Limits;
 
 /// What a caller may do.
@@ -122,6 +123,13 @@ impl Papers {
             self.rights
         );
         Err(ApiError::new(Code::MissingRight, text))
+    }
+
+    /// The refusal of a request beyond these rights, for the audit trail; `None` for callers without a key.
+    pub(crate) fn too_narrow(&self, door: &'static str) -> Option<Refused> {
+        let reason = "missing right";
+        let id = self.id.as_deref()?.to_owned();
+        Some(Refused { door, reason, id })
     }
 
     /// Time until they end; `None` if they do not.
