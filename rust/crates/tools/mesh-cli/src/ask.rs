@@ -129,7 +129,7 @@ async fn over_datagrams(
 ) -> Result<Outcome, Failure> {
     let to = &with_port(args.to.as_deref().unwrap_or(LOCAL_SHIM), SHIM_PORT);
     let client = DcfClient::connect(to).await?;
-    ask_client(client, to, args, body, (print, wait)).await
+    ask_client(client, to, args, body, print, wait).await
 }
 
 /// Opens a session at the head with the key or token, and asks in it.
@@ -155,7 +155,7 @@ async fn sealed_datagrams(
         tenant: "",
     };
     let client = DcfClient::sealed(target).await?;
-    ask_client(client, &to, args, body, (print, wait)).await
+    ask_client(client, &to, args, body, print, wait).await
 }
 
 /// The digest of the mesh root, from its text or from the file of its certificate.
@@ -179,7 +179,8 @@ async fn ask_client(
     to: &str,
     args: &AskArgs,
     body: &ChatCompletionRequest,
-    (print, wait): (&mut dyn FnMut(&str), &mut dyn FnMut(&str)),
+    print: &mut dyn FnMut(&str),
+    wait: &mut dyn FnMut(&str),
 ) -> Result<Outcome, Failure> {
     let mut wait = |what: &str| wait(&format!("waiting {what}"));
     let asking = client.ask_and_watch(body, SILENCE, print, &mut wait);
