@@ -104,6 +104,7 @@ async fn sealed_ports(mesh: &Mesh, count: u64, seed: &mut Seed) -> Result<()> {
     for (name, port, socket, datagrams) in ports {
         let generator = Generator::new(seed.draw()).with(datagrams);
         let (before, started) = (accepted(mesh, socket).await?, Instant::now());
+        let memory = mesh.head.resident_bytes()?;
         // The changed ones, and all of them as they were.
         let changed = tokio::task::spawn_blocking(move || flood_with(port, count, generator));
         let sent = changed.await??;
@@ -119,6 +120,8 @@ async fn sealed_ports(mesh: &Mesh, count: u64, seed: &mut Seed) -> Result<()> {
             _ => 0,
         };
         println!("{name}: {sent} datagrams, {} accepted", after - before);
+        let grown = mesh.head.resident_bytes()?.saturating_sub(memory);
+        ensure!(grown <= GROWTH, "{name}: the head grew by {grown} bytes");
         ensure!(after - before <= own, "{name}: {} accepted", after - before);
     }
     Ok(())
