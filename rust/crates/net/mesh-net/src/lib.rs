@@ -5,6 +5,7 @@
 //!   decides who joins (`arcanum-attestor` implements it);
 //! - [`quic`]: mutually authenticated links that carry DCF messages on streams;
 //! - [`seal`]: AEAD for datagrams between nodes, with keys exported from a link;
+//! - [`sealed`]: sessions of clients that hold a key or token, whose datagrams are sealed;
 //! - [`discovery`]: finding heads and workers on the LAN.
 //!
 //! Joining: the operator creates a [`trust::JoinToken`] at the head. [`quic::join`] connects with the
@@ -19,5 +20,6 @@ pub mod discovery;
 mod files;
 pub mod quic;
 pub mod seal;
+pub mod sealed;
 pub mod trust;
 pub mod udp;

@@ -1,4 +1,4 @@
-//! AEAD for datagrams between our own nodes.
+//! AEAD for datagrams between our own nodes, and between the head and clients that hold a key or token.
 //!
 //! The key comes from a link ([`Link::export_key`](crate::quic::Link::export_key)), one per direction and purpose, so it
 //! is fresh for every link. A sealed payload is
@@ -163,6 +163,12 @@ pub enum OpenError {
     /// The message was changed on its way, or sealed with another key.
     #[error("not authentic")]
     NotAuthentic,
+    /// It was sealed too long ago, or in the future, by the clock of its session.
+    #[error("sealed {seconds} s from now by the session's clock")]
+    Stale {
+        /// Distance between the time of the message and now.
+        seconds: u64,
+    },
 }
 
 /// Recently seen counters (RFC 4303, section 3.4.3).

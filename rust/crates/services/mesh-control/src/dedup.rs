@@ -21,6 +21,9 @@ pub struct TaskKey {
     pub version: Version,
     /// Sequence of the task at that client.
     pub sequence: u32,
+    /// The session that sealed it; `None` for plain DCF. A task of a session has the address at which that began,
+    /// wherever its datagrams come from since.
+    pub session: Option<u64>,
 }
 
 /// Bounds on the finished tasks that are kept.
@@ -183,6 +186,7 @@ mod tests {
             client: SocketAddr::from(([127, 0, 0, 1], port)),
             version: Version::V5_0,
             sequence,
+            session: None,
         }
     }
 

@@ -10,8 +10,8 @@ use std::collections::{BTreeMap, VecDeque};
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
+use dcf::Message;
 use dcf::chunk::Split;
-use dcf::{Message, Version};
 
 use super::dedup::TaskKey;
 
@@ -52,9 +52,12 @@ pub enum Added {
 #[derive(Debug)]
 pub struct Outbox {
     limits: Limits,
-    queues: BTreeMap<SocketAddr, Queue>,
+    queues: BTreeMap<Receiver, Queue>,
     bytes: usize,
 }
+
+/// An address, or a session of a client.
+type Receiver = (SocketAddr, Option<u64>);
 
 /// Answers that are being sent to one receiver.
 #[derive(Debug)]
@@ -66,8 +69,7 @@ struct Queue {
 
 #[derive(Debug)]
 struct Sending {
-    version: Version,
-    sequence: u32,
+    key: TaskKey,
     chunks: Split,
     /// Of the whole payload, as counted in [`Outbox::bytes`].
     bytes: usize,
@@ -90,29 +92,24 @@ impl Outbox {
             return Added::Full;
         }
         let first = self.queues.is_empty();
-        let queue = self.queues.entry(key.client).or_insert_with(|| Queue {
+        let queue = self.queues.entry(receiver(key)).or_insert_with(|| Queue {
             answers: VecDeque::new(),
             due: now,
         });
-        queue.answers.push_back(Sending {
-            version: key.version,
-            sequence: key.sequence,
-            chunks,
-            bytes,
-        });
+        queue.answers.push_back(Sending { key, chunks, bytes });
         self.bytes += bytes;
         if first { Added::First } else { Added::Queued }
     }
 
     /// Returns true if the answer to this task is being sent.
     pub fn is_sending(&self, key: TaskKey) -> bool {
-        let queue = self.queues.get(&key.client);
+        let queue = self.queues.get(&receiver(key));
         queue.is_some_and(|queue| queue.answers.iter().any(|of| of.answers(key)))
     }
 
     /// Sends no more of the answer to this task.
     pub fn remove(&mut self, key: TaskKey) {
-        let Some(queue) = self.queues.get_mut(&key.client) else {
+        let Some(queue) = self.queues.get_mut(&receiver(key)) else {
             return;
         };
         if let Some(at) = queue.answers.iter().position(|of| of.answers(key)) {
@@ -121,15 +118,11 @@ impl Outbox {
         }
     }
 
-    /// Passes every Chunk that is due to `send`, with its receiver and the version to send it in. Returns the
-    /// time to ask again; `None` if nothing is left.
-    pub fn due(
-        &mut self,
-        now: Instant,
-        mut send: impl FnMut(SocketAddr, Version, Message),
-    ) -> Option<Instant> {
+    /// Passes every Chunk that is due to `send`, with the task that it answers. Returns the time to ask again;
+    /// `None` if nothing is left.
+    pub fn due(&mut self, now: Instant, mut send: impl FnMut(TaskKey, Message)) -> Option<Instant> {
         let Limits { burst, pause, .. } = self.limits;
-        for (&receiver, queue) in &mut self.queues {
+        for queue in self.queues.values_mut() {
             if queue.due > now || queue.answers.is_empty() {
                 continue;
             }
@@ -140,7 +133,7 @@ impl Outbox {
                     break;
                 };
                 if let Some(chunk) = sending.chunks.next() {
-                    send(receiver, sending.version, chunk);
+                    send(sending.key, chunk);
                 }
                 if sending.chunks.len() == 0 {
                     self.bytes -= sending.bytes;
@@ -159,12 +152,17 @@ impl Outbox {
 impl Sending {
     /// True if it is an answer to this task of its receiver.
     fn answers(&self, key: TaskKey) -> bool {
-        (self.version, self.sequence) == (key.version, key.sequence)
+        self.key == key
     }
+}
+
+fn receiver(key: TaskKey) -> Receiver {
+    (key.client, key.session)
 }
 
 #[cfg(test)]
 mod tests {
+    use dcf::Version;
     use dcf::chunk::{self, Chunk, MAX_DATA};
 
     use super::*;
@@ -180,6 +178,7 @@ mod tests {
             client: SocketAddr::from(([127, 0, 0, 1], port)),
             version: Version::V5_0,
             sequence,
+            session: None,
         }
     }
 
@@ -192,9 +191,9 @@ mod tests {
     /// Chunks due at `now`, as port, sequence and index, and the time to ask again.
     fn due(outbox: &mut Outbox, now: Instant) -> (Vec<(u16, u32, u16)>, Option<Instant>) {
         let mut sent = Vec::new();
-        let next = outbox.due(now, |to, _, message| {
+        let next = outbox.due(now, |key, message| {
             let chunk = Chunk::parse(&message.payload).expect("a Chunk");
-            sent.push((to.port(), message.sequence, chunk.index));
+            sent.push((key.client.port(), message.sequence, chunk.index));
         });
         (sent, next)
     }

@@ -1,8 +1,9 @@
 //! The audit trail of the head: the words of its records, and the policy of admission with records.
 
 use std::fmt;
-use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::net::IpAddr;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant, SystemTime};
 
 use mesh_audit::home::Tier;
 use mesh_audit::kept::ShownEpochs;
@@ -16,7 +17,9 @@ use mesh_identity::IdentityKey;
 use mesh_net::trust::{Admission, Issued, JoinAsk, Member, NodeIdentity, Refusal, RenewAsk};
 
 use crate::config::Config;
+use crate::locks::lock;
 use crate::metrics::{Front, Outcome};
+use crate::refusals::{Refusals, Refused, RefusedRecord};
 
 /// Writes records, unless the configuration turns the trail off. Nothing here waits. Clones write to the same
 /// trail.
@@ -25,6 +28,7 @@ pub(crate) struct Recorder {
     audit: Option<Audit>,
     /// Each message has a record of its own.
     each_message: bool,
+    refusals: Arc<Mutex<Refusals>>,
 }
 
 /// The key or token of a request, as records name it.
@@ -81,6 +85,7 @@ impl Recorder {
         Ok(Self {
             audit: Some(audit),
             each_message,
+            refusals: Arc::default(),
         })
     }
 
@@ -89,8 +94,32 @@ impl Recorder {
         self.audit.as_ref().map(Audit::counts)
     }
 
+    /// Counts a key or token that was refused, for a record.
+    pub(crate) fn refused_credential(&self, refused: Refused, from: IpAddr) {
+        tracing::debug!(?refused, %from, "key or token refused");
+        if self.audit.is_some() {
+            let now = Instant::now();
+            let records = lock(&self.refusals).note(refused, from.to_canonical(), now);
+            self.record_refusals(records);
+        }
+    }
+
+    /// Records refusals of the minute that is over.
+    pub(crate) fn look_after(&self) {
+        let records = lock(&self.refusals).flush_if_due(Instant::now());
+        self.record_refusals(records);
+    }
+
+    fn record_refusals(&self, records: Vec<RefusedRecord>) {
+        for RefusedRecord { id, note } in records {
+            self.token(&id, "refused", Some(&note));
+        }
+    }
+
     /// Writes what waits, and ends. Blocks.
     pub(crate) fn stop(&self) {
+        let records = lock(&self.refusals).flush();
+        self.record_refusals(records);
         if let Some(audit) = &self.audit {
             audit.stop();
         }

@@ -170,6 +170,12 @@ pub struct DcfConfig {
     /// Time for which they are kept.
     #[serde(with = "units::duration")]
     pub answers_kept_for: Duration,
+    /// Sessions of clients that hold a key or token, at a time; each key or token has an eighth of them. 0 turns
+    /// sealed DCF off.
+    pub sessions: usize,
+    /// Silence of a client after which its session ends.
+    #[serde(with = "units::duration")]
+    pub session_idle: Duration,
 }
 
 /// `[trust]`
@@ -368,6 +374,8 @@ impl Default for DcfConfig {
             answers_kept: 4096,
             answers_kept_bytes: 16 << 20,
             answers_kept_for: Duration::from_secs(60),
+            sessions: 1024,
+            session_idle: Duration::from_secs(600),
         }
     }
 }
@@ -416,6 +424,7 @@ impl Config {
             ("audit.epoch", self.audit.epoch),
             ("trust.root_overlap", self.trust.root_overlap),
             ("gossip.interval", self.gossip.interval),
+            ("dcf.session_idle", self.dcf.session_idle),
         ];
         if let Some((key, _)) = positive.into_iter().find(|(_, value)| value.is_zero()) {
             return Err(Unsound::Zero(key));

@@ -26,8 +26,8 @@ use tracing::warn;
 
 use crate::audit::{Recorded, Recorder};
 use crate::config::{Config, Unsound};
-use crate::front::dcf::serve as serve_dcf_clients;
-use crate::front::http::{self, Keys, KeysError};
+use crate::front::dcf::{Clients, Door, SessionLimits, Sessions, serve as serve_dcf_clients};
+use crate::front::http::{self, ConcurrencyLimit, Keys, KeysError};
 use crate::mesh::Mesh;
 use crate::metrics::HeadMetrics;
 use crate::roots::{Announcer, RootWatch};
@@ -203,8 +203,30 @@ impl Head {
             heartbeats,
         ));
         loops.spawn(bus::serve(mesh.clone(), worker_socket));
+        let sessions = Arc::new(Sessions::new(SessionLimits {
+            sessions: mesh.config.dcf.sessions,
+            idle: mesh.config.dcf.session_idle,
+        }));
+        quic.admit_clients(Arc::new(Door {
+            keys: keys.clone(),
+            sessions: sessions.clone(),
+            audit: mesh.audit.clone(),
+            udp: client_socket.local_addr(),
+        }));
+        let concurrency = ConcurrencyLimit::new(mesh.config.http.concurrent_requests);
+        let concurrency = Arc::new(concurrency);
+        let clients = Clients {
+            keys: keys.clone(),
+            sessions,
+            concurrency: concurrency.clone(),
+        };
         let running = answers.clone();
-        loops.spawn(serve_dcf_clients(mesh.clone(), client_socket, running));
+        loops.spawn(serve_dcf_clients(
+            mesh.clone(),
+            client_socket,
+            clients,
+            running,
+        ));
         let live = Live {
             mesh: mesh.clone(),
             keys: keys.clone(),
@@ -221,7 +243,7 @@ impl Head {
         };
         loops.spawn(watch.run());
         let own = announced.clone();
-        let router = http::router(mesh.clone(), keys, authority, own, metrics);
+        let router = http::router(mesh.clone(), keys, authority, own, concurrency, metrics);
         let connections = mesh.config.http.connections.clone();
         let (stop, limit) = (shutdown.token(), shutdown.limit());
         let api = mesh_service::http::serve(connections, http_listener, tls, router, stop, limit);
@@ -349,6 +371,7 @@ async fn tick(mesh: Arc<Mesh>, authority: Arc<Attestor>, heart: Heart) {
             allocator::trim();
             trimmed = Instant::now();
         }
+        mesh.audit.look_after();
         let (queued, running) = mesh.in_flight();
         let workers = mesh.with_registry(|registry| registry.len());
         let status = format!("{workers} workers, {running} requests running, {queued} waiting");

@@ -3,6 +3,7 @@
 //! The decisions are in [`mesh_control`]; this crate carries them out. Modules use only modules above them in
 //! this list:
 //!
+//! - `refusals`: refused keys and tokens, counted for the audit trail;
 //! - `audit`: the words of the audit trail;
 //! - `mesh`: the state that all share, behind one lock;
 //! - `workers`: connections to workers over QUIC, to old ones over UDP, and the UDP port for heartbeats;
@@ -25,6 +26,7 @@ mod ids;
 mod locks;
 mod mesh;
 mod metrics;
+mod refusals;
 mod roots;
 mod sanctum;
 mod service;

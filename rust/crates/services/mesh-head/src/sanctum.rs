@@ -186,6 +186,30 @@ impl Sanctum {
         let ledger = self.ledger();
         Ok(door.accept(&token, now, |at, id| ledger.refuses(at, id))?)
     }
+
+    /// Judges a token that was accepted before, by the ids of its links and its end.
+    ///
+    /// # Errors
+    /// If it has expired, or it or one that it follows from is revoked.
+    pub(crate) fn accept_again(
+        &self,
+        links: &[TokenId],
+        expires: u64,
+        now: u64,
+    ) -> Result<(), NotAccepted> {
+        let ledger = self.ledger();
+        let mut links = links.iter().enumerate();
+        if let Some((_, id)) = links.clone().find(|(at, id)| ledger.refuses(*at, id)) {
+            return Err(Refusal::Revoked(*id).into());
+        }
+        match links.next_back() {
+            Some((_, &id)) if now >= expires => {
+                let seconds = now - expires;
+                Err(Refusal::Expired { id, seconds }.into())
+            }
+            _ => Ok(()),
+        }
+    }
 }
 
 impl Limits {

@@ -3,7 +3,7 @@
 use std::io;
 use std::net::{SocketAddr, UdpSocket};
 
-use dcf::{Header, MsgType};
+use dcf::{HEADER_LEN, Header, MsgType};
 
 use crate::Seed;
 
@@ -48,6 +48,16 @@ impl Generator {
             buffer: Vec::new(),
             templates,
         }
+    }
+
+    /// The same, which also changes these datagrams.
+    #[must_use]
+    pub fn with(mut self, datagrams: &[Vec<u8>]) -> Self {
+        let longer = datagrams
+            .iter()
+            .filter(|datagram| datagram.len() >= HEADER_LEN);
+        self.templates.extend(longer.cloned());
+        self
     }
 
     /// Makes the next bad datagram.
@@ -108,10 +118,17 @@ impl Generator {
 /// # Errors
 /// If no socket can be opened.
 pub fn flood(target: SocketAddr, count: u64, seed: u64) -> io::Result<u64> {
+    flood_with(target, count, Generator::new(seed))
+}
+
+/// The same, with the datagrams of this generator.
+///
+/// # Errors
+/// If no socket can be opened.
+pub fn flood_with(target: SocketAddr, count: u64, mut generator: Generator) -> io::Result<u64> {
     let sockets: Vec<UdpSocket> = (0..8)
         .map(|_| UdpSocket::bind("127.0.0.1:0"))
         .collect::<io::Result<_>>()?;
-    let mut generator = Generator::new(seed);
     let mut sent = 0;
     for index in 0..count {
         let socket = &sockets[index as usize % sockets.len()];

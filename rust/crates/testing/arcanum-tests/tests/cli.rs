@@ -215,6 +215,37 @@ async fn a_mesh_is_asked_talked_to_and_shown() -> Result<()> {
         stdout(&http),
         stdout(&plain)
     );
+    let head = mesh.head.address("quic")?.to_string();
+    let state_dir = mesh.head.state_dir();
+    let (root, key) = (state_dir.join("root.crt"), state_dir.join("admin.key"));
+    let (root, key) = (
+        root.to_str().context("UTF-8")?,
+        key.to_str().context("UTF-8")?,
+    );
+    let sealed = [
+        "ask",
+        "--sealed",
+        &head,
+        "--root",
+        root,
+        "--api-key-file",
+        key,
+        question,
+    ];
+    let sealed = hydramesh(&[&sealed, &greedy[..]].concat())?;
+    ensure!(stdout(&sealed) == stdout(&plain), "sealed: {sealed:?}");
+    let other_root = "5d".repeat(32);
+    let stranger = [
+        "ask",
+        "--sealed",
+        &head,
+        "--root",
+        &other_root,
+        "--api-key-file",
+        key,
+        "hi",
+    ];
+    expect_exit(&hydramesh(&stranger)?, 6)?;
     // Where no shim was named and none is on this machine, the head is asked. (One at the usual port may be: it answers, too.)
     let without = hydramesh(&[&["ask", "--url", &url, question], &greedy[..]].concat())?;
     expect_exit(&without, 0)?;

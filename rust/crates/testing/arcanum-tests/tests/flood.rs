@@ -6,9 +6,12 @@ use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use arcanum_tests::flood::flood;
+use arcanum_tests::flood::{Generator, flood, flood_with};
 use arcanum_tests::mesh_state::ensure_alive;
 use arcanum_tests::{Seed, alone};
+use dcf::{Message, MsgType};
+use mesh_net::quic::open_session;
+use mesh_net::trust::root_digest;
 use mesh_testkit::v5::{RESULT, V5Client};
 use mesh_testkit::{Mesh, Service};
 
@@ -65,7 +68,73 @@ async fn every_udp_port_outlives_a_flood_of_bad_datagrams() -> Result<()> {
             .await
             .with_context(|| format!("after the flood at {name}"))?;
     }
+    sealed_ports(&mesh, count, &mut seed).await?;
     mesh.shutdown().await
+}
+
+/// Changed and repeated datagrams of a session, at the port of sealed DCF and at that of sealed heartbeats: none is accepted.
+async fn sealed_ports(mesh: &Mesh, count: u64, seed: &mut Seed) -> Result<()> {
+    let state_dir = mesh.head.state_dir();
+    let key = std::fs::read_to_string(state_dir.join("admin.key"))?;
+    let root = root_digest(&std::fs::read_to_string(state_dir.join("root.crt"))?)?;
+    let quic = [mesh.head.address("quic")?];
+    let (mut session, terms) = open_session(&quic, &root, key.trim(), "").await?;
+    let health = Message::new(MsgType::HEALTH, 7, 0, "");
+    let socket = tokio::net::UdpSocket::bind("127.0.0.1:0").await?;
+    let mut used = Vec::new();
+    for _ in 0..64 {
+        let sealed = session.seal(&health, 64, Instant::now())?.encode_datagram();
+        socket.send_to(&sealed, terms.udp).await?;
+        tokio::time::timeout(LIMIT, socket.recv(&mut [0; 2048])).await??;
+        used.push(sealed.to_vec());
+    }
+    let heartbeats: Vec<Vec<u8>> = used
+        .iter()
+        .map(|sealed| [&[MsgType::SEALED_HEARTBEAT.0], &sealed[1..]].concat())
+        .collect();
+    let ports = [
+        ("sealed DCF", terms.udp, "sealed", &used),
+        (
+            "sealed heartbeats",
+            mesh.head.address("dcf.workers")?,
+            "workers",
+            &heartbeats,
+        ),
+    ];
+    for (name, port, socket, datagrams) in ports {
+        let generator = Generator::new(seed.draw()).with(datagrams);
+        let (before, started) = (accepted(mesh, socket).await?, Instant::now());
+        let memory = mesh.head.resident_bytes()?;
+        // The changed ones, and all of them as they were.
+        let changed = tokio::task::spawn_blocking(move || flood_with(port, count, generator));
+        let sent = changed.await??;
+        let again = tokio::net::UdpSocket::bind("127.0.0.1:0").await?;
+        for datagram in datagrams {
+            again.send_to(datagram, port).await?;
+        }
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        let after = accepted(mesh, socket).await?;
+        // The worker's own heartbeats go on, one in 2 s or less often.
+        let own = match socket {
+            "workers" => started.elapsed().as_secs() / 2 + 2,
+            _ => 0,
+        };
+        println!("{name}: {sent} datagrams, {} accepted", after - before);
+        let grown = mesh.head.resident_bytes()?.saturating_sub(memory);
+        ensure!(grown <= GROWTH, "{name}: the head grew by {grown} bytes");
+        ensure!(after - before <= own, "{name}: {} accepted", after - before);
+    }
+    Ok(())
+}
+
+/// Number of datagrams that the head has accepted at a socket.
+async fn accepted(mesh: &Mesh, socket: &str) -> Result<u64> {
+    let url = format!("http://{}/metrics", mesh.head.address("http")?);
+    let text = reqwest::get(url).await?.text().await?;
+    let name =
+        format!("hydramesh_head_datagrams_total{{socket=\"{socket}\",outcome=\"accepted\"}} ");
+    let value = text.lines().find_map(|line| line.strip_prefix(&name));
+    Ok(value.with_context(|| format!("no {name}"))?.parse()?)
 }
 
 async fn send(port: SocketAddr, count: u64, seed: u64) -> Result<u64> {

@@ -238,7 +238,8 @@ Examples:
   hydramesh ask --stats --max-tokens 64 Tell me a story
   git log -5 --oneline | hydramesh ask --system \"Summarise.\" -
   hydramesh ask --json --http \"Name three rivers.\" | jq -r .text
-  hydramesh ask --url http://attic:8080 \"Name three rivers.\"")]
+  hydramesh ask --url http://attic:8080 \"Name three rivers.\"
+  hydramesh ask --sealed attic --root root.crt --api-key-file lab.token \"Name three rivers.\"")]
 pub struct AskArgs {
     /// The question; `-` or nothing reads it from standard input
     #[arg(value_name = "QUESTION")]
@@ -251,6 +252,16 @@ pub struct AskArgs {
     /// Ask over HTTP instead of DCF/UDP, as --url does
     #[arg(long)]
     pub http: bool,
+
+    /// QUIC address of a head: ask over sealed DCF/UDP, with the key or token in --api-key-file; port 7780 if
+    /// none is given
+    #[arg(long, value_name = "HOST[:PORT]", conflicts_with_all = ["to", "http"], requires = "root")]
+    pub sealed: Option<String>,
+
+    /// Mesh root by which the head is recognised: its root.crt, or the digest that `hydramesh root show`
+    /// prints
+    #[arg(long, value_name = "FILE|DIGEST", env = "HYDRAMESH_ROOT", value_hint = ValueHint::FilePath)]
+    pub root: Option<String>,
 
     /// Instructions that go before the question
     #[arg(long, value_name = "TEXT")]

@@ -4,9 +4,10 @@ use std::cell::RefCell;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+use data_encoding::HEXLOWER_PERMISSIVE;
 use mesh_api::{ChatCompletionRequest, GenerationOptions, Message, StopTexts};
 use mesh_base::addresses::with_port;
-use mesh_client::dcf_udp::{Answer, DcfClient};
+use mesh_client::dcf_udp::{Answer, DcfClient, SealedTarget};
 use mesh_client::http::{Heard, HttpClient};
 use serde_json::{Value, json};
 
@@ -61,6 +62,9 @@ fn goes_over_http(
     args: &AskArgs,
     environment: impl Fn(&str) -> Option<String>,
 ) -> Result<bool, Failure> {
+    if args.sealed.is_some() {
+        return Ok(false);
+    }
     let typed = |value: &Option<String>, name| value.is_some() && *value != environment(name);
     let url = typed(&head.url, "HYDRAMESH_URL");
     let to = typed(&args.to, "HYDRAMESH_DCF");
@@ -92,9 +96,17 @@ async fn ask(
     let mut wait = |what: &str| line.borrow_mut().show(what);
     let mut no_shim = None;
     if !over_http {
-        match over_datagrams(args, body, &mut print, &mut wait).await {
+        let outcome = match &args.sealed {
+            Some(sealed) => sealed_datagrams(head, sealed, args, body, &mut print, &mut wait).await,
+            None => over_datagrams(args, body, &mut print, &mut wait).await,
+        };
+        match outcome {
             // A mesh needs no shim: the head may be there without one.
-            Err(failure) if args.to.is_none() && failure.exit == Exit::Unreachable => {
+            Err(failure)
+                if args.to.is_none()
+                    && args.sealed.is_none()
+                    && failure.exit == Exit::Unreachable =>
+            {
                 no_shim = Some(failure);
             }
             outcome => return outcome,
@@ -116,7 +128,60 @@ async fn over_datagrams(
     wait: &mut dyn FnMut(&str),
 ) -> Result<Outcome, Failure> {
     let to = &with_port(args.to.as_deref().unwrap_or(LOCAL_SHIM), SHIM_PORT);
-    let mut client = DcfClient::connect(to).await?;
+    let client = DcfClient::connect(to).await?;
+    ask_client(client, to, args, body, print, wait).await
+}
+
+/// Opens a session at the head with the key or token, and asks in it.
+async fn sealed_datagrams(
+    head: &HeadArgs,
+    sealed: &str,
+    args: &AskArgs,
+    body: &ChatCompletionRequest,
+    print: &mut dyn FnMut(&str),
+    wait: &mut dyn FnMut(&str),
+) -> Result<Outcome, Failure> {
+    let to = with_port(sealed, QUIC_PORT);
+    let no_key = || {
+        Failure::usage("sealed DCF needs an API key or a curtain token")
+            .hint("Name its file with --api-key-file or HYDRAMESH_API_KEY_FILE.")
+    };
+    let credential = input::key_file(head.api_key_file.as_deref().ok_or_else(no_key)?)?;
+    let root = root_digest(args.root.as_deref().unwrap_or_default())?;
+    let target = SealedTarget {
+        head: &to,
+        root: &root,
+        credential: &credential,
+        tenant: "",
+    };
+    let client = DcfClient::sealed(target).await?;
+    ask_client(client, &to, args, body, print, wait).await
+}
+
+/// The digest of the mesh root, from its text or from the file of its certificate.
+fn root_digest(named: &str) -> Result<[u8; 32], Failure> {
+    if let Ok(digest) = HEXLOWER_PERMISSIVE.decode(named.as_bytes())
+        && let Ok(digest) = <[u8; 32]>::try_from(digest)
+    {
+        return Ok(digest);
+    }
+    let wrong = |reason: String| {
+        Failure::usage(format!("--root {named}: {reason}")).hint(
+            "It is the file root.crt of the head's state folder, or the 64 hex digits that `hydramesh root show` prints.",
+        )
+    };
+    let text = std::fs::read_to_string(named).map_err(|error| wrong(error.to_string()))?;
+    mesh_net::trust::root_digest(&text).map_err(|error| wrong(error.to_string()))
+}
+
+async fn ask_client(
+    mut client: DcfClient,
+    to: &str,
+    args: &AskArgs,
+    body: &ChatCompletionRequest,
+    print: &mut dyn FnMut(&str),
+    wait: &mut dyn FnMut(&str),
+) -> Result<Outcome, Failure> {
     let mut wait = |what: &str| wait(&format!("waiting {what}"));
     let asking = client.ask_and_watch(body, SILENCE, print, &mut wait);
     let answer = within(args.timeout, asking).await;
@@ -257,6 +322,8 @@ fn task(args: &AskArgs, over_http: bool, question: &str) -> ChatCompletionReques
 /// Host of a shim by default.
 const LOCAL_SHIM: &str = "127.0.0.1";
 const SHIM_PORT: u16 = 9999;
+/// A head's QUIC port.
+const QUIC_PORT: u16 = 7780;
 
 /// Longest silence over UDP. A mesh that works on a task says so every few seconds.
 const SILENCE: Duration = Duration::from_secs(60);
@@ -277,6 +344,26 @@ mod tests {
             Command::Ask(args) => args,
             _ => unreachable!("ask was asked for"),
         }
+    }
+
+    #[test]
+    fn sealed_dcf_needs_the_root_as_a_digest_or_a_file() {
+        let parse = |words: &[&str]| {
+            Args::try_parse_from([&["hydramesh", "ask", "hi", "--sealed", "attic"], words].concat())
+        };
+        let digest = "5d".repeat(32);
+        assert!(parse(&["--root", &digest]).is_ok());
+        assert!(parse(&["--root", &digest, "--http"]).is_err());
+        if std::env::var_os("HYDRAMESH_ROOT").is_none() {
+            assert!(parse(&[]).is_err());
+        }
+        assert_eq!(root_digest(&digest).expect("a digest"), [0x5d; 32]);
+        let failure = root_digest("/nonexistent/root.crt").expect_err("no file");
+        assert!(failure.message.contains("/nonexistent/root.crt"));
+        let file = tempfile::NamedTempFile::new().expect("a file");
+        std::fs::write(&file, "no certificate").expect("written");
+        let named = file.path().to_str().expect("UTF-8");
+        assert!(root_digest(named).is_err());
     }
 
     #[test]

@@ -5,6 +5,7 @@ use std::fmt;
 use dcf::ErrorCode;
 use mesh_client::dcf_udp::DcfError;
 use mesh_client::http::HttpError;
+use mesh_net::quic::SessionError;
 
 /// Exit codes of the command. 0 is success; 2 is also the argument parser's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -109,6 +110,17 @@ impl From<DcfError> for Failure {
                 ErrorCode::INVALID_PAYLOAD | ErrorCode::CONTEXT_TOO_LONG => Self::usage(message),
                 _ => Self::failed(message),
             },
+            DcfError::Session(SessionError::Refused { code, .. }) => match code {
+                ErrorCode::RATE_LIMITED | ErrorCode::DRAINING => {
+                    Self::new(Exit::NoWorker, message).hint("Try again in a moment.")
+                }
+                _ => Self::new(Exit::Refused, message),
+            },
+            DcfError::Session(SessionError::Connect(_)) => Self::new(Exit::Unreachable, message)
+                .hint("--sealed names the head's QUIC port (7780/udp), and not a shim's."),
+            DcfError::Session(SessionError::ForeignMesh { .. }) => {
+                Self::new(Exit::Refused, message)
+            }
             DcfError::TaskTooLong { .. } => Self::usage(message),
             _ => Self::failed(message),
         }

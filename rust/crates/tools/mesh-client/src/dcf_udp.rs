@@ -7,6 +7,9 @@
 //!
 //! Tasks are sent in DCF v5.0.0, which every shim and head of ours understands. Where nothing at all comes back, the client
 //! finds out by Health whether its peer speaks v5.1 only, and goes on in that version.
+//!
+//! A client that holds an API key or a curtain token may open a session with a head first
+//! ([`DcfClient::sealed`]). Then each of these messages is sealed into a datagram.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -18,6 +21,8 @@ use dcf::chunk::{Chunk, ChunkError, Limits, Reassembler};
 use dcf::{ErrorCode, Message, MsgType, Version};
 use mesh_base::clock::timestamp_us;
 use mesh_base::{addresses, listen};
+use mesh_net::quic::{SessionError, open_session};
+use mesh_net::sealed::{MAX_SEALED_PAYLOAD, SealedSession};
 use serde::Serialize;
 use serde_json::Value;
 use socket2::SockRef;
@@ -31,6 +36,21 @@ pub struct DcfClient {
     next_sequence: u32,
     /// The version that the peer is known to speak.
     version: Option<Version>,
+    /// The session that seals the datagrams.
+    session: Option<SealedSession>,
+}
+
+/// A head's QUIC port and what a client needs to open a session there.
+#[derive(Clone, Copy)]
+pub struct SealedTarget<'a> {
+    /// `host:port` of the head's QUIC port.
+    pub head: &'a str,
+    /// SHA-256 of the mesh root's certificate, by which the head is recognised.
+    pub root: &'a [u8; 32],
+    /// Text of the API key or curtain token.
+    pub credential: &'a str,
+    /// Tenant to act for; empty for that of the key or token.
+    pub tenant: &'a str,
 }
 
 /// The whole answer to one task.
@@ -93,6 +113,24 @@ impl DcfClient {
             target: address,
             next_sequence: timestamp_us() as u32,
             version: None,
+            session: None,
+        })
+    }
+
+    /// A socket toward a head with which a session was opened. It ends with the key or token, after a day at the latest, and
+    /// when nothing is sent for long; then tasks fail, and another session is needed.
+    ///
+    /// # Errors
+    /// If the head cannot be reached, is of another mesh, or does not accept the key or token.
+    pub async fn sealed(target: SealedTarget<'_>) -> Result<Self, DcfError> {
+        let unreachable = |error: io::Error| DcfError::unreachable(target.head, error);
+        let found = addresses::resolve(target.head).await.map_err(unreachable)?;
+        let asked = open_session(&found, target.root, target.credential, target.tenant);
+        let (session, terms) = asked.await?;
+        let client = Self::connect(&terms.udp.to_string()).await?;
+        Ok(Self {
+            session: Some(session),
+            ..client.speaking(Version::V5_0)
         })
     }
 
@@ -176,7 +214,11 @@ impl DcfClient {
         on_wait: &mut dyn FnMut(&str),
     ) -> Result<Answer, DcfError> {
         let mut version = self.version.unwrap_or_default();
-        if payload.len() > version.max_payload() {
+        let longest = match self.session {
+            Some(_) => MAX_SEALED_PAYLOAD,
+            None => version.max_payload(),
+        };
+        if payload.len() > longest {
             return Err(DcfError::TaskTooLong { len: payload.len() });
         }
         let sequence = self.next_sequence;
@@ -211,10 +253,15 @@ impl DcfClient {
                 continue;
             };
             let len = received.map_err(|error| self.failure(error))?;
-            let received = Message::decode_versioned(Bytes::copy_from_slice(&buffer[..len]));
-            let Ok((spoken, message)) = received else {
+            let Some(datagram) = self.opened(Bytes::copy_from_slice(&buffer[..len])) else {
                 continue;
             };
+            let Ok((spoken, message)) = Message::decode_versioned(datagram) else {
+                continue;
+            };
+            if self.session.is_some() && message.sequence == 0 {
+                end_of_session(&message)?;
+            }
             let first_word = self.version.is_none();
             self.version.get_or_insert(spoken);
             if first_word && spoken != version && task.payload.len() <= spoken.max_payload() {
@@ -248,7 +295,7 @@ impl DcfClient {
 
     /// Asks a peer that has said nothing yet which version it speaks: first in the version that the task went in, so that a
     /// peer of both is not asked to run it twice, and only if that is not answered in the other one.
-    async fn probe(&self, sequence: u32, repeats: u32) -> Result<(), DcfError> {
+    async fn probe(&mut self, sequence: u32, repeats: u32) -> Result<(), DcfError> {
         let version = match (self.version, repeats) {
             (None, 1) => Version::V5_0,
             (None, 2..) => Version::V5_1,
@@ -258,13 +305,32 @@ impl DcfClient {
         self.send(&health, version).await
     }
 
-    async fn send(&self, message: &Message, version: Version) -> Result<(), DcfError> {
-        let mut datagram = message.encode_as(version).to_vec();
+    async fn send(&mut self, message: &Message, version: Version) -> Result<(), DcfError> {
         // A peer that first verifies our address replies with at most as many bytes as it received. Bytes
         // behind the payload are ignored.
-        datagram.resize(datagram.len().max(LEAST_DATAGRAM), 0);
+        let datagram = match &mut self.session {
+            Some(session) => {
+                let sealed = session.seal(message, LEAST_DATAGRAM, Instant::now());
+                let sealed = sealed.map_err(|error| DcfError::Task(error.to_string()))?;
+                sealed.encode_datagram().to_vec()
+            }
+            None => {
+                let mut datagram = message.encode_as(version).to_vec();
+                datagram.resize(datagram.len().max(LEAST_DATAGRAM), 0);
+                datagram
+            }
+        };
         let sent = self.socket.send(&datagram).await;
         sent.map(drop).map_err(|error| self.failure(error))
+    }
+
+    /// The datagram inside a sealed one; plain ones are not looked at in a session.
+    fn opened(&mut self, datagram: Bytes) -> Option<Bytes> {
+        let Some(session) = &mut self.session else {
+            return Some(datagram);
+        };
+        let message = Message::decode_datagram(datagram).ok()?;
+        session.open(&message, Instant::now()).ok()
     }
 
     fn failure(&self, error: io::Error) -> DcfError {
@@ -272,6 +338,17 @@ impl DcfClient {
             io::ErrorKind::ConnectionRefused => DcfError::unreachable(self.target, NO_LISTENER),
             _ => error.into(),
         }
+    }
+}
+
+/// An Error with sequence 0 ends the session.
+fn end_of_session(message: &Message) -> Result<(), DcfError> {
+    match message.error_body() {
+        Some(error) => Err(DcfError::Refused {
+            code: error.code,
+            text: error.text.into_owned(),
+        }),
+        None => Ok(()),
     }
 }
 
@@ -353,6 +430,9 @@ pub enum DcfError {
     /// The answer violates the protocol.
     #[error("the answer is broken: {0}")]
     Broken(String),
+    /// There is no session.
+    #[error(transparent)]
+    Session(#[from] SessionError),
     /// An I/O error of the socket.
     #[error("UDP socket: {0}")]
     Io(#[from] io::Error),

@@ -108,11 +108,11 @@ pub enum Event {
     },
     /// A token was created, used or withdrawn.
     Token {
-        /// Id of the token; never its secret.
+        /// Id of the token, or of a refused API key; never its secret. Empty for a refused one that is not known.
         token: Text,
-        /// `created`, `used` or `withdrawn`.
+        /// `created`, `used`, `withdrawn`, `revoked` or `refused`.
         decision: Text,
-        /// The operator's note.
+        /// The operator's note, or the door, the reason and the source of a refusal.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         note: Option<Text>,
     },

@@ -28,14 +28,29 @@ pub const MAX_PAYLOAD: usize = MAX_DATA * u16::MAX as usize;
 /// # Errors
 /// [`ChunkError::TooLarge`] if the payload is longer than [`MAX_PAYLOAD`].
 pub fn split(sequence: u32, timestamp_us: u64, payload: Bytes) -> Result<Split, ChunkError> {
+    split_into(sequence, timestamp_us, payload, MAX_DATA)
+}
+
+/// Like [`split`], with at most `size` bytes of data in each Chunk: from 1 to [`MAX_DATA`].
+///
+/// # Errors
+/// [`ChunkError::TooLarge`] if the payload needs more than 65,535 Chunks.
+pub fn split_into(
+    sequence: u32,
+    timestamp_us: u64,
+    payload: Bytes,
+    size: usize,
+) -> Result<Split, ChunkError> {
+    let size = size.clamp(1, MAX_DATA);
     // An empty payload is one Chunk without data.
-    let total = payload.len().div_ceil(MAX_DATA).max(1);
+    let total = payload.len().div_ceil(size).max(1);
     let total = u16::try_from(total).map_err(|_| ChunkError::TooLarge {
         len: payload.len(),
-        limit: MAX_PAYLOAD,
+        limit: size * usize::from(u16::MAX),
     })?;
     let md5 = Md5::digest(&payload).into();
     Ok(Split {
+        size,
         sequence,
         timestamp_us,
         payload,
@@ -51,6 +66,8 @@ pub struct Split {
     sequence: u32,
     timestamp_us: u64,
     payload: Bytes,
+    /// Bytes of data in each but the last.
+    size: usize,
     md5: [u8; 16],
     total: u16,
     next: u16,
@@ -63,8 +80,8 @@ impl Iterator for Split {
         if self.next == self.total {
             return None;
         }
-        let start = usize::from(self.next) * MAX_DATA;
-        let end = self.payload.len().min(start + MAX_DATA);
+        let start = usize::from(self.next) * self.size;
+        let end = self.payload.len().min(start + self.size);
         let chunk = Chunk {
             total: self.total,
             index: self.next,

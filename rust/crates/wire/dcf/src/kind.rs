@@ -43,6 +43,8 @@ named_numbers! { MsgType, "type":
     ROOT_SUCCESSION = 0x17, "RootSuccession";
     /// A worker's statement about its system and hardware has changed; worker to head.
     EVIDENCE = 0x18, "Evidence";
+    /// A message of a session between a client with a key or token and the head, sealed; over UDP.
+    SEALED = 0x19, "Sealed";
     /// A request for text, first message of its stream; head to worker.
     GENERATE = 0x20, "Generate";
     /// New tokens of an answer.
@@ -73,6 +75,10 @@ named_numbers! { MsgType, "type":
     JOIN_RESPONSE = 0x31, "JoinResponse";
     /// A node asks for a fresh certificate.
     RENEW_REQUEST = 0x32, "RenewRequest";
+    /// A client shows its API key or curtain token; client to head.
+    CLIENT_HELLO = 0x34, "ClientHello";
+    /// The session that the head opens for it.
+    CLIENT_WELCOME = 0x35, "ClientWelcome";
     /// A worker's profile and the layers that it can hold; worker to head.
     OFFER = 0x40, "Offer";
     /// The members of a ring; head to worker.
@@ -150,6 +156,7 @@ impl MsgType {
                 | Self::HEALTH
                 | Self::SHUTDOWN
                 | Self::SEALED_HEARTBEAT
+                | Self::SEALED
                 | Self::PARTIAL
                 | Self::CHALLENGE
                 | Self::CHALLENGE_REPLY

@@ -16,6 +16,7 @@ macro_rules! messages {
     )*};
 }
 
+mod client;
 mod evidence;
 mod gossip;
 mod identity;
@@ -23,6 +24,7 @@ mod image;
 mod ring;
 mod share;
 
+pub use client::{ClientHello, ClientWelcome};
 pub use evidence::{Evidence, NixSystem, PcrValue, ServedFingerprint, SignedEvidence, TpmQuote};
 pub use gossip::{
     GossipBody, GossipContent, GossipFrame, GossipIdentities, GossipPulse, GossipRecord,

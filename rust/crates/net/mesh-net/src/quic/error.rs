@@ -140,6 +140,16 @@ impl ConnectError {
                 code: CERTIFICATE_DATES,
                 text: "it judges our certificate by its own clock, which is wrong, or the certificate has ended".to_owned(),
             },
+            ConnectionError::ConnectionClosed(close)
+                if u64::from(close.error_code) == TLS_ALERTS + NO_APPLICATION_PROTOCOL =>
+            {
+                Self::Refused {
+                    address,
+                    code: ErrorCode::VERSION_MISMATCH,
+                    text: "it is of an earlier version and does not know this protocol; update it"
+                        .to_owned(),
+                }
+            }
             ConnectionError::ConnectionClosed(close) if is_tls_alert(close.error_code) => {
                 Self::Refused {
                     address,
@@ -371,3 +381,4 @@ const TLS_ALERTS: u64 = 0x100;
 const CERTIFICATE_EXPIRED: u64 = 45;
 /// bad_certificate, unsupported_certificate, certificate_unknown, unknown_ca, access_denied, decrypt_error.
 const BAD_CERTIFICATE: [u64; 6] = [42, 43, 46, 48, 49, 51];
+const NO_APPLICATION_PROTOCOL: u64 = 120;

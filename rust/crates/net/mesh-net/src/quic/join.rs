@@ -347,7 +347,7 @@ async fn exchange(
     }
 }
 
-/// First half of the exchange at the head. The time limit is for the whole request, in however many pieces it
+/// First half of an exchange at the head. The time limit is for the whole request, in however many pieces it
 /// arrives. The error is for the log.
 pub(super) async fn request(connection: &Connection) -> Result<(MsgStream, Message), String> {
     let received = async {
@@ -537,16 +537,16 @@ pub(super) const PROOF_LABEL: &str = "hydramesh identity proof";
 
 /// Maximum bytes of a request or answer. Both have up to 11,000, a request 30,000 more with evidence; while the root is
 /// rotated, an answer has 24,000.
-const MAX_EXCHANGE: usize = 64 << 10;
+pub(super) const MAX_EXCHANGE: usize = 64 << 10;
 
 /// Time limit for the head's answer.
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
+pub(super) const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Time limit for the request of a connected node, which has it at hand.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// Time limit for a node to read the answer and to close.
-const GOODBYE_TIMEOUT: Duration = Duration::from_secs(3);
+pub(super) const GOODBYE_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// Interval of checks whether renewal is due.
 const RENEWAL_CHECK: Duration = Duration::from_secs(60);

@@ -2,8 +2,8 @@
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use dcf::{ErrorCode, Message, MsgType};
@@ -15,6 +15,7 @@ use mesh_base::token_bucket::TokenBucket;
 use quinn::{Connection, Incoming, ServerConfig};
 use tokio::sync::{Mutex, mpsc};
 
+use super::client::{self, ClientDoor};
 use super::config::LinkConfig;
 use super::endpoint::LinkEndpoint;
 use super::error::{ConnectError, StreamFailure, is_bad_certificate, is_date_alert};
@@ -23,7 +24,7 @@ use super::link::{Link, canonical, close, handshake_data, peer_certificate};
 use super::refusals::{Refusals, Refused};
 use super::rooms::Rooms;
 use super::stream::SendHalf;
-use super::tls::{self, JOIN_PROTOCOL, LINK_PROTOCOL};
+use super::tls::{self, CLIENT_PROTOCOL, JOIN_PROTOCOL, LINK_PROTOCOL};
 use crate::trust::{Admission, CERTIFICATE_DATES, Member, MeshClock, NodeIdentity};
 
 /// Accepts links, and lets new nodes join when it has an [`Admission`].
@@ -32,6 +33,7 @@ pub struct Listener {
     carrier: LinkEndpoint,
     links: Mutex<mpsc::Receiver<Link>>,
     refusals: Refusals,
+    door: Arc<OnceLock<Arc<dyn ClientDoor>>>,
 }
 
 impl Listener {
@@ -55,6 +57,7 @@ impl Listener {
         let carrier = LinkEndpoint::bind(address, Some(server.clone()))?;
         let (sender, links) = mpsc::channel(BACKLOG);
         let refusals = Refusals::default();
+        let door = Arc::new(OnceLock::new());
         let gate = Acceptor {
             carrier: carrier.clone(),
             admission,
@@ -62,6 +65,7 @@ impl Listener {
             links: sender,
             clock: identity.clock().clone(),
             own: identity.clone(),
+            door: door.clone(),
             rooms: Rooms::new(),
             refusals: refusals.clone(),
             server,
@@ -76,7 +80,13 @@ impl Listener {
             carrier,
             links: Mutex::new(links),
             refusals,
+            door,
         })
+    }
+
+    /// Opens sessions for clients from now on, as `door` decides. Only the first call counts.
+    pub fn admit_clients(&self, door: Arc<dyn ClientDoor>) {
+        let _ = self.door.set(door);
     }
 
     /// The address that the listener is bound to.
@@ -116,6 +126,7 @@ struct Acceptor {
     links: mpsc::Sender<Link>,
     clock: MeshClock,
     own: NodeIdentity,
+    door: Arc<OnceLock<Arc<dyn ClientDoor>>>,
     rooms: Rooms,
     refusals: Refusals,
     /// As it was bound; addresses that were validated under it stay so.
@@ -237,6 +248,14 @@ impl Acceptor {
                 let held = self.rooms.renewing.hold(node, exchange).await;
                 return held.map_err(crowded)?;
             }
+            (CLIENT_PROTOCOL, _, _) => match self.door.get() {
+                Some(door) => {
+                    let session = client::answer(&connection, door.clone());
+                    let held = self.rooms.clients.hold(source, session).await;
+                    return held.map_err(crowded)?;
+                }
+                None => "this node serves no clients; ask the head of the mesh",
+            },
             (JOIN_PROTOCOL, None, _) => "this node admits nobody; join at the head",
             // rustls has no other protocol to agree on.
             _ => "unknown protocol",

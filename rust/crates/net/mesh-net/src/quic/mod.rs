@@ -1,7 +1,7 @@
 //! Links between nodes: QUIC connections, authenticated on both sides by certificates of the mesh's root, that carry DCF
 //! messages on streams.
 //!
-//! Two application protocols share one UDP port:
+//! Three application protocols share one UDP port:
 //!
 //! - `hydramesh/1`: a [`Link`]. Both sides show certificates. The side that accepts opens one unidirectional stream with
 //!   one Ack on it: the word that it has admitted the other. TLS 1.3 alone would let a dialler believe that it is
@@ -9,6 +9,9 @@
 //! - `hydramesh-join/1`: one exchange on one bidirectional stream, after which the connection ends. A node without
 //!   certificate sends a JoinRequest ([`join`]), a member sends a RenewRequest ([`renew`]); the answer is a JoinResponse
 //!   or an Error. The joiner knows the head by the token's pin of the root.
+//! - `hydramesh-client/1`: one exchange on one bidirectional stream. A client without certificate shows its API key or
+//!   curtain token in a ClientHello ([`open_session`]); the answer is a ClientWelcome or an Error. Both derive the keys of a
+//!   [session](crate::sealed) from the TLS session.
 //!
 //! TLS is 1.3 only, with X25519MLKEM768. Peers that offer only X25519 are refused unless [`LinkConfig::classical`]
 //! allows them. New connections from unverified addresses are answered with a Retry packet, which is smaller than
@@ -21,6 +24,7 @@
 //! killed leaves a closed port, whose ICMP answers end the link once the peer does not answer a probe. A
 //! machine that is gone is silent for [`LinkConfig::idle_timeout`].
 
+mod client;
 mod config;
 mod connector;
 mod endpoint;
@@ -35,6 +39,7 @@ mod rooms;
 mod stream;
 mod tls;
 
+pub use client::{ClientDoor, NoSession, SessionAsk, SessionError, SessionTerms, open_session};
 pub use config::LinkConfig;
 pub use connector::{Connector, connect};
 pub use error::{Closed, ConnectError, JoinError, StreamFailure};

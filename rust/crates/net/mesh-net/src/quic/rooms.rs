@@ -23,6 +23,8 @@ pub(super) struct Rooms {
     pub(super) joining: Room<IpAddr>,
     /// Nodes that want to join and have sent their request, which is decided and answered here.
     pub(super) answering: Room<IpAddr>,
+    /// Clients that ask for a session.
+    pub(super) clients: Room<IpAddr>,
     /// Nodes with a certificate, by their id, which want another one.
     pub(super) renewing: Room<String>,
     /// Nodes with a certificate, by their id, on their way to becoming a link.
@@ -40,6 +42,7 @@ impl Rooms {
             known: Room::new(256, 128),
             joining: Room::new(64, 32),
             answering: Room::new(64, 32),
+            clients: Room::new(64, 16),
             renewing: Room::new(64, 4),
             entering: Room::new(256, 16),
             addresses: Arc::default(),

@@ -20,7 +20,7 @@ use rustls::{
 
 use crate::trust::{NodeIdentity, TrustError, algorithms, root_hint, sha256, verify_issued_by};
 
-/// The server side of both protocols. Whether a certificate is needed depends on the protocol and is checked after the
+/// The server side of all protocols. Whether a certificate is needed depends on the protocol and is checked after the
 /// handshake; one that is shown must be of the mesh.
 pub(super) fn server(
     identity: &NodeIdentity,
@@ -30,7 +30,8 @@ pub(super) fn server(
         .with_protocol_versions(&[&rustls::version::TLS13])?
         .with_client_cert_verifier(Arc::new(MeshVerifier::new(identity)))
         .with_cert_resolver(Arc::new(identity.clone()));
-    config.alpn_protocols = vec![LINK_PROTOCOL.to_vec(), JOIN_PROTOCOL.to_vec()];
+    let protocols = [LINK_PROTOCOL, JOIN_PROTOCOL, CLIENT_PROTOCOL];
+    config.alpn_protocols = protocols.map(<[u8]>::to_vec).to_vec();
     // A link lives for days: resuming sessions would save nothing and outlive certificates.
     config.session_storage = Arc::new(NoServerSessionStorage {});
     config.send_tls13_tickets = 0;
@@ -82,6 +83,9 @@ fn finish_client(
 pub(super) const LINK_PROTOCOL: &[u8] = b"hydramesh/1";
 /// ALPN of joins and renewals.
 pub(super) const JOIN_PROTOCOL: &[u8] = b"hydramesh-join/1";
+
+/// ALPN of clients that ask for a session.
+pub(super) const CLIENT_PROTOCOL: &[u8] = b"hydramesh-client/1";
 
 /// aws-lc with the hybrid group alone, or also with X25519 for `classical` peers. A client sends key shares for the first
 /// group, which include X25519's.

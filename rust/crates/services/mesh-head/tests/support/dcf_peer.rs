@@ -8,7 +8,7 @@ use tokio::net::UdpSocket;
 /// A socket that speaks to a head.
 pub(crate) struct DcfPeer {
     pub(crate) socket: UdpSocket,
-    head: SocketAddr,
+    pub(crate) head: SocketAddr,
 }
 
 impl DcfPeer {

@@ -5,6 +5,7 @@
 mod dcf_peer;
 mod images;
 pub(crate) mod ring;
+mod tokens;
 
 use std::future::Future;
 use std::net::SocketAddr;
@@ -32,6 +33,7 @@ use tokio::task::AbortHandle;
 pub(crate) use self::dcf_peer::{DcfPeer, datagram};
 pub(crate) use self::images::undisturbed;
 use self::images::{first_state, next_state, png_of};
+pub(crate) use self::tokens::{issue, issued, send, trail};
 
 pub(crate) const MODEL: &str = "tiny";
 pub(crate) const VECTORS: &str = "tiny-vectors";
@@ -71,8 +73,13 @@ impl TestHead {
         }
     }
 
+    /// The address of a listener as this machine reaches it.
     pub(crate) fn address(&self, name: &str) -> SocketAddr {
-        self.handle.addresses()[name]
+        let bound = self.handle.addresses()[name];
+        match bound.ip().is_unspecified() {
+            true => ([127, 0, 0, 1], bound.port()).into(),
+            false => bound,
+        }
     }
 
     pub(crate) fn url(&self, path: &str) -> String {

@@ -10,21 +10,31 @@ use tracing::debug;
 
 use mesh_control::dedup::TaskKey;
 use mesh_control::outbox::{Added, Limits, Outbox};
+use mesh_net::sealed::SEALED_CHUNK_DATA;
 
+use super::reply::queue;
+use super::sealed::Sessions;
 use crate::locks::lock;
+
 /// Sends Chunks from one socket. While there are any, a task of its own sends them.
 #[derive(Debug)]
 pub(crate) struct ChunkSender {
     socket: Arc<BatchSocket>,
+    sessions: Arc<Sessions>,
     outbox: Mutex<Outbox>,
     running: TaskTracker,
 }
 
 impl ChunkSender {
     /// A sender whose work is counted in `running`.
-    pub(crate) fn new(socket: Arc<BatchSocket>, running: TaskTracker) -> Arc<Self> {
+    pub(crate) fn new(
+        socket: Arc<BatchSocket>,
+        sessions: Arc<Sessions>,
+        running: TaskTracker,
+    ) -> Arc<Self> {
         Arc::new(Self {
             socket,
+            sessions,
             outbox: Mutex::new(Outbox::new(Limits::default())),
             running,
         })
@@ -34,7 +44,13 @@ impl ChunkSender {
     /// no room for is left out: its client gets it when it repeats its Task.
     pub(crate) fn send(self: &Arc<Self>, key: TaskKey, answer: &Message) {
         let client = key.client;
-        let chunks = match chunk::split(key.sequence, answer.timestamp_us, answer.payload.clone()) {
+        let size = match key.session {
+            Some(_) => SEALED_CHUNK_DATA,
+            None => chunk::MAX_DATA,
+        };
+        let payload = answer.payload.clone();
+        let split = chunk::split_into(key.sequence, answer.timestamp_us, payload, size);
+        let chunks = match split {
             Ok(chunks) => chunks,
             Err(error) => return debug!(%error, %client, "answer not sent"),
         };
@@ -64,9 +80,8 @@ impl ChunkSender {
     async fn run(&self) {
         let mut batch = SendBatch::new();
         loop {
-            let next = lock(&self.outbox).due(Instant::now(), |to, version, chunk| {
-                let header = chunk.header().encode();
-                batch.push_parts(to, &[version.prefix(), &header, &chunk.payload]);
+            let next = lock(&self.outbox).due(Instant::now(), |key, chunk| {
+                queue(&mut batch, &self.sessions, key, &chunk);
             });
             if let Err(error) = self.socket.send(&mut batch).await {
                 debug!(%error, "chunks not sent");

@@ -3,16 +3,20 @@
 //!
 //! Here is the receiving loop, with all that can be replied at once. [`port`] runs tasks, each to its one
 //! answer; [`chunk_sender`] sends those that no datagram holds; [`proof`] knows the clients that have shown
-//! that they receive at their address.
+//! that they receive at their address. Clients that hold a key or token may open a session ([`door`]) and seal their
+//! datagrams ([`sealed`]); then they may be anywhere.
 
 mod chunk_sender;
+mod door;
 mod port;
 mod proof;
+mod reply;
+mod sealed;
 
 use std::collections::VecDeque;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
 use dcf::chunk::{self, Chunk, ChunkError, Reassembler, Share};
@@ -25,22 +29,42 @@ use tokio::time::MissedTickBehavior;
 use tokio_util::task::TaskTracker;
 use tracing::{debug, warn};
 
-use self::port::{Port, error, queue};
+pub(crate) use self::door::Door;
+use self::port::Port;
 use self::proof::{ProofReply, Proofs};
+use self::reply::{error, is_single, max_answer, queue};
+pub(crate) use self::sealed::{SessionLimits, Sessions};
+use crate::front::http::{ConcurrencyLimit, Keys};
 use crate::locks::lock;
 use crate::mesh::{Mesh, timestamp_us};
 use crate::metrics::DatagramCounters;
 use crate::tally::Tallies;
 
+/// Keys, and the sessions that they open.
+pub(crate) struct Clients {
+    pub keys: Keys,
+    pub sessions: Arc<Sessions>,
+    pub concurrency: Arc<ConcurrencyLimit>,
+}
+
 /// Serves the port; never returns. Answers that are being made are in `running`.
-pub(crate) async fn serve(mesh: Arc<Mesh>, socket: Arc<BatchSocket>, running: TaskTracker) {
-    let mut intake = Intake::new(Port::new(mesh, socket.clone(), running));
+pub(crate) async fn serve(
+    mesh: Arc<Mesh>,
+    socket: Arc<BatchSocket>,
+    clients: Clients,
+    running: TaskTracker,
+) {
+    let shared = (clients.sessions, clients.concurrency);
+    let port = Port::new(mesh, socket.clone(), shared, running);
+    let mut intake = Intake::new(port, clients.keys);
     let mut batch = RecvBatch::new();
     // One timer for all turns: other datagrams do not put it off.
     let mut room_check = tokio::time::interval(ROOM_CHECK);
     room_check.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut record = tokio::time::interval(RECORD_INTERVAL);
     record.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut review = tokio::time::interval(REVIEW_INTERVAL);
+    review.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         let received = tokio::select! {
             received = socket.recv(&mut batch) => received,
@@ -50,6 +74,11 @@ pub(crate) async fn serve(mesh: Arc<Mesh>, socket: Arc<BatchSocket>, running: Ta
             }
             _ = record.tick(), if !intake.tallies.is_empty() => {
                 intake.tallies.flush();
+                continue;
+            }
+            _ = review.tick(), if !intake.port.sessions.is_empty() => {
+                intake.review_sessions();
+                intake.reply_all().await;
                 continue;
             }
         };
@@ -67,7 +96,10 @@ pub(crate) async fn serve(mesh: Arc<Mesh>, socket: Arc<BatchSocket>, running: Ta
 
 struct Intake {
     port: Arc<Port>,
+    keys: Keys,
     counters: DatagramCounters,
+    /// Of sealed datagrams.
+    sealed: DatagramCounters,
     chunks: Reassembler<TaskKey>,
     /// Tasks that were told lately that there is no room for their Chunks, and when, oldest first.
     without_room: VecDeque<(Instant, TaskKey)>,
@@ -99,9 +131,11 @@ fn reassembler() -> Reassembler<TaskKey> {
 }
 
 impl Intake {
-    fn new(port: Arc<Port>) -> Self {
+    fn new(port: Arc<Port>, keys: Keys) -> Self {
         Self {
+            keys,
             counters: port.mesh.metrics.datagrams("clients"),
+            sealed: port.mesh.metrics.datagrams("sealed"),
             tallies: Tallies::new(port.mesh.audit.clone(), "dcf"),
             port,
             chunks: reassembler(),
@@ -145,7 +179,11 @@ impl Intake {
             client,
             version,
             sequence: header.sequence,
+            session: None,
         };
+        if header.kind() == MsgType::SEALED && version == Version::V5_0 {
+            return self.take_sealed(datagram);
+        }
         if !self.port.mesh.trusts(client.ip()) {
             self.counters.untrusted.inc();
             self.turn_away(key, header);
@@ -153,15 +191,82 @@ impl Intake {
         }
         if !self.port.mesh.live().knows(client.ip()) && !self.proofs.knows(client, Instant::now()) {
             let room = message.len() - HEADER_LEN;
-            return self.verify(key, (header.kind(), payload), room);
+            if let Some(reply) = self.verify(key, client, (header.kind(), payload), room) {
+                queue(&mut self.replies, &self.port.sessions, key, &reply);
+            }
+            return;
         }
+        self.message(key, header, Bytes::copy_from_slice(payload));
+    }
+
+    /// A datagram of a session.
+    fn take_sealed(&mut self, datagram: Datagram<'_>) {
+        let (from, now) = (datagram.from, Instant::now());
+        let Ok(message) = Message::decode_datagram(Bytes::copy_from_slice(datagram.data)) else {
+            self.sealed.malformed.inc();
+            return;
+        };
+        let Some(opened) = self.port.sessions.open(&message, now) else {
+            self.sealed.untrusted.inc();
+            return;
+        };
+        let Ok((Version::V5_0, header)) = Header::decode_datagram(&opened.inner) else {
+            self.sealed.malformed.inc();
+            return;
+        };
+        self.sealed.accepted.inc();
+        let session = opened.session;
+        let key = TaskKey {
+            client: opened.home,
+            version: Version::V5_0,
+            sequence: header.sequence,
+            session: Some(session),
+        };
+        let body = opened.inner.slice(HEADER_LEN..);
+        let payload = body.slice(..header.payload_len as usize);
+        // The holder of a token may name another address than its own, also one that another client has proven.
+        // Until it is proven in this session, answers are no longer than what they answer.
+        if !self.port.mesh.live().knows(from.ip()) && !self.port.sessions.is_at(session, from) {
+            let asked = (header.kind(), &payload[..]);
+            let Some(reply) = self.verify(key, from, asked, body.len()) else {
+                return;
+            };
+            if let Some(sealed) = self.port.sessions.seal_unproven(session, &reply, now) {
+                self.replies.push_parts(from, &[&sealed]);
+            }
+            if reply.kind == MsgType::ACK {
+                // It is proven now. If the session is over, that is told with the next message.
+                self.port.sessions.heard(session, from, now);
+            }
+            return;
+        }
+        if !self.port.sessions.heard(session, from, now) {
+            let end = self.port.sessions.tell_end(session, key.sequence, now);
+            if let Some((to, sealed)) = end {
+                self.replies.push_parts(to, &[&sealed]);
+            }
+            return;
+        }
+        self.message(key, header, payload);
+    }
+
+    /// Ends the sessions that are over, and tells their clients.
+    fn review_sessions(&mut self) {
+        let wall = SystemTime::now();
+        let again = |admitted: &_| self.keys.admit_again(admitted, wall);
+        for (to, sealed) in self.port.sessions.review(Instant::now(), again) {
+            self.replies.push_parts(to, &[&sealed]);
+        }
+    }
+
+    /// A message of a client that is served.
+    fn message(&mut self, key: TaskKey, header: Header, payload: Bytes) {
         if !header.kind().is_assigned() {
             self.counters.unexpected.inc();
             let text = format!("message type {:#04x} is not known here", header.msg_type);
             self.refuse(key, ErrorCode::INVALID_PAYLOAD, &text);
             return;
         }
-        let payload = Bytes::copy_from_slice(payload);
         match header.kind() {
             MsgType::TASK => {
                 self.accepted(key, MsgType::TASK, payload.len());
@@ -179,12 +284,12 @@ impl Intake {
                 self.accepted(key, MsgType::HEALTH, payload.len());
                 let unready = self.port.mesh.health.unready_reason();
                 let text = unready.unwrap_or_else(|| "ready".into());
-                let text = text[..text.floor_char_boundary(version.max_answer())].to_owned();
+                let text = text[..text.floor_char_boundary(max_answer(key))].to_owned();
                 self.reply(key, MsgType::HEALTH, text);
             }
             MsgType::CHALLENGE_REPLY => {
                 self.tallies
-                    .count(MsgType::CHALLENGE_REPLY, client.ip(), payload.len());
+                    .count(MsgType::CHALLENGE_REPLY, key.client.ip(), payload.len());
                 self.reply(key, MsgType::ACK, "");
             }
             // Nothing that may itself be an answer is answered: two ends would never stop.
@@ -200,9 +305,15 @@ impl Intake {
         self.tallies.count(kind, key.client.ip(), bytes);
     }
 
-    /// Answers a client that has not shown yet that it has the address that it sends from.
-    fn verify(&mut self, key: TaskKey, message: (MsgType, &[u8]), room: usize) {
-        let (client, now) = (key.client, Instant::now());
+    /// The answer to a client that has not shown yet that it has the address that it sends from.
+    fn verify(
+        &mut self,
+        key: TaskKey,
+        client: SocketAddr,
+        message: (MsgType, &[u8]),
+        room: usize,
+    ) -> Option<Message> {
+        let now = Instant::now();
         if matches!(message.0, MsgType::TASK | MsgType::CHUNK)
             && self.proofs.is_mute(client.ip(), now)
             && is_due(&mut self.warned_of_mute)
@@ -213,17 +324,19 @@ impl Intake {
                 "a DCF client does not answer Challenges and gets no answers: it seems to be of an older version; update it, or list its network in unverified_networks"
             );
         }
-        match self.proofs.ask(client, message, room, now) {
-            ProofReply::Challenge(cookie) => self.reply(key, MsgType::CHALLENGE, cookie.to_vec()),
+        let (kind, payload) = match self.proofs.ask(client, message, room, now) {
+            ProofReply::Challenge(cookie) => (MsgType::CHALLENGE, Bytes::from(cookie.to_vec())),
             ProofReply::Verified => {
                 self.tallies.count(message.0, client.ip(), message.1.len());
-                self.reply(key, MsgType::ACK, "");
+                (MsgType::ACK, Bytes::new())
             }
-            ProofReply::Health => self.reply(key, MsgType::HEALTH, ""),
+            ProofReply::Health => (MsgType::HEALTH, Bytes::new()),
             ProofReply::Silence => {
                 self.counters.untrusted.inc();
+                return None;
             }
-        }
+        };
+        Some(Message::new(kind, key.sequence, timestamp_us(), payload))
     }
 
     /// Tells a stranger why there is no answer, in no more bytes than the stranger sent.
@@ -295,8 +408,8 @@ impl Intake {
     fn task(&mut self, key: TaskKey, payload: Bytes) {
         let seen = lock(&self.port.dedup).task(key, &payload, Instant::now());
         match seen {
-            Seen::Answered(answer) if answer.is_single_answer(key.version) => {
-                queue(&mut self.replies, key, &answer);
+            Seen::Answered(answer) if is_single(key, &answer) => {
+                queue(&mut self.replies, &self.port.sessions, key, &answer);
             }
             Seen::Answered(answer) => self.port.large.send_again(key, &answer),
             Seen::Running if self.port.wants_acks(key) => self.send_ack(key),
@@ -304,7 +417,8 @@ impl Intake {
             Seen::New(run) => {
                 // Its payload, and the request parsed from it, as long as it runs.
                 let bytes = 2 * payload.len() as u64 + PER_TASK;
-                let origin = Origin::of(key.client.ip());
+                let client = self.port.client(key);
+                let origin = client.map_or(Origin::Unknown, |client| client.origin());
                 let lease = match self.port.mesh.lease(origin, bytes) {
                     Ok(lease) => lease,
                     Err(error) => {
@@ -323,16 +437,26 @@ impl Intake {
 
     /// Reports that a task runs, and the cause of its wait.
     fn send_ack(&mut self, key: TaskKey) {
-        queue(&mut self.replies, key, &self.port.ack(key));
+        queue(
+            &mut self.replies,
+            &self.port.sessions,
+            key,
+            &self.port.ack(key),
+        );
     }
 
     fn refuse(&mut self, key: TaskKey, code: ErrorCode, text: &str) {
-        queue(&mut self.replies, key, &error(key, code, text));
+        queue(
+            &mut self.replies,
+            &self.port.sessions,
+            key,
+            &error(key, code, text),
+        );
     }
 
     fn reply(&mut self, key: TaskKey, kind: MsgType, payload: impl Into<Bytes>) {
         let message = Message::new(kind, key.sequence, timestamp_us(), payload);
-        queue(&mut self.replies, key, &message);
+        queue(&mut self.replies, &self.port.sessions, key, &message);
     }
 }
 
@@ -360,5 +484,7 @@ const MOST_WITHOUT_ROOM: usize = 64;
 const CHUNKS_KEPT: Duration = Duration::from_secs(60);
 /// How often counted messages go to the audit trail.
 const RECORD_INTERVAL: Duration = Duration::from_secs(1);
+/// How often sessions are looked after: the end of a key or token ends its sessions within this time.
+const REVIEW_INTERVAL: Duration = Duration::from_secs(1);
 /// How often unfinished payloads make room for requests.
 const ROOM_CHECK: Duration = Duration::from_millis(100);

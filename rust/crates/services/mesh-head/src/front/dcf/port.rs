@@ -8,15 +8,18 @@ use bytes::Bytes;
 use dcf::chunk::{ChunkError, MAX_PAYLOAD};
 use dcf::{ErrorCode, Message, MsgType};
 use mesh_control::dedup::{Dedup, Run, TaskKey};
-use mesh_control::fair::{Ingress, Origin, Source};
+use mesh_control::fair::{Ingress, Source};
 use mesh_control::placement::Refusal;
 use mesh_control::registry::Registry;
 use mesh_control::request::AnswerError;
+use mesh_curtain::Need;
 use mesh_net::udp::{BatchSocket, SendBatch};
 use tokio_util::task::TaskTracker;
 use tracing::debug;
 
 use super::chunk_sender::ChunkSender;
+use super::reply::{error, is_single, queue};
+use super::sealed::Sessions;
 use crate::api::dcf::{DcfEmbed, DcfGenerate, DcfImage, DcfTask};
 use crate::api::parse;
 use crate::flight::embed::embed;
@@ -24,6 +27,7 @@ use crate::flight::event::{Event, FOR_ROOM, next_step, words};
 use crate::flight::generate::generate;
 use crate::flight::image;
 use crate::flight::task::{GenerateTask, ImageRequest};
+use crate::front::http::{ApiError, Client, ConcurrencyLimit, Pass, served_as};
 use crate::ids;
 use crate::locks::lock;
 use crate::mesh::{Lease, Mesh, timestamp_us};
@@ -40,39 +44,67 @@ pub(super) struct Port {
     /// Running tasks that asked for Acks.
     acks: Mutex<HashSet<TaskKey>>,
     pub(super) running: TaskTracker,
+    pub(super) sessions: Arc<Sessions>,
+    /// Shared with the HTTP API: what a key or token runs counts together.
+    concurrency: Arc<ConcurrencyLimit>,
+}
+
+/// The reason for which a task gets no answer.
+struct Failed {
+    code: ErrorCode,
+    text: String,
+    /// A repeat of the task gets it again.
+    keep: bool,
 }
 
 impl Port {
     pub(super) fn new(
         mesh: Arc<Mesh>,
         socket: Arc<BatchSocket>,
+        (sessions, concurrency): (Arc<Sessions>, Arc<ConcurrencyLimit>),
         running: TaskTracker,
     ) -> Arc<Self> {
         Arc::new(Self {
-            large: ChunkSender::new(socket.clone(), running.clone()),
+            large: ChunkSender::new(socket.clone(), sessions.clone(), running.clone()),
             dedup: Mutex::new(Dedup::new(mesh.config.dedup_limits())),
             mesh,
             socket,
             waits: Mutex::default(),
             acks: Mutex::default(),
             running,
+            sessions,
+            concurrency,
+        })
+    }
+
+    /// The client of a task; `None` if its session is over.
+    pub(super) fn client(&self, key: TaskKey) -> Option<Client> {
+        match key.session {
+            None => Some(Client::at(key.client.ip())),
+            Some(session) => self.sessions.client(session),
+        }
+    }
+
+    /// Admits a task as the HTTP API does. Plain DCF has no limit for each client: behind an address there may be a shim with many.
+    fn enter(&self, key: TaskKey, client: &Client) -> Result<Option<Pass>, Failed> {
+        if key.session.is_none() {
+            return Ok(None);
+        }
+        let pass = self.concurrency.enter(client, 1);
+        let limit = self.mesh.config.http.concurrent_requests;
+        pass.map(Some).ok_or_else(|| Failed {
+            code: ErrorCode::RATE_LIMITED,
+            text: ApiError::too_many(limit).message,
+            keep: false,
         })
     }
 
     /// Runs a task and sends its one answer.
     pub(super) async fn answer(&self, key: TaskKey, run: Run, payload: Bytes, mut lease: Lease) {
         let _waits = Waits { port: self, key };
-        let result = match self.read(key, payload.clone()).await {
-            Ok(DcfTask::Generate(task)) => self.generate(key, run, task, payload).await,
-            Ok(DcfTask::Embed(task)) => self.embed(key, task, &mut lease).await,
-            Ok(DcfTask::Image(task)) => self.image(key, task, payload, &mut lease).await,
-            Err(failure) => Err(failure),
-        };
+        let result = self.run(key, run, payload, &mut lease).await;
         let (answer, keep) = match result {
-            Err(failure) => {
-                let (code, keep) = code_of(&failure);
-                (error(key, code, &failure.to_string()), keep)
-            }
+            Err(failed) => (error(key, failed.code, &failed.text), failed.keep),
             Ok(payload) if payload.len() > MAX_PAYLOAD => {
                 let (len, limit) = (payload.len(), MAX_PAYLOAD);
                 let failure = ChunkError::TooLarge { len, limit };
@@ -97,14 +129,61 @@ impl Port {
                 dedup.forget(key, run);
             }
         }
-        if !answer.is_single_answer(key.version) {
+        if !is_single(key, &answer) {
             return self.large.send(key, &answer);
         }
         let mut batch = SendBatch::new();
-        queue(&mut batch, key, &answer);
+        queue(&mut batch, &self.sessions, key, &answer);
         if let Err(error) = self.socket.send(&mut batch).await {
             debug!(%error, client = %key.client, "answer not sent");
         }
+    }
+
+    /// Admits what the rights of a client allow.
+    fn require(&self, client: &Client, need: Need<'_>) -> Result<(), ApiError> {
+        client.papers.require(need).inspect_err(|_| {
+            if let (Some(refused), Some(from)) = (client.papers.too_narrow("dcf"), client.address) {
+                self.mesh.audit.refused_credential(refused, from);
+            }
+        })
+    }
+
+    /// Makes the payload of the answer.
+    async fn run(
+        &self,
+        key: TaskKey,
+        run: Run,
+        payload: Bytes,
+        lease: &mut Lease,
+    ) -> Result<Bytes, Failed> {
+        let client = self.client(key).ok_or_else(|| Failed {
+            code: ErrorCode::UNAUTHORIZED,
+            text: "the session is over: open another".to_owned(),
+            keep: false,
+        })?;
+        let task = self.read(key, payload.clone()).await?;
+        let _pass = self.enter(key, &client)?;
+        let answer = match task {
+            DcfTask::Generate(mut task) => {
+                if !client.papers.is_for_all_models() {
+                    task.model = task.model.map(|name| served_as(&self.mesh, name));
+                    // The default may change until the request is placed.
+                    task.model = task.model.or_else(|| self.mesh.default_model());
+                    let model = task.model.as_deref().unwrap_or("*");
+                    self.require(&client, Need::Infer(model))?;
+                }
+                self.generate(key, run, task, payload, &client).await?
+            }
+            DcfTask::Embed(task) => {
+                self.require(&client, Need::Embed)?;
+                self.embed(task, &client, lease).await?
+            }
+            DcfTask::Image(task) => {
+                self.require(&client, Need::Image)?;
+                self.image(key, task, payload, &client, lease).await?
+            }
+        };
+        Ok(answer)
     }
 
     /// Parses a payload. Acknowledges it, if it asks for that.
@@ -132,14 +211,15 @@ impl Port {
     /// Vectors as the body of `/v1/embeddings` has them.
     async fn embed(
         &self,
-        key: TaskKey,
         task: DcfEmbed,
+        client: &Client,
         lease: &mut Lease,
     ) -> Result<Bytes, AnswerError> {
         let mut asked = task.asked;
         let mut task = std::mem::take(&mut asked.task);
         task.id = ids::fresh("dcf");
-        task.origin = Origin::of(key.client.ip());
+        task.origin = client.origin();
+        task.holder = client.papers.holder();
         let embedded = embed(&self.mesh, Front::Dcf, task, lease).await?;
         Ok(asked.answer(&embedded).into())
     }
@@ -150,12 +230,14 @@ impl Port {
         key: TaskKey,
         task: DcfImage,
         payload: Bytes,
+        client: &Client,
         lease: &mut Lease,
     ) -> Result<Bytes, AnswerError> {
         let request = ImageRequest {
             id: ids::fresh("dcf"),
             plain: (payload.len() <= MOST_TASK_BYTES).then_some(payload),
-            origin: Origin::of(key.client.ip()),
+            origin: client.origin(),
+            holder: client.papers.holder(),
             ..task.request
         };
         let tell = |event| {
@@ -178,6 +260,7 @@ impl Port {
         run: Run,
         task: DcfGenerate,
         payload: Bytes,
+        client: &Client,
     ) -> Result<Bytes, AnswerError> {
         // A plain task is not answered with a stream; without any worker of the mesh, the whole answer at once
         // is better than none.
@@ -190,13 +273,12 @@ impl Port {
             model: task.model,
             prompt: Arc::new(task.prompt),
             params: task.params,
-            // Clients here have no keys.
-            salt: 0,
-            holder: None,
+            salt: client.salt,
+            holder: client.papers.holder(),
             plain: plain.then_some(payload),
             source: Source {
                 ingress: Ingress::Dcf,
-                origin: Origin::of(key.client.ip()),
+                origin: client.origin(),
             },
         };
         let mut text = String::new();
@@ -243,14 +325,14 @@ impl Port {
             return;
         };
         let partial = Message::partial(key.sequence, timestamp_us(), offset, piece);
-        if partial.is_single_answer(key.version) {
+        if is_single(key, &partial) {
             self.send_now(key, &partial);
         }
     }
 
     fn send_now(&self, key: TaskKey, message: &Message) {
         let mut batch = SendBatch::new();
-        queue(&mut batch, key, message);
+        queue(&mut batch, &self.sessions, key, message);
         if let Err(error) = self.socket.try_send(&mut batch) {
             debug!(%error, client = %key.client, kind = %message.kind, "not sent");
         }
@@ -270,18 +352,23 @@ impl Drop for Waits<'_> {
     }
 }
 
-/// Puts a message to a task's client into a batch, in the client's version.
-pub(super) fn queue(batch: &mut SendBatch, key: TaskKey, message: &Message) {
-    let header = message.header().encode();
-    let parts = [key.version.prefix(), &header, &message.payload];
-    batch.push_parts(key.client, &parts);
+impl From<AnswerError> for Failed {
+    fn from(failure: AnswerError) -> Self {
+        let (code, keep) = code_of(&failure);
+        let text = failure.to_string();
+        Self { code, text, keep }
+    }
 }
 
-/// An Error in one datagram: Chunks do not tell the kind of their message.
-pub(super) fn error(key: TaskKey, code: ErrorCode, text: &str) -> Message {
-    let limit = LONGEST_ERROR.min(key.version.max_answer() - 1);
-    let text = &text[..text.floor_char_boundary(limit)];
-    Message::error(key.sequence, timestamp_us(), code, text)
+/// A right is missing.
+impl From<ApiError> for Failed {
+    fn from(error: ApiError) -> Self {
+        Self {
+            code: ErrorCode::UNAUTHORIZED,
+            text: error.message,
+            keep: false,
+        }
+    }
 }
 
 /// The DCF code of a failure, and whether a repeat of the task gets the same failure again. Where it is over
@@ -308,27 +395,9 @@ fn code_of(failure: &AnswerError) -> (ErrorCode, bool) {
     }
 }
 
-/// Most bytes of an Error's text, which may quote the client's payload.
-const LONGEST_ERROR: usize = 4096;
-
 #[cfg(test)]
 mod tests {
-    use dcf::Version;
-
     use super::*;
-
-    #[test]
-    fn an_error_fits_a_datagram_however_much_it_quotes() {
-        for version in [Version::V5_0, Version::V5_1] {
-            let key = TaskKey {
-                client: ([127, 0, 0, 1], 1).into(),
-                version,
-                sequence: 1,
-            };
-            let error = error(key, ErrorCode::UNKNOWN_MODEL, &"é".repeat(100_000));
-            assert!(error.is_single_answer(version) && error.error_body().is_some());
-        }
-    }
 
     #[test]
     fn failures_that_pass_are_not_kept() {

@@ -73,6 +73,7 @@ impl IntoResponse for ApiError {
         let json = HeaderValue::from_static("application/json");
         let mut response =
             (self.status, [(header::CONTENT_TYPE, json)], self.body()).into_response();
+        response.extensions_mut().insert(self.code.clone());
         let headers = response.headers_mut();
         if let Some(seconds) = self.retry_after {
             headers.insert(header::RETRY_AFTER, seconds.into());

@@ -13,7 +13,7 @@ use data_encoding::HEXLOWER;
 use mesh_base::clock::unix_seconds;
 use mesh_base::random;
 use mesh_control::fair::Origin;
-use mesh_curtain::{PREFIX, TokenId};
+use mesh_curtain::{PREFIX, Refusal, TokenId};
 use mesh_service::files::Readers;
 use sha2::{Digest, Sha256};
 use subtle::ConstantTimeEq;
@@ -22,6 +22,7 @@ use super::papers::{Entry, Papers};
 use crate::ids;
 use crate::locks::lock;
 use crate::mesh::Lease;
+use crate::refusals::Refused;
 use crate::sanctum::{NotAccepted, Sanctum};
 
 /// The keys of one head. Only their hashes are held. Clones share them, so that keys that are read again
@@ -80,6 +81,17 @@ pub(crate) struct Admitted {
     /// Salt under which its requests share cached prompts; 0 for all requests without a key.
     pub salt: u64,
     pub papers: Arc<Papers>,
+    pub proof: Proof,
+}
+
+/// What a caller has shown, as far as is needed to see later whether it still holds. No text of a key or token.
+#[derive(Clone)]
+pub(crate) enum Proof {
+    Nothing,
+    /// An API key, or the admin key.
+    Key(KeyHash),
+    /// The ids of a curtain token's links, and its end.
+    Token(Vec<TokenId>, u64),
 }
 
 /// A key that opens nothing.
@@ -87,6 +99,8 @@ pub(crate) struct Admitted {
 pub(crate) enum Denied {
     #[error("no API key was sent; send it as `Authorization: Bearer <key>`")]
     Missing,
+    #[error("no API key or curtain token was sent: sealed DCF needs one")]
+    Unsent,
     #[error("the API key is not one of this head's; ask its operator for one")]
     Wrong,
     #[error("the API key {id} expired {seconds} s ago; ask the head's operator for another")]
@@ -97,6 +111,32 @@ pub(crate) enum Denied {
         "the request is for the organization {given:?}, and its key or token is of the tenant {tenant:?}"
     )]
     Organization { given: String, tenant: String },
+}
+
+impl Denied {
+    /// The refusal for the audit trail; `None` where nothing was shown.
+    pub(crate) fn refused(&self, door: &'static str) -> Option<Refused> {
+        let known = |id: &TokenId| id.to_string();
+        let (reason, id) = match self {
+            Self::Missing | Self::Unsent => return None,
+            Self::Wrong => ("unknown API key", String::new()),
+            Self::Expired { id, .. } => ("expired API key", id.clone()),
+            Self::Organization { .. } => ("wrong tenant", String::new()),
+            Self::Token(NotAccepted::Unreadable(_)) => ("unreadable token", String::new()),
+            // The signatures of these hold.
+            Self::Token(NotAccepted::Refused(refusal)) => match refusal {
+                Refusal::Expired { id, .. } => ("expired token", known(id)),
+                Refusal::NotYet { id, .. } => ("token that is not valid yet", known(id)),
+                Refusal::Revoked(id) => ("revoked or unknown token", known(id)),
+                Refusal::DelegationOnly(id) => ("token for delegation only", known(id)),
+                Refusal::Audience { .. } => ("token of another mesh", String::new()),
+                Refusal::Issuer { .. } => ("token of another issuer", String::new()),
+                Refusal::Tenant { .. } => ("token of another tenant", String::new()),
+                _ => ("altered token", String::new()),
+            },
+        };
+        Some(Refused { door, reason, id })
+    }
 }
 
 /// Reasons for which the keys cannot be read.
@@ -211,8 +251,7 @@ impl Keys {
     pub(crate) fn admit(&self, headers: &HeaderMap, now: SystemTime) -> Result<Admitted, Denied> {
         let now = unix_seconds(now);
         let admitted = match bearer(headers) {
-            Some(token) if token.starts_with(PREFIX) => self.admit_token(token, now)?,
-            Some(key) => self.admit_key(key, now)?,
+            Some(credential) => self.admit_credential(credential, now)?,
             None if self.are_needed() => return Err(Denied::Missing),
             None => Admitted::anyone(),
         };
@@ -220,14 +259,52 @@ impl Keys {
         let given = headers
             .get(ORGANIZATION)
             .and_then(|name| name.to_str().ok());
-        match (&admitted.papers.tenant, given.map(str::trim)) {
-            (Some(tenant), Some(given)) if !given.is_empty() && given != tenant => {
-                Err(Denied::Organization {
-                    given: given.chars().take(80).collect(),
-                    tenant: tenant.clone(),
-                })
+        admitted.for_tenant(given.unwrap_or_default())
+    }
+
+    /// The caller that this key or token proves, where one is needed even if no API key is listed. `tenant` is the one that it
+    /// means to act for, or empty.
+    ///
+    /// # Errors
+    /// `Denied` as [`Keys::admit`], and if nothing was sent.
+    pub(crate) fn admit_shown(
+        &self,
+        credential: &str,
+        tenant: &str,
+        now: SystemTime,
+    ) -> Result<Admitted, Denied> {
+        let credential = credential.trim();
+        if credential.is_empty() {
+            return Err(Denied::Unsent);
+        }
+        let admitted = self.admit_credential(credential, unix_seconds(now))?;
+        admitted.unless_anyone()?.for_tenant(tenant)
+    }
+
+    /// The same caller at this time, if what it has shown still holds. Its rights may have changed.
+    ///
+    /// # Errors
+    /// `Denied` says why it does not hold any more.
+    pub(crate) fn admit_again(
+        &self,
+        admitted: &Admitted,
+        now: SystemTime,
+    ) -> Result<Admitted, Denied> {
+        let now = unix_seconds(now);
+        match &admitted.proof {
+            Proof::Nothing => Err(Denied::Unsent),
+            Proof::Key(hash) => self.admit_hash(*hash, now)?.unless_anyone(),
+            Proof::Token(links, expires) => {
+                self.sanctum.accept_again(links, *expires, now)?;
+                Ok(admitted.clone())
             }
-            _ => Ok(admitted),
+        }
+    }
+
+    fn admit_credential(&self, credential: &str, now: u64) -> Result<Admitted, Denied> {
+        match credential.starts_with(PREFIX) {
+            true => self.admit_token(credential, now),
+            false => self.admit_hash(hash(credential), now),
         }
     }
 
@@ -239,18 +316,19 @@ impl Keys {
         Ok(Admitted {
             caller: Caller::Token(number),
             salt: self.salt_of(&hash(&grant.id().to_string())),
+            proof: Proof::Token(grant.ids.clone(), grant.expires),
             papers: Arc::new(Papers::of_token(grant)),
         })
     }
 
-    fn admit_key(&self, key: &str, now: u64) -> Result<Admitted, Denied> {
+    fn admit_hash(&self, presented: KeyHash, now: u64) -> Result<Admitted, Denied> {
         let known = self.known();
-        let presented = hash(key);
         if bool::from(presented.ct_eq(&known.admin)) {
             return Ok(Admitted {
                 caller: Caller::Admin,
                 salt: self.salt_of(&known.admin),
                 papers: Arc::new(Papers::of_admin()),
+                proof: Proof::Key(presented),
             });
         }
         // All of them are compared, so that the time tells nothing about which one matched.
@@ -278,6 +356,7 @@ impl Keys {
             caller: Caller::Key(found.number),
             salt: self.salt_of(&found.hash),
             papers: Arc::new(Papers::of_key(&id, entry)),
+            proof: Proof::Key(presented),
         })
     }
 }
@@ -288,6 +367,35 @@ impl Admitted {
             caller: Caller::Anyone,
             salt: 0,
             papers: Arc::new(Papers::nothing()),
+            proof: Proof::Nothing,
+        }
+    }
+
+    fn unless_anyone(self) -> Result<Self, Denied> {
+        match self.caller {
+            Caller::Anyone => Err(Denied::Wrong),
+            _ => Ok(self),
+        }
+    }
+
+    fn for_tenant(self, given: &str) -> Result<Self, Denied> {
+        let given = given.trim();
+        match &self.papers.tenant {
+            Some(tenant) if !given.is_empty() && given != tenant => Err(Denied::Organization {
+                given: given.chars().take(80).collect(),
+                tenant: tenant.clone(),
+            }),
+            _ => Ok(self),
+        }
+    }
+}
+
+impl fmt::Debug for Proof {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Nothing => f.write_str("Nothing"),
+            Self::Key(hash) => write!(f, "Key({})", key_id(hash)),
+            Self::Token(links, _) => f.debug_tuple("Token").field(links).finish(),
         }
     }
 }
@@ -334,7 +442,7 @@ impl Known {
 
 /// The client of a request, as limits count it.
 #[derive(Debug, Clone)]
-pub(super) struct Client {
+pub(crate) struct Client {
     pub caller: Caller,
     /// Address of the client, which counts where there are no keys.
     pub address: Option<IpAddr>,
@@ -345,8 +453,23 @@ pub(super) struct Client {
 }
 
 impl Client {
+    /// A client of plain DCF, which has no key.
+    pub(crate) fn at(address: IpAddr) -> Self {
+        Self::new(Admitted::anyone(), address)
+    }
+
+    /// A caller, and the address that it came from.
+    pub(crate) fn new(admitted: Admitted, address: IpAddr) -> Self {
+        Self {
+            caller: admitted.caller,
+            address: Some(address.to_canonical()),
+            salt: admitted.salt,
+            papers: admitted.papers,
+        }
+    }
+
     /// The client that its requests can be traced to.
-    pub(super) fn origin(&self) -> Origin {
+    pub(crate) fn origin(&self) -> Origin {
         match (self.caller, self.address) {
             (Caller::Admin, _) => Origin::Admin,
             (Caller::Key(number), _) => Origin::Key(number + 1),
@@ -359,7 +482,7 @@ impl Client {
 
 /// Bounds the answers that one client has running: a request for several counts as several.
 #[derive(Debug)]
-pub(super) struct ConcurrencyLimit {
+pub(crate) struct ConcurrencyLimit {
     limit: usize,
     inside: Mutex<HashMap<Name, usize>>,
 }
@@ -368,7 +491,7 @@ type Name = (Caller, Option<IpAddr>);
 
 impl ConcurrencyLimit {
     /// Lets requests for `limit` answers of each client through at a time; 0 lets all through.
-    pub(super) fn new(limit: usize) -> Self {
+    pub(crate) fn new(limit: usize) -> Self {
         Self {
             limit,
             inside: Mutex::default(),
@@ -377,7 +500,7 @@ impl ConcurrencyLimit {
 
     /// Admits a request for `answers` answers, if there is room. One with more answers than the limit is
     /// admitted only alone.
-    pub(super) fn enter(self: &Arc<Self>, client: &Client, answers: usize) -> Option<Pass> {
+    pub(crate) fn enter(self: &Arc<Self>, client: &Client, answers: usize) -> Option<Pass> {
         if self.limit == 0 {
             return Some(Pass(None, None));
         }
@@ -397,7 +520,7 @@ impl ConcurrencyLimit {
 
 /// The answers of one request inside; dropping it makes room.
 #[derive(Debug)]
-pub(super) struct Pass(Option<(Arc<ConcurrencyLimit>, Name, usize)>, Option<Lease>);
+pub(crate) struct Pass(Option<(Arc<ConcurrencyLimit>, Name, usize)>, Option<Lease>);
 
 impl Pass {
     /// The same, with the memory of the request.

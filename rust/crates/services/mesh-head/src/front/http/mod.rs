@@ -24,7 +24,7 @@ mod root;
 mod state;
 mod tokens;
 
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::{Arc, Mutex};
 use std::time::SystemTime;
 
@@ -45,12 +45,13 @@ use mesh_service::metrics::Metrics;
 use tower::ServiceExt as _;
 
 pub(crate) use error::ApiError;
-pub(crate) use keys::{Keys, KeysError};
+pub(crate) use keys::{Admitted, Client, ConcurrencyLimit, Denied, Keys, KeysError, Pass};
 use mesh_control::fair::{Ingress, Source};
 use mesh_control::image_files::ImageFiles;
 use mesh_control::registry::Registry;
 use mesh_curtain::Need;
 use mesh_net::trust::NodeIdentity;
+pub(crate) use models::served_as;
 
 use crate::api::embeddings::AskedEmbeddings;
 use crate::api::generate::{self, Asked};
@@ -60,9 +61,9 @@ use crate::flight::task::GenerateTask;
 use crate::ids;
 use crate::mesh::Mesh;
 use crate::metrics::Front;
+use crate::refusals::Refused;
 use answer::Answering;
 use ignored::Ignored;
-use keys::{Client, ConcurrencyLimit, Denied};
 use ready::Told;
 use state::{Api, RequestId};
 
@@ -71,6 +72,7 @@ pub(crate) fn router(
     keys: Keys,
     authority: Arc<Attestor>,
     identity: NodeIdentity,
+    concurrency: Arc<ConcurrencyLimit>,
     metrics: Arc<Metrics>,
 ) -> Router {
     let told = Told {
@@ -80,7 +82,6 @@ pub(crate) fn router(
     let health = health::router(mesh.health.clone(), metrics)
         .route_layer(middleware::from_fn_with_state(told, ready::of_model));
     let body_limit = usize::try_from(mesh.config.http.body_limit).unwrap_or(usize::MAX);
-    let concurrency = Arc::new(ConcurrencyLimit::new(mesh.config.http.concurrent_requests));
     // A reload may bring keys or take them away.
     let known_keys = keys.clone();
     let guard = Guard::of_names(&mesh.config.http.hosts)
@@ -280,22 +281,35 @@ async fn authenticate(
     next: Next,
 ) -> Result<Response, ApiError> {
     let admitted = api.keys.admit(request.headers(), SystemTime::now());
+    let address = request.extensions().get::<ConnectInfo<SocketAddr>>();
+    let address = address.map(|info| info.0.ip().to_canonical());
+    let from = address.unwrap_or(Ipv4Addr::UNSPECIFIED.into());
+    let refused = |refused: Option<Refused>| {
+        if let Some(refused) = refused {
+            api.mesh.audit.refused_credential(refused, from);
+        }
+    };
     let admitted = admitted.map_err(|denied| {
+        refused(denied.refused(DOOR));
         let code = match denied {
             Denied::Organization { .. } => Code::WrongTenant,
             _ => Code::InvalidApiKey,
         };
         ApiError::new(code, denied.to_string())
     })?;
-    let address = request.extensions().get::<ConnectInfo<SocketAddr>>();
     let client = Client {
         caller: admitted.caller,
-        address: address.map(|info| info.0.ip().to_canonical()),
+        address,
         salt: admitted.salt,
         papers: admitted.papers,
     };
+    let papers = client.papers.clone();
     request.extensions_mut().insert(client);
-    Ok(next.run(request).await)
+    let response = next.run(request).await;
+    if response.extensions().get::<Code>() == Some(&Code::MissingRight) {
+        refused(papers.too_narrow(DOOR));
+    }
+    Ok(response)
 }
 
 async fn administrators_only(
@@ -342,6 +356,8 @@ async fn wrong_method(request: Request) -> Response {
 
 const GET: MethodFilter = MethodFilter::GET;
 const POST: MethodFilter = MethodFilter::POST;
+/// The name of this door in the audit trail.
+const DOOR: &str = "http";
 const REQUEST_ID: &str = "x-request-id";
 
 #[cfg(test)]

@@ -87,7 +87,7 @@ fn model(api: &Api, card: &ModelCard) -> Model {
 
 /// The name of the model that is meant. Clients of many servers put the server's name before it, and Ollama's
 /// a tag behind it.
-pub(super) fn served_as(mesh: &Mesh, name: String) -> String {
+pub(crate) fn served_as(mesh: &Mesh, name: String) -> String {
     if mesh.knows_model(&name) {
         return name;
     }

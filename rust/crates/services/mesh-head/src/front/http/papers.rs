@@ -1,12 +1,15 @@
 //! The rights of a caller: those of a curtain token, of an API key's entry, or the usual ones.
 
 use std::sync::Arc;
+use std::time::{Duration, SystemTime};
 
 use mesh_api::Code;
+use mesh_base::clock::unix_seconds;
 use mesh_curtain::{Grant, Need, Right, RightError, Rights, Tier, TierError, TokenId};
 
 use super::error::ApiError;
 use crate::audit::Holder;
+use crate::refusals::Refused;
 use crate::sanctum::Limits;
 
 /// What a caller may do.
@@ -120,6 +123,19 @@ impl Papers {
             self.rights
         );
         Err(ApiError::new(Code::MissingRight, text))
+    }
+
+    /// The refusal of a request beyond these rights, for the audit trail; `None` for callers without a key.
+    pub(crate) fn too_narrow(&self, door: &'static str) -> Option<Refused> {
+        let reason = "missing right";
+        let id = self.id.as_deref()?.to_owned();
+        Some(Refused { door, reason, id })
+    }
+
+    /// Time until they end; `None` if they do not.
+    pub(crate) fn time_left(&self, now: SystemTime) -> Option<Duration> {
+        let left = self.expires?.saturating_sub(unix_seconds(now));
+        Some(Duration::from_secs(left))
     }
 
     /// True if every model is open to it.
