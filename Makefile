@@ -9,6 +9,8 @@ IN_RUST := cd rust && MAKEFLAGS=
 SERVICES := -p mesh-head -p mesh-worker -p mesh-shim -p mesh-cli
 # For the whole workspace, so that only what knows these features is compiled once more.
 PROVIDERS := mesh-worker/cuda,mesh-worker/migraphx
+# clippy is a compiler as well: it lints our crates while it compiles them for the tests, so that nothing is compiled twice.
+LINTED := RUSTC_WORKSPACE_WRAPPER=clippy-driver CLIPPY_ARGS=-D__CLIPPY_HACKERY__warnings__CLIPPY_HACKERY__
 # Workers with libtorch, and their tests.
 IMAGES := mesh-worker/images,arcanum-tests/images
 GPU ?= cuda
@@ -48,26 +50,28 @@ build: ## Build the services and the command line (release) into rust/target/rel
 	$(IN_RUST) $(CARGO) build --release --locked --bins $(SERVICES)
 
 test: ## Formatting, clippy with warnings denied, layers and dependencies of crates, every test
-# clippy compiles against libtorch's headers. Then one waits for the network and the other for the cores.
+# Compilation needs libtorch's headers. Then one waits for the network and the other for the cores.
 	@$(PYTHON) scripts/fetch.py libtorch
-	@$(MAKE) --no-print-directory --jobs=2 --output-sync=recurse prepared linted
-# With the tests come the services, with the same dependencies: built by themselves they would have those compiled once more.
-	$(IN_RUST) $(CARGO) test --workspace --locked --no-run
-	$(IN_RUST) $(CARGO) test --workspace --features $(PROVIDERS) --locked --test backend
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=recurse prepared compiled
+	$(IN_RUST) $(LINTED) $(CARGO) test --workspace --features $(PROVIDERS) --locked --test backend
 	HYDRAMESH_BIN=$(CURDIR)/rust/target/debug scripts/test_vm.sh nspawn $(WHERE_POSSIBLE)
 	HYDRAMESH_BIN_DIR=$(CURDIR)/rust/target/debug $(PYTHON) scripts/test_foreign.py promtool $(WHERE_POSSIBLE)
-	scripts/test_isa.sh --workspace $(WHERE_POSSIBLE)
-	$(IN_RUST) HYDRAMESH_BIN_DIR=$(CURDIR)/rust/target/debug $(CARGO) test --workspace --locked --no-fail-fast
+	$(LINTED) scripts/test_isa.sh --workspace $(WHERE_POSSIBLE)
+	$(IN_RUST) $(LINTED) HYDRAMESH_BIN_DIR=$(CURDIR)/rust/target/debug $(CARGO) test --workspace --locked --no-fail-fast
 # A worker with libtorch takes the other's place only here: containers and emulated CPUs above have no libtorch.
-	$(IN_RUST) HYDRAMESH_BIN_DIR=$(CURDIR)/rust/target/debug $(CARGO) test --workspace --features $(IMAGES) --locked --no-fail-fast --test images --test worker image
+	$(IN_RUST) $(LINTED) HYDRAMESH_BIN_DIR=$(CURDIR)/rust/target/debug $(CARGO) test --workspace --features $(IMAGES) --locked --no-fail-fast --lib --test images --test worker image
 
-.PHONY: prepared linted
+.PHONY: prepared compiled checked
 prepared: fetch
 	scripts/fetch_nix_tools.sh
 	scripts/test_nix.sh $(WHERE_POSSIBLE)
 	scripts/test_shell.sh $(WHERE_POSSIBLE)
 
-linted:
+compiled: checked
+# With the tests come the services, with the same dependencies: built by themselves they would have those compiled once more.
+	$(IN_RUST) $(LINTED) $(CARGO) test --workspace --all-targets --locked --no-run
+
+checked:
 	$(PYTHON) scripts/check_dependencies.py
 	$(PYTHON) scripts/check_security.py
 	$(PYTHON) scripts/test_checks.py
@@ -75,9 +79,6 @@ linted:
 	$(PYTHON) scripts/check_unused.py
 	$(PYTHON) scripts/check_docs.py
 	$(IN_RUST) $(CARGO) fmt --all --check
-	$(IN_RUST) $(CARGO) clippy --workspace --features $(PROVIDERS),$(IMAGES) --all-targets --locked -- -D warnings
-# What there is without GPUs alone; its tests are compiled below.
-	$(IN_RUST) $(CARGO) clippy --workspace --locked -- -D warnings
 
 test-nix: ## All that is Nix, by evaluation: it parses, is formatted, its tests pass, its units score well; ShellCheck over every script
 	scripts/fetch_nix_tools.sh
