@@ -1,5 +1,5 @@
-//! Any bytes are a quote of a TPM, or an error; a genuine one with any change is refused. The first byte says which part the others
-//! are.
+//! Any bytes are a quote of a TPM, or an error; a genuine one with any change is refused. The first byte says
+//! which part the others are.
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;

@@ -88,11 +88,12 @@ impl Document {
         .encode_to_vec()
     }
 
-    /// Reads the output of [`sign`](Self::sign) and [`sign_by`](Self::sign_by). Nothing behind the signature is parsed before it is verified. The
-    /// validity is the caller's to judge.
+    /// Reads the output of [`sign`](Self::sign) and [`sign_by`](Self::sign_by). Nothing behind the signature
+    /// is parsed before it is verified. The validity is the caller's to judge.
     ///
     /// # Errors
-    /// [`DocumentError`] if it is malformed in any way, or signed neither by `root` nor by an intermediate of it.
+    /// [`DocumentError`] if it is malformed in any way, or signed neither by `root` nor by an intermediate of
+    /// it.
     pub fn verify(bytes: &[u8], root: &PublicKey) -> Result<Self, DocumentError> {
         if bytes.len() > LONGEST_DOCUMENT {
             return Err(DocumentError::Length(bytes.len()));
@@ -251,7 +252,8 @@ mod tests {
                 "{refused:?}"
             );
         }
-        // Another key than that of the statement, the root's statement altered, and a statement of somebody else.
+        // Another key than that of the statement, the root's statement altered, and a statement of somebody
+        // else.
         let stranger = IdentityKey::generate();
         let refused = signed(&document(), &stranger, &statement);
         assert_eq!(refused, Err(DocumentError::Signature(key.node_id())));

@@ -186,7 +186,7 @@ mod tests {
         let router = router(health.clone(), Arc::new(Metrics::new("test", "0")));
         let (status, body) = get(&router, "/ready").await;
         assert_eq!(status, StatusCode::SERVICE_UNAVAILABLE);
-        assert_eq!(body, r#"{"reason":"starting","status":"unready"}"#);
+        assert_eq!(body, r#"{"status":"unready","reason":"starting"}"#);
         health.set_ready();
         assert_eq!(get(&router, "/ready").await.0, StatusCode::OK);
         health.set_unready("no worker");

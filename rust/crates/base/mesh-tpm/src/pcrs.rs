@@ -4,9 +4,9 @@ use sha2::{Digest, Sha256};
 use tpm2_protocol::TpmResult;
 use tpm2_protocol::data::{TpmAlgId, TpmlPcrSelection, TpmsPcrSelect, TpmsPcrSelection};
 
-/// The registers of the SHA-256 bank that a quote covers: 0 to 7 are the firmware's (its code and settings, the boot loader,
-/// the partition table, the state of Secure Boot), 11 and 12 the kernel image's and its command line's (systemd-stub), 14 the
-/// keys that shim lets boot.
+/// The registers of the SHA-256 bank that a quote covers: 0 to 7 are the firmware's (its code and settings,
+/// the boot loader, the partition table, the state of Secure Boot), 11 and 12 the kernel image's and its
+/// command line's (systemd-stub), 14 the keys that shim lets boot.
 pub const PCRS: [u8; 11] = [0, 1, 2, 3, 4, 5, 6, 7, 11, 12, 14];
 
 /// Selection of these registers.

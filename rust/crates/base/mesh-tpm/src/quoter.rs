@@ -24,15 +24,16 @@ use crate::pcrs::{self, PCRS};
 /// The kernel's TPM with a resource manager, which lets several programs use it.
 pub const DEVICE: &str = "/dev/tpmrm0";
 
-/// Makes quotes. It keeps the TPM open and its key loaded, and loads it again where that was lost (after a suspension).
+/// Makes quotes. It keeps the TPM open and its key loaded, and loads it again where that was lost (after a
+/// suspension).
 pub struct Quoter {
     path: PathBuf,
     loaded: Mutex<Option<Loaded>>,
 }
 
 impl Quoter {
-    /// Opens the TPM behind this device file or socket, and has it derive the key. Takes from milliseconds to a minute, for an
-    /// RSA key in an old TPM.
+    /// Opens the TPM behind this device file or socket, and has it derive the key. Takes from milliseconds to
+    /// a minute, for an RSA key in an old TPM.
     ///
     /// # Errors
     /// If there is no TPM, or it cannot quote.
@@ -43,7 +44,8 @@ impl Quoter {
         })
     }
 
-    /// A quote over [`PCRS`] that is good for this request. Blocks for as long as the TPM works, mostly some 100 ms.
+    /// A quote over [`PCRS`] that is good for this request. Blocks for as long as the TPM works, mostly some
+    /// 100 ms.
     ///
     /// # Errors
     /// If the TPM does not give one.
@@ -196,8 +198,8 @@ impl Drop for Loaded {
     }
 }
 
-/// Derives the key: under the endorsement seed, which outlives `TPM2_Clear`, or under the owner's where that hierarchy has a
-/// password or is off; with elliptic curves, or without where the TPM has none.
+/// Derives the key: under the endorsement seed, which outlives `TPM2_Clear`, or under the owner's where that
+/// hierarchy has a password or is off; with elliptic curves, or without where the TPM has none.
 fn create_key(device: &mut Device) -> Result<(TpmHandle, TpmtPublic), DeviceError> {
     let mut refused = None;
     for parent in [TpmRh::Endorsement, TpmRh::Owner] {

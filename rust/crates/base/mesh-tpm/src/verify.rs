@@ -83,7 +83,8 @@ pub fn verify(quote: &TpmQuote, request: &[u8; 32]) -> Result<Verified, QuoteErr
     if !key.verifies(&quote.attest, &quote.signature) {
         return Err(QuoteError::Signature);
     }
-    // The magic number is checked in here: a restricted key signs nothing from outside of the TPM that begins with it.
+    // The magic number is checked in here: a restricted key signs nothing from outside of the TPM that begins
+    // with it.
     let Ok((attest, [])) = TpmsAttest::unmarshal(&quote.attest) else {
         return Err(QuoteError::Statement);
     };

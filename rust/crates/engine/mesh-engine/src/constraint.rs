@@ -1,7 +1,8 @@
 //! Constraints: which tokens may come next in an answer.
 //!
-//! The engine knows no grammar. It asks the [`Constraint`] of an answer before each choice, and tells it the token that was
-//! chosen. The state is a function of the tokens so far, so an answer goes on elsewhere as if nothing had happened.
+//! The engine knows no grammar. It asks the [`Constraint`] of an answer before each choice, and tells it the
+//! token that was chosen. The state is a function of the tokens so far, so an answer goes on elsewhere as if
+//! nothing had happened.
 
 use std::fmt;
 use std::sync::Arc;

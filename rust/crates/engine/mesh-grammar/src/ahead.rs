@@ -1,14 +1,14 @@
 //! A thread that computes masks while the engine computes a step.
 
+use std::sync::OnceLock;
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Mutex, OnceLock, PoisonError};
 
 type Work = Box<dyn FnOnce() + Send>;
 
 /// A thread for work that is wanted soon. It starts with the first work and ends with this.
 #[derive(Debug, Default)]
 pub(crate) struct Ahead {
-    queue: OnceLock<Mutex<Sender<Work>>>,
+    queue: OnceLock<Sender<Work>>,
 }
 
 impl Ahead {
@@ -22,11 +22,7 @@ impl Ahead {
             // Nobody waits for it if its answer was cancelled.
             let _ = result.send(work());
         });
-        let queue = self.queue.get_or_init(|| Mutex::new(start()));
-        let sent = queue
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .send(work);
+        let sent = self.queue.get_or_init(start).send(work);
         if let Err(unsent) = sent {
             (unsent.0)();
         }

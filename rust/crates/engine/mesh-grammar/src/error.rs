@@ -19,6 +19,9 @@ pub enum GrammarError {
     /// It is nested deeper than [`MOST_DEPTH`](crate::Source::MOST_DEPTH).
     #[error("more than {most} brackets are open at once in the {kind}; nest it less")]
     TooDeep { kind: &'static str, most: usize },
+    /// A grammar has more lines than [`MOST_LINES`](crate::Source::MOST_LINES).
+    #[error("the grammar has more than {most} lines; join rules")]
+    TooManyLines { most: usize },
     /// The schema is not JSON.
     #[error("the schema is not JSON: {0}")]
     NotJson(String),

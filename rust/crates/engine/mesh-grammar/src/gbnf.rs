@@ -1,11 +1,12 @@
 //! llama.cpp's grammar notation GBNF, as a grammar in Lark's syntax.
 //!
-//! The notation is described in llama.cpp's `grammars/README.md`: rules `name ::= alternatives` from `root` on; literals,
-//! character classes, `.`, groups, the repetitions `* + ? {m} {m,} {m,n}`, comments from `#`.
+//! The notation is described in llama.cpp's `grammars/README.md`: rules `name ::= alternatives` from `root`
+//! on; literals, character classes, `.`, groups, the repetitions `* + ? {m} {m,} {m,n}`, comments from `#`.
 //!
-//! A rule from which no recursion can be reached is a regular language and becomes a terminal. Others become rules. A lexer
-//! takes the longest match of terminals, so in a grammar with recursion the answers are a subset of those that GBNF allows
-//! where two terminals that may follow each other share characters; without recursion they are the same.
+//! A rule from which no recursion can be reached is a regular language and becomes a terminal. Others become
+//! rules. A lexer takes the longest match of terminals, so in a grammar with recursion the answers are a
+//! subset of those that GBNF allows where two terminals that may follow each other share characters; without
+//! recursion they are the same.
 
 mod parse;
 

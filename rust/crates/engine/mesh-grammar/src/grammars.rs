@@ -157,7 +157,8 @@ fn limits() -> ParserLimits {
     }
 }
 
-/// Enough for the deepest that [`Source::MOST_DEPTH`] and [`Source::MOST_BYTES`] let through. Pages are taken when used.
+/// Enough for the deepest that [`Source::MOST_DEPTH`] and [`Source::MOST_BYTES`] let through. Pages are taken
+/// when used.
 const PARSER_STACK: usize = 256 << 20;
 
 /// Number of compiled grammars that are kept.

@@ -25,8 +25,12 @@ impl Source {
     /// Most bytes of a description.
     pub const MOST_BYTES: usize = 256 << 10;
 
-    /// Most parentheses, brackets or braces that may be open at once in a grammar or regular expression. Quoted ones count.
+    /// Most parentheses, brackets or braces that may be open at once in a grammar or regular expression.
+    /// Quoted ones count.
     pub const MOST_DEPTH: usize = 200;
+
+    /// Most lines of a grammar in Lark's syntax, and with them rules that name each other.
+    pub const MOST_LINES: usize = 1000;
 
     pub(crate) fn kind(&self) -> &'static str {
         match self {
@@ -53,6 +57,13 @@ impl Source {
                 kind: self.kind(),
                 bytes,
                 most: Self::MOST_BYTES,
+            });
+        }
+        if let Source::Lark(text) = self
+            && text.lines().count() > Self::MOST_LINES
+        {
+            return Err(GrammarError::TooManyLines {
+                most: Self::MOST_LINES,
             });
         }
         if !matches!(self, Source::JsonSchema(_)) && depth(self.text()) > Self::MOST_DEPTH {
@@ -92,8 +103,8 @@ fn depth(text: &str) -> usize {
     most
 }
 
-/// The schema with llguidance's option that bounds white space, unless it has options of its own. A small model that
-/// begins an indentation would otherwise go on with it to the limit of its answer.
+/// The schema with llguidance's option that bounds white space, unless it has options of its own. A small
+/// model that begins an indentation would otherwise go on with it to the limit of its answer.
 fn with_short_blanks(mut schema: Value) -> Value {
     if let Value::Object(keywords) = &mut schema {
         let options = json!({"whitespace_pattern": "( |\\n[ \\t]{0,32})"});

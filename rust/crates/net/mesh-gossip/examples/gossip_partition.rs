@@ -1,4 +1,5 @@
-//! A mesh that is cut in two halves for 30 s and heals, in simulated time with real signatures: when both sides agree.
+//! A mesh that is cut in two halves for 30 s and heals, in simulated time with real signatures: when both
+//! sides agree.
 //!
 //!     cargo run --release -p mesh-gossip --example gossip_partition [NODES]
 

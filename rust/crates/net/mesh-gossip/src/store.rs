@@ -130,7 +130,8 @@ pub(crate) struct Store {
 }
 
 impl Store {
-    /// True if this very record is here. Costs one hash. A rumour that others tell as well is told once less from here.
+    /// True if this very record is here. Costs one hash. A rumour that others tell as well is told once less
+    /// from here.
     pub(crate) fn hears_again(&mut self, record: &GossipRecord) -> bool {
         let Some(key) = self.known.get(&digest(record)) else {
             return false;

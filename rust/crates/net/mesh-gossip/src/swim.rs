@@ -171,7 +171,8 @@ impl Swim {
         self.fire(now, now, |key| !key.is_periodic());
     }
 
-    /// Fires the periodic timers that are due until `limit`: their messages go into the frame that is signed now.
+    /// Fires the periodic timers that are due until `limit`: their messages go into the frame that is signed
+    /// now.
     pub(crate) fn run_periodic(&mut self, limit: Instant, now: Instant) {
         self.fire(limit, now, TimerKey::is_periodic);
     }

@@ -1,12 +1,13 @@
 //! Sealed sessions: DCF messages between a client and the head, each sealed into a datagram.
 //!
-//! Both ends derive a key for each direction from the TLS session in which the head admitted the client. A datagram is a
-//! [Sealed](MsgType::SEALED) message, see [`crate::seal`]; its plaintext is one whole message of DCF v5.0.0, header and
-//! payload, and may have bytes after it. The outer sequence is 0.
+//! Both ends derive a key for each direction from the TLS session in which the head admitted the client. A
+//! datagram is a [Sealed](MsgType::SEALED) message, see [`crate::seal`]; its plaintext is one whole message
+//! of DCF v5.0.0, header and payload, and may have bytes after it. The outer sequence is 0.
 //!
-//! A session has two clocks, one for each sender: each begins with the time in the sender's message of the handshake and runs by the
-//! sender's monotonic clock from there, so that setting a clock disturbs nothing. The outer timestamp is the time of sealing on
-//! that clock. A datagram that is more than [`TIME_WINDOW`] off is refused, besides those whose counter was seen.
+//! A session has two clocks, one for each sender: each begins with the time in the sender's message of the
+//! handshake and runs by the sender's monotonic clock from there, so that setting a clock disturbs nothing.
+//! The outer timestamp is the time of sealing on that clock. A datagram that is more than [`TIME_WINDOW`] off
+//! is refused, besides those whose counter was seen.
 
 use std::time::{Duration, Instant};
 
@@ -59,8 +60,8 @@ impl SessionClock {
 }
 
 impl SealedSession {
-    /// The session `id` as this end has it. `began_us` are the times in the client's and the head's message of the handshake,
-    /// which was now.
+    /// The session `id` as this end has it. `began_us` are the times in the client's and the head's message
+    /// of the handshake, which was now.
     pub fn new(id: u64, end: End, keys: &SessionKeys, began_us: (u64, u64), now: Instant) -> Self {
         let clock = |began_us| SessionClock {
             began_us,
@@ -119,8 +120,8 @@ impl SealedSession {
     }
 }
 
-/// Distance by which the time in a datagram may be off. A datagram is not under way for longer, and monotonic clocks that differ by
-/// 100 millionths are 9 s apart after a day.
+/// Distance by which the time in a datagram may be off. A datagram is not under way for longer, and monotonic
+/// clocks that differ by 100 millionths are 9 s apart after a day.
 pub const TIME_WINDOW: Duration = Duration::from_secs(30);
 
 /// Bytes that sealing adds to an encoded message, the outer header included.
@@ -129,7 +130,8 @@ pub const SEALED_OVERHEAD: usize = dcf::HEADER_LEN + OVERHEAD;
 /// Most bytes of payload of a message that is sealed into a datagram.
 pub const MAX_SEALED_PAYLOAD: usize = dcf::MAX_DATAGRAM - dcf::HEADER_LEN - SEALED_OVERHEAD;
 
-/// Most bytes of payload of an answer in one sealed datagram, which fits an Ethernet frame over IPv6. Longer answers go as Chunks.
+/// Most bytes of payload of an answer in one sealed datagram, which fits an Ethernet frame over IPv6. Longer
+/// answers go as Chunks.
 pub const MAX_SEALED_ANSWER: usize = 1_380;
 
 /// Bytes of data in a Chunk that is sealed.

@@ -21,8 +21,8 @@ pub struct TaskKey {
     pub version: Version,
     /// Sequence of the task at that client.
     pub sequence: u32,
-    /// The session that sealed it; `None` for plain DCF. A task of a session has the address at which that began,
-    /// wherever its datagrams come from since.
+    /// The session that sealed it; `None` for plain DCF. A task of a session has the address at which that
+    /// began, wherever its datagrams come from since.
     pub session: Option<u64>,
 }
 

@@ -118,8 +118,8 @@ impl Outbox {
         }
     }
 
-    /// Passes every Chunk that is due to `send`, with the task that it answers. Returns the time to ask again;
-    /// `None` if nothing is left.
+    /// Passes every Chunk that is due to `send`, with the task that it answers. Returns the time to ask
+    /// again; `None` if nothing is left.
     pub fn due(&mut self, now: Instant, mut send: impl FnMut(TaskKey, Message)) -> Option<Instant> {
         let Limits { burst, pause, .. } = self.limits;
         for queue in self.queues.values_mut() {

@@ -170,8 +170,8 @@ pub struct DcfConfig {
     /// Time for which they are kept.
     #[serde(with = "units::duration")]
     pub answers_kept_for: Duration,
-    /// Sessions of clients that hold a key or token, at a time; each key or token has an eighth of them. 0 turns
-    /// sealed DCF off.
+    /// Sessions of clients that hold a key or token, at a time; each key or token has an eighth of them. 0
+    /// turns sealed DCF off.
     pub sessions: usize,
     /// Silence of a client after which its session ends.
     #[serde(with = "units::duration")]

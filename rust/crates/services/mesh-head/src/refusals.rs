@@ -1,6 +1,8 @@
-//! Refused keys and tokens, counted before they go to the audit trail, so that a flood of garbage does not fill it.
+//! Refused keys and tokens, counted before they go to the audit trail, so that a flood of garbage does not
+//! fill it.
 //!
-//! The first refusal of a kind is recorded at once; those that follow in the same minute become one record at its end.
+//! The first refusal of a kind is recorded at once; those that follow in the same minute become one record at
+//! its end.
 
 use std::collections::HashMap;
 use std::net::IpAddr;

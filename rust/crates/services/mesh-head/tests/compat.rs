@@ -77,22 +77,32 @@ async fn fields_reach_the_worker_or_are_refused_or_named() {
     assert!(sent.continue_final_message);
     assert_eq!(sent.template_variables, r#"{"enable_thinking":false}"#);
     for (name, value) in [
-        ("grammar", json!("root ::= \"x\"")),
-        ("json_schema", json!({"type": "object"})),
-        ("structured_outputs", json!({"choice": ["a"]})),
-        ("guided_json", json!({})),
-        ("guided_choice", json!(["a"])),
+        ("grammar_lazy", json!(true)),
         ("prompt_logprobs", json!(1)),
         ("mirostat", json!(2)),
     ] {
         let mut body = chat("why?", 5);
-        body[name] = value.clone();
+        body[name] = value;
         let (status, answer) = head.post(path, body).await;
-        let neutral = value == json!({});
-        assert_eq!(status, if neutral { 200 } else { 400 }, "{name} {answer}");
-        if !neutral {
-            assert_eq!(answer["error"]["param"], name);
-        }
+        assert_eq!(status, 400, "{name} {answer}");
+        assert_eq!(answer["error"]["param"], name);
+    }
+    let schema = json!({"type": "object"});
+    for (name, value, text) in [
+        (
+            "grammar",
+            json!("root ::= \"x\""),
+            Some("root ::= \"x\"".to_owned()),
+        ),
+        ("json_schema", schema.clone(), Some(schema.to_string())),
+        ("guided_json", json!({}), None),
+    ] {
+        let mut body = chat("why?", 5);
+        body[name] = value;
+        let (status, answer) = head.post(path, body).await;
+        assert_eq!(status, 200, "{name} {answer}");
+        let grammar = last_generate(&worker).params.unwrap().grammar;
+        assert_eq!(grammar.map(|grammar| grammar.text), text, "{name}");
     }
 }
 
@@ -119,7 +129,7 @@ async fn a_worker_that_would_ignore_fields_is_not_asked() {
     let worker = head.worker("old", old).await;
     let mut body = chat("why?", 5);
     assert_eq!(head.post("/v1/chat/completions", body.clone()).await.0, 200);
-    body["min_tokens"] = 2.into();
+    body["json_schema"] = json!({"type": "object"});
     let (status, answer) = head.post("/v1/chat/completions", body).await;
     let message = answer["error"]["message"].as_str().unwrap();
     assert!(

@@ -95,7 +95,8 @@ pub struct Config {
     pub sampling: SamplingDefaults,
     /// Tell the head about this node's system, hardware and models.
     pub evidence: bool,
-    /// The TPM 2.0 that vouches for that: `auto` for /dev/tpmrm0 if it is there, `off`, or the path of another device or socket.
+    /// The TPM 2.0 that vouches for that: `auto` for /dev/tpmrm0 if it is there, `off`, or the path of
+    /// another device or socket.
     pub tpm: TpmChoice,
     /// Log level or filter, used if neither `--log-level` nor RUST_LOG is set.
     pub log_level: Option<String>,

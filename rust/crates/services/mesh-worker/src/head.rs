@@ -353,7 +353,8 @@ impl HeadLink {
         Ok(())
     }
 
-    /// Has this node's evidence sent if its models are others than the head was told. A TPM may take a while to quote.
+    /// Has this node's evidence sent if its models are others than the head was told. A TPM may take a while
+    /// to quote.
     fn report_models(
         &self,
         link: &Link,

@@ -72,7 +72,8 @@ async fn every_udp_port_outlives_a_flood_of_bad_datagrams() -> Result<()> {
     mesh.shutdown().await
 }
 
-/// Changed and repeated datagrams of a session, at the port of sealed DCF and at that of sealed heartbeats: none is accepted.
+/// Changed and repeated datagrams of a session, at the port of sealed DCF and at that of sealed heartbeats:
+/// none is accepted.
 async fn sealed_ports(mesh: &Mesh, count: u64, seed: &mut Seed) -> Result<()> {
     let state_dir = mesh.head.state_dir();
     let key = std::fs::read_to_string(state_dir.join("admin.key"))?;

@@ -18,8 +18,8 @@ pub struct Swtpm {
 }
 
 impl Swtpm {
-    /// Starts one, as if a machine had been switched on. `None` where the program has not been fetched; the reason is printed,
-    /// with the name of the test.
+    /// Starts one, as if a machine had been switched on. `None` where the program has not been fetched; the
+    /// reason is printed, with the name of the test.
     ///
     /// # Panics
     /// If it does not start.
@@ -65,7 +65,8 @@ impl Swtpm {
         self.dir.path().join("tpm")
     }
 
-    /// Extends a register of the SHA-256 bank, as firmware does with what it starts. Waits until no other program is connected.
+    /// Extends a register of the SHA-256 bank, as firmware does with what it starts. Waits until no other
+    /// program is connected.
     ///
     /// # Panics
     /// If the TPM refuses.

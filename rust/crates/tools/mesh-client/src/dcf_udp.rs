@@ -117,8 +117,8 @@ impl DcfClient {
         })
     }
 
-    /// A socket toward a head with which a session was opened. It ends with the key or token, after a day at the latest, and
-    /// when nothing is sent for long; then tasks fail, and another session is needed.
+    /// A socket toward a head with which a session was opened. It ends with the key or token, after a day at
+    /// the latest, and when nothing is sent for long; then tasks fail, and another session is needed.
     ///
     /// # Errors
     /// If the head cannot be reached, is of another mesh, or does not accept the key or token.

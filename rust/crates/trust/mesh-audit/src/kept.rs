@@ -1,7 +1,9 @@
-//! Roots of epochs as other nodes keep them: a head shows them to its mesh, and cannot show another past later.
+//! Roots of epochs as other nodes keep them: a head shows them to its mesh, and cannot show another past
+//! later.
 //!
-//! A head publishes the latest roots of each trail ([`ShownEpochs`]) in signed records. Every node keeps those that
-//! it was shown ([`Kept`]) and compares what comes later with them. [`Keeper`] holds them in a file.
+//! A head publishes the latest roots of each trail ([`ShownEpochs`]) in signed records. Every node keeps
+//! those that it was shown ([`Kept`]) and compares what comes later with them. [`Keeper`] holds them in a
+//! file.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -151,8 +153,8 @@ struct KeptTrail {
 }
 
 impl Kept {
-    /// Takes in epochs that a head shows in a record of this version. Returns what contradicts those that are kept, which
-    /// stay as they are.
+    /// Takes in epochs that a head shows in a record of this version. Returns what contradicts those that are
+    /// kept, which stay as they are.
     pub fn take(&mut self, head: &str, version: u64, shown: &ShownEpochs) -> Vec<Contradiction> {
         let tier = shown.tier;
         let kept = self.of(head, tier);
@@ -234,7 +236,8 @@ impl Kept {
         trails.collect()
     }
 
-    /// Reads a file of a [`Keeper`], or the one in a node's state directory. An empty one if the directory has none.
+    /// Reads a file of a [`Keeper`], or the one in a node's state directory. An empty one if the directory
+    /// has none.
     ///
     /// # Errors
     /// If it cannot be read, or does not hold epochs.
@@ -269,7 +272,8 @@ impl KeptTrail {
         }
         self.epochs.insert(epoch.epoch, epoch.clone());
         if self.epochs.len() > MOST_EPOCHS {
-            // Every second one of the older half goes. The first one stays: a root covers all that came before.
+            // Every second one of the older half goes. The first one stays: a root covers all that came
+            // before.
             let older = self.epochs.keys().copied().take(MOST_EPOCHS / 2);
             let doomed: Vec<u64> = older.skip(1).step_by(2).collect();
             doomed.iter().for_each(|epoch| {

@@ -108,7 +108,8 @@ pub enum Event {
     },
     /// A token was created, used or withdrawn.
     Token {
-        /// Id of the token, or of a refused API key; never its secret. Empty for a refused one that is not known.
+        /// Id of the token, or of a refused API key; never its secret. Empty for a refused one that is not
+        /// known.
         token: Text,
         /// `created`, `used`, `withdrawn`, `revoked` or `refused`.
         decision: Text,

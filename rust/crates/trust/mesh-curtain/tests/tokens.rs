@@ -132,7 +132,8 @@ fn every_changed_byte_of_a_chain_is_noticed() {
         .unwrap();
     accept(&token).unwrap();
     let bytes = token.to_bytes();
-    // All of them take a while (HYDRAMESH_EVERY_BYTE=1). A stride that is prime reaches all parts; the bytes of one link are all tried above.
+    // All of them take a while (HYDRAMESH_EVERY_BYTE=1). A stride that is prime reaches all parts; the bytes
+    // of one link are all tried above.
     let every = std::env::var_os("HYDRAMESH_EVERY_BYTE").is_some();
     let stride = if every { 1 } else { 11 };
     for at in (0..bytes.len()).step_by(stride) {

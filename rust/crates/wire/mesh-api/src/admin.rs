@@ -132,7 +132,8 @@ pub struct Root {
     /// The root before it, while it is accepted.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub former: Option<FormerRoot>,
-    /// End of the intermediate by which the head issues certificates, in seconds since 1970; absent where it has the root's keys.
+    /// End of the intermediate by which the head issues certificates, in seconds since 1970; absent where it
+    /// has the root's keys.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub intermediate_until: Option<u64>,
 }

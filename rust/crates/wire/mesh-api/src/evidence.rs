@@ -2,8 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
-/// What a node states about itself, signed by its identity. It is the node's word: nothing measures it, but for `tpm`. Unknown
-/// parts are empty.
+/// What a node states about itself, signed by its identity. It is the node's word: nothing measures it, but
+/// for `tpm`. Unknown parts are empty.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "schema", derive(schemars::JsonSchema))]
 #[serde(default)]

@@ -106,6 +106,7 @@ fn bodies_are_required_where_fields_are_and_their_failures_are_listed() {
             );
         }
     }
+    optional.sort_unstable();
     assert_eq!(optional, ["/v1/mesh/rebalance", "/v1/mesh/tokens"]);
 }
 

@@ -63,7 +63,8 @@ messages! {
         quote: Option<TpmQuote> = [message, optional, tag = 3],
     }
 
-    /// A quote of a TPM 2.0. Names in capitals are those of the TPM 2.0 Library, part 2; integers are big-endian there.
+    /// A quote of a TPM 2.0. Names in capitals are those of the TPM 2.0 Library, part 2; integers are
+    /// big-endian there.
     pub struct TpmQuote {
         /// TPMT_PUBLIC of the attestation key.
         public: Vec<u8> = [bytes = "vec", tag = 1],

@@ -588,9 +588,9 @@ messages! {
 /// Version of the internal messages.
 pub const PROTOCOL_VERSION: u32 = 1;
 
-/// Counts additions to requests that change an answer: a worker that ignores them would give another one. 1 added the options of
-/// [`Chat`], [`GenerateParams::stop_token_ids`] and [`GenerateParams::min_tokens`], 2 added [`ImageTask::init`], 3 added
-/// [`GenerateParams::grammar`].
+/// Counts additions to requests that change an answer: a worker that ignores them would give another one. 1
+/// added the options of [`Chat`], [`GenerateParams::stop_token_ids`] and [`GenerateParams::min_tokens`], 2
+/// added [`ImageTask::init`], 3 added [`GenerateParams::grammar`].
 pub const REQUEST_REVISION: u32 = 3;
 
 /// The fields of these revisions, as clients call them.

@@ -53,6 +53,9 @@ pub fn write<W: Write>(
         );
         at = end;
     }
+    // Sorted, so that the bytes do not depend on their order in memory.
+    let mut header = serde_json::Value::from(header);
+    header.sort_all_objects();
     let mut header = serde_json::to_vec(&header)?;
     header.resize(header.len().next_multiple_of(LENGTH_SIZE), b' ');
     out.write_all(&(header.len() as u64).to_le_bytes())?;

@@ -29,9 +29,7 @@ pub fn write_folder(model: &Model, dtype: Dtype, shards: usize, dir: &Path) -> i
     std::fs::create_dir_all(dir)?;
     let gguf = Gguf::open(model.path()).map_err(io::Error::other)?;
     let config = model.config();
-    let write = |name: &str, value: Value| {
-        std::fs::write(dir.join(name), serde_json::to_vec_pretty(&value)?)
-    };
+    let write = |name: &str, value: Value| write_json(&dir.join(name), value);
     write("config.json", config_json(config)?)?;
     write("tokenizer.json", tokenizer_json(&gguf)?)?;
     let tokenizer = model.tokenizer();
@@ -53,6 +51,12 @@ pub fn write_folder(model: &Model, dtype: Dtype, shards: usize, dir: &Path) -> i
         json!({"eos_token_id": tokenizer.eos_ids()}),
     )?;
     write_weights(gguf.tensors(), config, dtype, shards.max(1), dir)
+}
+
+/// Writes a file of JSON with sorted keys, so that its fingerprint does not depend on their order in memory.
+pub(super) fn write_json(path: &Path, mut value: Value) -> io::Result<()> {
+    value.sort_all_objects();
+    std::fs::write(path, serde_json::to_vec_pretty(&value)?)
 }
 
 /// The token tables as the file has them.
@@ -268,8 +272,7 @@ fn write_weights(
     }
     if files > 1 {
         let index = json!({"metadata": {}, "weight_map": weight_map});
-        let index = serde_json::to_vec_pretty(&index)?;
-        std::fs::write(dir.join("model.safetensors.index.json"), index)?;
+        write_json(&dir.join("model.safetensors.index.json"), index)?;
     }
     Ok(())
 }

@@ -10,7 +10,7 @@ use std::path::Path;
 
 use serde_json::json;
 
-use super::folder::{CONTROL, Tables, UNKNOWN, sentencepiece_tokenizer};
+use super::folder::{CONTROL, Tables, UNKNOWN, sentencepiece_tokenizer, write_json};
 use crate::safetensors::{self, Dtype, Planned};
 
 /// Writes the checkpoint in `data`, with the tokenizer behind it, to the folder `dir`, weights in f32.
@@ -89,14 +89,12 @@ pub fn write_llama2c(data: &[u8], dir: &Path) -> io::Result<()> {
         "max_position_embeddings": context, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
         "tie_word_embeddings": true, "bos_token_id": 1, "eos_token_id": 2, "torch_dtype": "float32",
     });
-    std::fs::write(dir.join("config.json"), serde_json::to_vec_pretty(&config)?)?;
-    let tokenizer = tokenizer(&mut reader, vocab)?;
+    write_json(&dir.join("config.json"), config)?;
+    let mut tokenizer = tokenizer(&mut reader, vocab)?;
+    tokenizer.sort_all_objects();
     std::fs::write(dir.join("tokenizer.json"), serde_json::to_vec(&tokenizer)?)?;
     let special = json!({"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": true});
-    std::fs::write(
-        dir.join("tokenizer_config.json"),
-        serde_json::to_vec_pretty(&special)?,
-    )
+    write_json(&dir.join("tokenizer_config.json"), special)
 }
 
 /// Rows 2i and 2i + 1 of a head turn together in the checkpoint; in the folder they are half a head apart.

@@ -8,7 +8,8 @@ use super::Net;
 
 const SECOND: Duration = Duration::from_secs(1);
 
-/// Cuts a mesh of so many nodes, at least 10, for 30 s in which both sides publish. Panics if they do not agree afterwards.
+/// Cuts a mesh of so many nodes, at least 10, for 30 s in which both sides publish. Panics if they do not
+/// agree afterwards.
 pub(crate) fn heals(nodes: usize) {
     let last = nodes - 1;
     let mut net = Net::new(nodes, SECOND, 3);

@@ -118,8 +118,9 @@ pub enum SessionError {
     Trust(#[from] TrustError),
 }
 
-/// Asks a head for a session with an API key or a curtain token. The key or token is sent only after the head has shown a certificate of the
-/// mesh root with this SHA-256. `head` is the addresses of one head; the first that answers counts.
+/// Asks a head for a session with an API key or a curtain token. The key or token is sent only after the head
+/// has shown a certificate of the mesh root with this SHA-256. `head` is the addresses of one head; the first
+/// that answers counts.
 ///
 /// # Errors
 /// [`SessionError`] says why there is no session.

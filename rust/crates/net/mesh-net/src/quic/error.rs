@@ -363,7 +363,8 @@ pub(super) fn is_date_alert(error: &ConnectionError) -> bool {
         if u64::from(close.error_code) == TLS_ALERTS + CERTIFICATE_EXPIRED)
 }
 
-/// True if the peer's certificate, or its proof of having the key, was not accepted here (RFC 8446, section 6.2).
+/// True if the peer's certificate, or its proof of having the key, was not accepted here (RFC 8446, section
+/// 6.2).
 pub(super) fn is_bad_certificate(error: &ConnectionError) -> bool {
     matches!(error, ConnectionError::TransportError(error)
         if BAD_CERTIFICATE.contains(&u64::from(error.code).wrapping_sub(TLS_ALERTS)))

@@ -20,8 +20,8 @@ use rustls::{
 
 use crate::trust::{NodeIdentity, TrustError, algorithms, root_hint, sha256, verify_issued_by};
 
-/// The server side of all protocols. Whether a certificate is needed depends on the protocol and is checked after the
-/// handshake; one that is shown must be of the mesh.
+/// The server side of all protocols. Whether a certificate is needed depends on the protocol and is checked
+/// after the handshake; one that is shown must be of the mesh.
 pub(super) fn server(
     identity: &NodeIdentity,
     classical: bool,

@@ -176,9 +176,9 @@ pub(crate) fn algorithms() -> WebPkiSupportedAlgorithms {
     aws_lc_rs::default_provider().signature_verification_algorithms
 }
 
-/// Checks that `root` issued `certificate`, or an intermediate of it among `others` did, whenever that holds. Its dates
-/// are for the head to judge ([`super`]), and lie within those of the intermediate; the root's own say nothing, since it is
-/// known by its hash.
+/// Checks that `root` issued `certificate`, or an intermediate of it among `others` did, whenever that holds.
+/// Its dates are for the head to judge ([`super`]), and lie within those of the intermediate; the root's own
+/// say nothing, since it is known by its hash.
 pub(crate) fn verify_issued_by(
     certificate: &CertificateDer<'_>,
     others: &[CertificateDer<'_>],

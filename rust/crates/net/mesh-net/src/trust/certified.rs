@@ -30,8 +30,8 @@ pub(super) struct Current {
 }
 
 impl Current {
-    /// `chain` is the node's certificate, and that of the intermediate which issued it, if one did; a root behind them does
-    /// not count.
+    /// `chain` is the node's certificate, and that of the intermediate which issued it, if one did; a root
+    /// behind them does not count.
     pub(super) fn new(
         key: Arc<NodeKey>,
         chain: &[CertificateDer<'static>],
@@ -84,8 +84,8 @@ impl Current {
         }
     }
 
-    /// The text of `node.crt`: the certificate, that of its intermediate, and that of the former root. Earlier versions
-    /// read the first.
+    /// The text of `node.crt`: the certificate, that of its intermediate, and that of the former root.
+    /// Earlier versions read the first.
     pub(super) fn pem(&self) -> String {
         let former = self.former.as_ref().map(|former| pem(&former.cert[0]));
         // The root is last, and has a file of its own.
@@ -110,8 +110,8 @@ fn certify(
     Ok(certified)
 }
 
-/// The certificates in the text of `node.crt`: the intermediate behind the node's own, if there is one, and that of the former
-/// root.
+/// The certificates in the text of `node.crt`: the intermediate behind the node's own, if there is one, and
+/// that of the former root.
 pub(super) fn further_certificates(
     text: &str,
 ) -> (

@@ -28,7 +28,8 @@ impl EvidenceSource {
         }
     }
 
-    /// The same with quotes of a TPM: the function gives one with this qualifying data, or `None` if it cannot. It may block.
+    /// The same with quotes of a TPM: the function gives one with this qualifying data, or `None` if it
+    /// cannot. It may block.
     #[must_use]
     pub fn with_quotes(
         self,

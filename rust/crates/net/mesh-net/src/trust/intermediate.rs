@@ -1,8 +1,8 @@
 //! A head without the root's keys: it issues by an intermediate, which the root has signed elsewhere.
 //!
-//! The head makes keys and a request, a program with `root.key` signs it, the head installs the answer. Both travel as
-//! text, and neither holds a secret. `intermediate.key` has the keys and the signed papers in one file, so that both are
-//! replaced at once.
+//! The head makes keys and a request, a program with `root.key` signs it, the head installs the answer. Both
+//! travel as text, and neither holds a secret. `intermediate.key` has the keys and the signed papers in one
+//! file, so that both are replaced at once.
 
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
@@ -28,8 +28,8 @@ use super::root_identity::verify_root_identity;
 use super::root_keys::{Delegated, RootKeys, former_part, identity_in};
 use crate::files;
 
-/// Makes keys for an intermediate in the head's state directory, and a request for them. Keys that wait for their papers are
-/// used again.
+/// Makes keys for an intermediate in the head's state directory, and a request for them. Keys that wait for
+/// their papers are used again.
 ///
 /// # Errors
 /// If the directory has no `root.crt`, or a file cannot be read or written.
@@ -134,8 +134,8 @@ pub fn sign_intermediate(
     Ok(to_text(PAPERS, &papers))
 }
 
-/// Puts signed papers into use when the head starts next; the keys are those of the last request. Returns the end of the
-/// intermediate, seconds since the Unix epoch.
+/// Puts signed papers into use when the head starts next; the keys are those of the last request. Returns the
+/// end of the intermediate, seconds since the Unix epoch.
 ///
 /// # Errors
 /// If the papers are malformed, of another root, for other keys, or over; nothing has changed then.

@@ -62,7 +62,8 @@ impl MeshRoot {
         Self::open(dir, mesh, key_path)
     }
 
-    /// End of the intermediate by which this head issues, seconds since the Unix epoch; `None` where it has the root's keys.
+    /// End of the intermediate by which this head issues, seconds since the Unix epoch; `None` where it has
+    /// the root's keys.
     pub fn intermediate_until(&self) -> Option<u64> {
         let delegated = self.keys.delegated.as_ref();
         delegated.map(|delegated| delegated.said.not_after)

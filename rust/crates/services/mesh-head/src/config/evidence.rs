@@ -26,8 +26,8 @@ pub struct EvidenceConfig {
     pub trusted_keys: Vec<String>,
     /// Refuse nodes whose evidence no TPM 2.0 vouches for with a quote.
     pub tpm: bool,
-    /// Values of the TPM's registers (PCRs, SHA-256 bank) that are allowed: for the number of a register, a list of values in
-    /// hexadecimal. Implies `tpm`.
+    /// Values of the TPM's registers (PCRs, SHA-256 bank) that are allowed: for the number of a register, a
+    /// list of values in hexadecimal. Implies `tpm`.
     pub pcrs: BTreeMap<String, Vec<String>>,
     /// Effect of a change of a watched field: `accept`, `record`, `approve` (the node waits for an operator), `refuse` or
     /// `expel`.

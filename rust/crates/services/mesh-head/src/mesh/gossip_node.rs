@@ -182,8 +182,8 @@ impl Inner {
         is_due
     }
 
-    /// Reads this machine's condition, publishes the last epochs of the audit trail, and reads the document if the
-    /// certificate was renewed.
+    /// Reads this machine's condition, publishes the last epochs of the audit trail, and reads the document
+    /// if the certificate was renewed.
     pub(super) fn refresh(
         &mut self,
         epochs: impl FnOnce() -> Vec<ShownEpochs>,

@@ -1,5 +1,5 @@
-//! Attacks that this worker sees itself, as sightings: each once a day, and few of a kind, since the sightings of a node
-//! are bounded and a stranger can have many addresses.
+//! Attacks that this worker sees itself, as sightings: each once a day, and few of a kind, since the
+//! sightings of a node are bounded and a stranger can have many addresses.
 
 use std::collections::BTreeSet;
 use std::time::Instant;

@@ -7,8 +7,8 @@
 //! of the hops. With `--rpc`, llama.cpp runs the same file over three of its rpc-servers, one thread each, in
 //! the same rounds.
 //!
-//! `--trust` measures something else with the ring of three: what gossip, audit trail and evidence cost, with the same
-//! ring without them in the same rounds, and what forged heartbeats cost (`--flood`).
+//! `--trust` measures something else with the ring of three: what gossip, audit trail and evidence cost, with
+//! the same ring without them in the same rounds, and what forged heartbeats cost (`--flood`).
 
 use std::net::{SocketAddr, UdpSocket};
 use std::path::{Path, PathBuf};

@@ -153,7 +153,8 @@ pub enum RootCommand {
         #[arg(long)]
         json: bool,
     },
-    /// Keep the root's keys on another machine: the head issues by an intermediate that the root has signed there
+    /// Keep the root's keys on another machine: the head issues by an intermediate that the root has signed
+    /// there
     #[command(subcommand)]
     Intermediate(IntermediateCommand),
     /// Put a new root into the place of the present one; both are accepted for a while

@@ -18,7 +18,8 @@ pub(super) fn epochs_of(kept: &[Kept], trail: &str) -> Vec<EpochRoot> {
     kept.iter().flat_map(|kept| kept.epochs_of(trail)).collect()
 }
 
-/// A trail of which nobody kept an epoch, while epochs of another one of its tier were kept, becomes a finding.
+/// A trail of which nobody kept an epoch, while epochs of another one of its tier were kept, becomes a
+/// finding.
 pub(super) fn check(report: &mut Report, tier: &str, kept: &[Kept]) {
     let trails: Vec<_> = kept.iter().flat_map(|kept| kept.trails_of(tier)).collect();
     if trails.is_empty() || trails.iter().any(|(trail, _)| *trail == report.origin) {

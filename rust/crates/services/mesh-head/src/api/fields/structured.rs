@@ -125,8 +125,8 @@ fn structured_outputs(name: &str, value: &Value) -> Result<Option<Grammar>, Inva
 
 fn schema(name: &str, value: &Value) -> Result<Option<Grammar>, Invalid> {
     let text = match value {
-        // An empty schema of llama.cpp's field asks for nothing there.
-        Value::Object(keys) if keys.is_empty() && name == "json_schema" => return Ok(None),
+        // Fields beside the others may be there without a meaning.
+        Value::Object(keys) if keys.is_empty() && !name.contains('.') => return Ok(None),
         Value::Object(_) | Value::Bool(_) => value.to_string(),
         // SGLang and vLLM take it as text, too.
         Value::String(text) if text.trim().is_empty() => return Ok(None),

@@ -3,8 +3,8 @@
 //!
 //! Here is the receiving loop, with all that can be replied at once. [`port`] runs tasks, each to its one
 //! answer; [`chunk_sender`] sends those that no datagram holds; [`proof`] knows the clients that have shown
-//! that they receive at their address. Clients that hold a key or token may open a session ([`door`]) and seal their
-//! datagrams ([`sealed`]); then they may be anywhere.
+//! that they receive at their address. Clients that hold a key or token may open a session ([`door`]) and
+//! seal their datagrams ([`sealed`]); then they may be anywhere.
 
 mod chunk_sender;
 mod door;
@@ -224,8 +224,8 @@ impl Intake {
         };
         let body = opened.inner.slice(HEADER_LEN..);
         let payload = body.slice(..header.payload_len as usize);
-        // The holder of a token may name another address than its own, also one that another client has proven.
-        // Until it is proven in this session, answers are no longer than what they answer.
+        // The holder of a token may name another address than its own, also one that another client has
+        // proven. Until it is proven in this session, answers are no longer than what they answer.
         if !self.port.mesh.live().knows(from.ip()) && !self.port.sessions.is_at(session, from) {
             let asked = (header.kind(), &payload[..]);
             let Some(reply) = self.verify(key, from, asked, body.len()) else {

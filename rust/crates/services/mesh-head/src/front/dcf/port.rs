@@ -85,7 +85,8 @@ impl Port {
         }
     }
 
-    /// Admits a task as the HTTP API does. Plain DCF has no limit for each client: behind an address there may be a shim with many.
+    /// Admits a task as the HTTP API does. Plain DCF has no limit for each client: behind an address there
+    /// may be a shim with many.
     fn enter(&self, key: TaskKey, client: &Client) -> Result<Option<Pass>, Failed> {
         if key.session.is_none() {
             return Ok(None);

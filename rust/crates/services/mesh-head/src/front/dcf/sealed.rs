@@ -1,8 +1,8 @@
 //! Sessions of clients that hold a key or token: their keys, their limits and their ends.
 //!
-//! A session begins at the QUIC port ([`super::door`]) and lives as long as what the client has shown there holds, at most
-//! [`LIFETIME`], and as long as the client says something. Answers go only to the address of the last datagram that was authentic and whose
-//! sender had shown that it receives there.
+//! A session begins at the QUIC port ([`super::door`]) and lives as long as what the client has shown there
+//! holds, at most [`LIFETIME`], and as long as the client says something. Answers go only to the address of
+//! the last datagram that was authentic and whose sender had shown that it receives there.
 
 use std::collections::{HashMap, VecDeque};
 use std::net::SocketAddr;
@@ -53,7 +53,8 @@ struct Session {
     admitted: Admitted,
     /// Address of the handshake.
     home: SocketAddr,
-    /// Address for answers, once the client has sent something from an address that it has shown to be its own.
+    /// Address for answers, once the client has sent something from an address that it has shown to be its
+    /// own.
     at: Option<SocketAddr>,
     began: Instant,
     heard: Instant,
@@ -207,8 +208,8 @@ impl Sessions {
         lock(&self.known).tell_end(session, sequence, now)
     }
 
-    /// Ends the sessions whose time is over, and those whose key or token does not hold any more, as `again` says. Returns what their
-    /// clients are told.
+    /// Ends the sessions whose time is over, and those whose key or token does not hold any more, as `again`
+    /// says. Returns what their clients are told.
     pub(super) fn review(
         &self,
         now: Instant,

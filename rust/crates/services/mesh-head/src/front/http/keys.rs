@@ -84,7 +84,8 @@ pub(crate) struct Admitted {
     pub proof: Proof,
 }
 
-/// What a caller has shown, as far as is needed to see later whether it still holds. No text of a key or token.
+/// What a caller has shown, as far as is needed to see later whether it still holds. No text of a key or
+/// token.
 #[derive(Clone)]
 pub(crate) enum Proof {
     Nothing,
@@ -262,8 +263,8 @@ impl Keys {
         admitted.for_tenant(given.unwrap_or_default())
     }
 
-    /// The caller that this key or token proves, where one is needed even if no API key is listed. `tenant` is the one that it
-    /// means to act for, or empty.
+    /// The caller that this key or token proves, where one is needed even if no API key is listed. `tenant`
+    /// is the one that it means to act for, or empty.
     ///
     /// # Errors
     /// `Denied` as [`Keys::admit`], and if nothing was sent.
