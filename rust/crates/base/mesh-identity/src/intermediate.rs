@@ -62,7 +62,7 @@ impl Intermediate {
                 .map_err(|error| unfit(error.to_string()))?,
             mesh: body.mesh,
             root: (body.root.try_into())
-                .map_err(|_| unfit("the digest of the root is none".to_owned()))?,
+                .map_err(|_| unfit("the digest of the root has not 32 bytes".to_owned()))?,
             not_before: body.not_before,
             not_after: body.not_after,
         })

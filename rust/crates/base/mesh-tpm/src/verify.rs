@@ -28,14 +28,14 @@ pub enum QuoteError {
     /// A part is longer than those of a TPM.
     #[error("its field `{0}` is longer than a TPM makes it")]
     Length(&'static str),
-    /// The manufacturer is no short text.
+    /// The manufacturer is longer than a short text.
     #[error("its manufacturer is not one word of at most {LONGEST_MANUFACTURER} letters")]
     Manufacturer,
     /// The key is not an attestation key.
-    #[error("its key is no attestation key of a TPM: {0} is not as it has to be")]
+    #[error("its key was not made by a TPM for attestation: {0} is not as it has to be")]
     Key(&'static str),
-    /// The statement is no quote of a TPM.
-    #[error("its statement is no quote that a TPM has made")]
+    /// The statement is something else than a quote of a TPM.
+    #[error("its statement is not a quote that a TPM has made")]
     Statement,
     /// The statement was made for another request.
     #[error("it was made for another request or session")]
